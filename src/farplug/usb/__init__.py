@@ -1,0 +1,23 @@
+"""USB's vocabulary, and the waist of the program: :class:`Transfer` and :class:`Device`. No I/O."""
+
+from farplug.usb.device import Device, DeviceListener, Identity, Reception
+from farplug.usb.transfer import Status, Transfer
+from farplug.usb.types import Buffer, Direction, Endpoint, Interface, Recipient, RequestType, Setup, Speed, TransferType
+
+__all__ = [
+    "Buffer",
+    "Device",
+    "DeviceListener",
+    "Direction",
+    "Endpoint",
+    "Identity",
+    "Interface",
+    "Reception",
+    "Recipient",
+    "RequestType",
+    "Setup",
+    "Speed",
+    "Status",
+    "Transfer",
+    "TransferType",
+]

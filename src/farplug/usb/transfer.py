@@ -1,0 +1,111 @@
+"""A transfer: one request on one endpoint, completed exactly once with a status and the bytes that did move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import IntEnum
+
+from farplug.errors import DeviceError, Reason
+from farplug.usb.types import Buffer, Direction, Setup, TransferType
+
+
+class Status(IntEnum):
+    """How a transfer ended. The numbers are usbredir's (usb-redirection-protocol.md, "Status codes")."""
+
+    SUCCESS = 0
+    CANCELLED = 1
+    INVALID = 2
+    """The request makes no sense for this endpoint."""
+    IO_ERROR = 3
+    STALL = 4
+    TIMEOUT = 5
+    BABBLE = 6
+    """The device sent more than was asked for."""
+
+    @classmethod
+    def _missing_(cls, value: object) -> Status:
+        return cls.IO_ERROR
+
+    def __str__(self) -> str:
+        return self.name.lower().replace("_", "-")
+
+
+class Transfer:
+    """One request on one endpoint (libusb's word; Linux says URB).
+
+    Whoever submits it may be called back before ``submit`` returns (a disk whose blocks are in the page cache) or much
+    later (a key that somebody presses).
+
+    Attributes:
+        type: control, bulk, interrupt or isochronous.
+        endpoint: bEndpointAddress. For control transfers bit 7 is the direction of the data stage.
+        length: IN: how many bytes are wanted at most. OUT: how many bytes ``data`` has.
+        data: OUT: the payload. IN: empty.
+        setup: control transfers only.
+        stream_id: bulk streams, 1 and up; 0 for none.
+        status: None until completed.
+        reply: IN, once completed: the bytes that arrived.
+        actual: once completed: how many bytes moved, in either direction.
+    """
+
+    __slots__ = ("actual", "data", "endpoint", "length", "on_complete", "reply", "setup", "status", "stream_id", "type")
+
+    def __init__(
+        self,
+        type: TransferType,
+        endpoint: int,
+        on_complete: Callable[[Transfer], None],
+        *,
+        length: int = 0,
+        data: Buffer = b"",
+        setup: Setup | None = None,
+        stream_id: int = 0,
+    ) -> None:
+        self.type = type
+        self.endpoint = endpoint
+        self.on_complete = on_complete
+        self.length = length if endpoint & 0x80 else len(data)
+        self.data = data
+        self.setup = setup
+        self.stream_id = stream_id
+        self.status: Status | None = None
+        self.reply: Buffer = b""
+        self.actual = 0
+
+    @property
+    def direction(self) -> Direction:
+        """Seen from the host."""
+        return Direction(self.endpoint & 0x80)
+
+    def complete(self, status: Status = Status.SUCCESS, reply: Buffer = b"", *, actual: int | None = None) -> None:
+        """End the transfer. Called by the device, exactly once.
+
+        Args:
+            status: how it ended.
+            reply: IN: the bytes that arrived, on success or not. More than ``length`` becomes a babble.
+            actual: OUT: how many bytes were taken; all of them if it is not given and the status is success.
+
+        Raises:
+            DeviceError: it was completed before (``DEVICE_FAULT``). Nothing was changed.
+        """
+        if self.status is not None:
+            raise DeviceError(f"{self} was completed twice", reason=Reason.DEVICE_FAULT)
+        if self.endpoint & 0x80:
+            if len(reply) > self.length:
+                status, reply = Status.BABBLE, memoryview(reply)[: self.length]
+            self.reply = reply
+            self.actual = len(reply)
+        elif actual is not None:
+            self.actual = max(0, min(actual, self.length))
+        elif status is Status.SUCCESS:
+            self.actual = self.length
+        self.status = status
+        self.on_complete(self)
+
+    def __str__(self) -> str:
+        text = f"{self.type} transfer on endpoint {self.endpoint:02x}, {self.length} bytes"
+        if self.setup is not None:
+            text += f", setup {self.setup}"
+        if self.stream_id:
+            text += f", stream {self.stream_id}"
+        return text if self.status is None else f"{text}: {self.status}, {self.actual} bytes"
