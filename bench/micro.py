@@ -1,0 +1,225 @@
+"""Packets per second: ours, and libusbredirparser driven from Python through ctypes.
+
+The mix is what a disk does: for each command a 31-byte bulk OUT (the CBW), an IN request, 4 KiB of data, the 13-byte
+status; as the usb-host sees it (two received, three sent) and as the usb-guest does. Bytes arrive in chunks of 64 KiB.
+Large payloads are measured apart, in MB/s.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import sys
+import time
+from collections.abc import Callable, Sequence
+from ctypes import CDLL
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests.usbredir import oracle
+from tests.usbredir.support import connect, hello
+
+from farplug.usb.transfer import Status
+from farplug.usbredir import ALL_CAPS, BulkPacket, Connection, Packet, Role
+
+COMMANDS = 2000
+CHUNK = 65536
+OUT, IN = 0x02, 0x81
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One line of the table: how much of something a second, here and there.
+
+    Attributes:
+        name: what was measured.
+        unit: of both figures.
+        ours: farplug's.
+        theirs: libusbredirparser's through ctypes; None if it is not installed.
+    """
+
+    name: str
+    unit: str
+    ours: float
+    theirs: float | None
+
+    @property
+    def ratio(self) -> float | None:
+        return self.ours / self.theirs if self.theirs else None
+
+
+def requests(count: int) -> list[Packet]:
+    """What a guest sends for so many commands: CBW, request for data, request for the status."""
+    packets: list[Packet] = []
+    for id_ in range(0, 3 * count, 3):
+        packets.append(BulkPacket(id=id_, endpoint=OUT, status=Status.SUCCESS, length=31, data=bytes(31)))
+        packets.append(BulkPacket(id=id_ + 1, endpoint=IN, status=Status.SUCCESS, length=4096))
+        packets.append(BulkPacket(id=id_ + 2, endpoint=IN, status=Status.SUCCESS, length=13))
+    return packets
+
+
+def answers(count: int, size: int = 4096) -> list[Packet]:
+    """What a host sends for so many commands."""
+    packets: list[Packet] = []
+    data = memoryview(bytes(size))
+    for id_ in range(0, 3 * count, 3):
+        packets.append(BulkPacket(id=id_, endpoint=OUT, status=Status.SUCCESS, length=31))
+        packets.append(BulkPacket(id=id_ + 1, endpoint=IN, status=Status.SUCCESS, length=size, data=data))
+        packets.append(BulkPacket(id=id_ + 2, endpoint=IN, status=Status.SUCCESS, length=13, data=bytes(13)))
+    return packets
+
+
+class Library:
+    """libusbredirparser as a Python program would use it: bulk packets only, callbacks in Python that keep nothing."""
+
+    def __init__(self, library: CDLL, role: Role) -> None:
+        self.oracle = oracle.Oracle(library, role, ALL_CAPS)
+        self.oracle.receive(hello())
+        self._send = library.usbredirparser_send_bulk_packet
+        self._send.restype = None
+        self._do_read = library.usbredirparser_do_read
+        self._layout = layout = struct.Struct("<BBHIH")
+        self._address = self._end = 0
+        parser, free = self.oracle.parser, library.usbredirparser_free_packet_data
+        libc = ctypes.CDLL(None)
+        move = libc.memmove
+        move.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+        move.restype = None
+
+        def read(_: int, data: int, count: int) -> int:
+            address = self._address
+            count = min(count, self._end - address)
+            move(data, address, count)
+            self._address = address + count
+            return count
+
+        def bulk_packet(_: int, id_: int, header: int, data: int | None, size: int) -> None:
+            layout.unpack(ctypes.string_at(header, 10))
+            if data:
+                ctypes.string_at(data, size)
+                free(parser, data)
+
+        self._callbacks = (oracle.READ(read), oracle.DATA_PACKET(bulk_packet))
+        parser.contents.read, bulk = self._callbacks
+        parser.contents.bulk_packet = ctypes.cast(bulk, ctypes.c_void_p)
+
+    def encode(self, packets: Sequence[Packet]) -> None:
+        parser, send, pack = self.oracle.parser, self._send, self._layout.pack
+        for packet in packets:
+            assert isinstance(packet, BulkPacket)
+            length = packet.length
+            header = pack(packet.endpoint, packet.status, length & 0xFFFF, packet.stream_id, length >> 16)
+            data = bytes(packet.data)
+            send(parser, ctypes.c_uint64(packet.id), header, data or None, len(data))
+            self.oracle.flush()
+        self.oracle.sent.clear()
+
+    def decode(self, chunks: Sequence[bytes]) -> None:
+        for chunk in chunks:
+            self._address = ctypes.cast(ctypes.c_char_p(chunk), ctypes.c_void_p).value or 0
+            self._end = self._address + len(chunk)
+            self._do_read(self.oracle.parser)
+            assert self._address == self._end
+
+
+def _encode(connection: Connection, packets: Sequence[Packet]) -> None:
+    for packet in packets:
+        connection.send(packet)
+        connection.data_to_send()
+
+
+def _decode(connection: Connection, chunks: Sequence[bytes]) -> None:
+    for chunk in chunks:
+        connection.receive_data(chunk)
+        while connection.next_event() is not None:
+            pass
+
+
+def _chunks(role: Role, packets: Sequence[Packet]) -> list[bytes]:
+    sender = connect(role)
+    for packet in packets:
+        sender.send(packet)
+    stream = b"".join(sender.data_to_send())
+    return [stream[at : at + CHUNK] for at in range(0, len(stream), CHUNK)]
+
+
+def _rate(work: Callable[[], None], amount: float) -> float:
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - start)
+    return amount / best
+
+
+def figures() -> list[Figure]:
+    """Measure everything; about five seconds."""
+    library = oracle.load()
+    host, guest = connect(Role.HOST), connect(Role.GUEST)
+    their_host = Library(library, Role.HOST) if library else None
+    their_guest = Library(library, Role.GUEST) if library else None
+    result = []
+
+    def measure(name: str, unit: str, amount: float, ours: Callable[[], None], theirs: Callable[[], None]) -> None:
+        result.append(Figure(name, unit, _rate(ours, amount), _rate(theirs, amount) if library else None))
+
+    asked, answered = requests(COMMANDS), answers(COMMANDS)
+    small = [packet for packet in asked if isinstance(packet, BulkPacket) and packet.data]
+    for name, packets in (("31-byte bulk OUT", small * 3), ("requests of a disk", asked)):
+        chunks = _chunks(Role.GUEST, packets)
+        thousands = len(packets) / 1e3
+        measure(
+            f"host parses {name}",
+            "k packets/s",
+            thousands,
+            lambda chunks=chunks: _decode(host, chunks),  # type: ignore[misc]
+            lambda chunks=chunks: their_host.decode(chunks) if their_host else None,  # type: ignore[misc]
+        )
+        measure(
+            f"guest encodes {name}",
+            "k packets/s",
+            thousands,
+            lambda packets=packets: _encode(guest, packets),  # type: ignore[misc]
+            lambda packets=packets: their_guest.encode(packets) if their_guest else None,  # type: ignore[misc]
+        )
+    chunks = _chunks(Role.HOST, answered)
+    thousands = len(answered) / 1e3
+    measure(
+        "host encodes answers of a disk",
+        "k packets/s",
+        thousands,
+        lambda: _encode(host, answered),
+        lambda: their_host.encode(answered) if their_host else None,
+    )
+    measure(
+        "guest parses answers of a disk",
+        "k packets/s",
+        thousands,
+        lambda: _decode(guest, chunks),
+        lambda: their_guest.decode(chunks) if their_guest else None,
+    )
+    large = answers(32, 1 << 20)
+    large_chunks = _chunks(Role.HOST, large)
+    measure(
+        "guest parses payloads of 1 MiB",
+        "MB/s",
+        32 * (1 << 20) / 1e6,
+        lambda: _decode(guest, large_chunks),
+        lambda: their_guest.decode(large_chunks) if their_guest else None,
+    )
+    return result
+
+
+def table(rows: Sequence[Figure]) -> str:
+    """The figures for people."""
+    lines = [f"{'':34}{'farplug':>10}{'C + ctypes':>12}{'ratio':>8}"]
+    for row in rows:
+        theirs = f"{row.theirs:12.0f}{row.ratio:8.2f}" if row.theirs and row.ratio else f"{'-':>12}{'-':>8}"
+        lines.append(f"{row.name:34}{row.ours:10.0f}{theirs}  {row.unit}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table(figures()))

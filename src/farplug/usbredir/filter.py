@@ -1,0 +1,213 @@
+"""Filters: which devices a side lets through.
+
+A filter is text: rules separated by ``|``, each ``class,vendor,product,version,allow``, -1 for any. The first rule that
+matches counts. Source: usb-redirection-protocol.md, "usb_redir_filter_filter", and usbredirfilter.c.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum, IntFlag
+from typing import Final, Self
+
+from farplug.errors import Reason, UsageError
+
+ANY: Final = -1
+"""In a rule: matches every number."""
+
+_RULE_SEPARATOR = "|"
+_FIELDS = (("class", 0xFF), ("vendor", 0xFFFF), ("product", 0xFFFF), ("version", 0xFFFF))
+# What strtol(3) takes with base 0. The sign and the digits are caught apart: int() does not know octal as "017".
+_NUMBER = re.compile(r"[ \t\n\v\f\r]*([+-]?)(?:0[xX]([0-9a-fA-F]+)|(0[0-7]*)|([1-9][0-9]*))", re.ASCII)
+_MAX_DIGITS = 20
+_MAX_SHOWN = 60
+
+
+class Flag(IntFlag):
+    """How :meth:`Filter.check` differs from the usual."""
+
+    NONE = 0
+    DEFAULT_ALLOW = 0x01
+    """Allow what no rule matches."""
+    DONT_SKIP_NON_BOOT_HID = 0x02
+    """Check interfaces 03/00/00 of composite devices too."""
+
+
+class Verdict(Enum):
+    """What a filter says about a device."""
+
+    ALLOWED = "allowed"
+    NO_MATCH = "denied, no rule matches"
+    DENIED = "denied by a rule"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One rule. Each number is :data:`ANY` or what the device must have.
+
+    Attributes:
+        device_class: the device's or the interface's class code.
+        vendor_id: idVendor.
+        product_id: idProduct.
+        device_version: bcdDevice.
+        allow: what to do with a device that matches.
+
+    Raises:
+        UsageError: a number is out of its range (``BAD_OPTION``).
+    """
+
+    device_class: int
+    vendor_id: int
+    product_id: int
+    device_version: int
+    allow: bool
+
+    def __post_init__(self) -> None:
+        numbers = (self.device_class, self.vendor_id, self.product_id, self.device_version)
+        for number, (name, highest) in zip(numbers, _FIELDS, strict=True):
+            if not ANY <= number <= highest:
+                raise _bad(f"{name} {number} in a filter rule is not between -1 and {highest}")
+
+    @classmethod
+    def parse(cls, text: str, separators: str = ",") -> Self:
+        """Read one rule; any character of ``separators`` separates fields.
+
+        Raises:
+            UsageError: it is not a rule (``BAD_OPTION``).
+        """
+        fields = [field for field in re.split(f"[{re.escape(separators)}]", text) if field]
+        if len(fields) != 5:
+            raise _bad(f"filter rule {_shown(text)} has {len(fields)} fields, not 5")
+        device_class, vendor_id, product_id, device_version, allow = map(_parse_number, fields)
+        return cls(device_class, vendor_id, product_id, device_version, allow != 0)
+
+    def format(self, separator: str = ",") -> str:
+        """The canonical text, as libusbredirparser writes it."""
+        return separator.join(
+            (
+                _format_number(self.device_class, 2),
+                _format_number(self.vendor_id, 4),
+                _format_number(self.product_id, 4),
+                _format_number(self.device_version, 4),
+                str(int(self.allow)),
+            )
+        )
+
+    def __str__(self) -> str:
+        return self.format()
+
+    def matches(self, class_code: int, vendor_id: int, product_id: int, device_version: int) -> bool:
+        """Whether this is the rule for a device or interface of this class."""
+        return (
+            self.device_class in (ANY, class_code)
+            and self.vendor_id in (ANY, vendor_id)
+            and self.product_id in (ANY, product_id)
+            and self.device_version in (ANY, device_version)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Rules in order. Without any, everything is denied."""
+
+    rules: tuple[Rule, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str, separators: str = ",") -> Self:
+        """Read a filter. Empty rules and doubled separators are skipped, as strtok(3) does.
+
+        Numbers are written as strtol(3) reads them with base 0. Those that an int of 32 bits does not hold are refused:
+        what C makes of them depends on the platform.
+
+        Args:
+            text: rules separated by ``|``.
+            separators: each of these characters separates the fields of a rule. QEMU's command line uses ``:``.
+
+        Raises:
+            UsageError: a rule is not written right (``BAD_OPTION``).
+        """
+        return cls(tuple(Rule.parse(rule, separators) for rule in text.split(_RULE_SEPARATOR) if rule))
+
+    def format(self, separator: str = ",") -> str:
+        """The canonical text, as libusbredirparser writes it."""
+        return _RULE_SEPARATOR.join(rule.format(separator) for rule in self.rules)
+
+    def __str__(self) -> str:
+        return self.format()
+
+    def check(
+        self,
+        *,
+        device_class: int,
+        vendor_id: int,
+        product_id: int,
+        device_version: int,
+        interfaces: Sequence[tuple[int, int, int]],
+        flags: Flag = Flag.NONE,
+    ) -> Verdict:
+        """Judge a device: its own class first, then that of every interface; all of them must be allowed.
+
+        Class 00 and ef say "see the interfaces" and are not checked. Neither are interfaces 03/00/00 (HID without boot
+        protocol) of a device with several interfaces, unless it has no others.
+
+        Args:
+            device_class: bDeviceClass.
+            vendor_id: idVendor.
+            product_id: idProduct.
+            device_version: bcdDevice.
+            interfaces: (class, subclass, protocol) of each interface.
+            flags: see :class:`Flag`.
+        """
+        classes = [] if device_class in (0x00, 0xEF) else [device_class]
+        skip = len(interfaces) > 1 and not flags & Flag.DONT_SKIP_NON_BOOT_HID
+        checked = [codes for codes in interfaces if not (skip and codes == (0x03, 0x00, 0x00))]
+        classes += [codes[0] for codes in checked or interfaces]
+        for class_code in classes:
+            verdict = self._check_class(class_code, vendor_id, product_id, device_version)
+            if verdict is Verdict.NO_MATCH and flags & Flag.DEFAULT_ALLOW:
+                continue
+            if verdict is not Verdict.ALLOWED:
+                return verdict
+        return Verdict.ALLOWED
+
+    def _check_class(self, class_code: int, vendor_id: int, product_id: int, device_version: int) -> Verdict:
+        for rule in self.rules:
+            if rule.matches(class_code, vendor_id, product_id, device_version):
+                return Verdict.ALLOWED if rule.allow else Verdict.DENIED
+        return Verdict.NO_MATCH
+
+
+def _parse_number(text: str) -> int:
+    match = _NUMBER.fullmatch(text)
+    if match is None:
+        raise _bad(f"{_shown(text)} in a filter rule is not a number")
+    sign, hexadecimal, octal, decimal = match.groups()
+    digits = (hexadecimal or octal or decimal).lstrip("0") or "0"
+    if len(digits) <= _MAX_DIGITS:
+        number = int(digits, 16 if hexadecimal else 8 if octal else 10)
+        number = -number if sign == "-" else number
+        if -(1 << 31) <= number < 1 << 31:
+            return number
+    raise _bad(f"{_shown(text)} in a filter rule does not fit into 32 bits")
+
+
+def _format_number(number: int, digits: int) -> str:
+    return "-1" if number == ANY else f"0x{number:0{digits}x}"
+
+
+def _shown(text: str) -> str:
+    return repr(text) if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]!r}..."
+
+
+def _bad(message: str) -> UsageError:
+    return UsageError(
+        message,
+        reason=Reason.BAD_OPTION,
+        remedy="write rules as class,vendor,product,version,allow separated by |, with -1 for any, "
+        "for example 0x08,-1,-1,-1,1|-1,-1,-1,-1,0",
+    )

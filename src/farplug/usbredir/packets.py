@@ -1,0 +1,721 @@
+"""What usbredir packets mean: one class for each type of protocol 0.7.
+
+Field names are the specification's (usb-redirection-protocol.md), spelt out; ``endpoint`` is bEndpointAddress,
+``status`` how a request ended. Each class knows its fields in wire order (``values``, ``decode``), its payload,
+and what is wrong with it (``fault``), by the rules of the C parser: who sends what it refuses kills QEMU.
+The packets of data carry a payload where the data travels; ``length`` alone tells the size where it does not: how
+much an IN request asks for, how much an OUT request moved.
+
+The file is long because the protocol has 33 packet types: it is a vocabulary, one short class after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from struct import unpack_from
+from typing import Any, ClassVar, Final, Self
+
+from farplug.errors import RemoteProtocolError, UsageError
+from farplug.usb.transfer import Status
+from farplug.usb.types import Buffer
+from farplug.usbredir.caps import Cap
+from farplug.usbredir.filter import Filter
+from farplug.usbredir.wire import MAX_LENGTH, MAX_TRANSFER, TABLE_SIZE, VERSION_SIZE, PacketType
+
+_STATUSES: Final = tuple(Status(code) for code in range(256))
+_ABSENT: Final = 255
+
+_LABELS: Final[Mapping[str, tuple[str, Callable[[Any], str]]]] = {
+    "id": ("id", "{:x}".format),
+    "endpoint": ("ep", "{:02x}".format),
+    "endpoints": ("endpoints", "{:08x}".format),
+    "vendor_id": ("vendor", "{:04x}".format),
+    "product_id": ("product", "{:04x}".format),
+    "device_version": ("version", "{:04x}".format),
+    "request": ("request", "{:02x}".format),
+    "request_type": ("request_type", "{:02x}".format),
+    "value": ("value", "{:04x}".format),
+    "index": ("index", "{:04x}".format),
+    "stream_id": ("stream", str),
+    "filter": ("filter", repr),
+    "version": ("version", repr),
+    "data": ("data", lambda data: f"{len(data)}B"),
+}
+"""How fields are named and printed in a log line, where not as they are."""
+
+
+def endpoint_index(address: int) -> int:
+    """The place of an endpoint in tables and masks of 32: OUT 0 to 15, then IN 0 to 15."""
+    return (address & 0x0F) | ((address & 0x80) >> 3)
+
+
+def endpoint_address(index: int) -> int:
+    """The reverse of :func:`endpoint_index`."""
+    return (index & 0x0F) | ((index & 0x10) << 3)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packet:
+    """A usbredir packet. ``id`` is chosen by the guest for what must be answered, and 0 for the rest."""
+
+    TYPE: ClassVar[PacketType]
+    MAX_PAYLOAD: ClassVar[int] = 0
+    """Bytes that may follow the type header."""
+
+    id: int = 0
+
+    @classmethod
+    def decode(cls, id: int, values: tuple[Any, ...], payload: Buffer) -> Self:
+        """Build from the fields of a type header, in wire order, and the payload.
+
+        Raises:
+            RemoteProtocolError: the C parser would drop it, and it cannot even be represented.
+        """
+        return cls(id=id, **dict(zip(_names(cls), values, strict=True)))
+
+    def values(self) -> tuple[Any, ...]:
+        """The fields of the longest type header, in wire order."""
+        return tuple(getattr(self, name) for name in _names(type(self)))
+
+    def payload(self) -> Buffer:
+        """What follows the type header."""
+        return b""
+
+    def fault(self, to_host: bool, size: int) -> str:
+        """Why the C parser drops this packet; empty if it does not.
+
+        Args:
+            to_host: it travels to the usb-host.
+            size: bytes of payload that it travels with.
+        """
+        return ""
+
+    def __str__(self) -> str:
+        return " ".join((str(self.TYPE), *(f"{label}={text}" for label, text in self._details())))
+
+    def _details(self) -> list[tuple[str, str]]:
+        details = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in ("data", "stream_id") and not value:
+                continue
+            label, show = _LABELS.get(field.name, (field.name, str))
+            details.append((label, show(value)))
+        return details
+
+
+def _names(cls: type[Packet]) -> list[str]:
+    return [field.name for field in fields(cls) if field.name != "id"]
+
+
+class _StatusPacket(Packet):
+    """Answers that consist of numbers, one of which is a status."""
+
+    __slots__ = ()
+
+    @classmethod
+    def decode(cls, id: int, values: tuple[Any, ...], payload: Buffer) -> Self:
+        numbers = dict(zip(_names(cls), values, strict=True))
+        numbers["status"] = _STATUSES[numbers["status"]]
+        return cls(id=id, **numbers)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello(Packet):
+    """The first packet of each side. :meth:`Connection.start` sends ours.
+
+    Attributes:
+        version: the program's name and version, for people; cut to 63 bytes.
+        caps: words of capabilities, at most :data:`MAX_CAPS_WORDS` of them.
+    """
+
+    TYPE = PacketType.HELLO
+    MAX_PAYLOAD = MAX_LENGTH - VERSION_SIZE
+    MAX_CAPS_WORDS: ClassVar[int] = 32
+    """How many words are kept of what a peer sends. Only the first one has a meaning today."""
+
+    version: str
+    caps: tuple[int, ...] = ()
+
+    @property
+    def capabilities(self) -> Cap:
+        """The first word, with what is illegal taken out."""
+        return Cap(self.caps[0] if self.caps else 0).usable()
+
+    @classmethod
+    def decode(cls, id: int, values: tuple[Any, ...], payload: Buffer) -> Self:
+        version = values[0][: VERSION_SIZE - 1].partition(b"\0")[0].decode(errors="replace")
+        return cls(id=id, version=version, caps=unpack_from(f"<{len(payload) // 4}I", payload))
+
+    def values(self) -> tuple[Any, ...]:
+        return (self.version.encode(errors="replace")[: VERSION_SIZE - 1],)
+
+    def payload(self) -> Buffer:
+        return b"".join(word.to_bytes(4, "little") for word in self.caps)
+
+    def _details(self) -> list[tuple[str, str]]:
+        words = ",".join(f"{word:x}" for word in self.caps)
+        return [("id", f"{self.id:x}"), ("version", repr(self.version)), ("caps", words)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceConnect(Packet):
+    """A device is there. ``speed``: 0 low, 1 full, 2 high, 3 super, 255 unknown. ``device_version``: bcdDevice."""
+
+    TYPE = PacketType.DEVICE_CONNECT
+
+    speed: int
+    device_class: int
+    device_subclass: int
+    device_protocol: int
+    vendor_id: int
+    product_id: int
+    device_version: int = 0
+
+    @classmethod
+    def decode(cls, id: int, values: tuple[Any, ...], payload: Buffer) -> Self:
+        return cls(id=id, **dict(zip(_names(cls), values, strict=False)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceDisconnect(Packet):
+    """The device is gone."""
+
+    TYPE = PacketType.DEVICE_DISCONNECT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reset(Packet):
+    """Reset the device. There is no answer."""
+
+    TYPE = PacketType.RESET
+
+
+@dataclass(frozen=True, slots=True)
+class InterfaceEntry:
+    """One interface, in its current alternate setting."""
+
+    number: int
+    interface_class: int
+    interface_subclass: int
+    interface_protocol: int
+
+    def __str__(self) -> str:
+        codes = f"{self.interface_class:02x}/{self.interface_subclass:02x}/{self.interface_protocol:02x}"
+        return f"{self.number}:{codes}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InterfaceInfo(Packet):
+    """The interfaces of the current configuration, 32 at most."""
+
+    TYPE = PacketType.INTERFACE_INFO
+
+    interfaces: tuple[InterfaceEntry, ...]
+
+    @classmethod
+    def decode(cls, id: int, values: tuple[Any, ...], payload: Buffer) -> Self:
+        count, *table = values
+        if count > TABLE_SIZE:
+            raise RemoteProtocolError(_too_many_interfaces(count))
+        columns = (table[start : start + count] for start in range(0, len(table), TABLE_SIZE))
+        return cls(id=id, interfaces=tuple(map(InterfaceEntry, *columns)))
+
+    def values(self) -> tuple[Any, ...]:
+        rows = [(i.number, i.interface_class, i.interface_subclass, i.interface_protocol) for i in self.interfaces]
+        rows += [(0, 0, 0, 0)] * (TABLE_SIZE - len(rows))
+        return (len(self.interfaces), *(number for column in zip(*rows, strict=True) for number in column))
+
+    def fault(self, to_host: bool, size: int) -> str:
+        return _too_many_interfaces(len(self.interfaces)) if len(self.interfaces) > TABLE_SIZE else ""
+
+    def _details(self) -> list[tuple[str, str]]:
+        return [("id", f"{self.id:x}"), ("interfaces", ",".join(map(str, self.interfaces)))]
+
+
+def _too_many_interfaces(count: int) -> str:
+    return f"interface_info has {count} interfaces, at most {TABLE_SIZE} fit"
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointEntry:
+    """One endpoint of a current alternate setting; the defaults are those of an endpoint that is not there.
+
+    Attributes:
+        type: 0 control, 1 isochronous, 2 bulk, 3 interrupt, 255 absent.
+        interval: bInterval, raw.
+        interface: bInterfaceNumber.
+        max_packet_size: in bytes; 0 if the peers do not both have ``EP_INFO_MAX_PACKET_SIZE``.
+        max_streams: 0 if none, or if the peers do not both have ``BULK_STREAMS``.
+    """
+
+    type: int = _ABSENT
+    interval: int = 0
+    interface: int = 0
+    max_packet_size: int = 0
+    max_streams: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndpointInfo(Packet):
+    """The endpoints, as a table of 32 by :func:`endpoint_index`."""
+
+    TYPE = PacketType.EP_INFO
+
+    endpoints: tuple[EndpointEntry, ...]
+
+    @classmethod
+    def decode(cls, id: int, values: tuple[Any, ...], payload: Buffer) -> Self:
+        columns = (values[start : start + TABLE_SIZE] for start in range(0, len(values), TABLE_SIZE))
+        return cls(id=id, endpoints=tuple(map(EndpointEntry, *columns)))
+
+    def values(self) -> tuple[Any, ...]:
+        rows = [(e.type, e.interval, e.interface, e.max_packet_size, e.max_streams) for e in self.endpoints]
+        return tuple(number for column in zip(*rows, strict=True) for number in column)
+
+    def fault(self, to_host: bool, size: int) -> str:
+        if len(self.endpoints) != TABLE_SIZE:
+            return f"ep_info has {len(self.endpoints)} endpoints, the table has {TABLE_SIZE}"
+        return ""
+
+    def _details(self) -> list[tuple[str, str]]:
+        present = (
+            f"{endpoint_address(index):02x}:{entry.type}/{entry.max_packet_size}"
+            for index, entry in enumerate(self.endpoints)
+            if entry.type != _ABSENT
+        )
+        return [("id", f"{self.id:x}"), ("endpoints", ",".join(present))]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetConfiguration(Packet):
+    """Choose a configuration by bConfigurationValue."""
+
+    TYPE = PacketType.SET_CONFIGURATION
+
+    configuration: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GetConfiguration(Packet):
+    """Ask for the configuration."""
+
+    TYPE = PacketType.GET_CONFIGURATION
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfigurationStatus(_StatusPacket):
+    """Answers set_configuration and get_configuration."""
+
+    TYPE = PacketType.CONFIGURATION_STATUS
+
+    status: Status
+    configuration: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetAltSetting(Packet):
+    """Choose an alternate setting of an interface."""
+
+    TYPE = PacketType.SET_ALT_SETTING
+
+    interface: int
+    alt: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GetAltSetting(Packet):
+    """Ask for the alternate setting of an interface."""
+
+    TYPE = PacketType.GET_ALT_SETTING
+
+    interface: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AltSettingStatus(_StatusPacket):
+    """Answers set_alt_setting and get_alt_setting."""
+
+    TYPE = PacketType.ALT_SETTING_STATUS
+
+    status: Status
+    interface: int
+    alt: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartIsoStream(Packet):
+    """Start an isochronous stream."""
+
+    TYPE = PacketType.START_ISO_STREAM
+
+    endpoint: int
+    packets_per_urb: int
+    urbs: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopIsoStream(Packet):
+    """Stop an isochronous stream."""
+
+    TYPE = PacketType.STOP_ISO_STREAM
+
+    endpoint: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IsoStreamStatus(_StatusPacket):
+    """Answers start and stop of a stream; by itself: ``STALL`` if the stream ended, others if it runs on."""
+
+    TYPE = PacketType.ISO_STREAM_STATUS
+
+    status: Status
+    endpoint: int
+
+
+class _InEndpointPacket(Packet):
+    """Packets that make sense for IN endpoints only."""
+
+    __slots__ = ()
+    endpoint: int
+
+    def fault(self, to_host: bool, size: int) -> str:
+        return "" if self.endpoint & 0x80 else f"{self.TYPE} for endpoint {self.endpoint:02x}, which is not IN"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartInterruptReceiving(_InEndpointPacket):
+    """Start receiving from an interrupt IN endpoint."""
+
+    TYPE = PacketType.START_INTERRUPT_RECEIVING
+
+    endpoint: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopInterruptReceiving(_InEndpointPacket):
+    """Stop receiving from an interrupt IN endpoint."""
+
+    TYPE = PacketType.STOP_INTERRUPT_RECEIVING
+
+    endpoint: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InterruptReceivingStatus(_InEndpointPacket, _StatusPacket):
+    """Answers start and stop of receiving; by itself: ``STALL`` if it ended, others if it runs on."""
+
+    TYPE = PacketType.INTERRUPT_RECEIVING_STATUS
+
+    status: Status
+    endpoint: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AllocBulkStreams(Packet):
+    """Allocate streams on the endpoints of a mask (bit n: :func:`endpoint_index` n)."""
+
+    TYPE = PacketType.ALLOC_BULK_STREAMS
+
+    endpoints: int
+    streams: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FreeBulkStreams(Packet):
+    """Free the streams on the endpoints of a mask."""
+
+    TYPE = PacketType.FREE_BULK_STREAMS
+
+    endpoints: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BulkStreamsStatus(_StatusPacket):
+    """Answers alloc_bulk_streams and free_bulk_streams (``streams`` 0)."""
+
+    TYPE = PacketType.BULK_STREAMS_STATUS
+
+    endpoints: int
+    streams: int
+    status: Status
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CancelDataPacket(Packet):
+    """Cancel the data packet that has this packet's id."""
+
+    TYPE = PacketType.CANCEL_DATA_PACKET
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FilterReject(Packet):
+    """The guest refuses the device."""
+
+    TYPE = PacketType.FILTER_REJECT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FilterFilter(Packet):
+    """Which devices the sender lets through: see :class:`~farplug.usbredir.filter.Filter`."""
+
+    TYPE = PacketType.FILTER_FILTER
+    MAX_PAYLOAD = 64 * 1024
+
+    filter: str
+
+    @classmethod
+    def decode(cls, id: int, values: tuple[Any, ...], payload: Buffer) -> Self:
+        text = bytes(payload)
+        if not text.endswith(b"\0"):
+            raise RemoteProtocolError("filter_filter is not terminated by a NUL" if text else "filter_filter is empty")
+        return cls(id=id, filter=text.partition(b"\0")[0].decode("ascii", errors="backslashreplace"))
+
+    def payload(self) -> Buffer:
+        return self.filter.encode("ascii", errors="replace") + b"\0"
+
+    def fault(self, to_host: bool, size: int) -> str:
+        if "\0" in self.filter:
+            return "filter_filter has a NUL in its text"
+        if size > self.MAX_PAYLOAD:
+            return f"filter_filter has {size} bytes, more than {self.MAX_PAYLOAD}"
+        try:
+            Filter.parse(self.filter)
+        except UsageError as error:
+            return error.message
+        return ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceDisconnectAck(Packet):
+    """The guest has seen device_disconnect."""
+
+    TYPE = PacketType.DEVICE_DISCONNECT_ACK
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartBulkReceiving(_InEndpointPacket):
+    """Start buffered receiving from a bulk IN endpoint, with ``transfers`` transfers of this size at a time."""
+
+    TYPE = PacketType.START_BULK_RECEIVING
+
+    stream_id: int
+    bytes_per_transfer: int
+    endpoint: int
+    transfers: int
+
+    def fault(self, to_host: bool, size: int) -> str:
+        if self.bytes_per_transfer > MAX_TRANSFER:
+            return f"{self.TYPE} has {self.bytes_per_transfer} bytes per transfer, more than {MAX_TRANSFER}"
+        return _InEndpointPacket.fault(self, to_host, size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopBulkReceiving(_InEndpointPacket):
+    """Stop buffered receiving from a bulk IN endpoint."""
+
+    TYPE = PacketType.STOP_BULK_RECEIVING
+
+    stream_id: int
+    endpoint: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BulkReceivingStatus(_InEndpointPacket, _StatusPacket):
+    """Answers start and stop of buffered receiving; by itself: ``STALL`` if it ended, others if it runs on."""
+
+    TYPE = PacketType.BULK_RECEIVING_STATUS
+
+    stream_id: int
+    endpoint: int
+    status: Status
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataPacket(Packet):
+    """What the packets of data have in common.
+
+    The payload travels with OUT requests and IN answers and is ``length`` bytes long there; elsewhere there is none.
+    """
+
+    MAX_PAYLOAD = MAX_LENGTH
+
+    endpoint: int
+    status: Status
+    length: int
+    data: Buffer = b""
+
+    def payload(self) -> Buffer:
+        return self.data
+
+    def fault(self, to_host: bool, size: int) -> str:
+        if (self.endpoint < 0x80) is to_host:
+            if size != self.length:
+                return f"{self.TYPE} for endpoint {self.endpoint:02x} has {size} bytes, its header says {self.length}"
+        elif size:
+            return f"{self.TYPE} for endpoint {self.endpoint:02x} has {size} bytes where none travel"
+        return ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControlPacket(DataPacket):
+    """A control transfer: the setup packet's fields. Bit 7 of ``endpoint`` is the direction of the data stage."""
+
+    TYPE = PacketType.CONTROL_PACKET
+
+    request: int
+    request_type: int
+    value: int
+    index: int
+
+    @classmethod
+    def decode(cls, id: int, values: tuple[Any, ...], payload: Buffer) -> Self:
+        endpoint, request, request_type, status, value, index, length = values
+        return cls(
+            id=id,
+            endpoint=endpoint,
+            request=request,
+            request_type=request_type,
+            status=_STATUSES[status],
+            value=value,
+            index=index,
+            length=length,
+            data=payload,
+        )
+
+    def values(self) -> tuple[Any, ...]:
+        return self.endpoint, self.request, self.request_type, self.status, self.value, self.index, self.length
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BulkPacket(DataPacket):
+    """A bulk transfer. ``stream_id`` 0: no stream."""
+
+    TYPE = PacketType.BULK_PACKET
+
+    stream_id: int = 0
+
+    @classmethod
+    def decode(cls, id: int, values: tuple[Any, ...], payload: Buffer) -> Self:
+        if len(values) == 5:
+            endpoint, status, length, stream_id, high = values
+            length |= high << 16
+        else:
+            endpoint, status, length, stream_id = values
+        return cls(id=id, endpoint=endpoint, status=_STATUSES[status], length=length, data=payload, stream_id=stream_id)
+
+    def values(self) -> tuple[Any, ...]:
+        return self.endpoint, self.status, self.length & 0xFFFF, self.stream_id, self.length >> 16
+
+    def fault(self, to_host: bool, size: int) -> str:
+        if self.length > MAX_TRANSFER:
+            return _too_long(self)
+        return DataPacket.fault(self, to_host, size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _FramePacket(DataPacket):
+    """Data packets without further fields."""
+
+    @classmethod
+    def decode(cls, id: int, values: tuple[Any, ...], payload: Buffer) -> Self:
+        endpoint, status, length = values
+        return cls(id=id, endpoint=endpoint, status=_STATUSES[status], length=length, data=payload)
+
+    def values(self) -> tuple[Any, ...]:
+        return self.endpoint, self.status, self.length
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IsoPacket(_FramePacket):
+    """One packet of an isochronous stream: OUT to the host, IN to the guest."""
+
+    TYPE = PacketType.ISO_PACKET
+
+    def fault(self, to_host: bool, size: int) -> str:
+        if (self.endpoint < 0x80) is not to_host:
+            return _wrong_way(self, to_host)
+        return DataPacket.fault(self, to_host, size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InterruptPacket(_FramePacket):
+    """Interrupt IN: what was received. Interrupt OUT: a request, and the answer to it."""
+
+    TYPE = PacketType.INTERRUPT_PACKET
+
+    def fault(self, to_host: bool, size: int) -> str:
+        if self.endpoint & 0x80 and to_host:
+            return _wrong_way(self, to_host)
+        return DataPacket.fault(self, to_host, size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BufferedBulkPacket(DataPacket):
+    """What buffered bulk receiving received."""
+
+    TYPE = PacketType.BUFFERED_BULK_PACKET
+
+    stream_id: int
+
+    @classmethod
+    def decode(cls, id: int, values: tuple[Any, ...], payload: Buffer) -> Self:
+        stream_id, length, endpoint, status = values
+        return cls(id=id, stream_id=stream_id, length=length, endpoint=endpoint, status=_STATUSES[status], data=payload)
+
+    def values(self) -> tuple[Any, ...]:
+        return self.stream_id, self.length, self.endpoint, self.status
+
+    def fault(self, to_host: bool, size: int) -> str:
+        if not self.endpoint & 0x80:
+            return _wrong_way(self, to_host)
+        if self.length > MAX_TRANSFER:
+            return _too_long(self)
+        return DataPacket.fault(self, to_host, size)
+
+
+def _too_long(packet: DataPacket) -> str:
+    return f"{packet.TYPE} has a length of {packet.length} bytes, more than {MAX_TRANSFER}"
+
+
+def _wrong_way(packet: DataPacket, to_host: bool) -> str:
+    return f"{packet.TYPE} for endpoint {packet.endpoint:02x} travels to the usb-{'host' if to_host else 'guest'}"
+
+
+PACKETS: Final[tuple[type[Packet], ...]] = (
+    Hello,
+    DeviceConnect,
+    DeviceDisconnect,
+    Reset,
+    InterfaceInfo,
+    EndpointInfo,
+    SetConfiguration,
+    GetConfiguration,
+    ConfigurationStatus,
+    SetAltSetting,
+    GetAltSetting,
+    AltSettingStatus,
+    StartIsoStream,
+    StopIsoStream,
+    IsoStreamStatus,
+    StartInterruptReceiving,
+    StopInterruptReceiving,
+    InterruptReceivingStatus,
+    AllocBulkStreams,
+    FreeBulkStreams,
+    BulkStreamsStatus,
+    CancelDataPacket,
+    FilterReject,
+    FilterFilter,
+    DeviceDisconnectAck,
+    StartBulkReceiving,
+    StopBulkReceiving,
+    BulkReceivingStatus,
+    ControlPacket,
+    BulkPacket,
+    IsoPacket,
+    InterruptPacket,
+    BufferedBulkPacket,
+)
+"""The class of every packet type."""

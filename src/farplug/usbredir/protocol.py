@@ -1,0 +1,362 @@
+"""The machine: one usbredir connection as a peer sees it, bytes in and packets out, without any I/O.
+
+::
+
+    connection = Connection(Role.HOST)
+    connection.start()
+    write(connection.data_to_send())
+    ...
+    connection.receive_data(data)
+    while (event := connection.next_event()) is not None:
+        ...                                  # connection.send(answer)
+    write(connection.data_to_send())
+
+The rules are those of the C parser (usbredirparser.c), on what is received and on what is sent, with three
+exceptions, each a little stricter: nothing counts before the peer's hello, words of capabilities beyond
+:attr:`Hello.MAX_CAPS_WORDS` are skipped, and a filter is limited to :attr:`FilterFilter.MAX_PAYLOAD` bytes.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Generator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final, NamedTuple, Never, TypeAlias
+
+from farplug import __version__
+from farplug.errors import LocalProtocolError, RemoteProtocolError
+from farplug.usb.types import Buffer
+from farplug.usbredir.caps import ALL_CAPS, Cap
+from farplug.usbredir.packets import PACKETS, DataPacket, Hello, Packet
+from farplug.usbredir.wire import FORMS, MAX_LENGTH, Flow, PacketType, header
+
+DEFAULT_MAX_PAYLOAD: Final = 16 * 1024 * 1024
+"""Bytes of payload that are stored for one packet, unless the caller says otherwise."""
+
+_JOIN_BELOW: Final = 4096
+_COMPACT_ABOVE: Final = 65536
+_ID_MASK_32: Final = 0xFFFF_FFFF
+_ID_MASK_64: Final = 0xFFFF_FFFF_FFFF_FFFF
+
+
+class Role(Enum):
+    """Which end of the connection we are."""
+
+    HOST = "usb-host"
+    """The side that owns the device."""
+    GUEST = "usb-guest"
+    """The side that uses it: QEMU."""
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """A packet was dropped because the peer left the protocol. The stream goes on with the next packet.
+
+    Attributes:
+        error: what was wrong.
+        type: the packet's type, as it was received.
+        id: the packet's id.
+    """
+
+    error: RemoteProtocolError
+    type: int
+    id: int
+
+    def __str__(self) -> str:
+        return f"violation type={self.type} id={self.id:x}: {self.error}"
+
+
+@dataclass(frozen=True, slots=True)
+class Oversized:
+    """A valid packet whose payload is longer than ``max_payload``: skipped, not stored.
+
+    Attributes:
+        packet: the packet with empty ``data``; ``length`` tells how long the payload was.
+    """
+
+    packet: DataPacket
+
+    def __str__(self) -> str:
+        return f"oversized {self.packet}"
+
+
+Event: TypeAlias = Packet | Violation | Oversized
+
+
+class _Incoming(NamedTuple):
+    """How to read a packet type, with the capabilities known now."""
+
+    packet: type[Packet]
+    layout: struct.Struct
+    max_length: int
+    """The longest type header and payload."""
+    max_stored: int
+    """Bytes of payload that are stored."""
+
+
+class _Outgoing(NamedTuple):
+    """How to write a packet type, with the capabilities known now."""
+
+    layout: struct.Struct
+    """Header and type header."""
+    type_header_size: int
+    values: int
+    """How many of the packet's values this layout has."""
+
+
+class Connection:
+    """One end of a usbredir connection, protocol 0.7.
+
+    What is received but not pulled is kept as bytes: who stops pulling must stop feeding, that is the bound.
+    A packet that is under way costs what has arrived of it, at most ``max_payload``. What is sent stays queued until
+    :meth:`data_to_send`.
+
+    Args:
+        role: which end we are.
+        caps: what we can do.
+        version: our name and version, for people; cut to 63 bytes.
+        max_payload: bytes of payload that are stored for one packet; a longer one becomes an :class:`Oversized`.
+
+    Attributes:
+        role: which end we are.
+        own_caps: what we announce.
+        peer_caps: what the peer announced; None until its hello was pulled.
+        peer_version: what the peer calls itself; empty until then.
+    """
+
+    def __init__(
+        self,
+        role: Role,
+        *,
+        caps: Cap = ALL_CAPS,
+        version: str = f"farplug {__version__}",
+        max_payload: int = DEFAULT_MAX_PAYLOAD,
+    ) -> None:
+        self.role = role
+        self.own_caps = caps.usable()
+        self.peer_caps: Cap | None = None
+        self.peer_version = ""
+        self._version = version
+        self._max_payload = max_payload
+        self._to_host = role is Role.HOST
+        self._received_flow = Flow.TO_HOST if self._to_host else Flow.TO_GUEST
+        self._sent_flow = Flow.TO_GUEST if self._to_host else Flow.TO_HOST
+        hello = FORMS[PacketType.HELLO]
+        self._header = header(Cap.NONE)
+        self._id_mask = _ID_MASK_32
+        self._incoming = {
+            int(PacketType.HELLO): _Incoming(Hello, hello.type_header(Cap.NONE), MAX_LENGTH, 4 * Hello.MAX_CAPS_WORDS)
+        }
+        self._outgoing: dict[type[Packet], _Outgoing] = {}
+        self._unsent: list[Buffer] = []
+        self._buffer = bytearray()
+        self._missing = 0
+        self._payload: bytearray | None = None
+        self._events = self._parse()
+
+    def start(self) -> None:
+        """Queue our hello. Nothing else can be sent before the peer's hello was pulled."""
+        hello = FORMS[PacketType.HELLO]
+        outgoing = _Outgoing(hello.packet(Cap.NONE), hello.type_header(Cap.NONE).size, 1)
+        packet = Hello(version=self._version, caps=(self.own_caps,))
+        self._queue(packet, packet.payload(), outgoing)
+
+    def receive_data(self, data: Buffer) -> None:
+        """Take bytes from the peer, cut anywhere. What must be kept is copied: ``data`` may be reused afterwards."""
+        view = memoryview(data)
+        if self._missing:
+            part = view[: self._missing]
+            if self._payload is not None:
+                self._payload += part
+            self._missing -= len(part)
+            view = view[len(part) :]
+        self._buffer += view
+
+    def next_event(self) -> Event | None:
+        """The next thing that the peer said; None if more bytes are needed.
+
+        The payload of a packet belongs to the packet: nothing here changes it any more.
+        """
+        return next(self._events)
+
+    def send(self, packet: Packet) -> None:
+        """Queue a packet. Payloads of 4 KiB and more are not copied: do not change them before they are written.
+
+        Raises:
+            LocalProtocolError: the peer would drop it, or it cannot be said now. Nothing was queued.
+        """
+        outgoing = self._outgoing.get(type(packet))
+        if outgoing is None:
+            raise LocalProtocolError(self._why_not_sent(packet.TYPE))
+        payload = packet.payload()
+        if type(payload) is memoryview and not (payload.c_contiguous and payload.itemsize == 1):
+            raise LocalProtocolError(f"{packet.TYPE}: the memoryview of its payload is not one of contiguous bytes")
+        if fault := packet.fault(not self._to_host, len(payload)):
+            raise LocalProtocolError(fault)
+        self._queue(packet, payload, outgoing)
+
+    def data_to_send(self) -> list[Buffer]:
+        """What is to be written, in order; it is the caller's from now on."""
+        unsent, self._unsent = self._unsent, []
+        return unsent
+
+    def _queue(self, packet: Packet, payload: Buffer, outgoing: _Outgoing) -> None:
+        layout, type_header_size, count = outgoing
+        size = len(payload)
+        values = packet.values()
+        if len(values) > count:
+            if packet.TYPE is PacketType.BULK_PACKET and values[count]:
+                raise LocalProtocolError("bulk_packet of more than 65535 bytes needs bulk_length_32_bits on both sides")
+            values = values[:count]
+        try:
+            head = layout.pack(packet.TYPE, type_header_size + size, packet.id & self._id_mask, *values)
+        except struct.error as error:
+            raise LocalProtocolError(f"{packet.TYPE} has a number that does not fit into its field: {error}") from None
+        if size < _JOIN_BELOW:
+            self._unsent.append(head + payload if size else head)
+        else:
+            self._unsent += (head, payload)
+
+    def _parse(self) -> Generator[Event | None, None, Never]:
+        """All events, for ever; None each time that more bytes are needed."""
+        buffer = self._buffer
+        stash: list[memoryview] = []
+        at = 0
+        while True:
+            header, table = self._header, self._incoming
+            unpack, header_size = header.unpack_from, header.size
+            while table is self._incoming:
+                if at >= _COMPACT_ABOVE:
+                    del buffer[:at]
+                    at = 0
+                while len(buffer) - at < header_size:
+                    del buffer[:at]
+                    at = 0
+                    yield None
+                code, length, id_ = unpack(buffer, at)
+                at += header_size
+                incoming = table.get(code)
+                if incoming is None:
+                    yield Violation(RemoteProtocolError(self._why_not_received(code)), code, id_)
+                    at = yield from self._skip(at, length)
+                    continue
+                packet, layout, max_length, max_stored = incoming
+                size = length - layout.size
+                if size < 0 or length > max_length:
+                    yield Violation(RemoteProtocolError(_bad_length(incoming, length)), code, id_)
+                    at = yield from self._skip(at, length)
+                    continue
+
+                while len(buffer) - at < layout.size:
+                    del buffer[:at]
+                    at = 0
+                    yield None
+                values = layout.unpack_from(buffer, at)
+                at += layout.size
+                if not size:
+                    yield self._decode(packet, id_, values, b"", 0)
+                elif size <= max_stored and size <= len(buffer) - at:
+                    at += size
+                    yield self._decode(packet, id_, values, bytes(memoryview(buffer)[at - size : at]), size)
+                else:
+                    # A payload is stored as a whole or not at all; of a hello, the beginning is enough.
+                    stored = min(size, max_stored) if size <= max_stored or packet is Hello else 0
+                    self._payload = bytearray()
+                    at = yield from self._take(at, stored)
+                    stash.append(memoryview(self._payload))
+                    self._payload = None
+                    at = yield from self._take(at, size - stored)
+                    # Popped here, so that nothing but the event holds the payload.
+                    yield self._decode(packet, id_, values, stash.pop(), size)
+
+    def _take(self, at: int, size: int) -> Generator[None, None, int]:
+        """Move so many bytes of the stream to where ``_payload`` says. Returns where the buffer goes on."""
+        part = min(size, len(self._buffer) - at)
+        if self._payload is not None:
+            self._payload += memoryview(self._buffer)[at : at + part]
+        if part == size:
+            return at + size
+        self._buffer.clear()
+        self._missing = size - part
+        while self._missing:
+            yield None
+        return 0
+
+    def _skip(self, at: int, length: int) -> Generator[None, None, int]:
+        """Skip the body of a packet that is dropped."""
+        # C keeps what it has to skip in a signed int: it skips nothing of a body that claims 2 GiB or more.
+        return (yield from self._take(at, length if length < 1 << 31 else 0))
+
+    def _decode(
+        self, packet: type[Packet], id_: int, values: tuple[int, ...], payload: Buffer, size: int
+    ) -> Packet | Violation | Oversized:
+        """Make an event of a packet that arrived as a whole. ``size`` bytes of payload came, not all may be stored."""
+        try:
+            event = packet.decode(id_, values, payload)
+        except RemoteProtocolError as error:
+            return Violation(error, packet.TYPE, id_)
+        if fault := event.fault(self._to_host, size):
+            return Violation(RemoteProtocolError(fault), packet.TYPE, id_)
+        if isinstance(event, DataPacket):
+            return event if len(payload) == size else Oversized(event)
+        if isinstance(event, Hello):
+            self._learn(event)
+        return event
+
+    def _learn(self, hello: Hello) -> None:
+        """Compile the tables for what both sides can do."""
+        self.peer_caps = peer_caps = hello.capabilities
+        self.peer_version = hello.version
+        shared = self.own_caps & peer_caps
+        self._header = header(shared)
+        self._id_mask = _ID_MASK_64 if Cap.IDS_64_BITS in shared else _ID_MASK_32
+        self._incoming = {}
+        for packet in PACKETS:
+            if packet is Hello:
+                continue
+            form = FORMS[packet.TYPE]
+            layout = form.type_header(shared)
+            if form.flow is not self._sent_flow and form.permission in self.own_caps:
+                max_length = min(layout.size + packet.MAX_PAYLOAD, MAX_LENGTH)
+                max_stored = self._max_payload if issubclass(packet, DataPacket) else packet.MAX_PAYLOAD
+                self._incoming[packet.TYPE] = _Incoming(packet, layout, max_length, max_stored)
+            if form.flow is not self._received_flow and form.permission in peer_caps:
+                count = len(layout.unpack(bytes(layout.size)))
+                self._outgoing[packet] = _Outgoing(form.packet(shared), layout.size, count)
+
+    def _why_not_received(self, code: int) -> str:
+        form = FORMS.get(code)
+        if form is None:
+            return f"unknown packet type {code}"
+        name = PacketType(code)
+        if form.flow is self._sent_flow:
+            return f"{name} arrived at the {self.role}, but it travels {form.flow}"
+        if name is PacketType.HELLO:
+            return "a second hello"
+        if self.peer_caps is None:
+            return f"{name} arrived before the hello"
+        return f"{name} arrived, but we do not have the capability {_name(form.permission)}"
+
+    def _why_not_sent(self, name: PacketType) -> str:
+        form = FORMS[name]
+        if name is PacketType.HELLO:
+            return "the hello is sent by start(), once"
+        if self.peer_caps is None:
+            return f"{name} cannot be sent before the peer's hello was pulled"
+        if form.flow is self._received_flow:
+            return f"{name} is not sent by the {self.role}, it travels {form.flow}"
+        return f"{name} cannot be sent, the peer does not have the capability {_name(form.permission)}"
+
+
+def _bad_length(incoming: _Incoming, length: int) -> str:
+    packet, layout, max_length, _ = incoming
+    expected = f"{layout.size} to {max_length}" if max_length > layout.size else f"{layout.size}"
+    return f"{packet.TYPE} of {length} bytes, it has {expected}"
+
+
+def _name(cap: Cap) -> str:
+    return str(cap.name).lower()

@@ -1,0 +1,150 @@
+"""The shape of usbredir on the wire: packet types, headers, and how capabilities change layouts.
+
+Source: usb-redirection-protocol.md (version 0.7) and usbredirproto.h. Everything is little-endian and packed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+from struct import Struct
+from typing import Final
+
+from farplug.usbredir.caps import Cap
+
+MAX_TRANSFER: Final = 128 * 1024 * 1024
+"""The longest bulk transfer, in bytes (C: MAX_BULK_TRANSFER_SIZE)."""
+MAX_LENGTH: Final = MAX_TRANSFER + 1024
+"""The longest body (type header and payload), in bytes, that a header may announce (C: MAX_PACKET_SIZE)."""
+VERSION_SIZE: Final = 64
+"""Bytes of the version string in a hello, its NUL included."""
+TABLE_SIZE: Final = 32
+"""Entries of the interface and endpoint tables."""
+
+
+class PacketType(IntEnum):
+    """The first word of a packet. Prints as the specification's name."""
+
+    HELLO = 0
+    DEVICE_CONNECT = 1
+    DEVICE_DISCONNECT = 2
+    RESET = 3
+    INTERFACE_INFO = 4
+    EP_INFO = 5
+    SET_CONFIGURATION = 6
+    GET_CONFIGURATION = 7
+    CONFIGURATION_STATUS = 8
+    SET_ALT_SETTING = 9
+    GET_ALT_SETTING = 10
+    ALT_SETTING_STATUS = 11
+    START_ISO_STREAM = 12
+    STOP_ISO_STREAM = 13
+    ISO_STREAM_STATUS = 14
+    START_INTERRUPT_RECEIVING = 15
+    STOP_INTERRUPT_RECEIVING = 16
+    INTERRUPT_RECEIVING_STATUS = 17
+    ALLOC_BULK_STREAMS = 18
+    FREE_BULK_STREAMS = 19
+    BULK_STREAMS_STATUS = 20
+    CANCEL_DATA_PACKET = 21
+    FILTER_REJECT = 22
+    FILTER_FILTER = 23
+    DEVICE_DISCONNECT_ACK = 24
+    START_BULK_RECEIVING = 25
+    STOP_BULK_RECEIVING = 26
+    BULK_RECEIVING_STATUS = 27
+    CONTROL_PACKET = 100
+    BULK_PACKET = 101
+    ISO_PACKET = 102
+    INTERRUPT_PACKET = 103
+    BUFFERED_BULK_PACKET = 104
+
+    def __str__(self) -> str:
+        return self.name.lower()
+
+
+class Flow(Enum):
+    """Which way a packet type travels."""
+
+    TO_HOST = "to the usb-host"
+    TO_GUEST = "to the usb-guest"
+    BOTH = "both ways"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What is known of a packet type before any field of it is read.
+
+    Attributes:
+        flow: which way it travels.
+        layout: its type header without capabilities, as :mod:`struct` writes it.
+        extended: longer type headers, the longest first, and the capability that both sides need for each.
+        permission: the capability that the receiver needs to be sent this type at all.
+    """
+
+    flow: Flow
+    layout: str = ""
+    extended: tuple[tuple[Cap, str], ...] = ()
+    permission: Cap = Cap.NONE
+
+    def type_header(self, shared: Cap) -> Struct:
+        """What follows the header, the payload left out. ``shared`` are the capabilities that both sides have."""
+        return Struct("<" + self._layout(shared))
+
+    def packet(self, shared: Cap) -> Struct:
+        """Header and type header in one."""
+        return Struct(header(shared).format + self._layout(shared))
+
+    def _layout(self, shared: Cap) -> str:
+        return next((layout for cap, layout in self.extended if cap in shared), self.layout)
+
+
+def header(shared: Cap) -> Struct:
+    """The header: type, length of what follows, id. ``shared`` are the capabilities that both sides have."""
+    return Struct("<IIQ" if Cap.IDS_64_BITS in shared else "<III")
+
+
+FORMS: Final[Mapping[int, Form]] = {
+    PacketType.HELLO: Form(Flow.BOTH, f"{VERSION_SIZE}s"),
+    PacketType.DEVICE_CONNECT: Form(Flow.TO_GUEST, "BBBBHH", ((Cap.CONNECT_DEVICE_VERSION, "BBBBHHH"),)),
+    PacketType.DEVICE_DISCONNECT: Form(Flow.TO_GUEST),
+    PacketType.RESET: Form(Flow.TO_HOST),
+    PacketType.INTERFACE_INFO: Form(Flow.TO_GUEST, "I32B32B32B32B"),
+    PacketType.EP_INFO: Form(
+        Flow.TO_GUEST,
+        "32B32B32B",
+        ((Cap.BULK_STREAMS, "32B32B32B32H32I"), (Cap.EP_INFO_MAX_PACKET_SIZE, "32B32B32B32H")),
+    ),
+    PacketType.SET_CONFIGURATION: Form(Flow.TO_HOST, "B"),
+    PacketType.GET_CONFIGURATION: Form(Flow.TO_HOST),
+    PacketType.CONFIGURATION_STATUS: Form(Flow.TO_GUEST, "BB"),
+    PacketType.SET_ALT_SETTING: Form(Flow.TO_HOST, "BB"),
+    PacketType.GET_ALT_SETTING: Form(Flow.TO_HOST, "B"),
+    PacketType.ALT_SETTING_STATUS: Form(Flow.TO_GUEST, "BBB"),
+    PacketType.START_ISO_STREAM: Form(Flow.TO_HOST, "BBB"),
+    PacketType.STOP_ISO_STREAM: Form(Flow.TO_HOST, "B"),
+    PacketType.ISO_STREAM_STATUS: Form(Flow.TO_GUEST, "BB"),
+    PacketType.START_INTERRUPT_RECEIVING: Form(Flow.TO_HOST, "B"),
+    PacketType.STOP_INTERRUPT_RECEIVING: Form(Flow.TO_HOST, "B"),
+    PacketType.INTERRUPT_RECEIVING_STATUS: Form(Flow.TO_GUEST, "BB"),
+    PacketType.ALLOC_BULK_STREAMS: Form(Flow.TO_HOST, "II"),
+    PacketType.FREE_BULK_STREAMS: Form(Flow.TO_HOST, "I"),
+    PacketType.BULK_STREAMS_STATUS: Form(Flow.TO_GUEST, "IIB"),
+    PacketType.CANCEL_DATA_PACKET: Form(Flow.TO_HOST),
+    PacketType.FILTER_REJECT: Form(Flow.TO_HOST, permission=Cap.FILTER),
+    PacketType.FILTER_FILTER: Form(Flow.BOTH, permission=Cap.FILTER),
+    PacketType.DEVICE_DISCONNECT_ACK: Form(Flow.TO_HOST, permission=Cap.DEVICE_DISCONNECT_ACK),
+    PacketType.START_BULK_RECEIVING: Form(Flow.TO_HOST, "IIBB", permission=Cap.BULK_RECEIVING),
+    PacketType.STOP_BULK_RECEIVING: Form(Flow.TO_HOST, "IB", permission=Cap.BULK_RECEIVING),
+    PacketType.BULK_RECEIVING_STATUS: Form(Flow.TO_GUEST, "IBB", permission=Cap.BULK_RECEIVING),
+    PacketType.CONTROL_PACKET: Form(Flow.BOTH, "BBBBHHH"),
+    PacketType.BULK_PACKET: Form(Flow.BOTH, "BBHI", ((Cap.BULK_LENGTH_32_BITS, "BBHIH"),)),
+    PacketType.ISO_PACKET: Form(Flow.BOTH, "BBH"),
+    PacketType.INTERRUPT_PACKET: Form(Flow.BOTH, "BBH"),
+    PacketType.BUFFERED_BULK_PACKET: Form(Flow.TO_GUEST, "IIBB", permission=Cap.BULK_RECEIVING),
+}
+"""Every packet type of protocol 0.7, by its code. The fields' names are in :mod:`farplug.usbredir.packets`."""

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import pytest
+
+from farplug.errors import Reason, UsageError
+from farplug.usbredir.filter import ANY, Filter, Flag, Rule, Verdict
+
+ALLOWED, DENIED, NO_MATCH = Verdict.ALLOWED, Verdict.DENIED, Verdict.NO_MATCH
+
+
+@pytest.mark.parametrize(
+    ("text", "separators", "canonical"),
+    [
+        ("", ",", ""),
+        ("||", ",", ""),
+        ("-1,-1,-1,-1,1", ",", "-1,-1,-1,-1,1"),
+        ("|0x03,-1,-1,-1,0||-1,-1,-1,-1,1|", ",", "0x03,-1,-1,-1,0|-1,-1,-1,-1,1"),
+        ("010,0X1d6B,+7, \t0,-5", ",", "0x08,0x1d6b,0x0007,0x0000,1"),
+        (",,8,,1,2,3,0,", ",", "0x08,0x0001,0x0002,0x0003,0"),
+        ("8:1:2:3:1", ":", "0x08,0x0001,0x0002,0x0003,1"),
+        ("8:1,2:3,1", ":,", "0x08,0x0001,0x0002,0x0003,1"),
+        ("255,65535,65535,65535,2147483647", ",", "0xff,0xffff,0xffff,0xffff,1"),
+        ("-0,-0x0,00,-01,-2147483648", ",", "0x00,0x0000,0x0000,-1,1"),
+        ("0" * 40 + "1,1,1,1,1", ",", "0x01,0x0001,0x0001,0x0001,1"),
+    ],
+)
+def test_parse_and_print(text: str, separators: str, canonical: str) -> None:
+    parsed = Filter.parse(text, separators)
+    assert str(parsed) == canonical
+    assert parsed.format(":") == canonical.replace(",", ":")
+    assert Filter.parse(canonical) == parsed
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1,2,3,4", "filter rule '1,2,3,4' has 4 fields, not 5"),
+        ("1,2,3,4,5,6", "filter rule '1,2,3,4,5,6' has 6 fields, not 5"),
+        ("-1,-1,-1,-1,1| ", "filter rule ' ' has 1 fields, not 5"),
+        ("1:2:3:4:5", "filter rule '1:2:3:4:5' has 1 fields, not 5"),
+        ("," * 100, "has 0 fields, not 5"),
+        ("a,2,3,4,5", "'a' in a filter rule is not a number"),
+        ("1 ,2,3,4,5", "'1 ' in a filter rule is not a number"),
+        ("08,2,3,4,5", "'08' in a filter rule is not a number"),
+        ("0x,2,3,4,5", "'0x' in a filter rule is not a number"),
+        ("\u0661,2,3,4,5", "in a filter rule is not a number"),
+        ("-2,2,3,4,5", "class -2 in a filter rule is not between -1 and 255"),
+        ("256,2,3,4,5", "class 256 in a filter rule is not between -1 and 255"),
+        ("1,65536,3,4,5", "vendor 65536 in a filter rule is not between -1 and 65535"),
+        ("1,2,65536,4,5", "product 65536 in a filter rule is not between -1 and 65535"),
+        ("1,2,3,65536,5", "version 65536 in a filter rule is not between -1 and 65535"),
+        ("1,2,3,4,2147483648", "'2147483648' in a filter rule does not fit into 32 bits"),
+        ("1,2,3,4," + "9" * 10000, "... in a filter rule does not fit into 32 bits"),
+    ],
+)
+def test_bad_rules(text: str, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Filter.parse(text)
+    assert message in caught.value.message
+    assert len(caught.value.message) < 200
+    assert "\n" not in caught.value.message
+    assert caught.value.reason is Reason.BAD_OPTION
+    assert "class,vendor,product,version,allow" in caught.value.remedy
+
+
+def test_rules_are_valid_from_birth() -> None:
+    with pytest.raises(UsageError):
+        Rule(ANY, 0x10000, ANY, ANY, True)
+    assert str(Rule(3, ANY, 0x1234, 0x100, False)) == "0x03,-1,0x1234,0x0100,0"
+
+
+STORAGE, HID, BOOT_KEYBOARD = (0x08, 0x06, 0x50), (0x03, 0x00, 0x00), (0x03, 0x01, 0x01)
+NO_HID = "3,-1,-1,-1,0|-1,-1,-1,-1,1"
+
+
+@pytest.mark.parametrize(
+    ("rules", "device_class", "interfaces", "flags", "verdict"),
+    [
+        ("", 0, [STORAGE], Flag.NONE, NO_MATCH),
+        ("", 0, [STORAGE], Flag.DEFAULT_ALLOW, ALLOWED),
+        ("", 0, [], Flag.NONE, ALLOWED),
+        ("8,-1,-1,-1,1", 0, [STORAGE], Flag.NONE, ALLOWED),
+        ("8,-1,-1,-1,1", 0, [STORAGE, BOOT_KEYBOARD], Flag.NONE, NO_MATCH),
+        ("8,-1,-1,-1,1", 0, [STORAGE, BOOT_KEYBOARD], Flag.DEFAULT_ALLOW, ALLOWED),
+        ("8,-1,-1,-1,0|-1,-1,-1,-1,1", 0, [STORAGE], Flag.DEFAULT_ALLOW, DENIED),
+        ("-1,-1,-1,-1,1|8,-1,-1,-1,0", 0, [STORAGE], Flag.NONE, ALLOWED),
+        # the device's own class, unless it points to the interfaces
+        ("9,-1,-1,-1,0|-1,-1,-1,-1,1", 9, [STORAGE], Flag.NONE, DENIED),
+        ("0,-1,-1,-1,0|-1,-1,-1,-1,1", 0, [STORAGE], Flag.NONE, ALLOWED),
+        ("0xef,-1,-1,-1,0|-1,-1,-1,-1,1", 0xEF, [STORAGE], Flag.NONE, ALLOWED),
+        # ids
+        ("-1,0x1d6b,0x0104,0x0100,1", 0, [STORAGE], Flag.NONE, ALLOWED),
+        ("-1,0x1d6c,-1,-1,1", 0, [STORAGE], Flag.NONE, NO_MATCH),
+        ("-1,-1,0x0105,-1,1", 0, [STORAGE], Flag.NONE, NO_MATCH),
+        ("-1,-1,-1,0x0101,1", 0, [STORAGE], Flag.NONE, NO_MATCH),
+        # HID without boot protocol, on a device with other interfaces
+        (NO_HID, 0, [STORAGE, HID], Flag.NONE, ALLOWED),
+        (NO_HID, 0, [STORAGE, HID], Flag.DONT_SKIP_NON_BOOT_HID, DENIED),
+        (NO_HID, 0, [STORAGE, BOOT_KEYBOARD], Flag.NONE, DENIED),
+        (NO_HID, 0, [HID], Flag.NONE, DENIED),
+        (NO_HID, 0, [HID, HID], Flag.NONE, DENIED),
+        ("-1,-1,-1,-1,1", 0, [HID, HID], Flag.NONE, ALLOWED),
+    ],
+)
+def test_check(
+    rules: str, device_class: int, interfaces: list[tuple[int, int, int]], flags: Flag, verdict: Verdict
+) -> None:
+    result = Filter.parse(rules).check(
+        device_class=device_class,
+        vendor_id=0x1D6B,
+        product_id=0x0104,
+        device_version=0x0100,
+        interfaces=interfaces,
+        flags=flags,
+    )
+    assert result is verdict
+    assert str(result) == verdict.value
