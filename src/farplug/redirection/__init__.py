@@ -1,0 +1,5 @@
+"""The engine: drives one device over one port, as the usb-host side of usbredir."""
+
+from farplug.redirection.engine import Redirection, State
+
+__all__ = ["Redirection", "State"]

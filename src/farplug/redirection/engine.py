@@ -1,0 +1,771 @@
+"""One device on one port: hello, offer, reset, configurations, settings, disconnect.
+
+It knows packets and :class:`~farplug.usb.device.Device`, and no kind of device. What it guarantees, whatever the device
+and the guest do (QEMU aborts its VM otherwise): every id has exactly one answer, answers keep their order on each
+endpoint (:mod:`~farplug.redirection.ledger`), nothing is sent that the guest's parser would reject
+(:mod:`farplug.usbredir`), and memory is bounded.
+
+Source: usb-redirection-protocol.md (protocol 0.7) and what usbredirhost and QEMU make of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from enum import Enum, auto
+from typing import Any
+
+from farplug import events
+from farplug.errors import (
+    DeviceError,
+    FarplugError,
+    GuestGoneError,
+    LocalProtocolError,
+    Reason,
+    RefusedError,
+    RemoteProtocolError,
+    UsageError,
+)
+from farplug.events import EndpointFigures, PortEvent
+from farplug.redirection.ledger import MAX_TRANSFER, Ledger
+from farplug.redirection.receptions import Receptions, Start, Stop
+from farplug.transport.port import Port
+from farplug.usb.device import Device
+from farplug.usb.transfer import Status
+from farplug.usb.types import (
+    Buffer,
+    DescriptorType,
+    Endpoint,
+    Interface,
+    Request,
+    RequestType,
+    Setup,
+    Speed,
+    TransferType,
+)
+from farplug.usbredir import packets as p
+from farplug.usbredir.caps import ALL_CAPS, Cap
+from farplug.usbredir.filter import Filter, Verdict
+from farplug.usbredir.protocol import Connection, Oversized, Role, Violation
+
+MAX_PENDING = 4096
+"""Pending transfers; with more than that nothing further is read from the guest until some are answered."""
+MAX_REPORTED_VIOLATIONS = 20
+"""Packets that break the protocol are reported this often for each port; further ones are dropped in silence."""
+HELLO_PATIENCE = 1.5
+"""Seconds after which a guest that has not said hello is reported as one that is waited for."""
+ACK_PATIENCE = 5.0
+"""Seconds to wait for the guest's answer to a disconnect; a paused VM gives none."""
+FALLBACK_RESETS = 3
+"""Port resets after which a device that was looked at, but not understood, is offered at a lower speed."""
+
+log = logging.getLogger("farplug.usbredir")
+
+
+class State(Enum):
+    """Where a redirection is."""
+
+    CLOSED = auto()
+    """The port is not open."""
+    WAITING = auto()
+    """The port is open; the guest has not said hello."""
+    EMPTY = auto()
+    """The guest is ready; no device is in the port."""
+    ATTACHED = auto()
+    """A device was offered, or is in use."""
+    LEAVING = auto()
+    """A device was taken out; the guest has not acknowledged it yet."""
+
+    def __str__(self) -> str:
+        return self.name.lower()
+
+
+class Redirection:
+    """One device at a time on one port.
+
+    Args:
+        port: where the bytes go; it must be closed, :meth:`open` opens it.
+        on_event: called with everything that happens, on the event loop. It must not block.
+        max_transfer: see :data:`MAX_TRANSFER`.
+        caps: what we announce.
+    """
+
+    def __init__(
+        self,
+        port: Port,
+        on_event: Callable[[PortEvent], None] = lambda event: None,
+        *,
+        max_transfer: int = MAX_TRANSFER,
+        caps: Cap = ALL_CAPS,
+    ) -> None:
+        self.port = port
+        self.state = State.CLOSED
+        self._emit = on_event
+        self._connection = Connection(Role.HOST, caps=caps, max_payload=max_transfer)
+        self._device: Device | None = None
+        self._guest_filter: Filter | None = None
+        self._endpoints: dict[int, Endpoint] = {}
+        self._ledger = Ledger(self._send, self._answered, self._fault, max_transfer)
+        self._receptions = Receptions(self._send, self._fault, self._ledger.figures, max_transfer)
+        self._violations = 0
+        self._port_error: FarplugError | None = None
+        # Why nothing is pulled from the connection right now.
+        self._operation: asyncio.Task[None] | None = None
+        self._output_full = False
+        self._pumping = False
+        self._reading_paused = False
+        # What the guest did since the device was offered: does it understand what it sees?
+        self._traffic = False
+        self._looked = False
+        self._fruitless_resets = 0
+        # Waiting and leaving.
+        self._hello: asyncio.Future[None] | None = None
+        self._acknowledged: asyncio.Future[None] | None = None
+        self._leaving: asyncio.Task[None] | None = None
+        self._falling_back: asyncio.Task[None] | None = None
+        self._closed: asyncio.Future[FarplugError | None] | None = None
+        self._debug = log.isEnabledFor(logging.DEBUG)
+        self._handlers: dict[type, Callable[[Any], None]] = {
+            p.BulkPacket: self._bulk,
+            p.ControlPacket: self._control,
+            p.InterruptPacket: self._interrupt_out,
+            p.IsoPacket: lambda packet: self._receptions.iso_out(packet, self._usable_device),
+            p.CancelDataPacket: lambda packet: self._ledger.cancel(packet.id),
+            p.Reset: self._reset,
+            p.SetConfiguration: self._set_configuration,
+            p.GetConfiguration: self._get_configuration,
+            p.SetAltSetting: self._set_alt_setting,
+            p.GetAltSetting: self._get_alt_setting,
+            p.StartIsoStream: self._start_receiving,
+            p.StopIsoStream: self._stop_receiving,
+            p.StartInterruptReceiving: self._start_receiving,
+            p.StopInterruptReceiving: self._stop_receiving,
+            p.StartBulkReceiving: self._start_receiving,
+            p.StopBulkReceiving: self._stop_receiving,
+            p.AllocBulkStreams: self._alloc_streams,
+            p.FreeBulkStreams: self._free_streams,
+            p.Hello: self._on_hello,
+            p.FilterFilter: self._on_filter,
+            p.FilterReject: self._on_filter_reject,
+            p.DeviceDisconnectAck: self._on_disconnect_ack,
+            Oversized: self._oversized,
+            Violation: self._violation,
+        }
+
+    # What the owner does -----------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> Device | None:
+        """The device in the port."""
+        return self._device
+
+    @property
+    def figures(self) -> tuple[EndpointFigures, ...]:
+        """What moved since the device was attached, one entry for each endpoint that was used."""
+        return self._ledger.figures.snapshot()
+
+    @property
+    def _usable_device(self) -> Device | None:
+        """The device, while the guest may use it."""
+        return self._device if self.state is State.ATTACHED else None
+
+    async def open(self) -> None:
+        """Open the port and say hello.
+
+        Raises:
+            TargetError: the port cannot be reached.
+            PortError: somebody else uses it.
+        """
+        if self.state is not State.CLOSED:
+            raise LocalProtocolError(f"port {self.port.name} is open already")
+        loop = asyncio.get_running_loop()
+        self._hello = loop.create_future()
+        self._closed = loop.create_future()
+        self.state = State.WAITING
+        try:
+            await self.port.open(self)
+        except BaseException:
+            self.state = State.CLOSED
+            raise
+        self._connection.start()
+        self._flush()
+
+    async def attach(self, device: Device) -> None:
+        """Offer ``device`` to the guest; wait for the guest's hello first, for as long as it takes.
+
+        Returns once the device was offered. That the guest refuses it, or configures it, comes as an event.
+
+        Raises:
+            GuestGoneError: the port was closed before the guest was ready.
+            RefusedError: the guest's filter, or its capabilities, rule the device out: it was not offered.
+            DeviceError: the device cannot be taken.
+        """
+        if self._device is not None or self.state not in (State.WAITING, State.EMPTY):
+            raise LocalProtocolError(f"port {self.port.name} cannot take a device now: it is {self.state}")
+        self._device = device  # reserved: no second one while we wait
+        opened = False
+        try:
+            await self._wait_for_hello()
+            self._check_filter(device)
+            await device.open(self)
+            opened = True
+            if self._closed is None or self._closed.done():
+                raise self._gone()
+            self._ledger.figures.clear()
+            self._offer(device)
+        except BaseException:
+            self._device = None
+            if opened:
+                await device.close()
+            raise
+
+    async def detach(self) -> None:
+        """Take the device out: cancel what is pending, tell the guest, wait for its answer, give the device back.
+
+        Does nothing if there is no device. Raises ``DeviceError`` if what was written could not be made durable.
+        """
+        if self._device is not None and self.state not in (State.WAITING, State.EMPTY):
+            await asyncio.shield(self._start_leaving(None))
+
+    async def close(self) -> None:
+        """Detach, then close the port."""
+        try:
+            await self.detach()
+        finally:
+            await self.port.close()
+            await self.closed()
+
+    async def closed(self) -> FarplugError | None:
+        """Wait until the port is closed and the device given back; the reason, if it was not us."""
+        if self._closed is None:
+            return None
+        error = await asyncio.shield(self._closed)
+        if self._leaving is not None:
+            await asyncio.wait([self._leaving])
+        return error
+
+    # Attaching and leaving ---------------------------------------------------------------------------------------
+
+    async def _wait_for_hello(self) -> None:
+        assert self._hello is not None
+        timer = asyncio.get_running_loop().call_later(
+            HELLO_PATIENCE, lambda: self._emit(events.WaitingForGuest(self.port.name))
+        )
+        try:
+            await asyncio.shield(self._hello)
+        finally:
+            timer.cancel()
+
+    def _check_filter(self, device: Device) -> None:
+        if self._guest_filter is None:
+            return
+        identity = device.identity
+        verdict = self._guest_filter.check(
+            device_class=identity.device_class,
+            vendor_id=identity.vendor_id,
+            product_id=identity.product_id,
+            device_version=identity.device_version,
+            interfaces=[(i.interface_class, i.interface_subclass, i.interface_protocol) for i in device.interfaces],
+        )
+        if verdict is not Verdict.ALLOWED:
+            raise RefusedError(
+                f"the guest's filter does not allow {identity}: {self._guest_filter}",
+                reason=Reason.FILTERED,
+                remedy="allow it in the filter= property of QEMU's usb-redir device (libvirt: <redirfilter>)",
+            )
+
+    def _offer(self, device: Device) -> None:
+        identity = device.identity
+        self.state = State.ATTACHED
+        self._ledger.device = device
+        self._traffic = self._looked = False
+        self._fruitless_resets = 0
+        self._describe(device)
+        self._send(
+            p.DeviceConnect(
+                speed=min(identity.speed, Speed.SUPER),  # the protocol has no code for more
+                device_class=identity.device_class,
+                device_subclass=identity.device_subclass,
+                device_protocol=identity.device_protocol,
+                vendor_id=identity.vendor_id,
+                product_id=identity.product_id,
+                device_version=identity.device_version,
+            )
+        )
+        self._flush()
+        self._emit(events.Attached(self.port.name, identity, identity.speed))
+
+    def _describe(self, device: Device) -> None:
+        """Tell the guest the interfaces and endpoints of the current setting."""
+        interfaces = device.interfaces
+        self._endpoints = {e.address: e for i in interfaces for e in i.endpoints}
+        table = [p.EndpointEntry()] * 32
+        table[0] = table[16] = p.EndpointEntry(type=TransferType.CONTROL)
+        for interface in interfaces:
+            for endpoint in interface.endpoints:
+                periodic = endpoint.type in (TransferType.INTERRUPT, TransferType.ISOCHRONOUS)
+                table[p.endpoint_index(endpoint.address)] = p.EndpointEntry(
+                    type=endpoint.type,
+                    interval=max(1, endpoint.interval) if periodic else endpoint.interval,  # QEMU rejects 0
+                    interface=interface.number,
+                    max_packet_size=endpoint.max_packet_size,
+                    max_streams=endpoint.max_streams,
+                )
+        self._send(
+            p.InterfaceInfo(
+                interfaces=tuple(
+                    p.InterfaceEntry(i.number, i.interface_class, i.interface_subclass, i.interface_protocol)
+                    for i in interfaces[:32]
+                )
+            )
+        )
+        self._send(p.EndpointInfo(endpoints=tuple(table)))
+
+    def _start_leaving(self, error: FarplugError | None) -> asyncio.Task[None]:
+        if self._leaving is None:
+            self._leaving = asyncio.get_running_loop().create_task(self._leave(error))
+            self._leaving.add_done_callback(_retrieve)
+        return self._leaving
+
+    async def _leave(self, error: FarplugError | None) -> None:
+        device = self._device
+        assert device is not None
+        try:
+            under_way = [task for task in (self._operation, self._falling_back) if task is not None]
+            if under_way:
+                await asyncio.wait(under_way)
+            await self._disconnect(device)
+            try:
+                await device.close()
+            except FarplugError as close_error:
+                error = error or close_error
+                raise
+        finally:
+            figures = self.figures
+            self._device = None
+            self._leaving = None
+            self._emit(events.Detached(self.port.name, error, figures))
+
+    async def _disconnect(self, device: Device) -> None:
+        """Out of the guest: pending transfers answered, the guest told, its acknowledgement awaited."""
+        self._ledger.cancel_all()
+        self._ledger.device = None
+        self._receptions.forget()
+        if self.state is State.CLOSED:
+            return
+        self.state = State.LEAVING
+        self._acknowledged = asyncio.get_running_loop().create_future()
+        self._send(p.DeviceDisconnect())
+        self._flush()
+        if (self._connection.peer_caps or Cap(0)) & Cap.DEVICE_DISCONNECT_ACK:
+            try:
+                await asyncio.wait_for(self._acknowledged, ACK_PATIENCE)
+            except TimeoutError:
+                log.warning("%s: the guest did not acknowledge that the device left; it may be paused", self.port.name)
+                self.port.abort()  # what it would still say could not be told from the next device's
+        if self.state is State.LEAVING:
+            self.state = State.EMPTY
+
+    # The device's voice (DeviceListener) --------------------------------------------------------------------------
+
+    def received(self, endpoint: int, status: Status, data: Buffer) -> None:
+        """One packet of a running reception."""
+        self._receptions.received(endpoint, status, data)
+        self._answered()
+
+    def reception_ended(self, endpoint: int, status: Status) -> None:
+        """A reception ended by itself (stall), or reports an error while it runs on."""
+        self._receptions.ended(endpoint, status)
+        self._answered()
+
+    def lost(self, error: Exception | None) -> None:
+        """The device is gone: tell the guest."""
+        message = "the device is gone" if error is None else f"the device is gone: {error}"
+        if self._device is not None:
+            self._start_leaving(DeviceError(message, reason=Reason.DEVICE_LOST))
+
+    # The port's voice (PortListener) ------------------------------------------------------------------------------
+
+    def data_received(self, data: memoryview) -> None:
+        """Bytes from the guest."""
+        self._connection.receive_data(data)
+        self._pump()
+
+    def pause_writing(self) -> None:
+        """The port takes no more output: stop pulling requests."""
+        self._output_full = self._receptions.output_full = True
+
+    def resume_writing(self) -> None:
+        """The port takes output again."""
+        self._output_full = self._receptions.output_full = False
+        self._pump()
+
+    def port_closed(self, error: FarplugError | None) -> None:
+        """The port is closed: nothing can be answered any more; give the device back."""
+        if self.state is State.CLOSED:
+            return
+        self.state = State.CLOSED
+        error = self._port_error or error
+        assert self._hello is not None
+        assert self._closed is not None
+        if self._acknowledged is not None and not self._acknowledged.done():
+            self._acknowledged.set_result(None)
+        if not self._hello.done():
+            self._hello.set_exception(error or self._gone())
+            self._hello.exception()  # nobody need be waiting
+        elif self._device is not None:
+            self._start_leaving(error or self._gone())
+        if not self._closed.done():
+            self._closed.set_result(error)
+
+    def _gone(self) -> GuestGoneError:
+        return GuestGoneError(f"the connection to the guest was closed ({self.port.name})")
+
+    # Pulling packets, sending answers -----------------------------------------------------------------------------
+
+    @property
+    def _held(self) -> bool:
+        return self._output_full or self._operation is not None or len(self._ledger) >= MAX_PENDING
+
+    def _pump(self) -> None:
+        if self._pumping:
+            return
+        self._pumping = True
+        next_event = self._connection.next_event
+        try:
+            while not self._held:
+                event = next_event()
+                if event is None:
+                    break
+                if self._debug:
+                    log.debug("%s < %s", self.port.name, event)
+                handler = self._handlers.get(type(event))
+                if handler is not None:
+                    handler(event)
+                self._flush()
+        finally:
+            self._pumping = False
+        held = self._held
+        if held is not self._reading_paused:
+            self._reading_paused = held
+            if held:
+                self.port.pause_reading()
+            else:
+                self.port.resume_reading()
+
+    def _send(self, packet: p.Packet) -> None:
+        if self.state is State.CLOSED:
+            return
+        if self._debug:
+            log.debug("%s > %s", self.port.name, packet)
+        try:
+            self._connection.send(packet)
+        except LocalProtocolError as error:  # what the device gave us cannot be said in this protocol
+            self._fault(error)
+
+    def _flush(self) -> None:
+        buffers = self._connection.data_to_send()
+        if buffers:
+            self.port.write(buffers)
+
+    def _answered(self) -> None:
+        """Something was said outside of the pump: by the device, later."""
+        if not self._pumping:
+            self._flush()
+            if self._reading_paused:
+                self._pump()
+
+    def _fault(self, error: Exception) -> None:
+        log.warning("%s: the device misbehaved", self.port.name, exc_info=error)
+        self._emit(events.DeviceFault(self.port.name, error))
+
+    # Transfers ----------------------------------------------------------------------------------------------------
+
+    def _bulk(self, packet: p.BulkPacket, *, stored: bool = True) -> None:
+        self._traffic = True
+        endpoint = self._endpoints.get(packet.endpoint)
+        self._ledger.submit(
+            packet.id,
+            TransferType.BULK,
+            packet.endpoint,
+            valid=stored and endpoint is not None and endpoint.type is TransferType.BULK,
+            length=packet.length,
+            data=packet.data,
+            stream_id=packet.stream_id,
+        )
+
+    def _control(self, packet: p.ControlPacket, *, stored: bool = True) -> None:
+        self._traffic = True
+        setup = Setup(packet.request_type, packet.request, packet.value, packet.index, packet.length)
+        if setup.type is RequestType.STANDARD and setup.request == Request.GET_DESCRIPTOR:
+            self._looked = setup.value >> 8 == DescriptorType.DEVICE
+            if not self._looked:
+                self._fruitless_resets = 0  # it understood the device descriptor, and goes on
+        self._ledger.submit(
+            packet.id,
+            TransferType.CONTROL,
+            packet.endpoint,
+            valid=stored and not packet.endpoint & 0x0F,
+            length=packet.length,
+            data=packet.data,
+            setup=setup,
+        )
+
+    def _interrupt_out(self, packet: p.InterruptPacket, *, stored: bool = True) -> None:
+        self._traffic = True
+        endpoint = self._endpoints.get(packet.endpoint)
+        self._ledger.submit(
+            packet.id,
+            TransferType.INTERRUPT,
+            packet.endpoint,
+            valid=stored
+            and endpoint is not None
+            and endpoint.type is TransferType.INTERRUPT
+            and len(packet.data) <= endpoint.max_packet_size,
+            data=packet.data,
+        )
+
+    def _oversized(self, event: Oversized) -> None:
+        """A transfer whose body was too large to store: answered with an error, in its turn."""
+        match event.packet:
+            case p.BulkPacket():
+                self._bulk(event.packet, stored=False)
+            case p.ControlPacket():
+                self._control(event.packet, stored=False)
+            case p.InterruptPacket():
+                self._interrupt_out(event.packet, stored=False)
+
+    # Operations on the whole device: nothing is pulled until they are done ----------------------------------------
+
+    def _operate(self, operation: Coroutine[Any, Any, None]) -> None:
+        async def run() -> None:
+            try:
+                await operation
+            except Exception as error:
+                self._fault(error)
+            finally:
+                self._operation = None
+                self._flush()
+                self._pump()
+
+        self._operation = asyncio.get_running_loop().create_task(run())
+
+    async def _device_status(self, call: Awaitable[Status]) -> Status:
+        try:
+            return await call
+        except Exception as error:
+            self._fault(error)
+            return Status.IO_ERROR
+
+    def _reset(self, packet: p.Reset) -> None:
+        device = self._device
+        if device is None or self.state is not State.ATTACHED:
+            return
+        if self._looked:
+            self._looked = False
+            self._fruitless_resets += 1
+            lower = [speed for speed in device.speeds if speed < device.identity.speed]
+            if self._fruitless_resets >= FALLBACK_RESETS and lower:
+                self._start_falling_back(device, lower[0])
+                return
+        if not self._traffic:
+            return  # it was reset a moment ago
+        self._traffic = False
+        self._operate(self._do_reset(device))
+
+    async def _do_reset(self, device: Device) -> None:
+        self._ledger.cancel_all()
+        await self._device_status(device.reset())
+        self._receptions.end_all()
+        self._emit(events.WasReset(self.port.name))
+
+    def _start_falling_back(self, device: Device, speed: Speed) -> None:
+        async def fall_back() -> None:
+            try:
+                await self._disconnect(device)
+                if self.state is State.EMPTY:
+                    await device.close()
+                    device.select_speed(speed)
+                    await device.open(self)
+                    self._offer(device)
+            except Exception as error:
+                self._fault(error)
+                message = f"the device cannot run at {speed} speed: {error}"
+                self._start_leaving(DeviceError(message, reason=Reason.DEVICE_FAULT))
+            finally:
+                self._falling_back = None
+
+        if self._falling_back is None and self._leaving is None:
+            self._emit(events.FellBack(self.port.name, device.identity.speed, speed))
+            self._falling_back = asyncio.get_running_loop().create_task(fall_back())
+
+    def _set_configuration(self, packet: p.SetConfiguration) -> None:
+        device = self._device
+        if device is None or self.state is not State.ATTACHED:
+            self._send(p.ConfigurationStatus(id=packet.id, status=Status.IO_ERROR, configuration=0))
+            return
+
+        async def operation() -> None:
+            self._ledger.cancel_all()
+            self._receptions.forget()
+            status = await self._device_status(device.set_configuration(packet.configuration))
+            self._fruitless_resets = 0
+            self._traffic = True
+            self._describe(device)
+            self._send(
+                p.ConfigurationStatus(id=packet.id, status=_answerable(status), configuration=device.configuration)
+            )
+            if status is Status.SUCCESS:
+                self._emit(events.Configured(self.port.name, device.configuration))
+
+        self._operate(operation())
+
+    def _get_configuration(self, packet: p.GetConfiguration) -> None:
+        device = self._device
+        status, value = Status.IO_ERROR, 0
+        if device is not None and self.state is State.ATTACHED:
+            status, value = Status.SUCCESS, device.configuration
+        self._send(p.ConfigurationStatus(id=packet.id, status=status, configuration=value))
+
+    def _set_alt_setting(self, packet: p.SetAltSetting) -> None:
+        device = self._device
+        if device is None or self.state is not State.ATTACHED:
+            self._send(p.AltSettingStatus(id=packet.id, status=Status.IO_ERROR, interface=packet.interface, alt=255))
+            return
+
+        async def operation() -> None:
+            interface = _interface(device, packet.interface)
+            if interface is None:
+                status, alt = Status.INVALID, 255
+            else:
+                endpoints = {endpoint.address: endpoint for endpoint in interface.endpoints}
+                self._ledger.cancel_all(endpoints)
+                self._receptions.forget(endpoints)
+                status = await self._device_status(device.set_interface(packet.interface, packet.alt))
+                interface = _interface(device, packet.interface)
+                alt = 255 if interface is None else interface.alternate
+                if status is Status.SUCCESS:
+                    self._describe(device)
+            self._traffic = True
+            self._send(
+                p.AltSettingStatus(id=packet.id, status=_answerable(status), interface=packet.interface, alt=alt)
+            )
+
+        self._operate(operation())
+
+    def _get_alt_setting(self, packet: p.GetAltSetting) -> None:
+        status, alt = Status.IO_ERROR, 255
+        if self._device is not None and self.state is State.ATTACHED:
+            interface = _interface(self._device, packet.interface)
+            status = Status.INVALID if interface is None else Status.SUCCESS
+            alt = 255 if interface is None else interface.alternate
+        self._send(p.AltSettingStatus(id=packet.id, status=status, interface=packet.interface, alt=alt))
+
+    # Receptions and bulk streams ----------------------------------------------------------------------------------
+
+    def _start_receiving(self, packet: Start) -> None:
+        self._traffic = True
+        self._receptions.start(packet, self._usable_device, self._endpoints)
+
+    def _stop_receiving(self, packet: Stop) -> None:
+        self._receptions.stop(packet, self._usable_device)
+
+    def _alloc_streams(self, packet: p.AllocBulkStreams) -> None:
+        self._streams(packet, packet.streams, lambda d, e: d.allocate_streams(e, packet.streams))
+
+    def _free_streams(self, packet: p.FreeBulkStreams) -> None:
+        self._streams(packet, 0, lambda d, e: d.free_streams(e))
+
+    def _streams(
+        self,
+        packet: p.AllocBulkStreams | p.FreeBulkStreams,
+        count: int,
+        call: Callable[[Device, Sequence[int]], Awaitable[Status]],
+    ) -> None:
+        device = self._device
+        addresses = [p.endpoint_address(index) for index in range(32) if packet.endpoints >> index & 1]
+
+        def answer(status: Status) -> None:
+            self._send(
+                p.BulkStreamsStatus(id=packet.id, endpoints=packet.endpoints, streams=count, status=_answerable(status))
+            )
+
+        async def operation(device: Device) -> None:
+            answer(await self._device_status(call(device, addresses)))
+
+        if device is None or self.state is not State.ATTACHED:
+            answer(Status.IO_ERROR)
+        elif not all(a in self._endpoints and self._endpoints[a].max_streams >= count for a in addresses):
+            answer(Status.INVALID)
+        else:
+            self._operate(operation(device))
+
+    # The guest's other words --------------------------------------------------------------------------------------
+
+    def _on_hello(self, packet: p.Hello) -> None:
+        assert self._hello is not None
+        self.state = State.EMPTY
+        self._emit(events.GuestReady(self.port.name, packet.version, str(self._connection.peer_caps)))
+        if not self._hello.done():
+            self._hello.set_result(None)
+
+    def _on_filter(self, packet: p.FilterFilter) -> None:
+        try:
+            self._guest_filter = Filter.parse(packet.filter)
+        except UsageError as error:
+            log.warning("%s: the guest sent a filter that cannot be read, it is ignored: %s", self.port.name, error)
+
+    def _on_filter_reject(self, packet: p.FilterReject) -> None:
+        device = self._device
+        if device is None or self.state is not State.ATTACHED or self._leaving is not None:
+            return
+        identity = device.identity
+        try:
+            self._check_filter(device)
+        except RefusedError as filtered:
+            error = filtered
+        else:
+            lower = [speed for speed in device.speeds if speed < identity.speed]
+            if lower:
+                self._start_falling_back(device, lower[0])
+                return
+            error = RefusedError(
+                f"the guest refused {identity} at {identity.speed} speed",
+                reason=Reason.REJECTED,
+                remedy="the VM's USB controller may not take this speed: give it a qemu-xhci controller; "
+                "QEMU's own log says why",
+            )
+        self._emit(events.Refused(self.port.name, error))
+        self._start_leaving(error)
+
+    def _on_disconnect_ack(self, packet: p.DeviceDisconnectAck) -> None:
+        if self._acknowledged is not None and not self._acknowledged.done():
+            self._acknowledged.set_result(None)
+
+    def _violation(self, event: Violation) -> None:
+        if self.state is State.WAITING:
+            self._port_error = RemoteProtocolError(
+                f"what answers at {self.port.name} does not speak usbredir: {event.error}",
+                remedy="is the address the one of a usbredir chardev, or of a SPICE server (spice://)?",
+            )
+            self.port.abort()
+            return
+        self._violations += 1
+        if self._violations <= MAX_REPORTED_VIOLATIONS:  # a hostile guest must not flood a log
+            self._emit(events.PeerViolation(self.port.name, event.error))
+
+
+def _retrieve(task: asyncio.Task[None]) -> None:
+    """An error of a detach that nobody awaits is told by its event; do not let asyncio complain as well."""
+    if not task.cancelled():
+        task.exception()
+
+
+def _interface(device: Device, number: int) -> Interface | None:
+    return next((interface for interface in device.interfaces if interface.number == number), None)
+
+
+def _answerable(status: Status) -> Status:
+    """Statuses that usbredir defines for operations: a stall is an I/O error there."""
+    return Status.IO_ERROR if status is Status.STALL else status

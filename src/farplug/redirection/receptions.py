@@ -1,0 +1,218 @@
+"""Streaming in: interrupt, isochronous and buffered bulk endpoints that the device reads without being asked.
+
+Source: usb-redirection-protocol.md, start/stop iso stream, interrupt receiving and bulk receiving. Any end of a
+reception that the guest did not ask for is told as a stall; another status is an error while it runs on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
+
+from farplug.redirection.figures import Figures
+from farplug.usb.device import Device, Reception
+from farplug.usb.transfer import Status, Transfer
+from farplug.usb.types import Buffer, Endpoint, TransferType
+from farplug.usbredir import packets as p
+
+MAX_UNTAKEN = 1000
+"""Packets that are queued while the port takes no output; more are dropped. QEMU's own queue has the same target."""
+
+Stop: TypeAlias = p.StopIsoStream | p.StopInterruptReceiving | p.StopBulkReceiving
+Start: TypeAlias = p.StartIsoStream | p.StartInterruptReceiving | p.StartBulkReceiving
+
+
+class _Running:
+    """A reception that runs: its packets are numbered from 0."""
+
+    __slots__ = ("next_id", "reception")
+
+    def __init__(self, reception: Reception) -> None:
+        self.reception = reception
+        self.next_id = 0
+
+
+class Receptions:
+    """The receptions that run.
+
+    Args:
+        send: takes a packet.
+        fault: told when a device raises.
+        figures: where packets are counted.
+        max_transfer: bytes that one buffered bulk transfer may have.
+
+    Attributes:
+        output_full: the port takes no output now: isochronous packets are dropped, others up to a bound kept.
+    """
+
+    def __init__(
+        self,
+        send: Callable[[p.Packet], None],
+        fault: Callable[[Exception], None],
+        figures: Figures,
+        max_transfer: int,
+    ) -> None:
+        self._send = send
+        self._fault = fault
+        self._figures = figures
+        self._max_transfer = max_transfer
+        self._running: dict[int, _Running] = {}
+        self._untaken = 0
+        self._output_full = False
+
+    @property
+    def output_full(self) -> bool:
+        """Whether the port takes no output now."""
+        return self._output_full
+
+    @output_full.setter
+    def output_full(self, full: bool) -> None:
+        self._output_full = full
+        self._untaken = 0
+
+    def start(self, packet: Start, device: Device | None, endpoints: Mapping[int, Endpoint]) -> None:
+        """The guest wants an endpoint to be read. Answered in every case."""
+        endpoint = endpoints.get(packet.endpoint)
+        reception = _reception(packet)
+        if packet.endpoint in self._running:
+            self._tell(reception, Status.INVALID, packet.id)
+        elif (
+            device is None
+            or endpoint is None
+            or endpoint.type is not reception.type
+            or not self._sensible(reception, endpoint)
+        ):
+            self._tell(reception, Status.STALL, packet.id)
+        else:
+            # Answered before it starts: a device may have its first packet at once.
+            self._running[packet.endpoint] = _Running(reception)
+            self._tell(reception, Status.SUCCESS, packet.id)
+            try:
+                status = device.start_receiving(reception)
+            except Exception as error:
+                self._fault(error)
+                status = Status.STALL
+            if status is not Status.SUCCESS:
+                self.ended(packet.endpoint, Status.STALL)
+
+    def stop(self, packet: Stop, device: Device | None) -> None:
+        """The guest wants no more. Success also when nothing runs."""
+        running = self._running.pop(packet.endpoint, None)
+        if running is not None and device is not None:
+            try:
+                device.stop_receiving(packet.endpoint)
+            except Exception as error:
+                self._fault(error)
+        self._tell(_reception(packet), Status.SUCCESS, packet.id)
+
+    def received(self, endpoint: int, status: Status, data: Buffer) -> None:
+        """The device has a packet: number it and send it on."""
+        running = self._running.get(endpoint)
+        if running is None:
+            return
+        counter = self._figures[endpoint]
+        if self._output_full:
+            self._untaken += 1
+            if self._untaken > MAX_UNTAKEN or running.reception.type is TransferType.ISOCHRONOUS:
+                counter.dropped += 1
+                return
+        id, running.next_id = running.next_id, (running.next_id + 1) & 0xFFFFFFFF
+        size = len(data)
+        counter.count(status, size)
+        match running.reception.type:
+            case TransferType.ISOCHRONOUS:
+                self._send(p.IsoPacket(id=id, endpoint=endpoint, status=status, length=size, data=data))
+            case TransferType.INTERRUPT:
+                self._send(p.InterruptPacket(id=id, endpoint=endpoint, status=status, length=size, data=data))
+            case _:
+                self._send(
+                    p.BufferedBulkPacket(
+                        id=id,
+                        stream_id=running.reception.stream_id,
+                        length=size,
+                        endpoint=endpoint,
+                        status=status,
+                        data=data,
+                    )
+                )
+
+    def ended(self, endpoint: int, status: Status) -> None:
+        """A reception ended by itself (stall), or reports an error while it runs on."""
+        running = self._running.get(endpoint)
+        if running is not None:
+            if status is Status.STALL:
+                del self._running[endpoint]
+            self._tell(running.reception, status, 0)
+
+    def end_all(self) -> None:
+        """The port was reset: every reception ends, and the guest is told."""
+        for endpoint in list(self._running):
+            self.ended(endpoint, Status.STALL)
+
+    def forget(self, endpoints: Mapping[int, Endpoint] | None = None) -> None:
+        """The configuration or setting changes: receptions (of ``endpoints``) end, and the guest knows."""
+        for endpoint in list(self._running):
+            if endpoints is None or endpoint in endpoints:
+                del self._running[endpoint]
+
+    def iso_out(self, packet: p.IsoPacket, device: Device | None) -> None:
+        """One packet of an isochronous OUT stream. Nobody waits for an answer: what fails is lost, as on a wire."""
+        if packet.endpoint not in self._running or device is None:
+            return
+        counter = self._figures[packet.endpoint]
+
+        def counted(done: Transfer) -> None:
+            assert done.status is not None
+            counter.count(done.status, done.actual)
+
+        try:
+            device.submit(Transfer(TransferType.ISOCHRONOUS, packet.endpoint, counted, data=packet.data))
+        except Exception as error:
+            self._fault(error)
+
+    def _sensible(self, reception: Reception, endpoint: Endpoint) -> bool:
+        match reception.type:
+            case TransferType.ISOCHRONOUS:
+                return 1 <= reception.packets_per_transfer <= 32 and 1 <= reception.transfers <= 16
+            case TransferType.BULK:
+                size = reception.bytes_per_transfer
+                whole = size % max(1, endpoint.max_packet_size) == 0
+                return 1 <= reception.transfers <= 16 and 0 < size <= self._max_transfer and whole
+            case _:
+                return True
+
+    def _tell(self, reception: Reception, status: Status, id: int) -> None:
+        endpoint = reception.endpoint
+        match reception.type:
+            case TransferType.ISOCHRONOUS:
+                self._send(p.IsoStreamStatus(id=id, status=status, endpoint=endpoint))
+            case TransferType.INTERRUPT:
+                self._send(p.InterruptReceivingStatus(id=id, status=status, endpoint=endpoint))
+            case _:
+                stream_id = reception.stream_id
+                self._send(p.BulkReceivingStatus(id=id, stream_id=stream_id, endpoint=endpoint, status=status))
+
+
+def _reception(packet: Start | Stop) -> Reception:
+    match packet:
+        case p.StartIsoStream():
+            return Reception(
+                packet.endpoint,
+                TransferType.ISOCHRONOUS,
+                transfers=packet.urbs,
+                packets_per_transfer=packet.packets_per_urb,
+            )
+        case p.StartBulkReceiving():
+            return Reception(
+                packet.endpoint,
+                TransferType.BULK,
+                transfers=packet.transfers,
+                bytes_per_transfer=packet.bytes_per_transfer,
+                stream_id=packet.stream_id,
+            )
+        case p.StopBulkReceiving():
+            return Reception(packet.endpoint, TransferType.BULK, stream_id=packet.stream_id)
+        case p.StopIsoStream():
+            return Reception(packet.endpoint, TransferType.ISOCHRONOUS)
+        case _:
+            return Reception(packet.endpoint, TransferType.INTERRUPT)

@@ -1,0 +1,44 @@
+"""Test a device of your own: in the throw-away QEMU guest, or in memory.
+
+The names here are the public ones of the QEMU guest; the in-memory guest is :mod:`farplug.testing.memory`.
+"""
+
+from farplug.testing.agent import CommandFailed, CommandResult, GuestTimeout
+from farplug.testing.qemu import GuestCrashed, QemuGuest
+from farplug.testing.qemu_config import (
+    Boot,
+    Controller,
+    GuestConfig,
+    Spice,
+    SpiceAddress,
+    SpicePort,
+    SpiceTransport,
+    TcpClientPort,
+    TcpPort,
+    UnixPort,
+    UsbDisk,
+    UsbPort,
+)
+from farplug.testing.qmp import Qmp, QmpError
+
+__all__ = [
+    "Boot",
+    "CommandFailed",
+    "CommandResult",
+    "Controller",
+    "GuestConfig",
+    "GuestCrashed",
+    "GuestTimeout",
+    "QemuGuest",
+    "Qmp",
+    "QmpError",
+    "Spice",
+    "SpiceAddress",
+    "SpicePort",
+    "SpiceTransport",
+    "TcpClientPort",
+    "TcpPort",
+    "UnixPort",
+    "UsbDisk",
+    "UsbPort",
+]

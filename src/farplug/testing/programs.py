@@ -1,0 +1,47 @@
+"""The programs of this machine that the throw-away guest needs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from farplug.errors import Reason, SetupError
+
+PACKAGE_OF_PROGRAM = {
+    "busybox": "busybox-static",
+    "dash": "dash",
+    "mke2fs": "e2fsprogs",
+    "e2fsck": "e2fsprogs",
+    "mkfs.vfat": "dosfstools",
+    "fsck.vfat": "dosfstools",
+    "lsusb": "usbutils",
+    "zstd": "zstd",
+    "setpriv": "util-linux",
+    "qemu-system-x86_64": "qemu-system-x86",
+}
+
+
+def find_program(name: str) -> Path:
+    """Path of an installed program.
+
+    Raises:
+        SetupError: it is not installed (``MISSING_PROGRAM``).
+    """
+    path = shutil.which(name, path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin")
+    if path is None:
+        package = PACKAGE_OF_PROGRAM.get(name)
+        raise SetupError(
+            f"the program {name} is not installed",
+            reason=Reason.MISSING_PROGRAM,
+            remedy=f"sudo apt-get install {package}" if package else f"install {name}",
+        )
+    return Path(path)
+
+
+def output_of(*command: str) -> str | None:
+    """What a command writes to its standard output, in the C locale; None if it fails."""
+    environment = {**os.environ, "LC_ALL": "C"}
+    result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment)
+    return result.stdout if result.returncode == 0 else None

@@ -1,0 +1,365 @@
+"""One connected socket, plain or TLS: bytes in without copies, a bounded output queue. And how to reach it.
+
+The output queue is ours. asyncio's own copies what the kernel does not take at once, so it is given no more than one
+chunk at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import os
+import socket
+import ssl
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias, cast
+
+from farplug.errors import Reason, TargetError
+from farplug.usb.types import Buffer
+
+RECEIVE_BUFFER = 256 << 10
+"""Bytes that one read takes at most."""
+WRITE_CHUNK = 256 << 10
+"""Bytes that asyncio is given at once."""
+JOIN_LIMIT = 16 << 10
+"""Buffers smaller than this are joined with their neighbours: a copy costs less than a system call."""
+HIGH_WATER = 2 << 20
+"""More queued bytes than this pause the writer."""
+LOW_WATER = 512 << 10
+"""Fewer queued bytes than this let a paused writer go on."""
+TLS_SHUTDOWN_TIMEOUT = 1.0
+"""Seconds for the peer's answer to our close_notify."""
+
+_TCP_QUICKACK: int | None = getattr(socket, "TCP_QUICKACK", None)
+
+
+@dataclass(frozen=True, slots=True)
+class TcpAddress:
+    """A host, by name or address, and a port (1 to 65535; 0 only to listen)."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        try:
+            return f"[{ipaddress.IPv6Address(self.host)}]:{self.port}"
+        except ValueError:  # a name, an IPv4 address, a proxy's ticket
+            return f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class UnixAddress:
+    """A UNIX socket's path."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return self.path
+
+
+Address: TypeAlias = TcpAddress | UnixAddress
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeouts:
+    """Patience, in seconds. There is none for a guest that says nothing: its VM may be paused.
+
+    Attributes:
+        connect: to reach a socket, the resolution of its name included.
+        handshake: for each of TLS, the proxy's answer, a SPICE link, and the session's beginning.
+        flush: to send what is queued when a port is closed.
+    """
+
+    connect: float = 10.0
+    handshake: float = 10.0
+    flush: float = 3.0
+
+
+class Reader(Protocol):
+    """Who reads a connection's bytes. Called on the event loop."""
+
+    def data_received(self, data: memoryview) -> None:
+        """Bytes arrived. The view is valid only during the call, or until reading is resumed if the call paused it."""
+
+    def pause_writing(self) -> None:
+        """The output queue is above HIGH_WATER."""
+
+    def resume_writing(self) -> None:
+        """The output queue is below LOW_WATER again."""
+
+
+LostCallback: TypeAlias = Callable[[Exception | None], None]
+"""Called once when a connection has ended: with the error, or None after a plain end of stream or our own close."""
+
+
+class Connection(asyncio.BufferedProtocol):
+    """One connected socket.
+
+    Args:
+        reader: gets the bytes; may be replaced at any time.
+        on_lost: called once, last; may be replaced at any time.
+    """
+
+    def __init__(self, reader: Reader, on_lost: LostCallback) -> None:
+        self.reader = reader
+        self.on_lost = on_lost
+        self._receive_buffer = memoryview(bytearray(RECEIVE_BUFFER))
+        self._transport: asyncio.Transport | None = None
+        self._quick_ack_socket: socket.socket | None = None
+        self._queue: deque[Buffer] = deque()
+        self._queued = 0
+        self._transport_paused = False
+        self._reader_paused = False
+        self._closing = False
+        self._drained: asyncio.Future[None] | None = None
+        self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether bytes can still be sent."""
+        return not self._closing and not self._lost.done()
+
+    @property
+    def lost(self) -> bool:
+        """Whether it has ended."""
+        return self._lost.done()
+
+    @property
+    def closing(self) -> bool:
+        """Whether we ended it."""
+        return self._closing
+
+    @property
+    def tls(self) -> ssl.SSLObject | None:
+        """The TLS session; None on a plain socket."""
+        assert self._transport is not None
+        return cast("ssl.SSLObject | None", self._transport.get_extra_info("ssl_object"))
+
+    def write(self, buffers: list[Buffer]) -> None:
+        """Queue buffers in order. They are not copied: who hands them over no longer changes them."""
+        if not self.is_open:
+            return
+        for buffer in buffers:
+            if size := len(buffer):
+                self._queue.append(buffer)
+                self._queued += size
+        self._flush()
+        if self._queued > HIGH_WATER and not self._reader_paused:
+            self._reader_paused = True
+            self.reader.pause_writing()
+
+    def pause_reading(self) -> None:
+        """Read nothing from the socket until :meth:`resume_reading`."""
+        if self.is_open and self._transport is not None:
+            self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        """Read again."""
+        if self.is_open and self._transport is not None:
+            self._transport.resume_reading()
+
+    async def close(self, timeout: float) -> None:
+        """Send what is queued, then close; after ``timeout`` seconds close at once."""
+        if self._transport is None or self._lost.done():
+            return
+        try:
+            async with asyncio.timeout(timeout):
+                if not self._closing:
+                    self._closing = True
+                    if self._queue:
+                        self._drained = asyncio.get_running_loop().create_future()
+                        await self._drained
+                    self._transport.close()
+                await asyncio.shield(self._lost)
+        except TimeoutError:
+            self._transport.abort()
+            await asyncio.shield(self._lost)
+
+    def abort(self) -> None:
+        """Close at once; what is queued is lost."""
+        self._closing = True
+        self._drop_queue()
+        if self._transport is not None:
+            self._transport.abort()
+
+    # asyncio's side
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+        # Paused as soon as the kernel does not take everything. Not 0: asyncio's TLS would pause for good.
+        self._transport.set_write_buffer_limits(high=1, low=0)
+        sock = transport.get_extra_info("socket")
+        if sock is not None and sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if _TCP_QUICKACK is not None:
+                self._quick_ack_socket = sock
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._receive_buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        if self._quick_ack_socket is not None:
+            # QEMU writes a transfer as several small messages. With Nagle's algorithm on its side and a delayed ACK on
+            # ours each transfer would take 40 ms. The kernel forgets the option: set it again after each read.
+            try:
+                self._quick_ack_socket.setsockopt(socket.IPPROTO_TCP, cast("int", _TCP_QUICKACK), 1)
+            except OSError:  # the socket is being closed
+                self._quick_ack_socket = None
+        self.reader.data_received(self._receive_buffer[:nbytes])
+
+    def pause_writing(self) -> None:
+        self._transport_paused = True
+
+    def resume_writing(self) -> None:
+        self._transport_paused = False
+        self._flush()
+        if self._reader_paused and self._queued < LOW_WATER:
+            self._reader_paused = False
+            self.reader.resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._drop_queue()
+        if not self._lost.done():
+            self._lost.set_result(None)
+        self.on_lost(exc)
+
+    def _flush(self) -> None:
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            return
+        while self._queue and not self._transport_paused:
+            chunk = self._next_chunk()
+            self._queued -= len(chunk)
+            transport.write(chunk)
+        if not self._queue and self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)
+
+    def _next_chunk(self) -> Buffer:
+        queue = self._queue
+        first = queue.popleft()
+        if len(first) > WRITE_CHUNK:
+            view = memoryview(first)
+            queue.appendleft(view[WRITE_CHUNK:])
+            return view[:WRITE_CHUNK]
+        if len(first) >= JOIN_LIMIT or not queue:
+            return first
+        parts = [first]
+        room = JOIN_LIMIT - len(first)
+        while queue and room:
+            following = queue.popleft()
+            if len(following) > room:
+                view = memoryview(following)
+                queue.appendleft(view[room:])
+                following = view[:room]
+            parts.append(following)
+            room -= len(following)
+        return b"".join(parts)
+
+    def _drop_queue(self) -> None:
+        self._queue.clear()
+        self._queued = 0
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)
+
+
+async def dial(address: Address, timeout: float) -> socket.socket:
+    """Connect a socket, to the first of a name's addresses that answers.
+
+    Args:
+        address: where to.
+        timeout: seconds in all.
+
+    Raises:
+        TargetError: it cannot be reached, with the reason.
+    """
+    loop = asyncio.get_running_loop()
+    candidates: list[tuple[socket.AddressFamily, tuple[Any, ...] | str]]
+    try:
+        async with asyncio.timeout(timeout):
+            if isinstance(address, UnixAddress):
+                candidates = [(socket.AF_UNIX, address.path)]
+            else:
+                found = await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+                candidates = [(family, sockaddr) for family, *_, sockaddr in found]
+            for number, (family, sockaddr) in enumerate(candidates, start=1):
+                # An address that swallows packets must not eat the time of the others.
+                share = None if number == len(candidates) else timeout / len(candidates)
+                try:
+                    async with asyncio.timeout(share):
+                        return await _connect(family, sockaddr)
+                except OSError:  # TimeoutError is one
+                    if number == len(candidates):
+                        raise
+    except (OSError, ValueError) as error:  # ValueError: a NUL or an impossible label in a name
+        raise _unreachable(address, error, timeout) from error
+    raise AssertionError("getaddrinfo returns at least one address")
+
+
+async def _connect(family: socket.AddressFamily, sockaddr: tuple[Any, ...] | str) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(sock, sockaddr)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _unreachable(address: Address, error: OSError | ValueError, timeout: float) -> TargetError:
+    reason, why, remedy = Reason.UNREACHABLE, str(error), "check the network between this machine and the VM's host"
+    if isinstance(error, OSError) and error.errno is not None:
+        why = os.strerror(error.errno) if error.errno > 0 else str(error.strerror)
+    match error:
+        case socket.gaierror() | UnicodeError():
+            reason, why, remedy = Reason.UNRESOLVABLE, "the name cannot be resolved", "check the host's name"
+        case ConnectionRefusedError():
+            reason = Reason.CONNECTION_REFUSED
+            remedy = "check that the VM runs, and that it listens there: the address and the port"
+        case TimeoutError():
+            reason, why = Reason.TIMED_OUT, f"no answer within {timeout:g} s"
+            remedy = "check the address, and that no firewall drops the packets"
+        case FileNotFoundError():
+            reason, why = Reason.NOT_FOUND, "there is no such socket"
+            remedy = "check the path, and that the VM runs: QEMU makes the socket when it starts"
+        case PermissionError():
+            reason = Reason.NO_PERMISSION
+            if isinstance(address, UnixAddress):
+                remedy = f"connecting needs write permission: ls -l {address.path}"
+    return TargetError(f"cannot connect to {address}: {why}", reason=reason, remedy=remedy)
+
+
+async def start(
+    sock: socket.socket, connection: Connection, *, tls: ssl.SSLContext | None, server_hostname: str, timeout: float
+) -> None:
+    """Hand a connected socket to a connection, with TLS first if there is a context. The socket is closed on failure.
+
+    Args:
+        sock: connected, non-blocking.
+        connection: gets the bytes.
+        tls: None: plain.
+        server_hostname: the name that the certificate must bear, if the context checks it, and that TLS asks for;
+            empty: none is asked for.
+        timeout: seconds for the handshake.
+
+    Raises:
+        OSError: as asyncio does; :class:`ssl.SSLError` is one.
+    """
+    loop = asyncio.get_running_loop()
+    try:
+        if tls is None:
+            await loop.create_connection(lambda: connection, sock=sock)
+        else:
+            await loop.create_connection(
+                lambda: connection,
+                sock=sock,
+                ssl=tls,
+                server_hostname=server_hostname,
+                ssl_handshake_timeout=timeout,
+                ssl_shutdown_timeout=TLS_SHUTDOWN_TIMEOUT,
+            )
+    except BaseException:
+        sock.close()
+        raise
