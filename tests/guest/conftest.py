@@ -1,0 +1,129 @@
+"""Guests for the tests, booted once and shared.
+
+All tests here run on one event loop, the session's, so that a guest can serve many of them. A test asks for ``guest``,
+the usual one, or takes any other from ``guests``: equal configurations are the same guest. What a test plugs in, it
+unplugs again.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import AsyncIterator, Generator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from farplug.errors import SetupError
+from farplug.testing import Boot, GuestConfig, QemuGuest, SpicePort, TcpPort, UnixPort
+
+HERE = Path(__file__).parent
+
+MAX_GUESTS = 3
+"""Guests kept running by one test process; the one that was not asked for the longest gives way."""
+
+TIMEOUT = 180
+"""Seconds for a test here: the first one may have to fetch the kernel."""
+
+USUAL = GuestConfig(ports=(SpicePort(), SpicePort(), TcpPort(), UnixPort()))
+
+CONSOLE_TAIL = 6000
+
+
+class GuestPool:
+    """Booted guests by configuration."""
+
+    def __init__(self) -> None:
+        self.handed_out: set[QemuGuest] = set()
+        self._guests: dict[GuestConfig, QemuGuest] = {}
+
+    async def get(self, config: GuestConfig) -> QemuGuest:
+        """A guest of this configuration: a running one, or a new one, booted unless it is paused."""
+        guest = self._guests.pop(config, None)
+        if guest is not None and not guest.alive:
+            await guest.close()
+            guest = None
+        if guest is None:
+            while len(self._guests) >= MAX_GUESTS:
+                await self._guests.pop(next(iter(self._guests))).close()
+            guest = await self._boot(config)
+        self._guests[config] = guest
+        self.handed_out.add(guest)
+        return guest
+
+    @asynccontextmanager
+    async def fresh(self, config: GuestConfig) -> AsyncIterator[QemuGuest]:
+        """A guest that no other test gets, booted unless it is paused or boots from firmware."""
+        guest = await self._boot(config)
+        try:
+            yield guest
+        finally:
+            await guest.close()
+
+    async def close(self) -> None:
+        for guest in self._guests.values():
+            await guest.close()
+
+    async def _boot(self, config: GuestConfig) -> QemuGuest:
+        try:
+            guest = await QemuGuest(config).__aenter__()
+        except SetupError as error:
+            if os.environ.get("FARPLUG_REQUIRE_ALL") == "1":
+                raise
+            pytest.skip(f"{error.message} ({error.remedy})")
+        self.handed_out.add(guest)
+        try:
+            if config.boot is Boot.KERNEL and not config.paused:
+                await guest.booted()
+        except BaseException:
+            await guest.close()
+            raise
+        return guest
+
+
+POOL = pytest.StashKey[GuestPool]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[POOL] = GuestPool()
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def guests(pytestconfig: pytest.Config) -> AsyncIterator[GuestPool]:
+    """The pool: ``await guests.get(GuestConfig(…))`` is shared, ``async with guests.fresh(…)`` one's own."""
+    pool = pytestconfig.stash[POOL]
+    yield pool
+    await pool.close()
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def guest(guests: GuestPool) -> QemuGuest:
+    """The usual guest: two SPICE ports, a TCP and a UNIX port, in this order, on xHCI."""
+    return await guests.get(USUAL)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE not in item.path.parents:
+            continue
+        item.add_marker(pytest.mark.guest)
+        if item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(TIMEOUT))
+        if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(item.function):
+            item.add_marker(pytest.mark.asyncio(loop_scope="session"), append=False)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    item.config.stash[POOL].handed_out.clear()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed:
+        for guest in item.config.stash[POOL].handed_out:
+            report.sections.append((f"console of guest {guest.pid}", guest.console[-CONSOLE_TAIL:]))
+            report.sections.append((f"standard error of QEMU {guest.pid}", guest.stderr[-CONSOLE_TAIL:]))
+    return report
