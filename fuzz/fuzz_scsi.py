@@ -1,0 +1,106 @@
+"""A hostile guest at the disk: any transfers, cancels and resets. The disk answers each transfer once, and lives."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import struct
+
+from farplug.scsi.disk import COMMANDS
+from farplug.store import MemoryStore
+from farplug.usb import Buffer, Setup, Status, Transfer, TransferType
+from farplug.virtual import VirtualDevice, disk_device
+from harness import run
+
+BLOCKS = 64
+LENGTHS = (0, 1, 8, 13, 18, 31, 36, 512, 1024, 32768, 65536, 65537, 2**31, 2**32 - 1)
+
+
+class Listener:
+    def received(self, endpoint: int, status: Status, data: Buffer) -> None:
+        raise AssertionError
+
+    def reception_ended(self, endpoint: int, status: Status) -> None:
+        raise AssertionError
+
+    def lost(self, error: Exception | None) -> None:
+        raise AssertionError
+
+
+def wrapper(source: random.Random) -> bytes:
+    opcode = source.choice((*COMMANDS, 0x28, 0x2A, source.randrange(256)))
+    cdb = bytearray(bytes((opcode,)) + bytes(15))
+    for _ in range(source.randrange(4)):
+        cdb[source.randrange(1, 16)] = source.randrange(256)
+    if opcode in (0x28, 0x2A) and source.random() < 0.8:
+        cdb[2:9] = struct.pack(">IxH", source.randrange(BLOCKS + 2), source.randrange(BLOCKS))
+    length = source.choice((*LENGTHS, 512 * source.randrange(BLOCKS)))
+    flags = source.choice((0, 0x80))
+    lun = source.choice((0, 0, 0, 0, 1, 255))
+    return struct.pack("<4sIIBBB16s", b"USBC", source.getrandbits(32), length, flags, lun, 16, bytes(cdb))
+
+
+async def attack(device: VirtualDevice, source: random.Random, submitted: list[Transfer]) -> None:
+    completed: list[Transfer] = []
+
+    def submit(transfer: Transfer) -> None:
+        submitted.append(transfer)
+        device.submit(transfer)
+
+    def bulk(endpoint: int, *, length: int = 0, data: bytes = b"") -> None:
+        submit(Transfer(TransferType.BULK, endpoint, completed.append, length=length, data=data))
+
+    for _ in range(source.randrange(60)):
+        match source.randrange(12):
+            case 0 | 1 | 2 | 3:
+                bulk(0x02, data=wrapper(source))
+            case 4 | 5 | 6:
+                bulk(0x81, length=source.choice(LENGTHS))
+            case 7:
+                bulk(0x02, data=bytes(source.choice((0, 1, 30, 31, 32, 512, 700, 32768))))
+            case 8:
+                setup = Setup(source.choice((0x02, 0x21, 0xA1, source.randrange(256))), source.choice((1, 0xFE, 0xFF)))
+                submit(Transfer(TransferType.CONTROL, setup.request_type & 0x80, completed.append, setup=setup))
+            case 9:
+                if submitted:
+                    device.cancel(source.choice(submitted))
+            case 10:
+                await (device.reset() if source.random() < 0.3 else device.set_configuration(source.randrange(2)))
+            case 11:
+                setup = Setup(0x02, 1, 0, source.choice((0x81, 0x02)))
+                submit(Transfer(TransferType.CONTROL, 0, completed.append, setup=setup))
+                submit(Transfer(TransferType.CONTROL, 0, completed.append, setup=Setup(0x21, 0xFF)))
+    await device.close()
+    assert len(completed) == len(submitted) == len(set(completed))
+
+
+def one_case(source: random.Random) -> None:
+    store = MemoryStore(BLOCKS * 512, read_only=source.random() < 0.3)
+    before = bytes(store.content)
+    device = disk_device(store)
+
+    async def case() -> None:
+        await device.open(Listener())
+        await device.reset()
+        await device.set_configuration(1)
+        await attack(device, source, [])
+        assert len(store.content) == BLOCKS * 512
+        assert not store.read_only or store.content == before
+        # it still works for a guest that behaves
+        await device.open(Listener())
+        await device.reset()
+        await device.set_configuration(1)
+        done: list[Transfer] = []
+        for _ in range(2):
+            cbw = struct.pack("<4sIIBBB16s", b"USBC", 7, 0, 0, 0, 6, bytes(16))
+            device.submit(Transfer(TransferType.BULK, 0x02, done.append, data=cbw))
+            device.submit(Transfer(TransferType.BULK, 0x81, done.append, length=13))
+        assert [bytes(one.reply)[12:] for one in done[1::2]] == [b"\1", b"\0"]
+        await device.close()
+        await device.dispose()
+
+    asyncio.run(case())
+
+
+if __name__ == "__main__":
+    run("scsi", one_case)

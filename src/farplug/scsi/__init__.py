@@ -1,0 +1,1 @@
+"""SCSI: commands, sense, and what a disk answers. Pure: it decides, transports and stores do."""

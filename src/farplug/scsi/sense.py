@@ -1,0 +1,76 @@
+"""Sense: why a command failed, in SCSI's words (SPC-4, chapter 4.5)."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Self
+
+from farplug.usb.types import Buffer
+
+SENSE_SIZE = 18
+"""Bytes of fixed format sense data without additional bytes."""
+
+_FIXED = struct.Struct(">BBBIB4xBBB3x")
+
+
+class SenseKey(IntEnum):
+    """SPC-4, table 48. All sixteen values of the field have a name."""
+
+    NO_SENSE = 0x0
+    RECOVERED_ERROR = 0x1
+    NOT_READY = 0x2
+    MEDIUM_ERROR = 0x3
+    HARDWARE_ERROR = 0x4
+    ILLEGAL_REQUEST = 0x5
+    UNIT_ATTENTION = 0x6
+    DATA_PROTECT = 0x7
+    BLANK_CHECK = 0x8
+    VENDOR_SPECIFIC = 0x9
+    COPY_ABORTED = 0xA
+    ABORTED_COMMAND = 0xB
+    RESERVED = 0xC
+    VOLUME_OVERFLOW = 0xD
+    MISCOMPARE = 0xE
+    COMPLETED = 0xF
+
+    def __str__(self) -> str:
+        return self.name.lower().replace("_", " ")
+
+
+@dataclass(frozen=True, slots=True)
+class Sense:
+    """A sense key with its additional sense code and qualifier. ``bytes(sense)`` is the fixed format, 18 bytes."""
+
+    key: SenseKey
+    asc: int
+    ascq: int
+
+    @classmethod
+    def parse(cls, data: Buffer) -> Self:
+        """Read fixed format sense data. Raises ``ValueError`` on less than 18 bytes or another format."""
+        if len(data) < SENSE_SIZE:
+            raise ValueError(f"fixed format sense data has {SENSE_SIZE} bytes at least, not {len(data)}")
+        code, _, key, _, _, asc, ascq, _ = _FIXED.unpack_from(data)
+        if code & 0x7E != 0x70:
+            raise ValueError(f"response code {code & 0x7F:02x} is no fixed format sense data")
+        return cls(SenseKey(key & 0x0F), asc, ascq)
+
+    def __bytes__(self) -> bytes:
+        return _FIXED.pack(0x70, 0, self.key, 0, SENSE_SIZE - 8, self.asc, self.ascq, 0)
+
+    def __str__(self) -> str:
+        return f"{self.key} ({self.key:02X}/{self.asc:02X}/{self.ascq:02X})"
+
+
+NO_SENSE = Sense(SenseKey.NO_SENSE, 0x00, 0x00)
+WRITE_ERROR = Sense(SenseKey.MEDIUM_ERROR, 0x0C, 0x00)
+UNRECOVERED_READ_ERROR = Sense(SenseKey.MEDIUM_ERROR, 0x11, 0x00)
+INVALID_COMMAND = Sense(SenseKey.ILLEGAL_REQUEST, 0x20, 0x00)
+LBA_OUT_OF_RANGE = Sense(SenseKey.ILLEGAL_REQUEST, 0x21, 0x00)
+INVALID_FIELD_IN_CDB = Sense(SenseKey.ILLEGAL_REQUEST, 0x24, 0x00)
+LOGICAL_UNIT_NOT_SUPPORTED = Sense(SenseKey.ILLEGAL_REQUEST, 0x25, 0x00)
+SAVING_PARAMETERS_NOT_SUPPORTED = Sense(SenseKey.ILLEGAL_REQUEST, 0x39, 0x00)
+RESET_OCCURRED = Sense(SenseKey.UNIT_ATTENTION, 0x29, 0x00)
+WRITE_PROTECTED = Sense(SenseKey.DATA_PROTECT, 0x27, 0x00)

@@ -1,0 +1,58 @@
+"""What a disk needs of the place where its blocks live."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TypeAlias
+
+from farplug.usb.types import Buffer
+
+ReadDone: TypeAlias = Callable[[Buffer, OSError | None], None]
+"""Called once with all the bytes and None, or with no bytes and the error."""
+
+WriteDone: TypeAlias = Callable[[OSError | None], None]
+"""Called once: None, or the error."""
+
+BLOCK_SIZE = 512
+
+
+class Store(ABC):
+    """Blocks that can be read and written.
+
+    Offsets and lengths are bytes, inside the store: callers check the range. ``done`` may be called before the method
+    returns (the blocks are in memory) or later, always on the event loop's thread, in any order. Whoever passes
+    ``data`` no longer changes it until ``done`` is called.
+
+    Writes that overlap happen in the order of the calls, and a read sees what was written before it was called, also if
+    nobody waits for the answers any more.
+
+    Attributes:
+        name: for people: a path.
+        block_count: how many blocks there are.
+        block_size: bytes.
+        read_only: writes are an error.
+        serial_number: upper-case hex digits, the same each time that this image is opened; two images differ.
+    """
+
+    name: str
+    block_count: int
+    block_size: int = BLOCK_SIZE
+    read_only: bool = False
+    serial_number: str
+
+    @abstractmethod
+    def read(self, offset: int, length: int, done: ReadDone) -> None:
+        """Read ``length`` bytes."""
+
+    @abstractmethod
+    def write(self, offset: int, data: Buffer, done: WriteDone) -> None:
+        """Write ``data``. It need not be durable yet when it is done."""
+
+    @abstractmethod
+    def flush(self, done: WriteDone) -> None:
+        """Make everything durable whose write was done (or called) before this call."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Wait for what is under way and give the store back. Does nothing the second time. It does not flush."""

@@ -1,0 +1,48 @@
+"""A store in memory: for tests, and for disks that need not last."""
+
+from __future__ import annotations
+
+import errno
+import secrets
+
+from farplug.store.base import BLOCK_SIZE, ReadDone, Store, WriteDone
+from farplug.usb.types import Buffer
+
+
+class MemoryStore(Store):
+    """Blocks in a bytearray, gone with the process.
+
+    Args:
+        content: the initial bytes, whole blocks; or how many bytes of zeros.
+        read_only: refuse writes.
+        serial_number: a random one if it is not given.
+
+    Raises:
+        ValueError: the content is not a positive number of blocks.
+    """
+
+    name = "memory"
+
+    def __init__(self, content: bytes | int, *, read_only: bool = False, serial_number: str = "") -> None:
+        self.content = bytearray(content)
+        if not self.content or len(self.content) % BLOCK_SIZE:
+            raise ValueError(f"{len(self.content)} bytes are not a positive number of {BLOCK_SIZE}-byte blocks")
+        self.block_count = len(self.content) // BLOCK_SIZE
+        self.read_only = read_only
+        self.serial_number = serial_number or secrets.token_hex(8).upper()
+
+    def read(self, offset: int, length: int, done: ReadDone) -> None:
+        done(self.content[offset : offset + length], None)
+
+    def write(self, offset: int, data: Buffer, done: WriteDone) -> None:
+        if self.read_only:
+            done(OSError(errno.EROFS, "the store is read-only"))
+            return
+        self.content[offset : offset + len(data)] = data
+        done(None)
+
+    def flush(self, done: WriteDone) -> None:
+        done(None)
+
+    async def close(self) -> None:
+        """Nothing to give back."""

@@ -1,0 +1,62 @@
+"""Threads for what may block."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+from collections.abc import Callable
+from queue import SimpleQueue
+from threading import Thread
+from typing import TypeAlias
+
+from farplug.store.base import WriteDone
+
+log = logging.getLogger(__name__)
+
+_Job: TypeAlias = tuple[Callable[[], None], WriteDone, asyncio.AbstractEventLoop]
+
+
+class Workers:
+    """Some threads with one queue: one thread keeps the order of the calls.
+
+    A concurrent.futures executor would do the same; this hop takes half as long, and a disk pays it for each write.
+
+    Args:
+        count: of threads, started now.
+        name: of the threads.
+    """
+
+    def __init__(self, count: int, name: str) -> None:
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._threads = [Thread(target=self._serve, name=name, daemon=True) for _ in range(count)]
+        for thread in self._threads:
+            thread.start()
+
+    def run(self, work: Callable[[], None], finish: WriteDone) -> None:
+        """Do ``work`` in a thread, then call ``finish`` on the running event loop with None, or with what it raised."""
+        self._jobs.put((work, finish, asyncio.get_running_loop()))
+
+    def stop(self) -> None:
+        """Wait until everything that was asked for is done, and end the threads. Blocks."""
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _serve(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            work, finish, loop = job
+            error: OSError | None = None
+            try:
+                work()
+            except OSError as raised:
+                error = raised
+            except Exception as raised:  # a defect: the disk sees an I/O error, the log the traceback
+                log.exception("%s failed", work)
+                error = OSError(errno.EIO, repr(raised))
+            try:
+                loop.call_soon_threadsafe(finish, error)
+            except RuntimeError:
+                pass  # the loop is closed: nobody waits for the answer any more
+            del job, work, finish, loop, error  # they hold buffers

@@ -1,0 +1,473 @@
+"""A virtual device: a bag of functions that looks like one USB device.
+
+It answers the standard requests (USB 2.0 and USB 3.2, chapters 9.4), keeps configuration, alternate settings and halts,
+and hands everything else to the function it is for.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from farplug.errors import LocalProtocolError
+from farplug.usb.device import Device, DeviceListener, Identity
+from farplug.usb.transfer import Status, Transfer
+from farplug.usb.types import Buffer, Feature, Interface, Recipient, Request, RequestType, Setup, Speed, TransferType
+from farplug.virtual.function import Function, FunctionHost
+from farplug.virtual.layout import CONFIGURATION, SPEEDS, Layout, Placement
+
+log = logging.getLogger(__name__)
+
+
+class _Slot(FunctionHost):
+    """A function's place in the device."""
+
+    def __init__(self, function: Function, halted: set[int]) -> None:
+        self.function = function
+        self.placement = Placement(0, 0, {}, {})
+        self._halted = halted
+
+    def halt(self, endpoint: int) -> None:
+        self._halted.add(self.placement.addresses[endpoint])
+
+    def is_halted(self, endpoint: int) -> bool:
+        return self.placement.addresses[endpoint] in self._halted
+
+
+@dataclass(frozen=True, slots=True)
+class _Route:
+    """Where the transfers of an endpoint of the current setting go."""
+
+    slot: _Slot
+    own: int
+    type: TransferType
+    moved: bool
+
+
+class VirtualDevice(Device):
+    """A device made of functions.
+
+    It is made once and can be plugged, unplugged and plugged again. What its functions took when they were made (a disk
+    its image) they keep until :meth:`dispose`.
+
+    A function that raises has its transfer stalled and the traceback logged; the device goes on.
+
+    Args:
+        functions: one or more. Several make a composite device with an interface association for each.
+        vendor_id: 1d6b:0104 by default, the Linux Foundation's multifunction composite gadget.
+        product_id: see ``vendor_id``.
+        device_version: bcdDevice.
+        manufacturer: string.
+        product: string.
+        serial_number: string; for a disk 12 or more upper-case hex digits.
+        speeds: what it may run at, the best first: SUPER, HIGH, FULL.
+        remote_wakeup: it may wake a sleeping guest.
+
+    Raises:
+        ValueError: no function, no such speed, or more endpoints than a device can have.
+    """
+
+    def __init__(
+        self,
+        *functions: Function,
+        vendor_id: int = 0x1D6B,
+        product_id: int = 0x0104,
+        device_version: int = 0x0100,
+        manufacturer: str = "farplug",
+        product: str = "",
+        serial_number: str = "",
+        speeds: Sequence[Speed] = (Speed.SUPER, Speed.HIGH),
+        remote_wakeup: bool = False,
+    ) -> None:
+        if not functions:
+            raise ValueError("a device has one function at least")
+        if not speeds or not set(speeds) <= set(SPEEDS):
+            raise ValueError(f"a virtual device cannot run at {', '.join(map(str, speeds)) or 'no'} speed")
+        self.functions = functions
+        self._speeds = tuple(speeds)
+        self._remote_wakeup = remote_wakeup
+        self._identity = Identity(
+            speeds[0],
+            vendor_id,
+            product_id,
+            device_version,
+            manufacturer=manufacturer,
+            product=product,
+            serial_number=serial_number,
+        )
+        self._halted: set[int] = set()
+        self._slots = tuple(_Slot(function, self._halted) for function in functions)
+        self._listener: DeviceListener | None = None
+        self._moved: dict[Transfer, tuple[_Slot, Transfer]] = {}
+        """Pending transfers that the function sees under other numbers: its slot, and what it sees."""
+        self._run_at(speeds[0])
+        for slot in self._slots:
+            slot.function.bind(slot)
+
+    # What it is
+
+    @property
+    def identity(self) -> Identity:
+        return self._layout.identity
+
+    @property
+    def configuration(self) -> int:
+        return self._configuration
+
+    @property
+    def interfaces(self) -> Sequence[Interface]:
+        return self._layout.configuration.select(self._alternates)
+
+    @property
+    def speeds(self) -> Sequence[Speed]:
+        return self._speeds
+
+    def select_speed(self, speed: Speed) -> None:
+        super().select_speed(speed)
+        if self._listener is not None:
+            raise LocalProtocolError(f"{self.identity} is plugged: its speed cannot be changed")
+        self._run_at(speed)
+
+    @property
+    def figures(self) -> Mapping[str, int]:
+        """Those of its functions; of the same name, added up."""
+        total: Counter[str] = Counter()
+        for function in self.functions:
+            total.update(function.figures)
+        return total
+
+    def _run_at(self, speed: Speed) -> None:
+        self._speed = speed
+        identity = replace(self._identity, speed=speed)
+        self._layout = Layout(identity, self.functions, self._speeds, remote_wakeup=self._remote_wakeup)
+        for slot, placement in zip(self._slots, self._layout.placements, strict=True):
+            slot.placement = placement
+        self._unconfigure()
+
+    # Its life
+
+    async def open(self, listener: DeviceListener) -> None:
+        if self._listener is not None:
+            raise LocalProtocolError(f"{self.identity} is plugged already")
+        self._listener = listener
+        opened: list[Function] = []
+        try:
+            for function in self.functions:
+                await function.open()
+                opened.append(function)
+        except BaseException:
+            self._listener = None
+            for function in opened:
+                await function.close()
+            raise
+
+    async def close(self) -> None:
+        self._reset_functions(port_reset=False)
+        self._unconfigure()
+        errors: list[Exception] = []
+        try:
+            for function in self.functions:
+                try:
+                    await function.close()
+                except Exception as error:  # the others are closed all the same
+                    errors.append(error)
+        finally:
+            self._listener = None
+        if errors:
+            raise errors[0]
+
+    async def dispose(self) -> None:
+        """Give back what the functions took when they were made. The device cannot be plugged any more."""
+        for function in self.functions:
+            await function.dispose()
+
+    async def reset(self) -> Status:
+        self._reset_functions(port_reset=True)
+        self._unconfigure()
+        return Status.SUCCESS
+
+    async def set_configuration(self, value: int) -> Status:
+        return self._choose_configuration(value)
+
+    async def set_interface(self, number: int, alternate: int) -> Status:
+        return self._choose_alternate(number, alternate)
+
+    def _reset_functions(self, *, port_reset: bool) -> None:
+        for slot in self._slots:
+            with _Guard(slot.function):
+                slot.function.reset(port_reset=port_reset)
+
+    def _unconfigure(self) -> None:
+        self._configuration = 0
+        self._alternates: dict[int, int] = {}
+        self._routes: dict[int, _Route] = {}
+        self._enabled: set[int] = set()
+        self._halted.clear()
+
+    def _choose_configuration(self, value: int) -> Status:
+        if value not in (0, CONFIGURATION):
+            return Status.STALL
+        self._reset_functions(port_reset=False)
+        kept = self._enabled & {Feature.DEVICE_REMOTE_WAKEUP}
+        self._unconfigure()
+        self._enabled = kept
+        if value:
+            self._configuration = value
+            self._find_routes()
+            for slot in self._slots:
+                with _Guard(slot.function):
+                    slot.function.configured(self._speed)
+        return Status.SUCCESS
+
+    def _choose_alternate(self, number: int, alternate: int) -> Status:
+        slot = self._slot_of_interface(number)
+        if slot is None:
+            return Status.INVALID
+        settings = self._layout.configuration.settings(number)
+        if alternate not in settings:
+            return Status.STALL
+        with _Guard(slot.function):
+            slot.function.reset(port_reset=False)
+        for setting in settings.values():
+            self._halted.difference_update(endpoint.address for endpoint in setting.endpoints)
+        self._alternates[number] = alternate
+        self._find_routes()
+        with _Guard(slot.function):
+            slot.function.set_alternate(number - slot.placement.first_interface, alternate)
+            slot.function.configured(self._speed)
+        return Status.SUCCESS
+
+    def _find_routes(self) -> None:
+        self._routes = {}
+        for interface in self.interfaces:
+            slot = self._slot_of_interface(interface.number)
+            assert slot is not None
+            for endpoint in interface.endpoints:
+                own = slot.placement.own[endpoint.address]
+                self._routes[endpoint.address] = _Route(slot, own, endpoint.type, own != endpoint.address)
+
+    def _slot_of_interface(self, number: int) -> _Slot | None:
+        """None also while the device is not configured."""
+        if self._configuration:
+            for slot in self._slots:
+                if 0 <= number - slot.placement.first_interface < slot.placement.interface_count:
+                    return slot
+        return None
+
+    # Transfers
+
+    def submit(self, transfer: Transfer) -> None:
+        if transfer.type is TransferType.CONTROL:
+            self._control(transfer)
+            return
+        route = self._routes.get(transfer.endpoint)
+        if route is None or route.type is not transfer.type:
+            transfer.complete(Status.INVALID)
+        elif transfer.endpoint in self._halted:
+            transfer.complete(Status.STALL)
+        else:
+            seen = self._move(transfer, route.slot, route.own, None) if route.moved else transfer
+            with _Guard(route.slot.function, seen):
+                route.slot.function.submit(seen)
+
+    def cancel(self, transfer: Transfer) -> None:
+        if transfer.status is not None:
+            return
+        if transfer in self._moved:
+            slot, transfer = self._moved[transfer]
+        elif transfer.endpoint in self._routes:
+            slot = self._routes[transfer.endpoint].slot
+        else:
+            return
+        with _Guard(slot.function):
+            slot.function.cancel(transfer)
+
+    def _move(self, transfer: Transfer, slot: _Slot, endpoint: int, setup: Setup | None) -> Transfer:
+        """Make the transfer that the function sees; its completion completes the guest's."""
+
+        def complete(seen: Transfer) -> None:
+            del self._moved[transfer]
+            assert seen.status is not None
+            transfer.complete(seen.status, seen.reply, actual=seen.actual)
+
+        seen = Transfer(
+            transfer.type,
+            endpoint,
+            complete,
+            length=transfer.length,
+            data=transfer.data,
+            setup=setup,
+            stream_id=transfer.stream_id,
+        )
+        self._moved[transfer] = slot, seen
+        return seen
+
+    # Control transfers
+
+    def _control(self, transfer: Transfer) -> None:
+        setup = transfer.setup
+        if setup is None or transfer.endpoint & 0x0F or setup.direction != transfer.direction:
+            transfer.complete(Status.INVALID)
+            return
+        answer = _STANDARD_REQUESTS.get((setup.request_type, setup.request))
+        if answer is not None:
+            reply = answer(self, setup, transfer.data)
+            if reply is None:
+                transfer.complete(Status.STALL)
+            else:
+                transfer.complete(Status.SUCCESS, reply[: min(setup.length, transfer.length)])
+            return
+        for slot, own in self._addressees(setup):
+            seen = self._move(transfer, slot, transfer.endpoint, own)
+            with _Guard(slot.function, seen):
+                if slot.function.control(seen):
+                    return
+            if seen.status is not None:  # it raised
+                return
+            del self._moved[transfer]
+        transfer.complete(Status.STALL)
+
+    def _addressees(self, setup: Setup) -> list[tuple[_Slot, Setup]]:
+        """Which functions to ask, in turn, and how each sees the request.
+
+        Of the standard requests only GET_DESCRIPTOR to an interface: HID report descriptors are asked for this way.
+        """
+        if setup.type is RequestType.STANDARD and (setup.request_type, setup.request) != (0x81, Request.GET_DESCRIPTOR):
+            return []
+        if setup.recipient is Recipient.INTERFACE:
+            slot = self._slot_of_interface(setup.index & 0xFF)
+            if slot is None:
+                return []
+            return [(slot, replace(setup, index=setup.index - slot.placement.first_interface))]
+        if setup.recipient is Recipient.ENDPOINT:
+            route = self._routes.get(setup.index & 0xFF)
+            return [] if route is None else [(route.slot, replace(setup, index=setup.index & 0xFF00 | route.own))]
+        return [(slot, setup) for slot in self._slots]
+
+    # Standard requests: each returns the data stage (b"" for none), or None to stall.
+
+    def _get_device_status(self, setup: Setup, data: Buffer) -> bytes | None:
+        if setup.value or setup.index:
+            return None
+        bits = 1  # self-powered
+        for bit, feature in enumerate((Feature.DEVICE_REMOTE_WAKEUP, Feature.U1_ENABLE, Feature.U2_ENABLE), 1):
+            bits |= (feature in self._enabled) << bit
+        return bytes((bits, 0))
+
+    def _get_interface_status(self, setup: Setup, data: Buffer) -> bytes | None:
+        if setup.value or self._slot_of_interface(setup.index) is None:
+            return None
+        return bytes(2)
+
+    def _get_endpoint_status(self, setup: Setup, data: Buffer) -> bytes | None:
+        if setup.value or (setup.index not in self._routes and setup.index not in (0x00, 0x80)):
+            return None
+        return bytes((setup.index in self._halted, 0))
+
+    def _device_feature(self, enable: bool, setup: Setup, data: Buffer) -> bytes | None:
+        if setup.index or setup.length:
+            return None
+        if setup.value == Feature.DEVICE_REMOTE_WAKEUP:
+            supported = self._remote_wakeup and self._speed < Speed.SUPER
+        else:
+            link = setup.value in (Feature.U1_ENABLE, Feature.U2_ENABLE)
+            supported = link and self._speed >= Speed.SUPER and self._configuration != 0
+        if not supported:
+            return None
+        (self._enabled.add if enable else self._enabled.discard)(setup.value)
+        return b""
+
+    def _interface_feature(self, setup: Setup, data: Buffer) -> bytes | None:
+        """FUNCTION_SUSPEND (USB 3.2, chapter 9.4.9): nothing that is virtual needs to sleep."""
+        interface = setup.index & 0xFF  # the high byte holds the suspend options
+        if self._speed < Speed.SUPER or setup.length or setup.value != Feature.FUNCTION_SUSPEND:
+            return None
+        return None if self._slot_of_interface(interface) is None else b""
+
+    def _endpoint_feature(self, enable: bool, setup: Setup, data: Buffer) -> bytes | None:
+        if setup.value != Feature.ENDPOINT_HALT or setup.length:
+            return None
+        route = self._routes.get(setup.index)
+        if route is None:
+            return b"" if setup.index in (0x00, 0x80) and not enable else None
+        if enable:
+            self._halted.add(setup.index)
+        else:
+            self._halted.discard(setup.index)
+            with _Guard(route.slot.function):
+                route.slot.function.halt_cleared(route.own)
+        return b""
+
+    def _get_descriptor(self, setup: Setup, data: Buffer) -> bytes | None:
+        return self._layout.descriptor(setup.value >> 8, setup.value & 0xFF)
+
+    def _get_configuration(self, setup: Setup, data: Buffer) -> bytes | None:
+        return None if setup.value or setup.index else bytes((self._configuration,))
+
+    def _set_configuration(self, setup: Setup, data: Buffer) -> bytes | None:
+        if setup.index or setup.length or self._choose_configuration(setup.value) is not Status.SUCCESS:
+            return None
+        return b""
+
+    def _get_interface(self, setup: Setup, data: Buffer) -> bytes | None:
+        if setup.value or self._slot_of_interface(setup.index) is None:
+            return None
+        return bytes((self._alternates.get(setup.index, 0),))
+
+    def _set_interface(self, setup: Setup, data: Buffer) -> bytes | None:
+        if setup.length or self._choose_alternate(setup.index, setup.value) is not Status.SUCCESS:
+            return None
+        return b""
+
+    def _set_sel(self, setup: Setup, data: Buffer) -> bytes | None:
+        """System exit latencies (USB 3.2, chapter 9.4.12): six bytes that nothing virtual needs."""
+        good = self._speed >= Speed.SUPER and not setup.value and not setup.index and len(data) == 6
+        return b"" if good else None
+
+    def _set_isoch_delay(self, setup: Setup, data: Buffer) -> bytes | None:
+        """USB 3.2, chapter 9.4.11."""
+        return b"" if self._speed >= Speed.SUPER and not setup.index and not setup.length else None
+
+
+_STANDARD_REQUESTS: dict[tuple[int, int], Callable[[VirtualDevice, Setup, Buffer], bytes | None]] = {
+    (0x80, Request.GET_STATUS): VirtualDevice._get_device_status,
+    (0x81, Request.GET_STATUS): VirtualDevice._get_interface_status,
+    (0x82, Request.GET_STATUS): VirtualDevice._get_endpoint_status,
+    (0x00, Request.CLEAR_FEATURE): lambda device, setup, data: device._device_feature(False, setup, data),
+    (0x00, Request.SET_FEATURE): lambda device, setup, data: device._device_feature(True, setup, data),
+    (0x01, Request.CLEAR_FEATURE): VirtualDevice._interface_feature,
+    (0x01, Request.SET_FEATURE): VirtualDevice._interface_feature,
+    (0x02, Request.CLEAR_FEATURE): lambda device, setup, data: device._endpoint_feature(False, setup, data),
+    (0x02, Request.SET_FEATURE): lambda device, setup, data: device._endpoint_feature(True, setup, data),
+    (0x80, Request.GET_DESCRIPTOR): VirtualDevice._get_descriptor,
+    (0x80, Request.GET_CONFIGURATION): VirtualDevice._get_configuration,
+    (0x00, Request.SET_CONFIGURATION): VirtualDevice._set_configuration,
+    (0x81, Request.GET_INTERFACE): VirtualDevice._get_interface,
+    (0x01, Request.SET_INTERFACE): VirtualDevice._set_interface,
+    (0x00, Request.SET_SEL): VirtualDevice._set_sel,
+    (0x00, Request.SET_ISOCH_DELAY): VirtualDevice._set_isoch_delay,
+}
+"""By bmRequestType and bRequest. What is not here and is no function's stalls: SYNCH_FRAME, SET_DESCRIPTOR …"""
+
+
+class _Guard:
+    """Catches what a function raises: its transfer stalls, the traceback is logged, the device goes on."""
+
+    __slots__ = ("_function", "_transfer")
+
+    def __init__(self, function: Function, transfer: Transfer | None = None) -> None:
+        self._function = function
+        self._transfer = transfer
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        log.error("%s raised", type(self._function).__name__, exc_info=error)
+        if self._transfer is not None and self._transfer.status is None:
+            self._transfer.complete(Status.STALL)
+        return True

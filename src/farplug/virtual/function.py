@@ -1,0 +1,87 @@
+"""A function is what a person wants to plug: a disk, a keyboard, a serial line. A virtual device is a bag of functions.
+
+This is the fast grain: a function is handed transfers and completes them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from farplug.usb.transfer import Transfer
+from farplug.usb.types import Speed
+
+if TYPE_CHECKING:
+    from farplug.usb.descriptors import InterfaceDescriptor
+
+
+class FunctionHost(ABC):
+    """What a function may ask of the device that it is a part of."""
+
+    @abstractmethod
+    def halt(self, endpoint: int) -> None:
+        """Halt an endpoint: every transfer on it stalls until the guest clears the halt or resets."""
+
+    @abstractmethod
+    def is_halted(self, endpoint: int) -> bool:
+        """Whether an endpoint is halted."""
+
+
+class Function(ABC):
+    """A part of a virtual device: some interfaces, their endpoints, and the requests addressed to them."""
+
+    @abstractmethod
+    def interfaces(self, speed: Speed) -> Sequence[InterfaceDescriptor]:
+        """The interface descriptors (every alternate setting, endpoints included) at this speed.
+
+        Interface numbers count from 0 within the function and endpoint addresses are the function's own: the device
+        moves both so that functions do not collide, and hands transfers back with the function's own numbers.
+        """
+
+    def bind(self, host: FunctionHost) -> None:  # noqa: B027
+        """Called once, when the function becomes a part of a device."""
+
+    def configured(self, speed: Speed) -> None:  # noqa: B027
+        """The guest chose the configuration, or an alternate setting changed: start afresh."""
+
+    def set_alternate(self, interface: int, alternate: int) -> None:  # noqa: B027
+        """The guest chose an alternate setting of one of the function's interfaces."""
+
+    def control(self, transfer: Transfer) -> bool:
+        """A class or vendor request to one of the function's interfaces or endpoints. False: not mine (it stalls)."""
+        return False
+
+    @abstractmethod
+    def submit(self, transfer: Transfer) -> None:
+        """A transfer on one of the function's endpoints, which is not halted. Complete it once, now or later."""
+
+    @abstractmethod
+    def cancel(self, transfer: Transfer) -> None:
+        """Complete a transfer that is still pending as ``CANCELLED``; leave a completed one alone."""
+
+    def halt_cleared(self, endpoint: int) -> None:  # noqa: B027
+        """The guest cleared the halt of an endpoint (also when it was not halted)."""
+
+    @abstractmethod
+    def reset(self, *, port_reset: bool) -> None:
+        """Drop everything: complete all pending transfers as ``CANCELLED`` and forget the state of the protocol.
+
+        Args:
+            port_reset: the guest reset the port (a unit attention is due); otherwise the configuration changed or the
+                device is leaving.
+        """
+
+    @property
+    def figures(self) -> Mapping[str, int]:
+        """Counters for people, by name."""
+        return {}
+
+    async def open(self) -> None:  # noqa: B027
+        """The device was taken. Raises ``DeviceError`` or ``ImageError`` if the function cannot work."""
+
+    async def close(self) -> None:  # noqa: B027
+        """The device is given back: make durable what was written. Raises ``DeviceError`` if that failed."""
+
+    async def dispose(self) -> None:  # noqa: B027
+        """The device will not be plugged again: give back what was taken when the function was made (files)."""

@@ -1,0 +1,679 @@
+"""The Bulk-Only transport, driven through the device as a guest drives it."""
+
+from __future__ import annotations
+
+import errno
+import random
+import struct
+
+import pytest
+from tests.virtual.bulk_only import IN, OUT, Guest, Pattern, make, read10, settle, write10
+
+from farplug.usb import Status, Transfer, TransferType
+from farplug.virtual.bot import MAX_QUEUED, MAX_UNWRITTEN
+
+TUR = "00 00 00 00 00 00"
+INQUIRY = "12 00 00 00 24 00"
+FLUSH = "35 00 00 00 00 00 00 00 00 00"
+KIB = 1024
+
+
+async def guest(store: Pattern | None = None) -> Guest:
+    return await Guest.plug(make(store or Pattern()))
+
+
+def block(store: Pattern, lba: int, count: int = 1) -> bytes:
+    return store.original[lba * 512 : (lba + count) * 512]
+
+
+# The thirteen cases: H is the host's length, D the command's.
+
+
+@pytest.mark.parametrize("cdb", [TUR, FLUSH, "12 00 00 00 00 00", "28 00 00 00 00 05 00 00 00 00"])
+async def test_case_1_nothing_moves(cdb: str) -> None:
+    result = (await guest()).command(cdb)
+    assert (result.status, result.residue) == (0, 0)
+
+
+@pytest.mark.parametrize("cdb", [read10(0, 1), write10(0, 1), bytes.fromhex(INQUIRY)])
+async def test_cases_2_and_3_the_host_expects_nothing(cdb: bytes) -> None:
+    store = Pattern()
+    result = (await guest(store)).command(cdb)
+    assert (result.status, result.residue) == (2, 0)
+    assert store.log == []
+
+
+@pytest.mark.parametrize(
+    ("cdb", "status"), [(TUR, 0), (FLUSH, 0), ("ff", 1), ("12 01 00 00 24 00", 1), (read10(63, 2).hex(), 1)]
+)
+@pytest.mark.parametrize("host", [1, 36, 512, 64 * KIB, 64 * KIB + 1, 2**32 - 1])
+async def test_case_4_data_in_that_does_not_come(cdb: str, status: int, host: int) -> None:
+    initiator = await guest()
+    result = initiator.command(cdb, receive=host, sizes=[1 << 20])
+    assert (result.status, result.residue) == (status, host)
+    assert result.data == (bytes(host) if host <= 64 * KIB else b"")
+
+
+@pytest.mark.parametrize("host", [513, 1024, 64 * KIB])
+@pytest.mark.parametrize("sizes", [[], [512], [100], [1]])
+async def test_case_5_padded(host: int, sizes: list[int]) -> None:
+    store = Pattern()
+    result = (await guest(store)).command(read10(5, 1), receive=host, sizes=sizes)
+    assert (result.status, result.residue) == (0, host - 512)
+    assert result.data == block(store, 5) + bytes(host - 512)
+
+
+@pytest.mark.parametrize("sizes", [[128 * KIB], [20 * KIB], [4 * KIB], [5000]])
+async def test_case_5_too_much_to_pad(sizes: list[int]) -> None:
+    """4 KiB transfers: the data ends with a transfer, the next one is empty and ends the phase."""
+    store = Pattern()
+    result = (await guest(store)).command(read10(0, 40), receive=128 * KIB, sizes=sizes)
+    assert (result.status, result.residue) == (0, 108 * KIB)
+    assert result.data == block(store, 0, 40)
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("size", [1, 3, 13, 31, 64, 511, 512, 513, 1024, 4096, 5119, 5120])
+async def test_case_6_split_anyhow(size: int, early: bool) -> None:
+    store = Pattern()
+    result = (await guest(store)).command(read10(7, 10), receive=5120, sizes=[size], early=early)
+    assert (result.status, result.residue, result.data) == (0, 0, block(store, 7, 10))
+
+
+@pytest.mark.parametrize(("cdb", "data"), [(read10(3, 2), 600), (bytes.fromhex(INQUIRY), 20)])
+async def test_case_7_the_host_expects_less(cdb: bytes, data: int) -> None:
+    result = (await guest()).command(cdb, receive=data)
+    assert (result.status, result.residue, len(result.data)) == (2, 0, data)
+
+
+@pytest.mark.parametrize("host", [512, 128 * KIB])
+async def test_case_8_the_host_expects_data_in(host: int) -> None:
+    store = Pattern()
+    result = (await guest(store)).command(write10(0, 1), receive=host)
+    assert (result.status, result.data) == (2, b"")
+    assert store.log == []
+
+
+@pytest.mark.parametrize(("cdb", "status"), [(TUR, 0), (FLUSH, 0), ("ff", 1), (write10(64, 1).hex(), 1)])
+@pytest.mark.parametrize("sizes", [[], [512], [300]])
+async def test_case_9_data_out_that_nobody_wants(cdb: str, status: int, sizes: list[int]) -> None:
+    store = Pattern()
+    result = (await guest(store)).command(cdb, send=bytes(1024), sizes=sizes)
+    assert (result.status, result.residue) == (status, 1024)
+    assert bytes(store.content) == store.original
+
+
+@pytest.mark.parametrize("cdb", [read10(0, 1), bytes.fromhex(INQUIRY)])
+async def test_case_10_the_host_sends_instead(cdb: bytes) -> None:
+    store = Pattern()
+    result = (await guest(store)).command(cdb, send=bytes(1024))
+    assert result.status == 2
+    assert store.log == []
+
+
+@pytest.mark.parametrize("sizes", [[], [512], [700], [1]])
+async def test_case_11_the_host_sends_more(sizes: list[int]) -> None:
+    store = Pattern()
+    result = (await guest(store)).command(write10(3, 1), send=b"\xaa" * 1024, sizes=sizes)
+    assert (result.status, result.residue) == (0, 512)
+    assert bytes(store.content) == block(store, 0, 3) + b"\xaa" * 512 + block(store, 4, 60)
+
+
+@pytest.mark.parametrize("size", [1, 3, 13, 31, 64, 511, 512, 513, 1024, 4096, 5119, 5120])
+async def test_case_12_split_anyhow(size: int) -> None:
+    store = Pattern()
+    data = random.Random(size).randbytes(5120)
+    result = (await guest(store)).command(write10(7, 10), send=data, sizes=[size])
+    assert (result.status, result.residue) == (0, 0)
+    assert bytes(store.content) == block(store, 0, 7) + data + block(store, 17, 47)
+    assert all(int(entry.split()[2]) % 512 == 0 for entry in store.log)
+
+
+async def test_case_13_the_host_sends_less() -> None:
+    store = Pattern()
+    result = (await guest(store)).command(write10(0, 4), send=b"\xaa" * 1024)
+    assert (result.status, result.residue) == (2, 0)
+    assert store.log == []
+
+
+# What is no command
+
+
+@pytest.mark.parametrize(
+    "wrapper",
+    [b"", b"U", b"USBC" + bytes(26), b"USBC" + bytes(28), b"USBS" + bytes(27), bytes(31), bytes(512), bytes(70000)],
+)
+async def test_invalid_cbw_halts_until_reset_recovery(wrapper: bytes) -> None:
+    store = Pattern()
+    initiator = await guest(store)
+    early = initiator.receive(13)
+    assert initiator.send(wrapper).status is Status.SUCCESS
+    assert early.status is Status.STALL
+    for _ in range(2):
+        for endpoint in (IN, OUT):  # a halt cannot be cleared before the reset
+            assert initiator.control(struct.pack("<BBHHH", 2, 1, 0, endpoint, 0)).status is Status.SUCCESS
+            status = initiator.control(struct.pack("<BBHHH", 0x82, 0, 0, endpoint, 2))
+            assert bytes(status.reply) == b"\1\0"
+    assert initiator.receive(13).status is Status.STALL
+    assert initiator.send(initiator.cbw(bytes(6), 0, False)).status is Status.STALL
+    assert initiator.control(bytes.fromhex("21ff000000000000")).status is Status.SUCCESS
+    assert initiator.receive(13).status is Status.STALL  # the reset itself clears no halt
+    for endpoint in (IN, OUT):
+        assert initiator.control(struct.pack("<BBHHH", 2, 1, 0, endpoint, 0)).status is Status.SUCCESS
+    assert initiator.command(TUR).status == 0
+
+
+async def test_invalid_cbw_then_port_reset() -> None:
+    initiator = await guest()
+    initiator.send(b"nonsense")
+    await initiator.enumerate()
+    assert initiator.command(TUR).status == 1
+    assert initiator.sense() == (6, 0x29, 0)
+
+
+@pytest.mark.parametrize("lun", [1, 15])
+async def test_absent_units(lun: int) -> None:
+    initiator = await guest()
+    assert initiator.command(TUR, lun=lun).status == 1
+    assert initiator.command("03 00 00 00 12 00", receive=18, lun=lun).sense == (5, 0x25, 0)
+    assert initiator.command(INQUIRY, receive=36, lun=lun).data[0] == 0x7F
+
+
+@pytest.mark.parametrize(
+    ("cdb", "length", "status"),
+    [
+        (TUR, 12, 0),
+        (TUR, 16, 0),
+        (TUR, 6, 0),
+        (TUR, 31, 0),
+        (TUR, 5, 1),
+        (TUR, 0, 1),
+        (FLUSH, 12, 0),
+        (FLUSH, 9, 1),
+    ],
+)
+async def test_command_block_lengths(cdb: str, length: int, status: int) -> None:
+    initiator = await guest()
+    assert initiator.command(cdb, cdb_length=length).status == status
+    if status:
+        assert initiator.sense() == (5, 0x24, 0)
+
+
+# Requests of the class
+
+
+@pytest.mark.parametrize(
+    ("setup", "status", "reply"),
+    [
+        ("a1fe000000000100", Status.SUCCESS, b"\0"),
+        ("a1fe010000000100", Status.STALL, b""),
+        ("a1fe000001000100", Status.STALL, b""),
+        ("a1fe000000000200", Status.STALL, b""),
+        ("21fe000000000000", Status.STALL, b""),
+        ("21ff000000000000", Status.SUCCESS, b""),
+        ("21ff010000000000", Status.STALL, b""),
+        ("a1ff000000000000", Status.STALL, b""),
+    ],
+)
+async def test_class_requests(setup: str, status: Status, reply: bytes) -> None:
+    transfer = (await guest()).control(bytes.fromhex(setup))
+    assert (transfer.status, bytes(transfer.reply)) == (status, reply)
+
+
+async def test_bulk_only_reset_in_the_middle() -> None:
+    store = Pattern()
+    initiator = await guest(store)
+    initiator.send(initiator.cbw(write10(0, 4), 2048, False))
+    initiator.send(bytes(700))
+    assert initiator.control(bytes.fromhex("21ff000000000000")).status is Status.SUCCESS
+    assert initiator.command(INQUIRY, receive=36).status == 0
+    assert store.log == ["write 0 512"]  # a block is written whole or not at all
+
+
+async def test_bulk_only_reset_drops_the_data_that_waits() -> None:
+    store = Pattern(16384)
+    initiator = await guest(store)
+    store.holding = True
+    initiator.send(initiator.cbw(write10(0, 16384), 8 << 20, False))
+    sent = [initiator.send(b"\xaa" * (4 << 20)), initiator.send(b"\xbb" * (4 << 20))]
+    assert sent[1].status is None
+    assert initiator.control(bytes.fromhex("21ff000000000000")).status is Status.SUCCESS
+    assert [str(one.status) for one in sent] == ["success", "success"]
+    store.release()
+    store.holding = False
+    assert initiator.command(TUR).status == 0
+    assert store.content[4 << 20 :] == store.original[4 << 20 :]
+
+
+async def test_bulk_only_reset_keeps_the_reads_that_wait() -> None:
+    store = Pattern()
+    initiator = await guest(store)
+    store.holding = True
+    initiator.send(initiator.cbw(read10(0, 1), 512, True))
+    reading = initiator.receive(512)
+    initiator.control(bytes.fromhex("21ff000000000000"))
+    store.release()
+    assert reading.status is None
+    initiator.send(initiator.cbw(bytes(6), 0, False))
+    assert initiator.csw(reading) == (0, 0)
+
+
+async def test_an_old_read_does_not_answer_a_new_command() -> None:
+    store = Pattern()
+    initiator = await guest(store)
+    store.holding = True
+    initiator.send(initiator.cbw(read10(0, 1), 512, True))
+    reading = initiator.receive(512)
+    initiator.control(bytes.fromhex("21ff000000000000"))
+    initiator.send(initiator.cbw(read10(5, 1), 512, True))
+    store.release(1)
+    assert reading.status is None
+    store.release(1)
+    assert bytes(reading.reply) == block(store, 5)
+    assert initiator.csw(initiator.receive(13)) == (0, 0)
+
+
+# Order and time
+
+
+async def test_status_waits_for_the_write() -> None:
+    store = Pattern()
+    initiator = await guest(store)
+    store.holding = True
+    initiator.send(initiator.cbw(write10(0, 2), 1024, False))
+    assert initiator.send(bytes(512)).status is Status.SUCCESS
+    assert initiator.send(bytes(512)).status is Status.SUCCESS
+    status = initiator.receive(13)
+    store.release(1)
+    assert status.status is None
+    store.release(1)
+    assert initiator.csw(status) == (0, 0)
+
+
+async def test_fua_flushes_after_the_writes() -> None:
+    store = Pattern()
+    initiator = await guest(store)
+    store.holding = True
+    initiator.send(initiator.cbw(write10(0, 1, fua=True), 512, False))
+    initiator.send(bytes(512))
+    status = initiator.receive(13)
+    assert store.log == ["write 0 512"]
+    store.release(1)
+    assert store.log == ["write 0 512", "flush"]
+    assert status.status is None
+    store.release(1)
+    assert initiator.csw(status) == (0, 0)
+
+
+async def test_flush_is_waited_for() -> None:
+    store = Pattern()
+    initiator = await guest(store)
+    store.holding = True
+    initiator.send(initiator.cbw(bytes.fromhex(FLUSH), 0, False))
+    status = initiator.receive(13)
+    assert status.status is None
+    store.release()
+    assert initiator.csw(status) == (0, 0)
+
+
+async def test_the_next_command_may_be_queued() -> None:
+    store = Pattern()
+    initiator = await guest(store)
+    initiator.send(initiator.cbw(read10(1, 1), 512, True))
+    second = initiator.send(initiator.cbw(read10(2, 1), 512, True))
+    assert second.status is None
+    first = [initiator.receive(512), initiator.receive(13)]
+    assert bytes(first[0].reply) == block(store, 1)
+    assert second.status is Status.SUCCESS
+    assert bytes(initiator.receive(512).reply) == block(store, 2)
+    assert initiator.csw(initiator.receive(13)) == (0, 0)
+
+
+async def test_unwritten_data_is_bounded() -> None:
+    store = Pattern(32768)
+    initiator = await guest(store)
+    store.holding = True
+    initiator.send(initiator.cbw(write10(0, 32768), 16 << 20, False))
+    sent = [initiator.send(bytes(1 << 20)) for _ in range(16)]
+    assert sum(one.status is Status.SUCCESS for one in sent) == MAX_UNWRITTEN >> 20
+    while store.held:
+        store.release(1)
+    assert all(one.status is Status.SUCCESS for one in sent)
+    assert initiator.csw(initiator.receive(13)) == (0, 0)
+
+
+async def test_one_large_transfer_is_taken_whole() -> None:
+    initiator = await guest(Pattern(32768))
+    assert initiator.command(write10(0, 32768), send=bytes(16 << 20)).status == 0
+
+
+async def test_queued_data_is_bounded() -> None:
+    initiator = await guest()
+    initiator.send(initiator.cbw(read10(0, 1), 512, True))
+    sent = [initiator.send(bytes(8 << 20)) for _ in range(6)]
+    assert [one.status for one in sent] == [None] * (MAX_QUEUED // (8 << 20)) + [Status.IO_ERROR] * 2
+
+
+async def test_cancelled_data_no_longer_counts() -> None:
+    initiator = await guest()
+    initiator.send(initiator.cbw(read10(0, 1), 512, True))
+    for _ in range(3):
+        sent = [initiator.send(bytes(8 << 20)) for _ in range(4)]
+        for transfer in sent:
+            assert transfer.status is None
+            initiator.device.cancel(transfer)
+        assert [one.status for one in sent] == [Status.CANCELLED] * 4
+
+
+async def test_hostile_lengths_allocate_nothing() -> None:
+    initiator = await guest()
+    initiator.send(initiator.cbw(read10(0, 1), 2**32 - 1, True))
+    transfer = initiator.receive(2**32 - 1)
+    assert (transfer.status, transfer.actual) == (Status.SUCCESS, 512)
+    assert initiator.csw(initiator.receive(13)) == (0, 2**32 - 1 - 512)
+
+
+@pytest.mark.parametrize("length", [0, 1, 12])
+async def test_a_status_that_does_not_fit_is_kept(length: int) -> None:
+    initiator = await guest()
+    initiator.send(initiator.cbw(bytes(6), 0, False))
+    short = initiator.receive(length)
+    assert short.status is (Status.BABBLE if length else Status.SUCCESS)
+    assert initiator.csw(initiator.receive(13)) == (0, 0)
+
+
+async def test_empty_transfers_change_nothing() -> None:
+    store = Pattern()
+    initiator = await guest(store)
+    initiator.send(initiator.cbw(read10(0, 1), 512, True))
+    assert initiator.receive(0).status is Status.SUCCESS
+    assert bytes(initiator.receive(512).reply) == block(store, 0)
+    assert initiator.csw(initiator.receive(13)) == (0, 0)
+    initiator.send(initiator.cbw(write10(0, 1), 512, False))
+    assert initiator.send(b"").status is Status.SUCCESS
+    assert initiator.send(bytes(512)).status is Status.SUCCESS
+    assert initiator.csw(initiator.receive(13)) == (0, 0)
+
+
+# Errors of the store
+
+
+@pytest.mark.parametrize(("host", "moved"), [(1024, 1024), (128 * KIB, 0)])
+async def test_read_errors(host: int, moved: int) -> None:
+    store = Pattern()
+    initiator = await guest(store)
+    store.error = OSError(errno.EIO, "broken")
+    result = initiator.command(read10(0, 2), receive=host)
+    assert (result.status, result.residue, result.data) == (1, host, bytes(moved))
+    assert initiator.sense() == (3, 0x11, 0)
+
+
+async def test_read_error_in_the_middle() -> None:
+    store = Pattern()
+    initiator = await guest(store)
+    initiator.send(initiator.cbw(read10(0, 3), 1536, True))
+    assert bytes(initiator.receive(512).reply) == block(store, 0)
+    store.error = OSError(errno.EIO, "broken")
+    assert [bytes(initiator.receive(512).reply) for _ in range(2)] == [bytes(512)] * 2
+    assert initiator.csw(initiator.receive(13)) == (1, 1024)
+    assert store.log == ["read 0 512", "read 512 512"]
+
+
+@pytest.mark.parametrize("cdb", [write10(0, 2), write10(0, 2, fua=True)])
+@pytest.mark.parametrize("sizes", [[], [512], [300]])
+async def test_write_errors(cdb: bytes, sizes: list[int]) -> None:
+    store = Pattern()
+    initiator = await guest(store)
+    store.error = OSError(errno.ENOSPC, "full")
+    result = initiator.command(cdb, send=bytes(1024), sizes=sizes)
+    assert (result.status, result.residue) == (1, 1024)
+    assert initiator.sense() == (3, 0x0C, 0)
+    store.error = None
+    assert initiator.command(cdb, send=bytes(1024)).status == 0
+
+
+async def test_write_error_while_others_succeed() -> None:
+    store = Pattern()
+    initiator = await guest(store)
+    store.holding = True
+    initiator.send(initiator.cbw(write10(0, 2), 1024, False))
+    initiator.send(bytes(512))
+    initiator.send(bytes(512))
+    store.error = OSError(errno.EIO, "broken")
+    store.release(1)
+    store.error = None
+    store.release(1)
+    assert initiator.csw(initiator.receive(13)) == (1, 1024)
+
+
+@pytest.mark.parametrize("cdb", [FLUSH, "1b 00 00 00 00 00"])
+async def test_flush_errors(cdb: str) -> None:
+    store = Pattern()
+    initiator = await guest(store)
+    store.error = OSError(errno.EIO, "broken")
+    assert initiator.command(cdb).status == 1
+    assert initiator.sense() == (3, 0x0C, 0)
+
+
+async def test_fua_flush_error() -> None:
+    store = Pattern()
+    initiator = await guest(store)
+    store.holding = True
+    initiator.send(initiator.cbw(write10(0, 1, fua=True), 512, False))
+    initiator.send(bytes(512))
+    status = initiator.receive(13)
+    store.release(1)
+    store.error = OSError(errno.EIO, "broken")
+    store.release(1)
+    assert initiator.csw(status) == (1, 512)
+
+
+# Cancels and resets
+
+
+async def test_a_cancelled_read_can_be_asked_again() -> None:
+    store = Pattern()
+    initiator = await guest(store)
+    store.holding = True
+    initiator.send(initiator.cbw(read10(0, 2), 1024, True))
+    first = initiator.receive(512)
+    waiting = initiator.receive(512)
+    initiator.device.cancel(waiting)
+    initiator.device.cancel(first)
+    assert (first.status, waiting.status) == (Status.CANCELLED, Status.CANCELLED)
+    again = initiator.receive(512)
+    store.release()
+    assert bytes(again.reply) == block(store, 0)
+    store.holding = False
+    assert bytes(initiator.receive(512).reply) == block(store, 1)
+    status = initiator.receive(13)
+    assert initiator.csw(status) == (0, 0)
+    initiator.device.cancel(status)
+    initiator.device.cancel(Transfer(TransferType.BULK, IN, initiator.completed.append, length=13))  # never submitted
+    assert len(initiator.completed) == len(set(initiator.completed))
+
+
+async def test_a_cancelled_status_is_kept() -> None:
+    store = Pattern()
+    initiator = await guest(store)
+    store.holding = True
+    initiator.send(initiator.cbw(bytes.fromhex(FLUSH), 0, False))
+    status = initiator.receive(13)
+    initiator.device.cancel(status)
+    assert status.status is Status.CANCELLED
+    store.release()
+    assert initiator.csw(initiator.receive(13)) == (0, 0)
+
+
+async def test_a_cancelled_write_was_not_taken() -> None:
+    store = Pattern(16384)
+    initiator = await guest(store)
+    store.holding = True
+    initiator.send(initiator.cbw(write10(0, 16384), 8 << 20, False))
+    assert initiator.send(bytes(4 << 20)).status is Status.SUCCESS
+    waiting = initiator.send(b"\xaa" * (4 << 20))
+    initiator.device.cancel(waiting)
+    assert (waiting.status, waiting.actual) == (Status.CANCELLED, 0)
+    store.release()
+    store.holding = False
+    assert initiator.send(b"\xbb" * (4 << 20)).status is Status.SUCCESS
+    assert initiator.csw(initiator.receive(13)) == (0, 0)
+    assert store.content[4 << 20 :] == b"\xbb" * (4 << 20)
+
+
+@pytest.mark.parametrize("configure", [False, True])
+async def test_reset_cancels_everything(configure: bool) -> None:
+    store = Pattern()
+    initiator = await guest(store)
+    store.holding = True
+    initiator.send(initiator.cbw(read10(0, 2), 1024, True))
+    pending = [initiator.receive(512), initiator.receive(512), initiator.send(bytes(31)), initiator.receive(13)]
+    if configure:
+        assert await initiator.device.set_configuration(1) is Status.SUCCESS
+    else:
+        await initiator.enumerate()
+    assert [one.status for one in pending] == [Status.CANCELLED] * 4
+    store.release()
+    store.holding = False
+    assert initiator.command(TUR).status == (0 if configure else 1)
+    assert len(initiator.completed) == len(set(initiator.completed))
+
+
+async def test_a_write_under_way_survives_a_reset() -> None:
+    store = Pattern()
+    initiator = await guest(store)
+    store.holding = True
+    initiator.send(initiator.cbw(write10(0, 1), 512, False))
+    initiator.send(bytes(512))
+    await initiator.enumerate()
+    assert initiator.sense() == (6, 0x29, 0)
+    store.error = OSError(errno.EIO, "broken")
+    store.release()
+    store.error, store.holding = None, False
+    assert initiator.sense() == (0, 0, 0)  # not the old command's
+    assert initiator.command(TUR).status == 0
+
+
+async def test_completions_may_submit() -> None:
+    """A whole command whose transfers are each submitted inside the completion of the one before."""
+    store = Pattern()
+    initiator = await guest(store)
+    ended: list[Transfer] = []
+    bulk = TransferType.BULK
+
+    def data(transfer: Transfer) -> None:
+        ended.append(initiator._submit(Transfer(bulk, IN, status, length=512)))
+
+    def status(transfer: Transfer) -> None:
+        ended.append(initiator._submit(Transfer(bulk, IN, ended.append, length=13)))
+
+    wrapper = initiator.cbw(read10(0, 1), 512, True)
+    initiator._submit(Transfer(bulk, OUT, data, data=wrapper))
+    assert initiator.csw(ended[-1]) == (0, 0)
+
+
+# Sequences of real hosts: each command with the answer that the host needs
+
+
+async def test_seabios() -> None:
+    initiator = await Guest.plug(make(Pattern()), attention=True)
+    assert initiator.control(bytes.fromhex("a1fe000000000100")).reply == b"\0"
+    inquiry = initiator.command(INQUIRY, receive=36, cdb_length=12)
+    assert (inquiry.status, inquiry.residue, len(inquiry.data)) == (0, 0, 36)
+    assert inquiry.data[8:16] != b"QEMU    "
+    assert initiator.command(TUR, cdb_length=12).status == 1
+    sense = initiator.command("03 00 00 00 12 00", receive=18, cdb_length=12)
+    assert (len(sense.data), sense.sense) == (18, (6, 0x29, 0))
+    assert initiator.command(TUR, cdb_length=12).status == 0
+    capacity = initiator.command("25 00 00 00 00 00 00 00 00 00", receive=8, cdb_length=12)
+    assert (capacity.residue, capacity.data) == (0, struct.pack(">II", 63, 512))
+    read = initiator.command(read10(0, 64), receive=32 * KIB, cdb_length=12)
+    assert (read.status, len(read.data)) == (0, 32 * KIB)
+
+
+async def test_ovmf() -> None:
+    initiator = await Guest.plug(make(Pattern()), attention=True)
+    assert initiator.command(INQUIRY, receive=36).status == 0
+    assert initiator.command(TUR).status == 1
+    assert initiator.sense() == (6, 0x29, 0)
+    assert initiator.command("25 00 00 00 00 00 00 00 00 00", receive=8).residue == 0
+    mode = initiator.command("1a 00 3f 00 04 00", receive=4)
+    assert (mode.status, mode.residue, mode.data) == (0, 0, bytes.fromhex("17001000"))
+
+
+async def test_linux() -> None:
+    initiator = await Guest.plug(make(Pattern()), attention=True)
+    inquiry = initiator.command(INQUIRY, receive=36)
+    assert (inquiry.status, inquiry.residue, inquiry.data[4]) == (0, 0, 31)
+    assert initiator.command(TUR).status == 1
+    sense = initiator.command("03 00 00 00 60 00", receive=96)
+    assert (sense.status, sense.residue, sense.sense) == (0, 78, (6, 0x29, 0))
+    assert initiator.command(TUR).status == 0
+    mode = initiator.command("1a 00 3f 00 c0 00", receive=192)
+    assert (mode.status, mode.residue, mode.data[:24]) == (0, 168, bytes.fromhex("17001000 081204") + bytes(17))
+    assert initiator.command(FLUSH).status == 0
+    ata = initiator.command("85 08 0e 00 00 00 01 00 00 00 00 00 00 00 ec 00", receive=512)
+    assert (ata.status, ata.residue, ata.data) == (1, 512, bytes(512))
+    assert initiator.sense() == (5, 0x20, 0)
+
+
+# Everything at random against a shadow copy
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_random_work_matches_a_shadow(seed: int) -> None:
+    source = random.Random(seed)
+    store = Pattern(128)
+    initiator = await guest(store)
+    shadow = bytearray(store.original)
+    for _ in range(120):
+        store.holding = source.random() < 0.5
+        lba = source.randrange(128)
+        count = source.randrange(1, min(32, 128 - lba) + 1)
+        begin, end = lba * 512, (lba + count) * 512
+        writes = source.random() < 0.5
+        data = source.randbytes(end - begin)
+        cdb = write10(lba, count, fua=source.random() < 0.2) if writes else read10(lba, count)
+        assert initiator.send(initiator.cbw(cdb, end - begin, not writes)).status is Status.SUCCESS
+        moved = 0
+        broken = False
+        got = bytearray()
+        while moved < end - begin:
+            size = source.choice([1, 100, 512, 1000, 4096, 1 << 16])
+            transfer = initiator.send(data[moved : moved + size]) if writes else initiator.receive(size)
+            fate = source.random()
+            if fate < 0.02:
+                await initiator.enumerate()
+                initiator.command(TUR)
+                broken = True
+            elif fate < 0.04:
+                store.release(0)
+                initiator.control(bytes.fromhex("21ff000000000000"))
+                initiator.device.cancel(transfer)
+                broken = True
+            elif fate < 0.2:
+                initiator.device.cancel(transfer)
+            store.release()
+            if broken:
+                break
+            await settle(transfer)
+            moved += transfer.actual
+            got += transfer.reply
+        if broken:  # what was acknowledged may be there or not, but only in whole blocks; then both are the same again
+            for one in range(lba, lba + count):
+                part = bytes(store.content[one * 512 : one * 512 + 512])
+                new = data[(one - lba) * 512 : (one - lba) * 512 + 512]
+                assert part in (bytes(shadow[one * 512 : one * 512 + 512]), new)
+            shadow[:] = store.content
+            continue
+        status = initiator.receive(13)
+        while status.status is None:
+            store.release()
+        assert initiator.csw(status) == (0, 0)
+        if writes:
+            shadow[begin:end] = data
+        else:
+            assert got == shadow[begin:end]
+        assert store.content == shadow
+    assert all(one.status is not None for one in initiator.completed)
+    assert len(initiator.completed) == len(set(initiator.completed))

@@ -1,0 +1,445 @@
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+
+import pytest
+from tests.virtual.bulk_only import Listener
+
+from farplug.errors import DeviceError, LocalProtocolError, Reason
+from farplug.usb import Setup, Speed, Status, Transfer, TransferType
+from farplug.usb.descriptors import EndpointDescriptor, InterfaceDescriptor
+from farplug.virtual import Function, FunctionHost, VirtualDevice
+
+BULK, INTERRUPT = TransferType.BULK, TransferType.INTERRUPT
+
+
+class Echo(Function):
+    """Answers or keeps what it gets, and writes down what happens to it."""
+
+    def __init__(self, name: str = "echo") -> None:
+        self.name = name
+        self.log: list[str] = []
+        self.pending: list[Transfer] = []
+        self.answer = True
+        self.raises: Exception | None = None
+        self.close_error: Exception | None = None
+        self.open_error: Exception | None = None
+        self.host: FunctionHost | None = None
+
+    def interfaces(self, speed: Speed) -> Sequence[InterfaceDescriptor]:
+        bulk = (EndpointDescriptor(0x81, BULK, 512), EndpointDescriptor(0x01, BULK, 512))
+        return (
+            InterfaceDescriptor(0, 0, 255, 1, 2, bulk),
+            InterfaceDescriptor(0, 2, 255, 1, 3, (*bulk, EndpointDescriptor(0x82, INTERRUPT, 8, 4))),
+            InterfaceDescriptor(1, 0, 255, 0, 0),
+        )
+
+    def bind(self, host: FunctionHost) -> None:
+        self.host = host
+
+    def configured(self, speed: Speed) -> None:
+        self.log.append(f"configured {speed}")
+
+    def set_alternate(self, interface: int, alternate: int) -> None:
+        self.log.append(f"alternate {interface} {alternate}")
+
+    def control(self, transfer: Transfer) -> bool:
+        self.log.append(f"control {transfer.setup}")
+        return self._take(transfer) if self.answer else False
+
+    def submit(self, transfer: Transfer) -> None:
+        self.log.append(f"submit {transfer.endpoint:02x}")
+        self._take(transfer)
+
+    def _take(self, transfer: Transfer) -> bool:
+        if self.raises is not None:
+            raise self.raises
+        if self.answer:
+            transfer.complete(Status.SUCCESS, self.name.encode()[: transfer.length])
+        else:
+            self.pending.append(transfer)
+        return True
+
+    def cancel(self, transfer: Transfer) -> None:
+        self.pending.remove(transfer)
+        transfer.complete(Status.CANCELLED)
+
+    def halt_cleared(self, endpoint: int) -> None:
+        self.log.append(f"cleared {endpoint:02x}")
+
+    def reset(self, *, port_reset: bool) -> None:
+        self.log.append(f"reset {port_reset}")
+        pending, self.pending = self.pending, []
+        for transfer in pending:
+            transfer.complete(Status.CANCELLED)
+        if self.raises is not None:
+            raise self.raises
+
+    @property
+    def figures(self) -> Mapping[str, int]:
+        return {"resets": self.log.count("reset True"), self.name: 1}
+
+    async def open(self) -> None:
+        self.log.append("open")
+        if self.open_error:
+            raise self.open_error
+
+    async def close(self) -> None:
+        self.log.append("close")
+        if self.close_error:
+            raise self.close_error
+
+    async def dispose(self) -> None:
+        self.log.append("dispose")
+
+
+class Driver:
+    def __init__(self, device: VirtualDevice) -> None:
+        self.device = device
+        self.completed: list[Transfer] = []
+
+    def send(self, endpoint: int, data: bytes = b"x", type: TransferType = BULK) -> Transfer:
+        return self._submit(Transfer(type, endpoint, self.completed.append, data=data))
+
+    def receive(self, endpoint: int, length: int = 64, type: TransferType = BULK) -> Transfer:
+        return self._submit(Transfer(type, endpoint, self.completed.append, length=length))
+
+    def control(self, setup: str, data: bytes = b"") -> Transfer:
+        """Hex digits of the five fields, big-endian for the eye: type, request, value, index, length."""
+        fields = [int(field, 16) for field in setup.split()]
+        parsed = Setup(*fields)
+        endpoint = parsed.request_type & 0x80
+        transfer = Transfer(
+            TransferType.CONTROL, endpoint, self.completed.append, length=parsed.length, data=data, setup=parsed
+        )
+        return self._submit(transfer)
+
+    def _submit(self, transfer: Transfer) -> Transfer:
+        self.device.submit(transfer)
+        return transfer
+
+
+async def plugged(*functions: Function, speed: Speed = Speed.SUPER, remote_wakeup: bool = False) -> Driver:
+    device = VirtualDevice(*(functions or (Echo(),)), speeds=(speed,), product="Echo", remote_wakeup=remote_wakeup)
+    await device.open(Listener())
+    await device.reset()
+    await device.set_configuration(1)
+    return Driver(device)
+
+
+REQUESTS: list[tuple[str, bytes, bytes | None, bytes | None]] = [
+    # setup, data, reply at SuperSpeed, reply at high speed; None stalls
+    ("80 00 0 0 2", b"", b"\1\0", b"\1\0"),
+    ("80 00 0 0 1", b"", b"\1", b"\1"),
+    ("80 00 1 0 2", b"", None, None),
+    ("80 00 0 1 2", b"", None, None),
+    ("81 00 0 0 2", b"", b"\0\0", b"\0\0"),
+    ("81 00 0 1 2", b"", b"\0\0", b"\0\0"),
+    ("81 00 0 2 2", b"", None, None),
+    ("82 00 0 81 2", b"", b"\0\0", b"\0\0"),
+    ("82 00 0 0 2", b"", b"\0\0", b"\0\0"),
+    ("82 00 0 80 2", b"", b"\0\0", b"\0\0"),
+    ("82 00 0 82 2", b"", None, None),
+    ("82 00 1 81 2", b"", None, None),
+    ("80 08 0 0 1", b"", b"\1", b"\1"),
+    ("80 08 1 0 1", b"", None, None),
+    ("81 0a 0 0 1", b"", b"\0", b"\0"),
+    ("81 0a 0 2 1", b"", None, None),
+    ("00 09 1 0 0", b"", b"", b""),
+    ("00 09 2 0 0", b"", None, None),
+    ("00 09 1 1 0", b"", None, None),
+    ("01 0b 0 0 0", b"", b"", b""),
+    ("01 0b 2 0 0", b"", b"", b""),
+    ("01 0b 1 0 0", b"", None, None),
+    ("01 0b 0 2 0", b"", None, None),
+    ("00 01 1 0 0", b"", None, None),
+    ("00 03 1 0 0", b"", None, None),
+    ("00 03 2 100 0", b"", None, None),
+    ("00 03 30 0 0", b"", b"", None),
+    ("00 03 31 0 0", b"", b"", None),
+    ("00 01 30 0 0", b"", b"", None),
+    ("00 03 32 0 0", b"", None, None),
+    ("01 03 0 0 0", b"", b"", None),
+    ("01 03 0 100 0", b"", b"", None),
+    ("01 03 0 2 0", b"", None, None),
+    ("02 03 0 81 0", b"", b"", b""),
+    ("02 03 0 82 0", b"", None, None),
+    ("02 03 0 0 0", b"", None, None),
+    ("02 01 0 0 0", b"", b"", b""),
+    ("02 01 0 81 0", b"", b"", b""),
+    ("02 01 1 81 0", b"", None, None),
+    ("00 30 0 0 6", bytes(6), b"", None),
+    ("00 30 0 0 5", bytes(5), None, None),
+    ("00 31 28 0 0", b"", b"", None),
+    ("82 0c 0 81 2", b"", None, None),
+    ("00 05 7 0 0", b"", None, None),
+    ("00 07 100 0 12", bytes(18), None, None),
+    ("80 06 300 0 ff", b"", b"\4\3\x09\4", b"\4\3\x09\4"),
+    ("80 06 302 409 6", b"", b"\x0a\3E\0c\0", b"\x0a\3E\0c\0"),
+    ("80 06 305 409 ff", b"", None, None),
+    ("80 06 600 0 a", b"", None, b"\x0a\x06\0\2\0\0\0\x40\1\0"),
+    ("80 06 100 0 2", b"", b"\x12\1", b"\x12\1"),
+    ("80 06 101 0 12", b"", None, None),
+    ("80 06 2200 0 12", b"", None, None),
+]
+
+
+@pytest.mark.parametrize(("setup", "data", "at_super", "at_high"), REQUESTS, ids=[row[0] for row in REQUESTS])
+async def test_standard_requests(setup: str, data: bytes, at_super: bytes | None, at_high: bytes | None) -> None:
+    for speed, reply in ((Speed.SUPER, at_super), (Speed.HIGH, at_high)):
+        driver = await plugged(speed=speed)
+        transfer = driver.control(setup, data)
+        if reply is None:
+            assert transfer.status is Status.STALL
+        else:
+            assert (transfer.status, bytes(transfer.reply)) == (Status.SUCCESS, reply)
+        assert driver.control("80 00 0 0 2").status is Status.SUCCESS  # endpoint zero lives on
+
+
+@pytest.mark.parametrize("setup", ["81 00 0 0 2", "82 00 0 81 2", "81 0a 0 0 1", "00 03 30 0 0", "01 0b 0 0 0"])
+async def test_nothing_of_a_configuration_without_one(setup: str) -> None:
+    driver = await plugged()
+    assert driver.control("00 09 0 0 0").status is Status.SUCCESS
+    assert driver.control("80 08 0 0 1").reply == b"\0"
+    assert driver.control(setup).status is Status.STALL
+    assert driver.receive(0x81).status is Status.INVALID
+    assert await driver.device.set_interface(0, 0) is Status.INVALID
+    assert [one.number for one in driver.device.interfaces] == [0, 1]
+
+
+async def test_features_are_shown_and_forgotten() -> None:
+    driver = await plugged()
+    driver.control("00 03 30 0 0")
+    driver.control("00 03 31 0 0")
+    assert driver.control("80 00 0 0 2").reply == b"\x0d\0"
+    driver.control("00 01 30 0 0")
+    assert driver.control("80 00 0 0 2").reply == b"\x09\0"
+    await driver.device.reset()
+    assert driver.control("80 00 0 0 2").reply == b"\x01\0"
+
+
+async def test_remote_wakeup() -> None:
+    driver = await plugged(speed=Speed.HIGH, remote_wakeup=True)
+    assert driver.control("80 06 200 0 9").reply[7] == 0xE0
+    assert driver.control("00 03 1 0 0").status is Status.SUCCESS
+    assert driver.control("00 09 1 0 0").status is Status.SUCCESS
+    assert driver.control("80 00 0 0 2").reply == b"\x03\0"
+    assert driver.control("00 01 1 0 0").status is Status.SUCCESS
+    assert driver.control("80 00 0 0 2").reply == b"\x01\0"
+
+
+async def test_halt() -> None:
+    function = Echo()
+    driver = await plugged(function)
+    function.log.clear()
+    driver.control("02 03 0 81 0")
+    assert function.host is not None
+    assert function.host.is_halted(0x81)
+    assert not function.host.is_halted(0x01)
+    assert driver.receive(0x81).status is Status.STALL
+    assert driver.control("82 00 0 81 2").reply == b"\1\0"
+    assert driver.control("02 01 0 81 0").status is Status.SUCCESS
+    assert driver.receive(0x81).status is Status.SUCCESS
+    assert function.log == ["cleared 81", "submit 81"]
+    for undo in ("00 09 1 0 0", "01 0b 0 0 0"):
+        function.host.halt(0x01)
+        assert driver.send(0x01).status is Status.STALL
+        driver.control(undo)
+        assert driver.send(0x01).status is Status.SUCCESS
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "type"), [(0x82, INTERRUPT), (0x81, INTERRUPT), (0x83, BULK), (0x02, BULK), (0x80, BULK)]
+)
+async def test_no_such_endpoint(endpoint: int, type: TransferType) -> None:
+    driver = await plugged()
+    assert driver.receive(endpoint, type=type).status is Status.INVALID
+
+
+@pytest.mark.parametrize("endpoint", [0x00, 0x81])
+async def test_control_transfers_that_contradict_themselves(endpoint: int) -> None:
+    driver = await plugged()
+    for setup in (Setup(0x80, 0, 0, 0, 2), None):
+        transfer = Transfer(TransferType.CONTROL, endpoint, driver.completed.append, length=2, setup=setup)
+        assert driver._submit(transfer).status is Status.INVALID
+
+
+async def test_alternate_settings() -> None:
+    function = Echo()
+    driver = await plugged(function)
+    function.log.clear()
+    function.answer = False
+    pending = driver.receive(0x81)
+    assert await driver.device.set_interface(0, 2) is Status.SUCCESS
+    assert pending.status is Status.CANCELLED
+    assert function.log == ["submit 81", "reset False", "alternate 0 2", "configured super"]
+    assert driver.control("81 0a 0 0 1").reply == b"\2"
+    assert driver.device.interfaces[0].interface_protocol == 3
+    waiting = driver.receive(0x82, type=INTERRUPT)
+    assert waiting.status is None
+    assert await driver.device.set_interface(0, 1) is Status.STALL
+    assert await driver.device.set_interface(7, 0) is Status.INVALID
+    assert waiting.status is None
+    assert await driver.device.set_configuration(1) is Status.SUCCESS
+    assert waiting.status is Status.CANCELLED
+    assert driver.control("81 0a 0 0 1").reply == b"\0"
+
+
+async def test_two_functions() -> None:
+    first, second = Echo("first"), Echo("second")
+    driver = await plugged(first, second)
+    assert bytes(driver.receive(0x81).reply) == b"first"
+    assert bytes(driver.receive(0x83).reply) == b"second"
+    assert bytes(driver.receive(0x83, 3).reply) == b"sec"
+    assert second.log[-1] == "submit 81"
+    assert driver.send(0x02, b"abc").actual == 3
+    assert second.log[-1] == "submit 01"
+    assert bytes(driver.control("a1 5 0 2 10").reply) == b"second"
+    assert second.log[-1] == f"control {Setup(0xA1, 5, 0, 0, 16)}"
+    assert bytes(driver.control("a2 5 0 83 10").reply) == b"second"
+    assert second.log[-1] == f"control {Setup(0xA2, 5, 0, 0x81, 16)}"
+    assert bytes(driver.control("c0 5 0 83 10").reply) == b"first"
+    assert bytes(driver.control("81 6 2200 2 10").reply) == b"second"  # as HID asks
+    assert driver.control("a1 5 0 4 10").status is Status.STALL
+    assert driver.control("a2 5 0 8f 10").status is Status.STALL
+    assert driver.device.figures == {"resets": 2, "first": 1, "second": 1}
+    assert await driver.device.set_interface(2, 2) is Status.SUCCESS
+    assert second.log[-2:] == ["alternate 0 2", "configured super"]
+    assert second.host is not None
+    second.host.halt(0x81)
+    assert driver.receive(0x83).status is Status.STALL
+    assert driver.receive(0x81).status is Status.SUCCESS
+
+
+async def test_a_request_to_the_device_goes_to_whoever_knows_it() -> None:
+    first, second = Echo("first"), Echo("second")
+    driver = await plugged(first, second)
+    first.answer = False
+    assert bytes(driver.control("c0 5 0 0 10").reply) == b"second"
+    second.answer = False
+    assert driver.control("c0 5 0 0 10").status is Status.STALL
+    assert not driver.device._moved
+
+
+async def test_cancel() -> None:
+    first, second = Echo("first"), Echo("second")
+    driver = await plugged(first, second)
+    first.answer = second.answer = False
+    pending = [driver.receive(0x81), driver.receive(0x83), driver.send(0x02)]
+    for transfer in reversed(pending):
+        driver.device.cancel(transfer)
+        driver.device.cancel(transfer)
+    assert [one.status for one in pending] == [Status.CANCELLED] * 3
+    assert not driver.device._moved
+    driver.device.cancel(Transfer(BULK, 0x8F, driver.completed.append, length=1))
+
+
+@pytest.mark.parametrize("functions", [1, 2])
+async def test_reset(functions: int) -> None:
+    echoes = [Echo(str(index)) for index in range(functions)]
+    driver = await plugged(*echoes)
+    for echo in echoes:
+        echo.answer = False
+    pending = [driver.receive(0x81), driver.send(0x01)]
+    if functions == 2:
+        pending += [driver.receive(0x83), driver.send(0x02)]
+    assert await driver.device.reset() is Status.SUCCESS
+    assert {one.status for one in pending} == {Status.CANCELLED}
+    assert driver.device.configuration == 0
+    assert echoes[0].log[-1] == "reset True"
+
+
+async def test_a_function_that_raises(caplog: pytest.LogCaptureFixture) -> None:
+    first, second = Echo("first"), Echo("second")
+    driver = await plugged(first, second)
+    second.raises = RuntimeError("a defect of the function")
+    assert driver.receive(0x83).status is Status.STALL
+    assert driver.control("a1 5 0 2 10").status is Status.STALL
+    assert driver.control("00 09 1 0 0").status is Status.SUCCESS
+    assert caplog.text.count("Echo raised") == 3
+    assert "a defect of the function" in caplog.text
+    second.raises = None
+    assert bytes(driver.receive(0x83).reply) == b"second"
+    assert not driver.device._moved
+
+
+async def test_life() -> None:
+    function = Echo()
+    device = VirtualDevice(function)
+    assert device.speeds == (Speed.SUPER, Speed.HIGH)
+    assert str(device.identity.speed) == "super"
+    device.select_speed(Speed.HIGH)
+    assert str(device.identity.speed) == "high"
+    with pytest.raises(ValueError, match="cannot run at full speed"):
+        device.select_speed(Speed.FULL)
+    await device.open(Listener())
+    with pytest.raises(LocalProtocolError, match="plugged already"):
+        await device.open(Listener())
+    with pytest.raises(LocalProtocolError, match="speed cannot be changed"):
+        device.select_speed(Speed.SUPER)
+    await device.set_configuration(1)
+    assert function.log[-1] == "configured high"
+    await device.close()
+    assert device.configuration == 0
+    device.select_speed(Speed.SUPER)
+    await device.open(Listener())
+    await device.close()
+    await device.dispose()
+    assert function.log[-4:] == ["open", "reset False", "close", "dispose"]
+
+
+async def test_opening_fails() -> None:
+    first, second = Echo("first"), Echo("second")
+    device = VirtualDevice(first, second)
+    second.open_error = DeviceError("it is gone", reason=Reason.DEVICE_LOST)
+    with pytest.raises(DeviceError, match="it is gone"):
+        await device.open(Listener())
+    assert first.log == ["open", "close"]
+    second.open_error = None
+    await device.open(Listener())
+    await device.close()
+
+
+async def test_closing_fails() -> None:
+    first, second = Echo("first"), Echo("second")
+    device = VirtualDevice(first, second)
+    await device.open(Listener())
+    first.close_error = DeviceError("lost", reason=Reason.IO_ERROR)
+    with pytest.raises(DeviceError, match="lost"):
+        await device.close()
+    assert second.log[-1] == "close"
+    await device.open(Listener())
+
+
+@pytest.mark.parametrize("speeds", [(), (Speed.LOW,), (Speed.SUPER, Speed.SUPER_PLUS)])
+def test_speeds_that_it_cannot_have(speeds: Sequence[Speed]) -> None:
+    with pytest.raises(ValueError, match="cannot run at"):
+        VirtualDevice(Echo(), speeds=speeds)
+
+
+def test_a_device_has_a_function() -> None:
+    with pytest.raises(ValueError, match="one function"):
+        VirtualDevice()
+
+
+async def test_every_setup_packet_is_answered() -> None:
+    for speed in (Speed.SUPER, Speed.HIGH):
+        driver = await plugged(Echo("a"), Echo("b"), speed=speed)
+        count = 0
+        for request_type in range(256):
+            for request in (*range(14), 48, 49, 255):
+                for value, index in ((0, 0), (1, 1), (0x100, 2), (0x300, 0x81), (0xFFFF, 0xFFFF)):
+                    setup = struct.pack("<BBHHH", request_type, request, value, index, 4)
+                    endpoint = request_type & 0x80
+                    transfer = Transfer(
+                        TransferType.CONTROL,
+                        endpoint,
+                        driver.completed.append,
+                        length=4,
+                        data=b"" if endpoint else bytes(4),
+                        setup=Setup.parse(setup),
+                    )
+                    driver._submit(transfer)
+                    count += 1
+        assert len(driver.completed) == count

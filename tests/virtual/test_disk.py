@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import asyncio
+import errno
+import random
+from pathlib import Path
+
+import pytest
+from tests.virtual.bulk_only import Guest, Pattern, make, read10, settle, write10
+
+from farplug.errors import DeviceError, ImageError, Reason
+from farplug.store import FileStore
+from farplug.usb import Interface, Speed, TransferType
+from farplug.virtual import Disk, VirtualDevice, disk_device
+
+
+def content(path: Path) -> bytes:
+    return path.read_bytes()
+
+
+def size(path: Path) -> int:
+    return path.stat().st_size
+
+
+def modified(path: Path) -> int:
+    return path.stat().st_mtime_ns
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(random.Random(1).randbytes(64 * 512))
+    return path
+
+
+@pytest.mark.parametrize(("speed", "size"), [(Speed.FULL, 64), (Speed.HIGH, 512), (Speed.SUPER, 1024)])
+def test_interface(speed: Speed, size: int) -> None:
+    device = make(Pattern(), speed)
+    (interface,) = device.interfaces
+    assert isinstance(interface, Interface)
+    assert (interface.interface_class, interface.interface_subclass, interface.interface_protocol) == (8, 6, 0x50)
+    assert [(one.address, one.type, one.max_packet_size) for one in interface.endpoints] == [
+        (0x81, TransferType.BULK, size),
+        (0x02, TransferType.BULK, size),
+    ]
+    (descriptor,) = Disk(Pattern()).interfaces(speed)
+    bursts = [one.companion and one.companion.max_burst for one in descriptor.endpoints]
+    assert bursts == ([15, 15] if speed is Speed.SUPER else [None, None])
+
+
+def test_identity() -> None:
+    device = make(Pattern())
+    assert str(device.identity) == "1d6b:0104 farplug Virtual Disk"
+    assert device.identity.serial_number == "0123456789ABCDEF"
+    assert device.speeds == (Speed.SUPER,)
+
+
+async def test_figures() -> None:
+    guest = await Guest.plug(make(Pattern()))
+    guest.command(read10(0, 3), receive=1536)
+    guest.command(read10(0, 1), receive=1024)
+    guest.command(write10(0, 1), send=bytes(512))
+    assert guest.device.figures == {"commands": 4, "read": 2048, "written": 512}
+
+
+async def test_plug_again_and_again(image: Path) -> None:
+    device = disk_device(image)
+    expected = bytearray(content(image))
+    for turn in range(3):
+        guest = await Guest.plug(device)
+        data = bytes((turn,)) * 512
+        transfers = [guest.send(guest.cbw(write10(turn, 1), 512, False)), guest.send(data)]
+        assert guest.csw(await settle(guest.receive(13))) == (0, 0)
+        assert all(one.actual for one in transfers)
+        expected[turn * 512 : turn * 512 + 512] = data
+        await device.close()
+    assert content(image) == expected
+    await device.dispose()
+    again = disk_device(image)
+    await again.dispose()
+
+
+async def test_read_only_image(image: Path) -> None:
+    before = content(image), modified(image)
+    device = disk_device(image, read_only=True)
+    guest = await Guest.plug(device)
+    assert guest.command("1a 00 3f 00 04 00", receive=4).data[2] == 0x90
+    assert guest.command(write10(0, 1), send=bytes(512)).status == 1
+    assert guest.sense() == (7, 0x27, 0)
+    reading = [guest.send(guest.cbw(read10(0, 64), 32768, True)), guest.receive(32768)]
+    assert bytes((await settle(reading[1])).reply) == before[0]
+    assert guest.csw(await settle(guest.receive(13))) == (0, 0)
+    await device.close()
+    await device.dispose()
+    assert (content(image), modified(image)) == before
+
+
+async def test_an_image_that_shrinks_while_plugged(image: Path) -> None:
+    device = disk_device(image)
+    guest = await Guest.plug(device)
+    with image.open("r+b") as file:
+        file.truncate(10 * 512)
+
+    async def run(cdb: bytes, *, receive: int = 0, send: bytes = b"") -> int:
+        guest.send(guest.cbw(cdb, receive or len(send), bool(receive)))
+        await settle(guest.receive(receive) if receive else guest.send(send))
+        return guest.csw(await settle(guest.receive(13)))[0]
+
+    assert await run(read10(9, 1), receive=512) == 0
+    assert await run(read10(9, 2), receive=1024) == 1
+    assert guest.sense() == (3, 0x11, 0)
+    assert await run(write10(10, 1), send=bytes(512)) == 1
+    assert guest.sense() == (3, 0x0C, 0)
+    assert size(image) == 10 * 512
+    await device.close()
+    await device.dispose()
+
+
+def test_an_image_that_cannot_be_used(tmp_path: Path) -> None:
+    with pytest.raises(ImageError) as caught:
+        disk_device(tmp_path / "missing.raw")
+    assert caught.value.reason is Reason.NOT_FOUND
+
+
+async def test_closing_tells_when_data_may_be_lost() -> None:
+    store = Pattern()
+    guest = await Guest.plug(make(store))
+    store.error = OSError(errno.EIO, "broken")
+    with pytest.raises(DeviceError, match="memory: what was written may be lost: broken") as caught:
+        await guest.device.close()
+    assert caught.value.reason is Reason.IO_ERROR
+    store.error = None
+    await Guest.plug(guest.device)
+
+
+async def test_closing_may_be_given_up() -> None:
+    store = Pattern()
+    guest = await Guest.plug(make(store))
+    store.holding = True
+    closing = asyncio.create_task(guest.device.close())
+    await asyncio.sleep(0)
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    store.release()
+    store.holding = False
+    await Guest.plug(guest.device)
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_random_work_on_a_file_matches_a_shadow(image: Path, seed: int) -> None:
+    """Two disks in one device, both over files, with resets that leave writes under way."""
+    source = random.Random(seed)
+    other = image.with_name("other.raw")
+    other.write_bytes(bytes(64 * 512))
+    device = VirtualDevice(Disk(FileStore.open(image)), Disk(FileStore.open(other)))
+    guest = await Guest.plug(device)
+    shadow = bytearray(content(image))
+    for _ in range(200):
+        lba = source.randrange(64)
+        count = source.randrange(1, 65 - lba)
+        begin, end = lba * 512, (lba + count) * 512
+        if source.random() < 0.5:
+            data = source.randbytes(end - begin)
+            guest.send(guest.cbw(write10(lba, count), end - begin, False))
+            assert guest.send(data).actual == end - begin
+            shadow[begin:end] = data
+            if source.random() < 0.2:
+                await guest.enumerate()
+                guest.command("00 00 00 00 00 00")
+                continue
+        else:
+            guest.send(guest.cbw(read10(lba, count), end - begin, True))
+            assert (await settle(guest.receive(end - begin))).reply == shadow[begin:end]
+        assert guest.csw(await settle(guest.receive(13))) == (0, 0)
+    await device.close()
+    assert content(image) == shadow
+    assert content(other) == bytes(64 * 512)
+    await device.dispose()
