@@ -14,6 +14,7 @@ import ssl
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol, TypeAlias, cast
 
 from farplug.errors import Reason, TargetError
@@ -25,6 +26,8 @@ WRITE_CHUNK = 256 << 10
 """Bytes that asyncio is given at once."""
 JOIN_LIMIT = 16 << 10
 """Buffers smaller than this are joined with their neighbours: a copy costs less than a system call."""
+MAX_GATHERED = 256
+"""Buffers that the kernel gathers in one call; it takes IOV_MAX, 1024, at most."""
 HIGH_WATER = 2 << 20
 """More queued bytes than this pause the writer."""
 LOW_WATER = 512 << 10
@@ -108,6 +111,7 @@ class Connection(asyncio.BufferedProtocol):
         self._receive_buffer = memoryview(bytearray(RECEIVE_BUFFER))
         self._transport: asyncio.Transport | None = None
         self._quick_ack_socket: socket.socket | None = None
+        self._plain_socket: socket.socket | None = None
         self._queue: deque[Buffer] = deque()
         self._queued = 0
         self._transport_paused = False
@@ -189,12 +193,20 @@ class Connection(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
         # Paused as soon as the kernel does not take everything. Not 0: asyncio's TLS would pause for good.
-        self._transport.set_write_buffer_limits(high=1, low=0)
+        self._transport.set_write_buffer_limits(high=0 if self._plain_socket is not None else 1, low=0)
         sock = transport.get_extra_info("socket")
         if sock is not None and sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if _TCP_QUICKACK is not None:
                 self._quick_ack_socket = sock
+
+    def send_directly(self, sock: socket.socket) -> None:
+        """Write to this plain socket, the transport's own, without asyncio in between. Call it before it is connected.
+
+        The kernel gathers header and payload by itself then, and takes a reply of 1 MiB in one call; only what it does
+        not take at once goes through asyncio.
+        """
+        self._plain_socket = sock
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._receive_buffer
@@ -229,12 +241,29 @@ class Connection(asyncio.BufferedProtocol):
         transport = self._transport
         if transport is None or transport.is_closing():
             return
+        if self._plain_socket is not None and not transport.get_write_buffer_size():
+            self._gather(self._plain_socket)
         while self._queue and not self._transport_paused:
             chunk = self._next_chunk()
             self._queued -= len(chunk)
             transport.write(chunk)
         if not self._queue and self._drained is not None and not self._drained.done():
             self._drained.set_result(None)
+
+    def _gather(self, sock: socket.socket) -> None:
+        """Let the kernel take what it can of the queue."""
+        queue = self._queue
+        while queue:
+            try:
+                sent = sock.sendmsg(queue if len(queue) <= MAX_GATHERED else list(islice(queue, MAX_GATHERED)))
+            except OSError:  # it would block, or is broken: asyncio's own write finds out
+                return
+            self._queued -= sent
+            while queue and sent >= len(queue[0]):
+                sent -= len(queue.popleft())
+            if sent:
+                queue[0] = memoryview(queue[0])[sent:]
+                return
 
     def _next_chunk(self) -> Buffer:
         queue = self._queue
@@ -350,6 +379,7 @@ async def start(
     loop = asyncio.get_running_loop()
     try:
         if tls is None:
+            connection.send_directly(sock)
             await loop.create_connection(lambda: connection, sock=sock)
         else:
             await loop.create_connection(

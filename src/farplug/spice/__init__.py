@@ -1,0 +1,23 @@
+"""SPICE as a client speaks it, without I/O: links, channels, SpiceVMC and ``.vv`` files.
+
+Sources: spice-protocol 0.14.3 (headers), ``spice.proto`` of spice-common, and what libspice-server 0.15.1 does.
+"""
+
+from farplug.spice.channel import Channel, Fragment, Message
+from farplug.spice.link import LinkClient, LinkFailure, LinkResult
+from farplug.spice.types import ChannelType, LinkError
+from farplug.spice.vmc import VmcChannel
+from farplug.spice.vv import VvFile
+
+__all__ = [
+    "Channel",
+    "ChannelType",
+    "Fragment",
+    "LinkClient",
+    "LinkError",
+    "LinkFailure",
+    "LinkResult",
+    "Message",
+    "VmcChannel",
+    "VvFile",
+]

@@ -1,0 +1,250 @@
+"""One linked SPICE channel: messages in and out, and what every channel must answer. No I/O.
+
+The channel answers SET_ACK, PING and MIGRATE by itself (the answers wait in :meth:`Channel.data_to_send`), hands over
+the messages that its user asked for, and skips all others without storing them.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+from collections.abc import Generator, Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from farplug.errors import LocalProtocolError, RemoteProtocolError
+from farplug.spice.messages import (
+    ClientMessage,
+    Disconnecting,
+    Migrate,
+    MigrateFlags,
+    Notify,
+    ServerMessage,
+    SetAck,
+    WaitForChannels,
+)
+from farplug.usb.types import Buffer
+
+logger = logging.getLogger("farplug.spice")
+
+MAX_MESSAGE = 32 << 20
+"""The largest message that we follow, in bytes, stored or not. (Proxies stop at 16 MiB.)"""
+
+_MINI_HEADER = struct.Struct("<HI")
+_FULL_HEADER = struct.Struct("<QHII")
+_U32 = struct.Struct("<I")
+_PING = struct.Struct("<IQ")
+
+_COMMON_LIMITS: dict[int, int] = {
+    ServerMessage.MIGRATE: 64,
+    ServerMessage.SET_ACK: 64,
+    ServerMessage.WAIT_FOR_CHANNELS: 4096,
+    ServerMessage.DISCONNECTING: 64,
+    ServerMessage.NOTIFY: 64 << 10,
+}
+"""The messages of every channel that we read whole, and the largest body of each that we take, in bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A whole message that the channel's user asked for. ``body`` is valid until the next ``receive_data``."""
+
+    kind: int
+    body: memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """The next bytes of a streamed message. ``data`` is valid until the next ``receive_data``; never empty."""
+
+    kind: int
+    data: memoryview
+
+
+Event: TypeAlias = Message | Fragment | Notify | Disconnecting | Migrate
+
+
+class Channel:
+    """The messages of one channel.
+
+    Pass what arrives to :meth:`receive_data`, call :meth:`next_event` until it returns None, then send
+    :meth:`data_to_send`.
+
+    Args:
+        name: for logs and errors.
+        mini_header: as the link agreed.
+        stored: message types to hand over whole, and the largest body of each in bytes.
+        streamed: message types to hand over as they arrive.
+    """
+
+    def __init__(
+        self, name: str, *, mini_header: bool, stored: Mapping[int, int], streamed: AbstractSet[int] = frozenset()
+    ) -> None:
+        self.name = name
+        self._mini_header = mini_header
+        self._limits = {**stored, **_COMMON_LIMITS}
+        self._streamed = frozenset(streamed)
+        self._debug = logger.isEnabledFor(logging.DEBUG)
+        self._view = memoryview(b"")
+        self._position = 0
+        self._serial = 0
+        self._ack_window = 0
+        self._ack_left = 0
+        self._output: list[Buffer] = []
+        self._events = self._parse()
+
+    def receive_data(self, data: memoryview) -> None:
+        """Take bytes from the server. They are not copied: drain :meth:`next_event` before they change.
+
+        Raises:
+            LocalProtocolError: the last bytes have not been drained.
+        """
+        if self._position < len(self._view):
+            raise LocalProtocolError(f"{self.name}: {len(self._view) - self._position} bytes are not drained yet")
+        self._view = data
+        self._position = 0
+
+    def next_event(self) -> Event | None:
+        """The next event; None when more bytes are needed.
+
+        Raises:
+            RemoteProtocolError: the server left the protocol: nothing that follows can be understood, and every later
+                call returns None.
+        """
+        return next(self._events, None)
+
+    def send(self, kind: int, *body: Buffer) -> None:
+        """Queue a message."""
+        size = sum(map(len, body))
+        if self._debug:
+            logger.debug("> %s: %s, %d bytes", self.name, self._describe(ClientMessage, kind), size)
+        self._output.append(self.header(kind, size))
+        self._output += body
+
+    def header(self, kind: int, size: int) -> bytes:
+        """The header of the next message that we send: the caller sends ``size`` bytes of body after it."""
+        if self._mini_header:
+            return _MINI_HEADER.pack(kind, size)
+        self._serial += 1
+        return _FULL_HEADER.pack(self._serial, kind, size, 0)
+
+    def data_to_send(self) -> list[Buffer]:
+        """What must be sent now; emptied by the call."""
+        output, self._output = self._output, []
+        return output
+
+    def _parse(self) -> Generator[Event | None, None, None]:
+        header_size = (_MINI_HEADER if self._mini_header else _FULL_HEADER).size
+        while True:
+            header = yield from self._read(header_size)
+            if self._mini_header:
+                kind, size = _MINI_HEADER.unpack(header)
+            else:
+                _, kind, size, sub_list = _FULL_HEADER.unpack(header)
+                if sub_list:
+                    raise RemoteProtocolError(f"{self.name}: a SPICE message with sub-messages, which nobody sends")
+            if size > MAX_MESSAGE:
+                raise RemoteProtocolError(
+                    f"{self.name}: SPICE message {kind} of {size} bytes, {MAX_MESSAGE} (MAX_MESSAGE) at most"
+                )
+
+            if kind in self._streamed:
+                if self._debug:
+                    logger.debug("< %s: %s, %d bytes", self.name, self._describe(ServerMessage, kind), size)
+                while size:
+                    if data := self._take(size):
+                        size -= len(data)
+                        yield Fragment(kind, data)
+                    else:
+                        yield None
+            elif (limit := self._limits.get(kind)) is not None:
+                if size > limit:
+                    raise RemoteProtocolError(f"{self.name}: SPICE message {kind} of {size} bytes, {limit} at most")
+                body = yield from self._read(size)
+                if (event := self._handle(kind, body)) is not None:
+                    yield event
+            elif kind == ServerMessage.PING:
+                if size < _PING.size:
+                    raise RemoteProtocolError(f"{self.name}: SPICE PING of {size} bytes, {_PING.size} at least")
+                stamp = bytes((yield from self._read(_PING.size)))
+                yield from self._skip(size - _PING.size)  # its padding measures the line: answer when it is all here
+                if self._debug:
+                    logger.debug("< %s: PING %d, %d bytes", self.name, _PING.unpack(stamp)[0], size)
+                self.send(ClientMessage.PONG, stamp)
+            else:
+                if self._debug:
+                    logger.debug("< %s: message %d, %d bytes, not needed", self.name, kind, size)
+                yield from self._skip(size)
+
+            if self._ack_left:
+                self._ack_left -= 1
+                if not self._ack_left:
+                    self._ack_left = self._ack_window
+                    self.send(ClientMessage.ACK)
+
+    def _handle(self, kind: int, body: memoryview) -> Event | None:
+        event: SetAck | WaitForChannels | Event
+        match kind:
+            case ServerMessage.SET_ACK:
+                event = SetAck.parse(body)
+            case ServerMessage.WAIT_FOR_CHANNELS:
+                event = WaitForChannels.parse(body)
+            case ServerMessage.NOTIFY:
+                event = Notify.parse(body)
+            case ServerMessage.DISCONNECTING:
+                event = Disconnecting.parse(body)
+            case ServerMessage.MIGRATE:
+                event = Migrate.parse(body)
+            case _:
+                if self._debug:
+                    logger.debug("< %s: %s, %d bytes", self.name, self._describe(ServerMessage, kind), len(body))
+                return Message(kind, body)
+        if self._debug:
+            logger.debug("< %s: %s", self.name, event)
+        match event:
+            case SetAck(generation, window):
+                # This message does not count into the new window.
+                self._ack_window = window
+                self._ack_left = window + 1 if window else 0
+                self.send(ClientMessage.ACK_SYNC, _U32.pack(generation))
+                return None
+            case WaitForChannels():
+                # It orders drawing among display channels. No two channels that we speak depend on each other.
+                return None
+            case Migrate(flags) if MigrateFlags.NEED_FLUSH in flags:
+                self.send(ClientMessage.MIGRATE_FLUSH_MARK)
+        return event
+
+    def _describe(self, names: type[ServerMessage] | type[ClientMessage], kind: int) -> str:
+        if kind > ServerMessage.NOTIFY:  # from 101 on the meaning depends on the channel
+            prefix = "MAIN_" if self.name == "main" else "VMC_"
+            for member, value in names.__members__.items():
+                if value == kind and member.startswith(prefix):
+                    return member.removeprefix(prefix)
+            return f"message {kind}"
+        return names(kind).name
+
+    def _take(self, size: int) -> memoryview:
+        """Up to ``size`` of the bytes that are here."""
+        start = self._position
+        taken = self._view[start : start + size]
+        self._position = start + len(taken)
+        return taken
+
+    def _read(self, size: int) -> Generator[None, None, memoryview]:
+        data = self._take(size)
+        if len(data) == size:
+            return data
+        whole = bytearray(data)
+        while len(whole) < size:
+            yield None
+            whole += self._take(size - len(whole))
+        return memoryview(whole)
+
+    def _skip(self, size: int) -> Generator[None, None, None]:
+        while True:
+            size -= len(self._take(size))
+            if not size:
+                return
+            yield None

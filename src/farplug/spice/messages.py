@@ -1,0 +1,240 @@
+"""The messages of SPICE's channels that a usbredir client meets: every channel's, and the main channel's.
+
+Source: ``spice.proto`` of spice-common; spice-protocol 0.14.3, ``spice/enums.h``. Everything is little-endian, packed.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from enum import IntEnum, IntFlag
+from typing import Self
+from uuid import UUID
+
+from farplug.errors import RemoteProtocolError
+from farplug.spice.types import ChannelType, LinkError
+from farplug.usb.types import Buffer
+
+MAX_CHANNELS = 1024
+"""The largest number of channels in a CHANNELS_LIST that we take."""
+MAX_TEXT = 1024
+"""The largest number of bytes of a name or a notice that we keep."""
+
+
+class ServerMessage(IntEnum):
+    """SPICE_MSG_*, SPICE_MSG_MAIN_* and SPICE_MSG_SPICEVMC_*: what servers send."""
+
+    MIGRATE = 1
+    MIGRATE_DATA = 2
+    SET_ACK = 3
+    PING = 4
+    WAIT_FOR_CHANNELS = 5
+    DISCONNECTING = 6
+    NOTIFY = 7
+
+    MAIN_MIGRATE_BEGIN = 101
+    MAIN_MIGRATE_CANCEL = 102
+    MAIN_INIT = 103
+    MAIN_CHANNELS_LIST = 104
+    MAIN_MIGRATE_SWITCH_HOST = 111
+    MAIN_NAME = 113
+    MAIN_UUID = 114
+
+    VMC_DATA = 101
+    VMC_COMPRESSED_DATA = 102
+
+
+class ClientMessage(IntEnum):
+    """SPICE_MSGC_*, SPICE_MSGC_MAIN_* and SPICE_MSGC_SPICEVMC_*: what clients send."""
+
+    ACK_SYNC = 1
+    ACK = 2
+    PONG = 3
+    MIGRATE_FLUSH_MARK = 4
+
+    MAIN_ATTACH_CHANNELS = 104
+
+    VMC_DATA = 101
+    VMC_COMPRESSED_DATA = 102
+
+
+class MigrateFlags(IntFlag):
+    """SPICE_MIGRATE_*."""
+
+    NEED_FLUSH = 1
+    NEED_DATA_TRANSFER = 2
+
+
+def _unpack(layout: struct.Struct, body: Buffer, name: str) -> tuple[int, ...]:
+    if len(body) < layout.size:
+        raise RemoteProtocolError(f"SPICE {name} of {len(body)} bytes, {layout.size} at least")
+    return layout.unpack_from(body)
+
+
+_U32 = struct.Struct("<I")
+
+
+@dataclass(frozen=True, slots=True)
+class SetAck:
+    """SPICE_MSG_SET_ACK: acknowledge every ``window`` messages from now on (0: none)."""
+
+    generation: int
+    window: int
+
+    _LAYOUT = struct.Struct("<II")
+
+    @classmethod
+    def parse(cls, body: Buffer) -> Self:
+        """Parse the body. Raises RemoteProtocolError."""
+        return cls(*_unpack(cls._LAYOUT, body, "SET_ACK"))
+
+
+@dataclass(frozen=True, slots=True)
+class Migrate:
+    """SPICE_MSG_MIGRATE: the VM is leaving for another host."""
+
+    flags: MigrateFlags
+
+    @classmethod
+    def parse(cls, body: Buffer) -> Self:
+        """Parse the body. Raises RemoteProtocolError."""
+        return cls(MigrateFlags(*_unpack(_U32, body, "MIGRATE")))
+
+
+@dataclass(frozen=True, slots=True)
+class WaitForChannels:
+    """SPICE_MSG_WAIT_FOR_CHANNELS: other channels' messages come first. (type, id, serial) of each."""
+
+    channels: tuple[tuple[ChannelType, int, int], ...]
+
+    _LAYOUT = struct.Struct("<BBQ")
+
+    @classmethod
+    def parse(cls, body: Buffer) -> Self:
+        """Parse the body. Raises RemoteProtocolError."""
+        count = body[0] if body else 0
+        size = cls._LAYOUT.size
+        if len(body) < 1 + count * size:
+            raise RemoteProtocolError(
+                f"SPICE WAIT_FOR_CHANNELS of {len(body)} bytes, {1 + count * size} at least for {count} channels"
+            )
+        waits = cls._LAYOUT.iter_unpack(memoryview(body)[1 : 1 + count * size])
+        return cls(tuple((ChannelType(kind), number, serial) for kind, number, serial in waits))
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnecting:
+    """SPICE_MSG_DISCONNECTING: the server is about to close. ``time`` is in its own clock's nanoseconds."""
+
+    time: int
+    reason: LinkError
+
+    _LAYOUT = struct.Struct("<QI")
+
+    @classmethod
+    def parse(cls, body: Buffer) -> Self:
+        """Parse the body. Raises RemoteProtocolError."""
+        time, reason = _unpack(cls._LAYOUT, body, "DISCONNECTING")
+        return cls(time, LinkError(reason))
+
+
+@dataclass(frozen=True, slots=True)
+class Notify:
+    """SPICE_MSG_NOTIFY: words for a person. ``severity``: 0 information, 1 warning, 2 error."""
+
+    time: int
+    severity: int
+    visibility: int
+    what: int
+    text: str
+
+    _LAYOUT = struct.Struct("<QIIII")
+
+    @classmethod
+    def parse(cls, body: Buffer) -> Self:
+        """Parse the body. Raises RemoteProtocolError."""
+        time, severity, visibility, what, size = _unpack(cls._LAYOUT, body, "NOTIFY")
+        return cls(time, severity, visibility, what, _text(body, cls._LAYOUT.size, size, "NOTIFY"))
+
+
+@dataclass(frozen=True, slots=True)
+class MainInit:
+    """SPICE_MSG_MAIN_INIT: the session begins."""
+
+    session_id: int
+    display_hint: int
+    supported_mouse_modes: int
+    current_mouse_mode: int
+    agent_connected: int
+    agent_tokens: int
+    multimedia_time: int
+    ram_hint: int
+
+    _LAYOUT = struct.Struct("<8I")
+
+    @classmethod
+    def parse(cls, body: Buffer) -> Self:
+        """Parse the body. Raises RemoteProtocolError."""
+        return cls(*_unpack(cls._LAYOUT, body, "MAIN_INIT"))
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ChannelId:
+    """One channel of a session."""
+
+    channel_type: ChannelType
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.channel_type} {self.number}"
+
+
+def parse_channels_list(body: Buffer) -> tuple[ChannelId, ...]:
+    """SPICE_MSG_MAIN_CHANNELS_LIST: the channels to link, sorted (servers do not sort). Raises RemoteProtocolError."""
+    (count,) = _unpack(_U32, body, "MAIN_CHANNELS_LIST")
+    if count > MAX_CHANNELS:
+        raise RemoteProtocolError(f"SPICE MAIN_CHANNELS_LIST of {count} channels, {MAX_CHANNELS} at most")
+    if len(body) < 4 + 2 * count:
+        raise RemoteProtocolError(
+            f"SPICE MAIN_CHANNELS_LIST of {len(body)} bytes, {4 + 2 * count} at least for {count} channels"
+        )
+    pairs = struct.iter_unpack("<BB", memoryview(body)[4 : 4 + 2 * count])
+    return tuple(sorted({ChannelId(ChannelType(kind), number) for kind, number in pairs}))
+
+
+def parse_name(body: Buffer) -> str:
+    """SPICE_MSG_MAIN_NAME: the VM's name. Raises RemoteProtocolError."""
+    (size,) = _unpack(_U32, body, "MAIN_NAME")
+    return _text(body, 4, size, "MAIN_NAME")
+
+
+def parse_uuid(body: Buffer) -> str:
+    """SPICE_MSG_MAIN_UUID: the VM's UUID in its usual spelling. Raises RemoteProtocolError."""
+    if len(body) < 16:
+        raise RemoteProtocolError(f"SPICE MAIN_UUID of {len(body)} bytes, 16 at least")
+    return str(UUID(bytes=bytes(body[:16])))
+
+
+@dataclass(frozen=True, slots=True)
+class SwitchHost:
+    """SPICE_MSG_MAIN_MIGRATE_SWITCH_HOST (and how MAIN_MIGRATE_BEGIN begins): where the VM went. Ports 0: none."""
+
+    port: int
+    tls_port: int
+    host: str
+
+    _LAYOUT = struct.Struct("<HHII")
+
+    @classmethod
+    def parse(cls, body: Buffer) -> Self:
+        """Parse the body. Raises RemoteProtocolError."""
+        port, tls_port, size, offset = _unpack(cls._LAYOUT, body, "MAIN_MIGRATE_SWITCH_HOST")
+        return cls(port, tls_port, _text(body, offset, size, "MAIN_MIGRATE_SWITCH_HOST"))
+
+
+def _text(body: Buffer, offset: int, size: int, name: str) -> str:
+    """A counted string, NUL or not at its end; only what can be printed, so that it can stand in a log."""
+    if offset + size > len(body):
+        raise RemoteProtocolError(f"SPICE {name} with {size} bytes of text at {offset}: outside its {len(body)} bytes")
+    text = bytes(body[offset : offset + min(size, MAX_TEXT)]).partition(b"\0")[0].decode("utf-8", "replace")
+    return "".join(char if char.isprintable() else "�" for char in text)

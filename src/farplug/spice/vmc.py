@@ -1,0 +1,164 @@
+"""SpiceVMC: a byte stream inside a SPICE channel, compressed with LZ4 where both sides like it. No I/O.
+
+Source: ``spice.proto`` (SpiceVmcChannel); spice-gtk 0.42, ``channel-usbredir.c``; libspice-server 0.15.1,
+``spicevmc.cpp``. A message boundary means nothing to the stream.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from enum import IntEnum
+
+import lz4.block
+
+from farplug.errors import RemoteProtocolError
+from farplug.spice.channel import Channel, Event, Fragment, Message
+from farplug.spice.link import LinkResult
+from farplug.spice.messages import ClientMessage, ServerMessage
+from farplug.spice.types import VmcCapability, has_capability
+from farplug.usb.types import Buffer
+
+MAX_UNCOMPRESSED = 16 << 20
+"""The largest uncompressed size of a COMPRESSED_DATA message that we take, in bytes."""
+MAX_SENT = (1 << 20) + 64
+"""The largest payload of a message that we send, in bytes: a reply of 1 MiB with its usbredir header is one message.
+
+Proxies drop messages over 16 MiB.
+"""
+COMPRESS_ABOVE = 1000
+"""Payloads up to this size, in bytes, are sent as they are (COMPRESS_THRESHOLD of spice-gtk and the server)."""
+PROBE_SIZE = 64 << 10
+"""How much of a large payload is tried before the whole is compressed, in bytes.
+
+A whole MiB of noise costs ten times this trial, and then a copy.
+"""
+
+_COMPRESSED_HEADER = struct.Struct("<BI")
+
+
+class Compression(IntEnum):
+    """SPICE_DATA_COMPRESSION_TYPE_*."""
+
+    NONE = 0
+    LZ4 = 1
+
+
+class VmcChannel:
+    """A byte stream over one channel.
+
+    Pass what arrives to :meth:`receive_data`, call :meth:`next_event` until it returns None, then send
+    :meth:`data_to_send`.
+
+    Args:
+        name: of the channel, for logs and errors.
+        link: as agreed.
+        local: the channel runs over a UNIX socket: compression would only cost.
+
+    Attributes:
+        compress: compress what is worth it. Turn it off for devices with isochronous endpoints, as spice-gtk does:
+            their data must not wait for the processor.
+    """
+
+    capabilities = (VmcCapability.DATA_COMPRESS_LZ4,)
+
+    def __init__(self, name: str, link: LinkResult, *, local: bool) -> None:
+        self.name = name
+        self.compress = True
+        self._may_compress = not local and has_capability(link.channel_caps, VmcCapability.DATA_COMPRESS_LZ4)
+        self._channel = Channel(
+            name,
+            mini_header=link.mini_header,
+            stored={ServerMessage.VMC_COMPRESSED_DATA: _COMPRESSED_HEADER.size + MAX_UNCOMPRESSED},
+            streamed={ServerMessage.VMC_DATA},
+        )
+
+    def receive_data(self, data: memoryview) -> None:
+        """Take bytes from the server. They are not copied: drain :meth:`next_event` before they change."""
+        self._channel.receive_data(data)
+
+    def next_event(self) -> Event | memoryview | None:
+        """The next bytes of the stream (valid until the next :meth:`receive_data`), or event; None: more are needed.
+
+        Raises:
+            RemoteProtocolError: the server left the protocol: nothing that follows can be understood.
+        """
+        match self._channel.next_event():
+            case Fragment(_, data):
+                return data
+            case Message(_, body):
+                return self._decompress(body)
+            case event:
+                return event
+
+    def send_data(self, buffers: Sequence[Buffer]) -> None:
+        """Queue bytes of the stream. Large buffers are not joined, and not copied unless compression pays."""
+        size = sum(map(len, buffers))
+        if size <= MAX_SENT:
+            self._send_message(buffers, size)
+            return
+        for piece, piece_size in _cut(buffers):
+            self._send_message(piece, piece_size)
+
+    def data_to_send(self) -> list[Buffer]:
+        """What must be sent now, answers to the server included; emptied by the call."""
+        return self._channel.data_to_send()
+
+    def _send_message(self, buffers: Sequence[Buffer], size: int) -> None:
+        if size > COMPRESS_ABOVE and self.compress and self._may_compress and _looks_compressible(buffers, size):
+            block: bytes = lz4.block.compress(b"".join(buffers), store_size=False)
+            if _COMPRESSED_HEADER.size + len(block) < size:
+                header = _COMPRESSED_HEADER.pack(Compression.LZ4, size)
+                self._channel.send(ClientMessage.VMC_COMPRESSED_DATA, header, block)
+                return
+        if size:
+            self._channel.send(ClientMessage.VMC_DATA, *buffers)
+
+    def _decompress(self, body: memoryview) -> memoryview:
+        if len(body) and body[0] == Compression.NONE:
+            return body[1:]
+        if len(body) < _COMPRESSED_HEADER.size:
+            raise RemoteProtocolError(
+                f"{self.name}: COMPRESSED_DATA of {len(body)} bytes, {_COMPRESSED_HEADER.size} at least"
+            )
+        kind, size = _COMPRESSED_HEADER.unpack_from(body)
+        if kind != Compression.LZ4:
+            raise RemoteProtocolError(f"{self.name}: COMPRESSED_DATA of unknown kind {kind}")
+        if size > MAX_UNCOMPRESSED:
+            raise RemoteProtocolError(
+                f"{self.name}: COMPRESSED_DATA of {size} bytes uncompressed, {MAX_UNCOMPRESSED} at most"
+            )
+        try:
+            data: bytes = lz4.block.decompress(body[_COMPRESSED_HEADER.size :], uncompressed_size=size)
+        except lz4.block.LZ4BlockError as error:
+            raise RemoteProtocolError(f"{self.name}: COMPRESSED_DATA is damaged: {error}") from None
+        if len(data) != size:
+            raise RemoteProtocolError(f"{self.name}: COMPRESSED_DATA says {size} bytes and holds {len(data)}")
+        return memoryview(data)
+
+
+def _looks_compressible(buffers: Sequence[Buffer], size: int) -> bool:
+    """Whether a trial on the beginning of the largest buffer saves anything; small payloads are not tried."""
+    if size <= 2 * PROBE_SIZE:
+        return True
+    probe = memoryview(max(buffers, key=len))[:PROBE_SIZE]
+    return len(lz4.block.compress(probe, store_size=False)) < len(probe)
+
+
+def _cut(buffers: Sequence[Buffer]) -> list[tuple[list[Buffer], int]]:
+    """Buffers in groups of up to MAX_SENT bytes, each with its size."""
+    groups: list[tuple[list[Buffer], int]] = []
+    group: list[Buffer] = []
+    room = MAX_SENT
+    for buffer in buffers:
+        view = memoryview(buffer)
+        while len(view) > room:
+            group.append(view[:room])
+            groups.append((group, MAX_SENT))
+            view = view[room:]
+            group, room = [], MAX_SENT
+        if view:
+            group.append(view)
+            room -= len(view)
+    groups.append((group, MAX_SENT - room))
+    return groups

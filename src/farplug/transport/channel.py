@@ -1,0 +1,349 @@
+"""How a SPICE channel is reached: socket or proxy, TLS where it must be, link, ticket. One connection per channel."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Self, TypeAlias
+
+from cryptography import x509
+
+from farplug.errors import FarplugError, Reason, TargetError, UsageError
+from farplug.spice.link import LinkClient, LinkFailure, LinkResult, check_password
+from farplug.spice.types import ChannelType, LinkError
+from farplug.spice.vv import VvFile
+from farplug.transport import tls
+from farplug.transport.connection import (
+    Connection,
+    LostCallback,
+    Reader,
+    TcpAddress,
+    Timeouts,
+    UnixAddress,
+    dial,
+    start,
+)
+from farplug.transport.proxy import HttpProxy, open_tunnel
+
+
+class Stage(StrEnum):
+    """What a connection attempt goes through."""
+
+    REACH = "reach"
+    TLS = "tls"
+    TICKET = "ticket"
+    CHANNELS = "channels"
+
+
+Progress: TypeAlias = Callable[[Stage, str], None]
+"""Called when a stage begins, with where it leads."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpiceTarget:
+    """Where a SPICE server is, and by what right we connect.
+
+    Attributes:
+        host: name or address; with a proxy: what the proxy understands. Empty with ``unix_path``.
+        port: the plain port; None if there is none.
+        tls_port: the TLS port; None if there is none. It is used where there is no plain port, for the channels in
+            ``secure_channels``, and where the server demands TLS.
+        password: the ticket; empty if there is none.
+        ca: certificates to trust, PEM; None: the system's.
+        host_subject: the certificate's subject, to be checked instead of the host name; None: the host name is checked.
+        proxy: URL of an HTTP proxy; None: there is none.
+        unix_path: a UNIX socket instead of host and ports; None: there is none.
+        secure_channels: channels (``main``, ``usbredir``, …, or ``all``) that must not go without TLS.
+
+    Raises:
+        UsageError: there is nowhere to connect, or the password cannot be carried.
+    """
+
+    host: str = ""
+    port: int | None = None
+    tls_port: int | None = None
+    password: str = field(default="", repr=False)
+    ca: str | None = field(default=None, repr=False)
+    host_subject: str | None = None
+    proxy: str | None = field(default=None, repr=False)
+    unix_path: str | None = None
+    secure_channels: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        if self.unix_path is None and (not self.host or (self.port is None and self.tls_port is None)):
+            raise UsageError(
+                "a SPICE target needs a host with a port or a TLS port, or the path of a UNIX socket",
+                reason=Reason.BAD_TARGET,
+                remedy="write it as spice://HOST:PORT or spice+tls://HOST:PORT",
+            )
+        check_password(self.password)
+
+    @classmethod
+    def from_vv(cls, vv: VvFile) -> Self:
+        """The target that a ``.vv`` file describes."""
+        return cls(
+            host=vv.host,
+            port=vv.port,
+            tls_port=vv.tls_port,
+            password=vv.password,
+            ca=vv.ca or None,
+            host_subject=vv.host_subject or None,
+            proxy=vv.proxy or None,
+            secure_channels=vv.secure_channels,
+        )
+
+    def __str__(self) -> str:
+        if self.unix_path is not None:
+            return self.unix_path
+        port = self.tls_port if self.port is None else self.port
+        return str(TcpAddress(self.host, port or 0))
+
+
+@dataclass(frozen=True, slots=True)
+class LinkedChannel:
+    """A channel whose link is done. Reading is paused until :meth:`start`.
+
+    Attributes:
+        connection: of this channel.
+        link: as agreed.
+        local: it runs over a UNIX socket.
+    """
+
+    connection: Connection
+    link: LinkResult
+    local: bool
+
+    def start(self, reader: Reader, on_lost: LostCallback) -> None:
+        """Deliver what comes, first what came with the end of the link. ``on_lost`` may be called at once."""
+        connection = self.connection
+        connection.reader, connection.on_lost = reader, on_lost
+        connection.resume_reading()  # before the delivery, which may pause it again
+        if self.link.trailing:
+            reader.data_received(memoryview(self.link.trailing))
+        if connection.lost:
+            on_lost(None)
+
+
+class _Linker:
+    """A connection's reader while the link is made."""
+
+    def __init__(self, client: LinkClient) -> None:
+        self.client = client
+        self.connection = Connection(self, self.lost)
+        self.result: asyncio.Future[LinkResult] = asyncio.get_running_loop().create_future()
+
+    def begin(self) -> None:
+        self.connection.write([*self.client.data_to_send()])
+
+    def data_received(self, data: memoryview) -> None:
+        if self.result.done():
+            return
+        try:
+            self.client.receive_data(data)
+        except FarplugError as error:
+            self._fail(error)
+            return
+        self.connection.write([*self.client.data_to_send()])
+        if self.client.result is not None:
+            self.connection.pause_reading()
+            self.result.set_result(self.client.result)
+
+    def pause_writing(self) -> None:
+        """A link is shorter than the queue."""
+
+    def resume_writing(self) -> None:
+        """A link is shorter than the queue."""
+
+    def lost(self, error: Exception | None) -> None:
+        self._fail(self.client.receive_eof())
+
+    def _fail(self, error: FarplugError) -> None:
+        if not self.result.done():
+            self.result.set_exception(error)
+            self.result.exception()  # retrieved, even if nobody waits any more
+
+
+class ChannelDialer:
+    """Links channels of one target, with or without TLS as each kind of channel demands.
+
+    Args:
+        target: whose channels.
+        timeouts: patience.
+
+    Raises:
+        UsageError: the target's proxy, CA or host subject is malformed.
+    """
+
+    def __init__(self, target: SpiceTarget, timeouts: Timeouts) -> None:
+        self._target = target
+        self._timeouts = timeouts
+        self._proxy = HttpProxy.parse(target.proxy) if target.proxy else None
+        self._host_subject = tls.HostSubject.parse(target.host_subject) if target.host_subject else None
+        self._context: ssl.SSLContext | None = None
+        if target.tls_port is not None:
+            self._context = tls.client_context(ca=target.ca, check_hostname=self._host_subject is None)
+        self._secured: set[ChannelType] = set()
+        """The kinds of channel that the server wants over TLS."""
+
+    async def link(
+        self,
+        channel_type: ChannelType,
+        number: int,
+        *,
+        connection_id: int,
+        capabilities: Iterable[int],
+        progress: Progress | None = None,
+    ) -> LinkedChannel:
+        """Connect, link and authenticate one channel.
+
+        Args:
+            channel_type: which kind.
+            number: which of its kind.
+            connection_id: 0 for the main channel, otherwise the session id.
+            capabilities: bit numbers of this channel type.
+            progress: called when each stage begins.
+
+        Raises:
+            TargetError: it did not come about; LinkFailure if the server refused the link.
+            UsageError: the host cannot be asked of the proxy.
+            RemoteProtocolError: the server left the protocol.
+        """
+        client = LinkClient.for_channel(
+            channel_type,
+            number,
+            connection_id=connection_id,
+            capabilities=[*capabilities],
+            password=self._target.password,
+        )
+        secured = self._wants_tls(channel_type)
+        try:
+            return await self._link(client, secured, progress)
+        except LinkFailure as error:
+            if secured or error.error is not LinkError.NEED_SECURED or self._target.tls_port is None:
+                raise
+        # The server wants TLS for this channel, as spice-gtk expects it to say: nothing secret was sent so far.
+        self._secured.add(channel_type)
+        client = LinkClient(client.mess, client.password, client.name)
+        return await self._link(client, True, progress)
+
+    def _wants_tls(self, channel_type: ChannelType) -> bool:
+        target = self._target
+        if target.unix_path is not None:
+            return False
+        must = not target.secure_channels.isdisjoint({str(channel_type), "all"})
+        if must and target.tls_port is None:
+            raise TargetError(
+                f"{target}: channel {channel_type} must be secure, and there is no TLS port",
+                reason=Reason.NEEDS_TLS,
+                remedy="the VM's SPICE server needs a TLS port, and the .vv file a tls-port",
+            )
+        return must or target.port is None or channel_type in self._secured
+
+    async def _link(self, client: LinkClient, secured: bool, progress: Progress | None) -> LinkedChannel:
+        linker = _Linker(client)
+        address = self._address(secured)
+        if progress is not None:
+            progress(Stage.REACH, str(address) if self._proxy is None else f"{address} by way of {self._proxy.address}")
+        if secured:
+            await self._start_tls(linker.connection, address, progress)
+        else:
+            sock = await self._reach(address)
+            await start(sock, linker.connection, tls=None, server_hostname="", timeout=self._timeouts.handshake)
+        if progress is not None:
+            progress(Stage.TICKET, str(address))
+        try:
+            linker.begin()
+            async with asyncio.timeout(self._timeouts.handshake):
+                result = await linker.result
+        except TimeoutError:
+            linker.connection.abort()
+            raise LinkFailure(
+                f"{client.name}: no {client.phase.removeprefix('a ')} within {self._timeouts.handshake:g} s",
+                reason=Reason.TIMED_OUT,
+                remedy="check that the port is the VM's SPICE port; look into the log of QEMU on the VM's host",
+                error=None,
+                phase=client.phase,
+            ) from None
+        except BaseException:
+            linker.connection.abort()
+            raise
+        return LinkedChannel(linker.connection, result, local=isinstance(address, UnixAddress))
+
+    def _address(self, secured: bool) -> TcpAddress | UnixAddress:
+        target = self._target
+        if target.unix_path is not None:
+            return UnixAddress(target.unix_path)
+        port = target.tls_port if secured else target.port
+        assert port is not None
+        return TcpAddress(target.host, port)
+
+    async def _reach(self, address: TcpAddress | UnixAddress) -> socket.socket:
+        if self._proxy is None or isinstance(address, UnixAddress):
+            return await dial(address, self._timeouts.connect)
+        sock = await dial(self._proxy.address, self._timeouts.connect)
+        try:
+            await open_tunnel(sock, self._proxy, address, self._timeouts.handshake)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    async def _start_tls(
+        self, connection: Connection, address: TcpAddress | UnixAddress, progress: Progress | None
+    ) -> None:
+        host, where = self._target.host, str(address)
+        subject = self._host_subject
+        sock = await self._reach(address)
+        if progress is not None:
+            progress(Stage.TLS, where)
+        try:
+            # The host may be no name at all, but a proxy's ticket: it is for TLS only if it is what TLS checks.
+            name = host if subject is None else ""
+            await start(sock, connection, tls=self._context, server_hostname=name, timeout=self._timeouts.handshake)
+        except ssl.SSLCertVerificationError as error:
+            certificate = await self._read_certificate(address)
+            raise tls.refused_certificate(where, host, error, certificate) from error
+        except OSError as error:
+            raise tls.failed(where, error) from error
+        except ValueError as error:
+            raise TargetError(
+                f"TLS to {where}: {host[:200]!r} is no name that a certificate can bear",
+                reason=Reason.TLS_WRONG_HOST,
+                remedy="give the certificate's subject as host-subject",
+            ) from error
+        if subject is not None:
+            assert connection.tls is not None
+            presented = tls.peer_certificate(connection.tls)
+            if presented is None or not subject.matches(presented):
+                connection.abort()
+                raise tls.wrong_subject(where, subject, presented)
+
+    async def _read_certificate(self, address: TcpAddress | UnixAddress) -> x509.Certificate | None:
+        """The certificate that was just refused, for the message: a failed handshake does not show it."""
+        connection = Connection(_Nobody(), lambda error: None)
+        try:
+            sock = await self._reach(address)
+            context = tls.inspection_context()
+            await start(sock, connection, tls=context, server_hostname="", timeout=self._timeouts.handshake)
+            return None if connection.tls is None else tls.peer_certificate(connection.tls)
+        except (OSError, FarplugError):
+            return None
+        finally:
+            connection.abort()
+
+
+class _Nobody:
+    """The reader of a connection that carries nothing."""
+
+    def data_received(self, data: memoryview) -> None:
+        """Drop it."""
+
+    def pause_writing(self) -> None:
+        """Nothing is written."""
+
+    def resume_writing(self) -> None:
+        """Nothing is written."""

@@ -1,0 +1,452 @@
+"""A SPICE session: the main channel, kept alive, and the usbredir channels as ports.
+
+How a channel is reached is in :mod:`farplug.transport.channel`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Self
+
+from farplug.errors import (
+    FarplugError,
+    GuestGoneError,
+    LocalProtocolError,
+    PortError,
+    Reason,
+    RemoteProtocolError,
+    TargetError,
+)
+from farplug.spice.channel import Channel, Message
+from farplug.spice.link import LinkFailure, LinkPhase
+from farplug.spice.messages import (
+    ChannelId,
+    ClientMessage,
+    Disconnecting,
+    MainInit,
+    Migrate,
+    Notify,
+    ServerMessage,
+    SwitchHost,
+    parse_channels_list,
+    parse_name,
+    parse_uuid,
+)
+from farplug.spice.types import ChannelType, LinkError, MainCapability
+from farplug.spice.vmc import VmcChannel
+from farplug.transport.channel import ChannelDialer, LinkedChannel, Progress, SpiceTarget, Stage
+from farplug.transport.connection import Timeouts
+from farplug.transport.port import Port, PortListener
+from farplug.usb.types import Buffer
+
+logger = logging.getLogger("farplug.spice")
+
+SETTLE_TIME = 0.3
+"""Seconds in which a server that links a channel and then finds it in use closes it.
+
+A free channel's first bytes, mostly PINGs, end the wait.
+"""
+BUSY_RETRIES = 5
+"""How often a channel that we closed ourselves is tried again: the server may not have noticed yet."""
+
+_MAIN_MESSAGES: dict[int, int] = {
+    ServerMessage.MAIN_INIT: 256,
+    ServerMessage.MAIN_CHANNELS_LIST: 64 << 10,
+    ServerMessage.MAIN_MIGRATE_BEGIN: 64 << 10,
+    ServerMessage.MAIN_MIGRATE_SWITCH_HOST: 64 << 10,
+    ServerMessage.MAIN_NAME: 64 << 10,
+    ServerMessage.MAIN_UUID: 64,
+}
+"""The main channel's messages that we read, and the largest body of each that we take, in bytes."""
+
+
+class SpiceSession:
+    """A session with a VM's SPICE server. Made by :meth:`connect`.
+
+    SPICE serves one client at a time: a new session ends the one before.
+
+    Attributes:
+        target: how it was reached.
+        name: the VM's, if the server told; else empty.
+        uuid: the VM's, if the server told; else empty.
+        session_id: the server's.
+        channels: all that the server offers, sorted.
+        ports: one per usbredir channel, in the order of their numbers.
+        closed: resolves when the session has ended: to None if we closed it, else to the error. It never raises.
+    """
+
+    def __init__(self, target: SpiceTarget, dialer: ChannelDialer, main: LinkedChannel, timeouts: Timeouts) -> None:
+        loop = asyncio.get_running_loop()
+        self.target = target
+        self.name = ""
+        self.uuid = ""
+        self.session_id = 0
+        self.channels: tuple[ChannelId, ...] = ()
+        self.ports: list[Port] = []
+        self.closed: asyncio.Future[FarplugError | None] = loop.create_future()
+        self._dialer = dialer
+        self._timeouts = timeouts
+        self._usbredir_ports: list[SpicePort] = []
+        self._listed: asyncio.Future[None] = loop.create_future()
+        self._farewell = ""
+        self._channel = Channel("main", mini_header=main.link.mini_header, stored=_MAIN_MESSAGES)
+        self._connection = main.connection
+        main.start(self, self._lost)
+
+    @classmethod
+    async def connect(
+        cls, target: SpiceTarget, *, progress: Progress | None = None, timeouts: Timeouts | None = None
+    ) -> Self:
+        """Reach a SPICE server and learn what channels it has.
+
+        Args:
+            target: where, and by what right.
+            progress: called when each stage begins, with where it leads.
+            timeouts: patience.
+
+        Raises:
+            TargetError: the server cannot be reached, or refuses us.
+            UsageError: the target's password, CA, host subject or proxy is malformed.
+            RemoteProtocolError: the server left the protocol.
+        """
+        timeouts = timeouts or Timeouts()
+        dialer = ChannelDialer(target, timeouts)
+        capabilities = [MainCapability.NAME_AND_UUID, MainCapability.AGENT_CONNECTED_TOKENS]
+        main = await dialer.link(ChannelType.MAIN, 0, connection_id=0, capabilities=capabilities, progress=progress)
+        if progress is not None:
+            progress(Stage.CHANNELS, str(target))
+        session = cls(target, dialer, main, timeouts)
+        try:
+            async with asyncio.timeout(timeouts.handshake):
+                await session._listed
+        except TimeoutError:
+            session._connection.abort()
+            raise TargetError(
+                f"{target}: the server did not list its channels within {timeouts.handshake:g} s",
+                reason=Reason.TIMED_OUT,
+                remedy="look into the log of QEMU on the VM's host",
+            ) from None
+        except BaseException:
+            session._connection.abort()
+            raise
+        return session
+
+    async def close(self) -> None:
+        """Close all ports (what they have queued is sent within a bounded time), then the session."""
+        await asyncio.gather(*(port.close() for port in self._usbredir_ports))
+        await self._connection.close(self._timeouts.flush)
+
+    # the main channel
+
+    def data_received(self, data: memoryview) -> None:
+        """Bytes of the main channel."""
+        try:
+            self._channel.receive_data(data)
+            while (event := self._channel.next_event()) is not None:
+                match event:
+                    case Message(kind, body):
+                        self._main_message(kind, body)
+                    case Disconnecting(_, reason):
+                        self._farewell = f" and said why: {reason}"
+                    case Notify():
+                        _log_notice("main", event)
+                    case Migrate():
+                        self._migrated("")
+        except RemoteProtocolError as error:
+            self._fail(error)
+            return
+        self._connection.write(self._channel.data_to_send())
+
+    def pause_writing(self) -> None:
+        """The server does not read our few answers: it is stuck, and will notice by itself."""
+
+    def resume_writing(self) -> None:
+        """It reads again."""
+
+    def _main_message(self, kind: int, body: memoryview) -> None:
+        match kind:
+            case ServerMessage.MAIN_INIT:
+                self.session_id = MainInit.parse(body).session_id
+                self._channel.send(ClientMessage.MAIN_ATTACH_CHANNELS)
+            case ServerMessage.MAIN_CHANNELS_LIST:
+                self._list_channels(parse_channels_list(body))
+            case ServerMessage.MAIN_NAME:
+                self.name = parse_name(body)
+            case ServerMessage.MAIN_UUID:
+                self.uuid = parse_uuid(body)
+            case ServerMessage.MAIN_MIGRATE_BEGIN | ServerMessage.MAIN_MIGRATE_SWITCH_HOST:
+                where = SwitchHost.parse(body)
+                self._migrated(f" to {where.host} (port {where.port or 'none'}, TLS port {where.tls_port or 'none'})")
+
+    def _list_channels(self, channels: tuple[ChannelId, ...]) -> None:
+        self.channels = channels
+        known = {port.number for port in self._usbredir_ports}
+        for channel in channels:  # a server may send the list again when a channel was added
+            if channel.channel_type is ChannelType.USBREDIR and channel.number not in known:
+                port = SpicePort(channel.number, self, self._dialer, self._timeouts)
+                self._usbredir_ports.append(port)
+                self.ports.append(port)
+        if not self._listed.done():
+            self._listed.set_result(None)
+
+    def _migrated(self, where: str) -> None:
+        self._connection.write(self._channel.data_to_send())  # the flush mark, if it was asked for
+        self._fail(
+            GuestGoneError(
+                f"the VM moved to another host{where}: the session cannot follow",
+                remedy="connect again, to the new host",
+            )
+        )
+
+    def _fail(self, error: FarplugError) -> None:
+        """End the session at once."""
+        if not self.closed.done():
+            self.closed.set_result(error)
+        self._connection.abort()
+
+    def _lost(self, error: Exception | None) -> None:
+        if not self.closed.done():
+            if self._connection.closing:
+                self.closed.set_result(None)
+            else:
+                how = "closed the session" if error is None else "vanished"
+                self.closed.set_result(
+                    GuestGoneError(
+                        f"{self.target}: the SPICE server {how}{self._farewell}",
+                        remedy="the VM may have stopped, or another client taken its place: SPICE serves one at a time",
+                    )
+                )
+        reason = self.closed.result()
+        if not self._listed.done():
+            if isinstance(reason, GuestGoneError) and not self.session_id:
+                reason = TargetError(
+                    f"{self.target}: the server took the ticket, then closed the connection{self._farewell}",
+                    reason=Reason.LINK_REFUSED,
+                    remedy="behind a SPICE proxy: check that the VM runs; look into the log of the proxy or of QEMU",
+                )
+            self._listed.set_exception(reason or GuestGoneError(f"{self.target}: the session was closed"))
+            self._listed.exception()  # retrieved, whether or not connect() still waits
+        for port in self._usbredir_ports:
+            port.session_ended(reason)
+
+
+class SpicePort(Port):
+    """A usbredir channel of a session.
+
+    Attributes:
+        number: the channel's id.
+        compress: compress what is worth it, if the server can. Turn it off before :meth:`open` or while open, for a
+            device with isochronous endpoints.
+    """
+
+    def __init__(self, number: int, session: SpiceSession, dialer: ChannelDialer, timeouts: Timeouts) -> None:
+        self.name = f"usbredir {number}"
+        self.number = number
+        self._session = session
+        self._dialer = dialer
+        self._timeouts = timeouts
+        self._compress = True
+        self._listener: PortListener | None = None
+        self._linked: LinkedChannel | None = None
+        self._channel: VmcChannel | None = None
+        self._settled: asyncio.Future[None] | None = None
+        """Only while open() waits: resolves when something arrives, or the channel is closed."""
+        self._was_open = False
+        self._error: FarplugError | None = None
+        self._farewell = ""
+        self._paused = False
+        self._draining = False
+
+    @property
+    def compress(self) -> bool:
+        """Compress what is worth it, if the server can."""
+        return self._compress
+
+    @compress.setter
+    def compress(self, compress: bool) -> None:
+        self._compress = compress
+        if self._channel is not None:
+            self._channel.compress = compress
+
+    async def open(self, listener: PortListener) -> None:
+        if self._listener is not None:
+            raise LocalProtocolError(f"port {self.name} is open already")
+        self._listener = listener
+        try:
+            tries = 1 + (BUSY_RETRIES if self._was_open else 0)
+            while not await self._try_open():
+                tries -= 1
+                if not tries:
+                    raise PortError(
+                        f"{self.name}: the server closed the channel at once: it is in use",
+                        reason=Reason.CHANNEL_IN_USE,
+                        remedy="detach what uses the channel, or add another usbredir channel to the VM",
+                    )
+                await asyncio.sleep(0.1)
+        except BaseException:
+            self._forget()
+            raise
+        self._settled = None
+        self._was_open = True
+
+    async def _try_open(self) -> bool:
+        """Link the channel. False: the server linked it and then closed it, as it does with one in use."""
+        self._check_session()
+        try:
+            linked = await self._dialer.link(
+                ChannelType.USBREDIR,
+                self.number,
+                connection_id=self._session.session_id,
+                capabilities=VmcChannel.capabilities,
+            )
+        except LinkFailure as error:
+            absent = error.error is None and error.phase is LinkPhase.REPLY and error.reason is Reason.LINK_REFUSED
+            if absent or error.error is LinkError.CHANNEL_NOT_AVAILABLE:
+                raise PortError(
+                    f"{error.message}: the channel is in use, or was taken out of the VM",
+                    reason=Reason.CHANNEL_IN_USE,
+                    remedy="use another port, or connect again",
+                ) from error
+            raise
+        self._error, self._farewell, self._paused = None, "", False
+        self._channel = VmcChannel(self.name, linked.link, local=linked.local)
+        self._channel.compress = self._compress
+        self._linked = linked
+        self._settled = asyncio.get_running_loop().create_future()
+        linked.start(self, self._lost)
+        try:
+            await asyncio.wait([self._settled], timeout=SETTLE_TIME)
+        except BaseException:
+            linked.connection.abort()
+            raise
+        if self._linked is not None:
+            return True
+        if self._error is not None:
+            raise self._error
+        self._check_session()
+        return False
+
+    def _check_session(self) -> None:
+        closed = self._session.closed
+        if closed.done():
+            raise closed.result() or GuestGoneError(f"{self.name}: the session is closed")
+
+    def write(self, buffers: list[Buffer]) -> None:
+        if self._channel is not None and self._linked is not None:
+            self._channel.send_data(buffers)
+            self._linked.connection.write(self._channel.data_to_send())
+
+    def pause_reading(self) -> None:
+        self._paused = True
+        if self._linked is not None:
+            self._linked.connection.pause_reading()
+
+    def resume_reading(self) -> None:
+        if self._paused:
+            self._paused = False
+            # Not from here: the caller may be inside data_received.
+            asyncio.get_running_loop().call_soon(self._resume)
+
+    def _resume(self) -> None:
+        # What was received before the pause comes first. New bytes would overwrite it.
+        self._drain()
+        if not self._paused and self._linked is not None:
+            self._linked.connection.resume_reading()
+
+    async def close(self) -> None:
+        if self._linked is not None:
+            await self._linked.connection.close(self._timeouts.flush)
+
+    def abort(self) -> None:
+        if self._linked is not None:
+            self._linked.connection.abort()
+
+    def session_ended(self, error: FarplugError | None) -> None:
+        """The main channel is gone, and with it this one."""
+        if self._linked is not None:
+            self._error = self._error or error
+            self._linked.connection.abort()
+
+    # the channel
+
+    def data_received(self, data: memoryview) -> None:
+        """Bytes of the channel."""
+        if self._settled is not None and not self._settled.done():
+            self._settled.set_result(None)
+        if self._channel is not None:
+            self._channel.receive_data(data)
+            self._drain()
+
+    def pause_writing(self) -> None:
+        """The output queue is full."""
+        if self._listener is not None:
+            self._listener.pause_writing()
+
+    def resume_writing(self) -> None:
+        """The output queue is short again."""
+        if self._listener is not None:
+            self._listener.resume_writing()
+
+    def _drain(self) -> None:
+        channel, linked, listener = self._channel, self._linked, self._listener
+        if channel is None or linked is None or listener is None or self._draining:
+            return
+        self._draining = True
+        try:
+            while not self._paused and linked.connection.is_open:
+                event = channel.next_event()
+                if event is None:
+                    break
+                match event:
+                    case memoryview():
+                        listener.data_received(event)
+                    case Disconnecting(_, reason):
+                        self._farewell = f" and said why: {reason}"
+                    case Notify():
+                        _log_notice(self.name, event)
+                    case Migrate():
+                        linked.connection.write(channel.data_to_send())
+                        self._break(
+                            GuestGoneError(
+                                f"{self.name}: the VM moves to another host: the session cannot follow",
+                                remedy="connect again, to the new host",
+                            )
+                        )
+        except RemoteProtocolError as error:
+            self._break(error)
+        finally:
+            self._draining = False
+        linked.connection.write(channel.data_to_send())
+
+    def _break(self, error: FarplugError) -> None:
+        self._error = error
+        self.abort()
+
+    def _lost(self, error: Exception | None) -> None:
+        linked, listener, settled = self._linked, self._listener, self._settled
+        if linked is None or listener is None:
+            return
+        why = self._error
+        untouched = settled is not None and not settled.done()
+        if why is None and not linked.connection.closing and not untouched:
+            how = "closed the channel" if error is None else f"broke the channel ({error})"
+            why = GuestGoneError(
+                f"{self.name}: the SPICE server {how}{self._farewell}",
+                remedy="the VM may have stopped, or the channel was taken out of it",
+            )
+        if settled is not None:  # open() still waits: it says why
+            self._linked, self._channel, self._error = None, None, why
+            if untouched:
+                settled.set_result(None)
+            return
+        self._forget()
+        listener.port_closed(why)
+
+    def _forget(self) -> None:
+        self._listener = self._linked = self._channel = self._settled = None
+
+
+def _log_notice(name: str, notice: Notify) -> None:
+    level = logging.INFO if notice.severity == 0 else logging.WARNING
+    logger.log(level, "%s: the server says: %s", name, notice.text)

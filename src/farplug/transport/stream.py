@@ -1,0 +1,162 @@
+"""Ports that are one socket: TCP and UNIX sockets that we connect, and TCP sockets that QEMU connects to us."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from abc import abstractmethod
+from collections.abc import Callable
+
+from farplug.errors import FarplugError, GuestGoneError, LocalProtocolError, Reason, TargetError
+from farplug.transport.connection import (
+    Address,
+    Connection,
+    TcpAddress,
+    Timeouts,
+    UnixAddress,
+    dial,
+    start,
+)
+from farplug.transport.port import Port, PortListener
+from farplug.usb.types import Buffer
+
+
+class _SocketPort(Port):
+    """What the kinds of socket have in common: all but how the socket comes about."""
+
+    def __init__(self, name: str, timeouts: Timeouts) -> None:
+        self.name = name
+        self._timeouts = timeouts
+        self._connection: Connection | None = None
+        self._listener: PortListener | None = None
+
+    async def open(self, listener: PortListener) -> None:
+        if self._listener is not None:
+            raise LocalProtocolError(f"port {self.name} is open already")
+        self._listener = listener
+        try:
+            sock = await self._socket()
+            connection = Connection(listener, self._lost)
+            self._connection = connection
+            await start(sock, connection, tls=None, server_hostname="", timeout=self._timeouts.handshake)
+        except BaseException:
+            if self._connection is not None:
+                self._connection.on_lost = _ignore
+            self._connection = self._listener = None
+            raise
+
+    @abstractmethod
+    async def _socket(self) -> socket.socket:
+        """A connected socket, non-blocking. Raises TargetError."""
+
+    def write(self, buffers: list[Buffer]) -> None:
+        if self._connection is not None:
+            self._connection.write(buffers)
+
+    def pause_reading(self) -> None:
+        if self._connection is not None:
+            self._connection.pause_reading()
+
+    def resume_reading(self) -> None:
+        if self._connection is not None:
+            self._connection.resume_reading()
+
+    async def close(self) -> None:
+        if self._connection is not None:
+            await self._connection.close(self._timeouts.flush)
+
+    def abort(self) -> None:
+        if self._connection is not None:
+            self._connection.abort()
+
+    def _lost(self, error: Exception | None) -> None:
+        connection, listener = self._connection, self._listener
+        self._connection = self._listener = None
+        assert connection is not None
+        assert listener is not None
+        listener.port_closed(None if connection.closing else self._why(error))
+
+    def _why(self, error: Exception | None) -> FarplugError:
+        if error is None:
+            what = "the guest closed the connection"
+        else:
+            code = error.errno if isinstance(error, OSError) else None
+            what = f"the connection broke: {os.strerror(code) if code else error}"
+        return GuestGoneError(f"{self.name}: {what}", remedy="check that the VM still runs, then connect again")
+
+
+def _ignore(error: Exception | None) -> None:
+    """A connection that was given up before the port was open has ended."""
+
+
+class StreamPort(_SocketPort):
+    """A TCP or UNIX socket that QEMU listens on (``-chardev socket,server=on``).
+
+    Args:
+        address: where QEMU listens.
+        name: for people.
+        timeouts: patience.
+    """
+
+    def __init__(self, address: Address, *, name: str = "", timeouts: Timeouts | None = None) -> None:
+        super().__init__(name or ("unix" if isinstance(address, UnixAddress) else "tcp"), timeouts or Timeouts())
+        self.address = address
+
+    async def _socket(self) -> socket.socket:
+        return await dial(self.address, self._timeouts.connect)
+
+
+class ListenPort(_SocketPort):
+    """A TCP socket that QEMU connects to (``-chardev socket,server=off``).
+
+    :meth:`open` waits for one connection as long as it takes. While it is in use, others are refused.
+
+    Args:
+        address: where to listen. Port 0: any free one; it stays the same for later openings.
+        on_listening: called with the address that is listened on, each time.
+        name: for people.
+        timeouts: patience.
+    """
+
+    def __init__(
+        self,
+        address: TcpAddress,
+        *,
+        on_listening: Callable[[TcpAddress], None] | None = None,
+        name: str = "tcp-listen",
+        timeouts: Timeouts | None = None,
+    ) -> None:
+        super().__init__(name, timeouts or Timeouts())
+        self.address = address
+        self._on_listening = on_listening
+
+    async def _socket(self) -> socket.socket:
+        loop = asyncio.get_running_loop()
+        address = self.address
+        try:
+            found = await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        except (OSError, UnicodeError) as error:
+            raise TargetError(
+                f"cannot listen on {address}: the name cannot be resolved",
+                reason=Reason.UNRESOLVABLE,
+                remedy="give an address of this machine",
+            ) from error
+        family, _, _, _, sockaddr = found[0]
+        with socket.socket(family, socket.SOCK_STREAM) as server:
+            try:
+                server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                server.setblocking(False)
+                server.bind(sockaddr)
+                server.listen(1)
+            except OSError as error:
+                raise TargetError(
+                    f"cannot listen on {address}: {os.strerror(error.errno or 0)}",
+                    reason=Reason.NO_PERMISSION if isinstance(error, PermissionError) else Reason.UNREACHABLE,
+                    remedy="give an address of this machine and a free port above 1023 (0: any)",
+                ) from error
+            self.address = TcpAddress(address.host, server.getsockname()[1])
+            if self._on_listening is not None:
+                self._on_listening(self.address)
+            sock, _ = await loop.sock_accept(server)
+        return sock

@@ -1,0 +1,220 @@
+"""TLS to a SPICE server: what is trusted, whose name is checked, and why a handshake failed.
+
+A certificate is always checked: against the given CA or the system's, and against the host name or the host subject.
+"""
+
+from __future__ import annotations
+
+import re
+import ssl
+from dataclasses import dataclass
+
+from cryptography import x509
+from cryptography.x509.oid import NameOID, ObjectIdentifier
+
+from farplug.errors import Reason, TargetError, UsageError
+
+_OIDS = {
+    **{
+        name: oid
+        for names, oid in (
+            (("CN", "commonName"), NameOID.COMMON_NAME),
+            (("O", "organizationName"), NameOID.ORGANIZATION_NAME),
+            (("OU", "organizationalUnitName"), NameOID.ORGANIZATIONAL_UNIT_NAME),
+            (("C", "countryName"), NameOID.COUNTRY_NAME),
+            (("ST", "S", "stateOrProvinceName"), NameOID.STATE_OR_PROVINCE_NAME),
+            (("L", "localityName"), NameOID.LOCALITY_NAME),
+            (("street", "streetAddress"), NameOID.STREET_ADDRESS),
+            (("DC", "domainComponent"), NameOID.DOMAIN_COMPONENT),
+            (("UID", "userId"), NameOID.USER_ID),
+            (("SN", "surname"), NameOID.SURNAME),
+            (("GN", "givenName"), NameOID.GIVEN_NAME),
+            (("title",), NameOID.TITLE),
+            (("serialNumber",), NameOID.SERIAL_NUMBER),
+            (("emailAddress", "E"), NameOID.EMAIL_ADDRESS),
+        )
+        for name in names
+    }
+}
+"""Attribute names as OpenSSL spells them, short and long."""
+_SHORT_NAMES = {oid: name for name, oid in reversed(_OIDS.items())}
+
+_X509_V_ERR_HOSTNAME_MISMATCH = 62
+_X509_V_ERR_IP_ADDRESS_MISMATCH = 64
+
+
+@dataclass(frozen=True, slots=True)
+class HostSubject:
+    """A certificate's subject, to be checked instead of the host name, as spice-gtk does it.
+
+    The certificate must have the same attributes in the same order. Values are compared as X509_NAME_cmp compares them:
+    without regard to case and to the number of spaces.
+    """
+
+    attributes: tuple[tuple[ObjectIdentifier, str], ...]
+    text: str
+
+    @classmethod
+    def parse(cls, text: str) -> HostSubject:
+        r"""Parse ``O=Example\, Inc.,CN=host``: ``\,`` is a comma, ``\\`` a backslash. Raises UsageError."""
+        attributes = []
+        for part in re.findall(r"(?:^|,)((?:\\.|[^,])*)", text):
+            key, equals, value = part.lstrip(" ").partition("=")
+            key = key.strip()
+            try:
+                oid = _OIDS[key] if key in _OIDS else ObjectIdentifier(key)
+            except ValueError:
+                raise _bad_subject(text, f"it has an attribute named {key[:40]!r}") from None
+            if not equals or not value:
+                raise _bad_subject(text, f"attribute {key} has no value")
+            if re.search(r"\\(?![\\,])", re.sub(r"\\\\", "", value)):
+                raise _bad_subject(text, r"after a backslash only another one or a comma may stand")
+            attributes.append((oid, _canonical(re.sub(r"\\(.)", r"\1", value))))
+        return cls(tuple(attributes), text)
+
+    def matches(self, certificate: x509.Certificate) -> bool:
+        """Whether a certificate has this subject."""
+        theirs = tuple((item.oid, _canonical(str(item.value))) for item in certificate.subject)
+        return theirs == self.attributes
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def _canonical(value: str) -> str:
+    lower = "".join(char.lower() if char.isascii() else char for char in value)  # ASCII only, as OpenSSL
+    return re.sub(r"[ \t\n\v\f\r]+", " ", lower).strip(" ")
+
+
+def _bad_subject(text: str, why: str) -> UsageError:
+    return UsageError(
+        f"host subject {text[:200]!r}: {why}", reason=Reason.BAD_TARGET, remedy="write it as O=ORGANISATION,CN=NAME"
+    )
+
+
+def client_context(*, ca: str | None, check_hostname: bool) -> ssl.SSLContext:
+    """What is trusted.
+
+    Args:
+        ca: certificates, PEM; None: the system's.
+        check_hostname: let TLS check the host name. If not, the caller checks the subject.
+
+    Raises:
+        UsageError: ``ca`` holds no certificate.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.check_hostname = check_hostname
+    if ca is None:
+        context.load_default_certs(ssl.Purpose.SERVER_AUTH)
+        return context
+    try:
+        context.load_verify_locations(cadata=ca)
+    except (ssl.SSLError, ValueError, TypeError):  # ValueError: empty; TypeError: not ASCII
+        raise UsageError(
+            "the CA holds no readable certificate",
+            reason=Reason.BAD_OPTION,
+            remedy="give the CA's certificates in PEM: they begin with -----BEGIN CERTIFICATE-----",
+        ) from None
+    return context
+
+
+def inspection_context() -> ssl.SSLContext:
+    """A context that checks nothing, to read a refused certificate for the message about it.
+
+    Nothing is sent over it.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def peer_certificate(session: ssl.SSLObject) -> x509.Certificate | None:
+    """The peer's certificate; None if it cannot be parsed."""
+    encoded = session.getpeercert(binary_form=True)
+    try:
+        return x509.load_der_x509_certificate(encoded) if encoded else None
+    except ValueError:
+        return None
+
+
+def describe(certificate: x509.Certificate | None) -> str:
+    """Whose certificate it is, who says so and until when, in one line."""
+    if certificate is None:
+        return "a certificate that cannot be read"
+    facts = [f"certificate of {_name(certificate.subject)}", f"issued by {_name(certificate.issuer)}"]
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        texts = [*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress))]
+        if texts:
+            facts.append(f"for {_printable(', '.join(texts[:8]))}")
+    except (x509.ExtensionNotFound, ValueError):
+        pass
+    facts.append(f"valid until {certificate.not_valid_after_utc:%Y-%m-%d}")
+    return ", ".join(facts)
+
+
+def wrong_subject(where: str, expected: HostSubject, certificate: x509.Certificate | None) -> TargetError:
+    """The certificate has another subject than the expected one."""
+    return TargetError(
+        f"TLS to {where}: the server's subject is not {_printable(expected.text)}: {describe(certificate)}",
+        reason=Reason.TLS_WRONG_HOST,
+        remedy="check host-subject, and that this is the right host; an old .vv file may name a host of the past",
+    )
+
+
+def refused_certificate(
+    where: str, expected: str, error: ssl.SSLCertVerificationError, certificate: x509.Certificate | None
+) -> TargetError:
+    """Why a certificate was not taken.
+
+    Args:
+        where: host and port.
+        expected: the name that the certificate should bear.
+        error: what TLS said.
+        certificate: the refused one; None if it could not be read.
+    """
+    facts = "" if certificate is None else f": {describe(certificate)}"
+    if error.verify_code in (_X509_V_ERR_HOSTNAME_MISMATCH, _X509_V_ERR_IP_ADDRESS_MISMATCH):
+        return TargetError(
+            f"TLS to {where}: the server's certificate is not for {expected}{facts}",
+            reason=Reason.TLS_WRONG_HOST,
+            remedy="use a name that the certificate bears, or give its subject as host-subject",
+        )
+    return TargetError(
+        f"TLS to {where}: the server's certificate is not trusted ({error.verify_message}){facts}",
+        reason=Reason.TLS_UNTRUSTED,
+        remedy="give the CA that issued it (ca= in the .vv file, or the CA option); QEMU's is ca-cert.pem in x509-dir",
+    )
+
+
+def failed(where: str, error: OSError) -> TargetError:
+    """The handshake failed for another reason than the certificate."""
+    remedy = "look into the log of QEMU on the VM's host"
+    if isinstance(error, ssl.SSLError):
+        why = (error.reason or str(error)).replace("_", " ").lower()
+        if error.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "UNKNOWN_PROTOCOL"):
+            why += ": the port does not speak TLS"
+            remedy = "check the port: a plain SPICE port is reached by spice://"
+    elif isinstance(error, ConnectionError):
+        why = "the server closed the connection during the handshake"
+        remedy = "check the port: a plain SPICE port is reached by spice://"
+        if "longer than" in str(error):
+            why = "the server did not finish the handshake in time"
+    else:
+        why = error.strerror or str(error)
+    return TargetError(f"TLS to {where}: {why}", reason=Reason.TLS_FAILED, remedy=remedy)
+
+
+def _name(name: x509.Name) -> str:
+    """A name as :class:`HostSubject` takes it: in the certificate's order."""
+    parts = []
+    for item in name:
+        value = str(item.value).replace("\\", r"\\").replace(",", r"\,")
+        parts.append(f"{_SHORT_NAMES.get(item.oid, item.oid.dotted_string)}={value}")
+    return _printable(",".join(parts)) or "nobody"
+
+
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() else "?" for char in text)[:300]

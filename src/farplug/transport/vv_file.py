@@ -1,0 +1,40 @@
+"""``.vv`` files on disk."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from farplug.errors import Reason, UsageError
+from farplug.spice.vv import MAX_VV_FILE, VvFile
+
+logger = logging.getLogger("farplug.spice")
+
+
+def read_vv_file(path: Path) -> VvFile:
+    """Read a ``.vv`` file, and delete it if it asks for that (``delete-this-file=1``): its password serves once.
+
+    A file that cannot be understood is left alone. One that cannot be deleted is read all the same, with a warning.
+
+    Raises:
+        UsageError: it cannot be read, or is malformed.
+    """
+    try:
+        if not path.is_file():
+            what = "is not a file" if path.exists() else "does not exist"
+            raise UsageError(f"{path} {what}", reason=Reason.BAD_VV_FILE, remedy="give the path of a .vv file")
+        with path.open("rb") as file:
+            data = file.read(MAX_VV_FILE + 1)
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be read: {os.strerror(error.errno or 0)}", reason=Reason.BAD_VV_FILE
+        ) from error
+    vv = VvFile.parse(data, path=str(path))
+    if vv.delete_this_file:
+        try:
+            path.unlink()
+            logger.info("%s deleted, as it asks (delete-this-file=1)", path)
+        except OSError as error:
+            logger.warning("%s asks to be deleted, but cannot be: %s", path, os.strerror(error.errno or 0))
+    return vv

@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.transport.fake_spice import Recorder, free_port
+
+from farplug.errors import Reason, TargetError
+from farplug.transport.connection import (
+    HIGH_WATER,
+    RECEIVE_BUFFER,
+    Address,
+    Connection,
+    TcpAddress,
+    UnixAddress,
+    dial,
+    start,
+)
+from farplug.usb.types import Buffer
+
+
+async def connected(recorder: Recorder, lost: list[Exception | None]) -> tuple[Connection, socket.socket]:
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    theirs.setblocking(False)
+    connection = Connection(recorder, lost.append)
+    await start(ours, connection, tls=None, server_hostname="", timeout=1)
+    return connection, theirs
+
+
+async def receive(sock: socket.socket, size: int) -> bytes:
+    received = bytearray()
+    while len(received) < size:
+        data = await asyncio.get_running_loop().sock_recv(sock, 1 << 20)
+        if not data:
+            break
+        received += data
+    return bytes(received)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [[1], [16, 0, 1], [6, 64, 1 << 20], [1 << 20] * 3, [100] * 2000, [70_000, 5, 70_000, 5], [300_000, 16_383, 16_384]],
+)
+async def test_everything_arrives_in_order(sizes: list[int]) -> None:
+    recorder = Recorder()
+    lost: list[Exception | None] = []
+    connection, theirs = await connected(recorder, lost)
+    buffers: list[Buffer] = [os.urandom(size) for size in sizes]
+    with theirs:
+        connection.write(buffers)
+        assert await receive(theirs, sum(sizes)) == b"".join(buffers)
+        await asyncio.get_running_loop().sock_sendall(theirs, b"answer")
+        await recorder.until(lambda: bytes(recorder.data) == b"answer")
+        await connection.close(1)
+    assert lost == [None]
+
+
+async def test_writer_is_paused_and_asyncio_holds_one_chunk() -> None:
+    recorder = Recorder()
+    connection, theirs = await connected(recorder, [])
+    with theirs:
+        connection.write([bytes(HIGH_WATER + (4 << 20))])
+        assert (recorder.pauses, recorder.resumes) == (1, 0)
+        connection.write([b"more"])
+        assert recorder.pauses == 1
+        transport: Any = connection._transport
+        assert transport.get_write_buffer_size() <= 256 << 10
+        assert len(await receive(theirs, HIGH_WATER + (4 << 20) + 4)) == HIGH_WATER + (4 << 20) + 4
+        assert (recorder.pauses, recorder.resumes) == (1, 1)
+        await connection.close(1)
+
+
+async def test_reading_can_be_paused() -> None:
+    recorder = Recorder()
+    connection, theirs = await connected(recorder, [])
+    with theirs:
+        connection.pause_reading()
+        connection.pause_reading()
+        theirs.send(b"early")
+        await asyncio.sleep(0.05)
+        assert not recorder.data
+        connection.resume_reading()
+        await recorder.until(lambda: bytes(recorder.data) == b"early")
+        await connection.close(1)
+
+
+async def test_reads_are_bounded_by_one_buffer() -> None:
+    sizes: list[int] = []
+
+    class Sizes(Recorder):
+        def data_received(self, data: memoryview) -> None:
+            sizes.append(len(data))
+            super().data_received(data)
+
+    recorder = Sizes()
+    connection, theirs = await connected(recorder, [])
+    with theirs:
+        await asyncio.get_running_loop().sock_sendall(theirs, bytes(2 << 20))
+        await recorder.until(lambda: len(recorder.data) == 2 << 20)
+        assert max(sizes) <= RECEIVE_BUFFER
+        await connection.close(1)
+
+
+async def test_close_flushes() -> None:
+    lost: list[Exception | None] = []
+    connection, theirs = await connected(Recorder(), lost)
+    with theirs:
+        payload = os.urandom(4 << 20)
+        connection.write([payload])
+        closing = asyncio.create_task(connection.close(10))
+        await asyncio.sleep(0)
+        connection.write([b"too late"])
+        assert await receive(theirs, len(payload) + 1) == payload
+        await closing
+    assert lost == [None]
+    await connection.close(1)
+
+
+async def test_close_does_not_wait_for_ever() -> None:
+    lost: list[Exception | None] = []
+    connection, theirs = await connected(Recorder(), lost)
+    with theirs:
+        connection.write([bytes(4 << 20)])
+        async with asyncio.timeout(5):
+            await connection.close(0.05)
+    assert lost == [None]
+
+
+async def test_abort() -> None:
+    lost: list[Exception | None] = []
+    connection, theirs = await connected(Recorder(), lost)
+    with theirs:
+        connection.write([bytes(4 << 20)])
+        connection.abort()
+        connection.write([b"nothing"])
+        await connection.close(1)
+        assert lost == [None]
+        assert len(await receive(theirs, 4 << 20)) < 4 << 20
+
+
+async def test_lost_while_writing() -> None:
+    lost: list[Exception | None] = []
+    connection, theirs = await connected(Recorder(), lost)
+    connection.write([bytes(4 << 20)])
+    theirs.close()
+    await asyncio.sleep(0.05)
+    assert len(lost) == 1
+    assert not connection.closing
+    connection.write([b"nothing"])
+
+
+async def test_dial_tries_all_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+        async def two(*args: Any, **kwargs: Any) -> list[Any]:
+            return [
+                (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", free_port())),
+                (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port)),
+            ]
+
+        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", two)
+        (await dial(TcpAddress("some.host", 1), 1)).close()
+
+
+async def test_unreachable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = free_port()
+    not_a_socket = tmp_path / "file"
+    not_a_socket.touch()
+    cases: list[tuple[Address, Reason, str]] = [
+        (TcpAddress("127.0.0.1", refused), Reason.CONNECTION_REFUSED, f"127.0.0.1:{refused}: Connection refused"),
+        (TcpAddress("no-such-host.invalid", 1), Reason.UNRESOLVABLE, "the name cannot be resolved"),
+        (TcpAddress("x" * 70 + ".example", 1), Reason.UNRESOLVABLE, "the name cannot be resolved"),
+        (UnixAddress(str(tmp_path / "absent")), Reason.NOT_FOUND, "there is no such socket"),
+        (UnixAddress(str(not_a_socket)), Reason.CONNECTION_REFUSED, "Connection refused"),
+        (UnixAddress("/" + "x" * 200), Reason.UNREACHABLE, "AF_UNIX path too long"),
+    ]
+    for address, reason, said in cases:
+        with pytest.raises(TargetError, match=said) as caught:
+            await dial(address, 5)
+        assert caught.value.reason is reason
+        assert caught.value.remedy
+
+    async def fails(sock: socket.socket, address: Any) -> None:
+        raise OSError(13, "Permission denied")
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "sock_connect", fails)
+    with pytest.raises(TargetError, match="Permission denied") as caught:
+        await dial(UnixAddress("/run/x.sock"), 5)
+    assert caught.value.reason is Reason.NO_PERMISSION
+    assert "ls -l /run/x.sock" in caught.value.remedy
+
+
+async def test_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def hangs(sock: socket.socket, address: Any) -> None:
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "sock_connect", hangs)
+    with pytest.raises(TargetError, match=r"192\.0\.2\.1:5900: no answer within 0\.05 s") as caught:
+        await dial(TcpAddress("192.0.2.1", 5900), 0.05)
+    assert caught.value.reason is Reason.TIMED_OUT
+
+
+def test_addresses_print() -> None:
+    assert str(TcpAddress("::1", 5900)) == "[::1]:5900"
+    assert str(TcpAddress("vmhost", 5900)) == "vmhost:5900"
+    assert str(UnixAddress("/run/vm.sock")) == "/run/vm.sock"

@@ -1,0 +1,447 @@
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import struct
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lz4.block
+import pytest
+from tests.transport.fake_spice import (
+    SESSION_ID,
+    Certificates,
+    Channel,
+    FakeSpice,
+    Recorder,
+    channels_list,
+    message,
+    running,
+)
+
+from farplug.errors import (
+    FarplugError,
+    GuestGoneError,
+    LocalProtocolError,
+    PortError,
+    Reason,
+    RemoteProtocolError,
+    TargetError,
+)
+from farplug.transport.channel import LinkedChannel, SpiceTarget, Stage
+from farplug.transport.connection import HIGH_WATER, Timeouts
+from farplug.transport.session import SpicePort, SpiceSession
+
+INIT = message(103, struct.pack("<8I", SESSION_ID, 0, 1, 1, 0, 10, 0, 0))
+DATA, COMPRESSED = 101, 102
+
+
+async def connect(port: int, **timeouts: float) -> SpiceSession:
+    return await SpiceSession.connect(SpiceTarget(host="127.0.0.1", port=port), timeouts=Timeouts(**timeouts))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def test_connect() -> None:
+    fake = FakeSpice()
+    stages: list[Stage] = []
+    async with running(fake) as port:
+        target = SpiceTarget(host="127.0.0.1", port=port)
+        session = await SpiceSession.connect(target, progress=lambda stage, where: stages.append(stage))
+        assert stages == [Stage.REACH, Stage.TICKET, Stage.CHANNELS]
+        assert (session.name, session.uuid) == ("testvm", "00010203-0405-0607-0809-0a0b0c0d0e0f")
+        assert session.session_id == SESSION_ID
+        assert [str(channel) for channel in session.channels] == ["inputs 0", "usbredir 0", "usbredir 1"]
+        assert [port.name for port in session.ports] == ["usbredir 0", "usbredir 1"]
+        await until(lambda: fake.pongs == [1, 2])
+        assert fake.linked[0].mess.channel_caps == (0b0110,), "no migration"
+        assert not session.closed.done()
+        await session.close()
+        await session.close()
+        assert session.closed.result() is None
+
+
+async def test_the_list_may_grow() -> None:
+    fake = FakeSpice(channels=((9, 3),))
+    async with running(fake) as port:
+        session = await connect(port)
+        first = session.ports[0]
+        fake.main_channel.send(channels_list([(9, 1), (9, 3)]))
+        await until(lambda: len(session.ports) == 2)
+        assert session.ports[0] is first
+        assert session.ports[1].name == "usbredir 1"
+        await session.close()
+
+
+@pytest.mark.parametrize(
+    ("sent", "error", "said"),
+    [
+        (b"", TargetError, "took the ticket, then closed the connection"),
+        (message(6, struct.pack("<QI", 1, 7)), TargetError, "and said why: link error 7"),
+        (INIT, GuestGoneError, "the SPICE server closed the session"),
+        (INIT + message(104, b"\xff\xff\xff\xff"), RemoteProtocolError, "4294967295 channels"),
+        (message(103, bytes(31)), RemoteProtocolError, "MAIN_INIT of 31 bytes"),
+        (INIT + message(113, bytes(3)), RemoteProtocolError, "MAIN_NAME of 3 bytes"),
+    ],
+)
+async def test_sessions_that_do_not_begin(sent: bytes, error: type[FarplugError], said: str) -> None:
+    async def main(channel: Channel) -> None:
+        channel.send(sent)
+        if error is RemoteProtocolError:
+            await channel.reader.read()
+
+    async with running(FakeSpice(main=main)) as port:
+        with pytest.raises(error, match=said) as caught:
+            await connect(port)
+    if error is TargetError:
+        assert caught.value.reason is Reason.LINK_REFUSED
+
+
+async def test_silent_main_channel() -> None:
+    async def main(channel: Channel) -> None:
+        await channel.reader.read()
+
+    async with running(FakeSpice(main=main)) as port:
+        with pytest.raises(TargetError, match=r"did not list its channels within 0\.1 s") as caught:
+            await connect(port, handshake=0.1)
+    assert caught.value.reason is Reason.TIMED_OUT
+
+
+async def test_port() -> None:
+    fake = FakeSpice()
+
+    async def echo(channel: Channel) -> None:
+        channel.send(message(4, struct.pack("<IQ", 1, 2)))
+        while True:
+            kind, body = await channel.receive_other_than_pong()
+            if kind == COMPRESSED:
+                body = lz4.block.decompress(body[5:], uncompressed_size=struct.unpack_from("<I", body, 1)[0])
+            kinds.append(kind)
+            channel.send(message(DATA, body))
+
+    kinds: list[int] = []
+    fake.usbredir = echo
+    async with running(fake) as number:
+        session = await connect(number)
+        port = session.ports[1]
+        assert isinstance(port, SpicePort)
+        port.write([b"dropped: not open"])
+        await port.close()
+        port.abort()
+        for turn in range(3):
+            recorder = Recorder()
+            await port.open(recorder)
+            with pytest.raises(LocalProtocolError, match="open already"):
+                await port.open(Recorder())
+            assert fake.of(1).mess.connection_id == SESSION_ID
+            payload = os.urandom(1 << 20) + bytes(1 << 20)
+            port.write([b"head", payload])
+            await recorder.until(lambda r=recorder, p=payload: len(r.data) == 4 + len(p))  # type: ignore[misc]
+            assert bytes(recorder.data) == b"head" + payload
+            assert kinds == [DATA, COMPRESSED][: len(kinds)]
+            port.compress = False
+            port.write([bytes(5000)])
+            await recorder.until(lambda r=recorder, p=payload: len(r.data) == 5004 + len(p))  # type: ignore[misc]
+            assert kinds.pop() == DATA
+            kinds.clear()
+            port.compress = True
+            if turn == 1:
+                port.abort()
+            else:
+                await port.close()
+            await recorder.until(lambda r=recorder: bool(r.closed))  # type: ignore[misc]
+            assert recorder.closed == [None]
+        await session.close()
+
+
+async def test_two_ports_at_once_and_the_session_ends() -> None:
+    fake = FakeSpice()
+    async with running(fake) as number:
+        session = await connect(number)
+        recorders = [Recorder(), Recorder()]
+        for port, recorder in zip(session.ports, recorders, strict=True):
+            await port.open(recorder)
+        for channel in (0, 1):
+            fake.of(channel).send(message(DATA, b"for %d" % channel))
+        for channel, recorder in enumerate(recorders):
+            await recorder.until(lambda r=recorder: bool(r.data))  # type: ignore[misc]
+            assert bytes(recorder.data) == b"for %d" % channel
+        await fake.main_channel.close()
+        error = await session.closed
+        assert isinstance(error, GuestGoneError)
+        assert "the SPICE server closed the session" in str(error)
+        assert "another client" in error.remedy
+        for recorder in recorders:
+            await recorder.until(lambda r=recorder: bool(r.closed))  # type: ignore[misc]
+            assert recorder.closed == [error]
+        with pytest.raises(GuestGoneError):
+            await session.ports[0].open(Recorder())
+        await session.close()
+
+
+async def test_closing_the_session_closes_ports_in_good_order() -> None:
+    fake = FakeSpice()
+    async with running(fake) as number:
+        session = await connect(number)
+        recorder = Recorder()
+        await session.ports[0].open(recorder)
+        await session.close()
+        assert recorder.closed == [None]
+        with pytest.raises(GuestGoneError, match="the session is closed"):
+            await session.ports[0].open(Recorder())
+
+
+async def test_channel_in_use() -> None:
+    """libspice-server 0.15.1 links it, takes the ticket and closes it then."""
+
+    async def refuse(channel: Channel) -> None:
+        await channel.close()
+
+    fake = FakeSpice(usbredir=refuse)
+    async with running(fake) as number:
+        session = await connect(number)
+        recorder = Recorder()
+        with pytest.raises(PortError, match="it is in use") as caught:
+            await session.ports[0].open(recorder)
+        assert caught.value.reason is Reason.CHANNEL_IN_USE
+        assert not recorder.closed
+        assert not session.closed.done()
+        await session.close()
+
+
+async def test_channel_that_we_just_left_is_tried_again() -> None:
+    fake = FakeSpice()
+    async with running(fake) as number:
+        session = await connect(number)
+        await session.ports[0].open(Recorder())
+        await session.ports[0].close()
+        free, refusals = fake.usbredir, 0
+
+        async def busy_twice(channel: Channel) -> None:
+            nonlocal refusals
+            refusals += 1
+            await (channel.close() if refusals <= 2 else free(channel))
+
+        fake.usbredir = busy_twice
+        await session.ports[0].open(Recorder())
+        assert refusals == 3
+        await session.close()
+
+
+async def test_absent_channel() -> None:
+    fake = FakeSpice()
+    async with running(fake) as number:
+        session = await connect(number)
+        fake.channels = ()
+        with pytest.raises(PortError, match="taken out of the VM") as caught:
+            await session.ports[0].open(Recorder())
+        assert caught.value.reason is Reason.CHANNEL_IN_USE
+        await session.close()
+
+
+async def test_silent_channel_is_open() -> None:
+    """A server on a UNIX socket, or behind a proxy, sends nothing while the VM is paused."""
+
+    async def silent(channel: Channel) -> None:
+        await channel.reader.read()
+
+    fake = FakeSpice(usbredir=silent)
+    async with running(fake) as number:
+        session = await connect(number)
+        recorder = Recorder()
+        await session.ports[0].open(recorder)
+        assert not recorder.closed
+        await session.close()
+
+
+@pytest.mark.parametrize(
+    ("sent", "error", "said"),
+    [
+        (b"", GuestGoneError, "usbredir 0: the SPICE server closed the channel$"),
+        (message(6, struct.pack("<QI", 1, 1)), GuestGoneError, "closed the channel and said why: link error 1"),
+        (message(COMPRESSED, b"\7\0\0\0\0"), RemoteProtocolError, "usbredir 0: COMPRESSED_DATA of unknown kind 7"),
+        (message(1, struct.pack("<I", 1)), GuestGoneError, "the VM moves to another host"),
+    ],
+)
+async def test_port_that_breaks(sent: bytes, error: type[FarplugError], said: str) -> None:
+    fake = FakeSpice()
+    async with running(fake) as number:
+        session = await connect(number)
+        recorder = Recorder()
+        await session.ports[0].open(recorder)
+        channel = fake.of(0)
+        channel.send(sent)
+        if error is GuestGoneError and sent[:1] != b"\1":
+            await channel.close()
+        await recorder.until(lambda: bool(recorder.closed))
+        with pytest.raises(error, match=said):
+            raise recorder.closed[0] or AssertionError
+        assert not session.closed.done()
+        await session.close()
+        assert len(recorder.closed) == 1
+
+
+@pytest.mark.parametrize(
+    ("sent", "error"),
+    [(message(COMPRESSED, b"\7\0\0\0\0"), RemoteProtocolError), (message(DATA, b"hello"), GuestGoneError)],
+)
+async def test_port_that_breaks_while_it_opens(sent: bytes, error: type[FarplugError]) -> None:
+    """Either open() says so, or the listener hears it: exactly one of them."""
+
+    async def breaks(channel: Channel) -> None:
+        channel.send(sent)
+        await channel.close()
+
+    fake = FakeSpice(usbredir=breaks)
+    async with running(fake) as number:
+        session = await connect(number)
+        port = session.ports[0]
+        recorder = Recorder()
+        try:
+            await port.open(recorder)
+            await recorder.until(lambda: bool(recorder.closed))
+            assert isinstance(recorder.closed[0], error)
+        except FarplugError as caught:
+            assert isinstance(caught, error)  # noqa: PT017
+            assert not recorder.closed
+        await session.close()
+
+
+@pytest.mark.parametrize(
+    ("sent", "said"),
+    [
+        (message(1, struct.pack("<I", 1)), "the VM moved to another host: the session cannot follow"),
+        (
+            message(111, struct.pack("<HHII", 5900, 0, 5, 12) + b"other"),
+            r"to another host to other \(port 5900, TLS port none\)",
+        ),
+        (message(101, struct.pack("<HHII", 0, 5901, 5, 12) + b"other"), r"other \(port none, TLS port 5901\)"),
+    ],
+)
+async def test_migration_ends_the_session(sent: bytes, said: str) -> None:
+    fake = FakeSpice()
+    async with running(fake) as number:
+        session = await connect(number)
+        fake.main_channel.send(sent)
+        error = await session.closed
+        assert isinstance(error, GuestGoneError)
+        with pytest.raises(GuestGoneError, match=said):
+            raise error
+
+
+async def test_notices_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    fake = FakeSpice()
+    async with running(fake) as number:
+        session = await connect(number)
+        recorder = Recorder()
+        await session.ports[0].open(recorder)
+        notice = message(7, struct.pack("<QIIII", 1, 1, 2, 3, 5) + b"take\x1b")
+        fake.main_channel.send(notice)
+        fake.of(0).send(notice)
+        await until(lambda: caplog.text.count("the server says: take\N{REPLACEMENT CHARACTER}") == 2)
+        await session.close()
+
+
+async def test_reading_can_be_paused_in_the_middle() -> None:
+    """Nothing is delivered after a pause, not even what was received with the bytes before it."""
+    fake = FakeSpice()
+    async with running(fake) as number:
+        session = await connect(number)
+        port = session.ports[0]
+
+        class Pauser(Recorder):
+            def data_received(self, data: memoryview) -> None:
+                super().data_received(data)
+                port.pause_reading()
+
+        recorder = Pauser()
+        await port.open(recorder)
+        fake.of(0).send(b"".join(message(DATA, b"%d" % number) for number in range(3)))
+        for expected in (b"0", b"01", b"012"):
+            await recorder.until(lambda e=expected: bytes(recorder.data) == e)  # type: ignore[misc]
+            await asyncio.sleep(0.01)
+            assert bytes(recorder.data) == expected
+            port.resume_reading()
+        fake.of(0).send(message(DATA, b"3"))
+        await recorder.until(lambda: bytes(recorder.data) == b"0123")
+        await session.close()
+
+
+async def test_reading_can_be_paused_by_what_came_with_the_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeSpice()
+    async with running(fake) as number:
+        session = await connect(number)
+        port = session.ports[0]
+        assert isinstance(port, SpicePort)
+        link = port._dialer.link
+
+        async def link_with_trailing(*args: Any, **options: Any) -> LinkedChannel:
+            linked = await link(*args, **options)
+            trailing = message(DATA, b"first") + message(DATA, b"second")
+            return replace(linked, link=replace(linked.link, trailing=trailing))
+
+        monkeypatch.setattr(port._dialer, "link", link_with_trailing)
+
+        class Pauser(Recorder):
+            def data_received(self, data: memoryview) -> None:
+                super().data_received(data)
+                port.pause_reading()
+
+        recorder = Pauser()
+        await port.open(recorder)
+        fake.of(0).send(message(DATA, b"third"))
+        await asyncio.sleep(0.02)
+        assert bytes(recorder.data) == b"first"
+        port.resume_reading()
+        await recorder.until(lambda: bytes(recorder.data) == b"firstsecond")
+        port.resume_reading()
+        await recorder.until(lambda: bytes(recorder.data) == b"firstsecondthird")
+        await session.close()
+
+
+@pytest.mark.parametrize("tls", [False, True])
+async def test_writer_is_paused(tls: bool, tmp_path: Path) -> None:
+    """The VM is paused: the server stops reading us."""
+    go = asyncio.Event()
+    received = hashlib.sha256()
+    size = 0
+
+    async def slow(channel: Channel) -> None:
+        nonlocal size
+        channel.send(message(4, struct.pack("<IQ", 1, 2)))
+        await go.wait()
+        while True:
+            _, body = await channel.receive_other_than_pong()
+            received.update(body)
+            size += len(body)
+
+    fake = FakeSpice(usbredir=slow, vmc_caps=0)
+    certificates = Certificates(tmp_path)
+    async with running(fake, tls=certificates.server_context() if tls else None) as number:
+        ports: dict[str, Any] = {"tls_port": number, "ca": certificates.ca} if tls else {"port": number}
+        session = await SpiceSession.connect(SpiceTarget(host="127.0.0.1", **ports))
+        recorder = Recorder()
+        await session.ports[0].open(recorder)
+        sent = hashlib.sha256()
+        written = 0
+        while not recorder.pauses or written < 40 << 20:
+            payload = os.urandom(1 << 20)
+            session.ports[0].write([payload[:20], memoryview(payload)[20:]])
+            sent.update(payload)
+            written += len(payload)
+            assert written < 64 << 20
+        await asyncio.sleep(0.05)
+        assert (recorder.pauses, recorder.resumes) == (1, 0)
+        assert written >= HIGH_WATER
+        go.set()
+        await recorder.until(lambda: recorder.resumes == 1)
+        await until(lambda: size == written)
+        assert received.digest() == sent.digest()
+        await session.close()

@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from pathlib import Path
+
+import pytest
+from tests.transport.fake_spice import Recorder, free_port
+
+from farplug.errors import GuestGoneError, LocalProtocolError, Reason, TargetError
+from farplug.transport.connection import TcpAddress, Timeouts, UnixAddress
+from farplug.transport.port import Port
+from farplug.transport.stream import ListenPort, StreamPort
+
+
+@pytest.mark.parametrize("family", ["tcp", "unix"])
+async def test_stream_port(family: str, tmp_path: Path) -> None:
+    guests: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Queue()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        guests.put_nowait((reader, writer))
+
+    port: Port
+    if family == "unix":
+        server = await asyncio.start_unix_server(accept, tmp_path / "s")
+        port = StreamPort(UnixAddress(str(tmp_path / "s")))
+    else:
+        server = await asyncio.start_server(accept, "127.0.0.1", 0)
+        port = StreamPort(TcpAddress("127.0.0.1", server.sockets[0].getsockname()[1]))
+    assert port.name == family
+    port.write([b"dropped: not open"])
+    await port.close()
+    port.abort()
+
+    for end in ("close", "abort", "guest"):  # and open again after each
+        recorder = Recorder()
+        await port.open(recorder)
+        with pytest.raises(LocalProtocolError, match="open already"):
+            await port.open(Recorder())
+        reader, writer = await guests.get()
+        writer.write(b"hello")
+        await recorder.until(lambda recorder=recorder: bytes(recorder.data) == b"hello")  # type: ignore[misc]
+        payload = os.urandom(1 << 20)
+        port.write([b"head", payload])
+        assert await reader.readexactly(4 + len(payload)) == b"head" + payload
+        port.pause_reading()
+        writer.write(b"!")
+        await asyncio.sleep(0.02)
+        assert bytes(recorder.data) == b"hello"
+        port.resume_reading()
+        await recorder.until(lambda recorder=recorder: bytes(recorder.data) == b"hello!")  # type: ignore[misc]
+        if end == "guest":
+            writer.close()
+        elif end == "abort":
+            port.abort()
+        else:
+            await port.close()
+            assert recorder.closed == [None]
+        await recorder.until(lambda recorder=recorder: bool(recorder.closed))  # type: ignore[misc]
+        if end == "guest":
+            (error,) = recorder.closed
+            assert isinstance(error, GuestGoneError)
+            assert str(error) == f"{family}: the guest closed the connection"
+        else:
+            assert recorder.closed == [None]
+        writer.close()
+    server.close()
+
+
+async def test_broken_connection_says_why() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = StreamPort(TcpAddress("127.0.0.1", server.getsockname()[1]))
+        recorder = Recorder()
+        await port.open(recorder)
+        guest, _ = server.accept()
+        # a reset instead of an end of stream
+        guest.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        guest.close()
+        await recorder.until(lambda: bool(recorder.closed))
+    assert str(recorder.closed[0]) == "tcp: the connection broke: Connection reset by peer"
+
+
+async def test_refused_port_can_be_opened_later() -> None:
+    number = free_port()
+    port = StreamPort(TcpAddress("127.0.0.1", number))
+    with pytest.raises(TargetError) as caught:
+        await port.open(Recorder())
+    assert caught.value.reason is Reason.CONNECTION_REFUSED
+    with socket.create_server(("127.0.0.1", number)):
+        await port.open(Recorder())
+        port.abort()
+        await asyncio.sleep(0)
+
+
+async def test_close_of_a_paused_guest_is_bounded() -> None:
+    """The VM is paused: QEMU reads nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = TcpAddress("127.0.0.1", server.getsockname()[1])
+        port = StreamPort(address, timeouts=Timeouts(flush=0.1))
+        recorder = Recorder()
+        await port.open(recorder)
+        port.write([bytes(32 << 20)])
+        assert recorder.pauses == 1
+        async with asyncio.timeout(5):
+            await port.close()
+        assert recorder.closed == [None]
+
+
+async def test_opening_can_be_given_up_at_any_time(tmp_path: Path) -> None:
+    failures: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: failures.append(context))
+    path = str(tmp_path / "s")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(path)
+        server.listen(100)
+        port = StreamPort(UnixAddress(path))
+        given_up = 0
+        for steps in range(12):
+            recorder = Recorder()
+            opening = asyncio.create_task(port.open(recorder))
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            opening.cancel()
+            given_up += isinstance((await asyncio.gather(opening, return_exceptions=True))[0], asyncio.CancelledError)
+            await port.close()
+            await asyncio.sleep(0)
+            assert recorder.closed in ([], [None])
+        recorder = Recorder()
+        await port.open(recorder)
+        await port.close()
+        assert recorder.closed == [None]
+    assert given_up
+    assert not failures
+
+
+async def test_listen_port() -> None:
+    listening: asyncio.Queue[TcpAddress] = asyncio.Queue()
+    port = ListenPort(TcpAddress("127.0.0.1", 0), on_listening=listening.put_nowait)
+    ports = set()
+    for _ in range(2):
+        recorder = Recorder()
+        opening = asyncio.create_task(port.open(recorder))
+        number = (await listening.get()).port
+        ports.add(number)
+        reader, writer = await asyncio.open_connection("127.0.0.1", number)
+        await opening
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.open_connection("127.0.0.1", number)
+        writer.write(b"hello")
+        await recorder.until(lambda recorder=recorder: bytes(recorder.data) == b"hello")  # type: ignore[misc]
+        port.write([b"answer"])
+        assert await reader.readexactly(6) == b"answer"
+        writer.close()
+        await recorder.until(lambda recorder=recorder: bool(recorder.closed))  # type: ignore[misc]
+        assert isinstance(recorder.closed[0], GuestGoneError)
+    assert len(ports) == 1
+
+
+async def test_listen_port_can_be_given_up() -> None:
+    number = free_port()
+    port = ListenPort(TcpAddress("127.0.0.1", number))
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await port.open(Recorder())
+    with pytest.raises(ConnectionRefusedError):
+        await asyncio.open_connection("127.0.0.1", number)
+
+
+async def test_listen_where_one_cannot() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        number = taken.getsockname()[1]
+        with pytest.raises(TargetError, match=f"cannot listen on 127.0.0.1:{number}: Address already in use"):
+            await ListenPort(TcpAddress("127.0.0.1", number)).open(Recorder())
+    with pytest.raises(TargetError, match="cannot be resolved") as caught:
+        await ListenPort(TcpAddress("no-such-host.invalid", 0)).open(Recorder())
+    assert caught.value.reason is Reason.UNRESOLVABLE

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import datetime
+import ssl
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from tests.transport.fake_spice import Certificates
+
+from farplug.errors import Reason, UsageError
+from farplug.transport import tls
+from farplug.transport.tls import HostSubject
+
+
+def certificate(*subject: tuple[x509.ObjectIdentifier, str]) -> x509.Certificate:
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(oid, value) for oid, value in subject])
+    start = datetime.datetime(2026, 1, 1)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(start)
+        .not_valid_after(start + datetime.timedelta(days=1))
+        .sign(key, hashes.SHA256())
+    )
+
+
+O, OU, CN = NameOID.ORGANIZATION_NAME, NameOID.ORGANIZATIONAL_UNIT_NAME, NameOID.COMMON_NAME  # noqa: E741
+PVE = certificate((OU, "PVE Cluster Node"), (O, "Proxmox"), (CN, "pve.example.org"))
+COMMA = certificate((O, "A, B \\ C"), (CN, "x"))
+
+
+@pytest.mark.parametrize(
+    ("subject", "theirs", "matches"),
+    [
+        ("OU=PVE Cluster Node,O=Proxmox,CN=pve.example.org", PVE, True),
+        ("OU=PVE Cluster Node, O=Proxmox,  CN=pve.example.org", PVE, True),
+        ("organizationalUnitName=pve  cluster node ,O=PROXMOX,CN=PVE.example.org", PVE, True),
+        ("2.5.4.11=PVE Cluster Node,2.5.4.10=Proxmox,2.5.4.3=pve.example.org", PVE, True),
+        ("O=Proxmox,OU=PVE Cluster Node,CN=pve.example.org", PVE, False),
+        ("CN=pve.example.org", PVE, False),
+        ("OU=PVE Cluster Node,O=Proxmox,CN=pve.example.org,C=AT", PVE, False),
+        ("OU=PVE Cluster Node,O=Proxmox,CN=pve2.example.org", PVE, False),
+        (r"O=A\, B \\ C,CN=x", COMMA, True),
+        ("CN=x=y", certificate((CN, "x=y")), True),
+        ("CN=K", certificate((CN, "\N{KELVIN SIGN}")), False),
+    ],
+)
+def test_host_subject(subject: str, theirs: x509.Certificate, matches: bool) -> None:
+    assert HostSubject.parse(subject).matches(theirs) is matches
+
+
+@pytest.mark.parametrize(
+    ("subject", "said"),
+    [
+        ("", "an attribute named ''"),
+        ("nonsense", "an attribute named 'nonsense'"),
+        ("CN=x,", "an attribute named ''"),
+        ("CN=", "attribute CN has no value"),
+        ("CN", "attribute CN has no value"),
+        (r"CN=a\b", "after a backslash"),
+        ("CN=a\\", "after a backslash"),
+        ("XX=1", "an attribute named 'XX'"),
+    ],
+)
+def test_malformed_host_subject(subject: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said) as caught:
+        HostSubject.parse(subject)
+    assert caught.value.reason is Reason.BAD_TARGET
+
+
+@pytest.mark.parametrize("theirs", [PVE, COMMA])
+def test_described_subject_can_be_given_back(theirs: x509.Certificate) -> None:
+    text = tls.describe(theirs).removeprefix("certificate of ").partition(", issued by ")[0]
+    assert HostSubject.parse(text).matches(theirs)
+
+
+def test_context_checks() -> None:
+    for check_hostname in (True, False):
+        context = tls.client_context(ca=None, check_hostname=check_hostname)
+        assert context.verify_mode is ssl.CERT_REQUIRED
+        assert context.check_hostname is check_hostname
+        assert context.minimum_version is ssl.TLSVersion.TLSv1_2
+
+
+def test_given_ca_replaces_the_system(tmp_path: Path) -> None:
+    context = tls.client_context(ca=Certificates(tmp_path).ca, check_hostname=True)
+    (encoded,) = context.get_ca_certs(binary_form=True)
+    assert "CN=test CA" in tls.describe(x509.load_der_x509_certificate(encoded))
+
+
+@pytest.mark.parametrize("ca", ["", "nonsense", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", "ü"])
+def test_malformed_ca(ca: str) -> None:
+    with pytest.raises(UsageError, match="no readable certificate"):
+        tls.client_context(ca=ca, check_hostname=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ConnectionResetError(104, "Connection reset by peer"), "closed the connection during the handshake"),
+        (ConnectionAbortedError("SSL handshake is taking longer than 10 seconds"), "did not finish the handshake"),
+        (OSError(113, "No route to host"), "No route to host"),
+    ],
+)
+def test_failed(error: OSError, said: str) -> None:
+    failure = tls.failed("vmhost:1", error)
+    assert said in str(failure)
+    assert failure.reason is Reason.TLS_FAILED
+
+
+def test_a_server_that_does_not_speak_tls() -> None:
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    session = tls.inspection_context().wrap_bio(incoming, outgoing)
+    incoming.write(b"REDQ\2\0\0\0\2\0\0\0\xba\0\0\0")
+    with pytest.raises(ssl.SSLError) as caught:
+        session.do_handshake()
+    failure = tls.failed("vmhost:1", caught.value)
+    assert "the port does not speak TLS" in str(failure)
+    assert "spice://" in failure.remedy
+
+
+def test_unreadable_certificate() -> None:
+    assert tls.describe(None) == "a certificate that cannot be read"

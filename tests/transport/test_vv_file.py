@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from farplug.errors import Reason, UsageError
+from farplug.spice.vv import MAX_VV_FILE
+from farplug.transport.vv_file import read_vv_file
+
+TEXT = "[virt-viewer]\ntype=spice\nhost=vmhost\nport=5900\npassword=hush\n"
+
+
+@pytest.mark.parametrize(
+    ("flag", "stays"), [("", True), ("delete-this-file=0\n", True), ("delete-this-file=1\n", False)]
+)
+def test_read(tmp_path: Path, flag: str, stays: bool, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    path = tmp_path / "x.vv"
+    path.write_text(TEXT + flag)
+    assert read_vv_file(path).password == "hush"
+    assert path.exists() == stays
+    assert "hush" not in caplog.text
+
+
+def test_a_file_that_is_not_understood_stays(tmp_path: Path) -> None:
+    path = tmp_path / "x.vv"
+    path.write_text("[virt-viewer]\ntype=vnc\ndelete-this-file=1\n")
+    with pytest.raises(UsageError, match="type=vnc"):
+        read_vv_file(path)
+    assert path.exists()
+
+
+def test_a_file_that_cannot_be_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "x.vv"
+    path.write_text(TEXT + "delete-this-file=1\n")
+
+    def refuse(self: Path) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert read_vv_file(path).host == "vmhost"
+    assert "cannot be: Read-only file system" in caplog.text
+
+
+def test_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    large = tmp_path / "large.vv"
+    with large.open("wb") as file:
+        file.truncate(MAX_VV_FILE + 1)
+    for path, said in [(tmp_path, "is not a file"), (tmp_path / "absent", "does not exist"), (large, "larger than")]:
+        with pytest.raises(UsageError, match=said) as caught:
+            read_vv_file(path)
+        assert caught.value.reason is Reason.BAD_VV_FILE
+
+    def refuse(self: Path, mode: str) -> None:
+        raise OSError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UsageError, match="cannot be read: Permission denied"):
+        read_vv_file(large)
