@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import random
 import struct
@@ -677,3 +678,67 @@ async def test_random_work_matches_a_shadow(seed: int) -> None:
         assert store.content == shadow
     assert all(one.status is not None for one in initiator.completed)
     assert len(initiator.completed) == len(set(initiator.completed))
+
+
+# Fetched ahead
+
+
+async def fetched_ahead(store: Pattern, *, hold: bool) -> Guest:
+    """A READ of 64 KiB at block 4 whose data was fetched, or is being fetched, before the guest asks for it."""
+    initiator = await guest(store)
+    store.holding = hold
+    initiator.send(initiator.cbw(read10(4, 128), 64 * KIB, True))
+    assert store.log == []  # the acknowledgement goes first
+    await asyncio.sleep(0)
+    assert store.log == [f"read 2048 {64 * KIB}"]
+    return initiator
+
+
+@pytest.mark.parametrize("sizes", [[64 * KIB], [20 * KIB, 20 * KIB, 24 * KIB]])
+@pytest.mark.parametrize("hold", [False, True])
+async def test_a_large_read_is_fetched_ahead(sizes: list[int], hold: bool) -> None:
+    store = Pattern(256)
+    initiator = await fetched_ahead(store, hold=hold)
+    parts = [initiator.receive(size) for size in sizes]
+    if hold:
+        assert parts[0].status is None
+        store.release(1)
+    assert b"".join(bytes(part.reply) for part in parts) == block(store, 4, 128)
+    assert initiator.csw(initiator.receive(13)) == (0, 0)
+    assert store.log == [f"read 2048 {64 * KIB}"]
+    assert initiator.device.figures["read"] == 64 * KIB
+
+
+async def test_what_cannot_be_fetched_ahead_is_tried_again_when_it_is_asked_for() -> None:
+    store = Pattern(256)
+    initiator = await fetched_ahead(store, hold=True)
+    store.error = OSError(errno.EIO, "broken")
+    store.release(1)
+    store.error, store.holding = None, False
+    assert bytes(initiator.receive(64 * KIB).reply) == block(store, 4, 128)
+    assert initiator.csw(initiator.receive(13)) == (0, 0)
+
+
+async def test_nothing_is_fetched_for_a_command_that_is_gone_or_served_already() -> None:
+    store = Pattern(256)
+    initiator = await guest(store)
+    initiator.send(initiator.cbw(read10(4, 128), 64 * KIB, True))
+    initiator.control(bytes.fromhex("21ff000000000000"))
+    await asyncio.sleep(0)
+    assert store.log == []
+    initiator.send(initiator.cbw(read10(4, 128), 64 * KIB, True))
+    assert bytes(initiator.receive(64 * KIB).reply) == block(store, 4, 128)
+    await asyncio.sleep(0)
+    assert store.log == [f"read 2048 {64 * KIB}"]
+
+
+async def test_what_was_fetched_for_an_old_command_does_not_answer_a_new_one() -> None:
+    store = Pattern(256)
+    initiator = await fetched_ahead(store, hold=True)
+    initiator.control(bytes.fromhex("21ff000000000000"))
+    initiator.send(initiator.cbw(read10(0, 64), 32 * KIB, True))
+    reading = initiator.receive(32 * KIB)
+    store.release(1)
+    assert reading.status is None
+    store.release(1)
+    assert bytes(reading.reply) == block(store, 0, 64)
