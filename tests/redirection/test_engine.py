@@ -20,6 +20,7 @@ from tests.redirection.scripted import (
 from farplug import events
 from farplug.errors import DeviceError, GuestGoneError, LocalProtocolError, Reason, RefusedError, RemoteProtocolError
 from farplug.redirection import Redirection, State, engine
+from farplug.redirection.speed import FALLBACK_RESETS
 from farplug.testing.memory import MemoryGuest, TransferFailed
 from farplug.transport.memory import memory_ports
 from farplug.usb import Reception, Setup, Speed, Status, TransferType
@@ -804,12 +805,12 @@ async def _look(guest: MemoryGuest, device: ScriptedDevice, *setups: Setup) -> N
 async def test_a_guest_that_does_not_understand_super_speed_gets_high_speed() -> None:
     device = ScriptedDevice((Speed.SUPER, Speed.HIGH))
     async with MemoryGuest(device) as guest:
-        for _ in range(engine.FALLBACK_RESETS):
+        for _ in range(FALLBACK_RESETS):
             await _look(guest, device, GET_DEVICE)
             guest.reset()
         await guest.wait(lambda: guest.connected is not None and guest.connected.speed == Speed.HIGH)
         assert device.identity.speed is Speed.HIGH
-        for _ in range(engine.FALLBACK_RESETS + 2):  # there is nothing lower: no further try
+        for _ in range(FALLBACK_RESETS + 2):  # there is nothing lower: no further try
             await _look(guest, device, GET_DEVICE)
             guest.reset()
         await settle()

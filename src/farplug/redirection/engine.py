@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable
 from enum import Enum, auto
 from typing import Any
 
@@ -28,18 +28,16 @@ from farplug.errors import (
     UsageError,
 )
 from farplug.events import EndpointFigures, PortEvent
+from farplug.redirection.describe import connect
 from farplug.redirection.ledger import MAX_TRANSFER, Ledger
+from farplug.redirection.operations import Operations
 from farplug.redirection.receptions import Receptions, Start, Stop
+from farplug.redirection.speed import SpeedWatch, lower_speed
 from farplug.transport.port import Port
 from farplug.usb.device import Device
 from farplug.usb.transfer import Status
 from farplug.usb.types import (
     Buffer,
-    DescriptorType,
-    Endpoint,
-    Interface,
-    Request,
-    RequestType,
     Setup,
     Speed,
     TransferType,
@@ -57,8 +55,6 @@ HELLO_PATIENCE = 1.5
 """Seconds after which a guest that has not said hello is reported as one that is waited for."""
 ACK_PATIENCE = 5.0
 """Seconds to wait for the guest's answer to a disconnect; a paused VM gives none."""
-FALLBACK_RESETS = 3
-"""Port resets after which a device that was looked at, but not understood, is offered at a lower speed."""
 
 log = logging.getLogger("farplug.usbredir")
 
@@ -105,20 +101,18 @@ class Redirection:
         self._connection = Connection(Role.HOST, caps=caps, max_payload=max_transfer)
         self._device: Device | None = None
         self._guest_filter: Filter | None = None
-        self._endpoints: dict[int, Endpoint] = {}
         self._ledger = Ledger(self._send, self._answered, self._fault, max_transfer)
         self._receptions = Receptions(self._send, self._fault, self._ledger.figures, max_transfer)
+        self._operations = Operations(self._send, self._operated, self._fault, self._ledger, self._receptions)
         self._violations = 0
         self._port_error: FarplugError | None = None
         # Why nothing is pulled from the connection right now.
-        self._operation: asyncio.Task[None] | None = None
         self._output_full = False
         self._pumping = False
         self._reading_paused = False
-        # What the guest did since the device was offered: does it understand what it sees?
+        # What the guest did since the device was offered.
         self._traffic = False
-        self._looked = False
-        self._fruitless_resets = 0
+        self._speed = SpeedWatch()
         # Waiting and leaving.
         self._hello: asyncio.Future[None] | None = None
         self._acknowledged: asyncio.Future[None] | None = None
@@ -134,17 +128,17 @@ class Redirection:
             p.CancelDataPacket: lambda packet: self._ledger.cancel(packet.id),
             p.Reset: self._reset,
             p.SetConfiguration: self._set_configuration,
-            p.GetConfiguration: self._get_configuration,
-            p.SetAltSetting: self._set_alt_setting,
-            p.GetAltSetting: self._get_alt_setting,
+            p.GetConfiguration: self._operations.get_configuration,
+            p.SetAltSetting: self._operations.set_alt_setting,
+            p.GetAltSetting: self._operations.get_alt_setting,
             p.StartIsoStream: self._start_receiving,
             p.StopIsoStream: self._stop_receiving,
             p.StartInterruptReceiving: self._start_receiving,
             p.StopInterruptReceiving: self._stop_receiving,
             p.StartBulkReceiving: self._start_receiving,
             p.StopBulkReceiving: self._stop_receiving,
-            p.AllocBulkStreams: self._alloc_streams,
-            p.FreeBulkStreams: self._free_streams,
+            p.AllocBulkStreams: self._operations.alloc_bulk_streams,
+            p.FreeBulkStreams: self._operations.free_bulk_streams,
             p.Hello: self._on_hello,
             p.FilterFilter: self._on_filter,
             p.FilterReject: self._on_filter_reject,
@@ -276,51 +270,15 @@ class Redirection:
             )
 
     def _offer(self, device: Device) -> None:
-        identity = device.identity
         self.state = State.ATTACHED
-        self._ledger.device = device
-        self._traffic = self._looked = False
-        self._fruitless_resets = 0
-        self._describe(device)
-        self._send(
-            p.DeviceConnect(
-                speed=min(identity.speed, Speed.SUPER),  # the protocol has no code for more
-                device_class=identity.device_class,
-                device_subclass=identity.device_subclass,
-                device_protocol=identity.device_protocol,
-                vendor_id=identity.vendor_id,
-                product_id=identity.product_id,
-                device_version=identity.device_version,
-            )
-        )
+        self._ledger.device = self._operations.device = device
+        self._traffic = False
+        self._speed.understood()
+        self._operations.describe(device)
+        self._send(connect(device))
         self._flush()
+        identity = device.identity
         self._emit(events.Attached(self.port.name, identity, identity.speed))
-
-    def _describe(self, device: Device) -> None:
-        """Tell the guest the interfaces and endpoints of the current setting."""
-        interfaces = device.interfaces
-        self._endpoints = {e.address: e for i in interfaces for e in i.endpoints}
-        table = [p.EndpointEntry()] * 32
-        table[0] = table[16] = p.EndpointEntry(type=TransferType.CONTROL)
-        for interface in interfaces:
-            for endpoint in interface.endpoints:
-                periodic = endpoint.type in (TransferType.INTERRUPT, TransferType.ISOCHRONOUS)
-                table[p.endpoint_index(endpoint.address)] = p.EndpointEntry(
-                    type=endpoint.type,
-                    interval=max(1, endpoint.interval) if periodic else endpoint.interval,  # QEMU rejects 0
-                    interface=interface.number,
-                    max_packet_size=endpoint.max_packet_size,
-                    max_streams=endpoint.max_streams,
-                )
-        self._send(
-            p.InterfaceInfo(
-                interfaces=tuple(
-                    p.InterfaceEntry(i.number, i.interface_class, i.interface_subclass, i.interface_protocol)
-                    for i in interfaces[:32]
-                )
-            )
-        )
-        self._send(p.EndpointInfo(endpoints=tuple(table)))
 
     def _start_leaving(self, error: FarplugError | None) -> asyncio.Task[None]:
         if self._leaving is None:
@@ -332,9 +290,9 @@ class Redirection:
         device = self._device
         assert device is not None
         try:
-            under_way = [task for task in (self._operation, self._falling_back) if task is not None]
-            if under_way:
-                await asyncio.wait(under_way)
+            await self._operations.finished()
+            if self._falling_back is not None:
+                await asyncio.wait([self._falling_back])
             await self._disconnect(device)
             try:
                 await device.close()
@@ -350,7 +308,7 @@ class Redirection:
     async def _disconnect(self, device: Device) -> None:
         """Out of the guest: pending transfers answered, the guest told, its acknowledgement awaited."""
         self._ledger.cancel_all()
-        self._ledger.device = None
+        self._ledger.device = self._operations.device = None
         self._receptions.forget()
         if self.state is State.CLOSED:
             return
@@ -424,29 +382,26 @@ class Redirection:
 
     # Pulling packets, sending answers -----------------------------------------------------------------------------
 
-    @property
-    def _held(self) -> bool:
-        return self._output_full or self._operation is not None or len(self._ledger) >= MAX_PENDING
-
     def _pump(self) -> None:
         if self._pumping:
             return
         self._pumping = True
-        next_event = self._connection.next_event
+        next_event, handlers = self._connection.next_event, self._handlers
+        ledger, operations = self._ledger, self._operations
+        held = True
         try:
-            while not self._held:
+            while not (held := self._output_full or operations.busy or len(ledger) >= MAX_PENDING):
                 event = next_event()
                 if event is None:
                     break
                 if self._debug:
                     log.debug("%s < %s", self.port.name, event)
-                handler = self._handlers.get(type(event))
+                handler = handlers.get(type(event))
                 if handler is not None:
                     handler(event)
                 self._flush()
         finally:
             self._pumping = False
-        held = self._held
         if held is not self._reading_paused:
             self._reading_paused = held
             if held:
@@ -484,7 +439,7 @@ class Redirection:
 
     def _bulk(self, packet: p.BulkPacket, *, stored: bool = True) -> None:
         self._traffic = True
-        endpoint = self._endpoints.get(packet.endpoint)
+        endpoint = self._operations.endpoints.get(packet.endpoint)
         self._ledger.submit(
             packet.id,
             TransferType.BULK,
@@ -498,10 +453,7 @@ class Redirection:
     def _control(self, packet: p.ControlPacket, *, stored: bool = True) -> None:
         self._traffic = True
         setup = Setup(packet.request_type, packet.request, packet.value, packet.index, packet.length)
-        if setup.type is RequestType.STANDARD and setup.request == Request.GET_DESCRIPTOR:
-            self._looked = setup.value >> 8 == DescriptorType.DEVICE
-            if not self._looked:
-                self._fruitless_resets = 0  # it understood the device descriptor, and goes on
+        self._speed.requested(setup)
         self._ledger.submit(
             packet.id,
             TransferType.CONTROL,
@@ -514,7 +466,7 @@ class Redirection:
 
     def _interrupt_out(self, packet: p.InterruptPacket, *, stored: bool = True) -> None:
         self._traffic = True
-        endpoint = self._endpoints.get(packet.endpoint)
+        endpoint = self._operations.endpoints.get(packet.endpoint)
         self._ledger.submit(
             packet.id,
             TransferType.INTERRUPT,
@@ -536,49 +488,23 @@ class Redirection:
             case p.InterruptPacket():
                 self._interrupt_out(event.packet, stored=False)
 
-    # Operations on the whole device: nothing is pulled until they are done ----------------------------------------
+    # The whole device ---------------------------------------------------------------------------------------------
 
-    def _operate(self, operation: Coroutine[Any, Any, None]) -> None:
-        async def run() -> None:
-            try:
-                await operation
-            except Exception as error:
-                self._fault(error)
-            finally:
-                self._operation = None
-                self._flush()
-                self._pump()
-
-        self._operation = asyncio.get_running_loop().create_task(run())
-
-    async def _device_status(self, call: Awaitable[Status]) -> Status:
-        try:
-            return await call
-        except Exception as error:
-            self._fault(error)
-            return Status.IO_ERROR
+    def _operated(self) -> None:
+        """An operation on the device has ended."""
+        self._flush()
+        self._pump()
 
     def _reset(self, packet: p.Reset) -> None:
-        device = self._device
-        if device is None or self.state is not State.ATTACHED:
+        device = self._usable_device
+        if device is None:
             return
-        if self._looked:
-            self._looked = False
-            self._fruitless_resets += 1
-            lower = [speed for speed in device.speeds if speed < device.identity.speed]
-            if self._fruitless_resets >= FALLBACK_RESETS and lower:
-                self._start_falling_back(device, lower[0])
-                return
-        if not self._traffic:
-            return  # it was reset a moment ago
-        self._traffic = False
-        self._operate(self._do_reset(device))
-
-    async def _do_reset(self, device: Device) -> None:
-        self._ledger.cancel_all()
-        await self._device_status(device.reset())
-        self._receptions.end_all()
-        self._emit(events.WasReset(self.port.name))
+        lower = lower_speed(device)
+        if self._speed.was_reset() and lower is not None:
+            self._start_falling_back(device, lower)
+        elif self._traffic:  # else it was reset a moment ago
+            self._traffic = False
+            self._operations.reset(device, lambda: self._emit(events.WasReset(self.port.name)))
 
     def _start_falling_back(self, device: Device, speed: Speed) -> None:
         async def fall_back() -> None:
@@ -601,105 +527,21 @@ class Redirection:
             self._falling_back = asyncio.get_running_loop().create_task(fall_back())
 
     def _set_configuration(self, packet: p.SetConfiguration) -> None:
-        device = self._device
-        if device is None or self.state is not State.ATTACHED:
-            self._send(p.ConfigurationStatus(id=packet.id, status=Status.IO_ERROR, configuration=0))
-            return
+        self._traffic = True
+        self._operations.set_configuration(packet, self._configured)
 
-        async def operation() -> None:
-            self._ledger.cancel_all()
-            self._receptions.forget()
-            status = await self._device_status(device.set_configuration(packet.configuration))
-            self._fruitless_resets = 0
-            self._traffic = True
-            self._describe(device)
-            self._send(
-                p.ConfigurationStatus(id=packet.id, status=_answerable(status), configuration=device.configuration)
-            )
-            if status is Status.SUCCESS:
-                self._emit(events.Configured(self.port.name, device.configuration))
+    def _configured(self, configuration: int) -> None:
+        self._speed.understood()
+        self._emit(events.Configured(self.port.name, configuration))
 
-        self._operate(operation())
-
-    def _get_configuration(self, packet: p.GetConfiguration) -> None:
-        device = self._device
-        status, value = Status.IO_ERROR, 0
-        if device is not None and self.state is State.ATTACHED:
-            status, value = Status.SUCCESS, device.configuration
-        self._send(p.ConfigurationStatus(id=packet.id, status=status, configuration=value))
-
-    def _set_alt_setting(self, packet: p.SetAltSetting) -> None:
-        device = self._device
-        if device is None or self.state is not State.ATTACHED:
-            self._send(p.AltSettingStatus(id=packet.id, status=Status.IO_ERROR, interface=packet.interface, alt=255))
-            return
-
-        async def operation() -> None:
-            interface = _interface(device, packet.interface)
-            if interface is None:
-                status, alt = Status.INVALID, 255
-            else:
-                endpoints = {endpoint.address: endpoint for endpoint in interface.endpoints}
-                self._ledger.cancel_all(endpoints)
-                self._receptions.forget(endpoints)
-                status = await self._device_status(device.set_interface(packet.interface, packet.alt))
-                interface = _interface(device, packet.interface)
-                alt = 255 if interface is None else interface.alternate
-                if status is Status.SUCCESS:
-                    self._describe(device)
-            self._traffic = True
-            self._send(
-                p.AltSettingStatus(id=packet.id, status=_answerable(status), interface=packet.interface, alt=alt)
-            )
-
-        self._operate(operation())
-
-    def _get_alt_setting(self, packet: p.GetAltSetting) -> None:
-        status, alt = Status.IO_ERROR, 255
-        if self._device is not None and self.state is State.ATTACHED:
-            interface = _interface(self._device, packet.interface)
-            status = Status.INVALID if interface is None else Status.SUCCESS
-            alt = 255 if interface is None else interface.alternate
-        self._send(p.AltSettingStatus(id=packet.id, status=status, interface=packet.interface, alt=alt))
-
-    # Receptions and bulk streams ----------------------------------------------------------------------------------
+    # Receptions ---------------------------------------------------------------------------------------------------
 
     def _start_receiving(self, packet: Start) -> None:
         self._traffic = True
-        self._receptions.start(packet, self._usable_device, self._endpoints)
+        self._receptions.start(packet, self._usable_device, self._operations.endpoints)
 
     def _stop_receiving(self, packet: Stop) -> None:
         self._receptions.stop(packet, self._usable_device)
-
-    def _alloc_streams(self, packet: p.AllocBulkStreams) -> None:
-        self._streams(packet, packet.streams, lambda d, e: d.allocate_streams(e, packet.streams))
-
-    def _free_streams(self, packet: p.FreeBulkStreams) -> None:
-        self._streams(packet, 0, lambda d, e: d.free_streams(e))
-
-    def _streams(
-        self,
-        packet: p.AllocBulkStreams | p.FreeBulkStreams,
-        count: int,
-        call: Callable[[Device, Sequence[int]], Awaitable[Status]],
-    ) -> None:
-        device = self._device
-        addresses = [p.endpoint_address(index) for index in range(32) if packet.endpoints >> index & 1]
-
-        def answer(status: Status) -> None:
-            self._send(
-                p.BulkStreamsStatus(id=packet.id, endpoints=packet.endpoints, streams=count, status=_answerable(status))
-            )
-
-        async def operation(device: Device) -> None:
-            answer(await self._device_status(call(device, addresses)))
-
-        if device is None or self.state is not State.ATTACHED:
-            answer(Status.IO_ERROR)
-        elif not all(a in self._endpoints and self._endpoints[a].max_streams >= count for a in addresses):
-            answer(Status.INVALID)
-        else:
-            self._operate(operation(device))
 
     # The guest's other words --------------------------------------------------------------------------------------
 
@@ -726,9 +568,9 @@ class Redirection:
         except RefusedError as filtered:
             error = filtered
         else:
-            lower = [speed for speed in device.speeds if speed < identity.speed]
-            if lower:
-                self._start_falling_back(device, lower[0])
+            lower = lower_speed(device)
+            if lower is not None:
+                self._start_falling_back(device, lower)
                 return
             error = RefusedError(
                 f"the guest refused {identity} at {identity.speed} speed",
@@ -760,12 +602,3 @@ def _retrieve(task: asyncio.Task[None]) -> None:
     """An error of a detach that nobody awaits is told by its event; do not let asyncio complain as well."""
     if not task.cancelled():
         task.exception()
-
-
-def _interface(device: Device, number: int) -> Interface | None:
-    return next((interface for interface in device.interfaces if interface.number == number), None)
-
-
-def _answerable(status: Status) -> Status:
-    """Statuses that usbredir defines for operations: a stall is an I/O error there."""
-    return Status.IO_ERROR if status is Status.STALL else status

@@ -1,0 +1,53 @@
+"""A device, as usbredir describes it: device_connect, interface_info and ep_info."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from farplug.usb.device import Device
+from farplug.usb.types import Speed, TransferType
+from farplug.usbredir import packets as p
+
+MAX_INTERFACES = 32
+"""What an interface_info has room for."""
+
+_PERIODIC = (TransferType.INTERRUPT, TransferType.ISOCHRONOUS)
+
+
+def connect(device: Device) -> p.DeviceConnect:
+    """The device itself."""
+    identity = device.identity
+    return p.DeviceConnect(
+        speed=min(identity.speed, Speed.SUPER),  # the protocol has no code for more
+        device_class=identity.device_class,
+        device_subclass=identity.device_subclass,
+        device_protocol=identity.device_protocol,
+        vendor_id=identity.vendor_id,
+        product_id=identity.product_id,
+        device_version=identity.device_version,
+    )
+
+
+def describe(device: Device) -> Iterator[p.Packet]:
+    """The interfaces and endpoints of its current setting."""
+    interfaces = device.interfaces[:MAX_INTERFACES]
+    table = [p.EndpointEntry()] * 32
+    table[0] = table[16] = p.EndpointEntry(type=TransferType.CONTROL)
+    for interface in interfaces:
+        for endpoint in interface.endpoints:
+            # QEMU rejects a device with an interval of 0.
+            interval = max(1, endpoint.interval) if endpoint.type in _PERIODIC else endpoint.interval
+            table[p.endpoint_index(endpoint.address)] = p.EndpointEntry(
+                type=endpoint.type,
+                interval=interval,
+                interface=interface.number,
+                max_packet_size=endpoint.max_packet_size,
+                max_streams=endpoint.max_streams,
+            )
+    yield p.InterfaceInfo(
+        interfaces=tuple(
+            p.InterfaceEntry(i.number, i.interface_class, i.interface_subclass, i.interface_protocol)
+            for i in interfaces
+        )
+    )
+    yield p.EndpointInfo(endpoints=tuple(table))

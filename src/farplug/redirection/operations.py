@@ -1,0 +1,203 @@
+"""Operations on a whole device, one at a time: reset, configurations, alternate settings, bulk streams.
+
+With real hardware they take long. While one is under way nothing further is pulled from the guest, so that requests
+meet the device in the order in which the guest made them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any
+
+from farplug.redirection.describe import describe
+from farplug.redirection.ledger import Ledger
+from farplug.redirection.receptions import Receptions
+from farplug.usb.device import Device
+from farplug.usb.transfer import Status
+from farplug.usb.types import Endpoint, Interface
+from farplug.usbredir import packets as p
+
+NO_SETTING = 255
+"""The alternate setting in an answer about an interface that does not exist."""
+
+
+class Operations:
+    """Runs operations, and answers the guest's.
+
+    Args:
+        send: takes a packet.
+        done: called when an operation has ended.
+        fault: told when a device raises.
+        ledger: whose transfers a setting ends.
+        receptions: which a setting ends.
+
+    Attributes:
+        device: who answers; None while there is none: then the answers are I/O errors.
+        endpoints: those of the current setting, by address.
+    """
+
+    def __init__(
+        self,
+        send: Callable[[p.Packet], None],
+        done: Callable[[], None],
+        fault: Callable[[Exception], None],
+        ledger: Ledger,
+        receptions: Receptions,
+    ) -> None:
+        self.device: Device | None = None
+        self.endpoints: dict[int, Endpoint] = {}
+        self._send = send
+        self._done = done
+        self._fault = fault
+        self._ledger = ledger
+        self._receptions = receptions
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether one is under way."""
+        return self._task is not None
+
+    async def finished(self) -> None:
+        """Wait until none is under way."""
+        if self._task is not None:
+            await asyncio.wait([self._task])
+
+    def describe(self, device: Device) -> None:
+        """Tell the guest the interfaces and endpoints of the current setting."""
+        self.endpoints = {e.address: e for interface in device.interfaces for e in interface.endpoints}
+        for packet in describe(device):
+            self._send(packet)
+
+    def reset(self, device: Device, then: Callable[[], None]) -> None:
+        """The guest reset the port. Nobody answers that; ``then`` is called afterwards."""
+
+        async def operation() -> None:
+            self._ledger.cancel_all()
+            await self._status(device.reset())
+            self._receptions.end_all()
+            then()
+
+        self._run(operation())
+
+    def set_configuration(self, packet: p.SetConfiguration, then: Callable[[int], None]) -> None:
+        """Answered with fresh infos before the status; ``then`` is called with the configuration that was chosen."""
+        device = self.device
+        if device is None:
+            self._send(p.ConfigurationStatus(id=packet.id, status=Status.IO_ERROR, configuration=0))
+            return
+
+        async def operation() -> None:
+            self._ledger.cancel_all()
+            self._receptions.forget()
+            status = await self._status(device.set_configuration(packet.configuration))
+            self.describe(device)
+            chosen = device.configuration
+            self._send(p.ConfigurationStatus(id=packet.id, status=_answerable(status), configuration=chosen))
+            if status is Status.SUCCESS:
+                then(chosen)
+
+        self._run(operation())
+
+    def get_configuration(self, packet: p.GetConfiguration) -> None:
+        """Answered at once."""
+        status, value = Status.IO_ERROR, 0
+        if self.device is not None:
+            status, value = Status.SUCCESS, self.device.configuration
+        self._send(p.ConfigurationStatus(id=packet.id, status=status, configuration=value))
+
+    def set_alt_setting(self, packet: p.SetAltSetting) -> None:
+        """Answered with fresh infos before the status, if it succeeds."""
+        device = self.device
+        number = packet.interface
+        if device is None:
+            self._answer_setting(packet.id, Status.IO_ERROR, number, NO_SETTING)
+            return
+        interface = _interface(device, number)
+        if interface is None:
+            self._answer_setting(packet.id, Status.INVALID, number, NO_SETTING)
+            return
+        endpoints = {endpoint.address: endpoint for endpoint in interface.endpoints}
+
+        async def operation() -> None:
+            self._ledger.cancel_all(endpoints)
+            self._receptions.forget(endpoints)
+            status = await self._status(device.set_interface(number, packet.alt))
+            if status is Status.SUCCESS:
+                self.describe(device)
+            current = _interface(device, number)
+            self._answer_setting(packet.id, status, number, NO_SETTING if current is None else current.alternate)
+
+        self._run(operation())
+
+    def get_alt_setting(self, packet: p.GetAltSetting) -> None:
+        """Answered at once."""
+        interface = None if self.device is None else _interface(self.device, packet.interface)
+        if interface is not None:
+            self._answer_setting(packet.id, Status.SUCCESS, packet.interface, interface.alternate)
+        else:
+            status = Status.IO_ERROR if self.device is None else Status.INVALID
+            self._answer_setting(packet.id, status, packet.interface, NO_SETTING)
+
+    def alloc_bulk_streams(self, packet: p.AllocBulkStreams) -> None:
+        """All of them or none."""
+        count = packet.streams
+        self._streams(packet, count, lambda device, endpoints: device.allocate_streams(endpoints, count))
+
+    def free_bulk_streams(self, packet: p.FreeBulkStreams) -> None:
+        """Answered with a count of 0."""
+        self._streams(packet, 0, lambda device, endpoints: device.free_streams(endpoints))
+
+    def _streams(
+        self,
+        packet: p.AllocBulkStreams | p.FreeBulkStreams,
+        count: int,
+        call: Callable[[Device, Sequence[int]], Awaitable[Status]],
+    ) -> None:
+        device = self.device
+        addresses = [p.endpoint_address(index) for index in range(32) if packet.endpoints >> index & 1]
+
+        def answer(status: Status) -> None:
+            self._send(
+                p.BulkStreamsStatus(id=packet.id, endpoints=packet.endpoints, streams=count, status=_answerable(status))
+            )
+
+        async def operation(device: Device) -> None:
+            answer(await self._status(call(device, addresses)))
+
+        if device is None:
+            answer(Status.IO_ERROR)
+        elif not all(a in self.endpoints and self.endpoints[a].max_streams >= count for a in addresses):
+            answer(Status.INVALID)
+        else:
+            self._run(operation(device))
+
+    def _answer_setting(self, id: int, status: Status, number: int, alternate: int) -> None:
+        self._send(p.AltSettingStatus(id=id, status=_answerable(status), interface=number, alt=alternate))
+
+    def _run(self, operation: Coroutine[Any, Any, None]) -> None:
+        async def run() -> None:
+            try:
+                await operation
+            finally:
+                self._task = None
+                self._done()
+
+        self._task = asyncio.get_running_loop().create_task(run())
+
+    async def _status(self, call: Awaitable[Status]) -> Status:
+        try:
+            return await call
+        except Exception as error:
+            self._fault(error)
+            return Status.IO_ERROR
+
+
+def _interface(device: Device, number: int) -> Interface | None:
+    return next((interface for interface in device.interfaces if interface.number == number), None)
+
+
+def _answerable(status: Status) -> Status:
+    """Statuses that usbredir defines for operations: a stall is an I/O error there."""
+    return Status.IO_ERROR if status is Status.STALL else status
