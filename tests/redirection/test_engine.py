@@ -20,7 +20,7 @@ from tests.redirection.scripted import (
 from farplug import events
 from farplug.errors import DeviceError, GuestGoneError, LocalProtocolError, Reason, RefusedError, RemoteProtocolError
 from farplug.redirection import Redirection, State, engine
-from farplug.redirection.speed import FALLBACK_RESETS
+from farplug.redirection.speed import FRUITLESS_RESETS, PATIENCE
 from farplug.testing.memory import MemoryGuest, TransferFailed
 from farplug.transport.memory import memory_ports
 from farplug.usb import Reception, Setup, Speed, Status, TransferType
@@ -805,16 +805,21 @@ async def _look(guest: MemoryGuest, device: ScriptedDevice, *setups: Setup) -> N
 async def test_a_guest_that_does_not_understand_super_speed_gets_high_speed() -> None:
     device = ScriptedDevice((Speed.SUPER, Speed.HIGH))
     async with MemoryGuest(device) as guest:
-        for _ in range(FALLBACK_RESETS):
+        for _ in range(FRUITLESS_RESETS):
             await _look(guest, device, GET_DEVICE)
             guest.reset()
+        await _look(guest, device, GET_DEVICE)
+        assert events.FellBack not in kinds(guest)  # it might go on yet
         await guest.wait(lambda: guest.connected is not None and guest.connected.speed == Speed.HIGH)
         assert device.identity.speed is Speed.HIGH
-        for _ in range(FALLBACK_RESETS + 2):  # there is nothing lower: no further try
-            await _look(guest, device, GET_DEVICE)
+        for _ in range(FRUITLESS_RESETS + 1):  # there is nothing lower: no further try
             guest.reset()
-        await settle()
+            await _look(guest, device, GET_DEVICE)
+        await asyncio.sleep(2 * PATIENCE)
         assert kinds(guest).count(events.FellBack) == 1
+        await guest.redirection.detach()
+        await guest.redirection.attach(device)
+        assert device.identity.speed is Speed.SUPER  # another port may take more
 
 
 async def test_resets_of_a_guest_that_understands_are_no_reason_to_fall_back() -> None:
@@ -823,10 +828,12 @@ async def test_resets_of_a_guest_that_understands_are_no_reason_to_fall_back() -
         for _ in range(10):
             await _look(guest, device, GET_DEVICE, GET_CONFIGURATION)
             guest.reset()
+            await _look(guest, device, GET_DEVICE, GET_DEVICE)
         for _ in range(10):
-            await guest.set_configuration(1)
             guest.reset()
-        await settle()
+            await _look(guest, device, GET_DEVICE)
+            await guest.set_configuration(1)
+        await asyncio.sleep(2 * PATIENCE)
         assert events.FellBack not in kinds(guest)
 
 

@@ -112,7 +112,7 @@ class Redirection:
         self._reading_paused = False
         # What the guest did since the device was offered.
         self._traffic = False
-        self._speed = SpeedWatch()
+        self._speed = SpeedWatch(self._misunderstood)
         # Waiting and leaving.
         self._hello: asyncio.Future[None] | None = None
         self._acknowledged: asyncio.Future[None] | None = None
@@ -202,6 +202,7 @@ class Redirection:
         try:
             await self._wait_for_hello()
             self._check_filter(device)
+            device.select_speed(device.speeds[0])  # a port before this one may have taken less
             await device.open(self)
             opened = True
             if self._closed is None or self._closed.done():
@@ -273,7 +274,7 @@ class Redirection:
         self.state = State.ATTACHED
         self._ledger.device = self._operations.device = device
         self._traffic = False
-        self._speed.understood()
+        self._speed.begin()
         self._operations.describe(device)
         self._send(connect(device))
         self._flush()
@@ -309,6 +310,7 @@ class Redirection:
         """Out of the guest: pending transfers answered, the guest told, its acknowledgement awaited."""
         self._ledger.cancel_all()
         self._ledger.device = self._operations.device = None
+        self._speed.begin()
         self._receptions.forget()
         if self.state is State.CLOSED:
             return
@@ -496,15 +498,18 @@ class Redirection:
         self._pump()
 
     def _reset(self, packet: p.Reset) -> None:
+        self._speed.was_reset()
         device = self._usable_device
-        if device is None:
-            return
-        lower = lower_speed(device)
-        if self._speed.was_reset() and lower is not None:
-            self._start_falling_back(device, lower)
-        elif self._traffic:  # else it was reset a moment ago
+        if device is not None and self._traffic:  # else it was reset a moment ago
             self._traffic = False
             self._operations.reset(device, lambda: self._emit(events.WasReset(self.port.name)))
+
+    def _misunderstood(self) -> None:
+        """The guest does not understand the device at this speed."""
+        device = self._usable_device
+        lower = None if device is None else lower_speed(device)
+        if device is not None and lower is not None:
+            self._start_falling_back(device, lower)
 
     def _start_falling_back(self, device: Device, speed: Speed) -> None:
         async def fall_back() -> None:
@@ -531,7 +536,7 @@ class Redirection:
         self._operations.set_configuration(packet, self._configured)
 
     def _configured(self, configuration: int) -> None:
-        self._speed.understood()
+        self._speed.begin()
         self._emit(events.Configured(self.port.name, configuration))
 
     # Receptions ---------------------------------------------------------------------------------------------------
