@@ -35,7 +35,7 @@ lint: setup
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
-	.venv/bin/lint-imports --no-timings 2>/dev/null || .venv/bin/lint-imports
+	.venv/bin/lint-imports
 	shellcheck scripts/setup .ci/run
 
 format: setup

@@ -55,7 +55,6 @@ class Reason(StrEnum):
     BAD_VV_FILE = "bad-vv-file"
     # setup
     MISSING_PROGRAM = "missing-program"
-    MISSING_LIBRARY = "missing-library"
     # images
     NOT_FOUND = "not-found"
     NOT_A_FILE = "not-a-file"
@@ -82,8 +81,6 @@ class Reason(StrEnum):
     CHANNEL_IN_USE = "channel-in-use"
     # devices
     FILTERED = "filtered"
-    MISSING_CAPABILITY = "missing-capability"
-    SPEED_MISMATCH = "speed-mismatch"
     REJECTED = "rejected"
     DEVICE_LOST = "device-lost"
     DEVICE_FAULT = "device-fault"

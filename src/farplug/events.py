@@ -14,6 +14,19 @@ from farplug.errors import FarplugError
 from farplug.usb.device import Identity
 from farplug.usb.types import Speed
 
+_SPEED_NAMES = {
+    Speed.LOW: "Low Speed (1.5 Mb/s)",
+    Speed.FULL: "Full Speed (12 Mb/s)",
+    Speed.HIGH: "High Speed (480 Mb/s)",
+    Speed.SUPER: "SuperSpeed (5 Gb/s)",
+    Speed.SUPER_PLUS: "SuperSpeed Plus (10 Gb/s)",
+}
+
+
+def speed_name(speed: Speed) -> str:
+    """A speed as the USB specifications call it, with its bit rate."""
+    return _SPEED_NAMES[speed]
+
 
 @dataclass(frozen=True, slots=True)
 class EndpointFigures:
@@ -44,6 +57,14 @@ class _PortEvent:
 
 
 @dataclass(frozen=True, slots=True)
+class Opened(_PortEvent):
+    """The port is open: its connection stands."""
+
+    def __str__(self) -> str:
+        return f"connected to the guest's port ({self.port})"
+
+
+@dataclass(frozen=True, slots=True)
 class WaitingForGuest(_PortEvent):
     """The port is open, but the guest has not said hello: its VM is paused, or still starting."""
 
@@ -56,7 +77,7 @@ class GuestReady(_PortEvent):
     """The guest's side of the port said hello."""
 
     version: str
-    capabilities: str
+    capabilities: tuple[str, ...]
 
     def __str__(self) -> str:
         return f"the guest is ready ({self.version or 'no version given'})"
@@ -70,7 +91,7 @@ class Attached(_PortEvent):
     speed: Speed
 
     def __str__(self) -> str:
-        return f"{self.identity} attached at {self.speed} speed"
+        return f"attached as {self.identity} at {speed_name(self.speed)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +122,7 @@ class FellBack(_PortEvent):
     speed: Speed
 
     def __str__(self) -> str:
-        return f"the guest's port cannot take {self.before} speed: trying {self.speed} speed"
+        return f"the guest's port cannot take {speed_name(self.before)}: trying {speed_name(self.speed)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +167,8 @@ class Detached(_PortEvent):
 
 
 PortEvent: TypeAlias = (
-    WaitingForGuest
+    Opened
+    | WaitingForGuest
     | GuestReady
     | Attached
     | Configured

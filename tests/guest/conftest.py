@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from tests.guest.plugging import AT_ONCE
 
 from farplug.errors import SetupError
 from farplug.testing import Boot, GuestConfig, QemuGuest, SpicePort, TcpPort, UnixPort
@@ -27,7 +28,9 @@ MAX_GUESTS = 3
 TIMEOUT = 180
 """Seconds for a test here: the first one may have to fetch the kernel."""
 
-USUAL = GuestConfig(ports=(SpicePort(), SpicePort(), TcpPort(), UnixPort()))
+USUAL = GuestConfig(
+    ports=(SpicePort(), SpicePort(), TcpPort(), UnixPort()), kernel_arguments=AT_ONCE, programs=("usbreset",)
+)
 
 CONSOLE_TAIL = 6000
 

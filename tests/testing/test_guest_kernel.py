@@ -278,3 +278,20 @@ def test_other_architectures_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     with pytest.raises(SetupError, match="this machine is aarch64"):
         fetch_kernel()
+
+
+def test_the_size_of_a_download() -> None:
+    records = "Package: a\nInstalled-Size: 400000\nSize: 70000000\n\nPackage: b\nSize: 550672\nDescription: Size: 5\n"
+    assert guest_kernel.parse_sizes(records) == 70550672
+    assert guest_kernel.parse_sizes("") == 0
+
+
+def test_a_kernel_that_is_there_is_not_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    kernel = guest_kernel.Kernel(guest_kernel.cache_folder() / guest_kernel.LAYOUT)
+    monkeypatch.setattr(guest_kernel, "_package_dependencies", lambda package: None)
+    with pytest.raises(SetupError):
+        guest_kernel.download_size()
+    kernel.image.parent.mkdir(parents=True)
+    kernel.image.touch()
+    assert guest_kernel.download_size() == 0

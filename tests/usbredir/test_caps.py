@@ -21,3 +21,8 @@ def test_bulk_streams_needs_max_packet_size(caps: Cap, usable: Cap) -> None:
 def test_bits_are_those_of_the_specification() -> None:
     assert [cap.bit_length() - 1 for cap in Cap] == list(range(8))
     assert ALL_CAPS == 0xFF
+
+
+def test_names() -> None:
+    assert (Cap.FILTER | Cap.IDS_64_BITS | Cap(1 << 20)).names == ("filter", "ids_64_bits")
+    assert Cap.NONE.names == ()

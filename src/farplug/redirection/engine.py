@@ -181,7 +181,10 @@ class Redirection:
             await self.port.open(self)
         except BaseException:
             self.state = State.CLOSED
+            self._hello = self._closed = None
             raise
+        if self._debug:
+            log.debug("%s > hello caps=%s", self.port.name, self._connection.own_caps.names)
         self._connection.start()
         self._flush()
 
@@ -553,7 +556,7 @@ class Redirection:
     def _on_hello(self, packet: p.Hello) -> None:
         assert self._hello is not None
         self.state = State.EMPTY
-        self._emit(events.GuestReady(self.port.name, packet.version, str(self._connection.peer_caps)))
+        self._emit(events.GuestReady(self.port.name, packet.version, packet.capabilities.names))
         if not self._hello.done():
             self._hello.set_result(None)
 

@@ -222,6 +222,23 @@ def fetch_kernel() -> Kernel:
     return kernel
 
 
+def download_size() -> int:
+    """How many bytes :func:`fetch_kernel` is going to download: 0 if the kernel is there, or nobody knows its size.
+
+    Raises:
+        SetupError: the package lists name no kernel.
+    """
+    if Kernel(cache_folder() / LAYOUT).image.exists():
+        return 0
+    packages = resolve_kernel_packages(_package_dependencies)
+    return parse_sizes(output_of("apt-cache", "show", "--no-all-versions", *packages) or "")
+
+
+def parse_sizes(records: str) -> int:
+    """Bytes to download for packages, by their records (deb-control(5), field Size)."""
+    return sum(map(int, re.findall(r"^Size: (\d+)$", records, re.MULTILINE)))
+
+
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     with path.open("a") as lock:

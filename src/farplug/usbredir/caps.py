@@ -34,6 +34,11 @@ class Cap(IntFlag):
     BULK_RECEIVING = 1 << 7
     """Buffered bulk receiving."""
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the known bits that are set, in lower case."""
+        return tuple(name.lower() for name, bit in Cap.__members__.items() if bit and bit in self)
+
     def usable(self) -> Cap:
         """Without ``BULK_STREAMS`` if ``EP_INFO_MAX_PACKET_SIZE`` is missing: the two go together."""
         return self if self & Cap.EP_INFO_MAX_PACKET_SIZE else Cap(int(self) & ~int(Cap.BULK_STREAMS))

@@ -1,0 +1,216 @@
+"""``farplug demo``: an image file becomes a USB disk in a throw-away VM, step by step."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from typing import TYPE_CHECKING
+
+import typer
+
+from farplug.cli import needs
+from farplug.errors import DeviceError, ExitCode, Reason, SetupError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from contextlib import AbstractAsyncContextManager
+    from pathlib import Path
+
+    from farplug.events import PortEvent
+    from farplug.hub import Attachment
+    from farplug.testing import QemuGuest
+
+IMAGE_SIZE = 64_000_000
+GREETING = "Hello from the image on the host.\n"
+ANSWER = "Written by the VM through a USB disk that farplug made.\n"
+DISK_SECONDS = 20.0
+"""How long the VM may take to show the disk."""
+
+
+def demo() -> None:
+    """Show it: a small Linux VM gets an image as a USB disk, reads a file and writes one.
+
+    Needs QEMU and a few small programs, and fetches a kernel the first time. Leaves nothing behind.
+    """
+    needs.check_demo()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves as Ctrl-C does: the VM ends with us
+    raise typer.Exit(asyncio.run(_demo()))
+
+
+async def _demo() -> ExitCode:
+    import tempfile
+    from pathlib import Path
+
+    with tempfile.TemporaryDirectory(prefix="farplug-demo-") as folder:
+        return await _Demo(Path(folder)).run()
+
+
+class _Demo:
+    def __init__(self, folder: Path) -> None:
+        from rich.console import Console
+
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._folder = folder
+        self._step = 0
+
+    async def run(self) -> ExitCode:
+        self._say("An image file on this machine becomes a USB disk in a virtual machine.")
+        await self._make_image()
+        async with self._boot() as guest:
+            await self._plug_in(guest)
+        written = ANSWER.encode()
+        self._head("The file that the VM wrote, read out of the image on this machine")
+        read = await self._here("mtype", "-i", "demo.raw", "::answer.txt")
+        if read != written:
+            raise DeviceError(
+                f"the VM wrote {len(written)} bytes, the image holds {len(read)} others", reason=Reason.DEVICE_FAULT
+            )
+        self._say("")
+        self._good(f"the same {len(read)} bytes that the VM wrote. It works.")
+        self._say(
+            "\nNow with a VM of your own, from its .vv file or its SPICE address:\n"
+            "  farplug connect vm.vv --usb-disk drivers.raw\n"
+            "  farplug connect spice://vmhost:5900 --usb-disk-ro installer.raw --usb-disk scratch.raw"
+        )
+        return ExitCode.OK
+
+    async def _make_image(self) -> None:
+        self._head("A RAW image with a filesystem and a file on it")
+        (self._folder / "hello.txt").write_text(GREETING)
+        await self._here("truncate", "-s", str(IMAGE_SIZE), "demo.raw")
+        await self._here("mkfs.vfat", "-n", "FARPLUG", "demo.raw")
+        await self._here("mcopy", "-i", "demo.raw", "hello.txt", "::")
+
+    def _boot(self) -> AbstractAsyncContextManager[QemuGuest]:
+        from contextlib import asynccontextmanager
+
+        from farplug.testing import GuestConfig, QemuGuest, Spice, SpicePort
+        from farplug.testing.guest_kernel import download_size
+
+        @asynccontextmanager
+        async def booted() -> AsyncIterator[QemuGuest]:
+            self._head("A small Linux VM, made of this machine's packages, with a SPICE server")
+            megabytes = (await asyncio.to_thread(download_size)) / 1e6
+            if megabytes:
+                self._say(f"  fetching its kernel, {megabytes:.0f} MB, this once (apt-get download) ...")
+            config = GuestConfig(ports=(SpicePort(),), spice=Spice(ticket="sesame"), programs=("blkid",))
+            async with QemuGuest(config) as guest:
+                self._command(
+                    "qemu-system-x86_64 ... -device qemu-xhci -chardev spicevmc,name=usbredir,id=redir0 "
+                    "-device usb-redir,chardev=redir0"
+                )
+                await guest.booted()
+                release = (await guest.check("uname -r")).strip()
+                self._good(f"Linux {release} booted in {guest.boot_seconds:.1f} s")
+                yield guest
+
+        return booted()
+
+    async def _plug_in(self, guest: QemuGuest) -> None:
+        from farplug.cli.output import Figures
+        from farplug.guest import connect
+        from farplug.hub import Hub
+        from farplug.target import parse_target
+        from farplug.virtual.disk import disk_device
+
+        self._head("The image is plugged in: farplug speaks SPICE and usbredir with the VM")
+        address = guest.spice
+        self._command(f"farplug connect spice://{address.host}:{address.port} --usb-disk demo.raw")
+        device = disk_device(self._folder / "demo.raw")
+        try:
+            hub = Hub(await connect(parse_target(guest.targets[0])))
+            hub.subscribe(self._happened)
+            try:
+                attachment = await hub.plug(device)
+                await attachment.configured()
+                await self._use(guest, device.identity.serial_number)
+            finally:
+                await hub.close()
+            self._say(f"  {Figures.of(attachment)}")
+        finally:
+            await device.dispose()
+
+    async def _use(self, guest: QemuGuest, serial_number: str) -> None:
+        disk = await _disk(guest, serial_number)
+        self._head("What the VM sees")
+        await self._there(
+            guest, f"dmesg | grep -E 'usb [0-9]+-.*(new|Product|Manu)|[[]{disk}[]].*(blocks|disk)' | cut -c 16-"
+        )
+        await self._there(guest, f"blkid /dev/{disk}")
+        self._head("It reads a file, writes one, and lets go")
+        await self._there(guest, f"mount -t vfat /dev/{disk} /mnt && cat /mnt/hello.txt")
+        await self._there(guest, f"echo '{ANSWER.rstrip()}' >/mnt/answer.txt && sync && ls -l /mnt")
+        await self._there(guest, "umount /mnt")
+
+    def _happened(self, attachment: Attachment, event: PortEvent) -> None:
+        from farplug import events
+
+        if not isinstance(event, (events.Opened, events.WasReset)):
+            self._good(str(event))
+
+    # Showing ------------------------------------------------------------------------------------------------------
+
+    def _say(self, text: str, style: str = "") -> None:
+        self._console.print(text, markup=False, style=style)
+
+    def _head(self, text: str) -> None:
+        self._step += 1
+        self._say(f"\n{self._step}. {text}", "bold")
+
+    def _command(self, text: str, prompt: str = "$") -> None:
+        self._say(f"  {prompt} {text}", "cyan")
+
+    def _good(self, text: str) -> None:
+        from rich.text import Text
+
+        from farplug.cli.log import printable
+
+        mark = "✓" if self._console.encoding.startswith("utf") else "ok:"
+        self._console.print(Text.assemble("  ", (mark, "green"), " ", printable(text)))
+
+    def _output(self, text: str) -> None:
+        from farplug.cli.log import printable
+
+        for line in text.splitlines():
+            self._say(f"  {printable(line.expandtabs()).rstrip()}")
+
+    async def _here(self, *command: str) -> bytes:
+        """Run a command on this machine, in the folder of the image, and show both."""
+        self._command(" ".join(command))
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            cwd=self._folder,
+            env={**os.environ, "PATH": needs.search_path()},  # mkfs.vfat is in /usr/sbin
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        output, errors = await process.communicate()
+        if process.returncode != 0:
+            raise SetupError(
+                f"{command[0]} failed: {errors.decode(errors='replace').strip()[-300:]}", reason=Reason.MISSING_PROGRAM
+            )
+        self._output(output.decode(errors="replace"))
+        return output
+
+    async def _there(self, guest: QemuGuest, command: str) -> None:
+        """Run a command in the VM, and show both."""
+        self._command(command, "vm#")
+        self._output(await guest.check(command))
+
+
+async def _disk(guest: QemuGuest, serial_number: str) -> str:
+    """The VM's name for the disk, once it can be read."""
+    script = (
+        "for block in /sys/block/sd*; do"
+        f' [ "$(cat $block/device/../../../../serial 2>/dev/null)" = {serial_number} ] &&'
+        " [ -b /dev/${block##*/} ] && [ $(cat $block/size) != 0 ] && echo ${block##*/}; done; :"
+    )
+    deadline = asyncio.get_running_loop().time() + DISK_SECONDS
+    while asyncio.get_running_loop().time() < deadline:
+        name = (await guest.check(script)).strip()
+        if name:
+            return name
+        await asyncio.sleep(0.1)
+    raise DeviceError(f"the VM showed no disk within {DISK_SECONDS:g} s", reason=Reason.TIMED_OUT)

@@ -1,0 +1,77 @@
+"""Logs on standard error: warnings always, with ``--debug`` everything and the traffic, one line a packet."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from farplug.errors import FarplugError
+
+LOGGER = logging.getLogger("farplug")
+
+
+def printable(text: str) -> str:
+    """Text without control characters: names and messages that a peer chose must not steer a terminal."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+
+
+class _Handler(logging.Handler):
+    """Writes to whatever standard error is now: a live table on a terminal replaces it for a while."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            sys.stderr.write(self.format(record) + "\n")
+            sys.stderr.flush()
+        except OSError:  # nobody reads it
+            pass
+
+
+class _Formatter(logging.Formatter):
+    """A warning is a line like any message of ours; when debugging, every line has time and source, and tracebacks."""
+
+    default_time_format = "%H:%M:%S"
+    default_msec_format = "%s.%03d"
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = printable(record.getMessage())
+        debugging = LOGGER.isEnabledFor(logging.DEBUG)
+        if not debugging:
+            error = record.exc_info[1] if record.exc_info else None
+            cause = f": {printable(_first_line(error))}" if error is not None else ""
+            return f"farplug: {record.levelname.lower()}: {message}{cause}"
+        name = record.name.removeprefix("farplug.")
+        line = f"{self.formatTime(record)} {name} {message}"
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).partition("\n")[0]
+    return text if isinstance(error, FarplugError) else f"{type(error).__name__}: {text}"
+
+
+def start() -> None:
+    """Log warnings to standard error. What an earlier call set up is replaced."""
+    for handler in [handler for handler in LOGGER.handlers if isinstance(handler, _Handler)]:
+        LOGGER.removeHandler(handler)
+    handler = _Handler()
+    handler.setFormatter(_Formatter())
+    LOGGER.addHandler(handler)
+    LOGGER.setLevel(logging.WARNING)
+
+
+def debug(enabled: bool) -> None:
+    """Log everything from now on, if it is wanted."""
+    if enabled:
+        LOGGER.setLevel(logging.DEBUG)
+
+
+def debugging() -> bool:
+    """Whether everything is logged."""
+    return LOGGER.isEnabledFor(logging.DEBUG)
+
+
+def defect(error: Exception) -> None:
+    """Tell of an exception that nobody expected."""
+    hint = "" if debugging() else " (with --debug it tells more)"
+    sys.stderr.write(f"farplug: a defect in farplug: {printable(_first_line(error))}\n  please report it{hint}\n")
+    LOGGER.debug("the defect", exc_info=error)

@@ -1,0 +1,89 @@
+"""What the demo and the guest tests need on this machine, and the packages that bring it."""
+
+from __future__ import annotations
+
+import ctypes.util
+import os
+import shutil
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from farplug.errors import Reason, SetupError
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Something to be installed.
+
+    Attributes:
+        name: a program, or a library without "lib" and ".so".
+        purpose: for what.
+        package: the Debian package that has it.
+        demo: whether ``farplug demo`` needs it; else only the tests do.
+    """
+
+    name: str
+    purpose: str
+    package: str
+    demo: bool = True
+
+    def found(self) -> str:
+        """Where it is; empty if it is missing."""
+        if self.name == SPICE.name:
+            return _qemu_with_spice()
+        if self.name == PARSER.name:
+            return ctypes.util.find_library(self.name) or ""
+        return shutil.which(self.name, path=search_path()) or ""
+
+
+def search_path() -> str:
+    """Where programs are: a user's PATH often lacks the folders of mkfs."""
+    return os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
+
+
+QEMU = "qemu-system-x86_64"
+SPICE = Need("SPICE in QEMU", "the VM's SPICE server", "qemu-system-modules-spice")
+PARSER = Need("usbredirparser", "the reference that tests compare with", "libusbredirparser1", demo=False)
+NEEDS = (
+    Need(QEMU, "runs the VM", "qemu-system-x86"),
+    SPICE,
+    Need("busybox", "the VM's programs", "busybox-static"),
+    Need("dash", "the VM's programs", "dash"),
+    Need("lsusb", "the VM's programs", "usbutils"),
+    Need("mke2fs", "filesystems in the VM", "e2fsprogs"),
+    Need("mkfs.vfat", "filesystems in the VM and on images", "dosfstools"),
+    Need("mcopy", "files in and out of images", "mtools"),
+    Need("zstd", "unpacks the VM's kernel", "zstd"),
+    Need("setpriv", "ends the VM with us", "util-linux"),
+    PARSER,
+)
+
+
+def _qemu_with_spice() -> str:
+    """The QEMU that has SPICE: since Debian 13 and Ubuntu 24.04 that is a package of its own."""
+    qemu = shutil.which(QEMU)
+    if qemu is None:
+        return ""
+    answer = subprocess.run([qemu, "-spice", "help"], stdin=subprocess.DEVNULL, capture_output=True)
+    return qemu if b"disable-ticketing" in answer.stdout else ""  # its exit code is 1 either way
+
+
+def install_command(needs: Iterable[Need]) -> str:
+    """The command that installs what is needed."""
+    return f"sudo apt-get install {' '.join(sorted({need.package for need in needs}))}"
+
+
+def check_demo() -> None:
+    """Check that the demo can run here.
+
+    Raises:
+        SetupError: something is missing; the remedy installs all of it.
+    """
+    missing = [need for need in NEEDS if need.demo and not need.found()]
+    if missing:
+        raise SetupError(
+            f"the demo needs what is not installed: {', '.join(need.name for need in missing)}",
+            reason=Reason.MISSING_PROGRAM,
+            remedy=install_command(missing),
+        )

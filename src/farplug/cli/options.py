@@ -1,0 +1,130 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeAlias
+
+import typer
+
+from farplug.cli import log
+from farplug.errors import Reason, UsageError
+
+if TYPE_CHECKING:
+    from farplug.target import TargetOptions
+
+PASSWORD_VARIABLE = "FARPLUG_PASSWORD"
+MAX_PASSWORD_LINE = 1024
+"""Characters of a password file's first line; SPICE itself takes 60 bytes."""
+
+TARGET_FORMS = (
+    "spice://host:port, spice+tls://host:port, FILE.vv, tcp://host:port, tcp-listen://host:port or unix:/path"
+)
+
+TargetArgument: TypeAlias = Annotated[
+    str, typer.Argument(metavar="TARGET", help=f"Where the VM is: {TARGET_FORMS}.", show_default=False)
+]
+PasswordFileOption: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--password-file",
+        metavar="FILE",
+        help="Read the SPICE password from the first line of FILE.",
+        show_default=False,
+    ),
+]
+AskPasswordOption: TypeAlias = Annotated[
+    bool, typer.Option("--ask-password", help="Ask for the SPICE password on the terminal.")
+]
+CaFileOption: TypeAlias = Annotated[
+    Path | None,
+    typer.Option("--ca-file", metavar="FILE", help="Trust the certificates in FILE (PEM) for TLS.", show_default=False),
+]
+HostSubjectOption: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--host-subject",
+        metavar="SUBJECT",
+        help="Check the server certificate's subject (such as 'O=Lab,CN=vmhost') instead of the host name.",
+        show_default=False,
+    ),
+]
+ProxyOption: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--proxy", metavar="URL", help="Reach a SPICE server through an HTTP proxy.", show_default=False),
+]
+DebugOption: TypeAlias = Annotated[
+    bool,
+    typer.Option("--debug", callback=log.debug, help="Show the traffic on standard error, one line a packet."),
+]
+
+PASSWORD_HELP = (
+    f"Passwords: --password-file, --ask-password, {PASSWORD_VARIABLE} in the environment and .vv files keep the SPICE "
+    "password to yourself. One written into TARGET (spice://:secret@host:port) is seen by everybody who can list this "
+    "machine's processes. If the server wants one and none was given, it is asked for on the terminal."
+)
+
+
+def target_options(
+    password_file: Path | None, ask_password: bool, ca_file: Path | None, host_subject: str | None, proxy: str | None
+) -> TargetOptions:
+    """Put the options together. The environment's password counts only where nothing else gives one.
+
+    Raises:
+        UsageError: the password cannot be read.
+    """
+    from farplug.target import TargetOptions
+
+    password = None
+    if ask_password:
+        password = prompt_for_password()
+    elif password_file is not None:
+        password = _read_password(password_file)
+    return TargetOptions(
+        password=password,
+        fallback_password=os.environ.get(PASSWORD_VARIABLE, ""),
+        ca_file=ca_file,
+        host_subject=host_subject,
+        proxy=proxy,
+    )
+
+
+def has_terminal() -> bool:
+    """Whether a person can be asked something."""
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def prompt_for_password() -> str:
+    """Ask for the password on the terminal, without showing it.
+
+    Raises:
+        UsageError: there is no terminal.
+    """
+    if not has_terminal():
+        raise UsageError(
+            "--ask-password needs a terminal",
+            reason=Reason.BAD_OPTION,
+            remedy=f"use --password-file, or {PASSWORD_VARIABLE} in the environment",
+        )
+    try:
+        return getpass.getpass("SPICE password: ")
+    except EOFError:
+        raise UsageError("no password was given", reason=Reason.BAD_OPTION) from None
+
+
+def _read_password(path: Path) -> str:
+    try:
+        with path.open(encoding="utf-8") as file:
+            line = file.readline(MAX_PASSWORD_LINE)
+    except OSError as error:
+        what = os.strerror(error.errno or 0)
+        raise UsageError(f"--password-file {path} cannot be read: {what}", reason=Reason.BAD_OPTION) from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--password-file {path} is not text in UTF-8", reason=Reason.BAD_OPTION) from error
+    password = line.rstrip("\r\n")
+    if not password:
+        raise UsageError(f"--password-file {path} has no password: its first line is empty", reason=Reason.BAD_OPTION)
+    return password

@@ -1,0 +1,356 @@
+"""What a person or a program sees while devices are plugged in: a live table, log lines, or JSON lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TextIO
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from farplug import events
+from farplug.cli import log
+from farplug.cli.log import printable
+from farplug.errors import FarplugError
+from farplug.events import PortEvent, as_dict
+from farplug.hub import Attachment, AttachmentState
+
+_DECIMAL_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+
+
+def size(count: float) -> str:
+    """A number of bytes, for people: ``1.4 MB`` (powers of 1000, as disks are sold)."""
+    unit = 0
+    while count >= 999.5 and unit < len(_DECIMAL_UNITS) - 1:
+        count /= 1000
+        unit += 1
+    digits = 0 if unit == 0 or count >= 99.95 else 1
+    return f"{count:.{digits}f} {_DECIMAL_UNITS[unit]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What a device did so far.
+
+    Attributes:
+        read: bytes that the guest read.
+        written: bytes that the guest wrote.
+        commands: a disk's commands; transfers of a device that does not count commands.
+    """
+
+    read: int = 0
+    written: int = 0
+    commands: int = 0
+
+    @classmethod
+    def of(cls, attachment: Attachment) -> Figures:
+        """From the device's own counters where it has them, else from its endpoints'."""
+        own = attachment.device.figures
+        if "commands" in own:
+            return cls(own.get("read", 0), own.get("written", 0), own["commands"])
+        figures = [f for f in attachment.figures if f.endpoint]
+        return cls(
+            read=sum(f.bytes for f in figures if f.endpoint & 0x80),
+            written=sum(f.bytes for f in figures if not f.endpoint & 0x80),
+            commands=sum(f.transfers for f in figures),
+        )
+
+    def __str__(self) -> str:
+        commands = f"{self.commands} command{'' if self.commands == 1 else 's'}"
+        return f"{size(self.read)} read, {size(self.written)} written, {commands}"
+
+
+class Output(ABC):
+    """Where it is shown. Its methods may raise OSError when nobody reads it any more.
+
+    Attributes:
+        interval: seconds between two calls of :meth:`figures`.
+    """
+
+    interval = 1.0
+
+    def __init__(self) -> None:
+        self._pending: tuple[str, str] | None = None
+
+    def start(self) -> None:
+        """Begin."""
+        return
+
+    def stop(self) -> None:
+        """End; more lines may follow. Does nothing the second time."""
+        return
+
+    def stage(self, stage: str, text: str) -> None:
+        """A stage on the way to the guest begins: so the one before is reached."""
+        self.reached()
+        self._pending = (stage, text)
+
+    def reached(self) -> None:
+        """The stage that began last is reached. Does nothing if there is none."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._stage_line(*pending)
+
+    @abstractmethod
+    def _stage_line(self, stage: str, text: str) -> None:
+        """Show a stage that is reached."""
+
+    @abstractmethod
+    def happened(self, label: str, attachment: Attachment, event: PortEvent) -> None:
+        """Something happened to a device."""
+
+    @abstractmethod
+    def figures(self, attachments: Sequence[tuple[str, Attachment]]) -> None:
+        """It is time to show figures."""
+
+    @abstractmethod
+    def note(self, text: str) -> None:
+        """Anything else that a person wants to know."""
+
+    def failed(self, error: FarplugError) -> None:
+        """It ends with an error, which standard error tells as well."""
+        self._pending = None
+
+
+class SilentOutput(Output):
+    """For a reader that has left."""
+
+    def _stage_line(self, stage: str, text: str) -> None:
+        """Nobody reads it."""
+
+    def happened(self, label: str, attachment: Attachment, event: PortEvent) -> None:
+        """Nobody reads it."""
+
+    def figures(self, attachments: Sequence[tuple[str, Attachment]]) -> None:
+        """Nobody reads it."""
+
+    def note(self, text: str) -> None:
+        """Nobody reads it."""
+
+
+class JsonOutput(Output):
+    """One JSON object a line on standard output."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._stream = stream
+        self._last: dict[str, tuple[AttachmentState, Figures]] = {}
+
+    def _line(self, **values: object) -> None:
+        self._stream.write(json.dumps({"time": round(time.time(), 3), **values}) + "\n")
+        self._stream.flush()
+
+    def _stage_line(self, stage: str, text: str) -> None:
+        self._line(event="stage", stage=stage, message=text)
+
+    def note(self, text: str) -> None:
+        self._line(event="note", message=text)
+
+    def happened(self, label: str, attachment: Attachment, event: PortEvent) -> None:
+        if isinstance(event, events.Detached):
+            self.figures([(label, attachment)])
+        self._line(device=label, **as_dict(event))
+
+    def figures(self, attachments: Sequence[tuple[str, Attachment]]) -> None:
+        for label, attachment in attachments:
+            now = (attachment.state, Figures.of(attachment))
+            if self._last.get(label) != now:
+                self._last[label] = now
+                state, figures = now
+                self._line(
+                    event="figures",
+                    device=label,
+                    state=str(state),
+                    read=figures.read,
+                    written=figures.written,
+                    commands=figures.commands,
+                )
+
+    def failed(self, error: FarplugError) -> None:
+        super().failed(error)
+        self._line(
+            event="failed",
+            reason=str(error.reason),
+            message=error.message,
+            remedy=error.remedy,
+            exit_code=int(error.exit_code),
+        )
+
+
+class PlainOutput(Output):
+    """Log lines, for files and pipes."""
+
+    interval = 10.0
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._stream = stream
+        self._last: dict[str, Figures] = {}
+
+    def _line(self, text: str) -> None:
+        self._stream.write(f"{time.strftime('%H:%M:%S')} {printable(text)}\n")
+        self._stream.flush()
+
+    def stage(self, stage: str, text: str) -> None:
+        super().stage(stage, text)
+        if text.startswith("listening"):  # somebody must act on it
+            self.reached()
+
+    def _stage_line(self, stage: str, text: str) -> None:
+        self._line(f"{stage}: {text}")
+
+    def note(self, text: str) -> None:
+        self._line(text)
+
+    def happened(self, label: str, attachment: Attachment, event: PortEvent) -> None:
+        match event:
+            case events.Opened():
+                pass  # told as a stage, or by what follows
+            case events.Detached():
+                self._line(f"{label}: {event} ({Figures.of(attachment)})")
+            case _:
+                self._line(f"{label}: {event}")
+
+    def figures(self, attachments: Sequence[tuple[str, Attachment]]) -> None:
+        for label, attachment in attachments:
+            figures = Figures.of(attachment)
+            if self._last.get(label, Figures()) != figures:
+                self._last[label] = figures
+                self._line(f"{label}: {figures}")
+
+
+class _Rate:
+    """Bytes a second between two looks."""
+
+    def __init__(self) -> None:
+        self._moved = 0
+        self._when = time.monotonic()
+
+    def look(self, figures: Figures) -> float:
+        moved, now = figures.read + figures.written, time.monotonic()
+        rate = (moved - self._moved) / max(now - self._when, 1e-3)
+        self._moved, self._when = moved, now
+        return rate
+
+
+_STATE_STYLES = {
+    AttachmentState.OPENING: "yellow",
+    AttachmentState.WAITING: "yellow",
+    AttachmentState.ATTACHED: "cyan",
+    AttachmentState.CONFIGURED: "green",
+    AttachmentState.REFUSED: "red",
+    AttachmentState.DETACHED: "dim",
+}
+
+GOOD, BAD, PENDING, PLAIN = ("✓", "green"), ("✗", "red"), ("…", "yellow"), ("·", "dim")
+
+
+class TerminalOutput(Output):
+    """Lines for what happens, and below them a live table with a line for each device."""
+
+    interval = 0.5
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+        self._live = Live(console=console, auto_refresh=False, transient=True)
+        self._rates: dict[str, _Rate] = {}
+
+    def start(self) -> None:
+        self._live.start()
+
+    def stop(self) -> None:
+        self._live.stop()
+
+    def _line(self, mark: tuple[str, str], text: str) -> None:
+        self._console.print(_marked(mark, text), soft_wrap=True)
+
+    def stage(self, stage: str, text: str) -> None:
+        super().stage(stage, text)
+        self._live.update(_marked(PENDING, f"{stage:<9} {text}"), refresh=True)
+
+    def _stage_line(self, stage: str, text: str) -> None:
+        self._live.update(Group(), refresh=True)
+        self._line(GOOD, f"{stage:<9} {text}")
+
+    def note(self, text: str) -> None:
+        self._line(PLAIN, text)
+
+    def failed(self, error: FarplugError) -> None:
+        if self._pending is not None:
+            stage, text = self._pending
+            self._live.update(Group(), refresh=True)
+            self._line(BAD, f"{stage:<9} {text}")
+        super().failed(error)
+
+    def happened(self, label: str, attachment: Attachment, event: PortEvent) -> None:
+        text = f"{label}: {event}"
+        match event:
+            case events.Opened():
+                pass  # told as a stage, or by what follows
+            case events.Refused() | events.DeviceFault() | events.PeerViolation():
+                self._line(BAD, text)
+            case events.Detached():
+                self._line(GOOD if event.error is None else BAD, f"{text} ({Figures.of(attachment)})")
+            case events.WaitingForGuest() | events.FellBack():
+                self._line(PENDING, text)
+            case events.Attached() | events.Configured():
+                self._line(GOOD, text)
+            case _:
+                self._line(PLAIN, text)
+
+    def figures(self, attachments: Sequence[tuple[str, Attachment]]) -> None:
+        if self._pending is not None or not attachments:
+            return
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        for heading in ("device", "state", "speed"):
+            table.add_column(heading)
+        for heading in ("read", "written", "rate", "commands"):
+            table.add_column(heading, justify="right")
+        for label, attachment in attachments:
+            figures = Figures.of(attachment)
+            rate = self._rates.setdefault(label, _Rate()).look(figures)
+            table.add_row(
+                Text(printable(label)),
+                Text(str(attachment.state), _STATE_STYLES[attachment.state]),
+                Text(str(attachment.device.identity.speed)),
+                size(figures.read),
+                size(figures.written),
+                f"{size(rate)}/s",
+                str(figures.commands),
+            )
+        self._live.update(Group("", table), refresh=True)
+
+
+def _marked(mark: tuple[str, str], text: str) -> Text:
+    return Text.assemble(mark, " ", printable(text))
+
+
+def choose(*, as_json: bool) -> Output:
+    """The output that fits: JSON if it is asked for, a live table on a terminal, log lines elsewhere and between the
+    lines of ``--debug``.
+    """
+    if as_json:
+        return JsonOutput(sys.stdout)
+    console = Console(highlight=False)
+    if (
+        console.is_terminal
+        and not console.is_dumb_terminal
+        and console.encoding.startswith("utf")
+        and not log.debugging()
+    ):
+        return TerminalOutput(console)
+    return PlainOutput(sys.stdout)
+
+
+def discard_standard_output() -> None:
+    """Let what is still written to standard output go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

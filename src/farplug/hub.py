@@ -1,0 +1,279 @@
+"""The application's model: a guest, the devices plugged into it, and one stream of what happens.
+
+The command line and later a page are thin clients of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from enum import StrEnum
+from typing import TypeAlias
+
+from farplug import events
+from farplug.errors import FarplugError, GuestGoneError, LocalProtocolError, PortError, Reason, RefusedError
+from farplug.events import EndpointFigures, PortEvent
+from farplug.guest import Guest
+from farplug.redirection import Redirection
+from farplug.transport.port import Port
+from farplug.usb.device import Device
+
+NO_CHANNEL_REMEDY = """\
+add one to the VM, one for each device:
+  QEMU:    -device qemu-xhci -chardev spicevmc,name=usbredir,id=usb0 -device usb-redir,chardev=usb0
+  libvirt: <controller type='usb' model='qemu-xhci'/> <redirdev bus='usb' type='spicevmc'/>"""
+ONE_PORT_REMEDY = "a plain socket carries one device: give the VM another one, and run farplug once for each"
+
+
+class AttachmentState(StrEnum):
+    """How far a device has come, as a user sees it."""
+
+    OPENING = "connecting"
+    """its port is being opened"""
+    WAITING = "waiting"
+    """for the guest to say hello"""
+    ATTACHED = "attached"
+    """offered to the guest"""
+    CONFIGURED = "in use"
+    """the guest's driver works with it"""
+    REFUSED = "refused"
+    DETACHED = "detached"
+
+
+_STATES: dict[type, AttachmentState] = {
+    events.Opened: AttachmentState.WAITING,
+    events.Attached: AttachmentState.ATTACHED,
+    events.FellBack: AttachmentState.ATTACHED,
+    events.WasReset: AttachmentState.ATTACHED,
+    events.Refused: AttachmentState.REFUSED,
+}
+
+
+class Attachment:
+    """A device plugged into a port, as a user sees it. Made by :meth:`Hub.plug`.
+
+    Attributes:
+        device: what is plugged.
+        port: where.
+        state: how far it has come.
+        error: why it was refused or detached, if nobody here wanted it.
+    """
+
+    def __init__(self, hub: Hub, device: Device, port: Port) -> None:
+        self.device = device
+        self.port = port
+        self.state = AttachmentState.OPENING
+        self.error: FarplugError | None = None
+        self._hub = hub
+        self._redirection = Redirection(port, self._happened)
+        self._configured = asyncio.Event()
+        self._ended = asyncio.Event()
+
+    @property
+    def figures(self) -> tuple[EndpointFigures, ...]:
+        """What moved since the device was attached."""
+        return self._redirection.figures
+
+    @property
+    def over(self) -> bool:
+        """Whether the device has left the guest."""
+        return self._ended.is_set()
+
+    async def configured(self) -> None:
+        """Wait until the guest's driver works with the device; for as long as it takes.
+
+        Raises:
+            FarplugError: it was refused or detached first.
+        """
+        ended = asyncio.ensure_future(self._ended.wait())
+        configured = asyncio.ensure_future(self._configured.wait())
+        try:
+            await asyncio.wait((ended, configured), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ended.cancel()
+            configured.cancel()
+        if not self._configured.is_set():
+            raise self.error or PortError(
+                f"{self.device.identity} was detached before the guest configured it", reason=Reason.REJECTED
+            )
+
+    async def ended(self) -> FarplugError | None:
+        """Wait until the device has left the guest; why, if nobody here wanted it."""
+        await self._ended.wait()
+        return self.error
+
+    async def unplug(self) -> None:
+        """Take the device out of the guest, and close the port.
+
+        Raises:
+            DeviceError: what was written could not be made durable.
+        """
+        try:
+            await self._redirection.close()
+        finally:
+            self._finish()
+
+    async def _plug(self) -> None:
+        try:
+            await self._redirection.open()
+        except BaseException:
+            self._finish()
+            raise
+        try:
+            self._opened()
+            await self._redirection.attach(self.device)
+        except BaseException as error:
+            if isinstance(error, RefusedError) and self.state is not AttachmentState.REFUSED:
+                self._happened(events.Refused(self.port.name, error))
+            await self.unplug()
+            raise
+
+    def _opened(self) -> None:
+        if self.state is AttachmentState.OPENING:
+            self.state = AttachmentState.WAITING
+            self._hub._happened(self, events.Opened(self.port.name))
+
+    def _happened(self, event: PortEvent) -> None:
+        self._opened()  # a guest may speak before open() returns
+        if isinstance(event, events.Configured):
+            configured = event.configuration != 0
+            self.state = AttachmentState.CONFIGURED if configured else AttachmentState.ATTACHED
+            if configured:
+                self._configured.set()
+        else:
+            self.state = _STATES.get(type(event), self.state)
+        if isinstance(event, (events.Refused, events.Detached)):
+            self.error = self.error or event.error
+        self._hub._happened(self, event)
+        if isinstance(event, events.Detached):
+            self._finish()
+
+    def _finish(self) -> None:
+        if self.state is not AttachmentState.REFUSED:
+            self.state = AttachmentState.DETACHED
+        self._ended.set()
+
+
+Listener: TypeAlias = Callable[[Attachment, PortEvent], None]
+
+
+class Hub:
+    """A guest and what is plugged into it.
+
+    Attributes:
+        guest: the guest.
+        attachments: what is plugged in, or being plugged in, or has left by itself, in the order of plugging. One that
+            has left stays until its device is plugged again.
+    """
+
+    def __init__(self, guest: Guest) -> None:
+        self.guest = guest
+        self.attachments: list[Attachment] = []
+        self._listeners: list[Listener] = []
+        self._plugging: set[asyncio.Task[Attachment]] = set()
+        self._closing = False
+
+    def subscribe(self, listener: Listener) -> Callable[[], None]:
+        """Be called with everything that happens, on the event loop; returns how to end that. It must not raise."""
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
+
+    def _happened(self, attachment: Attachment, event: PortEvent) -> None:
+        for listener in list(self._listeners):
+            listener(attachment, event)
+
+    def check_room(self, count: int) -> None:
+        """Check that the guest has ports for ``count`` devices, whoever uses them now.
+
+        Raises:
+            PortError: it has fewer.
+        """
+        ports = len(self.guest.ports)
+        if not ports:
+            raise PortError(
+                "the VM has no usbredir channel", reason=Reason.NO_USBREDIR_CHANNEL, remedy=NO_CHANNEL_REMEDY
+            )
+        if ports < count:
+            raise PortError(
+                f"{count} devices, but the VM has {ports} port{'s' if ports > 1 else ''} for them",
+                reason=Reason.NO_FREE_PORT,
+                remedy=f"plug fewer, or {NO_CHANNEL_REMEDY}" if self.guest.is_spice else ONE_PORT_REMEDY,
+            )
+
+    async def plug(self, device: Device) -> Attachment:
+        """Plug ``device`` into the first free port; wait for the guest's hello for as long as it takes.
+
+        Cancelling it, as :meth:`close` does, leaves the device unplugged.
+
+        Raises:
+            PortError: there is no free port.
+            TargetError: a port cannot be reached.
+            RefusedError: the guest rules the device out.
+            DeviceError: the device cannot be taken.
+            GuestGoneError: the guest went away, or the hub was closed meanwhile.
+        """
+        if self._closing:
+            raise GuestGoneError("the guest was left")
+        plugging = asyncio.ensure_future(self._plug(device))
+        self._plugging.add(plugging)
+        try:
+            return await plugging
+        except asyncio.CancelledError:
+            caller = asyncio.current_task()
+            if caller is None or not caller.cancelling():
+                raise GuestGoneError(f"the guest was left before {device.identity} was plugged in") from None
+            raise
+        finally:
+            self._plugging.discard(plugging)
+
+    async def _plug(self, device: Device) -> Attachment:
+        if any(attachment.device is device and not attachment.over for attachment in self.attachments):
+            raise LocalProtocolError(f"{device.identity} is plugged in already")
+        self.attachments = [attachment for attachment in self.attachments if attachment.device is not device]
+        self.check_room(1)
+        in_use: PortError | None = None
+        for port in list(self.guest.ports):
+            if any(attachment.port is port and not attachment.over for attachment in self.attachments):
+                continue
+            attachment = Attachment(self, device, port)
+            self.attachments.append(attachment)
+            try:
+                await attachment._plug()
+            except PortError as error:  # somebody else's: the next one may be free
+                in_use = error
+            except BaseException:
+                self.attachments.remove(attachment)
+                raise
+            else:
+                return attachment
+            self.attachments.remove(attachment)
+        raise in_use or self._no_free_port(device)
+
+    def _no_free_port(self, device: Device) -> PortError:
+        count = len(self.guest.ports)
+        ports = "its only port is" if count == 1 else f"all of its {count} ports are"
+        return PortError(
+            f"the VM has no free port for {device.identity}: {ports} taken",
+            reason=Reason.NO_FREE_PORT,
+            remedy=NO_CHANNEL_REMEDY if self.guest.is_spice else ONE_PORT_REMEDY,
+        )
+
+    async def close(self) -> None:
+        """Unplug everything, side by side, and leave the guest.
+
+        Raises:
+            DeviceError: what was written to a device could not be made durable (the first one that failed).
+        """
+        self._closing = True
+        plugging = list(self._plugging)
+        for task in plugging:
+            task.cancel()
+        await asyncio.gather(*plugging, return_exceptions=True)
+        current = [attachment for attachment in self.attachments if not attachment.over]
+        try:
+            results = await asyncio.gather(*(a.unplug() for a in current), return_exceptions=True)
+        finally:
+            await self.guest.close()
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result

@@ -1,0 +1,213 @@
+"""Targets: where a guest can be reached, as a person writes it.
+
+======================================  =============================================================================
+``spice://[:password@]host:port``       a SPICE server; moves to TLS by itself only if a TLS port is known
+``spice://host?port=P&tls-port=T``      the same with both ports, as remote-viewer writes it (``password=`` too)
+``spice+tls://[:password@]host:port``   a SPICE server's TLS port
+``spice+unix:///path``                  a SPICE server on a UNIX socket
+``path.vv``                             the file that virt-manager, oVirt, Proxmox or kerbside hands out
+``tcp://host:port``                     a usbredir chardev that listens (QEMU ``-chardev socket,server=on``, KubeVirt)
+``tcp-listen://[host]:port``            we listen, QEMU connects (``-chardev socket,reconnect=1``)
+``unix:/path``                          a usbredir chardev on a UNIX socket
+======================================  =============================================================================
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypeAlias
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from farplug.errors import Reason, UsageError
+from farplug.transport.channel import SpiceTarget
+from farplug.transport.connection import TcpAddress, UnixAddress
+from farplug.transport.vv_file import read_vv_file
+
+LOOPBACK = "127.0.0.1"
+MAX_CA_FILE = 1 << 20
+"""The largest file of certificates that we read, in bytes."""
+
+FORMS = "spice://host:port, spice+tls://host:port, FILE.vv, tcp://host:port, tcp-listen://host:port or unix:/path"
+
+
+@dataclass(frozen=True, slots=True)
+class StreamTarget:
+    """A usbredir chardev that we connect to."""
+
+    address: TcpAddress | UnixAddress
+
+    def __str__(self) -> str:
+        return str(self.address)
+
+
+@dataclass(frozen=True, slots=True)
+class ListenTarget:
+    """An address where we wait for QEMU to connect to us."""
+
+    address: TcpAddress
+
+    def __str__(self) -> str:
+        return f"tcp-listen://{str(self.address).removeprefix('tcp://')}"
+
+
+Target: TypeAlias = SpiceTarget | StreamTarget | ListenTarget
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetOptions:
+    """What options say about a SPICE target; each wins over what the target says itself.
+
+    Attributes:
+        password: the SPICE ticket.
+        fallback_password: the ticket if neither ``password`` nor the target gives one; nothing to a plain socket.
+        ca_file: certificates to trust, PEM.
+        host_subject: the certificate's subject, checked instead of the host name.
+        proxy: URL of an HTTP proxy.
+    """
+
+    password: str | None = field(default=None, repr=False)
+    fallback_password: str = field(default="", repr=False)
+    ca_file: Path | None = None
+    host_subject: str | None = None
+    proxy: str | None = field(default=None, repr=False)
+
+
+def parse_target(text: str, options: TargetOptions = TargetOptions()) -> Target:
+    """Read a target; a ``.vv`` file is read, and deleted if it asks for that.
+
+    Raises:
+        UsageError: it is written wrong, or the file or an option is (``BAD_TARGET``, ``BAD_VV_FILE``, ``BAD_OPTION``).
+    """
+    scheme, separator, rest = text.partition(":")
+    if not separator or scheme not in _STREAMS:
+        ca = None if options.ca_file is None else _read_ca(options.ca_file)  # before a .vv file is deleted
+        target = _spice_target(text, scheme if separator else "", rest)
+        return _with_options(target, options, ca)
+    given = (options.password, options.ca_file, options.host_subject, options.proxy)
+    if any(value is not None for value in given):
+        raise UsageError(
+            f"{text[:200]} is a plain socket: passwords, --ca-file, --host-subject and --proxy are for SPICE targets",
+            reason=Reason.BAD_OPTION,
+        )
+    match scheme:
+        case "tcp":
+            return StreamTarget(_tcp(text))
+        case "tcp-listen":
+            return ListenTarget(_tcp(text, listen=True))
+    return StreamTarget(UnixAddress(_path(text, rest)))
+
+
+_STREAMS = ("tcp", "tcp-listen", "unix")
+
+
+def _spice_target(text: str, scheme: str, rest: str) -> SpiceTarget:
+    match scheme:
+        case "spice" | "spice+tls":
+            return _spice(text, tls=scheme.endswith("tls"))
+        case "spice+unix":
+            return SpiceTarget(unix_path=_path(text, rest))
+    if text.lower().endswith(".vv") or os.path.isfile(text):
+        return SpiceTarget.from_vv(read_vv_file(Path(text)))
+    raise _bad(text, f"write it as {FORMS}")
+
+
+def _bad(text: str, what: str) -> UsageError:
+    shown = text.rpartition("@")[2].partition("?")[0]  # never a password in a message
+    return UsageError(f"{shown[:200]!r} is no target: {what}", reason=Reason.BAD_TARGET)
+
+
+def _spice(text: str, *, tls: bool) -> SpiceTarget:
+    # The password may hold anything, "@", "/" and "#" too: it is cut off before the rest is understood as a URL.
+    user, at, address = text.partition("://")[2].rpartition("@")
+    name, colon, secret = user.partition(":")
+    if at and (name or not colon):
+        raise _bad(text, "write a password as spice://:password@host:port")
+    host, port, query = _host_and_port(text, f"spice://{address}")
+    plain, tls_port = (None, port) if tls else (port, None)
+    password = unquote(secret)
+    for key, value in parse_qsl(query, keep_blank_values=True):
+        match key:
+            case "port":
+                plain = _port_number(text, key, value)
+            case "tls-port":
+                tls_port = _port_number(text, key, value)
+            case "password":
+                password = value
+            case _:
+                raise _bad(text, f"it may have ?port=, tls-port= and password=, not {key}=")
+    if not plain and not tls_port:
+        raise _bad(text, "it has no port")
+    return SpiceTarget(host=host, port=plain, tls_port=tls_port, password=password)
+
+
+def _port_number(text: str, key: str, value: str) -> int:
+    if not value.isascii() or not value.isdigit() or len(value) > 5 or not 0 < int(value) < 65536:
+        raise _bad(text, f"{key}={value[:20]} is no port from 1 to 65535")
+    return int(value)
+
+
+def _host_and_port(text: str, url: str, *, listen: bool = False) -> tuple[str, int | None, str]:
+    """Host, port and query of a URL that has nothing else."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise _bad(text, str(error)) from None
+    if parts.username is not None or parts.path not in ("", "/") or parts.fragment:
+        raise _bad(text, "nothing may follow the port")
+    if not parts.hostname and not listen:
+        raise _bad(text, "it has no host")
+    if port == 0 and not listen:
+        raise _bad(text, "a port is from 1 to 65535")
+    return parts.hostname or LOOPBACK, port, parts.query
+
+
+def _tcp(text: str, *, listen: bool = False) -> TcpAddress:
+    if "@" in text:
+        raise _bad(text, "a plain socket takes no password: write it as tcp://host:port")
+    host, port, query = _host_and_port(text, text, listen=listen)
+    if port is None:
+        raise _bad(text, "it has no port")
+    if query:
+        raise _bad(text, "nothing may follow the port")
+    return TcpAddress(host, port)
+
+
+def _path(text: str, rest: str) -> str:
+    path = "/" + rest.lstrip("/") if rest.startswith("//") else rest
+    if not path or path == "/":
+        raise _bad(text, "it has no path")
+    if len(os.fsencode(path)) > 107:
+        raise _bad(text, "the path of a UNIX socket has 107 bytes at most")
+    return path
+
+
+def _read_ca(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_CA_FILE + 1)
+        if len(data) > MAX_CA_FILE:
+            raise UsageError(f"--ca-file {path} is larger than {MAX_CA_FILE} bytes", reason=Reason.BAD_OPTION)
+        return data.decode("ascii")
+    except OSError as error:
+        what = os.strerror(error.errno or 0)
+        raise UsageError(f"--ca-file {path} cannot be read: {what}", reason=Reason.BAD_OPTION) from error
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"--ca-file {path} is not PEM: byte {error.start} is not ASCII",
+            reason=Reason.BAD_OPTION,
+            remedy="convert it: openssl x509 -inform DER -in FILE -out ca.pem",
+        ) from error
+
+
+def _with_options(target: SpiceTarget, options: TargetOptions, ca: str | None) -> SpiceTarget:
+    password = target.password or options.fallback_password if options.password is None else options.password
+    return replace(
+        target,
+        password=password,
+        ca=target.ca if ca is None else ca,
+        host_subject=target.host_subject if options.host_subject is None else options.host_subject,
+        proxy=target.proxy if options.proxy is None else options.proxy,
+    )

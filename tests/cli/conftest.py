@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.cli.support import Cli, blank
+
+from farplug.cli.log import LOGGER
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """The command line."""
+    monkeypatch.delenv("FARPLUG_PASSWORD", raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+    return Cli(capfd)
+
+
+@pytest.fixture(autouse=True)
+def _logs_as_before() -> Iterator[None]:
+    yield
+    for handler in list(LOGGER.handlers):
+        LOGGER.removeHandler(handler)
+    LOGGER.setLevel(0)
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """An image of zeros."""
+    return blank(tmp_path / "disk.raw")

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.cli.support import Cli, FakeGuest, in_thread, saying
+from tests.transport.fake_spice import Channel, FakeSpice, running
+
+from farplug.cli import doctor, needs
+
+
+def test_this_machine(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = cli("doctor")
+    assert (result.code, result.err) == (0, "")
+    assert "  ok      cryptography" in result.out
+    monkeypatch.setattr(needs.Need, "found", lambda need: "" if need.package in ("mtools", "zstd") else "/x")
+    result = cli("doctor")
+    assert result.code == 0, "connect needs none of them"
+    assert "  -       mcopy               not installed: files in and out of images" in result.out
+    assert "  mend it: sudo apt-get install mtools zstd" in result.out
+    monkeypatch.setattr(doctor, "LIBRARIES", ("rich", "no-such-library"))
+    result = cli("doctor")
+    assert result.code == 11
+    assert "MISSING no-such-library" in result.out
+    assert "-m pip install no-such-library" in result.out
+
+
+def test_a_spice_target(cli: Cli) -> None:
+    with in_thread(lambda: running(FakeSpice(usbredir=FakeGuest().behave, vmc_caps=0))) as port:
+        result = cli("doctor", f"spice://127.0.0.1:{port}")
+    assert (result.code, result.err) == (0, "")
+    where = f"127.0.0.1:{port}"
+    assert result.out.split("the target\n")[1].splitlines() == [
+        f"  ok      reach               {where}",
+        f"  ok      ticket              {where}",
+        f"  ok      channels            {where}",
+        "  ok      VM                  testvm 00010203-0405-0607-0809-0a0b0c0d0e0f",
+        "  ok      usbredir channels   2: so many devices can be plugged in",
+        "  ok      usbredir 0          ready: farplug 0.1.0",
+        "  ok      usbredir 1          ready: farplug 0.1.0",
+    ]
+
+
+async def _in_use(channel: Channel) -> None:
+    await channel.close()
+
+
+@pytest.mark.parametrize(
+    ("fake", "code", "said", "remedy"),
+    [
+        (FakeSpice(password="sesame"), 6, "FAILED  ticket ", "check the password"),
+        (FakeSpice(channels=()), 7, "FAILED  usbredir channels   none", "<redirdev bus='usb' type='spicevmc'/>"),
+        (FakeSpice(usbredir=_in_use), 7, "FAILED  usbredir 0", "add another usbredir channel"),
+        (FakeSpice(greeting=b"HTTP/1.1 400 No\r\n\r\n"), 10, "FAILED  ticket ", "an HTTP server"),
+    ],
+)
+def test_where_it_ends(cli: Cli, fake: FakeSpice, code: int, said: str, remedy: str) -> None:
+    with in_thread(lambda: running(fake)) as port:
+        result = cli("doctor", f"spice://127.0.0.1:{port}")
+    assert said in result.out
+    assert remedy in result.err
+    assert result.code == code
+
+
+def test_plain_sockets(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    with in_thread(FakeGuest().listening) as target:
+        result = cli("doctor", target)
+        assert result.code == 0
+        assert "ok      tcp                 ready: farplug" in result.out
+    result = cli("doctor", "tcp://127.0.0.1:1")
+    assert (result.code, "FAILED  reach               127.0.0.1:1" in result.out) == (4, True)
+    result = cli("doctor", "tcp-listen://127.0.0.1:4000")
+    assert (result.code, "QEMU connects to 127.0.0.1:4000" in result.out) == (0, True)
+    monkeypatch.setattr(doctor, "HELLO_SECONDS", 0.2)
+    with in_thread(FakeGuest(silent=True).listening) as target:
+        result = cli("doctor", target)
+        assert (result.code, "no answer within 0.2 s: the VM is paused" in result.out) == (0, True)
+    with in_thread(lambda: saying(b"HTTP/1.1 400 Bad Request\r\n\r\n" + bytes(99))) as port:
+        monkeypatch.setattr(doctor, "HELLO_SECONDS", 5.0)
+        result = cli("doctor", f"tcp://127.0.0.1:{port}")
+        assert (result.code, "FAILED  tcp" in result.out) == (10, True)
+
+
+def test_bad_targets(cli: Cli, tmp_path: Path) -> None:
+    assert cli("doctor", "nonsense").code == 2
+    assert cli("doctor", tmp_path / "none.vv").code == 2

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import pty
+import re
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from tests.cli.support import Cli, FakeGuest, in_thread
+
+from farplug.cli.output import Figures, JsonOutput, PlainOutput, TerminalOutput, choose, size
+from farplug.errors import Reason, TargetError
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (99_949, "99.9 kB"),
+        (99_950, "100 kB"),
+        (999_499, "999 kB"),
+        (999_500, "1.0 MB"),
+        (64_000_000, "64.0 MB"),
+        (2 * 10**12, "2.0 TB"),
+        (5 * 10**18, "5000 PB"),
+    ],
+)
+def test_size(count: int, text: str) -> None:
+    assert size(count) == text
+
+
+def test_figures() -> None:
+    assert str(Figures()) == "0 B read, 0 B written, 0 commands"
+    assert str(Figures(1000, 20, 1)) == "1.0 kB read, 20 B written, 1 command"
+
+
+def test_a_stage_is_told_once_it_is_reached() -> None:
+    stream = io.StringIO()
+    output = PlainOutput(stream)
+    output.stage("reach", "vm:1")
+    assert stream.getvalue() == ""
+    output.stage("ticket", "vm:1")
+    assert stream.getvalue()[9:] == "reach: vm:1\n"
+    output.failed(TargetError("no", reason=Reason.WRONG_PASSWORD))
+    output.reached()
+    assert "ticket" not in stream.getvalue()
+
+
+def test_a_terminal_shows_the_stage_that_failed() -> None:
+    stream = io.StringIO()
+    output = TerminalOutput(Console(file=stream, force_terminal=True, width=60, color_system=None))
+    output.start()
+    output.stage("reach", "vm:1")
+    output.stage("ticket", "vm:1")
+    output.failed(TargetError("no", reason=Reason.WRONG_PASSWORD))
+    output.stop()
+    output.stop()
+    assert "✓ reach     vm:1\n" in stream.getvalue()
+    assert "✗ ticket    vm:1\n" in stream.getvalue()
+
+
+def test_the_one_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(choose(as_json=True), JsonOutput)
+    assert isinstance(choose(as_json=False), PlainOutput)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "dumb")
+    assert isinstance(choose(as_json=False), PlainOutput)
+
+
+def test_on_a_terminal(image: Path) -> None:
+    configured = threading.Event()
+    pids: list[int] = []
+
+    def leave() -> None:
+        configured.set()
+        threading.Timer(1.2, os.kill, [pids[0], signal.SIGINT]).start()
+
+    with in_thread(FakeGuest(leave).listening) as target:
+        pid, terminal = pty.fork()
+        if pid == 0:
+            code = "from farplug.cli.main import main; main()"
+            environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "LC_ALL": "C.UTF-8"}
+            os.execve(
+                sys.executable,
+                [sys.executable, "-c", code, "connect", target, "--usb-disk", str(image)],
+                environment,
+            )
+        pids.append(pid)
+        watchdog = threading.Timer(30, os.kill, [pid, signal.SIGKILL])
+        watchdog.start()
+        shown = b""
+        try:
+            while True:
+                shown += os.read(terminal, 4096)
+        except OSError:  # it ended
+            pass
+        watchdog.cancel()
+        os.close(terminal)
+        _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert configured.is_set()
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    assert "✓ disk.raw: configured by the guest" in text
+    assert re.search(r"disk\.raw +in use +super +0 B +0 B +0 B/s +0", text)
+    assert "✓ disk.raw: detached (0 B read" in text
+    assert shown.endswith(b"\x1b[2K"), "the table is gone in the end"
+    assert b"\x1b[?25h" in shown, "and the cursor is back"
+
+
+def test_a_reader_that_leaves_ends_the_session(image: Path) -> None:
+    async def session() -> tuple[int, bytes]:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-c", "from farplug.cli.main import main; main()", "connect", target, "--usb-disk", str(image)),
+            stdout=write,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        os.close(write)
+        async with asyncio.timeout(30):
+            _, errors = await process.communicate()
+        assert process.returncode is not None
+        return process.returncode, errors
+
+    read, write = os.pipe()
+    os.close(read)
+    guest = FakeGuest(lambda: None)
+    with in_thread(guest.listening) as target:
+        assert asyncio.run(session()) == (0, b"")
+
+
+def test_names_that_look_like_markup(cli: Cli, image: Path) -> None:
+    renamed = image.rename(image.with_name("[bold]x[.raw"))
+    with in_thread(FakeGuest().listening) as target:
+        assert "[bold]x[.raw: attached" in cli("connect", target, "--usb-disk", renamed).out

@@ -1,0 +1,221 @@
+"""The command line in processes of its own, against real guests."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from tests.guest.conftest import GuestPool
+from tests.guest.plugging import blank, disk_of, gone
+
+from farplug.store import MemoryStore
+from farplug.store.file import serial_number
+from farplug.testing import GuestConfig, QemuGuest, Spice, SpicePort, TcpPort
+from farplug.virtual.disk import disk_device
+
+COMMAND = (sys.executable, "-c", "from farplug.cli.main import main; main()")
+MEMORY_BOUND = 80 << 10
+"""KiB, as /proc tells them."""
+
+
+class Running:
+    """A farplug that runs."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+        self.lines: list[str] = []
+
+    async def until(self, text: str) -> str:
+        """Read lines until one holds a text."""
+        assert self.process.stdout is not None
+        async with asyncio.timeout(30):
+            while line := (await self.process.stdout.readline()).decode():
+                self.lines.append(line)
+                if text in line:
+                    return line
+        raise AssertionError((text, self.lines))
+
+    async def end(self) -> tuple[int, str, str]:
+        """Exit code, the rest of standard output, standard error."""
+        async with asyncio.timeout(30):
+            out, err = await self.process.communicate()
+        assert self.process.returncode is not None
+        return self.process.returncode, out.decode(), err.decode()
+
+
+@asynccontextmanager
+async def farplug(*arguments: object) -> AsyncIterator[Running]:
+    process = await asyncio.create_subprocess_exec(
+        *COMMAND,
+        *map(str, arguments),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    try:
+        yield Running(process)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.communicate()
+
+
+async def block_device(guest: QemuGuest, image: Path) -> str:
+    """The guest's block device for an image that another process plugged in."""
+    twin = disk_device(MemoryStore(512, serial_number=serial_number(image)))
+    try:
+        return await disk_of(guest, twin)
+    finally:
+        await twin.dispose()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+async def test_a_signal_detaches_cleanly(guest: QemuGuest, tmp_path: Path, number: signal.Signals) -> None:
+    image = blank(tmp_path / "disk.raw")
+    async with farplug("connect", guest.targets[0], "--usb-disk", image) as running:
+        await running.until("configured by the guest")
+        disk = await block_device(guest, image)
+        await guest.check(f"printf farplug | dd of={disk} conv=notrunc,fsync 2>/dev/null")
+        running.process.send_signal(number)
+        code, out, err = await running.end()
+        assert (code, err) == (0, "")
+        assert "disk.raw: detached (" in out
+    assert image.read_bytes()[:7] == b"farplug"
+    await gone(guest, disk)
+
+
+async def test_the_second_interrupt_leaves_at_once(guests: GuestPool, tmp_path: Path) -> None:
+    # A VM that stands still does not acknowledge that the device left: the first Ctrl-C waits for that.
+    guest = await guests.get(GuestConfig(ports=(SpicePort(), TcpPort())))
+    async with farplug("connect", guest.targets[0], "--usb-disk", blank(tmp_path / "disk.raw")) as running:
+        await running.until("configured by the guest")
+        await guest.qmp.execute("stop")
+        try:
+            running.process.send_signal(signal.SIGINT)
+            await running.until("interrupt again")
+            running.process.send_signal(signal.SIGINT)
+            code, _, err = await running.end()
+        finally:
+            await guest.qmp.execute("cont")
+    assert (code, err) == (130, "farplug: left at once, without waiting for the VM\n")
+
+
+async def test_a_paused_vm_is_waited_for(guests: GuestPool, tmp_path: Path) -> None:
+    config = GuestConfig(ports=(SpicePort(),), paused=True)
+    async with (
+        guests.fresh(config) as guest,
+        farplug("connect", guest.targets[0], "--json", "--usb-disk", blank(tmp_path / "disk.raw")) as running,
+    ):
+        waiting = json.loads(await running.until("waiting-for-guest"))
+        assert "its VM may be paused" in waiting["message"]
+        await guest.qmp.execute("cont")
+        await running.until('"configured"')
+        running.process.send_signal(signal.SIGINT)
+        code, out, err = await running.end()
+        assert (code, err) == (0, "")
+        assert [json.loads(line)["event"] for line in out.splitlines()][-1] == "detached"
+
+
+async def test_a_vm_that_is_switched_off(guests: GuestPool, tmp_path: Path) -> None:
+    async with (
+        guests.fresh(GuestConfig(ports=(SpicePort(),))) as guest,
+        farplug("connect", guest.targets[0], "--usb-disk", blank(tmp_path / "disk.raw")) as running,
+    ):
+        await running.until("configured by the guest")
+        os.kill(guest.pid, signal.SIGKILL)
+        code, _, err = await running.end()
+        assert code == 9
+        assert err.startswith("farplug: ")
+        assert "Traceback" not in err
+
+
+async def test_refused_by_the_vms_filter(guests: GuestPool, tmp_path: Path) -> None:
+    guest = await guests.get(GuestConfig(ports=(SpicePort(filter="0x08:-1:-1:-1:0|-1:-1:-1:-1:1"),)))
+    async with farplug("connect", guest.targets[0], "--usb-disk", blank(tmp_path / "disk.raw")) as running:
+        code, _, err = await running.end()
+    assert code == 8
+    assert "filter" in err
+
+
+async def test_no_usbredir_channel(guests: GuestPool, tmp_path: Path) -> None:
+    guest = await guests.get(GuestConfig(spice=Spice()))
+    for command in (
+        ("connect", guest.spice.target, "--usb-disk", blank(tmp_path / "disk.raw")),
+        ("doctor", guest.spice.target),
+    ):
+        async with farplug(*command) as running:
+            code, _, err = await running.end()
+        assert code == 7
+        assert "the VM has no usbredir channel" in err
+        assert "<redirdev bus='usb' type='spicevmc'/>" in err
+
+
+async def test_a_port_that_another_farplug_uses(guest: QemuGuest, tmp_path: Path) -> None:
+    images = [blank(tmp_path / name) for name in ("a.raw", "b.raw")]
+    async with farplug("connect", guest.targets[2], "--usb-disk", images[0]) as first:
+        await first.until("configured by the guest")
+        async with farplug("connect", guest.targets[2], "--usb-disk", images[0]) as second:
+            code, _, err = await second.end()
+            assert (code, "is in use" in err) == (3, True)
+        async with farplug("connect", guest.targets[2], "--usb-disk", images[1]) as second:
+            # QEMU serves one connection; the next one waits in its backlog, as with a paused VM.
+            await second.until("waiting for it to run")
+            first.process.send_signal(signal.SIGINT)
+            assert (await first.end())[0] == 0
+            await second.until("configured by the guest")
+            second.process.send_signal(signal.SIGINT)
+            assert (await second.end())[0] == 0
+
+
+async def test_memory_stays_small_while_the_guest_does_all_it_can(guest: QemuGuest, tmp_path: Path) -> None:
+    image = blank(tmp_path / "disk.raw", 256 << 20)
+    async with farplug("connect", guest.targets[0], "--usb-disk", image) as running:
+        await running.until("configured by the guest")
+        disk = await block_device(guest, image)
+        await guest.check(
+            f"dd if=/dev/zero of={disk} bs=1M count=192 oflag=direct & dd if={disk} of=/dev/null bs=1M count=192;"
+            f" wait; dd if=/dev/zero of={disk} bs=1M count=128 conv=fsync",
+            timeout=60,
+        )
+        status = Path(f"/proc/{running.process.pid}/status").read_text()
+        peak = int(status.split("VmHWM:")[1].split()[0])
+        assert peak < MEMORY_BOUND
+        running.process.send_signal(signal.SIGINT)
+        assert (await running.end())[0] == 0
+
+
+async def test_doctor(guest: QemuGuest) -> None:
+    for target, port in ((guest.targets[0], "usbredir 1"), (guest.targets[2], "tcp"), (guest.targets[3], "unix")):
+        async with farplug("doctor", target) as running:
+            code, out, err = await running.end()
+        assert (code, err) == (0, "")
+        assert f"ok      {port:<20}ready: qemu usb-redir guest" in out
+
+
+async def test_demo(tmp_path: Path) -> None:
+    async with farplug("demo") as running:
+        code, out, err = await running.end()
+    assert (code, err) == (0, "")
+    for text in ("$ mkfs.vfat", "SuperSpeed", 'TYPE="vfat"', "Hello from the image", "the same 56 bytes"):
+        assert text in out
+
+
+async def test_demo_interrupted() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        async with farplug("demo") as running:
+            await running.until("$ qemu-system")
+            children = Path(f"/proc/{running.process.pid}/task/{running.process.pid}/children").read_text().split()
+            assert len(children) == 1
+            running.process.send_signal(number)
+            code, _, err = await running.end()
+            assert (code, err) == (130, "farplug: interrupted\n")
+            assert not Path(f"/proc/{children[0]}").exists()

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import json
+from typing import get_args
+
+from farplug import events
+from farplug.errors import DeviceError, Reason
+from farplug.usb.device import Identity
+from farplug.usb.types import Speed
+
+IDENTITY = Identity(speed=Speed.SUPER, vendor_id=0x1D6B, product_id=0x0104, manufacturer="farplug", product="Disk")
+ERROR = DeviceError("it is gone", reason=Reason.DEVICE_LOST, remedy="wait")
+
+EVENTS = {
+    "opened": (events.Opened("tcp"), "connected to the guest's port (tcp)"),
+    "waiting-for-guest": (
+        events.WaitingForGuest("tcp"),
+        "the guest has not answered yet: its VM may be paused; waiting for it to run",
+    ),
+    "guest-ready": (events.GuestReady("tcp", "", ("filter",)), "the guest is ready (no version given)"),
+    "attached": (
+        events.Attached("tcp", IDENTITY, Speed.SUPER),
+        "attached as 1d6b:0104 farplug Disk at SuperSpeed (5 Gb/s)",
+    ),
+    "configured": (events.Configured("tcp", 0), "given up by the guest (configuration 0)"),
+    "was-reset": (events.WasReset("tcp"), "reset by the guest"),
+    "fell-back": (
+        events.FellBack("tcp", Speed.SUPER, Speed.HIGH),
+        "the guest's port cannot take SuperSpeed (5 Gb/s): trying High Speed (480 Mb/s)",
+    ),
+    "peer-violation": (events.PeerViolation("tcp", ERROR), "the guest broke the protocol: it is gone"),
+    "device-fault": (events.DeviceFault("tcp", ValueError("x")), "the device misbehaved: ValueError: x"),
+    "refused": (events.Refused("tcp", ERROR), "it is gone"),
+    "detached": (events.Detached("tcp", ERROR, (events.EndpointFigures(0x81, 2, 512),)), "detached: it is gone"),
+}
+
+
+def test_every_event_has_a_stable_name_a_line_and_a_json_form() -> None:
+    assert {type(event) for event, _ in EVENTS.values()} == set(get_args(events.PortEvent))
+    for name, (event, line) in EVENTS.items():
+        assert events.event_name(event) == name
+        assert str(event) == line
+        values = json.loads(json.dumps(events.as_dict(event)))
+        assert (values["event"], values["port"], values["message"]) == (name, "tcp", line)
+
+
+def test_values() -> None:
+    values = events.as_dict(EVENTS["detached"][0])
+    assert values["error"] == {"reason": "device-lost", "message": "it is gone", "remedy": "wait"}
+    assert values["figures"][0]["bytes"] == 512
+    assert events.as_dict(EVENTS["device-fault"][0])["error"] == {"message": "ValueError: x"}
+    attached = events.as_dict(EVENTS["attached"][0])
+    assert (attached["speed"], attached["identity"]["product_id"]) == ("super", 0x0104)
+    assert events.as_dict(events.Detached("tcp", None))["error"] is None
+
+
+def test_configured() -> None:
+    assert str(events.Configured("tcp", 1)) == "configured by the guest (configuration 1)"
+    assert str(events.GuestReady("tcp", "qemu 9", ("filter",))) == "the guest is ready (qemu 9)"
+    assert str(events.Detached("tcp", None)) == "detached"
+
+
+def test_every_speed_has_a_name() -> None:
+    assert all(events.speed_name(speed) for speed in Speed)

@@ -1,0 +1,283 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+
+from farplug import events
+from farplug.errors import (
+    DeviceError,
+    FarplugError,
+    GuestGoneError,
+    LocalProtocolError,
+    PortError,
+    Reason,
+    RefusedError,
+    TargetError,
+)
+from farplug.events import PortEvent
+from farplug.guest import Guest
+from farplug.hub import Attachment, AttachmentState, Hub
+from farplug.store import MemoryStore
+from farplug.transport.memory import memory_ports
+from farplug.transport.port import Port, PortListener
+from farplug.usb.types import Buffer
+from farplug.usbredir import packets as p
+from farplug.usbredir.protocol import Connection, Role
+from farplug.virtual.device import VirtualDevice
+from farplug.virtual.disk import disk_device
+
+
+class FakePort(Port):
+    """A memory port whose opening can fail or take for ever."""
+
+    def __init__(self, name: str, *, fails: FarplugError | None = None, hangs: bool = False) -> None:
+        self.name = name
+        self.inner, self.peer = memory_ports(name)
+        self._fails = fails
+        self._hangs = hangs
+
+    async def open(self, listener: PortListener) -> None:
+        if self._hangs:
+            await asyncio.Event().wait()
+        if self._fails is not None:
+            raise self._fails
+        await self.inner.open(listener)
+
+    def write(self, buffers: list[Buffer]) -> None:
+        self.inner.write(buffers)
+
+    def pause_reading(self) -> None:
+        self.inner.pause_reading()
+
+    def resume_reading(self) -> None:
+        self.inner.resume_reading()
+
+    async def close(self) -> None:
+        await self.inner.close()
+
+    def abort(self) -> None:
+        self.inner.abort()
+
+
+class Peer:
+    """The guest's side of a port: says hello, configures what it is offered, acknowledges."""
+
+    def __init__(self, port: FakePort, *, filter: str | None = None, configures: bool = True) -> None:
+        self._end = port.peer
+        self._filter = filter
+        self._configures = configures
+        self._connection = Connection(Role.GUEST)
+
+    async def start(self) -> None:
+        await self._end.open(self)
+        if self._filter is None:
+            self._connection.start()
+        self._flush()
+
+    def data_received(self, data: memoryview) -> None:
+        if self._filter is not None and self._connection.peer_caps is None:
+            self._connection.start()  # so that its filter comes together with its hello
+        self._connection.receive_data(data)
+        while (event := self._connection.next_event()) is not None:
+            if isinstance(event, p.Hello) and self._filter is not None:
+                self._connection.send(p.FilterFilter(filter=self._filter))
+            elif isinstance(event, p.DeviceConnect) and self._configures:
+                self.configure(1)
+            elif isinstance(event, p.DeviceDisconnect):
+                self._connection.send(p.DeviceDisconnectAck())
+        self._flush()
+
+    def configure(self, value: int) -> None:
+        self._connection.send(p.SetConfiguration(id=1, configuration=value))
+        self._flush()
+
+    def leave(self) -> None:
+        self._end.abort()
+
+    def pause_writing(self) -> None: ...
+
+    def resume_writing(self) -> None: ...
+
+    def port_closed(self, error: FarplugError | None) -> None: ...
+
+    def _flush(self) -> None:
+        self._end.write(self._connection.data_to_send())
+
+
+class FakeGuest(Guest):
+    def __init__(self, ports: Sequence[Port], *, is_spice: bool = True) -> None:
+        self.ports = ports
+        self.is_spice = is_spice
+        self.left = False
+
+    async def closed(self) -> FarplugError | None:
+        await asyncio.Event().wait()
+        return None
+
+    async def close(self) -> None:
+        self.left = True
+
+
+class BrokenStore(MemoryStore):
+    def flush(self, done: object) -> None:
+        assert callable(done)
+        done(OSError(5, "Input/output error"))
+
+
+def disk() -> VirtualDevice:
+    return disk_device(MemoryStore(bytes(4096)))
+
+
+async def test_a_life() -> None:
+    port = FakePort("a")
+    peer = Peer(port)
+    await peer.start()
+    hub = Hub(FakeGuest([port]))
+    seen: list[tuple[Attachment, PortEvent, AttachmentState]] = []
+    unsubscribe = hub.subscribe(lambda attachment, event: seen.append((attachment, event, attachment.state)))
+    device = disk()
+    attachment = await hub.plug(device)
+    await attachment.configured()
+    assert hub.attachments == [attachment]
+    assert not attachment.over
+    assert [(type(event), state) for _, event, state in seen] == [
+        (events.Opened, AttachmentState.WAITING),
+        (events.GuestReady, AttachmentState.WAITING),
+        (events.Attached, AttachmentState.ATTACHED),
+        (events.Configured, AttachmentState.CONFIGURED),
+    ]
+    assert {a for a, _, _ in seen} == {attachment}
+    peer.configure(0)
+    while attachment.state is not AttachmentState.ATTACHED:
+        await asyncio.sleep(0)
+    with pytest.raises(LocalProtocolError, match="is plugged in already"):
+        await hub.plug(device)
+    with pytest.raises(PortError, match="its only port is taken") as caught:
+        await hub.plug(disk())
+    assert caught.value.reason is Reason.NO_FREE_PORT
+    unsubscribe()
+    count = len(seen)
+    await attachment.unplug()
+    await attachment.unplug()
+    assert len(seen) == count, "nobody listens"
+    assert attachment.over
+    assert attachment.state is AttachmentState.DETACHED
+    assert await attachment.ended() is None
+    await peer.start()
+    again = await hub.plug(device)
+    assert hub.attachments == [again], "what is over makes room"
+    await hub.close()
+    assert again.over
+    assert isinstance(hub.guest, FakeGuest)
+    assert hub.guest.left
+    with pytest.raises(GuestGoneError):
+        await hub.plug(device)
+
+
+async def test_ports_in_use_are_passed_over_side_by_side() -> None:
+    busy = PortError("it is in use", reason=Reason.CHANNEL_IN_USE)
+    ports = [FakePort("a", fails=busy), FakePort("b"), FakePort("c")]
+    for port in ports[1:]:
+        await Peer(port).start()
+    hub = Hub(FakeGuest(ports))
+    attachments = await asyncio.gather(hub.plug(disk()), hub.plug(disk()))
+    assert sorted(attachment.port.name for attachment in attachments) == ["b", "c"]
+    with pytest.raises(PortError, match="it is in use"):
+        await hub.plug(disk())
+    assert sorted(attachment.port.name for attachment in hub.attachments) == ["b", "c"]
+    await hub.close()
+
+
+async def test_no_room() -> None:
+    hub = Hub(FakeGuest([]))
+    with pytest.raises(PortError, match="no usbredir channel") as caught:
+        await hub.plug(disk())
+    assert caught.value.reason is Reason.NO_USBREDIR_CHANNEL
+    assert "-device usb-redir" in caught.value.remedy
+    assert "<redirdev" in caught.value.remedy
+    for is_spice, remedy in ((True, "<redirdev"), (False, "once for each")):
+        with pytest.raises(PortError, match="3 devices, but the VM has 1 port for them") as caught:
+            Hub(FakeGuest([FakePort("a")], is_spice=is_spice)).check_room(3)
+        assert remedy in caught.value.remedy
+
+
+async def test_what_cannot_be_reached_leaves_nothing() -> None:
+    hub = Hub(FakeGuest([FakePort("a", fails=TargetError("no", reason=Reason.CONNECTION_REFUSED))]))
+    for _ in range(2):
+        with pytest.raises(TargetError, match="no"):
+            await hub.plug(disk())
+    assert hub.attachments == []
+    await asyncio.wait_for(hub.close(), 1)
+
+
+async def test_refused() -> None:
+    port = FakePort("a")
+    await Peer(port, filter="-1,-1,-1,-1,0").start()
+    hub = Hub(FakeGuest([port]))
+    seen: list[tuple[PortEvent, Attachment]] = []
+    hub.subscribe(lambda attachment, event: seen.append((event, attachment)))
+    with pytest.raises(RefusedError, match="filter"):
+        await hub.plug(disk())
+    event, attachment = seen[-1]
+    assert isinstance(event, events.Refused)
+    assert attachment.state is AttachmentState.REFUSED
+    assert isinstance(await attachment.ended(), RefusedError)
+    assert hub.attachments == []
+    await hub.close()
+
+
+@pytest.mark.parametrize("hangs", [False, True], ids=["waiting for hello", "opening"])
+async def test_closed_while_plugging(hangs: bool) -> None:
+    hub = Hub(FakeGuest([FakePort("a", hangs=hangs)]))
+    device = disk()
+    plugging = asyncio.ensure_future(hub.plug(device))
+    await asyncio.sleep(0.01)
+    expected = AttachmentState.OPENING if hangs else AttachmentState.WAITING
+    assert [attachment.state for attachment in hub.attachments] == [expected]
+    await asyncio.wait_for(hub.close(), 1)
+    with pytest.raises(GuestGoneError, match="left before"):
+        await plugging
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+async def test_plugging_can_be_cancelled(hangs: bool) -> None:
+    hub = Hub(FakeGuest([FakePort("a", hangs=hangs)]))
+    plugging = asyncio.ensure_future(hub.plug(disk()))
+    await asyncio.sleep(0.01)
+    plugging.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await plugging
+    assert hub.attachments == []
+    await asyncio.wait_for(hub.close(), 1)
+
+
+async def test_the_guest_leaves() -> None:
+    port = FakePort("a")
+    peer = Peer(port, configures=False)
+    await peer.start()
+    hub = Hub(FakeGuest([port]))
+    attachment = await hub.plug(disk())
+    peer.leave()
+    error = await attachment.ended()
+    assert isinstance(error, GuestGoneError)
+    assert (attachment.error, attachment.state) == (error, AttachmentState.DETACHED)
+    with pytest.raises(GuestGoneError):
+        await attachment.configured()
+    await hub.close()
+
+
+async def test_what_could_not_be_made_durable_is_told() -> None:
+    ports = [FakePort("a"), FakePort("b")]
+    for port in ports:
+        await Peer(port).start()
+    hub = Hub(FakeGuest(ports))
+    broken = await hub.plug(disk_device(BrokenStore(bytes(4096))))
+    good = await hub.plug(disk())
+    with pytest.raises(DeviceError, match="may be lost"):
+        await hub.close()
+    assert broken.over
+    assert good.over
+    assert isinstance(hub.guest, FakeGuest)
+    assert hub.guest.left

@@ -1,0 +1,253 @@
+"""Two hours of guest work in two minutes: random reads and writes, cancels and resets, against a shadow of the disk."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import random
+import struct
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from farplug.testing.memory import MemoryGuest, Pending
+from farplug.usb import Setup, Status
+from farplug.usbredir import packets as p
+from farplug.virtual.disk import BULK_IN, BULK_OUT, disk_device
+
+SEED = 20261122
+OPERATIONS = 10_000
+BLOCK = 512
+BLOCKS = 4096
+
+COUNTS = (1, 1, 1, 2, 8, 8, 8, 15, 64, 240, 800)
+"""Blocks of a command: single ones, pages, and more than one transfer holds."""
+
+TRANSFER_SIZES = (1 << 20, 1 << 20, 20 << 10, 1000)
+"""Most bytes of a transfer in the data phase: Linux on xHCI, a transfer descriptor of EHCI, a part of a block."""
+
+BULK_ONLY_RESET = Setup(0x21, 0xFF, 0, 0, 0)
+COLD_EVERY, REPLUGGED_EVERY = 50, 1000
+"""Operations after which the image leaves the page cache, and after which the disk is plugged out and in."""
+
+
+def pattern(lba: int, count: int, generation: int) -> bytes:
+    """Blocks that carry, up to their last byte, their number, a generation and a checksum of both."""
+    blocks = []
+    for number in range(lba, lba + count):
+        head = struct.pack("<QQ", number, generation)
+        blocks.append((head + hashlib.sha256(head).digest()[:16]) * (BLOCK // 32))
+    return b"".join(blocks)
+
+
+class Shadow:
+    """What each block of the disk may hold: one content, or several after a write that was cut off."""
+
+    def __init__(self) -> None:
+        self._blocks = [{bytes(BLOCK)} for _ in range(BLOCKS)]
+
+    def wrote(self, lba: int, data: bytes) -> None:
+        """The disk acknowledged a write."""
+        for number, content in self._split(lba, data):
+            self._blocks[number] = {content}
+
+    def may_have_written(self, lba: int, data: bytes) -> None:
+        """A write was cut off after ``data``: each of these blocks is old or new, and none is torn."""
+        for number, content in self._split(lba, data):
+            self._blocks[number].add(content)
+
+    def read(self, lba: int, data: bytes) -> None:
+        """Compare with what the disk says; from now on it must say the same."""
+        for number, content in self._split(lba, data):
+            assert content in self._blocks[number], f"block {number} begins with {content[:32].hex(' ')}"
+            self._blocks[number] = {content}
+
+    @staticmethod
+    def _split(lba: int, data: bytes) -> list[tuple[int, bytes]]:
+        whole = len(data) // BLOCK
+        return [(lba + index, data[index * BLOCK : (index + 1) * BLOCK]) for index in range(whole)]
+
+
+class CutOff(Exception):
+    """A command was given up. ``sent``: how much of its data had been sent."""
+
+    def __init__(self, sent: int) -> None:
+        super().__init__(sent)
+        self.sent = sent
+
+
+class Driver:
+    """What a host's mass storage driver does, with a chance of giving up at any point."""
+
+    def __init__(self, guest: MemoryGuest, chance: random.Random, counts: Counter[str]) -> None:
+        self._guest = guest
+        self._chance = chance
+        self._counts = counts
+        self._tag = 0
+
+    async def ready(self) -> None:
+        """Configure the disk, and take its unit attention."""
+        await self._guest.set_configuration(1)
+        for _ in range(2):
+            if (await self.command(bytes(6)))[0] == 0:
+                return
+        raise AssertionError("the disk does not become ready")
+
+    async def read(self, lba: int, count: int, *, cut: bool) -> bytes:
+        status, data = await self.command(struct.pack(">BBIxHx", 0x28, 0, lba, count), receive=count * BLOCK, cut=cut)
+        assert status == 0
+        assert len(data) == count * BLOCK
+        return data
+
+    async def write(self, lba: int, data: bytes, *, cut: bool) -> None:
+        fua = 8 * (self._chance.random() < 0.1)
+        status, _ = await self.command(struct.pack(">BBIxHx", 0x2A, fua, lba, len(data) // BLOCK), send=data, cut=cut)
+        assert status == 0
+
+    async def flush(self, *, cut: bool) -> None:
+        status, _ = await self.command(bytes([0x35]) + bytes(9), cut=cut)
+        assert status == 0
+
+    async def command(self, cdb: bytes, *, receive: int = 0, send: bytes = b"", cut: bool = False) -> tuple[int, bytes]:
+        """Issue a command, one transfer after the other or all at once; its status and its data.
+
+        Raises:
+            CutOff: it was given up half way, and the disk is ready for the next command.
+        """
+        steps, ends = self._transfers(cdb, receive, send)
+        ahead = self._chance.random() < 0.3
+        last = self._chance.randrange(len(steps)) if cut else len(steps) - 1
+        turns = self._chance.randrange(4)
+        pending: list[Pending] = []
+        for step in steps[: last + 1]:
+            pending.append(step())
+            if not ahead and len(pending) <= last:
+                await pending[-1]
+        recovery = self._chance.choice((self._port_reset, self._port_reset_alone, self._bulk_only_reset))
+        if cut:
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            if not (last == len(steps) - 1 and pending[-1].done):
+                await recovery(pending)
+                self._counts["cut off"] += 1
+                raise CutOff(ends[last])
+        data = bytearray()
+        for number, transfer in enumerate(pending):
+            answer = await transfer
+            assert isinstance(answer, p.BulkPacket)
+            assert answer.status == Status.SUCCESS, (number, answer)
+            data += answer.data
+        signature, tag, residue, status = struct.unpack("<4sIIB", data[-13:])
+        assert (signature, tag) == (b"USBS", self._tag)
+        assert status or not residue
+        return status, bytes(data[:-13])
+
+    def _transfers(self, cdb: bytes, receive: int, send: bytes) -> tuple[list[Callable[[], Pending]], list[int]]:
+        """How to begin each transfer of a command, and how much of its data was sent when it began."""
+        self._tag += 1
+        length = receive or len(send)
+        cbw = struct.pack("<4sIIBBB16s", b"USBC", self._tag, length, 0x80 if receive else 0, 0, len(cdb), cdb)
+        steps: list[Callable[[], Pending]] = [partial(self._guest.submit_out, BULK_OUT, cbw)]
+        ends = [0]
+        size = self._chance.choice(TRANSFER_SIZES)
+        for begin in range(0, length, size):
+            end = min(begin + size, length)
+            if receive:
+                steps.append(partial(self._guest.submit_in, BULK_IN, end - begin))
+            else:
+                steps.append(partial(self._guest.submit_out, BULK_OUT, send[begin:end]))
+            ends.append(end)
+        steps.append(partial(self._guest.submit_in, BULK_IN, 13))
+        ends.append(length)
+        return steps, ends
+
+    async def _port_reset(self, pending: list[Pending]) -> None:
+        """As Linux: unlink the transfers, then reset the port."""
+        await self._cancel(pending)
+        self._guest.reset()
+        await self.ready()
+        self._counts["port reset"] += 1
+
+    async def _port_reset_alone(self, pending: list[Pending]) -> None:
+        """The reset comes first: all transfers are answered by it."""
+        self._guest.reset()
+        for transfer in pending:
+            await transfer
+        await self.ready()
+        self._counts["port reset"] += 1
+
+    async def _bulk_only_reset(self, pending: list[Pending]) -> None:
+        """Reset recovery (Bulk-Only Transport, chapter 5.3.4)."""
+        await self._cancel(pending)
+        await self._guest.control_out(BULK_ONLY_RESET)
+        await self._guest.clear_halt(BULK_IN)
+        await self._guest.clear_halt(BULK_OUT)
+        self._counts["bulk-only reset"] += 1
+
+    async def _cancel(self, pending: list[Pending]) -> None:
+        for transfer in pending:
+            if not transfer.done:
+                transfer.cancel()
+                self._counts["cancel"] += 1
+        for transfer in pending:
+            await transfer
+
+
+async def work(driver: Driver, chance: random.Random, shadow: Shadow, generation: int, counts: Counter[str]) -> None:
+    """One operation."""
+    kind = chance.choices(("read", "write", "flush"), (45, 50, 5))[0]
+    cut = chance.random() < 0.2
+    count = chance.choice(COUNTS)
+    # Half of the work meets in a small part of the disk.
+    lba = chance.randrange(min(BLOCKS - count, 200) if chance.random() < 0.5 else BLOCKS - count)
+    data = pattern(lba, count, generation)
+    counts[kind] += 1
+    try:
+        if kind == "read":
+            shadow.read(lba, await driver.read(lba, count, cut=cut))
+        elif kind == "write":
+            await driver.write(lba, data, cut=cut)
+            shadow.wrote(lba, data)
+        else:
+            await driver.flush(cut=cut)
+    except CutOff as given_up:
+        if kind == "write":
+            shadow.may_have_written(lba, data[: given_up.sent])
+
+
+async def test_ten_thousand_operations_match_a_shadow(tmp_path: Path) -> None:
+    chance = random.Random(SEED)
+    image = tmp_path / "disk.raw"
+    image.write_bytes(bytes(BLOCKS * BLOCK))
+    shadow, counts = Shadow(), Counter[str]()
+    device = disk_device(image)
+    number = 0
+    try:
+        while number < OPERATIONS:
+            async with MemoryGuest(device) as guest:
+                await guest.enumerate()
+                driver = Driver(guest, chance, counts)
+                await driver.ready()
+                for _ in range(REPLUGGED_EVERY):
+                    number += 1
+                    if number % COLD_EVERY == 0:
+                        forget_cached(image)
+                    await work(driver, chance, shadow, number, counts)
+                assert not guest.violations
+    except BaseException as error:
+        error.add_note(f"seed {SEED}, operation {number}")
+        raise
+    finally:
+        await device.dispose()
+    shadow.read(0, image.read_bytes())
+    for event in ("cut off", "cancel", "port reset", "bulk-only reset", "flush"):
+        assert counts[event] > OPERATIONS // 50, counts
+
+
+def forget_cached(image: Path) -> None:
+    """Let the image leave the page cache, so that reads go through a thread."""
+    with image.open("r+b") as file:
+        os.fdatasync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from farplug.errors import Reason, UsageError
+from farplug.target import ListenTarget, StreamTarget, TargetOptions, parse_target
+from farplug.transport.channel import SpiceTarget
+from farplug.transport.connection import TcpAddress, UnixAddress
+
+
+@pytest.mark.parametrize(
+    ("text", "target"),
+    [
+        ("spice://vm:5900", SpiceTarget(host="vm", port=5900)),
+        ("spice://vm:5900/", SpiceTarget(host="vm", port=5900)),
+        ("spice://[2001:db8::1]:5900", SpiceTarget(host="2001:db8::1", port=5900)),
+        ("spice://:secret@vm:5900", SpiceTarget(host="vm", port=5900, password="secret")),
+        ("spice://:a%40b%2Fc@vm:5900", SpiceTarget(host="vm", port=5900, password="a@b/c")),
+        ("spice://:a@b/c#d?e:f@vm:5900", SpiceTarget(host="vm", port=5900, password="a@b/c#d?e:f")),
+        ("spice://:@vm:5900", SpiceTarget(host="vm", port=5900)),
+        ("spice+tls://:s@vm:5901", SpiceTarget(host="vm", tls_port=5901, password="s")),
+        ("spice://vm?port=1&tls-port=2", SpiceTarget(host="vm", port=1, tls_port=2)),
+        ("spice://vm?tls-port=2&password=a%26b", SpiceTarget(host="vm", tls_port=2, password="a&b")),
+        ("spice+unix:///run/vm", SpiceTarget(unix_path="/run/vm")),
+        ("tcp://vm:4000", StreamTarget(TcpAddress("vm", 4000))),
+        ("tcp://[::1]:4000", StreamTarget(TcpAddress("::1", 4000))),
+        ("tcp-listen://:4000", ListenTarget(TcpAddress("127.0.0.1", 4000))),
+        ("tcp-listen://0.0.0.0:0", ListenTarget(TcpAddress("0.0.0.0", 0))),
+        ("unix:/run/vm", StreamTarget(UnixAddress("/run/vm"))),
+        ("unix:///run/vm", StreamTarget(UnixAddress("/run/vm"))),
+        ("unix:vm", StreamTarget(UnixAddress("vm"))),
+    ],
+)
+def test_targets(text: str, target: object) -> None:
+    assert parse_target(text) == target
+
+
+def test_they_print_as_they_are_written() -> None:
+    assert str(parse_target("tcp://[::1]:4000")) == "[::1]:4000"
+    assert str(parse_target("tcp-listen://vm:4000")) == "tcp-listen://vm:4000"
+    assert "secret" not in str(parse_target("spice://:secret@vm:1")) + repr(parse_target("spice://:secret@vm:1"))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "write it as"),
+        ("vm", "write it as"),
+        ("vm:5900", "write it as"),
+        ("http://vm", "write it as"),
+        ("spice://", "it has no host"),
+        ("spice://vm", "it has no port"),
+        ("spice://:5900", "it has no host"),
+        ("spice://vm:0", "a port is from 1 to 65535"),
+        ("spice://vm:65536", "Port out of range"),
+        ("spice://vm:five", "five"),
+        ("spice://[::1:5900", "Invalid IPv6 URL"),
+        ("spice://secret@vm:5900", "write a password as spice://:password@host:port"),
+        ("spice://me:secret@vm:5900", "write a password as spice://:password@host:port"),
+        ("spice://:se#cret@vm:five", "five"),
+        ("spice://vm:5900/display", "nothing may follow the port"),
+        ("spice://vm:5900#x", "nothing may follow the port"),
+        ("spice://vm?port=0", "port=0 is no port"),
+        ("spice://vm?port=²", "is no port"),
+        ("spice://vm?tls-port=99999", "tls-port=99999 is no port"),
+        ("spice://vm?ticket=secret", "not ticket="),
+        ("tcp://vm", "it has no port"),
+        ("tcp://:4000", "it has no host"),
+        ("tcp://vm:0", "a port is from 1 to 65535"),
+        ("tcp://:secret@vm:4000", "takes no password"),
+        ("tcp://vm:4000?x=secret", "nothing may follow the port"),
+        ("tcp-listen://vm", "it has no port"),
+        ("unix:", "it has no path"),
+        ("unix:///", "it has no path"),
+        ("unix:/" + "x" * 107, "107 bytes at most"),
+        ("unix:/" + "é" * 60, "107 bytes at most"),
+    ],
+)
+def test_wrong_ones(text: str, said: str) -> None:
+    with pytest.raises(UsageError, match="is no target") as caught:
+        parse_target(text)
+    assert said in caught.value.message
+    assert "secret" not in caught.value.message
+    assert "cret" not in caught.value.message
+    assert len(caught.value.message) < 500
+    assert caught.value.reason is Reason.BAD_TARGET
+
+
+def test_a_vv_file_needs_no_suffix(tmp_path: Path) -> None:
+    for name in ("console.VV", "download"):
+        path = tmp_path / name
+        path.write_bytes(b"[virt-viewer]\r\ntype=spice\r\nhost=vm\r\nport=1\r\npassword=p\r\n")
+        assert parse_target(str(path)) == SpiceTarget(host="vm", port=1, password="p")
+    with pytest.raises(UsageError, match="does not exist") as caught:
+        parse_target(str(tmp_path / "none.vv"))
+    assert caught.value.reason is Reason.BAD_VV_FILE
+
+
+def test_options_win(tmp_path: Path) -> None:
+    ca = tmp_path / "ca.pem"
+    ca.write_text("PEM")
+    options = TargetOptions(password="mine", ca_file=ca, host_subject="CN=x", proxy="http://p:1")
+    target = parse_target("spice://:theirs@vm:1?tls-port=2", options)
+    assert target == SpiceTarget(
+        host="vm", port=1, tls_port=2, password="mine", ca="PEM", host_subject="CN=x", proxy="http://p:1"
+    )
+    assert "mine" not in repr(options)
+
+
+def test_the_fallback_password_loses() -> None:
+    options = TargetOptions(fallback_password="last")
+    assert parse_target("spice://vm:1", options) == SpiceTarget(host="vm", port=1, password="last")
+    assert parse_target("spice://:own@vm:1", options) == SpiceTarget(host="vm", port=1, password="own")
+    assert parse_target("tcp://vm:1", options) == StreamTarget(TcpAddress("vm", 1)), "it is nobody's fault"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        TargetOptions(password="x"),
+        TargetOptions(ca_file=Path("x")),
+        TargetOptions(host_subject="CN=x"),
+        TargetOptions(proxy="http://x"),
+    ],
+)
+def test_plain_sockets_take_no_options(options: TargetOptions) -> None:
+    for text in ("tcp://vm:1", "tcp-listen://:1", "unix:/x"):
+        with pytest.raises(UsageError, match="is a plain socket"):
+            parse_target(text, options)
