@@ -22,7 +22,7 @@ from farplug.hub import Attachment, AttachmentState, Hub
 from farplug.store import MemoryStore
 from farplug.transport.memory import memory_ports
 from farplug.transport.port import Port, PortListener
-from farplug.usb.types import Buffer
+from farplug.usb.types import Buffer, Speed
 from farplug.usbredir import packets as p
 from farplug.usbredir.protocol import Connection, Role
 from farplug.virtual.device import VirtualDevice
@@ -281,3 +281,70 @@ async def test_what_could_not_be_made_durable_is_told() -> None:
     assert good.over
     assert isinstance(hub.guest, FakeGuest)
     assert hub.guest.left
+
+
+async def test_a_device_that_left_by_itself_leaves_the_port_free() -> None:
+    port = FakePort("a")
+    peer = Peer(port)
+    await peer.start()
+    hub = Hub(FakeGuest([port]))
+    device = disk()
+    attachment = await hub.plug(device)
+    await attachment.configured()
+    assert device._listener is not None
+    device._listener.lost(OSError("unplugged"))
+    error = await attachment.ended()
+    assert error is not None
+    assert error.reason is Reason.DEVICE_LOST
+    assert port.inner._listener is None  # closed: somebody else may use it
+    peer = Peer(port)
+    await peer.start()
+    again = await hub.plug(disk())
+    await again.configured()
+    await hub.close()
+
+
+async def test_a_refused_device_leaves_the_port_free() -> None:
+    port = FakePort("a")
+    peer = Peer(port, configures=False)
+    await peer.start()
+    hub = Hub(FakeGuest([port]))
+    device = disk_device(MemoryStore(bytes(4096)), speeds=(Speed.HIGH,))
+    attachment = await hub.plug(device)
+    peer._connection.send(p.FilterReject())
+    peer._flush()
+    error = await attachment.ended()
+    assert isinstance(error, RefusedError)
+    assert attachment.state is AttachmentState.REFUSED
+    assert port.inner._listener is None
+    peer = Peer(port)
+    await peer.start()
+    again = await hub.plug(device)
+    await again.configured()
+    await hub.close()
+
+
+async def test_unplugging_while_the_port_is_opened_gives_up() -> None:
+    hub = Hub(FakeGuest([FakePort("a", hangs=True)]))
+    plugging = asyncio.ensure_future(hub.plug(disk()))
+    await asyncio.sleep(0.01)
+    async with asyncio.timeout(1):
+        await hub.attachments[0].unplug()
+    with pytest.raises(GuestGoneError):
+        await plugging
+    assert hub.attachments == []
+
+
+async def test_what_could_not_be_made_durable_is_told_when_the_guest_is_gone() -> None:
+    port = FakePort("a")
+    peer = Peer(port)
+    await peer.start()
+    hub = Hub(FakeGuest([port]))
+    seen: list[PortEvent] = []
+    hub.subscribe(lambda attachment, event: seen.append(event))
+    attachment = await hub.plug(disk_device(BrokenStore(4096)))
+    await attachment.configured()
+    peer.leave()
+    assert isinstance(await attachment.ended(), GuestGoneError)
+    assert any("may be lost" in str(event) for event in seen)
+    await hub.close()

@@ -68,6 +68,8 @@ class Attachment:
         self._redirection = Redirection(port, self._happened)
         self._configured = asyncio.Event()
         self._ended = asyncio.Event()
+        self._plugging: asyncio.Task[object] | None = None
+        self._leaving: asyncio.Task[None] | None = None
 
     @property
     def figures(self) -> tuple[EndpointFigures, ...]:
@@ -103,17 +105,23 @@ class Attachment:
         return self.error
 
     async def unplug(self) -> None:
-        """Take the device out of the guest, and close the port.
+        """Take the device out of the guest, and close the port; give up if it is still being opened.
 
         Raises:
             DeviceError: what was written could not be made durable.
         """
+        plugging = self._plugging
+        if plugging is not None and not plugging.done() and plugging is not asyncio.current_task():
+            plugging.cancel()
+            await asyncio.wait([plugging])
+            return
         try:
             await self._redirection.close()
         finally:
             self._finish()
 
     async def _plug(self) -> None:
+        self._plugging = asyncio.current_task()
         try:
             await self._redirection.open()
         except BaseException:
@@ -146,6 +154,13 @@ class Attachment:
             self.error = self.error or event.error
         self._hub._happened(self, event)
         if isinstance(event, events.Detached):
+            self._leaving = asyncio.ensure_future(self._leave())
+
+    async def _leave(self) -> None:
+        """The device has left by itself: the port is free for another one."""
+        try:
+            await self._redirection.close()
+        finally:
             self._finish()
 
     def _finish(self) -> None:

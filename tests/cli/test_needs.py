@@ -16,6 +16,17 @@ def test_what_is_missing_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
     assert caught.value.remedy == "sudo apt-get install mtools qemu-system-modules-spice"
 
 
+@pytest.mark.parametrize(
+    ("missing", "packages"),
+    [
+        ((needs.SPICE, needs.PARSER), "libusbredirparser1 qemu-system-modules-spice"),
+        ((needs.EMULATOR, needs.SPICE), "qemu-system-x86"),  # Debian 12 has no package of SPICE's own
+    ],
+)
+def test_install_command(missing: tuple[needs.Need, ...], packages: str) -> None:
+    assert needs.install_command(missing) == f"sudo apt-get install {packages}"
+
+
 def test_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert needs.Need("sh", "", "dash").found().endswith("/sh")
     assert needs.Need("no-such-program", "", "x").found() == ""

@@ -6,12 +6,17 @@ import asyncio
 import errno
 import random
 import struct
+from collections.abc import Callable
 
 import pytest
 from tests.virtual.bulk_only import IN, OUT, Guest, Pattern, make, read10, settle, write10
 
-from farplug.usb import Status, Transfer, TransferType
-from farplug.virtual.bot import MAX_QUEUED, MAX_UNWRITTEN
+from farplug.errors import DeviceError
+from farplug.store.base import WriteDone
+from farplug.testing.memory import MemoryGuest
+from farplug.usb import Buffer, Speed, Status, Transfer, TransferType
+from farplug.virtual.bot import MAX_QUEUED, MAX_UNREAD, MAX_UNWRITTEN
+from farplug.virtual.disk import disk_device
 
 TUR = "00 00 00 00 00 00"
 INQUIRY = "12 00 00 00 24 00"
@@ -742,3 +747,131 @@ async def test_what_was_fetched_for_an_old_command_does_not_answer_a_new_one() -
     assert reading.status is None
     store.release(1)
     assert bytes(reading.reply) == block(store, 0, 64)
+
+
+# What a hostile or impatient guest takes back
+
+
+class Late(Pattern):
+    """Writes and flushes happen, in order, when they are let go."""
+
+    def __init__(self, blocks: int = 64) -> None:
+        super().__init__(blocks)
+        self.late = True
+        self.later: list[Callable[[], None]] = []
+        self.flush_error: OSError | None = None
+
+    def write(self, offset: int, data: Buffer, done: WriteDone) -> None:
+        kept = bytes(data)
+
+        def happen() -> None:
+            self.content[offset : offset + len(kept)] = kept
+            done(None)
+
+        self._later(happen)
+
+    def flush(self, done: WriteDone) -> None:
+        def happen() -> None:
+            error, self.flush_error = self.flush_error, None  # the kernel reports it once
+            done(error)
+
+        self._later(happen)
+
+    def _later(self, happen: Callable[[], None]) -> None:
+        if self.late:
+            self.later.append(happen)
+        else:
+            happen()
+
+    def go(self) -> None:
+        later, self.later = self.later, []
+        for happen in later:
+            happen()
+
+
+async def ticks() -> None:
+    for _ in range(30):
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("how", ["detach", "reset", "cancel"])
+async def test_data_is_never_written_in_the_place_of_data_that_was_taken_back(
+    monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr("farplug.virtual.bot.MAX_UNWRITTEN", 8 * 512)
+    store = Late()
+    device = disk_device(store, speeds=(Speed.HIGH,))
+    async with MemoryGuest(device) as memory:
+        await memory.set_configuration(1)
+        initiator = Guest(device)
+        await memory.bulk_out(OUT, initiator.cbw(write10(0, 12), 12 * 512, False))
+        await memory.bulk_out(OUT, b"1" * 512 * 6)
+        waits, fits = memory.submit_out(OUT, b"2" * 512 * 4), memory.submit_out(OUT, b"3" * 512 * 2)
+        await ticks()
+        assert not waits.done
+        leaving = None
+        if how == "detach":
+            leaving = asyncio.create_task(memory.redirection.detach())
+        elif how == "reset":
+            memory.reset()
+        else:
+            waits.cancel()
+        for _ in range(3):
+            await ticks()
+            store.go()
+        if leaving is not None:
+            await leaving
+        store.late = False
+        assert bytes(store.content[6 * 512 : 10 * 512]) in (block(store, 6, 4), b"2" * 512 * 4)
+        if how == "cancel":
+            assert (await fits).status is Status.SUCCESS  # taken, and dropped, and so is the rest
+            await memory.bulk_out(OUT, bytes(4 * 512))
+            status = await memory.bulk_in(IN, 13)
+            assert status[12] == 1
+
+
+async def test_a_flush_that_failed_for_a_command_that_is_gone_fails_the_next_one() -> None:
+    for closes in (False, True):
+        store = Late()
+        initiator = await guest(store)
+        device = initiator.device
+        store.flush_error = OSError(errno.EIO, "Input/output error")
+        initiator.send(initiator.cbw(bytes.fromhex(FLUSH), 0, False))
+        device.cancel(initiator.receive(13))
+        await initiator.enumerate()
+        store.go()
+        if closes:
+            closing = asyncio.create_task(device.close())
+            await ticks()
+            store.go()
+            with pytest.raises(DeviceError, match="may be lost"):
+                await closing
+        else:
+            initiator.command(TUR)
+            for expected in (1, 0):
+                initiator.send(initiator.cbw(bytes.fromhex(FLUSH), 0, False))
+                store.go()
+                assert initiator.csw(initiator.receive(13))[0] == expected
+
+
+async def test_reads_that_were_taken_back_do_not_pile_up() -> None:
+    store = Pattern(65536)
+    device = disk_device(store)
+    async with MemoryGuest(device) as memory:
+        await memory.set_configuration(1)
+        initiator = Guest(device)
+        store.holding = True
+        size = 16 << 20
+        await memory.bulk_out(OUT, initiator.cbw(read10(0, 65535), 65535 * 512, True))
+        for _ in range(20):
+            reading = memory.submit_in(IN, size)
+            await ticks()
+            reading.cancel()
+            await reading
+        assert sum(len(data) for _, _, data in store.held) <= 2 * MAX_UNREAD
+        store.holding = False
+        reading = memory.submit_in(IN, size)
+        await ticks()
+        assert not reading.done  # it waits until what was taken back is over
+        store.release()
+        assert bytes((await reading).data) == store.original[:size]

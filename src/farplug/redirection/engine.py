@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Callable
 from enum import Enum, auto
 from typing import Any
@@ -58,6 +59,9 @@ ACK_PATIENCE = 5.0
 
 log = logging.getLogger("farplug.usbredir")
 
+_STATUS = re.compile(r" status=\S+")
+"""In the log of requests: QEMU leaves the status of what it asks for uninitialised."""
+
 
 class State(Enum):
     """Where a redirection is."""
@@ -98,8 +102,12 @@ class Redirection:
         self.port = port
         self.state = State.CLOSED
         self._emit = on_event
+        self._caps = caps
+        self._max_transfer = max_transfer
         self._connection = Connection(Role.HOST, caps=caps, max_payload=max_transfer)
         self._device: Device | None = None
+        self._offered = False
+        self._loss: DeviceError | None = None
         self._guest_filter: Filter | None = None
         self._ledger = Ledger(self._send, self._answered, self._fault, max_transfer)
         self._receptions = Receptions(self._send, self._fault, self._ledger.figures, max_transfer)
@@ -162,7 +170,7 @@ class Redirection:
     @property
     def _usable_device(self) -> Device | None:
         """The device, while the guest may use it."""
-        return self._device if self.state is State.ATTACHED else None
+        return self._device if self.state is State.ATTACHED and self._leaving is None else None
 
     async def open(self) -> None:
         """Open the port and say hello.
@@ -174,6 +182,10 @@ class Redirection:
         if self.state is not State.CLOSED:
             raise LocalProtocolError(f"port {self.port.name} is open already")
         loop = asyncio.get_running_loop()
+        self._connection = Connection(Role.HOST, caps=self._caps, max_payload=self._max_transfer)
+        self._guest_filter = self._port_error = None
+        self._violations = 0
+        self._output_full = self._receptions.output_full = self._reading_paused = False
         self._hello = loop.create_future()
         self._closed = loop.create_future()
         self.state = State.WAITING
@@ -195,12 +207,13 @@ class Redirection:
 
         Raises:
             GuestGoneError: the port was closed before the guest was ready.
-            RefusedError: the guest's filter, or its capabilities, rule the device out: it was not offered.
+            RefusedError: the guest's filter rules the device out: it was not offered.
             DeviceError: the device cannot be taken.
         """
         if self._device is not None or self.state not in (State.WAITING, State.EMPTY):
             raise LocalProtocolError(f"port {self.port.name} cannot take a device now: it is {self.state}")
         self._device = device  # reserved: no second one while we wait
+        self._loss = None
         opened = False
         try:
             await self._wait_for_hello()
@@ -210,6 +223,8 @@ class Redirection:
             opened = True
             if self._closed is None or self._closed.done():
                 raise self._gone()
+            if self._loss is not None:
+                raise self._loss
             self._ledger.figures.clear()
             self._offer(device)
         except BaseException:
@@ -223,7 +238,7 @@ class Redirection:
 
         Does nothing if there is no device. Raises ``DeviceError`` if what was written could not be made durable.
         """
-        if self._device is not None and self.state not in (State.WAITING, State.EMPTY):
+        if self._offered:
             await asyncio.shield(self._start_leaving(None))
 
     async def close(self) -> None:
@@ -274,18 +289,20 @@ class Redirection:
             )
 
     def _offer(self, device: Device) -> None:
+        identity, connecting = device.identity, connect(device)
+        self._operations.describe(device)
+        self._send(connecting)
         self.state = State.ATTACHED
+        self._offered = True
         self._ledger.device = self._operations.device = device
         self._traffic = False
         self._speed.begin()
-        self._operations.describe(device)
-        self._send(connect(device))
         self._flush()
-        identity = device.identity
         self._emit(events.Attached(self.port.name, identity, identity.speed))
 
     def _start_leaving(self, error: FarplugError | None) -> asyncio.Task[None]:
         if self._leaving is None:
+            self._operations.device = None  # the guest begins nothing more
             self._leaving = asyncio.get_running_loop().create_task(self._leave(error))
             self._leaving.add_done_callback(_retrieve)
         return self._leaving
@@ -300,12 +317,19 @@ class Redirection:
             await self._disconnect(device)
             try:
                 await device.close()
-            except FarplugError as close_error:
+            except Exception as raised:
+                close_error = raised
+                if not isinstance(close_error, FarplugError):
+                    message = f"the device could not be closed: {type(raised).__name__}: {raised}"
+                    close_error = DeviceError(message, reason=Reason.DEVICE_FAULT)
+                if error is not None:
+                    self._fault(close_error)  # both are to be told
                 error = error or close_error
-                raise
+                raise close_error from raised
         finally:
             figures = self.figures
             self._device = None
+            self._offered = False
             self._leaving = None
             self._emit(events.Detached(self.port.name, error, figures))
 
@@ -315,12 +339,13 @@ class Redirection:
         self._ledger.device = self._operations.device = None
         self._speed.begin()
         self._receptions.forget()
-        if self.state is State.CLOSED:
+        if self.state is not State.ATTACHED:
             return
         self.state = State.LEAVING
         self._acknowledged = asyncio.get_running_loop().create_future()
         self._send(p.DeviceDisconnect())
         self._flush()
+        self._pump()  # nothing is pending any more that could have held it back
         if (self._connection.peer_caps or Cap(0)) & Cap.DEVICE_DISCONNECT_ACK:
             try:
                 await asyncio.wait_for(self._acknowledged, ACK_PATIENCE)
@@ -345,8 +370,10 @@ class Redirection:
     def lost(self, error: Exception | None) -> None:
         """The device is gone: tell the guest."""
         message = "the device is gone" if error is None else f"the device is gone: {error}"
-        if self._device is not None:
+        if self._offered:
             self._start_leaving(DeviceError(message, reason=Reason.DEVICE_LOST))
+        else:
+            self._loss = DeviceError(message, reason=Reason.DEVICE_LOST)
 
     # The port's voice (PortListener) ------------------------------------------------------------------------------
 
@@ -377,7 +404,7 @@ class Redirection:
         if not self._hello.done():
             self._hello.set_exception(error or self._gone())
             self._hello.exception()  # nobody need be waiting
-        elif self._device is not None:
+        elif self._offered:
             self._start_leaving(error or self._gone())
         if not self._closed.done():
             self._closed.set_result(error)
@@ -400,7 +427,7 @@ class Redirection:
                 if event is None:
                     break
                 if self._debug:
-                    log.debug("%s < %s", self.port.name, event)
+                    log.debug("%s < %s", self.port.name, _STATUS.sub("", str(event)))
                 handler = handlers.get(type(event))
                 if handler is not None:
                     handler(event)
@@ -414,15 +441,17 @@ class Redirection:
             else:
                 self.port.resume_reading()
 
-    def _send(self, packet: p.Packet) -> None:
+    def _send(self, packet: p.Packet) -> bool:
         if self.state is State.CLOSED:
-            return
+            return True
         if self._debug:
             log.debug("%s > %s", self.port.name, packet)
         try:
             self._connection.send(packet)
-        except LocalProtocolError as error:  # what the device gave us cannot be said in this protocol
+        except (LocalProtocolError, TypeError) as error:  # what the device gave us cannot be said in this protocol
             self._fault(error)
+            return False
+        return True
 
     def _flush(self) -> None:
         buffers = self._connection.data_to_send()
@@ -518,11 +547,12 @@ class Redirection:
         async def fall_back() -> None:
             try:
                 await self._disconnect(device)
-                if self.state is State.EMPTY:
+                if self.state is State.EMPTY and self._leaving is None:
                     await device.close()
                     device.select_speed(speed)
                     await device.open(self)
-                    self._offer(device)
+                    if self.state is State.EMPTY and self._leaving is None:
+                        self._offer(device)
             except Exception as error:
                 self._fault(error)
                 message = f"the device cannot run at {speed} speed: {error}"
@@ -555,6 +585,8 @@ class Redirection:
 
     def _on_hello(self, packet: p.Hello) -> None:
         assert self._hello is not None
+        if self.state is not State.WAITING:
+            return
         self.state = State.EMPTY
         self._emit(events.GuestReady(self.port.name, packet.version, packet.capabilities.names))
         if not self._hello.done():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection
+from dataclasses import replace
 
 from farplug.redirection.figures import Figures
 from farplug.usb.device import Device
@@ -55,7 +56,7 @@ class Ledger:
     """The requests that are not answered yet.
 
     Args:
-        send: takes an answer.
+        send: takes an answer; False if it cannot be said.
         answered: called when something was answered outside of a call into the ledger, so that it gets flushed.
         fault: told when a device raises.
         max_transfer: bytes, see :data:`MAX_TRANSFER`.
@@ -67,7 +68,7 @@ class Ledger:
 
     def __init__(
         self,
-        send: Callable[[p.Packet], None],
+        send: Callable[[p.Packet], bool],
         answered: Callable[[], None],
         fault: Callable[[Exception], None],
         max_transfer: int = MAX_TRANSFER,
@@ -81,9 +82,10 @@ class Ledger:
         self._requests: dict[int, Request] = {}
         self._queues: dict[int, deque[Request]] = {}
         self._in_flight = 0
+        self._count = 0
 
     def __len__(self) -> int:
-        return len(self._requests)
+        return self._count
 
     def submit(
         self,
@@ -117,15 +119,19 @@ class Ledger:
         self._requests.setdefault(id, request)
         if queue is not None:
             queue.append(request)
-        self._in_flight += request.length
-        if self.device is None:
-            request.complete(Status.IO_ERROR)
+        self._count += 1
+        refusal = None
+        if self.device is None or (valid and self._in_flight + request.length > MAX_IN_FLIGHT):
+            refusal = Status.IO_ERROR
         elif not valid:
-            request.complete(Status.INVALID)
-        elif self._in_flight > MAX_IN_FLIGHT:
-            request.complete(Status.IO_ERROR)
+            refusal = Status.INVALID
+        if refusal is not None:
+            request.data, request.length = b"", 0  # it only waits for its turn: hold nothing
+            request.complete(refusal)
         else:
+            self._in_flight += request.length
             try:
+                assert self.device is not None
                 self.device.submit(request)
             except Exception as error:
                 self._fault(error)
@@ -147,7 +153,10 @@ class Ledger:
         requests = [r for r in self._requests.values() if endpoints is None or r.endpoint in endpoints]
         for request in requests:
             self._abandon(request)
-        for request in requests:
+        for queue in self._queues.values():
+            self._answer_in_order(queue)
+        # The newest first: a queue must never serve a later transfer in the place of a cancelled one.
+        for request in reversed(requests):
             self._cancel_at_device(request)
 
     def _queue(self, endpoint: int) -> deque[Request]:
@@ -193,9 +202,10 @@ class Ledger:
         if self._requests.get(id) is request:
             del self._requests[id]
         self._in_flight -= request.length
+        self._count -= 1
         endpoint = request.endpoint
         self.figures[endpoint].count(status, actual)
-        packet: p.Packet
+        packet: p.DataPacket
         if request.type is TransferType.BULK:
             packet = p.BulkPacket(
                 id=id, endpoint=endpoint, status=status, length=actual, stream_id=request.stream_id, data=reply
@@ -216,4 +226,5 @@ class Ledger:
             )
         else:
             packet = p.InterruptPacket(id=id, endpoint=endpoint, status=status, length=actual)
-        self._send(packet)
+        if not self._send(packet):  # what the device gave cannot be said: an answer is due all the same
+            self._send(replace(packet, status=Status.IO_ERROR, length=0, data=b""))

@@ -18,6 +18,8 @@ from farplug.usb.transfer import Status
 from farplug.usb.types import Endpoint, Interface
 from farplug.usbredir import packets as p
 
+PATIENCE = 5.0
+"""Seconds that an operation may take."""
 NO_SETTING = 255
 """The alternate setting in an answer about an interface that does not exist."""
 
@@ -39,7 +41,7 @@ class Operations:
 
     def __init__(
         self,
-        send: Callable[[p.Packet], None],
+        send: Callable[[p.Packet], bool],
         done: Callable[[], None],
         fault: Callable[[Exception], None],
         ledger: Ledger,
@@ -65,9 +67,11 @@ class Operations:
             await asyncio.wait([self._task])
 
     def describe(self, device: Device) -> None:
-        """Tell the guest the interfaces and endpoints of the current setting."""
-        self.endpoints = {e.address: e for interface in device.interfaces for e in interface.endpoints}
-        for packet in describe(device):
+        """Tell the guest the interfaces and endpoints of the current setting; all, or nothing if the device raises."""
+        endpoints = {e.address: e for interface in device.interfaces for e in interface.endpoints}
+        packets = list(describe(device))
+        self.endpoints = endpoints
+        for packet in packets:
             self._send(packet)
 
     def reset(self, device: Device, then: Callable[[], None]) -> None:
@@ -92,8 +96,13 @@ class Operations:
             self._ledger.cancel_all()
             self._receptions.forget()
             status = await self._status(device.set_configuration(packet.configuration))
-            self.describe(device)
-            chosen = device.configuration
+            chosen = 0
+            try:
+                chosen = device.configuration
+                self.describe(device)
+            except Exception as error:  # a device that is being pulled out, say
+                self._fault(error)
+                status = Status.IO_ERROR
             self._send(p.ConfigurationStatus(id=packet.id, status=_answerable(status), configuration=chosen))
             if status is Status.SUCCESS:
                 then(chosen)
@@ -103,21 +112,23 @@ class Operations:
     def get_configuration(self, packet: p.GetConfiguration) -> None:
         """Answered at once."""
         status, value = Status.IO_ERROR, 0
-        if self.device is not None:
-            status, value = Status.SUCCESS, self.device.configuration
+        try:
+            if self.device is not None:
+                status, value = Status.SUCCESS, self.device.configuration
+        except Exception as error:
+            self._fault(error)
+            status = Status.IO_ERROR
         self._send(p.ConfigurationStatus(id=packet.id, status=status, configuration=value))
 
     def set_alt_setting(self, packet: p.SetAltSetting) -> None:
         """Answered with fresh infos before the status, if it succeeds."""
         device = self.device
         number = packet.interface
-        if device is None:
-            self._answer_setting(packet.id, Status.IO_ERROR, number, NO_SETTING)
+        interface = self._current(number)
+        if isinstance(interface, Status):
+            self._answer_setting(packet.id, interface, number, NO_SETTING)
             return
-        interface = _interface(device, number)
-        if interface is None:
-            self._answer_setting(packet.id, Status.INVALID, number, NO_SETTING)
-            return
+        assert device is not None
         endpoints = {endpoint.address: endpoint for endpoint in interface.endpoints}
 
         async def operation() -> None:
@@ -125,20 +136,24 @@ class Operations:
             self._receptions.forget(endpoints)
             status = await self._status(device.set_interface(number, packet.alt))
             if status is Status.SUCCESS:
-                self.describe(device)
-            current = _interface(device, number)
-            self._answer_setting(packet.id, status, number, NO_SETTING if current is None else current.alternate)
+                try:
+                    self.describe(device)
+                except Exception as error:
+                    self._fault(error)
+                    status = Status.IO_ERROR
+            current = self._current(number)
+            alternate = current.alternate if isinstance(current, Interface) else NO_SETTING
+            self._answer_setting(packet.id, status, number, alternate)
 
         self._run(operation())
 
     def get_alt_setting(self, packet: p.GetAltSetting) -> None:
         """Answered at once."""
-        interface = None if self.device is None else _interface(self.device, packet.interface)
-        if interface is not None:
+        interface = self._current(packet.interface)
+        if isinstance(interface, Interface):
             self._answer_setting(packet.id, Status.SUCCESS, packet.interface, interface.alternate)
         else:
-            status = Status.IO_ERROR if self.device is None else Status.INVALID
-            self._answer_setting(packet.id, status, packet.interface, NO_SETTING)
+            self._answer_setting(packet.id, interface, packet.interface, NO_SETTING)
 
     def alloc_bulk_streams(self, packet: p.AllocBulkStreams) -> None:
         """All of them or none."""
@@ -173,6 +188,17 @@ class Operations:
         else:
             self._run(operation(device))
 
+    def _current(self, number: int) -> Interface | Status:
+        """An interface in its current setting, or the status that says why there is none."""
+        if self.device is None:
+            return Status.IO_ERROR
+        try:
+            found = [interface for interface in self.device.interfaces if interface.number == number]
+        except Exception as error:
+            self._fault(error)
+            return Status.IO_ERROR
+        return found[0] if found else Status.INVALID
+
     def _answer_setting(self, id: int, status: Status, number: int, alternate: int) -> None:
         self._send(p.AltSettingStatus(id=id, status=_answerable(status), interface=number, alt=alternate))
 
@@ -188,14 +214,11 @@ class Operations:
 
     async def _status(self, call: Awaitable[Status]) -> Status:
         try:
-            return await call
+            async with asyncio.timeout(PATIENCE):
+                return await call
         except Exception as error:
             self._fault(error)
             return Status.IO_ERROR
-
-
-def _interface(device: Device, number: int) -> Interface | None:
-    return next((interface for interface in device.interfaces if interface.number == number), None)
 
 
 def _answerable(status: Status) -> Status:

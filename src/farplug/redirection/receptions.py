@@ -17,6 +17,8 @@ from farplug.usbredir import packets as p
 
 MAX_UNTAKEN = 1000
 """Packets that are queued while the port takes no output; more are dropped. QEMU's own queue has the same target."""
+MAX_UNTAKEN_BYTES = 4 * 2**20
+"""Their bytes, likewise."""
 
 Stop: TypeAlias = p.StopIsoStream | p.StopInterruptReceiving | p.StopBulkReceiving
 Start: TypeAlias = p.StartIsoStream | p.StartInterruptReceiving | p.StartBulkReceiving
@@ -47,7 +49,7 @@ class Receptions:
 
     def __init__(
         self,
-        send: Callable[[p.Packet], None],
+        send: Callable[[p.Packet], bool],
         fault: Callable[[Exception], None],
         figures: Figures,
         max_transfer: int,
@@ -57,7 +59,7 @@ class Receptions:
         self._figures = figures
         self._max_transfer = max_transfer
         self._running: dict[int, _Running] = {}
-        self._untaken = 0
+        self._untaken = self._untaken_bytes = 0
         self._output_full = False
 
     @property
@@ -68,7 +70,8 @@ class Receptions:
     @output_full.setter
     def output_full(self, full: bool) -> None:
         self._output_full = full
-        self._untaken = 0
+        if not full:
+            self._untaken = self._untaken_bytes = 0
 
     def start(self, packet: Start, device: Device | None, endpoints: Mapping[int, Endpoint]) -> None:
         """The guest wants an endpoint to be read. Answered in every case."""
@@ -113,7 +116,9 @@ class Receptions:
         counter = self._figures[endpoint]
         if self._output_full:
             self._untaken += 1
-            if self._untaken > MAX_UNTAKEN or running.reception.type is TransferType.ISOCHRONOUS:
+            self._untaken_bytes += len(data)
+            too_many = self._untaken > MAX_UNTAKEN or self._untaken_bytes > MAX_UNTAKEN_BYTES
+            if too_many or running.reception.type is TransferType.ISOCHRONOUS:
                 counter.dropped += 1
                 return
         id, running.next_id = running.next_id, (running.next_id + 1) & 0xFFFFFFFF

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -30,6 +30,17 @@ from farplug.usbredir.caps import ALL_CAPS, Cap
 from farplug.usbredir.protocol import Connection, Role, Violation
 
 _Answer = TypeVar("_Answer", bound=p.Packet)
+
+_ASKS = (
+    p.BulkPacket,
+    p.ControlPacket,
+    p.InterruptPacket,
+    p.SetConfiguration,
+    p.GetConfiguration,
+    p.SetAltSetting,
+    p.GetAltSetting,
+)
+_ANSWERS = (p.BulkPacket, p.ControlPacket, p.InterruptPacket, p.ConfigurationStatus, p.AltSettingStatus)
 
 
 class TransferFailed(Exception):
@@ -84,7 +95,8 @@ class MemoryGuest:
         events: what it told.
         connected: what the device said it is; None while it is not plugged in.
         interfaces, endpoints: the guest's picture of the current setting.
-        violations: what the engine said that the protocol forbids: must stay empty.
+        violations: what the engine said that it must not: packets that the C parser would drop, answers that nobody
+            asked for, answers out of order (QEMU would abort). The ``async with`` block ends with the first of them.
     """
 
     def __init__(
@@ -111,6 +123,7 @@ class MemoryGuest:
         self._ids = itertools.count(1)
         self._pending: dict[int, asyncio.Future[p.Packet]] = {}
         self._order: dict[int, deque[int]] = {}
+        self._owed: Counter[int] = Counter()
         self._changed = asyncio.Event()
         self._streams: dict[tuple[type, int], asyncio.Queue[p.Packet]] = {}
         self.closed = False
@@ -132,6 +145,8 @@ class MemoryGuest:
     ) -> None:
         await self.redirection.close()
         await self._end.close()
+        if self.violations and kind is None:
+            raise self.violations[0].error
 
     # Talking ------------------------------------------------------------------------------------------------------
 
@@ -144,6 +159,8 @@ class MemoryGuest:
         """Say anything the protocol allows a guest to say."""
         for packet in packets:
             self._connection.send(packet)
+            if isinstance(packet, _ASKS):
+                self._owed[packet.id] += 1
         self._flush()
 
     def send_bytes(self, data: bytes) -> None:
@@ -330,22 +347,29 @@ class MemoryGuest:
                 self._order.clear()
                 if self._connection.own_caps & Cap.DEVICE_DISCONNECT_ACK:
                     self.send(p.DeviceDisconnectAck())
-            case _ if packet.id in self._pending and not isinstance(packet, p.BufferedBulkPacket):
+            case _ if isinstance(packet, _ANSWERS) and not _streamed(packet):
                 self._answered(packet)
             case _:
                 self._stream(type(packet), getattr(packet, "endpoint", 0)).put_nowait(packet)
 
     def _answered(self, packet: p.Packet) -> None:
+        self._owed[packet.id] -= 1
+        if self._owed[packet.id] < 0:
+            self._violate(packet, "answered twice, or never asked for")
+            return
         if isinstance(packet, (p.BulkPacket, p.ControlPacket, p.InterruptPacket)):
             order = self._order.get(_queue(packet.endpoint), deque())
             if packet.id in order:
                 # QEMU: assert(p->stream || QTAILQ_FIRST(&ep->queue) == p), cancelled packets excepted.
                 if packet.status != Status.CANCELLED and order[0] != packet.id:
-                    raise RemoteProtocolError(f"answered out of order, QEMU would abort: {packet}")
+                    self._violate(packet, "answered out of order, QEMU would abort")
                 order.remove(packet.id)
-        future = self._pending.pop(packet.id)
-        if not future.done():
+        future = self._pending.pop(packet.id, None)
+        if future is not None and not future.done():
             future.set_result(packet)
+
+    def _violate(self, packet: p.Packet, what: str) -> None:
+        self.violations.append(Violation(RemoteProtocolError(f"{what}: {packet}"), packet.TYPE, packet.id))
 
     def pause_writing(self) -> None:
         """Memory takes everything."""
@@ -364,6 +388,13 @@ class MemoryGuest:
 
     def _flush(self) -> None:
         self._end.write(self._connection.data_to_send())
+
+
+def _streamed(packet: p.Packet) -> bool:
+    """Numbered by the engine: its id is no request's."""
+    return isinstance(packet, (p.BufferedBulkPacket, p.IsoPacket)) or (
+        isinstance(packet, p.InterruptPacket) and packet.endpoint & 0x80 != 0
+    )
 
 
 def _queue(endpoint: int) -> int:

@@ -22,7 +22,7 @@ from functools import partial
 
 from farplug.scsi.cdb import Action, Done, Fail, Flush, Read, Respond, Write
 from farplug.scsi.disk import AbsentUnit, DiskUnit
-from farplug.scsi.sense import INVALID_FIELD_IN_CDB, UNRECOVERED_READ_ERROR, WRITE_ERROR, Sense
+from farplug.scsi.sense import ABORTED_COMMAND, INVALID_FIELD_IN_CDB, UNRECOVERED_READ_ERROR, WRITE_ERROR, Sense
 from farplug.store.base import Store
 from farplug.usb.transfer import Status, Transfer
 from farplug.usb.types import Buffer
@@ -48,6 +48,9 @@ data. For less it is not worth a turn of the event loop."""
 
 MAX_UNWRITTEN = 4 << 20
 """Bytes handed to the store and not yet written; more data waits in the queue, not acknowledged."""
+
+MAX_UNREAD = 16 << 20
+"""Bytes of reads under way that nobody waits for; above it, further reads wait."""
 
 MAX_QUEUED = 32 << 20
 """Bytes of OUT transfers that wait in the queue; more are refused with an I/O error."""
@@ -152,6 +155,8 @@ class BulkOnly:
         self._out: deque[Transfer] = deque()
         self._queued = 0
         self._unwritten = 0
+        self._unread = 0
+        self.unreported: OSError | None = None
         self._phase = _Phase.COMMAND
         self._command: _Command | None = None
         self._reading: Transfer | None = None
@@ -186,8 +191,14 @@ class BulkOnly:
         elif transfer in self._in:
             self._in.remove(transfer)
         elif transfer in self._out:
+            later = self._out[-1] is not transfer
             self._out.remove(transfer)
             self._queued -= transfer.length
+            command = self._command
+            if later and self._phase is _Phase.DATA_OUT and command is not None:
+                # What follows would be written in its place.
+                command.size = min(command.size, command.moved)
+                self._fail(command, ABORTED_COMMAND)
         else:
             return
         transfer.complete(Status.CANCELLED)
@@ -266,11 +277,13 @@ class BulkOnly:
         return True
 
     def _prefetch(self, command: _Command) -> None:
-        if command is self._command and not command.moved and self._reading is None:
+        if command is self._command and not command.moved and self._reading is None and not self._unread:
             command.fetching = True
+            self._unread += command.size
             self._store.read(command.offset, command.size, partial(self._fetched, command))
 
     def _fetched(self, command: _Command, data: Buffer, error: OSError | None) -> None:
+        self._unread -= command.size
         command.fetching = False
         if error is None:  # else the transfer that asks for the data finds out which part cannot be read
             command.data = memoryview(data)
@@ -322,6 +335,8 @@ class BulkOnly:
         assert command is not None
         if command.fetching:
             return False
+        if command.data is None and self._unread > MAX_UNREAD:
+            return False  # reads that were cancelled or reset are still under way
         transfer = self._in.popleft()
         wanted = min(transfer.length, command.length - command.moved)
         available = min(wanted, command.size - command.moved)
@@ -334,12 +349,18 @@ class BulkOnly:
             self._reply(command, transfer, command.data[command.moved : command.moved + available])
         else:
             self._reading = transfer
-            self._store.read(command.offset + command.moved, available, partial(self._read_done, command, transfer))
+            self._unread += available
+            done = partial(self._read_done, command, transfer, available)
+            self._store.read(command.offset + command.moved, available, done)
         return True
 
-    def _read_done(self, command: _Command, transfer: Transfer, data: Buffer, error: OSError | None) -> None:
+    def _read_done(
+        self, command: _Command, transfer: Transfer, length: int, data: Buffer, error: OSError | None
+    ) -> None:
+        self._unread -= length
         if transfer is not self._reading or command is not self._command:
-            return  # cancelled or reset meanwhile
+            self._advance()  # cancelled or reset meanwhile: another read may have waited for this one
+            return
         self._reading = None
         if error is None:
             command.processed += len(data)
@@ -409,6 +430,10 @@ class BulkOnly:
     def _flush_done(self, command: _Command, error: OSError | None) -> None:
         if error is not None:
             log.warning("%s: flushing failed: %s", self._store.name, error)
+            if command is not self._command:
+                self.unreported = error
+        elif command is self._command:
+            error, self.unreported = self.unreported, None
         self._settle(command, error)
 
     def _settle(self, command: _Command, error: OSError | None) -> None:

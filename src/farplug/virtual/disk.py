@@ -93,7 +93,8 @@ class Disk(Function):
                 flushed.set_result(error)
 
         self.store.flush(done)
-        error = await flushed
+        error = await flushed or self._transport.unreported
+        self._transport.unreported = None
         if error is not None:
             what = error.strerror or error
             raise DeviceError(f"{self.store.name}: what was written may be lost: {what}", reason=Reason.IO_ERROR)

@@ -1,0 +1,369 @@
+"""What overlaps: leaving, falling back, opening, operations and a guest that vanishes, in every order that hurts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+from tests.redirection.scripted import BULK_IN, BULK_OUT, INTERRUPT_IN, ScriptedDevice
+
+from farplug import events
+from farplug.errors import DeviceError, GuestGoneError, Reason, RemoteProtocolError
+from farplug.redirection import State, engine, ledger, operations
+from farplug.testing.memory import MemoryGuest
+from farplug.usb import DeviceListener, Interface, Speed, Status
+from farplug.usbredir import packets as p
+from farplug.usbredir.protocol import Connection, Role
+
+
+async def settle(turns: int = 20) -> None:
+    for _ in range(turns):
+        await asyncio.sleep(0)
+
+
+def kinds(guest: MemoryGuest) -> list[type]:
+    return [type(event) for event in guest.events]
+
+
+class Slow(ScriptedDevice):
+    """Opening, closing and configuring wait for their gates."""
+
+    def __init__(self, speeds: Sequence[Speed] = (Speed.HIGH,)) -> None:
+        super().__init__(speeds)
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.operation_gate = asyncio.Event()
+        self.operation_gate.set()
+
+    async def open(self, listener: DeviceListener) -> None:
+        self.calls.append("opening")
+        await self.gate.wait()
+        await super().open(listener)
+
+    async def close(self) -> None:
+        self.calls.append("closing")
+        await self.gate.wait()
+        await super().close()
+
+    async def set_configuration(self, value: int) -> Status:
+        await self.operation_gate.wait()
+        return await super().set_configuration(value)
+
+
+@pytest.mark.parametrize("how", ["detach", "vanish", "close"])
+async def test_leaving_while_it_falls_back_and_the_device_takes_its_time(how: str) -> None:
+    device = Slow((Speed.SUPER, Speed.HIGH))
+    async with MemoryGuest(device) as guest:
+        device.gate.clear()
+        guest.send(p.FilterReject())
+        await guest.wait(lambda: events.FellBack in kinds(guest))
+        await settle()
+        assert device.calls[-1] == "closing"
+        leaving: asyncio.Task[None] | None = None
+        if how == "vanish":
+            guest._end.abort()
+        else:
+            leave = guest.redirection.detach if how == "detach" else guest.redirection.close
+            leaving = asyncio.create_task(leave())
+        await settle()
+        device.gate.set()
+        async with asyncio.timeout(1):
+            if leaving is not None:
+                await leaving
+            if how != "detach":
+                await guest.redirection.closed()
+        assert guest.redirection.device is None
+        assert kinds(guest).count(events.Attached) == kinds(guest).count(events.Detached) == 1
+        assert guest.redirection.state is (State.EMPTY if how == "detach" else State.CLOSED)
+
+
+async def test_the_guest_vanishes_while_the_device_opens() -> None:
+    device = Slow()
+    async with MemoryGuest() as guest:
+        await settle()
+        device.gate.clear()
+        attaching = asyncio.ensure_future(guest.redirection.attach(device))
+        await settle()
+        guest._end.abort()
+        await settle()
+        device.gate.set()
+        with pytest.raises(GuestGoneError):
+            await attaching
+        await guest.redirection.closed()
+        assert kinds(guest) == [events.GuestReady]
+        assert device.calls.count("close") == 1
+
+
+async def test_attaching_is_given_up_in_the_moment_in_which_the_guest_vanishes() -> None:
+    device = Slow()
+    async with MemoryGuest() as guest:
+        await settle()
+        device.gate.clear()
+        attaching = asyncio.ensure_future(guest.redirection.attach(device))
+        await settle()
+        attaching.cancel()
+        guest._end.abort()
+        await settle()
+        assert attaching.cancelled()
+        await guest.redirection.closed()
+        assert guest.redirection.device is None
+
+
+@pytest.mark.parametrize("opens", [True, False])
+async def test_a_device_that_is_lost_while_it_opens(opens: bool) -> None:
+    class Lost(ScriptedDevice):
+        gone = True
+
+        async def open(self, listener: DeviceListener) -> None:
+            if self.gone:
+                listener.lost(OSError("unplugged"))
+                if not opens:
+                    raise DeviceError("it cannot be opened", reason=Reason.DEVICE_LOST)
+            await super().open(listener)
+
+    device = Lost()
+    async with MemoryGuest() as guest:
+        await settle()
+        with pytest.raises(DeviceError) as caught:
+            await guest.redirection.attach(device)
+        assert caught.value.reason is Reason.DEVICE_LOST
+        device.gone = False
+        await guest.redirection.attach(device)
+        await settle()
+        await guest.redirection.detach()
+        assert kinds(guest) == [events.GuestReady, events.Attached, events.Detached]
+        assert device.calls[-2:] == ["open", "close"]
+
+
+async def test_an_operation_that_never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operations, "PATIENCE", 0.05)
+    device = Slow()
+    async with MemoryGuest(device) as guest:
+        device.operation_gate.clear()
+        answer = await guest.request(p.SetConfiguration(id=100, configuration=1))
+        assert answer.status is Status.IO_ERROR
+        guest.send(p.SetConfiguration(id=101, configuration=1))
+        await settle()
+        async with asyncio.timeout(1):
+            await guest.redirection.close()
+
+
+async def test_nothing_is_begun_for_a_device_that_leaves() -> None:
+    class Thorough(ScriptedDevice):
+        async def set_configuration(self, value: int) -> Status:
+            await asyncio.sleep(0.02)
+            return await super().set_configuration(value)
+
+    async with MemoryGuest(Thorough()) as guest:
+        guest.send(p.SetConfiguration(id=100, configuration=1), p.SetConfiguration(id=101, configuration=1))
+        await settle()
+        await guest.redirection.detach()
+        await asyncio.sleep(0.1)
+        said = [type(packet) for packet in guest.received]
+        assert p.EndpointInfo not in said[said.index(p.DeviceDisconnect) :]
+        assert kinds(guest)[-1] is events.Detached
+
+
+async def test_what_is_refused_holds_no_memory_while_it_waits_for_its_turn() -> None:
+    device = ScriptedDevice()
+    device.cancels = False
+    async with MemoryGuest(device) as guest:
+        first = guest.submit_out(BULK_OUT, b"x")
+        size = 8 * 2**20
+        more = [guest.submit_out(BULK_OUT, bytes(size)) for _ in range(12)]
+        accepted = 1 + (ledger.MAX_IN_FLIGHT - 1) // size
+        async with asyncio.timeout(20):
+            while len(guest.redirection._ledger) < 13:
+                await asyncio.sleep(0.01)
+        assert len(device.submitted) == accepted
+        held = sum(len(request.data) for request in guest.redirection._ledger._queues[BULK_OUT])
+        assert held <= ledger.MAX_IN_FLIGHT
+        for transfer in device.submitted:
+            transfer.complete()
+        assert (await first).status is Status.SUCCESS
+        statuses = [(await pending).status for pending in more]
+        assert statuses == [Status.SUCCESS] * (accepted - 1) + [Status.IO_ERROR] * (13 - accepted)
+
+
+async def test_ids_used_twice_are_bounded_and_answered_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "MAX_PENDING", 50)
+    device = ScriptedDevice()
+    async with MemoryGuest(device) as guest:
+        guest.send(*[p.BulkPacket(id=77, endpoint=BULK_IN, status=Status.SUCCESS, length=4)] * 200)
+        await settle()
+        assert len(guest.redirection._ledger) == 50
+        device.submitted[0].complete(Status.SUCCESS, b"once")
+        await guest.wait(lambda: sum(isinstance(packet, p.BulkPacket) for packet in guest.received) == 50)
+        await settle()
+        assert len(guest.redirection._ledger) == 50
+        await guest.redirection.detach()
+        await settle()
+        assert not len(guest.redirection._ledger)
+        answers = [packet.status for packet in guest.received if isinstance(packet, p.BulkPacket)]
+        assert len(answers) == 200
+
+
+@pytest.mark.parametrize("reply", [memoryview(b"abcdef")[::2], "text", [1, 2]])
+async def test_a_reply_that_cannot_be_said_becomes_an_error(reply: object) -> None:
+    device = ScriptedDevice()
+    async with MemoryGuest(device) as guest:
+        pending = guest.submit_in(BULK_IN, 10)
+        await settle()
+        device.submitted[0].complete(Status.SUCCESS, reply)  # type: ignore[arg-type]
+        assert (await pending).status is Status.IO_ERROR
+        assert events.DeviceFault in kinds(guest)
+
+
+class Unreadable(ScriptedDevice):
+    """Its interfaces cannot be read: it is being pulled out."""
+
+    broken = False
+
+    @property
+    def interfaces(self) -> Sequence[Interface]:
+        if self.broken:
+            raise OSError("no such device")
+        return super().interfaces
+
+    @property
+    def configuration(self) -> int:
+        if self.broken:
+            raise OSError("no such device")
+        return super().configuration
+
+
+async def test_a_device_that_cannot_be_described_any_more() -> None:
+    device = Unreadable()
+    async with MemoryGuest(device) as guest:
+        device.broken = True
+        for packet in (
+            p.SetConfiguration(id=100, configuration=1),
+            p.GetConfiguration(id=101),
+            p.SetAltSetting(id=102, interface=0, alt=1),
+            p.GetAltSetting(id=103, interface=0),
+        ):
+            assert (await guest.request(packet)).status is Status.IO_ERROR
+        assert kinds(guest).count(events.DeviceFault) == 4
+        device.broken = False
+
+
+async def test_a_setting_that_cannot_be_described() -> None:
+    class Device(Unreadable):
+        async def set_interface(self, number: int, alternate: int) -> Status:
+            self.broken = True
+            return Status.SUCCESS
+
+    device = Device()
+    async with MemoryGuest(device) as guest:
+        answer = await guest.request(p.SetAltSetting(id=100, interface=0, alt=1))
+        assert (answer.status, answer.alt) == (Status.IO_ERROR, operations.NO_SETTING)
+        device.broken = False
+
+
+async def test_a_device_that_cannot_be_described_at_all_is_not_offered() -> None:
+    device = Unreadable()
+    device.broken = True
+    async with MemoryGuest() as guest:
+        await settle()
+        with pytest.raises(OSError, match="no such device"):
+            await guest.redirection.attach(device)
+        assert guest.redirection.state is State.EMPTY
+        assert device.calls == ["open", "close"]
+        await guest.redirection.attach(ScriptedDevice())
+
+
+async def test_what_cannot_be_made_durable_is_told_when_the_guest_is_gone_too() -> None:
+    device = ScriptedDevice()
+    device.close_error = DeviceError("what was written may be lost", reason=Reason.IO_ERROR)
+    async with MemoryGuest(device) as guest:
+        guest._end.abort()
+        await guest.redirection.closed()
+        faults = [event.error for event in guest.events if isinstance(event, events.DeviceFault)]
+        assert faults == [device.close_error]
+
+
+async def test_a_device_that_fails_to_close_in_its_own_way() -> None:
+    device = ScriptedDevice()
+    device.close_error = RuntimeError("boom")
+    async with MemoryGuest(device) as guest:
+        with pytest.raises(DeviceError, match="could not be closed: RuntimeError: boom"):
+            await guest.redirection.detach()
+        detached = guest.events[-1]
+        assert isinstance(detached, events.Detached)
+        assert detached.error is not None
+        assert detached.error.reason is Reason.DEVICE_FAULT
+
+
+async def test_a_port_can_be_opened_again() -> None:
+    device = ScriptedDevice()
+    async with MemoryGuest(device) as guest:
+        await guest.redirection.close()
+        guest._connection = Connection(Role.GUEST)
+        await guest._end.open(guest)
+        await guest.redirection.open()
+        guest.resume()
+        await guest.redirection.attach(device)
+        await guest.wait(lambda: guest.connected is not None)
+
+
+async def test_a_hello_behind_nonsense_is_too_late() -> None:
+    async with MemoryGuest(paused=True) as guest:
+        guest._connection.start()
+        guest.send_bytes((99).to_bytes(4, "little") + bytes(8) + b"".join(guest._connection.data_to_send()))
+        await settle()
+        assert guest.redirection.state is State.CLOSED
+        assert isinstance(await guest.redirection.closed(), RemoteProtocolError)
+        assert kinds(guest) == []
+
+
+async def test_bytes_that_nobody_takes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = ScriptedDevice()
+    async with MemoryGuest(device) as guest:
+        guest.send(p.StartBulkReceiving(stream_id=0, bytes_per_transfer=512, endpoint=BULK_IN, transfers=5))
+        await settle()
+        guest.redirection.pause_writing()
+        assert device.listener is not None
+        for _ in range(10):
+            device.listener.received(BULK_IN, Status.SUCCESS, bytes(2**20))
+        figures = {f.endpoint: f for f in guest.redirection.figures}
+        assert (figures[BULK_IN].transfers, figures[BULK_IN].dropped) == (4, 6)
+        guest.redirection.resume_writing()
+
+
+# The guest in memory must notice what QEMU would not survive.
+
+
+async def test_the_guest_in_memory_sees_answers_out_of_order_and_twice() -> None:
+    device = ScriptedDevice()
+
+    async def misbehave(*order: int) -> None:
+        async with MemoryGuest(device) as guest:
+            pending = [guest.submit_in(BULK_IN, 8), guest.submit_in(BULK_IN, 8)]
+            await settle()
+            for number in order:
+                guest.redirection._send(
+                    p.BulkPacket(id=pending[number].id, endpoint=BULK_IN, status=Status.SUCCESS, length=0)
+                )
+            guest.redirection._flush()
+            await settle()
+            guest.redirection._ledger._queues.clear()
+            guest.redirection._ledger._requests.clear()
+
+    with pytest.raises(RemoteProtocolError, match="answered out of order"):
+        await misbehave(1, 0)
+    with pytest.raises(RemoteProtocolError, match="answered twice"):
+        await misbehave(0, 0)
+
+
+async def test_a_packet_of_a_reception_is_no_answer() -> None:
+    device = ScriptedDevice()
+    async with MemoryGuest(device) as guest:
+        guest.send(p.StartInterruptReceiving(endpoint=INTERRUPT_IN))
+        pending = guest.submit_in(BULK_IN, 8)
+        await settle()
+        assert device.listener is not None
+        for _ in range(pending.id + 1):
+            device.listener.received(INTERRUPT_IN, Status.SUCCESS, b"k")
+        await settle()
+        assert not pending.done
