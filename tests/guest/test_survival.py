@@ -258,8 +258,10 @@ PULLED = """
 usb=$(readlink -f /sys/block/{name}/device/../../../..)
 interface=$(basename $usb/*:1.0)
 hub=$(cat $usb/busnum)-0:1.0
-dd if={disk} of=/dev/null bs=1M iflag=direct 2>/dev/null &
-dd if=/dev/zero of={disk} bs=1M oflag=direct 2>/dev/null &
+# Opened before it goes: a dd that came too late would make a plain file where the disk's node belongs.
+exec 3<>{disk}
+dd if=/proc/self/fd/3 of=/dev/null bs=1M iflag=direct 2>/dev/null &
+dd if=/dev/zero of=/proc/self/fd/3 bs=1M oflag=direct 2>/dev/null &
 usleep {delay}
 case {how} in
     authorized) echo 0 >$usb/authorized; echo 1 >$usb/authorized ;;

@@ -166,7 +166,8 @@ class Agent:
         reader, writer = channel
         number = next(self._ids)
         try:
-            writer.writelines([f"{number} {len(script)} {len(stdin)}\n".encode(), script, stdin])
+            # Not writelines: since Python 3.12 an empty last part (no stdin) keeps the transport busy for ever.
+            writer.write(f"{number} {len(script)} {len(stdin)}\n".encode() + script + stdin)
             await writer.drain()
             header = await reader.readuntil(b"\n")
             exit_code, size = parse_answer(header, number)
