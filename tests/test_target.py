@@ -18,7 +18,11 @@ from farplug.transport.connection import TcpAddress, UnixAddress
         ("spice://[2001:db8::1]:5900", SpiceTarget(host="2001:db8::1", port=5900)),
         ("spice://:secret@vm:5900", SpiceTarget(host="vm", port=5900, password="secret")),
         ("spice://:a%40b%2Fc@vm:5900", SpiceTarget(host="vm", port=5900, password="a@b/c")),
-        ("spice://:a@b/c#d?e:f@vm:5900", SpiceTarget(host="vm", port=5900, password="a@b/c#d?e:f")),
+        ("spice://:a@b/c#d:e@vm:5900", SpiceTarget(host="vm", port=5900, password="a@b/c#d:e")),
+        ("spice://:a%3Fb+c@vm:5900", SpiceTarget(host="vm", port=5900, password="a?b+c")),
+        ("spice://vm:5900?password=p@ss", SpiceTarget(host="vm", port=5900, password="p@ss")),
+        ("spice://vm:5900?password=a+b/c#d=%2B", SpiceTarget(host="vm", port=5900, password="a+b/c#d=+")),
+        ("spice://:%ff@vm:5900?", SpiceTarget(host="vm", port=5900, password="\udcff")),
         ("spice://:@vm:5900", SpiceTarget(host="vm", port=5900)),
         ("spice+tls://:s@vm:5901", SpiceTarget(host="vm", tls_port=5901, password="s")),
         ("spice://vm?port=1&tls-port=2", SpiceTarget(host="vm", port=1, tls_port=2)),
@@ -53,22 +57,31 @@ def test_they_print_as_they_are_written() -> None:
         ("spice://", "it has no host"),
         ("spice://vm", "it has no port"),
         ("spice://:5900", "it has no host"),
-        ("spice://vm:0", "a port is from 1 to 65535"),
-        ("spice://vm:65536", "Port out of range"),
+        ("spice://vm:0", "a port is a number from 1 to 65535"),
+        ("spice://vm:65536", "a port is a number from 1 to 65535"),
         ("spice://vm:five", "five"),
-        ("spice://[::1:5900", "Invalid IPv6 URL"),
+        ("spice://[::1:5900", "its host is malformed"),
+        ("spice://v\nm:5900", "a space or a control character"),
+        ("spice+tls://vm:5901?port=5900", "spice+tls:// means TLS"),
+        ("spice://vm:5900&password=secret", "'spice://vm:5900' is no target: a port is a number"),
+        ("spice://vm?port=5900;password=secret", "port= takes a number"),
+        ("spice://vm:5900?secret", "not something else"),
+        ("spice://:se?cret@vm:5900", "'spice:…' is no target"),
+        ("spice://:a@se?cret@vm:5900", "'spice:…' is no target"),
+        ("spice://:se;cret@vm:five", "'spice:…' is no target"),
+        ("spice://:secret?cret@[vm:5900", "'spice:…' is no target"),
         ("spice://secret@vm:5900", "write a password as spice://:password@host:port"),
         ("spice://me:secret@vm:5900", "write a password as spice://:password@host:port"),
         ("spice://:se#cret@vm:five", "five"),
         ("spice://vm:5900/display", "nothing may follow the port"),
         ("spice://vm:5900#x", "nothing may follow the port"),
-        ("spice://vm?port=0", "port=0 is no port"),
-        ("spice://vm?port=²", "is no port"),
-        ("spice://vm?tls-port=99999", "tls-port=99999 is no port"),
+        ("spice://vm?port=0", "port= takes a number from 1 to 65535"),
+        ("spice://vm?port=²", "port= takes a number from 1 to 65535"),
+        ("spice://vm?tls-port=99999", "tls-port= takes a number from 1 to 65535"),
         ("spice://vm?ticket=secret", "not ticket="),
         ("tcp://vm", "it has no port"),
         ("tcp://:4000", "it has no host"),
-        ("tcp://vm:0", "a port is from 1 to 65535"),
+        ("tcp://vm:0", "a port is a number from 1 to 65535"),
         ("tcp://:secret@vm:4000", "takes no password"),
         ("tcp://vm:4000?x=secret", "nothing may follow the port"),
         ("tcp-listen://vm", "it has no port"),
@@ -96,6 +109,49 @@ def test_a_vv_file_needs_no_suffix(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="does not exist") as caught:
         parse_target(str(tmp_path / "none.vv"))
     assert caught.value.reason is Reason.BAD_VV_FILE
+
+
+VV = "[virt-viewer]\ntype=spice\nhost=vm\nport=1\ntls-port=2\ndelete-this-file=1\n"
+
+
+@pytest.mark.parametrize(
+    ("lines", "options", "said"),
+    [
+        ("", TargetOptions(), ""),
+        ("type=vnc\n", TargetOptions(), "type again"),
+        ("password=" + "x" * 61 + "\n", TargetOptions(), "61 bytes"),
+        ("", TargetOptions(password="x" * 61), "61 bytes"),
+        ("proxy=https://p\n", TargetOptions(), "by https is not supported"),
+        ("", TargetOptions(proxy="https://p"), "by https is not supported"),
+        ("host-subject=nonsense\n", TargetOptions(), "an attribute named 'nonsense'"),
+        ("ca=nonsense\n", TargetOptions(), "no readable certificate"),
+        ("", TargetOptions(ca_file=Path("/absent.pem")), "cannot be read"),
+    ],
+)
+def test_a_vv_file_is_deleted_when_it_is_usable(tmp_path: Path, lines: str, options: TargetOptions, said: str) -> None:
+    path = tmp_path / "x.vv"
+    path.write_text(VV + lines)
+    if said:
+        with pytest.raises(UsageError, match=said):
+            parse_target(str(path), options)
+    else:
+        assert parse_target(str(path), options) == SpiceTarget(host="vm", port=1, tls_port=2)
+    assert path.exists() == bool(said)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "said"),
+    [
+        ("spice://vm:1", TargetOptions(ca_file=Path("ca.pem")), "vm:1: --ca-file and --host-subject are for TLS"),
+        ("spice://vm:1", TargetOptions(host_subject="CN=x"), "the target has no TLS port"),
+        ("spice+unix:///x", TargetOptions(host_subject="CN=x"), "the target has no TLS port"),
+        ("spice+unix:///x", TargetOptions(proxy="http://p"), "no proxy leads to a UNIX socket"),
+    ],
+)
+def test_options_that_would_do_nothing(text: str, options: TargetOptions, said: str) -> None:
+    with pytest.raises(UsageError, match=said) as caught:
+        parse_target(text, options)
+    assert caught.value.reason is Reason.BAD_OPTION
 
 
 def test_options_win(tmp_path: Path) -> None:
@@ -129,3 +185,5 @@ def test_plain_sockets_take_no_options(options: TargetOptions) -> None:
     for text in ("tcp://vm:1", "tcp-listen://:1", "unix:/x"):
         with pytest.raises(UsageError, match="is a plain socket"):
             parse_target(text, options)
+    with pytest.raises(UsageError, match=r"^vm:1 is a plain socket"):
+        parse_target("tcp://:secret@vm:1", options)

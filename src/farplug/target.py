@@ -4,26 +4,30 @@
 ``spice://[:password@]host:port``       a SPICE server; moves to TLS by itself only if a TLS port is known
 ``spice://host?port=P&tls-port=T``      the same with both ports, as remote-viewer writes it (``password=`` too)
 ``spice+tls://[:password@]host:port``   a SPICE server's TLS port
-``spice+unix:///path``                  a SPICE server on a UNIX socket
+``spice+unix:///path``                  a SPICE server on a UNIX socket; never with TLS
 ``path.vv``                             the file that virt-manager, oVirt, Proxmox or kerbside hands out
 ``tcp://host:port``                     a usbredir chardev that listens (QEMU ``-chardev socket,server=on``, KubeVirt)
 ``tcp-listen://[host]:port``            we listen, QEMU connects (``-chardev socket,reconnect=1``)
 ``unix:/path``                          a usbredir chardev on a UNIX socket
 ======================================  =============================================================================
+
+A password before the ``@`` may hold anything but a ``?``, which begins the query; there it may hold anything but a
+``&``. ``%3F`` and ``%26`` stand for them; a plus sign is a plus sign.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 from farplug.errors import Reason, UsageError
-from farplug.transport.channel import SpiceTarget
-from farplug.transport.connection import TcpAddress, UnixAddress
-from farplug.transport.vv_file import read_vv_file
+from farplug.transport.channel import ChannelDialer, SpiceTarget
+from farplug.transport.connection import TcpAddress, Timeouts, UnixAddress
+from farplug.transport.vv_file import delete_vv_file, read_vv_file
 
 LOOPBACK = "127.0.0.1"
 MAX_CA_FILE = 1 << 20
@@ -62,9 +66,9 @@ class TargetOptions:
     Attributes:
         password: the SPICE ticket.
         fallback_password: the ticket if neither ``password`` nor the target gives one; nothing to a plain socket.
-        ca_file: certificates to trust, PEM.
-        host_subject: the certificate's subject, checked instead of the host name.
-        proxy: URL of an HTTP proxy.
+        ca_file: certificates to trust, PEM; only for a target with a TLS port.
+        host_subject: the certificate's subject, checked instead of the host name; only for a target with a TLS port.
+        proxy: URL of an HTTP proxy; only for a target with a host.
     """
 
     password: str | None = field(default=None, repr=False)
@@ -75,20 +79,18 @@ class TargetOptions:
 
 
 def parse_target(text: str, options: TargetOptions = TargetOptions()) -> Target:
-    """Read a target; a ``.vv`` file is read, and deleted if it asks for that.
+    """Read a target; a ``.vv`` file is read, and deleted if it asks for that and all of it and the options is usable.
 
     Raises:
         UsageError: it is written wrong, or the file or an option is (``BAD_TARGET``, ``BAD_VV_FILE``, ``BAD_OPTION``).
     """
     scheme, separator, rest = text.partition(":")
     if not separator or scheme not in _STREAMS:
-        ca = None if options.ca_file is None else _read_ca(options.ca_file)  # before a .vv file is deleted
-        target = _spice_target(text, scheme if separator else "", rest)
-        return _with_options(target, options, ca)
+        return _spice_target(text, scheme if separator else "", rest, options)
     given = (options.password, options.ca_file, options.host_subject, options.proxy)
     if any(value is not None for value in given):
         raise UsageError(
-            f"{text[:200]} is a plain socket: passwords, --ca-file, --host-subject and --proxy are for SPICE targets",
+            f"{_shown(text)} is a plain socket: passwords, --ca-file, --host-subject and --proxy are for SPICE targets",
             reason=Reason.BAD_OPTION,
         )
     match scheme:
@@ -102,76 +104,102 @@ def parse_target(text: str, options: TargetOptions = TargetOptions()) -> Target:
 _STREAMS = ("tcp", "tcp-listen", "unix")
 
 
-def _spice_target(text: str, scheme: str, rest: str) -> SpiceTarget:
+def _spice_target(text: str, scheme: str, rest: str, options: TargetOptions) -> SpiceTarget:
     match scheme:
         case "spice" | "spice+tls":
-            return _spice(text, tls=scheme.endswith("tls"))
+            return _with_options(_spice(text, tls=scheme.endswith("tls")), options)
         case "spice+unix":
-            return SpiceTarget(unix_path=_path(text, rest))
-    if text.lower().endswith(".vv") or os.path.isfile(text):
-        return SpiceTarget.from_vv(read_vv_file(Path(text)))
-    raise _bad(text, f"write it as {FORMS}")
+            return _with_options(SpiceTarget(unix_path=_path(text, rest)), options)
+    if not text.lower().endswith(".vv") and not os.path.isfile(text):
+        raise _bad(text, f"write it as {FORMS}")
+    vv = read_vv_file(Path(text))
+    target = _with_options(SpiceTarget.from_vv(vv), options)
+    if vv.delete_this_file:
+        ChannelDialer(target, Timeouts())  # refuses a malformed proxy, subject or CA: the file stays then
+        delete_vv_file(Path(text))
+    return target
 
 
 def _bad(text: str, what: str) -> UsageError:
-    shown = text.rpartition("@")[2].partition("?")[0]  # never a password in a message
-    return UsageError(f"{shown[:200]!r} is no target: {what}", reason=Reason.BAD_TARGET)
+    return UsageError(f"{_shown(text)!r} is no target: {what}", reason=Reason.BAD_TARGET)
+
+
+def _shown(text: str) -> str:
+    """A target for a message: without what is a password, or may have been meant as one."""
+    head = re.split("[?&;]", text, maxsplit=1)[0]
+    if "@" in text[len(head) :]:
+        return f"{head.partition(':')[0][:20]}:…"
+    return head.rpartition("@")[2][:200]
 
 
 def _spice(text: str, *, tls: bool) -> SpiceTarget:
-    # The password may hold anything, "@", "/" and "#" too: it is cut off before the rest is understood as a URL.
-    user, at, address = text.partition("://")[2].rpartition("@")
+    # The password may hold "@", "/" and "#" too: it is cut off before the rest is understood as a URL.
+    authority, _, query = text.partition("://")[2].partition("?")
+    user, at, address = authority.rpartition("@")
     name, colon, secret = user.partition(":")
     if at and (name or not colon):
         raise _bad(text, "write a password as spice://:password@host:port")
-    host, port, query = _host_and_port(text, f"spice://{address}")
+    host, port = _host_and_port(text, f"spice://{address}")
     plain, tls_port = (None, port) if tls else (port, None)
-    password = unquote(secret)
-    for key, value in parse_qsl(query, keep_blank_values=True):
+    password = _unquote(secret)
+    for item in filter(None, query.split("&")):
+        key, equals, value = item.partition("=")
         match key:
+            case "port" if tls:
+                raise _bad(
+                    text, "spice+tls:// means TLS and has no port=: write spice://host?port=P&tls-port=T for both"
+                )
             case "port":
                 plain = _port_number(text, key, value)
             case "tls-port":
                 tls_port = _port_number(text, key, value)
             case "password":
-                password = value
+                password = _unquote(value)
             case _:
-                raise _bad(text, f"it may have ?port=, tls-port= and password=, not {key}=")
+                named = f"{key}=" if equals and re.fullmatch("[A-Za-z_-]{1,20}", key) else "something else"
+                raise _bad(text, f"it may have ?port=, tls-port= and password=, not {named}")
     if not plain and not tls_port:
         raise _bad(text, "it has no port")
     return SpiceTarget(host=host, port=plain, tls_port=tls_port, password=password)
 
 
+def _unquote(value: str) -> str:
+    return unquote(value, errors="surrogateescape")  # as a password from the command line: see check_password()
+
+
 def _port_number(text: str, key: str, value: str) -> int:
     if not value.isascii() or not value.isdigit() or len(value) > 5 or not 0 < int(value) < 65536:
-        raise _bad(text, f"{key}={value[:20]} is no port from 1 to 65535")
+        raise _bad(text, f"{key}= takes a number from 1 to 65535")
     return int(value)
 
 
-def _host_and_port(text: str, url: str, *, listen: bool = False) -> tuple[str, int | None, str]:
-    """Host, port and query of a URL that has nothing else."""
+def _host_and_port(text: str, url: str, *, listen: bool = False) -> tuple[str, int | None]:
+    """Host and port of a URL that has nothing else."""
+    if re.search(r"[\x00-\x20\x7f]", url):  # urlsplit would drop some of them
+        raise _bad(text, "it holds a space or a control character")
     try:
         parts = urlsplit(url)
+    except ValueError:  # its words would quote what may be a password
+        raise _bad(text, "its host is malformed") from None
+    try:
         port = parts.port
-    except ValueError as error:
-        raise _bad(text, str(error)) from None
-    if parts.username is not None or parts.path not in ("", "/") or parts.fragment:
+    except ValueError:
+        raise _bad(text, "a port is a number from 1 to 65535") from None
+    if parts.username is not None or parts.path not in ("", "/") or parts.query or parts.fragment:
         raise _bad(text, "nothing may follow the port")
     if not parts.hostname and not listen:
         raise _bad(text, "it has no host")
     if port == 0 and not listen:
-        raise _bad(text, "a port is from 1 to 65535")
-    return parts.hostname or LOOPBACK, port, parts.query
+        raise _bad(text, "a port is a number from 1 to 65535")
+    return parts.hostname or LOOPBACK, port
 
 
 def _tcp(text: str, *, listen: bool = False) -> TcpAddress:
     if "@" in text:
         raise _bad(text, "a plain socket takes no password: write it as tcp://host:port")
-    host, port, query = _host_and_port(text, text, listen=listen)
+    host, port = _host_and_port(text, text, listen=listen)
     if port is None:
         raise _bad(text, "it has no port")
-    if query:
-        raise _bad(text, "nothing may follow the port")
     return TcpAddress(host, port)
 
 
@@ -202,7 +230,16 @@ def _read_ca(path: Path) -> str:
         ) from error
 
 
-def _with_options(target: SpiceTarget, options: TargetOptions, ca: str | None) -> SpiceTarget:
+def _with_options(target: SpiceTarget, options: TargetOptions) -> SpiceTarget:
+    if target.tls_port is None and (options.ca_file is not None or options.host_subject is not None):
+        raise UsageError(
+            f"{target}: --ca-file and --host-subject are for TLS, and the target has no TLS port",
+            reason=Reason.BAD_OPTION,
+            remedy="write it as spice+tls://HOST:PORT, or leave the options out",
+        )
+    if target.unix_path is not None and options.proxy is not None:
+        raise UsageError(f"{target}: no proxy leads to a UNIX socket", reason=Reason.BAD_OPTION)
+    ca = None if options.ca_file is None else _read_ca(options.ca_file)
     password = target.password or options.fallback_password if options.password is None else options.password
     return replace(
         target,

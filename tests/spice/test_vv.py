@@ -67,6 +67,10 @@ BASE = VvFile(host="vmhost", port=5900)
             MINIMAL + "secure-channels=main;usbredir; inputs\n",
             VvFile("vmhost", 5900, secure_channels=frozenset({"main", "usbredir", "inputs"})),
         ),
+        (
+            MINIMAL + "secure-channels=Main,ALL\n",
+            VvFile("vmhost", 5900, secure_channels=frozenset({"main", "all"})),
+        ),
         (MINIMAL + "delete-this-file=0\n", BASE),
     ],
 )
@@ -92,6 +96,9 @@ def test_parse(text: str, expected: VvFile) -> None:
         (b"[virt-viewer]\ntype=spice\nhost=x\ntls-port=+1\n", "line 4: tls-port=.1 is no port"),
         ("[virt-viewer]\ntype=spice\nhost=x\nport=\u0665\n".encode(), "line 4: port=\u0665 is no port"),
         (MINIMAL.encode() + b"delete-this-file=yes\n", "line 5: delete-this-file=yes is neither 0 nor 1"),
+        (MINIMAL.encode() + b"secure-channels=main;usb-redir\n", "line 5: secure-channels has a channel 'usb-redir'"),
+        (MINIMAL.replace("vmhost", "vm\\n\x1b[31m").encode(), "line 3: host holds control characters"),
+        (MINIMAL.replace("=spice", "=\x1b]0;x\x07").encode(), "line 2: type holds control characters"),
         (MINIMAL.encode() + b"host=other\n", "line 5: host again, with another value than in line 3"),
         (MINIMAL.encode() + b"\xff", "byte 47 is not UTF-8"),
         (MINIMAL.encode() + b"a=\0", "NUL"),

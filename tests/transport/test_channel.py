@@ -2,16 +2,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cryptography.x509.oid import NameOID
-from tests.transport.fake_spice import Certificates, FakeSpice, free_port, message, running
+from tests.transport.fake_spice import TICKET_KEY_DER, Certificates, FakeSpice, free_port, message, running
 
 from farplug.errors import ExitCode, Reason, TargetError, UsageError
-from farplug.spice.link import LinkFailure
+from farplug.spice.link import LinkFailure, LinkReply
 from farplug.spice.types import ChannelType, LinkError
 from farplug.spice.vv import VvFile
 from farplug.transport.channel import ChannelDialer, LinkedChannel, SpiceTarget, Stage
@@ -303,7 +304,100 @@ async def test_nothing_prints_secrets(proxy: int, caplog: pytest.LogCaptureFixtu
     assert "hush" not in caplog.text
 
 
-@pytest.mark.parametrize("options", [{}, {"host": "x"}, {"port": 1}, {"host": "x", "port": 1, "password": "x" * 61}])
+@pytest.mark.parametrize("right", [True, False])
+async def test_a_link_reply_that_comes_with_the_handshake(certificates: Certificates, right: bool) -> None:
+    """The last message of the TLS handshake and the link reply in one segment: nothing, above all no ticket, goes to a
+    server before its subject is checked.
+    """
+    context = certificates.server_context()
+    context.maximum_version = ssl.TLSVersion.TLSv1_2  # in 1.3 the server's handshake ends before the client's
+    received = bytearray()
+    gone = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        session = context.wrap_bio(incoming, outgoing, server_side=True)
+        handshaken = False
+        with contextlib.closing(writer), contextlib.suppress(OSError):
+            while data := await reader.read(1 << 16):
+                incoming.write(data)
+                with contextlib.suppress(ssl.SSLError):  # SSLWantReadError is one
+                    if not handshaken:
+                        session.do_handshake()
+                        handshaken = True
+                        session.write(bytes(LinkReply(LinkError.OK, TICKET_KEY_DER, (0b1011,), (1,))))
+                    while len(received) < 16 + 26 + 4 + 128:
+                        received.extend(session.read(1 << 16))
+                    session.write(bytes(4))
+                writer.write(outgoing.read())
+        gone.set()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    target = SpiceTarget(
+        host="127.0.0.1",
+        tls_port=server.sockets[0].getsockname()[1],
+        password="secret",
+        ca=certificates.ca,
+        host_subject=r"O=Test\, Inc.,CN=vmhost" if right else "CN=other",
+    )
+    if right:
+        await link(target)
+        assert len(received) >= 128
+    else:
+        with pytest.raises(TargetError, match="subject is not CN=other"):
+            await link(target)
+    async with asyncio.timeout(5):
+        await gone.wait()
+    assert right or not received
+    server.close()
+
+
+async def test_tls_for_all_channels_once_the_server_demanded_it(
+    both: tuple[FakeSpice, dict[str, Any]], certificates: Certificates
+) -> None:
+    fake, target = both
+    fake.secured = frozenset({ChannelType.MAIN})
+    fake.channels = ((9, 0),)
+    dialer = ChannelDialer(SpiceTarget(**target, ca=certificates.ca), Timeouts())
+    for channel_type in (ChannelType.MAIN, ChannelType.USBREDIR):
+        linked = await dialer.link(channel_type, 0, connection_id=channel_type - 1, capabilities=[])
+        linked.connection.abort()
+    assert [channel.tls for channel in fake.linked] == [True, True]
+
+
+async def test_whatever_fails_after_the_handshake_closes_the_connection(
+    certificates: Certificates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.closing(writer), contextlib.suppress(OSError):
+            await reader.read()
+        gone.set()
+
+    def defect(session: ssl.SSLObject) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("farplug.transport.tls.peer_certificate", defect)
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=certificates.server_context())
+    port = server.sockets[0].getsockname()[1]
+    with pytest.raises(ZeroDivisionError):
+        await link(SpiceTarget(host="127.0.0.1", tls_port=port, ca=certificates.ca, host_subject="CN=x"))
+    async with asyncio.timeout(5):
+        await gone.wait()
+    server.close()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"host": "x", "port": 1, "secure_channels": frozenset({"Main"})},
+        {},
+        {"host": "x"},
+        {"port": 1},
+        {"host": "x", "port": 1, "password": "x" * 61},
+    ],
+)
 def test_impossible_targets(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         SpiceTarget(**options)

@@ -12,6 +12,9 @@ from tests.transport.fake_spice import Recorder, free_port
 from farplug.errors import Reason, TargetError
 from farplug.transport.connection import (
     HIGH_WATER,
+    KEEPALIVE_COUNT,
+    KEEPALIVE_IDLE,
+    KEEPALIVE_INTERVAL,
     RECEIVE_BUFFER,
     Address,
     Connection,
@@ -129,6 +132,65 @@ async def test_close_does_not_wait_for_ever() -> None:
         async with asyncio.timeout(5):
             await connection.close(0.05)
     assert lost == [None]
+
+
+async def test_a_cancelled_close_closes_at_once() -> None:
+    lost: list[Exception | None] = []
+    connection, theirs = await connected(Recorder(), lost)
+    with theirs:
+        connection.write([bytes(4 << 20)])
+        closing = asyncio.create_task(connection.close(10))
+        await asyncio.sleep(0.02)
+        assert not lost
+        closing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+        await asyncio.sleep(0)
+        assert lost == [None]
+
+
+async def test_close_waits_a_little_for_a_peer_that_does_not_close(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("farplug.transport.connection.CLOSE_LINGER", 0.05)
+    recorder = Recorder()
+    lost: list[Exception | None] = []
+    connection, theirs = await connected(recorder, lost)
+    connection.pause_reading()
+    with theirs:
+        closing = asyncio.create_task(connection.close(10))
+        assert await receive(theirs, 1) == b""
+        theirs.send(b"dropped")
+        assert not lost
+        async with asyncio.timeout(1):
+            await closing
+    assert lost == [None]
+    assert not recorder.data
+
+
+async def test_vanished_peers_are_noticed() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        sock = await dial(TcpAddress("127.0.0.1", server.getsockname()[1]), 1)
+        connection = Connection(Recorder(), lambda error: None)
+        await start(sock, connection, tls=None, server_hostname="", timeout=1)
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        found = [
+            sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, name))
+            for name in ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT")
+            if hasattr(socket, name)
+        ]
+        assert found == [KEEPALIVE_IDLE, KEEPALIVE_INTERVAL, KEEPALIVE_COUNT][: len(found)]
+        connection.abort()
+        await asyncio.sleep(0)
+
+
+async def test_writing_to_a_dead_peer_makes_no_noise(caplog: pytest.LogCaptureFixture) -> None:
+    """asyncio complains of every write to a transport that a write before has broken."""
+    lost: list[Exception | None] = []
+    connection, theirs = await connected(Recorder(), lost)
+    theirs.close()
+    connection.write([bytes(300 << 10) for _ in range(8)])
+    await asyncio.sleep(0.01)
+    assert len(lost) == 1
+    assert not caplog.messages
 
 
 async def test_abort() -> None:

@@ -21,6 +21,7 @@ from farplug.transport.proxy import MAX_REPLY, HttpProxy, open_tunnel
         ("http://[::1]:81", HttpProxy(TcpAddress("::1", 81))),
         ("http://me:p%40ss@pve", HttpProxy(TcpAddress("pve", 3128), "me:p@ss")),
         ("http://me@pve", HttpProxy(TcpAddress("pve", 3128), "me:")),
+        ("http://me:%ff\udcfe@pve", HttpProxy(TcpAddress("pve", 3128), "me:\udcff\udcfe")),
     ],
 )
 def test_parse(url: str, expected: HttpProxy) -> None:
@@ -63,6 +64,8 @@ def test_connect_request() -> None:
     assert proxy.connect_request(TcpAddress("::1", 1)).startswith(b"CONNECT [::1]:1 HTTP/1.1\r\n")
     with_password = HttpProxy(TcpAddress("pve", 3128), "me:p@ss").connect_request(TcpAddress("a", 1))
     assert b"\r\nProxy-Authorization: Basic " + base64.b64encode(b"me:p@ss") + b"\r\n\r\n" in with_password
+    not_utf8 = HttpProxy(TcpAddress("pve", 3128), "me:\udcff").connect_request(TcpAddress("a", 1))
+    assert base64.b64encode(b"me:\xff") in not_utf8
 
 
 @pytest.mark.parametrize("host", ["a\r\nX: y", "a b", "a\tb", "ü", "a\0"])

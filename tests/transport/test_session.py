@@ -19,6 +19,7 @@ from tests.transport.fake_spice import (
     Recorder,
     channels_list,
     message,
+    ping,
     running,
 )
 
@@ -445,3 +446,179 @@ async def test_writer_is_paused(tls: bool, tmp_path: Path) -> None:
         await until(lambda: size == written)
         assert received.digest() == sent.digest()
         await session.close()
+
+
+@pytest.mark.parametrize("tls", [False, True])
+async def test_close_flushes_while_the_guest_still_sends(tls: bool, tmp_path: Path) -> None:
+    failures: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: failures.append(context))
+    go = asyncio.Event()
+    received = 0
+
+    async def talk(channel: Channel) -> None:
+        nonlocal received
+        channel.send(ping(1))
+        await go.wait()
+        for _ in range(10):
+            channel.send(message(DATA, b"x" * 1000))
+            await asyncio.sleep(0.005)
+        while data := await channel.reader.read(1 << 16):
+            received += len(data)
+
+    fake = FakeSpice(usbredir=talk, vmc_caps=0)
+    certificates = Certificates(tmp_path)
+    async with running(fake, tls=certificates.server_context() if tls else None) as number:
+        ports: dict[str, Any] = {"tls_port": number, "ca": certificates.ca} if tls else {"port": number}
+        session = await SpiceSession.connect(SpiceTarget(host="127.0.0.1", **ports))
+        recorder = Recorder()
+        await session.ports[0].open(recorder)
+        session.ports[0].write([bytes(12 << 20)])
+        closing = asyncio.create_task(session.ports[0].close())
+        await asyncio.sleep(0)
+        go.set()
+        await closing
+        assert recorder.closed == [None]
+        assert not recorder.data
+        await until(lambda: received >= 12 << 20)
+        await session.close()
+    assert not failures
+
+
+@pytest.mark.parametrize("kind", ["main", "usbredir"])
+async def test_pings_of_a_server_that_reads_nothing(kind: str) -> None:
+    """Our answers are bounded: when they are not taken we stop reading, until they are."""
+    go = asyncio.Event()
+    pongs = 0
+    sent = 0
+
+    async def flood(channel: Channel) -> None:
+        nonlocal pongs, sent
+        if kind == "main":
+            channel.send(INIT + channels_list(((9, 0),)))
+
+        async def send() -> None:
+            nonlocal sent
+            while not go.is_set():
+                channel.send(ping(7) * 5000)
+                sent += 5000
+                await channel.writer.drain()
+
+        sending = asyncio.create_task(send())
+        await go.wait()
+        while pongs < sent or not sending.done():
+            pongs += (await channel.receive())[0] == 3
+        await channel.reader.read()
+
+    fake = FakeSpice(channels=((9, 0),))
+    setattr(fake, kind, flood)
+    async with running(fake) as number:
+        session = await connect(number)
+        connection = session._connection
+        if kind == "usbredir":
+            port = session.ports[0]
+            assert isinstance(port, SpicePort)
+            await port.open(Recorder())
+            assert port._linked is not None
+            connection = port._linked.connection
+        await until(lambda: connection._queued > HIGH_WATER)
+        before = -1
+        while sent != before:  # until the server cannot send any more
+            before = sent
+            await asyncio.sleep(0.2)
+        assert connection._queued < HIGH_WATER + (1 << 20)
+        go.set()
+        async with asyncio.timeout(30):
+            while pongs < sent:
+                await asyncio.sleep(0.01)
+        assert connection.is_open
+        await session.close()
+
+
+@pytest.mark.parametrize("when", ["linked", "refused", "gone later"])
+async def test_session_that_ends_while_a_port_opens(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeSpice(channels=((9, 0),))
+    async with running(fake) as number:
+        session = await connect(number)
+        port = session.ports[0]
+        assert isinstance(port, SpicePort)
+        link = port._dialer.link
+        links: list[LinkedChannel] = []
+
+        async def link_and_end(*args: Any, **options: Any) -> LinkedChannel:
+            if when != "linked":
+                fake.channels = ()
+            if when == "gone later":
+                asyncio.get_running_loop().call_later(0.05, fake.main_channel.writer.close)
+                return await link(*args, **options)
+            try:
+                links.append(await link(*args, **options))
+                return links[0]
+            finally:
+                await fake.main_channel.close()
+                await session.closed
+
+        monkeypatch.setattr(port._dialer, "link", link_and_end)
+        recorder = Recorder()
+        with pytest.raises(GuestGoneError, match="the SPICE server closed the session"):
+            await port.open(recorder)
+        assert not recorder.closed
+        assert all(linked.connection.closing for linked in links)
+
+
+@pytest.mark.parametrize("waits", [0, 0.1])
+async def test_session_that_we_close_while_a_port_opens(waits: float) -> None:
+    async def silent(channel: Channel) -> None:
+        await channel.reader.read()
+
+    async with running(FakeSpice(usbredir=silent)) as number:
+        session = await connect(number)
+        recorder = Recorder()
+        opening = asyncio.create_task(session.ports[0].open(recorder))
+        await asyncio.sleep(waits)
+        await session.close()
+        with pytest.raises((GuestGoneError, LocalProtocolError), match=r"session is closed|closed before it was open"):
+            await opening
+        assert not recorder.closed
+
+
+@pytest.mark.parametrize("waits", [0, 0.1])
+async def test_port_that_is_closed_while_it_opens(waits: float) -> None:
+    async def silent(channel: Channel) -> None:
+        await channel.reader.read()
+
+    async with running(FakeSpice(usbredir=silent)) as number:
+        session = await connect(number)
+        port, recorder = session.ports[0], Recorder()
+        opening = asyncio.create_task(port.open(recorder))
+        await asyncio.sleep(waits)
+        await port.close()
+        with pytest.raises(LocalProtocolError, match="port usbredir 0 was closed before it was open"):
+            await opening
+        assert not recorder.closed
+        await port.open(recorder)
+        await port.close()
+        assert recorder.closed == [None]
+        await session.close()
+
+
+async def test_a_cancelled_close_closes_the_session() -> None:
+    stuck = asyncio.Event()
+
+    async def reads_nothing(channel: Channel) -> None:
+        channel.send(ping(1))
+        await stuck.wait()
+
+    async with running(FakeSpice(usbredir=reads_nothing, vmc_caps=0)) as number:
+        session = await connect(number)
+        recorder = Recorder()
+        await session.ports[0].open(recorder)
+        session.ports[0].write([bytes(16 << 20)])
+        closing = asyncio.create_task(session.close())
+        await asyncio.sleep(0.05)
+        closing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+        assert await session.closed is None
+        await recorder.until(lambda: bool(recorder.closed))
+        assert recorder.closed == [None]
+        stuck.set()

@@ -167,6 +167,43 @@ async def test_listen_port_can_be_given_up() -> None:
         await asyncio.open_connection("127.0.0.1", number)
 
 
+async def test_accept_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fails(sock: socket.socket) -> None:
+        raise OSError(24, "Too many open files")
+
+    port = ListenPort(TcpAddress("127.0.0.1", 0))
+    monkeypatch.setattr(asyncio.get_running_loop(), "sock_accept", fails)
+    with pytest.raises(TargetError, match=r"cannot accept a connection on 127\.0\.0\.1:\d+: Too many open files"):
+        await port.open(Recorder())
+    monkeypatch.undo()
+
+
+async def test_what_was_sent_survives_a_close_with_unread_bytes() -> None:
+    """A socket that is closed with bytes of the peer in it is reset, and the peer loses what it has not read."""
+    loop = asyncio.get_running_loop()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = StreamPort(TcpAddress("127.0.0.1", server.getsockname()[1]))
+        recorder = Recorder()
+        await port.open(recorder)
+        guest, _ = server.accept()
+        with guest:
+            guest.setblocking(False)
+            port.write([bytes(1 << 20)])
+            closing = asyncio.create_task(port.close())
+            for _ in range(3):
+                guest.send(b"x" * 100)
+                await asyncio.sleep(0.01)
+            received = 0
+            while data := await loop.sock_recv(guest, 1 << 20):
+                received += len(data)
+            guest.close()
+            async with asyncio.timeout(0.4):  # the guest has closed: no need to linger
+                await closing
+    assert received == 1 << 20
+    assert recorder.closed == [None]
+    assert not recorder.data, "nothing is delivered after close()"
+
+
 async def test_listen_where_one_cannot() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         number = taken.getsockname()[1]

@@ -3,11 +3,13 @@ from __future__ import annotations
 import datetime
 import ssl
 from pathlib import Path
+from typing import cast
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 from tests.transport.fake_spice import Certificates
 
@@ -129,3 +131,48 @@ def test_a_server_that_does_not_speak_tls() -> None:
 
 def test_unreadable_certificate() -> None:
     assert tls.describe(None) == "a certificate that cannot be read"
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "said"),
+    [
+        # a second subjectAltName instead of an issuerAltName
+        (b"\x06\x03\x55\x1d\x12", b"\x06\x03\x55\x1d\x11", "certificate of CN=evil, issued by CN=evil, valid until"),
+        # an x400Address instead of a DNS name
+        (b"\x82\x09a.example", b"\xa3\x09a.example", "certificate of CN=evil, issued by CN=evil, valid until"),
+        # a name that is not UTF-8
+        (b"\x0c\x04evil", b"\x0c\x04\xff\xfe\xffl", "a certificate that cannot be read"),
+    ],
+)
+def test_hostile_certificate(good: bytes, bad: bytes, said: str) -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(CN, "evil")])
+    start = datetime.datetime(2026, 1, 1)
+    encoded = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(start)
+        .not_valid_after(start + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("a.example")]), critical=False)
+        .add_extension(x509.IssuerAlternativeName([x509.DNSName("b.example")]), critical=False)
+        .sign(key, hashes.SHA256())
+        .public_bytes(Encoding.DER)
+    )
+    assert good in encoded
+    hostile = x509.load_der_x509_certificate(encoded.replace(good, bad))
+    assert tls.describe(hostile).startswith(said)
+    assert HostSubject.parse("CN=evil").matches(hostile) is ("CN=evil" in said)
+
+
+def test_certificate_of_an_unknown_version() -> None:
+    encoded = PVE.public_bytes(Encoding.DER)
+    assert encoded.count(b"\xa0\x03\x02\x01\x02") == 1
+
+    class Session:
+        def getpeercert(self, binary_form: bool) -> bytes:
+            return encoded.replace(b"\xa0\x03\x02\x01\x02", b"\xa0\x03\x02\x01\x09")
+
+    assert tls.peer_certificate(cast("ssl.SSLObject", Session())) is None

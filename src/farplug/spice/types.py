@@ -37,6 +37,10 @@ class ChannelType(IntEnum):
         return self.name.lower()
 
 
+CHANNEL_NAMES = frozenset({*map(str, ChannelType), "all"})
+"""What ``secure-channels`` of a ``.vv`` file may name."""
+
+
 class CommonCapability(IntEnum):
     """SPICE_COMMON_CAP_*: bit numbers."""
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from farplug.errors import Reason, UsageError
+from farplug.spice.types import CHANNEL_NAMES
 
 MAX_VV_FILE = 1 << 20
 """The largest ``.vv`` file that we read, in bytes."""
@@ -47,7 +48,7 @@ class VvFile:
         host_subject: the certificate's subject, to be checked instead of the host name; empty: the host name is.
         proxy: URL of an HTTP proxy; empty if there is none. May hold a password.
         title: how the sender calls the VM.
-        secure_channels: channels that must use TLS.
+        secure_channels: channels that must use TLS, by name in lower case, or ``all``.
         delete_this_file: the file is to be deleted once it is read.
     """
 
@@ -74,13 +75,13 @@ class VvFile:
             UsageError: it is no ``.vv`` file for SPICE, or a value in it is wrong.
         """
         values = _Values(path, data)
-        kind = values.text("type")
+        kind = values.word("type")
         if kind != "spice":
             raise values.error(
                 f"type={kind} is not supported, only type=spice" if kind else "it has no type=spice",
                 remedy="give the VM a SPICE display: VNC carries no USB devices",
             )
-        host = values.text("host")
+        host = values.word("host")
         port, tls_port = values.port("port"), values.port("tls-port")
         if not host:
             raise values.error("it has no host", remedy="is the VM running? Fetch a new .vv file while it runs")
@@ -95,7 +96,7 @@ class VvFile:
             host_subject=values.text("host-subject"),
             proxy=values.text("proxy"),
             title=values.text("title"),
-            secure_channels=frozenset(name for name in re.split(r"[;,\s]+", values.text("secure-channels")) if name),
+            secure_channels=values.channels("secure-channels"),
             delete_this_file=values.flag("delete-this-file"),
         )
 
@@ -120,6 +121,13 @@ class _Values:
         """A value, its escapes resolved; empty if it is not there."""
         return self._values.get(key, (0, ""))[1]
 
+    def word(self, key: str) -> str:
+        """A value that messages show: without control characters."""
+        line, text = self._values.get(key, (0, ""))
+        if not text.isprintable():
+            raise self.error(f"{key} holds control characters", line)
+        return text
+
     def port(self, key: str) -> int | None:
         """A port; None if it is not there, or 0 or -1, by which libvirt means "none"."""
         line, text = self._values.get(key, (0, ""))
@@ -135,6 +143,16 @@ class _Values:
         if text not in ("", "0", "1"):
             raise self.error(f"{key}={text[:40]} is neither 0 nor 1", line)
         return text == "1"
+
+    def channels(self, key: str) -> frozenset[str]:
+        """Names of channels, in lower case. An unknown one is refused: what it secures would go without TLS."""
+        line, text = self._values.get(key, (0, ""))
+        names = [name.lower() for name in re.split(r"[;,\s]+", text) if name]
+        for name in names:
+            if name not in CHANNEL_NAMES:
+                known = ", ".join(sorted(CHANNEL_NAMES))
+                raise self.error(f"{key} has a channel {name[:40]!r}", line, f"the channels are {known}")
+        return frozenset(names)
 
     def error(self, what: str, line: int = 0, remedy: str = "") -> UsageError:
         where = f"{self._path}, line {line}" if line else self._path

@@ -14,7 +14,7 @@ from cryptography import x509
 
 from farplug.errors import FarplugError, Reason, TargetError, UsageError
 from farplug.spice.link import LinkClient, LinkFailure, LinkResult, check_password
-from farplug.spice.types import ChannelType, LinkError
+from farplug.spice.types import CHANNEL_NAMES, ChannelType, LinkError
 from farplug.spice.vv import VvFile
 from farplug.transport import tls
 from farplug.transport.connection import (
@@ -51,7 +51,7 @@ class SpiceTarget:
         host: name or address; with a proxy: what the proxy understands. Empty with ``unix_path``.
         port: the plain port; None if there is none.
         tls_port: the TLS port; None if there is none. It is used where there is no plain port, for the channels in
-            ``secure_channels``, and where the server demands TLS.
+            ``secure_channels``, and from the first channel on for which the server demands TLS.
         password: the ticket; empty if there is none.
         ca: certificates to trust, PEM; None: the system's.
         host_subject: the certificate's subject, to be checked instead of the host name; None: the host name is checked.
@@ -60,7 +60,8 @@ class SpiceTarget:
         secure_channels: channels (``main``, ``usbredir``, …, or ``all``) that must not go without TLS.
 
     Raises:
-        UsageError: there is nowhere to connect, or the password cannot be carried.
+        UsageError: there is nowhere to connect, ``secure_channels`` has an unknown name, or the password cannot be
+            carried.
     """
 
     host: str = ""
@@ -79,6 +80,12 @@ class SpiceTarget:
                 "a SPICE target needs a host with a port or a TLS port, or the path of a UNIX socket",
                 reason=Reason.BAD_TARGET,
                 remedy="write it as spice://HOST:PORT or spice+tls://HOST:PORT",
+            )
+        if unknown := self.secure_channels - CHANNEL_NAMES:
+            raise UsageError(
+                f"there is no SPICE channel {min(unknown)[:40]!r} that could be secure",
+                reason=Reason.BAD_TARGET,
+                remedy=f"the channels are {', '.join(sorted(CHANNEL_NAMES))}",
             )
         check_password(self.password)
 
@@ -129,17 +136,33 @@ class LinkedChannel:
 
 
 class _Linker:
-    """A connection's reader while the link is made."""
+    """A connection's reader while the link is made.
+
+    Nothing is answered before :meth:`begin`: what comes with the end of the TLS handshake is from a server whose
+    subject is not checked yet.
+    """
 
     def __init__(self, client: LinkClient) -> None:
         self.client = client
         self.connection = Connection(self, self.lost)
         self.result: asyncio.Future[LinkResult] = asyncio.get_running_loop().create_future()
+        self._begun = False
+        self._early = bytearray()
+        """What came before the beginning: one read at most, as it pauses reading."""
 
     def begin(self) -> None:
+        """The server is the right one: talk to it."""
+        self._begun = True
         self.connection.write([*self.client.data_to_send()])
+        if self._early:
+            self.connection.resume_reading()  # before the bytes, which may pause it again
+            self.data_received(memoryview(self._early))
 
     def data_received(self, data: memoryview) -> None:
+        if not self._begun:
+            self._early += data
+            self.connection.pause_reading()
+            return
         if self.result.done():
             return
         try:
@@ -168,7 +191,7 @@ class _Linker:
 
 
 class ChannelDialer:
-    """Links channels of one target, with or without TLS as each kind of channel demands.
+    """Links channels of one target, with or without TLS as target and server demand.
 
     Args:
         target: whose channels.
@@ -186,8 +209,8 @@ class ChannelDialer:
         self._context: ssl.SSLContext | None = None
         if target.tls_port is not None:
             self._context = tls.client_context(ca=target.ca, check_hostname=self._host_subject is None)
-        self._secured: set[ChannelType] = set()
-        """The kinds of channel that the server wants over TLS."""
+        self._demanded = False
+        """The server wanted TLS for a channel: all that follow use it."""
 
     async def link(
         self,
@@ -226,7 +249,7 @@ class ChannelDialer:
             if secured or error.error is not LinkError.NEED_SECURED or self._target.tls_port is None:
                 raise
         # The server wants TLS for this channel, as spice-gtk expects it to say: nothing secret was sent so far.
-        self._secured.add(channel_type)
+        self._demanded = True
         client = LinkClient(client.mess, client.password, client.name)
         return await self._link(client, True, progress)
 
@@ -241,26 +264,34 @@ class ChannelDialer:
                 reason=Reason.NEEDS_TLS,
                 remedy="the VM's SPICE server needs a TLS port, and the .vv file a tls-port",
             )
-        return must or target.port is None or channel_type in self._secured
+        return must or target.port is None or self._demanded
 
     async def _link(self, client: LinkClient, secured: bool, progress: Progress | None) -> LinkedChannel:
         linker = _Linker(client)
         address = self._address(secured)
         if progress is not None:
             progress(Stage.REACH, str(address) if self._proxy is None else f"{address} by way of {self._proxy.address}")
-        if secured:
-            await self._start_tls(linker.connection, address, progress)
-        else:
-            sock = await self._reach(address)
-            await start(sock, linker.connection, tls=None, server_hostname="", timeout=self._timeouts.handshake)
-        if progress is not None:
-            progress(Stage.TICKET, str(address))
         try:
+            if secured:
+                await self._start_tls(linker.connection, address, progress)
+            else:
+                sock = await self._reach(address)
+                await start(sock, linker.connection, tls=None, server_hostname="", timeout=self._timeouts.handshake)
+            if progress is not None:
+                progress(Stage.TICKET, str(address))
             linker.begin()
-            async with asyncio.timeout(self._timeouts.handshake):
-                result = await linker.result
-        except TimeoutError:
+            result = await self._result(linker)
+        except BaseException:
             linker.connection.abort()
+            raise
+        return LinkedChannel(linker.connection, result, local=isinstance(address, UnixAddress))
+
+    async def _result(self, linker: _Linker) -> LinkResult:
+        client = linker.client
+        try:
+            async with asyncio.timeout(self._timeouts.handshake):
+                return await linker.result
+        except TimeoutError:
             raise LinkFailure(
                 f"{client.name}: no {client.phase.removeprefix('a ')} within {self._timeouts.handshake:g} s",
                 reason=Reason.TIMED_OUT,
@@ -268,10 +299,6 @@ class ChannelDialer:
                 error=None,
                 phase=client.phase,
             ) from None
-        except BaseException:
-            linker.connection.abort()
-            raise
-        return LinkedChannel(linker.connection, result, local=isinstance(address, UnixAddress))
 
     def _address(self, secured: bool) -> TcpAddress | UnixAddress:
         target = self._target
@@ -319,7 +346,6 @@ class ChannelDialer:
             assert connection.tls is not None
             presented = tls.peer_certificate(connection.tls)
             if presented is None or not subject.matches(presented):
-                connection.abort()
                 raise tls.wrong_subject(where, subject, presented)
 
     async def _read_certificate(self, address: TcpAddress | UnixAddress) -> x509.Certificate | None:

@@ -35,6 +35,27 @@ LOW_WATER = 512 << 10
 TLS_SHUTDOWN_TIMEOUT = 1.0
 """Seconds for the peer's answer to our close_notify."""
 
+CLOSE_LINGER = 0.5
+"""Seconds that a plain socket stays half closed for the peer's own end of stream.
+
+A socket that is closed with unread bytes in it, or gets some later, is reset: the peer would lose our last ones.
+"""
+KEEPALIVE_IDLE = 15
+"""Seconds of silence on a TCP connection before the kernel asks whether the peer is still there."""
+KEEPALIVE_INTERVAL = 5
+"""Seconds from one such question to the next."""
+KEEPALIVE_COUNT = 3
+"""Questions without an answer that end the connection."""
+
+_KEEPALIVE_OPTIONS = tuple(
+    (getattr(socket, name), value)
+    for name, value in (
+        ("TCP_KEEPIDLE", KEEPALIVE_IDLE),
+        ("TCP_KEEPINTVL", KEEPALIVE_INTERVAL),
+        ("TCP_KEEPCNT", KEEPALIVE_COUNT),
+    )
+    if hasattr(socket, name)
+)
 _TCP_QUICKACK: int | None = getattr(socket, "TCP_QUICKACK", None)
 
 
@@ -84,7 +105,10 @@ class Reader(Protocol):
     """Who reads a connection's bytes. Called on the event loop."""
 
     def data_received(self, data: memoryview) -> None:
-        """Bytes arrived. The view is valid only during the call, or until reading is resumed if the call paused it."""
+        """Bytes arrived. The view is valid only during the call, or until reading is resumed if the call paused it.
+
+        Not called any more once the connection is closed or aborted by us.
+        """
 
     def pause_writing(self) -> None:
         """The output queue is above HIGH_WATER."""
@@ -165,21 +189,33 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.resume_reading()
 
     async def close(self, timeout: float) -> None:
-        """Send what is queued, then close; after ``timeout`` seconds close at once."""
-        if self._transport is None or self._lost.done():
+        """Send what is queued, then close; after ``timeout`` seconds, or when cancelled, close at once.
+
+        A plain socket is half closed first, and what the peer still sends is dropped, until it has closed its side too:
+        for CLOSE_LINGER at most.
+        """
+        transport = self._transport
+        if transport is None or self._lost.done():
             return
         try:
             async with asyncio.timeout(timeout):
                 if not self._closing:
                     self._closing = True
-                    if self._queue:
+                    if not transport.is_closing():
+                        transport.resume_reading()  # to drop it, and to see the peer's end
+                    if self._queue or self._transport_paused:
                         self._drained = asyncio.get_running_loop().create_future()
                         await self._drained
-                    self._transport.close()
+                    if self._plain_socket is not None and _half_close(transport):
+                        await asyncio.wait([self._lost], timeout=CLOSE_LINGER)
+                    transport.close()
                 await asyncio.shield(self._lost)
         except TimeoutError:
-            self._transport.abort()
+            transport.abort()
             await asyncio.shield(self._lost)
+        except BaseException:
+            self.abort()
+            raise
 
     def abort(self) -> None:
         """Close at once; what is queued is lost."""
@@ -197,6 +233,10 @@ class Connection(asyncio.BufferedProtocol):
         sock = transport.get_extra_info("socket")
         if sock is not None and sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # A VM's host that vanishes without a word is noticed within half a minute. A paused VM's still answers.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in _KEEPALIVE_OPTIONS:
+                sock.setsockopt(socket.IPPROTO_TCP, option, value)
             if _TCP_QUICKACK is not None:
                 self._quick_ack_socket = sock
 
@@ -212,6 +252,8 @@ class Connection(asyncio.BufferedProtocol):
         return self._receive_buffer
 
     def buffer_updated(self, nbytes: int) -> None:
+        if self._closing:
+            return
         if self._quick_ack_socket is not None:
             # QEMU writes a transfer as several small messages. With Nagle's algorithm on its side and a delayed ACK on
             # ours each transfer would take 40 ms. The kernel forgets the option: set it again after each read.
@@ -243,11 +285,11 @@ class Connection(asyncio.BufferedProtocol):
             return
         if self._plain_socket is not None and not transport.get_write_buffer_size():
             self._gather(self._plain_socket)
-        while self._queue and not self._transport_paused:
+        while self._queue and not self._transport_paused and not transport.is_closing():  # a write may break it
             chunk = self._next_chunk()
             self._queued -= len(chunk)
             transport.write(chunk)
-        if not self._queue and self._drained is not None and not self._drained.done():
+        if self._drained is not None and not self._queue and not self._transport_paused and not self._drained.done():
             self._drained.set_result(None)
 
     def _gather(self, sock: socket.socket) -> None:
@@ -291,6 +333,17 @@ class Connection(asyncio.BufferedProtocol):
         self._queued = 0
         if self._drained is not None and not self._drained.done():
             self._drained.set_result(None)
+
+
+def _half_close(transport: asyncio.Transport) -> bool:
+    """End our side of a stream whose queue is empty. False: it has ended already, or broken."""
+    if transport.is_closing():
+        return False
+    try:
+        transport.write_eof()
+    except OSError:
+        return False
+    return True
 
 
 async def dial(address: Address, timeout: float) -> socket.socket:

@@ -52,7 +52,10 @@ class HttpProxy:
             raise UsageError("the proxy's URL has no host, or a path", reason=Reason.BAD_TARGET, remedy=_REMEDY)
         credentials = None
         if parts.username is not None:
-            credentials = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+            user, password = (
+                unquote(text or "", errors="surrogateescape") for text in (parts.username, parts.password)
+            )
+            credentials = f"{user}:{password}"
         return cls(TcpAddress(host, DEFAULT_PORT if port is None else port), credentials)
 
     def connect_request(self, target: TcpAddress) -> bytes:
@@ -63,7 +66,8 @@ class HttpProxy:
             )
         lines = [f"CONNECT {target} HTTP/1.1", f"Host: {target}"]
         if self.credentials is not None:
-            lines.append("Proxy-Authorization: Basic " + base64.b64encode(self.credentials.encode()).decode())
+            encoded = base64.b64encode(self.credentials.encode("utf-8", "surrogateescape"))
+            lines.append(f"Proxy-Authorization: Basic {encoded.decode()}")
         return "\r\n".join([*lines, "", ""]).encode("ascii")
 
 

@@ -134,7 +134,11 @@ class SpiceSession:
 
     async def close(self) -> None:
         """Close all ports (what they have queued is sent within a bounded time), then the session."""
-        await asyncio.gather(*(port.close() for port in self._usbredir_ports))
+        try:
+            await asyncio.gather(*(port.close() for port in self._usbredir_ports))
+        except BaseException:  # cancelled: the ports are closed at once, and so is the session
+            self._connection.abort()
+            raise
         await self._connection.close(self._timeouts.flush)
 
     # the main channel
@@ -159,10 +163,12 @@ class SpiceSession:
         self._connection.write(self._channel.data_to_send())
 
     def pause_writing(self) -> None:
-        """The server does not read our few answers: it is stuck, and will notice by itself."""
+        """The server does not read our answers: ask for no more of them."""
+        self._connection.pause_reading()
 
     def resume_writing(self) -> None:
         """It reads again."""
+        self._connection.resume_reading()
 
     def _main_message(self, kind: int, body: memoryview) -> None:
         match kind:
@@ -256,6 +262,11 @@ class SpicePort(Port):
         self._error: FarplugError | None = None
         self._farewell = ""
         self._paused = False
+        """The listener asked for no more."""
+        self._choked = False
+        """The output queue is full: nothing is read that could ask for more answers."""
+        self._given_up = False
+        """Closed by us since open() began."""
         self._draining = False
 
     @property
@@ -273,6 +284,7 @@ class SpicePort(Port):
         if self._listener is not None:
             raise LocalProtocolError(f"port {self.name} is open already")
         self._listener = listener
+        self._given_up = False
         try:
             tries = 1 + (BUSY_RETRIES if self._was_open else 0)
             while not await self._try_open():
@@ -292,7 +304,7 @@ class SpicePort(Port):
 
     async def _try_open(self) -> bool:
         """Link the channel. False: the server linked it and then closed it, as it does with one in use."""
-        self._check_session()
+        self._check_wanted()
         try:
             linked = await self._dialer.link(
                 ChannelType.USBREDIR,
@@ -300,8 +312,14 @@ class SpicePort(Port):
                 connection_id=self._session.session_id,
                 capabilities=VmcChannel.capabilities,
             )
-        except LinkFailure as error:
+        except TargetError as error:
+            self._check_wanted()
+            if not isinstance(error, LinkFailure):
+                raise
             absent = error.error is None and error.phase is LinkPhase.REPLY and error.reason is Reason.LINK_REFUSED
+            if absent:  # or the server is going: its main channel may end a moment later
+                await asyncio.wait([self._session.closed], timeout=SETTLE_TIME)
+                self._check_wanted()
             if absent or error.error is LinkError.CHANNEL_NOT_AVAILABLE:
                 raise PortError(
                     f"{error.message}: the channel is in use, or was taken out of the VM",
@@ -309,7 +327,12 @@ class SpicePort(Port):
                     remedy="use another port, or connect again",
                 ) from error
             raise
-        self._error, self._farewell, self._paused = None, "", False
+        try:
+            self._check_wanted()  # what ends the session while the channel is linked does not know of it yet
+        except BaseException:
+            linked.connection.abort()
+            raise
+        self._error, self._farewell, self._paused, self._choked = None, "", False, False
         self._channel = VmcChannel(self.name, linked.link, local=linked.local)
         self._channel.compress = self._compress
         self._linked = linked
@@ -324,13 +347,16 @@ class SpicePort(Port):
             return True
         if self._error is not None:
             raise self._error
-        self._check_session()
+        self._check_wanted()
         return False
 
-    def _check_session(self) -> None:
+    def _check_wanted(self) -> None:
+        """Raise if the session has ended, or the port was closed, while it opens."""
         closed = self._session.closed
         if closed.done():
             raise closed.result() or GuestGoneError(f"{self.name}: the session is closed")
+        if self._given_up:
+            raise LocalProtocolError(f"port {self.name} was closed before it was open")
 
     def write(self, buffers: list[Buffer]) -> None:
         if self._channel is not None and self._linked is not None:
@@ -351,14 +377,18 @@ class SpicePort(Port):
     def _resume(self) -> None:
         # What was received before the pause comes first. New bytes would overwrite it.
         self._drain()
-        if not self._paused and self._linked is not None:
+        if not self._paused and not self._choked and self._linked is not None:
             self._linked.connection.resume_reading()
 
     async def close(self) -> None:
+        self._given_up = True
         if self._linked is not None:
+            if self._settled is not None:  # open() still waits: nothing was sent
+                self._linked.connection.abort()
             await self._linked.connection.close(self._timeouts.flush)
 
     def abort(self) -> None:
+        self._given_up = True
         if self._linked is not None:
             self._linked.connection.abort()
 
@@ -380,11 +410,16 @@ class SpicePort(Port):
 
     def pause_writing(self) -> None:
         """The output queue is full."""
+        self._choked = True
+        if self._linked is not None:
+            self._linked.connection.pause_reading()
         if self._listener is not None:
             self._listener.pause_writing()
 
     def resume_writing(self) -> None:
         """The output queue is short again."""
+        self._choked = False
+        asyncio.get_running_loop().call_soon(self._resume)  # after a drain that the caller may be inside of
         if self._listener is not None:
             self._listener.resume_writing()
 
@@ -421,7 +456,8 @@ class SpicePort(Port):
 
     def _break(self, error: FarplugError) -> None:
         self._error = error
-        self.abort()
+        if self._linked is not None:
+            self._linked.connection.abort()
 
     def _lost(self, error: Exception | None) -> None:
         linked, listener, settled = self._linked, self._listener, self._settled

@@ -158,5 +158,11 @@ class ListenPort(_SocketPort):
             self.address = TcpAddress(address.host, server.getsockname()[1])
             if self._on_listening is not None:
                 self._on_listening(self.address)
-            sock, _ = await loop.sock_accept(server)
+            try:
+                sock, _ = await loop.sock_accept(server)
+            except OSError as error:
+                raise TargetError(
+                    f"cannot accept a connection on {self.address}: {os.strerror(error.errno or 0)}",
+                    reason=Reason.UNREACHABLE,
+                ) from error
         return sock

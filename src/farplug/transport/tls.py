@@ -39,6 +39,9 @@ _OIDS = {
 """Attribute names as OpenSSL spells them, short and long."""
 _SHORT_NAMES = {oid: name for name, oid in reversed(_OIDS.items())}
 
+_UNREADABLE = (ValueError, x509.InvalidVersion, x509.DuplicateExtension, x509.UnsupportedGeneralNameType)
+"""What reading a hostile certificate raises, at once or when one of its parts is looked at."""
+
 _X509_V_ERR_HOSTNAME_MISMATCH = 62
 _X509_V_ERR_IP_ADDRESS_MISMATCH = 64
 
@@ -73,8 +76,11 @@ class HostSubject:
         return cls(tuple(attributes), text)
 
     def matches(self, certificate: x509.Certificate) -> bool:
-        """Whether a certificate has this subject."""
-        theirs = tuple((item.oid, _canonical(str(item.value))) for item in certificate.subject)
+        """Whether a certificate has this subject. One that cannot be read has not."""
+        try:
+            theirs = tuple((item.oid, _canonical(str(item.value))) for item in certificate.subject)
+        except _UNREADABLE:
+            return False
         return theirs == self.attributes
 
     def __str__(self) -> str:
@@ -135,24 +141,26 @@ def peer_certificate(session: ssl.SSLObject) -> x509.Certificate | None:
     encoded = session.getpeercert(binary_form=True)
     try:
         return x509.load_der_x509_certificate(encoded) if encoded else None
-    except ValueError:
+    except _UNREADABLE:
         return None
 
 
 def describe(certificate: x509.Certificate | None) -> str:
     """Whose certificate it is, who says so and until when, in one line."""
+    unreadable = "a certificate that cannot be read"
     if certificate is None:
-        return "a certificate that cannot be read"
-    facts = [f"certificate of {_name(certificate.subject)}", f"issued by {_name(certificate.issuer)}"]
+        return unreadable
+    try:
+        who = f"certificate of {_name(certificate.subject)}, issued by {_name(certificate.issuer)}"
+        until = f"valid until {certificate.not_valid_after_utc:%Y-%m-%d}"
+    except _UNREADABLE:
+        return unreadable
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         texts = [*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress))]
-        if texts:
-            facts.append(f"for {_printable(', '.join(texts[:8]))}")
-    except (x509.ExtensionNotFound, ValueError):
-        pass
-    facts.append(f"valid until {certificate.not_valid_after_utc:%Y-%m-%d}")
-    return ", ".join(facts)
+    except (x509.ExtensionNotFound, *_UNREADABLE):
+        texts = []
+    return ", ".join([who, f"for {_printable(', '.join(texts[:8]))}", until] if texts else [who, until])
 
 
 def wrong_subject(where: str, expected: HostSubject, certificate: x509.Certificate | None) -> TargetError:

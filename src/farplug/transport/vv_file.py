@@ -13,9 +13,7 @@ logger = logging.getLogger("farplug.spice")
 
 
 def read_vv_file(path: Path) -> VvFile:
-    """Read a ``.vv`` file, and delete it if it asks for that (``delete-this-file=1``): its password serves once.
-
-    A file that cannot be understood is left alone. One that cannot be deleted is read all the same, with a warning.
+    """Read a ``.vv`` file. It stays: see :func:`delete_vv_file`.
 
     Raises:
         UsageError: it cannot be read, or is malformed.
@@ -30,11 +28,16 @@ def read_vv_file(path: Path) -> VvFile:
         raise UsageError(
             f"{path} cannot be read: {os.strerror(error.errno or 0)}", reason=Reason.BAD_VV_FILE
         ) from error
-    vv = VvFile.parse(data, path=str(path))
-    if vv.delete_this_file:
-        try:
-            path.unlink()
-            logger.info("%s deleted, as it asks (delete-this-file=1)", path)
-        except OSError as error:
-            logger.warning("%s asks to be deleted, but cannot be: %s", path, os.strerror(error.errno or 0))
-    return vv
+    return VvFile.parse(data, path=str(path))
+
+
+def delete_vv_file(path: Path) -> None:
+    """Delete a ``.vv`` file that asks for it (``delete-this-file=1``): its password serves once.
+
+    Call it when the file is known to be usable. One that cannot be deleted stays, with a warning.
+    """
+    try:
+        path.unlink()
+        logger.info("%s deleted, as it asks (delete-this-file=1)", path)
+    except OSError as error:
+        logger.warning("%s asks to be deleted, but cannot be: %s", path, os.strerror(error.errno or 0))
