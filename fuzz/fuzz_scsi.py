@@ -28,8 +28,9 @@ class Listener:
 
 
 def wrapper(source: random.Random) -> bytes:
-    opcode = source.choice((*COMMANDS, 0x28, 0x2A, source.randrange(256)))
-    cdb = bytearray(bytes((opcode,)) + bytes(15))
+    known = source.choice([bytes((row.opcode, row.service_action or 0)) for row in COMMANDS])
+    cdb = bytearray(source.choice((known, b"\x28\0", b"\x2a\0", source.randbytes(1) + b"\0")) + bytes(14))
+    opcode = cdb[0]
     for _ in range(source.randrange(4)):
         cdb[source.randrange(1, 16)] = source.randrange(256)
     if opcode in (0x28, 0x2A) and source.random() < 0.8:

@@ -114,6 +114,7 @@ def test_vv_files(cli: Cli, image: Path, tmp_path: Path, text: str, said: str) -
         (("tcp://h:1",), "nothing to plug in"),
         (("tcp://h:1", "--usb-disk"), "requires an argument"),
         (("tcp://h:1", "--usb-disk", "x", "--usb-speed", "warp"), "'warp' is not one of 'auto', 'high', 'super'"),
+        (("tcp://h:1", "--usb-disk", "x", "--block-size", "520"), "'520' is not one of '512', '4096'"),
         (("tcp://h:1", "--nonsense"), "No such option"),
         (("tcp://h:1", "more"), "unexpected extra argument"),
         (("spice://h:1", "--usb-disk", "x", "--ask-password"), "--ask-password needs a terminal"),
@@ -288,6 +289,14 @@ def test_refused(cli: Cli, image: Path, guest: FakeGuest, said: str) -> None:
     names = [json.loads(line)["event"] for line in result.out.splitlines()]
     assert "refused" in names
     assert names[-1] == "failed"
+
+
+def test_block_size(cli: Cli, tmp_path: Path) -> None:
+    small = tmp_path / "small.raw"
+    small.write_bytes(bytes(4095))
+    result = cli("connect", "tcp://h:1", "--usb-disk", small, "--block-size", "4096")
+    assert result.code == 3
+    assert "has 4095 bytes, less than a block of 4096" in result.err
 
 
 def test_a_guest_without_capabilities(cli: Cli, image: Path) -> None:

@@ -28,3 +28,7 @@ def test_current_and_deferred_and_valid(code: int) -> None:
 def test_refused(data: bytes) -> None:
     with pytest.raises(ValueError, match="fixed format"):
         Sense.parse(data)
+
+
+def test_descriptor_format() -> None:
+    assert RESET_OCCURRED.descriptor_format() == bytes.fromhex("72 06 29 00 00 00 00 00")

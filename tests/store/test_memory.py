@@ -35,3 +35,15 @@ def test_read_only() -> None:
 def test_whole_blocks_only(content: bytes | int) -> None:
     with pytest.raises(ValueError, match="512-byte blocks"):
         MemoryStore(content)
+
+
+async def test_zero() -> None:
+    store = MemoryStore(b"x" * 8192, block_size=4096)
+    assert (store.block_size, store.block_count, store.unmaps) == (4096, 2, False)
+    answers: list[object] = []
+    store.zero(100, 200, answers.append, unmap=True)
+    store.refresh()
+    assert answers == [None]
+    assert store.content == b"x" * 100 + bytes(200) + b"x" * 7892
+    with pytest.raises(ValueError, match="4096-byte blocks"):
+        MemoryStore(512, block_size=4096)

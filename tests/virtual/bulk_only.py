@@ -30,9 +30,10 @@ class Listener:
 class Pattern(MemoryStore):
     """A store in memory that can fail, and that can hold its answers back until they are let go."""
 
-    def __init__(self, blocks: int = 64, *, read_only: bool = False) -> None:
+    def __init__(self, blocks: int = 64, *, read_only: bool = False, unmaps: bool = False) -> None:
         content = b"".join(struct.pack("<I", block) * 128 for block in range(blocks))
         super().__init__(content, read_only=read_only, serial_number="0123456789ABCDEF")
+        self.unmaps = unmaps
         self.original = content
         self.log: list[str] = []
         self.error: OSError | None = None
@@ -51,6 +52,15 @@ class Pattern(MemoryStore):
         self.log.append(f"write {offset} {len(data)}")
         if self.error is None:
             self.content[offset : offset + len(data)] = data
+        if self.holding:
+            self.held.append((done, None, b""))
+        else:
+            done(self.error)
+
+    def zero(self, offset: int, length: int, done: WriteDone, *, unmap: bool) -> None:
+        self.log.append(f"{'unmap' if unmap else 'zero'} {offset} {length}")
+        if self.error is None:
+            self.content[offset : offset + length] = bytes(length)
         if self.holding:
             self.held.append((done, None, b""))
         else:

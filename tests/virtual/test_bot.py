@@ -50,7 +50,7 @@ async def test_cases_2_and_3_the_host_expects_nothing(cdb: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cdb", "status"), [(TUR, 0), (FLUSH, 0), ("ff", 1), ("12 01 00 00 24 00", 1), (read10(63, 2).hex(), 1)]
+    ("cdb", "status"), [(TUR, 0), (FLUSH, 0), ("ff", 1), ("12 01 01 00 24 00", 1), (read10(63, 2).hex(), 1)]
 )
 @pytest.mark.parametrize("host", [1, 36, 512, 64 * KIB, 64 * KIB + 1, 2**32 - 1])
 async def test_case_4_data_in_that_does_not_come(cdb: str, status: int, host: int) -> None:
@@ -430,10 +430,11 @@ async def test_read_error_in_the_middle() -> None:
 async def test_write_errors(cdb: bytes, sizes: list[int]) -> None:
     store = Pattern()
     initiator = await guest(store)
-    store.error = OSError(errno.ENOSPC, "full")
-    result = initiator.command(cdb, send=bytes(1024), sizes=sizes)
-    assert (result.status, result.residue) == (1, 1024)
-    assert initiator.sense() == (3, 0x0C, 0)
+    for number, sense in ((errno.EIO, (3, 0x0C, 0)), (errno.ENOSPC, (7, 0x27, 7)), (errno.EDQUOT, (7, 0x27, 7))):
+        store.error = OSError(number, "broken")
+        result = initiator.command(cdb, send=bytes(1024), sizes=sizes)
+        assert (result.status, result.residue) == (1, 1024)
+        assert initiator.sense() == sense
     store.error = None
     assert initiator.command(cdb, send=bytes(1024)).status == 0
 
@@ -472,6 +473,36 @@ async def test_fua_flush_error() -> None:
     store.error = OSError(errno.EIO, "broken")
     store.release(1)
     assert initiator.csw(status) == (1, 512)
+
+
+@pytest.mark.parametrize("lost", [FLUSH, "93 09 00 00 00 00 00 00 00 00 00 00 00 08 00 00"])
+async def test_an_error_that_nobody_heard_of_is_told_to_the_next_flush(lost: str) -> None:
+    store = Pattern(unmaps=True)
+    initiator = await guest(store)
+    store.holding = True
+    initiator.send(initiator.cbw(bytes.fromhex(lost), 0, False))
+    await initiator.enumerate()
+    store.error = OSError(errno.EIO, "broken")
+    store.release()
+    store.error, store.holding = None, False
+    assert initiator.sense() == (6, 0x29, 0)
+    assert initiator.command(FLUSH).status == 1
+    assert initiator.sense() == (3, 0x0C, 0)
+    assert initiator.command(FLUSH).status == 0
+
+
+async def test_an_unread_verify_is_no_lost_write() -> None:
+    store = Pattern()
+    initiator = await guest(store)
+    store.holding = True
+    initiator.send(initiator.cbw(bytes.fromhex("2f 00 00 00 00 01 00 00 01 00"), 0, False))
+    await initiator.enumerate()
+    store.error = OSError(errno.EIO, "broken")
+    store.held = [(None, done, b"") for _, done, _ in store.held]
+    store.release()
+    store.error, store.holding = None, False
+    assert initiator.sense() == (6, 0x29, 0)
+    assert initiator.command(FLUSH).status == 0
 
 
 # Cancels and resets
@@ -578,6 +609,197 @@ async def test_completions_may_submit() -> None:
     assert initiator.csw(ended[-1]) == (0, 0)
 
 
+# Data-out that is not written: parameters, comparisons, one block for many
+
+VERIFY = "2f 02 00 00 00 03 00 00 02 00"
+WRITE_SAME = "41 00 00 00 00 03 00 00 04 00"
+UNMAP = "42 00 00 00 00 00 00 00 28 00"
+UNMAP_LIST = struct.pack(">HH4xQI4xQI4x", 38, 32, 3, 2, 60, 4)
+UNCACHED = bytes.fromhex("00000000 081200") + bytes(17)
+
+
+@pytest.mark.parametrize("sizes", [[], [512], [700], [1]])
+async def test_verify_compares(sizes: list[int]) -> None:
+    store = Pattern()
+    initiator = await guest(store)
+    data = block(store, 3, 2)
+    result = initiator.command(VERIFY, send=data, sizes=sizes)
+    assert (result.status, result.residue) == (0, 0)
+    for index in (0, 511, 512, 1023):
+        wrong = data[:index] + bytes((data[index] ^ 1,)) + data[index + 1 :]
+        result = initiator.command(VERIFY, send=wrong, sizes=sizes)
+        assert (result.status, result.residue) == (1, 1024)
+        assert initiator.sense() == (0xE, 0x1D, 0)
+    assert not any(entry.startswith("write") for entry in store.log)
+    store.error = OSError(errno.EIO, "broken")
+    assert initiator.command(VERIFY, send=data, sizes=sizes).status == 1
+    assert initiator.sense() == (3, 0x11, 0)
+
+
+async def test_a_late_match_does_not_heal_a_miscompare() -> None:
+    store = Pattern()
+    initiator = await guest(store)
+    store.holding = True
+    initiator.send(initiator.cbw(bytes.fromhex(VERIFY), 1024, False))
+    initiator.send(bytes(512))
+    initiator.send(block(store, 4))
+    store.release()
+    assert initiator.csw(initiator.receive(13)) == (1, 1024)
+
+
+async def test_verify_reads() -> None:
+    store = Pattern(4096)
+    initiator = await guest(store)
+    assert initiator.command("2f 00 00 00 00 01 00 0f ff 00").status == 0
+    assert store.log == ["read 512 1048576", f"read {512 + 1048576} {4095 * 512 - 1048576}"]
+    store.error = OSError(errno.EIO, "broken")
+    assert initiator.command("2f 00 00 00 00 01 00 00 01 00").status == 1
+    assert initiator.sense() == (3, 0x11, 0)
+
+
+@pytest.mark.parametrize("sizes", [[], [100]])
+async def test_write_same(sizes: list[int]) -> None:
+    store = Pattern(8192, unmaps=True)
+    initiator = await guest(store)
+    result = initiator.command(WRITE_SAME, send=b"\xaa" * 512, sizes=sizes)
+    assert (result.status, result.residue) == (0, 0)
+    assert store.log == ["write 1536 2048"]
+    assert store.content[1536:3584] == b"\xaa" * 2048
+    assert initiator.command("41 08 00 00 00 04 00 00 02 00", send=bytes(512), sizes=sizes).status == 0
+    assert store.log[1:] == ["unmap 2048 1024"]
+    assert initiator.command("93 01 00 00 00 00 00 00 00 00 00 00 00 08 00 00").status == 0
+    assert store.log[2:] == ["zero 0 4096"]
+    assert initiator.command("93 00 00 00 00 00 00 00 00 00 00 00 20 00 00 00", send=b"\x55" * 512).status == 0
+    assert store.log[3:] == [f"write {at << 20} 1048576" for at in range(4)]
+    assert store.content == b"\x55" * (4 << 20)
+
+
+async def test_unmap() -> None:
+    store = Pattern(unmaps=True)
+    initiator = await guest(store)
+    for sizes in ([], [8], [17]):
+        store.log.clear()
+        assert initiator.command(UNMAP, send=UNMAP_LIST, sizes=sizes).status == 0
+        assert store.log == ["unmap 1536 1024", "unmap 30720 2048"]
+    assert initiator.command(read10(2, 4), receive=2048).data == block(store, 2) + bytes(1024) + block(store, 5)
+    wrong = UNMAP_LIST[:32] + b"\xff" * 8
+    assert initiator.command(UNMAP, send=wrong).status == 1
+    assert initiator.sense() == (5, 0x26, 0)
+    assert len(store.log) == 3
+
+
+async def test_zeros_come_in_steps() -> None:
+    store = Pattern(unmaps=True)
+    store.block_count = 1 << 20
+    initiator = await guest(store)
+    assert initiator.command("93 09 00 00 00 00 00 00 00 00 00 08 00 01 00 00").status == 0
+    assert store.log == ["unmap 0 134217728", "unmap 134217728 134217728", "unmap 268435456 512"]
+
+
+@pytest.mark.parametrize(
+    ("cdb", "data"),
+    [(WRITE_SAME, b"\xaa" * 512), (WRITE_SAME, bytes(512)), (UNMAP, UNMAP_LIST), (write10(0, 1).hex(), bytes(512))],
+)
+async def test_without_a_write_cache_the_status_waits_for_the_medium(cdb: str, data: bytes) -> None:
+    store = Pattern(unmaps=True)
+    initiator = await guest(store)
+    assert initiator.command("15 10 00 00 18 00", send=UNCACHED).status == 0
+    assert store.log == ["flush"]  # what was cached until now
+    mode = initiator.command("1a 00 08 00 18 00", receive=24)
+    assert mode.data == bytes.fromhex("17001000 081200") + bytes(17)
+    store.holding = True
+    initiator.send(initiator.cbw(bytes.fromhex(cdb), len(data), False))
+    initiator.send(data)
+    status = initiator.receive(13)
+    while store.log[-1] != "flush" or len(store.log) == 1:
+        assert status.status is None
+        store.release(1)
+    assert status.status is None
+    store.release(1)
+    assert initiator.csw(status) == (0, 0)
+
+
+async def test_mode_select_is_refused() -> None:
+    initiator = await guest()
+    wrong = UNCACHED[:6] + b"\x05" + UNCACHED[7:]
+    result = initiator.command("15 10 00 00 18 00", send=wrong)
+    assert (result.status, result.residue) == (1, 0)
+    assert initiator.sense() == (5, 0x26, 0)
+
+
+@pytest.mark.parametrize(("cdb", "data"), [(WRITE_SAME, 512), (UNMAP, 40), (VERIFY, 1024), ("15 10 00 00 18 00", 24)])
+async def test_the_thirteen_cases_for_other_data_out(cdb: str, data: int) -> None:
+    store = Pattern(unmaps=True)
+    initiator = await guest(store)
+    assert (initiator.command(cdb).status, store.log) == (2, [])  # case 3
+    assert (initiator.command(cdb, receive=data).status, store.log) == (2, [])  # case 8
+    short = initiator.command(cdb, send=bytes(data - 1))  # case 13
+    assert (short.status, short.residue, store.log) == (2, 0, [])
+    payload = {WRITE_SAME: bytes(512), UNMAP: UNMAP_LIST, VERIFY: block(store, 3, 2)}.get(cdb, UNCACHED)
+    for sizes in ([], [7], [513]):
+        more = initiator.command(cdb, send=payload + bytes(100), sizes=sizes)  # case 11
+        assert (more.status, more.residue) == (0, 100)
+
+
+async def test_a_reset_stops_a_long_job() -> None:
+    store = Pattern(8192)
+    initiator = await guest(store)
+    store.holding = True
+    initiator.send(initiator.cbw(bytes.fromhex("93 00 00 00 00 00 00 00 00 00 00 00 20 00 00 00"), 512, False))
+    initiator.send(b"\x55" * 512)
+    store.release(1)
+    await initiator.enumerate()
+    store.release()
+    assert store.log == ["write 0 1048576", "write 1048576 1048576"]
+    store.holding = False
+    assert initiator.sense() == (6, 0x29, 0)
+    assert initiator.command(TUR).status == 0
+
+
+async def test_a_job_that_fails_stops() -> None:
+    store = Pattern(8192)
+    initiator = await guest(store)
+    store.holding = True
+    initiator.send(initiator.cbw(bytes.fromhex("93 00 00 00 00 00 00 00 00 00 00 00 20 00 00 00"), 512, False))
+    initiator.send(b"\x55" * 512)
+    store.release(1)
+    store.error = OSError(errno.ENOSPC, "full")
+    store.release(1)
+    assert len(store.log) == 2
+    assert initiator.csw(initiator.receive(13)) == (1, 512)
+    store.error, store.holding = None, False
+    assert initiator.sense() == (7, 0x27, 7)
+
+
+async def test_a_read_with_fua_flushes_first() -> None:
+    store = Pattern()
+    initiator = await guest(store)
+    store.holding = True
+    initiator.send(initiator.cbw(bytes.fromhex("28 08 00 00 00 05 00 00 01 00"), 512, True))
+    reading = initiator.receive(512)
+    assert store.log == ["flush"]
+    store.release(1)
+    assert store.log == ["flush", "read 2560 512"]
+    store.release(1)
+    assert bytes(reading.reply) == block(store, 5)
+    assert initiator.csw(initiator.receive(13)) == (0, 0)
+    initiator.send(initiator.cbw(bytes.fromhex("28 08 00 00 00 05 00 00 01 00"), 512, True))
+    reading = initiator.receive(512)
+    store.error = OSError(errno.EIO, "broken")
+    store.release(1)
+    assert bytes(reading.reply) == bytes(512)
+    assert initiator.csw(initiator.receive(13)) == (1, 512)
+
+
+async def test_a_new_size_is_reported() -> None:
+    store = Pattern()
+    initiator = await guest(store)
+    store.block_count = 32
+    assert initiator.command(TUR).status == 1
+    assert initiator.sense() == (6, 0x2A, 9)
+    assert initiator.command("25 00 00 00 00 00 00 00 00 00", receive=8).data == struct.pack(">II", 31, 512)
+
+
 # Sequences of real hosts: each command with the answer that the host needs
 
 
@@ -597,6 +819,25 @@ async def test_seabios() -> None:
     assert (read.status, len(read.data)) == (0, 32 * KIB)
 
 
+async def test_windows() -> None:
+    initiator = await Guest.plug(make(Pattern()), attention=True)
+    assert initiator.command(INQUIRY, receive=36).status == 0
+    formatted = initiator.command("23 00 00 00 00 00 00 00 fc 00", receive=252)
+    assert formatted.status == 1  # the unit attention
+    assert initiator.sense() == (6, 0x29, 0)
+    formatted = initiator.command("23 00 00 00 00 00 00 00 fc 00", receive=252)
+    assert (formatted.status, formatted.residue) == (0, 240)
+    assert formatted.data[:12] == bytes.fromhex("00000008 00000040 02000200")
+    serial = initiator.command("12 01 80 00 ff 00", receive=255)
+    assert (serial.status, serial.residue) == (0, 235)
+    assert serial.data[:20] == bytes.fromhex("00800010") + b"0123456789ABCDEF"
+    assert initiator.command("12 01 83 00 ff 00", receive=255).status == 0
+    assert initiator.command("1a 00 1c 00 c0 00", receive=192).data[4:7] == bytes.fromhex("1c0a08")
+    assert initiator.command("1a 00 3f 00 c0 00", receive=192).status == 0
+    assert initiator.command("2f 00 00 00 00 00 00 00 40 00").status == 0
+    assert initiator.command(FLUSH).status == 0
+
+
 async def test_ovmf() -> None:
     initiator = await Guest.plug(make(Pattern()), attention=True)
     assert initiator.command(INQUIRY, receive=36).status == 0
@@ -604,7 +845,7 @@ async def test_ovmf() -> None:
     assert initiator.sense() == (6, 0x29, 0)
     assert initiator.command("25 00 00 00 00 00 00 00 00 00", receive=8).residue == 0
     mode = initiator.command("1a 00 3f 00 04 00", receive=4)
-    assert (mode.status, mode.residue, mode.data) == (0, 0, bytes.fromhex("17001000"))
+    assert (mode.status, mode.residue, mode.data) == (0, 0, bytes.fromhex("3b001000"))
 
 
 async def test_linux() -> None:
@@ -616,7 +857,8 @@ async def test_linux() -> None:
     assert (sense.status, sense.residue, sense.sense) == (0, 78, (6, 0x29, 0))
     assert initiator.command(TUR).status == 0
     mode = initiator.command("1a 00 3f 00 c0 00", receive=192)
-    assert (mode.status, mode.residue, mode.data[:24]) == (0, 168, bytes.fromhex("17001000 081204") + bytes(17))
+    assert (mode.status, mode.residue, len(mode.data)) == (0, 132, 192)
+    assert mode.data[16:36] == bytes.fromhex("081204") + bytes(17)  # behind the page 01, which Linux skips
     assert initiator.command(FLUSH).status == 0
     ata = initiator.command("85 08 0e 00 00 00 01 00 00 00 00 00 00 00 ec 00", receive=512)
     assert (ata.status, ata.residue, ata.data) == (1, 512, bytes(512))

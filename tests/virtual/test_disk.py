@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import random
+import struct
 from pathlib import Path
 
 import pytest
@@ -98,6 +100,8 @@ async def test_read_only_image(image: Path) -> None:
 async def test_an_image_that_shrinks_while_plugged(image: Path) -> None:
     device = disk_device(image)
     guest = await Guest.plug(device)
+    guest.send(guest.cbw(bytes.fromhex("35" + "00" * 9), 0, False))
+    assert guest.csw(await settle(guest.receive(13))) == (0, 0)  # the look at the size that comes first is over
     with image.open("r+b") as file:
         file.truncate(10 * 512)
 
@@ -112,6 +116,43 @@ async def test_an_image_that_shrinks_while_plugged(image: Path) -> None:
     assert await run(write10(10, 1), send=bytes(512)) == 1
     assert guest.sense() == (3, 0x0C, 0)
     assert size(image) == 10 * 512
+    await device.close()
+    await device.dispose()
+
+
+@pytest.mark.parametrize(("size", "count"), [(128 * 512, 128), (32 * 512 + 100, 32)])
+async def test_a_new_size_is_noticed(image: Path, monkeypatch: pytest.MonkeyPatch, size: int, count: int) -> None:
+    monkeypatch.setattr("farplug.virtual.disk.REFRESH_INTERVAL", 0.01)
+    store = FileStore.open(image)
+    device = disk_device(store)
+    guest = await Guest.plug(device)
+    os.truncate(image, size)
+    async with asyncio.timeout(10):
+        while guest.command("00 00 00 00 00 00").status == 0:
+            await asyncio.sleep(0.01)
+    assert guest.sense() == (6, 0x2A, 9)
+    capacity = guest.command("25 00 00 00 00 00 00 00 00 00", receive=8)
+    assert capacity.data == struct.pack(">II", count - 1, 512)
+    await device.close()
+    os.truncate(image, 64 * 512)
+    await asyncio.sleep(0.05)
+    assert store.block_count == count  # nobody looks while it is not plugged
+    await device.dispose()
+
+
+async def test_large_blocks(image: Path) -> None:
+    device = disk_device(image, block_size=4096)
+    guest = await Guest.plug(device)
+    assert guest.command("25 00 00 00 00 00 00 00 00 00", receive=8).data == struct.pack(">II", 7, 4096)
+    guest.send(guest.cbw(write10(7, 1), 4096, False))
+    assert [guest.send(b"\xaa" * 1000).actual for _ in range(4)] == [1000] * 4
+    guest.send(b"\xaa" * 96)
+    assert guest.csw(await settle(guest.receive(13))) == (0, 0)
+    guest.send(guest.cbw(read10(6, 2), 8192, True))
+    data = await settle(guest.receive(8192))
+    assert data.reply == content(image)[6 * 4096 : 7 * 4096] + b"\xaa" * 4096
+    assert guest.csw(await settle(guest.receive(13))) == (0, 0)
+    assert guest.command(read10(8, 1), receive=4096).status == 1
     await device.close()
     await device.dispose()
 

@@ -35,6 +35,13 @@ class UsbSpeed(StrEnum):
     SUPER = "super"
 
 
+class BlockSize(StrEnum):
+    """Values of ``--block-size``."""
+
+    B512 = "512"
+    B4096 = "4096"
+
+
 ImagesOption = Annotated[
     list[Path] | None,
     typer.Option(
@@ -56,6 +63,10 @@ def connect(
     usb_speed: Annotated[
         UsbSpeed, typer.Option(help="auto: SuperSpeed, and High Speed where the guest's port takes no more.")
     ] = UsbSpeed.AUTO,
+    block_size: Annotated[
+        BlockSize,
+        typer.Option(help="Bytes in a block of the disks: 4096 as in large drives, but no BIOS boots from it."),
+    ] = BlockSize.B512,
     password_file: PasswordFileOption = None,
     ask_password: AskPasswordOption = False,
     ca_file: CaFileOption = None,
@@ -87,7 +98,7 @@ def connect(
     }[usb_speed]
     attempts = PASSWORD_ATTEMPTS if target.startswith("spice") and has_terminal() else 0
     while True:
-        plan = session.Plan(target, options, images, speeds)
+        plan = session.Plan(target, options, images, speeds, int(block_size))
         try:
             raise typer.Exit(asyncio.run(session.run(plan, output.choose(as_json=json))))
         except TargetError as error:

@@ -34,12 +34,14 @@ class Plan:
         options: what was said about it besides.
         images: paths of RAW images, and whether each is read-only.
         speeds: what the disks may run at, the best first.
+        block_size: of the disks, in bytes.
     """
 
     target: str
     options: TargetOptions
     images: Sequence[tuple[Path, bool]]
     speeds: Sequence[Speed]
+    block_size: int
 
 
 async def run(plan: Plan, output: Output) -> ExitCode:
@@ -104,7 +106,8 @@ class _Session:
     async def _plug_and_leave(self) -> None:
         try:
             for path, read_only in self._plan.images:
-                device = disk_device(path, read_only=read_only, speeds=self._plan.speeds)
+                plan = self._plan
+                device = disk_device(path, read_only=read_only, block_size=plan.block_size, speeds=plan.speeds)
                 self._labels[device] = str(path) if path.name in self._labels.values() else path.name
             # Only now: reading a .vv file may delete it.
             target = parse_target(self._plan.target, self._plan.options)

@@ -9,7 +9,7 @@ Sources: SPC-4, chapter 4.3 (CDBs); SBC-3, chapter 5 (commands).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeAlias, TypeVar
 
@@ -19,12 +19,39 @@ from farplug.usb.types import Buffer
 MAX_CDB_SIZE = 16
 """Longer ones (variable length, opcode 7F) are not supported by any unit."""
 
+SERVICE_ACTION_OPCODES = frozenset((0x9E, 0x9F, 0xA3, 0xA4))
+"""Opcodes that many commands share: the low five bits of byte 1, the service action, tell which one it is."""
+
+DESPITE_ATTENTION = frozenset((0x03, 0x12, 0xA0))
+"""REQUEST SENSE, INQUIRY, REPORT LUNS: performed also while a unit attention waits (SPC-4, chapter 5.14)."""
+
 _GROUP_LENGTHS = {0: 6, 1: 10, 2: 10, 4: 16, 5: 12}
+
+_LUN_BITS = 0xE0
+"""Of byte 1. SCSI-2 hosts put a logical unit number there, so it is ignored. Where a command has a protection field
+in its place, the handler looks at it."""
 
 
 def cdb_length(opcode: int) -> int | None:
     """How long a CDB is by its group code (SPC-4, table 26); None if the opcode does not tell."""
     return _GROUP_LENGTHS.get(opcode >> 5)
+
+
+def extent(cdb: Buffer) -> tuple[int, int, int]:
+    """Read which blocks a READ, WRITE, VERIFY or WRITE SAME of any length names (SBC-3, chapter 5).
+
+    Returns:
+        The first block, how many, and byte 1: protection, DPO, FUA, BytChk, UNMAP, NDOB. READ(6) and WRITE(6) have
+        none of these.
+    """
+    length = cdb_length(cdb[0])
+    if length == 10:
+        return int.from_bytes(cdb[2:6]), int.from_bytes(cdb[7:9]), cdb[1]
+    if length == 16:
+        return int.from_bytes(cdb[2:10]), int.from_bytes(cdb[10:14]), cdb[1]
+    if length == 12:
+        return int.from_bytes(cdb[2:6]), int.from_bytes(cdb[6:10]), cdb[1]
+    return int.from_bytes(cdb[1:4]) & 0x1FFFFF, cdb[4] or 256, 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,19 +75,36 @@ class Respond:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """Data-in: blocks of the medium, inside it."""
+    """Data-in: blocks of the medium, inside it. With ``fua`` what was written is made durable before."""
+
+    lba: int
+    count: int
+    fua: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """Data-out: blocks of the medium, inside it. With ``durable`` they are so before the status is sent."""
+
+    lba: int
+    count: int
+    durable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Compare:
+    """Data-out: compare with blocks of the medium, inside it. The command fails with MISCOMPARE if they differ."""
 
     lba: int
     count: int
 
 
 @dataclass(frozen=True, slots=True)
-class Write:
-    """Data-out: blocks of the medium, inside it. With ``fua`` they are durable before the status is sent."""
+class Receive:
+    """Data-out: parameters or a single block. When all ``length`` bytes have come, ``then`` says what they ask for."""
 
-    lba: int
-    count: int
-    fua: bool
+    length: int
+    then: Callable[[Buffer], Outcome]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +112,46 @@ class Flush:
     """No data moves: make durable what was written."""
 
 
-Action: TypeAlias = Done | Fail | Respond | Read | Write | Flush
+@dataclass(frozen=True, slots=True)
+class Verify:
+    """No data moves: see whether these blocks, inside the medium, can be read."""
+
+    lba: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Zero:
+    """No data moves: the blocks read as zeros from now on.
+
+    Attributes:
+        extents: first block and number of blocks of each, inside the medium.
+        unmap: give their space back.
+        durable: before the status is sent.
+    """
+
+    extents: tuple[tuple[int, int], ...]
+    unmap: bool
+    durable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """No data moves: write the same block to all these, inside the medium."""
+
+    lba: int
+    count: int
+    block: bytes
+    durable: bool
+
+
+Work: TypeAlias = Flush | Verify | Zero | Fill
+"""What a transport has done before it sends the status."""
+
+Outcome: TypeAlias = Done | Fail | Work
+"""What can follow when no data moves (any more)."""
+
+Action: TypeAlias = Outcome | Respond | Read | Write | Compare | Receive
 """What a transport does for a command."""
 
 Unit = TypeVar("Unit")
@@ -80,16 +163,15 @@ class Command(Generic[Unit]):
 
     Attributes:
         name: as the standard spells it.
-        usage: the CDB usage data (SPC-4, chapter 6.35.3): the opcode, then each byte's bits that may be set. The CDB's
-            length is its length. A CDB with another bit set ends with INVALID FIELD IN CDB.
+        usage: the CDB usage data (SPC-4, chapter 6.35.3): the opcode, then each byte's bits that may be set; a service
+            action stands for itself. The CDB's length is its length. A CDB with another bit set ends with INVALID FIELD
+            IN CDB.
         handler: decides; called with the unit and a CDB of at least that length.
-        despite_attention: performed also while a unit attention waits, without taking it (SPC-4, chapter 5.14).
     """
 
     name: str
     usage: bytes
     handler: Callable[[Unit, Buffer], Action]
-    despite_attention: bool = False
     forbidden: int = field(init=False)
     """The bits that must not be set, in the CDB read as one big-endian number."""
 
@@ -97,13 +179,18 @@ class Command(Generic[Unit]):
         length = len(self.usage)
         if length != cdb_length(self.usage[0]):
             raise ValueError(f"a CDB with the opcode {self.usage[0]:02x} has not {length} bytes")
-        allowed = int.from_bytes(b"\xff" + self.usage[1:])
+        allowed = int.from_bytes((0xFF, self.usage[1] | _LUN_BITS, *self.usage[2:]))
         object.__setattr__(self, "forbidden", (1 << 8 * length) - 1 & ~allowed)
 
     @property
     def opcode(self) -> int:
         """The first byte."""
         return self.usage[0]
+
+    @property
+    def service_action(self) -> int | None:
+        """Which of the opcode's commands it is; None if the opcode has one only."""
+        return self.usage[1] & 0x1F if self.opcode in SERVICE_ACTION_OPCODES else None
 
     @property
     def length(self) -> int:
@@ -114,6 +201,18 @@ class Command(Generic[Unit]):
         return self.name
 
 
-def command_table(rows: Iterable[Command[Unit]]) -> dict[int, Command[Unit]]:
-    """Index rows by opcode."""
-    return {row.opcode: row for row in rows}
+class CommandTable(Generic[Unit]):
+    """Commands by opcode and service action. Iterating gives the rows in this order."""
+
+    def __init__(self, rows: Iterable[Command[Unit]]) -> None:
+        self._rows = {(row.service_action or 0) << 8 | row.opcode: row for row in rows}
+
+    def find(self, cdb: Buffer) -> Command[Unit] | None:
+        """Find the command that a CDB of one byte at least asks for; None if there is none."""
+        key = cdb[0]
+        if key in SERVICE_ACTION_OPCODES and len(cdb) > 1:
+            key |= (cdb[1] & 0x1F) << 8
+        return self._rows.get(key)
+
+    def __iter__(self) -> Iterator[Command[Unit]]:
+        return iter(sorted(self._rows.values(), key=lambda row: (row.opcode, row.service_action or 0)))

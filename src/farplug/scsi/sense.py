@@ -13,6 +13,7 @@ SENSE_SIZE = 18
 """Bytes of fixed format sense data without additional bytes."""
 
 _FIXED = struct.Struct(">BBBIB4xBBB3x")
+_DESCRIPTOR = struct.Struct(">BBBB4x")
 
 
 class SenseKey(IntEnum):
@@ -60,6 +61,10 @@ class Sense:
     def __bytes__(self) -> bytes:
         return _FIXED.pack(0x70, 0, self.key, 0, SENSE_SIZE - 8, self.asc, self.ascq, 0)
 
+    def descriptor_format(self) -> bytes:
+        """Encode without descriptors, 8 bytes (SPC-4, chapter 4.5.2)."""
+        return _DESCRIPTOR.pack(0x72, self.key, self.asc, self.ascq)
+
     def __str__(self) -> str:
         return f"{self.key} ({self.key:02X}/{self.asc:02X}/{self.ascq:02X})"
 
@@ -67,11 +72,16 @@ class Sense:
 NO_SENSE = Sense(SenseKey.NO_SENSE, 0x00, 0x00)
 WRITE_ERROR = Sense(SenseKey.MEDIUM_ERROR, 0x0C, 0x00)
 UNRECOVERED_READ_ERROR = Sense(SenseKey.MEDIUM_ERROR, 0x11, 0x00)
+PARAMETER_LIST_LENGTH_ERROR = Sense(SenseKey.ILLEGAL_REQUEST, 0x1A, 0x00)
 INVALID_COMMAND = Sense(SenseKey.ILLEGAL_REQUEST, 0x20, 0x00)
 LBA_OUT_OF_RANGE = Sense(SenseKey.ILLEGAL_REQUEST, 0x21, 0x00)
 INVALID_FIELD_IN_CDB = Sense(SenseKey.ILLEGAL_REQUEST, 0x24, 0x00)
 LOGICAL_UNIT_NOT_SUPPORTED = Sense(SenseKey.ILLEGAL_REQUEST, 0x25, 0x00)
+INVALID_FIELD_IN_PARAMETER_LIST = Sense(SenseKey.ILLEGAL_REQUEST, 0x26, 0x00)
 SAVING_PARAMETERS_NOT_SUPPORTED = Sense(SenseKey.ILLEGAL_REQUEST, 0x39, 0x00)
 RESET_OCCURRED = Sense(SenseKey.UNIT_ATTENTION, 0x29, 0x00)
 ABORTED_COMMAND = Sense(SenseKey.ABORTED_COMMAND, 0x00, 0x00)
+CAPACITY_CHANGED = Sense(SenseKey.UNIT_ATTENTION, 0x2A, 0x09)
 WRITE_PROTECTED = Sense(SenseKey.DATA_PROTECT, 0x27, 0x00)
+SPACE_ALLOCATION_FAILED = Sense(SenseKey.DATA_PROTECT, 0x27, 0x07)
+MISCOMPARE = Sense(SenseKey.MISCOMPARE, 0x1D, 0x00)

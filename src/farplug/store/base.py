@@ -29,9 +29,10 @@ class Store(ABC):
 
     Attributes:
         name: for people: a path.
-        block_count: how many blocks there are.
+        block_count: how many blocks there are, 1 at least. It may change at any time (:meth:`refresh`).
         block_size: bytes.
         read_only: writes are an error.
+        unmaps: :meth:`zero` can give space back.
         serial_number: upper-case hex digits, the same each time that this image is opened; two images differ.
     """
 
@@ -39,6 +40,7 @@ class Store(ABC):
     block_count: int
     block_size: int = BLOCK_SIZE
     read_only: bool = False
+    unmaps: bool = False
     serial_number: str
 
     @abstractmethod
@@ -50,8 +52,15 @@ class Store(ABC):
         """Write ``data``. It need not be durable yet when it is done."""
 
     @abstractmethod
+    def zero(self, offset: int, length: int, done: WriteDone, *, unmap: bool) -> None:
+        """Make a range read as zeros: a write in every respect. With ``unmap`` its space is given back if possible."""
+
+    @abstractmethod
     def flush(self, done: WriteDone) -> None:
         """Make everything durable whose write was done (or called) before this call."""
+
+    def refresh(self) -> None:  # noqa: B027
+        """Look at the size of the medium again: ``block_count`` follows soon."""
 
     @abstractmethod
     async def close(self) -> None:

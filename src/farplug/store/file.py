@@ -10,10 +10,12 @@ import logging
 import os
 import stat
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
 from farplug.errors import ImageError, Reason
+from farplug.store import holes
 from farplug.store.base import BLOCK_SIZE, ReadDone, Store, WriteDone
 from farplug.store.workers import Workers
 from farplug.usb.types import Buffer
@@ -39,19 +41,21 @@ class FileStore(Store):
     promise otherwise. So a flush covers every write before it and overlapping writes keep their order; a read that
     overlaps a write under way queues behind it.
 
-    The image's size is the one at opening. If the file shrinks later, what is lost reads as an error, and writing
-    there is an error too: letting the file grow again would turn the loss into zeros that nobody notices.
+    If the file shrinks while it is open, what is lost reads as an error until :meth:`refresh` has seen the new size,
+    and writing there is an error too: letting it grow again would turn the loss into zeros that nobody notices.
 
     Attributes:
         path: as it was given.
         ignored: bytes of a trailing part of a block, which the disk does not show.
     """
 
-    def __init__(self, path: Path, fd: int, size: int, *, read_only: bool) -> None:
+    def __init__(self, path: Path, fd: int, size: int, *, block_size: int, read_only: bool) -> None:
         self.path = path
         self.name = str(path)
         self.read_only = read_only
-        self.block_count, self.ignored = divmod(size, BLOCK_SIZE)
+        self.block_size = block_size
+        self.block_count, self.ignored = divmod(size, block_size)
+        self.unmaps = not read_only and holes.can_unmap(fd)
         self.serial_number = serial_number(path)
         self._fd = fd
         self._readers: Workers | None = None
@@ -60,9 +64,10 @@ class FileStore(Store):
         self._writing: dict[int, tuple[int, int]] = {}
         """Ranges (start, end) of the writes under way, by an arbitrary key."""
         self._next_key = 0
+        self._refreshing = False
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, read_only: bool = False) -> Self:
+    def open(cls, path: str | os.PathLike[str], *, read_only: bool = False, block_size: int = BLOCK_SIZE) -> Self:
         """Open and lock an image.
 
         The lock is an open file description lock on the whole file, exclusive unless ``read_only``: it also keeps
@@ -82,13 +87,13 @@ class FileStore(Store):
                 raise _not_a_file(path, "folder" if stat.S_ISDIR(kind) else "device or a pipe")
             _lock(fd, path, read_only)
             size = os.lseek(fd, 0, os.SEEK_END)
-            if size < BLOCK_SIZE:
+            if size < block_size:
                 raise ImageError(
-                    f"{path} is empty" if not size else f"{path} has {size} bytes, less than a block of {BLOCK_SIZE}",
+                    f"{path} is empty" if not size else f"{path} has {size} bytes, less than a block of {block_size}",
                     reason=Reason.EMPTY,
                     remedy=f"make a disk of 1 GiB, for example: truncate -s 1G {path}",
                 )
-            store = cls(path, fd, size, read_only=read_only)
+            store = cls(path, fd, size, block_size=block_size, read_only=read_only)
         except OSError as error:
             os.close(fd)
             raise _image_error(path, error, read_only) from error
@@ -128,24 +133,56 @@ class FileStore(Store):
         workers.run(lambda: self._read_rest(memoryview(data), offset, got), finish)
 
     def write(self, offset: int, data: Buffer, done: WriteDone) -> None:
+        self._change(offset, len(data), lambda: self._write_all(memoryview(data), offset), done)
+
+    def zero(self, offset: int, length: int, done: WriteDone, *, unmap: bool) -> None:
+        self._change(offset, length, lambda: self._zero_all(offset, length, unmap), done)
+
+    def _change(self, offset: int, length: int, work: Callable[[], None], done: WriteDone) -> None:
+        """Have the thread for writes change a range, if the file still has it."""
         if self.read_only:
             done(OSError(errno.EROFS, f"{self.name} is read-only"))
             return
         key = self._next_key
         self._next_key += 1
-        self._writing[key] = (offset, offset + len(data))
+        end = offset + length
+        self._writing[key] = (offset, end)
+
+        def change() -> None:
+            if end > os.lseek(self._fd, 0, os.SEEK_END):
+                raise OSError(errno.EIO, f"{self.name} ends before byte {end}, it has shrunk")
+            work()
 
         def finish(error: OSError | None) -> None:
             del self._writing[key]
             done(error)
 
-        self._write_thread().run(lambda: self._write_all(memoryview(data), offset), finish)
+        self._write_thread().run(change, finish)
 
     def flush(self, done: WriteDone) -> None:
         if self.read_only:
             done(None)
             return
         self._write_thread().run(lambda: os.fdatasync(self._fd), done)
+
+    def refresh(self) -> None:
+        if self._refreshing:
+            return
+        self._refreshing = True
+        size = 0
+
+        def look() -> None:
+            nonlocal size
+            size = os.lseek(self._fd, 0, os.SEEK_END)
+
+        def finish(error: OSError | None) -> None:
+            self._refreshing = False
+            block_count = size // self.block_size
+            if block_count and block_count != self.block_count:  # nothing left is no size for a disk: reads will fail
+                log.info("%s: %d blocks now, %d before", self.name, block_count, self.block_count)
+                self.block_count = block_count
+
+        self._write_thread().run(look, finish)
 
     async def close(self) -> None:
         running = [workers for workers in (self._writer, self._readers) if workers is not None]
@@ -174,11 +211,16 @@ class FileStore(Store):
 
     def _write_all(self, data: memoryview, offset: int) -> None:
         """Runs in a thread."""
-        if offset + len(data) > os.lseek(self._fd, 0, os.SEEK_END):
-            raise OSError(errno.EIO, f"{self.name} ends before byte {offset + len(data)}, it has shrunk")
         done = 0
         while done < len(data):
             done += os.pwrite(self._fd, data[done : done + _CHUNK], offset + done)
+
+    def _zero_all(self, offset: int, length: int, unmap: bool) -> None:
+        """Runs in a thread."""
+        if not holes.zero_range(self._fd, offset, length, unmap=unmap):
+            zeros = memoryview(bytes(min(length, _CHUNK)))
+            for begin in range(0, length, _CHUNK):
+                self._write_all(zeros[: length - begin], offset + begin)
 
 
 def serial_number(path: Path) -> str:

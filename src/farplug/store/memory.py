@@ -14,6 +14,7 @@ class MemoryStore(Store):
 
     Args:
         content: the initial bytes, whole blocks; or how many bytes of zeros.
+        block_size: bytes.
         read_only: refuse writes.
         serial_number: a random one if it is not given.
 
@@ -23,11 +24,19 @@ class MemoryStore(Store):
 
     name = "memory"
 
-    def __init__(self, content: bytes | int, *, read_only: bool = False, serial_number: str = "") -> None:
+    def __init__(
+        self,
+        content: bytes | int,
+        *,
+        block_size: int = BLOCK_SIZE,
+        read_only: bool = False,
+        serial_number: str = "",
+    ) -> None:
         self.content = bytearray(content)
-        if not self.content or len(self.content) % BLOCK_SIZE:
-            raise ValueError(f"{len(self.content)} bytes are not a positive number of {BLOCK_SIZE}-byte blocks")
-        self.block_count = len(self.content) // BLOCK_SIZE
+        if not self.content or len(self.content) % block_size:
+            raise ValueError(f"{len(self.content)} bytes are not a positive number of {block_size}-byte blocks")
+        self.block_size = block_size
+        self.block_count = len(self.content) // block_size
         self.read_only = read_only
         self.serial_number = serial_number or secrets.token_hex(8).upper()
 
@@ -40,6 +49,9 @@ class MemoryStore(Store):
             return
         self.content[offset : offset + len(data)] = data
         done(None)
+
+    def zero(self, offset: int, length: int, done: WriteDone, *, unmap: bool) -> None:
+        self.write(offset, bytes(length), done)
 
     def flush(self, done: WriteDone) -> None:
         done(None)

@@ -20,13 +20,14 @@ from collections.abc import Callable
 from enum import IntEnum, auto
 from functools import partial
 
-from farplug.scsi.cdb import Action, Done, Fail, Flush, Read, Respond, Write
+from farplug.scsi.cdb import Action, Compare, Done, Fail, Flush, Outcome, Read, Receive, Respond, Verify, Work, Write
 from farplug.scsi.disk import AbsentUnit, DiskUnit
-from farplug.scsi.sense import ABORTED_COMMAND, INVALID_FIELD_IN_CDB, UNRECOVERED_READ_ERROR, WRITE_ERROR, Sense
+from farplug.scsi.sense import ABORTED_COMMAND, INVALID_FIELD_IN_CDB, MISCOMPARE, UNRECOVERED_READ_ERROR, Sense
 from farplug.store.base import Store
 from farplug.usb.transfer import Status, Transfer
 from farplug.usb.types import Buffer
 from farplug.virtual.function import FunctionHost
+from farplug.virtual.job import Job, job_sense, write_sense
 
 log = logging.getLogger(__name__)
 
@@ -86,20 +87,26 @@ class _Command:
         fetching: ``data`` is being read from the store.
         offset: where in the store.
         pad: fill short data with zeros.
-        fua: flush before the status.
-        pending: writes and flushes under way.
+        durable: flush before the status.
+        pending: writes, comparisons and jobs under way. The status waits for them, and data-in for jobs.
+        job: what was last begun besides moving data.
         reads: it is a READ: what it delivers counts as read.
+        compares: data-out is compared with the store, not written.
+        parameters: data-out is collected here: it is not for the store. ``then`` says what it asks for.
         part: of a block that was cut by the end of a transfer. A block is written whole or not at all.
     """
 
     __slots__ = (
+        "compares",
         "data",
+        "durable",
         "fetching",
-        "fua",
+        "job",
         "length",
         "moved",
         "offset",
         "pad",
+        "parameters",
         "part",
         "pending",
         "processed",
@@ -107,6 +114,7 @@ class _Command:
         "size",
         "status",
         "tag",
+        "then",
     )
 
     def __init__(self, tag: int, length: int) -> None:
@@ -119,9 +127,13 @@ class _Command:
         self.fetching = False
         self.offset = 0
         self.pad = length <= MAX_PADDING
-        self.fua = False
+        self.durable = False
         self.pending = 0
+        self.job: Job | None = None
         self.reads = False
+        self.compares = False
+        self.parameters: bytearray | None = None
+        self.then: Callable[[Buffer], Outcome] | None = None
         self.part = b""
         self.status = CswStatus.PASSED
 
@@ -231,6 +243,8 @@ class BulkOnly:
 
     def _forget(self) -> None:
         self._phase = _Phase.COMMAND
+        if self._command is not None and self._command.job is not None:
+            self._command.job.stop()
         self._command = None
         if self._reading is not None:
             self._in.appendleft(self._reading)
@@ -263,14 +277,14 @@ class BulkOnly:
         unit: DiskUnit | AbsentUnit = self._absent if lun & 0x0F else self._unit
         cdb = cdb[: cdb_length & 0x1F]
         action = unit.execute(cdb) if cdb else Fail(INVALID_FIELD_IN_CDB)
-        starts = self._begin(command, action, bool(flags & 0x80))
+        work = self._begin(command, action, bool(flags & 0x80))
         if not length:
             self._phase = _Phase.STATUS
         else:
             self._phase = _Phase.DATA_IN if flags & 0x80 else _Phase.DATA_OUT
         transfer.complete()
-        if starts and self._command is command:
-            self._flush(command)
+        if work is not None and self._command is command:
+            self._start(command, work)
         elif type(action) is Read and MIN_PREFETCH <= command.size <= MAX_PREFETCH:
             # Not now: the acknowledgement leaves first.
             asyncio.get_running_loop().call_soon(self._prefetch, command)
@@ -289,30 +303,39 @@ class BulkOnly:
             command.data = memoryview(data)
         self._advance()
 
-    def _begin(self, command: _Command, action: Action, to_host: bool) -> bool:
-        """Match what the host expects with what the command does. Returns whether to flush at once."""
+    def _begin(self, command: _Command, action: Action, to_host: bool) -> Work | None:
+        """Match what the host expects with what the command does. Returns what is to be done at once."""
         length = command.length
+        work: Work | None = None
         match action:
-            case Read(lba, count):
+            case Read(lba, count, fua):
                 demand, sends = count * self._store.block_size, True
                 command.offset = lba * self._store.block_size
                 command.reads = True
-            case Write(lba, count, fua):
+                work = Flush() if fua else None
+            case Write(lba, count, durable):
                 demand, sends = count * self._store.block_size, False
                 command.offset = lba * self._store.block_size
-                command.fua = fua
+                command.durable = durable
+            case Compare(lba, count):
+                demand, sends = count * self._store.block_size, False
+                command.offset = lba * self._store.block_size
+                command.compares = True
+            case Receive(demand, then):
+                sends = False
+                command.parameters, command.then = bytearray(), then
             case Respond(data):
                 demand, sends = len(data), True
                 command.data = memoryview(data)
             case Fail(sense):
                 self._fail(command, sense)
-                return False
-            case Flush():
-                return True  # cases 1, 4, 9
+                return None
             case Done():
-                return False  # cases 1, 4, 9
+                return None  # cases 1, 4, 9
+            case _:
+                return action  # cases 1, 4, 9
         if not demand:
-            return False
+            return None
         if not length:  # cases 2, 3
             command.status = CswStatus.PHASE_ERROR
         elif sends is not to_host:  # cases 8, 10
@@ -320,20 +343,22 @@ class BulkOnly:
             command.pad = False
         elif demand <= length:  # cases 5, 6, 11, 12
             command.size = demand
+            return work
         elif sends:  # case 7
             command.status = CswStatus.PHASE_ERROR
             command.size = length
+            return work
         else:  # case 13
             command.status = CswStatus.PHASE_ERROR
             command.processed = length
-        return False
+        return None
 
     def _give_data(self) -> bool:
         if self._reading is not None or not self._in:
             return False
         command = self._command
         assert command is not None
-        if command.fetching:
+        if command.fetching or command.pending:
             return False
         if command.data is None and self._unread > MAX_UNREAD:
             return False  # reads that were cancelled or reset are still under way
@@ -395,11 +420,16 @@ class BulkOnly:
         useful = min(command.moved, command.size) - begin
         transfer.complete()  # first: the guest's next step and the write then run at the same time
         if useful > 0:
-            self._write(command, begin, memoryview(transfer.data)[:useful])
+            self._put(command, begin, memoryview(transfer.data)[:useful])
         return True
 
-    def _write(self, command: _Command, begin: int, data: Buffer) -> None:
-        """Write the whole blocks that are there by now; ``begin`` counts from the start of the data phase."""
+    def _put(self, command: _Command, begin: int, data: Buffer) -> None:
+        """Take data-out; ``begin`` counts from the start of the data phase. Blocks go to the store whole only."""
+        if command.parameters is not None:
+            command.parameters += data
+            if len(command.parameters) == command.size and command is self._command:
+                self._take_parameters(command)
+            return
         if command.part:
             begin -= len(command.part)
             data = command.part + bytes(data)
@@ -411,7 +441,35 @@ class BulkOnly:
             return
         command.pending += 1
         self._unwritten += len(data)
-        self._store.write(command.offset + begin, data, partial(self._write_done, command, len(data)))
+        offset = command.offset + begin
+        if command.compares:
+            self._store.read(offset, len(data), partial(self._compared, command, data))
+        else:
+            self._store.write(offset, data, partial(self._write_done, command, len(data)))
+
+    def _take_parameters(self, command: _Command) -> None:
+        assert command.parameters is not None
+        assert command.then is not None
+        command.processed = command.size
+        match command.then(command.parameters):
+            case Done():
+                pass
+            case Fail(sense):
+                self._fail(command, sense)
+            case work:
+                self._start(command, work)
+
+    def _compared(self, command: _Command, data: Buffer, found: Buffer, error: OSError | None) -> None:
+        self._unwritten -= len(data)
+        sense = None
+        if error is not None:
+            log.warning("%s: reading failed: %s", self._store.name, error)
+            sense = UNRECOVERED_READ_ERROR
+        elif found != data:
+            sense = MISCOMPARE
+        elif command.status is not CswStatus.FAILED:
+            command.processed += len(data)
+        self._settle(command, sense)
 
     def _write_done(self, command: _Command, length: int, error: OSError | None) -> None:
         self._unwritten -= length
@@ -421,26 +479,26 @@ class BulkOnly:
             self.bytes_written += length
             if command.status is not CswStatus.FAILED:
                 command.processed += length
-        self._settle(command, error)
+        self._settle(command, None if error is None else write_sense(error))
 
-    def _flush(self, command: _Command) -> None:
+    def _start(self, command: _Command, work: Work) -> None:
         command.pending += 1
-        self._store.flush(partial(self._flush_done, command))
+        command.job = Job(self._store, work, partial(self._job_done, command, work))
 
-    def _flush_done(self, command: _Command, error: OSError | None) -> None:
-        if error is not None:
-            log.warning("%s: flushing failed: %s", self._store.name, error)
-            if command is not self._command:
+    def _job_done(self, command: _Command, work: Work, error: OSError | None) -> None:
+        if command is not self._command:
+            if error is not None and not isinstance(work, Verify):
                 self.unreported = error
-        elif command is self._command:
+        elif error is None and isinstance(work, Flush):
             error, self.unreported = self.unreported, None
-        self._settle(command, error)
+        self._settle(command, None if error is None else job_sense(work, error))
 
-    def _settle(self, command: _Command, error: OSError | None) -> None:
+    def _settle(self, command: _Command, sense: Sense | None) -> None:
+        """Something that the status waits for has ended."""
         command.pending -= 1
-        if command is self._command and error is not None:
+        if command is self._command and sense is not None:
             command.size = command.processed = 0
-            self._fail(command, WRITE_ERROR)
+            self._fail(command, sense)
         self._advance()
 
     def _give_status(self) -> bool:
@@ -448,9 +506,9 @@ class BulkOnly:
         assert command is not None
         if command.pending:
             return False
-        if command.fua and command.status is CswStatus.PASSED:
-            command.fua = False
-            self._flush(command)
+        if command.durable and command.status is CswStatus.PASSED:
+            command.durable = False
+            self._start(command, Flush())
             return True
         if not self._in:
             return False

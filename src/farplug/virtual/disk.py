@@ -7,9 +7,10 @@ import os
 from collections.abc import Mapping, Sequence
 
 from farplug.errors import DeviceError, Reason
-from farplug.scsi.disk import PRODUCT, DiskUnit
+from farplug.scsi.disk import DiskUnit
+from farplug.scsi.inquiry import PRODUCT
 from farplug.scsi.sense import RESET_OCCURRED
-from farplug.store import FileStore, Store
+from farplug.store import BLOCK_SIZE, FileStore, Store
 from farplug.usb.descriptors import EndpointDescriptor, InterfaceDescriptor, SuperSpeedCompanion
 from farplug.usb.transfer import Transfer
 from farplug.usb.types import Setup, Speed, TransferType
@@ -23,6 +24,9 @@ BULK_ONLY = 0x50
 
 BULK_IN = 0x81
 BULK_OUT = 0x02
+
+REFRESH_INTERVAL = 1.0
+"""Seconds between two looks at the size of the store."""
 
 _BULK_SIZES = {Speed.FULL: 64, Speed.HIGH: 512, Speed.SUPER: 1024}
 _GET_MAX_LUN = Setup(0xA1, 0xFE, 0, 0, 1)
@@ -38,7 +42,8 @@ class Disk(Function):
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self._unit = DiskUnit(store.block_count, store.block_size, read_only=store.read_only)
+        self._unit = DiskUnit(store)
+        self._refreshing: asyncio.TimerHandle | None = None
         self._transport = BulkOnly(store, self._unit, BULK_IN, BULK_OUT)
 
     def interfaces(self, speed: Speed) -> Sequence[InterfaceDescriptor]:
@@ -85,7 +90,17 @@ class Disk(Function):
             "written": self._transport.bytes_written,
         }
 
+    async def open(self) -> None:
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Again and again while the disk is plugged: the unit reports a new size to the guest."""
+        self._refreshing = asyncio.get_running_loop().call_later(REFRESH_INTERVAL, self._refresh)
+        self.store.refresh()
+
     async def close(self) -> None:
+        if self._refreshing is not None:
+            self._refreshing.cancel()
         flushed: asyncio.Future[OSError | None] = asyncio.get_running_loop().create_future()
 
         def done(error: OSError | None) -> None:
@@ -107,6 +122,7 @@ def disk_device(
     image: str | os.PathLike[str] | Store,
     *,
     read_only: bool = False,
+    block_size: int = BLOCK_SIZE,
     speeds: Sequence[Speed] = (Speed.SUPER, Speed.HIGH),
 ) -> VirtualDevice:
     """Make a USB disk of an image.
@@ -114,6 +130,7 @@ def disk_device(
     Args:
         image: the path of a RAW image or a block device, which is opened and locked here; or a store.
         read_only: open the image for reading only. A store says itself whether it is.
+        block_size: bytes of a block of the image, 512 or 4096. A store says itself what its blocks have.
         speeds: what the disk may run at, the best first.
 
     Returns:
@@ -122,5 +139,5 @@ def disk_device(
     Raises:
         ImageError: the image cannot be used.
     """
-    store = image if isinstance(image, Store) else FileStore.open(image, read_only=read_only)
+    store = image if isinstance(image, Store) else FileStore.open(image, read_only=read_only, block_size=block_size)
     return VirtualDevice(Disk(store), product=PRODUCT, serial_number=store.serial_number, speeds=speeds)

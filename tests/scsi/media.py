@@ -1,0 +1,14 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class FakeMedium:
+    """The figures of a medium, to be changed at will."""
+
+    block_count: int = 1000
+    block_size: int = 512
+    read_only: bool = False
+    serial_number: str = "0123456789ABCDEF"
+    unmaps: bool = True
