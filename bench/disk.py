@@ -141,7 +141,7 @@ def print_row(row: Mapping[str, Any]) -> None:
     goal = f"   goal {row['goal']:.2f}" if row["goal"] else ""
     print(
         f"{row['transport']:<9}{row['speed']:<8}{row['job']:<24}{row['ours']:>8.1f} MB/s"
-        f"{row['theirs']:>10.1f} MB/s{row['ratio']:>8.2f}{goal}",
+        f"{row['theirs']:>13.1f} MB/s{row['ratio']:>8.2f}{goal}",
         flush=True,
     )
 
@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     options = parser.parse_args()
-    print(f"{'over':<9}{'speed':<8}{'':<24}{'farplug':>13}{'QEMU usb-storage':>18}{'ratio':>5}")
+    print(f"{'over':<9}{'speed':<8}{'':<24}{'farplug':>13}{'QEMU usb-storage':>18}{'ratio':>8}")
     rows = asyncio.run(
         bench(options.transport or ["spice", "tcp", "unix"], options.speed or ["super", "high"], options.rounds)
     )
