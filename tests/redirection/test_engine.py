@@ -392,6 +392,14 @@ async def test_alternate_settings() -> None:
         assert len(guest.received) == before + 1  # no infos
 
 
+async def test_what_carries_sound_is_not_compressed() -> None:
+    device = ScriptedDevice()
+    async with MemoryGuest(device) as guest:
+        assert not guest.redirection.port.compress
+        await guest.set_interface(0, 1)
+        assert guest.redirection.port.compress
+
+
 async def test_packets_wait_while_an_operation_is_under_way() -> None:
     device = ScriptedDevice()
     gate = asyncio.Event()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from enum import Enum, auto
 from typing import Any
 
@@ -39,6 +39,7 @@ from farplug.usb.device import Device
 from farplug.usb.transfer import Status
 from farplug.usb.types import (
     Buffer,
+    Endpoint,
     Setup,
     Speed,
     TransferType,
@@ -111,7 +112,9 @@ class Redirection:
         self._guest_filter: Filter | None = None
         self._ledger = Ledger(self._send, self._answered, self._fault, max_transfer)
         self._receptions = Receptions(self._send, self._fault, self._ledger.figures, max_transfer)
-        self._operations = Operations(self._send, self._operated, self._fault, self._ledger, self._receptions)
+        self._operations = Operations(
+            self._send, self._operated, self._fault, self._ledger, self._receptions, self._described
+        )
         self._violations = 0
         self._port_error: FarplugError | None = None
         # Why nothing is pulled from the connection right now.
@@ -300,6 +303,10 @@ class Redirection:
         self._flush()
         self._emit(events.Attached(self.port.name, identity, identity.speed))
 
+    def _described(self, endpoints: Collection[Endpoint]) -> None:
+        """As spice-gtk: a device with isochronous endpoints sends as it is."""
+        self.port.compress = not any(endpoint.type is TransferType.ISOCHRONOUS for endpoint in endpoints)
+
     def _start_leaving(self, error: FarplugError | None) -> asyncio.Task[None]:
         if self._leaving is None:
             self._operations.device = None  # the guest begins nothing more
@@ -315,17 +322,20 @@ class Redirection:
             if self._falling_back is not None:
                 await asyncio.wait([self._falling_back])
             await self._disconnect(device)
+            close_error: FarplugError | None = None
             try:
                 await device.close()
-            except Exception as raised:
+            except FarplugError as raised:
                 close_error = raised
-                if not isinstance(close_error, FarplugError):
-                    message = f"the device could not be closed: {type(raised).__name__}: {raised}"
-                    close_error = DeviceError(message, reason=Reason.DEVICE_FAULT)
+            except Exception as raised:
+                message = f"the device could not be closed: {type(raised).__name__}: {raised}"
+                close_error = DeviceError(message, reason=Reason.DEVICE_FAULT)
+                close_error.__cause__ = raised
+            if close_error is not None:
                 if error is not None:
                     self._fault(close_error)  # both are to be told
                 error = error or close_error
-                raise close_error from raised
+                raise close_error
         finally:
             figures = self.figures
             self._device = None

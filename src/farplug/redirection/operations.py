@@ -7,7 +7,7 @@ meet the device in the order in which the guest made them.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from typing import Any
 
 from farplug.redirection.describe import describe
@@ -33,6 +33,7 @@ class Operations:
         fault: told when a device raises.
         ledger: whose transfers a setting ends.
         receptions: which a setting ends.
+        described: called with the endpoints of a setting that the guest was told.
 
     Attributes:
         device: who answers; None while there is none: then the answers are I/O errors.
@@ -46,6 +47,7 @@ class Operations:
         fault: Callable[[Exception], None],
         ledger: Ledger,
         receptions: Receptions,
+        described: Callable[[Collection[Endpoint]], None],
     ) -> None:
         self.device: Device | None = None
         self.endpoints: dict[int, Endpoint] = {}
@@ -54,6 +56,7 @@ class Operations:
         self._fault = fault
         self._ledger = ledger
         self._receptions = receptions
+        self._described = described
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -73,6 +76,7 @@ class Operations:
         self.endpoints = endpoints
         for packet in packets:
             self._send(packet)
+        self._described(endpoints.values())
 
     def reset(self, device: Device, then: Callable[[], None]) -> None:
         """The guest reset the port. Nobody answers that; ``then`` is called afterwards."""

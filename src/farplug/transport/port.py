@@ -32,9 +32,11 @@ class Port(ABC):
 
     Attributes:
         name: short and unique in its guest, for people: ``usbredir 0``, ``tcp``.
+        compress: a hint: False while what is sent must not wait for the processor (isochronous data).
     """
 
     name: str
+    compress: bool = True
 
     @abstractmethod
     async def open(self, listener: PortListener) -> None:
