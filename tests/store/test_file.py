@@ -555,3 +555,46 @@ def test_the_loop_may_be_gone_before_the_write(image: Path, monkeypatch: pytest.
     gone.set()
     asyncio.run(store.close())
     assert content(image) == b"\xaa" * len(CONTENT)
+
+
+async def test_close_that_is_given_up_does_not_close_the_file_under_a_write(tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    path.write_bytes(bytes(1 << 16))
+    store = FileStore.open(path)
+    gate = threading.Event()
+
+    def wait() -> None:
+        gate.wait(5)
+
+    store._write_thread().run(wait, lambda error: None)
+    results: list[OSError | None] = []
+    store.write(0, b"y" * 4096, results.append)
+    for _ in range(2):
+        closing = asyncio.create_task(store.close())
+        await asyncio.sleep(0.01)
+        closing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+    gate.set()
+    await store.close()
+    await asyncio.sleep(0)
+    assert results == [None]
+    assert path.read_bytes()[:4096] == b"y" * 4096
+
+
+async def test_a_system_without_threads_is_an_error_of_the_medium(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    path = tmp_path / "image"
+    path.write_bytes(bytes(1 << 16))
+    store = FileStore.open(path)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    done = asyncio.get_running_loop().create_future()
+    store.write(0, bytes(512), done.set_result)
+    error = await done
+    assert error.errno == errno.EAGAIN
+    monkeypatch.undo()
+    await store.close()

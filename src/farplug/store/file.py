@@ -65,6 +65,7 @@ class FileStore(Store):
         """Ranges (start, end) of the writes under way, by an arbitrary key."""
         self._next_key = 0
         self._refreshing = False
+        self._closing: asyncio.Future[None] | None = None
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, read_only: bool = False, block_size: int = BLOCK_SIZE) -> Self:
@@ -185,6 +186,12 @@ class FileStore(Store):
         self._write_thread().run(look, finish)
 
     async def close(self) -> None:
+        if self._closing is None:
+            self._closing = asyncio.ensure_future(self._close())
+        # A caller that gives up must not close the file under a write.
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
         running = [workers for workers in (self._writer, self._readers) if workers is not None]
         self._writer = self._readers = None
         for workers in running:

@@ -23,19 +23,29 @@ class Workers:
     A concurrent.futures executor would do the same; this hop takes half as long, and a disk pays it for each write.
 
     Args:
-        count: of threads, started now.
+        count: of threads, started with the first call.
         name: of the threads.
     """
 
     def __init__(self, count: int, name: str) -> None:
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
-        self._threads = [Thread(target=self._serve, name=name, daemon=True) for _ in range(count)]
-        for thread in self._threads:
-            thread.start()
+        self._count = count
+        self._name = name
+        self._threads: list[Thread] = []
 
     def run(self, work: Callable[[], None], finish: WriteDone) -> None:
         """Do ``work`` in a thread, then call ``finish`` on the running event loop with None, or with what it raised."""
-        self._jobs.put((work, finish, asyncio.get_running_loop()))
+        loop = asyncio.get_running_loop()
+        try:
+            while len(self._threads) < self._count:
+                thread = Thread(target=self._serve, name=self._name, daemon=True)
+                thread.start()
+                self._threads.append(thread)
+        except RuntimeError as error:  # the system has no thread to give
+            if not self._threads:
+                loop.call_soon(finish, OSError(errno.EAGAIN, str(error)))
+                return
+        self._jobs.put((work, finish, loop))
 
     def stop(self) -> None:
         """Wait until everything that was asked for is done, and end the threads. Blocks."""
