@@ -774,6 +774,19 @@ async def test_a_filter_that_cannot_be_read_is_ignored() -> None:
         await guest.wait(lambda: guest.connected is not None)
 
 
+async def test_a_filter_that_comes_after_the_offer() -> None:
+    device = ScriptedDevice()
+    async with MemoryGuest(device) as guest:
+        guest.send(p.FilterFilter(filter="-1,-1,-1,-1,1"))
+        await settle()
+        assert guest.redirection.device is device
+        guest.send(p.FilterFilter(filter="-1,0x1209,-1,-1,0|-1,-1,-1,-1,1"))
+        await guest.wait(lambda: guest.connected is None)
+        await settle()
+        assert kinds(guest)[-2:] == [events.Refused, events.Detached]
+        assert device.calls == ["open", "close"]
+
+
 @pytest.mark.parametrize("filter", [None, "-1,0x1209,-1,-1,0|-1,-1,-1,-1,1"])
 async def test_refused_after_the_offer(filter: str | None) -> None:
     device = ScriptedDevice()

@@ -607,6 +607,17 @@ class Redirection:
             self._guest_filter = Filter.parse(packet.filter)
         except UsageError as error:
             log.warning("%s: the guest sent a filter that cannot be read, it is ignored: %s", self.port.name, error)
+            return
+        device = self._usable_device
+        if device is not None:  # it came after the offer, or was changed
+            try:
+                self._check_filter(device)
+            except RefusedError as refused:
+                self._refused(refused)
+
+    def _refused(self, error: RefusedError) -> None:
+        self._emit(events.Refused(self.port.name, error))
+        self._start_leaving(error)
 
     def _on_filter_reject(self, packet: p.FilterReject) -> None:
         device = self._device
@@ -628,8 +639,7 @@ class Redirection:
                 remedy="the VM's USB controller may not take this speed: give it a qemu-xhci controller; "
                 "QEMU's own log says why",
             )
-        self._emit(events.Refused(self.port.name, error))
-        self._start_leaving(error)
+        self._refused(error)
 
     def _on_disconnect_ack(self, packet: p.DeviceDisconnectAck) -> None:
         if self._acknowledged is not None and not self._acknowledged.done():
