@@ -264,7 +264,7 @@ async def test_unmap_gives_space_back(tmp_path: Path) -> None:
 
 async def test_the_size_is_looked_at_again(image: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = FileStore.open(image)
-    for new, count in ((128 * 512 + 5, 128), (16 * 512, 16), (100, 16), (64 * 512, 64)):
+    for new, count in ((128 * 512 + 5, 128), (16 * 512, 128), (100, 128), (200 * 512, 200)):
         os.truncate(image, new)
         store.refresh()
         store.refresh()

@@ -60,7 +60,7 @@ class Store(ABC):
         """Make everything durable whose write was done (or called) before this call."""
 
     def refresh(self) -> None:  # noqa: B027
-        """Look at the size of the medium again: ``block_count`` follows soon."""
+        """Look at the size of the medium again: if it grew, ``block_count`` follows soon."""
 
     @abstractmethod
     async def close(self) -> None:

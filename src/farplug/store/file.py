@@ -179,7 +179,8 @@ class FileStore(Store):
         def finish(error: OSError | None) -> None:
             self._refreshing = False
             block_count = size // self.block_size
-            if block_count and block_count != self.block_count:  # nothing left is no size for a disk: reads will fail
+            # A file that shrank lost blocks: they are errors of the medium, and the disk keeps its size.
+            if block_count > self.block_count:
                 log.info("%s: %d blocks now, %d before", self.name, block_count, self.block_count)
                 self.block_count = block_count
 
