@@ -17,6 +17,7 @@ import pytest
 from tests.transport.fake_spice import Channel, message
 
 from farplug.cli.main import run
+from farplug.usb import Status
 from farplug.usb.types import Buffer
 from farplug.usbredir import packets as p
 from farplug.usbredir.caps import ALL_CAPS, Cap
@@ -148,7 +149,7 @@ class FakeGuest:
                 self._connection.send(p.FilterReject())
             case p.DeviceConnect():
                 self._connection.send(p.SetConfiguration(id=1, configuration=1))
-            case p.ConfigurationStatus():
+            case p.ConfigurationStatus() if packet.status is Status.SUCCESS:
                 self._when_configured()
             case p.DeviceDisconnect() if self._caps & Cap.DEVICE_DISCONNECT_ACK:
                 self._connection.send(p.DeviceDisconnectAck())
