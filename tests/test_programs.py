@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from farplug.errors import Reason, SetupError
-from farplug.testing.programs import PACKAGE_OF_PROGRAM, find_program, output_of
+from farplug.programs import PACKAGE_OF_PROGRAM, find_program, output_of
 
-PACKAGES = Path(__file__).parents[2] / "debian-packages.txt"
+PACKAGES = Path(__file__).parents[1] / "debian-packages.txt"
 
 ESSENTIAL = {"dash", "util-linux"}
 """On every Debian."""

@@ -1,4 +1,4 @@
-"""The programs of this machine that the throw-away guest needs."""
+"""Programs of this machine that the throw-away guest and the demo need, and the packages that bring them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 
 from farplug.errors import Reason, SetupError
 
+QEMU = "qemu-system-x86_64"
+
 PACKAGE_OF_PROGRAM = {
     "busybox": "busybox-static",
     "dash": "dash",
@@ -17,10 +19,16 @@ PACKAGE_OF_PROGRAM = {
     "mkfs.vfat": "dosfstools",
     "fsck.vfat": "dosfstools",
     "lsusb": "usbutils",
+    "mcopy": "mtools",
     "zstd": "zstd",
     "setpriv": "util-linux",
-    "qemu-system-x86_64": "qemu-system-x86",
+    QEMU: "qemu-system-x86",
 }
+
+
+def search_path() -> str:
+    """Where programs are: a user's PATH often lacks the folders of mkfs."""
+    return os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
 
 
 def find_program(name: str) -> Path:
@@ -29,7 +37,7 @@ def find_program(name: str) -> Path:
     Raises:
         SetupError: it is not installed (``MISSING_PROGRAM``).
     """
-    path = shutil.which(name, path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin")
+    path = shutil.which(name, path=search_path())
     if path is None:
         package = PACKAGE_OF_PROGRAM.get(name)
         raise SetupError(

@@ -8,9 +8,9 @@ import pytest
 from tests.testing.elf import module
 
 from farplug.errors import SetupError
+from farplug.programs import find_program
 from farplug.testing.guest_image import BOOT_MODULES, Initramfs, add_modules, add_program, build_initramfs, parse_ldd
 from farplug.testing.guest_kernel import Kernel, ModuleInfo
-from farplug.testing.programs import find_program
 
 
 def unpack(archive: bytes, folder: Path) -> None:

@@ -11,6 +11,7 @@ import typer
 
 from farplug.cli import needs
 from farplug.errors import DeviceError, ExitCode, Reason, SetupError
+from farplug.programs import search_path
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -181,7 +182,7 @@ class _Demo:
         process = await asyncio.create_subprocess_exec(
             *command,
             cwd=self._folder,
-            env={**os.environ, "PATH": needs.search_path()},  # mkfs.vfat is in /usr/sbin
+            env={**os.environ, "PATH": search_path()},  # mkfs.vfat is in /usr/sbin
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,

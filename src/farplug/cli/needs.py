@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes.util
-import os
 import shutil
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from farplug.errors import Reason, SetupError
+from farplug.programs import PACKAGE_OF_PROGRAM, QEMU, search_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,26 +37,24 @@ class Need:
         return shutil.which(self.name, path=search_path()) or ""
 
 
-def search_path() -> str:
-    """Where programs are: a user's PATH often lacks the folders of mkfs."""
-    return os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
+def _program(name: str, purpose: str) -> Need:
+    return Need(name, purpose, PACKAGE_OF_PROGRAM[name])
 
 
-QEMU = "qemu-system-x86_64"
-EMULATOR = Need(QEMU, "runs the VM", "qemu-system-x86")
+EMULATOR = _program(QEMU, "runs the VM")
 SPICE = Need("SPICE in QEMU", "the VM's SPICE server", "qemu-system-modules-spice")
 PARSER = Need("usbredirparser", "the reference that tests compare with", "libusbredirparser1", demo=False)
 NEEDS = (
     EMULATOR,
     SPICE,
-    Need("busybox", "the VM's programs", "busybox-static"),
-    Need("dash", "the VM's programs", "dash"),
-    Need("lsusb", "the VM's programs", "usbutils"),
-    Need("mke2fs", "filesystems in the VM", "e2fsprogs"),
-    Need("mkfs.vfat", "filesystems in the VM and on images", "dosfstools"),
-    Need("mcopy", "files in and out of images", "mtools"),
-    Need("zstd", "unpacks the VM's kernel", "zstd"),
-    Need("setpriv", "ends the VM with us", "util-linux"),
+    _program("busybox", "the VM's programs"),
+    _program("dash", "the VM's programs"),
+    _program("lsusb", "the VM's programs"),
+    _program("mke2fs", "filesystems in the VM"),
+    _program("mkfs.vfat", "filesystems in the VM and on images"),
+    _program("mcopy", "files in and out of images"),
+    _program("zstd", "unpacks the VM's kernel"),
+    _program("setpriv", "ends the VM with us"),
     PARSER,
 )
 

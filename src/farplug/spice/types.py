@@ -7,6 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
+from typing import TypeVar
+
+_Code = TypeVar("_Code", bound=IntEnum)
+
+
+def _unknown(codes: type[_Code], value: object, largest: int) -> _Code | None:
+    """A member for a code that is not known, so that it prints; None for what cannot be one."""
+    if not isinstance(value, int) or not 0 <= value <= largest:
+        return None
+    member = int.__new__(codes, value)
+    member._name_ = f"UNKNOWN_{value}"
+    member._value_ = value
+    return member
 
 
 class ChannelType(IntEnum):
@@ -26,12 +39,7 @@ class ChannelType(IntEnum):
 
     @classmethod
     def _missing_(cls, value: object) -> ChannelType | None:
-        if not isinstance(value, int) or not 0 <= value <= 0xFF:
-            return None
-        member = int.__new__(cls, value)
-        member._name_ = f"UNKNOWN_{value}"
-        member._value_ = value
-        return member
+        return _unknown(cls, value, 0xFF)
 
     def __str__(self) -> str:
         return self.name.lower()
@@ -81,12 +89,7 @@ class LinkError(IntEnum):
 
     @classmethod
     def _missing_(cls, value: object) -> LinkError | None:
-        if not isinstance(value, int) or not 0 <= value <= 0xFFFFFFFF:
-            return None
-        member = int.__new__(cls, value)
-        member._name_ = f"UNKNOWN_{value}"
-        member._value_ = value
-        return member
+        return _unknown(cls, value, 0xFFFFFFFF)
 
     def __str__(self) -> str:
         return f"link error {self.value} ({self.name})"

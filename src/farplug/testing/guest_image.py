@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from farplug.errors import Reason, SetupError
+from farplug.programs import find_program, output_of
 from farplug.testing.guest_kernel import Kernel, ModuleInfo, module_name
-from farplug.testing.programs import find_program, output_of
 
 BOOT_MODULES = (
     "virtio_pci",

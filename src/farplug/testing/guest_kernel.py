@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import IO
 
 from farplug.errors import Reason, SetupError
-from farplug.testing.programs import find_program, output_of
+from farplug.programs import find_program, output_of
 
 logger = logging.getLogger(__name__)
 

@@ -29,11 +29,11 @@ from types import TracebackType
 from typing import Self
 
 from farplug.errors import FarplugError, GuestGoneError, Reason, SetupError, UsageError
+from farplug.programs import QEMU, find_program, output_of
 from farplug.testing.agent import CHANNELS, INIT_FILES, Agent, CommandFailed, CommandResult, GuestTimeout
 from farplug.testing.certificates import write_certificates
 from farplug.testing.guest_image import build_initramfs
 from farplug.testing.guest_kernel import fetch_kernel
-from farplug.testing.programs import find_program, output_of
 from farplug.testing.qemu_config import (
     LOOPBACK,
     Boot,
@@ -49,8 +49,6 @@ from farplug.testing.qemu_config import (
     command_line,
 )
 from farplug.testing.qmp import Qmp
-
-QEMU = "qemu-system-x86_64"
 
 SPICE_PORT_ATTEMPTS = 5
 """SPICE takes no listening descriptor: somebody may take the port between our choice and QEMU's."""
