@@ -341,6 +341,12 @@ class AbsentUnit:
             return Respond(_sense_data(LOGICAL_UNIT_NOT_SUPPORTED, cdb))
         return Fail(LOGICAL_UNIT_NOT_SUPPORTED)
 
+    def attend(self, sense: Sense) -> None:
+        """Nothing happens to what does not exist."""
+
+    def keep_sense(self, sense: Sense) -> None:
+        """The sense is always the same."""
+
 
 def _sense_data(sense: Sense, cdb: Buffer) -> bytes:
     """What a REQUEST SENSE is answered, in the format that it asks for."""
