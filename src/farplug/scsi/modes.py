@@ -5,6 +5,8 @@ There are no block descriptors. All pages together stay below 192 bytes: Linux l
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from farplug.scsi.sense import INVALID_FIELD_IN_PARAMETER_LIST, PARAMETER_LIST_LENGTH_ERROR, Sense
 from farplug.usb.types import Buffer
 
@@ -20,26 +22,31 @@ def _page(text: str, length: int) -> bytes:
     return bytes((content[0], length)) + content[1:].ljust(length, b"\0")
 
 
-_DEFAULTS = (
-    _page("01", 0x0A),  # read-write error recovery: nothing is retried or replaced
-    _page("08 04", 0x12),  # caching: WCE, there is a write cache
-    _page("0a 02 10", 0x0A),  # control: GLTSD, nothing is logged; commands may be reordered
-    _page("1c 08", 0x0A),  # informational exceptions: DEXCPT, none are reported
-)
-_CHANGEABLE = {page[0]: page[:2] + bytes(len(page) - 2) for page in _DEFAULTS} | {_CACHING: _page("08 04", 0x12)}
-"""A mask for each page, behind its code and length: WCE is all that can be changed."""
+_READ_WRITE_ERROR_RECOVERY = _page("01", 0x0A)  # nothing is retried or replaced
+_CACHE = _page("08 04", 0x12)  # WCE: there is a write cache; also the mask for changing it
+_NO_CACHE = _page("08", 0x12)
+_CONTROL = _page("0a 02 10", 0x0A)  # GLTSD, nothing is logged; commands may be reordered
+_INFORMATIONAL_EXCEPTIONS = _page("1c 08", 0x0A)  # DEXCPT, none are reported
 
 
 class ModePages:
-    """The mode pages of a disk. What is changed lasts as long as the disk; nothing is saved."""
+    """The mode pages of a logical unit. What is changed lasts as long as the unit; nothing is saved.
 
-    def __init__(self) -> None:
-        self._current = {page[0]: page for page in _DEFAULTS}
+    Args:
+        defaults: the pages.
+        changeable: a mask behind its code and length for each page of which something can be changed.
+    """
+
+    def __init__(self, defaults: Iterable[bytes], changeable: Iterable[bytes] = ()) -> None:
+        self._defaults = {page[0]: page for page in defaults}
+        self._changeable = {code: page[:2] + bytes(len(page) - 2) for code, page in self._defaults.items()}
+        self._changeable |= {mask[0]: mask for mask in changeable}
+        self._current = dict(self._defaults)
 
     @property
     def write_cache(self) -> bool:
         """WCE: a write may be acknowledged before it is durable."""
-        return bool(self._current[_CACHING][2] & _WCE)
+        return bool(self._current.get(_CACHING, _NO_CACHE)[2] & _WCE)
 
     def sense(self, control: int, code: int) -> bytes | None:
         """Build what MODE SENSE tells; None if there is no such page.
@@ -48,7 +55,7 @@ class ModePages:
             control: 0 the current values, 1 masks of the bits that can be changed, 2 the defaults.
             code: of a page, or :data:`ALL_PAGES`.
         """
-        pages = (self._current, _CHANGEABLE, {page[0]: page for page in _DEFAULTS})[control]
+        pages = (self._current, self._changeable, self._defaults)[control]
         return b"".join(pages.values()) if code == ALL_PAGES else pages.get(code)
 
     def select(self, pages: Buffer) -> Sense | None:
@@ -64,9 +71,16 @@ class ModePages:
             if len(pages) < len(page):
                 return PARAMETER_LIST_LENGTH_ERROR
             wanted = page[:2] + bytes(pages[2 : len(page)])
-            if any((old ^ new) & ~mask for old, new, mask in zip(page, wanted, _CHANGEABLE[code], strict=True)):
+            if any((old ^ new) & ~mask for old, new, mask in zip(page, wanted, self._changeable[code], strict=True)):
                 return INVALID_FIELD_IN_PARAMETER_LIST
             changed[code] = wanted
             pages = pages[len(page) :]
         self._current = changed
         return None
+
+
+def disk_modes(*, write_cache: bool) -> ModePages:
+    """Make the pages of a disk. Of its write cache, if there is one, WCE can be changed, and nothing else."""
+    cache = _CACHE if write_cache else _NO_CACHE
+    pages = (_READ_WRITE_ERROR_RECOVERY, cache, _CONTROL, _INFORMATIONAL_EXCEPTIONS)
+    return ModePages(pages, (cache,))
