@@ -22,9 +22,6 @@ MAX_CDB_SIZE = 16
 SERVICE_ACTION_OPCODES = frozenset((0x9E, 0x9F, 0xA3, 0xA4))
 """Opcodes that many commands share: the low five bits of byte 1, the service action, tell which one it is."""
 
-DESPITE_ATTENTION = frozenset((0x03, 0x12, 0xA0))
-"""REQUEST SENSE, INQUIRY, REPORT LUNS: performed also while a unit attention waits (SPC-4, chapter 5.14)."""
-
 _GROUP_LENGTHS = {0: 6, 1: 10, 2: 10, 4: 16, 5: 12}
 
 _LUN_BITS = 0xE0

@@ -20,10 +20,11 @@ VENDOR = "farplug"
 """Not "QEMU": for that vendor SeaBIOS asks for the mode page of a disk geometry and does not boot without."""
 
 PRODUCT = "Virtual Disk"
+CDROM_PRODUCT = "Virtual CD-ROM"
 REVISION = "1.0"
 
-DIRECT_ACCESS = 0x00
-"""A peripheral device type (SPC-4, table 138)."""
+DIRECT_ACCESS, MULTIMEDIA = 0x00, 0x05
+"""Peripheral device types (SPC-4, table 138)."""
 
 _SPC4 = 0x06
 _REMOVABLE = 0x80

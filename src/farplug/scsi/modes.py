@@ -28,6 +28,13 @@ _NO_CACHE = _page("08", 0x12)
 _CONTROL = _page("0a 02 10", 0x0A)  # GLTSD, nothing is logged; commands may be reordered
 _INFORMATIONAL_EXCEPTIONS = _page("1c 08", 0x0A)  # DEXCPT, none are reported
 
+# MMC-3, chapter 5.5; MMC-2 for page 0D
+_CD_DEVICE_PARAMETERS = _page("0d 00 0d 003c 004b", 0x06)  # 60 seconds of 75 frames
+_CD_AUDIO_CONTROL = _page("0e 04", 0x0E)  # no port plays anything
+_CAPABILITIES = _page("2a 0b 00 00 00 29 00 2260 0000 0800 2260", 0x14)
+"""Reads CD-R, CD-RW and DVD-ROM, writes nothing; a tray that ejects and locks; 50 times 176 kB/s."""
+_LOCKED_CAPABILITIES = _page("2a 0b 00 00 00 2b 00 2260 0000 0800 2260", 0x14)
+
 
 class ModePages:
     """The mode pages of a logical unit. What is changed lasts as long as the unit; nothing is saved.
@@ -58,6 +65,10 @@ class ModePages:
         pages = (self._current, self._changeable, self._defaults)[control]
         return b"".join(pages.values()) if code == ALL_PAGES else pages.get(code)
 
+    def replace(self, page: bytes) -> None:
+        """The unit itself changes the current values of a page."""
+        self._current[page[0]] = page
+
     def select(self, pages: Buffer) -> Sense | None:
         """Change the current values to what these pages say: all of it, or nothing and the reason is returned."""
         changed = dict(self._current)
@@ -84,3 +95,13 @@ def disk_modes(*, write_cache: bool) -> ModePages:
     cache = _CACHE if write_cache else _NO_CACHE
     pages = (_READ_WRITE_ERROR_RECOVERY, cache, _CONTROL, _INFORMATIONAL_EXCEPTIONS)
     return ModePages(pages, (cache,))
+
+
+def cdrom_modes() -> ModePages:
+    """Make the pages of a CD-ROM drive. Nothing can be changed."""
+    return ModePages((_READ_WRITE_ERROR_RECOVERY, _CD_DEVICE_PARAMETERS, _CD_AUDIO_CONTROL, _CAPABILITIES))
+
+
+def cdrom_capabilities(*, locked: bool) -> bytes:
+    """Build the page of a CD-ROM drive's capabilities, 2A, which also tells whether its tray is locked."""
+    return _LOCKED_CAPABILITIES if locked else _CAPABILITIES

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 from farplug.scsi.cdb import (
-    DESPITE_ATTENTION,
     Action,
     Command,
     CommandTable,
@@ -48,6 +47,9 @@ class Unit(ABC):
         luns: how many logical units the device has, this one among them. They are numbered from 0.
     """
 
+    despite_attention = frozenset((0x03, 0x12, 0xA0))
+    """Opcodes performed also while a unit attention waits: REQUEST SENSE, INQUIRY, REPORT LUNS."""
+
     def __init__(self, commands: CommandTable[Any], modes: ModePages, luns: int) -> None:
         self._commands = commands
         self._modes = modes
@@ -76,7 +78,7 @@ class Unit(ABC):
         """
         self._look()
         command = self._commands.find(cdb)
-        if self._attentions and cdb[0] not in DESPITE_ATTENTION:
+        if self._attentions and cdb[0] not in self.despite_attention:
             return Fail(self._attentions.pop(0))
         if command is None:
             action: Action = Fail(INVALID_COMMAND)
