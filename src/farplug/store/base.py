@@ -33,6 +33,7 @@ class Store(ABC):
         block_size: bytes.
         read_only: writes are an error.
         unmaps: :meth:`zero` can give space back.
+        write_cache: what was written is durable after :meth:`flush` only; without one, as soon as it is done.
         serial_number: upper-case hex digits, the same each time that this image is opened; two images differ.
     """
 
@@ -41,6 +42,7 @@ class Store(ABC):
     block_size: int = BLOCK_SIZE
     read_only: bool = False
     unmaps: bool = False
+    write_cache: bool = True
     serial_number: str
 
     @abstractmethod

@@ -117,7 +117,7 @@ class BulkOnly:
 
     def __init__(self, units: Sequence[LogicalUnit], endpoint_in: int, endpoint_out: int) -> None:
         self._units = units
-        self._absent = absent_unit()
+        self._absent = absent_unit(len(units))
         self._endpoint_in = endpoint_in
         self._endpoint_out = endpoint_out
         self._host: FunctionHost | None = None

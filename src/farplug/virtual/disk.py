@@ -18,7 +18,9 @@ class Disk(MassStorage):
     """One disk or several, each a logical unit of its own: up to 16. The stores belong to it from now on."""
 
     def __init__(self, *stores: Store, transport: StorageTransport = StorageTransport.AUTO) -> None:
-        super().__init__(*(LogicalUnit(DiskUnit(store), store) for store in stores), transport=transport)
+        super().__init__(
+            *(LogicalUnit(DiskUnit(store, luns=len(stores)), store) for store in stores), transport=transport
+        )
 
 
 def disk_device(

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 
 from farplug.errors import DeviceError, Reason
-from farplug.scsi.sense import RESET_OCCURRED
 from farplug.usb.descriptors import EndpointDescriptor, InterfaceDescriptor, SuperSpeedCompanion
 from farplug.usb.transfer import Transfer
 from farplug.usb.types import Speed, TransferType
@@ -119,7 +118,7 @@ class MassStorage(Function):
         self._alternate = 0
         if port_reset:
             for unit in self.units:
-                unit.scsi.attend(RESET_OCCURRED)
+                unit.scsi.reset()
 
     @property
     def figures(self) -> Mapping[str, int]:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from enum import IntEnum
 from functools import partial
 
-from farplug.scsi.sense import RESET_OCCURRED, Sense, SenseKey
+from farplug.scsi.sense import Sense, SenseKey
 from farplug.usb.transfer import Status, Transfer
 from farplug.usb.types import Buffer, Direction
 from farplug.virtual.task import Task
@@ -177,7 +177,7 @@ class AttachedScsi:
 
     def __init__(self, units: Sequence[LogicalUnit], *, command: int, status: int, data_in: int, data_out: int) -> None:
         self._units = units
-        self._absent = absent_unit()
+        self._absent = absent_unit(len(units))
         self._command_pipe = command
         self._status, self._data_in, self._data_out = _Pipe(), _Pipe(), _Pipe()
         self._pipes = {status: self._status, data_in: self._data_in, data_out: self._data_out}
@@ -308,11 +308,11 @@ class AttachedScsi:
                 case TaskFunction.LOGICAL_UNIT_RESET:
                     assert lun is not None
                     self._drop(of_unit)
-                    self._units[lun].scsi.attend(RESET_OCCURRED)
+                    self._units[lun].scsi.reset()
                 case TaskFunction.I_T_NEXUS_RESET:
                     self._drop(list(self._commands.values()))
                     for unit in self._units:
-                        unit.scsi.attend(RESET_OCCURRED)
+                        unit.scsi.reset()
                 case TaskFunction.QUERY_TASK:
                     code = ResponseCode.SUCCEEDED if named else ResponseCode.COMPLETE
                 case TaskFunction.QUERY_TASK_SET:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from farplug.scsi.cdb import Action
-from farplug.scsi.disk import AbsentUnit
 from farplug.scsi.sense import Sense
+from farplug.scsi.unit import AbsentUnit
 from farplug.store.base import Store
 from farplug.usb.types import Buffer
 
@@ -19,8 +19,8 @@ class ScsiUnit(Protocol):
         """Decide what a command does. ``cdb`` has one byte at least."""
         ...
 
-    def attend(self, sense: Sense) -> None:
-        """Raise a unit attention."""
+    def reset(self) -> None:
+        """The guest reset the device, or this unit."""
         ...
 
     def keep_sense(self, sense: Sense) -> None:
@@ -54,6 +54,6 @@ class LogicalUnit:
         return "no medium" if self.store is None else self.store.name
 
 
-def absent_unit() -> LogicalUnit:
-    """Make what answers for a logical unit number that does not exist."""
-    return LogicalUnit(AbsentUnit(), None)
+def absent_unit(luns: int) -> LogicalUnit:
+    """Make what answers for a logical unit number that does not exist, beside so many that do."""
+    return LogicalUnit(AbsentUnit(luns), None)
