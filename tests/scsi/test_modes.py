@@ -40,6 +40,16 @@ def test_select() -> None:
     assert pages.write_cache
 
 
+def test_without_a_write_cache_there_is_none_to_switch_on() -> None:
+    pages = ModePages(write_cache=False)
+    assert not pages.write_cache
+    for control in (0, 1, 2):
+        assert pages.sense(control, 0x08) == UNCACHED
+    assert pages.select(PAGE_08) == INVALID_FIELD_IN_PARAMETER_LIST
+    assert pages.select(UNCACHED) is None
+    assert not pages.write_cache
+
+
 @pytest.mark.parametrize(
     ("data", "sense"),
     [

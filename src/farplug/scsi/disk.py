@@ -78,7 +78,7 @@ class DiskUnit:
     def __init__(self, medium: Medium) -> None:
         self._medium = medium
         self._block_count = medium.block_count
-        self._modes = ModePages()
+        self._modes = ModePages(medium.write_cache)
         self._commands = COMMANDS if medium.unmaps else COMMANDS_WITHOUT_UNMAP
         self._attentions: list[Sense] = []
         self._sense = NO_SENSE

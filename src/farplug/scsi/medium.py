@@ -51,6 +51,11 @@ class Medium(Protocol):
         """Space can be given back: UNMAP is known, and WRITE SAME takes the bit of this name."""
         ...
 
+    @property
+    def write_cache(self) -> bool:
+        """A write may be acknowledged before it is durable: WCE is set, and hosts may clear it."""
+        ...
+
 
 def blocks_per_physical_block(medium: Medium) -> int:
     """Tell how many logical blocks make a physical one: 8 for 512e, 1 where the size is no multiple of 4096 bytes."""

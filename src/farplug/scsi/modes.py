@@ -20,21 +20,29 @@ def _page(text: str, length: int) -> bytes:
     return bytes((content[0], length)) + content[1:].ljust(length, b"\0")
 
 
-_DEFAULTS = (
-    _page("01", 0x0A),  # read-write error recovery: nothing is retried or replaced
-    _page("08 04", 0x12),  # caching: WCE, there is a write cache
-    _page("0a 02 10", 0x0A),  # control: GLTSD, nothing is logged; commands may be reordered
-    _page("1c 08", 0x0A),  # informational exceptions: DEXCPT, none are reported
-)
-_CHANGEABLE = {page[0]: page[:2] + bytes(len(page) - 2) for page in _DEFAULTS} | {_CACHING: _page("08 04", 0x12)}
-"""A mask for each page, behind its code and length: WCE is all that can be changed."""
+_CACHED, _UNCACHED = _page("08 04", 0x12), _page("08", 0x12)
+"""Caching: with WCE there is a write cache."""
 
 
 class ModePages:
-    """The mode pages of a disk. What is changed lasts as long as the disk; nothing is saved."""
+    """The mode pages of a disk. What is changed lasts as long as the disk; nothing is saved.
 
-    def __init__(self) -> None:
-        self._current = {page[0]: page for page in _DEFAULTS}
+    Args:
+        write_cache: the disk has one: WCE is set and can be changed, which nothing else can.
+    """
+
+    def __init__(self, write_cache: bool = True) -> None:
+        caching = _CACHED if write_cache else _UNCACHED
+        pages = (
+            _page("01", 0x0A),  # read-write error recovery: nothing is retried or replaced
+            caching,
+            _page("0a 02 10", 0x0A),  # control: GLTSD, nothing is logged; commands may be reordered
+            _page("1c 08", 0x0A),  # informational exceptions: DEXCPT, none are reported
+        )
+        self._defaults = {page[0]: page for page in pages}
+        self._changeable = {page[0]: page[:2] + bytes(len(page) - 2) for page in pages} | {_CACHING: caching}
+        """A mask for each page, behind its code and length."""
+        self._current = dict(self._defaults)
 
     @property
     def write_cache(self) -> bool:
@@ -48,7 +56,7 @@ class ModePages:
             control: 0 the current values, 1 masks of the bits that can be changed, 2 the defaults.
             code: of a page, or :data:`ALL_PAGES`.
         """
-        pages = (self._current, _CHANGEABLE, {page[0]: page for page in _DEFAULTS})[control]
+        pages = (self._current, self._changeable, self._defaults)[control]
         return b"".join(pages.values()) if code == ALL_PAGES else pages.get(code)
 
     def select(self, pages: Buffer) -> Sense | None:
@@ -64,7 +72,7 @@ class ModePages:
             if len(pages) < len(page):
                 return PARAMETER_LIST_LENGTH_ERROR
             wanted = page[:2] + bytes(pages[2 : len(page)])
-            if any((old ^ new) & ~mask for old, new, mask in zip(page, wanted, _CHANGEABLE[code], strict=True)):
+            if any((old ^ new) & ~mask for old, new, mask in zip(page, wanted, self._changeable[code], strict=True)):
                 return INVALID_FIELD_IN_PARAMETER_LIST
             changed[code] = wanted
             pages = pages[len(page) :]
