@@ -143,19 +143,37 @@ def test_opening_breaks_off(image: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert open_descriptors() == before
 
 
-@pytest.mark.parametrize(("read_only", "exclusive"), [(False, True), (True, False)])
-def test_a_block_device_that_is_mounted(
-    image: Path, monkeypatch: pytest.MonkeyPatch, read_only: bool, exclusive: bool
+@pytest.mark.parametrize(
+    ("read_only", "force", "exclusive"), [(False, False, True), (True, False, False), (False, True, False)]
+)
+def test_a_block_device_that_somebody_has(
+    image: Path, monkeypatch: pytest.MonkeyPatch, read_only: bool, force: bool, exclusive: bool
 ) -> None:
-    def mounted(path: Path, flags: int) -> int:
+    def busy(path: Path, flags: int) -> int:
         assert bool(flags & os.O_EXCL) is exclusive
         raise OSError(errno.EBUSY, "Device or resource busy")
 
     monkeypatch.setattr(Path, "is_block_device", lambda self: True)
-    monkeypatch.setattr(os, "open", mounted)
+    monkeypatch.setattr(os, "open", busy)
     with pytest.raises(ImageError, match="device or resource busy") as caught:
-        Image.open(image, read_only=read_only)
+        Image.open(image, read_only=read_only, force=force)
     assert caught.value.reason is Reason.IN_USE
+    assert "container" in caught.value.remedy
+
+
+@pytest.mark.parametrize(("read_only", "access"), [(False, "u:$USER:rw"), (True, "u:$USER:r ")])
+def test_a_block_device_without_permission(
+    image: Path, monkeypatch: pytest.MonkeyPatch, read_only: bool, access: str
+) -> None:
+    def refuse(path: Path, flags: int) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_block_device", lambda self: True)
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(ImageError, match="permission denied") as caught:
+        Image.open(image, read_only=read_only)
+    assert caught.value.reason is Reason.NO_PERMISSION
+    assert f"sudo setfacl -m {access}" in caught.value.remedy
 
 
 def test_access_time_is_left_alone_where_that_is_allowed(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:

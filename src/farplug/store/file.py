@@ -46,13 +46,14 @@ class FileStore(ThreadedStore):
         read_only: bool = False,
         block_size: int = BLOCK_SIZE,
         cache: CacheMode = CacheMode.WRITEBACK,
+        force: bool = False,
     ) -> Self:
-        """Open and lock an image: :meth:`Image.open` tells how.
+        """Open and lock an image: :meth:`Image.open` tells how, and what ``force`` does.
 
         Raises:
             ImageError: NOT_FOUND, NOT_A_FILE, NO_PERMISSION, EMPTY, IN_USE or IO_ERROR.
         """
-        image = Image.open(path, read_only=read_only, block_size=block_size)
+        image = Image.open(path, read_only=read_only, block_size=block_size, force=force)
         try:
             store = cls(image, block_size=block_size, read_only=read_only, cache=cache)
         except BaseException:

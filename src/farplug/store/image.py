@@ -15,11 +15,15 @@ from typing import Self
 from farplug.errors import ImageError, Reason
 from farplug.store import holes
 from farplug.store.base import BLOCK_SIZE
+from farplug.store.usage import host_uses
 
 log = logging.getLogger(__name__)
 
 CHUNK = 1 << 20
 """One system call moves at most so many bytes."""
+
+MAX_USES_TOLD = 3
+"""An error names so many uses of an image on this machine."""
 
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _FLOCK = struct.Struct("@hhqqi0q")
@@ -52,18 +56,23 @@ class Image:
         *,
         read_only: bool = False,
         block_size: int = BLOCK_SIZE,
+        force: bool = False,
     ) -> Self:
         """Open and lock an image of one block or more.
 
         The lock is an open file description lock on the whole file, exclusive unless ``read_only``: it also keeps
         QEMU from using the image at the same time, and us from using one that QEMU has.
 
+        What this machine itself uses (mounts, swap, LVM, loop devices) is refused, unless ``force``. Only if
+        ``read_only``, a use that changes nothing does no harm.
+
         Raises:
             ImageError: NOT_FOUND, NOT_A_FILE, NO_PERMISSION, EMPTY, IN_USE or IO_ERROR.
         """
         path = Path(path)
         try:
-            image = cls(path, _open(path, read_only))
+            _refuse_used(path, read_only, force)
+            image = cls(path, _open(path, read_only, force))
         except (OSError, ValueError) as error:
             raise image_error(path, error, read_only) from error
         try:
@@ -172,7 +181,25 @@ def serial_number(path: Path) -> str:
     return hashlib.sha256(b"farplug image\0" + machine + b"\0" + where).hexdigest()[:16].upper()
 
 
-def _open(path: Path, read_only: bool) -> int:
+def _refuse_used(path: Path, read_only: bool, force: bool) -> None:
+    used = [use for use in host_uses(path) if use.changes or not read_only]
+    if not used:
+        return
+    what = "; ".join(str(use) for use in used[:MAX_USES_TOLD])
+    if force:
+        log.warning("%s is used by this machine: %s", path, what)
+        return
+    commands = [use.end for use in used[:MAX_USES_TOLD] if use.end]
+    danger = "the VM may read what is half written" if read_only else "which will damage what is on it"
+    raise ImageError(
+        f"{path} is used by this machine: {what}",
+        reason=Reason.IN_USE,
+        remedy="\n".join(["end that, as root:", *commands] if commands else ["end that"])
+        + f"\nor plug it all the same with --force, {danger}",
+    )
+
+
+def _open(path: Path, read_only: bool, force: bool) -> int:
     # O_NONBLOCK: opening a pipe must not wait for its other end; files do not care
     flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
     if read_only:
@@ -180,8 +207,8 @@ def _open(path: Path, read_only: bool) -> int:
             return os.open(path, flags | os.O_NOATIME)
         except PermissionError:
             pass  # only its owner may leave the access time alone
-    elif path.is_block_device():
-        flags |= os.O_EXCL  # refused while it is mounted here (open(2))
+    elif not force and path.is_block_device():
+        flags |= os.O_EXCL  # refused while the kernel uses it, and keeps it from being mounted meanwhile (open(2))
     return os.open(path, flags)
 
 
@@ -239,10 +266,15 @@ def image_error(path: Path, error: OSError | ValueError, read_only: bool) -> Ima
     if reason is Reason.NOT_FOUND:
         remedy = "check the path"
     elif reason is Reason.IN_USE:
-        remedy = "unmount it and end what uses it, or plug it read-only"
+        remedy = "end what uses it on this machine"
+        if error.errno == errno.EBUSY:
+            remedy += "; a container may have it mounted"
     elif reason is Reason.NO_PERMISSION:
         remedy = f"ask for the permission ({'r' if read_only else 'rw'}) for the user who runs farplug"
-        if not read_only and os.access(path, os.R_OK):
+        if path.is_block_device():
+            access = "r" if read_only else "rw"
+            remedy = f"get it until the device is plugged in again: sudo setfacl -m u:$USER:{access} {path}"
+        elif not read_only and os.access(path, os.R_OK):
             remedy = "plug it read-only, or get the permission to write to it"
     return ImageError(
         f"{path} cannot be opened: {(error.strerror or str(error)).lower()}", reason=reason, remedy=remedy
