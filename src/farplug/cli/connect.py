@@ -35,6 +35,14 @@ class UsbSpeed(StrEnum):
     SUPER = "super"
 
 
+class UsbStorage(StrEnum):
+    """Values of ``--usb-storage``: those of :class:`~farplug.virtual.storage.StorageTransport`."""
+
+    AUTO = "auto"
+    BOT = "bot"
+    UAS = "uas"
+
+
 class BlockSize(StrEnum):
     """Values of ``--block-size``."""
 
@@ -63,6 +71,13 @@ def connect(
     usb_speed: Annotated[
         UsbSpeed, typer.Option(help="auto: SuperSpeed, and High Speed where the guest's port takes no more.")
     ] = UsbSpeed.AUTO,
+    usb_storage: Annotated[
+        UsbStorage,
+        typer.Option(
+            help="How disks talk: one command at a time, as firmware does (bot), many at a time (uas), or both (auto): "
+            "the guest chooses."
+        ),
+    ] = UsbStorage.AUTO,
     block_size: Annotated[
         BlockSize,
         typer.Option(help="Bytes in a block of the disks: 4096 as in large drives, but no BIOS boots from it."),
@@ -90,6 +105,7 @@ def connect(
 
     from farplug.cli import output, session
     from farplug.usb.types import Speed
+    from farplug.virtual.storage import StorageTransport
 
     speeds = {
         UsbSpeed.AUTO: (Speed.SUPER, Speed.HIGH),
@@ -98,7 +114,7 @@ def connect(
     }[usb_speed]
     attempts = PASSWORD_ATTEMPTS if target.startswith("spice") and has_terminal() else 0
     while True:
-        plan = session.Plan(target, options, images, speeds, int(block_size))
+        plan = session.Plan(target, options, images, speeds, StorageTransport(usb_storage), int(block_size))
         try:
             raise typer.Exit(asyncio.run(session.run(plan, output.choose(as_json=json))))
         except TargetError as error:

@@ -20,6 +20,7 @@ from farplug.target import TargetOptions, parse_target
 from farplug.usb.types import Speed
 from farplug.virtual.device import VirtualDevice
 from farplug.virtual.disk import disk_device
+from farplug.virtual.storage import StorageTransport
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """What ends a session: Ctrl-C, kill, a terminal that is closed."""
@@ -34,6 +35,7 @@ class Plan:
         options: what was said about it besides.
         images: paths of RAW images, and whether each is read-only.
         speeds: what the disks may run at, the best first.
+        transport: how the guest may talk to the disks.
         block_size: of the disks, in bytes.
     """
 
@@ -41,6 +43,7 @@ class Plan:
     options: TargetOptions
     images: Sequence[tuple[Path, bool]]
     speeds: Sequence[Speed]
+    transport: StorageTransport
     block_size: int
 
 
@@ -107,7 +110,13 @@ class _Session:
         try:
             for path, read_only in self._plan.images:
                 plan = self._plan
-                device = disk_device(path, read_only=read_only, block_size=plan.block_size, speeds=plan.speeds)
+                device = disk_device(
+                    path,
+                    read_only=read_only,
+                    block_size=plan.block_size,
+                    speeds=plan.speeds,
+                    transport=plan.transport,
+                )
                 self._labels[device] = str(path) if path.name in self._labels.values() else path.name
             # Only now: reading a .vv file may delete it.
             target = parse_target(self._plan.target, self._plan.options)

@@ -190,6 +190,12 @@ class AbsentUnit:
                 return _report_luns(self._luns, cdb)
         return Fail(LOGICAL_UNIT_NOT_SUPPORTED)
 
+    def reset(self) -> None:
+        """Nothing happens to what does not exist."""
+
+    def keep_sense(self, sense: Sense) -> None:
+        """The sense is always the same."""
+
 
 def _report_luns(luns: int, cdb: Buffer) -> Action:
     """SPC-4, chapter 6.33; SAM-5, chapter 4.7.4: single level structure, peripheral device addressing."""
