@@ -17,7 +17,7 @@ from tests.guest.conftest import GuestPool
 from tests.guest.plugging import blank, disk_of, gone
 
 from farplug.store import MemoryStore
-from farplug.store.file import serial_number
+from farplug.store.image import serial_number
 from farplug.testing import GuestConfig, QemuGuest, Spice, SpicePort, TcpPort
 from farplug.virtual.disk import disk_device
 
