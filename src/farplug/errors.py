@@ -60,6 +60,7 @@ class Reason(StrEnum):
     NOT_A_FILE = "not-a-file"
     NO_PERMISSION = "no-permission"
     EMPTY = "empty"
+    NOT_AN_ISO = "not-an-iso"
     IN_USE = "in-use"
     IO_ERROR = "io-error"
     # reaching a guest
@@ -84,6 +85,7 @@ class Reason(StrEnum):
     REJECTED = "rejected"
     DEVICE_LOST = "device-lost"
     DEVICE_FAULT = "device-fault"
+    MEDIUM_LOCKED = "medium-locked"
     # while running
     GUEST_GONE = "guest-gone"
     PROTOCOL = "protocol"

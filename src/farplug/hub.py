@@ -17,6 +17,7 @@ from farplug.guest import Guest
 from farplug.redirection import Redirection
 from farplug.transport.port import Port
 from farplug.usb.device import Device
+from farplug.virtual.cdrom import CdromDevice, CdromDrive
 
 NO_CHANNEL_REMEDY = """\
 add one to the VM, one for each device:
@@ -70,6 +71,14 @@ class Attachment:
         self._ended = asyncio.Event()
         self._plugging: asyncio.Task[object] | None = None
         self._leaving: asyncio.Task[None] | None = None
+        self._ignore_drive: Callable[[], None] | None = None
+        if self.drive is not None:
+            self._ignore_drive = self.drive.subscribe(lambda change: hub._happened(self, change(port.name)))
+
+    @property
+    def drive(self) -> CdromDrive | None:
+        """What changes the medium, if the device is a CD-ROM drive."""
+        return self.device.drive if isinstance(self.device, CdromDevice) else None
 
     @property
     def figures(self) -> tuple[EndpointFigures, ...]:
@@ -166,6 +175,9 @@ class Attachment:
     def _finish(self) -> None:
         if self.state is not AttachmentState.REFUSED:
             self.state = AttachmentState.DETACHED
+        if self._ignore_drive is not None:
+            self._ignore_drive()
+            self._ignore_drive = None
         self._ended.set()
 
 

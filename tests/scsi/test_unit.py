@@ -4,7 +4,7 @@ import pytest
 from tests.scsi.media import FakeMedium
 
 from farplug.scsi.cdb import Action, Done, Fail, Respond
-from farplug.scsi.disk import DiskUnit
+from farplug.scsi.disk import COMMANDS, DiskUnit
 from farplug.scsi.sense import (
     INVALID_COMMAND,
     INVALID_FIELD_IN_CDB,
@@ -106,3 +106,9 @@ def test_several_logical_units(text: str, action: Action) -> None:
 )
 def test_absent_unit(text: str, action: Action) -> None:
     assert AbsentUnit().execute(cdb(text)) == action
+
+
+def test_no_other_command_reaches_a_logical_unit_that_does_not_exist() -> None:
+    for row in COMMANDS:
+        if row.opcode not in (0x03, 0x12, 0xA0):
+            assert AbsentUnit().execute(row.usage) == Fail(LOGICAL_UNIT_NOT_SUPPORTED)

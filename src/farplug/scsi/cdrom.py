@@ -145,8 +145,7 @@ class CdromUnit(Unit):
         self._lock(False)
 
     def _load(self, medium: Medium) -> None:
-        if medium.block_size != CD_BLOCK_SIZE:
-            raise LocalProtocolError(f"a CD has blocks of {CD_BLOCK_SIZE} bytes, not {medium.block_size}")
+        check_blocks(medium)
         self._block_count = medium.block_count
         self._tray_open = False
 
@@ -275,6 +274,16 @@ class CdromUnit(Unit):
         if cdb[9] not in (0, _USER_DATA) or cdb[10]:
             return Fail(INVALID_FIELD_IN_CDB)
         return _refuse(lba, count, block_count) or (Read(lba, count) if count and cdb[9] else Done())
+
+
+def check_blocks(medium: Medium) -> None:
+    """Check that a drive can read the blocks of a medium.
+
+    Raises:
+        LocalProtocolError: they have not 2048 bytes.
+    """
+    if medium.block_size != CD_BLOCK_SIZE:
+        raise LocalProtocolError(f"a CD has blocks of {CD_BLOCK_SIZE} bytes, not {medium.block_size}")
 
 
 def _refuse(lba: int, count: int, block_count: int) -> Fail | None:
