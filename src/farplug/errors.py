@@ -61,6 +61,10 @@ class Reason(StrEnum):
     NO_PERMISSION = "no-permission"
     EMPTY = "empty"
     IN_USE = "in-use"
+    WRONG_FORMAT = "wrong-format"
+    WRONG_IMAGE = "wrong-image"
+    DAMAGED = "damaged"
+    HALF_COMMITTED = "half-committed"
     IO_ERROR = "io-error"
     # reaching a guest
     UNRESOLVABLE = "unresolvable"
