@@ -3,17 +3,14 @@ from __future__ import annotations
 import errno
 import os
 import random
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.store.support import content, read, settle, write, zero
+from tests.store.support import content, make_snapshot, read, settle, write, zero
 
 from farplug.errors import ImageError, Reason
-from farplug.store import BLOCK_SIZE, CacheMode, FileStore, OverlayStore, holes, overlay
+from farplug.store import CacheMode, FileStore, OverlayStore, holes, overlay
 from farplug.store.image import serial_number
-from farplug.store.overlay_format import HEADER_SIZE, SECTOR_SIZE
 from farplug.usb import Buffer
 
 SIZE = 40 * 4096 + 1536
@@ -101,7 +98,7 @@ async def test_cached_reads_complete_inside_the_call(base: Path, path: Path) -> 
     store = OverlayStore.open(base, path)
     await write(store, 4096, b"x" * 4096)
     try:
-        os.preadv(store._own.fd, [bytearray(1)], 0, os.RWF_NOWAIT)
+        os.preadv(store._file.image.fd, [bytearray(1)], 0, os.RWF_NOWAIT)
     except OSError:
         pytest.skip("this file system does not know RWF_NOWAIT")
     answers: list[Buffer] = []
@@ -117,7 +114,7 @@ async def test_reads_that_must_wait(base: Path, path: Path, monkeypatch: pytest.
     real = os.preadv
 
     def preadv(fd: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
-        fast = {"nothing": None, "the image": store._base.fd, "the snapshot": store._own.fd}[cached]
+        fast = {"nothing": None, "the image": store._base.fd, "the snapshot": store._file.image.fd}[cached]
         if flags and fd != fast:
             raise BlockingIOError(errno.EAGAIN, "not now")
         return real(fd, buffers, offset)
@@ -263,224 +260,6 @@ async def test_files_that_shrink(base: Path, path: Path) -> None:
     assert path.stat().st_size == store._header.data_offset
 
 
-async def make(base: Path, path: Path, data: bytes = b"x" * 512) -> None:
-    """Make a snapshot with a change at the beginning."""
-    store = OverlayStore.open(base, path)
-    await write(store, 0, data)
-    await store.close()
-
-
-def refused(base: Path, path: Path, *, block_size: int = BLOCK_SIZE) -> ImageError:
-    before = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(ImageError) as caught:
-        OverlayStore.open(base, path, block_size=block_size)
-    assert len(os.listdir("/proc/self/fd")) == before
-    assert "\n" not in caught.value.message
-    assert caught.value.remedy
-    return caught.value
-
-
-async def test_an_image_that_was_copied(base: Path, path: Path, tmp_path: Path) -> None:
-    """A copy that keeps the time is taken; another can be given the time, as the remedy says."""
-    await make(base, path)
-    copy = tmp_path / "copy.raw"
-    shutil.copy2(base, copy)
-    await OverlayStore.open(copy, path).close()
-    os.utime(copy)
-    error = refused(copy, path)
-    assert error.reason is Reason.WRONG_IMAGE
-    assert "copy.raw was changed after the snapshot" in error.message
-    command = error.remedy.splitlines()[0].partition(": ")[2]
-    assert os.system(command) == 0
-    await OverlayStore.open(copy, path).close()
-
-
-Change = Callable[[Path], None]
-
-
-def _grow(base: Path) -> None:
-    os.truncate(base, SIZE + 512)
-
-
-def _write_with_the_old_time(base: Path) -> None:
-    status = base.stat()
-    with base.open("r+b") as file:
-        file.write(b"changed")
-    os.utime(base, ns=(status.st_atime_ns, status.st_mtime_ns))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (_grow, f"has {SIZE + 512} bytes, the image of the snapshot"),
-        (_write_with_the_old_time, "is not what it was when"),
-    ],
-)
-async def test_an_image_that_was_changed(base: Path, path: Path, change: Change, message: str) -> None:
-    await make(base, path)
-    base.chmod(0o644)
-    change(base)
-    error = refused(base, path)
-    assert error.reason is Reason.WRONG_IMAGE
-    assert message in error.message
-    assert str(base) in error.remedy
-    with pytest.raises(ImageError, match=message[:20]):
-        overlay.commit(path)
-    assert not overlay.info(path).half_committed
-
-
-async def test_samples_are_all_over_the_image(tmp_path: Path, path: Path) -> None:
-    base = tmp_path / "large.raw"
-    base.write_bytes(bytes(64 << 20))
-    await make(base, path)
-    status = base.stat()
-    for begin in (0, 4 << 20, (4 << 20) - 1, 6 << 20, 32 << 20, 63 << 20, (64 << 20) - 1):
-        with base.open("r+b") as file:
-            file.seek(begin)
-            file.write(b"x")
-        os.utime(base, ns=(status.st_atime_ns, status.st_mtime_ns))
-        assert "is not what it was" in refused(base, path).message
-        with base.open("r+b") as file:
-            file.seek(begin)
-            file.write(b"\0")
-    os.utime(base, ns=(status.st_atime_ns, status.st_mtime_ns))
-    await OverlayStore.open(base, path).close()
-
-
-async def test_another_block_size(base: Path, path: Path) -> None:
-    await make(base, path)
-    error = refused(base, path, block_size=4096)
-    assert (error.reason, error.remedy) == (Reason.WRONG_IMAGE, "use --block-size 512")
-
-
-def _flip(at: int) -> Change:
-    def flip(path: Path) -> None:
-        with path.open("r+b") as file:
-            file.seek(at)
-            byte = file.read(1)[0]
-            file.seek(at)
-            file.write(bytes((byte ^ 0x10,)))
-
-    return flip
-
-
-def _beyond(path: Path) -> None:
-    """A bit of a cluster that does not exist, with the right checksum."""
-    header, _ = overlay._read_header(own := overlay._open(path))
-    own.write(memoryview(header.seal(1, bytes(507) + b"\x80")), HEADER_SIZE + SECTOR_SIZE)
-    own.close()
-
-
-def _unknown_state(path: Path) -> None:
-    header, _ = overlay._read_header(own := overlay._open(path))
-    own.write(memoryview(header.seal(0, b"\2" + bytes(507))), HEADER_SIZE)
-    own.close()
-
-
-def _to(size: int) -> Change:
-    return lambda path: os.truncate(path, size)
-
-
-@pytest.mark.parametrize(
-    ("change", "reason", "message"),
-    [
-        (_flip(0), Reason.WRONG_FORMAT, "is not a snapshot"),
-        (_flip(30), Reason.DAMAGED, "its header does not match its checksum"),
-        (_flip(HEADER_SIZE), Reason.DAMAGED, "the sector at byte 8192 does not match"),
-        (_flip(HEADER_SIZE + 511), Reason.DAMAGED, "the sector at byte 8192 does not match"),
-        (_flip(HEADER_SIZE + 512), Reason.DAMAGED, "the sector at byte 8704 does not match"),
-        (_beyond, Reason.DAMAGED, "it has clusters behind the end of the image"),
-        (_unknown_state, Reason.DAMAGED, "whether a commit has begun cannot be told"),
-        (_to(3), Reason.WRONG_FORMAT, "is not a snapshot"),
-        (_to(100), Reason.DAMAGED, "header does not match"),
-        (_to(HEADER_SIZE), Reason.DAMAGED, "it has 8192 bytes of"),
-        (_to((1 << 20) + SIZE - 1), Reason.DAMAGED, f"it has {(1 << 20) + SIZE - 1} bytes of {(1 << 20) + SIZE}"),
-    ],
-)
-async def test_a_damaged_snapshot(base: Path, path: Path, change: Change, reason: Reason, message: str) -> None:
-    await make(base, path)
-    change(path)
-    error = refused(base, path)
-    assert error.reason is reason
-    assert message in error.message
-    for function in (overlay.commit, overlay.info):
-        with pytest.raises(ImageError) as caught:
-            function(path)
-        assert caught.value.reason is reason
-    assert content(base) == CONTENT
-
-
-def test_a_file_that_is_none(base: Path, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "image.raw").write_bytes(CONTENT)
-    os.mkfifo(tmp_path / "pipe")
-    cases = [
-        (tmp_path / "image.raw", Reason.WRONG_FORMAT),
-        (base, Reason.NO_PERMISSION if os.geteuid() else Reason.WRONG_FORMAT),
-        (tmp_path, Reason.NOT_A_FILE),
-        (tmp_path / "pipe", Reason.NOT_A_FILE),
-        (tmp_path / "missing" / "x", Reason.NOT_FOUND),
-        (Path("a\0b"), Reason.NOT_FOUND),
-    ]
-    for case, reason in cases:
-        assert refused_reason(base, case) is reason
-    assert content(tmp_path / "image.raw") == CONTENT
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "missing"))
-    with pytest.raises(ImageError, match="missing cannot be opened") as caught:
-        OverlayStore.open(base)
-    assert caught.value.reason is Reason.NOT_FOUND
-    for function in (overlay.commit, overlay.discard, overlay.info):
-        with pytest.raises(ImageError) as caught:
-            function(path)
-        assert caught.value.reason is Reason.NOT_FOUND
-
-
-def refused_reason(base: Path, path: Path) -> Reason:
-    with pytest.raises(ImageError) as caught:
-        OverlayStore.open(base, path)
-    return caught.value.reason
-
-
-@pytest.mark.parametrize(
-    ("number", "message"),
-    [
-        (errno.EFBIG, "its file system takes no file of"),
-        (errno.EINVAL, "its file system takes no file of"),
-        (errno.ENOSPC, "no space left"),
-    ],
-)
-@pytest.mark.parametrize("named", [True, False])
-def test_a_snapshot_that_cannot_be_made(
-    base: Path, path: Path, monkeypatch: pytest.MonkeyPatch, number: int, message: str, named: bool
-) -> None:
-    def refuse(fd: int, size: int) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(os, "ftruncate", refuse)
-    before = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(ImageError) as caught:
-        OverlayStore.open(base, path if named else None)
-    assert message in caught.value.message
-    assert caught.value.reason is Reason.IO_ERROR
-    assert len(os.listdir("/proc/self/fd")) == before
-    assert not path.exists()
-
-
-async def test_an_image_that_cannot_be_read(base: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> int:
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(os, "preadv", fail)
-    with pytest.raises(ImageError, match=r"base\.raw cannot be opened: input/output error"):
-        OverlayStore.open(base, path)
-    assert not path.exists()
-
-
-async def test_an_empty_file_becomes_a_snapshot(base: Path, path: Path) -> None:
-    path.touch()
-    await make(base, path)
-    assert overlay.info(path).changed == 4096
-
-
 async def test_locks(base: Path, path: Path, tmp_path: Path) -> None:
     """Many snapshots of one image, but nobody else writes to it; one user of a snapshot."""
     store = OverlayStore.open(base, path)
@@ -489,7 +268,8 @@ async def test_locks(base: Path, path: Path, tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=r"base\.raw is in use") as caught:
         FileStore.open(base)
     assert caught.value.reason is Reason.IN_USE
-    assert refused(base, path).reason is Reason.IN_USE
+    with pytest.raises(ImageError, match=r"changes\.snapshot is in use"):
+        OverlayStore.open(base, path)
     for function in (overlay.commit, overlay.discard, overlay.info):
         with pytest.raises(ImageError, match=r"changes\.snapshot is in use"):
             function(path)
@@ -576,7 +356,7 @@ async def test_a_commit_that_is_broken_off(base: Path, path: Path, monkeypatch: 
 
 
 async def test_a_commit_without_its_image(base: Path, path: Path) -> None:
-    await make(base, path)
+    await make_snapshot(base, path)
     base.unlink()
     with pytest.raises(ImageError, match=r"base\.raw cannot be opened") as caught:
         overlay.commit(path)
@@ -590,7 +370,7 @@ async def test_discard_takes_only_snapshots(base: Path, path: Path, monkeypatch:
     with pytest.raises(ImageError, match="is not a snapshot"):
         overlay.discard(path)
     path.unlink()
-    await make(base, path)
+    await make_snapshot(base, path)
 
     def refuse(self: Path) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")

@@ -8,7 +8,7 @@ from typing import Self
 
 from farplug.store import holes
 from farplug.store.base import BLOCK_SIZE, CacheMode
-from farplug.store.image import Image, serial_number
+from farplug.store.image import Image, image_error, serial_number
 from farplug.store.threaded import ThreadedStore
 
 log = logging.getLogger(__name__)
@@ -57,9 +57,9 @@ class FileStore(ThreadedStore):
         image = Image.open(path, read_only=read_only, block_size=block_size, force=force)
         try:
             store = cls(image, block_size=block_size, read_only=read_only, cache=cache)
-        except BaseException:
+        except OSError as error:
             image.close()
-            raise
+            raise image_error(image.path, error, read_only) from error
         if store.ignored:
             log.warning("%s: the last %d bytes are no whole block and are not shown", path, store.ignored)
         return store
