@@ -62,6 +62,10 @@ class Reason(StrEnum):
     EMPTY = "empty"
     NOT_AN_ISO = "not-an-iso"
     IN_USE = "in-use"
+    WRONG_FORMAT = "wrong-format"
+    WRONG_IMAGE = "wrong-image"
+    DAMAGED = "damaged"
+    HALF_COMMITTED = "half-committed"
     IO_ERROR = "io-error"
     # reaching a guest
     UNRESOLVABLE = "unresolvable"
