@@ -123,9 +123,7 @@ def add_python(image: Initramfs) -> None:
     """
     folder = output_of(str(PYTHON), "-I", "-c", "import sysconfig; print(sysconfig.get_path('stdlib'))")
     if folder is None:
-        raise SetupError(
-            f"no Python in {PYTHON}", reason=Reason.MISSING_PROGRAM, remedy="sudo apt-get install python3"
-        )
+        raise SetupError(f"no Python in {PYTHON}", reason=Reason.MISSING_PROGRAM, remedy="sudo apt-get install python3")
     program = PYTHON.resolve()
     add_program(image, program)
     image.add_link(str(PYTHON), str(program))

@@ -1,7 +1,7 @@
 """Runs in the guest: drives a USB device through usbfs, past all drivers (Linux, include/uapi/linux/usbdevice_fs.h).
 
-``usbfs.py NODE`` reads a JSON list of operations, does one after the other, and writes a JSON list of their results: the
-bytes that arrived in hexadecimal, or the name of the error (EPIPE is a stall).
+``usbfs.py NODE`` reads a JSON list of operations, does one after the other, and writes a JSON list of their results:
+the bytes that arrived in hexadecimal, or the name of the error (EPIPE is a stall).
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ class Device:
     def receive(self, endpoint: int, length: int) -> bytes:
         """A bulk transfer in, of so many bytes at most."""
         buffer = ctypes.create_string_buffer(max(length, 1))
-        return buffer.raw[: self._bulk(endpoint, buffer, length)]
+        moved = self._bulk(endpoint, buffer, length)
+        return buffer.raw[:moved]
 
     def clear_halt(self, endpoint: int) -> bytes:
         """CLEAR_FEATURE(ENDPOINT_HALT), and the host controller starts the endpoint afresh."""
@@ -110,7 +111,7 @@ class Device:
 
     def _bulk(self, endpoint: int, buffer: ctypes.Array[ctypes.c_char], length: int) -> int:
         request = struct.pack("<IIIxxxxQ", endpoint, length, TIMEOUT, ctypes.addressof(buffer))
-        return fcntl.ioctl(self._file, BULK, bytearray(request))
+        return int(fcntl.ioctl(self._file, BULK, bytearray(request)))
 
     def _of_interface(self, interface: int, number: int, data: int = 0) -> bytes:
         return self._simple(IOCTL, struct.pack("<iiQ", interface, ctypes.c_int32(number).value, data))
