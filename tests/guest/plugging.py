@@ -32,7 +32,7 @@ LABORATORY = GuestConfig(
     ports=(TcpPort(), SpicePort()),
     kernel_arguments=AT_ONCE,
     memory=512,
-    programs=("badblocks", "f3probe", "fio", "fsck.exfat", "mkfs.exfat", "usbreset"),
+    programs=("badblocks", "blkdiscard", "f3probe", "fallocate", "fio", "fsck.exfat", "mkfs.exfat", "usbreset"),
     python=True,
     files=tuple((f"/scripts/{path.name}", path) for path in sorted(SCRIPTS.glob("*.py"))),
 )

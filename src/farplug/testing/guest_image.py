@@ -121,15 +121,15 @@ def add_python(image: Initramfs) -> None:
     Raises:
         SetupError: it is not installed.
     """
-    folder = output_of(str(PYTHON), "-I", "-c", "import sysconfig; print(sysconfig.get_path('stdlib'))")
-    if folder is None:
-        raise SetupError(f"no Python in {PYTHON}", reason=Reason.MISSING_PROGRAM, remedy="sudo apt-get install python3")
+    if not PYTHON.exists():
+        raise SetupError(f"no {PYTHON}", reason=Reason.MISSING_PROGRAM, remedy="sudo apt-get install python3")
+    folder = Path((output_of(str(PYTHON), "-I", "-c", "import os; print(os.__file__)") or "").strip()).parent
     program = PYTHON.resolve()
     add_program(image, program)
     image.add_link(str(PYTHON), str(program))
     extensions = []
-    for file in Path(folder.strip()).rglob("*"):
-        name = file.relative_to(folder.strip()).parts[0]
+    for file in folder.rglob("*"):
+        name = file.relative_to(folder).parts[0]
         if name in PYTHON_LEFT_OUT or name.startswith("config-") or not file.is_file():
             continue
         # The time of last change: by it Python tells whether what it once compiled is still valid.
