@@ -97,6 +97,21 @@ def connect(
             "whenever this machine pleases, for disks that can be thrown away (unsafe)."
         ),
     ] = Cache.WRITEBACK,
+    snapshot: Annotated[
+        bool,
+        typer.Option(
+            "--snapshot", help="Keep the images of disks as they are: what the guest writes is gone in the end."
+        ),
+    ] = False,
+    snapshot_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The same for one disk, but keep what the guest writes in FILE, to go on with it, or to apply it: "
+            "'farplug image commit FILE'.",
+            show_default=False,
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Plug also a disk that this machine uses (mounted).")] = False,
     password_file: PasswordFileOption = None,
     ask_password: AskPasswordOption = False,
@@ -112,6 +127,12 @@ def connect(
             "nothing to plug in",
             reason=Reason.BAD_OPTION,
             remedy="name an image: --usb-disk PATH or --usb-disk-ro PATH ('farplug devices' lists what can be plugged)",
+        )
+    if snapshot_file is not None and len(usb_disk or []) != 1:
+        raise UsageError(
+            f"--snapshot-file is for one --usb-disk, not {len(usb_disk or [])}",
+            reason=Reason.BAD_OPTION,
+            remedy="run farplug once for each disk, or use --snapshot",
         )
     options = target_options(password_file, ask_password, ca_file, host_subject, proxy)
 
@@ -135,7 +156,15 @@ def connect(
         UsbSpeed.HIGH: (Speed.HIGH,),
         UsbSpeed.SUPER: (Speed.SUPER,),
     }[usb_speed]
-    manner = Manner(speeds, StorageTransport(usb_storage), int(block_size), CacheMode(cache), force)
+    manner = Manner(
+        speeds,
+        StorageTransport(usb_storage),
+        int(block_size),
+        CacheMode(cache),
+        force,
+        snapshot or snapshot_file is not None,
+        snapshot_file,
+    )
     attempts = PASSWORD_ATTEMPTS if target.startswith("spice") and has_terminal() else 0
     while True:
         plan = session.Plan(target, options, Media(wishes, manner))

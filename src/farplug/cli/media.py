@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
 
-from farplug.store import BLOCK_SIZE, CacheMode, FileStore, Store
+from farplug.store import BLOCK_SIZE, CacheMode, FileStore, OverlayStore, Store
 from farplug.usb.types import Speed
 from farplug.virtual.device import VirtualDevice
 from farplug.virtual.disk import disk_device
@@ -39,6 +39,8 @@ class Manner:
         block_size: of disks, in bytes.
         cache: when what is written to disks is durable.
         force: also an image that this machine uses.
+        snapshot: what is written to disks goes elsewhere, and the images do not change.
+        snapshot_file: where to, if there is one disk; None: it is gone in the end.
     """
 
     speeds: Sequence[Speed] = (Speed.SUPER, Speed.HIGH)
@@ -46,6 +48,8 @@ class Manner:
     block_size: int = BLOCK_SIZE
     cache: CacheMode = CacheMode.WRITEBACK
     force: bool = False
+    snapshot: bool = False
+    snapshot_file: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +84,14 @@ class Media:
 
     def _open(self, wish: Wish) -> Store:
         manner = self._manner
+        if wish.kind is Kind.DISK and manner.snapshot:
+            return OverlayStore.open(
+                wish.path,
+                manner.snapshot_file,
+                block_size=manner.block_size,
+                cache=manner.cache,
+                force=manner.force,
+            )
         return FileStore.open(
             wish.path,
             read_only=wish.kind is Kind.READ_ONLY_DISK,
