@@ -67,6 +67,12 @@ class Reason(StrEnum):
     DAMAGED = "damaged"
     HALF_COMMITTED = "half-committed"
     IO_ERROR = "io-error"
+    EXISTS = "exists"
+    NO_SPACE = "no-space"
+    NOT_A_FOLDER = "not-a-folder"
+    BAD_NAME = "bad-name"
+    TOO_LARGE = "too-large"
+    CHANGED = "changed"
     # reaching a guest
     UNRESOLVABLE = "unresolvable"
     CONNECTION_REFUSED = "connection-refused"
