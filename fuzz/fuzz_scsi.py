@@ -14,7 +14,7 @@ from farplug.scsi.cdrom import COMMANDS as CDROM_COMMANDS
 from farplug.scsi.disk import COMMANDS as DISK_COMMANDS
 from farplug.store import MemoryStore
 from farplug.usb import Buffer, Setup, Status, Transfer, TransferType
-from farplug.virtual import CdromDevice, VirtualDevice, cdrom_device, disk_device
+from farplug.virtual import CdromDrive, VirtualDevice, cdrom_device, disk_device, drives_of
 from harness import run
 
 BLOCKS = 64
@@ -47,15 +47,15 @@ def wrapper(source: random.Random) -> bytes:
     return struct.pack("<4sIIBBB16s", b"USBC", source.getrandbits(32), length, flags, lun, 16, bytes(cdb))
 
 
-async def swap(device: CdromDevice, source: random.Random) -> None:
+async def swap(drive: CdromDrive, source: random.Random) -> None:
     force = source.random() < 0.5
     try:
         if source.random() < 0.5:
-            await device.drive.eject(force=force)
+            await drive.eject(force=force)
         else:
-            await device.drive.insert(MemoryStore(2048 * BLOCKS, block_size=2048), force=force)
+            await drive.insert(MemoryStore(2048 * BLOCKS, block_size=2048), force=force)
     except DeviceError:
-        assert device.drive.locked
+        assert drive.locked
 
 
 async def attack(device: VirtualDevice, source: random.Random, submitted: list[Transfer]) -> None:
@@ -69,8 +69,8 @@ async def attack(device: VirtualDevice, source: random.Random, submitted: list[T
         submit(Transfer(TransferType.BULK, endpoint, completed.append, length=length, data=data))
 
     for _ in range(source.randrange(60)):
-        if isinstance(device, CdromDevice) and source.random() < 0.1:
-            await swap(device, source)
+        if drives_of(device) and source.random() < 0.1:
+            await swap(drives_of(device)[0], source)
         match source.randrange(12):
             case 0 | 1 | 2 | 3:
                 bulk(0x02, data=wrapper(source))
@@ -117,7 +117,7 @@ def one_case(source: random.Random) -> None:
             cbw = struct.pack("<4sIIBBB16s", b"USBC", 7, 0, 0, 0, 6, bytes(16))
             device.submit(Transfer(TransferType.BULK, 0x02, done.append, data=cbw))
             device.submit(Transfer(TransferType.BULK, 0x81, done.append, length=13))
-        ready = b"\1" if isinstance(device, CdromDevice) and not device.drive.medium else b"\0"
+        ready = b"\1" if drives_of(device) and not drives_of(device)[0].medium else b"\0"
         assert (bytes(done[1].reply)[12:], bytes(done[-1].reply)[12:]) == (b"\1", ready)
         await device.close()
         await device.dispose()

@@ -25,7 +25,7 @@ from farplug.transport.port import Port, PortListener
 from farplug.usb.types import Buffer, Speed
 from farplug.usbredir import packets as p
 from farplug.usbredir.protocol import Connection, Role
-from farplug.virtual.cdrom import cdrom_device
+from farplug.virtual.cdrom import cdrom_device, drives_of
 from farplug.virtual.device import VirtualDevice
 from farplug.virtual.disk import disk_device
 
@@ -186,10 +186,10 @@ async def test_media_come_and_go_while_a_drive_is_plugged() -> None:
     device = cdrom_device()
     attachment = await hub.plug(device)
     await attachment.configured()
-    assert attachment.drive is device.drive
+    assert attachment.drives[0] is drives_of(device)[0]
     before = len(seen)
-    await attachment.drive.insert(MemoryStore(4096, block_size=2048))
-    await attachment.drive.eject()
+    await attachment.drives[0].insert(MemoryStore(4096, block_size=2048))
+    await attachment.drives[0].eject()
     assert seen[before:] == [
         events.MediumInserted("a", "memory"),
         events.MediumEjected("a", "memory", by_guest=False),
@@ -197,7 +197,7 @@ async def test_media_come_and_go_while_a_drive_is_plugged() -> None:
     assert attachment.state is AttachmentState.CONFIGURED
     await attachment.unplug()
     count = len(seen)
-    await device.drive.insert(MemoryStore(4096, block_size=2048))
+    await drives_of(device)[0].insert(MemoryStore(4096, block_size=2048))
     assert len(seen) == count, "it is not in the guest"
     await hub.close()
     await device.dispose()
@@ -207,7 +207,7 @@ async def test_a_disk_has_no_drive() -> None:
     port = FakePort("a")
     await Peer(port).start()
     hub = Hub(FakeGuest([port]))
-    assert (await hub.plug(disk())).drive is None
+    assert not (await hub.plug(disk())).drives
     await hub.close()
 
 

@@ -29,7 +29,6 @@ PACKAGE_OF_PROGRAM = {
     "mcopy": "mtools",
     "mmd": "mtools",
     "fdisk": "fdisk",
-    "mkfs.exfat": "exfatprogs",
     "mkntfs": "ntfs-3g",
     "ntfs-3g": "ntfs-3g",
     "xorrisofs": "xorriso",

@@ -256,7 +256,8 @@ async def test_a_snapshot_is_continued_and_committed(guest: QemuGuest, tmp_path:
     image, changes = blank(tmp_path / "disk.raw"), tmp_path / "changes"
 
     async def run(command: str, *options: object) -> str:
-        async with farplug("connect", guest.targets[0], "--usb-disk", image, *options) as running:
+        disk_option = "--usb-disk" if options else "--usb-disk-ro"  # being written would spoil the snapshot
+        async with farplug("connect", guest.targets[0], disk_option, image, *options) as running:
             await running.until("configured by the guest")
             disk = await block_device(guest, image)
             output = await guest.check(command.format(disk=disk))

@@ -12,7 +12,7 @@ from farplug.errors import DeviceError, ImageError, LocalProtocolError, Reason
 from farplug.events import PortEvent
 from farplug.store import MemoryStore, ReadDone
 from farplug.usb import Speed, Status
-from farplug.virtual import CdromDevice, CdromDrive, MassStorage, VirtualDevice, cdrom_device
+from farplug.virtual import CdromDrive, MassStorage, VirtualDevice, cdrom_device, drives_of
 from farplug.virtual.disk import Disk
 
 TUR = "00 00 00 00 00 00"
@@ -42,9 +42,9 @@ class Disc(MemoryStore):
         self.closed = True
 
 
-async def plug(device: CdromDevice) -> tuple[Guest, list[PortEvent]]:
+async def plug(device: VirtualDevice) -> tuple[Guest, list[PortEvent]]:
     seen: list[PortEvent] = []
-    device.drive.subscribe(lambda change: seen.append(change("port")))
+    drives_of(device)[0].subscribe(lambda change: seen.append(change("port")))
     return await Guest.plug(device), seen
 
 
@@ -68,15 +68,15 @@ async def test_what_it_looks_like() -> None:
 async def test_the_guest_ejects_and_another_is_inserted() -> None:
     device = cdrom_device(first := Disc("one"))
     guest, seen = await plug(device)
-    assert device.drive.medium == "one"
+    assert drives_of(device)[0].medium == "one"
     assert guest.command(EJECT).status == 0
-    assert device.drive.medium is None
+    assert drives_of(device)[0].medium is None
     assert seen == [events.MediumEjected("port", "one", by_guest=True)]
     await asyncio.sleep(0)
     assert first.closed
     assert guest.command(TUR).status == 1
     assert guest.sense() == (2, 0x3A, 2)
-    await device.drive.insert(Disc("two", 64))
+    await drives_of(device)[0].insert(Disc("two", 64))
     assert seen[1:] == [events.MediumInserted("port", "two")]
     assert guest.command(EVENT, receive=8).data == bytes.fromhex("0006041002020000")
     assert guest.command(TUR).status == 1
@@ -92,7 +92,7 @@ async def test_an_empty_drive() -> None:
     assert device.identity.serial_number == "0123456789ABCDEF"
     assert len(cdrom_device().identity.serial_number) == 16
     guest, seen = await plug(device)
-    await device.drive.eject()
+    await drives_of(device)[0].eject()
     assert guest.command(TUR).status == 1
     assert guest.sense() == (2, 0x3A, 1)
     assert guest.command(EJECT).status == 0
@@ -105,9 +105,9 @@ async def test_a_locked_medium_stays_unless_it_is_forced() -> None:
     device = cdrom_device(first := Disc("one"))
     guest, seen = await plug(device)
     assert guest.command(PREVENT).status == 0
-    assert device.drive.locked
+    assert drives_of(device)[0].locked
     second = Disc("two")
-    for attempt in (device.drive.eject(), device.drive.insert(second)):
+    for attempt in (drives_of(device)[0].eject(), drives_of(device)[0].insert(second)):
         with pytest.raises(DeviceError, match="one is locked by the guest") as caught:
             await attempt
         assert caught.value.reason is Reason.MEDIUM_LOCKED
@@ -116,7 +116,7 @@ async def test_a_locked_medium_stays_unless_it_is_forced() -> None:
     assert guest.command(read10(0, 1), receive=2048).data == b"one " * 512
     assert not first.closed
     assert not second.closed
-    await device.drive.eject(force=True)
+    await drives_of(device)[0].eject(force=True)
     assert first.closed
     assert guest.command(read10(0, 1), receive=2048).status == 1
     assert guest.sense() == (6, 0x28, 0)
@@ -134,7 +134,7 @@ async def test_one_for_another_by_force() -> None:
     device = cdrom_device(Disc("one"))
     guest, _ = await plug(device)
     guest.command(PREVENT)
-    await device.drive.insert(Disc("two"), force=True)
+    await drives_of(device)[0].insert(Disc("two"), force=True)
     assert guest.command(TUR).status == 1
     assert guest.sense() == (6, 0x28, 0)
     assert guest.command(read10(0, 1), receive=2048).data == b"two " * 512
@@ -146,7 +146,7 @@ async def test_a_read_never_continues_on_the_next_medium() -> None:
     guest, _ = await plug(device)
     guest.send(guest.cbw(read10(0, 2), 4096, to_host=True))
     assert guest.receive(2048).reply == b"one " * 512
-    await device.drive.insert(Disc("two"))
+    await drives_of(device)[0].insert(Disc("two"))
     rest = guest.receive(2048)
     assert b"two" not in bytes(rest.reply)
     assert guest.csw(guest.receive(13))[0] == 1
@@ -159,7 +159,7 @@ async def test_a_read_under_way_ends_with_what_it_read() -> None:
     disc.holding = True
     guest.send(guest.cbw(read10(0, 1), 2048, to_host=True))
     transfer = guest.receive(2048)
-    await device.drive.eject()
+    await drives_of(device)[0].eject()
     assert transfer.status is None
     done, data = disc.held.pop()
     done(data, None)
@@ -176,16 +176,16 @@ async def test_images(tmp_path: Path) -> None:
     broken.write_bytes(bytes(100_000))
     device = cdrom_device(first, speeds=(Speed.HIGH,))
     guest, seen = await plug(device)
-    await device.drive.insert(first)  # the same again
+    await drives_of(device)[0].insert(first)  # the same again
     with pytest.raises(ImageError, match="no ISO image"):
-        await device.drive.insert(broken)
-    assert device.drive.medium == str(first), "nothing has changed"
-    await device.drive.insert(second)
+        await drives_of(device)[0].insert(broken)
+    assert drives_of(device)[0].medium == str(first), "nothing has changed"
+    await drives_of(device)[0].insert(second)
     guest.command(TUR)
     assert guest.command(SIZE, receive=8).data == bytes.fromhex("00000031 00000800")
     guest.command(PREVENT)
     with pytest.raises(DeviceError, match="is locked by the guest"):
-        await device.drive.insert(first)
+        await drives_of(device)[0].insert(first)
     assert [type(event) for event in seen][-3:] == [events.MediumEjected, events.MediumInserted, events.MediumLocked]
     await device.dispose()
     with pytest.raises(ImageError, match="no ISO image"):
@@ -197,17 +197,17 @@ async def test_other_blocks_are_refused_before_anything_changes() -> None:
         cdrom_device(MemoryStore(4096))
     device = cdrom_device(Disc("one"))
     with pytest.raises(LocalProtocolError, match="2048 bytes, not 512"):
-        await device.drive.insert(MemoryStore(4096))
-    assert device.drive.medium == "one"
+        await drives_of(device)[0].insert(MemoryStore(4096))
+    assert drives_of(device)[0].medium == "one"
 
 
 async def test_listeners_come_and_go() -> None:
     device = cdrom_device(Disc("one"))
     seen: list[PortEvent] = []
-    ignore = device.drive.subscribe(lambda change: seen.append(change("a")))
-    await device.drive.eject()
+    ignore = drives_of(device)[0].subscribe(lambda change: seen.append(change("a")))
+    await drives_of(device)[0].eject()
     ignore()
-    await device.drive.insert(Disc("two"))
+    await drives_of(device)[0].insert(Disc("two"))
     assert [str(event) for event in seen] == ["one ejected"]
 
 
@@ -215,7 +215,7 @@ async def test_beside_a_disk() -> None:
     """A drive can be one of several logical units."""
     drive = CdromDrive(Disc("one"), luns=2)
     disk = Disk(MemoryStore(4096))
-    device = VirtualDevice(MassStorage(disk.units[0], drive.unit))
+    device = VirtualDevice(MassStorage(disk.units[0], drive))
     guest = await Guest.plug(device)
     assert guest.command(TUR, lun=1).status == 1
     assert guest.command(read10(0, 1), receive=512).data == bytes(512)

@@ -13,7 +13,8 @@ from farplug.image.names import MAX_FAT_FILE
 from farplug.image.tools import Job, Progress
 from farplug.image.tree import scan, show
 from farplug.image.volume import Fill, Format, Partition
-from farplug.store.file import FileStore, serial_number
+from farplug.store.file import FileStore
+from farplug.store.image import serial_number
 
 log = logging.getLogger(__name__)
 

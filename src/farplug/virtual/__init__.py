@@ -1,14 +1,12 @@
 """Devices made of software: the kit, and the functions that a person wants to plug."""
 
-from farplug.virtual.cdrom import Cdrom, CdromDevice, CdromDrive, cdrom_device
+from farplug.virtual.cdrom import CdromDrive, cdrom_device, drives_of
 from farplug.virtual.device import VirtualDevice
 from farplug.virtual.disk import Disk, disk_device
 from farplug.virtual.function import Function, FunctionHost
 from farplug.virtual.storage import MassStorage, StorageTransport
 
 __all__ = [
-    "Cdrom",
-    "CdromDevice",
     "CdromDrive",
     "Disk",
     "Function",
@@ -18,4 +16,5 @@ __all__ = [
     "VirtualDevice",
     "cdrom_device",
     "disk_device",
+    "drives_of",
 ]

@@ -16,6 +16,7 @@ from farplug.events import PortEvent
 from farplug.scsi.cdrom import CdromUnit, check_blocks
 from farplug.scsi.inquiry import CDROM_PRODUCT
 from farplug.store import ReadDone, Store, WriteDone, open_iso
+from farplug.usb.device import Device
 from farplug.usb.types import Buffer, Speed
 from farplug.virtual.device import VirtualDevice
 from farplug.virtual.storage import MassStorage, StorageTransport
@@ -64,10 +65,9 @@ class _Disc(Store):
         await self._store.close()
 
 
-class CdromDrive:
-    """The drive: what is in it, and how to change that. Its ``unit`` is a logical unit of a mass storage function.
-
-    Media belong to the drive from their insertion to their ejection, which closes them.
+class CdromDrive(LogicalUnit):
+    """A logical unit whose medium comes and goes. Media belong to it from their insertion to their ejection, which
+    closes them.
 
     Args:
         iso: the first medium; None: the drive is empty.
@@ -89,7 +89,7 @@ class CdromDrive:
             ejected=self._ejected_by_guest,
             prevented=lambda locked: self._changed(partial(events.MediumLocked, locked=locked)),
         )
-        self.unit = LogicalUnit(self._scsi, disc)
+        super().__init__(self._scsi, disc)
         self._disc = disc
         self._closing: set[asyncio.Task[None]] = set()
         self._listeners: list[Callable[[MediumChange], None]] = []
@@ -129,7 +129,7 @@ class CdromDrive:
             if not isinstance(iso, Store):
                 await disc.close()
             raise
-        self._disc = self.unit.store = disc
+        self._disc = self.store = disc
         self._changed(partial(events.MediumInserted, medium=disc.name))
 
     async def eject(self, *, force: bool = False) -> None:
@@ -154,7 +154,8 @@ class CdromDrive:
         await disc.close()
 
     async def close(self) -> None:
-        """Wait until what was ejected is closed."""
+        """Close the medium, and wait until what was ejected is closed."""
+        await super().close()
         await asyncio.gather(*self._closing)
 
     def _ejected_by_guest(self) -> None:
@@ -167,7 +168,7 @@ class CdromDrive:
 
     def _take_out(self, disc: _Disc, *, by_guest: bool) -> None:
         disc.remove()
-        self._disc = self.unit.store = None
+        self._disc = self.store = None
         self._changed(partial(events.MediumEjected, medium=disc.name, by_guest=by_guest))
 
     def _changed(self, change: MediumChange) -> None:
@@ -181,24 +182,11 @@ def _disc(iso: Iso) -> _Disc:
     return _Disc(store)
 
 
-class Cdrom(MassStorage):
-    """A CD-ROM drive alone on its device."""
-
-    def __init__(self, drive: CdromDrive, *, transport: StorageTransport = StorageTransport.AUTO) -> None:
-        super().__init__(drive.unit, transport=transport)
-        self.drive = drive
-
-    async def dispose(self) -> None:
-        await super().dispose()
-        await self.drive.close()
-
-
-class CdromDevice(VirtualDevice):
-    """A USB device that is a CD-ROM drive. Made by :func:`cdrom_device`."""
-
-    def __init__(self, function: Cdrom, *, speeds: Sequence[Speed]) -> None:
-        super().__init__(function, product=CDROM_PRODUCT, serial_number=function.drive.serial_number, speeds=speeds)
-        self.drive = function.drive
+def drives_of(device: Device) -> Sequence[CdromDrive]:
+    """Find the drives of a device, in the order of its logical units."""
+    functions = device.functions if isinstance(device, VirtualDevice) else ()
+    storage = [function for function in functions if isinstance(function, MassStorage)]
+    return [unit for function in storage for unit in function.units if isinstance(unit, CdromDrive)]
 
 
 def cdrom_device(
@@ -207,7 +195,7 @@ def cdrom_device(
     serial_number: str = "",
     speeds: Sequence[Speed] = (Speed.SUPER, Speed.HIGH),
     transport: StorageTransport = StorageTransport.AUTO,
-) -> CdromDevice:
+) -> VirtualDevice:
     """Make a USB CD-ROM drive with an ISO image in it.
 
     Args:
@@ -217,11 +205,13 @@ def cdrom_device(
         transport: how the guest may talk to it.
 
     Returns:
-        The device, whose ``drive`` changes the medium. ``dispose()`` it when it will not be plugged any more.
+        The device; :func:`drives_of` gives what changes the medium. ``dispose()`` it when it will not be plugged any
+        more.
 
     Raises:
         ImageError: the image cannot be used, or is none of a CD.
         LocalProtocolError: the store has other blocks than 2048 bytes.
     """
     drive = CdromDrive(iso, serial_number=serial_number)
-    return CdromDevice(Cdrom(drive, transport=transport), speeds=speeds)
+    function = MassStorage(drive, transport=transport)
+    return VirtualDevice(function, product=CDROM_PRODUCT, serial_number=drive.serial_number, speeds=speeds)

@@ -147,8 +147,7 @@ class MassStorage(Function):
 
     async def dispose(self) -> None:
         for unit in self.units:
-            if unit.store is not None:
-                await unit.store.close()
+            await unit.close()
 
 
 async def _make_durable(unit: LogicalUnit) -> DeviceError | None:

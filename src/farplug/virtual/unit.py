@@ -53,6 +53,11 @@ class LogicalUnit:
         """For the log."""
         return "no medium" if self.store is None else self.store.name
 
+    async def close(self) -> None:
+        """Give the store back. Does nothing the second time."""
+        if self.store is not None:
+            await self.store.close()
+
 
 def absent_unit(luns: int) -> LogicalUnit:
     """Make what answers for a logical unit number that does not exist, beside so many that do."""
