@@ -27,6 +27,16 @@ PASSWORD_ATTEMPTS = 3
 """How often a password is asked for, when the server does not take it."""
 
 
+class FolderFormat(StrEnum):
+    """Values of ``--folder-format``."""
+
+    AUTO = "auto"
+    FAT32 = "fat32"
+    EXFAT = "exfat"
+    NTFS = "ntfs"
+    EXT4 = "ext4"
+
+
 class UsbSpeed(StrEnum):
     """Values of ``--usb-speed``."""
 
@@ -70,12 +80,35 @@ ReadOnlyImagesOption = Annotated[
         "--usb-disk-ro", metavar="PATH", help="The same, read-only: the image never changes.", show_default=False
     ),
 ]
+CdromsOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--usb-cdrom",
+        metavar="PATH",
+        help="Plug an ISO image in as a CD-ROM in a USB drive. May be repeated.",
+        show_default=False,
+    ),
+]
+FoldersOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--usb-folder",
+        metavar="PATH",
+        help="Plug a copy of a folder in as a read-only USB disk. May be repeated.",
+        show_default=False,
+    ),
+]
 
 
 def connect(
     target: TargetArgument,
     usb_disk: ImagesOption = None,
     usb_disk_ro: ReadOnlyImagesOption = None,
+    usb_cdrom: CdromsOption = None,
+    usb_folder: FoldersOption = None,
+    folder_format: Annotated[
+        FolderFormat, typer.Option(help="File system of folders. auto: FAT32, or exFAT for files of 4 GiB and more.")
+    ] = FolderFormat.AUTO,
     usb_speed: Annotated[
         UsbSpeed, typer.Option(help="auto: SuperSpeed, and High Speed where the guest's port takes no more.")
     ] = UsbSpeed.AUTO,
@@ -122,11 +155,12 @@ def connect(
     debug: DebugOption = False,
 ) -> None:
     """Plug devices into the VM at TARGET, and keep them there until Ctrl-C."""
-    if not (usb_disk or usb_disk_ro):
+    named = (usb_disk or [], usb_disk_ro or [], usb_cdrom or [], usb_folder or [])
+    if not any(named):
         raise UsageError(
             "nothing to plug in",
             reason=Reason.BAD_OPTION,
-            remedy="name an image: --usb-disk PATH or --usb-disk-ro PATH ('farplug devices' lists what can be plugged)",
+            remedy="name an image, for example: --usb-disk PATH ('farplug devices' lists what can be plugged)",
         )
     if snapshot_file is not None and len(usb_disk or []) != 1:
         raise UsageError(
@@ -147,8 +181,8 @@ def connect(
 
     wishes = [
         Wish(kind, path)
-        for kind, paths in ((Kind.DISK, usb_disk), (Kind.READ_ONLY_DISK, usb_disk_ro))
-        for path in paths or ()
+        for kind, paths in zip((Kind.DISK, Kind.READ_ONLY_DISK, Kind.CDROM, Kind.FOLDER), named, strict=True)
+        for path in paths
     ]
 
     speeds = {
@@ -157,13 +191,14 @@ def connect(
         UsbSpeed.SUPER: (Speed.SUPER,),
     }[usb_speed]
     manner = Manner(
-        speeds,
-        StorageTransport(usb_storage),
-        int(block_size),
-        CacheMode(cache),
-        force,
-        snapshot or snapshot_file is not None,
-        snapshot_file,
+        speeds=speeds,
+        transport=StorageTransport(usb_storage),
+        block_size=int(block_size),
+        cache=CacheMode(cache),
+        force=force,
+        snapshot=snapshot or snapshot_file is not None,
+        snapshot_file=snapshot_file,
+        folder_format=None if folder_format is FolderFormat.AUTO else folder_format.value,
     )
     attempts = PASSWORD_ATTEMPTS if target.startswith("spice") and has_terminal() else 0
     while True:

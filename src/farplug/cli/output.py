@@ -115,6 +115,10 @@ class Output(ABC):
     def note(self, text: str) -> None:
         """Anything else that a person wants to know."""
 
+    def copying(self, label: str, done: int, total: int) -> None:
+        """A folder is being copied into a disk: so many bytes of so many, told several times a second."""
+        return
+
     def failed(self, error: FarplugError) -> None:
         """It ends with an error, which standard error tells as well."""
         self._pending = None
@@ -143,6 +147,7 @@ class JsonOutput(Output):
         super().__init__()
         self._stream = stream
         self._last: dict[str, tuple[AttachmentState, Figures]] = {}
+        self._copying_told = 0.0
 
     def _line(self, **values: object) -> None:
         self._stream.write(json.dumps({"time": round(time.time(), 3), **values}) + "\n")
@@ -173,6 +178,11 @@ class JsonOutput(Output):
                     written=figures.written,
                     commands=figures.commands,
                 )
+
+    def copying(self, label: str, done: int, total: int) -> None:
+        if time.monotonic() - self._copying_told >= self.interval:
+            self._copying_told = time.monotonic()
+            self._line(event="copying", device=label, done=done, total=total)
 
     def failed(self, error: FarplugError) -> None:
         super().failed(error)
@@ -283,6 +293,9 @@ class TerminalOutput(Output):
 
     def note(self, text: str) -> None:
         self._line(PLAIN, text)
+
+    def copying(self, label: str, done: int, total: int) -> None:
+        self._live.update(_marked(PENDING, f"{label}: copying, {size(done)} of {size(total)}"), refresh=True)
 
     def failed(self, error: FarplugError) -> None:
         if self._pending is not None:

@@ -49,12 +49,13 @@ class _Session:
         self._plan = plan
         self._output = output
         self._labels: Mapping[VirtualDevice, str] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._work: asyncio.Task[None] | None = None
         self._interrupted = False
         self._leaving = False
 
     async def run(self) -> ExitCode:
-        loop = asyncio.get_running_loop()
+        loop = self._loop = asyncio.get_running_loop()
         self._work = loop.create_task(self._plug_and_leave())
         for number in SIGNALS:
             if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
@@ -100,7 +101,7 @@ class _Session:
 
     async def _plug_and_leave(self) -> None:
         try:
-            await self._plan.media.open()
+            await self._plan.media.open(self._copying)
             # Only now: reading a .vv file may delete it.
             target = parse_target(self._plan.target, self._plan.options)
             guest = await connect(target, lambda stage, text: self._show(lambda o: o.stage(str(stage), text)))
@@ -112,7 +113,14 @@ class _Session:
                 await hub.close()
         finally:
             self._leaving = True
+            for device in self._labels:
+                await device.dispose()
             await self._plan.media.close()
+
+    def _copying(self, label: str, done: int, total: int) -> None:
+        """How far the copy of a folder is; called from another thread."""
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._show, lambda output: output.copying(label, done, total))
 
     async def _stay(self, hub: Hub) -> None:
         """Plug everything in, side by side, and stay until all devices have left, or the guest is gone."""
@@ -121,7 +129,7 @@ class _Session:
             self._show(lambda output: output.reached())
             if hub.guest.name:
                 self._show(lambda output: output.note(f"the VM is called {hub.guest.name}"))
-        ports, count = len(hub.guest.ports), len(self._plan.media)
+        ports, count = len(hub.guest.ports), len(self._plan.media.wishes)
         hub.check_room(1 if count <= MAX_UNITS else count)
         if ports < count:
             has = "1 port" if ports == 1 else f"{ports} ports"
