@@ -188,6 +188,10 @@ class Cdrom(MassStorage):
         super().__init__(drive.unit, transport=transport)
         self.drive = drive
 
+    async def close(self) -> None:
+        await super().close()
+        self.drive.unit.scsi.reset()  # a guest that has left locks nothing
+
     async def dispose(self) -> None:
         await super().dispose()
         await self.drive.close()
