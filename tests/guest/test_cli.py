@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from tests.guest.conftest import GuestPool
-from tests.guest.plugging import blank, disk_of, gone
+from tests.guest.plugging import MIB, blank, disk_of, gone
 
 from farplug.store import MemoryStore
 from farplug.store.image import serial_number
@@ -219,3 +220,63 @@ async def test_demo_interrupted() -> None:
             code, _, err = await running.end()
             assert (code, err) == (130, "farplug: interrupted\n")
             assert not Path(f"/proc/{children[0]}").exists()
+
+
+async def test_three_disks_on_one_port(guest: QemuGuest, tmp_path: Path) -> None:
+    images = [tmp_path / f"{number}.raw" for number in range(3)]
+    for image in images:
+        image.write_bytes(os.urandom(MIB) * 8)
+    before = [hashlib.md5(image.read_bytes()).hexdigest() for image in images]
+    options = ["--usb-disk", images[0], "--usb-disk", images[1], "--usb-disk-ro", images[2]]
+    async with farplug("connect", guest.targets[2], *options) as running:
+        await running.until("the VM has 1 port for 3 disks: they are plugged as 3 logical units of one device")
+        await running.until("0.raw, 1.raw, 2.raw: configured by the guest")
+        async with asyncio.timeout(30):
+            while (await guest.check("ls -d /sys/block/sd* 2>/dev/null | wc -l")).strip() != "3":
+                await asyncio.sleep(0.1)
+        listed = await guest.check(
+            "for b in /sys/block/sd*; do"
+            " echo $(readlink $b/device | grep -o '[0-9]*$') $(cat $b/ro) $(tail -c 16 $b/device/vpd_pg80)"
+            " $(md5sum </dev/${b##*/}); done"
+        )
+        assert sorted(line.split()[:4] for line in listed.splitlines()) == [
+            [str(lun), str(int(lun == 2)), serial_number(image), before[lun]] for lun, image in enumerate(images)
+        ]
+        await guest.check(
+            "for b in /sys/block/sd[ab]; do printf $b | dd of=/dev/${b##*/} conv=notrunc,fsync; done 2>&1"
+        )
+        running.process.send_signal(signal.SIGINT)
+        code, _, err = await running.end()
+    assert (code, err) == (0, "")
+    assert sorted(image.read_bytes()[:14] for image in images[:2]) == [b"/sys/block/sda", b"/sys/block/sdb"]
+    assert hashlib.md5(images[2].read_bytes()).hexdigest() == before[2]
+
+
+async def test_a_snapshot_is_continued_and_committed(guest: QemuGuest, tmp_path: Path) -> None:
+    image, changes = blank(tmp_path / "disk.raw"), tmp_path / "changes"
+
+    async def run(command: str, *options: object) -> str:
+        async with farplug("connect", guest.targets[0], "--usb-disk", image, *options) as running:
+            await running.until("configured by the guest")
+            disk = await block_device(guest, image)
+            output = await guest.check(command.format(disk=disk))
+            running.process.send_signal(signal.SIGINT)
+            code, _, err = await running.end()
+            assert (code, err) == (0, "")
+        await gone(guest, disk)
+        return output
+
+    write = "printf snapshot | dd of={disk} bs=1 seek=70000 conv=notrunc,fsync 2>/dev/null"
+    read = "dd if={disk} bs=1 skip=70000 count=8 2>/dev/null"
+    await run(write, "--snapshot")
+    assert not any(image.read_bytes())
+    await run(write, "--snapshot-file", changes)
+    assert not any(image.read_bytes())
+    assert await run(read, "--snapshot-file", changes) == "snapshot"
+    assert await run(read) == "\0" * 8
+    async with farplug("image", "commit", changes) as running:
+        code, out, err = await running.end()
+    assert (code, err) == (0, "")
+    assert "were written to" in out
+    assert not changes.exists()
+    assert image.read_bytes()[70000:70008] == b"snapshot"

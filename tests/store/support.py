@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from farplug.store import Store
+from farplug.store import OverlayStore, Store
 from farplug.usb import Buffer
 
 CONTENT = random.Random(7).randbytes(64 * 512)
@@ -50,3 +50,10 @@ async def write(store: Store, offset: int, data: Buffer) -> None:
 
 async def zero(store: Store, offset: int, length: int, *, unmap: bool) -> None:
     await settle(lambda done: store.zero(offset, length, done, unmap=unmap))
+
+
+async def make_snapshot(base: Path, path: Path) -> None:
+    """Make a snapshot with a change in its first block."""
+    store = OverlayStore.open(base, path)
+    await write(store, 0, b"x" * 512)
+    await store.close()

@@ -12,7 +12,7 @@ import pytest
 from tests.store.support import CONTENT, content, read, settle, size, write, zero
 
 from farplug.errors import ImageError
-from farplug.store import CacheMode, FileStore, holes
+from farplug.store import CacheMode, FileStore, OverlayStore, holes
 from farplug.usb import Buffer
 
 
@@ -269,3 +269,15 @@ async def test_without_a_write_cache_a_write_that_is_not_durable_fails(
     with pytest.raises(OSError, match="full"):
         await write(store, 0, bytes(512))
     await store.close()
+
+
+@pytest.mark.parametrize("snapshot", [False, True])
+def test_an_image_that_fails_while_it_is_opened(image: Path, monkeypatch: pytest.MonkeyPatch, snapshot: bool) -> None:
+    def fail(fd: int) -> bool:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(holes, "can_unmap", fail)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(ImageError, match=r"disk\.raw cannot be opened: input/output error"):
+        OverlayStore.open(image) if snapshot else FileStore.open(image)
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -43,6 +43,14 @@ class UsbStorage(StrEnum):
     UAS = "uas"
 
 
+class Cache(StrEnum):
+    """Values of ``--cache``: those of :class:`~farplug.store.CacheMode`."""
+
+    WRITEBACK = "writeback"
+    WRITETHROUGH = "writethrough"
+    UNSAFE = "unsafe"
+
+
 class BlockSize(StrEnum):
     """Values of ``--block-size``."""
 
@@ -82,6 +90,29 @@ def connect(
         BlockSize,
         typer.Option(help="Bytes in a block of the disks: 4096 as in large drives, but no BIOS boots from it."),
     ] = BlockSize.B512,
+    cache: Annotated[
+        Cache,
+        typer.Option(
+            help="When written data is on the disk: when the guest flushes (writeback), at once (writethrough), or "
+            "whenever this machine pleases, for disks that can be thrown away (unsafe)."
+        ),
+    ] = Cache.WRITEBACK,
+    snapshot: Annotated[
+        bool,
+        typer.Option(
+            "--snapshot", help="Keep the images of disks as they are: what the guest writes is gone in the end."
+        ),
+    ] = False,
+    snapshot_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The same for one disk, but keep what the guest writes in FILE, to go on with it, or to apply it: "
+            "'farplug image commit FILE'.",
+            show_default=False,
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Plug also a disk that this machine uses (mounted).")] = False,
     password_file: PasswordFileOption = None,
     ask_password: AskPasswordOption = False,
     ca_file: CaFileOption = None,
@@ -91,12 +122,17 @@ def connect(
     debug: DebugOption = False,
 ) -> None:
     """Plug devices into the VM at TARGET, and keep them there until Ctrl-C."""
-    images = [(path, False) for path in usb_disk or []] + [(path, True) for path in usb_disk_ro or []]
-    if not images:
+    if not (usb_disk or usb_disk_ro):
         raise UsageError(
             "nothing to plug in",
             reason=Reason.BAD_OPTION,
             remedy="name an image: --usb-disk PATH or --usb-disk-ro PATH ('farplug devices' lists what can be plugged)",
+        )
+    if snapshot_file is not None and len(usb_disk or []) != 1:
+        raise UsageError(
+            f"--snapshot-file is for one --usb-disk, not {len(usb_disk or [])}",
+            reason=Reason.BAD_OPTION,
+            remedy="run farplug once for each disk, or use --snapshot",
         )
     options = target_options(password_file, ask_password, ca_file, host_subject, proxy)
 
@@ -104,17 +140,34 @@ def connect(
     from dataclasses import replace
 
     from farplug.cli import output, session
+    from farplug.cli.media import Kind, Manner, Media, Wish
+    from farplug.store import CacheMode
     from farplug.usb.types import Speed
     from farplug.virtual.storage import StorageTransport
+
+    wishes = [
+        Wish(kind, path)
+        for kind, paths in ((Kind.DISK, usb_disk), (Kind.READ_ONLY_DISK, usb_disk_ro))
+        for path in paths or ()
+    ]
 
     speeds = {
         UsbSpeed.AUTO: (Speed.SUPER, Speed.HIGH),
         UsbSpeed.HIGH: (Speed.HIGH,),
         UsbSpeed.SUPER: (Speed.SUPER,),
     }[usb_speed]
+    manner = Manner(
+        speeds,
+        StorageTransport(usb_storage),
+        int(block_size),
+        CacheMode(cache),
+        force,
+        snapshot or snapshot_file is not None,
+        snapshot_file,
+    )
     attempts = PASSWORD_ATTEMPTS if target.startswith("spice") and has_terminal() else 0
     while True:
-        plan = session.Plan(target, options, images, speeds, StorageTransport(usb_storage), int(block_size))
+        plan = session.Plan(target, options, Media(wishes, manner))
         try:
             raise typer.Exit(asyncio.run(session.run(plan, output.choose(as_json=json))))
         except TargetError as error:

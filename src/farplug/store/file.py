@@ -8,7 +8,7 @@ from typing import Self
 
 from farplug.store import holes
 from farplug.store.base import BLOCK_SIZE, CacheMode
-from farplug.store.image import Image, serial_number
+from farplug.store.image import Image, image_error, serial_number
 from farplug.store.threaded import ThreadedStore
 
 log = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ class FileStore(ThreadedStore):
         self.serial_number = serial_number(image.path)
         self._image = image
         self._unsafe = cache is CacheMode.UNSAFE
+        self._refreshing = False
 
     @classmethod
     def open(
@@ -56,12 +57,32 @@ class FileStore(ThreadedStore):
         image = Image.open(path, read_only=read_only, block_size=block_size, force=force)
         try:
             store = cls(image, block_size=block_size, read_only=read_only, cache=cache)
-        except BaseException:
+        except OSError as error:
             image.close()
-            raise
+            raise image_error(image.path, error, read_only) from error
         if store.ignored:
             log.warning("%s: the last %d bytes are no whole block and are not shown", path, store.ignored)
         return store
+
+    def refresh(self) -> None:
+        if self._refreshing:
+            return
+        self._refreshing = True
+        size = 0
+
+        def look() -> None:
+            nonlocal size
+            size = self._image.size
+
+        def finish(error: OSError | None) -> None:
+            self._refreshing = False
+            block_count = size // self.block_size
+            # A file that shrank lost blocks: they are errors of the medium, and the disk keeps its size.
+            if block_count > self.block_count:
+                log.info("%s: %d blocks now, %d before", self.name, block_count, self.block_count)
+                self.block_count = block_count
+
+        self._write_thread().run(look, finish)
 
     def _read_cached(self, data: memoryview, offset: int) -> int:
         return self._image.read_cached(data, offset)
@@ -78,12 +99,6 @@ class FileStore(ThreadedStore):
     def _flush_blocking(self) -> None:
         if not self._unsafe:
             self._image.sync()
-
-    def _look(self) -> int:
-        block_count = self._image.size // self.block_size
-        if block_count > self.block_count:
-            log.info("%s: %d blocks now, %d before", self.name, block_count, self.block_count)
-        return block_count
 
     def _close_files(self) -> None:
         self._image.close()

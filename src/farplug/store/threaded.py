@@ -32,7 +32,6 @@ class ThreadedStore(Store):
         self._writing: dict[int, tuple[int, int]] = {}
         """Ranges (start, end) of the writes under way, by an arbitrary key."""
         self._next_key = 0
-        self._refreshing = False
         self._closing: asyncio.Future[None] | None = None
 
     @abstractmethod
@@ -54,10 +53,6 @@ class ThreadedStore(Store):
     @abstractmethod
     def _flush_blocking(self) -> None:
         """Flush what the thread for writes has done. In this thread."""
-
-    def _look(self) -> int:
-        """Tell how many blocks the medium has now, in the thread for writes."""
-        return self.block_count
 
     @abstractmethod
     def _close_files(self) -> None:
@@ -118,23 +113,6 @@ class ThreadedStore(Store):
             return
         # Without a write cache each write before it was made durable by itself.
         self._write_thread().run(self._flush_blocking if self.write_cache else lambda: None, done)
-
-    def refresh(self) -> None:
-        if self._refreshing:
-            return
-        self._refreshing = True
-        block_count = 0
-
-        def look() -> None:
-            nonlocal block_count
-            block_count = self._look()
-
-        def finish(error: OSError | None) -> None:
-            self._refreshing = False
-            # A medium that shrank lost blocks: they are errors of the medium, and the disk keeps its size.
-            self.block_count = max(block_count, self.block_count)
-
-        self._write_thread().run(look, finish)
 
     async def close(self) -> None:
         if self._closing is None:
