@@ -1,4 +1,4 @@
-"""What systems send, as ``tests.scsi.test_sequences`` has it, through Bulk-Only Transport: wrappers, lengths, residues."""
+"""What systems send, as ``tests.scsi.test_sequences`` has it, through Bulk-Only Transport."""
 
 from __future__ import annotations
 
