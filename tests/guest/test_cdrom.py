@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.guest.plugging import AT_ONCE, MIB, plugged
+from tests.guest.plugging import AT_ONCE, MIB, Plugged, plugged
 from tests.guest.test_boot import BOOTED, CODE, PROOF, plug_and_run, tool
 
 from farplug import events
@@ -61,6 +61,12 @@ async def checksum(guest: QemuGuest, drive: str) -> str:
     return output.split()[0]
 
 
+def no_reset(hub: Plugged) -> None:
+    """The guest's driver never had to give up and start over."""
+    kinds = hub.kinds()
+    assert events.WasReset not in kinds[kinds.index(events.Configured) :]
+
+
 @pytest.mark.parametrize(
     ("transport", "driver"), [(StorageTransport.BOT, "usb-storage"), (StorageTransport.AUTO, "uas")], ids=str
 )
@@ -103,6 +109,7 @@ async def test_mounted_ejected_and_replaced(
         assert await checksum(guest, drive) == digests[1]
         size = int(await guest.check(f"blockdev --getsize64 {drive}"))
         assert size == second.stat().st_size
+        no_reset(hub)
     await device.dispose()
 
 
@@ -124,6 +131,7 @@ async def test_a_mounted_medium_is_locked_and_can_be_taken_by_force(guests: Gues
         await guest.check("umount /mnt")
         await device.drive.insert(iso)
         assert await checksum(guest, drive) == hashlib.sha256(content).hexdigest()
+        no_reset(hub)
         kinds = hub.kinds()
         assert kinds.index(events.MediumLocked) < kinds.index(events.MediumEjected) < kinds.index(events.MediumInserted)
     await device.dispose()
