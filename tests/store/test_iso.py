@@ -62,6 +62,17 @@ async def test_an_iso_cut_in_the_middle_of_a_block(tmp_path: Path, caplog: pytes
     await store.close()
 
 
+async def test_an_iso_that_was_cut_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "name.iso"
+    content = bytearray(ISO)
+    for blocks, told in ((40, False), (41, True), (2**32 - 1, True)):
+        content[16 * BLOCK + 80 : 16 * BLOCK + 84] = blocks.to_bytes(4, "little")
+        path.write_bytes(content)
+        caplog.clear()
+        await open_iso(path).close()
+        assert (f"has 40 blocks, but its volume has {blocks}: it is cut off" in caplog.text) is told
+
+
 @pytest.mark.parametrize(
     ("content", "what", "remedy"),
     [

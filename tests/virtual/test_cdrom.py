@@ -201,6 +201,19 @@ async def test_other_blocks_are_refused_before_anything_changes() -> None:
     assert drives_of(device)[0].medium == "one"
 
 
+async def test_a_guest_that_has_left_locks_nothing() -> None:
+    device = cdrom_device(Disc("one"))
+    guest, _ = await plug(device)
+    guest.command(PREVENT)
+    await device.close()
+    assert not drives_of(device)[0].locked
+    await drives_of(device)[0].eject()
+    guest, _ = await plug(device)
+    assert guest.command(TUR).status == 1
+    assert guest.sense() == (6, 0x28, 0)
+    await device.dispose()
+
+
 async def test_listeners_come_and_go() -> None:
     device = cdrom_device(Disc("one"))
     seen: list[PortEvent] = []

@@ -43,7 +43,6 @@ from farplug.scsi.sense import (
     WRITE_PROTECTED,
 )
 from farplug.scsi.unit import COMMON_COMMANDS, Unit
-from farplug.scsi.unit import AbsentUnit as AbsentUnit
 from farplug.usb.types import Buffer
 
 _WRITE_PROTECTED = 0x80

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
 from farplug.errors import ImageError, Reason
 from farplug.store.file import FileStore
+
+log = logging.getLogger(__name__)
 
 CD_BLOCK_SIZE = 2048
 
@@ -52,13 +55,22 @@ def open_iso(path: str | os.PathLike[str]) -> FileStore:
     begin = _begin(path)
     if begin is not None and not is_iso(begin):
         raise _not_an_iso(path, begin)
-    return FileStore.open(path, read_only=True, block_size=CD_BLOCK_SIZE)
+    store = FileStore.open(path, read_only=True, block_size=CD_BLOCK_SIZE)
+    if begin is not None and (blocks := _volume_size(begin)) > store.block_count:
+        log.warning("%s has %d blocks, but its volume has %d: it is cut off", path, store.block_count, blocks)
+    return store
 
 
 def is_iso(begin: bytes) -> bool:
     """Tell whether an image that begins like this is one of ISO 9660 or UDF. 64 KiB are enough."""
     blocks = range(_FIRST_DESCRIPTOR, _FIRST_DESCRIPTOR + _DESCRIPTORS)
     return any(begin[block * CD_BLOCK_SIZE + 1 : block * CD_BLOCK_SIZE + 6] in _IDENTIFIERS for block in blocks)
+
+
+def _volume_size(begin: bytes) -> int:
+    """Blocks, as the primary volume descriptor says (ECMA-119, chapter 8.4); 0 if it is not where it is to be."""
+    descriptor = begin[_FIRST_DESCRIPTOR * CD_BLOCK_SIZE :][:CD_BLOCK_SIZE]
+    return int.from_bytes(descriptor[80:84], "little") if descriptor.startswith(b"\1CD001") else 0
 
 
 def _begin(path: Path) -> bytes | None:

@@ -141,6 +141,8 @@ class MassStorage(Function):
     async def close(self) -> None:
         if self._refreshing is not None:
             self._refreshing.cancel()
+        for unit in self.units:
+            unit.scsi.reset()  # a guest that has left locks no medium
         failed = [error for unit in self.units if (error := await _make_durable(unit)) is not None]
         if failed:
             raise failed[0]
