@@ -49,6 +49,14 @@ ODD = {
 """Names that it does not."""
 
 
+ISO = {
+    name: content
+    for name, content in {**PLAIN, **ODD, "a*b?": b"stars", "n" * 253: b"longest"}.items()
+    if len(name) < 254
+}
+"""Names for ISO 9660."""
+
+
 def make_folder(path: Path, files: dict[str, bytes], *, many: int = 0) -> Path:
     """A folder with these files, and ``many`` more."""
     rest = {f"many/file number {number:03}": b"%d" % number * number for number in range(many)}

@@ -6,7 +6,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from tests.image.support import MIB, ODD, PLAIN, TYPES, WHEN, contents, make_folder, no_fill, partition, run, table
+from tests.image.support import ISO, MIB, ODD, PLAIN, TYPES, WHEN, contents, make_folder, no_fill, partition, run, table
 
 from farplug.errors import ImageError, Reason, SetupError, UsageError
 from farplug.image import build as build_module
@@ -96,11 +96,12 @@ def test_empty_images_of_a_size(tmp_path: Path, format: Format) -> None:
     run(*(("fsck.vfat", "-n") if format is Format.FAT32 else ("e2fsck", "-fn")), str(inside))
 
 
-def test_iso(tmp_path: Path) -> None:
-    folder = make_folder(tmp_path / "folder", {**PLAIN, **ODD, "a*b?": b"stars"}, many=300)
+def test_iso(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = make_folder(tmp_path / "folder", ISO, many=300)
     (folder / "link").symlink_to("/nowhere")
     image = tmp_path / "disk.iso"
     create_iso(image, folder, label="drivers_1")
+    assert caplog.messages[0].startswith(f"{folder}: Windows will see these under other names: a*b?, ")
     assert image.read_bytes()[32769:32774] == b"CD001"
     assert image.read_bytes()[32808:32840].rstrip() == b"DRIVERS_1"
     copied = tmp_path / "copied"

@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 
 from farplug.errors import ImageError, Reason, UsageError
-from farplug.image.names import MAX_FAT_FILE, check_label, check_names, fat_slots, label_from, utf16_units
+from farplug.image.names import (
+    MAX_FAT_FILE,
+    check_label,
+    check_names,
+    fat_slots,
+    joliet_changes,
+    label_from,
+    utf16_units,
+)
 from farplug.image.tree import Entry, Tree
 from farplug.image.volume import Format
 
@@ -52,7 +60,19 @@ def test_names_that_do_not_fit(format: Format, paths: tuple[str, ...], text: str
 @pytest.mark.parametrize("format", Format)
 def test_names_that_fit(format: Format) -> None:
     check_names(
-        tree_of("x" * 255, "😀" * 60, ".a", "a b", "a.b.c", "con", "a[1]", "straße", "STRASSE", "a/Readme", "README"),
+        tree_of(
+            "x" * (253 if format is Format.ISO9660 else 255),
+            "😀" * 60,
+            ".a",
+            "a b",
+            "a.b.c",
+            "con",
+            "a[1]",
+            "straße",
+            "STRASSE",
+            "a/Readme",
+            "README",
+        ),
         format,
     )
 
@@ -61,6 +81,14 @@ def test_iso_takes_what_linux_takes_in_utf8() -> None:
     check_names(tree_of("a*b", "A*B", "dot.", "a\nb"), Format.ISO9660)
     with pytest.raises(ImageError, match="not UTF-8"):
         check_names(tree_of("a\udc80"), Format.ISO9660)
+    check_names(tree_of("x" * 253), Format.ISO9660)
+    with pytest.raises(ImageError, match="name of 254 bytes, 253 at most"):
+        check_names(tree_of("ä" * 127), Format.ISO9660)
+
+
+def test_names_that_windows_sees_differently() -> None:
+    tree = tree_of("a", "ä" * 103, "x" * 104, "a*b", "a;b", "sub?/x", "😀")
+    assert joliet_changes(tree) == ["sub?", "x" * 104, "a*b", "a;b", "😀"]
 
 
 def test_large_files_and_folders() -> None:

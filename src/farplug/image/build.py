@@ -11,9 +11,9 @@ from pathlib import Path
 
 from farplug.errors import ImageError, Reason, UsageError
 from farplug.image import filesystems
-from farplug.image.names import check_label, check_names, label_from
+from farplug.image.names import check_label, check_names, joliet_changes, label_from
 from farplug.image.tools import Job, Progress, check_room, no_space
-from farplug.image.tree import Tree, check_unchanged, describe_left_out, scan
+from farplug.image.tree import Tree, check_unchanged, describe_left_out, listing, scan
 from farplug.image.volume import BLOCK_SIZES, Fill, Format, Partition, Volume, plan
 
 log = logging.getLogger(__name__)
@@ -98,6 +98,8 @@ def create_iso(
     _check_place(path, folder)
     tree = read_folder(folder, Format.ISO9660, progress)
     name = choose_label(label, tree, Format.ISO9660)
+    if changes := joliet_changes(tree):
+        log.warning("%s: Windows will see these under other names: %s", folder, listing(changes))
     with new_file(path) as fd:
         check_room(fd, tree.size + _METADATA_ROOM, str(path.parent))
         job = Job(fd, tree, progress)

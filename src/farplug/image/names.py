@@ -20,6 +20,15 @@ MAX_FAT_FILE = 2**32 - 1
 MAX_FAT_FOLDER = 65536
 """Directory entries of 32 bytes in a folder of FAT32 (Microsoft's FAT specification, section 6)."""
 
+MAX_ROCK_RIDGE = 253
+"""Bytes of a name on ISO 9660 that Linux does not cut (fs/isofs/rock.c)."""
+
+MAX_JOLIET = 103
+"""Characters of a name that xorriso keeps for Windows. The specification says 64, Windows reads more."""
+
+_NOT_JOLIET = re.compile(r"[\x00-\x1f*/:;?\\\U00010000-\U0010ffff]")
+"""Joliet specification, section "Allowed character set"; it is UCS-2."""
+
 _FORBIDDEN = re.compile(r'[\x00-\x1f"*/:<>?\\|]')
 """In long names of FAT, exFAT, and of NTFS as Windows sees it."""
 
@@ -65,11 +74,11 @@ def _problems(tree: Tree, format: Format) -> Iterator[tuple[str, str]]:
 
 def _name_problem(name: str, format: Format) -> str:
     try:
-        name.encode()
+        length = len(name.encode())
     except UnicodeEncodeError:
         return "not UTF-8"
     if format is Format.ISO9660:
-        return ""
+        return f"name of {length} bytes, {MAX_ROCK_RIDGE} at most" if length > MAX_ROCK_RIDGE else ""
     if match := _FORBIDDEN.search(name):
         return f"{match[0]!r} in the name"
     if name[-1] in ". ":
@@ -77,6 +86,15 @@ def _name_problem(name: str, format: Format) -> str:
     if (units := utf16_units(name)) > MAX_NAME:
         return f"name of {units} characters, {MAX_NAME} at most"
     return ""
+
+
+def joliet_changes(tree: Tree) -> list[str]:
+    """Paths whose names an ISO 9660 image shows to Windows in another form; Linux sees them as they are."""
+    return [
+        entry.path
+        for entry in tree.entries
+        if len(entry.name) > MAX_JOLIET or _NOT_JOLIET.search(entry.name) is not None
+    ]
 
 
 def _fold(name: str) -> str:

@@ -17,11 +17,13 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
-from farplug.errors import ImageError, Reason
+from farplug.errors import ImageError, Reason, SetupError
 from farplug.image.tools import TICK, Job, check_room
 from farplug.image.tree import Entry, Tree, changed, show
 from farplug.image.volume import ALIGNMENT, Format, Volume
+from farplug.programs import PACKAGE_OF_PROGRAM, QEMU, search_path
 from farplug.testing.agent import CommandFailed
+from farplug.testing.guest_image import PROGRAMS
 from farplug.testing.qemu import QemuGuest, private_folder
 from farplug.testing.qemu_config import GuestConfig, option
 
@@ -75,10 +77,27 @@ def fill_in_guest(job: Job, volume: Volume) -> None:
     """Make the filesystem in a volume's partition (FAT32: it is there), and copy the job's tree into it. Blocks.
 
     Raises:
-        SetupError: QEMU or another program is not installed.
+        SetupError: QEMU or another program is not installed, or no kernel can be fetched.
         ImageError: NO_SPACE, CHANGED, TOO_LARGE for the image, or IO_ERROR.
     """
+    _check_programs(volume.format)
     asyncio.run(_fill(job, volume))
+
+
+def _check_programs(format: Format) -> None:
+    """Check for all of them at once, and say what for."""
+    missing = [
+        program
+        for program in dict.fromkeys((QEMU, "busybox", *PROGRAMS, *_PROGRAMS[format]))
+        if shutil.which(program, path=search_path()) is None
+    ]
+    if missing:
+        which = "FAT32 with some of these names" if format is Format.FAT32 else format.full_name
+        raise SetupError(
+            f"{which} is made in a throw-away virtual machine, which needs {', '.join(missing)}",
+            reason=Reason.MISSING_PROGRAM,
+            remedy=f"sudo apt-get install {' '.join(sorted({PACKAGE_OF_PROGRAM[program] for program in missing}))}",
+        )
 
 
 async def _fill(job: Job, volume: Volume) -> None:
