@@ -11,7 +11,7 @@ from tests.virtual.bulk_only import Pattern, read10, write10
 
 from farplug.scsi.disk import COMMANDS
 from farplug.usb import Speed, Status
-from farplug.virtual.uas import TaskFunction
+from farplug.virtual.iu import TaskFunction
 
 KIB = 1024
 SPEEDS = [Speed.SUPER, Speed.HIGH]
@@ -70,7 +70,7 @@ async def test_data_out_split_anyhow(speed: Speed, sizes: list[int]) -> None:
     await initiator.leave()
 
 
-@pytest.mark.parametrize("speed", [Speed.SUPER])
+@pytest.mark.parametrize("speed", SPEEDS)
 @pytest.mark.parametrize("extra", [1, 512, 5120])
 async def test_data_in_that_does_not_come(speed: Speed, extra: int) -> None:
     store = Pattern()
@@ -81,7 +81,7 @@ async def test_data_in_that_does_not_come(speed: Speed, extra: int) -> None:
     await initiator.leave()
 
 
-@pytest.mark.parametrize("speed", [Speed.SUPER])
+@pytest.mark.parametrize("speed", SPEEDS)
 async def test_more_data_out_than_the_command_takes(speed: Speed) -> None:
     store = Pattern()
     initiator = await Initiator.plug_in(store, speed=speed)
