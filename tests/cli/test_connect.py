@@ -261,7 +261,7 @@ def test_two_disks_for_one_socket(cli: Cli, tmp_path: Path) -> None:
     options = [word for name in "ab" for word in ("--usb-disk", str(blank(tmp_path / name)))]
     result = cli("connect", "tcp://127.0.0.1:1", *options)
     assert result.code == 4
-    assert "the VM has 1 port for 2 disks: they are plugged as 2 logical units of one device" in result.out
+    assert "the VM has 1 port for 2 devices: they are plugged as 2 logical units of one device" in result.out
     options += [word for number in range(15) for word in ("--usb-disk", str(blank(tmp_path / str(number))))]
     result = cli("connect", "tcp://127.0.0.1:1", *options)
     assert (result.code, "17 devices, but the VM has 1 port" in result.err) == (7, True)

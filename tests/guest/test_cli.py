@@ -53,11 +53,11 @@ class Running:
 
 
 @asynccontextmanager
-async def farplug(*arguments: object) -> AsyncIterator[Running]:
+async def farplug(*arguments: object, stdin: int = subprocess.DEVNULL) -> AsyncIterator[Running]:
     process = await asyncio.create_subprocess_exec(
         *COMMAND,
         *map(str, arguments),
-        stdin=subprocess.DEVNULL,
+        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
@@ -229,7 +229,7 @@ async def test_three_disks_on_one_port(guest: QemuGuest, tmp_path: Path) -> None
     before = [hashlib.md5(image.read_bytes()).hexdigest() for image in images]
     options = ["--usb-disk", images[0], "--usb-disk", images[1], "--usb-disk-ro", images[2]]
     async with farplug("connect", guest.targets[2], *options) as running:
-        await running.until("the VM has 1 port for 3 disks: they are plugged as 3 logical units of one device")
+        await running.until("the VM has 1 port for 3 devices: they are plugged as 3 logical units of one device")
         await running.until("0.raw, 1.raw, 2.raw: configured by the guest")
         async with asyncio.timeout(30):
             while (await guest.check("ls -d /sys/block/sd* 2>/dev/null | wc -l")).strip() != "3":
@@ -281,3 +281,38 @@ async def test_a_snapshot_is_continued_and_committed(guest: QemuGuest, tmp_path:
     assert "were written to" in out
     assert not changes.exists()
     assert image.read_bytes()[70000:70008] == b"snapshot"
+
+
+async def test_a_folder_and_a_cd_that_is_swapped(guest: QemuGuest, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "A long name.txt").write_text(f"This is {name}.")
+        async with farplug(
+            *("image", "create", "--format", "iso9660", "--from", tmp_path / name, "-o", tmp_path / f"{name}.iso")
+        ) as running:
+            assert (await running.end())[0] == 0
+    options = ["--usb-folder", tmp_path / "one", "--usb-cdrom", tmp_path / "one.iso", "--commands"]
+    async with farplug("connect", guest.targets[2], *options, stdin=subprocess.PIPE) as running:
+        stdin = running.process.stdin
+        assert stdin is not None
+        await running.until("they are plugged as 2 logical units of one device")
+        await running.until("configured by the guest")
+        read = "mount -o ro {} /mnt && cat '/mnt/A long name.txt'; umount /mnt 2>/dev/null"
+        async with asyncio.timeout(30):
+            while await guest.check(f"{read.format('-t vfat /dev/sda1')}; :") != "This is one.":
+                await asyncio.sleep(0.1)
+        assert await guest.check(read.format("-t iso9660 /dev/sr0")) == "This is one."
+        await guest.check("mount -t iso9660 -o ro /dev/sr0 /mnt")
+        stdin.write(b"eject\n")
+        await running.until("one.iso is locked by the guest")
+        await running.until("unmount it in the guest, or eject it by force")
+        await guest.check("umount /mnt")
+        stdin.write(f"insert '{tmp_path}/two.iso'\n".encode())
+        await running.until("two.iso inserted")
+        assert await guest.check(read.format("-t iso9660 /dev/sr0")) == "This is two."
+        stdin.write(b"eject\n")
+        await running.until("two.iso ejected")
+        assert (await guest.run(read.format("-t iso9660 /dev/sr0"))).output != "This is two."
+        running.process.send_signal(signal.SIGINT)
+        code, _, err = await running.end()
+    assert (code, err) == (0, "")

@@ -151,6 +151,9 @@ def connect(
     ca_file: CaFileOption = None,
     host_subject: HostSubjectOption = None,
     proxy: ProxyOption = None,
+    commands: Annotated[
+        bool, typer.Option("--commands", help="Read commands from standard input: insert [DRIVE] PATH, eject [DRIVE].")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print events as JSON, one object a line.")] = False,
     debug: DebugOption = False,
 ) -> None:
@@ -202,9 +205,9 @@ def connect(
     )
     attempts = PASSWORD_ATTEMPTS if target.startswith("spice") and has_terminal() else 0
     while True:
-        plan = session.Plan(target, options, Media(wishes, manner))
+        plan = session.Plan(target, options, Media(wishes, manner), commands)
         try:
-            raise typer.Exit(asyncio.run(session.run(plan, output.choose(as_json=json))))
+            raise typer.Exit(asyncio.run(session.run(plan, output.choose(as_json=json, commands=commands))))
         except TargetError as error:
             if error.reason is not Reason.WRONG_PASSWORD or not attempts:
                 raise

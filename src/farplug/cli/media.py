@@ -93,6 +93,7 @@ class Media:
     wishes: Sequence[Wish]
     manner: Manner = Manner()
     _media: list[Medium] = field(default_factory=list)
+    _drives: list[tuple[str, CdromDrive]] = field(default_factory=list)
 
     async def open(self, progress: Callable[[str, int, int], None]) -> None:
         """Open all of them. A folder is copied first.
@@ -163,6 +164,10 @@ class Media:
                 await copying.result().close()
             raise
 
+    def drives(self) -> Sequence[tuple[str, CdromDrive]]:
+        """The CD-ROM drives of the devices, with a label each."""
+        return self._drives
+
     def devices(self, ports: int) -> dict[VirtualDevice, str]:
         """Make devices of them, with a label each: one of each; if there are fewer ports, one of all."""
         groups = [self._media] if ports < len(self._media) else [[medium] for medium in self._media]
@@ -170,6 +175,7 @@ class Media:
 
     def _device(self, media: Sequence[Medium]) -> VirtualDevice:
         units = [medium.unit(len(media)) for medium in media]
+        self._drives += [(m.label, unit) for m, unit in zip(media, units, strict=True) if isinstance(unit, CdromDrive)]
         return VirtualDevice(
             MassStorage(*units, transport=self.manner.transport),
             product=media[0].product,
@@ -180,5 +186,6 @@ class Media:
     async def close(self) -> None:
         """Give everything back. The devices are unplugged."""
         media, self._media = self._media, []
+        self._drives.clear()
         for medium in media:
             await medium.store.close()

@@ -115,6 +115,10 @@ class Output(ABC):
     def note(self, text: str) -> None:
         """Anything else that a person wants to know."""
 
+    @abstractmethod
+    def refused(self, error: FarplugError) -> None:
+        """A command on standard input could not be done; the session goes on."""
+
     def copying(self, label: str, done: int, total: int) -> None:
         """A folder is being copied into a disk: so many bytes of so many, told several times a second."""
         return
@@ -139,6 +143,9 @@ class SilentOutput(Output):
     def note(self, text: str) -> None:
         """Nobody reads it."""
 
+    def refused(self, error: FarplugError) -> None:
+        """Nobody reads it."""
+
 
 class JsonOutput(Output):
     """One JSON object a line on standard output."""
@@ -158,6 +165,9 @@ class JsonOutput(Output):
 
     def note(self, text: str) -> None:
         self._line(event="note", message=text)
+
+    def refused(self, error: FarplugError) -> None:
+        self._line(event="command-refused", reason=str(error.reason), message=error.message, remedy=error.remedy)
 
     def happened(self, label: str, attachment: Attachment, event: PortEvent) -> None:
         if isinstance(event, events.Detached):
@@ -220,10 +230,14 @@ class PlainOutput(Output):
     def note(self, text: str) -> None:
         self._line(text)
 
+    def refused(self, error: FarplugError) -> None:
+        for line in (error.message, *error.remedy.splitlines()):
+            self._line(line)
+
     def happened(self, label: str, attachment: Attachment, event: PortEvent) -> None:
         match event:
-            case events.Opened():
-                pass  # told as a stage, or by what follows
+            case events.Opened() | events.MediumLocked():
+                pass  # told as a stage, or by what follows; systems lock a drive each time they look into it
             case events.Detached():
                 self._line(f"{label}: {event} ({Figures.of(attachment)})")
             case _:
@@ -294,6 +308,9 @@ class TerminalOutput(Output):
     def note(self, text: str) -> None:
         self._line(PLAIN, text)
 
+    def refused(self, error: FarplugError) -> None:
+        self._line(BAD, error.message)
+
     def copying(self, label: str, done: int, total: int) -> None:
         self._live.update(_marked(PENDING, f"{label}: copying, {size(done)} of {size(total)}"), refresh=True)
 
@@ -307,8 +324,8 @@ class TerminalOutput(Output):
     def happened(self, label: str, attachment: Attachment, event: PortEvent) -> None:
         text = f"{label}: {event}"
         match event:
-            case events.Opened():
-                pass  # told as a stage, or by what follows
+            case events.Opened() | events.MediumLocked():
+                pass
             case events.Refused() | events.DeviceFault() | events.PeerViolation():
                 self._line(BAD, text)
             case events.Detached():
@@ -347,9 +364,9 @@ def _marked(mark: tuple[str, str], text: str) -> Text:
     return Text.assemble(mark, " ", printable(text))
 
 
-def choose(*, as_json: bool) -> Output:
+def choose(*, as_json: bool, commands: bool = False) -> Output:
     """The output that fits: JSON if it is asked for, a live table on a terminal, log lines elsewhere and between the
-    lines of ``--debug``.
+    lines of ``--debug`` and the commands that somebody types.
     """
     if as_json:
         return JsonOutput(sys.stdout)
@@ -359,6 +376,7 @@ def choose(*, as_json: bool) -> Output:
         and not console.is_dumb_terminal
         and console.encoding.startswith("utf")
         and not log.debugging()
+        and not commands
     ):
         return TerminalOutput(console)
     return PlainOutput(sys.stdout)

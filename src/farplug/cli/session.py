@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from farplug import events
+from farplug.cli.commands import obey
 from farplug.cli.media import Media
 from farplug.cli.output import Output, SilentOutput, discard_standard_output
 from farplug.errors import ExitCode, FarplugError
@@ -32,11 +33,13 @@ class Plan:
         target: where to, as it was written.
         options: what was said about it besides.
         media: what to plug in.
+        commands: read commands from standard input.
     """
 
     target: str
     options: TargetOptions
     media: Media
+    commands: bool = False
 
 
 async def run(plan: Plan, output: Output) -> ExitCode:
@@ -133,10 +136,11 @@ class _Session:
         hub.check_room(1 if count <= MAX_UNITS else count)
         if ports < count:
             has = "1 port" if ports == 1 else f"{ports} ports"
-            note = f"the VM has {has} for {count} disks: they are plugged as {count} logical units of one device"
+            note = f"the VM has {has} for {count} devices: they are plugged as {count} logical units of one device"
             self._show(lambda output: output.note(note))
         self._labels = self._plan.media.devices(ports)
         ticker = asyncio.ensure_future(self._tick(hub))
+        commands = asyncio.ensure_future(self._obey())
         gone = asyncio.ensure_future(hub.guest.closed())
         staying = asyncio.gather(*(self._plug(hub, device) for device in self._labels))
         try:
@@ -147,12 +151,17 @@ class _Session:
                 errors = [gone.result()]
         finally:
             ticker.cancel()
+            commands.cancel()
             gone.cancel()
             staying.cancel()
             await asyncio.gather(staying, return_exceptions=True)
         for error in errors:
             if error is not None:
                 raise error
+
+    async def _obey(self) -> None:
+        if self._plan.commands:
+            await obey(self._plan.media.drives, lambda error: self._show(lambda output: output.refused(error)))
 
     async def _plug(self, hub: Hub, device: VirtualDevice) -> FarplugError | None:
         """Plug a device in, and wait until it has left; why, if nobody here wanted it."""
