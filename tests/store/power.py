@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
@@ -162,8 +162,9 @@ class Medium:
                         self.sectors.pop(sector, None)
 
     def save(self, path: Path) -> None:
-        """Write it to a file."""
-        with path.open("wb") as file:
+        """Write it to a new file: ext4 would write one that was cut to nothing to the disk at once."""
+        path.unlink(missing_ok=True)
+        with path.open("xb") as file:
             for sector, data in self.sectors.items():
                 file.seek(sector * SECTOR)
                 file.write(data)
@@ -264,15 +265,22 @@ class Host:
         self._tell(event)
 
 
-def cuts(log: list[Event], media: dict[Path, Medium]) -> Iterator[int]:
-    """Walk through what was recorded; each step is a moment in which the power may go."""
-    for index, event in enumerate(log):
+SHARES = (0.0, 0.5, 0.5, 0.9, 1.0)
+"""Of what was not synced, so much reaches the medium: one try for each, at every moment."""
+
+
+def cuts(log: list[Event], media: dict[Path, Medium]) -> Iterator[tuple[Event, Sequence[float]]]:
+    """Walk through what was recorded. After each step the power may go: the shares to try, if it makes a difference."""
+    for event in log:
         match event:
             case Synced(path):
                 if path in media:
                     media[path].sync()
             case Wrote(path) | Zeroed(path) | Resized(path):
                 media.setdefault(path, Medium()).pending.append(event)
+            case Issued() | FlushCalled():
+                yield event, ()  # more is allowed, nothing else has changed
+                continue
             case _:
                 pass
-        yield index
+        yield event, SHARES if any(medium.pending for medium in media.values()) else (1.0,)

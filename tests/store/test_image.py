@@ -6,11 +6,13 @@ import os
 import socket
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tests.store.support import CONTENT
 
 from farplug.errors import ImageError, Reason
+from farplug.store import image as image_module
 from farplug.store.image import Image, serial_number
 
 
@@ -234,3 +236,24 @@ def test_a_flush_that_failed_fails_for_ever(image: Path, monkeypatch: pytest.Mon
     opened.sync()
     opened.close()
     opened.close()
+
+
+@pytest.mark.parametrize(("protected", "read_only"), [(1, False), (0, False), (1, True)])
+def test_a_block_device_that_is_write_protected(
+    image: Path, monkeypatch: pytest.MonkeyPatch, protected: int, read_only: bool
+) -> None:
+    def ioctl(fd: int, request: int, data: bytes) -> bytes:
+        assert (request, data) == (0x125E, bytes(4))
+        return struct.pack("@i", protected)
+
+    def every(mode: int) -> bool:
+        return True
+
+    monkeypatch.setattr(image_module, "stat", SimpleNamespace(S_ISREG=every, S_ISBLK=every))
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    if protected and not read_only:
+        with pytest.raises(ImageError, match=r"disk\.raw is write-protected") as caught:
+            Image.open(image)
+        assert (caught.value.reason, caught.value.remedy) == (Reason.NO_PERMISSION, "plug it read-only")
+    else:
+        Image.open(image, read_only=read_only).close()

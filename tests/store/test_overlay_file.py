@@ -11,9 +11,9 @@ import pytest
 from tests.store.support import content, make_snapshot
 
 from farplug.errors import ImageError, Reason
-from farplug.store import BLOCK_SIZE, OverlayStore, overlay
+from farplug.store import BLOCK_SIZE, OverlayStore, overlay, overlay_file
 from farplug.store.overlay_file import OverlayFile
-from farplug.store.overlay_format import HEADER_SIZE
+from farplug.store.overlay_format import HEADER_SIZE, Header
 
 SIZE = 40 * 4096 + 1536
 CONTENT = random.Random(11).randbytes(SIZE)
@@ -237,3 +237,32 @@ async def test_an_empty_file_becomes_a_snapshot(base: Path, path: Path) -> None:
     path.touch()
     await make_snapshot(base, path)
     assert overlay.info(path).changed == 4096
+
+
+@pytest.mark.parametrize("function", [overlay.commit, overlay.discard, None])
+async def test_a_snapshot_that_is_removed_while_it_is_opened(
+    base: Path, path: Path, monkeypatch: pytest.MonkeyPatch, function: Callable[[Path], object] | None
+) -> None:
+    await make_snapshot(base, path)
+    monkeypatch.setattr(overlay_file, "lock", lambda fd, path, read_only: path.unlink())
+    with pytest.raises(ImageError, match="was removed just now") as caught:
+        OverlayStore.open(base, path) if function is None else function(path)
+    assert caught.value.reason is Reason.IN_USE
+    assert content(base) == CONTENT
+
+
+def test_headers_that_lie(tmp_path: Path) -> None:
+    """Any numbers, with the right checksum: an error, and little memory."""
+    chance = random.Random(3)
+    path = tmp_path / "lie"
+    numbers = (0, 1, 511, 512, 4096, SIZE, 1 << 26, 1 << 31, (1 << 32) - 1, 1 << 38, 1 << 57, (1 << 64) - 1)
+    reasons = set()
+    for _ in range(300):
+        size, block_size, cluster_size = chance.choice(numbers), chance.choice(numbers[:9]), chance.choice(numbers[:9])
+        header = Header(bytes(16), size, block_size, cluster_size, chance.choice((0, -1, 5)), bytes(32), Path("/x"))
+        path.write_bytes(bytes(header))
+        os.truncate(path, chance.choice((8192, 8704, 1 << 20, 1 << 40)))
+        with pytest.raises(ImageError) as caught:
+            OverlayFile.open(path)
+        reasons.add(caught.value.reason)
+    assert reasons == {Reason.DAMAGED}

@@ -28,6 +28,8 @@ MAX_USES_TOLD = 3
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _FLOCK = struct.Struct("@hhqqi0q")
 """struct flock: l_type, l_whence, l_start, l_len, l_pid (fcntl_locking(2))."""
+_BLKROGET, _INT = 0x125E, struct.Struct("@i")
+"""In linux/fs.h."""
 
 
 class Image:
@@ -79,6 +81,8 @@ class Image:
             kind = os.fstat(image.fd).st_mode
             if not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)):
                 raise _not_a_file(path, "folder" if stat.S_ISDIR(kind) else "device or a pipe")
+            if not read_only and stat.S_ISBLK(kind) and _write_protected(image.fd):
+                raise ImageError(f"{path} is write-protected", reason=Reason.NO_PERMISSION, remedy="plug it read-only")
             lock(image.fd, path, read_only)
             size = image.size
             if size < block_size:
@@ -210,6 +214,11 @@ def _open(path: Path, read_only: bool, force: bool) -> int:
     elif not force and path.is_block_device():
         flags |= os.O_EXCL  # refused while the kernel uses it, and keeps it from being mounted meanwhile (open(2))
     return os.open(path, flags)
+
+
+def _write_protected(fd: int) -> bool:
+    """Of a block device. Linux opens it for writing all the same, and then no write succeeds."""
+    return bool(_INT.unpack(fcntl.ioctl(fd, _BLKROGET, bytes(_INT.size)))[0])
 
 
 def lock(fd: int, path: Path, read_only: bool) -> None:

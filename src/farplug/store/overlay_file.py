@@ -65,7 +65,7 @@ class OverlayFile:
         """
         image = _open(path)
         try:
-            lock(image.fd, path, read_only=False)
+            _lock(image)
             return cls._load(image)
         except OSError as error:
             image.close()
@@ -86,7 +86,7 @@ class OverlayFile:
             if os.path.samestat(os.fstat(image.fd), os.fstat(base.fd)):
                 remedy = "name another file for the snapshot"
                 raise ImageError(f"{path} is the image itself", reason=Reason.WRONG_FORMAT, remedy=remedy)
-            lock(image.fd, path, read_only=False)
+            _lock(image)
             if not image.size:
                 return cls._create(image, base, block_size)
             file = cls._load(image)
@@ -272,6 +272,12 @@ def _open(path: Path, flags: int = 0) -> Image:
         image.close()
         raise ImageError(f"{path} is no file", reason=Reason.NOT_A_FILE, remedy="name a file for the snapshot")
     return image
+
+
+def _lock(image: Image) -> None:
+    lock(image.fd, image.path, read_only=False)
+    if not os.fstat(image.fd).st_nlink:  # between opening and locking it
+        raise ImageError(f"{image.path} was removed just now", reason=Reason.IN_USE, remedy="try again")
 
 
 def _resize(image: Image, header: Header) -> None:
