@@ -124,6 +124,7 @@ class AttachedScsi:
         self._commands: dict[int, _Command] = {}
         """Those whose status the guest does not have yet, by tag."""
         self._waiting: deque[_Command] = deque()
+        """An ORDERED command until it is over, and what came after it."""
         self._ius: dict[int, deque[tuple[bytes, _Command | None]]] = {}
         """What waits for a transfer of the status pipe, by stream; with the command that it is about."""
         self._responses = 0
@@ -257,12 +258,19 @@ class AttachedScsi:
             self._begin(command)
 
     def _admit(self) -> None:
-        """Begin the commands that wait, up to an ORDERED one that has to go on waiting."""
+        """Begin the commands that wait, up to an ORDERED one that is not over."""
         while self._waiting:
             command = self._waiting[0]
-            if command.ordered and any(one.state is _State.WORKING for one in self._commands.values()):
+            if command.state is _State.WORKING:
                 return
-            self._begin(self._waiting.popleft())
+            if command.state is _State.ENDED:
+                self._waiting.popleft()
+            elif not command.ordered:
+                self._begin(self._waiting.popleft())
+            elif any(one.state is _State.WORKING for one in self._commands.values()):
+                return
+            else:
+                self._begin(command)
 
     def _begin(self, command: _Command) -> None:
         unit = self._absent if command.lun is None else self._units[command.lun]
