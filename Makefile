@@ -1,7 +1,7 @@
 # make demo   set up, then show the main job in a real guest
 # make test   set up, then prove everything (guests included)
 # make lint   ruff, mypy --strict, import contracts, shellcheck
-# make bench  ratios against QEMU's own usb-storage in one run, and the micro figures
+# make bench  ratios to QEMU's own disks and to spice-gtk's, and the micro figures
 # make fuzz   bounded fuzzing of everything that parses
 PYTHON := .venv/bin/python
 SECONDS := 20

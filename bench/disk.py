@@ -1,7 +1,12 @@
-"""Our disk beside QEMU's own usb-storage, in one guest, in one run.
+"""farplug's disk beside its peers, in one guest, in one run.
 
-Both disks hang on the same xHCI controller and hold the same random bytes. Each figure is taken in turns, theirs, ours,
-theirs, ours, and the ratio is the median of the pairs: a single time says more about the machine than about us.
+Three parts: ``qemu`` (QEMU's own usb-storage and usb-uas on the same controller), ``cd`` (the emulated CD of spice-gtk,
+the C client, over the same SPICE channel), ``line`` (both of them on a line with a round trip of 20 ms). All disks hold
+the same random bytes. Each figure is taken in turns, theirs, ours, theirs, ours; the first pair warms both up and is
+dropped, and the ratio is the median of the others: a single time says more about the machine than about us.
+
+``--against SRC`` is for changes of farplug's own: instead of the three parts, another tree of its sources (a worktree's
+``src``) is the peer, plugged into the same guest over the same transport.
 """
 
 from __future__ import annotations
@@ -10,155 +15,373 @@ import argparse
 import asyncio
 import json
 import os
+import platform
 import re
 import statistics
+import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
-from typing import Any
 
+from contenders import Contender, Plugged, farplug, qemu_disk, spice_cd
+from farplug import __version__
+from farplug.errors import FarplugError
+from farplug.programs import QEMU, output_of
 from farplug.testing.qemu import QemuGuest
 from farplug.testing.qemu_config import GuestConfig, SpicePort, TcpPort, UnixPort, UsbDisk
+from jobs import JOBS, LINE_BUFFERED_GOAL, LINE_JOBS, MIB, Job, measure, prepare
+from relay import Relay
 
-MIB = 2**20
 SIZE = 256 * MIB
+DELAY = 0.010
+"""Seconds, each way."""
+PARTS = ("qemu", "cd", "line")
+TRANSPORTS = ("spice", "tcp", "unix")
+SPEEDS = ("super", "high")
+STORAGES = ("auto", "bot", "uas")
+CD_OPTIONS = ("usb-disk-ro", "usb-cdrom")
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """One thing that is measured.
+class Setup:
+    """How our disk is plugged in.
 
     Attributes:
-        name: for the table.
-        command: a shell command; ``$d`` is the disk.
-        size: bytes that it moves.
-        goal: the ratio over SPICE at SuperSpeed that we want to reach.
+        transport: one of TRANSPORTS.
+        speed: one of SPEEDS.
+        storage: one of STORAGES: with ``auto`` farplug chooses by itself.
     """
 
-    name: str
-    command: str
-    size: int
-    goal: float
+    transport: str
+    speed: str
+    storage: str = "auto"
+
+    def __str__(self) -> str:
+        words = [self.transport, self.speed, *([] if self.storage == "auto" else [self.storage])]
+        return " ".join(words)
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Of ``farplug connect``."""
+        storage = () if self.storage == "auto" else ("--usb-storage", self.storage)
+        return ("--usb-speed", self.speed, *storage)
 
 
-JOBS = (
-    Job("sequential read 1 MiB", "dd if=$d of=/dev/null bs=1M count=200 iflag=direct", 200 * MIB, 0.75),
-    Job("sequential write 1 MiB", "dd if=/dev/zero of=$d bs=1M count=100 oflag=direct", 100 * MIB, 0.50),
-    Job("buffered read", "dd if=$d of=/dev/null bs=1M count=100", 100 * MIB, 0.85),
-    Job("4 KiB direct read", "dd if=$d of=/dev/null bs=4k count=1500 iflag=direct", 1500 * 4096, 0.33),
-    Job("4 KiB direct write", "dd if=/dev/zero of=$d bs=4k count=1500 oflag=direct", 1500 * 4096, 0.33),
-)
+MAIN_SETUP = Setup("spice", "super")
+"""What the goals are about, and what is compared with the other SPICE client."""
+SETUPS = (MAIN_SETUP, Setup("tcp", "super"), Setup("unix", "super"), Setup("spice", "high"))
 
 
-async def measure(guest: QemuGuest, job: Job, disk: str) -> float:
-    """Bytes a second."""
-    await guest.check("echo 3 >/proc/sys/vm/drop_caches")
-    script = f"d={disk}; now() {{ read t _ </proc/uptime; echo $t; }}; now; {job.command} 2>/dev/null && now"
-    before, after = (await guest.check(script, timeout=120)).split()
-    return job.size / max(float(after) - float(before), 0.01)
+@dataclass(slots=True)
+class Figure:
+    """One job, here and there.
+
+    Attributes:
+        part: of the benchmark.
+        peer: whom we are compared with.
+        column: how our disk was plugged.
+        job: its name.
+        goal: the ratio that we want to reach; None: there is no goal.
+        theirs: bytes a second of each round.
+        ours: likewise.
+        their_cpu: seconds of processor time that their process takes for a GiB; 0: it is QEMU.
+        our_cpu: likewise.
+    """
+
+    part: str
+    peer: str
+    column: str
+    job: str
+    goal: float | None = None
+    theirs: list[float] = field(default_factory=list)
+    ours: list[float] = field(default_factory=list)
+    their_cpu: list[float] = field(default_factory=list)
+    our_cpu: list[float] = field(default_factory=list)
+
+    @property
+    def ratio(self) -> float:
+        return statistics.median(ours / theirs for ours, theirs in zip(self.ours, self.theirs, strict=True))
+
+    def drop_first(self) -> None:
+        for values in (self.theirs, self.ours, self.their_cpu, self.our_cpu):
+            del values[0]
 
 
-async def find_disk(guest: QemuGuest, vendor: str) -> str:
-    """The block device whose vendor is this; waits for it."""
-    script = f"for s in /sys/block/sd*; do grep -q {vendor} $s/device/vendor 2>/dev/null && basename $s; done; :"
-    for _ in range(200):
-        name = (await guest.check(script)).strip()
-        if name and (await guest.run(f"dd if=/dev/{name} of=/dev/null count=1 2>/dev/null")).exit_code == 0:
-            return f"/dev/{name}"
-        await asyncio.sleep(0.1)
-    raise RuntimeError(f"no disk of vendor {vendor} came up\n{guest.console[-2000:]}")
+async def take(guest: QemuGuest, job: Job, plugged: Plugged, speeds: list[float], cpu: list[float]) -> None:
+    """One measurement of one disk."""
+    before = plugged.cpu_seconds()
+    speed, size = await measure(guest, job, plugged.disk)
+    speeds.append(speed)
+    cpu.append((plugged.cpu_seconds() - before) / size * 2**30)
 
 
-async def wait_gone(guest: QemuGuest, disk: str) -> None:
-    """Wait until the guest has noticed that a disk left."""
-    while (await guest.run(f"test -e {disk}")).exit_code == 0:
-        await asyncio.sleep(0.05)
+async def compare(guest: QemuGuest, figure: Figure, job: Job, theirs: Plugged, ours: Plugged, rounds: int) -> Figure:
+    """Take a figure of two disks that are plugged in side by side."""
+    for _ in range(rounds + 1):
+        await take(guest, job, theirs, figure.theirs, figure.their_cpu)
+        await take(guest, job, ours, figure.ours, figure.our_cpu)
+    figure.drop_first()
+    report(figure)
+    return figure
 
 
-async def run_farplug(target: str, image: Path, speed: str) -> asyncio.subprocess.Process:
-    """``farplug connect``, as a user runs it."""
-    program = Path(sys.executable).with_name("farplug")
-    return await asyncio.create_subprocess_exec(
-        program, "connect", target, "--usb-disk", image, "--usb-speed", speed, "--json", stdout=asyncio.subprocess.PIPE
+def report(figure: Figure) -> None:
+    """Show that something happens."""
+    print(f"  {figure.column} : {figure.peer}, {figure.job}: {figure.ratio:.2f}", file=sys.stderr, flush=True)
+
+
+class Bench:
+    """One run.
+
+    Args:
+        options: of the command line.
+
+    Attributes:
+        figures: what was measured.
+        memory: peak memory in bytes, by program.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.jobs: Sequence[Job] = [job for job in JOBS if not options.job or re.search(options.job, job.name)]
+        self.figures: list[Figure] = []
+        self.memory: dict[str, float] = {}
+        self._targets: dict[str, str] = {}
+        self._images: list[Path] = []
+
+    async def run(self) -> None:
+        """Measure everything that was asked for."""
+        against = self.options.against
+        with tempfile.TemporaryDirectory(prefix="farplug-bench-") as folder:
+            self._images = [Path(folder, name) for name in ("ours", "usb-storage", "usb-uas")]
+            noise = os.urandom(SIZE)
+            for image in self._images:
+                image.write_bytes(noise)
+            _, storage, uas = self._images
+            config = GuestConfig(
+                ports=(SpicePort(), TcpPort(), UnixPort()),
+                disks=() if against else (UsbDisk(image=storage),),
+                programs=("fio",),
+                memory=768,
+                extra_arguments=() if against else usb_uas(uas),
+            )
+            async with QemuGuest(config) as guest:
+                await guest.booted()
+                await prepare(guest)
+                self._targets = dict(zip(TRANSPORTS, guest.targets, strict=True))
+                if against:
+                    await self._beside_other_sources(guest)
+                else:
+                    for part in self.options.part or PARTS:
+                        await {"qemu": self._beside_qemu, "cd": self._beside_cd, "line": self._on_a_line}[part](guest)
+
+    # --- the parts ----------------------------------------------------------------------------------------------------
+
+    async def _beside_qemu(self, guest: QemuGuest) -> None:
+        storage, uas = await qemu_disk(guest, "QEMU HARDDISK"), await qemu_disk(guest, "QEMU UAS")
+        for job in self.jobs:
+            figure = Figure("qemu", "QEMU usb-storage", "QEMU usb-uas", job.name)
+            self.figures.append(await compare(guest, figure, job, storage, uas, self.options.rounds))
+        for setup in self._setups():
+            disk = farplug(str(setup), self._targets[setup.transport], *setup.options, "--usb-disk", self._images[0])
+            async with disk.plug(guest) as ours:
+                for job in self.jobs:
+                    goal = job.goal if setup == MAIN_SETUP else None
+                    figure = Figure("qemu", "QEMU usb-storage", disk.name, job.name, goal)
+                    self.figures.append(await compare(guest, figure, job, storage, ours, self.options.rounds))
+                self._remember(disk.name, ours)
+
+    async def _beside_cd(self, guest: QemuGuest) -> None:
+        jobs = [job for job in self.jobs if job.cd_goal is not None]
+        await self._beside_spice_gtk(guest, "cd", jobs, self._targets["spice"], self.options.rounds)
+
+    async def _on_a_line(self, guest: QemuGuest) -> None:
+        jobs = [job for job in LINE_JOBS if not self.options.job or re.search(self.options.job, job.name)]
+        assert guest.spice.port is not None
+        async with Relay(guest.spice.host, guest.spice.port, DELAY) as relay:
+            target = f"spice://{guest.spice.host}:{relay.listen}"
+            await self._beside_spice_gtk(guest, "line", jobs, target, 2)
+
+    async def _beside_spice_gtk(
+        self, guest: QemuGuest, part: str, jobs: Sequence[Job], target: str, rounds: int
+    ) -> None:
+        image = self._images[0]
+        disk = farplug(str(MAIN_SETUP), target, *MAIN_SETUP.options, f"--{self.options.cd_as}", image)
+        peer = spice_cd(target, image)
+        figures = {job: Figure(part, peer.name, disk.name, job.name, job.cd_goal) for job in jobs}
+        await self._alternate(guest, figures, peer, disk, rounds)
+
+    async def _beside_other_sources(self, guest: QemuGuest) -> None:
+        source = self.options.against
+        for setup in self._setups():
+            target = self._targets[setup.transport]
+            options: tuple[str | Path, ...] = (*setup.options, "--usb-disk", self._images[0])
+            disk = farplug(str(setup), target, *options)
+            other = farplug(f"{setup}, other", target, *options, source=source)
+            figures = {job: Figure("against", f"farplug of {source}", disk.name, job.name) for job in self.jobs}
+            await self._alternate(guest, figures, other, disk, self.options.rounds)
+
+    async def _alternate(
+        self, guest: QemuGuest, figures: dict[Job, Figure], peer: Contender, disk: Contender, rounds: int
+    ) -> None:
+        """Plug two in by turns, as a SPICE server takes one client at a time; all jobs on one, then on the other."""
+        for _ in range(rounds + 1):
+            async with peer.plug(guest) as theirs:
+                for job, figure in figures.items():
+                    await take(guest, job, theirs, figure.theirs, figure.their_cpu)
+                self._remember(peer.name, theirs)
+            async with disk.plug(guest) as ours:
+                for job, figure in figures.items():
+                    await take(guest, job, ours, figure.ours, figure.our_cpu)
+                self._remember(disk.name, ours)
+        for figure in figures.values():
+            figure.drop_first()
+            report(figure)
+        self.figures += figures.values()
+
+    # --- helpers ------------------------------------------------------------------------------------------------------
+
+    def _setups(self) -> list[Setup]:
+        """The usual ones, or those that were asked for."""
+        options = self.options
+        if not (options.transport or options.speed or options.storage):
+            return [*SETUPS]
+        chosen = product(options.transport or ["spice"], options.speed or ["super"], options.storage or ["auto"])
+        return [Setup(*words) for words in chosen]
+
+    def _remember(self, name: str, plugged: Plugged) -> None:
+        self.memory[name] = max(self.memory.get(name, 0.0), plugged.peak_memory())
+
+
+def usb_uas(image: Path) -> tuple[str, ...]:
+    """QEMU's own usb-uas, with one disk whose model is "UAS"."""
+    drive = f"if=none,id=uas-drive,format=raw,cache=writeback,file={str(image).replace(',', ',,')}"
+    disk = "scsi-hd,bus=uas.0,drive=uas-drive,vendor=QEMU,product=QEMU UAS"
+    return ("-drive", drive, "-device", "usb-uas,id=uas,bus=usb.0", "-device", disk)
+
+
+# --- the tables -------------------------------------------------------------------------------------------------------
+
+
+def machine() -> str:
+    """What the machine was."""
+    processor = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
+    qemu = re.search(r"version (\S+)", output_of(QEMU, "--version") or "")
+    load = os.getloadavg()[0]
+    return (
+        f"{processor[1] if processor else platform.machine()}, {os.cpu_count()} cores (load {load:.1f}); "
+        f"Linux {platform.release()}; QEMU {qemu[1] if qemu else '?'} (tcg); "
+        f"Python {platform.python_version()}; farplug {__version__}{commit()}"
     )
 
 
-def peak_memory(pid: int) -> float:
-    """Peak resident memory of a process, in MiB."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    found = re.search(r"VmHWM:\s+(\d+) kB", status)
-    assert found
-    return int(found[1]) / 1024
+def commit() -> str:
+    """The commit of this tree, if it is one of git's."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return f" ({result.stdout.strip()})" if result.returncode == 0 else ""
 
 
-async def bench(transports: list[str], speeds: list[str], rounds: int) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="farplug-bench-") as folder:
-        ours, theirs = Path(folder, "ours.raw"), Path(folder, "theirs.raw")
-        block = os.urandom(MIB)
-        for path in (ours, theirs):
-            with path.open("wb") as file:
-                for index in range(SIZE // MIB):
-                    file.write(block[index:] + block[:index])
-        config = GuestConfig(ports=(SpicePort(), TcpPort(), UnixPort()), disks=(UsbDisk(image=theirs),))
-        async with QemuGuest(config) as guest:
-            await guest.booted()
-            peer = await find_disk(guest, "QEMU")
-            targets = dict(zip(("spice", "tcp", "unix"), guest.targets, strict=True))
-            for transport in transports:
-                for speed in speeds:
-                    process = await run_farplug(targets[transport], ours, speed)
-                    disk = await find_disk(guest, "farplug")
-                    for job in JOBS:
-                        pairs = []
-                        for _ in range(rounds + 1):
-                            base = await measure(guest, job, peer)
-                            pairs.append((await measure(guest, job, disk), base))
-                        pairs = pairs[1:]  # the first one warms both up
-                        row = {
-                            "transport": transport,
-                            "speed": speed,
-                            "job": job.name,
-                            "goal": job.goal if (transport, speed) == ("spice", "super") else None,
-                            "ours": statistics.median(a for a, _ in pairs) / 1e6,
-                            "theirs": statistics.median(b for _, b in pairs) / 1e6,
-                            "ratio": statistics.median(a / b for a, b in pairs),
-                        }
-                        rows.append(row)
-                        print_row(row)
-                    memory = peak_memory(process.pid)
-                    rows.append({"transport": transport, "speed": speed, "peak_memory_mib": memory})
-                    print(f"{transport:<9}{speed:<8}peak memory of farplug connect: {memory:.0f} MiB", flush=True)
-                    process.terminate()
-                    await process.communicate()
-                    await wait_gone(guest, disk)
-    return rows
+def against_goal(value: float, goal: float | None) -> str:
+    if goal is None:
+        return ""
+    return f"{goal:6.2f}  {'met' if value >= goal else 'MISSED'}"
 
 
-def print_row(row: Mapping[str, Any]) -> None:
-    goal = f"   goal {row['goal']:.2f}" if row["goal"] else ""
-    print(
-        f"{row['transport']:<9}{row['speed']:<8}{row['job']:<24}{row['ours']:>8.1f} MB/s"
-        f"{row['theirs']:>13.1f} MB/s{row['ratio']:>8.2f}{goal}",
-        flush=True,
-    )
+def tables(bench: Bench) -> str:
+    """All that was measured, for people."""
+    lines: list[str] = []
+    jobs = {job.name: job for job in (*JOBS, *LINE_JOBS)}
+    for part, title in (
+        ("qemu", "Ratios to QEMU's own usb-storage (Bulk-Only Transport, in QEMU itself)"),
+        ("against", f"Ratios to farplug of {bench.options.against}"),
+    ):
+        figures = [figure for figure in bench.figures if figure.part == part]
+        if figures:
+            lines += ["", f"{title}, median of {bench.options.rounds} pairs", *ratios(figures, jobs)]
+    for part, title in (
+        ("cd", "Beside spice-gtk's emulated CD (C), over SPICE"),
+        ("line", f"The same on a line with {2000 * DELAY:.0f} ms round trip"),
+    ):
+        figures = [figure for figure in bench.figures if figure.part == part]
+        if figures:
+            lines += ["", f"{title}, median of {len(figures[0].ours)} pairs", *pairs(figures, jobs)]
+    if bench.memory:
+        lines += ["", "Peak memory, MiB"]
+        lines += [f"  {name:<30}{size / MIB:>10.0f}" for name, size in bench.memory.items()]
+    return "\n".join(lines[1:])
+
+
+def ratios(figures: Sequence[Figure], jobs: dict[str, Job]) -> list[str]:
+    """A line for each job, a column for each way to plug in."""
+    columns = list(dict.fromkeys(figure.column for figure in figures))
+    cells = {(figure.job, figure.column): figure for figure in figures}
+    lines = [f"  {'':<32}{'peer':>14}" + "".join(f"{name:>14}" for name in columns) + f"{'goal':>8}"]
+    for job in dict.fromkeys(figure.job for figure in figures):
+        row = [cells[job, column] for column in columns]
+        peer = statistics.median(speed for figure in row for speed in figure.theirs)
+        goals = [against_goal(figure.ratio, figure.goal) for figure in row if figure.goal is not None]
+        values = "".join(f"{figure.ratio:>14.2f}" for figure in row)
+        lines.append(f"  {job:<32}{jobs[job].show(peer):>14}{values}  {''.join(goals)}".rstrip())
+    lines.append("  farplug's processor time, s/GiB")
+    for job in dict.fromkeys(figure.job for figure in figures):
+        row = [cells[job, column] for column in columns]
+        values = "".join(f"{statistics.median(f.our_cpu):>14.2f}" if any(f.our_cpu) else f"{'-':>14}" for f in row)
+        theirs = [value for figure in row for value in figure.their_cpu]
+        peer_cpu = f"{statistics.median(theirs):.2f}" if any(theirs) else "-"
+        lines.append(f"  {job:<32}{peer_cpu:>14}{values}")
+    return lines
+
+
+def pairs(figures: Sequence[Figure], jobs: dict[str, Job]) -> list[str]:
+    """A line for each job: theirs, ours, ratio, goal, processor time."""
+    lines = [
+        f"  {'':<32}{figures[0].peer:>14}{'farplug':>14}{'ratio':>8}{'goal':>8}{'':8}"
+        f"{'CPU s/GiB':>12}{figures[0].peer:>14}{'farplug':>10}"
+    ]
+    for figure in figures:
+        job = jobs[figure.job]
+        theirs, ours = statistics.median(figure.theirs), statistics.median(figure.ours)
+        lines.append(
+            f"  {figure.job:<32}{job.show(theirs):>14}{job.show(ours):>14}{figure.ratio:>8.2f}"
+            f"{against_goal(figure.ratio, figure.goal):<18}"
+            f"{'':<10}{statistics.median(figure.their_cpu):>14.2f}{statistics.median(figure.our_cpu):>10.2f}"
+        )
+        if figure.part == "line" and figure.job == "buffered read":
+            met = "met" if ours >= LINE_BUFFERED_GOAL else "MISSED"
+            lines.append(f"    at least {LINE_BUFFERED_GOAL / 1e6:.0f} MB/s: {met}")
+    return lines
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--transport", choices=("spice", "tcp", "unix"), action="append")
-    parser.add_argument("--speed", choices=("super", "high"), action="append")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=PARTS, action="append", help="measure this part (may be repeated)")
+    parser.add_argument("--transport", choices=TRANSPORTS, action="append", help="not the usual setups: over this")
+    parser.add_argument("--speed", choices=SPEEDS, action="append", help="not the usual setups: at this speed")
+    parser.add_argument("--storage", choices=STORAGES, action="append", help="not the usual setups: --usb-storage")
+    parser.add_argument("--cd-as", choices=CD_OPTIONS, default=CD_OPTIONS[0], help="what we plug in beside the CD")
+    parser.add_argument("--job", metavar="REGEX", help="measure the jobs whose names match")
+    parser.add_argument("--rounds", type=int, default=3, help="pairs that count (default: 3)")
+    parser.add_argument("--against", type=Path, metavar="SRC", help="measure farplug against another tree of it")
+    parser.add_argument("--json", type=Path, help="also write all figures to this file")
     options = parser.parse_args()
-    print(f"{'over':<9}{'speed':<8}{'':<24}{'farplug':>13}{'QEMU usb-storage':>18}{'ratio':>8}")
-    rows = asyncio.run(
-        bench(options.transport or ["spice", "tcp", "unix"], options.speed or ["super", "high"], options.rounds)
-    )
+    print(machine(), flush=True)
+    started = time.monotonic()
+    bench = Bench(options)
+    try:
+        asyncio.run(bench.run())
+    except FarplugError as error:
+        sys.exit(f"bench: {error}")
+    print(tables(bench))
+    print(f"\n{time.monotonic() - started:.0f} s")
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        options.json.write_text(
+            json.dumps({"machine": machine(), "figures": [asdict(figure) for figure in bench.figures]}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Programs of this machine that the throw-away guest and the demo need, and the packages that bring them."""
+"""Programs of this machine that images, the throw-away guest and the demo need, and the packages that bring them."""
 
 from __future__ import annotations
 
@@ -27,6 +27,11 @@ PACKAGE_OF_PROGRAM = {
     "fio": "fio",
     "f3probe": "f3",
     "mcopy": "mtools",
+    "mmd": "mtools",
+    "fdisk": "fdisk",
+    "mkntfs": "ntfs-3g",
+    "ntfs-3g": "ntfs-3g",
+    "xorrisofs": "xorriso",
     "zstd": "zstd",
     "setpriv": "util-linux",
     QEMU: "qemu-system-x86",
