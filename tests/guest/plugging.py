@@ -94,6 +94,12 @@ async def disk_with(guest: QemuGuest, serial: str) -> str:
     raise AssertionError(f"no block device for serial number {serial}\n{await guest.check('dmesg | tail -40')}")
 
 
+async def give_space_back(guest: QemuGuest, disk: str, storage: str) -> None:
+    """Let the guest use UNMAP or WRITE SAME: over Bulk-Only Transport Linux has to be told (docs/disk.md)."""
+    if storage == "bot":
+        await guest.check(f"echo writesame_16 >$(echo /sys/block/{disk[5:]}/device/scsi_disk/*/provisioning_mode)")
+
+
 async def usb_folder(guest: QemuGuest, device: Device) -> str:
     """The guest's folder in /sys for one of our devices, by its ids; waits until it is there."""
     ids = f"{device.identity.vendor_id:04x} {device.identity.product_id:04x}"
