@@ -25,7 +25,7 @@ from tests.guest.test_survival import Process, farplug
 
 from farplug.errors import ExitCode
 from farplug.programs import find_program
-from farplug.store.file import serial_number
+from farplug.store.image import serial_number
 from farplug.testing import GuestConfig, QemuGuest, SpicePort, TcpPort
 
 if TYPE_CHECKING:
