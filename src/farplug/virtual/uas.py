@@ -36,7 +36,7 @@ from farplug.virtual.iu import (
     sense_iu,
     task_set_full_iu,
 )
-from farplug.virtual.pipe import Pipe
+from farplug.virtual.pipe import Pipe, StatusPipe
 from farplug.virtual.task import Task
 from farplug.virtual.unit import LogicalUnit, absent_unit
 
@@ -49,9 +49,6 @@ MAX_STREAM = 1 << STREAMS_EXPONENT
 
 MAX_COMMANDS = 256
 """Commands at work; a further one ends with TASK SET FULL."""
-
-MAX_RESPONSES = 256
-"""Responses that wait because the guest does not ask for status; further ones are dropped."""
 
 MAX_UNREAD = 16 << 20
 """Bytes of reads under way, also of those that nobody waits for any more; above it, further reads wait."""
@@ -124,17 +121,15 @@ class AttachedScsi:
         self._luns = {bytes((method, lun, *bytes(6))): lun for method in (0x00, 0x40) for lun in range(len(units))}
         """By their 8 bytes: peripheral (single level) or flat addressing (SAM-5, chapter 4.7)."""
         self._command_pipe = command
-        self._status, self._data_in, self._data_out = Pipe(), Pipe(), Pipe()
-        self._pipes = {status: self._status, data_in: self._data_in, data_out: self._data_out}
+        self._status: StatusPipe[_Command] = StatusPipe(self._told)
+        self._data_in, self._data_out = Pipe(), Pipe()
+        self._pipes: dict[int, Pipe] = {status: self._status, data_in: self._data_in, data_out: self._data_out}
         self._streams = False
         self._packet_size = 0
         self._commands: dict[int, _Command] = {}
         """Those whose status the guest does not have yet, by tag."""
         self._waiting: deque[_Command] = deque()
         """An ORDERED command until it is over, and what came after it."""
-        self._ius: dict[int, deque[tuple[bytes, _Command | None]]] = {}
-        """What waits for a transfer of the status pipe, by stream; with the command that it is about."""
-        self._responses = 0
         self._turns: dict[Direction, deque[_Command]] = {Direction.IN: deque(), Direction.OUT: deque()}
         """Without streams: who moves data, one after the other."""
         self._writing: dict[Transfer, tuple[_Command, int]] = {}
@@ -156,7 +151,7 @@ class AttachedScsi:
             return
         pipe = self._pipes[transfer.endpoint]
         if pipe is self._status:
-            self._take_status(transfer)
+            self._status.ask(transfer)
             return
         command = self._mover(transfer)
         if command is None and self._streams:
@@ -218,11 +213,9 @@ class AttachedScsi:
         pending += self._writing
         self._commands.clear()
         self._waiting.clear()
-        self._ius.clear()
         self._writing.clear()
         for turns in self._turns.values():
             turns.clear()
-        self._responses = 0
         for transfer in pending:
             transfer.complete(Status.CANCELLED)
 
@@ -335,10 +328,7 @@ class AttachedScsi:
             if command in self._waiting:
                 self._waiting.remove(command)
             self._leave_turn(command)
-            stream = self._stream(command.tag)
-            kept = deque(entry for entry in self._ius.pop(stream, ()) if entry[1] is not command)
-            if kept:
-                self._ius[stream] = kept
+            self._status.forget(self._stream(command.tag), command)
             if command.reading is not None:
                 reading, command.reading = command.reading, None
                 reading.complete()
@@ -494,40 +484,14 @@ class AttachedScsi:
         self._say(tag, iu)
 
     def _say(self, tag: int, iu: bytes, command: _Command | None = None) -> None:
-        """Send an IU on the status pipe, when the guest asks for one."""
-        stream = self._stream(tag)
-        waiting = self._ius.get(stream)
-        transfer = self._status.take(stream) if waiting is None else None
-        if transfer is not None:
-            self._deliver(transfer, iu, command)
-            return
-        if command is None:
-            if self._responses >= MAX_RESPONSES:
-                return
-            self._responses += 1
-        if waiting is None:
-            waiting = self._ius[stream] = deque()
-        waiting.append((iu, command))
+        self._status.say(self._stream(tag), iu, command)
 
-    def _take_status(self, transfer: Transfer) -> None:
-        waiting = self._ius.get(transfer.stream_id)
-        if waiting is None:
-            self._status.put(transfer)
-            return
-        iu, command = waiting.popleft()
-        if not waiting:
-            del self._ius[transfer.stream_id]
-        if command is None:
-            self._responses -= 1
-        self._deliver(transfer, iu, command)
-
-    def _deliver(self, transfer: Transfer, iu: bytes, command: _Command | None) -> None:
-        if command is not None:
-            if command.state is _ENDED:
-                del self._commands[command.tag]
-            else:
-                command.ready = True
-        transfer.complete(Status.SUCCESS, iu)
+    def _told(self, command: _Command) -> None:
+        """The guest has the IU that was said about a command."""
+        if command.state is _ENDED:
+            del self._commands[command.tag]
+        else:
+            command.ready = True
 
     def _stream(self, tag: int) -> int:
         return tag if self._streams else 0
