@@ -323,6 +323,8 @@ class AttachedScsi:
     def _drop(self, commands: Iterable[_Command]) -> None:
         """These commands are gone, and the data transfers that the guest has queued for them end: no status is sent."""
         for command in commands:
+            if self._commands.get(command.tag) is not command:
+                continue  # aborted from inside of the completion of another one's data
             self._forget(command)
             del self._commands[command.tag]
             if command in self._waiting:
@@ -364,8 +366,9 @@ class AttachedScsi:
         """Do the next thing that a command needs; False if it has to wait."""
         task = command.task
         if command.moved < task.demand:
-            if task.direction is Direction.OUT:  # also if it has failed: the guest sends all of it, and it must not
-                return self._take(command) if command.ready else self._claim_turn(command)  # go to another command
+            # Data-out is taken also if it has failed: what comes late would go to another command.
+            if task.direction is Direction.OUT:
+                return self._take(command) if command.ready else self._claim_turn(command)
             if task.sense is None:
                 return self._give(command) if command.ready else self._claim_turn(command)
         if command.reading is not None or not task.finish():
