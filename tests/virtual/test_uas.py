@@ -14,8 +14,9 @@ from tests.virtual.bulk_only import IN, Listener, Pattern, read10, write10
 from farplug.scsi.disk import COMMANDS
 from farplug.usb import Speed, Status, Transfer, TransferType
 from farplug.virtual.iu import TaskFunction
+from farplug.virtual.pipe import MAX_RESPONSES
 from farplug.virtual.task import MAX_LINGERING
-from farplug.virtual.uas import MAX_COMMANDS, MAX_RESPONSES
+from farplug.virtual.uas import MAX_COMMANDS
 
 KIB = 1024
 SPEEDS = [Speed.SUPER, Speed.HIGH]
@@ -714,7 +715,7 @@ def kept(initiator: Initiator) -> int:
     """How much the state machine holds."""
     uas = initiator.uas
     total = len(uas._commands) + len(uas._waiting) + len(uas._writing) + len(uas._due)
-    total += sum(1 + len(queue) for queue in uas._ius.values())
+    total += sum(1 + len(queue) for queue in uas._status._unsaid.values())
     total += sum(len(turns) for turns in uas._turns.values())
     return total + sum(1 + len(queue) for pipe in uas._pipes.values() for queue in pipe._waiting.values())
 
