@@ -31,7 +31,7 @@ AT_ONCE = ("usb_storage.delay_use=0",)
 SCRIPTS = Path(__file__).parent / "scripts"
 
 LABORATORY = GuestConfig(
-    ports=(TcpPort(), SpicePort()),
+    ports=(TcpPort(), SpicePort(), TcpPort(nodelay=False)),
     kernel_arguments=AT_ONCE,
     memory=512,
     programs=("badblocks", "blkdiscard", "f3probe", "fallocate", "fio", "fsck.exfat", "mkfs.exfat", "usbreset"),

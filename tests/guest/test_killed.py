@@ -118,18 +118,22 @@ async def writing(guest: QemuGuest, kind: str, disk: Raw) -> AsyncIterator[Calla
         await asyncio.gather(program, return_exceptions=True)
 
 
-async def told(console: Callable[[], str], text: str, count: int) -> None:
+async def told(guest: QemuGuest, console: Callable[[], str], text: str, count: int) -> None:
     """Wait until the guest's writer has said something so often."""
-    async with asyncio.timeout(60):
-        while console().count(text) < count:
-            await asyncio.sleep(0.002)
+    try:
+        async with asyncio.timeout(60):
+            while console().count(text) < count:
+                await asyncio.sleep(0.002)
+    except TimeoutError:
+        log = await guest.check("dmesg | tail -60")
+        raise AssertionError(f"{text} was not said {count} times:\n{console()[-500:]}\n{log}") from None
 
 
-async def cut(console: Callable[[], str], process: Process, pid: int, number: int) -> int:
+async def cut(guest: QemuGuest, console: Callable[[], str], process: Process, pid: int, number: int) -> int:
     """Kill a process in the middle of the guest's writing, the ``number``-th time; how many records it waited for."""
-    await told(console, "<up>", number)
+    await told(guest, console, "<up>", number)
     records = random.randint(0, MOST)
-    await told(console, ">", console().count(">") + records)
+    await told(guest, console, ">", console().count(">") + records)
     await asyncio.sleep(random.uniform(0, 0.02))
     assert process.process.returncode is None
     os.kill(pid, signal.SIGKILL)
@@ -144,8 +148,8 @@ async def test_farplug_is_killed(guests: GuestPool, tmp_path: Path, storage: str
     async with writing(guest, kind, disk) as console:
         for number in range(1, CUTS + 1):
             async with farplug("connect", guest.targets[number % 2], *options) as process:
-                records += await cut(console, process, process.process.pid, number)
-            await told(console, "<down>", number)
+                records += await cut(guest, console, process, process.process.pid, number)
+            await told(guest, console, "<down>", number)
             disk.check(console())
     assert len(disk.confirmed) >= records
     async with farplug("connect", guest.targets[0], *options) as process:
@@ -165,7 +169,7 @@ async def test_qemu_is_killed(guests: GuestPool, tmp_path: Path, storage: str, k
     for number in range(QEMU_CUTS):
         async with guests.fresh(config) as guest, writing(guest, kind, disk) as console:
             async with farplug("connect", guest.targets[number % 2], *options) as process:
-                records += await cut(console, process, guest.pid, 1)
+                records += await cut(guest, console, process, guest.pid, 1)
                 assert await process.exit_code() == ExitCode.GUEST_GONE, process.stderr
             disk.check(console())
     assert len(disk.confirmed) >= records
