@@ -177,7 +177,7 @@ async def test_what_fsync_confirmed_survives(guests: GuestPool, tmp_path: Path, 
     first = image.read_bytes()
     store = VolatileStore(first)
     marks = Marks(store.log)
-    devices = disk_device(store), disk_device(marks)
+    devices = disk_device(store, transport=STORAGE[storage].transport), disk_device(marks)
     async with plugged(guest.targets[0], devices[0]), plugged(guest.targets[1], devices[1]):
         disk, other = [await disk_of(guest, device) for device in devices]
         await give_space_back(guest, disk, storage)
