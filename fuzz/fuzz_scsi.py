@@ -1,4 +1,7 @@
-"""A hostile guest at the disk: any transfers, cancels and resets. The disk answers each transfer once, and lives."""
+"""A hostile guest at a disk or a CD-ROM drive: any transfers, cancels and resets, while media come and go.
+
+Each transfer is answered once, and the device lives.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,16 @@ import asyncio
 import random
 import struct
 
-from farplug.scsi.disk import COMMANDS
+from farplug.errors import DeviceError
+from farplug.scsi.cdrom import COMMANDS as CDROM_COMMANDS
+from farplug.scsi.disk import COMMANDS as DISK_COMMANDS
 from farplug.store import MemoryStore
 from farplug.usb import Buffer, Setup, Status, Transfer, TransferType
-from farplug.virtual import VirtualDevice, disk_device
+from farplug.virtual import CdromDrive, VirtualDevice, cdrom_device, disk_device, drives_of
 from harness import run
 
 BLOCKS = 64
+KNOWN = [bytes((row.opcode, row.service_action or 0)) for row in (*DISK_COMMANDS, *CDROM_COMMANDS)]
 LENGTHS = (0, 1, 8, 13, 18, 31, 36, 512, 1024, 32768, 65536, 65537, 2**31, 2**32 - 1)
 
 
@@ -28,7 +34,7 @@ class Listener:
 
 
 def wrapper(source: random.Random) -> bytes:
-    known = source.choice([bytes((row.opcode, row.service_action or 0)) for row in COMMANDS])
+    known = source.choice(KNOWN)
     cdb = bytearray(source.choice((known, b"\x28\0", b"\x2a\0", source.randbytes(1) + b"\0")) + bytes(14))
     opcode = cdb[0]
     for _ in range(source.randrange(4)):
@@ -39,6 +45,17 @@ def wrapper(source: random.Random) -> bytes:
     flags = source.choice((0, 0x80))
     lun = source.choice((0, 0, 0, 0, 1, 255))
     return struct.pack("<4sIIBBB16s", b"USBC", source.getrandbits(32), length, flags, lun, 16, bytes(cdb))
+
+
+async def swap(drive: CdromDrive, source: random.Random) -> None:
+    force = source.random() < 0.5
+    try:
+        if source.random() < 0.5:
+            await drive.eject(force=force)
+        else:
+            await drive.insert(MemoryStore(2048 * BLOCKS, block_size=2048), force=force)
+    except DeviceError:
+        assert drive.locked
 
 
 async def attack(device: VirtualDevice, source: random.Random, submitted: list[Transfer]) -> None:
@@ -52,6 +69,8 @@ async def attack(device: VirtualDevice, source: random.Random, submitted: list[T
         submit(Transfer(TransferType.BULK, endpoint, completed.append, length=length, data=data))
 
     for _ in range(source.randrange(60)):
+        if drives_of(device) and source.random() < 0.1:
+            await swap(drives_of(device)[0], source)
         match source.randrange(12):
             case 0 | 1 | 2 | 3:
                 bulk(0x02, data=wrapper(source))
@@ -76,27 +95,30 @@ async def attack(device: VirtualDevice, source: random.Random, submitted: list[T
 
 
 def one_case(source: random.Random) -> None:
-    store = MemoryStore(BLOCKS * 512, read_only=source.random() < 0.3)
+    block_size = source.choice((512, 2048))
+    store = MemoryStore(BLOCKS * block_size, block_size=block_size, read_only=source.random() < 0.3)
     before = bytes(store.content)
-    device = disk_device(store)
+    is_disk = block_size == 512
+    device: VirtualDevice = disk_device(store) if is_disk else cdrom_device(store)
 
     async def case() -> None:
         await device.open(Listener())
         await device.reset()
         await device.set_configuration(1)
         await attack(device, source, [])
-        assert len(store.content) == BLOCKS * 512
-        assert not store.read_only or store.content == before
+        assert len(store.content) == len(before)
+        assert (is_disk and not store.read_only) or store.content == before
         # it still works for a guest that behaves
         await device.open(Listener())
         await device.reset()
         await device.set_configuration(1)
         done: list[Transfer] = []
-        for _ in range(2):
+        for _ in range(3):  # reset, another medium
             cbw = struct.pack("<4sIIBBB16s", b"USBC", 7, 0, 0, 0, 6, bytes(16))
             device.submit(Transfer(TransferType.BULK, 0x02, done.append, data=cbw))
             device.submit(Transfer(TransferType.BULK, 0x81, done.append, length=13))
-        assert [bytes(one.reply)[12:] for one in done[1::2]] == [b"\1", b"\0"]
+        ready = b"\1" if drives_of(device) and not drives_of(device)[0].medium else b"\0"
+        assert (bytes(done[1].reply)[12:], bytes(done[-1].reply)[12:]) == (b"\1", ready)
         await device.close()
         await device.dispose()
 

@@ -31,6 +31,9 @@ EVENTS = {
     "peer-violation": (events.PeerViolation("tcp", ERROR), "the guest broke the protocol: it is gone"),
     "device-fault": (events.DeviceFault("tcp", ValueError("x")), "the device misbehaved: ValueError: x"),
     "refused": (events.Refused("tcp", ERROR), "it is gone"),
+    "medium-inserted": (events.MediumInserted("tcp", "a.iso"), "a.iso inserted"),
+    "medium-ejected": (events.MediumEjected("tcp", "a.iso", by_guest=True), "a.iso ejected by the guest"),
+    "medium-locked": (events.MediumLocked("tcp", locked=True), "locked by the guest"),
     "detached": (events.Detached("tcp", ERROR, (events.EndpointFigures(0x81, 2, 512),)), "detached: it is gone"),
 }
 
@@ -58,6 +61,8 @@ def test_configured() -> None:
     assert str(events.Configured("tcp", 1)) == "configured by the guest (configuration 1)"
     assert str(events.GuestReady("tcp", "qemu 9", ("filter",))) == "the guest is ready (qemu 9)"
     assert str(events.Detached("tcp", None)) == "detached"
+    assert str(events.MediumEjected("tcp", "a.iso", by_guest=False)) == "a.iso ejected"
+    assert str(events.MediumLocked("tcp", locked=False)) == "unlocked by the guest"
 
 
 def test_every_speed_has_a_name() -> None:

@@ -25,6 +25,7 @@ from farplug.transport.port import Port, PortListener
 from farplug.usb.types import Buffer, Speed
 from farplug.usbredir import packets as p
 from farplug.usbredir.protocol import Connection, Role
+from farplug.virtual.cdrom import cdrom_device, drives_of
 from farplug.virtual.device import VirtualDevice
 from farplug.virtual.disk import disk_device
 
@@ -174,6 +175,40 @@ async def test_a_life() -> None:
     assert hub.guest.left
     with pytest.raises(GuestGoneError):
         await hub.plug(device)
+
+
+async def test_media_come_and_go_while_a_drive_is_plugged() -> None:
+    port = FakePort("a")
+    await Peer(port).start()
+    hub = Hub(FakeGuest([port]))
+    seen: list[PortEvent] = []
+    hub.subscribe(lambda attachment, event: seen.append(event))
+    device = cdrom_device()
+    attachment = await hub.plug(device)
+    await attachment.configured()
+    assert attachment.drives[0] is drives_of(device)[0]
+    before = len(seen)
+    await attachment.drives[0].insert(MemoryStore(4096, block_size=2048))
+    await attachment.drives[0].eject()
+    assert seen[before:] == [
+        events.MediumInserted("a", "memory"),
+        events.MediumEjected("a", "memory", by_guest=False),
+    ]
+    assert attachment.state is AttachmentState.CONFIGURED
+    await attachment.unplug()
+    count = len(seen)
+    await drives_of(device)[0].insert(MemoryStore(4096, block_size=2048))
+    assert len(seen) == count, "it is not in the guest"
+    await hub.close()
+    await device.dispose()
+
+
+async def test_a_disk_has_no_drive() -> None:
+    port = FakePort("a")
+    await Peer(port).start()
+    hub = Hub(FakeGuest([port]))
+    assert not (await hub.plug(disk())).drives
+    await hub.close()
 
 
 async def test_ports_in_use_are_passed_over_side_by_side() -> None:

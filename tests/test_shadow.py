@@ -15,7 +15,8 @@ from pathlib import Path
 from farplug.testing.memory import MemoryGuest, Pending
 from farplug.usb import Setup, Status
 from farplug.usbredir import packets as p
-from farplug.virtual.disk import BULK_IN, BULK_OUT, disk_device
+from farplug.virtual.disk import disk_device
+from farplug.virtual.storage import BULK_IN, BULK_OUT
 
 SEED = 20261122
 OPERATIONS = 10_000

@@ -156,6 +156,37 @@ class Refused(_PortEvent):
 
 
 @dataclass(frozen=True, slots=True)
+class MediumInserted(_PortEvent):
+    """A medium was put into the device's drive."""
+
+    medium: str
+
+    def __str__(self) -> str:
+        return f"{self.medium} inserted"
+
+
+@dataclass(frozen=True, slots=True)
+class MediumEjected(_PortEvent):
+    """The medium was taken out of the device's drive, by the guest or from here."""
+
+    medium: str
+    by_guest: bool
+
+    def __str__(self) -> str:
+        return f"{self.medium} ejected{' by the guest' if self.by_guest else ''}"
+
+
+@dataclass(frozen=True, slots=True)
+class MediumLocked(_PortEvent):
+    """The guest prevents, or allows again, that the medium is taken out of the device's drive: it is mounted there."""
+
+    locked: bool
+
+    def __str__(self) -> str:
+        return "locked by the guest" if self.locked else "unlocked by the guest"
+
+
+@dataclass(frozen=True, slots=True)
 class Detached(_PortEvent):
     """The device left the port. ``error`` is None if we or the device's owner wanted it."""
 
@@ -177,6 +208,9 @@ PortEvent: TypeAlias = (
     | PeerViolation
     | DeviceFault
     | Refused
+    | MediumInserted
+    | MediumEjected
+    | MediumLocked
     | Detached
 )
 

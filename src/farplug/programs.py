@@ -1,4 +1,4 @@
-"""Programs of this machine that the throw-away guest and the demo need, and the packages that bring them."""
+"""Programs of this machine that images, the throw-away guest and the demo need, and the packages that bring them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,20 @@ PACKAGE_OF_PROGRAM = {
     "e2fsck": "e2fsprogs",
     "mkfs.vfat": "dosfstools",
     "fsck.vfat": "dosfstools",
+    "badblocks": "e2fsprogs",
+    "debugfs": "e2fsprogs",
     "lsusb": "usbutils",
+    "usbreset": "usbutils",
+    "mkfs.exfat": "exfatprogs",
+    "fsck.exfat": "exfatprogs",
+    "fio": "fio",
+    "f3probe": "f3",
     "mcopy": "mtools",
+    "mmd": "mtools",
+    "fdisk": "fdisk",
+    "mkntfs": "ntfs-3g",
+    "ntfs-3g": "ntfs-3g",
+    "xorrisofs": "xorriso",
     "zstd": "zstd",
     "setpriv": "util-linux",
     QEMU: "qemu-system-x86",

@@ -243,7 +243,7 @@ async def _closes(channel: Channel) -> None:
         (FakeSpice(channels=((3, 0),)), 1, 7, "the VM has no usbredir channel"),
         (FakeSpice(channels=((3, 0),)), 1, 7, "-device usb-redir,chardev=usb0"),
         (FakeSpice(channels=((3, 0),)), 1, 7, "<redirdev bus='usb' type='spicevmc'/>"),
-        (FakeSpice(), 3, 7, "3 devices, but the VM has 2 ports for them"),
+        (FakeSpice(), 17, 7, "17 devices, but the VM has 2 ports for them"),
         (FakeSpice(usbredir=_closes), 1, 7, "it is in use"),
         (FakeSpice(link_error=LinkError.ERROR), 1, 4, "refused the link"),
     ],
@@ -260,7 +260,11 @@ def test_ports(cli: Cli, tmp_path: Path, fake: FakeSpice, disks: int, code: int,
 def test_two_disks_for_one_socket(cli: Cli, tmp_path: Path) -> None:
     options = [word for name in "ab" for word in ("--usb-disk", str(blank(tmp_path / name)))]
     result = cli("connect", "tcp://127.0.0.1:1", *options)
-    assert (result.code, "2 devices, but the VM has 1 port" in result.err) == (7, True)
+    assert result.code == 4
+    assert "the VM has 1 port for 2 devices: they are plugged as 2 logical units of one device" in result.out
+    options += [word for number in range(15) for word in ("--usb-disk", str(blank(tmp_path / str(number))))]
+    result = cli("connect", "tcp://127.0.0.1:1", *options)
+    assert (result.code, "17 devices, but the VM has 1 port" in result.err) == (7, True)
     assert "once for each" in result.err
 
 

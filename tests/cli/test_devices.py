@@ -30,7 +30,8 @@ def test_json(cli: Cli, image: Path, tmp_path: Path) -> None:
     result = cli("devices", image, blank(tmp_path / "empty", 0), "--json")
     assert result.code == 3
     answer = json.loads(result.out)
-    assert [kind["option"] for kind in answer["kinds"]] == ["--usb-disk PATH", "--usb-disk-ro PATH"]
+    options = [kind["option"] for kind in answer["kinds"]]
+    assert options == ["--usb-disk PATH", "--usb-disk-ro PATH", "--usb-cdrom PATH", "--usb-folder PATH"]
     good, bad = answer["images"]
     assert (good["path"], good["size"], len(good["serial_number"])) == (str(image), 1 << 20, 16)
     assert (bad["error"]["reason"], sorted(bad["error"])) == ("empty", ["message", "reason", "remedy"])

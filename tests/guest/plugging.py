@@ -3,22 +3,43 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import TypeAlias
 
 from farplug.events import PortEvent
 from farplug.guest import Guest, connect
 from farplug.hub import Attachment, Hub
 from farplug.target import TargetOptions, parse_target
-from farplug.testing import QemuGuest
+from farplug.testing import GuestConfig, QemuGuest, SpicePort, TcpPort
 from farplug.usb import Device
 
 MIB = 2**20
 
+Operation: TypeAlias = tuple[str | int | bytes, ...]
+Result: TypeAlias = bytes | str
+
 AT_ONCE = ("usb_storage.delay_use=0",)
 """Words on the kernel's command line: a disk is looked at as soon as it is there, not a second later."""
+
+
+SCRIPTS = Path(__file__).parent / "scripts"
+
+LABORATORY = GuestConfig(
+    ports=(TcpPort(), SpicePort()),
+    kernel_arguments=AT_ONCE,
+    memory=512,
+    programs=("badblocks", "blkdiscard", "f3probe", "fallocate", "fio", "fsck.exfat", "mkfs.exfat", "usbreset"),
+    python=True,
+    files=tuple((f"/scripts/{path.name}", path) for path in sorted(SCRIPTS.glob("*.py"))),
+)
+"""The guest of the long suites: tools that try disks, Python, and the scripts of this folder."""
+
+STORAGE = {"bot": "usb-storage"}
+"""The transports of a disk, and the guest's driver for each. The suites that take ``storage`` run over all of them."""
 
 
 class Plugged(Hub):
@@ -71,6 +92,42 @@ async def disk_with(guest: QemuGuest, serial: str) -> str:
                 return f"/dev/{name}"
         await asyncio.sleep(0.1)
     raise AssertionError(f"no block device for serial number {serial}\n{await guest.check('dmesg | tail -40')}")
+
+
+async def give_space_back(guest: QemuGuest, disk: str, storage: str) -> None:
+    """Let the guest use UNMAP or WRITE SAME: over Bulk-Only Transport Linux has to be told (docs/disk.md)."""
+    if storage == "bot":
+        await guest.check(f"echo writesame_16 >$(echo /sys/block/{disk[5:]}/device/scsi_disk/*/provisioning_mode)")
+
+
+async def usb_folder(guest: QemuGuest, device: Device) -> str:
+    """The guest's folder in /sys for one of our devices, by its ids; waits until it is there."""
+    ids = f"{device.identity.vendor_id:04x} {device.identity.product_id:04x}"
+    script = f"""
+        for usb in /sys/bus/usb/devices/*; do
+            [ "$(echo $(cat $usb/idVendor $usb/idProduct 2>/dev/null))" = "{ids}" ] && echo $usb
+        done
+        :"""
+    async with asyncio.timeout(30):
+        while not (folder := (await guest.check(script)).strip()):
+            await asyncio.sleep(0.1)
+    return folder
+
+
+async def usb_node(guest: QemuGuest, folder: str) -> str:
+    """The guest's device node for raw access to a USB device."""
+    bus, number = map(int, (await guest.check(f"cat {folder}/busnum {folder}/devnum")).split())
+    return f"/dev/bus/usb/{bus:03d}/{number:03d}"
+
+
+async def raw(guest: QemuGuest, node: str, *operations: Operation, timeout: float = 60) -> list[Result]:
+    """Drive a device past its drivers: the operations of ``scripts/usbfs.py``, one after the other, and their results.
+
+    Each result is the bytes that arrived, or the name of the error.
+    """
+    request = json.dumps([[part.hex() if isinstance(part, bytes) else part for part in one] for one in operations])
+    answer = await guest.check(f"python3 /scripts/usbfs.py {node}", stdin=request.encode(), timeout=timeout)
+    return [one if one.startswith("E") else bytes.fromhex(one) for one in json.loads(answer)]
 
 
 async def gone(guest: QemuGuest, disk: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import signal
@@ -14,10 +15,10 @@ from pathlib import Path
 
 import pytest
 from tests.guest.conftest import GuestPool
-from tests.guest.plugging import blank, disk_of, gone
+from tests.guest.plugging import MIB, blank, disk_of, gone
 
 from farplug.store import MemoryStore
-from farplug.store.file import serial_number
+from farplug.store.image import serial_number
 from farplug.testing import GuestConfig, QemuGuest, Spice, SpicePort, TcpPort
 from farplug.virtual.disk import disk_device
 
@@ -52,11 +53,11 @@ class Running:
 
 
 @asynccontextmanager
-async def farplug(*arguments: object) -> AsyncIterator[Running]:
+async def farplug(*arguments: object, stdin: int = subprocess.DEVNULL) -> AsyncIterator[Running]:
     process = await asyncio.create_subprocess_exec(
         *COMMAND,
         *map(str, arguments),
-        stdin=subprocess.DEVNULL,
+        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
@@ -219,3 +220,99 @@ async def test_demo_interrupted() -> None:
             code, _, err = await running.end()
             assert (code, err) == (130, "farplug: interrupted\n")
             assert not Path(f"/proc/{children[0]}").exists()
+
+
+async def test_three_disks_on_one_port(guest: QemuGuest, tmp_path: Path) -> None:
+    images = [tmp_path / f"{number}.raw" for number in range(3)]
+    for image in images:
+        image.write_bytes(os.urandom(MIB) * 8)
+    before = [hashlib.md5(image.read_bytes()).hexdigest() for image in images]
+    options = ["--usb-disk", images[0], "--usb-disk", images[1], "--usb-disk-ro", images[2]]
+    async with farplug("connect", guest.targets[2], *options) as running:
+        await running.until("the VM has 1 port for 3 devices: they are plugged as 3 logical units of one device")
+        await running.until("0.raw, 1.raw, 2.raw: configured by the guest")
+        async with asyncio.timeout(30):
+            while (await guest.check("ls -d /sys/block/sd* 2>/dev/null | wc -l")).strip() != "3":
+                await asyncio.sleep(0.1)
+        listed = await guest.check(
+            "for b in /sys/block/sd*; do"
+            " echo $(readlink $b/device | grep -o '[0-9]*$') $(cat $b/ro) $(tail -c 16 $b/device/vpd_pg80)"
+            " $(md5sum </dev/${b##*/}); done"
+        )
+        assert sorted(line.split()[:4] for line in listed.splitlines()) == [
+            [str(lun), str(int(lun == 2)), serial_number(image), before[lun]] for lun, image in enumerate(images)
+        ]
+        await guest.check(
+            "for b in /sys/block/sd[ab]; do printf $b | dd of=/dev/${b##*/} conv=notrunc,fsync; done 2>&1"
+        )
+        running.process.send_signal(signal.SIGINT)
+        code, _, err = await running.end()
+    assert (code, err) == (0, "")
+    assert sorted(image.read_bytes()[:14] for image in images[:2]) == [b"/sys/block/sda", b"/sys/block/sdb"]
+    assert hashlib.md5(images[2].read_bytes()).hexdigest() == before[2]
+
+
+async def test_a_snapshot_is_continued_and_committed(guest: QemuGuest, tmp_path: Path) -> None:
+    image, changes = blank(tmp_path / "disk.raw"), tmp_path / "changes"
+
+    async def run(command: str, *options: object) -> str:
+        disk_option = "--usb-disk" if options else "--usb-disk-ro"  # being written would spoil the snapshot
+        async with farplug("connect", guest.targets[0], disk_option, image, *options) as running:
+            await running.until("configured by the guest")
+            disk = await block_device(guest, image)
+            output = await guest.check(command.format(disk=disk))
+            running.process.send_signal(signal.SIGINT)
+            code, _, err = await running.end()
+            assert (code, err) == (0, "")
+        await gone(guest, disk)
+        return output
+
+    write = "printf snapshot | dd of={disk} bs=1 seek=70000 conv=notrunc,fsync 2>/dev/null"
+    read = "dd if={disk} bs=1 skip=70000 count=8 2>/dev/null"
+    await run(write, "--snapshot")
+    assert not any(image.read_bytes())
+    await run(write, "--snapshot-file", changes)
+    assert not any(image.read_bytes())
+    assert await run(read, "--snapshot-file", changes) == "snapshot"
+    assert await run(read) == "\0" * 8
+    async with farplug("image", "commit", changes) as running:
+        code, out, err = await running.end()
+    assert (code, err) == (0, "")
+    assert "were written to" in out
+    assert not changes.exists()
+    assert image.read_bytes()[70000:70008] == b"snapshot"
+
+
+async def test_a_folder_and_a_cd_that_is_swapped(guest: QemuGuest, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "A long name.txt").write_text(f"This is {name}.")
+        async with farplug(
+            *("image", "create", "--format", "iso9660", "--from", tmp_path / name, "-o", tmp_path / f"{name}.iso")
+        ) as running:
+            assert (await running.end())[0] == 0
+    options = ["--usb-folder", tmp_path / "one", "--usb-cdrom", tmp_path / "one.iso", "--commands"]
+    async with farplug("connect", guest.targets[2], *options, stdin=subprocess.PIPE) as running:
+        stdin = running.process.stdin
+        assert stdin is not None
+        await running.until("they are plugged as 2 logical units of one device")
+        await running.until("configured by the guest")
+        read = "mount -o ro {} /mnt && cat '/mnt/A long name.txt'; umount /mnt 2>/dev/null"
+        async with asyncio.timeout(30):
+            while await guest.check(f"{read.format('-t vfat /dev/sda1')}; :") != "This is one.":
+                await asyncio.sleep(0.1)
+        assert await guest.check(read.format("-t iso9660 /dev/sr0")) == "This is one."
+        await guest.check("mount -t iso9660 -o ro /dev/sr0 /mnt")
+        stdin.write(b"eject\n")
+        await running.until("one.iso is locked by the guest")
+        await running.until("unmount it in the guest, or eject it by force")
+        await guest.check("umount /mnt")
+        stdin.write(f"insert '{tmp_path}/two.iso'\n".encode())
+        await running.until("two.iso inserted")
+        assert await guest.check(read.format("-t iso9660 /dev/sr0")) == "This is two."
+        stdin.write(b"eject\n")
+        await running.until("two.iso ejected")
+        assert (await guest.run(read.format("-t iso9660 /dev/sr0"))).output != "This is two."
+        running.process.send_signal(signal.SIGINT)
+        code, _, err = await running.end()
+    assert (code, err) == (0, "")

@@ -17,7 +17,7 @@ from farplug.guest import connect
 from farplug.target import TargetOptions, parse_target
 from farplug.testing import Controller, GuestConfig, QemuGuest, Spice, SpicePort, SpiceTransport, TcpPort
 from farplug.usb import Speed
-from farplug.virtual.disk import disk_device
+from farplug.virtual import StorageTransport, disk_device
 
 if TYPE_CHECKING:
     from tests.guest.conftest import GuestPool
@@ -62,10 +62,15 @@ async def live(guest: QemuGuest, disk: str, filesystem: str) -> None:
     assert text.startswith(TEXT)
 
 
-@pytest.mark.parametrize("filesystem", FILESYSTEMS)
-async def test_life_of_a_disk_over_spice(guest: QemuGuest, tmp_path: Path, filesystem: str) -> None:
+@pytest.mark.parametrize(
+    ("filesystem", "transport", "driver"),
+    [("ext4", "bot", "usb-storage"), ("ext4", "uas", "uas"), ("vfat", "auto", "uas")],
+)
+async def test_life_of_a_disk_over_spice(
+    guest: QemuGuest, tmp_path: Path, filesystem: str, transport: str, driver: str
+) -> None:
     image = blank(tmp_path / "disk.raw", 64 * MIB + 200)  # a trailing part of a sector is rounded down
-    device = disk_device(image)
+    device = disk_device(image, transport=StorageTransport(transport))
     async with plugged(guest.targets[0], device):
         disk = await disk_of(guest, device)
         name = disk.removeprefix("/dev/")
@@ -78,7 +83,7 @@ async def test_life_of_a_disk_over_spice(guest: QemuGuest, tmp_path: Path, files
         assert facts.split("\n")[:6] == [
             "5000", "1d6b", "0104", "farplug", "Virtual Disk", device.identity.serial_number,
         ]  # fmt: skip
-        assert "usb-storage" in await guest.check(f"readlink {usb}/*:1.0/driver")
+        assert (await guest.check(f"basename $(readlink {usb}/*:1.0/driver)")).strip() == driver
         await live(guest, disk, filesystem)
     await device.dispose()
     assert read_back(image, filesystem, "hello") == TEXT.encode()

@@ -18,7 +18,7 @@ from tests.guest.plugging import AT_ONCE, MIB, blank, disk_of, disk_with, gone, 
 from farplug import events
 from farplug.errors import ExitCode, Reason
 from farplug.store import MemoryStore, ReadDone, WriteDone
-from farplug.store.file import serial_number
+from farplug.store.image import serial_number
 from farplug.testing import Controller, GuestConfig, QemuGuest, SpicePort, TcpPort
 from farplug.usb import Buffer, Device, DeviceListener, Identity, Interface, Speed, Status, Transfer, TransferType
 from farplug.virtual.disk import disk_device

@@ -12,3 +12,4 @@ class FakeMedium:
     read_only: bool = False
     serial_number: str = "0123456789ABCDEF"
     unmaps: bool = True
+    write_cache: bool = True

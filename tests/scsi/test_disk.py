@@ -24,14 +24,13 @@ from farplug.scsi.cdb import (
     Write,
     Zero,
 )
-from farplug.scsi.disk import COMMANDS, COMMANDS_WITHOUT_UNMAP, AbsentUnit, DiskUnit
+from farplug.scsi.disk import COMMANDS, COMMANDS_WITHOUT_UNMAP, DiskUnit
 from farplug.scsi.sense import (
     CAPACITY_CHANGED,
     INVALID_COMMAND,
     INVALID_FIELD_IN_CDB,
     INVALID_FIELD_IN_PARAMETER_LIST,
     LBA_OUT_OF_RANGE,
-    LOGICAL_UNIT_NOT_SUPPORTED,
     NO_SENSE,
     PARAMETER_LIST_LENGTH_ERROR,
     RESET_OCCURRED,
@@ -40,7 +39,7 @@ from farplug.scsi.sense import (
     Sense,
 )
 
-INQUIRY = bytes.fromhex("00 00 06 02 1f 00 00 00") + b"farplug Virtual Disk    1.0 "
+INQUIRY = bytes.fromhex("00 00 06 02 1f 00 00 02") + b"farplug Virtual Disk    1.0 "
 PAGES = bytes.fromhex("010a" + "00" * 10 + "081204" + "00" * 17 + "0a0a0210" + "00" * 8 + "1c0a08" + "00" * 9)
 PAGE_08 = bytes.fromhex("08 12 04") + bytes(17)
 FIELD, RANGE, READ_ONLY = Fail(INVALID_FIELD_IN_CDB), Fail(LBA_OUT_OF_RANGE), Fail(WRITE_PROTECTED)
@@ -364,6 +363,16 @@ def test_without_a_write_cache_everything_is_durable() -> None:
     assert unit.execute(cdb("0a 00 00 01 02 00")) == Write(1, 2, durable=False)
 
 
+def test_a_store_without_a_write_cache() -> None:
+    unit = DiskUnit(FakeMedium(write_cache=False))
+    assert unit.execute(cdb("1a 00 08 00 c0 00")) == Respond(cdb("17 00 10 00") + UNCACHED)
+    assert unit.execute(cdb("1a 00 48 00 c0 00")) == Respond(cdb("17 00 10 00") + UNCACHED)
+    assert unit.execute(cdb("2a 00 00 00 00 01 00 00 02 00")) == Write(1, 2, durable=False)  # it is anyway
+    assert unit.execute(cdb("2a 08 00 00 00 01 00 00 02 00")) == Write(1, 2, durable=True)
+    assert finish(unit, "15 10 00 00 18 00", bytes(4) + PAGE_08) == LIST_FIELD
+    assert finish(unit, "15 10 00 00 18 00", bytes(4) + UNCACHED) == Done()
+
+
 # Sizes, protection, attention
 
 
@@ -440,16 +449,6 @@ def test_a_new_size_is_reported_once() -> None:
         assert unit.execute(struct.pack(">BxIxHx", 0x28, size, 1)) == RANGE
 
 
-def test_unit_attention_comes_once() -> None:
-    unit = disk()
-    unit.attend(RESET_OCCURRED)
-    unit.attend(RESET_OCCURRED)
-    assert isinstance(unit.execute(cdb("12 00 00 00 24 00")), Respond)
-    assert isinstance(unit.execute(cdb("a0 00 00 00 00 00 00 00 10 00 00 00")), Respond)
-    assert unit.execute(cdb("00 00 00 00 00 00")) == Fail(RESET_OCCURRED)
-    assert unit.execute(cdb("00 00 00 00 00 00")) == Done()
-
-
 def test_unit_attentions_come_in_order() -> None:
     medium = FakeMedium()
     unit = DiskUnit(medium)
@@ -458,49 +457,6 @@ def test_unit_attentions_come_in_order() -> None:
     assert unit.execute(cdb("00 00 00 00 00 00")) == Fail(RESET_OCCURRED)
     assert unit.execute(cdb("03 00 00 00 12 00")) == Respond(bytes(CAPACITY_CHANGED))
     assert unit.execute(cdb("00 00 00 00 00 00")) == Done()
-
-
-def test_unit_attention_comes_before_an_invalid_command() -> None:
-    unit = disk()
-    unit.attend(RESET_OCCURRED)
-    assert unit.execute(cdb("ff")) == Fail(RESET_OCCURRED)
-    assert unit.execute(cdb("ff")) == Fail(INVALID_COMMAND)
-
-
-def test_request_sense_takes_the_attention() -> None:
-    unit = disk()
-    unit.attend(RESET_OCCURRED)
-    assert unit.execute(cdb("03 01 00 00 12 00")) == Respond(RESET_OCCURRED.descriptor_format())
-    assert unit.execute(cdb("00 00 00 00 00 00")) == Done()
-
-
-def test_sense_is_kept_for_the_next_command_only() -> None:
-    unit = disk()
-    unit.keep_sense(INVALID_COMMAND)
-    unit.attend(RESET_OCCURRED)
-    assert unit.execute(cdb("03 00 00 00 12 00")) == Respond(bytes(INVALID_COMMAND))
-    assert unit.execute(cdb("03 00 00 00 12 00")) == Respond(bytes(RESET_OCCURRED))
-    assert unit.execute(cdb("03 00 00 00 12 00")) == Respond(bytes(NO_SENSE))
-    unit.keep_sense(INVALID_COMMAND)
-    unit.execute(cdb("00 00 00 00 00 00"))
-    assert unit.execute(cdb("03 00 00 00 12 00")) == Respond(bytes(NO_SENSE))
-
-
-@pytest.mark.parametrize(
-    ("text", "action"),
-    [
-        ("12 00 00 00 24 00", Respond(b"\x7f" + INQUIRY[1:])),
-        ("12 00 00 00 05 00", Respond(b"\x7f" + INQUIRY[1:5])),
-        ("12 01 00 00 24 00", Fail(LOGICAL_UNIT_NOT_SUPPORTED)),
-        ("03 00 00 00 12 00", Respond(bytes(LOGICAL_UNIT_NOT_SUPPORTED))),
-        ("03 01 00 00 12 00", Respond(LOGICAL_UNIT_NOT_SUPPORTED.descriptor_format())),
-        ("00 00 00 00 00 00", Fail(LOGICAL_UNIT_NOT_SUPPORTED)),
-        ("12", Fail(LOGICAL_UNIT_NOT_SUPPORTED)),
-        ("03", Fail(LOGICAL_UNIT_NOT_SUPPORTED)),
-    ],
-)
-def test_absent_unit(text: str, action: Action) -> None:
-    assert AbsentUnit().execute(cdb(text)) == action
 
 
 def inside(action: Action) -> None:

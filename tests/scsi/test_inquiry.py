@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 from tests.scsi.media import FakeMedium
 
-from farplug.scsi.inquiry import standard_inquiry, vital_product_data
+from farplug.scsi.inquiry import disk_pages, identity_pages, standard_inquiry, vital_product_data
 
 
 def page(code: int, medium: FakeMedium | None = None) -> bytes:
-    data = vital_product_data(medium or FakeMedium(), code)
+    data = vital_product_data(0x00, disk_pages(medium or FakeMedium()), code)
     assert data is not None
     assert (data[0], data[1], int.from_bytes(data[2:4])) == (0x00, code, len(data) - 4)
     return data[4:]
@@ -15,7 +15,9 @@ def page(code: int, medium: FakeMedium | None = None) -> bytes:
 
 def test_standard_data() -> None:
     data = standard_inquiry(0x00)
-    assert data == bytes.fromhex("00 00 06 02 1f 00 00 00") + b"farplug Virtual Disk    1.0 "
+    assert data == bytes.fromhex("00 00 06 02 1f 00 00 02") + b"farplug Virtual Disk    1.0 "
+    data = standard_inquiry(0x25, product="Drive", removable=True)
+    assert data == bytes.fromhex("25 80 06 02 1f 00 00 02") + b"farplug Drive           1.0 "
 
 
 @pytest.mark.parametrize(("unmaps", "pages"), [(True, "00 80 83 b0 b1 b2"), (False, "00 80 83 b0 b1")])
@@ -23,7 +25,15 @@ def test_supported_pages(unmaps: bool, pages: str) -> None:
     medium = FakeMedium(unmaps=unmaps)
     assert page(0x00, medium) == bytes.fromhex(pages)
     for code in range(256):
-        assert (vital_product_data(medium, code) is not None) is (code in bytes.fromhex(pages))
+        assert (vital_product_data(0x00, disk_pages(medium), code) is not None) is (code in bytes.fromhex(pages))
+
+
+def test_pages_of_another_type() -> None:
+    pages = identity_pages("Drive", "0042")
+    assert vital_product_data(0x05, pages, 0x00) == bytes.fromhex("05 00 00 03 00 80 83")
+    assert vital_product_data(0x05, pages, 0x80) == bytes.fromhex("05 80 00 04") + b"0042"
+    assert (vital_product_data(0x05, pages, 0x83) or b"")[8:26] == b"farplug Drive 0042"
+    assert vital_product_data(0x05, pages, 0xB0) is None
 
 
 def test_serial_number() -> None:

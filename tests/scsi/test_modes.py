@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from farplug.scsi.modes import ALL_PAGES, ModePages
+from farplug.scsi.modes import ALL_PAGES, ModePages, disk_modes
 from farplug.scsi.sense import INVALID_FIELD_IN_PARAMETER_LIST, PARAMETER_LIST_LENGTH_ERROR, Sense
 
 PAGE_01 = bytes.fromhex("01 0a") + bytes(10)
@@ -13,7 +13,7 @@ UNCACHED = bytes.fromhex("08 12 00") + bytes(17)
 
 
 def test_sense() -> None:
-    pages = ModePages()
+    pages = disk_modes(write_cache=True)
     for control in (0, 2):
         assert pages.sense(control, ALL_PAGES) == PAGE_01 + PAGE_08 + PAGE_0A + PAGE_1C
         for page in (PAGE_01, PAGE_08, PAGE_0A, PAGE_1C):
@@ -25,11 +25,11 @@ def test_sense() -> None:
 
 
 def test_all_pages_are_where_linux_looks_for_the_cache() -> None:
-    assert len(ModePages().sense(0, ALL_PAGES) or b"") + 8 < 192
+    assert len(disk_modes(write_cache=True).sense(0, ALL_PAGES) or b"") + 8 < 192
 
 
 def test_select() -> None:
-    pages = ModePages()
+    pages = disk_modes(write_cache=True)
     assert pages.write_cache
     assert pages.select(b"") is None
     assert pages.select(UNCACHED) is None
@@ -38,6 +38,16 @@ def test_select() -> None:
     assert pages.sense(2, 0x08) == PAGE_08
     assert pages.select(memoryview(b"\x88" + PAGE_08[1:] + PAGE_01)) is None  # PS, as MODE SENSE may have set it
     assert pages.write_cache
+
+
+def test_no_write_cache() -> None:
+    pages = disk_modes(write_cache=False)
+    assert not pages.write_cache
+    for control in (0, 1, 2):
+        assert pages.sense(control, 0x08) == UNCACHED
+    assert pages.select(PAGE_08) == INVALID_FIELD_IN_PARAMETER_LIST
+    assert pages.select(UNCACHED) is None
+    assert not ModePages((PAGE_01,)).write_cache
 
 
 @pytest.mark.parametrize(
@@ -56,6 +66,6 @@ def test_select() -> None:
     ],
 )
 def test_what_is_refused_changes_nothing(data: bytes, sense: Sense) -> None:
-    pages = ModePages()
+    pages = disk_modes(write_cache=True)
     assert pages.select(data) == sense
     assert pages.sense(0, ALL_PAGES) == PAGE_01 + PAGE_08 + PAGE_0A + PAGE_1C

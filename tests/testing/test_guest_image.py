@@ -9,13 +9,22 @@ from tests.testing.elf import module
 
 from farplug.errors import SetupError
 from farplug.programs import find_program
-from farplug.testing.guest_image import BOOT_MODULES, Initramfs, add_modules, add_program, build_initramfs, parse_ldd
+from farplug.testing.guest_image import (
+    BOOT_MODULES,
+    PYTHON,
+    Initramfs,
+    add_modules,
+    add_program,
+    add_python,
+    build_initramfs,
+    parse_ldd,
+)
 from farplug.testing.guest_kernel import Kernel, ModuleInfo
 
 
 def unpack(archive: bytes, folder: Path) -> None:
     """Unpack with another implementation of the format."""
-    command = [str(find_program("busybox")), "cpio", "-i", "-d"]
+    command = [str(find_program("busybox")), "cpio", "-i", "-d", "-m"]
     folder.mkdir()
     subprocess.run(command, cwd=folder, input=archive, capture_output=True, check=True)
 
@@ -27,7 +36,7 @@ def test_archive_is_what_cpio_unpacks(tmp_path: Path) -> None:
     image.add_link("/bin/sh", "busybox")
     image.add_folder("/empty", 0o700)
     image.add_file("/empty/../late", b"old")
-    image.add_file("/empty/../late", b"new")
+    image.add_file("/empty/../late", b"new", mtime=1_700_000_000)
     unpack(bytes(image), tmp_path / "out")
     for size in range(5):
         file = tmp_path / "out/deep/er" / f"{'x' * size}file"
@@ -36,6 +45,7 @@ def test_archive_is_what_cpio_unpacks(tmp_path: Path) -> None:
     assert os.readlink(tmp_path / "out/bin/sh") == "busybox"
     assert (tmp_path / "out/empty").stat().st_mode == 0o040700
     assert (tmp_path / "out/late").read_bytes() == b"new"
+    assert (tmp_path / "out/late").stat().st_mtime == 1_700_000_000
 
 
 def test_ldd_output() -> None:
@@ -47,6 +57,31 @@ def test_ldd_output() -> None:
 """
     assert parse_ldd(output) == [Path("/lib/x86_64-linux-gnu/libext2fs.so.2"), Path("/lib64/ld-linux-x86-64.so.2")]
     assert parse_ldd("\tnot a dynamic executable\n") == []
+
+
+def test_python_runs_from_what_is_in_the_image(tmp_path: Path) -> None:
+    image = Initramfs()
+    add_python(image)
+    unpack(bytes(image), tmp_path / "out")
+    root = f"{tmp_path}/out"
+    assert os.readlink(root + str(PYTHON)) == str(PYTHON.resolve())
+    library = next(path.removesuffix("/os.py") for path in image.paths if path.endswith("/os.py"))
+    assert not any(path.startswith((f"{library}/test/", f"{library}/idlelib/")) for path in image.paths)
+    assert any(path.rpartition("/")[2].startswith("libffi") for path in image.paths)  # for ctypes
+    script = f"import sys; sys.path[:] = ['{root}{library}', '{root}{library}/lib-dynload']\n"
+    script += "import _ctypes, ctypes, json; print(json.__file__, _ctypes.__file__)"
+    result = subprocess.run([PYTHON, "-I", "-S", "-c", script], capture_output=True, text=True, check=True)
+    assert all(path.startswith(root) for path in result.stdout.split()), result.stdout
+    # Whether a compiled module is valid is told by the time of its source.
+    source = Path(f"{root}{library}/json/__init__.py")
+    assert int(source.stat().st_mtime) == int(Path(f"{library}/json/__init__.py").stat().st_mtime)
+
+
+def test_no_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("farplug.testing.guest_image.PYTHON", Path("/nonexistent/python3"))
+    with pytest.raises(SetupError, match="no /nonexistent/python3") as caught:
+        add_python(Initramfs())
+    assert caught.value.remedy == "sudo apt-get install python3"
 
 
 def test_program_brings_its_libraries(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_interface(speed: Speed, size: int) -> None:
         (0x81, TransferType.BULK, size),
         (0x02, TransferType.BULK, size),
     ]
-    (descriptor,) = Disk(Pattern()).interfaces(speed)
+    descriptor = Disk(Pattern()).interfaces(speed)[0]
     bursts = [one.companion and one.companion.max_burst for one in descriptor.endpoints]
     assert bursts == ([15, 15] if speed is Speed.SUPER else [None, None])
 
@@ -98,7 +98,7 @@ async def test_read_only_image(image: Path) -> None:
 
 
 async def test_an_image_that_shrinks_while_plugged(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("farplug.virtual.disk.REFRESH_INTERVAL", 0.01)
+    monkeypatch.setattr("farplug.virtual.storage.REFRESH_INTERVAL", 0.01)
     device = disk_device(image)
     guest = await Guest.plug(device)
     with image.open("r+b") as file:
@@ -123,7 +123,7 @@ async def test_an_image_that_shrinks_while_plugged(image: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize(("size", "count"), [(128 * 512, 128), (96 * 512 + 100, 96)])
 async def test_a_new_size_is_noticed(image: Path, monkeypatch: pytest.MonkeyPatch, size: int, count: int) -> None:
-    monkeypatch.setattr("farplug.virtual.disk.REFRESH_INTERVAL", 0.01)
+    monkeypatch.setattr("farplug.virtual.storage.REFRESH_INTERVAL", 0.01)
     store = FileStore.open(image)
     device = disk_device(store)
     guest = await Guest.plug(device)

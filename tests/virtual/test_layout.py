@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 from tests.virtual.bulk_only import Pattern
@@ -19,7 +20,7 @@ from farplug.usb.descriptors import (
     parse_string,
 )
 from farplug.usb.types import DescriptorType
-from farplug.virtual import Disk, Function
+from farplug.virtual import Disk, Function, StorageTransport
 from farplug.virtual.layout import Layout, place
 
 BOTH = (Speed.SUPER, Speed.HIGH)
@@ -64,8 +65,11 @@ def test_superspeed() -> None:
     assert configuration == one.configuration
     assert not configuration.warnings
     assert one.descriptor(DescriptorType.CONFIGURATION, 0) == bytes.fromhex(
-        "09 02 2c 00 01 01 00 c0 00  09 04 00 00 02 08 06 50 00"
+        "09 02 79 00 01 01 00 c0 00  09 04 00 00 02 08 06 50 00"
         "07 05 81 02 00 04 00  06 30 0f 00 00 00  07 05 02 02 00 04 00  06 30 0f 00 00 00"
+        "09 04 00 01 04 08 06 62 00"
+        "07 05 04 02 00 04 00  06 30 0f 00 00 00  04 24 01 00  07 05 83 02 00 04 00  06 30 0f 05 00 00  04 24 02 00"
+        "07 05 81 02 00 04 00  06 30 0f 05 00 00  04 24 03 00  07 05 02 02 00 04 00  06 30 0f 05 00 00  04 24 04 00"
     )
     bos = BosDescriptor.parse(one.descriptor(DescriptorType.BOS, 0) or b"")
     assert bos == BosDescriptor((Usb2Extension(0x02), SuperSpeedCapability(0x0C, 2)))
@@ -110,7 +114,8 @@ def test_no_such_index(kind: int) -> None:
 
 
 def test_functions_do_not_collide() -> None:
-    one = layout(Speed.HIGH, Disk(Pattern()), Wide(), Disk(Pattern()))
+    bulk_only = partial(Disk, transport=StorageTransport.BOT)
+    one = layout(Speed.HIGH, bulk_only(Pattern()), Wide(), bulk_only(Pattern()))
     assert (one.identity.device_class, one.identity.device_subclass, one.identity.device_protocol) == (0xEF, 2, 1)
     configuration = ConfigurationDescriptor.parse(bytes(one.configuration))
     assert not configuration.warnings

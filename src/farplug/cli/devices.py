@@ -23,6 +23,16 @@ KINDS = (
         "option": "--usb-disk-ro PATH",
         "description": "a RAW image that never changes, write-protected in the guest",
     },
+    {
+        "kind": "USB CD-ROM",
+        "option": "--usb-cdrom PATH",
+        "description": "an ISO image, in a drive that the guest can eject it from",
+    },
+    {
+        "kind": "folder",
+        "option": "--usb-folder PATH",
+        "description": "a copy of a folder, as a read-only disk",
+    },
 )
 
 

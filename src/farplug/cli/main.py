@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from farplug import __version__
-from farplug.cli import connect, demo, devices, doctor, log
+from farplug.cli import connect, demo, devices, doctor, image, log
 from farplug.cli.options import DebugOption
 from farplug.errors import ExitCode, FarplugError
 
@@ -42,6 +42,7 @@ app.command("connect")(connect.connect)
 app.command("devices")(devices.devices)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
+app.add_typer(image.app, name="image")
 
 
 def _version(value: bool) -> None:

@@ -115,6 +115,14 @@ class Output(ABC):
     def note(self, text: str) -> None:
         """Anything else that a person wants to know."""
 
+    @abstractmethod
+    def refused(self, error: FarplugError) -> None:
+        """A command on standard input could not be done; the session goes on."""
+
+    def copying(self, label: str, done: int, total: int) -> None:
+        """A folder is being copied into a disk: so many bytes of so many, told several times a second."""
+        return
+
     def failed(self, error: FarplugError) -> None:
         """It ends with an error, which standard error tells as well."""
         self._pending = None
@@ -135,6 +143,9 @@ class SilentOutput(Output):
     def note(self, text: str) -> None:
         """Nobody reads it."""
 
+    def refused(self, error: FarplugError) -> None:
+        """Nobody reads it."""
+
 
 class JsonOutput(Output):
     """One JSON object a line on standard output."""
@@ -143,6 +154,7 @@ class JsonOutput(Output):
         super().__init__()
         self._stream = stream
         self._last: dict[str, tuple[AttachmentState, Figures]] = {}
+        self._copying_told = 0.0
 
     def _line(self, **values: object) -> None:
         self._stream.write(json.dumps({"time": round(time.time(), 3), **values}) + "\n")
@@ -153,6 +165,9 @@ class JsonOutput(Output):
 
     def note(self, text: str) -> None:
         self._line(event="note", message=text)
+
+    def refused(self, error: FarplugError) -> None:
+        self._line(event="command-refused", reason=str(error.reason), message=error.message, remedy=error.remedy)
 
     def happened(self, label: str, attachment: Attachment, event: PortEvent) -> None:
         if isinstance(event, events.Detached):
@@ -173,6 +188,11 @@ class JsonOutput(Output):
                     written=figures.written,
                     commands=figures.commands,
                 )
+
+    def copying(self, label: str, done: int, total: int) -> None:
+        if time.monotonic() - self._copying_told >= self.interval:
+            self._copying_told = time.monotonic()
+            self._line(event="copying", device=label, done=done, total=total)
 
     def failed(self, error: FarplugError) -> None:
         super().failed(error)
@@ -210,10 +230,14 @@ class PlainOutput(Output):
     def note(self, text: str) -> None:
         self._line(text)
 
+    def refused(self, error: FarplugError) -> None:
+        for line in (error.message, *error.remedy.splitlines()):
+            self._line(line)
+
     def happened(self, label: str, attachment: Attachment, event: PortEvent) -> None:
         match event:
-            case events.Opened():
-                pass  # told as a stage, or by what follows
+            case events.Opened() | events.MediumLocked():
+                pass  # told as a stage, or by what follows; systems lock a drive each time they look into it
             case events.Detached():
                 self._line(f"{label}: {event} ({Figures.of(attachment)})")
             case _:
@@ -284,6 +308,12 @@ class TerminalOutput(Output):
     def note(self, text: str) -> None:
         self._line(PLAIN, text)
 
+    def refused(self, error: FarplugError) -> None:
+        self._line(BAD, error.message)
+
+    def copying(self, label: str, done: int, total: int) -> None:
+        self._live.update(_marked(PENDING, f"{label}: copying, {size(done)} of {size(total)}"), refresh=True)
+
     def failed(self, error: FarplugError) -> None:
         if self._pending is not None:
             stage, text = self._pending
@@ -294,8 +324,8 @@ class TerminalOutput(Output):
     def happened(self, label: str, attachment: Attachment, event: PortEvent) -> None:
         text = f"{label}: {event}"
         match event:
-            case events.Opened():
-                pass  # told as a stage, or by what follows
+            case events.Opened() | events.MediumLocked():
+                pass
             case events.Refused() | events.DeviceFault() | events.PeerViolation():
                 self._line(BAD, text)
             case events.Detached():
@@ -334,9 +364,9 @@ def _marked(mark: tuple[str, str], text: str) -> Text:
     return Text.assemble(mark, " ", printable(text))
 
 
-def choose(*, as_json: bool) -> Output:
+def choose(*, as_json: bool, commands: bool = False) -> Output:
     """The output that fits: JSON if it is asked for, a live table on a terminal, log lines elsewhere and between the
-    lines of ``--debug``.
+    lines of ``--debug`` and the commands that somebody types.
     """
     if as_json:
         return JsonOutput(sys.stdout)
@@ -346,6 +376,7 @@ def choose(*, as_json: bool) -> Output:
         and not console.is_dumb_terminal
         and console.encoding.startswith("utf")
         and not log.debugging()
+        and not commands
     ):
         return TerminalOutput(console)
     return PlainOutput(sys.stdout)

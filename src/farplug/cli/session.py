@@ -6,20 +6,20 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from farplug import events
+from farplug.cli.commands import obey
+from farplug.cli.media import Media
 from farplug.cli.output import Output, SilentOutput, discard_standard_output
 from farplug.errors import ExitCode, FarplugError
 from farplug.events import PortEvent
 from farplug.guest import connect
 from farplug.hub import Attachment, Hub
 from farplug.target import TargetOptions, parse_target
-from farplug.usb.types import Speed
 from farplug.virtual.device import VirtualDevice
-from farplug.virtual.disk import disk_device
+from farplug.virtual.storage import MAX_UNITS
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """What ends a session: Ctrl-C, kill, a terminal that is closed."""
@@ -32,16 +32,14 @@ class Plan:
     Attributes:
         target: where to, as it was written.
         options: what was said about it besides.
-        images: paths of RAW images, and whether each is read-only.
-        speeds: what the disks may run at, the best first.
-        block_size: of the disks, in bytes.
+        media: what to plug in.
+        commands: read commands from standard input.
     """
 
     target: str
     options: TargetOptions
-    images: Sequence[tuple[Path, bool]]
-    speeds: Sequence[Speed]
-    block_size: int
+    media: Media
+    commands: bool = False
 
 
 async def run(plan: Plan, output: Output) -> ExitCode:
@@ -53,13 +51,14 @@ class _Session:
     def __init__(self, plan: Plan, output: Output) -> None:
         self._plan = plan
         self._output = output
-        self._labels: dict[VirtualDevice, str] = {}
+        self._labels: Mapping[VirtualDevice, str] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._work: asyncio.Task[None] | None = None
         self._interrupted = False
         self._leaving = False
 
     async def run(self) -> ExitCode:
-        loop = asyncio.get_running_loop()
+        loop = self._loop = asyncio.get_running_loop()
         self._work = loop.create_task(self._plug_and_leave())
         for number in SIGNALS:
             if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
@@ -105,10 +104,7 @@ class _Session:
 
     async def _plug_and_leave(self) -> None:
         try:
-            for path, read_only in self._plan.images:
-                plan = self._plan
-                device = disk_device(path, read_only=read_only, block_size=plan.block_size, speeds=plan.speeds)
-                self._labels[device] = str(path) if path.name in self._labels.values() else path.name
+            await self._plan.media.open(self._copying)
             # Only now: reading a .vv file may delete it.
             target = parse_target(self._plan.target, self._plan.options)
             guest = await connect(target, lambda stage, text: self._show(lambda o: o.stage(str(stage), text)))
@@ -122,6 +118,12 @@ class _Session:
             self._leaving = True
             for device in self._labels:
                 await device.dispose()
+            await self._plan.media.close()
+
+    def _copying(self, label: str, done: int, total: int) -> None:
+        """How far the copy of a folder is; called from another thread."""
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._show, lambda output: output.copying(label, done, total))
 
     async def _stay(self, hub: Hub) -> None:
         """Plug everything in, side by side, and stay until all devices have left, or the guest is gone."""
@@ -130,8 +132,15 @@ class _Session:
             self._show(lambda output: output.reached())
             if hub.guest.name:
                 self._show(lambda output: output.note(f"the VM is called {hub.guest.name}"))
-        hub.check_room(len(self._labels))
+        ports, count = len(hub.guest.ports), len(self._plan.media.wishes)
+        hub.check_room(1 if count <= MAX_UNITS else count)
+        if ports < count:
+            has = "1 port" if ports == 1 else f"{ports} ports"
+            note = f"the VM has {has} for {count} devices: they are plugged as {count} logical units of one device"
+            self._show(lambda output: output.note(note))
+        self._labels = self._plan.media.devices(ports)
         ticker = asyncio.ensure_future(self._tick(hub))
+        commands = asyncio.ensure_future(self._obey())
         gone = asyncio.ensure_future(hub.guest.closed())
         staying = asyncio.gather(*(self._plug(hub, device) for device in self._labels))
         try:
@@ -142,12 +151,17 @@ class _Session:
                 errors = [gone.result()]
         finally:
             ticker.cancel()
+            commands.cancel()
             gone.cancel()
             staying.cancel()
             await asyncio.gather(staying, return_exceptions=True)
         for error in errors:
             if error is not None:
                 raise error
+
+    async def _obey(self) -> None:
+        if self._plan.commands:
+            await obey(self._plan.media.drives, lambda error: self._show(lambda output: output.refused(error)))
 
     async def _plug(self, hub: Hub, device: VirtualDevice) -> FarplugError | None:
         """Plug a device in, and wait until it has left; why, if nobody here wanted it."""
@@ -164,5 +178,5 @@ class _Session:
             await asyncio.sleep(self._output.interval)
 
     def _label(self, attachment: Attachment) -> str:
-        """What a device is called in the output: its file name, its path where that is not enough."""
+        """What a device is called in the output."""
         return next(label for device, label in self._labels.items() if device is attachment.device)

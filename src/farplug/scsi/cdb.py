@@ -22,9 +22,6 @@ MAX_CDB_SIZE = 16
 SERVICE_ACTION_OPCODES = frozenset((0x9E, 0x9F, 0xA3, 0xA4))
 """Opcodes that many commands share: the low five bits of byte 1, the service action, tell which one it is."""
 
-DESPITE_ATTENTION = frozenset((0x03, 0x12, 0xA0))
-"""REQUEST SENSE, INQUIRY, REPORT LUNS: performed also while a unit attention waits (SPC-4, chapter 5.14)."""
-
 _GROUP_LENGTHS = {0: 6, 1: 10, 2: 10, 4: 16, 5: 12}
 
 _LUN_BITS = 0xE0
@@ -154,11 +151,11 @@ Outcome: TypeAlias = Done | Fail | Work
 Action: TypeAlias = Outcome | Respond | Read | Write | Compare | Receive
 """What a transport does for a command."""
 
-Unit = TypeVar("Unit")
+UnitT = TypeVar("UnitT", contravariant=True)
 
 
 @dataclass(frozen=True, slots=True)
-class Command(Generic[Unit]):
+class Command(Generic[UnitT]):
     """A row of a unit's command table.
 
     Attributes:
@@ -171,7 +168,7 @@ class Command(Generic[Unit]):
 
     name: str
     usage: bytes
-    handler: Callable[[Unit, Buffer], Action]
+    handler: Callable[[UnitT, Buffer], Action]
     forbidden: int = field(init=False)
     """The bits that must not be set, in the CDB read as one big-endian number."""
 
@@ -201,18 +198,18 @@ class Command(Generic[Unit]):
         return self.name
 
 
-class CommandTable(Generic[Unit]):
+class CommandTable(Generic[UnitT]):
     """Commands by opcode and service action. Iterating gives the rows in this order."""
 
-    def __init__(self, rows: Iterable[Command[Unit]]) -> None:
+    def __init__(self, rows: Iterable[Command[UnitT]]) -> None:
         self._rows = {(row.service_action or 0) << 8 | row.opcode: row for row in rows}
 
-    def find(self, cdb: Buffer) -> Command[Unit] | None:
+    def find(self, cdb: Buffer) -> Command[UnitT] | None:
         """Find the command that a CDB of one byte at least asks for; None if there is none."""
         key = cdb[0]
         if key in SERVICE_ACTION_OPCODES and len(cdb) > 1:
             key |= (cdb[1] & 0x1F) << 8
         return self._rows.get(key)
 
-    def __iter__(self) -> Iterator[Command[Unit]]:
+    def __iter__(self) -> Iterator[Command[UnitT]]:
         return iter(sorted(self._rows.values(), key=lambda row: (row.opcode, row.service_action or 0)))

@@ -6,7 +6,6 @@ import struct
 from functools import partial
 
 from farplug.scsi.cdb import (
-    DESPITE_ATTENTION,
     Action,
     Command,
     CommandTable,
@@ -22,10 +21,9 @@ from farplug.scsi.cdb import (
     Verify,
     Write,
     Zero,
-    cdb_length,
     extent,
 )
-from farplug.scsi.inquiry import standard_inquiry, vital_product_data
+from farplug.scsi.inquiry import DIRECT_ACCESS, disk_pages, standard_inquiry, vital_product_data
 from farplug.scsi.medium import (
     MAX_TRANSFER_BLOCKS,
     MAX_UNMAP_BLOCKS,
@@ -34,21 +32,17 @@ from farplug.scsi.medium import (
     Medium,
     blocks_per_physical_block,
 )
-from farplug.scsi.modes import ALL_PAGES, ModePages
+from farplug.scsi.modes import disk_modes
 from farplug.scsi.opcodes import report_supported_opcodes
 from farplug.scsi.sense import (
     CAPACITY_CHANGED,
-    INVALID_COMMAND,
     INVALID_FIELD_IN_CDB,
     INVALID_FIELD_IN_PARAMETER_LIST,
     LBA_OUT_OF_RANGE,
-    LOGICAL_UNIT_NOT_SUPPORTED,
-    NO_SENSE,
     PARAMETER_LIST_LENGTH_ERROR,
-    SAVING_PARAMETERS_NOT_SUPPORTED,
     WRITE_PROTECTED,
-    Sense,
 )
+from farplug.scsi.unit import COMMON_COMMANDS, Unit
 from farplug.usb.types import Buffer
 
 _WRITE_PROTECTED = 0x80
@@ -65,78 +59,38 @@ _UNMAP_HEADER = struct.Struct(">HH4x")
 _UNMAP_EXTENT = struct.Struct(">QI4x")
 
 
-class DiskUnit:
-    """Turns CDBs into actions. Nothing is read or written here.
-
-    It holds what SCSI keeps between commands: mode pages, unit attentions, and the sense of the last command for
-    transports that do not send it with the status.
+class DiskUnit(Unit):
+    """A disk over a medium of fixed block size.
 
     Args:
         medium: the figures of the place where the blocks are. A new size is reported by a unit attention.
+        luns: how many logical units the device has.
     """
 
-    def __init__(self, medium: Medium) -> None:
+    def __init__(self, medium: Medium, *, luns: int = 1) -> None:
+        commands = COMMANDS if medium.unmaps else COMMANDS_WITHOUT_UNMAP
+        super().__init__(commands, disk_modes(write_cache=medium.write_cache), luns)
         self._medium = medium
         self._block_count = medium.block_count
-        self._modes = ModePages()
-        self._commands = COMMANDS if medium.unmaps else COMMANDS_WITHOUT_UNMAP
-        self._attentions: list[Sense] = []
-        self._sense = NO_SENSE
 
-    def attend(self, sense: Sense) -> None:
-        """Raise a unit attention: a command to come reports it, once (SPC-4, chapter 5.14)."""
-        if sense not in self._attentions:
-            self._attentions.append(sense)
-
-    def keep_sense(self, sense: Sense) -> None:
-        """Remember why a command failed until the next command; only for transports that do not send sense."""
-        self._sense = sense
-
-    def execute(self, cdb: Buffer) -> Action:
-        """Decide what a command does.
-
-        Args:
-            cdb: at least one byte; bytes beyond the command's own length are ignored.
-        """
+    def _look(self) -> None:
         if self._medium.block_count != self._block_count:
             self._block_count = self._medium.block_count
             self.attend(CAPACITY_CHANGED)
-        command = self._commands.find(cdb)
-        if self._attentions and cdb[0] not in DESPITE_ATTENTION:
-            return Fail(self._attentions.pop(0))
-        if command is None:
-            action: Action = Fail(INVALID_COMMAND)
-        elif len(cdb) < command.length or int.from_bytes(cdb[: command.length]) & command.forbidden:
-            action = Fail(INVALID_FIELD_IN_CDB)
-        else:
-            action = command.handler(self, cdb)
-        self._sense = NO_SENSE
-        return action
 
     # What the disk is
 
+    def _inquiry_data(self) -> bytes:
+        return standard_inquiry(DIRECT_ACCESS)
+
+    def _vital_product_data(self, page: int) -> bytes | None:
+        return vital_product_data(DIRECT_ACCESS, disk_pages(self._medium), page)
+
+    def _device_specific_parameter(self) -> int:
+        return _DPOFUA | (_WRITE_PROTECTED if self._medium.read_only else 0)
+
     def _test_unit_ready(self, cdb: Buffer) -> Action:
         return Done()
-
-    def _request_sense(self, cdb: Buffer) -> Action:
-        sense = self._sense
-        if sense is NO_SENSE and self._attentions:
-            sense = self._attentions.pop(0)
-        return Respond(_sense_data(sense, cdb))
-
-    def _inquiry(self, cdb: Buffer) -> Action:
-        vital, page = cdb[1] & 0x01, cdb[2]
-        data = vital_product_data(self._medium, page) if vital else standard_inquiry(0x00)
-        if data is None or (page and not vital):
-            return Fail(INVALID_FIELD_IN_CDB)
-        return Respond(data[: int.from_bytes(cdb[3:5])])
-
-    def _report_luns(self, cdb: Buffer) -> Action:
-        select, allocation = cdb[2], int.from_bytes(cdb[6:10])
-        if select > 2:
-            return Fail(INVALID_FIELD_IN_CDB)
-        luns = b"" if select == 1 else bytes(8)  # 1: well known logical units only
-        return Respond((struct.pack(">I4x", len(luns)) + luns)[:allocation])
 
     def _opcodes(self, cdb: Buffer) -> Action:
         return report_supported_opcodes(self._commands, cdb)
@@ -154,37 +108,6 @@ class DiskUnit:
         blocks = min(self._block_count, 0xFFFFFFFF)
         data = struct.pack(">3xBII", 8, blocks, 0x02 << 24 | self._medium.block_size)  # 02: formatted medium
         return Respond(data[: int.from_bytes(cdb[7:9])])
-
-    # Modes
-
-    def _mode_sense(self, cdb: Buffer) -> Action:
-        control, page, subpage = cdb[2] >> 6, cdb[2] & 0x3F, cdb[3]
-        if control == 3:
-            return Fail(SAVING_PARAMETERS_NOT_SUPPORTED)
-        pages = self._modes.sense(control, page)
-        if pages is None or (subpage and (page, subpage) != (ALL_PAGES, 0xFF)):
-            return Fail(INVALID_FIELD_IN_CDB)
-        parameter = _DPOFUA | (_WRITE_PROTECTED if self._medium.read_only else 0)
-        if cdb_length(cdb[0]) == 6:
-            return Respond((struct.pack(">BBBB", 3 + len(pages), 0, parameter, 0) + pages)[: cdb[4]])
-        return Respond((struct.pack(">HBB4x", 6 + len(pages), 0, parameter) + pages)[: int.from_bytes(cdb[7:9])])
-
-    def _mode_select(self, cdb: Buffer) -> Action:
-        six = cdb_length(cdb[0]) == 6
-        length = cdb[4] if six else int.from_bytes(cdb[7:9])
-        return Receive(length, partial(self._mode_selected, 4 if six else 8)) if length else Done()
-
-    def _mode_selected(self, header: int, data: Buffer) -> Outcome:
-        if len(data) < header:
-            return Fail(PARAMETER_LIST_LENGTH_ERROR)
-        block_descriptors = data[3] if header == 4 else int.from_bytes(data[6:8])
-        if block_descriptors:
-            return Fail(INVALID_FIELD_IN_PARAMETER_LIST)
-        cached = self._modes.write_cache
-        sense = self._modes.select(data[header:])
-        if sense is not None:
-            return Fail(sense)
-        return Flush() if cached and not self._modes.write_cache else Done()
 
     # The medium as a whole
 
@@ -270,7 +193,8 @@ class DiskUnit:
 
     @property
     def _write_through(self) -> bool:
-        return not self._modes.write_cache
+        """The host turned the write cache off, and the store has one."""
+        return self._medium.write_cache and not self._modes.write_cache
 
     def _refuse(
         self, lba: int, count: int, flags: int, *, writes: bool = False, limit: int = MAX_TRANSFER_BLOCKS
@@ -287,15 +211,12 @@ class DiskUnit:
 
 _h = bytes.fromhex
 
-COMMANDS = CommandTable(
+COMMANDS: CommandTable[DiskUnit] = CommandTable(
     (
+        *COMMON_COMMANDS,
         Command("TEST UNIT READY", _h("00 00 00 00 00 00"), DiskUnit._test_unit_ready),
-        Command("REQUEST SENSE", _h("03 01 00 00 ff 00"), DiskUnit._request_sense),
         Command("READ(6)", _h("08 1f ff ff ff 00"), DiskUnit._read),
         Command("WRITE(6)", _h("0a 1f ff ff ff 00"), DiskUnit._write),
-        Command("INQUIRY", _h("12 01 ff ff ff 00"), DiskUnit._inquiry),
-        Command("MODE SELECT(6)", _h("15 10 00 00 ff 00"), DiskUnit._mode_select),
-        Command("MODE SENSE(6)", _h("1a 08 ff ff ff 00"), DiskUnit._mode_sense),
         Command("START STOP UNIT", _h("1b 01 00 0f f7 00"), DiskUnit._start_stop_unit),
         Command("PREVENT ALLOW MEDIUM REMOVAL", _h("1e 00 00 00 03 00"), DiskUnit._prevent_allow),
         Command("READ FORMAT CAPACITIES", _h("23 00 00 00 00 00 00 ff ff 00"), DiskUnit._format_capacities),
@@ -307,8 +228,6 @@ COMMANDS = CommandTable(
         Command("SYNCHRONIZE CACHE(10)", _h("35 06 ff ff ff ff 3f ff ff 00"), DiskUnit._synchronize),
         Command("WRITE SAME(10)", _h("41 08 ff ff ff ff 3f ff ff 00"), DiskUnit._write_same),
         Command("UNMAP", _h("42 00 00 00 00 00 3f ff ff 00"), DiskUnit._unmap),
-        Command("MODE SELECT(10)", _h("55 10 00 00 00 00 00 ff ff 00"), DiskUnit._mode_select),
-        Command("MODE SENSE(10)", _h("5a 18 ff ff 00 00 00 ff ff 00"), DiskUnit._mode_sense),
         Command("READ(16)", _h("88 1a ff ff ff ff ff ff ff ff ff ff ff ff 3f 00"), DiskUnit._read),
         Command("WRITE(16)", _h("8a 1a ff ff ff ff ff ff ff ff ff ff ff ff 3f 00"), DiskUnit._write),
         Command("WRITE AND VERIFY(16)", _h("8e 12 ff ff ff ff ff ff ff ff ff ff ff ff 3f 00"), DiskUnit._write_verify),
@@ -316,7 +235,6 @@ COMMANDS = CommandTable(
         Command("SYNCHRONIZE CACHE(16)", _h("91 06 ff ff ff ff ff ff ff ff ff ff ff ff 3f 00"), DiskUnit._synchronize),
         Command("WRITE SAME(16)", _h("93 09 ff ff ff ff ff ff ff ff ff ff ff ff 3f 00"), DiskUnit._write_same),
         Command("READ CAPACITY(16)", _h("9e 10 ff ff ff ff ff ff ff ff ff ff ff ff 01 00"), DiskUnit._capacity_16),
-        Command("REPORT LUNS", _h("a0 00 ff 00 00 00 ff ff ff ff 00 00"), DiskUnit._report_luns),
         Command("REPORT SUPPORTED OPERATION CODES", _h("a3 0c 87 ff ff ff ff ff ff ff 00 00"), DiskUnit._opcodes),
         Command("READ(12)", _h("a8 1a ff ff ff ff ff ff ff ff 3f 00"), DiskUnit._read),
         Command("WRITE(12)", _h("aa 1a ff ff ff ff ff ff ff ff 3f 00"), DiskUnit._write),
@@ -328,21 +246,3 @@ COMMANDS = CommandTable(
 
 COMMANDS_WITHOUT_UNMAP = CommandTable(row for row in COMMANDS if row.name != "UNMAP")
 """Of a disk whose store cannot give space back."""
-
-
-class AbsentUnit:
-    """What answers for a logical unit number that does not exist (SPC-4, chapter 4.5.1 and 6.6.2)."""
-
-    def execute(self, cdb: Buffer) -> Action:
-        """INQUIRY says that nothing is there, REQUEST SENSE says why, everything else fails."""
-        if len(cdb) >= 6 and cdb[0] == 0x12 and not cdb[1] & 1:
-            return Respond(standard_inquiry(0x7F)[: int.from_bytes(cdb[3:5])])
-        if len(cdb) >= 6 and cdb[0] == 0x03:
-            return Respond(_sense_data(LOGICAL_UNIT_NOT_SUPPORTED, cdb))
-        return Fail(LOGICAL_UNIT_NOT_SUPPORTED)
-
-
-def _sense_data(sense: Sense, cdb: Buffer) -> bytes:
-    """What a REQUEST SENSE is answered, in the format that it asks for."""
-    data = sense.descriptor_format() if cdb[1] & 0x01 else bytes(sense)
-    return data[: cdb[4]]

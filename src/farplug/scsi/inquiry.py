@@ -1,10 +1,10 @@
-"""What a disk says about itself: the standard INQUIRY data and the vital product data (SPC-4, chapters 6.6 and 7.8)."""
+"""What a logical unit says about itself: standard INQUIRY data, vital product data (SPC-4, chapters 6.6 and 7.8)."""
 
 from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable
+from collections.abc import Mapping
 
 from farplug.scsi.medium import (
     MAX_TRANSFER_BLOCKS,
@@ -20,45 +20,53 @@ VENDOR = "farplug"
 """Not "QEMU": for that vendor SeaBIOS asks for the mode page of a disk geometry and does not boot without."""
 
 PRODUCT = "Virtual Disk"
+CDROM_PRODUCT = "Virtual CD-ROM"
 REVISION = "1.0"
 
+DIRECT_ACCESS, MULTIMEDIA = 0x00, 0x05
+"""Peripheral device types (SPC-4, table 138)."""
+
 _SPC4 = 0x06
+_REMOVABLE = 0x80
+_CMDQUE = 0x02
 
 
-def standard_inquiry(peripheral: int) -> bytes:
+def standard_inquiry(peripheral: int, *, product: str = PRODUCT, removable: bool = False) -> bytes:
     """Build the standard INQUIRY data, 36 bytes (SPC-4, chapter 6.6.2). ``peripheral``: qualifier and device type."""
-    names = f"{VENDOR:8}{PRODUCT:16}{REVISION:4}".encode("ascii")
-    return bytes((peripheral, 0x00, _SPC4, 0x02, 5 + 26, 0, 0, 0)) + names
+    names = f"{VENDOR:8}{product:16}{REVISION:4}".encode("ascii")
+    return bytes((peripheral, _REMOVABLE if removable else 0, _SPC4, 0x02, 5 + 26, 0, 0, _CMDQUE)) + names
 
 
-def vital_product_data(medium: Medium, page: int) -> bytes | None:
-    """Build a VPD page of a disk; None if it has no such page."""
-    pages = _pages(medium)
-    if page not in pages:
-        return None
-    content = pages[page](medium)
-    return struct.pack(">BBH", 0x00, page, len(content)) + content
+def vital_product_data(peripheral: int, pages: Mapping[int, bytes], code: int) -> bytes | None:
+    """Build a VPD page of a unit that has ``pages``, besides 00, the list of them; None if it has no such page."""
+    content = bytes((0x00, *pages)) if code == 0x00 else pages.get(code)
+    return None if content is None else struct.pack(">BBH", peripheral, code, len(content)) + content
 
 
-def _pages(medium: Medium) -> dict[int, Callable[[Medium], bytes]]:
-    return _PAGES if medium.unmaps else {page: build for page, build in _PAGES.items() if page != 0xB2}
+def identity_pages(product: str, serial_number: str) -> dict[int, bytes]:
+    """Build unit serial number and device identification.
 
-
-def _supported_pages(medium: Medium) -> bytes:
-    return bytes(_pages(medium))
-
-
-def _unit_serial_number(medium: Medium) -> bytes:
-    return medium.serial_number.encode("ascii")
-
-
-def _device_identification(medium: Medium) -> bytes:
-    """A name in words (T10 vendor ID) and a locally assigned number (NAA 3), made of the serial number."""
-    serial = medium.serial_number.encode("ascii")
-    words = f"{VENDOR:8}{PRODUCT} ".encode("ascii") + serial
+    The latter is a name in words (T10 vendor ID) and a locally assigned number (NAA 3), made of the serial number.
+    """
+    serial = serial_number.encode("ascii")
+    words = f"{VENDOR:8}{product} ".encode("ascii") + serial
     digest = int.from_bytes(hashlib.sha256(serial).digest()[:8])
     number = (0x3 << 60 | digest & (1 << 60) - 1).to_bytes(8)
-    return bytes((0x02, 0x01, 0x00, len(words))) + words + bytes((0x01, 0x03, 0x00, len(number))) + number
+    identification = bytes((0x02, 0x01, 0x00, len(words))) + words + bytes((0x01, 0x03, 0x00, len(number))) + number
+    return {0x80: serial, 0x83: identification}
+
+
+def disk_pages(medium: Medium) -> dict[int, bytes]:
+    """Build the contents of a disk's VPD pages."""
+    pages = identity_pages(PRODUCT, medium.serial_number) | {
+        0xB0: _block_limits(medium),
+        0xB1: struct.pack(">H", 0x0001).ljust(0x3C, b"\0"),  # block device characteristics: non-rotating
+    }
+    if medium.unmaps:
+        # Logical block provisioning. LBPU, LBPWS, LBPWS10: all three ways to unmap; LBPRZ: unmapped blocks read as
+        # zeros; thin provisioned
+        pages[0xB2] = bytes((0x00, 0xE4, 0x02, 0x00))
+    return pages
 
 
 def _block_limits(medium: Medium) -> bytes:
@@ -78,22 +86,3 @@ def _block_limits(medium: Medium) -> bytes:
         0x80000000 if medium.unmaps else 0,  # UGAVALID
         MAX_WRITE_SAME_BLOCKS,
     )
-
-
-def _block_device_characteristics(medium: Medium) -> bytes:
-    return struct.pack(">H", 0x0001).ljust(0x3C, b"\0")  # non-rotating
-
-
-def _logical_block_provisioning(medium: Medium) -> bytes:
-    # LBPU, LBPWS, LBPWS10: all three ways to unmap; LBPRZ: unmapped blocks read as zeros; thin provisioned
-    return bytes((0x00, 0xE4, 0x02, 0x00))
-
-
-_PAGES: dict[int, Callable[[Medium], bytes]] = {
-    0x00: _supported_pages,
-    0x80: _unit_serial_number,
-    0x83: _device_identification,
-    0xB0: _block_limits,
-    0xB1: _block_device_characteristics,
-    0xB2: _logical_block_provisioning,
-}

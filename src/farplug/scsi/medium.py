@@ -42,6 +42,11 @@ class Medium(Protocol):
         ...
 
     @property
+    def write_cache(self) -> bool:
+        """What was written is durable after a flush only. Without one it is as soon as the write is done."""
+        ...
+
+    @property
     def serial_number(self) -> str:
         """In ASCII."""
         ...

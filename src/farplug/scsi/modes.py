@@ -5,6 +5,8 @@ There are no block descriptors. All pages together stay below 192 bytes: Linux l
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from farplug.scsi.sense import INVALID_FIELD_IN_PARAMETER_LIST, PARAMETER_LIST_LENGTH_ERROR, Sense
 from farplug.usb.types import Buffer
 
@@ -20,26 +22,38 @@ def _page(text: str, length: int) -> bytes:
     return bytes((content[0], length)) + content[1:].ljust(length, b"\0")
 
 
-_DEFAULTS = (
-    _page("01", 0x0A),  # read-write error recovery: nothing is retried or replaced
-    _page("08 04", 0x12),  # caching: WCE, there is a write cache
-    _page("0a 02 10", 0x0A),  # control: GLTSD, nothing is logged; commands may be reordered
-    _page("1c 08", 0x0A),  # informational exceptions: DEXCPT, none are reported
-)
-_CHANGEABLE = {page[0]: page[:2] + bytes(len(page) - 2) for page in _DEFAULTS} | {_CACHING: _page("08 04", 0x12)}
-"""A mask for each page, behind its code and length: WCE is all that can be changed."""
+_READ_WRITE_ERROR_RECOVERY = _page("01", 0x0A)  # nothing is retried or replaced
+_CACHE = _page("08 04", 0x12)  # WCE: there is a write cache; also the mask for changing it
+_NO_CACHE = _page("08", 0x12)
+_CONTROL = _page("0a 02 10", 0x0A)  # GLTSD, nothing is logged; commands may be reordered
+_INFORMATIONAL_EXCEPTIONS = _page("1c 08", 0x0A)  # DEXCPT, none are reported
+
+# MMC-3, chapter 5.5; MMC-2 for page 0D
+_CD_DEVICE_PARAMETERS = _page("0d 00 0d 003c 004b", 0x06)  # 60 seconds of 75 frames
+_CD_AUDIO_CONTROL = _page("0e 04", 0x0E)  # no port plays anything
+_CAPABILITIES = _page("2a 0b 00 00 00 29 00 2260 0000 0800 2260", 0x14)
+"""Reads CD-R, CD-RW and DVD-ROM, writes nothing; a tray that ejects and locks; 50 times 176 kB/s."""
+_LOCKED_CAPABILITIES = _page("2a 0b 00 00 00 2b 00 2260 0000 0800 2260", 0x14)
 
 
 class ModePages:
-    """The mode pages of a disk. What is changed lasts as long as the disk; nothing is saved."""
+    """The mode pages of a logical unit. What is changed lasts as long as the unit; nothing is saved.
 
-    def __init__(self) -> None:
-        self._current = {page[0]: page for page in _DEFAULTS}
+    Args:
+        defaults: the pages.
+        changeable: a mask behind its code and length for each page of which something can be changed.
+    """
+
+    def __init__(self, defaults: Iterable[bytes], changeable: Iterable[bytes] = ()) -> None:
+        self._defaults = {page[0]: page for page in defaults}
+        self._changeable = {code: page[:2] + bytes(len(page) - 2) for code, page in self._defaults.items()}
+        self._changeable |= {mask[0]: mask for mask in changeable}
+        self._current = dict(self._defaults)
 
     @property
     def write_cache(self) -> bool:
         """WCE: a write may be acknowledged before it is durable."""
-        return bool(self._current[_CACHING][2] & _WCE)
+        return bool(self._current.get(_CACHING, _NO_CACHE)[2] & _WCE)
 
     def sense(self, control: int, code: int) -> bytes | None:
         """Build what MODE SENSE tells; None if there is no such page.
@@ -48,8 +62,12 @@ class ModePages:
             control: 0 the current values, 1 masks of the bits that can be changed, 2 the defaults.
             code: of a page, or :data:`ALL_PAGES`.
         """
-        pages = (self._current, _CHANGEABLE, {page[0]: page for page in _DEFAULTS})[control]
+        pages = (self._current, self._changeable, self._defaults)[control]
         return b"".join(pages.values()) if code == ALL_PAGES else pages.get(code)
+
+    def replace(self, page: bytes) -> None:
+        """The unit itself changes the current values of a page."""
+        self._current[page[0]] = page
 
     def select(self, pages: Buffer) -> Sense | None:
         """Change the current values to what these pages say: all of it, or nothing and the reason is returned."""
@@ -64,9 +82,26 @@ class ModePages:
             if len(pages) < len(page):
                 return PARAMETER_LIST_LENGTH_ERROR
             wanted = page[:2] + bytes(pages[2 : len(page)])
-            if any((old ^ new) & ~mask for old, new, mask in zip(page, wanted, _CHANGEABLE[code], strict=True)):
+            if any((old ^ new) & ~mask for old, new, mask in zip(page, wanted, self._changeable[code], strict=True)):
                 return INVALID_FIELD_IN_PARAMETER_LIST
             changed[code] = wanted
             pages = pages[len(page) :]
         self._current = changed
         return None
+
+
+def disk_modes(*, write_cache: bool) -> ModePages:
+    """Make the pages of a disk. Of its write cache, if there is one, WCE can be changed, and nothing else."""
+    cache = _CACHE if write_cache else _NO_CACHE
+    pages = (_READ_WRITE_ERROR_RECOVERY, cache, _CONTROL, _INFORMATIONAL_EXCEPTIONS)
+    return ModePages(pages, (cache,))
+
+
+def cdrom_modes() -> ModePages:
+    """Make the pages of a CD-ROM drive. Nothing can be changed."""
+    return ModePages((_READ_WRITE_ERROR_RECOVERY, _CD_DEVICE_PARAMETERS, _CD_AUDIO_CONTROL, _CAPABILITIES))
+
+
+def cdrom_capabilities(*, locked: bool) -> bytes:
+    """Build the page of a CD-ROM drive's capabilities, 2A, which also tells whether its tray is locked."""
+    return _LOCKED_CAPABILITIES if locked else _CAPABILITIES

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import struct
 from enum import IntEnum
+from typing import Any
 
-from farplug.scsi.cdb import SERVICE_ACTION_OPCODES, Action, Command, CommandTable, Fail, Respond, Unit
+from farplug.scsi.cdb import SERVICE_ACTION_OPCODES, Action, Command, CommandTable, Fail, Respond
 from farplug.scsi.sense import INVALID_FIELD_IN_CDB
 from farplug.usb.types import Buffer
 
@@ -31,7 +32,7 @@ class _Support(IntEnum):
     STANDARD = 3
 
 
-def report_supported_opcodes(commands: CommandTable[Unit], cdb: Buffer) -> Action:
+def report_supported_opcodes(commands: CommandTable[Any], cdb: Buffer) -> Action:
     """Answer for all commands, or for one."""
     timeouts, option, opcode = bool(cdb[2] & 0x80), cdb[2] & 0x07, cdb[3]
     service_action, allocation = int.from_bytes(cdb[4:6]), int.from_bytes(cdb[6:10])
@@ -51,14 +52,14 @@ def report_supported_opcodes(commands: CommandTable[Unit], cdb: Buffer) -> Actio
     return Respond(_one_command(command, timeouts)[:allocation])
 
 
-def _descriptor(command: Command[Unit], timeouts: bool) -> bytes:
+def _descriptor(command: Command[Any], timeouts: bool) -> bytes:
     action = command.service_action
     flags = timeouts << 1 | (action is not None)
     descriptor = struct.pack(">BxHxBH", command.opcode, action or 0, flags, command.length)
     return descriptor + (_NO_TIMEOUTS if timeouts else b"")
 
 
-def _one_command(command: Command[Unit] | None, timeouts: bool) -> bytes:
+def _one_command(command: Command[Any] | None, timeouts: bool) -> bytes:
     if command is None:
         return struct.pack(">BBH", 0, _Support.NOT_SUPPORTED, 0)
     head = struct.pack(">BBH", 0, timeouts << 7 | _Support.STANDARD, command.length)

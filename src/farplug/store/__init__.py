@@ -1,7 +1,19 @@
-"""Where a disk's blocks live: a file, memory. Knows nothing of USB and SCSI."""
+"""Where a disk's blocks live: a file, a snapshot of one, memory. Knows nothing of USB and SCSI."""
 
-from farplug.store.base import BLOCK_SIZE, ReadDone, Store, WriteDone
+from farplug.store.base import BLOCK_SIZE, CacheMode, ReadDone, Store, WriteDone
 from farplug.store.file import FileStore
+from farplug.store.iso import open_iso
 from farplug.store.memory import MemoryStore
+from farplug.store.overlay import OverlayStore
 
-__all__ = ["BLOCK_SIZE", "FileStore", "MemoryStore", "ReadDone", "Store", "WriteDone"]
+__all__ = [
+    "BLOCK_SIZE",
+    "CacheMode",
+    "FileStore",
+    "MemoryStore",
+    "OverlayStore",
+    "ReadDone",
+    "Store",
+    "WriteDone",
+    "open_iso",
+]

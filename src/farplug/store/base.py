@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from enum import StrEnum
 from typing import TypeAlias
 
 from farplug.usb.types import Buffer
@@ -15,6 +16,18 @@ WriteDone: TypeAlias = Callable[[OSError | None], None]
 """Called once: None, or the error."""
 
 BLOCK_SIZE = 512
+
+
+class CacheMode(StrEnum):
+    """When what was written is durable. The values are those of QEMU's cache option."""
+
+    WRITEBACK = "writeback"
+    """When the guest asks for it. The page cache of this machine is the disk's write cache."""
+    WRITETHROUGH = "writethrough"
+    """Before a write is done: the disk has no write cache."""
+    UNSAFE = "unsafe"
+    """When the kernel pleases, whatever the guest asks for, at a detach too. What was written survives the end of
+    farplug, but not that of this machine: for disks that can be thrown away."""
 
 
 class Store(ABC):
@@ -33,6 +46,7 @@ class Store(ABC):
         block_size: bytes.
         read_only: writes are an error.
         unmaps: :meth:`zero` can give space back.
+        write_cache: a write may be done before it is durable.
         serial_number: upper-case hex digits, the same each time that this image is opened; two images differ.
     """
 
@@ -41,6 +55,7 @@ class Store(ABC):
     block_size: int = BLOCK_SIZE
     read_only: bool = False
     unmaps: bool = False
+    write_cache: bool = True
     serial_number: str
 
     @abstractmethod
@@ -49,7 +64,7 @@ class Store(ABC):
 
     @abstractmethod
     def write(self, offset: int, data: Buffer, done: WriteDone) -> None:
-        """Write ``data``. It need not be durable yet when it is done."""
+        """Write ``data``. With a write cache it need not be durable yet when it is done."""
 
     @abstractmethod
     def zero(self, offset: int, length: int, done: WriteDone, *, unmap: bool) -> None:
@@ -57,7 +72,9 @@ class Store(ABC):
 
     @abstractmethod
     def flush(self, done: WriteDone) -> None:
-        """Make everything durable whose write was done (or called) before this call."""
+        """Make everything durable whose write was done (or called) before this call (:attr:`CacheMode.UNSAFE`: wait for
+        the writes).
+        """
 
     def refresh(self) -> None:  # noqa: B027
         """Look at the size of the medium again: if it grew, ``block_count`` follows soon."""

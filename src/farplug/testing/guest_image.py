@@ -45,6 +45,14 @@ ON_DEMAND_MODULES = (
 
 PROGRAMS = ("dash", "mke2fs", "e2fsck", "mkfs.vfat", "fsck.vfat", "lsusb")
 
+PYTHON = Path("/usr/bin/python3")
+"""The distribution's: one from elsewhere may need more than its standard library's folder."""
+
+PYTHON_LEFT_OUT = frozenset(
+    {"dist-packages", "distutils", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "test", "tkinter", "turtledemo"}
+)
+"""Folders of the standard library that no script in a guest imports; and whatever serves to build Python itself."""
+
 _LIBRARY = re.compile(r"(?:=>\s+|^\s*)(/\S+)\s+\(0x")
 
 
@@ -55,7 +63,7 @@ class Initramfs:
     """
 
     def __init__(self) -> None:
-        self._entries: dict[str, tuple[int, bytes]] = {}
+        self._entries: dict[str, tuple[int, int, bytes]] = {}
 
     @property
     def paths(self) -> frozenset[str]:
@@ -66,27 +74,27 @@ class Initramfs:
         """Add an empty folder."""
         self._add(path, 0o040000 | mode, b"")
 
-    def add_file(self, path: str, content: bytes, mode: int = 0o644) -> None:
-        """Add a regular file."""
-        self._add(path, 0o100000 | mode, content)
+    def add_file(self, path: str, content: bytes, mode: int = 0o644, *, mtime: int = 0) -> None:
+        """Add a regular file, last modified at ``mtime`` (seconds since 1970)."""
+        self._add(path, 0o100000 | mode, content, mtime)
 
     def add_link(self, path: str, target: str) -> None:
         """Add a symbolic link."""
         self._add(path, 0o120777, target.encode())
 
-    def _add(self, path: str, mode: int, content: bytes) -> None:
+    def _add(self, path: str, mode: int, content: bytes, mtime: int = 0) -> None:
         parent = path.rpartition("/")[0]
         if parent and parent not in self._entries:
             self.add_folder(parent)
-        self._entries[path] = (mode, content)
+        self._entries[path] = (mode, mtime, content)
 
     def __bytes__(self) -> bytes:
         archive = bytearray()
         entries = [(path.lstrip("/"), *entry) for path, entry in self._entries.items()]
-        for inode, (name, mode, content) in enumerate([*entries, ("TRAILER!!!", 0, b"")], start=1):
+        for inode, (name, mode, mtime, content) in enumerate([*entries, ("TRAILER!!!", 0, 0, b"")], start=1):
             encoded = name.encode() + b"\0"
             links = 2 if mode & 0o040000 else 1
-            fields = (inode, mode, 0, 0, links, 0, len(content), 0, 0, 0, 0, len(encoded), 0)
+            fields = (inode, mode, 0, 0, links, mtime, len(content), 0, 0, 0, 0, len(encoded), 0)
             archive += b"070701" + b"".join(b"%08X" % field for field in fields) + encoded
             archive += bytes(-len(archive) % 4)
             archive += content
@@ -97,14 +105,43 @@ class Initramfs:
 def add_program(image: Initramfs, program: Path) -> None:
     """Add a program of this machine, under its own path, with the shared libraries that it needs."""
     image.add_file(str(program), program.read_bytes(), 0o755)
-    for library in shared_libraries(program):
+    add_libraries(image, program)
+
+
+def add_libraries(image: Initramfs, *files: Path) -> None:
+    """Add the shared libraries that programs, or other shared objects, need."""
+    for library in shared_libraries(*files):
         if str(library) not in image.paths:
             image.add_file(str(library), library.read_bytes(), 0o755)
 
 
-def shared_libraries(program: Path) -> list[Path]:
-    """Shared libraries that a dynamic program loads, its loader included; none for a static one."""
-    return parse_ldd(output_of("ldd", str(program)) or "")
+def add_python(image: Initramfs) -> None:
+    """Add the distribution's Python and its standard library, as ``python3``.
+
+    Raises:
+        SetupError: it is not installed.
+    """
+    if not PYTHON.exists():
+        raise SetupError(f"no {PYTHON}", reason=Reason.MISSING_PROGRAM, remedy="sudo apt-get install python3")
+    folder = Path((output_of(str(PYTHON), "-I", "-c", "import os; print(os.__file__)") or "").strip()).parent
+    program = PYTHON.resolve()
+    add_program(image, program)
+    image.add_link(str(PYTHON), str(program))
+    extensions = []
+    for file in folder.rglob("*"):
+        name = file.relative_to(folder).parts[0]
+        if name in PYTHON_LEFT_OUT or name.startswith("config-") or not file.is_file():
+            continue
+        # The time of last change: by it Python tells whether what it once compiled is still valid.
+        image.add_file(str(file), file.read_bytes(), mtime=int(file.stat().st_mtime))
+        if file.suffix == ".so":
+            extensions.append(file)
+    add_libraries(image, *extensions)
+
+
+def shared_libraries(*files: Path) -> list[Path]:
+    """Shared libraries that dynamic programs load, their loader included; none for a static one."""
+    return list(dict.fromkeys(parse_ldd(output_of("ldd", *map(str, files)) or "")))
 
 
 def parse_ldd(output: str) -> list[Path]:
@@ -151,15 +188,17 @@ def build_initramfs(
     init_files: Mapping[str, bytes],
     modules: Sequence[str] = (),
     programs: Sequence[str] = (),
+    python: bool = False,
     files: Sequence[tuple[str, Path]] = (),
 ) -> bytes:
-    """Build the guest's initramfs. Blocks for about 0.1 s.
+    """Build the guest's initramfs. Blocks for about 0.1 s; with Python, or programs of many libraries, longer.
 
     Args:
         kernel: where the modules come from.
         init_files: files that make it boot, by path, executable; an ``/etc/inittab`` for busybox's init among them.
         modules: modules to load at boot besides :data:`BOOT_MODULES`.
         programs: programs of this machine to put in besides :data:`PROGRAMS`.
+        python: put Python in, with its standard library.
         files: path in the guest, and the file on this machine.
 
     Raises:
@@ -170,6 +209,8 @@ def build_initramfs(
         image.add_folder(folder)
     for program in (*PROGRAMS, *programs):
         add_program(image, find_program(program))
+    if python:
+        add_python(image)
     mke2fs = str(find_program("mke2fs"))
     for name in ("mkfs.ext2", "mkfs.ext4"):
         image.add_link(f"/sbin/{name}", mke2fs)

@@ -31,7 +31,7 @@ from farplug.programs import find_program, output_of
 
 logger = logging.getLogger(__name__)
 
-LAYOUT = "1-x86_64"
+LAYOUT = "2-x86_64"
 """Name of the cache folder: changes when what is kept of the packages changes."""
 
 KERNEL_PACKAGES = ("linux-image-amd64", "linux-image-generic")
@@ -49,6 +49,7 @@ KEPT_TREES = (
     "fs/exfat/",
     "fs/ext4/",
     "fs/fat/",
+    "fs/fuse/",
     "fs/isofs/",
     "fs/jbd2/",
     "fs/nls/",

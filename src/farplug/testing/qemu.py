@@ -244,6 +244,7 @@ class QemuGuest:
                 init_files=INIT_FILES,
                 modules=config.modules,
                 programs=config.programs,
+                python=config.python,
                 files=config.files,
             )
         elif config.boot is Boot.UEFI:

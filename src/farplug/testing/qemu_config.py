@@ -140,6 +140,7 @@ class GuestConfig:
         accelerator: ``tcg`` works everywhere; ``kvm`` is faster where the machine really has it.
         modules: kernel modules to load at boot besides those for USB storage.
         programs: programs of this machine to put into the guest besides ``mke2fs``, ``lsusb`` and the like.
+        python: whether to put the distribution's ``python3`` and its standard library (50 MB) into the guest.
         files: more files to put into the guest: its path there, the file here.
         kernel_arguments: more words on the kernel's command line.
         extra_arguments: more arguments of QEMU.
@@ -156,6 +157,7 @@ class GuestConfig:
     accelerator: str = "tcg"
     modules: tuple[str, ...] = ()
     programs: tuple[str, ...] = ()
+    python: bool = False
     files: tuple[tuple[str, Path], ...] = ()
     kernel_arguments: tuple[str, ...] = ()
     extra_arguments: tuple[str, ...] = ()

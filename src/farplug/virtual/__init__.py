@@ -1,7 +1,20 @@
 """Devices made of software: the kit, and the functions that a person wants to plug."""
 
+from farplug.virtual.cdrom import CdromDrive, cdrom_device, drives_of
 from farplug.virtual.device import VirtualDevice
 from farplug.virtual.disk import Disk, disk_device
 from farplug.virtual.function import Function, FunctionHost
+from farplug.virtual.storage import MassStorage, StorageTransport
 
-__all__ = ["Disk", "Function", "FunctionHost", "VirtualDevice", "disk_device"]
+__all__ = [
+    "CdromDrive",
+    "Disk",
+    "Function",
+    "FunctionHost",
+    "MassStorage",
+    "StorageTransport",
+    "VirtualDevice",
+    "cdrom_device",
+    "disk_device",
+    "drives_of",
+]

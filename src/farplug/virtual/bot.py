@@ -16,18 +16,16 @@ import asyncio
 import logging
 import struct
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import IntEnum, auto
 from functools import partial
 
-from farplug.scsi.cdb import Action, Compare, Done, Fail, Flush, Outcome, Read, Receive, Respond, Verify, Work, Write
-from farplug.scsi.disk import AbsentUnit, DiskUnit
-from farplug.scsi.sense import ABORTED_COMMAND, INVALID_FIELD_IN_CDB, MISCOMPARE, UNRECOVERED_READ_ERROR, Sense
-from farplug.store.base import Store
+from farplug.scsi.sense import ABORTED_COMMAND
 from farplug.usb.transfer import Status, Transfer
-from farplug.usb.types import Buffer
+from farplug.usb.types import Buffer, Direction, Setup
 from farplug.virtual.function import FunctionHost
-from farplug.virtual.job import Job, job_sense, write_sense
+from farplug.virtual.task import Task
+from farplug.virtual.unit import LogicalUnit, absent_unit
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +36,9 @@ CBW = struct.Struct("<IIIBBB16s")
 CSW_SIGNATURE = 0x53425355
 CSW = struct.Struct("<IIIB")
 """dCSWSignature, dCSWTag, dCSWDataResidue, bCSWStatus"""
+
+GET_MAX_LUN = Setup(0xA1, 0xFE, 0, 0, 1)
+BULK_ONLY_RESET = Setup(0x21, 0xFF, 0, 0, 0)
 
 MAX_PADDING = 64 * 1024
 """Short data is padded to what the host expects up to here; beyond, a short transfer ends it. SeaBIOS on xHCI takes a
@@ -80,86 +81,43 @@ class _Command:
     Attributes:
         tag: dCBWTag.
         length: H, what the host expects to move.
-        moved: how much of it has moved, padding included.
+        unit: whose it is.
+        task: what it does.
+        moved: how much of H has moved, padding included.
         size: how much of it the command itself moves, at most H: what follows is padding, or dropped.
-        processed: how much of ``size`` was really delivered or written.
-        data: data-in from here; None: from or to the store.
-        fetching: ``data`` is being read from the store.
-        offset: where in the store.
+        performed: the task was begun. It is not when the host expects something else.
+        fetching: data-in is read ahead.
         pad: fill short data with zeros.
-        durable: flush before the status.
-        pending: writes, comparisons and jobs under way. The status waits for them, and data-in for jobs.
-        job: what was last begun besides moving data.
-        reads: it is a READ: what it delivers counts as read.
-        compares: data-out is compared with the store, not written.
-        parameters: data-out is collected here: it is not for the store. ``then`` says what it asks for.
-        part: of a block that was cut by the end of a transfer. A block is written whole or not at all.
+        phase_error: the host expects something else, or less.
     """
 
-    __slots__ = (
-        "compares",
-        "data",
-        "durable",
-        "fetching",
-        "job",
-        "length",
-        "moved",
-        "offset",
-        "pad",
-        "parameters",
-        "part",
-        "pending",
-        "processed",
-        "reads",
-        "size",
-        "status",
-        "tag",
-        "then",
-    )
+    __slots__ = ("fetching", "length", "moved", "pad", "performed", "phase_error", "size", "tag", "task", "unit")
 
-    def __init__(self, tag: int, length: int) -> None:
+    def __init__(self, tag: int, length: int, unit: LogicalUnit, task: Task) -> None:
         self.tag = tag
         self.length = length
+        self.unit = unit
+        self.task = task
         self.moved = 0
         self.size = 0
-        self.processed = 0
-        self.data: memoryview | None = None
+        self.performed = True
         self.fetching = False
-        self.offset = 0
         self.pad = length <= MAX_PADDING
-        self.durable = False
-        self.pending = 0
-        self.job: Job | None = None
-        self.reads = False
-        self.compares = False
-        self.parameters: bytearray | None = None
-        self.then: Callable[[Buffer], Outcome] | None = None
-        self.part = b""
-        self.status = CswStatus.PASSED
+        self.phase_error = False
 
 
 class BulkOnly:
-    """The state machine of one Bulk-Only interface with one logical unit.
+    """The state machine of one Bulk-Only interface.
 
     Args:
-        store: where the blocks are.
-        unit: decides what commands do.
+        units: by logical unit number.
         endpoint_in: the function's own address of the bulk IN endpoint.
         endpoint_out: of the bulk OUT endpoint.
-
-    Attributes:
-        commands: how many were taken.
-        bytes_read: from the store, delivered.
-        bytes_written: to the store.
     """
 
-    def __init__(self, store: Store, unit: DiskUnit, endpoint_in: int, endpoint_out: int) -> None:
-        self.commands = 0
-        self.bytes_read = 0
-        self.bytes_written = 0
-        self._store = store
-        self._unit = unit
-        self._absent = AbsentUnit()
+    def __init__(self, units: Sequence[LogicalUnit], endpoint_in: int, endpoint_out: int) -> None:
+        self._units = units
+        self._absent = absent_unit(len(units))
         self._endpoint_in = endpoint_in
         self._endpoint_out = endpoint_out
         self._host: FunctionHost | None = None
@@ -168,7 +126,6 @@ class BulkOnly:
         self._queued = 0
         self._unwritten = 0
         self._unread = 0
-        self.unreported: OSError | None = None
         self._phase = _Phase.COMMAND
         self._command: _Command | None = None
         self._reading: Transfer | None = None
@@ -184,6 +141,17 @@ class BulkOnly:
     def bind(self, host: FunctionHost) -> None:
         """Say who can halt the endpoints."""
         self._host = host
+
+    def control(self, transfer: Transfer) -> bool:
+        """Answer a class request (chapter 3). False: it is none, or has wrong fields (it stalls)."""
+        if transfer.setup == GET_MAX_LUN:
+            transfer.complete(reply=bytes((len(self._units) - 1,)))
+        elif transfer.setup == BULK_ONLY_RESET:
+            self._bulk_only_reset()
+            transfer.complete()
+        else:
+            return False
+        return True
 
     def submit(self, transfer: Transfer) -> None:
         """Take a transfer on one of the two endpoints."""
@@ -210,13 +178,13 @@ class BulkOnly:
             if later and self._phase is _Phase.DATA_OUT and command is not None:
                 # What follows would be written in its place.
                 command.size = min(command.size, command.moved)
-                self._fail(command, ABORTED_COMMAND)
+                command.task.fail(ABORTED_COMMAND)
         else:
             return
         transfer.complete(Status.CANCELLED)
         self._advance()
 
-    def bulk_only_reset(self) -> None:
+    def _bulk_only_reset(self) -> None:
         """Be ready for a CBW again (chapter 3.1). Halts stay until the guest clears them; IN transfers stay queued."""
         self._wedged = False
         self._forget()
@@ -243,8 +211,8 @@ class BulkOnly:
 
     def _forget(self) -> None:
         self._phase = _Phase.COMMAND
-        if self._command is not None and self._command.job is not None:
-            self._command.job.stop()
+        if self._command is not None:
+            self._command.task.drop()
         self._command = None
         if self._reading is not None:
             self._in.appendleft(self._reading)
@@ -272,130 +240,81 @@ class BulkOnly:
         signature, tag, length, flags, lun, cdb_length, cdb = CBW.unpack(transfer.data)
         if signature != CBW_SIGNATURE:
             return self._wedge(transfer, f"the signature {signature:08x}")
-        command = self._command = _Command(tag, length)
-        self.commands += 1
-        unit: DiskUnit | AbsentUnit = self._absent if lun & 0x0F else self._unit
-        cdb = cdb[: cdb_length & 0x1F]
-        action = unit.execute(cdb) if cdb else Fail(INVALID_FIELD_IN_CDB)
-        work = self._begin(command, action, bool(flags & 0x80))
+        lun &= 0x0F
+        unit = self._units[lun] if lun < len(self._units) else self._absent
+        task = Task(unit, cdb[: cdb_length & 0x1F], self._advance)
+        command = self._command = _Command(tag, length, unit, task)
+        self._match(command, Direction(flags & Direction.IN))
         if not length:
             self._phase = _Phase.STATUS
         else:
-            self._phase = _Phase.DATA_IN if flags & 0x80 else _Phase.DATA_OUT
+            self._phase = _Phase.DATA_IN if flags & Direction.IN else _Phase.DATA_OUT
         transfer.complete()
-        if work is not None and self._command is command:
-            self._start(command, work)
-        elif type(action) is Read and MIN_PREFETCH <= command.size <= MAX_PREFETCH:
-            # Not now: the acknowledgement leaves first.
-            asyncio.get_running_loop().call_soon(self._prefetch, command)
+        if self._command is command and command.performed:
+            task.start()
+            if task.reads_store and not task.busy and MIN_PREFETCH <= command.size <= MAX_PREFETCH:
+                # Not now: the acknowledgement leaves first.
+                asyncio.get_running_loop().call_soon(self._prefetch, command)
         return True
+
+    def _match(self, command: _Command, direction: Direction) -> None:
+        """Match what the host expects with what the command does."""
+        task, length = command.task, command.length
+        demand = task.demand
+        if not demand:  # cases 1, 4, 9
+            return
+        if not length or task.direction is not direction:  # cases 2, 3, 8, 10
+            command.phase_error, command.performed = True, False
+            command.pad = False
+        elif demand <= length:  # cases 5, 6, 11, 12
+            command.size = demand
+        elif direction is Direction.IN:  # case 7
+            command.phase_error = True
+            command.size = length
+        else:  # case 13
+            command.phase_error, command.performed = True, False
+            task.moved = length
 
     def _prefetch(self, command: _Command) -> None:
         if command is self._command and not command.moved and self._reading is None and not self._unread:
             command.fetching = True
             self._unread += command.size
-            self._store.read(command.offset, command.size, partial(self._fetched, command))
+            command.task.fetch(command.size, partial(self._fetched, command))
 
-    def _fetched(self, command: _Command, data: Buffer, error: OSError | None) -> None:
+    def _fetched(self, command: _Command) -> None:
         self._unread -= command.size
         command.fetching = False
-        if error is None:  # else the transfer that asks for the data finds out which part cannot be read
-            command.data = memoryview(data)
         self._advance()
-
-    def _begin(self, command: _Command, action: Action, to_host: bool) -> Work | None:
-        """Match what the host expects with what the command does. Returns what is to be done at once."""
-        length = command.length
-        work: Work | None = None
-        match action:
-            case Read(lba, count, fua):
-                demand, sends = count * self._store.block_size, True
-                command.offset = lba * self._store.block_size
-                command.reads = True
-                work = Flush() if fua else None
-            case Write(lba, count, durable):
-                demand, sends = count * self._store.block_size, False
-                command.offset = lba * self._store.block_size
-                command.durable = durable
-            case Compare(lba, count):
-                demand, sends = count * self._store.block_size, False
-                command.offset = lba * self._store.block_size
-                command.compares = True
-            case Receive(demand, then):
-                sends = False
-                command.parameters, command.then = bytearray(), then
-            case Respond(data):
-                demand, sends = len(data), True
-                command.data = memoryview(data)
-            case Fail(sense):
-                self._fail(command, sense)
-                return None
-            case Done():
-                return None  # cases 1, 4, 9
-            case _:
-                return action  # cases 1, 4, 9
-        if not demand:
-            return None
-        if not length:  # cases 2, 3
-            command.status = CswStatus.PHASE_ERROR
-        elif sends is not to_host:  # cases 8, 10
-            command.status = CswStatus.PHASE_ERROR
-            command.pad = False
-        elif demand <= length:  # cases 5, 6, 11, 12
-            command.size = demand
-            return work
-        elif sends:  # case 7
-            command.status = CswStatus.PHASE_ERROR
-            command.size = length
-            return work
-        else:  # case 13
-            command.status = CswStatus.PHASE_ERROR
-            command.processed = length
-        return None
 
     def _give_data(self) -> bool:
         if self._reading is not None or not self._in:
             return False
         command = self._command
         assert command is not None
-        if command.fetching or command.pending:
+        task = command.task
+        if command.fetching or task.busy:
             return False
-        if command.data is None and self._unread > MAX_UNREAD:
+        if task.reads_store and self._unread > MAX_UNREAD:
             return False  # reads that were cancelled or reset are still under way
         transfer = self._in.popleft()
         wanted = min(transfer.length, command.length - command.moved)
-        available = min(wanted, command.size - command.moved)
+        available = 0 if task.sense is not None else min(wanted, command.size - command.moved)
         if available <= 0:
             self._reply(command, transfer, b"")
-        elif command.data is not None:
-            command.processed += available
-            if command.reads:
-                self.bytes_read += available
-            self._reply(command, transfer, command.data[command.moved : command.moved + available])
         else:
             self._reading = transfer
             self._unread += available
-            done = partial(self._read_done, command, transfer, available)
-            self._store.read(command.offset + command.moved, available, done)
+            task.read(command.moved, available, partial(self._read_done, command, transfer, available))
         return True
 
-    def _read_done(
-        self, command: _Command, transfer: Transfer, length: int, data: Buffer, error: OSError | None
-    ) -> None:
+    def _read_done(self, command: _Command, transfer: Transfer, length: int, data: Buffer | None) -> None:
         self._unread -= length
-        if transfer is not self._reading or command is not self._command:
-            self._advance()  # cancelled or reset meanwhile: another read may have waited for this one
-            return
-        self._reading = None
-        if error is None:
-            command.processed += len(data)
-            self.bytes_read += len(data)
-        else:
-            log.warning("%s: reading at byte %d failed: %s", self._store.name, command.offset + command.moved, error)
-            command.size = command.moved
-            self._fail(command, UNRECOVERED_READ_ERROR)
-        self._reply(command, transfer, data)
-        self._advance()
+        if transfer is self._reading and command is self._command:
+            self._reading = None
+            if data is not None:
+                command.task.delivered(len(data))
+            self._reply(command, transfer, b"" if data is None else data)
+        self._advance()  # if cancelled or reset meanwhile: another read may have waited for this one
 
     def _reply(self, command: _Command, transfer: Transfer, data: Buffer) -> None:
         """Answer an IN transfer of the data phase; padding, or a short transfer, follow from what is missing."""
@@ -420,103 +339,31 @@ class BulkOnly:
         useful = min(command.moved, command.size) - begin
         transfer.complete()  # first: the guest's next step and the write then run at the same time
         if useful > 0:
-            self._put(command, begin, memoryview(transfer.data)[:useful])
+            self._unwritten += useful
+            command.task.put(begin, memoryview(transfer.data)[:useful], partial(self._put, useful))
         return True
 
-    def _put(self, command: _Command, begin: int, data: Buffer) -> None:
-        """Take data-out; ``begin`` counts from the start of the data phase. Blocks go to the store whole only."""
-        if command.parameters is not None:
-            command.parameters += data
-            if len(command.parameters) == command.size and command is self._command:
-                self._take_parameters(command)
-            return
-        if command.part:
-            begin -= len(command.part)
-            data = command.part + bytes(data)
-            command.part = b""
-        if cut := len(data) % self._store.block_size:
-            command.part = bytes(data[-cut:])
-            data = memoryview(data)[:-cut]
-        if not data:
-            return
-        command.pending += 1
-        self._unwritten += len(data)
-        offset = command.offset + begin
-        if command.compares:
-            self._store.read(offset, len(data), partial(self._compared, command, data))
-        else:
-            self._store.write(offset, data, partial(self._write_done, command, len(data)))
-
-    def _take_parameters(self, command: _Command) -> None:
-        assert command.parameters is not None
-        assert command.then is not None
-        command.processed = command.size
-        match command.then(command.parameters):
-            case Done():
-                pass
-            case Fail(sense):
-                self._fail(command, sense)
-            case work:
-                self._start(command, work)
-
-    def _compared(self, command: _Command, data: Buffer, found: Buffer, error: OSError | None) -> None:
-        self._unwritten -= len(data)
-        sense = None
-        if error is not None:
-            log.warning("%s: reading failed: %s", self._store.name, error)
-            sense = UNRECOVERED_READ_ERROR
-        elif found != data:
-            sense = MISCOMPARE
-        elif command.status is not CswStatus.FAILED:
-            command.processed += len(data)
-        self._settle(command, sense)
-
-    def _write_done(self, command: _Command, length: int, error: OSError | None) -> None:
+    def _put(self, length: int) -> None:
         self._unwritten -= length
-        if error is not None:
-            log.warning("%s: writing failed: %s", self._store.name, error)
-        else:
-            self.bytes_written += length
-            if command.status is not CswStatus.FAILED:
-                command.processed += length
-        self._settle(command, None if error is None else write_sense(error))
-
-    def _start(self, command: _Command, work: Work) -> None:
-        command.pending += 1
-        command.job = Job(self._store, work, partial(self._job_done, command, work))
-
-    def _job_done(self, command: _Command, work: Work, error: OSError | None) -> None:
-        if command is not self._command:
-            if error is not None and not isinstance(work, Verify):
-                self.unreported = error
-        elif error is None and isinstance(work, Flush):
-            error, self.unreported = self.unreported, None
-        self._settle(command, None if error is None else job_sense(work, error))
-
-    def _settle(self, command: _Command, sense: Sense | None) -> None:
-        """Something that the status waits for has ended."""
-        command.pending -= 1
-        if command is self._command and sense is not None:
-            command.size = command.processed = 0
-            self._fail(command, sense)
-        self._advance()
 
     def _give_status(self) -> bool:
         command = self._command
         assert command is not None
-        if command.pending:
+        task = command.task
+        if command.performed and not task.finish():
             return False
-        if command.durable and command.status is CswStatus.PASSED:
-            command.durable = False
-            self._start(command, Flush())
-            return True
         if not self._in:
             return False
         transfer = self._in.popleft()
         if not transfer.length:
             transfer.complete()
             return True
-        csw = CSW.pack(CSW_SIGNATURE, command.tag, command.length - command.processed, command.status)
+        if task.sense is not None:
+            command.unit.scsi.keep_sense(task.sense)
+            status = CswStatus.FAILED
+        else:
+            status = CswStatus.PHASE_ERROR if command.phase_error else CswStatus.PASSED
+        csw = CSW.pack(CSW_SIGNATURE, command.tag, command.length - task.moved, status)
         if transfer.length >= CSW.size:
             self._command = None
             self._phase = _Phase.COMMAND
@@ -528,13 +375,9 @@ class BulkOnly:
         self._queued -= transfer.length
         return transfer
 
-    def _fail(self, command: _Command, sense: Sense) -> None:
-        command.status = CswStatus.FAILED
-        self._unit.keep_sense(sense)
-
     def _wedge(self, transfer: Transfer, what: str) -> bool:
         """A CBW that is none: halt both endpoints until a reset (chapter 6.6.1)."""
-        log.debug("%s: the guest sent %s instead of a command: endpoints halted until a reset", self._store.name, what)
+        log.debug("the guest sent %s instead of a command: endpoints halted until a reset", what)
         self._wedged = True
         self._halt(self._endpoint_in)
         self._halt(self._endpoint_out)

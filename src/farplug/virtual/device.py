@@ -43,6 +43,7 @@ class _Route:
     slot: _Slot
     own: int
     type: TransferType
+    max_streams: int
     moved: bool
 
 
@@ -194,6 +195,14 @@ class VirtualDevice(Device):
     async def set_interface(self, number: int, alternate: int) -> Status:
         return self._choose_alternate(number, alternate)
 
+    async def allocate_streams(self, endpoints: Sequence[int], count: int) -> Status:
+        routes = [self._routes.get(endpoint) for endpoint in endpoints]
+        enough = all(route is not None and 0 < count <= route.max_streams for route in routes)
+        return Status.SUCCESS if enough else Status.INVALID
+
+    async def free_streams(self, endpoints: Sequence[int]) -> Status:
+        return Status.SUCCESS if all(endpoint in self._routes for endpoint in endpoints) else Status.INVALID
+
     def _reset_functions(self, *, port_reset: bool) -> None:
         for slot in self._slots:
             with _Guard(slot.function):
@@ -246,7 +255,9 @@ class VirtualDevice(Device):
             assert slot is not None
             for endpoint in interface.endpoints:
                 own = slot.placement.own[endpoint.address]
-                self._routes[endpoint.address] = _Route(slot, own, endpoint.type, own != endpoint.address)
+                self._routes[endpoint.address] = _Route(
+                    slot, own, endpoint.type, endpoint.max_streams, own != endpoint.address
+                )
 
     def _slot_of_interface(self, number: int) -> _Slot | None:
         """None also while the device is not configured."""
@@ -263,7 +274,7 @@ class VirtualDevice(Device):
             self._control(transfer)
             return
         route = self._routes.get(transfer.endpoint)
-        if route is None or route.type is not transfer.type:
+        if route is None or route.type is not transfer.type or transfer.stream_id > route.max_streams:
             transfer.complete(Status.INVALID)
         elif transfer.endpoint in self._halted:
             transfer.complete(Status.STALL)

@@ -1,0 +1,95 @@
+"""A device of your own, from descriptors to transfers: the test device that Linux calls "gadget zero".
+
+It has a bulk endpoint that swallows zeros and one that produces them without end, and a buffer that vendor requests
+write (5B) and read back (5C). Linux's driver ``usbtest`` knows it by its ids, and tests USB stacks with it.
+
+python examples/gadget_zero.py tcp://127.0.0.1:4000
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Sequence
+
+from farplug.guest import connect
+from farplug.hub import Hub
+from farplug.target import parse_target
+from farplug.usb import Speed, Transfer, TransferType
+from farplug.usb.descriptors import EndpointDescriptor, InterfaceDescriptor, SuperSpeedCompanion
+from farplug.usb.types import Direction, RequestType
+from farplug.virtual import Function, FunctionHost, VirtualDevice
+
+VENDOR_ID, PRODUCT_ID = 0x0525, 0xA4A0
+SOURCE, SINK = 0x81, 0x01
+MAX_PACKET_SIZE = {Speed.FULL: 64, Speed.HIGH: 512, Speed.SUPER: 1024}
+VENDOR_CLASS = 0xFF
+WRITE_BUFFER, READ_BUFFER = 0x5B, 0x5C
+
+
+class SourceSink(Function):
+    """Zeros from the source, zeros into the sink: it halts when something else comes."""
+
+    def __init__(self) -> None:
+        self._buffer = b""
+
+    def bind(self, host: FunctionHost) -> None:
+        """Called once: the device that we are a part of can halt our endpoints."""
+        self._host = host
+
+    def interfaces(self, speed: Speed) -> Sequence[InterfaceDescriptor]:
+        """One interface with two bulk endpoints."""
+        companion = SuperSpeedCompanion() if speed >= Speed.SUPER else None
+        endpoints = tuple(
+            EndpointDescriptor(address, TransferType.BULK, MAX_PACKET_SIZE[speed], companion=companion)
+            for address in (SOURCE, SINK)
+        )
+        return (InterfaceDescriptor(0, 0, VENDOR_CLASS, 0, 0, endpoints),)
+
+    def control(self, transfer: Transfer) -> bool:
+        """The vendor requests. What we do not take stalls."""
+        setup = transfer.setup
+        if setup is None or setup.type is not RequestType.VENDOR:
+            return False
+        if setup.request == WRITE_BUFFER and setup.direction is Direction.OUT:
+            self._buffer = bytes(transfer.data)
+            transfer.complete()
+        elif setup.request == READ_BUFFER and setup.direction is Direction.IN:
+            transfer.complete(reply=self._buffer[: setup.length])
+        else:
+            return False
+        return True
+
+    def submit(self, transfer: Transfer) -> None:
+        """A bulk transfer: nothing here takes time, so that it is complete when this returns."""
+        if transfer.endpoint == SOURCE:
+            transfer.complete(reply=bytes(transfer.length))
+        else:
+            if bytes(transfer.data) != bytes(transfer.length):
+                self._host.halt(SINK)
+            transfer.complete()
+
+    def cancel(self, transfer: Transfer) -> None:
+        """Nothing is ever pending."""
+
+    def reset(self, *, port_reset: bool) -> None:
+        """Likewise."""
+
+
+def gadget_zero(speeds: Sequence[Speed] = (Speed.SUPER, Speed.HIGH)) -> VirtualDevice:
+    """The device, with the ids that Linux's usbtest looks for."""
+    return VirtualDevice(SourceSink(), vendor_id=VENDOR_ID, product_id=PRODUCT_ID, product="Gadget Zero", speeds=speeds)
+
+
+async def main(target: str) -> None:
+    """Plug it into the VM at ``target`` until somebody interrupts."""
+    hub = Hub(await connect(parse_target(target)))
+    try:
+        attachment = await hub.plug(gadget_zero())
+        await attachment.ended()
+    finally:
+        await hub.close()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(*sys.argv[1:]))

@@ -1,0 +1,191 @@
+"""What a person names to be plugged in, opened, and put into devices."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from functools import partial
+from pathlib import Path
+from threading import Event
+
+from farplug.scsi.disk import DiskUnit
+from farplug.scsi.inquiry import CDROM_PRODUCT, PRODUCT
+from farplug.store import BLOCK_SIZE, CacheMode, FileStore, OverlayStore, Store, open_iso
+from farplug.usb.types import Speed
+from farplug.virtual.cdrom import CdromDrive
+from farplug.virtual.device import VirtualDevice
+from farplug.virtual.storage import MassStorage, StorageTransport
+from farplug.virtual.unit import LogicalUnit
+
+
+class _GivenUp(Exception):
+    """Nobody waits for a copy any more."""
+
+
+class Kind(Enum):
+    """What a medium is for the guest."""
+
+    DISK = auto()
+    READ_ONLY_DISK = auto()
+    CDROM = auto()
+    FOLDER = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a person names: a path, and what it is to be."""
+
+    kind: Kind
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """How all of them are plugged.
+
+    Attributes:
+        speeds: what the devices may run at, the best first.
+        transport: how the guest may talk to them.
+        block_size: of disks, in bytes.
+        cache: when what is written to disks is durable.
+        force: also an image that this machine uses.
+        snapshot: what is written to disks goes elsewhere, and the images do not change.
+        snapshot_file: where to, if there is one disk; None: it is gone in the end.
+        folder_format: the file system of folders, a value of :class:`farplug.image.Format`; None: what fits.
+    """
+
+    speeds: Sequence[Speed] = (Speed.SUPER, Speed.HIGH)
+    transport: StorageTransport = StorageTransport.AUTO
+    block_size: int = BLOCK_SIZE
+    cache: CacheMode = CacheMode.WRITEBACK
+    force: bool = False
+    snapshot: bool = False
+    snapshot_file: Path | None = None
+    folder_format: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Medium:
+    """Something that was opened. ``label`` is what it is called in the output."""
+
+    kind: Kind
+    label: str
+    store: Store
+
+    @property
+    def product(self) -> str:
+        """What the device is called in the guest."""
+        return CDROM_PRODUCT if self.kind is Kind.CDROM else PRODUCT
+
+    def unit(self, luns: int) -> LogicalUnit:
+        """Make it one of so many logical units."""
+        if self.kind is Kind.CDROM:
+            return CdromDrive(self.store, luns=luns)
+        return LogicalUnit(DiskUnit(self.store, luns=luns), self.store)
+
+
+@dataclass(slots=True)
+class Media:
+    """What is to be plugged in: opened by :meth:`open`, put into devices by :meth:`devices`."""
+
+    wishes: Sequence[Wish]
+    manner: Manner = Manner()
+    _media: list[Medium] = field(default_factory=list)
+    _drives: list[tuple[str, CdromDrive]] = field(default_factory=list)
+
+    async def open(self, progress: Callable[[str, int, int], None]) -> None:
+        """Open all of them. A folder is copied first.
+
+        Args:
+            progress: called from another thread with the name of a folder, how many bytes are copied, and of how many.
+
+        Raises:
+            ImageError: one cannot be used. :meth:`close` closes the others.
+        """
+        for wish in self.wishes:
+            name = wish.path.name or str(wish.path)
+            label = str(wish.path) if any(medium.label == name for medium in self._media) else name
+            if wish.kind is Kind.FOLDER:
+                store = await self._open_folder(wish.path, partial(progress, label))
+            else:
+                store = self._open(wish)
+            self._media.append(Medium(wish.kind, label, store))
+
+    def _open(self, wish: Wish) -> Store:
+        manner = self.manner
+        if wish.kind is Kind.CDROM:
+            return open_iso(wish.path)
+        if wish.kind is Kind.DISK and manner.snapshot:
+            return OverlayStore.open(
+                wish.path,
+                manner.snapshot_file,
+                block_size=manner.block_size,
+                cache=manner.cache,
+                force=manner.force,
+            )
+        return FileStore.open(
+            wish.path,
+            read_only=wish.kind is Kind.READ_ONLY_DISK,
+            block_size=manner.block_size,
+            cache=manner.cache,
+            force=manner.force,
+        )
+
+    async def _open_folder(self, path: Path, progress: Callable[[int, int], None]) -> Store:
+        """In a thread, because it takes long; when that is given up, the thread ends soon."""
+        from farplug.image import Format, folder_store
+        from farplug.testing.image_filler import fill_in_guest
+
+        given_up = Event()
+
+        def report(done: int, total: int) -> None:
+            if given_up.is_set():
+                raise _GivenUp
+            progress(done, total)
+
+        copying = asyncio.ensure_future(
+            asyncio.to_thread(
+                folder_store,
+                path,
+                fill=fill_in_guest,
+                format=None if self.manner.folder_format is None else Format(self.manner.folder_format),
+                block_size=self.manner.block_size,
+                progress=report,
+            )
+        )
+        try:
+            return await asyncio.shield(copying)
+        except asyncio.CancelledError:
+            given_up.set()
+            await asyncio.wait([copying])
+            if copying.exception() is None:
+                await copying.result().close()
+            raise
+
+    def drives(self) -> Sequence[tuple[str, CdromDrive]]:
+        """The CD-ROM drives of the devices, with a label each."""
+        return self._drives
+
+    def devices(self, ports: int) -> dict[VirtualDevice, str]:
+        """Make devices of them, with a label each: one of each; if there are fewer ports, one of all."""
+        groups = [self._media] if ports < len(self._media) else [[medium] for medium in self._media]
+        return {self._device(group): ", ".join(medium.label for medium in group) for group in groups}
+
+    def _device(self, media: Sequence[Medium]) -> VirtualDevice:
+        units = [medium.unit(len(media)) for medium in media]
+        self._drives += [(m.label, unit) for m, unit in zip(media, units, strict=True) if isinstance(unit, CdromDrive)]
+        return VirtualDevice(
+            MassStorage(*units, transport=self.manner.transport),
+            product=media[0].product,
+            serial_number=media[0].store.serial_number,
+            speeds=self.manner.speeds,
+        )
+
+    async def close(self) -> None:
+        """Give everything back. The devices are unplugged."""
+        media, self._media = self._media, []
+        self._drives.clear()
+        for medium in media:
+            await medium.store.close()

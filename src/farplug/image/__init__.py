@@ -1,0 +1,8 @@
+"""Disk images made of folders, with the tools that others keep well: fdisk, mkfs, mtools, mke2fs, xorriso."""
+
+from farplug.image.build import create_image, create_iso
+from farplug.image.folder import folder_store
+from farplug.image.tools import Progress
+from farplug.image.volume import Fill, Format, Partition, Volume
+
+__all__ = ["Fill", "Format", "Partition", "Progress", "Volume", "create_image", "create_iso", "folder_store"]

@@ -1,0 +1,273 @@
+"""An image, from nothing to ready."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from farplug.errors import ImageError, Reason, UsageError
+from farplug.image import filesystems
+from farplug.image.names import check_label, check_names, joliet_changes, label_from
+from farplug.image.tools import Job, Progress, check_room, no_space
+from farplug.image.tree import Tree, check_unchanged, describe_left_out, listing, scan
+from farplug.image.volume import BLOCK_SIZES, Fill, Format, Partition, Volume, plan
+
+log = logging.getLogger(__name__)
+
+_METADATA_ROOM = 8 << 20
+"""Bytes of room that an image needs on this machine besides its content."""
+
+DEFAULT_LABEL = "FARPLUG"
+
+
+def no_progress(done: int, total: int) -> None:
+    """Tell nobody."""
+
+
+def create_image(
+    path: str | os.PathLike[str],
+    *,
+    fill: Fill,
+    size: int | None = None,
+    format: Format = Format.FAT32,
+    partition: Partition = Partition.MBR,
+    folder: str | os.PathLike[str] | None = None,
+    label: str | None = None,
+    block_size: int = 512,
+    progress: Progress = no_progress,
+) -> Volume:
+    """Make a RAW image with one partition, sparse, with a folder's content in it. Blocks until it is complete.
+
+    Nothing has this path before: no image is left behind if this fails, or if farplug is killed (where the file system
+    has files without a name, O_TMPFILE).
+
+    Args:
+        path: of the image, which must not exist.
+        fill: makes what this package cannot: exFAT, NTFS, and some names on FAT32.
+        size: of the disk, in bytes; None: as large as the folder needs.
+        format: any but ISO 9660.
+        partition: the partition table.
+        folder: what comes into the image; None: nothing.
+        label: of the volume; None: made of the folder's name.
+        block_size: of the disk that will show the image: 512 or 4096 bytes.
+        progress: told how far it is.
+
+    Raises:
+        UsageError: an argument is wrong.
+        SetupError: a program is missing.
+        ImageError: EXISTS, TOO_LARGE, BAD_NAME, CHANGED, NO_SPACE, or the folder or the path cannot be used.
+    """
+    if size is None and folder is None:
+        raise UsageError("an image without a folder needs a size", reason=Reason.BAD_OPTION)
+    path = Path(path)
+    _check_place(path, folder)
+    tree = read_folder(folder, format, progress) if folder is not None else None
+    volume = plan_volume(
+        tree, format=format, partition=partition, label=label, block_size=block_size, size=size, free=0
+    )
+    with new_file(path) as fd:
+        build(Job(fd, tree, progress), volume, fill, str(path.parent))
+    return volume
+
+
+def create_iso(
+    path: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    label: str | None = None,
+    progress: Progress = no_progress,
+) -> None:
+    """Make an ISO 9660 image of a folder, with Rock Ridge and Joliet names. Blocks until it is complete.
+
+    Args:
+        path: of the image, which must not exist.
+        folder: what comes into it.
+        label: of the volume; None: made of the folder's name.
+        progress: told how far it is.
+
+    Raises:
+        UsageError: the label does not fit.
+        SetupError: xorriso is missing.
+        ImageError: as :func:`create_image`.
+    """
+    path = Path(path)
+    _check_place(path, folder)
+    tree = read_folder(folder, Format.ISO9660, progress)
+    name = choose_label(label, tree, Format.ISO9660)
+    if changes := joliet_changes(tree):
+        log.warning("%s: Windows will see these under other names: %s", folder, listing(changes))
+    with new_file(path) as fd:
+        check_room(fd, tree.size + _METADATA_ROOM, str(path.parent))
+        job = Job(fd, tree, progress)
+        filesystems.make_iso(job, name)
+        finish(job, posix=True)
+
+
+def read_folder(folder: str | os.PathLike[str], format: Format, progress: Progress) -> Tree:
+    """Scan a folder and check that the format can hold it; what is left out is logged as a warning."""
+    tree = scan(folder, posix=format.posix, tick=lambda: progress(0, 0))
+    check_names(tree, format)
+    for line in describe_left_out(tree):
+        log.warning("%s: %s", folder, line)
+    return tree
+
+
+def choose_label(label: str | None, tree: Tree | None, format: Format) -> str:
+    """The label that was asked for, or one made of the folder's name."""
+    if label is not None:
+        return check_label(label, format)
+    return label_from(tree.root.name, format) if tree is not None else DEFAULT_LABEL
+
+
+def plan_volume(
+    tree: Tree | None,
+    *,
+    format: Format,
+    partition: Partition,
+    label: str | None,
+    block_size: int,
+    size: int | None,
+    free: int,
+) -> Volume:
+    """Fix label and sizes of a volume for a tree, with ``free`` bytes to spare.
+
+    Raises:
+        UsageError: an argument is wrong.
+        ImageError: TOO_LARGE or EMPTY.
+    """
+    if block_size not in BLOCK_SIZES:
+        raise UsageError(f"blocks of {block_size} bytes: 512 or 4096 are possible", reason=Reason.BAD_OPTION)
+    if format is Format.ISO9660:
+        raise UsageError("ISO 9660 has no partition", reason=Reason.BAD_OPTION)
+
+    def needed(cluster: int) -> int:
+        if tree is None:
+            return 0
+        match format:
+            case Format.FAT32:
+                return filesystems.fat32_needs(tree, cluster) + free
+            case Format.EXFAT:
+                return filesystems.exfat_needs(tree, cluster) + free
+            case Format.NTFS:
+                return filesystems.ntfs_needs(tree, cluster) + free
+            case _:
+                return filesystems.ext4_needs(tree) + free
+
+    return plan(
+        format=format,
+        partition=partition,
+        label=choose_label(label, tree, format),
+        block_size=block_size,
+        size=size,
+        needed=needed,
+    )
+
+
+def build(job: Job, volume: Volume, fill: Fill, place: str) -> None:
+    """Make the disk in an empty file.
+
+    Raises:
+        SetupError: a program is missing.
+        ImageError: it failed.
+    """
+    check_room(job.fd, job.total + _METADATA_ROOM, place)
+    job.tick()
+    try:
+        os.ftruncate(job.fd, volume.disk_size)
+    except OSError as error:
+        raise ImageError(
+            f"a file of {volume.disk_size} bytes cannot be made in {place}: {(error.strerror or '').lower()}",
+            reason=Reason.TOO_LARGE if error.errno in (errno.EFBIG, errno.EINVAL) else Reason.IO_ERROR,
+        ) from error
+    filesystems.write_table(job, volume)
+    match volume.format:
+        case Format.FAT32:
+            filesystems.format_fat32(job, volume)
+            if job.tree is not None and filesystems.mtools_can(job.tree, volume.cluster_size):
+                filesystems.copy_with_mtools(job, job.tree)
+            elif job.tree is not None:
+                fill(job, volume)
+        case Format.EXT4:
+            filesystems.make_ext4(job, volume)
+        case _:
+            fill(job, volume)
+    finish(job, posix=volume.format.posix)
+
+
+def finish(job: Job, *, posix: bool) -> None:
+    """Check that what was copied is what is there."""
+    if job.tree is not None:
+        check_unchanged(job.tree, posix=posix, tick=job.tick)
+    job.progress(job.total, job.total)
+
+
+def _check_place(path: Path, folder: str | os.PathLike[str] | None) -> None:
+    if os.path.lexists(path):
+        raise _exists(path)
+    if folder is not None and path.parent.resolve().is_relative_to(Path(folder).resolve()):
+        raise ImageError(
+            f"{path} is inside the folder that it is made of",
+            reason=Reason.BAD_OPTION,
+            remedy="put the image somewhere else",
+        )
+
+
+def _exists(path: Path) -> ImageError:
+    return ImageError(
+        f"{path} exists already", reason=Reason.EXISTS, remedy="remove it, or take another name: nothing is overwritten"
+    )
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[int]:
+    """A file that has its name when the block ends well, and is gone if it does not. Yields its descriptor.
+
+    Raises:
+        ImageError: EXISTS, or it cannot be made there.
+    """
+    flags = os.O_RDWR | os.O_CLOEXEC
+    named = False
+    try:
+        try:
+            fd = os.open(path.parent, flags | os.O_TMPFILE, 0o666)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+                raise
+            fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)  # a file system without O_TMPFILE
+            named = True
+    except OSError as error:
+        raise _no_place(path, error) from error
+    try:
+        yield fd
+        try:
+            os.fsync(fd)
+            if not named:
+                # With a folder's descriptor Python calls linkat(2), which can follow the link in /proc.
+                os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=fd, follow_symlinks=True)
+        except OSError as error:
+            raise _no_place(path, error) from error
+    except BaseException:
+        if named:
+            path.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(fd)
+
+
+def _no_place(path: Path, error: OSError) -> ImageError:
+    if error.errno == errno.EEXIST:
+        return _exists(path)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return no_space(f"{path}: {(error.strerror or '').lower()}")
+    reason = {
+        errno.ENOENT: Reason.NOT_FOUND,
+        errno.ENOTDIR: Reason.NOT_FOUND,
+        errno.EACCES: Reason.NO_PERMISSION,
+        errno.EPERM: Reason.NO_PERMISSION,
+        errno.EROFS: Reason.NO_PERMISSION,
+    }.get(error.errno or 0, Reason.IO_ERROR)
+    return ImageError(f"{path} cannot be made: {(error.strerror or str(error)).lower()}", reason=reason)

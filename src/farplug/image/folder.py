@@ -1,0 +1,87 @@
+"""A folder as a disk."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from pathlib import Path
+
+from farplug.errors import ImageError, Reason
+from farplug.image.build import build, no_progress, plan_volume, read_folder
+from farplug.image.names import MAX_FAT_FILE
+from farplug.image.tools import Job, Progress
+from farplug.image.tree import scan, show
+from farplug.image.volume import Fill, Format, Partition
+from farplug.store.file import FileStore
+from farplug.store.image import serial_number
+
+log = logging.getLogger(__name__)
+
+
+def folder_store(
+    path: str | os.PathLike[str],
+    *,
+    fill: Fill,
+    format: Format | None = None,
+    partition: Partition = Partition.MBR,
+    label: str | None = None,
+    block_size: int = 512,
+    free: int = 0,
+    progress: Progress = no_progress,
+) -> FileStore:
+    """Copy a folder into a temporary disk image, and open that read-only. Blocks until it is complete.
+
+    It is read-only because what a guest writes would not come back into the folder. The image is sparse and has no
+    name: it is in the folder for temporary files (TMPDIR), and gone when the store is closed or farplug ends, however
+    that happens. The disk's serial number is made of the folder's path: it stays when the content changes.
+
+    Args:
+        path: of the folder.
+        fill: makes what this package cannot: exFAT, NTFS, and some names on FAT32.
+        format: of the disk; None: FAT32, or exFAT if a file is too large for that. Not ISO 9660.
+        partition: the partition table.
+        label: of the volume; None: made of the folder's name.
+        block_size: of the disk, 512 or 4096 bytes.
+        free: bytes of free space that the volume has at least.
+        progress: told how far it is.
+
+    Raises:
+        UsageError: an argument is wrong.
+        SetupError: a program is missing.
+        ImageError: TOO_LARGE, BAD_NAME, CHANGED, NO_SPACE, or the folder cannot be used.
+    """
+    if format is None:
+        format = _choose_format(path, progress)
+    tree = read_folder(path, format, progress)
+    volume = plan_volume(
+        tree, format=format, partition=partition, label=label, block_size=block_size, size=None, free=free
+    )
+    place = tempfile.gettempdir()
+    try:
+        image = tempfile.TemporaryFile(dir=place)  # noqa: SIM115
+    except OSError as error:
+        raise ImageError(
+            f"no image can be made in {place}: {(error.strerror or str(error)).lower()}",
+            reason=Reason.IO_ERROR,
+            remedy="name a folder for temporary files in TMPDIR",
+        ) from error
+    with image:
+        build(Job(image.fileno(), tree, progress), volume, fill, place)
+        store = FileStore.open(f"/proc/self/fd/{image.fileno()}", read_only=True, block_size=block_size)
+    store.path = Path(path)
+    store.name = str(path)
+    store.serial_number = serial_number(tree.root)
+    return store
+
+
+def _choose_format(path: str | os.PathLike[str], progress: Progress) -> Format:
+    """FAT32, which everything reads, if every file fits."""
+    large = [entry for entry in scan(path, tick=lambda: progress(0, 0)).entries if entry.size > MAX_FAT_FILE]
+    if not large:
+        return Format.FAT32
+    log.warning(
+        "%s: the disk is exFAT: %s has %d bytes, a file on FAT32 at most %d",
+        *(path, show(large[0].path), large[0].size, MAX_FAT_FILE),
+    )
+    return Format.EXFAT

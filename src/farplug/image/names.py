@@ -1,0 +1,198 @@
+"""Names of files and labels of volumes, by format: what fits is kept as it is, what does not is refused."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from farplug.errors import ImageError, Reason, UsageError
+from farplug.image.tree import Entry, Tree, listing, show
+from farplug.image.volume import Format
+
+MAX_NAME = 255
+"""UTF-16 code units of a name on FAT32, exFAT and NTFS."""
+
+MAX_FAT_FILE = 2**32 - 1
+"""Bytes of a file on FAT32."""
+
+MAX_FAT_FOLDER = 65536
+"""Directory entries of 32 bytes in a folder of FAT32 (Microsoft's FAT specification, section 6)."""
+
+MAX_ROCK_RIDGE = 253
+"""Bytes of a name on ISO 9660 that Linux does not cut (fs/isofs/rock.c)."""
+
+MAX_JOLIET = 103
+"""Characters of a name that xorriso keeps for Windows. The specification says 64, Windows reads more."""
+
+_NOT_JOLIET = re.compile(r"[\x00-\x1f*/:;?\\\U00010000-\U0010ffff]")
+"""Joliet specification, section "Allowed character set"; it is UCS-2."""
+
+_FORBIDDEN = re.compile(r'[\x00-\x1f"*/:<>?\\|]')
+"""In long names of FAT, exFAT, and of NTFS as Windows sees it."""
+
+_LABEL_FALLBACK = "FARPLUG"
+
+
+def utf16_units(text: str) -> int:
+    """Length of a text in UTF-16 code units."""
+    return len(text.encode("utf-16-le", "surrogatepass")) // 2
+
+
+def check_names(tree: Tree, format: Format) -> None:
+    """Check that a format can hold everything in a folder under its own name.
+
+    Raises:
+        ImageError: BAD_NAME or TOO_LARGE.
+    """
+    if format is Format.EXT4:
+        return  # it takes what Linux takes
+    problems = dict(_problems(tree, format))
+    if problems:
+        reasons = [f"{show(path)} ({what})" for path, what in problems.items()]
+        raise ImageError(
+            f"{format.full_name} cannot hold {listing(reasons)}",
+            reason=Reason.BAD_NAME,
+            remedy="rename that" if format is Format.ISO9660 else "rename that, or take another format: ext4 takes all",
+        )
+    if format is Format.FAT32:
+        _check_fat_sizes(tree)
+
+
+def _problems(tree: Tree, format: Format) -> Iterator[tuple[str, str]]:
+    for entries in tree.folders.values():
+        seen: dict[str, str] = {}
+        for entry in entries:
+            what = _name_problem(entry.name, format)
+            twin = None if format is Format.ISO9660 else seen.setdefault(_fold(entry.name), entry.name)
+            if what:
+                yield entry.path, what
+            elif twin not in (None, entry.name):
+                yield entry.path, f"the same as {twin} but for upper and lower case"
+
+
+def _name_problem(name: str, format: Format) -> str:
+    try:
+        length = len(name.encode())
+    except UnicodeEncodeError:
+        return "not UTF-8"
+    if format is Format.ISO9660:
+        return f"name of {length} bytes, {MAX_ROCK_RIDGE} at most" if length > MAX_ROCK_RIDGE else ""
+    if match := _FORBIDDEN.search(name):
+        return f"{match[0]!r} in the name"
+    if name[-1] in ". ":
+        return f"{name[-1]!r} at the end of the name"
+    if (units := utf16_units(name)) > MAX_NAME:
+        return f"name of {units} characters, {MAX_NAME} at most"
+    return ""
+
+
+def joliet_changes(tree: Tree) -> list[str]:
+    """Paths whose names an ISO 9660 image shows to Windows in another form; Linux sees them as they are."""
+    return [
+        entry.path
+        for entry in tree.entries
+        if len(entry.name) > MAX_JOLIET or _NOT_JOLIET.search(entry.name) is not None
+    ]
+
+
+def _fold(name: str) -> str:
+    """A name as these filesystems compare it: every character by itself in upper case."""
+    return "".join(upper if len(upper := character.upper()) == 1 else character for character in name)
+
+
+def _check_fat_sizes(tree: Tree) -> None:
+    large = [entry for entry in tree.entries if entry.size > MAX_FAT_FILE]
+    if large:
+        raise ImageError(
+            f"{show(large[0].path)} has {large[0].size} bytes, a file on FAT32 at most {MAX_FAT_FILE}",
+            reason=Reason.TOO_LARGE,
+            remedy="take exFAT",
+        )
+    for path, entries in tree.folders.items():
+        count = fat_slots(entries)
+        if count > MAX_FAT_FOLDER:
+            raise ImageError(
+                f"the names in the folder {show(path) or '.'} need {count} entries, FAT32 takes {MAX_FAT_FOLDER}",
+                reason=Reason.TOO_LARGE,
+                remedy="spread the files over more folders, or take exFAT",
+            )
+
+
+def fat_slots(entries: list[Entry]) -> int:
+    """Directory entries of 32 bytes that a folder of FAT32 needs at most: 13 characters of a long name in each."""
+    return 2 + sum(1 + -(-utf16_units(entry.name) // 13) for entry in entries)
+
+
+# Labels ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LabelRule:
+    """What a volume's label may be.
+
+    Attributes:
+        length: at most.
+        allowed: characters, as a class of a regular expression.
+        upper: it is in upper case only.
+        in_bytes: the length is in bytes of UTF-8, else in UTF-16 code units.
+    """
+
+    length: int
+    allowed: str
+    upper: bool = False
+    in_bytes: bool = False
+
+    def measure(self, label: str) -> int:
+        """Its length."""
+        return len(label.encode()) if self.in_bytes else utf16_units(label)
+
+    def fits(self, label: str) -> bool:
+        """Whether a label is allowed."""
+        return (
+            re.fullmatch(f"{self.allowed}+", label) is not None
+            and label == label.strip()
+            and self.measure(label) <= self.length
+        )
+
+
+_TEXT = r"[^\x00-\x1f\x7f\ud800-\udfff]"
+LABELS = {
+    Format.FAT32: LabelRule(11, r"[A-Z0-9 !#$%&'()@^_`{}~-]", upper=True),
+    Format.EXFAT: LabelRule(11, _TEXT),
+    Format.NTFS: LabelRule(32, _TEXT),
+    Format.EXT4: LabelRule(16, _TEXT, in_bytes=True),
+    Format.ISO9660: LabelRule(16, r"[A-Z0-9_]", upper=True),
+}
+
+
+def check_label(label: str, format: Format) -> str:
+    """A label that was asked for, as it will be: FAT32 and ISO 9660 have upper case only.
+
+    Raises:
+        UsageError: it does not fit.
+    """
+    rule = LABELS[format]
+    result = label.upper() if rule.upper else label
+    if not rule.fits(result):
+        unit = "bytes" if rule.in_bytes else "characters"
+        which = f" of {rule.allowed[1:-1]}" if rule.upper else ""
+        raise UsageError(
+            f"{show(label)!r} is no label for {format.full_name}: "
+            f"1 to {rule.length} {unit}{which}, no spaces around them",
+            reason=Reason.BAD_OPTION,
+        )
+    return result
+
+
+def label_from(name: str, format: Format) -> str:
+    """A label for a folder's name: what does not fit is replaced or cut off."""
+    rule = LABELS[format]
+    if rule.upper:
+        name = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().upper()
+    label = "".join(c if re.fullmatch(rule.allowed, c) else "_" for c in name.strip())
+    while rule.measure(label) > rule.length:
+        label = label[:-1]
+    label = label.strip()
+    return label if label.strip("_") else _LABEL_FALLBACK

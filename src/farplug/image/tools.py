@@ -1,0 +1,154 @@
+"""Running the tools: watched, so that a long one tells how far it is and can be given up."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from farplug.errors import ImageError, Reason
+from farplug.image.tree import Tree
+from farplug.programs import find_program
+
+log = logging.getLogger(__name__)
+
+Progress: TypeAlias = Callable[[int, int], None]
+"""Called with the bytes that are done, about, and all bytes; several times a second. What it raises ends the work: the
+tools are killed, the image is removed, and the exception comes out of the function that was called.
+"""
+
+TICK = 0.1
+"""Seconds between two calls of a progress callback while a tool runs."""
+
+_NO_SPACE = "No space left on device"
+_FULL = ("Disk full", "No directory slots", "Could not allocate", "No free space")
+"""What mtools, mke2fs and tar say when the filesystem in the image is full."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """An image that is being made.
+
+    Attributes:
+        fd: of the image, open for reading and writing. It may have no name.
+        tree: what comes into it; None: nothing.
+        progress: told how far it is.
+    """
+
+    fd: int
+    tree: Tree | None
+    progress: Progress
+
+    @property
+    def path(self) -> str:
+        """The image, for a process that inherits the descriptor."""
+        return f"/proc/self/fd/{self.fd}"
+
+    @property
+    def total(self) -> int:
+        """Bytes to copy."""
+        return self.tree.size if self.tree is not None else 0
+
+    def tick(self) -> None:
+        """Tell how far it is: by the space that the image takes, which no tool has to be asked for."""
+        self.progress(min(os.fstat(self.fd).st_blocks * 512, self.total), self.total)
+
+    def run(self, program: str, *arguments: str, stdin: str = "", **environment: str) -> str:
+        """Run a tool on the image, which it inherits, and return what it wrote to both outputs.
+
+        Raises:
+            SetupError: the program is not installed.
+            ImageError: it failed.
+        """
+        command = [str(find_program(program)), *arguments]
+        log.debug("run %s", shlex.join(command))
+        output, code = self._watch(command, subprocess.PIPE, stdin, environment)
+        check(program, code, output)
+        return output
+
+    def run_into(self, program: str, *arguments: str) -> None:
+        """Run a tool whose standard output becomes the image.
+
+        Raises:
+            SetupError: the program is not installed.
+            ImageError: it failed.
+        """
+        command = [str(find_program(program)), *arguments]
+        log.debug("run %s", shlex.join(command))
+        output, code = self._watch(command, self.fd, "", {})
+        check(program, code, output)
+
+    def _watch(self, command: Sequence[str], stdout: int, stdin: str, environment: dict[str, str]) -> tuple[str, int]:
+        both = stdout == subprocess.PIPE
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=stdout,
+                stderr=subprocess.STDOUT if both else subprocess.PIPE,
+                env={**os.environ, "LC_ALL": "C.UTF-8", **environment},
+                pass_fds=[self.fd],
+            )
+        except OSError as error:  # too many processes, no memory
+            raise ImageError(f"{command[0]} cannot be run: {error.strerror}", reason=Reason.IO_ERROR) from error
+        data: bytes | None = stdin.encode(errors="surrogateescape")
+        try:
+            while True:
+                try:
+                    output, errors = process.communicate(data, timeout=TICK)
+                    self.tick()
+                    return (output if both else errors).decode(errors="replace"), process.returncode
+                except subprocess.TimeoutExpired:
+                    data = None  # communicate keeps what it has
+                    self.tick()
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+            for pipe in (process.stdin, process.stdout, process.stderr):
+                if pipe is not None:
+                    pipe.close()
+
+
+def check(program: str, code: int, output: str) -> None:
+    """Turn a tool's failure into an error.
+
+    Raises:
+        ImageError: NO_SPACE on this machine, TOO_LARGE for the image, or IO_ERROR.
+    """
+    if code == 0:
+        return
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    said = lines[-1] if lines else f"exit code {code}"
+    if _NO_SPACE in output:
+        raise no_space(f"{program}: {said}")
+    if any(text in output for text in _FULL):
+        raise ImageError(
+            f"the image is full ({program}: {said})", reason=Reason.TOO_LARGE, remedy="make the image larger"
+        )
+    raise ImageError(f"{program} failed: {said}", reason=Reason.IO_ERROR)
+
+
+def no_space(what: str) -> ImageError:
+    """The error for a full disk of this machine."""
+    return ImageError(
+        f"no space left for the image ({what})",
+        reason=Reason.NO_SPACE,
+        remedy="make room, or name another folder: TMPDIR for a folder that becomes a disk, --output for an image",
+    )
+
+
+def check_room(fd: int, needed: int, place: str) -> None:
+    """Check that there is room on the file system of a file, before hours of copying.
+
+    Raises:
+        ImageError: NO_SPACE.
+    """
+    figures = os.fstatvfs(fd)
+    free = figures.f_bavail * figures.f_frsize
+    if free < needed:
+        raise no_space(f"{needed} bytes are needed in {place}, {free} are free")

@@ -1,0 +1,194 @@
+"""What a disk made of a folder looks like: format, partition table, sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, TypeAlias
+
+from farplug.errors import ImageError, Reason, UsageError
+
+if TYPE_CHECKING:
+    from farplug.image.tools import Job
+
+MIB = 1 << 20
+GIB = 1 << 30
+ALIGNMENT = MIB
+"""Where the partition begins; its length is a multiple of it too."""
+
+BLOCK_SIZES = (512, 4096)
+
+
+class Format(StrEnum):
+    """A filesystem."""
+
+    FAT32 = "fat32"
+    EXFAT = "exfat"
+    EXT4 = "ext4"
+    NTFS = "ntfs"
+    ISO9660 = "iso9660"
+
+    @property
+    def full_name(self) -> str:
+        """As it is written for people."""
+        return _FULL_NAMES[self]
+
+    @property
+    def posix(self) -> bool:
+        """Whether it holds symbolic links, devices and the like."""
+        return self in (Format.EXT4, Format.ISO9660)
+
+
+_FULL_NAMES = {
+    Format.FAT32: "FAT32",
+    Format.EXFAT: "exFAT",
+    Format.EXT4: "ext4",
+    Format.NTFS: "NTFS",
+    Format.ISO9660: "ISO 9660",
+}
+
+
+class Partition(StrEnum):
+    """A partition table, with one partition."""
+
+    MBR = "mbr"
+    GPT = "gpt"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Volume:
+    """A disk with one partition.
+
+    Attributes:
+        format: of the partition.
+        partition: kind of the partition table.
+        label: of the filesystem.
+        block_size: of the disk, in bytes.
+        length: of the partition, in bytes. It begins at :data:`ALIGNMENT`.
+        disk_size: bytes.
+    """
+
+    format: Format
+    partition: Partition
+    label: str
+    block_size: int
+    length: int
+    disk_size: int
+
+    @property
+    def cluster_size(self) -> int:
+        """Bytes of the filesystem's unit of space."""
+        return cluster_size(self.format, self.length, self.block_size)
+
+
+Fill: TypeAlias = Callable[["Job", Volume], None]
+"""Makes the filesystem in a volume's partition and copies a tree into it, by means that this package does not have."""
+
+MIN_FAT_CLUSTERS = 65525
+"""Fewer, and it is FAT16 for whoever mounts it (Microsoft's FAT specification, section 3.5)."""
+
+_SPARE_CLUSTERS = 16
+"""Some implementations are wrong by a few: the specification wants a distance from the bound."""
+
+MIN_LENGTH = {Format.EXFAT: 4 * MIB, Format.EXT4: 8 * MIB, Format.NTFS: 8 * MIB}
+
+
+def cluster_size(format: Format, length: int, block_size: int) -> int:
+    """Bytes of a cluster in a partition of ``length`` bytes: 4 KiB and, where it grows large, what Windows takes."""
+    match format:
+        case Format.FAT32:
+            if length > 8 * GIB:
+                return 8192 if length <= 16 * GIB else 16384 if length <= 32 * GIB else 32768
+            size = 4096
+            while size > block_size and length < min_fat_length(size):
+                size //= 2
+            return size
+        case Format.EXFAT:
+            return 4096 if length <= 256 * MIB else 32768 if length <= 32 * GIB else 131072
+        case _:
+            return 4096
+
+
+def min_fat_length(cluster: int) -> int:
+    """Bytes that a partition must have to be FAT32 with this cluster size."""
+    return fat_length(0, cluster)
+
+
+def fat_length(clusters: int, cluster: int) -> int:
+    """Bytes of a FAT32 partition with room for so many clusters: two tables, reserved blocks, and the alignment."""
+    count = max(clusters, MIN_FAT_CLUSTERS + _SPARE_CLUSTERS)
+    return aligned(count * cluster + 2 * 4 * (count + 2) + 32 * 4096 + 4 * cluster)
+
+
+def aligned(count: int) -> int:
+    """Rounded up to the alignment."""
+    return -(-count // ALIGNMENT) * ALIGNMENT
+
+
+def largest_disk(format: Format, partition: Partition, block_size: int) -> int:
+    """Bytes of the largest disk: 32-bit block numbers in an MBR and in FAT32."""
+    if partition is Partition.MBR or format is Format.FAT32:
+        return (2**32 - 1) * block_size // ALIGNMENT * ALIGNMENT
+    return 2**63 // ALIGNMENT * ALIGNMENT - ALIGNMENT
+
+
+def plan(
+    *, format: Format, partition: Partition, label: str, block_size: int, size: int | None, needed: Callable[[int], int]
+) -> Volume:
+    """Fix a volume's sizes.
+
+    Args:
+        format: of the partition.
+        partition: kind of the partition table.
+        label: checked already.
+        block_size: of the disk.
+        size: of the disk, in bytes; None: as large as needed.
+        needed: bytes that the partition must have for its content, by cluster size.
+
+    Raises:
+        UsageError: the size is no multiple of the block size.
+        ImageError: TOO_LARGE for the size or the format, or EMPTY: too small for the format.
+    """
+    tail = ALIGNMENT if partition is Partition.GPT else 0  # the backup table
+    if size is None:
+        # The cluster size depends on the length, and the length on the cluster size: both only grow.
+        length = shortest(format, block_size)
+        while (want := needed(cluster_size(format, length, block_size))) > length:
+            length = aligned(want)
+        size = ALIGNMENT + length + tail
+    elif size % block_size:
+        raise UsageError(f"{size} bytes are no multiple of {block_size}-byte blocks", reason=Reason.BAD_OPTION)
+    else:
+        length = (size - ALIGNMENT - tail) // ALIGNMENT * ALIGNMENT
+        least = shortest(format, block_size)
+        if length < least:
+            raise ImageError(
+                f"{size} bytes are too small for {format.full_name}: {ALIGNMENT + least + tail} bytes at least",
+                reason=Reason.EMPTY,
+                remedy="make it larger, or take another format",
+            )
+    most = largest_disk(format, partition, block_size)
+    if size > most:
+        raise ImageError(
+            f"{size} bytes are too large for {format.full_name} and {partition.upper()} in {block_size}-byte blocks: "
+            f"{most} at most",
+            reason=Reason.TOO_LARGE,
+            remedy="take GPT" if format is not Format.FAT32 else "take exFAT and GPT",
+        )
+    volume = Volume(
+        format=format, partition=partition, label=label, block_size=block_size, length=length, disk_size=size
+    )
+    want = needed(volume.cluster_size)
+    if want > length:
+        raise ImageError(
+            f"the folder needs {ALIGNMENT + aligned(want) + tail} bytes as {format.full_name}, the disk has {size}",
+            reason=Reason.TOO_LARGE,
+            remedy="make the disk larger, or leave the size out: then it is as large as needed",
+        )
+    return volume
+
+
+def shortest(format: Format, block_size: int) -> int:
+    """Bytes that a partition must have at least."""
+    return min_fat_length(block_size) if format is Format.FAT32 else MIN_LENGTH[format]

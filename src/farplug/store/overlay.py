@@ -1,0 +1,286 @@
+"""Snapshots: an image stays as it is, what is written goes to another file (:mod:`farplug.store.overlay_format`)."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self, TypeAlias
+
+from farplug.errors import ImageError, Reason
+from farplug.store import holes
+from farplug.store.base import BLOCK_SIZE, CacheMode
+from farplug.store.image import CHUNK, Image, image_error, serial_number
+from farplug.store.overlay_file import OverlayFile, half_committed
+from farplug.store.threaded import ThreadedStore
+
+log = logging.getLogger(__name__)
+
+Progress: TypeAlias = Callable[[int, int], None]
+"""Called with bytes done and bytes in all."""
+
+
+class OverlayStore(ThreadedStore):
+    """A snapshot: reads come from the image until something is written there. Made by :meth:`open`.
+
+    The first write to a part of a cluster copies the rest of it from the image.
+
+    A flush makes durable what it covers, as a RAW image's does. Between flushes a RAW image keeps what was written when
+    farplug is killed (the kernel has it), a snapshot keeps it only where the cluster was in it before.
+    """
+
+    def __init__(self, base: Image, file: OverlayFile, *, cache: CacheMode) -> None:
+        super().__init__()
+        self.block_size = file.header.block_size
+        self.block_count = file.header.size // file.header.block_size
+        self.unmaps = holes.can_unmap(file.image.fd)
+        self.write_cache = cache is not CacheMode.WRITETHROUGH
+        self.serial_number = serial_number(base.path)
+        self.name = f"{base.path} (snapshot in {file.path})"
+        self._base = base
+        self._file = file
+        self._header = file.header
+        self._unsafe = cache is CacheMode.UNSAFE
+
+    @classmethod
+    def open(
+        cls,
+        base_path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | None = None,
+        *,
+        block_size: int = BLOCK_SIZE,
+        cache: CacheMode = CacheMode.WRITEBACK,
+        force: bool = False,
+    ) -> Self:
+        """Open a snapshot of an image, or make one.
+
+        Args:
+            base_path: the image, opened to read only: others may do so at the same time.
+            path: the file of the snapshot. It is made if there is none, or an empty one. None: a temporary file
+                    without a name, gone when it is closed or farplug is; so nothing is ever made durable.
+            block_size: bytes of a block.
+            cache: when what was written is durable. UNSAFE: a power cut may leave nothing that makes sense.
+            force: use the image though this machine may change it meanwhile.
+
+        Raises:
+            ImageError: the reasons of :meth:`Image.open` for either file; WRONG_FORMAT, DAMAGED, WRONG_IMAGE,
+                HALF_COMMITTED for the snapshot.
+        """
+        base = Image.open(base_path, read_only=True, block_size=block_size, force=force)
+        try:
+            if path is None:
+                file, cache = OverlayFile.temporary(base, block_size), CacheMode.UNSAFE
+            else:
+                file = OverlayFile.open_for(base, Path(path), block_size)
+            try:
+                return cls(base, file, cache=cache)
+            except BaseException:
+                file.close()
+                raise
+        except OSError as error:
+            base.close()
+            raise image_error(base.path, error, read_only=True) from error
+        except BaseException:
+            base.close()
+            raise
+
+    def _read_cached(self, data: memoryview, offset: int) -> int:
+        got = 0
+        for image, begin, part in self._parts(data, offset):
+            count = image.read_cached(part, begin)
+            got += count
+            if count < len(part):
+                break
+        return got
+
+    def _read_blocking(self, data: memoryview, offset: int) -> None:
+        for image, begin, part in self._parts(data, offset):
+            image.read(part, begin)
+
+    def _parts(self, data: memoryview, offset: int) -> Iterator[tuple[Image, int, memoryview]]:
+        """Tell where each part of a range is: file, offset there, buffer."""
+        size, end = self._header.cluster_size, offset + len(data)
+        for first, last, inside in self._file.clusters.runs(offset // size, -(-end // size)):
+            begin, stop = max(first * size, offset), min(last * size, end)
+            part = data[begin - offset : stop - offset]
+            if inside:
+                yield self._file.image, self._header.data_offset + begin, part
+            else:
+                yield self._base, begin, part
+
+    def _write_blocking(self, data: memoryview, offset: int) -> None:
+        self._copy_around(offset, offset + len(data))
+        self._file.image.write(data, self._header.data_offset + offset)
+        self._mark(offset, offset + len(data))
+
+    def _zero_blocking(self, offset: int, length: int, unmap: bool) -> None:
+        # By holes, unmap or not: a snapshot is thin anyway.
+        self._copy_around(offset, offset + length)
+        self._file.image.zero(self._header.data_offset + offset, length, unmap=True)
+        self._mark(offset, offset + length)
+
+    def _copy_around(self, start: int, end: int) -> None:
+        """Copy what the clusters at both ends of a range have outside of it, if they are new in the snapshot."""
+        size = self._header.cluster_size
+        first, last = start // size, (end - 1) // size
+        if first not in self._file.clusters:
+            self._copy(first * size, start)
+        if last not in self._file.clusters:
+            self._copy(end, min((last + 1) * size, self._header.size))
+
+    def _copy(self, start: int, end: int) -> None:
+        for begin in range(start, end, CHUNK):
+            data = memoryview(bytearray(min(CHUNK, end - begin)))
+            self._base.read(data, begin)
+            self._file.image.write(data, self._header.data_offset + begin)
+
+    def _mark(self, start: int, end: int) -> None:
+        size = self._header.cluster_size
+        self._file.clusters.mark(start // size, -(-end // size))
+
+    def _flush_blocking(self) -> None:
+        self._file.flush(durable=not self._unsafe)
+
+    def _close_files(self) -> None:
+        try:
+            self._flush_blocking()  # nobody else knows the bits
+        except OSError as error:
+            log.warning("%s: what was written since the last flush is lost: %s", self.name, error.strerror or error)
+        self._file.close()
+        self._base.close()
+
+
+@dataclass(frozen=True, slots=True)
+class OverlayInfo:
+    """What a snapshot is.
+
+    Attributes:
+        base: the image.
+        size: of the image, in bytes.
+        block_size: bytes.
+        changed: bytes that are in the snapshot, in clusters.
+        half_committed: a commit has begun.
+    """
+
+    base: Path
+    size: int
+    block_size: int
+    changed: int
+    half_committed: bool
+
+
+def info(path: str | os.PathLike[str]) -> OverlayInfo:
+    """Look at a snapshot that nobody uses.
+
+    Raises:
+        ImageError: the reasons of :meth:`OverlayFile.open`.
+    """
+    file = OverlayFile.open(Path(path))
+    file.close()
+    header = file.header
+    return OverlayInfo(header.base, header.size, header.block_size, file.changed_bytes, file.half_committed)
+
+
+def commit(
+    path: str | os.PathLike[str],
+    *,
+    base_path: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+    force: bool = False,
+) -> int:
+    """Write what is in a snapshot to its image, and remove the snapshot. Blocks.
+
+    When it is broken off anywhere (by an error, a crash, a power cut), half of it is in the image. The snapshot says so
+    and is not usable but for another commit, which does it all again.
+
+    Args:
+        path: the file of the snapshot.
+        base_path: where the image is; None: where it was when the snapshot was made.
+        progress: called now and then, and at the end.
+        force: write to the image though this machine uses it.
+
+    Returns:
+        How many bytes were in the snapshot, in clusters.
+
+    Raises:
+        ImageError: the reasons of :meth:`Image.open` for either file; WRONG_FORMAT, DAMAGED, WRONG_IMAGE; IO_ERROR: it
+            was broken off.
+    """
+    file = OverlayFile.open(Path(path))
+    header = file.header
+    where = Path(base_path or header.base)
+    try:
+        base = Image.open(where, block_size=header.block_size, force=force)
+        try:
+            file.check_base(base, header.block_size)
+            file.begin_commit()
+            done = _apply(base, file, progress)
+            base.sync()
+        finally:
+            base.close()
+        file.remove()
+        return done
+    except OSError as error:
+        raise ImageError(
+            f"the commit of {path} to {where} was broken off: {(error.strerror or str(error)).lower()}",
+            reason=Reason.IO_ERROR,
+            remedy=f"mend that, then do it again: farplug image commit {path}; use the image for nothing else before",
+        ) from error
+    finally:
+        file.close()
+
+
+def discard(path: str | os.PathLike[str]) -> None:
+    """Remove a snapshot that nobody uses, and all that is in it.
+
+    Raises:
+        ImageError: the reasons of :meth:`OverlayFile.open`; HALF_COMMITTED: a part of it is in the image, which needs
+            the rest.
+    """
+    file = OverlayFile.open(Path(path))
+    try:
+        if file.half_committed:
+            raise half_committed(f"a part of {path} is in its image already, which needs the rest", file.path)
+        file.remove()
+    except OSError as error:
+        raise image_error(file.path, error, read_only=False) from error
+    finally:
+        file.close()
+
+
+def _apply(base: Image, file: OverlayFile, progress: Progress | None) -> int:
+    """Write every cluster of a snapshot to the image, holes as holes: how many bytes."""
+    own, offset = file.image, file.header.data_offset
+    total = file.changed_bytes
+    done = 0
+    for begin, end in file.changed_ranges():
+        at = begin
+        while at < end:
+            data_begin, data_end = _next_data(own.fd, offset + at, offset + end)
+            data_begin -= offset
+            data_end -= offset
+            if at < data_begin:
+                base.zero(at, data_begin - at, unmap=True)
+            for start in range(data_begin, data_end, CHUNK):
+                data = memoryview(bytearray(min(CHUNK, data_end - start)))
+                own.read(data, offset + start)
+                base.write(data, start)
+            at = data_end
+        done += end - begin
+        if progress is not None:
+            progress(done, total)
+    return done
+
+
+def _next_data(fd: int, begin: int, end: int) -> tuple[int, int]:
+    """Find the first data of a range, behind which there is a hole (lseek(2)): (end, end) if it is all hole."""
+    try:
+        first = min(os.lseek(fd, begin, os.SEEK_DATA), end)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        return end, end
+    return first, min(os.lseek(fd, first, os.SEEK_HOLE), end) if first < end else end

@@ -1,0 +1,322 @@
+"""The file of a snapshot, open: made, checked against its image, its bits kept."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shlex
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Self
+
+from farplug.errors import ImageError, Reason
+from farplug.store.image import Image, image_error, lock
+from farplug.store.overlay_format import (
+    CONTENT_SIZE,
+    HEADER_SIZE,
+    SECTOR_SIZE,
+    ClusterMap,
+    Header,
+    cluster_size,
+    damaged,
+    sector_offset,
+)
+
+TEMPORARY_FOLDER = Path("/var/tmp")
+"""Where a snapshot without a name is, unless TMPDIR is set: /tmp is often in memory."""
+
+HEAD_SAMPLE, TAIL_SAMPLE, SAMPLE, SAMPLES = 4 << 20, 1 << 20, 4096, 32
+"""Bytes at the beginning and at the end of an image that its digest covers, and those in between, evenly spread."""
+
+_COMMITTING, _NOT_COMMITTING = b"\1".ljust(CONTENT_SIZE, b"\0"), bytes(CONTENT_SIZE)
+"""Contents of sector 0."""
+
+
+class OverlayFile:
+    """The file of a snapshot. Every method may block.
+
+    Attributes:
+        image: the file; clusters are in it from ``header.data_offset`` on.
+        header: what it is a snapshot of.
+        clusters: which clusters are in it.
+        half_committed: a commit has begun.
+    """
+
+    def __init__(self, image: Image, header: Header, clusters: ClusterMap, *, half_committed: bool = False) -> None:
+        self.image = image
+        self.header = header
+        self.clusters = clusters
+        self.half_committed = half_committed
+
+    @property
+    def path(self) -> Path:
+        """As it was given; the folder of a temporary one."""
+        return self.image.path
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Open and lock the file of a snapshot.
+
+        Raises:
+            ImageError: NOT_FOUND, NOT_A_FILE, NO_PERMISSION, IN_USE, IO_ERROR, WRONG_FORMAT, DAMAGED.
+        """
+        image = _open(path)
+        try:
+            _lock(image)
+            return cls._load(image)
+        except OSError as error:
+            image.close()
+            raise image_error(path, error, read_only=False) from error
+        except BaseException:
+            image.close()
+            raise
+
+    @classmethod
+    def open_for(cls, base: Image, path: Path, block_size: int) -> Self:
+        """Open the file of a snapshot of this image, or make it if it does not exist or is empty.
+
+        Raises:
+            ImageError: as :meth:`open`, and WRONG_IMAGE, HALF_COMMITTED.
+        """
+        image = _open(path, os.O_CREAT)
+        try:
+            if os.path.samestat(os.fstat(image.fd), os.fstat(base.fd)):
+                remedy = "name another file for the snapshot"
+                raise ImageError(f"{path} is the image itself", reason=Reason.WRONG_FORMAT, remedy=remedy)
+            _lock(image)
+            if not image.size:
+                return cls._create(image, base, block_size)
+            file = cls._load(image)
+            if file.half_committed:
+                raise half_committed(f"a commit of {path} was broken off", path)
+            file.check_base(base, block_size)
+            return file
+        except OSError as error:
+            image.close()
+            raise image_error(path, error, read_only=False) from error
+        except BaseException:
+            image.close()
+            raise
+
+    @classmethod
+    def temporary(cls, base: Image, block_size: int) -> Self:
+        """Make a snapshot in a file without a name, which is gone when it is closed.
+
+        Raises:
+            ImageError: NOT_FOUND, NO_PERMISSION, IO_ERROR.
+        """
+        folder = Path(os.environ.get("TMPDIR") or TEMPORARY_FOLDER)
+        header = Header(bytes(16), base.size, block_size, cluster_size(base.size), 0, bytes(32), base.path)
+        image = Image(folder, -1)
+        try:
+            with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+                image.fd = os.dup(file.fileno())
+            _resize(image, header)
+        except OSError as error:
+            image.close()
+            raise image_error(folder, error, read_only=False) from error
+        except BaseException:
+            image.close()
+            raise
+        return cls(image, header, _no_clusters(header))
+
+    @classmethod
+    def _create(cls, image: Image, base: Image, block_size: int) -> Self:
+        """Make a snapshot without changes in an empty file. The header comes last."""
+        size = base.size
+        where = Path(os.path.realpath(base.path))
+        try:
+            mtime_ns, digest = _fingerprint(base, size)
+            header = Header(os.urandom(16), size, block_size, cluster_size(size), mtime_ns, digest, where)
+            _resize(image, header)
+            sectors = [header.seal(number, bytes(CONTENT_SIZE)) for number in range(header.map_sectors + 1)]
+            image.write(memoryview(b"".join(sectors)), sector_offset(0))
+            os.fsync(image.fd)
+            image.write(memoryview(bytes(header)), 0)
+            os.fsync(image.fd)
+            _sync_folder(image.path)
+        except BaseException:
+            image.path.unlink(missing_ok=True)
+            raise
+        return cls(image, header, _no_clusters(header))
+
+    @classmethod
+    def _load(cls, image: Image) -> Self:
+        size = image.size
+        data = bytearray(min(HEADER_SIZE, size))
+        image.read(memoryview(data), 0)
+        header = Header.parse(bytes(data), image.path)
+        if size < header.file_size:
+            raise damaged(image.path, f"it has {size} bytes of {header.file_size}")
+        data = bytearray((header.map_sectors + 1) * SECTOR_SIZE)
+        image.read(memoryview(data), sector_offset(0))
+        contents = [
+            header.unseal(number, bytes(data[number * SECTOR_SIZE : (number + 1) * SECTOR_SIZE]), image.path)
+            for number in range(header.map_sectors + 1)
+        ]
+        if contents[0] not in (_COMMITTING, _NOT_COMMITTING):
+            raise damaged(image.path, "whether a commit has begun cannot be told")
+        clusters = ClusterMap(header.clusters, bytearray(b"".join(contents[1:])))
+        if clusters.beyond:
+            raise damaged(image.path, "it has clusters behind the end of the image")
+        return cls(image, header, clusters, half_committed=contents[0] == _COMMITTING)
+
+    def check_base(self, base: Image, block_size: int) -> None:
+        """Refuse what is not the image of the snapshot, as it was.
+
+        An image that was copied or touched has another time. That cannot be told from one that was written to, but the
+        user can tell. What a commit that was broken off has changed is no objection to another.
+
+        Raises:
+            ImageError: WRONG_IMAGE.
+        """
+        header, path = self.header, self.path
+        if block_size != header.block_size:
+            raise ImageError(
+                f"{path} is a snapshot with blocks of {header.block_size} bytes, not {block_size}",
+                reason=Reason.WRONG_IMAGE,
+                remedy=f"use --block-size {header.block_size}",
+            )
+        other = f"name the image ({header.base} when the snapshot was made), or discard the snapshot"
+        if base.size != header.size:
+            raise ImageError(
+                f"{base.path} has {base.size} bytes, the image of the snapshot {path} has {header.size}",
+                reason=Reason.WRONG_IMAGE,
+                remedy=other,
+            )
+        if self.half_committed:
+            return
+        mtime_ns, digest = _fingerprint(base, header.size)
+        if digest != header.digest:
+            raise ImageError(
+                f"{base.path} is not what it was when the snapshot {path} was made, or is another image",
+                reason=Reason.WRONG_IMAGE,
+                remedy=other,
+            )
+        if mtime_ns != header.mtime_ns:
+            seconds, rest = divmod(header.mtime_ns, 10**9)
+            command = f"touch --date=@{seconds}.{rest:09} {shlex.quote(str(base.path))}"
+            raise ImageError(
+                f"{base.path} was changed after the snapshot {path} was made of it",
+                reason=Reason.WRONG_IMAGE,
+                remedy=f"if it was only copied or touched, give it back its time: {command}\n"
+                "otherwise the snapshot does not fit it any more, and can only be discarded",
+            )
+
+    def flush(self, *, durable: bool = True) -> None:
+        """Write the bits of the clusters that are new, when the clusters are durable, and make them durable.
+
+        Args:
+            durable: False: leave all of it to the kernel.
+        """
+        if durable:
+            self.image.sync()
+        if not self.clusters.changed:
+            return
+        for number in sorted(self.clusters.changed):
+            self._write_sector(number, self.clusters.content(number))
+        if durable:
+            self.image.sync()
+        self.clusters.changed.clear()
+
+    def begin_commit(self) -> None:
+        """Mark it, durably, as being committed."""
+        self._write_sector(0, _COMMITTING)
+        self.image.sync()
+        self.half_committed = True
+
+    def _write_sector(self, number: int, content: bytes) -> None:
+        self.image.write(memoryview(self.header.seal(number, content)), sector_offset(number))
+
+    @property
+    def changed_bytes(self) -> int:
+        """How many bytes are in the snapshot, in clusters."""
+        header = self.header
+        cut = -header.size % header.cluster_size if header.clusters - 1 in self.clusters else 0
+        return self.clusters.count * header.cluster_size - cut
+
+    def changed_ranges(self) -> Iterator[tuple[int, int]]:
+        """Tell which bytes (begin, end) of the image are in the snapshot, in steps that are not too long."""
+        header, step = self.header, CONTENT_SIZE * 8
+        for window in range(0, header.clusters, step):
+            for first, end, inside in self.clusters.runs(window, min(window + step, header.clusters)):
+                if inside:
+                    yield first * header.cluster_size, min(end * header.cluster_size, header.size)
+
+    def remove(self) -> None:
+        """Remove the file, durably. It stays open."""
+        path = Path(os.path.realpath(self.path))
+        path.unlink()
+        _sync_folder(path)
+
+    def close(self) -> None:
+        """Close the file, which also unlocks it. Does nothing the second time. It does not flush."""
+        self.image.close()
+
+
+def half_committed(message: str, path: Path) -> ImageError:
+    """Tell that a snapshot is good for nothing but a commit."""
+    remedy = f"finish it: farplug image commit {path}"
+    return ImageError(message, reason=Reason.HALF_COMMITTED, remedy=remedy)
+
+
+def _open(path: Path, flags: int = 0) -> Image:
+    try:
+        image = Image(path, os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | flags, 0o600))
+    except (OSError, ValueError) as error:
+        raise image_error(path, error, read_only=False) from error
+    if not stat.S_ISREG(os.fstat(image.fd).st_mode):
+        image.close()
+        raise ImageError(f"{path} is no file", reason=Reason.NOT_A_FILE, remedy="name a file for the snapshot")
+    return image
+
+
+def _lock(image: Image) -> None:
+    lock(image.fd, image.path, read_only=False)
+    if not os.fstat(image.fd).st_nlink:  # between opening and locking it
+        raise ImageError(f"{image.path} was removed just now", reason=Reason.IN_USE, remedy="try again")
+
+
+def _resize(image: Image, header: Header) -> None:
+    try:
+        os.ftruncate(image.fd, header.file_size)
+    except OSError as error:
+        if error.errno not in (errno.EFBIG, errno.EINVAL):
+            raise
+        raise ImageError(
+            f"{image.path} cannot be made: its file system takes no file of {header.file_size} bytes",
+            reason=Reason.IO_ERROR,
+            remedy="choose another file system for the snapshot, xfs or btrfs for example",
+        ) from error
+
+
+def _no_clusters(header: Header) -> ClusterMap:
+    return ClusterMap(header.clusters, bytearray(header.map_sectors * CONTENT_SIZE))
+
+
+def _fingerprint(base: Image, size: int) -> tuple[int, bytes]:
+    """Tell an image from others: when it was written to (0: a block device), and a digest of samples."""
+    status = os.fstat(base.fd)
+    digest = hashlib.sha256()
+    between = range(HEAD_SAMPLE, max(size - TAIL_SAMPLE, HEAD_SAMPLE), max(size // SAMPLES, SAMPLE))
+    samples = [(0, HEAD_SAMPLE), *((begin, SAMPLE) for begin in between), (max(size - TAIL_SAMPLE, 0), TAIL_SAMPLE)]
+    for begin, length in samples:
+        data = bytearray(min(length, size - begin))
+        try:
+            base.read(memoryview(data), begin)
+        except OSError as error:
+            raise image_error(base.path, error, read_only=True) from error
+        digest.update(data)
+    return (0 if stat.S_ISBLK(status.st_mode) else status.st_mtime_ns), digest.digest()
+
+
+def _sync_folder(path: Path) -> None:
+    """Make the name of a file durable."""
+    fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

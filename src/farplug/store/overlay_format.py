@@ -1,0 +1,242 @@
+"""The file of a snapshot: what changed of an image, and nothing else.
+
+::
+
+    0        header: what the image is; written once
+    8192     sector 0: whether a commit has begun
+    8704     sectors 1 and on: a bit for each cluster of the image
+    data     the clusters whose bit is set, each where it is in the image; holes in between
+
+``data`` begins at a multiple of 1 MiB and of the cluster size. A sector has 512 bytes: 508 of content, and a CRC-32 of
+the identity of the file, its own number and its content. Numbers are little endian.
+
+**Why it survives a crash at any point.** A bit says that the image's cluster is not to be read any more. Bits are only
+ever set, never cleared. One is written when its cluster is durable, between two fdatasync(2). So whichever of the
+written bits reach the medium, each of them tells the truth; one that does not leaves the old content of the image. All
+that is needed of the medium is that it does not tear a sector. There is no journal because nothing has to be undone.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from farplug.errors import ImageError, Reason
+
+MAGIC = b"farplug\xf5"
+VERSION = 1
+
+HEADER_SIZE = 8192
+SECTOR_SIZE = 512
+CONTENT_SIZE = SECTOR_SIZE - 4
+DATA_ALIGNMENT = 1 << 20
+
+MIN_CLUSTER_SIZE = 4096
+"""What guests write at least, nearly always: it is the physical block size of our disks."""
+
+MAX_CLUSTERS = 1 << 26
+"""All bits are in memory: 8 MiB. They are enough for 256 GiB in the smallest clusters; beyond, clusters are larger."""
+
+_HEADER = struct.Struct("<8sII16sQIIq32sH")
+"""magic, version, CRC-32 of everything else, identity, size, block size, cluster size, time, digest, length of path"""
+_CRC_OFFSET = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a snapshot was made of.
+
+    Attributes:
+        identity: random, of this snapshot.
+        size: of the image, in bytes.
+        block_size: of the disk, in bytes.
+        cluster_size: bytes, a power of two.
+        mtime_ns: when the image was changed for the last time; 0 for a block device.
+        digest: SHA-256 of samples of the image.
+        base: the absolute path of the image.
+    """
+
+    identity: bytes
+    size: int
+    block_size: int
+    cluster_size: int
+    mtime_ns: int
+    digest: bytes
+    base: Path
+
+    @classmethod
+    def parse(cls, data: bytes, path: Path) -> Self:
+        """Read a header.
+
+        Args:
+            data: the first :data:`HEADER_SIZE` bytes of the file.
+            path: of the file, for the error.
+
+        Raises:
+            ImageError: WRONG_FORMAT or DAMAGED.
+        """
+        if not data.startswith(MAGIC):
+            raise ImageError(
+                f"{path} is not a snapshot, or its creation was broken off",
+                reason=Reason.WRONG_FORMAT,
+                remedy="name another file, or remove this one if nothing in it is needed",
+            )
+        if len(data) < HEADER_SIZE or _crc(data) != int.from_bytes(data[_CRC_OFFSET : _CRC_OFFSET + 4], "little"):
+            raise damaged(path, "its header does not match its checksum")
+        _, version, _, identity, size, block_size, cluster_size, mtime_ns, digest, length = _HEADER.unpack_from(data)
+        if version != VERSION:
+            raise ImageError(
+                f"{path} is a snapshot of format {version}, this farplug knows format {VERSION}",
+                reason=Reason.WRONG_FORMAT,
+                remedy="use the farplug that made it",
+            )
+        base = data[_HEADER.size : _HEADER.size + length]
+        header = cls(identity, size, block_size, cluster_size, mtime_ns, digest, Path(os.fsdecode(base)))
+        valid_cluster = cluster_size >= MIN_CLUSTER_SIZE and not cluster_size & (cluster_size - 1)
+        if not (valid_cluster and block_size and size >= block_size and header.clusters <= MAX_CLUSTERS):
+            raise damaged(path, f"{size} bytes in clusters of {cluster_size} and blocks of {block_size} cannot be")
+        return header
+
+    def __bytes__(self) -> bytes:
+        base = os.fsencode(self.base)
+        fields = (self.identity, self.size, self.block_size, self.cluster_size, self.mtime_ns, self.digest, len(base))
+        data = (_HEADER.pack(MAGIC, VERSION, 0, *fields) + base).ljust(HEADER_SIZE, b"\0")
+        return data[:_CRC_OFFSET] + _crc(data).to_bytes(4, "little") + data[_CRC_OFFSET + 4 :]
+
+    @property
+    def clusters(self) -> int:
+        """How many there are; the last one may be cut by the end of the image."""
+        return -(-self.size // self.cluster_size)
+
+    @property
+    def map_sectors(self) -> int:
+        """How many sectors have the bits."""
+        return -(-self.clusters // (CONTENT_SIZE * 8))
+
+    @property
+    def data_offset(self) -> int:
+        """Where in the file the image would begin."""
+        alignment = max(DATA_ALIGNMENT, self.cluster_size)
+        return -(-(sector_offset(1) + self.map_sectors * SECTOR_SIZE) // alignment) * alignment
+
+    @property
+    def file_size(self) -> int:
+        """Of the whole file, in bytes."""
+        return self.data_offset + self.size
+
+    def seal(self, number: int, content: bytes) -> bytes:
+        """Make a sector."""
+        return content + self._crc(number, content)
+
+    def unseal(self, number: int, sector: bytes, path: Path) -> bytes:
+        """Check a sector: its content.
+
+        Raises:
+            ImageError: DAMAGED.
+        """
+        content = sector[:CONTENT_SIZE]
+        if sector[CONTENT_SIZE:] != self._crc(number, content):
+            raise damaged(path, f"the sector at byte {sector_offset(number)} does not match its checksum")
+        return content
+
+    def _crc(self, number: int, content: bytes) -> bytes:
+        return zlib.crc32(content, zlib.crc32(self.identity + struct.pack("<I", number))).to_bytes(4, "little")
+
+
+class ClusterMap:
+    """Which clusters are in the snapshot: one bit for each.
+
+    Args:
+        clusters: how many there are.
+        content: of the sectors, one after the other.
+
+    Attributes:
+        changed: the sectors (the first one is 1) with bits that were set since this was last cleared.
+    """
+
+    def __init__(self, clusters: int, content: bytearray) -> None:
+        self._clusters = clusters
+        self._bits = content
+        self.changed: set[int] = set()
+
+    @property
+    def beyond(self) -> bool:
+        """Bits of clusters that do not exist are set."""
+        return bool(int.from_bytes(self._bits[self._clusters >> 3 :], "little") >> (self._clusters & 7))
+
+    @property
+    def count(self) -> int:
+        """How many clusters are in the snapshot."""
+        return int.from_bytes(self._bits, "little").bit_count()
+
+    def mark(self, first: int, end: int) -> None:
+        """Set the bits of clusters that are in the snapshot from now on, one at least."""
+        if self._between(first, end) == (1 << end - first) - 1:
+            return
+        begin, last = first >> 3, (end - 1) >> 3
+        head, tail = 0xFF << (first & 7) & 0xFF, 0xFF >> (7 - ((end - 1) & 7))
+        if begin == last:
+            self._bits[begin] |= head & tail
+        else:
+            self._bits[begin] |= head
+            self._bits[begin + 1 : last] = b"\xff" * (last - begin - 1)
+            self._bits[last] |= tail
+        self.changed.update(range(begin // CONTENT_SIZE + 1, last // CONTENT_SIZE + 2))
+
+    def __contains__(self, cluster: int) -> bool:
+        return bool(self._bits[cluster >> 3] >> (cluster & 7) & 1)
+
+    def runs(self, first: int, end: int) -> Iterator[tuple[int, int, bool]]:
+        """Cut clusters into runs (first, end, in the snapshot or not)."""
+        bits = self._between(first, end)
+        while first < end:
+            inside = bool(bits & 1)
+            other = ~bits if inside else bits
+            length = (other & -other).bit_length() - 1 if other else end - first
+            length = min(length, end - first)
+            yield first, first + length, inside
+            first += length
+            bits >>= length
+
+    def content(self, sector: int) -> bytes:
+        """Of a sector; the first one is 1."""
+        return bytes(self._bits[(sector - 1) * CONTENT_SIZE : sector * CONTENT_SIZE])
+
+    def _between(self, first: int, end: int) -> int:
+        bits = int.from_bytes(self._bits[first >> 3 : (end + 7) >> 3], "little")
+        return bits >> (first & 7) & ((1 << end - first) - 1)
+
+
+def cluster_size(size: int) -> int:
+    """Choose the size of the clusters of a new snapshot.
+
+    Args:
+        size: of the image, in bytes.
+    """
+    chosen = MIN_CLUSTER_SIZE
+    while -(-size // chosen) > MAX_CLUSTERS:
+        chosen *= 2
+    return chosen
+
+
+def sector_offset(number: int) -> int:
+    """Tell where in the file a sector is."""
+    return HEADER_SIZE + number * SECTOR_SIZE
+
+
+def damaged(path: Path, what: str) -> ImageError:
+    """Tell that a snapshot cannot be used any more."""
+    return ImageError(
+        f"{path} is damaged: {what}",
+        reason=Reason.DAMAGED,
+        remedy="take it back from a backup, or remove it: what is in it is lost then",
+    )
+
+
+def _crc(data: bytes) -> int:
+    return zlib.crc32(data[_CRC_OFFSET + 4 : HEADER_SIZE], zlib.crc32(data[:_CRC_OFFSET]))

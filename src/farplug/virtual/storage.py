@@ -1,0 +1,197 @@
+"""Mass storage: logical units that the guest reaches over Bulk-Only Transport or over USB Attached SCSI."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+
+from farplug.errors import DeviceError, Reason
+from farplug.usb.descriptors import EndpointDescriptor, InterfaceDescriptor, SuperSpeedCompanion
+from farplug.usb.transfer import Transfer
+from farplug.usb.types import Speed, TransferType
+from farplug.virtual.bot import BulkOnly
+from farplug.virtual.function import Function, FunctionHost
+from farplug.virtual.uas import STREAMS_EXPONENT, AttachedScsi
+from farplug.virtual.unit import LogicalUnit
+
+MASS_STORAGE = 0x08
+TRANSPARENT_SCSI = 0x06
+BULK_ONLY = 0x50
+ATTACHED_SCSI = 0x62
+
+BULK_IN = 0x81
+BULK_OUT = 0x02
+"""Of Bulk-Only Transport; the data pipes of USB Attached SCSI."""
+STATUS_PIPE = 0x83
+COMMAND_PIPE = 0x04
+
+MAX_UNITS = 16
+"""Bulk-Only Transport has four bits for the number."""
+
+REFRESH_INTERVAL = 1.0
+"""Seconds between two looks at the size of the stores."""
+
+_BULK_SIZES = {Speed.FULL: 64, Speed.HIGH: 512, Speed.SUPER: 1024}
+
+_PIPES = ((COMMAND_PIPE, 1), (STATUS_PIPE, 2), (BULK_IN, 3), (BULK_OUT, 4))
+"""The endpoints of USB Attached SCSI with their pipe ids, which the pipe usage descriptors tell (UAS-2, table 10)."""
+
+_PIPE_USAGE = 0x24
+
+
+class StorageTransport(StrEnum):
+    """How the guest may talk to mass storage."""
+
+    AUTO = "auto"
+    """Bulk-Only first, which firmware knows, and Attached SCSI as the alternate setting, which systems choose."""
+    BOT = "bot"
+    UAS = "uas"
+    """Attached SCSI alone: no firmware boots from it."""
+
+
+class MassStorage(Function):
+    """Up to 16 logical units on one interface.
+
+    Their stores belong to the function from now on. Each :meth:`close` makes durable what was written, so that the
+    device can be plugged again; :meth:`dispose` closes the stores for good.
+
+    At Full Speed there is Bulk-Only Transport alone.
+
+    Raises:
+        ValueError: no unit, or more than 16.
+    """
+
+    def __init__(self, *units: LogicalUnit, transport: StorageTransport = StorageTransport.AUTO) -> None:
+        if not 1 <= len(units) <= MAX_UNITS:
+            raise ValueError(f"a mass storage device has 1 to {MAX_UNITS} logical units, not {len(units)}")
+        self.units = units
+        self._transport = transport
+        self._bot = BulkOnly(units, BULK_IN, BULK_OUT)
+        self._uas = AttachedScsi(units, command=COMMAND_PIPE, status=STATUS_PIPE, data_in=BULK_IN, data_out=BULK_OUT)
+        self._active: BulkOnly | AttachedScsi = self._bot
+        self._alternate = 0
+        self._refreshing: asyncio.TimerHandle | None = None
+
+    def _settings(self, speed: Speed) -> Sequence[BulkOnly | AttachedScsi]:
+        """Who serves each alternate setting."""
+        if self._transport is StorageTransport.BOT or speed < Speed.HIGH:
+            return (self._bot,)
+        return (self._uas,) if self._transport is StorageTransport.UAS else (self._bot, self._uas)
+
+    def interfaces(self, speed: Speed) -> Sequence[InterfaceDescriptor]:
+        return tuple(
+            InterfaceDescriptor(0, alternate, MASS_STORAGE, TRANSPARENT_SCSI, BULK_ONLY, _bulk_only_endpoints(speed))
+            if one is self._bot
+            else InterfaceDescriptor(
+                0, alternate, MASS_STORAGE, TRANSPARENT_SCSI, ATTACHED_SCSI, _attached_scsi_endpoints(speed)
+            )
+            for alternate, one in enumerate(self._settings(speed))
+        )
+
+    def bind(self, host: FunctionHost) -> None:
+        self._bot.bind(host)
+
+    def set_alternate(self, interface: int, alternate: int) -> None:
+        self._alternate = alternate
+
+    def configured(self, speed: Speed) -> None:
+        self._active = self._settings(speed)[self._alternate]
+        if self._active is self._uas:
+            self._uas.start(_BULK_SIZES[speed], streams=speed >= Speed.SUPER)
+
+    def control(self, transfer: Transfer) -> bool:
+        return self._active is self._bot and self._bot.control(transfer)
+
+    def submit(self, transfer: Transfer) -> None:
+        self._active.submit(transfer)
+
+    def cancel(self, transfer: Transfer) -> None:
+        self._active.cancel(transfer)
+
+    def halt_cleared(self, endpoint: int) -> None:
+        if self._active is self._bot:
+            self._bot.halt_cleared(endpoint)
+
+    def reset(self, *, port_reset: bool) -> None:
+        self._active.reset()
+        self._alternate = 0
+        if port_reset:
+            for unit in self.units:
+                unit.scsi.reset()
+
+    @property
+    def figures(self) -> Mapping[str, int]:
+        return {
+            "commands": sum(unit.commands for unit in self.units),
+            "read": sum(unit.bytes_read for unit in self.units),
+            "written": sum(unit.bytes_written for unit in self.units),
+        }
+
+    async def open(self) -> None:
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Again and again while it is plugged: the units report new sizes to the guest."""
+        self._refreshing = asyncio.get_running_loop().call_later(REFRESH_INTERVAL, self._refresh)
+        for unit in self.units:
+            if unit.store is not None:
+                unit.store.refresh()
+
+    async def close(self) -> None:
+        if self._refreshing is not None:
+            self._refreshing.cancel()
+        for unit in self.units:
+            unit.scsi.reset()  # a guest that has left locks no medium
+        failed = [error for unit in self.units if (error := await _make_durable(unit)) is not None]
+        if failed:
+            raise failed[0]
+
+    async def dispose(self) -> None:
+        for unit in self.units:
+            await unit.close()
+
+
+async def _make_durable(unit: LogicalUnit) -> DeviceError | None:
+    """Flush a unit; what failed now, or before when nobody listened."""
+    if unit.store is None:
+        return None
+    flushed: asyncio.Future[OSError | None] = asyncio.get_running_loop().create_future()
+
+    def done(error: OSError | None) -> None:
+        if not flushed.done():  # nobody waits any more
+            flushed.set_result(error)
+
+    unit.store.flush(done)
+    error = await flushed or unit.unreported
+    unit.unreported = None
+    if error is None:
+        return None
+    what = error.strerror or error
+    return DeviceError(f"{unit.name}: what was written may be lost: {what}", reason=Reason.IO_ERROR)
+
+
+def _bulk_only_endpoints(speed: Speed) -> tuple[EndpointDescriptor, ...]:
+    companion = SuperSpeedCompanion(max_burst=15) if speed >= Speed.SUPER else None
+    return tuple(
+        EndpointDescriptor(address, TransferType.BULK, _BULK_SIZES[speed], companion=companion)
+        for address in (BULK_IN, BULK_OUT)
+    )
+
+
+def _attached_scsi_endpoints(speed: Speed) -> tuple[EndpointDescriptor, ...]:
+    return tuple(
+        EndpointDescriptor(
+            address,
+            TransferType.BULK,
+            _BULK_SIZES[speed],
+            companion=_companion(address) if speed >= Speed.SUPER else None,
+            extra=bytes((4, _PIPE_USAGE, pipe, 0)),
+        )
+        for address, pipe in _PIPES
+    )
+
+
+def _companion(address: int) -> SuperSpeedCompanion:
+    """All pipes but that for commands have streams (UASP, chapter 3.3)."""
+    return SuperSpeedCompanion(max_burst=15, attributes=0 if address == COMMAND_PIPE else STREAMS_EXPONENT)

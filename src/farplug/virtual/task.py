@@ -1,0 +1,312 @@
+"""A task: one SCSI command at work, whatever transport brought it (SAM-5, chapter 4.9).
+
+It moves data between the transport and the store, does the work that moves none (:mod:`~farplug.virtual.job`), and
+knows how the command ended. How much the host expects, and when its transfers come, is the transport's business.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import TypeAlias
+
+from farplug.scsi.cdb import Action, Compare, Done, Fail, Flush, Outcome, Read, Receive, Respond, Verify, Work, Write
+from farplug.scsi.sense import INVALID_FIELD_IN_CDB, MISCOMPARE, UNRECOVERED_READ_ERROR, Sense, SenseKey
+from farplug.store.base import Store
+from farplug.usb.types import Buffer, Direction
+from farplug.virtual.job import Job, job_sense, write_sense
+from farplug.virtual.unit import LogicalUnit
+
+log = logging.getLogger(__name__)
+
+MAX_LINGERING = 64
+"""Jobs of a unit that are under way although their commands are gone; from then on no further job is begun. Each has a
+step of 1 MiB at most in the store."""
+
+OPERATION_IN_PROGRESS = Sense(SenseKey.NOT_READY, 0x04, 0x07)
+"""A host tries again later."""
+
+Given: TypeAlias = Callable[[Buffer | None], None]
+"""Takes data-in, or None: it could not be read, and the task has failed."""
+
+
+def _nothing() -> None:
+    pass
+
+
+class Task:
+    """What a command does, from its CDB to its status.
+
+    The unit decides when the task is made; nothing is done before :meth:`start`.
+
+    Args:
+        unit: whose command it is.
+        cdb: the command; an empty one fails.
+        progress: called when something has ended that :meth:`finish` waited for. It may be called while another method
+            runs.
+
+    Attributes:
+        direction: of the data that the command moves; None if it moves none.
+        demand: how many bytes.
+        sense: why it failed; None so far.
+        moved: bytes that were delivered, or written, or taken as parameters.
+    """
+
+    __slots__ = (
+        "_compares",
+        "_counts",
+        "_data",
+        "_durable",
+        "_job",
+        "_offset",
+        "_parameters",
+        "_part",
+        "_pending",
+        "_progress",
+        "_store",
+        "_then",
+        "_unit",
+        "_work",
+        "demand",
+        "direction",
+        "moved",
+        "sense",
+    )
+
+    def __init__(self, unit: LogicalUnit, cdb: Buffer, progress: Callable[[], None]) -> None:
+        self.direction: Direction | None = None
+        self.demand = 0
+        self.sense: Sense | None = None
+        self.moved = 0
+        self._unit: LogicalUnit = unit
+        self._progress: Callable[[], None] | None = progress
+        self._store = unit.store
+        self._offset = 0
+        self._data: memoryview | None = None
+        """Data-in that is not in the store."""
+        self._parameters: bytearray | None = None
+        """Data-out that is not for the store is collected here; ``_then`` says what it asks for."""
+        self._then: Callable[[Buffer], Outcome] | None = None
+        self._part = b""
+        """Of a block that was cut by the end of a transfer. A block is written whole or not at all."""
+        self._compares = False
+        self._counts = False
+        self._durable = False
+        self._work: Work | None = None
+        self._job: Job | None = None
+        self._pending = 0
+        unit.commands += 1
+        self._plan(unit.scsi.execute(cdb) if cdb else Fail(INVALID_FIELD_IN_CDB))
+
+    def _plan(self, action: Action) -> None:
+        match action:
+            case Read(lba, count, fua):
+                self._blocks(Direction.IN, lba, count)
+                self._counts = True
+                self._work = Flush() if fua else None
+            case Write(lba, count, durable):
+                self._blocks(Direction.OUT, lba, count)
+                self._durable = durable
+            case Compare(lba, count):
+                self._blocks(Direction.OUT, lba, count)
+                self._compares = True
+            case Receive(demand, then):
+                self.direction, self.demand = Direction.OUT, demand
+                self._parameters, self._then = bytearray(), then
+            case Respond(data):
+                if data:
+                    self.direction, self.demand = Direction.IN, len(data)
+                    self._data = memoryview(data)
+            case Fail(sense):
+                self.sense = sense
+            case Done():
+                pass
+            case _:
+                self._work = action
+
+    def _blocks(self, direction: Direction, lba: int, count: int) -> None:
+        size = self._medium.block_size
+        self.direction, self.demand, self._offset = direction, count * size, lba * size
+
+    @property
+    def _medium(self) -> Store:
+        assert self._store is not None  # units without a store decide upon nothing that needs one
+        return self._store
+
+    @property
+    def name(self) -> str:
+        """Of the store, for the log."""
+        return self._unit.name
+
+    @property
+    def busy(self) -> bool:
+        """Something is under way that the status waits for."""
+        return self._pending > 0
+
+    @property
+    def reads_store(self) -> bool:
+        """Data-in comes from the store: it may take its time."""
+        return self.direction is Direction.IN and self._data is None
+
+    def start(self) -> None:
+        """Begin what is to be done before any data moves."""
+        if self._work is not None:
+            self._begin(self._work)
+
+    def drop(self) -> None:
+        """The transport has lost interest: nothing more is reported to it. What was begun goes on."""
+        self._progress = None
+        if self._job is not None and self._pending:
+            self._job.stop()
+            self._unit.lingering += 1
+
+    def fail(self, sense: Sense) -> None:
+        """End it with this sense, unless it has failed before."""
+        if self.sense is None:
+            self.sense = sense
+
+    # Data-in
+
+    def read(self, begin: int, length: int, done: Given) -> None:
+        """Get data-in from ``begin`` on. ``done`` is called once, also after :meth:`drop`."""
+        if self._data is not None:
+            done(self._data[begin : begin + length])
+        else:
+            self._medium.read(self._offset + begin, length, partial(self._read, begin, done))
+
+    def _read(self, begin: int, done: Given, data: Buffer, error: OSError | None) -> None:
+        if error is None:
+            done(data)
+            return
+        if self._progress is not None:
+            log.warning("%s: reading at byte %d failed: %s", self.name, self._offset + begin, error)
+            self.fail(UNRECOVERED_READ_ERROR)
+        done(None)
+
+    def fetch(self, length: int, done: Callable[[], None]) -> None:
+        """Read so much data-in ahead, from its begin: :meth:`read` has it then.
+
+        If that fails, whoever reads finds out which part cannot be read. ``done`` is called in any case, also after
+        :meth:`drop`.
+        """
+
+        def fetched(data: Buffer, error: OSError | None) -> None:
+            if error is None:
+                self._data = memoryview(data)
+            done()
+
+        self._medium.read(self._offset, length, fetched)
+
+    def delivered(self, length: int) -> None:
+        """So much data-in has left."""
+        self.moved += length
+        if self._counts:
+            self._unit.bytes_read += length
+
+    # Data-out
+
+    def put(self, begin: int, data: Buffer, done: Callable[[], None] = _nothing) -> None:
+        """Take the data-out from ``begin`` on, all before that having come. Blocks go to the store whole only.
+
+        ``done`` is called once, when the data is no longer needed.
+        """
+        if self.sense is not None:
+            done()
+        elif self._parameters is not None:
+            self._parameters += data
+            if len(self._parameters) == self.demand and self._progress is not None:
+                self._take_parameters()
+            done()
+        else:
+            self._put_blocks(begin, data, done)
+
+    def _take_parameters(self) -> None:
+        assert self._parameters is not None
+        assert self._then is not None
+        self.moved = self.demand
+        match self._then(self._parameters):
+            case Done():
+                pass
+            case Fail(sense):
+                self.fail(sense)
+            case work:
+                self._begin(work)
+
+    def _put_blocks(self, begin: int, data: Buffer, done: Callable[[], None]) -> None:
+        if self._part:
+            begin -= len(self._part)
+            data = self._part + bytes(data)
+            self._part = b""
+        if cut := len(data) % self._medium.block_size:
+            self._part = bytes(data[-cut:])
+            data = memoryview(data)[:-cut]
+        if not data:
+            done()
+            return
+        self._pending += 1
+        offset = self._offset + begin
+        if self._compares:
+            self._medium.read(offset, len(data), partial(self._compared, data, done))
+        else:
+            self._medium.write(offset, data, partial(self._written, len(data), done))
+
+    def _compared(self, data: Buffer, done: Callable[[], None], found: Buffer, error: OSError | None) -> None:
+        sense = None
+        if error is not None:
+            log.warning("%s: reading failed: %s", self.name, error)
+            sense = UNRECOVERED_READ_ERROR
+        elif found != data:
+            sense = MISCOMPARE
+        elif self.sense is None:
+            self.moved += len(data)
+        self._settle(sense, done)
+
+    def _written(self, length: int, done: Callable[[], None], error: OSError | None) -> None:
+        if error is not None:
+            log.warning("%s: writing failed: %s", self.name, error)
+        else:
+            self._unit.bytes_written += length
+            if self.sense is None:
+                self.moved += length
+        self._settle(None if error is None else write_sense(error), done)
+
+    # Work, and the end
+
+    def finish(self) -> bool:
+        """All data has moved: tell whether nothing is left to do.
+
+        Otherwise ``progress`` is called when it is worth asking again.
+        """
+        if self._pending:
+            return False
+        if self._durable and self.sense is None:
+            self._durable = False
+            self._begin(Flush())
+            return not self._pending
+        return True
+
+    def _begin(self, work: Work) -> None:
+        if self._unit.lingering >= MAX_LINGERING:
+            self.fail(OPERATION_IN_PROGRESS)
+            return
+        self._pending += 1
+        self._job = Job(self._medium, work, partial(self._worked, work))
+
+    def _worked(self, work: Work, error: OSError | None) -> None:
+        if self._progress is None:
+            self._unit.lingering -= 1
+            if error is not None and not isinstance(work, Verify):
+                self._unit.unreported = error
+        elif error is None and isinstance(work, Flush):
+            error, self._unit.unreported = self._unit.unreported, None
+        self._settle(None if error is None else job_sense(work, error), _nothing)
+
+    def _settle(self, sense: Sense | None, done: Callable[[], None]) -> None:
+        self._pending -= 1
+        if sense is not None:
+            self.fail(sense)
+            self.moved = 0
+        done()
+        if self._progress is not None:
+            self._progress()

@@ -1,0 +1,506 @@
+"""USB Attached SCSI: many commands side by side over four bulk endpoints (UAS-2, T10/2276-D; USB UASP 1.0).
+
+Commands come as information units (IU) on the command pipe and end with one on the status pipe; data has a pipe for
+each direction. At SuperSpeed each command has a bulk stream, whose number is its tag: its status and its data travel
+there. At lower speeds there are no streams, and the device says with a READY IU whose data comes next.
+
+Data transfers that a command does not use, because it moves less or has failed, are ended before the command is: Linux
+would take them back, and QEMU then loses those of all other commands on that endpoint. So data never reaches a command
+that it was not meant for: with streams what the guest queues before a command is the command's, without them nothing
+may come before the READY IU.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterable, Sequence
+from enum import Enum, auto
+from functools import partial
+
+from farplug.scsi.sense import ABORTED_COMMAND, Sense, SenseKey
+from farplug.usb.transfer import Status, Transfer
+from farplug.usb.types import Buffer, Direction
+from farplug.virtual.iu import (
+    COMMAND,
+    TAGGED,
+    TASK_MANAGEMENT,
+    IuId,
+    ResponseCode,
+    TaskAttribute,
+    TaskFunction,
+    ready_iu,
+    response_iu,
+    sense_iu,
+    task_set_full_iu,
+)
+from farplug.virtual.pipe import Pipe
+from farplug.virtual.task import Task
+from farplug.virtual.unit import LogicalUnit, absent_unit
+
+log = logging.getLogger(__name__)
+
+STREAMS_EXPONENT = 5
+"""Log2 of the bulk streams of each endpoint, and of the tags with streams. Windows wants 16 streams at least."""
+
+MAX_COMMANDS = 256
+"""Commands at work; a further one ends with TASK SET FULL."""
+
+MAX_RESPONSES = 256
+"""Responses that wait because the guest does not ask for status; further ones are dropped."""
+
+MAX_UNREAD = 16 << 20
+"""Bytes of reads under way, also of those that nobody waits for any more; above it, further reads wait."""
+
+MAX_UNWRITTEN = 16 << 20
+"""Bytes handed to the store and not yet written, also of commands that are gone; above it, further data waits."""
+
+DATA_PHASE_ERROR = Sense(SenseKey.ABORTED_COMMAND, 0x4B, 0x00)
+"""The host sent less data than the command needs."""
+
+
+class _State(Enum):
+    """Where a command is between its IU and its sense."""
+
+    WAITING = auto()
+    """For commands before it to end, because of an ORDERED one."""
+    WORKING = auto()
+    ENDED = auto()
+    """Its status waits for a transfer, or it is gone."""
+
+
+class _Command:
+    """A command.
+
+    Attributes:
+        tag: its own.
+        lun: the number of its unit; None if there is no such unit.
+        cdb: its command descriptor block.
+        ordered: it begins when all before it have ended, and those after it wait for that.
+        state: how far it is.
+        task: what it does, once it works.
+        moved: how much data has been handed over. What is being written counts.
+        reading: the transfer that is being filled.
+        claimed: without streams: its READY IU was made.
+        ready: it may move data: there are streams, or the guest has its READY IU.
+    """
+
+    __slots__ = ("cdb", "claimed", "lun", "moved", "ordered", "reading", "ready", "state", "tag", "task")
+
+    def __init__(self, tag: int, lun: int | None, cdb: bytes, *, ordered: bool, ready: bool) -> None:
+        self.tag = tag
+        self.lun = lun
+        self.cdb = cdb
+        self.ordered = ordered
+        self.state = _State.WAITING
+        self.task: Task
+        self.moved = 0
+        self.reading: Transfer | None = None
+        self.claimed = False
+        self.ready = ready
+
+
+class AttachedScsi:
+    """The state machine of one USB Attached SCSI interface.
+
+    Args:
+        units: by logical unit number.
+        command: the function's own address of the command pipe (OUT).
+        status: of the status pipe (IN).
+        data_in: of the data-in pipe.
+        data_out: of the data-out pipe.
+    """
+
+    def __init__(self, units: Sequence[LogicalUnit], *, command: int, status: int, data_in: int, data_out: int) -> None:
+        self._units = units
+        self._absent = absent_unit(len(units))
+        self._luns = {bytes((method, lun, *bytes(6))): lun for method in (0x00, 0x40) for lun in range(len(units))}
+        """By their 8 bytes: peripheral (single level) or flat addressing (SAM-5, chapter 4.7)."""
+        self._command_pipe = command
+        self._status, self._data_in, self._data_out = Pipe(), Pipe(), Pipe()
+        self._pipes = {status: self._status, data_in: self._data_in, data_out: self._data_out}
+        self._streams = False
+        self._packet_size = 0
+        self._commands: dict[int, _Command] = {}
+        """Those whose status the guest does not have yet, by tag."""
+        self._waiting: deque[_Command] = deque()
+        """An ORDERED command until it is over, and what came after it."""
+        self._ius: dict[int, deque[tuple[bytes, _Command | None]]] = {}
+        """What waits for a transfer of the status pipe, by stream; with the command that it is about."""
+        self._responses = 0
+        self._turns: dict[Direction, deque[_Command]] = {Direction.IN: deque(), Direction.OUT: deque()}
+        """Without streams: who moves data, one after the other."""
+        self._writing: dict[Transfer, tuple[_Command, int]] = {}
+        """Data-out that is being written, with its command and how much of it that takes."""
+        self._unwritten = 0
+        self._unread = 0
+        self._due: deque[_Command] = deque()
+        self._serving = False
+
+    def start(self, packet_size: int, *, streams: bool) -> None:
+        """Begin afresh, after a :meth:`reset`. ``packet_size`` is wMaxPacketSize of the data pipes."""
+        self._packet_size = packet_size
+        self._streams = streams
+
+    def submit(self, transfer: Transfer) -> None:
+        """Take a transfer on one of the four endpoints."""
+        if transfer.endpoint == self._command_pipe:
+            self._take_iu(transfer)
+            return
+        pipe = self._pipes[transfer.endpoint]
+        if pipe is self._status:
+            pipe.put(transfer)
+            self._give_ius(transfer.stream_id)
+            return
+        command = self._mover(transfer)
+        if command is None and self._streams:
+            pipe.put(transfer)  # its command follows
+        elif command is None or command.state is _State.ENDED:
+            transfer.complete()
+        else:
+            pipe.put(transfer)
+            self._serve(command)
+
+    def _mover(self, transfer: Transfer) -> _Command | None:
+        """The command that a data transfer is for; None if there is none."""
+        if self._streams:
+            return self._commands.get(transfer.stream_id)
+        turns = self._turns[transfer.direction]
+        return turns[0] if turns and turns[0].ready else None
+
+    def cancel(self, transfer: Transfer) -> None:
+        """Complete a pending transfer as cancelled; leave a completed one alone.
+
+        Of data-in nothing has moved: the next transfer takes its place. Data-out may be written already; what waits
+        behind it goes with it, and its command fails: nothing is written in the place of what was taken back.
+        """
+        if transfer.status is not None:
+            return
+        pipe = self._pipes[transfer.endpoint]
+        cancelled = [transfer]
+        if transfer in self._writing:
+            self._spoil(*self._writing.pop(transfer))
+        elif pipe is self._data_out:
+            cancelled = pipe.remove(transfer, followers=True)
+            command = self._mover(transfer)
+            if command is not None:
+                self._spoil(command, 0)
+        elif not pipe.remove(transfer):
+            for command in self._commands.values():
+                if command.reading is transfer:
+                    command.reading = None
+        for one in cancelled:
+            one.complete(Status.CANCELLED)
+
+    def _spoil(self, command: _Command, length: int) -> None:
+        """So much of what a command has taken was taken back: it fails when as much as it needs has come all the same.
+
+        QEMU takes transfers back to submit them again.
+        """
+        if command.state is _State.WORKING:
+            command.moved -= length
+            command.task.fail(ABORTED_COMMAND)
+
+    def reset(self) -> None:
+        """Drop everything. Writes under way go on: the store keeps their order."""
+        pending = [one for pipe in self._pipes.values() for one in pipe.clear()]
+        for command in self._commands.values():
+            self._forget(command)
+            if command.reading is not None:
+                pending.append(command.reading)
+                command.reading = None
+        pending += self._writing
+        self._commands.clear()
+        self._waiting.clear()
+        self._ius.clear()
+        self._writing.clear()
+        for turns in self._turns.values():
+            turns.clear()
+        self._responses = 0
+        for transfer in pending:
+            transfer.complete(Status.CANCELLED)
+
+    # Information units that arrive
+
+    def _take_iu(self, transfer: Transfer) -> None:
+        data = transfer.data
+        transfer.complete()
+        if len(data) < TAGGED.size:
+            return  # it has no tag that an answer could go to
+        tag = int.from_bytes(data[2:4])
+        if self._streams and not 1 <= tag <= 1 << STREAMS_EXPONENT:
+            return  # there is no such stream
+        if tag and len(data) >= COMMAND.size and data[0] == IuId.COMMAND:
+            self._take_command(tag, data)
+        elif tag and len(data) >= TASK_MANAGEMENT.size and data[0] == IuId.TASK_MANAGEMENT:
+            self._manage(tag, data)
+        else:
+            log.debug("the guest sent %d bytes that are no information unit known here", len(data))
+            self._respond(tag, ResponseCode.INVALID_IU)
+
+    def _take_command(self, tag: int, data: Buffer) -> None:
+        if tag in self._commands:
+            self._overlap(tag)
+            return
+        if len(self._commands) >= MAX_COMMANDS:
+            self._say(tag, task_set_full_iu(tag))
+            return
+        _, _, attribute, additional, address, cdb = COMMAND.unpack_from(data)
+        cdb += bytes(data[COMMAND.size : COMMAND.size + (additional & 0xFC)])
+        attribute &= 0x07
+        ordered = attribute == TaskAttribute.ORDERED
+        command = _Command(tag, self._luns.get(address), cdb, ordered=ordered, ready=self._streams)
+        self._commands[tag] = command
+        if attribute != TaskAttribute.HEAD_OF_QUEUE and (ordered or self._waiting):
+            self._waiting.append(command)
+            self._admit()
+        else:
+            self._begin(command)
+
+    def _admit(self) -> None:
+        """Begin the commands that wait, up to an ORDERED one that is not over."""
+        while self._waiting:
+            command = self._waiting[0]
+            if command.state is _State.WORKING:
+                return
+            if command.state is _State.ENDED:
+                self._waiting.popleft()
+            elif not command.ordered:
+                self._begin(self._waiting.popleft())
+            elif any(one.state is _State.WORKING for one in self._commands.values()):
+                return
+            else:
+                self._begin(command)
+
+    def _begin(self, command: _Command) -> None:
+        unit = self._absent if command.lun is None else self._units[command.lun]
+        task = command.task = Task(unit, command.cdb, partial(self._serve, command))
+        command.state = _State.WORKING
+        if not self._streams and task.direction is not None:
+            self._turns[task.direction].append(command)
+        task.start()
+        self._serve(command)
+
+    def _manage(self, tag: int, data: Buffer) -> None:
+        _, _, function, managed, address = TASK_MANAGEMENT.unpack_from(data)
+        lun = self._luns.get(address)
+        if tag in self._commands:
+            self._overlap(tag)
+        elif lun is None and function != TaskFunction.I_T_NEXUS_RESET:
+            self._respond(tag, ResponseCode.INCORRECT_LUN)
+        else:
+            of_unit = [one for one in self._commands.values() if one.lun == lun]
+            named = [one for one in of_unit if one.tag == managed]
+            code = ResponseCode.COMPLETE
+            match function:
+                case TaskFunction.ABORT_TASK:
+                    self._drop(named)
+                case TaskFunction.ABORT_TASK_SET | TaskFunction.CLEAR_TASK_SET:
+                    self._drop(of_unit)
+                case TaskFunction.LOGICAL_UNIT_RESET:
+                    assert lun is not None
+                    self._drop(of_unit)
+                    self._units[lun].scsi.reset()
+                case TaskFunction.I_T_NEXUS_RESET:
+                    self._drop(list(self._commands.values()))
+                    for unit in self._units:
+                        unit.scsi.reset()
+                case TaskFunction.QUERY_TASK:
+                    code = ResponseCode.SUCCEEDED if named else ResponseCode.COMPLETE
+                case TaskFunction.QUERY_TASK_SET:
+                    code = ResponseCode.SUCCEEDED if of_unit else ResponseCode.COMPLETE
+                case _:
+                    code = ResponseCode.NOT_SUPPORTED
+            self._respond(tag, code)
+
+    def _overlap(self, tag: int) -> None:
+        """The tag is that of a command at work: neither of the two is done (UAS-2, chapter 6.2.2)."""
+        self._drop([self._commands[tag]])
+        self._respond(tag, ResponseCode.OVERLAPPED_TAG)
+
+    def _drop(self, commands: Iterable[_Command]) -> None:
+        """These commands are gone, and the data transfers that the guest has queued for them end: no status is sent."""
+        for command in commands:
+            self._forget(command)
+            del self._commands[command.tag]
+            if command in self._waiting:
+                self._waiting.remove(command)
+            self._leave_turn(command)
+            stream = self._stream(command.tag)
+            kept = deque(entry for entry in self._ius.pop(stream, ()) if entry[1] is not command)
+            if kept:
+                self._ius[stream] = kept
+            if command.reading is not None:
+                reading, command.reading = command.reading, None
+                reading.complete()
+            self._end_surplus(command)
+        self._go_on()
+
+    def _forget(self, command: _Command) -> None:
+        if command.state is not _State.WAITING:
+            command.task.drop()
+        command.state = _State.ENDED
+
+    # Data
+
+    def _serve(self, command: _Command) -> None:
+        """Move data and end the command, or wait. Calls from inside of it are taken up by the outermost."""
+        self._due.append(command)
+        if self._serving:
+            return
+        self._serving = True
+        try:
+            while self._due:
+                command = self._due.popleft()
+                while command.state is _State.WORKING and self._step(command):
+                    pass
+        finally:
+            self._serving = False
+
+    def _serve_all(self) -> None:
+        for command in list(self._commands.values()):
+            self._serve(command)
+
+    def _step(self, command: _Command) -> bool:
+        """Do the next thing that a command needs; False if it has to wait."""
+        task = command.task
+        if command.moved < task.demand:
+            if task.direction is Direction.OUT:  # also if it has failed: the guest sends all of it, and it must not
+                return self._take(command) if command.ready else self._claim_turn(command)  # go to another command
+            if task.sense is None:
+                return self._give(command) if command.ready else self._claim_turn(command)
+        if command.reading is not None or not task.finish():
+            return False
+        self._end(command)
+        return True
+
+    def _claim_turn(self, command: _Command) -> bool:
+        """Without streams the data pipes are taken in turns: tell the guest whose turn it is."""
+        direction = command.task.direction
+        assert direction is not None
+        if command.claimed or self._turns[direction][0] is not command or command.task.busy:
+            return False
+        command.claimed = True
+        iu = IuId.READ_READY if direction is Direction.IN else IuId.WRITE_READY
+        self._say(command.tag, ready_iu(iu, command.tag), command)
+        return True
+
+    def _give(self, command: _Command) -> bool:
+        task = command.task
+        if task.busy or command.reading is not None or self._unread > MAX_UNREAD:
+            return False
+        transfer = self._data_in.take(self._stream(command.tag))
+        if transfer is None:
+            return False
+        length = min(transfer.length, task.demand - command.moved)
+        command.reading = transfer
+        self._unread += length
+        task.read(command.moved, length, partial(self._given, command, transfer, length))
+        return True
+
+    def _given(self, command: _Command, transfer: Transfer, length: int, data: Buffer | None) -> None:
+        relieved = self._unread > MAX_UNREAD >= self._unread - length
+        self._unread -= length
+        if command.reading is transfer:
+            command.reading = None
+            if data is not None:
+                command.moved += length
+                command.task.delivered(length)
+            transfer.complete(Status.SUCCESS, b"" if data is None else data)
+        self._serve(command)
+        if relieved:
+            self._serve_all()
+
+    def _take(self, command: _Command) -> bool:
+        if self._unwritten > MAX_UNWRITTEN:
+            return False
+        transfer = self._data_out.take(self._stream(command.tag))
+        if transfer is None:
+            return False
+        task, begin = command.task, command.moved
+        useful = min(transfer.length, task.demand - begin)
+        command.moved += useful
+        if command.moved < task.demand and (not useful or useful % self._packet_size):
+            task.fail(DATA_PHASE_ERROR)  # a short packet ends the data: there is less than the command needs
+            command.moved = task.demand
+        self._unwritten += useful
+        self._writing[transfer] = command, useful
+        task.put(begin, memoryview(transfer.data)[:useful], partial(self._put, transfer, useful))
+        return True
+
+    def _put(self, transfer: Transfer, length: int) -> None:
+        """The transfer is answered now that its data is written: so the guest does not send without end."""
+        relieved = self._unwritten > MAX_UNWRITTEN >= self._unwritten - length
+        self._unwritten -= length
+        if self._writing.pop(transfer, None) is not None:
+            transfer.complete()
+        if relieved:
+            self._serve_all()
+
+    # The end
+
+    def _end(self, command: _Command) -> None:
+        command.state = _State.ENDED
+        self._end_surplus(command)
+        if self._commands.get(command.tag) is command:  # a completion may have made the guest take it back
+            self._say(command.tag, sense_iu(command.tag, command.task.sense), command)
+            self._leave_turn(command)
+            self._go_on()
+
+    def _end_surplus(self, command: _Command) -> None:
+        """End the data transfers that the guest has queued for a command, and that nothing uses."""
+        if self._streams:
+            self._end_data(command.tag)
+        elif command.ready:
+            self._end_data(0, (self._data_in if command.task.direction is Direction.IN else self._data_out,))
+
+    def _end_data(self, stream: int, pipes: Iterable[Pipe] = ()) -> None:
+        for pipe in pipes or (self._data_in, self._data_out):
+            while (transfer := pipe.take(stream)) is not None:
+                transfer.complete()
+
+    def _leave_turn(self, command: _Command) -> None:
+        for turns in self._turns.values():
+            if command in turns:
+                turns.remove(command)
+
+    def _go_on(self) -> None:
+        """With those that waited for a command that is over."""
+        for turns in self._turns.values():
+            if turns:
+                self._serve(turns[0])
+        self._admit()
+
+    def _respond(self, tag: int, code: ResponseCode) -> None:
+        self._say(tag, response_iu(tag, code))
+
+    def _say(self, tag: int, iu: bytes, command: _Command | None = None) -> None:
+        """Send an IU on the status pipe, when the guest asks for one."""
+        if command is None:
+            if self._streams and tag not in self._commands:
+                self._end_data(tag)  # of a command that is not done
+            if self._responses >= MAX_RESPONSES:
+                return
+            self._responses += 1
+        stream = self._stream(tag)
+        self._ius.setdefault(stream, deque()).append((iu, command))
+        self._give_ius(stream)
+
+    def _give_ius(self, stream: int) -> None:
+        while waiting := self._ius.get(stream):
+            transfer = self._status.take(stream)
+            if transfer is None:
+                return
+            iu, command = waiting.popleft()
+            if not waiting:
+                del self._ius[stream]
+            if command is None:
+                self._responses -= 1
+            elif command.state is _State.ENDED:
+                del self._commands[command.tag]
+            else:
+                command.ready = True
+            transfer.complete(Status.SUCCESS, iu)
+
+    def _stream(self, tag: int) -> int:
+        return tag if self._streams else 0

@@ -1,0 +1,66 @@
+"""A logical unit: what decides about SCSI commands, and the store behind it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from farplug.scsi.cdb import Action
+from farplug.scsi.sense import Sense
+from farplug.scsi.unit import AbsentUnit
+from farplug.store.base import Store
+from farplug.usb.types import Buffer
+
+
+class ScsiUnit(Protocol):
+    """Turns CDBs into actions: a disk, a CD-ROM drive, a unit that does not exist."""
+
+    def execute(self, cdb: Buffer) -> Action:
+        """Decide what a command does. ``cdb`` has one byte at least."""
+        ...
+
+    def reset(self) -> None:
+        """The guest reset the device, or this unit."""
+        ...
+
+    def keep_sense(self, sense: Sense) -> None:
+        """Remember why a command failed, for a transport that does not send sense."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class LogicalUnit:
+    """A SCSI unit and its store.
+
+    Attributes:
+        scsi: decides what commands do.
+        store: where the blocks are; None while there is no medium.
+        commands: how many were taken.
+        bytes_read: from the store, delivered.
+        bytes_written: to the store.
+        lingering: jobs under way whose commands are gone.
+        unreported: an error of work whose command was gone when it failed. The next flush fails with it.
+    """
+
+    scsi: ScsiUnit
+    store: Store | None
+    commands: int = field(default=0, init=False)
+    bytes_read: int = field(default=0, init=False)
+    bytes_written: int = field(default=0, init=False)
+    lingering: int = field(default=0, init=False)
+    unreported: OSError | None = field(default=None, init=False)
+
+    @property
+    def name(self) -> str:
+        """For the log."""
+        return "no medium" if self.store is None else self.store.name
+
+    async def close(self) -> None:
+        """Give the store back. Does nothing the second time."""
+        if self.store is not None:
+            await self.store.close()
+
+
+def absent_unit(luns: int) -> LogicalUnit:
+    """Make what answers for a logical unit number that does not exist, beside so many that do."""
+    return LogicalUnit(AbsentUnit(luns), None)

@@ -1,0 +1,174 @@
+"""A CD-ROM drive in a real guest: its ISO mounts, leaves and is replaced by another, and firmware boots from it."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from tests.guest.plugging import AT_ONCE, MIB, Plugged, plugged
+from tests.guest.test_boot import BOOTED, CODE, PROOF, plug_and_run, tool
+
+from farplug import events
+from farplug.errors import DeviceError, Reason
+from farplug.testing import Boot, GuestConfig, QemuGuest, SpicePort, TcpPort
+from farplug.usb import Device
+from farplug.virtual import StorageTransport, cdrom_device, drives_of
+
+if TYPE_CHECKING:
+    from tests.guest.conftest import GuestPool
+
+CONFIG = GuestConfig(
+    ports=(SpicePort(), TcpPort()), kernel_arguments=AT_ONCE, modules=("sg",), programs=("sg_start", "sg_get_config")
+)
+
+
+def make_iso(path: Path, *arguments: str, **files: bytes) -> Path:
+    """An ISO 9660 image with these files, with Joliet and Rock Ridge names."""
+    folder = path.with_suffix("")
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    tool("xorriso", "-as", "mkisofs", "-quiet", "-J", "-R", "-V", path.stem, *arguments, "-o", str(path), str(folder))
+    return path
+
+
+async def drive_of(guest: QemuGuest, device: Device) -> str:
+    """The guest's block device for our drive."""
+    script = f"""
+        for block in /sys/block/sr*; do
+            name=/dev/${{block##*/}}
+            serial=$(cat $(readlink -f $block/device/../../../..)/serial 2>/dev/null)
+            [ "$serial" = {device.identity.serial_number} ] && test -b $name && echo $name
+        done
+        :"""
+    for _ in range(150):
+        if name := (await guest.check(script)).strip():
+            return name
+        await asyncio.sleep(0.1)
+    raise AssertionError(f"no drive\n{await guest.check('dmesg | tail -40')}")
+
+
+async def checksum(guest: QemuGuest, drive: str) -> str:
+    """Mount the medium, and read its file ``random``."""
+    output = await guest.check(
+        f"mount -t iso9660 -o ro {drive} /mnt && sha256sum </mnt/random && umount /mnt", timeout=60
+    )
+    return output.split()[0]
+
+
+def no_reset(hub: Plugged) -> None:
+    """The guest's driver never had to give up and start over."""
+    kinds = hub.kinds()
+    assert events.WasReset not in kinds[kinds.index(events.Configured) :]
+
+
+@pytest.mark.parametrize(
+    ("transport", "driver"), [(StorageTransport.BOT, "usb-storage"), (StorageTransport.AUTO, "uas")], ids=str
+)
+async def test_mounted_ejected_and_replaced(
+    guests: GuestPool, tmp_path: Path, transport: StorageTransport, driver: str
+) -> None:
+    guest = await guests.get(CONFIG)
+    contents = [os.urandom(8 * MIB), os.urandom(3 * MIB)]
+    digests = [hashlib.sha256(content).hexdigest() for content in contents]
+    first, second = (
+        make_iso(tmp_path / f"{number}.iso", random=content) for number, content in enumerate(contents, start=1)
+    )
+    device = cdrom_device(first, transport=transport)
+    async with plugged(guest.targets[0], device) as hub:
+        drive = await drive_of(guest, device)
+        name = drive.removeprefix("/dev/")
+        usb = f"$(readlink -f /sys/block/{name}/device/../../../..)"
+        assert (await guest.check(f"basename $(readlink {usb}/*:1.0/driver)")).strip() == driver
+        assert (await guest.check(f"cat /sys/block/{name}/device/model")).strip() == "Virtual CD-ROM"
+        assert await checksum(guest, drive) == digests[0]
+        assert "Current profile: CD-ROM" in await guest.check(f"sg_get_config --current {drive}")
+
+        await guest.check(f"sg_start --eject {drive}")
+        assert events.MediumEjected(hub.attachments[0].port.name, str(first), by_guest=True) in hub.events
+        assert drives_of(device)[0].medium is None
+        assert (await guest.run(f"mount -t iso9660 -o ro {drive} /mnt")).exit_code != 0
+
+        # the guest polls, and tells its programs about the new medium
+        await guest.check(
+            f"""echo 200 >/sys/block/{name}/events_poll_msecs
+                rm -f /tmp/events
+                setsid uevent sh -c 'echo "$DEVNAME $DISK_MEDIA_CHANGE" >>/tmp/events' >/dev/null 2>&1 &
+                echo $! >/tmp/uevent.pid
+                until [ -s /tmp/events ]; do echo change >/sys/block/{name}/uevent; sleep 0.1; done"""
+        )
+        await hub.attachments[0].drives[0].insert(second)
+        await guest.check(
+            f"until grep -q '^{name} 1' /tmp/events; do sleep 0.1; done; kill $(cat /tmp/uevent.pid)", timeout=60
+        )
+        assert await checksum(guest, drive) == digests[1]
+        size = int(await guest.check(f"blockdev --getsize64 {drive}"))
+        assert size == second.stat().st_size
+        no_reset(hub)
+    await device.dispose()
+
+
+async def test_a_mounted_medium_is_locked_and_can_be_taken_by_force(guests: GuestPool, tmp_path: Path) -> None:
+    guest = await guests.get(CONFIG)
+    content = os.urandom(16 * MIB)
+    iso = make_iso(tmp_path / "one.iso", random=content)
+    device = cdrom_device(iso)
+    async with plugged(guest.targets[1], device) as hub:
+        drive = await drive_of(guest, device)
+        await guest.check(f"mount -t iso9660 -o ro {drive} /mnt")
+        with pytest.raises(DeviceError, match="locked by the guest") as caught:
+            await drives_of(device)[0].eject()
+        assert caught.value.reason is Reason.MEDIUM_LOCKED
+        assert (await guest.check("sha256sum </mnt/random")).split()[0] == hashlib.sha256(content).hexdigest()
+        await guest.check("echo 3 >/proc/sys/vm/drop_caches")
+        await drives_of(device)[0].eject(force=True)
+        assert (await guest.run("cat /mnt/random >/dev/null")).exit_code != 0  # an error, and no hang
+        await guest.check("umount /mnt")
+        await drives_of(device)[0].insert(iso)
+        assert await checksum(guest, drive) == hashlib.sha256(content).hexdigest()
+        no_reset(hub)
+        kinds = hub.kinds()
+        assert kinds.index(events.MediumLocked) < kinds.index(events.MediumEjected) < kinds.index(events.MediumInserted)
+    await device.dispose()
+
+
+def bootable_iso(folder: Path) -> Path:
+    """An El Torito image for both firmwares.
+
+    A BIOS loads the first 2048 bytes of the boot image, which read another block and print it on the serial port. UEFI
+    sees a FAT volume, on which its shell finds a script.
+    """
+    efi = folder / "efi.img"
+    efi.write_bytes(bytes(2 * MIB))
+    tool("/usr/sbin/mkfs.vfat", str(efi))
+    for name, data in {"startup.nsh": b"type fs0:\\proof.txt\r\n", "proof.txt": PROOF.encode() + b"\r\n"}.items():
+        tool("mcopy", "-i", str(efi), "-", f"::{name}", stdin=data)
+    packet = struct.pack("<BxHHHQ", 16, 1, 0x7E00, 0, 0)
+    iso = make_iso(
+        folder / "boot.iso",
+        *("-b", "boot", "-no-emul-boot", "-boot-load-size", "4"),
+        *("-eltorito-alt-boot", "-e", "efi", "-no-emul-boot"),
+        boot=(CODE + packet).ljust(2048, b"\0"),
+        efi=efi.read_bytes(),
+        text=BOOTED.encode(),
+    )
+    content = bytearray(iso.read_bytes())
+    block, rest = divmod(content.index(BOOTED.encode()), 2048)
+    assert not rest
+    at = content.index(CODE + packet) + len(CODE)
+    content[at : at + len(packet)] = struct.pack("<BxHHHQ", 16, 1, 0x7E00, 0, block)
+    iso.write_bytes(content)
+    return iso
+
+
+@pytest.mark.parametrize(("boot", "console"), [(Boot.BIOS, BOOTED.strip()), (Boot.UEFI, PROOF)], ids=str)
+async def test_firmware_boots(guests: GuestPool, tmp_path: Path, boot: Boot, console: str) -> None:
+    device = cdrom_device(bootable_iso(tmp_path))
+    async with guests.fresh(GuestConfig(ports=(SpicePort(bootindex=0),), boot=boot, paused=True)) as guest:
+        await plug_and_run(guest, device, console)
+    await device.dispose()

@@ -1,0 +1,167 @@
+"""Folders as disks: what the guest sees in every format is what is in the folder."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from tests.guest.plugging import AT_ONCE, disk_of, gone, plugged
+from tests.image.support import ISO, MIB, ODD, PLAIN, SIMILAR, WHEN, contents, make_folder, partition, run
+
+from farplug.errors import ImageError, Reason
+from farplug.image import Format, Partition, Volume, create_image, create_iso, folder_store
+from farplug.image.tools import Job
+from farplug.image.tree import scan
+from farplug.testing import GuestConfig, QemuGuest, TcpPort
+from farplug.testing.image_filler import fill_in_guest
+from farplug.virtual.disk import disk_device
+
+if TYPE_CHECKING:
+    from tests.guest.conftest import GuestPool
+
+CONFIG = GuestConfig(ports=(TcpPort(),), kernel_arguments=AT_ONCE, modules=("fuse",), programs=("ntfs-3g",), memory=320)
+
+MOUNT = {
+    Format.FAT32: "mount -t vfat -o ro,utf8=1,tz=UTC",
+    Format.EXFAT: "mount -t exfat -o ro,iocharset=utf8",
+    Format.EXT4: "mount -t ext4 -o ro,noload",
+    Format.NTFS: "ntfs-3g -o ro",
+    Format.ISO9660: "mount -t iso9660 -o ro",
+}
+FSCK = {
+    Format.EXFAT: ("fsck.exfat", "-n"),
+    Format.NTFS: ("ntfsfix", "-n"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A disk made of a folder. ``odd``: with names that FAT32 needs a guest for."""
+
+    format: Format
+    partition: Partition = Partition.MBR
+    block_size: int = 512
+    odd: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.format}-{self.partition}-{self.block_size}-{'odd' if self.odd else 'plain'}"
+
+
+CASES = [
+    Case(Format.FAT32, odd=False),
+    Case(Format.FAT32, Partition.GPT, 4096, odd=False),
+    Case(Format.FAT32, Partition.GPT),
+    Case(Format.EXT4, Partition.GPT),
+    Case(Format.EXT4, Partition.MBR, 4096),
+    Case(Format.EXFAT, Partition.GPT, 4096),
+    Case(Format.EXFAT),
+    Case(Format.NTFS, Partition.GPT),
+]
+
+
+async def look(guest: QemuGuest, mount: str, disk: str) -> tuple[dict[str, str], str]:
+    """Mount a partition: MD5 of every file by its path, and the time of one."""
+    output = await guest.check(
+        f"""set -e
+        {mount} {disk} /mnt
+        cd /mnt
+        find . -type f -exec md5sum {{}} +
+        stat -c %Y big.bin
+        cd /
+        umount /mnt""",
+        timeout=120,
+    )
+    *lines, when = output.splitlines()
+    return {line[36:]: line[:32] for line in lines}, when
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+async def test_the_guest_sees_the_folder(guests: GuestPool, tmp_path: Path, case: Case) -> None:
+    guest = await guests.get(CONFIG)
+    folder = make_folder(tmp_path / "a folder", {**PLAIN, **({**ODD, **SIMILAR} if case.odd else {})}, many=300)
+    (folder / "nothing").symlink_to("nowhere")
+    filled: list[Volume] = []
+
+    def fill(job: Job, volume: Volume) -> None:
+        fill_in_guest(job, volume)
+        filled.append(volume)
+
+    store = await asyncio.to_thread(
+        folder_store,
+        folder,
+        fill=fill,
+        format=case.format,
+        partition=case.partition,
+        block_size=case.block_size,
+    )
+    assert bool(filled) is (case.odd and case.format is not Format.EXT4)
+    device = disk_device(store)
+    async with plugged(guest.targets[0], device):
+        disk = await disk_of(guest, device)
+        async with asyncio.timeout(30):
+            while (await guest.run(f"test -b {disk}1")).exit_code != 0:
+                await asyncio.sleep(0.1)
+        name = disk.removeprefix("/dev/")
+        facts = await guest.check(f"cat /sys/block/{name}/queue/logical_block_size /sys/block/{name}/ro")
+        assert facts.split() == [str(case.block_size), "1"]
+        seen, when = await look(guest, MOUNT[case.format], f"{disk}1")
+    await device.dispose()
+    await gone(guest, disk)
+    expected = {path: hashlib.md5(content).hexdigest() for path, content in contents(folder).items()}
+    seen.pop("lost+found", None)
+    assert seen == expected
+    assert when == str(WHEN)
+
+
+@pytest.mark.parametrize("format", [Format.EXFAT, Format.NTFS])
+async def test_images_are_in_order(tmp_path: Path, format: Format) -> None:
+    folder = make_folder(tmp_path / "a folder", {**PLAIN, **ODD})
+    image = tmp_path / "disk.raw"
+    volume = await asyncio.to_thread(
+        create_image, image, fill=fill_in_guest, size=100 * MIB, format=format, folder=folder, label="Größe 😀"
+    )
+    assert image.stat().st_size == 100 * MIB
+    assert image.stat().st_blocks * 512 < 30 * MIB
+    inside = partition(image, volume, tmp_path / "partition")
+    run(*FSCK[format], str(inside))
+    assert run("blkid", "-p", "-o", "value", "-s", "LABEL", str(inside)) == "Größe 😀\n"
+
+
+async def test_an_iso_image(guests: GuestPool, tmp_path: Path) -> None:
+    guest = await guests.get(CONFIG)
+    folder = make_folder(tmp_path / "a folder", ISO, many=300)
+    await asyncio.to_thread(create_iso, tmp_path / "disk.iso", folder)
+    device = disk_device(tmp_path / "disk.iso", read_only=True)
+    async with plugged(guest.targets[0], device):
+        disk = await disk_of(guest, device)
+        seen, when = await look(guest, MOUNT[Format.ISO9660], disk)
+        joliet = await guest.check(
+            f"mount -t iso9660 -o ro,norock,iocharset=utf8 {disk} /mnt && cd /mnt && find . && cd / && umount /mnt"
+        )
+    await device.dispose()
+    await gone(guest, disk)
+    assert seen == {path: hashlib.md5(content).hexdigest() for path, content in contents(folder).items()}
+    assert when == str(WHEN)
+    assert {"./Größe der Dateien.txt", "./中文 name.txt", "./longfilename1.txt", "./d[1]/x[y]/z"} <= set(
+        joliet.splitlines()
+    )
+
+
+async def test_a_folder_that_does_not_fit_is_told_by_the_guest(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "a folder", {"😀": bytes(8 * MIB), "big.bin": bytes(30 * MIB)})
+    before = set(tmp_path.iterdir())
+
+    def too_small(job: Job, volume: Volume) -> None:
+        """The folder grew since it was measured."""
+        with (folder / "big.bin").open("ab") as file:
+            file.truncate(60 * MIB)
+        fill_in_guest(Job(job.fd, scan(folder), job.progress), volume)
+
+    with pytest.raises(ImageError, match="the folder does not fit") as caught:
+        await asyncio.to_thread(create_image, tmp_path / "x", fill=too_small, folder=folder)
+    assert caught.value.reason is Reason.TOO_LARGE
+    assert set(tmp_path.iterdir()) == before

@@ -1,0 +1,250 @@
+"""The tools that people try disks with, in the guest: every byte comes back, and file systems live and are sound.
+
+What they leave is checked twice: by the guest, and on the host in the image after the disk was detached.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from tests.guest.plugging import LABORATORY, MIB, STORAGE, blank, disk_of, give_space_back, plugged
+
+from farplug.programs import find_program
+from farplug.testing import QemuGuest
+from farplug.virtual import disk_device
+
+if TYPE_CHECKING:
+    from tests.guest.conftest import GuestPool
+
+TEBIBYTE = 1 << 40
+
+TROUBLE = re.compile(r"reset |rror|timed out|Sense Key|offline|corrupt", re.IGNORECASE)
+"""What the guest's kernel must not say about a disk that works."""
+
+pytestmark = pytest.mark.parametrize("storage", STORAGE)
+
+
+@dataclass(frozen=True)
+class Drive:
+    """A disk in the guest."""
+
+    guest: QemuGuest
+    image: Path
+    disk: str
+
+    async def run(self, command: str, timeout: float = 120) -> str:
+        """Run a command that must succeed, ``{d}`` being the disk and ``{n}`` its name in /sys/block."""
+        return await self.guest.check(command.format(d=self.disk, n=self.disk.removeprefix("/dev/")), timeout=timeout)
+
+    @property
+    def used(self) -> int:
+        """Bytes of the image that take up space."""
+        return self.image.stat().st_blocks * 512
+
+
+@asynccontextmanager
+async def drive(
+    pool: GuestPool, storage: str, image: Path, *, block_size: int = 512, port: int = 0
+) -> AsyncIterator[Drive]:
+    """Plug an image; the guest's kernel has nothing to complain about while it is there."""
+    guest = await pool.get(LABORATORY)
+    device = disk_device(image, block_size=block_size)
+    async with plugged(guest.targets[port], device):
+        disk = await disk_of(guest, device)
+        await guest.check("dmesg -c >/dev/null")
+        plug = Drive(guest, image, disk)
+        assert STORAGE[storage] in await plug.run("readlink /sys/block/{n}/device/../../../driver")
+        yield plug
+        log = await guest.check("dmesg")
+        assert not TROUBLE.search(log), log
+    await device.dispose()
+
+
+FIO = """
+fio --name=verify --filename={{d}} --size=24m --offset={offset} --rw={pattern} --bsrange={sizes} --blockalign={align} \
+    --verify=crc32c --verify_fatal=1 --do_verify=1 {mode} >/tmp/fio 2>&1 || {{{{ cat /tmp/fio; exit 1; }}}}
+echo 3 >/proc/sys/vm/drop_caches
+dd if={{d}} bs=1M skip={offset_mib} count=24 iflag=direct 2>/dev/null | md5sum
+"""
+QUEUED = "--direct=1 --ioengine=libaio --iodepth=16"
+BUFFERED = "--direct=0 --ioengine=psync --fsync=64"
+
+
+@pytest.mark.parametrize(
+    ("size", "offset", "block_size", "pattern", "mode"),
+    [
+        (64 * MIB, 0, 512, "randwrite", QUEUED),
+        (64 * MIB, 0, 512, "randrw", BUFFERED),
+        (64 * MIB, 0, 4096, "randrw", QUEUED),
+        (3 * TEBIBYTE, 2 * TEBIBYTE - 12 * MIB, 512, "randrw", QUEUED),
+        (3 * TEBIBYTE, 3 * TEBIBYTE - 24 * MIB, 512, "randwrite", QUEUED),
+    ],
+    ids=["queued", "buffered", "large-blocks", "across-2-tib", "end-of-3-tib"],
+)
+async def test_fio_verifies_random_sizes_and_alignments(
+    guests: GuestPool, tmp_path: Path, storage: str, size: int, offset: int, block_size: int, pattern: str, mode: str
+) -> None:
+    try:
+        image = blank(tmp_path / "disk.raw", size)
+    except OSError:
+        pytest.skip(f"this file system has no files of {size >> 40} TiB")
+    script = FIO.format(
+        offset=offset,
+        offset_mib=offset // MIB,
+        pattern=pattern,
+        sizes=f"{block_size}-128k",
+        align=block_size,
+        mode=mode,
+    )
+    async with drive(guests, storage, image, block_size=block_size) as plug:
+        told = (await plug.run(script)).split()[0]
+    with image.open("rb") as file:
+        file.seek(offset)
+        content = file.read(24 * MIB)
+    assert content.count(0) < 0.6 * len(content)  # half of randrw are reads
+    assert hashlib.md5(content).hexdigest() == told
+
+
+async def test_f3probe_finds_the_capacity_real(guests: GuestPool, tmp_path: Path, storage: str) -> None:
+    async with drive(guests, storage, blank(tmp_path / "disk.raw", 64 * MIB)) as plug:
+        told = await plug.run("f3probe --destructive --time-ops {d}")
+    assert "is the real thing" in told, told
+    assert "Announced size: 64.00 MB (131072 blocks)" in told, told
+
+
+async def test_badblocks_writes_and_reads_every_byte(guests: GuestPool, tmp_path: Path, storage: str) -> None:
+    async with drive(guests, storage, image := blank(tmp_path / "disk.raw", 32 * MIB)) as plug:
+        assert await plug.run("badblocks -w -b 65536 -c 16 {d}") == ""  # AA, 55, FF, 00, each written and read
+        assert image.read_bytes() == bytes(32 * MIB)
+        assert await plug.run("badblocks -w -b 65536 -c 16 -t random -o /tmp/bad {d}; cat /tmp/bad") == ""
+    assert image.read_bytes()[: 64 << 10].count(0) < 1024
+
+
+MAKE = {"ext4": "mke2fs -q -F -t ext4", "vfat": "mkfs.vfat", "exfat": "mkfs.exfat"}
+CHECK = {"ext4": "e2fsck -fn", "vfat": "fsck.vfat -n", "exfat": "fsck.exfat -n"}
+
+BORN = """
+set -e
+{make} {{d}} >/dev/null 2>&1
+mount {{d}} /mnt
+mkdir -p /mnt/folder/below
+head -c 5000000 /dev/urandom >/mnt/folder/large
+for i in $(seq 60); do head -c $((i * 137)) /dev/urandom >/mnt/folder/below/"a long name of file $i"; done
+cp -r /mnt/folder /mnt/copy
+cd /mnt; find . -type f -exec md5sum {{{{}}}} + >/tmp/sums; cd /
+cp /tmp/sums /mnt/sums
+umount /mnt
+{check} {{d}} >/tmp/check 2>&1 || {{{{ cat /tmp/check; exit 1; }}}}
+"""
+GROWN = """
+set -e
+mount {{d}} /mnt
+cd /mnt
+md5sum -c sums >/tmp/check 2>&1 || {{{{ cat /tmp/check; exit 1; }}}}
+grep -c OK /tmp/check
+mv copy/large moved
+rm -r folder
+cp -r copy again
+dd if=/dev/urandom of=moved bs=4096 seek=100 count=7 conv=notrunc,fsync 2>/dev/null
+truncate -s 100000 copy/below/*1
+find . -type f -exec md5sum {{{{}}}} + >/tmp/sums
+md5sum <moved
+cp /tmp/sums sums
+cd /
+umount /mnt
+mount {{d}} /mnt
+cd /mnt
+grep -v ' ./sums$' /tmp/sums >/tmp/others
+md5sum -c /tmp/others >/tmp/check 2>&1 || {{{{ cat /tmp/check; exit 1; }}}}
+md5sum <moved
+cd /
+umount /mnt
+{check} {{d}} >/tmp/check 2>&1 || {{{{ cat /tmp/check; exit 1; }}}}
+"""
+
+
+def sound(image: Path, filesystem: str) -> None:
+    """The host's tools find nothing wrong in the image."""
+    program, *options = CHECK[filesystem].split()
+    result = subprocess.run([find_program(program), *options, image], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result
+
+
+@pytest.mark.parametrize(("filesystem", "block_size"), [("ext4", 512), ("vfat", 512), ("exfat", 512), ("exfat", 4096)])
+async def test_life_of_a_file_system(
+    guests: GuestPool, tmp_path: Path, storage: str, filesystem: str, block_size: int
+) -> None:
+    """Made, filled, checked, unplugged, plugged again, changed, checked."""
+    image = blank(tmp_path / "disk.raw", 64 * MIB)
+    words = {"make": MAKE[filesystem], "check": CHECK[filesystem]}
+    async with drive(guests, storage, image, block_size=block_size) as plug:
+        await plug.run(BORN.format(**words))
+    sound(image, filesystem)
+    async with drive(guests, storage, image, block_size=block_size, port=1) as plug:
+        count, before, after = re.findall(r"^[0-9a-f]+", await plug.run(GROWN.format(**words)), re.MULTILINE)
+    assert int(count) == 122
+    assert before == after
+    sound(image, filesystem)
+
+
+FILLED = """
+set -e
+{make} {{d}} >/dev/null 2>&1
+mount {{d}} /mnt
+head -c 30000000 /dev/urandom >/mnt/large
+head -c 1000000 /dev/urandom >/mnt/kept
+md5sum </mnt/kept
+sync
+"""
+TRIMMED = """
+set -e
+rm /mnt/large
+sync
+fstrim -v /mnt
+umount /mnt
+echo 3 >/proc/sys/vm/drop_caches
+mount {d} /mnt
+md5sum </mnt/kept
+umount /mnt
+"""
+
+
+@pytest.mark.parametrize("filesystem", MAKE)
+async def test_fstrim_makes_the_image_smaller(guests: GuestPool, tmp_path: Path, storage: str, filesystem: str) -> None:
+    image = blank(tmp_path / "disk.raw", 64 * MIB)
+    async with drive(guests, storage, image) as plug:
+        await give_space_back(plug.guest, plug.disk, storage)
+        before = await plug.run(FILLED.format(make=MAKE[filesystem]))
+        full = plug.used
+        assert full > 30_000_000
+        assert before in await plug.run(TRIMMED)
+        assert plug.used < full - 29_000_000
+    sound(image, filesystem)
+
+
+async def test_discard_and_zero_out(guests: GuestPool, tmp_path: Path, storage: str) -> None:
+    image = tmp_path / "disk.raw"
+    image.write_bytes(b"\xaa" * (32 * MIB))
+    expected = bytearray(image.read_bytes())
+    async with drive(guests, storage, image) as plug:
+        await give_space_back(plug.guest, plug.disk, storage)
+        full = plug.used
+        for number, command in enumerate(("blkdiscard", "blkdiscard -z", "fallocate -z")):
+            start, length = (8 * number + 1) * MIB, 2 * MIB
+            await plug.run(f"{command} -o {start} -l {length} {{d}} && sync {{d}}")
+            expected[start : start + length] = bytes(length)
+            told = await plug.run("echo 3 >/proc/sys/vm/drop_caches; md5sum <{d}")
+            assert told.split()[0] == hashlib.md5(expected).hexdigest(), command
+            assert image.read_bytes() == expected, command
+        assert plug.used <= full - 2 * MIB  # what was discarded
+        await plug.run("blkdiscard {d}")
+        assert plug.used < MIB
+    assert image.read_bytes() == bytes(32 * MIB)

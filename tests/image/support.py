@@ -1,0 +1,104 @@
+"""Folders that images are made of, and looking into what came out."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+from pathlib import Path
+
+from farplug.image.tools import Job
+from farplug.image.volume import Partition, Volume
+
+MIB = 1 << 20
+WHEN = 1_000_000_000
+"""Time of every file: an even second, which FAT can hold."""
+
+PLAIN = {
+    "empty": b"",
+    "UPPER.TXT": b"upper",
+    "lower.txt": b"lower",
+    "Mixed Case.Txt": b"mixed",
+    ".hidden": b"hidden",
+    "-dash": b"dash",
+    "longfilename1.txt": b"1",
+    "longfilename2.txt": b"2",
+    "l" * 180 + ".txt": b"long",
+    "it's $a `b`;c, [d]": b"quoted",
+    "Größe der Dateien.txt": b"umlaut",
+    "中文 name.txt": b"chinese",
+    "d[1]/x[y]/z": b"brackets",
+    "d1/xy/z": b"no brackets",
+    "d1/xy/[z]": b"a pattern for the other",
+    "/".join(["deep"] * 20) + "/end": b"deep",
+    "big.bin": random.Random(1).randbytes(3 * MIB + 1),
+}
+"""Names that mtools keeps."""
+
+ODD = {
+    "ä.txt": b"short umlaut",
+    "Á": b"capital",
+    "e\u0301": b"combining",
+    "½": b"half",
+    "😀.txt": b"emoji",
+    "dir 😀/中": b"in emoji",
+    "con": b"device",
+    "LONGFI~1.TXT": b"short name of another",
+    "m" * 255: b"longest",
+}
+"""Names that it does not."""
+
+SIMILAR = {f"similar/IMG_2026 {number}.jpeg": b"%d" % number for number in range(300)}
+"""Names that it takes too long for."""
+
+
+ISO = {
+    name: content
+    for name, content in {**PLAIN, **ODD, "a*b?": b"stars", "n" * 253: b"longest"}.items()
+    if len(name) < 254
+}
+"""Names for ISO 9660."""
+
+
+def make_folder(path: Path, files: dict[str, bytes], *, many: int = 0) -> Path:
+    """A folder with these files, and ``many`` more."""
+    rest = {f"many/{number:03} of many": b"%d" % number * number for number in range(many)}
+    for name, content in {**files, **rest}.items():
+        place = path / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(content)
+        os.utime(place, (WHEN, WHEN))
+    return path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(place.relative_to(folder)): place.read_bytes() for place in folder.rglob("*") if place.is_file()}
+
+
+def partition(image: Path, volume: Volume, place: Path) -> Path:
+    """The filesystem in an image, as a file of its own."""
+    run("dd", f"if={image}", f"of={place}", "bs=1M", "skip=1", f"count={volume.length // MIB}", "conv=sparse")
+    return place
+
+
+def run(*command: str) -> str:
+    """Run a program of this machine that must succeed."""
+    environment = {**os.environ, "PATH": os.environ["PATH"] + ":/usr/sbin:/sbin", "LC_ALL": "C.UTF-8", "TZ": "UTC0"}
+    result = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=50)
+    assert result.returncode == 0, f"{command}: {result.stdout.decode()}{result.stderr.decode()}"
+    return (result.stdout + result.stderr).decode()
+
+
+def table(image: Path, block_size: int) -> str:
+    """The partition, as fdisk shows it: start, blocks, type."""
+    output = run("fdisk", "-b", str(block_size), "-o", "Start,Sectors,Type", "-l", str(image))
+    return " ".join(output.strip().splitlines()[-1].split())
+
+
+def no_fill(job: Job, volume: Volume) -> None:
+    """For images that need no virtual machine."""
+    raise AssertionError(f"{volume.format} was to be filled in a guest")
+
+
+TYPES = {Partition.MBR: "W95 FAT32 (LBA)", Partition.GPT: "Microsoft basic data"}

@@ -1,0 +1,291 @@
+from __future__ import annotations
+
+import errno
+import os
+from itertools import product
+from pathlib import Path
+
+import pytest
+from tests.image.support import ISO, MIB, ODD, PLAIN, TYPES, WHEN, contents, make_folder, no_fill, partition, run, table
+
+from farplug.errors import ImageError, Reason, SetupError, UsageError
+from farplug.image import build as build_module
+from farplug.image.build import create_image, create_iso, new_file, no_progress
+from farplug.image.tools import Job, Progress
+from farplug.image.volume import BLOCK_SIZES, Format, Partition, Volume
+
+
+def make(path: Path, format: Format, folder: Path, progress: Progress = no_progress) -> None:
+    """Make an image of any format that needs no guest."""
+    if format is Format.ISO9660:
+        create_iso(path, folder, progress=progress)
+    else:
+        create_image(path, fill=no_fill, format=format, folder=folder, progress=progress)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_folder(tmp_path / "folder", PLAIN, many=300)
+
+
+@pytest.mark.parametrize(("kind", "block_size"), list(product(Partition, BLOCK_SIZES)))
+def test_fat32(folder: Path, tmp_path: Path, kind: Partition, block_size: int) -> None:
+    told: list[tuple[int, int]] = []
+    image = tmp_path / "disk.raw"
+    volume = create_image(
+        image,
+        fill=no_fill,
+        partition=kind,
+        folder=folder,
+        block_size=block_size,
+        progress=lambda done, total: told.append((done, total)),
+    )
+    total = sum(map(len, contents(folder).values()))
+    assert told[0] == (0, 0)
+    assert told[-1] == (total, total)
+    assert all(done <= total for done, _ in told)
+    assert (volume.label, volume.disk_size) == ("FOLDER", image.stat().st_size)
+    assert image.stat().st_blocks * 512 < total + 8 * MIB
+    blocks = volume.length // block_size
+    assert table(image, block_size) == f"{MIB // block_size} {blocks} {TYPES[kind]}"
+    if block_size == 512:
+        assert "No errors detected" in run("sfdisk", "--verify", str(image))
+    run("fsck.vfat", "-n", str(partition(image, volume, tmp_path / "partition")))
+    assert "FOLDER" in run("mdir", "-i", f"{image}@@1M", "::")
+    copied = tmp_path / "copied"
+    copied.mkdir()
+    run("mcopy", "-s", "-m", "-i", f"{image}@@1M", "::*", str(copied))
+    assert contents(copied) == contents(folder)
+    assert (copied / "big.bin").stat().st_mtime == WHEN
+
+
+@pytest.mark.parametrize("kind", Partition)
+def test_ext4(tmp_path: Path, kind: Partition) -> None:
+    folder = make_folder(tmp_path / "folder", {**PLAIN, **ODD}, many=300)
+    (folder / "link").symlink_to("/nowhere")
+    os.mkfifo(folder / "pipe")
+    (Path(os.fsdecode(os.fsencode(folder) + b"/bad\xff"))).write_bytes(b"bad")
+    image = tmp_path / "disk.raw"
+    volume = create_image(image, fill=no_fill, format=Format.EXT4, partition=kind, folder=folder, label="my disk")
+    inside = partition(image, volume, tmp_path / "partition")
+    assert "0 bad" not in run("e2fsck", "-fn", str(inside))
+    assert "Linux" in table(image, 512)
+    copied = tmp_path / "copied"
+    copied.mkdir()
+    run("debugfs", "-R", f'rdump / "{copied}"', str(inside))
+    assert contents(copied) == contents(folder)
+    assert os.readlink(copied / "link") == "/nowhere"
+    assert (copied / "big.bin").stat().st_mtime == WHEN
+    assert "Filesystem volume name:   my disk" in run("debugfs", "-R", "stats -h", str(inside))
+
+
+def test_ext4_has_room_for_many_small_files(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "folder", {f"{number}": b"" for number in range(4000)})
+    volume = create_image(tmp_path / "x", fill=no_fill, format=Format.EXT4, folder=folder, size=60 * MIB)
+    inside = partition(tmp_path / "x", volume, tmp_path / "partition")
+    run("e2fsck", "-fn", str(inside))
+    assert "3999" in run("debugfs", "-R", "ls /", str(inside))
+
+
+@pytest.mark.parametrize("format", [Format.FAT32, Format.EXT4])
+def test_empty_images_of_a_size(tmp_path: Path, format: Format) -> None:
+    image = tmp_path / "disk.raw"
+    volume = create_image(image, fill=no_fill, size=100 * MIB, format=format, partition=Partition.GPT, label="new")
+    assert image.stat().st_size == 100 * MIB
+    inside = partition(image, volume, tmp_path / "partition")
+    run(*(("fsck.vfat", "-n") if format is Format.FAT32 else ("e2fsck", "-fn")), str(inside))
+
+
+def test_iso(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = make_folder(tmp_path / "folder", ISO, many=300)
+    (folder / "link").symlink_to("/nowhere")
+    image = tmp_path / "disk.iso"
+    create_iso(image, folder, label="drivers_1")
+    assert caplog.messages[0].startswith(f"{folder}: Windows will see these under other names: a*b?, ")
+    assert image.read_bytes()[32769:32774] == b"CD001"
+    assert image.read_bytes()[32808:32840].rstrip() == b"DRIVERS_1"
+    copied = tmp_path / "copied"
+    run("xorriso", "-osirrox", "on", "-indev", str(image), "-extract", "/", str(copied))
+    run("chmod", "-R", "u+rwX", str(copied))
+    assert contents(copied) == contents(folder)
+    assert os.readlink(copied / "link") == "/nowhere"
+    assert (copied / "big.bin").stat().st_mtime == WHEN
+
+
+@pytest.mark.parametrize("format", [Format.EXFAT, Format.NTFS, Format.FAT32])
+def test_what_the_guest_fills(tmp_path: Path, format: Format) -> None:
+    folder = make_folder(tmp_path / "folder", {"ä": b"odd"})
+    filled: list[tuple[int, str]] = []
+
+    def fill(job: Job, volume: Volume) -> None:
+        assert job.tree is not None
+        assert os.fstat(job.fd).st_size == volume.disk_size
+        filled.append((len(job.tree.entries), volume.format))
+
+    create_image(tmp_path / "x", fill=fill, format=format, folder=folder)
+    assert filled == [(1, format)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({}, UsageError, "needs a size"),
+        ({"size": 100 * MIB, "block_size": 1024}, UsageError, "512 or 4096"),
+        ({"size": 100 * MIB, "format": Format.ISO9660}, UsageError, "has no partition"),
+        ({"size": 100 * MIB, "label": "ä"}, UsageError, "no label"),
+        ({"size": 100 * MIB + 1}, UsageError, "no multiple"),
+        ({"size": MIB}, ImageError, "too small"),
+        ({"folder": "folder", "size": 33 * MIB, "format": Format.EXT4}, ImageError, "the folder needs"),
+        ({"folder": "folder/missing"}, ImageError, "no such file"),
+        ({"folder": "bad"}, ImageError, "cannot hold"),
+        ({"size": 2**62, "partition": Partition.GPT, "format": Format.EXT4}, ImageError, "cannot be made|at most"),
+    ],
+)
+def test_refusals_leave_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, object], error: type[Exception], text: str
+) -> None:
+    make_folder(tmp_path / "folder", {"big": bytes(20 * MIB)})
+    make_folder(tmp_path / "bad", {"a*": b""})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=text):
+        create_image("disk.raw", fill=no_fill, **arguments)  # type: ignore[arg-type]
+    assert sorted(os.listdir(tmp_path)) == ["bad", "folder"]
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_nothing_is_overwritten(folder: Path, tmp_path: Path, kind: str) -> None:
+    image = tmp_path / "disk.raw"
+    if kind == "file":
+        image.write_bytes(b"precious")
+    else:
+        image.symlink_to("nowhere")
+    for format in (Format.FAT32, Format.ISO9660):
+        with pytest.raises(ImageError, match="exists already") as caught:
+            make(image, format, folder)
+        assert caught.value.reason is Reason.EXISTS
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_not_inside_its_own_folder(folder: Path) -> None:
+    for place in (folder / "x.raw", folder / "many" / "x.raw", folder / "many" / ".." / "x.raw"):
+        with pytest.raises(ImageError, match="is inside the folder"):
+            create_image(place, fill=no_fill, folder=folder)
+
+
+@pytest.fixture(params=[True, False], ids=["unnamed", "named"])
+def unnamed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the file system has files without a name."""
+    if not request.param:
+        real = os.open
+
+        def refuse(path: str, flags: int, *more: int, **names: int) -> int:
+            if flags & os.O_TMPFILE == os.O_TMPFILE:
+                raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+            return real(path, flags, *more, **names)
+
+        monkeypatch.setattr("os.open", refuse)
+    return bool(request.param)
+
+
+def test_a_new_file_appears_at_the_end(tmp_path: Path, unnamed: bool) -> None:
+    with new_file(tmp_path / "x") as fd:
+        os.write(fd, b"content")
+        assert (tmp_path / "x").exists() is not unnamed
+    assert (tmp_path / "x").read_bytes() == b"content"
+    with pytest.raises(ImageError, match="exists already"), new_file(tmp_path / "x") as fd:
+        os.write(fd, b"other")
+    assert (tmp_path / "x").read_bytes() == b"content"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, ImageError("no", reason=Reason.CHANGED)])
+def test_what_goes_wrong_leaves_no_file(tmp_path: Path, unnamed: bool, error: BaseException) -> None:
+    with pytest.raises(error if isinstance(error, type) else type(error)), new_file(tmp_path / "x"):
+        raise error
+    assert not os.listdir(tmp_path)
+
+
+def test_a_file_that_appears_meanwhile_stays(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="exists already"), new_file(tmp_path / "x"):
+        (tmp_path / "x").write_bytes(b"theirs")
+    assert (tmp_path / "x").read_bytes() == b"theirs"
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [
+        (errno.ENOSPC, Reason.NO_SPACE),
+        (errno.EDQUOT, Reason.NO_SPACE),
+        (errno.EROFS, Reason.NO_PERMISSION),
+        (errno.ENOENT, Reason.NOT_FOUND),
+        (errno.EIO, Reason.IO_ERROR),
+    ],
+)
+def test_places_that_take_no_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, reason: Reason
+) -> None:
+    def fail(fd: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(ImageError) as caught, new_file(tmp_path / "x"):
+        pass
+    assert caught.value.reason is reason
+    with pytest.raises(ImageError) as caught, new_file(tmp_path / "missing" / "x"):
+        pass
+    assert caught.value.reason is Reason.NOT_FOUND
+
+
+@pytest.mark.parametrize("format", [Format.FAT32, Format.EXT4, Format.ISO9660])
+def test_giving_up(folder: Path, tmp_path: Path, format: Format) -> None:
+    before = set(os.listdir("/proc/self/fd"))
+
+    class GivenUp(Exception):
+        pass
+
+    def progress(done: int, total: int) -> None:
+        if total:
+            raise GivenUp
+
+    with pytest.raises(GivenUp):
+        make(tmp_path / "x", format, folder, progress)
+    assert sorted(os.listdir(tmp_path)) == ["folder"]
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("format", [Format.FAT32, Format.EXT4, Format.ISO9660])
+def test_a_file_that_grows_meanwhile(folder: Path, tmp_path: Path, format: Format) -> None:
+    def progress(done: int, total: int) -> None:
+        if total:
+            with (folder / "lower.txt").open("ab") as file:
+                file.write(b"more")
+
+    with pytest.raises(ImageError, match=r"changed while it was copied: lower\.txt") as caught:
+        make(tmp_path / "x", format, folder, progress)
+    assert caught.value.reason is Reason.CHANGED
+    assert sorted(os.listdir(tmp_path)) == ["folder"]
+
+
+def test_a_full_host_is_told_before_copying(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (folder / "sparse").open("wb") as file:
+        file.truncate(2**32 - 1)
+    monkeypatch.setattr(build_module, "_METADATA_ROOM", 1 << 60)
+    for format in (Format.EXT4, Format.ISO9660):
+        with pytest.raises(
+            ImageError, match=r"no space left for the image \(\d+ bytes are needed in /.*, \d+ are free"
+        ):
+            make(tmp_path / "x", format, folder)
+
+
+def test_a_missing_program(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda *_, **__: None)
+    with pytest.raises(SetupError, match="xorrisofs is not installed") as caught:
+        create_iso(tmp_path / "x", folder)
+    assert caught.value.remedy == "sudo apt-get install xorriso"
+    assert sorted(os.listdir(tmp_path)) == ["folder"]
+
+
+def test_what_is_left_out_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = make_folder(tmp_path / "folder", {"a": b""})
+    os.mkfifo(folder / "pipe")
+    create_image(tmp_path / "x", fill=no_fill, folder=folder)
+    assert caplog.messages == [f"{folder}: left out, a pipe: pipe"]

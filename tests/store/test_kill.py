@@ -1,0 +1,143 @@
+"""kill -9 at any moment. FARPLUG_KILLS says how often, for a longer run than CI's."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.store.killed import BLOCKS
+from tests.store.power import SECTOR, ZEROS, Event, FlushCalled, FlushDone, Issued, Promises, WriteDone, pattern
+from tests.store.support import content
+
+from farplug.store import OverlayStore, overlay
+
+KILLS = int(os.environ.get("FARPLUG_KILLS", "30"))
+SIZE = len(BLOCKS) * SECTOR
+
+
+class Victims:
+    """Starts processes and kills them."""
+
+    def __init__(self) -> None:
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
+        command = [sys.executable, "-m", "tests.store.killed"]
+        self._process = subprocess.Popen(command, stdin=-1, stdout=-1, env=environment)
+
+    def kill(self, kind: str, base: Path, snapshot: Path, number: int, chance: random.Random) -> list[list[str]]:
+        """Run one until it is killed: what it told.
+
+        One with an even number dies in the middle of telling something. Others are killed from here, a moment later.
+        """
+        assert self._process.stdin
+        assert self._process.stdout
+        after, later = chance.randrange(1, 100 if kind == "commit" else 400), chance.choice((0, 0.0005, 0.003))
+        left = 0 if number % 2 else after
+        self._process.stdin.write(f"{kind}\t{base}\t{snapshot}\t{number}\t{left}\n".encode())
+        self._process.stdin.flush()
+        pid = 0
+        told: list[list[str]] = []
+        killed = bool(left)
+        for line in self._process.stdout:
+            words = line.decode().split()
+            if words == ["end"]:
+                return told
+            if words[0] == "pid":
+                pid = int(words[1])
+            else:
+                told.append(words)
+            if pid and len(told) >= after and not killed:
+                time.sleep(later)
+                os.kill(pid, signal.SIGKILL)
+                killed = True
+        raise AssertionError("nothing is left to be killed")
+
+    def end(self) -> None:
+        self._process.communicate(timeout=10)
+
+
+@pytest.fixture
+def victims() -> Iterator[Victims]:
+    several = Victims()
+    yield several
+    several.end()
+
+
+def events(told: list[list[str]]) -> Iterator[Event]:
+    for kind, *words in told:
+        numbers = [int(word) for word in words]
+        match kind:
+            case "issued":
+                number, block, count, zeros = numbers
+                yield Issued(number, block, (ZEROS,) * count if zeros else pattern(number, count))
+            case "written":
+                yield WriteDone(numbers[0])
+            case "called":
+                yield FlushCalled(numbers[0])
+            case "flushed":
+                yield FlushDone(numbers[0])
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", ["image", "snapshot"])
+def test_what_was_confirmed_survives(tmp_path: Path, victims: Victims, kind: str) -> None:
+    """Of an image, everything that was written: the kernel has it. Of a snapshot, what was flushed."""
+    chance = random.Random(7)
+    base, snapshot = tmp_path / "base.raw", tmp_path / "changes"
+    current = chance.randbytes(SIZE)
+    base.write_bytes(current)
+    before, flushed = current, 0
+    for kill in range(1, KILLS + 1):
+        told = victims.kill(kind, base, snapshot, kill, chance)
+        promises = Promises(current, write_through=kind == "image")
+        for event in events(told):
+            promises.heed(event)
+            flushed += isinstance(event, FlushDone)
+        current = content(base) if kind == "image" else read_all(base, snapshot)
+        promises.check(current)
+    assert flushed > KILLS
+    assert current != before
+    if kind == "snapshot":
+        assert content(base) == before
+        overlay.commit(snapshot)
+        assert content(base) == current
+
+
+def read_all(base: Path, path: Path) -> bytes:
+    store = OverlayStore.open(base, path)
+    data = bytearray(SIZE)
+    store._read_blocking(memoryview(data), 0)
+    store._close_files()
+    return bytes(data)
+
+
+@pytest.mark.timeout(600)
+def test_a_commit_can_be_done_again(tmp_path: Path, victims: Victims) -> None:
+    chance = random.Random(9)
+    base, path = tmp_path / "base.raw", tmp_path / "changes"
+    before = chance.randbytes(SIZE)
+    base.write_bytes(before)
+    store = OverlayStore.open(base, path)
+    for begin in range(0, SIZE - 4096, 8192):
+        store._write_blocking(memoryview(chance.randbytes(4096)), begin)
+    store._close_files()
+    snapshot, after, status = content(path), read_all(base, path), base.stat()
+    halves = 0
+    for kill in range(KILLS):
+        victims.kill("commit", base, path, kill, chance)
+        if path.exists():
+            halves += overlay.info(path).half_committed
+            if chance.random() < 0.5:
+                continue  # kill the next one, too
+            overlay.commit(path)
+        assert content(base) == after
+        base.write_bytes(before)
+        path.write_bytes(snapshot)
+        os.utime(base, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert halves >= KILLS // 2

@@ -1,0 +1,268 @@
+from __future__ import annotations
+
+import errno
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.store.support import content, make_snapshot
+
+from farplug.errors import ImageError, Reason
+from farplug.store import BLOCK_SIZE, OverlayStore, overlay, overlay_file
+from farplug.store.overlay_file import OverlayFile
+from farplug.store.overlay_format import HEADER_SIZE, Header
+
+SIZE = 40 * 4096 + 1536
+CONTENT = random.Random(11).randbytes(SIZE)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    path = tmp_path / "base.raw"
+    path.write_bytes(CONTENT)
+    path.chmod(0o444)
+    return path
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "changes.snapshot"
+
+
+def refused(base: Path, path: Path, *, block_size: int = BLOCK_SIZE) -> ImageError:
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(ImageError) as caught:
+        OverlayStore.open(base, path, block_size=block_size)
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert "\n" not in caught.value.message
+    assert caught.value.remedy
+    return caught.value
+
+
+async def test_an_image_that_was_copied(base: Path, path: Path, tmp_path: Path) -> None:
+    """A copy that keeps the time is taken; another can be given the time, as the remedy says."""
+    await make_snapshot(base, path)
+    copy = tmp_path / "copy.raw"
+    shutil.copy2(base, copy)
+    await OverlayStore.open(copy, path).close()
+    os.utime(copy)
+    error = refused(copy, path)
+    assert error.reason is Reason.WRONG_IMAGE
+    assert "copy.raw was changed after the snapshot" in error.message
+    command = error.remedy.splitlines()[0].partition(": ")[2]
+    assert os.system(command) == 0
+    await OverlayStore.open(copy, path).close()
+
+
+Change = Callable[[Path], None]
+
+
+def _grow(base: Path) -> None:
+    os.truncate(base, SIZE + 512)
+
+
+def _write_with_the_old_time(base: Path) -> None:
+    status = base.stat()
+    with base.open("r+b") as file:
+        file.write(b"changed")
+    os.utime(base, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_grow, f"has {SIZE + 512} bytes, the image of the snapshot"),
+        (_write_with_the_old_time, "is not what it was when"),
+    ],
+)
+async def test_an_image_that_was_changed(base: Path, path: Path, change: Change, message: str) -> None:
+    await make_snapshot(base, path)
+    base.chmod(0o644)
+    change(base)
+    error = refused(base, path)
+    assert error.reason is Reason.WRONG_IMAGE
+    assert message in error.message
+    assert str(base) in error.remedy
+    with pytest.raises(ImageError, match=message[:20]):
+        overlay.commit(path)
+    assert not overlay.info(path).half_committed
+
+
+async def test_samples_are_all_over_the_image(tmp_path: Path, path: Path) -> None:
+    base = tmp_path / "large.raw"
+    base.write_bytes(bytes(64 << 20))
+    await make_snapshot(base, path)
+    status = base.stat()
+    for begin in (0, 4 << 20, (4 << 20) - 1, 6 << 20, 32 << 20, 63 << 20, (64 << 20) - 1):
+        with base.open("r+b") as file:
+            file.seek(begin)
+            file.write(b"x")
+        os.utime(base, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert "is not what it was" in refused(base, path).message
+        with base.open("r+b") as file:
+            file.seek(begin)
+            file.write(b"\0")
+    os.utime(base, ns=(status.st_atime_ns, status.st_mtime_ns))
+    await OverlayStore.open(base, path).close()
+
+
+async def test_another_block_size(base: Path, path: Path) -> None:
+    await make_snapshot(base, path)
+    error = refused(base, path, block_size=4096)
+    assert (error.reason, error.remedy) == (Reason.WRONG_IMAGE, "use --block-size 512")
+
+
+def _flip(at: int) -> Change:
+    def flip(path: Path) -> None:
+        with path.open("r+b") as file:
+            file.seek(at)
+            byte = file.read(1)[0]
+            file.seek(at)
+            file.write(bytes((byte ^ 0x10,)))
+
+    return flip
+
+
+def _sector(number: int, content: bytes) -> Change:
+    def write(path: Path) -> None:
+        file = OverlayFile.open(path)
+        file._write_sector(number, content)
+        file.close()
+
+    return write
+
+
+def _to(size: int) -> Change:
+    return lambda path: os.truncate(path, size)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "message"),
+    [
+        (_flip(0), Reason.WRONG_FORMAT, "is not a snapshot"),
+        (_flip(30), Reason.DAMAGED, "its header does not match its checksum"),
+        (_flip(HEADER_SIZE), Reason.DAMAGED, "the sector at byte 8192 does not match"),
+        (_flip(HEADER_SIZE + 511), Reason.DAMAGED, "the sector at byte 8192 does not match"),
+        (_flip(HEADER_SIZE + 512), Reason.DAMAGED, "the sector at byte 8704 does not match"),
+        (_sector(1, bytes(507) + b"\x80"), Reason.DAMAGED, "it has clusters behind the end of the image"),
+        (_sector(0, b"\2" + bytes(507)), Reason.DAMAGED, "whether a commit has begun cannot be told"),
+        (_to(3), Reason.WRONG_FORMAT, "is not a snapshot"),
+        (_to(100), Reason.DAMAGED, "header does not match"),
+        (_to(HEADER_SIZE), Reason.DAMAGED, "it has 8192 bytes of"),
+        (_to((1 << 20) + SIZE - 1), Reason.DAMAGED, f"it has {(1 << 20) + SIZE - 1} bytes of {(1 << 20) + SIZE}"),
+    ],
+)
+async def test_a_damaged_snapshot(base: Path, path: Path, change: Change, reason: Reason, message: str) -> None:
+    await make_snapshot(base, path)
+    change(path)
+    error = refused(base, path)
+    assert error.reason is reason
+    assert message in error.message
+    for function in (overlay.commit, overlay.info):
+        with pytest.raises(ImageError) as caught:
+            function(path)
+        assert caught.value.reason is reason
+    assert content(base) == CONTENT
+
+
+def test_a_file_that_is_none(base: Path, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "image.raw").write_bytes(CONTENT)
+    os.mkfifo(tmp_path / "pipe")
+    cases = [
+        (tmp_path / "image.raw", Reason.WRONG_FORMAT),
+        (base, Reason.NO_PERMISSION if os.geteuid() else Reason.WRONG_FORMAT),
+        (tmp_path, Reason.NOT_A_FILE),
+        (tmp_path / "pipe", Reason.NOT_A_FILE),
+        (tmp_path / "missing" / "x", Reason.NOT_FOUND),
+        (Path("a\0b"), Reason.NOT_FOUND),
+    ]
+    for case, reason in cases:
+        assert refused_reason(base, case) is reason
+    assert content(tmp_path / "image.raw") == CONTENT
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "missing"))
+    with pytest.raises(ImageError, match="missing cannot be opened") as caught:
+        OverlayStore.open(base)
+    assert caught.value.reason is Reason.NOT_FOUND
+    for function in (overlay.commit, overlay.discard, overlay.info):
+        with pytest.raises(ImageError) as caught:
+            function(path)
+        assert caught.value.reason is Reason.NOT_FOUND
+
+
+def refused_reason(base: Path, path: Path) -> Reason:
+    with pytest.raises(ImageError) as caught:
+        OverlayStore.open(base, path)
+    return caught.value.reason
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.EFBIG, "its file system takes no file of"),
+        (errno.EINVAL, "its file system takes no file of"),
+        (errno.ENOSPC, "no space left"),
+    ],
+)
+@pytest.mark.parametrize("named", [True, False])
+def test_a_snapshot_that_cannot_be_made(
+    base: Path, path: Path, monkeypatch: pytest.MonkeyPatch, number: int, message: str, named: bool
+) -> None:
+    def refuse(fd: int, size: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "ftruncate", refuse)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(ImageError) as caught:
+        OverlayStore.open(base, path if named else None)
+    assert message in caught.value.message
+    assert caught.value.reason is Reason.IO_ERROR
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert not path.exists()
+
+
+async def test_an_image_that_cannot_be_read(base: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(ImageError, match=r"base\.raw cannot be opened: input/output error"):
+        OverlayStore.open(base, path)
+    assert not path.exists()
+
+
+async def test_an_empty_file_becomes_a_snapshot(base: Path, path: Path) -> None:
+    path.touch()
+    await make_snapshot(base, path)
+    assert overlay.info(path).changed == 4096
+
+
+@pytest.mark.parametrize("function", [overlay.commit, overlay.discard, None])
+async def test_a_snapshot_that_is_removed_while_it_is_opened(
+    base: Path, path: Path, monkeypatch: pytest.MonkeyPatch, function: Callable[[Path], object] | None
+) -> None:
+    await make_snapshot(base, path)
+    monkeypatch.setattr(overlay_file, "lock", lambda fd, path, read_only: path.unlink())
+    with pytest.raises(ImageError, match="was removed just now") as caught:
+        OverlayStore.open(base, path) if function is None else function(path)
+    assert caught.value.reason is Reason.IN_USE
+    assert content(base) == CONTENT
+
+
+def test_headers_that_lie(tmp_path: Path) -> None:
+    """Any numbers, with the right checksum: an error, and little memory."""
+    chance = random.Random(3)
+    path = tmp_path / "lie"
+    numbers = (0, 1, 511, 512, 4096, SIZE, 1 << 26, 1 << 31, (1 << 32) - 1, 1 << 38, 1 << 57, (1 << 64) - 1)
+    reasons = set()
+    for _ in range(300):
+        size, block_size, cluster_size = chance.choice(numbers), chance.choice(numbers[:9]), chance.choice(numbers[:9])
+        header = Header(bytes(16), size, block_size, cluster_size, chance.choice((0, -1, 5)), bytes(32), Path("/x"))
+        path.write_bytes(bytes(header))
+        os.truncate(path, chance.choice((8192, 8704, 1 << 20, 1 << 40)))
+        with pytest.raises(ImageError) as caught:
+            OverlayFile.open(path)
+        reasons.add(caught.value.reason)
+    assert reasons == {Reason.DAMAGED}

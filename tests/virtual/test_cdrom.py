@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from tests.store.test_iso import ISO, image
+from tests.virtual.bulk_only import Guest, read10, settle
+
+from farplug import events
+from farplug.errors import DeviceError, ImageError, LocalProtocolError, Reason
+from farplug.events import PortEvent
+from farplug.store import MemoryStore, ReadDone
+from farplug.usb import Speed, Status
+from farplug.virtual import CdromDrive, MassStorage, VirtualDevice, cdrom_device, drives_of
+from farplug.virtual.disk import Disk
+
+TUR = "00 00 00 00 00 00"
+EJECT = "1b 00 00 00 02 00"
+PREVENT, ALLOW = "1e 00 00 00 01 00", "1e 00 00 00 00 00"
+EVENT = "4a 01 00 00 10 00 00 00 08 00"
+SIZE = "25 00 00 00 00 00 00 00 00 00"
+
+
+class Disc(MemoryStore):
+    """A disc that knows whether it was closed, and that can keep its readers waiting."""
+
+    def __init__(self, name: str, blocks: int = 32) -> None:
+        super().__init__(name.encode().ljust(4) * (512 * blocks), block_size=2048, read_only=True)
+        self.name = name
+        self.closed = False
+        self.holding = False
+        self.held: list[tuple[ReadDone, bytes]] = []
+
+    def read(self, offset: int, length: int, done: ReadDone) -> None:
+        if self.holding:
+            self.held.append((done, bytes(self.content[offset : offset + length])))
+        else:
+            super().read(offset, length, done)
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+async def plug(device: VirtualDevice) -> tuple[Guest, list[PortEvent]]:
+    seen: list[PortEvent] = []
+    drives_of(device)[0].subscribe(lambda change: seen.append(change("port")))
+    return await Guest.plug(device), seen
+
+
+async def test_what_it_looks_like() -> None:
+    device = cdrom_device(disc := Disc("one"))
+    assert device.identity.product == "Virtual CD-ROM"
+    assert device.identity.serial_number == disc.serial_number
+    guest, _ = await plug(device)
+    assert guest.command("12 00 00 00 24 00", receive=36).data[:2] == b"\x05\x80"
+    assert guest.command(SIZE, receive=8).data == bytes.fromhex("0000001f 00000800")
+    assert guest.command(read10(31, 1), receive=2048).data == b"one " * 512
+    assert guest.command(read10(31, 2), receive=4096).status == 1
+    assert guest.sense() == (5, 0x21, 0)
+    assert guest.command("2a 00 00 00 00 00 00 00 01 00", send=bytes(2048)).status == 1
+    assert guest.sense() == (5, 0x20, 0)
+    await device.close()
+    await device.dispose()
+    assert disc.closed
+
+
+async def test_the_guest_ejects_and_another_is_inserted() -> None:
+    device = cdrom_device(first := Disc("one"))
+    guest, seen = await plug(device)
+    assert drives_of(device)[0].medium == "one"
+    assert guest.command(EJECT).status == 0
+    assert drives_of(device)[0].medium is None
+    assert seen == [events.MediumEjected("port", "one", by_guest=True)]
+    await asyncio.sleep(0)
+    assert first.closed
+    assert guest.command(TUR).status == 1
+    assert guest.sense() == (2, 0x3A, 2)
+    await drives_of(device)[0].insert(Disc("two", 64))
+    assert seen[1:] == [events.MediumInserted("port", "two")]
+    assert guest.command(EVENT, receive=8).data == bytes.fromhex("0006041002020000")
+    assert guest.command(TUR).status == 1
+    assert guest.sense() == (6, 0x28, 0)
+    assert guest.command(SIZE, receive=8).data == bytes.fromhex("0000003f 00000800")
+    assert guest.command(read10(63, 1), receive=2048).data == b"two " * 512
+    await device.close()
+    await device.dispose()
+
+
+async def test_an_empty_drive() -> None:
+    device = cdrom_device(serial_number="0123456789ABCDEF")
+    assert device.identity.serial_number == "0123456789ABCDEF"
+    assert len(cdrom_device().identity.serial_number) == 16
+    guest, seen = await plug(device)
+    await drives_of(device)[0].eject()
+    assert guest.command(TUR).status == 1
+    assert guest.sense() == (2, 0x3A, 1)
+    assert guest.command(EJECT).status == 0
+    assert seen == []
+    await device.close()  # flushes nothing
+    await device.dispose()
+
+
+async def test_a_locked_medium_stays_unless_it_is_forced() -> None:
+    device = cdrom_device(first := Disc("one"))
+    guest, seen = await plug(device)
+    assert guest.command(PREVENT).status == 0
+    assert drives_of(device)[0].locked
+    second = Disc("two")
+    for attempt in (drives_of(device)[0].eject(), drives_of(device)[0].insert(second)):
+        with pytest.raises(DeviceError, match="one is locked by the guest") as caught:
+            await attempt
+        assert caught.value.reason is Reason.MEDIUM_LOCKED
+        assert "unmount it in the guest" in caught.value.remedy
+    assert guest.command(EVENT, receive=8).data == bytes.fromhex("0006041001020000")  # somebody wants it
+    assert guest.command(read10(0, 1), receive=2048).data == b"one " * 512
+    assert not first.closed
+    assert not second.closed
+    await drives_of(device)[0].eject(force=True)
+    assert first.closed
+    assert guest.command(read10(0, 1), receive=2048).status == 1
+    assert guest.sense() == (6, 0x28, 0)
+    assert guest.command(read10(0, 1), receive=2048).status == 1
+    assert guest.sense() == (2, 0x3A, 2)
+    assert seen == [
+        events.MediumLocked("port", locked=True),
+        events.MediumLocked("port", locked=False),
+        events.MediumEjected("port", "one", by_guest=False),
+    ]
+    await device.dispose()
+
+
+async def test_one_for_another_by_force() -> None:
+    device = cdrom_device(Disc("one"))
+    guest, _ = await plug(device)
+    guest.command(PREVENT)
+    await drives_of(device)[0].insert(Disc("two"), force=True)
+    assert guest.command(TUR).status == 1
+    assert guest.sense() == (6, 0x28, 0)
+    assert guest.command(read10(0, 1), receive=2048).data == b"two " * 512
+    await device.dispose()
+
+
+async def test_a_read_never_continues_on_the_next_medium() -> None:
+    device = cdrom_device(Disc("one"))
+    guest, _ = await plug(device)
+    guest.send(guest.cbw(read10(0, 2), 4096, to_host=True))
+    assert guest.receive(2048).reply == b"one " * 512
+    await drives_of(device)[0].insert(Disc("two"))
+    rest = guest.receive(2048)
+    assert b"two" not in bytes(rest.reply)
+    assert guest.csw(guest.receive(13))[0] == 1
+    await device.dispose()
+
+
+async def test_a_read_under_way_ends_with_what_it_read() -> None:
+    device = cdrom_device(disc := Disc("one"))
+    guest, _ = await plug(device)
+    disc.holding = True
+    guest.send(guest.cbw(read10(0, 1), 2048, to_host=True))
+    transfer = guest.receive(2048)
+    await drives_of(device)[0].eject()
+    assert transfer.status is None
+    done, data = disc.held.pop()
+    done(data, None)
+    assert (await settle(transfer)).reply == b"one " * 512
+    assert guest.csw(guest.receive(13)) == (0, 0)
+    await device.dispose()
+
+
+async def test_images(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.iso", tmp_path / "second.iso"
+    first.write_bytes(ISO)
+    second.write_bytes(image((16, b"CD001"), blocks=50))
+    broken = tmp_path / "broken.iso"
+    broken.write_bytes(bytes(100_000))
+    device = cdrom_device(first, speeds=(Speed.HIGH,))
+    guest, seen = await plug(device)
+    await drives_of(device)[0].insert(first)  # the same again
+    with pytest.raises(ImageError, match="no ISO image"):
+        await drives_of(device)[0].insert(broken)
+    assert drives_of(device)[0].medium == str(first), "nothing has changed"
+    await drives_of(device)[0].insert(second)
+    guest.command(TUR)
+    assert guest.command(SIZE, receive=8).data == bytes.fromhex("00000031 00000800")
+    guest.command(PREVENT)
+    with pytest.raises(DeviceError, match="is locked by the guest"):
+        await drives_of(device)[0].insert(first)
+    assert [type(event) for event in seen][-3:] == [events.MediumEjected, events.MediumInserted, events.MediumLocked]
+    await device.dispose()
+    with pytest.raises(ImageError, match="no ISO image"):
+        cdrom_device(broken)
+
+
+async def test_other_blocks_are_refused_before_anything_changes() -> None:
+    with pytest.raises(LocalProtocolError, match="2048 bytes, not 512"):
+        cdrom_device(MemoryStore(4096))
+    device = cdrom_device(Disc("one"))
+    with pytest.raises(LocalProtocolError, match="2048 bytes, not 512"):
+        await drives_of(device)[0].insert(MemoryStore(4096))
+    assert drives_of(device)[0].medium == "one"
+
+
+async def test_a_guest_that_has_left_locks_nothing() -> None:
+    device = cdrom_device(Disc("one"))
+    guest, _ = await plug(device)
+    guest.command(PREVENT)
+    await device.close()
+    assert not drives_of(device)[0].locked
+    await drives_of(device)[0].eject()
+    guest, _ = await plug(device)
+    assert guest.command(TUR).status == 1
+    assert guest.sense() == (6, 0x28, 0)
+    await device.dispose()
+
+
+async def test_listeners_come_and_go() -> None:
+    device = cdrom_device(Disc("one"))
+    seen: list[PortEvent] = []
+    ignore = drives_of(device)[0].subscribe(lambda change: seen.append(change("a")))
+    await drives_of(device)[0].eject()
+    ignore()
+    await drives_of(device)[0].insert(Disc("two"))
+    assert [str(event) for event in seen] == ["one ejected"]
+
+
+async def test_beside_a_disk() -> None:
+    """A drive can be one of several logical units."""
+    drive = CdromDrive(Disc("one"), luns=2)
+    disk = Disk(MemoryStore(4096))
+    device = VirtualDevice(MassStorage(disk.units[0], drive))
+    guest = await Guest.plug(device)
+    assert guest.command(TUR, lun=1).status == 1
+    assert guest.command(read10(0, 1), receive=512).data == bytes(512)
+    assert guest.command(read10(0, 1), receive=2048, lun=1).data == b"one " * 512
+    assert guest.command("12 00 00 00 24 00", receive=36, lun=2).data[0] == 0x7F
+    assert await device.reset() is Status.SUCCESS
+    await device.dispose()
