@@ -18,7 +18,7 @@ from farplug.errors import Reason, UsageError
 
 app = typer.Typer(help="Make disk images, and finish snapshots.")
 
-_SIZE = re.compile(r"(\d{1,19})([KMGT]?)(?:iB)?", re.IGNORECASE)
+_SIZE = re.compile(r"([0-9]{1,19})([KMGT]?)(?:iB)?", re.IGNORECASE)
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
