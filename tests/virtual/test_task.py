@@ -232,6 +232,6 @@ def test_jobs_that_linger_are_bounded() -> None:
 
 def test_a_unit_attention_goes_to_the_first_command() -> None:
     bench = Bench()
-    bench.unit.scsi.attend(RESET_OCCURRED)
+    bench.unit.scsi.reset()
     assert bench.task(bytes.fromhex("12 00 00 00 24 00")).sense is None
     assert [bench.task(bytes(6)).sense for _ in range(3)] == [RESET_OCCURRED, None, None]

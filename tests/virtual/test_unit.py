@@ -17,6 +17,6 @@ def test_a_new_unit() -> None:
 
 
 def test_a_unit_that_does_not_exist() -> None:
-    unit = absent_unit()
+    unit = absent_unit(1)
     assert unit.name == "no medium"
     assert unit.scsi.execute(bytes(6)) == Fail(LOGICAL_UNIT_NOT_SUPPORTED)
