@@ -1,1 +1,6 @@
-"""Real devices: which there are, which one is meant, and how they are used through libusb."""
+"""Real USB devices of this machine, through libusb."""
+
+from farplug.physical.device import PhysicalDevice, find_device, physical_device
+from farplug.physical.library import Library
+
+__all__ = ["Library", "PhysicalDevice", "find_device", "physical_device"]
