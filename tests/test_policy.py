@@ -79,7 +79,7 @@ def test_the_filter_here_with_the_rule_that_decided() -> None:
     with pytest.raises(DeviceError) as caught:
         policy("1-3", allowed="allow class=hid; deny vendor=0403; allow").begin(PRESENT)
     assert caught.value.message == (
-        "the filter here does not allow 0403:6001 (port 1-3): "
+        "0403:6001 (port 1-3) cannot be plugged in: --filter does not allow it: "
         "rule 2 (deny vendor=0403) denies its class vendor-specific (ff)"
     )
     assert (caught.value.reason, caught.value.exit_code) == (Reason.FILTERED, ExitCode.DEVICE)

@@ -185,13 +185,9 @@ class Policy:
     def _check(self, found: Found) -> None:
         """Raise ``DeviceError`` if it must not, or cannot, be plugged."""
         if self.wishes.allowed is not None:
-            judgement = found.judge(self.wishes.allowed)
-            if not judgement.allowed:
-                raise DeviceError(
-                    f"the filter here does not allow {found}: {judgement}",
-                    reason=Reason.FILTERED,
-                    remedy="change --filter; the first rule that matches counts",
-                )
+            obstacle = found.filtered(self.wishes.allowed)
+            if obstacle is not None:
+                raise found.refusal(obstacle)
         found.check(force=self.wishes.force)
 
     def _by_rules(self, found: Found, rules: Filter) -> list[Plug | Skip]:

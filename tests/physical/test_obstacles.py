@@ -221,11 +221,6 @@ def test_a_tree_that_is_too_large_is_not_searched_to_its_end(machine: Machine, m
     assert only(machine).caution is None
 
 
-def test_the_rule_for_all_devices() -> None:
-    assert obstacles.udev_rule().startswith('SUBSYSTEM=="usb", ENV{DEVTYPE}=="usb_device", ')
-    assert "idVendor" not in obstacles.udev_rule()
-
-
 def test_words() -> None:
     obstacle = Obstacle(Reason.HUB, "it is a hub")
     found = Found(1, 2, "1-1", 1, 2, obstacles=(obstacle,), node=Path("/dev/null"))

@@ -145,6 +145,17 @@ class Found:
             interfaces=[interface.codes for interface in self.interfaces] or [(0, 0, 0)],
         )
 
+    def filtered(self, rules: Filter) -> Obstacle | None:
+        """The obstacle that a filter of this machine's is; None if it allows the device."""
+        judgement = self.judge(rules)
+        if judgement.allowed:
+            return None
+        return Obstacle(
+            Reason.FILTERED,
+            f"--filter does not allow it: {judgement}",
+            "change the rules: the first one that matches counts, and what no rule matches is denied",
+        )
+
     def standing_obstacles(self, *, force: bool = False) -> Iterator[Obstacle]:
         """What prevents plugging it in; with ``force`` without the dangers."""
         return (obstacle for obstacle in self.obstacles if not (force and obstacle.forceable))
@@ -156,6 +167,10 @@ class Found:
             DeviceError: it cannot; the reason is the obstacle's.
         """
         for obstacle in self.standing_obstacles(force=force):
-            raise DeviceError(
-                f"{self} cannot be plugged in: {obstacle.message}", reason=obstacle.reason, remedy=obstacle.remedy
-            )
+            raise self.refusal(obstacle)
+
+    def refusal(self, obstacle: Obstacle) -> DeviceError:
+        """An obstacle as an error."""
+        return DeviceError(
+            f"{self} cannot be plugged in: {obstacle.message}", reason=obstacle.reason, remedy=obstacle.remedy
+        )

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import grp
 import os
 import re
-import shlex
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,18 +12,10 @@ from pathlib import Path
 from farplug.errors import Reason
 from farplug.physical.found import Found, Obstacle
 from farplug.physical.sysfs import listed, read
+from farplug.physical.udev import install_commands, udev_rule
 from farplug.physical.usb_ids import printable
 from farplug.store.usage import device_uses
 from farplug.usb.classes import HUB
-
-UDEV_RULES = Path("etc/udev/rules.d/70-farplug.rules")
-"""Where the rule goes, below the root. Before 73-seat-late.rules, which acts on uaccess."""
-UDEV_RELOAD = (
-    ("udevadm", "control", "--reload"),
-    ("udevadm", "trigger", "--subsystem-match=usb", "--action=change"),
-)
-UDEV_GROUP = "plugdev"
-"""A group that some distributions have for this: for people who are not at this machine's own screen."""
 
 MAX_FOLDERS = 4096
 """Folders of a device in sysfs that are looked into for disks and keyboards."""
@@ -36,28 +26,6 @@ _BTN_LEFT = 0x110
 _TYPING_KEYS = 0xFFFF_FFFE
 """Escape, the digits and the letters up to D: what udev takes for a keyboard."""
 _WORD_BITS = 8 * struct.calcsize("L")
-
-
-def udev_rule(found: Found | None = None) -> str:
-    """The line that lets people use a device; all of them without one."""
-    match = 'SUBSYSTEM=="usb", ENV{DEVTYPE}=="usb_device"'
-    if found is not None:
-        match += f', ATTR{{idVendor}}=="{found.vendor_id:04x}", ATTR{{idProduct}}=="{found.product_id:04x}"'
-    return f'{match}, {_udev_group()}TAG+="uaccess"'
-
-
-def _udev_group() -> str:
-    try:
-        grp.getgrnam(UDEV_GROUP)
-    except KeyError:
-        return ""
-    return f'MODE="0660", GROUP="{UDEV_GROUP}", '
-
-
-def install_commands(rule: str) -> str:
-    """The commands that install a rule, one a line."""
-    write = f"echo {shlex.quote(rule)} | sudo tee -a /{UDEV_RULES}"
-    return "\n".join([write, " && ".join(f"sudo {shlex.join(command)}" for command in UDEV_RELOAD)])
 
 
 @dataclass(slots=True)
