@@ -853,6 +853,7 @@ async def test_completions_may_submit() -> None:
         read(1)
     initiator.issue(command_iu(read10(64, 1), 1))
     assert len(ended) == 3
+    initiator.issue(command_iu(TUR, 8))  # hears the unit attention
     store.holding = True
     for tag in (2, 3):
         read(tag)
