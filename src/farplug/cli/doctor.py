@@ -86,7 +86,7 @@ def _check_machine() -> bool:
         except PackageNotFoundError:
             broken = True
             _line("MISSING", library, f"mend it: {sys.executable} -m pip install {library}")
-    typer.echo("\nfor the demo and the guest tests (farplug demo, make test)")
+    typer.echo("\nfor images, the demo and the guest tests (farplug image create, farplug demo, make test)")
     missing = []
     for need in needs.NEEDS:
         found = need.found()

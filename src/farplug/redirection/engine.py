@@ -53,6 +53,8 @@ MAX_PENDING = 4096
 """Pending transfers; with more than that nothing further is read from the guest until some are answered."""
 MAX_REPORTED_VIOLATIONS = 20
 """Packets that break the protocol are reported this often for each port; further ones are dropped in silence."""
+FLUSH_ABOVE = 64 << 10
+"""Bytes of answers that leave at once; fewer leave together, when all that was received is looked at."""
 HELLO_PATIENCE = 1.5
 """Seconds after which a guest that has not said hello is reported as one that is waited for."""
 ACK_PATIENCE = 5.0
@@ -120,6 +122,8 @@ class Redirection:
         # Why nothing is pulled from the connection right now.
         self._output_full = False
         self._pumping = False
+        self._flushing = False
+        """Soon, on the event loop."""
         self._reading_paused = False
         # What the guest did since the device was offered.
         self._traffic = False
@@ -428,7 +432,8 @@ class Redirection:
         if self._pumping:
             return
         self._pumping = True
-        next_event, handlers = self._connection.next_event, self._handlers
+        connection, handlers = self._connection, self._handlers
+        next_event = connection.next_event
         ledger, operations = self._ledger, self._operations
         held = True
         try:
@@ -441,7 +446,9 @@ class Redirection:
                 handler = handlers.get(type(event))
                 if handler is not None:
                     handler(event)
-                self._flush()
+                if connection.unsent > FLUSH_ABOVE:
+                    self._flush()
+            self._flush()
         finally:
             self._pumping = False
         if held is not self._reading_paused:
@@ -464,16 +471,22 @@ class Redirection:
         return True
 
     def _flush(self) -> None:
+        self._flushing = False
         buffers = self._connection.data_to_send()
         if buffers:
             self.port.write(buffers)
 
     def _answered(self) -> None:
-        """Something was said outside of the pump: by the device, later."""
-        if not self._pumping:
+        """Something was said outside of the pump: by the device, later. The next thing that it says goes along."""
+        if self._pumping:
+            return
+        if self._connection.unsent > FLUSH_ABOVE:
             self._flush()
-            if self._reading_paused:
-                self._pump()
+        elif not self._flushing:
+            self._flushing = True
+            asyncio.get_running_loop().call_soon(self._flush)
+        if self._reading_paused:
+            self._pump()
 
     def _fault(self, error: Exception) -> None:
         log.warning("%s: the device misbehaved", self.port.name, exc_info=error)
