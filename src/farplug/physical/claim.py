@@ -32,6 +32,9 @@ DRAIN_PATIENCE = 2.0
 NEVER_RESET: Final = frozenset({(0x1210, 0x001C), (0x2798, 0x0001)})
 """idVendor and idProduct of devices that do not survive a port reset, as usbredirhost knows them."""
 
+MAX_INTERFACES: Final = 32
+"""libusb, and Linux, claim none with a higher number."""
+
 log = logging.getLogger(__name__)
 
 
@@ -95,14 +98,14 @@ class Claim:
         self.interfaces: tuple[Interface, ...] = ()
         self.endpoints: dict[int, Endpoint] = {}
         self._alternates: dict[int, int] = {}
-        self._original: int | None = None
+        self._original = 0
         self._library = library
         self._configurations = configurations
         self._name = f"{identity} ({place})"
         self._resets = (identity.vendor_id, identity.product_id) not in NEVER_RESET
         self._claimed: list[int] = []
         self._detached: list[int] = []
-        self._closing = False
+        self._taken = self._closing = False
         self.context: UsbContext = library.open_context()
         self._handle: UsbHandle | None = None
         try:
@@ -110,6 +113,7 @@ class Claim:
                 self._handle = self._find(place, identity).open()
                 self.configuration = self._original = self._handle.getConfiguration()
                 self._take_interfaces()
+                self._taken = True
                 self.reset()
                 self._describe()
         except BaseException:
@@ -202,7 +206,9 @@ class Claim:
 
     def _numbers(self) -> list[int]:
         configuration = self._configurations.get(self.configuration)
-        return [] if configuration is None else sorted({one.number for one in configuration.interfaces})
+        if configuration is None:
+            return []
+        return sorted({one.number for one in configuration.interfaces if one.number < MAX_INTERFACES})
 
     def _take_interfaces(self) -> None:
         """Unbind all drivers, then claim: a driver that has two interfaces binds again while one is still free."""
@@ -214,8 +220,11 @@ class Claim:
             except (NotFound, NotSupported):
                 pass  # no driver is bound, or the system has no such thing
         for number in self._numbers():
-            self.handle.claimInterface(number)
-            self._claimed.append(number)
+            try:
+                self.handle.claimInterface(number)
+                self._claimed.append(number)
+            except NotFound:
+                log.warning("%s: this machine does not know its interface %d", self._name, number)
 
     def _release_interfaces(self) -> None:
         while self._claimed:
@@ -256,10 +265,9 @@ class Claim:
 
     def _restore(self) -> None:
         self._release_interfaces()
-        if self._original is None:
-            return
         try:
-            self.reset()  # whatever the guest left behind, the next driver finds it clean
+            if self._taken:
+                self.reset()  # whatever the guest left behind, the next driver finds it clean
             if self.configuration != self._original:
                 self.handle.setConfiguration(self._original or -1)  # the kernel binds its drivers by itself
                 return
