@@ -9,6 +9,7 @@ from tests.physical.trees import BOOT_KEYBOARD, HID, SMART_CARD, STORAGE, Machin
 from farplug.errors import ExitCode, Reason, SetupError
 from farplug.physical.found import FoundInterface
 from farplug.physical.listing import list_devices
+from farplug.usb.descriptors import MAX_WARNINGS
 from farplug.usb.types import Speed
 
 
@@ -119,6 +120,7 @@ def test_the_kernel_knows_the_setting_of_an_interface(machine: Machine) -> None:
         (descriptors(0x1209, 1, STORAGE)[:18] + b"\x09\x02\x00\x00\x01\x01\x00\x80\x32" * 2, 0),  # of length 0
         (descriptors(0x1209, 1, STORAGE)[:18] + b"\x09\x02\xff\xff\x20\x01\x00\x80\x32\x00\x00", 0),
         (descriptors(0x1209, 1, STORAGE) + b"\x00" * 64, 1),
+        (descriptors(0x1209, 1)[:18] + b"\x09\x02\x09\x00\x00\x01\x00\x80\x32" * 60_000, 0),  # so many configurations
         (b"\xff" * 4096, 0),
         (bytes(70_000), 0),
     ],
@@ -128,6 +130,7 @@ def test_descriptors_that_lie(machine: Machine, raw: bytes, interfaces: int) -> 
     machine.add("1-1", 2, 0, 0, (), raw=raw, idVendor="1209", idProduct="0001")
     (found,) = list_devices(machine.root)
     assert len(found.interfaces) == interfaces
+    assert len(found.warnings) <= MAX_WARNINGS
     if len(raw) < 4096:
         assert found.id == "1209:0001"
 

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 from farplug.errors import Reason, SetupError
@@ -17,14 +18,16 @@ from farplug.physical.found import Found, FoundInterface
 from farplug.physical.obstacles import Uses, caution, obstacles
 from farplug.physical.sysfs import listed, number, parse_number, read, read_bytes
 from farplug.physical.usb_ids import UsbIds, printable, usb_ids
-from farplug.usb.descriptors import ConfigurationDescriptor, DeviceDescriptor
+from farplug.usb.descriptors import MAX_WARNINGS, ConfigurationDescriptor, DeviceDescriptor
 from farplug.usb.types import DescriptorType, Speed
 
 DEVICES = Path("sys/bus/usb/devices")
 """Below the root."""
 
-MAX_DESCRIPTORS = 8 * 0x10000
-"""Bytes: Linux keeps at most 8 configurations (USB_MAXCONFIG) of less than 64 KiB."""
+MAX_CONFIGURATIONS = 8
+"""Linux keeps no more (USB_MAXCONFIG)."""
+MAX_DESCRIPTORS = 18 + MAX_CONFIGURATIONS * 0xFFFF
+"""Bytes of a device descriptor and that many configurations."""
 
 _DEVICE_NAME = re.compile(r"usb\d{1,4}|\d{1,4}-\d{1,3}(?:\.\d{1,3}){0,6}")
 _INTERFACE_NAME = re.compile(r"(.+):(\d{1,3})\.(\d{1,3})")
@@ -80,7 +83,14 @@ def _read_device(path: Path, root: Path, ids: UsbIds) -> Found | None:
     raw = read_bytes(path / "descriptors", MAX_DESCRIPTORS)
     descriptor = DeviceDescriptor.parse(raw[:18])
     configuration = number(path / "bConfigurationValue") or 0
-    layout = _configuration(raw, configuration)
+    configurations = list(islice(_configurations(raw), MAX_CONFIGURATIONS))
+    layout = next((one for one in configurations if one.value == configuration), None)
+    layout = layout or next(iter(configurations), None)
+    warnings = [*descriptor.warnings, *(warning for one in configurations for warning in one.warnings)]
+    if len(configurations) != descriptor.configuration_count:
+        warnings.append(
+            f"the device says that it has {descriptor.configuration_count} configurations, not {len(configurations)}"
+        )
     vendor_id = _descriptor_or(descriptor.vendor_id, path / "idVendor")
     product_id = _descriptor_or(descriptor.product_id, path / "idProduct")
     found = Found(
@@ -104,7 +114,7 @@ def _read_device(path: Path, root: Path, ids: UsbIds) -> Found | None:
         interfaces=tuple(_interfaces(path, layout)),
         node=root / f"dev/bus/usb/{bus:03}/{address:03}",
         path=path,
-        warnings=descriptor.warnings + (() if layout is None else layout.warnings),
+        warnings=tuple(warnings[:MAX_WARNINGS]),
     )
     uses = Uses.of(found)
     return replace(found, obstacles=tuple(obstacles(found, root, uses)), caution=caution(uses))
@@ -117,12 +127,6 @@ def _first(*numbers: int | None) -> int | None:
 def _descriptor_or(value: int, attribute: Path) -> int:
     """A field of the device descriptor; where that is cut short, the kernel may still tell it."""
     return value or min(number(attribute, 16) or 0, 0xFFFF)
-
-
-def _configuration(raw: bytes, value: int) -> ConfigurationDescriptor | None:
-    """The current configuration, else the first one."""
-    configurations = list(_configurations(raw))
-    return next((one for one in configurations if one.value == value), configurations[0] if configurations else None)
 
 
 def _configurations(raw: bytes) -> Iterator[ConfigurationDescriptor]:
