@@ -96,10 +96,14 @@ async def disk_with(guest: QemuGuest, serial: str) -> str:
 
 async def usb_folder(guest: QemuGuest, device: Device) -> str:
     """The guest's folder in /sys for one of our devices, by its ids; waits until it is there."""
-    ids = f"{device.identity.vendor_id:04x} {device.identity.product_id:04x}"
+    return await usb_folder_by_ids(guest, f"{device.identity.vendor_id:04x}:{device.identity.product_id:04x}")
+
+
+async def usb_folder_by_ids(guest: QemuGuest, ids: str) -> str:
+    """The guest's folder in /sys for the USB device with these ids, ``vvvv:pppp``; waits until it is there."""
     script = f"""
         for usb in /sys/bus/usb/devices/*; do
-            [ "$(echo $(cat $usb/idVendor $usb/idProduct 2>/dev/null))" = "{ids}" ] && echo $usb
+            [ "$(cat $usb/idVendor 2>/dev/null):$(cat $usb/idProduct 2>/dev/null)" = {ids} ] && echo $usb
         done
         :"""
     async with asyncio.timeout(30):
