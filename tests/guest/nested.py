@@ -43,11 +43,12 @@ REAL_DEVICES = GuestConfig(
     memory=768,
     modules=(*DRIVERS, *GADGETS),
     kernel_arguments=(*AT_ONCE, "dummy_hcd.is_super_speed=1"),
+    extra_arguments=("-audiodev", "none,id=speaker"),
 )
 """The near guest. Devices come and go by QMP (:meth:`Machine.device`)."""
 
 FAR = GuestConfig(
-    ports=(TcpPort(), TcpPort(), *(SpicePort(),) * 8),
+    ports=(*(TcpPort(),) * 6, *(SpicePort(),) * 8),
     memory=512,
     modules=DRIVERS,
     programs=("aplay", "usbreset"),
@@ -76,9 +77,13 @@ class Job:
         self._task = task
         self._name = name
 
-    async def output(self) -> str:
+    async def data(self) -> bytes:
         """What it wrote so far."""
-        return await self._guest.check(f"cat {self._name}.out 2>/dev/null; :")
+        return (await self._guest.run(f"cat {self._name}.out 2>/dev/null")).data
+
+    async def output(self) -> str:
+        """What it wrote so far, as text."""
+        return (await self.data()).decode(errors="replace")
 
     async def until(self, text: str, timeout: float = 60) -> str:
         """Wait until its output holds a text, and return the output.
@@ -192,6 +197,46 @@ class Machine:
             done"""
         lines = (await self.check(script)).splitlines()
         return {(words := line.split())[0]: " ".join(words[1:]) for line in lines}
+
+    @asynccontextmanager
+    async def gadget(self, ids: str, *configurations: str, setup: str = "") -> AsyncIterator[Real]:
+        """A gadget on dummy_hcd, a SuperSpeed device (Linux, Documentation/usb/gadget_configfs.rst).
+
+        Args:
+            ids: vendor and product, ``vvvv:pppp``.
+            configurations: of each the functions, such as ``acm.0 hid.0``.
+            setup: commands that set the functions' attributes, run in the folder of functions.
+        """
+        vendor, product = ids.split(":")
+        links = "\n".join(
+            f"mkdir configs/c.{number}; for f in {functions}; do ln -s functions/$f configs/c.{number}/; done"
+            for number, functions in enumerate(configurations, start=1)
+        )
+        await self.check(f"""
+            set -e
+            config=/sys/kernel/config
+            mountpoint -q $config || mount -t configfs none $config
+            mkdir $config/usb_gadget/gadget
+            cd $config/usb_gadget/gadget
+            echo 0x{vendor} >idVendor
+            echo 0x{product} >idProduct
+            mkdir strings/0x409
+            echo Gadget >strings/0x409/product
+            mkdir {" ".join(f"functions/{function}" for part in configurations for function in part.split())}
+            (cd functions; {setup or ":"})
+            {links}
+            echo dummy_udc.0 >UDC""")
+        try:
+            yield await self.find(ids)
+        finally:
+            if self.guest.alive:
+                await self.check("""
+                    cd /sys/kernel/config/usb_gadget/gadget
+                    echo >UDC
+                    rm configs/*/*.*
+                    rmdir configs/* functions/* strings/*
+                    cd ..
+                    rmdir gadget""")
 
     @asynccontextmanager
     async def drive(self, image: Path) -> AsyncIterator[str]:

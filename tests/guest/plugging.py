@@ -103,8 +103,8 @@ async def usb_folder_by_ids(guest: QemuGuest, ids: str) -> str:
     """The guest's folder in /sys for the USB device with these ids, ``vvvv:pppp``; waits until it is there."""
     script = f"""
         for usb in /sys/bus/usb/devices/*; do
-            [ "$(cat $usb/idVendor 2>/dev/null):$(cat $usb/idProduct 2>/dev/null)" = {ids} ] && echo $usb
-        done
+            read vendor <$usb/idVendor && read product <$usb/idProduct && [ $vendor:$product = {ids} ] && echo $usb
+        done 2>/dev/null
         :"""
     async with asyncio.timeout(30):
         while not (folder := (await guest.check(script)).strip()):
