@@ -9,7 +9,7 @@ from farplug.programs import PACKAGE_OF_PROGRAM, find_program, output_of
 
 PACKAGES = Path(__file__).parents[1] / "debian-packages.txt"
 
-ESSENTIAL = {"dash", "util-linux"}
+ESSENTIAL = {"dash", "tar", "util-linux"}
 """On every Debian."""
 
 

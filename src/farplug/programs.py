@@ -34,6 +34,7 @@ PACKAGE_OF_PROGRAM = {
     "xorrisofs": "xorriso",
     "zstd": "zstd",
     "setpriv": "util-linux",
+    "tar": "tar",
     QEMU: "qemu-system-x86",
 }
 

@@ -21,11 +21,11 @@ def test_help(cli: Cli) -> None:
     for arguments in ((), ("--help",), ("-h",)):
         result = cli(*arguments)
         assert (result.code, result.err) == (0, "")
-        for word in ("connect", "devices", "doctor", "demo", "Exit codes"):
+        for word in ("connect", "devices", "doctor", "demo", "image", "Exit codes"):
             assert word in result.out
     for code, what in EXIT_CODES.items():
         assert f"{code:>3}  {what}" in cli().out
-    for command in ("connect", "devices", "doctor", "demo"):
+    for command in ("connect", "devices", "doctor", "demo", "image"):
         assert cli(command, "--help").code == 0
     assert "--password-file, --ask-password, FARPLUG_PASSWORD" in cli("connect", "--help").out
 

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
@@ -16,6 +17,7 @@ from farplug.hub import Attachment, Hub
 from farplug.target import TargetOptions, parse_target
 from farplug.testing import GuestConfig, QemuGuest, SpicePort, TcpPort
 from farplug.usb import Device
+from farplug.virtual.storage import StorageTransport
 
 MIB = 2**20
 
@@ -29,7 +31,7 @@ AT_ONCE = ("usb_storage.delay_use=0",)
 SCRIPTS = Path(__file__).parent / "scripts"
 
 LABORATORY = GuestConfig(
-    ports=(TcpPort(), SpicePort()),
+    ports=(TcpPort(), SpicePort(), TcpPort(nodelay=False)),
     kernel_arguments=AT_ONCE,
     memory=512,
     programs=("badblocks", "blkdiscard", "f3probe", "fallocate", "fio", "fsck.exfat", "mkfs.exfat", "usbreset"),
@@ -38,8 +40,22 @@ LABORATORY = GuestConfig(
 )
 """The guest of the long suites: tools that try disks, Python, and the scripts of this folder."""
 
-STORAGE = {"bot": "usb-storage"}
-"""The transports of a disk, and the guest's driver for each. The suites that take ``storage`` run over all of them."""
+
+@dataclass(frozen=True)
+class Storage:
+    """How a guest talks to a disk.
+
+    Attributes:
+        transport: what the disk offers.
+        driver: what the guest's kernel takes then.
+    """
+
+    transport: StorageTransport
+    driver: str
+
+
+STORAGE = {"bot": Storage(StorageTransport.BOT, "usb-storage"), "uas": Storage(StorageTransport.AUTO, "uas")}
+"""The suites that take ``storage`` run over all of these."""
 
 
 class Plugged(Hub):
@@ -92,6 +108,12 @@ async def disk_with(guest: QemuGuest, serial: str) -> str:
                 return f"/dev/{name}"
         await asyncio.sleep(0.1)
     raise AssertionError(f"no block device for serial number {serial}\n{await guest.check('dmesg | tail -40')}")
+
+
+async def give_space_back(guest: QemuGuest, disk: str, storage: str) -> None:
+    """Let the guest use UNMAP or WRITE SAME: over Bulk-Only Transport Linux has to be told (docs/disk.md)."""
+    if storage == "bot":
+        await guest.check(f"echo writesame_16 >$(echo /sys/block/{disk[5:]}/device/scsi_disk/*/provisioning_mode)")
 
 
 async def usb_folder(guest: QemuGuest, device: Device) -> str:

@@ -8,7 +8,7 @@ tests/virtual/test_device.py sends those in memory.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TypeAlias
 
 import pytest
@@ -63,13 +63,14 @@ async def test_chapter_9(guests: GuestPool, kind: str, speed: Speed) -> None:
         await guest.run(f"modprobe -r usbtest; for i in {folder}/*:1.*; do echo ${{i##*/}} >$i/driver/unbind; done")
         described = await raw(guest, node, *descriptors_asked_for)
         check_descriptors(device, described)
-        steps = [*refused_descriptors(speed), *device_requests(speed), *settings(device), *halts(device)]
+        steps = [*refused_descriptors(speed), *device_requests(speed), *interface_requests(settings(described[1]))]
         alive = descriptor(DescriptorType.DEVICE, 0)
         # After each step, stalled or not, endpoint 0 answers.
         results = await raw(guest, node, *(one for operation, _ in steps for one in (operation, alive)))
         told = [(operation, result) for (operation, _), result in zip(steps, results[::2], strict=True)]
         assert told == steps
         assert set(results[1::2]) == {described[0]}
+        assert {len(settings(described[1])), len(device.interfaces)} == ({1, 2} if kind == "disk" else {1})
         again = await raw(guest, node, *[("reset",), alive, control(0x80, Request.GET_CONFIGURATION, 0, 0, 1)] * RESETS)
         assert again == [b"", described[0], b"\1"] * RESETS
         assert await guest.check(f"lsusb -v -s {node[-7:].replace('/', ':')} 2>&1 >/dev/null") == ""
@@ -184,31 +185,38 @@ def device_requests(speed: Speed) -> list[Step]:
     ]
 
 
-def settings(device: VirtualDevice) -> list[Step]:
-    """The interfaces and their alternate settings."""
-    steps: list[Step] = []
-    for interface in device.interfaces:
-        number = interface.number
-        steps += [
-            (("claim", number), b""),
-            (control(0x01, Request.SET_INTERFACE, 0, number), b""),
-            (control(0x81, Request.GET_INTERFACE, 0, number, 1), b"\0"),
-            (control(0x01, Request.SET_INTERFACE, 7, number), REFUSED),
-            (control(0x81, Request.GET_INTERFACE, 0, number, 1), b"\0"),
-            (status(1, number), b"\0\0"),
-        ]
-    return steps
+def settings(configuration: Result) -> dict[tuple[int, int], list[int]]:
+    """The endpoints of every interface in every alternate setting."""
+    assert isinstance(configuration, bytes)
+    found: dict[tuple[int, int], list[int]] = {}
+    while configuration:
+        if configuration[1] == DescriptorType.INTERFACE:
+            endpoints = found[configuration[2], configuration[3]] = []
+        elif configuration[1] == DescriptorType.ENDPOINT:
+            endpoints.append(configuration[2])
+        configuration = configuration[configuration[0] :]
+    return found
 
 
-def halts(device: VirtualDevice) -> list[Step]:
-    """Each endpoint is halted and cleared, twice each; endpoint 0 cannot be halted."""
+def interface_requests(interfaces: Mapping[tuple[int, int], list[int]]) -> list[Step]:
+    """Every setting is chosen, and each of its endpoints halted and cleared, twice; endpoint 0 cannot be halted."""
     on, off = Request.SET_FEATURE, Request.CLEAR_FEATURE
     steps: list[Step] = [(status(2, 0), b"\0\0"), (feature(2, on, Feature.ENDPOINT_HALT, 0), STALL)]
-    for endpoint in (one.address for interface in device.interfaces for one in interface.endpoints):
+    steps += [(("claim", number), b"") for number in sorted({number for number, _ in interfaces})]
+    for (number, alternate), endpoints in interfaces.items():
+        chosen = control(0x81, Request.GET_INTERFACE, 0, number, 1), bytes([alternate])
         steps += [
-            (status(2, endpoint), b"\0\0"),
-            *[(feature(2, on, Feature.ENDPOINT_HALT, endpoint), b""), (status(2, endpoint), b"\1\0")] * 2,
-            *[(feature(2, off, Feature.ENDPOINT_HALT, endpoint), b""), (status(2, endpoint), b"\0\0")] * 2,
-            (feature(2, on, 99, endpoint), STALL),
+            (("set_interface", number, alternate), b""),
+            chosen,
+            (control(0x01, Request.SET_INTERFACE, 7, number), REFUSED),
+            chosen,
+            (status(1, number), b"\0\0"),
         ]
+        for endpoint in endpoints:
+            steps += [
+                (status(2, endpoint), b"\0\0"),
+                *[(feature(2, on, Feature.ENDPOINT_HALT, endpoint), b""), (status(2, endpoint), b"\1\0")] * 2,
+                *[(feature(2, off, Feature.ENDPOINT_HALT, endpoint), b""), (status(2, endpoint), b"\0\0")] * 2,
+                (feature(2, on, 99, endpoint), STALL),
+            ]
     return steps

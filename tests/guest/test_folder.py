@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests.guest.plugging import AT_ONCE, disk_of, gone, plugged
-from tests.image.support import ISO, MIB, ODD, PLAIN, WHEN, contents, make_folder, partition, run
+from tests.image.support import ISO, MIB, ODD, PLAIN, SIMILAR, WHEN, contents, make_folder, partition, run
 
 from farplug.errors import ImageError, Reason
 from farplug.image import Format, Partition, Volume, create_image, create_iso, folder_store
@@ -82,7 +82,7 @@ async def look(guest: QemuGuest, mount: str, disk: str) -> tuple[dict[str, str],
 @pytest.mark.parametrize("case", CASES, ids=str)
 async def test_the_guest_sees_the_folder(guests: GuestPool, tmp_path: Path, case: Case) -> None:
     guest = await guests.get(CONFIG)
-    folder = make_folder(tmp_path / "a folder", {**PLAIN, **(ODD if case.odd else {})}, many=300)
+    folder = make_folder(tmp_path / "a folder", {**PLAIN, **({**ODD, **SIMILAR} if case.odd else {})}, many=300)
     (folder / "nothing").symlink_to("nowhere")
     filled: list[Volume] = []
 

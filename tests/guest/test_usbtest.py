@@ -102,7 +102,7 @@ async def test_transfers_taken_back_from_a_slow_device(guests: GuestPool) -> Non
 @pytest.mark.parametrize("storage", STORAGE)
 async def test_the_disk(guests: GuestPool, storage: str, speed: Speed) -> None:
     guest = await guests.get(LABORATORY)
-    device = disk_device(MemoryStore(16 * MIB), speeds=(speed,))
+    device = disk_device(MemoryStore(16 * MIB), speeds=(speed,), transport=STORAGE[storage].transport)
     async with plugged(guest.targets[0], device):
         await disk_of(guest, device)
         node = await usb_node(guest, await usb_folder(guest, device))

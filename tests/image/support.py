@@ -48,6 +48,9 @@ ODD = {
 }
 """Names that it does not."""
 
+SIMILAR = {f"similar/IMG_2026 {number}.jpeg": b"%d" % number for number in range(300)}
+"""Names that it takes too long for."""
+
 
 ISO = {
     name: content
@@ -59,7 +62,7 @@ ISO = {
 
 def make_folder(path: Path, files: dict[str, bytes], *, many: int = 0) -> Path:
     """A folder with these files, and ``many`` more."""
-    rest = {f"many/file number {number:03}": b"%d" % number * number for number in range(many)}
+    rest = {f"many/{number:03} of many": b"%d" % number * number for number in range(many)}
     for name, content in {**files, **rest}.items():
         place = path / name
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -28,21 +28,31 @@ def volume(length: int, **values: object) -> Volume:
 
 
 @pytest.mark.parametrize("name", [path.rpartition("/")[2] for path in PLAIN])
-def test_names_that_mtools_keeps(name: str) -> None:
-    assert filesystems.mtools_keeps(tree_of(name), 4096)
+def test_names_that_mtools_can(name: str) -> None:
+    assert filesystems.mtools_can(tree_of(name), 4096)
 
 
 @pytest.mark.parametrize(
     "name", [*(path for path in ODD), "nul", "COM1", "a~1", "Ä.TXT", "ü", "ÜA.txt", "ﬁ.a.é"[:3], "漢字", "漢字.é"]
 )
 def test_names_that_it_may_not_keep(name: str) -> None:
-    assert not filesystems.mtools_keeps(tree_of(name), 512)
+    assert not filesystems.mtools_can(tree_of(name), 512)
 
 
 def test_long_names_need_a_large_cluster() -> None:
-    assert filesystems.mtools_keeps(tree_of("x" * 195), 512)
-    assert not filesystems.mtools_keeps(tree_of("x" * 196), 512)
-    assert filesystems.mtools_keeps(tree_of("x" * 255), 1024)
+    assert filesystems.mtools_can(tree_of("x" * 195), 512)
+    assert not filesystems.mtools_can(tree_of("x" * 196), 512)
+    assert filesystems.mtools_can(tree_of("x" * 255), 1024)
+
+
+def test_many_similar_names_take_it_too_long() -> None:
+    def similar(count: int) -> list[str]:
+        return [f"folder/IMG_2026 {number}.jpeg" for number in range(count)]
+
+    assert filesystems.mtools_can(tree_of(*similar(200), "IMG_20", "folder/IMG_20.jpx", "folder/IMG.20.jpeg"), 512)
+    for another in ("folder/img_202.jpe", "folder/.i m g _ 2 0.jpeg"):
+        assert not filesystems.mtools_can(tree_of(*similar(200), another), 512)
+    assert filesystems.mtools_can(tree_of(*(f"{number:06} of many" for number in range(20_000))), 512)
 
 
 def test_long_names_with_large_clusters_are_written(fd: int, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from farplug.errors import LocalProtocolError, RemoteProtocolError
-from farplug.spice.channel import MAX_MESSAGE, Channel, Fragment, Message
+from farplug.spice.channel import MAX_MESSAGE, Channel, Message
 from farplug.spice.messages import Disconnecting, Migrate, MigrateFlags, Notify
 from farplug.spice.types import LinkError
 
@@ -15,7 +15,7 @@ STORED, STREAMED = 103, 101
 
 
 def channel(mini_header: bool = True, name: str = "main") -> Channel:
-    return Channel(name, mini_header=mini_header, stored={STORED: 100}, streamed={STREAMED})
+    return Channel(name, mini_header=mini_header, stored={STORED: 100}, streamed=STREAMED)
 
 
 def message(kind: int, body: bytes = b"", *, mini_header: bool = True, serial: int = 1) -> bytes:
@@ -33,12 +33,12 @@ def feed(peer: Channel, data: bytes, step: int) -> tuple[list[Any], bytes]:
         peer.receive_data(memoryview(buffer))
         while (event := peer.next_event()) is not None:
             match event:
-                case Fragment(kind, view):
-                    assert len(view)
-                    if events and events[-1][0] == kind and isinstance(events[-1], list):
-                        events[-1][1] += bytes(view)
+                case memoryview():
+                    assert len(event)
+                    if events and isinstance(events[-1], list):
+                        events[-1][1] += bytes(event)
                     else:
-                        events.append([kind, bytes(view)])
+                        events.append([STREAMED, bytes(event)])
                 case Message(kind, view):
                     events.append((kind, bytes(view)))
                 case _:

@@ -365,6 +365,13 @@ async def test_a_commit_without_its_image(base: Path, path: Path) -> None:
     assert not path.exists()
 
 
+async def test_a_commit_to_an_image_that_was_moved(base: Path, path: Path, tmp_path: Path) -> None:
+    await make_snapshot(base, path)
+    moved = base.rename(tmp_path / "moved.raw")
+    overlay.commit(path, base_path=moved)
+    assert content(moved) == b"x" * 512 + CONTENT[512:]
+
+
 async def test_discard_takes_only_snapshots(base: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path.write_bytes(CONTENT)
     with pytest.raises(ImageError, match="is not a snapshot"):

@@ -40,6 +40,7 @@ def test_option() -> None:
     [
         (SpicePort(), "-chardev spicevmc,id=port0,name=usbredir"),
         (TcpPort(), "-chardev socket,id=port0,fd=7,server=on,wait=off,nodelay=on"),
+        (TcpPort(nodelay=False), "-chardev socket,id=port0,fd=7,server=on,wait=off,nodelay=off"),
         (UnixPort(), "-chardev socket,id=port0,path=/tmp/guest/port0,server=on,wait=off"),
         (TcpClientPort(port=99), "-chardev socket,id=port0,host=127.0.0.1,port=99,nodelay=on,reconnect=1"),
     ],

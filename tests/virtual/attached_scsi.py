@@ -6,7 +6,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tests.virtual.bulk_only import IN, OUT, Guest, Listener, pieces
+from tests.virtual.bulk_only import IN, OUT, Guest, Listener, Pattern, pieces
 
 from farplug.store import Store
 from farplug.usb import Speed, Status, Transfer, TransferType
@@ -83,6 +83,7 @@ class Initiator(Guest):
         self.issued: dict[int, Issued] = {}
         self.asked: list[Transfer] = []
         self.ius: list[bytes] = []
+        self.stores: Sequence[Store] = ()
         self.streams = False
 
     @classmethod
@@ -95,6 +96,7 @@ class Initiator(Guest):
     ) -> Initiator:
         """Plug a disk for each store into a guest that has chosen Attached SCSI."""
         initiator = cls(disk_device(*stores, speeds=(speed,), transport=transport))
+        initiator.stores = stores
         await initiator.device.open(Listener())
         await initiator.enumerate()
         if not attention:
@@ -222,11 +224,39 @@ class Initiator(Guest):
 
     def manage(self, function: TaskFunction | int, managed: int = 0, *, tag: int = 32, lun: int | bytes = 0) -> int:
         """Have a task managed. Returns the response code."""
-        asked = self.ask(tag)
+        issued = self.issued[tag] = Issued(tag, (), ())
+        self.asked.append(self.ask(tag))
         self.issue(management_iu(function, tag, managed, lun=lun))
-        assert asked.status is Status.SUCCESS
-        assert asked.reply[:-1] == response(tag, 0)[:-1]
-        return asked.reply[-1]
+        self.pump()
+        assert issued.iu[:-1] == response(tag, 0)[:-1]
+        return issued.iu[-1]
+
+    def forget(self, *gone: Issued) -> None:
+        """These commands were aborted: take back the transfers for their status."""
+        for issued in gone:
+            assert not issued.iu
+            del self.issued[issued.tag]
+            status = next(one for one in self.asked if one.stream_id in (0, issued.tag))
+            self.asked.remove(status)
+            self.device.cancel(status)
+            assert status.status is Status.CANCELLED
+
+    def take_back(self, issued: Issued) -> bool:
+        """Cancel the data transfers of a command that are pending, and submit them again, as QEMU does."""
+        pending = [index for index, part in enumerate(issued.parts) if part.status is None]
+        for index in reversed(pending):
+            self.device.cancel(issued.parts[index])
+            assert issued.parts[index].status is Status.CANCELLED
+        for index in pending:
+            old = issued.parts[index]
+            again = (
+                self.data_in(issued.tag, old.length)
+                if old.endpoint == IN
+                else self.data_out(issued.tag, bytes(old.data))
+            )
+            issued.parts[index] = again
+        self.pump()
+        return bool(pending)
 
     def pump(self) -> None:
         """Act on what has come on the status pipe."""
@@ -255,7 +285,11 @@ class Initiator(Guest):
         issued.parts += [self.data_out(issued.tag, data) for data in issued.send]
 
     async def leave(self) -> None:
-        """Unplug: every transfer was completed, once."""
+        """Unplug, when the stores have answered everything: every transfer was completed, once."""
+        for store in self.stores:
+            if isinstance(store, Pattern):
+                store.holding = False
+                store.release()
         await self.device.close()
         assert all(one.status is not None for one in self.submitted)
         assert len(self.completed) == len(self.submitted) == len(set(self.completed))

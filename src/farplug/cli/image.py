@@ -18,7 +18,7 @@ from farplug.errors import Reason, UsageError
 
 app = typer.Typer(help="Make disk images, and finish snapshots.")
 
-_SIZE = re.compile(r"(\d{1,19})([KMGT]?)(?:iB)?", re.IGNORECASE)
+_SIZE = re.compile(r"([0-9]{1,19})([KMGT]?)(?:iB)?", re.IGNORECASE)
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -160,6 +160,10 @@ def info(file: SnapshotArgument) -> None:
 @app.command("commit")
 def commit(
     file: SnapshotArgument,
+    image: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="Where the image is now, if it was moved.", show_default=False),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Write also to a disk that this machine uses (mounted).")
     ] = False,
@@ -171,9 +175,9 @@ def commit(
     from farplug.cli.output import size as for_people
     from farplug.store import overlay
 
-    base = overlay.info(file).base
+    base = image or overlay.info(file).base
     with _progress() as progress:
-        count = overlay.commit(file, progress=progress, force=force)
+        count = overlay.commit(file, base_path=base, progress=progress, force=force)
     typer.echo(f"{for_people(count)} were written to {base}; {file} is removed")
 
 

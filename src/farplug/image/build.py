@@ -187,7 +187,7 @@ def build(job: Job, volume: Volume, fill: Fill, place: str) -> None:
     match volume.format:
         case Format.FAT32:
             filesystems.format_fat32(job, volume)
-            if job.tree is not None and filesystems.mtools_keeps(job.tree, volume.cluster_size):
+            if job.tree is not None and filesystems.mtools_can(job.tree, volume.cluster_size):
                 filesystems.copy_with_mtools(job, job.tree)
             elif job.tree is not None:
                 fill(job, volume)

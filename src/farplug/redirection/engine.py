@@ -53,6 +53,8 @@ MAX_PENDING = 4096
 """Pending transfers; with more than that nothing further is read from the guest until some are answered."""
 MAX_REPORTED_VIOLATIONS = 20
 """Packets that break the protocol are reported this often for each port; further ones are dropped in silence."""
+FLUSH_ABOVE = 64 << 10
+"""Bytes of answers that leave at once; fewer leave together, when all that was received is looked at."""
 HELLO_PATIENCE = 1.5
 """Seconds after which a guest that has not said hello is reported as one that is waited for."""
 ACK_PATIENCE = 5.0
@@ -428,7 +430,8 @@ class Redirection:
         if self._pumping:
             return
         self._pumping = True
-        next_event, handlers = self._connection.next_event, self._handlers
+        connection, handlers = self._connection, self._handlers
+        next_event = connection.next_event
         ledger, operations = self._ledger, self._operations
         held = True
         try:
@@ -441,7 +444,9 @@ class Redirection:
                 handler = handlers.get(type(event))
                 if handler is not None:
                     handler(event)
-                self._flush()
+                if connection.unsent > FLUSH_ABOVE:
+                    self._flush()
+            self._flush()
         finally:
             self._pumping = False
         if held is not self._reading_paused:

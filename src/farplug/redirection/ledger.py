@@ -46,7 +46,7 @@ class Request(Transfer):
         setup: Setup | None,
         stream_id: int,
     ) -> None:
-        super().__init__(type, endpoint, on_complete, length=length, data=data, setup=setup, stream_id=stream_id)
+        Transfer.__init__(self, type, endpoint, on_complete, length=length, data=data, setup=setup, stream_id=stream_id)
         self.id = id
         self.queue = queue
         self.abandoned = False
@@ -103,7 +103,11 @@ class Ledger:
 
         One that is not ``valid``, is too large, or reuses the id of a pending one is answered with an error, in turn.
         """
-        queue = None if stream_id else self._queue(endpoint)
+        queue = None
+        if not stream_id:
+            queue = self._queues.get(endpoint)
+            if queue is None:
+                queue = self._queue(endpoint)
         request = Request(
             id,
             queue,
@@ -115,28 +119,22 @@ class Ledger:
             setup=setup,
             stream_id=stream_id,
         )
-        valid = valid and request.length <= self._max_transfer and id not in self._requests
-        self._requests.setdefault(id, request)
+        size, device = request.length, self.device
+        valid = self._requests.setdefault(id, request) is request and valid and size <= self._max_transfer
         if queue is not None:
             queue.append(request)
         self._count += 1
-        refusal = None
-        if self.device is None or (valid and self._in_flight + request.length > MAX_IN_FLIGHT):
-            refusal = Status.IO_ERROR
-        elif not valid:
-            refusal = Status.INVALID
-        if refusal is not None:
+        if device is None or not valid or self._in_flight + size > MAX_IN_FLIGHT:
             request.data, request.length = b"", 0  # it only waits for its turn: hold nothing
-            request.complete(refusal)
-        else:
-            self._in_flight += request.length
-            try:
-                assert self.device is not None
-                self.device.submit(request)
-            except Exception as error:
-                self._fault(error)
-                if request.status is None:
-                    request.complete(Status.STALL)
+            request.complete(Status.INVALID if device is not None and not valid else Status.IO_ERROR)
+            return
+        self._in_flight += size
+        try:
+            device.submit(request)
+        except Exception as error:
+            self._fault(error)
+            if request.status is None:
+                request.complete(Status.STALL)
 
     def cancel(self, id: int) -> None:
         """The guest takes a request back: it is answered at once. An unknown id has its answer on the way."""
@@ -207,9 +205,7 @@ class Ledger:
         self.figures[endpoint].count(status, actual)
         packet: p.DataPacket
         if request.type is TransferType.BULK:
-            packet = p.BulkPacket(
-                id=id, endpoint=endpoint, status=status, length=actual, stream_id=request.stream_id, data=reply
-            )
+            packet = p.bulk_packet(id, endpoint, status, actual, reply, request.stream_id)
         elif request.type is TransferType.CONTROL:
             setup = request.setup
             assert setup is not None

@@ -3,7 +3,7 @@
 Sources: spice-protocol 0.14.3 (headers), ``spice.proto`` of spice-common, and what libspice-server 0.15.1 does.
 """
 
-from farplug.spice.channel import Channel, Fragment, Message
+from farplug.spice.channel import Channel, Message
 from farplug.spice.link import LinkClient, LinkFailure, LinkResult
 from farplug.spice.types import ChannelType, LinkError
 from farplug.spice.vmc import VmcChannel
@@ -12,7 +12,6 @@ from farplug.spice.vv import VvFile
 __all__ = [
     "Channel",
     "ChannelType",
-    "Fragment",
     "LinkClient",
     "LinkError",
     "LinkFailure",

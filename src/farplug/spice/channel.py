@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import logging
 import struct
-from collections.abc import Generator, Mapping
-from collections.abc import Set as AbstractSet
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -54,15 +53,9 @@ class Message:
     body: memoryview
 
 
-@dataclass(frozen=True, slots=True)
-class Fragment:
-    """The next bytes of a streamed message. ``data`` is valid until the next ``receive_data``; never empty."""
-
-    kind: int
-    data: memoryview
-
-
-Event: TypeAlias = Message | Fragment | Notify | Disconnecting | Migrate
+Event: TypeAlias = Message | memoryview | Notify | Disconnecting | Migrate
+"""What comes in. A memoryview: the next bytes of a streamed message, never empty, valid until the next
+``receive_data``."""
 
 
 class Channel:
@@ -75,16 +68,14 @@ class Channel:
         name: for logs and errors.
         mini_header: as the link agreed.
         stored: message types to hand over whole, and the largest body of each in bytes.
-        streamed: message types to hand over as they arrive.
+        streamed: the message type that is handed over as it arrives; None: there is none.
     """
 
-    def __init__(
-        self, name: str, *, mini_header: bool, stored: Mapping[int, int], streamed: AbstractSet[int] = frozenset()
-    ) -> None:
+    def __init__(self, name: str, *, mini_header: bool, stored: Mapping[int, int], streamed: int | None = None) -> None:
         self.name = name
         self._mini_header = mini_header
         self._limits = {**stored, **_COMMON_LIMITS}
-        self._streamed = frozenset(streamed)
+        self._streamed = streamed
         self._debug = logger.isEnabledFor(logging.DEBUG)
         self._view = memoryview(b"")
         self._position = 0
@@ -116,7 +107,9 @@ class Channel:
 
     def send(self, kind: int, *body: Buffer) -> None:
         """Queue a message."""
-        size = sum(map(len, body))
+        self._queue(kind, body, sum(map(len, body)))
+
+    def _queue(self, kind: int, body: Sequence[Buffer], size: int) -> None:
         if self._debug:
             logger.debug("> %s: %s, %d bytes", self.name, self._describe(ClientMessage, kind), size)
         self._output.append(self.header(kind, size))
@@ -135,13 +128,18 @@ class Channel:
         return output
 
     def _parse(self) -> Generator[Event | None, None, None]:
-        header_size = (_MINI_HEADER if self._mini_header else _FULL_HEADER).size
+        mini_header, streamed = self._mini_header, self._streamed
+        layout = _MINI_HEADER if mini_header else _FULL_HEADER
+        header_size = layout.size
         while True:
-            header = yield from self._read(header_size)
-            if self._mini_header:
-                kind, size = _MINI_HEADER.unpack(header)
+            while not (header := self._take(header_size)):
+                yield None
+            if len(header) < header_size:
+                header = yield from self._rest(header, header_size)
+            if mini_header:
+                kind, size = layout.unpack(header)
             else:
-                _, kind, size, sub_list = _FULL_HEADER.unpack(header)
+                _, kind, size, sub_list = layout.unpack(header)
                 if sub_list:
                     raise RemoteProtocolError(f"{self.name}: a SPICE message with sub-messages, which nobody sends")
             if size > MAX_MESSAGE:
@@ -149,13 +147,13 @@ class Channel:
                     f"{self.name}: SPICE message {kind} of {size} bytes, {MAX_MESSAGE} (MAX_MESSAGE) at most"
                 )
 
-            if kind in self._streamed:
+            if kind == streamed:
                 if self._debug:
                     logger.debug("< %s: %s, %d bytes", self.name, self._describe(ServerMessage, kind), size)
                 while size:
                     if data := self._take(size):
                         size -= len(data)
-                        yield Fragment(kind, data)
+                        yield data
                     else:
                         yield None
             elif (limit := self._limits.get(kind)) is not None:
@@ -234,8 +232,10 @@ class Channel:
 
     def _read(self, size: int) -> Generator[None, None, memoryview]:
         data = self._take(size)
-        if len(data) == size:
-            return data
+        return data if len(data) == size else (yield from self._rest(data, size))
+
+    def _rest(self, data: memoryview, size: int) -> Generator[None, None, memoryview]:
+        """All ``size`` bytes of something of which ``data`` are the first."""
         whole = bytearray(data)
         while len(whole) < size:
             yield None

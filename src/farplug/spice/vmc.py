@@ -13,7 +13,7 @@ from enum import IntEnum
 import lz4.block
 
 from farplug.errors import RemoteProtocolError
-from farplug.spice.channel import Channel, Event, Fragment, Message
+from farplug.spice.channel import Channel, Event, Message
 from farplug.spice.link import LinkResult
 from farplug.spice.messages import ClientMessage, ServerMessage
 from farplug.spice.types import VmcCapability, has_capability
@@ -44,11 +44,11 @@ class Compression(IntEnum):
     LZ4 = 1
 
 
-class VmcChannel:
+class VmcChannel(Channel):
     """A byte stream over one channel.
 
     Pass what arrives to :meth:`receive_data`, call :meth:`next_event` until it returns None, then send
-    :meth:`data_to_send`.
+    :meth:`data_to_send`. A memoryview among the events is the next bytes of the stream.
 
     Args:
         name: of the channel, for logs and errors.
@@ -63,33 +63,18 @@ class VmcChannel:
     capabilities = (VmcCapability.DATA_COMPRESS_LZ4,)
 
     def __init__(self, name: str, link: LinkResult, *, local: bool) -> None:
-        self.name = name
-        self.compress = True
-        self._may_compress = not local and has_capability(link.channel_caps, VmcCapability.DATA_COMPRESS_LZ4)
-        self._channel = Channel(
+        super().__init__(
             name,
             mini_header=link.mini_header,
             stored={ServerMessage.VMC_COMPRESSED_DATA: _COMPRESSED_HEADER.size + MAX_UNCOMPRESSED},
-            streamed={ServerMessage.VMC_DATA},
+            streamed=ServerMessage.VMC_DATA,
         )
+        self.compress = True
+        self._may_compress = not local and has_capability(link.channel_caps, VmcCapability.DATA_COMPRESS_LZ4)
 
-    def receive_data(self, data: memoryview) -> None:
-        """Take bytes from the server. They are not copied: drain :meth:`next_event` before they change."""
-        self._channel.receive_data(data)
-
-    def next_event(self) -> Event | memoryview | None:
-        """The next bytes of the stream (valid until the next :meth:`receive_data`), or event; None: more are needed.
-
-        Raises:
-            RemoteProtocolError: the server left the protocol: nothing that follows can be understood.
-        """
-        match self._channel.next_event():
-            case Fragment(_, data):
-                return data
-            case Message(_, body):
-                return self._decompress(body)
-            case event:
-                return event
+    def next_event(self) -> Event | None:
+        event = next(self._events, None)
+        return self._decompress(event.body) if type(event) is Message else event
 
     def send_data(self, buffers: Sequence[Buffer]) -> None:
         """Queue bytes of the stream. Large buffers are not joined, and not copied unless compression pays."""
@@ -100,19 +85,15 @@ class VmcChannel:
         for piece, piece_size in _cut(buffers):
             self._send_message(piece, piece_size)
 
-    def data_to_send(self) -> list[Buffer]:
-        """What must be sent now, answers to the server included; emptied by the call."""
-        return self._channel.data_to_send()
-
     def _send_message(self, buffers: Sequence[Buffer], size: int) -> None:
         if size > COMPRESS_ABOVE and self.compress and self._may_compress and _looks_compressible(buffers, size):
             block: bytes = lz4.block.compress(b"".join(buffers), store_size=False)
             if _COMPRESSED_HEADER.size + len(block) < size:
                 header = _COMPRESSED_HEADER.pack(Compression.LZ4, size)
-                self._channel.send(ClientMessage.VMC_COMPRESSED_DATA, header, block)
+                self.send(ClientMessage.VMC_COMPRESSED_DATA, header, block)
                 return
         if size:
-            self._channel.send(ClientMessage.VMC_DATA, *buffers)
+            self._queue(ClientMessage.VMC_DATA, buffers, size)
 
     def _decompress(self, body: memoryview) -> memoryview:
         if len(body) and body[0] == Compression.NONE:

@@ -184,7 +184,13 @@ def info(path: str | os.PathLike[str]) -> OverlayInfo:
     return OverlayInfo(header.base, header.size, header.block_size, file.changed_bytes, file.half_committed)
 
 
-def commit(path: str | os.PathLike[str], *, progress: Progress | None = None, force: bool = False) -> int:
+def commit(
+    path: str | os.PathLike[str],
+    *,
+    base_path: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+    force: bool = False,
+) -> int:
     """Write what is in a snapshot to its image, and remove the snapshot. Blocks.
 
     When it is broken off anywhere (by an error, a crash, a power cut), half of it is in the image. The snapshot says so
@@ -192,6 +198,7 @@ def commit(path: str | os.PathLike[str], *, progress: Progress | None = None, fo
 
     Args:
         path: the file of the snapshot.
+        base_path: where the image is; None: where it was when the snapshot was made.
         progress: called now and then, and at the end.
         force: write to the image though this machine uses it.
 
@@ -204,8 +211,9 @@ def commit(path: str | os.PathLike[str], *, progress: Progress | None = None, fo
     """
     file = OverlayFile.open(Path(path))
     header = file.header
+    where = Path(base_path or header.base)
     try:
-        base = Image.open(header.base, block_size=header.block_size, force=force)
+        base = Image.open(where, block_size=header.block_size, force=force)
         try:
             file.check_base(base, header.block_size)
             file.begin_commit()
@@ -217,7 +225,7 @@ def commit(path: str | os.PathLike[str], *, progress: Progress | None = None, fo
         return done
     except OSError as error:
         raise ImageError(
-            f"the commit of {path} to {header.base} was broken off: {(error.strerror or str(error)).lower()}",
+            f"the commit of {path} to {where} was broken off: {(error.strerror or str(error)).lower()}",
             reason=Reason.IO_ERROR,
             remedy=f"mend that, then do it again: farplug image commit {path}; use the image for nothing else before",
         ) from error

@@ -50,7 +50,12 @@ _MOUNT = {
     Format.NTFS: "ntfs-3g -o big_writes",  # not ntfs3, which Debian 12's kernel lacks
 }
 _MODULES = {Format.FAT32: "vfat", Format.EXFAT: "exfat", Format.NTFS: "fuse"}
-_PROGRAMS = {Format.FAT32: (), Format.EXFAT: ("mkfs.exfat",), Format.NTFS: ("mkntfs", "ntfs-3g")}
+# GNU tar writes 1 MiB at a time, busybox 4 KiB.
+_PROGRAMS = {
+    Format.FAT32: ("tar",),
+    Format.EXFAT: ("tar", "mkfs.exfat"),
+    Format.NTFS: ("tar", "mkntfs", "ntfs-3g"),
+}
 
 _SCRIPT = """
 set -e
@@ -65,7 +70,7 @@ done
 [ {entries} -gt 0 ] || exit 0
 {mount} /dev/vda1 /mnt
 for port in /sys/class/virtio-ports/*; do
-    [ "$(cat "$port/name")" = {port} ] && tar -x -o -f "/dev/${{port##*/}}" -C /mnt
+    [ "$(cat "$port/name")" = {port} ] && tar -x -o -B -b 2048 -f "/dev/${{port##*/}}" -C /mnt
 done
 count=$(find /mnt -mindepth 1 | wc -l)
 umount /mnt

@@ -92,7 +92,13 @@ class SpicePort(UsbPort):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TcpPort(UsbPort):
-    """Fed by a connection to a TCP port on the loopback address, which QEMU listens on."""
+    """Fed by a connection to a TCP port on the loopback address, which QEMU listens on.
+
+    Attributes:
+        nodelay: whether QEMU sends small messages at once (TCP_NODELAY). Its own default is that it does not.
+    """
+
+    nodelay: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -405,7 +411,9 @@ def _port_chardev(index: int, port: UsbPort, resources: Resources) -> str:
         case SpicePort():
             return option("spicevmc", id=name, name="usbredir")
         case TcpPort():
-            return option("socket", id=name, fd=resources.listeners[index], server=True, wait=False, nodelay=True)
+            return option(
+                "socket", id=name, fd=resources.listeners[index], server=True, wait=False, nodelay=port.nodelay
+            )
         case UnixPort():
             return option("socket", id=name, path=resources.port_socket(index), server=True, wait=False)
         case TcpClientPort():

@@ -56,7 +56,7 @@ _KEEPALIVE_OPTIONS = tuple(
     )
     if hasattr(socket, name)
 )
-_TCP_QUICKACK: int | None = getattr(socket, "TCP_QUICKACK", None)
+_TCP_QUICKACK: int = getattr(socket, "TCP_QUICKACK", 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +138,8 @@ class Connection(asyncio.BufferedProtocol):
         self._plain_socket: socket.socket | None = None
         self._queue: deque[Buffer] = deque()
         self._queued = 0
+        self._answered = False
+        """Something was written since the last read began."""
         self._transport_paused = False
         self._reader_paused = False
         self._closing = False
@@ -167,12 +169,21 @@ class Connection(asyncio.BufferedProtocol):
 
     def write(self, buffers: list[Buffer]) -> None:
         """Queue buffers in order. They are not copied: who hands them over no longer changes them."""
-        if not self.is_open:
+        if self._closing or self._lost.done():
             return
+        self._answered = True
+        sent = self._send_at_once(buffers)
+        queue = self._queue
         for buffer in buffers:
-            if size := len(buffer):
-                self._queue.append(buffer)
-                self._queued += size
+            size = len(buffer)
+            if sent >= size:
+                sent -= size
+            else:
+                queue.append(memoryview(buffer)[sent:] if sent else buffer)
+                self._queued += size - sent
+                sent = 0
+        if not queue:
+            return
         self._flush()
         if self._queued > HIGH_WATER and not self._reader_paused:
             self._reader_paused = True
@@ -237,7 +248,7 @@ class Connection(asyncio.BufferedProtocol):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for option, value in _KEEPALIVE_OPTIONS:
                 sock.setsockopt(socket.IPPROTO_TCP, option, value)
-            if _TCP_QUICKACK is not None:
+            if _TCP_QUICKACK:
                 self._quick_ack_socket = sock
 
     def send_directly(self, sock: socket.socket) -> None:
@@ -254,14 +265,16 @@ class Connection(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         if self._closing:
             return
-        if self._quick_ack_socket is not None:
+        self._answered = False
+        self.reader.data_received(self._receive_buffer[:nbytes])
+        if self._quick_ack_socket is not None and not self._answered:
             # QEMU writes a transfer as several small messages. With Nagle's algorithm on its side and a delayed ACK on
-            # ours each transfer would take 40 ms. The kernel forgets the option: set it again after each read.
+            # ours each transfer would take 40 ms, where no answer of ours takes the ACK with it. The kernel forgets
+            # the option: set it again after each read.
             try:
-                self._quick_ack_socket.setsockopt(socket.IPPROTO_TCP, cast("int", _TCP_QUICKACK), 1)
+                self._quick_ack_socket.setsockopt(socket.IPPROTO_TCP, _TCP_QUICKACK, 1)
             except OSError:  # the socket is being closed
                 self._quick_ack_socket = None
-        self.reader.data_received(self._receive_buffer[:nbytes])
 
     def pause_writing(self) -> None:
         self._transport_paused = True
@@ -291,6 +304,16 @@ class Connection(asyncio.BufferedProtocol):
             transport.write(chunk)
         if self._drained is not None and not self._queue and not self._transport_paused and not self._drained.done():
             self._drained.set_result(None)
+
+    def _send_at_once(self, buffers: list[Buffer]) -> int:
+        """The usual case, where nothing waits: let the kernel take what it can. Returns how many bytes that were."""
+        sock, transport = self._plain_socket, self._transport
+        if sock is None or transport is None or self._queue or self._transport_paused or transport.is_closing():
+            return 0
+        try:
+            return sock.sendmsg(buffers if len(buffers) <= MAX_GATHERED else buffers[:MAX_GATHERED])
+        except OSError:  # it would block, or is broken: asyncio's own write finds out
+            return 0
 
     def _gather(self, sock: socket.socket) -> None:
         """Let the kernel take what it can of the queue."""

@@ -452,7 +452,8 @@ class SpicePort(Port):
             self._break(error)
         finally:
             self._draining = False
-        linked.connection.write(channel.data_to_send())
+        if answers := channel.data_to_send():
+            linked.connection.write(answers)
 
     def _break(self, error: FarplugError) -> None:
         self._error = error

@@ -126,6 +126,7 @@ class Connection:
         own_caps: what we announce.
         peer_caps: what the peer announced; None until its hello was pulled.
         peer_version: what the peer calls itself; empty until then.
+        unsent: how many bytes are queued.
     """
 
     def __init__(
@@ -152,6 +153,7 @@ class Connection:
             int(PacketType.HELLO): _Incoming(Hello, hello.type_header(Cap.NONE), MAX_LENGTH, 4 * Hello.MAX_CAPS_WORDS)
         }
         self._outgoing: dict[type[Packet], _Outgoing] = {}
+        self.unsent = 0
         self._unsent: list[Buffer] = []
         self._buffer = bytearray()
         self._missing = 0
@@ -160,10 +162,11 @@ class Connection:
 
     def start(self) -> None:
         """Queue our hello. Nothing else can be sent before the peer's hello was pulled."""
-        hello = FORMS[PacketType.HELLO]
-        outgoing = _Outgoing(hello.packet(Cap.NONE), hello.type_header(Cap.NONE).size, 1)
+        form = FORMS[PacketType.HELLO]
         packet = Hello(version=self._version, caps=(self.own_caps,))
-        self._queue(packet, packet.payload(), outgoing)
+        payload = packet.payload()
+        size = form.type_header(Cap.NONE).size + len(payload)
+        self._queue(form.packet(Cap.NONE).pack(packet.TYPE, size, 0, *packet.values()), payload)
 
     def receive_data(self, data: Buffer) -> None:
         """Take bytes from the peer, cut anywhere. What must be kept is copied: ``data`` may be reused afterwards."""
@@ -195,18 +198,10 @@ class Connection:
         payload = packet.payload()
         if type(payload) is memoryview and not (payload.c_contiguous and payload.itemsize == 1):
             raise LocalProtocolError(f"{packet.TYPE}: the memoryview of its payload is not one of contiguous bytes")
-        if fault := packet.fault(not self._to_host, len(payload)):
-            raise LocalProtocolError(fault)
-        self._queue(packet, payload, outgoing)
-
-    def data_to_send(self) -> list[Buffer]:
-        """What is to be written, in order; it is the caller's from now on."""
-        unsent, self._unsent = self._unsent, []
-        return unsent
-
-    def _queue(self, packet: Packet, payload: Buffer, outgoing: _Outgoing) -> None:
-        layout, type_header_size, count = outgoing
         size = len(payload)
+        if fault := packet.fault(not self._to_host, size):
+            raise LocalProtocolError(fault)
+        layout, type_header_size, count = outgoing
         values = packet.values()
         if len(values) > count:
             if packet.TYPE is PacketType.BULK_PACKET and values[count]:
@@ -216,6 +211,17 @@ class Connection:
             head = layout.pack(packet.TYPE, type_header_size + size, packet.id & self._id_mask, *values)
         except struct.error as error:
             raise LocalProtocolError(f"{packet.TYPE} has a number that does not fit into its field: {error}") from None
+        self._queue(head, payload)
+
+    def data_to_send(self) -> list[Buffer]:
+        """What is to be written, in order; it is the caller's from now on."""
+        self.unsent = 0
+        unsent, self._unsent = self._unsent, []
+        return unsent
+
+    def _queue(self, head: bytes, payload: Buffer) -> None:
+        size = len(payload)
+        self.unsent += len(head) + size
         if size < _JOIN_BELOW:
             self._unsent.append(head + payload if size else head)
         else:

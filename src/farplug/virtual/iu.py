@@ -37,6 +37,9 @@ class IuId(IntEnum):
     WRITE_READY = 0x07
 
 
+COMMAND_IU, TASK_MANAGEMENT_IU, _SENSE_IU = int(IuId.COMMAND), int(IuId.TASK_MANAGEMENT), int(IuId.SENSE)
+
+
 class TaskFunction(IntEnum):
     """What a task management IU asks for (UAS-2, table 20)."""
 
@@ -74,14 +77,14 @@ class TaskAttribute(IntEnum):
 def sense_iu(tag: int, sense: Sense | None) -> bytes:
     """End a command: with GOOD status, or with CHECK CONDITION and why."""
     if sense is None:
-        return _SENSE.pack(IuId.SENSE, tag, 0, _GOOD, 0)
+        return _SENSE.pack(_SENSE_IU, tag, 0, _GOOD, 0)
     data = bytes(sense)
-    return _SENSE.pack(IuId.SENSE, tag, 0, _CHECK_CONDITION, len(data)) + data
+    return _SENSE.pack(_SENSE_IU, tag, 0, _CHECK_CONDITION, len(data)) + data
 
 
 def task_set_full_iu(tag: int) -> bytes:
     """Refuse a command: there are too many."""
-    return _SENSE.pack(IuId.SENSE, tag, 0, _TASK_SET_FULL, 0)
+    return _SENSE.pack(_SENSE_IU, tag, 0, _TASK_SET_FULL, 0)
 
 
 def response_iu(tag: int, code: ResponseCode) -> bytes:

@@ -1,10 +1,17 @@
-"""What the guest has queued on an endpoint."""
+"""The endpoints of USB Attached SCSI: what the guest has queued there, and what is to be told to it."""
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
+from typing import Generic, TypeVar
 
-from farplug.usb.transfer import Transfer
+from farplug.usb.transfer import Status, Transfer
+
+MAX_RESPONSES = 256
+"""IUs about no command that wait because the guest does not ask for them; further ones are dropped."""
+
+Owner = TypeVar("Owner")
 
 
 class Pipe:
@@ -51,3 +58,61 @@ class Pipe:
         waiting = [transfer for queue in self._waiting.values() for transfer in queue]
         self._waiting.clear()
         return waiting
+
+
+class StatusPipe(Pipe, Generic[Owner]):
+    """The status pipe. In each stream either transfers wait for information units, or these wait for transfers.
+
+    Args:
+        told: called with the owner of an IU that is leaving.
+    """
+
+    __slots__ = ("_responses", "_told", "_unsaid")
+
+    def __init__(self, told: Callable[[Owner], None]) -> None:
+        super().__init__()
+        self._told = told
+        self._unsaid: dict[int, deque[tuple[bytes, Owner | None]]] = {}
+        self._responses = 0
+        """How many of them have no owner."""
+
+    def ask(self, transfer: Transfer) -> None:
+        """Complete a transfer with the oldest IU of its stream, or when there is one."""
+        unsaid = self._unsaid.get(transfer.stream_id)
+        if unsaid is None:
+            self.put(transfer)
+            return
+        iu, owner = unsaid.popleft()
+        if not unsaid:
+            del self._unsaid[transfer.stream_id]
+        if owner is None:
+            self._responses -= 1
+        self._complete(transfer, iu, owner)
+
+    def say(self, stream: int, iu: bytes, owner: Owner | None) -> None:
+        """Send an IU as soon as the guest asks for one. Owners have few; of those without one too many are dropped."""
+        transfer = self.take(stream)
+        if transfer is not None:
+            self._complete(transfer, iu, owner)
+            return
+        if owner is None:
+            if self._responses >= MAX_RESPONSES:
+                return
+            self._responses += 1
+        self._unsaid.setdefault(stream, deque()).append((iu, owner))
+
+    def forget(self, stream: int, owner: Owner) -> None:
+        """Do not send what an owner still had to say."""
+        kept = deque(entry for entry in self._unsaid.pop(stream, ()) if entry[1] is not owner)
+        if kept:
+            self._unsaid[stream] = kept
+
+    def clear(self) -> list[Transfer]:
+        self._unsaid.clear()
+        self._responses = 0
+        return super().clear()
+
+    def _complete(self, transfer: Transfer, iu: bytes, owner: Owner | None) -> None:
+        if owner is not None:
+            self._told(owner)
+        transfer.complete(Status.SUCCESS, iu)

@@ -12,13 +12,20 @@ from functools import partial
 from typing import TypeAlias
 
 from farplug.scsi.cdb import Action, Compare, Done, Fail, Flush, Outcome, Read, Receive, Respond, Verify, Work, Write
-from farplug.scsi.sense import INVALID_FIELD_IN_CDB, MISCOMPARE, UNRECOVERED_READ_ERROR, Sense
+from farplug.scsi.sense import INVALID_FIELD_IN_CDB, MISCOMPARE, UNRECOVERED_READ_ERROR, Sense, SenseKey
 from farplug.store.base import Store
 from farplug.usb.types import Buffer, Direction
 from farplug.virtual.job import Job, job_sense, write_sense
 from farplug.virtual.unit import LogicalUnit
 
 log = logging.getLogger(__name__)
+
+MAX_LINGERING = 64
+"""Jobs of a unit that are under way although their commands are gone; from then on no further job is begun. Each has a
+step of 1 MiB at most in the store."""
+
+OPERATION_IN_PROGRESS = Sense(SenseKey.NOT_READY, 0x04, 0x07)
+"""A host tries again later."""
 
 Given: TypeAlias = Callable[[Buffer | None], None]
 """Takes data-in, or None: it could not be read, and the task has failed."""
@@ -44,7 +51,6 @@ class Task:
         demand: how many bytes.
         sense: why it failed; None so far.
         moved: bytes that were delivered, or written, or taken as parameters.
-        writing: bytes of data-out under way.
     """
 
     __slots__ = (
@@ -66,7 +72,6 @@ class Task:
         "direction",
         "moved",
         "sense",
-        "writing",
     )
 
     def __init__(self, unit: LogicalUnit, cdb: Buffer, progress: Callable[[], None]) -> None:
@@ -74,7 +79,6 @@ class Task:
         self.demand = 0
         self.sense: Sense | None = None
         self.moved = 0
-        self.writing = 0
         self._unit: LogicalUnit = unit
         self._progress: Callable[[], None] | None = progress
         self._store = unit.store
@@ -153,8 +157,9 @@ class Task:
     def drop(self) -> None:
         """The transport has lost interest: nothing more is reported to it. What was begun goes on."""
         self._progress = None
-        if self._job is not None:
+        if self._job is not None and self._pending:
             self._job.stop()
+            self._unit.lingering += 1
 
     def fail(self, sense: Sense) -> None:
         """End it with this sense, unless it has failed before."""
@@ -240,7 +245,6 @@ class Task:
             done()
             return
         self._pending += 1
-        self.writing += len(data)
         offset = self._offset + begin
         if self._compares:
             self._medium.read(offset, len(data), partial(self._compared, data, done))
@@ -248,7 +252,6 @@ class Task:
             self._medium.write(offset, data, partial(self._written, len(data), done))
 
     def _compared(self, data: Buffer, done: Callable[[], None], found: Buffer, error: OSError | None) -> None:
-        self.writing -= len(data)
         sense = None
         if error is not None:
             log.warning("%s: reading failed: %s", self.name, error)
@@ -260,7 +263,6 @@ class Task:
         self._settle(sense, done)
 
     def _written(self, length: int, done: Callable[[], None], error: OSError | None) -> None:
-        self.writing -= length
         if error is not None:
             log.warning("%s: writing failed: %s", self.name, error)
         else:
@@ -285,11 +287,15 @@ class Task:
         return True
 
     def _begin(self, work: Work) -> None:
+        if self._unit.lingering >= MAX_LINGERING:
+            self.fail(OPERATION_IN_PROGRESS)
+            return
         self._pending += 1
         self._job = Job(self._medium, work, partial(self._worked, work))
 
     def _worked(self, work: Work, error: OSError | None) -> None:
         if self._progress is None:
+            self._unit.lingering -= 1
             if error is not None and not isinstance(work, Verify):
                 self._unit.unreported = error
         elif error is None and isinstance(work, Flush):

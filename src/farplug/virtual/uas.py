@@ -23,8 +23,10 @@ from farplug.usb.transfer import Status, Transfer
 from farplug.usb.types import Buffer, Direction
 from farplug.virtual.iu import (
     COMMAND,
+    COMMAND_IU,
     TAGGED,
     TASK_MANAGEMENT,
+    TASK_MANAGEMENT_IU,
     IuId,
     ResponseCode,
     TaskAttribute,
@@ -34,7 +36,7 @@ from farplug.virtual.iu import (
     sense_iu,
     task_set_full_iu,
 )
-from farplug.virtual.pipe import Pipe
+from farplug.virtual.pipe import Pipe, StatusPipe
 from farplug.virtual.task import Task
 from farplug.virtual.unit import LogicalUnit, absent_unit
 
@@ -43,11 +45,10 @@ log = logging.getLogger(__name__)
 STREAMS_EXPONENT = 5
 """Log2 of the bulk streams of each endpoint, and of the tags with streams. Windows wants 16 streams at least."""
 
+MAX_STREAM = 1 << STREAMS_EXPONENT
+
 MAX_COMMANDS = 256
 """Commands at work; a further one ends with TASK SET FULL."""
-
-MAX_RESPONSES = 256
-"""Responses that wait because the guest does not ask for status; further ones are dropped."""
 
 MAX_UNREAD = 16 << 20
 """Bytes of reads under way, also of those that nobody waits for any more; above it, further reads wait."""
@@ -69,6 +70,9 @@ class _State(Enum):
     """Its status waits for a transfer, or it is gone."""
 
 
+_WAITING, _WORKING, _ENDED = _State
+
+
 class _Command:
     """A command.
 
@@ -87,12 +91,12 @@ class _Command:
 
     __slots__ = ("cdb", "claimed", "lun", "moved", "ordered", "reading", "ready", "state", "tag", "task")
 
-    def __init__(self, tag: int, lun: int | None, cdb: bytes, *, ordered: bool, ready: bool) -> None:
+    def __init__(self, tag: int, lun: int | None, cdb: bytes, *, ready: bool) -> None:
         self.tag = tag
         self.lun = lun
         self.cdb = cdb
-        self.ordered = ordered
-        self.state = _State.WAITING
+        self.ordered = False
+        self.state = _WAITING
         self.task: Task
         self.moved = 0
         self.reading: Transfer | None = None
@@ -117,16 +121,15 @@ class AttachedScsi:
         self._luns = {bytes((method, lun, *bytes(6))): lun for method in (0x00, 0x40) for lun in range(len(units))}
         """By their 8 bytes: peripheral (single level) or flat addressing (SAM-5, chapter 4.7)."""
         self._command_pipe = command
-        self._status, self._data_in, self._data_out = Pipe(), Pipe(), Pipe()
-        self._pipes = {status: self._status, data_in: self._data_in, data_out: self._data_out}
+        self._status: StatusPipe[_Command] = StatusPipe(self._told)
+        self._data_in, self._data_out = Pipe(), Pipe()
+        self._pipes: dict[int, Pipe] = {status: self._status, data_in: self._data_in, data_out: self._data_out}
         self._streams = False
         self._packet_size = 0
         self._commands: dict[int, _Command] = {}
         """Those whose status the guest does not have yet, by tag."""
         self._waiting: deque[_Command] = deque()
-        self._ius: dict[int, deque[tuple[bytes, _Command | None]]] = {}
-        """What waits for a transfer of the status pipe, by stream; with the command that it is about."""
-        self._responses = 0
+        """An ORDERED command until it is over, and what came after it."""
         self._turns: dict[Direction, deque[_Command]] = {Direction.IN: deque(), Direction.OUT: deque()}
         """Without streams: who moves data, one after the other."""
         self._writing: dict[Transfer, tuple[_Command, int]] = {}
@@ -148,13 +151,12 @@ class AttachedScsi:
             return
         pipe = self._pipes[transfer.endpoint]
         if pipe is self._status:
-            pipe.put(transfer)
-            self._give_ius(transfer.stream_id)
+            self._status.ask(transfer)
             return
         command = self._mover(transfer)
         if command is None and self._streams:
             pipe.put(transfer)  # its command follows
-        elif command is None or command.state is _State.ENDED:
+        elif command is None or command.state is _ENDED:
             transfer.complete()
         else:
             pipe.put(transfer)
@@ -196,7 +198,7 @@ class AttachedScsi:
 
         QEMU takes transfers back to submit them again.
         """
-        if command.state is _State.WORKING:
+        if command.state is _WORKING:
             command.moved -= length
             command.task.fail(ABORTED_COMMAND)
 
@@ -211,11 +213,9 @@ class AttachedScsi:
         pending += self._writing
         self._commands.clear()
         self._waiting.clear()
-        self._ius.clear()
         self._writing.clear()
         for turns in self._turns.values():
             turns.clear()
-        self._responses = 0
         for transfer in pending:
             transfer.complete(Status.CANCELLED)
 
@@ -227,11 +227,11 @@ class AttachedScsi:
         if len(data) < TAGGED.size:
             return  # it has no tag that an answer could go to
         tag = int.from_bytes(data[2:4])
-        if self._streams and not 1 <= tag <= 1 << STREAMS_EXPONENT:
+        if self._streams and not 1 <= tag <= MAX_STREAM:
             return  # there is no such stream
-        if tag and len(data) >= COMMAND.size and data[0] == IuId.COMMAND:
+        if tag and data[0] == COMMAND_IU and len(data) >= COMMAND.size:
             self._take_command(tag, data)
-        elif tag and len(data) >= TASK_MANAGEMENT.size and data[0] == IuId.TASK_MANAGEMENT:
+        elif tag and data[0] == TASK_MANAGEMENT_IU and len(data) >= TASK_MANAGEMENT.size:
             self._manage(tag, data)
         else:
             log.debug("the guest sent %d bytes that are no information unit known here", len(data))
@@ -242,32 +242,42 @@ class AttachedScsi:
             self._overlap(tag)
             return
         if len(self._commands) >= MAX_COMMANDS:
-            self._say(tag, task_set_full_iu(tag))
+            self._refuse(tag, task_set_full_iu(tag))
             return
         _, _, attribute, additional, address, cdb = COMMAND.unpack_from(data)
-        cdb += bytes(data[COMMAND.size : COMMAND.size + (additional & 0xFC)])
+        if len(data) > COMMAND.size:
+            cdb += bytes(data[COMMAND.size : COMMAND.size + (additional & 0xFC)])
         attribute &= 0x07
-        ordered = attribute == TaskAttribute.ORDERED
-        command = _Command(tag, self._luns.get(address), cdb, ordered=ordered, ready=self._streams)
-        self._commands[tag] = command
-        if attribute != TaskAttribute.HEAD_OF_QUEUE and (ordered or self._waiting):
+        command = self._commands[tag] = _Command(tag, self._luns.get(address), cdb, ready=self._streams)
+        if not attribute and not self._waiting:
+            self._begin(command)
+            return
+        command.ordered = attribute == TaskAttribute.ORDERED
+        if attribute != TaskAttribute.HEAD_OF_QUEUE and (command.ordered or self._waiting):
             self._waiting.append(command)
             self._admit()
         else:
             self._begin(command)
 
     def _admit(self) -> None:
-        """Begin the commands that wait, up to an ORDERED one that has to go on waiting."""
+        """Begin the commands that wait, up to an ORDERED one that is not over."""
         while self._waiting:
             command = self._waiting[0]
-            if command.ordered and any(one.state is _State.WORKING for one in self._commands.values()):
+            if command.state is _WORKING:
                 return
-            self._begin(self._waiting.popleft())
+            if command.state is _ENDED:
+                self._waiting.popleft()
+            elif not command.ordered:
+                self._begin(self._waiting.popleft())
+            elif any(one.state is _WORKING for one in self._commands.values()):
+                return
+            else:
+                self._begin(command)
 
     def _begin(self, command: _Command) -> None:
         unit = self._absent if command.lun is None else self._units[command.lun]
         task = command.task = Task(unit, command.cdb, partial(self._serve, command))
-        command.state = _State.WORKING
+        command.state = _WORKING
         if not self._streams and task.direction is not None:
             self._turns[task.direction].append(command)
         task.start()
@@ -313,15 +323,14 @@ class AttachedScsi:
     def _drop(self, commands: Iterable[_Command]) -> None:
         """These commands are gone, and the data transfers that the guest has queued for them end: no status is sent."""
         for command in commands:
+            if self._commands.get(command.tag) is not command:
+                continue  # aborted from inside of the completion of another one's data
             self._forget(command)
             del self._commands[command.tag]
             if command in self._waiting:
                 self._waiting.remove(command)
             self._leave_turn(command)
-            stream = self._stream(command.tag)
-            kept = deque(entry for entry in self._ius.pop(stream, ()) if entry[1] is not command)
-            if kept:
-                self._ius[stream] = kept
+            self._status.forget(self._stream(command.tag), command)
             if command.reading is not None:
                 reading, command.reading = command.reading, None
                 reading.complete()
@@ -329,9 +338,9 @@ class AttachedScsi:
         self._go_on()
 
     def _forget(self, command: _Command) -> None:
-        if command.state is not _State.WAITING:
+        if command.state is not _WAITING:
             command.task.drop()
-        command.state = _State.ENDED
+        command.state = _ENDED
 
     # Data
 
@@ -344,7 +353,7 @@ class AttachedScsi:
         try:
             while self._due:
                 command = self._due.popleft()
-                while command.state is _State.WORKING and self._step(command):
+                while command.state is _WORKING and self._step(command):
                     pass
         finally:
             self._serving = False
@@ -357,8 +366,9 @@ class AttachedScsi:
         """Do the next thing that a command needs; False if it has to wait."""
         task = command.task
         if command.moved < task.demand:
-            if task.direction is Direction.OUT:  # also if it has failed: the guest sends all of it, and it must not
-                return self._take(command) if command.ready else self._claim_turn(command)  # go to another command
+            # Data-out is taken also if it has failed: what comes late would go to another command.
+            if task.direction is Direction.OUT:
+                return self._take(command) if command.ready else self._claim_turn(command)
             if task.sense is None:
                 return self._give(command) if command.ready else self._claim_turn(command)
         if command.reading is not None or not task.finish():
@@ -432,12 +442,14 @@ class AttachedScsi:
     # The end
 
     def _end(self, command: _Command) -> None:
-        command.state = _State.ENDED
+        command.state = _ENDED
         self._end_surplus(command)
-        if self._commands.get(command.tag) is command:  # a completion may have made the guest take it back
-            self._say(command.tag, sense_iu(command.tag, command.task.sense), command)
+        if self._commands.get(command.tag) is not command:
+            return  # the guest has aborted it from inside of a completion
+        self._say(command.tag, sense_iu(command.tag, command.task.sense), command)
+        if not self._streams:
             self._leave_turn(command)
-            self._go_on()
+        self._go_on()
 
     def _end_surplus(self, command: _Command) -> None:
         """End the data transfers that the guest has queued for a command, and that nothing uses."""
@@ -458,41 +470,31 @@ class AttachedScsi:
 
     def _go_on(self) -> None:
         """With those that waited for a command that is over."""
-        for turns in self._turns.values():
-            if turns:
-                self._serve(turns[0])
-        self._admit()
+        if not self._streams:
+            for turns in self._turns.values():
+                if turns:
+                    self._serve(turns[0])
+        if self._waiting:
+            self._admit()
 
     def _respond(self, tag: int, code: ResponseCode) -> None:
-        self._say(tag, response_iu(tag, code))
+        self._refuse(tag, response_iu(tag, code))
+
+    def _refuse(self, tag: int, iu: bytes) -> None:
+        """Answer what is no command at work; data that came for one ends."""
+        if self._streams and tag not in self._commands:
+            self._end_data(tag)
+        self._say(tag, iu)
 
     def _say(self, tag: int, iu: bytes, command: _Command | None = None) -> None:
-        """Send an IU on the status pipe, when the guest asks for one."""
-        if command is None:
-            if self._streams and tag not in self._commands:
-                self._end_data(tag)  # of a command that is not done
-            if self._responses >= MAX_RESPONSES:
-                return
-            self._responses += 1
-        stream = self._stream(tag)
-        self._ius.setdefault(stream, deque()).append((iu, command))
-        self._give_ius(stream)
+        self._status.say(self._stream(tag), iu, command)
 
-    def _give_ius(self, stream: int) -> None:
-        while waiting := self._ius.get(stream):
-            transfer = self._status.take(stream)
-            if transfer is None:
-                return
-            iu, command = waiting.popleft()
-            if not waiting:
-                del self._ius[stream]
-            if command is None:
-                self._responses -= 1
-            elif command.state is _State.ENDED:
-                del self._commands[command.tag]
-            else:
-                command.ready = True
-            transfer.complete(Status.SUCCESS, iu)
+    def _told(self, command: _Command) -> None:
+        """The guest has the IU that was said about a command."""
+        if command.state is _ENDED:
+            del self._commands[command.tag]
+        else:
+            command.ready = True
 
     def _stream(self, tag: int) -> int:
         return tag if self._streams else 0

@@ -38,6 +38,7 @@ class LogicalUnit:
         commands: how many were taken.
         bytes_read: from the store, delivered.
         bytes_written: to the store.
+        lingering: jobs under way whose commands are gone.
         unreported: an error of work whose command was gone when it failed. The next flush fails with it.
     """
 
@@ -46,6 +47,7 @@ class LogicalUnit:
     commands: int = field(default=0, init=False)
     bytes_read: int = field(default=0, init=False)
     bytes_written: int = field(default=0, init=False)
+    lingering: int = field(default=0, init=False)
     unreported: OSError | None = field(default=None, init=False)
 
     @property

@@ -1,0 +1,111 @@
+"""Readers, writers and a stream of failing commands side by side, for FARPLUG_STRESS_SECONDS (make stress: a minute).
+
+Linux takes the data transfers of a failed command back, and QEMU then loses those of all commands on that endpoint, if
+the disk leaves them any to take. They would hang for 30 s, until Linux resets the device: its log tells.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import struct
+from typing import TYPE_CHECKING
+
+import pytest
+from tests.guest.plugging import LABORATORY, STORAGE, disk_of, plugged, usb_folder, usb_node
+from tests.guest.scripts import stress
+
+from farplug import events
+from farplug.store import MemoryStore
+from farplug.testing import QemuGuest, SpicePort, TcpPort
+from farplug.usb import Speed
+from farplug.virtual import disk_device
+
+if TYPE_CHECKING:
+    from tests.guest.conftest import GuestPool
+
+SECONDS = float(os.environ.get("FARPLUG_STRESS_SECONDS", "3"))
+
+TCP, SPICE, SLOW_TCP = range(3)
+assert [type(port) for port in LABORATORY.ports] == [TcpPort, SpicePort, TcpPort]
+
+TROUBLE = re.compile(r"timed out|timeout|abort|uas_eh|I/O error|offline|reset", re.IGNORECASE)
+RESETS = 3
+
+DELAYED_ACKNOWLEDGEMENT = 0.04
+"""Seconds that Linux waits at least with an acknowledgement that it means to send along with data."""
+
+pytestmark = pytest.mark.timeout(180 + 2 * SECONDS)
+
+
+def numbered() -> MemoryStore:
+    """Each sector holds its number."""
+    sectors = stress.READ_AREA + stress.WRITERS * stress.WRITE_AREA
+    return MemoryStore(b"".join(struct.pack("<I", number) * 128 for number in range(sectors)))
+
+
+async def strain(guest: QemuGuest, disk: str) -> None:
+    """Everything at once; nothing goes wrong."""
+    told = json.loads(await guest.check(f"python3 /scripts/stress.py {disk} {SECONDS}", timeout=60 + 2 * SECONDS))
+    assert set(told) == {"reader", "writer", "failing"}, told
+    assert min(told.values()) > stress.READERS, told
+
+
+@pytest.mark.parametrize(
+    ("storage", "port", "speed"),
+    [
+        ("uas", TCP, Speed.SUPER),
+        ("uas", SPICE, Speed.SUPER),
+        ("uas", SLOW_TCP, Speed.SUPER),
+        ("uas", TCP, Speed.HIGH),
+        ("bot", SPICE, Speed.SUPER),
+    ],
+    ids=["uas-tcp", "uas-spice", "uas-slow-tcp", "uas-high", "bot-spice"],
+)
+async def test_everything_at_once(guests: GuestPool, storage: str, port: int, speed: Speed) -> None:
+    guest = await guests.get(LABORATORY)
+    device = disk_device(numbered(), speeds=(speed,), transport=STORAGE[storage].transport)
+    async with plugged(guest.targets[port], device) as hub:
+        disk = await disk_of(guest, device)
+        assert STORAGE[storage].driver in await guest.check(f"readlink /sys/block/{disk[5:]}/device/../../../driver")
+        resets = hub.kinds().count(events.WasReset)
+        await guest.check("dmesg -c >/dev/null")
+        await strain(guest, disk)
+        log = await guest.check("dmesg")
+        assert not TROUBLE.search(log), log
+        assert hub.kinds().count(events.WasReset) == resets
+    await device.dispose()
+
+
+@pytest.mark.parametrize("port", [TCP, SPICE], ids=["tcp", "spice"])
+async def test_usb_resets_in_the_middle(guests: GuestPool, port: int) -> None:
+    guest = await guests.get(LABORATORY)
+    device = disk_device(numbered(), transport=STORAGE["uas"].transport)
+    async with plugged(guest.targets[port], device) as hub:
+        disk = await disk_of(guest, device)
+        node = await usb_node(guest, await usb_folder(guest, device))
+        resets = hub.kinds().count(events.WasReset)
+        await guest.check("dmesg -c >/dev/null")
+        straining = asyncio.ensure_future(strain(guest, disk))
+        for _ in range(RESETS):
+            await asyncio.sleep(SECONDS / (RESETS + 1))
+            await guest.check(f"usbreset {node[-7:]}")
+        await straining
+        log = await guest.check("dmesg")
+        assert len(re.findall("reset SuperSpeed USB device", log)) == RESETS, log
+        assert not re.search(r"timed out|timeout|I/O error|offline", log, re.IGNORECASE), log
+        assert hub.kinds().count(events.WasReset) >= resets + RESETS
+    await device.dispose()
+
+
+async def test_qemu_that_collects_small_messages_is_not_waited_for(guests: GuestPool) -> None:
+    """It answers a command with several, and Nagle's algorithm holds them back until ours is acknowledged."""
+    guest = await guests.get(LABORATORY)
+    device = disk_device(numbered())
+    async with plugged(guest.targets[SLOW_TCP], device):
+        disk = await disk_of(guest, device)
+        taken = json.loads(await guest.check(f"python3 /scripts/stress.py {disk} 0", timeout=60))
+    await device.dispose()
+    assert sorted(taken)[stress.READS // 10] < DELAYED_ACKNOWLEDGEMENT, "of the fastest ones, whatever else runs here"
