@@ -55,6 +55,7 @@ class Reason(StrEnum):
     BAD_VV_FILE = "bad-vv-file"
     # setup
     MISSING_PROGRAM = "missing-program"
+    NO_LIBUSB = "no-libusb"
     # images
     NOT_FOUND = "not-found"
     NOT_A_FILE = "not-a-file"
@@ -91,6 +92,7 @@ class Reason(StrEnum):
     NO_FREE_PORT = "no-free-port"
     CHANNEL_IN_USE = "channel-in-use"
     # devices
+    BUSY = "busy"
     FILTERED = "filtered"
     REJECTED = "rejected"
     DEVICE_LOST = "device-lost"

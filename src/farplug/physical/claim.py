@@ -1,0 +1,293 @@
+"""A device taken from this machine, to be given back as it was found.
+
+Everything here may block, for seconds if the device hangs: a :class:`~farplug.physical.worker.Worker` calls it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from time import monotonic
+from typing import Final
+
+from farplug.physical.binding import UsbContext, UsbDevice, UsbHandle, UsbTransfer
+from farplug.physical.library import (
+    Interrupted,
+    Library,
+    NoDevice,
+    NoMemory,
+    NotFound,
+    NotSupported,
+    UsbError,
+    device_errors,
+)
+from farplug.usb.descriptors import ConfigurationDescriptor
+from farplug.usb.device import Identity
+from farplug.usb.types import Endpoint, Interface
+
+DRAIN_PATIENCE = 2.0
+"""Seconds that cancelled transfers have to come back before the device is given back."""
+
+NEVER_RESET: Final = frozenset({(0x1210, 0x001C), (0x2798, 0x0001)})
+"""idVendor and idProduct of devices that do not survive a port reset, as usbredirhost knows them."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a device is plugged in; it holds until it leaves, or is enumerated anew.
+
+    Attributes:
+        bus: the number of its bus.
+        address: its address on the bus.
+    """
+
+    bus: int
+    address: int
+
+    @classmethod
+    def of(cls, device: UsbDevice) -> Place:
+        """Where ``device`` is."""
+        return cls(device.getBusNumber(), device.getDeviceAddress())
+
+    def __str__(self) -> str:
+        return f"{self.bus}-{self.address}"
+
+
+def unconfigured(configurations: Mapping[int, ConfigurationDescriptor]) -> tuple[Interface, ...]:
+    """The interfaces of a device that has no configuration yet: those of the first one."""
+    return next((configuration.select() for configuration in configurations.values()), ())
+
+
+class Claim:
+    """A device that is open, all interfaces of its configuration claimed, no driver of the kernel bound to them.
+
+    Args:
+        library: libusb.
+        place: where the device is.
+        identity: what it must still be.
+        configurations: by bConfigurationValue: they name the interfaces to claim.
+
+    Attributes:
+        context: the session with libusb, for this device alone: its events reach nobody else, and if closing it
+            takes long, nobody else waits.
+        configuration: the current bConfigurationValue; 0 for none.
+        interfaces: those of the current configuration in their current settings; without a configuration those of the
+            first one.
+        endpoints: those of the current settings, by address.
+
+    Raises:
+        DeviceError: it is gone (``DEVICE_LOST``), in use (``BUSY``), there is no permission (``NO_PERMISSION``), or
+            it does not work (``DEVICE_FAULT``). It was given back.
+        SetupError: libusb cannot work on this machine.
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        place: Place,
+        identity: Identity,
+        configurations: Mapping[int, ConfigurationDescriptor],
+    ) -> None:
+        self.configuration = 0
+        self.interfaces: tuple[Interface, ...] = ()
+        self.endpoints: dict[int, Endpoint] = {}
+        self._alternates: dict[int, int] = {}
+        self._original: int | None = None
+        self._library = library
+        self._configurations = configurations
+        self._name = f"{identity} ({place})"
+        self._resets = (identity.vendor_id, identity.product_id) not in NEVER_RESET
+        self._claimed: list[int] = []
+        self._detached: list[int] = []
+        self._closing = False
+        self.context: UsbContext = library.open_context()
+        self._handle: UsbHandle | None = None
+        try:
+            with device_errors(self._name):
+                self._handle = self._find(place, identity).open()
+                self.configuration = self._original = self._handle.getConfiguration()
+                self._take_interfaces()
+                self.reset()
+                self._describe()
+        except BaseException:
+            self.give_back()
+            raise
+
+    @property
+    def handle(self) -> UsbHandle:
+        """libusb's handle, until the device is given back."""
+        assert self._handle is not None
+        return self._handle
+
+    def _find(self, place: Place, identity: Identity) -> UsbDevice:
+        for device in self.context.getDeviceIterator(skip_on_error=True):
+            if Place.of(device) == place:
+                if (device.getVendorID(), device.getProductID()) == (identity.vendor_id, identity.product_id):
+                    return device
+                break
+        raise NoDevice
+
+    # What a guest asks for
+
+    def reset(self) -> None:
+        """Reset the port; configuration and alternate settings are restored. Does nothing if the device does not
+        survive it.
+
+        Raises:
+            NotFound, NoDevice: it came back as another device, or not at all.
+            UsbError: it could not be reset.
+        """
+        if self._resets:
+            self.handle.resetDevice()
+
+    def set_configuration(self, value: int) -> None:
+        """Choose a configuration; 0 for none. :attr:`configuration` is right afterwards, also after an error.
+
+        To choose the current one again only puts its interfaces back to their first settings: devices are known that do
+        not take it well, and after a port reset they have everything else behind them.
+
+        Raises:
+            UsbError: it could not be chosen, or its interfaces not be claimed.
+        """
+        if value == self.configuration:
+            for number in [number for number, alternate in self._alternates.items() if alternate]:
+                self.set_interface(number, 0)
+            return
+        self._release_interfaces()
+        try:
+            self.handle.setConfiguration(value or -1)
+            self.configuration = value
+        finally:
+            self._alternates = {}
+            self._describe()
+            self._take_interfaces()  # the kernel's drivers may have been quicker
+
+    def set_interface(self, number: int, alternate: int) -> None:
+        """Choose an alternate setting. Raises ``UsbError`` if it cannot be chosen."""
+        self.handle.setInterfaceAltSetting(number, alternate)
+        self._alternates[number] = alternate
+        self._describe()
+
+    def clear_halt(self, endpoint: int) -> None:
+        """Clear the halt of an endpoint, and its data toggle. Raises ``UsbError`` if that fails."""
+        self.handle.clearHalt(endpoint)
+
+    def allocate_streams(self, endpoints: Sequence[int], count: int) -> None:
+        """Allocate ``count`` bulk streams on each of the endpoints, all or none.
+
+        Raises:
+            UsbError: there are not so many.
+        """
+        streams = self._library.streams
+        if streams.allocate(self.handle, count, endpoints) != count:
+            streams.free(self.handle, endpoints)
+            raise NoMemory
+
+    def free_streams(self, endpoints: Sequence[int]) -> None:
+        """Give bulk streams back. Raises ``UsbError`` if there are none."""
+        self._library.streams.free(self.handle, endpoints)
+
+    def _describe(self) -> None:
+        configuration = self._configurations.get(self.configuration)
+        if configuration is None:
+            self.interfaces, self.endpoints = unconfigured(self._configurations), {}
+            return
+        self.interfaces = configuration.select(self._alternates)
+        self.endpoints = {one.address: one for interface in self.interfaces for one in interface.endpoints}
+
+    # Taking and giving back
+
+    def _numbers(self) -> list[int]:
+        configuration = self._configurations.get(self.configuration)
+        return [] if configuration is None else sorted({one.number for one in configuration.interfaces})
+
+    def _take_interfaces(self) -> None:
+        """Unbind all drivers, then claim: a driver that has two interfaces binds again while one is still free."""
+        self._detached = []
+        for number in self._numbers():
+            try:
+                self.handle.detachKernelDriver(number)
+                self._detached.append(number)
+            except (NotFound, NotSupported):
+                pass  # no driver is bound, or the system has no such thing
+        for number in self._numbers():
+            self.handle.claimInterface(number)
+            self._claimed.append(number)
+
+    def _release_interfaces(self) -> None:
+        while self._claimed:
+            number = self._claimed.pop()
+            try:
+                self.handle.releaseInterface(number)
+            except UsbError as error:
+                log.debug("%s: interface %d could not be released: %s", self._name, number, error)
+
+    def give_back(self, transfers: Collection[UsbTransfer] = ()) -> None:
+        """Give the device back: transfers cancelled, port reset, first configuration, drivers bound again; close it.
+
+        Nobody else handles the events of the session any more. Never raises: what cannot be restored is logged. Only
+        the first call does anything.
+
+        Args:
+            transfers: those that may be in flight.
+        """
+        if self._closing:
+            return
+        self._closing = True
+        try:
+            if self._handle is not None:
+                if not drain(self.context, transfers):
+                    # libusb cannot close a device that has transfers in flight: the kernel will, with the process.
+                    log.error("%s does not give its transfers back: it stays open until farplug ends", self._name)
+                    self._handle = None
+                    return
+                try:
+                    self._restore()
+                finally:
+                    self._handle.close()
+                    self._handle = None
+        except Exception:
+            log.exception("%s could not be given back", self._name)
+        finally:
+            self.context.close()
+
+    def _restore(self) -> None:
+        self._release_interfaces()
+        if self._original is None:
+            return
+        try:
+            self.reset()  # whatever the guest left behind, the next driver finds it clean
+            if self.configuration != self._original:
+                self.handle.setConfiguration(self._original or -1)  # the kernel binds its drivers by itself
+                return
+        except (NotFound, NoDevice):
+            return  # it is gone, or came back as another device: nothing is to be restored
+        except UsbError as error:
+            log.warning("%s could not be reset: %s", self._name, error)
+        for number in self._detached:
+            try:
+                self.handle.attachKernelDriver(number)
+            except (NotFound, NoDevice):
+                pass
+            except UsbError as error:
+                # A driver that has two interfaces took this one with the first.
+                log.debug("%s: no driver for interface %d: %s", self._name, number, error)
+
+
+def drain(context: UsbContext, transfers: Collection[UsbTransfer]) -> bool:
+    """Cancel transfers and handle events until all are back; False if that takes longer than :data:`DRAIN_PATIENCE`."""
+    for transfer in transfers:
+        try:
+            transfer.cancel()
+        except UsbError:
+            pass  # it is on its way back
+    until = monotonic() + DRAIN_PATIENCE
+    while (flying := any(transfer.isSubmitted() for transfer in transfers)) and monotonic() < until:
+        try:
+            context.handleEventsTimeout(0.1)
+        except Interrupted:
+            pass
+    return not flying

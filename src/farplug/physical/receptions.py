@@ -1,0 +1,314 @@
+"""What a device receives or plays by itself: interrupt IN, buffered bulk IN, isochronous IN and OUT.
+
+A question for each packet would come too late over a network: some transfers are always at the device.
+
+Source: usb-redirection-protocol.md, start/stop iso stream, interrupt receiving and bulk receiving, and what
+usbredirhost makes of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from abc import ABC, abstractmethod
+from collections import deque
+from typing import ClassVar, Protocol
+
+from farplug.physical.binding import UsbHandle, UsbTransfer
+from farplug.physical.library import TRANSFER_NO_DEVICE, NoDevice, UsbError, transfer_status
+from farplug.physical.transfers import cancel
+from farplug.usb.device import Reception
+from farplug.usb.transfer import Status, Transfer
+from farplug.usb.types import Buffer, Endpoint, TransferType
+
+ERROR_PAUSE = 0.01
+"""Seconds until a failed transfer is submitted again: while a device is being pulled out, each fails at once."""
+
+log = logging.getLogger(__name__)
+
+
+class StreamHost(Protocol):
+    """What a stream needs of the device that it belongs to."""
+
+    def completed(self, usb: UsbTransfer) -> None:
+        """The callback of libusb's transfers: brings them to ``came_back``, on the event loop."""
+
+    def received(self, endpoint: int, status: Status, data: Buffer) -> None:
+        """One packet, for the guest."""
+
+    def reception_ended(self, endpoint: int, status: Status) -> None:
+        """The stream ended by itself (``STALL``), or has an error to report while it runs on."""
+
+    async def clear_halt(self, endpoint: int) -> None:
+        """Clear an endpoint's halt. Raises ``UsbError`` if it stays."""
+
+    def lost(self) -> None:
+        """The device turned out to be gone."""
+
+
+class Stream(ABC):
+    """A reception that runs.
+
+    Args:
+        reception: what the guest asked for.
+        endpoint: of the device.
+        handle: libusb's.
+        host: the device.
+    """
+
+    iso: ClassVar[bool] = False
+
+    def __init__(self, reception: Reception, endpoint: Endpoint, handle: UsbHandle, host: StreamHost) -> None:
+        self.address = endpoint.address
+        self._reception = reception
+        self._endpoint = endpoint
+        self._host = host
+        self._stopped = False
+        self._stalled = False
+        self._recovery: asyncio.Task[None] | None = None
+        self._flying: set[UsbTransfer] = set()
+        packets = reception.packets_per_transfer if self.iso else 0
+        self._transfers = [handle.getTransfer(packets) for _ in range(reception.transfers)]
+
+    @abstractmethod
+    def start(self) -> None:
+        """Submit what is to be submitted at the beginning. Raises ``UsbError``: nothing runs then."""
+
+    @abstractmethod
+    def _returned(self, usb: UsbTransfer) -> None:
+        """A transfer came back and the stream goes on: deal with it, submit it again."""
+
+    @property
+    def in_flight(self) -> list[UsbTransfer]:
+        """libusb's transfers that are not back yet."""
+        return list(self._flying)
+
+    def stop(self) -> None:
+        """Receive no more; what comes back later belongs to nobody."""
+        self._stopped = True
+        if self._recovery is not None:
+            self._recovery.cancel()
+        self._cancel_flying()
+        for usb in self._transfers:
+            if usb not in self._flying:
+                usb.close()
+
+    def came_back(self, usb: UsbTransfer) -> None:
+        """libusb is done with one of the transfers."""
+        self._flying.discard(usb)
+        if self._stopped:
+            usb.close()
+            return
+        code = usb.getStatus()
+        if code == TRANSFER_NO_DEVICE:
+            self._host.lost()
+        elif transfer_status(code) is Status.STALL or self._stalled:
+            self._recover()
+        else:
+            self._returned(usb)
+
+    def _submit(self, usb: UsbTransfer) -> None:
+        usb.submit()
+        self._flying.add(usb)
+
+    def _resubmit(self, usb: UsbTransfer) -> None:
+        """Submit while the stream runs; if that fails, the stream ends."""
+        if self._stopped or self._stalled or usb in self._flying:
+            return
+        try:
+            self._submit(usb)
+        except NoDevice:
+            self._host.lost()
+        except UsbError as error:
+            log.warning("endpoint %02x: receiving ends, %s", self.address, error)
+            self._end()
+
+    def _resubmit_later(self, usb: UsbTransfer) -> None:
+        asyncio.get_running_loop().call_later(ERROR_PAUSE, self._resubmit, usb)
+
+    def _end(self) -> None:
+        if not self._stopped:
+            self.stop()
+            self._host.reception_ended(self.address, Status.STALL)
+
+    def _cancel_flying(self) -> None:
+        for usb in self.in_flight:
+            cancel(usb)
+
+    # A stall: take all back, clear the halt, begin again. The guest hears of it only if that fails.
+
+    def _recover(self) -> None:
+        if not self._stalled:
+            self._stalled = True
+            self._cancel_flying()
+        if not self._flying and self._recovery is None:
+            self._recovery = asyncio.get_running_loop().create_task(self._begin_again())
+
+    async def _begin_again(self) -> None:
+        try:
+            log.info("endpoint %02x stalled: its halt is cleared", self.address)
+            await self._host.clear_halt(self.address)
+            self._stalled = False
+            self.start()
+        except NoDevice:
+            self._host.lost()
+        except UsbError as error:
+            log.warning("endpoint %02x stalled, and its halt cannot be cleared: %s", self.address, error)
+            self._end()
+        finally:
+            self._recovery = None
+
+
+class PacketStream(Stream):
+    """Interrupt IN, and buffered bulk IN: each transfer that comes back is a packet for the guest."""
+
+    def start(self) -> None:
+        for usb in self._transfers:
+            buffer = bytearray(self._size)
+            if self._reception.type is TransferType.BULK:
+                usb.setBulk(self.address, buffer, self._host.completed, self)
+            else:
+                usb.setInterrupt(self.address, buffer, self._host.completed, self)
+            self._submit(usb)
+
+    @property
+    def _size(self) -> int:
+        return self._reception.bytes_per_transfer or self._endpoint.max_packet_size
+
+    def _returned(self, usb: UsbTransfer) -> None:
+        status = transfer_status(usb.getStatus())
+        data = bytes(memoryview(usb.getBuffer())[: usb.getActualLength()])
+        self._host.received(self.address, status, data)
+        if status is Status.SUCCESS:
+            self._resubmit(usb)
+        else:
+            self._resubmit_later(usb)
+
+
+class IsoInStream(Stream):
+    """Isochronous IN: each packet of a transfer that comes back is one for the guest."""
+
+    iso = True
+
+    def start(self) -> None:
+        count, size = self._reception.packets_per_transfer, self._endpoint.max_packet_size
+        for usb in self._transfers:
+            usb.setIsochronous(
+                self.address,
+                bytearray(count * size),
+                self._host.completed,
+                self,
+                iso_transfer_length_list=[size] * count,
+            )
+            self._submit(usb)
+
+    def _returned(self, usb: UsbTransfer) -> None:
+        status = transfer_status(usb.getStatus())
+        if status is not Status.SUCCESS:
+            self._host.received(self.address, status, b"")
+            self._resubmit_later(usb)
+            return
+        buffer, position, statuses = memoryview(usb.getBuffer()), 0, set()
+        for packet in usb.getISOSetupList():
+            status = transfer_status(packet["status"])
+            statuses.add(status)
+            data = bytes(buffer[position : position + packet["actual_length"]]) if status is Status.SUCCESS else b""
+            position += packet["length"]
+            if status is not Status.STALL:
+                self._host.received(self.address, status, data)
+            if self._stopped:
+                return
+        if Status.STALL in statuses:
+            self._recover()
+        else:
+            self._resubmit(usb)
+
+
+class IsoOutStream(Stream):
+    """Isochronous OUT: packets are collected before the first goes out, because they come unevenly.
+
+    Half of what fits is collected first. If all of it was played, it begins again with collecting; if more comes than
+    fits, half of it is dropped: so the delay stays in the middle.
+    """
+
+    iso = True
+
+    def __init__(self, reception: Reception, endpoint: Endpoint, handle: UsbHandle, host: StreamHost) -> None:
+        super().__init__(reception, endpoint, handle, host)
+        self._collected: deque[Transfer] = deque()
+        self._capacity = reception.packets_per_transfer * reception.transfers
+        self._to_drop = 0
+
+    def start(self) -> None:
+        self._idle = list(self._transfers)
+        self._playing: dict[UsbTransfer, list[Transfer]] = {}
+        self._collecting = True
+
+    def submit(self, transfer: Transfer) -> None:
+        """One packet from the guest. It is completed when it was played, or at once when it is dropped."""
+        per_transfer = self._reception.packets_per_transfer
+        held = len(self._collected) + per_transfer * len(self._playing)
+        if held >= self._capacity:
+            self._to_drop = self._capacity // 2
+        if self._to_drop:
+            self._to_drop -= 1
+            transfer.complete(Status.CANCELLED)
+            return
+        if not 0 < transfer.length <= self._endpoint.max_packet_size:
+            transfer.complete(Status.INVALID)
+            return
+        self._collected.append(transfer)
+        if self._collecting and len(self._collected) >= max(1, self._capacity // 2):
+            self._collecting = False
+        self._play()
+
+    def stop(self) -> None:
+        super().stop()
+        waiting = [*self._collected]
+        self._collected.clear()
+        for transfers in self._playing.values():
+            waiting += transfers
+        self._playing.clear()
+        for transfer in waiting:
+            transfer.complete(Status.CANCELLED)
+
+    def _play(self) -> None:
+        count = self._reception.packets_per_transfer
+        while self._idle and len(self._collected) >= count and not (self._collecting or self._stalled or self._stopped):
+            usb = self._idle.pop()
+            packets = [self._collected.popleft() for _ in range(count)]
+            self._playing[usb] = packets
+            usb.setIsochronous(
+                self.address,
+                bytearray(b"".join(packet.data for packet in packets)),
+                self._host.completed,
+                self,
+                iso_transfer_length_list=[packet.length for packet in packets],
+            )
+            self._resubmit(usb)
+
+    def came_back(self, usb: UsbTransfer) -> None:
+        packets = self._playing.pop(usb, [])
+        if not self._stopped:
+            self._idle.append(usb)
+            results = usb.getISOSetupList()
+            for packet, result in zip(packets, results, strict=False):
+                packet.complete(transfer_status(result["status"]), actual=result["actual_length"])
+            if any(transfer_status(result["status"]) is Status.STALL for result in results):
+                self._stalled = True
+        super().came_back(usb)
+
+    def _returned(self, usb: UsbTransfer) -> None:
+        status = transfer_status(usb.getStatus())
+        if status is not Status.SUCCESS:
+            self._host.reception_ended(self.address, status)
+        if not self._playing and len(self._collected) < self._reception.packets_per_transfer:
+            self._collecting = True
+        self._play()
+
+
+def stream_kind(reception: Reception, endpoint: Endpoint) -> type[Stream]:
+    """The kind of stream that a reception on an endpoint needs."""
+    if endpoint.type is not TransferType.ISOCHRONOUS:
+        return PacketStream
+    return IsoInStream if endpoint.address & 0x80 else IsoOutStream

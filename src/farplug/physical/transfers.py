@@ -1,0 +1,288 @@
+"""Transfers of a device that is open: control, bulk, interrupt. Asynchronous, each completed exactly once.
+
+Source: libusb-1.0, "Asynchronous device I/O"; usb-redirection-protocol.md, control and bulk packets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Collection
+from typing import Final, Protocol, TypeAlias
+
+from farplug.physical.binding import UsbHandle, UsbTransfer
+from farplug.physical.library import TRANSFER_NO_DEVICE, InvalidParameter, NoDevice, NoMemory, UsbError, transfer_status
+from farplug.usb.transfer import Status, Transfer
+from farplug.usb.types import TransferType
+
+CONTROL_TIMEOUT = 5.0
+"""Seconds that a control transfer may take. Others may take for ever: a key is pressed when somebody presses it."""
+MAX_PIECE: Final = 2**20
+"""Bytes that are given to libusb at once. Linux has 16 MiB for all transfers of all programs."""
+MIN_PIECE: Final = 16 * 2**10
+"""If there is no memory for this much either, a transfer waits until there is."""
+MEMORY_PAUSE = 0.01
+"""Seconds until a transfer that found no memory tries again, if none comes back before."""
+MAX_IDLE: Final = 32
+"""libusb's transfers that are kept to be used again."""
+MAX_IDLE_BUFFER: Final = 64 * 2**10
+"""An idle one does not keep a larger buffer."""
+
+_Key: TypeAlias = tuple[int, int]
+"""An endpoint and a stream: what is submitted there moves in this order."""
+
+
+class Owner(Protocol):
+    """The user data of each of libusb's transfers: whom it comes back to."""
+
+    def came_back(self, usb: UsbTransfer) -> None:
+        """It is not in flight any more. Called on the event loop."""
+
+
+class _Job:
+    """A transfer under way. A long one moves in pieces, one after the other.
+
+    Attributes:
+        blocks: it is not wholly at libusb: what comes after it on its endpoint has to wait.
+    """
+
+    __slots__ = (
+        *("owner", "transfer", "key", "length", "buffer", "moved", "piece", "usb", "timer"),
+        *("blocks", "cancelled", "timed_out"),
+    )
+
+    def __init__(self, owner: Transfers, transfer: Transfer) -> None:
+        self.owner = owner
+        self.transfer = transfer
+        self.key = (transfer.endpoint, transfer.stream_id)
+        self.length = transfer.length
+        self.buffer = memoryview(bytearray(self.length) if transfer.endpoint & 0x80 else transfer.data)
+        self.moved = 0
+        self.piece = MAX_PIECE
+        self.usb: UsbTransfer | None = None
+        self.timer: asyncio.TimerHandle | None = None
+        self.blocks = self.cancelled = self.timed_out = False
+
+    def came_back(self, usb: UsbTransfer) -> None:
+        self.owner.came_back(self, usb)
+
+
+class Transfers:
+    """The transfers of an open device.
+
+    Args:
+        handle: libusb's.
+        completed: the callback of libusb's transfers; it brings each to its :class:`Owner`.
+        assign_stream: makes a bulk transfer of libusb's one of a stream.
+        lost: called when the device turns out to be gone.
+    """
+
+    def __init__(
+        self,
+        handle: UsbHandle,
+        completed: Callable[[UsbTransfer], None],
+        assign_stream: Callable[[UsbTransfer, int], None],
+        lost: Callable[[], None],
+    ) -> None:
+        self._handle = handle
+        self._completed = completed
+        self._assign_stream = assign_stream
+        self._lost = lost
+        self._jobs: dict[Transfer, _Job] = {}
+        self._waiting: dict[_Key, deque[_Job]] = {}
+        """What waits behind a job that blocks its endpoint."""
+        self._hungry: deque[_Job] = deque()
+        """Jobs that found no memory."""
+        self._hunger: asyncio.TimerHandle | None = None
+        self._idle: list[UsbTransfer] = []
+
+    @property
+    def in_flight(self) -> list[UsbTransfer]:
+        """libusb's transfers that are not back yet."""
+        return [job.usb for job in self._jobs.values() if job.usb is not None]
+
+    def submit(self, transfer: Transfer) -> None:
+        """Take a transfer: it is completed now or later."""
+        job = self._jobs[transfer] = _Job(self, transfer)
+        if transfer.setup is not None:
+            job.timer = asyncio.get_running_loop().call_later(CONTROL_TIMEOUT, self._expire, job)
+        self._admit(job)
+
+    def cancel(self, transfer: Transfer) -> None:
+        """Complete a transfer soon; at once, if nothing of it is at the device."""
+        job = self._jobs.get(transfer)
+        if job is not None:
+            job.cancelled = True
+            self._take_back(job)
+
+    def cancel_all(self, endpoints: Collection[int] | None = None) -> None:
+        """Cancel all transfers (of ``endpoints``), the newest first: none goes on in the place of another."""
+        for job in reversed(list(self._jobs.values())):
+            if job.transfer in self._jobs and (endpoints is None or job.transfer.endpoint in endpoints):
+                self.cancel(job.transfer)
+
+    def abandon(self, status: Status) -> list[UsbTransfer]:
+        """Complete all transfers at once: what comes back later belongs to nobody.
+
+        Returns:
+            what is still in flight.
+        """
+        in_flight = self.in_flight
+        jobs = list(self._jobs.values())
+        self._jobs.clear()
+        self._waiting.clear()
+        self._hungry.clear()
+        if self._hunger is not None:
+            self._hunger.cancel()
+        for job in jobs:
+            if job.timer is not None:
+                job.timer.cancel()
+            job.transfer.complete(status, actual=job.moved)
+        return in_flight
+
+    # The way of a job
+
+    def _admit(self, job: _Job) -> None:
+        waiting = self._waiting.get(job.key)
+        if waiting is not None:
+            waiting.append(job)
+            return
+        if job.length > MAX_PIECE:
+            self._block(job)
+        self._start(job)
+
+    def _start(self, job: _Job) -> None:
+        """Give a job, or its next piece, to libusb."""
+        job.usb = usb = self._idle.pop() if self._idle else self._handle.getTransfer()
+        try:
+            self._fill(usb, job)
+            usb.submit()
+            return
+        except UsbError as raised:
+            error = raised
+        job.usb = None
+        self._recycle(usb, job.length)
+        if isinstance(error, NoMemory):
+            self._block(job)
+            if min(job.piece, job.length - job.moved) > MIN_PIECE and job.transfer.setup is None:
+                job.piece //= 2
+                self._start(job)
+            else:
+                self._hungry.append(job)
+                if self._hunger is None:
+                    self._hunger = asyncio.get_running_loop().call_later(MEMORY_PAUSE, self._feed)
+            return
+        self._end(job, Status.INVALID if isinstance(error, InvalidParameter) else Status.IO_ERROR)
+        if isinstance(error, NoDevice):
+            self._lost()
+
+    def _fill(self, usb: UsbTransfer, job: _Job) -> None:
+        transfer = job.transfer
+        setup = transfer.setup
+        if setup is not None:
+            stage = job.length if transfer.endpoint & 0x80 else bytes(transfer.data)
+            usb.setControl(setup.request_type, setup.request, setup.value, setup.index, stage, self._completed, job)
+            return
+        piece = job.buffer[job.moved : job.moved + job.piece]
+        if transfer.type is TransferType.BULK:
+            usb.setBulk(transfer.endpoint, piece, self._completed, job)
+            if transfer.stream_id:
+                self._assign_stream(usb, transfer.stream_id)
+        else:
+            usb.setInterrupt(transfer.endpoint, piece, self._completed, job)
+
+    def came_back(self, job: _Job, usb: UsbTransfer) -> None:
+        """libusb is done with a job, or with a piece of it."""
+        if job.usb is not usb or job.transfer not in self._jobs:
+            return  # it was abandoned
+        job.usb = None
+        code, actual = usb.getStatus(), usb.getActualLength()
+        setup = job.transfer.setup
+        if setup is not None and job.transfer.endpoint & 0x80:
+            job.buffer = memoryview(usb.getBuffer())
+        length = job.length if setup is not None else min(job.piece, job.length - job.moved)
+        job.moved += min(actual, length)
+        self._recycle(usb, length)
+        status = transfer_status(code)
+        if status is Status.SUCCESS and actual >= length and job.moved < job.length:
+            if not job.cancelled:
+                self._start(job)
+                return
+            status = Status.CANCELLED
+        elif status is Status.CANCELLED and job.timed_out:
+            status = Status.TIMEOUT
+        self._end(job, status)
+        if code == TRANSFER_NO_DEVICE:
+            self._lost()
+        elif self._hungry:
+            self._feed()
+
+    def _end(self, job: _Job, status: Status) -> None:
+        """Complete a job's transfer, then let those behind it go on."""
+        transfer = job.transfer
+        del self._jobs[transfer]
+        if job.timer is not None:
+            job.timer.cancel()
+        if transfer.endpoint & 0x80:
+            transfer.complete(status, job.buffer[: job.moved])
+        else:
+            transfer.complete(status, actual=job.moved)
+        if job.blocks:
+            self._resume(job.key)
+
+    def _resume(self, key: _Key) -> None:
+        """What waited behind a job goes on, up to the next one that blocks."""
+        while (waiting := self._waiting.get(key)) is not None:
+            if not waiting:
+                del self._waiting[key]
+                return
+            job = waiting.popleft()
+            job.blocks = job.length > MAX_PIECE
+            self._start(job)
+            if job.blocks:
+                return
+
+    def _take_back(self, job: _Job) -> None:
+        """End a job early: at once, unless something of it is at the device."""
+        if job.usb is not None:
+            cancel(job.usb)
+            return
+        queue = self._hungry if job in self._hungry else self._waiting[job.key]
+        queue.remove(job)
+        self._end(job, Status.TIMEOUT if job.timed_out else Status.CANCELLED)
+
+    def _expire(self, job: _Job) -> None:
+        job.timer = None
+        job.timed_out = True
+        self._take_back(job)
+
+    # Memory
+
+    def _block(self, job: _Job) -> None:
+        job.blocks = True
+        self._waiting.setdefault(job.key, deque())
+
+    def _feed(self) -> None:
+        """Something came back, or time has passed: there may be memory."""
+        if self._hunger is not None:
+            self._hunger.cancel()
+            self._hunger = None
+        for _ in range(len(self._hungry)):
+            if self._hungry:  # an answer may have had the others cancelled
+                self._start(self._hungry.popleft())
+
+    def _recycle(self, usb: UsbTransfer, length: int) -> None:
+        if len(self._idle) >= MAX_IDLE:
+            usb.close()
+            return
+        if length > MAX_IDLE_BUFFER:
+            usb.setBulk(0, bytearray(), None, None)
+        self._idle.append(usb)
+
+
+def cancel(usb: UsbTransfer) -> None:
+    """Cancel one of libusb's transfers; it comes back all the same."""
+    try:
+        usb.cancel()
+    except UsbError:
+        pass  # it is on its way back
