@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import shlex
+import json
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 from tests.guest.plugging import AT_ONCE, SCRIPTS, usb_folder_by_ids
 
@@ -59,7 +60,9 @@ FAR = GuestConfig(
 """The far guest."""
 
 PYTHON = f"PYTHONPATH={Path(farplug.__file__).parents[1]} PYTHONUNBUFFERED=1 {sys.executable}"
-FARPLUG = f"{PYTHON} -c 'from farplug.cli.main import main; main()'"
+
+PATIENCE = 120
+"""Seconds that something in nested guests may take on a machine that has other things to do."""
 
 _numbers = itertools.count(1)
 
@@ -133,6 +136,7 @@ async def running(guest: QemuGuest, command: str) -> AsyncIterator[Job]:
             async with asyncio.timeout(30):
                 await asyncio.wait([task])
         task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +260,90 @@ class Machine:
         return sum(int(line.split()[0]) for line in lines.splitlines()) / 1e9
 
 
-def quoted(*words: object) -> str:
-    """A command line for the guest's shell."""
-    return shlex.join(map(str, words))
+class Plugger:
+    """farplug in the near guest, as a library: ``scripts/plugger.py``. Starting Python there takes seconds, so that one
+    serves all tests.
+
+    Attributes:
+        events: what happened to devices: the name in QEMU, the kind of event, and its words.
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.events: list[tuple[str, str, str]] = []
+        self._names: dict[int, str] = {}
+        self._answers: dict[int, asyncio.Future[Any]] = {}
+        self._writer: asyncio.StreamWriter | None = None
+        self._connected = asyncio.Event()
+
+    @classmethod
+    @asynccontextmanager
+    async def started(cls, machine: Machine) -> AsyncIterator[Self]:
+        """Start it; it ends with the block."""
+        self = cls(machine)
+        server = await asyncio.start_server(self._serve, LOOPBACK, 0, limit=1 << 20)
+        port = server.sockets[0].getsockname()[1]
+        async with running(machine.guest, f"{PYTHON} {SCRIPTS / 'plugger.py'} {GATEWAY} {port}") as job:
+            connected = asyncio.ensure_future(self._connected.wait())
+            ended = asyncio.ensure_future(job.end(PATIENCE))
+            try:
+                await asyncio.wait((connected, ended), return_when=asyncio.FIRST_COMPLETED)
+                assert connected.done(), ended.result()
+                yield self
+            finally:
+                connected.cancel()
+                ended.cancel()
+                server.close()
+                assert self._writer is not None
+                self._writer.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writer = writer
+        self._connected.set()
+        while line := await reader.readline():
+            number, *rest = json.loads(line)
+            if number == "event":
+                device, kind, words = rest
+                self.events.append((self._names[device], kind, words))
+            elif len(rest) == 1:
+                self._answers.pop(number).set_result(rest[0])
+            else:
+                self._answers.pop(number).set_exception(AssertionError(rest[1]))
+
+    async def ask(self, method: str, *arguments: object, timeout: float = PATIENCE) -> Any:
+        """Have one of its methods run.
+
+        Raises:
+            AssertionError: it failed; with what it raised.
+        """
+        assert self._writer is not None
+        number = next(_numbers)
+        answer = self._answers[number] = asyncio.get_running_loop().create_future()
+        self._writer.write(json.dumps([number, method, *arguments]).encode() + b"\n")
+        async with asyncio.timeout(timeout):
+            return await answer
+
+    async def plug(self, real: Real, target: str) -> int:
+        """Plug a device in; its number. The far guest has configured it."""
+        number = next(_numbers)
+        self._names[number] = real.name
+        await self.ask("plug", number, from_inside(target), real.bus)
+        return number
+
+    @asynccontextmanager
+    async def plugged(self, real: Real, target: str) -> AsyncIterator[None]:
+        """A device is plugged in during the block."""
+        number = await self.plug(real, target)
+        try:
+            yield
+        finally:
+            await self.ask("unplug", number)
+
+    async def happened(self, real: Real, kind: str, timeout: float = PATIENCE) -> str:
+        """Wait until something happened to a device: the words of that event."""
+        async with asyncio.timeout(timeout):
+            while True:
+                for name, what, words in self.events:
+                    if (name, what) == (real.name, kind):
+                        return words
+                await asyncio.sleep(0.05)

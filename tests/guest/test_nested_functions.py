@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import pytest_asyncio
-from tests.guest.nested import FAR, REAL_DEVICES, Job, Machine, Real, from_inside, running
+from tests.guest.nested import FAR, Job, Plugger, Real, running
 from tests.guest.plugging import raw, usb_folder_by_ids, usb_node
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ EV_KEY, EV_ABS = 1, 3
 KEYS = {"f": 33, "a": 30, "r": 19, "p": 25, "l": 38, "u": 22, "g": 34}
 """Key codes (Linux, include/uapi/linux/input-event-codes.h)."""
 
+pytestmark = pytest.mark.timeout(400)
+
 NAMES = {
     "keyboard": "0627:0001",
     "serial": "0403:6001",
@@ -37,13 +39,13 @@ NAMES = {
 
 
 class Desk:
-    """The near guest with its devices, the far one that got them, and the program between them."""
+    """The near guest with its devices, and the far one that got them."""
 
-    def __init__(self, machine: Machine, far: QemuGuest, devices: dict[str, Real], jobs) -> None:
-        self.machine = machine
+    def __init__(self, plugger: Plugger, far: QemuGuest, devices: dict[str, Real]) -> None:
+        self.plugger = plugger
+        self.machine = plugger.machine
         self.far = far
         self.devices = devices
-        self.jobs = jobs
 
     async def folder(self, name: str) -> str:
         """The far guest's folder in /sys for a device."""
@@ -58,9 +60,9 @@ async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def desk(guests: GuestPool, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Desk]:
+async def desk(plugger: Plugger, guests: GuestPool, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Desk]:
     """One of each, all plugged in."""
-    machine, far = Machine(await guests.get(REAL_DEVICES)), await guests.get(FAR)
+    machine, far = plugger.machine, await guests.get(FAR)
     folder = tmp_path_factory.mktemp("desk")
     (folder / "songs").mkdir()
     (folder / "songs" / "note.txt").write_text("la")
@@ -81,12 +83,9 @@ async def desk(guests: GuestPool, tmp_path_factory: pytest.TempPathFactory) -> A
             name: await stack.enter_async_context(machine.device(driver, NAMES[name], **extra))
             for name, (driver, extra) in properties.items()
         }
-        jobs = {}
-        for index, (name, real) in enumerate(devices.items()):
-            jobs[name] = await stack.enter_async_context(
-                running(machine.guest, f"usbredirect --device {real.bus} --to {from_inside(far.targets[index])[6:]}")
-            )
-        yield Desk(machine, far, devices, jobs)
+        for real in devices.values():
+            await stack.enter_async_context(plugger.plugged(real, far.targets[-1]))
+        yield Desk(plugger, far, devices)
 
 
 async def input_node(guest: QemuGuest, folder: str) -> str:
@@ -159,11 +158,10 @@ async def test_speaker(desk: Desk) -> None:
         "printf 'pcm.out { type hw card 0 device 0 }\\n' >/tmp/alsa.conf; until test -e /dev/snd/pcmC0D0p; do sleep 0.1; done"
     )
     result = await desk.far.run(
-        "time ALSA_CONFIG_PATH=/tmp/alsa.conf aplay -D out -t raw -f S16_LE -r 48000 -c 2 -d 5 /dev/urandom", timeout=60
+        "ALSA_CONFIG_PATH=/tmp/alsa.conf aplay -D out -t raw -f S16_LE -r 48000 -c 2 -d 5 /dev/urandom", timeout=60
     )
     print(result)
     print(await desk.far.check("dmesg | tail -5"))
-    print(await desk.jobs["speaker"].output())
 
 
 async def test_smart_card_reader_is_listed(desk: Desk) -> None:
@@ -188,5 +186,4 @@ async def test_player(desk: Desk) -> None:
 async def test_end(desk):
     print(await desk.far.check("lsusb -t"))
     print(await desk.machine.check("lsusb -t"))
-    for n, j in desk.jobs.items():
-        print(n, await j.output())
+    print(desk.plugger.events)
