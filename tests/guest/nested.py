@@ -265,13 +265,12 @@ class Plugger:
     serves all tests.
 
     Attributes:
-        events: what happened to devices: the name in QEMU, the kind of event, and its words.
+        events: what happened to devices: its name, the kind of event, and its words, since devices were plugged in last.
     """
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
         self.events: list[tuple[str, str, str]] = []
-        self._names: dict[int, str] = {}
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._writer: asyncio.StreamWriter | None = None
         self._connected = asyncio.Event()
@@ -304,7 +303,7 @@ class Plugger:
             number, *rest = json.loads(line)
             if number == "event":
                 device, kind, words = rest
-                self.events.append((self._names[device], kind, words))
+                self.events.append((device, kind, words))
             elif len(rest) == 1:
                 self._answers.pop(number).set_result(rest[0])
             else:
@@ -323,27 +322,25 @@ class Plugger:
         async with asyncio.timeout(timeout):
             return await answer
 
-    async def plug(self, real: Real, target: str) -> int:
-        """Plug a device in; its number. The far guest has configured it."""
-        number = next(_numbers)
-        self._names[number] = real.name
-        await self.ask("plug", number, from_inside(target), real.bus)
-        return number
-
     @asynccontextmanager
-    async def plugged(self, real: Real, target: str) -> AsyncIterator[None]:
-        """A device is plugged in during the block."""
-        number = await self.plug(real, target)
+    async def plugged(self, target: str, *devices: Real) -> AsyncIterator[None]:
+        """Devices are plugged in during the block; the far guest has configured them."""
+        self.events.clear()
+        target = from_inside(target)
+        await self.ask("connect", target)
         try:
+            numbers = [next(_numbers) for _ in devices]
+            plugging = zip(numbers, devices, strict=True)
+            await asyncio.gather(*(self.ask("plug", number, target, real.bus) for number, real in plugging))
             yield
         finally:
-            await self.ask("unplug", number)
+            await self.ask("leave", target)
 
-    async def happened(self, real: Real, kind: str, timeout: float = PATIENCE) -> str:
+    async def happened(self, kind: str, timeout: float = PATIENCE) -> str:
         """Wait until something happened to a device: the words of that event."""
         async with asyncio.timeout(timeout):
             while True:
-                for name, what, words in self.events:
-                    if (name, what) == (real.name, kind):
+                for _, what, words in self.events:
+                    if what == kind:
                         return words
                 await asyncio.sleep(0.05)

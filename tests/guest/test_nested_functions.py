@@ -83,8 +83,7 @@ async def desk(plugger: Plugger, guests: GuestPool, tmp_path_factory: pytest.Tem
             name: await stack.enter_async_context(machine.device(driver, NAMES[name], **extra))
             for name, (driver, extra) in properties.items()
         }
-        for real in devices.values():
-            await stack.enter_async_context(plugger.plugged(real, far.targets[-1]))
+        await stack.enter_async_context(plugger.plugged(far.targets[-1], *devices.values()))
         yield Desk(plugger, far, devices)
 
 

@@ -26,7 +26,7 @@ async def test_gadget_zero(plugger: Plugger, guests: GuestPool) -> None:
         await machine.check("rmmod usbtest")
         await far.check("dmesg -c >/dev/null; modprobe usbtest")
         try:
-            async with plugger.plugged(real, far.targets[0]):
+            async with plugger.plugged(far.targets[0], real):
                 node = await usb_node(far, await usb_folder_by_ids(far, ZERO))
                 assert await failing(far, node, 0, *CASES) == natively == {}, await far.check("dmesg")
         finally:

@@ -2,7 +2,7 @@
 
 ``plugger.py HOST PORT`` connects, does what each line asks for, side by side, and answers with a line. A request is a
 JSON list: its number, the name of a method of :class:`Plugger`, and arguments. An answer is the number and the result,
-or the number, null and the error. An event comes as "event", the number of the device, and words.
+or the number, null and the error. An event comes as "event", the device, the kind of event, and its words.
 """
 
 from __future__ import annotations
@@ -26,26 +26,31 @@ class Plugger:
 
     def __init__(self, writer: asyncio.StreamWriter) -> None:
         self._writer = writer
-        self._hubs: dict[int, Hub] = {}
+        self._hubs: dict[str, Hub] = {}
+        self._attachments: dict[int, Attachment] = {}
+
+    async def connect(self, target: str) -> None:
+        """Connect to a guest."""
+        hub = self._hubs[target] = Hub(await connect(parse_target(target)))
+
+        def happened(attachment: Attachment, event: PortEvent) -> None:
+            self._say("event", str(attachment.device.identity), type(event).__name__, str(event))
+
+        hub.subscribe(happened)
+
+    async def leave(self, target: str) -> None:
+        """Unplug everything from a guest, and leave it."""
+        await self._hubs.pop(target).close()
 
     async def plug(self, number: int, target: str, place: str) -> None:
         """Plug in the device at BUS-NUMBER, as device ``number`` of the tests; done when it is configured."""
-        hub = self._hubs[number] = Hub(await connect(parse_target(target)))
-
-        def happened(attachment: Attachment, event: PortEvent) -> None:
-            self._say("event", number, type(event).__name__, str(event))
-
-        hub.subscribe(happened)
-        try:
-            attachment = await hub.plug(find_device(*map(int, place.split("-"))))
-            await attachment.configured()
-        except BaseException:
-            await self.unplug(number)
-            raise
+        device = find_device(*map(int, place.split("-")))
+        attachment = self._attachments[number] = await self._hubs[target].plug(device)
+        await attachment.configured()
 
     async def unplug(self, number: int) -> None:
-        """Take device ``number`` out, and leave its guest."""
-        await self._hubs.pop(number).close()
+        """Take device ``number`` out."""
+        await self._attachments.pop(number).unplug()
 
     async def descriptors(self) -> list[str]:
         """What this process has open."""
