@@ -93,6 +93,7 @@ class Reason(StrEnum):
     CHANNEL_IN_USE = "channel-in-use"
     # devices
     BUSY = "busy"
+    KERNEL_DRIVER = "kernel-driver"
     FILTERED = "filtered"
     REJECTED = "rejected"
     DEVICE_LOST = "device-lost"
