@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from tests.guest.plugging import AT_ONCE, SCRIPTS, usb_folder_by_ids
+from tests.guest.plugging import AT_ONCE, SCRIPTS, usb_folder_by_name
 
 import farplug
 from farplug.testing import GATEWAY, CommandResult, GuestConfig, QemuGuest, SpicePort, TcpPort
@@ -144,14 +144,14 @@ class Real:
     """A USB device of the near guest.
 
     Attributes:
-        name: its id in QEMU.
-        ids: vendor and product, ``vvvv:pppp``.
+        id: its id in QEMU.
+        name: a pattern for its ids and product name (:func:`~tests.guest.plugging.usb_folder_by_name`).
         folder: in the near guest's /sys.
         bus: its bus and device number, ``B-D``.
     """
 
+    id: str
     name: str
-    ids: str
     folder: str
     bus: str
 
@@ -165,32 +165,32 @@ class Machine:
         self.check = guest.check
 
     @asynccontextmanager
-    async def device(self, driver: str, ids: str, **properties: object) -> AsyncIterator[Real]:
+    async def device(self, driver: str, name: str, **properties: object) -> AsyncIterator[Real]:
         """Plug in a device that QEMU emulates; it is unplugged when the block ends, if it has not been before."""
-        real = await self.plug(driver, ids, **properties)
+        real = await self.plug(driver, name, **properties)
         try:
             yield real
         finally:
-            if self.guest.alive and real.name in await self.qmp.human("info usb"):
+            if self.guest.alive and real.id in await self.qmp.human("info usb"):
                 await self.unplug(real)
 
-    async def plug(self, driver: str, ids: str, **properties: object) -> Real:
+    async def plug(self, driver: str, name: str, **properties: object) -> Real:
         """Plug in a device that QEMU emulates, and wait until the kernel has it, with its driver."""
-        name = f"real{next(_numbers)}"
+        id = f"real{next(_numbers)}"
         arguments = {key.replace("_", "-"): value for key, value in properties.items()}
-        await self.qmp.execute("device_add", {"driver": driver, "id": name, "bus": "usb.0", **arguments})
-        return await self.find(ids, name)
+        await self.qmp.execute("device_add", {"driver": driver, "id": id, "bus": "usb.0", **arguments})
+        return await self.find(name, id)
 
-    async def find(self, ids: str, name: str = "") -> Real:
-        """The device with these ids, once the kernel has it."""
-        folder = await usb_folder_by_ids(self.guest, ids)
+    async def find(self, name: str, id: str = "") -> Real:
+        """A device, once the kernel has it."""
+        folder = await usb_folder_by_name(self.guest, name)
         bus, number = (await self.check(f"cat {folder}/busnum {folder}/devnum")).split()
-        return Real(name, ids, folder, f"{bus}-{number}")
+        return Real(id, name, folder, f"{bus}-{number}")
 
     async def unplug(self, real: Real) -> None:
         """Pull a device out; back when QEMU has forgotten it."""
-        await self.qmp.execute("device_del", {"id": real.name})
-        while (await self.qmp.event("DEVICE_DELETED"))["data"].get("device") != real.name:
+        await self.qmp.execute("device_del", {"id": real.id})
+        while (await self.qmp.event("DEVICE_DELETED"))["data"].get("device") != real.id:
             pass
 
     async def drivers(self, real: Real) -> dict[str, str]:
@@ -231,7 +231,7 @@ class Machine:
             {links}
             echo dummy_udc.0 >UDC""")
         try:
-            yield await self.find(ids)
+            yield await self.find(f"{ids} *")
         finally:
             if self.guest.alive:
                 await self.check("""
@@ -265,7 +265,7 @@ class Plugger:
     serves all tests.
 
     Attributes:
-        events: what happened to devices: its name, the kind of event, and its words, since devices were plugged in last.
+        events: what happened since devices were plugged in last: the device, the kind of event, its words.
     """
 
     def __init__(self, machine: Machine) -> None:
@@ -323,8 +323,8 @@ class Plugger:
             return await answer
 
     @asynccontextmanager
-    async def plugged(self, target: str, *devices: Real) -> AsyncIterator[None]:
-        """Devices are plugged in during the block; the far guest has configured them."""
+    async def plugged(self, target: str, *devices: Real) -> AsyncIterator[list[int]]:
+        """Devices are plugged in during the block; the far guest has configured them. Their numbers."""
         self.events.clear()
         target = from_inside(target)
         await self.ask("connect", target)
@@ -332,7 +332,7 @@ class Plugger:
             numbers = [next(_numbers) for _ in devices]
             plugging = zip(numbers, devices, strict=True)
             await asyncio.gather(*(self.ask("plug", number, target, real.bus) for number, real in plugging))
-            yield
+            yield numbers
         finally:
             await self.ask("leave", target)
 

@@ -118,14 +118,21 @@ async def give_space_back(guest: QemuGuest, disk: str, storage: str) -> None:
 
 async def usb_folder(guest: QemuGuest, device: Device) -> str:
     """The guest's folder in /sys for one of our devices, by its ids; waits until it is there."""
-    return await usb_folder_by_ids(guest, f"{device.identity.vendor_id:04x}:{device.identity.product_id:04x}")
+    return await usb_folder_by_name(guest, f"{device.identity.vendor_id:04x}:{device.identity.product_id:04x} *")
 
 
-async def usb_folder_by_ids(guest: QemuGuest, ids: str) -> str:
-    """The guest's folder in /sys for the USB device with these ids, ``vvvv:pppp``; waits until it is there."""
+async def usb_folder_by_name(guest: QemuGuest, name: str) -> str:
+    """The guest's folder in /sys for a USB device; waits until it is there.
+
+    ``name`` is a pattern for its ids and product name, such as ``0627:0001 *Keyboard``.
+    """
+    pattern = name.replace(" ", "\\ ")
     script = f"""
         for usb in /sys/bus/usb/devices/*; do
-            read vendor <$usb/idVendor && read product <$usb/idProduct && [ $vendor:$product = {ids} ] && echo $usb
+            read vendor <$usb/idVendor && read id <$usb/idProduct || continue
+            product=
+            read product <$usb/product
+            case "$vendor:$id $product" in {pattern}) echo $usb ;; esac
         done 2>/dev/null
         :"""
     async with asyncio.timeout(30):

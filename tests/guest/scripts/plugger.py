@@ -11,6 +11,7 @@ import asyncio
 import json
 import os
 import sys
+from dataclasses import asdict
 from typing import Any
 
 from farplug.errors import FarplugError
@@ -51,6 +52,10 @@ class Plugger:
     async def unplug(self, number: int) -> None:
         """Take device ``number`` out."""
         await self._attachments.pop(number).unplug()
+
+    async def figures(self, number: int) -> dict[str, dict[str, int]]:
+        """What moved through each endpoint of device ``number``."""
+        return {f"{one.endpoint:02x}": asdict(one) for one in self._attachments[number].figures}
 
     async def descriptors(self) -> list[str]:
         """What this process has open."""
