@@ -92,8 +92,13 @@ class Reason(StrEnum):
     NO_FREE_PORT = "no-free-port"
     CHANNEL_IN_USE = "channel-in-use"
     # devices
+    AMBIGUOUS = "ambiguous"
+    HUB = "hub"
+    NO_USB = "no-usb"
+    NOT_AUTHORIZED = "not-authorized"
     BUSY = "busy"
     KERNEL_DRIVER = "kernel-driver"
+    INPUT_DEVICE = "input-device"
     FILTERED = "filtered"
     REJECTED = "rejected"
     DEVICE_LOST = "device-lost"

@@ -276,6 +276,11 @@ class Hub:
             self.attachments.remove(attachment)
         raise in_use or self._no_free_port(device)
 
+    def forget(self, attachment: Attachment) -> None:
+        """Drop one that has left from :attr:`attachments`: its device will not be plugged again."""
+        if attachment.over and attachment in self.attachments:
+            self.attachments.remove(attachment)
+
     def _no_free_port(self, device: Device) -> PortError:
         count = len(self.guest.ports)
         ports = "its only port is" if count == 1 else f"all of its {count} ports are"

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 from tests.cli.support import Cli, FakeGuest, in_thread, saying
+from tests.physical.trees import Machine
 from tests.transport.fake_spice import Channel, FakeSpice, running
 
 from farplug.cli import doctor, needs
+from farplug.errors import Reason, SetupError
+from farplug.physical import library, listing, udev
 
 
 def test_this_machine(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,6 +27,72 @@ def test_this_machine(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.code == 11
     assert "MISSING no-such-library" in result.out
     assert "-m pip install no-such-library" in result.out
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """This machine."""
+    machine = Machine(tmp_path / "machine")
+    monkeypatch.setattr(listing, "list_devices", partial(listing.list_devices, machine.root))
+    return machine
+
+
+def _usb_lines(out: str) -> list[str]:
+    part = out.split("USB devices of this machine (farplug connect --usb-device)\n")[1]
+    return part.split("\n\n")[0].splitlines()
+
+
+def test_usb_devices(cli: Cli, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine.add("usb1", 1, 0x1D6B, 2, ((9, 0, 0),), codes=(9, 0, 1))
+    machine.add("1-1", 2)
+    machine.add("1-2", 3, authorized="0")
+    result = cli("doctor")
+    assert (result.code, result.err) == (0, "")
+    libusb, found = _usb_lines(result.out)
+    assert libusb.startswith("  ok      libusb              with python-libusb1 3")
+    assert found == "  ok      devices             2, of which 1 can be plugged in: see 'farplug devices'"
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    lines = _usb_lines(cli("doctor").out)
+    assert lines[1].startswith("  ok      devices             2, of which 0 can")
+    assert lines[2] == "  -       permission          none for 2 of them: 1-1, 1-2"
+    assert lines[3].startswith('          echo \'SUBSYSTEM=="usb", ENV{DEVTYPE}=="usb_device", ')
+    assert "farplug doctor --install-udev-rule" in lines[-1]
+
+
+def test_no_usb(cli: Cli, machine: Machine) -> None:
+    machine.devices.rmdir()
+    result = cli("doctor")
+    assert result.code == 0, "images can be plugged"
+    assert "  -       devices             this machine has no USB: " in result.out
+
+
+def test_no_libusb(cli: Cli, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise SetupError("libusb-1.0 cannot be loaded", reason=Reason.NO_LIBUSB, remedy="install it")
+
+    monkeypatch.setattr(library, "Library", missing)
+    result = cli("doctor")
+    assert result.code == 11
+    assert _usb_lines(result.out)[:2] == [
+        "  MISSING libusb              libusb-1.0 cannot be loaded",
+        "          install it",
+    ]
+
+
+def test_install_the_udev_rule(cli: Cli, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(udev, "install", lambda rule: Path("/etc/udev/rules.d/70-farplug.rules"))
+    result = cli("doctor", "--install-udev-rule")
+    assert result.code == 0
+    path, rule = result.out.splitlines()[:2]
+    assert (path, rule) == ("/etc/udev/rules.d/70-farplug.rules:", f"  {udev.udev_rule()}")
+
+    def refuse(rule: str) -> Path:
+        raise SetupError("no permission", reason=Reason.NO_PERMISSION, remedy=udev.install_commands(rule))
+
+    monkeypatch.setattr(udev, "install", refuse)
+    result = cli("doctor", "--install-udev-rule")
+    assert result.code == 11
+    assert "sudo tee -a /etc/udev/rules.d/70-farplug.rules" in result.err
 
 
 def test_a_spice_target(cli: Cli) -> None:

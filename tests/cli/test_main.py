@@ -56,7 +56,7 @@ def test_a_defect(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
     def broken(*_: object) -> None:
         raise ZeroDivisionError("it\nbroke")
 
-    monkeypatch.setattr(devices, "_print", broken)
+    monkeypatch.setattr(devices, "_kind_lines", broken)
     assert run(["devices"]) == 1
     assert capsys.readouterr().err == (
         "farplug: a defect in farplug: ZeroDivisionError: it\n  please report it (with --debug it tells more)\n"
@@ -69,7 +69,7 @@ def test_ctrl_c_before_anything_was_done(capsys: pytest.CaptureFixture[str], mon
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(devices, "_print", interrupted)
+    monkeypatch.setattr(devices, "_kind_lines", interrupted)
     assert run(["devices"]) == 130
     assert capsys.readouterr().err == "farplug: interrupted\n"
 

@@ -21,6 +21,16 @@ from farplug.cli.options import (
     prompt_for_password,
     target_options,
 )
+from farplug.cli.wishes import (
+    AutoConnectOption,
+    DevicesOption,
+    FilterOption,
+    FollowBy,
+    FollowOption,
+    RedirectOption,
+    WaitOption,
+    device_wishes,
+)
 from farplug.errors import Reason, TargetError, UsageError
 
 PASSWORD_ATTEMPTS = 3
@@ -106,6 +116,12 @@ def connect(
     usb_disk_ro: ReadOnlyImagesOption = None,
     usb_cdrom: CdromsOption = None,
     usb_folder: FoldersOption = None,
+    usb_device: DevicesOption = None,
+    wait: WaitOption = False,
+    follow: FollowOption = FollowBy.DEVICE,
+    filter: FilterOption = None,
+    auto_connect: AutoConnectOption = None,
+    redirect_on_connect: RedirectOption = None,
     folder_format: Annotated[
         FolderFormat, typer.Option(help="File system of folders. auto: FAT32, or exFAT for files of 4 GiB and more.")
     ] = FolderFormat.AUTO,
@@ -159,11 +175,21 @@ def connect(
 ) -> None:
     """Plug devices into the VM at TARGET, and keep them there until Ctrl-C."""
     named = (usb_disk or [], usb_disk_ro or [], usb_cdrom or [], usb_folder or [])
-    if not any(named):
+    real = device_wishes(
+        usb_device or [],
+        wait=wait,
+        follow=follow,
+        allowed=filter,
+        auto_connect=auto_connect,
+        redirect_on_connect=redirect_on_connect,
+        force=force,
+    )
+    if not any(named) and real is None:
         raise UsageError(
             "nothing to plug in",
             reason=Reason.BAD_OPTION,
-            remedy="name an image, for example: --usb-disk PATH ('farplug devices' lists what can be plugged)",
+            remedy="name an image or a device, for example: --usb-disk PATH, --usb-device VID:PID ('farplug devices' "
+            "lists what can be plugged)",
         )
     if snapshot_file is not None and len(usb_disk or []) != 1:
         raise UsageError(
@@ -205,7 +231,7 @@ def connect(
     )
     attempts = PASSWORD_ATTEMPTS if target.startswith("spice") and has_terminal() else 0
     while True:
-        plan = session.Plan(target, options, Media(wishes, manner), commands)
+        plan = session.Plan(target, options, Media(wishes, manner), real, commands)
         try:
             raise typer.Exit(asyncio.run(session.run(plan, output.choose(as_json=json, commands=commands))))
         except TargetError as error:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json as jsonlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from farplug.cli.log import printable
-from farplug.errors import FarplugError
+from farplug.cli.wishes import FilterOption
+from farplug.errors import FarplugError, SetupError
+
+if TYPE_CHECKING:
+    from farplug.physical.found import Found, Obstacle
 
 KINDS = (
     {
@@ -33,6 +39,11 @@ KINDS = (
         "option": "--usb-folder PATH",
         "description": "a copy of a folder, as a read-only disk",
     },
+    {
+        "kind": "real device",
+        "option": "--usb-device DEVICE",
+        "description": "a USB device of this machine: VID:PID, BUS-ADDRESS, BUS-PORT.PORT, serial:..., or its name",
+    },
 )
 
 
@@ -41,21 +52,46 @@ def devices(
         list[Path] | None,
         typer.Argument(metavar="[IMAGE]...", help="RAW images to look at: can they be plugged?", show_default=False),
     ] = None,
+    filter: FilterOption = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """List what can be plugged in, and look at images: their size, serial number, and why one cannot be plugged.
+    """List what can be plugged in: the USB devices of this machine, and images: why one cannot be plugged, and what to
+    do about it.
 
     The exit code is 0 if all images can be plugged, else that of the first error.
     """
     looked = [_look(path) for path in images or []]
     failed = next((entry["error"] for entry in looked if "error" in entry), None)
+    no_usb: SetupError | None = None
+    found: Sequence[Found] = ()
+    try:
+        found = _find(filter)
+    except SetupError as error:
+        no_usb = error
     if json:
         plain = [{**e, "error": _error(e["error"])} if "error" in e else e for e in looked]
-        typer.echo(jsonlib.dumps({"kinds": KINDS, "images": plain}))
+        usb = {"devices": [_as_dict(device) for device in found], "error": None if no_usb is None else _error(no_usb)}
+        typer.echo(jsonlib.dumps({"kinds": KINDS, "usb": usb, "images": plain}))
     else:
-        _print(looked)
+        for line in [*_kind_lines(), "", *_device_lines(found, no_usb), *_image_lines(looked)]:
+            typer.echo(printable(line))
     if failed is not None:
         raise typer.Exit(failed.exit_code)
+
+
+def _find(rules: str | None) -> Sequence[Found]:
+    from farplug.physical.listing import list_devices
+    from farplug.usbredir.rules import parse_rules
+
+    allowed = None if rules is None else parse_rules(rules)
+    found = list_devices()
+    if allowed is None:
+        return found
+    obstacles = [(device, device.filtered(allowed)) for device in found]
+    return [
+        device if obstacle is None else replace(device, obstacles=(*device.obstacles, obstacle))
+        for device, obstacle in obstacles
+    ]
 
 
 def _look(path: Path) -> dict[str, Any]:
@@ -73,13 +109,86 @@ def _error(error: FarplugError) -> dict[str, str]:
     return {"reason": str(error.reason), "message": error.message, "remedy": error.remedy}
 
 
-def _print(looked: list[dict[str, Any]]) -> None:
+def _as_dict(found: Found) -> dict[str, Any]:
+    """A device as JSON's types. Ids are text, as lsusb writes them."""
+    return {
+        "bus": found.bus,
+        "address": found.address,
+        "port": found.port,
+        "vendor_id": f"{found.vendor_id:04x}",
+        "product_id": f"{found.product_id:04x}",
+        "device_version": f"{found.device_version:04x}",
+        "manufacturer": found.manufacturer,
+        "product": found.product,
+        "serial_number": found.serial_number,
+        "speed": None if found.speed is None else str(found.speed),
+        "class": list(found.codes),
+        "classes": list(found.classes),
+        "configuration": found.configuration,
+        "interfaces": [
+            {"number": one.number, "class": list(one.codes), "driver": one.driver or None} for one in found.interfaces
+        ],
+        "node": str(found.node),
+        "can_be_plugged": found.obstacle is None,
+        "obstacles": [_obstacle(obstacle) for obstacle in found.obstacles],
+        "caution": None if found.caution is None else _obstacle(found.caution),
+        "warnings": list(found.warnings),
+    }
+
+
+def _obstacle(obstacle: Obstacle) -> dict[str, Any]:
+    return {
+        "reason": str(obstacle.reason),
+        "message": obstacle.message,
+        "remedy": obstacle.remedy,
+        "forceable": obstacle.forceable,
+    }
+
+
+def _kind_lines() -> Iterator[str]:
+    for kind in KINDS:
+        yield f"{kind['kind']:<22}{kind['option']:<22}{kind['description']}"
+
+
+def _device_lines(devices: Sequence[Found], no_usb: SetupError | None) -> Iterator[str]:
+    """The devices that are plugged into something: root hubs are a part of the machine."""
+    if no_usb is not None:
+        yield f"no USB devices: {no_usb.message}"
+        yield from (f"  {line}" for line in no_usb.remedy.splitlines())
+        return
+    plugged = [found for found in devices if not found.port.startswith("usb")]
+    if not plugged:
+        yield "no USB device is plugged into this machine"
+        return
+    rows = [("PORT", "ADDRESS", "VID:PID", "SPEED", "CLASS", "NAME"), *map(_row, plugged)]
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    lines = ["  ".join([*map(str.ljust, row, widths), row[5]]).rstrip() for row in rows]
+    yield lines[0]
+    for found, line in zip(plugged, lines[1:], strict=True):
+        yield line
+        for obstacle in found.obstacles:
+            yield f"    cannot be plugged in: {obstacle}"
+            yield from (f"      {remedy}" for remedy in obstacle.remedy.splitlines())
+        if found.caution is not None and found.obstacle is None:
+            yield f"    take care: {found.caution}"
+
+
+def _row(found: Found) -> tuple[str, ...]:
+    return (
+        found.port,
+        f"{found.bus}-{found.address}",
+        found.id,
+        "unknown" if found.speed is None else str(found.speed),
+        ", ".join(found.classes),
+        found.name + (f" (serial:{found.serial_number})" if found.serial_number else ""),
+    )
+
+
+def _image_lines(looked: Sequence[dict[str, Any]]) -> Iterator[str]:
     from farplug.cli.output import size
 
-    for kind in KINDS:
-        typer.echo(f"{kind['kind']:<22}{kind['option']:<22}{kind['description']}")
     if looked:
-        typer.echo()
+        yield ""
     width = max((len(entry["path"]) for entry in looked), default=0)
     for entry in looked:
         error = entry.get("error")
@@ -87,6 +196,6 @@ def _print(looked: list[dict[str, Any]]) -> None:
             about = f"can be plugged: {size(entry['size'])}, serial number {entry['serial_number']}"
         else:
             about = f"cannot be plugged: {error.message}"
-        typer.echo(printable(f"{entry['path']:<{width}}  {about}"))
+        yield f"{entry['path']:<{width}}  {about}"
         for line in error.remedy.splitlines() if error is not None else ():
-            typer.echo(printable(f"{'':<{width}}  {line}"))
+            yield f"{'':<{width}}  {line}"

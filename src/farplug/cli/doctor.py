@@ -25,7 +25,8 @@ from farplug.cli.options import (
     ProxyOption,
     target_options,
 )
-from farplug.errors import ExitCode, FarplugError
+from farplug.errors import ExitCode, FarplugError, Reason, SetupError
+from farplug.usb.classes import HUB
 
 if TYPE_CHECKING:
     from farplug.guest import Guest
@@ -50,9 +51,18 @@ def doctor(
     ca_file: CaFileOption = None,
     host_subject: HostSubjectOption = None,
     proxy: ProxyOption = None,
+    install_udev_rule: Annotated[
+        bool,
+        typer.Option(
+            "--install-udev-rule",
+            help="First let people use this machine's USB devices without being root: write the udev rule. Needs root.",
+        ),
+    ] = False,
     debug: DebugOption = False,
 ) -> None:
     """Tell what is missing on this machine, with the command that mends it; check how far TARGET can be reached."""
+    if install_udev_rule:
+        _install_udev_rule()
     broken = _check_machine()
     if target is not None:
         options = target_options(password_file, ask_password, ca_file, host_subject, proxy)
@@ -86,6 +96,8 @@ def _check_machine() -> bool:
         except PackageNotFoundError:
             broken = True
             _line("MISSING", library, f"mend it: {sys.executable} -m pip install {library}")
+    typer.echo("\nUSB devices of this machine (farplug connect --usb-device)")
+    broken |= _check_usb()
     typer.echo("\nfor the demo and the guest tests (farplug demo, make test)")
     missing = []
     for need in needs.NEEDS:
@@ -96,6 +108,47 @@ def _check_machine() -> bool:
     if missing:
         typer.echo(f"  mend it: {needs.install_command(missing)}")
     return broken
+
+
+def _install_udev_rule() -> None:
+    from farplug.physical.udev import install, udev_rule
+
+    rule = udev_rule()
+    typer.echo(f"{install(rule)}:\n  {rule}\n")
+
+
+def _check_usb() -> bool:
+    """Print whether USB devices can be used; whether libusb is missing."""
+    from farplug.physical.library import Library
+    from farplug.physical.listing import list_devices
+    from farplug.physical.udev import install_commands, udev_rule
+
+    broken = False
+    try:
+        Library()
+        _line("ok", "libusb", f"with python-libusb1 {version('libusb1')}")
+    except SetupError as error:
+        broken = True
+        _line("MISSING", "libusb", error.message)
+        _remedy(error.remedy)
+    try:
+        found = [device for device in list_devices() if device.codes[0] != HUB]
+    except SetupError as error:
+        _line("-", "devices", error.message)
+        _remedy(error.remedy)
+        return broken
+    ready = [device for device in found if device.obstacle is None]
+    _line("ok", "devices", f"{len(found)}, of which {len(ready)} can be plugged in: see 'farplug devices'")
+    denied = [device for device in found if any(o.reason is Reason.NO_PERMISSION for o in device.obstacles)]
+    if denied:
+        _line("-", "permission", f"none for {len(denied)} of them: {', '.join(device.port for device in denied)}")
+        _remedy(f"{install_commands(udev_rule())}\n(as root, farplug doctor --install-udev-rule does the same)")
+    return broken
+
+
+def _remedy(text: str) -> None:
+    for line in text.splitlines():
+        typer.echo(log.printable(f"  {'':<8}{line}"))
 
 
 class _Stages:

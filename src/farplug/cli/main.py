@@ -27,7 +27,7 @@ EXIT_CODES = {
     ExitCode.GUEST_GONE: "the VM went away while it was in use",
     ExitCode.PROTOCOL: "what answers does not speak SPICE or usbredir, or breaks its rules",
     ExitCode.SETUP: "something is missing on this machine",
-    ExitCode.DEVICE: "a device failed: what was written may not be on stable storage",
+    ExitCode.DEVICE: "a device cannot be plugged in, or failed: what was written may not be on stable storage",
     ExitCode.INTERRUPTED: "interrupted: left at once, without waiting for the VM",
 }
 

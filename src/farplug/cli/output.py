@@ -119,6 +119,10 @@ class Output(ABC):
     def refused(self, error: FarplugError) -> None:
         """A command on standard input could not be done; the session goes on."""
 
+    @abstractmethod
+    def skipped(self, error: FarplugError) -> None:
+        """A device of this machine is not plugged in; the session goes on."""
+
     def copying(self, label: str, done: int, total: int) -> None:
         """A folder is being copied into a disk: so many bytes of so many, told several times a second."""
         return
@@ -146,6 +150,9 @@ class SilentOutput(Output):
     def refused(self, error: FarplugError) -> None:
         """Nobody reads it."""
 
+    def skipped(self, error: FarplugError) -> None:
+        """Nobody reads it."""
+
 
 class JsonOutput(Output):
     """One JSON object a line on standard output."""
@@ -168,6 +175,9 @@ class JsonOutput(Output):
 
     def refused(self, error: FarplugError) -> None:
         self._line(event="command-refused", reason=str(error.reason), message=error.message, remedy=error.remedy)
+
+    def skipped(self, error: FarplugError) -> None:
+        self._line(event="skipped", reason=str(error.reason), message=error.message, remedy=error.remedy)
 
     def happened(self, label: str, attachment: Attachment, event: PortEvent) -> None:
         if isinstance(event, events.Detached):
@@ -233,6 +243,9 @@ class PlainOutput(Output):
     def refused(self, error: FarplugError) -> None:
         for line in (error.message, *error.remedy.splitlines()):
             self._line(line)
+
+    def skipped(self, error: FarplugError) -> None:
+        self.refused(error)
 
     def happened(self, label: str, attachment: Attachment, event: PortEvent) -> None:
         match event:
@@ -310,6 +323,11 @@ class TerminalOutput(Output):
 
     def refused(self, error: FarplugError) -> None:
         self._line(BAD, error.message)
+
+    def skipped(self, error: FarplugError) -> None:
+        self._line(BAD, error.message)
+        for line in error.remedy.splitlines():
+            self._console.print(f"  {printable(line)}", markup=False, soft_wrap=True)
 
     def copying(self, label: str, done: int, total: int) -> None:
         self._live.update(_marked(PENDING, f"{label}: copying, {size(done)} of {size(total)}"), refresh=True)

@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from farplug import events
@@ -17,7 +17,11 @@ from farplug.errors import ExitCode, FarplugError
 from farplug.events import PortEvent
 from farplug.guest import connect
 from farplug.hub import Attachment, Hub
+from farplug.keeper import Keeper
+from farplug.physical.found import Found
+from farplug.policy import Policy, Wishes
 from farplug.target import TargetOptions, parse_target
+from farplug.usb.device import Device
 from farplug.virtual.device import VirtualDevice
 from farplug.virtual.storage import MAX_UNITS
 
@@ -33,12 +37,14 @@ class Plan:
         target: where to, as it was written.
         options: what was said about it besides.
         media: what to plug in.
+        wishes: which devices of this machine to plug in; None: none, and never.
         commands: read commands from standard input.
     """
 
     target: str
     options: TargetOptions
     media: Media
+    wishes: Wishes | None = None
     commands: bool = False
 
 
@@ -51,7 +57,8 @@ class _Session:
     def __init__(self, plan: Plan, output: Output) -> None:
         self._plan = plan
         self._output = output
-        self._labels: Mapping[VirtualDevice, str] = {}
+        self._labels: dict[Device, str] = {}
+        self._keeper: Keeper | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._work: asyncio.Task[None] | None = None
         self._interrupted = False
@@ -104,28 +111,54 @@ class _Session:
 
     async def _plug_and_leave(self) -> None:
         try:
+            named = await self._prepare_devices()
             await self._plan.media.open(self._copying)
             # Only now: reading a .vv file may delete it.
             target = parse_target(self._plan.target, self._plan.options)
             guest = await connect(target, lambda stage, text: self._show(lambda o: o.stage(str(stage), text)))
             hub = Hub(guest)
             try:
-                await self._stay(hub)
+                await self._stay(hub, named)
             finally:
                 self._leaving = True
                 await hub.close()
         finally:
             self._leaving = True
             for device in self._labels:
-                await device.dispose()
+                if isinstance(device, VirtualDevice):
+                    await device.dispose()
             await self._plan.media.close()
+            if self._keeper is not None:
+                await self._keeper.close()
+
+    async def _prepare_devices(self) -> int:
+        """Choose among the devices of this machine; how many of them were named."""
+        if self._plan.wishes is None:
+            return 0
+        self._keeper = Keeper(Policy(self._plan.wishes), self)
+        return await self._keeper.prepare()
+
+    # KeeperListener
+
+    def plugging(self, device: Device, found: Found) -> None:
+        label = found.name or found.id
+        self._labels[device] = f"{label} ({found.port})" if label in self._labels.values() else label
+
+    def parted(self, device: Device) -> None:
+        self._labels.pop(device, None)
+
+    def note(self, text: str) -> None:
+        self._show(lambda output: output.note(text))
+
+    def skipped(self, error: FarplugError) -> None:
+        self._show(lambda output: output.skipped(error))
 
     def _copying(self, label: str, done: int, total: int) -> None:
         """How far the copy of a folder is; called from another thread."""
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self._show, lambda output: output.copying(label, done, total))
 
-    async def _stay(self, hub: Hub) -> None:
+    async def _stay(self, hub: Hub, named: int) -> None:
         """Plug everything in, side by side, and stay until all devices have left, or the guest is gone."""
         hub.subscribe(self._happened)
         if hub.guest.is_spice:
@@ -133,38 +166,46 @@ class _Session:
             if hub.guest.name:
                 self._show(lambda output: output.note(f"the VM is called {hub.guest.name}"))
         ports, count = len(hub.guest.ports), len(self._plan.media.wishes)
-        hub.check_room(1 if count <= MAX_UNITS else count)
-        if ports < count:
-            has = "1 port" if ports == 1 else f"{ports} ports"
+        hub.check_room(max(1, named + (min(count, 1) if count <= MAX_UNITS else count)))
+        if count and ports - named < count:
+            free = ports - named
+            has = "1 port" if free == 1 else f"{free} ports"
             note = f"the VM has {has} for {count} devices: they are plugged as {count} logical units of one device"
             self._show(lambda output: output.note(note))
-        self._labels = self._plan.media.devices(ports)
+        media = self._plan.media.devices(ports - named)
+        for device, label in media.items():
+            self._labels[device] = label
         ticker = asyncio.ensure_future(self._tick(hub))
         commands = asyncio.ensure_future(self._obey())
         gone = asyncio.ensure_future(hub.guest.closed())
-        staying = asyncio.gather(*(self._plug(hub, device) for device in self._labels))
+        staying: list[asyncio.Future[FarplugError | None]] = []
+        if media:
+            staying.append(asyncio.ensure_future(self._plug_all(hub, media)))
+        if self._keeper is not None:
+            staying.append(asyncio.ensure_future(self._keeper.run(hub)))
         try:
-            await asyncio.wait((gone, staying), return_when=asyncio.FIRST_COMPLETED)
-            if staying.done():
-                errors = staying.result()
-            else:
-                errors = [gone.result()]
+            await asyncio.wait((gone, *staying), return_when=asyncio.FIRST_COMPLETED)
+            error = next((future for future in staying if future.done()), gone).result()
         finally:
-            ticker.cancel()
-            commands.cancel()
-            gone.cancel()
-            staying.cancel()
-            await asyncio.gather(staying, return_exceptions=True)
-        for error in errors:
-            if error is not None:
-                raise error
+            for task in (ticker, commands, gone):
+                task.cancel()
+            for future in staying:
+                future.cancel()
+            await asyncio.gather(*staying, return_exceptions=True)
+        if error is not None:
+            raise error
+
+    async def _plug_all(self, hub: Hub, devices: Collection[VirtualDevice]) -> FarplugError | None:
+        """Plug devices in, and wait until they have left; why, if nobody here wanted it."""
+        errors = await asyncio.gather(*(self._plug(hub, device) for device in devices))
+        return next((error for error in errors if error is not None), None)
 
     async def _obey(self) -> None:
         if self._plan.commands:
             await obey(self._plan.media.drives, lambda error: self._show(lambda output: output.refused(error)))
 
     async def _plug(self, hub: Hub, device: VirtualDevice) -> FarplugError | None:
-        """Plug a device in, and wait until it has left; why, if nobody here wanted it."""
+        """The same for one."""
         return await (await hub.plug(device)).ended()
 
     def _happened(self, attachment: Attachment, event: PortEvent) -> None:

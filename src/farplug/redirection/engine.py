@@ -46,7 +46,7 @@ from farplug.usb.types import (
 )
 from farplug.usbredir import packets as p
 from farplug.usbredir.caps import ALL_CAPS, Cap
-from farplug.usbredir.filter import Filter, Verdict
+from farplug.usbredir.filter import Filter
 from farplug.usbredir.protocol import Connection, Oversized, Role, Violation
 
 MAX_PENDING = 4096
@@ -279,16 +279,16 @@ class Redirection:
         if self._guest_filter is None:
             return
         identity = device.identity
-        verdict = self._guest_filter.check(
+        judgement = self._guest_filter.judge(
             device_class=identity.device_class,
             vendor_id=identity.vendor_id,
             product_id=identity.product_id,
             device_version=identity.device_version,
             interfaces=[(i.interface_class, i.interface_subclass, i.interface_protocol) for i in device.interfaces],
         )
-        if verdict is not Verdict.ALLOWED:
+        if not judgement.allowed:
             raise RefusedError(
-                f"the guest's filter does not allow {identity}: {self._guest_filter}",
+                f"the guest's filter does not allow {identity}: {judgement}",
                 reason=Reason.FILTERED,
                 remedy="allow it in the filter= property of QEMU's usb-redir device (libvirt: <redirfilter>)",
             )

@@ -47,13 +47,14 @@ def host_uses(path: Path) -> list[Use]:
     """
     status = os.stat(path)
     if stat.S_ISBLK(status.st_mode):
-        return _device_uses(status.st_rdev)
+        return device_uses(status.st_rdev)
     if stat.S_ISREG(status.st_mode):
         return [use for folder in _loop_devices(status) for use in _loop_uses(folder)]
     return []
 
 
-def _device_uses(number: int) -> list[Use]:
+def device_uses(number: int) -> list[Use]:
+    """Find what uses a block device, as :func:`host_uses`, by its number (``os.makedev``)."""
     device = (BLOCK_DEVICES / _text(number)).resolve()
     devices = {number: device}
     if (device / "partition").exists():
@@ -84,7 +85,7 @@ def _loop_devices(status: os.stat_result) -> Iterator[Path]:
 
 def _loop_uses(folder: Path) -> Iterator[Use]:
     for number in _numbered([folder]):
-        yield from _device_uses(number)
+        yield from device_uses(number)
     name = f"/dev/{folder.name}"
     yield Use(f"it is attached to {name}", f"losetup --detach {name}", changes=False)
 

@@ -13,6 +13,7 @@ from enum import Enum, IntFlag
 from typing import Final, Self
 
 from farplug.errors import Reason, UsageError
+from farplug.usb.classes import class_name
 
 ANY: Final = -1
 """In a rule: matches every number."""
@@ -101,6 +102,15 @@ class Rule:
     def __str__(self) -> str:
         return self.format()
 
+    @property
+    def words(self) -> str:
+        """The readable form, see :mod:`farplug.usbredir.rules`: ``deny class=hid vendor=046d``."""
+        words = ["allow" if self.allow else "deny"]
+        if self.device_class != ANY:
+            words.append(f"class={class_name(self.device_class)}")
+        numbers = (("vendor", self.vendor_id), ("product", self.product_id), ("version", self.device_version))
+        return " ".join([*words, *(f"{name}={number:04x}" for name, number in numbers if number != ANY)])
+
     def matches(self, class_code: int, vendor_id: int, product_id: int, device_version: int) -> bool:
         """Whether this is the rule for a device or interface of this class."""
         return (
@@ -109,6 +119,36 @@ class Rule:
             and self.product_id in (ANY, product_id)
             and self.device_version in (ANY, device_version)
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What a filter says about a device, and why.
+
+    Attributes:
+        verdict: what it says.
+        class_code: the class that decided: the device's or that of an interface; None if every one is allowed.
+        rule: the rule that denies it; None if it is allowed, or no rule matches.
+        number: which rule that is, counted from 1; 0 if there is none.
+    """
+
+    verdict: Verdict
+    class_code: int | None = None
+    rule: Rule | None = None
+    number: int = 0
+
+    @property
+    def allowed(self) -> bool:
+        """Whether the device may pass."""
+        return self.verdict is Verdict.ALLOWED
+
+    def __str__(self) -> str:
+        if self.class_code is None:
+            return str(self.verdict)
+        which = f"class {class_name(self.class_code)} ({self.class_code:02x})"
+        if self.rule is None:
+            return f"no rule matches its {which}"
+        return f"rule {self.number} ({self.rule.words}) denies its {which}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +190,26 @@ class Filter:
         interfaces: Sequence[tuple[int, int, int]],
         flags: Flag = Flag.NONE,
     ) -> Verdict:
+        """Judge a device; see :meth:`judge`."""
+        return self.judge(
+            device_class=device_class,
+            vendor_id=vendor_id,
+            product_id=product_id,
+            device_version=device_version,
+            interfaces=interfaces,
+            flags=flags,
+        ).verdict
+
+    def judge(
+        self,
+        *,
+        device_class: int,
+        vendor_id: int,
+        product_id: int,
+        device_version: int,
+        interfaces: Sequence[tuple[int, int, int]],
+        flags: Flag = Flag.NONE,
+    ) -> Judgement:
         """Judge a device: its own class first, then that of every interface; all of them must be allowed.
 
         Class 00 and ef say "see the interfaces" and are not checked. Neither are interfaces 03/00/00 (HID without boot
@@ -168,18 +228,19 @@ class Filter:
         checked = [codes for codes in interfaces if not (skip and codes == (0x03, 0x00, 0x00))]
         classes += [codes[0] for codes in checked or interfaces]
         for class_code in classes:
-            verdict = self._check_class(class_code, vendor_id, product_id, device_version)
-            if verdict is Verdict.NO_MATCH and flags & Flag.DEFAULT_ALLOW:
+            judgement = self._judge_class(class_code, vendor_id, product_id, device_version)
+            if judgement.verdict is Verdict.NO_MATCH and flags & Flag.DEFAULT_ALLOW:
                 continue
-            if verdict is not Verdict.ALLOWED:
-                return verdict
-        return Verdict.ALLOWED
+            if not judgement.allowed:
+                return judgement
+        return Judgement(Verdict.ALLOWED)
 
-    def _check_class(self, class_code: int, vendor_id: int, product_id: int, device_version: int) -> Verdict:
-        for rule in self.rules:
+    def _judge_class(self, class_code: int, vendor_id: int, product_id: int, device_version: int) -> Judgement:
+        for number, rule in enumerate(self.rules, 1):
             if rule.matches(class_code, vendor_id, product_id, device_version):
-                return Verdict.ALLOWED if rule.allow else Verdict.DENIED
-        return Verdict.NO_MATCH
+                verdict = Verdict.ALLOWED if rule.allow else Verdict.DENIED
+                return Judgement(verdict, class_code, rule, number)
+        return Judgement(Verdict.NO_MATCH, class_code)
 
 
 def _parse_number(text: str) -> int:

@@ -1,0 +1,248 @@
+"""Keeps real devices plugged into a guest, as a :class:`~farplug.policy.Policy` decides.
+
+It watches which devices come and go, takes those that it is told to take so that no other farplug has them, and plugs
+them through the hub. What is pulled out leaves the guest; what comes back is plugged again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import NoReturn, Protocol
+
+from farplug.errors import DeviceError, FarplugError, PortError, Reason, RefusedError
+from farplug.hub import Attachment
+from farplug.physical.device import find_device
+from farplug.physical.found import Found
+from farplug.physical.hotplug import Departed, Watch
+from farplug.physical.lock import DeviceLock
+from farplug.policy import Plug, Policy, Seat, Skip
+from farplug.usb.device import Device
+
+DEPARTURE_PATIENCE = 1.0
+"""Seconds in which a device that was pulled out is expected to tell so itself; then it is taken out of the guest."""
+
+
+class Plugger(Protocol):
+    """What plugs devices in: the :class:`~farplug.hub.Hub`."""
+
+    async def plug(self, device: Device) -> Attachment:
+        """See :meth:`farplug.hub.Hub.plug`."""
+
+    def forget(self, attachment: Attachment) -> None:
+        """See :meth:`farplug.hub.Hub.forget`."""
+
+
+class KeeperListener(Protocol):
+    """Who is told what the keeper does. Its methods must not raise."""
+
+    def plugging(self, device: Device, found: Found) -> None:
+        """A device is about to be plugged in."""
+
+    def parted(self, device: Device) -> None:
+        """It is not plugged in any more: nothing more happens to it."""
+
+    def note(self, text: str) -> None:
+        """Something that a person wants to know."""
+
+    def skipped(self, error: FarplugError) -> None:
+        """A device is not plugged in; the session goes on."""
+
+
+async def find(found: Found) -> Device:
+    """The device that was found, to be plugged in.
+
+    Raises:
+        DeviceError: it is not there any more.
+        SetupError: there is no libusb.
+    """
+
+    def look() -> Device:
+        return find_device(
+            found.bus,
+            found.address,
+            manufacturer=found.manufacturer,
+            product=found.product,
+            serial_number=found.serial_number,
+        )
+
+    return await asyncio.to_thread(look)
+
+
+class Keeper:
+    """Plugs devices, and keeps them plugged. :meth:`prepare` first, then :meth:`run`, :meth:`close` in any case.
+
+    Args:
+        policy: what decides.
+        listener: who is told.
+        watch: what tells which devices come and go.
+        find: makes a device of one that was found.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        listener: KeeperListener,
+        watch: Watch | None = None,
+        find: Callable[[Found], Awaitable[Device]] = find,
+    ) -> None:
+        self._policy = policy
+        self._listener = listener
+        self._watch = Watch() if watch is None else watch
+        self._find = find
+        self._plugs: list[Plug] = []
+        self._locks: dict[Seat, DeviceLock] = {}
+        self._keeping: dict[Seat, asyncio.Task[None]] = {}
+        self._attachments: dict[Seat, Attachment] = {}
+        self._departing: set[asyncio.Task[None]] = set()
+        self._failed: asyncio.Future[NoReturn] | None = None
+        self._watching = False
+
+    async def prepare(self) -> int:
+        """Look which devices are there, decide, and take the named ones; how many of these there are.
+
+        The guest need not be reached yet: what cannot be plugged is told before anything else is touched.
+
+        Raises:
+            UsageError: a choice is ambiguous.
+            DeviceError: a device that was named is not there, cannot be plugged, or another farplug has it.
+            SetupError: this machine has no USB.
+        """
+        await self._watch.__aenter__()
+        self._watching = True
+        for decision in self._policy.begin(self._watch.present):
+            if isinstance(decision, Skip):
+                self._listener.skipped(decision.error)
+                continue
+            if decision.seat.named:
+                self._locks[decision.seat] = await asyncio.to_thread(DeviceLock, decision.found)
+                if decision.found.caution is not None:
+                    self._listener.note(f"{decision.found}: {decision.found.caution}")
+            self._plugs.append(decision)
+        for seat in self._policy.seats:
+            if seat.found is None:
+                self._listener.note(f"waiting for {seat} to be plugged in")
+        return len(self._locks)
+
+    async def run(self, hub: Plugger) -> NoReturn:
+        """Plug, and go on until cancelled. Closing the hub, which comes next, unplugs what is plugged then.
+
+        Raises:
+            FarplugError: a device that was named cannot be plugged, or the guest is gone.
+        """
+        self._failed = asyncio.get_running_loop().create_future()
+        watching = asyncio.ensure_future(self._follow(hub))
+        for plug in self._plugs:
+            self._start(hub, plug)
+        try:
+            await asyncio.wait((self._failed, watching), return_when=asyncio.FIRST_COMPLETED)
+            (self._failed if self._failed.done() else watching).result()
+            raise AssertionError
+        finally:
+            tasks = [watching, *self._departing, *self._keeping.values()]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            if not self._failed.cancel() and not self._failed.cancelled():
+                self._failed.exception()  # it was told just now, or nobody wants to know any more
+
+    async def close(self) -> None:
+        """Let others have the devices. Nothing is plugged any more."""
+        locks = list(self._locks.values())
+        self._locks.clear()
+        for lock in locks:
+            await asyncio.to_thread(lock.release)
+        if self._watching:
+            self._watching = False
+            await self._watch.__aexit__()
+
+    async def _follow(self, hub: Plugger) -> None:
+        async for change in self._watch:
+            if isinstance(change, Departed):
+                self._departed(change.found)
+                continue
+            match self._policy.arrived(change.found):
+                case Plug() as plug:
+                    came = "is back" if plug.again else "was plugged in"
+                    self._listener.note(f"{change.found} {came}: it goes into the VM")
+                    self._start(hub, plug)
+                case Skip(error=error):
+                    self._listener.skipped(error)
+
+    def _departed(self, found: Found) -> None:
+        seat = self._policy.departed(found)
+        if seat is None:
+            return
+        self._listener.note(f"{found} was pulled out; when it comes back it goes into the VM again")
+        attachment = self._attachments.get(seat)
+        if attachment is not None:
+            departing = asyncio.ensure_future(_unplug(attachment))
+            self._departing.add(departing)
+            departing.add_done_callback(self._departing.discard)
+
+    def _start(self, hub: Plugger, plug: Plug) -> None:
+        before = self._keeping.get(plug.seat)
+        task = self._keeping[plug.seat] = asyncio.ensure_future(self._keep(hub, plug, before))
+        task.add_done_callback(lambda task: self._kept(plug.seat, task))
+
+    def _kept(self, seat: Seat, task: asyncio.Task[None]) -> None:
+        if self._keeping.get(seat) is task:
+            del self._keeping[seat]
+        error = None if task.cancelled() else task.exception()
+        if error is not None and self._failed is not None and not self._failed.done():
+            self._failed.set_exception(error)
+
+    async def _keep(self, hub: Plugger, plug: Plug, before: asyncio.Task[None] | None) -> None:
+        """Plug a device in and stay until it has left the guest. When cancelled, it stays plugged, and locked."""
+        if before is not None:
+            await asyncio.wait([before])  # its port is free then
+        seat, attached, device = plug.seat, False, None
+        try:
+            if seat not in self._locks:
+                self._locks[seat] = await asyncio.to_thread(DeviceLock, plug.found)
+            device = await self._find(plug.found)
+            self._listener.plugging(device, plug.found)
+            self._attachments[seat] = await hub.plug(device)
+            attached = True
+            error = await self._attachments[seat].ended()
+        except FarplugError as raised:
+            error = raised
+        if attached:
+            hub.forget(self._attachments.pop(seat))
+        if device is not None:
+            self._listener.parted(device)
+        if seat in self._locks:
+            await asyncio.to_thread(self._locks.pop(seat).release)
+        if error is not None:
+            self._ended(plug, error, attached=attached)
+
+    def _ended(self, plug: Plug, error: FarplugError, *, attached: bool) -> None:
+        """A device left the guest, or never got there, although nobody here wanted that."""
+        assert self._failed is not None
+        named, initial = plug.seat.named, plug in self._plugs
+        match error:
+            case DeviceError(reason=Reason.DEVICE_LOST) if attached or not initial:
+                return  # it was pulled out: it may come back
+            case DeviceError():
+                bearable = not (named and initial)
+            case RefusedError() | PortError():
+                bearable = not named or plug.again
+            case _:
+                bearable = False
+        if bearable:
+            if plug.seat.found is plug.found:
+                self._policy.given_up(plug.seat)
+            self._listener.skipped(error)
+        elif not self._failed.done():
+            self._failed.set_exception(error)
+
+
+async def _unplug(attachment: Attachment) -> None:
+    """Take a device that was pulled out out of the guest, unless it tells by itself that it is gone."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(DEPARTURE_PATIENCE):
+            await attachment.ended()
+            return
+    with suppress(FarplugError):  # of a device that is gone
+        await attachment.unplug()

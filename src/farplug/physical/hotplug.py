@@ -1,0 +1,192 @@
+"""USB devices that come and go.
+
+The kernel's messages (uevents) only say when to look: sysfs is looked at after each of them, and every second besides.
+So it works without permission, and in containers, which get no messages. Source: Documentation of the kernel's
+``NETLINK_KOBJECT_UEVENT``; libudev's monitor reads the same socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import socket
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import monotonic
+from typing import Final, Self, TypeAlias
+
+from farplug.errors import SetupError
+from farplug.physical.found import Found
+from farplug.physical.listing import DEVICES, list_devices
+from farplug.physical.sysfs import listed, number
+
+INTERVAL: Final = 1.0
+"""Seconds between two looks when nothing is heard from the kernel."""
+PAUSE: Final = 0.05
+"""Seconds between two looks while a device that has just come is being set up."""
+PATIENCE: Final = 1.0
+"""Seconds that udev has to give permission, and the kernel to find out what a device is."""
+
+HID: Final = 3
+
+_NETLINK_KOBJECT_UEVENT: Final = 15
+_KERNEL_GROUP: Final = 1
+_MAX_UEVENT: Final = 1 << 16
+_DEVICE_NAME: Final = re.compile(r"usb\d{1,4}|\d{1,4}-[\d.]{1,32}")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """A device was plugged in, or came back as another one."""
+
+    found: Found
+
+
+@dataclass(frozen=True, slots=True)
+class Departed:
+    """A device is gone. It is told as it was last seen."""
+
+    found: Found
+
+
+Change: TypeAlias = Arrived | Departed
+
+
+@dataclass(slots=True)
+class _Newcomer:
+    """A device that came, and is not told yet.
+
+    Attributes:
+        deadline: when it is told as it is.
+        ready: it was usable when last looked at.
+    """
+
+    deadline: float
+    ready: bool = False
+
+
+@dataclass(slots=True)
+class Watch:
+    """Tells which devices come and go, from ``async with`` on; ``present`` are those that were there then.
+
+    A device that comes is told once it can be used: udev gives permission a little later than the kernel shows it, and
+    the kernel needs a moment to find out that it is a keyboard. One that never becomes usable is told after
+    :data:`PATIENCE`, with its obstacles.
+
+    Args:
+        root: where /sys and /dev are.
+
+    Raises:
+        SetupError: the kernel has no USB here.
+    """
+
+    root: Path = Path("/")
+    present: list[Found] = field(default_factory=list)
+    _socket: socket.socket | None = None
+    _heard: asyncio.Event = field(default_factory=asyncio.Event)
+    _newcomers: dict[tuple[int, int], _Newcomer] = field(default_factory=dict)
+
+    async def __aenter__(self) -> Self:
+        self._listen()
+        try:
+            self.present = await asyncio.to_thread(list_devices, self.root)
+        except BaseException:
+            await self.__aexit__()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._socket is not None:
+            asyncio.get_running_loop().remove_reader(self._socket)
+            self._socket.close()
+            self._socket = None
+
+    def _listen(self) -> None:
+        try:
+            uevents = socket.socket(
+                socket.AF_NETLINK, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK, _NETLINK_KOBJECT_UEVENT
+            )
+        except (OSError, AttributeError) as error:
+            log.debug("the kernel's messages cannot be heard: %s", error)
+            return
+        try:
+            uevents.bind((0, _KERNEL_GROUP))
+            asyncio.get_running_loop().add_reader(uevents, self._hear, uevents)
+        except OSError as error:
+            log.debug("the kernel's messages cannot be heard: %s", error)
+            uevents.close()
+        else:
+            self._socket = uevents
+
+    def _hear(self, uevents: socket.socket) -> None:
+        try:
+            message = uevents.recv(_MAX_UEVENT)
+        except OSError:  # there were more than the socket holds
+            message = b"SUBSYSTEM=usb"
+        if b"SUBSYSTEM=usb" in message:
+            self._heard.set()
+
+    async def __aiter__(self) -> AsyncIterator[Change]:
+        """Every change from now on; it never ends by itself."""
+        while True:
+            try:
+                await asyncio.wait_for(self._heard.wait(), PAUSE if self._newcomers else INTERVAL)
+                await asyncio.sleep(PAUSE)  # messages come in bursts
+            except TimeoutError:
+                pass
+            self._heard.clear()
+            for change in await self._look():
+                yield change
+
+    async def _look(self) -> list[Change]:
+        """Look once; :attr:`present` is right afterwards."""
+        places = await asyncio.to_thread(_places, self.root)
+        changes: list[Change] = [Departed(found) for found in self.present if places.get(found.key) != found.port]
+        self.present = [found for found in self.present if places.get(found.key) == found.port]
+        known = {found.key for found in self.present}
+        self._newcomers = {key: newcomer for key, newcomer in self._newcomers.items() if key in places}
+        for key in places.keys() - known - self._newcomers.keys():
+            self._newcomers[key] = _Newcomer(monotonic() + PATIENCE)
+        if self._newcomers:
+            for found in await self._settled():
+                del self._newcomers[found.key]
+                self.present.append(found)
+                changes.append(Arrived(found))
+        return changes
+
+    async def _settled(self) -> Sequence[Found]:
+        """The newcomers that are to be told now."""
+        try:
+            devices = await asyncio.to_thread(list_devices, self.root)
+        except SetupError:  # the kernel's USB was unloaded
+            return ()
+        settled: list[Found] = []
+        for found in devices:
+            newcomer = self._newcomers.get(found.key)
+            if newcomer is not None:
+                was_ready, newcomer.ready = newcomer.ready, _is_ready(found)
+                if (was_ready and newcomer.ready) or monotonic() >= newcomer.deadline:
+                    settled.append(found)
+        return settled
+
+
+def _places(root: Path) -> dict[tuple[int, int], str]:
+    """Bus and address of all devices, and their ports: attributes that wait for no device."""
+    places: dict[tuple[int, int], str] = {}
+    for folder in listed(root / DEVICES):
+        if _DEVICE_NAME.fullmatch(folder.name):
+            bus, address = number(folder / "busnum"), number(folder / "devnum")
+            if bus is not None and address is not None:
+                places[bus, address] = folder.name
+    return places
+
+
+def _is_ready(found: Found) -> bool:
+    """Whether udev and the kernel seem to be done with it."""
+    unknown = any(interface.codes[0] == HID and not interface.driver for interface in found.interfaces)
+    return os.access(found.node, os.R_OK | os.W_OK) and bool(found.interfaces) and not unknown

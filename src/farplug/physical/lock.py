@@ -1,0 +1,59 @@
+"""One farplug for each device: a lock on the device's own node.
+
+A lock on the node needs no folder that all users share, holds in containers that share /dev, ends with the process
+however that ends, and a device that is plugged in anew is not locked.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+from farplug.errors import DeviceError, Reason
+from farplug.physical.found import Found
+from farplug.physical.obstacles import holders
+
+
+class DeviceLock:
+    """A device that no other farplug takes, until :meth:`release`.
+
+    Opening a node waits for a device that hangs: take and release it in a thread.
+
+    Raises:
+        DeviceError: another farplug has it (``BUSY``), it is not there any more (``DEVICE_LOST``), or there is no
+            permission (``NO_PERMISSION``).
+    """
+
+    def __init__(self, found: Found) -> None:
+        self.node: Path = found.node
+        try:
+            self._descriptor = os.open(found.node, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except PermissionError as error:
+            raise DeviceError(
+                f"no permission to use {found}",
+                reason=Reason.NO_PERMISSION,
+                remedy="farplug devices prints the udev rule that gives it",
+            ) from error
+        except OSError as error:
+            raise DeviceError(
+                f"{found} is not there any more: {os.strerror(error.errno or 0)}",
+                reason=Reason.DEVICE_LOST,
+                remedy="plug it in again; --wait waits for it",
+            ) from error
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self._descriptor)
+            programs = ", ".join(holders(found.node))
+            raise DeviceError(
+                f"another farplug uses {found}{f': {programs}' if programs else ''}",
+                reason=Reason.BUSY,
+                remedy="end that one first",
+            ) from error
+
+    def release(self) -> None:
+        """Let others have the device. Does nothing the second time."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)

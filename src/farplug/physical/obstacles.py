@@ -1,0 +1,181 @@
+"""Why a device of this machine cannot be plugged in, and what to do about it."""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from farplug.errors import Reason
+from farplug.physical.found import Found, Obstacle
+from farplug.physical.sysfs import listed, read
+from farplug.physical.udev import install_commands, udev_rule
+from farplug.physical.usb_ids import printable
+from farplug.store.usage import device_uses
+from farplug.usb.classes import HUB
+
+MAX_FOLDERS = 4096
+"""Folders of a device in sysfs that are looked into for disks and keyboards."""
+MAX_HOLDERS = 3
+"""Programs that are named."""
+
+_BTN_LEFT = 0x110
+_TYPING_KEYS = 0xFFFF_FFFE
+"""Escape, the digits and the letters up to D: what udev takes for a keyboard."""
+_WORD_BITS = 8 * struct.calcsize("L")
+
+
+@dataclass(slots=True)
+class Uses:
+    """What the kernel made of a device: its disks, and the keyboards and mice that are read.
+
+    Attributes:
+        disks: folders of block devices in sysfs.
+        inputs: "keyboard", "mouse".
+    """
+
+    disks: list[Path] = field(default_factory=list)
+    inputs: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, found: Found) -> Uses:
+        """Look below a device's interfaces that have a driver."""
+        uses = cls()
+        prefix = f"{found.port}:"
+        if any(interface.driver for interface in found.interfaces):
+            for folder in _below([entry for entry in listed(found.path) if entry.name.startswith(prefix)]):
+                if folder.parent.name == "block":
+                    uses.disks.append(folder)
+                elif folder.parent.name == "input" and (kind := _input_kind(folder)):
+                    uses.inputs.append(kind)
+        return uses
+
+
+def _below(folders: list[Path]) -> Iterator[Path]:
+    """All folders below, not following links; a bounded number."""
+    for _ in range(MAX_FOLDERS):
+        if not folders:
+            return
+        folder = folders.pop(0)
+        yield folder
+        folders += [entry for entry in listed(folder) if not entry.is_symlink() and entry.is_dir()]
+
+
+def _input_kind(folder: Path) -> str:
+    """What an input device is used for, by its capabilities (the rules of udev's input_id)."""
+    keys, axes = _bits(folder, "key"), _bits(folder, "rel") | _bits(folder, "abs")
+    if keys & _TYPING_KEYS == _TYPING_KEYS:
+        return "keyboard"
+    return "mouse" if axes & 3 == 3 and keys >> _BTN_LEFT & 1 else ""
+
+
+def _bits(folder: Path, kind: str) -> int:
+    """A bitmap: words of the machine in hexadecimal, the highest first."""
+    number = 0
+    for word in read(folder / "capabilities" / kind).split():
+        if not re.fullmatch(r"[0-9a-f]{1,16}", word):
+            return 0
+        number = number << _WORD_BITS | int(word, 16)
+    return number
+
+
+def obstacles(found: Found, root: Path, uses: Uses) -> Iterator[Obstacle]:
+    """What stands against plugging a device in, the worst first."""
+    if found.codes[0] == HUB:
+        yield Obstacle(Reason.HUB, "it is a hub", "name the devices that are plugged into it")
+        return
+    if read(found.path / "authorized") == "0":
+        yield Obstacle(
+            Reason.NOT_AUTHORIZED,
+            "this machine does not authorize it",
+            f"allow it in USBGuard, or: echo 1 | sudo tee {found.path}/authorized",
+        )
+    yield from _node_obstacles(found, root)
+    driver = _link_name(found.path / "driver")
+    if driver not in ("", "usb"):
+        yield Obstacle(
+            Reason.KERNEL_DRIVER,
+            f"the kernel's driver {driver} has the whole device, and it cannot be detached from here",
+            f"usbip unbind --busid {found.port}" if driver == "usbip-host" else f"unbind it from {driver}",
+        )
+    if any(interface.driver == "usbfs" for interface in found.interfaces):
+        programs = ", ".join(holders(found.node))
+        yield Obstacle(
+            Reason.BUSY, f"another program uses it{f': {programs}' if programs else ''}", "end that program first"
+        )
+    for disk in uses.disks:
+        yield from _disk_obstacles(disk)
+
+
+def caution(uses: Uses) -> Obstacle | None:
+    """Why somebody may want to keep the device: it is what this machine is used with."""
+    if not uses.inputs:
+        return None
+    what = " and ".join(dict.fromkeys(uses.inputs))
+    return Obstacle(
+        Reason.INPUT_DEVICE,
+        f"it is a {what} of this machine: while it is plugged in, it works in the VM only",
+        "to leave without it: end farplug from another keyboard, over the network, or by pulling it out",
+    )
+
+
+def _node_obstacles(found: Found, root: Path) -> Iterator[Obstacle]:
+    usbfs = root / "dev/bus/usb"
+    if not usbfs.is_dir():
+        yield Obstacle(
+            Reason.NO_USB,
+            f"there is no {usbfs}: devices cannot be opened here",
+            "in a container: start it with --device=/dev/bus/usb (Docker, Podman); else: sudo modprobe usbcore",
+        )
+    elif not found.node.exists():
+        yield Obstacle(
+            Reason.NO_USB,
+            f"there is no {found.node}: it is just leaving, or was plugged in after this container was started",
+            "in a container: mount the folder (--volume=/dev/bus/usb:/dev/bus/usb) to have what comes later",
+        )
+    elif not os.access(found.node, os.R_OK | os.W_OK):
+        yield Obstacle(
+            Reason.NO_PERMISSION,
+            f"no permission to use {found.node}",
+            f"{install_commands(udev_rule(found))}\n(for all devices: farplug doctor --install-udev-rule)",
+        )
+
+
+def _disk_obstacles(folder: Path) -> Iterator[Obstacle]:
+    match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", read(folder / "dev"))
+    uses = device_uses(os.makedev(int(match[1]), int(match[2]))) if match else []
+    if uses:
+        ends = "\n".join(f"sudo {use.end}" for use in uses if use.end)
+        yield Obstacle(
+            Reason.IN_USE,
+            f"this machine uses the disk: {', '.join(map(str, uses))}",
+            f"{ends}\nor plug it in nevertheless, which can damage its file systems: --force".lstrip(),
+            forceable=True,
+        )
+
+
+def holders(node: Path) -> list[str]:
+    """Programs that have a device open: ``usbredirect (process 123)``. Of other users' programs only root knows."""
+    holding = [
+        process
+        for process in listed(Path("/proc"))
+        if process.name.isdecimal()
+        and int(process.name) != os.getpid()
+        and any(_link(descriptor) == str(node) for descriptor in listed(process / "fd"))
+    ]
+    names = [(printable(read(process / "comm")) or "a program", process.name) for process in holding[:MAX_HOLDERS]]
+    return [f"{name} (process {number})" for name, number in names]
+
+
+def _link(path: Path) -> str:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""
+
+
+def _link_name(path: Path) -> str:
+    return os.path.basename(_link(path))

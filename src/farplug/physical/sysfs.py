@@ -1,0 +1,54 @@
+"""Files of sysfs, read so that nothing in them is trusted.
+
+Reading some attributes waits for the device (``product``, ``bConfigurationValue``): one that hangs in a reset holds
+them up for seconds. So do it in a thread.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+MAX_ATTRIBUTE = 4096
+"""Bytes of an attribute: sysfs has no longer ones, apart from binary files."""
+
+
+def read_bytes(path: Path, limit: int = MAX_ATTRIBUTE) -> bytes:
+    """The content of a file, up to ``limit`` bytes; empty if it cannot be read."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (OSError, ValueError):
+        return b""
+    try:
+        with open(descriptor, "rb") as file:
+            return file.read(limit) or b""
+    except OSError:  # the device has left meanwhile
+        return b""
+
+
+def read(path: Path) -> str:
+    """The text of an attribute without white space around it; empty if it cannot be read."""
+    return read_bytes(path).decode(errors="replace").strip()
+
+
+def number(path: Path, base: int = 10) -> int | None:
+    """The number that an attribute holds; None if there is none."""
+    return parse_number(read(path), base)
+
+
+def parse_number(text: str, base: int = 10) -> int | None:
+    """A number without a sign, of at most 9 digits; None if it is none."""
+    if not text.isascii() or not text.isalnum() or len(text) > 9:
+        return None
+    try:
+        return int(text, base)
+    except ValueError:
+        return None
+
+
+def listed(folder: Path) -> list[Path]:
+    """What is in a folder, sorted; nothing if it cannot be read."""
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []

@@ -1,0 +1,80 @@
+"""The udev rule that lets people use USB devices without being root.
+
+``uaccess`` gives them to whoever sits at this machine's screen (systemd's logind). People who come over the network sit
+nowhere; for them there is a group, where the distribution has one. Source: udev(7), 70-uaccess.rules of systemd.
+"""
+
+from __future__ import annotations
+
+import grp
+import os
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Final
+
+from farplug.errors import Reason, SetupError
+from farplug.physical.found import Found
+from farplug.programs import find_program
+
+RULES: Final = Path("etc/udev/rules.d/70-farplug.rules")
+"""Where the rules go, below the root: before 73-seat-late.rules, which acts on uaccess."""
+GROUP: Final = "plugdev"
+"""The group that Debian and its kin have for this."""
+
+_RELOAD: Final = (
+    ("udevadm", "control", "--reload"),
+    ("udevadm", "trigger", "--subsystem-match=usb", "--action=change"),
+)
+
+
+def udev_rule(found: Found | None = None) -> str:
+    """The line that lets people use a kind of device; all of them without one."""
+    match = 'SUBSYSTEM=="usb", ENV{DEVTYPE}=="usb_device"'
+    if found is not None:
+        match += f', ATTR{{idVendor}}=="{found.vendor_id:04x}", ATTR{{idProduct}}=="{found.product_id:04x}"'
+    try:
+        grp.getgrnam(GROUP)
+    except KeyError:
+        return f'{match}, TAG+="uaccess"'
+    return f'{match}, MODE="0660", GROUP="{GROUP}", TAG+="uaccess"'
+
+
+def install_commands(rule: str) -> str:
+    """The commands that install a rule, one a line."""
+    write = f"echo {shlex.quote(rule)} | sudo tee -a /{RULES}"
+    return "\n".join([write, " && ".join(f"sudo {shlex.join(command)}" for command in _RELOAD)])
+
+
+def install(rule: str, root: Path = Path("/")) -> Path:
+    """Write a rule, if it is not there yet, and make udev apply it to what is plugged in; the file.
+
+    Raises:
+        SetupError: there is no permission (``NO_PERMISSION``), the file cannot be written (``IO_ERROR``), or udev is
+            not installed, or does not answer.
+    """
+    path = root / RULES
+    try:
+        lines = path.read_text().splitlines() if path.exists() else []
+        if rule not in lines:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("\n".join([*lines, rule]) + "\n")
+    except PermissionError as error:
+        raise SetupError(
+            f"no permission to write {path}", reason=Reason.NO_PERMISSION, remedy=install_commands(rule)
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        what = os.strerror(error.errno or 0) if isinstance(error, OSError) else "it is not text in UTF-8"
+        raise SetupError(f"{path} cannot be written: {what}", reason=Reason.IO_ERROR) from error
+    for program, *arguments in _RELOAD:
+        result = subprocess.run(
+            [find_program(program), *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
+        if result.returncode:
+            said = result.stderr.strip().splitlines()
+            raise SetupError(
+                f"{program} {arguments[0]} failed: {said[-1] if said else f'exit code {result.returncode}'}",
+                reason=Reason.IO_ERROR,
+                remedy=f"{path} is written: restart the machine, or plug the devices in again when udev runs",
+            )
+    return path

@@ -1,0 +1,200 @@
+"""``farplug connect`` with devices of this machine: what is refused, and a session from end to end."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from threading import Timer
+
+import pytest
+from tests.cli.support import Cli, FakeGuest, in_thread, interrupt
+from tests.physical.trees import Machine
+
+from farplug import keeper
+from farplug.errors import DeviceError, Reason
+from farplug.physical import hotplug
+from farplug.physical.hotplug import Watch
+from farplug.store import MemoryStore
+from farplug.usb.device import Device
+from farplug.usbredir import packets as p
+from farplug.virtual.disk import disk_device
+
+NOWHERE = "tcp://127.0.0.1:1"
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """This machine; its devices are disks in memory."""
+    machine = Machine(tmp_path / "machine")
+    monkeypatch.setattr(hotplug, "INTERVAL", 0.02)
+    monkeypatch.setattr(hotplug, "PAUSE", 0.01)
+    monkeypatch.setattr(keeper, "Watch", partial(Watch, machine.root))
+    monkeypatch.setattr(keeper, "find_device", lambda bus, address, **names: disk_device(MemoryStore(1 << 20)))
+    return machine
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--usb-device", ""], 2, "an empty text names no USB device"),
+        (["--usb-device", "1050:"], 2, "'1050:' is no VID:PID"),
+        (["--usb-device", "port:x"], 2, "'port:x' is no port"),
+        (["--usb-device", "1-1", "--filter", "permit"], 2, "begins with 'allow' or 'deny'"),
+        (["--usb-device", "1-1", "--filter", "1,2,3"], 2, "has 3 fields, not 5"),
+        (["--auto-connect", "deny class=hid"], 2, "filter rules allow no device"),
+        (["--redirect-on-connect", ""], 2, "filter rules are empty"),
+        (["--auto-connect", "allow", "--wait"], 2, "--wait says nothing without --usb-device"),
+        (["--usb-disk", "x", "--wait"], 2, "--wait says nothing without --usb-device"),
+        (["--usb-disk", "x", "--follow", "port"], 2, "--follow says nothing without --usb-device, --auto-connect"),
+        (["--usb-disk", "x", "--filter", "allow"], 2, "--filter says nothing without --usb-device, --auto-connect"),
+        (["--usb-device", "1-1", "--follow", "me"], 2, "'me' is not one of 'device', 'port'"),
+        (["--usb-device", "dead:beef"], 12, "no USB device matches 'dead:beef'"),
+        (["--usb-device", "1209:0001"], 2, "2 USB devices match '1209:0001'"),
+        (["--usb-device", "port:1-4"], 12, "cannot be plugged in: it is a hub"),
+        (["--usb-device", "port:1-5"], 12, "cannot be plugged in: this machine does not authorize it"),
+        (["--usb-device", "port:1-6"], 12, "cannot be plugged in: another program uses it"),
+        (["--usb-device", "port:1-1", "--usb-device", "address:1-11"], 2, "name the same device"),
+        (
+            ["--usb-device", "port:1-1", "--filter", "deny class=storage; allow"],
+            12,
+            "--filter does not allow it: rule 1 (deny class=storage) denies its class storage (08)",
+        ),
+    ],
+)
+def test_refusals(cli: Cli, machine: Machine, arguments: list[str], code: int, said: str) -> None:
+    machine.add("1-1", 11)
+    machine.add("1-2", 12)
+    machine.add("1-4", 14, 0x05E3, 0x0610, ((9, 0, 0),), codes=(9, 0, 1))
+    machine.add("1-5", 15, 0x1209, 5, authorized="0")
+    machine.add("1-6", 16, 0x1209, 6, drivers=("usbfs",))
+    result = cli("connect", NOWHERE, *arguments)
+    assert result.code == code
+    assert said in result.err
+    assert result.err.startswith("farplug: ")
+
+
+def test_what_was_meant_is_listed(cli: Cli, machine: Machine) -> None:
+    machine.add("1-1", 11, 0x1050, 0x0407, product="YubiKey", serial="7")
+    result = cli("connect", NOWHERE, "--usb-device", "1050:0408")
+    assert result.err.splitlines() == [
+        "farplug: no USB device matches '1050:0408'",
+        "  these are plugged in:",
+        "  1-1  bus 1 address 11  1050:0407  YubiKey  serial:7",
+        "  to wait until it is plugged in: --wait",
+    ]
+
+
+def test_no_usb(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(keeper, "Watch", partial(Watch, tmp_path))
+    result = cli("connect", NOWHERE, "--usb-device", "1-1", "--json")
+    assert result.code == 11
+    assert "this machine has no USB" in result.err
+    assert json.loads(result.out.splitlines()[-1])["reason"] == "no-usb"
+
+
+def test_a_device_that_cannot_be_chosen_costs_no_ticket(cli: Cli, machine: Machine, tmp_path: Path) -> None:
+    vv = tmp_path / "vm.vv"
+    vv.write_text("[virt-viewer]\ntype=spice\nhost=127.0.0.1\nport=1\npassword=once\ndelete-this-file=1\n")
+    assert cli("connect", vv, "--usb-device", "1-1").code == 12
+    assert vv.exists()
+
+
+def test_a_device_that_disappears_between_list_and_open(
+    cli: Cli, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(bus: int, address: int, **names: str) -> Device:
+        raise DeviceError(f"there is no USB device {bus}-{address}", reason=Reason.DEVICE_LOST)
+
+    monkeypatch.setattr(keeper, "find_device", gone)
+    machine.add("1-1", 11)
+    result = cli("connect", NOWHERE, "--usb-device", "1-1", "--json")
+    assert result.code == 12
+    assert json.loads(result.out.splitlines()[-1])["reason"] == "device-lost"
+
+
+def run(cli: Cli, guest: FakeGuest, *arguments: object) -> list[dict[str, object]]:
+    """A session that ends well; its events."""
+    with in_thread(guest.listening) as target:
+        result = cli("connect", target, "--json", *arguments)
+    assert (result.code, result.err) == (0, "")
+    return [json.loads(line) for line in result.out.splitlines()]
+
+
+def test_a_session(cli: Cli, machine: Machine) -> None:
+    machine.add("1-1", 11, product="Stick")
+    lines = run(cli, FakeGuest(), "--usb-device", "stick")
+    names = [line["event"] for line in lines if line.get("device") == "Stick"]
+    assert [name for name in names if name != "figures"] == [
+        "opened",
+        "guest-ready",
+        "attached",
+        "configured",
+        "detached",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "first"),
+    [
+        (["--usb-device", "1209:0001", "--wait"], "waiting for 1209:0001 to be plugged in"),
+        (["--auto-connect", "allow class=storage"], "1209:0001 (port 1-2) was plugged in: it goes into the VM"),
+    ],
+)
+def test_one_that_comes_later(cli: Cli, machine: Machine, arguments: list[str], first: str) -> None:
+    timer = Timer(0.5, machine.add, ["1-2", 12])
+    timer.start()
+    lines = run(cli, FakeGuest(), *arguments)
+    timer.join()
+    assert next(line["message"] for line in lines if line["event"] == "note") == first
+    assert "attached" in [line["event"] for line in lines]
+
+
+def test_pulled_out_and_plugged_in_again(cli: Cli, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeper, "DEPARTURE_PATIENCE", 0.05)
+    machine.add("1-1", 11)
+
+    def plugged_again() -> None:
+        machine.remove("1-1")
+        machine.add("1-1", 12)
+
+    steps = [plugged_again, interrupt]
+    guest = FakeGuest(lambda: steps.pop(0)())
+    lines = run(cli, guest, "--usb-device", "1-1")
+    assert [line["event"] for line in lines].count("attached") == 2
+    assert any(isinstance(packet, p.DeviceDisconnect) for packet in guest.seen)
+    assert [line["message"] for line in lines if line["event"] == "note"][:2] == [
+        "1209:0001 (port 1-1) was pulled out; when it comes back it goes into the VM again",
+        "1209:0001 (port 1-1) is back: it goes into the VM",
+    ]
+
+
+def test_the_guests_filter_with_the_rule_that_decided(cli: Cli, machine: Machine) -> None:
+    machine.add("1-1", 11)
+    guest = FakeGuest(filter="0x03,-1,-1,-1,1|0x08,-1,-1,-1,0|-1,-1,-1,-1,1")
+    with in_thread(guest.listening) as target:
+        result = cli("connect", target, "--usb-device", "1-1")
+    assert result.code == 8
+    assert "rule 2 (deny class=storage) denies its class storage (08)" in result.err
+
+
+def test_more_named_devices_than_ports(cli: Cli, machine: Machine, image: Path) -> None:
+    machine.add("1-1", 11)
+    with in_thread(FakeGuest().listening) as target:
+        result = cli("connect", target, "--usb-device", "1-1", "--usb-disk", image)
+    assert result.code == 7
+    assert "2 devices, but the VM has 1 port for them" in result.err
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_devices_that_rules_do_not_take(cli: Cli, machine: Machine, as_json: bool) -> None:
+    machine.keyboard("1-1", 11)
+    machine.add("1-2", 12)
+    with in_thread(FakeGuest().listening) as target:
+        result = cli("connect", target, "--redirect-on-connect", "allow", *(["--json"] if as_json else []))
+    assert result.code == 0
+    if as_json:
+        skipped = [line for line in map(json.loads, result.out.splitlines()) if line["event"] == "skipped"]
+        assert [line["reason"] for line in skipped] == ["input-device"]
+    assert "046d:c31c (port 1-1) is left alone: it is a keyboard of this machine" in result.out
+    assert "--usb-device port:1-1" in result.out

@@ -1,0 +1,227 @@
+"""Each reason why a device cannot be plugged in: the words, the remedy, the exit code."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.physical.trees import BOOT_KEYBOARD, HID, STORAGE, Machine
+
+from farplug.errors import DeviceError, ExitCode, Reason
+from farplug.physical import obstacles
+from farplug.physical.found import Found, Obstacle
+from farplug.physical.listing import list_devices
+from farplug.store import usage
+
+
+def only(machine: Machine) -> Found:
+    (found,) = list_devices(machine.root)
+    return found
+
+
+def _authorized(machine: Machine) -> None:
+    machine.add("1-1", 2, authorized="0")
+
+
+def _hub(machine: Machine) -> None:
+    machine.add("1-1", 2, 1, 2, ((9, 0, 0),), codes=(9, 0, 1), drivers=("hub",), node=False)
+
+
+def _no_usbfs(machine: Machine) -> None:
+    machine.add("1-1", 2, node=False)
+    (machine.root / "dev/bus/usb").rmdir()
+
+
+def _usbip(machine: Machine) -> None:
+    machine.link(machine.add("1-1", 2) / "driver", "usbip-host")
+
+
+@pytest.mark.parametrize(
+    ("make", "reason", "said", "remedy"),
+    [
+        (_hub, Reason.HUB, "it is a hub", "name the devices"),
+        (_authorized, Reason.NOT_AUTHORIZED, "this machine does not authorize it", "authorized"),
+        (_no_usbfs, Reason.NO_USB, "devices cannot be opened here", "--device=/dev/bus/usb"),
+        (lambda m: m.add("1-1", 2, node=False), Reason.NO_USB, "bus/usb/001/002: it is just leaving", "container"),
+        (_usbip, Reason.KERNEL_DRIVER, "driver usbip-host has the whole device", "usbip unbind --busid 1-1"),
+        (lambda m: m.add("1-1", 2, drivers=("usbfs",)), Reason.BUSY, "another program uses it", "end that program"),
+    ],
+)
+def test_obstacles(machine: Machine, make: Callable[[Machine], object], reason: Reason, said: str, remedy: str) -> None:
+    make(machine)
+    found = only(machine)
+    assert [one.reason for one in found.obstacles] == [reason]
+    for force in (False, True):
+        with pytest.raises(DeviceError) as caught:
+            found.check(force=force)
+    error = caught.value
+    assert error.message.startswith(f"{found} cannot be plugged in: ")
+    assert said in error.message
+    assert remedy in error.remedy
+    assert (error.reason, error.exit_code) == (reason, ExitCode.DEVICE)
+
+
+def test_another_kernel_driver(machine: Machine) -> None:
+    machine.link(machine.add("1-1", 2) / "driver", "apple-mfi-fastcharge")
+    obstacle = only(machine).obstacle
+    assert obstacle is not None
+    assert (str(obstacle).count("apple-mfi-fastcharge"), obstacle.remedy) == (1, "unbind it from apple-mfi-fastcharge")
+
+
+@pytest.mark.parametrize("group", [True, False])
+def test_no_permission(machine: Machine, monkeypatch: pytest.MonkeyPatch, group: bool) -> None:
+    def getgrnam(name: str) -> object:
+        if not group:
+            raise KeyError(name)
+        return name
+
+    machine.add("1-1", 2, 0x1050, 0x0407, drivers=("usbfs",))
+    monkeypatch.setattr("grp.getgrnam", getgrnam)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    found = only(machine)
+    assert [one.reason for one in found.obstacles] == [Reason.NO_PERMISSION, Reason.BUSY]
+    with pytest.raises(DeviceError, match=r"no permission to use .*/dev/bus/usb/001/002") as caught:
+        found.check()
+    assert caught.value.exit_code == ExitCode.DEVICE
+    write, reload, doctor = caught.value.remedy.splitlines()
+    access = 'MODE="0660", GROUP="plugdev", ' if group else ""
+    assert write == (
+        'echo \'SUBSYSTEM=="usb", ENV{DEVTYPE}=="usb_device", ATTR{idVendor}=="1050", ATTR{idProduct}=="0407", '
+        f'{access}TAG+="uaccess"\' | sudo tee -a /etc/udev/rules.d/70-farplug.rules'
+    )
+    assert reload == ("sudo udevadm control --reload && sudo udevadm trigger --subsystem-match=usb --action=change")
+    assert "farplug doctor --install-udev-rule" in doctor
+
+
+def test_who_uses_it(machine: Machine) -> None:
+    machine.add("1-1", 2, drivers=("usbfs",))
+    node = machine.root / "dev/bus/usb/001/002"
+    child_ready, ready = os.pipe()
+    stay, leave = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(leave)
+        os.open(node, os.O_RDONLY)
+        os.write(ready, b"x")
+        os.read(stay, 1)
+        os._exit(0)
+    try:
+        os.read(child_ready, 1)
+        assert f"(process {child})" in str(only(machine).obstacle)
+    finally:
+        for descriptor in (child_ready, ready, stay, leave):
+            os.close(descriptor)
+        os.waitpid(child, 0)
+    assert str(only(machine).obstacle) == "another program uses it"
+
+
+def test_our_own_process_is_not_named(machine: Machine) -> None:
+    machine.add("1-1", 2, drivers=("usbfs",))
+    with (machine.root / "dev/bus/usb/001/002").open():
+        assert str(only(machine).obstacle) == "another program uses it"
+
+
+@pytest.fixture
+def mounted(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """A stick whose partition is mounted."""
+    folder = machine.disk("1-1", 2)
+    disk = folder / "1-1:1.0/host0/target0:0:0/0:0:0:0/block/sda"
+    (disk / "sda1").mkdir()
+    (disk / "sda1/partition").write_text("1\n")
+    (disk / "sda1/dev").write_text("8:1\n")
+    numbers = machine.root / "numbers"
+    numbers.mkdir()
+    (numbers / "8:0").symlink_to(disk)
+    mounts = machine.root / "mountinfo"
+    mounts.write_text("1 2 8:1 / /media/my\\040stick rw - vfat /dev/sda1 rw\n")
+    monkeypatch.setattr(usage, "BLOCK_DEVICES", numbers)
+    monkeypatch.setattr(usage, "MOUNTS", mounts)
+    monkeypatch.setattr(usage, "SWAPS", machine.root / "swaps")
+    return machine
+
+
+def test_a_disk_that_is_mounted(mounted: Machine) -> None:
+    found = only(mounted)
+    with pytest.raises(
+        DeviceError, match="this machine uses the disk: /dev/sda1 is mounted on /media/my stick"
+    ) as caught:
+        found.check()
+    assert (caught.value.reason, caught.value.exit_code) == (Reason.IN_USE, ExitCode.DEVICE)
+    assert caught.value.remedy.splitlines()[0] == "sudo umount '/media/my stick'"
+    assert "--force" in caught.value.remedy
+    found.check(force=True)
+
+
+def test_force_leaves_what_is_impossible(mounted: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(DeviceError) as caught:
+        only(mounted).check(force=True)
+    assert caught.value.reason is Reason.NO_PERMISSION
+
+
+def test_a_disk_that_is_not_mounted(mounted: Machine) -> None:
+    (mounted.root / "mountinfo").write_text("")
+    assert only(mounted).obstacle is None
+
+
+@pytest.mark.parametrize("number", ["", "x", "8:0:0", "99999999999:0", "-1:0"])
+def test_a_disk_without_a_number(machine: Machine, number: str) -> None:
+    machine.disk("1-1", 2, number)
+    assert only(machine).obstacle is None
+
+
+def test_the_keyboard_and_the_mouse_are_a_caution(machine: Machine) -> None:
+    machine.keyboard("1-1", 2)
+    machine.mouse("1-2", 3)
+    keyboard, mouse = list_devices(machine.root)
+    assert keyboard.caution is not None
+    assert mouse.caution is not None
+    assert "it is a keyboard of this machine" in str(keyboard.caution)
+    assert "it is a mouse of this machine" in str(mouse.caution)
+    assert keyboard.caution.reason is Reason.INPUT_DEVICE
+    keyboard.check()
+
+
+@pytest.mark.parametrize(
+    "capabilities",
+    [
+        {},
+        {"key": "zzz", "rel": "3"},
+        {"key": "1 " * 2000},
+        {"key": "e080ffdf01cfffff"},  # the knobs of a headset
+        {"rel": "3"},
+        {"key": "10000 0 0 0 0"},
+        {"key": "-fffffffffffffffe"},
+    ],
+)
+def test_what_is_neither(machine: Machine, capabilities: dict[str, str]) -> None:
+    folder = machine.add("1-1", 2, 1, 2, (BOOT_KEYBOARD,), drivers=("usbhid",))
+    machine.input(folder, "1-1:1.0", **capabilities)
+    assert only(machine).caution is None
+
+
+def test_a_tablet_is_a_mouse(machine: Machine) -> None:
+    folder = machine.add("1-1", 2, 1, 2, (STORAGE, HID), drivers=("", "usbhid"))
+    machine.input(folder, "1-1:1.1", key="70000 0 0 0 0", abs="3")
+    assert "a mouse of this machine" in str(only(machine).caution)
+
+
+def test_a_keyboard_that_no_driver_reads(machine: Machine) -> None:
+    machine.add("1-1", 2, 1, 2, (BOOT_KEYBOARD,))
+    assert only(machine).caution is None
+
+
+def test_a_tree_that_is_too_large_is_not_searched_to_its_end(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = machine.keyboard("1-1", 2)
+    (folder / "1-1:1.0/loop").symlink_to(folder)
+    assert only(machine).caution is not None
+    monkeypatch.setattr(obstacles, "MAX_FOLDERS", 3)
+    assert only(machine).caution is None
+
+
+def test_words() -> None:
+    obstacle = Obstacle(Reason.HUB, "it is a hub")
+    found = Found(1, 2, "1-1", 1, 2, obstacles=(obstacle,), node=Path("/dev/null"))
+    assert (str(obstacle), found.obstacle, str(found)) == ("it is a hub", obstacle, "0001:0002 (port 1-1)")

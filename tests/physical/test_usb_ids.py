@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from farplug.physical import usb_ids as module
+from farplug.physical.usb_ids import UsbIds, usb_ids
+
+TEXT = """\
+# a comment
+046d  Logitech, Inc.
+\tc31c  Keyboard K120
+\t\t00  an interface
+\tnonsense
+1050  Yubico.com
+\t0407  Yubikey 4/5 OTP+U2F+CCID
+046d  the second one does not count
+
+C 00  (Defined at Interface level)
+\t0001  a subclass, no product
+AT 0100  Streaming
+"""
+
+
+def test_names() -> None:
+    ids = UsbIds.parse(TEXT)
+    assert ids.vendor(0x046D) == "Logitech, Inc."
+    assert ids.product(0x1050, 0x0407) == "Yubikey 4/5 OTP+U2F+CCID"
+    assert ids.product(0x046D, 0x0407) == ids.vendor(0xFFFF) == ""
+    assert len(ids.products) == 2
+
+
+@pytest.mark.parametrize("text", ["", "\0" * 100, "\t" * 100, "046d", "046d  ", "\n\n\t1234  orphan\n", "\ud800  x"])
+def test_nonsense(text: str) -> None:
+    assert UsbIds.parse(text).products == {}
+
+
+def test_long_and_unprintable_names() -> None:
+    name = UsbIds.parse("1234  \x1b" + "x" * 5000).vendor(0x1234)
+    assert name.isprintable()
+    assert len(name) == module.MAX_NAME
+
+
+def test_where_there_is_none(tmp_path: Path) -> None:
+    assert usb_ids(tmp_path) == UsbIds()
+
+
+def test_a_large_file_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_SIZE", 64)
+    (tmp_path / "usr/share/misc").mkdir(parents=True)
+    (tmp_path / "usr/share/misc/usb.ids").write_bytes(b"1234  first\n\xff\xfe" + b"#" * 64 + b"\n5678  too far\n")
+    assert usb_ids(tmp_path).vendors == {0x1234: "first"}
+
+
+def test_this_machines_own() -> None:
+    assert "Linux Foundation" in usb_ids().vendor(0x1D6B)

@@ -1,0 +1,379 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import NoReturn, cast
+
+import pytest
+from tests.physical.trees import Machine
+
+from farplug import keeper as module
+from farplug.errors import (
+    DeviceError,
+    FarplugError,
+    GuestGoneError,
+    PortError,
+    Reason,
+    RefusedError,
+    UsageError,
+)
+from farplug.hub import Attachment
+from farplug.keeper import Keeper
+from farplug.physical import hotplug
+from farplug.physical.choose import Choice
+from farplug.physical.found import Found
+from farplug.physical.hotplug import Watch
+from farplug.physical.lock import DeviceLock
+from farplug.policy import Follow, Policy, Wishes
+from farplug.usb.device import Device
+from farplug.usbredir.rules import parse_rules
+
+LOST = DeviceError("the device is gone", reason=Reason.DEVICE_LOST)
+FAULT = DeviceError("the device broke", reason=Reason.DEVICE_FAULT)
+REFUSED = RefusedError("the guest refused it", reason=Reason.REJECTED)
+NO_PORT = PortError("no free port", reason=Reason.NO_FREE_PORT)
+
+
+@pytest.fixture(autouse=True)
+def _in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hotplug, "INTERVAL", 0.02)
+    monkeypatch.setattr(hotplug, "PAUSE", 0.01)
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+class FakeDevice:
+    def __init__(self, found: Found) -> None:
+        self.found = found
+
+
+class FakeAttachment:
+    """What the hub gives for a device: it ends when the test says so."""
+
+    def __init__(self, device: FakeDevice) -> None:
+        self.device = device
+        self.unplugged = False
+        self._ended: asyncio.Future[FarplugError | None] = asyncio.get_running_loop().create_future()
+
+    @property
+    def over(self) -> bool:
+        return self._ended.done()
+
+    def end(self, error: FarplugError | None) -> None:
+        self._ended.set_result(error)
+
+    async def ended(self) -> FarplugError | None:
+        return await asyncio.shield(self._ended)
+
+    async def unplug(self) -> None:
+        self.unplugged = True
+        self.end(None)
+
+
+class Scene:
+    """A machine, a keeper, a hub, and who is told."""
+
+    def __init__(self, machine: Machine, *choices: str, **wishes: object) -> None:
+        self.machine = machine
+        self.told: list[str] = []
+        self.skips: list[FarplugError] = []
+        self.attachments: list[FakeAttachment] = []
+        self.forgotten: list[object] = []
+        self.here: list[str] = []
+        self.refuses: dict[str, FarplugError] = {}
+        self.lost: set[str] = set()
+        rules = {
+            name: parse_rules(str(wishes.pop(name))) for name in ("allowed", "on_connect", "later") if name in wishes
+        }
+        policy = Policy(Wishes([Choice.parse(one) for one in choices], **rules, **wishes))  # type: ignore[arg-type]
+        self.keeper = Keeper(policy, self, Watch(machine.root), self.find)
+        self.running: asyncio.Task[NoReturn] | None = None
+
+    async def find(self, found: Found) -> Device:
+        if found.port in self.lost:
+            raise LOST
+        return cast(Device, FakeDevice(found))
+
+    # The hub
+
+    async def plug(self, device: Device) -> Attachment:
+        fake = cast(FakeDevice, device)
+        if fake.found.port in self.refuses:
+            raise self.refuses[fake.found.port]
+        self.attachments.append(FakeAttachment(fake))
+        return cast(Attachment, self.attachments[-1])
+
+    def forget(self, attachment: Attachment) -> None:
+        self.forgotten.append(attachment)
+
+    # The listener
+
+    def plugging(self, device: Device, found: Found) -> None:
+        self.here.append(found.port)
+
+    def parted(self, device: Device) -> None:
+        self.here.remove(cast(FakeDevice, device).found.port)
+
+    def note(self, text: str) -> None:
+        self.told.append(text)
+
+    def skipped(self, error: FarplugError) -> None:
+        self.skips.append(error)
+
+    # The test's hands
+
+    @asynccontextmanager
+    async def running_keeper(self) -> AsyncIterator[None]:
+        try:
+            await self.keeper.prepare()
+            self.running = asyncio.create_task(self.keeper.run(self))
+            yield
+        finally:
+            if self.running is not None:
+                self.running.cancel()
+                await asyncio.wait([self.running])
+            await self.keeper.close()
+            await self.keeper.close()
+
+    async def until(self, condition: Callable[[], object]) -> None:
+        async with asyncio.timeout(20):
+            while not condition():
+                await asyncio.sleep(0.01)
+
+    async def plugged(self, *ports: str) -> None:
+        """Wait until just these are in the guest."""
+        await self.until(lambda: [a.device.found.port for a in self.attachments if not a.over] == list(ports))
+
+    async def failed(self) -> BaseException | None:
+        assert self.running is not None
+        await asyncio.wait([self.running], timeout=20)
+        return self.running.exception()
+
+
+def is_locked(found: Found) -> bool:
+    try:
+        DeviceLock(found).release()
+    except DeviceError:
+        return True
+    return False
+
+
+async def test_named_devices_are_plugged_and_locked(machine: Machine) -> None:
+    machine.add("1-1", 2)
+    machine.add("1-2", 3)
+    scene = Scene(machine, "port:1-1", "port:1-2")
+    async with scene.running_keeper():
+        await scene.plugged("1-1", "1-2")
+        found = [attachment.device.found for attachment in scene.attachments]
+        assert [is_locked(one) for one in found] == [True, True]
+        assert (scene.told, scene.here) == ([], ["1-1", "1-2"])
+    assert [is_locked(one) for one in found] == [False, False]
+
+
+async def test_how_many_ports_are_needed(machine: Machine) -> None:
+    machine.add("1-1", 2)
+    machine.add("1-2", 3, 5, 6)
+    scene = Scene(machine, "port:1-1", "dead:beef", on_connect="allow", wait=True)
+    try:
+        assert await scene.keeper.prepare() == 1
+        assert scene.told == ["waiting for dead:beef to be plugged in"]
+    finally:
+        await scene.keeper.close()
+
+
+async def test_a_keyboard_that_was_named(machine: Machine) -> None:
+    machine.keyboard("1-1", 2)
+    scene = Scene(machine, "1-1")
+    async with scene.running_keeper():
+        await scene.plugged("1-1")
+    assert "046d:c31c (port 1-1): it is a keyboard of this machine" in scene.told[0]
+
+
+@pytest.mark.parametrize("choice", ["dead:beef", "1209:0001"])
+async def test_what_cannot_be_chosen_is_told_before_the_guest_is_reached(machine: Machine, choice: str) -> None:
+    machine.add("1-1", 2)
+    machine.add("1-2", 3)
+    scene = Scene(machine, choice)
+    with pytest.raises((DeviceError, UsageError)):
+        await scene.keeper.prepare()
+    await scene.keeper.close()
+
+
+async def test_another_farplug_has_it(machine: Machine) -> None:
+    machine.add("1-1", 2)
+    machine.add("1-2", 3)
+    async with Scene(machine, "1-1").running_keeper():
+        scene = Scene(machine, "port:1-2", "port:1-1")
+        with pytest.raises(DeviceError, match=r"another farplug uses 1209:0001 \(port 1-1\)") as caught:
+            await scene.keeper.prepare()
+        assert caught.value.reason is Reason.BUSY
+        await scene.keeper.close()
+        rules = Scene(machine, on_connect="allow")
+        async with rules.running_keeper():
+            await rules.plugged("1-2")
+            await rules.until(lambda: rules.skips)
+        assert [error.reason for error in rules.skips] == [Reason.BUSY]
+
+
+@pytest.mark.parametrize("tells", [True, False])
+async def test_pulled_out_and_plugged_in_again(machine: Machine, monkeypatch: pytest.MonkeyPatch, tells: bool) -> None:
+    monkeypatch.setattr(module, "DEPARTURE_PATIENCE", 0.1)
+    machine.add("1-1", 2)
+    scene = Scene(machine, "1-1")
+    async with scene.running_keeper():
+        await scene.plugged("1-1")
+        machine.remove("1-1")
+        if tells:
+            scene.attachments[0].end(LOST)
+        await scene.plugged()
+        machine.add("1-1", 3)
+        await scene.plugged("1-1")
+        assert scene.attachments[0].unplugged is not tells
+        assert scene.attachments[1].device.found.address == 3
+        assert scene.forgotten == scene.attachments[:1]
+        assert scene.here == ["1-1"]
+    assert scene.told == [
+        "1209:0001 (port 1-1) was pulled out; when it comes back it goes into the VM again",
+        "1209:0001 (port 1-1) is back: it goes into the VM",
+    ]
+    assert scene.skips == []
+
+
+async def test_a_new_one_waits_until_the_former_has_left_the_port(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "DEPARTURE_PATIENCE", 60)
+    machine.add("1-1", 2)
+    scene = Scene(machine, "1-1", follow=Follow.PORT)
+    async with scene.running_keeper():
+        await scene.plugged("1-1")
+        machine.remove("1-1")
+        machine.add("1-1", 3, 0x0483, 0xDF11)
+        await scene.until(lambda: len(scene.told) == 2)
+        await asyncio.sleep(0.1)
+        assert len(scene.attachments) == 1
+        scene.attachments[0].end(LOST)
+        await scene.plugged("1-1")
+        assert scene.attachments[1].device.found.id == "0483:df11"
+
+
+async def test_waiting_for_one(machine: Machine) -> None:
+    scene = Scene(machine, "1209:0001", wait=True)
+    async with scene.running_keeper():
+        machine.add("1-7", 9)
+        await scene.plugged("1-7")
+    assert scene.told == [
+        "waiting for 1209:0001 to be plugged in",
+        "1209:0001 (port 1-7) was plugged in: it goes into the VM",
+    ]
+
+
+async def test_rules_for_what_comes_later(machine: Machine) -> None:
+    machine.add("1-1", 2)
+    scene = Scene(machine, later="allow class=storage")
+    async with scene.running_keeper():
+        machine.add("1-2", 3)
+        await scene.plugged("1-2")
+        machine.add("1-3", 4, authorized="0")
+        await scene.until(lambda: scene.skips)
+        machine.remove("1-1")
+        machine.remove("1-2")
+        await scene.until(lambda: len(scene.told) == 2)
+    assert [error.reason for error in scene.skips] == [Reason.NOT_AUTHORIZED]
+
+
+@pytest.mark.parametrize("error", [FAULT, REFUSED, NO_PORT, GuestGoneError("gone")])
+@pytest.mark.parametrize("attached", [True, False])
+async def test_a_named_device_that_cannot_be_plugged_ends_it(
+    machine: Machine, error: FarplugError, attached: bool
+) -> None:
+    machine.add("1-1", 2)
+    machine.add("1-2", 3)
+    scene = Scene(machine, "port:1-1", "port:1-2")
+    if not attached:
+        scene.refuses["1-2"] = error
+    async with scene.running_keeper():
+        if attached:
+            await scene.plugged("1-1", "1-2")
+            scene.attachments[1].end(error)
+        assert await scene.failed() is error
+
+
+async def test_a_named_device_that_disappears_between_list_and_open(machine: Machine) -> None:
+    machine.add("1-1", 2)
+    scene = Scene(machine, "1-1")
+    scene.lost = {"1-1"}
+    async with scene.running_keeper():
+        assert await scene.failed() is LOST
+
+
+async def test_one_that_came_back_and_disappears_at_once_may_come_again(machine: Machine) -> None:
+    machine.add("1-1", 2)
+    scene = Scene(machine, "1-1")
+    async with scene.running_keeper():
+        await scene.plugged("1-1")
+        machine.remove("1-1")
+        scene.attachments[0].end(LOST)
+        scene.lost = {"1-1"}
+        machine.add("1-1", 3)
+        await scene.until(lambda: len(scene.told) == 2)
+        scene.lost = set()
+        machine.remove("1-1")
+        machine.add("1-1", 4)
+        await scene.plugged("1-1")
+    assert scene.skips == []
+
+
+@pytest.mark.parametrize("error", [FAULT, REFUSED, NO_PORT])
+async def test_a_device_that_a_rule_took_may_fail(machine: Machine, error: FarplugError) -> None:
+    machine.add("1-1", 2)
+    machine.add("1-2", 3)
+    scene = Scene(machine, on_connect="allow")
+    scene.refuses["1-2"] = error
+    async with scene.running_keeper():
+        await scene.until(lambda: scene.skips)
+        await scene.plugged("1-1")
+        assert scene.skips == [error]
+        scene.refuses.clear()
+        machine.remove("1-2")
+        await asyncio.sleep(0.1)
+        machine.add("1-2", 4)
+        await scene.plugged("1-1", "1-2")
+
+
+async def test_the_guest_is_gone(machine: Machine) -> None:
+    machine.add("1-1", 2)
+    scene = Scene(machine, on_connect="allow")
+    async with scene.running_keeper():
+        await scene.plugged("1-1")
+        scene.attachments[0].end(GuestGoneError("gone"))
+        assert isinstance(await scene.failed(), GuestGoneError)
+
+
+async def test_a_defect_is_not_hidden(machine: Machine) -> None:
+    machine.add("1-1", 2)
+    scene = Scene(machine, "1-1")
+    scene.refuses["1-1"] = cast(FarplugError, ZeroDivisionError())
+    async with scene.running_keeper():
+        assert isinstance(await scene.failed(), ZeroDivisionError)
+
+
+async def test_it_leaves_nothing_behind(machine: Machine) -> None:
+    def count() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    machine.add("1-1", 2)
+    async with Scene(machine, "1-1").running_keeper():
+        pass
+    before = count()
+    for _ in range(3):
+        scene = Scene(machine, "1-1")
+        async with scene.running_keeper():
+            await scene.plugged("1-1")
+    assert count() == before
+    assert len(asyncio.all_tasks()) == 1
