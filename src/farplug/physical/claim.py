@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Final
 
+from farplug.errors import DeviceError, Reason
 from farplug.physical.binding import UsbContext, UsbDevice, UsbHandle, UsbTransfer
 from farplug.physical.library import (
+    Busy,
     Interrupted,
     Library,
     NoDevice,
@@ -82,8 +84,8 @@ class Claim:
         endpoints: those of the current settings, by address.
 
     Raises:
-        DeviceError: it is gone (``DEVICE_LOST``), in use (``BUSY``), there is no permission (``NO_PERMISSION``), or
-            it does not work (``DEVICE_FAULT``). It was given back.
+        DeviceError: it is gone (``DEVICE_LOST``), in use (``BUSY``), there is no permission (``NO_PERMISSION``),
+            its driver cannot be unbound (``KERNEL_DRIVER``), or it does not work (``DEVICE_FAULT``). It was given back.
         SetupError: libusb cannot work on this machine.
     """
 
@@ -213,18 +215,31 @@ class Claim:
     def _take_interfaces(self) -> None:
         """Unbind all drivers, then claim: a driver that has two interfaces binds again while one is still free."""
         self._detached = []
+        stuck: dict[int, Exception] = {}
         for number in self._numbers():
             try:
                 self.handle.detachKernelDriver(number)
                 self._detached.append(number)
             except (NotFound, NotSupported):
                 pass  # no driver is bound, or the system has no such thing
+            except NoDevice:
+                raise
+            except UsbError as error:
+                stuck[number] = error
         for number in self._numbers():
             try:
                 self.handle.claimInterface(number)
                 self._claimed.append(number)
             except NotFound:
                 log.warning("%s: this machine does not know its interface %d", self._name, number)
+            except Busy as error:
+                if number not in stuck:
+                    raise
+                raise DeviceError(
+                    f"{self._name}: the kernel's driver of interface {number} cannot be unbound: {stuck[number]}",
+                    reason=Reason.KERNEL_DRIVER,
+                    remedy="end what uses it, or unload the driver: lsusb -t names it",
+                ) from error
 
     def _release_interfaces(self) -> None:
         while self._claimed:
