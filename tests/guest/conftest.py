@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from tests.guest.plugging import AT_ONCE
+from tests.guest.nested import REAL_DEVICES, Machine, Plugger
+from tests.guest.plugging import AT_ONCE, SCRIPTS
 
 from farplug.errors import SetupError
 from farplug.testing import Boot, GuestConfig, QemuGuest, SpicePort, TcpPort, UnixPort
@@ -105,6 +106,15 @@ async def guests(pytestconfig: pytest.Config) -> AsyncIterator[GuestPool]:
 async def guest(guests: GuestPool) -> QemuGuest:
     """The usual guest: two SPICE ports, a TCP and a UNIX port, in this order, on xHCI."""
     return await guests.get(USUAL)
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def plugger(guests: GuestPool) -> AsyncIterator[Plugger]:
+    """farplug in the near guest, a machine with real devices: ``plugger.machine``."""
+    machine = Machine(await guests.get(REAL_DEVICES))
+    await machine.check(f"ln -sfn {SCRIPTS} /scripts")
+    async with Plugger.started(machine) as plugger:
+        yield plugger
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

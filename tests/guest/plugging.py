@@ -118,11 +118,22 @@ async def give_space_back(guest: QemuGuest, disk: str, storage: str) -> None:
 
 async def usb_folder(guest: QemuGuest, device: Device) -> str:
     """The guest's folder in /sys for one of our devices, by its ids; waits until it is there."""
-    ids = f"{device.identity.vendor_id:04x} {device.identity.product_id:04x}"
+    return await usb_folder_by_name(guest, f"{device.identity.vendor_id:04x}:{device.identity.product_id:04x} *")
+
+
+async def usb_folder_by_name(guest: QemuGuest, name: str) -> str:
+    """The guest's folder in /sys for a USB device; waits until it is there.
+
+    ``name`` is a pattern for its ids and product name, such as ``0627:0001 *Keyboard``.
+    """
+    pattern = name.replace(" ", "\\ ")
     script = f"""
         for usb in /sys/bus/usb/devices/*; do
-            [ "$(echo $(cat $usb/idVendor $usb/idProduct 2>/dev/null))" = "{ids}" ] && echo $usb
-        done
+            read vendor <$usb/idVendor && read id <$usb/idProduct || continue
+            product=
+            read product <$usb/product
+            case "$vendor:$id $product" in {pattern}) echo $usb ;; esac
+        done 2>/dev/null
         :"""
     async with asyncio.timeout(30):
         while not (folder := (await guest.check(script)).strip()):

@@ -15,6 +15,7 @@ from tests.guest.plugging import LABORATORY, MIB, STORAGE, disk_of, plugged, raw
 from tests.guest.test_survival import still_works
 
 from farplug.store import MemoryStore
+from farplug.testing import QemuGuest
 from farplug.usb import Device, Speed, Status, Transfer
 from farplug.virtual import VirtualDevice, disk_device
 
@@ -32,9 +33,13 @@ CONTROL_LENGTH, CONTROL_VARY = 1024, 33
 
 
 async def cases(pool: GuestPool, device: Device, interface: int, *numbers: int) -> dict[int, bytes | str]:
-    """What each case comes to in a guest whose usbtest has the interface; empty: it passed."""
+    """The cases that fail with one of our devices, and the error of each."""
     guest = await pool.get(LABORATORY)
-    node = await usb_node(guest, await usb_folder(guest, device))
+    return await failing(guest, await usb_node(guest, await usb_folder(guest, device)), interface, *numbers)
+
+
+async def failing(guest: QemuGuest, node: str, interface: int, *numbers: int) -> dict[int, bytes | str]:
+    """The cases that fail in a guest whose usbtest has the interface, and the error of each."""
     tests = [
         ("usbtest", interface, number, ITERATIONS)
         + ((CONTROL_LENGTH, CONTROL_VARY, PARTS) if number in CONTROL else (LENGTH, VARY, PARTS))

@@ -101,6 +101,19 @@ def test_kernel_boot() -> None:
     assert "-accel kvm -m 256 -smp 1 -cpu host" in arguments(GuestConfig(accelerator="kvm"))
 
 
+def test_machine_and_network() -> None:
+    plain = GuestConfig(modules=("evdev",))
+    assert plain.boot_modules == ("evdev",)
+    assert "virtio-9p" not in arguments(plain)
+    assert "-netdev" not in arguments(plain)
+    config = GuestConfig(modules=("evdev",), machine=True, network=True)
+    assert config.boot_modules == ("9p", "9pnet_virtio", "overlay", "virtio_net", "evdev")
+    line = arguments(config)
+    assert "-fsdev local,id=machine,path=/,security_model=none,readonly=on" in line
+    assert "-device virtio-9p-pci,fsdev=machine,mount_tag=machine" in line
+    assert "-netdev user,id=network -device virtio-net-pci,netdev=network" in line
+
+
 def test_firmware_boots() -> None:
     bios = arguments(GuestConfig(boot=Boot.BIOS))
     assert "-device isa-debugcon,iobase=0x402,chardev=firmware" in bios

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Final
 
+from farplug.errors import DeviceError, Reason
 from farplug.physical.binding import UsbContext, UsbDevice, UsbHandle, UsbTransfer
 from farplug.physical.library import (
+    Busy,
     Interrupted,
     Library,
     NoDevice,
@@ -31,6 +33,9 @@ DRAIN_PATIENCE = 2.0
 
 NEVER_RESET: Final = frozenset({(0x1210, 0x001C), (0x2798, 0x0001)})
 """idVendor and idProduct of devices that do not survive a port reset, as usbredirhost knows them."""
+
+MAX_INTERFACES: Final = 32
+"""libusb, and Linux, claim none with a higher number."""
 
 log = logging.getLogger(__name__)
 
@@ -79,8 +84,8 @@ class Claim:
         endpoints: those of the current settings, by address.
 
     Raises:
-        DeviceError: it is gone (``DEVICE_LOST``), in use (``BUSY``), there is no permission (``NO_PERMISSION``), or
-            it does not work (``DEVICE_FAULT``). It was given back.
+        DeviceError: it is gone (``DEVICE_LOST``), in use (``BUSY``), there is no permission (``NO_PERMISSION``),
+            its driver cannot be unbound (``KERNEL_DRIVER``), or it does not work (``DEVICE_FAULT``). It was given back.
         SetupError: libusb cannot work on this machine.
     """
 
@@ -95,14 +100,14 @@ class Claim:
         self.interfaces: tuple[Interface, ...] = ()
         self.endpoints: dict[int, Endpoint] = {}
         self._alternates: dict[int, int] = {}
-        self._original: int | None = None
+        self._original = 0
         self._library = library
         self._configurations = configurations
         self._name = f"{identity} ({place})"
         self._resets = (identity.vendor_id, identity.product_id) not in NEVER_RESET
         self._claimed: list[int] = []
         self._detached: list[int] = []
-        self._closing = False
+        self._taken = self._closing = False
         self.context: UsbContext = library.open_context()
         self._handle: UsbHandle | None = None
         try:
@@ -110,6 +115,7 @@ class Claim:
                 self._handle = self._find(place, identity).open()
                 self.configuration = self._original = self._handle.getConfiguration()
                 self._take_interfaces()
+                self._taken = True
                 self.reset()
                 self._describe()
         except BaseException:
@@ -202,20 +208,38 @@ class Claim:
 
     def _numbers(self) -> list[int]:
         configuration = self._configurations.get(self.configuration)
-        return [] if configuration is None else sorted({one.number for one in configuration.interfaces})
+        if configuration is None:
+            return []
+        return sorted({one.number for one in configuration.interfaces if one.number < MAX_INTERFACES})
 
     def _take_interfaces(self) -> None:
         """Unbind all drivers, then claim: a driver that has two interfaces binds again while one is still free."""
         self._detached = []
+        stuck: dict[int, Exception] = {}
         for number in self._numbers():
             try:
                 self.handle.detachKernelDriver(number)
                 self._detached.append(number)
             except (NotFound, NotSupported):
                 pass  # no driver is bound, or the system has no such thing
+            except NoDevice:
+                raise
+            except UsbError as error:
+                stuck[number] = error
         for number in self._numbers():
-            self.handle.claimInterface(number)
-            self._claimed.append(number)
+            try:
+                self.handle.claimInterface(number)
+                self._claimed.append(number)
+            except NotFound:
+                log.warning("%s: this machine does not know its interface %d", self._name, number)
+            except Busy as error:
+                if number not in stuck:
+                    raise
+                raise DeviceError(
+                    f"{self._name}: the kernel's driver of interface {number} cannot be unbound: {stuck[number]}",
+                    reason=Reason.KERNEL_DRIVER,
+                    remedy="end what uses it, or unload the driver: lsusb -t names it",
+                ) from error
 
     def _release_interfaces(self) -> None:
         while self._claimed:
@@ -256,10 +280,9 @@ class Claim:
 
     def _restore(self) -> None:
         self._release_interfaces()
-        if self._original is None:
-            return
         try:
-            self.reset()  # whatever the guest left behind, the next driver finds it clean
+            if self._taken:
+                self.reset()  # whatever the guest left behind, the next driver finds it clean
             if self.configuration != self._original:
                 self.handle.setConfiguration(self._original or -1)  # the kernel binds its drivers by itself
                 return

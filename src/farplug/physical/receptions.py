@@ -102,10 +102,13 @@ class Stream(ABC):
         code = usb.getStatus()
         if code == TRANSFER_NO_DEVICE:
             self._host.lost()
-        elif transfer_status(code) is Status.STALL or self._stalled:
+        elif self._stalled or self._has_stalled(usb):
             self._recover()
         else:
             self._returned(usb)
+
+    def _has_stalled(self, usb: UsbTransfer) -> bool:
+        return transfer_status(usb.getStatus()) is Status.STALL
 
     def _submit(self, usb: UsbTransfer) -> None:
         usb.submit()
@@ -248,14 +251,17 @@ class IsoOutStream(Stream):
         """One packet from the guest. It is completed when it was played, or at once when it is dropped."""
         per_transfer = self._reception.packets_per_transfer
         held = len(self._collected) + per_transfer * len(self._playing)
-        if held >= self._capacity:
-            self._to_drop = self._capacity // 2
+        if held >= self._capacity and not self._to_drop:
+            self._to_drop = max(1, self._capacity // 2)
         if self._to_drop:
             self._to_drop -= 1
             transfer.complete(Status.CANCELLED)
             return
-        if not 0 < transfer.length <= self._endpoint.max_packet_size:
+        if transfer.length > self._endpoint.max_packet_size:
             transfer.complete(Status.INVALID)
+            return
+        if not transfer.length:
+            transfer.complete()  # python-libusb1 has no packets without bytes
             return
         self._collected.append(transfer)
         if self._collecting and len(self._collected) >= max(1, self._capacity // 2):
@@ -291,12 +297,13 @@ class IsoOutStream(Stream):
         packets = self._playing.pop(usb, [])
         if not self._stopped:
             self._idle.append(usb)
-            results = usb.getISOSetupList()
-            for packet, result in zip(packets, results, strict=False):
+            for packet, result in zip(packets, usb.getISOSetupList(), strict=True):
                 packet.complete(transfer_status(result["status"]), actual=result["actual_length"])
-            if any(transfer_status(result["status"]) is Status.STALL for result in results):
-                self._stalled = True
         super().came_back(usb)
+
+    def _has_stalled(self, usb: UsbTransfer) -> bool:
+        packets = usb.getISOSetupList()
+        return super()._has_stalled(usb) or any(transfer_status(one["status"]) is Status.STALL for one in packets)
 
     def _returned(self, usb: UsbTransfer) -> None:
         status = transfer_status(usb.getStatus())

@@ -157,9 +157,13 @@ class Transfers:
         try:
             self._fill(usb, job)
             usb.submit()
-            return
         except UsbError as raised:
             error = raised
+        else:
+            if job.blocks and job.moved + job.piece >= job.length:  # that was the last of it
+                job.blocks = False
+                self._resume(job.key)
+            return
         job.usb = None
         self._recycle(usb, job.length)
         if isinstance(error, NoMemory):

@@ -6,6 +6,7 @@ The names here are the public ones of the QEMU guest; the in-memory guest is :mo
 from farplug.testing.agent import CommandFailed, CommandResult, GuestTimeout
 from farplug.testing.qemu import GuestCrashed, QemuGuest
 from farplug.testing.qemu_config import (
+    GATEWAY,
     Boot,
     Controller,
     GuestConfig,
@@ -22,6 +23,7 @@ from farplug.testing.qemu_config import (
 from farplug.testing.qmp import Qmp, QmpError
 
 __all__ = [
+    "GATEWAY",
     "Boot",
     "CommandFailed",
     "CommandResult",

@@ -27,6 +27,8 @@ exec 3<>"$1"
 work=/run/${1##*/}
 mkdir -p "$work"
 cd "$work"
+enter=
+[ ! -d /machine ] || enter="chroot /machine"
 while :; do
     while read -r id script_size input_size <&3; do
         # What an earlier command left running may still write into the old file.
@@ -39,7 +41,7 @@ while :; do
             head -c "$script_size" request >script
             tail -c +$((script_size + 1)) request >input
         fi
-        (cd / && exec setsid /bin/sh "$work/script") <input >output 2>&1 3>&-
+        (cd / && exec setsid $enter /bin/sh "$work/script") <input >output 2>&1 3>&-
         code=$?
         size=$(stat -c %s output)
         echo "$id $code $size" >&3
@@ -58,6 +60,29 @@ mount -t devtmpfs devtmpfs /dev
 mkdir -p /dev/pts
 mount -t devpts devpts /dev/pts
 modprobe -a $(cat /etc/modules)
+ip link set lo up
+if [ -e /sys/class/net/eth0 ]; then
+    ip address add 10.0.2.15/24 dev eth0
+    ip link set eth0 up
+fi
+if [ -e /etc/mount-machine ]; then
+    . /etc/mount-machine
+fi
+"""
+
+_MOUNT_MACHINE = """\
+# This machine's files below, read-only; what commands write above, in memory. The guest's own /proc, /sys, /dev and
+# kernel modules in their places; /run too, where the agent keeps the commands.
+mkdir /shared /written /machine
+mount -t 9p -o trans=virtio,version=9p2000.L,ro,msize=524288,cache=loose machine /shared
+mount -t tmpfs tmpfs /written
+mkdir /written/upper /written/work
+mount -t overlay -o lowerdir=/shared,upperdir=/written/upper,workdir=/written/work overlay /machine
+for folder in /proc /sys /dev /run; do
+    mount --rbind $folder /machine$folder
+done
+mkdir -p /machine/usr/lib/modules
+mount --bind /lib/modules /machine/usr/lib/modules
 """
 
 _INITTAB = "::sysinit:/etc/start\n" + "".join(
@@ -70,6 +95,9 @@ INIT_FILES = {
     "/etc/inittab": _INITTAB.encode(),
 }
 """Files of the guest that make it mount, load its modules and run agents."""
+
+MACHINE_FILES = {"/etc/mount-machine": _MOUNT_MACHINE.encode()}
+"""A file more, which makes commands run on the file system that QEMU shares under the tag ``machine``."""
 
 
 class CommandFailed(FarplugError):

@@ -31,7 +31,7 @@ from farplug.programs import find_program, output_of
 
 logger = logging.getLogger(__name__)
 
-LAYOUT = "2-x86_64"
+LAYOUT = "3-x86_64"
 """Name of the cache folder: changes when what is kept of the packages changes."""
 
 KERNEL_PACKAGES = ("linux-image-amd64", "linux-image-generic")
@@ -43,22 +43,31 @@ KEPT_TREES = (
     "drivers/cdrom/",
     "drivers/hid/",
     "drivers/input/",
+    "drivers/media/mc/",
     "drivers/net/usb/",
     "drivers/usb/",
     "drivers/virtio/",
+    "fs/9p/",
+    "fs/configfs/",
     "fs/exfat/",
     "fs/ext4/",
     "fs/fat/",
+    "fs/fscache/",
     "fs/fuse/",
     "fs/isofs/",
     "fs/jbd2/",
+    "fs/netfs/",
     "fs/nls/",
+    "fs/overlayfs/",
     "fs/udf/",
     "lib/",
+    "net/9p/",
+    "sound/core/",
+    "sound/usb/",
 )
 """Folders of modules kept with all that is below them."""
 
-KEPT_FOLDERS = ("block", "drivers/block", "drivers/char", "drivers/net", "drivers/scsi", "fs")
+KEPT_FOLDERS = ("block", "drivers/block", "drivers/char", "drivers/net", "drivers/scsi", "fs", "net/core", "sound")
 """Folders of which only the modules directly inside are kept."""
 
 _CONCRETE_KERNEL_PACKAGE = re.compile(r"linux-(image|binary|modules|modules-extra)-\d")

@@ -30,7 +30,7 @@ from typing import Self
 
 from farplug.errors import FarplugError, GuestGoneError, Reason, SetupError, UsageError
 from farplug.programs import QEMU, find_program, output_of
-from farplug.testing.agent import CHANNELS, INIT_FILES, Agent, CommandFailed, CommandResult, GuestTimeout
+from farplug.testing.agent import CHANNELS, INIT_FILES, MACHINE_FILES, Agent, CommandFailed, CommandResult, GuestTimeout
 from farplug.testing.certificates import write_certificates
 from farplug.testing.guest_image import build_initramfs
 from farplug.testing.guest_kernel import fetch_kernel
@@ -241,8 +241,8 @@ class QemuGuest:
             initramfs = await asyncio.to_thread(
                 build_initramfs,
                 kernel,
-                init_files=INIT_FILES,
-                modules=config.modules,
+                init_files=INIT_FILES | (MACHINE_FILES if config.machine else {}),
+                modules=config.boot_modules,
                 programs=config.programs,
                 python=config.python,
                 files=config.files,

@@ -13,6 +13,12 @@ from farplug.errors import Reason, UsageError
 
 LOOPBACK = "127.0.0.1"
 
+GATEWAY = "10.0.2.2"
+"""This machine, as a guest with a network sees it; its loopback address answers there (QEMU, "-netdev user")."""
+
+MACHINE_MODULES = ("9p", "9pnet_virtio", "overlay")
+NETWORK_MODULES = ("virtio_net",)
+
 
 class Controller(StrEnum):
     """The USB host controller that all devices of the guest are plugged into; its id in QEMU is ``usb``."""
@@ -148,6 +154,9 @@ class GuestConfig:
         programs: programs of this machine to put into the guest besides ``mke2fs``, ``lsusb`` and the like.
         python: whether to put the distribution's ``python3`` and its standard library (50 MB) into the guest.
         files: more files to put into the guest: its path there, the file here.
+        machine: whether its commands run on this machine's file system, with all its programs: as far as this process
+            may read it, and what they write stays in the guest's memory.
+        network: whether it has a network, in which this machine's loopback address is :data:`GATEWAY`.
         kernel_arguments: more words on the kernel's command line.
         extra_arguments: more arguments of QEMU.
     """
@@ -165,6 +174,8 @@ class GuestConfig:
     programs: tuple[str, ...] = ()
     python: bool = False
     files: tuple[tuple[str, Path], ...] = ()
+    machine: bool = False
+    network: bool = False
     kernel_arguments: tuple[str, ...] = ()
     extra_arguments: tuple[str, ...] = ()
 
@@ -179,6 +190,15 @@ class GuestConfig:
             raise UsageError(
                 f"{devices} devices do not fit on the {ports} ports of {self.controller}", reason=Reason.BAD_OPTION
             )
+
+    @property
+    def boot_modules(self) -> tuple[str, ...]:
+        """Kernel modules to load at boot besides those for USB storage."""
+        return (
+            *(MACHINE_MODULES if self.machine else ()),
+            *(NETWORK_MODULES if self.network else ()),
+            *self.modules,
+        )
 
     @property
     def spice_server(self) -> Spice | None:
@@ -318,6 +338,11 @@ def command_line(config: GuestConfig, resources: Resources) -> list[str]:
             "-device",
             option("usb-storage", id=f"disk{index}", drive=f"drive{index}", bus="usb.0", bootindex=disk.bootindex),
         ]
+    if config.machine:
+        arguments += ["-fsdev", "local,id=machine,path=/,security_model=none,readonly=on,multidevs=remap"]
+        arguments += ["-device", "virtio-9p-pci,fsdev=machine,mount_tag=machine"]
+    if config.network:
+        arguments += ["-netdev", "user,id=network", "-device", "virtio-net-pci,netdev=network"]
     return [*arguments, *config.extra_arguments]
 
 

@@ -1,0 +1,346 @@
+"""Two guests for the tests of real devices: one that has them, and one that gets them.
+
+The near guest is a machine with real USB devices: QEMU's emulated ones, and gadgets on its kernel's dummy_hcd. It runs
+on this machine's file system, so that farplug runs in it from this checkout, as it would on a desk. The far guest is
+the usual throw-away guest with usb-redir ports; the near one reaches them through its network.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from tests.guest.plugging import AT_ONCE, SCRIPTS, usb_folder_by_name
+
+import farplug
+from farplug.testing import GATEWAY, CommandResult, GuestConfig, QemuGuest, SpicePort, TcpPort
+from farplug.testing.qemu_config import LOOPBACK
+
+DRIVERS = (
+    "cdc_acm",
+    "cdc_ether",
+    "cdc_ncm",
+    "evdev",
+    "ftdi_sio",
+    "hid_generic",
+    "rndis_host",
+    "snd_usb_audio",
+    "usbhid",
+)
+"""Drivers for the devices in both guests: neither loads any by itself."""
+
+GADGETS = ("dummy_hcd", "usb_f_acm", "usb_f_hid", "usb_f_mass_storage", "usb_f_ncm", "usb_f_ss_lb")
+
+REAL_DEVICES = GuestConfig(
+    machine=True,
+    network=True,
+    memory=768,
+    modules=(*DRIVERS, *GADGETS),
+    kernel_arguments=(*AT_ONCE, "dummy_hcd.is_super_speed=1"),
+    extra_arguments=("-audiodev", "none,id=speaker"),
+)
+"""The near guest. Devices come and go by QMP (:meth:`Machine.device`)."""
+
+FAR = GuestConfig(
+    ports=(*(TcpPort(),) * 6, *(SpicePort(),) * 8),
+    memory=512,
+    modules=DRIVERS,
+    programs=("aplay", "usbreset"),
+    python=True,
+    files=tuple((f"/scripts/{path.name}", path) for path in sorted(SCRIPTS.glob("*.py"))),
+    kernel_arguments=AT_ONCE,
+)
+"""The far guest."""
+
+PYTHON = f"PYTHONPATH={Path(farplug.__file__).parents[1]} PYTHONUNBUFFERED=1 {sys.executable}"
+
+PATIENCE = 120
+"""Seconds that something in nested guests may take on a machine that has other things to do."""
+
+_numbers = itertools.count(1)
+
+
+def from_inside(target: str) -> str:
+    """A target on this machine, as a guest with a network reaches it."""
+    return target.replace(LOOPBACK, GATEWAY)
+
+
+class Job:
+    """A command that goes on in a guest."""
+
+    def __init__(self, guest: QemuGuest, task: asyncio.Task[CommandResult], name: str) -> None:
+        self._guest = guest
+        self._task = task
+        self._name = name
+
+    async def data(self) -> bytes:
+        """What it wrote so far."""
+        return (await self._guest.run(f"cat {self._name}.out 2>/dev/null")).data
+
+    async def output(self) -> str:
+        """What it wrote so far, as text."""
+        return (await self.data()).decode(errors="replace")
+
+    async def until(self, text: str, timeout: float = 60) -> str:
+        """Wait until its output holds a text, and return the output.
+
+        Raises:
+            AssertionError: it ended, or the time is over.
+        """
+        async with asyncio.timeout(timeout):
+            while True:
+                ended = self._task.done()
+                output = await self.output()
+                if text in output:
+                    return output
+                assert not ended, f"no {text!r} in the output of a command that ended: {output}"
+                await asyncio.sleep(0.1)
+
+    async def pid(self) -> int:
+        """Its process id in the guest."""
+        return int(await self._guest.check(f"until cat {self._name}.pid 2>/dev/null; do sleep 0.05; done"))
+
+    async def kill(self, signal: str = "INT") -> None:
+        """Send it a signal, without waiting for its end."""
+        await self._guest.check(f"kill -{signal} {await self.pid()}")
+
+    async def end(self, timeout: float = 30) -> tuple[int, str]:
+        """Wait until it ended: its exit code and output."""
+        async with asyncio.timeout(timeout):
+            result = await asyncio.shield(self._task)
+        return result.exit_code, await self.output()
+
+
+@asynccontextmanager
+async def running(guest: QemuGuest, command: str) -> AsyncIterator[Job]:
+    """Start a command in a guest; it is interrupted when the block ends, and killed if that does not end it."""
+    name = f"/run/job{next(_numbers)}"
+    script = f"echo $$ >{name}.new; mv {name}.new {name}.pid; exec env {command} >{name}.out 2>&1"
+    task = asyncio.create_task(guest.run(script, timeout=600))
+    job = Job(guest, task, name)
+    try:
+        yield job
+    finally:
+        if not task.done() and guest.alive:
+            pid = await job.pid()
+            await guest.run(
+                f"kill -INT {pid}; timeout 10 sh -c 'while kill -0 {pid}; do sleep 0.1; done' || kill -KILL {pid}"
+            )
+            async with asyncio.timeout(30):
+                await asyncio.wait([task])
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Real:
+    """A USB device of the near guest.
+
+    Attributes:
+        id: its id in QEMU.
+        name: a pattern for its ids and product name (:func:`~tests.guest.plugging.usb_folder_by_name`).
+        folder: in the near guest's /sys.
+        bus: its bus and device number, ``B-D``.
+    """
+
+    id: str
+    name: str
+    folder: str
+    bus: str
+
+
+class Machine:
+    """The near guest, and what its hardware does."""
+
+    def __init__(self, guest: QemuGuest) -> None:
+        self.guest = guest
+        self.qmp = guest.qmp
+        self.check = guest.check
+
+    @asynccontextmanager
+    async def device(self, driver: str, name: str, **properties: object) -> AsyncIterator[Real]:
+        """Plug in a device that QEMU emulates; it is unplugged when the block ends, if it has not been before."""
+        real = await self.plug(driver, name, **properties)
+        try:
+            yield real
+        finally:
+            if self.guest.alive and real.id in await self.qmp.human("info usb"):
+                await self.unplug(real)
+
+    async def plug(self, driver: str, name: str, **properties: object) -> Real:
+        """Plug in a device that QEMU emulates, and wait until the kernel has it, with its driver."""
+        id = f"real{next(_numbers)}"
+        arguments = {key.replace("_", "-"): value for key, value in properties.items()}
+        await self.qmp.execute("device_add", {"driver": driver, "id": id, "bus": "usb.0", **arguments})
+        return await self.find(name, id)
+
+    async def find(self, name: str, id: str = "") -> Real:
+        """A device, once the kernel has it."""
+        folder = await usb_folder_by_name(self.guest, name)
+        bus, number = (await self.check(f"cat {folder}/busnum {folder}/devnum")).split()
+        return Real(id, name, folder, f"{bus}-{number}")
+
+    async def unplug(self, real: Real) -> None:
+        """Pull a device out; back when QEMU has forgotten it."""
+        await self.qmp.execute("device_del", {"id": real.id})
+        while (await self.qmp.event("DEVICE_DELETED"))["data"].get("device") != real.id:
+            pass
+
+    async def drivers(self, real: Real) -> dict[str, str]:
+        """The driver of each of its interfaces: empty for none, ``usbfs`` for a program."""
+        script = f"""
+            for interface in {real.folder}/*:*; do
+                echo ${{interface##*:}} $(basename $(readlink $interface/driver) 2>/dev/null)
+            done"""
+        lines = (await self.check(script)).splitlines()
+        return {(words := line.split())[0]: " ".join(words[1:]) for line in lines}
+
+    @asynccontextmanager
+    async def gadget(self, ids: str, *configurations: str, setup: str = "") -> AsyncIterator[Real]:
+        """A gadget on dummy_hcd, a SuperSpeed device (Linux, Documentation/usb/gadget_configfs.rst).
+
+        Args:
+            ids: vendor and product, ``vvvv:pppp``.
+            configurations: of each the functions, such as ``acm.0 hid.0``.
+            setup: commands that set the functions' attributes, run in the folder of functions.
+        """
+        vendor, product = ids.split(":")
+        links = "\n".join(
+            f"mkdir configs/c.{number}; for f in {functions}; do ln -s functions/$f configs/c.{number}/; done"
+            for number, functions in enumerate(configurations, start=1)
+        )
+        await self.check(f"""
+            set -e
+            config=/sys/kernel/config
+            mountpoint -q $config || mount -t configfs none $config
+            mkdir $config/usb_gadget/gadget
+            cd $config/usb_gadget/gadget
+            echo 0x{vendor} >idVendor
+            echo 0x{product} >idProduct
+            mkdir strings/0x409
+            echo Gadget >strings/0x409/product
+            mkdir {" ".join(f"functions/{function}" for part in configurations for function in part.split())}
+            (cd functions; {setup or ":"})
+            {links}
+            echo dummy_udc.0 >UDC""")
+        try:
+            yield await self.find(f"{ids} *")
+        finally:
+            if self.guest.alive:
+                await self.check("""
+                    cd /sys/kernel/config/usb_gadget/gadget
+                    echo >UDC
+                    rm configs/*/*.*
+                    rmdir configs/* functions/* strings/*
+                    cd ..
+                    rmdir gadget""")
+
+    @asynccontextmanager
+    async def drive(self, image: Path) -> AsyncIterator[str]:
+        """An image as a block device of QEMU, for disks; its name."""
+        name = f"drive{next(_numbers)}"
+        file = {"driver": "file", "filename": str(image)}
+        await self.qmp.execute("blockdev-add", {"driver": "raw", "node-name": name, "file": file})
+        try:
+            yield name
+        finally:
+            if self.guest.alive:
+                await self.qmp.execute("blockdev-del", {"node-name": name})
+
+    async def cpu_seconds(self, pid: int) -> float:
+        """Processor time that one of its processes used so far, all threads together."""
+        lines = await self.check(f"cat /proc/{pid}/task/*/schedstat")
+        return sum(int(line.split()[0]) for line in lines.splitlines()) / 1e9
+
+
+class Plugger:
+    """farplug in the near guest, as a library: ``scripts/plugger.py``. Starting Python there takes seconds, so that one
+    serves all tests.
+
+    Attributes:
+        events: what happened since devices were plugged in last: the device, the kind of event, its words.
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.events: list[tuple[str, str, str]] = []
+        self._answers: dict[int, asyncio.Future[Any]] = {}
+        self._writer: asyncio.StreamWriter | None = None
+        self._connected = asyncio.Event()
+
+    @classmethod
+    @asynccontextmanager
+    async def started(cls, machine: Machine) -> AsyncIterator[Self]:
+        """Start it; it ends with the block."""
+        self = cls(machine)
+        server = await asyncio.start_server(self._serve, LOOPBACK, 0, limit=1 << 20)
+        port = server.sockets[0].getsockname()[1]
+        async with running(machine.guest, f"{PYTHON} {SCRIPTS / 'plugger.py'} {GATEWAY} {port}") as job:
+            connected = asyncio.ensure_future(self._connected.wait())
+            ended = asyncio.ensure_future(job.end(PATIENCE))
+            try:
+                await asyncio.wait((connected, ended), return_when=asyncio.FIRST_COMPLETED)
+                assert connected.done(), ended.result()
+                yield self
+            finally:
+                connected.cancel()
+                ended.cancel()
+                server.close()
+                assert self._writer is not None
+                self._writer.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writer = writer
+        self._connected.set()
+        while line := await reader.readline():
+            number, *rest = json.loads(line)
+            if number == "event":
+                device, kind, words = rest
+                self.events.append((device, kind, words))
+            elif len(rest) == 1:
+                self._answers.pop(number).set_result(rest[0])
+            else:
+                self._answers.pop(number).set_exception(AssertionError(rest[1]))
+
+    async def ask(self, method: str, *arguments: object, timeout: float = PATIENCE) -> Any:
+        """Have one of its methods run.
+
+        Raises:
+            AssertionError: it failed; with what it raised.
+        """
+        assert self._writer is not None
+        number = next(_numbers)
+        answer = self._answers[number] = asyncio.get_running_loop().create_future()
+        self._writer.write(json.dumps([number, method, *arguments]).encode() + b"\n")
+        async with asyncio.timeout(timeout):
+            return await answer
+
+    @asynccontextmanager
+    async def plugged(self, target: str, *devices: Real) -> AsyncIterator[list[int]]:
+        """Devices are plugged in during the block; the far guest has configured them. Their numbers."""
+        self.events.clear()
+        target = from_inside(target)
+        await self.ask("connect", target)
+        try:
+            numbers = [next(_numbers) for _ in devices]
+            plugging = zip(numbers, devices, strict=True)
+            await asyncio.gather(*(self.ask("plug", number, target, real.bus) for number, real in plugging))
+            yield numbers
+        finally:
+            await self.ask("leave", target)
+
+    async def happened(self, kind: str, timeout: float = PATIENCE) -> str:
+        """Wait until something happened to a device: the words of that event."""
+        async with asyncio.timeout(timeout):
+            while True:
+                for _, what, words in self.events:
+                    if what == kind:
+                        return words
+                await asyncio.sleep(0.05)

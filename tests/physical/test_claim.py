@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import usb1
+from tests.physical.fake_libusb import FakeDevice, FakeLibrary
+from tests.physical.support import EVERYTHING
+
+from farplug.errors import DeviceError, Reason
+from farplug.physical import claim
+from farplug.physical.claim import Claim, Place
+from farplug.physical.describe import read_configurations, read_identity
+from farplug.usb.descriptors import ConfigurationDescriptor, InterfaceDescriptor
+
+SOUND_CARD = ConfigurationDescriptor(1, tuple(InterfaceDescriptor(number, 0, 1, 1, 0) for number in range(4)))
+DRIVERS = {0: "audio", 1: "audio", 2: "hid"}
+
+
+def take(device: FakeDevice) -> Claim:
+    return Claim(
+        FakeLibrary(device), Place.of(device), read_identity(device), {c.value: c for c in read_configurations(device)}
+    )
+
+
+def sound_card() -> FakeDevice:
+    return FakeDevice(SOUND_CARD, drivers=DRIVERS)
+
+
+def test_drivers_are_unbound_first_and_bound_again_last() -> None:
+    device = sound_card()
+    taken = take(device)
+    assert device.drivers == {}
+    assert device.calls == [
+        *["open", "get_configuration"],
+        *["detach 0", "detach 1", "detach 2", "detach 3"],
+        *["claim 0", "claim 1", "claim 2", "claim 3"],
+        "reset",
+    ]
+    device.calls.clear()
+    taken.give_back()
+    assert device.calls == [
+        *["release 3", "release 2", "release 1", "release 0"],
+        "reset",
+        *["attach 0", "attach 2"],
+        "close",
+    ]
+    assert device.drivers == DRIVERS
+    taken.give_back()
+    assert device.calls[-1] == "close"
+    assert device.calls.count("close") == 1
+
+
+def test_no_driver_is_bound_where_there_was_none() -> None:
+    device = sound_card()
+    device.drivers = {}
+    take(device).give_back()
+    assert device.drivers == {}
+
+
+@pytest.mark.parametrize("ids", sorted(claim.NEVER_RESET))
+def test_devices_that_do_not_survive_a_reset_are_not_reset(ids: tuple[int, int]) -> None:
+    device = FakeDevice(EVERYTHING, ids=ids)
+    taken = take(device)
+    taken.reset()
+    taken.give_back()
+    assert "reset" not in device.calls
+
+
+@pytest.mark.parametrize(
+    ("failures", "reason", "words"),
+    [
+        ({"open": usb1.USBErrorAccess()}, Reason.NO_PERMISSION, "no permission to use 1234:5678 (1-2)"),
+        ({"open": usb1.USBErrorNoDevice()}, Reason.DEVICE_LOST, "1234:5678 (1-2) is not there any more"),
+        ({"open": usb1.USBErrorNoMem()}, Reason.DEVICE_FAULT, "1234:5678 (1-2) cannot be used: LIBUSB_ERROR_NO_MEM"),
+        ({"get_configuration": usb1.USBErrorOther()}, Reason.DEVICE_FAULT, "cannot be used: LIBUSB_ERROR_OTHER"),
+        ({"claim 2": usb1.USBErrorBusy()}, Reason.BUSY, "1234:5678 (1-2) is in use by another program"),
+        ({"claim 2": usb1.USBErrorNoDevice()}, Reason.DEVICE_LOST, "is not there any more"),
+        ({"detach 1": usb1.USBErrorNoDevice()}, Reason.DEVICE_LOST, "is not there any more"),
+        (
+            {"detach 2": usb1.USBErrorAccess()},
+            Reason.KERNEL_DRIVER,
+            "the kernel's driver of interface 2 cannot be unbound: LIBUSB_ERROR_ACCESS",
+        ),
+        ({"reset": usb1.USBErrorNotFound()}, Reason.DEVICE_LOST, "is not there any more"),
+        ({"reset": usb1.USBErrorOther()}, Reason.DEVICE_FAULT, "cannot be used: LIBUSB_ERROR_OTHER"),
+    ],
+)
+def test_what_cannot_be_taken_is_left_as_it_was(failures: dict[str, Exception], reason: Reason, words: str) -> None:
+    device = sound_card()
+    library = FakeLibrary(device)
+    device.failures = failures
+    with pytest.raises(DeviceError) as caught:
+        Claim(library, Place.of(device), read_identity(device), {1: read_configurations(device)[0]})
+    assert caught.value.reason is reason
+    assert words in caught.value.message
+    assert library.contexts[0].closed
+    assert all(handle.closed for handle in device.handles)
+    if reason is not Reason.DEVICE_LOST and "reset" not in failures:
+        assert device.drivers == DRIVERS
+        assert "reset" not in device.calls, "another program's device is not reset"
+
+
+def test_a_device_that_another_program_holds() -> None:
+    device = sound_card()
+    device.drivers = dict.fromkeys(range(4), "program")
+    with pytest.raises(DeviceError, match="is in use by another program"):
+        take(device)
+    assert device.drivers == dict.fromkeys(range(4), "program")
+
+
+def test_an_interface_that_the_kernel_does_not_know() -> None:
+    device = sound_card()
+    device.failures = {"claim 3": usb1.USBErrorNotFound()}
+    taken = take(device)
+    assert device.handle.claimed == {0, 1, 2}
+    taken.give_back()
+
+
+def test_systems_without_drivers_to_unbind() -> None:
+    device = FakeDevice(SOUND_CARD)
+    device.failures = {"detach": usb1.USBErrorNotSupported()}
+    take(device).give_back()
+    assert not [call for call in device.calls if call.startswith("attach")]
+
+
+def test_the_first_configuration_comes_back_with_its_drivers() -> None:
+    device = FakeDevice(SOUND_CARD, replace(SOUND_CARD, value=2, interfaces=SOUND_CARD.interfaces[:1]), drivers=DRIVERS)
+    device.bound_by_kernel[2] = {0: "other"}
+    taken = take(device)
+    taken.set_configuration(2)
+    assert device.handle.claimed == {0}
+    assert device.drivers == {}, "the driver that the kernel bound is unbound"
+    taken.give_back()
+    assert (device.configuration, device.drivers) == (1, DRIVERS)
+
+
+def test_an_unconfigured_device_is_left_unconfigured() -> None:
+    device = sound_card()
+    device.configuration, device.drivers = 0, {}
+    taken = take(device)
+    assert device.handle.claimed == set()
+    assert not taken.endpoints
+    taken.set_configuration(1)
+    taken.give_back()
+    assert device.configuration == 0
+
+
+@pytest.mark.parametrize("call", ["release", "reset", "attach", "set_configuration"])
+@pytest.mark.parametrize(
+    "error", [usb1.USBErrorNoDevice(), usb1.USBErrorNotFound(), usb1.USBErrorOther(), RuntimeError("a defect")]
+)
+def test_whatever_fails_at_the_end_the_device_is_closed(call: str, error: Exception) -> None:
+    device = FakeDevice(SOUND_CARD, EVERYTHING, drivers=DRIVERS)
+    library = FakeLibrary(device)
+    taken = Claim(library, Place.of(device), read_identity(device), {1: SOUND_CARD, 3: replace(SOUND_CARD, value=3)})
+    if call == "set_configuration":
+        taken.set_configuration(3)
+    device.failures = {call: error}
+    taken.give_back()
+    assert device.handle.closed
+    assert library.contexts[0].closed
+
+
+def test_a_reset_that_fails_at_the_end_does_not_keep_drivers_away() -> None:
+    device = sound_card()
+    taken = take(device)
+    device.failures = {"reset": usb1.USBErrorOther()}
+    taken.give_back()
+    assert device.drivers == DRIVERS
+
+
+def test_transfers_come_back_before_the_device_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = FakeDevice(EVERYTHING)
+    taken = take(device)
+    transfer = device.handle.getTransfer()
+    back: list[object] = []
+    transfer.setBulk(0x81, bytearray(8), back.append, None)
+    transfer.submit()
+    context = device.handle.context
+    context.library.event_errors.append(usb1.USBErrorInterrupted())
+    taken.give_back([transfer])
+    assert back == [transfer]
+    assert device.handle.closed
+
+
+def test_a_device_that_keeps_its_transfers_stays_open(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(claim, "DRAIN_PATIENCE", 0.05)
+    device = FakeDevice(EVERYTHING)
+    taken = take(device)
+    device.handle.keeps_cancelled = True
+    transfer = device.handle.getTransfer()
+    transfer.setBulk(0x81, bytearray(8), lambda usb: None, None)
+    transfer.submit()
+    taken.give_back([transfer])
+    assert not device.handle.closed
+    assert "does not give its transfers back" in caplog.text
