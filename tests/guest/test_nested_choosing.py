@@ -1,0 +1,110 @@
+"""Devices of a real kernel: what ``farplug devices`` tells of them, and how they are plugged when they come and go."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import pytest_asyncio
+from tests.guest.nested import FAR, PYTHON, Job, Machine, Plugger, from_inside, running
+
+if TYPE_CHECKING:
+    from tests.guest.conftest import GuestPool
+
+FARPLUG = f"{PYTHON} -c 'from farplug.cli.main import main; main()'"
+KEYBOARD, HUB, DISK = "0627:0001 *Keyboard", "0409:55aa *", "46f4:0001 *"
+STICK = "46f4:0001"
+PATIENCE = 120
+
+pytestmark = pytest.mark.timeout(400)
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def machine(plugger: Plugger) -> Machine:
+    """The near guest."""
+    return plugger.machine
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def drive(machine: Machine, tmp_path: Path) -> AsyncIterator[str]:
+    """An empty image as a block device of the near guest's QEMU."""
+    image = tmp_path / "disk.raw"
+    with image.open("wb") as file:
+        file.truncate(8 << 20)
+    async with machine.drive(image) as name:
+        yield name
+
+
+async def farplug(machine: Machine, *arguments: str) -> tuple[int, str]:
+    """Run farplug in the near guest: its exit code and output."""
+    result = await machine.guest.run(f"{FARPLUG} {' '.join(arguments)} 2>&1", timeout=PATIENCE)
+    return result.exit_code, result.data.decode()
+
+
+async def events(job: Job, name: str) -> list[dict[str, Any]]:
+    """The events of a kind in the output of a session."""
+    lines = [json.loads(line) for line in (await job.output()).splitlines() if line.endswith("}")]
+    return [line for line in lines if line["event"] == name]
+
+
+async def test_what_is_there_and_why_it_cannot_be_plugged(machine: Machine, drive: str) -> None:
+    async with (
+        machine.device("usb-kbd", KEYBOARD) as keyboard,
+        machine.device("usb-hub", HUB) as hub,
+        machine.device("usb-storage", DISK, drive=drive) as disk,
+    ):
+        await machine.check("until [ -b /dev/sda ]; do sleep 0.1; done; mke2fs -q /dev/sda")
+        await machine.check("mkdir -p /run/stick; mount -t ext2 /dev/sda /run/stick")
+        try:
+            _, output = await farplug(machine, "devices", "--json")
+            code, refusal = await farplug(machine, "connect tcp://127.0.0.1:1 --usb-device", STICK)
+        finally:
+            await machine.check("umount /run/stick")
+        found = {f"{one['bus']}-{one['address']}": one for one in json.loads(output)["usb"]["devices"]}
+        told = found[keyboard.bus]
+        assert (told["product"], told["classes"], told["can_be_plugged"]) == ("QEMU USB Keyboard", ["hid"], True)
+        assert (told["interfaces"][0]["driver"], told["caution"]["reason"]) == ("usbhid", "input-device")
+        assert [one["reason"] for one in found[hub.bus]["obstacles"]] == ["hub"]
+        (mounted,) = found[disk.bus]["obstacles"]
+        assert (mounted["reason"], found[disk.bus]["interfaces"][0]["driver"]) == ("in-use", "usb-storage")
+        assert "/dev/sda is mounted on /run/stick" in mounted["message"]
+        assert (code, "/dev/sda is mounted on /run/stick" in refusal) == (12, True), refusal
+
+
+async def test_pulled_out_and_plugged_in_again(machine: Machine, drive: str, guests: GuestPool) -> None:
+    target = from_inside((await guests.get(FAR)).targets[0])
+    disk = await machine.plug("usb-storage", DISK, drive=drive)
+    async with running(machine.guest, f"{FARPLUG} connect {target} --usb-device {STICK} --json") as job:
+        await job.until('"configured"', PATIENCE)
+        await machine.unplug(disk)
+        await job.until("was pulled out", PATIENCE)
+        async with machine.device("usb-storage", DISK, drive=drive):
+            await job.until("is back", PATIENCE)
+            while len(await events(job, "configured")) < 2:
+                assert not await events(job, "failed")
+                await asyncio.sleep(0.1)
+            await job.kill()
+            assert (await job.end())[0] == 0
+            assert [one["error"] and one["error"]["reason"] for one in await events(job, "detached")] == [
+                "device-lost",
+                None,
+            ]
+
+
+async def test_rules_take_what_comes_but_not_the_keyboard(machine: Machine, drive: str, guests: GuestPool) -> None:
+    target = from_inside((await guests.get(FAR)).targets[0])
+    async with running(machine.guest, f"{FARPLUG} connect {target} --auto-connect allow --json") as job:
+        await job.until("from now on", PATIENCE)
+        async with machine.device("usb-kbd", KEYBOARD) as keyboard:
+            await job.until("is left alone: it is a keyboard of this machine", PATIENCE)
+            async with machine.device("usb-storage", DISK, drive=drive):
+                await job.until('"configured"', PATIENCE)
+                assert await machine.drivers(keyboard) == {"1.0": "usbhid"}
+                await job.kill()
+                assert (await job.end())[0] == 0
+    (attached,) = await events(job, "attached")
+    assert (attached["identity"]["vendor_id"], attached["identity"]["product_id"]) == (0x46F4, 1)
