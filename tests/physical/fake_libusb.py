@@ -162,6 +162,7 @@ class FakeHandle:
         self.refusals: list[Exception | None] = []
         """What the next submissions raise; None: nothing."""
         self.rule: Callable[[FakeTransfer], None] | None = None
+        self.no_more_transfers = False
         self.keeps_cancelled = False
         """Cancelled transfers come back when the test says so."""
         self.claimed: set[int] = set()
@@ -236,6 +237,8 @@ class FakeHandle:
 
     def getTransfer(self, iso_packets: int = 0) -> FakeTransfer:
         assert not self.closed
+        if self.no_more_transfers:
+            raise usb1.USBErrorNoMem
         return FakeTransfer(self, iso_packets)
 
     def close(self) -> None:

@@ -153,8 +153,9 @@ class Transfers:
 
     def _start(self, job: _Job) -> None:
         """Give a job, or its next piece, to libusb."""
-        job.usb = usb = self._idle.pop() if self._idle else self._handle.getTransfer()
+        usb = None
         try:
+            job.usb = usb = self._idle.pop() if self._idle else self._handle.getTransfer()
             self._fill(usb, job)
             usb.submit()
         except UsbError as raised:
@@ -165,7 +166,8 @@ class Transfers:
                 self._resume(job.key)
             return
         job.usb = None
-        self._recycle(usb, job.length)
+        if usb is not None:
+            self._recycle(usb, job.length)
         if isinstance(error, NoMemory):
             self._block(job)
             if min(job.piece, job.length - job.moved) > MIN_PIECE and job.transfer.setup is None:
