@@ -68,6 +68,15 @@ class FakeTransfer:
         self._callback, self._user_data = callback, user_data
         self.stream_id, self.setup = 0, None
 
+    def setBuffer(self, buffer: Any) -> None:
+        assert not self.submitted, "a transfer in flight was changed"
+        assert not self.closed
+        assert self.kind in ("bulk", "interrupt")
+        self.buffer = buffer
+
+    def setUserData(self, user_data: Any) -> None:
+        self._user_data = user_data
+
     def submit(self) -> None:
         assert not self.submitted, "a transfer in flight was submitted again"
         assert not self.closed
