@@ -1,12 +1,15 @@
-# make demo   set up, then show the main job in a real guest
-# make test   set up, then prove everything (guests included)
-# make lint   ruff, mypy --strict, import contracts, shellcheck
-# make bench  ratios to QEMU's own disks and to spice-gtk's, and the micro figures
-# make fuzz   bounded fuzzing of everything that parses
+# make demo      set up, then show the main job in a real guest
+# make test      set up, then prove everything (guests included)
+# make lint      ruff, mypy --strict, import contracts, shellcheck
+# make bench     ratios to QEMU's own disks and to spice-gtk's, and the micro figures
+# make fuzz      bounded fuzzing of everything that parses
+# make stress    a minute of readers, writers and failing commands at once, over each transport
+# make powercut  hundreds of times: farplug, QEMU or the power is cut while a guest writes
 PYTHON := .venv/bin/python
 SECONDS := 20
+CUTS := 60
 
-.PHONY: demo test test-unit test-guest coverage lint format bench fuzz setup clean
+.PHONY: demo test test-unit test-guest coverage lint format bench fuzz stress powercut setup clean
 
 setup:
 	@scripts/setup dev
@@ -45,6 +48,12 @@ format: setup
 bench: setup
 	$(PYTHON) bench/micro.py
 	$(PYTHON) bench/disk.py
+
+stress: setup
+	FARPLUG_STRESS_SECONDS=60 $(PYTHON) -m pytest tests/guest/test_stress.py
+
+powercut: setup
+	FARPLUG_POWER_CUTS=$(CUTS) $(PYTHON) -m pytest -n 2 --dist loadfile tests/guest/test_killed.py tests/guest/test_power_loss.py
 
 fuzz: setup
 	@for target in fuzz/fuzz_*.py; do $(PYTHON) $$target --seconds $(SECONDS) || exit 1; done

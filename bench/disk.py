@@ -41,6 +41,8 @@ VOLUME_DESCRIPTOR = 16 * 2048
 """Where an image looks like a CD's (ECMA-119, chapter 8.4)."""
 DELAY = 0.010
 """Seconds, each way."""
+QUIET_LOAD = 0.5
+"""The load average of a machine on which nothing else runs."""
 PARTS = ("qemu", "cd", "line")
 TRANSPORTS = ("spice", "tcp", "unix")
 SPEEDS = ("super", "high")
@@ -280,9 +282,8 @@ def machine() -> str:
     """What the machine was."""
     processor = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
     qemu = re.search(r"version (\S+)", output_of(QEMU, "--version") or "")
-    load = os.getloadavg()[0]
     return (
-        f"{processor[1] if processor else platform.machine()}, {os.cpu_count()} cores (load {load:.1f}); "
+        f"{processor[1] if processor else platform.machine()}, {os.cpu_count()} cores; "
         f"Linux {platform.release()}; QEMU {qemu[1] if qemu else '?'} (tcg); "
         f"Python {platform.python_version()}; farplug {__version__}{commit()}"
     )
@@ -329,17 +330,17 @@ def ratios(figures: Sequence[Figure], jobs: dict[str, Job]) -> list[str]:
     """A line for each job, a column for each way to plug in."""
     columns = list(dict.fromkeys(figure.column for figure in figures))
     cells = {(figure.job, figure.column): figure for figure in figures}
-    lines = [f"  {'':<32}{'peer':>14}" + "".join(f"{name:>14}" for name in columns) + f"{'goal':>8}"]
+    lines = [f"  {'':<32}{'peer':>14}" + "".join(f"{name:>17}" for name in columns) + f"{'goal':>8}"]
     for job in dict.fromkeys(figure.job for figure in figures):
         row = [cells[job, column] for column in columns]
         peer = statistics.median(speed for figure in row for speed in figure.theirs)
         goals = [against_goal(figure.ratio, figure.goal) for figure in row if figure.goal is not None]
-        values = "".join(f"{figure.ratio:>14.2f}" for figure in row)
+        values = "".join(f"{figure.ratio:>17.2f}" for figure in row)
         lines.append(f"  {job:<32}{jobs[job].show(peer):>14}{values}  {''.join(goals)}".rstrip())
     lines.append("  farplug's processor time, s/GiB")
     for job in dict.fromkeys(figure.job for figure in figures):
         row = [cells[job, column] for column in columns]
-        values = "".join(f"{statistics.median(f.our_cpu):>14.2f}" if any(f.our_cpu) else f"{'-':>14}" for f in row)
+        values = "".join(f"{statistics.median(f.our_cpu):>17.2f}" if any(f.our_cpu) else f"{'-':>17}" for f in row)
         theirs = [value for figure in row for value in figure.their_cpu]
         peer_cpu = f"{statistics.median(theirs):.2f}" if any(theirs) else "-"
         lines.append(f"  {job:<32}{peer_cpu:>14}{values}")
@@ -379,6 +380,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write all figures to this file")
     options = parser.parse_args()
     print(machine(), flush=True)
+    load = os.getloadavg()[0]
+    if load > QUIET_LOAD:
+        print(f"The machine is busy (load {load:.1f}): whatever takes more than one process looks slower than it is.")
     started = time.monotonic()
     bench = Bench(options)
     try:
@@ -386,7 +390,7 @@ def main() -> None:
     except FarplugError as error:
         sys.exit(f"bench: {error}")
     print(tables(bench))
-    print(f"\n{time.monotonic() - started:.0f} s")
+    print(f"\n{time.monotonic() - started:.0f} s, load {load:.1f} before and {os.getloadavg()[0]:.1f} after")
     if options.json:
         options.json.write_text(
             json.dumps({"machine": machine(), "figures": [asdict(figure) for figure in bench.figures]}, indent=1) + "\n"

@@ -283,7 +283,7 @@ async def test_rules_for_what_comes_later(machine: Machine) -> None:
         await scene.until(lambda: scene.skips)
         machine.remove("1-1")
         machine.remove("1-2")
-        await scene.until(lambda: len(scene.told) == 2)
+        await scene.until(lambda: len(scene.told) == 3)
     assert [error.reason for error in scene.skips] == [Reason.NOT_AUTHORIZED]
 
 

@@ -139,6 +139,23 @@ def test_pulled_out_and_plugged_in_again() -> None:
     assert plugged(it.arrived(TWIN)) == [TWIN], "without serial numbers they cannot be told apart"
 
 
+@pytest.mark.parametrize(
+    ("choice", "follow", "taken"),
+    [
+        ("0781:5581", Follow.DEVICE, True),
+        ("serial:S", Follow.DEVICE, False),
+        ("1-2", Follow.DEVICE, False),
+        ("port:1-2", Follow.DEVICE, False),
+        ("0781:5581", Follow.PORT, False),
+    ],
+)
+def test_another_one_of_the_kind_that_was_named(choice: str, follow: Follow, taken: bool) -> None:
+    it = policy(choice, follow=follow)
+    it.begin(PRESENT)
+    it.departed(STICK)
+    assert bool(plugged(it.arrived(again(STICK, port="1-9", serial_number="another")))) is taken
+
+
 def test_two_alike_come_back_to_their_ports() -> None:
     it = policy("1-3", "1-4")
     it.begin([SERIAL, TWIN])

@@ -123,6 +123,8 @@ class Keeper:
         for seat in self._policy.seats:
             if seat.found is None:
                 self._listener.note(f"waiting for {seat} to be plugged in")
+        if self._policy.wishes.later is not None:
+            self._listener.note("what is plugged in from now on goes into the VM if the rules allow it")
         return len(self._locks)
 
     async def run(self, hub: Plugger) -> NoReturn:

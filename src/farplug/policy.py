@@ -26,7 +26,7 @@ class Follow(StrEnum):
     """What a device that comes back is known by."""
 
     DEVICE = "device"
-    """Its ids and its serial number, in whatever port."""
+    """Its ids and its serial number, in whatever port; or that it is what a person named, unless they named a place."""
     PORT = "port"
     """The port, whatever is in it: a device may come back under another id (a firmware update)."""
 
@@ -137,7 +137,7 @@ class Policy:
 
     def arrived(self, found: Found) -> Plug | Skip | None:
         """Decide about one that came."""
-        seat = self._returning(found) or next((seat for seat in self.seats if _waits_for(seat, found)), None)
+        seat = self._returning(found) or next((seat for seat in self.seats if self._waits_for(seat, found)), None)
         if seat is not None:
             try:
                 self._check(found)
@@ -182,6 +182,12 @@ class Policy:
         same = [seat for seat in [*in_port, *waiting] if seat.last is not None and _same_device(seat.last, found)]
         return next(iter(same), None)
 
+    def _waits_for(self, seat: Seat, found: Found) -> bool:
+        """Whether it is what a person named: one that was not there yet, or another one of its kind."""
+        if seat.found is not None or seat.choice is None or not seat.choice.candidates([found]):
+            return False
+        return seat.last is None or (self.wishes.follow is Follow.DEVICE and not seat.choice.is_place)
+
     def _check(self, found: Found) -> None:
         """Raise ``DeviceError`` if it must not, or cannot, be plugged."""
         if self.wishes.allowed is not None:
@@ -208,12 +214,6 @@ class Policy:
         seat = Seat(found=found)
         self.seats.append(seat)
         return [Plug(seat, found)]
-
-
-def _waits_for(seat: Seat, found: Found) -> bool:
-    """Whether a person named it before it was there."""
-    waits = seat.choice is not None and seat.found is None and seat.last is None
-    return waits and seat.choice is not None and bool(seat.choice.candidates([found]))
 
 
 def _same_port(one: Found, other: Found) -> bool:

@@ -69,10 +69,10 @@ async def drive(
 
 
 FIO = """
-fio --name=verify --filename={{d}} --size=24m --offset={offset} --rw={pattern} --bsrange={sizes} --blockalign={align} \
+fio --name=verify --filename={{d}} --size=12m --offset={offset} --rw={pattern} --bsrange={sizes} --blockalign={align} \
     --verify=crc32c --verify_fatal=1 --do_verify=1 {mode} >/tmp/fio 2>&1 || {{{{ cat /tmp/fio; exit 1; }}}}
 echo 3 >/proc/sys/vm/drop_caches
-dd if={{d}} bs=1M skip={offset_mib} count=24 iflag=direct 2>/dev/null | md5sum
+dd if={{d}} bs=1M skip={offset_mib} count=12 iflag=direct 2>/dev/null | md5sum
 """
 QUEUED = "--direct=1 --ioengine=libaio --iodepth=16"
 BUFFERED = "--direct=0 --ioengine=psync --fsync=64"
@@ -84,10 +84,9 @@ BUFFERED = "--direct=0 --ioengine=psync --fsync=64"
         (64 * MIB, 0, 512, "randwrite", QUEUED),
         (64 * MIB, 0, 512, "randrw", BUFFERED),
         (64 * MIB, 0, 4096, "randrw", QUEUED),
-        (3 * TEBIBYTE, 2 * TEBIBYTE - 12 * MIB, 512, "randrw", QUEUED),
-        (3 * TEBIBYTE, 3 * TEBIBYTE - 24 * MIB, 512, "randwrite", QUEUED),
+        (3 * TEBIBYTE, 2 * TEBIBYTE - 6 * MIB, 512, "randrw", QUEUED),
     ],
-    ids=["queued", "buffered", "large-blocks", "across-2-tib", "end-of-3-tib"],
+    ids=["queued", "buffered", "large-blocks", "across-2-tib"],
 )
 async def test_fio_verifies_random_sizes_and_alignments(
     guests: GuestPool, tmp_path: Path, storage: str, size: int, offset: int, block_size: int, pattern: str, mode: str
@@ -108,7 +107,7 @@ async def test_fio_verifies_random_sizes_and_alignments(
         told = (await plug.run(script)).split()[0]
     with image.open("rb") as file:
         file.seek(offset)
-        content = file.read(24 * MIB)
+        content = file.read(12 * MIB)
     assert content.count(0) < 0.6 * len(content)  # half of randrw are reads
     assert hashlib.md5(content).hexdigest() == told
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from tests.guest.conftest import GuestPool
 
 POINTS = 10 * int(os.environ.get("FARPLUG_POWER_CUTS", "12"))
-"""How often the power is cut."""
+"""How often the power is cut (make powercut: thousands of times)."""
 
 SECTOR = 512
 

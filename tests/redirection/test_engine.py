@@ -24,7 +24,7 @@ from farplug.redirection.speed import FRUITLESS_RESETS, PATIENCE
 from farplug.testing.memory import MemoryGuest, TransferFailed
 from farplug.transport.memory import memory_ports
 from farplug.usb import Reception, Setup, Speed, Status, TransferType
-from farplug.usb.types import DescriptorType
+from farplug.usb.types import Buffer, DescriptorType
 from farplug.usbredir import packets as p
 from farplug.usbredir.caps import ALL_CAPS, Cap
 
@@ -268,6 +268,56 @@ async def test_too_many_pending_transfers_stop_the_reading_not_the_vm(monkeypatc
             device.submitted[index].complete(Status.SUCCESS, b"x")
             await settle()
         assert all([(await item).data == b"x" for item in pending])
+
+
+def record_writes(guest: MemoryGuest, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many bytes the engine hands to its port at once, each time."""
+    sizes: list[int] = []
+    port = guest.redirection.port
+    write = port.write
+
+    def recorded(buffers: list[Buffer]) -> None:
+        sizes.append(sum(map(len, buffers)))
+        write(buffers)
+
+    monkeypatch.setattr(port, "write", recorded)
+    return sizes
+
+
+async def test_answers_made_while_one_batch_of_input_is_looked_at_leave_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = ScriptedDevice()
+    monkeypatch.setattr(device, "submit", lambda transfer: transfer.complete(Status.SUCCESS, bytes(transfer.length)))
+    async with MemoryGuest(device) as guest:
+        sizes = record_writes(guest, monkeypatch)
+        answers = [guest.submit_in(BULK_IN, 512) for _ in range(8)]
+        assert [len((await answer).data) for answer in answers] == [512] * 8
+        assert len(sizes) == 1
+        sizes.clear()
+        answers = [guest.submit_in(BULK_IN, engine.FLUSH_ABOVE // 4) for _ in range(12)]
+        assert all([len((await answer).data) == engine.FLUSH_ABOVE // 4 for answer in answers])
+        assert len(sizes) == 3, "they are not held back without a bound"
+
+
+async def test_answers_that_a_device_makes_later_leave_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = ScriptedDevice()
+    async with MemoryGuest(device) as guest:
+        sizes = record_writes(guest, monkeypatch)
+        small, other, large = (
+            guest.submit_in(BULK_IN, 1),
+            guest.submit_out(BULK_OUT, b"x"),
+            guest.submit_in(BULK_IN, 1 << 20),
+        )
+        await settle()
+        device.submitted[0].complete(Status.SUCCESS, b"x")
+        device.submitted[1].complete()
+        assert not sizes
+        assert ((await small).data, (await other).length) == (b"x", 1)
+        assert len(sizes) == 1
+        device.submitted[2].complete(Status.SUCCESS, bytes(1 << 20))
+        assert len(sizes) == 2, "what is large does not wait"
+        assert len((await large).data) == 1 << 20
 
 
 async def test_a_device_that_raises_costs_one_stall() -> None:

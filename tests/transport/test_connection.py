@@ -78,6 +78,37 @@ async def test_writer_is_paused_and_asyncio_holds_one_chunk() -> None:
         await connection.close(1)
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_QUICKACK"), reason="only Linux has TCP_QUICKACK")
+async def test_what_is_not_answered_is_acknowledged_at_once() -> None:
+    """QEMU's small writes wait for our ACK (Nagle); an answer takes the ACK along."""
+
+    class Answering(Recorder):
+        def data_received(self, data: memoryview) -> None:
+            super().data_received(data)
+            if bytes(data) == b"question":
+                connection.write([b"answer"])
+
+    class Options:
+        def __init__(self) -> None:
+            self.set: list[tuple[int, int, int]] = []
+
+        def setsockopt(self, *option: int) -> None:
+            self.set.append(option)  # type: ignore[arg-type]
+
+    options: Any = Options()
+    recorder = Answering()
+    connection, theirs = await connected(recorder, [])
+    connection._quick_ack_socket = options
+    with theirs:
+        theirs.send(b"question")
+        assert await receive(theirs, 6) == b"answer"
+        assert options.set == []
+        theirs.send(b"statement")
+        await recorder.until(lambda: bytes(recorder.data) == b"questionstatement")
+        assert options.set == [(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)]
+        await connection.close(1)
+
+
 async def test_reading_can_be_paused() -> None:
     recorder = Recorder()
     connection, theirs = await connected(recorder, [])

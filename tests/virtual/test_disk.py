@@ -13,7 +13,7 @@ from tests.virtual.bulk_only import Guest, Pattern, make, read10, settle, write1
 from farplug.errors import DeviceError, ImageError, Reason
 from farplug.store import FileStore
 from farplug.usb import Interface, Speed, TransferType
-from farplug.virtual import Disk, VirtualDevice, disk_device
+from farplug.virtual import Disk, StorageTransport, VirtualDevice, disk_device
 
 
 def content(path: Path) -> bytes:
@@ -219,3 +219,23 @@ async def test_random_work_on_a_file_matches_a_shadow(image: Path, seed: int) ->
     assert content(image) == shadow
     assert content(other) == bytes(64 * 512)
     await device.dispose()
+
+
+def test_images_are_given_back_when_another_cannot_be_used(image: Path, tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(ImageError, match="no such file"):
+        disk_device(image, tmp_path / "missing.raw")
+    with pytest.raises(ValueError, match="not 17"):
+        disk_device(*(Pattern() for _ in range(16)), image)
+    assert len(os.listdir("/proc/self/fd")) == before
+    FileStore.open(image).abandon()  # it is not locked
+
+
+async def test_the_units_of_a_device_list_each_other(tmp_path: Path) -> None:
+    guest = await Guest.plug(disk_device(Pattern(), Pattern(), Pattern(), transport=StorageTransport.BOT))
+    assert guest.control(bytes.fromhex("a1 fe 0000 0000 0100")).reply == b"\2"
+    for lun in (0, 2, 3):  # there is no 3
+        listed = guest.command("a0 00 00 00 00 00 00 00 00 40 00 00", receive=64, lun=lun)
+        assert listed.data[:32] == bytes.fromhex("00000018 00000000") + b"".join(
+            bytes((0, n, *bytes(6))) for n in range(3)
+        )

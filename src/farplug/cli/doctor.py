@@ -98,7 +98,7 @@ def _check_machine() -> bool:
             _line("MISSING", library, f"mend it: {sys.executable} -m pip install {library}")
     typer.echo("\nUSB devices of this machine (farplug connect --usb-device)")
     broken |= _check_usb()
-    typer.echo("\nfor the demo and the guest tests (farplug demo, make test)")
+    typer.echo("\nfor images, the demo and the guest tests (farplug image create, farplug demo, make test)")
     missing = []
     for need in needs.NEEDS:
         found = need.found()

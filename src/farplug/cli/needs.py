@@ -1,4 +1,4 @@
-"""What the demo and the guest tests need on this machine, and the packages that bring it."""
+"""What images, the demo and the guest tests need on this machine, and the packages that bring it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Need:
         name: a program, or a library without "lib" and ".so".
         purpose: for what.
         package: the Debian package that has it.
-        demo: whether ``farplug demo`` needs it; else only the tests do.
+        demo: whether ``farplug demo`` needs it; else only images of some formats, and the tests, do.
     """
 
     name: str
@@ -37,8 +37,8 @@ class Need:
         return shutil.which(self.name, path=search_path()) or ""
 
 
-def _program(name: str, purpose: str) -> Need:
-    return Need(name, purpose, PACKAGE_OF_PROGRAM[name])
+def _program(name: str, purpose: str, *, demo: bool = True) -> Need:
+    return Need(name, purpose, PACKAGE_OF_PROGRAM[name], demo)
 
 
 EMULATOR = _program(QEMU, "runs the VM")
@@ -55,6 +55,10 @@ NEEDS = (
     _program("mcopy", "files in and out of images"),
     _program("zstd", "unpacks the VM's kernel"),
     _program("setpriv", "ends the VM with us"),
+    _program("fdisk", "partition tables on images", demo=False),
+    _program("mkfs.exfat", "exFAT on images", demo=False),
+    _program("mkntfs", "NTFS on images", demo=False),
+    _program("xorrisofs", "ISO images", demo=False),
     PARSER,
 )
 

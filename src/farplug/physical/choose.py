@@ -93,6 +93,11 @@ class Choice:
             raise _bad(f"{text!r} is no {form.value}: it is written as {form.value}:{written}")
         return _normal_port(match)
 
+    @property
+    def is_place(self) -> bool:
+        """Whether it says where a device is, and not what it is."""
+        return self.form in (_Form.PLACE, _Form.PORT, _Form.ADDRESS)
+
     def matches(self, found: Found) -> bool:
         """Whether it names this device."""
         return _MATCHERS[self.form](found, self.value)

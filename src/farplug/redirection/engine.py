@@ -122,6 +122,8 @@ class Redirection:
         # Why nothing is pulled from the connection right now.
         self._output_full = False
         self._pumping = False
+        self._flushing = False
+        """Soon, on the event loop."""
         self._reading_paused = False
         # What the guest did since the device was offered.
         self._traffic = False
@@ -469,16 +471,22 @@ class Redirection:
         return True
 
     def _flush(self) -> None:
+        self._flushing = False
         buffers = self._connection.data_to_send()
         if buffers:
             self.port.write(buffers)
 
     def _answered(self) -> None:
-        """Something was said outside of the pump: by the device, later."""
-        if not self._pumping:
+        """Something was said outside of the pump: by the device, later. The next thing that it says goes along."""
+        if self._pumping:
+            return
+        if self._connection.unsent > FLUSH_ABOVE:
             self._flush()
-            if self._reading_paused:
-                self._pump()
+        elif not self._flushing:
+            self._flushing = True
+            asyncio.get_running_loop().call_soon(self._flush)
+        if self._reading_paused:
+            self._pump()
 
     def _fault(self, error: Exception) -> None:
         log.warning("%s: the device misbehaved", self.port.name, exc_info=error)

@@ -46,10 +46,18 @@ def disk_device(
         ImageError: an image cannot be used.
         ValueError: no image, or more than 16.
     """
-    stores = [
-        image if isinstance(image, Store) else FileStore.open(image, read_only=read_only, block_size=block_size)
-        for image in images
-    ]
-    return VirtualDevice(
-        Disk(*stores, transport=transport), product=PRODUCT, serial_number=stores[0].serial_number, speeds=speeds
-    )
+    opened: list[FileStore] = []
+    stores: list[Store] = []
+    try:
+        for image in images:
+            if isinstance(image, Store):
+                stores.append(image)
+            else:
+                opened.append(FileStore.open(image, read_only=read_only, block_size=block_size))
+                stores.append(opened[-1])
+        disk = Disk(*stores, transport=transport)
+        return VirtualDevice(disk, product=PRODUCT, serial_number=stores[0].serial_number, speeds=speeds)
+    except BaseException:
+        for store in opened:
+            store.abandon()
+        raise

@@ -71,7 +71,8 @@ def find(serial: str) -> str | None:
     for block in Path("/sys/block").glob("sd*"):
         try:
             found = (block / "device/../../../../serial").read_text().strip()
-            if found == serial and (block / "size").read_text().strip() != "0":
+            # The device's node comes a moment after its folder.
+            if found == serial and Path("/dev", block.name).is_block_device():
                 return f"/dev/{block.name}"
         except OSError:
             continue
