@@ -60,6 +60,7 @@ FAR = GuestConfig(
 """The far guest."""
 
 PYTHON = f"PYTHONPATH={Path(farplug.__file__).parents[1]} PYTHONUNBUFFERED=1 {sys.executable}"
+FARPLUG = f"{PYTHON} -c 'from farplug.cli.main import main; main()'"
 
 PATIENCE = 120
 """Seconds that something in nested guests may take on a machine that has other things to do."""
@@ -175,10 +176,22 @@ class Machine:
                 await self.unplug(real)
 
     async def plug(self, driver: str, name: str, **properties: object) -> Real:
-        """Plug in a device that QEMU emulates, and wait until the kernel has it, with its driver."""
+        """Plug in a device that QEMU emulates, and wait until the kernel has it.
+
+        A usb-uas gets a disk with the property ``drive``.
+        """
         id = f"real{next(_numbers)}"
-        arguments = {key.replace("_", "-"): value for key, value in properties.items()}
-        await self.qmp.execute("device_add", {"driver": driver, "id": id, "bus": "usb.0", **arguments})
+        arguments = {"driver": driver, "id": id, "bus": "usb.0"}
+        if driver == "usb-uas":
+            # One that is hot-plugged stays detached until its units are there (QEMU, docs/system/devices/usb.rst).
+            await self.qmp.execute("device_add", arguments)
+            unit = {"driver": "scsi-hd", "id": f"{id}-unit", "bus": f"{id}.0", **properties}
+            await self.qmp.execute("device_add", unit)
+            await self.qmp.execute(
+                "qom-set", {"path": f"/machine/peripheral/{id}", "property": "attached", "value": True}
+            )
+        else:
+            await self.qmp.execute("device_add", arguments | properties)
         return await self.find(name, id)
 
     async def find(self, name: str, id: str = "") -> Real:
@@ -188,10 +201,14 @@ class Machine:
         return Real(id, name, folder, f"{bus}-{number}")
 
     async def unplug(self, real: Real) -> None:
-        """Pull a device out; back when QEMU has forgotten it."""
+        """Pull a device out; back when QEMU and the kernel have forgotten it."""
         await self.qmp.execute("device_del", {"id": real.id})
         while (await self.qmp.event("DEVICE_DELETED"))["data"].get("device") != real.id:
             pass
+        number = real.bus.partition("-")[2]
+        async with asyncio.timeout(PATIENCE):
+            while (await self.guest.run(f"cat {real.folder}/devnum 2>/dev/null")).output.strip() == number:
+                await asyncio.sleep(0.1)
 
     async def drivers(self, real: Real) -> dict[str, str]:
         """The driver of each of its interfaces: empty for none, ``usbfs`` for a program."""

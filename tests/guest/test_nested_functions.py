@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import pytest
 import pytest_asyncio
 from tests.guest.nested import FAR, Plugger, Real, running
-from tests.guest.plugging import raw, usb_folder_by_name, usb_node
+from tests.guest.plugging import MIB, raw, usb_folder_by_name, usb_node
 
 if TYPE_CHECKING:
     from tests.guest.conftest import GuestPool
@@ -217,12 +217,12 @@ async def test_guest_has_everything_at_once_and_the_machine_gets_it_back(desk: D
         assert await desk.machine.drivers(desk.devices[name]) == dict.fromkeys(interfaces, driver), name
 
 
-GADGET_HID = """
+GADGET = """
 echo 1 >hid.0/protocol
 echo 1 >hid.0/subclass
 echo 8 >hid.0/report_length
 printf '%b' '{descriptor}' >hid.0/report_desc
-head -c 8M /dev/urandom >/run/medium
+head -c {size} /dev/urandom >/run/medium
 echo /run/medium >mass_storage.0/lun.0/file
 echo 'near%d' >ncm.0/ifname
 """
@@ -237,7 +237,7 @@ async def test_gadget_of_many_interfaces(plugger: Plugger, guests: GuestPool) ->
     machine, far = plugger.machine, await guests.get(FAR)
     descriptor = "".join(f"\\0{byte:o}" for byte in bytes.fromhex(KEYBOARD_REPORT))
     functions = "acm.0 hid.0 mass_storage.0 ncm.0"
-    setup = GADGET_HID.format(descriptor=descriptor)
+    setup = GADGET.format(descriptor=descriptor, size=4 * MIB)
     async with machine.gadget(COMPOSITE, functions, setup=setup) as real, plugger.plugged(far.targets[0], real):
         folder = await usb_folder_by_name(far, f"{COMPOSITE} *")
 
@@ -249,9 +249,8 @@ async def test_gadget_of_many_interfaces(plugger: Plugger, guests: GuestPool) ->
         assert await events(far, folder, EV_KEY, type_them, len(PRESSES)) == PRESSES
 
         disk = "/dev/" + await first(far, f"{folder}/*/host*/target*/*/block/*")
-        there = await far.check(
-            f"until head -c 8M {disk} >/tmp/copy 2>/dev/null; do sleep 0.1; done; sha256sum </tmp/copy"
-        )
+        read = f"until test -b {disk}; do sleep 0.1; done; head -c {4 * MIB} {disk} | sha256sum"
+        there = await far.check(read, timeout=120)
         assert there == await machine.check("sha256sum </run/medium")
 
         await machine.check("stty -F /dev/ttyGS0 raw -echo")

@@ -68,6 +68,15 @@ class FakeTransfer:
         self._callback, self._user_data = callback, user_data
         self.stream_id, self.setup = 0, None
 
+    def setBuffer(self, buffer: Any) -> None:
+        assert not self.submitted, "a transfer in flight was changed"
+        assert not self.closed
+        assert self.kind in ("bulk", "interrupt")
+        self.buffer = buffer
+
+    def setUserData(self, user_data: Any) -> None:
+        self._user_data = user_data
+
     def submit(self) -> None:
         assert not self.submitted, "a transfer in flight was submitted again"
         assert not self.closed
@@ -162,6 +171,7 @@ class FakeHandle:
         self.refusals: list[Exception | None] = []
         """What the next submissions raise; None: nothing."""
         self.rule: Callable[[FakeTransfer], None] | None = None
+        self.no_more_transfers = False
         self.keeps_cancelled = False
         """Cancelled transfers come back when the test says so."""
         self.claimed: set[int] = set()
@@ -236,6 +246,8 @@ class FakeHandle:
 
     def getTransfer(self, iso_packets: int = 0) -> FakeTransfer:
         assert not self.closed
+        if self.no_more_transfers:
+            raise usb1.USBErrorNoMem
         return FakeTransfer(self, iso_packets)
 
     def close(self) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from threading import Thread
 
 import pytest
 import usb1
@@ -170,6 +171,15 @@ def test_a_reset_that_fails_at_the_end_does_not_keep_drivers_away() -> None:
     assert device.drivers == DRIVERS
 
 
+def test_a_reset_that_fails_at_the_end_does_not_keep_the_configuration_away() -> None:
+    device = FakeDevice(SOUND_CARD, replace(SOUND_CARD, value=2), drivers=DRIVERS)
+    taken = take(device)
+    taken.set_configuration(2)
+    device.failures = {"reset": usb1.USBErrorOther()}
+    taken.give_back()
+    assert (device.configuration, device.drivers) == (1, DRIVERS)
+
+
 def test_transfers_come_back_before_the_device_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     device = FakeDevice(EVERYTHING)
     taken = take(device)
@@ -184,16 +194,22 @@ def test_transfers_come_back_before_the_device_is_closed(monkeypatch: pytest.Mon
     assert device.handle.closed
 
 
-def test_a_device_that_keeps_its_transfers_stays_open(
+def test_a_device_that_keeps_its_transfers_stays_open_until_they_are_back(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(claim, "DRAIN_PATIENCE", 0.05)
-    device = FakeDevice(EVERYTHING)
+    device = FakeDevice(EVERYTHING, drivers={0: "storage"})
     taken = take(device)
     device.handle.keeps_cancelled = True
     transfer = device.handle.getTransfer()
     transfer.setBulk(0x81, bytearray(8), lambda usb: None, None)
     transfer.submit()
-    taken.give_back([transfer])
-    assert not device.handle.closed
-    assert "does not give its transfers back" in caplog.text
+    giving = Thread(target=taken.give_back, args=([transfer],))
+    giving.start()
+    giving.join(0.3)
+    assert giving.is_alive()
+    assert "has not given its transfers back after 0.05 s" in caplog.text
+    transfer.finish(status=usb1.TRANSFER_CANCELLED)
+    giving.join(10)
+    assert device.handle.closed
+    assert device.drivers == {0: "storage"}

@@ -7,11 +7,12 @@ from contextlib import asynccontextmanager
 
 import pytest
 import usb1
-from tests.physical.fake_libusb import FakeTransfer
+from tests.physical.fake_libusb import FakeDevice, FakeTransfer
 from tests.physical.support import BULK, BULK_IN, CAMERA, INTERRUPT, ISO, KEYS, SOUND, Bench, opened, settle, until
 
 from farplug.physical import receptions
-from farplug.usb import Reception, Status, Transfer
+from farplug.usb import Reception, Status, Transfer, TransferType
+from farplug.usb.descriptors import ConfigurationDescriptor, EndpointDescriptor, InterfaceDescriptor
 from farplug.usb.types import Buffer
 
 COMPLETED, STALL, ERROR = usb1.TRANSFER_COMPLETED, usb1.TRANSFER_STALL, usb1.TRANSFER_ERROR
@@ -157,6 +158,20 @@ async def test_a_reception_that_cannot_begin(accepted: int) -> None:
         assert not bench.flying
         assert bench.device.start_receiving(KEYBOARD) is Status.SUCCESS
         assert bench.listener.ended == []
+
+
+@pytest.mark.parametrize("type", [INTERRUPT, ISO])
+async def test_an_endpoint_without_room_for_a_packet(type: TransferType) -> None:
+    lying = InterfaceDescriptor(0, 0, 255, 0, 0, (EndpointDescriptor(0x81, type, 0, 1),))
+    async with opened(FakeDevice(ConfigurationDescriptor(1, (lying,)))) as bench:
+        assert bench.device.start_receiving(Reception(0x81, type)) is Status.STALL
+
+
+async def test_no_memory_for_a_reception() -> None:
+    async with opened() as bench:
+        bench.handle.no_more_transfers = True
+        assert bench.device.start_receiving(KEYBOARD) is Status.STALL
+        assert bench.device.stop_receiving(KEYS) is Status.SUCCESS
 
 
 @pytest.mark.parametrize(

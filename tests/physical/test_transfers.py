@@ -300,6 +300,16 @@ async def test_without_memory_a_transfer_waits_and_keeps_its_place() -> None:
         assert {hungry.status, behind.status, elsewhere.status} == {Status.SUCCESS}
 
 
+async def test_libusb_has_no_transfer_to_give() -> None:
+    async with opened() as bench:
+        bench.handle.no_more_transfers = True
+        bench.read(8)
+        await settle()
+        assert not bench.done
+        bench.handle.no_more_transfers = False
+        await until(lambda: bench.flying)
+
+
 async def test_a_transfer_that_came_back_leaves_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transfers, "MEMORY_PAUSE", 1000)
     async with opened() as bench:

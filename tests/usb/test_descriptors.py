@@ -218,6 +218,18 @@ def test_streams(attributes: int, streams: int) -> None:
         (EndpointDescriptor(0x81, 0x03, 8, 0), Endpoint(0x81, TransferType.INTERRUPT, 8, 1)),
         (EndpointDescriptor(0x81, 0x02, 512, 0), Endpoint(0x81, TransferType.BULK, 512, 0)),
         (EndpointDescriptor(0x81, 0x0D, 0x1400, 0), Endpoint(0x81, TransferType.ISOCHRONOUS, 3072, 1)),
+        (
+            EndpointDescriptor(0x81, 0x01, 1024, 1, SuperSpeedCompanion(15, 2)),
+            Endpoint(0x81, TransferType.ISOCHRONOUS, 48 * 1024, 1),
+        ),
+        (
+            EndpointDescriptor(0x81, 0x01, 64, 1, SuperSpeedCompanion(2, 1)),
+            Endpoint(0x81, TransferType.ISOCHRONOUS, 384, 1),
+        ),
+        (
+            EndpointDescriptor(0x81, 0x01, 0xFFFF, 1, SuperSpeedCompanion(255, 255)),
+            Endpoint(0x81, TransferType.ISOCHRONOUS, 48 * 1024, 1),
+        ),
         (EndpointDescriptor(0x81, 0xFC, 0xFFFF, 255), Endpoint(0x81, TransferType.CONTROL, 0x7FF, 255)),
     ],
 )

@@ -6,8 +6,9 @@ Everything here may block, for seconds if the device hangs: a :class:`~farplug.p
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from time import monotonic
 from typing import Final
 
@@ -24,12 +25,13 @@ from farplug.physical.library import (
     UsbError,
     device_errors,
 )
+from farplug.physical.transfers import cancel
 from farplug.usb.descriptors import ConfigurationDescriptor
 from farplug.usb.device import Identity
 from farplug.usb.types import Endpoint, Interface
 
 DRAIN_PATIENCE = 2.0
-"""Seconds that cancelled transfers have to come back before the device is given back."""
+"""Seconds after which cancelled transfers that have not come back are reported."""
 
 NEVER_RESET: Final = frozenset({(0x1210, 0x001C), (0x2798, 0x0001)})
 """idVendor and idProduct of devices that do not survive a port reset, as usbredirhost knows them."""
@@ -263,11 +265,7 @@ class Claim:
         self._closing = True
         try:
             if self._handle is not None:
-                if not drain(self.context, transfers):
-                    # libusb cannot close a device that has transfers in flight: the kernel will, with the process.
-                    log.error("%s does not give its transfers back: it stays open until farplug ends", self._name)
-                    self._handle = None
-                    return
+                self._drain(transfers)
                 try:
                     self._restore()
                 finally:
@@ -278,39 +276,45 @@ class Claim:
         finally:
             self.context.close()
 
+    def _drain(self, transfers: Collection[UsbTransfer]) -> None:
+        """Cancel transfers, and handle events until all are back: libusb cannot close a device before."""
+        for transfer in transfers:
+            cancel(transfer)
+        late = monotonic() + DRAIN_PATIENCE
+        while any(transfer.isSubmitted() for transfer in transfers):
+            if monotonic() > late:
+                late = inf
+                log.warning("%s has not given its transfers back after %g s", self._name, DRAIN_PATIENCE)
+            try:
+                self.context.handleEventsTimeout(0.1)
+            except Interrupted:
+                pass
+
     def _restore(self) -> None:
         self._release_interfaces()
         try:
             if self._taken:
-                self.reset()  # whatever the guest left behind, the next driver finds it clean
-            if self.configuration != self._original:
-                self.handle.setConfiguration(self._original or -1)  # the kernel binds its drivers by itself
+                self._try("reset", self.reset)  # whatever the guest left behind, the next driver finds it clean
+            if self.configuration != self._original:  # the kernel binds the drivers of a new one by itself
+                self._try("put back to its configuration", lambda: self.handle.setConfiguration(self._original or -1))
                 return
-        except (NotFound, NoDevice):
-            return  # it is gone, or came back as another device: nothing is to be restored
+            for number in self._detached:
+                try:
+                    self.handle.attachKernelDriver(number)
+                except (Busy, NotFound):
+                    pass  # a driver that has two interfaces took this one with the first
+                except NoDevice:
+                    raise
+                except UsbError as error:
+                    log.warning("%s: interface %d has no driver again: %s", self._name, number, error)
+        except NoDevice:
+            log.debug("%s is gone: nothing is to be restored", self._name)
+
+    def _try(self, what: str, call: Callable[[], None]) -> None:
+        """Make a call that restores something. Raises ``NoDevice`` if the device is gone, or came back as another."""
+        try:
+            call()
+        except (NotFound, NoDevice) as error:
+            raise NoDevice from error
         except UsbError as error:
-            log.warning("%s could not be reset: %s", self._name, error)
-        for number in self._detached:
-            try:
-                self.handle.attachKernelDriver(number)
-            except (NotFound, NoDevice):
-                pass
-            except UsbError as error:
-                # A driver that has two interfaces took this one with the first.
-                log.debug("%s: no driver for interface %d: %s", self._name, number, error)
-
-
-def drain(context: UsbContext, transfers: Collection[UsbTransfer]) -> bool:
-    """Cancel transfers and handle events until all are back; False if that takes longer than :data:`DRAIN_PATIENCE`."""
-    for transfer in transfers:
-        try:
-            transfer.cancel()
-        except UsbError:
-            pass  # it is on its way back
-    until = monotonic() + DRAIN_PATIENCE
-    while (flying := any(transfer.isSubmitted() for transfer in transfers)) and monotonic() < until:
-        try:
-            context.handleEventsTimeout(0.1)
-        except Interrupted:
-            pass
-    return not flying
+            log.warning("%s could not be %s: %s", self._name, what, error)

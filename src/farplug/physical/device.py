@@ -164,12 +164,8 @@ class _Session:
     def start_stream(self, reception: Reception, endpoint: Endpoint) -> Status:
         """Begin to receive, or to play."""
         try:
-            stream = stream_kind(reception, endpoint)(reception, endpoint, self.claim.handle, self)
-        except UsbError as error:
-            log.warning("endpoint %02x: no memory to receive: %s", endpoint.address, error)
-            return Status.STALL
-        self.streams[endpoint.address] = stream
-        try:
+            stream = stream_kind(endpoint)(reception, endpoint, self.claim.handle, self)
+            self.streams[endpoint.address] = stream
             stream.start()
         except UsbError as error:
             log.warning("endpoint %02x: receiving cannot begin: %s", endpoint.address, error)
@@ -384,7 +380,7 @@ class PhysicalDevice(Device):
     def start_receiving(self, reception: Reception) -> Status:
         session = self._usable
         endpoint = None if session is None else session.claim.endpoints.get(reception.endpoint)
-        if session is None or endpoint is None or endpoint.type is not reception.type:
+        if session is None or endpoint is None or endpoint.type is not reception.type or not endpoint.max_packet_size:
             return Status.STALL
         if reception.endpoint in session.streams:
             return Status.INVALID

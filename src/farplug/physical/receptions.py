@@ -314,8 +314,8 @@ class IsoOutStream(Stream):
         self._play()
 
 
-def stream_kind(reception: Reception, endpoint: Endpoint) -> type[Stream]:
-    """The kind of stream that a reception on an endpoint needs."""
+def stream_kind(endpoint: Endpoint) -> type[Stream]:
+    """The kind of stream that an endpoint needs."""
     if endpoint.type is not TransferType.ISOCHRONOUS:
         return PacketStream
     return IsoInStream if endpoint.address & 0x80 else IsoOutStream

@@ -23,7 +23,7 @@ MIN_PIECE: Final = 16 * 2**10
 """If there is no memory for this much either, a transfer waits until there is."""
 MEMORY_PAUSE = 0.01
 """Seconds until a transfer that found no memory tries again, if none comes back before."""
-MAX_IDLE: Final = 32
+MAX_IDLE: Final = 128
 """libusb's transfers that are kept to be used again."""
 MAX_IDLE_BUFFER: Final = 64 * 2**10
 """An idle one does not keep a larger buffer."""
@@ -94,7 +94,9 @@ class Transfers:
         self._hungry: deque[_Job] = deque()
         """Jobs that found no memory."""
         self._hunger: asyncio.TimerHandle | None = None
-        self._idle: list[UsbTransfer] = []
+        self._idle: dict[_Key, list[UsbTransfer]] = {}
+        """libusb's transfers that came back, by where they were used: they go there again."""
+        self._idle_count = 0
 
     @property
     def in_flight(self) -> list[UsbTransfer]:
@@ -153,9 +155,9 @@ class Transfers:
 
     def _start(self, job: _Job) -> None:
         """Give a job, or its next piece, to libusb."""
-        job.usb = usb = self._idle.pop() if self._idle else self._handle.getTransfer()
+        usb = None
         try:
-            self._fill(usb, job)
+            job.usb = usb = self._filled(job)
             usb.submit()
         except UsbError as raised:
             error = raised
@@ -165,7 +167,8 @@ class Transfers:
                 self._resume(job.key)
             return
         job.usb = None
-        self._recycle(usb, job.length)
+        if usb is not None:
+            self._recycle(usb, job, MAX_PIECE)
         if isinstance(error, NoMemory):
             self._block(job)
             if min(job.piece, job.length - job.moved) > MIN_PIECE and job.transfer.setup is None:
@@ -180,20 +183,31 @@ class Transfers:
         if isinstance(error, NoDevice):
             self._lost()
 
-    def _fill(self, usb: UsbTransfer, job: _Job) -> None:
+    def _filled(self, job: _Job) -> UsbTransfer:
+        """A transfer of libusb's for a job, or for its next piece."""
         transfer = job.transfer
+        piece = job.buffer[job.moved : job.moved + job.piece] if job.length > job.piece else job.buffer
+        idle = self._idle.get(job.key)
+        if idle:
+            usb = idle.pop()
+            self._idle_count -= 1
+            if transfer.setup is None:
+                usb.setBuffer(piece)
+                usb.setUserData(job)
+                return usb
+        else:
+            usb = self._handle.getTransfer()
         setup = transfer.setup
         if setup is not None:
             stage = job.length if transfer.endpoint & 0x80 else bytes(transfer.data)
             usb.setControl(setup.request_type, setup.request, setup.value, setup.index, stage, self._completed, job)
-            return
-        piece = job.buffer[job.moved : job.moved + job.piece]
-        if transfer.type is TransferType.BULK:
+        elif transfer.type is TransferType.BULK:
             usb.setBulk(transfer.endpoint, piece, self._completed, job)
             if transfer.stream_id:
                 self._assign_stream(usb, transfer.stream_id)
         else:
             usb.setInterrupt(transfer.endpoint, piece, self._completed, job)
+        return usb
 
     def came_back(self, job: _Job, usb: UsbTransfer) -> None:
         """libusb is done with a job, or with a piece of it."""
@@ -206,7 +220,7 @@ class Transfers:
             job.buffer = memoryview(usb.getBuffer())
         length = job.length if setup is not None else min(job.piece, job.length - job.moved)
         job.moved += min(actual, length)
-        self._recycle(usb, length)
+        self._recycle(usb, job, length)
         status = transfer_status(code)
         if status is Status.SUCCESS and actual >= length and job.moved < job.length:
             if not job.cancelled:
@@ -275,13 +289,14 @@ class Transfers:
             if self._hungry:  # an answer may have had the others cancelled
                 self._start(self._hungry.popleft())
 
-    def _recycle(self, usb: UsbTransfer, length: int) -> None:
-        if len(self._idle) >= MAX_IDLE:
+    def _recycle(self, usb: UsbTransfer, job: _Job, length: int) -> None:
+        if self._idle_count >= MAX_IDLE:
             usb.close()
             return
-        if length > MAX_IDLE_BUFFER:
-            usb.setBulk(0, bytearray(), None, None)
-        self._idle.append(usb)
+        if job.transfer.setup is None and length > MAX_IDLE_BUFFER:
+            usb.setBuffer(bytearray())
+        self._idle.setdefault(job.key, []).append(usb)
+        self._idle_count += 1
 
 
 def cancel(usb: UsbTransfer) -> None:

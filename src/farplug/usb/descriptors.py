@@ -23,6 +23,9 @@ from farplug.usb.types import Buffer, DescriptorType, Endpoint, Interface, Trans
 MAX_STRING_UNITS = 126
 """UTF-16 code units that fit into a string descriptor (bLength is one byte)."""
 
+MAX_INTERVAL = 48 * 1024
+"""Bytes that a SuperSpeed isochronous endpoint moves at most in its interval: 16 packets, 3 times (USB 3.2, 9.6.7)."""
+
 MAX_WARNINGS = 32
 """More than these are not kept from one descriptor."""
 
@@ -239,8 +242,11 @@ class EndpointDescriptor:
         """The same in the program's words."""
         kind = TransferType(self.attributes & 3)
         size = self.max_packet_size & 0x7FF
-        if kind is TransferType.ISOCHRONOUS:
+        if kind is TransferType.ISOCHRONOUS and self.companion is not None:
+            size *= (1 + self.companion.max_burst) * (1 + (self.companion.attributes & 3))
+        elif kind is TransferType.ISOCHRONOUS:
             size *= 1 + (self.max_packet_size >> 11 & 3)
+        size = min(size, MAX_INTERVAL)
         periodic = kind in (TransferType.ISOCHRONOUS, TransferType.INTERRUPT)
         streams = self.companion.max_streams if self.companion is not None and kind is TransferType.BULK else 0
         return Endpoint(self.address, kind, size, max(1, self.interval) if periodic else self.interval, streams)

@@ -186,8 +186,8 @@ class Endpoint:
     Attributes:
         address: bEndpointAddress; bit 7 is the direction.
         type: what kind of transfer it carries.
-        max_packet_size: wMaxPacketSize in bytes, the transactions-per-microframe bits taken out and multiplied in
-            for high-speed isochronous endpoints.
+        max_packet_size: wMaxPacketSize in bytes, the transactions-per-microframe bits taken out. For isochronous
+            endpoints what moves in one interval: times the transactions, from SuperSpeed on times burst and mult.
         interval: bInterval, raw; at least 1 for interrupt and isochronous endpoints.
         max_streams: how many bulk streams it has (SuperSpeed companion); 0 if none.
     """

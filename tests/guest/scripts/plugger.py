@@ -40,8 +40,9 @@ class Plugger:
         hub.subscribe(happened)
 
     async def leave(self, target: str) -> None:
-        """Unplug everything from a guest, and leave it."""
-        await self._hubs.pop(target).close()
+        """Unplug everything from a guest, and leave it; does nothing the second time."""
+        if hub := self._hubs.pop(target, None):
+            await hub.close()
 
     async def plug(self, number: int, target: str, place: str) -> None:
         """Plug in the device at BUS-NUMBER, as device ``number`` of the tests; done when it is configured."""

@@ -1,0 +1,49 @@
+"""The command line with real devices, in nested guests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from tests.guest.nested import FAR, FARPLUG, PATIENCE, Plugger, from_inside, running
+from tests.guest.plugging import MIB
+from tests.guest.test_nested_storage import BOT, far_disk
+
+if TYPE_CHECKING:
+    from tests.guest.conftest import GuestPool
+
+pytestmark = pytest.mark.timeout(400)
+
+
+async def test_disk_that_is_pulled_out_and_comes_back(plugger: Plugger, guests: GuestPool, tmp_path: Path) -> None:
+    machine, far = plugger.machine, await guests.get(FAR)
+    image = tmp_path / "disk.raw"
+    image.write_bytes(os.urandom(8 * MIB))
+    content = hashlib.sha256(image.read_bytes()).hexdigest()
+    command = f"{FARPLUG} connect {from_inside(far.targets[0])} --usb-device 46f4:0001 --wait"
+    async with machine.drive(image) as drive, running(machine.guest, command) as job:
+        out = await job.until("46f4:0001", PATIENCE)
+        print(out)
+        for _ in range(2):
+            async with machine.device("usb-storage", BOT, drive=drive) as real:
+                there = await far.check(f"sha256sum <{await far_disk(far, BOT)}", timeout=PATIENCE)
+                assert there.split()[0] == content
+        async with machine.device("usb-storage", BOT, drive=drive) as real:
+            await far_disk(far, BOT)
+            await job.kill("INT")
+            code, output = await job.end(PATIENCE)
+            print(output)
+            assert code == 0, output
+            assert await machine.drivers(real) == {"1.0": "usb-storage"}
+
+
+async def test_devices_are_listed(plugger: Plugger) -> None:
+    machine = plugger.machine
+    async with machine.device("usb-ccid", "08e6:4433 *"):
+        output = await machine.check(f"env {FARPLUG} devices", timeout=PATIENCE)
+        print(output)
+        print(await machine.check(f"env {FARPLUG} devices --json", timeout=PATIENCE))

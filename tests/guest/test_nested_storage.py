@@ -1,0 +1,163 @@
+"""Real disks, redirected from one guest into another: the bytes are right, and both machines survive."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import pytest_asyncio
+from tests.guest.nested import FAR, PATIENCE, Plugger, Real, from_inside, running
+from tests.guest.plugging import AT_ONCE, MIB, usb_folder_by_name
+
+from farplug.testing import GuestConfig, QemuGuest, TcpPort
+
+if TYPE_CHECKING:
+    from tests.guest.conftest import GuestPool
+
+pytestmark = pytest.mark.timeout(400)
+
+BOT, UAS = "46f4:0001 *", "46f4:0003 *"
+SIZE = 16 * MIB
+READER = "08e6:4433 *"
+
+LIFE_CYCLE = """
+set -e
+mke2fs -q -t ext4 {disk}
+mount -t ext4 {disk} /mnt
+head -c 3000000 /dev/urandom >/tmp/file
+cp /tmp/file /mnt/file
+umount /mnt
+echo 3 >/proc/sys/vm/drop_caches
+mount -t ext4 -o ro {disk} /mnt
+cmp /tmp/file /mnt/file
+umount /mnt
+e2fsck -fn {disk} >/dev/null 2>&1
+sha256sum <{disk}
+"""
+
+
+@asynccontextmanager
+async def disk(plugger: Plugger, kind: str, image: Path) -> AsyncIterator[Real]:
+    """A real disk of the near guest."""
+    machine = plugger.machine
+    async with (
+        machine.drive(image) as drive,
+        machine.device("usb-storage" if kind == BOT else "usb-uas", kind, drive=drive) as real,
+    ):
+        yield real
+
+
+async def far_disk(guest: QemuGuest, name: str) -> str:
+    """The far guest's block device; it can be read."""
+    folder = await usb_folder_by_name(guest, name)
+    script = f"""
+        for block in /sys/block/sd*; do
+            case $(readlink -f $block) in {folder.replace("/sys/bus/usb/devices", "*")}/*) basename $block ;; esac
+        done"""
+    async with asyncio.timeout(PATIENCE):
+        while not (block := (await guest.check(script)).strip()):
+            await asyncio.sleep(0.1)
+        while (await guest.run(f"head -c 512 /dev/{block} | grep -q ''")).exit_code != 0:
+            await asyncio.sleep(0.1)
+    return f"/dev/{block}"
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """Random bytes."""
+    path = tmp_path / "disk.raw"
+    path.write_bytes(os.urandom(SIZE))
+    return path
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def far(guests: GuestPool) -> QemuGuest:
+    return await guests.get(FAR)
+
+
+@pytest.mark.parametrize(("kind", "driver"), [(BOT, "usb-storage"), (UAS, "uas")], ids=["bot", "uas"])
+async def test_bytes_are_right_in_both_directions(
+    plugger: Plugger, far: QemuGuest, image: Path, kind: str, driver: str
+) -> None:
+    async with disk(plugger, kind, image) as real:
+        async with plugger.plugged(far.targets[0], real):
+            block = await far_disk(far, kind)
+            folder = await usb_folder_by_name(far, kind)
+            # Linux has no uas at SuperSpeed without bulk streams.
+            shown = await far.check(f"basename $(readlink -f {folder}/*:1.0/driver); cat {folder}/speed")
+            assert shown.split() == [driver, "5000"]
+            there = await far.check(f"sha256sum <{block}", timeout=PATIENCE)
+            assert there.split()[0] == hashlib.sha256(image.read_bytes()).hexdigest()
+            written = await far.check(LIFE_CYCLE.format(disk=block), timeout=PATIENCE)
+        assert written.split()[0] == hashlib.sha256(image.read_bytes()).hexdigest()
+        assert await plugger.machine.drivers(real) == {"1.0": driver}
+
+
+async def test_unplugged_while_it_is_read(plugger: Plugger, far: QemuGuest, image: Path) -> None:
+    machine = plugger.machine
+    async with machine.drive(image) as drive:
+        real = await machine.plug("usb-storage", BOT, drive=drive)
+        async with plugger.plugged(far.targets[0], real):
+            block = await far_disk(far, BOT)
+            async with running(far, f"sh -c 'while dd if={block} of=/dev/null bs=1M iflag=direct; do :; done'") as job:
+                await job.until("records in", PATIENCE)
+                await machine.unplug(real)
+                assert "the device is gone" in await plugger.happened("Detached")
+                await job.end(PATIENCE)
+            async with asyncio.timeout(PATIENCE):
+                while (await far.run(f"test -e {block}")).exit_code == 0:
+                    await asyncio.sleep(0.1)
+    async with disk(plugger, BOT, image) as real, plugger.plugged(far.targets[0], real):
+        there = await far.check(f"sha256sum <{await far_disk(far, BOT)}", timeout=PATIENCE)
+        assert there.split()[0] == hashlib.sha256(image.read_bytes()).hexdigest()
+
+
+SMALL = GuestConfig(ports=(TcpPort(),), kernel_arguments=AT_ONCE)
+
+
+async def test_guest_is_reset_paused_and_killed(plugger: Plugger, guests: GuestPool, image: Path) -> None:
+    async with guests.fresh(SMALL) as far, disk(plugger, BOT, image) as real:
+        async with plugger.plugged(far.targets[0], real):
+            await far_disk(far, BOT)
+            plugger.events.clear()
+            await far.qmp.execute("set-action", {"reboot": "reset"})
+            await far.qmp.execute("system_reset")
+            await plugger.happened("Configured")
+            there = await far.check(f"sha256sum <{await far_disk(far, BOT)}", timeout=PATIENCE)
+            assert there.split()[0] == hashlib.sha256(image.read_bytes()).hexdigest()
+        assert await plugger.machine.drivers(real) == {"1.0": "usb-storage"}
+
+        async with plugger.plugged(far.targets[0], real):
+            block = await far_disk(far, BOT)
+            async with running(far, f"dd if={block} of=/dev/null bs=1M iflag=direct"):
+                await far.qmp.execute("stop")
+                await plugger.ask("leave", from_inside(far.targets[0]))
+                assert await plugger.machine.drivers(real) == {"1.0": "usb-storage"}
+                await far.qmp.execute("cont")
+
+        async with plugger.plugged(far.targets[0], real):
+            await far_disk(far, BOT)
+            os.kill(far.pid, 9)
+            await plugger.happened("Detached")
+            async with asyncio.timeout(PATIENCE):
+                while await plugger.machine.drivers(real) != {"1.0": "usb-storage"}:
+                    await asyncio.sleep(0.1)
+
+
+async def test_twenty_rounds_leak_nothing(plugger: Plugger, far: QemuGuest) -> None:
+    async with plugger.machine.device("usb-ccid", READER) as real:
+        before: list[str] = []
+        for number in range(21):
+            async with plugger.plugged(far.targets[0], real):
+                assert await plugger.machine.drivers(real) == {"1.0": "usbfs"}
+            assert await plugger.machine.drivers(real) == {"1.0": ""}
+            after = await plugger.ask("descriptors")
+            if number == 0:
+                before = after
+        assert after == before
