@@ -1,7 +1,7 @@
 # make demo      set up, then show the main job in a real guest
 # make test      set up, then prove everything (guests included)
 # make lint      ruff, mypy --strict, import contracts, shellcheck
-# make bench     ratios to QEMU's own disks and to spice-gtk's, and the micro figures
+# make bench     ratios to QEMU's own disks, spice-gtk's and usbredirect, and the micro figures
 # make fuzz      bounded fuzzing of everything that parses
 # make stress    a minute of readers, writers and failing commands at once, over each transport
 # make powercut  hundreds of times: farplug, QEMU or the power is cut while a guest writes
@@ -48,6 +48,7 @@ format: setup
 bench: setup
 	$(PYTHON) bench/micro.py
 	$(PYTHON) bench/disk.py
+	$(PYTHON) bench/nested.py
 
 stress: setup
 	FARPLUG_STRESS_SECONDS=60 $(PYTHON) -m pytest tests/guest/test_stress.py

@@ -12,6 +12,7 @@ from farplug.errors import Reason, SetupError
 QEMU = "qemu-system-x86_64"
 
 PACKAGE_OF_PROGRAM = {
+    "aplay": "alsa-utils",
     "busybox": "busybox-static",
     "dash": "dash",
     "mke2fs": "e2fsprogs",
@@ -21,6 +22,7 @@ PACKAGE_OF_PROGRAM = {
     "badblocks": "e2fsprogs",
     "debugfs": "e2fsprogs",
     "lsusb": "usbutils",
+    "usbredirect": "usbredirect",
     "usbreset": "usbutils",
     "mkfs.exfat": "exfatprogs",
     "fsck.exfat": "exfatprogs",

@@ -26,24 +26,31 @@ async def test_disk_that_is_pulled_out_and_comes_back(plugger: Plugger, guests: 
     content = hashlib.sha256(image.read_bytes()).hexdigest()
     command = f"{FARPLUG} connect {from_inside(far.targets[0])} --usb-device 46f4:0001 --wait"
     async with machine.drive(image) as drive, running(machine.guest, command) as job:
-        out = await job.until("46f4:0001", PATIENCE)
-        print(out)
+        await job.until("waiting for 46f4:0001", PATIENCE)
         for _ in range(2):
-            async with machine.device("usb-storage", BOT, drive=drive) as real:
+            async with machine.device("usb-storage", BOT, drive=drive):
+                await job.until("configured by the guest", PATIENCE)
                 there = await far.check(f"sha256sum <{await far_disk(far, BOT)}", timeout=PATIENCE)
                 assert there.split()[0] == content
+        output = await job.output()
+        assert "pulled out; when it comes back it goes into the VM again" in output
+        assert "is back: it goes into the VM" in output
         async with machine.device("usb-storage", BOT, drive=drive) as real:
             await far_disk(far, BOT)
+            assert await machine.drivers(real) == {"1.0": "usbfs"}
             await job.kill("INT")
             code, output = await job.end(PATIENCE)
-            print(output)
             assert code == 0, output
             assert await machine.drivers(real) == {"1.0": "usb-storage"}
 
 
 async def test_devices_are_listed(plugger: Plugger) -> None:
     machine = plugger.machine
-    async with machine.device("usb-ccid", "08e6:4433 *"):
-        output = await machine.check(f"env {FARPLUG} devices", timeout=PATIENCE)
-        print(output)
-        print(await machine.check(f"env {FARPLUG} devices --json", timeout=PATIENCE))
+    async with machine.device("usb-kbd", "0627:0001 *Keyboard") as real:
+        listed = json.loads(await machine.check(f"env {FARPLUG} devices --json", timeout=PATIENCE))
+        devices = {f"{device['bus']}-{device['address']}": device for device in listed["usb"]["devices"]}
+        keyboard = devices[real.bus]
+        assert (keyboard["product"], keyboard["speed"]) == ("QEMU USB Keyboard", "high")
+        assert keyboard["interfaces"] == [{"number": 0, "class": [3, 1, 1], "driver": "usbhid"}]
+        hubs = [device for device in devices.values() if "hub" in device["classes"]]
+        assert [obstacle["reason"] for hub in hubs for obstacle in hub["obstacles"]] == ["hub"] * 4

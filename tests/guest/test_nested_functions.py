@@ -261,6 +261,6 @@ async def test_gadget_of_many_interfaces(plugger: Plugger, guests: GuestPool) ->
             assert result.data == sent
 
         name = await first(far, f"{folder}/*/net/*")
-        await machine.check("ip link set near0 up; ip address replace 10.8.0.1/24 dev near0")
+        await machine.check("busybox ip link set near0 up; busybox ip address replace 10.8.0.1/24 dev near0")
         output = await far.check(PING.format(name=name, address="10.8.0.2", peer="10.8.0.1"), timeout=90)
         assert "3 packets received" in output

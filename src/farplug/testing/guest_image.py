@@ -36,6 +36,13 @@ ON_DEMAND_MODULES = (
     "nls_utf8",
     "sg",
     "usbtest",
+    # Devices made of software, for a guest that plugs its own devices somewhere else; Ubuntu's kernel has no dummy_hcd.
+    "dummy_hcd",
+    "usb_f_acm",
+    "usb_f_hid",
+    "usb_f_mass_storage",
+    "usb_f_ncm",
+    "usb_f_ss_lb",
     # Asked for by sd_mod and ext4 under an alias, which "depends" does not name.
     "crc64_rocksoft_generic",
     "crct10dif_generic",
