@@ -243,12 +243,13 @@ async def test_three_disks_on_one_port(guest: QemuGuest, tmp_path: Path) -> None
             [str(lun), str(int(lun == 2)), serial_number(image), before[lun]] for lun, image in enumerate(images)
         ]
         await guest.check(
-            "for b in /sys/block/sd[ab]; do printf $b | dd of=/dev/${b##*/} conv=notrunc,fsync; done 2>&1"
+            "for b in /sys/block/sd*; do lun=$(readlink $b/device | grep -o '[0-9]*$');"
+            " [ $lun = 2 ] || printf unit-$lun | dd of=/dev/${b##*/} conv=notrunc,fsync 2>&1; done"
         )
         running.process.send_signal(signal.SIGINT)
         code, _, err = await running.end()
     assert (code, err) == (0, "")
-    assert sorted(image.read_bytes()[:14] for image in images[:2]) == [b"/sys/block/sda", b"/sys/block/sdb"]
+    assert [image.read_bytes()[:6] for image in images[:2]] == [b"unit-0", b"unit-1"]
     assert hashlib.md5(images[2].read_bytes()).hexdigest() == before[2]
 
 
