@@ -111,6 +111,11 @@ class Job:
         """Its process id in the guest."""
         return int(await self._guest.check(f"until cat {self._name}.pid 2>/dev/null; do sleep 0.05; done"))
 
+    async def opened(self, node: str) -> None:
+        """Wait until it has opened a file."""
+        script = f"until ls -l /proc/{await self.pid()}/fd | grep -q {node}; do sleep 0.05; done"
+        await self._guest.check(script, timeout=PATIENCE)
+
     async def kill(self, signal: str = "INT") -> None:
         """Send it a signal, without waiting for its end."""
         await self._guest.check(f"kill -{signal} {await self.pid()}")

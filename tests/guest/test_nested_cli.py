@@ -53,4 +53,4 @@ async def test_devices_are_listed(plugger: Plugger) -> None:
         assert (keyboard["product"], keyboard["speed"]) == ("QEMU USB Keyboard", "high")
         assert keyboard["interfaces"] == [{"number": 0, "class": [3, 1, 1], "driver": "usbhid"}]
         hubs = [device for device in devices.values() if "hub" in device["classes"]]
-        assert [obstacle["reason"] for hub in hubs for obstacle in hub["obstacles"]] == ["hub"] * 4
+        assert {obstacle["reason"] for hub in hubs for obstacle in hub["obstacles"]} == {"hub"}

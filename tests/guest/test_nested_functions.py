@@ -128,7 +128,7 @@ async def events(
     """The first ``count`` events of a kind that an input device has because of what ``act`` does."""
     node = "/dev/input/" + await first(guest, f"{folder}/*/*/input/*/event*")
     async with running(guest, f"cat {node}") as job, asyncio.timeout(60):
-        await guest.check(f"until ls -l /proc/{await job.pid()}/fd | grep -q {node}; do sleep 0.05; done")
+        await job.opened(node)
         await act()
         while True:
             data = await job.data()
@@ -254,7 +254,8 @@ async def test_gadget_of_many_interfaces(plugger: Plugger, guests: GuestPool) ->
         assert there == await machine.check("sha256sum </run/medium")
 
         await machine.check("stty -F /dev/ttyGS0 raw -echo")
-        async with running(machine.guest, "sh -c 'exec cat </dev/ttyGS0 >/dev/ttyGS0'"):
+        async with running(machine.guest, "sh -c 'exec cat </dev/ttyGS0 >/dev/ttyGS0'") as job:
+            await job.opened("/dev/ttyGS0")
             node = "/dev/" + await first(far, f"{folder}/*/tty/ttyACM*")
             sent = os.urandom(20_000)
             result = await far.run(ECHOED.format(node=node, size=len(sent)), stdin=sent, timeout=90)
