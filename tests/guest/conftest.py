@@ -42,16 +42,22 @@ class GuestPool:
     def __init__(self) -> None:
         self.handed_out: set[QemuGuest] = set()
         self._guests: dict[GuestConfig, QemuGuest] = {}
+        self._kept: set[GuestConfig] = set()
 
-    async def get(self, config: GuestConfig) -> QemuGuest:
-        """A guest of this configuration: a running one, or a new one, booted unless it is paused."""
+    async def get(self, config: GuestConfig, *, keep: bool = False) -> QemuGuest:
+        """A guest of this configuration: a running one, or a new one, booted unless it is paused.
+
+        One to ``keep`` does not give way to others: something goes on in it from test to test.
+        """
+        if keep:
+            self._kept.add(config)
         guest = self._guests.pop(config, None)
         if guest is not None and not guest.alive:
             await guest.close()
             guest = None
         if guest is None:
-            while len(self._guests) >= MAX_GUESTS:
-                await self._guests.pop(next(iter(self._guests))).close()
+            while len(idle := [one for one in self._guests if one not in self._kept]) >= MAX_GUESTS:
+                await self._guests.pop(idle[0]).close()
             guest = await self._boot(config)
         self._guests[config] = guest
         self.handed_out.add(guest)
@@ -111,7 +117,7 @@ async def guest(guests: GuestPool) -> QemuGuest:
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def plugger(guests: GuestPool) -> AsyncIterator[Plugger]:
     """farplug in the near guest, a machine with real devices: ``plugger.machine``."""
-    machine = Machine(await guests.get(REAL_DEVICES))
+    machine = Machine(await guests.get(REAL_DEVICES, keep=True))
     await machine.check(f"ln -sfn {SCRIPTS} /scripts")
     async with Plugger.started(machine) as plugger:
         yield plugger

@@ -71,8 +71,9 @@ def find(serial: str) -> str | None:
     for block in Path("/sys/block").glob("sd*"):
         try:
             found = (block / "device/../../../../serial").read_text().strip()
-            # The device's node comes a moment after its folder.
-            if found == serial and Path("/dev", block.name).is_block_device():
+            if found == serial:
+                # The device's node comes a moment after its folder, and can be opened a moment later still.
+                os.close(os.open(f"/dev/{block.name}", os.O_RDONLY))
                 return f"/dev/{block.name}"
         except OSError:
             continue
