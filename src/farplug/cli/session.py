@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from farplug import events
 from farplug.cli.commands import obey
@@ -17,13 +18,15 @@ from farplug.errors import ExitCode, FarplugError
 from farplug.events import PortEvent
 from farplug.guest import connect
 from farplug.hub import Attachment, Hub
-from farplug.keeper import Keeper
-from farplug.physical.found import Found
-from farplug.policy import Policy, Wishes
 from farplug.target import TargetOptions, parse_target
 from farplug.usb.device import Device
 from farplug.virtual.device import VirtualDevice
 from farplug.virtual.storage import MAX_UNITS
+
+if TYPE_CHECKING:
+    from farplug.keeper import Keeper
+    from farplug.physical.found import Found
+    from farplug.policy import Wishes
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """What ends a session: Ctrl-C, kill, a terminal that is closed."""
@@ -135,6 +138,9 @@ class _Session:
         """Choose among the devices of this machine; how many of them were named."""
         if self._plan.wishes is None:
             return 0
+        from farplug.keeper import Keeper  # libusb comes with it, which images do not need
+        from farplug.policy import Policy
+
         self._keeper = Keeper(Policy(self._plan.wishes), self)
         return await self._keeper.prepare()
 

@@ -86,7 +86,7 @@ class FileStore(ThreadedStore):
 
     def abandon(self) -> None:
         """Give the image back at once. Only while nothing has been read or written."""
-        self._image.close()
+        self._close_files()
 
     def _read_cached(self, data: memoryview, offset: int) -> int:
         return self._image.read_cached(data, offset)

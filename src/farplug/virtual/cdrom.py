@@ -90,9 +90,13 @@ class CdromDrive(LogicalUnit):
             prevented=lambda locked: self._changed(partial(events.MediumLocked, locked=locked)),
         )
         super().__init__(self._scsi, disc)
-        self._disc = disc
         self._closing: set[asyncio.Task[None]] = set()
         self._listeners: list[Callable[[MediumChange], None]] = []
+
+    @property
+    def _disc(self) -> _Disc | None:
+        assert self.store is None or isinstance(self.store, _Disc)
+        return self.store
 
     @property
     def medium(self) -> str | None:
@@ -129,7 +133,7 @@ class CdromDrive(LogicalUnit):
             if not isinstance(iso, Store):
                 await disc.close()
             raise
-        self._disc = self.store = disc
+        self.store = disc
         self._changed(partial(events.MediumInserted, medium=disc.name))
 
     async def eject(self, *, force: bool = False) -> None:
@@ -168,7 +172,7 @@ class CdromDrive(LogicalUnit):
 
     def _take_out(self, disc: _Disc, *, by_guest: bool) -> None:
         disc.remove()
-        self._disc = self.store = None
+        self.store = None
         self._changed(partial(events.MediumEjected, medium=disc.name, by_guest=by_guest))
 
     def _changed(self, change: MediumChange) -> None:
