@@ -11,6 +11,7 @@ import typer
 from farplug.cli.options import (
     PASSWORD_HELP,
     AskPasswordOption,
+    BlockSize,
     CaFileOption,
     DebugOption,
     HostSubjectOption,
@@ -69,13 +70,6 @@ class Cache(StrEnum):
     WRITEBACK = "writeback"
     WRITETHROUGH = "writethrough"
     UNSAFE = "unsafe"
-
-
-class BlockSize(StrEnum):
-    """Values of ``--block-size``."""
-
-    B512 = "512"
-    B4096 = "4096"
 
 
 ImagesOption = Annotated[

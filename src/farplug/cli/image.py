@@ -13,7 +13,7 @@ from typing import Annotated, TypeAlias
 
 import typer
 
-from farplug.cli.options import DebugOption
+from farplug.cli.options import BlockSize, DebugOption
 from farplug.errors import Reason, UsageError
 
 app = typer.Typer(help="Make disk images, and finish snapshots.")
@@ -37,13 +37,6 @@ class PartitionTable(StrEnum):
 
     MBR = "mbr"
     GPT = "gpt"
-
-
-class ImageBlockSize(StrEnum):
-    """Values of ``--block-size``."""
-
-    B512 = "512"
-    B4096 = "4096"
 
 
 def parse_size(text: str) -> int:
@@ -91,7 +84,7 @@ def create(
         typer.Option(help="Label of the volume; FOLDER's name if it is left out.", show_default=False),
     ] = None,
     block_size: Annotated[
-        ImageBlockSize | None,
+        BlockSize | None,
         typer.Option(
             help="Bytes in a block of the disk that will show the image: 512 if it is left out.", show_default=False
         ),
@@ -131,7 +124,7 @@ def create(
                 partition=Partition(partition or PartitionTable.MBR),
                 folder=folder,
                 label=label,
-                block_size=int(block_size or ImageBlockSize.B512),
+                block_size=int(block_size or BlockSize.B512),
                 progress=progress,
             )
             what = f"{volume.format.full_name} {volume.label!r} in {volume.partition.upper()}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import os
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
@@ -23,6 +24,14 @@ MAX_PASSWORD_LINE = 1024
 TARGET_FORMS = (
     "spice://host:port, spice+tls://host:port, FILE.vv, tcp://host:port, tcp-listen://host:port or unix:/path"
 )
+
+
+class BlockSize(StrEnum):
+    """Values of ``--block-size``."""
+
+    B512 = "512"
+    B4096 = "4096"
+
 
 TargetArgument: TypeAlias = Annotated[
     str, typer.Argument(metavar="TARGET", help=f"Where the VM is: {TARGET_FORMS}.", show_default=False)

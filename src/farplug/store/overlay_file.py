@@ -9,6 +9,7 @@ import shlex
 import stat
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
@@ -64,15 +65,9 @@ class OverlayFile:
             ImageError: NOT_FOUND, NOT_A_FILE, NO_PERMISSION, IN_USE, IO_ERROR, WRONG_FORMAT, DAMAGED.
         """
         image = _open(path)
-        try:
+        with _closed_on_failure(image, path):
             _lock(image)
             return cls._load(image)
-        except OSError as error:
-            image.close()
-            raise image_error(path, error, read_only=False) from error
-        except BaseException:
-            image.close()
-            raise
 
     @classmethod
     def open_for(cls, base: Image, path: Path, block_size: int) -> Self:
@@ -82,7 +77,7 @@ class OverlayFile:
             ImageError: as :meth:`open`, and WRONG_IMAGE, HALF_COMMITTED.
         """
         image = _open(path, os.O_CREAT)
-        try:
+        with _closed_on_failure(image, path):
             if os.path.samestat(os.fstat(image.fd), os.fstat(base.fd)):
                 remedy = "name another file for the snapshot"
                 raise ImageError(f"{path} is the image itself", reason=Reason.WRONG_FORMAT, remedy=remedy)
@@ -94,12 +89,6 @@ class OverlayFile:
                 raise half_committed(f"a commit of {path} was broken off", path)
             file.check_base(base, block_size)
             return file
-        except OSError as error:
-            image.close()
-            raise image_error(path, error, read_only=False) from error
-        except BaseException:
-            image.close()
-            raise
 
     @classmethod
     def temporary(cls, base: Image, block_size: int) -> Self:
@@ -111,16 +100,10 @@ class OverlayFile:
         folder = Path(os.environ.get("TMPDIR") or TEMPORARY_FOLDER)
         header = Header(bytes(16), base.size, block_size, cluster_size(base.size), 0, bytes(32), base.path)
         image = Image(folder, -1)
-        try:
+        with _closed_on_failure(image, folder):
             with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
                 image.fd = os.dup(file.fileno())
             _resize(image, header)
-        except OSError as error:
-            image.close()
-            raise image_error(folder, error, read_only=False) from error
-        except BaseException:
-            image.close()
-            raise
         return cls(image, header, _no_clusters(header))
 
     @classmethod
@@ -261,6 +244,19 @@ def half_committed(message: str, path: Path) -> ImageError:
     """Tell that a snapshot is good for nothing but a commit."""
     remedy = f"finish it: farplug image commit {path}"
     return ImageError(message, reason=Reason.HALF_COMMITTED, remedy=remedy)
+
+
+@contextmanager
+def _closed_on_failure(image: Image, path: Path) -> Iterator[None]:
+    """Close the image of a snapshot that cannot be used; an error of the system becomes an ``ImageError``."""
+    try:
+        yield
+    except OSError as error:
+        image.close()
+        raise image_error(path, error, read_only=False) from error
+    except BaseException:
+        image.close()
+        raise
 
 
 def _open(path: Path, flags: int = 0) -> Image:
