@@ -13,24 +13,13 @@ from farplug.errors import DeviceError
 from farplug.scsi.cdrom import COMMANDS as CDROM_COMMANDS
 from farplug.scsi.disk import COMMANDS as DISK_COMMANDS
 from farplug.store import MemoryStore
-from farplug.usb import Buffer, Setup, Status, Transfer, TransferType
+from farplug.usb import Setup, Transfer, TransferType
 from farplug.virtual import CdromDrive, VirtualDevice, cdrom_device, disk_device, drives_of
-from harness import run
+from harness import Listener, run
 
 BLOCKS = 64
 KNOWN = [bytes((row.opcode, row.service_action or 0)) for row in (*DISK_COMMANDS, *CDROM_COMMANDS)]
 LENGTHS = (0, 1, 8, 13, 18, 31, 36, 512, 1024, 32768, 65536, 65537, 2**31, 2**32 - 1)
-
-
-class Listener:
-    def received(self, endpoint: int, status: Status, data: Buffer) -> None:
-        raise AssertionError
-
-    def reception_ended(self, endpoint: int, status: Status) -> None:
-        raise AssertionError
-
-    def lost(self, error: Exception | None) -> None:
-        raise AssertionError
 
 
 def wrapper(source: random.Random) -> bytes:

@@ -15,25 +15,14 @@ from collections.abc import Callable
 from farplug.errors import DeviceError
 from farplug.scsi.disk import COMMANDS
 from farplug.store import MemoryStore, ReadDone, WriteDone
-from farplug.usb import Buffer, Speed, Status, Transfer, TransferType
+from farplug.usb import Buffer, Speed, Transfer, TransferType
 from farplug.virtual import VirtualDevice, disk_device
-from harness import run
+from harness import Listener, run
 
 BLOCKS = 64
 COMMAND, STATUS, DATA_IN, DATA_OUT = 0x04, 0x83, 0x81, 0x02
 LENGTHS = (0, 1, 16, 96, 512, 1024, 4096, 32768, 2**31, 2**32 - 1)
 KNOWN = [bytes((row.opcode, row.service_action or 0)) for row in COMMANDS]
-
-
-class Listener:
-    def received(self, endpoint: int, status: Status, data: Buffer) -> None:
-        raise AssertionError
-
-    def reception_ended(self, endpoint: int, status: Status) -> None:
-        raise AssertionError
-
-    def lost(self, error: Exception | None) -> None:
-        raise AssertionError
 
 
 class Raised(logging.Handler):

@@ -8,6 +8,21 @@ import sys
 import time
 from collections.abc import Callable
 
+from farplug.usb import Buffer, Status
+
+
+class Listener:
+    """Of a virtual device that tells nothing by itself."""
+
+    def received(self, endpoint: int, status: Status, data: Buffer) -> None:
+        raise AssertionError
+
+    def reception_ended(self, endpoint: int, status: Status) -> None:
+        raise AssertionError
+
+    def lost(self, error: Exception | None) -> None:
+        raise AssertionError
+
 
 def run(name: str, one_case: Callable[[random.Random], None]) -> None:
     """Run cases until the time is over. Exits with 1, after printing how to repeat it, if a case raises anything.

@@ -3,29 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
 
-from farplug.scsi.cdb import Action
-from farplug.scsi.sense import Sense
-from farplug.scsi.unit import AbsentUnit
+from farplug.scsi.unit import AbsentUnit, Unit
 from farplug.store.base import Store
-from farplug.usb.types import Buffer
-
-
-class ScsiUnit(Protocol):
-    """Turns CDBs into actions: a disk, a CD-ROM drive, a unit that does not exist."""
-
-    def execute(self, cdb: Buffer) -> Action:
-        """Decide what a command does. ``cdb`` has one byte at least."""
-        ...
-
-    def reset(self) -> None:
-        """The guest reset the device, or this unit."""
-        ...
-
-    def keep_sense(self, sense: Sense) -> None:
-        """Remember why a command failed, for a transport that does not send sense."""
-        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -42,7 +22,7 @@ class LogicalUnit:
         unreported: an error of work whose command was gone when it failed. The next flush fails with it.
     """
 
-    scsi: ScsiUnit
+    scsi: Unit | AbsentUnit
     store: Store | None
     commands: int = field(default=0, init=False)
     bytes_read: int = field(default=0, init=False)
