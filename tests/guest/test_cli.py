@@ -8,75 +8,18 @@ import json
 import os
 import signal
 import subprocess
-import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from tests.guest.command import farplug
 from tests.guest.conftest import GuestPool
-from tests.guest.plugging import MIB, blank, disk_of, gone
+from tests.guest.plugging import MIB, blank, disk_with, gone
 
-from farplug.store import MemoryStore
 from farplug.store.image import serial_number
 from farplug.testing import GuestConfig, QemuGuest, Spice, SpicePort, TcpPort
-from farplug.virtual.disk import disk_device
 
-COMMAND = (sys.executable, "-c", "from farplug.cli.main import main; main()")
 MEMORY_BOUND = 80 << 10
 """KiB, as /proc tells them."""
-
-
-class Running:
-    """A farplug that runs."""
-
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self.process = process
-        self.lines: list[str] = []
-
-    async def until(self, text: str) -> str:
-        """Read lines until one holds a text."""
-        assert self.process.stdout is not None
-        async with asyncio.timeout(30):
-            while line := (await self.process.stdout.readline()).decode():
-                self.lines.append(line)
-                if text in line:
-                    return line
-        raise AssertionError((text, self.lines))
-
-    async def end(self) -> tuple[int, str, str]:
-        """Exit code, the rest of standard output, standard error."""
-        async with asyncio.timeout(30):
-            out, err = await self.process.communicate()
-        assert self.process.returncode is not None
-        return self.process.returncode, out.decode(), err.decode()
-
-
-@asynccontextmanager
-async def farplug(*arguments: object, stdin: int = subprocess.DEVNULL) -> AsyncIterator[Running]:
-    process = await asyncio.create_subprocess_exec(
-        *COMMAND,
-        *map(str, arguments),
-        stdin=stdin,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )
-    try:
-        yield Running(process)
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.communicate()
-
-
-async def block_device(guest: QemuGuest, image: Path) -> str:
-    """The guest's block device for an image that another process plugged in."""
-    twin = disk_device(MemoryStore(512, serial_number=serial_number(image)))
-    try:
-        return await disk_of(guest, twin)
-    finally:
-        await twin.dispose()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -84,7 +27,7 @@ async def test_a_signal_detaches_cleanly(guest: QemuGuest, tmp_path: Path, numbe
     image = blank(tmp_path / "disk.raw")
     async with farplug("connect", guest.targets[0], "--usb-disk", image) as running:
         await running.until("configured by the guest")
-        disk = await block_device(guest, image)
+        disk = await disk_with(guest, serial_number(image))
         await guest.check(f"printf farplug | dd of={disk} conv=notrunc,fsync 2>/dev/null")
         running.process.send_signal(number)
         code, out, err = await running.end()
@@ -171,17 +114,17 @@ async def test_a_port_that_another_farplug_uses(guest: QemuGuest, tmp_path: Path
             # QEMU serves one connection; the next one waits in its backlog, as with a paused VM.
             await second.until("waiting for it to run")
             first.process.send_signal(signal.SIGINT)
-            assert (await first.end())[0] == 0
+            assert await first.exit_code() == 0
             await second.until("configured by the guest")
             second.process.send_signal(signal.SIGINT)
-            assert (await second.end())[0] == 0
+            assert await second.exit_code() == 0
 
 
 async def test_memory_stays_small_while_the_guest_does_all_it_can(guest: QemuGuest, tmp_path: Path) -> None:
     image = blank(tmp_path / "disk.raw", 256 << 20)
     async with farplug("connect", guest.targets[0], "--usb-disk", image) as running:
         await running.until("configured by the guest")
-        disk = await block_device(guest, image)
+        disk = await disk_with(guest, serial_number(image))
         await guest.check(
             f"dd if=/dev/zero of={disk} bs=1M count=192 oflag=direct & dd if={disk} of=/dev/null bs=1M count=192;"
             f" wait; dd if=/dev/zero of={disk} bs=1M count=128 conv=fsync",
@@ -191,7 +134,7 @@ async def test_memory_stays_small_while_the_guest_does_all_it_can(guest: QemuGue
         peak = int(status.split("VmHWM:")[1].split()[0])
         assert peak < MEMORY_BOUND
         running.process.send_signal(signal.SIGINT)
-        assert (await running.end())[0] == 0
+        assert await running.exit_code() == 0
 
 
 async def test_doctor(guest: QemuGuest) -> None:
@@ -260,7 +203,7 @@ async def test_a_snapshot_is_continued_and_committed(guest: QemuGuest, tmp_path:
         disk_option = "--usb-disk" if options else "--usb-disk-ro"  # being written would spoil the snapshot
         async with farplug("connect", guest.targets[0], disk_option, image, *options) as running:
             await running.until("configured by the guest")
-            disk = await block_device(guest, image)
+            disk = await disk_with(guest, serial_number(image))
             output = await guest.check(command.format(disk=disk))
             running.process.send_signal(signal.SIGINT)
             code, _, err = await running.end()
@@ -291,7 +234,7 @@ async def test_a_folder_and_a_cd_that_is_swapped(guest: QemuGuest, tmp_path: Pat
         async with farplug(
             *("image", "create", "--format", "iso9660", "--from", tmp_path / name, "-o", tmp_path / f"{name}.iso")
         ) as running:
-            assert (await running.end())[0] == 0
+            assert await running.exit_code() == 0
     options = ["--usb-folder", tmp_path / "one", "--usb-cdrom", tmp_path / "one.iso", "--commands"]
     async with farplug("connect", guest.targets[2], *options, stdin=subprocess.PIPE) as running:
         stdin = running.process.stdin

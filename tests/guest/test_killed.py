@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from tests.guest.command import Running, farplug
 from tests.guest.plugging import AT_ONCE, LABORATORY, MIB, STORAGE, blank, disk_with, gone
 from tests.guest.recovery import recovered
 from tests.guest.scripts import writer
-from tests.guest.test_survival import Process, farplug
 
 from farplug.errors import ExitCode
 from farplug.programs import find_program
@@ -156,13 +156,13 @@ async def told(guest: QemuGuest, console: Callable[[], str], text: str, count: i
         raise AssertionError(f"{text} was not said {count} times:\n{console()[-500:]}\n{log}") from None
 
 
-async def cut(guest: QemuGuest, console: Callable[[], str], process: Process, pid: int, number: int) -> int:
+async def cut(guest: QemuGuest, console: Callable[[], str], running: Running, pid: int, number: int) -> int:
     """Kill a process in the middle of the guest's writing, the ``number``-th time; how many records it waited for."""
     await told(guest, console, "<up>", number)
     records = random.randint(0, MOST)
     await told(guest, console, ">", console().count(">") + records)
     await asyncio.sleep(random.uniform(0, 0.02))
-    assert process.process.returncode is None
+    assert running.process.returncode is None
     os.kill(pid, signal.SIGKILL)
     return records
 
@@ -177,17 +177,17 @@ async def test_farplug_is_killed(guests: GuestPool, tmp_path: Path, storage: str
     records = 0
     async with writing(guest, kind, disk) as console:
         for number in range(1, CUTS + 1):
-            async with farplug("connect", guest.targets[number % 2], *options) as process:
-                records += await cut(guest, console, process, process.process.pid, number)
+            async with farplug("connect", guest.targets[number % 2], *options) as running:
+                records += await cut(guest, console, running, running.process.pid, number)
             await told(guest, console, "<down>", number)
             await disk.check(console())
     assert len(disk.confirmed) >= records
-    async with farplug("connect", guest.targets[0], *options) as process:
+    async with farplug("connect", guest.targets[0], *options) as running:
         name = await disk_with(guest, disk.serial_number)
         if kind == "files":  # the guest recovers by itself too
             await guest.check(f"mount -t ext4 {name} /mnt && umount /mnt && e2fsck -fn {name}")
-        process.process.send_signal(signal.SIGINT)
-        assert await process.exit_code() == ExitCode.OK, process.stderr
+        running.process.send_signal(signal.SIGINT)
+        assert await running.exit_code() == ExitCode.OK, running.stderr
     await gone(guest, name)
 
 
@@ -201,8 +201,8 @@ async def test_qemu_is_killed(guests: GuestPool, tmp_path: Path, storage: str, k
     records = 0
     for number in range(QEMU_CUTS):
         async with guests.fresh(config) as guest, writing(guest, kind, disk) as console:
-            async with farplug("connect", guest.targets[number % 2], *options) as process:
-                records += await cut(guest, console, process, guest.pid, 1)
-                assert await process.exit_code() == ExitCode.GUEST_GONE, process.stderr
+            async with farplug("connect", guest.targets[number % 2], *options) as running:
+                records += await cut(guest, console, running, guest.pid, 1)
+                assert await running.exit_code() == ExitCode.GUEST_GONE, running.stderr
             await disk.check(console())
     assert len(disk.confirmed) >= records

@@ -6,13 +6,12 @@ import asyncio
 import os
 import re
 import signal
-import sys
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from tests.guest.command import farplug
 from tests.guest.plugging import AT_ONCE, MIB, blank, disk_of, disk_with, gone, plugged
 
 from farplug import events
@@ -26,7 +25,6 @@ from farplug.virtual.disk import disk_device
 if TYPE_CHECKING:
     from tests.guest.conftest import GuestPool
 
-FARPLUG = Path(sys.executable).parent / "farplug"
 MAX_MEMORY = 80 * 1024
 """KiB that ``farplug connect`` may occupy at its peak."""
 
@@ -41,40 +39,6 @@ async def still_works(guest: QemuGuest, disk: str) -> None:
     """The VM runs, and so does the disk: what is written comes back."""
     assert guest.alive
     await guest.check(USABLE.format(disk=disk))
-
-
-class Process:
-    """A running ``farplug``."""
-
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self.process = process
-        self.stderr = ""
-
-    async def exit_code(self, timeout: float = 20) -> int:
-        """Wait until it ends."""
-        async with asyncio.timeout(timeout):
-            _, stderr = await self.process.communicate()
-        self.stderr = stderr.decode()
-        assert self.process.returncode is not None
-        return self.process.returncode
-
-    @property
-    def peak_memory(self) -> int:
-        """Of its physical memory, in KiB."""
-        return int(re.findall(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{self.process.pid}/status").read_text())[0])
-
-
-@asynccontextmanager
-async def farplug(*arguments: str | Path) -> AsyncIterator[Process]:
-    """Run a ``farplug`` command; it is killed if it still runs when the block ends."""
-    pipe = asyncio.subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(FARPLUG, *arguments, stdout=asyncio.subprocess.DEVNULL, stderr=pipe)
-    try:
-        yield Process(process)
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.communicate()
 
 
 # farplug ends, or QEMU does
@@ -113,15 +77,15 @@ async def test_qemu_that_vanishes(guests: GuestPool, tmp_path: Path) -> None:
             disks = [await disk_with(guest, serial_number(image)) for image in images]
             reading = [asyncio.ensure_future(guest.run(f"dd if={disk} of=/dev/null bs=64k")) for disk in disks]
             os.kill(guest.pid, signal.SIGKILL)
-            for process in (spice, tcp):
-                assert await process.exit_code(5) == ExitCode.GUEST_GONE, process.stderr
-                assert re.fullmatch(r"farplug: [^\n]+\n(  [^\n]+\n)*", process.stderr), process.stderr
+            for running in (spice, tcp):
+                assert await running.exit_code() == ExitCode.GUEST_GONE, running.stderr
+                assert re.fullmatch(r"farplug: [^\n]+\n(  [^\n]+\n)*", running.stderr), running.stderr
             await asyncio.gather(*reading, return_exceptions=True)
 
 
 async def test_memory_stays_bounded_while_the_guest_does_what_it_can(guest: QemuGuest, tmp_path: Path) -> None:
     image = blank(tmp_path / "disk.raw", 256 * MIB)
-    async with farplug("connect", guest.targets[0], "--usb-disk", image) as process:
+    async with farplug("connect", guest.targets[0], "--usb-disk", image) as running:
         disk = await disk_with(guest, serial_number(image))
         for work in (
             f"dd if=/dev/zero of={disk} bs=1M",
@@ -130,7 +94,7 @@ async def test_memory_stays_bounded_while_the_guest_does_what_it_can(guest: Qemu
             f"dd if={disk} of=/dev/null bs=1M iflag=direct",
         ):
             await guest.run(f"timeout 2 {work}")
-        assert process.peak_memory < MAX_MEMORY
+        assert running.peak_memory < MAX_MEMORY
         await still_works(guest, disk)
 
 
@@ -143,9 +107,9 @@ async def test_an_image_is_plugged_for_writing_only_once(guest: QemuGuest, tmp_p
     async with plugged(guest.targets[0], device):
         disk = await disk_of(guest, device)
         for option in ("--usb-disk", "--usb-disk-ro"):
-            async with farplug("connect", guest.targets[2], option, image) as process:
-                assert await process.exit_code() == ExitCode.IMAGE
-                assert process.stderr.startswith(f"farplug: {image} is in use")
+            async with farplug("connect", guest.targets[2], option, image) as running:
+                assert await running.exit_code() == ExitCode.IMAGE
+                assert running.stderr.startswith(f"farplug: {image} is in use")
         await still_works(guest, disk)
     await device.dispose()
 

@@ -1,0 +1,74 @@
+"""A ``farplug`` command that runs while a guest test goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+_COMMAND = (sys.executable, "-c", "from farplug.cli.main import main; main()")
+
+
+class Running:
+    """A farplug that runs.
+
+    Attributes:
+        lines: of its standard output, as far as they were read.
+        stderr: its standard error, once it has ended.
+    """
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+        self.lines: list[str] = []
+        self.stderr = ""
+
+    async def until(self, text: str) -> str:
+        """Read lines until one holds a text."""
+        assert self.process.stdout is not None
+        async with asyncio.timeout(30):
+            while line := (await self.process.stdout.readline()).decode():
+                self.lines.append(line)
+                if text in line:
+                    return line
+        raise AssertionError((text, self.lines))
+
+    async def end(self) -> tuple[int, str, str]:
+        """Wait until it ends: exit code, the rest of standard output, standard error."""
+        async with asyncio.timeout(30):
+            out, err = await self.process.communicate()
+        self.stderr = err.decode()
+        assert self.process.returncode is not None
+        return self.process.returncode, out.decode(), self.stderr
+
+    async def exit_code(self) -> int:
+        """Wait until it ends."""
+        return (await self.end())[0]
+
+    @property
+    def peak_memory(self) -> int:
+        """Of its physical memory, in KiB."""
+        return int(re.findall(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{self.process.pid}/status").read_text())[0])
+
+
+@asynccontextmanager
+async def farplug(*arguments: object, stdin: int = subprocess.DEVNULL) -> AsyncIterator[Running]:
+    """Run a ``farplug`` command; it is killed if it still runs when the block ends."""
+    process = await asyncio.create_subprocess_exec(
+        *_COMMAND,
+        *map(str, arguments),
+        stdin=stdin,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    try:
+        yield Running(process)
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
