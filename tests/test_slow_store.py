@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from tests.transport.fake_spice import Channel, FakeSpice, message, ping, running
+from tests.virtual.attached_scsi import command_iu
 
 from farplug.events import PortEvent
 from farplug.redirection import Redirection
@@ -28,11 +29,12 @@ from farplug.usb.types import DescriptorType
 from farplug.usbredir import packets as p
 from farplug.virtual.disk import disk_device
 
-BULK_IN, BULK_OUT = 0x81, 0x02
+BULK_IN, BULK_OUT, COMMAND_PIPE, STATUS_PIPE = 0x81, 0x02, 0x04, 0x83
 BLOCKS = 4096
 DATA, PONG = 101, 3
 
 READ, WRITE, FLUSH = "28 00 00 00 00 00 00 00 08 00", "2a 00 00 00 00 00 00 00 08 00", "35 00 00 00 00 00 00 00 00 00"
+TEST_UNIT_READY = "00 00 00 00 00 00"
 LENGTH = 8 * 512
 
 
@@ -96,7 +98,7 @@ async def ready(guest: MemoryGuest) -> None:
     """Configure the disk, and take its unit attentions."""
     await guest.enumerate()
     for _ in range(3):
-        await begin(guest, "00 00 00 00 00 00")
+        await begin(guest, TEST_UNIT_READY)
 
 
 async def status(guest: MemoryGuest, cdb: str) -> int:
@@ -138,6 +140,48 @@ async def test_cancels_and_other_devices_are_not_delayed(store: Store, gate: Gat
             assert await status(guest, command) == 0
     await disk.dispose()
     await other.dispose()
+
+
+async def uas(guest: MemoryGuest, cdb: str, *, tag: int, lun: int = 0) -> tuple[Pending | None, Pending]:
+    """Begin a command of USB Attached SCSI: its data transfer, if it has one, and the one for its status."""
+    reads, writes = cdb == READ, cdb == WRITE
+    status = guest.submit_in(STATUS_PIPE, 128, stream_id=tag)
+    data = guest.submit_in(BULK_IN, LENGTH, stream_id=tag) if reads else None
+    if writes:
+        data = guest.submit_out(BULK_OUT, b"x" * LENGTH, stream_id=tag)
+    await guest.bulk_out(COMMAND_PIPE, command_iu(bytes.fromhex(cdb), tag, lun=lun))
+    return data, status
+
+
+async def sense(status: Pending) -> int:
+    """The status in a sense IU."""
+    answer = await status
+    assert isinstance(answer, p.BulkPacket)
+    return answer.data[6]
+
+
+@pytest.mark.parametrize("cdb", [READ, WRITE, FLUSH])
+async def test_other_commands_and_units_are_not_delayed(store: Store, gate: Gate, cdb: str) -> None:
+    disk = disk_device(store, MemoryStore(BLOCKS * 512))
+    async with MemoryGuest(disk) as guest:
+        await guest.enumerate()
+        await guest.set_interface(0, 1)
+        await guest.allocate_streams((BULK_IN, BULK_OUT, STATUS_PIPE), 32)
+        gate.shut()
+        data, status = await uas(guest, cdb, tag=1)
+        await until(gate.reached.is_set)
+        assert await sense((await uas(guest, TEST_UNIT_READY, tag=2))[1]) == 0
+        for command in (READ, WRITE, FLUSH):
+            assert await sense((await uas(guest, command, tag=2, lun=1))[1]) == 0
+        assert len(await guest.get_descriptor(DescriptorType.DEVICE, length=18)) == 18
+        assert not status.done
+        if data is not None and not data.done:
+            data.cancel()
+            assert (await data).status == Status.CANCELLED
+        status.cancel()
+        assert (await status).status == Status.CANCELLED
+        gate.opened.set()
+    await disk.dispose()
 
 
 class SpiceGuest(MemoryGuest):

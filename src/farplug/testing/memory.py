@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -219,6 +219,13 @@ class MemoryGuest:
         """Choose an alternate setting. Raises :class:`TransferFailed`."""
         answer = await self._ask(p.SetAltSetting(id=self.new_id(), interface=number, alt=alternate), p.AltSettingStatus)
         _check(answer.status)
+
+    async def allocate_streams(self, endpoints: Iterable[int], count: int) -> None:
+        """Give bulk endpoints streams, 1 to ``count``; 0 frees them. Raises :class:`TransferFailed`."""
+        mask = sum(1 << p.endpoint_index(endpoint) for endpoint in set(endpoints))
+        answered = self.stream(p.BulkStreamsStatus, 0)
+        self.send(p.AllocBulkStreams(endpoints=mask, streams=count) if count else p.FreeBulkStreams(endpoints=mask))
+        _check((await answered()).status)
 
     async def control_in(self, setup: Setup) -> bytes:
         """A control transfer whose data stage comes from the device. Raises :class:`TransferFailed`."""
