@@ -67,9 +67,10 @@ async def test_nothing_comes_after_the_end(polls: bool) -> None:
 async def test_errors_of_event_handling_are_survived(polls: bool, caplog: pytest.LogCaptureFixture) -> None:
     setting = Setting(polls=polls)
     setting.library.event_errors += [usb1.USBErrorInterrupted(), usb1.USBErrorOther()]
-    transfer = setting.submit()
-    transfer.finish(b"x")
-    await until(lambda: setting.back)
+    setting.submit().finish(b"x")
+    await until(lambda: not setting.library.event_errors)
+    setting.submit().finish(b"x")
+    await until(lambda: len(setting.back) == 2)
     assert "libusb could not handle its events: LIBUSB_ERROR_OTHER" in caplog.text
     setting.end()
 

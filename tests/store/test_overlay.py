@@ -21,7 +21,6 @@ CONTENT = random.Random(11).randbytes(SIZE)
 def base(tmp_path: Path) -> Path:
     path = tmp_path / "base.raw"
     path.write_bytes(CONTENT)
-    path.chmod(0o444)
     return path
 
 
@@ -33,6 +32,7 @@ def path(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("named", [True, False])
 async def test_the_image_stays_as_it_is(base: Path, path: Path, named: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(path.parent))
+    base.chmod(0o444)
     before = (content(base), os.stat(base).st_mtime_ns)
     store = OverlayStore.open(base, path if named else None)
     assert (store.block_count, store.read_only, store.write_cache) == (SIZE // 512, False, True)
