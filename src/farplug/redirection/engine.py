@@ -112,7 +112,7 @@ class Redirection:
         self._offered = False
         self._loss: DeviceError | None = None
         self._guest_filter: Filter | None = None
-        self._ledger = Ledger(self._send, self._answered, self._fault, max_transfer)
+        self._ledger = Ledger(self._send, self._completed, self._fault, max_transfer)
         self._receptions = Receptions(self._send, self._fault, self._ledger.figures, max_transfer)
         self._operations = Operations(
             self._send, self._operated, self._fault, self._ledger, self._receptions, self._described
@@ -374,12 +374,12 @@ class Redirection:
     def received(self, endpoint: int, status: Status, data: Buffer) -> None:
         """One packet of a running reception."""
         self._receptions.received(endpoint, status, data)
-        self._answered()
+        self._said()
 
     def reception_ended(self, endpoint: int, status: Status) -> None:
         """A reception ended by itself (stall), or reports an error while it runs on."""
         self._receptions.ended(endpoint, status)
-        self._answered()
+        self._said()
 
     def lost(self, error: Exception | None) -> None:
         """The device is gone: tell the guest."""
@@ -476,7 +476,18 @@ class Redirection:
         if buffers:
             self.port.write(buffers)
 
-    def _answered(self) -> None:
+    def _completed(self) -> None:
+        """The ledger answered a transfer. If that was the last one, no other answer can go along: it is sent at once."""
+        if self._pumping:
+            return
+        if self._ledger:
+            self._said()
+        else:
+            self._flush()
+            if self._reading_paused:
+                self._pump()
+
+    def _said(self) -> None:
         """Something was said outside of the pump: by the device, later. The next thing that it says goes along."""
         if self._pumping:
             return

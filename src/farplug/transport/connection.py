@@ -249,7 +249,7 @@ class Connection(asyncio.BufferedProtocol):
             for option, value in _KEEPALIVE_OPTIONS:
                 sock.setsockopt(socket.IPPROTO_TCP, option, value)
             if _TCP_QUICKACK:
-                self._quick_ack_socket = sock
+                self._quick_ack_socket = self._plain_socket or sock
 
     def send_directly(self, sock: socket.socket) -> None:
         """Write to this plain socket, the transport's own, without asyncio in between. Call it before it is connected.
