@@ -209,7 +209,9 @@ async def test_another_farplug_has_it(machine: Machine) -> None:
     machine.add("1-2", 3)
     async with Scene(machine, "1-1").running_keeper():
         scene = Scene(machine, "port:1-2", "port:1-1")
-        with pytest.raises(DeviceError, match=r"another farplug uses 1209:0001 \(port 1-1\)") as caught:
+        with pytest.raises(
+            DeviceError, match=r"1209:0001 \(port 1-1\) cannot be plugged in: another farplug uses it"
+        ) as caught:
             await scene.keeper.prepare()
         assert caught.value.reason is Reason.BUSY
         await scene.keeper.close()

@@ -193,7 +193,7 @@ class Policy:
         if self.wishes.allowed is not None:
             obstacle = found.filtered(self.wishes.allowed)
             if obstacle is not None:
-                raise found.refusal(obstacle)
+                raise obstacle.error(found)
         found.check(force=self.wishes.force)
 
     def _by_rules(self, found: Found, rules: Filter) -> list[Plug | Skip]:

@@ -329,8 +329,8 @@ async def test_the_loop_says_nothing_to_a_device_that_hangs(operation: str) -> N
         assert await asyncio.to_thread(bench.fake.hanging.wait, 10)
         first, second, gone = bench.read(256), bench.read(128), bench.read(64)
         assert bench.device.start_receiving(Reception(KEYS, INTERRUPT, 1)) is Status.SUCCESS
-        assert bench.device.start_receiving(Reception(LIGHTS, INTERRUPT, 1)) is Status.SUCCESS
-        bench.device.stop_receiving(LIGHTS)
+        assert bench.device.start_receiving(Reception(BULK_IN, BULK, 1, bytes_per_transfer=512)) is Status.SUCCESS
+        bench.device.stop_receiving(BULK_IN)
         bench.device.cancel(before)
         bench.device.cancel(gone)
         assert gone.status is Status.CANCELLED, "nothing of it is at the device"
@@ -374,6 +374,29 @@ async def test_a_device_that_is_plugged_in_still_is_not_lost() -> None:
         await until(lambda: read.status is not None)
         await settle()
         assert not bench.listener.losses
+
+
+@pytest.mark.parametrize(
+    "reception",
+    [
+        Reception(LIGHTS, INTERRUPT),
+        Reception(BULK_OUT, BULK, bytes_per_transfer=512),
+        Reception(BULK_IN, BULK, bytes_per_transfer=512, stream_id=1),
+        Reception(BULK_IN, BULK, bytes_per_transfer=transfers.MAX_PIECE + 512),
+    ],
+)
+async def test_receptions_that_make_no_sense(reception: Reception) -> None:
+    async with opened() as bench:
+        assert bench.device.start_receiving(reception) is Status.STALL
+        assert not bench.handle.transfers
+
+
+async def test_a_configuration_that_its_descriptors_do_not_have() -> None:
+    fake = FakeDevice(EVERYTHING)
+    fake.configuration = 5
+    async with opened(fake) as bench:
+        assert bench.device.configuration == 5
+        assert await bench.device.set_interface(0, 0) is Status.STALL
 
 
 # Transfers that are none

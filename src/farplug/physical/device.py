@@ -17,12 +17,12 @@ from farplug.physical.describe import read_configurations, read_identity
 from farplug.physical.events import Events
 from farplug.physical.library import Library, NoDevice, NotFound, UsbError
 from farplug.physical.receptions import IsoOutStream, Stream, stream_kind
-from farplug.physical.transfers import CONTROL_TIMEOUT, Owner, Transfers
+from farplug.physical.transfers import CONTROL_TIMEOUT, MAX_PIECE, Owner, Transfers
 from farplug.physical.worker import Worker
 from farplug.usb.descriptors import ConfigurationDescriptor
 from farplug.usb.device import Device, DeviceListener, Identity, Reception
 from farplug.usb.transfer import Status, Transfer
-from farplug.usb.types import Buffer, Endpoint, Feature, Interface, Request, TransferType
+from farplug.usb.types import Buffer, Direction, Endpoint, Feature, Interface, Request, TransferType
 
 OPEN_PATIENCE = 10.0
 """Seconds that taking a device may last."""
@@ -370,7 +370,8 @@ class PhysicalDevice(Device):
         current = [one for one in session.claim.interfaces if one.number == number]
         if not current or not session.claim.configuration:
             return Status.INVALID
-        if alternate not in self._configurations[session.claim.configuration].settings(number):
+        configuration = self._configurations.get(session.claim.configuration)
+        if configuration is None or alternate not in configuration.settings(number):
             return Status.STALL
         endpoints = {endpoint.address for endpoint in current[0].endpoints}
         session.transfers.cancel_all(endpoints)
@@ -429,6 +430,10 @@ class PhysicalDevice(Device):
         endpoint = None if session is None else session.claim.endpoints.get(reception.endpoint)
         if session is None or endpoint is None or endpoint.type is not reception.type or not endpoint.max_packet_size:
             return Status.STALL
+        if endpoint.type is not TransferType.ISOCHRONOUS and endpoint.direction is not Direction.IN:
+            return Status.STALL
+        if reception.bytes_per_transfer > MAX_PIECE or reception.stream_id:
+            return Status.STALL  # libusb takes no more at once; and nobody receives by itself on a stream
         if reception.endpoint in session.streams:
             return Status.INVALID
         return session.start_stream(reception, endpoint)

@@ -38,6 +38,10 @@ class Obstacle:
     def __str__(self) -> str:
         return self.message
 
+    def error(self, device: object) -> DeviceError:
+        """As an error about a device."""
+        return DeviceError(f"{device} cannot be plugged in: {self.message}", reason=self.reason, remedy=self.remedy)
+
 
 @dataclass(frozen=True, slots=True)
 class FoundInterface:
@@ -167,10 +171,4 @@ class Found:
             DeviceError: it cannot; the reason is the obstacle's.
         """
         for obstacle in self.standing_obstacles(force=force):
-            raise self.refusal(obstacle)
-
-    def refusal(self, obstacle: Obstacle) -> DeviceError:
-        """An obstacle as an error."""
-        return DeviceError(
-            f"{self} cannot be plugged in: {obstacle.message}", reason=obstacle.reason, remedy=obstacle.remedy
-        )
+            raise obstacle.error(self)
