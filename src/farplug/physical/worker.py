@@ -98,7 +98,8 @@ finalize(Worker, lambda: None)
 
 
 @atexit.register
-def _at_exit() -> None:
+def finish() -> None:
+    """Have all last calls made, and wait for that, up to :data:`EXIT_PATIENCE`: before the process ends at once."""
     until = monotonic() + EXIT_PATIENCE
     for worker in list(_running):
         worker.end(until)
