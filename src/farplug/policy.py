@@ -136,7 +136,9 @@ class Policy:
         return decisions
 
     def arrived(self, found: Found) -> Plug | Skip | None:
-        """Decide about one that came."""
+        """Decide about one that came, or that can be used only now."""
+        if self._seat_of(found) is not None:
+            return None
         seat = self._returning(found) or next((seat for seat in self.seats if self._waits_for(seat, found)), None)
         if seat is not None:
             try:

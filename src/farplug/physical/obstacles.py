@@ -105,6 +105,10 @@ def obstacles(found: Found, root: Path, uses: Uses) -> Iterator[Obstacle]:
         yield busy(found.node)
     for disk in uses.disks:
         yield from _disk_obstacles(disk)
+    if not found.interfaces and found.warnings:
+        yield Obstacle(
+            Reason.DEVICE_FAULT, f"its descriptors make no sense: {found.warnings[0]}", "unplug it and plug it in again"
+        )
 
 
 def caution(uses: Uses) -> Obstacle | None:
