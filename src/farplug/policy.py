@@ -15,7 +15,6 @@ from typing import Final
 from farplug.errors import DeviceError, FarplugError, Reason, UsageError
 from farplug.physical.choose import Choice
 from farplug.physical.found import Found
-from farplug.usb.classes import HUB
 from farplug.usbredir.filter import Filter, Rule
 
 MAX_FORMER: Final = 64
@@ -200,7 +199,7 @@ class Policy:
 
     def _by_rules(self, found: Found, rules: Filter) -> list[Plug | Skip]:
         """At most one decision."""
-        if self._seat_of(found) is not None or found.codes[0] == HUB or not found.judge(rules).allowed:
+        if self._seat_of(found) is not None or found.is_hub or not found.judge(rules).allowed:
             return []
         try:
             if found.caution is not None and not any(_names(rule, found) for rule in rules.rules):

@@ -43,6 +43,7 @@ def _usbip(machine: Machine) -> None:
     ("make", "reason", "said", "remedy"),
     [
         (_hub, Reason.HUB, "it is a hub", "name the devices"),
+        (lambda m: m.add("1-1", 2, 1, 2, (STORAGE, (9, 0, 0))), Reason.HUB, "it is a hub", "name the devices"),
         (_authorized, Reason.NOT_AUTHORIZED, "this machine does not authorize it", "authorized"),
         (_no_usbfs, Reason.NO_USB, "devices cannot be opened here", "--device=/dev/bus/usb"),
         (lambda m: m.add("1-1", 2, node=False), Reason.NO_USB, "bus/usb/001/002: it is just leaving", "container"),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from farplug.errors import DeviceError, Reason
-from farplug.usb.classes import class_name
+from farplug.usb.classes import HUB, class_name
 from farplug.usb.types import Speed
 from farplug.usbredir.filter import Filter, Judgement
 
@@ -121,6 +121,11 @@ class Found:
     def obstacle(self) -> Obstacle | None:
         """The worst of what stands against plugging it in."""
         return self.obstacles[0] if self.obstacles else None
+
+    @property
+    def is_hub(self) -> bool:
+        """Whether others are plugged into it: by its class, or by that of an interface, as the kernel finds out."""
+        return HUB in (self.codes[0], *(interface.codes[0] for interface in self.interfaces))
 
     @property
     def key(self) -> tuple[int, int]:

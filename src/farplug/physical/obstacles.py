@@ -15,7 +15,6 @@ from farplug.physical.sysfs import listed, read
 from farplug.physical.udev import install_commands, udev_rule
 from farplug.physical.usb_ids import printable
 from farplug.store.usage import device_uses
-from farplug.usb.classes import HUB
 
 MAX_FOLDERS = 4096
 """Folders of a device in sysfs that are looked into for disks and keyboards."""
@@ -84,7 +83,7 @@ def _bits(folder: Path, kind: str) -> int:
 
 def obstacles(found: Found, root: Path, uses: Uses) -> Iterator[Obstacle]:
     """What stands against plugging a device in, the worst first."""
-    if found.codes[0] == HUB:
+    if found.is_hub:
         yield Obstacle(Reason.HUB, "it is a hub", "name the devices that are plugged into it")
         return
     if read(found.path / "authorized") == "0":

@@ -24,7 +24,7 @@ from farplug.usb.transfer import Status, Transfer
 from farplug.usb.types import Buffer, Endpoint, TransferType
 
 ERROR_PAUSE = 0.01
-"""Seconds until a failed transfer is submitted again: while a device is being pulled out, each fails at once."""
+"""Seconds until a failed or stalled transfer is submitted again: some devices fail each at once, for ever."""
 
 log = logging.getLogger(__name__)
 
@@ -174,6 +174,7 @@ class Stream(ABC):
     async def _begin_again(self) -> None:
         try:
             log.info("endpoint %02x stalled: its halt is cleared", self.address)
+            await asyncio.sleep(ERROR_PAUSE)
             await self._host.clear_halt(self.address)
         except NoDevice:
             self._host.lost()
