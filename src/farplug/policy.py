@@ -141,6 +141,8 @@ class Policy:
         seat = self._returning(found) or next((seat for seat in self.seats if self._waits_for(seat, found)), None)
         if seat is not None:
             try:
+                if not seat.named:
+                    _check_caution(found, self.wishes.on_connect, self.wishes.later)
                 self._check(found)
             except DeviceError as error:
                 return Skip(found, error)
@@ -202,19 +204,25 @@ class Policy:
         if self._seat_of(found) is not None or found.is_hub or not found.judge(rules).allowed:
             return []
         try:
-            if found.caution is not None and not any(_names(rule, found) for rule in rules.rules):
-                raise DeviceError(
-                    f"{found} is left alone: {found.caution}",
-                    reason=found.caution.reason,
-                    remedy=f"to plug it in nevertheless: --usb-device port:{found.port}, or a rule that names it: "
-                    f"allow vendor={found.vendor_id:04x} product={found.product_id:04x}",
-                )
+            _check_caution(found, rules)
             self._check(found)
         except DeviceError as error:
             return [Skip(found, error)]
         seat = Seat(found=found)
         self.seats.append(seat)
         return [Plug(seat, found)]
+
+
+def _check_caution(found: Found, *filters: Filter | None) -> None:
+    """Raise ``DeviceError`` if somebody may want to keep it, and no rule names it."""
+    named = any(_names(rule, found) for filter in filters if filter is not None for rule in filter.rules)
+    if found.caution is not None and not named:
+        raise DeviceError(
+            f"{found} is left alone: {found.caution}",
+            reason=found.caution.reason,
+            remedy=f"to plug it in nevertheless: --usb-device port:{found.port}, or a rule that names it: "
+            f"allow vendor={found.vendor_id:04x} product={found.product_id:04x}",
+        )
 
 
 def _same_port(one: Found, other: Found) -> bool:
