@@ -391,6 +391,15 @@ async def test_receptions_that_make_no_sense(reception: Reception) -> None:
         assert not bench.handle.transfers
 
 
+async def test_a_configuration_whose_driver_cannot_be_unbound() -> None:
+    async with opened() as bench:
+        bench.fake.bound_by_kernel[3] = {1: "vendor"}
+        bench.fake.failures = {"detach 1": usb1.USBErrorAccess()}
+        assert await bench.device.set_configuration(3) is Status.IO_ERROR
+        assert bench.device.configuration == 3
+        bench.fake.failures = {}
+
+
 async def test_a_configuration_that_its_descriptors_do_not_have() -> None:
     fake = FakeDevice(EVERYTHING)
     fake.configuration = 5

@@ -181,7 +181,7 @@ class _Session:
             self.lost()
         except NotFound:
             return Status.STALL  # no such configuration, setting or endpoint
-        except UsbError as error:
+        except (UsbError, DeviceError) as error:
             log.info("%s: %s", self._name, error)
         else:
             return Status.SUCCESS
