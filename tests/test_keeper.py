@@ -87,6 +87,9 @@ class Scene:
         self.here: list[str] = []
         self.refuses: dict[str, FarplugError] = {}
         self.lost: set[str] = set()
+        self.gone: set[int] = set()
+        self.ready = asyncio.Event()
+        self.ready.set()
         rules = {
             name: parse_rules(str(wishes.pop(name))) for name in ("allowed", "on_connect", "later") if name in wishes
         }
@@ -103,6 +106,9 @@ class Scene:
 
     async def plug(self, device: Device) -> Attachment:
         fake = cast(FakeDevice, device)
+        await self.ready.wait()
+        if fake.found.address in self.gone:
+            raise LOST
         if fake.found.port in self.refuses:
             raise self.refuses[fake.found.port]
         self.attachments.append(FakeAttachment(fake))
@@ -180,7 +186,7 @@ async def test_how_many_ports_are_needed(machine: Machine) -> None:
     machine.add("1-2", 3, 5, 6)
     scene = Scene(machine, "port:1-1", "dead:beef", on_connect="allow", wait=True)
     try:
-        assert await scene.keeper.prepare() == 1
+        assert await scene.keeper.prepare() == 2, "one that is still to come needs a port too"
         assert scene.told == ["waiting for dead:beef to be plugged in"]
     finally:
         await scene.keeper.close()
@@ -209,7 +215,9 @@ async def test_another_farplug_has_it(machine: Machine) -> None:
     machine.add("1-2", 3)
     async with Scene(machine, "1-1").running_keeper():
         scene = Scene(machine, "port:1-2", "port:1-1")
-        with pytest.raises(DeviceError, match=r"another farplug uses 1209:0001 \(port 1-1\)") as caught:
+        with pytest.raises(
+            DeviceError, match=r"1209:0001 \(port 1-1\) cannot be plugged in: another farplug uses it"
+        ) as caught:
             await scene.keeper.prepare()
         assert caught.value.reason is Reason.BUSY
         await scene.keeper.close()
@@ -310,6 +318,50 @@ async def test_a_named_device_that_disappears_between_list_and_open(machine: Mac
     scene.lost = {"1-1"}
     async with scene.running_keeper():
         assert await scene.failed() is LOST
+
+
+async def test_pulled_out_and_plugged_in_again_before_the_guest_is_ready(machine: Machine) -> None:
+    """The guest says hello hours later: the first device is not there any more, and that is no failure."""
+    machine.add("1-1", 2)
+    scene = Scene(machine, "1-1")
+    scene.ready.clear()
+    async with scene.running_keeper():
+        await scene.until(lambda: scene.here)
+        machine.remove("1-1")
+        machine.add("1-1", 3)
+        await scene.until(lambda: len(scene.told) == 2)
+        scene.gone.add(2)
+        scene.ready.set()
+        await scene.plugged("1-1")
+        assert scene.attachments[0].device.found.address == 3
+
+
+async def test_one_that_is_lost_but_still_there_is_told(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LOSS_PATIENCE", 0.1)
+    machine.add("1-1", 2)
+    scene = Scene(machine, "1-1")
+    async with scene.running_keeper():
+        await scene.plugged("1-1")
+        scene.attachments[0].end(LOST)
+        await scene.until(lambda: scene.skips)
+        assert "still plugged in here: it does not answer" in scene.skips[0].message
+        assert scene.skips[0].reason is Reason.DEVICE_LOST
+        machine.remove("1-1")
+        machine.add("1-1", 3)
+        await scene.plugged("1-1")
+    assert len(scene.skips) == 1
+
+
+async def test_one_that_is_waited_for_and_disappears_between_list_and_open(machine: Machine) -> None:
+    machine.add("1-1", 2)
+    scene = Scene(machine, "1-1", wait=True)
+    scene.lost = {"1-1"}
+    async with scene.running_keeper():
+        await asyncio.sleep(0.1)
+        scene.lost = set()
+        machine.remove("1-1")
+        machine.add("1-1", 3)
+        await scene.plugged("1-1")
 
 
 async def test_one_that_came_back_and_disappears_at_once_may_come_again(machine: Machine) -> None:

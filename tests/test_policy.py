@@ -195,6 +195,15 @@ def test_what_comes_back_is_checked_again() -> None:
     assert plugged(it.arrived(again(STICK))) == [again(STICK)]
 
 
+def test_a_keyboard_in_the_port_of_what_a_rule_took_is_left_alone() -> None:
+    it = policy(on_connect="allow class=storage", follow=Follow.PORT)
+    it.begin(PRESENT)
+    decision = back(it, STICK, vendor_id=0x046D, caution=TYPED_ON, interfaces=KEYBOARD.interfaces)
+    assert isinstance(decision, Skip)
+    assert decision.error.reason is Reason.INPUT_DEVICE
+    assert plugged(it.arrived(again(STICK))) == [again(STICK)]
+
+
 def test_given_up() -> None:
     it = policy("1-2")
     it.begin(PRESENT)

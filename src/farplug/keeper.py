@@ -7,9 +7,10 @@ them through the hub. What is pulled out leaves the guest; what comes back is pl
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
-from typing import NoReturn, Protocol
+from functools import partial
+from typing import Any, NoReturn, Protocol
 
 from farplug.errors import DeviceError, FarplugError, PortError, Reason, RefusedError
 from farplug.hub import Attachment
@@ -17,11 +18,14 @@ from farplug.physical.device import find_device
 from farplug.physical.found import Found
 from farplug.physical.hotplug import Departed, Watch
 from farplug.physical.lock import DeviceLock
+from farplug.physical.worker import aside
 from farplug.policy import Plug, Policy, Seat, Skip
 from farplug.usb.device import Device
 
 DEPARTURE_PATIENCE = 1.0
 """Seconds in which a device that was pulled out is expected to tell so itself; then it is taken out of the guest."""
+LOSS_PATIENCE = 3.0
+"""Seconds in which a device that was lost is expected to be seen leaving this machine: every second is looked."""
 
 
 class Plugger(Protocol):
@@ -54,7 +58,7 @@ async def find(found: Found) -> Device:
     """The device that was found, to be plugged in.
 
     Raises:
-        DeviceError: it is not there any more.
+        DeviceError: it is not there any more, or libusb cannot read what it says about itself.
         SetupError: there is no libusb.
     """
 
@@ -67,7 +71,18 @@ async def find(found: Found) -> Device:
             serial_number=found.serial_number,
         )
 
-    return await asyncio.to_thread(look)
+    try:
+        return await aside(look)
+    except DeviceError as error:
+        if not found.node.exists():
+            raise DeviceError(
+                f"{found} is not there any more", reason=Reason.DEVICE_LOST, remedy="plug it in again"
+            ) from error
+        raise DeviceError(
+            f"{found} cannot be plugged in: libusb cannot read its descriptors",
+            reason=Reason.DEVICE_FAULT,
+            remedy="\n".join(found.warnings) or "unplug it and plug it in again",
+        ) from error
 
 
 class Keeper:
@@ -95,12 +110,12 @@ class Keeper:
         self._locks: dict[Seat, DeviceLock] = {}
         self._keeping: dict[Seat, asyncio.Task[None]] = {}
         self._attachments: dict[Seat, Attachment] = {}
-        self._departing: set[asyncio.Task[None]] = set()
+        self._beside: set[asyncio.Task[None]] = set()
         self._failed: asyncio.Future[NoReturn] | None = None
         self._watching = False
 
     async def prepare(self) -> int:
-        """Look which devices are there, decide, and take the named ones; how many of these there are.
+        """Look which devices are there, decide, and take the named ones; how many are named, those to come included.
 
         The guest need not be reached yet: what cannot be plugged is told before anything else is touched.
 
@@ -116,7 +131,7 @@ class Keeper:
                 self._listener.skipped(decision.error)
                 continue
             if decision.seat.named:
-                self._locks[decision.seat] = await asyncio.to_thread(DeviceLock, decision.found)
+                self._locks[decision.seat] = await aside(partial(DeviceLock, decision.found))
                 if decision.found.caution is not None:
                     self._listener.note(f"{decision.found}: {decision.found.caution}")
             self._plugs.append(decision)
@@ -125,7 +140,7 @@ class Keeper:
                 self._listener.note(f"waiting for {seat} to be plugged in")
         if self._policy.wishes.later is not None:
             self._listener.note("what is plugged in from now on goes into the VM if the rules allow it")
-        return len(self._locks)
+        return sum(seat.named for seat in self._policy.seats)
 
     async def run(self, hub: Plugger) -> NoReturn:
         """Plug, and go on until cancelled. Closing the hub, which comes next, unplugs what is plugged then.
@@ -142,7 +157,7 @@ class Keeper:
             (self._failed if self._failed.done() else watching).result()
             raise AssertionError
         finally:
-            tasks = [watching, *self._departing, *self._keeping.values()]
+            tasks = [watching, *self._beside, *self._keeping.values()]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -154,7 +169,7 @@ class Keeper:
         locks = list(self._locks.values())
         self._locks.clear()
         for lock in locks:
-            await asyncio.to_thread(lock.release)
+            await aside(lock.release)
         if self._watching:
             self._watching = False
             await self._watch.__aexit__()
@@ -179,9 +194,26 @@ class Keeper:
         self._listener.note(f"{found} was pulled out; when it comes back it goes into the VM again")
         attachment = self._attachments.get(seat)
         if attachment is not None:
-            departing = asyncio.ensure_future(_unplug(attachment))
-            self._departing.add(departing)
-            departing.add_done_callback(self._departing.discard)
+            self._soon(_unplug(attachment))
+
+    def _soon(self, work: Coroutine[Any, Any, None]) -> None:
+        """Have something done beside everything else, until :meth:`run` ends."""
+        task = asyncio.ensure_future(work)
+        self._beside.add(task)
+        task.add_done_callback(self._beside.discard)
+
+    async def _lost(self, plug: Plug) -> None:
+        """A device was lost: it was pulled out, and may come back. If it is still there, somebody has to know."""
+        await asyncio.sleep(LOSS_PATIENCE)
+        if plug.seat.found is plug.found:
+            self._policy.given_up(plug.seat)
+            self._listener.skipped(
+                DeviceError(
+                    f"{plug.found} has left the VM, but it is still plugged in here: it does not answer",
+                    reason=Reason.DEVICE_LOST,
+                    remedy="unplug it and plug it in again",
+                )
+            )
 
     def _start(self, hub: Plugger, plug: Plug) -> None:
         before = self._keeping.get(plug.seat)
@@ -202,7 +234,7 @@ class Keeper:
         seat, attached, device = plug.seat, False, None
         try:
             if seat not in self._locks:
-                self._locks[seat] = await asyncio.to_thread(DeviceLock, plug.found)
+                self._locks[seat] = await aside(partial(DeviceLock, plug.found))
             device = await self._find(plug.found)
             self._listener.plugging(device, plug.found)
             self._attachments[seat] = await hub.plug(device)
@@ -215,7 +247,7 @@ class Keeper:
         if device is not None:
             self._listener.parted(device)
         if seat in self._locks:
-            await asyncio.to_thread(self._locks.pop(seat).release)
+            await aside(self._locks.pop(seat).release)
         if error is not None:
             self._ended(plug, error, attached=attached)
 
@@ -224,8 +256,11 @@ class Keeper:
         assert self._failed is not None
         named, initial = plug.seat.named, plug in self._plugs
         match error:
-            case DeviceError(reason=Reason.DEVICE_LOST) if attached or not initial:
-                return  # it was pulled out: it may come back
+            case DeviceError() if plug.seat.found is not plug.found:
+                return  # it was pulled out before it was plugged in: it may be back already
+            case DeviceError(reason=Reason.DEVICE_LOST) if attached or not initial or self._policy.wishes.wait:
+                self._soon(self._lost(plug))
+                return
             case DeviceError():
                 bearable = not (named and initial)
             case RefusedError() | PortError():

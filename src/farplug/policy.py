@@ -15,7 +15,6 @@ from typing import Final
 from farplug.errors import DeviceError, FarplugError, Reason, UsageError
 from farplug.physical.choose import Choice
 from farplug.physical.found import Found
-from farplug.usb.classes import HUB
 from farplug.usbredir.filter import Filter, Rule
 
 MAX_FORMER: Final = 64
@@ -136,10 +135,14 @@ class Policy:
         return decisions
 
     def arrived(self, found: Found) -> Plug | Skip | None:
-        """Decide about one that came."""
+        """Decide about one that came, or that can be used only now."""
+        if self._seat_of(found) is not None:
+            return None
         seat = self._returning(found) or next((seat for seat in self.seats if self._waits_for(seat, found)), None)
         if seat is not None:
             try:
+                if not seat.named:
+                    _check_caution(found, self.wishes.on_connect, self.wishes.later)
                 self._check(found)
             except DeviceError as error:
                 return Skip(found, error)
@@ -193,27 +196,33 @@ class Policy:
         if self.wishes.allowed is not None:
             obstacle = found.filtered(self.wishes.allowed)
             if obstacle is not None:
-                raise found.refusal(obstacle)
+                raise obstacle.error(found)
         found.check(force=self.wishes.force)
 
     def _by_rules(self, found: Found, rules: Filter) -> list[Plug | Skip]:
         """At most one decision."""
-        if self._seat_of(found) is not None or found.codes[0] == HUB or not found.judge(rules).allowed:
+        if self._seat_of(found) is not None or found.is_hub or not found.judge(rules).allowed:
             return []
         try:
-            if found.caution is not None and not any(_names(rule, found) for rule in rules.rules):
-                raise DeviceError(
-                    f"{found} is left alone: {found.caution}",
-                    reason=found.caution.reason,
-                    remedy=f"to plug it in nevertheless: --usb-device port:{found.port}, or a rule that names it: "
-                    f"allow vendor={found.vendor_id:04x} product={found.product_id:04x}",
-                )
+            _check_caution(found, rules)
             self._check(found)
         except DeviceError as error:
             return [Skip(found, error)]
         seat = Seat(found=found)
         self.seats.append(seat)
         return [Plug(seat, found)]
+
+
+def _check_caution(found: Found, *filters: Filter | None) -> None:
+    """Raise ``DeviceError`` if somebody may want to keep it, and no rule names it."""
+    named = any(_names(rule, found) for filter in filters if filter is not None for rule in filter.rules)
+    if found.caution is not None and not named:
+        raise DeviceError(
+            f"{found} is left alone: {found.caution}",
+            reason=found.caution.reason,
+            remedy=f"to plug it in nevertheless: --usb-device port:{found.port}, or a rule that names it: "
+            f"allow vendor={found.vendor_id:04x} product={found.product_id:04x}",
+        )
 
 
 def _same_port(one: Found, other: Found) -> bool:

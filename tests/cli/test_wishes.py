@@ -100,17 +100,22 @@ def test_a_device_that_cannot_be_chosen_costs_no_ticket(cli: Cli, machine: Machi
     assert vv.exists()
 
 
-def test_a_device_that_disappears_between_list_and_open(
-    cli: Cli, machine: Machine, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("leaves", "reason"), [(True, "device-lost"), (False, "device-fault")])
+def test_a_device_that_libusb_does_not_know(
+    cli: Cli, machine: Machine, monkeypatch: pytest.MonkeyPatch, leaves: bool, reason: str
 ) -> None:
+    """It disappeared between list and open, or its descriptors make no sense to libusb."""
+
     def gone(bus: int, address: int, **names: str) -> Device:
+        if leaves:
+            machine.remove("1-1")
         raise DeviceError(f"there is no USB device {bus}-{address}", reason=Reason.DEVICE_LOST)
 
     monkeypatch.setattr(keeper, "find_device", gone)
     machine.add("1-1", 11)
     result = cli("connect", NOWHERE, "--usb-device", "1-1", "--json")
     assert result.code == 12
-    assert json.loads(result.out.splitlines()[-1])["reason"] == "device-lost"
+    assert json.loads(result.out.splitlines()[-1])["reason"] == reason
 
 
 def run(cli: Cli, guest: FakeGuest, *arguments: object) -> list[dict[str, object]]:

@@ -81,6 +81,7 @@ class FakeTransfer:
         assert not self.submitted, "a transfer in flight was submitted again"
         assert not self.closed
         handle = self.handle
+        handle.device.asked(f"submit {self.endpoint:02x}")
         if handle.refusals:
             refusal = handle.refusals.pop(0)
             if refusal is not None:
@@ -96,6 +97,7 @@ class FakeTransfer:
     def cancel(self) -> None:
         if self not in self.handle.flying:
             raise usb1.USBErrorNotFound
+        self.handle.device.asked(f"cancel {self.endpoint:02x}")
         if not self.cancelling:
             self.cancelling = True
             if not self.handle.keeps_cancelled:
@@ -186,9 +188,13 @@ class FakeHandle:
         assert not self.closed
         device = self.device
         device.calls.append(" ".join(map(str, (name, *arguments))))
-        if name in device.hang:
-            device.hanging.set()
-            assert device.hang[name].wait(30)
+        device.caller = threading.get_ident()
+        try:
+            if name in device.hang:
+                device.hanging.set()
+                assert device.hang[name].wait(30)
+        finally:
+            device.caller = None
         if device.unplugged:
             raise usb1.USBErrorNoDevice
         failures = device.failures.get(device.calls[-1], device.failures.get(name))
@@ -284,6 +290,10 @@ class FakeContext:
         assert not self.closed
         if self.library.event_errors:
             raise self.library.event_errors.pop()
+        if not self.library.polls_nothing:
+            for device in self.library.hardware:
+                if device.context is self:
+                    device.asked("reap")
         if select.select([self.read], [], [], tv)[0]:
             os.read(self.read, 4096)
         with self.lock:
@@ -334,8 +344,16 @@ class FakeDevice:
         self.failures: dict[str, Exception] = {}
         self.hang: dict[str, threading.Event] = {}
         self.hanging = threading.Event()
+        self.caller: int | None = None
+        """The thread that has the kernel's lock of the device: it makes a call that is not a transfer's."""
+        self.waits: list[str] = []
+        """What others asked of the device meanwhile: they would have had to wait."""
         self.handles: list[FakeHandle] = []
         self.context: FakeContext | None = None
+
+    def asked(self, what: str) -> None:
+        if self.caller not in (None, threading.get_ident()):
+            self.waits.append(what)
 
     def seen_by(self, context: FakeContext) -> FakeDevice:
         self.context = context

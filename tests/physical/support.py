@@ -167,4 +167,5 @@ async def opened(fake: FakeDevice | None = None, *, library: FakeLibrary | None 
         await bench.device.close()
         assert all(context.closed for context in bench.library.contexts)
         assert bench.handle.closed
+        assert not bench.fake.waits, "the event loop would have waited for the device"
         assert bench.fake.unplugged or not bench.handle.claimed

@@ -71,11 +71,19 @@ def test_devices_that_do_not_survive_a_reset_are_not_reset(ids: tuple[int, int])
 @pytest.mark.parametrize(
     ("failures", "reason", "words"),
     [
-        ({"open": usb1.USBErrorAccess()}, Reason.NO_PERMISSION, "no permission to use 1234:5678 (1-2)"),
+        (
+            {"open": usb1.USBErrorAccess()},
+            Reason.NO_PERMISSION,
+            "1234:5678 (1-2) cannot be plugged in: no permission to use it",
+        ),
         ({"open": usb1.USBErrorNoDevice()}, Reason.DEVICE_LOST, "1234:5678 (1-2) is not there any more"),
         ({"open": usb1.USBErrorNoMem()}, Reason.DEVICE_FAULT, "1234:5678 (1-2) cannot be used: LIBUSB_ERROR_NO_MEM"),
         ({"get_configuration": usb1.USBErrorOther()}, Reason.DEVICE_FAULT, "cannot be used: LIBUSB_ERROR_OTHER"),
-        ({"claim 2": usb1.USBErrorBusy()}, Reason.BUSY, "1234:5678 (1-2) is in use by another program"),
+        (
+            {"claim 2": usb1.USBErrorBusy()},
+            Reason.BUSY,
+            "1234:5678 (1-2) cannot be plugged in: another program uses it",
+        ),
         ({"claim 2": usb1.USBErrorNoDevice()}, Reason.DEVICE_LOST, "is not there any more"),
         ({"detach 1": usb1.USBErrorNoDevice()}, Reason.DEVICE_LOST, "is not there any more"),
         (
@@ -105,9 +113,23 @@ def test_what_cannot_be_taken_is_left_as_it_was(failures: dict[str, Exception], 
 def test_a_device_that_another_program_holds() -> None:
     device = sound_card()
     device.drivers = dict.fromkeys(range(4), "program")
-    with pytest.raises(DeviceError, match="is in use by another program"):
+    with pytest.raises(DeviceError, match="another program uses it"):
         take(device)
     assert device.drivers == dict.fromkeys(range(4), "program")
+
+
+@pytest.mark.parametrize(("left", "bound"), [(1, {}), (0, DRIVERS)])
+def test_a_configuration_that_cannot_be_chosen(left: int, bound: dict[int, str]) -> None:
+    """The drivers come back in the end, whether the kernel kept the old configuration or chose none."""
+    device = FakeDevice(SOUND_CARD, replace(SOUND_CARD, value=2), drivers=DRIVERS)
+    taken = take(device)
+    device.failures = {"set_configuration 2": usb1.USBErrorPipe()}
+    device.configuration = left
+    with pytest.raises(usb1.USBErrorPipe):
+        taken.set_configuration(2)
+    assert taken.configuration == left
+    taken.give_back()
+    assert (device.configuration, device.drivers) == (1, DRIVERS)
 
 
 def test_an_interface_that_the_kernel_does_not_know() -> None:
@@ -188,7 +210,7 @@ def test_transfers_come_back_before_the_device_is_closed(monkeypatch: pytest.Mon
     transfer.setBulk(0x81, bytearray(8), back.append, None)
     transfer.submit()
     context = device.handle.context
-    context.library.event_errors.append(usb1.USBErrorInterrupted())
+    context.library.event_errors += [usb1.USBErrorInterrupted(), usb1.USBErrorIO()]
     taken.give_back([transfer])
     assert back == [transfer]
     assert device.handle.closed

@@ -7,10 +7,11 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from tests.physical.trees import BOOT_KEYBOARD, KEYBOARD_KEYS, Machine
+from tests.physical.trees import BOOT_KEYBOARD, BOOT_MOUSE, KEYBOARD_KEYS, Machine
 
 from farplug.errors import Reason, SetupError
 from farplug.physical import hotplug
+from farplug.physical.found import Found
 from farplug.physical.hotplug import Arrived, Change, Departed, Watch
 from farplug.physical.listing import list_devices
 
@@ -89,6 +90,59 @@ async def test_one_that_never_becomes_usable_is_told_with_its_obstacle(
         assert change.found.obstacle.reason is Reason.NO_PERMISSION
 
 
+async def test_permission_that_comes_late_is_told(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hotplug, "PATIENCE", 0.1)
+    allowed = False
+    monkeypatch.setattr(os, "access", lambda path, mode: allowed and Path(path).exists())
+    async with Watch(machine.root) as watch:
+        changes = aiter(watch)
+        machine.add("1-1", 2)
+        first = await asyncio.wait_for(anext(changes), 20)
+        assert first.found.obstacle is not None
+        waiting = asyncio.ensure_future(anext(changes))
+        await asyncio.sleep(0.2)
+        assert not waiting.done(), "it was told twice"
+        allowed = True
+        second = await asyncio.wait_for(waiting, 20)
+        assert isinstance(second, Arrived)
+        assert second.found.obstacle is None
+        assert watch.present == [second.found]
+        machine.remove("1-1")
+        assert await take(changes) == [("Departed", "1-1")]
+
+
+async def test_only_what_comes_is_looked_at(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading attributes of a device that hangs takes as long as it hangs."""
+    machine.add("1-1", 2)
+    async with Watch(machine.root) as watch:
+        looked: list[str] = []
+
+        def look(root: Path, ports: list[str]) -> list[Found]:
+            looked.extend(ports)
+            return list_devices(root, ports)
+
+        monkeypatch.setattr(hotplug, "list_devices", look)
+        machine.add("1-2", 3)
+        assert await take(aiter(watch)) == [("Arrived", "1-2")]
+        assert set(looked) == {"1-2"}
+
+
+@pytest.mark.parametrize("protocol", [BOOT_KEYBOARD, BOOT_MOUSE])
+async def test_a_keyboard_or_mouse_is_not_told_before_the_kernel_reads_it(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, protocol: tuple[int, int, int]
+) -> None:
+    """The driver's link is there before the driver has looked at the device."""
+    monkeypatch.setattr(hotplug, "PATIENCE", 60)
+    async with Watch(machine.root) as watch:
+        folder = machine.add("1-1", 2, 1, 2, (protocol,), drivers=("usbhid",))
+        waiting = asyncio.ensure_future(anext(aiter(watch)))
+        await asyncio.sleep(0.2)
+        assert not waiting.done()
+        machine.input(folder, "1-1:1.0", key=KEYBOARD_KEYS)
+        change = await asyncio.wait_for(waiting, 20)
+        assert change.found.caution is not None
+
+
 async def test_a_keyboard_is_told_when_the_kernel_knows_it(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hotplug, "PATIENCE", 60)
     async with Watch(machine.root) as watch:
@@ -131,10 +185,10 @@ async def test_usb_that_is_unloaded_while_one_comes(machine: Machine, monkeypatc
 
     unloaded = [SetupError("this machine has no USB", reason=Reason.NO_USB)]
 
-    def fail_once(root: Path) -> object:
+    def fail_once(root: Path, ports: list[str]) -> object:
         if unloaded:
             raise unloaded.pop()
-        return list_devices(root)
+        return list_devices(root, ports)
 
     async with Watch(machine.root) as watch:
         machine.add("1-1", 2)

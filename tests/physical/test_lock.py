@@ -22,7 +22,9 @@ def found(machine: Machine) -> Found:
 
 def test_one_at_a_time(found: Found) -> None:
     lock = DeviceLock(found)
-    with pytest.raises(DeviceError, match=r"another farplug uses 1209:0001 \(port 1-1\)") as caught:
+    with pytest.raises(
+        DeviceError, match=r"1209:0001 \(port 1-1\) cannot be plugged in: another farplug uses it"
+    ) as caught:
         DeviceLock(found)
     assert (caught.value.reason, caught.value.exit_code) == (Reason.BUSY, ExitCode.DEVICE)
     lock.release()
@@ -37,7 +39,7 @@ def test_another_process_is_named_and_its_lock_ends_with_it(found: Found) -> Non
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        with pytest.raises(DeviceError, match=rf"another farplug uses .*\(process {process.pid}\)"):
+        with pytest.raises(DeviceError, match=rf"another farplug uses it: .*\(process {process.pid}\)"):
             DeviceLock(found)
         process.kill()
     DeviceLock(found).release()
@@ -55,7 +57,7 @@ def test_no_permission(found: Found, monkeypatch: pytest.MonkeyPatch) -> None:
         raise PermissionError
 
     monkeypatch.setattr(os, "open", refuse)
-    with pytest.raises(DeviceError, match="no permission to use 1209:0001") as caught:
+    with pytest.raises(DeviceError, match=r"1209:0001 .* cannot be plugged in: no permission to use it") as caught:
         DeviceLock(found)
     assert caught.value.reason is Reason.NO_PERMISSION
 

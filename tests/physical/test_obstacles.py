@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tests.physical.trees import BOOT_KEYBOARD, HID, STORAGE, Machine
@@ -42,6 +43,7 @@ def _usbip(machine: Machine) -> None:
     ("make", "reason", "said", "remedy"),
     [
         (_hub, Reason.HUB, "it is a hub", "name the devices"),
+        (lambda m: m.add("1-1", 2, 1, 2, (STORAGE, (9, 0, 0))), Reason.HUB, "it is a hub", "name the devices"),
         (_authorized, Reason.NOT_AUTHORIZED, "this machine does not authorize it", "authorized"),
         (_no_usbfs, Reason.NO_USB, "devices cannot be opened here", "--device=/dev/bus/usb"),
         (lambda m: m.add("1-1", 2, node=False), Reason.NO_USB, "bus/usb/001/002: it is just leaving", "container"),
@@ -75,17 +77,24 @@ def test_no_permission(machine: Machine, monkeypatch: pytest.MonkeyPatch, group:
     def getgrnam(name: str) -> object:
         if not group:
             raise KeyError(name)
-        return name
+        return SimpleNamespace(gr_gid=46)
 
     machine.add("1-1", 2, 0x1050, 0x0407, drivers=("usbfs",))
     monkeypatch.setattr("grp.getgrnam", getgrnam)
     monkeypatch.setattr("os.access", lambda path, mode: False)
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    monkeypatch.setattr("os.getgroups", list)
     found = only(machine)
     assert [one.reason for one in found.obstacles] == [Reason.NO_PERMISSION, Reason.BUSY]
-    with pytest.raises(DeviceError, match=r"no permission to use .*/dev/bus/usb/001/002") as caught:
+    with pytest.raises(DeviceError, match="cannot be plugged in: no permission to use it") as caught:
         found.check()
     assert caught.value.exit_code == ExitCode.DEVICE
-    write, reload, doctor = caught.value.remedy.splitlines()
+    write, reload, *member, doctor = caught.value.remedy.splitlines()
+    assert [line.split("  #")[0] for line in member] == ['sudo usermod -aG plugdev "$USER"'] * group
+    monkeypatch.setattr("os.getgroups", lambda: [46])
+    assert "usermod" not in str(only(machine).obstacles[0].remedy)
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    assert only(machine).obstacles[0].remedy.startswith("in a container, allow it USB devices: --device-cgroup-rule=")
     access = 'MODE="0660", GROUP="plugdev", ' if group else ""
     assert write == (
         'echo \'SUBSYSTEM=="usb", ENV{DEVTYPE}=="usb_device", ATTR{idVendor}=="1050", ATTR{idProduct}=="0407", '

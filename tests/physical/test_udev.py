@@ -6,9 +6,8 @@ import pytest
 
 from farplug.errors import ExitCode, Reason, SetupError
 from farplug.physical import udev
-from farplug.physical.found import Found
 
-RULE = udev.udev_rule(Found(1, 2, "1-1", 0x1050, 0x0407))
+RULE = udev.udev_rule((0x1050, 0x0407))
 
 
 @pytest.fixture

@@ -109,8 +109,8 @@ def test_devices(tmp_path: Path) -> None:
         "usb1": ["hub"],
         "1-5": [],
         "1-6": ["busy"],
-        "1-7": [],
-        "1-8": [],
+        "1-7": ["device-fault"],
+        "1-8": ["device-fault"],
     }
     assert [devices[port]["interfaces"] for port in ("1-7", "1-8")] == [[], []]
     assert [bool(devices[port]["warnings"]) for port in ("1-5", "1-7", "1-8")] == [False, True, True]
@@ -131,6 +131,19 @@ def test_refusals(tmp_path: Path, wanted: str, code: int, said: str) -> None:
     assert result.returncode == code
     assert said in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_descriptors_that_libusb_cannot_read(tmp_path: Path) -> None:
+    """One interface is there, and what follows it makes no sense."""
+    raw = descriptors(0x1209, 5, STORAGE)[:-7] + b"\x00\x05\x81\x02\x00\x02\x00"
+    result = farplug(
+        tmp_path,
+        device("1-9", 11, raw, STORAGE),
+        *("connect", "tcp-listen://127.0.0.1:0"),
+        *("--usb-device", "1209:0005"),
+    )
+    assert result.returncode == 12
+    assert "libusb cannot read its descriptors" in result.stderr
 
 
 def test_a_node_that_is_not_there(tmp_path: Path) -> None:

@@ -73,7 +73,17 @@ def test_a_loop_that_ended_is_not_missed() -> None:
     assert calls == [1, 3]
 
 
-@pytest.mark.parametrize("end", ["", "raise KeyboardInterrupt", "sys.exit(3)"])
+SECOND_INTERRUPT = """
+            from farplug.cli import session
+            from farplug.cli.output import SilentOutput
+
+            leaving = session._Session(None, SilentOutput())
+            leaving._interrupted, leaving._keeper = True, object()
+            leaving._interrupt()
+"""
+
+
+@pytest.mark.parametrize("end", ["", "raise KeyboardInterrupt", "sys.exit(3)", SECOND_INTERRUPT])
 def test_the_exit_of_the_process_gives_devices_back(end: str) -> None:
     script = f"""
         import asyncio, sys
@@ -85,7 +95,7 @@ def test_the_exit_of_the_process_gives_devices_back(end: str) -> None:
         class Tell(list):
             def append(self, item):
                 super().append(item)
-                print(item)
+                print(item, flush=True)
 
         async def main():
             await bench.device.open(bench.listener)

@@ -9,7 +9,7 @@ import pytest
 from tests.redirection.scripted import BULK_IN, BULK_OUT, INTERRUPT_IN, ScriptedDevice
 
 from farplug import events
-from farplug.errors import DeviceError, GuestGoneError, Reason, RemoteProtocolError
+from farplug.errors import DeviceError, GuestGoneError, Reason, RefusedError, RemoteProtocolError
 from farplug.redirection import State, engine, ledger, operations
 from farplug.testing.memory import MemoryGuest
 from farplug.usb import DeviceListener, Interface, Speed, Status
@@ -93,6 +93,22 @@ async def test_the_guest_vanishes_while_the_device_opens() -> None:
         await guest.redirection.closed()
         assert kinds(guest) == [events.GuestReady]
         assert device.calls.count("close") == 1
+
+
+async def test_a_filter_that_comes_while_the_device_opens() -> None:
+    device = Slow()
+    async with MemoryGuest() as guest:
+        await settle()
+        device.gate.clear()
+        attaching = asyncio.ensure_future(guest.redirection.attach(device))
+        await settle()
+        guest.send(p.FilterFilter(filter="0x03,-1,-1,-1,1"))
+        await settle()
+        device.gate.set()
+        with pytest.raises(RefusedError, match="the guest's filter does not allow"):
+            await attaching
+        assert kinds(guest) == [events.GuestReady]
+        assert device.calls[-1] == "close"
 
 
 async def test_attaching_is_given_up_in_the_moment_in_which_the_guest_vanishes() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from farplug.usb.types import Buffer
 from farplug.usbredir.caps import Cap
-from farplug.usbredir.filter import Filter, Flag, Rule, Verdict
+from farplug.usbredir.filter import Filter, Rule, Verdict
 from farplug.usbredir.packets import (
     PACKETS,
     DataPacket,
@@ -294,7 +294,6 @@ def check_filter(
     rules: tuple[Rule, ...],
     device: tuple[int, int, int, int],
     interfaces: list[tuple[int, int, int]],
-    flags: Flag,
 ) -> Verdict:
     """What the library says about a device of this class, vendor, product and version."""
     device_class, vendor_id, product_id, device_version = device
@@ -310,7 +309,7 @@ def check_filter(
         vendor_id,
         product_id,
         device_version,
-        int(flags),
+        0,
     )
     return {0: Verdict.ALLOWED, -1: Verdict.DENIED, -2: Verdict.NO_MATCH}[result]
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from farplug.errors import Reason, UsageError
-from farplug.usbredir.filter import ANY, Filter, Flag, Rule, Verdict
+from farplug.usbredir.filter import ANY, Filter, Rule, Verdict
 
 ALLOWED, DENIED, NO_MATCH = Verdict.ALLOWED, Verdict.DENIED, Verdict.NO_MATCH
 
@@ -39,17 +39,21 @@ def test_parse_and_print(text: str, separators: str, canonical: str) -> None:
         ("-1,-1,-1,-1,1| ", "filter rule ' ' has 1 fields, not 5"),
         ("1:2:3:4:5", "filter rule '1:2:3:4:5' has 1 fields, not 5"),
         ("," * 100, "has 0 fields, not 5"),
-        ("a,2,3,4,5", "'a' in a filter rule is not a number"),
-        ("1 ,2,3,4,5", "'1 ' in a filter rule is not a number"),
-        ("08,2,3,4,5", "'08' in a filter rule is not a number"),
-        ("0x,2,3,4,5", "'0x' in a filter rule is not a number"),
+        ("a,2,3,4,5", "class 'a' in a filter rule is not a number"),
+        ("1 ,2,3,4,5", "class '1 ' in a filter rule is not a number"),
+        ("08,2,3,4,5", "class '08' in a filter rule is not a number"),
+        ("0x,2,3,4,5", "class '0x' in a filter rule is not a number"),
         ("\u0661,2,3,4,5", "in a filter rule is not a number"),
+        ("1,b,3,4,5", "vendor 'b' in a filter rule is not a number"),
+        ("1,2,c,4,5", "product 'c' in a filter rule is not a number"),
+        ("1,2,3,d,5", "version 'd' in a filter rule is not a number"),
+        ("1,2,3,4,yes", "allow 'yes' in a filter rule is not a number"),
         ("-2,2,3,4,5", "class -2 in a filter rule is not between -1 and 255"),
         ("256,2,3,4,5", "class 256 in a filter rule is not between -1 and 255"),
         ("1,65536,3,4,5", "vendor 65536 in a filter rule is not between -1 and 65535"),
         ("1,2,65536,4,5", "product 65536 in a filter rule is not between -1 and 65535"),
         ("1,2,3,65536,5", "version 65536 in a filter rule is not between -1 and 65535"),
-        ("1,2,3,4,2147483648", "'2147483648' in a filter rule does not fit into 32 bits"),
+        ("1,2,3,4,2147483648", "allow '2147483648' in a filter rule does not fit into 32 bits"),
         ("1,2,3,4," + "9" * 10000, "... in a filter rule does not fit into 32 bits"),
     ],
 )
@@ -74,44 +78,37 @@ NO_HID = "3,-1,-1,-1,0|-1,-1,-1,-1,1"
 
 
 @pytest.mark.parametrize(
-    ("rules", "device_class", "interfaces", "flags", "verdict"),
+    ("rules", "device_class", "interfaces", "verdict"),
     [
-        ("", 0, [STORAGE], Flag.NONE, NO_MATCH),
-        ("", 0, [STORAGE], Flag.DEFAULT_ALLOW, ALLOWED),
-        ("", 0, [], Flag.NONE, ALLOWED),
-        ("8,-1,-1,-1,1", 0, [STORAGE], Flag.NONE, ALLOWED),
-        ("8,-1,-1,-1,1", 0, [STORAGE, BOOT_KEYBOARD], Flag.NONE, NO_MATCH),
-        ("8,-1,-1,-1,1", 0, [STORAGE, BOOT_KEYBOARD], Flag.DEFAULT_ALLOW, ALLOWED),
-        ("8,-1,-1,-1,0|-1,-1,-1,-1,1", 0, [STORAGE], Flag.DEFAULT_ALLOW, DENIED),
-        ("-1,-1,-1,-1,1|8,-1,-1,-1,0", 0, [STORAGE], Flag.NONE, ALLOWED),
+        ("", 0, [STORAGE], NO_MATCH),
+        ("", 0, [], ALLOWED),
+        ("8,-1,-1,-1,1", 0, [STORAGE], ALLOWED),
+        ("8,-1,-1,-1,1", 0, [STORAGE, BOOT_KEYBOARD], NO_MATCH),
+        ("-1,-1,-1,-1,1|8,-1,-1,-1,0", 0, [STORAGE], ALLOWED),
         # the device's own class, unless it points to the interfaces
-        ("9,-1,-1,-1,0|-1,-1,-1,-1,1", 9, [STORAGE], Flag.NONE, DENIED),
-        ("0,-1,-1,-1,0|-1,-1,-1,-1,1", 0, [STORAGE], Flag.NONE, ALLOWED),
-        ("0xef,-1,-1,-1,0|-1,-1,-1,-1,1", 0xEF, [STORAGE], Flag.NONE, ALLOWED),
+        ("9,-1,-1,-1,0|-1,-1,-1,-1,1", 9, [STORAGE], DENIED),
+        ("0,-1,-1,-1,0|-1,-1,-1,-1,1", 0, [STORAGE], ALLOWED),
+        ("0xef,-1,-1,-1,0|-1,-1,-1,-1,1", 0xEF, [STORAGE], ALLOWED),
         # ids
-        ("-1,0x1d6b,0x0104,0x0100,1", 0, [STORAGE], Flag.NONE, ALLOWED),
-        ("-1,0x1d6c,-1,-1,1", 0, [STORAGE], Flag.NONE, NO_MATCH),
-        ("-1,-1,0x0105,-1,1", 0, [STORAGE], Flag.NONE, NO_MATCH),
-        ("-1,-1,-1,0x0101,1", 0, [STORAGE], Flag.NONE, NO_MATCH),
+        ("-1,0x1d6b,0x0104,0x0100,1", 0, [STORAGE], ALLOWED),
+        ("-1,0x1d6c,-1,-1,1", 0, [STORAGE], NO_MATCH),
+        ("-1,-1,0x0105,-1,1", 0, [STORAGE], NO_MATCH),
+        ("-1,-1,-1,0x0101,1", 0, [STORAGE], NO_MATCH),
         # HID without boot protocol, on a device with other interfaces
-        (NO_HID, 0, [STORAGE, HID], Flag.NONE, ALLOWED),
-        (NO_HID, 0, [STORAGE, HID], Flag.DONT_SKIP_NON_BOOT_HID, DENIED),
-        (NO_HID, 0, [STORAGE, BOOT_KEYBOARD], Flag.NONE, DENIED),
-        (NO_HID, 0, [HID], Flag.NONE, DENIED),
-        (NO_HID, 0, [HID, HID], Flag.NONE, DENIED),
-        ("-1,-1,-1,-1,1", 0, [HID, HID], Flag.NONE, ALLOWED),
+        (NO_HID, 0, [STORAGE, HID], ALLOWED),
+        (NO_HID, 0, [STORAGE, BOOT_KEYBOARD], DENIED),
+        (NO_HID, 0, [HID], DENIED),
+        (NO_HID, 0, [HID, HID], DENIED),
+        ("-1,-1,-1,-1,1", 0, [HID, HID], ALLOWED),
     ],
 )
-def test_check(
-    rules: str, device_class: int, interfaces: list[tuple[int, int, int]], flags: Flag, verdict: Verdict
-) -> None:
-    result = Filter.parse(rules).check(
+def test_judge(rules: str, device_class: int, interfaces: list[tuple[int, int, int]], verdict: Verdict) -> None:
+    result = Filter.parse(rules).judge(
         device_class=device_class,
         vendor_id=0x1D6B,
         product_id=0x0104,
         device_version=0x0100,
         interfaces=interfaces,
-        flags=flags,
     )
-    assert result is verdict
-    assert str(result) == verdict.value
+    assert (result.verdict, result.allowed) == (verdict, verdict is ALLOWED)
+    assert str(verdict) == verdict.value

@@ -26,7 +26,6 @@ from farplug.cli.options import (
     target_options,
 )
 from farplug.errors import ExitCode, FarplugError, Reason, SetupError
-from farplug.usb.classes import HUB
 
 if TYPE_CHECKING:
     from farplug.guest import Guest
@@ -132,7 +131,7 @@ def _check_usb() -> bool:
         _line("MISSING", "libusb", error.message)
         _remedy(error.remedy)
     try:
-        found = [device for device in list_devices() if device.codes[0] != HUB]
+        found = [device for device in list_devices() if not device.is_hub]
     except SetupError as error:
         _line("-", "devices", error.message)
         _remedy(error.remedy)

@@ -92,6 +92,10 @@ class _Session:
             self._show(lambda output: output.stop())
             sys.stderr.write("farplug: left at once, without waiting for the VM\n")
             sys.stderr.flush()
+            if self._keeper is not None:
+                from farplug.physical.worker import finish
+
+                finish()  # this machine's devices get their drivers again
             os._exit(ExitCode.INTERRUPTED)
         self._interrupted = True
         self._leave()

@@ -11,7 +11,6 @@ from typing import Final
 
 from farplug.errors import DeviceError, FarplugError, Reason, UsageError
 from farplug.physical.found import Found
-from farplug.usb.classes import HUB
 
 FORMS: Final = "VID:PID, BUS-ADDRESS, BUS-PORT.PORT, serial:NUMBER, or a part of its name"
 MAX_TEXT: Final = 256
@@ -105,7 +104,7 @@ class Choice:
     def candidates(self, devices: Sequence[Found]) -> list[Found]:
         """Those that it names. A hub is only meant where nothing else is."""
         named = [found for found in devices if self.matches(found)]
-        return [found for found in named if found.codes[0] != HUB] or named
+        return [found for found in named if not found.is_hub] or named
 
     def choose(self, devices: Sequence[Found]) -> Found:
         """Find the one device that it names.
@@ -127,7 +126,7 @@ class Choice:
 
     def not_found(self, devices: Sequence[Found]) -> FarplugError:
         """What to raise when no device matches."""
-        near = self._nearest([found for found in devices if found.codes[0] != HUB])
+        near = self._nearest([found for found in devices if not found.is_hub])
         remedy = f"these are plugged in:\n{table(near)}" if near else "no USB device is plugged in"
         return DeviceError(
             f"no USB device matches {self.text!r}",

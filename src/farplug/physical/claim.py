@@ -6,15 +6,18 @@ Everything here may block, for seconds if the device hangs: a :class:`~farplug.p
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf
-from time import monotonic
+from pathlib import Path
+from time import monotonic, sleep
 from typing import Final
 
 from farplug.errors import DeviceError, Reason
 from farplug.physical.binding import UsbContext, UsbDevice, UsbHandle, UsbTransfer
 from farplug.physical.library import (
+    AccessDenied,
     Busy,
     Interrupted,
     Library,
@@ -23,8 +26,8 @@ from farplug.physical.library import (
     NotFound,
     NotSupported,
     UsbError,
-    device_errors,
 )
+from farplug.physical.obstacles import busy, no_permission
 from farplug.physical.transfers import cancel
 from farplug.usb.descriptors import ConfigurationDescriptor
 from farplug.usb.device import Identity
@@ -59,8 +62,32 @@ class Place:
         """Where ``device`` is."""
         return cls(device.getBusNumber(), device.getDeviceAddress())
 
+    @property
+    def node(self) -> Path:
+        """What is opened to use it, on Linux."""
+        return Path(f"/dev/bus/usb/{self.bus:03}/{self.address:03}")
+
     def __str__(self) -> str:
         return f"{self.bus}-{self.address}"
+
+
+@contextmanager
+def _device_errors(name: str, place: Place, identity: Identity) -> Iterator[None]:
+    """Turn what libusb refuses into a :class:`~farplug.errors.DeviceError` about the device with this name."""
+    try:
+        yield
+    except AccessDenied as error:
+        raise no_permission(identity.vendor_id, identity.product_id).error(name) from error
+    except Busy as error:
+        raise busy(place.node).error(name) from error
+    except (NoDevice, NotFound) as error:
+        raise DeviceError(
+            f"{name} is not there any more", reason=Reason.DEVICE_LOST, remedy="plug it in again"
+        ) from error
+    except UsbError as error:
+        raise DeviceError(
+            f"{name} cannot be used: {error}", reason=Reason.DEVICE_FAULT, remedy="unplug it and plug it in again"
+        ) from error
 
 
 def unconfigured(configurations: Mapping[int, ConfigurationDescriptor]) -> tuple[Interface, ...]:
@@ -108,12 +135,13 @@ class Claim:
         self._name = f"{identity} ({place})"
         self._resets = (identity.vendor_id, identity.product_id) not in NEVER_RESET
         self._claimed: list[int] = []
-        self._detached: list[int] = []
+        self._detached: set[int] = set()
+        """The interfaces of this configuration that had drivers."""
         self._taken = self._closing = False
         self.context: UsbContext = library.open_context()
         self._handle: UsbHandle | None = None
         try:
-            with device_errors(self._name):
+            with _device_errors(self._name, place, identity):
                 self._handle = self._find(place, identity).open()
                 self.configuration = self._original = self._handle.getConfiguration()
                 self._take_interfaces()
@@ -165,11 +193,16 @@ class Claim:
                 self.set_interface(number, 0)
             return
         self._release_interfaces()
+        before, self._alternates = self.configuration, {}
         try:
             self.handle.setConfiguration(value or -1)
             self.configuration = value
+        except UsbError:
+            self.configuration = self.handle.getConfiguration()  # the old one, or none
+            raise
         finally:
-            self._alternates = {}
+            if self.configuration != before:
+                self._detached = set()
             self._describe()
             self._take_interfaces()  # the kernel's drivers may have been quicker
 
@@ -216,12 +249,11 @@ class Claim:
 
     def _take_interfaces(self) -> None:
         """Unbind all drivers, then claim: a driver that has two interfaces binds again while one is still free."""
-        self._detached = []
         stuck: dict[int, Exception] = {}
         for number in self._numbers():
             try:
                 self.handle.detachKernelDriver(number)
-                self._detached.append(number)
+                self._detached.add(number)
             except (NotFound, NotSupported):
                 pass  # no driver is bound, or the system has no such thing
             except NoDevice:
@@ -289,6 +321,9 @@ class Claim:
                 self.context.handleEventsTimeout(0.1)
             except Interrupted:
                 pass
+            except UsbError as error:
+                log.debug("%s: its events could not be handled: %s", self._name, error)
+                sleep(0.1)
 
     def _restore(self) -> None:
         self._release_interfaces()
@@ -298,7 +333,7 @@ class Claim:
             if self.configuration != self._original:  # the kernel binds the drivers of a new one by itself
                 self._try("put back to its configuration", lambda: self.handle.setConfiguration(self._original or -1))
                 return
-            for number in self._detached:
+            for number in sorted(self._detached):
                 try:
                     self.handle.attachKernelDriver(number)
                 except (Busy, NotFound):

@@ -17,12 +17,12 @@ from farplug.physical.describe import read_configurations, read_identity
 from farplug.physical.events import Events
 from farplug.physical.library import Library, NoDevice, NotFound, UsbError
 from farplug.physical.receptions import IsoOutStream, Stream, stream_kind
-from farplug.physical.transfers import CONTROL_TIMEOUT, Owner, Transfers
+from farplug.physical.transfers import CONTROL_TIMEOUT, MAX_PIECE, Owner, Transfers
 from farplug.physical.worker import Worker
 from farplug.usb.descriptors import ConfigurationDescriptor
 from farplug.usb.device import Device, DeviceListener, Identity, Reception
 from farplug.usb.transfer import Status, Transfer
-from farplug.usb.types import Buffer, Endpoint, Feature, Interface, Request, TransferType
+from farplug.usb.types import Buffer, Direction, Endpoint, Feature, Interface, Request, TransferType
 
 OPEN_PATIENCE = 10.0
 """Seconds that taking a device may last."""
@@ -49,7 +49,11 @@ class _Session:
         self._clearing: dict[Transfer, asyncio.Task[None]] = {}
         """Requests to clear a halt, under way in the thread."""
         self._name = name
-        self.worker = Worker(f"usb {name}", self._give_back)
+        self._worker = Worker(f"usb {name}", self._give_back)
+        self._calls = 0
+        """Calls that the thread has to make."""
+        self._later: list[Callable[[], None]] = []
+        """What is to be said to the device when the thread has made them."""
 
     async def begin(self, take: Callable[[], Claim]) -> None:
         """Take the device. Raises what :class:`Claim` raises."""
@@ -57,14 +61,14 @@ class _Session:
         def in_thread() -> None:
             self._claim = take()
 
-        await self.worker.call(in_thread)
+        await self._worker.call(in_thread)
         self._events = Events(self.claim.context, _deliver, self.lost)
         self._transfers = Transfers(self.claim.handle, self._events.completed, self._library.streams.assign, self.lost)
 
     def end(self) -> asyncio.Future[None]:
         """Complete everything as cancelled, and give the device back: done when that is done."""
         self._part(Status.CANCELLED)
-        return self.worker.stop()
+        return self._worker.stop()
 
     def lost(self) -> None:
         """The device was unplugged."""
@@ -114,8 +118,18 @@ class _Session:
             self.stop_streams([endpoint])
         self._listener.reception_ended(endpoint, status)
 
+    @property
+    def busy(self) -> bool:
+        return self._calls > 0
+
+    def when_free(self, call: Callable[[], None]) -> None:
+        if self.busy:
+            self._later.append(call)
+        else:
+            call()
+
     async def clear_halt(self, endpoint: int) -> None:
-        await self.worker.call(lambda: self.claim.clear_halt(endpoint))
+        await self._in_thread(lambda: self.claim.clear_halt(endpoint))
 
     # Its parts
 
@@ -129,15 +143,45 @@ class _Session:
         assert self._transfers is not None
         return self._transfers
 
+    @property
+    def events(self) -> Events:
+        assert self._events is not None
+        return self._events
+
+    async def _in_thread(self, function: Callable[[], None]) -> None:
+        """Have something done that may block. Linux locks the device for as long as it takes, and whoever submits,
+        cancels or reaps a transfer meanwhile waits: the loop does none of that until the thread is done, even if nobody
+        waits for that any more.
+        """
+        if not self.busy:
+            self.events.pause()
+            self.transfers.hold()
+        self._calls += 1
+        call = self._worker.call(function)
+        call.add_done_callback(self._called)
+        await asyncio.shield(call)
+
+    def _called(self, call: asyncio.Future[None]) -> None:
+        if not call.cancelled():
+            call.exception()  # who waited for it was told
+        self._calls -= 1
+        if self._calls or self.gone:
+            return
+        later, self._later = self._later, []
+        self.events.go_on()
+        self.transfers.go_on()
+        for say in later:
+            say()
+
     async def call(self, function: Callable[[], None]) -> Status:
         """Have something done that may block; what libusb refuses becomes a status."""
         try:
-            await self.worker.call(function)
+            await self._in_thread(function)
         except NoDevice:
             self.lost()
         except NotFound:
             return Status.STALL  # no such configuration, setting or endpoint
-        except UsbError as error:
+        except (UsbError, DeviceError) as error:
             log.info("%s: %s", self._name, error)
         else:
             return Status.SUCCESS
@@ -166,7 +210,10 @@ class _Session:
         try:
             stream = stream_kind(endpoint)(reception, endpoint, self.claim.handle, self)
             self.streams[endpoint.address] = stream
-            stream.start()
+            if self.busy:
+                self._later.append(stream.begin)
+            else:
+                stream.start()
         except UsbError as error:
             log.warning("endpoint %02x: receiving cannot begin: %s", endpoint.address, error)
             self.stop_streams([endpoint.address])
@@ -323,7 +370,8 @@ class PhysicalDevice(Device):
         current = [one for one in session.claim.interfaces if one.number == number]
         if not current or not session.claim.configuration:
             return Status.INVALID
-        if alternate not in self._configurations[session.claim.configuration].settings(number):
+        configuration = self._configurations.get(session.claim.configuration)
+        if configuration is None or alternate not in configuration.settings(number):
             return Status.STALL
         endpoints = {endpoint.address for endpoint in current[0].endpoints}
         session.transfers.cancel_all(endpoints)
@@ -382,6 +430,10 @@ class PhysicalDevice(Device):
         endpoint = None if session is None else session.claim.endpoints.get(reception.endpoint)
         if session is None or endpoint is None or endpoint.type is not reception.type or not endpoint.max_packet_size:
             return Status.STALL
+        if endpoint.type is not TransferType.ISOCHRONOUS and endpoint.direction is not Direction.IN:
+            return Status.STALL
+        if reception.bytes_per_transfer > MAX_PIECE or reception.stream_id:
+            return Status.STALL  # libusb takes no more at once; and nobody receives by itself on a stream
         if reception.endpoint in session.streams:
             return Status.INVALID
         return session.start_stream(reception, endpoint)

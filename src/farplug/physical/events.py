@@ -44,6 +44,7 @@ class Events:
         self._loop = asyncio.get_running_loop()
         self._back: deque[UsbTransfer] = deque()
         self._descriptors: list[tuple[int, int]] = []
+        self._paused: list[tuple[int, int]] = []
         self._thread: Thread | None = None
         self._waking = False
         self._stopped = False
@@ -62,10 +63,27 @@ class Events:
             self._waking = True
             self._call_soon(self._wake)
 
+    def pause(self) -> None:
+        """Do not handle events in the loop until :meth:`go_on`: it would wait for whoever talks to the device now.
+
+        What has come back by now (what was just cancelled, say) is delivered first.
+        """
+        if self._descriptors:
+            self._handle()
+        self._paused = self._descriptors
+        self._unwatch()
+
+    def go_on(self) -> None:
+        """Handle events again: those that came meanwhile, too."""
+        paused, self._paused = self._paused, []
+        for descriptor, events in paused:
+            self._watch(descriptor, events)
+
     def stop(self) -> None:
         """Handle no more events. What came back and was not delivered yet never will be."""
         self._stopped = True
         self._unwatch()
+        self._paused = []
         self._back.clear()
 
     def join(self) -> None:
@@ -92,7 +110,7 @@ class Events:
         self._descriptors = []
 
     def _handle(self) -> None:
-        if self._stopped:
+        if self._stopped or not self._descriptors:
             return
         self._handle_events(0)
         if self._back:

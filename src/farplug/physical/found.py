@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from farplug.errors import DeviceError, Reason
-from farplug.usb.classes import class_name
+from farplug.usb.classes import HUB, class_name
 from farplug.usb.types import Speed
 from farplug.usbredir.filter import Filter, Judgement
 
@@ -37,6 +37,10 @@ class Obstacle:
 
     def __str__(self) -> str:
         return self.message
+
+    def error(self, device: object) -> DeviceError:
+        """As an error about a device."""
+        return DeviceError(f"{device} cannot be plugged in: {self.message}", reason=self.reason, remedy=self.remedy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +123,11 @@ class Found:
         return self.obstacles[0] if self.obstacles else None
 
     @property
+    def is_hub(self) -> bool:
+        """Whether others are plugged into it: by its class, or by that of an interface, as the kernel finds out."""
+        return HUB in (self.codes[0], *(interface.codes[0] for interface in self.interfaces))
+
+    @property
     def key(self) -> tuple[int, int]:
         """Bus and address: what tells it from all others, as long as it stays plugged."""
         return self.bus, self.address
@@ -167,10 +176,4 @@ class Found:
             DeviceError: it cannot; the reason is the obstacle's.
         """
         for obstacle in self.standing_obstacles(force=force):
-            raise self.refusal(obstacle)
-
-    def refusal(self, obstacle: Obstacle) -> DeviceError:
-        """An obstacle as an error."""
-        return DeviceError(
-            f"{self} cannot be plugged in: {obstacle.message}", reason=obstacle.reason, remedy=obstacle.remedy
-        )
+            raise obstacle.error(self)

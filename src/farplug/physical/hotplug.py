@@ -10,18 +10,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import re
 import socket
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Final, Self, TypeAlias
 
 from farplug.errors import SetupError
 from farplug.physical.found import Found
-from farplug.physical.listing import DEVICES, list_devices
+from farplug.physical.listing import DEVICE_NAME, DEVICES, list_devices
 from farplug.physical.sysfs import listed, number
+from farplug.physical.worker import aside
 
 INTERVAL: Final = 1.0
 """Seconds between two looks when nothing is heard from the kernel."""
@@ -31,18 +32,19 @@ PATIENCE: Final = 1.0
 """Seconds that udev has to give permission, and the kernel to find out what a device is."""
 
 HID: Final = 3
+BOOT_PROTOCOLS: Final = ((1, 1), (1, 2))
+"""bInterfaceSubClass and bInterfaceProtocol of keyboards and mice (HID 1.11, section 4.3)."""
 
 _NETLINK_KOBJECT_UEVENT: Final = 15
 _KERNEL_GROUP: Final = 1
 _MAX_UEVENT: Final = 1 << 16
-_DEVICE_NAME: Final = re.compile(r"usb\d{1,4}|\d{1,4}-[\d.]{1,32}")
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """A device was plugged in, or came back as another one."""
+    """A device was plugged in, or came back as another one; or there is permission now, and was none."""
 
     found: Found
 
@@ -59,15 +61,17 @@ Change: TypeAlias = Arrived | Departed
 
 @dataclass(slots=True)
 class _Newcomer:
-    """A device that came, and is not told yet.
+    """A device that came, and is not told yet; or was told before there was permission.
 
     Attributes:
         deadline: when it is told as it is.
         ready: it was usable when last looked at.
+        told: it was told as it was then.
     """
 
     deadline: float
     ready: bool = False
+    told: bool = False
 
 
 @dataclass(slots=True)
@@ -75,8 +79,8 @@ class Watch:
     """Tells which devices come and go, from ``async with`` on; ``present`` are those that were there then.
 
     A device that comes is told once it can be used: udev gives permission a little later than the kernel shows it, and
-    the kernel needs a moment to find out that it is a keyboard. One that never becomes usable is told after
-    :data:`PATIENCE`, with its obstacles.
+    the kernel needs a moment to find out that it is a keyboard. One that does not become usable is told after
+    :data:`PATIENCE`, with its obstacles; and again when there is permission.
 
     Args:
         root: where /sys and /dev are.
@@ -94,7 +98,7 @@ class Watch:
     async def __aenter__(self) -> Self:
         self._listen()
         try:
-            self.present = await asyncio.to_thread(list_devices, self.root)
+            self.present = await aside(partial(list_devices, self.root))
         except BaseException:
             await self.__aexit__()
             raise
@@ -135,7 +139,8 @@ class Watch:
         """Every change from now on; it never ends by itself."""
         while True:
             try:
-                await asyncio.wait_for(self._heard.wait(), PAUSE if self._newcomers else INTERVAL)
+                settling = any(not newcomer.told for newcomer in self._newcomers.values())
+                await asyncio.wait_for(self._heard.wait(), PAUSE if settling else INTERVAL)
                 await asyncio.sleep(PAUSE)  # messages come in bursts
             except TimeoutError:
                 pass
@@ -145,33 +150,40 @@ class Watch:
 
     async def _look(self) -> list[Change]:
         """Look once; :attr:`present` is right afterwards."""
-        places = await asyncio.to_thread(_places, self.root)
+        places = await aside(partial(_places, self.root))
         changes: list[Change] = [Departed(found) for found in self.present if places.get(found.key) != found.port]
         self.present = [found for found in self.present if places.get(found.key) == found.port]
-        known = {found.key for found in self.present}
-        self._newcomers = {key: newcomer for key, newcomer in self._newcomers.items() if key in places}
-        for key in places.keys() - known - self._newcomers.keys():
+        gone = {change.found.key for change in changes}
+        self._newcomers = {
+            key: newcomer for key, newcomer in self._newcomers.items() if key in places and key not in gone
+        }
+        for key in places.keys() - {found.key for found in self.present} - self._newcomers.keys():
             self._newcomers[key] = _Newcomer(monotonic() + PATIENCE)
-        if self._newcomers:
-            for found in await self._settled():
-                del self._newcomers[found.key]
-                self.present.append(found)
-                changes.append(Arrived(found))
+        for found in await self._settled([places[key] for key in self._newcomers]):
+            self.present = [*(one for one in self.present if one.key != found.key), found]
+            changes.append(Arrived(found))
         return changes
 
-    async def _settled(self) -> Sequence[Found]:
-        """The newcomers that are to be told now."""
+    async def _settled(self, ports: Sequence[str]) -> Sequence[Found]:
+        """The newcomers that are to be told now. Only they are looked at: another device may hang."""
+        if not ports:
+            return ()
         try:
-            devices = await asyncio.to_thread(list_devices, self.root)
+            devices = await aside(partial(list_devices, self.root, ports))
         except SetupError:  # the kernel's USB was unloaded
             return ()
         settled: list[Found] = []
         for found in devices:
             newcomer = self._newcomers.get(found.key)
-            if newcomer is not None:
-                was_ready, newcomer.ready = newcomer.ready, _is_ready(found)
-                if (was_ready and newcomer.ready) or monotonic() >= newcomer.deadline:
-                    settled.append(found)
+            if newcomer is None:
+                continue
+            was_ready, newcomer.ready = newcomer.ready, _is_ready(found)
+            late = monotonic() >= newcomer.deadline
+            if (was_ready and newcomer.ready) or (late and (_is_permitted(found) or not newcomer.told)):
+                settled.append(found)
+                newcomer.told = True
+                if _is_permitted(found):
+                    del self._newcomers[found.key]
         return settled
 
 
@@ -179,14 +191,22 @@ def _places(root: Path) -> dict[tuple[int, int], str]:
     """Bus and address of all devices, and their ports: attributes that wait for no device."""
     places: dict[tuple[int, int], str] = {}
     for folder in listed(root / DEVICES):
-        if _DEVICE_NAME.fullmatch(folder.name):
+        if DEVICE_NAME.fullmatch(folder.name):
             bus, address = number(folder / "busnum"), number(folder / "devnum")
             if bus is not None and address is not None:
                 places[bus, address] = folder.name
     return places
 
 
+def _is_permitted(found: Found) -> bool:
+    return os.access(found.node, os.R_OK | os.W_OK)
+
+
 def _is_ready(found: Found) -> bool:
     """Whether udev and the kernel seem to be done with it."""
-    unknown = any(interface.codes[0] == HID and not interface.driver for interface in found.interfaces)
-    return os.access(found.node, os.R_OK | os.W_OK) and bool(found.interfaces) and not unknown
+    unknown = any(
+        interface.codes[0] == HID
+        and (not interface.driver or (interface.codes[1:] in BOOT_PROTOCOLS and found.caution is None))
+        for interface in found.interfaces
+    )
+    return _is_permitted(found) and bool(found.interfaces) and not unknown

@@ -18,7 +18,7 @@ from typing import Final, cast
 import libusb_package
 import usb1
 
-from farplug.errors import DeviceError, Reason, SetupError
+from farplug.errors import Reason, SetupError
 from farplug.physical.binding import UsbContext, UsbDevice
 from farplug.physical.streams import Streams
 from farplug.usb.transfer import Status
@@ -136,28 +136,3 @@ class Library:
             yield list(context.getDeviceIterator(skip_on_error=True))
         finally:
             context.close()
-
-
-@contextmanager
-def device_errors(what: str) -> Iterator[None]:
-    """Turn what libusb refuses into a :class:`~farplug.errors.DeviceError`: ``what`` names the device."""
-    try:
-        yield
-    except AccessDenied as error:
-        raise DeviceError(
-            f"no permission to use {what}",
-            reason=Reason.NO_PERMISSION,
-            remedy="a udev rule gives it to you; farplug doctor prints it",
-        ) from error
-    except Busy as error:
-        raise DeviceError(
-            f"{what} is in use by another program",
-            reason=Reason.BUSY,
-            remedy="end that program: lsof /dev/bus/usb/*/* shows it to root",
-        ) from error
-    except (NoDevice, NotFound) as error:
-        raise DeviceError(
-            f"{what} is not there any more", reason=Reason.DEVICE_LOST, remedy="plug it in again"
-        ) from error
-    except UsbError as error:
-        raise DeviceError(f"{what} cannot be used: {error}", reason=Reason.DEVICE_FAULT) from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -29,7 +29,7 @@ MAX_CONFIGURATIONS = 8
 MAX_DESCRIPTORS = 18 + MAX_CONFIGURATIONS * 0xFFFF
 """Bytes of a device descriptor and that many configurations."""
 
-_DEVICE_NAME = re.compile(r"usb\d{1,4}|\d{1,4}-\d{1,3}(?:\.\d{1,3}){0,6}")
+DEVICE_NAME = re.compile(r"usb\d{1,4}|\d{1,4}-\d{1,3}(?:\.\d{1,3}){0,6}")
 _INTERFACE_NAME = re.compile(r"(.+):(\d{1,3})\.(\d{1,3})")
 _PORT_NAME = re.compile(r"(?:usb(\d{1,4})|(\d{1,4}-[\d.]{1,32}))-port(\d{1,3})")
 
@@ -43,13 +43,14 @@ _SPEEDS = {
 }
 
 
-def list_devices(root: Path = Path("/")) -> list[Found]:
+def list_devices(root: Path = Path("/"), ports: Collection[str] | None = None) -> list[Found]:
     """List the USB devices of this machine, hubs included, by bus and port.
 
     It may wait for a device that hangs: call it in a thread.
 
     Args:
         root: where /sys, /dev and /usr are.
+        ports: those that are looked at; None: all.
 
     Raises:
         SetupError: the kernel has no USB here (``NO_USB``).
@@ -63,7 +64,8 @@ def list_devices(root: Path = Path("/")) -> list[Found]:
             "sudo modprobe usbcore",
         )
     ids = usb_ids(root)
-    found = (_read_device(path, root, ids) for path in listed(folder) if _DEVICE_NAME.fullmatch(path.name))
+    paths = (path for path in listed(folder) if DEVICE_NAME.fullmatch(path.name))
+    found = (_read_device(path, root, ids) for path in paths if ports is None or path.name in ports)
     return sorted((device for device in found if device is not None), key=_place)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from farplug.errors import DeviceError, Reason
 from farplug.physical.found import Found
-from farplug.physical.obstacles import holders
+from farplug.physical.obstacles import busy, no_permission
 
 
 class DeviceLock:
@@ -30,11 +30,7 @@ class DeviceLock:
         try:
             self._descriptor = os.open(found.node, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except PermissionError as error:
-            raise DeviceError(
-                f"no permission to use {found}",
-                reason=Reason.NO_PERMISSION,
-                remedy="farplug devices prints the udev rule that gives it",
-            ) from error
+            raise no_permission(found.vendor_id, found.product_id).error(found) from error
         except OSError as error:
             raise DeviceError(
                 f"{found} is not there any more: {os.strerror(error.errno or 0)}",
@@ -43,14 +39,9 @@ class DeviceLock:
             ) from error
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        except OSError as error:
             os.close(self._descriptor)
-            programs = ", ".join(holders(found.node))
-            raise DeviceError(
-                f"another farplug uses {found}{f': {programs}' if programs else ''}",
-                reason=Reason.BUSY,
-                remedy="end that one first",
-            ) from error
+            raise busy(found.node, "another farplug").error(found) from error
 
     def release(self) -> None:
         """Let others have the device. Does nothing the second time."""

@@ -15,7 +15,6 @@ from farplug.physical.sysfs import listed, read
 from farplug.physical.udev import install_commands, udev_rule
 from farplug.physical.usb_ids import printable
 from farplug.store.usage import device_uses
-from farplug.usb.classes import HUB
 
 MAX_FOLDERS = 4096
 """Folders of a device in sysfs that are looked into for disks and keyboards."""
@@ -84,7 +83,7 @@ def _bits(folder: Path, kind: str) -> int:
 
 def obstacles(found: Found, root: Path, uses: Uses) -> Iterator[Obstacle]:
     """What stands against plugging a device in, the worst first."""
-    if found.codes[0] == HUB:
+    if found.is_hub:
         yield Obstacle(Reason.HUB, "it is a hub", "name the devices that are plugged into it")
         return
     if read(found.path / "authorized") == "0":
@@ -102,12 +101,13 @@ def obstacles(found: Found, root: Path, uses: Uses) -> Iterator[Obstacle]:
             f"usbip unbind --busid {found.port}" if driver == "usbip-host" else f"unbind it from {driver}",
         )
     if any(interface.driver == "usbfs" for interface in found.interfaces):
-        programs = ", ".join(holders(found.node))
-        yield Obstacle(
-            Reason.BUSY, f"another program uses it{f': {programs}' if programs else ''}", "end that program first"
-        )
+        yield busy(found.node)
     for disk in uses.disks:
         yield from _disk_obstacles(disk)
+    if not found.interfaces and found.warnings:
+        yield Obstacle(
+            Reason.DEVICE_FAULT, f"its descriptors make no sense: {found.warnings[0]}", "unplug it and plug it in again"
+        )
 
 
 def caution(uses: Uses) -> Obstacle | None:
@@ -137,11 +137,26 @@ def _node_obstacles(found: Found, root: Path) -> Iterator[Obstacle]:
             "in a container: mount the folder (--volume=/dev/bus/usb:/dev/bus/usb) to have what comes later",
         )
     elif not os.access(found.node, os.R_OK | os.W_OK):
-        yield Obstacle(
-            Reason.NO_PERMISSION,
-            f"no permission to use {found.node}",
-            f"{install_commands(udev_rule(found))}\n(for all devices: farplug doctor --install-udev-rule)",
-        )
+        yield no_permission(found.vendor_id, found.product_id)
+
+
+def no_permission(vendor_id: int, product_id: int) -> Obstacle:
+    """The user, or the container, may not open a kind of device."""
+    if os.geteuid() == 0:
+        remedy = "in a container, allow it USB devices: --device-cgroup-rule='c 189:* rwm' (Docker, Podman)"
+    else:
+        rule = udev_rule((vendor_id, product_id))
+        remedy = f"{install_commands(rule)}\n(for all devices: sudo farplug doctor --install-udev-rule)"
+    return Obstacle(Reason.NO_PERMISSION, "no permission to use it", remedy)
+
+
+def busy(node: Path, who: str = "another program") -> Obstacle:
+    """Somebody else has the device."""
+    programs = ", ".join(holders(node))
+    remedy = "end that program first"
+    if not programs:
+        remedy += f": sudo lsof {node} names it"
+    return Obstacle(Reason.BUSY, f"{who} uses it{f': {programs}' if programs else ''}", remedy)
 
 
 def _disk_obstacles(folder: Path) -> Iterator[Obstacle]:

@@ -12,6 +12,8 @@ import asyncio
 import logging
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 from typing import ClassVar, Protocol
 
 from farplug.physical.binding import UsbHandle, UsbTransfer
@@ -22,7 +24,7 @@ from farplug.usb.transfer import Status, Transfer
 from farplug.usb.types import Buffer, Endpoint, TransferType
 
 ERROR_PAUSE = 0.01
-"""Seconds until a failed transfer is submitted again: while a device is being pulled out, each fails at once."""
+"""Seconds until a failed or stalled transfer is submitted again: some devices fail each at once, for ever."""
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,13 @@ class StreamHost(Protocol):
 
     def reception_ended(self, endpoint: int, status: Status) -> None:
         """The stream ended by itself (``STALL``), or has an error to report while it runs on."""
+
+    @property
+    def busy(self) -> bool:
+        """The device is not to be talked to now."""
+
+    def when_free(self, call: Callable[[], None]) -> None:
+        """Make a call as soon as the device may be talked to; now, if it may."""
 
     async def clear_halt(self, endpoint: int) -> None:
         """Clear an endpoint's halt. Raises ``UsbError`` if it stays."""
@@ -72,7 +81,19 @@ class Stream(ABC):
 
     @abstractmethod
     def start(self) -> None:
-        """Submit what is to be submitted at the beginning. Raises ``UsbError``: nothing runs then."""
+        """Submit what is to be submitted at the beginning. Raises ``UsbError``: the stream is to be stopped then."""
+
+    def begin(self) -> None:
+        """The same, later: an error ends the stream."""
+        if self._stopped:
+            return
+        try:
+            self.start()
+        except NoDevice:
+            self._host.lost()
+        except UsbError as error:
+            log.warning("endpoint %02x: receiving cannot begin: %s", self.address, error)
+            self._end()
 
     @abstractmethod
     def _returned(self, usb: UsbTransfer) -> None:
@@ -116,6 +137,9 @@ class Stream(ABC):
 
     def _resubmit(self, usb: UsbTransfer) -> None:
         """Submit while the stream runs; if that fails, the stream ends."""
+        if self._host.busy:
+            self._host.when_free(partial(self._resubmit, usb))
+            return
         if self._stopped or self._stalled or usb in self._flying:
             return
         try:
@@ -136,7 +160,7 @@ class Stream(ABC):
 
     def _cancel_flying(self) -> None:
         for usb in self.in_flight:
-            cancel(usb)
+            self._host.when_free(partial(cancel, usb))
 
     # A stall: take all back, clear the halt, begin again. The guest hears of it only if that fails.
 
@@ -150,14 +174,16 @@ class Stream(ABC):
     async def _begin_again(self) -> None:
         try:
             log.info("endpoint %02x stalled: its halt is cleared", self.address)
+            await asyncio.sleep(ERROR_PAUSE)
             await self._host.clear_halt(self.address)
-            self._stalled = False
-            self.start()
         except NoDevice:
             self._host.lost()
         except UsbError as error:
             log.warning("endpoint %02x stalled, and its halt cannot be cleared: %s", self.address, error)
             self._end()
+        else:
+            self._stalled = False
+            self._host.when_free(self.begin)
         finally:
             self._recovery = None
 

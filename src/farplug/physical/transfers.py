@@ -28,8 +28,8 @@ MAX_IDLE: Final = 128
 MAX_IDLE_BUFFER: Final = 64 * 2**10
 """An idle one does not keep a larger buffer."""
 
-_Key: TypeAlias = tuple[int, int]
-"""An endpoint and a stream: what is submitted there moves in this order."""
+_Key: TypeAlias = tuple[int, int, TransferType]
+"""An endpoint, a stream and a type: what is submitted there moves in this order. Settings may differ in the type."""
 
 
 class Owner(Protocol):
@@ -54,7 +54,7 @@ class _Job:
     def __init__(self, owner: Transfers, transfer: Transfer) -> None:
         self.owner = owner
         self.transfer = transfer
-        self.key = (transfer.endpoint, transfer.stream_id)
+        self.key = (transfer.endpoint, transfer.stream_id, transfer.type)
         self.length = transfer.length
         self.buffer = memoryview(bytearray(self.length) if transfer.endpoint & 0x80 else transfer.data)
         self.moved = 0
@@ -94,6 +94,9 @@ class Transfers:
         self._hungry: deque[_Job] = deque()
         """Jobs that found no memory."""
         self._hunger: asyncio.TimerHandle | None = None
+        self._holding = False
+        self._held: deque[_Job] = deque()
+        """Jobs that came while the device was not to be talked to."""
         self._idle: dict[_Key, list[UsbTransfer]] = {}
         """libusb's transfers that came back, by where they were used: they go there again."""
         self._idle_count = 0
@@ -134,6 +137,7 @@ class Transfers:
         self._jobs.clear()
         self._waiting.clear()
         self._hungry.clear()
+        self._held.clear()
         if self._hunger is not None:
             self._hunger.cancel()
         for job in jobs:
@@ -141,6 +145,20 @@ class Transfers:
                 job.timer.cancel()
             job.transfer.complete(status, actual=job.moved)
         return in_flight
+
+    def hold(self) -> None:
+        """Say nothing to libusb until :meth:`go_on`."""
+        self._holding = True
+
+    def go_on(self) -> None:
+        """Say what was held back: cancellations first, then new transfers in their order."""
+        self._holding = False
+        for job in list(self._jobs.values()):
+            if job.usb is not None and (job.cancelled or job.timed_out):
+                cancel(job.usb)
+        for _ in range(len(self._held)):
+            if self._held:  # an answer may have had the others cancelled
+                self._start(self._held.popleft())
 
     # The way of a job
 
@@ -155,6 +173,9 @@ class Transfers:
 
     def _start(self, job: _Job) -> None:
         """Give a job, or its next piece, to libusb."""
+        if self._holding:
+            self._held.append(job)
+            return
         usb = None
         try:
             job.usb = usb = self._filled(job)
@@ -230,7 +251,7 @@ class Transfers:
         elif status is Status.CANCELLED and job.timed_out:
             status = Status.TIMEOUT
         self._end(job, status)
-        if code == TRANSFER_NO_DEVICE:
+        if code == TRANSFER_NO_DEVICE and not job.cancelled:  # Linux says so also of what a new setting has ended
             self._lost()
         elif self._hungry:
             self._feed()
@@ -263,10 +284,12 @@ class Transfers:
     def _take_back(self, job: _Job) -> None:
         """End a job early: at once, unless something of it is at the device."""
         if job.usb is not None:
-            cancel(job.usb)
+            if not self._holding:
+                cancel(job.usb)
             return
-        queue = self._hungry if job in self._hungry else self._waiting[job.key]
-        queue.remove(job)
+        for queue in (self._hungry, self._held, self._waiting.get(job.key, deque())):
+            if job in queue:
+                queue.remove(job)
         self._end(job, Status.TIMEOUT if job.timed_out else Status.CANCELLED)
 
     def _expire(self, job: _Job) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Final
 
 from farplug.errors import Reason, SetupError
-from farplug.physical.found import Found
 from farplug.programs import find_program
 
 RULES: Final = Path("etc/udev/rules.d/70-farplug.rules")
@@ -28,22 +27,34 @@ _RELOAD: Final = (
 )
 
 
-def udev_rule(found: Found | None = None) -> str:
-    """The line that lets people use a kind of device; all of them without one."""
+def udev_rule(ids: tuple[int, int] | None = None) -> str:
+    """The line that lets people use a kind of device, by idVendor and idProduct; all devices without these."""
     match = 'SUBSYSTEM=="usb", ENV{DEVTYPE}=="usb_device"'
-    if found is not None:
-        match += f', ATTR{{idVendor}}=="{found.vendor_id:04x}", ATTR{{idProduct}}=="{found.product_id:04x}"'
-    try:
-        grp.getgrnam(GROUP)
-    except KeyError:
+    if ids is not None:
+        match += f', ATTR{{idVendor}}=="{ids[0]:04x}", ATTR{{idProduct}}=="{ids[1]:04x}"'
+    if _group() is None:
         return f'{match}, TAG+="uaccess"'
     return f'{match}, MODE="0660", GROUP="{GROUP}", TAG+="uaccess"'
 
 
+def _group() -> int | None:
+    """The number of the group; None if there is none."""
+    try:
+        return grp.getgrnam(GROUP).gr_gid
+    except KeyError:
+        return None
+
+
 def install_commands(rule: str) -> str:
     """The commands that install a rule, one a line."""
-    write = f"echo {shlex.quote(rule)} | sudo tee -a /{RULES}"
-    return "\n".join([write, " && ".join(f"sudo {shlex.join(command)}" for command in _RELOAD)])
+    commands = [
+        f"echo {shlex.quote(rule)} | sudo tee -a /{RULES}",
+        " && ".join(f"sudo {shlex.join(command)}" for command in _RELOAD),
+    ]
+    group = _group()
+    if group is not None and group not in (os.getegid(), *os.getgroups()):
+        commands.append(f'sudo usermod -aG {GROUP} "$USER"  # then log in again; not needed at this machine\'s screen')
+    return "\n".join(commands)
 
 
 def install(rule: str, root: Path = Path("/")) -> Path:

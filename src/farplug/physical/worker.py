@@ -70,6 +70,17 @@ class Worker:
         _running.discard(self)
 
 
+async def aside(function: Callable[[], T]) -> T:
+    """Make a call in a thread of its own: for what may hang, because a device does.
+
+    Neither the event loop nor the end of the process waits for it (for ``asyncio.to_thread`` both do).
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+    Thread(target=_run, args=(function, future, loop), name="usb look", daemon=True).start()
+    return await future
+
+
 def _run(function: Callable[[], T], future: asyncio.Future[T], loop: asyncio.AbstractEventLoop) -> None:
     result: T | None = None
     error: Exception | None = None
@@ -98,7 +109,8 @@ finalize(Worker, lambda: None)
 
 
 @atexit.register
-def _at_exit() -> None:
+def finish() -> None:
+    """Have all last calls made, and wait for that, up to :data:`EXIT_PATIENCE`: before the process ends at once."""
     until = monotonic() + EXIT_PATIENCE
     for worker in list(_running):
         worker.end(until)

@@ -232,6 +232,7 @@ class Redirection:
                 raise self._gone()
             if self._loss is not None:
                 raise self._loss
+            self._check_filter(device)  # the guest may have told it only now
             self._ledger.figures.clear()
             self._offer(device)
         except BaseException:

@@ -9,7 +9,6 @@ from farplug.usbredir.caps import (
 )
 from farplug.usbredir.filter import (
     Filter,
-    Flag,
     Rule,
     Verdict,
 )
@@ -94,7 +93,6 @@ __all__ = [
     "Filter",
     "FilterFilter",
     "FilterReject",
-    "Flag",
     "FreeBulkStreams",
     "GetAltSetting",
     "GetConfiguration",

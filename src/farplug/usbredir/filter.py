@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum, IntFlag
+from enum import Enum
 from typing import Final, Self
 
 from farplug.errors import Reason, UsageError
@@ -24,16 +24,6 @@ _FIELDS = (("class", 0xFF), ("vendor", 0xFFFF), ("product", 0xFFFF), ("version",
 _NUMBER = re.compile(r"[ \t\n\v\f\r]*([+-]?)(?:0[xX]([0-9a-fA-F]+)|(0[0-7]*)|([1-9][0-9]*))", re.ASCII)
 _MAX_DIGITS = 20
 _MAX_SHOWN = 60
-
-
-class Flag(IntFlag):
-    """How :meth:`Filter.check` differs from the usual."""
-
-    NONE = 0
-    DEFAULT_ALLOW = 0x01
-    """Allow what no rule matches."""
-    DONT_SKIP_NON_BOOT_HID = 0x02
-    """Check interfaces 03/00/00 of composite devices too."""
 
 
 class Verdict(Enum):
@@ -84,7 +74,8 @@ class Rule:
         fields = [field for field in re.split(f"[{re.escape(separators)}]", text) if field]
         if len(fields) != 5:
             raise _bad(f"filter rule {_shown(text)} has {len(fields)} fields, not 5")
-        device_class, vendor_id, product_id, device_version, allow = map(_parse_number, fields)
+        names = (*(name for name, _ in _FIELDS), "allow")
+        device_class, vendor_id, product_id, device_version, allow = map(_parse_number, names, fields)
         return cls(device_class, vendor_id, product_id, device_version, allow != 0)
 
     def format(self, separator: str = ",") -> str:
@@ -180,26 +171,6 @@ class Filter:
     def __str__(self) -> str:
         return self.format()
 
-    def check(
-        self,
-        *,
-        device_class: int,
-        vendor_id: int,
-        product_id: int,
-        device_version: int,
-        interfaces: Sequence[tuple[int, int, int]],
-        flags: Flag = Flag.NONE,
-    ) -> Verdict:
-        """Judge a device; see :meth:`judge`."""
-        return self.judge(
-            device_class=device_class,
-            vendor_id=vendor_id,
-            product_id=product_id,
-            device_version=device_version,
-            interfaces=interfaces,
-            flags=flags,
-        ).verdict
-
     def judge(
         self,
         *,
@@ -208,7 +179,6 @@ class Filter:
         product_id: int,
         device_version: int,
         interfaces: Sequence[tuple[int, int, int]],
-        flags: Flag = Flag.NONE,
     ) -> Judgement:
         """Judge a device: its own class first, then that of every interface; all of them must be allowed.
 
@@ -221,16 +191,12 @@ class Filter:
             product_id: idProduct.
             device_version: bcdDevice.
             interfaces: (class, subclass, protocol) of each interface.
-            flags: see :class:`Flag`.
         """
         classes = [] if device_class in (0x00, 0xEF) else [device_class]
-        skip = len(interfaces) > 1 and not flags & Flag.DONT_SKIP_NON_BOOT_HID
-        checked = [codes for codes in interfaces if not (skip and codes == (0x03, 0x00, 0x00))]
+        checked = [codes for codes in interfaces if len(interfaces) == 1 or codes != (0x03, 0x00, 0x00)]
         classes += [codes[0] for codes in checked or interfaces]
         for class_code in classes:
             judgement = self._judge_class(class_code, vendor_id, product_id, device_version)
-            if judgement.verdict is Verdict.NO_MATCH and flags & Flag.DEFAULT_ALLOW:
-                continue
             if not judgement.allowed:
                 return judgement
         return Judgement(Verdict.ALLOWED)
@@ -243,10 +209,10 @@ class Filter:
         return Judgement(Verdict.NO_MATCH, class_code)
 
 
-def _parse_number(text: str) -> int:
+def _parse_number(name: str, text: str) -> int:
     match = _NUMBER.fullmatch(text)
     if match is None:
-        raise _bad(f"{_shown(text)} in a filter rule is not a number")
+        raise _bad(f"{name} {_shown(text)} in a filter rule is not a number")
     sign, hexadecimal, octal, decimal = match.groups()
     digits = (hexadecimal or octal or decimal).lstrip("0") or "0"
     if len(digits) <= _MAX_DIGITS:
@@ -254,7 +220,7 @@ def _parse_number(text: str) -> int:
         number = -number if sign == "-" else number
         if -(1 << 31) <= number < 1 << 31:
             return number
-    raise _bad(f"{_shown(text)} in a filter rule does not fit into 32 bits")
+    raise _bad(f"{name} {_shown(text)} in a filter rule does not fit into 32 bits")
 
 
 def _format_number(number: int, digits: int) -> str:

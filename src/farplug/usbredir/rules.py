@@ -39,8 +39,8 @@ def parse_rules(text: str) -> Filter:
         raise _bad(f"filter rules have {len(text)} characters, more than {MAX_LENGTH}")
     if not text.strip(" \t\r\n;|"):
         raise _bad("filter rules are empty")
-    if not any(character.isalpha() for character in re.sub(r"0[xX][0-9a-fA-F]*", "", text)):
-        return Filter.parse(text)
+    if not text.lstrip(" \t\r\n;|")[0].isalpha():
+        return Filter.parse(text.strip())
     rules = tuple(_parse_rule(rule.split()) for rule in re.split(r"[;\n]", text) if rule.strip())
     if not any(rule.allow for rule in rules) and rules[-1].words != "deny":
         raise _bad("filter rules allow no device: what no rule matches is denied; end them with '; allow'")
