@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -267,6 +268,20 @@ async def test_too_many_pending_transfers_stop_the_reading_not_the_vm(monkeypatc
         for index in range(10):
             device.submitted[index].complete(Status.SUCCESS, b"x")
             await settle()
+        assert all([(await item).data == b"x" for item in pending])
+
+
+async def test_what_a_guest_sends_at_once_leaves_the_event_loop_its_turns() -> None:
+    device = ScriptedDevice()
+    async with MemoryGuest(device) as guest:
+        pending = [guest.submit_in(BULK_IN, 1) for _ in range(10 * engine.PACKETS_AT_ONCE)]
+        seen = [0]
+        while seen[-1] < len(pending):
+            await asyncio.sleep(0)
+            seen.append(len(device.submitted))
+        assert max(later - earlier for earlier, later in itertools.pairwise(seen)) == engine.PACKETS_AT_ONCE
+        for transfer in device.submitted:
+            transfer.complete(Status.SUCCESS, b"x")
         assert all([(await item).data == b"x" for item in pending])
 
 

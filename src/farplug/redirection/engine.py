@@ -51,6 +51,9 @@ from farplug.usbredir.protocol import Connection, Oversized, Role, Violation
 
 MAX_PENDING = 4096
 """Pending transfers; with more than that nothing further is read from the guest until some are answered."""
+PACKETS_AT_ONCE = 64
+"""Packets of the guest that are looked at before the event loop has its turn: what the device has done meanwhile, and
+other devices, must not wait for all that a guest can send at once."""
 MAX_REPORTED_VIOLATIONS = 20
 """Packets that break the protocol are reported this often for each port; further ones are dropped in silence."""
 FLUSH_ABOVE = 64 << 10
@@ -122,6 +125,7 @@ class Redirection:
         # Why nothing is pulled from the connection right now.
         self._output_full = False
         self._pumping = False
+        self._yielding = False
         self._flushing = False
         """Soon, on the event loop."""
         self._reading_paused = False
@@ -436,9 +440,10 @@ class Redirection:
         connection, handlers = self._connection, self._handlers
         next_event = connection.next_event
         ledger, operations = self._ledger, self._operations
-        held = True
         try:
-            while not (held := self._output_full or operations.busy or len(ledger) >= MAX_PENDING):
+            for _ in range(PACKETS_AT_ONCE):
+                if held := self._output_full or operations.busy or len(ledger) >= MAX_PENDING:
+                    break
                 event = next_event()
                 if event is None:
                     break
@@ -449,6 +454,11 @@ class Redirection:
                     handler(event)
                 if connection.unsent > FLUSH_ABOVE:
                     self._flush()
+            else:
+                held = True
+                if not self._yielding:
+                    self._yielding = True
+                    asyncio.get_running_loop().call_soon(self._go_on)
             self._flush()
         finally:
             self._pumping = False
@@ -458,6 +468,11 @@ class Redirection:
                 self.port.pause_reading()
             else:
                 self.port.resume_reading()
+
+    def _go_on(self) -> None:
+        self._yielding = False
+        if self.state is not State.CLOSED:
+            self._pump()
 
     def _send(self, packet: p.Packet) -> bool:
         if self.state is State.CLOSED:
@@ -497,7 +512,7 @@ class Redirection:
         elif not self._flushing:
             self._flushing = True
             asyncio.get_running_loop().call_soon(self._flush)
-        if self._reading_paused:
+        if self._reading_paused and not self._yielding:
             self._pump()
 
     def _fault(self, error: Exception) -> None:
