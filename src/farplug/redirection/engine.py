@@ -493,23 +493,19 @@ class Redirection:
             self.port.write(buffers)
 
     def _completed(self) -> None:
-        """The ledger answered a transfer. If that was the last one, no other answer can go along: it is sent at once."""
-        if self._pumping:
-            return
-        if self._ledger:
-            self._said()
-        else:
+        """The ledger answered a transfer. After the last one no other can go along: it is sent at once."""
+        if not self._ledger and not self._pumping:
             self._flush()
-            if self._reading_paused:
-                self._pump()
+        self._said()
 
     def _said(self) -> None:
         """Something was said outside of the pump: by the device, later. The next thing that it says goes along."""
         if self._pumping:
             return
-        if self._connection.unsent > FLUSH_ABOVE:
+        unsent = self._connection.unsent
+        if unsent > FLUSH_ABOVE:
             self._flush()
-        elif not self._flushing:
+        elif unsent and not self._flushing:
             self._flushing = True
             asyncio.get_running_loop().call_soon(self._flush)
         if self._reading_paused and not self._yielding:
