@@ -352,9 +352,12 @@ async def test_one_that_is_lost_but_still_there_is_told(machine: Machine, monkey
     assert len(scene.skips) == 1
 
 
-async def test_one_that_is_waited_for_and_disappears_between_list_and_open(machine: Machine) -> None:
+@pytest.mark.parametrize("wishes", [{"wait": True}, {"follow": Follow.PORT}])
+async def test_one_that_may_come_back_and_disappears_between_list_and_open(
+    machine: Machine, wishes: dict[str, object]
+) -> None:
     machine.add("1-1", 2)
-    scene = Scene(machine, "1-1", wait=True)
+    scene = Scene(machine, "1-1", **wishes)
     scene.lost = {"1-1"}
     async with scene.running_keeper():
         await asyncio.sleep(0.1)

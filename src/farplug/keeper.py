@@ -19,7 +19,7 @@ from farplug.physical.found import Found
 from farplug.physical.hotplug import Departed, Watch
 from farplug.physical.lock import DeviceLock
 from farplug.physical.worker import aside
-from farplug.policy import Plug, Policy, Seat, Skip
+from farplug.policy import Follow, Plug, Policy, Seat, Skip
 from farplug.usb.device import Device
 
 DEPARTURE_PATIENCE = 1.0
@@ -254,11 +254,12 @@ class Keeper:
     def _ended(self, plug: Plug, error: FarplugError, *, attached: bool) -> None:
         """A device left the guest, or never got there, although nobody here wanted that."""
         assert self._failed is not None
-        named, initial = plug.seat.named, plug in self._plugs
+        named, initial, wishes = plug.seat.named, plug in self._plugs, self._policy.wishes
+        patient = wishes.wait or wishes.follow is Follow.PORT  # a reset may have made it another device
         match error:
             case DeviceError() if plug.seat.found is not plug.found:
                 return  # it was pulled out before it was plugged in: it may be back already
-            case DeviceError(reason=Reason.DEVICE_LOST) if attached or not initial or self._policy.wishes.wait:
+            case DeviceError(reason=Reason.DEVICE_LOST) if attached or not initial or patient:
                 self._soon(self._lost(plug))
                 return
             case DeviceError():
