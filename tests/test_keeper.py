@@ -17,6 +17,7 @@ from farplug.errors import (
     PortError,
     Reason,
     RefusedError,
+    SetupError,
     UsageError,
 )
 from farplug.hub import Attachment
@@ -179,6 +180,18 @@ async def test_named_devices_are_plugged_and_locked(machine: Machine) -> None:
         assert [is_locked(one) for one in found] == [True, True]
         assert (scene.told, scene.here) == ([], ["1-1", "1-2"])
     assert [is_locked(one) for one in found] == [False, False]
+
+
+async def test_without_libusb_nothing_is_begun(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> NoReturn:
+        raise SetupError("libusb-1.0 cannot be loaded", reason=Reason.NO_LIBUSB)
+
+    machine.add("1-1", 2)
+    monkeypatch.setattr(module, "Library", missing)
+    scene = Scene(machine, "1-1")
+    with pytest.raises(SetupError, match="libusb"):
+        await scene.keeper.prepare()
+    await scene.keeper.close()
 
 
 async def test_how_many_ports_are_needed(machine: Machine) -> None:

@@ -17,6 +17,7 @@ from farplug.hub import Attachment
 from farplug.physical.device import find_device
 from farplug.physical.found import Found
 from farplug.physical.hotplug import Departed, Watch
+from farplug.physical.library import Library
 from farplug.physical.lock import DeviceLock
 from farplug.physical.worker import aside
 from farplug.policy import Follow, Plug, Policy, Seat, Skip
@@ -122,8 +123,9 @@ class Keeper:
         Raises:
             UsageError: a choice is ambiguous.
             DeviceError: a device that was named is not there, cannot be plugged, or another farplug has it.
-            SetupError: this machine has no USB.
+            SetupError: this machine has no USB, or no libusb.
         """
+        Library()
         await self._watch.__aenter__()
         self._watching = True
         for decision in self._policy.begin(self._watch.present):
