@@ -244,7 +244,6 @@ async def test_configurations() -> None:
     await bench.device.open(bench.listener)
     read = bench.read(512)
     assert await bench.device.set_configuration(9) is Status.STALL
-    assert read.status is None, "a configuration that does not exist disturbs nothing"
     assert await bench.device.set_configuration(3) is Status.SUCCESS
     assert read.status is Status.CANCELLED
     assert bench.device.configuration == 3
@@ -389,6 +388,19 @@ async def test_receptions_that_make_no_sense(reception: Reception) -> None:
     async with opened() as bench:
         assert bench.device.start_receiving(reception) is Status.STALL
         assert not bench.handle.transfers
+
+
+async def test_receptions_begin_again_after_a_choice_that_cannot_be() -> None:
+    """Who asked for it takes them for ended, as the protocol says."""
+    async with opened() as bench:
+        for choice in (bench.device.set_configuration(9), bench.device.set_interface(0, 9)):
+            assert bench.device.start_receiving(Reception(KEYS, INTERRUPT)) is Status.SUCCESS
+            read = bench.read(512)
+            assert await choice is Status.STALL
+            assert bench.device.start_receiving(Reception(KEYS, INTERRUPT)) is Status.SUCCESS
+            await settle()
+            assert read.status is Status.CANCELLED
+            bench.device.stop_receiving(KEYS)
 
 
 async def test_a_configuration_whose_driver_cannot_be_unbound() -> None:

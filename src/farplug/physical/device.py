@@ -357,10 +357,10 @@ class PhysicalDevice(Device):
         session = self._usable
         if session is None:
             return Status.IO_ERROR
-        if value and value not in self._configurations:
-            return Status.STALL
         session.transfers.cancel_all()
         session.stop_streams()
+        if value and value not in self._configurations:
+            return Status.STALL
         return await session.call(lambda: session.claim.set_configuration(value))
 
     async def set_interface(self, number: int, alternate: int) -> Status:
@@ -370,12 +370,12 @@ class PhysicalDevice(Device):
         current = [one for one in session.claim.interfaces if one.number == number]
         if not current or not session.claim.configuration:
             return Status.INVALID
-        configuration = self._configurations.get(session.claim.configuration)
-        if configuration is None or alternate not in configuration.settings(number):
-            return Status.STALL
         endpoints = {endpoint.address for endpoint in current[0].endpoints}
         session.transfers.cancel_all(endpoints)
         session.stop_streams(endpoints)
+        configuration = self._configurations.get(session.claim.configuration)
+        if configuration is None or alternate not in configuration.settings(number):
+            return Status.STALL
         return await session.call(lambda: session.claim.set_interface(number, alternate))
 
     # Transfers
