@@ -345,6 +345,23 @@ async def test_the_loop_says_nothing_to_a_device_that_hangs(operation: str) -> N
         assert not bench.fake.waits
 
 
+async def test_sound_that_begins_while_it_hangs() -> None:
+    async with opened() as bench:
+        await bench.device.set_interface(2, 1)
+        answer = bench.fake.hang["clear_halt"] = threading.Event()
+        bench.fake.hanging.clear()
+        bench.control(CLEAR_HALT)
+        assert await asyncio.to_thread(bench.fake.hanging.wait, 10)
+        assert bench.device.start_receiving(Reception(SOUND, ISO, 2, 2)) is Status.SUCCESS
+        for _ in range(2):
+            bench.submit(ISO, SOUND, data=b"la")
+        answer.set()
+        await until(lambda: not bench.device._session.busy)  # type: ignore[union-attr]
+        bench.submit(ISO, SOUND, data=b"la")
+        await until(lambda: bench.flying)
+        assert [one.lengths for one in bench.flying] == [[2, 2]]
+
+
 async def test_closed_while_it_hangs() -> None:
     async with opened() as bench:
         bench.device.start_receiving(Reception(KEYS, INTERRUPT, 1))

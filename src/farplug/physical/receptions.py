@@ -87,6 +87,7 @@ class Stream(ABC):
         """The same, later: an error ends the stream."""
         if self._stopped:
             return
+        self._stalled = False
         try:
             self.start()
         except NoDevice:
@@ -182,7 +183,6 @@ class Stream(ABC):
             log.warning("endpoint %02x stalled, and its halt cannot be cleared: %s", self.address, error)
             self._end()
         else:
-            self._stalled = False
             self._host.when_free(self.begin)
         finally:
             self._recovery = None
@@ -267,10 +267,12 @@ class IsoOutStream(Stream):
         self._collected: deque[Transfer] = deque()
         self._capacity = reception.packets_per_transfer * reception.transfers
         self._to_drop = 0
+        self._idle: list[UsbTransfer] = []
+        self._playing: dict[UsbTransfer, list[Transfer]] = {}
+        self._collecting = True
 
     def start(self) -> None:
         self._idle = list(self._transfers)
-        self._playing: dict[UsbTransfer, list[Transfer]] = {}
         self._collecting = True
 
     def submit(self, transfer: Transfer) -> None:
