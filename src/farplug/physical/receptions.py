@@ -17,7 +17,7 @@ from functools import partial
 from typing import ClassVar, Protocol
 
 from farplug.physical.binding import UsbHandle, UsbTransfer
-from farplug.physical.library import TRANSFER_NO_DEVICE, NoDevice, UsbError, transfer_status
+from farplug.physical.library import TRANSFER_NO_DEVICE, NoDevice, NoMemory, UsbError, transfer_status
 from farplug.physical.transfers import cancel
 from farplug.usb.device import Reception
 from farplug.usb.transfer import Status, Transfer
@@ -136,6 +136,19 @@ class Stream(ABC):
         usb.submit()
         self._flying.add(usb)
 
+    def _submit_all(self, fill: Callable[[UsbTransfer], None]) -> None:
+        """Fill and submit all transfers; fewer, but one at least, where there is no memory: Linux has 16 MiB in all."""
+        for usb in self._transfers:
+            fill(usb)
+            try:
+                self._submit(usb)
+            except NoMemory:
+                if not self._flying:
+                    raise
+                count = len(self._flying), len(self._transfers)
+                log.warning("endpoint %02x: there is memory for %d of %d transfers", self.address, *count)
+                return
+
     def _resubmit(self, usb: UsbTransfer) -> None:
         """Submit while the stream runs; if that fails, the stream ends."""
         if self._host.busy:
@@ -147,6 +160,8 @@ class Stream(ABC):
             self._submit(usb)
         except NoDevice:
             self._host.lost()
+        except NoMemory:  # another device has it, for the moment
+            self._resubmit_later(usb)
         except UsbError as error:
             log.warning("endpoint %02x: receiving ends, %s", self.address, error)
             self._end()
@@ -192,13 +207,14 @@ class PacketStream(Stream):
     """Interrupt IN, and buffered bulk IN: each transfer that comes back is a packet for the guest."""
 
     def start(self) -> None:
-        for usb in self._transfers:
+        def fill(usb: UsbTransfer) -> None:
             buffer = bytearray(self._size)
             if self._reception.type is TransferType.BULK:
                 usb.setBulk(self.address, buffer, self._host.completed, self)
             else:
                 usb.setInterrupt(self.address, buffer, self._host.completed, self)
-            self._submit(usb)
+
+        self._submit_all(fill)
 
     @property
     def _size(self) -> int:
@@ -221,7 +237,8 @@ class IsoInStream(Stream):
 
     def start(self) -> None:
         count, size = self._reception.packets_per_transfer, self._endpoint.max_packet_size
-        for usb in self._transfers:
+
+        def fill(usb: UsbTransfer) -> None:
             usb.setIsochronous(
                 self.address,
                 bytearray(count * size),
@@ -229,7 +246,8 @@ class IsoInStream(Stream):
                 self,
                 iso_transfer_length_list=[size] * count,
             )
-            self._submit(usb)
+
+        self._submit_all(fill)
 
     def _returned(self, usb: UsbTransfer) -> None:
         status = transfer_status(usb.getStatus())
