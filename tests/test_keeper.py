@@ -17,6 +17,7 @@ from farplug.errors import (
     PortError,
     Reason,
     RefusedError,
+    SetupError,
     UsageError,
 )
 from farplug.hub import Attachment
@@ -179,6 +180,18 @@ async def test_named_devices_are_plugged_and_locked(machine: Machine) -> None:
         assert [is_locked(one) for one in found] == [True, True]
         assert (scene.told, scene.here) == ([], ["1-1", "1-2"])
     assert [is_locked(one) for one in found] == [False, False]
+
+
+async def test_without_libusb_nothing_is_begun(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> NoReturn:
+        raise SetupError("libusb-1.0 cannot be loaded", reason=Reason.NO_LIBUSB)
+
+    machine.add("1-1", 2)
+    monkeypatch.setattr(module, "Library", missing)
+    scene = Scene(machine, "1-1")
+    with pytest.raises(SetupError, match="libusb"):
+        await scene.keeper.prepare()
+    await scene.keeper.close()
 
 
 async def test_how_many_ports_are_needed(machine: Machine) -> None:
@@ -352,9 +365,12 @@ async def test_one_that_is_lost_but_still_there_is_told(machine: Machine, monkey
     assert len(scene.skips) == 1
 
 
-async def test_one_that_is_waited_for_and_disappears_between_list_and_open(machine: Machine) -> None:
+@pytest.mark.parametrize("wishes", [{"wait": True}, {"follow": Follow.PORT}])
+async def test_one_that_may_come_back_and_disappears_between_list_and_open(
+    machine: Machine, wishes: dict[str, object]
+) -> None:
     machine.add("1-1", 2)
-    scene = Scene(machine, "1-1", wait=True)
+    scene = Scene(machine, "1-1", **wishes)
     scene.lost = {"1-1"}
     async with scene.running_keeper():
         await asyncio.sleep(0.1)

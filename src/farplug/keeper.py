@@ -17,9 +17,10 @@ from farplug.hub import Attachment
 from farplug.physical.device import find_device
 from farplug.physical.found import Found
 from farplug.physical.hotplug import Departed, Watch
+from farplug.physical.library import Library
 from farplug.physical.lock import DeviceLock
 from farplug.physical.worker import aside
-from farplug.policy import Plug, Policy, Seat, Skip
+from farplug.policy import Follow, Plug, Policy, Seat, Skip
 from farplug.usb.device import Device
 
 DEPARTURE_PATIENCE = 1.0
@@ -122,8 +123,9 @@ class Keeper:
         Raises:
             UsageError: a choice is ambiguous.
             DeviceError: a device that was named is not there, cannot be plugged, or another farplug has it.
-            SetupError: this machine has no USB.
+            SetupError: this machine has no USB, or no libusb.
         """
+        Library()
         await self._watch.__aenter__()
         self._watching = True
         for decision in self._policy.begin(self._watch.present):
@@ -254,11 +256,12 @@ class Keeper:
     def _ended(self, plug: Plug, error: FarplugError, *, attached: bool) -> None:
         """A device left the guest, or never got there, although nobody here wanted that."""
         assert self._failed is not None
-        named, initial = plug.seat.named, plug in self._plugs
+        named, initial, wishes = plug.seat.named, plug in self._plugs, self._policy.wishes
+        patient = wishes.wait or wishes.follow is Follow.PORT  # a reset may have made it another device
         match error:
             case DeviceError() if plug.seat.found is not plug.found:
                 return  # it was pulled out before it was plugged in: it may be back already
-            case DeviceError(reason=Reason.DEVICE_LOST) if attached or not initial or self._policy.wishes.wait:
+            case DeviceError(reason=Reason.DEVICE_LOST) if attached or not initial or patient:
                 self._soon(self._lost(plug))
                 return
             case DeviceError():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
-from threading import Timer
+from typing import NoReturn
 
 import pytest
 from tests.cli.support import Cli, FakeGuest, in_thread, interrupt
@@ -146,11 +146,17 @@ def test_a_session(cli: Cli, machine: Machine) -> None:
         (["--auto-connect", "allow"], "what is plugged in from now on goes into the VM if the rules allow it"),
     ],
 )
-def test_one_that_comes_later(cli: Cli, machine: Machine, arguments: list[str], first: str) -> None:
-    timer = Timer(0.5, machine.add, ["1-2", 12])
-    timer.start()
+def test_one_that_comes_later(
+    cli: Cli, machine: Machine, monkeypatch: pytest.MonkeyPatch, arguments: list[str], first: str
+) -> None:
+    keep = keeper.Keeper.run
+
+    async def plug_and_keep(self: keeper.Keeper, hub: keeper.Plugger) -> NoReturn:
+        machine.add("1-2", 12)
+        await keep(self, hub)
+
+    monkeypatch.setattr(keeper.Keeper, "run", plug_and_keep)
     lines = run(cli, FakeGuest(), *arguments)
-    timer.join()
     notes = [line["message"] for line in lines if line["event"] == "note"]
     assert notes[:2] == [first, "1209:0001 (port 1-2) was plugged in: it goes into the VM"]
     assert "attached" in [line["event"] for line in lines]

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -29,7 +28,7 @@ from tests.physical.support import (
 )
 
 from farplug.errors import DeviceError, LocalProtocolError, Reason
-from farplug.physical import device, find_device, transfers
+from farplug.physical import device, find_device, session, transfers
 from farplug.usb import Reception, Setup, Speed, Status, TransferType
 from farplug.usb.descriptors import ConfigurationDescriptor
 
@@ -244,7 +243,6 @@ async def test_configurations() -> None:
     await bench.device.open(bench.listener)
     read = bench.read(512)
     assert await bench.device.set_configuration(9) is Status.STALL
-    assert read.status is None, "a configuration that does not exist disturbs nothing"
     assert await bench.device.set_configuration(3) is Status.SUCCESS
     assert read.status is Status.CANCELLED
     assert bench.device.configuration == 3
@@ -309,73 +307,6 @@ async def test_an_operation_that_nobody_waits_for_any_more() -> None:
         await until(lambda: bench.device.interfaces[1].alternate == 1)
 
 
-@pytest.mark.parametrize("operation", ["reset", "clear_halt", "set_interface"])
-async def test_the_loop_says_nothing_to_a_device_that_hangs(operation: str) -> None:
-    """Linux locks a device for as long as such a call takes: whoever submits, cancels or reaps meanwhile waits."""
-    async with opened() as bench:
-        await bench.device.set_interface(2, 1)
-        before = bench.read(512)
-        answer = bench.fake.hang[operation] = threading.Event()
-        bench.fake.hanging.clear()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(0.05):  # the engine waits no longer
-                match operation:
-                    case "reset":
-                        await bench.device.reset()
-                    case "set_interface":
-                        await bench.device.set_interface(2, 0)
-                    case _:
-                        bench.control(CLEAR_HALT)
-        assert await asyncio.to_thread(bench.fake.hanging.wait, 10)
-        first, second, gone = bench.read(256), bench.read(128), bench.read(64)
-        assert bench.device.start_receiving(Reception(KEYS, INTERRUPT, 1)) is Status.SUCCESS
-        assert bench.device.start_receiving(Reception(BULK_IN, BULK, 1, bytes_per_transfer=512)) is Status.SUCCESS
-        bench.device.stop_receiving(BULK_IN)
-        bench.device.cancel(before)
-        bench.device.cancel(gone)
-        assert gone.status is Status.CANCELLED, "nothing of it is at the device"
-        for flying in bench.flying:
-            flying.finish(b"late")
-        await settle()
-        assert (first.status, second.status) == (None, None)
-        answer.set()
-        bench.fake.hang.clear()
-        await until(lambda: before.status is not None)
-        await until(lambda: len(bench.flying) == 3)
-        assert [(one.kind, len(one.buffer)) for one in bench.flying] == [("bulk", 256), ("bulk", 128), ("interrupt", 8)]
-        assert not bench.fake.waits
-
-
-async def test_closed_while_it_hangs() -> None:
-    async with opened() as bench:
-        bench.device.start_receiving(Reception(KEYS, INTERRUPT, 1))
-        answer = bench.fake.hang["clear_halt"] = threading.Event()
-        bench.control(CLEAR_HALT)
-        assert await asyncio.to_thread(bench.fake.hanging.wait, 10)
-        read = bench.read(512)
-        closing = asyncio.create_task(bench.device.close())
-        await until(lambda: read.status is not None)
-        assert read.status is Status.CANCELLED
-        answer.set()
-        await closing
-        assert [one.submitted for one in bench.handle.transfers] == [False]
-
-
-async def test_a_device_that_is_plugged_in_still_is_not_lost() -> None:
-    """Linux ends what is under way on an endpoint as if the device had gone, when its interface gets a new setting."""
-    async with opened() as bench:
-        answer = bench.fake.hang["clear_halt"] = threading.Event()
-        read = bench.read(512)
-        bench.control(CLEAR_HALT)
-        await until(bench.fake.hanging.is_set)
-        bench.device.cancel(read)
-        bench.flying[0].finish(status=usb1.TRANSFER_NO_DEVICE)
-        answer.set()
-        await until(lambda: read.status is not None)
-        await settle()
-        assert not bench.listener.losses
-
-
 @pytest.mark.parametrize(
     "reception",
     [
@@ -389,6 +320,19 @@ async def test_receptions_that_make_no_sense(reception: Reception) -> None:
     async with opened() as bench:
         assert bench.device.start_receiving(reception) is Status.STALL
         assert not bench.handle.transfers
+
+
+async def test_receptions_begin_again_after_a_choice_that_cannot_be() -> None:
+    """Who asked for it takes them for ended, as the protocol says."""
+    async with opened() as bench:
+        for choice in (bench.device.set_configuration(9), bench.device.set_interface(0, 9)):
+            assert bench.device.start_receiving(Reception(KEYS, INTERRUPT)) is Status.SUCCESS
+            read = bench.read(512)
+            assert await choice is Status.STALL
+            assert bench.device.start_receiving(Reception(KEYS, INTERRUPT)) is Status.SUCCESS
+            await settle()
+            assert read.status is Status.CANCELLED
+            bench.device.stop_receiving(KEYS)
 
 
 async def test_a_configuration_whose_driver_cannot_be_unbound() -> None:
@@ -472,7 +416,7 @@ async def test_a_halt_that_cannot_be_cleared(monkeypatch: pytest.MonkeyPatch) ->
         transfer = bench.control(CLEAR_HALT)
         bench.device.cancel(transfer)
         assert transfer.status is Status.CANCELLED
-        monkeypatch.setattr(device, "CONTROL_TIMEOUT", 0.01)
+        monkeypatch.setattr(session, "CONTROL_TIMEOUT", 0.01)
         transfer = bench.control(CLEAR_HALT)
         await until(lambda: transfer.status is not None)
         assert transfer.status is Status.TIMEOUT

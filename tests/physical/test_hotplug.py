@@ -90,6 +90,14 @@ async def test_one_that_never_becomes_usable_is_told_with_its_obstacle(
         assert change.found.obstacle.reason is Reason.NO_PERMISSION
 
 
+async def test_plugged_in_anew_at_the_same_address(machine: Machine) -> None:
+    machine.add("1-1", 2)
+    async with Watch(machine.root) as watch:
+        machine.remove("1-1")
+        machine.add("1-1", 2)
+        assert await take(aiter(watch), 2) == [("Departed", "1-1"), ("Arrived", "1-1")]
+
+
 async def test_permission_that_comes_late_is_told(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hotplug, "PATIENCE", 0.1)
     allowed = False

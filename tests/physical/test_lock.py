@@ -32,13 +32,16 @@ def test_one_at_a_time(found: Found) -> None:
     DeviceLock(found).release()
 
 
-def test_another_process_is_named_and_its_lock_ends_with_it(found: Found) -> None:
+def test_another_process_is_named_and_its_lock_ends_with_it(found: Found, machine: Machine) -> None:
     code = (
         f"import fcntl, sys\nf = open({str(found.node)!r})\nfcntl.flock(f, fcntl.LOCK_EX)\nprint(flush=True)\ninput()"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
+        (seen,) = list_devices(machine.root)
+        assert str(seen.obstacle).startswith("another farplug uses it: ")
+        assert f"(process {process.pid})" in str(seen.obstacle)
         with pytest.raises(DeviceError, match=rf"another farplug uses it: .*\(process {process.pid}\)"):
             DeviceLock(found)
         process.kill()

@@ -126,6 +126,15 @@ def test_who_uses_it(machine: Machine) -> None:
     assert str(only(machine).obstacle) == "another program uses it"
 
 
+@pytest.mark.parametrize("text", ["", "1: FLOCK\n\n", "1: POSIX  ADVISORY  WRITE 1 00:05:1 0 EOF\n\xff"])
+def test_locks_that_are_none(machine: Machine, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    locks = machine.root / "locks"
+    locks.write_text(text, encoding="latin-1")
+    monkeypatch.setattr(obstacles, "LOCKS", locks)
+    machine.add("1-1", 2)
+    assert only(machine).obstacle is None
+
+
 def test_our_own_process_is_not_named(machine: Machine) -> None:
     machine.add("1-1", 2, drivers=("usbfs",))
     with (machine.root / "dev/bus/usb/001/002").open():

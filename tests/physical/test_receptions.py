@@ -153,11 +153,35 @@ async def test_unplugged_while_a_stall_is_cleared() -> None:
 @pytest.mark.parametrize("accepted", range(5))
 async def test_a_reception_that_cannot_begin(accepted: int) -> None:
     async with opened() as bench:
-        bench.handle.refusals = [None] * accepted + [usb1.USBErrorNoMem()]
+        bench.handle.refusals = [None] * accepted + [usb1.USBErrorIO()]
         assert bench.device.start_receiving(KEYBOARD) is Status.STALL
         assert not bench.flying
         assert bench.device.start_receiving(KEYBOARD) is Status.SUCCESS
         assert bench.listener.ended == []
+
+
+@pytest.mark.parametrize("accepted", range(5))
+async def test_memory_for_some_of_the_transfers(accepted: int) -> None:
+    """Linux has 16 MiB for all devices: a camera of today would not begin at all."""
+    async with opened() as bench:
+        await bench.device.set_interface(2, 1)
+        for reception in (KEYBOARD, Reception(CAMERA, ISO, 5, 2)):
+            bench.handle.refusals = [None] * accepted + [usb1.USBErrorNoMem()]
+            status = bench.device.start_receiving(reception)
+            assert status is (Status.SUCCESS if accepted else Status.STALL)
+            assert len(bench.flying) == accepted
+            bench.device.stop_receiving(reception.endpoint)
+            await settle()
+            assert all(transfer.closed for transfer in bench.handle.transfers)
+
+
+async def test_memory_that_another_device_has_for_the_moment() -> None:
+    async with receiving(KEYBOARD) as bench:
+        bench.handle.refusals = [usb1.USBErrorNoMem(), usb1.USBErrorNoMem()]
+        bench.flying[0].finish(b"key")
+        await until(lambda: bench.listener.packets)
+        await until(lambda: len(bench.flying) == 5)
+        assert not bench.listener.ended
 
 
 @pytest.mark.parametrize("type", [INTERRUPT, ISO])
@@ -366,7 +390,7 @@ async def test_stopped_while_sound_is_collected_and_played() -> None:
 
 async def test_sound_that_cannot_be_played() -> None:
     async with receiving(Reception(SOUND, ISO, 4, 1)) as bench:
-        bench.handle.refusals = [usb1.USBErrorNoMem()]
+        bench.handle.refusals = [usb1.USBErrorIO()]
         packets = play(bench, b"x", b"y", b"z")
         assert bench.listener.ended == [(SOUND, Status.STALL)]
         assert {one.status for one in packets} <= {Status.CANCELLED, Status.INVALID}

@@ -12,6 +12,7 @@ import logging
 import os
 import socket
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -94,11 +95,15 @@ class Watch:
     _socket: socket.socket | None = None
     _heard: asyncio.Event = field(default_factory=asyncio.Event)
     _newcomers: dict[tuple[int, int], _Newcomer] = field(default_factory=dict)
+    _places: dict[tuple[int, int], tuple[str, int]] = field(default_factory=dict)
+    """Those of the last look."""
 
     async def __aenter__(self) -> Self:
         self._listen()
         try:
-            self.present = await aside(partial(list_devices, self.root))
+            self._places = await aside(partial(_places, self.root))
+            devices = await aside(partial(list_devices, self.root))
+            self.present = [found for found in devices if found.key in self._places]
         except BaseException:
             await self.__aexit__()
             raise
@@ -150,16 +155,15 @@ class Watch:
 
     async def _look(self) -> list[Change]:
         """Look once; :attr:`present` is right afterwards."""
-        places = await aside(partial(_places, self.root))
-        changes: list[Change] = [Departed(found) for found in self.present if places.get(found.key) != found.port]
-        self.present = [found for found in self.present if places.get(found.key) == found.port]
-        gone = {change.found.key for change in changes}
-        self._newcomers = {
-            key: newcomer for key, newcomer in self._newcomers.items() if key in places and key not in gone
-        }
+        before, places = self._places, await aside(partial(_places, self.root))
+        self._places = places
+        same = {key for key, place in places.items() if before.get(key) == place}
+        changes: list[Change] = [Departed(found) for found in self.present if found.key not in same]
+        self.present = [found for found in self.present if found.key in same]
+        self._newcomers = {key: newcomer for key, newcomer in self._newcomers.items() if key in same}
         for key in places.keys() - {found.key for found in self.present} - self._newcomers.keys():
             self._newcomers[key] = _Newcomer(monotonic() + PATIENCE)
-        for found in await self._settled([places[key] for key in self._newcomers]):
+        for found in await self._settled([places[key][0] for key in self._newcomers]):
             self.present = [*(one for one in self.present if one.key != found.key), found]
             changes.append(Arrived(found))
         return changes
@@ -187,14 +191,18 @@ class Watch:
         return settled
 
 
-def _places(root: Path) -> dict[tuple[int, int], str]:
-    """Bus and address of all devices, and their ports: attributes that wait for no device."""
-    places: dict[tuple[int, int], str] = {}
+def _places(root: Path) -> dict[tuple[int, int], tuple[str, int]]:
+    """By bus and address of all devices their ports, and the numbers of their folders: what waits for no device.
+
+    A device that was plugged in anew has another folder, even if it is at the same address.
+    """
+    places: dict[tuple[int, int], tuple[str, int]] = {}
     for folder in listed(root / DEVICES):
         if DEVICE_NAME.fullmatch(folder.name):
             bus, address = number(folder / "busnum"), number(folder / "devnum")
-            if bus is not None and address is not None:
-                places[bus, address] = folder.name
+            with suppress(OSError):  # it has just left
+                if bus is not None and address is not None:
+                    places[bus, address] = folder.name, folder.stat().st_ino
     return places
 
 

@@ -11,13 +11,16 @@ from pathlib import Path
 
 from farplug.errors import Reason
 from farplug.physical.found import Found, Obstacle
-from farplug.physical.sysfs import listed, read
+from farplug.physical.sysfs import listed, read, read_bytes
 from farplug.physical.udev import install_commands, udev_rule
 from farplug.physical.usb_ids import printable
 from farplug.store.usage import device_uses
 
 MAX_FOLDERS = 4096
 """Folders of a device in sysfs that are looked into for disks and keyboards."""
+LOCKS = Path("/proc/locks")
+MAX_LOCKS = 1 << 20
+"""Bytes of it that are read: each lock has a line of some 60."""
 MAX_HOLDERS = 3
 """Programs that are named."""
 
@@ -100,8 +103,9 @@ def obstacles(found: Found, root: Path, uses: Uses) -> Iterator[Obstacle]:
             f"the kernel's driver {driver} has the whole device, and it cannot be detached from here",
             f"usbip unbind --busid {found.port}" if driver == "usbip-host" else f"unbind it from {driver}",
         )
-    if any(interface.driver == "usbfs" for interface in found.interfaces):
-        yield busy(found.node)
+    locked = _is_locked(found.node)
+    if locked or any(interface.driver == "usbfs" for interface in found.interfaces):
+        yield busy(found.node, "another farplug" if locked else "another program")
     for disk in uses.disks:
         yield from _disk_obstacles(disk)
     if not found.interfaces and found.warnings:
@@ -170,6 +174,20 @@ def _disk_obstacles(folder: Path) -> Iterator[Obstacle]:
             f"{ends}\nor plug it in nevertheless, which can damage its file systems: --force".lstrip(),
             forceable=True,
         )
+
+
+def _is_locked(node: Path) -> bool:
+    """Whether a process other than ours has locked a device's node: another farplug, which may not use it yet.
+
+    Source: proc_pid_locks(5).
+    """
+    try:
+        status = node.stat()
+    except OSError:
+        return False
+    file = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    locks = (line.split() for line in read_bytes(LOCKS, MAX_LOCKS).decode(errors="replace").splitlines())
+    return any(lock[1:2] == ["FLOCK"] and lock[5:6] == [file] and lock[4] != str(os.getpid()) for lock in locks)
 
 
 def holders(node: Path) -> list[str]:

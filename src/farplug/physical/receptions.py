@@ -17,7 +17,7 @@ from functools import partial
 from typing import ClassVar, Protocol
 
 from farplug.physical.binding import UsbHandle, UsbTransfer
-from farplug.physical.library import TRANSFER_NO_DEVICE, NoDevice, UsbError, transfer_status
+from farplug.physical.library import TRANSFER_NO_DEVICE, NoDevice, NoMemory, UsbError, transfer_status
 from farplug.physical.transfers import cancel
 from farplug.usb.device import Reception
 from farplug.usb.transfer import Status, Transfer
@@ -87,6 +87,7 @@ class Stream(ABC):
         """The same, later: an error ends the stream."""
         if self._stopped:
             return
+        self._stalled = False
         try:
             self.start()
         except NoDevice:
@@ -135,6 +136,19 @@ class Stream(ABC):
         usb.submit()
         self._flying.add(usb)
 
+    def _submit_all(self, fill: Callable[[UsbTransfer], None]) -> None:
+        """Fill and submit all transfers; fewer, but one at least, where there is no memory: Linux has 16 MiB in all."""
+        for usb in self._transfers:
+            fill(usb)
+            try:
+                self._submit(usb)
+            except NoMemory:
+                if not self._flying:
+                    raise
+                count = len(self._flying), len(self._transfers)
+                log.warning("endpoint %02x: there is memory for %d of %d transfers", self.address, *count)
+                return
+
     def _resubmit(self, usb: UsbTransfer) -> None:
         """Submit while the stream runs; if that fails, the stream ends."""
         if self._host.busy:
@@ -146,6 +160,8 @@ class Stream(ABC):
             self._submit(usb)
         except NoDevice:
             self._host.lost()
+        except NoMemory:  # another device has it, for the moment
+            self._resubmit_later(usb)
         except UsbError as error:
             log.warning("endpoint %02x: receiving ends, %s", self.address, error)
             self._end()
@@ -182,7 +198,6 @@ class Stream(ABC):
             log.warning("endpoint %02x stalled, and its halt cannot be cleared: %s", self.address, error)
             self._end()
         else:
-            self._stalled = False
             self._host.when_free(self.begin)
         finally:
             self._recovery = None
@@ -192,13 +207,14 @@ class PacketStream(Stream):
     """Interrupt IN, and buffered bulk IN: each transfer that comes back is a packet for the guest."""
 
     def start(self) -> None:
-        for usb in self._transfers:
+        def fill(usb: UsbTransfer) -> None:
             buffer = bytearray(self._size)
             if self._reception.type is TransferType.BULK:
                 usb.setBulk(self.address, buffer, self._host.completed, self)
             else:
                 usb.setInterrupt(self.address, buffer, self._host.completed, self)
-            self._submit(usb)
+
+        self._submit_all(fill)
 
     @property
     def _size(self) -> int:
@@ -221,7 +237,8 @@ class IsoInStream(Stream):
 
     def start(self) -> None:
         count, size = self._reception.packets_per_transfer, self._endpoint.max_packet_size
-        for usb in self._transfers:
+
+        def fill(usb: UsbTransfer) -> None:
             usb.setIsochronous(
                 self.address,
                 bytearray(count * size),
@@ -229,7 +246,8 @@ class IsoInStream(Stream):
                 self,
                 iso_transfer_length_list=[size] * count,
             )
-            self._submit(usb)
+
+        self._submit_all(fill)
 
     def _returned(self, usb: UsbTransfer) -> None:
         status = transfer_status(usb.getStatus())
@@ -267,10 +285,12 @@ class IsoOutStream(Stream):
         self._collected: deque[Transfer] = deque()
         self._capacity = reception.packets_per_transfer * reception.transfers
         self._to_drop = 0
+        self._idle: list[UsbTransfer] = []
+        self._playing: dict[UsbTransfer, list[Transfer]] = {}
+        self._collecting = True
 
     def start(self) -> None:
         self._idle = list(self._transfers)
-        self._playing: dict[UsbTransfer, list[Transfer]] = {}
         self._collecting = True
 
     def submit(self, transfer: Transfer) -> None:

@@ -1,0 +1,99 @@
+"""What the event loop says to a device while its thread talks to it: nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from contextlib import suppress
+
+import pytest
+import usb1
+from tests.physical.support import BULK, BULK_IN, INTERRUPT, ISO, KEYS, SOUND, opened, settle, until
+
+from farplug.usb import Reception, Setup, Status
+
+CLEAR_HALT = Setup(0x02, 1, 0, BULK_IN)
+
+
+@pytest.mark.parametrize("operation", ["reset", "clear_halt", "set_interface"])
+async def test_the_loop_says_nothing_to_a_device_that_hangs(operation: str) -> None:
+    """Linux locks a device for as long as such a call takes: whoever submits, cancels or reaps meanwhile waits."""
+    async with opened() as bench:
+        await bench.device.set_interface(2, 1)
+        before = bench.read(512)
+        answer = bench.fake.hang[operation] = threading.Event()
+        bench.fake.hanging.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0.05):  # the engine waits no longer
+                match operation:
+                    case "reset":
+                        await bench.device.reset()
+                    case "set_interface":
+                        await bench.device.set_interface(2, 0)
+                    case _:
+                        bench.control(CLEAR_HALT)
+        assert await asyncio.to_thread(bench.fake.hanging.wait, 10)
+        first, second, gone = bench.read(256), bench.read(128), bench.read(64)
+        assert bench.device.start_receiving(Reception(KEYS, INTERRUPT, 1)) is Status.SUCCESS
+        assert bench.device.start_receiving(Reception(BULK_IN, BULK, 1, bytes_per_transfer=512)) is Status.SUCCESS
+        bench.device.stop_receiving(BULK_IN)
+        bench.device.cancel(before)
+        bench.device.cancel(gone)
+        assert gone.status is Status.CANCELLED, "nothing of it is at the device"
+        for flying in bench.flying:
+            flying.finish(b"late")
+        await settle()
+        assert (first.status, second.status) == (None, None)
+        answer.set()
+        bench.fake.hang.clear()
+        await until(lambda: before.status is not None)
+        await until(lambda: len(bench.flying) == 3)
+        assert [(one.kind, len(one.buffer)) for one in bench.flying] == [("bulk", 256), ("bulk", 128), ("interrupt", 8)]
+        assert not bench.fake.waits
+
+
+async def test_sound_that_begins_while_it_hangs() -> None:
+    async with opened() as bench:
+        await bench.device.set_interface(2, 1)
+        answer = bench.fake.hang["clear_halt"] = threading.Event()
+        bench.fake.hanging.clear()
+        bench.control(CLEAR_HALT)
+        assert await asyncio.to_thread(bench.fake.hanging.wait, 10)
+        assert bench.device.start_receiving(Reception(SOUND, ISO, 2, 2)) is Status.SUCCESS
+        for _ in range(2):
+            bench.submit(ISO, SOUND, data=b"la")
+        answer.set()
+        await until(lambda: not bench.device._session.busy)  # type: ignore[union-attr]
+        bench.submit(ISO, SOUND, data=b"la")
+        await until(lambda: bench.flying)
+        assert [one.lengths for one in bench.flying] == [[2, 2]]
+
+
+async def test_closed_while_it_hangs() -> None:
+    async with opened() as bench:
+        bench.device.start_receiving(Reception(KEYS, INTERRUPT, 1))
+        answer = bench.fake.hang["clear_halt"] = threading.Event()
+        bench.control(CLEAR_HALT)
+        assert await asyncio.to_thread(bench.fake.hanging.wait, 10)
+        read = bench.read(512)
+        closing = asyncio.create_task(bench.device.close())
+        await until(lambda: read.status is not None)
+        assert read.status is Status.CANCELLED
+        answer.set()
+        await closing
+        assert [one.submitted for one in bench.handle.transfers] == [False]
+
+
+async def test_a_device_that_is_plugged_in_still_is_not_lost() -> None:
+    """Linux ends what is under way on an endpoint as if the device had gone, when its interface gets a new setting."""
+    async with opened() as bench:
+        answer = bench.fake.hang["clear_halt"] = threading.Event()
+        read = bench.read(512)
+        bench.control(CLEAR_HALT)
+        await until(bench.fake.hanging.is_set)
+        bench.device.cancel(read)
+        bench.flying[0].finish(status=usb1.TRANSFER_NO_DEVICE)
+        answer.set()
+        await until(lambda: read.status is not None)
+        await settle()
+        assert not bench.listener.losses
