@@ -57,6 +57,11 @@ def test_values() -> None:
     assert events.as_dict(events.Detached("tcp", None))["error"] is None
 
 
+def test_fell_back_for_want_of_streams() -> None:
+    event = events.FellBack("tcp", Speed.SUPER, Speed.HIGH, needs_streams=True)
+    assert str(event) == "the guest's port has no bulk streams for SuperSpeed (5 Gb/s): trying High Speed (480 Mb/s)"
+
+
 def test_configured() -> None:
     assert str(events.Configured("tcp", 1)) == "configured by the guest (configuration 1)"
     assert str(events.GuestReady("tcp", "qemu 9", ("filter",))) == "the guest is ready (qemu 9)"

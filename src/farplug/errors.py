@@ -101,6 +101,7 @@ class Reason(StrEnum):
     INPUT_DEVICE = "input-device"
     FILTERED = "filtered"
     REJECTED = "rejected"
+    CAPABILITY = "capability"
     DEVICE_LOST = "device-lost"
     DEVICE_FAULT = "device-fault"
     MEDIUM_LOCKED = "medium-locked"

@@ -116,13 +116,22 @@ class WasReset(_PortEvent):
 
 @dataclass(frozen=True, slots=True)
 class FellBack(_PortEvent):
-    """The guest's port did not take the device at one speed: it is offered again at a lower one."""
+    """The guest cannot take the device at one speed: it is offered at a lower one.
+
+    Attributes:
+        before: the speed that it cannot take.
+        speed: the lower one.
+        needs_streams: the device has bulk streams at the higher speed, and the guest's side has none. Else its USB
+            port is too slow.
+    """
 
     before: Speed
     speed: Speed
+    needs_streams: bool = False
 
     def __str__(self) -> str:
-        return f"the guest's port cannot take {speed_name(self.before)}: trying {speed_name(self.speed)}"
+        lacks = "has no bulk streams for" if self.needs_streams else "cannot take"
+        return f"the guest's port {lacks} {speed_name(self.before)}: trying {speed_name(self.speed)}"
 
 
 @dataclass(frozen=True, slots=True)

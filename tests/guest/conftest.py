@@ -30,7 +30,9 @@ TIMEOUT = 180
 """Seconds for a test here: the first one may have to fetch the kernel."""
 
 USUAL = GuestConfig(
-    ports=(SpicePort(), SpicePort(), TcpPort(), UnixPort()), kernel_arguments=AT_ONCE, programs=("usbreset",)
+    ports=(SpicePort(), SpicePort(), TcpPort(), UnixPort(), TcpPort(properties=("streams=off",))),
+    kernel_arguments=AT_ONCE,
+    programs=("usbreset",),
 )
 
 CONSOLE_TAIL = 6000
@@ -110,7 +112,7 @@ async def guests(pytestconfig: pytest.Config) -> AsyncIterator[GuestPool]:
 
 @pytest_asyncio.fixture(loop_scope="session")
 async def guest(guests: GuestPool) -> QemuGuest:
-    """The usual guest: two SPICE ports, a TCP and a UNIX port, in this order, on xHCI."""
+    """The usual guest: on xHCI two SPICE ports, a TCP, a UNIX, and a TCP port without streams, in this order."""
     return await guests.get(USUAL)
 
 

@@ -136,6 +136,17 @@ async def test_a_guest_with_nothing_but_ehci_gets_high_speed_by_itself(guests: G
     assert read_back(image, "ext4", "hello") == TEXT.encode()
 
 
+async def test_a_port_without_streams_gets_high_speed_by_itself(guest: QemuGuest, tmp_path: Path) -> None:
+    """Linux's driver would find the streams in the descriptors of SuperSpeed, get none, and leave the disk alone."""
+    image = blank(tmp_path / "disk.raw")
+    device = disk_device(image)
+    async with plugged(guest.targets[4], device) as hub:
+        assert [event.needs_streams for event in hub.events if isinstance(event, events.FellBack)] == [True]
+        await live(guest, await disk_of(guest, device), "ext4")
+    await device.dispose()
+    assert read_back(image, "ext4", "hello") == TEXT.encode()
+
+
 async def test_high_speed_on_xhci_when_it_is_asked_for(guest: QemuGuest, tmp_path: Path) -> None:
     device = disk_device(blank(tmp_path / "disk.raw"), speeds=(Speed.HIGH,))
     async with plugged(guest.targets[3], device):

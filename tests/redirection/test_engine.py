@@ -880,6 +880,33 @@ async def test_refused_at_one_speed_offered_at_the_next() -> None:
         ]  # fmt: skip
 
 
+class Streaming(ScriptedDevice):
+    """Has streams from SuperSpeed on."""
+
+    @property
+    def has_streams(self) -> bool:
+        return self.identity.speed >= Speed.SUPER
+
+
+@pytest.mark.parametrize("caps", [ALL_CAPS, ALL_CAPS & ~Cap.BULK_STREAMS])
+async def test_a_guest_without_streams_is_offered_none(caps: Cap) -> None:
+    device = Streaming((Speed.SUPER, Speed.HIGH))
+    async with MemoryGuest(device, caps=caps) as guest:
+        assert guest.connected is not None
+        assert guest.connected.speed == (Speed.SUPER if caps is ALL_CAPS else Speed.HIGH)
+        fell_back = [event for event in guest.events if isinstance(event, events.FellBack)]
+        assert [(one.speed, one.needs_streams) for one in fell_back] == [(Speed.HIGH, True)] * (caps is not ALL_CAPS)
+
+
+async def test_a_device_that_needs_streams_is_refused_to_a_guest_without() -> None:
+    device = Streaming((Speed.SUPER,))
+    async with MemoryGuest(caps=ALL_CAPS & ~Cap.BULK_STREAMS) as guest:
+        with pytest.raises(RefusedError, match="has no bulk streams, which 1209:") as caught:
+            await guest.redirection.attach(device)
+        assert caught.value.reason is Reason.CAPABILITY
+        assert device.calls == []
+
+
 async def _look(guest: MemoryGuest, device: ScriptedDevice, *setups: Setup) -> None:
     for setup in setups:
         looked = asyncio.ensure_future(guest.control_in(setup))

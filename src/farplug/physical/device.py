@@ -79,6 +79,10 @@ class PhysicalDevice(Device):
     def interfaces(self) -> Sequence[Interface]:
         return unconfigured(self._configurations) if self._session is None else self._session.claim.interfaces
 
+    @property
+    def has_streams(self) -> bool:
+        return any(configuration.has_streams for configuration in self._configurations.values())
+
     def __str__(self) -> str:
         return f"{self._identity} ({self.place})"
 

@@ -229,7 +229,7 @@ class Redirection:
         try:
             await self._wait_for_hello()
             self._check_filter(device)
-            device.select_speed(device.speeds[0])  # a port before this one may have taken less
+            self._select_speed(device)
             await device.open(self)
             opened = True
             if self._closed is None or self._closed.done():
@@ -299,6 +299,23 @@ class Redirection:
                 reason=Reason.FILTERED,
                 remedy="allow it in the filter= property of QEMU's usb-redir device (libvirt: <redirfilter>)",
             )
+
+    def _select_speed(self, device: Device) -> None:
+        """The best one that the guest can take; a port before this one may have taken less."""
+        device.select_speed(device.speeds[0])
+        guest_has = self._connection.peer_caps or Cap(0)
+        while not guest_has & Cap.BULK_STREAMS and device.has_streams:
+            # A guest's driver would find them in the descriptors, and give up on the device when it gets none.
+            identity, lower = device.identity, lower_speed(device)
+            if lower is None:
+                raise RefusedError(
+                    f"the guest's side has no bulk streams, which {identity} uses",
+                    reason=Reason.CAPABILITY,
+                    remedy="QEMU's usb-redir device has them, unless it has streams=off; "
+                    "virtual disks need none with --usb-storage bot",
+                )
+            self._emit(events.FellBack(self.port.name, identity.speed, lower, needs_streams=True))
+            device.select_speed(lower)
 
     def _offer(self, device: Device) -> None:
         identity, connecting = device.identity, connect(device)

@@ -391,6 +391,11 @@ class ConfigurationDescriptor:
     def __bytes__(self) -> bytes:
         return self.to_bytes()
 
+    @property
+    def has_streams(self) -> bool:
+        """Whether an endpoint of any setting has bulk streams."""
+        return any(one.endpoint.max_streams for setting in self.interfaces for one in setting.endpoints)
+
     def settings(self, number: int) -> Mapping[int, InterfaceDescriptor]:
         """The alternate settings of an interface, by bAlternateSetting; empty if there is no such interface."""
         return {one.alternate: one for one in self.interfaces if one.number == number}

@@ -103,6 +103,11 @@ class Device(ABC):
         """The speeds it can run at, the best first."""
         return (self.identity.speed,)
 
+    @property
+    def has_streams(self) -> bool:
+        """Whether a setting of it has bulk streams, at the selected speed."""
+        return any(endpoint.max_streams for interface in self.interfaces for endpoint in interface.endpoints)
+
     def select_speed(self, speed: Speed) -> None:
         """Run at ``speed``, one of :attr:`speeds`, from the next :meth:`open` on. Only while it is not open.
 

@@ -122,6 +122,10 @@ class VirtualDevice(Device):
         return self._layout.configuration.select(self._alternates)
 
     @property
+    def has_streams(self) -> bool:
+        return self._layout.configuration.has_streams
+
+    @property
     def speeds(self) -> Sequence[Speed]:
         return self._speeds
 
