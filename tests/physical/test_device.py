@@ -89,7 +89,7 @@ async def test_opens_and_closes_again_and_again() -> None:
     assert all(handle.closed and not handle.claimed for handle in bench.fake.handles)
     assert [transfer.status for transfer in bench.done] == [Status.CANCELLED] * 20
     await settle()
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads  # one of an earlier test may have ended meanwhile
 
 
 async def test_another_device_at_the_same_address_is_not_taken() -> None:

@@ -3,8 +3,7 @@
 The kernel and its modules come from the distribution's packages, fetched with ``apt-get download`` (no root, nothing is
 installed) and kept in ``$XDG_CACHE_HOME/farplug/guest/<layout>``; delete that folder to fetch a newer kernel.
 
-Debian's packages are what this is tested with. Ubuntu's (split into linux-modules packages, modules packed with zstd)
-go through the same code.
+Tested with Debian's packages and Ubuntu's (split into linux-modules packages, modules packed with zstd).
 """
 
 from __future__ import annotations
