@@ -11,7 +11,7 @@ from tests.image.support import ISO, MIB, ODD, PLAIN, TYPES, WHEN, contents, mak
 from farplug.errors import ImageError, Reason, SetupError, UsageError
 from farplug.image import build as build_module
 from farplug.image.build import create_image, create_iso, new_file, no_progress
-from farplug.image.tools import Job, Progress
+from farplug.image.tools import TICK, Job, Progress
 from farplug.image.volume import BLOCK_SIZES, Format, Partition, Volume
 
 
@@ -253,7 +253,13 @@ def test_giving_up(folder: Path, tmp_path: Path, format: Format) -> None:
 
 
 @pytest.mark.parametrize("format", [Format.FAT32, Format.EXT4, Format.ISO9660])
-def test_a_file_that_grows_meanwhile(folder: Path, tmp_path: Path, format: Format) -> None:
+@pytest.mark.parametrize("tick", [0.001, TICK])
+def test_a_file_that_grows_meanwhile(
+    folder: Path, tmp_path: Path, format: Format, tick: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the tool runs, which may refuse it, or when it has ended."""
+    monkeypatch.setattr("farplug.image.tools.TICK", tick)
+
     def progress(done: int, total: int) -> None:
         if total:
             with (folder / "lower.txt").open("ab") as file:

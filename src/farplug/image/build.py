@@ -103,8 +103,8 @@ def create_iso(
     with new_file(path) as fd:
         check_room(fd, tree.size + _METADATA_ROOM, str(path.parent))
         job = Job(fd, tree, progress)
-        filesystems.make_iso(job, name)
-        finish(job, posix=True)
+        with copying(job, posix=True):
+            filesystems.make_iso(job, name)
 
 
 def read_folder(folder: str | os.PathLike[str], format: Format, progress: Progress) -> Tree:
@@ -184,22 +184,33 @@ def build(job: Job, volume: Volume, fill: Fill, place: str) -> None:
             reason=Reason.TOO_LARGE if error.errno in (errno.EFBIG, errno.EINVAL) else Reason.IO_ERROR,
         ) from error
     filesystems.write_table(job, volume)
-    match volume.format:
-        case Format.FAT32:
-            filesystems.format_fat32(job, volume)
-            if job.tree is not None and filesystems.mtools_can(job.tree, volume.cluster_size):
-                filesystems.copy_with_mtools(job, job.tree)
-            elif job.tree is not None:
+    with copying(job, posix=volume.format.posix):
+        match volume.format:
+            case Format.FAT32:
+                filesystems.format_fat32(job, volume)
+                if job.tree is not None and filesystems.mtools_can(job.tree, volume.cluster_size):
+                    filesystems.copy_with_mtools(job, job.tree)
+                elif job.tree is not None:
+                    fill(job, volume)
+            case Format.EXT4:
+                filesystems.make_ext4(job, volume)
+            case _:
                 fill(job, volume)
-        case Format.EXT4:
-            filesystems.make_ext4(job, volume)
-        case _:
-            fill(job, volume)
-    finish(job, posix=volume.format.posix)
 
 
-def finish(job: Job, *, posix: bool) -> None:
-    """Check that what was copied is what is there."""
+@contextmanager
+def copying(job: Job, *, posix: bool) -> Iterator[None]:
+    """Check at the end that what was copied is what is there: also where copying failed, for that may be why.
+
+    Raises:
+        ImageError: CHANGED.
+    """
+    try:
+        yield
+    except ImageError:
+        if job.tree is not None:
+            check_unchanged(job.tree, posix=posix)
+        raise
     if job.tree is not None:
         check_unchanged(job.tree, posix=posix, tick=job.tick)
     job.progress(job.total, job.total)
