@@ -92,7 +92,8 @@ async def desk(plugger: Plugger, guests: GuestPool, tmp_path_factory: pytest.Tem
     (folder / "songs").mkdir()
     (folder / "songs" / "note.txt").write_text("la")
     async with AsyncExitStack() as stack:
-        await stack.enter_async_context(await asyncio.start_unix_server(echo, folder / "line"))
+        # Not as a context: from Python 3.12 on its end would wait for the connection, which QEMU keeps.
+        stack.callback((await asyncio.start_unix_server(echo, folder / "line")).close)
         backend = {"addr": {"type": "unix", "data": {"path": str(folder / "line")}}, "server": False}
         await machine.qmp.execute("chardev-add", {"id": "line", "backend": {"type": "socket", "data": backend}})
         await machine.qmp.execute("netdev_add", {"type": "user", "id": "lan", "net": "10.9.0.0/24"})
