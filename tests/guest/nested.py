@@ -12,7 +12,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -283,6 +283,13 @@ class Machine:
         finally:
             if self.guest.alive:
                 await self.qmp.execute("blockdev-del", {"node-name": name})
+
+    async def type(self, letters: Iterable[str]) -> None:
+        """Press and release keys of its keyboard, one after the other."""
+        for letter in letters:
+            for down in (True, False):
+                key = {"down": down, "key": {"type": "qcode", "data": letter}}
+                await self.qmp.execute("input-send-event", {"events": [{"type": "key", "data": key}]})
 
     async def cpu_seconds(self, pid: int) -> float:
         """Processor time that one of its processes used so far, all threads together."""

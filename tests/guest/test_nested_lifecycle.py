@@ -1,0 +1,170 @@
+"""What happens to real devices while they are plugged into another guest: other configurations, neighbours that never
+answer or never stop, a VM that pauses, firmware that makes them another device."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import struct
+from typing import TYPE_CHECKING
+
+import pytest
+import pytest_asyncio
+from tests.guest.nested import FAR, PATIENCE, Plugger, from_inside
+from tests.guest.plugging import raw, usb_folder_by_name, usb_node
+from tests.guest.test_nested_functions import EV_KEY, KEYS, PRESSES, events
+from tests.guest.usbip import UsbipDevice, configuration, device_descriptor, endpoint, interface
+
+if TYPE_CHECKING:
+    from tests.guest.conftest import GuestPool
+
+    from farplug.testing import QemuGuest
+
+pytestmark = pytest.mark.timeout(400)
+
+PLAIN, FLASHED, OTHER = "1d6b:0105", "1d6b:0106", "1d6b:0107"
+"""Ids that no driver of Linux knows (Linux Foundation)."""
+BULK = 2
+OUT, IN = 0x01, 0x81
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def far(guests: GuestPool) -> QemuGuest:
+    return await guests.get(FAR)
+
+
+async def bulk_endpoints(guest: QemuGuest, folder: str) -> tuple[int, int]:
+    """The addresses of the bulk endpoints of a device with two: out, in."""
+    names = (await guest.check(f"ls -d {folder}/*:*/ep_*")).split()
+    out, inwards = sorted(int(name[-2:], 16) for name in names)
+    return out, inwards
+
+
+async def test_configuration_is_changed_with_transfers_in_flight(plugger: Plugger, far: QemuGuest) -> None:
+    machine = plugger.machine
+    async with machine.gadget(PLAIN, "SourceSink.0", "Loopback.0") as real:
+        async with plugger.plugged(far.targets[0], real):
+            folder = await usb_folder_by_name(far, f"{PLAIN} *")
+            node = await usb_node(far, folder)
+            await far.check(f"echo 2 >{folder}/bConfigurationValue")
+            assert await machine.check(f"cat {real.folder}/bConfigurationValue") == "2\n"
+            out, inwards = await bulk_endpoints(far, folder)
+            sent = [os.urandom(size) for size in (1, 1023, 1024, 3000, 4096)]
+            answers = await raw(
+                far,
+                node,
+                ("claim", 0),
+                *(one for data in sent for one in (("send", out, data), ("receive", inwards, 4096))),
+                ("begin", "receive", inwards, 4096),
+                # Past the kernel, which would take the transfers back before.
+                ("control", bytes.fromhex("0009010000000000")),
+                ("join",),
+            )
+            assert answers[2:12:2] == sent
+            assert answers[12:14] == [b"", b""]
+            ended = answers[14]
+            assert isinstance(ended, bytes)
+            assert json.loads(ended)[0].startswith("E"), ended
+            assert await machine.check(f"cat {real.folder}/bConfigurationValue") == "1\n"
+
+            await far.check(f"echo 1 >{folder}/bConfigurationValue")
+            out, inwards = await bulk_endpoints(far, folder)
+            written = os.urandom(1000)
+            answers = await raw(
+                far,
+                node,
+                ("claim", 0),
+                ("receive", inwards, 65536),
+                ("send", out, bytes(65536)),
+                ("control", struct.pack("<BBHHH", 0x40, 0x5B, 0, 0, len(written)), written),
+                ("control", struct.pack("<BBHHH", 0xC0, 0x5C, 0, 0, len(written))),
+            )
+            assert answers == [b"", bytes(65536), b"", b"", written]
+            await far.check(f"echo 2 >{folder}/bConfigurationValue")
+        assert await machine.check(f"cat {real.folder}/bConfigurationValue") == "1\n"
+
+
+def silent() -> UsbipDevice:
+    """A device whose endpoints never answer: it takes transfers and keeps them."""
+    setting = interface(0, endpoint(OUT, BULK, 512), endpoint(IN, BULK, 512))
+    return UsbipDevice(device_descriptor(OTHER), [configuration(setting)])
+
+
+KEYBOARD = "0627:0001 *Keyboard"
+
+
+async def test_neighbours_that_never_answer_and_never_stop(plugger: Plugger, far: QemuGuest) -> None:
+    machine, mute = plugger.machine, silent()
+    async with (
+        mute.attached(machine.guest),
+        machine.gadget(PLAIN, "SourceSink.0") as flood,
+        machine.device("usb-kbd", KEYBOARD) as keyboard,
+    ):
+        never = await machine.find(f"{OTHER} *")
+        async with plugger.plugged(far.targets[-1], never, flood, keyboard) as (_, flooding, _):
+
+            async def type_then_stop() -> list[tuple[int, int]]:
+                async with asyncio.timeout(PATIENCE):
+                    while len(mute.pending) < 2:
+                        await asyncio.sleep(0.1)
+                try:
+                    folder = await usb_folder_by_name(far, KEYBOARD)
+                    return await events(far, folder, EV_KEY, lambda: machine.type(KEYS), len(PRESSES))
+                finally:
+                    await far.check("touch /run/enough")
+
+            async def node(name: str) -> str:
+                return await usb_node(far, await usb_folder_by_name(far, f"{name} *"))
+
+            await far.check("rm -f /run/enough")
+            typed, drained, waited = await asyncio.gather(
+                type_then_stop(),
+                raw(far, await node(PLAIN), ("claim", 0), ("drain", IN, 1 << 16, "/run/enough"), timeout=PATIENCE),
+                raw(
+                    far,
+                    await node(OTHER),
+                    ("claim", 0),
+                    ("begin", "send", OUT, b"nobody takes this"),
+                    ("begin", "receive", IN, 512),
+                    ("join",),
+                    timeout=PATIENCE,
+                ),
+            )
+            assert typed == PRESSES
+            assert drained == [b"", b""]
+            assert waited == [b"", b"", b"", b'["ETIMEDOUT", "ETIMEDOUT"]']
+            figures = await plugger.ask("figures", flooding)
+            assert figures[f"{IN:02x}"]["bytes"] > 1 << 20, figures
+            async with asyncio.timeout(PATIENCE):
+                while mute.pending:  # taken back, all the way to the device
+                    await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize("follow", ["port", "device"])
+async def test_firmware_makes_it_another_device(plugger: Plugger, far: QemuGuest, follow: str) -> None:
+    machine, target = plugger.machine, from_inside(far.targets[0])
+    plugger.events.clear()
+    await plugger.ask("connect", target)
+    try:
+        async with machine.gadget(PLAIN, "SourceSink.0") as real:
+            await plugger.ask("keep", target, PLAIN, follow)
+            await plugger.happened("Configured")
+            plugger.events.clear()
+        assert "was pulled out; when it comes back it goes into the VM again" in await plugger.happened("note")
+        plugger.events.clear()
+        async with machine.gadget(FLASHED, "SourceSink.0") as flashed:
+            assert flashed.folder == real.folder
+            if follow == "port":
+                assert "is back: it goes into the VM" in await plugger.happened("note")
+                await plugger.happened("Configured")
+                await usb_folder_by_name(far, f"{FLASHED} *")
+                assert await machine.drivers(flashed) == {"1.0": "usbfs"}
+        if follow == "device":
+            async with machine.gadget(PLAIN, "SourceSink.0"):
+                await plugger.happened("Configured")
+                await usb_folder_by_name(far, f"{PLAIN} *")
+            assert not [words for _, _, words in plugger.events if FLASHED in words], plugger.events
+    finally:
+        await plugger.ask("let_go")
+        await plugger.ask("leave", target)
