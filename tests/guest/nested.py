@@ -165,6 +165,13 @@ class Real:
     bus: str
 
 
+async def _echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while data := await reader.read(1 << 16):
+        writer.write(data)
+        await writer.drain()
+    writer.close()
+
+
 class Machine:
     """The near guest, and what its hardware does."""
 
@@ -283,6 +290,19 @@ class Machine:
         finally:
             if self.guest.alive:
                 await self.qmp.execute("blockdev-del", {"node-name": name})
+
+    @asynccontextmanager
+    async def line(self, path: Path) -> AsyncIterator[str]:
+        """A serial line of QEMU, with an echo at the other end of its socket; its name."""
+        name = f"line{next(_numbers)}"
+        async with await asyncio.start_unix_server(_echo, path):
+            backend = {"addr": {"type": "unix", "data": {"path": str(path)}}, "server": False}
+            await self.qmp.execute("chardev-add", {"id": name, "backend": {"type": "socket", "data": backend}})
+            try:
+                yield name
+            finally:
+                if self.guest.alive:
+                    await self.qmp.execute("chardev-remove", {"id": name})
 
     async def type(self, letters: Iterable[str]) -> None:
         """Press and release keys of its keyboard, one after the other."""

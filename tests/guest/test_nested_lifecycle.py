@@ -50,7 +50,7 @@ async def test_configuration_is_changed_with_transfers_in_flight(plugger: Plugge
             await far.check(f"echo 2 >{folder}/bConfigurationValue")
             assert await machine.check(f"cat {real.folder}/bConfigurationValue") == "2\n"
             out, inwards = await bulk_endpoints(far, folder)
-            sent = [os.urandom(size) for size in (1, 1023, 1024, 3000, 4096)]
+            sent = [os.urandom(size) for size in (1, 1023, 3000, 4096)]
             answers = await raw(
                 far,
                 node,
@@ -61,11 +61,12 @@ async def test_configuration_is_changed_with_transfers_in_flight(plugger: Plugge
                 ("control", bytes.fromhex("0009010000000000")),
                 ("join",),
             )
-            assert answers[2:12:2] == sent
-            assert answers[12:14] == [b"", b""]
-            ended = answers[14]
+            *looped, begun, chosen, ended = answers[1:]
+            assert looped[1::2] == sent
+            assert begun == chosen == b""
             assert isinstance(ended, bytes)
-            assert json.loads(ended)[0].startswith("E"), ended
+            # It was taken back; Linux tries it again, and the source of the new configuration answers.
+            assert json.loads(ended) in (["EPROTO"], ["EIO"], [bytes(4096).hex()]), ended[:100]
             assert await machine.check(f"cat {real.folder}/bConfigurationValue") == "1\n"
 
             await far.check(f"echo 1 >{folder}/bConfigurationValue")

@@ -85,11 +85,16 @@ class Plugger:
         if hub := self._hubs.pop(target, None):
             await hub.close()
 
-    async def plug(self, number: int, target: str, place: str) -> None:
-        """Plug in the device at BUS-NUMBER, as device ``number`` of the tests; done when it is configured."""
+    async def offer(self, number: int, target: str, place: str) -> list[str]:
+        """Plug in the device at BUS-NUMBER, as device ``number`` of the tests; what makes no sense about it."""
         device = find_device(*map(int, place.split("-")))
-        attachment = self._attachments[number] = await self._hubs[target].plug(device)
-        await attachment.configured()
+        self._attachments[number] = await self._hubs[target].plug(device)
+        return list(device.warnings)
+
+    async def plug(self, number: int, target: str, place: str) -> None:
+        """Offer it; done when the guest has configured it."""
+        await self.offer(number, target, place)
+        await self._attachments[number].configured()
 
     async def unplug(self, number: int) -> None:
         """Take device ``number`` out."""
