@@ -311,6 +311,11 @@ class Machine:
                 key = {"down": down, "key": {"type": "qcode", "data": letter}}
                 await self.qmp.execute("input-send-event", {"events": [{"type": "key", "data": key}]})
 
+    async def point(self, x: int, y: int) -> None:
+        """Touch its tablet somewhere."""
+        axes = [{"type": "abs", "data": {"axis": axis, "value": value}} for axis, value in (("x", x), ("y", y))]
+        await self.qmp.execute("input-send-event", {"events": axes})
+
     async def cpu_seconds(self, pid: int) -> float:
         """Processor time that one of its processes used so far, all threads together."""
         lines = await self.check(f"cat /proc/{pid}/task/*/schedstat")

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import pytest
@@ -34,11 +32,10 @@ Unplug: TypeAlias = Callable[[], Awaitable[None]]
 
 pytestmark = pytest.mark.timeout(400)
 
-SERIAL = "0403:6001 *"
 NAMES = {
     "keyboard": "0627:0001 *Keyboard",
     "pointer": "0627:0001 *Tablet",
-    "serial": SERIAL,
+    "serial": "0403:6001 *",
     "speaker": "46f4:0002 *",
     "network": "0525:a4a2 *",
     "reader": "08e6:4433 *",
@@ -116,6 +113,12 @@ async def first(guest: QemuGuest, pattern: str) -> str:
     return found[0].rpartition("/")[2]
 
 
+def decoded(data: bytes, kind: int) -> list[tuple[int, int]]:
+    """Code and value of the events of a kind that an input device gave."""
+    whole = data[: len(data) // EVENT.size * EVENT.size]
+    return [(code, value) for *_, what, code, value in EVENT.iter_unpack(whole) if what == kind]
+
+
 async def events(
     guest: QemuGuest, folder: str, kind: int, act: Callable[[], Awaitable[None]], count: int
 ) -> list[tuple[int, int]]:
@@ -124,13 +127,9 @@ async def events(
     async with running(guest, f"cat {node}") as job, asyncio.timeout(60):
         await job.opened(node)
         await act()
-        while True:
-            data = await job.data()
-            whole = data[: len(data) // EVENT.size * EVENT.size]
-            found = [(code, value) for *_, what, code, value in EVENT.iter_unpack(whole) if what == kind]
-            if len(found) >= count:
-                return found
+        while len(found := decoded(await job.data(), kind)) < count:
             await asyncio.sleep(0.1)
+        return found
 
 
 async def test_keys_arrive_in_order(desk: Desk) -> None:
@@ -139,13 +138,8 @@ async def test_keys_arrive_in_order(desk: Desk) -> None:
 
 
 async def test_pointer_moves(desk: Desk) -> None:
-    async def move() -> None:
-        position = [
-            {"type": "abs", "data": {"axis": axis, "value": value}} for axis, value in (("x", 1000), ("y", 2000))
-        ]
-        await desk.machine.qmp.execute("input-send-event", {"events": position})
-
-    assert set(await events(desk.far, await desk.folder("pointer"), EV_ABS, move, 2)) == {(0, 1000), (1, 2000)}
+    moved = await events(desk.far, await desk.folder("pointer"), EV_ABS, lambda: desk.machine.point(1000, 2000), 2)
+    assert set(moved) == {(0, 1000), (1, 2000)}
 
 
 ECHOED = "stty -F {node} raw -echo; exec 3<>{node} 4<&0; cat <&4 >&3 & exec timeout 60 head -c {size} <&3"
@@ -157,28 +151,6 @@ async def test_serial_line_both_ways(desk: Desk) -> None:
     sent = os.urandom(3000)
     result = await desk.far.run(ECHOED.format(node=node, size=len(sent)), stdin=sent, timeout=90)
     assert result.data == sent
-
-
-async def test_serial_line_is_read_ahead(plugger: Plugger, guests: GuestPool, tmp_path: Path) -> None:
-    """QEMU knows by its ids that it is one to be read without being asked: buffered bulk receiving."""
-    machine, far = plugger.machine, await guests.get(FAR)
-    async with machine.line(tmp_path / "line") as line, machine.device("usb-serial", SERIAL, chardev=line) as real:
-        await plugger.ask("record")
-        async with plugger.plugged(far.targets[0], real):
-            node = "/dev/" + await first(far, f"{await usb_folder_by_name(far, SERIAL)}/*/ttyUSB*")
-            sent = os.urandom(20_000)
-            result = await far.run(ECHOED.format(node=node, size=len(sent)), stdin=sent, timeout=90)
-            assert result.data == sent
-        packets = await plugger.ask("recorded")
-    (size, transfers) = re.findall(
-        r"< start_bulk_receiving .*bytes_per_transfer=(\d+) .*transfers=(\d+)", str(packets)
-    )[0]
-    read_ahead = [packet for packet in packets if "> buffered_bulk_packet" in packet]
-    assert (
-        sum(int(packet.rpartition("data=")[2][:-1]) for packet in read_ahead) > len(sent) > int(size) * int(transfers)
-    )
-    assert len(read_ahead) > int(transfers)
-    assert not [packet for packet in packets if "< bulk_packet" in packet and "ep=81" in packet]
 
 
 PING = "ip link set {name} up; ip address replace {address}/24 dev {name}; ping -c 3 -s 1400 -w 60 {peer}"
@@ -200,8 +172,8 @@ async def test_speaker_plays_without_underrun(desk: Desk) -> None:
     figures = (await desk.plugger.ask("figures", desk.numbers["speaker"]))["01"]
     assert 0.95 < figures["transfers"] / 5000 < 1.1, figures
     assert figures["errors"] == 0, figures
-    # Packets that come too late for the clock of the device are dropped, as cancelled. How many depends on the processor
-    # time that this machine has for two emulated ones; but the stream never collapses.
+    # Packets that come too late for the device's clock are dropped, as cancelled. A quiet machine drops none: 65 are
+    # taken back at the end. One that has no time for two emulated ones drops more, but the stream never collapses.
     assert figures["cancelled"] < figures["transfers"] / 2, figures
     assert figures["bytes"] == 192 * (figures["transfers"] - figures["cancelled"]), figures
 

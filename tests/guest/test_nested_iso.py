@@ -1,17 +1,22 @@
-"""Isochronous endpoints of a real kernel, in both directions, redirected from one guest into another."""
+"""Streams of a real kernel, redirected from one guest into another: isochronous ones, and bulk that is read ahead."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import os
+import re
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import pytest_asyncio
 from tests.guest.nested import FAR, Plugger
 from tests.guest.plugging import raw, usb_folder_by_name, usb_node
+from tests.guest.test_nested_functions import ECHOED, first
 from tests.guest.usbip import Urb, UsbipDevice, configuration, device_descriptor, endpoint, interface
 
 if TYPE_CHECKING:
@@ -21,6 +26,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.timeout(400)
 
+SERIAL = "0403:6001 *"
 ZERO = "0525:a4a0"
 """The ids that Linux's usbtest looks for."""
 SINK, SOURCE, COMMANDS, REPORTS = 0x02, 0x82, 0x01, 0x81
@@ -49,6 +55,17 @@ def numbers(packets: list[bytes]) -> list[int]:
     return found
 
 
+def split(arrived: bytes | str) -> list[bytes]:
+    """The packets that the script heard."""
+    assert isinstance(arrived, bytes), arrived
+    packets, position = [], 0
+    while position < len(arrived):
+        start = position + 2
+        position = start + int.from_bytes(arrived[position:start], "little")
+        packets.append(arrived[start:position])
+    return packets
+
+
 def rises(sequence: list[int]) -> bool:
     """Whether each number is greater than the one before."""
     return all(earlier < later for earlier, later in itertools.pairwise(sequence))
@@ -61,10 +78,12 @@ class Clocked(UsbipDevice):
     Attributes:
         played: the packets that came.
         given: how many it gave.
+        packet: what it gives.
     """
 
     played: list[bytes] = field(default_factory=list)
     given: int = 0
+    packet: Callable[[int], bytes] = packet
     _free: dict[int, float] = field(default_factory=dict)
 
     def submit(self, urb: Urb) -> None:
@@ -83,7 +102,7 @@ class Clocked(UsbipDevice):
                 offset += length
             self.complete(urb)
         elif urb.endpoint == SOURCE:
-            packets = [packet(self.given + number) for number in range(len(urb.packets))]
+            packets = [self.packet(self.given + number) for number in range(len(urb.packets))]
             self.given += len(packets)
             self.complete(urb, b"".join(packets), moved=list(map(len, packets)))
         else:
@@ -151,12 +170,7 @@ async def test_packets_are_whole_and_in_order(plugger: Plugger, far: QemuGuest) 
             assert (results[:2], results[3:]) == ([b"", b""], [b"", b""])
             figures = await plugger.ask("figures", number)
 
-    heard, arrived = [], results[2]
-    assert isinstance(arrived, bytes)
-    while arrived:
-        length = int.from_bytes(arrived[:2], "little")
-        heard.append(arrived[2 : 2 + length])
-        arrived = arrived[2 + length :]
+    heard = split(results[2])
     assert len(heard) >= COUNT
     assert rises(numbers(heard))
     assert figures[f"{SOURCE:02x}"]["errors"] == 0
@@ -167,3 +181,25 @@ async def test_packets_are_whole_and_in_order(plugger: Plugger, far: QemuGuest) 
     # Those that were under way at the end were taken back, but may have been played all the same.
     assert out["transfers"] - out["cancelled"] <= len(device.played) <= len(sent)
     assert len(device.played) > len(sent) / 2
+
+
+async def test_serial_line_is_read_ahead(plugger: Plugger, far: QemuGuest, tmp_path: Path) -> None:
+    """QEMU knows by its ids that it is one to be read without being asked: buffered bulk receiving."""
+    machine = plugger.machine
+    async with machine.line(tmp_path / "line") as line, machine.device("usb-serial", SERIAL, chardev=line) as real:
+        await plugger.ask("record")
+        async with plugger.plugged(far.targets[0], real):
+            node = "/dev/" + await first(far, f"{await usb_folder_by_name(far, SERIAL)}/*/ttyUSB*")
+            sent = os.urandom(20_000)
+            result = await far.run(ECHOED.format(node=node, size=len(sent)), stdin=sent, timeout=90)
+            assert result.data == sent
+        packets = await plugger.ask("recorded")
+    (size, transfers) = re.findall(
+        r"< start_bulk_receiving .*bytes_per_transfer=(\d+) .*transfers=(\d+)", str(packets)
+    )[0]
+    read_ahead = [packet for packet in packets if "> buffered_bulk_packet" in packet]
+    assert (
+        sum(int(packet.rpartition("data=")[2][:-1]) for packet in read_ahead) > len(sent) > int(size) * int(transfers)
+    )
+    assert len(read_ahead) > int(transfers)
+    assert not [packet for packet in packets if "< bulk_packet" in packet and "ep=81" in packet]

@@ -4,16 +4,23 @@ answer or never stop, a VM that pauses, firmware that makes them another device.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import struct
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
 import pytest_asyncio
-from tests.guest.nested import FAR, PATIENCE, Plugger, from_inside
-from tests.guest.plugging import raw, usb_folder_by_name, usb_node
-from tests.guest.test_nested_functions import EV_KEY, KEYS, PRESSES, events
+from tests.guest.nested import FAR, PATIENCE, Job, Plugger, Real, from_inside, running
+from tests.guest.plugging import MIB, Result, raw, usb_folder_by_name, usb_node
+from tests.guest.test_nested_functions import EV_ABS, EV_KEY, KEYS, PRESSES, decoded, events, first
+from tests.guest.test_nested_iso import INTERVAL, ISOCHRONOUS, PER_URB, SOURCE, URBS, Clocked, rises, split
+from tests.guest.test_nested_storage import BOT, far_disk
+from tests.guest.test_nested_storage import disk as real_disk
 from tests.guest.usbip import UsbipDevice, configuration, device_descriptor, endpoint, interface
 
 if TYPE_CHECKING:
@@ -41,6 +48,7 @@ async def bulk_endpoints(guest: QemuGuest, folder: str) -> tuple[int, int]:
     return out, inwards
 
 
+@pytest.mark.usefixtures("paused")
 async def test_configuration_is_changed_with_transfers_in_flight(plugger: Plugger, far: QemuGuest) -> None:
     machine = plugger.machine
     async with machine.gadget(PLAIN, "SourceSink.0", "Loopback.0") as real:
@@ -92,7 +100,7 @@ def silent() -> UsbipDevice:
     return UsbipDevice(device_descriptor(OTHER), [configuration(setting)])
 
 
-KEYBOARD = "0627:0001 *Keyboard"
+KEYBOARD, TABLET = "0627:0001 *Keyboard", "0627:0001 *Tablet"
 
 
 async def test_neighbours_that_never_answer_and_never_stop(plugger: Plugger, far: QemuGuest) -> None:
@@ -169,3 +177,129 @@ async def test_firmware_makes_it_another_device(plugger: Plugger, far: QemuGuest
     finally:
         await plugger.ask("let_go")
         await plugger.ask("leave", target)
+
+
+PAUSE = 30
+"""Seconds; the other tests here run meanwhile."""
+CAMERA = "1d6b:0108"
+HIGH_BANDWIDTH, PICTURE = 0x1400, 3 * 1024
+"""wMaxPacketSize of an endpoint that has three packets of 1024 bytes in one interval (USB 2.0, 5.9.1)."""
+PICTURES = 500
+MAX_GROWTH = 16 * MIB
+"""Bytes of memory that farplug may take while a VM pauses: the output queue of a connection, and what goes with it."""
+READ = "sh -c 'while dd if={disk} bs=64k iflag=direct 2>/dev/null | sha256sum; do :; done'"
+
+
+def picture(number: int) -> bytes:
+    """Three packets, full of their number."""
+    return struct.pack("<I", number) * (PICTURE // 4)
+
+
+@dataclass(frozen=True)
+class Paused:
+    """A VM that pauses while its devices are at work.
+
+    Attributes:
+        since: when it began to, on the clock of the event loop.
+        memory: what farplug used then.
+        devices: disk, camera and tablet.
+        numbers: of the devices, for the plugger.
+        reading: the sums of the whole disk, again and again.
+        touched: what the tablet's event device gives.
+        seen: the pictures that arrive before, and after.
+        unplug: takes the devices out of the VM.
+    """
+
+    guest: QemuGuest
+    since: float
+    memory: int
+    devices: Sequence[Real]
+    numbers: Sequence[int]
+    sha256: str
+    reading: Job
+    touched: Job
+    seen: asyncio.Task[list[Result]]
+    unplug: Callable[[], Awaitable[None]]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def paused(
+    plugger: Plugger, guests: GuestPool, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Paused]:
+    """A VM with a disk, a camera that sends 768 kB/s, and a tablet; it pauses."""
+    machine = plugger.machine
+    image = tmp_path_factory.mktemp("pause") / "disk.raw"
+    image.write_bytes(os.urandom(4 * MIB))
+    setting = interface(0, endpoint(SOURCE, ISOCHRONOUS, HIGH_BANDWIDTH, INTERVAL), alternate=1)
+    camera = Clocked(device_descriptor(CAMERA), [configuration(interface(0), setting)], packet=picture)
+    async with AsyncExitStack() as stack:
+        enter = stack.enter_async_context
+        far = await enter(guests.fresh(FAR))
+        disk = await enter(real_disk(plugger, BOT, image))
+        await enter(camera.attached(machine.guest))
+        devices = [disk, await machine.find(f"{CAMERA} *"), await enter(machine.device("usb-tablet", TABLET))]
+        plugs = await enter(AsyncExitStack())
+        places = (far.targets[0], far.targets[1], far.targets[2])
+        plugged = [
+            await plugs.enter_async_context(plugger.plugged(target, real))
+            for target, real in zip(places, devices, strict=True)
+        ]
+        reading = await enter(running(far, READ.format(disk=await far_disk(far, BOT))))
+        node = await first(far, f"{await usb_folder_by_name(far, TABLET)}/*/*/input/*/event*")
+        touched = await enter(running(far, f"cat /dev/input/{node}"))
+        await touched.opened(node)
+        node = await usb_node(far, await usb_folder_by_name(far, f"{CAMERA} *"))
+        listen = ("listen", SOURCE, PICTURE, PER_URB, URBS, PICTURES)
+        seen = asyncio.ensure_future(
+            raw(far, node, ("claim", 0), ("set_interface", 0, 1), listen, listen, timeout=PAUSE + PATIENCE)
+        )
+        await reading.until("-", PATIENCE)
+        async with asyncio.timeout(PATIENCE):
+            while camera.given < PICTURES / 2:
+                await asyncio.sleep(0.05)
+        await far.qmp.execute("stop")
+        yield Paused(
+            far,
+            asyncio.get_running_loop().time(),
+            await plugger.ask("memory"),
+            devices,
+            [number for (number,) in plugged],
+            hashlib.sha256(image.read_bytes()).hexdigest(),
+            reading,
+            touched,
+            seen,
+            plugs.aclose,
+        )
+        seen.cancel()
+
+
+async def test_vm_goes_on_after_a_pause(plugger: Plugger, paused: Paused) -> None:
+    machine, far = plugger.machine, paused.guest
+    await asyncio.sleep(PAUSE - (asyncio.get_running_loop().time() - paused.since))
+    assert not paused.seen.done()
+    await machine.point(1000, 2000)
+    grown = await plugger.ask("memory") - paused.memory
+    figures = await plugger.ask("figures", paused.numbers[1])
+    assert figures[f"{SOURCE:02x}"]["dropped"] > 0, figures
+    assert grown < MAX_GROWTH
+
+    await far.qmp.execute("cont")
+    sums = (await paused.reading.output()).count("\n")
+    *chosen, before, after = await paused.seen
+    assert chosen == [b"", b""]
+    numbers = [int.from_bytes(data[:4], "little") for data in split(before) + split(after)]
+    assert split(before) + split(after) == list(map(picture, numbers))
+    assert rises(numbers)
+    async with asyncio.timeout(PATIENCE):
+        while (await paused.reading.output()).count("\n") < sums + 2:
+            await asyncio.sleep(0.1)
+        while len(decoded(await paused.touched.data(), EV_ABS)) < 2:
+            await asyncio.sleep(0.1)
+    assert set((await paused.reading.output()).split()) == {paused.sha256, "-"}
+
+    await paused.unplug()
+    assert [await machine.drivers(real) for real in paused.devices] == [
+        {"1.0": "usb-storage"},
+        {"1.0": ""},
+        {"1.0": "usbhid"},
+    ]
