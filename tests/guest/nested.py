@@ -12,7 +12,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,6 +165,13 @@ class Real:
     bus: str
 
 
+async def _echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while data := await reader.read(1 << 16):
+        writer.write(data)
+        await writer.drain()
+    writer.close()
+
+
 class Machine:
     """The near guest, and what its hardware does."""
 
@@ -283,6 +290,32 @@ class Machine:
         finally:
             if self.guest.alive:
                 await self.qmp.execute("blockdev-del", {"node-name": name})
+
+    @asynccontextmanager
+    async def line(self, path: Path) -> AsyncIterator[str]:
+        """A serial line of QEMU, with an echo at the other end of its socket; its name."""
+        name = f"line{next(_numbers)}"
+        server = await asyncio.start_unix_server(_echo, path)
+        try:
+            backend = {"addr": {"type": "unix", "data": {"path": str(path)}}, "server": False}
+            await self.qmp.execute("chardev-add", {"id": name, "backend": {"type": "socket", "data": backend}})
+            yield name
+            if self.guest.alive:
+                await self.qmp.execute("chardev-remove", {"id": name})
+        finally:
+            server.close()  # and not as a context: from Python 3.12 on its end waits for all connections
+
+    async def type(self, letters: Iterable[str]) -> None:
+        """Press and release keys of its keyboard, one after the other."""
+        for letter in letters:
+            for down in (True, False):
+                key = {"down": down, "key": {"type": "qcode", "data": letter}}
+                await self.qmp.execute("input-send-event", {"events": [{"type": "key", "data": key}]})
+
+    async def point(self, x: int, y: int) -> None:
+        """Touch its tablet somewhere."""
+        axes = [{"type": "abs", "data": {"axis": axis, "value": value}} for axis, value in (("x", x), ("y", y))]
+        await self.qmp.execute("input-send-event", {"events": axes})
 
     async def cpu_seconds(self, pid: int) -> float:
         """Processor time that one of its processes used so far, all threads together."""

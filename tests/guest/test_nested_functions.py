@@ -77,13 +77,6 @@ class Desk:
         return await usb_folder_by_name(self.far, NAMES[name])
 
 
-async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    while data := await reader.read(1 << 16):
-        writer.write(data)
-        await writer.drain()
-    writer.close()
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def desk(plugger: Plugger, guests: GuestPool, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Desk]:
     """One of each, all plugged in."""
@@ -92,15 +85,12 @@ async def desk(plugger: Plugger, guests: GuestPool, tmp_path_factory: pytest.Tem
     (folder / "songs").mkdir()
     (folder / "songs" / "note.txt").write_text("la")
     async with AsyncExitStack() as stack:
-        # Not as a context: from Python 3.12 on its end would wait for the connection, which QEMU keeps.
-        stack.callback((await asyncio.start_unix_server(echo, folder / "line")).close)
-        backend = {"addr": {"type": "unix", "data": {"path": str(folder / "line")}}, "server": False}
-        await machine.qmp.execute("chardev-add", {"id": "line", "backend": {"type": "socket", "data": backend}})
+        line = await stack.enter_async_context(machine.line(folder / "line"))
         await machine.qmp.execute("netdev_add", {"type": "user", "id": "lan", "net": "10.9.0.0/24"})
         properties: dict[str, tuple[str, dict[str, object]]] = {
             "keyboard": ("usb-kbd", {}),
             "pointer": ("usb-tablet", {}),
-            "serial": ("usb-serial", {"chardev": "line"}),
+            "serial": ("usb-serial", {"chardev": line}),
             "speaker": ("usb-audio", {"audiodev": "speaker"}),
             "network": ("usb-net", {"netdev": "lan"}),
             "reader": ("usb-ccid", {}),
@@ -123,6 +113,12 @@ async def first(guest: QemuGuest, pattern: str) -> str:
     return found[0].rpartition("/")[2]
 
 
+def decoded(data: bytes, kind: int) -> list[tuple[int, int]]:
+    """Code and value of the events of a kind that an input device gave."""
+    whole = data[: len(data) // EVENT.size * EVENT.size]
+    return [(code, value) for *_, what, code, value in EVENT.iter_unpack(whole) if what == kind]
+
+
 async def events(
     guest: QemuGuest, folder: str, kind: int, act: Callable[[], Awaitable[None]], count: int
 ) -> list[tuple[int, int]]:
@@ -131,33 +127,19 @@ async def events(
     async with running(guest, f"cat {node}") as job, asyncio.timeout(60):
         await job.opened(node)
         await act()
-        while True:
-            data = await job.data()
-            whole = data[: len(data) // EVENT.size * EVENT.size]
-            found = [(code, value) for *_, what, code, value in EVENT.iter_unpack(whole) if what == kind]
-            if len(found) >= count:
-                return found
+        while len(found := decoded(await job.data(), kind)) < count:
             await asyncio.sleep(0.1)
+        return found
 
 
 async def test_keys_arrive_in_order(desk: Desk) -> None:
-    async def type_them() -> None:
-        for letter in KEYS:
-            for down in (True, False):
-                key = {"down": down, "key": {"type": "qcode", "data": letter}}
-                await desk.machine.qmp.execute("input-send-event", {"events": [{"type": "key", "data": key}]})
-
-    assert await events(desk.far, await desk.folder("keyboard"), EV_KEY, type_them, len(PRESSES)) == PRESSES
+    folder = await desk.folder("keyboard")
+    assert await events(desk.far, folder, EV_KEY, lambda: desk.machine.type(KEYS), len(PRESSES)) == PRESSES
 
 
 async def test_pointer_moves(desk: Desk) -> None:
-    async def move() -> None:
-        position = [
-            {"type": "abs", "data": {"axis": axis, "value": value}} for axis, value in (("x", 1000), ("y", 2000))
-        ]
-        await desk.machine.qmp.execute("input-send-event", {"events": position})
-
-    assert set(await events(desk.far, await desk.folder("pointer"), EV_ABS, move, 2)) == {(0, 1000), (1, 2000)}
+    moved = await events(desk.far, await desk.folder("pointer"), EV_ABS, lambda: desk.machine.point(1000, 2000), 2)
+    assert set(moved) == {(0, 1000), (1, 2000)}
 
 
 ECHOED = "stty -F {node} raw -echo; exec 3<>{node} 4<&0; cat <&4 >&3 & exec timeout 60 head -c {size} <&3"
@@ -187,10 +169,13 @@ async def test_speaker_plays_without_underrun(desk: Desk) -> None:
     output = await desk.far.check(f"dmesg -c >/dev/null; {play}; dmesg", timeout=120)
     assert "underrun" not in output
     assert "usb" not in output
-    figures = await desk.plugger.ask("figures", desk.numbers["speaker"])
-    assert 0.95 < figures["01"]["transfers"] / 5000 < 1.1, figures
-    assert figures["01"]["bytes"] > 0, figures
-    assert figures["01"]["errors"] == 0, figures
+    figures = (await desk.plugger.ask("figures", desk.numbers["speaker"]))["01"]
+    assert 0.95 < figures["transfers"] / 5000 < 1.1, figures
+    assert figures["errors"] == 0, figures
+    # Packets that come too late for the device's clock are dropped, as cancelled. A quiet machine drops none: 65 are
+    # taken back at the end. One that has no time for two emulated ones drops more, but the stream never collapses.
+    assert figures["cancelled"] < figures["transfers"] / 2, figures
+    assert figures["bytes"] == 192 * (figures["transfers"] - figures["cancelled"]), figures
 
 
 async def test_smart_card_reader_is_listed(desk: Desk) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import usb1
@@ -66,6 +67,15 @@ def test_the_device_at_an_address() -> None:
     with pytest.raises(DeviceError, match="there is no USB device 4-4") as caught:
         find_device(4, 4, library=library)
     assert caught.value.reason is Reason.DEVICE_LOST
+
+
+def test_one_that_libusb_leaves_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "NODES", tmp_path)
+    (tmp_path / "004").mkdir()
+    (tmp_path / "004" / "017").touch()
+    with pytest.raises(DeviceError, match="libusb cannot read the descriptors of the USB device 4-17") as caught:
+        find_device(4, 17, library=FakeLibrary())
+    assert caught.value.reason is Reason.DEVICE_FAULT
 
 
 # Its life

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final
 
 from farplug.errors import DeviceError, LocalProtocolError, Reason
@@ -26,6 +27,9 @@ OPEN_PATIENCE = 10.0
 """Seconds that taking a device may last."""
 CLOSE_PATIENCE = 10.0
 """Seconds that giving it back may last; after that it goes on without anybody waiting."""
+
+NODES = Path("/dev/bus/usb")
+"""Where Linux has the devices, by bus and address."""
 
 _CLEAR_HALT: Final = (0x02, Request.CLEAR_FEATURE, Feature.ENDPOINT_HALT, 0)
 """bmRequestType, bRequest, wValue and wLength of the request that clears an endpoint's halt."""
@@ -288,7 +292,8 @@ def find_device(
     """The device with an address on a bus. Looks for it: may block for a moment.
 
     Raises:
-        DeviceError: there is none (``DEVICE_LOST``).
+        DeviceError: there is none (``DEVICE_LOST``), or libusb leaves it out because it cannot be understood
+            (``DEVICE_FAULT``).
         SetupError: there is no libusb, or it cannot work on this machine.
     """
     library = library or Library()
@@ -303,4 +308,10 @@ def find_device(
                     product=product,
                     serial_number=serial_number,
                 )
+    if (NODES / f"{bus:03d}" / f"{address:03d}").exists():
+        raise DeviceError(
+            f"libusb cannot read the descriptors of the USB device {place}",
+            reason=Reason.DEVICE_FAULT,
+            remedy="unplug it and plug it in again; if that does not help, ask its maker for newer firmware",
+        )
     raise DeviceError(f"there is no USB device {place}", reason=Reason.DEVICE_LOST)

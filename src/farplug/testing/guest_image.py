@@ -43,6 +43,7 @@ ON_DEMAND_MODULES = (
     "usb_f_mass_storage",
     "usb_f_ncm",
     "usb_f_ss_lb",
+    "vhci_hcd",
     # Asked for by sd_mod and ext4 under an alias, which "depends" does not name.
     "crc64_rocksoft_generic",
     "crct10dif_generic",

@@ -9,17 +9,57 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from farplug.errors import FarplugError
 from farplug.events import PortEvent
 from farplug.guest import connect
 from farplug.hub import Attachment, Hub
+from farplug.keeper import Keeper, KeeperListener
 from farplug.physical import find_device
+from farplug.physical.choose import Choice
+from farplug.physical.found import Found
+from farplug.policy import Follow, Policy, Wishes
 from farplug.target import parse_target
+from farplug.usb import Device
+
+PACKETS = logging.getLogger("farplug.usbredir")
+
+
+class Records(logging.Handler):
+    """Keeps messages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+class Notes(KeeperListener):
+    """Tells the tests what a keeper tells, as events of kind "note"."""
+
+    def __init__(self, say: Callable[..., None]) -> None:
+        self._say = say
+
+    def plugging(self, device: Device, found: Found) -> None:
+        """The attachment's events tell."""
+
+    def parted(self, device: Device) -> None:
+        """Likewise."""
+
+    def note(self, text: str) -> None:
+        self._say("event", "", "note", text)
+
+    def skipped(self, error: FarplugError) -> None:
+        self._say("event", "", "skipped", str(error))
 
 
 class Plugger:
@@ -29,6 +69,7 @@ class Plugger:
         self._writer = writer
         self._hubs: dict[str, Hub] = {}
         self._attachments: dict[int, Attachment] = {}
+        self._records = Records()
 
     async def connect(self, target: str) -> None:
         """Connect to a guest."""
@@ -44,19 +85,54 @@ class Plugger:
         if hub := self._hubs.pop(target, None):
             await hub.close()
 
-    async def plug(self, number: int, target: str, place: str) -> None:
-        """Plug in the device at BUS-NUMBER, as device ``number`` of the tests; done when it is configured."""
+    async def offer(self, number: int, target: str, place: str) -> list[str]:
+        """Plug in the device at BUS-NUMBER, as device ``number`` of the tests; what makes no sense about it."""
         device = find_device(*map(int, place.split("-")))
-        attachment = self._attachments[number] = await self._hubs[target].plug(device)
-        await attachment.configured()
+        self._attachments[number] = await self._hubs[target].plug(device)
+        return list(device.warnings)
+
+    async def plug(self, number: int, target: str, place: str) -> None:
+        """Offer it; done when the guest has configured it."""
+        await self.offer(number, target, place)
+        await self._attachments[number].configured()
 
     async def unplug(self, number: int) -> None:
         """Take device ``number`` out."""
         await self._attachments.pop(number).unplug()
 
+    async def keep(self, target: str, choice: str, follow: str) -> None:
+        """Plug in what a choice names, and keep it plugged as long as :meth:`let_go` is not asked for."""
+        policy = Policy(Wishes(choices=[Choice.parse(choice)], follow=Follow(follow)))
+        self._keeper = Keeper(policy, Notes(self._say))
+        await self._keeper.prepare()
+        self._keeping = asyncio.ensure_future(self._keeper.run(self._hubs[target]))
+
+    async def let_go(self) -> None:
+        """Keep nothing any more."""
+        self._keeping.cancel()
+        await asyncio.wait([self._keeping])
+        await self._keeper.close()
+
     async def figures(self, number: int) -> dict[str, dict[str, int]]:
         """What moved through each endpoint of device ``number``."""
         return {f"{one.endpoint:02x}": asdict(one) for one in self._attachments[number].figures}
+
+    async def record(self) -> None:
+        """Keep the packets of devices that are plugged in from now on."""
+        self._records.messages.clear()
+        PACKETS.addHandler(self._records)
+        PACKETS.setLevel(logging.DEBUG)
+
+    async def recorded(self) -> list[str]:
+        """The packets since then, in words; no more are kept."""
+        PACKETS.removeHandler(self._records)
+        PACKETS.setLevel(logging.NOTSET)
+        return self._records.messages
+
+    async def memory(self) -> int:
+        """Bytes of memory that this process uses now."""
+        pages = Path("/proc/self/statm").read_text().split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
     async def descriptors(self) -> list[str]:
         """What this process has open."""

@@ -13,7 +13,10 @@ import json
 import os
 import struct
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import Any
 
 TIMEOUT = 5000
@@ -31,6 +34,8 @@ CONTROL = _ioctl_number(_READ | _WRITE, 0, 24)
 BULK = _ioctl_number(_READ | _WRITE, 2, 24)
 SET_INTERFACE = _ioctl_number(_READ, 4, 8)
 SET_CONFIGURATION = _ioctl_number(_READ, 5, 4)
+SUBMIT_URB = _ioctl_number(_READ, 10, 56)
+REAP_URB = _ioctl_number(_WRITE, 12, 8)
 CLAIM_INTERFACE = _ioctl_number(_READ, 15, 4)
 RELEASE_INTERFACE = _ioctl_number(_READ, 16, 4)
 IOCTL = _ioctl_number(_READ | _WRITE, 18, 16)
@@ -44,11 +49,56 @@ USBTEST = struct.Struct("<IIIIIxxxxqq")
 USBTEST_REQUEST = _ioctl_number(_READ | _WRITE, 100, USBTEST.size)
 
 
+URB = struct.Struct("<BBxxiIxxxxQiiiiiIQ")
+"""usbdevfs_urb without its packets: type, endpoint, status, flags, buffer, length, actual length, start frame, packets,
+errors, signal, context."""
+PACKET = struct.Struct("<III")
+"""usbdevfs_iso_packet_desc: length, actual length, status."""
+ISOCHRONOUS, ISO_ASAP = 0, 2
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+class Isochronous:
+    """One URB of isochronous packets."""
+
+    def __init__(self, file: int, endpoint: int, lengths: list[int], data: bytes) -> None:
+        self._file, self._endpoint, self._lengths = file, endpoint, lengths
+        self._data = ctypes.create_string_buffer(data, max(len(data), sum(lengths)))
+        self._urb = ctypes.create_string_buffer(URB.size + len(lengths) * PACKET.size)
+
+    @property
+    def address(self) -> int:
+        return ctypes.addressof(self._urb)
+
+    def submit(self) -> None:
+        count, total = len(self._lengths), sum(self._lengths)
+        buffer = ctypes.addressof(self._data)
+        URB.pack_into(
+            self._urb, 0, ISOCHRONOUS, self._endpoint, 0, ISO_ASAP, buffer, total, 0, 0, count, 0, 0, self.address
+        )
+        for number, length in enumerate(self._lengths):
+            PACKET.pack_into(self._urb, URB.size + number * PACKET.size, length, 0, 0)
+        # The kernel keeps its address, and fcntl.ioctl() would hand it a copy's.
+        if _LIBC.ioctl(self._file, ctypes.c_ulong(SUBMIT_URB), self._urb) < 0:
+            raise OSError(ctypes.get_errno(), "no URB is taken")
+
+    def packets(self) -> list[bytes]:
+        """What arrived in each packet; of a failed one nothing."""
+        arrived, offset = [], 0
+        for length, actual, status in PACKET.iter_unpack(self._urb.raw[URB.size :]):
+            arrived.append(self._data.raw[offset : offset + actual] if status == 0 else b"")
+            offset += length
+        return arrived
+
+
 class Device:
     """An open device. The operations are its methods: they return what arrived, and raise OSError."""
 
     def __init__(self, node: str) -> None:
         self._file = os.open(node, os.O_RDWR)
+        self._threads = ThreadPoolExecutor()
+        self._begun: list[Future[str]] = []
 
     def control(self, setup: str, data: str = "") -> bytes:
         """A control transfer: the setup packet, and the data stage if it goes out."""
@@ -71,6 +121,65 @@ class Device:
         buffer = ctypes.create_string_buffer(max(length, 1))
         moved = self._bulk(endpoint, buffer, length)
         return buffer.raw[:moved]
+
+    def listen(self, endpoint: int, size: int, packets: int, urbs: int, count: int) -> bytes:
+        """Read at least ``count`` isochronous packets of at most ``size`` bytes, so many in each of some URBs.
+
+        Returns:
+            each packet after its length in two bytes. Those without data do not count.
+        """
+        arrived: list[bytes] = []
+
+        def back(urb: Isochronous) -> Isochronous | None:
+            arrived.extend(filter(None, urb.packets()))
+            return urb if len(arrived) < count else None
+
+        self._stream([Isochronous(self._file, endpoint, [size] * packets, b"") for _ in range(urbs)], back)
+        return b"".join(struct.pack("<H", len(packet)) + packet for packet in arrived)
+
+    def play(self, endpoint: int, packets: int, urbs: int, *data: str) -> bytes:
+        """Write isochronous packets, so many in each URB, so many URBs at a time."""
+        sent = [bytes.fromhex(packet) for packet in data]
+        parts = (sent[start : start + packets] for start in range(0, len(sent), packets))
+        waiting = (Isochronous(self._file, endpoint, list(map(len, part)), b"".join(part)) for part in parts)
+        self._stream(list(islice(waiting, urbs)), lambda _: next(waiting, None))
+        return b""
+
+    def _stream(self, urbs: list[Isochronous], back: Callable[[Isochronous], Isochronous | None]) -> None:
+        """Submit URBs, and for each that comes back what ``back`` makes of it."""
+        under_way: dict[int, Isochronous] = {}
+
+        def submit(urb: Isochronous) -> None:
+            under_way[urb.address] = urb
+            urb.submit()
+
+        for urb in urbs:
+            submit(urb)
+        while under_way:
+            address = ctypes.c_uint64()
+            fcntl.ioctl(self._file, REAP_URB, address)
+            following = back(under_way.pop(address.value))
+            if following is not None:
+                submit(following)
+
+    def begin(self, name: str, *arguments: Any) -> bytes:
+        """Start another operation beside those that follow; :meth:`join` waits for it."""
+        self._begun.append(self._threads.submit(result, getattr(self, name), list(arguments)))
+        time.sleep(0.2)  # it is at the device then
+        return b""
+
+    def join(self) -> bytes:
+        """The results of what was begun, as this script writes them."""
+        results = [future.result() for future in self._begun]
+        self._begun.clear()
+        return json.dumps(results).encode()
+
+    def drain(self, endpoint: int, length: int, path: str) -> bytes:
+        """Read bulk transfers of so many bytes until there is a file."""
+        while not os.path.exists(path):
+            arrived = len(self.receive(endpoint, length))
+            assert arrived == length, f"{arrived} of {length} bytes"
+        return b""
 
     def clear_halt(self, endpoint: int) -> bytes:
         """CLEAR_FEATURE(ENDPOINT_HALT), and the host controller starts the endpoint afresh."""
