@@ -300,10 +300,10 @@ class Machine:
             backend = {"addr": {"type": "unix", "data": {"path": str(path)}}, "server": False}
             await self.qmp.execute("chardev-add", {"id": name, "backend": {"type": "socket", "data": backend}})
             yield name
-            if self.guest.alive:
-                await self.qmp.execute("chardev-remove", {"id": name})
         finally:
             server.close()  # and not as a context: from Python 3.12 on its end waits for all connections
+            if self.guest.alive:
+                await self.qmp.execute("chardev-remove", {"id": name})
 
     async def type(self, letters: Iterable[str]) -> None:
         """Press and release keys of its keyboard, one after the other."""
