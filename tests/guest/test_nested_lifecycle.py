@@ -239,7 +239,7 @@ async def paused(
         await enter(camera.attached(machine.guest))
         devices = [disk, await machine.find(f"{CAMERA} *"), await enter(machine.device("usb-tablet", TABLET))]
         plugs = await enter(AsyncExitStack())
-        places = (far.targets[0], far.targets[1], far.targets[2])
+        places = (far.targets[0], far.targets[1], far.targets[-1])
         plugged = [
             await plugs.enter_async_context(plugger.plugged(target, real))
             for target, real in zip(places, devices, strict=True)

@@ -33,6 +33,7 @@ from farplug.redirection.describe import connect
 from farplug.redirection.ledger import MAX_TRANSFER, Ledger
 from farplug.redirection.operations import Operations
 from farplug.redirection.receptions import Receptions, Start, Stop
+from farplug.redirection.reminder import Reminder
 from farplug.redirection.speed import SpeedWatch, lower_speed
 from farplug.transport.port import Port
 from farplug.usb.device import Device
@@ -132,6 +133,7 @@ class Redirection:
         # What the guest did since the device was offered.
         self._traffic = False
         self._speed = SpeedWatch(self._misunderstood)
+        self._reminder = Reminder(self._remind)
         # Waiting and leaving.
         self._hello: asyncio.Future[None] | None = None
         self._acknowledged: asyncio.Future[None] | None = None
@@ -327,6 +329,8 @@ class Redirection:
         self._traffic = False
         self._speed.begin()
         self._flush()
+        if self.port.loses_wakeups:
+            self._reminder.start()
         self._emit(events.Attached(self.port.name, identity, identity.speed))
 
     def _described(self, endpoints: Collection[Endpoint]) -> None:
@@ -374,6 +378,7 @@ class Redirection:
         self._ledger.cancel_all()
         self._ledger.device = self._operations.device = None
         self._speed.begin()
+        self._reminder.stop()
         self._receptions.forget()
         if self.state is not State.ATTACHED:
             return
@@ -415,6 +420,7 @@ class Redirection:
 
     def data_received(self, data: memoryview) -> None:
         """Bytes from the guest."""
+        self._reminder.heard = True
         self._connection.receive_data(data)
         self._pump()
 
@@ -643,6 +649,12 @@ class Redirection:
 
     def _stop_receiving(self, packet: Stop) -> None:
         self._receptions.stop(packet, self._usable_device)
+
+    def _remind(self) -> None:
+        """Say something that changes nothing: endpoint 0 does not receive."""
+        if not self._output_full:
+            self._send(p.InterruptReceivingStatus(endpoint=0x80, status=Status.SUCCESS))
+            self._flush()
 
     # The guest's other words --------------------------------------------------------------------------------------
 

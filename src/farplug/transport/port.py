@@ -33,10 +33,12 @@ class Port(ABC):
     Attributes:
         name: short and unique in its guest, for people: ``usbredir 0``, ``tcp``.
         compress: a hint: False while what is sent must not wait for the processor (isochronous data).
+        loses_wakeups: what was sent while the VM was paused lies there also when it goes on, until more is sent.
     """
 
     name: str
     compress: bool = True
+    loses_wakeups: bool = False
 
     @abstractmethod
     async def open(self, listener: PortListener) -> None:

@@ -246,6 +246,8 @@ class SpicePort(Port):
             device with isochronous endpoints.
     """
 
+    loses_wakeups = True
+
     def __init__(self, number: int, session: SpiceSession, dialer: ChannelDialer, timeouts: Timeouts) -> None:
         self.name = f"usbredir {number}"
         self.number = number

@@ -1,0 +1,54 @@
+"""Answers that lie before a VM that was paused: another word makes QEMU look.
+
+While its VM is paused QEMU's usb-redir takes nothing. When the VM goes on it takes what came in the pause from a socket,
+but not from its SPICE server (seen with QEMU 7.2): there it lies until more comes, and the guest's driver waits until it
+gives up. So in a silence something harmless is said again and again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+SOON = 1.0
+"""Seconds of the guest's silence until the first reminder; each next one comes after twice the time."""
+LATE = 5.0
+"""Seconds between reminders at most. Linux gives a disk 30 s for an answer."""
+
+
+class Reminder:
+    """Reminds a guest that is silent.
+
+    Args:
+        remind: says something harmless.
+
+    Attributes:
+        heard: the guest said something: set it with each word.
+    """
+
+    def __init__(self, remind: Callable[[], None]) -> None:
+        self.heard = False
+        self._remind = remind
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """From here on a silence counts."""
+        self.stop()
+        self._wait(SOON)
+
+    def stop(self) -> None:
+        """No more reminders."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _wait(self, seconds: float) -> None:
+        self.heard = False
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._look, seconds)
+
+    def _look(self, waited: float) -> None:
+        if self.heard:
+            self._wait(SOON)
+        else:
+            self._remind()
+            self._wait(min(2 * waited, LATE))

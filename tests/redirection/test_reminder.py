@@ -1,0 +1,68 @@
+"""When a silent guest is reminded."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from tests.redirection.scripted import ScriptedDevice
+
+from farplug.redirection import reminder
+from farplug.redirection.reminder import Reminder
+from farplug.testing.memory import MemoryGuest
+from farplug.usb import Status
+from farplug.usbredir import packets as p
+
+
+class Clock:
+    """A loop that runs nothing by itself."""
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[float, Callable[..., None], tuple[Any, ...]]] = []
+
+    def call_later(self, seconds: float, callback: Callable[..., None], *arguments: Any) -> Clock:
+        self.waiting.append((seconds, callback, arguments))
+        return self
+
+    def cancel(self) -> None:
+        self.waiting.clear()
+
+    def pass_on(self) -> float:
+        """The time that was waited for has passed."""
+        seconds, callback, arguments = self.waiting.pop()
+        callback(*arguments)
+        return seconds
+
+
+def test_ever_later_until_the_guest_says_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, said = Clock(), []
+    monkeypatch.setattr(asyncio, "get_running_loop", lambda: clock)
+    reminder = Reminder(lambda: said.append("word"))
+    reminder.start()
+    assert [clock.pass_on() for _ in range(5)] == [1, 2, 4, 5, 5]
+    assert len(said) == 5
+    reminder.heard = True
+    assert [clock.pass_on() for _ in range(3)] == [5, 1, 2]
+    assert len(said) == 7
+    reminder.start()
+    assert len(clock.waiting) == 1
+    reminder.stop()
+    assert clock.waiting == []
+    reminder.stop()
+
+
+async def test_a_port_that_loses_wakeups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reminder, "SOON", 0.001)
+    monkeypatch.setattr(reminder, "LATE", 0.001)
+    async with MemoryGuest() as guest:
+        guest.redirection.port.loses_wakeups = True
+        await guest.redirection.attach(ScriptedDevice())
+        reminded = guest.stream(p.InterruptReceivingStatus, 0x80)
+        for _ in range(3):
+            assert (await reminded()).status is Status.SUCCESS
+        await guest.redirection.detach()
+        packets = len(guest.received)
+        await asyncio.sleep(0.02)
+        assert len(guest.received) == packets
