@@ -1,8 +1,8 @@
 """Answers that lie before a VM that was paused: another word makes QEMU look.
 
-While its VM is paused QEMU's usb-redir takes nothing. When the VM goes on it takes what came in the pause from a socket,
-but not from its SPICE server (seen with QEMU 7.2): there it lies until more comes, and the guest's driver waits until it
-gives up. So in a silence something harmless is said again and again.
+While its VM is paused QEMU's usb-redir takes nothing. When the VM goes on it takes what came in the pause from a
+socket, but not from its SPICE server (seen with QEMU 7.2): there it lies until more comes, and the guest's driver
+waits until it gives up. So in a silence something harmless is said again and again.
 """
 
 from __future__ import annotations
