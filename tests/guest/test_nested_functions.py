@@ -172,8 +172,8 @@ async def test_speaker_plays_without_underrun(desk: Desk) -> None:
     figures = (await desk.plugger.ask("figures", desk.numbers["speaker"]))["01"]
     assert 0.95 < figures["transfers"] / 5000 < 1.1, figures
     assert figures["errors"] == 0, figures
-    # Packets that come too late for the device's clock are dropped, as cancelled. A quiet machine drops none: 65 are
-    # taken back at the end. One that has no time for two emulated ones drops more, but the stream never collapses.
+    # Packets that come too late for the device's clock are dropped, as cancelled: on a quiet machine some 1 %. One that
+    # has no time for two emulated ones drops more, but the stream never collapses.
     assert figures["cancelled"] < figures["transfers"] / 2, figures
     assert figures["bytes"] == 192 * (figures["transfers"] - figures["cancelled"]), figures
 
