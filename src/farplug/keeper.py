@@ -75,7 +75,7 @@ async def find(found: Found) -> Device:
     try:
         return await aside(look)
     except DeviceError as error:
-        if not found.node.exists():
+        if error.reason is Reason.DEVICE_LOST:
             raise DeviceError(
                 f"{found} is not there any more", reason=Reason.DEVICE_LOST, remedy="plug it in again"
             ) from error

@@ -109,7 +109,8 @@ def test_a_device_that_libusb_does_not_know(
     def gone(bus: int, address: int, **names: str) -> Device:
         if leaves:
             machine.remove("1-1")
-        raise DeviceError(f"there is no USB device {bus}-{address}", reason=Reason.DEVICE_LOST)
+            raise DeviceError(f"there is no USB device {bus}-{address}", reason=Reason.DEVICE_LOST)
+        raise DeviceError(f"libusb cannot read the descriptors of {bus}-{address}", reason=Reason.DEVICE_FAULT)
 
     monkeypatch.setattr(keeper, "find_device", gone)
     machine.add("1-1", 11)

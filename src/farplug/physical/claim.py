@@ -44,6 +44,9 @@ MAX_INTERFACES: Final = 32
 
 log = logging.getLogger(__name__)
 
+NODES = Path("/dev/bus/usb")
+"""Where Linux has the devices, by bus and address."""
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -65,7 +68,7 @@ class Place:
     @property
     def node(self) -> Path:
         """What is opened to use it, on Linux."""
-        return Path(f"/dev/bus/usb/{self.bus:03}/{self.address:03}")
+        return NODES / f"{self.bus:03}/{self.address:03}"
 
     def __str__(self) -> str:
         return f"{self.bus}-{self.address}"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Final
 
 from farplug.errors import DeviceError, LocalProtocolError, Reason
@@ -27,9 +26,6 @@ OPEN_PATIENCE = 10.0
 """Seconds that taking a device may last."""
 CLOSE_PATIENCE = 10.0
 """Seconds that giving it back may last; after that it goes on without anybody waiting."""
-
-NODES = Path("/dev/bus/usb")
-"""Where Linux has the devices, by bus and address."""
 
 _CLEAR_HALT: Final = (0x02, Request.CLEAR_FEATURE, Feature.ENDPOINT_HALT, 0)
 """bmRequestType, bRequest, wValue and wLength of the request that clears an endpoint's halt."""
@@ -308,7 +304,7 @@ def find_device(
                     product=product,
                     serial_number=serial_number,
                 )
-    if (NODES / f"{bus:03d}" / f"{address:03d}").exists():
+    if place.node.exists():
         raise DeviceError(
             f"libusb cannot read the descriptors of the USB device {place}",
             reason=Reason.DEVICE_FAULT,
