@@ -284,6 +284,9 @@ class Redirection:
         finally:
             timer.cancel()
 
+    def _guest_has(self, cap: Cap) -> bool:
+        return bool((self._connection.peer_caps or Cap(0)) & cap)
+
     def _check_filter(self, device: Device) -> None:
         if self._guest_filter is None:
             return
@@ -305,8 +308,7 @@ class Redirection:
     def _select_speed(self, device: Device) -> None:
         """The best one that the guest can take; a port before this one may have taken less."""
         device.select_speed(device.speeds[0])
-        guest_has = self._connection.peer_caps or Cap(0)
-        while not guest_has & Cap.BULK_STREAMS and device.has_streams:
+        while not self._guest_has(Cap.BULK_STREAMS) and device.has_streams:
             # A guest's driver would find them in the descriptors, and give up on the device when it gets none.
             identity, lower = device.identity, lower_speed(device)
             if lower is None:
@@ -387,7 +389,7 @@ class Redirection:
         self._send(p.DeviceDisconnect())
         self._flush()
         self._pump()  # nothing is pending any more that could have held it back
-        if (self._connection.peer_caps or Cap(0)) & Cap.DEVICE_DISCONNECT_ACK:
+        if self._guest_has(Cap.DEVICE_DISCONNECT_ACK):
             try:
                 await asyncio.wait_for(self._acknowledged, ACK_PATIENCE)
             except TimeoutError:
