@@ -20,6 +20,7 @@ import pytest
 from farplug.testing import GATEWAY, QemuGuest
 from farplug.testing.qemu_config import LOOPBACK
 from farplug.usb import Speed
+from farplug.usb.descriptors import DeviceDescriptor, EndpointDescriptor
 
 SPEEDS = {Speed.LOW: 1, Speed.FULL: 2, Speed.HIGH: 3, Speed.SUPER: 5}
 """enum usb_device_speed (Linux, include/uapi/linux/usb/ch9.h)."""
@@ -204,8 +205,16 @@ def device_descriptor(ids: str, *, usb: int = 0x0200, device_class: int = 0, con
     """A device descriptor, whose endpoint 0 takes 64 bytes (USB 2.0, table 9-8)."""
     vendor, product = (int(part, 16) for part in ids.split(":"))
     size = 9 if usb >= 0x0300 else 64
-    return struct.pack(
-        "<BBHBBBBHHHBBBB", 18, 1, usb, device_class, 0, 0, size, vendor, product, 0x0100, 0, 0, 0, configurations
+    return bytes(
+        DeviceDescriptor(
+            usb_version=usb,
+            vendor_id=vendor,
+            product_id=product,
+            device_version=0x0100,
+            device_class=device_class,
+            max_packet_size_0=size,
+            configuration_count=configurations,
+        )
     )
 
 
@@ -216,7 +225,7 @@ def interface(number: int, *endpoints: bytes, alternate: int = 0, kind: int = 0x
 
 def endpoint(address: int, attributes: int, max_packet_size: int, interval: int = 0) -> bytes:
     """An endpoint descriptor (table 9-13)."""
-    return struct.pack("<BBBBHB", 7, 5, address, attributes, max_packet_size, interval)
+    return bytes(EndpointDescriptor(address, attributes, max_packet_size, interval))
 
 
 def configuration(*parts: bytes, interfaces: int = 1, value: int = 1, total: int | None = None) -> bytes:

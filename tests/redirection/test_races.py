@@ -78,13 +78,19 @@ async def test_leaving_while_it_falls_back_and_the_device_takes_its_time(how: st
         assert guest.redirection.state is (State.EMPTY if how == "detach" else State.CLOSED)
 
 
+async def opening(guest: MemoryGuest, device: Slow) -> asyncio.Task[None]:
+    """Begin to attach a device, which opens only when its gate does."""
+    await settle()
+    device.gate.clear()
+    attaching = asyncio.create_task(guest.redirection.attach(device))
+    await settle()
+    return attaching
+
+
 async def test_the_guest_vanishes_while_the_device_opens() -> None:
     device = Slow()
     async with MemoryGuest() as guest:
-        await settle()
-        device.gate.clear()
-        attaching = asyncio.ensure_future(guest.redirection.attach(device))
-        await settle()
+        attaching = await opening(guest, device)
         guest._end.abort()
         await settle()
         device.gate.set()
@@ -98,10 +104,7 @@ async def test_the_guest_vanishes_while_the_device_opens() -> None:
 async def test_a_filter_that_comes_while_the_device_opens() -> None:
     device = Slow()
     async with MemoryGuest() as guest:
-        await settle()
-        device.gate.clear()
-        attaching = asyncio.ensure_future(guest.redirection.attach(device))
-        await settle()
+        attaching = await opening(guest, device)
         guest.send(p.FilterFilter(filter="0x03,-1,-1,-1,1"))
         await settle()
         device.gate.set()
