@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
+from farplug.testing.memory import MemoryGuest
 from farplug.usb import Device, DeviceListener, Endpoint, Identity, Interface, Reception, Speed, Status, Transfer
 from farplug.usb.types import TransferType
 
@@ -125,3 +127,14 @@ class ScriptedDevice(Device):
         self.listener = None
         if self.close_error is not None:
             raise self.close_error
+
+
+def kinds(guest: MemoryGuest) -> list[type]:
+    """What the engine told, by type."""
+    return [type(event) for event in guest.events]
+
+
+async def settle(turns: int = 20) -> None:
+    """Let the loop do what is ready."""
+    for _ in range(turns):
+        await asyncio.sleep(0)

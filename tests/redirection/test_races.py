@@ -6,24 +6,15 @@ import asyncio
 from collections.abc import Sequence
 
 import pytest
-from tests.redirection.scripted import BULK_IN, BULK_OUT, INTERRUPT_IN, ScriptedDevice
+from tests.redirection.scripted import BULK_IN, INTERRUPT_IN, ScriptedDevice, kinds, settle
 
 from farplug import events
 from farplug.errors import DeviceError, GuestGoneError, Reason, RefusedError, RemoteProtocolError
-from farplug.redirection import State, engine, ledger, operations
+from farplug.redirection import State, operations
 from farplug.testing.memory import MemoryGuest
-from farplug.usb import DeviceListener, Interface, Speed, Status
+from farplug.usb import DeviceListener, Speed, Status
 from farplug.usbredir import packets as p
 from farplug.usbredir.protocol import Connection, Role
-
-
-async def settle(turns: int = 20) -> None:
-    for _ in range(turns):
-        await asyncio.sleep(0)
-
-
-def kinds(guest: MemoryGuest) -> list[type]:
-    return [type(event) for event in guest.events]
 
 
 class Slow(ScriptedDevice):
@@ -184,114 +175,6 @@ async def test_nothing_is_begun_for_a_device_that_leaves() -> None:
         assert kinds(guest)[-1] is events.Detached
 
 
-async def test_what_is_refused_holds_no_memory_while_it_waits_for_its_turn() -> None:
-    device = ScriptedDevice()
-    device.cancels = False
-    async with MemoryGuest(device) as guest:
-        first = guest.submit_out(BULK_OUT, b"x")
-        size = 8 * 2**20
-        more = [guest.submit_out(BULK_OUT, bytes(size)) for _ in range(12)]
-        accepted = 1 + (ledger.MAX_IN_FLIGHT - 1) // size
-        async with asyncio.timeout(20):
-            while len(guest.redirection._ledger) < 13:
-                await asyncio.sleep(0.01)
-        assert len(device.submitted) == accepted
-        held = sum(len(request.data) for request in guest.redirection._ledger._queues[BULK_OUT])
-        assert held <= ledger.MAX_IN_FLIGHT
-        for transfer in device.submitted:
-            transfer.complete()
-        assert (await first).status is Status.SUCCESS
-        statuses = [(await pending).status for pending in more]
-        assert statuses == [Status.SUCCESS] * (accepted - 1) + [Status.IO_ERROR] * (13 - accepted)
-
-
-async def test_ids_used_twice_are_bounded_and_answered_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "MAX_PENDING", 50)
-    device = ScriptedDevice()
-    async with MemoryGuest(device) as guest:
-        guest.send(*[p.BulkPacket(id=77, endpoint=BULK_IN, status=Status.SUCCESS, length=4)] * 200)
-        await settle()
-        assert len(guest.redirection._ledger) == 50
-        device.submitted[0].complete(Status.SUCCESS, b"once")
-        await guest.wait(lambda: sum(isinstance(packet, p.BulkPacket) for packet in guest.received) == 50)
-        await settle()
-        assert len(guest.redirection._ledger) == 50
-        await guest.redirection.detach()
-        await settle()
-        assert not len(guest.redirection._ledger)
-        answers = [packet.status for packet in guest.received if isinstance(packet, p.BulkPacket)]
-        assert len(answers) == 200
-
-
-@pytest.mark.parametrize("reply", [memoryview(b"abcdef")[::2], "text", [1, 2]])
-async def test_a_reply_that_cannot_be_said_becomes_an_error(reply: object) -> None:
-    device = ScriptedDevice()
-    async with MemoryGuest(device) as guest:
-        pending = guest.submit_in(BULK_IN, 10)
-        await settle()
-        device.submitted[0].complete(Status.SUCCESS, reply)  # type: ignore[arg-type]
-        assert (await pending).status is Status.IO_ERROR
-        assert events.DeviceFault in kinds(guest)
-
-
-class Unreadable(ScriptedDevice):
-    """Its interfaces cannot be read: it is being pulled out."""
-
-    broken = False
-
-    @property
-    def interfaces(self) -> Sequence[Interface]:
-        if self.broken:
-            raise OSError("no such device")
-        return super().interfaces
-
-    @property
-    def configuration(self) -> int:
-        if self.broken:
-            raise OSError("no such device")
-        return super().configuration
-
-
-async def test_a_device_that_cannot_be_described_any_more() -> None:
-    device = Unreadable()
-    async with MemoryGuest(device) as guest:
-        device.broken = True
-        for packet in (
-            p.SetConfiguration(id=100, configuration=1),
-            p.GetConfiguration(id=101),
-            p.SetAltSetting(id=102, interface=0, alt=1),
-            p.GetAltSetting(id=103, interface=0),
-        ):
-            assert (await guest.request(packet)).status is Status.IO_ERROR
-        assert kinds(guest).count(events.DeviceFault) == 4
-        device.broken = False
-
-
-async def test_a_setting_that_cannot_be_described() -> None:
-    class Device(Unreadable):
-        async def set_interface(self, number: int, alternate: int) -> Status:
-            self.broken = True
-            return Status.SUCCESS
-
-    device = Device()
-    async with MemoryGuest(device) as guest:
-        answer = await guest.request(p.SetAltSetting(id=100, interface=0, alt=1))
-        assert (answer.status, answer.alt) == (Status.IO_ERROR, operations.NO_SETTING)
-        device.broken = False
-
-
-async def test_a_device_that_cannot_be_described_at_all_is_not_offered() -> None:
-    device = Unreadable()
-    device.broken = True
-    async with MemoryGuest() as guest:
-        await settle()
-        with pytest.raises(OSError, match="no such device"):
-            await guest.redirection.attach(device)
-        assert guest.redirection.state is State.EMPTY
-        assert device.calls == ["open", "close"]
-        await guest.redirection.attach(ScriptedDevice())
-
-
 async def test_what_cannot_be_made_durable_is_told_when_the_guest_is_gone_too() -> None:
     device = ScriptedDevice()
     device.close_error = DeviceError("what was written may be lost", reason=Reason.IO_ERROR)
@@ -336,20 +219,6 @@ async def test_a_hello_behind_nonsense_is_too_late() -> None:
         assert kinds(guest) == []
 
 
-async def test_bytes_that_nobody_takes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = ScriptedDevice()
-    async with MemoryGuest(device) as guest:
-        guest.send(p.StartBulkReceiving(stream_id=0, bytes_per_transfer=512, endpoint=BULK_IN, transfers=5))
-        await settle()
-        guest.redirection.pause_writing()
-        assert device.listener is not None
-        for _ in range(10):
-            device.listener.received(BULK_IN, Status.SUCCESS, bytes(2**20))
-        figures = {f.endpoint: f for f in guest.redirection.figures}
-        assert (figures[BULK_IN].transfers, figures[BULK_IN].dropped) == (4, 6)
-        guest.redirection.resume_writing()
-
-
 # The guest in memory must notice what QEMU would not survive.
 
 
@@ -361,10 +230,10 @@ async def test_the_guest_in_memory_sees_answers_out_of_order_and_twice() -> None
             pending = [guest.submit_in(BULK_IN, 8), guest.submit_in(BULK_IN, 8)]
             await settle()
             for number in order:
-                guest.redirection._send(
+                guest.redirection._conversation.send(
                     p.BulkPacket(id=pending[number].id, endpoint=BULK_IN, status=Status.SUCCESS, length=0)
                 )
-            guest.redirection._flush()
+            guest.redirection._conversation.flush()
             await settle()
             guest.redirection._ledger._queues.clear()
             guest.redirection._ledger._requests.clear()

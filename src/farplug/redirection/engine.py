@@ -1,9 +1,9 @@
-"""One device on one port: hello, offer, reset, configurations, settings, disconnect.
+"""One device on one port: hello, offer, speed, disconnect: what begins and ends.
 
 It knows packets and :class:`~farplug.usb.device.Device`, and no kind of device. What it guarantees, whatever the device
 and the guest do (QEMU aborts its VM otherwise): every id has exactly one answer, answers keep their order on each
 endpoint (:mod:`~farplug.redirection.ledger`), nothing is sent that the guest's parser would reject
-(:mod:`farplug.usbredir`), and memory is bounded.
+(:mod:`farplug.usbredir`), and memory is bounded (:mod:`~farplug.redirection.conversation`).
 
 Source: usb-redirection-protocol.md (protocol 0.7) and what usbredirhost and QEMU make of it.
 """
@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from collections.abc import Callable, Collection
 from enum import Enum, auto
-from typing import Any
 
 from farplug import events
 from farplug.errors import (
@@ -29,45 +27,33 @@ from farplug.errors import (
     UsageError,
 )
 from farplug.events import EndpointFigures, PortEvent
+from farplug.redirection.acceptance import check_filter, rejected
+from farplug.redirection.conversation import Conversation
+from farplug.redirection.current import Current
 from farplug.redirection.describe import connect
+from farplug.redirection.figures import Figures
 from farplug.redirection.ledger import MAX_TRANSFER, Ledger
 from farplug.redirection.operations import Operations
-from farplug.redirection.receptions import Receptions, Start, Stop
-from farplug.redirection.reminder import Reminder
-from farplug.redirection.speed import SpeedWatch, lower_speed
+from farplug.redirection.receptions import Receptions
+from farplug.redirection.speed import SpeedChoice, SpeedWatch
+from farplug.redirection.transfers import Transfers
 from farplug.transport.port import Port
 from farplug.usb.device import Device
 from farplug.usb.transfer import Status
-from farplug.usb.types import (
-    Buffer,
-    Endpoint,
-    Setup,
-    Speed,
-    TransferType,
-)
+from farplug.usb.types import Buffer, Endpoint, Speed, TransferType
 from farplug.usbredir import packets as p
 from farplug.usbredir.caps import ALL_CAPS, Cap
 from farplug.usbredir.filter import Filter
-from farplug.usbredir.protocol import Connection, Oversized, Role, Violation
+from farplug.usbredir.protocol import Oversized, Violation
 
-MAX_PENDING = 4096
-"""Pending transfers; with more than that nothing further is read from the guest until some are answered."""
-PACKETS_AT_ONCE = 64
-"""Packets of the guest that are looked at before the event loop has its turn: what the device has done meanwhile, and
-other devices, must not wait for all that a guest can send at once."""
 MAX_REPORTED_VIOLATIONS = 20
 """Packets that break the protocol are reported this often for each port; further ones are dropped in silence."""
-FLUSH_ABOVE = 64 << 10
-"""Bytes of answers that leave at once; fewer leave together, when all that was received is looked at."""
 HELLO_PATIENCE = 1.5
 """Seconds after which a guest that has not said hello is reported as one that is waited for."""
 ACK_PATIENCE = 5.0
 """Seconds to wait for the guest's answer to a disconnect; a paused VM gives none."""
 
 log = logging.getLogger("farplug.usbredir")
-
-_STATUS = re.compile(r" status=\S+")
-"""In the log of requests: QEMU leaves the status of what it asks for uninitialised."""
 
 
 class State(Enum):
@@ -109,62 +95,51 @@ class Redirection:
         self.port = port
         self.state = State.CLOSED
         self._emit = on_event
-        self._caps = caps
-        self._max_transfer = max_transfer
-        self._connection = Connection(Role.HOST, caps=caps, max_payload=max_transfer)
         self._device: Device | None = None
         self._offered = False
         self._loss: DeviceError | None = None
         self._guest_filter: Filter | None = None
-        self._ledger = Ledger(self._send, self._completed, self._fault, max_transfer)
-        self._receptions = Receptions(self._send, self._fault, self._ledger.figures, max_transfer)
-        self._operations = Operations(
-            self._send, self._operated, self._fault, self._ledger, self._receptions, self._described
-        )
         self._violations = 0
         self._port_error: FarplugError | None = None
-        # Why nothing is pulled from the connection right now.
-        self._output_full = False
-        self._pumping = False
-        self._yielding = False
-        self._flushing = False
-        """Soon, on the event loop."""
-        self._reading_paused = False
-        # What the guest did since the device was offered.
-        self._traffic = False
-        self._speed = SpeedWatch(self._misunderstood)
-        self._reminder = Reminder(self._remind)
         # Waiting and leaving.
         self._hello: asyncio.Future[None] | None = None
         self._acknowledged: asyncio.Future[None] | None = None
         self._leaving: asyncio.Task[None] | None = None
-        self._falling_back: asyncio.Task[None] | None = None
         self._closed: asyncio.Future[FarplugError | None] | None = None
-        self._debug = log.isEnabledFor(logging.DEBUG)
-        self._handlers: dict[type, Callable[[Any], None]] = {
-            p.BulkPacket: self._bulk,
-            p.ControlPacket: self._control,
-            p.InterruptPacket: self._interrupt_out,
-            p.IsoPacket: lambda packet: self._receptions.iso_out(packet, self._usable_device),
-            p.CancelDataPacket: lambda packet: self._ledger.cancel(packet.id),
+        # Its parts.
+        self._figures = figures = Figures()
+        self._current = current = Current()
+        self._conversation = conversation = Conversation(port, self._port_closed, self._fault, caps, max_transfer)
+        self._ledger = ledger = Ledger(conversation, current, figures, max_transfer)
+        self._receptions = receptions = Receptions(conversation, current, figures, max_transfer)
+        self._operations = operations = Operations(conversation, current, ledger, receptions, self._described)
+        self._speed = SpeedChoice(port.name, on_event, self._offer_at, self._cannot_run)
+        self._watch = SpeedWatch(self._misunderstood)
+        transfers = Transfers(current, ledger, self._watch)
+        conversation.handlers = {
+            p.BulkPacket: transfers.bulk,
+            p.ControlPacket: transfers.control,
+            p.InterruptPacket: transfers.interrupt_out,
+            Oversized: transfers.oversized,
+            p.CancelDataPacket: lambda packet: ledger.cancel(packet.id),
+            p.IsoPacket: receptions.iso_out,
+            p.StartIsoStream: receptions.start,
+            p.StopIsoStream: receptions.stop,
+            p.StartInterruptReceiving: receptions.start,
+            p.StopInterruptReceiving: receptions.stop,
+            p.StartBulkReceiving: receptions.start,
+            p.StopBulkReceiving: receptions.stop,
             p.Reset: self._reset,
             p.SetConfiguration: self._set_configuration,
-            p.GetConfiguration: self._operations.get_configuration,
-            p.SetAltSetting: self._operations.set_alt_setting,
-            p.GetAltSetting: self._operations.get_alt_setting,
-            p.StartIsoStream: self._start_receiving,
-            p.StopIsoStream: self._stop_receiving,
-            p.StartInterruptReceiving: self._start_receiving,
-            p.StopInterruptReceiving: self._stop_receiving,
-            p.StartBulkReceiving: self._start_receiving,
-            p.StopBulkReceiving: self._stop_receiving,
-            p.AllocBulkStreams: self._operations.alloc_bulk_streams,
-            p.FreeBulkStreams: self._operations.free_bulk_streams,
+            p.GetConfiguration: operations.get_configuration,
+            p.SetAltSetting: operations.set_alt_setting,
+            p.GetAltSetting: operations.get_alt_setting,
+            p.AllocBulkStreams: operations.alloc_bulk_streams,
+            p.FreeBulkStreams: operations.free_bulk_streams,
             p.Hello: self._on_hello,
             p.FilterFilter: self._on_filter,
             p.FilterReject: self._on_filter_reject,
             p.DeviceDisconnectAck: self._on_disconnect_ack,
-            Oversized: self._oversized,
             Violation: self._violation,
         }
 
@@ -178,12 +153,7 @@ class Redirection:
     @property
     def figures(self) -> tuple[EndpointFigures, ...]:
         """What moved since the device was attached, one entry for each endpoint that was used."""
-        return self._ledger.figures.snapshot()
-
-    @property
-    def _usable_device(self) -> Device | None:
-        """The device, while the guest may use it."""
-        return self._device if self.state is State.ATTACHED and self._leaving is None else None
+        return self._figures.snapshot()
 
     async def open(self) -> None:
         """Open the port and say hello.
@@ -195,23 +165,17 @@ class Redirection:
         if self.state is not State.CLOSED:
             raise LocalProtocolError(f"port {self.port.name} is open already")
         loop = asyncio.get_running_loop()
-        self._connection = Connection(Role.HOST, caps=self._caps, max_payload=self._max_transfer)
         self._guest_filter = self._port_error = None
         self._violations = 0
-        self._output_full = self._receptions.output_full = self._reading_paused = False
         self._hello = loop.create_future()
         self._closed = loop.create_future()
         self.state = State.WAITING
         try:
-            await self.port.open(self)
+            await self._conversation.open()
         except BaseException:
             self.state = State.CLOSED
             self._hello = self._closed = None
             raise
-        if self._debug:
-            log.debug("%s > hello caps=%s", self.port.name, self._connection.own_caps.names)
-        self._connection.start()
-        self._flush()
 
     async def attach(self, device: Device) -> None:
         """Offer ``device`` to the guest; wait for the guest's hello first, for as long as it takes.
@@ -230,16 +194,16 @@ class Redirection:
         opened = False
         try:
             await self._wait_for_hello()
-            self._check_filter(device)
-            self._select_speed(device)
+            check_filter(self._guest_filter, device)
+            self._speed.first(device, streams=self._conversation.guest_has(Cap.BULK_STREAMS))
             await device.open(self)
             opened = True
             if self._closed is None or self._closed.done():
                 raise self._gone()
             if self._loss is not None:
                 raise self._loss
-            self._check_filter(device)  # the guest may have told it only now
-            self._ledger.figures.clear()
+            check_filter(self._guest_filter, device)  # the guest may have told it only now
+            self._figures.clear()
             self._offer(device)
         except BaseException:
             self._device = None
@@ -284,56 +248,28 @@ class Redirection:
         finally:
             timer.cancel()
 
-    def _guest_has(self, cap: Cap) -> bool:
-        return bool((self._connection.peer_caps or Cap(0)) & cap)
-
-    def _check_filter(self, device: Device) -> None:
-        if self._guest_filter is None:
-            return
-        identity = device.identity
-        judgement = self._guest_filter.judge(
-            device_class=identity.device_class,
-            vendor_id=identity.vendor_id,
-            product_id=identity.product_id,
-            device_version=identity.device_version,
-            interfaces=[(i.interface_class, i.interface_subclass, i.interface_protocol) for i in device.interfaces],
-        )
-        if not judgement.allowed:
-            raise RefusedError(
-                f"the guest's filter does not allow {identity}: {judgement}",
-                reason=Reason.FILTERED,
-                remedy="allow it in the filter= property of QEMU's usb-redir device (libvirt: <redirfilter>)",
-            )
-
-    def _select_speed(self, device: Device) -> None:
-        """The best one that the guest can take; a port before this one may have taken less."""
-        device.select_speed(device.speeds[0])
-        while not self._guest_has(Cap.BULK_STREAMS) and device.has_streams:
-            # A guest's driver would find them in the descriptors, and give up on the device when it gets none.
-            identity, lower = device.identity, lower_speed(device)
-            if lower is None:
-                raise RefusedError(
-                    f"the guest's side has no bulk streams, which {identity} uses",
-                    reason=Reason.CAPABILITY,
-                    remedy="QEMU's usb-redir device has them, unless it has streams=off; "
-                    "virtual disks need none with --usb-storage bot",
-                )
-            self._emit(events.FellBack(self.port.name, identity.speed, lower, needs_streams=True))
-            device.select_speed(lower)
-
     def _offer(self, device: Device) -> None:
         identity, connecting = device.identity, connect(device)
         self._operations.describe(device)
-        self._send(connecting)
+        self._conversation.send(connecting)
         self.state = State.ATTACHED
         self._offered = True
-        self._ledger.device = self._operations.device = device
-        self._traffic = False
-        self._speed.begin()
-        self._flush()
+        self._current.offered(device)
+        self._watch.begin()
+        self._conversation.flush()
         if self.port.loses_wakeups:
-            self._reminder.start()
+            self._conversation.reminder.start()
         self._emit(events.Attached(self.port.name, identity, identity.speed))
+
+    async def _offer_at(self, device: Device, speed: Speed) -> None:
+        """Take a device from the guest and offer it again at another speed, unless it is leaving by then."""
+        await self._disconnect()
+        if self.state is State.EMPTY and self._leaving is None:
+            await device.close()
+            device.select_speed(speed)
+            await device.open(self)
+            if self.state is State.EMPTY and self._leaving is None:
+                self._offer(device)
 
     def _described(self, endpoints: Collection[Endpoint]) -> None:
         """As spice-gtk: a device with isochronous endpoints sends as it is."""
@@ -341,7 +277,7 @@ class Redirection:
 
     def _start_leaving(self, error: FarplugError | None) -> asyncio.Task[None]:
         if self._leaving is None:
-            self._operations.device = None  # the guest begins nothing more
+            self._current.leaves()
             self._leaving = asyncio.get_running_loop().create_task(self._leave(error))
             self._leaving.add_done_callback(_retrieve)
         return self._leaving
@@ -351,9 +287,8 @@ class Redirection:
         assert device is not None
         try:
             await self._operations.finished()
-            if self._falling_back is not None:
-                await asyncio.wait([self._falling_back])
-            await self._disconnect(device)
+            await self._speed.finished()
+            await self._disconnect()
             close_error: FarplugError | None = None
             try:
                 await device.close()
@@ -375,21 +310,21 @@ class Redirection:
             self._leaving = None
             self._emit(events.Detached(self.port.name, error, figures))
 
-    async def _disconnect(self, device: Device) -> None:
+    async def _disconnect(self) -> None:
         """Out of the guest: pending transfers answered, the guest told, its acknowledgement awaited."""
         self._ledger.cancel_all()
-        self._ledger.device = self._operations.device = None
-        self._speed.begin()
-        self._reminder.stop()
+        self._current.left()
+        self._watch.begin()
+        self._conversation.reminder.stop()
         self._receptions.forget()
         if self.state is not State.ATTACHED:
             return
         self.state = State.LEAVING
         self._acknowledged = asyncio.get_running_loop().create_future()
-        self._send(p.DeviceDisconnect())
-        self._flush()
-        self._pump()  # nothing is pending any more that could have held it back
-        if self._guest_has(Cap.DEVICE_DISCONNECT_ACK):
+        self._conversation.send(p.DeviceDisconnect())
+        self._conversation.flush()
+        self._conversation.pump()  # nothing is pending any more that could have held it back
+        if self._conversation.guest_has(Cap.DEVICE_DISCONNECT_ACK):
             try:
                 await asyncio.wait_for(self._acknowledged, ACK_PATIENCE)
             except TimeoutError:
@@ -398,47 +333,8 @@ class Redirection:
         if self.state is State.LEAVING:
             self.state = State.EMPTY
 
-    # The device's voice (DeviceListener) --------------------------------------------------------------------------
-
-    def received(self, endpoint: int, status: Status, data: Buffer) -> None:
-        """One packet of a running reception."""
-        self._receptions.received(endpoint, status, data)
-        self._said()
-
-    def reception_ended(self, endpoint: int, status: Status) -> None:
-        """A reception ended by itself (stall), or reports an error while it runs on."""
-        self._receptions.ended(endpoint, status)
-        self._said()
-
-    def lost(self, error: Exception | None) -> None:
-        """The device is gone: tell the guest."""
-        message = "the device is gone" if error is None else f"the device is gone: {error}"
-        if self._offered:
-            self._start_leaving(DeviceError(message, reason=Reason.DEVICE_LOST))
-        else:
-            self._loss = DeviceError(message, reason=Reason.DEVICE_LOST)
-
-    # The port's voice (PortListener) ------------------------------------------------------------------------------
-
-    def data_received(self, data: memoryview) -> None:
-        """Bytes from the guest."""
-        self._reminder.heard = True
-        self._connection.receive_data(data)
-        self._pump()
-
-    def pause_writing(self) -> None:
-        """The port takes no more output: stop pulling requests."""
-        self._output_full = self._receptions.output_full = True
-
-    def resume_writing(self) -> None:
-        """The port takes output again."""
-        self._output_full = self._receptions.output_full = False
-        self._pump()
-
-    def port_closed(self, error: FarplugError | None) -> None:
-        """The port is closed: nothing can be answered any more; give the device back."""
-        if self.state is State.CLOSED:
-            return
+    def _port_closed(self, error: FarplugError | None) -> None:
+        """Nothing can be answered any more: give the device back."""
         self.state = State.CLOSED
         error = self._port_error or error
         assert self._hello is not None
@@ -456,209 +352,43 @@ class Redirection:
     def _gone(self) -> GuestGoneError:
         return GuestGoneError(f"the connection to the guest was closed ({self.port.name})")
 
-    # Pulling packets, sending answers -----------------------------------------------------------------------------
+    # The device's voice (DeviceListener) --------------------------------------------------------------------------
 
-    def _pump(self) -> None:
-        if self._pumping:
-            return
-        self._pumping = True
-        connection, handlers = self._connection, self._handlers
-        next_event = connection.next_event
-        ledger, operations = self._ledger, self._operations
-        try:
-            for _ in range(PACKETS_AT_ONCE):
-                if held := self._output_full or operations.busy or len(ledger) >= MAX_PENDING:
-                    break
-                event = next_event()
-                if event is None:
-                    break
-                if self._debug:
-                    log.debug("%s < %s", self.port.name, _STATUS.sub("", str(event)))
-                handler = handlers.get(type(event))
-                if handler is not None:
-                    handler(event)
-                if connection.unsent > FLUSH_ABOVE:
-                    self._flush()
-            else:
-                held = True
-                if not self._yielding:
-                    self._yielding = True
-                    asyncio.get_running_loop().call_soon(self._go_on)
-            self._flush()
-        finally:
-            self._pumping = False
-        if held is not self._reading_paused:
-            self._reading_paused = held
-            if held:
-                self.port.pause_reading()
-            else:
-                self.port.resume_reading()
+    def received(self, endpoint: int, status: Status, data: Buffer) -> None:
+        """One packet of a running reception."""
+        self._receptions.received(endpoint, status, data)
+        self._conversation.said()
 
-    def _go_on(self) -> None:
-        self._yielding = False
-        if self.state is not State.CLOSED:
-            self._pump()
+    def reception_ended(self, endpoint: int, status: Status) -> None:
+        """A reception ended by itself (stall), or reports an error while it runs on."""
+        self._receptions.ended(endpoint, status)
+        self._conversation.said()
 
-    def _send(self, packet: p.Packet) -> bool:
-        if self.state is State.CLOSED:
-            return True
-        if self._debug:
-            log.debug("%s > %s", self.port.name, packet)
-        try:
-            self._connection.send(packet)
-        except (LocalProtocolError, TypeError) as error:  # what the device gave us cannot be said in this protocol
-            self._fault(error)
-            return False
-        return True
-
-    def _flush(self) -> None:
-        self._flushing = False
-        buffers = self._connection.data_to_send()
-        if buffers:
-            self.port.write(buffers)
-
-    def _completed(self) -> None:
-        """The ledger answered a transfer. After the last one no other can go along: it is sent at once."""
-        if not self._ledger and not self._pumping:
-            self._flush()
-        self._said()
-
-    def _said(self) -> None:
-        """Something was said outside of the pump: by the device, later. The next thing that it says goes along."""
-        if self._pumping:
-            return
-        unsent = self._connection.unsent
-        if unsent > FLUSH_ABOVE:
-            self._flush()
-        elif unsent and not self._flushing:
-            self._flushing = True
-            asyncio.get_running_loop().call_soon(self._flush)
-        if self._reading_paused and not self._yielding:
-            self._pump()
+    def lost(self, error: Exception | None) -> None:
+        """The device is gone: tell the guest."""
+        message = "the device is gone" if error is None else f"the device is gone: {error}"
+        if self._offered:
+            self._start_leaving(DeviceError(message, reason=Reason.DEVICE_LOST))
+        else:
+            self._loss = DeviceError(message, reason=Reason.DEVICE_LOST)
 
     def _fault(self, error: Exception) -> None:
         log.warning("%s: the device misbehaved", self.port.name, exc_info=error)
         self._emit(events.DeviceFault(self.port.name, error))
 
-    # Transfers ----------------------------------------------------------------------------------------------------
-
-    def _bulk(self, packet: p.BulkPacket, *, stored: bool = True) -> None:
-        self._traffic = True
-        endpoint = self._operations.endpoints.get(packet.endpoint)
-        self._ledger.submit(
-            packet.id,
-            TransferType.BULK,
-            packet.endpoint,
-            valid=stored and endpoint is not None and endpoint.type is TransferType.BULK,
-            length=packet.length,
-            data=packet.data,
-            stream_id=packet.stream_id,
-        )
-
-    def _control(self, packet: p.ControlPacket, *, stored: bool = True) -> None:
-        self._traffic = True
-        setup = Setup(packet.request_type, packet.request, packet.value, packet.index, packet.length)
-        self._speed.requested(setup)
-        self._ledger.submit(
-            packet.id,
-            TransferType.CONTROL,
-            packet.endpoint,
-            valid=stored and not packet.endpoint & 0x0F,
-            length=packet.length,
-            data=packet.data,
-            setup=setup,
-        )
-
-    def _interrupt_out(self, packet: p.InterruptPacket, *, stored: bool = True) -> None:
-        self._traffic = True
-        endpoint = self._operations.endpoints.get(packet.endpoint)
-        self._ledger.submit(
-            packet.id,
-            TransferType.INTERRUPT,
-            packet.endpoint,
-            valid=stored
-            and endpoint is not None
-            and endpoint.type is TransferType.INTERRUPT
-            and len(packet.data) <= endpoint.max_packet_size,
-            data=packet.data,
-        )
-
-    def _oversized(self, event: Oversized) -> None:
-        """A transfer whose body was too large to store: answered with an error, in its turn."""
-        match event.packet:
-            case p.BulkPacket():
-                self._bulk(event.packet, stored=False)
-            case p.ControlPacket():
-                self._control(event.packet, stored=False)
-            case p.InterruptPacket():
-                self._interrupt_out(event.packet, stored=False)
-
-    # The whole device ---------------------------------------------------------------------------------------------
-
-    def _operated(self) -> None:
-        """An operation on the device has ended."""
-        self._flush()
-        self._pump()
-
-    def _reset(self, packet: p.Reset) -> None:
-        self._speed.was_reset()
-        device = self._usable_device
-        if device is not None and self._traffic:  # else it was reset a moment ago
-            self._traffic = False
-            self._operations.reset(device, lambda: self._emit(events.WasReset(self.port.name)))
+    # Speed --------------------------------------------------------------------------------------------------------
 
     def _misunderstood(self) -> None:
-        """The guest does not understand the device at this speed."""
-        device = self._usable_device
-        lower = None if device is None else lower_speed(device)
-        if device is not None and lower is not None:
-            self._start_falling_back(device, lower)
+        """The guest does not understand the device at this speed. Without a lower one it goes on trying."""
+        device = self._current.usable
+        if device is not None:
+            self._speed.fall_back(device)
 
-    def _start_falling_back(self, device: Device, speed: Speed) -> None:
-        async def fall_back() -> None:
-            try:
-                await self._disconnect(device)
-                if self.state is State.EMPTY and self._leaving is None:
-                    await device.close()
-                    device.select_speed(speed)
-                    await device.open(self)
-                    if self.state is State.EMPTY and self._leaving is None:
-                        self._offer(device)
-            except Exception as error:
-                self._fault(error)
-                message = f"the device cannot run at {speed} speed: {error}"
-                self._start_leaving(DeviceError(message, reason=Reason.DEVICE_FAULT))
-            finally:
-                self._falling_back = None
+    def _cannot_run(self, error: Exception, why: DeviceError) -> None:
+        self._fault(error)
+        self._start_leaving(why)
 
-        if self._falling_back is None and self._leaving is None:
-            self._emit(events.FellBack(self.port.name, device.identity.speed, speed))
-            self._falling_back = asyncio.get_running_loop().create_task(fall_back())
-
-    def _set_configuration(self, packet: p.SetConfiguration) -> None:
-        self._traffic = True
-        self._operations.set_configuration(packet, self._configured)
-
-    def _configured(self, configuration: int) -> None:
-        self._speed.begin()
-        self._emit(events.Configured(self.port.name, configuration))
-
-    # Receptions ---------------------------------------------------------------------------------------------------
-
-    def _start_receiving(self, packet: Start) -> None:
-        self._traffic = True
-        self._receptions.start(packet, self._usable_device, self._operations.endpoints)
-
-    def _stop_receiving(self, packet: Stop) -> None:
-        self._receptions.stop(packet, self._usable_device)
-
-    def _remind(self) -> None:
-        """Say something that changes nothing: endpoint 0 does not receive."""
-        if not self._output_full:
-            self._send(p.InterruptReceivingStatus(endpoint=0x80, status=Status.SUCCESS))
-            self._flush()
-
-    # The guest's other words --------------------------------------------------------------------------------------
+    # The guest's words --------------------------------------------------------------------------------------------
 
     def _on_hello(self, packet: p.Hello) -> None:
         assert self._hello is not None
@@ -669,44 +399,49 @@ class Redirection:
         if not self._hello.done():
             self._hello.set_result(None)
 
+    def _reset(self, packet: p.Reset) -> None:
+        self._watch.was_reset()
+        device = self._current.usable
+        if device is not None and self._current.touched:  # else it was reset a moment ago
+            self._current.touched = False
+            self._operations.reset(device, lambda: self._emit(events.WasReset(self.port.name)))
+
+    def _set_configuration(self, packet: p.SetConfiguration) -> None:
+        self._current.touched = True
+        self._operations.set_configuration(packet, self._configured)
+
+    def _configured(self, configuration: int) -> None:
+        self._watch.begin()
+        self._emit(events.Configured(self.port.name, configuration))
+
     def _on_filter(self, packet: p.FilterFilter) -> None:
         try:
             self._guest_filter = Filter.parse(packet.filter)
         except UsageError as error:
             log.warning("%s: the guest sent a filter that cannot be read, it is ignored: %s", self.port.name, error)
             return
-        device = self._usable_device
+        device = self._current.usable
         if device is not None:  # it came after the offer, or was changed
             try:
-                self._check_filter(device)
+                check_filter(self._guest_filter, device)
             except RefusedError as refused:
                 self._refused(refused)
+
+    def _on_filter_reject(self, packet: p.FilterReject) -> None:
+        device = self._current.usable
+        if device is None:
+            return
+        try:
+            check_filter(self._guest_filter, device)
+        except RefusedError as filtered:
+            self._refused(filtered)
+        else:
+            if not self._speed.fall_back(device):
+                self._refused(rejected(device.identity))
 
     def _refused(self, error: RefusedError) -> None:
         self._emit(events.Refused(self.port.name, error))
         self._start_leaving(error)
-
-    def _on_filter_reject(self, packet: p.FilterReject) -> None:
-        device = self._device
-        if device is None or self.state is not State.ATTACHED or self._leaving is not None:
-            return
-        identity = device.identity
-        try:
-            self._check_filter(device)
-        except RefusedError as filtered:
-            error = filtered
-        else:
-            lower = lower_speed(device)
-            if lower is not None:
-                self._start_falling_back(device, lower)
-                return
-            error = RefusedError(
-                f"the guest refused {identity} at {identity.speed} speed",
-                reason=Reason.REJECTED,
-                remedy="the VM's USB controller may not take this speed: give it a qemu-xhci controller; "
-                "QEMU's own log says why",
-            )
-        self._refused(error)
 
     def _on_disconnect_ack(self, packet: p.DeviceDisconnectAck) -> None:
         if self._acknowledged is not None and not self._acknowledged.done():

@@ -10,8 +10,9 @@ from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import replace
 
+from farplug.redirection.conversation import Conversation
+from farplug.redirection.current import Current
 from farplug.redirection.figures import Figures
-from farplug.usb.device import Device
 from farplug.usb.transfer import Status, Transfer
 from farplug.usb.types import Buffer, Setup, TransferType
 from farplug.usbredir import packets as p
@@ -56,36 +57,27 @@ class Ledger:
     """The requests that are not answered yet.
 
     Args:
-        send: takes an answer; False if it cannot be said.
-        answered: called when something was answered outside of a call into the ledger, so that it gets flushed.
-        fault: told when a device raises.
+        conversation: takes the answers.
+        current: the device that answers; while there is none every request is answered with an I/O error.
+        figures: where what moved is counted.
         max_transfer: bytes, see :data:`MAX_TRANSFER`.
-
-    Attributes:
-        device: who answers; None while there is none: then every request is answered with an I/O error.
-        figures: what moved.
     """
 
     def __init__(
         self,
-        send: Callable[[p.Packet], bool],
-        answered: Callable[[], None],
-        fault: Callable[[Exception], None],
+        conversation: Conversation,
+        current: Current,
+        figures: Figures,
         max_transfer: int = MAX_TRANSFER,
     ) -> None:
-        self.device: Device | None = None
-        self.figures = Figures()
-        self._send = send
-        self._answered = answered
-        self._fault = fault
+        self._conversation = conversation
+        self._current = current
+        self._figures = figures
+        self._send = conversation.send
         self._max_transfer = max_transfer
         self._requests: dict[int, Request] = {}
         self._queues: dict[int, deque[Request]] = {}
         self._in_flight = 0
-        self._count = 0
-
-    def __len__(self) -> int:
-        return self._count
 
     def submit(
         self,
@@ -119,11 +111,11 @@ class Ledger:
             setup=setup,
             stream_id=stream_id,
         )
-        size, device = request.length, self.device
+        size, device = request.length, self._current.device
         valid = self._requests.setdefault(id, request) is request and valid and size <= self._max_transfer
         if queue is not None:
             queue.append(request)
-        self._count += 1
+        self._conversation.pending += 1
         if device is None or not valid or self._in_flight + size > MAX_IN_FLIGHT:
             request.data, request.length = b"", 0  # it only waits for its turn: hold nothing
             request.complete(Status.INVALID if device is not None and not valid else Status.IO_ERROR)
@@ -132,7 +124,7 @@ class Ledger:
         try:
             device.submit(request)
         except Exception as error:
-            self._fault(error)
+            self._conversation.fault(error)
             if request.status is None:
                 request.complete(Status.STALL)
 
@@ -166,11 +158,12 @@ class Ledger:
         return queue
 
     def _cancel_at_device(self, request: Request) -> None:
-        if request.status is None and self.device is not None:
+        device = self._current.device
+        if request.status is None and device is not None:
             try:
-                self.device.cancel(request)
+                device.cancel(request)
             except Exception as error:
-                self._fault(error)
+                self._conversation.fault(error)
 
     def _completed(self, transfer: Transfer) -> None:
         assert isinstance(transfer, Request)
@@ -181,7 +174,7 @@ class Ledger:
         else:
             assert transfer.status is not None
             self._answer(transfer, transfer.status, transfer.reply, transfer.actual)
-        self._answered()
+        self._conversation.answered()
 
     def _answer_in_order(self, queue: deque[Request]) -> None:
         while queue and (status := queue[0].status) is not None:
@@ -200,9 +193,9 @@ class Ledger:
         if self._requests.get(id) is request:
             del self._requests[id]
         self._in_flight -= request.length
-        self._count -= 1
+        self._conversation.pending -= 1
         endpoint = request.endpoint
-        self.figures[endpoint].count(status, actual)
+        self._figures[endpoint].count(status, actual)
         packet: p.DataPacket
         if request.type is TransferType.BULK:
             packet = p.bulk_packet(id, endpoint, status, actual, reply, request.stream_id)

@@ -10,6 +10,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from typing import Any
 
+from farplug.redirection.conversation import Conversation
+from farplug.redirection.current import Current
 from farplug.redirection.describe import describe
 from farplug.redirection.ledger import Ledger
 from farplug.redirection.receptions import Receptions
@@ -28,41 +30,29 @@ class Operations:
     """Runs operations, and answers the guest's.
 
     Args:
-        send: takes a packet.
-        done: called when an operation has ended.
-        fault: told when a device raises.
+        conversation: takes the answers; it waits while an operation is under way.
+        current: the device that answers; while there is none the answers are I/O errors.
         ledger: whose transfers a setting ends.
         receptions: which a setting ends.
         described: called with the endpoints of a setting that the guest was told.
-
-    Attributes:
-        device: who answers; None while there is none: then the answers are I/O errors.
-        endpoints: those of the current setting, by address.
     """
 
     def __init__(
         self,
-        send: Callable[[p.Packet], bool],
-        done: Callable[[], None],
-        fault: Callable[[Exception], None],
+        conversation: Conversation,
+        current: Current,
         ledger: Ledger,
         receptions: Receptions,
         described: Callable[[Collection[Endpoint]], None],
     ) -> None:
-        self.device: Device | None = None
-        self.endpoints: dict[int, Endpoint] = {}
-        self._send = send
-        self._done = done
-        self._fault = fault
+        self._conversation = conversation
+        self._current = current
+        self._send = conversation.send
+        self._fault = conversation.fault
         self._ledger = ledger
         self._receptions = receptions
         self._described = described
         self._task: asyncio.Task[None] | None = None
-
-    @property
-    def busy(self) -> bool:
-        """Whether one is under way."""
-        return self._task is not None
 
     async def finished(self) -> None:
         """Wait until none is under way."""
@@ -73,7 +63,7 @@ class Operations:
         """Tell the guest the interfaces and endpoints of the current setting; all, or nothing if the device raises."""
         endpoints = {e.address: e for interface in device.interfaces for e in interface.endpoints}
         packets = list(describe(device))
-        self.endpoints = endpoints
+        self._current.endpoints = endpoints
         for packet in packets:
             self._send(packet)
         self._described(endpoints.values())
@@ -91,7 +81,7 @@ class Operations:
 
     def set_configuration(self, packet: p.SetConfiguration, then: Callable[[int], None]) -> None:
         """Answered with fresh infos before the status; ``then`` is called with the configuration that was chosen."""
-        device = self.device
+        device = self._current.usable
         if device is None:
             self._send(p.ConfigurationStatus(id=packet.id, status=Status.IO_ERROR, configuration=0))
             return
@@ -115,10 +105,11 @@ class Operations:
 
     def get_configuration(self, packet: p.GetConfiguration) -> None:
         """Answered at once."""
+        device = self._current.usable
         status, value = Status.IO_ERROR, 0
         try:
-            if self.device is not None:
-                status, value = Status.SUCCESS, self.device.configuration
+            if device is not None:
+                status, value = Status.SUCCESS, device.configuration
         except Exception as error:
             self._fault(error)
             status = Status.IO_ERROR
@@ -126,9 +117,9 @@ class Operations:
 
     def set_alt_setting(self, packet: p.SetAltSetting) -> None:
         """Answered with fresh infos before the status, if it succeeds."""
-        device = self.device
+        device = self._current.usable
         number = packet.interface
-        interface = self._current(number)
+        interface = self._interface(number)
         if isinstance(interface, Status):
             self._answer_setting(packet.id, interface, number, NO_SETTING)
             return
@@ -145,7 +136,7 @@ class Operations:
                 except Exception as error:
                     self._fault(error)
                     status = Status.IO_ERROR
-            current = self._current(number)
+            current = self._interface(number)
             alternate = current.alternate if isinstance(current, Interface) else NO_SETTING
             self._answer_setting(packet.id, status, number, alternate)
 
@@ -153,7 +144,7 @@ class Operations:
 
     def get_alt_setting(self, packet: p.GetAltSetting) -> None:
         """Answered at once."""
-        interface = self._current(packet.interface)
+        interface = self._interface(packet.interface)
         if isinstance(interface, Interface):
             self._answer_setting(packet.id, Status.SUCCESS, packet.interface, interface.alternate)
         else:
@@ -174,7 +165,7 @@ class Operations:
         count: int,
         call: Callable[[Device, Sequence[int]], Awaitable[Status]],
     ) -> None:
-        device = self.device
+        device, known = self._current.usable, self._current.endpoints
         addresses = [p.endpoint_address(index) for index in range(32) if packet.endpoints >> index & 1]
 
         def answer(status: Status) -> None:
@@ -187,17 +178,18 @@ class Operations:
 
         if device is None:
             answer(Status.IO_ERROR)
-        elif not all(a in self.endpoints and self.endpoints[a].max_streams >= count for a in addresses):
+        elif not all(a in known and known[a].max_streams >= count for a in addresses):
             answer(Status.INVALID)
         else:
             self._run(operation(device))
 
-    def _current(self, number: int) -> Interface | Status:
+    def _interface(self, number: int) -> Interface | Status:
         """An interface in its current setting, or the status that says why there is none."""
-        if self.device is None:
+        device = self._current.usable
+        if device is None:
             return Status.IO_ERROR
         try:
-            found = [interface for interface in self.device.interfaces if interface.number == number]
+            found = [interface for interface in device.interfaces if interface.number == number]
         except Exception as error:
             self._fault(error)
             return Status.IO_ERROR
@@ -212,8 +204,9 @@ class Operations:
                 await operation
             finally:
                 self._task = None
-                self._done()
+                self._conversation.go_on()
 
+        self._conversation.busy = True
         self._task = asyncio.get_running_loop().create_task(run())
 
     async def _status(self, call: Awaitable[Status]) -> Status:

@@ -6,19 +6,16 @@ reception that the guest did not ask for is told as a stall; another status is a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TypeAlias
 
+from farplug.redirection.conversation import Conversation
+from farplug.redirection.current import Current
 from farplug.redirection.figures import Figures
-from farplug.usb.device import Device, Reception
+from farplug.usb.device import Reception
 from farplug.usb.transfer import Status, Transfer
 from farplug.usb.types import Buffer, Endpoint, TransferType
 from farplug.usbredir import packets as p
-
-MAX_UNTAKEN = 1000
-"""Packets that are queued while the port takes no output; more are dropped. QEMU's own queue has the same target."""
-MAX_UNTAKEN_BYTES = 4 * 2**20
-"""Their bytes, likewise."""
 
 Stop: TypeAlias = p.StopIsoStream | p.StopInterruptReceiving | p.StopBulkReceiving
 Start: TypeAlias = p.StartIsoStream | p.StartInterruptReceiving | p.StartBulkReceiving
@@ -38,44 +35,31 @@ class Receptions:
     """The receptions that run.
 
     Args:
-        send: takes a packet.
-        fault: told when a device raises.
+        conversation: takes the packets. While its port takes no output isochronous ones are dropped, others kept up
+            to a bound.
+        current: the device that receives, and its endpoints.
         figures: where packets are counted.
         max_transfer: bytes that one buffered bulk transfer may have.
-
-    Attributes:
-        output_full: the port takes no output now: isochronous packets are dropped, others up to a bound kept.
     """
 
     def __init__(
         self,
-        send: Callable[[p.Packet], bool],
-        fault: Callable[[Exception], None],
+        conversation: Conversation,
+        current: Current,
         figures: Figures,
         max_transfer: int,
     ) -> None:
-        self._send = send
-        self._fault = fault
+        self._conversation = conversation
+        self._current = current
+        self._send = conversation.send
         self._figures = figures
         self._max_transfer = max_transfer
         self._running: dict[int, _Running] = {}
-        self._untaken = self._untaken_bytes = 0
-        self._output_full = False
 
-    @property
-    def output_full(self) -> bool:
-        """Whether the port takes no output now."""
-        return self._output_full
-
-    @output_full.setter
-    def output_full(self, full: bool) -> None:
-        self._output_full = full
-        if not full:
-            self._untaken = self._untaken_bytes = 0
-
-    def start(self, packet: Start, device: Device | None, endpoints: Mapping[int, Endpoint]) -> None:
+    def start(self, packet: Start) -> None:
         """The guest wants an endpoint to be read. Answered in every case."""
-        endpoint = endpoints.get(packet.endpoint)
+        self._current.touched = True
+        device, endpoint = self._current.usable, self._current.endpoints.get(packet.endpoint)
         reception = _reception(packet)
         if packet.endpoint in self._running:
             self._tell(reception, Status.INVALID, packet.id)
@@ -93,19 +77,20 @@ class Receptions:
             try:
                 status = device.start_receiving(reception)
             except Exception as error:
-                self._fault(error)
+                self._conversation.fault(error)
                 status = Status.STALL
             if status is not Status.SUCCESS:
                 self.ended(packet.endpoint, Status.STALL)
 
-    def stop(self, packet: Stop, device: Device | None) -> None:
+    def stop(self, packet: Stop) -> None:
         """The guest wants no more. Success also when nothing runs."""
+        device = self._current.usable
         running = self._running.pop(packet.endpoint, None)
         if running is not None and device is not None:
             try:
                 device.stop_receiving(packet.endpoint)
             except Exception as error:
-                self._fault(error)
+                self._conversation.fault(error)
         self._tell(_reception(packet), Status.SUCCESS, packet.id)
 
     def received(self, endpoint: int, status: Status, data: Buffer) -> None:
@@ -113,16 +98,13 @@ class Receptions:
         running = self._running.get(endpoint)
         if running is None:
             return
-        counter = self._figures[endpoint]
-        if self._output_full:
-            self._untaken += 1
-            self._untaken_bytes += len(data)
-            too_many = self._untaken > MAX_UNTAKEN or self._untaken_bytes > MAX_UNTAKEN_BYTES
-            if too_many or running.reception.type is TransferType.ISOCHRONOUS:
+        counter, size = self._figures[endpoint], len(data)
+        if self._conversation.output_full:
+            has_room = self._conversation.has_room(size)
+            if not has_room or running.reception.type is TransferType.ISOCHRONOUS:
                 counter.dropped += 1
                 return
         id, running.next_id = running.next_id, (running.next_id + 1) & 0xFFFFFFFF
-        size = len(data)
         counter.count(status, size)
         match running.reception.type:
             case TransferType.ISOCHRONOUS:
@@ -160,8 +142,9 @@ class Receptions:
             if endpoints is None or endpoint in endpoints:
                 del self._running[endpoint]
 
-    def iso_out(self, packet: p.IsoPacket, device: Device | None) -> None:
+    def iso_out(self, packet: p.IsoPacket) -> None:
         """One packet of an isochronous OUT stream. Nobody waits for an answer: what fails is lost, as on a wire."""
+        device = self._current.usable
         if packet.endpoint not in self._running or device is None:
             return
         counter = self._figures[packet.endpoint]
@@ -173,7 +156,7 @@ class Receptions:
         try:
             device.submit(Transfer(TransferType.ISOCHRONOUS, packet.endpoint, counted, data=packet.data))
         except Exception as error:
-            self._fault(error)
+            self._conversation.fault(error)
 
     def _sensible(self, reception: Reception, endpoint: Endpoint) -> bool:
         match reception.type:

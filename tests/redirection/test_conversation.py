@@ -1,0 +1,134 @@
+"""When the guest is listened to, and which answers leave together."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+
+import pytest
+from tests.redirection.scripted import (
+    BULK_IN,
+    BULK_OUT,
+    INTERRUPT_IN,
+    ScriptedDevice,
+    kinds,
+    settle,
+)
+
+from farplug import events
+from farplug.redirection import conversation
+from farplug.testing.memory import MemoryGuest
+from farplug.usb import Status
+from farplug.usb.types import Buffer
+from farplug.usbredir import packets as p
+
+
+async def test_too_many_pending_transfers_stop_the_reading_not_the_vm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversation, "MAX_PENDING", 4)
+    device = ScriptedDevice()
+    async with MemoryGuest(device) as guest:
+        pending = [guest.submit_in(BULK_IN, 1) for _ in range(10)]
+        await settle()
+        assert len(device.submitted) == 4
+        for index in range(10):
+            device.submitted[index].complete(Status.SUCCESS, b"x")
+            await settle()
+        assert all([(await item).data == b"x" for item in pending])
+
+
+async def test_what_a_guest_sends_at_once_leaves_the_event_loop_its_turns() -> None:
+    device = ScriptedDevice()
+    async with MemoryGuest(device) as guest:
+        pending = [guest.submit_in(BULK_IN, 1) for _ in range(10 * conversation.PACKETS_AT_ONCE)]
+        seen = [0]
+        while seen[-1] < len(pending):
+            await asyncio.sleep(0)
+            seen.append(len(device.submitted))
+        assert max(later - earlier for earlier, later in itertools.pairwise(seen)) == conversation.PACKETS_AT_ONCE
+        for transfer in device.submitted:
+            transfer.complete(Status.SUCCESS, b"x")
+        assert all([(await item).data == b"x" for item in pending])
+
+
+def record_writes(guest: MemoryGuest, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many bytes the engine hands to its port at once, each time."""
+    sizes: list[int] = []
+    port = guest.redirection.port
+    write = port.write
+
+    def recorded(buffers: list[Buffer]) -> None:
+        sizes.append(sum(map(len, buffers)))
+        write(buffers)
+
+    monkeypatch.setattr(port, "write", recorded)
+    return sizes
+
+
+async def test_answers_made_while_one_batch_of_input_is_looked_at_leave_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = ScriptedDevice()
+    monkeypatch.setattr(device, "submit", lambda transfer: transfer.complete(Status.SUCCESS, bytes(transfer.length)))
+    async with MemoryGuest(device) as guest:
+        sizes = record_writes(guest, monkeypatch)
+        answers = [guest.submit_in(BULK_IN, 512) for _ in range(8)]
+        assert [len((await answer).data) for answer in answers] == [512] * 8
+        assert len(sizes) == 1
+        sizes.clear()
+        answers = [guest.submit_in(BULK_IN, conversation.FLUSH_ABOVE // 4) for _ in range(12)]
+        assert all([len((await answer).data) == conversation.FLUSH_ABOVE // 4 for answer in answers])
+        assert len(sizes) == 3, "they are not held back without a bound"
+
+
+async def test_answers_that_a_device_makes_later_leave_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = ScriptedDevice()
+    async with MemoryGuest(device) as guest:
+        sizes = record_writes(guest, monkeypatch)
+        small, other, large = (
+            guest.submit_in(BULK_IN, 1),
+            guest.submit_out(BULK_OUT, b"x"),
+            guest.submit_in(BULK_IN, 1 << 20),
+        )
+        await settle()
+        device.submitted[0].complete(Status.SUCCESS, b"x")
+        device.submitted[1].complete()
+        assert not sizes
+        assert ((await small).data, (await other).length) == (b"x", 1)
+        assert len(sizes) == 1
+        device.submitted[2].complete(Status.SUCCESS, bytes(1 << 20))
+        assert len(sizes) == 2, "what is large does not wait"
+        assert len((await large).data) == 1 << 20
+
+
+async def test_packets_wait_while_an_operation_is_under_way() -> None:
+    device = ScriptedDevice()
+    gate = asyncio.Event()
+    reset = device.reset
+
+    async def slow_reset() -> Status:
+        await gate.wait()
+        return await reset()
+
+    device.reset = slow_reset  # type: ignore[method-assign]
+    async with MemoryGuest(device) as guest:
+        guest.send(p.SetConfiguration(id=101, configuration=1))
+        guest.reset()
+        pending = guest.submit_in(BULK_IN, 10)
+        await settle()
+        assert device.submitted == []
+        gate.set()
+        await guest.wait(lambda: events.WasReset in kinds(guest))
+        await settle()
+        device.submitted[0].complete(Status.SUCCESS, b"after")
+        assert (await pending).data == b"after"
+
+
+async def test_what_a_device_says_and_the_protocol_cannot_is_a_fault() -> None:
+    device = ScriptedDevice()
+    async with MemoryGuest(device) as guest:
+        guest.send(p.StartInterruptReceiving(endpoint=INTERRUPT_IN))
+        await settle()
+        assert device.listener is not None
+        device.listener.received(INTERRUPT_IN, Status.SUCCESS, bytes(70_000))
+        assert kinds(guest).count(events.DeviceFault) == 1
+        assert not guest.violations

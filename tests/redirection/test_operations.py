@@ -1,0 +1,188 @@
+"""Operations on the whole device: reset, configurations, settings, streams."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from tests.redirection.scripted import (
+    BULK_IN,
+    BULK_OUT,
+    INTERRUPT_IN,
+    STREAM_IN,
+    ScriptedDevice,
+    kinds,
+    settle,
+)
+
+from farplug import events
+from farplug.redirection import State, operations
+from farplug.testing.memory import MemoryGuest
+from farplug.usb import Interface, Status
+from farplug.usbredir import packets as p
+
+
+async def test_reset_cancels_what_is_pending_and_ends_receptions() -> None:
+    device = ScriptedDevice()
+    async with MemoryGuest(device) as guest:
+        status = guest.stream(p.InterruptReceivingStatus, INTERRUPT_IN)
+        guest.send(p.StartInterruptReceiving(endpoint=INTERRUPT_IN))
+        assert (await status()).status is Status.SUCCESS
+        pending = guest.submit_in(BULK_IN, 10)
+        guest.reset()
+        assert (await pending).status is Status.CANCELLED
+        assert (await status()).status is Status.STALL
+        guest.reset()  # nothing happened since: skipped
+        await settle()
+        assert device.calls.count("reset") == 1
+        assert kinds(guest).count(events.WasReset) == 1
+
+
+async def test_configurations() -> None:
+    device = ScriptedDevice()
+    async with MemoryGuest(device) as guest:
+        answer = await guest.request(p.GetConfiguration(id=101))
+        assert (answer.status, answer.configuration) == (Status.SUCCESS, 0)
+        pending = guest.submit_in(BULK_IN, 10)
+        before = len(guest.received)
+        answer = await guest.request(p.SetConfiguration(id=102, configuration=1))
+        assert (answer.status, answer.configuration) == (Status.SUCCESS, 1)
+        assert (await pending).status is Status.CANCELLED
+        assert [type(packet) for packet in guest.received[before:]] == [
+            p.BulkPacket,
+            p.InterfaceInfo,
+            p.EndpointInfo,
+            p.ConfigurationStatus,
+        ]
+        device.operation_status = Status.STALL
+        answer = await guest.request(p.SetConfiguration(id=103, configuration=2))
+        assert (answer.status, answer.configuration) == (Status.IO_ERROR, 1)
+        assert [event for event in guest.events if isinstance(event, events.Configured)] == [
+            events.Configured("memory", 1)
+        ]
+
+
+async def test_alternate_settings() -> None:
+    device = ScriptedDevice()
+    async with MemoryGuest(device) as guest:
+        pending = guest.submit_in(BULK_IN, 10)
+        before = len(guest.received)
+        answer = await guest.request(p.SetAltSetting(id=101, interface=0, alt=1))
+        assert (answer.status, answer.alt) == (Status.SUCCESS, 1)
+        assert (await pending).status is Status.CANCELLED
+        assert [type(packet) for packet in guest.received[before:]] == [
+            p.BulkPacket,
+            p.InterfaceInfo,
+            p.EndpointInfo,
+            p.AltSettingStatus,
+        ]
+        assert guest.endpoints is not None
+        assert guest.endpoints.endpoints[p.endpoint_index(STREAM_IN)].max_streams == 16
+        assert guest.endpoints.endpoints[p.endpoint_index(BULK_IN)].type == 255
+        answer = await guest.request(p.GetAltSetting(id=102, interface=0))
+        assert (answer.status, answer.alt) == (Status.SUCCESS, 1)
+        for packet in (p.SetAltSetting(id=103, interface=9, alt=0), p.GetAltSetting(id=105, interface=9)):
+            answer = await guest.request(packet)
+            assert (answer.status, answer.alt) == (Status.INVALID, 255)
+        before = len(guest.received)
+        device.operation_status = Status.STALL
+        answer = await guest.request(p.SetAltSetting(id=104, interface=0, alt=7))
+        assert (answer.status, answer.alt) == (Status.IO_ERROR, 1)
+        assert len(guest.received) == before + 1  # no infos
+
+
+async def test_streams() -> None:
+    device = ScriptedDevice()
+    device.alternate = 1
+    mask = 1 << p.endpoint_index(STREAM_IN) | 1 << p.endpoint_index(BULK_OUT)
+    async with MemoryGuest(device) as guest:
+        status = guest.stream(p.BulkStreamsStatus, 0)
+        table = [
+            (p.AllocBulkStreams(endpoints=mask, streams=16), Status.SUCCESS, 16),
+            (p.AllocBulkStreams(endpoints=mask, streams=17), Status.INVALID, 17),
+            (p.AllocBulkStreams(endpoints=mask | 1 << 9, streams=16), Status.INVALID, 16),
+            (p.FreeBulkStreams(endpoints=mask), Status.SUCCESS, 0),
+        ]
+        for packet, expected, count in table:
+            guest.send(packet)
+            answer = await status()
+            assert answer == p.BulkStreamsStatus(endpoints=mask_of(packet), streams=count, status=expected)
+        assert ("allocate_streams", (BULK_OUT, STREAM_IN), 16) in device.calls
+        assert ("free_streams", (BULK_OUT, STREAM_IN)) in device.calls
+
+
+def mask_of(packet: p.Packet) -> int:
+    assert isinstance(packet, (p.AllocBulkStreams, p.FreeBulkStreams))
+    return packet.endpoints
+
+
+async def test_a_device_that_raises_on_cancel_and_on_reset() -> None:
+    device = ScriptedDevice()
+    async with MemoryGuest(device) as guest:
+        pending = guest.submit_in(BULK_IN, 10)
+        await settle()
+        device.raises = ZeroDivisionError("again")
+        pending.cancel()
+        assert (await pending).status is Status.CANCELLED
+        guest.reset()
+        await guest.wait(lambda: events.WasReset in kinds(guest))
+        assert kinds(guest).count(events.DeviceFault) == 2
+        device.raises = None
+
+
+class Unreadable(ScriptedDevice):
+    """Its interfaces cannot be read: it is being pulled out."""
+
+    broken = False
+
+    @property
+    def interfaces(self) -> Sequence[Interface]:
+        if self.broken:
+            raise OSError("no such device")
+        return super().interfaces
+
+    @property
+    def configuration(self) -> int:
+        if self.broken:
+            raise OSError("no such device")
+        return super().configuration
+
+
+async def test_a_device_that_cannot_be_described_any_more() -> None:
+    device = Unreadable()
+    async with MemoryGuest(device) as guest:
+        device.broken = True
+        for packet in (
+            p.SetConfiguration(id=100, configuration=1),
+            p.GetConfiguration(id=101),
+            p.SetAltSetting(id=102, interface=0, alt=1),
+            p.GetAltSetting(id=103, interface=0),
+        ):
+            assert (await guest.request(packet)).status is Status.IO_ERROR
+        assert kinds(guest).count(events.DeviceFault) == 4
+        device.broken = False
+
+
+async def test_a_setting_that_cannot_be_described() -> None:
+    class Device(Unreadable):
+        async def set_interface(self, number: int, alternate: int) -> Status:
+            self.broken = True
+            return Status.SUCCESS
+
+    device = Device()
+    async with MemoryGuest(device) as guest:
+        answer = await guest.request(p.SetAltSetting(id=100, interface=0, alt=1))
+        assert (answer.status, answer.alt) == (Status.IO_ERROR, operations.NO_SETTING)
+        device.broken = False
+
+
+async def test_a_device_that_cannot_be_described_at_all_is_not_offered() -> None:
+    device = Unreadable()
+    device.broken = True
+    async with MemoryGuest() as guest:
+        await settle()
+        with pytest.raises(OSError, match="no such device"):
+            await guest.redirection.attach(device)
+        assert guest.redirection.state is State.EMPTY
+        assert device.calls == ["open", "close"]
+        await guest.redirection.attach(ScriptedDevice())

@@ -1,0 +1,182 @@
+"""What a device sends and plays by itself."""
+
+from __future__ import annotations
+
+import pytest
+from tests.redirection.scripted import (
+    BULK_IN,
+    INTERRUPT_IN,
+    ISO_IN,
+    ISO_OUT,
+    ScriptedDevice,
+    kinds,
+    settle,
+)
+
+from farplug import events
+from farplug.testing.memory import MemoryGuest
+from farplug.usb import Reception, Status, TransferType
+from farplug.usbredir import packets as p
+
+
+async def test_interrupt_receiving() -> None:
+    device = ScriptedDevice()
+    async with MemoryGuest(device) as guest:
+        status = guest.stream(p.InterruptReceivingStatus, INTERRUPT_IN)
+        data = guest.stream(p.InterruptPacket, INTERRUPT_IN)
+        guest.send(p.StartInterruptReceiving(endpoint=INTERRUPT_IN))
+        assert (await status()).status is Status.SUCCESS
+        assert device.calls[-1] == Reception(INTERRUPT_IN, TransferType.INTERRUPT)
+        assert device.listener is not None
+        for key in (b"a", b"b"):
+            device.listener.received(INTERRUPT_IN, Status.SUCCESS, key)
+        assert [(packet.id, packet.data) for packet in (await data(), await data())] == [(0, b"a"), (1, b"b")]
+        guest.send(p.StartInterruptReceiving(endpoint=INTERRUPT_IN))
+        assert (await status()).status is Status.INVALID
+        device.listener.reception_ended(INTERRUPT_IN, Status.IO_ERROR)
+        assert (await status()).status is Status.IO_ERROR
+        device.listener.received(INTERRUPT_IN, Status.SUCCESS, b"c")
+        assert (await data()).id == 2
+        guest.send(p.StopInterruptReceiving(endpoint=INTERRUPT_IN))
+        assert (await status()).status is Status.SUCCESS
+        device.listener.received(INTERRUPT_IN, Status.SUCCESS, b"nobody")
+        device.listener.reception_ended(INTERRUPT_IN, Status.STALL)
+        await settle()
+        assert guest._streams[p.InterruptPacket, INTERRUPT_IN].empty()
+        assert guest._streams[p.InterruptReceivingStatus, INTERRUPT_IN].empty()
+
+
+async def test_a_reception_that_stalls_can_be_started_again() -> None:
+    device = ScriptedDevice()
+    async with MemoryGuest(device) as guest:
+        status = guest.stream(p.InterruptReceivingStatus, INTERRUPT_IN)
+        data = guest.stream(p.InterruptPacket, INTERRUPT_IN)
+        for _ in range(2):
+            guest.send(p.StartInterruptReceiving(endpoint=INTERRUPT_IN))
+            assert (await status()).status is Status.SUCCESS
+            assert device.listener is not None
+            device.listener.received(INTERRUPT_IN, Status.SUCCESS, b"x")
+            assert (await data()).id == 0
+            device.listener.reception_ended(INTERRUPT_IN, Status.STALL)
+            assert (await status()).status is Status.STALL
+
+
+def start_bulk(size: int, transfers: int) -> p.StartBulkReceiving:
+    return p.StartBulkReceiving(stream_id=0, bytes_per_transfer=size, endpoint=BULK_IN, transfers=transfers)
+
+
+@pytest.mark.parametrize(
+    ("packet", "kind"),
+    [
+        (p.StartInterruptReceiving(endpoint=BULK_IN), p.InterruptReceivingStatus),
+        (p.StartInterruptReceiving(endpoint=0x8C), p.InterruptReceivingStatus),
+        (p.StartIsoStream(endpoint=ISO_IN, packets_per_urb=0, urbs=4), p.IsoStreamStatus),
+        (p.StartIsoStream(endpoint=ISO_IN, packets_per_urb=33, urbs=4), p.IsoStreamStatus),
+        (p.StartIsoStream(endpoint=ISO_IN, packets_per_urb=8, urbs=17), p.IsoStreamStatus),
+        (start_bulk(500, 5), p.BulkReceivingStatus),
+        (start_bulk(0, 5), p.BulkReceivingStatus),
+        (start_bulk(512, 17), p.BulkReceivingStatus),
+        (start_bulk(2**25, 1), p.BulkReceivingStatus),
+    ],
+)
+async def test_receptions_that_make_no_sense_stall(
+    packet: p.StartInterruptReceiving,
+    kind: type[p.InterruptReceivingStatus | p.IsoStreamStatus | p.BulkReceivingStatus],
+) -> None:
+    device = ScriptedDevice()
+    async with MemoryGuest(device) as guest:
+        status = guest.stream(kind, packet.endpoint)
+        guest.send(packet)
+        answer = await status()
+        assert answer.status is Status.STALL
+        assert device.calls == ["open"]
+
+
+@pytest.mark.parametrize("fails", ["raises", "stalls"])
+async def test_a_reception_that_the_device_cannot_start(fails: str) -> None:
+    device = ScriptedDevice()
+    async with MemoryGuest(device) as guest:
+        if fails == "raises":
+            device.raises = ZeroDivisionError()
+        else:
+            device.receiving_status = Status.STALL
+        status = guest.stream(p.InterruptReceivingStatus, INTERRUPT_IN)
+        guest.send(p.StartInterruptReceiving(endpoint=INTERRUPT_IN))
+        assert [(await status()).status, (await status()).status] == [Status.SUCCESS, Status.STALL]
+        device.raises = None
+
+
+async def test_buffered_bulk_and_isochronous() -> None:
+    device = ScriptedDevice()
+    async with MemoryGuest(device) as guest:
+        status = guest.stream(p.BulkReceivingStatus, BULK_IN)
+        data = guest.stream(p.BufferedBulkPacket, BULK_IN)
+        guest.send(p.StartBulkReceiving(stream_id=0, bytes_per_transfer=1024, endpoint=BULK_IN, transfers=5))
+        assert (await status()).status is Status.SUCCESS
+        assert device.listener is not None
+        device.listener.received(BULK_IN, Status.SUCCESS, b"buffered")
+        assert bytes((await data()).data) == b"buffered"
+        guest.send(p.StopBulkReceiving(stream_id=0, endpoint=BULK_IN))
+        assert (await status()).status is Status.SUCCESS
+
+        iso_status = guest.stream(p.IsoStreamStatus, ISO_IN)
+        iso = guest.stream(p.IsoPacket, ISO_IN)
+        guest.send(p.StartIsoStream(endpoint=ISO_IN, packets_per_urb=8, urbs=4))
+        assert (await iso_status()).status is Status.SUCCESS
+        assert device.calls[-1] == Reception(ISO_IN, TransferType.ISOCHRONOUS, 4, 8)
+        device.listener.received(ISO_IN, Status.SUCCESS, b"sound")
+        assert bytes((await iso()).data) == b"sound"
+        guest.send(p.StopIsoStream(endpoint=ISO_IN))
+        assert (await iso_status()).status is Status.SUCCESS
+
+        guest.send(p.IsoPacket(endpoint=ISO_OUT, status=Status.SUCCESS, length=4, data=b"lost"))  # not started
+        out_status = guest.stream(p.IsoStreamStatus, ISO_OUT)
+        guest.send(p.StartIsoStream(endpoint=ISO_OUT, packets_per_urb=8, urbs=4))
+        assert (await out_status()).status is Status.SUCCESS
+        guest.send(p.IsoPacket(endpoint=ISO_OUT, status=Status.SUCCESS, length=5, data=b"music"))
+        await settle()
+        (transfer,) = device.submitted
+        assert (transfer.type, bytes(transfer.data)) == (TransferType.ISOCHRONOUS, b"music")
+        transfer.complete(Status.SUCCESS)
+        device.raises = ZeroDivisionError()
+        guest.send(p.IsoPacket(endpoint=ISO_OUT, status=Status.SUCCESS, length=5, data=b"music"))
+        guest.send(p.StopIsoStream(endpoint=ISO_OUT))
+        assert (await out_status()).status is Status.SUCCESS
+        assert kinds(guest).count(events.DeviceFault) == 2
+        device.raises = None
+        figures = {f.endpoint: f for f in guest.redirection.figures}
+        assert (figures[ISO_OUT].transfers, figures[ISO_OUT].bytes) == (1, 5)
+
+
+async def test_packets_that_nobody_takes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("farplug.redirection.conversation.MAX_UNTAKEN", 3)
+    device = ScriptedDevice()
+    async with MemoryGuest(device) as guest:
+        guest.send(p.StartInterruptReceiving(endpoint=INTERRUPT_IN))
+        guest.send(p.StartIsoStream(endpoint=ISO_IN, packets_per_urb=8, urbs=4))
+        await settle()
+        assert device.listener is not None
+        guest.redirection._conversation.pause_writing()
+        for _ in range(5):
+            device.listener.received(INTERRUPT_IN, Status.SUCCESS, b"k")
+        device.listener.received(ISO_IN, Status.SUCCESS, b"s")
+        figures = {f.endpoint: f for f in guest.redirection.figures}
+        assert (figures[INTERRUPT_IN].transfers, figures[INTERRUPT_IN].dropped) == (3, 2)
+        assert (figures[ISO_IN].transfers, figures[ISO_IN].dropped) == (0, 1)
+        guest.redirection._conversation.resume_writing()
+        device.listener.received(INTERRUPT_IN, Status.SUCCESS, b"k")
+        assert {f.endpoint: f.transfers for f in guest.redirection.figures}[INTERRUPT_IN] == 4
+
+
+async def test_bytes_that_nobody_takes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = ScriptedDevice()
+    async with MemoryGuest(device) as guest:
+        guest.send(p.StartBulkReceiving(stream_id=0, bytes_per_transfer=512, endpoint=BULK_IN, transfers=5))
+        await settle()
+        guest.redirection._conversation.pause_writing()
+        assert device.listener is not None
+        for _ in range(10):
+            device.listener.received(BULK_IN, Status.SUCCESS, bytes(2**20))
+        figures = {f.endpoint: f for f in guest.redirection.figures}
+        assert (figures[BULK_IN].transfers, figures[BULK_IN].dropped) == (4, 6)
+        guest.redirection._conversation.resume_writing()
