@@ -19,6 +19,7 @@ from farplug.physical.found import Found
 from farplug.physical.hotplug import Departed, Watch
 from farplug.physical.library import Library
 from farplug.physical.lock import DeviceLock
+from farplug.physical.obstacles import gone
 from farplug.physical.worker import aside
 from farplug.policy import Follow, Plug, Policy, Seat, Skip
 from farplug.usb.device import Device
@@ -76,9 +77,7 @@ async def find(found: Found) -> Device:
         return await aside(look)
     except DeviceError as error:
         if error.reason is Reason.DEVICE_LOST:
-            raise DeviceError(
-                f"{found} is not there any more", reason=Reason.DEVICE_LOST, remedy="plug it in again"
-            ) from error
+            raise gone(found) from error
         raise DeviceError(
             f"{found} cannot be plugged in: libusb cannot read its descriptors",
             reason=Reason.DEVICE_FAULT,

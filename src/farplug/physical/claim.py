@@ -27,7 +27,7 @@ from farplug.physical.library import (
     NotSupported,
     UsbError,
 )
-from farplug.physical.obstacles import busy, no_permission
+from farplug.physical.obstacles import busy, gone, no_permission
 from farplug.physical.transfers import cancel
 from farplug.usb.descriptors import ConfigurationDescriptor
 from farplug.usb.device import Identity
@@ -84,9 +84,7 @@ def _device_errors(name: str, place: Place, identity: Identity) -> Iterator[None
     except Busy as error:
         raise busy(place.node).error(name) from error
     except (NoDevice, NotFound) as error:
-        raise DeviceError(
-            f"{name} is not there any more", reason=Reason.DEVICE_LOST, remedy="plug it in again"
-        ) from error
+        raise gone(name) from error
     except UsbError as error:
         raise DeviceError(
             f"{name} cannot be used: {error}", reason=Reason.DEVICE_FAULT, remedy="unplug it and plug it in again"

@@ -10,9 +10,8 @@ import fcntl
 import os
 from pathlib import Path
 
-from farplug.errors import DeviceError, Reason
 from farplug.physical.found import Found
-from farplug.physical.obstacles import busy, no_permission
+from farplug.physical.obstacles import busy, gone, no_permission
 
 
 class DeviceLock:
@@ -32,11 +31,8 @@ class DeviceLock:
         except PermissionError as error:
             raise no_permission(found.vendor_id, found.product_id).error(found) from error
         except OSError as error:
-            raise DeviceError(
-                f"{found} is not there any more: {os.strerror(error.errno or 0)}",
-                reason=Reason.DEVICE_LOST,
-                remedy="plug it in again; --wait waits for it",
-            ) from error
+            why = os.strerror(error.errno or 0)
+            raise gone(found, why, "plug it in again; --wait waits for it") from error
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from farplug.errors import Reason
+from farplug.errors import DeviceError, Reason
 from farplug.physical.found import Found, Obstacle
 from farplug.physical.sysfs import listed, read, read_bytes
 from farplug.physical.udev import install_commands, udev_rule
@@ -161,6 +161,12 @@ def busy(node: Path, who: str = "another program") -> Obstacle:
     if not programs:
         remedy += f": sudo lsof {node} names it"
     return Obstacle(Reason.BUSY, f"{who} uses it{f': {programs}' if programs else ''}", remedy)
+
+
+def gone(device: object, detail: str = "", remedy: str = "plug it in again") -> DeviceError:
+    """A device that was found has left since."""
+    message = f"{device} is not there any more{f': {detail}' if detail else ''}"
+    return DeviceError(message, reason=Reason.DEVICE_LOST, remedy=remedy)
 
 
 def _disk_obstacles(folder: Path) -> Iterator[Obstacle]:
