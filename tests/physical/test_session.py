@@ -8,7 +8,20 @@ from contextlib import suppress
 
 import pytest
 import usb1
-from tests.physical.support import BULK, BULK_IN, INTERRUPT, ISO, KEYS, SOUND, opened, settle, until
+from tests.physical.fake_libusb import FakeDevice, FakeLibrary
+from tests.physical.support import (
+    BULK,
+    BULK_IN,
+    EVERYTHING,
+    INTERRUPT,
+    ISO,
+    KEYS,
+    SOUND,
+    Bench,
+    opened,
+    settle,
+    until,
+)
 
 from farplug.usb import Reception, Setup, Status
 
@@ -63,7 +76,7 @@ async def test_sound_that_begins_while_it_hangs() -> None:
         for _ in range(2):
             bench.submit(ISO, SOUND, data=b"la")
         answer.set()
-        await until(lambda: not bench.device._session.busy)  # type: ignore[union-attr]
+        await until(lambda: not bench.device._session.gate.shut)  # type: ignore[union-attr]
         bench.submit(ISO, SOUND, data=b"la")
         await until(lambda: bench.flying)
         assert [one.lengths for one in bench.flying] == [[2, 2]]
@@ -97,3 +110,55 @@ async def test_a_device_that_is_plugged_in_still_is_not_lost() -> None:
         await until(lambda: read.status is not None)
         await settle()
         assert not bench.listener.losses
+
+
+async def hang(bench: Bench) -> threading.Event:
+    """The device's thread talks to it, until the event is set."""
+    answer = bench.fake.hang["clear_halt"] = threading.Event()
+    bench.fake.hanging.clear()
+    bench.control(CLEAR_HALT)
+    assert await asyncio.to_thread(bench.fake.hanging.wait, 10)
+    return answer
+
+
+async def test_cancelled_while_it_hangs_the_newest_first() -> None:
+    """As the ledger says it: none goes on in the place of another."""
+    async with opened() as bench:
+        reads = [bench.read(512) for _ in range(3)]
+        answer = await hang(bench)
+        for read in reversed(reads):
+            bench.device.cancel(read)
+        answer.set()
+        await until(lambda: all(read.status is Status.CANCELLED for read in reads))
+        assert [one for one in bench.done if one in reads] == reads[::-1]
+
+
+async def test_a_guest_that_begins_and_ends_while_it_hangs_costs_no_memory() -> None:
+    async with opened() as bench:
+        answer = await hang(bench)
+        for _ in range(20):
+            bench.device.cancel(bench.read(512))
+            assert bench.device.start_receiving(Reception(KEYS, INTERRUPT, 1)) is Status.SUCCESS
+            bench.device.stop_receiving(KEYS)
+        assert not bench.device._session.gate._held  # type: ignore[union-attr]
+        answer.set()
+        await until(lambda: not bench.device._session.gate.shut)  # type: ignore[union-attr]
+        assert not bench.flying
+
+
+async def test_what_came_back_before_its_cancel_was_said_is_anothers() -> None:
+    """Where a thread handles the events, transfers come back while the device's thread talks, and are used again."""
+    library = FakeLibrary(fake := FakeDevice(EVERYTHING))
+    library.polls_nothing = True
+    async with opened(fake, library=library) as bench:
+        old = bench.read(512)
+        answer = await hang(bench)
+        new = bench.read(512)
+        bench.device.cancel(old)
+        bench.flying[0].finish(b"late")
+        await until(lambda: old.status is not None)
+        answer.set()
+        await until(lambda: bench.flying)
+        await settle()
+        assert new.status is None
+        assert len(bench.handle.transfers) == 1

@@ -17,6 +17,7 @@ from functools import partial
 from typing import ClassVar, Protocol
 
 from farplug.physical.binding import UsbHandle, UsbTransfer
+from farplug.physical.gate import Gate
 from farplug.physical.library import TRANSFER_NO_DEVICE, NoDevice, NoMemory, UsbError, transfer_status
 from farplug.physical.transfers import cancel
 from farplug.usb.device import Reception
@@ -42,11 +43,8 @@ class StreamHost(Protocol):
         """The stream ended by itself (``STALL``), or has an error to report while it runs on."""
 
     @property
-    def busy(self) -> bool:
-        """The device is not to be talked to now."""
-
-    def when_free(self, call: Callable[[], None]) -> None:
-        """Make a call as soon as the device may be talked to; now, if it may."""
+    def gate(self) -> Gate:
+        """Through which the device is talked to."""
 
     async def clear_halt(self, endpoint: int) -> None:
         """Clear an endpoint's halt. Raises ``UsbError`` if it stays."""
@@ -108,6 +106,7 @@ class Stream(ABC):
     def stop(self) -> None:
         """Receive no more; what comes back later belongs to nobody."""
         self._stopped = True
+        self._host.gate.forget(self)
         if self._recovery is not None:
             self._recovery.cancel()
         self._cancel_flying()
@@ -151,8 +150,8 @@ class Stream(ABC):
 
     def _resubmit(self, usb: UsbTransfer) -> None:
         """Submit while the stream runs; if that fails, the stream ends."""
-        if self._host.busy:
-            self._host.when_free(partial(self._resubmit, usb))
+        if self._host.gate.shut:
+            self._host.gate.when_open(usb, partial(self._resubmit, usb))
             return
         if self._stopped or self._stalled or usb in self._flying:
             return
@@ -176,7 +175,7 @@ class Stream(ABC):
 
     def _cancel_flying(self) -> None:
         for usb in self.in_flight:
-            self._host.when_free(partial(cancel, usb))
+            self._host.gate.when_open(usb, partial(cancel, usb))
 
     # A stall: take all back, clear the halt, begin again. The guest hears of it only if that fails.
 
@@ -198,7 +197,7 @@ class Stream(ABC):
             log.warning("endpoint %02x stalled, and its halt cannot be cleared: %s", self.address, error)
             self._end()
         else:
-            self._host.when_free(self.begin)
+            self._host.gate.when_open(self, self.begin)
         finally:
             self._recovery = None
 

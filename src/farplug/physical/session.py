@@ -1,4 +1,4 @@
-"""A device that is open: its claim, events, transfers and streams, and the thread for what may block."""
+"""A device that is open: its claim, transfers and streams, its thread for what may block, and the gate to it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from farplug.errors import DeviceError
 from farplug.physical.binding import UsbTransfer
 from farplug.physical.claim import Claim
 from farplug.physical.events import Events
+from farplug.physical.gate import Gate
 from farplug.physical.library import Library, NoDevice, NotFound, UsbError
 from farplug.physical.receptions import Stream, stream_kind
 from farplug.physical.transfers import CONTROL_TIMEOUT, Owner, Transfers
@@ -32,6 +33,7 @@ class Session:
         self._listener = listener
         self._claim: Claim | None = None
         self._events: Events | None = None
+        self._gate: Gate | None = None
         self._transfers: Transfers | None = None
         self._stray: list[UsbTransfer] = []
         """What may be in flight, and belongs to nobody any more."""
@@ -39,10 +41,6 @@ class Session:
         """Requests to clear a halt, under way in the thread."""
         self._name = name
         self._worker = Worker(f"usb {name}", self._give_back)
-        self._calls = 0
-        """Calls that the thread has to make."""
-        self._later: list[Callable[[], None]] = []
-        """What is to be said to the device when the thread has made them."""
 
     async def begin(self, take: Callable[[], Claim]) -> None:
         """Take the device. Raises what :class:`Claim` raises."""
@@ -52,7 +50,10 @@ class Session:
 
         await self._worker.call(in_thread)
         self._events = Events(self.claim.context, _deliver, self.lost)
-        self._transfers = Transfers(self.claim.handle, self._events.completed, self._library.streams.assign, self.lost)
+        self._gate = Gate(self._worker, self._events)
+        self._transfers = Transfers(
+            self.claim.handle, self._gate, self._events.completed, self._library.streams.assign, self.lost
+        )
 
     def end(self) -> asyncio.Future[None]:
         """Complete everything as cancelled, and give the device back: done when that is done."""
@@ -76,6 +77,8 @@ class Session:
         self.gone = True
         if self._events is not None:
             self._events.stop()
+        if self._gate is not None:
+            self._gate.end()
         self.stop_streams()
         for transfer in list(self._clearing):
             self.cleared(transfer, status)
@@ -108,17 +111,12 @@ class Session:
         self._listener.reception_ended(endpoint, status)
 
     @property
-    def busy(self) -> bool:
-        return self._calls > 0
-
-    def when_free(self, call: Callable[[], None]) -> None:
-        if self.busy:
-            self._later.append(call)
-        else:
-            call()
+    def gate(self) -> Gate:
+        assert self._gate is not None
+        return self._gate
 
     async def clear_halt(self, endpoint: int) -> None:
-        await self._in_thread(lambda: self.claim.clear_halt(endpoint))
+        await self.gate.call(lambda: self.claim.clear_halt(endpoint))
 
     # Its parts
 
@@ -132,40 +130,10 @@ class Session:
         assert self._transfers is not None
         return self._transfers
 
-    @property
-    def events(self) -> Events:
-        assert self._events is not None
-        return self._events
-
-    async def _in_thread(self, function: Callable[[], None]) -> None:
-        """Have something done that may block. Linux locks the device for as long as it takes, and whoever submits,
-        cancels or reaps a transfer meanwhile waits: the loop does none of that until the thread is done, even if nobody
-        waits for that any more.
-        """
-        if not self.busy:
-            self.events.pause()
-            self.transfers.hold()
-        self._calls += 1
-        call = self._worker.call(function)
-        call.add_done_callback(self._called)
-        await asyncio.shield(call)
-
-    def _called(self, call: asyncio.Future[None]) -> None:
-        if not call.cancelled():
-            call.exception()  # who waited for it was told
-        self._calls -= 1
-        if self._calls or self.gone:
-            return
-        later, self._later = self._later, []
-        self.events.go_on()
-        self.transfers.go_on()
-        for say in later:
-            say()
-
     async def call(self, function: Callable[[], None]) -> Status:
         """Have something done that may block; what libusb refuses becomes a status."""
         try:
-            await self._in_thread(function)
+            await self.gate.call(function)
         except NoDevice:
             self.lost()
         except NotFound:
@@ -199,8 +167,8 @@ class Session:
         try:
             stream = stream_kind(endpoint)(reception, endpoint, self.claim.handle, self)
             self.streams[endpoint.address] = stream
-            if self.busy:
-                self._later.append(stream.begin)
+            if self.gate.shut:
+                self.gate.when_open(stream, stream.begin)
             else:
                 stream.start()
         except UsbError as error:

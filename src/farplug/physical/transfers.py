@@ -8,9 +8,11 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Final, Protocol, TypeAlias
 
 from farplug.physical.binding import UsbHandle, UsbTransfer
+from farplug.physical.gate import Gate
 from farplug.physical.library import TRANSFER_NO_DEVICE, InvalidParameter, NoDevice, NoMemory, UsbError, transfer_status
 from farplug.usb.transfer import Status, Transfer
 from farplug.usb.types import TransferType
@@ -72,6 +74,7 @@ class Transfers:
 
     Args:
         handle: libusb's.
+        gate: while it is shut, nothing is said to libusb.
         completed: the callback of libusb's transfers; it brings each to its :class:`Owner`.
         assign_stream: makes a bulk transfer of libusb's one of a stream.
         lost: called when the device turns out to be gone.
@@ -80,11 +83,13 @@ class Transfers:
     def __init__(
         self,
         handle: UsbHandle,
+        gate: Gate,
         completed: Callable[[UsbTransfer], None],
         assign_stream: Callable[[UsbTransfer, int], None],
         lost: Callable[[], None],
     ) -> None:
         self._handle = handle
+        self._gate = gate
         self._completed = completed
         self._assign_stream = assign_stream
         self._lost = lost
@@ -94,9 +99,6 @@ class Transfers:
         self._hungry: deque[_Job] = deque()
         """Jobs that found no memory."""
         self._hunger: asyncio.TimerHandle | None = None
-        self._holding = False
-        self._held: deque[_Job] = deque()
-        """Jobs that came while the device was not to be talked to."""
         self._idle: dict[_Key, list[UsbTransfer]] = {}
         """libusb's transfers that came back, by where they were used: they go there again."""
         self._idle_count = 0
@@ -137,7 +139,6 @@ class Transfers:
         self._jobs.clear()
         self._waiting.clear()
         self._hungry.clear()
-        self._held.clear()
         if self._hunger is not None:
             self._hunger.cancel()
         for job in jobs:
@@ -145,20 +146,6 @@ class Transfers:
                 job.timer.cancel()
             job.transfer.complete(status, actual=job.moved)
         return in_flight
-
-    def hold(self) -> None:
-        """Say nothing to libusb until :meth:`go_on`."""
-        self._holding = True
-
-    def go_on(self) -> None:
-        """Say what was held back: cancellations first, then new transfers in their order."""
-        self._holding = False
-        for job in list(self._jobs.values()):
-            if job.usb is not None and (job.cancelled or job.timed_out):
-                cancel(job.usb)
-        for _ in range(len(self._held)):
-            if self._held:  # an answer may have had the others cancelled
-                self._start(self._held.popleft())
 
     # The way of a job
 
@@ -173,8 +160,8 @@ class Transfers:
 
     def _start(self, job: _Job) -> None:
         """Give a job, or its next piece, to libusb."""
-        if self._holding:
-            self._held.append(job)
+        if self._gate.shut:
+            self._gate.when_open(job, partial(self._start, job))
             return
         usb = None
         try:
@@ -284,10 +271,10 @@ class Transfers:
     def _take_back(self, job: _Job) -> None:
         """End a job early: at once, unless something of it is at the device."""
         if job.usb is not None:
-            if not self._holding:
-                cancel(job.usb)
+            self._gate.when_open(job, partial(_cancel_job, job))
             return
-        for queue in (self._hungry, self._held, self._waiting.get(job.key, deque())):
+        self._gate.forget(job)
+        for queue in (self._hungry, self._waiting.get(job.key, deque())):
             if job in queue:
                 queue.remove(job)
         self._end(job, Status.TIMEOUT if job.timed_out else Status.CANCELLED)
@@ -320,6 +307,11 @@ class Transfers:
             usb.setBuffer(bytearray())
         self._idle.setdefault(job.key, []).append(usb)
         self._idle_count += 1
+
+
+def _cancel_job(job: _Job) -> None:
+    if job.usb is not None:  # else it came back meanwhile, and may be another job's now
+        cancel(job.usb)
 
 
 def cancel(usb: UsbTransfer) -> None:
