@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tests.redirection.scripted import (
-    ScriptedDevice,
-    kinds,
-    settle,
-)
+from tests.redirection.scripted import ScriptedDevice, kinds, settle
 
 from farplug import events
 from farplug.errors import Reason, RefusedError

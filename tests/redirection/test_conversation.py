@@ -6,14 +6,7 @@ import asyncio
 import itertools
 
 import pytest
-from tests.redirection.scripted import (
-    BULK_IN,
-    BULK_OUT,
-    INTERRUPT_IN,
-    ScriptedDevice,
-    kinds,
-    settle,
-)
+from tests.redirection.scripted import BULK_IN, BULK_OUT, INTERRUPT_IN, ScriptedDevice, kinds, settle
 
 from farplug import events
 from farplug.redirection import conversation

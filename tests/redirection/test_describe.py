@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from tests.redirection.scripted import (
-    BULK_IN,
-    INTERRUPT_IN,
-    ScriptedDevice,
-    kinds,
-)
+from tests.redirection.scripted import BULK_IN, INTERRUPT_IN, ScriptedDevice, kinds
 
 from farplug import events
 from farplug.testing.memory import MemoryGuest

@@ -5,14 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from tests.redirection.scripted import (
-    BULK_IN,
-    INTERRUPT_IN,
-    ISO_OUT,
-    ScriptedDevice,
-    kinds,
-    settle,
-)
+from tests.redirection.scripted import BULK_IN, INTERRUPT_IN, ISO_OUT, ScriptedDevice, kinds, settle
 
 from farplug import events
 from farplug.errors import DeviceError, GuestGoneError, LocalProtocolError, Reason, RemoteProtocolError

@@ -5,15 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from tests.redirection.scripted import (
-    BULK_IN,
-    BULK_OUT,
-    INTERRUPT_IN,
-    STREAM_IN,
-    ScriptedDevice,
-    kinds,
-    settle,
-)
+from tests.redirection.scripted import BULK_IN, BULK_OUT, INTERRUPT_IN, STREAM_IN, ScriptedDevice, kinds, settle
 
 from farplug import events
 from farplug.redirection import State, operations

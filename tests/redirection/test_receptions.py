@@ -3,15 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tests.redirection.scripted import (
-    BULK_IN,
-    INTERRUPT_IN,
-    ISO_IN,
-    ISO_OUT,
-    ScriptedDevice,
-    kinds,
-    settle,
-)
+from tests.redirection.scripted import BULK_IN, INTERRUPT_IN, ISO_IN, ISO_OUT, ScriptedDevice, kinds, settle
 
 from farplug import events
 from farplug.testing.memory import MemoryGuest

@@ -6,11 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 import pytest
-from tests.redirection.scripted import (
-    ScriptedDevice,
-    kinds,
-    settle,
-)
+from tests.redirection.scripted import ScriptedDevice, kinds, settle
 
 from farplug import events
 from farplug.errors import Reason, RefusedError

@@ -3,14 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tests.redirection.scripted import (
-    BULK_IN,
-    BULK_OUT,
-    INTERRUPT_IN,
-    INTERRUPT_OUT,
-    ScriptedDevice,
-    settle,
-)
+from tests.redirection.scripted import BULK_IN, BULK_OUT, INTERRUPT_IN, INTERRUPT_OUT, ScriptedDevice, settle
 
 from farplug.testing.memory import MemoryGuest
 from farplug.usb import Status
