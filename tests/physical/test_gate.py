@@ -126,3 +126,35 @@ async def test_after_the_end_nothing_is_said(bench: Bench) -> None:
     await talking
     assert bench.said == ["pause"]
     assert bench.gate.shut
+
+
+async def test_what_is_said_may_shut_it_again(bench: Bench) -> None:
+    talking, again = bench.talk(), threading.Event()
+    tasks: list[asyncio.Task[None]] = []
+
+    def reset() -> None:
+        tasks.append(asyncio.ensure_future(bench.gate.call(lambda: cast(None, again.wait(10)))))
+
+    await asyncio.sleep(0)
+    bench.gate.when_open("reset", reset)
+    bench.say("later")
+    bench.done.set()
+    await talking
+    await asyncio.sleep(0)
+    assert bench.said == ["pause", "go on", "later", "pause"]
+    again.set()
+    await tasks[0]
+    assert bench.said == ["pause", "go on", "later", "pause", "go on"]
+    assert not bench.gate.shut
+
+
+async def test_what_cannot_be_said_holds_nothing_up(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    talking = bench.talk()
+    await asyncio.sleep(0)
+    bench.gate.when_open("broken", lambda: cast(None, 1 / 0))
+    bench.say("later")
+    bench.done.set()
+    await talking
+    assert bench.said == ["pause", "go on", "later"]
+    assert "ZeroDivisionError" in caplog.text
+    assert not bench.gate.shut

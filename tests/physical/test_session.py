@@ -23,6 +23,7 @@ from tests.physical.support import (
     until,
 )
 
+from farplug.physical.receptions import ERROR_PAUSE
 from farplug.usb import Reception, Setup, Status
 
 CLEAR_HALT = Setup(0x02, 1, 0, BULK_IN)
@@ -162,3 +163,56 @@ async def test_what_came_back_before_its_cancel_was_said_is_anothers() -> None:
         await settle()
         assert new.status is None
         assert len(bench.handle.transfers) == 1
+
+
+async def test_what_comes_when_the_gate_opens_does_not_overtake_what_was_held_back() -> None:
+    async with opened() as bench:
+        answer = await hang(bench)
+        data, more = [bytes([number]) * 16 for number in range(4)], []
+        refused = bench.write(data[0])
+        bench.write(data[1])
+        bench.write(data[2])
+        refused.on_complete = lambda transfer: more.append(bench.write(data[3]))  # the guest has more when it hears
+        bench.handle.refusals = [usb1.USBErrorIO()]
+        answer.set()
+        await until(lambda: len(bench.flying) == 3)
+        assert [bytes(one.buffer) for one in bench.flying] == data[1:]
+
+
+async def test_what_was_held_back_waits_behind_what_finds_no_memory() -> None:
+    async with opened() as bench:
+        answer = await hang(bench)
+        data = [bytes([number]) * 16 for number in range(3)]
+        for one in data:
+            bench.write(one)
+        bench.handle.refusals = [usb1.USBErrorNoMem()]
+        answer.set()
+        await until(lambda: len(bench.flying) == 3)
+        assert [bytes(one.buffer) for one in bench.flying] == data
+
+
+async def test_receiving_goes_on_after_an_error_while_it_hangs() -> None:
+    async with opened() as bench:
+        bench.device.start_receiving(Reception(KEYS, INTERRUPT, 1))
+        bench.flying[0].finish(status=usb1.TRANSFER_ERROR)
+        await until(lambda: bench.listener.packets)
+        answer = await hang(bench)
+        await asyncio.sleep(ERROR_PAUSE * 2)
+        assert not bench.flying
+        answer.set()
+        await until(lambda: bench.flying)
+
+
+async def test_the_device_is_talked_to_again_as_soon_as_the_gate_opens() -> None:
+    """An answer to what was held back makes the guest ask for a reset: what is held back then waits for its end."""
+    async with opened() as bench:
+        answer = await hang(bench)
+        refused, later = bench.write(b"refused"), bench.write(b"later")
+        tasks: list[asyncio.Task[Status]] = []
+        refused.on_complete = lambda transfer: tasks.append(asyncio.create_task(bench.device.reset()))
+        bench.handle.refusals = [usb1.USBErrorIO()]
+        answer.set()
+        await until(lambda: tasks)
+        assert await tasks[0] is Status.SUCCESS
+        await until(lambda: later.status is Status.CANCELLED)
+        assert not bench.device._session.gate.shut  # type: ignore[union-attr]

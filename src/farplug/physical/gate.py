@@ -7,10 +7,13 @@ reaps a transfer of it meanwhile waits. So the loop does none of that until the 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 
 from farplug.physical.events import Events
 from farplug.physical.worker import Worker
+
+log = logging.getLogger(__name__)
 
 
 class Gate:
@@ -36,7 +39,8 @@ class Gate:
     def when_open(self, subject: object, say: Callable[[], None]) -> None:
         """Say something to the device: now, or when the gate opens, in the order in which it came.
 
-        Only one thing is held back about a ``subject``, the last, so that memory is bounded by what there is to say.
+        What was held back is called with ``shut`` still set, so that nothing new comes before the rest of it. Only one
+        thing is held back about a ``subject``, the last: memory is bounded by what there is to talk about.
         """
         if self.shut:
             self._held[subject] = say
@@ -52,7 +56,7 @@ class Gate:
 
         Raises what ``function`` raises.
         """
-        if not self.shut:
+        if not self._calls:
             self._events.pause()
             self.shut = True
         self._calls += 1
@@ -71,7 +75,12 @@ class Gate:
         self._calls -= 1
         if self._calls or self._ended:
             return
-        self.shut = False
         self._events.go_on()
-        while self._held and not self.shut:  # an answer may have some of it forgotten
-            self._held.pop(next(iter(self._held)))()
+        # Still shut: what comes in answer to what is said now must not overtake what is held back.
+        while self._held and not self._calls:
+            say = self._held.pop(next(iter(self._held)))
+            try:
+                say()
+            except Exception:
+                log.exception("something could not be said to a device")
+        self.shut = self._ended or self._calls > 0

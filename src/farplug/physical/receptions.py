@@ -148,10 +148,10 @@ class Stream(ABC):
                 log.warning("endpoint %02x: there is memory for %d of %d transfers", self.address, *count)
                 return
 
-    def _resubmit(self, usb: UsbTransfer) -> None:
-        """Submit while the stream runs; if that fails, the stream ends."""
-        if self._host.gate.shut:
-            self._host.gate.when_open(usb, partial(self._resubmit, usb))
+    def _resubmit(self, usb: UsbTransfer, held: bool = False) -> None:
+        """Submit while the stream runs; if that fails, the stream ends. ``held``: the gate opens for it."""
+        if self._host.gate.shut and not held:
+            self._host.gate.when_open(usb, partial(self._resubmit, usb, True))
             return
         if self._stopped or self._stalled or usb in self._flying:
             return

@@ -149,19 +149,22 @@ class Transfers:
 
     # The way of a job
 
-    def _admit(self, job: _Job) -> None:
+    def _admit(self, job: _Job, held: bool = False) -> None:
+        """Let a job come behind those before it on its endpoint; ``held``: the gate opens for it."""
         waiting = self._waiting.get(job.key)
         if waiting is not None:
             waiting.append(job)
-            return
-        if job.length > MAX_PIECE:
-            self._block(job)
-        self._start(job)
+        elif self._gate.shut and not held:
+            self._gate.when_open(job, partial(self._admit, job, True))
+        else:
+            if job.length > MAX_PIECE:
+                self._block(job)
+            self._start(job, held)
 
-    def _start(self, job: _Job) -> None:
-        """Give a job, or its next piece, to libusb."""
-        if self._gate.shut:
-            self._gate.when_open(job, partial(self._start, job))
+    def _start(self, job: _Job, held: bool = False) -> None:
+        """Give a job, or its next piece, to libusb; ``held``: the gate opens for it."""
+        if self._gate.shut and not held:
+            self._gate.when_open(job, partial(self._start, job, True))
             return
         usb = None
         try:
@@ -181,7 +184,7 @@ class Transfers:
             self._block(job)
             if min(job.piece, job.length - job.moved) > MIN_PIECE and job.transfer.setup is None:
                 job.piece //= 2
-                self._start(job)
+                self._start(job, held)
             else:
                 self._hungry.append(job)
                 if self._hunger is None:
