@@ -157,12 +157,14 @@ class Real:
         name: a pattern for its ids and product name (:func:`~tests.guest.plugging.usb_folder_by_name`).
         folder: in the near guest's /sys.
         bus: its bus and device number, ``B-D``.
+        node: major and minor number of its node. They hold while it is reset, when Linux tells 0 as its device number.
     """
 
     id: str
     name: str
     folder: str
     bus: str
+    node: str
 
 
 async def _echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -212,17 +214,16 @@ class Machine:
     async def find(self, name: str, id: str = "") -> Real:
         """A device, once the kernel has it."""
         folder = await usb_folder_by_name(self.guest, name)
-        bus, number = (await self.check(f"cat {folder}/busnum {folder}/devnum")).split()
-        return Real(id, name, folder, f"{bus}-{number}")
+        bus, node = (await self.check(f"cat {folder}/busnum {folder}/dev")).split()
+        return Real(id, name, folder, f"{bus}-{int(node.partition(':')[2]) % 128 + 1}", node)
 
     async def unplug(self, real: Real) -> None:
         """Pull a device out; back when QEMU and the kernel have forgotten it."""
         await self.qmp.execute("device_del", {"id": real.id})
         while (await self.qmp.event("DEVICE_DELETED"))["data"].get("device") != real.id:
             pass
-        number = real.bus.partition("-")[2]
         async with asyncio.timeout(PATIENCE):
-            while (await self.guest.run(f"cat {real.folder}/devnum 2>/dev/null")).output.strip() == number:
+            while (await self.guest.run(f"cat {real.folder}/dev 2>/dev/null")).output.strip() == real.node:
                 await asyncio.sleep(0.1)
 
     async def drivers(self, real: Real) -> dict[str, str]:

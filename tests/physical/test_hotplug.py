@@ -98,6 +98,19 @@ async def test_plugged_in_anew_at_the_same_address(machine: Machine) -> None:
         assert await take(aiter(watch), 2) == [("Departed", "1-1"), ("Arrived", "1-1")]
 
 
+async def test_a_device_that_is_being_reset_is_still_there(machine: Machine) -> None:
+    folder = machine.add("1-1", 2, dev="189:1")
+    async with Watch(machine.root) as watch:
+        changes = aiter(watch)
+        (folder / "devnum").write_text("0\n")  # what Linux tells meanwhile
+        machine.add("1-2", 3)
+        assert await take(changes) == [("Arrived", "1-2")]
+        (folder / "devnum").write_text("2\n")
+        machine.remove("1-2")
+        assert await take(changes) == [("Departed", "1-2")]
+        assert [found.key for found in watch.present] == [(1, 2)]
+
+
 async def test_permission_that_comes_late_is_told(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hotplug, "PATIENCE", 0.1)
     allowed = False

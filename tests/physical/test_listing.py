@@ -179,6 +179,18 @@ def test_numbers_of_the_device_from_its_uevent(machine: Machine) -> None:
     assert list_devices(machine.root)[0].key == (1, 2)
 
 
+@pytest.mark.parametrize(("node", "key"), [("189:1", (1, 2)), ("189:126", (1, 127)), ("189:129", (1, 2))])
+def test_a_device_that_is_being_reset(machine: Machine, node: str, key: tuple[int, int]) -> None:
+    machine.add("1-1", 0, dev=node)
+    assert [found.key for found in list_devices(machine.root)] == [key]
+
+
+@pytest.mark.parametrize("node", ["", "189", "189:", "189:-1", "nonsense"])
+def test_a_device_without_an_address(machine: Machine, node: str) -> None:
+    machine.add("1-1", 0, dev=node)
+    assert list_devices(machine.root) == []
+
+
 @pytest.mark.parametrize(
     ("peer", "port"),
     [

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
@@ -19,10 +18,10 @@ from pathlib import Path
 from time import monotonic
 from typing import Final, Self, TypeAlias
 
-from farplug.errors import SetupError
+from farplug.errors import Reason, SetupError
 from farplug.physical.found import Found
 from farplug.physical.listing import DEVICE_NAME, DEVICES, list_devices
-from farplug.physical.sysfs import listed, number
+from farplug.physical.sysfs import bus_and_address, listed
 from farplug.physical.worker import aside
 
 INTERVAL: Final = 1.0
@@ -199,15 +198,16 @@ def _places(root: Path) -> dict[tuple[int, int], tuple[str, int]]:
     places: dict[tuple[int, int], tuple[str, int]] = {}
     for folder in listed(root / DEVICES):
         if DEVICE_NAME.fullmatch(folder.name):
-            bus, address = number(folder / "busnum"), number(folder / "devnum")
+            key = bus_and_address(folder)
             with suppress(OSError):  # it has just left
-                if bus is not None and address is not None:
-                    places[bus, address] = folder.name, folder.stat().st_ino
+                if key is not None:
+                    places[key] = folder.name, folder.stat().st_ino
     return places
 
 
 def _is_permitted(found: Found) -> bool:
-    return os.access(found.node, os.R_OK | os.W_OK)
+    """Whether it could be opened when it was looked at: what came later is not in its obstacles."""
+    return not any(obstacle.reason in (Reason.NO_PERMISSION, Reason.NO_USB) for obstacle in found.obstacles)
 
 
 def _is_ready(found: Found) -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path
 from farplug.errors import Reason, SetupError
 from farplug.physical.found import Found, FoundInterface
 from farplug.physical.obstacles import Uses, caution, obstacles
-from farplug.physical.sysfs import listed, number, parse_number, read, read_bytes
+from farplug.physical.sysfs import bus_and_address, listed, number, read, read_bytes
 from farplug.physical.usb_ids import UsbIds, printable, usb_ids
 from farplug.usb.descriptors import MAX_WARNINGS, ConfigurationDescriptor, DeviceDescriptor
 from farplug.usb.types import DescriptorType, Speed
@@ -77,11 +77,10 @@ def _place(found: Found) -> tuple[int, list[int], int]:
 
 def _read_device(path: Path, root: Path, ids: UsbIds) -> Found | None:
     """One device; None if it has just left."""
-    event = dict(line.partition("=")[::2] for line in read(path / "uevent").splitlines())
-    bus = _first(number(path / "busnum"), parse_number(event.get("BUSNUM", "")))
-    address = _first(number(path / "devnum"), parse_number(event.get("DEVNUM", "")))
-    if bus is None or address is None:
+    key = bus_and_address(path)
+    if key is None:
         return None
+    bus, address = key
     raw = read_bytes(path / "descriptors", MAX_DESCRIPTORS)
     descriptor = DeviceDescriptor.parse(raw[:18])
     configuration = number(path / "bConfigurationValue") or 0

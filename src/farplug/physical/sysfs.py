@@ -52,3 +52,18 @@ def listed(folder: Path) -> list[Path]:
         return sorted(folder.iterdir())
     except OSError:
         return []
+
+
+def bus_and_address(folder: Path) -> tuple[int, int] | None:
+    """The number of the bus and the address of a USB device, by its folder; None if it has just left.
+
+    While a port is being reset, Linux tells the address 0 (``hub_port_reset``). The number of the device's node, which
+    is ``(bus - 1) * 128 + address - 1``, holds as long as the device is plugged in (``usb_new_device``).
+    """
+    event = dict(line.partition("=")[::2] for line in read(folder / "uevent").splitlines())
+    bus = number(folder / "busnum") or parse_number(event.get("BUSNUM", ""))
+    address = number(folder / "devnum") or parse_number(event.get("DEVNUM", ""))
+    if not address:
+        minor = parse_number(read(folder / "dev").partition(":")[2])
+        address = None if minor is None else minor % 128 + 1
+    return None if bus is None or address is None else (bus, address)
