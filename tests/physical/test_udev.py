@@ -31,13 +31,31 @@ def test_for_all_devices_and_for_one() -> None:
     assert 'ATTR{idVendor}=="1050", ATTR{idProduct}=="0407"' in RULE
 
 
+@pytest.mark.parametrize(
+    ("group", "rule", "whom"),
+    [
+        (
+            46,
+            'MODE="0660", GROUP="plugdev", TAG+="uaccess"',
+            "and for the group plugdev: sudo usermod -aG plugdev USER",
+        ),
+        (None, '"usb_device", TAG+="uaccess"', "no group yet: sudo groupadd --system plugdev, then install the rule"),
+    ],
+)
+def test_who_may(monkeypatch: pytest.MonkeyPatch, group: int | None, rule: str, whom: str) -> None:
+    monkeypatch.setattr(udev, "_group", lambda: group)
+    assert rule in udev.udev_rule()
+    assert whom in udev.whom()
+    assert (whom in udev.install_commands(udev.udev_rule())) == (group is None)
+
+
 def test_install(tmp_path: Path, udevadm: Path) -> None:
     for rule in (RULE, udev.udev_rule(), RULE):
         path = udev.install(rule, tmp_path)
     assert path == tmp_path / "etc/udev/rules.d/70-farplug.rules"
     assert path.read_text() == f"{RULE}\n{udev.udev_rule()}\n"
     calls = (udevadm / "calls").read_text().splitlines()
-    assert calls == ["control --reload", "trigger --subsystem-match=usb --action=change"] * 3
+    assert calls == ["control --reload", "trigger --settle --subsystem-match=usb --action=change"] * 3
 
 
 def test_what_somebody_else_wrote_stays(tmp_path: Path, udevadm: Path) -> None:

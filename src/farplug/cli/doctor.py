@@ -110,10 +110,10 @@ def _check_machine() -> bool:
 
 
 def _install_udev_rule() -> None:
-    from farplug.physical.udev import install, udev_rule
+    from farplug.physical.udev import install, udev_rule, whom
 
     rule = udev_rule()
-    typer.echo(f"{install(rule)}:\n  {rule}\n")
+    typer.echo(f"{install(rule)}:\n  {rule}\n  for {whom()}\n")
 
 
 def _check_usb() -> bool:

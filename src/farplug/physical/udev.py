@@ -23,8 +23,9 @@ GROUP: Final = "plugdev"
 
 _RELOAD: Final = (
     ("udevadm", "control", "--reload"),
-    ("udevadm", "trigger", "--subsystem-match=usb", "--action=change"),
+    ("udevadm", "trigger", "--settle", "--subsystem-match=usb", "--action=change"),
 )
+"""The second one comes back when the rules have taken effect."""
 
 
 def udev_rule(ids: tuple[int, int] | None = None) -> str:
@@ -45,6 +46,16 @@ def _group() -> int | None:
         return None
 
 
+def whom() -> str:
+    """Who is given permission, and what makes others such."""
+    seated = "whoever sits at this machine's screen"
+    if _group() is None:
+        return (
+            f"{seated}; for others there is no group yet: sudo groupadd --system {GROUP}, then install the rule again"
+        )
+    return f"{seated}, and for the group {GROUP}: sudo usermod -aG {GROUP} USER, who then logs in again"
+
+
 def install_commands(rule: str) -> str:
     """The commands that install a rule, one a line."""
     commands = [
@@ -52,7 +63,9 @@ def install_commands(rule: str) -> str:
         " && ".join(f"sudo {shlex.join(command)}" for command in _RELOAD),
     ]
     group = _group()
-    if group is not None and group not in (os.getegid(), *os.getgroups()):
+    if group is None:
+        commands.append(f"# for {whom()}")
+    elif group not in (os.getegid(), *os.getgroups()):
         commands.append(f'sudo usermod -aG {GROUP} "$USER"  # then log in again; not needed at this machine\'s screen')
     return "\n".join(commands)
 

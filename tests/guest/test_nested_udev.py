@@ -1,0 +1,137 @@
+"""An ordinary user gets permission from the real udev, by the rule that farplug prints and installs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import pytest_asyncio
+from tests.guest.nested import FAR, FARPLUG, PATIENCE, Machine, Plugger, Real, from_inside, running
+from tests.guest.plugging import usb_folder_by_name, usb_node
+
+if TYPE_CHECKING:
+    from tests.guest.conftest import GuestPool
+
+KEYBOARD = "0627:0001 *Keyboard"
+USER = "tester"
+RULES = "/etc/udev/rules.d/70-farplug.rules"
+NOT_A_CHROOT = "SYSTEMD_IGNORE_CHROOT=1"
+"""Commands run in a chroot of the near guest, where udevadm would say that it does nothing."""
+AS_USER = (
+    f"setpriv --reuid={USER} --regid={USER} --init-groups --inh-caps=+dac_read_search --ambient-caps=+dac_read_search"
+)
+"""A log-in: with the groups that the user has by now. The capability lets the user read this checkout, wherever it is:
+not write, as opening a device does."""
+
+pytestmark = pytest.mark.timeout(400)
+
+
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """The near guest with udev and an ordinary user.
+
+    Attributes:
+        machine: the near guest.
+        user: the number of the user.
+    """
+
+    machine: Machine
+    user: int
+
+    async def farplug(self, arguments: str) -> tuple[int, str]:
+        """Run farplug for the user: exit code and output."""
+        result = await self.machine.guest.run(f"{AS_USER} env {FARPLUG} {arguments} 2>&1", timeout=PATIENCE)
+        return result.exit_code, result.output
+
+    async def obstacles(self, real: Real) -> list[dict[str, Any]]:
+        """What stands against plugging in a device, for the user."""
+        code, output = await self.farplug("devices --json")
+        assert code == 0, output
+        (found,) = (one for one in json.loads(output)["usb"]["devices"] if f"{one['bus']}-{one['address']}" == real.bus)
+        obstacles: list[dict[str, Any]] = found["obstacles"]
+        return obstacles
+
+    async def node(self, real: Real) -> str:
+        """Mode, owner and group of a device's node."""
+        node = await usb_node(self.machine.guest, real.folder)
+        return (await self.machine.check(f"stat -c '%a %U %G' {node}")).strip()
+
+    async def root(self, commands: str) -> str:
+        """Do what the user is told to do: commands with sudo."""
+        return await self.machine.check(f"set -e\nexport PATH=/run/bin:$PATH USER={USER}\n{commands}", timeout=PATIENCE)
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def desk(plugger: Plugger) -> AsyncIterator[Desk]:
+    """Start udev, and add a user; nothing of both is left when the test ends, nor of its rules."""
+    machine = plugger.machine
+    await machine.check(f"""
+        useradd --no-create-home {USER}
+        mkdir -p /run/bin
+        printf '#!/bin/sh\\nexec env {NOT_A_CHROOT} "$@"\\n' >/run/bin/sudo
+        chmod +x /run/bin/sudo""")
+    try:
+        async with running(machine.guest, f"{NOT_A_CHROOT} /lib/systemd/systemd-udevd") as udevd:
+            await machine.check("until [ -S /run/udev/control ]; do sleep 0.05; done", timeout=PATIENCE)
+            yield Desk(machine, int(await machine.check(f"id -u {USER}")))
+            # It says here which lines of a rule it does not understand, and which groups it does not know.
+            assert "70-farplug.rules" not in await udevd.output()
+    finally:
+        await machine.check(f"userdel {USER}; rm -rf {RULES} /run/bin /run/udev /run/systemd")
+
+
+async def test_the_commands_that_are_printed(desk: Desk, guests: GuestPool) -> None:
+    machine, far = desk.machine, await guests.get(FAR)
+    connect = f"connect {from_inside(far.targets[0])} --usb-device 0627:0001"
+    real = await machine.plug("usb-kbd", KEYBOARD)
+    assert await desk.node(real) == "664 root root"
+    (obstacle,) = await desk.obstacles(real)
+    assert (obstacle["reason"], obstacle["message"]) == ("no-permission", "no permission to use it")
+    code, output = await desk.farplug(connect)
+    assert (code, "cannot be plugged in: no permission to use it" in output) == (12, True), output
+    commands = [line for line in obstacle["remedy"].splitlines() if not line.startswith("(")]
+    assert all(command in output for command in commands), output
+
+    await desk.root("\n".join(commands))
+    assert await desk.node(real) == "660 root plugdev"
+    async with running(machine.guest, f"{AS_USER} env {FARPLUG} {connect} --wait") as job:
+        await job.until("configured by the guest", PATIENCE)
+        await usb_folder_by_name(far, KEYBOARD)
+        assert await machine.drivers(real) == {"1.0": "usbfs"}
+        # When it comes back its node is a new one, which is root's until udev has seen to it.
+        await machine.unplug(real)
+        await job.until("pulled out", PATIENCE)
+        async with machine.device("usb-kbd", KEYBOARD) as real:
+            await job.until("is back", PATIENCE)
+            while (await job.output()).count("configured by the guest") < 2:
+                await job.until("configured by the guest")
+            await job.kill()
+            code, output = await job.end(PATIENCE)
+            assert code == 0, output
+            assert "no permission" not in output
+            assert await machine.drivers(real) == {"1.0": "usbhid"}
+
+
+SEAT = """
+mkdir -p /run/systemd/seats
+echo ACTIVE=1 >/run/systemd/seats/seat0
+echo ACTIVE_UID={user} >>/run/systemd/seats/seat0
+"""
+"""What logind writes down of who sits at the screen: the place where udev looks it up."""
+
+
+async def test_doctor_for_whoever_sits_at_the_screen(desk: Desk) -> None:
+    machine = desk.machine
+    await machine.check(SEAT.format(user=desk.user))
+    async with machine.device("usb-kbd", KEYBOARD) as real:
+        (obstacle,) = await desk.obstacles(real)
+        assert obstacle["reason"] == "no-permission"
+        code, output = await desk.farplug("doctor --install-udev-rule")
+        assert (code, "no permission to write" in output) == (11, True), output
+        output = await desk.root(f"sudo env {FARPLUG} doctor --install-udev-rule")
+        assert "70-farplug.rules" in output
+        assert "plugdev" not in await machine.check(f"id {USER}")
+        assert await desk.obstacles(real) == []
