@@ -77,6 +77,8 @@ LIES = {
     "a store cut short": Lie((configuration(HONEST),), bos=b"\x05\x0f\xff\x00\x09\x07\x10\x02\x1e"),
     "a store that has no end": Lie((configuration(HONEST),), bos=b"\x05\x0f\x09\x00\x02\x00\x10\x02\x1e"),
 }
+NAMES = {0: b"\x04\x03\x09\x04", 1: b"\x00\x03a\x00", 2: b"\x05\x03a\x00b", 3: b"\x04"}
+"""String descriptors of all of them: of length 0, of half a character, and one that is never there as a whole."""
 TOGETHER = 8
 """Ports of vhci_hcd for high speed, and SPICE ports of the far guest."""
 
@@ -91,7 +93,8 @@ async def test_what_makes_sense_is_plugged(plugger: Plugger, guests: GuestPool, 
             lie = LIES[name]
             usb = 0x0200 if lie.bos is None else 0x0201
             descriptor = device_descriptor(f"1d6b:02{number:02d}", usb=usb, configurations=len(lie.configurations))
-            devices[name] = UsbipDevice(descriptor, lie.configurations, bos=lie.bos)
+            descriptor = descriptor[:14] + bytes((1, 2, 3)) + descriptor[17:]
+            devices[name] = UsbipDevice(descriptor, lie.configurations, strings=NAMES, bos=lie.bos)
             await stack.enter_async_context(devices[name].attached(machine.guest))
         await plugger.ask("connect", target)
         stack.push_async_callback(plugger.ask, "leave", target)

@@ -294,6 +294,9 @@ def test_bos() -> None:
         (raw("05 0f 08 00 01 03 10 03"), 1, ""),
         (raw("05 0f 02 00 01 03 10 03"), 1, "2 bytes in all, not 8"),
         (raw("05 0f 08 00 01 00 10 03"), 0, "has length 0"),
+        (raw("05 0f 08 00 01 01 10 03"), 0, "has length 1"),
+        (raw("00 0f 08 00 01 03 10 03"), 1, "it has 0 bytes, not 5"),
+        (raw("ff 0f 08 00 01 03 10 03"), 0, "it has 255 bytes, not 5"),
     ],
 )
 def test_malformed_bos(data: bytes, kept: int, warning: str) -> None:
@@ -324,6 +327,9 @@ def test_strings_that_do_not_fit(text: str, kept: str) -> None:
         (b"\x04", ""),
         (b"\x04\x02a\0", ""),
         (b"\x00\x03a\0", ""),
+        (b"\x01\x03a\0", ""),
+        (b"\x02\x03a\0", ""),
+        (b"\x03\x03a\0", ""),
         (b"\xff\x03a\0b\0", "ab"),
         (b"\x05\x03a\0b", "a"),
         (b"\x06\x03a\0\0\0", "a"),
