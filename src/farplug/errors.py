@@ -98,6 +98,7 @@ class Reason(StrEnum):
     NOT_AUTHORIZED = "not-authorized"
     BUSY = "busy"
     KERNEL_DRIVER = "kernel-driver"
+    NO_WINUSB = "no-winusb"
     INPUT_DEVICE = "input-device"
     FILTERED = "filtered"
     REJECTED = "rejected"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from tests.cli.support import Cli, blank
 from tests.physical.trees import BOOT_KEYBOARD, SMART_CARD, Machine
+from tests.physical.windows import windows_machine
 
 from farplug.physical import listing
 
@@ -104,3 +105,15 @@ def test_no_usb(cli: Cli, machine: Machine) -> None:
     assert result.code == 0
     assert "no USB devices: this machine has no USB: there is no " in result.out
     assert json.loads(cli("devices", "--json").out)["usb"]["error"]["reason"] == "no-usb"
+
+
+def test_windows(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    windows_machine(monkeypatch)
+    lines = cli("devices").out.splitlines()
+    at = next(number for number, line in enumerate(lines) if "1234:0003" in line)
+    assert lines[at + 1] == "    cannot be plugged in: its driver is not WinUSB, which libusb needs on Windows"
+    assert "Zadig" in lines[at + 2]
+    found = {one["product_id"]: one for one in json.loads(cli("devices", "--json").out)["usb"]["devices"]}
+    assert found["0002"]["can_be_plugged"]
+    (obstacle,) = found["0003"]["obstacles"]
+    assert (found["0003"]["can_be_plugged"], obstacle["reason"]) == (False, "no-winusb")

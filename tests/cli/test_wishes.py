@@ -10,6 +10,7 @@ from typing import NoReturn
 import pytest
 from tests.cli.support import Cli, FakeGuest, in_thread, interrupt
 from tests.physical.trees import Machine
+from tests.physical.windows import windows_machine
 
 from farplug import keeper
 from farplug.errors import DeviceError, Reason
@@ -211,3 +212,11 @@ def test_devices_that_rules_do_not_take(cli: Cli, machine: Machine, as_json: boo
         assert [line["reason"] for line in skipped] == ["input-device"]
     assert "046d:c31c (port 1-1) is left alone: it is a keyboard of this machine" in result.out
     assert "--usb-device port:1-1" in result.out
+
+
+def test_a_device_without_winusb(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    windows_machine(monkeypatch)
+    result = cli("connect", NOWHERE, "--usb-device", "1234:0003")
+    assert result.code == 12
+    assert "1234:0003 (port 1-2) cannot be plugged in: its driver is not WinUSB" in result.err
+    assert "Zadig" in result.err

@@ -377,6 +377,9 @@ class FakeDevice:
     def getDeviceAddress(self) -> int:
         return self.place[1]
 
+    def getPortNumberList(self) -> list[int]:
+        return [self.place[1] - 1] if self.place[1] > 1 else []
+
     def getVendorID(self) -> int:
         return self.ids[0]
 

@@ -28,7 +28,9 @@ from farplug.physical.library import (
     UsbError,
 )
 from farplug.physical.obstacles import busy, gone, no_permission
+from farplug.physical.sysfs import on_windows
 from farplug.physical.transfers import cancel
+from farplug.physical.windows import refusal
 from farplug.usb.descriptors import ConfigurationDescriptor
 from farplug.usb.device import Identity
 from farplug.usb.types import Endpoint, Interface
@@ -79,16 +81,22 @@ def _device_errors(name: str, place: Place, identity: Identity) -> Iterator[None
     """Turn what libusb refuses into a :class:`~farplug.errors.DeviceError` about the device with this name."""
     try:
         yield
-    except AccessDenied as error:
-        raise no_permission(identity.vendor_id, identity.product_id).error(name) from error
-    except Busy as error:
-        raise busy(place.node).error(name) from error
-    except (NoDevice, NotFound) as error:
-        raise gone(name) from error
     except UsbError as error:
-        raise DeviceError(
-            f"{name} cannot be used: {error}", reason=Reason.DEVICE_FAULT, remedy="unplug it and plug it in again"
-        ) from error
+        raise _device_error(error, name, place, identity) from error
+
+
+def _device_error(error: Exception, name: str, place: Place, identity: Identity) -> DeviceError:
+    if on_windows() and (obstacle := refusal(error)) is not None:
+        return obstacle.error(name)
+    if isinstance(error, AccessDenied):
+        return no_permission(identity.vendor_id, identity.product_id).error(name)
+    if isinstance(error, Busy):
+        return busy(place.node).error(name)
+    if isinstance(error, (NoDevice, NotFound)):
+        return gone(name)
+    return DeviceError(
+        f"{name} cannot be used: {error}", reason=Reason.DEVICE_FAULT, remedy="unplug it and plug it in again"
+    )
 
 
 def unconfigured(configurations: Mapping[int, ConfigurationDescriptor]) -> tuple[Interface, ...]:

@@ -21,7 +21,7 @@ from typing import Final, Self, TypeAlias
 from farplug.errors import Reason, SetupError
 from farplug.physical.found import Found
 from farplug.physical.listing import DEVICE_NAME, DEVICES, list_devices
-from farplug.physical.sysfs import bus_and_address, listed
+from farplug.physical.sysfs import bus_and_address, listed, on_windows
 from farplug.physical.worker import aside
 
 INTERVAL: Final = 1.0
@@ -195,6 +195,10 @@ def _places(root: Path) -> dict[tuple[int, int], tuple[str, int]]:
 
     A device that was plugged in anew has another folder, even if it is at the same address.
     """
+    if on_windows():
+        from farplug.physical import windows
+
+        return windows.places()
     places: dict[tuple[int, int], tuple[str, int]] = {}
     for folder in listed(root / DEVICES):
         if DEVICE_NAME.fullmatch(folder.name):

@@ -16,7 +16,7 @@ from pathlib import Path
 from farplug.errors import Reason, SetupError
 from farplug.physical.found import Found, FoundInterface
 from farplug.physical.obstacles import Uses, caution, obstacles
-from farplug.physical.sysfs import bus_and_address, listed, number, read, read_bytes
+from farplug.physical.sysfs import bus_and_address, listed, number, on_windows, read, read_bytes
 from farplug.physical.usb_ids import UsbIds, printable, usb_ids
 from farplug.usb.descriptors import MAX_WARNINGS, ConfigurationDescriptor, DeviceDescriptor
 from farplug.usb.types import DescriptorType, Speed
@@ -53,8 +53,12 @@ def list_devices(root: Path = Path("/"), ports: Collection[str] | None = None) -
         ports: those that are looked at; None: all.
 
     Raises:
-        SetupError: the kernel has no USB here (``NO_USB``).
+        SetupError: the kernel has no USB here (``NO_USB``); on Windows: there is no libusb.
     """
+    if on_windows():
+        from farplug.physical import windows
+
+        return [found for found in windows.list_devices() if ports is None or found.port in ports]
     folder = root / DEVICES
     if not folder.is_dir():
         raise SetupError(

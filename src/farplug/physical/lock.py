@@ -6,7 +6,6 @@ however that ends, and a device that is plugged in anew is not locked.
 
 from __future__ import annotations
 
-import fcntl
 import os
 from pathlib import Path
 
@@ -33,6 +32,8 @@ class DeviceLock:
         except OSError as error:
             why = os.strerror(error.errno or 0)
             raise gone(found, why, "plug it in again; --wait waits for it") from error
+        import fcntl  # Windows has none
+
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -14,7 +14,6 @@ from farplug.physical.found import Found, Obstacle
 from farplug.physical.sysfs import listed, read, read_bytes
 from farplug.physical.udev import install_commands, udev_rule
 from farplug.physical.usb_ids import printable
-from farplug.store.usage import device_uses
 
 MAX_FOLDERS = 4096
 """Folders of a device in sysfs that are looked into for disks and keyboards."""
@@ -170,6 +169,8 @@ def gone(device: object, detail: str = "", remedy: str = "plug it in again") -> 
 
 
 def _disk_obstacles(folder: Path) -> Iterator[Obstacle]:
+    from farplug.store.usage import device_uses  # with stores, which need what Windows lacks
+
     match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", read(folder / "dev"))
     uses = device_uses(os.makedev(int(match[1]), int(match[2]))) if match else []
     if uses:

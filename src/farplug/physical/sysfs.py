@@ -7,6 +7,7 @@ them up for seconds. So do it in a thread.
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 MAX_ATTRIBUTE = 4096
@@ -52,6 +53,11 @@ def listed(folder: Path) -> list[Path]:
         return sorted(folder.iterdir())
     except OSError:
         return []
+
+
+def on_windows() -> bool:
+    """Whether this machine runs Windows, which has no sysfs: :mod:`~farplug.physical.windows` asks libusb instead."""
+    return sys.platform == "win32"
 
 
 def bus_and_address(folder: Path) -> tuple[int, int] | None:

@@ -6,7 +6,6 @@ nowhere; for them there is a group, where the distribution has one. Source: udev
 
 from __future__ import annotations
 
-import grp
 import os
 import shlex
 import subprocess
@@ -41,8 +40,10 @@ def udev_rule(ids: tuple[int, int] | None = None) -> str:
 def _group() -> int | None:
     """The number of the group; None if there is none."""
     try:
+        import grp  # Windows has none
+
         return grp.getgrnam(GROUP).gr_gid
-    except KeyError:
+    except (ImportError, KeyError):
         return None
 
 
