@@ -8,10 +8,13 @@ the usual throw-away guest with usb-redir ports; the near one reaches them throu
 from __future__ import annotations
 
 import asyncio
+import atexit
 import itertools
 import json
 import re
+import shutil
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -38,13 +41,19 @@ DRIVERS = (
 )
 """Drivers for the devices in both guests: neither loads any by itself."""
 
+SPEAKER = Path(tempfile.mkdtemp(prefix="farplug-speaker-")) / "speaker.wav"
+"""What a usb-audio of the near guest plays: 48,000 frames a second of two 16-bit samples, after :data:`WAV_HEADER`."""
+atexit.register(shutil.rmtree, SPEAKER.parent, ignore_errors=True)
+WAV_HEADER = 44
+"""Bytes before the samples."""
+
 REAL_DEVICES = GuestConfig(
     machine=True,
     network=True,
     memory=768,
     modules=DRIVERS,
     kernel_arguments=(*AT_ONCE, "dummy_hcd.is_super_speed=1"),
-    extra_arguments=("-audiodev", "none,id=speaker"),
+    extra_arguments=("-audiodev", f"wav,id=speaker,path={SPEAKER},out.frequency=48000"),
 )
 """The near guest. Devices come and go by QMP (:meth:`Machine.device`)."""
 

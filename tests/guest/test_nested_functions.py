@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import pytest
 import pytest_asyncio
-from tests.guest.nested import FAR, Plugger, Real, running
+from tests.guest.nested import FAR, SPEAKER, WAV_HEADER, Plugger, Real, running
 from tests.guest.plugging import MIB, raw, usb_folder_by_name, usb_node
 
 if TYPE_CHECKING:
@@ -162,10 +162,28 @@ async def test_packets_cross_the_network_device(desk: Desk) -> None:
     assert "3 packets received" in output
 
 
+SECONDS = 5
+FRAMES = 48_000 * SECONDS
+
+
+def numbered_frames() -> bytes:
+    """Sound whose frames are numbered: a digit to the base of 512 in each channel, so far from the next one that it can
+    be read at a lower volume, and no silence among them."""
+    return b"".join(struct.pack("<2h", *(digit * 128 - 32704 for digit in divmod(n, 512))) for n in range(FRAMES))
+
+
+def numbers_of(sound: bytes) -> list[int]:
+    """The numbers of the frames that a usb-audio played, at the volume that it begins with: 240 of 255."""
+    frames = struct.iter_unpack("<2h", sound[: len(sound) // 4 * 4])
+    digits = ([round((sample * 255 / 240 + 32704) / 128) for sample in frame] for frame in frames if any(frame))
+    return [high * 512 + low for high, low in digits]
+
+
 async def test_speaker_plays_without_underrun(desk: Desk) -> None:
     card = await first(desk.far, f"{await desk.folder('speaker')}/*/sound/card*")
     await desk.far.check(f"echo 'pcm.out {{ type hw card {card.removeprefix('card')} device 0 }}' >/tmp/alsa.conf")
-    play = "env ALSA_CONFIG_PATH=/tmp/alsa.conf aplay -D out -t raw -f S16_LE -r 48000 -c 2 -d 5 /dev/urandom"
+    play = "env ALSA_CONFIG_PATH=/tmp/alsa.conf aplay -D out -t raw -f S16_LE -r 48000 -c 2 /tmp/sound"
+    await desk.far.run("cat >/tmp/sound", stdin=numbered_frames())
     output = await desk.far.check(f"dmesg -c >/dev/null; {play}; dmesg", timeout=120)
     assert "underrun" not in output
     assert "usb" not in output
@@ -176,6 +194,11 @@ async def test_speaker_plays_without_underrun(desk: Desk) -> None:
     # has no time for two emulated ones drops more, but the stream never collapses.
     assert figures["cancelled"] < figures["transfers"] / 2, figures
     assert figures["bytes"] == 192 * (figures["transfers"] - figures["cancelled"]), figures
+    # What was not dropped came out of the device as it was played, and in order.
+    played = numbers_of(SPEAKER.read_bytes()[WAV_HEADER:])
+    assert played == sorted(set(played))
+    assert FRAMES / 2 < len(played) <= FRAMES
+    assert played[-1] < FRAMES
 
 
 async def test_smart_card_reader_is_listed(desk: Desk) -> None:
