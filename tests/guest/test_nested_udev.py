@@ -68,7 +68,9 @@ class Desk:
 async def desk(plugger: Plugger) -> AsyncIterator[Desk]:
     """Start udev, and add a user; nothing of both is left when the test ends, nor of its rules."""
     machine = plugger.machine
+    # Without the files that only this machine's root may read: the guest has them with the rights of the tests.
     await machine.check(f"""
+        rm -f /etc/*shadow* /etc/.pwd.lock
         useradd --no-create-home {USER}
         mkdir -p /run/bin
         printf '#!/bin/sh\\nexec env {NOT_A_CHROOT} "$@"\\n' >/run/bin/sudo
@@ -87,7 +89,6 @@ async def test_the_commands_that_are_printed(desk: Desk, guests: GuestPool) -> N
     machine, far = desk.machine, await guests.get(FAR)
     connect = f"connect {from_inside(far.targets[0])} --usb-device 0627:0001"
     real = await machine.plug("usb-kbd", KEYBOARD)
-    assert await desk.node(real) == "664 root root"
     (obstacle,) = await desk.obstacles(real)
     assert (obstacle["reason"], obstacle["message"]) == ("no-permission", "no permission to use it")
     code, output = await desk.farplug(connect)

@@ -94,6 +94,14 @@ def test_udev_does_not_answer(tmp_path: Path, udevadm: Path) -> None:
     assert "70-farplug.rules is written" in caught.value.remedy
 
 
+def test_udev_hangs(tmp_path: Path, udevadm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(udev, "UDEV_PATIENCE", 0.2)
+    (udevadm / "udevadm").write_text("#!/bin/sh\nkill -STOP $$\n")
+    with pytest.raises(SetupError, match=r"udevadm control failed: no answer within 0\.2 s") as caught:
+        udev.install(RULE, tmp_path)
+    assert "70-farplug.rules is written" in caught.value.remedy
+
+
 def test_no_udev(tmp_path: Path, udevadm: Path) -> None:
     (udevadm / "udevadm").unlink()
     with pytest.raises(SetupError, match="the program udevadm is not installed") as caught:

@@ -20,6 +20,9 @@ RULES: Final = Path("etc/udev/rules.d/70-farplug.rules")
 GROUP: Final = "plugdev"
 """The group that Debian and its kin have for this."""
 
+UDEV_PATIENCE = 60.0
+"""Seconds that udev has to apply the rules. A container that has udev's socket never hears that it did."""
+
 _RELOAD: Final = (
     ("udevadm", "control", "--reload"),
     ("udevadm", "trigger", "--settle", "--subsystem-match=usb", "--action=change"),
@@ -92,14 +95,23 @@ def install(rule: str, root: Path = Path("/")) -> Path:
         what = os.strerror(error.errno or 0) if isinstance(error, OSError) else "it is not text in UTF-8"
         raise SetupError(f"{path} cannot be written: {what}", reason=Reason.IO_ERROR) from error
     for program, *arguments in _RELOAD:
-        result = subprocess.run(
-            [find_program(program), *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True
-        )
-        if result.returncode:
-            said = result.stderr.strip().splitlines()
+        failure = _run(find_program(program), *arguments)
+        if failure:
             raise SetupError(
-                f"{program} {arguments[0]} failed: {said[-1] if said else f'exit code {result.returncode}'}",
+                f"{program} {arguments[0]} failed: {failure}",
                 reason=Reason.IO_ERROR,
                 remedy=f"{path} is written: restart the machine, or plug the devices in again when udev runs",
             )
     return path
+
+
+def _run(*command: str | Path) -> str:
+    """Run a command; why it failed, empty if it did not."""
+    try:
+        result = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=UDEV_PATIENCE
+        )
+    except subprocess.TimeoutExpired:
+        return f"no answer within {UDEV_PATIENCE:g} s"
+    said = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
+    return said[-1] if result.returncode else ""
