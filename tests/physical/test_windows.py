@@ -33,7 +33,9 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["1-8"].interfaces == ()
     assert all(handle.closed for device in devices for handle in device.handles)
     assert devices[0].calls == [], "hubs are not opened"
+    opened = [len(device.calls) for device in devices]
     assert [one.port for one in list_devices(ports=["1-2"])] == ["1-2"]
+    assert [len(device.calls) - before for device, before in zip(devices, opened, strict=True)] == [0, 0, 1, 0, 0, 0]
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def list_devices(root: Path = Path("/"), ports: Collection[str] | None = None) -
     if on_windows():
         from farplug.physical import windows
 
-        return [found for found in windows.list_devices() if ports is None or found.port in ports]
+        return windows.list_devices(ports)
     folder = root / DEVICES
     if not folder.is_dir():
         raise SetupError(

@@ -23,6 +23,8 @@ MAX_LOCKS = 1 << 20
 MAX_HOLDERS = 3
 """Programs that are named."""
 
+IS_HUB = Obstacle(Reason.HUB, "it is a hub", "name the devices that are plugged into it")
+
 _BTN_LEFT = 0x110
 _TYPING_KEYS = 0xFFFF_FFFE
 """Escape, the digits and the letters up to D: what udev takes for a keyboard."""
@@ -86,7 +88,7 @@ def _bits(folder: Path, kind: str) -> int:
 def obstacles(found: Found, root: Path, uses: Uses) -> Iterator[Obstacle]:
     """What stands against plugging a device in, the worst first."""
     if found.is_hub:
-        yield Obstacle(Reason.HUB, "it is a hub", "name the devices that are plugged into it")
+        yield IS_HUB
         return
     if read(found.path / "authorized") == "0":
         yield Obstacle(

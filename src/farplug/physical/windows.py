@@ -6,6 +6,7 @@ libusb opens a device there if its driver is WinUSB, libusbK or libusb0; for ano
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 from farplug.errors import Reason
@@ -13,6 +14,7 @@ from farplug.physical.binding import UsbDevice
 from farplug.physical.describe import read_configurations, read_identity
 from farplug.physical.found import Found, FoundInterface, Obstacle
 from farplug.physical.library import AccessDenied, Library, NotSupported, UsbError
+from farplug.physical.obstacles import IS_HUB
 
 
 def refusal(error: Exception) -> Obstacle | None:
@@ -29,14 +31,18 @@ def refusal(error: Exception) -> Obstacle | None:
     return None
 
 
-def list_devices() -> list[Found]:
+def list_devices(ports: Collection[str] | None = None) -> list[Found]:
     """List the USB devices, hubs included. Each is opened for a moment, to see whether it can be.
+
+    Args:
+        ports: those that are looked at; None: all.
 
     Raises:
         SetupError: there is no libusb.
     """
     with Library().devices() as devices:
-        return sorted((_found(device) for device in devices), key=lambda found: found.key)
+        found = [_found(device) for device in devices if ports is None or _port(device) in ports]
+    return sorted(found, key=lambda one: one.key)
 
 
 def places() -> dict[tuple[int, int], tuple[str, int]]:
@@ -66,18 +72,14 @@ def _found(device: UsbDevice) -> Found:
         product_id=identity.product_id,
         device_version=identity.device_version,
         codes=(identity.device_class, identity.device_subclass, identity.device_protocol),
-        interfaces=()
-        if configuration is None
-        else tuple(
+        interfaces=tuple(
             FoundInterface(one.number, (one.interface_class, one.interface_subclass, one.interface_protocol))
-            for one in configuration.select()
+            for one in (configuration.select() if configuration else ())
         ),
-        warnings=() if configuration is None else configuration.warnings,
+        warnings=configuration.warnings if configuration else (),
     )
     if found.is_hub:
-        return replace(
-            found, obstacles=(Obstacle(Reason.HUB, "it is a hub", "name the devices that are plugged into it"),)
-        )
+        return replace(found, obstacles=(IS_HUB,))
     try:
         device.open().close()
     except UsbError as error:
