@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 from collections.abc import AsyncIterator
@@ -289,3 +290,30 @@ async def test_where_the_kernel_is_not_heard(machine: Machine, monkeypatch: pyte
     async with Watch(machine.root) as watch:
         machine.remove("1-1")
         assert isinstance(await asyncio.wait_for(anext(aiter(watch)), 20), Departed)
+
+
+async def test_too_many_open_files(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What cannot be looked at has not been pulled out."""
+    real = os.open
+
+    def full(path: object, *arguments: object, **options: object) -> int:
+        if str(path).startswith(str(machine.root)):
+            raise OSError(errno.EMFILE, "too many")
+        return real(path, *arguments, **options)  # type: ignore[arg-type]
+
+    machine.add("1-1", 2)
+    async with Watch(machine.root) as watch:
+        monkeypatch.setattr(os, "open", full)
+        change = asyncio.ensure_future(anext(aiter(watch)))
+        async with asyncio.timeout(20):
+            while "too many open files" not in caplog.text:
+                await asyncio.sleep(0.01)
+        with pytest.raises(SetupError, match="this process has too many open files") as caught:
+            list_devices(machine.root)
+        assert caught.value.reason is Reason.IO_ERROR
+        monkeypatch.setattr(os, "open", real)
+        machine.add("1-2", 3)
+        assert _brief(await asyncio.wait_for(change, 20)) == ("Arrived", "1-2")
+        assert [found.port for found in watch.present] == ["1-1", "1-2"]

@@ -154,7 +154,11 @@ class Watch:
 
     async def _look(self) -> list[Change]:
         """Look once; :attr:`present` is right afterwards."""
-        before, places = self._places, await aside(partial(_places, self.root))
+        try:
+            before, places = self._places, await aside(partial(_places, self.root))
+        except SetupError as error:  # too many open files: what is there now cannot be known
+            log.warning("%s", error)
+            return []
         self._places = places
         same = {key for key, place in places.items() if before.get(key) == place}
         changes: list[Change] = [Departed(found) for found in self.present if found.key not in same]

@@ -2,13 +2,19 @@
 
 Reading some attributes waits for the device (``product``, ``bConfigurationValue``): one that hangs in a reset holds
 them up for seconds. So do it in a thread.
+
+What cannot be read is empty: devices come and go. But where nothing can be read, because there are too many open files,
+a ``SetupError`` says so: otherwise every device would seem to have been pulled out.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from pathlib import Path
+
+from farplug.errors import Reason, SetupError
 
 MAX_ATTRIBUTE = 4096
 """Bytes of an attribute: sysfs has no longer ones, apart from binary files."""
@@ -18,7 +24,10 @@ def read_bytes(path: Path, limit: int = MAX_ATTRIBUTE) -> bytes:
     """The content of a file, up to ``limit`` bytes; empty if it cannot be read."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except (OSError, ValueError):
+    except OSError as error:
+        _check(error)
+        return b""
+    except ValueError:  # a NUL in a name
         return b""
     try:
         with open(descriptor, "rb") as file:
@@ -51,8 +60,19 @@ def listed(folder: Path) -> list[Path]:
     """What is in a folder, sorted; nothing if it cannot be read."""
     try:
         return sorted(folder.iterdir())
-    except OSError:
+    except OSError as error:
+        _check(error)
         return []
+
+
+def _check(error: OSError) -> None:
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        whose = "this process" if error.errno == errno.EMFILE else "this machine"
+        raise SetupError(
+            f"the USB devices cannot be looked at: {whose} has too many open files",
+            reason=Reason.IO_ERROR,
+            remedy="close some, or allow more: ulimit -n 4096" if error.errno == errno.EMFILE else "close some",
+        ) from error
 
 
 def on_windows() -> bool:
