@@ -5,9 +5,8 @@ Source: the comment at the start of usb.ids (http://www.linux-usb.org/usb-ids.ht
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,45 +18,47 @@ MAX_SIZE = 8 << 20
 MAX_NAME = 128
 """Characters of a name; longer ones are cut."""
 
-_LINE = re.compile(r"(\t?)([0-9a-fA-F]{4})  (.*)")
-
 
 @dataclass(frozen=True, slots=True)
 class UsbIds:
-    """Names by number. Unknown ones are empty."""
+    """Names by number; unknown ones are empty.
 
-    vendors: Mapping[int, str] = field(default_factory=dict)
-    products: Mapping[tuple[int, int], str] = field(default_factory=dict)
+    They are looked up when they are wanted: to read the whole file would take longer than all the rest of a list.
+
+    Attributes:
+        text: of usb.ids; it may be anything.
+    """
+
+    text: str = ""
 
     def vendor(self, vendor_id: int) -> str:
         """The name of a vendor."""
-        return self.vendors.get(vendor_id, "")
+        return _name(next(self._lines(vendor_id), ""))
 
     def product(self, vendor_id: int, product_id: int) -> str:
         """The name of a product."""
-        return self.products.get((vendor_id, product_id), "")
+        number = f"\t{product_id:04x}  "
+        return next((_name(line[1:]) for line in self._lines(vendor_id) if line[:7].lower() == number), "")
 
-    @classmethod
-    def parse(cls, text: str) -> UsbIds:
-        """Read the part about vendors and products. Lines that are written wrong are skipped; never raises."""
-        vendors: dict[int, str] = {}
-        products: dict[tuple[int, int], str] = {}
-        vendor = -1
-        for line in text.split("\n"):
-            if not line or line[0] == "#":
-                continue
-            match = _LINE.fullmatch(line)
-            if match is None:
-                if line[0] != "\t":  # another part begins: classes, languages and the like
-                    vendor = -1
-                continue
-            indent, number, name = match[1], int(match[2], 16), printable(match[3])[:MAX_NAME]
-            if not indent:
-                vendor = number
-                vendors.setdefault(number, name)
-            elif vendor >= 0:
-                products.setdefault((vendor, number), name)
-        return cls(vendors, products)
+    def _lines(self, vendor_id: int) -> Iterator[str]:
+        """The line of a vendor, then those of its products."""
+        text = self.text
+        for number in (f"{vendor_id:04x}  ", f"{vendor_id:04X}  "):
+            start = 0 if text.startswith(number) else text.find(f"\n{number}") + 1
+            if start or text.startswith(number):
+                break
+        else:
+            return
+        while start < len(text):
+            end = text.find("\n", start) % (len(text) + 1)  # the last line may have no end
+            yield text[start:end]
+            start = end + 1
+            if not text.startswith(("\t", "#", "\n"), start):  # the next vendor, or another part of the file
+                return
+
+
+def _name(line: str) -> str:
+    return printable(line[6:])[:MAX_NAME]
 
 
 def printable(text: str) -> str:
@@ -71,7 +72,7 @@ def usb_ids(root: Path = Path("/")) -> UsbIds:
     for place in PLACES:
         try:
             with (root / place).open("rb") as file:
-                return UsbIds.parse(file.read(MAX_SIZE).decode(errors="replace"))
+                return UsbIds(file.read(MAX_SIZE).decode(errors="replace"))
         except OSError:
             continue
     return UsbIds()
