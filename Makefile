@@ -19,14 +19,14 @@ demo:
 	@.venv/bin/farplug demo
 
 test: setup
-	$(PYTHON) -m pytest -n 2 --dist loadfile
+	$(PYTHON) -m pytest -n 3 --dist loadfile
 	@$(MAKE) --no-print-directory coverage
 
 test-unit: setup
 	$(PYTHON) -m pytest -n 2 -m "not guest"
 
 test-guest: setup
-	$(PYTHON) -m pytest -n 2 --dist loadfile -m guest
+	$(PYTHON) -m pytest -n 3 --dist loadfile -m guest
 
 # Every branch of the protocol and of the command set is taken by its own tests.
 coverage: setup
