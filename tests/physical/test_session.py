@@ -24,6 +24,7 @@ from tests.physical.support import (
 )
 
 from farplug.physical.receptions import ERROR_PAUSE
+from farplug.physical.transfers import MAX_PIECE
 from farplug.usb import Reception, Setup, Status
 
 CLEAR_HALT = Setup(0x02, 1, 0, BULK_IN)
@@ -177,6 +178,19 @@ async def test_what_comes_when_the_gate_opens_does_not_overtake_what_was_held_ba
         answer.set()
         await until(lambda: len(bench.flying) == 3)
         assert [bytes(one.buffer) for one in bench.flying] == data[1:]
+
+
+async def test_a_long_one_that_comes_when_the_gate_opens_does_not_overtake_either() -> None:
+    """The long one that was refused blocks its endpoint no more when its answer is heard."""
+    async with opened() as bench:
+        answer = await hang(bench)
+        refused = bench.write(bytes(2 * MAX_PIECE))
+        bench.write(b"held back")
+        refused.on_complete = lambda transfer: bench.done.append(bench.write(bytes(3 * MAX_PIECE)))
+        bench.handle.refusals = [usb1.USBErrorIO()]
+        answer.set()
+        await until(lambda: len(bench.flying) == 2)
+        assert [len(one.buffer) for one in bench.flying] == [9, MAX_PIECE]
 
 
 async def test_what_was_held_back_waits_behind_what_finds_no_memory() -> None:

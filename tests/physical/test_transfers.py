@@ -272,6 +272,18 @@ async def test_everything_behind_a_long_transfer_is_refused() -> None:
 # Memory
 
 
+async def test_one_that_finds_memory_at_once_lets_none_overtake_a_long_one() -> None:
+    async with opened() as bench:
+        for length in (2 * MAX_PIECE, 4 * MIN_PIECE, 3 * MAX_PIECE, 8):
+            bench.read(length)
+        bench.handle.rule = answer_whole
+        bench.handle.refusals = [None, usb1.USBErrorNoMem()]
+        bench.flying[0].finish(b"x" * MAX_PIECE)
+        await until(lambda: len(bench.done) == 4)
+        sizes = [size for _, _, size in bench.handle.submissions]
+        assert sizes == [MAX_PIECE, MAX_PIECE, 4 * MIN_PIECE, MAX_PIECE, MAX_PIECE, MAX_PIECE, 8]
+
+
 async def test_with_little_memory_the_pieces_are_smaller() -> None:
     async with opened() as bench:
         bench.handle.rule = answer_whole

@@ -104,7 +104,9 @@ class Transfers:
         self._lost = lost
         self._jobs: dict[Transfer, _Job] = {}
         self._waiting: dict[_Key, deque[_Job]] = {}
-        """What waits behind a job that blocks its endpoint."""
+        """What waits behind a job that blocks its endpoint, or for the gate."""
+        self._blocked: set[_Key] = set()
+        """Where a job blocks: one at most, also while a queue is being worked off."""
         self._hungry: deque[_Job] = deque()
         """Jobs that found no memory."""
         self._hunger: asyncio.TimerHandle | None = None
@@ -147,6 +149,7 @@ class Transfers:
         jobs = list(self._jobs.values())
         self._jobs.clear()
         self._waiting.clear()
+        self._blocked.clear()
         self._hungry.clear()
         if self._hunger is not None:
             self._hunger.cancel()
@@ -158,17 +161,18 @@ class Transfers:
 
     # The way of a job
 
-    def _admit(self, job: _Job, held: bool = False) -> None:
-        """Let a job come behind those before it on its endpoint; ``held``: the gate opens for it."""
+    def _admit(self, job: _Job) -> None:
+        """Let a job come behind those before it on its endpoint."""
         waiting = self._waiting.get(job.key)
         if waiting is not None:
             waiting.append(job)
-        elif self._gate.shut and not held:
-            self._gate.when_open(job, partial(self._admit, job, True))
+        elif self._gate.shut:
+            self._waiting[job.key] = deque((job,))
+            self._resume(job.key)
         else:
             if job.length > MAX_PIECE:
                 self._block(job)
-            self._start(job, held)
+            self._start(job)
 
     def _start(self, job: _Job, held: bool = False) -> None:
         """Give a job, or its next piece, to libusb; ``held``: the gate opens for it."""
@@ -183,7 +187,7 @@ class Transfers:
             error = raised
         else:
             if job.blocks and job.moved + job.piece >= job.length:  # that was the last of it
-                job.blocks = False
+                self._unblock(job)
                 self._resume(job.key)
             return
         job.usb = None
@@ -266,19 +270,22 @@ class Transfers:
         else:
             transfer.complete(status, actual=job.moved)
         if job.blocks:
+            self._unblock(job)
             self._resume(job.key)
 
-    def _resume(self, key: _Key) -> None:
-        """What waited behind a job goes on, up to the next one that blocks."""
-        while (waiting := self._waiting.get(key)) is not None:
+    def _resume(self, key: _Key, held: bool = False) -> None:
+        """What waited goes on, up to the next job that blocks; ``held``: the gate opens for it."""
+        if self._gate.shut and not held:
+            self._gate.when_open(key, partial(self._resume, key, True))
+            return
+        while key not in self._blocked and (waiting := self._waiting.get(key)) is not None:
             if not waiting:
                 del self._waiting[key]
                 return
             job = waiting.popleft()
-            job.blocks = job.length > MAX_PIECE
-            self._start(job)
-            if job.blocks:
-                return
+            if job.length > MAX_PIECE:
+                self._block(job)
+            self._start(job, held)
 
     def _take_back(self, job: _Job) -> None:
         """End a job early: at once, unless something of it is at the device."""
@@ -289,6 +296,9 @@ class Transfers:
         for queue in (self._hungry, self._waiting.get(job.key, deque())):
             if job in queue:
                 queue.remove(job)
+        if self._gate.shut and not self._waiting.get(job.key, True) and job.key not in self._blocked:
+            del self._waiting[job.key]
+            self._gate.forget(job.key)
         self._end(job, Status.TIMEOUT if job.timed_out else Status.CANCELLED)
 
     def _expire(self, job: _Job) -> None:
@@ -300,7 +310,12 @@ class Transfers:
 
     def _block(self, job: _Job) -> None:
         job.blocks = True
+        self._blocked.add(job.key)
         self._waiting.setdefault(job.key, deque())
+
+    def _unblock(self, job: _Job) -> None:
+        job.blocks = False
+        self._blocked.remove(job.key)
 
     def _feed(self) -> None:
         """Something came back, or time has passed: there may be memory."""
