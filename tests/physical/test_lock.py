@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,28 @@ def test_no_permission(found: Found, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DeviceError, match=r"1209:0001 .* cannot be plugged in: no permission to use it") as caught:
         DeviceLock(found)
     assert caught.value.reason is Reason.NO_PERMISSION
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE])
+def test_too_many_open_files(found: Found, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(DeviceError, match="cannot be plugged in: Too many open files") as caught:
+        DeviceLock(found)
+    assert caught.value.reason is Reason.IO_ERROR, "it has not left"
+
+
+def test_with_too_many_open_files_nobody_is_named(found: Found, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(folder: Path) -> Iterator[Path]:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    lock = DeviceLock(found)
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(DeviceError, match=r"another farplug uses it$"):
+        DeviceLock(found)
+    lock.release()
 
 
 def test_no_descriptor_is_left_behind(found: Found) -> None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from farplug.errors import DeviceError, Reason
 from farplug.physical.found import Found
 from farplug.physical.obstacles import busy, gone, no_permission
+from farplug.physical.sysfs import TOO_MANY_OPEN
 
 
 class DeviceLock:
@@ -19,8 +21,8 @@ class DeviceLock:
     Opening a node waits for a device that hangs: take and release it in a thread.
 
     Raises:
-        DeviceError: another farplug has it (``BUSY``), it is not there any more (``DEVICE_LOST``), or there is no
-            permission (``NO_PERMISSION``).
+        DeviceError: another farplug has it (``BUSY``), it is not there any more (``DEVICE_LOST``), there is no
+            permission (``NO_PERMISSION``), or there are too many open files (``IO_ERROR``).
     """
 
     def __init__(self, found: Found) -> None:
@@ -31,6 +33,12 @@ class DeviceLock:
             raise no_permission(found.vendor_id, found.product_id).error(found) from error
         except OSError as error:
             why = os.strerror(error.errno or 0)
+            if error.errno in TOO_MANY_OPEN:
+                raise DeviceError(
+                    f"{found} cannot be plugged in: {why}",
+                    reason=Reason.IO_ERROR,
+                    remedy="close some, or allow more: ulimit -n 4096",
+                ) from error
             raise gone(found, why, "plug it in again; --wait waits for it") from error
         import fcntl  # Windows has none
 

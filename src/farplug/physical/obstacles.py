@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from farplug.errors import DeviceError, Reason
+from farplug.errors import DeviceError, Reason, SetupError
 from farplug.physical.found import Found, Obstacle
 from farplug.physical.sysfs import listed, read, read_bytes
 from farplug.physical.udev import install_commands, udev_rule
@@ -201,14 +201,17 @@ def _is_locked(node: Path) -> bool:
 
 def holders(node: Path) -> list[str]:
     """Programs that have a device open: ``usbredirect (process 123)``. Of other users' programs only root knows."""
-    holding = [
-        process
-        for process in listed(Path("/proc"))
-        if process.name.isdecimal()
-        and int(process.name) != os.getpid()
-        and any(_link(descriptor) == str(node) for descriptor in listed(process / "fd"))
-    ]
-    names = [(printable(read(process / "comm")) or "a program", process.name) for process in holding[:MAX_HOLDERS]]
+    try:
+        holding = [
+            process
+            for process in listed(Path("/proc"))
+            if process.name.isdecimal()
+            and int(process.name) != os.getpid()
+            and any(_link(descriptor) == str(node) for descriptor in listed(process / "fd"))
+        ]
+        names = [(printable(read(process / "comm")) or "a program", process.name) for process in holding[:MAX_HOLDERS]]
+    except SetupError:  # too many open files: that it is in use is to be told all the same
+        return []
     return [f"{name} (process {number})" for name, number in names]
 
 

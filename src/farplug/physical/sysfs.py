@@ -16,6 +16,8 @@ from pathlib import Path
 
 from farplug.errors import Reason, SetupError
 
+TOO_MANY_OPEN = (errno.EMFILE, errno.ENFILE)
+"""Of this process, or of this machine: says nothing about the file that was to be opened."""
 MAX_ATTRIBUTE = 4096
 """Bytes of an attribute: sysfs has no longer ones, apart from binary files."""
 
@@ -66,7 +68,7 @@ def listed(folder: Path) -> list[Path]:
 
 
 def _check(error: OSError) -> None:
-    if error.errno in (errno.EMFILE, errno.ENFILE):
+    if error.errno in TOO_MANY_OPEN:
         whose = "this process" if error.errno == errno.EMFILE else "this machine"
         raise SetupError(
             f"the USB devices cannot be looked at: {whose} has too many open files",
