@@ -313,6 +313,8 @@ async def test_too_many_open_files(
         with pytest.raises(SetupError, match="this process has too many open files") as caught:
             list_devices(machine.root)
         assert caught.value.reason is Reason.IO_ERROR
+        await asyncio.sleep(0.2)  # ten looks
+        assert caplog.text.count("too many open files") == 1
         monkeypatch.setattr(os, "open", real)
         machine.add("1-2", 3)
         assert _brief(await asyncio.wait_for(change, 20)) == ("Arrived", "1-2")

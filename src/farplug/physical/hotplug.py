@@ -96,6 +96,8 @@ class Watch:
     _newcomers: dict[tuple[int, int], _Newcomer] = field(default_factory=dict)
     _places: dict[tuple[int, int], tuple[str, int]] = field(default_factory=dict)
     """Those of the last look."""
+    _blind: bool = False
+    """The last look failed, and that was told."""
 
     async def __aenter__(self) -> Self:
         self._listen()
@@ -157,8 +159,11 @@ class Watch:
         try:
             before, places = self._places, await aside(partial(_places, self.root))
         except SetupError as error:  # too many open files: what is there now cannot be known
-            log.warning("%s", error)
+            if not self._blind:
+                log.warning("%s", error)
+            self._blind = True
             return []
+        self._blind = False
         self._places = places
         same = {key for key, place in places.items() if before.get(key) == place}
         changes: list[Change] = [Departed(found) for found in self.present if found.key not in same]
