@@ -8,6 +8,7 @@
 PYTHON := .venv/bin/python
 SECONDS := 20
 CUTS := 60
+PROCESSES := 3
 
 .PHONY: demo test test-unit test-guest coverage lint format bench fuzz stress powercut setup clean
 
@@ -19,14 +20,14 @@ demo:
 	@.venv/bin/farplug demo
 
 test: setup
-	$(PYTHON) -m pytest -n 3 --dist loadfile
+	$(PYTHON) -m pytest -n $(PROCESSES) --dist loadfile
 	@$(MAKE) --no-print-directory coverage
 
 test-unit: setup
 	$(PYTHON) -m pytest -n 2 -m "not guest"
 
 test-guest: setup
-	$(PYTHON) -m pytest -n 3 --dist loadfile -m guest
+	$(PYTHON) -m pytest -n $(PROCESSES) --dist loadfile -m guest
 
 # Every branch of the protocol and of the command set is taken by its own tests.
 coverage: setup
