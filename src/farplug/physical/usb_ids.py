@@ -5,6 +5,7 @@ Source: the comment at the start of usb.ids (http://www.linux-usb.org/usb-ids.ht
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -43,14 +44,12 @@ class UsbIds:
     def _lines(self, vendor_id: int) -> Iterator[str]:
         """The line of a vendor, then those of its products."""
         text = self.text
-        for number in (f"{vendor_id:04x}  ", f"{vendor_id:04X}  "):
-            start = 0 if text.startswith(number) else text.find(f"\n{number}") + 1
-            if start or text.startswith(number):
-                break
-        else:
-            return
+        vendor = re.search(rf"^{vendor_id:04x}  ", text, re.MULTILINE | re.IGNORECASE)
+        start = vendor.start() if vendor else len(text)
         while start < len(text):
-            end = text.find("\n", start) % (len(text) + 1)  # the last line may have no end
+            end = text.find("\n", start)
+            if end < 0:
+                end = len(text)
             yield text[start:end]
             start = end + 1
             if not text.startswith(("\t", "#", "\n"), start):  # the next vendor, or another part of the file
