@@ -182,7 +182,7 @@ class Watch:
             return ()
         try:
             devices = await aside(partial(list_devices, self.root, ports))
-        except SetupError:  # the kernel's USB was unloaded
+        except SetupError:  # the kernel's USB was unloaded, or too many files are open
             return ()
         settled: list[Found] = []
         for found in devices:

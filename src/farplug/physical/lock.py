@@ -12,7 +12,7 @@ from pathlib import Path
 from farplug.errors import DeviceError, Reason
 from farplug.physical.found import Found
 from farplug.physical.obstacles import busy, gone, no_permission
-from farplug.physical.sysfs import TOO_MANY_OPEN
+from farplug.physical.sysfs import TOO_MANY_OPEN, fewer_open_files
 
 
 class DeviceLock:
@@ -37,7 +37,7 @@ class DeviceLock:
                 raise DeviceError(
                     f"{found} cannot be plugged in: {why}",
                     reason=Reason.IO_ERROR,
-                    remedy="close some, or allow more: ulimit -n 4096",
+                    remedy=fewer_open_files(error),
                 ) from error
             raise gone(found, why, "plug it in again; --wait waits for it") from error
         import fcntl  # Windows has none

@@ -73,8 +73,13 @@ def _check(error: OSError) -> None:
         raise SetupError(
             f"the USB devices cannot be looked at: {whose} has too many open files",
             reason=Reason.IO_ERROR,
-            remedy="close some, or allow more: ulimit -n 4096" if error.errno == errno.EMFILE else "close some",
+            remedy=fewer_open_files(error),
         ) from error
+
+
+def fewer_open_files(error: OSError) -> str:
+    """What helps against one of :data:`TOO_MANY_OPEN`."""
+    return "close some, or allow more: ulimit -n 4096" if error.errno == errno.EMFILE else "close some"
 
 
 def on_windows() -> bool:
@@ -88,9 +93,12 @@ def bus_and_address(folder: Path) -> tuple[int, int] | None:
     While a port is being reset, Linux tells the address 0 (``hub_port_reset``). The number of the device's node, which
     is ``(bus - 1) * 128 + address - 1``, holds as long as the device is plugged in (``usb_new_device``).
     """
-    event = dict(line.partition("=")[::2] for line in read(folder / "uevent").splitlines())
-    bus = number(folder / "busnum") or parse_number(event.get("BUSNUM", ""))
-    address = number(folder / "devnum") or parse_number(event.get("DEVNUM", ""))
+    bus, address = number(folder / "busnum"), number(folder / "devnum")
+    if bus is None or address is None:
+        # Not otherwise: this is done for each device at each look, and some kernels lock a device to tell its uevent.
+        event = dict(line.partition("=")[::2] for line in read(folder / "uevent").splitlines())
+        bus = parse_number(event.get("BUSNUM", "")) if bus is None else bus
+        address = parse_number(event.get("DEVNUM", "")) if address is None else address
     if not address:
         minor = parse_number(read(folder / "dev").partition(":")[2])
         address = None if minor is None else minor % 128 + 1
