@@ -100,6 +100,7 @@ class Reason(StrEnum):
     KERNEL_DRIVER = "kernel-driver"
     NO_WINUSB = "no-winusb"
     INPUT_DEVICE = "input-device"
+    NETWORK_DEVICE = "network-device"
     FILTERED = "filtered"
     REJECTED = "rejected"
     CAPABILITY = "capability"

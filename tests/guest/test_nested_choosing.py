@@ -14,7 +14,7 @@ from tests.guest.nested import FAR, FARPLUG, PATIENCE, Job, Machine, Plugger, fr
 if TYPE_CHECKING:
     from tests.guest.conftest import GuestPool
 
-KEYBOARD, HUB, DISK = "0627:0001 *Keyboard", "0409:55aa *", "46f4:0001 *"
+KEYBOARD, HUB, DISK, NETWORK = "0627:0001 *Keyboard", "0409:55aa *", "46f4:0001 *", "0525:a4a2 *"
 STICK = "46f4:0001"
 
 pytestmark = pytest.mark.timeout(400)
@@ -53,7 +53,13 @@ async def test_what_is_there_and_why_it_cannot_be_plugged(machine: Machine, driv
         machine.device("usb-kbd", KEYBOARD) as keyboard,
         machine.device("usb-hub", HUB) as hub,
         machine.device("usb-storage", DISK, drive=drive) as disk,
+        machine.device("usb-net", NETWORK) as network,
     ):
+        await machine.check(f"""
+            set -e
+            until name=$(ls {network.folder}/*/net/); do sleep 0.1; done
+            busybox ip link set $name up
+            busybox ip address add 10.7.0.1/24 dev $name""")
         await machine.check("until [ -b /dev/sda ]; do sleep 0.1; done; mke2fs -q /dev/sda")
         await machine.check("mkdir -p /run/stick; mount -t ext2 /dev/sda /run/stick")
         try:
@@ -65,6 +71,7 @@ async def test_what_is_there_and_why_it_cannot_be_plugged(machine: Machine, driv
         told = found[keyboard.bus]
         assert (told["product"], told["classes"], told["can_be_plugged"]) == ("QEMU USB Keyboard", ["hid"], True)
         assert (told["interfaces"][0]["driver"], told["caution"]["reason"]) == ("usbhid", "input-device")
+        assert found[network.bus]["caution"]["reason"] == "network-device"
         assert [one["reason"] for one in found[hub.bus]["obstacles"]] == ["hub"]
         (mounted,) = found[disk.bus]["obstacles"]
         assert (mounted["reason"], found[disk.bus]["interfaces"][0]["driver"]) == ("in-use", "usb-storage")

@@ -235,6 +235,51 @@ def test_a_keyboard_that_no_driver_reads(machine: Machine) -> None:
     assert only(machine).caution is None
 
 
+ROUTES = "Iface Destination Gateway Flags\nusb0 0008090A 00000000 0001\n"
+"""10.9.8.0/24, as Linux tells it."""
+ROUTES6 = "{} 40 {} 00 {} 00000100 00000001 00000000 00000001     usb0\n"
+ALL, NOWHERE = "0" * 32, "0" * 32
+
+
+@pytest.mark.parametrize(
+    ("routes", "routes6", "upper", "is_used"),
+    [
+        ("", "", "", False),
+        (ROUTES, "", "", True),
+        (ROUTES.replace("usb0", "usb01"), "", "", False),
+        ("", ROUTES6.format(ALL, NOWHERE, NOWHERE), "", True),
+        ("", ROUTES6.format("20010db8" + "0" * 24, NOWHERE, NOWHERE), "", True),
+        ("", ROUTES6.format("fe80" + "0" * 28, NOWHERE, NOWHERE), "", False),
+        ("", ROUTES6.format("ff00" + "0" * 28, NOWHERE, NOWHERE), "", False),
+        ("\n\xff usb0\n", "\n\xff\n", "", False),
+        ("", "", "upper_br0", True),
+    ],
+)
+def test_a_network_that_is_used_is_a_caution(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, routes: str, routes6: str, upper: str, is_used: bool
+) -> None:
+    (machine.root / "route").write_text(routes, encoding="latin-1")
+    (machine.root / "ipv6_route").write_text(routes6, encoding="latin-1")
+    monkeypatch.setattr(obstacles, "ROUTES", machine.root / "route")
+    monkeypatch.setattr(obstacles, "ROUTES6", machine.root / "ipv6_route")
+    interface = machine.network("1-1", 2, "usb0")
+    if upper:
+        (interface / upper).symlink_to(interface)
+    found = only(machine)
+    found.check()
+    assert (found.caution is not None) == is_used
+    if found.caution is not None:
+        assert "this machine uses its network (usb0)" in str(found.caution)
+        assert found.caution.reason is Reason.NETWORK_DEVICE
+
+
+def test_a_network_where_nothing_tells_of_routes(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(obstacles, "ROUTES", machine.root / "none")
+    monkeypatch.setattr(obstacles, "ROUTES6", machine.root / "none")
+    machine.network("1-1", 2, "usb0")
+    assert only(machine).caution is None
+
+
 def test_a_tree_that_is_too_large_is_not_searched_to_its_end(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = machine.keyboard("1-1", 2)
     (folder / "1-1:1.0/loop").symlink_to(folder)

@@ -141,6 +141,13 @@ class Machine:
         for name in ("key", "rel", "abs"):
             (path / name).write_text(capabilities.get(name, "0") + "\n")
 
+    def network(self, port: str, address: int, name: str) -> Path:
+        """A network adapter with an interface that the kernel made; the folder of the interface."""
+        folder = self.add(port, address, 0x0525, 0xA4A2, ((2, 6, 0),), drivers=("cdc_ether",))
+        interface = folder / f"{port}:1.0/net" / name
+        interface.mkdir(parents=True)
+        return interface
+
     def disk(self, port: str, address: int, number: str = "8:0") -> Path:
         """A stick with a disk that the kernel found."""
         folder = self.add(port, address, 0x46F4, 1, drivers=("usb-storage",))

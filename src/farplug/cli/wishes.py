@@ -58,8 +58,8 @@ AutoConnectOption: TypeAlias = Annotated[
     typer.Option(
         "--auto-connect",
         metavar="RULES",
-        help="Plug in what comes later and these rules allow. This machine's keyboard and mouse only if a rule names "
-        "their vendor= and product=.",
+        help="Plug in what comes later and these rules allow. This machine's keyboard, mouse and network only if a "
+        "rule names their vendor= and product=.",
         show_default=False,
     ),
 ]

@@ -81,7 +81,7 @@ class Found:
         node: what is opened to use it: ``/dev/bus/usb/002/005``.
         path: its folder in sysfs.
         obstacles: why it cannot be plugged in, the worst first.
-        caution: why somebody may want to keep it: it is the keyboard or the mouse of this machine.
+        caution: why somebody may want to keep it: it is this machine's keyboard, mouse or network.
         warnings: what in its descriptors contradicts itself, or was cut short.
     """
 

@@ -16,12 +16,17 @@ from farplug.physical.udev import install_commands, udev_rule
 from farplug.physical.usb_ids import printable
 
 MAX_FOLDERS = 4096
-"""Folders of a device in sysfs that are looked into for disks and keyboards."""
+"""Folders of a device in sysfs that are looked into for disks, keyboards and networks."""
 LOCKS = Path("/proc/locks")
 MAX_LOCKS = 1 << 20
 """Bytes of it that are read: each lock has a line of some 60."""
 MAX_HOLDERS = 3
 """Programs that are named."""
+ROUTES, ROUTES6 = Path("/proc/net/route"), Path("/proc/net/ipv6_route")
+MAX_ROUTES = 1 << 20
+"""Bytes of each that are read: a route has a line of some 150."""
+_EVERYWHERE = re.compile("fe[89ab]|ff", re.IGNORECASE)
+"""Link-local and multicast networks, which Linux gives to every interface (RFC 4291, section 2.4)."""
 
 IS_HUB = Obstacle(Reason.HUB, "it is a hub", "name the devices that are plugged into it")
 
@@ -33,15 +38,17 @@ _WORD_BITS = 8 * struct.calcsize("L")
 
 @dataclass(slots=True)
 class Uses:
-    """What the kernel made of a device: its disks, and the keyboards and mice that are read.
+    """What the kernel made of a device: its disks, the keyboards and mice that are read, the networks in use.
 
     Attributes:
         disks: folders of block devices in sysfs.
         inputs: "keyboard", "mouse".
+        networks: names of interfaces.
     """
 
     disks: list[Path] = field(default_factory=list)
     inputs: list[str] = field(default_factory=list)
+    networks: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, found: Found) -> Uses:
@@ -54,6 +61,8 @@ class Uses:
                     uses.disks.append(folder)
                 elif folder.parent.name == "input" and (kind := _input_kind(folder)):
                     uses.inputs.append(kind)
+                elif folder.parent.name == "net" and _is_network_in_use(folder):
+                    uses.networks.append(printable(folder.name))
         return uses
 
 
@@ -83,6 +92,20 @@ def _bits(folder: Path, kind: str) -> int:
             return 0
         number = number << _WORD_BITS | int(word, 16)
     return number
+
+
+def _is_network_in_use(folder: Path) -> bool:
+    """Whether a network interface has a route, or is part of another one: of a bridge, say.
+
+    Source: proc_net(5), "route"; Linux, Documentation/ABI/testing/sysfs-class-net ("upper_").
+    """
+    if any(entry.name.startswith("upper_") for entry in listed(folder)):
+        return True
+    routes = [line.split() for line in read_bytes(ROUTES, MAX_ROUTES).decode(errors="replace").splitlines()]
+    routes6 = [line.split() for line in read_bytes(ROUTES6, MAX_ROUTES).decode(errors="replace").splitlines()]
+    return any(route[:1] == [folder.name] for route in routes) or any(
+        route[-1:] == [folder.name] and not _EVERYWHERE.match(route[0]) for route in routes6
+    )
 
 
 def obstacles(found: Found, root: Path, uses: Uses) -> Iterator[Obstacle]:
@@ -117,14 +140,20 @@ def obstacles(found: Found, root: Path, uses: Uses) -> Iterator[Obstacle]:
 
 def caution(uses: Uses) -> Obstacle | None:
     """Why somebody may want to keep the device: it is what this machine is used with."""
-    if not uses.inputs:
-        return None
-    what = " and ".join(dict.fromkeys(uses.inputs))
-    return Obstacle(
-        Reason.INPUT_DEVICE,
-        f"it is a {what} of this machine: while it is plugged in, it works in the VM only",
-        "to leave without it: end farplug from another keyboard, over the network, or by pulling it out",
-    )
+    if uses.inputs:
+        what = " and ".join(dict.fromkeys(uses.inputs))
+        return Obstacle(
+            Reason.INPUT_DEVICE,
+            f"it is a {what} of this machine: while it is plugged in, it works in the VM only",
+            "to leave without it: end farplug from another keyboard, over the network, or by pulling it out",
+        )
+    if uses.networks:
+        return Obstacle(
+            Reason.NETWORK_DEVICE,
+            f"this machine uses its network ({', '.join(uses.networks)}): while it is plugged in, only the VM has it",
+            "to leave without that network: end farplug at this machine's own keyboard, or by pulling it out",
+        )
+    return None
 
 
 def _node_obstacles(found: Found, root: Path) -> Iterator[Obstacle]:
