@@ -96,7 +96,7 @@ async def test_pongs_beside_a_flood(begin: Callable[[SpiceGuest], None]) -> None
         await guest.serve(ponged.append)
 
     async def until(condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(100):
             while not condition():
                 await asyncio.sleep(0)
 

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.cli.support import Cli, FakeGuest, blank, in_thread, interrupted_after, saying
+from tests.cli.support import Cli, FakeGuest, blank, in_thread, interrupt, interrupted_after, saying
 from tests.transport.fake_spice import Certificates, Channel, FakeSpice, free_port, running
 
+from farplug.redirection import engine
 from farplug.spice.types import ChannelType, LinkError
 from farplug.usbredir import packets as p
 from farplug.usbredir.caps import Cap
@@ -371,15 +372,18 @@ def test_debug_shows_the_traffic(cli: Cli, image: Path, position: int) -> None:
 
 
 @pytest.mark.parametrize("json_option", [(), ("--json",)])
-def test_a_paused_vm_is_waited_for(cli: Cli, image: Path, json_option: tuple[str, ...]) -> None:
-    with in_thread(FakeGuest(silent=True).listening) as target, interrupted_after(2.5):
+def test_a_paused_vm_is_waited_for(
+    cli: Cli, image: Path, json_option: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "HELLO_PATIENCE", 0.1)
+    with in_thread(FakeGuest(silent=True).listening) as target, interrupted_after(2):
         result = cli("connect", target, "--usb-disk", image, *json_option)
     assert result.code == 0
     assert "its VM may be paused; waiting for it to run" in result.out
 
 
 def test_interrupted_while_waiting_for_qemu(cli: Cli, image: Path) -> None:
-    with interrupted_after(0.5):
+    with interrupted_after(1.5):
         result = cli("connect", f"tcp-listen://127.0.0.1:{free_port()}", "--usb-disk", image)
     assert (result.code, result.err) == (0, "")
     assert "waiting for QEMU to connect" in result.out
@@ -387,9 +391,10 @@ def test_interrupted_while_waiting_for_qemu(cli: Cli, image: Path) -> None:
 
 def test_interrupted_while_connecting(cli: Cli, image: Path) -> None:
     async def silent(channel: Channel) -> None:
+        interrupt()
         await channel.reader.read()
 
-    with in_thread(lambda: running(FakeSpice(main=silent))) as port, interrupted_after(0.5):
+    with in_thread(lambda: running(FakeSpice(main=silent))) as port:
         result = cli("connect", f"spice://127.0.0.1:{port}", "--usb-disk", image)
     assert (result.code, result.err) == (0, "")
     assert "channels" not in result.out, "a stage that was not reached"

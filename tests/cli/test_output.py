@@ -77,13 +77,7 @@ def test_the_one_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_on_a_terminal(image: Path) -> None:
     configured = threading.Event()
-    pids: list[int] = []
-
-    def leave() -> None:
-        configured.set()
-        threading.Timer(1.2, os.kill, [pids[0], signal.SIGINT]).start()
-
-    with in_thread(FakeGuest(leave).listening) as target:
+    with in_thread(FakeGuest(configured.set).listening) as target:
         pid, terminal = pty.fork()
         if pid == 0:
             code = "from farplug.cli.main import main; main()"
@@ -93,13 +87,16 @@ def test_on_a_terminal(image: Path) -> None:
                 [sys.executable, "-c", code, "connect", target, "--usb-disk", str(image)],
                 environment,
             )
-        pids.append(pid)
-        watchdog = threading.Timer(30, os.kill, [pid, signal.SIGKILL])
+        watchdog = threading.Timer(100, os.kill, [pid, signal.SIGKILL])
         watchdog.start()
         shown = b""
         try:
+            left = False
             while True:
                 shown += os.read(terminal, 4096)
+                if not left and b"in use" in shown:
+                    left = True
+                    os.kill(pid, signal.SIGINT)
         except OSError:  # it ended
             pass
         watchdog.cancel()

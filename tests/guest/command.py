@@ -11,6 +11,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from tests.guest.plugging import PATIENCE
+
 _COMMAND = (sys.executable, "-c", "from farplug.cli.main import main; main()")
 
 
@@ -30,7 +32,7 @@ class Running:
     async def until(self, text: str) -> str:
         """Read lines until one holds a text."""
         assert self.process.stdout is not None
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE):
             while line := (await self.process.stdout.readline()).decode():
                 self.lines.append(line)
                 if text in line:
@@ -39,7 +41,7 @@ class Running:
 
     async def end(self) -> tuple[int, str, str]:
         """Wait until it ends: exit code, the rest of standard output, standard error."""
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE):
             out, err = await self.process.communicate()
         self.stderr = err.decode()
         assert self.process.returncode is not None

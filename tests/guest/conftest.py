@@ -16,17 +16,17 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from tests.guest.nested import REAL_DEVICES, Machine, Plugger
-from tests.guest.plugging import AT_ONCE, SCRIPTS
+from tests.guest.plugging import AT_ONCE, PATIENCE, SCRIPTS
 
 from farplug.errors import SetupError
-from farplug.testing import Boot, GuestConfig, QemuGuest, SpicePort, TcpPort, UnixPort
+from farplug.testing import Boot, CommandResult, GuestConfig, QemuGuest, SpicePort, TcpPort, UnixPort
 
 HERE = Path(__file__).parent
 
 MAX_GUESTS = 3
 """Guests kept running by one test process; the one that was not asked for the longest gives way."""
 
-TIMEOUT = 180
+TIMEOUT = 600
 """Seconds for a test here: the first one may have to fetch the kernel."""
 
 USUAL = GuestConfig(
@@ -36,6 +36,22 @@ USUAL = GuestConfig(
 )
 
 CONSOLE_TAIL = 6000
+
+
+class PatientGuest(QemuGuest):
+    """A guest on a machine that has other things to do."""
+
+    async def booted(self, timeout: float = PATIENCE) -> None:
+        await super().booted(timeout)
+
+    async def run(self, command: str, *, stdin: bytes = b"", timeout: float = PATIENCE) -> CommandResult:
+        return await super().run(command, stdin=stdin, timeout=timeout)
+
+    async def check(self, command: str, *, stdin: bytes = b"", timeout: float = PATIENCE) -> str:
+        return await super().check(command, stdin=stdin, timeout=timeout)
+
+    async def wait_for_console(self, text: str, timeout: float = PATIENCE) -> None:
+        await super().wait_for_console(text, timeout)
 
 
 class GuestPool:
@@ -80,7 +96,7 @@ class GuestPool:
 
     async def _boot(self, config: GuestConfig) -> QemuGuest:
         try:
-            guest = await QemuGuest(config).__aenter__()
+            guest = await PatientGuest(config).__aenter__()
         except SetupError as error:
             if os.environ.get("FARPLUG_REQUIRE_ALL") == "1":
                 raise

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
-from tests.guest.plugging import AT_ONCE, SCRIPTS, usb_folder_by_name
+from tests.guest.plugging import AT_ONCE, PATIENCE, SCRIPTS, usb_folder_by_name
 
 import farplug
 from farplug.testing import GATEWAY, CommandResult, GuestConfig, QemuGuest, SpicePort, TcpPort
@@ -74,9 +74,6 @@ FAR = GuestConfig(
 PYTHON = f"PYTHONPATH={Path(farplug.__file__).parents[1]} PYTHONUNBUFFERED=1 {sys.executable}"
 FARPLUG = f"{PYTHON} -c 'from farplug.cli.main import main; main()'"
 
-PATIENCE = 120
-"""Seconds that something in nested guests may take on a machine that has other things to do."""
-
 _numbers = itertools.count(1)
 
 
@@ -101,17 +98,17 @@ class Job:
         """What it wrote so far, as text."""
         return (await self.data()).decode(errors="replace")
 
-    async def until(self, text: str, timeout: float = 60) -> str:
-        """Wait until its output holds a text, and return the output.
+    async def until(self, text: str, times: int = 1) -> str:
+        """Wait until its output holds a text so many times, and return the output.
 
         Raises:
             AssertionError: it ended, or the time is over.
         """
-        async with asyncio.timeout(timeout):
+        async with asyncio.timeout(PATIENCE):
             while True:
                 ended = self._task.done()
                 output = await self.output()
-                if text in output:
+                if output.count(text) >= times:
                     return output
                 assert not ended, f"no {text!r} in the output of a command that ended: {output}"
                 await asyncio.sleep(0.1)
@@ -123,15 +120,15 @@ class Job:
     async def opened(self, node: str) -> None:
         """Wait until it has opened a file."""
         script = f"until ls -l /proc/{await self.pid()}/fd | grep -q {node}; do sleep 0.05; done"
-        await self._guest.check(script, timeout=PATIENCE)
+        await self._guest.check(script)
 
     async def kill(self, signal: str = "INT") -> None:
         """Send it a signal, without waiting for its end."""
         await self._guest.check(f"kill -{signal} {await self.pid()}")
 
-    async def end(self, timeout: float = 30) -> tuple[int, str]:
+    async def end(self) -> tuple[int, str]:
         """Wait until it ended: its exit code and output."""
-        async with asyncio.timeout(timeout):
+        async with asyncio.timeout(PATIENCE):
             result = await asyncio.shield(self._task)
         return result.exit_code, await self.output()
 
@@ -151,7 +148,7 @@ async def running(guest: QemuGuest, command: str) -> AsyncIterator[Job]:
             await guest.run(
                 f"kill -INT {pid}; timeout 10 sh -c 'while kill -0 {pid}; do sleep 0.1; done' || kill -KILL {pid}"
             )
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(PATIENCE):
                 await asyncio.wait([task])
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
@@ -357,7 +354,7 @@ class Plugger:
         port = server.sockets[0].getsockname()[1]
         async with running(machine.guest, f"{PYTHON} {SCRIPTS / 'plugger.py'} {GATEWAY} {port}") as job:
             connected = asyncio.ensure_future(self._connected.wait())
-            ended = asyncio.ensure_future(job.end(PATIENCE))
+            ended = asyncio.ensure_future(job.end())
             try:
                 await asyncio.wait((connected, ended), return_when=asyncio.FIRST_COMPLETED)
                 assert connected.done(), ended.result()

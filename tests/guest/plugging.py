@@ -20,6 +20,9 @@ from farplug.usb import Device
 from farplug.virtual.storage import StorageTransport
 
 MIB = 2**20
+PATIENCE = 120
+"""Seconds that something in a guest may take on a machine that has other things to do: a bound for what hangs, and none
+for what is slow."""
 
 Operation: TypeAlias = tuple[str | int | bytes, ...]
 Result: TypeAlias = bytes | str
@@ -77,7 +80,7 @@ async def plugged(
     """Plug devices into a guest; they are configured by its driver when the block begins, and gone when it ends."""
     hub = Plugged(await connect(parse_target(target, options or TargetOptions())))
     try:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE):
             attachments: list[Attachment] = await asyncio.gather(*(hub.plug(device) for device in devices))
             if configured:
                 await asyncio.gather(*(attachment.configured() for attachment in attachments))
@@ -100,14 +103,14 @@ async def disk_with(guest: QemuGuest, serial: str) -> str:
             [ "$(cat $usb/serial 2>/dev/null)" = {serial} ] && basename $block
         done
         :"""
-    for _ in range(150):
-        name = (await guest.check(script)).strip()
-        if name:
-            size = (await guest.check(f"cat /sys/block/{name}/size")).strip()
-            if size != "0" and (await guest.run(f"test -b /dev/{name}")).exit_code == 0:
-                return f"/dev/{name}"
-        await asyncio.sleep(0.1)
-    raise AssertionError(f"no block device for serial number {serial}\n{await guest.check('dmesg | tail -40')}")
+    async with asyncio.timeout(PATIENCE):
+        while True:
+            name = (await guest.check(script)).strip()
+            if name:
+                size = (await guest.run(f"cat /sys/block/{name}/size")).output.strip()
+                if size not in ("", "0") and (await guest.run(f"test -b /dev/{name}")).exit_code == 0:
+                    return f"/dev/{name}"
+            await asyncio.sleep(0.1)
 
 
 async def give_space_back(guest: QemuGuest, disk: str, storage: str) -> None:
@@ -135,7 +138,7 @@ async def usb_folder_by_name(guest: QemuGuest, name: str) -> str:
             case "$vendor:$id $product" in {pattern}) echo $usb ;; esac
         done 2>/dev/null
         :"""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE):
         while not (folder := (await guest.check(script)).strip()):
             await asyncio.sleep(0.1)
     return folder
@@ -147,7 +150,7 @@ async def usb_node(guest: QemuGuest, folder: str) -> str:
     return f"/dev/bus/usb/{bus:03d}/{number:03d}"
 
 
-async def raw(guest: QemuGuest, node: str, *operations: Operation, timeout: float = 60) -> list[Result]:
+async def raw(guest: QemuGuest, node: str, *operations: Operation, timeout: float = PATIENCE) -> list[Result]:
     """Drive a device past its drivers: the operations of ``scripts/usbfs.py``, one after the other, and their results.
 
     Each result is the bytes that arrived, or the name of the error.
@@ -159,7 +162,7 @@ async def raw(guest: QemuGuest, node: str, *operations: Operation, timeout: floa
 
 async def gone(guest: QemuGuest, disk: str) -> None:
     """Wait until the guest has noticed that a disk left."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE):
         while (await guest.run(f"test -e {disk}")).exit_code == 0:
             await asyncio.sleep(0.05)
 

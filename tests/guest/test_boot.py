@@ -78,7 +78,7 @@ async def plug_and_run(guest: QemuGuest, device: VirtualDevice, console: str) ->
         plugging = asyncio.ensure_future(hub.plug(device))
         await guest.qmp.execute("cont")
         await plugging
-        await guest.wait_for_console(console, timeout=60)
+        await guest.wait_for_console(console)
         assert guest.alive
     finally:
         await hub.close()

@@ -55,9 +55,7 @@ async def drive_of(guest: QemuGuest, device: Device) -> str:
 
 async def checksum(guest: QemuGuest, drive: str) -> str:
     """Mount the medium, and read its file ``random``."""
-    output = await guest.check(
-        f"mount -t iso9660 -o ro {drive} /mnt && sha256sum </mnt/random && umount /mnt", timeout=60
-    )
+    output = await guest.check(f"mount -t iso9660 -o ro {drive} /mnt && sha256sum </mnt/random && umount /mnt")
     return output.split()[0]
 
 
@@ -103,9 +101,7 @@ async def test_mounted_ejected_and_replaced(
                 until [ -s /tmp/events ]; do echo change >/sys/block/{name}/uevent; sleep 0.1; done"""
         )
         await hub.attachments[0].drives[0].insert(second)
-        await guest.check(
-            f"until grep -q '^{name} 1' /tmp/events; do sleep 0.1; done; kill $(cat /tmp/uevent.pid)", timeout=60
-        )
+        await guest.check(f"until grep -q '^{name} 1' /tmp/events; do sleep 0.1; done; kill $(cat /tmp/uevent.pid)")
         assert await checksum(guest, drive) == digests[1]
         size = int(await guest.check(f"blockdev --getsize64 {drive}"))
         assert size == second.stat().st_size

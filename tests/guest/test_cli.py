@@ -128,7 +128,6 @@ async def test_memory_stays_small_while_the_guest_does_all_it_can(guest: QemuGue
         await guest.check(
             f"dd if=/dev/zero of={disk} bs=1M count=192 oflag=direct & dd if={disk} of=/dev/null bs=1M count=192;"
             f" wait; dd if=/dev/zero of={disk} bs=1M count=128 conv=fsync",
-            timeout=60,
         )
         status = Path(f"/proc/{running.process.pid}/status").read_text()
         peak = int(status.split("VmHWM:")[1].split()[0])

@@ -56,7 +56,7 @@ def read_back(image: Path, filesystem: str, name: str) -> bytes:
 async def live(guest: QemuGuest, disk: str, filesystem: str) -> None:
     """Make a filesystem, write, fsync, read back cold, check."""
     mkfs, fsck = FILESYSTEMS[filesystem]
-    output = await guest.check(LIFE.format(mkfs=mkfs, fsck=fsck, disk=disk, text=TEXT), timeout=60)
+    output = await guest.check(LIFE.format(mkfs=mkfs, fsck=fsck, disk=disk, text=TEXT))
     before, after, text = output.splitlines()[:3]
     assert before == after
     assert text.startswith(TEXT)
@@ -192,7 +192,7 @@ async def test_two_disks_on_two_channels_at_once(guest: QemuGuest, tmp_path: Pat
         size, count = 16 * MIB, 256
         patterns = await asyncio.gather(
             *(
-                guest.check(script.format(size=size, count=count, number=number, disk=disk), timeout=60)
+                guest.check(script.format(size=size, count=count, number=number, disk=disk))
                 for number, disk in enumerate(disks)
             )
         )

@@ -42,7 +42,7 @@ QEMU_CUTS = max(1, CUTS // 6)
 MOST = 30
 """Records that the guest writes at most before the kill."""
 
-pytestmark = pytest.mark.timeout(120 + 20 * CUTS)
+pytestmark = pytest.mark.timeout(400 + 20 * CUTS)
 
 
 class Raw:

@@ -7,17 +7,14 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pytest
 import pytest_asyncio
-from tests.guest.nested import FAR, FARPLUG, PATIENCE, Job, Machine, Plugger, from_inside, running
+from tests.guest.nested import FAR, FARPLUG, Job, Machine, Plugger, from_inside, running
 
 if TYPE_CHECKING:
     from tests.guest.conftest import GuestPool
 
 KEYBOARD, HUB, DISK, NETWORK = "0627:0001 *Keyboard", "0409:55aa *", "46f4:0001 *", "0525:a4a2 *"
 STICK = "46f4:0001"
-
-pytestmark = pytest.mark.timeout(400)
 
 
 @pytest_asyncio.fixture(loop_scope="session")
@@ -38,7 +35,7 @@ async def drive(machine: Machine, tmp_path: Path) -> AsyncIterator[str]:
 
 async def farplug(machine: Machine, *arguments: str) -> tuple[int, str]:
     """Run farplug in the near guest: its exit code and output."""
-    result = await machine.guest.run(f"{FARPLUG} {' '.join(arguments)} 2>&1", timeout=PATIENCE)
+    result = await machine.guest.run(f"{FARPLUG} {' '.join(arguments)} 2>&1")
     return result.exit_code, result.data.decode()
 
 
@@ -82,11 +79,11 @@ async def test_what_is_there_and_why_it_cannot_be_plugged(machine: Machine, driv
 async def test_rules_take_what_comes_but_not_the_keyboard(machine: Machine, drive: str, guests: GuestPool) -> None:
     target = from_inside((await guests.get(FAR)).targets[0])
     async with running(machine.guest, f"{FARPLUG} connect {target} --auto-connect allow --json") as job:
-        await job.until("from now on", PATIENCE)
+        await job.until("from now on")
         async with machine.device("usb-kbd", KEYBOARD) as keyboard:
-            await job.until("is left alone: it is a keyboard of this machine", PATIENCE)
+            await job.until("is left alone: it is a keyboard of this machine")
             async with machine.device("usb-storage", DISK, drive=drive):
-                await job.until('"configured"', PATIENCE)
+                await job.until('"configured"')
                 assert await machine.drivers(keyboard) == {"1.0": "usbhid"}
                 await job.kill()
                 assert (await job.end())[0] == 0

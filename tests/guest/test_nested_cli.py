@@ -8,15 +8,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pytest
-from tests.guest.nested import FAR, FARPLUG, PATIENCE, Plugger, from_inside, running
+from tests.guest.nested import FAR, FARPLUG, Plugger, from_inside, running
 from tests.guest.plugging import MIB
 from tests.guest.test_nested_storage import BOT, far_disk
 
 if TYPE_CHECKING:
     from tests.guest.conftest import GuestPool
-
-pytestmark = pytest.mark.timeout(400)
 
 
 async def test_disk_that_is_pulled_out_and_comes_back(plugger: Plugger, guests: GuestPool, tmp_path: Path) -> None:
@@ -26,20 +23,21 @@ async def test_disk_that_is_pulled_out_and_comes_back(plugger: Plugger, guests: 
     content = hashlib.sha256(image.read_bytes()).hexdigest()
     command = f"{FARPLUG} connect {from_inside(far.targets[0])} --usb-device 46f4:0001 --wait"
     async with machine.drive(image) as drive, running(machine.guest, command) as job:
-        await job.until("waiting for 46f4:0001", PATIENCE)
-        for _ in range(2):
+        await job.until("waiting for 46f4:0001")
+        for times in (1, 2):
             async with machine.device("usb-storage", BOT, drive=drive):
-                await job.until("configured by the guest", PATIENCE)
-                there = await far.check(f"sha256sum <{await far_disk(far, BOT)}", timeout=PATIENCE)
+                await job.until("configured by the guest", times)
+                there = await far.check(f"sha256sum <{await far_disk(far, BOT)}")
                 assert there.split()[0] == content
         output = await job.output()
         assert "pulled out; when it comes back it goes into the VM again" in output
         assert "is back: it goes into the VM" in output
         async with machine.device("usb-storage", BOT, drive=drive) as real:
+            await job.until("configured by the guest", 3)
             await far_disk(far, BOT)
             assert await machine.drivers(real) == {"1.0": "usbfs"}
             await job.kill("INT")
-            code, output = await job.end(PATIENCE)
+            code, output = await job.end()
             assert code == 0, output
             assert await machine.drivers(real) == {"1.0": "usb-storage"}
 
@@ -47,7 +45,7 @@ async def test_disk_that_is_pulled_out_and_comes_back(plugger: Plugger, guests: 
 async def test_devices_are_listed(plugger: Plugger) -> None:
     machine = plugger.machine
     async with machine.device("usb-kbd", "0627:0001 *Keyboard") as real:
-        listed = json.loads(await machine.check(f"env {FARPLUG} devices --json", timeout=PATIENCE))
+        listed = json.loads(await machine.check(f"env {FARPLUG} devices --json"))
         devices = {f"{device['bus']}-{device['address']}": device for device in listed["usb"]["devices"]}
         keyboard = devices[real.bus]
         assert (keyboard["product"], keyboard["speed"]) == ("QEMU USB Keyboard", "high")

@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.guest.nested import FAR, PATIENCE, Plugger, from_inside
-from tests.guest.plugging import usb_folder_by_name
+from tests.guest.nested import FAR, Plugger, from_inside
+from tests.guest.plugging import PATIENCE, usb_folder_by_name
 from tests.guest.usbip import UsbipDevice, configuration, device_descriptor, endpoint, interface
 
 if TYPE_CHECKING:
     from tests.guest.conftest import GuestPool
-
-pytestmark = pytest.mark.timeout(400)
 
 ISOCHRONOUS, BULK, INTERRUPT = 1, 2, 3
 OUT, IN = 0x01, 0x81

@@ -12,15 +12,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 import pytest_asyncio
-from tests.guest.nested import FAR, PATIENCE, Plugger, Real, from_inside, running
-from tests.guest.plugging import AT_ONCE, MIB, usb_folder_by_name
+from tests.guest.nested import FAR, Plugger, Real, from_inside, running
+from tests.guest.plugging import AT_ONCE, MIB, PATIENCE, usb_folder_by_name
 
 from farplug.testing import GuestConfig, QemuGuest, TcpPort
 
 if TYPE_CHECKING:
     from tests.guest.conftest import GuestPool
-
-pytestmark = pytest.mark.timeout(400)
 
 BOT, UAS = "46f4:0001 *", "46f4:0003 *"
 SIZE = 16 * MIB
@@ -55,17 +53,17 @@ async def disk(plugger: Plugger, kind: str, image: Path) -> AsyncIterator[Real]:
 
 async def far_disk(guest: QemuGuest, name: str) -> str:
     """The far guest's block device; it can be read."""
-    folder = await usb_folder_by_name(guest, name)
-    script = f"""
-        for block in /sys/block/sd*; do
-            case $(readlink -f $block) in {folder.replace("/sys/bus/usb/devices", "*")}/*) basename $block ;; esac
-        done"""
     async with asyncio.timeout(PATIENCE):
-        while not (block := (await guest.check(script)).strip()):
+        while True:
+            folder = await usb_folder_by_name(guest, name)
+            script = f"""
+                for block in /sys/block/sd*; do
+                    case $(readlink -f $block) in */{Path(folder).name}/*) basename $block ;; esac
+                done"""
+            block = (await guest.check(script)).strip()
+            if block and (await guest.run(f"head -c 512 /dev/{block} | grep -q ''")).exit_code == 0:
+                return f"/dev/{block}"
             await asyncio.sleep(0.1)
-        while (await guest.run(f"head -c 512 /dev/{block} | grep -q ''")).exit_code != 0:
-            await asyncio.sleep(0.1)
-    return f"/dev/{block}"
 
 
 @pytest.fixture
@@ -92,9 +90,9 @@ async def test_bytes_are_right_in_both_directions(
             # Linux has no uas at SuperSpeed without bulk streams.
             shown = await far.check(f"basename $(readlink -f {folder}/*:1.0/driver); cat {folder}/speed")
             assert shown.split() == [driver, "5000"]
-            there = await far.check(f"sha256sum <{block}", timeout=PATIENCE)
+            there = await far.check(f"sha256sum <{block}")
             assert there.split()[0] == hashlib.sha256(image.read_bytes()).hexdigest()
-            written = await far.check(LIFE_CYCLE.format(disk=block), timeout=PATIENCE)
+            written = await far.check(LIFE_CYCLE.format(disk=block))
         assert written.split()[0] == hashlib.sha256(image.read_bytes()).hexdigest()
         assert await plugger.machine.drivers(real) == {"1.0": driver}
 
@@ -106,15 +104,15 @@ async def test_unplugged_while_it_is_read(plugger: Plugger, far: QemuGuest, imag
         async with plugger.plugged(far.targets[0], real):
             block = await far_disk(far, BOT)
             async with running(far, f"sh -c 'while dd if={block} of=/dev/null bs=1M iflag=direct; do :; done'") as job:
-                await job.until("records in", PATIENCE)
+                await job.until("records in")
                 await machine.unplug(real)
                 assert "the device is gone" in await plugger.happened("Detached")
-                await job.end(PATIENCE)
+                await job.end()
             async with asyncio.timeout(PATIENCE):
                 while (await far.run(f"test -e {block}")).exit_code == 0:
                     await asyncio.sleep(0.1)
     async with disk(plugger, BOT, image) as real, plugger.plugged(far.targets[0], real):
-        there = await far.check(f"sha256sum <{await far_disk(far, BOT)}", timeout=PATIENCE)
+        there = await far.check(f"sha256sum <{await far_disk(far, BOT)}")
         assert there.split()[0] == hashlib.sha256(image.read_bytes()).hexdigest()
 
 
@@ -129,7 +127,7 @@ async def test_guest_is_reset_paused_and_killed(plugger: Plugger, guests: GuestP
             await far.qmp.execute("set-action", {"reboot": "reset"})
             await far.qmp.execute("system_reset")
             await plugger.happened("Configured")
-            there = await far.check(f"sha256sum <{await far_disk(far, BOT)}", timeout=PATIENCE)
+            there = await far.check(f"sha256sum <{await far_disk(far, BOT)}")
             assert there.split()[0] == hashlib.sha256(image.read_bytes()).hexdigest()
         assert await plugger.machine.drivers(real) == {"1.0": "usb-storage"}
 

@@ -7,9 +7,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import pytest
 import pytest_asyncio
-from tests.guest.nested import FAR, FARPLUG, PATIENCE, Machine, Plugger, Real, from_inside, running
+from tests.guest.nested import FAR, FARPLUG, Machine, Plugger, Real, from_inside, running
 from tests.guest.plugging import usb_folder_by_name, usb_node
 
 if TYPE_CHECKING:
@@ -26,8 +25,6 @@ AS_USER = (
 """A log-in: with the groups that the user has by now. The capability lets the user read this checkout, wherever it is:
 not write, as opening a device does."""
 
-pytestmark = pytest.mark.timeout(400)
-
 
 @dataclass(frozen=True, slots=True)
 class Desk:
@@ -43,7 +40,7 @@ class Desk:
 
     async def farplug(self, arguments: str) -> tuple[int, str]:
         """Run farplug for the user: exit code and output."""
-        result = await self.machine.guest.run(f"{AS_USER} env {FARPLUG} {arguments} 2>&1", timeout=PATIENCE)
+        result = await self.machine.guest.run(f"{AS_USER} env {FARPLUG} {arguments} 2>&1")
         return result.exit_code, result.output
 
     async def obstacles(self, real: Real) -> list[dict[str, Any]]:
@@ -66,7 +63,7 @@ class Desk:
 
     async def root(self, commands: str) -> str:
         """Do what the user is told to do: commands with sudo."""
-        return await self.machine.check(f"set -e\nexport PATH=/run/bin:$PATH USER={USER}\n{commands}", timeout=PATIENCE)
+        return await self.machine.check(f"set -e\nexport PATH=/run/bin:$PATH USER={USER}\n{commands}")
 
 
 @pytest_asyncio.fixture(loop_scope="session")
@@ -82,7 +79,7 @@ async def desk(plugger: Plugger) -> AsyncIterator[Desk]:
         chmod +x /run/bin/sudo""")
     try:
         async with running(machine.guest, f"{NOT_A_CHROOT} /lib/systemd/systemd-udevd") as udevd:
-            await machine.check("until [ -S /run/udev/control ]; do sleep 0.05; done", timeout=PATIENCE)
+            await machine.check("until [ -S /run/udev/control ]; do sleep 0.05; done")
             yield Desk(machine, int(await machine.check(f"id -u {USER}")))
             # It says here which lines of a rule it does not understand, and which groups it does not know.
             assert "70-farplug.rules" not in await udevd.output()
@@ -104,18 +101,17 @@ async def test_the_commands_that_are_printed(desk: Desk, guests: GuestPool) -> N
     await desk.root("\n".join(commands))
     assert await desk.node(real) == "660 root plugdev"
     async with running(machine.guest, f"{AS_USER} env {FARPLUG} {connect} --wait") as job:
-        await job.until("configured by the guest", PATIENCE)
+        await job.until("configured by the guest")
         await usb_folder_by_name(far, KEYBOARD)
         assert await machine.drivers(real) == {"1.0": "usbfs"}
         # When it comes back its node is a new one, which is root's until udev has seen to it.
         await machine.unplug(real)
-        await job.until("pulled out", PATIENCE)
+        await job.until("pulled out")
         async with machine.device("usb-kbd", KEYBOARD) as real:
-            await job.until("is back", PATIENCE)
-            while (await job.output()).count("configured by the guest") < 2:
-                await job.until("configured by the guest")
+            await job.until("is back")
+            await job.until("configured by the guest", 2)
             await job.kill()
-            code, output = await job.end(PATIENCE)
+            code, output = await job.end()
             assert code == 0, output
             assert "no permission" not in output
             assert await machine.drivers(real) == {"1.0": "usbhid"}

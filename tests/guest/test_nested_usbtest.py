@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import pytest
 from tests.guest.nested import FAR, Plugger
 from tests.guest.plugging import usb_folder_by_name, usb_node
 from tests.guest.test_usbtest import BULK, CONTROL, HALT, UNLINK, failing
 
 if TYPE_CHECKING:
     from tests.guest.conftest import GuestPool
-
-pytestmark = pytest.mark.timeout(400)
 
 ZERO = "0525:a4a0"
 CASES = (*CONTROL, *BULK, *UNLINK, *HALT)

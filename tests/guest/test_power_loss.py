@@ -168,7 +168,7 @@ class Marks(MemoryStore):
                 assert files.get(name) == worker.file_content(name), f"{name} is lost at {point} of {len(self._log)}"
 
 
-@pytest.mark.timeout(120 + POINTS)
+@pytest.mark.timeout(400 + POINTS)
 @pytest.mark.parametrize("storage", STORAGE)
 async def test_what_fsync_confirmed_survives(guests: GuestPool, tmp_path: Path, storage: str) -> None:
     guest = await guests.get(LABORATORY)
@@ -182,7 +182,7 @@ async def test_what_fsync_confirmed_survives(guests: GuestPool, tmp_path: Path, 
         disk, other = [await disk_of(guest, device) for device in devices]
         await give_space_back(guest, disk, storage)
         await guest.check(f"mount -o discard {disk} /mnt")
-        await guest.check(f"python3 /scripts/worker.py {other}", timeout=120)
+        await guest.check(f"python3 /scripts/worker.py {other}")
         await guest.check("umount /mnt")
     for device in devices:
         await device.dispose()

@@ -41,11 +41,11 @@ class Plug:
 
     async def run(self, command: str) -> str:
         """Run a command that must succeed, ``{d}`` being the disk."""
-        return await self.guest.check(command.format(d=self.disk), timeout=60)
+        return await self.guest.check(command.format(d=self.disk))
 
     async def refused(self, command: str) -> str:
         """Run a command that must fail, and return everything that it says, in lower case."""
-        result = await self.guest.run(command.format(d=self.disk), timeout=60)
+        result = await self.guest.run(command.format(d=self.disk))
         assert result.exit_code != 0, result
         return result.output.lower()
 
@@ -230,7 +230,7 @@ async def test_large_blocks(guests: GuestPool, tmp_path: Path) -> None:
         name = disk.removeprefix("/dev/")
         facts = await guest.check(f"cd /sys/block/{name}; cat queue/logical_block_size queue/physical_block_size size")
         assert facts.split() == ["4096", "4096", str(64 * MIB // 512)]
-        before, after = re.findall(r"[0-9a-f]{32}", await guest.check(LIFE.format(disk=disk), timeout=60))
+        before, after = re.findall(r"[0-9a-f]{32}", await guest.check(LIFE.format(disk=disk)))
         assert before == after
     await device.dispose()
 

@@ -151,7 +151,7 @@ async def test_a_storm_of_resets_while_it_reads(guest: QemuGuest, tmp_path: Path
     device = disk_device(blank(tmp_path / "disk.raw"))
     async with plugged(guest.targets[0], device) as hub:
         disk = await disk_of(guest, device)
-        output = await guest.check(RESET_STORM.format(disk=disk, name=disk.removeprefix("/dev/")), timeout=60)
+        output = await guest.check(RESET_STORM.format(disk=disk, name=disk.removeprefix("/dev/")))
         assert "reading failed" not in output
         assert hub.kinds().count(events.WasReset) >= 30
         await still_works(guest, disk)
@@ -228,7 +228,7 @@ async def test_a_guest_that_gives_up_and_a_store_that_answers_late(guest: QemuGu
         await guest.check(f"echo 1 >{settings}/timeout; echo 1 >{settings}/eh_timeout")
         store.holds = True
         resets = hub.kinds().count(events.WasReset)
-        working = asyncio.ensure_future(guest.run(f"dd bs=64k count=4 {work.format(disk=disk)}", timeout=60))
+        working = asyncio.ensure_future(guest.run(f"dd bs=64k count=4 {work.format(disk=disk)}"))
         async with asyncio.timeout(40):
             while len(store.held) < attempts:
                 await asyncio.sleep(0.05)
@@ -267,7 +267,7 @@ async def test_driver_and_hub_taken_away_while_the_disk_is_busy(guest: QemuGuest
         for number, how in enumerate(("authorized", "hub", "driver", "hub", "configuration") * 2):
             disk = await disk_of(guest, device)
             script = PULLED.format(disk=disk, name=disk.removeprefix("/dev/"), how=how, delay=20_000 + 7000 * number)
-            await guest.check(script, timeout=60)
+            await guest.check(script)
         await still_works(guest, await disk_of(guest, device))
         # Only the hub's going cuts transfers off; usb-storage finishes what it began.
         assert any(figures.cancelled for figures in hub.attachments[0].figures)
@@ -352,7 +352,7 @@ class Misbehaving(Device):
             self._pairs.pop(transfer, None)
             if how == "late":
                 if not self._late:
-                    asyncio.get_running_loop().call_later(0.003, self._answer_late)
+                    asyncio.get_running_loop().call_later(0.03, self._answer_late)
                 self._late.append((transfer.endpoint, finish))
             elif how == "fail":
                 transfer.complete(Status.IO_ERROR)
@@ -423,7 +423,7 @@ async def test_a_device_that_breaks_every_rule(guest: QemuGuest, caplog: pytest.
         settings = f"/sys/block/{disk.removeprefix('/dev/')}/device"
         await guest.check(f"echo 1 >{settings}/timeout; echo 1 >{settings}/eh_timeout")
         device.spoils = ("twice", "raise", "babble", "late", "fail", "too late", "twice", "never")
-        await guest.run(BUSY.format(disk=disk), timeout=60)
+        await guest.run(BUSY.format(disk=disk))
         assert guest.alive
         assert device.spoilt >= len(device.spoils)
         assert events.DeviceFault in hub.kinds()

@@ -45,7 +45,7 @@ async def failing(guest: QemuGuest, node: str, interface: int, *numbers: int) ->
         + ((CONTROL_LENGTH, CONTROL_VARY, PARTS) if number in CONTROL else (LENGTH, VARY, PARTS))
         for number in numbers
     ]
-    results = await raw(guest, node, *tests, timeout=120)
+    results = await raw(guest, node, *tests)
     return {number: result for number, result in zip(numbers, results, strict=True) if result != b""}
 
 
@@ -69,7 +69,7 @@ class Slow(SourceSink):
         self.pending: dict[Transfer, asyncio.TimerHandle] = {}
 
     def submit(self, transfer: Transfer) -> None:
-        self.pending[transfer] = asyncio.get_running_loop().call_later(0.01, self.answer, transfer)
+        self.pending[transfer] = asyncio.get_running_loop().call_later(0.2, self.answer, transfer)
 
     def answer(self, transfer: Transfer) -> None:
         del self.pending[transfer]

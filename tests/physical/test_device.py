@@ -98,8 +98,7 @@ async def test_opens_and_closes_again_and_again() -> None:
     assert all(context.closed for context in bench.library.contexts)
     assert all(handle.closed and not handle.claimed for handle in bench.fake.handles)
     assert [transfer.status for transfer in bench.done] == [Status.CANCELLED] * 20
-    await settle()
-    assert threading.active_count() <= threads  # one of an earlier test may have ended meanwhile
+    await until(lambda: threading.active_count() <= threads)  # one of an earlier test may have ended meanwhile
 
 
 async def test_another_device_at_the_same_address_is_not_taken() -> None:

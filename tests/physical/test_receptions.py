@@ -87,12 +87,12 @@ async def test_an_error_is_told_and_the_reception_goes_on() -> None:
 
 
 async def test_a_failing_endpoint_does_not_spin(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(receptions, "ERROR_PAUSE", 0.05)
+    monkeypatch.setattr(receptions, "ERROR_PAUSE", 60)
     async with opened() as bench:
         bench.handle.rule = lambda usb: usb.finish(status=ERROR)
         bench.device.start_receiving(KEYBOARD)
         await settle(20)
-        assert len(bench.listener.packets) <= 10
+        assert len(bench.listener.packets) == 5
 
 
 async def test_a_stall_is_cleared_without_bothering_the_guest() -> None:

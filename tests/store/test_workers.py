@@ -42,7 +42,7 @@ async def test_stopping_waits() -> None:
         workers.run(partial(work, number), lambda error: None)
     workers.stop()
     assert sorted(done) == [0, 1, 2, 3]
-    assert threading.active_count() == before
+    assert threading.active_count() <= before  # one of an earlier test may have ended meanwhile
 
 
 @pytest.mark.parametrize(("raised", "text"), [(OSError(28, "full"), "full"), (ValueError("a defect"), "a defect")])

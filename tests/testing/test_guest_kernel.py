@@ -254,7 +254,7 @@ def test_processes_at_the_same_time_fetch_once(tmp_path: Path, monkeypatch: pyte
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(30)
+        worker.join(120)
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
     folder = tmp_path / "farplug/guest"
     assert (folder / "downloads").read_text() == "x"

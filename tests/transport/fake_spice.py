@@ -281,7 +281,7 @@ class Recorder:
         self._changed.set()
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(100):
             while not condition():
                 self._changed.clear()
                 await self._changed.wait()

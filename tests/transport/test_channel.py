@@ -77,13 +77,13 @@ async def test_server_that_closes_or_says_nothing() -> None:
         with contextlib.closing(writer), contextlib.suppress(OSError):
             await reader.read()
 
-    for serve, reason, said in (
-        (close, Reason.LINK_REFUSED, "without a link reply"),
-        (say_nothing, Reason.TIMED_OUT, r"no link reply within 0\.1 s"),
+    for serve, patience, reason, said in (
+        (close, 60, Reason.LINK_REFUSED, "without a link reply"),
+        (say_nothing, 0.1, Reason.TIMED_OUT, r"no link reply within 0\.1 s"),
     ):
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
         with pytest.raises(LinkFailure, match=said) as caught:
-            await link(SpiceTarget(host="127.0.0.1", port=server.sockets[0].getsockname()[1]), handshake=0.1)
+            await link(SpiceTarget(host="127.0.0.1", port=server.sockets[0].getsockname()[1]), handshake=patience)
         assert caught.value.reason is reason
         server.close()
         await asyncio.sleep(0.01)

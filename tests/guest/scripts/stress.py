@@ -93,11 +93,13 @@ def fail(disk: int, number: int) -> None:
 
 
 def work(kind: str, until: float, step: Callable[[int], None]) -> None:
-    """Take steps until the time is over."""
+    """Take steps until the time is over, one at least."""
     try:
-        while time.monotonic() < until:
+        while True:
             step(done[kind])
             done[kind] += 1
+            if time.monotonic() >= until:
+                break
     except OSError as error:
         done[f"{kind}: {error}"] += 1
 
