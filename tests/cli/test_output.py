@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -131,6 +132,37 @@ def test_a_reader_that_leaves_ends_the_session(image: Path) -> None:
     guest = FakeGuest(lambda: None)
     with in_thread(guest.listening) as target:
         assert asyncio.run(session()) == (0, b"")
+
+
+def test_the_second_interrupt_counts_although_nobody_reads_it(image: Path) -> None:
+    """The first one ended ``tee`` too, and the guest does not let go of its device."""
+
+    def stop_listening() -> None:
+        guest.receive = lambda data: []  # type: ignore[method-assign]
+        configured.set()
+
+    configured = threading.Event()
+    guest = FakeGuest(stop_listening)
+    read, write = os.pipe()
+    os.close(read)
+    with in_thread(guest.listening) as target:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-c", "from farplug.cli.main import main; main()"),
+                *("connect", target, "--usb-disk", str(image)),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=write,
+        )
+        os.close(write)
+        with process:
+            assert process.stdout is not None
+            assert configured.wait(30)
+            process.send_signal(signal.SIGINT)
+            for line in process.stdout:
+                if b"interrupt again" in line:
+                    process.send_signal(signal.SIGINT)
+    assert process.returncode == 130
 
 
 def test_names_that_look_like_markup(cli: Cli, image: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+from typing import TextIO
 
 from farplug.errors import FarplugError
 
@@ -15,15 +17,25 @@ def printable(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
 
 
+def say(text: str) -> None:
+    """Write lines to standard error. If they cannot be written, that changes nothing: an exit code still counts."""
+    try:
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+    except OSError:
+        discard(sys.stderr)
+
+
+def discard(stream: TextIO) -> None:
+    """Let what is still written to a standard stream go nowhere, and what it holds back."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 class _Handler(logging.Handler):
     """Writes to whatever standard error is now: a live table on a terminal replaces it for a while."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        try:
-            sys.stderr.write(self.format(record) + "\n")
-            sys.stderr.flush()
-        except OSError:  # nobody reads it
-            pass
+        say(self.format(record))
 
 
 class _Formatter(logging.Formatter):
@@ -73,5 +85,5 @@ def debugging() -> bool:
 def defect(error: Exception) -> None:
     """Tell of an exception that nobody expected."""
     hint = "" if debugging() else " (with --debug it tells more)"
-    sys.stderr.write(f"farplug: a defect in farplug: {printable(_first_line(error))}\n  please report it{hint}\n")
+    say(f"farplug: a defect in farplug: {printable(_first_line(error))}\n  please report it{hint}")
     LOGGER.debug("the defect", exc_info=error)

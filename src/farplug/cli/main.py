@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -87,16 +86,16 @@ def run(arguments: Sequence[str]) -> int:
         report(error)
         return error.exit_code
     except (BrokenPipeError, SystemExit):  # the reader of our output left (rich says it with SystemExit)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        log.discard(sys.stdout)
         return ExitCode.OK
     except (KeyboardInterrupt, typer.Abort):
-        sys.stderr.write("farplug: interrupted\n")
+        log.say("farplug: interrupted")
         return ExitCode.INTERRUPTED
     except _BAD_ARGUMENTS as error:
         context_of_error = getattr(error, "ctx", None)
         command = "farplug" if context_of_error is None else context_of_error.command_path
         message = error.format_message()  # type: ignore[attr-defined]
-        sys.stderr.write(f"farplug: {log.printable(message.rstrip('.'))}\n  see: {command} --help\n")
+        log.say(f"farplug: {log.printable(message.rstrip('.'))}\n  see: {command} --help")
         return ExitCode.USAGE
     except Exception as error:
         log.defect(error)
@@ -106,7 +105,6 @@ def run(arguments: Sequence[str]) -> int:
 
 def report(error: FarplugError) -> None:
     """Tell a person what happened and what to do."""
-    sys.stderr.write(f"farplug: {log.printable(error.message)}\n")
+    log.say(f"farplug: {log.printable(error.message)}")
     for line in error.remedy.splitlines():
-        sys.stderr.write(f"  {log.printable(line)}\n")
-    sys.stderr.flush()
+        log.say(f"  {log.printable(line)}")

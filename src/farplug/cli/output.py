@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -398,8 +397,3 @@ def choose(*, as_json: bool, commands: bool = False) -> Output:
     ):
         return TerminalOutput(console)
     return PlainOutput(sys.stdout)
-
-
-def discard_standard_output() -> None:
-    """Let what is still written to standard output go nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

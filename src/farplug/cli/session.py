@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from farplug import events
+from farplug.cli import log
 from farplug.cli.commands import obey
 from farplug.cli.media import Media
-from farplug.cli.output import Output, SilentOutput, discard_standard_output
+from farplug.cli.output import Output, SilentOutput
 from farplug.errors import ExitCode, FarplugError
 from farplug.events import PortEvent
 from farplug.guest import connect
@@ -90,8 +91,7 @@ class _Session:
     def _interrupt(self) -> None:
         if self._interrupted:
             self._show(lambda output: output.stop())
-            sys.stderr.write("farplug: left at once, without waiting for the VM\n")
-            sys.stderr.flush()
+            log.say("farplug: left at once, without waiting for the VM")
             if self._keeper is not None:
                 from farplug.physical.worker import finish
 
@@ -112,7 +112,7 @@ class _Session:
             what(self._output)
         except OSError:
             self._output = SilentOutput()
-            discard_standard_output()
+            log.discard(sys.stdout)
             self._interrupted = True
             self._leave()
 
