@@ -88,6 +88,43 @@ def test_nobody_reads_it() -> None:
         assert (result.returncode, result.stderr) == (0, b"")
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", "2>/dev/full", "2>&1 | true"])
+def test_standard_streams_that_nobody_opened_or_reads(image: Path, closed: str) -> None:
+    command = [sys.executable, "-c", "from farplug.cli.main import main; main()"]
+    for arguments, code in ((["devices"], 0), (["nonsense"], 2), (["connect", "spice://h:0", "--usb-disk", image], 2)):
+        script = f'set -o pipefail; "$@" {closed}'
+        result = subprocess.run(
+            ["bash", "-c", script, "bash", *command, *arguments],
+            capture_output=True,
+            timeout=30,
+        )
+        assert result.returncode == code
+        assert b"defect" not in result.stderr
+
+
+def test_closed_standard_streams_are_no_image(image: Path) -> None:
+    """Whatever writes to descriptor 1 or 2 would write into it."""
+    code = (
+        "import os; from farplug.cli.main import _prepare_standard_streams as prepare; prepare();"
+        f"assert os.open({str(image)!r}, os.O_RDWR) > 2"
+    )
+    result = subprocess.run(["bash", "-c", '"$@" <&- >&- 2>&-', "bash", sys.executable, "-c", code], timeout=30)
+    assert result.returncode == 0
+
+
+def test_characters_that_the_encoding_lacks(tmp_path: Path) -> None:
+    (tmp_path / "日本.raw").write_bytes(bytes(512))
+    result = subprocess.run(
+        [sys.executable, "-c", "from farplug.cli.main import main; main()", "devices", "日本.raw"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONIOENCODING": "latin-1"},
+        capture_output=True,
+        timeout=30,
+    )
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert rb"\u65e5\u672c.raw" in result.stdout
+
+
 def test_help_loads_no_more_than_it_needs() -> None:
     code = (
         "import sys; from farplug.cli.main import run; run(['--help']);"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -68,7 +70,17 @@ _BAD_ARGUMENTS: type[Exception] = typer.BadParameter.__bases__[0]
 
 def main() -> None:
     """The command ``farplug``."""
+    _prepare_standard_streams()
     sys.exit(run(sys.argv[1:]))
+
+
+def _prepare_standard_streams() -> None:
+    """One that is closed leads nowhere. A character that the encoding of standard output lacks is escaped."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # its descriptor would become that of an image
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  (open as long as we run)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as Python does it for standard error
 
 
 def run(arguments: Sequence[str]) -> int:
