@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 from pathlib import Path
@@ -259,6 +260,26 @@ async def test_dial_tries_all_addresses(monkeypatch: pytest.MonkeyPatch) -> None
 
         monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", two)
         (await dial(TcpAddress("some.host", 1), 1)).close()
+
+
+@pytest.mark.parametrize("first", [0, 1])
+async def test_an_address_without_a_network_hides_no_other_answer(monkeypatch: pytest.MonkeyPatch, first: int) -> None:
+    """A name with an IPv6 address, on a machine that has no IPv6."""
+    refused = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", free_port()))
+    nowhere = (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("2001:db8::1", 1, 0, 0))
+
+    async def resolved(*args: Any, **kwargs: Any) -> list[Any]:
+        return [refused, nowhere] if first == 0 else [nowhere, refused]
+
+    async def connected(sock: socket.socket, address: Any) -> None:
+        raise OSError(errno.ENETUNREACH, "") if len(address) == 4 else ConnectionRefusedError(errno.ECONNREFUSED, "")
+
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr(loop, "getaddrinfo", resolved)
+    monkeypatch.setattr(loop, "sock_connect", connected)
+    with pytest.raises(TargetError, match="Connection refused") as caught:
+        await dial(TcpAddress("vmhost", 5900), 5)
+    assert caught.value.reason is Reason.CONNECTION_REFUSED
 
 
 async def test_unreachable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ chunk at a time.
 from __future__ import annotations
 
 import asyncio
+import errno
 import ipaddress
 import os
 import socket
@@ -56,6 +57,8 @@ _KEEPALIVE_OPTIONS = tuple(
     )
     if hasattr(socket, name)
 )
+_NO_SUCH_NETWORK = (errno.ENETUNREACH, errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
+"""What an IPv6 address means on a machine that has none: it says nothing about a host with other addresses."""
 _TCP_QUICKACK: int = getattr(socket, "TCP_QUICKACK", 0)
 
 
@@ -381,6 +384,7 @@ async def dial(address: Address, timeout: float) -> socket.socket:
     """
     loop = asyncio.get_running_loop()
     candidates: list[tuple[socket.AddressFamily, tuple[Any, ...] | str]]
+    failure: TargetError | None = None
     try:
         async with asyncio.timeout(timeout):
             if isinstance(address, UnixAddress):
@@ -394,12 +398,13 @@ async def dial(address: Address, timeout: float) -> socket.socket:
                 try:
                     async with asyncio.timeout(share):
                         return await _connect(family, sockaddr)
-                except OSError:  # TimeoutError is one
-                    if number == len(candidates):
-                        raise
+                except OSError as error:  # TimeoutError is one
+                    if failure is None or error.errno not in _NO_SUCH_NETWORK:
+                        failure = _unreachable(address, error, share or timeout)
     except (OSError, ValueError) as error:  # ValueError: a NUL or an impossible label in a name
         raise _unreachable(address, error, timeout) from error
-    raise AssertionError("getaddrinfo returns at least one address")
+    assert failure is not None, "getaddrinfo returns at least one address"
+    raise failure
 
 
 async def _connect(family: socket.AddressFamily, sockaddr: tuple[Any, ...] | str) -> socket.socket:
