@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 from pathlib import Path
@@ -204,6 +205,15 @@ async def test_what_was_sent_survives_a_close_with_unread_bytes(monkeypatch: pyt
     assert received == 1 << 20
     assert recorder.closed == [None]
     assert not recorder.data, "nothing is delivered after close()"
+
+
+async def test_listen_without_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_socket(*args: object) -> socket.socket:
+        raise OSError(errno.EAFNOSUPPORT, "")
+
+    monkeypatch.setattr("farplug.transport.stream.socket.socket", no_socket)
+    with pytest.raises(TargetError, match=r"cannot listen on \[::1\]:4000: Address family not supported"):
+        await ListenPort(TcpAddress("::1", 4000)).open(Recorder())
 
 
 async def test_listen_where_one_cannot() -> None:

@@ -7,6 +7,7 @@ import os
 import socket
 from abc import abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 from farplug.errors import FarplugError, GuestGoneError, LocalProtocolError, Reason, TargetError
 from farplug.transport.connection import (
@@ -143,18 +144,15 @@ class ListenPort(_SocketPort):
                 remedy="give an address of this machine",
             ) from error
         family, _, _, _, sockaddr = found[0]
-        with socket.socket(family, socket.SOCK_STREAM) as server:
-            try:
-                server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                server.setblocking(False)
-                server.bind(sockaddr)
-                server.listen(1)
-            except OSError as error:
-                raise TargetError(
-                    f"cannot listen on {address}: {os.strerror(error.errno or 0)}",
-                    reason=Reason.NO_PERMISSION if isinstance(error, PermissionError) else Reason.UNREACHABLE,
-                    remedy="give an address of this machine and a free port above 1023 (0: any)",
-                ) from error
+        try:
+            server = _listen(family, sockaddr)
+        except OSError as error:
+            raise TargetError(
+                f"cannot listen on {address}: {os.strerror(error.errno or 0)}",
+                reason=Reason.NO_PERMISSION if isinstance(error, PermissionError) else Reason.UNREACHABLE,
+                remedy="give an address of this machine and a free port above 1023 (0: any)",
+            ) from error
+        with server:
             self.address = TcpAddress(address.host, server.getsockname()[1])
             if self._on_listening is not None:
                 self._on_listening(self.address)
@@ -166,3 +164,16 @@ class ListenPort(_SocketPort):
                     reason=Reason.UNREACHABLE,
                 ) from error
         return sock
+
+
+def _listen(family: socket.AddressFamily, sockaddr: tuple[Any, ...]) -> socket.socket:
+    server = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.setblocking(False)
+        server.bind(sockaddr)
+        server.listen(1)
+    except BaseException:
+        server.close()
+        raise
+    return server
