@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from tests.image.support import MIB, make_folder, run
 
 from farplug.cli.image import parse_size
 from farplug.errors import ExitCode, UsageError
+from farplug.store import OverlayStore
 
 
 @pytest.fixture
@@ -61,6 +63,17 @@ def test_as_large_as_needed(cli: Cli, here: Path) -> None:
 def test_an_empty_image(cli: Cli, here: Path) -> None:
     assert cli("image", "create", "40M", "--format", "ext4", "--output", "x.raw").code == 0
     assert (here / "x.raw").stat().st_size == 40 * MIB
+
+
+def test_names_that_steer_a_terminal_or_are_no_text(cli: Cli, here: Path) -> None:
+    disk = os.fsdecode(b"\x1b]0;x\x07\xe9.raw")
+    made = cli("image", "create", "64M", "-o", disk)
+    assert (made.code, made.err) == (0, "")
+    asyncio.run(OverlayStore.open(disk, "snapshot").close())
+    info = cli("image", "info", "snapshot")
+    assert (info.code, info.err) == (0, "")
+    for out in (made.out, info.out):
+        assert all(char.isprintable() for char in out.replace("\n", "")), out
 
 
 def test_an_iso_image(cli: Cli, here: Path) -> None:

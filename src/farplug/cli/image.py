@@ -13,6 +13,7 @@ from typing import Annotated, TypeAlias
 
 import typer
 
+from farplug.cli.log import printable
 from farplug.cli.options import BlockSize, DebugOption
 from farplug.errors import Reason, UsageError
 
@@ -129,7 +130,7 @@ def create(
             )
             what = f"{volume.format.full_name} {volume.label!r} in {volume.partition.upper()}"
     status = path.stat()
-    typer.echo(f"{path}: {for_people(status.st_size)}, {what}; {for_people(status.st_blocks * 512)} on this machine")
+    _say(f"{path}: {for_people(status.st_size)}, {what}; {for_people(status.st_blocks * 512)} on this machine")
 
 
 SnapshotArgument: TypeAlias = Annotated[
@@ -144,10 +145,10 @@ def info(file: SnapshotArgument) -> None:
     from farplug.store import overlay
 
     found = overlay.info(file)
-    typer.echo(f"{file}: a snapshot of {found.base} ({for_people(found.size)}, blocks of {found.block_size} bytes)")
+    _say(f"{file}: a snapshot of {found.base} ({for_people(found.size)}, blocks of {found.block_size} bytes)")
     typer.echo(f"{for_people(found.changed)} were changed")
     if found.half_committed:
-        typer.echo(f"a commit was broken off: a part of it is in the image. Finish it: farplug image commit {file}")
+        _say(f"a commit was broken off: a part of it is in the image. Finish it: farplug image commit {file}")
 
 
 @app.command("commit")
@@ -171,7 +172,7 @@ def commit(
     base = image or overlay.info(file).base
     with _progress() as progress:
         count = overlay.commit(file, base_path=base, progress=progress, force=force)
-    typer.echo(f"{for_people(count)} were written to {base}; {file} is removed")
+    _say(f"{for_people(count)} were written to {base}; {file} is removed")
 
 
 @app.command("discard")
@@ -180,7 +181,11 @@ def discard(file: SnapshotArgument) -> None:
     from farplug.store import overlay
 
     overlay.discard(file)
-    typer.echo(f"{file} is removed")
+    _say(f"{file} is removed")
+
+
+def _say(text: str) -> None:
+    typer.echo(printable(text))  # also a path out of a snapshot's header
 
 
 def _default_output(folder: Path | None, suffix: str) -> Path:
