@@ -78,6 +78,21 @@ async def test_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert len(failures) == 4
 
 
+async def test_a_path_that_is_not_utf8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    iso = tmp_path / os.fsdecode(b"b\xe9.iso")
+    content = bytearray(1 << 20)
+    content[32768:32775] = b"\x01CD001\x01"
+    iso.write_bytes(content)
+    one, failures = drive("one"), list[FarplugError]()
+    script = tmp_path / "script"
+    script.write_bytes(os.fsencode(f"insert {iso}\ninsert {iso}"))
+    with script.open() as file:
+        monkeypatch.setattr("sys.stdin", file)
+        await obey(lambda: [("a", one)], failures.append)
+    assert (one.medium, failures) == (str(iso), [])
+    await one.close()
+
+
 async def test_no_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     with Path(os.devnull).open("w") as file:  # noqa: ASYNC230  (it cannot be read)
         monkeypatch.setattr("sys.stdin", file)

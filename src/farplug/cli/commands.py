@@ -113,9 +113,9 @@ def _read_lines(loop: asyncio.AbstractEventLoop, lines: asyncio.Queue[str | None
         while data := _read():
             *whole, rest = (rest + data).split(b"\n")
             for line in whole:
-                loop.call_soon_threadsafe(lines.put_nowait, line.decode(errors="replace"))
+                loop.call_soon_threadsafe(lines.put_nowait, os.fsdecode(line))
             rest = rest[: MAX_LINE + 1]
-        for last in (rest.decode(errors="replace"), None):
+        for last in (os.fsdecode(rest), None):
             loop.call_soon_threadsafe(lines.put_nowait, last)
 
 
