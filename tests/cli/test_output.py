@@ -134,6 +134,27 @@ def test_a_reader_that_leaves_ends_the_session(image: Path) -> None:
         assert asyncio.run(session()) == (0, b"")
 
 
+def test_a_full_disk_does_not_end_the_session(image: Path) -> None:
+    configured = threading.Event()
+    with in_thread(FakeGuest(configured.set).listening) as target, Path("/dev/full").open("wb") as full:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-c", "from farplug.cli.main import main; main()"),
+                *("connect", target, "--usb-disk", str(image)),
+            ],
+            stdout=full,
+            stderr=subprocess.PIPE,
+        )
+        with process:
+            assert process.stderr is not None
+            warning = process.stderr.readline()
+            assert configured.wait(30)
+            process.send_signal(signal.SIGINT)
+            assert process.stderr.read() == b""
+    assert warning == b"farplug: warning: nothing more is told on standard output: No space left on device\n"
+    assert process.returncode == 0
+
+
 def test_the_second_interrupt_counts_although_nobody_reads_it(image: Path) -> None:
     """The first one ended ``tee`` too, and the guest does not let go of its device."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import sys
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """What ends a session: Ctrl-C, kill, a terminal that is closed."""
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What writing to a file fails with that is full."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +111,18 @@ class _Session:
             self._work.cancel()
 
     def _show(self, what: Callable[[Output], None]) -> None:
-        """Say something. When nobody reads it any more (a closed pipe or terminal), that is the end of the session."""
+        """Say something. When nobody reads it any more (a closed pipe or terminal), that is the end of the session.
+
+        A log for which there is no more room is no reason to pull disks out of a VM.
+        """
         try:
             what(self._output)
-        except OSError:
+        except OSError as error:
             self._output = SilentOutput()
             log.discard(sys.stdout)
+            if error.errno in _NO_ROOM:
+                log.say(f"farplug: warning: nothing more is told on standard output: {os.strerror(error.errno)}")
+                return
             self._interrupted = True
             self._leave()
 
