@@ -198,6 +198,19 @@ async def test_close_waits_a_little_for_a_peer_that_does_not_close(monkeypatch: 
     assert not recorder.data
 
 
+async def test_a_peer_that_ends_its_stream_and_reads_nothing_is_gone() -> None:
+    lost: list[Exception | None] = []
+    connection, theirs = await connected(Recorder(), lost)
+    with theirs:
+        connection.write([bytes(HIGH_WATER // 2)])
+        theirs.shutdown(socket.SHUT_WR)
+        async with asyncio.timeout(10):
+            while not lost:
+                await asyncio.sleep(0.01)
+    assert lost == [None]
+    assert not connection.closing
+
+
 async def test_vanished_peers_are_noticed() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         sock = await dial(TcpAddress("127.0.0.1", server.getsockname()[1]), 1)

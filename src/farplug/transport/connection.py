@@ -279,6 +279,12 @@ class Connection(asyncio.BufferedProtocol):
             except OSError:  # the socket is being closed
                 self._quick_ack_socket = None
 
+    def eof_received(self) -> None:
+        # The peer has left: asyncio would first wait, for ever perhaps, until it has read what we sent.
+        if self._transport_paused and not self._closing:
+            assert self._transport is not None
+            self._transport.abort()
+
     def pause_writing(self) -> None:
         self._transport_paused = True
 
