@@ -186,8 +186,8 @@ def test_wrong_password(cli: Cli, image: Path, monkeypatch: pytest.MonkeyPatch, 
             assert "fetch a new one" in result.err
             assert "wr0ng" not in result.out + result.err
         assert cli("connect", target, "--usb-disk", image).code == 6, "none given, and there is no terminal to ask on"
-        secrets.write_text("s3cret/of#mine\r\nsecond line\n")
-        for more in ([], ["--debug", "--json"]):
+        for mark, more in (("", []), ("\ufeff", ["--debug", "--json"])):
+            secrets.write_text(f"{mark}s3cret/of#mine\r\nsecond line\n")
             result = cli("connect", target, "--usb-disk", image, "--password-file", secrets, *more)
             assert result.code == 0, result.err
             assert "s3cret" not in result.out + result.err

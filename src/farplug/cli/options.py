@@ -126,7 +126,7 @@ def prompt_for_password() -> str:
 
 def _read_password(path: Path) -> str:
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:  # editors on Windows begin with a byte order mark
             line = file.readline(MAX_PASSWORD_LINE)
     except OSError as error:
         what = os.strerror(error.errno or 0)
