@@ -116,6 +116,7 @@ def test_vv_files(cli: Cli, image: Path, tmp_path: Path, text: str, said: str) -
         (("tcp://h:1", "--usb-disk"), "requires an argument"),
         (("tcp://h:1", "--usb-disk", "x", "--usb-speed", "warp"), "'warp' is not one of 'auto', 'high', 'super'"),
         (("tcp://h:1", "--usb-disk", "x", "--block-size", "520"), "'520' is not one of '512', '4096'"),
+        (("tcp://h:1", "--usb-device", "0781:5567", "--snapshot"), "--snapshot says nothing without --usb-disk"),
         (("tcp://h:1", "--nonsense"), "No such option"),
         (("tcp://h:1", "more"), "unexpected extra argument"),
         (("spice://h:1", "--usb-disk", "x", "--ask-password"), "--ask-password needs a terminal"),

@@ -185,6 +185,11 @@ def connect(
             remedy="name an image or a device, for example: --usb-disk PATH, --usb-device VID:PID ('farplug devices' "
             "lists what can be plugged)",
         )
+    if snapshot and not usb_disk:
+        raise UsageError(
+            "--snapshot says nothing without --usb-disk: a device of this machine keeps what the VM writes to it",
+            reason=Reason.BAD_OPTION,
+        )
     if snapshot_file is not None and len(usb_disk or []) != 1:
         raise UsageError(
             f"--snapshot-file is for one --usb-disk, not {len(usb_disk or [])}",
