@@ -255,3 +255,15 @@ async def test_a_packet_of_a_reception_is_no_answer() -> None:
             device.listener.received(INTERRUPT_IN, Status.SUCCESS, b"k")
         await settle()
         assert not pending.done
+
+
+@pytest.mark.parametrize("said_hello", [True, False])
+async def test_the_guest_is_gone_before_a_device_is_offered(said_hello: bool) -> None:
+    device = ScriptedDevice()
+    async with MemoryGuest(paused=not said_hello) as guest:
+        await settle()
+        guest._end.abort()
+        await settle()
+        with pytest.raises(GuestGoneError):
+            await guest.redirection.attach(device)
+        assert device.calls == []

@@ -187,6 +187,8 @@ class Redirection:
             RefusedError: the guest's filter rules the device out: it was not offered.
             DeviceError: the device cannot be taken.
         """
+        if self._closed is not None and self._closed.done() and (gone := self._closed.result()) is not None:
+            raise gone  # the guest left before it was asked for anything
         if self._device is not None or self.state not in (State.WAITING, State.EMPTY):
             raise LocalProtocolError(f"port {self.port.name} cannot take a device now: it is {self.state}")
         self._device = device  # reserved: no second one while we wait
