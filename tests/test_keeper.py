@@ -445,3 +445,19 @@ async def test_it_leaves_nothing_behind(machine: Machine) -> None:
             await scene.plugged("1-1")
     assert count() == before
     assert len(asyncio.all_tasks()) == 1
+
+
+async def test_pulled_out_while_it_is_plugged_in_and_tells_nothing(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "DEPARTURE_PATIENCE", 0.05)
+    machine.add("1-1", 2)
+    scene = Scene(machine, "1-1")
+    scene.ready.clear()
+    async with scene.running_keeper():
+        await scene.until(lambda: scene.here)
+        machine.remove("1-1")
+        await scene.until(lambda: any("was pulled out" in text for text in scene.told))
+        scene.ready.set()
+        await scene.until(lambda: scene.attachments and scene.attachments[0].unplugged)
+        await scene.plugged()

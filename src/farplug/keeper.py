@@ -240,6 +240,8 @@ class Keeper:
             self._listener.plugging(device, plug.found)
             self._attachments[seat] = await hub.plug(device)
             attached = True
+            if seat.found is not plug.found:  # it was pulled out while it was being plugged in
+                self._soon(_unplug(self._attachments[seat]))
             error = await self._attachments[seat].ended()
         except FarplugError as raised:
             error = raised
