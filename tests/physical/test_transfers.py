@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from typing import cast
 
 import pytest
 import usb1
@@ -382,3 +384,18 @@ async def test_a_storm_of_cancels() -> None:
         bench.handle.keeps_cancelled = False
     assert len(bench.done) == 200
     assert {transfer.status for transfer in bench.done} == {Status.CANCELLED}
+
+
+async def test_control_transfers_keep_their_order_in_both_directions() -> None:
+    async with opened() as bench:
+        answer = threading.Event()
+        session = bench.device._session
+        assert session is not None
+        call = asyncio.ensure_future(session.gate.call(lambda: cast(None, answer.wait(10))))
+        await settle()
+        for request in (1, 2, 3):
+            bench.control(Setup(0xC0 if request == 2 else 0x40, request))
+        answer.set()
+        await call
+        await settle()
+        assert [usb.setup[1] for usb in bench.flying if usb.setup is not None] == [1, 2, 3]

@@ -65,7 +65,8 @@ class _Job:
     def __init__(self, owner: Transfers, transfer: Transfer) -> None:
         self.owner = owner
         self.transfer = transfer
-        self.key = (transfer.endpoint, transfer.stream_id, transfer.type)
+        endpoint = transfer.endpoint if transfer.endpoint & 0x0F else 0  # one queue for both directions of endpoint 0
+        self.key = (endpoint, transfer.stream_id, transfer.type)
         self.length = transfer.length
         self.buffer = memoryview(_buffer(self.length) if transfer.endpoint & 0x80 else transfer.data)
         self.moved = 0
