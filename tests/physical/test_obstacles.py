@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from tests.physical.trees import BOOT_KEYBOARD, HID, STORAGE, Machine
@@ -106,6 +107,23 @@ def test_no_permission(machine: Machine, monkeypatch: pytest.MonkeyPatch, group:
         "sudo udevadm control --reload && sudo udevadm trigger --settle --subsystem-match=usb --action=change"
     )
     assert "farplug doctor --install-udev-rule" in doctor
+
+
+def test_a_folder_of_nodes_that_may_not_be_looked_into(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine.add("1-1", 2)
+    (device,) = list_devices(machine.root)
+    stat = os.stat
+
+    def denied(path: Path, **options: Any) -> object:
+        if path == device.node:
+            raise PermissionError(13, "Permission denied")
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", denied)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != device.node)
+    found = only(machine)
+    assert found.obstacle is not None
+    assert found.obstacle.reason is Reason.NO_PERMISSION
 
 
 def test_who_uses_it(machine: Machine) -> None:

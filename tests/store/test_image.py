@@ -133,6 +133,20 @@ def test_opening_fails(
         assert ("read-only" in caught.value.remedy) is not read_only
 
 
+def test_a_folder_that_may_not_be_looked_into(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(path: Path, *_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", denied)
+        patch.setattr(os, "open", denied)
+        patch.setattr(os, "access", lambda path, mode: path not in (image.parent, image))
+        with pytest.raises(ImageError) as caught:
+            Image.open(image)
+    assert caught.value.reason is Reason.NO_PERMISSION
+    assert f"the permission to look into {image.parent} (x)" in caught.value.remedy
+
+
 def test_opening_breaks_off(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> int:
         raise OSError(errno.EIO, "Input/output error")

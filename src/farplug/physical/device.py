@@ -6,6 +6,7 @@ Source: USB 2.0, chapter 9; usb-redirection-protocol.md, and what usbredirhost m
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Sequence
 from typing import Final
 
@@ -304,7 +305,7 @@ def find_device(
                     product=product,
                     serial_number=serial_number,
                 )
-    if place.node.exists():
+    if os.path.exists(place.node):
         raise DeviceError(
             f"libusb cannot read the descriptors of the USB device {place}",
             reason=Reason.DEVICE_FAULT,

@@ -158,13 +158,13 @@ def caution(uses: Uses) -> Obstacle | None:
 
 def _node_obstacles(found: Found, root: Path) -> Iterator[Obstacle]:
     usbfs = root / "dev/bus/usb"
-    if not usbfs.is_dir():
+    if not os.path.isdir(usbfs):
         yield Obstacle(
             Reason.NO_USB,
             f"there is no {usbfs}: devices cannot be opened here",
             "in a container: start it with --device=/dev/bus/usb (Docker, Podman); else: sudo modprobe usbcore",
         )
-    elif not found.node.exists():
+    elif _is_missing(found.node):
         yield Obstacle(
             Reason.NO_USB,
             f"there is no {found.node}: it is just leaving, or was plugged in after this container was started",
@@ -172,6 +172,17 @@ def _node_obstacles(found: Found, root: Path) -> Iterator[Obstacle]:
         )
     elif not os.access(found.node, os.R_OK | os.W_OK):
         yield no_permission(found.vendor_id, found.product_id)
+
+
+def _is_missing(node: Path) -> bool:
+    """Whether there is no such file. One in a folder that may not be looked into counts as there."""
+    try:
+        node.stat()
+    except PermissionError:
+        return False
+    except OSError:
+        return True
+    return False
 
 
 def no_permission(vendor_id: int, product_id: int) -> Obstacle:

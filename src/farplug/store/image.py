@@ -279,9 +279,12 @@ def image_error(path: Path, error: OSError | ValueError, read_only: bool) -> Ima
         if error.errno == errno.EBUSY:
             remedy += "; a container may have it mounted"
     elif reason is Reason.NO_PERMISSION:
-        remedy = f"ask for the permission ({'r' if read_only else 'rw'}) for the user who runs farplug"
-        if path.is_block_device():
-            access = "r" if read_only else "rw"
+        access = "r" if read_only else "rw"
+        remedy = f"ask for the permission ({access}) for the user who runs farplug"
+        folders = reversed(path.absolute().parents)
+        if closed := next((folder for folder in folders if not os.access(folder, os.X_OK)), None):
+            remedy = f"ask for the permission to look into {closed} (x) for the user who runs farplug"
+        elif path.is_block_device():
             remedy = f"get it until the device is plugged in again: sudo setfacl -m u:$USER:{access} {path}"
         elif not read_only and os.access(path, os.R_OK):
             remedy = "plug it read-only, or get the permission to write to it"
