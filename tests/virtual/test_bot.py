@@ -348,6 +348,25 @@ async def test_unwritten_data_is_bounded() -> None:
     assert initiator.csw(initiator.receive(13)) == (0, 0)
 
 
+async def test_data_goes_on_when_that_of_a_command_that_is_gone_is_written() -> None:
+    store = Pattern(32768)
+    initiator = await guest(store)
+    store.holding = True
+    initiator.send(initiator.cbw(write10(0, 32768), 16 << 20, False))
+    for _ in range(MAX_UNWRITTEN >> 20):
+        initiator.send(bytes(1 << 20))
+    await initiator.enumerate()
+    initiator.command(TUR)
+    initiator.send(initiator.cbw(write10(0, 1), 512, False))
+    waiting = initiator.send(block(store, 5))
+    assert waiting.status is None
+    store.release()
+    assert waiting.status is Status.SUCCESS
+    store.release()
+    assert initiator.csw(initiator.receive(13)) == (0, 0)
+    assert store.content[:512] == block(store, 5)
+
+
 async def test_one_large_transfer_is_taken_whole() -> None:
     initiator = await guest(Pattern(32768))
     assert initiator.command(write10(0, 32768), send=bytes(16 << 20)).status == 0

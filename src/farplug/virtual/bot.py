@@ -345,6 +345,7 @@ class BulkOnly:
 
     def _put(self, length: int) -> None:
         self._unwritten -= length
+        self._advance()  # the data may be that of a command that is gone: another one's has waited for it
 
     def _give_status(self) -> bool:
         command = self._command
