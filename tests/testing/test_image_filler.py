@@ -34,8 +34,27 @@ def volume(format: Format = Format.EXFAT, block_size: int = 512) -> Volume:
     )
 
 
+class FakeQmp:
+    """Stands for QEMU's monitor, which says more when it is asked something."""
+
+    def __init__(self, coming: list[dict[str, Any]]) -> None:
+        self._coming = coming
+        self._events: list[dict[str, Any]] = []
+
+    async def execute(self, command: str) -> None:
+        self._events += self._coming
+
+    async def event(self, name: str, timeout: float) -> dict[str, Any]:
+        assert (name, timeout) == ("BLOCK_IO_ERROR", 0)
+        if not self._events:
+            raise TimeoutError
+        return self._events.pop(0)
+
+
 class FakeGuest:
     """Stands for QEMU: takes the tar stream as its guest would."""
+
+    events: list[dict[str, Any]]
 
     received = b""
     output: str | None = None
@@ -50,6 +69,7 @@ class FakeGuest:
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.connect(chardev.partition("path=")[2])
         self._thread: threading.Thread | None = None
+        self.qmp = FakeQmp(self.events)
 
     async def __aenter__(self) -> FakeGuest:
         return self
@@ -76,8 +96,8 @@ class FakeGuest:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeGuest]:
-    for name, value in {"received": b"", "output": None, "reads": True, "script": ""}.items():
-        monkeypatch.setattr(FakeGuest, name, value)
+    for name, value in {"received": b"", "output": None, "reads": True, "script": "", "events": []}.items():
+        monkeypatch.setattr(FakeGuest, name, value, raising=False)
     monkeypatch.setattr(image_filler, "QemuGuest", FakeGuest)
     monkeypatch.setattr(image_filler, "_check_programs", lambda format: None)
     return FakeGuest
@@ -163,6 +183,23 @@ def test_an_error_while_the_host_is_full(
     with pytest.raises(ImageError, match="no space left for the image") as caught:
         fill_in_guest(job_of(fd, None), volume())
     assert caught.value.reason is Reason.NO_SPACE
+
+
+@pytest.mark.parametrize(
+    ("data", "reason", "text"),
+    [
+        ({"reason": "No space left on device"}, Reason.NO_SPACE, "no space left for the image"),
+        ({"reason": "Disk quota exceeded"}, Reason.IO_ERROR, "written .*: Disk quota exceeded"),
+        ({}, Reason.IO_ERROR, "I/O error"),
+    ],
+)
+def test_what_could_not_be_written_while_the_guest_says_nothing(
+    fake: type[FakeGuest], fd: int, tmp_path: Path, data: dict[str, Any], reason: Reason, text: str
+) -> None:
+    fake.events = [{"event": "BLOCK_IO_ERROR", "data": data}]
+    with pytest.raises(ImageError, match=text) as caught:
+        fill_in_guest(job_of(fd, scan(make_folder(tmp_path / "folder", {"a": b"12345"}))), volume())
+    assert caught.value.reason is reason
 
 
 @pytest.mark.parametrize("change", ["shrink", "remove", "folder"])

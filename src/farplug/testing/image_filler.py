@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from farplug.errors import ImageError, Reason, SetupError
-from farplug.image.tools import TICK, Job, check_room
+from farplug.image.tools import TICK, Job, check_room, no_space
 from farplug.image.tree import Entry, Tree, changed, show
 from farplug.image.volume import ALIGNMENT, Format, Volume
 from farplug.programs import PACKAGE_OF_PROGRAM, QEMU, search_path
@@ -125,6 +125,7 @@ async def _fill(job: Job, volume: Volume) -> None:
                         for task in done:
                             task.result()
                         raise _failure(job, error.result.output) from error
+                    await _check_written(guest)
             finally:
                 # QEMU is gone: the sender finds the connection closed.
                 if sender is not None:
@@ -210,6 +211,19 @@ def _unreadable(tree: Tree, entry: Entry, error: OSError) -> ImageError:
     if error.errno in (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR):  # None: it ends early
         return changed(tree.root, [entry.path])
     return ImageError(f"{show(entry.path)} cannot be read: {(error.strerror or '').lower()}", reason=Reason.IO_ERROR)
+
+
+async def _check_written(guest: QemuGuest) -> None:
+    """Ask QEMU whether all of it could be written: the guest's kernel writes late, and umount tells no error."""
+    await guest.qmp.execute("query-status")  # its events come before its answer
+    try:
+        event = await guest.qmp.event("BLOCK_IO_ERROR", timeout=0)
+    except TimeoutError:
+        return
+    why = f"{QEMU}: {event['data'].get('reason', 'I/O error')}"
+    if "o space left" in why:
+        raise no_space(why)
+    raise ImageError(f"the image cannot be written ({why})", reason=Reason.IO_ERROR)
 
 
 def _failure(job: Job, output: str) -> ImageError:
