@@ -96,7 +96,8 @@ class FakeGuest:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeGuest]:
-    for name, value in {"received": b"", "output": None, "reads": True, "script": "", "events": []}.items():
+    values: dict[str, Any] = {"received": b"", "output": None, "reads": True, "script": "", "events": []}
+    for name, value in values.items():
         monkeypatch.setattr(FakeGuest, name, value, raising=False)
     monkeypatch.setattr(image_filler, "QemuGuest", FakeGuest)
     monkeypatch.setattr(image_filler, "_check_programs", lambda format: None)
