@@ -11,6 +11,7 @@ from tests.store.support import content, make_snapshot, read, settle, write, zer
 from farplug.errors import ImageError, Reason
 from farplug.store import CacheMode, FileStore, OverlayStore, holes, overlay
 from farplug.store.image import serial_number
+from farplug.store.overlay_file import OverlayFile
 from farplug.usb import Buffer
 
 SIZE = 40 * 4096 + 1536
@@ -299,6 +300,22 @@ async def test_commit(base: Path, path: Path, tmp_path: Path) -> None:
     expected[-512:] = b"y" * 512
     assert content(base) == expected
     assert not path.exists()
+
+
+async def test_the_image_is_locked_until_the_snapshot_is_gone(
+    base: Path, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await OverlayStore.open(base, path).close()
+    remove = OverlayFile.remove
+
+    def removed(file: OverlayFile) -> None:
+        with pytest.raises(ImageError, match="in use"):
+            FileStore.open(base)
+        remove(file)
+
+    monkeypatch.setattr(OverlayFile, "remove", removed)
+    overlay.commit(path)
+    await FileStore.open(base).close()
 
 
 async def test_a_commit_of_nothing(base: Path, path: Path) -> None:

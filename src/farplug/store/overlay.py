@@ -219,9 +219,9 @@ def commit(
             file.begin_commit()
             done = _apply(base, file, progress)
             base.sync()
+            file.remove()  # while nobody else can write to the image: what it has is not to be committed over that
         finally:
             base.close()
-        file.remove()
         return done
     except OSError as error:
         raise ImageError(
