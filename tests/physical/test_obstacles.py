@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from tests.physical.trees import BOOT_KEYBOARD, HID, STORAGE, Machine
 
-from farplug.errors import DeviceError, ExitCode, Reason
+from farplug.errors import DeviceError, ExitCode, Reason, SetupError
 from farplug.physical import obstacles
 from farplug.physical.found import Found, Obstacle
 from farplug.physical.listing import list_devices
@@ -199,6 +200,17 @@ def test_force_leaves_what_is_impossible(mounted: Machine, monkeypatch: pytest.M
     with pytest.raises(DeviceError) as caught:
         only(mounted).check(force=True)
     assert caught.value.reason is Reason.NO_PERMISSION
+
+
+def test_too_many_open_files_do_not_look_like_a_disk_that_is_not_mounted(
+    mounted: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lines(path: Path) -> list[str]:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(usage, "_lines", lines)
+    with pytest.raises(SetupError, match="this process has too many open files"):
+        only(mounted).check()
 
 
 def test_a_disk_that_is_not_mounted(mounted: Machine) -> None:

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -124,6 +128,35 @@ def test_a_machine_that_shows_nothing(machine: Machine, tmp_path: Path, monkeypa
     assert host_uses(Path("/dev/sda")) == []
 
 
+@contextmanager
+def no_file_can_be_opened() -> Iterator[None]:
+    free = os.open("/", os.O_RDONLY)
+    os.close(free)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("read", ["_listed", "_read", "_lines"])
+def test_too_many_open_files_do_not_look_like_no_use(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, read: str
+) -> None:
+    machine.mounts(mount("8:1", "/mnt"))
+    real = getattr(usage, read)
+
+    def without_files(path: Path) -> object:
+        with no_file_can_be_opened():
+            return real(path)
+
+    monkeypatch.setattr(usage, read, without_files)
+    with pytest.raises(OSError, match="Too many open files") as caught:
+        host_uses(Path("/dev/sda"))
+    assert caught.value.errno == errno.EMFILE
+
+
 def test_devices_in_a_circle(machine: Machine) -> None:
     (machine.folder / "devices/dm-1/holders/dm-0").symlink_to(machine.folder / "devices/dm-0")
     assert len(host_uses(Path("/dev/sda"))) == 2
@@ -164,3 +197,12 @@ async def test_an_image_on_a_loop_device(loops: Path, image: Path, caplog: pytes
     await FileStore.open(image, read_only=True).close()
     with pytest.raises(ImageError, match="/dev/loop1 is mounted on /mnt; it is attached to /dev/loop1"):
         FileStore.open(image)
+
+
+def test_too_many_open_files_hide_no_loop_device(loops: Path, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = usage._listed(loops)
+    monkeypatch.setattr(usage, "_listed", lambda folder: listed)
+    with no_file_can_be_opened(), pytest.raises(ImageError, match="cannot be opened: too many open files"):
+        FileStore.open(image)
+    with no_file_can_be_opened(), pytest.raises(OSError, match="Too many open files"):
+        host_uses(image)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from farplug.errors import DeviceError, Reason, SetupError
 from farplug.physical.found import Found, Obstacle
-from farplug.physical.sysfs import listed, read, read_bytes
+from farplug.physical.sysfs import check, listed, read, read_bytes
 from farplug.physical.udev import install_commands, udev_rule
 from farplug.physical.usb_ids import printable
 
@@ -214,7 +214,11 @@ def _disk_obstacles(folder: Path) -> Iterator[Obstacle]:
     from farplug.store.usage import device_uses  # with stores, which need what Windows lacks
 
     match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", read(folder / "dev"))
-    uses = device_uses(os.makedev(int(match[1]), int(match[2]))) if match else []
+    try:
+        uses = device_uses(os.makedev(int(match[1]), int(match[2]))) if match else []
+    except OSError as error:
+        check(error)
+        raise
     if uses:
         ends = "\n".join(f"sudo {use.end}" for use in uses if use.end)
         yield Obstacle(

@@ -27,7 +27,7 @@ def read_bytes(path: Path, limit: int = MAX_ATTRIBUTE) -> bytes:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
-        _check(error)
+        check(error)
         return b""
     except ValueError:  # a NUL in a name
         return b""
@@ -63,11 +63,12 @@ def listed(folder: Path) -> list[Path]:
     try:
         return sorted(folder.iterdir())
     except OSError as error:
-        _check(error)
+        check(error)
         return []
 
 
-def _check(error: OSError) -> None:
+def check(error: OSError) -> None:
+    """Raise the ``SetupError`` if an error is one of :data:`TOO_MANY_OPEN`."""
     if error.errno in TOO_MANY_OPEN:
         whose = "this process" if error.errno == errno.EMFILE else "this machine"
         raise SetupError(

@@ -1,10 +1,14 @@
 """What this machine does with a block device, or with an image that is attached to a loop device.
 
 A file system that is mounted in two places loses data: each side has cached what the other side changes.
+
+What cannot be read says nothing: devices come and go. But too many open files are an error: otherwise nobody would seem
+to use anything.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shlex
@@ -43,7 +47,7 @@ def host_uses(path: Path) -> list[Use]:
     Of a disk its partitions count too, of a partition its disk. What other mount namespaces have is not seen.
 
     Raises:
-        OSError: there is no such file.
+        OSError: there is no such file, or there are too many open files.
     """
     status = os.stat(path)
     if stat.S_ISBLK(status.st_mode):
@@ -54,7 +58,11 @@ def host_uses(path: Path) -> list[Use]:
 
 
 def device_uses(number: int) -> list[Use]:
-    """Find what uses a block device, as :func:`host_uses`, by its number (``os.makedev``)."""
+    """Find what uses a block device, as :func:`host_uses`, by its number (``os.makedev``).
+
+    Raises:
+        OSError: there are too many open files.
+    """
     device = (BLOCK_DEVICES / _text(number)).resolve()
     devices = {number: device}
     if (device / "partition").exists():
@@ -77,7 +85,8 @@ def _loop_devices(status: os.stat_result) -> Iterator[Path]:
         if folder.name.startswith("loop"):
             try:
                 backing = os.stat((folder / "loop/backing_file").read_text().rstrip("\n"))
-            except (OSError, ValueError):
+            except (OSError, ValueError) as error:
+                _check(error)
                 continue  # not attached, or the file has no name any more
             if os.path.samestat(backing, status):
                 yield folder
@@ -152,19 +161,27 @@ def _unescape(name: str) -> str:
 def _listed(folder: Path) -> list[Path]:
     try:
         return sorted(folder.iterdir())
-    except OSError:
+    except OSError as error:
+        _check(error)
         return []
 
 
 def _read(path: Path) -> str:
     try:
         return path.read_text().strip()
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        _check(error)
         return ""
 
 
 def _lines(path: Path) -> list[str]:
     try:
         return path.read_text(errors="surrogateescape").splitlines()
-    except OSError:
+    except OSError as error:
+        _check(error)
         return []
+
+
+def _check(error: OSError | ValueError) -> None:
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        raise error
