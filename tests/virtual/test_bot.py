@@ -379,6 +379,22 @@ async def test_queued_data_is_bounded() -> None:
     assert [one.status for one in sent] == [None] * (MAX_QUEUED // (8 << 20)) + [Status.IO_ERROR] * 2
 
 
+async def test_data_is_never_written_in_the_place_of_data_that_was_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("farplug.virtual.bot.MAX_UNWRITTEN", 512)
+    monkeypatch.setattr("farplug.virtual.bot.MAX_QUEUED", 1024)
+    store = Pattern()
+    initiator = await guest(store)
+    store.holding = True
+    initiator.send(initiator.cbw(write10(0, 5), 5 * 512, False))
+    sent = [initiator.send(bytes((number,)) * 512) for number in range(1, 5)]
+    assert [one.status for one in sent] == [Status.SUCCESS, None, None, Status.IO_ERROR]
+    store.holding = False
+    store.release()
+    assert [initiator.send(bytes((5,)) * 512).status for _ in range(2)] == [Status.SUCCESS] * 2
+    assert initiator.csw(initiator.receive(13))[0] == 1
+    assert store.content[512:] == store.original[512:]
+
+
 async def test_cancelled_data_no_longer_counts() -> None:
     initiator = await guest()
     initiator.send(initiator.cbw(read10(0, 1), 512, True))

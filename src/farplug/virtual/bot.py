@@ -158,6 +158,7 @@ class BulkOnly:
         if transfer.endpoint & 0x80:
             self._in.append(transfer)
         elif self._queued + transfer.length > MAX_QUEUED:
+            self._spoil()
             transfer.complete(Status.IO_ERROR)
         else:
             self._queued += transfer.length
@@ -174,15 +175,19 @@ class BulkOnly:
             later = self._out[-1] is not transfer
             self._out.remove(transfer)
             self._queued -= transfer.length
-            command = self._command
-            if later and self._phase is _Phase.DATA_OUT and command is not None:
-                # What follows would be written in its place.
-                command.size = min(command.size, command.moved)
-                command.task.fail(ABORTED_COMMAND)
+            if later:
+                self._spoil()
         else:
             return
         transfer.complete(Status.CANCELLED)
         self._advance()
+
+    def _spoil(self) -> None:
+        """Data-out is missing: what follows would be written in its place."""
+        command = self._command
+        if self._phase is _Phase.DATA_OUT and command is not None:
+            command.size = min(command.size, command.moved)
+            command.task.fail(ABORTED_COMMAND)
 
     def _bulk_only_reset(self) -> None:
         """Be ready for a CBW again (chapter 3.1). Halts stay until the guest clears them; IN transfers stay queued."""
