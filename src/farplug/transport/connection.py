@@ -247,7 +247,8 @@ class Connection(asyncio.BufferedProtocol):
         sock = transport.get_extra_info("socket")
         if sock is not None and sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            # A VM's host that vanishes without a word is noticed within half a minute. A paused VM's still answers.
+            # A VM's host that vanishes without a word is noticed within half a minute, unless it owes an answer to what
+            # was sent: then when the kernel gives up. A paused VM's host still answers.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for option, value in _KEEPALIVE_OPTIONS:
                 sock.setsockopt(socket.IPPROTO_TCP, option, value)
