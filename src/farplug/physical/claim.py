@@ -178,8 +178,10 @@ class Claim:
     # What a guest asks for
 
     def reset(self) -> None:
-        """Reset the port; configuration and alternate settings are restored. Does nothing if the device does not
-        survive it.
+        """Reset the port; the configuration is restored. Does nothing if the device does not survive it.
+
+        On Linux the interfaces are in their first settings then. A host chooses a configuration after a reset (USB 2.0,
+        section 9.1.1.5), and :meth:`set_configuration` chooses them for all.
 
         Raises:
             NotFound, NoDevice: it came back as another device, or not at all.
