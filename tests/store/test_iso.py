@@ -105,6 +105,21 @@ def test_a_hybrid_is_a_cd_too(tmp_path: Path) -> None:
     assert is_iso(bytes(hybrid))
 
 
+@pytest.mark.parametrize(("blocks", "fits"), [(2**32 - 1, True), (2**32, False)])
+async def test_what_a_drive_cannot_count(tmp_path: Path, blocks: int, fits: bool) -> None:
+    path = tmp_path / "large.iso"
+    path.write_bytes(ISO)
+    os.truncate(path, blocks * BLOCK)
+    if fits:
+        store = open_iso(path)
+        assert store.block_count == blocks
+        await store.close()
+    else:
+        with pytest.raises(ImageError, match="has 4294967296 blocks, a CD-ROM drive counts to 4294967295") as caught:
+            open_iso(path)
+        assert caught.value.reason is Reason.TOO_LARGE
+
+
 def test_what_cannot_be_opened(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)

@@ -12,6 +12,8 @@ from farplug.store.file import FileStore
 log = logging.getLogger(__name__)
 
 CD_BLOCK_SIZE = 2048
+MAX_CD_BLOCKS = 2**32 - 1
+"""A drive tells the size of a disc and of its track in 32 bits (MMC-3, READ CAPACITY and READ TRACK INFORMATION)."""
 
 _FIRST_DESCRIPTOR, _DESCRIPTORS = 16, 16
 """Blocks where volume descriptors stand (ECMA-119, chapter 6.7.1; ECMA-167, 2/8.3), as far as we look."""
@@ -49,12 +51,18 @@ def open_iso(path: str | os.PathLike[str]) -> FileStore:
     """Open and lock an ISO image, or a block device that has one, for reading. Its blocks have 2048 bytes.
 
     Raises:
-        ImageError: NOT_AN_ISO, or as :meth:`FileStore.open`.
+        ImageError: NOT_AN_ISO, TOO_LARGE, or as :meth:`FileStore.open`.
     """
     path = Path(path)
-    begin = _begin(path)
+    begin, size = _begin(path)
     if begin is not None and not is_iso(begin):
         raise _not_an_iso(path, begin)
+    if size // CD_BLOCK_SIZE > MAX_CD_BLOCKS:
+        raise ImageError(
+            f"{path} has {size // CD_BLOCK_SIZE} blocks, a CD-ROM drive counts to {MAX_CD_BLOCKS}",
+            reason=Reason.TOO_LARGE,
+            remedy=f"plug it as a disk: --usb-disk-ro {path}",
+        )
     store = FileStore.open(path, read_only=True, block_size=CD_BLOCK_SIZE)
     if begin is not None and (blocks := _volume_size(begin)) > store.block_count:
         log.warning("%s has %d blocks, but its volume has %d: it is cut off", path, store.block_count, blocks)
@@ -73,17 +81,17 @@ def _volume_size(begin: bytes) -> int:
     return int.from_bytes(descriptor[80:84], "little") if descriptor.startswith(b"\1CD001") else 0
 
 
-def _begin(path: Path) -> bytes | None:
-    """Read as much of it as tells what it is; None if it cannot be read: opening it as a store says why."""
+def _begin(path: Path) -> tuple[bytes | None, int]:
+    """Read as much of it as tells what it is, and its size; None and 0 if not: opening it as a store says why."""
     try:
         # O_NONBLOCK: opening a pipe must not wait for its other end
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except (OSError, ValueError):
-        return None
+        return None, 0
     try:
-        return os.pread(fd, (_FIRST_DESCRIPTOR + _DESCRIPTORS) * CD_BLOCK_SIZE, 0)
+        return os.pread(fd, (_FIRST_DESCRIPTOR + _DESCRIPTORS) * CD_BLOCK_SIZE, 0), os.lseek(fd, 0, os.SEEK_END)
     except OSError:
-        return None
+        return None, 0
     finally:
         os.close(fd)
 
