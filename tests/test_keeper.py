@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ from farplug.physical import hotplug
 from farplug.physical.choose import Choice
 from farplug.physical.found import Found
 from farplug.physical.hotplug import Watch
+from farplug.physical.listing import list_devices
 from farplug.physical.lock import DeviceLock
 from farplug.policy import Follow, Policy, Wishes
 from farplug.usb.device import Device
@@ -461,3 +463,36 @@ async def test_pulled_out_while_it_is_plugged_in_and_tells_nothing(
         scene.ready.set()
         await scene.until(lambda: scene.attachments and scene.attachments[0].unplugged)
         await scene.plugged()
+
+
+async def test_a_lock_that_comes_after_it_was_given_up_is_released(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go, locked = threading.Event(), threading.Event(), threading.Event()
+
+    class SlowLock(DeviceLock):
+        def __init__(self, found: Found) -> None:
+            begun.set()
+            go.wait(60)
+            super().__init__(found)
+            locked.set()
+
+    monkeypatch.setattr(module, "DeviceLock", SlowLock)
+    machine.add("1-1", 2)
+    (found,) = list_devices(machine.root)
+    scene = Scene(machine, "1-1")
+    preparing = asyncio.ensure_future(scene.keeper.prepare())
+    assert await asyncio.to_thread(begun.wait, 60)
+    preparing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await preparing
+    await scene.keeper.close()
+    go.set()
+    assert await asyncio.to_thread(locked.wait, 60)
+    async with asyncio.timeout(60):
+        while True:
+            try:
+                DeviceLock(found).release()
+                break
+            except FarplugError:
+                await asyncio.sleep(0.01)

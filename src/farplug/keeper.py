@@ -132,7 +132,7 @@ class Keeper:
                 self._listener.skipped(decision.error)
                 continue
             if decision.seat.named:
-                self._locks[decision.seat] = await aside(partial(DeviceLock, decision.found))
+                self._locks[decision.seat] = await aside(partial(DeviceLock, decision.found), DeviceLock.release)
                 if decision.found.caution is not None:
                     self._listener.note(f"{decision.found}: {decision.found.caution}")
             self._plugs.append(decision)
@@ -235,7 +235,7 @@ class Keeper:
         seat, attached, device = plug.seat, False, None
         try:
             if seat not in self._locks:
-                self._locks[seat] = await aside(partial(DeviceLock, plug.found))
+                self._locks[seat] = await aside(partial(DeviceLock, plug.found), DeviceLock.release)
             device = await self._find(plug.found)
             self._listener.plugging(device, plug.found)
             self._attachments[seat] = await hub.plug(device)
