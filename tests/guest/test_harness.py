@@ -98,7 +98,7 @@ async def test_commands_run_side_by_side_and_a_stuck_one_holds_up_no_other(guest
     with pytest.raises(GuestTimeout, match=r"did not end within 0\.2 s") as error:
         await guest.run("echo $$ >/tmp/stuck; exec cat /dev/zero >/dev/null", timeout=0.2)
     assert "the guest's console ends:" in "".join(error.value.__notes__)
-    kill = "until kill -9 $(cat /tmp/stuck) 2>/dev/null; do sleep 0.1; done; echo alive"
+    kill = "until kill -9 $(cat /tmp/stuck 2>/dev/null) 2>/dev/null; do sleep 0.1; done; echo alive"
     assert await guest.check(kill) == "alive\n"
 
 
