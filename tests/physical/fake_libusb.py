@@ -311,9 +311,9 @@ class FakeContext:
         os.close(self.write)
 
     def back(self, transfer: FakeTransfer) -> None:
-        with self.lock:
+        with self.lock:  # whoever has taken it may close us
             self.finished.append(transfer)
-        os.write(self.write, b"!")
+            os.write(self.write, b"!")
 
     def stop_watching(self) -> None:
         """The device is gone: libusb takes its descriptor away."""
