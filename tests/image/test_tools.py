@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.image.support import MIB
@@ -42,6 +45,24 @@ def test_progress_follows_the_image(fd: int) -> None:
     assert len(told) > 2
     job.run("dash", "-c", f'head -c {5 * MIB} /dev/zero >"$1"', "-", job.path)
     assert told[-1] == (3 * MIB, 3 * MIB)
+
+
+def test_interrupted_while_the_tool_starts(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Interrupted(subprocess.Popen[bytes]):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            started.append(self)
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(0)
+
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Job(fd, None, nothing).run("dash", "-c", "exec sleep 1000")
+    assert [process.returncode for process in started] == [-signal.SIGKILL]
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, ValueError])

@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import signal
 import subprocess
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -84,19 +87,21 @@ class Job:
 
     def _watch(self, command: Sequence[str], stdout: int, stdin: str, environment: dict[str, str]) -> tuple[str, int]:
         both = stdout == subprocess.PIPE
-        try:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=stdout,
-                stderr=subprocess.STDOUT if both else subprocess.PIPE,
-                env={**os.environ, "LC_ALL": "C.UTF-8", **environment},
-                pass_fds=[self.fd],
-            )
-        except OSError as error:  # too many processes, no memory
-            raise ImageError(f"{command[0]} cannot be run: {error.strerror}", reason=Reason.IO_ERROR) from error
         data: bytes | None = stdin.encode(errors="surrogateescape")
+        process: subprocess.Popen[bytes] | None = None
         try:
+            with _signals_later():  # else one could come when the tool runs, and nobody knows it yet
+                try:
+                    process = subprocess.Popen(
+                        command,
+                        stdin=subprocess.PIPE,
+                        stdout=stdout,
+                        stderr=subprocess.STDOUT if both else subprocess.PIPE,
+                        env={**os.environ, "LC_ALL": "C.UTF-8", **environment},
+                        pass_fds=[self.fd],
+                    )
+                except OSError as error:  # too many processes, no memory
+                    raise ImageError(f"{command[0]} cannot be run: {error.strerror}", reason=Reason.IO_ERROR) from error
             while True:
                 try:
                     output, errors = process.communicate(data, timeout=TICK)
@@ -106,12 +111,34 @@ class Job:
                     data = None  # communicate keeps what it has
                     self.tick()
         finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-            for pipe in (process.stdin, process.stdout, process.stderr):
-                if pipe is not None:
-                    pipe.close()
+            if process is not None:
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
+                for pipe in (process.stdin, process.stdout, process.stderr):
+                    if pipe is not None:
+                        pipe.close()
+
+
+@contextmanager
+def _signals_later() -> Iterator[None]:
+    """Have Python's handlers of SIGINT and SIGTERM called when the block has ended. Only the main thread runs them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    handlers = {
+        number: handler for number in (signal.SIGINT, signal.SIGTERM) if callable(handler := signal.getsignal(number))
+    }
+    for number in handlers:
+        signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for one in came:
+        signal.raise_signal(one)
 
 
 def check(program: str, code: int, output: str) -> None:
