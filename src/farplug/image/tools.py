@@ -86,27 +86,17 @@ class Job:
         check(program, code, output)
 
     def _watch(self, command: Sequence[str], stdout: int, stdin: str, environment: dict[str, str]) -> tuple[str, int]:
-        both = stdout == subprocess.PIPE
         data: bytes | None = stdin.encode(errors="surrogateescape")
         process: subprocess.Popen[bytes] | None = None
         try:
             with _signals_later():  # else one could come when the tool runs, and nobody knows it yet
-                try:
-                    process = subprocess.Popen(
-                        command,
-                        stdin=subprocess.PIPE,
-                        stdout=stdout,
-                        stderr=subprocess.STDOUT if both else subprocess.PIPE,
-                        env={**os.environ, "LC_ALL": "C.UTF-8", **environment},
-                        pass_fds=[self.fd],
-                    )
-                except OSError as error:  # too many processes, no memory
-                    raise ImageError(f"{command[0]} cannot be run: {error.strerror}", reason=Reason.IO_ERROR) from error
+                process = self._start(command, stdout, environment)
             while True:
                 try:
                     output, errors = process.communicate(data, timeout=TICK)
                     self.tick()
-                    return (output if both else errors).decode(errors="replace"), process.returncode
+                    said = output if stdout == subprocess.PIPE else errors
+                    return said.decode(errors="replace"), process.returncode
                 except subprocess.TimeoutExpired:
                     data = None  # communicate keeps what it has
                     self.tick()
@@ -118,6 +108,19 @@ class Job:
                 for pipe in (process.stdin, process.stdout, process.stderr):
                     if pipe is not None:
                         pipe.close()
+
+    def _start(self, command: Sequence[str], stdout: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+        try:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=stdout,
+                stderr=subprocess.STDOUT if stdout == subprocess.PIPE else subprocess.PIPE,
+                env={**os.environ, "LC_ALL": "C.UTF-8", **environment},
+                pass_fds=[self.fd],
+            )
+        except OSError as error:  # too many processes, no memory
+            raise ImageError(f"{command[0]} cannot be run: {error.strerror}", reason=Reason.IO_ERROR) from error
 
 
 @contextmanager
