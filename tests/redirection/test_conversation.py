@@ -13,7 +13,9 @@ from farplug.redirection import conversation
 from farplug.testing.memory import MemoryGuest
 from farplug.usb import Status
 from farplug.usb.types import Buffer
+from farplug.usbredir import envelope
 from farplug.usbredir import packets as p
+from farplug.usbredir.caps import ALL_CAPS, Cap
 
 
 async def test_too_many_pending_transfers_stop_the_reading_not_the_vm(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,3 +127,47 @@ async def test_what_a_device_says_and_the_protocol_cannot_is_a_fault() -> None:
         device.listener.received(INTERRUPT_IN, Status.SUCCESS, bytes(70_000))
         assert kinds(guest).count(events.DeviceFault) == 1
         assert not guest.violations
+
+
+async def test_a_port_that_keeps_what_is_unread_carries_nothing_before_the_guests_hello() -> None:
+    guest = MemoryGuest(paused=True)
+    guest.redirection.port.keeps_unread = True
+    async with guest:
+        await settle()
+        assert guest.received == []
+        guest.resume()
+        attaching = asyncio.ensure_future(guest.redirection.attach(ScriptedDevice()))
+        await guest.wait(lambda: guest.connected is not None)
+        await attaching
+        assert isinstance(guest.received[0], p.Hello)
+
+
+@pytest.mark.parametrize("missing", [Cap.NONE, Cap.IDS_64_BITS, Cap.BULK_STREAMS, Cap.BULK_RECEIVING, Cap.FILTER])
+async def test_a_port_that_keeps_what_is_unread_carries_messages_that_a_new_parser_skips(
+    missing: Cap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest = MemoryGuest(caps=ALL_CAPS & ~missing)
+    port = guest.redirection.port
+    port.keeps_unread = True
+    written: list[bytes] = []
+    write = port.write
+
+    def recorded(buffers: list[Buffer]) -> None:
+        written.append(b"".join(buffers))
+        write(buffers)
+
+    monkeypatch.setattr(port, "write", recorded)
+    device = ScriptedDevice()
+    async with guest:
+        await guest.redirection.attach(device)
+        reading = guest.submit_in(BULK_IN, 1 << 20)
+        await settle()
+        device.submitted[0].complete(Status.SUCCESS, bytes(1 << 20))
+        assert len((await reading).data) == 1 << 20
+        await guest.redirection.detach()
+    hello, *messages = written
+    assert len(messages) >= 3
+    for message in messages:
+        prefix, suffix = envelope.enclose([], max(len(message) - envelope.OVERHEAD, 0))
+        assert (message.startswith(prefix) and message.endswith(suffix)) is (missing is Cap.NONE)
+    assert hello.startswith(bytes(4)), "a hello"

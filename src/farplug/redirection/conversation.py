@@ -16,6 +16,7 @@ from farplug.errors import FarplugError, LocalProtocolError
 from farplug.redirection.reminder import Reminder
 from farplug.transport.port import Port
 from farplug.usb.transfer import Status
+from farplug.usbredir import envelope
 from farplug.usbredir import packets as p
 from farplug.usbredir.caps import Cap
 from farplug.usbredir.protocol import Connection, Role
@@ -78,6 +79,8 @@ class Conversation:
         self._max_transfer = max_transfer
         self._connection = Connection(Role.HOST, caps=caps, max_payload=max_transfer)
         self._is_open = False
+        self._enclosing = False
+        """Whether messages are made harmless to the next connection's parser."""
         self._untaken = self._untaken_bytes = 0
         self._pumping = False
         self._yielding = False
@@ -87,8 +90,12 @@ class Conversation:
         self._debug = log.isEnabledFor(logging.DEBUG)
 
     async def open(self) -> None:
-        """Open the port and say hello. Raises what :meth:`Port.open` raises."""
+        """Open the port, and send our hello where it does no harm that the guest may not read it.
+
+        Raises what :meth:`Port.open` raises.
+        """
         self._connection = Connection(Role.HOST, caps=self._caps, max_payload=self._max_transfer)
+        self._enclosing = False
         self.output_full = self._reading_paused = False
         self._untaken = self._untaken_bytes = 0
         self._is_open = True
@@ -97,6 +104,20 @@ class Conversation:
         except BaseException:
             self._is_open = False
             raise
+        if not self._port.keeps_unread:
+            self._send_hello()
+
+    def hello_received(self) -> None:
+        """Send our hello, if it was held back: the VM runs, and reads it.
+
+        A hello is the one packet that cannot be enclosed: in a pause it would be the first one that the parser of the
+        next connection reads.
+        """
+        if self._port.keeps_unread:
+            self._send_hello()
+            self._enclosing = envelope.CAPS in self._connection.own_caps & (self._connection.peer_caps or Cap.NONE)
+
+    def _send_hello(self) -> None:
         if self._debug:
             log.debug("%s > hello caps=%s", self._port.name, self._connection.own_caps.names)
         self._connection.start()
@@ -203,9 +224,10 @@ class Conversation:
     def flush(self) -> None:
         """Hand to the port what is queued."""
         self._flushing = False
-        buffers = self._connection.data_to_send()
-        if buffers:
-            self._port.write(buffers)
+        size = self._connection.unsent
+        if size:
+            buffers = self._connection.data_to_send()
+            self._port.write(envelope.enclose(buffers, size) if self._enclosing else buffers)
 
     def answered(self) -> None:
         """A request was answered. After the last one no other can go along: it is sent at once."""

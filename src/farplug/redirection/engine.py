@@ -396,6 +396,7 @@ class Redirection:
         assert self._hello is not None
         if self.state is not State.WAITING:
             return
+        self._conversation.hello_received()
         self.state = State.EMPTY
         self._emit(events.GuestReady(self.port.name, packet.version, packet.capabilities.names))
         if not self._hello.done():

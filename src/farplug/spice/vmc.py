@@ -21,8 +21,9 @@ from farplug.usb.types import Buffer
 
 MAX_UNCOMPRESSED = 16 << 20
 """The largest uncompressed size of a COMPRESSED_DATA message that we take, in bytes."""
-MAX_SENT = (1 << 20) + 64
-"""The largest payload of a message that we send, in bytes: a reply of 1 MiB with its usbredir header is one message.
+MAX_SENT = (4 << 20) + (128 << 10)
+"""The largest payload of a message that we send, in bytes: packets that the engine sends together are one message, if
+none of them has more than 4 MiB.
 
 Proxies drop messages over 16 MiB.
 """

@@ -34,11 +34,14 @@ class Port(ABC):
         name: short and unique in its guest, for people: ``usbredir 0``, ``tcp``.
         compress: a hint: False while what is sent must not wait for the processor (isochronous data).
         loses_wakeups: what was sent while the VM was paused lies there also when it goes on, until more is sent.
+        keeps_unread: the first message that was sent while the VM was paused stays in the transport when the port is
+            closed, and the guest reads it as the beginning of the next connection.
     """
 
     name: str
     compress: bool = True
     loses_wakeups: bool = False
+    keeps_unread: bool = False
 
     @abstractmethod
     async def open(self, listener: PortListener) -> None:
@@ -51,7 +54,10 @@ class Port(ABC):
 
     @abstractmethod
     def write(self, buffers: list[Buffer]) -> None:
-        """Send buffers in order, without joining what need not be joined. Ignored once the port is closed."""
+        """Send buffers in order, as one message, without joining what need not be joined.
+
+        Ignored once the port is closed.
+        """
 
     @abstractmethod
     def pause_reading(self) -> None:

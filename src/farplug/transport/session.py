@@ -247,6 +247,7 @@ class SpicePort(Port):
     """
 
     loses_wakeups = True
+    keeps_unread = True
 
     def __init__(self, number: int, session: SpiceSession, dialer: ChannelDialer, timeouts: Timeouts) -> None:
         self.name = f"usbredir {number}"
