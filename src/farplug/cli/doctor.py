@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from farplug import __version__
 from farplug.cli import log, needs
 from farplug.cli.options import (
     PASSWORD_HELP,
@@ -26,6 +25,7 @@ from farplug.cli.options import (
     target_options,
 )
 from farplug.errors import ExitCode, FarplugError, Reason, SetupError
+from farplug.version import __version__
 
 if TYPE_CHECKING:
     from farplug.guest import Guest
