@@ -18,9 +18,9 @@ from farplug.image.tools import Job
 from farplug.image.tree import Tree, scan
 from farplug.image.volume import Format, Partition, Volume
 from farplug.testing import image_filler
-from farplug.testing.agent import CommandFailed, CommandResult
 from farplug.testing.image_filler import fill_in_guest
-from farplug.testing.qemu_config import GuestConfig
+from farplug.vm.agent import CommandFailed, CommandResult
+from farplug.vm.qemu_config import GuestConfig
 
 
 def volume(format: Format = Format.EXFAT, block_size: int = 512) -> Volume:

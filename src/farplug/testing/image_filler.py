@@ -22,10 +22,10 @@ from farplug.image.tools import TICK, Job, check_room, no_space
 from farplug.image.tree import Entry, Tree, changed, show
 from farplug.image.volume import ALIGNMENT, Format, Volume
 from farplug.programs import PACKAGE_OF_PROGRAM, QEMU, search_path
-from farplug.testing.agent import CommandFailed
-from farplug.testing.guest_image import PROGRAMS
-from farplug.testing.qemu import QemuGuest, private_folder
-from farplug.testing.qemu_config import GuestConfig, option
+from farplug.vm.agent import CommandFailed
+from farplug.vm.guest_image import PROGRAMS
+from farplug.vm.qemu import QemuGuest, private_folder
+from farplug.vm.qemu_config import GuestConfig, option
 
 BOOT_SECONDS = 300
 FILL_SECONDS = 7 * 24 * 3600

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from farplug.errors import UsageError
-from farplug.testing.qemu_config import (
+from farplug.vm.qemu_config import (
     Boot,
     Controller,
     GuestConfig,

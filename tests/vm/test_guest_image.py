@@ -5,11 +5,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tests.testing.elf import module
+from tests.vm.elf import module
 
 from farplug.errors import SetupError
 from farplug.programs import find_program
-from farplug.testing.guest_image import (
+from farplug.vm.guest_image import (
     BOOT_MODULES,
     PYTHON,
     Initramfs,
@@ -19,7 +19,7 @@ from farplug.testing.guest_image import (
     build_initramfs,
     parse_ldd,
 )
-from farplug.testing.guest_kernel import Kernel, ModuleInfo
+from farplug.vm.guest_kernel import Kernel, ModuleInfo
 
 
 def unpack(archive: bytes, folder: Path) -> None:
@@ -78,7 +78,7 @@ def test_python_runs_from_what_is_in_the_image(tmp_path: Path) -> None:
 
 
 def test_no_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("farplug.testing.guest_image.PYTHON", Path("/nonexistent/python3"))
+    monkeypatch.setattr("farplug.vm.guest_image.PYTHON", Path("/nonexistent/python3"))
     with pytest.raises(SetupError, match="no /nonexistent/python3") as caught:
         add_python(Initramfs())
     assert caught.value.remedy == "sudo apt-get install python3"

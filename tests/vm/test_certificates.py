@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from farplug.testing.certificates import write_certificates
+from farplug.vm.certificates import write_certificates
 
 
 def test_tls_trusts_them_for_their_names_only(tmp_path: Path) -> None:

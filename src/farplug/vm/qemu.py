@@ -30,11 +30,11 @@ from typing import Self
 
 from farplug.errors import FarplugError, GuestGoneError, Reason, SetupError, UsageError
 from farplug.programs import QEMU, find_program, output_of
-from farplug.testing.agent import CHANNELS, INIT_FILES, MACHINE_FILES, Agent, CommandFailed, CommandResult, GuestTimeout
-from farplug.testing.certificates import write_certificates
-from farplug.testing.guest_image import build_initramfs
-from farplug.testing.guest_kernel import fetch_kernel
-from farplug.testing.qemu_config import (
+from farplug.vm.agent import CHANNELS, INIT_FILES, MACHINE_FILES, Agent, CommandFailed, CommandResult, GuestTimeout
+from farplug.vm.certificates import write_certificates
+from farplug.vm.guest_image import build_initramfs
+from farplug.vm.guest_kernel import fetch_kernel
+from farplug.vm.qemu_config import (
     LOOPBACK,
     Boot,
     GuestConfig,
@@ -48,7 +48,7 @@ from farplug.testing.qemu_config import (
     UsbPort,
     command_line,
 )
-from farplug.testing.qmp import Qmp
+from farplug.vm.qmp import Qmp
 
 SPICE_PORT_ATTEMPTS = 5
 """SPICE takes no listening descriptor: somebody may take the port between our choice and QEMU's."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from farplug.errors import GuestGoneError, RemoteProtocolError
-from farplug.testing.qmp import MAX_EVENTS, Qmp, QmpError
+from farplug.vm.qmp import MAX_EVENTS, Qmp, QmpError
 
 GREETING: dict[str, Any] = {"QMP": {"version": {}, "capabilities": []}}
 

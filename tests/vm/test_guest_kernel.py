@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.testing.elf import elf, module
+from tests.vm.elf import elf, module
 
 from farplug.errors import Reason, SetupError
-from farplug.testing import guest_kernel
-from farplug.testing.guest_kernel import (
+from farplug.vm import guest_kernel
+from farplug.vm.guest_kernel import (
     Kernel,
     ModuleInfo,
     bootable_kernel,

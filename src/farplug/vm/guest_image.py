@@ -9,7 +9,7 @@ from pathlib import Path
 
 from farplug.errors import Reason, SetupError
 from farplug.programs import find_program, output_of
-from farplug.testing.guest_kernel import Kernel, ModuleInfo, module_name
+from farplug.vm.guest_kernel import Kernel, ModuleInfo, module_name
 
 BOOT_MODULES = (
     "virtio_pci",

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from farplug.errors import GuestGoneError, SetupError, UsageError
-from farplug.testing import qemu
-from farplug.testing.qemu import QemuGuest, copy_firmware, describe_exit, port_was_taken, private_folder, setup_problem
-from farplug.testing.qemu_config import Boot, GuestConfig, Spice
+from farplug.vm import qemu
+from farplug.vm.qemu import QemuGuest, copy_firmware, describe_exit, port_was_taken, private_folder, setup_problem
+from farplug.vm.qemu_config import Boot, GuestConfig, Spice
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from farplug.errors import GuestGoneError, RemoteProtocolError
-from farplug.testing.agent import MAX_OUTPUT, Agent, CommandFailed, CommandResult, GuestTimeout, parse_answer
+from farplug.vm.agent import MAX_OUTPUT, Agent, CommandFailed, CommandResult, GuestTimeout, parse_answer
 
 
 class Peer:
