@@ -14,11 +14,11 @@ import pytest
 from tests.image.support import MIB, ODD, PLAIN, WHEN, contents, make_folder
 
 from farplug.errors import ImageError, Reason, SetupError
+from farplug.image import fill
+from farplug.image.fill import fill_in_guest
 from farplug.image.tools import Job
 from farplug.image.tree import Tree, scan
 from farplug.image.volume import Format, Partition, Volume
-from farplug.testing import image_filler
-from farplug.testing.image_filler import fill_in_guest
 from farplug.vm.agent import CommandFailed, CommandResult
 from farplug.vm.qemu_config import GuestConfig
 
@@ -99,8 +99,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeGuest]:
     values: dict[str, Any] = {"received": b"", "output": None, "reads": True, "script": "", "events": []}
     for name, value in values.items():
         monkeypatch.setattr(FakeGuest, name, value, raising=False)
-    monkeypatch.setattr(image_filler, "QemuGuest", FakeGuest)
-    monkeypatch.setattr(image_filler, "_check_programs", lambda format: None)
+    monkeypatch.setattr(fill, "QemuGuest", FakeGuest)
+    monkeypatch.setattr(fill, "_check_programs", lambda format: None)
     return FakeGuest
 
 
@@ -180,7 +180,7 @@ def test_an_error_while_the_host_is_full(
     fake: type[FakeGuest], fd: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake.output = "mount: I/O error"
-    monkeypatch.setattr(image_filler, "_HOST_IS_FULL", 1 << 60)
+    monkeypatch.setattr(fill, "_HOST_IS_FULL", 1 << 60)
     with pytest.raises(ImageError, match="no space left for the image") as caught:
         fill_in_guest(job_of(fd, None), volume())
     assert caught.value.reason is Reason.NO_SPACE
