@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import usb1
-from tests.physical.fake_libusb import FakeDevice, FakeLibrary
+from tests.libusb.fake_libusb import FakeDevice, FakeLibrary
 from tests.physical.support import (
     BULK,
     BULK_IN,

@@ -4,10 +4,10 @@ import asyncio
 
 import pytest
 import usb1
-from tests.physical.fake_libusb import FakeContext, FakeDevice, FakeHandle, FakeLibrary, FakeTransfer
+from tests.libusb.fake_libusb import FakeContext, FakeDevice, FakeHandle, FakeLibrary, FakeTransfer
 from tests.physical.support import EVERYTHING, settle, until
 
-from farplug.physical.binding import UsbTransfer
+from farplug.libusb.binding import UsbTransfer
 from farplug.physical.events import Events
 
 

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 import usb1
-from tests.physical.fake_libusb import FakeDevice, FakeTransfer
+from tests.libusb.fake_libusb import FakeDevice, FakeTransfer
 from tests.physical.support import BULK, BULK_IN, CAMERA, INTERRUPT, ISO, KEYS, SOUND, Bench, opened, settle, until
 
 from farplug.physical import receptions

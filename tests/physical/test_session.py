@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import pytest
 import usb1
-from tests.physical.fake_libusb import FakeDevice, FakeLibrary
+from tests.libusb.fake_libusb import FakeDevice, FakeLibrary
 from tests.physical.support import (
     BULK,
     BULK_IN,

@@ -12,7 +12,7 @@ import pytest
 from tests.physical.support import until
 
 import farplug
-from farplug.physical.worker import Worker, aside
+from farplug.physical.worker import Worker
 
 ROOT = Path(__file__).parents[2]
 
@@ -87,7 +87,7 @@ SECOND_INTERRUPT = """
 def test_the_exit_of_the_process_gives_devices_back(end: str) -> None:
     script = f"""
         import asyncio, sys
-        from tests.physical.fake_libusb import FakeDevice
+        from tests.libusb.fake_libusb import FakeDevice
         from tests.physical.support import EVERYTHING, on_bench
 
         bench = on_bench(FakeDevice(EVERYTHING, drivers={{0: "storage"}}))
@@ -132,40 +132,3 @@ def run(script: str) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=50,
     )
-
-
-async def test_what_nobody_waits_for_any_more_is_given_back() -> None:
-    go = threading.Event()
-    unwanted: list[str] = []
-
-    def look() -> str:
-        go.wait(60)
-        return "found"
-
-    looking = asyncio.ensure_future(aside(look, unwanted.append))
-    await asyncio.sleep(0)
-    looking.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await looking
-    assert unwanted == []
-    go.set()
-    await until(lambda: unwanted == ["found"])
-    assert await aside(look, unwanted.append) == "found"
-    assert unwanted == ["found"]
-
-
-def test_what_comes_after_the_end_of_the_loop_is_given_back() -> None:
-    go, given_back = threading.Event(), threading.Event()
-
-    def look() -> str:
-        go.wait(60)
-        return "found"
-
-    async def give_up() -> None:
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.01):
-                await aside(look, lambda found: given_back.set())
-
-    asyncio.run(give_up())
-    go.set()
-    assert given_back.wait(60)

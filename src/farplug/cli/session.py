@@ -27,7 +27,7 @@ from farplug.virtual.storage import MAX_UNITS
 
 if TYPE_CHECKING:
     from farplug.keeper import Keeper
-    from farplug.physical.found import Found
+    from farplug.machine.found import Found
     from farplug.policy import Wishes
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from typing import Final
 
 from farplug.errors import DeviceError, LocalProtocolError, Reason
-from farplug.physical.binding import UsbDevice
+from farplug.libusb.binding import UsbDevice
+from farplug.libusb.describe import read_configurations, read_identity
+from farplug.libusb.library import Library
 from farplug.physical.claim import Claim, Place, unconfigured
-from farplug.physical.describe import read_configurations, read_identity
-from farplug.physical.library import Library
 from farplug.physical.receptions import IsoOutStream
 from farplug.physical.session import Session
 from farplug.physical.transfers import MAX_PIECE

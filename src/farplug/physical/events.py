@@ -16,8 +16,8 @@ from collections.abc import Callable
 from threading import Thread
 from typing import Final
 
-from farplug.physical.binding import UsbContext, UsbTransfer
-from farplug.physical.library import Interrupted, UsbError
+from farplug.libusb.binding import UsbContext, UsbTransfer
+from farplug.libusb.library import Interrupted, UsbError
 
 POLL_IN: Final = getattr(select, "POLLIN", 1)
 POLL_OUT: Final = getattr(select, "POLLOUT", 4)

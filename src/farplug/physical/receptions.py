@@ -16,9 +16,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import ClassVar, Protocol
 
-from farplug.physical.binding import UsbHandle, UsbTransfer
+from farplug.libusb.binding import UsbHandle, UsbTransfer
+from farplug.libusb.library import TRANSFER_NO_DEVICE, NoDevice, NoMemory, UsbError, transfer_status
 from farplug.physical.gate import Gate
-from farplug.physical.library import TRANSFER_NO_DEVICE, NoDevice, NoMemory, UsbError, transfer_status
 from farplug.physical.transfers import cancel
 from farplug.usb.device import Reception
 from farplug.usb.transfer import Status, Transfer

@@ -7,11 +7,11 @@ import logging
 from collections.abc import Callable, Collection
 
 from farplug.errors import DeviceError
-from farplug.physical.binding import UsbTransfer
+from farplug.libusb.binding import UsbTransfer
+from farplug.libusb.library import Library, NoDevice, NotFound, UsbError
 from farplug.physical.claim import Claim
 from farplug.physical.events import Events
 from farplug.physical.gate import Gate
-from farplug.physical.library import Library, NoDevice, NotFound, UsbError
 from farplug.physical.receptions import Stream, stream_kind
 from farplug.physical.transfers import CONTROL_TIMEOUT, Owner, Transfers
 from farplug.physical.worker import Worker

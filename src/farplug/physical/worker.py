@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import atexit
 from collections.abc import Callable
-from functools import partial
 from queue import SimpleQueue
 from threading import Thread
 from time import monotonic
 from typing import TypeAlias, TypeVar
 from weakref import finalize
+
+from farplug.threads import run
 
 T = TypeVar("T")
 
@@ -44,7 +45,7 @@ class Worker:
         """Make a call in the thread, after those before it. It is made even if nobody waits for it any more."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
-        self._jobs.put(lambda: _run(function, future, loop))
+        self._jobs.put(lambda: run(function, future, loop))
         return future
 
     def stop(self) -> asyncio.Future[None]:
@@ -52,7 +53,7 @@ class Worker:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
         self._stopping = True
-        self._jobs.put(lambda: _run(self._last, future, loop))
+        self._jobs.put(lambda: run(self._last, future, loop))
         self._jobs.put(None)
         return future
 
@@ -69,56 +70,6 @@ class Worker:
             job()
             del job  # it may hold the device
         _running.discard(self)
-
-
-async def aside(function: Callable[[], T], unwanted: Callable[[T], None] | None = None) -> T:
-    """Make a call in a thread of its own: for what may hang, because a device does.
-
-    Neither the event loop nor the end of the process waits for it (for ``asyncio.to_thread`` both do).
-
-    Args:
-        function: the call.
-        unwanted: called, in a thread too, with a result that nobody waits for any more.
-    """
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-    Thread(target=_run, args=(function, future, loop, unwanted), name="usb look", daemon=True).start()
-    return await future
-
-
-def _run(
-    function: Callable[[], T],
-    future: asyncio.Future[T],
-    loop: asyncio.AbstractEventLoop,
-    unwanted: Callable[[T], None] | None = None,
-) -> None:
-    try:
-        result = function()
-    except Exception as error:
-        _settle(loop, future, partial(future.set_exception, error), None)
-    else:
-        _settle(loop, future, partial(future.set_result, result), unwanted and partial(unwanted, result))
-
-
-def _settle(
-    loop: asyncio.AbstractEventLoop,
-    future: asyncio.Future[T],
-    settle: Callable[[], None],
-    unwanted: Callable[[], None] | None,
-) -> None:
-    """Tell on the loop how a call ended; ``unwanted`` is called if nobody waits for that any more."""
-
-    def on_loop() -> None:
-        if not future.cancelled():
-            settle()
-        elif unwanted is not None:
-            Thread(target=unwanted, name="usb look", daemon=True).start()
-
-    try:
-        loop.call_soon_threadsafe(on_loop)
-    except RuntimeError:  # the loop is closed
-        if unwanted is not None:
-            unwanted()
 
 
 # Exit handlers run last first. python-libusb1 closes its handles in weakref's, which comes with the first finalizer:

@@ -19,10 +19,10 @@ from time import monotonic
 from typing import Final, Self, TypeAlias
 
 from farplug.errors import Reason, SetupError
-from farplug.physical.found import Found
-from farplug.physical.listing import DEVICE_NAME, DEVICES, list_devices
-from farplug.physical.sysfs import bus_and_address, listed, on_windows
-from farplug.physical.worker import aside
+from farplug.machine.found import Found
+from farplug.machine.listing import DEVICE_NAME, DEVICES, list_devices
+from farplug.machine.sysfs import bus_and_address, listed, on_windows
+from farplug.threads import aside
 
 INTERVAL: Final = 1.0
 """Seconds between two looks when nothing is heard from the kernel."""
@@ -205,7 +205,7 @@ def _places(root: Path) -> dict[tuple[int, int], tuple[str, int]]:
     A device that was plugged in anew has another folder, even if it is at the same address.
     """
     if on_windows():
-        from farplug.physical import windows
+        from farplug.machine import windows
 
         return windows.places()
     places: dict[tuple[int, int], tuple[str, int]] = {}

@@ -14,9 +14,9 @@ from typing import Any, cast
 
 import usb1
 
-from farplug.physical.binding import UsbDevice
-from farplug.physical.library import Library
-from farplug.physical.streams import Streams
+from farplug.libusb.binding import UsbDevice
+from farplug.libusb.library import Library
+from farplug.libusb.streams import Streams
 from farplug.usb.descriptors import ConfigurationDescriptor
 
 
@@ -488,7 +488,7 @@ class FakeEndpoint:
 
 
 class FakeStreams:
-    """:class:`farplug.physical.streams.Streams`."""
+    """:class:`farplug.libusb.streams.Streams`."""
 
     def __init__(self) -> None:
         self.allocated: dict[int, int] = {}
@@ -509,7 +509,7 @@ class FakeStreams:
 
 
 class FakeLibrary(Library):
-    """:class:`farplug.physical.library.Library` of a machine with these devices."""
+    """:class:`farplug.libusb.library.Library` of a machine with these devices."""
 
     def __init__(self, *hardware: FakeDevice) -> None:
         self.hardware = hardware

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import pytest
 
 from farplug.errors import DeviceError, ExitCode, Reason, UsageError
-from farplug.physical.choose import MAX_LISTED, Choice
-from farplug.physical.found import Found
+from farplug.machine.choose import MAX_LISTED, Choice
+from farplug.machine.found import Found
 
 DEVICES = (
     Found(1, 1, "usb1", 0x1D6B, 2, codes=(9, 0, 1), product="xHCI Host Controller"),

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import usb1
-from tests.physical.fake_libusb import FakeDevice
+from tests.libusb.fake_libusb import FakeDevice
 from tests.physical.support import EVERYTHING, STREAMING
 
-from farplug.physical.describe import read_configurations, read_identity
-from farplug.physical.library import speed_of
+from farplug.libusb.describe import read_configurations, read_identity
+from farplug.libusb.library import speed_of
 from farplug.usb import Speed
 from farplug.usb.descriptors import ConfigurationDescriptor, EndpointDescriptor, InterfaceDescriptor
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.physical.trees import Machine
+from tests.machine.trees import Machine
 
 
 @pytest.fixture

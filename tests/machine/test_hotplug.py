@@ -8,13 +8,13 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from tests.physical.trees import BOOT_KEYBOARD, BOOT_MOUSE, KEYBOARD_KEYS, Machine
+from tests.machine.trees import BOOT_KEYBOARD, BOOT_MOUSE, KEYBOARD_KEYS, Machine
 
 from farplug.errors import Reason, SetupError
-from farplug.physical import hotplug
-from farplug.physical.found import Found
-from farplug.physical.hotplug import Arrived, Change, Departed, Watch
-from farplug.physical.listing import list_devices
+from farplug.machine import hotplug
+from farplug.machine.found import Found
+from farplug.machine.hotplug import Arrived, Change, Departed, Watch
+from farplug.machine.listing import list_devices
 
 
 @pytest.fixture(autouse=True)

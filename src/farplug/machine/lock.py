@@ -10,9 +10,9 @@ import os
 from pathlib import Path
 
 from farplug.errors import DeviceError, Reason
-from farplug.physical.found import Found
-from farplug.physical.obstacles import busy, gone, no_permission
-from farplug.physical.sysfs import TOO_MANY_OPEN, fewer_open_files
+from farplug.machine.found import Found
+from farplug.machine.obstacles import busy, gone, no_permission
+from farplug.machine.sysfs import TOO_MANY_OPEN, fewer_open_files
 
 
 class DeviceLock:

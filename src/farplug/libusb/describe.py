@@ -6,8 +6,8 @@ import struct
 from collections.abc import Sequence
 from typing import Protocol
 
-from farplug.physical.binding import UsbConfiguration, UsbDevice
-from farplug.physical.library import speed_of
+from farplug.libusb.binding import UsbConfiguration, UsbDevice
+from farplug.libusb.library import speed_of
 from farplug.usb.descriptors import ConfigurationDescriptor
 from farplug.usb.device import Identity
 from farplug.usb.types import DescriptorType

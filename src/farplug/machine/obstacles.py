@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from farplug.errors import DeviceError, Reason, SetupError
-from farplug.physical.found import Found, Obstacle
-from farplug.physical.sysfs import check, listed, read, read_bytes
-from farplug.physical.udev import install_commands, udev_rule
-from farplug.physical.usb_ids import printable
+from farplug.machine.found import Found, Obstacle
+from farplug.machine.sysfs import check, listed, read, read_bytes
+from farplug.machine.udev import install_commands, udev_rule
+from farplug.machine.usb_ids import printable
 
 MAX_FOLDERS = 4096
 """Folders of a device in sysfs that are looked into for disks, keyboards and networks."""

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.physical.trees import Machine
+from tests.machine.trees import Machine
 
 from farplug.errors import DeviceError, ExitCode, Reason
-from farplug.physical.found import Found
-from farplug.physical.listing import list_devices
-from farplug.physical.lock import DeviceLock
+from farplug.machine.found import Found
+from farplug.machine.listing import list_devices
+from farplug.machine.lock import DeviceLock
 
 
 @pytest.fixture

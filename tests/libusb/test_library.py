@@ -16,7 +16,8 @@ from tests.physical.support import EVERYTHING
 
 import farplug
 from farplug.errors import ExitCode, Reason, SetupError
-from farplug.physical import Library, library
+from farplug.libusb import library
+from farplug.libusb.library import Library
 from farplug.usb import Status
 from farplug.usb.descriptors import DeviceDescriptor
 

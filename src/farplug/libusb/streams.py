@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import usb1
 
-from farplug.physical.binding import UsbHandle, UsbTransfer
+from farplug.libusb.binding import UsbHandle, UsbTransfer
 
 _TYPE_BULK_STREAM: Final = 4
 """LIBUSB_TRANSFER_TYPE_BULK_STREAM"""

@@ -7,9 +7,9 @@ from typing import Any, cast
 import pytest
 import usb1
 
-from farplug.physical import Library
-from farplug.physical.binding import UsbHandle, UsbTransfer
-from farplug.physical.streams import Streams
+from farplug.libusb.binding import UsbHandle, UsbTransfer
+from farplug.libusb.library import Library
+from farplug.libusb.streams import Streams
 
 
 class Function:
@@ -88,6 +88,6 @@ def test_a_transfer_becomes_one_of_a_stream_until_it_is_set_again() -> None:
 
 
 def _library() -> ctypes.CDLL:
-    from farplug.physical.library import _load
+    from farplug.libusb.library import _load
 
     return _load()

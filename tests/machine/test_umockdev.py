@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.physical.trees import BOOT_KEYBOARD, SMART_CARD, STORAGE, descriptors
+from tests.machine.trees import BOOT_KEYBOARD, SMART_CARD, STORAGE, descriptors
 
 from farplug.programs import find_program
 

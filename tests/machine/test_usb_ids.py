@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from farplug.physical import usb_ids as module
-from farplug.physical.usb_ids import UsbIds, usb_ids
+from farplug.machine import usb_ids as module
+from farplug.machine.usb_ids import UsbIds, usb_ids
 
 TEXT = """\
 # a comment

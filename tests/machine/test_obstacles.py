@@ -10,12 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tests.physical.trees import BOOT_KEYBOARD, HID, STORAGE, Machine
+from tests.machine.trees import BOOT_KEYBOARD, HID, STORAGE, Machine
 
 from farplug.errors import DeviceError, ExitCode, Reason, SetupError
-from farplug.physical import obstacles
-from farplug.physical.found import Found, Obstacle
-from farplug.physical.listing import list_devices
+from farplug.machine import obstacles
+from farplug.machine.found import Found, Obstacle
+from farplug.machine.listing import list_devices
 from farplug.store import usage
 
 

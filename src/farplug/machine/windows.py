@@ -10,11 +10,11 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from farplug.errors import Reason
-from farplug.physical.binding import UsbDevice
-from farplug.physical.describe import read_configurations, read_identity
-from farplug.physical.found import Found, FoundInterface, Obstacle
-from farplug.physical.library import AccessDenied, Library, NotSupported, UsbError
-from farplug.physical.obstacles import IS_HUB
+from farplug.libusb.binding import UsbDevice
+from farplug.libusb.describe import read_configurations, read_identity
+from farplug.libusb.library import AccessDenied, Library, NotSupported, UsbError
+from farplug.machine.found import Found, FoundInterface, Obstacle
+from farplug.machine.obstacles import IS_HUB
 
 
 def refusal(error: Exception) -> Obstacle | None:

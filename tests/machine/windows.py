@@ -6,10 +6,10 @@ import sys
 
 import pytest
 import usb1
-from tests.physical.fake_libusb import FakeDevice, FakeLibrary
+from tests.libusb.fake_libusb import FakeDevice, FakeLibrary
 from tests.physical.support import EVERYTHING
 
-from farplug.physical import windows
+from farplug.machine import windows
 from farplug.usb.descriptors import ConfigurationDescriptor, InterfaceDescriptor
 
 HUB = ConfigurationDescriptor(1, (InterfaceDescriptor(0, 0, 9, 0, 0),))

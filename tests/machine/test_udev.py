@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from farplug.errors import ExitCode, Reason, SetupError
-from farplug.physical import udev
+from farplug.machine import udev
 
 RULE = udev.udev_rule((0x1050, 0x0407))
 

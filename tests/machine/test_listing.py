@@ -4,11 +4,11 @@ import random
 from pathlib import Path
 
 import pytest
-from tests.physical.trees import BOOT_KEYBOARD, HID, SMART_CARD, STORAGE, Machine, descriptors
+from tests.machine.trees import BOOT_KEYBOARD, HID, SMART_CARD, STORAGE, Machine, descriptors
 
 from farplug.errors import ExitCode, Reason, SetupError
-from farplug.physical.found import FoundInterface
-from farplug.physical.listing import list_devices
+from farplug.machine.found import FoundInterface
+from farplug.machine.listing import list_devices
 from farplug.usb.descriptors import MAX_WARNINGS
 from farplug.usb.types import Speed
 

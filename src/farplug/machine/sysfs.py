@@ -84,7 +84,7 @@ def fewer_open_files(error: OSError) -> str:
 
 
 def on_windows() -> bool:
-    """Whether this machine runs Windows, which has no sysfs: :mod:`~farplug.physical.windows` asks libusb instead."""
+    """Whether this machine runs Windows, which has no sysfs: :mod:`~farplug.machine.windows` asks libusb instead."""
     return sys.platform == "win32"
 
 

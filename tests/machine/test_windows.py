@@ -5,16 +5,16 @@ import sys
 
 import pytest
 import usb1
-from tests.physical.fake_libusb import FakeDevice, FakeLibrary
+from tests.libusb.fake_libusb import FakeDevice, FakeLibrary
+from tests.machine.windows import windows_machine
 from tests.physical.support import EVERYTHING
-from tests.physical.windows import windows_machine
 
 from farplug.errors import DeviceError, ExitCode, Reason, SetupError
-from farplug.physical import windows
+from farplug.libusb.describe import read_configurations, read_identity
+from farplug.machine import windows
+from farplug.machine.hotplug import Watch
+from farplug.machine.listing import list_devices
 from farplug.physical.claim import Claim, Place
-from farplug.physical.describe import read_configurations, read_identity
-from farplug.physical.hotplug import Watch
-from farplug.physical.listing import list_devices
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,8 +83,8 @@ import asyncio, contextlib, rich, subprocess, sys, typer, usb1
 for name in ("fcntl", "grp", "pwd", "termios", "resource"):
     sys.modules[name] = None
 import farplug.cli.devices
-import farplug.physical.hotplug, farplug.physical.lock, farplug.physical.udev, farplug.physical.windows
-from farplug.physical.listing import list_devices
+import farplug.machine.hotplug, farplug.machine.lock, farplug.machine.udev, farplug.machine.windows
+from farplug.machine.listing import list_devices
 from farplug.errors import SetupError
 sys.platform = "win32"
 with contextlib.suppress(SetupError):  # libusb finds no USB here

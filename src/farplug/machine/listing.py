@@ -14,10 +14,10 @@ from itertools import islice
 from pathlib import Path
 
 from farplug.errors import Reason, SetupError
-from farplug.physical.found import Found, FoundInterface
-from farplug.physical.obstacles import Uses, caution, obstacles
-from farplug.physical.sysfs import bus_and_address, listed, number, on_windows, read, read_bytes
-from farplug.physical.usb_ids import UsbIds, printable, usb_ids
+from farplug.machine.found import Found, FoundInterface
+from farplug.machine.obstacles import Uses, caution, obstacles
+from farplug.machine.sysfs import bus_and_address, listed, number, on_windows, read, read_bytes
+from farplug.machine.usb_ids import UsbIds, printable, usb_ids
 from farplug.usb.descriptors import MAX_WARNINGS, ConfigurationDescriptor, DeviceDescriptor
 from farplug.usb.types import DescriptorType, Speed
 
@@ -56,7 +56,7 @@ def list_devices(root: Path = Path("/"), ports: Collection[str] | None = None) -
         SetupError: the kernel has no USB here (``NO_USB``); on Windows: there is no libusb.
     """
     if on_windows():
-        from farplug.physical import windows
+        from farplug.machine import windows
 
         return windows.list_devices(ports)
     folder = root / DEVICES

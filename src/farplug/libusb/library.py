@@ -1,6 +1,6 @@
 """libusb: found, loaded once, and what is needed of it.
 
-python-libusb1 has no types and is imported here only; :mod:`~farplug.physical.binding` says what is used of it.
+python-libusb1 has no types and is imported here only; :mod:`~farplug.libusb.binding` says what is used of it.
 
 Source: libusb-1.0's documentation (https://libusb.sourceforge.io/api-1.0/).
 """
@@ -19,8 +19,8 @@ import libusb_package
 import usb1
 
 from farplug.errors import Reason, SetupError
-from farplug.physical.binding import UsbContext, UsbDevice
-from farplug.physical.streams import Streams
+from farplug.libusb.binding import UsbContext, UsbDevice
+from farplug.libusb.streams import Streams
 from farplug.usb.transfer import Status
 from farplug.usb.types import Speed
 
