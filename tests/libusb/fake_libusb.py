@@ -15,8 +15,8 @@ from typing import Any, cast
 import usb1
 
 from farplug.libusb.binding import UsbDevice
+from farplug.libusb.bulk_streams import Streams
 from farplug.libusb.library import Library
-from farplug.libusb.streams import Streams
 from farplug.usb.descriptors import ConfigurationDescriptor
 
 
@@ -488,7 +488,7 @@ class FakeEndpoint:
 
 
 class FakeStreams:
-    """:class:`farplug.libusb.streams.Streams`."""
+    """:class:`farplug.libusb.bulk_streams.Streams`."""
 
     def __init__(self) -> None:
         self.allocated: dict[int, int] = {}

@@ -10,7 +10,7 @@ from tests.machine.windows import windows_machine
 from tests.physical.support import EVERYTHING
 
 from farplug.errors import DeviceError, ExitCode, Reason, SetupError
-from farplug.libusb.describe import read_configurations, read_identity
+from farplug.libusb.identity import read_configurations, read_identity
 from farplug.machine import windows
 from farplug.machine.hotplug import Watch
 from farplug.machine.listing import list_devices

@@ -10,7 +10,7 @@ from tests.libusb.fake_libusb import FakeDevice, FakeLibrary
 from tests.physical.support import EVERYTHING
 
 from farplug.errors import DeviceError, Reason
-from farplug.libusb.describe import read_configurations, read_identity
+from farplug.libusb.identity import read_configurations, read_identity
 from farplug.physical import claim
 from farplug.physical.claim import Claim, Place
 from farplug.usb.descriptors import ConfigurationDescriptor, InterfaceDescriptor

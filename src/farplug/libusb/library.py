@@ -20,7 +20,7 @@ import usb1
 
 from farplug.errors import Reason, SetupError
 from farplug.libusb.binding import UsbContext, UsbDevice
-from farplug.libusb.streams import Streams
+from farplug.libusb.bulk_streams import Streams
 from farplug.usb.transfer import Status
 from farplug.usb.types import Speed
 

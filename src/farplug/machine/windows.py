@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from farplug.errors import Reason
 from farplug.libusb.binding import UsbDevice
-from farplug.libusb.describe import read_configurations, read_identity
+from farplug.libusb.identity import read_configurations, read_identity
 from farplug.libusb.library import AccessDenied, Library, NotSupported, UsbError
 from farplug.machine.found import Found, FoundInterface, Obstacle
 from farplug.machine.obstacles import IS_HUB

@@ -1,6 +1,6 @@
 """A device taken from this machine, to be given back as it was found.
 
-Everything here may block, for seconds if the device hangs: a :class:`~farplug.physical.worker.Worker` calls it.
+Everything here may block, for seconds if the device hangs: a :class:`~farplug.physical.device_thread.Worker` calls it.
 """
 
 from __future__ import annotations

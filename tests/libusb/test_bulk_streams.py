@@ -8,8 +8,8 @@ import pytest
 import usb1
 
 from farplug.libusb.binding import UsbHandle, UsbTransfer
+from farplug.libusb.bulk_streams import Streams
 from farplug.libusb.library import Library
-from farplug.libusb.streams import Streams
 
 
 class Function:

@@ -23,7 +23,7 @@ from tests.physical.support import (
     until,
 )
 
-from farplug.physical.receptions import ERROR_PAUSE
+from farplug.physical.receivers import ERROR_PAUSE
 from farplug.physical.transfers import MAX_PIECE
 from farplug.usb import Reception, Setup, Status
 

@@ -10,11 +10,11 @@ from farplug.errors import DeviceError
 from farplug.libusb.binding import UsbTransfer
 from farplug.libusb.library import Library, NoDevice, NotFound, UsbError
 from farplug.physical.claim import Claim
-from farplug.physical.events import Events
+from farplug.physical.device_thread import Worker
+from farplug.physical.event_handler import Events
 from farplug.physical.gate import Gate
-from farplug.physical.receptions import Stream, stream_kind
+from farplug.physical.receivers import Stream, stream_kind
 from farplug.physical.transfers import CONTROL_TIMEOUT, Owner, Transfers
-from farplug.physical.worker import Worker
 from farplug.usb.device import DeviceListener, Reception
 from farplug.usb.transfer import Status, Transfer
 from farplug.usb.types import Buffer, Endpoint

@@ -7,7 +7,7 @@ import usb1
 from tests.libusb.fake_libusb import FakeDevice
 from tests.physical.support import EVERYTHING, STREAMING
 
-from farplug.libusb.describe import read_configurations, read_identity
+from farplug.libusb.identity import read_configurations, read_identity
 from farplug.libusb.library import speed_of
 from farplug.usb import Speed
 from farplug.usb.descriptors import ConfigurationDescriptor, EndpointDescriptor, InterfaceDescriptor

@@ -8,7 +8,7 @@ from tests.libusb.fake_libusb import FakeContext, FakeDevice, FakeHandle, FakeLi
 from tests.physical.support import EVERYTHING, settle, until
 
 from farplug.libusb.binding import UsbTransfer
-from farplug.physical.events import Events
+from farplug.physical.event_handler import Events
 
 
 class Setting:

@@ -10,7 +10,7 @@ import usb1
 from tests.libusb.fake_libusb import FakeDevice, FakeTransfer
 from tests.physical.support import BULK, BULK_IN, CAMERA, INTERRUPT, ISO, KEYS, SOUND, Bench, opened, settle, until
 
-from farplug.physical import receptions
+from farplug.physical import receivers
 from farplug.usb import Reception, Status, Transfer, TransferType
 from farplug.usb.descriptors import ConfigurationDescriptor, EndpointDescriptor, InterfaceDescriptor
 from farplug.usb.types import Buffer
@@ -87,7 +87,7 @@ async def test_an_error_is_told_and_the_reception_goes_on() -> None:
 
 
 async def test_a_failing_endpoint_does_not_spin(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(receptions, "ERROR_PAUSE", 60)
+    monkeypatch.setattr(receivers, "ERROR_PAUSE", 60)
     async with opened() as bench:
         bench.handle.rule = lambda usb: usb.finish(status=ERROR)
         bench.device.start_receiving(KEYBOARD)
@@ -110,7 +110,7 @@ async def test_a_stall_is_cleared_without_bothering_the_guest() -> None:
 
 
 async def test_a_stall_while_others_wait_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(receptions, "ERROR_PAUSE", 0.02)
+    monkeypatch.setattr(receivers, "ERROR_PAUSE", 0.02)
     async with receiving(KEYBOARD) as bench:
         bench.flying[0].finish(status=ERROR)
         bench.flying[1].finish(status=STALL)

@@ -12,7 +12,7 @@ import pytest
 from tests.physical.support import until
 
 import farplug
-from farplug.physical.worker import Worker
+from farplug.physical.device_thread import Worker
 
 ROOT = Path(__file__).parents[2]
 
@@ -112,12 +112,12 @@ def test_the_exit_of_the_process_gives_devices_back(end: str) -> None:
 def test_a_device_that_hangs_does_not_keep_the_process() -> None:
     script = """
         import asyncio, threading
-        from farplug.physical import worker
+        from farplug.physical import device_thread
 
-        worker.EXIT_PATIENCE = 0.1
+        device_thread.EXIT_PATIENCE = 0.1
 
         async def main():
-            worker.Worker("test", lambda: None).call(threading.Event().wait)
+            device_thread.Worker("test", lambda: None).call(threading.Event().wait)
 
         asyncio.run(main())
     """
