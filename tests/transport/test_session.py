@@ -33,8 +33,8 @@ from farplug.errors import (
     TargetError,
 )
 from farplug.transport import session as session_module
-from farplug.transport.channel import LinkedChannel, SpiceTarget, Stage
 from farplug.transport.connection import HIGH_WATER, Timeouts
+from farplug.transport.dialer import LinkedChannel, SpiceTarget, Stage
 from farplug.transport.session import SpicePort, SpiceSession
 
 INIT = message(103, struct.pack("<8I", SESSION_ID, 0, 1, 1, 0, 10, 0, 0))

@@ -1,6 +1,6 @@
 """A SPICE session: the main channel, kept alive, and the usbredir channels as ports.
 
-How a channel is reached is in :mod:`farplug.transport.channel`.
+How a channel is reached is in :mod:`farplug.transport.dialer`.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from farplug.spice.messages import (
 )
 from farplug.spice.types import ChannelType, LinkError, MainCapability
 from farplug.spice.vmc import VmcChannel
-from farplug.transport.channel import ChannelDialer, LinkedChannel, Progress, SpiceTarget, Stage
 from farplug.transport.connection import Timeouts
+from farplug.transport.dialer import ChannelDialer, LinkedChannel, Progress, SpiceTarget, Stage
 from farplug.transport.port import Port, PortListener
 from farplug.usb.types import Buffer
 

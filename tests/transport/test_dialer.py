@@ -15,8 +15,8 @@ from farplug.errors import ExitCode, Reason, TargetError, UsageError
 from farplug.spice.link import LinkFailure, LinkReply
 from farplug.spice.types import ChannelType, LinkError
 from farplug.spice.vv import VvFile
-from farplug.transport.channel import ChannelDialer, LinkedChannel, SpiceTarget, Stage
 from farplug.transport.connection import Timeouts
+from farplug.transport.dialer import ChannelDialer, LinkedChannel, SpiceTarget, Stage
 
 
 async def link(target: SpiceTarget, stages: list[str] | None = None, **timeouts: float) -> LinkedChannel:
