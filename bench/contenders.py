@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from farplug.testing.qemu import QemuGuest
+from farplug.vm.qemu import QemuGuest
 
 SYSTEM_PYTHON = "/usr/bin/python3"
 SPICE_CD = Path(__file__).with_name("spice_cd.py")

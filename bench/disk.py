@@ -31,8 +31,8 @@ from contenders import Contender, Plugged, farplug, qemu_disk, spice_cd
 from farplug import __version__
 from farplug.errors import FarplugError
 from farplug.programs import QEMU, output_of
-from farplug.testing.qemu import QemuGuest
-from farplug.testing.qemu_config import GuestConfig, SpicePort, TcpPort, UnixPort, UsbDisk
+from farplug.vm.qemu import QemuGuest
+from farplug.vm.qemu_config import GuestConfig, SpicePort, TcpPort, UnixPort, UsbDisk
 from jobs import JOBS, LINE_BUFFERED_GOAL, LINE_JOBS, MIB, Job, measure, prepare
 from relay import Relay
 

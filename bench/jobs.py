@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from farplug.testing.qemu import QemuGuest
+from farplug.vm.qemu import QemuGuest
 
 KIB, MIB = 2**10, 2**20
 

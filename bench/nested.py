@@ -21,8 +21,8 @@ import farplug
 from disk import Figure, machine, pairs, report
 from farplug.errors import FarplugError
 from farplug.programs import find_program
-from farplug.testing.qemu import QemuGuest
-from farplug.testing.qemu_config import GATEWAY, LOOPBACK, GuestConfig, TcpPort, UsbDisk
+from farplug.vm.qemu import QemuGuest
+from farplug.vm.qemu_config import GATEWAY, LOOPBACK, GuestConfig, TcpPort, UsbDisk
 from jobs import JOBS, MIB, Job, measure, prepare
 
 SIZE = 256 * MIB

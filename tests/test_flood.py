@@ -14,7 +14,7 @@ from tests.test_slow_store import SpiceGuest
 from tests.transport.fake_spice import Channel, FakeSpice, ping, running
 
 from farplug.redirection import Redirection
-from farplug.transport.channel import SpiceTarget
+from farplug.transport.dialer import SpiceTarget
 from farplug.transport.session import SpiceSession
 from farplug.usb import Reception, Status, Transfer
 from farplug.usbredir import packets as p

@@ -8,7 +8,7 @@ from tests.transport.fake_spice import FakeSpice, Recorder, running
 from farplug.errors import GuestGoneError, TargetError
 from farplug.guest import connect
 from farplug.target import parse_target
-from farplug.transport.channel import Stage
+from farplug.transport.dialer import Stage
 
 
 async def test_a_spice_guest() -> None:

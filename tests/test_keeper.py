@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NoReturn, cast
 
 import pytest
-from tests.physical.trees import Machine
+from tests.machine.trees import Machine
 
 from farplug import keeper as module
 from farplug.errors import (
@@ -23,12 +23,12 @@ from farplug.errors import (
 )
 from farplug.hub import Attachment
 from farplug.keeper import Keeper
-from farplug.physical import hotplug
-from farplug.physical.choose import Choice
-from farplug.physical.found import Found
-from farplug.physical.hotplug import Watch
-from farplug.physical.listing import list_devices
-from farplug.physical.lock import DeviceLock
+from farplug.machine import hotplug
+from farplug.machine.choose import Choice
+from farplug.machine.found import Found
+from farplug.machine.hotplug import Watch
+from farplug.machine.listing import list_devices
+from farplug.machine.lock import DeviceLock
 from farplug.policy import Follow, Policy, Wishes
 from farplug.usb.device import Device
 from farplug.usbredir.rules import parse_rules

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from farplug.errors import DeviceError, ExitCode, Reason, UsageError
-from farplug.physical.choose import Choice
-from farplug.physical.found import Found, FoundInterface, Obstacle
+from farplug.machine.choose import Choice
+from farplug.machine.found import Found, FoundInterface, Obstacle
 from farplug.policy import MAX_FORMER, Follow, Plug, Policy, Seat, Skip, Wishes
 from farplug.usbredir.rules import parse_rules
 

@@ -22,7 +22,7 @@ from farplug.events import PortEvent
 from farplug.redirection import Redirection
 from farplug.store import FileStore, MemoryStore, OverlayStore, Store
 from farplug.testing.memory import MemoryGuest, Pending
-from farplug.transport.channel import SpiceTarget
+from farplug.transport.dialer import SpiceTarget
 from farplug.transport.session import SpiceSession
 from farplug.usb import Buffer, Status
 from farplug.usb.types import DescriptorType

@@ -6,8 +6,8 @@ import pytest
 
 from farplug.errors import Reason, UsageError
 from farplug.target import ListenTarget, StreamTarget, TargetOptions, parse_target
-from farplug.transport.channel import SpiceTarget
 from farplug.transport.connection import TcpAddress, UnixAddress
+from farplug.transport.dialer import SpiceTarget
 
 
 @pytest.mark.parametrize(

@@ -4,4 +4,6 @@ A *device* (real, or made of software) is plugged into a *port* of a *guest*: on
 SPICE usbredir channel or by a plain TCP or UNIX socket. See ARCHITECTURE.md for the words and the floors.
 """
 
-__version__ = "0.1.0"
+from farplug.version import __version__
+
+__all__ = ["__version__"]

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from farplug.errors import FarplugError
 from farplug.target import ListenTarget, StreamTarget, Target
-from farplug.transport.channel import Progress, Stage
 from farplug.transport.connection import TcpAddress
+from farplug.transport.dialer import Progress, Stage
 from farplug.transport.port import Port
 from farplug.transport.session import SpiceSession
 from farplug.transport.stream import ListenPort, StreamPort

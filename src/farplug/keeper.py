@@ -14,14 +14,14 @@ from typing import Any, NoReturn, Protocol
 
 from farplug.errors import DeviceError, FarplugError, PortError, Reason, RefusedError
 from farplug.hub import Attachment
+from farplug.libusb.library import Library
+from farplug.machine.found import Found
+from farplug.machine.hotplug import Departed, Watch
+from farplug.machine.lock import DeviceLock
+from farplug.machine.obstacles import gone
 from farplug.physical.device import find_device
-from farplug.physical.found import Found
-from farplug.physical.hotplug import Departed, Watch
-from farplug.physical.library import Library
-from farplug.physical.lock import DeviceLock
-from farplug.physical.obstacles import gone
-from farplug.physical.worker import aside
 from farplug.policy import Follow, Plug, Policy, Seat, Skip
+from farplug.threads import aside
 from farplug.usb.device import Device
 
 DEPARTURE_PATIENCE = 1.0

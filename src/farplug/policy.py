@@ -13,8 +13,8 @@ from enum import StrEnum
 from typing import Final
 
 from farplug.errors import DeviceError, FarplugError, Reason, UsageError
-from farplug.physical.choose import Choice
-from farplug.physical.found import Found
+from farplug.machine.choose import Choice
+from farplug.machine.found import Found
 from farplug.usbredir.filter import Filter, Rule
 
 MAX_FORMER: Final = 64

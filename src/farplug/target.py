@@ -25,8 +25,8 @@ from typing import TypeAlias
 from urllib.parse import unquote, urlsplit
 
 from farplug.errors import Reason, UsageError
-from farplug.transport.channel import ChannelDialer, SpiceTarget
 from farplug.transport.connection import TcpAddress, Timeouts, UnixAddress
+from farplug.transport.dialer import ChannelDialer, SpiceTarget
 from farplug.transport.vv_file import delete_vv_file, read_vv_file
 
 LOOPBACK = "127.0.0.1"

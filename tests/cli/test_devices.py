@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 from tests.cli.support import Cli, blank
-from tests.physical.trees import BOOT_KEYBOARD, SMART_CARD, Machine
-from tests.physical.windows import windows_machine
+from tests.machine.trees import BOOT_KEYBOARD, SMART_CARD, Machine
+from tests.machine.windows import windows_machine
 
-from farplug.physical import listing
+from farplug.machine import listing
 
 
 @pytest.fixture

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 from tests.cli.support import Cli, FakeGuest, in_thread, saying
-from tests.physical.trees import Machine
+from tests.machine.trees import Machine
 from tests.transport.fake_spice import Channel, FakeSpice, running
 
 from farplug.cli import doctor, needs
 from farplug.errors import Reason, SetupError
-from farplug.physical import library, listing, udev
+from farplug.libusb import library
+from farplug.machine import listing, udev
 
 
 def test_this_machine(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

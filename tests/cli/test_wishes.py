@@ -9,13 +9,13 @@ from typing import NoReturn
 
 import pytest
 from tests.cli.support import Cli, FakeGuest, in_thread, interrupt
-from tests.physical.trees import Machine
-from tests.physical.windows import windows_machine
+from tests.machine.trees import Machine
+from tests.machine.windows import windows_machine
 
 from farplug import keeper
 from farplug.errors import DeviceError, Reason
-from farplug.physical import hotplug
-from farplug.physical.hotplug import Watch
+from farplug.machine import hotplug
+from farplug.machine.hotplug import Watch
 from farplug.store import MemoryStore
 from farplug.usb.device import Device
 from farplug.usbredir import packets as p

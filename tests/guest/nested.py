@@ -26,7 +26,7 @@ from tests.guest.plugging import AT_ONCE, PATIENCE, SCRIPTS, usb_folder_by_name
 
 import farplug
 from farplug.testing import GATEWAY, CommandResult, GuestConfig, QemuGuest, SpicePort, TcpPort
-from farplug.testing.qemu_config import LOOPBACK
+from farplug.vm.qemu_config import LOOPBACK
 
 DRIVERS = (
     "cdc_acm",

@@ -13,11 +13,11 @@ from tests.guest.plugging import AT_ONCE, disk_of, gone, plugged
 from tests.image.support import ISO, MIB, ODD, PLAIN, SIMILAR, WHEN, contents, make_folder, partition, run
 
 from farplug.errors import ImageError, Reason
-from farplug.image import Format, Partition, Volume, create_image, create_iso, folder_store
+from farplug.image import Format, Partition, Volume, build, create_image, create_iso, folder_store
+from farplug.image.fill import fill_in_guest
 from farplug.image.tools import Job
 from farplug.image.tree import scan
 from farplug.testing import GuestConfig, QemuGuest, TcpPort
-from farplug.testing.image_filler import fill_in_guest
 from farplug.virtual.disk import disk_device
 
 if TYPE_CHECKING:
@@ -80,7 +80,9 @@ async def look(guest: QemuGuest, mount: str, disk: str) -> tuple[dict[str, str],
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-async def test_the_guest_sees_the_folder(guests: GuestPool, tmp_path: Path, case: Case) -> None:
+async def test_the_guest_sees_the_folder(
+    guests: GuestPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: Case
+) -> None:
     guest = await guests.get(CONFIG)
     folder = make_folder(tmp_path / "a folder", {**PLAIN, **({**ODD, **SIMILAR} if case.odd else {})}, many=300)
     (folder / "nothing").symlink_to("nowhere")
@@ -90,10 +92,10 @@ async def test_the_guest_sees_the_folder(guests: GuestPool, tmp_path: Path, case
         fill_in_guest(job, volume)
         filled.append(volume)
 
+    monkeypatch.setattr(build, "fill_in_guest", fill)
     store = await asyncio.to_thread(
         folder_store,
         folder,
-        fill=fill,
         format=case.format,
         partition=case.partition,
         block_size=case.block_size,
@@ -122,7 +124,7 @@ async def test_images_are_in_order(tmp_path: Path, format: Format) -> None:
     folder = make_folder(tmp_path / "a folder", {**PLAIN, **ODD})
     image = tmp_path / "disk.raw"
     volume = await asyncio.to_thread(
-        create_image, image, fill=fill_in_guest, size=100 * MIB, format=format, folder=folder, label="Größe 😀"
+        create_image, image, size=100 * MIB, format=format, folder=folder, label="Größe 😀"
     )
     assert image.stat().st_size == 100 * MIB
     assert image.stat().st_blocks * 512 < 30 * MIB
@@ -151,7 +153,7 @@ async def test_an_iso_image(guests: GuestPool, tmp_path: Path) -> None:
     )
 
 
-async def test_a_folder_that_does_not_fit_is_told_by_the_guest(tmp_path: Path) -> None:
+async def test_a_folder_that_does_not_fit_is_told_by_the_guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_folder(tmp_path / "a folder", {"😀": bytes(8 * MIB), "big.bin": bytes(30 * MIB)})
     before = set(tmp_path.iterdir())
 
@@ -164,7 +166,8 @@ async def test_a_folder_that_does_not_fit_is_told_by_the_guest(tmp_path: Path) -
         assert caught.value.reason is Reason.TOO_LARGE
         raise caught.value
 
+    monkeypatch.setattr(build, "fill_in_guest", too_small)
     with pytest.raises(ImageError, match=r"changed while it was copied: big\.bin") as caught:  # and that is why
-        await asyncio.to_thread(create_image, tmp_path / "x", fill=too_small, folder=folder)
+        await asyncio.to_thread(create_image, tmp_path / "x", folder=folder)
     assert caught.value.reason is Reason.CHANGED
     assert set(tmp_path.iterdir()) == before

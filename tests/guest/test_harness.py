@@ -32,7 +32,7 @@ from farplug.testing import (
     UnixPort,
     UsbDisk,
 )
-from farplug.testing.qemu_config import LOOPBACK
+from farplug.vm.qemu_config import LOOPBACK
 
 if TYPE_CHECKING:
     from tests.guest.conftest import GuestPool

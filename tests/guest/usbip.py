@@ -18,9 +18,9 @@ from errno import ECONNRESET, EPIPE
 import pytest
 
 from farplug.testing import GATEWAY, QemuGuest
-from farplug.testing.qemu_config import LOOPBACK
 from farplug.usb import Speed
 from farplug.usb.descriptors import DeviceDescriptor, EndpointDescriptor
+from farplug.vm.qemu_config import LOOPBACK
 
 SPEEDS = {Speed.LOW: 1, Speed.FULL: 2, Speed.HIGH: 3, Speed.SUPER: 5}
 """enum usb_device_speed (Linux, include/uapi/linux/usb/ch9.h)."""

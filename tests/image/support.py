@@ -7,7 +7,6 @@ import random
 import subprocess
 from pathlib import Path
 
-from farplug.image.tools import Job
 from farplug.image.volume import Partition, Volume
 
 MIB = 1 << 20
@@ -94,11 +93,6 @@ def table(image: Path, block_size: int) -> str:
     """The partition, as fdisk shows it: start, blocks, type."""
     output = run("fdisk", "-b", str(block_size), "-o", "Start,Sectors,Type", "-l", str(image))
     return " ".join(output.strip().splitlines()[-1].split())
-
-
-def no_fill(job: Job, volume: Volume) -> None:
-    """For images that need no virtual machine."""
-    raise AssertionError(f"{volume.format} was to be filled in a guest")
 
 
 TYPES = {Partition.MBR: "W95 FAT32 (LBA)", Partition.GPT: "Microsoft basic data"}

@@ -6,7 +6,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from tests.image.support import ISO, MIB, ODD, PLAIN, TYPES, WHEN, contents, make_folder, no_fill, partition, run, table
+from tests.image.support import ISO, MIB, ODD, PLAIN, TYPES, WHEN, contents, make_folder, partition, run, table
 
 from farplug.errors import ImageError, Reason, SetupError, UsageError
 from farplug.image import build as build_module
@@ -20,7 +20,7 @@ def make(path: Path, format: Format, folder: Path, progress: Progress = no_progr
     if format is Format.ISO9660:
         create_iso(path, folder, progress=progress)
     else:
-        create_image(path, fill=no_fill, format=format, folder=folder, progress=progress)
+        create_image(path, format=format, folder=folder, progress=progress)
 
 
 @pytest.fixture
@@ -34,7 +34,6 @@ def test_fat32(folder: Path, tmp_path: Path, kind: Partition, block_size: int) -
     image = tmp_path / "disk.raw"
     volume = create_image(
         image,
-        fill=no_fill,
         partition=kind,
         folder=folder,
         block_size=block_size,
@@ -66,7 +65,7 @@ def test_ext4(tmp_path: Path, kind: Partition) -> None:
     os.mkfifo(folder / "pipe")
     (Path(os.fsdecode(os.fsencode(folder) + b"/bad\xff"))).write_bytes(b"bad")
     image = tmp_path / "disk.raw"
-    volume = create_image(image, fill=no_fill, format=Format.EXT4, partition=kind, folder=folder, label="my disk")
+    volume = create_image(image, format=Format.EXT4, partition=kind, folder=folder, label="my disk")
     inside = partition(image, volume, tmp_path / "partition")
     assert "0 bad" not in run("e2fsck", "-fn", str(inside))
     assert "Linux" in table(image, 512)
@@ -81,7 +80,7 @@ def test_ext4(tmp_path: Path, kind: Partition) -> None:
 
 def test_ext4_has_room_for_many_small_files(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "folder", {f"{number}": b"" for number in range(4000)})
-    volume = create_image(tmp_path / "x", fill=no_fill, format=Format.EXT4, folder=folder, size=60 * MIB)
+    volume = create_image(tmp_path / "x", format=Format.EXT4, folder=folder, size=60 * MIB)
     inside = partition(tmp_path / "x", volume, tmp_path / "partition")
     run("e2fsck", "-fn", str(inside))
     assert "3999" in run("debugfs", "-R", "ls /", str(inside))
@@ -90,7 +89,7 @@ def test_ext4_has_room_for_many_small_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("format", [Format.FAT32, Format.EXT4])
 def test_empty_images_of_a_size(tmp_path: Path, format: Format) -> None:
     image = tmp_path / "disk.raw"
-    volume = create_image(image, fill=no_fill, size=100 * MIB, format=format, partition=Partition.GPT, label="new")
+    volume = create_image(image, size=100 * MIB, format=format, partition=Partition.GPT, label="new")
     assert image.stat().st_size == 100 * MIB
     inside = partition(image, volume, tmp_path / "partition")
     run(*(("fsck.vfat", "-n") if format is Format.FAT32 else ("e2fsck", "-fn")), str(inside))
@@ -113,7 +112,7 @@ def test_iso(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.parametrize("format", [Format.EXFAT, Format.NTFS, Format.FAT32])
-def test_what_the_guest_fills(tmp_path: Path, format: Format) -> None:
+def test_what_the_guest_fills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: Format) -> None:
     folder = make_folder(tmp_path / "folder", {"ä": b"odd"})
     filled: list[tuple[int, str]] = []
 
@@ -122,7 +121,8 @@ def test_what_the_guest_fills(tmp_path: Path, format: Format) -> None:
         assert os.fstat(job.fd).st_size == volume.disk_size
         filled.append((len(job.tree.entries), volume.format))
 
-    create_image(tmp_path / "x", fill=fill, format=format, folder=folder)
+    monkeypatch.setattr(build_module, "fill_in_guest", fill)
+    create_image(tmp_path / "x", format=format, folder=folder)
     assert filled == [(1, format)]
 
 
@@ -148,7 +148,7 @@ def test_refusals_leave_nothing(
     make_folder(tmp_path / "bad", {"a*": b""})
     monkeypatch.chdir(tmp_path)
     with pytest.raises(error, match=text):
-        create_image("disk.raw", fill=no_fill, **arguments)  # type: ignore[arg-type]
+        create_image("disk.raw", **arguments)  # type: ignore[arg-type]
     assert sorted(os.listdir(tmp_path)) == ["bad", "folder"]
 
 
@@ -169,7 +169,7 @@ def test_nothing_is_overwritten(folder: Path, tmp_path: Path, kind: str) -> None
 def test_not_inside_its_own_folder(folder: Path) -> None:
     for place in (folder / "x.raw", folder / "many" / "x.raw", folder / "many" / ".." / "x.raw"):
         with pytest.raises(ImageError, match="is inside the folder"):
-            create_image(place, fill=no_fill, folder=folder)
+            create_image(place, folder=folder)
 
 
 @pytest.fixture(params=[True, False], ids=["unnamed", "named"])
@@ -293,5 +293,5 @@ def test_a_missing_program(folder: Path, tmp_path: Path, monkeypatch: pytest.Mon
 def test_what_is_left_out_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = make_folder(tmp_path / "folder", {"a": b""})
     os.mkfifo(folder / "pipe")
-    create_image(tmp_path / "x", fill=no_fill, folder=folder)
+    create_image(tmp_path / "x", folder=folder)
     assert caplog.messages == [f"{folder}: left out, a pipe: pipe"]

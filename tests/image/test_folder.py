@@ -5,9 +5,10 @@ import os
 from pathlib import Path
 
 import pytest
-from tests.image.support import MIB, PLAIN, make_folder, no_fill, run
+from tests.image.support import MIB, PLAIN, make_folder, run
 
 from farplug.errors import ImageError, Reason, UsageError
+from farplug.image import build
 from farplug.image import folder as folder_module
 from farplug.image.folder import folder_store
 from farplug.image.tools import Job
@@ -41,7 +42,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 async def test_a_folder_is_a_read_only_disk(tmp_path: Path, temporary: Path, block_size: int) -> None:
     folder = make_folder(tmp_path / "my folder", PLAIN)
-    store = await asyncio.to_thread(folder_store, folder, fill=no_fill, block_size=block_size)
+    store = await asyncio.to_thread(folder_store, folder, block_size=block_size)
     assert not os.listdir(temporary)
     assert (store.name, store.path, store.read_only, store.block_size) == (str(folder), folder, True, block_size)
     image = tmp_path / "image"
@@ -58,9 +59,9 @@ async def test_the_serial_number_is_the_folders(tmp_path: Path, temporary: Path)
     folder = make_folder(tmp_path / "a", {"x": b"1"})
     other = make_folder(tmp_path / "b", {"x": b"1"})
     (tmp_path / "link").symlink_to("a")
-    stores = [folder_store(path, fill=no_fill) for path in (folder, tmp_path / "link", other)]
+    stores = [folder_store(path) for path in (folder, tmp_path / "link", other)]
     make_folder(folder, {"y": b"2"})
-    stores.append(folder_store(folder, fill=no_fill, partition=Partition.GPT, label="other"))
+    stores.append(folder_store(folder, partition=Partition.GPT, label="other"))
     assert [store.serial_number == stores[0].serial_number for store in stores] == [True, True, False, True]
     assert len(stores[0].serial_number) == 16
     for store in stores:
@@ -69,7 +70,7 @@ async def test_the_serial_number_is_the_folders(tmp_path: Path, temporary: Path)
 
 async def test_free_space(tmp_path: Path, temporary: Path) -> None:
     folder = make_folder(tmp_path / "a", {"x": b"1"})
-    store = folder_store(folder, fill=no_fill, free=100 * MIB, format=Format.EXT4)
+    store = folder_store(folder, free=100 * MIB, format=Format.EXT4)
     assert store.block_count * 512 > 120 * MIB
     await store.close()
 
@@ -84,7 +85,8 @@ async def test_a_file_too_large_for_fat32_makes_it_exfat(
         filled.append(volume)
 
     folder = make_folder(tmp_path / "a", {"x": b"1234"})
-    store = folder_store(folder, fill=fill)
+    monkeypatch.setattr(build, "fill_in_guest", fill)
+    store = folder_store(folder)
     assert [volume.format for volume in filled] == [Format.EXFAT]
     assert caplog.messages == [f"{folder}: the disk is exFAT: x has 4 bytes, a file on FAT32 at most 3"]
     await store.close()
@@ -99,16 +101,16 @@ def test_what_goes_wrong_leaves_nothing(tmp_path: Path, temporary: Path) -> None
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        folder_store(folder, fill=no_fill, progress=stop)
+        folder_store(folder, progress=stop)
     with pytest.raises(ImageError, match="no such file"):
-        folder_store(tmp_path / "missing", fill=no_fill)
+        folder_store(tmp_path / "missing")
     with pytest.raises(UsageError, match="ISO 9660 has no partition"):
-        folder_store(folder, fill=no_fill, format=Format.ISO9660)
+        folder_store(folder, format=Format.ISO9660)
     with pytest.raises(UsageError, match="no label"):
-        folder_store(folder, fill=no_fill, label="much too long for it")
+        folder_store(folder, label="much too long for it")
     make_folder(folder, {"A": b"", "a": b""})
     with pytest.raises(ImageError, match="but for upper and lower case"):
-        folder_store(folder, fill=no_fill)
+        folder_store(folder)
     assert not os.listdir(temporary)
     assert set(os.listdir("/proc/self/fd")) == before
 
@@ -117,6 +119,6 @@ def test_no_place_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     folder = make_folder(tmp_path / "a", {"x": b"1"})
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
     with pytest.raises(ImageError, match=r"no image can be made in .*missing: no such file") as caught:
-        folder_store(folder, fill=no_fill)
+        folder_store(folder)
     assert caught.value.reason is Reason.IO_ERROR
     assert "TMPDIR" in caught.value.remedy

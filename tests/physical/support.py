@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from tests.physical.fake_libusb import FakeDevice, FakeHandle, FakeLibrary, FakeTransfer
+from tests.libusb.fake_libusb import FakeDevice, FakeHandle, FakeLibrary, FakeTransfer
 
 from farplug.physical import PhysicalDevice, physical_device
 from farplug.usb import Setup, Status, Transfer, TransferType

@@ -6,13 +6,13 @@ from threading import Thread
 
 import pytest
 import usb1
-from tests.physical.fake_libusb import FakeDevice, FakeLibrary
+from tests.libusb.fake_libusb import FakeDevice, FakeLibrary
 from tests.physical.support import EVERYTHING
 
 from farplug.errors import DeviceError, Reason
+from farplug.libusb.identity import read_configurations, read_identity
 from farplug.physical import claim
 from farplug.physical.claim import Claim, Place
-from farplug.physical.describe import read_configurations, read_identity
 from farplug.usb.descriptors import ConfigurationDescriptor, InterfaceDescriptor
 
 SOUND_CARD = ConfigurationDescriptor(1, tuple(InterfaceDescriptor(number, 0, 1, 1, 0) for number in range(4)))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import usb1
-from tests.physical.fake_libusb import FakeDevice, FakeLibrary
+from tests.libusb.fake_libusb import FakeDevice, FakeLibrary
 from tests.physical.support import (
     BULK,
     BULK_IN,
@@ -29,7 +29,7 @@ from tests.physical.support import (
 )
 
 from farplug.errors import DeviceError, LocalProtocolError, Reason
-from farplug.physical import claim, device, find_device, session, transfers
+from farplug.physical import claim, device, device_session, find_device, transfers
 from farplug.usb import Reception, Setup, Speed, Status, TransferType
 from farplug.usb.descriptors import ConfigurationDescriptor
 
@@ -425,7 +425,7 @@ async def test_a_halt_that_cannot_be_cleared(monkeypatch: pytest.MonkeyPatch) ->
         transfer = bench.control(CLEAR_HALT)
         bench.device.cancel(transfer)
         assert transfer.status is Status.CANCELLED
-        monkeypatch.setattr(session, "CONTROL_TIMEOUT", 0.01)
+        monkeypatch.setattr(device_session, "CONTROL_TIMEOUT", 0.01)
         transfer = bench.control(CLEAR_HALT)
         await until(lambda: transfer.status is not None)
         assert transfer.status is Status.TIMEOUT

@@ -11,9 +11,9 @@ from typing import cast
 
 import pytest
 
-from farplug.physical.events import Events
+from farplug.physical.device_thread import Worker
+from farplug.physical.event_handler import Events
 from farplug.physical.gate import Gate
-from farplug.physical.worker import Worker
 
 
 class Bench:

@@ -13,7 +13,7 @@ from functools import partial
 
 import pytest
 import usb1
-from tests.physical.fake_libusb import FakeDevice, FakeLibrary, FakeTransfer
+from tests.libusb.fake_libusb import FakeDevice, FakeLibrary, FakeTransfer
 from tests.physical.support import BULK, BULK_IN, BULK_OUT, EVERYTHING, Bench, opened
 
 from farplug.physical import transfers

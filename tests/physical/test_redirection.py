@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import usb1
-from tests.physical.fake_libusb import FakeDevice, FakeHandle
+from tests.libusb.fake_libusb import FakeDevice, FakeHandle
 from tests.physical.support import BULK_IN, BULK_OUT, EVERYTHING, KEYS, OTHER, SOUND, on_bench, settle
 
 from farplug.events import Detached

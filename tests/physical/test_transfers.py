@@ -6,7 +6,7 @@ from typing import cast
 
 import pytest
 import usb1
-from tests.physical.fake_libusb import FakeTransfer
+from tests.libusb.fake_libusb import FakeTransfer
 from tests.physical.support import BULK, BULK_IN, BULK_OUT, INTERRUPT, LIGHTS, Bench, opened, settle, until
 
 from farplug.physical import transfers

@@ -32,10 +32,11 @@ from farplug.errors import (
     RemoteProtocolError,
     TargetError,
 )
-from farplug.transport import session as session_module
-from farplug.transport.channel import LinkedChannel, SpiceTarget, Stage
+from farplug.transport import spice_port
 from farplug.transport.connection import HIGH_WATER, Timeouts
-from farplug.transport.session import SpicePort, SpiceSession
+from farplug.transport.dialer import LinkedChannel, SpiceTarget, Stage
+from farplug.transport.session import SpiceSession
+from farplug.transport.spice_port import SpicePort
 
 INIT = message(103, struct.pack("<8I", SESSION_ID, 0, 1, 1, 0, 10, 0, 0))
 DATA, COMPRESSED = 101, 102
@@ -202,7 +203,7 @@ async def test_closing_the_session_closes_ports_in_good_order() -> None:
 
 async def test_channel_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     """libspice-server 0.15.1 links it, takes the ticket and closes it then."""
-    monkeypatch.setattr(session_module, "SETTLE_TIME", 60)
+    monkeypatch.setattr(spice_port, "SETTLE_TIME", 60)
 
     async def refuse(channel: Channel) -> None:
         await channel.close()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from farplug.events import PortEvent
     from farplug.hub import Attachment
-    from farplug.testing import QemuGuest
+    from farplug.vm.qemu import QemuGuest
 
 IMAGE_SIZE = 64_000_000
 GREETING = "Hello from the image on the host.\n"
@@ -86,8 +86,9 @@ class _Demo:
     def _boot(self) -> AbstractAsyncContextManager[QemuGuest]:
         from contextlib import asynccontextmanager
 
-        from farplug.testing import GuestConfig, QemuGuest, Spice, SpicePort
-        from farplug.testing.guest_kernel import download_size
+        from farplug.vm.guest_kernel import download_size
+        from farplug.vm.qemu import QemuGuest
+        from farplug.vm.qemu_config import GuestConfig, Spice, SpicePort
 
         @asynccontextmanager
         async def booted() -> AsyncIterator[QemuGuest]:

@@ -16,7 +16,7 @@ from farplug.cli.wishes import FilterOption
 from farplug.errors import FarplugError, SetupError
 
 if TYPE_CHECKING:
-    from farplug.physical.found import Found, Obstacle
+    from farplug.machine.found import Found, Obstacle
 
 KINDS = (
     {
@@ -80,7 +80,7 @@ def devices(
 
 
 def _find(rules: str | None) -> Sequence[Found]:
-    from farplug.physical.listing import list_devices
+    from farplug.machine.listing import list_devices
     from farplug.usbredir.rules import parse_rules
 
     allowed = None if rules is None else parse_rules(rules)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from farplug import __version__
 from farplug.cli import log, needs
 from farplug.cli.options import (
     PASSWORD_HELP,
@@ -26,6 +25,7 @@ from farplug.cli.options import (
     target_options,
 )
 from farplug.errors import ExitCode, FarplugError, Reason, SetupError
+from farplug.version import __version__
 
 if TYPE_CHECKING:
     from farplug.guest import Guest
@@ -110,7 +110,7 @@ def _check_machine() -> bool:
 
 
 def _install_udev_rule() -> None:
-    from farplug.physical.udev import install, udev_rule, whom
+    from farplug.machine.udev import install, udev_rule, whom
 
     rule = udev_rule()
     typer.echo(f"{install(rule)}:\n  {rule}\n  for {whom()}\n")
@@ -118,9 +118,9 @@ def _install_udev_rule() -> None:
 
 def _check_usb() -> bool:
     """Print whether USB devices can be used; whether libusb is missing."""
-    from farplug.physical.library import Library
-    from farplug.physical.listing import list_devices
-    from farplug.physical.udev import install_commands, udev_rule
+    from farplug.libusb.library import Library
+    from farplug.machine.listing import list_devices
+    from farplug.machine.udev import install_commands, udev_rule
 
     broken = False
     try:

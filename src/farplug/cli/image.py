@@ -99,7 +99,6 @@ def create(
     """
     from farplug.cli.output import size as for_people
     from farplug.image import Format, Partition, create_image, create_iso
-    from farplug.testing.image_filler import fill_in_guest
 
     is_iso = format is ImageFormat.ISO9660
     if is_iso and (folder is None or size is not None or partition is not None or block_size is not None):
@@ -119,7 +118,6 @@ def create(
         else:
             volume = create_image(
                 path,
-                fill=fill_in_guest,
                 size=count,
                 format=Format(format),
                 partition=Partition(partition or PartitionTable.MBR),

@@ -10,10 +10,10 @@ from typing import Annotated
 
 import typer
 
-from farplug import __version__
 from farplug.cli import connect, demo, devices, doctor, image, log
 from farplug.cli.options import DebugOption
 from farplug.errors import ExitCode, FarplugError
+from farplug.version import __version__
 
 EXIT_CODES = {
     ExitCode.OK: "everything that was asked for was done",

@@ -136,7 +136,6 @@ class Media:
     async def _open_folder(self, path: Path, progress: Callable[[int, int], None]) -> Store:
         """In a thread, because it takes long; when that is given up, the thread ends soon."""
         from farplug.image import Format, folder_store
-        from farplug.testing.image_filler import fill_in_guest
 
         given_up = Event()
 
@@ -149,7 +148,6 @@ class Media:
             asyncio.to_thread(
                 folder_store,
                 path,
-                fill=fill_in_guest,
                 format=None if self.manner.folder_format is None else Format(self.manner.folder_format),
                 block_size=self.manner.block_size,
                 progress=report,

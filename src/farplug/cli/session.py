@@ -27,7 +27,7 @@ from farplug.virtual.storage import MAX_UNITS
 
 if TYPE_CHECKING:
     from farplug.keeper import Keeper
-    from farplug.physical.found import Found
+    from farplug.machine.found import Found
     from farplug.policy import Wishes
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -97,7 +97,7 @@ class _Session:
             self._show(lambda output: output.stop())
             log.say("farplug: left at once, without waiting for the VM")
             if self._keeper is not None:
-                from farplug.physical.worker import finish
+                from farplug.physical.device_thread import finish
 
                 finish()  # this machine's devices get their drivers again
             os._exit(ExitCode.INTERRUPTED)

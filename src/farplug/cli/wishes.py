@@ -96,7 +96,7 @@ def device_wishes(
             if given:
                 raise _alone(option, "--usb-device, --auto-connect or --redirect-on-connect")
         return None
-    from farplug.physical.choose import Choice
+    from farplug.machine.choose import Choice
     from farplug.policy import Follow, Wishes
     from farplug.usbredir.rules import parse_rules
 

@@ -3,6 +3,6 @@
 from farplug.image.build import create_image, create_iso
 from farplug.image.folder import folder_store
 from farplug.image.tools import Progress
-from farplug.image.volume import Fill, Format, Partition, Volume
+from farplug.image.volume import Format, Partition, Volume
 
-__all__ = ["Fill", "Format", "Partition", "Progress", "Volume", "create_image", "create_iso", "folder_store"]
+__all__ = ["Format", "Partition", "Progress", "Volume", "create_image", "create_iso", "folder_store"]

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from farplug.errors import ImageError, Reason, UsageError
 from farplug.image import filesystems
+from farplug.image.fill import fill_in_guest
 from farplug.image.names import check_label, check_names, joliet_changes, label_from
 from farplug.image.tools import Job, Progress, check_room, no_space
 from farplug.image.tree import Tree, check_unchanged, describe_left_out, listing, scan
-from farplug.image.volume import BLOCK_SIZES, Fill, Format, Partition, Volume, plan
+from farplug.image.volume import BLOCK_SIZES, Format, Partition, Volume, plan
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,6 @@ def no_progress(done: int, total: int) -> None:
 def create_image(
     path: str | os.PathLike[str],
     *,
-    fill: Fill,
     size: int | None = None,
     format: Format = Format.FAT32,
     partition: Partition = Partition.MBR,
@@ -45,9 +45,10 @@ def create_image(
     Nothing has this path before: no image is left behind if this fails, or if farplug is killed (where the file system
     has files without a name, O_TMPFILE).
 
+    exFAT, NTFS, and some names on FAT32 are made in the throw-away QEMU guest.
+
     Args:
         path: of the image, which must not exist.
-        fill: makes what this package cannot: exFAT, NTFS, and some names on FAT32.
         size: of the disk, in bytes; None: as large as the folder needs.
         format: any but ISO 9660.
         partition: the partition table.
@@ -70,7 +71,7 @@ def create_image(
         tree, format=format, partition=partition, label=label, block_size=block_size, size=size, free=0
     )
     with new_file(path) as fd:
-        build(Job(fd, tree, progress), volume, fill, str(path.parent))
+        build(Job(fd, tree, progress), volume, str(path.parent))
     return volume
 
 
@@ -167,7 +168,7 @@ def plan_volume(
     )
 
 
-def build(job: Job, volume: Volume, fill: Fill, place: str) -> None:
+def build(job: Job, volume: Volume, place: str) -> None:
     """Make the disk in an empty file.
 
     Raises:
@@ -191,11 +192,11 @@ def build(job: Job, volume: Volume, fill: Fill, place: str) -> None:
                 if job.tree is not None and filesystems.mtools_can(job.tree, volume.cluster_size):
                     filesystems.copy_with_mtools(job, job.tree)
                 elif job.tree is not None:
-                    fill(job, volume)
+                    fill_in_guest(job, volume)
             case Format.EXT4:
                 filesystems.make_ext4(job, volume)
             case _:
-                fill(job, volume)
+                fill_in_guest(job, volume)
 
 
 @contextmanager

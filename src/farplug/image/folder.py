@@ -12,7 +12,7 @@ from farplug.image.build import build, no_progress, plan_volume, read_folder
 from farplug.image.names import MAX_FAT_FILE
 from farplug.image.tools import Job, Progress
 from farplug.image.tree import scan, show
-from farplug.image.volume import Fill, Format, Partition
+from farplug.image.volume import Format, Partition
 from farplug.store.file import FileStore
 from farplug.store.image import serial_number
 
@@ -22,7 +22,6 @@ log = logging.getLogger(__name__)
 def folder_store(
     path: str | os.PathLike[str],
     *,
-    fill: Fill,
     format: Format | None = None,
     partition: Partition = Partition.MBR,
     label: str | None = None,
@@ -36,9 +35,10 @@ def folder_store(
     name: it is in the folder for temporary files (TMPDIR), and gone when the store is closed or farplug ends, however
     that happens. The disk's serial number is made of the folder's path: it stays when the content changes.
 
+    exFAT, NTFS, and some names on FAT32 are made in the throw-away QEMU guest.
+
     Args:
         path: of the folder.
-        fill: makes what this package cannot: exFAT, NTFS, and some names on FAT32.
         format: of the disk; None: FAT32, or exFAT if a file is too large for that. Not ISO 9660.
         partition: the partition table.
         label: of the volume; None: made of the folder's name.
@@ -67,7 +67,7 @@ def folder_store(
             remedy="name a folder for temporary files in TMPDIR",
         ) from error
     with image:
-        build(Job(image.fileno(), tree, progress), volume, fill, place)
+        build(Job(image.fileno(), tree, progress), volume, place)
         store = FileStore.open(f"/proc/self/fd/{image.fileno()}", read_only=True, block_size=block_size)
     store.path = Path(path)
     store.name = str(path)

@@ -5,12 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, TypeAlias
 
 from farplug.errors import ImageError, Reason, UsageError
-
-if TYPE_CHECKING:
-    from farplug.image.tools import Job
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -81,9 +77,6 @@ class Volume:
         """Bytes of the filesystem's unit of space."""
         return cluster_size(self.format, self.length, self.block_size)
 
-
-Fill: TypeAlias = Callable[["Job", Volume], None]
-"""Makes the filesystem in a volume's partition and copies a tree into it, by means that this package does not have."""
 
 MIN_FAT_CLUSTERS = 65525
 """Fewer, and it is FAT16 for whoever mounts it (Microsoft's FAT specification, section 3.5)."""

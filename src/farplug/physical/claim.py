@@ -1,6 +1,6 @@
 """A device taken from this machine, to be given back as it was found.
 
-Everything here may block, for seconds if the device hangs: a :class:`~farplug.physical.worker.Worker` calls it.
+Everything here may block, for seconds if the device hangs: a :class:`~farplug.physical.device_thread.Worker` calls it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from time import monotonic, sleep
 from typing import Final
 
 from farplug.errors import DeviceError, Reason
-from farplug.physical.binding import UsbContext, UsbDevice, UsbHandle, UsbTransfer
-from farplug.physical.library import (
+from farplug.libusb.binding import UsbContext, UsbDevice, UsbHandle, UsbTransfer
+from farplug.libusb.library import (
     AccessDenied,
     Busy,
     Interrupted,
@@ -27,10 +27,10 @@ from farplug.physical.library import (
     NotSupported,
     UsbError,
 )
-from farplug.physical.obstacles import busy, gone, no_permission
-from farplug.physical.sysfs import on_windows
+from farplug.machine.obstacles import busy, gone, no_permission
+from farplug.machine.sysfs import on_windows
+from farplug.machine.windows import refusal
 from farplug.physical.transfers import cancel
-from farplug.physical.windows import refusal
 from farplug.usb.descriptors import ConfigurationDescriptor
 from farplug.usb.device import Identity
 from farplug.usb.types import Endpoint, Interface

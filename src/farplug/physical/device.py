@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from typing import Final
 
 from farplug.errors import DeviceError, LocalProtocolError, Reason
-from farplug.physical.binding import UsbDevice
+from farplug.libusb.binding import UsbDevice
+from farplug.libusb.identity import read_configurations, read_identity
+from farplug.libusb.library import Library
 from farplug.physical.claim import Claim, Place, unconfigured
-from farplug.physical.describe import read_configurations, read_identity
-from farplug.physical.library import Library
-from farplug.physical.receptions import IsoOutStream
-from farplug.physical.session import Session
+from farplug.physical.device_session import Session
+from farplug.physical.receivers import IsoOutStream
 from farplug.physical.transfers import MAX_PIECE
 from farplug.usb.descriptors import ConfigurationDescriptor
 from farplug.usb.device import Device, DeviceListener, Identity, Reception

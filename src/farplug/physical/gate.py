@@ -10,8 +10,8 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from farplug.physical.events import Events
-from farplug.physical.worker import Worker
+from farplug.physical.device_thread import Worker
+from farplug.physical.event_handler import Events
 
 log = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from collections.abc import Callable, Collection
 from functools import partial
 from typing import Final, Protocol, TypeAlias, cast
 
-from farplug.physical.binding import UsbHandle, UsbTransfer
+from farplug.libusb.binding import UsbHandle, UsbTransfer
+from farplug.libusb.library import TRANSFER_NO_DEVICE, InvalidParameter, NoDevice, NoMemory, UsbError, transfer_status
 from farplug.physical.gate import Gate
-from farplug.physical.library import TRANSFER_NO_DEVICE, InvalidParameter, NoDevice, NoMemory, UsbError, transfer_status
 from farplug.usb.transfer import Status, Transfer
 from farplug.usb.types import TransferType
 

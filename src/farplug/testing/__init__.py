@@ -3,9 +3,9 @@
 The names here are the public ones of the QEMU guest; the in-memory guest is :mod:`farplug.testing.memory`.
 """
 
-from farplug.testing.agent import CommandFailed, CommandResult, GuestTimeout
-from farplug.testing.qemu import GuestCrashed, QemuGuest
-from farplug.testing.qemu_config import (
+from farplug.vm.agent import CommandFailed, CommandResult, GuestTimeout
+from farplug.vm.qemu import GuestCrashed, QemuGuest
+from farplug.vm.qemu_config import (
     GATEWAY,
     Boot,
     Controller,
@@ -20,7 +20,7 @@ from farplug.testing.qemu_config import (
     UsbDisk,
     UsbPort,
 )
-from farplug.testing.qmp import Qmp, QmpError
+from farplug.vm.qmp import Qmp, QmpError
 
 __all__ = [
     "GATEWAY",

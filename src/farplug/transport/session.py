@@ -1,25 +1,15 @@
-"""A SPICE session: the main channel, kept alive, and the usbredir channels as ports.
+"""A SPICE session: the main channel, kept alive. Its usbredir channels are ports.
 
-How a channel is reached is in :mod:`farplug.transport.channel`.
+How a channel is reached is in :mod:`farplug.transport.dialer`, a port in :mod:`farplug.transport.spice_port`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 from typing import Self
 
-from farplug.errors import (
-    FarplugError,
-    GuestGoneError,
-    LocalProtocolError,
-    PortError,
-    Reason,
-    RemoteProtocolError,
-    TargetError,
-)
+from farplug.errors import FarplugError, GuestGoneError, Reason, RemoteProtocolError, TargetError
 from farplug.spice.channel import Channel, Message
-from farplug.spice.link import LinkFailure, LinkPhase
 from farplug.spice.messages import (
     ChannelId,
     ClientMessage,
@@ -33,22 +23,11 @@ from farplug.spice.messages import (
     parse_name,
     parse_uuid,
 )
-from farplug.spice.types import ChannelType, LinkError, MainCapability
-from farplug.spice.vmc import VmcChannel
-from farplug.transport.channel import ChannelDialer, LinkedChannel, Progress, SpiceTarget, Stage
+from farplug.spice.types import ChannelType, MainCapability
 from farplug.transport.connection import Timeouts
-from farplug.transport.port import Port, PortListener
-from farplug.usb.types import Buffer
-
-logger = logging.getLogger("farplug.spice")
-
-SETTLE_TIME = 0.3
-"""Seconds in which a server that links a channel and then finds it in use closes it.
-
-A free channel's first bytes, mostly PINGs, end the wait.
-"""
-BUSY_RETRIES = 5
-"""How often a channel that we closed ourselves is tried again: the server may not have noticed yet."""
+from farplug.transport.dialer import ChannelDialer, LinkedChannel, Progress, SpiceTarget, Stage
+from farplug.transport.port import Port
+from farplug.transport.spice_port import SpicePort, log_notice
 
 _MAIN_MESSAGES: dict[int, int] = {
     ServerMessage.MAIN_INIT: 256,
@@ -154,7 +133,7 @@ class SpiceSession:
                     case Disconnecting(_, reason):
                         self._farewell = f" and said why: {reason}"
                     case Notify():
-                        _log_notice("main", event)
+                        log_notice("main", event)
                     case Migrate():
                         self._migrated("")
         except RemoteProtocolError as error:
@@ -235,258 +214,3 @@ class SpiceSession:
             self._listed.exception()  # retrieved, whether or not connect() still waits
         for port in self._usbredir_ports:
             port.session_ended(reason)
-
-
-class SpicePort(Port):
-    """A usbredir channel of a session.
-
-    Attributes:
-        number: the channel's id.
-        compress: compress what is worth it, if the server can. Turn it off before :meth:`open` or while open, for a
-            device with isochronous endpoints.
-    """
-
-    loses_wakeups = True
-    keeps_unread = True
-
-    def __init__(self, number: int, session: SpiceSession, dialer: ChannelDialer, timeouts: Timeouts) -> None:
-        self.name = f"usbredir {number}"
-        self.number = number
-        self._session = session
-        self._dialer = dialer
-        self._timeouts = timeouts
-        self._compress = True
-        self._listener: PortListener | None = None
-        self._linked: LinkedChannel | None = None
-        self._channel: VmcChannel | None = None
-        self._settled: asyncio.Future[None] | None = None
-        """Only while open() waits: resolves when something arrives, or the channel is closed."""
-        self._was_open = False
-        self._error: FarplugError | None = None
-        self._farewell = ""
-        self._paused = False
-        """The listener asked for no more."""
-        self._choked = False
-        """The output queue is full: nothing is read that could ask for more answers."""
-        self._given_up = False
-        """Closed by us since open() began."""
-        self._draining = False
-
-    @property
-    def compress(self) -> bool:
-        """Compress what is worth it, if the server can."""
-        return self._compress
-
-    @compress.setter
-    def compress(self, compress: bool) -> None:
-        self._compress = compress
-        if self._channel is not None:
-            self._channel.compress = compress
-
-    async def open(self, listener: PortListener) -> None:
-        if self._listener is not None:
-            raise LocalProtocolError(f"port {self.name} is open already")
-        self._listener = listener
-        self._given_up = False
-        try:
-            tries = 1 + (BUSY_RETRIES if self._was_open else 0)
-            while not await self._try_open():
-                tries -= 1
-                if not tries:
-                    raise PortError(
-                        f"{self.name}: the server closed the channel at once: it is in use",
-                        reason=Reason.CHANNEL_IN_USE,
-                        remedy="detach what uses the channel, or add another usbredir channel to the VM",
-                    )
-                await asyncio.sleep(0.1)
-        except BaseException:
-            self._forget()
-            raise
-        self._settled = None
-        self._was_open = True
-
-    async def _try_open(self) -> bool:
-        """Link the channel. False: the server linked it and then closed it, as it does with one in use."""
-        self._check_wanted()
-        try:
-            linked = await self._dialer.link(
-                ChannelType.USBREDIR,
-                self.number,
-                connection_id=self._session.session_id,
-                capabilities=VmcChannel.capabilities,
-            )
-        except TargetError as error:
-            self._check_wanted()
-            if not isinstance(error, LinkFailure):
-                raise
-            absent = error.error is None and error.phase is LinkPhase.REPLY and error.reason is Reason.LINK_REFUSED
-            if absent:  # or the server is going: its main channel may end a moment later
-                await asyncio.wait([self._session.closed], timeout=SETTLE_TIME)
-                self._check_wanted()
-            if absent or error.error is LinkError.CHANNEL_NOT_AVAILABLE:
-                raise PortError(
-                    f"{error.message}: the channel is in use, or was taken out of the VM",
-                    reason=Reason.CHANNEL_IN_USE,
-                    remedy="use another port, or connect again",
-                ) from error
-            raise
-        try:
-            self._check_wanted()  # what ends the session while the channel is linked does not know of it yet
-        except BaseException:
-            linked.connection.abort()
-            raise
-        self._error, self._farewell, self._paused, self._choked = None, "", False, False
-        self._channel = VmcChannel(self.name, linked.link, local=linked.local)
-        self._channel.compress = self._compress
-        self._linked = linked
-        self._settled = asyncio.get_running_loop().create_future()
-        linked.start(self, self._lost)
-        try:
-            await asyncio.wait([self._settled], timeout=SETTLE_TIME)
-        except BaseException:
-            linked.connection.abort()
-            raise
-        if self._linked is not None:
-            return True
-        if self._error is not None:
-            raise self._error
-        self._check_wanted()
-        return False
-
-    def _check_wanted(self) -> None:
-        """Raise if the session has ended, or the port was closed, while it opens."""
-        closed = self._session.closed
-        if closed.done():
-            raise closed.result() or GuestGoneError(f"{self.name}: the session is closed")
-        if self._given_up:
-            raise LocalProtocolError(f"port {self.name} was closed before it was open")
-
-    def write(self, buffers: list[Buffer]) -> None:
-        if self._channel is not None and self._linked is not None:
-            self._channel.send_data(buffers)
-            self._linked.connection.write(self._channel.data_to_send())
-
-    def pause_reading(self) -> None:
-        self._paused = True
-        if self._linked is not None:
-            self._linked.connection.pause_reading()
-
-    def resume_reading(self) -> None:
-        if self._paused:
-            self._paused = False
-            # Not from here: the caller may be inside data_received.
-            asyncio.get_running_loop().call_soon(self._resume)
-
-    def _resume(self) -> None:
-        # What was received before the pause comes first. New bytes would overwrite it.
-        self._drain()
-        if not self._paused and not self._choked and self._linked is not None:
-            self._linked.connection.resume_reading()
-
-    async def close(self) -> None:
-        self._given_up = True
-        if self._linked is not None:
-            if self._settled is not None:  # open() still waits: nothing was sent
-                self._linked.connection.abort()
-            await self._linked.connection.close(self._timeouts.flush)
-
-    def abort(self) -> None:
-        self._given_up = True
-        if self._linked is not None:
-            self._linked.connection.abort()
-
-    def session_ended(self, error: FarplugError | None) -> None:
-        """The main channel is gone, and with it this one."""
-        if self._linked is not None:
-            self._error = self._error or error
-            self._linked.connection.abort()
-
-    # the channel
-
-    def data_received(self, data: memoryview) -> None:
-        """Bytes of the channel."""
-        if self._settled is not None and not self._settled.done():
-            self._settled.set_result(None)
-        if self._channel is not None:
-            self._channel.receive_data(data)
-            self._drain()
-
-    def pause_writing(self) -> None:
-        """The output queue is full."""
-        self._choked = True
-        if self._linked is not None:
-            self._linked.connection.pause_reading()
-        if self._listener is not None:
-            self._listener.pause_writing()
-
-    def resume_writing(self) -> None:
-        """The output queue is short again."""
-        self._choked = False
-        asyncio.get_running_loop().call_soon(self._resume)  # after a drain that the caller may be inside of
-        if self._listener is not None:
-            self._listener.resume_writing()
-
-    def _drain(self) -> None:
-        channel, linked, listener = self._channel, self._linked, self._listener
-        if channel is None or linked is None or listener is None or self._draining:
-            return
-        self._draining = True
-        try:
-            while not self._paused and linked.connection.is_open:
-                event = channel.next_event()
-                if event is None:
-                    break
-                match event:
-                    case memoryview():
-                        listener.data_received(event)
-                    case Disconnecting(_, reason):
-                        self._farewell = f" and said why: {reason}"
-                    case Notify():
-                        _log_notice(self.name, event)
-                    case Migrate():
-                        linked.connection.write(channel.data_to_send())
-                        self._break(
-                            GuestGoneError(
-                                f"{self.name}: the VM moves to another host: the session cannot follow",
-                                remedy="connect again, to the new host",
-                            )
-                        )
-        except RemoteProtocolError as error:
-            self._break(error)
-        finally:
-            self._draining = False
-        if answers := channel.data_to_send():
-            linked.connection.write(answers)
-
-    def _break(self, error: FarplugError) -> None:
-        self._error = error
-        if self._linked is not None:
-            self._linked.connection.abort()
-
-    def _lost(self, error: Exception | None) -> None:
-        linked, listener, settled = self._linked, self._listener, self._settled
-        if linked is None or listener is None:
-            return
-        why = self._error
-        untouched = settled is not None and not settled.done()
-        if why is None and not linked.connection.closing and not untouched:
-            how = "closed the channel" if error is None else f"broke the channel ({error})"
-            why = GuestGoneError(
-                f"{self.name}: the SPICE server {how}{self._farewell}",
-                remedy="the VM may have stopped, or the channel was taken out of it",
-            )
-        if settled is not None:  # open() still waits: it says why
-            self._linked, self._channel, self._error = None, None, why
-            if untouched:
-                settled.set_result(None)
-            return
-        self._forget()
-        listener.port_closed(why)
-
-    def _forget(self) -> None:
-        self._listener = self._linked = self._channel = self._settled = None
-
-
-def _log_notice(name: str, notice: Notify) -> None:
-    level = logging.INFO if notice.severity == 0 else logging.WARNING
-    logger.log(level, "%s: the server says: %s", name, notice.text)

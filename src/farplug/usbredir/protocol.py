@@ -24,12 +24,12 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final, NamedTuple, Never, TypeAlias
 
-from farplug import __version__
 from farplug.errors import LocalProtocolError, RemoteProtocolError
 from farplug.usb.types import Buffer
 from farplug.usbredir.caps import ALL_CAPS, Cap
 from farplug.usbredir.packets import PACKETS, DataPacket, Hello, Packet
 from farplug.usbredir.wire import FORMS, MAX_LENGTH, Flow, PacketType, header
+from farplug.version import __version__
 
 DEFAULT_MAX_PAYLOAD: Final = 16 * 1024 * 1024
 """Bytes of payload that are stored for one packet, unless the caller says otherwise."""

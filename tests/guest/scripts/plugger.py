@@ -22,9 +22,9 @@ from farplug.events import PortEvent
 from farplug.guest import connect
 from farplug.hub import Attachment, Hub
 from farplug.keeper import Keeper, KeeperListener
+from farplug.machine.choose import Choice
+from farplug.machine.found import Found
 from farplug.physical import find_device
-from farplug.physical.choose import Choice
-from farplug.physical.found import Found
 from farplug.policy import Follow, Policy, Wishes
 from farplug.target import parse_target
 from farplug.usb import Device

@@ -1,0 +1,1 @@
+"""libusb, typed: the one package that imports python-libusb1."""

@@ -1,0 +1,138 @@
+"""libusb: found, loaded once, and what is needed of it.
+
+python-libusb1 has no types and is imported here only; :mod:`~farplug.libusb.binding` says what is used of it.
+
+Source: libusb-1.0's documentation (https://libusb.sourceforge.io/api-1.0/).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Final, cast
+
+import libusb_package
+import usb1
+
+from farplug.errors import Reason, SetupError
+from farplug.libusb.binding import UsbContext, UsbDevice
+from farplug.libusb.bulk_streams import Streams
+from farplug.usb.transfer import Status
+from farplug.usb.types import Speed
+
+UsbError: Final[type[Exception]] = usb1.USBError
+"""Everything that libusb refuses."""
+AccessDenied: Final[type[Exception]] = usb1.USBErrorAccess
+Busy: Final[type[Exception]] = usb1.USBErrorBusy
+Interrupted: Final[type[Exception]] = usb1.USBErrorInterrupted
+NoDevice: Final[type[Exception]] = usb1.USBErrorNoDevice
+NoMemory: Final[type[Exception]] = usb1.USBErrorNoMem
+NotFound: Final[type[Exception]] = usb1.USBErrorNotFound
+NotSupported: Final[type[Exception]] = usb1.USBErrorNotSupported
+InvalidParameter: Final[type[Exception]] = usb1.USBErrorInvalidParam
+
+TRANSFER_NO_DEVICE: Final[int] = usb1.TRANSFER_NO_DEVICE
+
+_STATUS: Final = {
+    usb1.TRANSFER_COMPLETED: Status.SUCCESS,
+    usb1.TRANSFER_ERROR: Status.IO_ERROR,
+    usb1.TRANSFER_TIMED_OUT: Status.TIMEOUT,
+    usb1.TRANSFER_CANCELLED: Status.CANCELLED,
+    usb1.TRANSFER_STALL: Status.STALL,
+    usb1.TRANSFER_NO_DEVICE: Status.IO_ERROR,
+    usb1.TRANSFER_OVERFLOW: Status.BABBLE,
+    -errno.EXDEV: Status.SUCCESS,  # of a packet: Linux could not move all of it in its time
+}
+
+_SPEED: Final = {
+    usb1.SPEED_LOW: Speed.LOW,
+    usb1.SPEED_FULL: Speed.FULL,
+    usb1.SPEED_HIGH: Speed.HIGH,
+    usb1.SPEED_SUPER: Speed.SUPER,
+    usb1.SPEED_SUPER_PLUS: Speed.SUPER_PLUS,
+    usb1.SPEED_SUPER_PLUS_X2: Speed.SUPER_PLUS,
+}
+
+_SYSTEM_LIBRARY: Final = {"win32": "libusb-1.0.dll", "darwin": "libusb-1.0.0.dylib"}
+
+
+def transfer_status(code: int) -> Status:
+    """How a transfer ended, from libusb's word for it (of a whole transfer, or of one isochronous packet).
+
+    Linux leaves the kernel's negative error numbers in packets that it has no word for: those are I/O errors.
+    """
+    return _STATUS.get(code, Status.IO_ERROR)
+
+
+def speed_of(code: int) -> Speed:
+    """A device's speed; one that nobody knows counts as full speed, as QEMU takes it."""
+    return _SPEED.get(code, Speed.FULL)
+
+
+@cache
+def _load() -> ctypes.CDLL:
+    kind = getattr(ctypes, "WinDLL", ctypes.CDLL)
+    names = [_SYSTEM_LIBRARY.get(sys.platform, "libusb-1.0.so.0"), libusb_package.get_library_path()]
+    errors: list[str] = []
+    for name in names:
+        if name is None:
+            continue
+        try:
+            library = kind(str(name), use_errno=True, use_last_error=True)
+            usb1.loadLibrary(library)
+        except (OSError, AttributeError) as error:  # AttributeError: a libusb that is too old
+            errors.append(str(error))
+        else:
+            return library
+    raise SetupError(
+        f"libusb-1.0 cannot be loaded: {'; '.join(errors)}",
+        reason=Reason.NO_LIBUSB,
+        remedy="install it: apt install libusb-1.0-0 (Debian, Ubuntu), dnf install libusb1 (Fedora), "
+        "or pip install --force-reinstall libusb-package",
+    )
+
+
+class Library:
+    """libusb, loaded.
+
+    Raises:
+        SetupError: neither the system nor the package libusb-package has it (``NO_LIBUSB``).
+    """
+
+    def __init__(self) -> None:
+        self.streams = Streams(_load())
+        """What python-libusb1 lacks."""
+
+    def open_context(self) -> UsbContext:
+        """Begin a session of its own with libusb; :meth:`UsbContext.close` ends it. Looks for devices: may block.
+
+        Raises:
+            SetupError: libusb cannot work on this machine (``NO_LIBUSB``).
+        """
+        context = usb1.USBContext()
+        try:
+            context.open()
+        except UsbError as error:
+            raise SetupError(
+                f"libusb cannot be used on this machine: {error}",
+                reason=Reason.NO_LIBUSB,
+                remedy="USB must be there: in a container, give it /dev/bus/usb and /sys/bus/usb",
+            ) from error
+        return cast(UsbContext, context)
+
+    @contextmanager
+    def devices(self) -> Iterator[list[UsbDevice]]:
+        """The devices of the machine, for the length of a ``with`` block. Looks for them: may block.
+
+        Raises:
+            SetupError: libusb cannot work on this machine (``NO_LIBUSB``).
+        """
+        context = self.open_context()
+        try:
+            yield list(context.getDeviceIterator(skip_on_error=True))
+        finally:
+            context.close()

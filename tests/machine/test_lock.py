@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.machine.trees import Machine
+
+from farplug.errors import DeviceError, ExitCode, Reason
+from farplug.machine.found import Found
+from farplug.machine.listing import list_devices
+from farplug.machine.lock import DeviceLock
+
+
+@pytest.fixture
+def found(machine: Machine) -> Found:
+    machine.add("1-1", 2)
+    return list_devices(machine.root)[0]
+
+
+def test_one_at_a_time(found: Found) -> None:
+    lock = DeviceLock(found)
+    with pytest.raises(
+        DeviceError, match=r"1209:0001 \(port 1-1\) cannot be plugged in: another farplug uses it"
+    ) as caught:
+        DeviceLock(found)
+    assert (caught.value.reason, caught.value.exit_code) == (Reason.BUSY, ExitCode.DEVICE)
+    lock.release()
+    lock.release()
+    DeviceLock(found).release()
+
+
+def test_another_process_is_named_and_its_lock_ends_with_it(found: Found, machine: Machine) -> None:
+    code = (
+        f"import fcntl, sys\nf = open({str(found.node)!r})\nfcntl.flock(f, fcntl.LOCK_EX)\nprint(flush=True)\ninput()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        (seen,) = list_devices(machine.root)
+        assert str(seen.obstacle).startswith("another farplug uses it: ")
+        assert f"(process {process.pid})" in str(seen.obstacle)
+        with pytest.raises(DeviceError, match=rf"another farplug uses it: .*\(process {process.pid}\)"):
+            DeviceLock(found)
+        process.kill()
+    DeviceLock(found).release()
+
+
+def test_a_device_that_has_left(found: Found, machine: Machine) -> None:
+    machine.remove("1-1")
+    with pytest.raises(DeviceError, match="is not there any more: No such file or directory") as caught:
+        DeviceLock(found)
+    assert (caught.value.reason, caught.value.exit_code) == (Reason.DEVICE_LOST, ExitCode.DEVICE)
+
+
+def test_no_permission(found: Found, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(DeviceError, match=r"1209:0001 .* cannot be plugged in: no permission to use it") as caught:
+        DeviceLock(found)
+    assert caught.value.reason is Reason.NO_PERMISSION
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE])
+def test_too_many_open_files(found: Found, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(DeviceError, match="cannot be plugged in: Too many open files") as caught:
+        DeviceLock(found)
+    assert caught.value.reason is Reason.IO_ERROR, "it has not left"
+
+
+def test_with_too_many_open_files_nobody_is_named(found: Found, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(folder: Path) -> Iterator[Path]:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    lock = DeviceLock(found)
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(DeviceError, match=r"another farplug uses it$"):
+        DeviceLock(found)
+    lock.release()
+
+
+def test_no_descriptor_is_left_behind(found: Found) -> None:
+    def count() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    before = count()
+    for _ in range(5):
+        lock = DeviceLock(found)
+        with pytest.raises(DeviceError):
+            DeviceLock(found)
+        lock.release()
+    assert count() == before

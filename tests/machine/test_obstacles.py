@@ -1,0 +1,324 @@
+"""Each reason why a device cannot be plugged in: the words, the remedy, the exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tests.machine.trees import BOOT_KEYBOARD, HID, STORAGE, Machine
+
+from farplug.errors import DeviceError, ExitCode, Reason, SetupError
+from farplug.machine import obstacles
+from farplug.machine.found import Found, Obstacle
+from farplug.machine.listing import list_devices
+from farplug.store import usage
+
+
+def only(machine: Machine) -> Found:
+    (found,) = list_devices(machine.root)
+    return found
+
+
+def _authorized(machine: Machine) -> None:
+    machine.add("1-1", 2, authorized="0")
+
+
+def _hub(machine: Machine) -> None:
+    machine.add("1-1", 2, 1, 2, ((9, 0, 0),), codes=(9, 0, 1), drivers=("hub",), node=False)
+
+
+def _no_usbfs(machine: Machine) -> None:
+    machine.add("1-1", 2, node=False)
+    (machine.root / "dev/bus/usb").rmdir()
+
+
+def _usbip(machine: Machine) -> None:
+    machine.link(machine.add("1-1", 2) / "driver", "usbip-host")
+
+
+@pytest.mark.parametrize(
+    ("make", "reason", "said", "remedy"),
+    [
+        (_hub, Reason.HUB, "it is a hub", "name the devices"),
+        (lambda m: m.add("1-1", 2, 1, 2, (STORAGE, (9, 0, 0))), Reason.HUB, "it is a hub", "name the devices"),
+        (_authorized, Reason.NOT_AUTHORIZED, "this machine does not authorize it", "authorized"),
+        (_no_usbfs, Reason.NO_USB, "devices cannot be opened here", "--device=/dev/bus/usb"),
+        (lambda m: m.add("1-1", 2, node=False), Reason.NO_USB, "bus/usb/001/002: it is just leaving", "container"),
+        (_usbip, Reason.KERNEL_DRIVER, "driver usbip-host has the whole device", "usbip unbind --busid 1-1"),
+        (lambda m: m.add("1-1", 2, drivers=("usbfs",)), Reason.BUSY, "another program uses it", "end that program"),
+    ],
+)
+def test_obstacles(machine: Machine, make: Callable[[Machine], object], reason: Reason, said: str, remedy: str) -> None:
+    make(machine)
+    found = only(machine)
+    assert [one.reason for one in found.obstacles] == [reason]
+    for force in (False, True):
+        with pytest.raises(DeviceError) as caught:
+            found.check(force=force)
+    error = caught.value
+    assert error.message.startswith(f"{found} cannot be plugged in: ")
+    assert said in error.message
+    assert remedy in error.remedy
+    assert (error.reason, error.exit_code) == (reason, ExitCode.DEVICE)
+
+
+def test_another_kernel_driver(machine: Machine) -> None:
+    machine.link(machine.add("1-1", 2) / "driver", "apple-mfi-fastcharge")
+    obstacle = only(machine).obstacle
+    assert obstacle is not None
+    assert (str(obstacle).count("apple-mfi-fastcharge"), obstacle.remedy) == (1, "unbind it from apple-mfi-fastcharge")
+
+
+@pytest.mark.parametrize("group", [True, False])
+def test_no_permission(machine: Machine, monkeypatch: pytest.MonkeyPatch, group: bool) -> None:
+    def getgrnam(name: str) -> object:
+        if not group:
+            raise KeyError(name)
+        return SimpleNamespace(gr_gid=46)
+
+    machine.add("1-1", 2, 0x1050, 0x0407, drivers=("usbfs",))
+    monkeypatch.setattr("grp.getgrnam", getgrnam)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    monkeypatch.setattr("os.getgroups", list)
+    found = only(machine)
+    assert [one.reason for one in found.obstacles] == [Reason.NO_PERMISSION, Reason.BUSY]
+    with pytest.raises(DeviceError, match="cannot be plugged in: no permission to use it") as caught:
+        found.check()
+    assert caught.value.exit_code == ExitCode.DEVICE
+    write, reload, group_line, doctor = caught.value.remedy.splitlines()
+    assert group_line.startswith(
+        'sudo usermod -aG plugdev "$USER"' if group else "# for whoever sits at this machine's"
+    )
+    monkeypatch.setattr("os.getgroups", lambda: [46])
+    assert "usermod" not in str(only(machine).obstacles[0].remedy)
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    assert only(machine).obstacles[0].remedy.startswith("in a container, allow it USB devices: --device-cgroup-rule=")
+    access = 'MODE="0660", GROUP="plugdev", ' if group else ""
+    assert write == (
+        'echo \'SUBSYSTEM=="usb", ENV{DEVTYPE}=="usb_device", ATTR{idVendor}=="1050", ATTR{idProduct}=="0407", '
+        f'{access}TAG+="uaccess"\' | sudo tee -a /etc/udev/rules.d/70-farplug.rules'
+    )
+    assert reload == (
+        "sudo udevadm control --reload && sudo udevadm trigger --settle --subsystem-match=usb --action=change"
+    )
+    assert "farplug doctor --install-udev-rule" in doctor
+
+
+def test_a_folder_of_nodes_that_may_not_be_looked_into(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine.add("1-1", 2)
+    (device,) = list_devices(machine.root)
+    stat = os.stat
+
+    def denied(path: Path, **options: Any) -> object:
+        if path == device.node:
+            raise PermissionError(13, "Permission denied")
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", denied)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != device.node)
+    found = only(machine)
+    assert found.obstacle is not None
+    assert found.obstacle.reason is Reason.NO_PERMISSION
+
+
+def test_who_uses_it(machine: Machine) -> None:
+    machine.add("1-1", 2, drivers=("usbfs",))
+    node = machine.root / "dev/bus/usb/001/002"
+    child_ready, ready = os.pipe()
+    stay, leave = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(leave)
+        os.open(node, os.O_RDONLY)
+        os.write(ready, b"x")
+        os.read(stay, 1)
+        os._exit(0)
+    try:
+        os.read(child_ready, 1)
+        assert f"(process {child})" in str(only(machine).obstacle)
+    finally:
+        for descriptor in (child_ready, ready, stay, leave):
+            os.close(descriptor)
+        os.waitpid(child, 0)
+    assert str(only(machine).obstacle) == "another program uses it"
+
+
+@pytest.mark.parametrize("text", ["", "1: FLOCK\n\n", "1: POSIX  ADVISORY  WRITE 1 00:05:1 0 EOF\n\xff"])
+def test_locks_that_are_none(machine: Machine, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    locks = machine.root / "locks"
+    locks.write_text(text, encoding="latin-1")
+    monkeypatch.setattr(obstacles, "LOCKS", locks)
+    machine.add("1-1", 2)
+    assert only(machine).obstacle is None
+
+
+def test_our_own_process_is_not_named(machine: Machine) -> None:
+    machine.add("1-1", 2, drivers=("usbfs",))
+    with (machine.root / "dev/bus/usb/001/002").open():
+        assert str(only(machine).obstacle) == "another program uses it"
+
+
+@pytest.fixture
+def mounted(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """A stick whose partition is mounted."""
+    folder = machine.disk("1-1", 2)
+    disk = folder / "1-1:1.0/host0/target0:0:0/0:0:0:0/block/sda"
+    (disk / "sda1").mkdir()
+    (disk / "sda1/partition").write_text("1\n")
+    (disk / "sda1/dev").write_text("8:1\n")
+    numbers = machine.root / "numbers"
+    numbers.mkdir()
+    (numbers / "8:0").symlink_to(disk)
+    mounts = machine.root / "mountinfo"
+    mounts.write_text("1 2 8:1 / /media/my\\040stick rw - vfat /dev/sda1 rw\n")
+    monkeypatch.setattr(usage, "BLOCK_DEVICES", numbers)
+    monkeypatch.setattr(usage, "MOUNTS", mounts)
+    monkeypatch.setattr(usage, "SWAPS", machine.root / "swaps")
+    return machine
+
+
+def test_a_disk_that_is_mounted(mounted: Machine) -> None:
+    found = only(mounted)
+    with pytest.raises(
+        DeviceError, match="this machine uses the disk: /dev/sda1 is mounted on /media/my stick"
+    ) as caught:
+        found.check()
+    assert (caught.value.reason, caught.value.exit_code) == (Reason.IN_USE, ExitCode.DEVICE)
+    assert caught.value.remedy.splitlines()[0] == "sudo umount '/media/my stick'"
+    assert "--force" in caught.value.remedy
+    found.check(force=True)
+
+
+def test_force_leaves_what_is_impossible(mounted: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(DeviceError) as caught:
+        only(mounted).check(force=True)
+    assert caught.value.reason is Reason.NO_PERMISSION
+
+
+def test_too_many_open_files_do_not_look_like_a_disk_that_is_not_mounted(
+    mounted: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lines(path: Path) -> list[str]:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(usage, "_lines", lines)
+    with pytest.raises(SetupError, match="this process has too many open files"):
+        only(mounted).check()
+
+
+def test_a_disk_that_is_not_mounted(mounted: Machine) -> None:
+    (mounted.root / "mountinfo").write_text("")
+    assert only(mounted).obstacle is None
+
+
+@pytest.mark.parametrize("number", ["", "x", "8:0:0", "99999999999:0", "-1:0"])
+def test_a_disk_without_a_number(machine: Machine, number: str) -> None:
+    machine.disk("1-1", 2, number)
+    assert only(machine).obstacle is None
+
+
+def test_the_keyboard_and_the_mouse_are_a_caution(machine: Machine) -> None:
+    machine.keyboard("1-1", 2)
+    machine.mouse("1-2", 3)
+    keyboard, mouse = list_devices(machine.root)
+    assert keyboard.caution is not None
+    assert mouse.caution is not None
+    assert "it is a keyboard of this machine" in str(keyboard.caution)
+    assert "it is a mouse of this machine" in str(mouse.caution)
+    assert keyboard.caution.reason is Reason.INPUT_DEVICE
+    keyboard.check()
+
+
+@pytest.mark.parametrize(
+    "capabilities",
+    [
+        {},
+        {"key": "zzz", "rel": "3"},
+        {"key": "1 " * 2000},
+        {"key": "e080ffdf01cfffff"},  # the knobs of a headset
+        {"rel": "3"},
+        {"key": "10000 0 0 0 0"},
+        {"key": "-fffffffffffffffe"},
+    ],
+)
+def test_what_is_neither(machine: Machine, capabilities: dict[str, str]) -> None:
+    folder = machine.add("1-1", 2, 1, 2, (BOOT_KEYBOARD,), drivers=("usbhid",))
+    machine.input(folder, "1-1:1.0", **capabilities)
+    assert only(machine).caution is None
+
+
+def test_a_tablet_is_a_mouse(machine: Machine) -> None:
+    folder = machine.add("1-1", 2, 1, 2, (STORAGE, HID), drivers=("", "usbhid"))
+    machine.input(folder, "1-1:1.1", key="70000 0 0 0 0", abs="3")
+    assert "a mouse of this machine" in str(only(machine).caution)
+
+
+def test_a_keyboard_that_no_driver_reads(machine: Machine) -> None:
+    machine.add("1-1", 2, 1, 2, (BOOT_KEYBOARD,))
+    assert only(machine).caution is None
+
+
+ROUTES = "Iface Destination Gateway Flags\nusb0 0008090A 00000000 0001\n"
+"""10.9.8.0/24, as Linux tells it."""
+ROUTES6 = "{} 40 {} 00 {} 00000100 00000001 00000000 00000001     usb0\n"
+ALL, NOWHERE = "0" * 32, "0" * 32
+
+
+@pytest.mark.parametrize(
+    ("routes", "routes6", "upper", "is_used"),
+    [
+        ("", "", "", False),
+        (ROUTES, "", "", True),
+        (ROUTES.replace("usb0", "usb01"), "", "", False),
+        ("", ROUTES6.format(ALL, NOWHERE, NOWHERE), "", True),
+        ("", ROUTES6.format("20010db8" + "0" * 24, NOWHERE, NOWHERE), "", True),
+        ("", ROUTES6.format("fe80" + "0" * 28, NOWHERE, NOWHERE), "", False),
+        ("", ROUTES6.format("ff00" + "0" * 28, NOWHERE, NOWHERE), "", False),
+        ("\n\xff usb0\n", "\n\xff\n", "", False),
+        ("", "", "upper_br0", True),
+    ],
+)
+def test_a_network_that_is_used_is_a_caution(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, routes: str, routes6: str, upper: str, is_used: bool
+) -> None:
+    (machine.root / "route").write_text(routes, encoding="latin-1")
+    (machine.root / "ipv6_route").write_text(routes6, encoding="latin-1")
+    monkeypatch.setattr(obstacles, "ROUTES", machine.root / "route")
+    monkeypatch.setattr(obstacles, "ROUTES6", machine.root / "ipv6_route")
+    interface = machine.network("1-1", 2, "usb0")
+    if upper:
+        (interface / upper).symlink_to(interface)
+    found = only(machine)
+    found.check()
+    assert (found.caution is not None) == is_used
+    if found.caution is not None:
+        assert "this machine uses its network (usb0)" in str(found.caution)
+        assert found.caution.reason is Reason.NETWORK_DEVICE
+
+
+def test_a_network_where_nothing_tells_of_routes(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(obstacles, "ROUTES", machine.root / "none")
+    monkeypatch.setattr(obstacles, "ROUTES6", machine.root / "none")
+    machine.network("1-1", 2, "usb0")
+    assert only(machine).caution is None
+
+
+def test_a_tree_that_is_too_large_is_not_searched_to_its_end(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = machine.keyboard("1-1", 2)
+    (folder / "1-1:1.0/loop").symlink_to(folder)
+    assert only(machine).caution is not None
+    monkeypatch.setattr(obstacles, "MAX_FOLDERS", 3)
+    assert only(machine).caution is None
+
+
+def test_words() -> None:
+    obstacle = Obstacle(Reason.HUB, "it is a hub")
+    found = Found(1, 2, "1-1", 1, 2, obstacles=(obstacle,), node=Path("/dev/null"))
+    assert (str(obstacle), found.obstacle, str(found)) == ("it is a hub", obstacle, "0001:0002 (port 1-1)")

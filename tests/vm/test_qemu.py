@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from farplug.errors import GuestGoneError, SetupError, UsageError
+from farplug.vm import qemu
+from farplug.vm.qemu import QemuGuest, copy_firmware, describe_exit, port_was_taken, private_folder, setup_problem
+from farplug.vm.qemu_config import Boot, GuestConfig, Spice
+
+
+@pytest.mark.parametrize(
+    ("stderr", "remedy"),
+    [
+        (
+            "qemu: module ui-spice-core not found, do you want to install qemu-system-modules-spice package?\n"
+            "qemu-system-x86_64: -spice port=1: There is no option group 'spice'\n",
+            "sudo apt-get install qemu-system-modules-spice",
+        ),
+        (
+            "qemu-system-x86_64: -device usb-redir: 'usb-redir' is not a valid device model name\n",
+            "sudo apt-get install qemu-system-x86 qemu-system-modules-spice",
+        ),
+        (
+            "qemu-system-x86_64: -chardev spicevmc,id=x: 'spicevmc' is not a valid char driver name\n",
+            "sudo apt-get install qemu-system-x86 qemu-system-modules-spice",
+        ),
+    ],
+)
+def test_part_of_qemu_that_is_missing(stderr: str, remedy: str) -> None:
+    problem = setup_problem(stderr)
+    assert problem is not None
+    assert problem.remedy == remedy
+    assert "\n" not in problem.message
+
+
+def test_other_failures_are_no_setup_problem() -> None:
+    for stderr in ("", "Property 'usb-redir.x' not found", "'nonsense' is not a valid device model name"):
+        assert setup_problem(stderr) is None
+
+
+def test_taken_port() -> None:
+    # What QEMU 7.2 says.
+    assert port_was_taken(
+        "(process:1): Spice-WARNING **: reds.cpp:2580:reds_init_socket: binding socket to 127.0.0.1:1 failed\n"
+        "qemu-system-x86_64: failed to initialize spice server\n"
+    )
+    assert not port_was_taken("qemu-system-x86_64: -device x: 'x' is not a valid device model name")
+
+
+def test_how_a_process_ended() -> None:
+    assert describe_exit(-6) == "was killed by SIGABRT"
+    assert describe_exit(1) == "ended with exit code 1"
+
+
+def test_folder_is_private_and_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / ("x" * 100)))
+    folder = private_folder()
+    assert folder.stat().st_mode == 0o040700
+    assert len(str(folder)) < 60
+    folder.rmdir()
+
+
+def test_missing_firmware(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qemu, "OVMF_FOLDER", tmp_path)
+    with pytest.raises(SetupError, match=r"no OVMF_CODE_4M.fd or OVMF_CODE.fd in") as error:
+        copy_firmware(tmp_path)
+    assert error.value.remedy == "sudo apt-get install ovmf"
+
+
+async def test_missing_qemu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qemu, "QEMU", "qemu-none-such")
+    with pytest.raises(SetupError, match="the program qemu-none-such is not installed"):
+        await QemuGuest().__aenter__()
+
+
+async def test_what_a_guest_cannot_do() -> None:
+    guest = QemuGuest(GuestConfig(boot=Boot.BIOS))
+    with pytest.raises(UsageError, match="a guest that boots from its bios runs no commands"):
+        await guest.run("true")
+    with pytest.raises(UsageError, match="no SPICE server"):
+        _ = guest.spice
+    assert not guest.alive
+    with pytest.raises(GuestGoneError, match="not started"):
+        await guest.wait_for_console("x")
+    assert guest.console == ""
+    await guest.close()
+
+
+async def test_spice_port_taken_by_somebody_else_is_chosen_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        free = qemu.unused_port
+        choices = iter([other.getsockname()[1], free()])
+        monkeypatch.setattr(qemu, "unused_port", lambda: next(choices))
+        config = GuestConfig(boot=Boot.BIOS, spice=Spice(), paused=True)
+        async with QemuGuest(config) as guest:
+            assert guest.spice.port != other.getsockname()[1]
+            assert (await guest.qmp.execute("query-status"))["running"] is False
