@@ -8,11 +8,17 @@ import sys
 import time
 from collections.abc import Callable
 
-from farplug.usb import Buffer, Status
+from farplug.usb import Buffer, DeviceEvent, Status
+from farplug.virtual.events import FunctionRaised
 
 
 class Listener:
-    """Of a virtual device that tells nothing by itself."""
+    """Of a virtual device that receives nothing by itself."""
+
+    def happened(self, event: DeviceEvent) -> None:
+        """Ignored, but for functions that raise: what a guest sends must not make them."""
+        if isinstance(event, FunctionRaised):
+            raise event.error
 
     def received(self, endpoint: int, status: Status, data: Buffer) -> None:
         raise AssertionError

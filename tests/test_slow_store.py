@@ -18,8 +18,8 @@ import pytest
 from tests.transport.fake_spice import Channel, FakeSpice, message, ping, running
 from tests.virtual.attached_scsi import command_iu
 
-from farplug.events import PortEvent
 from farplug.redirection import Redirection
+from farplug.redirection.events import PortEvent
 from farplug.store import FileStore, MemoryStore, OverlayStore, Store
 from farplug.testing.memory import MemoryGuest, Pending
 from farplug.transport.dialer import SpiceTarget

@@ -6,18 +6,16 @@ The command line and later a page are thin clients of it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from enum import StrEnum
 from typing import TypeAlias
 
-from farplug import events
 from farplug.errors import FarplugError, GuestGoneError, LocalProtocolError, PortError, Reason, RefusedError
-from farplug.events import EndpointFigures, PortEvent
 from farplug.guest import Guest
-from farplug.redirection import Redirection
+from farplug.redirection import Redirection, events
+from farplug.redirection.events import EndpointFigures, PortEvent
 from farplug.transport.port import Port
 from farplug.usb.device import Device
-from farplug.virtual.cdrom import CdromDrive, drives_of
 
 NO_CHANNEL_REMEDY = """\
 add one to the VM, one for each device:
@@ -71,14 +69,6 @@ class Attachment:
         self._ended = asyncio.Event()
         self._plugging: asyncio.Task[object] | None = None
         self._leaving: asyncio.Task[None] | None = None
-        self._unsubscribe = [
-            drive.subscribe(lambda change: hub._happened(self, change(port.name))) for drive in self.drives
-        ]
-
-    @property
-    def drives(self) -> Sequence[CdromDrive]:
-        """The device's drives: their media can be changed while it is plugged in."""
-        return drives_of(self.device)
 
     @property
     def figures(self) -> tuple[EndpointFigures, ...]:
@@ -175,9 +165,6 @@ class Attachment:
     def _finish(self) -> None:
         if self.state is not AttachmentState.REFUSED:
             self.state = AttachmentState.DETACHED
-        for unsubscribe in self._unsubscribe:
-            unsubscribe()
-        self._unsubscribe.clear()
         self._ended.set()
 
 

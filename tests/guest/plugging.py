@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from farplug.events import PortEvent
 from farplug.guest import Guest, connect
 from farplug.hub import Attachment, Hub
+from farplug.redirection.events import DeviceReport, PortEvent
 from farplug.target import TargetOptions, parse_target
 from farplug.testing import GuestConfig, QemuGuest, SpicePort, TcpPort
-from farplug.usb import Device
+from farplug.usb import Device, DeviceEvent
 from farplug.virtual.storage import StorageTransport
 
 MIB = 2**20
@@ -71,6 +71,10 @@ class Plugged(Hub):
 
     def kinds(self) -> list[type]:
         return [type(event) for event in self.events]
+
+    def reports(self) -> list[DeviceEvent]:
+        """What the devices reported."""
+        return [event.event for event in self.events if isinstance(event, DeviceReport)]
 
 
 @asynccontextmanager

@@ -13,11 +13,12 @@ import pytest
 from tests.guest.plugging import AT_ONCE, MIB, Plugged, plugged
 from tests.guest.test_boot import BOOTED, CODE, PROOF, plug_and_run, tool
 
-from farplug import events
 from farplug.errors import DeviceError, Reason
+from farplug.redirection import events
 from farplug.testing import Boot, GuestConfig, QemuGuest, SpicePort, TcpPort
 from farplug.usb import Device
 from farplug.virtual import StorageTransport, cdrom_device, drives_of
+from farplug.virtual.events import MediumEjected, MediumInserted, MediumLocked
 
 if TYPE_CHECKING:
     from tests.guest.conftest import GuestPool
@@ -88,7 +89,7 @@ async def test_mounted_ejected_and_replaced(
         assert "Current profile: CD-ROM" in await guest.check(f"sg_get_config --current {drive}")
 
         await guest.check(f"sg_start --eject {drive}")
-        assert events.MediumEjected(hub.attachments[0].port.name, str(first), by_guest=True) in hub.events
+        assert MediumEjected(str(first), by_guest=True) in hub.reports()
         assert drives_of(device)[0].medium is None
         assert (await guest.run(f"mount -t iso9660 -o ro {drive} /mnt")).exit_code != 0
 
@@ -100,7 +101,7 @@ async def test_mounted_ejected_and_replaced(
                 echo $! >/tmp/uevent.pid
                 until [ -s /tmp/events ]; do echo change >/sys/block/{name}/uevent; sleep 0.1; done"""
         )
-        await hub.attachments[0].drives[0].insert(second)
+        await drives_of(device)[0].insert(second)
         await guest.check(f"until grep -q '^{name} 1' /tmp/events; do sleep 0.1; done; kill $(cat /tmp/uevent.pid)")
         assert await checksum(guest, drive) == digests[1]
         size = int(await guest.check(f"blockdev --getsize64 {drive}"))
@@ -129,8 +130,8 @@ async def test_a_mounted_medium_is_locked_and_can_be_taken_by_force(guests: Gues
         await drives_of(device)[0].insert(iso)
         assert await checksum(guest, drive) == hashlib.sha256(content).hexdigest()
         no_reset(hub)
-        kinds = hub.kinds()
-        assert kinds.index(events.MediumLocked) < kinds.index(events.MediumEjected) < kinds.index(events.MediumInserted)
+        kinds = [type(event) for event in hub.reports()]
+        assert kinds.index(MediumLocked) < kinds.index(MediumEjected) < kinds.index(MediumInserted)
     await device.dispose()
 
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import pytest
 from tests.guest.plugging import AT_ONCE, MIB, Plugged, blank, descriptors, disk_of, gone, plugged
 
-from farplug import events
 from farplug.guest import connect
+from farplug.redirection import events
 from farplug.target import TargetOptions, parse_target
 from farplug.testing import Controller, GuestConfig, QemuGuest, Spice, SpicePort, SpiceTransport, TcpPort
 from farplug.usb import Speed

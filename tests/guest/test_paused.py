@@ -21,10 +21,9 @@ import pytest
 from tests.guest.command import farplug
 from tests.guest.plugging import MIB, PATIENCE, Plugged, blank, disk_of, disk_with, plugged
 
-from farplug import events
 from farplug.errors import ExitCode
 from farplug.guest import SocketGuest, SpiceGuest, connect
-from farplug.redirection import Redirection, conversation, engine, reminder
+from farplug.redirection import Redirection, conversation, engine, events, reminder
 from farplug.store import MemoryStore
 from farplug.store.image import serial_number
 from farplug.target import parse_target

@@ -17,7 +17,7 @@ import pytest
 from tests.guest.plugging import LABORATORY, PATIENCE, STORAGE, disk_of, plugged, usb_folder, usb_node
 from tests.guest.scripts import stress
 
-from farplug import events
+from farplug.redirection import events
 from farplug.store import MemoryStore
 from farplug.testing import QemuGuest, SpicePort, TcpPort
 from farplug.usb import Speed

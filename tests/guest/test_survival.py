@@ -14,8 +14,8 @@ import pytest
 from tests.guest.command import farplug
 from tests.guest.plugging import AT_ONCE, MIB, blank, disk_of, disk_with, gone, plugged
 
-from farplug import events
 from farplug.errors import ExitCode, Reason
+from farplug.redirection import events
 from farplug.store import MemoryStore, ReadDone, WriteDone
 from farplug.store.image import serial_number
 from farplug.testing import Controller, GuestConfig, QemuGuest, SpicePort, TcpPort

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from tests.libusb.fake_libusb import FakeDevice, FakeHandle, FakeLibrary, FakeTransfer
 
 from farplug.physical import PhysicalDevice, physical_device
-from farplug.usb import Setup, Status, Transfer, TransferType
+from farplug.usb import DeviceEvent, Setup, Status, Transfer, TransferType
 from farplug.usb.descriptors import (
     ConfigurationDescriptor,
     EndpointDescriptor,
@@ -79,6 +79,9 @@ class Listener:
     packets: list[tuple[int, Status, bytes]] = field(default_factory=list)
     ended: list[tuple[int, Status]] = field(default_factory=list)
     losses: list[Exception | None] = field(default_factory=list)
+
+    def happened(self, event: DeviceEvent) -> None:
+        raise AssertionError
 
     def received(self, endpoint: int, status: Status, data: Buffer) -> None:
         self.packets.append((endpoint, status, bytes(data)))

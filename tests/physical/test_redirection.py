@@ -13,7 +13,7 @@ import usb1
 from tests.libusb.fake_libusb import FakeDevice, FakeHandle
 from tests.physical.support import BULK_IN, BULK_OUT, EVERYTHING, KEYS, OTHER, SOUND, on_bench, settle
 
-from farplug.events import Detached
+from farplug.redirection.events import Detached
 from farplug.testing.memory import MemoryGuest, Pending, TransferFailed
 from farplug.usb import Setup, Status
 from farplug.usbredir import packets as p

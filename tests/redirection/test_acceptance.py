@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from tests.redirection.scripted import ScriptedDevice, kinds, settle
 
-from farplug import events
 from farplug.errors import Reason, RefusedError
+from farplug.redirection import events
 from farplug.testing.memory import MemoryGuest
 from farplug.usbredir import packets as p
 

@@ -8,8 +8,7 @@ import itertools
 import pytest
 from tests.redirection.scripted import BULK_IN, BULK_OUT, INTERRUPT_IN, ScriptedDevice, kinds, settle
 
-from farplug import events
-from farplug.redirection import conversation
+from farplug.redirection import conversation, events
 from farplug.testing.memory import MemoryGuest
 from farplug.usb import Status
 from farplug.usb.types import Buffer

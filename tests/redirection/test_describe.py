@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.redirection.scripted import BULK_IN, INTERRUPT_IN, ScriptedDevice, kinds
 
-from farplug import events
+from farplug.redirection import events
 from farplug.testing.memory import MemoryGuest
 from farplug.usb import Speed, TransferType
 from farplug.usbredir import packets as p

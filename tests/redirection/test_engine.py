@@ -7,9 +7,8 @@ import asyncio
 import pytest
 from tests.redirection.scripted import BULK_IN, INTERRUPT_IN, ISO_OUT, ScriptedDevice, kinds, settle
 
-from farplug import events
 from farplug.errors import DeviceError, GuestGoneError, LocalProtocolError, Reason, RemoteProtocolError
-from farplug.redirection import Redirection, State, engine
+from farplug.redirection import Redirection, State, engine, events
 from farplug.testing.memory import MemoryGuest
 from farplug.transport.memory import memory_ports
 from farplug.usb import Status

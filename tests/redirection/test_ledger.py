@@ -7,9 +7,8 @@ import asyncio
 import pytest
 from tests.redirection.scripted import BULK_IN, BULK_OUT, STREAM_IN, ScriptedDevice, kinds, settle
 
-from farplug import events
 from farplug.errors import DeviceError
-from farplug.redirection import conversation, ledger
+from farplug.redirection import conversation, events, ledger
 from farplug.testing.memory import MemoryGuest, TransferFailed
 from farplug.usb import Status
 from farplug.usbredir import packets as p

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import pytest
 from tests.redirection.scripted import BULK_IN, BULK_OUT, INTERRUPT_IN, STREAM_IN, ScriptedDevice, kinds, settle
 
-from farplug import events
-from farplug.redirection import State, operations
+from farplug.redirection import State, events, operations
 from farplug.testing.memory import MemoryGuest
 from farplug.usb import Interface, Status
 from farplug.usbredir import packets as p

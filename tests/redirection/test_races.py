@@ -8,9 +8,8 @@ from collections.abc import Sequence
 import pytest
 from tests.redirection.scripted import BULK_IN, INTERRUPT_IN, ScriptedDevice, kinds, settle
 
-from farplug import events
 from farplug.errors import DeviceError, GuestGoneError, Reason, RefusedError, RemoteProtocolError
-from farplug.redirection import State, operations
+from farplug.redirection import State, events, operations
 from farplug.testing.memory import MemoryGuest
 from farplug.usb import DeviceListener, Speed, Status
 from farplug.usbredir import packets as p

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tests.redirection.scripted import BULK_IN, INTERRUPT_IN, ISO_IN, ISO_OUT, ScriptedDevice, kinds, settle
 
-from farplug import events
+from farplug.redirection import events
 from farplug.testing.memory import MemoryGuest
 from farplug.usb import Reception, Status, TransferType
 from farplug.usbredir import packets as p

@@ -8,8 +8,8 @@ from collections.abc import Awaitable, Callable
 import pytest
 from tests.redirection.scripted import ScriptedDevice, kinds, settle
 
-from farplug import events
 from farplug.errors import Reason, RefusedError
+from farplug.redirection import events
 from farplug.redirection.speed import FRUITLESS_RESETS, PATIENCE
 from farplug.testing.memory import MemoryGuest
 from farplug.usb import Setup, Speed, Status

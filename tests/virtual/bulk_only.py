@@ -8,14 +8,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from farplug.store import MemoryStore, ReadDone, WriteDone
-from farplug.usb import Buffer, Setup, Speed, Status, Transfer, TransferType
+from farplug.usb import Buffer, DeviceEvent, Setup, Speed, Status, Transfer, TransferType
 from farplug.virtual import VirtualDevice, disk_device
 
 IN, OUT, CONTROL_IN, CONTROL_OUT = 0x81, 0x02, 0x80, 0x00
 
 
 class Listener:
-    """A virtual disk tells nothing by itself."""
+    """Keeps the events of a virtual device, which receives nothing by itself."""
+
+    def __init__(self) -> None:
+        self.events: list[DeviceEvent] = []
+
+    def happened(self, event: DeviceEvent) -> None:
+        self.events.append(event)
 
     def received(self, endpoint: int, status: Status, data: Buffer) -> None:
         raise AssertionError
@@ -113,13 +119,14 @@ class Guest:
 
     def __init__(self, device: VirtualDevice) -> None:
         self.device = device
+        self.listener = Listener()
         self.tag = 0
         self.completed: list[Transfer] = []
 
     @classmethod
     async def plug(cls, device: VirtualDevice, *, attention: bool = False) -> Guest:
         guest = cls(device)
-        await device.open(Listener())
+        await device.open(guest.listener)
         await guest.enumerate()
         if not attention:
             assert guest.command("00 00 00 00 00 00").status == 1

@@ -7,12 +7,10 @@ import pytest
 from tests.store.test_iso import ISO, image
 from tests.virtual.bulk_only import Guest, read10, settle
 
-from farplug import events
 from farplug.errors import DeviceError, ImageError, LocalProtocolError, Reason
-from farplug.events import PortEvent
 from farplug.store import MemoryStore, ReadDone
-from farplug.usb import Speed, Status
-from farplug.virtual import CdromDrive, MassStorage, VirtualDevice, cdrom_device, drives_of
+from farplug.usb import DeviceEvent, Speed, Status
+from farplug.virtual import CdromDrive, MassStorage, VirtualDevice, cdrom_device, drives_of, events
 from farplug.virtual.disk import Disk
 
 TUR = "00 00 00 00 00 00"
@@ -42,10 +40,9 @@ class Disc(MemoryStore):
         self.closed = True
 
 
-async def plug(device: VirtualDevice) -> tuple[Guest, list[PortEvent]]:
-    seen: list[PortEvent] = []
-    drives_of(device)[0].subscribe(lambda change: seen.append(change("port")))
-    return await Guest.plug(device), seen
+async def plug(device: VirtualDevice) -> tuple[Guest, list[DeviceEvent]]:
+    guest = await Guest.plug(device)
+    return guest, guest.listener.events
 
 
 async def test_what_it_looks_like() -> None:
@@ -71,13 +68,13 @@ async def test_the_guest_ejects_and_another_is_inserted() -> None:
     assert drives_of(device)[0].medium == "one"
     assert guest.command(EJECT).status == 0
     assert drives_of(device)[0].medium is None
-    assert seen == [events.MediumEjected("port", "one", by_guest=True)]
+    assert seen == [events.MediumEjected("one", by_guest=True)]
     await asyncio.sleep(0)
     assert first.closed
     assert guest.command(TUR).status == 1
     assert guest.sense() == (2, 0x3A, 2)
     await drives_of(device)[0].insert(Disc("two", 64))
-    assert seen[1:] == [events.MediumInserted("port", "two")]
+    assert seen[1:] == [events.MediumInserted("two")]
     assert guest.command(EVENT, receive=8).data == bytes.fromhex("0006041002020000")
     assert guest.command(TUR).status == 1
     assert guest.sense() == (6, 0x28, 0)
@@ -123,9 +120,9 @@ async def test_a_locked_medium_stays_unless_it_is_forced() -> None:
     assert guest.command(read10(0, 1), receive=2048).status == 1
     assert guest.sense() == (2, 0x3A, 2)
     assert seen == [
-        events.MediumLocked("port", locked=True),
-        events.MediumLocked("port", locked=False),
-        events.MediumEjected("port", "one", by_guest=False),
+        events.MediumLocked(locked=True),
+        events.MediumLocked(locked=False),
+        events.MediumEjected("one", by_guest=False),
     ]
     await device.dispose()
 
@@ -214,14 +211,15 @@ async def test_a_guest_that_has_left_locks_nothing() -> None:
     await device.dispose()
 
 
-async def test_listeners_come_and_go() -> None:
+async def test_a_drive_that_is_not_plugged_reports_to_nobody() -> None:
     device = cdrom_device(Disc("one"))
-    seen: list[PortEvent] = []
-    ignore = drives_of(device)[0].subscribe(lambda change: seen.append(change("a")))
     await drives_of(device)[0].eject()
-    ignore()
+    _, seen = await plug(device)
+    assert seen == []
     await drives_of(device)[0].insert(Disc("two"))
-    assert [str(event) for event in seen] == ["one ejected"]
+    await device.close()
+    await drives_of(device)[0].eject()
+    assert [str(event) for event in seen] == ["two inserted"]
 
 
 async def test_beside_a_disk() -> None:

@@ -10,6 +10,7 @@ from farplug.errors import DeviceError, LocalProtocolError, Reason
 from farplug.usb import Setup, Speed, Status, Transfer, TransferType
 from farplug.usb.descriptors import EndpointDescriptor, InterfaceDescriptor
 from farplug.virtual import Function, FunctionHost, VirtualDevice
+from farplug.virtual.events import FunctionRaised
 
 BULK, INTERRUPT = TransferType.BULK, TransferType.INTERRUPT
 
@@ -97,6 +98,7 @@ class Echo(Function):
 class Driver:
     def __init__(self, device: VirtualDevice) -> None:
         self.device = device
+        self.listener = Listener()
         self.completed: list[Transfer] = []
 
     def send(self, endpoint: int, data: bytes = b"x", type: TransferType = BULK) -> Transfer:
@@ -122,10 +124,11 @@ class Driver:
 
 async def plugged(*functions: Function, speed: Speed = Speed.SUPER, remote_wakeup: bool = False) -> Driver:
     device = VirtualDevice(*(functions or (Echo(),)), speeds=(speed,), product="Echo", remote_wakeup=remote_wakeup)
-    await device.open(Listener())
+    driver = Driver(device)
+    await device.open(driver.listener)
     await device.reset()
     await device.set_configuration(1)
-    return Driver(device)
+    return driver
 
 
 REQUESTS: list[tuple[str, bytes, bytes | None, bytes | None]] = [
@@ -359,6 +362,7 @@ async def test_a_function_that_raises(caplog: pytest.LogCaptureFixture) -> None:
     assert driver.control("00 09 1 0 0").status is Status.SUCCESS
     assert caplog.text.count("Echo raised") == 3
     assert "a defect of the function" in caplog.text
+    assert driver.listener.events == [FunctionRaised("Echo", second.raises)] * 3
     second.raises = None
     assert bytes(driver.receive(0x83).reply) == b"second"
     assert not driver.device._moved

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
     from pathlib import Path
 
-    from farplug.events import PortEvent
     from farplug.hub import Attachment
+    from farplug.redirection.events import PortEvent
     from farplug.vm.qemu import QemuGuest
 
 IMAGE_SIZE = 64_000_000
@@ -146,7 +146,7 @@ class _Demo:
         await self._there(guest, "umount /mnt")
 
     def _happened(self, attachment: Attachment, event: PortEvent) -> None:
-        from farplug import events
+        from farplug.redirection import events
 
         if not isinstance(event, (events.Opened, events.WasReset)):
             self._good(str(event))

@@ -204,8 +204,8 @@ async def _check_target(text: str, options: TargetOptions) -> None:
 
 
 async def _check_port(guest: Guest, port: Port, stages: _Stages) -> None:
-    from farplug.events import GuestReady
     from farplug.redirection import Redirection
+    from farplug.redirection.events import GuestReady
 
     ready: asyncio.Future[GuestReady] = asyncio.get_running_loop().create_future()
 

@@ -15,12 +15,13 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from farplug import events
 from farplug.cli import log
 from farplug.cli.log import printable
 from farplug.errors import FarplugError
-from farplug.events import PortEvent, as_dict
 from farplug.hub import Attachment, AttachmentState
+from farplug.redirection import events
+from farplug.redirection.events import PortEvent, as_dict
+from farplug.virtual.events import MediumLocked
 
 _DECIMAL_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
@@ -248,7 +249,7 @@ class PlainOutput(Output):
 
     def happened(self, label: str, attachment: Attachment, event: PortEvent) -> None:
         match event:
-            case events.Opened() | events.MediumLocked():
+            case events.Opened() | events.DeviceReport(event=MediumLocked()):
                 pass  # told as a stage, or by what follows; systems lock a drive each time they look into it
             case events.Detached():
                 self._line(f"{label}: {event} ({Figures.of(attachment)})")
@@ -341,7 +342,7 @@ class TerminalOutput(Output):
     def happened(self, label: str, attachment: Attachment, event: PortEvent) -> None:
         text = f"{label}: {event}"
         match event:
-            case events.Opened() | events.MediumLocked():
+            case events.Opened() | events.DeviceReport(event=MediumLocked()):
                 pass
             case events.Refused() | events.DeviceFault() | events.PeerViolation():
                 self._line(BAD, text)

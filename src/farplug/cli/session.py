@@ -11,15 +11,15 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from farplug import events
 from farplug.cli import log
 from farplug.cli.commands import obey
 from farplug.cli.media import Media
 from farplug.cli.output import Output, SilentOutput
 from farplug.errors import ExitCode, FarplugError
-from farplug.events import PortEvent
 from farplug.guest import connect
 from farplug.hub import Attachment, Hub
+from farplug.redirection import events
+from farplug.redirection.events import PortEvent
 from farplug.target import TargetOptions, parse_target
 from farplug.usb.device import Device
 from farplug.virtual.device import VirtualDevice

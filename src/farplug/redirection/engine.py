@@ -15,7 +15,6 @@ import logging
 from collections.abc import Callable, Collection
 from enum import Enum, auto
 
-from farplug import events
 from farplug.errors import (
     DeviceError,
     FarplugError,
@@ -26,11 +25,12 @@ from farplug.errors import (
     RemoteProtocolError,
     UsageError,
 )
-from farplug.events import EndpointFigures, PortEvent
+from farplug.redirection import events
 from farplug.redirection.acceptance import check_filter, rejected
 from farplug.redirection.conversation import Conversation
 from farplug.redirection.current import Current
 from farplug.redirection.describe import connect
+from farplug.redirection.events import EndpointFigures, PortEvent
 from farplug.redirection.figures import Figures
 from farplug.redirection.ledger import MAX_TRANSFER, Ledger
 from farplug.redirection.operations import Operations
@@ -38,7 +38,7 @@ from farplug.redirection.receptions import Receptions
 from farplug.redirection.speed import SpeedChoice, SpeedWatch
 from farplug.redirection.transfers import Transfers
 from farplug.transport.port import Port
-from farplug.usb.device import Device
+from farplug.usb.device import Device, DeviceEvent
 from farplug.usb.transfer import Status
 from farplug.usb.types import Buffer, Endpoint, Speed, TransferType
 from farplug.usbredir import packets as p
@@ -354,7 +354,11 @@ class Redirection:
     def _gone(self) -> GuestGoneError:
         return GuestGoneError(f"the connection to the guest was closed ({self.port.name})")
 
-    # The device's voice (DeviceListener) --------------------------------------------------------------------------
+    # What the device reports (DeviceListener) ---------------------------------------------------------------------
+
+    def happened(self, event: DeviceEvent) -> None:
+        """Pass an event of the device on."""
+        self._emit(events.DeviceReport(self.port.name, event))
 
     def received(self, endpoint: int, status: Status, data: Buffer) -> None:
         """One packet of a running reception."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from farplug.events import EndpointFigures
+from farplug.redirection.events import EndpointFigures
 from farplug.usb.transfer import Status
 
 

@@ -12,8 +12,8 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 from farplug.errors import DeviceError, Reason
-from farplug.events import FellBack
 from farplug.redirection.acceptance import no_streams
+from farplug.redirection.events import FellBack
 from farplug.usb.device import Device
 from farplug.usb.types import DescriptorType, Request, RequestType, Setup, Speed
 

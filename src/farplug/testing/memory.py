@@ -19,8 +19,8 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from farplug.errors import FarplugError, GuestGoneError, RemoteProtocolError
-from farplug.events import PortEvent
 from farplug.redirection import Redirection
+from farplug.redirection.events import PortEvent
 from farplug.transport.memory import memory_ports
 from farplug.usb.device import Device
 from farplug.usb.transfer import Status

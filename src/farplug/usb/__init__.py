@@ -1,12 +1,13 @@
 """USB's vocabulary, and the waist of the program: :class:`Transfer` and :class:`Device`. No I/O."""
 
-from farplug.usb.device import Device, DeviceListener, Identity, Reception
+from farplug.usb.device import Device, DeviceEvent, DeviceListener, Identity, Reception
 from farplug.usb.transfer import Status, Transfer
 from farplug.usb.types import Buffer, Direction, Endpoint, Interface, Recipient, RequestType, Setup, Speed, TransferType
 
 __all__ = [
     "Buffer",
     "Device",
+    "DeviceEvent",
     "DeviceListener",
     "Direction",
     "Endpoint",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from farplug.usb.transfer import Status, Transfer
 from farplug.usb.types import Buffer, Interface, Speed, TransferType
@@ -59,8 +59,22 @@ class Reception:
     stream_id: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceEvent:
+    """Something that happens in a device and concerns people. ``str(event)`` is one line for them.
+
+    Attributes:
+        name: of this kind of event; stable, for programs.
+    """
+
+    name: ClassVar[str]
+
+
 class DeviceListener(Protocol):
-    """What a device tells by itself."""
+    """What a device reports by itself."""
+
+    def happened(self, event: DeviceEvent) -> None:
+        """Something happened in the device; the listener passes the event on."""
 
     def received(self, endpoint: int, status: Status, data: Buffer) -> None:
         """One packet (or one buffered bulk transfer) of a running reception. On an error ``data`` is what arrived."""

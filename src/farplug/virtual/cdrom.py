@@ -6,24 +6,19 @@ import asyncio
 import errno
 import os
 import secrets
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import TypeAlias
 
-from farplug import events
 from farplug.errors import DeviceError, Reason
-from farplug.events import PortEvent
 from farplug.scsi.cdrom import CdromUnit, check_blocks
 from farplug.scsi.inquiry import CDROM_PRODUCT
 from farplug.store import ReadDone, Store, WriteDone, open_iso
 from farplug.usb.device import Device
 from farplug.usb.types import Buffer, Speed
 from farplug.virtual.device import VirtualDevice
+from farplug.virtual.events import MediumEjected, MediumInserted, MediumLocked
 from farplug.virtual.storage import MassStorage, StorageTransport
 from farplug.virtual.unit import LogicalUnit
-
-MediumChange: TypeAlias = Callable[[str], PortEvent]
-"""Makes the event of the port where the drive is plugged."""
 
 Iso: TypeAlias = str | os.PathLike[str] | Store
 """The path of an ISO image; or a store of 2048-byte blocks."""
@@ -87,11 +82,10 @@ class CdromDrive(LogicalUnit):
             serial_number=self.serial_number,
             luns=luns,
             ejected=self._ejected_by_guest,
-            prevented=lambda locked: self._changed(partial(events.MediumLocked, locked=locked)),
+            prevented=lambda locked: self.report(MediumLocked(locked)),
         )
         super().__init__(self._scsi, disc)
         self._closing: set[asyncio.Task[None]] = set()
-        self._listeners: list[Callable[[MediumChange], None]] = []
 
     @property
     def _disc(self) -> _Disc | None:
@@ -107,11 +101,6 @@ class CdromDrive(LogicalUnit):
     def locked(self) -> bool:
         """The guest prevents that the medium is taken out."""
         return self._scsi.locked
-
-    def subscribe(self, listener: Callable[[MediumChange], None]) -> Callable[[], None]:
-        """Be called with what happens to the medium; returns how to end that. It must not raise."""
-        self._listeners.append(listener)
-        return lambda: self._listeners.remove(listener)
 
     async def insert(self, iso: Iso, *, force: bool = False) -> None:
         """Put a medium in, in place of the one that is there.
@@ -134,7 +123,7 @@ class CdromDrive(LogicalUnit):
                 await disc.close()
             raise
         self.store = disc
-        self._changed(partial(events.MediumInserted, medium=disc.name))
+        self.report(MediumInserted(disc.name))
 
     async def eject(self, *, force: bool = False) -> None:
         """Take the medium out, if there is one, and close it.
@@ -173,11 +162,7 @@ class CdromDrive(LogicalUnit):
     def _take_out(self, disc: _Disc, *, by_guest: bool) -> None:
         disc.remove()
         self.store = None
-        self._changed(partial(events.MediumEjected, medium=disc.name, by_guest=by_guest))
-
-    def _changed(self, change: MediumChange) -> None:
-        for listener in list(self._listeners):
-            listener(change)
+        self.report(MediumEjected(disc.name, by_guest))
 
 
 def _disc(iso: Iso) -> _Disc:

@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from farplug.errors import LocalProtocolError
-from farplug.usb.device import Device, DeviceListener, Identity
+from farplug.usb.device import Device, DeviceEvent, DeviceListener, Identity
 from farplug.usb.transfer import Status, Transfer
 from farplug.usb.types import Buffer, Feature, Interface, Recipient, Request, RequestType, Setup, Speed, TransferType
+from farplug.virtual.events import FunctionRaised
 from farplug.virtual.function import Function, FunctionHost
 from farplug.virtual.layout import CONFIGURATION, SPEEDS, Layout, Placement
 
@@ -24,8 +25,9 @@ log = logging.getLogger(__name__)
 class _Slot(FunctionHost):
     """A function's place in the device."""
 
-    def __init__(self, function: Function, halted: set[int]) -> None:
+    def __init__(self, function: Function, halted: set[int], report: Callable[[DeviceEvent], None]) -> None:
         self.function = function
+        self._report = report
         self.placement = Placement(0, 0, {}, {})
         self._halted = halted
 
@@ -34,6 +36,9 @@ class _Slot(FunctionHost):
 
     def is_halted(self, endpoint: int) -> bool:
         return self.placement.addresses[endpoint] in self._halted
+
+    def report(self, event: DeviceEvent) -> None:
+        self._report(event)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +58,8 @@ class VirtualDevice(Device):
     It is made once and can be plugged, unplugged and plugged again. What its functions took when they were made (a disk
     its image) they keep until :meth:`dispose`.
 
-    A function that raises has its transfer stalled and the traceback logged; the device goes on.
+    When a function raises, its transfer stalls, the log gets the traceback and the listener a
+    :class:`~farplug.virtual.events.FunctionRaised`; the device works on.
 
     Args:
         functions: one or more. Several make a composite device with an interface association for each.
@@ -99,7 +105,7 @@ class VirtualDevice(Device):
             serial_number=serial_number,
         )
         self._halted: set[int] = set()
-        self._slots = tuple(_Slot(function, self._halted) for function in functions)
+        self._slots = tuple(_Slot(function, self._halted, self._report) for function in functions)
         self._listener: DeviceListener | None = None
         self._moved: dict[Transfer, tuple[_Slot, Transfer]] = {}
         """Pending transfers that the function sees under other numbers: its slot, and what it sees."""
@@ -209,7 +215,7 @@ class VirtualDevice(Device):
 
     def _reset_functions(self, *, port_reset: bool) -> None:
         for slot in self._slots:
-            with _Guard(slot.function):
+            with _Guard(self._raised, slot.function):
                 slot.function.reset(port_reset=port_reset)
 
     def _unconfigure(self) -> None:
@@ -230,7 +236,7 @@ class VirtualDevice(Device):
             self._configuration = value
             self._find_routes()
             for slot in self._slots:
-                with _Guard(slot.function):
+                with _Guard(self._raised, slot.function):
                     slot.function.configured(self._speed)
         return Status.SUCCESS
 
@@ -241,13 +247,13 @@ class VirtualDevice(Device):
         settings = self._layout.configuration.settings(number)
         if alternate not in settings:
             return Status.STALL
-        with _Guard(slot.function):
+        with _Guard(self._raised, slot.function):
             slot.function.reset(port_reset=False)
         for setting in settings.values():
             self._halted.difference_update(endpoint.address for endpoint in setting.endpoints)
         self._alternates[number] = alternate
         self._find_routes()
-        with _Guard(slot.function):
+        with _Guard(self._raised, slot.function):
             slot.function.set_alternate(number - slot.placement.first_interface, alternate)
             slot.function.configured(self._speed)
         return Status.SUCCESS
@@ -271,6 +277,19 @@ class VirtualDevice(Device):
                     return slot
         return None
 
+    # What it reports
+
+    def _report(self, event: DeviceEvent) -> None:
+        if self._listener is not None:
+            self._listener.happened(event)
+
+    def _raised(self, function: Function, error: Exception, transfer: Transfer | None) -> None:
+        name = type(function).__name__
+        log.error("%s raised", name, exc_info=error)
+        if transfer is not None and transfer.status is None:
+            transfer.complete(Status.STALL)
+        self._report(FunctionRaised(name, error))
+
     # Transfers
 
     def submit(self, transfer: Transfer) -> None:
@@ -284,8 +303,10 @@ class VirtualDevice(Device):
             transfer.complete(Status.STALL)
         else:
             seen = self._move(transfer, route.slot, route.own, None) if route.moved else transfer
-            with _Guard(route.slot.function, seen):
+            try:
                 route.slot.function.submit(seen)
+            except Exception as error:
+                self._raised(route.slot.function, error, seen)
 
     def cancel(self, transfer: Transfer) -> None:
         if transfer.status is not None:
@@ -296,7 +317,7 @@ class VirtualDevice(Device):
             slot = self._routes[transfer.endpoint].slot
         else:
             return
-        with _Guard(slot.function):
+        with _Guard(self._raised, slot.function):
             slot.function.cancel(transfer)
 
     def _move(self, transfer: Transfer, slot: _Slot, endpoint: int, setup: Setup | None) -> Transfer:
@@ -336,7 +357,7 @@ class VirtualDevice(Device):
             return
         for slot, own in self._addressees(setup):
             seen = self._move(transfer, slot, transfer.endpoint, own)
-            with _Guard(slot.function, seen):
+            with _Guard(self._raised, slot.function, seen):
                 if slot.function.control(seen):
                     return
             if seen.status is not None:  # it raised
@@ -411,7 +432,7 @@ class VirtualDevice(Device):
             self._halted.add(setup.index)
         else:
             self._halted.discard(setup.index)
-            with _Guard(route.slot.function):
+            with _Guard(self._raised, route.slot.function):
                 route.slot.function.halt_cleared(route.own)
         return b""
 
@@ -468,11 +489,17 @@ _STANDARD_REQUESTS: dict[tuple[int, int], Callable[[VirtualDevice, Setup, Buffer
 
 
 class _Guard:
-    """Catches what a function raises: its transfer stalls, the traceback is logged, the device goes on."""
+    """Catches what a function raises, and calls ``raised`` with it."""
 
-    __slots__ = ("_function", "_transfer")
+    __slots__ = ("_function", "_raised", "_transfer")
 
-    def __init__(self, function: Function, transfer: Transfer | None = None) -> None:
+    def __init__(
+        self,
+        raised: Callable[[Function, Exception, Transfer | None], None],
+        function: Function,
+        transfer: Transfer | None = None,
+    ) -> None:
+        self._raised = raised
         self._function = function
         self._transfer = transfer
 
@@ -482,7 +509,5 @@ class _Guard:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> bool:
         if not isinstance(error, Exception):
             return False
-        log.error("%s raised", type(self._function).__name__, exc_info=error)
-        if self._transfer is not None and self._transfer.status is None:
-            self._transfer.complete(Status.STALL)
+        self._raised(self._function, error, self._transfer)
         return True

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from farplug.usb.device import DeviceEvent
 from farplug.usb.transfer import Transfer
 from farplug.usb.types import Speed
 
@@ -26,6 +27,10 @@ class FunctionHost(ABC):
     @abstractmethod
     def is_halted(self, endpoint: int) -> bool:
         """Whether an endpoint is halted."""
+
+    @abstractmethod
+    def report(self, event: DeviceEvent) -> None:
+        """Report an event to whoever has opened the device; dropped while it is closed."""
 
 
 class Function(ABC):

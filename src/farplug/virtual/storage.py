@@ -91,6 +91,8 @@ class MassStorage(Function):
 
     def bind(self, host: FunctionHost) -> None:
         self._bot.bind(host)
+        for unit in self.units:
+            unit.report = host.report
 
     def set_alternate(self, interface: int, alternate: int) -> None:
         self._alternate = alternate

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from farplug.scsi.unit import AbsentUnit, Unit
 from farplug.store.base import Store
+from farplug.usb.device import DeviceEvent
+
+
+def _unheard(event: DeviceEvent) -> None:
+    """A unit that is not part of a device reports to nobody."""
 
 
 @dataclass(slots=True, eq=False)
@@ -20,6 +26,7 @@ class LogicalUnit:
         bytes_written: to the store.
         lingering: jobs under way whose commands are gone.
         unreported: an error of work whose command was gone when it failed. The next flush fails with it.
+        report: reports an event of the unit; its device sets it.
     """
 
     scsi: Unit | AbsentUnit
@@ -29,6 +36,7 @@ class LogicalUnit:
     bytes_written: int = field(default=0, init=False)
     lingering: int = field(default=0, init=False)
     unreported: OSError | None = field(default=None, init=False)
+    report: Callable[[DeviceEvent], None] = field(default=_unheard, init=False)
 
     @property
     def name(self) -> str:

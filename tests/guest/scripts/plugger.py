@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from farplug.errors import FarplugError
-from farplug.events import PortEvent
 from farplug.guest import connect
 from farplug.hub import Attachment, Hub
 from farplug.keeper import Keeper, KeeperListener
@@ -26,6 +25,7 @@ from farplug.machine.choose import Choice
 from farplug.machine.found import Found
 from farplug.physical import find_device
 from farplug.policy import Follow, Policy, Wishes
+from farplug.redirection.events import PortEvent
 from farplug.target import parse_target
 from farplug.usb import Device
 

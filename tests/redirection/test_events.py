@@ -1,17 +1,17 @@
 from __future__ import annotations
 
 import json
-from typing import get_args
 
-from farplug import events
 from farplug.errors import DeviceError, Reason
+from farplug.redirection import events
 from farplug.usb.device import Identity
 from farplug.usb.types import Speed
+from farplug.virtual.events import FunctionRaised, MediumEjected, MediumInserted, MediumLocked
 
 IDENTITY = Identity(speed=Speed.SUPER, vendor_id=0x1D6B, product_id=0x0104, manufacturer="farplug", product="Disk")
 ERROR = DeviceError("it is gone", reason=Reason.DEVICE_LOST, remedy="wait")
 
-EVENTS = {
+EVENTS: dict[str, tuple[events.PortEvent, str]] = {
     "opened": (events.Opened("tcp"), "connected to the guest's port (tcp)"),
     "waiting-for-guest": (
         events.WaitingForGuest("tcp"),
@@ -31,17 +31,22 @@ EVENTS = {
     "peer-violation": (events.PeerViolation("tcp", ERROR), "the guest broke the protocol: it is gone"),
     "device-fault": (events.DeviceFault("tcp", ValueError("x")), "the device misbehaved: ValueError: x"),
     "refused": (events.Refused("tcp", ERROR), "it is gone"),
-    "medium-inserted": (events.MediumInserted("tcp", "a.iso"), "a.iso inserted"),
-    "medium-ejected": (events.MediumEjected("tcp", "a.iso", by_guest=True), "a.iso ejected by the guest"),
-    "medium-locked": (events.MediumLocked("tcp", locked=True), "locked by the guest"),
+    "medium-inserted": (events.DeviceReport("tcp", MediumInserted("a.iso")), "a.iso inserted"),
+    "medium-ejected": (events.DeviceReport("tcp", MediumEjected("a.iso", by_guest=True)), "a.iso ejected by the guest"),
+    "medium-locked": (events.DeviceReport("tcp", MediumLocked(locked=True)), "locked by the guest"),
+    "function-raised": (
+        events.DeviceReport("tcp", FunctionRaised("Keyboard", ValueError("x"))),
+        "Keyboard raised ValueError: x",
+    ),
     "detached": (events.Detached("tcp", ERROR, (events.EndpointFigures(0x81, 2, 512),)), "detached: it is gone"),
 }
 
 
 def test_every_event_has_a_stable_name_a_line_and_a_json_form() -> None:
-    assert {type(event) for event, _ in EVENTS.values()} == set(get_args(events.PortEvent))
+    kinds = {kind.__name__ for kind in events.PortEvent.__subclasses__()}
+    assert {type(event).__name__ for event, _ in EVENTS.values()} == kinds
     for name, (event, line) in EVENTS.items():
-        assert events.event_name(event) == name
+        assert event.name == name
         assert str(event) == line
         values = json.loads(json.dumps(events.as_dict(event)))
         assert (values["event"], values["port"], values["message"]) == (name, "tcp", line)
@@ -55,6 +60,8 @@ def test_values() -> None:
     attached = events.as_dict(EVENTS["attached"][0])
     assert (attached["speed"], attached["identity"]["product_id"]) == ("super", 0x0104)
     assert events.as_dict(events.Detached("tcp", None))["error"] is None
+    ejected = events.as_dict(EVENTS["medium-ejected"][0])
+    assert (ejected["port"], ejected["medium"], ejected["by_guest"]) == ("tcp", "a.iso", True)
 
 
 def test_fell_back_for_want_of_streams() -> None:
@@ -66,8 +73,8 @@ def test_configured() -> None:
     assert str(events.Configured("tcp", 1)) == "configured by the guest (configuration 1)"
     assert str(events.GuestReady("tcp", "qemu 9", ("filter",))) == "the guest is ready (qemu 9)"
     assert str(events.Detached("tcp", None)) == "detached"
-    assert str(events.MediumEjected("tcp", "a.iso", by_guest=False)) == "a.iso ejected"
-    assert str(events.MediumLocked("tcp", locked=False)) == "unlocked by the guest"
+    assert str(MediumEjected("a.iso", by_guest=False)) == "a.iso ejected"
+    assert str(MediumLocked(locked=False)) == "unlocked by the guest"
 
 
 def test_every_speed_has_a_name() -> None:

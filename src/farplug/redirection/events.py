@@ -5,14 +5,16 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from farplug.errors import FarplugError
-from farplug.usb.device import Identity
+from farplug.usb.device import DeviceEvent, Identity
 from farplug.usb.types import Speed
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 _SPEED_NAMES = {
     Speed.LOW: "Low Speed (1.5 Mb/s)",
@@ -52,30 +54,43 @@ class EndpointFigures:
 
 
 @dataclass(frozen=True, slots=True)
-class _PortEvent:
+class PortEvent:
+    """Something that happens to a device in a port. ``str(event)`` is one line for people.
+
+    Attributes:
+        name: of this kind of event; stable, for programs.
+        port: the name of the port.
+    """
+
+    name: ClassVar[str]
     port: str
 
 
 @dataclass(frozen=True, slots=True)
-class Opened(_PortEvent):
+class Opened(PortEvent):
     """The port is open: its connection stands."""
+
+    name: ClassVar[str] = "opened"
 
     def __str__(self) -> str:
         return f"connected to the guest's port ({self.port})"
 
 
 @dataclass(frozen=True, slots=True)
-class WaitingForGuest(_PortEvent):
+class WaitingForGuest(PortEvent):
     """The port is open, but the guest has not said hello: its VM is paused, or still starting."""
+
+    name: ClassVar[str] = "waiting-for-guest"
 
     def __str__(self) -> str:
         return "the guest has not answered yet: its VM may be paused; waiting for it to run"
 
 
 @dataclass(frozen=True, slots=True)
-class GuestReady(_PortEvent):
+class GuestReady(PortEvent):
     """The guest's side of the port said hello."""
 
+    name: ClassVar[str] = "guest-ready"
     version: str
     capabilities: tuple[str, ...]
 
@@ -84,9 +99,10 @@ class GuestReady(_PortEvent):
 
 
 @dataclass(frozen=True, slots=True)
-class Attached(_PortEvent):
+class Attached(PortEvent):
     """The device was offered to the guest."""
 
+    name: ClassVar[str] = "attached"
     identity: Identity
     speed: Speed
 
@@ -95,9 +111,10 @@ class Attached(_PortEvent):
 
 
 @dataclass(frozen=True, slots=True)
-class Configured(_PortEvent):
+class Configured(PortEvent):
     """The guest chose a configuration: its driver is about to work with the device (0: it gave it up)."""
 
+    name: ClassVar[str] = "configured"
     configuration: int
 
     def __str__(self) -> str:
@@ -107,15 +124,17 @@ class Configured(_PortEvent):
 
 
 @dataclass(frozen=True, slots=True)
-class WasReset(_PortEvent):
+class WasReset(PortEvent):
     """The guest reset the port."""
+
+    name: ClassVar[str] = "was-reset"
 
     def __str__(self) -> str:
         return "reset by the guest"
 
 
 @dataclass(frozen=True, slots=True)
-class FellBack(_PortEvent):
+class FellBack(PortEvent):
     """The guest cannot take the device at one speed: it is offered at a lower one.
 
     Attributes:
@@ -125,6 +144,7 @@ class FellBack(_PortEvent):
             port is too slow.
     """
 
+    name: ClassVar[str] = "fell-back"
     before: Speed
     speed: Speed
     needs_streams: bool = False
@@ -135,9 +155,10 @@ class FellBack(_PortEvent):
 
 
 @dataclass(frozen=True, slots=True)
-class PeerViolation(_PortEvent):
+class PeerViolation(PortEvent):
     """The guest's side broke the protocol; what it said was dropped."""
 
+    name: ClassVar[str] = "peer-violation"
     error: FarplugError
 
     def __str__(self) -> str:
@@ -145,9 +166,10 @@ class PeerViolation(_PortEvent):
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceFault(_PortEvent):
+class DeviceFault(PortEvent):
     """The device broke its contract; the guest got an error for this transfer."""
 
+    name: ClassVar[str] = "device-fault"
     error: Exception
 
     def __str__(self) -> str:
@@ -155,9 +177,10 @@ class DeviceFault(_PortEvent):
 
 
 @dataclass(frozen=True, slots=True)
-class Refused(_PortEvent):
+class Refused(PortEvent):
     """The guest refused the device."""
 
+    name: ClassVar[str] = "refused"
     error: FarplugError
 
     def __str__(self) -> str:
@@ -165,40 +188,25 @@ class Refused(_PortEvent):
 
 
 @dataclass(frozen=True, slots=True)
-class MediumInserted(_PortEvent):
-    """A medium was put into the device's drive."""
+class DeviceReport(PortEvent):
+    """The device reports something of its own, such as a medium that was ejected."""
 
-    medium: str
+    event: DeviceEvent
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """The name of the device's event."""
+        return self.event.name
 
     def __str__(self) -> str:
-        return f"{self.medium} inserted"
+        return str(self.event)
 
 
 @dataclass(frozen=True, slots=True)
-class MediumEjected(_PortEvent):
-    """The medium was taken out of the device's drive, by the guest or from here."""
-
-    medium: str
-    by_guest: bool
-
-    def __str__(self) -> str:
-        return f"{self.medium} ejected{' by the guest' if self.by_guest else ''}"
-
-
-@dataclass(frozen=True, slots=True)
-class MediumLocked(_PortEvent):
-    """The guest prevents, or allows again, that the medium is taken out of the device's drive: it is mounted there."""
-
-    locked: bool
-
-    def __str__(self) -> str:
-        return "locked by the guest" if self.locked else "unlocked by the guest"
-
-
-@dataclass(frozen=True, slots=True)
-class Detached(_PortEvent):
+class Detached(PortEvent):
     """The device left the port. ``error`` is None if we or the device's owner wanted it."""
 
+    name: ClassVar[str] = "detached"
     error: FarplugError | None
     figures: tuple[EndpointFigures, ...] = ()
 
@@ -206,34 +214,14 @@ class Detached(_PortEvent):
         return "detached" if self.error is None else f"detached: {self.error}"
 
 
-PortEvent: TypeAlias = (
-    Opened
-    | WaitingForGuest
-    | GuestReady
-    | Attached
-    | Configured
-    | WasReset
-    | FellBack
-    | PeerViolation
-    | DeviceFault
-    | Refused
-    | MediumInserted
-    | MediumEjected
-    | MediumLocked
-    | Detached
-)
+def as_dict(event: PortEvent) -> dict[str, Any]:
+    """Return an event as JSON's types: its name under ``event``, its fields, and the line for people as ``message``."""
+    inner = event.event if isinstance(event, DeviceReport) else event
+    return {"event": event.name, "port": event.port, **_fields(inner), "message": str(event)}
 
 
-def event_name(event: object) -> str:
-    """The stable name of an event type in ``--json`` output: ``waiting-for-guest``."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", type(event).__name__).lower()
-
-
-def as_dict(event: object) -> dict[str, Any]:
-    """An event as JSON's types: its name under ``event``, its fields, and the line for people under ``message``."""
-    assert hasattr(event, "__dataclass_fields__")
-    values = {field.name: _plain(getattr(event, field.name)) for field in fields(event)}  # type: ignore[arg-type]
-    return {"event": event_name(event), **values, "message": str(event)}
+def _fields(value: DataclassInstance) -> dict[str, Any]:
+    return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
 
 
 def _plain(value: object) -> Any:
@@ -246,6 +234,6 @@ def _plain(value: object) -> Any:
             return str(value)
         case tuple():
             return [_plain(item) for item in value]
-        case _ if hasattr(value, "__dataclass_fields__"):
-            return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}  # type: ignore[arg-type]
+        case _ if is_dataclass(value) and not isinstance(value, type):
+            return _fields(value)
     return value
