@@ -1,8 +1,26 @@
 """Disk images made of folders, with the tools that others keep well: fdisk, mkfs, mtools, mke2fs, xorriso."""
 
-from farplug.image.build import create_image, create_iso
-from farplug.image.folder import folder_store
-from farplug.image.tools import Progress
-from farplug.image.volume import Format, Partition, Volume
+from typing import TYPE_CHECKING
+
+from farplug.lazy import lazy_import
+
+if TYPE_CHECKING:
+    from farplug.image.build import create_image, create_iso
+    from farplug.image.folder import folder_store
+    from farplug.image.tools import Progress
+    from farplug.image.volume import Format, Partition, Volume
 
 __all__ = ["Format", "Partition", "Progress", "Volume", "create_image", "create_iso", "folder_store"]
+
+lazy_import(
+    globals(),
+    {
+        "Format": ".volume",
+        "Partition": ".volume",
+        "Progress": ".tools",
+        "Volume": ".volume",
+        "create_image": ".build",
+        "create_iso": ".build",
+        "folder_store": ".folder",
+    },
+)

@@ -1,10 +1,15 @@
 """Devices made of software: the kit, and the functions that a person wants to plug."""
 
-from farplug.virtual.cdrom import CdromDrive, cdrom_device, drives_of
-from farplug.virtual.device import VirtualDevice
-from farplug.virtual.disk import Disk, disk_device
-from farplug.virtual.function import Function, FunctionHost
-from farplug.virtual.storage import MassStorage, StorageTransport
+from typing import TYPE_CHECKING
+
+from farplug.lazy import lazy_import
+
+if TYPE_CHECKING:
+    from farplug.virtual.cdrom import CdromDrive, cdrom_device, drives_of
+    from farplug.virtual.device import VirtualDevice
+    from farplug.virtual.disk import Disk, disk_device
+    from farplug.virtual.function import Function, FunctionHost
+    from farplug.virtual.storage import MassStorage, StorageTransport
 
 __all__ = [
     "CdromDrive",
@@ -18,3 +23,19 @@ __all__ = [
     "disk_device",
     "drives_of",
 ]
+
+lazy_import(
+    globals(),
+    {
+        "CdromDrive": ".cdrom",
+        "Disk": ".disk",
+        "Function": ".function",
+        "FunctionHost": ".function",
+        "MassStorage": ".storage",
+        "StorageTransport": ".storage",
+        "VirtualDevice": ".device",
+        "cdrom_device": ".cdrom",
+        "disk_device": ".disk",
+        "drives_of": ".cdrom",
+    },
+)
