@@ -11,6 +11,9 @@
 ``unix:/path``                          a usbredir chardev on a UNIX socket
 ======================================  =============================================================================
 
+An IPv6 address stands in brackets: ``tcp://[::1]:4000``, with a zone ``tcp://[fe80::1%eth0]:4000``. Without brackets it
+is taken where only one reading is possible.
+
 A password before the ``@`` may hold anything but a ``?``, which begins the query; there it may hold anything but a
 ``&``. ``%3F`` and ``%26`` stand for them; a plus sign is a plus sign.
 """
@@ -22,9 +25,10 @@ import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from farplug.errors import Reason, UsageError
+from farplug.spice.host import split_host_and_port
 from farplug.transport.connection import TcpAddress, Timeouts, UnixAddress
 from farplug.transport.dialer import ChannelDialer, SpiceTarget
 from farplug.transport.vv_file import delete_vv_file, read_vv_file
@@ -53,7 +57,7 @@ class ListenTarget:
     address: TcpAddress
 
     def __str__(self) -> str:
-        return f"tcp-listen://{str(self.address).removeprefix('tcp://')}"
+        return f"tcp-listen://{self.address}"
 
 
 Target: TypeAlias = SpiceTarget | StreamTarget | ListenTarget
@@ -82,7 +86,7 @@ def parse_target(text: str, options: TargetOptions = TargetOptions()) -> Target:
     """Read a target; a ``.vv`` file is read, and deleted if it asks for that and all of it and the options is usable.
 
     Raises:
-        UsageError: it is written wrong, or the file or an option is (``BAD_TARGET``, ``BAD_VV_FILE``, ``BAD_OPTION``).
+        UsageError: the target, the file or an option is not valid (``BAD_TARGET``, ``BAD_VV_FILE``, ``BAD_OPTION``).
     """
     scheme, separator, rest = text.partition(":")
     if not separator or scheme not in _STREAMS:
@@ -121,7 +125,7 @@ def _spice_target(text: str, scheme: str, rest: str, options: TargetOptions) -> 
 
 
 def _bad(text: str, what: str) -> UsageError:
-    return UsageError(f"{_shown(text)!r} is no target: {what}", reason=Reason.BAD_TARGET)
+    return UsageError(f"{_shown(text)!r} is not a valid target: {what}", reason=Reason.BAD_TARGET)
 
 
 def _shown(text: str) -> str:
@@ -139,7 +143,11 @@ def _spice(text: str, *, tls: bool) -> SpiceTarget:
     name, colon, secret = user.partition(":")
     if at and (name or not colon):
         raise _bad(text, "write a password as spice://:password@host:port")
-    host, port = _host_and_port(text, f"spice://{address}")
+    host, port = _host_and_port(text, address, port_required=not re.search("(?:^|&)(?:tls-)?port=", query))
+    if not host:
+        raise _bad(text, "it has no host")
+    if port == 0:
+        raise _bad(text, "a port is a number from 1 to 65535")
     plain, tls_port = (None, port) if tls else (port, None)
     password = _unquote(secret)
     for item in filter(None, query.split("&")):
@@ -173,34 +181,33 @@ def _port_number(text: str, key: str, value: str) -> int:
     return int(value)
 
 
-def _host_and_port(text: str, url: str, *, listen: bool = False) -> tuple[str, int | None]:
-    """Host and port of a URL that has nothing else."""
-    if re.search(r"[\x00-\x20\x7f]", url):  # urlsplit would drop some of them
+def _host_and_port(text: str, address: str, *, port_required: bool) -> tuple[str, int | None]:
+    """Return host and port of what stands behind ``//``; the host may be missing."""
+    if re.search(r"[\x00-\x20\x7f]", address):
         raise _bad(text, "it holds a space or a control character")
-    try:
-        parts = urlsplit(url)
-    except ValueError:  # its words would quote what may be a password
-        raise _bad(text, "its host is malformed") from None
-    try:
-        port = parts.port
-    except ValueError:
-        raise _bad(text, "a port is a number from 1 to 65535") from None
-    if parts.username is not None or parts.path not in ("", "/") or parts.query or parts.fragment:
+    authority, _, path = address.partition("/")
+    if path or re.search(r"[?#]", authority):
         raise _bad(text, "nothing may follow the port")
-    if not parts.hostname and not listen:
-        raise _bad(text, "it has no host")
-    if port == 0 and not listen:
-        raise _bad(text, "a port is a number from 1 to 65535")
-    return parts.hostname or LOOPBACK, port
+    try:
+        return split_host_and_port(authority, port_required=port_required)
+    except ValueError as error:
+        raise _bad(text, str(error)) from None
 
 
 def _tcp(text: str, *, listen: bool = False) -> TcpAddress:
     if "@" in text:
         raise _bad(text, "a plain socket takes no password: write it as tcp://host:port")
-    host, port = _host_and_port(text, text, listen=listen)
+    scheme, slashes, address = text.partition("://")
+    if not slashes:
+        raise _bad(text, f"write it as {scheme.partition(':')[0]}://host:port")
+    host, port = _host_and_port(text, address, port_required=True)
+    if not host and not listen:
+        raise _bad(text, "it has no host")
     if port is None:
         raise _bad(text, "it has no port")
-    return TcpAddress(host, port)
+    if port == 0 and not listen:
+        raise _bad(text, "a port is a number from 1 to 65535")
+    return TcpAddress(host or LOOPBACK, port)
 
 
 def _path(text: str, rest: str) -> str:

@@ -73,9 +73,9 @@ def test_an_image_that_is_unusable_costs_no_ticket(cli: Cli, tmp_path: Path) -> 
         ("spice://no-such-host.invalid:5900", 4, "the name cannot be resolved"),
         ("unix:/no/such/socket", 4, "there is no such socket"),
         ("tcp-listen://203.0.113.1:4000", 4, "cannot listen on 203.0.113.1:4000"),
-        ("vmhost:5900", 2, "'vmhost:5900' is no target: write it as spice://host:port"),
-        ("", 2, "is no target"),
-        ("x" * 5000, 2, "is no target"),
+        ("vmhost:5900", 2, "'vmhost:5900' is not a valid target: write it as spice://host:port"),
+        ("", 2, "is not a valid target"),
+        ("x" * 5000, 2, "is not a valid target"),
         ("x" * 5000 + ".vv", 2, "File name too long"),
         ("missing.vv", 2, "missing.vv does not exist"),
         ("spice://:se#cret@host:port", 2, "host:port"),
@@ -95,7 +95,7 @@ def test_targets(cli: Cli, image: Path, target: str, code: int, said: str) -> No
         ("type=spice\nport=1", "it has no host"),
         ("type=spice\nhost=h", "neither port nor tls-port"),
         ("type=vnc\nhost=h\nport=1", "type=vnc is not supported"),
-        ("type=spice\nhost=h\nport=70000", "line 4: port=70000 is no port"),
+        ("type=spice\nhost=h\nport=70000", "line 4: port=70000 is not a port number"),
         ("#" * (1 << 20), "it is larger than 1048576 bytes"),
     ],
 )
@@ -106,6 +106,17 @@ def test_vv_files(cli: Cli, image: Path, tmp_path: Path, text: str, said: str) -
     assert result.code == 2
     assert said in result.err
     assert vv.exists()
+
+
+def test_what_is_ignored_in_a_vv_file_is_reported(cli: Cli, image: Path, tmp_path: Path) -> None:
+    vv = tmp_path / "vm.vv"
+    vv.write_text("[virt-viewer]\ntype=spice\nhost=127.0.0.1\nport=None\ntls-port=1\nsecure-channels=main;smardcard\n")
+    result = cli("connect", vv, "--usb-disk", image)
+    assert result.code == 4
+    assert result.err.splitlines()[:2] == [
+        f"farplug: warning: {vv}, line 4: port=None is not a port number from 1 to 65535: ignored",
+        f"farplug: warning: {vv}, line 6: secure-channels names unknown channels ('smardcard'): all channels use TLS",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from farplug.errors import Reason, UsageError
@@ -53,6 +55,26 @@ BASE = VvFile(host="vmhost", port=5900)
         ("# comment\n\n" + MINIMAL.replace("=", " = "), BASE),
         (MINIMAL + "versions=fedora:2.0\nunknown key=%s %(x)s\n", BASE),
         (MINIMAL + "port=5900\n", BASE),
+        (MINIMAL + "port=1\nhost=other\n", VvFile("other", 1)),
+        (MINIMAL + "password=a\npassword=b\npassword=\n", BASE),
+        (MINIMAL + "[other]\nhost=x\n[virt-viewer] \nport=1\n", VvFile("vmhost", 1)),
+        (MINIMAL.replace("spice", "SPICE"), BASE),
+        (MINIMAL.replace("\n", " \t\n"), BASE),
+        (MINIMAL.replace("5900", "+05900 # plain"), BASE),
+        (MINIMAL + "tls-port=-5\n", BASE),
+        (MINIMAL + "password=a b \n", VvFile("vmhost", 5900, password="a b ")),
+        (
+            MINIMAL + "proxy=http://p \nhost-subject=CN=x \n",
+            VvFile("vmhost", 5900, proxy="http://p", host_subject="CN=x"),
+        ),
+        (MINIMAL + "delete-this-file=2\n", VvFile("vmhost", 5900, delete_this_file=True)),
+        *(
+            (MINIMAL.replace("vmhost", host), VvFile("fe80::1%eth0", 5900))
+            for host in ("fe80::1%eth0", "[fe80::1%eth0]", "fe80::1%25eth0", "[fe80::1%25eth0]")
+        ),
+        (MINIMAL.replace("vmhost", "[2001:db8::10]"), VvFile("2001:db8::10", 5900)),
+        (MINIMAL.replace("vmhost", "2001:db8::10"), VvFile("2001:db8::10", 5900)),
+        (MINIMAL.replace("vmhost", "[vmhost]"), VvFile("[vmhost]", 5900)),
         (MINIMAL + "[ovirt]\nhost=other\nadmin=1\ngarbage\n", BASE),
         ("[other]\na=b\n" + MINIMAL, BASE),
         (MINIMAL + "tls-port=5901\n", VvFile("vmhost", 5900, 5901)),
@@ -60,7 +82,7 @@ BASE = VvFile(host="vmhost", port=5900)
         (MINIMAL.replace("port=5900", "port=-1\ntls-port=5901"), VvFile("vmhost", None, 5901)),
         (MINIMAL + "tls-port=0\n", BASE),
         (MINIMAL + "tls-port=\n", BASE),
-        (MINIMAL + "password=100%\\\\a=b;\\s# \n", VvFile("vmhost", 5900, password="100%\\a=b; #")),
+        (MINIMAL + "password=100%\\\\a=b;\\s# \n", VvFile("vmhost", 5900, password="100%\\a=b; # ")),
         (MINIMAL + "host-subject=O=A\\, Inc,CN=x\n", VvFile("vmhost", 5900, host_subject="O=A\\, Inc,CN=x")),
         (MINIMAL + "title=Fenêtre\n", VvFile("vmhost", 5900, title="Fenêtre")),
         (
@@ -79,28 +101,72 @@ def test_parse(text: str, expected: VvFile) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "expected", "said"),
+    [
+        (
+            MINIMAL + "tls-port=1\nsecure-channels=main;usbredir;smardcard\n",
+            VvFile("vmhost", 5900, 1, secure_channels=frozenset({"main", "usbredir", "all"})),
+            "x.vv, line 6: secure-channels names unknown channels ('smardcard'): all channels use TLS",
+        ),
+        (
+            MINIMAL + "secure-channels=smain,Inputs\n",
+            VvFile("vmhost", 5900, secure_channels=frozenset({"inputs"})),
+            "x.vv, line 5: secure-channels names unknown channels ('smain'): ignored",
+        ),
+        (
+            MINIMAL.replace("port=5900", "port=None\ntls-port=1"),
+            VvFile("vmhost", None, 1),
+            "x.vv, line 4: port=None is not a port number from 1 to 65535: ignored",
+        ),
+        (
+            MINIMAL + "tls-port=n/a\n",
+            BASE,
+            "x.vv, line 5: tls-port=n/a is not a port number from 1 to 65535: ignored",
+        ),
+        (
+            MINIMAL + "tls-port=65536\n",
+            BASE,
+            "x.vv, line 5: tls-port=65536 is not a port number from 1 to 65535: ignored",
+        ),
+        (
+            MINIMAL + "delete-this-file=yes\n",
+            BASE,
+            "x.vv, line 5: delete-this-file=yes is neither 0 nor 1: ignored",
+        ),
+    ],
+)
+def test_warnings(text: str, expected: VvFile, said: str) -> None:
+    assert VvFile.parse(text.encode(), path="x.vv") == replace(expected, warnings=(said,))
+
+
+def test_a_title_is_shown_as_far_as_it_is_text() -> None:
+    vv = VvFile.parse(MINIMAL.encode() + b"title=Fen\xeatre\n# \xff\n[\xff]\n", path="x.vv")
+    assert vv == replace(BASE, title="Fen\N{REPLACEMENT CHARACTER}tre")
+
+
+@pytest.mark.parametrize(
     ("data", "said"),
     [
         (b"", r"x.vv: it has no group \[virt-viewer\]"),
         (b"[other]\nhost=x\n", "no group"),
-        (b"hello\n", "line 1: a line before the first group"),
-        (b"[virt-viewer\n", "line 1: a group without"),
-        (MINIMAL.encode() + b"oops\n", "line 5: a line without '='"),
+        (b"hello\n", "line 1: text before the first group"),
+        (b"[virt-viewer\n", "line 1: the group's name has no closing bracket"),
+        (MINIMAL.encode() + b"oops\n", "line 5: the line has no '='"),
         (b"[virt-viewer]\nhost=x\nport=1\n", "it has no type=spice"),
-        (b"[virt-viewer]\ntype=vnc\nhost=x\nport=1\n", "type=vnc is not supported"),
+        (b"[virt-viewer]\ntype=vnc\nhost=x\nport=1\n", "line 2: type=vnc is not supported"),
         (b"[virt-viewer]\ntype=spice\nport=1\n", "it has no host"),
         (b"[virt-viewer]\ntype=spice\nhost=x\n", "neither port nor tls-port"),
         (b"[virt-viewer]\ntype=spice\nhost=x\nport=0\n", "neither port nor tls-port"),
-        (b"[virt-viewer]\ntype=spice\nhost=x\nport=65536\n", "line 4: port=65536 is no port"),
+        (b"[virt-viewer]\ntype=spice\nhost=x\nport=65536\n", "line 4: port=65536 is not a port number from 1 to 65535"),
         (b"[virt-viewer]\ntype=spice\nhost=x\nport=99999999999999999999\n", "line 4: port="),
-        (b"[virt-viewer]\ntype=spice\nhost=x\ntls-port=+1\n", "line 4: tls-port=.1 is no port"),
-        ("[virt-viewer]\ntype=spice\nhost=x\nport=\u0665\n".encode(), "line 4: port=\u0665 is no port"),
-        (MINIMAL.encode() + b"delete-this-file=yes\n", "line 5: delete-this-file=yes is neither 0 nor 1"),
-        (MINIMAL.encode() + b"secure-channels=main;usb-redir\n", "line 5: secure-channels has a channel 'usb-redir'"),
+        (b"[virt-viewer]\ntype=spice\nhost=x\ntls-port=5901x\n", "line 4: tls-port=5901x is not a port number"),
+        ("[virt-viewer]\ntype=spice\nhost=x\nport=\u0665\n".encode(), "line 4: port=\u0665 is not a port number"),
+        (b"[virt-viewer]\ntype=spice\nhost=x\nport=None\ntls-port=-1\n", "line 4: port=None is not a port number"),
         (MINIMAL.replace("vmhost", "vm\\n\x1b[31m").encode(), "line 3: host holds control characters"),
         (MINIMAL.replace("=spice", "=\x1b]0;x\x07").encode(), "line 2: type holds control characters"),
-        (MINIMAL.encode() + b"host=other\n", "line 5: host again, with another value than in line 3"),
-        (MINIMAL.encode() + b"\xff", "byte 47 is not UTF-8"),
+        (MINIMAL.encode() + b"\xff", "line 5: the line has no"),
+        (MINIMAL.encode() + b"password=\xff\n", "line 5: password is not text in UTF-8"),
+        (MINIMAL.encode("utf-16"), "it is not text in UTF-8"),
         (MINIMAL.encode() + b"a=\0", "NUL"),
         (MINIMAL.encode() + b"#" * MAX_VV_FILE, f"larger than {MAX_VV_FILE} bytes"),
     ],
@@ -110,10 +176,10 @@ def test_refused(data: bytes, said: str) -> None:
         VvFile.parse(data, path="x.vv")
     assert caught.value.reason is Reason.BAD_VV_FILE
     assert str(caught.value).startswith("x.vv")
+    assert caught.value.remedy
 
 
 def test_errors_do_not_name_the_password() -> None:
     with pytest.raises(UsageError) as caught:
-        VvFile.parse((MINIMAL + "password=hush\npassword=other\n").encode(), path="x.vv")
-    assert "hush" not in str(caught.value)
-    assert "other" not in str(caught.value).replace("another", "")
+        VvFile.parse(MINIMAL.encode() + b"password=hush\xff\n", path="x.vv")
+    assert "hush" not in str(caught.value) + caught.value.remedy

@@ -172,9 +172,9 @@ class FakeSpice:
 
 @contextlib.asynccontextmanager
 async def running(
-    fake: FakeSpice, *, tls: ssl.SSLContext | None = None, path: Path | None = None
+    fake: FakeSpice, *, tls: ssl.SSLContext | None = None, path: Path | None = None, host: str = "127.0.0.1"
 ) -> AsyncIterator[int]:
-    """Serve on 127.0.0.1 (or on a UNIX socket); the port."""
+    """Serve on an address (or on a UNIX socket); the port."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await fake.serve(reader, writer, tls is not None)
@@ -182,7 +182,7 @@ async def running(
     if path is not None:
         server = await asyncio.start_unix_server(serve, path)
     else:
-        server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=tls)
+        server = await asyncio.start_server(serve, host, 0, ssl=tls)
     port = 0 if path is not None else server.sockets[0].getsockname()[1]
     try:
         yield port

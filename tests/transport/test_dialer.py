@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import ssl
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from farplug.errors import ExitCode, Reason, TargetError, UsageError
 from farplug.spice.link import LinkFailure, LinkReply
 from farplug.spice.types import ChannelType, LinkError
 from farplug.spice.vv import VvFile
+from farplug.target import parse_target
 from farplug.transport.connection import Timeouts
 from farplug.transport.dialer import ChannelDialer, LinkedChannel, SpiceTarget, Stage
 
@@ -176,6 +179,20 @@ async def test_wrong_host_name(certificates: Certificates) -> None:
             with pytest.raises(TargetError, match=rf"not for {host}: .*, for other\.example, 192\.0\.2\.1, ") as caught:
                 await link(SpiceTarget(host=host, tls_port=port, ca=certificates.ca))
             assert caught.value.reason is Reason.TLS_WRONG_HOST
+
+
+async def test_an_address_with_a_zone(certificates: Certificates) -> None:
+    """The kernel needs the zone; no certificate names it."""
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    context = certificates.server_context([], ["::1"])
+    async with running(FakeSpice(), tls=context, host="::1") as port:
+        target = parse_target(f"spice+tls://[::1%251]:{port}")
+        assert isinstance(target, SpiceTarget)
+        linked = await link(replace(target, ca=certificates.ca))
+    assert linked.connection.tls is not None
 
 
 async def test_expired_certificate(certificates: Certificates) -> None:

@@ -19,6 +19,11 @@ from farplug.transport.proxy import MAX_REPLY, HttpProxy, open_tunnel
         ("http://pve", HttpProxy(TcpAddress("pve", 3128))),
         ("pve:81", HttpProxy(TcpAddress("pve", 81))),
         ("http://[::1]:81", HttpProxy(TcpAddress("::1", 81))),
+        ("http://[::1]/", HttpProxy(TcpAddress("::1", 3128))),
+        ("HTTP://[fe80::1%25eth0]:81", HttpProxy(TcpAddress("fe80::1%eth0", 81))),
+        ("http://fe80::1%eth0:81", HttpProxy(TcpAddress("fe80::1%eth0", 81))),
+        ("2001:db8::beef", HttpProxy(TcpAddress("2001:db8::beef", 3128))),
+        ("me:p@1:2:3:4:5:6:7:8:81", HttpProxy(TcpAddress("1:2:3:4:5:6:7:8", 81), "me:p")),
         ("http://me:p%40ss@pve", HttpProxy(TcpAddress("pve", 3128), "me:p@ss")),
         ("http://me@pve", HttpProxy(TcpAddress("pve", 3128), "me:")),
         ("http://me:%ff\udcfe@pve", HttpProxy(TcpAddress("pve", 3128), "me:\udcff\udcfe")),
@@ -29,22 +34,34 @@ def test_parse(url: str, expected: HttpProxy) -> None:
 
 
 @pytest.mark.parametrize(
-    "url",
+    ("url", "said"),
     [
-        "",
-        "http://",
-        "https://pve:3128",
-        "socks5://pve",
-        "http://pve:x",
-        "http://pve:70000",
-        "http://[::1",
-        "http://a/b",
+        ("", "it has no host"),
+        ("http://", "it has no host"),
+        ("http://:3128", "it has no host"),
+        ("://pve", "it has no scheme"),
+        ("me:hush@pve://x", "it has no scheme"),
+        ("https://pve:3128", "a proxy by https is not supported, only by http"),
+        ("socks5://pve", "a proxy by socks5 is not supported"),
+        ("http://pve:x", "a port is a number from 1 to 65535"),
+        ("http://pve:70000", "a port is a number from 1 to 65535"),
+        ("http://pve:0", "a port is a number from 1 to 65535"),
+        ("http://[::1", "the brackets around its host are malformed"),
+        ("http://[pve]:3128", "what stands in brackets is not an IPv6 address"),
+        ("http://2001:db8::5:3128", "its IPv6 address needs brackets"),
+        ("http://a b", "a space or a control character"),
+        ("http://a/b", "nothing may follow the port"),
+        ("http://a/b@c", "nothing may follow the port"),
+        ("http://pve:3128?token=hush", "nothing may follow the port"),
     ],
 )
-def test_malformed(url: str) -> None:
+def test_malformed(url: str, said: str) -> None:
     with pytest.raises(UsageError) as caught:
         HttpProxy.parse(url)
+    assert said in caught.value.message
+    assert "hush" not in caught.value.message
     assert caught.value.reason is Reason.BAD_TARGET
+    assert caught.value.remedy
 
 
 def test_no_credentials_in_messages() -> None:
@@ -70,7 +87,7 @@ def test_connect_request() -> None:
 
 @pytest.mark.parametrize("host", ["a\r\nX: y", "a b", "a\tb", "ü", "a\0"])
 def test_hosts_that_no_request_can_hold(host: str) -> None:
-    with pytest.raises(UsageError, match="no proxy takes"):
+    with pytest.raises(UsageError, match="cannot stand in a request"):
         HttpProxy(TcpAddress("pve", 3128)).connect_request(TcpAddress(host, 1))
 
 

@@ -39,6 +39,15 @@ def test_a_file_that_cannot_be_deleted(
     assert "cannot be: Read-only file system" in caplog.text
 
 
+def test_what_is_ignored_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "x.vv"
+    path.write_text(TEXT + "tls-port=None\nsecure-channels=man\n")
+    assert read_vv_file(path).port == 5900
+    assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
+    assert f"{path}, line 6: tls-port=None" in caplog.text
+    assert f"{path}, line 7: secure-channels names unknown channels ('man')" in caplog.text
+
+
 def test_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     large = tmp_path / "large.vv"
     with large.open("wb") as file:

@@ -1,7 +1,9 @@
 """``.vv`` files: what virt-manager, oVirt, Proxmox and kerbside hand out to reach a VM's SPICE server. No I/O.
 
-Source: virt-viewer's ``virt-viewer-file.c``: a GKeyFile with a group ``[virt-viewer]``. Keys that do not concern the
-connection (window titles aside) are ignored, as is ``versions``, which names versions of virt-viewer itself.
+Source: virt-viewer's ``virt-viewer-file.c``: a GKeyFile (GLib's ``gkeyfile.c``) with a group ``[virt-viewer]``. Keys
+that do not concern the connection (window titles aside) are ignored, as is ``versions``, which names versions of
+virt-viewer itself. Files that GKeyFile takes are taken; a value that it cannot interpret, and that virt-viewer then
+does without, becomes a warning.
 """
 
 from __future__ import annotations
@@ -11,12 +13,17 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from farplug.errors import Reason, UsageError
+from farplug.spice.host import plain_host
 from farplug.spice.types import CHANNEL_NAMES
 
 MAX_VV_FILE = 1 << 20
 """The largest ``.vv`` file that we read, in bytes."""
 
 _GROUP = "virt-viewer"
+_BLANKS = " \t\f"
+_INTEGER = re.compile(r"[ \t\f]*([+-]?[0-9]{1,9})(?![^ \t\f])")
+_FETCH = "fetch a new .vv file from where this one came from"
+_FETCH_WHILE_IT_RUNS = f"check that the VM runs, then {_FETCH}"
 _ESCAPES = {"s": " ", "n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 _KEYS = frozenset(
     {
@@ -50,6 +57,7 @@ class VvFile:
         title: how the sender calls the VM.
         secure_channels: channels that must use TLS, by name in lower case, or ``all``.
         delete_this_file: the file is to be deleted once it is read.
+        warnings: what was ignored in the file, a line for a person each, with path and line number.
     """
 
     host: str
@@ -62,6 +70,7 @@ class VvFile:
     title: str = ""
     secure_channels: frozenset[str] = frozenset()
     delete_this_file: bool = False
+    warnings: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, data: bytes, *, path: str) -> Self:
@@ -72,122 +81,160 @@ class VvFile:
             path: the file's, for messages.
 
         Raises:
-            UsageError: it is no ``.vv`` file for SPICE, or a value in it is wrong.
+            UsageError: it is not a ``.vv`` file for SPICE, or a value in it is wrong.
         """
         values = _Values(path, data)
         kind = values.word("type")
-        if kind != "spice":
+        if not kind:
+            raise values.error("it has no type=spice")
+        if kind.lower() != "spice":
             raise values.error(
-                f"type={kind} is not supported, only type=spice" if kind else "it has no type=spice",
-                remedy="give the VM a SPICE display: VNC carries no USB devices",
+                f"type={kind[:40]} is not supported, only type=spice",
+                values.line("type"),
+                remedy="give the VM a SPICE display: VNC does not carry USB devices",
             )
-        host = values.word("host")
-        port, tls_port = values.port("port"), values.port("tls-port")
+        host = plain_host(values.word("host"))
         if not host:
-            raise values.error("it has no host", remedy="is the VM running? Fetch a new .vv file while it runs")
-        if port is None and tls_port is None:
-            raise values.error("it has neither port nor tls-port", remedy="is the VM running? Fetch a new .vv file")
+            raise values.error("it has no host", remedy=_FETCH_WHILE_IT_RUNS)
+        port, tls_port = values.ports()
         return cls(
             host=host,
             port=port,
             tls_port=tls_port,
             password=values.text("password"),
             ca=values.text("ca"),
-            host_subject=values.text("host-subject"),
-            proxy=values.text("proxy"),
-            title=values.text("title"),
-            secure_channels=values.channels("secure-channels"),
+            host_subject=values.text("host-subject").rstrip(_BLANKS),
+            proxy=values.text("proxy").rstrip(_BLANKS),
+            title=values.title(),
+            secure_channels=values.secure_channels(tls_port is not None),
             delete_this_file=values.flag("delete-this-file"),
+            warnings=tuple(values.warnings),
         )
 
 
 class _Values:
-    """The group's keys, with the line of each."""
+    """The group's keys, with the line of each. Of two equal keys the last one counts."""
 
     def __init__(self, path: str, data: bytes) -> None:
+        self.warnings: list[str] = []
         self._path = path
         self._values: dict[str, tuple[int, str]] = {}
         if len(data) > MAX_VV_FILE:
             raise self.error(f"it is larger than {MAX_VV_FILE} bytes")
-        try:
-            text = data.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise self.error(f"it is not text: byte {error.start} is not UTF-8") from None
-        if "\0" in text:
-            raise self.error("it is not text: it holds NUL characters")
-        self._read(text)
+        if b"\0" in data:
+            raise self.error("it is not text in UTF-8: it holds NUL characters")
+        self._read(data.decode("utf-8-sig", "surrogateescape"))
+
+    def line(self, key: str) -> int:
+        """Return the number of a value's line; 0 if there is no value."""
+        return self._values.get(key, (0, ""))[0]
 
     def text(self, key: str) -> str:
-        """A value, its escapes resolved; empty if it is not there."""
-        return self._values.get(key, (0, ""))[1]
-
-    def word(self, key: str) -> str:
-        """A value that messages show: without control characters."""
+        """Return a value, its escapes resolved; empty if it is not there."""
         line, text = self._values.get(key, (0, ""))
-        if not text.isprintable():
-            raise self.error(f"{key} holds control characters", line)
+        if re.search("[\udc80-\udcff]", text):
+            raise self.error(f"{key} is not text in UTF-8", line)
         return text
 
-    def port(self, key: str) -> int | None:
-        """A port; None if it is not there, or 0 or -1, by which libvirt means "none"."""
-        line, text = self._values.get(key, (0, ""))
-        if text in ("", "0", "-1"):
-            return None
-        if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
-            raise self.error(f"{key}={text[:40]} is no port from 1 to 65535", line)
-        return int(text)
+    def word(self, key: str) -> str:
+        """Return a value that messages show: without control characters, and without blanks at its end."""
+        text = self.text(key).rstrip(_BLANKS)
+        if not text.isprintable():
+            raise self.error(f"{key} holds control characters", self.line(key))
+        return text
+
+    def title(self) -> str:
+        """Return the title. Nothing depends on it: what is not UTF-8 is replaced."""
+        text = self._values.get("title", (0, ""))[1]
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+    def ports(self) -> tuple[int | None, int | None]:
+        """Return ``port`` and ``tls-port``; None for one that is not there, or is 0 or -1, libvirt's "none".
+
+        Beside a good port one that is not a port number counts as none: portals write ``port=None``.
+        """
+        ports: dict[str, int | None] = {}
+        wrong: list[str] = []
+        for key in ("port", "tls-port"):
+            number = self._integer(key)
+            if number is None and self.text(key).strip(_BLANKS):
+                wrong.append(key)
+            ports[key] = number if number is not None and number > 0 else None
+        usable = any(port is not None for port in ports.values())
+        for key in wrong:
+            what = f"{key}={self.text(key)[:40]} is not a port number from 1 to 65535"
+            if not usable:
+                raise self.error(what, self.line(key), _FETCH_WHILE_IT_RUNS)
+            self._warn(f"{what}: ignored", self.line(key))
+        if not usable:
+            raise self.error("it has neither port nor tls-port", remedy=_FETCH_WHILE_IT_RUNS)
+        return ports["port"], ports["tls-port"]
 
     def flag(self, key: str) -> bool:
-        """0 or 1."""
-        line, text = self._values.get(key, (0, ""))
-        if text not in ("", "0", "1"):
-            raise self.error(f"{key}={text[:40]} is neither 0 nor 1", line)
-        return text == "1"
+        """Return whether a number is not 0; what is not a number counts as 0."""
+        number = self._integer(key)
+        if number is None and self.text(key):
+            self._warn(f"{key}={self.text(key)[:40]} is neither 0 nor 1: ignored", self.line(key))
+        return bool(number)
 
-    def channels(self, key: str) -> frozenset[str]:
-        """Names of channels, in lower case. An unknown one is refused: what it secures would go without TLS."""
-        line, text = self._values.get(key, (0, ""))
-        names = [name.lower() for name in re.split(r"[;,\s]+", text) if name]
-        for name in names:
-            if name not in CHANNEL_NAMES:
-                known = ", ".join(sorted(CHANNEL_NAMES))
-                raise self.error(f"{key} has a channel {name[:40]!r}", line, f"the channels are {known}")
-        return frozenset(names)
+    def secure_channels(self, has_tls: bool) -> frozenset[str]:
+        """Return names of channels, in lower case.
+
+        An unknown name may be a misspelt ``main`` or ``usbredir``: where there is a TLS port, all channels use it then.
+        """
+        key = "secure-channels"
+        names = {name.lower() for name in re.split(r"[;,\s]+", self.text(key)) if name}
+        unknown = names - CHANNEL_NAMES
+        if unknown:
+            shown = ", ".join(repr(name[:40]) for name in sorted(unknown)[:8])
+            instead = ": all channels use TLS" if has_tls else ": ignored"
+            self._warn(f"{key} names unknown channels ({shown}){instead}", self.line(key))
+        return frozenset(names - unknown | ({"all"} if unknown and has_tls else set()))
 
     def error(self, what: str, line: int = 0, remedy: str = "") -> UsageError:
-        where = f"{self._path}, line {line}" if line else self._path
-        return UsageError(f"{where}: {what}", reason=Reason.BAD_VV_FILE, remedy=remedy)
+        """Return an error about the file, or a line of it."""
+        return UsageError(f"{self._where(line)}: {what}", reason=Reason.BAD_VV_FILE, remedy=remedy or _FETCH)
+
+    def _warn(self, what: str, line: int) -> None:
+        self.warnings.append(f"{self._where(line)}: {what}")
+
+    def _where(self, line: int) -> str:
+        return f"{self._path}, line {line}" if line else self._path
+
+    def _integer(self, key: str) -> int | None:
+        """Return a number as GKeyFile reads one, what follows a blank left out; None for anything else.
+
+        Numbers that no key takes are none: above 65535.
+        """
+        match = _INTEGER.match(self.text(key))
+        if match is None or int(match[1]) > 65535:
+            return None
+        return int(match[1])
 
     def _read(self, text: str) -> None:
         group = None
         found = False
         for number, raw in enumerate(re.split(r"\r\n|\n|\r", text), start=1):
-            line = raw.strip(" \t")
+            line = raw.lstrip(_BLANKS)
             if not line or line.startswith("#"):
                 continue
             if line.startswith("["):
-                if not line.endswith("]"):
-                    raise self.error("a group without its closing bracket", number)
-                group = line[1:-1]
+                name = line.rstrip(_BLANKS)
+                if not name.endswith("]"):
+                    raise self.error("the group's name has no closing bracket", number)
+                group = name[1:-1]
                 found = found or group == _GROUP
                 continue
             if group is None:
-                raise self.error("a line before the first group: this is no .vv file", number)
+                raise self.error("text before the first group: the file is not a .vv file", number)
             if group != _GROUP:
                 continue
             key, equals, value = line.partition("=")
-            key = key.rstrip(" \t")
             if not equals:
-                raise self.error("a line without '='", number)
-            if key in _KEYS:
-                self._set(key, value.lstrip(" \t"), number)
+                raise self.error("the line has no '='", number)
+            if (key := key.rstrip(_BLANKS)) in _KEYS:
+                # GKeyFile's escapes. An unknown one is kept as it is: `\\,` in host-subject, for example.
+                value = re.sub(r"\\(.)", lambda match: _ESCAPES.get(match[1], match[0]), value.lstrip(_BLANKS))
+                self._values[key] = (number, value)
         if not found:
-            raise self.error(f"it has no group [{_GROUP}]: this is no .vv file")
-
-    def _set(self, key: str, raw: str, number: int) -> None:
-        # GKeyFile's escapes. An unknown one is kept as it is: `\,` in host-subject, for example.
-        value = re.sub(r"\\(.)", lambda match: _ESCAPES.get(match[1], match[0]), raw)
-        before = self._values.get(key)
-        if before is not None and before[1] != value:
-            raise self.error(f"{key} again, with another value than in line {before[0]}", number)
-        self._values[key] = (number, value)
+            raise self.error(f"it has no group [{_GROUP}]: it is not a .vv file")

@@ -13,6 +13,7 @@ from typing import Self, TypeAlias
 from cryptography import x509
 
 from farplug.errors import FarplugError, Reason, TargetError, UsageError
+from farplug.spice.host import without_zone
 from farplug.spice.link import LinkClient, LinkFailure, LinkResult, check_password
 from farplug.spice.types import CHANNEL_NAMES, ChannelType, LinkError
 from farplug.spice.vv import VvFile
@@ -329,7 +330,7 @@ class ChannelDialer:
             progress(Stage.TLS, where)
         try:
             # The host may be no name at all, but a proxy's ticket: it is for TLS only if it is what TLS checks.
-            name = host if subject is None else ""
+            name = without_zone(host) if subject is None else ""
             await start(sock, connection, tls=self._context, server_hostname=name, timeout=self._timeouts.handshake)
         except ssl.SSLCertVerificationError as error:
             certificate = await self._read_certificate(address)

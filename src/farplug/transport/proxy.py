@@ -11,9 +11,10 @@ import re
 import socket
 from dataclasses import dataclass, field
 from typing import Self
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from farplug.errors import Reason, TargetError, UsageError
+from farplug.spice.host import split_host_and_port
 from farplug.transport.connection import TcpAddress
 
 DEFAULT_PORT = 3128
@@ -37,32 +38,39 @@ class HttpProxy:
     @classmethod
     def parse(cls, url: str) -> Self:
         """Parse ``[http://][user:password@]host[:port][/]``. Raises UsageError, which never names the password."""
-        try:
-            parts = urlsplit(url if "://" in url else f"http://{url}")
-            host, port = parts.hostname, parts.port
-        except ValueError:
-            raise UsageError("the proxy's URL is malformed", reason=Reason.BAD_TARGET, remedy=_REMEDY) from None
-        if parts.scheme != "http":
+        scheme, separator, rest = url.partition("://")
+        if not separator:
+            scheme, rest = "http", url
+        if not re.fullmatch("[A-Za-z][A-Za-z0-9+.-]*", scheme):
+            raise _bad("it has no scheme")
+        if scheme.lower() != "http":
             raise UsageError(
-                f"a proxy by {parts.scheme[:20]} is not supported, only by http",
-                reason=Reason.BAD_TARGET,
-                remedy=_REMEDY,
+                f"a proxy by {scheme[:20]} is not supported, only by http", reason=Reason.BAD_TARGET, remedy=_REMEDY
             )
-        if not host or parts.path not in ("", "/") or parts.query or parts.fragment:
-            raise UsageError("the proxy's URL has no host, or a path", reason=Reason.BAD_TARGET, remedy=_REMEDY)
-        credentials = None
-        if parts.username is not None:
-            user, password = (
-                unquote(text or "", errors="surrogateescape") for text in (parts.username, parts.password)
-            )
-            credentials = f"{user}:{password}"
-        return cls(TcpAddress(host, DEFAULT_PORT if port is None else port), credentials)
+        if re.search(r"[\x00-\x20\x7f]", rest):
+            raise _bad("it holds a space or a control character")
+        authority = re.split("[/?#]", rest, maxsplit=1)[0]
+        if rest[len(authority) :] not in ("", "/"):
+            raise _bad("nothing may follow the port")
+        credentials, at, address = authority.rpartition("@")
+        try:
+            host, port = split_host_and_port(address, port_required=False)
+        except ValueError as error:
+            raise _bad(str(error)) from None
+        if not host:
+            raise _bad("it has no host")
+        if port == 0:
+            raise _bad("a port is a number from 1 to 65535")
+        user, _, password = (unquote(text, errors="surrogateescape") for text in credentials.partition(":"))
+        return cls(TcpAddress(host, DEFAULT_PORT if port is None else port), f"{user}:{password}" if at else None)
 
     def connect_request(self, target: TcpAddress) -> bytes:
         """The CONNECT request. Raises UsageError if the target's host cannot stand in one."""
         if not re.fullmatch(r"[\x21-\x7e]+", target.host):
             raise UsageError(
-                "the host holds characters that no proxy takes", reason=Reason.BAD_TARGET, remedy="check the .vv file"
+                "the host holds characters that cannot stand in a request to a proxy",
+                reason=Reason.BAD_TARGET,
+                remedy="check the .vv file",
             )
         lines = [f"CONNECT {target} HTTP/1.1", f"Host: {target}"]
         if self.credentials is not None:
@@ -72,6 +80,10 @@ class HttpProxy:
 
 
 _REMEDY = "write it as http://HOST:PORT or http://USER:PASSWORD@HOST:PORT"
+
+
+def _bad(why: str) -> UsageError:
+    return UsageError(f"the proxy's URL is not valid: {why}", reason=Reason.BAD_TARGET, remedy=_REMEDY)
 
 
 async def open_tunnel(sock: socket.socket, proxy: HttpProxy, target: TcpAddress, timeout: float) -> None:

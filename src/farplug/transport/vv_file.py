@@ -13,7 +13,7 @@ logger = logging.getLogger("farplug.spice")
 
 
 def read_vv_file(path: Path) -> VvFile:
-    """Read a ``.vv`` file. It stays: see :func:`delete_vv_file`.
+    """Read a ``.vv`` file, and log what is ignored in it as warnings. It stays: see :func:`delete_vv_file`.
 
     Raises:
         UsageError: it cannot be read, or is malformed.
@@ -26,9 +26,14 @@ def read_vv_file(path: Path) -> VvFile:
             data = file.read(MAX_VV_FILE + 1)
     except OSError as error:
         raise UsageError(
-            f"{path} cannot be read: {os.strerror(error.errno or 0)}", reason=Reason.BAD_VV_FILE
+            f"{path} cannot be read: {os.strerror(error.errno or 0)}",
+            reason=Reason.BAD_VV_FILE,
+            remedy="check the file's permissions, and those of its folder",
         ) from error
-    return VvFile.parse(data, path=str(path))
+    vv = VvFile.parse(data, path=str(path))
+    for warning in vv.warnings:
+        logger.warning("%s", warning)
+    return vv
 
 
 def delete_vv_file(path: Path) -> None:
