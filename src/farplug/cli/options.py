@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 PASSWORD_VARIABLE = "FARPLUG_PASSWORD"
 MAX_PASSWORD_LINE = 1024
-"""Characters of a password file's first line; SPICE itself takes 60 bytes."""
+"""Characters of a password file's first line; a SPICE password has 60 bytes at most."""
 
 TARGET_FORMS = (
     "spice://host:port, spice+tls://host:port, FILE.vv, tcp://host:port, tcp-listen://host:port or unix:/path"

@@ -43,7 +43,12 @@ MAX_LINK_REPLY = 4096
 MAX_CAPABILITY_WORDS = 256
 """The largest number of capability words in one set that we take."""
 MAX_PASSWORD = 60
-"""SPICE_MAX_PASSWORD_LENGTH, in UTF-8 bytes."""
+"""SPICE_MAX_PASSWORD_LENGTH: the longest password that QEMU takes for its SPICE server, in UTF-8 bytes."""
+MAX_TICKET = 59
+"""The bytes of a password that libspice-server keeps: its array of SPICE_MAX_PASSWORD_LENGTH holds the NUL, too.
+
+Source: spice 0.15.1, ``server/reds.cpp``, ``spice_server_set_ticket``.
+"""
 PUBLIC_KEY_SIZE = 162
 """SPICE_TICKET_PUBKEY_BYTES: an RSA-1024 key as SubjectPublicKeyInfo."""
 TICKET_KEY_BITS = 1024
@@ -224,15 +229,25 @@ def _parse_capabilities(
 
 
 def check_password(password: str) -> bytes:
-    """A password as the ticket holds it: UTF-8. Raises UsageError if SPICE cannot carry it."""
+    """Return a password as the ticket holds it: UTF-8, of a password of 60 bytes the 59 that the server compares.
+
+    Raises:
+        UsageError: the password is too long for SPICE, or holds a NUL character (``BAD_OPTION``).
+    """
     encoded = password.encode("utf-8", "surrogateescape")
     if len(encoded) > MAX_PASSWORD:
         raise UsageError(
-            f"the password has {len(encoded)} bytes, SPICE takes {MAX_PASSWORD} at most", reason=Reason.BAD_OPTION
+            f"the password has {len(encoded)} bytes in UTF-8: a SPICE password has {MAX_PASSWORD} at most",
+            reason=Reason.BAD_OPTION,
+            remedy="check that the password, and nothing more, was given",
         )
     if b"\0" in encoded:
-        raise UsageError("the password holds a NUL character, which SPICE cannot carry", reason=Reason.BAD_OPTION)
-    return encoded
+        raise UsageError(
+            "the password holds a NUL character, which a SPICE password cannot hold",
+            reason=Reason.BAD_OPTION,
+            remedy="check that the password, and nothing more, was given",
+        )
+    return encoded[:MAX_TICKET]
 
 
 def encrypt_ticket(public_key: bytes, password: bytes) -> bytes:
