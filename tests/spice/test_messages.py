@@ -57,6 +57,9 @@ PARSED: list[tuple[Callable[[bytes], Any], str, Any]] = [
     (parse_name, "07000000 74657374766d00", "testvm"),
     (parse_uuid, "12345678123456781234567812345678", "12345678-1234-5678-1234-567812345678"),
     (SwitchHost.parse, "0c17 0d17 05000000 0c000000 686f737400", SwitchHost(5900, 5901, "host")),
+    (SwitchHost.parse, "0c17 ffff 05000000 0c000000 686f737400", SwitchHost(5900, None, "host")),
+    (SwitchHost.parse, "ffff 0d17 05000000 0c000000 686f737400", SwitchHost(None, 5901, "host")),
+    (SwitchHost.parse, "0000 ffff 05000000 0c000000 686f737400", SwitchHost(None, None, "host")),
 ]
 
 
@@ -90,6 +93,20 @@ def test_text_for_logs() -> None:
     assert parse_name(struct.pack("<I", 6) + b"a\x1b[31m") == "a\N{REPLACEMENT CHARACTER}[31m"
     assert parse_name(struct.pack("<I", 2) + b"\xff\xfe") == "\N{REPLACEMENT CHARACTER}" * 2
     assert str(ChannelId(ChannelType.USBREDIR, 3)) == "usbredir 3"
+
+
+@pytest.mark.parametrize(
+    ("where", "text"),
+    [
+        (SwitchHost(5900, None, "vmhost"), "vmhost (port 5900)"),
+        (SwitchHost(None, 5901, "vmhost"), "vmhost (TLS port 5901)"),
+        (SwitchHost(5900, 5901, "::1"), "::1 (port 5900, TLS port 5901)"),
+        (SwitchHost(None, None, "vmhost"), "vmhost"),
+        (SwitchHost(5900, None, ""), "another host (port 5900)"),
+    ],
+)
+def test_where_a_vm_went(where: SwitchHost, text: str) -> None:
+    assert str(where) == text
 
 
 def test_wait_for_no_channels() -> None:

@@ -87,7 +87,7 @@ async def test_the_list_may_grow() -> None:
     ("sent", "error", "said"),
     [
         (b"", TargetError, "took the ticket, then closed the connection"),
-        (message(6, struct.pack("<QI", 1, 7)), TargetError, "and said why: link error 7"),
+        (message(6, struct.pack("<QI", 1, 7)), TargetError, ", with link error 7"),
         (INIT, GuestGoneError, "the SPICE server closed the session"),
         (INIT + message(104, b"\xff\xff\xff\xff"), RemoteProtocolError, "4294967295 channels"),
         (message(103, bytes(31)), RemoteProtocolError, "MAIN_INIT of 31 bytes"),
@@ -269,7 +269,7 @@ async def test_silent_channel_is_open() -> None:
     ("sent", "error", "said"),
     [
         (b"", GuestGoneError, "usbredir 0: the SPICE server closed the channel$"),
-        (message(6, struct.pack("<QI", 1, 1)), GuestGoneError, "closed the channel and said why: link error 1"),
+        (message(6, struct.pack("<QI", 1, 1)), GuestGoneError, "closed the channel, with link error 1"),
         (message(COMPRESSED, b"\7\0\0\0\0"), RemoteProtocolError, "usbredir 0: COMPRESSED_DATA of unknown kind 7"),
         (message(1, struct.pack("<I", 1)), GuestGoneError, "the VM moves to another host"),
     ],
@@ -290,6 +290,79 @@ async def test_port_that_breaks(sent: bytes, error: type[FarplugError], said: st
         assert not session.closed.done()
         await session.close()
         assert len(recorder.closed) == 1
+
+
+def _closed(port: SpicePort) -> bool:
+    return port._linked is not None and port._linked.connection.lost
+
+
+@pytest.mark.parametrize("ended", ["by the server", "by us", "at once", "not"])
+async def test_a_session_that_ends_after_its_channels(monkeypatch: pytest.MonkeyPatch, ended: str) -> None:
+    """Another client takes over: the usbredir channels end first. Each port reports what ended the session."""
+    monkeypatch.setattr(spice_port, "FOLLOW_TIME", 0.05 if ended == "not" else 600)
+    fake = FakeSpice()
+    async with running(fake) as number:
+        session = await connect(number)
+        recorders = []
+        for port in session.ports:
+            assert isinstance(port, SpicePort)
+            recorders.append(Recorder())
+            await port.open(recorders[-1])
+            await fake.of(port.number).close()
+            await until(lambda p=port: _closed(p))  # type: ignore[misc]
+            port.write([b"dropped: the channel has ended"])
+            port.pause_reading()
+            port.resume_reading()
+        match ended:
+            case "by the server":
+                assert not any(recorder.closed for recorder in recorders)
+                await fake.main_channel.close()
+            case "by us":
+                await session.close()
+            case "at once":
+                for port in session.ports:
+                    port.abort()
+        for recorder in recorders:
+            await recorder.until(lambda r=recorder: bool(r.closed))  # type: ignore[misc]
+            assert len(recorder.closed) == 1
+            error = recorder.closed[0]
+            assert isinstance(error, GuestGoneError)
+            if ended == "by the server":
+                assert error is session.closed.result()
+                assert "another client has taken the session over" in error.remedy
+            else:
+                assert "the SPICE server closed the channel" in error.message
+                assert "the channel was taken out of it" in error.remedy
+        if ended == "not":
+            await session.ports[0].open(Recorder())
+        await session.close()
+
+
+@pytest.mark.parametrize("touched", [False, True])
+async def test_a_session_that_ends_after_a_channel_that_opens(monkeypatch: pytest.MonkeyPatch, touched: bool) -> None:
+    monkeypatch.setattr(spice_port, "FOLLOW_TIME", 600)
+
+    async def closes(channel: Channel) -> None:
+        if touched:
+            channel.send(message(DATA, b"hello"))
+        await channel.close()
+        await asyncio.sleep(0.05)
+        await fake.main_channel.close()
+
+    fake = FakeSpice(usbredir=closes)
+    async with running(fake) as number:
+        session = await connect(number)
+        recorder = Recorder()
+        error: FarplugError | None
+        try:
+            await session.ports[0].open(recorder)
+            await recorder.until(lambda: bool(recorder.closed))
+            error = recorder.closed[0]
+        except GuestGoneError as caught:
+            error = caught
+            assert not recorder.closed
+        assert error is session.closed.result()
+        await session.close()
 
 
 @pytest.mark.parametrize(
@@ -323,10 +396,10 @@ async def test_port_that_breaks_while_it_opens(sent: bytes, error: type[FarplugE
     [
         (message(1, struct.pack("<I", 1)), "the VM moved to another host: the session cannot follow"),
         (
-            message(111, struct.pack("<HHII", 5900, 0, 5, 12) + b"other"),
-            r"to another host to other \(port 5900, TLS port none\)",
+            message(111, struct.pack("<HHII", 5900, 0xFFFF, 5, 12) + b"other"),
+            r"^the VM moved to other \(port 5900\): the session cannot follow",
         ),
-        (message(101, struct.pack("<HHII", 0, 5901, 5, 12) + b"other"), r"other \(port none, TLS port 5901\)"),
+        (message(101, struct.pack("<HHII", 0, 5901, 5, 12) + b"other"), r"^the VM moved to other \(TLS port 5901\)"),
     ],
 )
 async def test_migration_ends_the_session(sent: bytes, said: str) -> None:
@@ -349,7 +422,7 @@ async def test_notices_are_logged(caplog: pytest.LogCaptureFixture) -> None:
         notice = message(7, struct.pack("<QIIII", 1, 1, 2, 3, 5) + b"take\x1b")
         fake.main_channel.send(notice)
         fake.of(0).send(notice)
-        await until(lambda: caplog.text.count("the server says: take\N{REPLACEMENT CHARACTER}") == 2)
+        await until(lambda: caplog.text.count("notice of the server: take\N{REPLACEMENT CHARACTER}") == 2)
         await session.close()
 
 

@@ -17,6 +17,7 @@ from farplug.usb.types import Buffer
 
 MAX_CHANNELS = 1024
 """The largest number of channels in a CHANNELS_LIST that we take."""
+_NO_PORT = (0, 0xFFFF)
 MAX_TEXT = 1024
 """The largest number of bytes of a name or a notice that we keep."""
 
@@ -217,10 +218,16 @@ def parse_uuid(body: Buffer) -> str:
 
 @dataclass(frozen=True, slots=True)
 class SwitchHost:
-    """SPICE_MSG_MAIN_MIGRATE_SWITCH_HOST (and how MAIN_MIGRATE_BEGIN begins): where the VM went. Ports 0: none."""
+    """SPICE_MSG_MAIN_MIGRATE_SWITCH_HOST (and how MAIN_MIGRATE_BEGIN begins): where the VM went.
 
-    port: int
-    tls_port: int
+    Attributes:
+        port: the plain port; None if there is none: 0, or -1 as QEMU's ``client_migrate_info`` sends it.
+        tls_port: the TLS port, likewise.
+        host: name or address.
+    """
+
+    port: int | None
+    tls_port: int | None
     host: str
 
     _LAYOUT = struct.Struct("<HHII")
@@ -229,7 +236,12 @@ class SwitchHost:
     def parse(cls, body: Buffer) -> Self:
         """Parse the body. Raises RemoteProtocolError."""
         port, tls_port, size, offset = _unpack(cls._LAYOUT, body, "MAIN_MIGRATE_SWITCH_HOST")
-        return cls(port, tls_port, _text(body, offset, size, "MAIN_MIGRATE_SWITCH_HOST"))
+        host = _text(body, offset, size, "MAIN_MIGRATE_SWITCH_HOST")
+        return cls(None if port in _NO_PORT else port, None if tls_port in _NO_PORT else tls_port, host)
+
+    def __str__(self) -> str:
+        ports = [f"{name} {number}" for name, number in (("port", self.port), ("TLS port", self.tls_port)) if number]
+        return " ".join([self.host or "another host", *([f"({', '.join(ports)})"] if ports else [])])
 
 
 def _text(body: Buffer, offset: int, size: int, name: str) -> str:

@@ -27,7 +27,7 @@ from farplug.spice.types import ChannelType, MainCapability
 from farplug.transport.connection import Timeouts
 from farplug.transport.dialer import ChannelDialer, LinkedChannel, Progress, SpiceTarget, Stage
 from farplug.transport.port import Port
-from farplug.transport.spice_port import SpicePort, log_notice
+from farplug.transport.spice_port import SpicePort, broken, log_notice
 
 _MAIN_MESSAGES: dict[int, int] = {
     ServerMessage.MAIN_INIT: 256,
@@ -131,11 +131,11 @@ class SpiceSession:
                     case Message(kind, body):
                         self._main_message(kind, body)
                     case Disconnecting(_, reason):
-                        self._farewell = f" and said why: {reason}"
+                        self._farewell = f", with {reason}"
                     case Notify():
                         log_notice("main", event)
                     case Migrate():
-                        self._migrated("")
+                        self._migrated("another host")
         except RemoteProtocolError as error:
             self._fail(error)
             return
@@ -162,7 +162,7 @@ class SpiceSession:
                 self.uuid = parse_uuid(body)
             case ServerMessage.MAIN_MIGRATE_BEGIN | ServerMessage.MAIN_MIGRATE_SWITCH_HOST:
                 where = SwitchHost.parse(body)
-                self._migrated(f" to {where.host} (port {where.port or 'none'}, TLS port {where.tls_port or 'none'})")
+                self._migrated(str(where))
 
     def _list_channels(self, channels: tuple[ChannelId, ...]) -> None:
         self.channels = channels
@@ -179,7 +179,7 @@ class SpiceSession:
         self._connection.write(self._channel.data_to_send())  # the flush mark, if it was asked for
         self._fail(
             GuestGoneError(
-                f"the VM moved to another host{where}: the session cannot follow",
+                f"the VM moved to {where}: the session cannot follow",
                 remedy="connect again, to the new host",
             )
         )
@@ -195,11 +195,12 @@ class SpiceSession:
             if self._connection.closing:
                 self.closed.set_result(None)
             else:
-                how = "closed the session" if error is None else "vanished"
+                how = "the SPICE server closed the session" if error is None else broken(error)
                 self.closed.set_result(
                     GuestGoneError(
-                        f"{self.target}: the SPICE server {how}{self._farewell}",
-                        remedy="the VM may have stopped, or another client taken its place: SPICE serves one at a time",
+                        f"{self.target}: {how}{self._farewell}",
+                        remedy="the VM may have stopped, or another client has taken the session over: a SPICE server "
+                        "serves one client at a time",
                     )
                 )
         reason = self.closed.result()

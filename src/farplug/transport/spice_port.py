@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from typing import Protocol
 
 from farplug.errors import (
@@ -30,6 +31,11 @@ SETTLE_TIME = 0.3
 """Seconds in which a server that links a channel and then finds it in use closes it.
 
 A free channel's first bytes, mostly PINGs, end the wait.
+"""
+FOLLOW_TIME = 0.3
+"""Seconds that the end of a channel waits for the end of the whole session, which explains it.
+
+A server that another client takes over closes the usbredir channels first, and the main channel a moment later.
 """
 BUSY_RETRIES = 5
 """How often a channel that we closed ourselves is tried again: the server may not have noticed yet."""
@@ -81,6 +87,8 @@ class SpicePort(Port):
         self._given_up = False
         """Closed by us since open() began."""
         self._draining = False
+        self._ending: asyncio.Handle | None = None
+        """The channel has ended, and the session may end with it: calls _end()."""
 
     @property
     def compress(self) -> bool:
@@ -103,6 +111,7 @@ class SpicePort(Port):
             while not await self._try_open():
                 tries -= 1
                 if not tries:
+                    await self._check_session()
                     raise PortError(
                         f"{self.name}: the server closed the channel at once: it is in use",
                         reason=Reason.CHANNEL_IN_USE,
@@ -130,9 +139,8 @@ class SpicePort(Port):
             if not isinstance(error, LinkFailure):
                 raise
             absent = error.error is None and error.phase is LinkPhase.REPLY and error.reason is Reason.LINK_REFUSED
-            if absent:  # or the server is going: its main channel may end a moment later
-                await asyncio.wait([self._session.closed], timeout=SETTLE_TIME)
-                self._check_wanted()
+            if absent:
+                await self._check_session()
             if absent or error.error is LinkError.CHANNEL_NOT_AVAILABLE:
                 raise PortError(
                     f"{error.message}: the channel is in use, or was taken out of the VM",
@@ -159,9 +167,16 @@ class SpicePort(Port):
         if self._linked is not None:
             return True
         if self._error is not None:
+            if isinstance(self._error, GuestGoneError):
+                await self._check_session()
             raise self._error
         self._check_wanted()
         return False
+
+    async def _check_session(self) -> None:
+        """Raise what ended the session, if that happens a moment after the end of a channel that opens."""
+        await asyncio.wait([self._session.closed], timeout=FOLLOW_TIME)
+        self._check_wanted()
 
     def _check_wanted(self) -> None:
         """Raise if the session has ended, or the port was closed, while it opens."""
@@ -195,6 +210,8 @@ class SpicePort(Port):
 
     async def close(self) -> None:
         self._given_up = True
+        if self._ending is not None:
+            self._end()
         if self._linked is not None:
             if self._settled is not None:  # open() still waits: nothing was sent
                 self._linked.connection.abort()
@@ -202,12 +219,17 @@ class SpicePort(Port):
 
     def abort(self) -> None:
         self._given_up = True
-        if self._linked is not None:
+        if self._ending is not None:
+            self._end_after(0)
+        elif self._linked is not None:
             self._linked.connection.abort()
 
     def session_ended(self, error: FarplugError | None) -> None:
         """The main channel is gone, and with it this one."""
-        if self._linked is not None:
+        if self._ending is not None:
+            self._error = error or self._error
+            self._end_after(0)
+        elif self._linked is not None:
             self._error = self._error or error
             self._linked.connection.abort()
 
@@ -250,7 +272,7 @@ class SpicePort(Port):
                     case memoryview():
                         listener.data_received(event)
                     case Disconnecting(_, reason):
-                        self._farewell = f" and said why: {reason}"
+                        self._farewell = f", with {reason}"
                     case Notify():
                         log_notice(self.name, event)
                     case Migrate():
@@ -280,9 +302,9 @@ class SpicePort(Port):
         why = self._error
         untouched = settled is not None and not settled.done()
         if why is None and not linked.connection.closing and not untouched:
-            how = "closed the channel" if error is None else f"broke the channel ({error})"
+            how = "the SPICE server closed the channel" if error is None else broken(error)
             why = GuestGoneError(
-                f"{self.name}: the SPICE server {how}{self._farewell}",
+                f"{self.name}: {how}{self._farewell}",
                 remedy="the VM may have stopped, or the channel was taken out of it",
             )
         if settled is not None:  # open() still waits: it says why
@@ -290,14 +312,40 @@ class SpicePort(Port):
             if untouched:
                 settled.set_result(None)
             return
+        ended_by_server = why is not None and self._error is None
+        self._error = why
+        if ended_by_server and not self._session.closed.done():
+            self._end_after(FOLLOW_TIME)
+        else:
+            self._end()
+
+    def _end_after(self, seconds: float) -> None:
+        """Report the end of the channel later; at once with 0, but not from within the caller."""
+        if self._ending is not None:
+            self._ending.cancel()
+        self._ending = asyncio.get_running_loop().call_later(seconds, self._end)
+
+    def _end(self) -> None:
+        """Report the end of the channel."""
+        if self._ending is not None:
+            self._ending.cancel()
+            self._ending = None
+        listener = self._listener
+        assert listener is not None
         self._forget()
-        listener.port_closed(why)
+        listener.port_closed(self._error)
 
     def _forget(self) -> None:
         self._listener = self._linked = self._channel = self._settled = None
 
 
+def broken(error: Exception) -> str:
+    """Return in words that a connection ended with an error."""
+    code = error.errno if isinstance(error, OSError) else None
+    return f"the connection broke: {os.strerror(code) if code else error}"
+
+
 def log_notice(name: str, notice: Notify) -> None:
     """Log a notice of the server, under the name of the channel on which it came."""
     level = logging.INFO if notice.severity == 0 else logging.WARNING
-    logger.log(level, "%s: the server says: %s", name, notice.text)
+    logger.log(level, "%s: notice of the server: %s", name, notice.text)

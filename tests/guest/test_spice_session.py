@@ -1,0 +1,117 @@
+"""What a real SPICE server does with a session: passwords, other clients, channels that are taken out of the VM."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tests.guest.command import farplug
+from tests.guest.conftest import GuestPool
+from tests.guest.plugging import AT_ONCE, PATIENCE, blank, plugged
+from tests.transport.fake_spice import free_port
+
+from farplug.errors import GuestGoneError, Reason, TargetError
+from farplug.redirection import events
+from farplug.target import parse_target
+from farplug.testing import GuestConfig, QemuGuest, Spice, SpicePort
+from farplug.transport.dialer import SpiceTarget
+from farplug.transport.session import SpiceSession
+from farplug.virtual.disk import disk_device
+from farplug.vm.qmp import QmpError
+
+TWO_PORTS = GuestConfig(ports=(SpicePort(), SpicePort()), kernel_arguments=AT_ONCE)
+
+
+async def test_passwords_at_the_limit(guests: GuestPool) -> None:
+    async with guests.fresh(GuestConfig(spice=Spice(ticket="secret"), paused=True)) as guest:
+
+        async def set_password(password: str) -> None:
+            await guest.qmp.execute("set_password", {"protocol": "spice", "password": password})
+            await guest.qmp.execute("expire_password", {"protocol": "spice", "time": "never"})
+
+        async def try_password(password: str) -> None:
+            target = SpiceTarget(host="127.0.0.1", port=guest.spice.port, password=password)
+            session = await SpiceSession.connect(target)
+            await session.close()
+
+        for password in ("x" * 58, "x" * 59, "x" * 60, "é" * 30):
+            await set_password(password)
+            await try_password(password)
+            with pytest.raises(TargetError) as caught:
+                await try_password("x" * 57)
+            assert caught.value.reason is Reason.WRONG_PASSWORD
+        with pytest.raises(QmpError):  # nobody can have set a longer one
+            await set_password("x" * 61)
+
+
+async def test_another_client_takes_the_session_over(guests: GuestPool, tmp_path: Path) -> None:
+    guest = await guests.get(TWO_PORTS)
+    images = [blank(tmp_path / f"{name}.raw") for name in "abc"]
+    arguments = ("--usb-disk", images[0], "--usb-disk", images[1])
+    async with farplug("connect", guest.targets[0], *arguments) as first:
+        await first.until("configured by the guest")
+        await first.until("configured by the guest")
+        async with farplug("connect", guest.targets[0], "--usb-disk", images[2]) as second:
+            code, out, err = await first.end()
+            assert code == 9
+            assert "another client has taken the session over" in err
+            assert "taken out of it" not in out + err
+            await second.until("configured by the guest")
+
+
+async def test_each_port_names_the_other_client(guests: GuestPool, tmp_path: Path) -> None:
+    guest = await guests.get(TWO_PORTS)
+    devices = [disk_device(blank(tmp_path / f"{name}.raw")) for name in "ab"]
+    async with plugged(guest.targets[0], *devices) as hub:
+        session = await SpiceSession.connect(_target(guest))
+        try:
+            async with asyncio.timeout(PATIENCE):
+                while hub.kinds().count(events.Detached) < 2:
+                    await asyncio.sleep(0.01)
+        finally:
+            await session.close()
+        errors = [event.error for event in hub.events if isinstance(event, events.Detached)]
+    assert len(errors) == 2
+    for error in errors:
+        assert isinstance(error, GuestGoneError)
+        assert "the SPICE server closed the session" in error.message
+        assert "another client has taken the session over" in error.remedy
+    for device in devices:
+        await device.dispose()
+
+
+async def test_a_channel_that_is_taken_out_of_the_vm(guests: GuestPool, tmp_path: Path) -> None:
+    async with (
+        guests.fresh(TWO_PORTS) as guest,
+        farplug("connect", guest.targets[0], "--usb-disk", blank(tmp_path / "disk.raw")) as running,
+    ):
+        await running.until("configured by the guest")
+        await guest.qmp.execute("device_del", {"id": "redir0"})
+        await guest.qmp.execute("device_del", {"id": "redir1"})
+        code, _, err = await running.end()
+    assert code == 9
+    assert "the SPICE server closed the channel" in err
+    assert "the channel was taken out of it" in err
+
+
+async def test_a_vm_that_migrates(guests: GuestPool) -> None:
+    """QEMU's client_migrate_info without a TLS port sends -1 for it."""
+    config = GuestConfig(spice=Spice(), paused=True)
+    incoming = replace(config, extra_arguments=("-incoming", f"tcp:127.0.0.1:{(number := free_port())}"))
+    async with guests.fresh(config) as source, guests.fresh(incoming) as destination:
+        session = await SpiceSession.connect(_target(source))
+        await source.qmp.human(f"client_migrate_info spice 127.0.0.1 {destination.spice.port}")
+        await source.qmp.execute("migrate", {"uri": f"tcp:127.0.0.1:{number}"})
+        async with asyncio.timeout(PATIENCE):
+            error = await session.closed
+    assert isinstance(error, GuestGoneError)
+    where = f"127.0.0.1 (port {destination.spice.port})"
+    assert error.message == f"the VM moved to {where}: the session cannot follow"
+
+
+def _target(guest: QemuGuest) -> SpiceTarget:
+    target = parse_target(guest.spice.target)
+    assert isinstance(target, SpiceTarget)
+    return target
