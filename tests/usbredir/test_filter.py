@@ -36,8 +36,8 @@ def test_parse_and_print(text: str, separators: str, canonical: str) -> None:
     [
         ("1,2,3,4", "filter rule '1,2,3,4' has 4 fields, not 5"),
         ("1,2,3,4,5,6", "filter rule '1,2,3,4,5,6' has 6 fields, not 5"),
-        ("-1,-1,-1,-1,1| ", "filter rule ' ' has 1 fields, not 5"),
-        ("1:2:3:4:5", "filter rule '1:2:3:4:5' has 1 fields, not 5"),
+        ("-1,-1,-1,-1,1| ", "filter rule ' ' has 1 field, not 5"),
+        ("1:2:3:4:5", "filter rule '1:2:3:4:5' has 1 field, not 5"),
         ("," * 100, "has 0 fields, not 5"),
         ("a,2,3,4,5", "class 'a' in a filter rule is not a number"),
         ("1 ,2,3,4,5", "class '1 ' in a filter rule is not a number"),

@@ -27,6 +27,10 @@ from farplug.usbredir.rules import MAX_LENGTH, parse_rules
         ("8,1133,-1,-1,0", "0x08,0x046d,-1,-1,0"),
         ("-1,-1,-1,-1,0", "-1,-1,-1,-1,0"),
         (" |0x03,-1,-1,-1,1|\n", "0x03,-1,-1,-1,1"),
+        ("0x08:0x1234:0xBEEF:0x0200:1|-1:-1:-1:-1:0", "0x08,0x1234,0xbeef,0x0200,1|-1,-1,-1,-1,0"),
+        ("-1:-1:-1:-1:1", "-1,-1,-1,-1,1"),
+        (" |8:1133:-1:-1:0|\n", "0x08,0x046d,-1,-1,0"),
+        ("3,-1,-1,-1,0|8:-1:-1:-1:1", "0x03,-1,-1,-1,0|0x08,-1,-1,-1,1"),
     ],
 )
 def test_rules(text: str, canonical: str | None) -> None:
@@ -68,6 +72,9 @@ def test_what_is_written_is_read_again(name: str) -> None:
         ("deny; deny class=hid", "filter rules allow no device"),
         ("x" * (MAX_LENGTH + 1), f"filter rules have {MAX_LENGTH + 1} characters, more than {MAX_LENGTH}"),
         ("3,1,2", "has 3 fields, not 5"),
+        ("3:1", "has 2 fields, not 5"),
+        ("3:-1:-1:-1:yes", "allow 'yes' in a filter rule is not a number"),
+        ("256:-1:-1:-1:1", "class 256 in a filter rule is not between -1 and 255"),
         ("0x03,zz,-1,-1,1", "vendor 'zz' in a filter rule is not a number"),
         ("3,-1,-1,-1,yes", "allow 'yes' in a filter rule is not a number"),
         ("256,-1,-1,-1,1", "class 256 in a filter rule is not between -1 and 255"),

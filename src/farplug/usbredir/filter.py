@@ -73,7 +73,7 @@ class Rule:
         """
         fields = [field for field in re.split(f"[{re.escape(separators)}]", text) if field]
         if len(fields) != 5:
-            raise _bad(f"filter rule {_shown(text)} has {len(fields)} fields, not 5")
+            raise _bad(f"filter rule {_shown(text)} has {len(fields)} field{'' if len(fields) == 1 else 's'}, not 5")
         names = (*(name for name, _ in _FIELDS), "allow")
         device_class, vendor_id, product_id, device_version, allow = map(_parse_number, names, fields)
         return cls(device_class, vendor_id, product_id, device_version, allow != 0)

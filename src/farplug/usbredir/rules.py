@@ -18,6 +18,9 @@ from farplug.usbredir.filter import ANY, Filter, Rule
 MAX_LENGTH: Final = 4096
 """Characters of a text with rules."""
 
+SEPARATORS: Final = ",:"
+"""Of fields in usbredir's own form. QEMU's option ``filter=`` has colons, as a comma ends its value."""
+
 _VERBS = {"allow": True, "deny": False}
 _FIELDS = ("class", "vendor", "product", "version")
 _HEXADECIMAL = re.compile(r"(?:0[xX])?([0-9a-fA-F]{1,4})")
@@ -30,17 +33,17 @@ REMEDY: Final = (
 
 
 def parse_rules(text: str) -> Filter:
-    """Read a filter in either form: this one, or usbredir's own (``0x03,-1,-1,-1,1|-1,-1,-1,-1,0``).
+    """Read a filter in this form, in usbredir's (``0x03,-1,-1,-1,1|-1,-1,-1,-1,0``), or in QEMU's (``:`` for ``,``).
 
     Raises:
-        UsageError: it is neither, or it could not allow any device and does not say so (``BAD_OPTION``).
+        UsageError: it has none of them, or it could not allow any device and does not say so (``BAD_OPTION``).
     """
     if len(text) > MAX_LENGTH:
         raise _bad(f"filter rules have {len(text)} characters, more than {MAX_LENGTH}")
     if not text.strip(" \t\r\n;|"):
         raise _bad("filter rules are empty")
     if not text.lstrip(" \t\r\n;|")[0].isalpha():
-        return Filter.parse(text.strip())
+        return Filter.parse(text.strip(), SEPARATORS)
     rules = tuple(_parse_rule(rule.split()) for rule in re.split(r"[;\n]", text) if rule.strip())
     if not any(rule.allow for rule in rules) and rules[-1].words != "deny":
         raise _bad("filter rules allow no device: what no rule matches is denied; end them with '; allow'")
