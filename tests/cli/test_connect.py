@@ -391,7 +391,7 @@ def test_a_paused_vm_is_waited_for(
     with in_thread(FakeGuest(silent=True).listening) as target, interrupted_after(2):
         result = cli("connect", target, "--usb-disk", image, *json_option)
     assert result.code == 0
-    assert "its VM may be paused; waiting for it to run" in result.out
+    assert "its VM may be paused, or the port may serve another client; waiting" in result.out
 
 
 def test_interrupted_while_waiting_for_qemu(cli: Cli, image: Path) -> None:

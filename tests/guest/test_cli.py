@@ -112,7 +112,7 @@ async def test_a_port_that_another_farplug_uses(guest: QemuGuest, tmp_path: Path
             assert (code, "is in use" in err) == (3, True)
         async with farplug("connect", guest.targets[2], "--usb-disk", images[1]) as second:
             # QEMU serves one connection; the next one waits in its backlog, as with a paused VM.
-            await second.until("waiting for it to run")
+            await second.until("its VM may be paused, or the port may serve another client; waiting")
             first.process.send_signal(signal.SIGINT)
             assert await first.exit_code() == 0
             await second.until("configured by the guest")

@@ -15,7 +15,7 @@ EVENTS: dict[str, tuple[events.PortEvent, str]] = {
     "opened": (events.Opened("tcp"), "connected to the guest's port (tcp)"),
     "waiting-for-guest": (
         events.WaitingForGuest("tcp"),
-        "the guest has not answered yet: its VM may be paused; waiting for it to run",
+        "the guest has not answered yet: its VM may be paused, or the port may serve another client; waiting",
     ),
     "guest-ready": (events.GuestReady("tcp", "", ("filter",)), "the guest is ready (no version given)"),
     "attached": (

@@ -229,7 +229,9 @@ async def _check_port(guest: Guest, port: Port, stages: _Stages) -> None:
             if error is not None:
                 raise error
         else:
-            stages.end("-", f"no answer within {HELLO_SECONDS:g} s: the VM is paused, or serves another client")
+            stages.end(
+                "-", f"no answer within {HELLO_SECONDS:g} s: the VM is paused, or the port serves another client"
+            )
         closed.cancel()
     finally:
         await redirection.close()

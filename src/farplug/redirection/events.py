@@ -78,12 +78,16 @@ class Opened(PortEvent):
 
 @dataclass(frozen=True, slots=True)
 class WaitingForGuest(PortEvent):
-    """The port is open, but the guest has not said hello: its VM is paused, or still starting."""
+    """The port is open, but the guest has not sent its hello.
+
+    Its VM is paused or still starts, or the chardev behind a plain socket serves another client: QEMU serves one at a
+    time, and the next one waits in its backlog.
+    """
 
     name: ClassVar[str] = "waiting-for-guest"
 
     def __str__(self) -> str:
-        return "the guest has not answered yet: its VM may be paused; waiting for it to run"
+        return "the guest has not answered yet: its VM may be paused, or the port may serve another client; waiting"
 
 
 @dataclass(frozen=True, slots=True)
