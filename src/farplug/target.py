@@ -99,9 +99,9 @@ def parse_target(text: str, options: TargetOptions = TargetOptions()) -> Target:
         )
     match scheme:
         case "tcp":
-            return StreamTarget(_tcp(text))
+            return StreamTarget(_tcp(text, scheme, rest))
         case "tcp-listen":
-            return ListenTarget(_tcp(text, listen=True))
+            return ListenTarget(_tcp(text, scheme, rest, listen=True))
     return StreamTarget(UnixAddress(_path(text, rest)))
 
 
@@ -113,6 +113,8 @@ def _spice_target(text: str, scheme: str, rest: str, options: TargetOptions) -> 
         case "spice" | "spice+tls":
             return _with_options(_spice(text, tls=scheme.endswith("tls")), options)
         case "spice+unix":
+            if "?password=" in rest:
+                raise _bad(text, "the path of a socket has no password: give it with --password-file")
             return _with_options(SpiceTarget(unix_path=_path(text, rest)), options)
     if not text.lower().endswith(".vv") and not os.path.isfile(text):
         raise _bad(text, f"write it as {FORMS}")
@@ -142,7 +144,7 @@ def _spice(text: str, *, tls: bool) -> SpiceTarget:
     user, at, address = authority.rpartition("@")
     name, colon, secret = user.partition(":")
     if at and (name or not colon):
-        raise _bad(text, "write a password as spice://:password@host:port")
+        raise _bad(text, f"write a password as {text.partition(':')[0]}://:password@host:port")
     host, port = _host_and_port(text, address, port_required=not re.search("(?:^|&)(?:tls-)?port=", query))
     if not host:
         raise _bad(text, "it has no host")
@@ -165,7 +167,8 @@ def _spice(text: str, *, tls: bool) -> SpiceTarget:
                 password = _unquote(value)
             case _:
                 named = f"{key}=" if equals and re.fullmatch("[A-Za-z_-]{1,20}", key) else "something else"
-                raise _bad(text, f"it may have ?port=, tls-port= and password=, not {named}")
+                keys = "tls-port= and password=" if tls else "port=, tls-port= and password="
+                raise _bad(text, f"behind its ? may stand {keys}, not {named}")
     if not plain and not tls_port:
         raise _bad(text, "it has no port")
     return SpiceTarget(host=host, port=plain, tls_port=tls_port, password=password)
@@ -177,7 +180,7 @@ def _unquote(value: str) -> str:
 
 def _port_number(text: str, key: str, value: str) -> int:
     if not value.isascii() or not value.isdigit() or len(value) > 5 or not 0 < int(value) < 65536:
-        raise _bad(text, f"{key}= takes a number from 1 to 65535")
+        raise _bad(text, f"{key}= is not a number from 1 to 65535")
     return int(value)
 
 
@@ -194,13 +197,12 @@ def _host_and_port(text: str, address: str, *, port_required: bool) -> tuple[str
         raise _bad(text, str(error)) from None
 
 
-def _tcp(text: str, *, listen: bool = False) -> TcpAddress:
+def _tcp(text: str, scheme: str, rest: str, *, listen: bool = False) -> TcpAddress:
     if "@" in text:
-        raise _bad(text, "a plain socket takes no password: write it as tcp://host:port")
-    scheme, slashes, address = text.partition("://")
-    if not slashes:
-        raise _bad(text, f"write it as {scheme.partition(':')[0]}://host:port")
-    host, port = _host_and_port(text, address, port_required=True)
+        raise _bad(text, f"a plain socket has no password: write it as {scheme}://host:port")
+    if not rest.startswith("//"):
+        raise _bad(text, f"write it as {scheme}://host:port")
+    host, port = _host_and_port(text, rest[2:], port_required=True)
     if not host and not listen:
         raise _bad(text, "it has no host")
     if port is None:
@@ -213,7 +215,7 @@ def _tcp(text: str, *, listen: bool = False) -> TcpAddress:
 def _path(text: str, rest: str) -> str:
     path = "/" + rest.lstrip("/") if rest.startswith("//") else rest
     if not path or path == "/":
-        raise _bad(text, "it has no path")
+        raise _bad(text, "it has no path: write it as unix:/path or spice+unix:///path")
     if len(os.fsencode(path)) > 107:
         raise _bad(text, "the path of a UNIX socket has 107 bytes at most")
     return path
@@ -245,7 +247,9 @@ def _with_options(target: SpiceTarget, options: TargetOptions) -> SpiceTarget:
             remedy="write it as spice+tls://HOST:PORT, or leave the options out",
         )
     if target.unix_path is not None and options.proxy is not None:
-        raise UsageError(f"{target}: no proxy leads to a UNIX socket", reason=Reason.BAD_OPTION)
+        raise UsageError(
+            f"{target}: a proxy cannot reach a UNIX socket", reason=Reason.BAD_OPTION, remedy="leave --proxy out"
+        )
     ca = None if options.ca_file is None else _read_ca(options.ca_file)
     password = target.password or options.fallback_password if options.password is None else options.password
     return replace(

@@ -108,6 +108,16 @@ def test_vv_files(cli: Cli, image: Path, tmp_path: Path, text: str, said: str) -
     assert vv.exists()
 
 
+@pytest.mark.parametrize(
+    "target", ["unix:{}/a\nb", "spice+unix://{}/a\nb", "{}/a\nb.vv", "unix:{}/\n" + "x" * 107, "tcp://a\nb:1"]
+)
+def test_line_ends_in_a_target_do_not_end_a_line(cli: Cli, image: Path, tmp_path: Path, target: str) -> None:
+    lines = cli("connect", target.format(tmp_path), "--usb-disk", image).err.splitlines()
+    assert lines[0].startswith("farplug: ")
+    assert all(line.startswith("  ") for line in lines[1:])
+    assert len(lines) <= 2
+
+
 def test_what_is_ignored_in_a_vv_file_is_reported(cli: Cli, image: Path, tmp_path: Path) -> None:
     vv = tmp_path / "vm.vv"
     vv.write_text("[virt-viewer]\ntype=spice\nhost=127.0.0.1\nport=None\ntls-port=1\nsecure-channels=main;smardcard\n")

@@ -170,7 +170,7 @@ def test_hostile_replies(reply: bytes, said: str) -> None:
 
 
 def test_other_version() -> None:
-    with pytest.raises(LinkFailure, match=r"speaks SPICE 1, we speak 2\.2"):
+    with pytest.raises(LinkFailure, match=r"the server has SPICE 1, farplug 2\.2"):
         client().receive_data(header(178, major=1))
 
 

@@ -64,7 +64,10 @@ def test_receive(step: int) -> None:
         (b"\x01\x05\x00\x00", "4 bytes, 5 at least"),
         (b"\x02\x05\x00\x00\x00data", "unknown kind 2"),
         (struct.pack("<BI", 1, MAX_UNCOMPRESSED + 1) + bytes(10), f"{MAX_UNCOMPRESSED} at most"),
-        (struct.pack("<BI", 1, 100) + lz4.block.compress(bytes(99), store_size=False), "says 100 bytes and holds 99"),
+        (
+            struct.pack("<BI", 1, 100) + lz4.block.compress(bytes(99), store_size=False),
+            "announces 100 bytes and holds 99",
+        ),
         (struct.pack("<BI", 1, 99) + lz4.block.compress(bytes(100), store_size=False), "damaged"),
         (struct.pack("<BI", 1, 100) + b"\xff" * 20, "damaged"),
         (struct.pack("<BI", 1, 100), "damaged"),

@@ -23,6 +23,7 @@ from farplug.transport.connection import (
     UnixAddress,
     dial,
     start,
+    zone_fault,
 )
 from farplug.usb.types import Buffer
 
@@ -303,6 +304,13 @@ async def test_unreachable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         (TcpAddress("127.0.0.1", refused), Reason.CONNECTION_REFUSED, f"127.0.0.1:{refused}: Connection refused"),
         (TcpAddress("no-such-host.invalid", 1), Reason.UNRESOLVABLE, "the name cannot be resolved"),
         (TcpAddress("x" * 70 + ".example", 1), Reason.UNRESOLVABLE, "the name cannot be resolved"),
+        (
+            TcpAddress("fe80::1", 1),
+            Reason.UNRESOLVABLE,
+            r"\[fe80::1\]:1: a link-local address needs the network interface",
+        ),
+        (TcpAddress("fe80::1%no", 1), Reason.UNRESOLVABLE, "this machine has no network interface 'no'"),
+        (TcpAddress("fe80::1%99999", 1), Reason.UNRESOLVABLE, "this machine has no network interface '99999'"),
         (UnixAddress(str(tmp_path / "absent")), Reason.NOT_FOUND, "there is no such socket"),
         (UnixAddress(str(not_a_socket)), Reason.CONNECTION_REFUSED, "Connection refused"),
         (UnixAddress("/" + "x" * 200), Reason.UNREACHABLE, "AF_UNIX path too long"),
@@ -320,7 +328,12 @@ async def test_unreachable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(TargetError, match="Permission denied") as caught:
         await dial(UnixAddress("/run/x.sock"), 5)
     assert caught.value.reason is Reason.NO_PERMISSION
-    assert "ls -l /run/x.sock" in caught.value.remedy
+    assert "write permission" in caught.value.remedy
+
+
+@pytest.mark.parametrize("host", ["vmhost", "192.0.2.1", "::1", "::1%1", "fe80::1%1", "a%b", "fe80::1%lo"])
+def test_hosts_whose_zone_is_right(host: str) -> None:
+    assert not zone_fault(host)
 
 
 async def test_timeout(monkeypatch: pytest.MonkeyPatch) -> None:

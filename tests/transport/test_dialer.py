@@ -97,7 +97,7 @@ async def test_needs_tls_and_there_is_none() -> None:
         with pytest.raises(LinkFailure, match="demands TLS") as caught:
             await link(SpiceTarget(host="127.0.0.1", port=port))
     assert caught.value.reason is Reason.NEEDS_TLS
-    with pytest.raises(TargetError, match="channel main must be secure") as refused:
+    with pytest.raises(TargetError, match="secure-channels demands TLS for the channel main") as refused:
         await link(SpiceTarget(host="127.0.0.1", port=1, secure_channels=frozenset({"main"})))
     assert refused.value.reason is Reason.NEEDS_TLS
 

@@ -129,13 +129,13 @@ async def test_tunnel(answer: bytes, step: int) -> None:
     ("answer", "said"),
     [
         (b"HTTP/1.1 403 Forbidden\r\n\r\n", "it refused the tunnel: HTTP/1.1 403 Forbidden"),
-        (b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n", "it asks for a password"),
+        (b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n", "it requires a password"),
         (b"HTTP/1.1 30\r\n\r\n", "malformed"),
         (b"HTTP/1.1 40\x1b[31m\r\n\r\n", r"malformed: HTTP/1.1 40\?\[31m"),
-        (b"REDQ nonsense", "does not speak HTTP"),
+        (b"REDQ nonsense", "its answer is not HTTP"),
         (b"HTTP/1.1 200 OK\r\n", "closed the connection after 17 bytes"),
         (b"", "closed the connection after 0 bytes"),
-        (b"HTTP/1.1 200 OK\r\n\r\nRFB", "3 bytes came out of the tunnel"),
+        (b"HTTP/1.1 200 OK\r\n\r\nRFB", "3 bytes came through the tunnel"),
         (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 4000, f"larger than {MAX_REPLY} bytes"),
     ],
 )

@@ -86,7 +86,7 @@ async def test_the_list_may_grow() -> None:
 @pytest.mark.parametrize(
     ("sent", "error", "said"),
     [
-        (b"", TargetError, "took the ticket, then closed the connection"),
+        (b"", TargetError, "accepted the ticket, then closed the connection"),
         (message(6, struct.pack("<QI", 1, 7)), TargetError, ", with link error 7"),
         (INIT, GuestGoneError, "the SPICE server closed the session"),
         (INIT + message(104, b"\xff\xff\xff\xff"), RemoteProtocolError, "4294967295 channels"),

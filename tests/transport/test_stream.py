@@ -216,6 +216,13 @@ async def test_listen_without_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
         await ListenPort(TcpAddress("::1", 4000)).open(Recorder())
 
 
+@pytest.mark.parametrize("host", ["fe80::1", "fe80::1%no"])
+async def test_listen_on_an_address_without_its_interface(host: str) -> None:
+    with pytest.raises(TargetError, match="network interface") as caught:
+        await ListenPort(TcpAddress(host, 0)).open(Recorder())
+    assert caught.value.remedy
+
+
 async def test_listen_where_one_cannot() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         number = taken.getsockname()[1]

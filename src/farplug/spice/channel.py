@@ -141,7 +141,7 @@ class Channel:
             else:
                 _, kind, size, sub_list = layout.unpack(header)
                 if sub_list:
-                    raise RemoteProtocolError(f"{self.name}: a SPICE message with sub-messages, which nobody sends")
+                    raise RemoteProtocolError(f"{self.name}: a SPICE message with sub-messages is not supported")
             if size > MAX_MESSAGE:
                 raise RemoteProtocolError(
                     f"{self.name}: SPICE message {kind} of {size} bytes, {MAX_MESSAGE} (MAX_MESSAGE) at most"

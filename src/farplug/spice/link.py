@@ -69,16 +69,16 @@ class AuthMechanism(IntEnum):
 
 _LINK_ERRORS: dict[LinkError, tuple[Reason, str, str]] = {
     LinkError.ERROR: (Reason.LINK_REFUSED, "the server refused the link", "look into the log of QEMU on the VM's host"),
-    LinkError.INVALID_MAGIC: (Reason.NOT_SPICE, "the server did not take us for a SPICE client", "check the port"),
+    LinkError.INVALID_MAGIC: (Reason.NOT_SPICE, "the server did not recognise a SPICE client", "check the port"),
     LinkError.INVALID_DATA: (
         Reason.LINK_REFUSED,
-        "the server found our link message damaged",
-        "check what stands between us and the server: a proxy, a tunnel",
+        "the server reports a damaged link message",
+        "check whether a proxy or a tunnel on the way to the server alters the connection",
     ),
     LinkError.VERSION_MISMATCH: (
         Reason.LINK_REFUSED,
-        "the server speaks another version of SPICE, or demands what we did not offer",
-        f"we speak SPICE {VERSION_MAJOR}.{VERSION_MINOR}: use a server (or a proxy) that does",
+        "the server has another version of SPICE, or requires a capability that farplug lacks",
+        f"use a server (or a proxy) with SPICE {VERSION_MAJOR}.{VERSION_MINOR}",
     ),
     LinkError.NEED_SECURED: (
         Reason.NEEDS_TLS,
@@ -98,7 +98,7 @@ _LINK_ERRORS: dict[LinkError, tuple[Reason, str, str]] = {
     LinkError.BAD_CONNECTION_ID: (
         Reason.LINK_REFUSED,
         "the session does not exist any more",
-        "connect again; another client may have taken the session over: SPICE serves one client at a time",
+        "connect again; another client may have taken the session over: a SPICE server serves one client at a time",
     ),
     LinkError.CHANNEL_NOT_AVAILABLE: (
         Reason.CHANNEL_IN_USE,
@@ -108,9 +108,14 @@ _LINK_ERRORS: dict[LinkError, tuple[Reason, str, str]] = {
 }
 
 _OTHER_PROTOCOLS: tuple[tuple[bytes, Reason, str, str], ...] = (
-    (b"HTTP", Reason.NOT_SPICE, "an HTTP server", "check the port; an HTTP proxy is given by the .vv file's proxy="),
+    (
+        b"HTTP",
+        Reason.NOT_SPICE,
+        "an HTTP server",
+        "check the port; name an HTTP proxy with --proxy, or with proxy= in the .vv file",
+    ),
     (b"<htm", Reason.NOT_SPICE, "an HTTP server", "check the port"),
-    (b"RFB ", Reason.NOT_SPICE, "a VNC server", "the VM's display is VNC there: give it a SPICE display, or its port"),
+    (b"RFB ", Reason.NOT_SPICE, "a VNC server", "give the VM a SPICE display, or use the port of the one that it has"),
     (b"SSH-", Reason.NOT_SPICE, "an SSH server", "check the port"),
     (b"\x15\x03", Reason.NEEDS_TLS, "a TLS server", "it is a TLS port: use spice+tls://HOST:PORT"),
     (b"\0\0\0\0", Reason.NOT_SPICE, "a plain usbredir socket", "use tcp://HOST:PORT or unix:PATH for it"),
@@ -386,7 +391,7 @@ class LinkClient:
         if has_capability(reply.common_caps, CommonCapability.AUTH_SELECTION):
             if not has_capability(reply.common_caps, CommonCapability.AUTH_SPICE):
                 raise self._failure(
-                    "the server takes no tickets, only another kind of authentication (SASL)",
+                    "the server accepts SASL authentication only, and farplug sends tickets",
                     Reason.LINK_REFUSED,
                     "turn SASL off in the VM's SPICE settings, and use a ticket",
                 )
@@ -419,7 +424,9 @@ class LinkClient:
         _, major, _, size = _HEADER.unpack((yield from self._read(_HEADER.size)))
         if major != VERSION_MAJOR:
             raise self._failure(
-                f"the server speaks SPICE {major}, we speak {VERSION_MAJOR}.{VERSION_MINOR}", Reason.LINK_REFUSED
+                f"the server has SPICE {major}, farplug {VERSION_MAJOR}.{VERSION_MINOR}",
+                Reason.LINK_REFUSED,
+                f"use a server (or a proxy) with SPICE {VERSION_MAJOR}.{VERSION_MINOR}",
             )
         if size > MAX_LINK_REPLY:
             raise RemoteProtocolError(f"{self.name}: SPICE link reply of {size} bytes, {MAX_LINK_REPLY} at most")

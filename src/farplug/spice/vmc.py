@@ -115,7 +115,7 @@ class VmcChannel(Channel):
         except lz4.block.LZ4BlockError as error:
             raise RemoteProtocolError(f"{self.name}: COMPRESSED_DATA is damaged: {error}") from None
         if len(data) != size:
-            raise RemoteProtocolError(f"{self.name}: COMPRESSED_DATA says {size} bytes and holds {len(data)}")
+            raise RemoteProtocolError(f"{self.name}: COMPRESSED_DATA announces {size} bytes and holds {len(data)}")
         return memoryview(data)
 
 

@@ -429,7 +429,11 @@ def _unreachable(address: Address, error: OSError | ValueError, timeout: float) 
     reason, why, remedy = Reason.UNREACHABLE, str(error), "check the network between this machine and the VM's host"
     if isinstance(error, OSError) and error.errno is not None:
         why = os.strerror(error.errno) if error.errno > 0 else str(error.strerror)
+    fault = zone_fault(address.host) if isinstance(address, TcpAddress) else ""
     match error:
+        case _ if fault:
+            reason, why = Reason.UNRESOLVABLE, fault
+            remedy = "write the interface behind the address: [fe80::1%eth0]; 'ip -6 address' lists them"
         case socket.gaierror() | UnicodeError():
             reason, why, remedy = Reason.UNRESOLVABLE, "the name cannot be resolved", "check the host's name"
         case ConnectionRefusedError():
@@ -444,8 +448,22 @@ def _unreachable(address: Address, error: OSError | ValueError, timeout: float) 
         case PermissionError():
             reason = Reason.NO_PERMISSION
             if isinstance(address, UnixAddress):
-                remedy = f"connecting needs write permission: ls -l {address.path}"
+                remedy = "a client needs write permission on the socket, and search permission on its folders"
     return TargetError(f"cannot connect to {address}: {why}", reason=reason, remedy=remedy)
+
+
+def zone_fault(host: str) -> str:
+    """Return what is wrong with the zone of an IPv6 address on this machine; empty if nothing is."""
+    try:
+        address = ipaddress.IPv6Address(host)
+    except ValueError:
+        return ""
+    zone = address.scope_id
+    if zone is None:
+        return "a link-local address needs the network interface that leads to it" if address.is_link_local else ""
+    if zone in {part for number, name in socket.if_nameindex() for part in (str(number), name)}:
+        return ""
+    return f"this machine has no network interface {zone[:40]!r}"
 
 
 async def start(

@@ -84,7 +84,7 @@ class SpiceTarget:
             )
         if unknown := self.secure_channels - CHANNEL_NAMES:
             raise UsageError(
-                f"there is no SPICE channel {min(unknown)[:40]!r} that could be secure",
+                f"secure_channels: {min(unknown)[:40]!r} is not a SPICE channel",
                 reason=Reason.BAD_TARGET,
                 remedy=f"the channels are {', '.join(sorted(CHANNEL_NAMES))}",
             )
@@ -261,7 +261,7 @@ class ChannelDialer:
         must = not target.secure_channels.isdisjoint({str(channel_type), "all"})
         if must and target.tls_port is None:
             raise TargetError(
-                f"{target}: channel {channel_type} must be secure, and there is no TLS port",
+                f"{target}: secure-channels demands TLS for the channel {channel_type}, and there is no TLS port",
                 reason=Reason.NEEDS_TLS,
                 remedy="the VM's SPICE server needs a TLS port, and the .vv file a tls-port",
             )
@@ -339,7 +339,7 @@ class ChannelDialer:
             raise tls.failed(where, error) from error
         except ValueError as error:
             raise TargetError(
-                f"TLS to {where}: {host[:200]!r} is no name that a certificate can bear",
+                f"TLS to {where}: {host[:200]!r} is not a name that a certificate can hold",
                 reason=Reason.TLS_WRONG_HOST,
                 remedy="give the certificate's subject as host-subject",
             ) from error

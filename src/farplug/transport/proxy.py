@@ -113,7 +113,7 @@ async def open_tunnel(sock: socket.socket, proxy: HttpProxy, target: TcpAddress,
                     raise _error(proxy, f"it closed the connection after {len(reply)} bytes of its reply")
                 reply += data
                 if not reply.startswith(b"HTTP/"[: len(reply)]):
-                    raise _error(proxy, f"it does not speak HTTP: its answer begins with {bytes(reply[:16])!r}")
+                    raise _error(proxy, f"its answer is not HTTP, and begins with {bytes(reply[:16])!r}")
     except TimeoutError:
         raise _error(proxy, f"no answer to CONNECT within {timeout:g} s") from None
     except OSError as error:
@@ -124,11 +124,11 @@ async def open_tunnel(sock: socket.socket, proxy: HttpProxy, target: TcpAddress,
     if match is None:
         raise _error(proxy, f"its answer is malformed: {line}")
     if match[1] == "407":
-        raise _error(proxy, f"it asks for a password: {line}", _REMEDY)
+        raise _error(proxy, f"it requires a password: {line}", _REMEDY)
     if not match[1].startswith("2"):
         raise _error(proxy, f"it refused the tunnel: {line}", "if the .vv file is old, fetch a new one: it expires")
     if len(reply) > end:
-        raise _error(proxy, f"{len(reply) - end} bytes came out of the tunnel before we sent any")
+        raise _error(proxy, f"{len(reply) - end} bytes came through the tunnel before anything was sent")
 
 
 def _end_of_header(reply: bytearray) -> int:

@@ -207,7 +207,7 @@ class SpiceSession:
         if not self._listed.done():
             if isinstance(reason, GuestGoneError) and not self.session_id:
                 reason = TargetError(
-                    f"{self.target}: the server took the ticket, then closed the connection{self._farewell}",
+                    f"{self.target}: the server accepted the ticket, then closed the connection{self._farewell}",
                     reason=Reason.LINK_REFUSED,
                     remedy="behind a SPICE proxy: check that the VM runs; look into the log of the proxy or of QEMU",
                 )

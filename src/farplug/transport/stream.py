@@ -18,6 +18,7 @@ from farplug.transport.connection import (
     UnixAddress,
     dial,
     start,
+    zone_fault,
 )
 from farplug.transport.port import Port, PortListener
 from farplug.usb.types import Buffer
@@ -139,7 +140,7 @@ class ListenPort(_SocketPort):
             found = await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         except (OSError, UnicodeError) as error:
             raise TargetError(
-                f"cannot listen on {address}: the name cannot be resolved",
+                f"cannot listen on {address}: {zone_fault(address.host) or 'the name cannot be resolved'}",
                 reason=Reason.UNRESOLVABLE,
                 remedy="give an address of this machine",
             ) from error
@@ -148,7 +149,7 @@ class ListenPort(_SocketPort):
             server = _listen(family, sockaddr)
         except OSError as error:
             raise TargetError(
-                f"cannot listen on {address}: {os.strerror(error.errno or 0)}",
+                f"cannot listen on {address}: {zone_fault(address.host) or os.strerror(error.errno or 0)}",
                 reason=Reason.NO_PERMISSION if isinstance(error, PermissionError) else Reason.UNREACHABLE,
                 remedy="give an address of this machine and a free port above 1023 (0: any)",
             ) from error

@@ -67,11 +67,11 @@ class HostSubject:
             try:
                 oid = _OIDS[key] if key in _OIDS else ObjectIdentifier(key)
             except ValueError:
-                raise _bad_subject(text, f"it has an attribute named {key[:40]!r}") from None
+                raise _bad_subject(text, f"{key[:40]!r} is not the name of an attribute") from None
             if not equals or not value:
                 raise _bad_subject(text, f"attribute {key} has no value")
             if re.search(r"\\(?![\\,])", re.sub(r"\\\\", "", value)):
-                raise _bad_subject(text, r"after a backslash only another one or a comma may stand")
+                raise _bad_subject(text, r"a backslash may be followed only by another one or a comma")
             attributes.append((oid, _canonical(re.sub(r"\\(.)", r"\1", value))))
         return cls(tuple(attributes), text)
 
