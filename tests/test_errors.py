@@ -30,6 +30,7 @@ def test_the_tree_is_the_one_in_the_docstring() -> None:
         (Reason.TLS_WRONG_HOST, ExitCode.TLS),
         (Reason.TLS_FAILED, ExitCode.TLS),
         (Reason.WRONG_PASSWORD, ExitCode.DENIED),
+        (Reason.NO_PASSWORD, ExitCode.DENIED),
         (Reason.NOT_SPICE, ExitCode.PROTOCOL),
     ],
 )

@@ -86,6 +86,7 @@ class Reason(StrEnum):
     TLS_WRONG_HOST = "tls-wrong-host"
     TLS_FAILED = "tls-failed"
     WRONG_PASSWORD = "wrong-password"
+    NO_PASSWORD = "no-password"
     LINK_REFUSED = "link-refused"
     # ports
     NO_USBREDIR_CHANNEL = "no-usbredir-channel"
@@ -168,6 +169,7 @@ _TARGET_EXIT_CODES = {
     Reason.TLS_WRONG_HOST: ExitCode.TLS,
     Reason.TLS_FAILED: ExitCode.TLS,
     Reason.WRONG_PASSWORD: ExitCode.DENIED,
+    Reason.NO_PASSWORD: ExitCode.DENIED,
     Reason.NOT_SPICE: ExitCode.PROTOCOL,
 }
 

@@ -8,7 +8,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from farplug.errors import Reason, RemoteProtocolError, UsageError
+from farplug.errors import ExitCode, Reason, RemoteProtocolError, UsageError
 from farplug.spice.link import MAX_LINK_REPLY, LinkClient, LinkFailure, LinkMess, LinkReply, encrypt_ticket
 from farplug.spice.types import ChannelType, LinkError, has_capability
 
@@ -117,6 +117,29 @@ def test_link_errors_have_a_reason_and_a_remedy(at: str, error: LinkError, reaso
     assert "secret" not in str(caught.value) + caught.value.remedy
     link.receive_data(b"more")
     assert link.result is None
+
+
+def test_a_password_that_is_missing_is_not_a_wrong_one() -> None:
+    refusals = {}
+    for password in ("", "guess"):
+        main = LinkClient.for_channel(ChannelType.MAIN, 0, connection_id=0, capabilities=[], password=password)
+        main.receive_data(bytes(REPLY))
+        with pytest.raises(LinkFailure) as caught:
+            main.receive_data(struct.pack("<I", LinkError.PERMISSION_DENIED))
+        refusals[password] = caught.value
+    missing, wrong = refusals.values()
+    assert missing.message == "the VM wants a password and none was given"
+    assert (missing.reason, missing.error) == (Reason.NO_PASSWORD, LinkError.PERMISSION_DENIED)
+    assert missing.remedy == "give one: --password-file FILE, --ask-password, or FARPLUG_PASSWORD in the environment"
+    assert wrong.message == "wrong password, or an expired one: link error 7 (PERMISSION_DENIED)"
+    assert wrong.reason is Reason.WRONG_PASSWORD
+    assert missing.exit_code is wrong.exit_code is ExitCode.DENIED
+
+
+def test_a_refusal_before_the_ticket_does_not_ask_for_a_password() -> None:
+    with pytest.raises(LinkFailure) as caught:
+        client("").receive_data(bytes(LinkReply(LinkError.PERMISSION_DENIED)))
+    assert caught.value.reason is Reason.WRONG_PASSWORD
 
 
 @pytest.mark.parametrize("how", ["whole", "byte by byte"])

@@ -234,7 +234,7 @@ def connect(
         try:
             raise typer.Exit(asyncio.run(session.run(plan, output.choose(as_json=json, commands=commands))))
         except TargetError as error:
-            if error.reason is not Reason.WRONG_PASSWORD or not attempts:
+            if error.reason not in (Reason.NO_PASSWORD, Reason.WRONG_PASSWORD) or not attempts:
                 raise
             typer.echo(f"farplug: {error.message}", err=True)
         attempts -= 1

@@ -22,7 +22,7 @@ EXIT_CODES = {
     ExitCode.IMAGE: "an image cannot be used",
     ExitCode.UNREACHABLE: "the VM cannot be reached",
     ExitCode.TLS: "TLS is needed, or failed: the certificate is not trusted, or is another host's",
-    ExitCode.DENIED: "the password is wrong, or the ticket expired",
+    ExitCode.DENIED: "the password is wrong or missing, or the ticket expired",
     ExitCode.NO_PORT: "the VM has no free port: no usbredir channel, or all are in use",
     ExitCode.REFUSED: "the VM refused the device: its filter, its USB controller",
     ExitCode.GUEST_GONE: "the VM went away while it was in use",

@@ -401,6 +401,13 @@ class LinkClient:
         (code,) = _U32.unpack((yield from self._read(_U32.size)))
         result = LinkError(code)
         logger.debug("< %s: ticket result %s", self.name, result.name)
+        if result is LinkError.PERMISSION_DENIED and not self._password:
+            raise self._failure(
+                "the VM wants a password and none was given",
+                Reason.NO_PASSWORD,
+                "give one: --password-file FILE, --ask-password, or FARPLUG_PASSWORD in the environment",
+                result,
+            )
         if result:
             raise self._refused(result)
 
@@ -461,4 +468,6 @@ class LinkClient:
         )
 
     def _failure(self, message: str, reason: Reason, remedy: str = "", error: LinkError | None = None) -> LinkFailure:
-        return LinkFailure(f"{self.name}: {message}", reason=reason, remedy=remedy, error=error, phase=self.phase)
+        # The main channel stands for the whole server: its name would say nothing to a user.
+        where = "" if self.mess.channel_type is ChannelType.MAIN else f"{self.name}: "
+        return LinkFailure(f"{where}{message}", reason=reason, remedy=remedy, error=error, phase=self.phase)
