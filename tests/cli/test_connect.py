@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -207,7 +209,12 @@ def test_wrong_password(cli: Cli, image: Path, monkeypatch: pytest.MonkeyPatch, 
             assert "wrong password, or an expired one" in result.err
             assert "fetch a new one" in result.err
             assert "wr0ng" not in result.out + result.err
-        assert cli("connect", target, "--usb-disk", image).code == 6, "none given, and there is no terminal to ask on"
+        for options in ((), ("--json",)):
+            result = cli("connect", target, "--usb-disk", image, *options)
+            assert result.code == 6, "none given, and there is no terminal to ask on"
+            assert result.err.startswith("farplug: the VM wants a password and none was given\n")
+            assert "--password-file FILE, --ask-password, or FARPLUG_PASSWORD" in result.err
+        assert json.loads(result.out.splitlines()[-1])["reason"] == "no-password"
         for mark, more in (("", []), ("\ufeff", ["--debug", "--json"])):
             secrets.write_text(f"{mark}s3cret/of#mine\r\nsecond line\n")
             result = cli("connect", target, "--usb-disk", image, "--password-file", secrets, *more)
@@ -232,9 +239,14 @@ def test_tls(cli: Cli, image: Path, tmp_path: Path) -> None:
         plug = ("--usb-disk", image)
         result = cli("connect", target, *plug)
         assert (result.code, "certificate" in result.err) == (5, True)
+        assert "--ca-file FILE (ca= in the .vv file)" in result.err
         assert cli("connect", target, *plug, "--ca-file", other).code == 5
         assert cli("connect", target, *plug, "--ca-file", ca).code == 0
-        assert cli("connect", target, *plug, "--ca-file", ca, "--host-subject", "O=Other,CN=x").code == 5
+        result = cli("connect", target, *plug, "--ca-file", ca, "--host-subject", "O=Other,CN=x")
+        assert result.code == 5
+        (option, subject), *_ = re.findall(r"give (--host-subject) ('.*?') \(host-subject= in the \.vv", result.err)
+        result = cli("connect", target, *plug, "--ca-file", ca, option, *shlex.split(subject))
+        assert result.code == 0, "the remedy can be pasted"
         vv = tmp_path / "vm.vv"
         pem = certificates.ca.replace("\n", "\\n")
         vv.write_bytes(
@@ -247,6 +259,7 @@ def test_tls(cli: Cli, image: Path, tmp_path: Path) -> None:
     with in_thread(lambda: running(FakeSpice(), tls=certificates.server_context(("elsewhere",), ()))) as port:
         result = cli("connect", f"spice+tls://127.0.0.1:{port}", *plug, "--ca-file", ca)
         assert (result.code, "elsewhere" in result.err) == (5, True)
+        assert r"if this is the right host, give --host-subject 'O=Test\, Inc.,CN=vmhost'" in result.err
 
 
 def test_tls_needed(cli: Cli, image: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import datetime
+import shlex
 import ssl
 from pathlib import Path
 from typing import cast
@@ -82,6 +83,19 @@ def test_malformed_host_subject(subject: str, said: str) -> None:
 def test_described_subject_can_be_given_back(theirs: x509.Certificate) -> None:
     text = tls.describe(theirs).removeprefix("certificate of ").partition(", issued by ")[0]
     assert HostSubject.parse(text).matches(theirs)
+
+
+@pytest.mark.parametrize("theirs", [PVE, COMMA, certificate((O, "it's; $(so)"), (CN, "x"))])
+def test_the_option_quotes_a_subject_for_a_shell(theirs: x509.Certificate) -> None:
+    option, subject, *_ = shlex.split(tls.subject_option(theirs))
+    assert option == "--host-subject"
+    assert HostSubject.parse(subject).matches(theirs)
+
+
+@pytest.mark.parametrize("theirs", [None, certificate(), certificate((CN, "a\nb")), certificate(*[(CN, "x" * 60)] * 6)])
+def test_a_subject_that_no_option_can_hold_is_not_quoted(theirs: x509.Certificate | None) -> None:
+    option = tls.subject_option(theirs)
+    assert option == "--host-subject SUBJECT, such as 'O=Lab,CN=vmhost' (host-subject= in the .vv file)"
 
 
 def test_context_checks() -> None:

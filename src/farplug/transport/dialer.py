@@ -341,7 +341,7 @@ class ChannelDialer:
             raise TargetError(
                 f"TLS to {where}: {host[:200]!r} is not a name that a certificate can hold",
                 reason=Reason.TLS_WRONG_HOST,
-                remedy="give the certificate's subject as host-subject",
+                remedy=f"give {tls.subject_option(None)}",
             ) from error
         if subject is not None:
             assert connection.tls is not None

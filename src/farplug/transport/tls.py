@@ -6,6 +6,7 @@ A certificate is always checked: against the given CA or the system's, and again
 from __future__ import annotations
 
 import re
+import shlex
 import ssl
 from dataclasses import dataclass
 
@@ -13,6 +14,9 @@ from cryptography import x509
 from cryptography.x509.oid import NameOID, ObjectIdentifier
 
 from farplug.errors import Reason, TargetError, UsageError
+
+CA_REMEDY = "--ca-file FILE (ca= in the .vv file)"
+"""How a CA is given."""
 
 _OIDS = {
     **{
@@ -94,7 +98,7 @@ def _canonical(value: str) -> str:
 
 def _bad_subject(text: str, why: str) -> UsageError:
     return UsageError(
-        f"host subject {text[:200]!r}: {why}", reason=Reason.BAD_TARGET, remedy="write it as O=ORGANISATION,CN=NAME"
+        f"host subject {text[:200]!r}: {why}", reason=Reason.BAD_TARGET, remedy=f"give {subject_option(None)}"
     )
 
 
@@ -120,7 +124,7 @@ def client_context(*, ca: str | None, check_hostname: bool) -> ssl.SSLContext:
         raise UsageError(
             "the CA holds no readable certificate",
             reason=Reason.BAD_OPTION,
-            remedy="give the CA's certificates in PEM: they begin with -----BEGIN CERTIFICATE-----",
+            remedy=f"give the CA's certificates in PEM with {CA_REMEDY}: they begin with -----BEGIN CERTIFICATE-----",
         ) from None
     return context
 
@@ -163,12 +167,31 @@ def describe(certificate: x509.Certificate | None) -> str:
     return ", ".join([who, f"for {_printable(', '.join(texts[:8]))}", until] if texts else [who, until])
 
 
+def subject_option(certificate: x509.Certificate | None) -> str:
+    """Return the option, and the key of a ``.vv`` file, that make farplug check a subject instead of the host name.
+
+    Args:
+        certificate: the option quotes its subject. With None, or a subject that no option can hold, the text has a
+            placeholder and an example.
+    """
+    value = "SUBJECT, such as 'O=Lab,CN=vmhost'"
+    if certificate is not None:
+        try:
+            subject = _name(certificate.subject)
+            if HostSubject.parse(subject).matches(certificate):
+                value = shlex.quote(subject)
+        except (UsageError, *_UNREADABLE):
+            pass
+    return f"--host-subject {value} (host-subject= in the .vv file)"
+
+
 def wrong_subject(where: str, expected: HostSubject, certificate: x509.Certificate | None) -> TargetError:
     """The certificate has another subject than the expected one."""
     return TargetError(
         f"TLS to {where}: the server's subject is not {_printable(expected.text)}: {describe(certificate)}",
         reason=Reason.TLS_WRONG_HOST,
-        remedy="check host-subject, and that this is the right host; an old .vv file may name a host of the past",
+        remedy="check that this is the right host (an old .vv file may name a former one); if it is, give "
+        + subject_option(certificate),
     )
 
 
@@ -188,12 +211,13 @@ def refused_certificate(
         return TargetError(
             f"TLS to {where}: the server's certificate is not for {expected}{facts}",
             reason=Reason.TLS_WRONG_HOST,
-            remedy="use a name that the certificate bears, or give its subject as host-subject",
+            remedy="use a name that the certificate bears; or, if this is the right host, give "
+            + subject_option(certificate),
         )
     return TargetError(
         f"TLS to {where}: the server's certificate is not trusted ({error.verify_message}){facts}",
         reason=Reason.TLS_UNTRUSTED,
-        remedy="give the CA that issued it (ca= in the .vv file, or the CA option); QEMU's is ca-cert.pem in x509-dir",
+        remedy=f"give the certificate of the CA that issued it: {CA_REMEDY}; QEMU's is ca-cert.pem in its x509-dir",
     )
 
 
