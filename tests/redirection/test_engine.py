@@ -103,6 +103,61 @@ async def test_while_it_leaves_requests_for_the_old_device_fail() -> None:
     assert device.submitted == []
 
 
+async def test_a_device_that_is_not_used_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "UNUSED_AFTER", 0.01)
+    async with MemoryGuest(ScriptedDevice()) as guest:
+        await guest.wait(lambda: events.Unused in kinds(guest))
+        await guest.set_configuration(1)
+        guest.reset()
+        await guest.wait(lambda: events.WasReset in kinds(guest))
+        await guest.redirection.detach()
+        await guest.redirection.attach(ScriptedDevice())
+        await guest.wait(lambda: kinds(guest).count(events.Unused) == 2)
+    assert kinds(guest).count(events.Unused) == 2
+
+
+@pytest.mark.parametrize("use", ["reset", "set_configuration", "submit_in", "detach"])
+async def test_a_device_that_is_used_is_not_reported(use: str) -> None:
+    async with MemoryGuest(ScriptedDevice()) as guest:
+        timer = guest.redirection._unused
+        assert timer is not None
+        match use:
+            case "reset":
+                guest.reset()
+            case "set_configuration":
+                await guest.set_configuration(1)
+            case "submit_in":
+                guest.submit_in(BULK_IN, 10)
+            case _:
+                await guest.redirection.detach()
+        await settle()
+        if not timer.cancelled():
+            guest.redirection._report_unused()
+        assert events.Unused not in kinds(guest)
+
+
+async def test_a_device_that_waits_for_the_guest_is_not_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "UNUSED_AFTER", 0)
+    monkeypatch.setattr(engine, "HELLO_PATIENCE", 0.01)
+    async with MemoryGuest(paused=True) as guest:
+        attaching = asyncio.ensure_future(guest.redirection.attach(ScriptedDevice()))
+        await guest.wait(lambda: events.WaitingForGuest in kinds(guest))
+        assert guest.redirection._unused is None
+        guest.resume()
+        await attaching
+        await guest.wait(lambda: events.Unused in kinds(guest))
+
+
+async def test_a_device_that_cannot_be_offered_is_not_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = ScriptedDevice()
+    async with MemoryGuest() as guest:
+        monkeypatch.setattr(engine, "connect", lambda device: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            await guest.redirection.attach(device)
+        assert guest.redirection._unused is not None
+        assert guest.redirection._unused.cancelled()
+
+
 async def test_a_guest_that_never_acknowledges(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "ACK_PATIENCE", 0.05)
     device = ScriptedDevice()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from farplug.errors import DeviceError, Reason
 from farplug.redirection import events
@@ -21,6 +22,10 @@ EVENTS: dict[str, tuple[events.PortEvent, str]] = {
     "attached": (
         events.Attached("tcp", IDENTITY, Speed.SUPER),
         "attached as 1d6b:0104 farplug Disk at SuperSpeed (5 Gb/s)",
+    ),
+    "unused": (
+        events.Unused("tcp"),
+        "the VM has not used the device yet: does an operating system run there, or is the VM paused?",
     ),
     "configured": (events.Configured("tcp", 0), "given up by the guest (configuration 0)"),
     "was-reset": (events.WasReset("tcp"), "reset by the guest"),
@@ -50,6 +55,11 @@ def test_every_event_has_a_stable_name_a_line_and_a_json_form() -> None:
         assert str(event) == line
         values = json.loads(json.dumps(events.as_dict(event)))
         assert (values["event"], values["port"], values["message"]) == (name, "tcp", line)
+
+
+def test_every_event_is_documented() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "exit-codes.md").read_text()
+    assert all(f"\n| `{name}` |" in text for name in EVENTS)
 
 
 def test_values() -> None:

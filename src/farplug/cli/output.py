@@ -348,7 +348,7 @@ class TerminalOutput(Output):
                 self._line(BAD, text)
             case events.Detached():
                 self._line(GOOD if event.error is None else BAD, f"{text} ({Figures.of(attachment)})")
-            case events.WaitingForGuest() | events.FellBack():
+            case events.WaitingForGuest() | events.Unused() | events.FellBack():
                 self._line(PENDING, text)
             case events.Attached() | events.Configured():
                 self._line(GOOD, text)

@@ -50,6 +50,8 @@ MAX_REPORTED_VIOLATIONS = 20
 """Packets that break the protocol are reported this often for each port; further ones are dropped in silence."""
 HELLO_PATIENCE = 1.5
 """Seconds after which a guest that has not said hello is reported as one that is waited for."""
+UNUSED_AFTER = 10.0
+"""Seconds after which a device is reported that the guest has not used since it was attached."""
 ACK_PATIENCE = 5.0
 """Seconds to wait for the guest's answer to a disconnect; a paused VM gives none."""
 
@@ -106,6 +108,7 @@ class Redirection:
         self._acknowledged: asyncio.Future[None] | None = None
         self._leaving: asyncio.Task[None] | None = None
         self._closed: asyncio.Future[FarplugError | None] | None = None
+        self._unused: asyncio.TimerHandle | None = None
         # Its parts.
         self._figures = figures = Figures()
         self._current = current = Current()
@@ -206,8 +209,10 @@ class Redirection:
                 raise self._loss
             check_filter(self._guest_filter, device)  # the guest may have told it only now
             self._figures.clear()
+            self._unused = asyncio.get_running_loop().call_later(UNUSED_AFTER, self._report_unused)
             self._offer(device)
         except BaseException:
+            self._cancel_unused()
             self._device = None
             if opened:
                 await device.close()
@@ -277,8 +282,17 @@ class Redirection:
         """As spice-gtk: a device with isochronous endpoints sends as it is."""
         self.port.compress = not any(endpoint.type is TransferType.ISOCHRONOUS for endpoint in endpoints)
 
+    def _report_unused(self) -> None:
+        if not self._current.touched:
+            self._emit(events.Unused(self.port.name))
+
+    def _cancel_unused(self) -> None:
+        if self._unused is not None:
+            self._unused.cancel()
+
     def _start_leaving(self, error: FarplugError | None) -> asyncio.Task[None]:
         if self._leaving is None:
+            self._cancel_unused()
             self._current.leaves()
             self._leaving = asyncio.get_running_loop().create_task(self._leave(error))
             self._leaving.add_done_callback(_retrieve)
@@ -408,6 +422,7 @@ class Redirection:
 
     def _reset(self, packet: p.Reset) -> None:
         self._watch.was_reset()
+        self._cancel_unused()
         device = self._current.usable
         if device is not None and self._current.touched:  # else it was reset a moment ago
             self._current.touched = False

@@ -115,6 +115,16 @@ class Attached(PortEvent):
 
 
 @dataclass(frozen=True, slots=True)
+class Unused(PortEvent):
+    """The guest was offered the device a while ago, and has not sent it a request."""
+
+    name: ClassVar[str] = "unused"
+
+    def __str__(self) -> str:
+        return "the VM has not used the device yet: does an operating system run there, or is the VM paused?"
+
+
+@dataclass(frozen=True, slots=True)
 class Configured(PortEvent):
     """The guest chose a configuration: its driver is about to work with the device (0: it gave it up)."""
 
