@@ -370,7 +370,9 @@ def test_json(cli: Cli, image: Path) -> None:
     lines = [json.loads(line) for line in result.out.splitlines()]
     assert [line["stage"] for line in lines if line["event"] == "stage"] == ["reach", "ticket", "channels"]
     names = [line["event"] for line in lines if line["event"] not in ("stage", "figures")]
-    assert names == ["note", "opened", "guest-ready", "attached", "configured", "note", "detached"]
+    assert names == ["note", "note", "opened", "guest-ready", "attached", "configured", "note", "detached"]
+    notes = [line["message"] for line in lines if line["event"] == "note"]
+    assert "SPICE serves one client at a time" in notes[0]
     assert all(isinstance(line["time"], float) and isinstance(line.get("message", ""), str) for line in lines)
     attached = next(line for line in lines if line["event"] == "attached")
     assert attached["device"] == "disk.raw"

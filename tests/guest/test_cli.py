@@ -15,7 +15,9 @@ from tests.guest.command import farplug
 from tests.guest.conftest import GuestPool
 from tests.guest.plugging import MIB, blank, disk_with, gone
 
+from farplug.guest import connect
 from farplug.store.image import serial_number
+from farplug.target import parse_target
 from farplug.testing import GuestConfig, QemuGuest, Spice, SpicePort, TcpPort
 
 MEMORY_BOUND = 80 << 10
@@ -168,6 +170,33 @@ async def test_three_disks_on_one_port(guest: QemuGuest, tmp_path: Path) -> None
     images = [tmp_path / f"{number}.raw" for number in range(3)]
     for image in images:
         image.write_bytes(os.urandom(MIB) * 8)
+async def test_a_console_and_farplug_together(guest: QemuGuest, tmp_path: Path) -> None:
+    spice, _, tcp, unix, _ = guest.targets
+    images = [blank(tmp_path / name) for name in ("spice.raw", "tcp.raw", "unix.raw")]
+    async with (
+        farplug("connect", spice, "--usb-disk", images[0]) as over_spice,
+        farplug("connect", tcp, "--usb-disk", images[1]) as over_tcp,
+        farplug("connect", unix, "--usb-disk", images[2]) as over_unix,
+    ):
+        await over_spice.until("SPICE serves one client at a time")
+        for running in (over_spice, over_tcp, over_unix):
+            await running.until("configured by the guest")
+        console = await connect(parse_target(spice))
+        try:
+            assert await over_spice.exit_code() == 9
+            for running, image in ((over_tcp, images[1]), (over_unix, images[2])):
+                disk = await disk_with(guest, serial_number(image))
+                await guest.check(f"printf farplug | dd of={disk} conv=notrunc,fsync 2>/dev/null")
+                running.process.send_signal(signal.SIGINT)
+                code, out, _ = await running.end()
+                assert code == 0
+                assert "SPICE serves" not in "".join(running.lines) + out
+                assert image.read_bytes()[:7] == b"farplug"
+                await gone(guest, disk)
+        finally:
+            await console.close()
+
+
     before = [hashlib.md5(image.read_bytes()).hexdigest() for image in images]
     options = ["--usb-disk", images[0], "--usb-disk", images[1], "--usb-disk-ro", images[2]]
     async with farplug("connect", guest.targets[2], *options) as running:

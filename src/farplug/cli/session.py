@@ -33,6 +33,11 @@ if TYPE_CHECKING:
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """What ends a session: Ctrl-C, kill, a terminal that is closed."""
 
+ONE_CLIENT = (
+    "SPICE serves one client at a time: farplug has taken the VM from any other client, and a console "
+    "(virt-viewer) that connects now takes it from farplug"
+)
+
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What writing to a file fails with that is full."""
 
@@ -205,6 +210,7 @@ class _Session:
             staying.append(asyncio.ensure_future(self._keeper.run(hub)))
         try:
             await asyncio.wait((gone, *staying), return_when=asyncio.FIRST_COMPLETED)
+            self._show(lambda output: output.note(ONE_CLIENT))
             error = next((future for future in staying if future.done()), gone).result()
         finally:
             for task in (ticker, commands, gone):
