@@ -43,7 +43,7 @@ class ExitCode(IntEnum):
     SETUP = 11
     DEVICE = 12
     INTERRUPTED = 130
-    """Left at once, at the second Ctrl-C."""
+    """Left at once, at a Ctrl-C while farplug was leaving."""
 
 
 class Reason(StrEnum):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pty
 import re
 import subprocess
 import sys
@@ -55,6 +56,32 @@ class Running:
     def peak_memory(self) -> int:
         """Of its physical memory, in KiB."""
         return int(re.findall(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{self.process.pid}/status").read_text())[0])
+
+
+@asynccontextmanager
+async def farplug_on_terminal(*arguments: object) -> AsyncIterator[Running]:
+    """Run a ``farplug`` command on a terminal without a live table; it is killed if it still runs in the end."""
+    terminal, end = pty.openpty()
+    process = await asyncio.create_subprocess_exec(
+        *_COMMAND,
+        *map(str, arguments),
+        stdin=end,
+        stdout=end,
+        stderr=end,
+        env={**os.environ, "TERM": "dumb"},
+    )
+    os.close(end)
+    process.stdout = reader = asyncio.StreamReader()
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(terminal, "rb", buffering=0)
+    )
+    try:
+        yield Running(process)
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+        transport.close()
 
 
 @asynccontextmanager

@@ -11,14 +11,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tests.guest.command import farplug
+from tests.guest.command import farplug, farplug_on_terminal
 from tests.guest.conftest import GuestPool
-from tests.guest.plugging import MIB, blank, disk_with, gone
+from tests.guest.plugging import LABORATORY, MIB, blank, disk_with, gone
 
 from farplug.guest import connect
 from farplug.store.image import serial_number
 from farplug.target import parse_target
-from farplug.testing import GuestConfig, QemuGuest, Spice, SpicePort, TcpPort
+from farplug.testing import Boot, GuestConfig, QemuGuest, Spice, SpicePort, TcpPort
 
 MEMORY_BOUND = 80 << 10
 """KiB, as /proc tells them."""
@@ -55,6 +55,54 @@ async def test_the_second_interrupt_leaves_at_once(guests: GuestPool, tmp_path: 
     assert (code, err) == (130, "farplug: left at once, without waiting for the VM\n")
 
 
+@pytest.mark.parametrize("transport", ["bot", "uas"])
+async def test_leaving_a_disk_that_is_mounted_and_written_to(guest: QemuGuest, tmp_path: Path, transport: str) -> None:
+    image = blank(tmp_path / "disk.raw")
+    subprocess.run(["mkfs.vfat", image], check=True, stdout=subprocess.DEVNULL)
+    asked = "the VM may not have finished writing to disk.raw: unmount it there first; interrupt again to leave"
+    options = ("--usb-disk", image, "--usb-storage", transport)
+    async with farplug_on_terminal("connect", guest.targets[0], *options) as running:
+        await running.until("configured by the guest")
+        disk = await disk_with(guest, serial_number(image))
+        # The blocks of the large file are written now; its size, and the other file, stay in the guest's memory.
+        await guest.check(
+            f"mount -t vfat {disk} /mnt && dd if=/dev/zero of=/mnt/big.bin bs=1M count=3 oflag=direct 2>/dev/null"
+            " && echo note >/mnt/note.txt"
+        )
+        running.process.send_signal(signal.SIGINT)
+        await running.until(asked)
+        await guest.check("echo more >>/mnt/note.txt && umount /mnt")
+        # As "safely remove" does: this sends the flush that the FAT driver does not send.
+        await guest.check(f"echo 1 >/sys/block/{disk[5:]}/device/delete")
+        await gone(guest, disk)
+        running.process.send_signal(signal.SIGINT)
+        await running.until("leaving; interrupt again to leave at once")
+        await running.until("disk.raw: detached")
+        assert await running.process.wait() == 0
+        assert sum("may not have finished" in line for line in running.lines) == 1
+    read = [
+        subprocess.run(["mtype", "-i", image, f"::{name}"], check=True, capture_output=True).stdout
+        for name in ("note.txt", "big.bin")
+    ]
+    assert read == [b"note\nmore\n", bytes(3 * MIB)]
+
+
+async def test_an_unmounted_journaling_file_system_is_left_without_a_question(
+    guests: GuestPool, tmp_path: Path
+) -> None:
+    guest = await guests.get(LABORATORY)
+    image = blank(tmp_path / "disk.raw")
+    subprocess.run(["mkfs.ext4", "-q", image], check=True)
+    async with farplug_on_terminal("connect", guest.targets[1], "--usb-disk", image) as running:
+        await running.until("configured by the guest")
+        disk = await disk_with(guest, serial_number(image))
+        await guest.check(f"mount -t ext4 {disk} /mnt && echo note >/mnt/note.txt && umount /mnt")
+        running.process.send_signal(signal.SIGINT)
+        await running.until("disk.raw: detached")
+        assert await running.process.wait() == 0
+    assert not any("may not have finished" in line for line in running.lines)
+
+
 async def test_a_paused_vm_is_waited_for(guests: GuestPool, tmp_path: Path) -> None:
     config = GuestConfig(ports=(SpicePort(),), paused=True)
     async with (
@@ -82,6 +130,17 @@ async def test_a_vm_that_is_switched_off(guests: GuestPool, tmp_path: Path) -> N
         assert code == 9
         assert err.startswith("farplug: ")
         assert "Traceback" not in err
+
+
+async def test_a_vm_without_an_operating_system_does_not_use_the_disk(guests: GuestPool, tmp_path: Path) -> None:
+    async with guests.fresh(GuestConfig(ports=(SpicePort(),), boot=Boot.BIOS)) as guest:
+        await guest.wait_for_console("No bootable device")
+        async with farplug("connect", guest.targets[0], "--usb-disk", blank(tmp_path / "disk.raw")) as running:
+            await running.until("disk.raw: attached")
+            await running.until("disk.raw: the VM has not used the device yet: does an operating system run there")
+            running.process.send_signal(signal.SIGINT)
+            assert await running.exit_code() == 0
+    assert not any("configured" in line for line in running.lines)
 
 
 async def test_refused_by_the_vms_filter(guests: GuestPool, tmp_path: Path) -> None:
@@ -120,6 +179,33 @@ async def test_a_port_that_another_farplug_uses(guest: QemuGuest, tmp_path: Path
             await second.until("configured by the guest")
             second.process.send_signal(signal.SIGINT)
             assert await second.exit_code() == 0
+
+
+async def test_a_console_and_farplug_together(guest: QemuGuest, tmp_path: Path) -> None:
+    spice, _, tcp, unix, _ = guest.targets
+    images = [blank(tmp_path / name) for name in ("spice.raw", "tcp.raw", "unix.raw")]
+    async with (
+        farplug("connect", spice, "--usb-disk", images[0]) as over_spice,
+        farplug("connect", tcp, "--usb-disk", images[1]) as over_tcp,
+        farplug("connect", unix, "--usb-disk", images[2]) as over_unix,
+    ):
+        await over_spice.until("SPICE serves one client at a time")
+        for running in (over_spice, over_tcp, over_unix):
+            await running.until("configured by the guest")
+        console = await connect(parse_target(spice))
+        try:
+            assert await over_spice.exit_code() == 9
+            for running, image in ((over_tcp, images[1]), (over_unix, images[2])):
+                disk = await disk_with(guest, serial_number(image))
+                await guest.check(f"printf farplug | dd of={disk} conv=notrunc,fsync 2>/dev/null")
+                running.process.send_signal(signal.SIGINT)
+                code, out, _ = await running.end()
+                assert code == 0
+                assert "SPICE serves" not in "".join(running.lines) + out
+                assert image.read_bytes()[:7] == b"farplug"
+                await gone(guest, disk)
+        finally:
+            await console.close()
 
 
 async def test_memory_stays_small_while_the_guest_does_all_it_can(guest: QemuGuest, tmp_path: Path) -> None:
@@ -170,33 +256,6 @@ async def test_three_disks_on_one_port(guest: QemuGuest, tmp_path: Path) -> None
     images = [tmp_path / f"{number}.raw" for number in range(3)]
     for image in images:
         image.write_bytes(os.urandom(MIB) * 8)
-async def test_a_console_and_farplug_together(guest: QemuGuest, tmp_path: Path) -> None:
-    spice, _, tcp, unix, _ = guest.targets
-    images = [blank(tmp_path / name) for name in ("spice.raw", "tcp.raw", "unix.raw")]
-    async with (
-        farplug("connect", spice, "--usb-disk", images[0]) as over_spice,
-        farplug("connect", tcp, "--usb-disk", images[1]) as over_tcp,
-        farplug("connect", unix, "--usb-disk", images[2]) as over_unix,
-    ):
-        await over_spice.until("SPICE serves one client at a time")
-        for running in (over_spice, over_tcp, over_unix):
-            await running.until("configured by the guest")
-        console = await connect(parse_target(spice))
-        try:
-            assert await over_spice.exit_code() == 9
-            for running, image in ((over_tcp, images[1]), (over_unix, images[2])):
-                disk = await disk_with(guest, serial_number(image))
-                await guest.check(f"printf farplug | dd of={disk} conv=notrunc,fsync 2>/dev/null")
-                running.process.send_signal(signal.SIGINT)
-                code, out, _ = await running.end()
-                assert code == 0
-                assert "SPICE serves" not in "".join(running.lines) + out
-                assert image.read_bytes()[:7] == b"farplug"
-                await gone(guest, disk)
-        finally:
-            await console.close()
-
-
     before = [hashlib.md5(image.read_bytes()).hexdigest() for image in images]
     options = ["--usb-disk", images[0], "--usb-disk", images[1], "--usb-disk-ro", images[2]]
     async with farplug("connect", guest.targets[2], *options) as running:

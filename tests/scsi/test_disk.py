@@ -122,12 +122,12 @@ TABLE: list[tuple[str, Action]] = [
     ("28 20 00 00 00 00 00 00 01 00", FIELD),
     ("28 e0 00 00 00 00 00 00 00 00", FIELD),
     ("2a 00 00 00 00 01 00 00 02 00", Write(1, 2, durable=False)),
-    ("2a 08 00 00 00 01 00 00 02 00", Write(1, 2, durable=True)),
+    ("2a 08 00 00 00 01 00 00 02 00", Write(1, 2, durable=True, forced=True)),
     ("2a 00 00 00 00 01 00 00 00 00", Done()),
     ("2a 00 00 00 03 e7 00 00 02 00", RANGE),
     ("2a 60 00 00 00 00 00 00 01 00", FIELD),
-    ("2e 00 00 00 00 01 00 00 02 00", Write(1, 2, durable=True)),
-    ("2e 12 00 00 00 01 00 00 02 00", Write(1, 2, durable=True)),
+    ("2e 00 00 00 00 01 00 00 02 00", Write(1, 2, durable=True, forced=True)),
+    ("2e 12 00 00 00 01 00 00 02 00", Write(1, 2, durable=True, forced=True)),
     ("2e 00 00 00 00 01 00 00 00 00", Done()),
     ("2e 04 00 00 00 01 00 00 02 00", FIELD),
     ("2e 00 00 00 03 e7 00 00 02 00", RANGE),
@@ -161,7 +161,7 @@ TABLE: list[tuple[str, Action]] = [
     ("88 00 ff ff ff ff ff ff ff ff 00 00 00 01 00 00", RANGE),
     ("88 00 00 00 00 00 00 00 00 00 00 01 00 00 00 00", FIELD),  # more than the maximum transfer length
     ("8a 00 00 00 00 00 00 00 00 05 00 00 00 02 00 00", Write(5, 2, durable=False)),
-    ("8e 00 00 00 00 00 00 00 00 05 00 00 00 02 00 00", Write(5, 2, durable=True)),
+    ("8e 00 00 00 00 00 00 00 00 05 00 00 00 02 00 00", Write(5, 2, durable=True, forced=True)),
     ("8f 00 00 00 00 00 00 00 00 05 00 00 00 02 00 00", Verify(5, 2)),
     ("8f 02 00 00 00 00 00 00 00 05 00 00 00 02 00 00", Compare(5, 2)),
     ("91 02 00 00 00 00 00 00 00 05 00 00 00 02 00 00", Flush()),
@@ -180,8 +180,8 @@ TABLE: list[tuple[str, Action]] = [
     ("a0 00 03 00 00 00 00 00 10 00 00 00", FIELD),
     ("a3 0a 00 00 00 00 00 00 00 10 00 00", Fail(INVALID_COMMAND)),
     ("a8 00 00 00 00 05 00 00 00 02 00 00", Read(5, 2)),
-    ("aa 08 00 00 00 05 00 00 00 02 00 00", Write(5, 2, durable=True)),
-    ("ae 00 00 00 00 05 00 00 00 02 00 00", Write(5, 2, durable=True)),
+    ("aa 08 00 00 00 05 00 00 00 02 00 00", Write(5, 2, durable=True, forced=True)),
+    ("ae 00 00 00 00 05 00 00 00 02 00 00", Write(5, 2, durable=True, forced=True)),
     ("af 02 00 00 00 05 00 00 00 02 00 00", Compare(5, 2)),
     ("85 00 00 00 00 00 00 00 00 00 00 00 00 00 00 00", Fail(INVALID_COMMAND)),
     ("ff", Fail(INVALID_COMMAND)),
@@ -368,7 +368,7 @@ def test_a_store_without_a_write_cache() -> None:
     assert unit.execute(cdb("1a 00 08 00 c0 00")) == Respond(cdb("17 00 10 00") + UNCACHED)
     assert unit.execute(cdb("1a 00 48 00 c0 00")) == Respond(cdb("17 00 10 00") + UNCACHED)
     assert unit.execute(cdb("2a 00 00 00 00 01 00 00 02 00")) == Write(1, 2, durable=False)  # it is anyway
-    assert unit.execute(cdb("2a 08 00 00 00 01 00 00 02 00")) == Write(1, 2, durable=True)
+    assert unit.execute(cdb("2a 08 00 00 00 01 00 00 02 00")) == Write(1, 2, durable=True, forced=True)
     assert finish(unit, "15 10 00 00 18 00", bytes(4) + PAGE_08) == LIST_FIELD
     assert finish(unit, "15 10 00 00 18 00", bytes(4) + UNCACHED) == Done()
 

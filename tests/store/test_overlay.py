@@ -38,6 +38,7 @@ async def test_the_image_stays_as_it_is(base: Path, path: Path, named: bool, mon
     store = OverlayStore.open(base, path if named else None)
     assert (store.block_count, store.read_only, store.write_cache) == (SIZE // 512, False, True)
     assert store.serial_number == serial_number(base)
+    assert store.temporary is not named
     assert store.name == f"{base} (snapshot in {path if named else path.parent})"
     await write(store, 512, b"x" * 512)
     await settle(store.flush)

@@ -192,6 +192,18 @@ async def test_each_unit_has_its_own_attention_and_the_first_command_hears_it() 
     await initiator.leave()
 
 
+async def test_what_a_guest_that_has_left_wrote_is_not_unfinished() -> None:
+    device = disk_device(Pattern())
+    guest = await Guest.plug(device)
+    (function,) = device.functions
+    assert isinstance(function, MassStorage)
+    (unit,) = function.units
+    guest.command(write10(0, 1), send=bytes(512))
+    assert unit.unfinished
+    await device.close()
+    assert not unit.unfinished
+
+
 async def test_closing_tells_which_unit_may_have_lost_data() -> None:
     stores = Pattern(), Pattern()
     initiator = await Initiator.plug_in(*stores)

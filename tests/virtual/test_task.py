@@ -230,6 +230,92 @@ def test_jobs_that_linger_are_bounded() -> None:
     assert bench.unit.lingering == 0
 
 
+def _run(bench: Bench, cdb: bytes, data: bytes = b"") -> None:
+    task = bench.task(cdb)
+    task.start()
+    if data:
+        bench.put(task, 0, data)
+    task.finish()
+
+
+WRITE_SAME = bytes.fromhex("41 00 00 00 00 01 00 00 02 00")
+ZERO = bytes.fromhex("93 01 00 00 00 00 00 00 00 01 00 00 00 02 00 00")
+UNMAP = bytes.fromhex("42 00 00 00 00 00 00 00 18 00")
+EXTENT = bytes.fromhex("0016 0010 00000000  0000000000000001 00000002 00000000")
+CACHE_OFF = bytes.fromhex("00 00 00 00  08 12") + bytes(18)
+
+
+@pytest.mark.parametrize(
+    ("cdb", "data", "unfinished"),
+    [
+        (write10(0, 1), bytes(512), True),
+        (write10(0, 1, fua=True), bytes(512), False),
+        (bytes.fromhex("2e 00 00 00 00 00 00 00 01 00"), bytes(512), False),  # WRITE AND VERIFY
+        (COMPARE, bytes(1024), False),
+        (read10(0, 1), b"", False),
+        (WRITE_SAME, bytes(512), True),
+        (WRITE_SAME, b"x" * 512, True),
+        (ZERO, b"", True),
+        (UNMAP, EXTENT, True),
+    ],
+)
+def test_commands_that_leave_unflushed_writes(cdb: bytes, data: bytes, unfinished: bool) -> None:
+    bench = Bench(Pattern(unmaps=True))
+    _run(bench, cdb, data)
+    assert bool(bench.unit.unfinished) is unfinished
+
+
+@pytest.mark.parametrize(
+    ("cdb", "data", "flushes"),
+    [
+        (FLUSH, b"", True),
+        (bytes.fromhex("1b 00 00 00 00 00"), b"", True),  # STOP
+        (bytes.fromhex("1b 00 00 00 01 00"), b"", False),  # START
+        (write10(0, 1, fua=True), bytes(512), False),
+        (bytes.fromhex("28 08 00 00 00 00 00 00 01 00"), b"", False),  # READ with FUA
+        (bytes.fromhex("15 10 00 00 18 00"), CACHE_OFF, False),
+        (bytes(6), b"", False),
+    ],
+)
+def test_commands_that_flush(cdb: bytes, data: bytes, flushes: bool) -> None:
+    bench = Bench()
+    _run(bench, write10(0, 1), bytes(512))
+    _run(bench, cdb, data)
+    assert bool(bench.unit.unfinished) is not flushes
+
+
+def test_with_the_cache_off_writes_are_durable_and_the_file_system_may_have_more() -> None:
+    bench = Bench()
+    _run(bench, bytes.fromhex("15 10 00 00 18 00"), CACHE_OFF)
+    _run(bench, write10(0, 1), bytes(512))
+    assert bench.store.log == ["flush", "write 0 512", "flush"]
+    assert bench.unit.unfinished
+
+
+def test_a_flush_covers_what_was_written_before_it() -> None:
+    bench = Bench()
+    _run(bench, write10(0, 1), bytes(512))
+    bench.store.holding = True
+    _run(bench, FLUSH)
+    assert bench.unit.unfinished, "it is not done"
+    _run(bench, write10(0, 1), bytes(512))
+    bench.store.release()
+    assert bench.unit.unfinished
+    bench.store.holding = False
+    bench.store.error = EIO
+    _run(bench, FLUSH)
+    assert bench.unit.unfinished, "it failed"
+    bench.store.error = None
+    _run(bench, FLUSH)
+    assert not bench.unit.unfinished
+    bench.store.holding = True
+    _run(bench, ZERO)
+    flush = bench.task(FLUSH)
+    flush.start()
+    bench.store.release()
+    assert bench.unit.unfinished, "a flush in the midst of work covers a part of it"
+
+
 def test_a_unit_attention_goes_to_the_first_command() -> None:
     bench = Bench()
     bench.unit.scsi.reset()

@@ -155,7 +155,14 @@ def connect(
             show_default=False,
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Plug also a disk that this machine uses (mounted).")] = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force",
+            help="Plug also a disk that this machine uses (mounted); leave at the first Ctrl-C, whatever the VM is "
+            "still writing.",
+        ),
+    ] = False,
     password_file: PasswordFileOption = None,
     ask_password: AskPasswordOption = False,
     ca_file: CaFileOption = None,
@@ -230,7 +237,7 @@ def connect(
     )
     attempts = PASSWORD_ATTEMPTS if target.startswith("spice") and has_terminal() else 0
     while True:
-        plan = session.Plan(target, options, Media(wishes, manner), real, commands)
+        plan = session.Plan(target, options, Media(wishes, manner), real, commands, force)
         try:
             raise typer.Exit(asyncio.run(session.run(plan, output.choose(as_json=json, commands=commands))))
         except TargetError as error:
@@ -243,8 +250,10 @@ def connect(
 
 connect.__doc__ = f"""{connect.__doc__}
 
-Ctrl-C (SIGTERM, or closing the terminal) detaches cleanly: the VM sees the device leave, and what it wrote is kept. \
-A second Ctrl-C leaves at once.
+Ctrl-C (SIGTERM, or closing the terminal) pulls the devices out of the VM, as one pulls a USB stick: first unmount a \
+disk in the VM, or "safely remove" it there. What the VM has written is kept; what it still holds in memory is lost. \
+If it may have more to write, the first Ctrl-C on a terminal only says so, and the next one leaves. A further Ctrl-C \
+leaves at once, without waiting for the VM.
 
 {PASSWORD_HELP}
 

@@ -93,7 +93,7 @@ class Media:
     wishes: Sequence[Wish]
     manner: Manner = Manner()
     _media: list[Medium] = field(default_factory=list)
-    _drives: list[tuple[str, CdromDrive]] = field(default_factory=list)
+    _units: list[tuple[str, LogicalUnit]] = field(default_factory=list)
 
     async def open(self, progress: Callable[[str, int, int], None]) -> None:
         """Open all of them. A folder is copied first.
@@ -164,7 +164,14 @@ class Media:
 
     def drives(self) -> Sequence[tuple[str, CdromDrive]]:
         """The CD-ROM drives of the devices, with a label each."""
-        return self._drives
+        return [(label, unit) for label, unit in self._units if isinstance(unit, CdromDrive)]
+
+    def unfinished(self) -> dict[str, int]:
+        """Return the labels of the disks that the VM may not have finished writing to (:attr:`LogicalUnit.unfinished`).
+
+        The value tells one run of writes from the next.
+        """
+        return {label: run for label, unit in self._units if (run := unit.unfinished)}
 
     def devices(self, ports: int) -> dict[VirtualDevice, str]:
         """Make devices of them, with a label each: one of each; if there are fewer ports, one of all."""
@@ -173,7 +180,7 @@ class Media:
 
     def _device(self, media: Sequence[Medium]) -> VirtualDevice:
         units = [medium.unit(len(media)) for medium in media]
-        self._drives += [(m.label, unit) for m, unit in zip(media, units, strict=True) if isinstance(unit, CdromDrive)]
+        self._units += [(medium.label, unit) for medium, unit in zip(media, units, strict=True)]
         return VirtualDevice(
             MassStorage(*units, transport=self.manner.transport),
             product=media[0].product,
@@ -184,6 +191,6 @@ class Media:
     async def close(self) -> None:
         """Give everything back. The devices are unplugged."""
         media, self._media = self._media, []
-        self._drives.clear()
+        self._units.clear()
         for medium in media:
             await medium.store.close()

@@ -36,6 +36,13 @@ def size(count: float) -> str:
     return f"{count:.{digits}f} {_DECIMAL_UNITS[unit]}"
 
 
+def unfinished_writes(disks: Sequence[str], *, leaving: bool) -> str:
+    """Return the warning of :meth:`Output.unfinished`."""
+    them = "it" if len(disks) == 1 else "them"
+    then = "before farplug leaves" if leaving else "first; interrupt again to leave"
+    return f"the VM may not have finished writing to {', '.join(disks)}: unmount {them} there {then}"
+
+
 @dataclass(frozen=True, slots=True)
 class Figures:
     """What a device did so far.
@@ -123,6 +130,15 @@ class Output(ABC):
     def skipped(self, error: FarplugError) -> None:
         """A device of this machine is not plugged in; the session goes on."""
 
+    @abstractmethod
+    def unfinished(self, disks: Sequence[str], *, leaving: bool) -> None:
+        """Warn that the VM may not have finished writing to disks.
+
+        Args:
+            disks: their labels.
+            leaving: farplug leaves all the same; otherwise it stays until it is interrupted again.
+        """
+
     def copying(self, label: str, done: int, total: int) -> None:
         """A folder is being copied into a disk: so many bytes of so many, told several times a second."""
         return
@@ -153,6 +169,9 @@ class SilentOutput(Output):
     def skipped(self, error: FarplugError) -> None:
         """Nobody reads it."""
 
+    def unfinished(self, disks: Sequence[str], *, leaving: bool) -> None:
+        """Nobody reads it."""
+
 
 class JsonOutput(Output):
     """One JSON object a line on standard output."""
@@ -178,6 +197,10 @@ class JsonOutput(Output):
 
     def skipped(self, error: FarplugError) -> None:
         self._line(event="skipped", reason=str(error.reason), message=error.message, remedy=error.remedy)
+
+    def unfinished(self, disks: Sequence[str], *, leaving: bool) -> None:
+        message = unfinished_writes(disks, leaving=leaving)
+        self._line(event="unfinished-writes", disks=list(disks), leaving=leaving, message=message)
 
     def happened(self, label: str, attachment: Attachment, event: PortEvent) -> None:
         if isinstance(event, events.Detached):
@@ -246,6 +269,9 @@ class PlainOutput(Output):
 
     def skipped(self, error: FarplugError) -> None:
         self.refused(error)
+
+    def unfinished(self, disks: Sequence[str], *, leaving: bool) -> None:
+        self._line(unfinished_writes(disks, leaving=leaving))
 
     def happened(self, label: str, attachment: Attachment, event: PortEvent) -> None:
         match event:
@@ -328,6 +354,9 @@ class TerminalOutput(Output):
         self._line(BAD, error.message)
         for line in error.remedy.splitlines():
             self._console.print(f"  {printable(line)}", markup=False, soft_wrap=True)
+
+    def unfinished(self, disks: Sequence[str], *, leaving: bool) -> None:
+        self._line(BAD if leaving else PENDING, unfinished_writes(disks, leaving=leaving))
 
     def copying(self, label: str, done: int, total: int) -> None:
         self._live.update(_marked(PENDING, f"{label}: copying, {size(done)} of {size(total)}"), refresh=True)

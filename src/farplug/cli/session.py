@@ -9,12 +9,12 @@ import signal
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from farplug.cli import log
 from farplug.cli.commands import obey
 from farplug.cli.media import Media
-from farplug.cli.output import Output, SilentOutput
+from farplug.cli.output import Output, SilentOutput, unfinished_writes
 from farplug.errors import ExitCode, FarplugError
 from farplug.guest import connect
 from farplug.hub import Attachment, Hub
@@ -52,6 +52,7 @@ class Plan:
         media: what to plug in.
         wishes: which devices of this machine to plug in; None: none, and never.
         commands: read commands from standard input.
+        force: leave at the first interrupt, also while the VM may have more to write.
     """
 
     target: str
@@ -59,6 +60,7 @@ class Plan:
     media: Media
     wishes: Wishes | None = None
     commands: bool = False
+    force: bool = False
 
 
 async def run(plan: Plan, output: Output) -> ExitCode:
@@ -76,13 +78,15 @@ class _Session:
         self._work: asyncio.Task[None] | None = None
         self._interrupted = False
         self._leaving = False
+        self._warned: dict[str, int] = {}
+        """The disks of the last warning about unfinished writes, and the run of writes that it was about."""
 
     async def run(self) -> ExitCode:
         loop = self._loop = asyncio.get_running_loop()
         self._work = loop.create_task(self._plug_and_leave())
         for number in SIGNALS:
             if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-                loop.add_signal_handler(number, self._interrupt)
+                loop.add_signal_handler(number, self._interrupt, number)
         try:
             self._show(lambda output: output.start())
             await self._work
@@ -97,18 +101,34 @@ class _Session:
             self._show(lambda output: output.stop())
         return ExitCode.OK
 
-    def _interrupt(self) -> None:
+    def _interrupt(self, number: signal.Signals) -> None:
         if self._interrupted:
-            self._show(lambda output: output.stop())
-            log.say("farplug: left at once, without waiting for the VM")
-            if self._keeper is not None:
-                from farplug.physical.device_thread import finish
-
-                finish()  # this machine's devices get their drivers again
-            os._exit(ExitCode.INTERRUPTED)
+            self._leave_at_once()
+        unwarned = self._unfinished()
+        asks = number is signal.SIGINT and not self._plan.force and _on_terminal()
+        if unwarned and asks and not self._leaving:
+            self._warned |= unwarned
+            self._show(lambda output: output.unfinished(list(unwarned), leaving=False))
+            return
         self._interrupted = True
         self._leave()
+        if unwarned:
+            self._show(lambda output: output.unfinished(list(unwarned), leaving=True))
         self._show(lambda output: output.note("leaving; interrupt again to leave at once"))
+
+    def _unfinished(self) -> dict[str, int]:
+        """Return the disks that the VM may not have finished writing to; none if all of them were warned about."""
+        unfinished = self._plan.media.unfinished()
+        return unfinished if unfinished.items() - self._warned.items() else {}
+
+    def _leave_at_once(self) -> NoReturn:
+        self._show(lambda output: output.stop())
+        log.say("farplug: left at once, without waiting for the VM")
+        if self._keeper is not None:
+            from farplug.physical.device_thread import finish
+
+            finish()  # this machine's devices get their drivers again
+        os._exit(ExitCode.INTERRUPTED)
 
     def _leave(self) -> None:
         if self._work is not None and not self._leaving:
@@ -128,6 +148,8 @@ class _Session:
             if error.errno in _NO_ROOM:
                 log.say(f"farplug: warning: nothing more is told on standard output: {os.strerror(error.errno)}")
                 return
+            if not self._leaving and (unwarned := self._unfinished()):
+                log.say(f"farplug: warning: {unfinished_writes(list(unwarned), leaving=True)}")
             self._interrupted = True
             self._leave()
 
@@ -188,6 +210,7 @@ class _Session:
         hub.subscribe(self._happened)
         if hub.guest.is_spice:
             self._show(lambda output: output.reached())
+            self._show(lambda output: output.note(ONE_CLIENT))
             if hub.guest.name:
                 self._show(lambda output: output.note(f"the VM is called {hub.guest.name}"))
         ports, count = len(hub.guest.ports), len(self._plan.media.wishes)
@@ -210,7 +233,6 @@ class _Session:
             staying.append(asyncio.ensure_future(self._keeper.run(hub)))
         try:
             await asyncio.wait((gone, *staying), return_when=asyncio.FIRST_COMPLETED)
-            self._show(lambda output: output.note(ONE_CLIENT))
             error = next((future for future in staying if future.done()), gone).result()
         finally:
             for task in (ticker, commands, gone):
@@ -247,3 +269,8 @@ class _Session:
     def _label(self, attachment: Attachment) -> str:
         """What a device is called in the output."""
         return next(label for device, label in self._labels.items() if device is attachment.device)
+
+
+def _on_terminal() -> bool:
+    """Return whether a person sees what is printed and can interrupt again: no script, no pipe."""
+    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))

@@ -81,11 +81,19 @@ class Read:
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """Data-out: blocks of the medium, inside it. With ``durable`` they are so before the status is sent."""
+    """Data-out: blocks of the medium, inside it.
+
+    Attributes:
+        lba: the first one.
+        count: how many.
+        durable: they are so before the status is sent.
+        forced: because this command asks for it (FUA, WRITE AND VERIFY), not because the write cache is off.
+    """
 
     lba: int
     count: int
     durable: bool
+    forced: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,7 +136,8 @@ class DiskUnit(Unit):
         refusal = self._refuse(lba, count, flags, writes=True)
         if refusal is not None or not count:
             return refusal or Done()
-        return Write(lba, count, self._write_through or bool(flags & _FUA))
+        forced = bool(flags & _FUA)
+        return Write(lba, count, durable=forced or self._write_through, forced=forced)
 
     def _write_verify(self, cdb: Buffer) -> Action:
         # What was written and is durable need not be compared: reading it back would read the host's page cache.
@@ -144,7 +145,7 @@ class DiskUnit(Unit):
         refusal = self._refuse(lba, count, flags, writes=True)
         if refusal is not None or not count:
             return refusal or Done()
-        return Write(lba, count, durable=True)
+        return Write(lba, count, durable=True, forced=True)
 
     def _verify(self, cdb: Buffer) -> Action:
         lba, count, flags = extent(cdb)

@@ -47,6 +47,7 @@ class Store(ABC):
         read_only: writes are an error.
         unmaps: :meth:`zero` can give space back.
         write_cache: a write may be done before it is durable.
+        temporary: what is written is lost when the store is closed.
         serial_number: upper-case hex digits, the same each time that this image is opened; two images differ.
     """
 
@@ -56,6 +57,7 @@ class Store(ABC):
     read_only: bool = False
     unmaps: bool = False
     write_cache: bool = True
+    temporary: bool = False
     serial_number: str
 
     @abstractmethod

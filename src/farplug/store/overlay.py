@@ -32,12 +32,13 @@ class OverlayStore(ThreadedStore):
     farplug is killed (the kernel has it), a snapshot keeps it only where the cluster was in it before.
     """
 
-    def __init__(self, base: Image, file: OverlayFile, *, cache: CacheMode) -> None:
+    def __init__(self, base: Image, file: OverlayFile, *, cache: CacheMode, temporary: bool) -> None:
         super().__init__()
         self.block_size = file.header.block_size
         self.block_count = file.header.size // file.header.block_size
         self.unmaps = holes.can_unmap(file.image.fd)
         self.write_cache = cache is not CacheMode.WRITETHROUGH
+        self.temporary = temporary
         self.serial_number = serial_number(base.path)
         self.name = f"{base.path} (snapshot in {file.path})"
         self._base = base
@@ -76,7 +77,7 @@ class OverlayStore(ThreadedStore):
             else:
                 file = OverlayFile.open_for(base, Path(path), block_size)
             try:
-                return cls(base, file, cache=cache)
+                return cls(base, file, cache=cache, temporary=path is None)
             except BaseException:
                 file.close()
                 raise

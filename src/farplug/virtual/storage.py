@@ -145,6 +145,7 @@ class MassStorage(Function):
             self._refreshing.cancel()
         for unit in self.units:
             unit.scsi.reset()  # a guest that has left locks no medium
+            unit.unflushed.forget()
         failed = [error for unit in self.units if (error := await _make_durable(unit)) is not None]
         if failed:
             raise failed[0]

@@ -11,7 +11,22 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeAlias
 
-from farplug.scsi.cdb import Action, Compare, Done, Fail, Flush, Outcome, Read, Receive, Respond, Verify, Work, Write
+from farplug.scsi.cdb import (
+    Action,
+    Compare,
+    Done,
+    Fail,
+    Fill,
+    Flush,
+    Outcome,
+    Read,
+    Receive,
+    Respond,
+    Verify,
+    Work,
+    Write,
+    Zero,
+)
 from farplug.scsi.sense import INVALID_FIELD_IN_CDB, MISCOMPARE, UNRECOVERED_READ_ERROR, Sense, SenseKey
 from farplug.store.base import Store
 from farplug.usb.types import Buffer, Direction
@@ -58,6 +73,8 @@ class Task:
         "_counts",
         "_data",
         "_durable",
+        "_flushes",
+        "_forced",
         "_job",
         "_offset",
         "_parameters",
@@ -93,6 +110,9 @@ class Task:
         self._compares = False
         self._counts = False
         self._durable = False
+        self._forced = False
+        self._flushes: int | None = None
+        """The command is a flush: how many of the unit's writes it covers."""
         self._work: Work | None = None
         self._job: Job | None = None
         self._pending = 0
@@ -105,9 +125,9 @@ class Task:
                 self._blocks(Direction.IN, lba, count)
                 self._counts = True
                 self._work = Flush() if fua else None
-            case Write(lba, count, durable):
+            case Write(lba, count, durable, forced):
                 self._blocks(Direction.OUT, lba, count)
-                self._durable = durable
+                self._durable, self._forced = durable, forced
             case Compare(lba, count):
                 self._blocks(Direction.OUT, lba, count)
                 self._compares = True
@@ -122,6 +142,9 @@ class Task:
                 self.sense = sense
             case Done():
                 pass
+            case Flush():
+                self._work = action
+                self._flushes = self._unit.unflushed.writes
             case _:
                 self._work = action
 
@@ -249,6 +272,8 @@ class Task:
         if self._compares:
             self._medium.read(offset, len(data), partial(self._compared, data, done))
         else:
+            if not self._forced:
+                self._unit.unflushed.wrote()
             self._medium.write(offset, data, partial(self._written, len(data), done))
 
     def _compared(self, data: Buffer, done: Callable[[], None], found: Buffer, error: OSError | None) -> None:
@@ -291,6 +316,8 @@ class Task:
             self.fail(OPERATION_IN_PROGRESS)
             return
         self._pending += 1
+        if isinstance(work, (Zero, Fill)):
+            self._unit.unflushed.wrote()
         self._job = Job(self._medium, work, partial(self._worked, work))
 
     def _worked(self, work: Work, error: OSError | None) -> None:
@@ -300,6 +327,10 @@ class Task:
                 self._unit.unreported = error
         elif error is None and isinstance(work, Flush):
             error, self._unit.unreported = self._unit.unreported, None
+        if isinstance(work, (Zero, Fill)):
+            self._unit.unflushed.wrote()  # a flush that began meanwhile does not cover all of it
+        elif error is None and self._flushes is not None:
+            self._unit.unflushed.flushed(self._flushes)
         self._settle(None if error is None else job_sense(work, error), _nothing)
 
     def _settle(self, sense: Sense | None, done: Callable[[], None]) -> None:
