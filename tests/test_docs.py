@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import itertools
 import re
 import shlex
@@ -11,13 +12,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+from xml.etree import ElementTree
 
 import pytest
 import typer.main
 from tests.docs import PAGES, ROOT, snippets, write_project
 
 from farplug.cli.main import app
+from farplug.cli.output import JsonOutput
+from farplug.events import PortEvent
+from farplug.target import FORMS
 
 TESTING = ROOT / "docs/testing.md"
 
@@ -88,6 +93,54 @@ def test_commands_and_options_exist(page: Path) -> None:
         for word in words:
             if word.startswith("-"):
                 assert word.partition("=")[0] in known | {"--help"}, f"{page.name}: farplug {' '.join(words)}"
+
+
+def all_options() -> set[str]:
+    """Return every option of every command, by its long name."""
+    found: set[str] = set()
+    commands: list[Any] = [typer.main.get_command(app)]
+    while commands:
+        command = commands.pop()
+        commands += getattr(command, "commands", {}).values()
+        found |= {option for one in command.params for option in one.opts if option.startswith("--") and not one.hidden}
+    return found - {"--version"}
+
+
+def test_every_option_is_documented() -> None:
+    pages = "".join(page.read_text() for page in PAGES if page.name != "CHANGELOG.md")
+    assert {option for option in all_options() if not re.search(rf"{option}(?![\w-])", pages)} == set()
+
+
+def test_every_event_is_documented() -> None:
+    table = (ROOT / "docs/exit-codes.md").read_text().partition("## Events")[2]
+    names = {re.sub(r"(?<!^)(?=[A-Z])", "-", event.__name__).lower() for event in get_args(PortEvent)}
+    names |= set(re.findall(r'event="([a-z-]+)"', inspect.getsource(JsonOutput)))
+    assert "figures" in names
+    assert {name for name in names if f"| `{name}` |" not in table} == set()
+
+
+def test_every_form_of_a_target_is_documented() -> None:
+    page = (ROOT / "docs/targets.md").read_text()
+    schemes = set(re.findall(r"([a-z+-]+:)/", FORMS)) - {"unix:"} | {"unix:", ".vv"}
+    assert {
+        scheme for scheme in schemes if not re.search(rf"^\| `[\w]*{re.escape(scheme)}", page, re.MULTILINE)
+    } == set()
+
+
+def test_what_the_architecture_names_exists() -> None:
+    names = re.findall(r"`([\w/.-]+(?:\.py|\.md|/))`", (ROOT / "ARCHITECTURE.md").read_text())
+    assert len(names) > 40
+    for name in names:
+        anywhere = name.endswith(".py") and "/" not in name and any((ROOT / "src").rglob(name))
+        assert anywhere or (ROOT / name).exists() or (ROOT / "src/farplug" / name).exists(), name
+
+
+def test_the_picture_of_the_demo_needs_nothing_from_elsewhere() -> None:
+    picture = (ROOT / "docs/demo.svg").read_text()
+    root = ElementTree.fromstring(picture)
+    assert "the same 56 bytes" in "".join(root.itertext()).replace("\xa0", " ")
+    elsewhere = re.findall(r"(?:href|src)\s*=|url\((?!#)|@import", picture)
+    assert not elsewhere
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
