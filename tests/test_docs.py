@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -21,8 +21,10 @@ from tests.docs import PAGES, ROOT, snippets, write_project
 
 from farplug.cli.main import app
 from farplug.cli.output import JsonOutput
-from farplug.events import PortEvent
+from farplug.redirection.events import PortEvent
 from farplug.target import FORMS
+from farplug.usb import DeviceEvent
+from farplug.virtual import events as _virtual_events  # noqa: F401  (their classes are counted)
 
 TESTING = ROOT / "docs/testing.md"
 
@@ -113,7 +115,8 @@ def test_every_option_is_documented() -> None:
 
 def test_every_event_is_documented() -> None:
     table = (ROOT / "docs/exit-codes.md").read_text().partition("## Events")[2]
-    names = {re.sub(r"(?<!^)(?=[A-Z])", "-", event.__name__).lower() for event in get_args(PortEvent)}
+    classes: list[type[PortEvent] | type[DeviceEvent]] = [*PortEvent.__subclasses__(), *DeviceEvent.__subclasses__()]
+    names = {event.name for event in classes if isinstance(event.name, str)}
     names |= set(re.findall(r'event="([a-z-]+)"', inspect.getsource(JsonOutput)))
     assert "figures" in names
     assert {name for name in names if f"| `{name}` |" not in table} == set()

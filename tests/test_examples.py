@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from examples import real_device
 from tests.cli.support import FakeGuest, blank
-from tests.physical.fake_libusb import FakeDevice
+from tests.libusb.fake_libusb import FakeDevice
 from tests.physical.support import EVERYTHING, OTHER, on_bench
 
 from farplug.usbredir import packets as p
