@@ -1,16 +1,17 @@
-# make demo      set up, then show the main job in a real guest
-# make test      set up, then prove everything (guests included)
+# make demo      set up, then plug an image into a real guest, step by step
+# make test      set up, then run every test (guests included)
 # make lint      ruff, mypy --strict, import contracts, shellcheck
 # make bench     ratios to QEMU's own disks, spice-gtk's and usbredirect, and the micro figures
 # make fuzz      bounded fuzzing of everything that parses
 # make stress    a minute of readers, writers and failing commands at once, over each transport
+# make picture   the picture of the demo in README.md, drawn again
 # make powercut  hundreds of times: farplug, QEMU or the power is cut while a guest writes
 PYTHON := .venv/bin/python
 SECONDS := 20
 CUTS := 60
 PROCESSES := 3
 
-.PHONY: demo test test-unit test-guest coverage lint format bench fuzz stress powercut setup clean
+.PHONY: demo test test-unit test-guest coverage lint format bench fuzz stress picture powercut setup clean
 
 setup:
 	@scripts/setup dev
@@ -53,6 +54,9 @@ bench: setup
 
 stress: setup
 	FARPLUG_STRESS_SECONDS=60 $(PYTHON) -m pytest tests/guest/test_stress.py
+
+picture: setup
+	$(PYTHON) scripts/demo_picture.py
 
 powercut: setup
 	FARPLUG_POWER_CUTS=$(CUTS) $(PYTHON) -m pytest -n 2 --dist loadfile tests/guest/test_killed.py tests/guest/test_power_loss.py

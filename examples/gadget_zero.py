@@ -1,7 +1,7 @@
-"""A device of your own, from descriptors to transfers: the test device that Linux calls "gadget zero".
+"""Plug a device of your own into a VM until Ctrl-C: the test device that Linux calls "gadget zero".
 
-It has a bulk endpoint that swallows zeros and one that produces them without end, and a buffer that vendor requests
-write (5B) and read back (5C). Linux's driver ``usbtest`` knows it by its ids, and tests USB stacks with it.
+The device has a bulk endpoint that takes zeros, one that gives zeros, and a buffer that vendor requests write (5B) and
+read (5C). Linux's driver ``usbtest`` finds the device by its ids, and tests USB stacks with it.
 
 python examples/gadget_zero.py tcp://127.0.0.1:4000
 """
@@ -9,6 +9,7 @@ python examples/gadget_zero.py tcp://127.0.0.1:4000
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 from collections.abc import Sequence
 
@@ -28,17 +29,17 @@ WRITE_BUFFER, READ_BUFFER = 0x5B, 0x5C
 
 
 class SourceSink(Function):
-    """Zeros from the source, zeros into the sink: it halts when something else comes."""
+    """Gives zeros from the source, and takes zeros at the sink, which halts when something else comes."""
 
     def __init__(self) -> None:
         self._buffer = b""
 
     def bind(self, host: FunctionHost) -> None:
-        """Called once: the device that we are a part of can halt our endpoints."""
+        """Keep the device that this function belongs to: it can halt endpoints."""
         self._host = host
 
     def interfaces(self, speed: Speed) -> Sequence[InterfaceDescriptor]:
-        """One interface with two bulk endpoints."""
+        """Return one interface with two bulk endpoints."""
         companion = SuperSpeedCompanion() if speed >= Speed.SUPER else None
         endpoints = tuple(
             EndpointDescriptor(address, TransferType.BULK, MAX_PACKET_SIZE[speed], companion=companion)
@@ -47,7 +48,7 @@ class SourceSink(Function):
         return (InterfaceDescriptor(0, 0, VENDOR_CLASS, 0, 0, endpoints),)
 
     def control(self, transfer: Transfer) -> bool:
-        """The vendor requests. What we do not take stalls."""
+        """Answer the two vendor requests; the device stalls all others."""
         setup = transfer.setup
         if setup is None or setup.type is not RequestType.VENDOR:
             return False
@@ -61,7 +62,7 @@ class SourceSink(Function):
         return True
 
     def submit(self, transfer: Transfer) -> None:
-        """A bulk transfer: nothing here takes time, so that it is complete when this returns."""
+        """Complete a bulk transfer at once: nothing here takes time."""
         if transfer.endpoint == SOURCE:
             transfer.complete(reply=bytes(transfer.length))
         else:
@@ -70,26 +71,26 @@ class SourceSink(Function):
             transfer.complete()
 
     def cancel(self, transfer: Transfer) -> None:
-        """Nothing is ever pending."""
+        """Do nothing: no transfer is ever pending."""
 
     def reset(self, *, port_reset: bool) -> None:
-        """Likewise."""
+        """Do nothing: no transfer is ever pending."""
 
 
 def gadget_zero(speeds: Sequence[Speed] = (Speed.SUPER, Speed.HIGH)) -> VirtualDevice:
-    """The device, with the ids that Linux's usbtest looks for."""
+    """Return the device, with the ids that Linux's usbtest looks for."""
     return VirtualDevice(SourceSink(), vendor_id=VENDOR_ID, product_id=PRODUCT_ID, product="Gadget Zero", speeds=speeds)
 
 
 async def main(target: str) -> None:
-    """Plug it into the VM at ``target`` until somebody interrupts."""
-    hub = Hub(await connect(parse_target(target)))
-    try:
+    """Plug the device into the VM at ``target``, and stay until the VM ends or this task is cancelled."""
+    async with Hub(await connect(parse_target(target))) as hub:
         attachment = await hub.plug(gadget_zero())
+        await attachment.configured()
+        print("the VM has configured the device; Ctrl-C unplugs it", flush=True)
         await attachment.ended()
-    finally:
-        await hub.close()
 
 
 if __name__ == "__main__":
-    asyncio.run(main(*sys.argv[1:]))
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(main(*sys.argv[1:]))

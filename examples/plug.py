@@ -1,4 +1,4 @@
-"""Plug an image into a VM from Python, wait until its driver took it, and leave after a while.
+"""Plug an image into a VM until Ctrl-C, and print what happens.
 
 python examples/plug.py spice://127.0.0.1:5900 drivers.raw
 """
@@ -6,6 +6,7 @@ python examples/plug.py spice://127.0.0.1:5900 drivers.raw
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 
 from farplug.guest import connect
@@ -15,18 +16,18 @@ from farplug.virtual.disk import disk_device
 
 
 async def main(target: str, image: str) -> None:
-    """Plug ``image`` into the VM at ``target`` for ten seconds."""
+    """Plug ``image`` into the VM at ``target``, and stay until the VM ends or this task is cancelled."""
     device = disk_device(image)
-    hub = Hub(await connect(parse_target(target)))
-    hub.subscribe(lambda attachment, event: print(f"{attachment.port.name}: {event}"))
     try:
-        attachment = await hub.plug(device)
-        await attachment.configured()
-        await asyncio.sleep(10)
+        async with Hub(await connect(parse_target(target))) as hub:
+            hub.subscribe(lambda attachment, event: print(f"{attachment.port.name}: {event}", flush=True))
+            attachment = await hub.plug(device)
+            await attachment.configured()  # the VM's driver works with it
+            await attachment.ended()
     finally:
-        await hub.close()
         await device.dispose()
 
 
 if __name__ == "__main__":
-    asyncio.run(main(*sys.argv[1:]))
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(main(*sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""Plug a USB device of this machine into a guest.
+"""Plug a USB device of this machine into a VM until Ctrl-C, and print what happens.
 
 python examples/real_device.py 1-4 tcp://127.0.0.1:4000
 
@@ -8,6 +8,7 @@ python examples/real_device.py 1-4 tcp://127.0.0.1:4000
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 
 from farplug.guest import connect
@@ -17,17 +18,15 @@ from farplug.target import parse_target
 
 
 async def main(place: str, target: str) -> None:
-    """Plug it in, and stay until it is unplugged or the guest is gone."""
+    """Plug the device in, and stay until it is pulled out, the VM ends or this task is cancelled."""
     bus, address = place.split("-")
     device = await asyncio.to_thread(find_device, int(bus), int(address))
-    hub = Hub(await connect(parse_target(target)))
-    hub.subscribe(lambda attachment, event: print(event))
-    try:
+    async with Hub(await connect(parse_target(target))) as hub:
+        hub.subscribe(lambda attachment, event: print(event, flush=True))
         attachment = await hub.plug(device)
         await attachment.ended()
-    finally:
-        await hub.close()
 
 
 if __name__ == "__main__":
-    asyncio.run(main(*sys.argv[1:]))
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(main(*sys.argv[1:]))

@@ -1,6 +1,8 @@
-"""Test a device of your own without a VM: a disk whose blocks live in memory, driven like a guest's driver drives it.
+"""Test a device of your own without a VM: read a block of a disk in memory, as a guest's driver does.
 
-python -m pytest examples/test_own_disk.py
+python -m pytest -o asyncio_mode=auto examples/test_own_disk.py
+
+Needs pytest and pytest-asyncio.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ ENDPOINT_IN, ENDPOINT_OUT = 0x81, 0x02
 
 
 async def command(guest: MemoryGuest, cdb: bytes, length: int) -> tuple[bytes, int]:
-    """A SCSI command with data from the device, over Bulk-Only Transport: the data, and the status (0: passed)."""
+    """Run a SCSI command over Bulk-Only Transport; return the data that it reads, and its status (0: passed)."""
     wrapper = struct.pack("<4sIIBBB16s", b"USBC", 1, length, 0x80, 0, len(cdb), cdb)
     await guest.bulk_out(ENDPOINT_OUT, wrapper)
     data = await guest.bulk_in(ENDPOINT_IN, length) if length else b""
@@ -23,7 +25,7 @@ async def command(guest: MemoryGuest, cdb: bytes, length: int) -> tuple[bytes, i
 
 
 async def test_a_block_is_read() -> None:
-    """The fourth block, as the guest's driver would read it."""
+    """Read the fourth block."""
     store = MemoryStore(bytes(512) * 3 + b"hello".ljust(512, b"!") + bytes(512))
     async with MemoryGuest(disk_device(store)) as guest:
         await guest.enumerate()

@@ -376,3 +376,21 @@ async def test_what_could_not_be_made_durable_is_told_when_the_guest_is_gone() -
     assert isinstance(await attachment.ended(), GuestGoneError)
     assert any("may be lost" in str(event) for event in seen)
     await hub.close()
+
+
+async def test_the_end_of_the_block_unplugs_and_leaves_also_after_an_error() -> None:
+    port, device = FakePort("a"), disk()
+    await Peer(port).start()
+    guest = FakeGuest([port])
+    attachments: list[Attachment] = []
+
+    async def fail() -> None:
+        async with Hub(guest) as hub:
+            attachments.append(await hub.plug(device))
+            await attachments[0].configured()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await fail()
+    assert attachments[0].state is AttachmentState.DETACHED
+    assert guest.left

@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from enum import StrEnum
-from typing import TypeAlias
+from types import TracebackType
+from typing import Self, TypeAlias
 
 from farplug.errors import FarplugError, GuestGoneError, LocalProtocolError, PortError, Reason, RefusedError
 from farplug.guest import Guest
@@ -174,6 +175,14 @@ Listener: TypeAlias = Callable[[Attachment, PortEvent], None]
 class Hub:
     """A guest and what is plugged into it.
 
+    ::
+
+        async with Hub(await connect(target)) as hub:
+            attachment = await hub.plug(device)
+            await attachment.configured()
+
+    At the end of the block every device is unplugged and the guest is left (:meth:`close`).
+
     Attributes:
         guest: the guest.
         attachments: what is plugged in, or being plugged in, or has left by itself, in the order of plugging. One that
@@ -186,6 +195,14 @@ class Hub:
         self._listeners: list[Listener] = []
         self._plugging: set[asyncio.Task[Attachment]] = set()
         self._closing = False
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
 
     def subscribe(self, listener: Listener) -> Callable[[], None]:
         """Be called with everything that happens, on the event loop; returns how to end that. It must not raise."""

@@ -102,6 +102,20 @@ async def test_commands_run_side_by_side_and_a_stuck_one_holds_up_no_other(guest
     assert await guest.check(kill) == "alive\n"
 
 
+async def test_a_failed_assertion_shows_the_console() -> None:
+    async def fail() -> None:
+        async with QemuGuest() as guest:
+            await guest.booted()
+            await guest.check("echo 'the last words' >/dev/kmsg")
+            await guest.wait_for_console("the last words")
+            raise AssertionError
+
+    with pytest.raises(AssertionError) as caught:
+        await fail()
+    (note,) = caught.value.__notes__
+    assert "the last words" in note.splitlines()[-1]
+
+
 async def test_ports_reach_usb_redir(guest: QemuGuest) -> None:
     assert guest.targets[0] == guest.targets[1] == guest.spice.target
     for target in guest.targets[2:]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import pytest
 from tests.redirection.scripted import ScriptedDevice, kinds, settle
 
@@ -9,6 +11,7 @@ from farplug.errors import Reason, RefusedError
 from farplug.redirection import events
 from farplug.testing.memory import MemoryGuest
 from farplug.usbredir import packets as p
+from farplug.usbredir.wire import PacketType
 
 
 async def test_the_guests_filter_known_before() -> None:
@@ -24,7 +27,10 @@ async def test_the_guests_filter_known_before() -> None:
 
 
 async def test_a_filter_that_cannot_be_read_is_ignored() -> None:
-    async with MemoryGuest(filter="nonsense") as guest:
+    async with MemoryGuest() as guest:
+        await guest.wait(lambda: events.GuestReady in kinds(guest))
+        guest.send_bytes(struct.pack("<IIQ9s", PacketType.FILTER_FILTER, 9, 0, b"nonsense"))
+        await guest.wait(lambda: events.PeerViolation in kinds(guest))
         await guest.redirection.attach(ScriptedDevice())
         await guest.wait(lambda: guest.connected is not None)
 

@@ -214,6 +214,8 @@ async def test_the_guest_goes_while_a_device_is_in_use() -> None:
         assert detached.error is error
         assert device.cancelled == device.submitted
         assert device.calls == ["open", "close"]
+        assert guest.faults == [device.close_error]
+        guest.faults.clear()
 
 
 async def test_what_cannot_be_made_durable_is_told() -> None:

@@ -137,6 +137,7 @@ async def test_a_device_that_raises_costs_one_stall() -> None:
         assert (await again).data == b"fine"
         faults = [event for event in guest.events if isinstance(event, events.DeviceFault)]
         assert [type(fault.error) for fault in faults] == [ZeroDivisionError]
+        guest.faults.clear()
 
 
 async def test_a_device_that_completes_twice_is_told_so_and_the_guest_sees_one_answer() -> None:
@@ -210,3 +211,4 @@ async def test_a_reply_that_cannot_be_said_becomes_an_error(reply: object) -> No
         device.submitted[0].complete(Status.SUCCESS, reply)  # type: ignore[arg-type]
         assert (await pending).status is Status.IO_ERROR
         assert events.DeviceFault in kinds(guest)
+        guest.faults.clear()

@@ -119,6 +119,7 @@ async def test_a_device_that_raises_on_cancel_and_on_reset() -> None:
         await guest.wait(lambda: events.WasReset in kinds(guest))
         assert kinds(guest).count(events.DeviceFault) == 2
         device.raises = None
+        guest.faults.clear()
 
 
 class Unreadable(ScriptedDevice):
@@ -152,6 +153,7 @@ async def test_a_device_that_cannot_be_described_any_more() -> None:
             assert (await guest.request(packet)).status is Status.IO_ERROR
         assert kinds(guest).count(events.DeviceFault) == 4
         device.broken = False
+        guest.faults.clear()
 
 
 async def test_a_setting_that_cannot_be_described() -> None:
@@ -165,6 +167,7 @@ async def test_a_setting_that_cannot_be_described() -> None:
         answer = await guest.request(p.SetAltSetting(id=100, interface=0, alt=1))
         assert (answer.status, answer.alt) == (Status.IO_ERROR, operations.NO_SETTING)
         device.broken = False
+        guest.faults.clear()
 
 
 async def test_a_device_that_cannot_be_described_at_all_is_not_offered() -> None:

@@ -156,6 +156,7 @@ async def test_an_operation_that_never_ends(monkeypatch: pytest.MonkeyPatch) -> 
         await settle()
         async with asyncio.timeout(1):
             await guest.redirection.close()
+        guest.faults.clear()
 
 
 async def test_nothing_is_begun_for_a_device_that_leaves() -> None:
@@ -182,6 +183,7 @@ async def test_what_cannot_be_made_durable_is_told_when_the_guest_is_gone_too() 
         await guest.redirection.closed()
         faults = [event.error for event in guest.events if isinstance(event, events.DeviceFault)]
         assert faults == [device.close_error]
+        guest.faults.clear()
 
 
 async def test_a_device_that_fails_to_close_in_its_own_way() -> None:

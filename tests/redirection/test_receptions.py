@@ -96,6 +96,8 @@ async def test_a_reception_that_the_device_cannot_start(fails: str) -> None:
         guest.send(p.StartInterruptReceiving(endpoint=INTERRUPT_IN))
         assert [(await status()).status, (await status()).status] == [Status.SUCCESS, Status.STALL]
         device.raises = None
+        assert len(guest.faults) == (fails == "raises")
+        guest.faults.clear()
 
 
 async def test_buffered_bulk_and_isochronous() -> None:
@@ -136,6 +138,7 @@ async def test_buffered_bulk_and_isochronous() -> None:
         assert (await out_status()).status is Status.SUCCESS
         assert kinds(guest).count(events.DeviceFault) == 2
         device.raises = None
+        guest.faults.clear()
         figures = {f.endpoint: f for f in guest.redirection.figures}
         assert (figures[ISO_OUT].transfers, figures[ISO_OUT].bytes) == (1, 5)
 

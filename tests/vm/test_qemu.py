@@ -98,3 +98,23 @@ async def test_spice_port_taken_by_somebody_else_is_chosen_anew(monkeypatch: pyt
         async with QemuGuest(config) as guest:
             assert guest.spice.port != other.getsockname()[1]
             assert (await guest.qmp.execute("query-status"))["running"] is False
+
+
+async def test_an_exception_that_leaves_the_block_shows_the_end_of_the_console_once() -> None:
+    guest = QemuGuest()
+    guest._kept["console"] = "".join(f"line {number:04}\n" for number in range(1000))
+    error = AssertionError()
+    await guest.__aexit__(AssertionError, error, None)
+    await guest.__aexit__(AssertionError, error, None)
+    (note,) = error.__notes__
+    first, *lines = note.splitlines()
+    assert first == "the guest's console ends:"
+    assert lines == [f"line {number:04}" for number in range(1000 - len(lines), 1000)]
+    assert 2000 - 10 <= len(note) <= 2000 + len(first)
+    silent = ValueError()
+    guest._kept["console"] = ""
+    await guest.__aexit__(ValueError, silent, None)
+    assert silent.__notes__ == ["the guest's console ends:\n(it is empty)"]
+    cancelled = KeyboardInterrupt()
+    await guest.__aexit__(KeyboardInterrupt, cancelled, None)
+    assert not hasattr(cancelled, "__notes__")

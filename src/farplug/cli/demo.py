@@ -61,7 +61,7 @@ class _Demo:
         async with self._boot() as guest:
             await self._plug_in(guest)
         written = ANSWER.encode()
-        self._head("The file that the VM wrote, read out of the image on this machine")
+        self._head("What the VM wrote is in the image on this machine")
         read = await self._here("mtype", "-i", "demo.raw", "::answer.txt")
         if read != written:
             raise DeviceError(
@@ -116,7 +116,7 @@ class _Demo:
         from farplug.target import parse_target
         from farplug.virtual.disk import disk_device
 
-        self._head("The image is plugged in: farplug speaks SPICE and usbredir with the VM")
+        self._head("farplug plugs the image into the VM, over its SPICE console")
         address = guest.spice
         self._command(f"farplug connect spice://{address.host}:{address.port} --usb-disk demo.raw")
         device = disk_device(self._folder / "demo.raw")
@@ -140,7 +140,7 @@ class _Demo:
             guest, f"dmesg | grep -E 'usb [0-9]+-.*(new|Product|Manu)|[[]{disk}[]].*(blocks|disk)' | cut -c 16-"
         )
         await self._there(guest, f"blkid /dev/{disk}")
-        self._head("It reads a file, writes one, and lets go")
+        self._head("The VM reads a file and writes one")
         await self._there(guest, f"mount -t vfat /dev/{disk} /mnt && cat /mnt/hello.txt")
         await self._there(guest, f"echo '{ANSWER.rstrip()}' >/mnt/answer.txt && sync && ls -l /mnt")
         await self._there(guest, "umount /mnt")

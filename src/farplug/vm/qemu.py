@@ -9,7 +9,8 @@
         print((await guest.run("cat /proc/partitions")).output)
 
 QEMU's descriptors, sockets and files are private to the guest. QEMU dies with the thread that started the guest,
-however that ends, and everything else goes with the ``async with`` block.
+however that ends, and everything else goes with the ``async with`` block. An exception that leaves the block, such as
+that of a failed assertion, gets the last lines of the guest's console as a note.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ STOP_TIMEOUT = 3.0
 """Seconds that QEMU has to end by itself before it is killed."""
 
 CONSOLE_TAIL = 2000
-"""Characters of the console that errors show."""
+"""Characters of the console that an exception shows."""
+_CONSOLE_ENDS = "the guest's console ends:"
 
 OVMF_FILES = (("OVMF_CODE_4M.fd", "OVMF_VARS_4M.fd"), ("OVMF_CODE.fd", "OVMF_VARS.fd"))
 OVMF_FOLDER = Path("/usr/share/OVMF")
@@ -112,6 +114,8 @@ class QemuGuest:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.close()
+        if isinstance(error, Exception):
+            self._note_console(error)
 
     # --- what it is ---------------------------------------------------------------------------------------------------
 
@@ -185,7 +189,7 @@ class QemuGuest:
         try:
             return await self._agent.run(command, stdin=stdin, timeout=timeout)
         except GuestTimeout as error:
-            error.add_note(f"the guest's console ends:\n{self.console[-CONSOLE_TAIL:]}")
+            self._note_console(error)
             raise
         except GuestGoneError as error:
             raise await self._crashed() from error
@@ -216,7 +220,7 @@ class QemuGuest:
                 raise await self._crashed()
             if time.monotonic() > deadline:
                 error = GuestTimeout(f"the guest's console did not show {text!r} within {timeout:g} s")
-                error.add_note(f"it ends:\n{self.console[-CONSOLE_TAIL:]}")
+                self._note_console(error)
                 raise error
             await asyncio.sleep(0.05)
 
@@ -369,8 +373,17 @@ class QemuGuest:
         except TimeoutError:
             return GuestGoneError("QEMU runs, but closed the connection")
         error = GuestCrashed(f"QEMU {describe_exit(code)}: {self.stderr.strip()[-1000:] or 'without a message'}")
-        error.add_note(f"the guest's console ends:\n{self.console[-CONSOLE_TAIL:]}")
+        self._note_console(error)
         return error
+
+    def _note_console(self, error: Exception) -> None:
+        """Add the last lines of the console to an exception, once."""
+        console = self.console.rstrip()
+        tail = console[-CONSOLE_TAIL:]
+        if len(console) > CONSOLE_TAIL:
+            tail = tail.partition("\n")[2]  # whole lines
+        if not any(note.startswith(_CONSOLE_ENDS) for note in getattr(error, "__notes__", ())):
+            error.add_note(f"{_CONSOLE_ENDS}\n{tail or '(it is empty)'}")
 
     def _read(self, name: str) -> str:
         if self._folder is None:
