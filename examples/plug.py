@@ -9,9 +9,8 @@ import asyncio
 import contextlib
 import sys
 
-from farplug.guest import connect
 from farplug.hub import Hub
-from farplug.target import parse_target
+from farplug.target import open_session, parse_target
 from farplug.virtual.disk import disk_device
 
 
@@ -19,7 +18,7 @@ async def main(target: str, image: str) -> None:
     """Plug ``image`` into the VM at ``target``, and stay until the VM ends or this task is cancelled."""
     device = disk_device(image)
     try:
-        async with Hub(await connect(parse_target(target))) as hub:
+        async with Hub(await open_session(parse_target(target))) as hub:
             hub.subscribe(lambda attachment, event: print(f"{attachment.port.name}: {event}", flush=True))
             attachment = await hub.plug(device)
             await attachment.configured()  # the VM's driver works with it

@@ -11,17 +11,16 @@ import asyncio
 import contextlib
 import sys
 
-from farplug.guest import connect
 from farplug.hub import Hub
 from farplug.physical import find_device
-from farplug.target import parse_target
+from farplug.target import open_session, parse_target
 
 
 async def main(place: str, target: str) -> None:
     """Plug the device in, and stay until it is pulled out, the VM ends or this task is cancelled."""
     bus, address = place.split("-")
     device = await asyncio.to_thread(find_device, int(bus), int(address))
-    async with Hub(await connect(parse_target(target))) as hub:
+    async with Hub(await open_session(parse_target(target))) as hub:
         hub.subscribe(lambda attachment, event: print(event, flush=True))
         attachment = await hub.plug(device)
         await attachment.ended()

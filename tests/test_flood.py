@@ -15,7 +15,7 @@ from tests.transport.fake_spice import Channel, FakeSpice, ping, running
 
 from farplug.redirection import Redirection
 from farplug.transport.dialer import SpiceTarget
-from farplug.transport.session import SpiceSession
+from farplug.transport.spice_session import SpiceSession
 from farplug.usb import Reception, Status, Transfer
 from farplug.usbredir import packets as p
 

@@ -12,17 +12,11 @@ from types import TracebackType
 from typing import Self, TypeAlias
 
 from farplug.errors import FarplugError, GuestGoneError, LocalProtocolError, PortError, Reason, RefusedError
-from farplug.guest import Guest
 from farplug.redirection import Redirection, events
 from farplug.redirection.events import EndpointFigures, PortEvent
 from farplug.transport.port import Port
+from farplug.transport.session import Session
 from farplug.usb.device import Device
-
-NO_CHANNEL_REMEDY = """\
-add one to the VM, one for each device:
-  QEMU:    -device qemu-xhci -chardev spicevmc,name=usbredir,id=usb0 -device usb-redir,chardev=usb0
-  libvirt: <controller type='usb' model='qemu-xhci'/> <redirdev bus='usb' type='spicevmc'/>"""
-ONE_PORT_REMEDY = "a plain socket carries one device: give the VM another one, and run farplug once for each"
 
 
 class AttachmentState(StrEnum):
@@ -184,13 +178,13 @@ class Hub:
     At the end of the block every device is unplugged and the guest is left (:meth:`close`).
 
     Attributes:
-        guest: the guest.
+        session: the connection to the VM.
         attachments: what is plugged in, or being plugged in, or has left by itself, in the order of plugging. One that
             has left stays until its device is plugged again.
     """
 
-    def __init__(self, guest: Guest) -> None:
-        self.guest = guest
+    def __init__(self, session: Session) -> None:
+        self.session = session
         self.attachments: list[Attachment] = []
         self._listeners: list[Listener] = []
         self._plugging: set[asyncio.Task[Attachment]] = set()
@@ -219,16 +213,16 @@ class Hub:
         Raises:
             PortError: it has fewer.
         """
-        ports = len(self.guest.ports)
+        ports = len(self.session.ports)
         if not ports:
             raise PortError(
-                "the VM has no usbredir channel", reason=Reason.NO_USBREDIR_CHANNEL, remedy=NO_CHANNEL_REMEDY
+                "the VM has no usbredir channel", reason=Reason.NO_USBREDIR_CHANNEL, remedy=self.session.no_port_remedy
             )
         if ports < count:
             raise PortError(
                 f"{count} devices, but the VM has {ports} port{'s' if ports > 1 else ''} for them",
                 reason=Reason.NO_FREE_PORT,
-                remedy=f"plug fewer, or {NO_CHANNEL_REMEDY}" if self.guest.is_spice else ONE_PORT_REMEDY,
+                remedy=f"plug fewer, or {self.session.no_port_remedy}",
             )
 
     async def plug(self, device: Device) -> Attachment:
@@ -263,7 +257,7 @@ class Hub:
         self.attachments = [attachment for attachment in self.attachments if attachment.device is not device]
         self.check_room(1)
         in_use: PortError | None = None
-        for port in list(self.guest.ports):
+        for port in list(self.session.ports):
             if any(attachment.port is port and not attachment.over for attachment in self.attachments):
                 continue
             attachment = Attachment(self, device, port)
@@ -286,12 +280,12 @@ class Hub:
             self.attachments.remove(attachment)
 
     def _no_free_port(self, device: Device) -> PortError:
-        count = len(self.guest.ports)
+        count = len(self.session.ports)
         ports = "its only port is" if count == 1 else f"all of its {count} ports are"
         return PortError(
             f"the VM has no free port for {device.identity}: {ports} taken",
             reason=Reason.NO_FREE_PORT,
-            remedy=NO_CHANNEL_REMEDY if self.guest.is_spice else ONE_PORT_REMEDY,
+            remedy=self.session.no_port_remedy,
         )
 
     async def close(self) -> None:
@@ -309,7 +303,7 @@ class Hub:
         try:
             results = await asyncio.gather(*(a.unplug() for a in current), return_exceptions=True)
         finally:
-            await self.guest.close()
+            await self.session.close()
         for result in results:
             if isinstance(result, BaseException):
                 raise result

@@ -30,7 +30,10 @@ from urllib.parse import unquote
 from farplug.errors import Reason, UsageError
 from farplug.spice.host import split_host_and_port
 from farplug.transport.connection import TcpAddress, Timeouts, UnixAddress
-from farplug.transport.dialer import ChannelDialer, SpiceTarget
+from farplug.transport.dialer import ChannelDialer, Progress, SpiceTarget, Stage
+from farplug.transport.session import Session
+from farplug.transport.spice_session import SpiceSession
+from farplug.transport.stream import ListenPort, SocketSession, StreamPort
 from farplug.transport.vv_file import delete_vv_file, read_vv_file
 
 LOOPBACK = "127.0.0.1"
@@ -103,6 +106,32 @@ def parse_target(text: str, options: TargetOptions = TargetOptions()) -> Target:
         case "tcp-listen":
             return ListenTarget(_tcp(text, scheme, rest, listen=True))
     return StreamTarget(UnixAddress(_path(text, rest)))
+
+
+async def open_session(target: Target, progress: Progress | None = None) -> Session:
+    """Connect to the VM behind a target. A plain socket is connected only when its port is opened.
+
+    Args:
+        target: see :func:`parse_target`.
+        progress: called when each stage begins, with its address.
+
+    Raises:
+        TargetError: the VM cannot be reached; the reason says at which stage.
+    """
+    match target:
+        case StreamTarget(address):
+            if progress is not None:
+                progress(Stage.REACH, str(address))
+            return SocketSession(StreamPort(address))
+        case ListenTarget(address):
+
+            def listening(where: TcpAddress) -> None:
+                if progress is not None:
+                    progress(Stage.REACH, f"listening on {where}: waiting for QEMU to connect")
+
+            return SocketSession(ListenPort(address, on_listening=listening))
+        case _:
+            return await SpiceSession.connect(target, progress=progress)
 
 
 _STREAMS = ("tcp", "tcp-listen", "unix")

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from farplug.guest import Guest, connect
 from farplug.hub import Attachment, Hub
 from farplug.redirection.events import DeviceReport, PortEvent
-from farplug.target import TargetOptions, parse_target
+from farplug.target import TargetOptions, open_session, parse_target
 from farplug.testing import GuestConfig, QemuGuest, SpicePort, TcpPort
+from farplug.transport.session import Session
 from farplug.usb import Device, DeviceEvent
 from farplug.virtual.storage import StorageTransport
 
@@ -64,8 +64,8 @@ STORAGE = {"bot": Storage(StorageTransport.BOT, "usb-storage"), "uas": Storage(S
 class Plugged(Hub):
     """A hub that remembers what happened."""
 
-    def __init__(self, guest: Guest) -> None:
-        super().__init__(guest)
+    def __init__(self, session: Session) -> None:
+        super().__init__(session)
         self.events: list[PortEvent] = []
         self.subscribe(lambda attachment, event: self.events.append(event))
 
@@ -82,7 +82,7 @@ async def plugged(
     target: str, *devices: Device, options: TargetOptions | None = None, configured: bool = True
 ) -> AsyncIterator[Plugged]:
     """Plug devices into a guest; they are configured by its driver when the block begins, and gone when it ends."""
-    hub = Plugged(await connect(parse_target(target, options or TargetOptions())))
+    hub = Plugged(await open_session(parse_target(target, options or TargetOptions())))
     try:
         async with asyncio.timeout(PATIENCE):
             attachments: list[Attachment] = await asyncio.gather(*(hub.plug(device) for device in devices))

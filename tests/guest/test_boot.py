@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 from tests.guest.plugging import MIB, Plugged, blank
 
-from farplug.guest import connect
-from farplug.target import parse_target
+from farplug.target import open_session, parse_target
 from farplug.testing import Boot, Controller, GuestConfig, QemuGuest, SpicePort, TcpPort, UsbPort
 from farplug.virtual.device import VirtualDevice
 from farplug.virtual.disk import disk_device
@@ -73,7 +72,7 @@ def tool(*command: str, stdin: bytes = b"") -> bytes:
 
 async def plug_and_run(guest: QemuGuest, device: VirtualDevice, console: str) -> None:
     """Plug the device into a guest that stands still, let it run, and wait for a text on its console."""
-    hub = Plugged(await connect(parse_target(guest.targets[0])))
+    hub = Plugged(await open_session(parse_target(guest.targets[0])))
     try:
         plugging = asyncio.ensure_future(hub.plug(device))
         await guest.qmp.execute("cont")

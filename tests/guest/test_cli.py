@@ -15,9 +15,8 @@ from tests.guest.command import farplug, farplug_on_terminal
 from tests.guest.conftest import GuestPool
 from tests.guest.plugging import LABORATORY, MIB, blank, disk_with, gone
 
-from farplug.guest import connect
 from farplug.store.image import serial_number
-from farplug.target import parse_target
+from farplug.target import open_session, parse_target
 from farplug.testing import Boot, GuestConfig, QemuGuest, Spice, SpicePort, TcpPort
 
 MEMORY_BOUND = 80 << 10
@@ -192,7 +191,7 @@ async def test_a_console_and_farplug_together(guest: QemuGuest, tmp_path: Path) 
         await over_spice.until("SPICE serves one client at a time")
         for running in (over_spice, over_tcp, over_unix):
             await running.until("configured by the guest")
-        console = await connect(parse_target(spice))
+        console = await open_session(parse_target(spice))
         try:
             assert await over_spice.exit_code() == 9
             for running, image in ((over_tcp, images[1]), (over_unix, images[2])):

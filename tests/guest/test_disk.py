@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 import pytest
 from tests.guest.plugging import AT_ONCE, MIB, Plugged, blank, descriptors, disk_of, gone, plugged
 
-from farplug.guest import connect
 from farplug.redirection import events
-from farplug.target import TargetOptions, parse_target
+from farplug.target import TargetOptions, open_session, parse_target
 from farplug.testing import Controller, GuestConfig, QemuGuest, Spice, SpicePort, SpiceTransport, TcpPort
 from farplug.usb import Speed
 from farplug.virtual import StorageTransport, disk_device
@@ -208,7 +207,7 @@ async def test_attached_before_the_vm_runs(guests: GuestPool, tmp_path: Path) ->
     image = blank(tmp_path / "disk.raw")
     device = disk_device(image)
     async with guests.fresh(GuestConfig(ports=(SpicePort(),), paused=True, kernel_arguments=AT_ONCE)) as guest:
-        hub = Plugged(await connect(parse_target(guest.targets[0])))
+        hub = Plugged(await open_session(parse_target(guest.targets[0])))
         try:
             plugging = asyncio.ensure_future(hub.plug(device))
             async with asyncio.timeout(10):

@@ -22,12 +22,12 @@ from tests.guest.command import farplug
 from tests.guest.plugging import MIB, PATIENCE, Plugged, blank, disk_of, disk_with, plugged
 
 from farplug.errors import ExitCode
-from farplug.guest import SocketGuest, SpiceGuest, connect
 from farplug.redirection import Redirection, conversation, engine, events, reminder
 from farplug.store import MemoryStore
 from farplug.store.image import serial_number
-from farplug.target import parse_target
+from farplug.target import open_session, parse_target
 from farplug.testing import Boot, GuestConfig, QemuGuest, SpicePort, UnixPort
+from farplug.transport.spice_session import SpiceSession
 from farplug.virtual.disk import disk_device
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ class Operator:
                     await self._leave()
 
     async def _connect(self) -> None:
-        self._hub = hub = Plugged(await connect(parse_target(self.guest.targets[0])))
+        self._hub = hub = Plugged(await open_session(parse_target(self.guest.targets[0])))
         opened = asyncio.Event()
         hub.subscribe(lambda attachment, event: opened.set() if isinstance(event, events.Opened) else None)
         self._plugging = asyncio.ensure_future(hub.plug(disk_device(MemoryStore(8 * MIB))))
@@ -160,15 +160,15 @@ class Operator:
             return
         if not self.paused:
             await self._plugging
-        if self._plugging.done() and isinstance(self._hub.guest, SpiceGuest):
+        if self._plugging.done() and self._hub.session.exclusive:
             self.reminded.clear()
             await self.reminded.wait()
 
     async def _doctor(self) -> None:
-        guest = await connect(parse_target(self.guest.targets[0]))
+        session = await open_session(parse_target(self.guest.targets[0]))
         ready = asyncio.Event()
         redirection = Redirection(
-            guest.ports[0], lambda event: ready.set() if isinstance(event, events.GuestReady) else None
+            session.ports[0], lambda event: ready.set() if isinstance(event, events.GuestReady) else None
         )
         await redirection.open()
         try:
@@ -176,7 +176,7 @@ class Operator:
         except TimeoutError:
             assert self.paused
         await redirection.close()
-        await guest.close()
+        await session.close()
 
     async def _leave(self) -> None:
         assert self._hub is not None
@@ -189,14 +189,11 @@ class Operator:
     def _kill(self) -> None:
         """Close the sockets without a word, as the kernel does for a process that is killed."""
         assert self._hub is not None
-        guest = self._hub.guest
-        if isinstance(guest, SpiceGuest):
-            for port in guest.ports:
-                port.abort()
-            guest._session._connection.abort()
-        else:
-            assert isinstance(guest, SocketGuest)
-            guest.ports[0].abort()
+        session = self._hub.session
+        for port in session.ports:
+            port.abort()
+        if isinstance(session, SpiceSession):
+            session._connection.abort()
 
 
 @pytest.fixture(autouse=True)

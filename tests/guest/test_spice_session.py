@@ -17,7 +17,7 @@ from farplug.redirection import events
 from farplug.target import parse_target
 from farplug.testing import GuestConfig, QemuGuest, Spice, SpicePort
 from farplug.transport.dialer import SpiceTarget
-from farplug.transport.session import SpiceSession
+from farplug.transport.spice_session import SpiceSession
 from farplug.virtual.disk import disk_device
 from farplug.vm.qmp import QmpError
 
@@ -105,7 +105,7 @@ async def test_a_vm_that_migrates(guests: GuestPool) -> None:
         await source.qmp.human(f"client_migrate_info spice 127.0.0.1 {destination.spice.port}")
         await source.qmp.execute("migrate", {"uri": f"tcp:127.0.0.1:{number}"})
         async with asyncio.timeout(PATIENCE):
-            error = await session.closed
+            error = await session.ended
     assert isinstance(error, GuestGoneError)
     where = f"127.0.0.1 (port {destination.spice.port})"
     assert error.message == f"the VM moved to {where}: the session cannot follow"

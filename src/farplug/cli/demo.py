@@ -111,9 +111,8 @@ class _Demo:
 
     async def _plug_in(self, guest: QemuGuest) -> None:
         from farplug.cli.output import Figures
-        from farplug.guest import connect
         from farplug.hub import Hub
-        from farplug.target import parse_target
+        from farplug.target import open_session, parse_target
         from farplug.virtual.disk import disk_device
 
         self._head("farplug plugs the image into the VM, over its SPICE console")
@@ -121,7 +120,7 @@ class _Demo:
         self._command(f"farplug connect spice://{address.host}:{address.port} --usb-disk demo.raw")
         device = disk_device(self._folder / "demo.raw")
         try:
-            hub = Hub(await connect(parse_target(guest.targets[0])))
+            hub = Hub(await open_session(parse_target(guest.targets[0])))
             hub.subscribe(self._happened)
             try:
                 attachment = await hub.plug(device)

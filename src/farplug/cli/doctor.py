@@ -28,9 +28,9 @@ from farplug.errors import ExitCode, FarplugError, Reason, SetupError
 from farplug.version import __version__
 
 if TYPE_CHECKING:
-    from farplug.guest import Guest
     from farplug.target import TargetOptions
     from farplug.transport.port import Port
+    from farplug.transport.session import Session
 
 HELLO_SECONDS = 3.0
 """How long a port may take to say hello before it is called paused."""
@@ -179,9 +179,8 @@ class _Stages:
 
 
 async def _check_target(text: str, options: TargetOptions) -> None:
-    from farplug.guest import connect
     from farplug.hub import Hub
-    from farplug.target import ListenTarget, parse_target
+    from farplug.target import ListenTarget, open_session, parse_target
 
     target = parse_target(text, options)
     if isinstance(target, ListenTarget):
@@ -189,21 +188,21 @@ async def _check_target(text: str, options: TargetOptions) -> None:
         return
     stages = _Stages()
     with stages.failing():
-        guest = await connect(target, lambda stage, where: stages.begin(str(stage), where))
+        session = await open_session(target, lambda stage, where: stages.begin(str(stage), where))
         try:
-            if guest.is_spice:
+            if session.reached:
                 stages.end("ok")
-                _line("ok", "VM", f"{guest.name} {guest.uuid}".strip() or "it tells no name")
+                _line("ok", "VM", f"{session.name} {session.uuid}".strip() or "it tells no name")
                 stages.begin("usbredir channels", "none")
-                Hub(guest).check_room(1)
-                stages.end("ok", f"{len(guest.ports)}: so many devices can be plugged in")
-            for port in guest.ports:
-                await _check_port(guest, port, stages)
+                Hub(session).check_room(1)
+                stages.end("ok", f"{len(session.ports)}: so many devices can be plugged in")
+            for port in session.ports:
+                await _check_port(session, port, stages)
         finally:
-            await guest.close()
+            await session.close()
 
 
-async def _check_port(guest: Guest, port: Port, stages: _Stages) -> None:
+async def _check_port(session: Session, port: Port, stages: _Stages) -> None:
     from farplug.redirection import Redirection
     from farplug.redirection.events import GuestReady
 
@@ -213,12 +212,12 @@ async def _check_port(guest: Guest, port: Port, stages: _Stages) -> None:
         if isinstance(event, GuestReady) and not ready.done():
             ready.set_result(event)
 
-    if guest.is_spice:
+    if session.reached:
         stages.begin(port.name, "")
     redirection = Redirection(port, happened)
     await redirection.open()
     try:
-        if not guest.is_spice:
+        if not session.reached:
             stages.begin(port.name, "")
         closed = asyncio.ensure_future(redirection.closed())
         await asyncio.wait((ready, closed), timeout=HELLO_SECONDS, return_when=asyncio.FIRST_COMPLETED)

@@ -16,11 +16,10 @@ from farplug.cli.commands import obey
 from farplug.cli.media import Media
 from farplug.cli.output import Output, SilentOutput, unfinished_writes
 from farplug.errors import ExitCode, FarplugError
-from farplug.guest import connect
 from farplug.hub import Attachment, Hub
 from farplug.redirection import events
 from farplug.redirection.events import PortEvent
-from farplug.target import TargetOptions, parse_target
+from farplug.target import TargetOptions, open_session, parse_target
 from farplug.usb.device import Device
 from farplug.virtual.device import VirtualDevice
 from farplug.virtual.storage import MAX_UNITS
@@ -159,8 +158,8 @@ class _Session:
             await self._plan.media.open(self._copying)
             # Only now: reading a .vv file may delete it.
             target = parse_target(self._plan.target, self._plan.options)
-            guest = await connect(target, lambda stage, text: self._show(lambda o: o.stage(str(stage), text)))
-            hub = Hub(guest)
+            session = await open_session(target, lambda stage, text: self._show(lambda o: o.stage(str(stage), text)))
+            hub = Hub(session)
             try:
                 await self._stay(hub, named)
             finally:
@@ -208,12 +207,13 @@ class _Session:
     async def _stay(self, hub: Hub, named: int) -> None:
         """Plug everything in, side by side, and stay until all devices have left, or the guest is gone."""
         hub.subscribe(self._happened)
-        if hub.guest.is_spice:
+        if hub.session.reached:
             self._show(lambda output: output.reached())
+        if hub.session.exclusive:
             self._show(lambda output: output.note(ONE_CLIENT))
-            if hub.guest.name:
-                self._show(lambda output: output.note(f"the VM is called {hub.guest.name}"))
-        ports, count = len(hub.guest.ports), len(self._plan.media.wishes)
+            if hub.session.name:
+                self._show(lambda output: output.note(f"the VM is called {hub.session.name}"))
+        ports, count = len(hub.session.ports), len(self._plan.media.wishes)
         hub.check_room(max(1, named + (min(count, 1) if count <= MAX_UNITS else count)))
         if count and ports - named < count:
             free = ports - named
@@ -225,7 +225,7 @@ class _Session:
             self._labels[device] = label
         ticker = asyncio.ensure_future(self._tick(hub))
         commands = asyncio.ensure_future(self._obey())
-        gone = asyncio.ensure_future(hub.guest.closed())
+        gone = asyncio.ensure_future(hub.session.closed())
         staying: list[asyncio.Future[FarplugError | None]] = []
         if media:
             staying.append(asyncio.ensure_future(self._plug_all(hub, media)))

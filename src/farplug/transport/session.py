@@ -1,217 +1,38 @@
-"""A SPICE session: the main channel, kept alive. Its usbredir channels are ports.
-
-How a channel is reached is in :mod:`farplug.transport.dialer`, a port in :mod:`farplug.transport.spice_port`.
-"""
+"""A session: a connection to one VM, with the usbredir ports that it has."""
 
 from __future__ import annotations
 
-import asyncio
-from typing import Self
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
 
-from farplug.errors import FarplugError, GuestGoneError, Reason, RemoteProtocolError, TargetError
-from farplug.spice.channel import Channel, Message
-from farplug.spice.messages import (
-    ChannelId,
-    ClientMessage,
-    Disconnecting,
-    MainInit,
-    Migrate,
-    Notify,
-    ServerMessage,
-    SwitchHost,
-    parse_channels_list,
-    parse_name,
-    parse_uuid,
-)
-from farplug.spice.types import ChannelType, MainCapability
-from farplug.transport.connection import Timeouts
-from farplug.transport.dialer import ChannelDialer, LinkedChannel, Progress, SpiceTarget, Stage
+from farplug.errors import FarplugError
 from farplug.transport.port import Port
-from farplug.transport.spice_port import SpicePort, broken, log_notice
-
-_MAIN_MESSAGES: dict[int, int] = {
-    ServerMessage.MAIN_INIT: 256,
-    ServerMessage.MAIN_CHANNELS_LIST: 64 << 10,
-    ServerMessage.MAIN_MIGRATE_BEGIN: 64 << 10,
-    ServerMessage.MAIN_MIGRATE_SWITCH_HOST: 64 << 10,
-    ServerMessage.MAIN_NAME: 64 << 10,
-    ServerMessage.MAIN_UUID: 64,
-}
-"""The main channel's messages that we read, and the largest body of each that we take, in bytes."""
 
 
-class SpiceSession:
-    """A session with a VM's SPICE server. Made by :meth:`connect`.
-
-    SPICE serves one client at a time: a new session ends the one before.
+class Session(ABC):
+    """A connection to a VM.
 
     Attributes:
-        target: how it was reached.
-        name: the VM's, if the server told; else empty.
-        uuid: the VM's, if the server told; else empty.
-        session_id: the server's.
-        channels: all that the server offers, sorted.
-        ports: one per usbredir channel, in the order of their numbers.
-        closed: resolves when the session has ended: to None if we closed it, else to the error. It never raises.
+        ports: where devices fit in, in the order in which they are used.
+        name: the VM's name; empty if the VM does not give one.
+        uuid: the VM's UUID; empty if the VM does not give one.
+        exclusive: the server serves one client at a time: this session has ended any other.
+        reached: the VM's side has answered. Otherwise only opening a port reaches it.
+        no_port_remedy: how the VM gets more ports.
     """
 
-    def __init__(self, target: SpiceTarget, dialer: ChannelDialer, main: LinkedChannel, timeouts: Timeouts) -> None:
-        loop = asyncio.get_running_loop()
-        self.target = target
-        self.name = ""
-        self.uuid = ""
-        self.session_id = 0
-        self.channels: tuple[ChannelId, ...] = ()
-        self.ports: list[Port] = []
-        self.closed: asyncio.Future[FarplugError | None] = loop.create_future()
-        self._dialer = dialer
-        self._timeouts = timeouts
-        self._usbredir_ports: list[SpicePort] = []
-        self._listed: asyncio.Future[None] = loop.create_future()
-        self._farewell = ""
-        self._channel = Channel("main", mini_header=main.link.mini_header, stored=_MAIN_MESSAGES)
-        self._connection = main.connection
-        main.start(self, self._lost)
+    ports: Sequence[Port]
+    name: str = ""
+    uuid: str = ""
+    exclusive: ClassVar[bool]
+    reached: ClassVar[bool]
+    no_port_remedy: ClassVar[str]
 
-    @classmethod
-    async def connect(
-        cls, target: SpiceTarget, *, progress: Progress | None = None, timeouts: Timeouts | None = None
-    ) -> Self:
-        """Reach a SPICE server and learn what channels it has.
+    @abstractmethod
+    async def closed(self) -> FarplugError | None:
+        """Wait until the session has ended as a whole; return why, or None if :meth:`close` ended it."""
 
-        Args:
-            target: where, and by what right.
-            progress: called when each stage begins, with where it leads.
-            timeouts: patience.
-
-        Raises:
-            TargetError: the server cannot be reached, or refuses us.
-            UsageError: the target's password, CA, host subject or proxy is malformed.
-            RemoteProtocolError: the server left the protocol.
-        """
-        timeouts = timeouts or Timeouts()
-        dialer = ChannelDialer(target, timeouts)
-        capabilities = [MainCapability.NAME_AND_UUID, MainCapability.AGENT_CONNECTED_TOKENS]
-        main = await dialer.link(ChannelType.MAIN, 0, connection_id=0, capabilities=capabilities, progress=progress)
-        if progress is not None:
-            progress(Stage.CHANNELS, str(target))
-        session = cls(target, dialer, main, timeouts)
-        try:
-            async with asyncio.timeout(timeouts.handshake):
-                await session._listed
-        except TimeoutError:
-            session._connection.abort()
-            raise TargetError(
-                f"{target}: the server did not list its channels within {timeouts.handshake:g} s",
-                reason=Reason.TIMED_OUT,
-                remedy="look into the log of QEMU on the VM's host",
-            ) from None
-        except BaseException:
-            session._connection.abort()
-            raise
-        return session
-
+    @abstractmethod
     async def close(self) -> None:
-        """Close all ports (what they have queued is sent within a bounded time), then the session."""
-        try:
-            await asyncio.gather(*(port.close() for port in self._usbredir_ports))
-        except BaseException:  # cancelled: the ports are closed at once, and so is the session
-            self._connection.abort()
-            raise
-        await self._connection.close(self._timeouts.flush)
-
-    # the main channel
-
-    def data_received(self, data: memoryview) -> None:
-        """Bytes of the main channel."""
-        try:
-            self._channel.receive_data(data)
-            while (event := self._channel.next_event()) is not None:
-                match event:
-                    case Message(kind, body):
-                        self._main_message(kind, body)
-                    case Disconnecting(_, reason):
-                        self._farewell = f", with {reason}"
-                    case Notify():
-                        log_notice("main", event)
-                    case Migrate():
-                        self._migrated("another host")
-        except RemoteProtocolError as error:
-            self._fail(error)
-            return
-        self._connection.write(self._channel.data_to_send())
-
-    def pause_writing(self) -> None:
-        """The server does not read our answers: ask for no more of them."""
-        self._connection.pause_reading()
-
-    def resume_writing(self) -> None:
-        """It reads again."""
-        self._connection.resume_reading()
-
-    def _main_message(self, kind: int, body: memoryview) -> None:
-        match kind:
-            case ServerMessage.MAIN_INIT:
-                self.session_id = MainInit.parse(body).session_id
-                self._channel.send(ClientMessage.MAIN_ATTACH_CHANNELS)
-            case ServerMessage.MAIN_CHANNELS_LIST:
-                self._list_channels(parse_channels_list(body))
-            case ServerMessage.MAIN_NAME:
-                self.name = parse_name(body)
-            case ServerMessage.MAIN_UUID:
-                self.uuid = parse_uuid(body)
-            case ServerMessage.MAIN_MIGRATE_BEGIN | ServerMessage.MAIN_MIGRATE_SWITCH_HOST:
-                where = SwitchHost.parse(body)
-                self._migrated(str(where))
-
-    def _list_channels(self, channels: tuple[ChannelId, ...]) -> None:
-        self.channels = channels
-        known = {port.number for port in self._usbredir_ports}
-        for channel in channels:  # a server may send the list again when a channel was added
-            if channel.channel_type is ChannelType.USBREDIR and channel.number not in known:
-                port = SpicePort(channel.number, self, self._dialer, self._timeouts)
-                self._usbredir_ports.append(port)
-                self.ports.append(port)
-        if not self._listed.done():
-            self._listed.set_result(None)
-
-    def _migrated(self, where: str) -> None:
-        self._connection.write(self._channel.data_to_send())  # the flush mark, if it was asked for
-        self._fail(
-            GuestGoneError(
-                f"the VM moved to {where}: the session cannot follow",
-                remedy="connect again, to the new host",
-            )
-        )
-
-    def _fail(self, error: FarplugError) -> None:
-        """End the session at once."""
-        if not self.closed.done():
-            self.closed.set_result(error)
-        self._connection.abort()
-
-    def _lost(self, error: Exception | None) -> None:
-        if not self.closed.done():
-            if self._connection.closing:
-                self.closed.set_result(None)
-            else:
-                how = "the SPICE server closed the session" if error is None else broken(error)
-                self.closed.set_result(
-                    GuestGoneError(
-                        f"{self.target}: {how}{self._farewell}",
-                        remedy="the VM may have stopped, or another client has taken the session over: a SPICE server "
-                        "serves one client at a time",
-                    )
-                )
-        reason = self.closed.result()
-        if not self._listed.done():
-            if isinstance(reason, GuestGoneError) and not self.session_id:
-                reason = TargetError(
-                    f"{self.target}: the server accepted the ticket, then closed the connection{self._farewell}",
-                    reason=Reason.LINK_REFUSED,
-                    remedy="behind a SPICE proxy: check that the VM runs; look into the log of the proxy or of QEMU",
-                )
-            self._listed.set_exception(reason or GuestGoneError(f"{self.target}: the session was closed"))
-            self._listed.exception()  # retrieved, whether or not connect() still waits
-        for port in self._usbredir_ports:
-            port.session_ended(reason)
+        """Close the ports, then the session. The devices should be detached before."""

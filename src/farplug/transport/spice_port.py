@@ -42,15 +42,15 @@ BUSY_RETRIES = 5
 
 
 class PortSession(Protocol):
-    """What a port needs of its session: :class:`~farplug.transport.session.SpiceSession`.
+    """What a port needs of its session: :class:`~farplug.transport.spice_session.SpiceSession`.
 
     Attributes:
         session_id: the server's.
-        closed: resolves when the session has ended: to None if we closed it, else to the error.
+        ended: resolves when the session has ended: to None if we closed it, else to the error.
     """
 
     session_id: int
-    closed: asyncio.Future[FarplugError | None]
+    ended: asyncio.Future[FarplugError | None]
 
 
 class SpicePort(Port):
@@ -175,12 +175,12 @@ class SpicePort(Port):
 
     async def _check_session(self) -> None:
         """Raise what ended the session, if that happens a moment after the end of a channel that opens."""
-        await asyncio.wait([self._session.closed], timeout=FOLLOW_TIME)
+        await asyncio.wait([self._session.ended], timeout=FOLLOW_TIME)
         self._check_wanted()
 
     def _check_wanted(self) -> None:
         """Raise if the session has ended, or the port was closed, while it opens."""
-        closed = self._session.closed
+        closed = self._session.ended
         if closed.done():
             raise closed.result() or GuestGoneError(f"{self.name}: the session is closed")
         if self._given_up:
@@ -314,7 +314,7 @@ class SpicePort(Port):
             return
         ended_by_server = why is not None and self._error is None
         self._error = why
-        if ended_by_server and not self._session.closed.done():
+        if ended_by_server and not self._session.ended.done():
             self._end_after(FOLLOW_TIME)
         else:
             self._end()

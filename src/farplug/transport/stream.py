@@ -21,7 +21,31 @@ from farplug.transport.connection import (
     zone_fault,
 )
 from farplug.transport.port import Port, PortListener
+from farplug.transport.session import Session
 from farplug.usb.types import Buffer
+
+ONE_PORT_REMEDY = "a plain socket carries one device: give the VM another one, and run farplug once for each"
+
+
+class SocketSession(Session):
+    """A VM behind one usbredir byte stream. It is reached when its port is opened."""
+
+    exclusive = False
+    reached = False
+    no_port_remedy = ONE_PORT_REMEDY
+
+    def __init__(self, port: Port) -> None:
+        self.ports = (port,)
+        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def closed(self) -> FarplugError | None:
+        await asyncio.shield(self._ended)
+        return None
+
+    async def close(self) -> None:
+        await self.ports[0].close()
+        if not self._ended.done():
+            self._ended.set_result(None)
 
 
 class _SocketPort(Port):

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from farplug.errors import FarplugError
-from farplug.guest import connect
 from farplug.hub import Attachment, Hub
 from farplug.keeper import Keeper, KeeperListener
 from farplug.machine.choose import Choice
@@ -26,7 +25,7 @@ from farplug.machine.found import Found
 from farplug.physical import find_device
 from farplug.policy import Follow, Policy, Wishes
 from farplug.redirection.events import PortEvent
-from farplug.target import parse_target
+from farplug.target import open_session, parse_target
 from farplug.usb import Device
 
 PACKETS = logging.getLogger("farplug.usbredir")
@@ -73,7 +72,7 @@ class Plugger:
 
     async def connect(self, target: str) -> None:
         """Connect to a guest."""
-        hub = self._hubs[target] = Hub(await connect(parse_target(target)))
+        hub = self._hubs[target] = Hub(await open_session(parse_target(target)))
 
         def happened(attachment: Attachment, event: PortEvent) -> None:
             self._say("event", str(attachment.device.identity), type(event).__name__, str(event))

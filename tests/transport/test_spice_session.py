@@ -35,8 +35,8 @@ from farplug.errors import (
 from farplug.transport import spice_port
 from farplug.transport.connection import HIGH_WATER, Timeouts
 from farplug.transport.dialer import LinkedChannel, SpiceTarget, Stage
-from farplug.transport.session import SpiceSession
 from farplug.transport.spice_port import SpicePort
+from farplug.transport.spice_session import SpiceSession
 
 INIT = message(103, struct.pack("<8I", SESSION_ID, 0, 1, 1, 0, 10, 0, 0))
 DATA, COMPRESSED = 101, 102
@@ -65,10 +65,10 @@ async def test_connect() -> None:
         assert [port.name for port in session.ports] == ["usbredir 0", "usbredir 1"]
         await until(lambda: fake.pongs == [1, 2])
         assert fake.linked[0].mess.channel_caps == (0b0110,), "no migration"
-        assert not session.closed.done()
+        assert not session.ended.done()
         await session.close()
         await session.close()
-        assert session.closed.result() is None
+        assert session.ended.result() is None
 
 
 async def test_the_list_may_grow() -> None:
@@ -177,7 +177,7 @@ async def test_two_ports_at_once_and_the_session_ends() -> None:
             await recorder.until(lambda r=recorder: bool(r.data))  # type: ignore[misc]
             assert bytes(recorder.data) == b"for %d" % channel
         await fake.main_channel.close()
-        error = await session.closed
+        error = await session.ended
         assert isinstance(error, GuestGoneError)
         assert "the SPICE server closed the session" in str(error)
         assert "another client" in error.remedy
@@ -216,7 +216,7 @@ async def test_channel_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
             await session.ports[0].open(recorder)
         assert caught.value.reason is Reason.CHANNEL_IN_USE
         assert not recorder.closed
-        assert not session.closed.done()
+        assert not session.ended.done()
         await session.close()
 
 
@@ -287,7 +287,7 @@ async def test_port_that_breaks(sent: bytes, error: type[FarplugError], said: st
         await recorder.until(lambda: bool(recorder.closed))
         with pytest.raises(error, match=said):
             raise recorder.closed[0] or AssertionError
-        assert not session.closed.done()
+        assert not session.ended.done()
         await session.close()
         assert len(recorder.closed) == 1
 
@@ -328,7 +328,7 @@ async def test_a_session_that_ends_after_its_channels(monkeypatch: pytest.Monkey
             error = recorder.closed[0]
             assert isinstance(error, GuestGoneError)
             if ended == "by the server":
-                assert error is session.closed.result()
+                assert error is session.ended.result()
                 assert "another client has taken the session over" in error.remedy
             else:
                 assert "the SPICE server closed the channel" in error.message
@@ -361,7 +361,7 @@ async def test_a_session_that_ends_after_a_channel_that_opens(monkeypatch: pytes
         except GuestGoneError as caught:
             error = caught
             assert not recorder.closed
-        assert error is session.closed.result()
+        assert error is session.ended.result()
         await session.close()
 
 
@@ -407,7 +407,7 @@ async def test_migration_ends_the_session(sent: bytes, said: str) -> None:
     async with running(fake) as number:
         session = await connect(number)
         fake.main_channel.send(sent)
-        error = await session.closed
+        error = await session.ended
         assert isinstance(error, GuestGoneError)
         with pytest.raises(GuestGoneError, match=said):
             raise error
@@ -629,7 +629,7 @@ async def test_session_that_ends_while_a_port_opens(when: str, monkeypatch: pyte
                 return links[0]
             finally:
                 await fake.main_channel.close()
-                await session.closed
+                await session.ended
 
         monkeypatch.setattr(port._dialer, "link", link_and_end)
         recorder = Recorder()
@@ -692,7 +692,7 @@ async def test_a_cancelled_close_closes_the_session() -> None:
         closing.cancel()
         with pytest.raises(asyncio.CancelledError):
             await closing
-        assert await session.closed is None
+        assert await session.ended is None
         await recorder.until(lambda: bool(recorder.closed))
         assert recorder.closed == [None]
         stuck.set()
