@@ -13,10 +13,11 @@ from typing import Self, TypeAlias
 
 from farplug.errors import FarplugError, GuestGoneError, LocalProtocolError, PortError, Reason, RefusedError
 from farplug.redirection import Redirection, events
-from farplug.redirection.events import EndpointFigures, PortEvent
+from farplug.redirection.events import PortEvent
 from farplug.transport.port import Port
 from farplug.transport.session import Session
 from farplug.usb.device import Device
+from farplug.usb.figures import EndpointFigures
 
 
 class AttachmentState(StrEnum):

@@ -457,4 +457,4 @@ def test_names_that_steer_a_terminal(cli: Cli, tmp_path: Path) -> None:
         result = cli("connect", target, "--usb-disk", image)
     assert result.code == 0
     assert "\x1b" not in result.out
-    assert "[red]?]0;x?.raw: attached" in result.out
+    assert "[red]\N{REPLACEMENT CHARACTER}]0;x\N{REPLACEMENT CHARACTER}.raw: attached" in result.out

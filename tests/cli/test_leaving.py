@@ -214,4 +214,4 @@ async def test_sigterm_does_not_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_several_disks(capsys: pytest.CaptureFixture[str]) -> None:
     PlainOutput(sys.stdout).unfinished(["a", "b\x1b"], leaving=False)
     said = capsys.readouterr().out
-    assert said.endswith("to a, b?: unmount them there first; interrupt again to leave\n")
+    assert said.endswith("to a, b\N{REPLACEMENT CHARACTER}: unmount them there first; interrupt again to leave\n")

@@ -19,7 +19,7 @@ def test_warnings(capsys: pytest.CaptureFixture[str]) -> None:
     logger.warning("it broke", exc_info=error)
     logger.error("it broke", exc_info=ValueError("x"))
     assert capsys.readouterr().err.splitlines() == [
-        "farplug: warning: a?b is odd",
+        "farplug: warning: a\N{REPLACEMENT CHARACTER}b is odd",
         "farplug: warning: it broke: no",
         "farplug: error: it broke: ValueError: x",
     ]

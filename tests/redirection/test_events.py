@@ -6,6 +6,7 @@ from pathlib import Path
 from farplug.errors import DeviceError, Reason
 from farplug.redirection import events
 from farplug.usb.device import Identity
+from farplug.usb.figures import EndpointFigures
 from farplug.usb.types import Speed
 from farplug.virtual.events import FunctionRaised, MediumEjected, MediumInserted, MediumLocked
 
@@ -43,7 +44,7 @@ EVENTS: dict[str, tuple[events.PortEvent, str]] = {
         events.DeviceReport("tcp", FunctionRaised("Keyboard", ValueError("x"))),
         "Keyboard raised ValueError: x",
     ),
-    "detached": (events.Detached("tcp", ERROR, (events.EndpointFigures(0x81, 2, 512),)), "detached: it is gone"),
+    "detached": (events.Detached("tcp", ERROR, (EndpointFigures(0x81, 2, 512),)), "detached: it is gone"),
 }
 
 

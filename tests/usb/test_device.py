@@ -43,7 +43,7 @@ async def test_defaults() -> None:
     device = Plain()
     await device.open(Listener())
     assert device.speeds == (Speed.HIGH,)
-    assert device.figures == {}
+    assert device.figures is None
     assert device.start_receiving(Reception(0x81, TransferType.INTERRUPT)) is Status.STALL
     assert device.stop_receiving(0x81) is Status.SUCCESS
     assert await device.allocate_streams([0x81], 32) is Status.STALL

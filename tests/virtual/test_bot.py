@@ -15,6 +15,7 @@ from farplug.errors import DeviceError
 from farplug.store.base import WriteDone
 from farplug.testing.memory import MemoryGuest
 from farplug.usb import Buffer, Speed, Status, Transfer, TransferType
+from farplug.usb.figures import Figures
 from farplug.virtual.bot import MAX_QUEUED, MAX_UNREAD, MAX_UNWRITTEN
 from farplug.virtual.disk import disk_device
 
@@ -988,7 +989,7 @@ async def test_a_large_read_is_fetched_ahead(sizes: list[int], hold: bool) -> No
     assert b"".join(bytes(part.reply) for part in parts) == block(store, 4, 128)
     assert initiator.csw(initiator.receive(13)) == (0, 0)
     assert store.log == [f"read 2048 {64 * KIB}"]
-    assert initiator.device.figures["read"] == 64 * KIB
+    assert initiator.device.figures == Figures(read=64 * KIB, commands=initiator.tag)
 
 
 async def test_what_cannot_be_fetched_ahead_is_tried_again_when_it_is_asked_for() -> None:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import pytest
 from tests.virtual.bulk_only import Listener
@@ -9,6 +9,7 @@ from tests.virtual.bulk_only import Listener
 from farplug.errors import DeviceError, LocalProtocolError, Reason
 from farplug.usb import Setup, Speed, Status, Transfer, TransferType
 from farplug.usb.descriptors import EndpointDescriptor, InterfaceDescriptor
+from farplug.usb.figures import Figures
 from farplug.virtual import Function, FunctionHost, VirtualDevice
 from farplug.virtual.events import FunctionRaised
 
@@ -78,8 +79,8 @@ class Echo(Function):
             raise self.raises
 
     @property
-    def figures(self) -> Mapping[str, int]:
-        return {"resets": self.log.count("reset True"), self.name: 1}
+    def figures(self) -> Figures:
+        return Figures(commands=self.log.count("reset True"))
 
     async def open(self) -> None:
         self.log.append("open")
@@ -306,7 +307,7 @@ async def test_two_functions() -> None:
     assert bytes(driver.control("81 6 2200 2 10").reply) == b"second"  # as HID asks
     assert driver.control("a1 5 0 4 10").status is Status.STALL
     assert driver.control("a2 5 0 8f 10").status is Status.STALL
-    assert driver.device.figures == {"resets": 2, "first": 1, "second": 1}
+    assert driver.device.figures == Figures(commands=2)
     assert await driver.device.set_interface(2, 2) is Status.SUCCESS
     assert second.log[-2:] == ["alternate 0 2", "configured super"]
     assert second.host is not None

@@ -13,6 +13,7 @@ from tests.virtual.bulk_only import Guest, Pattern, make, read10, settle, write1
 from farplug.errors import DeviceError, ImageError, Reason
 from farplug.store import FileStore
 from farplug.usb import Interface, Speed, TransferType
+from farplug.usb.figures import Figures
 from farplug.virtual import Disk, StorageTransport, VirtualDevice, disk_device
 
 
@@ -62,7 +63,7 @@ async def test_figures() -> None:
     guest.command(read10(0, 3), receive=1536)
     guest.command(read10(0, 1), receive=1024)
     guest.command(write10(0, 1), send=bytes(512))
-    assert guest.device.figures == {"commands": 4, "read": 2048, "written": 512}
+    assert guest.device.figures == Figures(read=2048, written=512, commands=4)
 
 
 async def test_plug_again_and_again(image: Path) -> None:

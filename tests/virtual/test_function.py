@@ -17,7 +17,7 @@ class Plain(Wide):
 async def test_defaults() -> None:
     device = VirtualDevice(Plain())
     await device.open(Listener())
-    assert device.figures == {}
+    assert device.figures is None
     await device.reset()
     await device.set_configuration(1)
     await device.set_interface(1, 1)

@@ -13,6 +13,7 @@ from tests.virtual.bulk_only import IN, Listener, Pattern, read10, write10
 
 from farplug.scsi.disk import COMMANDS
 from farplug.usb import Speed, Status, Transfer, TransferType
+from farplug.usb.figures import Figures
 from farplug.virtual.iu import TaskFunction
 from farplug.virtual.pipe import MAX_RESPONSES
 from farplug.virtual.task import MAX_LINGERING
@@ -50,7 +51,7 @@ async def test_commands_of_each_kind(speed: Speed, late: bool) -> None:
     read = initiator.run(read10(2, 4), receive=2048, late=late)
     assert (read.status, read.data) == (0, block(store, 2) + b"\xaa" * 1024 + block(store, 5))
     assert initiator.run(FLUSH, late=late).status == 0
-    assert initiator.device.figures == {"commands": 6, "read": 2048, "written": 1024}
+    assert initiator.device.figures == Figures(read=2048, written=1024, commands=6)
     await initiator.leave()
 
 
@@ -476,7 +477,7 @@ async def test_there_is_no_stream_for_a_larger_tag() -> None:
     for tag in (33, 0xFFFF):
         initiator.issue(command_iu(TUR, tag))
         assert [initiator.ask(tag).status, initiator.data_in(tag, 1).status] == [Status.INVALID] * 2
-    assert initiator.device.figures["commands"] == 1
+    assert initiator.device.figures == Figures(commands=1)
     await initiator.leave()
 
 

@@ -165,13 +165,13 @@ class _Demo:
     def _good(self, text: str) -> None:
         from rich.text import Text
 
-        from farplug.cli.log import printable
+        from farplug.text import printable
 
         mark = "✓" if self._console.encoding.startswith("utf") else "ok:"
         self._console.print(Text.assemble("  ", (mark, "green"), " ", printable(text)))
 
     def _output(self, text: str) -> None:
-        from farplug.cli.log import printable
+        from farplug.text import printable
 
         for line in text.splitlines():
             self._say(f"  {printable(line.expandtabs()).rstrip()}")

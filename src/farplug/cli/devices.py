@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from farplug.cli.log import printable
 from farplug.cli.wishes import FilterOption
 from farplug.errors import FarplugError, SetupError
+from farplug.text import printable
 
 if TYPE_CHECKING:
     from farplug.machine.found import Found, Obstacle

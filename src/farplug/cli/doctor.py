@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from farplug.cli import log, needs
+from farplug.cli import needs
 from farplug.cli.options import (
     PASSWORD_HELP,
     TARGET_FORMS,
@@ -25,6 +25,7 @@ from farplug.cli.options import (
     target_options,
 )
 from farplug.errors import ExitCode, FarplugError, Reason, SetupError
+from farplug.text import printable
 from farplug.version import __version__
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ And a .vv file with delete-this-file=1 is deleted.
 
 
 def _line(mark: str, what: str, detail: str = "") -> None:
-    typer.echo(log.printable(f"  {mark:<8}{what:<20}{detail}").rstrip())
+    typer.echo(printable(f"  {mark:<8}{what:<20}{detail}").rstrip())
 
 
 def _check_machine() -> bool:
@@ -147,7 +148,7 @@ def _check_usb() -> bool:
 
 def _remedy(text: str) -> None:
     for line in text.splitlines():
-        typer.echo(log.printable(f"  {'':<8}{line}"))
+        typer.echo(printable(f"  {'':<8}{line}"))
 
 
 class _Stages:

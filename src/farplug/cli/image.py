@@ -13,9 +13,9 @@ from typing import Annotated, TypeAlias
 
 import typer
 
-from farplug.cli.log import printable
 from farplug.cli.options import BlockSize, DebugOption
 from farplug.errors import Reason, UsageError
+from farplug.text import printable
 
 app = typer.Typer(help="Make disk images, and finish snapshots.")
 

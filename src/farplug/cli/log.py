@@ -8,13 +8,9 @@ import sys
 from typing import TextIO
 
 from farplug.errors import FarplugError
+from farplug.text import printable
 
 LOGGER = logging.getLogger("farplug")
-
-
-def printable(text: str) -> str:
-    """Text without control characters: names and messages that a peer chose must not steer a terminal."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
 
 
 def say(text: str) -> None:

@@ -13,6 +13,7 @@ import typer
 from farplug.cli import connect, demo, devices, doctor, image, log
 from farplug.cli.options import DebugOption
 from farplug.errors import ExitCode, FarplugError
+from farplug.text import printable
 from farplug.version import __version__
 
 EXIT_CODES = {
@@ -107,7 +108,7 @@ def run(arguments: Sequence[str]) -> int:
         context_of_error = getattr(error, "ctx", None)
         command = "farplug" if context_of_error is None else context_of_error.command_path
         message = error.format_message()  # type: ignore[attr-defined]
-        log.say(f"farplug: {log.printable(message.rstrip('.'))}\n  see: {command} --help")
+        log.say(f"farplug: {printable(message.rstrip('.'))}\n  see: {command} --help")
         return ExitCode.USAGE
     except Exception as error:
         log.defect(error)
@@ -117,6 +118,6 @@ def run(arguments: Sequence[str]) -> int:
 
 def report(error: FarplugError) -> None:
     """Tell a person what happened and what to do."""
-    log.say(f"farplug: {log.printable(error.message)}")
+    log.say(f"farplug: {printable(error.message)}")
     for line in error.remedy.splitlines():
-        log.say(f"  {log.printable(line)}")
+        log.say(f"  {printable(line)}")

@@ -16,11 +16,11 @@ from rich.table import Table
 from rich.text import Text
 
 from farplug.cli import log
-from farplug.cli.log import printable
 from farplug.errors import FarplugError
 from farplug.hub import Attachment, AttachmentState
 from farplug.redirection import events
 from farplug.redirection.events import PortEvent, as_dict
+from farplug.text import printable
 from farplug.virtual.events import MediumLocked
 
 _DECIMAL_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
@@ -61,8 +61,8 @@ class Figures:
     def of(cls, attachment: Attachment) -> Figures:
         """From the device's own counters where it has them, else from its endpoints'."""
         own = attachment.device.figures
-        if "commands" in own:
-            return cls(own.get("read", 0), own.get("written", 0), own["commands"])
+        if own is not None:
+            return cls(own.read, own.written, own.commands)
         figures = [f for f in attachment.figures if f.endpoint]
         return cls(
             read=sum(f.bytes for f in figures if f.endpoint & 0x80),

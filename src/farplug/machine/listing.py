@@ -17,7 +17,8 @@ from farplug.errors import Reason, SetupError
 from farplug.machine.found import Found, FoundInterface
 from farplug.machine.obstacles import Uses, caution, obstacles
 from farplug.machine.sysfs import bus_and_address, listed, number, on_windows, read, read_bytes
-from farplug.machine.usb_ids import UsbIds, printable, usb_ids
+from farplug.machine.usb_ids import UsbIds, usb_ids
+from farplug.text import printable
 from farplug.usb.descriptors import MAX_WARNINGS, ConfigurationDescriptor, DeviceDescriptor
 from farplug.usb.types import DescriptorType, Speed
 
@@ -112,9 +113,9 @@ def _read_device(path: Path, root: Path, ids: UsbIds) -> Found | None:
             _descriptor_or(descriptor.device_subclass, path / "bDeviceSubClass") & 0xFF,
             _descriptor_or(descriptor.device_protocol, path / "bDeviceProtocol") & 0xFF,
         ),
-        manufacturer=printable(read(path / "manufacturer")) or ids.vendor(vendor_id),
-        product=printable(read(path / "product")) or ids.product(vendor_id, product_id),
-        serial_number=printable(read(path / "serial")),
+        manufacturer=printable(read(path / "manufacturer").strip()) or ids.vendor(vendor_id),
+        product=printable(read(path / "product").strip()) or ids.product(vendor_id, product_id),
+        serial_number=printable(read(path / "serial").strip()),
         configuration=configuration,
         interfaces=tuple(_interfaces(path, layout)),
         node=root / f"dev/bus/usb/{bus:03}/{address:03}",

@@ -13,7 +13,7 @@ from farplug.errors import DeviceError, Reason, SetupError
 from farplug.machine.found import Found, Obstacle
 from farplug.machine.sysfs import check, listed, read, read_bytes
 from farplug.machine.udev import install_commands, udev_rule
-from farplug.machine.usb_ids import printable
+from farplug.text import printable
 
 MAX_FOLDERS = 4096
 """Folders of a device in sysfs that are looked into for disks, keyboards and networks."""
@@ -253,7 +253,10 @@ def holders(node: Path) -> list[str]:
             and int(process.name) != os.getpid()
             and any(_link(descriptor) == str(node) for descriptor in listed(process / "fd"))
         ]
-        names = [(printable(read(process / "comm")) or "a program", process.name) for process in holding[:MAX_HOLDERS]]
+        names = [
+            (printable(read(process / "comm").strip()) or "a program", process.name)
+            for process in holding[:MAX_HOLDERS]
+        ]
     except SetupError:  # too many open files: that it is in use is to be told all the same
         return []
     return [f"{name} (process {number})" for name, number in names]

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from farplug.text import printable
+
 PLACES = ("usr/share/misc/usb.ids", "usr/share/hwdata/usb.ids", "var/lib/usbutils/usb.ids")
 """Where distributions have it, below the root."""
 
@@ -57,12 +59,7 @@ class UsbIds:
 
 
 def _name(line: str) -> str:
-    return printable(line[6:])[:MAX_NAME]
-
-
-def printable(text: str) -> str:
-    """Text of a device or a file, in one line: what does not print reads as a replacement character."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text.strip())
+    return printable(line[6:].strip())[:MAX_NAME]
 
 
 @lru_cache(maxsize=4)

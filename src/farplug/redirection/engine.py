@@ -30,8 +30,8 @@ from farplug.redirection.acceptance import check_filter, rejected
 from farplug.redirection.conversation import Conversation
 from farplug.redirection.current import Current
 from farplug.redirection.describe import connect
-from farplug.redirection.events import EndpointFigures, PortEvent
-from farplug.redirection.figures import Figures
+from farplug.redirection.events import PortEvent
+from farplug.redirection.figures import EndpointCounters
 from farplug.redirection.ledger import MAX_TRANSFER, Ledger
 from farplug.redirection.operations import Operations
 from farplug.redirection.receptions import Receptions
@@ -39,6 +39,7 @@ from farplug.redirection.speed import SpeedChoice, SpeedWatch
 from farplug.redirection.transfers import Transfers
 from farplug.transport.port import Port
 from farplug.usb.device import Device, DeviceEvent
+from farplug.usb.figures import EndpointFigures
 from farplug.usb.transfer import Status
 from farplug.usb.types import Buffer, Endpoint, Speed, TransferType
 from farplug.usbredir import packets as p
@@ -110,7 +111,7 @@ class Redirection:
         self._closed: asyncio.Future[FarplugError | None] | None = None
         self._unused: asyncio.TimerHandle | None = None
         # Its parts.
-        self._figures = figures = Figures()
+        self._figures = figures = EndpointCounters()
         self._current = current = Current()
         self._conversation = conversation = Conversation(port, self._port_closed, self._fault, caps, max_transfer)
         self._ledger = ledger = Ledger(conversation, current, figures, max_transfer)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from farplug.errors import FarplugError
 from farplug.usb.device import DeviceEvent, Identity
+from farplug.usb.figures import EndpointFigures
 from farplug.usb.types import Speed
 
 if TYPE_CHECKING:
@@ -28,29 +29,6 @@ _SPEED_NAMES = {
 def speed_name(speed: Speed) -> str:
     """A speed as the USB specifications call it, with its bit rate."""
     return _SPEED_NAMES[speed]
-
-
-@dataclass(frozen=True, slots=True)
-class EndpointFigures:
-    """What moved through one endpoint since the device was attached.
-
-    Attributes:
-        endpoint: bEndpointAddress; both directions of endpoint 0 are counted under 0.
-        transfers: how many were answered.
-        bytes: how many bytes moved, in the endpoint's direction.
-        errors: how many were answered with an error other than a stall or a cancellation.
-        stalls: how many were answered with a stall.
-        cancelled: how many the guest took back.
-        dropped: packets of a reception that nobody took in time.
-    """
-
-    endpoint: int
-    transfers: int = 0
-    bytes: int = 0
-    errors: int = 0
-    stalls: int = 0
-    cancelled: int = 0
-    dropped: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from farplug.redirection.events import EndpointFigures
+from farplug.usb.figures import EndpointFigures
 from farplug.usb.transfer import Status
 
 
@@ -28,7 +28,7 @@ class Counter:
             self.errors += 1
 
 
-class Figures:
+class EndpointCounters:
     """The running figures of all endpoints of a device. Endpoint 0 counts both of its directions."""
 
     def __init__(self) -> None:

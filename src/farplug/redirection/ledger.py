@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from farplug.redirection.conversation import Conversation
 from farplug.redirection.current import Current
-from farplug.redirection.figures import Figures
+from farplug.redirection.figures import EndpointCounters
 from farplug.usb.transfer import Status, Transfer
 from farplug.usb.types import Buffer, Setup, TransferType
 from farplug.usbredir import packets as p
@@ -67,7 +67,7 @@ class Ledger:
         self,
         conversation: Conversation,
         current: Current,
-        figures: Figures,
+        figures: EndpointCounters,
         max_transfer: int = MAX_TRANSFER,
     ) -> None:
         self._conversation = conversation

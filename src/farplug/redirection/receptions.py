@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 from farplug.redirection.conversation import Conversation
 from farplug.redirection.current import Current
-from farplug.redirection.figures import Figures
+from farplug.redirection.figures import EndpointCounters
 from farplug.usb.device import Reception
 from farplug.usb.transfer import Status, Transfer
 from farplug.usb.types import Buffer, Endpoint, TransferType
@@ -46,7 +46,7 @@ class Receptions:
         self,
         conversation: Conversation,
         current: Current,
-        figures: Figures,
+        figures: EndpointCounters,
         max_transfer: int,
     ) -> None:
         self._conversation = conversation

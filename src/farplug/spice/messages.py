@@ -13,6 +13,7 @@ from uuid import UUID
 
 from farplug.errors import RemoteProtocolError
 from farplug.spice.types import ChannelType, LinkError
+from farplug.text import printable
 from farplug.usb.types import Buffer
 
 MAX_CHANNELS = 1024
@@ -249,4 +250,4 @@ def _text(body: Buffer, offset: int, size: int, name: str) -> str:
     if offset + size > len(body):
         raise RemoteProtocolError(f"SPICE {name} with {size} bytes of text at {offset}: outside its {len(body)} bytes")
     text = bytes(body[offset : offset + min(size, MAX_TEXT)]).partition(b"\0")[0].decode("utf-8", "replace")
-    return "".join(char if char.isprintable() else "�" for char in text)
+    return printable(text)

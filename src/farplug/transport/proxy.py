@@ -15,6 +15,7 @@ from urllib.parse import unquote
 
 from farplug.errors import Reason, TargetError, UsageError
 from farplug.spice.host import split_host_and_port
+from farplug.text import printable
 from farplug.transport.connection import TcpAddress
 
 DEFAULT_PORT = 3128
@@ -119,7 +120,7 @@ async def open_tunnel(sock: socket.socket, proxy: HttpProxy, target: TcpAddress,
     except OSError as error:
         raise _error(proxy, f"the connection broke: {error.strerror or error}") from error
     status = bytes(reply.splitlines()[0]).decode("latin-1")
-    line = "".join(char if char.isprintable() else "?" for char in status[:200])
+    line = printable(status, 200)
     match = re.match(r"HTTP/1\.[0-9] ([0-9]{3})\b", line)
     if match is None:
         raise _error(proxy, f"its answer is malformed: {line}")

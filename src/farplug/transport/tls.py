@@ -14,6 +14,7 @@ from cryptography import x509
 from cryptography.x509.oid import NameOID, ObjectIdentifier
 
 from farplug.errors import Reason, TargetError, UsageError
+from farplug.text import printable
 
 CA_REMEDY = "--ca-file FILE (ca= in the .vv file)"
 """How a CA is given."""
@@ -164,7 +165,7 @@ def describe(certificate: x509.Certificate | None) -> str:
         texts = [*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress))]
     except (x509.ExtensionNotFound, *_UNREADABLE):
         texts = []
-    return ", ".join([who, f"for {_printable(', '.join(texts[:8]))}", until] if texts else [who, until])
+    return ", ".join([who, f"for {printable(', '.join(texts[:8]))}", until] if texts else [who, until])
 
 
 def subject_option(certificate: x509.Certificate | None) -> str:
@@ -188,7 +189,7 @@ def subject_option(certificate: x509.Certificate | None) -> str:
 def wrong_subject(where: str, expected: HostSubject, certificate: x509.Certificate | None) -> TargetError:
     """The certificate has another subject than the expected one."""
     return TargetError(
-        f"TLS to {where}: the server's subject is not {_printable(expected.text)}: {describe(certificate)}",
+        f"TLS to {where}: the server's subject is not {printable(expected.text)}: {describe(certificate)}",
         reason=Reason.TLS_WRONG_HOST,
         remedy="check that this is the right host (an old .vv file may name a former one); if it is, give "
         + subject_option(certificate),
@@ -245,8 +246,4 @@ def _name(name: x509.Name) -> str:
     for item in name:
         value = str(item.value).replace("\\", r"\\").replace(",", r"\,")
         parts.append(f"{_SHORT_NAMES.get(item.oid, item.oid.dotted_string)}={value}")
-    return _printable(",".join(parts)) or "nobody"
-
-
-def _printable(text: str) -> str:
-    return "".join(char if char.isprintable() else "?" for char in text)[:300]
+    return printable(",".join(parts), 300) or "nobody"

@@ -6,10 +6,11 @@ Everything above knows only :class:`Device` and :class:`~farplug.usb.transfer.Tr
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
+from farplug.usb.figures import Figures
 from farplug.usb.transfer import Status, Transfer
 from farplug.usb.types import Buffer, Interface, Speed, TransferType
 
@@ -132,9 +133,9 @@ class Device(ABC):
             raise ValueError(f"{self.identity} cannot run at {speed} speed")
 
     @property
-    def figures(self) -> Mapping[str, int]:
-        """Counters of its own, by name, for people: a disk's commands, bytes read and written."""
-        return {}
+    def figures(self) -> Figures | None:
+        """Return the device's own counters; None if it has none, and its transfers count."""
+        return None
 
     async def open(self, listener: DeviceListener) -> None:  # noqa: B027  (many devices need nothing here)
         """Take the device.

@@ -7,12 +7,12 @@ and hands everything else to the function it is for.
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from farplug.errors import LocalProtocolError
 from farplug.usb.device import Device, DeviceEvent, DeviceListener, Identity
+from farplug.usb.figures import Figures
 from farplug.usb.transfer import Status, Transfer
 from farplug.usb.types import Buffer, Feature, Interface, Recipient, Request, RequestType, Setup, Speed, TransferType
 from farplug.virtual.events import FunctionRaised
@@ -142,12 +142,10 @@ class VirtualDevice(Device):
         self._run_at(speed)
 
     @property
-    def figures(self) -> Mapping[str, int]:
-        """Those of its functions; of the same name, added up."""
-        total: Counter[str] = Counter()
-        for function in self.functions:
-            total.update(function.figures)
-        return total
+    def figures(self) -> Figures | None:
+        """Return the sum of the functions' counters."""
+        counted = [figures for function in self.functions if (figures := function.figures) is not None]
+        return sum(counted, Figures()) if counted else None
 
     def _run_at(self, speed: Speed) -> None:
         self._speed = speed

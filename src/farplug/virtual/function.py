@@ -6,10 +6,11 @@ This is the fast grain: a function is handed transfers and completes them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from farplug.usb.device import DeviceEvent
+from farplug.usb.figures import Figures
 from farplug.usb.transfer import Transfer
 from farplug.usb.types import Speed
 
@@ -78,9 +79,9 @@ class Function(ABC):
         """
 
     @property
-    def figures(self) -> Mapping[str, int]:
-        """Counters for people, by name."""
-        return {}
+    def figures(self) -> Figures | None:
+        """Return the function's own counters; None if it has none."""
+        return None
 
     async def open(self) -> None:  # noqa: B027
         """The device was taken. Raises ``DeviceError`` or ``ImageError`` if the function cannot work."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
 
 from farplug.errors import DeviceError, Reason
 from farplug.usb.descriptors import EndpointDescriptor, InterfaceDescriptor, SuperSpeedCompanion
+from farplug.usb.figures import Figures
 from farplug.usb.transfer import Transfer
 from farplug.usb.types import Speed, TransferType
 from farplug.virtual.bot import BulkOnly
@@ -123,12 +124,12 @@ class MassStorage(Function):
                 unit.scsi.reset()
 
     @property
-    def figures(self) -> Mapping[str, int]:
-        return {
-            "commands": sum(unit.commands for unit in self.units),
-            "read": sum(unit.bytes_read for unit in self.units),
-            "written": sum(unit.bytes_written for unit in self.units),
-        }
+    def figures(self) -> Figures:
+        return Figures(
+            read=sum(unit.bytes_read for unit in self.units),
+            written=sum(unit.bytes_written for unit in self.units),
+            commands=sum(unit.commands for unit in self.units),
+        )
 
     async def open(self) -> None:
         self._refresh()

@@ -1,0 +1,46 @@
+"""What a device has moved: in all, and through each endpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What a device has moved since it was made.
+
+    Attributes:
+        read: bytes that the guest read.
+        written: bytes that the guest wrote.
+        commands: a disk's commands; for a device that does not count commands, transfers.
+    """
+
+    read: int = 0
+    written: int = 0
+    commands: int = 0
+
+    def __add__(self, other: Figures) -> Figures:
+        return Figures(self.read + other.read, self.written + other.written, self.commands + other.commands)
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointFigures:
+    """What moved through one endpoint since the device was attached.
+
+    Attributes:
+        endpoint: bEndpointAddress; both directions of endpoint 0 count under 0.
+        transfers: completed transfers.
+        bytes: bytes that moved in the endpoint's direction.
+        errors: transfers that ended with an error other than a stall or a cancellation.
+        stalls: transfers that ended with a stall.
+        cancelled: transfers that the guest cancelled.
+        dropped: packets of a reception that the guest did not take in time.
+    """
+
+    endpoint: int
+    transfers: int = 0
+    bytes: int = 0
+    errors: int = 0
+    stalls: int = 0
+    cancelled: int = 0
+    dropped: int = 0
