@@ -62,6 +62,7 @@ class Reason(StrEnum):
     NO_PERMISSION = "no-permission"
     EMPTY = "empty"
     NOT_AN_ISO = "not-an-iso"
+    NOT_RAW = "not-raw"
     IN_USE = "in-use"
     WRONG_FORMAT = "wrong-format"
     WRONG_IMAGE = "wrong-image"

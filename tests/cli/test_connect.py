@@ -30,11 +30,11 @@ def _link(path: Path) -> Path:
     ("make", "said"),
     [
         (lambda path: path, "disk cannot be opened: no such file"),
-        (lambda path: path.mkdir(), "disk is a folder, not a disk image"),
+        (lambda path: path.mkdir(), "disk is a folder, not an image"),
         (lambda path: blank(path, 0), "disk is empty"),
         (lambda path: blank(path, 511), "disk has 511 bytes, less than a block of 512"),
         (_link, "disk cannot be opened"),  # unreadable for everybody, root included
-        (lambda path: socket.socket(socket.AF_UNIX).bind(str(path)), "disk is a device or a pipe, not a disk image"),
+        (lambda path: socket.socket(socket.AF_UNIX).bind(str(path)), "disk is a device or a pipe, not an image"),
     ],
 )
 @pytest.mark.parametrize("option", ["--usb-disk", "--usb-disk-ro"])
@@ -46,6 +46,34 @@ def test_images_that_cannot_be_used(cli: Cli, tmp_path: Path, make: Make, said: 
     assert result.code == 3
     assert said in result.err
     assert result.err.startswith("farplug: ")
+
+
+QCOW2 = b"QFI\xfb\0\0\0\3".ljust(100_000, b"\0")
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        (["--usb-disk"], "a qcow2 image, not a RAW disk image"),
+        (["--usb-disk-ro"], "a qcow2 image, not a RAW disk image"),
+        (["--snapshot", "--usb-disk"], "a qcow2 image, not a RAW disk image"),
+        (["--usb-cdrom"], "a qcow2 image, not an ISO image"),
+    ],
+)
+def test_a_file_of_another_format(cli: Cli, tmp_path: Path, options: list[str], what: str) -> None:
+    path = tmp_path / "it's\na.qcow2"
+    path.write_bytes(QCOW2)
+    result = cli("connect", "tcp://127.0.0.1:1", *options, path)
+    assert result.code == 3
+    message, *remedy = result.err.split("\n")
+    assert message.endswith(f"it's?a.qcow2 is {what}")
+    escaped = f"$'{tmp_path}/it\\'s\\x0aa"
+    assert remedy[0] == f"  convert it: qemu-img convert -O raw {escaped}.qcow2' {escaped}.raw'"
+    assert remedy[-2].endswith(": --force")
+    result = cli("connect", "tcp://127.0.0.1:1", "--force", *options, path)
+    assert result.code == 4, "refused by nobody but the VM that is not there"
+    assert f"farplug: warning: {tmp_path}/it's?a.qcow2 is {what}: plugged as it is" in result.err
+    assert path.read_bytes() == QCOW2
 
 
 def test_an_image_twice_for_writing(cli: Cli, image: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 from functools import partial
 from pathlib import Path
 
@@ -36,8 +37,23 @@ def test_images(cli: Cli, image: Path, tmp_path: Path) -> None:
     assert result.code == 3
     assert "none  " in result.out
     assert "cannot be plugged" in result.out
-    assert "is a folder, not a disk image" in result.out
+    assert "is a folder, not an image" in result.out
     assert image.stat() == before
+
+
+def test_a_file_of_another_format(cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "a\u2028b.img"
+    path.write_bytes(lzma.compress(bytes(1 << 20)))
+    lines = cli("devices", path).out.split("\n")[-4:]
+    name = f"$'{tmp_path}/a\\xe2\\x80\\xa8b"
+    assert lines[0].endswith(f"{tmp_path}/a?b.img is xz data, not a RAW disk image")
+    assert [line.strip() for line in lines[1:]] == [
+        f"unpack it: xz -dc {name}.img' > {name}.raw'",
+        "to plug its bytes as they are: --force",
+        "",
+    ]
+    error = json.loads(cli("devices", path, "--json").out)["images"][0]["error"]
+    assert error["reason"] == "not-raw"
 
 
 def test_json(cli: Cli, image: Path, tmp_path: Path) -> None:

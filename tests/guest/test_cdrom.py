@@ -60,6 +60,28 @@ async def checksum(guest: QemuGuest, drive: str) -> str:
     return output.split()[0]
 
 
+def high_sierra(content: bytes) -> bytes:
+    """An image in the High Sierra format (Linux, include/uapi/linux/iso_fs.h: hs_primary_descriptor) with a file."""
+
+    def both(number: int, length: int) -> bytes:
+        return number.to_bytes(length, "little") + number.to_bytes(length, "big")
+
+    def record(name: bytes, block: int, size: int, flags: int) -> bytes:
+        body = both(block, 4) + both(size, 4) + bytes([90, 1, 1, 0, 0, 0, flags, 0, 0, 0]) + both(1, 2)
+        body += bytes([len(name)]) + name + bytes(1 - len(name) % 2)
+        return bytes([len(body) + 2, 0]) + body
+
+    root, blocks = record(b"\0", 18, 2048, 2), 19 + -(-len(content) // 2048)
+    volume = (
+        both(16, 4) + b"\1CDROM\1\0" + bytes(32) + b"HIGH SIERRA".ljust(32) + bytes(8) + both(blocks, 4) + bytes(32)
+    )
+    volume += both(1, 2) + both(1, 2) + both(2048, 2) + bytes(8) + bytes(4) + bytes(28) + root
+    end = both(17, 4) + b"\xffCDROM\1"
+    folder = root + record(b"\1", 18, 2048, 2) + record(b"RANDOM.;1", 19, len(content), 0)
+    parts = (bytes(16 * 2048), volume, end, folder, content)
+    return b"".join(part + bytes(-len(part) % 2048) for part in parts)
+
+
 def no_reset(hub: Plugged) -> None:
     """The guest's driver never had to give up and start over."""
     kinds = hub.kinds()
@@ -169,4 +191,16 @@ async def test_firmware_boots(guests: GuestPool, tmp_path: Path, boot: Boot, con
     device = cdrom_device(bootable_iso(tmp_path))
     async with guests.fresh(GuestConfig(ports=(SpicePort(bootindex=0),), boot=boot, paused=True)) as guest:
         await plug_and_run(guest, device, console)
+    await device.dispose()
+
+
+async def test_the_format_before_iso_9660(guests: GuestPool, tmp_path: Path) -> None:
+    content = os.urandom(100_000)
+    path = tmp_path / "1986.iso"
+    path.write_bytes(high_sierra(content))
+    guest = await guests.get(CONFIG)
+    device = cdrom_device(path)
+    async with plugged(guest.targets[1], device):
+        drive = await drive_of(guest, device)
+        assert await checksum(guest, drive) == hashlib.sha256(content).hexdigest()
     await device.dispose()

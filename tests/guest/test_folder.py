@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from tests.guest.plugging import AT_ONCE, disk_of, gone, plugged
-from tests.image.support import ISO, MIB, ODD, PLAIN, SIMILAR, WHEN, contents, make_folder, partition, run
+from tests.image.support import ISO, MIB, ODD, PLAIN, SIMILAR, WHEN, alike, contents, make_folder, partition, run
 
 from farplug.errors import ImageError, Reason
-from farplug.image import Format, Partition, Volume, build, create_image, create_iso, folder_store
+from farplug.image import Format, Partition, Volume, build, create_image, create_iso, folder_store, upcase
 from farplug.image.fill import fill_in_guest
 from farplug.image.tools import Job
 from farplug.image.tree import scan
@@ -23,7 +23,9 @@ from farplug.virtual.disk import disk_device
 if TYPE_CHECKING:
     from tests.guest.conftest import GuestPool
 
-CONFIG = GuestConfig(ports=(TcpPort(),), kernel_arguments=AT_ONCE, modules=("fuse",), programs=("ntfs-3g",), memory=320)
+CONFIG = GuestConfig(
+    ports=(TcpPort(),), kernel_arguments=AT_ONCE, modules=("fuse",), programs=("ntfs-3g", "lowntfs-3g"), memory=320
+)
 
 MOUNT = {
     Format.FAT32: "mount -t vfat -o ro,utf8=1,tz=UTC",
@@ -50,6 +52,12 @@ class Case:
     def __str__(self) -> str:
         return f"{self.format}-{self.partition}-{self.block_size}-{'odd' if self.odd else 'plain'}"
 
+
+LOOKUP = {
+    Format.EXFAT: "mount -t exfat -o iocharset=utf8",
+    Format.NTFS: "lowntfs-3g -o ignore_case,big_writes",
+}
+"""Mounts that compare names as the format does, without regard to case. (ntfs-3g itself compares bytes.)"""
 
 CASES = [
     Case(Format.FAT32, odd=False),
@@ -117,6 +125,60 @@ async def test_the_guest_sees_the_folder(
     seen.pop("lost+found", None)
     assert seen == expected
     assert when == str(WHEN)
+
+
+@pytest.mark.parametrize("format", [Format.FAT32, Format.EXFAT, Format.NTFS])
+async def test_names_that_only_unicode_takes_for_equal(guests: GuestPool, tmp_path: Path, format: Format) -> None:
+    """The Turkish i, the micro sign, title case, and hundreds more."""
+    guest = await guests.get(CONFIG)
+    folder = make_folder(tmp_path / "a folder", {**alike(format), "big.bin": b""})
+    device = disk_device(await asyncio.to_thread(folder_store, folder, format=format))
+    async with plugged(guest.targets[0], device):
+        disk = await disk_of(guest, device)
+        await guest.check(f"until [ -b {disk}1 ]; do sleep 0.1; done")
+        seen, _ = await look(guest, MOUNT[format], f"{disk}1")
+    await device.dispose()
+    await gone(guest, disk)
+    assert seen == {path: hashlib.md5(content).hexdigest() for path, content in contents(folder).items()}
+
+
+@pytest.mark.parametrize("format", LOOKUP)
+async def test_names_that_the_file_system_takes_for_equal(guests: GuestPool, tmp_path: Path, format: Format) -> None:
+    """Every character of its table is found by its upper case; those that are only alike are not."""
+    table = {Format.EXFAT: upcase.EXFAT, Format.NTFS: upcase.NTFS}[format]
+    equal = [(chr(unit), chr(upper)) for unit, upper in table.items()]
+    groups: dict[str, list[str]] = {}
+    for path in alike(format):
+        groups.setdefault(path.rpartition("/")[0], []).append(path[-5])
+    different = [(first, second) for first, second in groups.values()]
+    lines = [f"{word} {first} {second}" for word, pairs in (("1", equal), ("0", different)) for first, second in pairs]
+    names = tmp_path / "names"
+    names.write_text("".join(f"{line}\n" for line in lines))
+    guest = await guests.get(replace(CONFIG, files=(*CONFIG.files, ("/names", names))))
+    await asyncio.to_thread(create_image, tmp_path / "disk.raw", size=64 * MIB, format=format)
+    device = disk_device(tmp_path / "disk.raw")
+    async with plugged(guest.targets[0], device):
+        disk = await disk_of(guest, device)
+        output = await guest.check(
+            f"""set -e
+            until [ -b {disk}1 ]; do sleep 0.1; done
+            {LOOKUP[format]} {disk}1 /mnt
+            cd /mnt
+            while read -r expected first second; do
+                echo x >"$first.txt"
+                found=0
+                [ ! -e "$second.txt" ] || found=1
+                [ $found = $expected ] || echo "$expected $first $second"
+                rm "$first.txt"
+            done </names
+            cd /
+            umount /mnt
+            wc -l </names""",
+            timeout=240,
+        )
+    await device.dispose()
+    await gone(guest, disk)
+    assert output.split() == [str(len(lines))]
 
 
 @pytest.mark.parametrize("format", [Format.EXFAT, Format.NTFS])

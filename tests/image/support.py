@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import random
 import subprocess
+from itertools import combinations
 from pathlib import Path
 
-from farplug.image.volume import Partition, Volume
+from farplug.image.names import fold
+from farplug.image.volume import Format, Partition, Volume
 
 MIB = 1 << 20
 WHEN = 1_000_000_000
@@ -49,6 +51,23 @@ ODD = {
 
 SIMILAR = {f"similar/IMG_2026 {number}.jpeg": b"%d" % number for number in range(300)}
 """Names that it takes too long for."""
+
+
+def alike(format: Format) -> dict[str, bytes]:
+    """Files whose names Python takes for equal except for case, in some way, and the file system does not."""
+    characters = [chr(code) for code in range(0x21, 0x10450) if not 0xD800 <= code < 0xE000]
+    pairs = set()
+    for change in (str.upper, str.lower, str.casefold):
+        groups: dict[str, list[str]] = {}
+        for character in characters:
+            groups.setdefault(change(character), []).append(character)
+        pairs |= {pair for group in groups.values() for pair in combinations(group, 2)}
+    return {
+        f"alike/{ord(one):X} {ord(other):X}/{name}.txt": name.encode()
+        for one, other in pairs
+        if fold(one, format) != fold(other, format)
+        for name in (one, other)
+    }
 
 
 ISO = {

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.image.support import MIB, ODD, PLAIN, make_folder, run
+from tests.image.support import MIB, ODD, PLAIN, alike, make_folder, run
 from tests.image.test_names import tree_of
 
 from farplug.errors import ImageError, Reason
@@ -65,6 +66,33 @@ def test_long_names_with_large_clusters_are_written(fd: int, tmp_path: Path) -> 
     filesystems.copy_with_mtools(job, scan(folder))
     listed = job.run("mdir", "-b", "-i", f"{job.path}@@1M", "::", MTOOLSRC="/dev/null")
     assert listed.split() == [f"::/{letter * 255}" for letter in "abcdefghij"]
+
+
+def test_names_that_are_equal_in_lower_case_only() -> None:
+    for one, other in (("\u01c4", "\u01c5"), ("\u2126", "\u03c9"), ("\u0130", "i"), ("\u1e9e", "ß")):
+        assert filesystems.mtools_can(tree_of(f"a long name {one}.txt", f"sub/a long name {other}.txt"), 512)
+        assert not filesystems.mtools_can(tree_of(f"a long name {one}.txt", f"a long name {other}.txt"), 512)
+
+
+def test_mtools_keeps_what_is_alike(fd: int, tmp_path: Path) -> None:
+    """Each pair in a folder of its own, with names that are long, so that mtools can write them."""
+    files = {f"{path[:-5]}a long name {path[-5:]}": content for path, content in alike(Format.FAT32).items()}
+    tree = scan(make_folder(tmp_path / "f", {path: files[path] for path in sorted(files)}))
+    can = {
+        folder: entries
+        for folder, entries in tree.folders.items()
+        if folder.count("/") == 1 and filesystems.mtools_can(tree_of(*(entry.name for entry in entries)), 512)
+    }
+    assert 40 < len(can) < len(tree.folders) - 100
+    entries = [entry for entry in tree.entries if entry.path in can or entry.parent in can or entry.path == "alike"]
+    disk = volume(66 * MIB)
+    job = Job(fd, tree, lambda done, total: None)
+    os.ftruncate(fd, disk.disk_size)
+    filesystems.format_fat32(job, disk)
+    filesystems.copy_with_mtools(job, replace(tree, entries=tuple(entries)))
+    listed = job.run("mdir", "-/", "-b", "-i", f"{job.path}@@1M", "::", MTOOLSRC="/dev/null")
+    found = {line.removeprefix("::/") for line in listed.splitlines() if line.endswith(".txt")}
+    assert found == {entry.path for entry in entries if not entry.is_folder}
 
 
 def test_many_files_go_in_several_calls(fd: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

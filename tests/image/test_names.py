@@ -1,9 +1,14 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 
 import pytest
+from tests.image.support import alike
 
 from farplug.errors import ImageError, Reason, UsageError
 from farplug.image.names import (
@@ -11,6 +16,7 @@ from farplug.image.names import (
     check_label,
     check_names,
     fat_slots,
+    fold,
     joliet_changes,
     label_from,
     utf16_units,
@@ -44,8 +50,9 @@ def tree_of(*paths: str, size: int = 0) -> Tree:
         (("x" * 256,), "name of 256 characters, 255 at most"),
         (("😀" * 128,), "name of 256 characters"),
         (("bad\udcff",), r"bad\\udcff \(not UTF-8\)"),
-        (("Readme", "README"), "README .the same as Readme but for upper and lower case"),
-        (("ä/x", "Ä/x"), "the same as"),
+        (("Readme", "README"), "README .equal to Readme except for case"),
+        (("ä/x", "Ä/x"), "equal to"),
+        (("\u1fb3.txt", "\u1fbc.txt"), "\u1fbc.txt .equal to \u1fb3.txt except for case"),
         (("a*", "b*", "c*", "d*", "e*"), "and 2 more"),
     ],
 )  # fmt: skip
@@ -55,6 +62,40 @@ def test_names_that_do_not_fit(format: Format, paths: tuple[str, ...], text: str
     assert caught.value.reason is Reason.BAD_NAME
     assert format.full_name in caught.value.message
     check_names(tree_of(*paths), Format.EXT4)
+
+
+def test_the_tables_are_those_of_the_tools() -> None:
+    """Of the volumes that mkfs.exfat and mkntfs make here."""
+    script = Path(__file__).parents[2] / "scripts" / "upcase_tables.py"
+    result = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(("format", "kept", "equal"), [(Format.EXFAT, 344, 27), (Format.NTFS, 246, 27)])
+def test_the_tables_differ_from_unicode(format: Format, kept: int, equal: int) -> None:
+    """Counts of pairs that only one of them takes for equal."""
+    units = [chr(unit) for unit in range(0x10000) if not 0xD800 <= unit < 0xE000]
+
+    def pairs(same: Callable[[str], str], other: Callable[[str], str]) -> int:
+        groups: dict[str, list[str]] = {}
+        for unit in units:
+            groups.setdefault(same(unit), []).append(unit)
+        return sum(other(a) != other(b) for group in groups.values() for a, b in combinations(group, 2))
+
+    def upper(character: str) -> str:
+        return mapped if len(mapped := character.upper()) == 1 else character
+
+    assert pairs(upper, lambda unit: fold(unit, format)) == kept
+    assert pairs(lambda unit: fold(unit, format), upper) == equal
+    for character in units:
+        assert fold(fold(character, format), format) == fold(character, format)
+
+
+@pytest.mark.parametrize("format", WINDOWS)
+def test_names_that_only_python_takes_for_equal(format: Format) -> None:
+    names = alike(format)
+    assert len(names) > 500
+    check_names(tree_of(*names), format)
 
 
 @pytest.mark.parametrize("format", Format)
@@ -70,6 +111,12 @@ def test_names_that_fit(format: Format) -> None:
             "a[1]",
             "straße",
             "STRASSE",
+            "s\u0131ra",  # a Turkish i
+            "sira",
+            "10\u00b5m",  # micro sign
+            "10\u03bcm",  # mu
+            "\U00010400",
+            "\U00010428",
             "a/Readme",
             "README",
         ),
@@ -131,7 +178,7 @@ def test_labels(format: Format, label: str, result: str) -> None:
     ("format", "label"),
     [
         *((format, bad) for format in Format for bad in ("", " a", "a ", "a\nb", "\udcff", "x" * 33)),
-        *((Format.FAT32, bad) for bad in ("x" * 12, "a.b", "a/b", "ä", "a*", "a+b")),
+        *((Format.FAT32, bad) for bad in ("\u0131", "ß", "\u017f", "x" * 12, "a.b", "a/b", "ä", "a*", "a+b")),
         (Format.EXFAT, "😀" * 6),
         (Format.EXT4, "ä" * 9),
         (Format.ISO9660, "a b"),

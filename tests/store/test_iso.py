@@ -7,7 +7,7 @@ import pytest
 
 from farplug.errors import ImageError, Reason
 from farplug.store import open_iso
-from farplug.store.iso import is_iso
+from farplug.store.content import Content
 
 BLOCK = 2048
 
@@ -17,6 +17,13 @@ def image(*descriptors: tuple[int, bytes], blocks: int = 40) -> bytes:
     content = bytearray(blocks * BLOCK)
     for block, identifier in descriptors:
         content[block * BLOCK : block * BLOCK + 7] = b"\1" + identifier + b"\1"
+    return bytes(content)
+
+
+def high_sierra() -> bytes:
+    """An image with a volume descriptor of the High Sierra format."""
+    content = bytearray(40 * BLOCK)
+    content[16 * BLOCK + 8 : 16 * BLOCK + 15] = b"\1CDROM\1"
     return bytes(content)
 
 
@@ -35,12 +42,13 @@ ISO = image((16, b"CD001"), (17, b"CD001"))
         (image((15, b"CD001")), False),
         (image((32, b"CD001")), False),
         (image((16, b"CDROM")), False),
+        (high_sierra(), True),
         (b"", False),
         (bytes(40 * BLOCK), False),
     ],
 )
-def test_is_iso(begin: bytes, expected: bool) -> None:
-    assert is_iso(begin) is expected
+def test_what_is_a_cd(begin: bytes, expected: bool) -> None:
+    assert Content(len(begin), begin, begin[-512:]).is_cd is expected
 
 
 async def test_an_iso(tmp_path: Path) -> None:
@@ -76,33 +84,47 @@ async def test_an_iso_that_was_cut_off(tmp_path: Path, caplog: pytest.LogCapture
 @pytest.mark.parametrize(
     ("content", "what", "remedy"),
     [
-        (b"", "it has 0 bytes", "downloaded whole"),
-        (ISO[: 16 * BLOCK], "it has 32768 bytes", "downloaded whole"),
-        (bytes(40 * BLOCK), "no volume of ISO 9660 or UDF", "plug it as one: --usb-disk {path}"),
-        (b"QFI\xfb" + bytes(100), "a qcow2 image", "qemu-img convert -O raw {path} disk.raw"),
-        (bytes(0x40) + b"\x7f\x10\xda\xbe", "a VDI image", "qemu-img convert"),
-        (b"\x1f\x8b\x08" + bytes(90000), "gzip data", "unpack it first"),
-        (b"PK\x03\x04" + bytes(90000), "a zip archive", "unpack it first"),
-        (b"\0" + b"\xff" * 10 + b"\0" + bytes(90000), "2352-byte sectors", "bchunk {path}"),
-        (bytes(510) + b"\x55\xaa" + bytes(90000), "an MBR or a FAT volume", "plug it as a disk: --usb-disk {path}"),
-        (bytes(510) + b"\x55\xaaEFI PART" + bytes(90000), "a disk image with a GPT", "--usb-disk {path}"),
+        (b"", "too short for an ISO image (0 bytes)", "downloaded whole"),
+        (ISO[: 16 * BLOCK], "too short for an ISO image (32768 bytes)", "downloaded whole"),
+        (bytes(40 * BLOCK), "not an ISO image: it has no volume", "if it is the image of a disk: --usb-disk {path}"),
+        (b"QFI\xfb\0\0\0\3" + bytes(100), "a qcow2 image, not an ISO", "qemu-img convert -O raw {path} {raw}"),
+        (b"PK\x03\x04\x14" + bytes(90000), "a zip archive, not an ISO", "unzip {path}"),
+        (
+            bytes(510) + b"\x55\xaa" + bytes(90000),
+            "an MBR or a FAT volume, not",
+            "plug it as a disk: --usb-disk {path}",
+        ),
+        (bytes(510) + b"\x55\xaaEFI PART" + bytes(90000), "a disk image with a GPT, not", "--usb-disk {path}"),
+        (bytes(4096) + b"EFI PART" + bytes(90000), "a disk image with a GPT, not", "--usb-disk {path}"),
+        (b"ER\x02\0".ljust(512, b"\0") + b"PM" + bytes(90000), "partition map or volume of Apple", "--usb-disk {path}"),
+        (
+            b"ER\x08\0".ljust(2048, b"\0") + b"PM" + bytes(90000),
+            "partition map or volume of Apple",
+            "--usb-disk {path}",
+        ),
+        (bytes(1024) + b"H+\0\4" + bytes(90000), "partition map or volume of Apple", "--usb-disk {path}"),
     ],
 )
-def test_what_is_none(tmp_path: Path, content: bytes, what: str, remedy: str) -> None:
-    path = tmp_path / "name.iso"
+async def test_what_is_none(tmp_path: Path, content: bytes, what: str, remedy: str) -> None:
+    path = tmp_path / "a name.iso"
     path.write_bytes(content)
-    with pytest.raises(ImageError, match="is no ISO image: it ") as caught:
+    with pytest.raises(ImageError) as caught:
         open_iso(path)
     assert caught.value.reason is Reason.NOT_AN_ISO
     assert what in caught.value.message
-    assert remedy.format(path=path) in caught.value.remedy
+    assert remedy.format(path=f"'{path}'", raw=f"'{path.with_suffix('.raw')}'") in caught.value.remedy
+    assert caught.value.remedy.endswith("\nto plug its bytes as a CD: --force")
+    if len(content) >= BLOCK:
+        store = open_iso(path, force=True)
+        assert store.block_count == len(content) // BLOCK
+        await store.close()
 
 
 def test_a_hybrid_is_a_cd_too(tmp_path: Path) -> None:
     """It has an MBR, so that it can be written to a stick."""
     hybrid = bytearray(ISO)
     hybrid[510:512] = b"\x55\xaa"
-    assert is_iso(bytes(hybrid))
+    assert Content(len(hybrid), bytes(hybrid), b"").is_cd
 
 
 @pytest.mark.parametrize(("blocks", "fits"), [(2**32 - 1, True), (2**32, False)])
@@ -129,7 +151,9 @@ def test_what_cannot_be_opened(tmp_path: Path) -> None:
         (tmp_path, Reason.NOT_A_FILE),
         (pipe, Reason.NOT_A_FILE),
         (Path(f"{locked}\0"), Reason.NOT_FOUND),
+        (Path("/dev/zero"), Reason.NOT_A_FILE),
     ):
         with pytest.raises(ImageError) as caught:
             open_iso(path)
         assert caught.value.reason is reason
+        assert "--usb-disk" not in caught.value.remedy

@@ -174,9 +174,11 @@ async def test_images(tmp_path: Path) -> None:
     device = cdrom_device(first, speeds=(Speed.HIGH,))
     guest, seen = await plug(device)
     await drives_of(device)[0].insert(first)  # the same again
-    with pytest.raises(ImageError, match="no ISO image"):
+    with pytest.raises(ImageError, match="is not an ISO image"):
         await drives_of(device)[0].insert(broken)
     assert drives_of(device)[0].medium == str(first), "nothing has changed"
+    await drives_of(device)[0].insert(broken, force=True)
+    assert drives_of(device)[0].medium == str(broken)
     await drives_of(device)[0].insert(second)
     guest.command(TUR)
     assert guest.command(SIZE, receive=8).data == bytes.fromhex("00000031 00000800")
@@ -185,7 +187,7 @@ async def test_images(tmp_path: Path) -> None:
         await drives_of(device)[0].insert(first)
     assert [type(event) for event in seen][-3:] == [events.MediumEjected, events.MediumInserted, events.MediumLocked]
     await device.dispose()
-    with pytest.raises(ImageError, match="no ISO image"):
+    with pytest.raises(ImageError, match="is not an ISO image"):
         cdrom_device(broken)
 
 

@@ -17,7 +17,9 @@ from farplug.virtual.cdrom import CdromDrive
 
 log = logging.getLogger(__name__)
 
-HELP = "insert [DRIVE] PATH, eject [DRIVE], and with 'force' before them also what the guest has locked"
+HELP = (
+    "insert [DRIVE] PATH, eject [DRIVE], and with 'force' before them also what the guest has locked, or is not an ISO"
+)
 
 MAX_LINE = 8192
 """Characters of a line; a longer one is no command."""
@@ -29,7 +31,7 @@ class Command:
 
     Attributes:
         verb: insert or eject.
-        force: also a medium that the guest has locked.
+        force: also a medium that the guest has locked, and a file that is not an ISO image.
         drive: the label of the drive; None: the only one.
         path: what to insert.
     """

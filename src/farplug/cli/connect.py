@@ -159,8 +159,8 @@ def connect(
         bool,
         typer.Option(
             "--force",
-            help="Plug also a disk that this machine uses (mounted); leave at the first Ctrl-C, whatever the VM is "
-            "still writing.",
+            help="Plug also a disk that this machine uses (mounted), and the bytes of a file that is not a RAW image, "
+            "or not an ISO image; leave at the first Ctrl-C, whatever the VM is still writing.",
         ),
     ] = False,
     password_file: PasswordFileOption = None,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from farplug.cli.log import remedy_lines
 from farplug.cli.wishes import FilterOption
 from farplug.errors import FarplugError, SetupError
 from farplug.text import printable
@@ -154,7 +155,7 @@ def _device_lines(devices: Sequence[Found], no_usb: SetupError | None) -> Iterat
     """The devices that are plugged into something: root hubs are a part of the machine."""
     if no_usb is not None:
         yield f"no USB devices: {no_usb.message}"
-        yield from (f"  {line}" for line in no_usb.remedy.splitlines())
+        yield from (f"  {line}" for line in remedy_lines(no_usb.remedy))
         return
     plugged = [found for found in devices if not found.port.startswith("usb")]
     if not plugged:
@@ -168,7 +169,7 @@ def _device_lines(devices: Sequence[Found], no_usb: SetupError | None) -> Iterat
         yield line
         for obstacle in found.obstacles:
             yield f"    cannot be plugged in: {obstacle}"
-            yield from (f"      {remedy}" for remedy in obstacle.remedy.splitlines())
+            yield from (f"      {remedy}" for remedy in remedy_lines(obstacle.remedy))
         if found.caution is not None and found.obstacle is None:
             yield f"    take care: {found.caution}"
 
@@ -197,5 +198,5 @@ def _image_lines(looked: Sequence[dict[str, Any]]) -> Iterator[str]:
         else:
             about = f"cannot be plugged: {error.message}"
         yield f"{entry['path']:<{width}}  {about}"
-        for line in error.remedy.splitlines() if error is not None else ():
+        for line in remedy_lines(error.remedy) if error is not None else ():
             yield f"{'':<{width}}  {line}"

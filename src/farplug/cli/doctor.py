@@ -147,8 +147,8 @@ def _check_usb() -> bool:
 
 
 def _remedy(text: str) -> None:
-    for line in text.splitlines():
-        typer.echo(printable(f"  {'':<8}{line}"))
+    for line in log.remedy_lines(text):
+        typer.echo(f"  {'':<8}{line}")
 
 
 class _Stages:

@@ -157,7 +157,10 @@ def commit(
         typer.Option(metavar="PATH", help="Where the image is now, if it was moved.", show_default=False),
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Write also to a disk that this machine uses (mounted).")
+        bool,
+        typer.Option(
+            "--force", help="Write also to a disk that this machine uses (mounted), or that is not a RAW image."
+        ),
     ] = False,
 ) -> None:
     """Write what is in a snapshot to its image, and remove the snapshot.

@@ -13,6 +13,11 @@ from farplug.text import printable
 LOGGER = logging.getLogger("farplug")
 
 
+def remedy_lines(remedy: str) -> list[str]:
+    """Split a remedy into its lines, without control characters."""
+    return [printable(line) for line in remedy.split("\n")] if remedy else []
+
+
 def say(text: str) -> None:
     """Write lines to standard error. If they cannot be written, that changes nothing: an exit code still counts."""
     try:

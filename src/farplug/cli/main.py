@@ -119,5 +119,5 @@ def run(arguments: Sequence[str]) -> int:
 def report(error: FarplugError) -> None:
     """Tell a person what happened and what to do."""
     log.say(f"farplug: {printable(error.message)}")
-    for line in error.remedy.splitlines():
-        log.say(f"  {printable(line)}")
+    for line in log.remedy_lines(error.remedy):
+        log.say(f"  {line}")

@@ -50,7 +50,7 @@ class Manner:
         transport: how the guest may talk to them.
         block_size: of disks, in bytes.
         cache: when what is written to disks is durable.
-        force: also an image that this machine uses.
+        force: also an image that this machine uses, or of another format: its bytes as they are.
         snapshot: what is written to disks goes elsewhere, and the images do not change.
         snapshot_file: where to, if there is one disk; None: it is gone in the end.
         folder_format: the file system of folders, a value of :class:`farplug.image.Format`; None: what fits.
@@ -116,7 +116,7 @@ class Media:
     def _open(self, wish: Wish) -> Store:
         manner = self.manner
         if wish.kind is Kind.CDROM:
-            return open_iso(wish.path)
+            return open_iso(wish.path, force=manner.force)
         if wish.kind is Kind.DISK and manner.snapshot:
             return OverlayStore.open(
                 wish.path,

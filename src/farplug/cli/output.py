@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from farplug.cli import log
+from farplug.cli.log import remedy_lines
 from farplug.errors import FarplugError
 from farplug.hub import Attachment, AttachmentState
 from farplug.redirection import events
@@ -264,7 +265,7 @@ class PlainOutput(Output):
         self._line(text)
 
     def refused(self, error: FarplugError) -> None:
-        for line in (error.message, *error.remedy.splitlines()):
+        for line in (error.message, *remedy_lines(error.remedy)):
             self._line(line)
 
     def skipped(self, error: FarplugError) -> None:
@@ -352,8 +353,8 @@ class TerminalOutput(Output):
 
     def skipped(self, error: FarplugError) -> None:
         self._line(BAD, error.message)
-        for line in error.remedy.splitlines():
-            self._console.print(f"  {printable(line)}", markup=False, soft_wrap=True)
+        for line in remedy_lines(error.remedy):
+            self._console.print(f"  {line}", markup=False, soft_wrap=True)
 
     def unfinished(self, disks: Sequence[str], *, leaving: bool) -> None:
         self._line(BAD if leaving else PENDING, unfinished_writes(disks, leaving=leaving))

@@ -6,8 +6,10 @@ import re
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
+from string import ascii_lowercase
 
 from farplug.errors import ImageError, Reason, UsageError
+from farplug.image import upcase
 from farplug.image.tree import Entry, Tree, listing, show
 from farplug.image.volume import Format
 
@@ -31,6 +33,10 @@ _NOT_JOLIET = re.compile(r"[\x00-\x1f*/:;?\\\U00010000-\U0010ffff]")
 
 _FORBIDDEN = re.compile(r'[\x00-\x1f"*/:<>?\\|]')
 """In long names of FAT, exFAT, and of NTFS as Windows sees it."""
+
+_UPCASE = {Format.FAT32: upcase.NTFS, Format.EXFAT: upcase.EXFAT, Format.NTFS: upcase.NTFS}
+
+_ASCII_UPCASE = {ord(letter): ord(letter.upper()) for letter in ascii_lowercase}
 
 _LABEL_FALLBACK = "FARPLUG"
 
@@ -65,11 +71,11 @@ def _problems(tree: Tree, format: Format) -> Iterator[tuple[str, str]]:
         seen: dict[str, str] = {}
         for entry in entries:
             what = _name_problem(entry.name, format)
-            twin = None if format is Format.ISO9660 else seen.setdefault(_fold(entry.name), entry.name)
+            twin = seen.setdefault(fold(entry.name, format), entry.name)
             if what:
                 yield entry.path, what
-            elif twin not in (None, entry.name):
-                yield entry.path, f"the same as {twin} but for upper and lower case"
+            elif twin != entry.name:
+                yield entry.path, f"equal to {twin} except for case"
 
 
 def _name_problem(name: str, format: Format) -> str:
@@ -97,9 +103,13 @@ def joliet_changes(tree: Tree) -> list[str]:
     ]
 
 
-def _fold(name: str) -> str:
-    """A name as these filesystems compare it: every character by itself in upper case."""
-    return "".join(upper if len(upper := character.upper()) == 1 else character for character in name)
+def fold(name: str, format: Format) -> str:
+    """Return what a file system compares in place of a name: two names with the same result cannot be in one folder.
+
+    exFAT and NTFS map each UTF-16 code unit by a table in the volume. FAT has no table: Windows compares long names by
+    its own (RtlUpcaseUnicodeString in fastfat), which is the one in NTFS volumes; for Linux only A-Z and a-z are equal.
+    """
+    return name.translate(_UPCASE[format]) if format in _UPCASE else name
 
 
 def _check_fat_sizes(tree: Tree) -> None:
@@ -174,7 +184,7 @@ def check_label(label: str, format: Format) -> str:
         UsageError: it does not fit.
     """
     rule = LABELS[format]
-    result = label.upper() if rule.upper else label
+    result = label.translate(_ASCII_UPCASE) if rule.upper else label
     if not rule.fits(result):
         unit = "bytes" if rule.in_bytes else "characters"
         which = f" of {rule.allowed[1:-1]}" if rule.upper else ""

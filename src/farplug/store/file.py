@@ -8,7 +8,7 @@ from typing import Self
 
 from farplug.store import holes
 from farplug.store.base import BLOCK_SIZE, CacheMode
-from farplug.store.image import Image, image_error, serial_number
+from farplug.store.image import Check, Image, check_raw, image_error, serial_number
 from farplug.store.threaded import ThreadedStore
 
 log = logging.getLogger(__name__)
@@ -48,13 +48,14 @@ class FileStore(ThreadedStore):
         block_size: int = BLOCK_SIZE,
         cache: CacheMode = CacheMode.WRITEBACK,
         force: bool = False,
+        check: Check = check_raw,
     ) -> Self:
-        """Open and lock an image: :meth:`Image.open` tells how, and what ``force`` does.
+        """Open and lock an image, as :meth:`Image.open` does.
 
         Raises:
-            ImageError: NOT_FOUND, NOT_A_FILE, NO_PERMISSION, EMPTY, IN_USE or IO_ERROR.
+            ImageError: as :meth:`Image.open`.
         """
-        image = Image.open(path, read_only=read_only, block_size=block_size, force=force)
+        image = Image.open(path, read_only=read_only, block_size=block_size, force=force, check=check)
         try:
             store = cls(image, block_size=block_size, read_only=read_only, cache=cache)
         except OSError as error:

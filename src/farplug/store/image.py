@@ -9,12 +9,15 @@ import logging
 import os
 import stat
 import struct
+from collections.abc import Callable
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeAlias
 
 from farplug.errors import ImageError, Reason
+from farplug.shell import shell_word
 from farplug.store import holes
 from farplug.store.base import BLOCK_SIZE
+from farplug.store.content import Content, recognize
 from farplug.store.usage import host_uses
 
 log = logging.getLogger(__name__)
@@ -30,6 +33,25 @@ _FLOCK = struct.Struct("@hhqqi0q")
 """struct flock: l_type, l_whence, l_start, l_len, l_pid (fcntl_locking(2))."""
 _BLKROGET, _INT = 0x125E, struct.Struct("@i")
 """In linux/fs.h."""
+
+Check: TypeAlias = Callable[[Path, Content], None]
+"""Raises an :class:`ImageError` for what is not to be plugged."""
+
+
+def check_raw(path: Path, content: Content) -> None:
+    """Check that a file is not an image of another format, or compressed: its bytes are not those of a disk.
+
+    Raises:
+        ImageError: NOT_RAW.
+    """
+    if (format := recognize(content)) is not None:
+        raise ImageError(
+            f"{path} is {format.name}, not a RAW disk image",
+            reason=Reason.NOT_RAW,
+            remedy=f"{format.remedy_for(path, content, '--usb-disk')}\nto plug its bytes as they are: --force",
+        )
+    if content.is_cd and not content.has_mbr:
+        log.warning("%s is an image of a CD: --usb-cdrom plugs it as one", path)
 
 
 class Image:
@@ -59,17 +81,25 @@ class Image:
         read_only: bool = False,
         block_size: int = BLOCK_SIZE,
         force: bool = False,
+        check: Check = check_raw,
     ) -> Self:
         """Open and lock an image of one block or more.
 
         The lock is an open file description lock on the whole file, exclusive unless ``read_only``: it also keeps
         QEMU from using the image at the same time, and us from using one that QEMU has.
 
-        What this machine itself uses (mounts, swap, LVM, loop devices) is refused, unless ``force``. Only if
-        ``read_only``, a use that changes nothing does no harm.
+        What this machine itself uses (mounts, swap, LVM, loop devices) is refused. Only if ``read_only``, a use that
+        changes nothing does no harm.
+
+        Args:
+            path: of the image.
+            read_only: whether it is only read.
+            block_size: bytes of a block.
+            force: log a warning where this machine uses the image, or ``check`` refuses it.
+            check: refuses content.
 
         Raises:
-            ImageError: NOT_FOUND, NOT_A_FILE, NO_PERMISSION, EMPTY, IN_USE or IO_ERROR.
+            ImageError: NOT_FOUND, NOT_A_FILE, NO_PERMISSION, EMPTY, IN_USE, IO_ERROR, or of ``check``: NOT_RAW.
         """
         path = Path(path)
         try:
@@ -84,13 +114,9 @@ class Image:
             if not read_only and stat.S_ISBLK(kind) and _write_protected(image.fd):
                 raise ImageError(f"{path} is write-protected", reason=Reason.NO_PERMISSION, remedy="plug it read-only")
             lock(image.fd, path, read_only)
-            size = image.size
-            if size < block_size:
-                raise ImageError(
-                    f"{path} is empty" if not size else f"{path} has {size} bytes, less than a block of {block_size}",
-                    reason=Reason.EMPTY,
-                    remedy=f"make a disk of 1 GiB, for example: truncate -s 1G {path}",
-                )
+            image._check(check, force)
+            if image.size < block_size:
+                raise _too_small(path, image.size, block_size)
         except OSError as error:
             image.close()
             raise image_error(path, error, read_only) from error
@@ -98,6 +124,14 @@ class Image:
             image.close()
             raise
         return image
+
+    def _check(self, check: Check, force: bool) -> None:
+        try:
+            check(self.path, Content.read(self.fd))
+        except (ImageError, OSError) as error:
+            if not force:
+                raise
+            log.warning("%s: plugged as it is", error)
 
     @property
     def size(self) -> int:
@@ -242,11 +276,24 @@ def lock(fd: int, path: Path, read_only: bool) -> None:
 
 
 def _not_a_file(path: Path, what: str) -> ImageError:
+    folder = what == "folder"
     return ImageError(
-        f"{path} is a {what}, not a disk image",
+        f"{path} is a {what}, not an image",
         reason=Reason.NOT_A_FILE,
-        remedy="name a RAW image file or a block device",
+        remedy=f"plug a copy of it: --usb-folder {shell_word(path)}"
+        if folder
+        else "name an image file or a block device",
     )
+
+
+def _too_small(path: Path, size: int, block_size: int) -> ImageError:
+    if not size:
+        message = f"{path} is empty"
+        remedy = f"make a disk of 1 GiB, for example: truncate -s 1G {shell_word(path)}"
+    else:
+        message = f"{path} has {size} bytes, less than a block of {block_size}"
+        remedy = "check that it was copied or downloaded whole"
+    return ImageError(message, reason=Reason.EMPTY, remedy=remedy)
 
 
 _REASONS = {
@@ -283,9 +330,9 @@ def image_error(path: Path, error: OSError | ValueError, read_only: bool) -> Ima
         remedy = f"ask for the permission ({access}) for the user who runs farplug"
         folders = reversed(path.absolute().parents)
         if closed := next((folder for folder in folders if not os.access(folder, os.X_OK)), None):
-            remedy = f"ask for the permission to look into {closed} (x) for the user who runs farplug"
+            remedy = f"ask for the permission to look into {shell_word(closed)} (x) for the user who runs farplug"
         elif path.is_block_device():
-            remedy = f"get it until the device is plugged in again: sudo setfacl -m u:$USER:{access} {path}"
+            remedy = f"get it until the device is plugged in again: sudo setfacl -m u:$USER:{access} {shell_word(path)}"
         elif not read_only and os.access(path, os.R_OK):
             remedy = "plug it read-only, or get the permission to write to it"
     return ImageError(

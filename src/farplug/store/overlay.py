@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Self, TypeAlias
 
 from farplug.errors import ImageError, Reason
+from farplug.shell import shell_word
 from farplug.store import holes
 from farplug.store.base import BLOCK_SIZE, CacheMode
-from farplug.store.image import CHUNK, Image, image_error, serial_number
+from farplug.store.content import Content
+from farplug.store.image import CHUNK, Image, check_raw, image_error, serial_number
 from farplug.store.overlay_file import OverlayFile, half_committed
 from farplug.store.threaded import ThreadedStore
 
@@ -64,7 +66,7 @@ class OverlayStore(ThreadedStore):
                     without a name, gone when it is closed or farplug is; so nothing is ever made durable.
             block_size: bytes of a block.
             cache: when what was written is durable. UNSAFE: a power cut may leave nothing that makes sense.
-            force: use the image though this machine may change it meanwhile.
+            force: use the image though this machine may change it meanwhile, or it is not a RAW image.
 
         Raises:
             ImageError: the reasons of :meth:`Image.open` for either file; WRONG_FORMAT, DAMAGED, WRONG_IMAGE,
@@ -201,7 +203,7 @@ def commit(
         path: the file of the snapshot.
         base_path: where the image is; None: where it was when the snapshot was made.
         progress: called now and then, and at the end.
-        force: write to the image though this machine uses it.
+        force: write to the image though this machine uses it, or it is not a RAW image.
 
     Returns:
         How many bytes were in the snapshot, in clusters.
@@ -214,7 +216,8 @@ def commit(
     header = file.header
     where = Path(base_path or header.base)
     try:
-        base = Image.open(where, block_size=header.block_size, force=force)
+        check = _check_nothing if file.half_committed else check_raw
+        base = Image.open(where, block_size=header.block_size, force=force, check=check)
         try:
             file.check_base(base, header.block_size)
             file.begin_commit()
@@ -228,10 +231,15 @@ def commit(
         raise ImageError(
             f"the commit of {path} to {where} was broken off: {(error.strerror or str(error)).lower()}",
             reason=Reason.IO_ERROR,
-            remedy=f"mend that, then do it again: farplug image commit {path}; use the image for nothing else before",
+            remedy=f"fix that, then finish the commit: farplug image commit {shell_word(path)}\n"
+            "do not use the image before that",
         ) from error
     finally:
         file.close()
+
+
+def _check_nothing(path: Path, content: Content) -> None:
+    """Take any content: it is between two states, and the rest of the snapshot has to follow."""
 
 
 def discard(path: str | os.PathLike[str]) -> None:

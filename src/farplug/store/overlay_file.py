@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import shlex
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Self
 
 from farplug.errors import ImageError, Reason
+from farplug.shell import shell_word
 from farplug.store.image import Image, image_error, lock
 from farplug.store.overlay_format import (
     CONTENT_SIZE,
@@ -163,7 +163,7 @@ class OverlayFile:
                 reason=Reason.WRONG_IMAGE,
                 remedy=f"use --block-size {header.block_size}",
             )
-        other = f"name the image ({header.base} when the snapshot was made), or discard the snapshot"
+        other = f"name the image ({shell_word(header.base)} when the snapshot was made), or discard the snapshot"
         if base.size != header.size:
             raise ImageError(
                 f"{base.path} has {base.size} bytes, the image of the snapshot {path} has {header.size}",
@@ -181,7 +181,7 @@ class OverlayFile:
             )
         if mtime_ns != header.mtime_ns:
             seconds, rest = divmod(header.mtime_ns, 10**9)
-            command = f"touch --date=@{seconds}.{rest:09} {shlex.quote(str(base.path))}"
+            command = f"touch --date=@{seconds}.{rest:09} {shell_word(base.path)}"
             raise ImageError(
                 f"{base.path} was changed after the snapshot {path} was made of it",
                 reason=Reason.WRONG_IMAGE,
@@ -242,7 +242,7 @@ class OverlayFile:
 
 def half_committed(message: str, path: Path) -> ImageError:
     """Tell that a snapshot is good for nothing but a commit."""
-    remedy = f"finish it: farplug image commit {path}"
+    remedy = f"finish it: farplug image commit {shell_word(path)}"
     return ImageError(message, reason=Reason.HALF_COMMITTED, remedy=remedy)
 
 

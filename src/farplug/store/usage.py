@@ -11,11 +11,12 @@ from __future__ import annotations
 import errno
 import os
 import re
-import shlex
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from farplug.shell import shell_word
 
 BLOCK_DEVICES = Path("/sys/dev/block")
 LOOP_DEVICES = Path("/sys/block")
@@ -119,14 +120,14 @@ def _mounts(devices: dict[int, Path]) -> Iterator[Use]:
         if folder is not None:
             where = _unescape(fields[4])
             changes = "ro" not in last[2].split(",")
-            yield Use(f"/dev/{folder.name} is mounted on {where}", f"umount {shlex.quote(where)}", changes)
+            yield Use(f"/dev/{folder.name} is mounted on {where}", f"umount {shell_word(where)}", changes)
 
 
 def _swaps(devices: dict[int, Path]) -> Iterator[Use]:
     for line in _lines(SWAPS):
         name = _unescape(line.split()[0]) if line.split() else ""
         if _device_number(name) in devices:
-            yield Use(f"{name} is swap space", f"swapoff {shlex.quote(name)}", True)
+            yield Use(f"{name} is swap space", f"swapoff {shell_word(name)}", True)
 
 
 def _partitions(device: Path) -> list[Path]:

@@ -107,14 +107,14 @@ class CdromDrive(LogicalUnit):
 
         Args:
             iso: what.
-            force: eject the other one although the guest has locked it.
+            force: eject the other one although the guest has locked it, and take an image that has no volume of a CD.
 
         Raises:
             ImageError: the image cannot be used, or is none of a CD. Nothing has changed.
             DeviceError: MEDIUM_LOCKED: the guest has locked the other one.
             LocalProtocolError: the store has other blocks than 2048 bytes.
         """
-        disc = _disc(iso)
+        disc = _disc(iso, force=force)
         try:
             await self.eject(force=force)
             self._scsi.insert(disc)
@@ -165,8 +165,8 @@ class CdromDrive(LogicalUnit):
         self.report(MediumEjected(disc.name, by_guest))
 
 
-def _disc(iso: Iso) -> _Disc:
-    store = iso if isinstance(iso, Store) else open_iso(iso)
+def _disc(iso: Iso, *, force: bool = False) -> _Disc:
+    store = iso if isinstance(iso, Store) else open_iso(iso, force=force)
     check_blocks(store)
     return _Disc(store)
 

@@ -27,6 +27,7 @@ from typing import IO
 
 from farplug.errors import Reason, SetupError
 from farplug.programs import find_program, output_of
+from farplug.shell import shell_word
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ class Kernel:
                 raise SetupError(
                     f"kernel {self.release} has no module {name}, which {wanted_by} needs",
                     reason=Reason.NOT_FOUND,
-                    remedy=f"rm -r {self.folder}    # then the newest kernel is fetched",
+                    remedy=f"rm -r {shell_word(self.folder)}    # then the newest kernel is fetched",
                 ) from None
             info = ModuleInfo.parse(content)
             for dependency in info.depends:

@@ -1,0 +1,26 @@
+"""Paths as words of commands that people copy out of messages into a shell."""
+
+from __future__ import annotations
+
+import os
+import shlex
+
+
+def shell_word(path: str | os.PathLike[str]) -> str:
+    """Quote a path for a shell, as one word on one line.
+
+    Line ends, control characters and bytes that are not UTF-8 become escapes in ``$'...'`` (bash, zsh, ksh; in POSIX
+    since 2024). A relative path that a program could take for an option or for a URL begins with ``./``.
+    """
+    text = os.fspath(path)
+    if text.startswith("-") or ":" in text.partition("/")[0]:
+        text = f"./{text}"
+    return shlex.quote(text) if text.isprintable() else f"$'{''.join(map(_escaped, text))}'"
+
+
+def _escaped(character: str) -> str:
+    if character in "'\\":
+        return f"\\{character}"
+    if character.isprintable():
+        return character
+    return "".join(f"\\x{byte:02x}" for byte in os.fsencode(character))
