@@ -44,7 +44,7 @@ class StorageTransport(StrEnum):
     """How the guest may talk to mass storage."""
 
     AUTO = "auto"
-    """Bulk-Only first, which firmware knows, and Attached SCSI as the alternate setting, which systems choose."""
+    """Bulk-Only as setting 0, and Attached SCSI as setting 1. CD-ROM drives: Bulk-Only alone."""
     BOT = "bot"
     UAS = "uas"
     """Attached SCSI alone: no firmware boots from it."""
@@ -66,6 +66,8 @@ class MassStorage(Function):
         if not 1 <= len(units) <= MAX_UNITS:
             raise ValueError(f"a mass storage device has 1 to {MAX_UNITS} logical units, not {len(units)}")
         self.units = units
+        if transport is StorageTransport.AUTO and not any(unit.queues for unit in units):
+            transport = StorageTransport.BOT
         self._transport = transport
         self._bot = BulkOnly(units, BULK_IN, BULK_OUT)
         self._uas = AttachedScsi(units, command=COMMAND_PIPE, status=STATUS_PIPE, data_in=BULK_IN, data_out=BULK_OUT)
