@@ -46,7 +46,7 @@ def test_a_file_of_another_format(cli: Cli, tmp_path: Path) -> None:
     path.write_bytes(lzma.compress(bytes(1 << 20)))
     lines = cli("devices", path).out.split("\n")[-4:]
     name = f"$'{tmp_path}/a\\xe2\\x80\\xa8b"
-    assert lines[0].endswith(f"{tmp_path}/a?b.img is xz data, not a RAW disk image")
+    assert lines[0].endswith(f"{tmp_path}/a\N{REPLACEMENT CHARACTER}b.img is xz data, not a RAW disk image")
     assert [line.strip() for line in lines[1:]] == [
         f"unpack it: xz -dc {name}.img' > {name}.raw'",
         "to plug its bytes as they are: --force",

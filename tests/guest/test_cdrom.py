@@ -89,7 +89,7 @@ def no_reset(hub: Plugged) -> None:
 
 
 @pytest.mark.parametrize(
-    ("transport", "driver"), [(StorageTransport.BOT, "usb-storage"), (StorageTransport.AUTO, "uas")], ids=str
+    ("transport", "driver"), [(StorageTransport.AUTO, "usb-storage"), (StorageTransport.UAS, "uas")], ids=str
 )
 async def test_mounted_ejected_and_replaced(
     guests: GuestPool, tmp_path: Path, transport: StorageTransport, driver: str

@@ -140,7 +140,7 @@ async def test_a_port_without_streams_gets_high_speed_by_itself(guest: QemuGuest
     image = blank(tmp_path / "disk.raw")
     device = disk_device(image)
     async with plugged(guest.targets[4], device) as hub:
-        assert [event.needs_streams for event in hub.events if isinstance(event, events.FellBack)] == [True]
+        assert [one.why for one in hub.events if isinstance(one, events.FellBack)] == [events.Misfit.STREAMS]
         await live(guest, await disk_of(guest, device), "ext4")
     await device.dispose()
     assert read_back(image, "ext4", "hello") == TEXT.encode()

@@ -19,7 +19,18 @@ from farplug.redirection import events
 from farplug.store import MemoryStore, ReadDone, WriteDone
 from farplug.store.image import serial_number
 from farplug.testing import Controller, GuestConfig, QemuGuest, SpicePort, TcpPort
-from farplug.usb import Buffer, Device, DeviceListener, Identity, Interface, Speed, Status, Transfer, TransferType
+from farplug.usb import (
+    Buffer,
+    Device,
+    DeviceListener,
+    Identity,
+    Interface,
+    Offer,
+    Speed,
+    Status,
+    Transfer,
+    TransferType,
+)
 from farplug.virtual.disk import disk_device
 
 if TYPE_CHECKING:
@@ -319,11 +330,19 @@ class Misbehaving(Device):
         return self._inner.interfaces
 
     @property
-    def speeds(self) -> Sequence[Speed]:
-        return self._inner.speeds
+    def offers(self) -> Sequence[Offer]:
+        return self._inner.offers
 
-    def select_speed(self, speed: Speed) -> None:
-        self._inner.select_speed(speed)
+    @property
+    def offer(self) -> Offer:
+        return self._inner.offer
+
+    @property
+    def used_at_once(self) -> bool:
+        return self._inner.used_at_once
+
+    def select(self, offer: Offer) -> None:
+        self._inner.select(offer)
 
     async def open(self, listener: DeviceListener) -> None:
         self.listener = listener

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 
 from farplug.testing.memory import MemoryGuest
-from farplug.usb import Device, DeviceListener, Endpoint, Identity, Interface, Reception, Speed, Status, Transfer
+from farplug.usb import Device, DeviceListener, Endpoint, Identity, Interface, Offer, Reception, Speed, Status, Transfer
 from farplug.usb.types import TransferType
 
 BULK_IN, BULK_OUT = 0x81, 0x02
@@ -60,12 +60,12 @@ class ScriptedDevice(Device):
         return (Interface(0, self.alternate, 255, 1, 2, endpoints),)
 
     @property
-    def speeds(self) -> Sequence[Speed]:
-        return self._speeds
+    def offers(self) -> Sequence[Offer]:
+        return [Offer(speed) for speed in self._speeds]
 
-    def select_speed(self, speed: Speed) -> None:
-        super().select_speed(speed)
-        self._speed = speed
+    def select(self, offer: Offer) -> None:
+        super().select(offer)
+        self._speed = offer.speed
 
     async def open(self, listener: DeviceListener) -> None:
         self.calls.append("open")

@@ -3,9 +3,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from farplug.errors import DeviceError, Reason
 from farplug.redirection import events
-from farplug.usb.device import Identity
+from farplug.redirection.events import Misfit
+from farplug.usb.device import Identity, Offer
 from farplug.usb.figures import EndpointFigures
 from farplug.usb.types import Speed
 from farplug.virtual.events import FunctionRaised, MediumEjected, MediumInserted, MediumLocked
@@ -31,7 +34,7 @@ EVENTS: dict[str, tuple[events.PortEvent, str]] = {
     "configured": (events.Configured("tcp", 0), "given up by the guest (configuration 0)"),
     "was-reset": (events.WasReset("tcp"), "reset by the guest"),
     "fell-back": (
-        events.FellBack("tcp", Speed.SUPER, Speed.HIGH),
+        events.FellBack("tcp", Misfit.SPEED, Offer(Speed.SUPER), Offer(Speed.HIGH)),
         "the guest's port cannot take SuperSpeed (5 Gb/s): trying High Speed (480 Mb/s)",
     ),
     "peer-violation": (events.PeerViolation("tcp", ERROR), "the guest broke the protocol: it is gone"),
@@ -75,9 +78,45 @@ def test_values() -> None:
     assert (ejected["port"], ejected["medium"], ejected["by_guest"]) == ("tcp", "a.iso", True)
 
 
-def test_fell_back_for_want_of_streams() -> None:
-    event = events.FellBack("tcp", Speed.SUPER, Speed.HIGH, needs_streams=True)
-    assert str(event) == "the guest's port has no bulk streams for SuperSpeed (5 Gb/s): trying High Speed (480 Mb/s)"
+BEST, LESSER, LEAST = (
+    Offer(Speed.SUPER),
+    Offer(Speed.SUPER, "USB Attached SCSI"),
+    Offer(Speed.HIGH, "USB Attached SCSI"),
+)
+
+
+@pytest.mark.parametrize(
+    ("why", "before", "offer", "line"),
+    [
+        (
+            Misfit.STREAMS, BEST, Offer(Speed.HIGH),
+            "the guest's port has no bulk streams for SuperSpeed (5 Gb/s): trying High Speed (480 Mb/s)",
+        ),
+        (
+            Misfit.NOT_CONFIGURED, BEST, Offer(Speed.HIGH),
+            "the guest looked at the device, but did not configure it: trying High Speed (480 Mb/s)",
+        ),
+        (
+            Misfit.NOT_USED, BEST, LESSER,
+            "the guest configured the device, but does not use it: trying without USB Attached SCSI",
+        ),
+        (
+            Misfit.NOT_USED, LESSER, LEAST,
+            "the guest configured the device, but does not use it: trying High Speed (480 Mb/s)",
+        ),
+        (
+            Misfit.ALL, LEAST, BEST,
+            "the guest uses the device in no way: back to SuperSpeed (5 Gb/s) with USB Attached SCSI",
+        ),
+    ],
+)  # fmt: skip
+def test_fell_back(why: Misfit, before: Offer, offer: Offer, line: str) -> None:
+    event = events.FellBack("tcp", why, before, offer)
+    assert str(event) == line
+    values = json.loads(json.dumps(events.as_dict(event)))
+    assert values["why"] == why.value
+    assert values["before"] == {"speed": before.speed.name.lower(), "without": before.without}
+    assert values["offer"] == {"speed": offer.speed.name.lower(), "without": offer.without}
 
 
 def test_configured() -> None:

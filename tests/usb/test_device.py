@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 from tests.virtual.bulk_only import Listener
 
-from farplug.usb import Device, Identity, Interface, Reception, Speed, Status, Transfer, TransferType
+from farplug.usb import Device, Identity, Interface, Offer, Reception, Speed, Status, Transfer, TransferType
 
 
 class Plain(Device):
@@ -42,7 +42,8 @@ class Plain(Device):
 async def test_defaults() -> None:
     device = Plain()
     await device.open(Listener())
-    assert device.speeds == (Speed.HIGH,)
+    assert device.offers == (Offer(Speed.HIGH),)
+    assert not device.used_at_once
     assert device.figures is None
     assert device.start_receiving(Reception(0x81, TransferType.INTERRUPT)) is Status.STALL
     assert device.stop_receiving(0x81) is Status.SUCCESS
@@ -51,11 +52,22 @@ async def test_defaults() -> None:
     await device.close()
 
 
-def test_speeds() -> None:
+def test_offers() -> None:
     device = Plain()
-    device.select_speed(Speed.HIGH)
-    with pytest.raises(ValueError, match="1234:abcd cannot run at super speed"):
-        device.select_speed(Speed.SUPER)
+    device.select(Offer(Speed.HIGH))
+    with pytest.raises(ValueError, match="1234:abcd cannot be offered at super speed"):
+        device.select(Offer(Speed.SUPER))
+    with pytest.raises(ValueError, match="1234:abcd cannot be offered at high speed without legs"):
+        device.select(Offer(Speed.HIGH, "legs"))
+
+
+def test_lesser_offers() -> None:
+    fast, slow = Offer(Speed.SUPER), Offer(Speed.HIGH)
+    fast_less, slow_less, other = Offer(Speed.SUPER, "legs"), Offer(Speed.HIGH, "legs"), Offer(Speed.HIGH, "arms")
+    less = {(a, b) for a in (fast, slow, fast_less, slow_less, other) for b in (fast, fast_less) if a.is_less_than(b)}
+    assert less == {
+        (slow, fast), (fast_less, fast), (slow_less, fast), (other, fast), (slow_less, fast_less),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from tests.virtual.bulk_only import Listener
 
 from farplug.errors import DeviceError, LocalProtocolError, Reason
-from farplug.usb import Setup, Speed, Status, Transfer, TransferType
+from farplug.usb import Offer, Setup, Speed, Status, Transfer, TransferType
 from farplug.usb.descriptors import EndpointDescriptor, InterfaceDescriptor
 from farplug.usb.figures import Figures
 from farplug.virtual import Function, FunctionHost, VirtualDevice
@@ -372,22 +372,22 @@ async def test_a_function_that_raises(caplog: pytest.LogCaptureFixture) -> None:
 async def test_life() -> None:
     function = Echo()
     device = VirtualDevice(function)
-    assert device.speeds == (Speed.SUPER, Speed.HIGH)
+    assert device.offers == (Offer(Speed.SUPER), Offer(Speed.HIGH))
     assert str(device.identity.speed) == "super"
-    device.select_speed(Speed.HIGH)
+    device.select(Offer(Speed.HIGH))
     assert str(device.identity.speed) == "high"
-    with pytest.raises(ValueError, match="cannot run at full speed"):
-        device.select_speed(Speed.FULL)
+    with pytest.raises(ValueError, match="cannot be offered at full speed"):
+        device.select(Offer(Speed.FULL))
     await device.open(Listener())
     with pytest.raises(LocalProtocolError, match="plugged already"):
         await device.open(Listener())
-    with pytest.raises(LocalProtocolError, match="speed cannot be changed"):
-        device.select_speed(Speed.SUPER)
+    with pytest.raises(LocalProtocolError, match="offer cannot be changed"):
+        device.select(Offer(Speed.SUPER))
     await device.set_configuration(1)
     assert function.log[-1] == "configured high"
     await device.close()
     assert device.configuration == 0
-    device.select_speed(Speed.SUPER)
+    device.select(Offer(Speed.SUPER))
     await device.open(Listener())
     await device.close()
     await device.dispose()

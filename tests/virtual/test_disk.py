@@ -12,7 +12,7 @@ from tests.virtual.bulk_only import Guest, Pattern, make, read10, settle, write1
 
 from farplug.errors import DeviceError, ImageError, Reason
 from farplug.store import FileStore
-from farplug.usb import Interface, Speed, TransferType
+from farplug.usb import Interface, Offer, Speed, TransferType
 from farplug.usb.figures import Figures
 from farplug.virtual import Disk, StorageTransport, VirtualDevice, disk_device
 
@@ -55,7 +55,7 @@ def test_identity() -> None:
     device = make(Pattern())
     assert str(device.identity) == "1d6b:0104 farplug Virtual Disk"
     assert device.identity.serial_number == "0123456789ABCDEF"
-    assert device.speeds == (Speed.SUPER,)
+    assert device.offers == (Offer(Speed.SUPER), Offer(Speed.SUPER, "USB Attached SCSI"))
 
 
 async def test_figures() -> None:

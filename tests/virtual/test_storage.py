@@ -11,12 +11,15 @@ from tests.virtual.attached_scsi import TUR, Initiator
 from tests.virtual.bulk_only import IN, OUT, Guest, Pattern, make, read10, write10
 
 from farplug.errors import DeviceError
-from farplug.scsi.disk import COMMANDS
+from farplug.scsi.disk import COMMANDS, DiskUnit
 from farplug.testing.memory import MemoryGuest
-from farplug.usb import Setup, Speed, Status, Transfer, TransferType
-from farplug.virtual import Disk, disk_device
+from farplug.usb import Offer, Setup, Speed, Status, Transfer, TransferType
+from farplug.usb.descriptors import ConfigurationDescriptor
+from farplug.usb.types import DescriptorType
+from farplug.virtual import CdromDrive, Disk, VirtualDevice, cdrom_device, disk_device
 from farplug.virtual.storage import MassStorage, StorageTransport
 from farplug.virtual.uas import STREAMS_EXPONENT
+from farplug.virtual.unit import LogicalUnit
 
 SELECT = bytes(4) + bytes.fromhex("0812 00") + bytes(17)
 UNMAP = struct.pack(">HH4xQI4x", 22, 16, 8, 8)
@@ -126,6 +129,50 @@ def test_alternate_settings(transport: StorageTransport, speed: Speed, protocols
             assert usages == {0x04: "04240100", 0x83: "04240200", 0x81: "04240300", 0x02: "04240400"}
             streams = [endpoint.companion and endpoint.companion.attributes for endpoint in one.endpoints]
             assert streams == ([0, *[STREAMS_EXPONENT] * 3] if speed is Speed.SUPER else [None] * 4)
+
+
+def test_offers() -> None:
+    uas = "USB Attached SCSI"
+    device = disk_device(Pattern())
+    assert device.used_at_once
+    everything = [Offer(Speed.SUPER), Offer(Speed.SUPER, uas), Offer(Speed.HIGH), Offer(Speed.HIGH, uas)]
+    assert list(device.offers) == everything
+    for offer in (*everything, *everything):
+        device.select(offer)
+        assert device.offer == offer
+        assert device.identity.speed is offer.speed
+        assert _protocols(device) == ([0x50] if offer.without else [0x50, 0x62])
+        assert device.has_streams == (offer == everything[0])
+    speeds = [Offer(Speed.SUPER), Offer(Speed.HIGH)]
+    for transport in (StorageTransport.BOT, StorageTransport.UAS):
+        assert list(disk_device(Pattern(), transport=transport).offers) == speeds
+    full = [Offer(Speed.HIGH), Offer(Speed.HIGH, uas), Offer(Speed.FULL)]
+    assert list(disk_device(Pattern(), speeds=(Speed.HIGH, Speed.FULL)).offers) == full
+    several = VirtualDevice(Disk(Pattern()), Disk(Pattern()))
+    assert list(several.offers) == speeds
+    assert not several.used_at_once
+
+
+@pytest.mark.parametrize(
+    ("transport", "protocols"),
+    [(StorageTransport.AUTO, [0x50]), (StorageTransport.BOT, [0x50]), (StorageTransport.UAS, [0x62])],
+)
+def test_a_cdrom_drive_has_one_protocol(transport: StorageTransport, protocols: list[int]) -> None:
+    device = cdrom_device(transport=transport)
+    assert list(device.offers) == [Offer(Speed.SUPER), Offer(Speed.HIGH)]
+    assert _protocols(device) == protocols
+
+
+def test_a_disk_beside_a_cdrom_drive_has_both_protocols() -> None:
+    disk = LogicalUnit(DiskUnit(store := Pattern(), luns=2), store)
+    assert _protocols(VirtualDevice(MassStorage(CdromDrive(luns=2), disk))) == [0x50, 0x62]
+
+
+def _protocols(device: VirtualDevice) -> list[int]:
+    """The protocols of the alternate settings, as the configuration descriptor has them."""
+    descriptor = device._layout.descriptor(DescriptorType.CONFIGURATION, 0)
+    assert descriptor is not None
+    return [one.interface_protocol for one in ConfigurationDescriptor.parse(descriptor).interfaces]
 
 
 @pytest.mark.parametrize("count", [0, 17])

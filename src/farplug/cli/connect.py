@@ -125,8 +125,8 @@ def connect(
     usb_storage: Annotated[
         UsbStorage,
         typer.Option(
-            help="How disks talk: one command at a time, as firmware does (bot), many at a time (uas), or both (auto): "
-            "the guest chooses."
+            help="How disks talk: one command at a time, as firmware does (bot), many at a time (uas), or what the "
+            "guest takes of both (auto). CD-ROM drives: auto is bot."
         ),
     ] = UsbStorage.AUTO,
     block_size: Annotated[

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from farplug.cli import needs
+from farplug.cli import log, needs
 from farplug.cli.options import (
     PASSWORD_HELP,
     TARGET_FORMS,

@@ -1,4 +1,4 @@
-"""One device on one port: hello, offer, speed, disconnect: what begins and ends.
+"""One device on one port: hello, offers, disconnect: what begins and ends.
 
 It knows packets and :class:`~farplug.usb.device.Device`, and no kind of device. What it guarantees, whatever the device
 and the guest do (QEMU aborts its VM otherwise): every id has exactly one answer, answers keep their order on each
@@ -30,18 +30,18 @@ from farplug.redirection.acceptance import check_filter, rejected
 from farplug.redirection.conversation import Conversation
 from farplug.redirection.current import Current
 from farplug.redirection.describe import connect
-from farplug.redirection.events import PortEvent
+from farplug.redirection.events import Misfit, PortEvent
 from farplug.redirection.figures import EndpointCounters
 from farplug.redirection.ledger import MAX_TRANSFER, Ledger
+from farplug.redirection.offers import OfferChoice, OfferWatch
 from farplug.redirection.operations import Operations
 from farplug.redirection.receptions import Receptions
-from farplug.redirection.speed import SpeedChoice, SpeedWatch
 from farplug.redirection.transfers import Transfers
 from farplug.transport.port import Port
-from farplug.usb.device import Device, DeviceEvent
+from farplug.usb.device import Device, DeviceEvent, Offer
 from farplug.usb.figures import EndpointFigures
 from farplug.usb.transfer import Status
-from farplug.usb.types import Buffer, Endpoint, Speed, TransferType
+from farplug.usb.types import Buffer, Endpoint, TransferType
 from farplug.usbredir import packets as p
 from farplug.usbredir.caps import ALL_CAPS, Cap
 from farplug.usbredir.filter import Filter
@@ -117,8 +117,8 @@ class Redirection:
         self._ledger = ledger = Ledger(conversation, current, figures, max_transfer)
         self._receptions = receptions = Receptions(conversation, current, figures, max_transfer)
         self._operations = operations = Operations(conversation, current, ledger, receptions, self._described)
-        self._speed = SpeedChoice(port.name, on_event, self._offer_at, self._cannot_run)
-        self._watch = SpeedWatch(self._misunderstood)
+        self._choice = OfferChoice(port.name, on_event, self._offer_again, self._cannot_offer)
+        self._watch = OfferWatch(self._misfit)
         transfers = Transfers(current, ledger, self._watch)
         conversation.handlers = {
             p.BulkPacket: transfers.bulk,
@@ -127,16 +127,16 @@ class Redirection:
             Oversized: transfers.oversized,
             p.CancelDataPacket: lambda packet: ledger.cancel(packet.id),
             p.IsoPacket: receptions.iso_out,
-            p.StartIsoStream: receptions.start,
+            p.StartIsoStream: self._start_receiving,
             p.StopIsoStream: receptions.stop,
-            p.StartInterruptReceiving: receptions.start,
+            p.StartInterruptReceiving: self._start_receiving,
             p.StopInterruptReceiving: receptions.stop,
-            p.StartBulkReceiving: receptions.start,
+            p.StartBulkReceiving: self._start_receiving,
             p.StopBulkReceiving: receptions.stop,
             p.Reset: self._reset,
             p.SetConfiguration: self._set_configuration,
             p.GetConfiguration: operations.get_configuration,
-            p.SetAltSetting: operations.set_alt_setting,
+            p.SetAltSetting: self._set_alt_setting,
             p.GetAltSetting: operations.get_alt_setting,
             p.AllocBulkStreams: operations.alloc_bulk_streams,
             p.FreeBulkStreams: operations.free_bulk_streams,
@@ -201,7 +201,7 @@ class Redirection:
         try:
             await self._wait_for_hello()
             check_filter(self._guest_filter, device)
-            self._speed.first(device, streams=self._conversation.guest_has(Cap.BULK_STREAMS))
+            self._choice.first(device, streams=self._conversation.guest_has(Cap.BULK_STREAMS))
             await device.open(self)
             opened = True
             if self._closed is None or self._closed.done():
@@ -263,18 +263,18 @@ class Redirection:
         self.state = State.ATTACHED
         self._offered = True
         self._current.offered(device)
-        self._watch.begin()
+        self._watch.offered(device)
         self._conversation.flush()
         if self.port.loses_wakeups:
             self._conversation.reminder.start()
         self._emit(events.Attached(self.port.name, identity, identity.speed))
 
-    async def _offer_at(self, device: Device, speed: Speed) -> None:
-        """Take a device from the guest and offer it again at another speed, unless it is leaving by then."""
+    async def _offer_again(self, device: Device, offer: Offer) -> None:
+        """Take a device from the guest and offer it again in another way, unless it is leaving by then."""
         await self._disconnect()
         if self.state is State.EMPTY and self._leaving is None:
             await device.close()
-            device.select_speed(speed)
+            device.select(offer)
             await device.open(self)
             if self.state is State.EMPTY and self._leaving is None:
                 self._offer(device)
@@ -304,7 +304,7 @@ class Redirection:
         assert device is not None
         try:
             await self._operations.finished()
-            await self._speed.finished()
+            await self._choice.finished()
             await self._disconnect()
             close_error: FarplugError | None = None
             try:
@@ -331,10 +331,10 @@ class Redirection:
         """Out of the guest: pending transfers answered, the guest told, its acknowledgement awaited."""
         self._ledger.cancel_all()
         self._current.left()
-        self._watch.begin()
-        self._conversation.reminder.stop()
+        self._watch.left()
         self._receptions.forget()
         if self.state is not State.ATTACHED:
+            self._conversation.reminder.stop()
             return
         self.state = State.LEAVING
         self._acknowledged = asyncio.get_running_loop().create_future()
@@ -342,13 +342,22 @@ class Redirection:
         self._conversation.flush()
         self._conversation.pump()  # nothing is pending any more that could have held it back
         if self._conversation.guest_has(Cap.DEVICE_DISCONNECT_ACK):
-            try:
-                await asyncio.wait_for(self._acknowledged, ACK_PATIENCE)
-            except TimeoutError:
-                log.warning("%s: the guest did not acknowledge that the device left; it may be paused", self.port.name)
-                self.port.abort()  # what it would still say could not be told from the next device's
+            await self._acknowledgement(self._acknowledged)
+        self._conversation.reminder.stop()
         if self.state is State.LEAVING:
             self.state = State.EMPTY
+
+    async def _acknowledgement(self, acknowledged: asyncio.Future[None]) -> None:
+        """Wait until the guest has acknowledged the disconnect.
+
+        If the device is to leave, for :data:`ACK_PATIENCE`. If it is only to be offered again, for as long as it takes:
+        a paused VM acknowledges when it goes on.
+        """
+        while not (await asyncio.wait([acknowledged], timeout=ACK_PATIENCE))[0]:
+            if self._leaving is not None:
+                log.warning("%s: the guest did not acknowledge that the device left; it may be paused", self.port.name)
+                self.port.abort()  # what it would still say could not be told from the next device's
+                return
 
     def _port_closed(self, error: FarplugError | None) -> None:
         """Nothing can be answered any more: give the device back."""
@@ -397,15 +406,15 @@ class Redirection:
         log.warning("%s: the device misbehaved", self.port.name, exc_info=error)
         self._emit(events.DeviceFault(self.port.name, error))
 
-    # Speed --------------------------------------------------------------------------------------------------------
+    # Offers -------------------------------------------------------------------------------------------------------
 
-    def _misunderstood(self) -> None:
-        """The guest does not understand the device at this speed. Without a lower one it goes on trying."""
+    def _misfit(self, misfit: Misfit) -> None:
+        """Have the device offered in another way, if there is one that the guest may take."""
         device = self._current.usable
         if device is not None:
-            self._speed.fall_back(device)
+            self._choice.fall_back(device, misfit)
 
-    def _cannot_run(self, error: Exception, why: DeviceError) -> None:
+    def _cannot_offer(self, error: Exception, why: DeviceError) -> None:
         self._fault(error)
         self._start_leaving(why)
 
@@ -434,8 +443,17 @@ class Redirection:
         self._operations.set_configuration(packet, self._configured)
 
     def _configured(self, configuration: int) -> None:
-        self._watch.begin()
+        self._watch.configured(configuration)
         self._emit(events.Configured(self.port.name, configuration))
+
+    def _set_alt_setting(self, packet: p.SetAltSetting) -> None:
+        if packet.alt:  # setting 0 is there without a driver that chooses it
+            self._watch.used()
+        self._operations.set_alt_setting(packet)
+
+    def _start_receiving(self, packet: p.StartIsoStream | p.StartInterruptReceiving | p.StartBulkReceiving) -> None:
+        self._watch.used()
+        self._receptions.start(packet)
 
     def _on_filter(self, packet: p.FilterFilter) -> None:
         try:
@@ -459,7 +477,7 @@ class Redirection:
         except RefusedError as filtered:
             self._refused(filtered)
         else:
-            if not self._speed.fall_back(device):
+            if not self._choice.fall_back(device, Misfit.SPEED):
                 self._refused(rejected(device.identity))
 
     def _refused(self, error: RefusedError) -> None:

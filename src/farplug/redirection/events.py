@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, is_dataclass
-from enum import Enum
+from enum import Enum, StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from farplug.errors import FarplugError
-from farplug.usb.device import DeviceEvent, Identity
+from farplug.usb.device import DeviceEvent, Identity, Offer
 from farplug.usb.figures import EndpointFigures
 from farplug.usb.types import Speed
 
@@ -125,25 +125,57 @@ class WasReset(PortEvent):
         return "reset by the guest"
 
 
+class Misfit(StrEnum):
+    """Why a device is offered in another way."""
+
+    SPEED = "speed"
+    """The guest's USB port cannot take the speed."""
+    STREAMS = "streams"
+    """The device has bulk streams, and the guest's side of the port has none."""
+    NOT_CONFIGURED = "not-configured"
+    """The guest read the configuration descriptor, and chose no configuration."""
+    NOT_USED = "not-used"
+    """The guest chose the configuration, and then left the device alone: it has no driver for it."""
+    ALL = "all"
+    """The guest left the device alone in every way: it has no driver yet, and gets the best offer back."""
+
+
 @dataclass(frozen=True, slots=True)
 class FellBack(PortEvent):
-    """The guest cannot take the device at one speed: it is offered at a lower one.
+    """The guest does not take the device as it is: it is offered in another way.
 
     Attributes:
-        before: the speed that it cannot take.
-        speed: the lower one.
-        needs_streams: the device has bulk streams at the higher speed, and the guest's side has none. Else its USB
-            port is too slow.
+        why: what the guest did, or lacks.
+        before: how the device was offered.
+        offer: how it is offered now.
     """
 
     name: ClassVar[str] = "fell-back"
-    before: Speed
-    speed: Speed
-    needs_streams: bool = False
+    why: Misfit
+    before: Offer
+    offer: Offer
 
     def __str__(self) -> str:
-        lacks = "has no bulk streams for" if self.needs_streams else "cannot take"
-        return f"the guest's port {lacks} {speed_name(self.before)}: trying {speed_name(self.speed)}"
+        match self.why:
+            case Misfit.SPEED:
+                fact = f"the guest's port cannot take {speed_name(self.before.speed)}"
+            case Misfit.STREAMS:
+                fact = f"the guest's port has no bulk streams for {speed_name(self.before.speed)}"
+            case Misfit.NOT_CONFIGURED:
+                fact = "the guest looked at the device, but did not configure it"
+            case Misfit.NOT_USED:
+                fact = "the guest configured the device, but does not use it"
+            case Misfit.ALL:
+                return f"the guest uses the device in no way: back to {self._change}"
+        return f"{fact}: trying {self._change}"
+
+    @property
+    def _change(self) -> str:
+        words = [] if self.offer.speed is self.before.speed else [speed_name(self.offer.speed)]
+        if self.offer.without != self.before.without:
+            part = self.offer.without or self.before.without
+            words.append(f"{'without' if self.offer.without else 'with'} {part}")
+        return " ".join(words)
 
 
 @dataclass(frozen=True, slots=True)

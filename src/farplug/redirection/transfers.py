@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from farplug.redirection.current import Current
 from farplug.redirection.ledger import Ledger
-from farplug.redirection.speed import SpeedWatch
+from farplug.redirection.offers import OfferWatch
 from farplug.usb.types import Setup, TransferType
 from farplug.usbredir import packets as p
 from farplug.usbredir.protocol import Oversized
@@ -16,10 +16,10 @@ class Transfers:
     Args:
         current: the device's endpoints.
         ledger: has each answered.
-        watch: is told of control requests.
+        watch: notes what the guest does with the device.
     """
 
-    def __init__(self, current: Current, ledger: Ledger, watch: SpeedWatch) -> None:
+    def __init__(self, current: Current, ledger: Ledger, watch: OfferWatch) -> None:
         self._current = current
         self._ledger = ledger
         self._watch = watch
@@ -27,6 +27,7 @@ class Transfers:
     def bulk(self, packet: p.BulkPacket, *, stored: bool = True) -> None:
         """On a bulk endpoint, in or out; on a stream of it, if there is a stream id."""
         self._current.touched = True
+        self._watch.used()
         endpoint = self._current.endpoints.get(packet.endpoint)
         self._ledger.submit(
             packet.id,
@@ -56,6 +57,7 @@ class Transfers:
     def interrupt_out(self, packet: p.InterruptPacket, *, stored: bool = True) -> None:
         """One packet: interrupt IN is received without being asked for."""
         self._current.touched = True
+        self._watch.used()
         endpoint = self._current.endpoints.get(packet.endpoint)
         self._ledger.submit(
             packet.id,

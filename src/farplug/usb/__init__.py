@@ -1,6 +1,6 @@
 """USB's vocabulary, and the waist of the program: :class:`Transfer` and :class:`Device`. No I/O."""
 
-from farplug.usb.device import Device, DeviceEvent, DeviceListener, Identity, Reception
+from farplug.usb.device import Device, DeviceEvent, DeviceListener, Identity, Offer, Reception
 from farplug.usb.transfer import Status, Transfer
 from farplug.usb.types import Buffer, Direction, Endpoint, Interface, Recipient, RequestType, Setup, Speed, TransferType
 
@@ -13,6 +13,7 @@ __all__ = [
     "Endpoint",
     "Identity",
     "Interface",
+    "Offer",
     "Reception",
     "Recipient",
     "RequestType",

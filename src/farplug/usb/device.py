@@ -37,6 +37,27 @@ class Identity:
 
 
 @dataclass(frozen=True, slots=True)
+class Offer:
+    """One way to offer a device to a guest.
+
+    Attributes:
+        speed: the speed that the device runs at.
+        without: the optional part that the device leaves out at this speed, as its specification calls it. Empty:
+            the device is complete.
+    """
+
+    speed: Speed
+    without: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.speed} speed{f' without {self.without}' if self.without else ''}"
+
+    def is_less_than(self, other: Offer) -> bool:
+        """Return whether the device needs less of a guest than in ``other``, and in nothing more."""
+        return self != other and self.speed <= other.speed and other.without in ("", self.without)
+
+
+@dataclass(frozen=True, slots=True)
 class Reception:
     """How a device is to receive by itself on an endpoint, without being asked for each packet.
 
@@ -114,23 +135,36 @@ class Device(ABC):
         """
 
     @property
-    def speeds(self) -> Sequence[Speed]:
-        """The speeds it can run at, the best first."""
-        return (self.identity.speed,)
+    def offers(self) -> Sequence[Offer]:
+        """The ways to offer the device to a guest, the best first."""
+        return (Offer(self.identity.speed),)
+
+    @property
+    def offer(self) -> Offer:
+        """The selected one of :attr:`offers`."""
+        return Offer(self.identity.speed)
+
+    @property
+    def used_at_once(self) -> bool:
+        """Whether a guest that has a driver for the device uses it as soon as the guest has found it.
+
+        If so, and the guest leaves the device alone, the device is offered in the next lesser way of :attr:`offers`.
+        """
+        return False
 
     @property
     def has_streams(self) -> bool:
-        """Whether a setting of it has bulk streams, at the selected speed."""
+        """Whether a setting of the device has bulk streams, in the selected offer."""
         return any(endpoint.max_streams for interface in self.interfaces for endpoint in interface.endpoints)
 
-    def select_speed(self, speed: Speed) -> None:
-        """Run at ``speed``, one of :attr:`speeds`, from the next :meth:`open` on. Only while it is not open.
+    def select(self, offer: Offer) -> None:
+        """Be what ``offer`` says, one of :attr:`offers`, from the next :meth:`open` on. Only while it is not open.
 
         Raises:
-            ValueError: it cannot run at this speed.
+            ValueError: the device has no such offer.
         """
-        if speed not in self.speeds:
-            raise ValueError(f"{self.identity} cannot run at {speed} speed")
+        if offer not in self.offers:
+            raise ValueError(f"{self.identity} cannot be offered at {offer}")
 
     @property
     def figures(self) -> Figures | None:

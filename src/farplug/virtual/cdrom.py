@@ -85,6 +85,7 @@ class CdromDrive(LogicalUnit):
             prevented=lambda locked: self.report(MediumLocked(locked)),
         )
         super().__init__(self._scsi, disc)
+        self.queues = False  # a CD-ROM has one reader
         self._closing: set[asyncio.Task[None]] = set()
 
     @property

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from farplug.errors import LocalProtocolError
-from farplug.usb.device import Device, DeviceEvent, DeviceListener, Identity
+from farplug.usb.device import Device, DeviceEvent, DeviceListener, Identity, Offer
 from farplug.usb.figures import Figures
 from farplug.usb.transfer import Status, Transfer
 from farplug.usb.types import Buffer, Feature, Interface, Recipient, Request, RequestType, Setup, Speed, TransferType
@@ -109,7 +109,7 @@ class VirtualDevice(Device):
         self._listener: DeviceListener | None = None
         self._moved: dict[Transfer, tuple[_Slot, Transfer]] = {}
         """Pending transfers that the function sees under other numbers: its slot, and what it sees."""
-        self._run_at(speeds[0])
+        self._become(self.offers[0])
         for slot in self._slots:
             slot.function.bind(slot)
 
@@ -132,14 +132,29 @@ class VirtualDevice(Device):
         return self._layout.configuration.has_streams
 
     @property
-    def speeds(self) -> Sequence[Speed]:
-        return self._speeds
+    def offers(self) -> Sequence[Offer]:
+        """At each speed complete, then without what its function can leave out. Several functions leave nothing out."""
+        offers = []
+        for speed in self._speeds:
+            offers.append(Offer(speed))
+            if len(self.functions) == 1 and (optional := self.functions[0].optional(speed)):
+                offers.append(Offer(speed, without=optional))
+        return tuple(offers)
 
-    def select_speed(self, speed: Speed) -> None:
-        super().select_speed(speed)
+    @property
+    def offer(self) -> Offer:
+        return self._offer
+
+    @property
+    def used_at_once(self) -> bool:
+        """Several functions are not: a guest may have a driver for one of them only."""
+        return len(self.functions) == 1 and self.functions[0].used_at_once
+
+    def select(self, offer: Offer) -> None:
+        super().select(offer)
         if self._listener is not None:
-            raise LocalProtocolError(f"{self.identity} is plugged: its speed cannot be changed")
-        self._run_at(speed)
+            raise LocalProtocolError(f"{self.identity} is plugged: its offer cannot be changed")
+        self._become(offer)
 
     @property
     def figures(self) -> Figures | None:
@@ -147,9 +162,12 @@ class VirtualDevice(Device):
         counted = [figures for function in self.functions if (figures := function.figures) is not None]
         return sum(counted, Figures()) if counted else None
 
-    def _run_at(self, speed: Speed) -> None:
-        self._speed = speed
-        identity = replace(self._identity, speed=speed)
+    def _become(self, offer: Offer) -> None:
+        self._offer = offer
+        self._speed = offer.speed
+        for function in self.functions:
+            function.leave_out(bool(offer.without))
+        identity = replace(self._identity, speed=offer.speed)
         self._layout = Layout(identity, self.functions, self._speeds, remote_wakeup=self._remote_wakeup)
         for slot, placement in zip(self._slots, self._layout.placements, strict=True):
             slot.placement = placement

@@ -45,6 +45,16 @@ class Function(ABC):
         moves both so that functions do not collide, and hands transfers back with the function's own numbers.
         """
 
+    used_at_once: bool = False
+    """See :attr:`farplug.usb.device.Device.used_at_once`."""
+
+    def optional(self, speed: Speed) -> str:
+        """Return the name of the part that the function can leave out at this speed. Empty: there is none."""
+        return ""
+
+    def leave_out(self, optional: bool) -> None:  # noqa: B027
+        """Leave the optional part out of :meth:`interfaces` from now on, or put it in again."""
+
     def bind(self, host: FunctionHost) -> None:  # noqa: B027
         """Called once, when the function becomes a part of a device."""
 

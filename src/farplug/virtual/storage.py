@@ -45,7 +45,7 @@ class StorageTransport(StrEnum):
     """How the guest may talk to mass storage."""
 
     AUTO = "auto"
-    """Bulk-Only first, which firmware knows, and Attached SCSI as the alternate setting, which systems choose."""
+    """Bulk-Only as setting 0, and Attached SCSI as setting 1, which can be left out. CD-ROM drives: Bulk-Only alone."""
     BOT = "bot"
     UAS = "uas"
     """Attached SCSI alone: no firmware boots from it."""
@@ -59,24 +59,38 @@ class MassStorage(Function):
 
     At Full Speed there is Bulk-Only Transport alone.
 
+    Every system, and every firmware with a driver, reads a disk's capacity as soon as it has found the disk.
+
     Raises:
         ValueError: no unit, or more than 16.
     """
+
+    used_at_once = True
 
     def __init__(self, *units: LogicalUnit, transport: StorageTransport = StorageTransport.AUTO) -> None:
         if not 1 <= len(units) <= MAX_UNITS:
             raise ValueError(f"a mass storage device has 1 to {MAX_UNITS} logical units, not {len(units)}")
         self.units = units
+        if transport is StorageTransport.AUTO and not any(unit.queues for unit in units):
+            transport = StorageTransport.BOT
         self._transport = transport
+        self._without_uas = False
         self._bot = BulkOnly(units, BULK_IN, BULK_OUT)
         self._uas = AttachedScsi(units, command=COMMAND_PIPE, status=STATUS_PIPE, data_in=BULK_IN, data_out=BULK_OUT)
         self._active: BulkOnly | AttachedScsi = self._bot
         self._alternate = 0
         self._refreshing: asyncio.TimerHandle | None = None
 
+    def optional(self, speed: Speed) -> str:
+        """Attached SCSI, where Bulk-Only Transport is there too."""
+        return "USB Attached SCSI" if self._transport is StorageTransport.AUTO and speed >= Speed.HIGH else ""
+
+    def leave_out(self, optional: bool) -> None:
+        self._without_uas = optional
+
     def _settings(self, speed: Speed) -> Sequence[BulkOnly | AttachedScsi]:
         """Who serves each alternate setting."""
-        if self._transport is StorageTransport.BOT or speed < Speed.HIGH:
+        if self._transport is StorageTransport.BOT or self._without_uas or speed < Speed.HIGH:
             return (self._bot,)
         return (self._uas,) if self._transport is StorageTransport.UAS else (self._bot, self._uas)
 

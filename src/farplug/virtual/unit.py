@@ -69,6 +69,7 @@ class LogicalUnit:
     Attributes:
         scsi: decides what commands do.
         store: where the blocks are; None while there is no medium.
+        queues: whether a guest that sends several commands at a time gains from that.
         commands: how many were taken.
         bytes_read: from the store, delivered.
         bytes_written: to the store.
@@ -80,6 +81,7 @@ class LogicalUnit:
 
     scsi: Unit | AbsentUnit
     store: Store | None
+    queues: bool = field(default=True, init=False)
     commands: int = field(default=0, init=False)
     bytes_read: int = field(default=0, init=False)
     bytes_written: int = field(default=0, init=False)

@@ -1,0 +1,140 @@
+"""Machines without our kernel: a firmware or a boot loader with USB drivers of its own, driven through its console."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+from tests.guest.plugging import PATIENCE
+
+from farplug.errors import SetupError
+from farplug.programs import find_program
+
+
+def program(name: str) -> str:
+    """Return the path of a program; skip the test where the program is missing."""
+    try:
+        return str(find_program(name))
+    except SetupError as error:
+        lacking(f"{error.message} ({error.remedy})")
+
+
+def lacking(message: str) -> NoReturn:
+    """Skip the test: this machine lacks something. With FARPLUG_REQUIRE_ALL=1, fail."""
+    if os.environ.get("FARPLUG_REQUIRE_ALL") == "1":
+        pytest.fail(message)
+    pytest.skip(message)
+
+
+class Machine:
+    """A running QEMU.
+
+    Attributes:
+        targets: where farplug reaches the usb-redir ports.
+        console: what the machine printed on its serial port so far.
+    """
+
+    def __init__(self, process: asyncio.subprocess.Process, folder: Path, targets: Sequence[str]) -> None:
+        self.targets = targets
+        self.console = ""
+        self._process = process
+        self._folder = folder
+        self._printed = asyncio.Condition()
+        self._writer: asyncio.StreamWriter | None = None
+        self._reading: asyncio.Task[None] | None = None
+
+    async def open(self) -> None:
+        """Connect to the console. QEMU starts the machine then."""
+        async with asyncio.timeout(PATIENCE):
+            while True:
+                try:
+                    reader, self._writer = await asyncio.open_unix_connection(self._folder / "console")
+                    break
+                except OSError as error:
+                    if self._process.returncode is not None:
+                        raise AssertionError("QEMU ended") from error
+                    await asyncio.sleep(0.05)
+        self._reading = asyncio.create_task(self._read(reader))
+
+    async def close(self) -> None:
+        """End the machine."""
+        if self._process.returncode is None:
+            self._process.kill()
+            await self._process.wait()
+        if self._reading is not None:
+            await self._reading
+        if self._writer is not None:
+            self._writer.close()
+
+    async def wait_for(self, *texts: str, since: int = 0) -> str:
+        """Wait until one of ``texts`` is on the console, ``since`` a position in it, and return which."""
+        found: list[str] = []
+
+        def look() -> bool:
+            found[:] = [text for text in texts if text in self.console[since:]]
+            return bool(found) or self._process.returncode is not None
+
+        try:
+            async with asyncio.timeout(PATIENCE), self._printed:
+                await self._printed.wait_for(look)
+        except TimeoutError:
+            pass
+        assert found, f"none of {texts} on the console"
+        return found[0]
+
+    async def run(self, command: str, prompt: str) -> str:
+        """Type a command, and return what the machine prints until the next prompt."""
+        assert self._writer is not None
+        start = len(self.console)
+        self._writer.write(command.encode() + b"\r")
+        await self.wait_for(f"\n{prompt}", since=start)
+        return self.console[start:]
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        while data := await reader.read(4096):
+            self.console += data.decode(errors="replace").replace("\r", "")
+            async with self._printed:
+                self._printed.notify_all()
+        async with self._printed:
+            self._printed.notify_all()
+
+
+@asynccontextmanager
+async def machine(qemu: str, folder: Path, *arguments: str, ports: int = 1) -> AsyncIterator[Machine]:
+    """Run a machine.
+
+    Args:
+        qemu: the program.
+        folder: for its sockets.
+        arguments: what it is made of, a USB controller ``usb`` among it.
+        ports: how many usb-redir ports the controller has.
+    """
+    sockets = [folder / f"port{index}" for index in range(ports)]
+    redirections: list[str] = []
+    for index, path in enumerate(sockets):
+        redirections += ["-chardev", f"socket,id=port{index},path={path},server=on,wait=off"]
+        redirections += ["-device", f"usb-redir,chardev=port{index},bus=usb.0"]
+    with (folder / "stderr").open("wb") as output:
+        process = await asyncio.create_subprocess_exec(
+            *(program("setpriv"), "--pdeathsig", "KILL", "--", program(qemu)),
+            *("-nodefaults", "-no-user-config", "-display", "none", "-accel", "tcg", *arguments, *redirections),
+            *("-serial", f"unix:{folder / 'console'},server=on,wait=on"),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+        )
+    one = Machine(process, folder, [f"unix:{path}" for path in sockets])
+    try:
+        await one.open()
+        yield one
+    except BaseException as error:
+        error.add_note(f"console:\n{one.console}\nstandard error of QEMU:\n{(folder / 'stderr').read_text()}")
+        raise
+    finally:
+        await one.close()

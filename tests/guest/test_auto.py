@@ -1,0 +1,249 @@
+"""What each system takes of what is offered by default: ``--usb-storage auto`` and ``--usb-speed auto``."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from tests.guest.firmware import lacking, machine, program
+from tests.guest.plugging import AT_ONCE, MIB, PATIENCE, Plugged, blank, disk_of, plugged, usb_folder
+from tests.guest.test_boot import FAR_BLOCK
+from tests.guest.test_cdrom import drive_of, make_iso
+
+from farplug.redirection import engine, offers
+from farplug.redirection.events import Attached, Configured, FellBack, Misfit, WasReset
+from farplug.target import open_session, parse_target
+from farplug.testing import GuestConfig, QemuGuest, SpicePort, TcpPort
+from farplug.usb import Device, Offer, Speed
+from farplug.virtual import cdrom_device, disk_device
+
+if TYPE_CHECKING:
+    from tests.guest.conftest import GuestPool
+
+UAS = "USB Attached SCSI"
+WITHOUT_UAS = GuestConfig(
+    ports=(TcpPort(), SpicePort()), kernel_arguments=(*AT_ONCE, "module_blacklist=uas"), programs=("usbreset",)
+)
+"""Linux that has USB Attached SCSI as a module, and not the module: initramfs of installers, OpenWrt, NixOS."""
+
+
+async def until(hub: Plugged, kind: type, count: int = 1) -> None:
+    """Wait until an event of a kind came so often."""
+    async with asyncio.timeout(PATIENCE):
+        while hub.kinds().count(kind) < count:
+            await asyncio.sleep(0.05)
+
+
+def steps(hub: Plugged) -> list[tuple[Misfit, Offer]]:
+    """Why and how the device was offered again."""
+    return [(event.why, event.offer) for event in hub.events if isinstance(event, FellBack)]
+
+
+async def driver_of(guest: QemuGuest, device: Device) -> str:
+    folder = await usb_folder(guest, device)
+    return (await guest.check(f"basename $(readlink -f {folder}/*:1.0/driver)")).strip()
+
+
+async def test_linux_without_uas_has_the_cdrom_drive_at_once(guests: GuestPool, tmp_path: Path) -> None:
+    guest = await guests.get(WITHOUT_UAS)
+    device = cdrom_device(make_iso(tmp_path / "cd.iso", hello=b"hello"))
+    async with plugged(guest.targets[0], device) as hub:
+        drive = await drive_of(guest, device)
+        assert await guest.check(f"mount -t iso9660 -o ro {drive} /mnt && cat /mnt/hello && umount /mnt") == "hello"
+        assert steps(hub) == []
+    await device.dispose()
+
+
+async def test_linux_without_uas_has_the_disk_after_some_seconds(guests: GuestPool, tmp_path: Path) -> None:
+    guest = await guests.get(WITHOUT_UAS)
+    device = disk_device(image := blank(tmp_path / "disk.raw"))
+    async with plugged(guest.targets[0], device) as hub:
+        disk = await disk_of(guest, device)
+        assert steps(hub) == [(Misfit.NOT_USED, Offer(Speed.SUPER, UAS))]
+        assert await driver_of(guest, device) == "usb-storage"
+        await guest.check(f"echo hello | dd of={disk} conv=fsync")
+    await device.dispose()
+    assert image.read_bytes()[:6] == b"hello\n"
+
+
+async def test_linux_without_uas_has_the_disk_that_firmware_used_before(guests: GuestPool, tmp_path: Path) -> None:
+    """SeaBIOS finds the disk, over Bulk-Only Transport, before Linux starts."""
+    config = GuestConfig(ports=(TcpPort(),), kernel_arguments=WITHOUT_UAS.kernel_arguments, paused=True)
+    device = disk_device(blank(tmp_path / "disk.raw"))
+    async with guests.fresh(config) as guest:
+        hub = Plugged(await open_session(parse_target(guest.targets[0])))
+        try:
+            plugging = asyncio.ensure_future(hub.plug(device))
+            await guest.qmp.execute("cont")
+            await plugging
+            await guest.booted()
+            assert device.figures is not None
+            assert device.figures.commands > 0
+            assert steps(hub) == []
+            await disk_of(guest, device)
+            assert steps(hub) == [(Misfit.NOT_USED, Offer(Speed.SUPER, UAS))]
+        finally:
+            await hub.close()
+    await device.dispose()
+
+
+@pytest.mark.parametrize("port", [0, 1], ids=["tcp", "spice"])
+async def test_a_vm_that_is_paused_gets_the_other_offer_when_it_goes_on(
+    guests: GuestPool, tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offers, "LEFT_ALONE_AFTER", 3.0)
+    monkeypatch.setattr(engine, "ACK_PATIENCE", 0.5)
+    guest = await guests.get(WITHOUT_UAS)
+    device = disk_device(blank(tmp_path / "disk.raw"))
+    async with plugged(guest.targets[port], device) as hub:
+        await guest.qmp.execute("stop")
+        await until(hub, FellBack)
+        await asyncio.sleep(3)  # so that there is something to lose
+        assert hub.kinds().count(Attached) == 1
+        await guest.qmp.execute("cont")
+        await disk_of(guest, device)
+        assert hub.kinds().count(Attached) == 2
+        assert steps(hub) == [(Misfit.NOT_USED, Offer(Speed.SUPER, UAS))]
+    await device.dispose()
+
+
+async def test_a_mounted_disk_stays_whatever_the_guest_does_not_do(
+    guests: GuestPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver for Bulk-Only Transport has nothing to say after a reset, nor for as long as nobody reads or writes."""
+    monkeypatch.setattr(offers, "LEFT_ALONE_AFTER", 3.0)
+    quirk = "usb_storage.quirks=1d6b:0104:u"
+    guest = await guests.get(
+        GuestConfig(ports=(TcpPort(),), kernel_arguments=(*AT_ONCE, quirk), programs=("usbreset", "lsusb"))
+    )
+    device = disk_device(blank(tmp_path / "disk.raw"))
+    async with plugged(guest.targets[0], device) as hub:
+        disk = await disk_of(guest, device)
+        assert await driver_of(guest, device) == "usb-storage"
+        await guest.check(f"mke2fs -q -t ext2 {disk} && mount {disk} /mnt && echo hello >/mnt/hello && sync")
+        before = hub.kinds().count(Configured)
+        await guest.check("usbreset 1d6b:0104")
+        await until(hub, Configured, before + 1)
+        assert WasReset in hub.kinds()
+        figures = device.figures
+        await guest.check("lsusb -v -d 1d6b:0104")
+        await asyncio.sleep(2 * offers.LEFT_ALONE_AFTER)
+        assert device.figures == figures  # it was left alone, indeed
+        assert steps(hub) == []
+        await guest.check("echo 3 >/proc/sys/vm/drop_caches")
+        assert (await guest.check("cat /mnt/hello && umount /mnt")).strip() == "hello"
+    await device.dispose()
+
+
+async def test_linux_without_any_driver_gets_the_best_back(
+    guests: GuestPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offers, "LEFT_ALONE_AFTER", 1.0)
+    guest = await guests.get(GuestConfig(ports=(TcpPort(),), kernel_arguments=AT_ONCE))
+    await guest.check("rmmod uas usb-storage")
+    device = disk_device(blank(tmp_path / "disk.raw"))
+    async with plugged(guest.targets[0], device) as hub:
+        await until(hub, Configured, 4)
+        await asyncio.sleep(3 * offers.LEFT_ALONE_AFTER)
+        assert steps(hub) == [
+            (Misfit.NOT_USED, Offer(Speed.SUPER, UAS)),
+            (Misfit.NOT_USED, Offer(Speed.HIGH, UAS)),
+            (Misfit.ALL, Offer(Speed.SUPER)),
+        ]
+        await guest.check("modprobe usb-storage; modprobe uas")
+        await disk_of(guest, device)
+        assert await driver_of(guest, device) == "uas"
+    await device.dispose()
+
+
+SLOF = ("-machine", "pseries,usb=off", "-m", "512", "-vga", "none", "-prom-env", "auto-boot?=false")
+SLOF_PROMPT = "0 > "
+
+
+async def test_slof(tmp_path: Path) -> None:
+    """SLOF takes the last interface descriptor for the disk's, and looks for disks once."""
+    disk, cdrom = disk_device(blank(tmp_path / "disk.raw")), cdrom_device(make_iso(tmp_path / "cd.iso", hello=b"hello"))
+    async with (
+        machine("qemu-system-ppc64", tmp_path, *SLOF, "-device", "qemu-xhci,id=usb", ports=2) as pseries,
+        plugged(pseries.targets[0], disk, configured=False) as hub,
+        plugged(pseries.targets[1], cdrom, configured=False) as other,
+    ):
+        await pseries.wait_for(SLOF_PROMPT)
+        aliases = await pseries.run("devalias", SLOF_PROMPT)
+        assert "cdrom :" in aliases
+        assert "disk :" not in aliases
+        await until(hub, Attached, 2)
+        assert steps(hub) == [(Misfit.NOT_USED, Offer(Speed.SUPER, UAS))]
+        await pseries.run("reset-all", SLOF_PROMPT)
+        aliases = await pseries.run("devalias", SLOF_PROMPT)
+        assert "cdrom :" in aliases
+        assert "disk :" in aliases
+        assert steps(other) == []
+    await disk.dispose()
+    await cdrom.dispose()
+
+
+def grub_image(folder: Path) -> Path:
+    """A hard disk with GRUB on it, which has drivers of its own for EHCI and mass storage, and nothing else."""
+    boot = Path("/usr/lib/grub/i386-pc/boot.img")
+    if not boot.exists():
+        lacking("GRUB for a PC's BIOS is not installed (Debian: grub-pc-bin)")
+    settings = folder / "grub.cfg"
+    settings.write_text("serial --unit=0\nterminal_input serial\nterminal_output serial\n")
+    core = folder / "core.img"
+    modules = "ehci usbms serial normal ls cat"
+    subprocess.run(
+        [
+            *(
+                program("grub-mkstandalone"),
+                "-O",
+                "i386-pc",
+                "-o",
+                core,
+                "--modules",
+                modules,
+                "--install-modules",
+                modules,
+            ),
+            *("--locales=", "--fonts=", "--themes=", f"boot/grub/grub.cfg={settings}"),
+        ],
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
+    image = folder / "grub.raw"
+    image.write_bytes(boot.read_bytes() + core.read_bytes())
+    with image.open("r+b") as file:
+        file.truncate(MIB * (image.stat().st_size // MIB + 1))
+    return image
+
+
+async def test_grub(tmp_path: Path) -> None:
+    """GRUB takes SuperSpeed's companion descriptors for endpoints. At High Speed there are none."""
+    drive = f"file={grub_image(tmp_path)},format=raw,if=ide,snapshot=on"
+    grub = ("-machine", "pc,usb=off", "-m", "128", "-device", "usb-ehci,id=usb", "-drive", drive)
+    image = blank(tmp_path / "disk.raw")
+    with image.open("r+b") as file:
+        file.seek(FAR_BLOCK * 512)
+        file.write(b"farplug: read by GRUB\n")
+    device = disk_device(image)
+    async with (
+        machine("qemu-system-x86_64", tmp_path, *grub) as pc,
+        plugged(pc.targets[0], device, configured=False) as hub,
+    ):
+        await pc.wait_for("grub> ")
+        await until(hub, Attached, 2)
+        assert steps(hub) == [(Misfit.NOT_CONFIGURED, Offer(Speed.HIGH))]
+        name = ""
+        async with asyncio.timeout(PATIENCE):
+            while not name:  # its prompt looks for new devices
+                words = (await pc.run("ls", "grub> ")).split()
+                name = next((word for word in words if word.startswith("(usb")), "")
+        await pc.run(f"cat {name}{FAR_BLOCK}+1", "grub> ")
+        await pc.wait_for("farplug: read by GRUB")
+        await asyncio.sleep(offers.LEFT_ALONE_AFTER)  # a menu that waits for somebody
+        assert len(steps(hub)) == 1
+    await device.dispose()
