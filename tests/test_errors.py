@@ -13,7 +13,7 @@ def _tree(kind: type[FarplugError]) -> list[type[FarplugError]]:
 def test_the_tree_is_the_one_in_the_docstring() -> None:
     assert errors.__doc__ is not None
     own = [kind.__name__ for kind in _tree(FarplugError) if kind.__module__ == "farplug.errors"]
-    assert len(own) == 12
+    assert len(own) == 13
     for name in own:
         assert f" {name} " in errors.__doc__ or f"{name}\n" in errors.__doc__
 
@@ -42,5 +42,7 @@ def test_defaults() -> None:
     gone = errors.GuestGoneError("it left", remedy="wait")
     assert (str(gone), gone.message, gone.reason, gone.remedy) == ("it left", "it left", Reason.GUEST_GONE, "wait")
     assert gone.exit_code is ExitCode.GUEST_GONE
+    broken = errors.InternalError(ZeroDivisionError("it\nbroke"))
+    assert (str(broken), broken.exit_code) == ("internal error: ZeroDivisionError: it", ExitCode.DEFECT)
     for kind in (errors.LocalProtocolError, errors.RemoteProtocolError):
         assert (kind("x").reason, kind("x").exit_code) == (Reason.PROTOCOL, ExitCode.PROTOCOL)

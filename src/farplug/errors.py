@@ -11,12 +11,14 @@
     ├── PortError               the guest is reached, but has no port for this device
     ├── RefusedError            the guest refused the device
     ├── GuestGoneError          the connection to the guest ended while it was in use
+    ├── InternalError           a bug in farplug, met where nobody can catch an exception
     └── ProtocolError
         ├── LocalProtocolError  we were asked to say what the protocol forbids
         └── RemoteProtocolError the peer said what the protocol forbids
 
 Each carries one line that says what happened, a :class:`Reason` that a program can act on, a remedy for a person where
-there is one, and the exit code that the command line ends with. Any other exception that leaves farplug is a defect.
+there is one, and the exit code that the command line ends with. Any other exception that leaves farplug is a bug, like
+:class:`InternalError`.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ class ExitCode(IntEnum):
 
     OK = 0
     DEFECT = 1
-    """An exception that farplug did not expect: please report it."""
+    """An internal error: an exception that farplug did not expect. Please report it."""
     USAGE = 2
     IMAGE = 3
     UNREACHABLE = 4
@@ -42,8 +44,10 @@ class ExitCode(IntEnum):
     PROTOCOL = 10
     SETUP = 11
     DEVICE = 12
+    PAUSED = 13
+    """``farplug doctor`` reached the VM, and a port of it does not answer."""
     INTERRUPTED = 130
-    """Left at once, at a Ctrl-C while farplug was leaving."""
+    """Interrupted before a device was plugged in, or left at once, at a Ctrl-C while farplug was leaving."""
 
 
 class Reason(StrEnum):
@@ -112,6 +116,9 @@ class Reason(StrEnum):
     # while running
     GUEST_GONE = "guest-gone"
     PROTOCOL = "protocol"
+    PAUSED = "paused"
+    INTERRUPTED = "interrupted"
+    INTERNAL_ERROR = "internal-error"
 
 
 class FarplugError(Exception):
@@ -194,6 +201,24 @@ class GuestGoneError(FarplugError):
 
     def __init__(self, message: str, *, reason: Reason = Reason.GUEST_GONE, remedy: str = "") -> None:
         super().__init__(message, reason=reason, remedy=remedy)
+
+
+class InternalError(FarplugError):
+    """A bug in farplug: an exception that nobody expected, in a callback of the event loop.
+
+    It is raised where the callback's work is waited for. ``__cause__`` is the exception.
+    """
+
+    exit_code = ExitCode.DEFECT
+
+    def __init__(self, cause: BaseException) -> None:
+        text = str(cause).partition("\n")[0]
+        super().__init__(
+            f"internal error: {type(cause).__name__}: {text}",
+            reason=Reason.INTERNAL_ERROR,
+            remedy="please report it; --debug shows more",
+        )
+        self.__cause__ = cause
 
 
 class ProtocolError(FarplugError):

@@ -254,6 +254,17 @@ async def test_something_that_does_not_speak_usbredir() -> None:
             await attaching
 
 
+async def test_a_spice_server_is_named() -> None:
+    async with MemoryGuest(paused=True) as guest:
+        attaching = asyncio.ensure_future(guest.redirection.attach(ScriptedDevice()))
+        await settle()
+        # QEMU 7.2's answer to a usbredir hello: several packets, of which the first one is what counts
+        guest.send_bytes(b"REDQ" + bytes.fromhex("02000000 02000000 b2000000 02000000") + bytes(174))
+        with pytest.raises(RemoteProtocolError, match="a SPICE server answers at .*, not a usbredir chardev") as caught:
+            await attaching
+    assert "spice://HOST:PORT" in caught.value.remedy
+
+
 async def test_misuse() -> None:
     device = ScriptedDevice()
     async with MemoryGuest(device) as guest:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tests.transport.fake_spice import Recorder, free_port
 
-from farplug.errors import Reason, TargetError
+from farplug.errors import InternalError, Reason, TargetError
 from farplug.transport.connection import (
     HIGH_WATER,
     KEEPALIVE_COUNT,
@@ -109,6 +109,35 @@ async def test_what_is_not_answered_is_acknowledged_at_once() -> None:
         await recorder.until(lambda: bytes(recorder.data) == b"questionstatement")
         assert options.set == [(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)]
         await connection.close(1)
+
+
+async def test_an_exception_of_the_reader_ends_the_connection_as_an_internal_error() -> None:
+    class Broken(Recorder):
+        def data_received(self, data: memoryview) -> None:
+            super().data_received(data)
+            raise ZeroDivisionError
+
+        def resume_writing(self) -> None:
+            raise ZeroDivisionError
+
+    failures: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: failures.append(context))
+    for callback in ("data_received", "resume_writing"):
+        recorder, lost = Broken(), list[Exception | None]()
+        connection, theirs = await connected(recorder, lost)
+        with theirs:
+            if callback == "data_received":
+                theirs.send(b"x")
+            else:
+                connection.write([bytes(HIGH_WATER + (4 << 20))])
+                await receive(theirs, HIGH_WATER + (3 << 20))
+            async with asyncio.timeout(10):
+                while not lost:
+                    await asyncio.sleep(0.01)
+        (error,) = lost
+        assert isinstance(error, InternalError)
+        assert isinstance(error.__cause__, ZeroDivisionError)
+    assert not failures, "asyncio does not report it as well"
 
 
 async def test_reading_can_be_paused() -> None:

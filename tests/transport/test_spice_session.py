@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import struct
@@ -26,6 +27,7 @@ from tests.transport.fake_spice import (
 from farplug.errors import (
     FarplugError,
     GuestGoneError,
+    InternalError,
     LocalProtocolError,
     PortError,
     Reason,
@@ -50,6 +52,35 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(100):
         while not condition():
             await asyncio.sleep(0.005)
+
+
+async def test_an_exception_of_the_listener_is_not_the_servers_fault() -> None:
+    class Broken(Recorder):
+        def data_received(self, data: memoryview) -> None:
+            raise ZeroDivisionError("our bug")
+
+    async def speaks(channel: Channel) -> None:
+        channel.send(message(DATA, b"hello"))
+        await channel.reader.read()
+
+    async with running(FakeSpice(usbredir=speaks, vmc_caps=0)) as port:
+        session = await connect(port)
+        for number in (0, 1):  # at once, or once the port is open
+            recorder = Broken()
+            with contextlib.suppress(InternalError):
+                await session.ports[number].open(recorder)
+                await recorder.until(lambda recorder=recorder: bool(recorder.closed))  # type: ignore[misc]
+                raise recorder.closed[0] or AssertionError
+        assert not session.closed.done(), "the session goes on"
+        await session.close()
+
+
+async def test_an_exception_of_the_main_channel_is_not_the_servers_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "parse_name", lambda body: 1 // 0)
+    async with running(FakeSpice()) as port:
+        with pytest.raises(InternalError, match="internal error: ZeroDivisionError"):
+            session = await connect(port)
+            raise await session.closed or AssertionError
 
 
 async def test_connect() -> None:

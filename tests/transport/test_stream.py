@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 from tests.transport.fake_spice import Recorder, free_port
 
-from farplug.errors import GuestGoneError, LocalProtocolError, Reason, TargetError
+from farplug.errors import FarplugError, GuestGoneError, InternalError, LocalProtocolError, Reason, TargetError
 from farplug.transport import connection
 from farplug.transport.connection import TcpAddress, Timeouts, UnixAddress
-from farplug.transport.port import Port
-from farplug.transport.stream import ListenPort, StreamPort
+from farplug.transport.stream import HELLO_SIZE, ListenPort, StreamPort
 
 
 @pytest.mark.parametrize("family", ["tcp", "unix"])
@@ -23,7 +22,6 @@ async def test_stream_port(family: str, tmp_path: Path) -> None:
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         guests.put_nowait((reader, writer))
 
-    port: Port
     if family == "unix":
         server = await asyncio.start_unix_server(accept, tmp_path / "s")
         port = StreamPort(UnixAddress(str(tmp_path / "s")))
@@ -31,6 +29,7 @@ async def test_stream_port(family: str, tmp_path: Path) -> None:
         server = await asyncio.start_server(accept, "127.0.0.1", 0)
         port = StreamPort(TcpAddress("127.0.0.1", server.sockets[0].getsockname()[1]))
     assert port.name == family
+    assert str(port) == str(port.address)
     port.write([b"dropped: not open"])
     await port.close()
     port.abort()
@@ -41,17 +40,18 @@ async def test_stream_port(family: str, tmp_path: Path) -> None:
         with pytest.raises(LocalProtocolError, match="open already"):
             await port.open(Recorder())
         reader, writer = await guests.get()
-        writer.write(b"hello")
-        await recorder.until(lambda recorder=recorder: bytes(recorder.data) == b"hello")  # type: ignore[misc]
+        hello = b"hello".ljust(HELLO_SIZE, b".")
+        writer.write(hello)
+        await recorder.until(lambda recorder=recorder: bytes(recorder.data) == hello)  # type: ignore[misc]
         payload = os.urandom(1 << 20)
         port.write([b"head", payload])
         assert await reader.readexactly(4 + len(payload)) == b"head" + payload
         port.pause_reading()
         writer.write(b"!")
         await asyncio.sleep(0.02)
-        assert bytes(recorder.data) == b"hello"
+        assert bytes(recorder.data) == hello
         port.resume_reading()
-        await recorder.until(lambda recorder=recorder: bytes(recorder.data) == b"hello!")  # type: ignore[misc]
+        await recorder.until(lambda recorder=recorder: bytes(recorder.data) == hello + b"!")  # type: ignore[misc]
         if end == "guest":
             writer.close()
         elif end == "abort":
@@ -63,24 +63,61 @@ async def test_stream_port(family: str, tmp_path: Path) -> None:
         if end == "guest":
             (error,) = recorder.closed
             assert isinstance(error, GuestGoneError)
-            assert str(error) == f"{family}: the guest closed the connection"
+            assert str(error) == f"the guest at {port} closed the connection"
         else:
             assert recorder.closed == [None]
         writer.close()
     server.close()
 
 
-async def test_broken_connection_says_why() -> None:
+@pytest.mark.parametrize(
+    ("said", "kind", "code", "text"),
+    [
+        (b"", TargetError, 4, "the peer at {} broke the connection: Connection reset by peer: it sent no usbredir hello"),
+        (bytes(7), TargetError, 4, "the peer at {} broke the connection: Connection reset by peer: it sent no usbredir"),
+        (bytes(HELLO_SIZE), GuestGoneError, 9, "the guest at {} broke the connection: Connection reset by peer"),
+    ],
+)
+async def test_broken_connection_says_why(said: bytes, kind: type[FarplugError], code: int, text: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = StreamPort(TcpAddress("127.0.0.1", server.getsockname()[1]))
         recorder = Recorder()
         await port.open(recorder)
         guest, _ = server.accept()
+        guest.sendall(said)
+        await recorder.until(lambda: bytes(recorder.data) == said)
         # a reset instead of an end of stream
         guest.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         guest.close()
         await recorder.until(lambda: bool(recorder.closed))
-    assert str(recorder.closed[0]) == "tcp: the connection broke: Connection reset by peer"
+    (error,) = recorder.closed
+    assert isinstance(error, kind)
+    assert str(error).startswith(text.format(port))
+    assert error.exit_code == code
+    assert ("spice+tls://HOST:PORT" in error.remedy) is (code == 4)
+
+
+async def test_an_exception_of_the_listener_is_an_internal_error() -> None:
+    class Broken(Recorder):
+        def data_received(self, data: memoryview) -> None:
+            raise AttributeError("no such thing\nat all")
+
+    failures: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: failures.append(context))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = StreamPort(TcpAddress("127.0.0.1", server.getsockname()[1]))
+        recorder = Broken()
+        await port.open(recorder)
+        guest, _ = server.accept()
+        with guest:
+            guest.sendall(b"hello")
+            await recorder.until(lambda: bool(recorder.closed))
+    (error,) = recorder.closed
+    assert isinstance(error, InternalError)
+    assert str(error) == "internal error: AttributeError: no such thing"
+    assert isinstance(error.__cause__, AttributeError)
+    assert error.exit_code == 1
+    assert not failures, "asyncio does not report it as well"
 
 
 async def test_refused_port_can_be_opened_later() -> None:
@@ -155,7 +192,7 @@ async def test_listen_port() -> None:
         assert await reader.readexactly(6) == b"answer"
         writer.close()
         await recorder.until(lambda recorder=recorder: bool(recorder.closed))  # type: ignore[misc]
-        assert isinstance(recorder.closed[0], GuestGoneError)
+        assert isinstance(recorder.closed[0], TargetError), "no hello came"
     assert len(ports) == 1
 
 

@@ -56,6 +56,9 @@ UNUSED_AFTER = 10.0
 ACK_PATIENCE = 5.0
 """Seconds to wait for the guest's answer to a disconnect; a paused VM gives none."""
 
+SPICE_MAGIC = int.from_bytes(b"REDQ", "little")
+"""What a SPICE server's answer begins with, read as the type of a packet."""
+
 log = logging.getLogger("farplug.usbredir")
 
 
@@ -490,15 +493,25 @@ class Redirection:
 
     def _violation(self, event: Violation) -> None:
         if self.state is State.WAITING:
-            self._port_error = RemoteProtocolError(
-                f"what answers at {self.port.name} does not speak usbredir: {event.error}",
-                remedy="is the address the one of a usbredir chardev, or of a SPICE server (spice://)?",
-            )
+            if self._port_error is None:
+                self._port_error = _not_usbredir(self.port, event)
             self.port.abort()
             return
         self._violations += 1
         if self._violations <= MAX_REPORTED_VIOLATIONS:  # a hostile guest must not flood a log
             self._emit(events.PeerViolation(self.port.name, event.error))
+
+
+def _not_usbredir(port: Port, event: Violation) -> RemoteProtocolError:
+    if event.type == SPICE_MAGIC:
+        return RemoteProtocolError(
+            f"a SPICE server answers at {port}, not a usbredir chardev",
+            remedy="write the target as spice://HOST:PORT, or as spice+unix:///PATH",
+        )
+    return RemoteProtocolError(
+        f"what answers at {port} does not speak usbredir: {event.error}",
+        remedy="check that it is the address of a usbredir chardev",
+    )
 
 
 def _retrieve(task: asyncio.Task[None]) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol, TypeAlias, cast
 
-from farplug.errors import Reason, TargetError
+from farplug.errors import InternalError, Reason, TargetError
 from farplug.usb.types import Buffer
 
 RECEIVE_BUFFER = 256 << 10
@@ -110,7 +110,7 @@ class Reader(Protocol):
     def data_received(self, data: memoryview) -> None:
         """Bytes arrived. The view is valid only during the call, or until reading is resumed if the call paused it.
 
-        Not called any more once the connection is closed or aborted by us.
+        An exception is a bug: it ends the connection. Not called any more once the connection is closed or aborted by us.
         """
 
     def pause_writing(self) -> None:
@@ -121,7 +121,8 @@ class Reader(Protocol):
 
 
 LostCallback: TypeAlias = Callable[[Exception | None], None]
-"""Called once when a connection has ended: with the error, or None after a plain end of stream or our own close."""
+"""Called once when a connection has ended: with None after a plain end of stream or our own close, with OSError where it
+broke, with InternalError where the reader raised an exception."""
 
 
 class Connection(asyncio.BufferedProtocol):
@@ -130,11 +131,15 @@ class Connection(asyncio.BufferedProtocol):
     Args:
         reader: gets the bytes; may be replaced at any time.
         on_lost: called once, last; may be replaced at any time.
+
+    Attributes:
+        received: how many bytes have arrived.
     """
 
     def __init__(self, reader: Reader, on_lost: LostCallback) -> None:
         self.reader = reader
         self.on_lost = on_lost
+        self.received = 0
         self._receive_buffer = memoryview(bytearray(RECEIVE_BUFFER))
         self._transport: asyncio.Transport | None = None
         self._quick_ack_socket: socket.socket | None = None
@@ -146,6 +151,7 @@ class Connection(asyncio.BufferedProtocol):
         self._transport_paused = False
         self._reader_paused = False
         self._closing = False
+        self._bug: InternalError | None = None
         self._drained: asyncio.Future[None] | None = None
         self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -191,6 +197,13 @@ class Connection(asyncio.BufferedProtocol):
         if self._queued > HIGH_WATER and not self._reader_paused:
             self._reader_paused = True
             self.reader.pause_writing()
+
+    def deliver(self, data: memoryview) -> None:
+        """Hand bytes to the reader. An exception of the reader closes the connection at once."""
+        try:
+            self.reader.data_received(data)
+        except Exception as error:
+            self._abort_after(error)
 
     def pause_reading(self) -> None:
         """Read nothing from the socket until :meth:`resume_reading`."""
@@ -267,10 +280,11 @@ class Connection(asyncio.BufferedProtocol):
         return self._receive_buffer
 
     def buffer_updated(self, nbytes: int) -> None:
-        if self._closing:
+        if self._closing or self._bug is not None:
             return
         self._answered = False
-        self.reader.data_received(self._receive_buffer[:nbytes])
+        self.received += nbytes
+        self.deliver(self._receive_buffer[:nbytes])
         if self._quick_ack_socket is not None and not self._answered:
             # QEMU writes a transfer as several small messages. With Nagle's algorithm on its side and a delayed ACK on
             # ours each transfer would take 40 ms, where no answer of ours takes the ACK with it. The kernel forgets
@@ -294,13 +308,24 @@ class Connection(asyncio.BufferedProtocol):
         self._flush()
         if self._reader_paused and self._queued < LOW_WATER:
             self._reader_paused = False
-            self.reader.resume_writing()
+            try:
+                self.reader.resume_writing()
+            except Exception as error:
+                self._abort_after(error)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._drop_queue()
         if not self._lost.done():
             self._lost.set_result(None)
-        self.on_lost(exc)
+        self.on_lost(self._bug or exc)
+
+    def _abort_after(self, error: Exception) -> None:
+        """Close at once after an exception of the reader; asyncio would report it as the peer's fault."""
+        self._bug = InternalError(error)
+        self._drop_queue()
+        if self._transport is not None:
+            # Later: asyncio's write, which may have called us, would end the connection a second time.
+            asyncio.get_running_loop().call_soon(self._transport.abort)
 
     def _flush(self) -> None:
         transport = self._transport

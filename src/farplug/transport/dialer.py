@@ -12,7 +12,7 @@ from typing import Self, TypeAlias
 
 from cryptography import x509
 
-from farplug.errors import FarplugError, Reason, TargetError, UsageError
+from farplug.errors import FarplugError, InternalError, Reason, TargetError, UsageError
 from farplug.spice.host import without_zone
 from farplug.spice.link import LinkClient, LinkFailure, LinkResult, check_password
 from farplug.spice.types import CHANNEL_NAMES, ChannelType, LinkError
@@ -131,7 +131,7 @@ class LinkedChannel:
         connection.reader, connection.on_lost = reader, on_lost
         connection.resume_reading()  # before the delivery, which may pause it again
         if self.link.trailing:
-            reader.data_received(memoryview(self.link.trailing))
+            connection.deliver(memoryview(self.link.trailing))
         if connection.lost:
             on_lost(None)
 
@@ -183,7 +183,7 @@ class _Linker:
         """A link is shorter than the queue."""
 
     def lost(self, error: Exception | None) -> None:
-        self._fail(self.client.receive_eof())
+        self._fail(error if isinstance(error, InternalError) else self.client.receive_eof())
 
     def _fail(self, error: FarplugError) -> None:
         if not self.result.done():

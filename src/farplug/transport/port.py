@@ -43,6 +43,10 @@ class Port(ABC):
     loses_wakeups: bool = False
     keeps_unread: bool = False
 
+    def __str__(self) -> str:
+        """Return where it leads, for messages: an address if it has one of its own."""
+        return self.name
+
     @abstractmethod
     async def open(self, listener: PortListener) -> None:
         """Connect, and deliver everything that arrives to ``listener``.

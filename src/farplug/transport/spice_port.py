@@ -10,6 +10,7 @@ from typing import Protocol
 from farplug.errors import (
     FarplugError,
     GuestGoneError,
+    InternalError,
     LocalProtocolError,
     PortError,
     Reason,
@@ -299,7 +300,7 @@ class SpicePort(Port):
         linked, listener, settled = self._linked, self._listener, self._settled
         if linked is None or listener is None:
             return
-        why = self._error
+        why = error if isinstance(error, InternalError) else self._error
         untouched = settled is not None and not settled.done()
         if why is None and not linked.connection.closing and not untouched:
             how = "the SPICE server closed the channel" if error is None else broken(error)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from typing import Self
 
-from farplug.errors import FarplugError, GuestGoneError, Reason, RemoteProtocolError, TargetError
+from farplug.errors import FarplugError, GuestGoneError, InternalError, Reason, RemoteProtocolError, TargetError
 from farplug.spice.channel import Channel, Message
 from farplug.spice.messages import (
     ChannelId,
@@ -206,7 +206,9 @@ class SpiceSession(Session):
 
     def _lost(self, error: Exception | None) -> None:
         if not self.ended.done():
-            if self._connection.closing:
+            if isinstance(error, InternalError):
+                self.ended.set_result(error)
+            elif self._connection.closing:
                 self.ended.set_result(None)
             else:
                 how = "the SPICE server closed the session" if error is None else broken(error)

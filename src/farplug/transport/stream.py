@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
-from farplug.errors import FarplugError, GuestGoneError, LocalProtocolError, Reason, TargetError
+from farplug.errors import FarplugError, GuestGoneError, InternalError, LocalProtocolError, Reason, TargetError
 from farplug.transport.connection import (
     Address,
     Connection,
@@ -23,6 +23,9 @@ from farplug.transport.connection import (
 from farplug.transport.port import Port, PortListener
 from farplug.transport.session import Session
 from farplug.usb.types import Buffer
+
+HELLO_SIZE = 12 + 64
+"""Bytes of the shortest usbredir hello: a header and a version. A peer that sent fewer has said nothing."""
 
 ONE_PORT_REMEDY = "a plain socket carries one device: give the VM another one, and run farplug once for each"
 
@@ -101,15 +104,24 @@ class _SocketPort(Port):
         self._connection = self._listener = None
         assert connection is not None
         assert listener is not None
-        listener.port_closed(None if connection.closing else self._why(error))
+        listener.port_closed(None if connection.closing else self._why(error, connection.received))
 
-    def _why(self, error: Exception | None) -> FarplugError:
+    def _why(self, error: Exception | None, received: int) -> FarplugError:
+        if isinstance(error, InternalError):
+            return error
         if error is None:
-            what = "the guest closed the connection"
+            what = "closed the connection"
         else:
             code = error.errno if isinstance(error, OSError) else None
-            what = f"the connection broke: {os.strerror(code) if code else error}"
-        return GuestGoneError(f"{self.name}: {what}", remedy="check that the VM still runs, then connect again")
+            what = f"broke the connection: {os.strerror(code) if code else error}"
+        if received < HELLO_SIZE:
+            return TargetError(
+                f"the peer at {self} {what}: it sent no usbredir hello",
+                reason=Reason.UNREACHABLE,
+                remedy="check that it is the address of a usbredir chardev; "
+                "a SPICE server's is spice://HOST:PORT or spice+tls://HOST:PORT",
+            )
+        return GuestGoneError(f"the guest at {self} {what}", remedy="check that the VM still runs, then connect again")
 
 
 def _ignore(error: Exception | None) -> None:
@@ -128,6 +140,9 @@ class StreamPort(_SocketPort):
     def __init__(self, address: Address, *, name: str = "", timeouts: Timeouts | None = None) -> None:
         super().__init__(name or ("unix" if isinstance(address, UnixAddress) else "tcp"), timeouts or Timeouts())
         self.address = address
+
+    def __str__(self) -> str:
+        return str(self.address)
 
     async def _socket(self) -> socket.socket:
         return await dial(self.address, self._timeouts.connect)
@@ -156,6 +171,9 @@ class ListenPort(_SocketPort):
         super().__init__(name, timeouts or Timeouts())
         self.address = address
         self._on_listening = on_listening
+
+    def __str__(self) -> str:
+        return str(self.address)
 
     async def _socket(self) -> socket.socket:
         loop = asyncio.get_running_loop()
