@@ -133,7 +133,7 @@ def test_what_the_guest_fills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, f
         ({"size": 100 * MIB, "block_size": 1024}, UsageError, "512 or 4096"),
         ({"size": 100 * MIB, "format": Format.ISO9660}, UsageError, "has no partition"),
         ({"size": 100 * MIB, "label": "ä"}, UsageError, "no label"),
-        ({"size": 100 * MIB + 1}, UsageError, "no multiple"),
+        ({"size": 100 * MIB + 1}, UsageError, "not a multiple"),
         ({"size": MIB}, ImageError, "too small"),
         ({"folder": "folder", "size": 33 * MIB, "format": Format.EXT4}, ImageError, "the folder needs"),
         ({"folder": "folder/missing"}, ImageError, "no such file"),

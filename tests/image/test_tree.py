@@ -79,10 +79,10 @@ def test_a_long_list_is_cut() -> None:
     ("name", "reason", "text"),
     [
         ("missing", Reason.NOT_FOUND, "no such file"),
-        ("file", Reason.NOT_A_FOLDER, "is no folder"),
+        ("file", Reason.NOT_A_FOLDER, "is not a folder"),
         ("file/x", Reason.NOT_FOUND, "not a directory"),
-        ("a\0b", Reason.NOT_FOUND, "is no path"),
-        ("loop", Reason.NOT_FOUND, "is no path|too many levels"),
+        ("a\0b", Reason.NOT_FOUND, "is not a path"),
+        ("loop", Reason.NOT_FOUND, "is not a path|too many levels"),
         ("x" * 300, Reason.NOT_FOUND, "too long"),
     ],
 )

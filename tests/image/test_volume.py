@@ -84,28 +84,38 @@ def test_length_and_cluster_size_settle() -> None:
 def test_a_size_that_was_asked_for() -> None:
     volume = planned(Format.EXT4, 100 * MIB + 512, partition=Partition.GPT)
     assert (volume.disk_size, volume.length) == (100 * MIB + 512, 98 * MIB)
-    with pytest.raises(UsageError, match="104858112 bytes are no multiple of 4096-byte blocks"):
+    with pytest.raises(UsageError, match="104858112 bytes are not a multiple of 4096-byte blocks"):
         planned(Format.EXT4, 100 * MIB + 512, block_size=4096)
+
+
+def parts(size: int) -> str:
+    unit, letter = (1 << 40, "T") if size % (1 << 40) == 0 else (1 << 30, "G") if size % (1 << 30) == 0 else (MIB, "M")
+    assert size % unit == 0
+    return f"{size // unit}{letter}"
 
 
 @pytest.mark.parametrize(("format", "partition", "block_size"), DISK_KINDS)
 def test_bounds_of_sizes(format: Format, partition: Partition, block_size: int) -> None:
     least = planned(format, None, partition=partition, block_size=block_size).disk_size
     for size in (least - block_size, block_size, 0):
-        with pytest.raises(ImageError, match=f"{size} bytes are too small for .*: {least} bytes at least") as caught:
+        with pytest.raises(
+            ImageError, match=f"{size} bytes are too small for .*: it needs {parts(least)} at least"
+        ) as caught:
             planned(format, size, partition=partition, block_size=block_size)
         assert caught.value.reason is Reason.EMPTY
     most = largest_disk(format, partition, block_size)
     if partition is Partition.MBR:
         assert most == 2**32 * block_size - MIB
     assert planned(format, most, partition=partition, block_size=block_size).disk_size == most
-    with pytest.raises(ImageError, match=f"{most + block_size} bytes are too large for .*: {most} at most") as caught:
+    with pytest.raises(
+        ImageError, match=f"{most + block_size} bytes are too large for .*: {parts(most)} at most"
+    ) as caught:
         planned(format, most + block_size, partition=partition, block_size=block_size)
     assert caught.value.reason is Reason.TOO_LARGE
 
 
 def test_a_folder_that_does_not_fit() -> None:
-    with pytest.raises(ImageError, match="the folder needs 212860928 bytes as ext4, the disk has 104857600") as caught:
+    with pytest.raises(ImageError, match="the folder needs 203M as ext4, the disk has 100M") as caught:
         planned(Format.EXT4, 100 * MIB, 200 * MIB + 1, partition=Partition.GPT)
     assert caught.value.reason is Reason.TOO_LARGE
     with pytest.raises(ImageError, match="too large for FAT32 and MBR"):

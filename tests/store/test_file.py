@@ -219,7 +219,7 @@ async def test_trailing_part_of_a_block(image: Path, caplog: pytest.LogCaptureFi
     with caplog.at_level(logging.WARNING):
         store = FileStore.open(image)
     assert (store.block_count, store.ignored) == (64, 4)
-    assert "the last 4 bytes are no whole block" in caplog.text
+    assert "the VM does not see the last 4 bytes" in caplog.text
     await store.close()
 
 

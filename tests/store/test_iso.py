@@ -66,7 +66,7 @@ async def test_an_iso_cut_in_the_middle_of_a_block(tmp_path: Path, caplog: pytes
     path.write_bytes(ISO + b"tail")
     store = open_iso(path)
     assert store.block_count == 40
-    assert "the last 4 bytes are no whole block" in caplog.text
+    assert "the VM does not see the last 4 bytes" in caplog.text
     await store.close()
 
 

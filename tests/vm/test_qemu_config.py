@@ -57,7 +57,7 @@ def test_reconnecting_in_newer_qemu() -> None:
 
 
 def test_unknown_kind_of_port() -> None:
-    with pytest.raises(UsageError, match="UsbPort is no kind of port"):
+    with pytest.raises(UsageError, match="UsbPort is not a kind of port"):
         arguments(GuestConfig(ports=(UsbPort(),)))
 
 

@@ -105,7 +105,7 @@ def scan(folder: str | os.PathLike[str], *, posix: bool = False, tick: Callable[
     except (OSError, ValueError, RuntimeError) as error:  # a NUL, a loop of links
         raise _problem(Path(folder), error) from error
     if not is_folder:
-        raise ImageError(f"{folder} is no folder", reason=Reason.NOT_A_FOLDER, remedy="name a folder")
+        raise ImageError(f"{folder} is not a folder", reason=Reason.NOT_A_FOLDER, remedy="name a folder")
     entries: list[Entry] = []
     left_out: list[tuple[str, str]] = []
     waiting = [""]
@@ -205,7 +205,7 @@ def describe_left_out(tree: Tree) -> Iterator[str]:
 def _problem(path: Path, error: OSError | ValueError | RuntimeError) -> ImageError:
     place = show(str(path))
     if isinstance(error, (ValueError, RuntimeError)):
-        return ImageError(f"{place!r} is no path", reason=Reason.NOT_FOUND)
+        return ImageError(f"{place!r} is not a path", reason=Reason.NOT_FOUND)
     what = (error.strerror or str(error)).lower()
     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
         return ImageError(f"{place} cannot be read: {what}", reason=Reason.NOT_FOUND, remedy="check the path")

@@ -140,7 +140,7 @@ def plan(
         needed: bytes that the partition must have for its content, by cluster size.
 
     Raises:
-        UsageError: the size is no multiple of the block size.
+        UsageError: the size is not a multiple of the block size.
         ImageError: TOO_LARGE for the size or the format, or EMPTY: too small for the format.
     """
     tail = ALIGNMENT if partition is Partition.GPT else 0  # the backup table
@@ -151,13 +151,14 @@ def plan(
             length = aligned(want)
         size = ALIGNMENT + length + tail
     elif size % block_size:
-        raise UsageError(f"{size} bytes are no multiple of {block_size}-byte blocks", reason=Reason.BAD_OPTION)
+        raise UsageError(f"{size} bytes are not a multiple of {block_size}-byte blocks", reason=Reason.BAD_OPTION)
     else:
         length = (size - ALIGNMENT - tail) // ALIGNMENT * ALIGNMENT
         least = shortest(format, block_size)
         if length < least:
+            wanted = _shown(ALIGNMENT + least + tail)
             raise ImageError(
-                f"{size} bytes are too small for {format.full_name}: {ALIGNMENT + least + tail} bytes at least",
+                f"{size} bytes are too small for {format.full_name}: it needs {wanted} at least",
                 reason=Reason.EMPTY,
                 remedy="make it larger, or take another format",
             )
@@ -165,7 +166,7 @@ def plan(
     if size > most:
         raise ImageError(
             f"{size} bytes are too large for {format.full_name} and {partition.upper()} in {block_size}-byte blocks: "
-            f"{most} at most",
+            f"{_shown(most)} at most",
             reason=Reason.TOO_LARGE,
             remedy="take GPT" if format is not Format.FAT32 else "take exFAT and GPT",
         )
@@ -174,12 +175,21 @@ def plan(
     )
     want = needed(volume.cluster_size)
     if want > length:
+        wanted = _shown(ALIGNMENT + aligned(want) + tail)
         raise ImageError(
-            f"the folder needs {ALIGNMENT + aligned(want) + tail} bytes as {format.full_name}, the disk has {size}",
+            f"the folder needs {wanted} as {format.full_name}, the disk has {_shown(size)}",
             reason=Reason.TOO_LARGE,
             remedy="make the disk larger, or leave the size out: then it is as large as needed",
         )
     return volume
+
+
+def _shown(size: int) -> str:
+    """Return a size as a person gives it: ``34M``, ``2T``; in bytes if it is not a multiple of 1 KiB."""
+    for unit, letter in ((1 << 40, "T"), (1 << 30, "G"), (1 << 20, "M"), (1 << 10, "K")):
+        if size % unit == 0 and size:
+            return f"{size // unit}{letter}"
+    return f"{size} bytes"
 
 
 def shortest(format: Format, block_size: int) -> int:

@@ -73,9 +73,9 @@ class Choice:
         if not text.strip():
             raise _bad("an empty text names no USB device")
         if _LOOKS_LIKE_ID.fullmatch(text):
-            raise _bad(f"{text!r} is no VID:PID: it is written as two numbers of 4 hexadecimal digits, as 1050:0407")
+            raise _bad(f"{text!r} is not a VID:PID: it is written as two numbers of 4 hexadecimal digits, as 1050:0407")
         if _LOOKS_LIKE_PLACE.fullmatch(text):
-            raise _bad(f"{text!r} is no place: it is written as BUS-ADDRESS (1-5) or BUS-PORT.PORT (2-1.3)")
+            raise _bad(f"{text!r} is not a place: it is written as BUS-ADDRESS (1-5) or BUS-PORT.PORT (2-1.3)")
         return cls(text, _Form.NAME, text.strip().casefold())
 
     @staticmethod
@@ -89,7 +89,7 @@ class Choice:
         match = _PLACE.fullmatch(value)
         if match is None or (form is _Form.ADDRESS and match[3]):
             written = "BUS-ADDRESS (1-5)" if form is _Form.ADDRESS else "BUS-PORT.PORT (2-1.3)"
-            raise _bad(f"{text!r} is no {form.value}: it is written as {form.value}:{written}")
+            raise _bad(f"{text!r} is not a valid {form.value}: it is written as {form.value}:{written}")
         return _normal_port(match)
 
     @property

@@ -62,7 +62,11 @@ class FileStore(ThreadedStore):
             image.close()
             raise image_error(image.path, error, read_only) from error
         if store.ignored:
-            log.warning("%s: the last %d bytes are no whole block and are not shown", path, store.ignored)
+            log.warning(
+                "%s: the size is not a multiple of the block size: the VM does not see the last %d bytes",
+                path,
+                store.ignored,
+            )
         return store
 
     def refresh(self) -> None:

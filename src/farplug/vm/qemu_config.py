@@ -421,4 +421,4 @@ def _port_chardev(index: int, port: UsbPort, resources: Resources) -> str:
             again = {"reconnect_ms": 1000} if resources.qemu_version >= (9, 2) else {"reconnect": 1}
             return option("socket", id=name, host=port.host, port=port.port, nodelay=True, **again)
         case _:
-            raise UsageError(f"{type(port).__name__} is no kind of port", reason=Reason.BAD_OPTION)
+            raise UsageError(f"{type(port).__name__} is not a kind of port", reason=Reason.BAD_OPTION)
