@@ -72,7 +72,10 @@ def test_they_print_as_they_are_written() -> None:
     [
         ("", "write it as"),
         ("vm", "write it as"),
-        ("vm:5900", "write it as"),
+        ("vm:5900", "'vm:5900' is not a valid target: write it as spice://vm:5900"),
+        ("127.0.0.1", "write it as spice://127.0.0.1:5900"),
+        ("[::1]:5901", "write it as spice://[::1]:5901"),
+        ("vm:99999", "write it as spice://host:port"),
         ("http://vm", "write it as"),
         ("spice://", "it has no host"),
         ("spice://vm", "it has no port"),

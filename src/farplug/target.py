@@ -37,6 +37,8 @@ from farplug.transport.stream import ListenPort, SocketSession, StreamPort
 from farplug.transport.vv_file import delete_vv_file, read_vv_file
 
 LOOPBACK = "127.0.0.1"
+SPICE_PORT = 5900
+"""The port of a guess: QEMU's and libvirt's first one."""
 MAX_CA_FILE = 1 << 20
 """The largest file of certificates that we read, in bytes."""
 
@@ -146,7 +148,7 @@ def _spice_target(text: str, scheme: str, rest: str, options: TargetOptions) -> 
                 raise _bad(text, "the path of a socket has no password: give it with --password-file")
             return _with_options(SpiceTarget(unix_path=_path(text, rest)), options)
     if not text.lower().endswith(".vv") and not os.path.isfile(text):
-        raise _bad(text, f"write it as {FORMS}")
+        raise _no_scheme(text)
     vv = read_vv_file(Path(text))
     target = _with_options(SpiceTarget.from_vv(vv), options)
     if vv.delete_this_file:
@@ -155,8 +157,21 @@ def _spice_target(text: str, scheme: str, rest: str, options: TargetOptions) -> 
     return target
 
 
-def _bad(text: str, what: str) -> UsageError:
-    return UsageError(f"{_shown(text)!r} is not a valid target: {what}", reason=Reason.BAD_TARGET)
+def _no_scheme(text: str) -> UsageError:
+    """Return the error of a target without a scheme, which a host with or without a port most often is."""
+    if re.fullmatch(r"[\w.:\[\]-]{1,255}", text, re.ASCII):
+        try:
+            host, port = split_host_and_port(text, port_required=False)
+        except ValueError:
+            host, port = "", None
+        if host:
+            guess = f"spice://{TcpAddress(host, port or SPICE_PORT)}"
+            return _bad(text, f"write it as {guess}", remedy=f"other forms: {FORMS}")
+    return _bad(text, f"write it as {FORMS}")
+
+
+def _bad(text: str, what: str, remedy: str = "") -> UsageError:
+    return UsageError(f"{_shown(text)!r} is not a valid target: {what}", reason=Reason.BAD_TARGET, remedy=remedy)
 
 
 def _shown(text: str) -> str:
@@ -199,7 +214,8 @@ def _spice(text: str, *, tls: bool) -> SpiceTarget:
                 keys = "tls-port= and password=" if tls else "port=, tls-port= and password="
                 raise _bad(text, f"behind its ? may stand {keys}, not {named}")
     if not plain and not tls_port:
-        raise _bad(text, "it has no port")
+        scheme = text.partition(":")[0]
+        raise _bad(text, "it has no port", remedy=f"write it as {scheme}://{TcpAddress(host, SPICE_PORT)}")
     return SpiceTarget(host=host, port=plain, tls_port=tls_port, password=password)
 
 
@@ -235,7 +251,7 @@ def _tcp(text: str, scheme: str, rest: str, *, listen: bool = False) -> TcpAddre
     if not host and not listen:
         raise _bad(text, "it has no host")
     if port is None:
-        raise _bad(text, "it has no port")
+        raise _bad(text, "it has no port", remedy=f"write it as {scheme}://{TcpAddress(host, 4000)}")
     if port == 0 and not listen:
         raise _bad(text, "a port is a number from 1 to 65535")
     return TcpAddress(host or LOOPBACK, port)
