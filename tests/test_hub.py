@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from farplug import hub as hub_module
 from farplug.errors import (
     DeviceError,
     FarplugError,
@@ -130,6 +131,11 @@ class BrokenStore(MemoryStore):
         done(OSError(5, "Input/output error"))
 
 
+async def settle() -> None:
+    for _ in range(200):
+        await asyncio.sleep(0)
+
+
 def disk() -> VirtualDevice:
     return disk_device(MemoryStore(bytes(4096)))
 
@@ -218,6 +224,78 @@ async def test_ports_in_use_are_passed_over_side_by_side() -> None:
         await hub.plug(disk())
     assert sorted(attachment.port.name for attachment in hub.attachments) == ["b", "c"]
     await hub.close()
+
+
+async def test_places_keep_their_ports_and_their_order() -> None:
+    ports = [FakePort(name) for name in "abcd"]
+    hub = Hub(FakeGuest(ports))
+    places = hub.reserve(3)
+    offered: list[str] = []
+    opened: dict[str, int] = {}
+
+    def note(attachment: Attachment, event: PortEvent) -> None:
+        if isinstance(event, events.Attached):
+            offered.append(event.port)
+        elif isinstance(event, events.Opened):
+            opened[event.port] = event.number
+
+    hub.subscribe(note)
+    places[1].give_way()
+    other, last, first = disk(), disk(), disk()
+    plugging = [asyncio.ensure_future(task) for task in (hub.plug(other), hub.plug(last, places[2]))]
+    for port in ports[::-1]:
+        await Peer(port).start()
+    await settle()
+    assert (offered, opened) == ([], {"d": 3, "c": 2}), "both ports are ready, and wait for the first place"
+    plugging.append(asyncio.ensure_future(hub.plug(first, places[0])))
+    await asyncio.gather(*plugging)
+    assert sorted(offered) == ["a", "c", "d"]
+    assert offered[0] == "a"
+    with pytest.raises(PortError, match="taken, or kept for a device that was named"):
+        await hub.plug(disk())
+    assert (await hub.plug(disk(), places[1])).port is ports[1]
+    await hub.close()
+
+
+@pytest.mark.parametrize("ends", ["timeout", "port"])
+async def test_a_place_whose_port_is_not_ready_holds_nobody_up_for_long(
+    ends: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_module, "TURN_TIMEOUT", 0.01 if ends == "timeout" else 100.0)
+    ports = [FakePort(name) for name in "ab"]
+    hub = Hub(FakeGuest(ports))
+    places = hub.reserve(2)
+    silent = asyncio.ensure_future(hub.plug(disk(), places[0]))  # its guest says no hello
+    peer = Peer(ports[1])
+    await peer.start()
+    plugging = asyncio.ensure_future(hub.plug(disk(), places[1]))
+    if ends == "timeout":
+        assert (await plugging).port is ports[1]
+    else:
+        await settle()
+        assert not plugging.done()
+        peer.leave()
+        with pytest.raises(GuestGoneError):
+            await plugging
+    assert not silent.done()
+    await hub.close()
+    with pytest.raises(GuestGoneError):
+        await silent
+
+
+async def test_a_place_whose_port_is_in_use() -> None:
+    busy = PortError("it is in use", reason=Reason.CHANNEL_IN_USE)
+    ports = [FakePort("a", fails=busy), FakePort("b"), FakePort("c")]
+    for port in ports[1:]:
+        await Peer(port).start()
+    hub = Hub(FakeGuest(ports))
+    places = hub.reserve(2)
+    attachments = await asyncio.gather(*(hub.plug(disk(), place) for place in places))
+    assert [attachment.port.name for attachment in attachments] == ["c", "b"]
+    await hub.close()
+    with pytest.raises(PortError, match="4 devices, but the VM has 3 ports"):
+        hub.reserve(4)
+    assert hub.reserve(0) == ()
 
 
 async def test_no_room() -> None:

@@ -21,7 +21,7 @@ from farplug.errors import (
     SetupError,
     UsageError,
 )
-from farplug.hub import Attachment
+from farplug.hub import Attachment, Place
 from farplug.keeper import Keeper
 from farplug.machine import hotplug
 from farplug.machine.choose import Choice
@@ -30,6 +30,7 @@ from farplug.machine.hotplug import Watch
 from farplug.machine.listing import list_devices
 from farplug.machine.lock import DeviceLock
 from farplug.policy import Follow, Policy, Wishes
+from farplug.transport.memory import memory_ports
 from farplug.usb.device import Device
 from farplug.usbredir.rules import parse_rules
 
@@ -88,6 +89,8 @@ class Scene:
         self.attachments: list[FakeAttachment] = []
         self.forgotten: list[object] = []
         self.here: list[str] = []
+        self.places: dict[str, Place | None] = {}
+        self.kept: list[Place] = []
         self.refuses: dict[str, FarplugError] = {}
         self.lost: set[str] = set()
         self.gone: set[int] = set()
@@ -107,8 +110,9 @@ class Scene:
 
     # The hub
 
-    async def plug(self, device: Device) -> Attachment:
+    async def plug(self, device: Device, place: Place | None = None) -> Attachment:
         fake = cast(FakeDevice, device)
+        self.places[fake.found.port] = place
         await self.ready.wait()
         if fake.found.address in self.gone:
             raise LOST
@@ -140,7 +144,7 @@ class Scene:
     async def running_keeper(self) -> AsyncIterator[None]:
         try:
             await self.keeper.prepare()
-            self.running = asyncio.create_task(self.keeper.run(self))
+            self.running = asyncio.create_task(self.keeper.run(self, self.kept))
             yield
         finally:
             if self.running is not None:
@@ -162,6 +166,32 @@ class Scene:
         assert self.running is not None
         await asyncio.wait([self.running], timeout=20)
         return self.running.exception()
+
+
+async def test_named_devices_have_their_places(machine: Machine) -> None:
+    machine.add("1-1", 2, 0x1209, 1)
+    machine.add("1-2", 3, 0x1209, 2)
+    scene = Scene(machine, "port:1-2", "port:1-7", "port:1-1", wait=True, later="allow")
+    scene.kept = [Place(memory_ports()[0]) for _ in range(3)]
+    async with scene.running_keeper():
+        await scene.until(lambda: len(scene.attachments) == 2)
+        assert (scene.places["1-2"], scene.places["1-1"]) == (scene.kept[0], scene.kept[2])
+        assert scene.kept[1].is_passed, "nobody waits for what is not there"
+        machine.add("1-3", 4, 0x1209, 3)
+        machine.add("1-7", 5, 0x1209, 4)
+        await scene.until(lambda: len(scene.attachments) == 4)
+        assert scene.places["1-7"] is scene.kept[1]
+        assert scene.places["1-3"] is None, "a rule took it"
+
+
+async def test_a_named_device_that_cannot_be_plugged_gives_way(machine: Machine) -> None:
+    machine.add("1-1", 2)
+    scene = Scene(machine, "1-1")
+    scene.kept = [Place(memory_ports()[0])]
+    scene.lost.add("1-1")
+    async with scene.running_keeper():
+        assert isinstance(await scene.failed(), DeviceError)
+        assert scene.kept[0].is_passed
 
 
 def is_locked(found: Found) -> bool:

@@ -6,7 +6,7 @@ The command line and later a page are thin clients of it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from types import TracebackType
 from typing import Self, TypeAlias
@@ -18,6 +18,10 @@ from farplug.transport.port import Port
 from farplug.transport.session import Session
 from farplug.usb.device import Device
 from farplug.usb.figures import EndpointFigures
+
+
+TURN_TIMEOUT = 1.5
+"""Seconds that a device whose port is ready waits for the devices of earlier places to be offered."""
 
 
 class AttachmentState(StrEnum):
@@ -44,6 +48,31 @@ _STATES: dict[type, AttachmentState] = {
 }
 
 
+class Place:
+    """A port that is kept for one device, and the device's turn. Made by :meth:`Hub.reserve`.
+
+    Attributes:
+        port: the port.
+    """
+
+    def __init__(self, port: Port) -> None:
+        self.port = port
+        self._turn = asyncio.Event()
+
+    def give_way(self) -> None:
+        """Let the devices of later places be offered: the device of this one was offered, or is not there yet."""
+        self._turn.set()
+
+    async def passed(self) -> None:
+        """Wait until later places have their turn."""
+        await self._turn.wait()
+
+    @property
+    def is_passed(self) -> bool:
+        """Whether later places have their turn."""
+        return self._turn.is_set()
+
+
 class Attachment:
     """A device plugged into a port, as a user sees it. Made by :meth:`Hub.plug`.
 
@@ -61,6 +90,7 @@ class Attachment:
         self.error: FarplugError | None = None
         self._hub = hub
         self._redirection = Redirection(port, self._happened)
+        self._ready = asyncio.Event()
         self._configured = asyncio.Event()
         self._ended = asyncio.Event()
         self._plugging: asyncio.Task[object] | None = None
@@ -115,7 +145,7 @@ class Attachment:
         finally:
             self._finish()
 
-    async def _plug(self) -> None:
+    async def _plug(self, earlier: Sequence[Place]) -> None:
         self._plugging = asyncio.current_task()
         try:
             await self._redirection.open()
@@ -124,6 +154,7 @@ class Attachment:
             raise
         try:
             self._opened()
+            await self._wait_for_turn(earlier)
             await self._redirection.attach(self.device)
         except BaseException as error:
             if isinstance(error, RefusedError) and self.state is not AttachmentState.REFUSED:
@@ -131,10 +162,27 @@ class Attachment:
             await self.unplug()
             raise
 
+    async def _wait_for_turn(self, earlier: Sequence[Place]) -> None:
+        """Wait until the devices of these places were offered, or their time is up, or the port is closed."""
+        if all(place.is_passed for place in earlier):
+            return
+        turn = asyncio.gather(*(place.passed() for place in earlier))
+        ready = asyncio.ensure_future(self._ready.wait())
+        closed = asyncio.ensure_future(self._redirection.closed())
+        try:
+            done, _ = await asyncio.wait((turn, ready, closed), return_when=asyncio.FIRST_COMPLETED)
+            if done == {ready}:
+                await asyncio.wait((turn, closed), timeout=TURN_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for future in (turn, ready, closed):
+                future.cancel()
+            await asyncio.gather(turn, ready, closed, return_exceptions=True)
+
     def _opened(self) -> None:
         if self.state is AttachmentState.OPENING:
             self.state = AttachmentState.WAITING
-            self._hub._happened(self, events.Opened(self.port.name))
+            number = [port is self.port for port in self._hub.session.ports].index(True)
+            self._hub._happened(self, events.Opened(self.port.name, number))
 
     def _happened(self, event: PortEvent) -> None:
         self._opened()  # a guest may speak before open() returns
@@ -145,6 +193,8 @@ class Attachment:
                 self._configured.set()
         else:
             self.state = _STATES.get(type(event), self.state)
+        if isinstance(event, events.GuestReady):
+            self._ready.set()
         if isinstance(event, (events.Refused, events.Detached)):
             self.error = self.error or event.error
         self._hub._happened(self, event)
@@ -189,6 +239,7 @@ class Hub:
         self.attachments: list[Attachment] = []
         self._listeners: list[Listener] = []
         self._plugging: set[asyncio.Task[Attachment]] = set()
+        self._places: list[Place] = []
         self._closing = False
 
     async def __aenter__(self) -> Self:
@@ -226,10 +277,28 @@ class Hub:
                 remedy=f"plug fewer, or {self.session.no_port_remedy}",
             )
 
-    async def plug(self, device: Device) -> Attachment:
-        """Plug ``device`` into the first free port; wait for the guest's hello for as long as it takes.
+    def reserve(self, count: int) -> Sequence[Place]:
+        """Keep the first ``count`` ports of the guest for devices that are plugged with their place.
+
+        The devices are offered in the order of their places, as far as each is ready in time: a guest names disks in
+        the order in which it sees them.
+
+        Raises:
+            PortError: the guest has fewer ports.
+        """
+        if count:
+            self.check_room(count)
+        self._places = [Place(port) for port in self.session.ports[:count]]
+        return tuple(self._places)
+
+    async def plug(self, device: Device, place: Place | None = None) -> Attachment:
+        """Plug ``device`` into a free port; wait for the guest's hello for as long as it takes.
 
         Cancelling it, as :meth:`close` does, leaves the device unplugged.
+
+        Args:
+            device: what to plug in.
+            place: its port. If something else uses the port, and without a place: the first free port that is not kept.
 
         Raises:
             PortError: there is no free port.
@@ -240,7 +309,7 @@ class Hub:
         """
         if self._closing:
             raise GuestGoneError("the guest was left")
-        plugging = asyncio.ensure_future(self._plug(device))
+        plugging = asyncio.ensure_future(self._plug(device, place))
         self._plugging.add(plugging)
         try:
             return await plugging
@@ -251,20 +320,27 @@ class Hub:
             raise
         finally:
             self._plugging.discard(plugging)
+            if place is not None:
+                place.give_way()
 
-    async def _plug(self, device: Device) -> Attachment:
+    async def _plug(self, device: Device, place: Place | None) -> Attachment:
         if any(attachment.device is device and not attachment.over for attachment in self.attachments):
             raise LocalProtocolError(f"{device.identity} is plugged in already")
         self.attachments = [attachment for attachment in self.attachments if attachment.device is not device]
         self.check_room(1)
         in_use: PortError | None = None
-        for port in list(self.session.ports):
+        kept = [place.port for place in self._places]
+        ports = [port for port in self.session.ports if not any(port is other for other in kept)]
+        if place is not None:
+            ports.insert(0, place.port)
+        earlier = self._places if place is None else self._places[: self._places.index(place)]
+        for port in ports:
             if any(attachment.port is port and not attachment.over for attachment in self.attachments):
                 continue
             attachment = Attachment(self, device, port)
             self.attachments.append(attachment)
             try:
-                await attachment._plug()
+                await attachment._plug(earlier)
             except PortError as error:  # somebody else's: the next one may be free
                 in_use = error
             except BaseException:
@@ -283,8 +359,9 @@ class Hub:
     def _no_free_port(self, device: Device) -> PortError:
         count = len(self.session.ports)
         ports = "its only port is" if count == 1 else f"all of its {count} ports are"
+        taken = "taken, or kept for a device that was named" if self._places else "taken"
         return PortError(
-            f"the VM has no free port for {device.identity}: {ports} taken",
+            f"the VM has no free port for {device.identity}: {ports} {taken}",
             reason=Reason.NO_FREE_PORT,
             remedy=self.session.no_port_remedy,
         )

@@ -7,13 +7,13 @@ them through the hub. What is pulled out leaves the guest; what comes back is pl
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, NoReturn, Protocol
 
 from farplug.errors import DeviceError, FarplugError, PortError, Reason, RefusedError
-from farplug.hub import Attachment
+from farplug.hub import Attachment, Place
 from farplug.libusb.library import Library
 from farplug.machine.found import Found
 from farplug.machine.hotplug import Departed, Watch
@@ -33,7 +33,7 @@ LOSS_PATIENCE = 3.0
 class Plugger(Protocol):
     """What plugs devices in: the :class:`~farplug.hub.Hub`."""
 
-    async def plug(self, device: Device) -> Attachment:
+    async def plug(self, device: Device, place: Place | None = None) -> Attachment:
         """See :meth:`farplug.hub.Hub.plug`."""
 
     def forget(self, attachment: Attachment) -> None:
@@ -110,6 +110,7 @@ class Keeper:
         self._locks: dict[Seat, DeviceLock] = {}
         self._keeping: dict[Seat, asyncio.Task[None]] = {}
         self._attachments: dict[Seat, Attachment] = {}
+        self._places: dict[Seat, Place] = {}
         self._beside: set[asyncio.Task[None]] = set()
         self._failed: asyncio.Future[NoReturn] | None = None
         self._watching = False
@@ -143,14 +144,24 @@ class Keeper:
             self._listener.note("what is plugged in from now on goes into the VM if the rules allow it")
         return sum(seat.named for seat in self._policy.seats)
 
-    async def run(self, hub: Plugger) -> NoReturn:
+    async def run(self, hub: Plugger, places: Sequence[Place] = ()) -> NoReturn:
         """Plug, and go on until cancelled. Closing the hub, which comes next, unplugs what is plugged then.
+
+        Args:
+            hub: what plugs devices in.
+            places: one for each device that was named, in the order of ``Wishes.choices``; or none at all. A device
+                that comes back has its place again.
 
         Raises:
             FarplugError: a device that was named cannot be plugged, or the guest is gone.
         """
         self._failed = asyncio.get_running_loop().create_future()
         watching = asyncio.ensure_future(self._follow(hub))
+        if places:
+            self._places = dict(zip((seat for seat in self._policy.seats if seat.named), places, strict=True))
+        for seat, place in self._places.items():
+            if seat.found is None:
+                place.give_way()
         for plug in self._plugs:
             self._start(hub, plug)
         try:
@@ -233,18 +244,21 @@ class Keeper:
         if before is not None:
             await asyncio.wait([before])  # its port is free then
         seat, attached, device = plug.seat, False, None
+        place = self._places.get(seat)
         try:
             if seat not in self._locks:
                 self._locks[seat] = await aside(partial(DeviceLock, plug.found), DeviceLock.release)
             device = await self._find(plug.found)
             self._listener.plugging(device, plug.found)
-            self._attachments[seat] = await hub.plug(device)
+            self._attachments[seat] = await hub.plug(device, place)
             attached = True
             if seat.found is not plug.found:  # it was pulled out while it was being plugged in
                 self._soon(_unplug(self._attachments[seat]))
             error = await self._attachments[seat].ended()
         except FarplugError as raised:
             error = raised
+        if place is not None:
+            place.give_way()
         if attached:
             hub.forget(self._attachments.pop(seat))
         if device is not None:

@@ -17,7 +17,7 @@ IDENTITY = Identity(speed=Speed.SUPER, vendor_id=0x1D6B, product_id=0x0104, manu
 ERROR = DeviceError("it is gone", reason=Reason.DEVICE_LOST, remedy="wait")
 
 EVENTS: dict[str, tuple[events.PortEvent, str]] = {
-    "opened": (events.Opened("tcp"), "connected to the guest's port (tcp)"),
+    "opened": (events.Opened("tcp", 0), "connected to port 0 of the guest (tcp)"),
     "waiting-for-guest": (
         events.WaitingForGuest("tcp"),
         "the guest has not answered yet: its VM may be paused, or the port may serve another client; waiting",

@@ -46,12 +46,13 @@ class PortEvent:
 
 @dataclass(frozen=True, slots=True)
 class Opened(PortEvent):
-    """The port is open: its connection stands."""
+    """The port is open: its connection is established. ``number`` counts the guest's ports from 0."""
 
     name: ClassVar[str] = "opened"
+    number: int
 
     def __str__(self) -> str:
-        return f"connected to the guest's port ({self.port})"
+        return f"connected to port {self.number} of the guest ({self.port})"
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,7 +82,7 @@ class CdromDrive(LogicalUnit):
             serial_number=self.serial_number,
             luns=luns,
             ejected=self._ejected_by_guest,
-            prevented=lambda locked: self.report(MediumLocked(locked)),
+            prevented=lambda locked: self.report(MediumLocked(locked, lun=self.number)),
         )
         super().__init__(self._scsi, disc)
         self.queues = False  # a CD-ROM has one reader
@@ -124,7 +124,7 @@ class CdromDrive(LogicalUnit):
                 await disc.close()
             raise
         self.store = disc
-        self.report(MediumInserted(disc.name))
+        self.report(MediumInserted(disc.name, lun=self.number))
 
     async def eject(self, *, force: bool = False) -> None:
         """Take the medium out, if there is one, and close it.
@@ -163,7 +163,7 @@ class CdromDrive(LogicalUnit):
     def _take_out(self, disc: _Disc, *, by_guest: bool) -> None:
         disc.remove()
         self.store = None
-        self.report(MediumEjected(disc.name, by_guest))
+        self.report(MediumEjected(disc.name, by_guest, lun=self.number))
 
 
 def _disc(iso: Iso, *, force: bool = False) -> _Disc:
@@ -173,7 +173,7 @@ def _disc(iso: Iso, *, force: bool = False) -> _Disc:
 
 
 def drives_of(device: Device) -> Sequence[CdromDrive]:
-    """Find the drives of a device, in the order of its logical units."""
+    """Return the drives of a device, in the order of its logical units."""
     functions = device.functions if isinstance(device, VirtualDevice) else ()
     storage = [function for function in functions if isinstance(function, MassStorage)]
     return [unit for function in storage for unit in function.units if isinstance(unit, CdromDrive)]

@@ -8,9 +8,20 @@ from typing import ClassVar
 from farplug.usb.device import DeviceEvent
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MediumEvent(DeviceEvent):
+    """Something that happens to the medium of a drive.
+
+    Attributes:
+        lun: the number of the drive, which is a logical unit of its device.
+    """
+
+    lun: int = 0
+
+
 @dataclass(frozen=True, slots=True)
-class MediumInserted(DeviceEvent):
-    """A medium was put into the device's drive."""
+class MediumInserted(MediumEvent):
+    """A medium was put into a drive of the device."""
 
     name: ClassVar[str] = "medium-inserted"
     medium: str
@@ -20,8 +31,8 @@ class MediumInserted(DeviceEvent):
 
 
 @dataclass(frozen=True, slots=True)
-class MediumEjected(DeviceEvent):
-    """The medium was taken out of the device's drive, by the guest or from here."""
+class MediumEjected(MediumEvent):
+    """The medium was taken out of a drive of the device, by the guest or from here."""
 
     name: ClassVar[str] = "medium-ejected"
     medium: str
@@ -32,8 +43,8 @@ class MediumEjected(DeviceEvent):
 
 
 @dataclass(frozen=True, slots=True)
-class MediumLocked(DeviceEvent):
-    """The guest prevents, or allows again, that the medium is taken out of the device's drive: it is mounted there."""
+class MediumLocked(MediumEvent):
+    """The guest prevents, or allows again, that the medium is taken out of a drive of the device."""
 
     name: ClassVar[str] = "medium-locked"
     locked: bool

@@ -71,6 +71,8 @@ class MassStorage(Function):
         if not 1 <= len(units) <= MAX_UNITS:
             raise ValueError(f"a mass storage device has 1 to {MAX_UNITS} logical units, not {len(units)}")
         self.units = units
+        for number, unit in enumerate(units):
+            unit.number = number
         if transport is StorageTransport.AUTO and not any(unit.queues for unit in units):
             transport = StorageTransport.BOT
         self._transport = transport

@@ -75,6 +75,7 @@ class LogicalUnit:
         bytes_written: to the store.
         lingering: jobs under way whose commands are gone.
         unreported: an error of work whose command was gone when it failed. The next flush fails with it.
+        number: the unit's number in its device; the device sets it.
         report: reports an event of the unit; its device sets it.
         unflushed: what the guest wrote and has not flushed.
     """
@@ -87,6 +88,7 @@ class LogicalUnit:
     bytes_written: int = field(default=0, init=False)
     lingering: int = field(default=0, init=False)
     unreported: OSError | None = field(default=None, init=False)
+    number: int = field(default=0, init=False)
     report: Callable[[DeviceEvent], None] = field(default=_unheard, init=False)
     unflushed: Unflushed = field(default_factory=Unflushed, init=False)
 
