@@ -228,7 +228,7 @@ async def test_ports_in_use_are_passed_over_side_by_side() -> None:
 
 async def test_places_keep_their_ports_and_their_order() -> None:
     ports = [FakePort(name) for name in "abcd"]
-    hub = Hub(FakeGuest(ports))
+    hub = Hub(FakeSession(ports))
     places = hub.reserve(3)
     offered: list[str] = []
     opened: dict[str, int] = {}
@@ -263,7 +263,7 @@ async def test_a_place_whose_port_is_not_ready_holds_nobody_up_for_long(
 ) -> None:
     monkeypatch.setattr(hub_module, "TURN_TIMEOUT", 0.01 if ends == "timeout" else 100.0)
     ports = [FakePort(name) for name in "ab"]
-    hub = Hub(FakeGuest(ports))
+    hub = Hub(FakeSession(ports))
     places = hub.reserve(2)
     silent = asyncio.ensure_future(hub.plug(disk(), places[0]))  # its guest says no hello
     peer = Peer(ports[1])
@@ -288,7 +288,7 @@ async def test_a_place_whose_port_is_in_use() -> None:
     ports = [FakePort("a", fails=busy), FakePort("b"), FakePort("c")]
     for port in ports[1:]:
         await Peer(port).start()
-    hub = Hub(FakeGuest(ports))
+    hub = Hub(FakeSession(ports))
     places = hub.reserve(2)
     attachments = await asyncio.gather(*(hub.plug(disk(), place) for place in places))
     assert [attachment.port.name for attachment in attachments] == ["c", "b"]

@@ -19,7 +19,6 @@ from farplug.transport.session import Session
 from farplug.usb.device import Device
 from farplug.usb.figures import EndpointFigures
 
-
 TURN_TIMEOUT = 1.5
 """Seconds that a device whose port is ready waits for the devices of earlier places to be offered."""
 

@@ -44,7 +44,7 @@ class Cli:
         code = run([str(argument) for argument in arguments])
         out, err = self._capfd.readouterr()
         assert "Traceback" not in err
-        assert "defect" not in err
+        assert "internal error" not in err
         return Result(int(code), out, err)
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import fcntl
 import json
+import os
 import re
 import shlex
+import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +17,7 @@ import pytest
 from tests.cli.support import Cli, FakeGuest, blank, in_thread, interrupt, interrupted_after, saying
 from tests.transport.fake_spice import Certificates, Channel, FakeSpice, free_port, running
 
+from farplug.cli.main import run
 from farplug.redirection import engine
 from farplug.spice.types import ChannelType, LinkError
 from farplug.usbredir import packets as p
@@ -82,8 +87,18 @@ def test_an_image_twice_for_writing(cli: Cli, image: Path) -> None:
     for other in ("--usb-disk", "--usb-disk-ro"):
         result = cli("connect", "tcp://127.0.0.1:1", "--usb-disk", image, other, image)
         assert result.code == 3
-        assert "is in use" in result.err
+        assert f"{image} is named twice" in result.err
+        assert "disks with a snapshot share an image" in result.err
     assert cli("connect", "tcp://127.0.0.1:1", "--usb-disk", image).code == 4, "the lock is gone"
+    for options in (
+        ("--usb-disk-ro", image, "--usb-disk-ro", image),
+        ("--usb-disk", image, "--usb-disk", image, "--snapshot"),
+    ):
+        assert cli("connect", "tcp://127.0.0.1:1", *options).code == 4
+    with image.open("r+b") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)  # another program
+        result = cli("connect", "tcp://127.0.0.1:1", "--usb-disk", image)
+        assert (result.code, f"{image} is in use" in result.err) == (3, True)
 
 
 def test_an_image_that_is_unusable_costs_no_ticket(cli: Cli, tmp_path: Path) -> None:
@@ -105,7 +120,9 @@ def test_an_image_that_is_unusable_costs_no_ticket(cli: Cli, tmp_path: Path) -> 
         ("spice://no-such-host.invalid:5900", 4, "the name cannot be resolved"),
         ("unix:/no/such/socket", 4, "there is no such socket"),
         ("tcp-listen://203.0.113.1:4000", 4, "cannot listen on 203.0.113.1:4000"),
-        ("vmhost:5900", 2, "'vmhost:5900' is not a valid target: write it as spice://host:port"),
+        ("vmhost:5900", 2, "'vmhost:5900' is not a valid target: write it as spice://vmhost:5900\n  other forms: "),
+        ("spice://vmhost", 2, "it has no port\n  write it as spice://vmhost:5900"),
+        ("tcp://vmhost", 2, "it has no port\n  write it as tcp://vmhost:4000"),
         ("", 2, "is not a valid target"),
         ("x" * 5000, 2, "is not a valid target"),
         ("x" * 5000 + ".vv", 2, "File name too long"),
@@ -169,7 +186,42 @@ def test_what_is_ignored_in_a_vv_file_is_reported(cli: Cli, image: Path, tmp_pat
         (("tcp://h:1", "--usb-disk"), "requires an argument"),
         (("tcp://h:1", "--usb-disk", "x", "--usb-speed", "warp"), "'warp' is not one of 'auto', 'high', 'super'"),
         (("tcp://h:1", "--usb-disk", "x", "--block-size", "520"), "'520' is not one of '512', '4096'"),
-        (("tcp://h:1", "--usb-device", "0781:5567", "--snapshot"), "--snapshot says nothing without --usb-disk"),
+        (
+            ("tcp://h:1", "--usb-device", "0781:5567", "--snapshot"),
+            "--snapshot has no effect without --usb-disk: a USB device of this machine keeps what the VM writes to it",
+        ),
+        (
+            ("tcp://h:1", "--usb-disk-ro", "x", "--snapshot"),
+            "--snapshot has no effect without --usb-disk: a --usb-disk-ro never changes",
+        ),
+        (
+            ("tcp://h:1", "--usb-cdrom", "x", "--snapshot-file", "f"),
+            "--snapshot-file has no effect without --usb-disk\n",
+        ),
+        (
+            ("tcp://h:1", "--usb-disk", "x", "--snapshot", "--snapshot-file", "f"),
+            "--snapshot and --snapshot-file contradict each other",
+        ),
+        (
+            ("tcp://h:1", "--usb-disk", "a/x.raw", "--usb-disk", "y,snapshot=z", "--snapshot-file", "f"),
+            "--snapshot-file is for one --usb-disk, not 2\n"
+            "  name a file for each disk: --usb-disk a/x.raw,snapshot=x.raw.snap --usb-disk y,snapshot=z\n",
+        ),
+        (
+            ("tcp://h:1", "--usb-disk", "x,snapshot=y", "--snapshot-file", "f"),
+            "x has two snapshot files: --snapshot-file f and snapshot=y",
+        ),
+        (
+            ("tcp://h:1", "--usb-disk", "x,snapshot=y", "--snapshot"),
+            "--snapshot has no effect: each --usb-disk has a snapshot file",
+        ),
+        (
+            ("tcp://h:1", "--usb-disk", "x,snapshot=s", "--usb-disk", "y,snapshot=./s"),
+            "s is the snapshot file of two disks",
+        ),
+        (("tcp://h:1", "--usb-disk", "x,snapshot="), "the path of the snapshot is missing"),
+        (("tcp://h:1", "--usb-disk", ",snapshot=x"), "the path of the image is missing"),
+        (("tcp://h:1", "--usb-disk-ro", "x,snapshot=y"), "to let it write to the snapshot: --usb-disk x,snapshot=y"),
         (("tcp://h:1", "--nonsense"), "No such option"),
         (("tcp://h:1", "more"), "unexpected extra argument"),
         (("spice://h:1", "--usb-disk", "x", "--ask-password"), "--ask-password needs a terminal"),
@@ -292,6 +344,161 @@ def test_tls(cli: Cli, image: Path, tmp_path: Path) -> None:
         assert r"if this is the right host, give --host-subject 'O=Test\, Inc.,CN=vmhost'" in result.err
 
 
+@pytest.fixture
+def iso(tmp_path: Path) -> Path:
+    """An ISO image, as far as farplug looks."""
+    path = tmp_path / "installer.iso"
+    content = bytearray(1 << 20)
+    content[32768:32775] = b"\x01CD001\x01"
+    path.write_bytes(content)
+    return path
+
+
+def _ports(out: str) -> list[str]:
+    lines = map(json.loads, out.splitlines())
+    return [line["message"] for line in lines if line["event"] == "opened"]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_ports_follow_the_command_line(cli: Cli, tmp_path: Path, iso: Path, reverse: bool) -> None:
+    (tmp_path / "drivers").mkdir()
+    pairs = [
+        ("--usb-folder", tmp_path / "drivers"),
+        ("--usb-cdrom", iso),
+        ("--usb-disk", blank(tmp_path / "a.raw")),
+        ("--usb-disk-ro", blank(tmp_path / "b.raw")),
+        ("--usb-disk", f"{blank(tmp_path / 'c.raw')},snapshot={tmp_path / 'c.snap'}"),
+    ]
+    names = ["drivers", "cdrom0 (installer.iso)", "a.raw", "b.raw", "c.raw"]
+    if reverse:
+        pairs.reverse()
+        names.reverse()
+    waiting = set(range(5))
+    offered: list[int] = []
+
+    async def behave(channel: Channel) -> None:
+        number = channel.mess.channel_id
+
+        def configured() -> None:
+            waiting.discard(number)
+            if not waiting:
+                interrupt()
+
+        guest = FakeGuest(configured)
+        answer = guest._answer
+
+        def noted(packet: p.Packet) -> None:
+            if isinstance(packet, p.DeviceConnect):
+                offered.append(number)
+            answer(packet)
+
+        guest._answer = noted  # type: ignore[method-assign]
+        await guest.behave(channel)
+
+    fake = FakeSpice(usbredir=behave, vmc_caps=0, channels=((3, 0), *((9, number) for number in range(5))))
+    with in_thread(lambda: running(fake)) as port:
+        arguments = [word for pair in pairs for word in pair]
+        result = cli("connect", f"spice://127.0.0.1:{port}", "--json", *arguments)
+    assert (result.code, result.err) == (0, "")
+    assert sorted(_ports(result.out)) == [f"port {number}: {name}" for number, name in enumerate(names)]
+    lines = map(json.loads, result.out.splitlines())
+    attached = [line["device"] for line in lines if line["event"] == "attached"]
+    assert attached == [name.partition(" ")[0] for name in names], "the VM sees them in this order"
+    assert (tmp_path / "c.snap").exists()
+
+
+def test_logical_units_follow_the_command_line(cli: Cli, tmp_path: Path, iso: Path) -> None:
+    second = Path(shutil.copy(iso, tmp_path / "drivers.iso"))
+    with in_thread(FakeGuest().listening) as target:
+        result = cli(
+            *("connect", target, "--usb-cdrom", iso, "--usb-disk", blank(tmp_path / "a.raw"), "--usb-cdrom", second)
+        )
+    assert (result.code, result.err) == (0, "")
+    assert " port 0: LUN 0 cdrom0 (installer.iso), LUN 1 a.raw, LUN 2 cdrom1 (drivers.iso)\n" in result.out
+    assert " cdrom0, a.raw, cdrom1: attached as " in result.out
+
+
+def test_a_snapshot_file_for_each_disk(cli: Cli, tmp_path: Path) -> None:
+    first, second = blank(tmp_path / "a.raw"), blank(tmp_path / "b,snapshot=b.raw")
+    for options in (
+        (
+            "--usb-disk",
+            f"{first},snapshot={tmp_path / 'a=1,2.snap'}",
+            "--usb-disk",
+            f"{second},snapshot={tmp_path / 'b'}",
+        ),
+        ("--usb-disk", f"{first},snapshot={tmp_path / 'c'}", "--usb-disk", second, "--snapshot"),
+        ("--usb-disk", second, "--snapshot-file", tmp_path / "d"),
+    ):
+        assert cli("connect", "tcp://127.0.0.1:1", *options).code == 4
+    made = sorted(path.name for path in tmp_path.iterdir())
+    assert made == ["a.raw", "a=1,2.snap", "b", "b,snapshot=b.raw", "c", "d"]
+    listed = json.loads(cli("image", "info", tmp_path / "b", "--json").out)
+    assert (listed["image"], listed["size"], listed["half_committed"]) == (str(second), 1 << 20, False)
+
+
+def test_images_that_were_meant_otherwise(cli: Cli, tmp_path: Path, iso: Path) -> None:
+    (tmp_path / "drivers").mkdir()
+    result = cli("connect", "tcp://127.0.0.1:1", "--usb-disk", tmp_path / "drivers")
+    assert (result.code, f"--usb-folder {tmp_path / 'drivers'}" in result.err) == (3, True)
+    result = cli("connect", "tcp://127.0.0.1:1", "--usb-disk", iso)
+    assert result.code == 4, "it may be meant so"
+    assert f"installer.iso is an ISO image: --usb-cdrom {iso} shows it as a CD-ROM" in result.out
+    with iso.open("r+b") as file:  # one that boots from a stick, too
+        os.pwrite(file.fileno(), b"\x55\xaa", 510)
+    assert "is an ISO image" not in cli("connect", "tcp://127.0.0.1:1", "--usb-disk", iso).out
+
+
+def test_a_bug_in_the_engine_is_not_the_servers_fault(
+    cli: Cli, image: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: object, packet: object) -> None:
+        raise AttributeError("no such thing")
+
+    monkeypatch.setattr(engine.Redirection, "_on_hello", broken)
+    for serve in (
+        FakeGuest().listening,
+        lambda: running(FakeSpice(usbredir=FakeGuest().behave, vmc_caps=0)),
+    ):
+        with in_thread(serve) as where:
+            target = where if isinstance(where, str) else f"spice://127.0.0.1:{where}"
+            assert run(["connect", target, "--usb-disk", str(image), "--json"]) == 1
+        out, err = capfd.readouterr()
+        assert err == "farplug: internal error: AttributeError: no such thing\n  please report it; --debug shows more\n"
+        assert json.loads(out.splitlines()[-1])["reason"] == "internal-error"
+
+
+def test_a_bug_in_a_callback_of_the_event_loop(
+    image: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> None:
+        raise ZeroDivisionError("our bug")
+
+    def configured(self: object, configuration: int) -> None:
+        asyncio.get_running_loop().call_soon(broken)
+
+    monkeypatch.setattr(engine.Redirection, "_configured", configured)
+    guest = FakeGuest(lambda: None)
+    with in_thread(guest.listening) as target:
+        assert run(["connect", target, "--usb-disk", str(image), "--debug"]) == 1
+    err = capfd.readouterr().err
+    assert "farplug: internal error: ZeroDivisionError: our bug\n" in err
+    assert "in broken" in err, "where it comes from"
+    assert any(isinstance(packet, p.DeviceDisconnect) for packet in guest.seen), "the VM saw the disk leave"
+
+
+def test_a_spice_server_behind_a_plain_target(cli: Cli, image: Path) -> None:
+    with in_thread(lambda: saying(b"REDQ" + bytes(190))) as port:
+        result = cli("connect", f"tcp://127.0.0.1:{port}", "--usb-disk", image)
+    assert result.code == 10
+    assert f"a SPICE server answers at 127.0.0.1:{port}, not a usbredir chardev\n" in result.err
+    assert "spice://HOST:PORT" in result.err
+    with in_thread(lambda: saying(b"\x15\x03\x01\x00\x02\x02\x28")) as port:  # a TLS port
+        result = cli("connect", f"tcp://127.0.0.1:{port}", "--usb-disk", image)
+    assert (result.code, "spice+tls://HOST:PORT" in result.err) == (4, True)
+    assert f"the peer at 127.0.0.1:{port} " in result.err
+
+
 def test_tls_needed(cli: Cli, image: Path) -> None:
     with in_thread(lambda: running(FakeSpice(secured=frozenset({ChannelType.MAIN})))) as port:
         result = cli("connect", f"spice://127.0.0.1:{port}", "--usb-disk", image)
@@ -385,11 +592,12 @@ def test_plain_lines(cli: Cli, image: Path) -> None:
     assert (result.code, result.err) == (0, "")
     lines = [line[9:] for line in result.out.splitlines()]
     assert lines[0] == f"reach: {target.removeprefix('tcp://')}"
-    assert lines[1].startswith("disk.raw: the guest is ready")
-    assert lines[2] == "disk.raw: attached as 1d6b:0104 farplug Virtual Disk at SuperSpeed (5 Gb/s)"
-    assert lines[3] == "disk.raw: configured by the guest (configuration 1)"
-    assert lines[4] == "leaving; interrupt again to leave at once"
-    assert lines[5] == "disk.raw: detached (0 B read, 0 B written, 0 commands)"
+    assert lines[1] == "port 0: disk.raw"
+    assert lines[2].startswith("disk.raw: the guest is ready")
+    assert lines[3] == "disk.raw: attached as 1d6b:0104 farplug Virtual Disk at SuperSpeed (5 Gb/s)"
+    assert lines[4] == "disk.raw: configured by the guest (configuration 1)"
+    assert lines[5] == "leaving; interrupt again to leave at once"
+    assert lines[6] == "disk.raw: detached (0 B read, 0 B written, 0 commands)"
 
 
 def test_json(cli: Cli, image: Path) -> None:
@@ -404,6 +612,9 @@ def test_json(cli: Cli, image: Path) -> None:
     notes = [line["message"] for line in lines if line["event"] == "note"]
     assert "SPICE serves one client at a time" in notes[0]
     assert all(isinstance(line["time"], float) and isinstance(line.get("message", ""), str) for line in lines)
+    opened = next(line for line in lines if line["event"] == "opened")
+    assert (opened["port"], opened["number"], opened["units"]) == ("usbredir 0", 0, ["disk.raw"])
+    assert opened["message"] == "port 0: disk.raw"
     attached = next(line for line in lines if line["event"] == "attached")
     assert attached["device"] == "disk.raw"
     assert attached["identity"]["vendor_id"] == 0x1D6B
@@ -445,14 +656,17 @@ def test_a_paused_vm_is_waited_for(
     monkeypatch.setattr(engine, "HELLO_PATIENCE", 0.1)
     with in_thread(FakeGuest(silent=True).listening) as target, interrupted_after(2):
         result = cli("connect", target, "--usb-disk", image, *json_option)
-    assert result.code == 0
+    assert result.code == 130, "no device was plugged in"
+    assert result.err == "farplug: interrupted\n"
     assert "its VM may be paused, or the port may serve another client; waiting" in result.out
+    if json_option:
+        assert json.loads(result.out.splitlines()[-1])["reason"] == "interrupted"
 
 
 def test_interrupted_while_waiting_for_qemu(cli: Cli, image: Path) -> None:
     with interrupted_after(1.5):
         result = cli("connect", f"tcp-listen://127.0.0.1:{free_port()}", "--usb-disk", image)
-    assert (result.code, result.err) == (0, "")
+    assert (result.code, result.err) == (130, "farplug: interrupted\n")
     assert "waiting for QEMU to connect" in result.out
 
 
@@ -463,7 +677,7 @@ def test_interrupted_while_connecting(cli: Cli, image: Path) -> None:
 
     with in_thread(lambda: running(FakeSpice(main=silent))) as port:
         result = cli("connect", f"spice://127.0.0.1:{port}", "--usb-disk", image)
-    assert (result.code, result.err) == (0, "")
+    assert (result.code, result.err) == (130, "farplug: interrupted\n")
     assert "channels" not in result.out, "a stage that was not reached"
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 
@@ -22,11 +23,20 @@ def test_this_machine(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     result = cli("doctor")
     assert result.code == 0, "connect needs none of them"
     assert "  -       mcopy               not installed: files in and out of images" in result.out
-    assert "  mend it: sudo apt-get install mtools zstd" in result.out
+    assert "  -       to install          sudo apt-get install mtools\n" in result.out
+    assert "  -       throw-away VM       not installed: mcopy, zstd (for exFAT, NTFS and farplug demo)" in result.out
+    assert "          install it: sudo apt-get install mtools zstd\n" in result.out
+    assert "setpriv" not in result.out
+    assert "usbredirparser" not in result.out
+    result = cli("doctor", "--all")
+    assert "  ok      usbredirparser" in result.out
+    assert "  -       zstd                not installed: unpacks the VM's kernel" in result.out
+    monkeypatch.setattr(needs.Need, "found", lambda need: "/x")
+    assert "  ok      throw-away VM       for exFAT, NTFS and farplug demo\n" in cli("doctor").out
     monkeypatch.setattr(doctor, "LIBRARIES", ("rich", "no-such-library"))
     result = cli("doctor")
     assert result.code == 11
-    assert "MISSING no-such-library" in result.out
+    assert "MISSING no-such-library     not installed" in result.out
     assert "-m pip install no-such-library" in result.out
 
 
@@ -58,6 +68,26 @@ def test_usb_devices(cli: Cli, machine: Machine, monkeypatch: pytest.MonkeyPatch
     assert lines[2] == "  -       permission          none for 2 of them: 1-1, 1-2"
     assert lines[3].startswith('          echo \'SUBSYSTEM=="usb", ENV{DEVTYPE}=="usb_device", ')
     assert "farplug doctor --install-udev-rule" in lines[-1]
+
+
+def test_json(cli: Cli, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine.add("1-1", 2)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    monkeypatch.setattr(udev, "install", lambda rule: Path("/etc/udev/rules.d/70-farplug.rules"))
+    result = cli("doctor", "--json", "--install-udev-rule")
+    assert (result.code, result.err) == (0, "")
+    lines = [json.loads(line) for line in result.out.splitlines()]
+    assert lines[0]["message"] == "/etc/udev/rules.d/70-farplug.rules:"
+    checks = {line["name"]: line for line in lines if line["event"] == "check"}
+    assert {line["section"] for line in checks.values()} == {"connect", "usb", "images"}
+    assert checks["farplug"]["status"] == "ok"
+    assert checks["permission"]["status"] == "note"
+    assert "--install-udev-rule" in checks["permission"]["remedy"]
+    monkeypatch.setattr(doctor, "LIBRARIES", ("no-such-library",))
+    result = cli("doctor", "--json")
+    checks = {line["name"]: line for line in map(json.loads, result.out.splitlines())}
+    assert result.code == 11
+    assert checks["no-such-library"]["status"] == "missing"
 
 
 def test_no_usb(cli: Cli, machine: Machine) -> None:
@@ -107,7 +137,7 @@ def test_a_spice_target(cli: Cli) -> None:
         f"  ok      ticket              {where}",
         f"  ok      channels            {where}",
         "  ok      VM                  testvm 00010203-0405-0607-0809-0a0b0c0d0e0f",
-        "  ok      usbredir channels   2: so many devices can be plugged in",
+        "  ok      usbredir channels   2 (so up to 2 devices)",
         "  ok      usbredir 0          ready: farplug 0.1.0",
         "  ok      usbredir 1          ready: farplug 0.1.0",
     ]
@@ -146,7 +176,17 @@ def test_plain_sockets(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "HELLO_SECONDS", 0.2)
     with in_thread(FakeGuest(silent=True).listening) as target:
         result = cli("doctor", target)
-        assert (result.code, "no answer within 0.2 s: the VM is paused" in result.out) == (0, True)
+        assert result.code == 13
+        assert "  PAUSED  tcp                 no answer within 0.2 s: the VM is paused" in result.out
+        assert result.err.startswith(
+            "farplug: the VM does not answer: it is paused, or the port serves another client\n"
+        )
+        lines = [json.loads(line) for line in cli("doctor", target, "--json").out.splitlines()]
+        assert [(line["name"], line["status"]) for line in lines if line.get("section") == "target"] == [
+            ("reach", "ok"),
+            ("tcp", "paused"),
+        ]
+        assert (lines[-1]["event"], lines[-1]["reason"], lines[-1]["exit_code"]) == ("failed", "paused", 13)
     with in_thread(lambda: saying(b"HTTP/1.1 400 Bad Request\r\n\r\n" + bytes(99))) as port:
         monkeypatch.setattr(doctor, "HELLO_SECONDS", 5.0)
         result = cli("doctor", f"tcp://127.0.0.1:{port}")

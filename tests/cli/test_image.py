@@ -37,7 +37,7 @@ def test_sizes(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "8X", "8GB", "-1", "1.5G", "G", "8 G", "٣", "9" * 30, "8G\n"])
 def test_no_sizes(text: str) -> None:
-    with pytest.raises(UsageError, match="is no size"):
+    with pytest.raises(UsageError, match="is not a size"):
         parse_size(text)
 
 
@@ -86,7 +86,7 @@ def test_an_iso_image(cli: Cli, here: Path) -> None:
     ("arguments", "code", "text"),
     [
         ("", ExitCode.USAGE, "the image has no name"),
-        ("8X -o x.raw", ExitCode.USAGE, "'8X' is no size"),
+        ("8X -o x.raw", ExitCode.USAGE, "'8X' is not a size"),
         ("-o x.raw", ExitCode.USAGE, "needs a size"),
         ("8M -o x.raw", ExitCode.IMAGE, "8388608 bytes are too small for FAT32"),
         ("9000000T -o x.raw", ExitCode.IMAGE, "too large"),

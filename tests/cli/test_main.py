@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import json
 import os
 import re
+import signal
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -21,13 +24,43 @@ def test_help(cli: Cli) -> None:
     for arguments in ((), ("--help",), ("-h",)):
         result = cli(*arguments)
         assert (result.code, result.err) == (0, "")
-        for word in ("connect", "devices", "doctor", "demo", "image", "Exit codes"):
+        for word in ("connect", "devices", "doctor", "demo", "image"):
             assert word in result.out
+        assert "'farplug connect --help' ends with the exit codes" in result.out
+    shown = cli("connect", "--help").out
     for code, what in EXIT_CODES.items():
-        assert f"{code:>3}  {what}" in cli().out
-    for command in ("connect", "devices", "doctor", "demo", "image"):
-        assert cli(command, "--help").code == 0
-    assert "--password-file, --ask-password, FARPLUG_PASSWORD" in cli("connect", "--help").out
+        assert f"{code:>3}  {what}" in shown[shown.index("Exit codes") :]
+    assert "--password-file, --ask-password, FARPLUG_PASSWORD" in shown
+    for panel in (
+        "Images",
+        "USB devices of this machine",
+        "How the VM sees images",
+        "Connection (SPICE)",
+        "Output and",
+    ):
+        assert f"─ {panel}" in shown
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "",
+        "connect",
+        "devices",
+        "doctor",
+        "demo",
+        "image",
+        "image create",
+        "image info",
+        "image commit",
+        "image discard",
+    ],
+)
+def test_help_shows_no_type_of_what_has_no_value(cli: Cli, command: str) -> None:
+    result = cli(*command.split(), "--help")
+    assert (result.code, result.err) == (0, "")
+    assert "bool" not in result.out.lower()
+    assert "--help" in result.out
 
 
 def test_exit_codes_are_documented() -> None:
@@ -59,10 +92,119 @@ def test_a_defect(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
     monkeypatch.setattr(devices, "_kind_lines", broken)
     assert run(["devices"]) == 1
     assert capsys.readouterr().err == (
-        "farplug: a defect in farplug: ZeroDivisionError: it\n  please report it (with --debug it tells more)\n"
+        "farplug: internal error: ZeroDivisionError: it\n  please report it; --debug shows more\n"
     )
+    assert run(["devices", "--json"]) == 0
+    monkeypatch.setattr(devices, "_find", broken)
+    assert run(["devices", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["reason"] == "internal-error"
+    monkeypatch.setattr(devices, "_find", lambda rules: ())
     assert run(["--debug", "devices"]) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("connect", "--nonsense", "--json"), "No such option: --nonsense"),
+        (("connect", "--json"), "Missing argument 'TARGET'"),
+        (("connect", "tcp://h:1", "--json"), "nothing to plug in"),
+        (("connect", "tcp://h:1", "--usb-disk", "x", "--cache", "none", "--json"), "'none' is not one of"),
+        (("doctor", "--json", "--nonsense"), "No such option: --nonsense"),
+        (("devices", "--json", "--filter", "nonsense"), "nonsense"),
+        (("image", "info", "--json"), "Missing argument 'FILE'"),
+    ],
+)
+def test_json_of_a_bad_option(cli: Cli, arguments: tuple[str, ...], said: str) -> None:
+    result = cli(*arguments)
+    assert result.code == 2
+    (line,) = map(json.loads, result.out.splitlines())
+    assert (line["event"], line["reason"], line["exit_code"]) == ("failed", "bad-option", 2)
+    assert said in line["message"]
+    assert f"farplug: {line['message']}\n" in result.err
+    assert not cli(*(word for word in arguments if word != "--json")).out
+
+
+def test_what_shows_the_usage_is_the_commands_own_help(cli: Cli) -> None:
+    for arguments, command in (
+        (("connect", "tcp://h:1", "--usb-disk"), "farplug connect"),
+        (("connect", "--nonsense"), "farplug connect"),
+        (("image", "create", "--label"), "farplug image create"),
+        (("--nonsense",), "farplug"),
+    ):
+        assert cli(*arguments).err.endswith(f"\n  see: {command} --help\n")
+
+
+def test_a_value_that_is_not_one_of_those(cli: Cli) -> None:
+    said = cli("connect", "tcp://h:1", "--usb-disk", "x", "--cache", "none").err
+    assert "Value error" not in said
+    assert "'--cache': 'none' is not one of 'writeback', 'writethrough', 'unsafe'" in said
+
+
+def test_ctrl_c_while_it_starts(tmp_path: Path) -> None:
+    """The command line takes its time to be imported."""
+    (tmp_path / "typer.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from farplug.cli.script import main; main()", "devices"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"importing\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=30) == (b"", b"")
+    assert process.returncode == -signal.SIGINT, "130 in a shell"
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_ctrl_c_once_it_has_started(ignored: bool) -> None:
+    code = (
+        "import os, signal, sys; from farplug.cli import script; from farplug.cli import main, devices;"
+        "main.app.registered_commands[1].callback = lambda: (os.kill(os.getpid(), signal.SIGINT), print('alive'));"
+        "sys.argv = ['farplug', 'devices']; script.main()"
+    )
+    command = [sys.executable, "-c", code]
+    if ignored:  # as a shell does it for what runs in the background
+        command = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *command]
+    result = subprocess.run(command, capture_output=True, timeout=30)
+    if ignored:
+        assert (result.returncode, result.stdout, result.stderr) == (0, b"alive\n", b"")
+    else:
+        assert (result.returncode, result.stdout, result.stderr) == (130, b"", b"farplug: interrupted\n")
+
+
+def test_the_installed_command_begins_with_the_script() -> None:
+    (entry,) = entry_points(group="console_scripts", name="farplug")
+    assert entry.value == "farplug.cli.script:main"
+
+
+def complete(tmp_path: Path, *words: str) -> list[str]:
+    """What bash offers after these words, by the script that --show-completion prints."""
+    command = tmp_path / "farplug"
+    command.write_text(f"#!/bin/sh\nexec {sys.executable} -c 'from farplug.cli.script import main; main()' \"$@\"\n")
+    command.chmod(0o755)
+    script = (
+        'source <(farplug --show-completion bash); COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1));'
+        'complete -p farplug >&2; _farplug_completion farplug; printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    result = subprocess.run(
+        ["bash", "-c", script, "bash", "farplug", *words],
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (result.returncode, result.stderr) == (0, "complete -o default -F _farplug_completion farplug\n")
+    return result.stdout.split()
+
+
+def test_completion(tmp_path: Path) -> None:
+    assert complete(tmp_path, "d") == ["devices", "doctor", "demo"]
+    assert complete(tmp_path, "connect", "vm.vv", "--usb-d") == ["--usb-disk", "--usb-disk-ro", "--usb-device"]
+    assert complete(tmp_path, "connect", "vm.vv", "--cache", "write") == ["writeback", "writethrough"]
+    assert complete(tmp_path, "connect", "vm.vv", "--usb-disk", "x") == [], "files: bash does that by itself"
 
 
 def test_ctrl_c_before_anything_was_done(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +241,7 @@ def test_standard_streams_that_nobody_opened_or_reads(image: Path, closed: str) 
             timeout=30,
         )
         assert result.returncode == code
-        assert b"defect" not in result.stderr
+        assert b"internal error" not in result.stderr
 
 
 def test_closed_standard_streams_are_no_image(image: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import os
 import pty
 import re
@@ -10,13 +11,30 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from rich.console import Console
 from tests.cli.support import Cli, FakeGuest, in_thread
 
-from farplug.cli.output import Figures, JsonOutput, PlainOutput, TerminalOutput, choose, size
+from farplug.cli.output import (
+    Figures,
+    JsonOutput,
+    PlainOutput,
+    SilentOutput,
+    TerminalOutput,
+    _Rate,
+    choose,
+    port_line,
+    size,
+)
 from farplug.errors import Reason, TargetError
+from farplug.hub import Attachment, AttachmentState
+from farplug.redirection import events
+from farplug.store import MemoryStore
+from farplug.usb.types import Speed
+from farplug.virtual.cdrom import CdromDrive
 
 
 @pytest.mark.parametrize(
@@ -41,6 +59,72 @@ def test_size(count: int, text: str) -> None:
 def test_figures() -> None:
     assert str(Figures()) == "0 B read, 0 B written, 0 commands"
     assert str(Figures(1000, 20, 1)) == "1.0 kB read, 20 B written, 1 command"
+
+
+def attachment(label: str, figures: Figures) -> tuple[str, Attachment]:
+    device = SimpleNamespace(figures=figures, identity=SimpleNamespace(speed=Speed.SUPER))
+    return label, cast(Attachment, SimpleNamespace(device=device, state=AttachmentState.CONFIGURED))
+
+
+def test_the_first_rate_is_not_what_moved_before() -> None:
+    rate = _Rate()
+    assert rate.look(Figures(read=5_000_000)) == 0
+    assert rate.look(Figures(read=6_000_000)) > 0
+    assert rate.look(Figures(read=10)) == 0, "the device was plugged in again"
+
+
+@pytest.mark.parametrize(
+    ("width", "headings"),
+    [
+        (100, ["device", "state", "speed", "read", "written", "rate", "commands"]),
+        (60, ["device", "state", "speed", "read", "written", "rate", "commands"]),
+        (59, ["device", "state", "speed", "read", "written", "rate"]),
+        (45, ["device", "state", "read", "written", "rate"]),
+        (40, ["device", "state", "read", "written"]),
+        (30, ["device", "state", "read"]),
+        (20, ["device", "state"]),
+        (12, ["device"]),
+    ],
+)
+def test_a_narrow_table_drops_columns(width: int, headings: list[str]) -> None:
+    stream = io.StringIO()
+    output = TerminalOutput(Console(file=stream, force_terminal=True, width=width, color_system=None))
+    output.start()
+    figures = Figures(read=67_100_000, written=62_900_000, commands=86)
+    output.figures([attachment("a-disk-with-a-long-name.raw", figures), attachment("b.raw", figures)])
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
+    lines = [line for line in shown.splitlines() if line.strip()]
+    output.stop()
+    assert lines[0].split() == headings
+    assert len(lines) == 3, "no row is wrapped"
+    assert all(len(line.rstrip()) <= width for line in lines)
+    assert ("in use" in lines[1]) is ("state" in headings)
+    assert ("67.1 MB" in lines[1]) is ("read" in headings)
+    assert lines[2].startswith("b.raw")
+
+
+def test_what_is_in_a_port_and_in_a_drive() -> None:
+    assert port_line(["a.raw"], events.Opened("tcp", 0)) == "port 0: a.raw"
+    assert port_line(["a.raw", "cdrom0 (x.iso)"], events.Opened("usbredir 1", 1)) == (
+        "port 1: LUN 0 a.raw, LUN 1 cdrom0 (x.iso)"
+    )
+    stream = io.StringIO()
+    store = MemoryStore(4096, block_size=2048)
+    store.name = "x.iso"
+    for output in (
+        PlainOutput(stream),
+        JsonOutput(stream),
+        TerminalOutput(Console(file=stream, width=100, color_system=None)),
+        SilentOutput(),
+    ):
+        output.opened("cdrom0", ["cdrom0 (x.iso)"], events.Opened("tcp", 0))
+        output.drive("cdrom0", CdromDrive(store))
+        output.drive("cdrom1", CdromDrive())
+    text = stream.getvalue()
+    assert text.count("port 0: cdrom0 (x.iso)") == 3
+    assert text.count("cdrom0: x.iso") == text.count("cdrom1: empty") == 3
+    line = json.loads(text.splitlines()[4])
+    assert (line["event"], line["device"], line["medium"], line["locked"]) == ("drive", "cdrom0", "x.iso", False)
 
 
 def test_a_stage_is_told_once_it_is_reached() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -14,6 +15,7 @@ from tests.machine.windows import windows_machine
 
 from farplug import keeper
 from farplug.errors import DeviceError, Reason
+from farplug.hub import Place
 from farplug.machine import hotplug
 from farplug.machine.hotplug import Watch
 from farplug.store import MemoryStore
@@ -39,16 +41,16 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     ("arguments", "code", "said"),
     [
         (["--usb-device", ""], 2, "an empty text names no USB device"),
-        (["--usb-device", "1050:"], 2, "'1050:' is no VID:PID"),
-        (["--usb-device", "port:x"], 2, "'port:x' is no port"),
+        (["--usb-device", "1050:"], 2, "'1050:' is not a VID:PID"),
+        (["--usb-device", "port:x"], 2, "'port:x' is not a valid port"),
         (["--usb-device", "1-1", "--filter", "permit"], 2, "begins with 'allow' or 'deny'"),
         (["--usb-device", "1-1", "--filter", "1,2,3"], 2, "has 3 fields, not 5"),
         (["--auto-connect", "deny class=hid"], 2, "filter rules allow no device"),
         (["--redirect-on-connect", ""], 2, "filter rules are empty"),
-        (["--auto-connect", "allow", "--wait"], 2, "--wait says nothing without --usb-device"),
-        (["--usb-disk", "x", "--wait"], 2, "--wait says nothing without --usb-device"),
-        (["--usb-disk", "x", "--follow", "port"], 2, "--follow says nothing without --usb-device, --auto-connect"),
-        (["--usb-disk", "x", "--filter", "allow"], 2, "--filter says nothing without --usb-device, --auto-connect"),
+        (["--auto-connect", "allow", "--wait"], 2, "--wait has no effect without --usb-device"),
+        (["--usb-disk", "x", "--wait"], 2, "--wait has no effect without --usb-device"),
+        (["--usb-disk", "x", "--follow", "port"], 2, "--follow has no effect without --usb-device, --auto-connect"),
+        (["--usb-disk", "x", "--filter", "allow"], 2, "--filter has no effect without --usb-device, --auto-connect"),
         (["--usb-device", "1-1", "--follow", "me"], 2, "'me' is not one of 'device', 'port'"),
         (["--usb-device", "dead:beef"], 12, "no USB device matches 'dead:beef'"),
         (["--usb-device", "1209:0001"], 2, "2 USB devices match '1209:0001'"),
@@ -153,9 +155,9 @@ def test_one_that_comes_later(
 ) -> None:
     keep = keeper.Keeper.run
 
-    async def plug_and_keep(self: keeper.Keeper, hub: keeper.Plugger) -> NoReturn:
+    async def plug_and_keep(self: keeper.Keeper, hub: keeper.Plugger, places: Sequence[Place]) -> NoReturn:
         machine.add("1-2", 12)
-        await keep(self, hub)
+        await keep(self, hub, places)
 
     monkeypatch.setattr(keeper.Keeper, "run", plug_and_keep)
     lines = run(cli, FakeGuest(), *arguments)

@@ -118,6 +118,74 @@ async def test_a_paused_vm_is_waited_for(guests: GuestPool, tmp_path: Path) -> N
         assert [json.loads(line)["event"] for line in out.splitlines()][-1] == "detached"
 
 
+async def test_a_paused_vm_has_an_exit_code(guests: GuestPool, tmp_path: Path) -> None:
+    async with guests.fresh(GuestConfig(ports=(SpicePort(),), paused=True)) as guest:
+        async with farplug("doctor", guest.targets[0]) as running:
+            code, out, err = await running.end()
+        assert code == 13
+        assert "  PAUSED  usbredir 0" in out
+        assert err.startswith("farplug: the VM does not answer: it is paused")
+        async with farplug("connect", guest.targets[0], "--usb-disk", blank(tmp_path / "disk.raw")) as running:
+            await running.until("its VM may be paused")
+            running.process.send_signal(signal.SIGINT)
+            code, _, err = await running.end()
+        assert (code, err) == (130, "farplug: interrupted\n")
+
+
+@pytest.mark.parametrize("paused", [False, True])
+async def test_ports_and_disks_have_the_order_of_the_command_line(
+    guests: GuestPool, tmp_path: Path, paused: bool
+) -> None:
+    (tmp_path / "content").mkdir()
+    (tmp_path / "content" / "x").write_text("x")
+    async with farplug(
+        *("image", "create", "--format", "iso9660", "--from", tmp_path / "content", "-o", tmp_path / "x.iso")
+    ) as running:
+        assert await running.exit_code() == 0
+    images = [blank(tmp_path / f"{name}.raw") for name in "cab"]
+    options = [
+        *("--usb-disk-ro", images[0], "--usb-cdrom", tmp_path / "x.iso"),
+        *("--usb-disk", f"{images[1]},snapshot={tmp_path / 'a.snap'}", "--usb-disk", images[2]),
+    ]
+    config = GuestConfig(ports=(SpicePort(), SpicePort(), SpicePort(), SpicePort()), paused=paused)
+    async with guests.fresh(config) as guest, farplug("connect", guest.targets[0], "--json", *options) as running:
+        if paused:
+            await running.until("waiting-for-guest")
+            await guest.qmp.execute("cont")
+            await guest.booted()
+        for _ in range(4):
+            await running.until('"configured"')
+        events = [json.loads(line) for line in running.lines]
+        ports = {event["number"]: event["units"] for event in events if event["event"] == "opened"}
+        assert ports == {0: ["c.raw"], 1: ["cdrom0 (x.iso)"], 2: ["a.raw"], 3: ["b.raw"]}
+        assert [event["device"] for event in events if event["event"] == "attached"] == [
+            "c.raw",
+            "cdrom0",
+            "a.raw",
+            "b.raw",
+        ]
+        async with asyncio.timeout(60):
+            while (await guest.check("ls -d /sys/block/sd* 2>/dev/null | wc -l")).strip() != "3":
+                await asyncio.sleep(0.1)
+        listed = await guest.check(
+            "for b in /sys/block/sd*; do"
+            " echo $(tail -c 16 $b/device/vpd_pg80) $(realpath $b/device | grep -o 'usb[0-9].*/[0-9]-[0-9]:'); done"
+        )
+        rows = [line.split() for line in listed.splitlines()]
+        assert [row[0] for row in rows] == [serial_number(image) for image in images], "sda, sdb, sdc"
+        assert [row[1] for row in rows] == sorted(row[1] for row in rows), "and the ports of the controller"
+        running.process.send_signal(signal.SIGINT)
+        assert await running.exit_code() == 0
+
+
+async def test_a_plain_target_that_is_the_spice_server(guest: QemuGuest, tmp_path: Path) -> None:
+    target = f"tcp://{guest.spice.host}:{guest.spice.port}"
+    async with farplug("connect", target, "--usb-disk", blank(tmp_path / "disk.raw")) as running:
+        code, _, err = await running.end()
+    assert code == 10
+    assert err.startswith(f"farplug: a SPICE server answers at {target.removeprefix('tcp://')}, not a usbredir chardev")
+
+
 async def test_a_vm_that_is_switched_off(guests: GuestPool, tmp_path: Path) -> None:
     async with (
         guests.fresh(GuestConfig(ports=(SpicePort(),))) as guest,
@@ -326,6 +394,7 @@ async def test_a_folder_and_a_cd_that_is_swapped(guest: QemuGuest, tmp_path: Pat
         stdin = running.process.stdin
         assert stdin is not None
         await running.until("they are plugged as 2 logical units of one device")
+        await running.until("port 0: LUN 0 one, LUN 1 cdrom0 (one.iso)")
         await running.until("configured by the guest")
         read = "mount -o ro {} /mnt && cat '/mnt/A long name.txt'; umount /mnt 2>/dev/null"
         async with asyncio.timeout(30):
@@ -337,13 +406,16 @@ async def test_a_folder_and_a_cd_that_is_swapped(guest: QemuGuest, tmp_path: Pat
         stdin.write(b"eject\n")
         await running.until("one.iso is locked by the guest")
         await running.until("unmount it in the guest, or eject it by force")
+        stdin.write(b"list\n")
+        await running.until(f"cdrom0: {tmp_path}/one.iso, locked by the guest")
         await guest.check("umount /mnt")
         stdin.write(f"insert '{tmp_path}/two.iso'\n".encode())
-        await running.until("two.iso inserted")
+        await running.until(f"cdrom0: {tmp_path}/two.iso inserted")
         assert await guest.check(read.format("-t iso9660 /dev/sr0")) == "This is two."
-        stdin.write(b"eject\n")
-        await running.until("two.iso ejected")
+        stdin.write(b"eject two.iso\neject cdrom0\n")
+        await running.until(f"cdrom0: {tmp_path}/two.iso ejected")
+        await running.until("cdrom0 is empty")
         assert (await guest.run(read.format("-t iso9660 /dev/sr0"))).output != "This is two."
-        running.process.send_signal(signal.SIGINT)
+        stdin.write(b"quit\n")
         code, _, err = await running.end()
     assert (code, err) == (0, "")

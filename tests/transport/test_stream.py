@@ -18,6 +18,7 @@ from farplug.transport.stream import HELLO_SIZE, ListenPort, StreamPort
 @pytest.mark.parametrize("family", ["tcp", "unix"])
 async def test_stream_port(family: str, tmp_path: Path) -> None:
     guests: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Queue()
+    hello = b"hello".ljust(HELLO_SIZE, b".")
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         guests.put_nowait((reader, writer))
@@ -40,7 +41,6 @@ async def test_stream_port(family: str, tmp_path: Path) -> None:
         with pytest.raises(LocalProtocolError, match="open already"):
             await port.open(Recorder())
         reader, writer = await guests.get()
-        hello = b"hello".ljust(HELLO_SIZE, b".")
         writer.write(hello)
         await recorder.until(lambda recorder=recorder: bytes(recorder.data) == hello)  # type: ignore[misc]
         payload = os.urandom(1 << 20)
@@ -73,8 +73,18 @@ async def test_stream_port(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("said", "kind", "code", "text"),
     [
-        (b"", TargetError, 4, "the peer at {} broke the connection: Connection reset by peer: it sent no usbredir hello"),
-        (bytes(7), TargetError, 4, "the peer at {} broke the connection: Connection reset by peer: it sent no usbredir"),
+        (
+            b"",
+            TargetError,
+            4,
+            "the peer at {} broke the connection: Connection reset by peer: it sent no usbredir hello",
+        ),
+        (
+            bytes(7),
+            TargetError,
+            4,
+            "the peer at {} broke the connection: Connection reset by peer: it sent no usbredir",
+        ),
         (bytes(HELLO_SIZE), GuestGoneError, 9, "the guest at {} broke the connection: Connection reset by peer"),
     ],
 )

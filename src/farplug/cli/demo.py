@@ -30,7 +30,7 @@ DISK_SECONDS = 20.0
 
 
 def demo() -> None:
-    """Show it: a small Linux VM gets an image as a USB disk, reads a file and writes one.
+    """Demo: boot a small VM, plug in an image, read and write a file.
 
     Needs QEMU and a few small programs, and fetches a kernel the first time. Leaves nothing behind.
     """

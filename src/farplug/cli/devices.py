@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from farplug.cli.log import remedy_lines
+from farplug.cli.options import OUTPUT
 from farplug.cli.wishes import FilterOption
 from farplug.errors import FarplugError, SetupError
 from farplug.text import printable
@@ -51,13 +52,14 @@ KINDS = (
 def devices(
     images: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[IMAGE]...", help="RAW images to look at: can they be plugged?", show_default=False),
+        typer.Argument(metavar="[IMAGE]...", help="RAW images to check.", show_default=False),
     ] = None,
     filter: FilterOption = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=OUTPUT)] = False,
 ) -> None:
-    """List what can be plugged in: the USB devices of this machine, and images: why one cannot be plugged, and what to
-    do about it.
+    """List USB devices and check images; say why one cannot be used and how to fix it.
+
+    With images, only these are checked; --json has the USB devices, too.
 
     The exit code is 0 if all images can be plugged, else that of the first error.
     """
@@ -65,16 +67,17 @@ def devices(
     failed = next((entry["error"] for entry in looked if "error" in entry), None)
     no_usb: SetupError | None = None
     found: Sequence[Found] = ()
-    try:
-        found = _find(filter)
-    except SetupError as error:
-        no_usb = error
+    if json or not looked:
+        try:
+            found = _find(filter)
+        except SetupError as error:
+            no_usb = error
     if json:
         plain = [{**e, "error": _error(e["error"])} if "error" in e else e for e in looked]
         usb = {"devices": [_as_dict(device) for device in found], "error": None if no_usb is None else _error(no_usb)}
         typer.echo(jsonlib.dumps({"kinds": KINDS, "usb": usb, "images": plain}))
     else:
-        for line in [*_kind_lines(), "", *_device_lines(found, no_usb), *_image_lines(looked)]:
+        for line in _image_lines(looked) if looked else [*_kind_lines(), "", *_device_lines(found, no_usb)]:
             typer.echo(printable(line))
     if failed is not None:
         raise typer.Exit(failed.exit_code)
@@ -188,8 +191,6 @@ def _row(found: Found) -> tuple[str, ...]:
 def _image_lines(looked: Sequence[dict[str, Any]]) -> Iterator[str]:
     from farplug.cli.output import size
 
-    if looked:
-        yield ""
     width = max((len(entry["path"]) for entry in looked), default=0)
     for entry in looked:
         error = entry.get("error")

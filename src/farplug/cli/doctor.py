@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import json as jsonlib
 import platform
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
-from farplug.cli import log, needs
+from farplug.cli import needs
+from farplug.cli.log import remedy_lines
 from farplug.cli.options import (
+    OUTPUT,
     PASSWORD_HELP,
     TARGET_FORMS,
     AskPasswordOption,
@@ -58,18 +63,29 @@ def doctor(
             help="First let people use this machine's USB devices without being root: write the udev rule. Needs root.",
         ),
     ] = False,
+    all: Annotated[
+        bool,
+        typer.Option("--all", help="Check also for what the demo, the tests and images of all formats need."),
+    ] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print each check as JSON, one object a line.", rich_help_panel=OUTPUT)
+    ] = False,
     debug: DebugOption = False,
 ) -> None:
-    """Tell what is missing on this machine, with the command that mends it; check how far TARGET can be reached."""
+    """Check this machine for missing software and show how to install it; check how far TARGET can be reached."""
+    report = _JsonReport() if json else _Report()
     if install_udev_rule:
-        _install_udev_rule()
-    broken = _check_machine()
+        _install_udev_rule(report)
+    broken = _check_machine(report, all)
+    paused = False
     if target is not None:
         options = target_options(password_file, ask_password, ca_file, host_subject, proxy)
-        typer.echo("\nthe target")
-        asyncio.run(_check_target(target, options))
+        report.section("target", "the target")
+        paused = asyncio.run(_check_target(report, target, options))
     if broken:
         raise typer.Exit(ExitCode.SETUP)
+    if paused:
+        raise PausedError
 
 
 doctor.__doc__ = f"""{doctor.__doc__}
@@ -81,44 +97,133 @@ And a .vv file with delete-this-file=1 is deleted.
 """
 
 
-def _line(mark: str, what: str, detail: str = "") -> None:
-    typer.echo(printable(f"  {mark:<8}{what:<20}{detail}").rstrip())
+class PausedError(FarplugError):
+    """A port of the VM does not answer."""
+
+    exit_code = ExitCode.PAUSED
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the VM does not answer: it is paused, or the port serves another client",
+            reason=Reason.PAUSED,
+            remedy="resume the VM; 'farplug connect' waits until it runs",
+        )
 
 
-def _check_machine() -> bool:
-    """Print what is here and what is not; whether something that ``connect`` needs is missing."""
-    typer.echo("to plug devices in (farplug connect)")
-    _line("ok", "farplug", f"{__version__}, Python {platform.python_version()} on {sys.platform}")
+class Mark(StrEnum):
+    """How a check ended."""
+
+    OK = "ok"
+    MISSING = "missing"
+    NOTE = "note"
+    """Something lacks, or could not be checked; ``connect`` works without it."""
+    PAUSED = "paused"
+    FAILED = "failed"
+
+
+class _Report:
+    """Prints checks for people."""
+
+    _MARKS: ClassVar = {Mark.OK: "ok", Mark.NOTE: "-"}
+
+    def __init__(self) -> None:
+        self._begun = False
+
+    def section(self, name: str, title: str) -> None:
+        """Begin a section."""
+        typer.echo(f"\n{title}" if self._begun else title)
+        self._begun = True
+
+    def check(self, mark: Mark, name: str, detail: str = "", remedy: str = "") -> None:
+        """Report a check."""
+        self._line(f"  {self._MARKS.get(mark, mark.upper()):<8}{name:<20}{detail}")
+        for line in remedy_lines(remedy):
+            self._line(f"  {'':<8}{line}")
+
+    def note(self, text: str) -> None:
+        """Report what was done."""
+        self._line(text)
+
+    def _line(self, text: str) -> None:
+        typer.echo(printable(text).rstrip())
+
+
+class _JsonReport(_Report):
+    """Prints them for programs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._section = ""
+
+    def section(self, name: str, title: str) -> None:
+        self._section = name
+
+    def check(self, mark: Mark, name: str, detail: str = "", remedy: str = "") -> None:
+        self._json(event="check", section=self._section, name=name, status=str(mark), message=detail, remedy=remedy)
+
+    def note(self, text: str) -> None:
+        self._json(event="note", message=text)
+
+    def _json(self, **values: str) -> None:
+        typer.echo(jsonlib.dumps({"time": round(time.time(), 3), **values}))
+
+
+def _check_machine(report: _Report, everything: bool) -> bool:
+    """Report what is here and what is not; whether something that ``connect`` needs is missing."""
+    report.section("connect", "to plug devices in (farplug connect)")
+    report.check(Mark.OK, "farplug", f"{__version__}, Python {platform.python_version()} on {sys.platform}")
     broken = False
     for library in LIBRARIES:
         try:
-            _line("ok", library, version(library))
+            report.check(Mark.OK, library, version(library))
         except PackageNotFoundError:
             broken = True
-            _line("MISSING", library, f"mend it: {sys.executable} -m pip install {library}")
-    typer.echo("\nUSB devices of this machine (farplug connect --usb-device)")
-    broken |= _check_usb()
-    typer.echo("\nfor images, the demo and the guest tests (farplug image create, farplug demo, make test)")
-    missing = []
-    for need in needs.NEEDS:
-        found = need.found()
-        _line("ok" if found else "-", need.name, found or f"not installed: {need.purpose}")
-        if not found:
-            missing.append(need)
-    if missing:
-        typer.echo(f"  mend it: {needs.install_command(missing)}")
+            remedy = f"install it: {sys.executable} -m pip install {library}"
+            report.check(Mark.MISSING, library, "not installed", remedy)
+    report.section("usb", "USB devices of this machine (farplug connect --usb-device)")
+    broken |= _check_usb(report)
+    report.section("images", "images (farplug image create, farplug connect --usb-folder)")
+    _check_needs(report, [need for need in needs.NEEDS if need.images])
+    others = [need for need in needs.NEEDS if not need.images]
+    if everything:
+        report.section("vm", "the throw-away VM (images with exFAT and NTFS, farplug demo) and the tests")
+        _check_needs(report, others)
+    else:
+        _check_vm(report, [need for need in needs.NEEDS if need.vm])
     return broken
 
 
-def _install_udev_rule() -> None:
+def _check_needs(report: _Report, wanted: Sequence[needs.Need]) -> None:
+    missing = []
+    for need in wanted:
+        found = need.found()
+        report.check(Mark.OK if found else Mark.NOTE, need.name, found or f"not installed: {need.purpose}")
+        if not found:
+            missing.append(need)
+    if missing:
+        report.check(Mark.NOTE, "to install", needs.install_command(missing))
+
+
+def _check_vm(report: _Report, wanted: Sequence[needs.Need]) -> None:
+    missing = [need for need in wanted if not need.found()]
+    if missing:
+        names = ", ".join(need.name for need in missing)
+        detail = f"not installed: {names} (for exFAT, NTFS and farplug demo)"
+        report.check(Mark.NOTE, "throw-away VM", detail, f"install it: {needs.install_command(missing)}")
+    else:
+        report.check(Mark.OK, "throw-away VM", "for exFAT, NTFS and farplug demo")
+
+
+def _install_udev_rule(report: _Report) -> None:
     from farplug.machine.udev import install, udev_rule, whom
 
     rule = udev_rule()
-    typer.echo(f"{install(rule)}:\n  {rule}\n  for {whom()}\n")
+    for line in (f"{install(rule)}:", f"  {rule}", f"  for {whom()}", ""):
+        report.note(line)
 
 
-def _check_usb() -> bool:
-    """Print whether USB devices can be used; whether libusb is missing."""
+def _check_usb(report: _Report) -> bool:
+    """Report whether USB devices can be used; whether libusb is missing."""
     from farplug.libusb.library import Library
     from farplug.machine.listing import list_devices
     from farplug.machine.udev import install_commands, udev_rule
@@ -126,48 +231,46 @@ def _check_usb() -> bool:
     broken = False
     try:
         Library()
-        _line("ok", "libusb", f"with python-libusb1 {version('libusb1')}")
+        report.check(Mark.OK, "libusb", f"with python-libusb1 {version('libusb1')}")
     except SetupError as error:
         broken = True
-        _line("MISSING", "libusb", error.message)
-        _remedy(error.remedy)
+        report.check(Mark.MISSING, "libusb", error.message, error.remedy)
     try:
         found = [device for device in list_devices() if not device.is_hub]
     except SetupError as error:
-        _line("-", "devices", error.message)
-        _remedy(error.remedy)
+        report.check(Mark.NOTE, "devices", error.message, error.remedy)
         return broken
     ready = [device for device in found if device.obstacle is None]
-    _line("ok", "devices", f"{len(found)}, of which {len(ready)} can be plugged in: see 'farplug devices'")
+    report.check(Mark.OK, "devices", f"{len(found)}, of which {len(ready)} can be plugged in: see 'farplug devices'")
     denied = [device for device in found if any(o.reason is Reason.NO_PERMISSION for o in device.obstacles)]
     if denied:
-        _line("-", "permission", f"none for {len(denied)} of them: {', '.join(device.port for device in denied)}")
-        _remedy(f"{install_commands(udev_rule())}\n(as root, farplug doctor --install-udev-rule does the same)")
+        report.check(
+            Mark.NOTE,
+            "permission",
+            f"none for {len(denied)} of them: {', '.join(device.port for device in denied)}",
+            f"{install_commands(udev_rule())}\n(as root, farplug doctor --install-udev-rule does the same)",
+        )
     return broken
 
 
-def _remedy(text: str) -> None:
-    for line in log.remedy_lines(text):
-        typer.echo(f"  {'':<8}{line}")
-
-
 class _Stages:
-    """Prints a stage once it is known how it ended."""
+    """Reports a stage once it is known how it ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, report: _Report) -> None:
+        self._report = report
         self._pending: tuple[str, str] | None = None
 
     def begin(self, stage: str, text: str) -> None:
         """A stage begins: so the one before is reached."""
-        self.end("ok")
+        self.end(Mark.OK)
         self._pending = (stage, text)
 
-    def end(self, mark: str, text: str | None = None) -> None:
+    def end(self, mark: Mark, text: str | None = None) -> None:
         """The stage has ended. Does nothing if none has begun."""
         if self._pending is not None:
             stage, begun = self._pending
             self._pending = None
-            _line(mark, stage, begun if text is None else text)
+            self._report.check(mark, stage, begun if text is None else text)
 
     @contextmanager
     def failing(self) -> Iterator[None]:
@@ -175,35 +278,41 @@ class _Stages:
         try:
             yield
         except FarplugError:
-            self.end("FAILED")
+            self.end(Mark.FAILED)
             raise
 
 
-async def _check_target(text: str, options: TargetOptions) -> None:
+async def _check_target(report: _Report, text: str, options: TargetOptions) -> bool:
+    """Report how far a target can be reached; whether one of its ports does not answer."""
     from farplug.hub import Hub
     from farplug.target import ListenTarget, open_session, parse_target
 
     target = parse_target(text, options)
     if isinstance(target, ListenTarget):
-        _line("-", "reach", f"QEMU connects to {target.address}: run 'farplug connect {text}', then start the VM")
-        return
-    stages = _Stages()
+        detail = f"QEMU connects to {target.address}: run 'farplug connect {text}', then start the VM"
+        report.check(Mark.NOTE, "reach", detail)
+        return False
+    stages = _Stages(report)
+    paused = False
     with stages.failing():
         session = await open_session(target, lambda stage, where: stages.begin(str(stage), where))
         try:
             if session.reached:
-                stages.end("ok")
-                _line("ok", "VM", f"{session.name} {session.uuid}".strip() or "it tells no name")
+                stages.end(Mark.OK)
+                report.check(Mark.OK, "VM", f"{session.name} {session.uuid}".strip() or "the server gives no name")
                 stages.begin("usbredir channels", "none")
                 Hub(session).check_room(1)
-                stages.end("ok", f"{len(session.ports)}: so many devices can be plugged in")
+                count = len(session.ports)
+                stages.end(Mark.OK, f"{count} (so up to {count} devices)" if count > 1 else "1 (so 1 device)")
             for port in session.ports:
-                await _check_port(session, port, stages)
+                paused |= await _check_port(session, port, stages)
         finally:
             await session.close()
+    return paused
 
 
-async def _check_port(session: Session, port: Port, stages: _Stages) -> None:
+async def _check_port(session: Session, port: Port, stages: _Stages) -> bool:
+    """Report whether a port answers; whether the VM seems to be paused."""
     from farplug.redirection import Redirection
     from farplug.redirection.events import GuestReady
 
@@ -217,21 +326,22 @@ async def _check_port(session: Session, port: Port, stages: _Stages) -> None:
         stages.begin(port.name, "")
     redirection = Redirection(port, happened)
     await redirection.open()
+    closed = asyncio.ensure_future(redirection.closed())
     try:
         if not session.reached:
             stages.begin(port.name, "")
-        closed = asyncio.ensure_future(redirection.closed())
         await asyncio.wait((ready, closed), timeout=HELLO_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         if ready.done():
-            stages.end("ok", f"ready: {ready.result().version or 'it tells no version'}")
+            stages.end(Mark.OK, f"ready: {ready.result().version or 'no version given'}")
         elif closed.done():
             error = closed.result()
             if error is not None:
                 raise error
         else:
-            stages.end(
-                "-", f"no answer within {HELLO_SECONDS:g} s: the VM is paused, or the port serves another client"
-            )
-        closed.cancel()
+            detail = f"no answer within {HELLO_SECONDS:g} s: the VM is paused, or the port serves another client"
+            stages.end(Mark.PAUSED, detail)
+            return True
+        return False
     finally:
+        closed.cancel()
         await redirection.close()

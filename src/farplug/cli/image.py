@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json as jsonlib
 import re
 import signal
 import sys
@@ -13,11 +14,11 @@ from typing import Annotated, TypeAlias
 
 import typer
 
-from farplug.cli.options import BlockSize, DebugOption
+from farplug.cli.options import OUTPUT, BlockSize, Command, DebugOption, Group
 from farplug.errors import Reason, UsageError
 from farplug.text import printable
 
-app = typer.Typer(help="Make disk images, and finish snapshots.")
+app = typer.Typer(cls=Group, help="Make disk images, and finish snapshots.")
 
 _SIZE = re.compile(r"([0-9]{1,19})([KMGT]?)(?:iB)?", re.IGNORECASE)
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -44,15 +45,17 @@ def parse_size(text: str) -> int:
     """Bytes of a size: digits, and K, M, G or T for powers of 1024.
 
     Raises:
-        UsageError: it is none.
+        UsageError: it is not a size.
     """
     match = _SIZE.fullmatch(text)
     if match is None:
-        raise UsageError(f"{text!r} is no size", reason=Reason.BAD_OPTION, remedy="write it as 8G, 512M or 1073741824")
+        raise UsageError(
+            f"{text!r} is not a size", reason=Reason.BAD_OPTION, remedy="write it as 8G, 512M or 1073741824"
+        )
     return int(match[1]) * _UNITS[match[2].upper()]
 
 
-@app.command("create")
+@app.command("create", cls=Command)
 def create(
     size: Annotated[
         str | None,
@@ -136,20 +139,34 @@ SnapshotArgument: TypeAlias = Annotated[
 ]
 
 
-@app.command("info")
-def info(file: SnapshotArgument) -> None:
+@app.command("info", cls=Command)
+def info(
+    file: SnapshotArgument,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=OUTPUT)] = False,
+) -> None:
     """Look at a snapshot: of which image it is, and how much is in it."""
     from farplug.cli.output import size as for_people
     from farplug.store import overlay
 
     found = overlay.info(file)
+    if json:
+        about = {
+            "snapshot": str(file),
+            "image": str(found.base),
+            "size": found.size,
+            "block_size": found.block_size,
+            "changed": found.changed,
+            "half_committed": found.half_committed,
+        }
+        typer.echo(jsonlib.dumps(about))
+        return
     _say(f"{file}: a snapshot of {found.base} ({for_people(found.size)}, blocks of {found.block_size} bytes)")
     typer.echo(f"{for_people(found.changed)} were changed")
     if found.half_committed:
         _say(f"a commit was broken off: a part of it is in the image. Finish it: farplug image commit {file}")
 
 
-@app.command("commit")
+@app.command("commit", cls=Command)
 def commit(
     file: SnapshotArgument,
     image: Annotated[
@@ -176,7 +193,7 @@ def commit(
     _say(f"{for_people(count)} were written to {base}; {file} is removed")
 
 
-@app.command("discard")
+@app.command("discard", cls=Command)
 def discard(file: SnapshotArgument) -> None:
     """Remove a snapshot, and what the guest wrote to it."""
     from farplug.store import overlay

@@ -83,8 +83,6 @@ def debugging() -> bool:
     return LOGGER.isEnabledFor(logging.DEBUG)
 
 
-def defect(error: Exception) -> None:
-    """Tell of an exception that nobody expected."""
-    hint = "" if debugging() else " (with --debug it tells more)"
-    say(f"farplug: a defect in farplug: {printable(_first_line(error))}\n  please report it{hint}")
-    LOGGER.debug("the defect", exc_info=error)
+def traceback(error: BaseException | None) -> None:
+    """Show where an internal error comes from, when debugging."""
+    LOGGER.debug("internal error", exc_info=error)

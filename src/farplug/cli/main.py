@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from io import TextIOWrapper
 from typing import Annotated
 
 import typer
 
 from farplug.cli import connect, demo, devices, doctor, image, log
-from farplug.cli.options import DebugOption
-from farplug.errors import ExitCode, FarplugError
+from farplug.cli.options import Command, DebugOption, Group
+from farplug.errors import ExitCode, FarplugError, InternalError, Reason
 from farplug.text import printable
 from farplug.version import __version__
 
 EXIT_CODES = {
     ExitCode.OK: "everything that was asked for was done",
-    ExitCode.DEFECT: "a defect in farplug: please report it",
+    ExitCode.DEFECT: "internal error: please report it",
     ExitCode.USAGE: "an option, an argument or a .vv file is wrong",
     ExitCode.IMAGE: "an image cannot be used",
     ExitCode.UNREACHABLE: "the VM cannot be reached",
@@ -30,20 +33,22 @@ EXIT_CODES = {
     ExitCode.PROTOCOL: "what answers does not speak SPICE or usbredir, or breaks its rules",
     ExitCode.SETUP: "something is missing on this machine",
     ExitCode.DEVICE: "a device cannot be plugged in, or failed: what was written may not be on stable storage",
-    ExitCode.INTERRUPTED: "interrupted: left at once, without waiting for the VM",
+    ExitCode.PAUSED: "farplug doctor: the VM does not answer: it is paused, or the port serves another client",
+    ExitCode.INTERRUPTED: "interrupted: before a device was plugged in, or left at once at the second Ctrl-C",
 }
 
 app = typer.Typer(
     name="farplug",
-    help="Plug USB devices into virtual machines from afar.",
-    epilog="\n".join(["Exit codes", *(f"{code:>3}  {what}" for code, what in EXIT_CODES.items())]),
-    add_completion=False,
+    cls=Group,
+    help="Plug disk images, ISOs, folders and USB devices of this machine into a VM.",
+    epilog="'farplug connect --help' ends with the exit codes.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("connect")(connect.connect)
-app.command("devices")(devices.devices)
-app.command("doctor")(doctor.doctor)
-app.command("demo")(demo.demo)
+_EXIT_CODES_HELP = "\n".join(["Exit codes", *(f"{code:>3}  {what}" for code, what in EXIT_CODES.items())])
+app.command("connect", cls=Command, epilog=_EXIT_CODES_HELP)(connect.connect)
+app.command("devices", cls=Command)(devices.devices)
+app.command("doctor", cls=Command)(doctor.doctor)
+app.command("demo", cls=Command)(demo.demo)
 app.add_typer(image.app, name="image")
 
 
@@ -70,9 +75,14 @@ _BAD_ARGUMENTS: type[Exception] = typer.BadParameter.__bases__[0]
 
 
 def main() -> None:
-    """The command ``farplug``."""
+    """Run the command ``farplug``."""
     _prepare_standard_streams()
+    if _COMPLETION in os.environ:  # the shell asks what may come next
+        typer.main.get_command(app)(prog_name="farplug")
     sys.exit(run(sys.argv[1:]))
+
+
+_COMPLETION = "_FARPLUG_COMPLETE"
 
 
 def _prepare_standard_streams() -> None:
@@ -85,8 +95,51 @@ def _prepare_standard_streams() -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run a command; its exit code. Every expected failure is one line, and a remedy, on standard error."""
+    """Run a command; its exit code. Every expected failure is one line, and a remedy, on standard error.
+
+    With ``--json`` standard output ends with a line about it, too.
+    """
     log.start()
+    failure = _run(arguments)
+    if failure is None:
+        return ExitCode.OK
+    if isinstance(failure, int):
+        return failure
+    log.say(f"farplug: {printable(failure.message)}")
+    for line in log.remedy_lines(failure.remedy):
+        log.say(f"  {line}")
+    if "--json" in arguments:  # looked for, not parsed: what cannot be parsed is to be reported, too
+        try:
+            print(json.dumps(failure.as_dict()), flush=True)  # noqa: T201
+        except OSError:
+            log.discard(sys.stdout)
+    return failure.exit_code
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    message: str
+    reason: Reason
+    exit_code: ExitCode
+    remedy: str = ""
+
+    @classmethod
+    def of(cls, error: FarplugError) -> _Failure:
+        return cls(error.message, error.reason, error.exit_code, error.remedy)
+
+    def as_dict(self) -> dict[str, object]:
+        """The event ``failed``, as JSON's types."""
+        return {
+            "time": round(time.time(), 3),
+            "event": "failed",
+            "reason": str(self.reason),
+            "message": self.message,
+            "remedy": self.remedy,
+            "exit_code": int(self.exit_code),
+        }
+
+
+def _run(arguments: Sequence[str]) -> _Failure | int | None:
     try:
         try:
             with typer.main.get_command(app).make_context("farplug", list(arguments)) as context:
@@ -96,28 +149,21 @@ def run(arguments: Sequence[str]) -> int:
     except typer.Exit as error:
         return error.exit_code
     except FarplugError as error:
-        report(error)
-        return error.exit_code
+        if isinstance(error, InternalError):
+            log.traceback(error.__cause__)
+        return _Failure.of(error)
     except (BrokenPipeError, SystemExit):  # the reader of our output left (rich says it with SystemExit)
         log.discard(sys.stdout)
-        return ExitCode.OK
     except (KeyboardInterrupt, typer.Abort):
-        log.say("farplug: interrupted")
-        return ExitCode.INTERRUPTED
+        return _Failure("interrupted", Reason.INTERRUPTED, ExitCode.INTERRUPTED)
     except _BAD_ARGUMENTS as error:
         context_of_error = getattr(error, "ctx", None)
         command = "farplug" if context_of_error is None else context_of_error.command_path
         message = error.format_message()  # type: ignore[attr-defined]
-        log.say(f"farplug: {printable(message.rstrip('.'))}\n  see: {command} --help")
-        return ExitCode.USAGE
+        # Typer checks values with pydantic, which begins its messages so.
+        message = message.rstrip(".").replace(": Value error, ", ": ")
+        return _Failure(message, Reason.BAD_OPTION, ExitCode.USAGE, f"see: {command} --help")
     except Exception as error:
-        log.defect(error)
-        return ExitCode.DEFECT
-    return ExitCode.OK
-
-
-def report(error: FarplugError) -> None:
-    """Tell a person what happened and what to do."""
-    log.say(f"farplug: {printable(error.message)}")
-    for line in log.remedy_lines(error.remedy):
-        log.say(f"  {line}")
+        log.traceback(error)
+        return _Failure.of(InternalError(error))
+    return None

@@ -10,9 +10,12 @@ from functools import partial
 from pathlib import Path
 from threading import Event
 
+from farplug.errors import ImageError, Reason
 from farplug.scsi.disk import DiskUnit
 from farplug.scsi.inquiry import CDROM_PRODUCT, PRODUCT
+from farplug.shell import shell_word
 from farplug.store import BLOCK_SIZE, CacheMode, FileStore, OverlayStore, Store, open_iso
+from farplug.store.content import Content
 from farplug.usb.types import Speed
 from farplug.virtual.cdrom import CdromDrive
 from farplug.virtual.device import VirtualDevice
@@ -35,10 +38,19 @@ class Kind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What a person names: a path, and what it is to be."""
+    """What a person names.
+
+    Attributes:
+        kind: what it is to be.
+        path: of the image or folder.
+        snapshot: the file that keeps what the VM writes to a disk; None: there is none.
+        place: where it was named among all devices of the command line.
+    """
 
     kind: Kind
     path: Path
+    snapshot: Path | None = None
+    place: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +63,7 @@ class Manner:
         block_size: of disks, in bytes.
         cache: when what is written to disks is durable.
         force: also an image that this machine uses, or of another format: its bytes as they are.
-        snapshot: what is written to disks goes elsewhere, and the images do not change.
-        snapshot_file: where to, if there is one disk; None: it is gone in the end.
+        snapshot: what is written to disks that have no snapshot file is discarded, and the images do not change.
         folder_format: the file system of folders, a value of :class:`farplug.image.Format`; None: what fits.
     """
 
@@ -62,17 +73,26 @@ class Manner:
     cache: CacheMode = CacheMode.WRITEBACK
     force: bool = False
     snapshot: bool = False
-    snapshot_file: Path | None = None
     folder_format: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Medium:
-    """Something that was opened. ``label`` is what it is called in the output."""
+    """Something that was opened.
+
+    Attributes:
+        kind: what it is.
+        label: what it is called in the output, and in commands: the name of a file, or ``cdrom0``.
+        title: the same, and what is in it: ``cdrom0 (installer.iso)``.
+        store: its blocks.
+        place: that of its :class:`Wish`.
+    """
 
     kind: Kind
     label: str
+    title: str
     store: Store
+    place: int
 
     @property
     def product(self) -> str:
@@ -95,32 +115,54 @@ class Media:
     _media: list[Medium] = field(default_factory=list)
     _units: list[tuple[str, LogicalUnit]] = field(default_factory=list)
 
-    async def open(self, progress: Callable[[str, int, int], None]) -> None:
+    async def open(
+        self, progress: Callable[[str, int, int], None], note: Callable[[str], None] = lambda text: None
+    ) -> None:
         """Open all of them. A folder is copied first.
 
         Args:
             progress: called from another thread with the name of a folder, how many bytes are copied, and of how many.
+            note: called with what may be a mistake.
 
         Raises:
             ImageError: one cannot be used. :meth:`close` closes the others.
         """
+        drives = 0
         for wish in self.wishes:
             name = wish.path.name or str(wish.path)
-            label = str(wish.path) if any(medium.label == name for medium in self._media) else name
-            if wish.kind is Kind.FOLDER:
-                store = await self._open_folder(wish.path, partial(progress, label))
-            else:
-                store = self._open(wish)
-            self._media.append(Medium(wish.kind, label, store))
+            label = title = str(wish.path) if any(medium.label == name for medium in self._media) else name
+            if wish.kind is Kind.CDROM:
+                label, title, drives = f"cdrom{drives}", f"cdrom{drives} ({name})", drives + 1
+            try:
+                if wish.kind is Kind.FOLDER:
+                    store = await self._open_folder(wish.path, partial(progress, label))
+                else:
+                    store = self._open(wish)
+            except ImageError as error:
+                raise self._explained(wish, error) from error
+            self._media.append(Medium(wish.kind, label, title, store, wish.place))
+            if wish.kind in (Kind.DISK, Kind.READ_ONLY_DISK) and _looks_like_iso(wish.path):
+                note(f"{label} is an ISO image: --usb-cdrom {shell_word(wish.path)} shows it as a CD-ROM")
+
+    def _explained(self, wish: Wish, error: ImageError) -> ImageError:
+        """Return the error of opening it, with what the command line knows."""
+        before = self.wishes[: len(self._media)]
+        if error.reason is Reason.IN_USE and any(_same_file(wish.path, other.path) for other in before):
+            return ImageError(
+                f"{wish.path} is named twice: a disk that the VM writes to is the only one of its image",
+                reason=error.reason,
+                remedy="name it once; only read-only disks (--usb-disk-ro) and disks with a snapshot share an image",
+            )
+        return error
 
     def _open(self, wish: Wish) -> Store:
         manner = self.manner
         if wish.kind is Kind.CDROM:
             return open_iso(wish.path, force=manner.force)
-        if wish.kind is Kind.DISK and manner.snapshot:
+        if wish.kind is Kind.DISK and (manner.snapshot or wish.snapshot is not None):
             return OverlayStore.open(
                 wish.path,
-                manner.snapshot_file,
+                wish.snapshot,
                 block_size=manner.block_size,
                 cache=manner.cache,
                 force=manner.force,
@@ -173,10 +215,10 @@ class Media:
         """
         return {label: run for label, unit in self._units if (run := unit.unfinished)}
 
-    def devices(self, ports: int) -> dict[VirtualDevice, str]:
-        """Make devices of them, with a label each: one of each; if there are fewer ports, one of all."""
+    def devices(self, ports: int) -> dict[VirtualDevice, Sequence[Medium]]:
+        """Make devices of them, with their logical units: one of each; if there are fewer ports, one of all."""
         groups = [self._media] if ports < len(self._media) else [[medium] for medium in self._media]
-        return {self._device(group): ", ".join(medium.label for medium in group) for group in groups}
+        return {self._device(group): tuple(group) for group in groups}
 
     def _device(self, media: Sequence[Medium]) -> VirtualDevice:
         units = [medium.unit(len(media)) for medium in media]
@@ -194,3 +236,20 @@ class Media:
         self._units.clear()
         for medium in media:
             await medium.store.close()
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False
+
+
+def _looks_like_iso(path: Path) -> bool:
+    """Whether an image is of a CD only: what boots as a disk, too, begins with a master boot record."""
+    try:
+        with path.open("rb") as file:
+            content = Content.read(file.fileno())
+    except OSError:
+        return False
+    return content.is_cd and not content.has_mbr

@@ -1,4 +1,4 @@
-"""What images, the demo and the guest tests need on this machine, and the packages that bring it."""
+"""What images, the throw-away VM and the guest tests need on this machine, and the packages that bring it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ class Need:
         name: a program, or a library without "lib" and ".so".
         purpose: for what.
         package: the Debian package that has it.
-        demo: whether ``farplug demo`` needs it; else only images of some formats, and the tests, do.
+        vm: whether the throw-away VM needs it: exFAT and NTFS images, ``farplug demo``, the tests.
+        images: whether ``farplug image create`` or ``--usb-folder`` needs it without a VM.
     """
 
     name: str
     purpose: str
     package: str
-    demo: bool = True
+    vm: bool = True
+    images: bool = False
 
     def found(self) -> str:
         """Where it is; empty if it is missing."""
@@ -37,28 +39,28 @@ class Need:
         return shutil.which(self.name, path=search_path()) or ""
 
 
-def _program(name: str, purpose: str, *, demo: bool = True) -> Need:
-    return Need(name, purpose, PACKAGE_OF_PROGRAM[name], demo)
+def _program(name: str, purpose: str, *, vm: bool = True, images: bool = False) -> Need:
+    return Need(name, purpose, PACKAGE_OF_PROGRAM[name], vm, images)
 
 
 EMULATOR = _program(QEMU, "runs the VM")
 SPICE = Need("SPICE in QEMU", "the VM's SPICE server", "qemu-system-modules-spice")
-PARSER = Need("usbredirparser", "the reference that tests compare with", "libusbredirparser1", demo=False)
+PARSER = Need("usbredirparser", "the reference that tests compare with", "libusbredirparser1", vm=False)
 NEEDS = (
     EMULATOR,
     SPICE,
     _program("busybox", "the VM's programs"),
     _program("dash", "the VM's programs"),
     _program("lsusb", "the VM's programs"),
-    _program("mke2fs", "filesystems in the VM"),
-    _program("mkfs.vfat", "filesystems in the VM and on images"),
-    _program("mcopy", "files in and out of images"),
+    _program("mke2fs", "ext4 on images, filesystems in the VM", images=True),
+    _program("mkfs.vfat", "FAT32 on images, filesystems in the VM", images=True),
+    _program("mcopy", "files in and out of images", images=True),
     _program("zstd", "unpacks the VM's kernel"),
     _program("setpriv", "ends the VM with us"),
-    _program("fdisk", "partition tables on images", demo=False),
-    _program("mkfs.exfat", "exFAT on images", demo=False),
-    _program("mkntfs", "NTFS on images", demo=False),
-    _program("xorrisofs", "ISO images", demo=False),
+    _program("fdisk", "partition tables on images", vm=False, images=True),
+    _program("mkfs.exfat", "exFAT on images", vm=False, images=True),
+    _program("mkntfs", "NTFS on images", vm=False, images=True),
+    _program("xorrisofs", "ISO images", vm=False, images=True),
     PARSER,
 )
 
@@ -87,7 +89,7 @@ def check_demo() -> None:
     Raises:
         SetupError: something is missing; the remedy installs all of it.
     """
-    missing = [need for need in NEEDS if need.demo and not need.found()]
+    missing = [need for need in NEEDS if need.vm and not need.found()]
     if missing:
         raise SetupError(
             f"the demo needs what is not installed: {', '.join(need.name for need in missing)}",

@@ -7,9 +7,10 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
+import typer.core
 
 from farplug.cli import log
 from farplug.errors import Reason, UsageError
@@ -24,6 +25,56 @@ MAX_PASSWORD_LINE = 1024
 TARGET_FORMS = (
     "spice://host:port, spice+tls://host:port, FILE.vv, tcp://host:port, tcp-listen://host:port or unix:/path"
 )
+
+
+IMAGES = "Images"
+TUNING = "How the VM sees images"
+DEVICES = "USB devices of this machine"
+CONNECTION = "Connection (SPICE)"
+OUTPUT = "Output and commands"
+"""Panels of the help."""
+
+
+def _without_type(parameters: list[Any]) -> list[Any]:
+    """Return parameters; of those without a value no type is shown in the help, where Typer has ``<bool>``."""
+    for parameter in parameters:
+        if getattr(parameter, "is_flag", False):
+            parameter.metavar = ""
+    return parameters
+
+
+class Group(typer.core.TyperGroup):
+    """A group of commands."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _without_type(super().get_params(ctx))
+
+
+class Command(typer.core.TyperCommand):
+    """A command that keeps the order of its options, and that errors name."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _without_type(super().get_params(ctx))
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the command line, twice: Click drops the order in which different options were given."""
+        try:
+            _, _, order = self.make_parser(ctx).parse_args(args=[*args])
+            ctx.meta[_ORDER] = [parameter.name for parameter in order]
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            if getattr(error, "ctx", ctx) is None:
+                error.ctx = ctx  # type: ignore[attr-defined]
+            raise
+
+
+_ORDER = "farplug.order"
+
+
+def given_order(context: typer.Context) -> list[str]:
+    """Return the names of the parameters of a :class:`Command`, once for each time that they were given, in order."""
+    order: list[str] = context.meta[_ORDER]
+    return order
 
 
 class BlockSize(StrEnum):
@@ -42,15 +93,22 @@ PasswordFileOption: TypeAlias = Annotated[
         "--password-file",
         metavar="FILE",
         help="Read the SPICE password from the first line of FILE.",
+        rich_help_panel=CONNECTION,
         show_default=False,
     ),
 ]
 AskPasswordOption: TypeAlias = Annotated[
-    bool, typer.Option("--ask-password", help="Ask for the SPICE password on the terminal.")
+    bool, typer.Option("--ask-password", help="Ask for the SPICE password on the terminal.", rich_help_panel=CONNECTION)
 ]
 CaFileOption: TypeAlias = Annotated[
     Path | None,
-    typer.Option("--ca-file", metavar="FILE", help="Trust the certificates in FILE (PEM) for TLS.", show_default=False),
+    typer.Option(
+        "--ca-file",
+        metavar="FILE",
+        help="Trust the certificates in FILE (PEM) for TLS.",
+        show_default=False,
+        rich_help_panel=CONNECTION,
+    ),
 ]
 HostSubjectOption: TypeAlias = Annotated[
     str | None,
@@ -59,15 +117,27 @@ HostSubjectOption: TypeAlias = Annotated[
         metavar="SUBJECT",
         help="Check the server certificate's subject (such as 'O=Lab,CN=vmhost') instead of the host name.",
         show_default=False,
+        rich_help_panel=CONNECTION,
     ),
 ]
 ProxyOption: TypeAlias = Annotated[
     str | None,
-    typer.Option("--proxy", metavar="URL", help="Reach a SPICE server through an HTTP proxy.", show_default=False),
+    typer.Option(
+        "--proxy",
+        metavar="URL",
+        help="Reach a SPICE server through an HTTP proxy.",
+        show_default=False,
+        rich_help_panel=CONNECTION,
+    ),
 ]
 DebugOption: TypeAlias = Annotated[
     bool,
-    typer.Option("--debug", callback=log.debug, help="Show the traffic on standard error, one line a packet."),
+    typer.Option(
+        "--debug",
+        callback=log.debug,
+        help="Show the traffic on standard error, one line a packet.",
+        rich_help_panel=OUTPUT,
+    ),
 ]
 
 PASSWORD_HELP = (

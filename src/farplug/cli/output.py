@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
-from rich.console import Console, Group
+from rich.console import Console, Group, JustifyMethod
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -22,6 +22,7 @@ from farplug.hub import Attachment, AttachmentState
 from farplug.redirection import events
 from farplug.redirection.events import PortEvent, as_dict
 from farplug.text import printable
+from farplug.virtual.cdrom import CdromDrive
 from farplug.virtual.events import MediumLocked
 
 _DECIMAL_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
@@ -116,6 +117,14 @@ class Output(ABC):
         """Something happened to a device."""
 
     @abstractmethod
+    def opened(self, label: str, titles: Sequence[str], event: events.Opened) -> None:
+        """A device got its port. ``titles``: its logical units, in the order of their numbers, or itself."""
+
+    @abstractmethod
+    def drive(self, name: str, drive: CdromDrive) -> None:
+        """Show what is in a drive: a command asked for it."""
+
+    @abstractmethod
     def figures(self, attachments: Sequence[tuple[str, Attachment]]) -> None:
         """It is time to show figures."""
 
@@ -145,7 +154,7 @@ class Output(ABC):
         return
 
     def failed(self, error: FarplugError) -> None:
-        """It ends with an error, which standard error tells as well."""
+        """It ends with an error, which is shown where every error is."""
         self._pending = None
 
 
@@ -156,6 +165,12 @@ class SilentOutput(Output):
         """Nobody reads it."""
 
     def happened(self, label: str, attachment: Attachment, event: PortEvent) -> None:
+        """Nobody reads it."""
+
+    def opened(self, label: str, titles: Sequence[str], event: events.Opened) -> None:
+        """Nobody reads it."""
+
+    def drive(self, name: str, drive: CdromDrive) -> None:
         """Nobody reads it."""
 
     def figures(self, attachments: Sequence[tuple[str, Attachment]]) -> None:
@@ -208,6 +223,14 @@ class JsonOutput(Output):
             self.figures([(label, attachment)])
         self._line(device=label, **as_dict(event))
 
+    def opened(self, label: str, titles: Sequence[str], event: events.Opened) -> None:
+        self._line(device=label, **{**as_dict(event), "units": list(titles), "message": port_line(titles, event)})
+
+    def drive(self, name: str, drive: CdromDrive) -> None:
+        self._line(
+            event="drive", device=name, medium=drive.medium, locked=drive.locked, message=drive_line(name, drive)
+        )
+
     def figures(self, attachments: Sequence[tuple[str, Attachment]]) -> None:
         for label, attachment in attachments:
             now = (attachment.state, Figures.of(attachment))
@@ -227,16 +250,6 @@ class JsonOutput(Output):
         if time.monotonic() - self._copying_told >= self.interval:
             self._copying_told = time.monotonic()
             self._line(event="copying", device=label, done=done, total=total)
-
-    def failed(self, error: FarplugError) -> None:
-        super().failed(error)
-        self._line(
-            event="failed",
-            reason=str(error.reason),
-            message=error.message,
-            remedy=error.remedy,
-            exit_code=int(error.exit_code),
-        )
 
 
 class PlainOutput(Output):
@@ -276,12 +289,18 @@ class PlainOutput(Output):
 
     def happened(self, label: str, attachment: Attachment, event: PortEvent) -> None:
         match event:
-            case events.Opened() | events.DeviceReport(event=MediumLocked()):
-                pass  # told as a stage, or by what follows; systems lock a drive each time they look into it
+            case events.DeviceReport(event=MediumLocked()):
+                pass  # systems lock a drive each time they look into it
             case events.Detached():
                 self._line(f"{label}: {event} ({Figures.of(attachment)})")
             case _:
                 self._line(f"{label}: {event}")
+
+    def opened(self, label: str, titles: Sequence[str], event: events.Opened) -> None:
+        self._line(port_line(titles, event))
+
+    def drive(self, name: str, drive: CdromDrive) -> None:
+        self._line(drive_line(name, drive))
 
     def figures(self, attachments: Sequence[tuple[str, Attachment]]) -> None:
         for label, attachment in attachments:
@@ -292,17 +311,16 @@ class PlainOutput(Output):
 
 
 class _Rate:
-    """Bytes a second between two looks."""
+    """Bytes a second between two looks; 0 at the first look, and when a device begins again."""
 
     def __init__(self) -> None:
-        self._moved = 0
-        self._when = time.monotonic()
+        self._last: tuple[int, float] | None = None
 
     def look(self, figures: Figures) -> float:
         moved, now = figures.read + figures.written, time.monotonic()
-        rate = (moved - self._moved) / max(now - self._when, 1e-3)
-        self._moved, self._when = moved, now
-        return rate
+        before, when = self._last or (moved, now)
+        self._last = moved, now
+        return max(moved - before, 0) / max(now - when, 1e-3)
 
 
 _STATE_STYLES = {
@@ -372,7 +390,7 @@ class TerminalOutput(Output):
     def happened(self, label: str, attachment: Attachment, event: PortEvent) -> None:
         text = f"{label}: {event}"
         match event:
-            case events.Opened() | events.DeviceReport(event=MediumLocked()):
+            case events.DeviceReport(event=MediumLocked()):
                 pass
             case events.Refused() | events.DeviceFault() | events.PeerViolation():
                 self._line(BAD, text)
@@ -385,27 +403,74 @@ class TerminalOutput(Output):
             case _:
                 self._line(PLAIN, text)
 
+    def opened(self, label: str, titles: Sequence[str], event: events.Opened) -> None:
+        self._line(PLAIN, port_line(titles, event))
+
+    def drive(self, name: str, drive: CdromDrive) -> None:
+        self._line(PLAIN, drive_line(name, drive))
+
     def figures(self, attachments: Sequence[tuple[str, Attachment]]) -> None:
         if self._pending is not None or not attachments:
             return
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        for heading in ("device", "state", "speed"):
-            table.add_column(heading)
-        for heading in ("read", "written", "rate", "commands"):
-            table.add_column(heading, justify="right")
+        columns: dict[str, list[Text]] = {heading: [] for heading in _HEADINGS}
         for label, attachment in attachments:
             figures = Figures.of(attachment)
             rate = self._rates.setdefault(label, _Rate()).look(figures)
-            table.add_row(
+            row = (
                 Text(printable(label)),
                 Text(str(attachment.state), _STATE_STYLES[attachment.state]),
                 Text(str(attachment.device.identity.speed)),
-                size(figures.read),
-                size(figures.written),
-                f"{size(rate)}/s",
-                str(figures.commands),
+                Text(size(figures.read)),
+                Text(size(figures.written)),
+                Text(f"{size(rate)}/s"),
+                Text(str(figures.commands)),
             )
-        self._live.update(Group("", table), refresh=True)
+            for heading, cell in zip(_HEADINGS, row, strict=True):
+                columns[heading].append(cell)
+        self._live.update(Group("", _table(columns, self._console.width)), refresh=True)
+
+
+_HEADINGS = ("device", "state", "speed", "read", "written", "rate", "commands")
+_LEFT = ("device", "state", "speed")
+_DROPPED_FIRST = ("commands", "speed", "rate", "written", "read", "state")
+"""Columns that a narrow terminal does not show."""
+_GAP = 2
+"""Cells between two columns."""
+_LEAST_LABEL = 10
+"""Cells of a device's name that are shown before another column is dropped."""
+
+
+def _table(columns: dict[str, list[Text]], width: int) -> Table:
+    """Make a table of the columns that fit into ``width`` cells; a long name of a device is cut."""
+    widths = {heading: max(len(heading), *(cell.cell_len for cell in cells)) for heading, cells in columns.items()}
+    widths["device"] = min(widths["device"], _LEAST_LABEL)
+    for heading in _DROPPED_FIRST:
+        if sum(widths.values()) + _GAP * (len(widths) - 1) <= width:
+            break
+        del widths[heading]
+    room = width - sum(widths.values()) - _GAP * (len(widths) - 1)
+    longest = max(cell.cell_len for cell in columns["device"])
+    widths["device"] = max(1, min(widths["device"] + room, max(longest, len("device"))))
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading, cells in widths.items():
+        side: JustifyMethod = "left" if heading in _LEFT else "right"
+        table.add_column(heading, justify=side, no_wrap=True, overflow="ellipsis", width=cells)
+    for row in zip(*(columns[heading] for heading in widths), strict=True):
+        table.add_row(*row)
+    return table
+
+
+def port_line(titles: Sequence[str], event: events.Opened) -> str:
+    """Return which device is in a port, for people: ``port 0: scratch.raw``."""
+    units = titles if len(titles) == 1 else [f"LUN {lun} {title}" for lun, title in enumerate(titles)]
+    return f"port {event.number}: {', '.join(units)}"
+
+
+def drive_line(name: str, drive: CdromDrive) -> str:
+    """Return what is in a drive, for people."""
+    if drive.medium is None:
+        return f"{name}: empty"
+    return f"{name}: {drive.medium}{', locked by the guest' if drive.locked else ''}"
 
 
 def _marked(mark: tuple[str, str], text: str) -> Text:

@@ -7,21 +7,23 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from farplug.cli import log
 from farplug.cli.commands import obey
 from farplug.cli.media import Media
 from farplug.cli.output import Output, SilentOutput, unfinished_writes
-from farplug.errors import ExitCode, FarplugError
-from farplug.hub import Attachment, Hub
+from farplug.errors import ExitCode, FarplugError, InternalError
+from farplug.hub import Attachment, Hub, Place
 from farplug.redirection import events
 from farplug.redirection.events import PortEvent
 from farplug.target import TargetOptions, open_session, parse_target
 from farplug.usb.device import Device
+from farplug.virtual.cdrom import CdromDrive
 from farplug.virtual.device import VirtualDevice
+from farplug.virtual.events import MediumEvent
 from farplug.virtual.storage import MAX_UNITS
 
 if TYPE_CHECKING:
@@ -42,6 +44,22 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True, slots=True)
+class Name:
+    """What a device is called in the output.
+
+    Attributes:
+        units: the names of its logical units; the device's own name if it has none.
+        titles: the same, with what is in them.
+    """
+
+    units: tuple[str, ...]
+    titles: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return ", ".join(self.units)
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What is to be done.
 
@@ -50,6 +68,7 @@ class Plan:
         options: what was said about it besides.
         media: what to plug in.
         wishes: which devices of this machine to plug in; None: none, and never.
+        places: where each of the named ones (``wishes.choices``) was named among all devices of the command line.
         commands: read commands from standard input.
         force: leave at the first interrupt, also while the VM may have more to write.
     """
@@ -58,12 +77,17 @@ class Plan:
     options: TargetOptions
     media: Media
     wishes: Wishes | None = None
+    places: Sequence[int] = ()
     commands: bool = False
     force: bool = False
 
 
 async def run(plan: Plan, output: Output) -> ExitCode:
-    """Run until a signal comes (0), or raise what went wrong."""
+    """Run until a signal comes, or raise what went wrong.
+
+    Returns:
+        OK; INTERRUPTED if the signal came before any device was plugged in.
+    """
     return await _Session(plan, output).run()
 
 
@@ -71,17 +95,22 @@ class _Session:
     def __init__(self, plan: Plan, output: Output) -> None:
         self._plan = plan
         self._output = output
-        self._labels: dict[Device, str] = {}
+        self._names: dict[Device, Name] = {}
         self._keeper: Keeper | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._work: asyncio.Task[None] | None = None
         self._interrupted = False
+        self._signalled = False
+        self._served = False
+        """A device was plugged in, or the session waits for one as it was asked to."""
+        self._bug: InternalError | None = None
         self._leaving = False
         self._warned: dict[str, int] = {}
         """The disks of the last warning about unfinished writes, and the run of writes that it was about."""
 
     async def run(self) -> ExitCode:
         loop = self._loop = asyncio.get_running_loop()
+        loop.set_exception_handler(self._callback_failed)
         self._work = loop.create_task(self._plug_and_leave())
         for number in SIGNALS:
             if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
@@ -89,7 +118,9 @@ class _Session:
         try:
             self._show(lambda output: output.start())
             await self._work
+            self._raise_bug()
         except asyncio.CancelledError:
+            self._raise_bug()
             if not self._interrupted:
                 raise
         except FarplugError as error:
@@ -98,7 +129,20 @@ class _Session:
             raise
         finally:
             self._show(lambda output: output.stop())
-        return ExitCode.OK
+        return ExitCode.INTERRUPTED if self._signalled and not self._served else ExitCode.OK
+
+    def _callback_failed(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Leave after an exception in a callback of the event loop, which is a bug: asyncio would only log it."""
+        error = context.get("exception")
+        if not isinstance(error, Exception) or isinstance(error, (FarplugError, OSError)):
+            loop.default_exception_handler(context)
+        elif self._bug is None:
+            self._bug = InternalError(error)
+            self._leave()
+
+    def _raise_bug(self) -> None:
+        if self._bug is not None:
+            raise self._bug
 
     def _interrupt(self, number: signal.Signals) -> None:
         if self._interrupted:
@@ -109,7 +153,7 @@ class _Session:
             self._warned |= unwarned
             self._show(lambda output: output.unfinished(list(unwarned), leaving=False))
             return
-        self._interrupted = True
+        self._interrupted = self._signalled = True
         self._leave()
         if unwarned:
             self._show(lambda output: output.unfinished(list(unwarned), leaving=True))
@@ -155,7 +199,7 @@ class _Session:
     async def _plug_and_leave(self) -> None:
         try:
             named = await self._prepare_devices()
-            await self._plan.media.open(self._copying)
+            await self._plan.media.open(self._copying, self.note)
             # Only now: reading a .vv file may delete it.
             target = parse_target(self._plan.target, self._plan.options)
             session = await open_session(target, lambda stage, text: self._show(lambda o: o.stage(str(stage), text)))
@@ -167,7 +211,7 @@ class _Session:
                 await hub.close()
         finally:
             self._leaving = True
-            for device in self._labels:
+            for device in self._names:
                 if isinstance(device, VirtualDevice):
                     await device.dispose()
             await self._plan.media.close()
@@ -188,10 +232,12 @@ class _Session:
 
     def plugging(self, device: Device, found: Found) -> None:
         label = found.name or found.id
-        self._labels[device] = f"{label} ({found.port})" if label in self._labels.values() else label
+        if label in map(str, self._names.values()):
+            label = f"{label} ({found.port})"
+        self._names[device] = Name((label,), (label,))
 
     def parted(self, device: Device) -> None:
-        self._labels.pop(device, None)
+        self._names.pop(device, None)
 
     def note(self, text: str) -> None:
         self._show(lambda output: output.note(text))
@@ -221,16 +267,22 @@ class _Session:
             note = f"the VM has {has} for {count} devices: they are plugged as {count} logical units of one device"
             self._show(lambda output: output.note(note))
         media = self._plan.media.devices(ports - named)
-        for device, label in media.items():
-            self._labels[device] = label
+        for device, units in media.items():
+            self._names[device] = Name(tuple(unit.label for unit in units), tuple(unit.title for unit in units))
+        first = {device: units[0].place for device, units in media.items()}
+        order = sorted([*first.values(), *self._plan.places])
+        places = dict(zip(order, hub.reserve(len(order)), strict=True))
         ticker = asyncio.ensure_future(self._tick(hub))
         commands = asyncio.ensure_future(self._obey())
         gone = asyncio.ensure_future(hub.session.closed())
         staying: list[asyncio.Future[FarplugError | None]] = []
         if media:
-            staying.append(asyncio.ensure_future(self._plug_all(hub, media)))
+            plugging = {device: places[place] for device, place in first.items()}
+            staying.append(asyncio.ensure_future(self._plug_all(hub, plugging)))
         if self._keeper is not None:
-            staying.append(asyncio.ensure_future(self._keeper.run(hub)))
+            kept = [places[place] for place in self._plan.places]
+            staying.append(asyncio.ensure_future(self._keeper.run(hub, kept)))
+            self._served = self._plan.wishes is not None and self._plan.wishes.stays
         try:
             await asyncio.wait((gone, *staying), return_when=asyncio.FIRST_COMPLETED)
             error = next((future for future in staying if future.done()), gone).result()
@@ -243,32 +295,52 @@ class _Session:
         if error is not None:
             raise error
 
-    async def _plug_all(self, hub: Hub, devices: Collection[VirtualDevice]) -> FarplugError | None:
+    async def _plug_all(self, hub: Hub, devices: Mapping[VirtualDevice, Place]) -> FarplugError | None:
         """Plug devices in, and wait until they have left; why, if nobody here wanted it."""
-        errors = await asyncio.gather(*(self._plug(hub, device) for device in devices))
+        errors = await asyncio.gather(*(self._plug(hub, device, place) for device, place in devices.items()))
         return next((error for error in errors if error is not None), None)
 
     async def _obey(self) -> None:
         if self._plan.commands:
-            await obey(self._plan.media.drives, lambda error: self._show(lambda output: output.refused(error)))
+            await obey(self)
 
-    async def _plug(self, hub: Hub, device: VirtualDevice) -> FarplugError | None:
+    # Host of commands
+
+    def drives(self) -> Sequence[tuple[str, CdromDrive]]:
+        return self._plan.media.drives()
+
+    def listed(self, name: str, drive: CdromDrive) -> None:
+        self._show(lambda output: output.drive(name, drive))
+
+    def refused(self, error: FarplugError) -> None:
+        self._show(lambda output: output.refused(error))
+
+    def quit(self) -> None:
+        self._interrupt(signal.SIGINT)
+
+    async def _plug(self, hub: Hub, device: VirtualDevice, place: Place) -> FarplugError | None:
         """The same for one."""
-        return await (await hub.plug(device)).ended()
+        return await (await hub.plug(device, place)).ended()
 
     def _happened(self, attachment: Attachment, event: PortEvent) -> None:
-        if isinstance(event, events.Opened):
-            self._show(lambda output: output.reached())
-        self._show(lambda output: output.happened(self._label(attachment), attachment, event))
+        name = self._name(attachment)
+        match event:
+            case events.Opened():
+                self._show(lambda output: output.reached())
+                self._show(lambda output: output.opened(str(name), name.titles, event))
+            case events.DeviceReport(event=MediumEvent(lun=lun)):
+                self._show(lambda output: output.happened(name.units[lun], attachment, event))
+            case _:
+                self._served = self._served or isinstance(event, events.Attached)
+                self._show(lambda output: output.happened(str(name), attachment, event))
 
     async def _tick(self, hub: Hub) -> None:
         while True:
-            self._show(lambda output: output.figures([(self._label(a), a) for a in hub.attachments]))
+            self._show(lambda output: output.figures([(str(self._name(a)), a) for a in hub.attachments]))
             await asyncio.sleep(self._output.interval)
 
-    def _label(self, attachment: Attachment) -> str:
-        """What a device is called in the output."""
-        return next(label for device, label in self._labels.items() if device is attachment.device)
+    def _name(self, attachment: Attachment) -> Name:
+        return next(name for device, name in self._names.items() if device is attachment.device)
 
 
 def _on_terminal() -> bool:

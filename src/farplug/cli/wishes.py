@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
+from farplug.cli.options import DEVICES
 from farplug.errors import Reason, UsageError
 
 if TYPE_CHECKING:
@@ -28,20 +29,22 @@ DevicesOption: TypeAlias = Annotated[
     typer.Option(
         "--usb-device",
         metavar="DEVICE",
-        help="Plug a USB device of this machine in: VID:PID, BUS-ADDRESS, BUS-PORT.PORT, serial:NUMBER, or a part of "
+        help="Plug in a USB device of this machine: VID:PID, BUS-ADDRESS, BUS-PORT.PORT, serial:NUMBER, or a part of "
         "its name. May be repeated.",
         show_default=False,
+        rich_help_panel=DEVICES,
     ),
 ]
 WaitOption: TypeAlias = Annotated[
-    bool, typer.Option("--wait", help="Wait for each --usb-device that is not there until it is plugged in.")
+    bool, typer.Option("--wait", help="Wait until every named --usb-device is present.", rich_help_panel=DEVICES)
 ]
 FollowOption: TypeAlias = Annotated[
     FollowBy,
     typer.Option(
         "--follow",
-        help="What is plugged in again when it comes back: the same device in any port, or whatever is in its port "
-        "(after a firmware update it has another id).",
+        help="What to reconnect after an unplug: that device in any port, or any device in that port (a firmware "
+        "update changes a device's id).",
+        rich_help_panel=DEVICES,
     ),
 ]
 FilterOption: TypeAlias = Annotated[
@@ -51,6 +54,7 @@ FilterOption: TypeAlias = Annotated[
         metavar="RULES",
         help=f"Which devices of this machine may be plugged in at all. {RULES_HELP}",
         show_default=False,
+        rich_help_panel=DEVICES,
     ),
 ]
 AutoConnectOption: TypeAlias = Annotated[
@@ -61,6 +65,7 @@ AutoConnectOption: TypeAlias = Annotated[
         help="Plug in what comes later and these rules allow. This machine's keyboard, mouse and network only if a "
         "rule names their vendor= and product=.",
         show_default=False,
+        rich_help_panel=DEVICES,
     ),
 ]
 RedirectOption: TypeAlias = Annotated[
@@ -70,6 +75,7 @@ RedirectOption: TypeAlias = Annotated[
         metavar="RULES",
         help="The same for what is there at the start.",
         show_default=False,
+        rich_help_panel=DEVICES,
     ),
 ]
 
@@ -87,7 +93,7 @@ def device_wishes(
     """Put the options together; None if no device of this machine is wanted.
 
     Raises:
-        UsageError: one is written wrong, or says nothing without another one.
+        UsageError: one is written wrong, or has no effect without another one.
     """
     if wait and not devices:
         raise _alone("--wait", "--usb-device")
@@ -112,4 +118,4 @@ def device_wishes(
 
 
 def _alone(option: str, needed: str) -> UsageError:
-    return UsageError(f"{option} says nothing without {needed}", reason=Reason.BAD_OPTION)
+    return UsageError(f"{option} has no effect without {needed}", reason=Reason.BAD_OPTION)

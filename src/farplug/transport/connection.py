@@ -110,7 +110,8 @@ class Reader(Protocol):
     def data_received(self, data: memoryview) -> None:
         """Bytes arrived. The view is valid only during the call, or until reading is resumed if the call paused it.
 
-        An exception is a bug: it ends the connection. Not called any more once the connection is closed or aborted by us.
+        An exception is a bug: it ends the connection. Not called any more once the connection is closed or aborted by
+        us.
         """
 
     def pause_writing(self) -> None:
@@ -121,8 +122,8 @@ class Reader(Protocol):
 
 
 LostCallback: TypeAlias = Callable[[Exception | None], None]
-"""Called once when a connection has ended: with None after a plain end of stream or our own close, with OSError where it
-broke, with InternalError where the reader raised an exception."""
+"""Called once when a connection has ended: with None after a plain end of stream or our own close, with OSError where
+it broke, with InternalError where the reader raised an exception."""
 
 
 class Connection(asyncio.BufferedProtocol):
