@@ -3,7 +3,9 @@ from __future__ import annotations
 import pytest
 
 from farplug import errors
-from farplug.errors import ExitCode, FarplugError, Reason
+from farplug.cli.exit_codes import ExitCode, exit_code
+from farplug.cli.log import remedy_lines
+from farplug.errors import FarplugError, Reason, Remedy
 
 
 def _tree(kind: type[FarplugError]) -> list[type[FarplugError]]:
@@ -35,14 +37,51 @@ def test_the_tree_is_the_one_in_the_docstring() -> None:
     ],
 )
 def test_the_exit_code_tells_the_stage(reason: Reason, code: ExitCode) -> None:
-    assert errors.TargetError("x", reason=reason).exit_code is code
+    assert exit_code(errors.TargetError("x", reason=reason)) is code
 
 
 def test_defaults() -> None:
     gone = errors.GuestGoneError("it left", remedy="wait")
     assert (str(gone), gone.message, gone.reason, gone.remedy) == ("it left", "it left", Reason.GUEST_GONE, "wait")
-    assert gone.exit_code is ExitCode.GUEST_GONE
+    assert exit_code(gone) is ExitCode.GUEST_GONE
     broken = errors.InternalError(ZeroDivisionError("it\nbroke"))
-    assert (str(broken), broken.exit_code) == ("internal error: ZeroDivisionError: it", ExitCode.DEFECT)
+    assert (str(broken), exit_code(broken)) == ("internal error: ZeroDivisionError: it", ExitCode.INTERNAL_ERROR)
     for kind in (errors.LocalProtocolError, errors.RemoteProtocolError):
-        assert (kind("x").reason, kind("x").exit_code) == (Reason.PROTOCOL, ExitCode.PROTOCOL)
+        assert (kind("x").reason, exit_code(kind("x"))) == (Reason.PROTOCOL, ExitCode.PROTOCOL)
+
+
+def test_a_remedy_is_text_with_what_a_program_can_offer() -> None:
+    error = errors.ImageError(
+        "a.raw is in use",
+        reason=Reason.IN_USE,
+        remedy=Remedy("plug the image all the same", setting="storage.force", value=True),
+    )
+    assert error.remedy == "plug the image all the same"
+    assert error.as_dict() == {
+        "reason": "in-use",
+        "message": "a.raw is in use",
+        "remedy": "plug the image all the same",
+        "setting": "storage.force",
+        "value": True,
+    }
+    plain = errors.ImageError("x", reason=Reason.IN_USE, remedy="wait")
+    assert plain.as_dict() == {"reason": "in-use", "message": "x", "remedy": "wait"}
+    assert not errors.ImageError("x", reason=Reason.IN_USE).remedy
+    assert Remedy(command="ls")
+
+
+@pytest.mark.parametrize(
+    ("remedy", "lines"),
+    [
+        ("", []),
+        ("wait", ["wait"]),
+        ("one\ntwo", ["one", "two"]),
+        (Remedy("plug it all the same", setting="storage.force", value=True), ["plug it all the same: --force"]),
+        (Remedy(setting="target.ca_file"), ["--ca-file FILE"]),
+        (Remedy("use", setting="storage.usb_speed", value="high"), ["use: --usb-speed high"]),
+        (Remedy("convert it", command="qemu-img convert -O raw a b"), ["convert it", "  qemu-img convert -O raw a b"]),
+        (Remedy(command="ls\x1b"), ["ls\N{REPLACEMENT CHARACTER}"]),
+    ],
+)
+def test_how_the_command_line_shows_a_remedy(remedy: str, lines: list[str]) -> None:
+    assert remedy_lines(remedy) == lines

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from farplug.errors import DeviceError, ExitCode, Reason, UsageError
+from farplug.cli.exit_codes import ExitCode, exit_code
+from farplug.errors import DeviceError, Reason, UsageError
 from farplug.machine.choose import Choice
 from farplug.machine.found import Found, FoundInterface, Obstacle
 from farplug.policy import MAX_FORMER, Follow, Plug, Policy, Seat, Skip, Wishes
@@ -82,7 +83,7 @@ def test_the_filter_here_with_the_rule_that_decided() -> None:
         "0403:6001 (port 1-3) cannot be plugged in: --filter does not allow it: "
         "rule 2 (deny vendor=0403) denies its class vendor-specific (ff)"
     )
-    assert (caught.value.reason, caught.value.exit_code) == (Reason.FILTERED, ExitCode.DEVICE)
+    assert (caught.value.reason, exit_code(caught.value)) == (Reason.FILTERED, ExitCode.DEVICE)
     with pytest.raises(DeviceError, match=r"no rule matches its class storage \(08\)"):
         policy("1-2", allowed="allow class=hid").begin(PRESENT)
     assert plugged(*policy("1-2", allowed="deny class=hid; allow").begin(PRESENT)) == [STICK]

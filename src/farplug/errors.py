@@ -16,44 +16,21 @@
         ├── LocalProtocolError  we were asked to say what the protocol forbids
         └── RemoteProtocolError the peer said what the protocol forbids
 
-Each carries one line that says what happened, a :class:`Reason` that a program can act on, a remedy for a person where
-there is one, and the exit code that the command line ends with. Any other exception that leaves farplug is a bug, like
-:class:`InternalError`.
+Each carries one line that says what happened, a :class:`Reason` that a program can act on, and a :class:`Remedy` where
+there is one. Any other exception that leaves farplug is a bug, like :class:`InternalError`.
 """
 
 from __future__ import annotations
 
-from enum import IntEnum, StrEnum
-from typing import ClassVar
-
-
-class ExitCode(IntEnum):
-    """Exit codes of the command line. They are stable: scripts rely on them."""
-
-    OK = 0
-    DEFECT = 1
-    """An internal error: an exception that farplug did not expect. Please report it."""
-    USAGE = 2
-    IMAGE = 3
-    UNREACHABLE = 4
-    TLS = 5
-    DENIED = 6
-    NO_PORT = 7
-    REFUSED = 8
-    GUEST_GONE = 9
-    PROTOCOL = 10
-    SETUP = 11
-    DEVICE = 12
-    PAUSED = 13
-    """``farplug doctor`` reached the VM, and a port of it does not answer."""
-    INTERRUPTED = 130
-    """Interrupted before a device was plugged in, or left at once, at a Ctrl-C while farplug was leaving."""
+from enum import StrEnum
+from typing import Any, Self
 
 
 class Reason(StrEnum):
     """Why something cannot be done. The values are stable: they stand in ``--json`` output."""
 
     # usage
+    BAD_SETTING = "bad-setting"
     BAD_OPTION = "bad-option"
     BAD_TARGET = "bad-target"
     BAD_VV_FILE = "bad-vv-file"
@@ -121,83 +98,95 @@ class Reason(StrEnum):
     INTERNAL_ERROR = "internal-error"
 
 
+class Remedy(str):
+    """What a user can do about an error: text for people, with what a program can offer instead.
+
+    The text names no option of the command line and no button of a page: a client makes these of ``setting``.
+
+    Args:
+        text: for people; may have several lines.
+        setting: the setting that helps, by its name in :mod:`farplug.app.settings`; empty: none.
+        value: for the setting; None: the user chooses it.
+        command: a shell command to copy; empty: none.
+    """
+
+    __slots__ = ("command", "setting", "value")
+
+    setting: str
+    value: str | int | bool | None
+    command: str
+
+    def __new__(
+        cls, text: str = "", *, setting: str = "", value: str | int | bool | None = None, command: str = ""
+    ) -> Self:
+        """Make the text."""
+        remedy = super().__new__(cls, text)
+        remedy.setting, remedy.value, remedy.command = setting, value, command
+        return remedy
+
+    def __bool__(self) -> bool:
+        return bool(len(self) or self.setting or self.command)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields of an error in JSON that describe the remedy: ``remedy``, and those that it has."""
+        data: dict[str, Any] = {"remedy": str(self)}
+        if self.setting:
+            data |= {"setting": self.setting, "value": self.value}
+        if self.command:
+            data["command"] = self.command
+        return data
+
+
 class FarplugError(Exception):
     """Base of everything farplug raises on purpose.
 
     Args:
         message: what happened, in one line, without a final full stop.
         reason: what a program acts on.
-        remedy: what the person can do about it; may be several lines (commands to copy); empty if there is nothing.
+        remedy: what the user can do about it; empty if there is nothing.
     """
-
-    exit_code: ClassVar[ExitCode] = ExitCode.DEFECT
 
     def __init__(self, message: str, *, reason: Reason, remedy: str = "") -> None:
         super().__init__(message)
         self.message = message
         self.reason = reason
-        self.remedy = remedy
+        self.remedy = remedy if isinstance(remedy, Remedy) else Remedy(remedy)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the error as JSON's types: ``reason``, ``message``, and the fields of :meth:`Remedy.as_dict`."""
+        return {"reason": str(self.reason), "message": self.message, **self.remedy.as_dict()}
 
 
 class UsageError(FarplugError):
     """An option, a path or a target is written wrong."""
 
-    exit_code = ExitCode.USAGE
-
 
 class SetupError(FarplugError):
     """Something is missing on this machine."""
-
-    exit_code = ExitCode.SETUP
 
 
 class ImageError(FarplugError):
     """A disk image cannot be used."""
 
-    exit_code = ExitCode.IMAGE
-
 
 class DeviceError(FarplugError):
     """A device cannot be used, or broke its own contract."""
 
-    exit_code = ExitCode.DEVICE
-
 
 class TargetError(FarplugError):
-    """The guest cannot be reached. The exit code depends on the stage that failed."""
-
-    @property
-    def exit_code(self) -> ExitCode:  # type: ignore[override]
-        return _TARGET_EXIT_CODES.get(self.reason, ExitCode.UNREACHABLE)
-
-
-_TARGET_EXIT_CODES = {
-    Reason.NEEDS_TLS: ExitCode.TLS,
-    Reason.TLS_UNTRUSTED: ExitCode.TLS,
-    Reason.TLS_WRONG_HOST: ExitCode.TLS,
-    Reason.TLS_FAILED: ExitCode.TLS,
-    Reason.WRONG_PASSWORD: ExitCode.DENIED,
-    Reason.NO_PASSWORD: ExitCode.DENIED,
-    Reason.NOT_SPICE: ExitCode.PROTOCOL,
-}
+    """The guest cannot be reached. The reason says at which stage."""
 
 
 class PortError(FarplugError):
     """The guest is reached, but it has no port for this device."""
 
-    exit_code = ExitCode.NO_PORT
-
 
 class RefusedError(FarplugError):
     """The guest refused the device."""
 
-    exit_code = ExitCode.REFUSED
-
 
 class GuestGoneError(FarplugError):
     """The connection to the guest ended while it was in use."""
-
-    exit_code = ExitCode.GUEST_GONE
 
     def __init__(self, message: str, *, reason: Reason = Reason.GUEST_GONE, remedy: str = "") -> None:
         super().__init__(message, reason=reason, remedy=remedy)
@@ -208,8 +197,6 @@ class InternalError(FarplugError):
 
     It is raised where the callback's work is waited for. ``__cause__`` is the exception.
     """
-
-    exit_code = ExitCode.DEFECT
 
     def __init__(self, cause: BaseException) -> None:
         text = str(cause).partition("\n")[0]
@@ -223,8 +210,6 @@ class InternalError(FarplugError):
 
 class ProtocolError(FarplugError):
     """Somebody left the protocol."""
-
-    exit_code = ExitCode.PROTOCOL
 
     def __init__(self, message: str, *, reason: Reason = Reason.PROTOCOL, remedy: str = "") -> None:
         super().__init__(message, reason=reason, remedy=remedy)

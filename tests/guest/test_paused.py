@@ -21,7 +21,7 @@ import pytest
 from tests.guest.command import farplug
 from tests.guest.plugging import MIB, PATIENCE, Plugged, blank, disk_of, disk_with, plugged
 
-from farplug.errors import ExitCode
+from farplug.cli.exit_codes import ExitCode
 from farplug.redirection import Redirection, conversation, engine, events, reminder
 from farplug.store import MemoryStore
 from farplug.store.image import serial_number

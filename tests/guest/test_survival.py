@@ -14,7 +14,8 @@ import pytest
 from tests.guest.command import farplug
 from tests.guest.plugging import AT_ONCE, MIB, blank, disk_of, disk_with, gone, plugged
 
-from farplug.errors import ExitCode, Reason
+from farplug.cli.exit_codes import ExitCode
+from farplug.errors import Reason
 from farplug.redirection import events
 from farplug.store import MemoryStore, ReadDone, WriteDone
 from farplug.store.image import serial_number

@@ -15,7 +15,8 @@ import usb1
 from tests.physical.support import EVERYTHING
 
 import farplug
-from farplug.errors import ExitCode, Reason, SetupError
+from farplug.cli.exit_codes import ExitCode, exit_code
+from farplug.errors import Reason, SetupError
 from farplug.libusb import library
 from farplug.libusb.library import Library
 from farplug.usb import Status
@@ -62,7 +63,7 @@ def test_without_any_library_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(SetupError, match=r"libusb-1\.0 cannot be loaded: libusb-1\.0\.so\.0: cannot open") as caught:
         Library()
     assert caught.value.reason is Reason.NO_LIBUSB
-    assert caught.value.exit_code is ExitCode.SETUP
+    assert exit_code(caught.value) is ExitCode.SETUP
     assert "apt install libusb-1.0-0" in caught.value.remedy
 
 

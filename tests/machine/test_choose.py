@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from farplug.errors import DeviceError, ExitCode, Reason, UsageError
+from farplug.cli.exit_codes import ExitCode, exit_code
+from farplug.errors import DeviceError, Reason, UsageError
 from farplug.machine.choose import MAX_LISTED, Choice
 from farplug.machine.found import Found
 
@@ -78,7 +79,7 @@ def test_written_wrong(text: str, said: str) -> None:
         Choice.parse(text)
     assert said in caught.value.message
     assert len(caught.value.message) < 160
-    assert (caught.value.reason, caught.value.exit_code) == (Reason.BAD_OPTION, ExitCode.USAGE)
+    assert (caught.value.reason, exit_code(caught.value)) == (Reason.BAD_OPTION, ExitCode.USAGE)
     assert "VID:PID" in caught.value.remedy
 
 
@@ -94,7 +95,7 @@ def test_written_wrong(text: str, said: str) -> None:
 def test_ambiguity_is_listed(text: str, listed: Sequence[str]) -> None:
     with pytest.raises(UsageError, match=f"{len(listed)} USB devices match '{text}'") as caught:
         Choice.parse(text).choose(DEVICES)
-    assert (caught.value.reason, caught.value.exit_code) == (Reason.AMBIGUOUS, ExitCode.USAGE)
+    assert (caught.value.reason, exit_code(caught.value)) == (Reason.AMBIGUOUS, ExitCode.USAGE)
     how, *lines = caught.value.remedy.splitlines()
     assert how == "name one by its port (port:1-2) or serial number:"
     assert [line.startswith(port) for line, port in zip(lines, listed, strict=True)] == [True] * len(listed)
@@ -115,7 +116,7 @@ def test_ambiguity_is_listed(text: str, listed: Sequence[str]) -> None:
 def test_none_tells_the_nearest(text: str, near: Sequence[str]) -> None:
     with pytest.raises(DeviceError, match=f"no USB device matches '{text}'") as caught:
         Choice.parse(text).choose(DEVICES)
-    assert (caught.value.reason, caught.value.exit_code) == (Reason.NOT_FOUND, ExitCode.DEVICE)
+    assert (caught.value.reason, exit_code(caught.value)) == (Reason.NOT_FOUND, ExitCode.DEVICE)
     head, *lines, last = caught.value.remedy.splitlines()
     assert (head, last) == ("these are plugged in:", "to wait until it is plugged in: --wait")
     assert [line.split()[0] for line in lines] == near

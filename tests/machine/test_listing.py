@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from tests.machine.trees import BOOT_KEYBOARD, HID, SMART_CARD, STORAGE, Machine, descriptors
 
-from farplug.errors import ExitCode, Reason, SetupError
+from farplug.cli.exit_codes import ExitCode, exit_code
+from farplug.errors import Reason, SetupError
 from farplug.machine.found import FoundInterface
 from farplug.machine.listing import list_devices
 from farplug.usb.descriptors import MAX_WARNINGS
@@ -211,5 +212,5 @@ def test_the_same_socket_at_other_speeds(machine: Machine, peer: str, port: str)
 def test_no_usb_at_all(tmp_path: Path) -> None:
     with pytest.raises(SetupError, match="this machine has no USB") as caught:
         list_devices(tmp_path)
-    assert (caught.value.reason, caught.value.exit_code) == (Reason.NO_USB, ExitCode.SETUP)
+    assert (caught.value.reason, exit_code(caught.value)) == (Reason.NO_USB, ExitCode.SETUP)
     assert "container" in caught.value.remedy

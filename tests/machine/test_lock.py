@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from tests.machine.trees import Machine
 
-from farplug.errors import DeviceError, ExitCode, Reason
+from farplug.cli.exit_codes import ExitCode, exit_code
+from farplug.errors import DeviceError, Reason
 from farplug.machine.found import Found
 from farplug.machine.listing import list_devices
 from farplug.machine.lock import DeviceLock
@@ -28,7 +29,7 @@ def test_one_at_a_time(found: Found) -> None:
         DeviceError, match=r"1209:0001 \(port 1-1\) cannot be plugged in: another farplug uses it"
     ) as caught:
         DeviceLock(found)
-    assert (caught.value.reason, caught.value.exit_code) == (Reason.BUSY, ExitCode.DEVICE)
+    assert (caught.value.reason, exit_code(caught.value)) == (Reason.BUSY, ExitCode.DEVICE)
     lock.release()
     lock.release()
     DeviceLock(found).release()
@@ -54,7 +55,7 @@ def test_a_device_that_has_left(found: Found, machine: Machine) -> None:
     machine.remove("1-1")
     with pytest.raises(DeviceError, match="is not there any more: No such file or directory") as caught:
         DeviceLock(found)
-    assert (caught.value.reason, caught.value.exit_code) == (Reason.DEVICE_LOST, ExitCode.DEVICE)
+    assert (caught.value.reason, exit_code(caught.value)) == (Reason.DEVICE_LOST, ExitCode.DEVICE)
 
 
 def test_no_permission(found: Found, monkeypatch: pytest.MonkeyPatch) -> None:

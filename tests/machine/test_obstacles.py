@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from tests.machine.trees import BOOT_KEYBOARD, HID, STORAGE, Machine
 
-from farplug.errors import DeviceError, ExitCode, Reason, SetupError
+from farplug.cli.exit_codes import ExitCode, exit_code
+from farplug.errors import DeviceError, Reason, SetupError
 from farplug.machine import obstacles
 from farplug.machine.found import Found, Obstacle
 from farplug.machine.listing import list_devices
@@ -64,7 +65,7 @@ def test_obstacles(machine: Machine, make: Callable[[Machine], object], reason: 
     assert error.message.startswith(f"{found} cannot be plugged in: ")
     assert said in error.message
     assert remedy in error.remedy
-    assert (error.reason, error.exit_code) == (reason, ExitCode.DEVICE)
+    assert (error.reason, exit_code(error)) == (reason, ExitCode.DEVICE)
 
 
 def test_another_kernel_driver(machine: Machine) -> None:
@@ -90,7 +91,7 @@ def test_no_permission(machine: Machine, monkeypatch: pytest.MonkeyPatch, group:
     assert [one.reason for one in found.obstacles] == [Reason.NO_PERMISSION, Reason.BUSY]
     with pytest.raises(DeviceError, match="cannot be plugged in: no permission to use it") as caught:
         found.check()
-    assert caught.value.exit_code == ExitCode.DEVICE
+    assert exit_code(caught.value) == ExitCode.DEVICE
     write, reload, group_line, doctor = caught.value.remedy.splitlines()
     assert group_line.startswith(
         'sudo usermod -aG plugdev "$USER"' if group else "# for whoever sits at this machine's"
@@ -189,7 +190,7 @@ def test_a_disk_that_is_mounted(mounted: Machine) -> None:
         DeviceError, match="this machine uses the disk: /dev/sda1 is mounted on /media/my stick"
     ) as caught:
         found.check()
-    assert (caught.value.reason, caught.value.exit_code) == (Reason.IN_USE, ExitCode.DEVICE)
+    assert (caught.value.reason, exit_code(caught.value)) == (Reason.IN_USE, ExitCode.DEVICE)
     assert caught.value.remedy.splitlines()[0] == "sudo umount '/media/my stick'"
     assert "--force" in caught.value.remedy
     found.check(force=True)

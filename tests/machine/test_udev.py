@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from farplug.errors import ExitCode, Reason, SetupError
+from farplug.cli.exit_codes import ExitCode, exit_code
+from farplug.errors import Reason, SetupError
 from farplug.machine import udev
 
 RULE = udev.udev_rule((0x1050, 0x0407))
@@ -73,7 +74,7 @@ def test_no_permission(tmp_path: Path, udevadm: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(Path, "write_text", refuse)
     with pytest.raises(SetupError, match="no permission to write") as caught:
         udev.install(RULE, tmp_path)
-    assert (caught.value.reason, caught.value.exit_code) == (Reason.NO_PERMISSION, ExitCode.SETUP)
+    assert (caught.value.reason, exit_code(caught.value)) == (Reason.NO_PERMISSION, ExitCode.SETUP)
     assert caught.value.remedy.startswith(f"echo '{RULE}' | sudo tee -a /etc/udev/rules.d/70-farplug.rules\n")
 
 

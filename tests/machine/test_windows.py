@@ -9,7 +9,8 @@ from tests.libusb.fake_libusb import FakeDevice, FakeLibrary
 from tests.machine.windows import windows_machine
 from tests.physical.support import EVERYTHING
 
-from farplug.errors import DeviceError, ExitCode, Reason, SetupError
+from farplug.cli.exit_codes import ExitCode, exit_code
+from farplug.errors import DeviceError, Reason, SetupError
 from farplug.libusb.identity import read_configurations, read_identity
 from farplug.machine import windows
 from farplug.machine.hotplug import Watch
@@ -55,7 +56,7 @@ def test_taking_one(
     library = FakeLibrary(device)
     with pytest.raises(DeviceError, match=said) as caught:
         Claim(library, Place.of(device), read_identity(device), {1: read_configurations(device)[0]})
-    assert (caught.value.reason, caught.value.exit_code) == (reason, ExitCode.DEVICE)
+    assert (caught.value.reason, exit_code(caught.value)) == (reason, ExitCode.DEVICE)
     assert remedy in caught.value.remedy
 
 

@@ -8,7 +8,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from farplug.errors import ExitCode, Reason, RemoteProtocolError, UsageError
+from farplug.cli.exit_codes import ExitCode, exit_code
+from farplug.errors import Reason, RemoteProtocolError, UsageError
 from farplug.spice.link import MAX_LINK_REPLY, LinkClient, LinkFailure, LinkMess, LinkReply, encrypt_ticket
 from farplug.spice.types import ChannelType, LinkError, has_capability
 
@@ -133,7 +134,7 @@ def test_a_password_that_is_missing_is_not_a_wrong_one() -> None:
     assert missing.remedy == "give one: --password-file FILE, --ask-password, or FARPLUG_PASSWORD in the environment"
     assert wrong.message == "wrong password, or an expired one: link error 7 (PERMISSION_DENIED)"
     assert wrong.reason is Reason.WRONG_PASSWORD
-    assert missing.exit_code is wrong.exit_code is ExitCode.DENIED
+    assert exit_code(missing) is exit_code(wrong) is ExitCode.DENIED
 
 
 def test_a_refusal_before_the_ticket_does_not_ask_for_a_password() -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from farplug.cli.exit_codes import exit_code
 from farplug.errors import ImageError, Reason
 from farplug.programs import find_program
 from farplug.store import FileStore, OverlayStore, open_iso, overlay
@@ -335,7 +336,7 @@ async def test_disks_and_snapshots(qcow2: Path, tmp_path: Path, caplog: pytest.L
         lambda path: OverlayStore.open(path, snapshot),
     ):
         error = refused(qcow2, open)
-        assert (error.reason, error.exit_code) == (Reason.NOT_RAW, 3)
+        assert (error.reason, exit_code(error)) == (Reason.NOT_RAW, 3)
     assert not snapshot.exists()
     openers: list[Callable[[], FileStore | OverlayStore]] = [
         partial(FileStore.open, qcow2, force=True),

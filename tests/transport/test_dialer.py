@@ -13,7 +13,8 @@ import pytest
 from cryptography.x509.oid import NameOID
 from tests.transport.fake_spice import TICKET_KEY_DER, Certificates, FakeSpice, free_port, message, running
 
-from farplug.errors import ExitCode, Reason, TargetError, UsageError
+from farplug.cli.exit_codes import ExitCode, exit_code
+from farplug.errors import Reason, TargetError, UsageError
 from farplug.spice.link import LinkFailure, LinkReply
 from farplug.spice.types import ChannelType, LinkError
 from farplug.spice.vv import VvFile
@@ -61,7 +62,7 @@ async def test_wrong_password() -> None:
         with pytest.raises(LinkFailure, match="wrong password") as caught:
             await link(SpiceTarget(host="127.0.0.1", port=port, password="guess"))
     assert caught.value.reason is Reason.WRONG_PASSWORD
-    assert caught.value.exit_code is ExitCode.DENIED
+    assert exit_code(caught.value) is ExitCode.DENIED
 
 
 async def test_not_spice() -> None:
@@ -167,7 +168,7 @@ async def test_tls_refused(
     with pytest.raises(TargetError, match=said) as caught:
         await link(SpiceTarget(**{**target, "port": None, "ca": certificates.ca, **options}))
     assert caught.value.reason is reason
-    assert caught.value.exit_code is ExitCode.TLS
+    assert exit_code(caught.value) is ExitCode.TLS
     assert caught.value.remedy
     assert not fake.linked, "nothing was sent to a server that is not the right one"
 

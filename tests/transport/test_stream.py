@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from tests.transport.fake_spice import Recorder, free_port
 
+from farplug.cli.exit_codes import exit_code
 from farplug.errors import FarplugError, GuestGoneError, InternalError, LocalProtocolError, Reason, TargetError
 from farplug.transport import connection
 from farplug.transport.connection import TcpAddress, Timeouts, UnixAddress
@@ -103,7 +104,7 @@ async def test_broken_connection_says_why(said: bytes, kind: type[FarplugError],
     (error,) = recorder.closed
     assert isinstance(error, kind)
     assert str(error).startswith(text.format(port))
-    assert error.exit_code == code
+    assert exit_code(error) == code
     assert ("spice+tls://HOST:PORT" in error.remedy) is (code == 4)
 
 
@@ -126,7 +127,7 @@ async def test_an_exception_of_the_listener_is_an_internal_error() -> None:
     assert isinstance(error, InternalError)
     assert str(error) == "internal error: AttributeError: no such thing"
     assert isinstance(error.__cause__, AttributeError)
-    assert error.exit_code == 1
+    assert exit_code(error) == 1
     assert not failures, "asyncio does not report it as well"
 
 

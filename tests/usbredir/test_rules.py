@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from farplug.errors import ExitCode, Reason, UsageError
+from farplug.cli.exit_codes import ExitCode, exit_code
+from farplug.errors import Reason, UsageError
 from farplug.usb.classes import CLASS_NAMES
 from farplug.usbredir.filter import Filter, Judgement, Rule, Verdict
 from farplug.usbredir.rules import MAX_LENGTH, parse_rules
@@ -84,7 +85,7 @@ def test_written_wrong(text: str, said: str) -> None:
     with pytest.raises(UsageError) as caught:
         parse_rules(text)
     assert said in caught.value.message
-    assert (caught.value.reason, caught.value.exit_code) == (Reason.BAD_OPTION, ExitCode.USAGE)
+    assert (caught.value.reason, exit_code(caught.value)) == (Reason.BAD_OPTION, ExitCode.USAGE)
     assert caught.value.remedy
 
 

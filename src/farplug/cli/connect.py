@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from farplug.cli.exit_codes import ExitCode
 from farplug.cli.options import (
     IMAGES,
     OUTPUT,
@@ -39,7 +40,7 @@ from farplug.cli.wishes import (
     WaitOption,
     device_wishes,
 )
-from farplug.errors import ExitCode, Reason, TargetError, UsageError
+from farplug.errors import Reason, TargetError, UsageError
 
 PASSWORD_ATTEMPTS = 3
 """How often a password is asked for, when the server does not take it."""
@@ -198,8 +199,8 @@ def connect(
     usb_storage: Annotated[
         UsbStorage,
         typer.Option(
-            help="The protocol of disks: one command at a time, as firmware does (bot), many at a time (uas), or what the "
-            "guest takes of both (auto). CD-ROM drives: auto is bot.",
+            help="The protocol of disks: one command at a time, as firmware does (bot), many at a time (uas), or what "
+            "the guest takes of both (auto). CD-ROM drives: auto is bot.",
             rich_help_panel=TUNING,
         ),
     ] = UsbStorage.AUTO,

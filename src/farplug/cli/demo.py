@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import typer
 
 from farplug.cli import needs
-from farplug.errors import DeviceError, ExitCode, Reason, SetupError
+from farplug.cli.exit_codes import ExitCode
+from farplug.errors import DeviceError, Reason, SetupError
 from farplug.programs import search_path
 
 if TYPE_CHECKING:

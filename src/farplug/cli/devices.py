@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from farplug.cli.exit_codes import exit_code
 from farplug.cli.log import remedy_lines
 from farplug.cli.options import OUTPUT
 from farplug.cli.wishes import FilterOption
@@ -80,7 +81,7 @@ def devices(
         for line in _image_lines(looked) if looked else [*_kind_lines(), "", *_device_lines(found, no_usb)]:
             typer.echo(printable(line))
     if failed is not None:
-        raise typer.Exit(failed.exit_code)
+        raise typer.Exit(exit_code(failed))
 
 
 def _find(rules: str | None) -> Sequence[Found]:
@@ -110,7 +111,7 @@ def _look(path: Path) -> dict[str, Any]:
 
 
 def _error(error: FarplugError) -> dict[str, str]:
-    return {"reason": str(error.reason), "message": error.message, "remedy": error.remedy}
+    return error.as_dict()
 
 
 def _as_dict(found: Found) -> dict[str, Any]:

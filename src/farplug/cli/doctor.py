@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import typer
 
 from farplug.cli import needs
+from farplug.cli.exit_codes import ExitCode
 from farplug.cli.log import remedy_lines
 from farplug.cli.options import (
     OUTPUT,
@@ -29,7 +30,7 @@ from farplug.cli.options import (
     ProxyOption,
     target_options,
 )
-from farplug.errors import ExitCode, FarplugError, Reason, SetupError
+from farplug.errors import FarplugError, Reason, SetupError
 from farplug.text import printable
 from farplug.version import __version__
 
@@ -99,8 +100,6 @@ And a .vv file with delete-this-file=1 is deleted.
 
 class PausedError(FarplugError):
     """A port of the VM does not answer."""
-
-    exit_code = ExitCode.PAUSED
 
     def __init__(self) -> None:
         super().__init__(

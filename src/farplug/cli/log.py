@@ -7,15 +7,37 @@ import os
 import sys
 from typing import TextIO
 
-from farplug.errors import FarplugError
+from farplug.errors import FarplugError, Remedy
+from farplug.shell import shell_word
 from farplug.text import printable
 
 LOGGER = logging.getLogger("farplug")
 
 
 def remedy_lines(remedy: str) -> list[str]:
-    """Split a remedy into its lines, without control characters."""
-    return [printable(line) for line in remedy.split("\n")] if remedy else []
+    """Return a remedy as the command line shows it: its lines, the option of its setting, its command.
+
+    Control characters are replaced.
+    """
+    lines = remedy.split("\n") if len(remedy) else []
+    if isinstance(remedy, Remedy) and remedy.setting:
+        option = setting_option(remedy.setting, remedy.value)
+        lines[-1:] = [f"{lines[-1]}: {option}" if lines else option]
+    if isinstance(remedy, Remedy) and remedy.command:
+        lines += [f"  {line}" if lines else line for line in remedy.command.split("\n")]
+    return [printable(line) for line in lines]
+
+
+_METAVARS = {"ca_file": "FILE", "password_file": "FILE", "host_subject": "SUBJECT", "usb_device": "DEVICE"}
+
+
+def setting_option(setting: str, value: str | int | bool | None = None) -> str:
+    """Return the option that makes a setting, by its name in :mod:`farplug.app.settings`: ``--ca-file FILE``."""
+    option = f"--{setting.rpartition('.')[2].replace('_', '-')}"
+    if value is None:
+        metavar = _METAVARS.get(setting.rpartition(".")[2])
+        return f"{option} {metavar}" if metavar else option
+    return option if value is True else f"{option} {shell_word(str(value))}"
 
 
 def say(text: str) -> None:

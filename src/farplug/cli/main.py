@@ -14,14 +14,15 @@ from typing import Annotated
 import typer
 
 from farplug.cli import connect, demo, devices, doctor, image, log
+from farplug.cli.exit_codes import ExitCode, exit_code
 from farplug.cli.options import Command, DebugOption, Group
-from farplug.errors import ExitCode, FarplugError, InternalError, Reason
+from farplug.errors import FarplugError, InternalError, Reason
 from farplug.text import printable
 from farplug.version import __version__
 
 EXIT_CODES = {
     ExitCode.OK: "everything that was asked for was done",
-    ExitCode.DEFECT: "internal error: please report it",
+    ExitCode.INTERNAL_ERROR: "internal error: please report it",
     ExitCode.USAGE: "an option, an argument or a .vv file is wrong",
     ExitCode.IMAGE: "an image cannot be used",
     ExitCode.UNREACHABLE: "the VM cannot be reached",
@@ -125,7 +126,7 @@ class _Failure:
 
     @classmethod
     def of(cls, error: FarplugError) -> _Failure:
-        return cls(error.message, error.reason, error.exit_code, error.remedy)
+        return cls(error.message, error.reason, exit_code(error), error.remedy)
 
     def as_dict(self) -> dict[str, object]:
         """The event ``failed``, as JSON's types."""

@@ -209,10 +209,10 @@ class JsonOutput(Output):
         self._line(event="note", message=text)
 
     def refused(self, error: FarplugError) -> None:
-        self._line(event="command-refused", reason=str(error.reason), message=error.message, remedy=error.remedy)
+        self._line(event="command-refused", **error.as_dict())
 
     def skipped(self, error: FarplugError) -> None:
-        self._line(event="skipped", reason=str(error.reason), message=error.message, remedy=error.remedy)
+        self._line(event="skipped", **error.as_dict())
 
     def unfinished(self, disks: Sequence[str], *, leaving: bool) -> None:
         message = unfinished_writes(disks, leaving=leaving)

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from farplug.cli import log
 from farplug.cli.commands import obey
+from farplug.cli.exit_codes import ExitCode
 from farplug.cli.media import Media
 from farplug.cli.output import Output, SilentOutput, unfinished_writes
-from farplug.errors import ExitCode, FarplugError, InternalError
+from farplug.errors import FarplugError, InternalError
 from farplug.hub import Attachment, Hub, Place
 from farplug.redirection import events
 from farplug.redirection.events import PortEvent

@@ -252,7 +252,7 @@ def _fields(value: DataclassInstance) -> dict[str, Any]:
 def _plain(value: object) -> Any:
     match value:
         case FarplugError():
-            return {"reason": str(value.reason), "message": value.message, "remedy": value.remedy}
+            return value.as_dict()
         case Exception():
             return {"message": f"{type(value).__name__}: {value}"}
         case Enum():

@@ -12,7 +12,7 @@ import itertools
 import socket
 from dataclasses import dataclass
 
-from farplug.errors import ExitCode, FarplugError, GuestGoneError, Reason, RemoteProtocolError
+from farplug.errors import DeviceError, GuestGoneError, Reason, RemoteProtocolError, TargetError
 
 CHANNELS = 8
 """Commands that can run in a guest at once."""
@@ -100,10 +100,8 @@ MACHINE_FILES = {"/etc/mount-machine": _MOUNT_MACHINE.encode()}
 """A file more, which makes commands run on the file system that QEMU shares under the tag ``machine``."""
 
 
-class CommandFailed(FarplugError):
+class CommandFailed(DeviceError):
     """A command in the guest ended with an exit code other than 0."""
-
-    exit_code = ExitCode.DEVICE
 
     def __init__(self, command: str, result: CommandResult) -> None:
         super().__init__(
@@ -113,10 +111,8 @@ class CommandFailed(FarplugError):
         self.result = result
 
 
-class GuestTimeout(FarplugError):
+class GuestTimeout(TargetError):
     """The guest did not do something within its time."""
-
-    exit_code = ExitCode.UNREACHABLE
 
     def __init__(self, message: str) -> None:
         super().__init__(message, reason=Reason.TIMED_OUT)

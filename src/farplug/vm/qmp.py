@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-from farplug.errors import ExitCode, FarplugError, GuestGoneError, Reason, RemoteProtocolError
+from farplug.errors import GuestGoneError, Reason, RefusedError, RemoteProtocolError
 
 MAX_LINE = 16 << 20
 """Longest message accepted, in bytes."""
@@ -18,14 +18,12 @@ MAX_EVENTS = 1000
 """Events kept for :meth:`Qmp.event`; older ones are forgotten."""
 
 
-class QmpError(FarplugError):
+class QmpError(RefusedError):
     """QEMU refused a command.
 
     Attributes:
         error_class: QEMU's class of error, such as ``GenericError``.
     """
-
-    exit_code = ExitCode.REFUSED
 
     def __init__(self, command: str, error_class: str, description: str) -> None:
         super().__init__(f"QEMU refused {command}: {description}", reason=Reason.REJECTED)
