@@ -13,7 +13,7 @@ import contextlib
 import sys
 from collections.abc import Sequence
 
-from farplug.hub import Hub
+from farplug.app.guest import Hub
 from farplug.target import open_session, parse_target
 from farplug.usb import Speed, Transfer, TransferType
 from farplug.usb.descriptors import EndpointDescriptor, InterfaceDescriptor, SuperSpeedCompanion

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import sys
 
-from farplug.hub import Hub
+from farplug.app.guest import Hub
 from farplug.target import open_session, parse_target
 from farplug.virtual.disk import disk_device
 

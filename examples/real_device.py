@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import sys
 
-from farplug.hub import Hub
+from farplug.app.guest import Hub
 from farplug.physical import find_device
 from farplug.target import open_session, parse_target
 

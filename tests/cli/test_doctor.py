@@ -9,7 +9,8 @@ from tests.cli.support import Cli, FakeGuest, in_thread, saying
 from tests.machine.trees import Machine
 from tests.transport.fake_spice import Channel, FakeSpice, running
 
-from farplug.cli import doctor, needs
+from farplug.app import requirements
+from farplug.cli import doctor
 from farplug.errors import Reason, SetupError
 from farplug.libusb import library
 from farplug.machine import listing, udev
@@ -19,7 +20,7 @@ def test_this_machine(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     result = cli("doctor")
     assert (result.code, result.err) == (0, "")
     assert "  ok      cryptography" in result.out
-    monkeypatch.setattr(needs.Need, "found", lambda need: "" if need.package in ("mtools", "zstd") else "/x")
+    monkeypatch.setattr(requirements.Need, "found", lambda need: "" if need.package in ("mtools", "zstd") else "/x")
     result = cli("doctor")
     assert result.code == 0, "connect needs none of them"
     assert "  -       mcopy               not installed: files in and out of images" in result.out
@@ -31,7 +32,7 @@ def test_this_machine(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     result = cli("doctor", "--all")
     assert "  ok      usbredirparser" in result.out
     assert "  -       zstd                not installed: unpacks the VM's kernel" in result.out
-    monkeypatch.setattr(needs.Need, "found", lambda need: "/x")
+    monkeypatch.setattr(requirements.Need, "found", lambda need: "/x")
     assert "  ok      throw-away VM       for exFAT, NTFS and farplug demo\n" in cli("doctor").out
     monkeypatch.setattr(doctor, "LIBRARIES", ("rich", "no-such-library"))
     result = cli("doctor")

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from tests.cli.support import Cli, FakeGuest, blank, in_thread, interrupt
 
+from farplug.app.sources import Kind, Media, Wish
 from farplug.cli import session
-from farplug.cli.media import Kind, Media, Wish
 from farplug.cli.output import PlainOutput, SilentOutput
 from farplug.cli.session import Plan, _Session
 from farplug.target import TargetOptions

@@ -271,7 +271,7 @@ def test_characters_that_the_encoding_lacks(tmp_path: Path) -> None:
 def test_help_loads_no_more_than_it_needs() -> None:
     code = (
         "import sys; from farplug.cli.main import run; run(['--help']);"
-        "print([m for m in ('cryptography', 'farplug.hub', 'farplug.testing', 'farplug.vm') if m in sys.modules])"
+        "print([m for m in ('cryptography', 'farplug.app.guest', 'farplug.testing', 'farplug.vm') if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=30, check=True)
     assert result.stdout.splitlines()[-1] == "[]"

@@ -18,6 +18,7 @@ import pytest
 from rich.console import Console
 from tests.cli.support import Cli, FakeGuest, in_thread
 
+from farplug.app.guest import Attachment, AttachmentState
 from farplug.cli.output import (
     Figures,
     JsonOutput,
@@ -30,7 +31,6 @@ from farplug.cli.output import (
     size,
 )
 from farplug.errors import Reason, TargetError
-from farplug.hub import Attachment, AttachmentState
 from farplug.redirection import events
 from farplug.store import MemoryStore
 from farplug.usb.types import Speed

@@ -13,9 +13,9 @@ from tests.cli.support import Cli, FakeGuest, in_thread, interrupt
 from tests.machine.trees import Machine
 from tests.machine.windows import windows_machine
 
-from farplug import keeper
+from farplug.app import auto
+from farplug.app.guest import Place
 from farplug.errors import DeviceError, Reason
-from farplug.hub import Place
 from farplug.machine import hotplug
 from farplug.machine.hotplug import Watch
 from farplug.store import MemoryStore
@@ -32,8 +32,8 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     machine = Machine(tmp_path / "machine")
     monkeypatch.setattr(hotplug, "INTERVAL", 0.02)
     monkeypatch.setattr(hotplug, "PAUSE", 0.01)
-    monkeypatch.setattr(keeper, "Watch", partial(Watch, machine.root))
-    monkeypatch.setattr(keeper, "find_device", lambda bus, address, **names: disk_device(MemoryStore(1 << 20)))
+    monkeypatch.setattr(auto, "Watch", partial(Watch, machine.root))
+    monkeypatch.setattr(auto, "find_device", lambda bus, address, **names: disk_device(MemoryStore(1 << 20)))
     return machine
 
 
@@ -89,7 +89,7 @@ def test_what_was_meant_is_listed(cli: Cli, machine: Machine) -> None:
 
 
 def test_no_usb(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(keeper, "Watch", partial(Watch, tmp_path))
+    monkeypatch.setattr(auto, "Watch", partial(Watch, tmp_path))
     result = cli("connect", NOWHERE, "--usb-device", "1-1", "--json")
     assert result.code == 11
     assert "this machine has no USB" in result.err
@@ -115,7 +115,7 @@ def test_a_device_that_libusb_does_not_know(
             raise DeviceError(f"there is no USB device {bus}-{address}", reason=Reason.DEVICE_LOST)
         raise DeviceError(f"libusb cannot read the descriptors of {bus}-{address}", reason=Reason.DEVICE_FAULT)
 
-    monkeypatch.setattr(keeper, "find_device", gone)
+    monkeypatch.setattr(auto, "find_device", gone)
     machine.add("1-1", 11)
     result = cli("connect", NOWHERE, "--usb-device", "1-1", "--json")
     assert result.code == 12
@@ -153,13 +153,13 @@ def test_a_session(cli: Cli, machine: Machine) -> None:
 def test_one_that_comes_later(
     cli: Cli, machine: Machine, monkeypatch: pytest.MonkeyPatch, arguments: list[str], first: str
 ) -> None:
-    keep = keeper.Keeper.run
+    keep = auto.Keeper.run
 
-    async def plug_and_keep(self: keeper.Keeper, hub: keeper.Plugger, places: Sequence[Place]) -> NoReturn:
+    async def plug_and_keep(self: auto.Keeper, hub: auto.Plugger, places: Sequence[Place]) -> NoReturn:
         machine.add("1-2", 12)
         await keep(self, hub, places)
 
-    monkeypatch.setattr(keeper.Keeper, "run", plug_and_keep)
+    monkeypatch.setattr(auto.Keeper, "run", plug_and_keep)
     lines = run(cli, FakeGuest(), *arguments)
     notes = [line["message"] for line in lines if line["event"] == "note"]
     assert notes[:2] == [first, "1209:0001 (port 1-2) was plugged in: it goes into the VM"]
@@ -167,7 +167,7 @@ def test_one_that_comes_later(
 
 
 def test_pulled_out_and_plugged_in_again(cli: Cli, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keeper, "DEPARTURE_PATIENCE", 0.05)
+    monkeypatch.setattr(auto, "DEPARTURE_PATIENCE", 0.05)
     machine.add("1-1", 11)
 
     def plugged_again() -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from farplug.hub import Attachment, Hub
+from farplug.app.guest import Attachment, Hub
 from farplug.redirection.events import DeviceReport, PortEvent
 from farplug.target import TargetOptions, open_session, parse_target
 from farplug.testing import GuestConfig, QemuGuest, SpicePort, TcpPort

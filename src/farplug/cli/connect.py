@@ -272,8 +272,8 @@ ports, disks and CD-ROM drives are logical units of one device, in the same orde
     import asyncio
     from dataclasses import replace
 
+    from farplug.app.sources import Kind, Manner, Media, Wish
     from farplug.cli import output, session
-    from farplug.cli.media import Kind, Manner, Media, Wish
     from farplug.store import CacheMode
     from farplug.usb.types import Speed
     from farplug.virtual.storage import StorageTransport

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from farplug.cli import needs
+from farplug.app import requirements
 from farplug.cli.exit_codes import ExitCode
 from farplug.errors import DeviceError, Reason, SetupError
 from farplug.programs import search_path
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
     from pathlib import Path
 
-    from farplug.hub import Attachment
+    from farplug.app.guest import Attachment
     from farplug.redirection.events import PortEvent
     from farplug.vm.qemu import QemuGuest
 
@@ -35,7 +35,7 @@ def demo() -> None:
 
     Needs QEMU and a few small programs, and fetches a kernel the first time. Leaves nothing behind.
     """
-    needs.check_demo()
+    requirements.check_demo()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves as Ctrl-C does: the VM ends with us
     raise typer.Exit(asyncio.run(_demo()))
 
@@ -111,8 +111,8 @@ class _Demo:
         return booted()
 
     async def _plug_in(self, guest: QemuGuest) -> None:
+        from farplug.app.guest import Hub
         from farplug.cli.output import Figures
-        from farplug.hub import Hub
         from farplug.target import open_session, parse_target
         from farplug.virtual.disk import disk_device
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
-from farplug.cli import needs
+from farplug.app import requirements
 from farplug.cli.exit_codes import ExitCode
 from farplug.cli.log import remedy_lines
 from farplug.cli.options import (
@@ -182,17 +182,17 @@ def _check_machine(report: _Report, everything: bool) -> bool:
     report.section("usb", "USB devices of this machine (farplug connect --usb-device)")
     broken |= _check_usb(report)
     report.section("images", "images (farplug image create, farplug connect --usb-folder)")
-    _check_needs(report, [need for need in needs.NEEDS if need.images])
-    others = [need for need in needs.NEEDS if not need.images]
+    _check_needs(report, [need for need in requirements.NEEDS if need.images])
+    others = [need for need in requirements.NEEDS if not need.images]
     if everything:
         report.section("vm", "the throw-away VM (images with exFAT and NTFS, farplug demo) and the tests")
         _check_needs(report, others)
     else:
-        _check_vm(report, [need for need in needs.NEEDS if need.vm])
+        _check_vm(report, [need for need in requirements.NEEDS if need.vm])
     return broken
 
 
-def _check_needs(report: _Report, wanted: Sequence[needs.Need]) -> None:
+def _check_needs(report: _Report, wanted: Sequence[requirements.Need]) -> None:
     missing = []
     for need in wanted:
         found = need.found()
@@ -200,15 +200,15 @@ def _check_needs(report: _Report, wanted: Sequence[needs.Need]) -> None:
         if not found:
             missing.append(need)
     if missing:
-        report.check(Mark.NOTE, "to install", needs.install_command(missing))
+        report.check(Mark.NOTE, "to install", requirements.install_command(missing))
 
 
-def _check_vm(report: _Report, wanted: Sequence[needs.Need]) -> None:
+def _check_vm(report: _Report, wanted: Sequence[requirements.Need]) -> None:
     missing = [need for need in wanted if not need.found()]
     if missing:
         names = ", ".join(need.name for need in missing)
         detail = f"not installed: {names} (for exFAT, NTFS and farplug demo)"
-        report.check(Mark.NOTE, "throw-away VM", detail, f"install it: {needs.install_command(missing)}")
+        report.check(Mark.NOTE, "throw-away VM", detail, f"install it: {requirements.install_command(missing)}")
     else:
         report.check(Mark.OK, "throw-away VM", "for exFAT, NTFS and farplug demo")
 
@@ -283,7 +283,7 @@ class _Stages:
 
 async def _check_target(report: _Report, text: str, options: TargetOptions) -> bool:
     """Report how far a target can be reached; whether one of its ports does not answer."""
-    from farplug.hub import Hub
+    from farplug.app.guest import Hub
     from farplug.target import ListenTarget, open_session, parse_target
 
     target = parse_target(text, options)

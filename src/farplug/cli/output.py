@@ -15,10 +15,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from farplug.app.guest import Attachment, AttachmentState
 from farplug.cli import log
 from farplug.cli.log import remedy_lines
 from farplug.errors import FarplugError
-from farplug.hub import Attachment, AttachmentState
 from farplug.redirection import events
 from farplug.redirection.events import PortEvent, as_dict
 from farplug.text import printable

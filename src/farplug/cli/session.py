@@ -11,13 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from farplug.app.guest import Attachment, Hub, Place
+from farplug.app.sources import Media
 from farplug.cli import log
 from farplug.cli.commands import obey
 from farplug.cli.exit_codes import ExitCode
-from farplug.cli.media import Media
 from farplug.cli.output import Output, SilentOutput, unfinished_writes
 from farplug.errors import FarplugError, InternalError
-from farplug.hub import Attachment, Hub, Place
 from farplug.redirection import events
 from farplug.redirection.events import PortEvent
 from farplug.target import TargetOptions, open_session, parse_target
@@ -28,9 +28,9 @@ from farplug.virtual.events import MediumEvent
 from farplug.virtual.storage import MAX_UNITS
 
 if TYPE_CHECKING:
-    from farplug.keeper import Keeper
+    from farplug.app.auto import Keeper
+    from farplug.app.policy import Wishes
     from farplug.machine.found import Found
-    from farplug.policy import Wishes
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """What ends a session: Ctrl-C, kill, a terminal that is closed."""
@@ -223,8 +223,8 @@ class _Session:
         """Choose among the devices of this machine; how many of them were named."""
         if self._plan.wishes is None:
             return 0
-        from farplug.keeper import Keeper  # libusb comes with it, which images do not need
-        from farplug.policy import Policy
+        from farplug.app.auto import Keeper  # libusb comes with it, which images do not need
+        from farplug.app.policy import Policy
 
         self._keeper = Keeper(Policy(self._plan.wishes), self)
         return await self._keeper.prepare()

@@ -12,13 +12,13 @@ from farplug.cli.options import DEVICES
 from farplug.errors import Reason, UsageError
 
 if TYPE_CHECKING:
-    from farplug.policy import Wishes
+    from farplug.app.policy import Wishes
 
 RULES_HELP = "Rules as 'deny class=hid; allow': the first that matches counts."
 
 
 class FollowBy(StrEnum):
-    """Values of ``--follow``: those of :class:`~farplug.policy.Follow`."""
+    """Values of ``--follow``: those of :class:`~farplug.app.policy.Follow`."""
 
     DEVICE = "device"
     PORT = "port"
@@ -102,8 +102,8 @@ def device_wishes(
             if given:
                 raise _alone(option, "--usb-device, --auto-connect or --redirect-on-connect")
         return None
+    from farplug.app.policy import Follow, Wishes
     from farplug.machine.choose import Choice
-    from farplug.policy import Follow, Wishes
     from farplug.usbredir.rules import parse_rules
 
     return Wishes(

@@ -17,13 +17,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from farplug.app.auto import Keeper, KeeperListener
+from farplug.app.guest import Attachment, Hub
+from farplug.app.policy import Follow, Policy, Wishes
 from farplug.errors import FarplugError
-from farplug.hub import Attachment, Hub
-from farplug.keeper import Keeper, KeeperListener
 from farplug.machine.choose import Choice
 from farplug.machine.found import Found
 from farplug.physical import find_device
-from farplug.policy import Follow, Policy, Wishes
 from farplug.redirection.events import PortEvent
 from farplug.target import open_session, parse_target
 from farplug.usb import Device

@@ -1,4 +1,4 @@
-"""Keeps real devices plugged into a guest, as a :class:`~farplug.policy.Policy` decides.
+"""Keeps real devices plugged into a guest, as a :class:`~farplug.app.policy.Policy` decides.
 
 It watches which devices come and go, takes those that it is told to take so that no other farplug has them, and plugs
 them through the hub. What is pulled out leaves the guest; what comes back is plugged again.
@@ -12,15 +12,15 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, NoReturn, Protocol
 
+from farplug.app.guest import Attachment, Place
+from farplug.app.policy import Follow, Plug, Policy, Seat, Skip
 from farplug.errors import DeviceError, FarplugError, PortError, Reason, RefusedError
-from farplug.hub import Attachment, Place
 from farplug.libusb.library import Library
 from farplug.machine.found import Found
 from farplug.machine.hotplug import Departed, Watch
 from farplug.machine.lock import DeviceLock
 from farplug.machine.obstacles import gone
 from farplug.physical.device import find_device
-from farplug.policy import Follow, Plug, Policy, Seat, Skip
 from farplug.threads import aside
 from farplug.usb.device import Device
 
@@ -31,13 +31,13 @@ LOSS_PATIENCE = 3.0
 
 
 class Plugger(Protocol):
-    """What plugs devices in: the :class:`~farplug.hub.Hub`."""
+    """What plugs devices in: the :class:`~farplug.app.guest.Hub`."""
 
     async def plug(self, device: Device, place: Place | None = None) -> Attachment:
-        """See :meth:`farplug.hub.Hub.plug`."""
+        """See :meth:`farplug.app.guest.Hub.plug`."""
 
     def forget(self, attachment: Attachment) -> None:
-        """See :meth:`farplug.hub.Hub.forget`."""
+        """See :meth:`farplug.app.guest.Hub.forget`."""
 
 
 class KeeperListener(Protocol):

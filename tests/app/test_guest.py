@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from farplug import hub as hub_module
+from farplug.app import guest as hub_module
+from farplug.app.guest import Attachment, AttachmentState, Hub
 from farplug.errors import (
     DeviceError,
     FarplugError,
@@ -16,7 +17,6 @@ from farplug.errors import (
     RefusedError,
     TargetError,
 )
-from farplug.hub import Attachment, AttachmentState, Hub
 from farplug.redirection import events
 from farplug.redirection.events import PortEvent
 from farplug.store import MemoryStore

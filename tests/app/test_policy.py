@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 
+from farplug.app.policy import MAX_FORMER, Follow, Plug, Policy, Seat, Skip, Wishes
 from farplug.cli.exit_codes import ExitCode, exit_code
 from farplug.errors import DeviceError, Reason, UsageError
 from farplug.machine.choose import Choice
 from farplug.machine.found import Found, FoundInterface, Obstacle
-from farplug.policy import MAX_FORMER, Follow, Plug, Policy, Seat, Skip, Wishes
 from farplug.usbredir.rules import parse_rules
 
 BUSY = Obstacle(Reason.BUSY, "another program uses it", "end that program first")

@@ -10,7 +10,10 @@ from typing import NoReturn, cast
 import pytest
 from tests.machine.trees import Machine
 
-from farplug import keeper as module
+from farplug.app import auto as module
+from farplug.app.auto import Keeper
+from farplug.app.guest import Attachment, Place
+from farplug.app.policy import Follow, Policy, Wishes
 from farplug.errors import (
     DeviceError,
     FarplugError,
@@ -21,15 +24,12 @@ from farplug.errors import (
     SetupError,
     UsageError,
 )
-from farplug.hub import Attachment, Place
-from farplug.keeper import Keeper
 from farplug.machine import hotplug
 from farplug.machine.choose import Choice
 from farplug.machine.found import Found
 from farplug.machine.hotplug import Watch
 from farplug.machine.listing import list_devices
 from farplug.machine.lock import DeviceLock
-from farplug.policy import Follow, Policy, Wishes
 from farplug.transport.memory import memory_ports
 from farplug.usb.device import Device
 from farplug.usbredir.rules import parse_rules
