@@ -13,8 +13,7 @@ import contextlib
 import sys
 from collections.abc import Sequence
 
-from farplug.app.guest import Hub
-from farplug.target import open_session, parse_target
+import farplug
 from farplug.usb import Speed, Transfer, TransferType
 from farplug.usb.descriptors import EndpointDescriptor, InterfaceDescriptor, SuperSpeedCompanion
 from farplug.usb.types import Direction, RequestType
@@ -83,8 +82,7 @@ def gadget_zero(speeds: Sequence[Speed] = (Speed.SUPER, Speed.HIGH)) -> VirtualD
 
 async def main(target: str) -> None:
     """Plug the device into the VM at ``target``, and stay until the VM ends or this task is cancelled."""
-    async with Hub(await open_session(parse_target(target))) as hub:
-        attachment = await hub.plug(gadget_zero())
+    async with farplug.connect(target) as guest, guest.plug(gadget_zero()) as attachment:
         await attachment.configured()
         print("the VM has configured the device; Ctrl-C unplugs it", flush=True)
         await attachment.ended()

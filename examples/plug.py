@@ -9,22 +9,16 @@ import asyncio
 import contextlib
 import sys
 
-from farplug.app.guest import Hub
-from farplug.target import open_session, parse_target
-from farplug.virtual.disk import disk_device
+import farplug
 
 
 async def main(target: str, image: str) -> None:
     """Plug ``image`` into the VM at ``target``, and stay until the VM ends or this task is cancelled."""
-    device = disk_device(image)
-    try:
-        async with Hub(await open_session(parse_target(target))) as hub:
-            hub.subscribe(lambda attachment, event: print(f"{attachment.port.name}: {event}", flush=True))
-            attachment = await hub.plug(device)
-            await attachment.configured()  # the VM's driver works with it
-            await attachment.ended()
-    finally:
-        await device.dispose()
+    async with farplug.connect(target) as guest, guest.plug(farplug.disk(image)) as attachment:
+        await attachment.configured()  # the VM's driver works with it
+        print(f"{attachment.label}: {attachment.state}", flush=True)
+        async for event in attachment.events():
+            print(event, flush=True)
 
 
 if __name__ == "__main__":

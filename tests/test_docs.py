@@ -19,8 +19,10 @@ import pytest
 import typer.main
 from tests.docs import PAGES, ROOT, snippets, write_project
 
+from farplug.app import app as app_module
+from farplug.app import events, guest
+from farplug.cli import session
 from farplug.cli.main import app
-from farplug.cli.output import JsonOutput
 from farplug.redirection.events import PortEvent
 from farplug.target import FORMS
 from farplug.usb import DeviceEvent
@@ -123,7 +125,8 @@ def test_every_event_is_documented() -> None:
     kinds = [kind for base in (PortEvent, DeviceEvent) for kind in _kinds(base)]
     names = {name for kind in kinds if isinstance(name := getattr(kind, "name", None), str)}
     assert {"opened", "medium-ejected"} <= names
-    names |= set(re.findall(r'event="([a-z-]+)"', inspect.getsource(JsonOutput)))
+    for module in (guest, app_module, events, session):
+        names |= set(re.findall(r'\bpublish\(\s*"([a-z-]+)"', inspect.getsource(module)))
     assert "figures" in names
     assert {name for name in names if f"| `{name}` |" not in table} == set()
 

@@ -10,6 +10,7 @@
     ├── TargetError             the guest cannot be reached
     ├── PortError               the guest is reached, but has no port for this device
     ├── RefusedError            the guest refused the device
+    ├── StateError              a call that is not possible now, such as plugging a device twice
     ├── GuestGoneError          the connection to the guest ended while it was in use
     ├── InternalError           a bug in farplug, met where nobody can catch an exception
     └── ProtocolError
@@ -32,6 +33,7 @@ class Reason(StrEnum):
     # usage
     BAD_SETTING = "bad-setting"
     BAD_OPTION = "bad-option"
+    UNKNOWN_COMMAND = "unknown-command"
     BAD_TARGET = "bad-target"
     BAD_VV_FILE = "bad-vv-file"
     # setup
@@ -93,6 +95,7 @@ class Reason(StrEnum):
     # while running
     GUEST_GONE = "guest-gone"
     PROTOCOL = "protocol"
+    WRONG_STATE = "wrong-state"
     PAUSED = "paused"
     INTERRUPTED = "interrupted"
     INTERNAL_ERROR = "internal-error"
@@ -183,6 +186,13 @@ class PortError(FarplugError):
 
 class RefusedError(FarplugError):
     """The guest refused the device."""
+
+
+class StateError(FarplugError):
+    """A call that is not possible in the present state: the caller's mistake."""
+
+    def __init__(self, message: str, *, reason: Reason = Reason.WRONG_STATE, remedy: str = "") -> None:
+        super().__init__(message, reason=reason, remedy=remedy)
 
 
 class GuestGoneError(FarplugError):

@@ -129,7 +129,7 @@ async def open_session(target: Target, progress: Progress | None = None) -> Sess
 
             def listening(where: TcpAddress) -> None:
                 if progress is not None:
-                    progress(Stage.REACH, f"listening on {where}: waiting for QEMU to connect")
+                    progress(Stage.LISTEN, f"listening on {where}: waiting for QEMU to connect")
 
             return SocketSession(ListenPort(address, on_listening=listening))
         case _:

@@ -11,9 +11,10 @@ import pytest
 from tests.machine.trees import Machine
 
 from farplug.app import auto as module
-from farplug.app.auto import Keeper
-from farplug.app.guest import Attachment, Place
-from farplug.app.policy import Follow, Policy, Wishes
+from farplug.app.attachment import Attachment, Place
+from farplug.app.auto import AutoPlugger
+from farplug.app.policy import Policy, Rules
+from farplug.app.settings import Follow
 from farplug.errors import (
     DeviceError,
     FarplugError,
@@ -82,14 +83,14 @@ class FakeAttachment:
 class Scene:
     """A machine, a keeper, a hub, and who is told."""
 
-    def __init__(self, machine: Machine, *choices: str, **wishes: object) -> None:
+    def __init__(self, machine: Machine, *choices: str, **options: object) -> None:
         self.machine = machine
         self.told: list[str] = []
         self.skips: list[FarplugError] = []
         self.attachments: list[FakeAttachment] = []
         self.forgotten: list[object] = []
-        self.here: list[str] = []
         self.places: dict[str, Place | None] = {}
+        self.labels: dict[str, str] = {}
         self.kept: list[Place] = []
         self.refuses: dict[str, FarplugError] = {}
         self.lost: set[str] = set()
@@ -97,10 +98,10 @@ class Scene:
         self.ready = asyncio.Event()
         self.ready.set()
         rules = {
-            name: parse_rules(str(wishes.pop(name))) for name in ("allowed", "on_connect", "later") if name in wishes
+            name: parse_rules(str(options.pop(name))) for name in ("allowed", "on_connect", "later") if name in options
         }
-        policy = Policy(Wishes([Choice.parse(one) for one in choices], **rules, **wishes))  # type: ignore[arg-type]
-        self.keeper = Keeper(policy, self, Watch(machine.root), self.find)
+        policy = Policy(Rules([Choice.parse(one) for one in choices], **rules, **options))  # type: ignore[arg-type]
+        self.keeper = AutoPlugger(policy, self, Watch(machine.root), self.find)
         self.running: asyncio.Task[NoReturn] | None = None
 
     async def find(self, found: Found) -> Device:
@@ -110,8 +111,9 @@ class Scene:
 
     # The hub
 
-    async def plug(self, device: Device, place: Place | None = None) -> Attachment:
+    async def plug_usb(self, device: Device, label: str, place: Place | None) -> Attachment:
         fake = cast(FakeDevice, device)
+        self.labels[fake.found.port] = label
         self.places[fake.found.port] = place
         await self.ready.wait()
         if fake.found.address in self.gone:
@@ -125,12 +127,6 @@ class Scene:
         self.forgotten.append(attachment)
 
     # The listener
-
-    def plugging(self, device: Device, found: Found) -> None:
-        self.here.append(found.port)
-
-    def parted(self, device: Device) -> None:
-        self.here.remove(cast(FakeDevice, device).found.port)
 
     def note(self, text: str) -> None:
         self.told.append(text)
@@ -210,7 +206,8 @@ async def test_named_devices_are_plugged_and_locked(machine: Machine) -> None:
         await scene.plugged("1-1", "1-2")
         found = [attachment.device.found for attachment in scene.attachments]
         assert [is_locked(one) for one in found] == [True, True]
-        assert (scene.told, scene.here) == ([], ["1-1", "1-2"])
+        assert scene.told == []
+        assert scene.labels == {"1-1": "1209:0001", "1-2": "1209:0001"}
     assert [is_locked(one) for one in found] == [False, False]
 
 
@@ -289,7 +286,6 @@ async def test_pulled_out_and_plugged_in_again(machine: Machine, monkeypatch: py
         assert scene.attachments[0].unplugged is not tells
         assert scene.attachments[1].device.found.address == 3
         assert scene.forgotten == scene.attachments[:1]
-        assert scene.here == ["1-1"]
     assert scene.told == [
         "1209:0001 (port 1-1) was pulled out; when it comes back it goes into the VM again",
         "1209:0001 (port 1-1) is back: it goes into the VM",
@@ -371,7 +367,7 @@ async def test_pulled_out_and_plugged_in_again_before_the_guest_is_ready(machine
     scene = Scene(machine, "1-1")
     scene.ready.clear()
     async with scene.running_keeper():
-        await scene.until(lambda: scene.here)
+        await scene.until(lambda: scene.labels)
         machine.remove("1-1")
         machine.add("1-1", 3)
         await scene.until(lambda: len(scene.told) == 2)
@@ -397,12 +393,12 @@ async def test_one_that_is_lost_but_still_there_is_told(machine: Machine, monkey
     assert len(scene.skips) == 1
 
 
-@pytest.mark.parametrize("wishes", [{"wait": True}, {"follow": Follow.PORT}])
+@pytest.mark.parametrize("rules", [{"wait": True}, {"follow": Follow.PORT}])
 async def test_one_that_may_come_back_and_disappears_between_list_and_open(
-    machine: Machine, wishes: dict[str, object]
+    machine: Machine, rules: dict[str, object]
 ) -> None:
     machine.add("1-1", 2)
-    scene = Scene(machine, "1-1", **wishes)
+    scene = Scene(machine, "1-1", **rules)
     scene.lost = {"1-1"}
     async with scene.running_keeper():
         await asyncio.sleep(0.1)
@@ -487,7 +483,7 @@ async def test_pulled_out_while_it_is_plugged_in_and_tells_nothing(
     scene = Scene(machine, "1-1")
     scene.ready.clear()
     async with scene.running_keeper():
-        await scene.until(lambda: scene.here)
+        await scene.until(lambda: scene.labels)
         machine.remove("1-1")
         await scene.until(lambda: any("was pulled out" in text for text in scene.told))
         scene.ready.set()

@@ -5,16 +5,18 @@ from collections.abc import Sequence
 
 import pytest
 
-from farplug.app import guest as hub_module
-from farplug.app.guest import Attachment, AttachmentState, Hub
+from farplug.app import attachment as attachment_module
+from farplug.app.attachment import Attachment, AttachmentState
+from farplug.app.events import Event
+from farplug.app.guest import Guest
 from farplug.errors import (
     DeviceError,
     FarplugError,
     GuestGoneError,
-    LocalProtocolError,
     PortError,
     Reason,
     RefusedError,
+    StateError,
     TargetError,
 )
 from farplug.redirection import events
@@ -136,6 +138,13 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
+def watch(guest: Guest) -> list[PortEvent]:
+    """What the engine reports from now on."""
+    seen: list[PortEvent] = []
+    guest.stream.subscribe(lambda event: None if event.source is None else seen.append(event.source))
+    return seen
+
+
 def disk() -> VirtualDevice:
     return disk_device(MemoryStore(bytes(4096)))
 
@@ -144,28 +153,28 @@ async def test_a_life() -> None:
     port = FakePort("a")
     peer = Peer(port)
     await peer.start()
-    hub = Hub(FakeSession([port]))
-    seen: list[tuple[Attachment, PortEvent, AttachmentState]] = []
-    unsubscribe = hub.subscribe(lambda attachment, event: seen.append((attachment, event, attachment.state)))
+    guest = Guest(session=FakeSession([port]))
+    seen: list[Event] = []
+    unsubscribe = guest.stream.subscribe(lambda event: seen.append(event) if event.source is not None else None)
     device = disk()
-    attachment = await hub.plug(device)
+    attachment = await guest.plug(device)
     await attachment.configured()
-    assert hub.attachments == [attachment]
+    assert guest.attachments == [attachment]
     assert not attachment.over
-    assert [(type(event), state) for _, event, state in seen] == [
+    assert [(type(event.source), event.fields["state"]) for event in seen] == [
         (events.Opened, AttachmentState.WAITING),
         (events.GuestReady, AttachmentState.WAITING),
         (events.Attached, AttachmentState.ATTACHED),
         (events.Configured, AttachmentState.CONFIGURED),
     ]
-    assert {a for a, _, _ in seen} == {attachment}
+    assert {event.attachment for event in seen} == {attachment.id}
     peer.configure(0)
     while attachment.state is not AttachmentState.ATTACHED:
         await asyncio.sleep(0)
-    with pytest.raises(LocalProtocolError, match="is plugged in already"):
-        await hub.plug(device)
+    with pytest.raises(StateError, match="is plugged in already"):
+        await guest.plug(device)
     with pytest.raises(PortError, match="its only port is taken") as caught:
-        await hub.plug(disk())
+        await guest.plug(disk())
     assert caught.value.reason is Reason.NO_FREE_PORT
     unsubscribe()
     count = len(seen)
@@ -176,24 +185,23 @@ async def test_a_life() -> None:
     assert attachment.state is AttachmentState.DETACHED
     assert await attachment.ended() is None
     await peer.start()
-    again = await hub.plug(device)
-    assert hub.attachments == [again], "what is over makes room"
-    await hub.close()
+    again = await guest.plug(device)
+    assert guest.attachments == [again], "what is over makes room"
+    await guest.close()
     assert again.over
-    assert isinstance(hub.session, FakeSession)
-    assert hub.session.left
+    assert isinstance(guest.session, FakeSession)
+    assert guest.session.left
     with pytest.raises(GuestGoneError):
-        await hub.plug(device)
+        await guest.plug(device)
 
 
 async def test_media_come_and_go_while_a_drive_is_plugged() -> None:
     port = FakePort("a")
     await Peer(port).start()
-    hub = Hub(FakeSession([port]))
-    seen: list[PortEvent] = []
-    hub.subscribe(lambda attachment, event: seen.append(event))
+    guest = Guest(session=FakeSession([port]))
+    seen = watch(guest)
     device = cdrom_device()
-    attachment = await hub.plug(device)
+    attachment = await guest.plug(device)
     await attachment.configured()
     (drive,) = drives_of(device)
     before = len(seen)
@@ -208,7 +216,7 @@ async def test_media_come_and_go_while_a_drive_is_plugged() -> None:
     count = len(seen)
     await drives_of(device)[0].insert(MemoryStore(4096, block_size=2048))
     assert len(seen) == count, "it is not in the guest"
-    await hub.close()
+    await guest.close()
     await device.dispose()
 
 
@@ -217,58 +225,59 @@ async def test_ports_in_use_are_passed_over_side_by_side() -> None:
     ports = [FakePort("a", fails=busy), FakePort("b"), FakePort("c")]
     for port in ports[1:]:
         await Peer(port).start()
-    hub = Hub(FakeSession(ports))
-    attachments = await asyncio.gather(hub.plug(disk()), hub.plug(disk()))
+    guest = Guest(session=FakeSession(ports))
+    attachments = await asyncio.gather(guest.plug(disk()), guest.plug(disk()))
     assert sorted(attachment.port.name for attachment in attachments) == ["b", "c"]
     with pytest.raises(PortError, match="it is in use"):
-        await hub.plug(disk())
-    assert sorted(attachment.port.name for attachment in hub.attachments) == ["b", "c"]
-    await hub.close()
+        await guest.plug(disk())
+    assert sorted(attachment.port.name for attachment in guest.attachments) == ["b", "c"]
+    await guest.close()
 
 
 async def test_places_keep_their_ports_and_their_order() -> None:
     ports = [FakePort(name) for name in "abcd"]
-    hub = Hub(FakeSession(ports))
-    places = hub.reserve(3)
+    guest = Guest(session=FakeSession(ports))
+    places = guest.reserve(3)
     offered: list[str] = []
     opened: dict[str, int] = {}
 
-    def note(attachment: Attachment, event: PortEvent) -> None:
-        if isinstance(event, events.Attached):
-            offered.append(event.port)
-        elif isinstance(event, events.Opened):
-            opened[event.port] = event.number
+    def note(event: Event) -> None:
+        match event.source:
+            case events.Attached(port=port):
+                offered.append(port)
+            case events.Opened(port=port, number=number):
+                opened[port] = number
 
-    hub.subscribe(note)
+    guest.stream.subscribe(note)
     places[1].give_way()
     other, last, first = disk(), disk(), disk()
-    plugging = [asyncio.ensure_future(task) for task in (hub.plug(other), hub.plug(last, places[2]))]
+    plugging = [asyncio.ensure_future(task) for task in (guest.plug(other), guest.plug(last, places[2]))]
     for port in ports[::-1]:
         await Peer(port).start()
     await settle()
     assert (offered, opened) == ([], {"d": 3, "c": 2}), "both ports are ready, and wait for the first place"
-    plugging.append(asyncio.ensure_future(hub.plug(first, places[0])))
+    plugging.append(asyncio.ensure_future(guest.plug(first, places[0])))
     await asyncio.gather(*plugging)
     assert sorted(offered) == ["a", "c", "d"]
     assert offered[0] == "a"
     with pytest.raises(PortError, match="taken, or kept for a device that was named"):
-        await hub.plug(disk())
-    assert (await hub.plug(disk(), places[1])).port is ports[1]
-    await hub.close()
+        await guest.plug(disk())
+    assert (await guest.plug(disk(), places[1])).port is ports[1]
+    await guest.close()
 
 
 @pytest.mark.parametrize("ends", ["timeout", "port"])
 async def test_a_place_whose_port_is_not_ready_holds_nobody_up_for_long(
     ends: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub_module, "TURN_TIMEOUT", 0.01 if ends == "timeout" else 100.0)
+    monkeypatch.setattr(attachment_module, "TURN_TIMEOUT", 0.01 if ends == "timeout" else 100.0)
     ports = [FakePort(name) for name in "ab"]
-    hub = Hub(FakeSession(ports))
-    places = hub.reserve(2)
-    silent = asyncio.ensure_future(hub.plug(disk(), places[0]))  # its guest says no hello
+    guest = Guest(session=FakeSession(ports))
+    places = guest.reserve(2)
+    silent = asyncio.ensure_future(guest.plug(disk(), places[0]))  # its guest says no hello
     peer = Peer(ports[1])
     await peer.start()
-    plugging = asyncio.ensure_future(hub.plug(disk(), places[1]))
+    plugging = asyncio.ensure_future(guest.plug(disk(), places[1]))
     if ends == "timeout":
         assert (await plugging).port is ports[1]
     else:
@@ -278,7 +287,7 @@ async def test_a_place_whose_port_is_not_ready_holds_nobody_up_for_long(
         with pytest.raises(GuestGoneError):
             await plugging
     assert not silent.done()
-    await hub.close()
+    await guest.close()
     with pytest.raises(GuestGoneError):
         await silent
 
@@ -288,114 +297,113 @@ async def test_a_place_whose_port_is_in_use() -> None:
     ports = [FakePort("a", fails=busy), FakePort("b"), FakePort("c")]
     for port in ports[1:]:
         await Peer(port).start()
-    hub = Hub(FakeSession(ports))
-    places = hub.reserve(2)
-    attachments = await asyncio.gather(*(hub.plug(disk(), place) for place in places))
+    guest = Guest(session=FakeSession(ports))
+    places = guest.reserve(2)
+    attachments = await asyncio.gather(*(guest.plug(disk(), place) for place in places))
     assert [attachment.port.name for attachment in attachments] == ["c", "b"]
-    await hub.close()
+    await guest.close()
     with pytest.raises(PortError, match="4 devices, but the VM has 3 ports"):
-        hub.reserve(4)
-    assert hub.reserve(0) == ()
+        guest.reserve(4)
+    assert guest.reserve(0) == ()
 
 
 async def test_no_room() -> None:
-    hub = Hub(FakeSession([]))
+    guest = Guest(session=FakeSession([]))
     with pytest.raises(PortError, match="no usbredir channel") as caught:
-        await hub.plug(disk())
+        await guest.plug(disk())
     assert caught.value.reason is Reason.NO_USBREDIR_CHANNEL
     assert caught.value.remedy == "add one"
     with pytest.raises(PortError, match="3 devices, but the VM has 1 port for them") as caught:
-        Hub(FakeSession([FakePort("a")])).check_room(3)
+        Guest(session=FakeSession([FakePort("a")])).check_room(3)
     assert caught.value.remedy == "plug fewer, or add one"
 
 
 async def test_what_cannot_be_reached_leaves_nothing() -> None:
-    hub = Hub(FakeSession([FakePort("a", fails=TargetError("no", reason=Reason.CONNECTION_REFUSED))]))
+    guest = Guest(session=FakeSession([FakePort("a", fails=TargetError("no", reason=Reason.CONNECTION_REFUSED))]))
     for _ in range(2):
         with pytest.raises(TargetError, match="no"):
-            await hub.plug(disk())
-    assert hub.attachments == []
-    await asyncio.wait_for(hub.close(), 20)
+            await guest.plug(disk())
+    assert guest.attachments == []
+    await asyncio.wait_for(guest.close(), 20)
 
 
 async def test_refused() -> None:
     port = FakePort("a")
     await Peer(port, filter="-1,-1,-1,-1,0").start()
-    hub = Hub(FakeSession([port]))
-    seen: list[tuple[PortEvent, Attachment]] = []
-    hub.subscribe(lambda attachment, event: seen.append((event, attachment)))
+    guest = Guest(session=FakeSession([port]))
+    seen: list[Event] = []
+    guest.stream.subscribe(seen.append)
     with pytest.raises(RefusedError, match="filter"):
-        await hub.plug(disk())
-    event, attachment = seen[-1]
-    assert isinstance(event, events.Refused)
-    assert attachment.state is AttachmentState.REFUSED
-    assert isinstance(await attachment.ended(), RefusedError)
-    assert hub.attachments == []
-    await hub.close()
+        await guest.plug(disk())
+    refused = next(event for event in seen if isinstance(event.source, events.Refused))
+    assert refused.fields["state"] == AttachmentState.REFUSED
+    assert (seen[-1].name, seen[-1].fields["state"]) == ("removed", AttachmentState.REFUSED)
+    assert guest.attachments == []
+    await guest.close()
 
 
 @pytest.mark.parametrize("hangs", [False, True], ids=["waiting for hello", "opening"])
 async def test_closed_while_plugging(hangs: bool) -> None:
-    hub = Hub(FakeSession([FakePort("a", hangs=hangs)]))
+    guest = Guest(session=FakeSession([FakePort("a", hangs=hangs)]))
     device = disk()
-    plugging = asyncio.ensure_future(hub.plug(device))
+    plugging = asyncio.ensure_future(guest.plug(device))
     await asyncio.sleep(0.01)
     expected = AttachmentState.OPENING if hangs else AttachmentState.WAITING
-    assert [attachment.state for attachment in hub.attachments] == [expected]
-    await asyncio.wait_for(hub.close(), 20)
-    with pytest.raises(GuestGoneError, match="left before"):
+    assert [attachment.state for attachment in guest.attachments] == [expected]
+    await asyncio.wait_for(guest.close(), 20)
+    with pytest.raises(GuestGoneError, match="closed before"):
         await plugging
 
 
 @pytest.mark.parametrize("hangs", [False, True])
 async def test_plugging_can_be_cancelled(hangs: bool) -> None:
-    hub = Hub(FakeSession([FakePort("a", hangs=hangs)]))
-    plugging = asyncio.ensure_future(hub.plug(disk()))
+    guest = Guest(session=FakeSession([FakePort("a", hangs=hangs)]))
+    plugging = asyncio.ensure_future(guest.plug(disk()))
     await asyncio.sleep(0.01)
     plugging.cancel()
     with pytest.raises(asyncio.CancelledError):
         await plugging
-    assert hub.attachments == []
-    await asyncio.wait_for(hub.close(), 20)
+    assert guest.attachments == []
+    await asyncio.wait_for(guest.close(), 20)
 
 
 async def test_the_guest_leaves() -> None:
     port = FakePort("a")
     peer = Peer(port, configures=False)
     await peer.start()
-    hub = Hub(FakeSession([port]))
-    attachment = await hub.plug(disk())
+    guest = Guest(session=FakeSession([port]))
+    attachment = await guest.plug(disk())
     peer.leave()
     error = await attachment.ended()
     assert isinstance(error, GuestGoneError)
     assert (attachment.error, attachment.state) == (error, AttachmentState.DETACHED)
     with pytest.raises(GuestGoneError):
         await attachment.configured()
-    await hub.close()
+    await guest.close()
 
 
 async def test_what_could_not_be_made_durable_is_told() -> None:
     ports = [FakePort("a"), FakePort("b")]
     for port in ports:
         await Peer(port).start()
-    hub = Hub(FakeSession(ports))
-    broken = await hub.plug(disk_device(BrokenStore(bytes(4096))))
-    good = await hub.plug(disk())
+    guest = Guest(session=FakeSession(ports))
+    broken = await guest.plug(disk_device(BrokenStore(bytes(4096))))
+    good = await guest.plug(disk())
     with pytest.raises(DeviceError, match="may be lost"):
-        await hub.close()
+        await guest.close()
     assert broken.over
     assert good.over
-    assert isinstance(hub.session, FakeSession)
-    assert hub.session.left
+    assert isinstance(guest.session, FakeSession)
+    assert guest.session.left
 
 
 async def test_a_device_that_left_by_itself_leaves_the_port_free() -> None:
     port = FakePort("a")
     peer = Peer(port)
     await peer.start()
-    hub = Hub(FakeSession([port]))
+    guest = Guest(session=FakeSession([port]))
     device = disk()
-    attachment = await hub.plug(device)
+    attachment = await guest.plug(device)
     await attachment.configured()
     assert device._listener is not None
     device._listener.lost(OSError("unplugged"))
@@ -405,18 +413,18 @@ async def test_a_device_that_left_by_itself_leaves_the_port_free() -> None:
     assert port.inner._listener is None  # closed: somebody else may use it
     peer = Peer(port)
     await peer.start()
-    again = await hub.plug(disk())
+    again = await guest.plug(disk())
     await again.configured()
-    await hub.close()
+    await guest.close()
 
 
 async def test_a_refused_device_leaves_the_port_free() -> None:
     port = FakePort("a")
     peer = Peer(port, configures=False)
     await peer.start()
-    hub = Hub(FakeSession([port]))
+    guest = Guest(session=FakeSession([port]))
     device = disk_device(MemoryStore(bytes(4096)), speeds=(Speed.HIGH,))
-    attachment = await hub.plug(device)
+    attachment = await guest.plug(device)
     peer._connection.send(p.FilterReject())
     peer._flush()
     error = await attachment.ended()
@@ -425,50 +433,49 @@ async def test_a_refused_device_leaves_the_port_free() -> None:
     assert port.inner._listener is None
     peer = Peer(port)
     await peer.start()
-    again = await hub.plug(device)
+    again = await guest.plug(device)
     await again.configured()
-    await hub.close()
+    await guest.close()
 
 
 async def test_unplugging_while_the_port_is_opened_gives_up() -> None:
-    hub = Hub(FakeSession([FakePort("a", hangs=True)]))
-    plugging = asyncio.ensure_future(hub.plug(disk()))
+    guest = Guest(session=FakeSession([FakePort("a", hangs=True)]))
+    plugging = asyncio.ensure_future(guest.plug(disk()))
     await asyncio.sleep(0.01)
     async with asyncio.timeout(20):
-        await hub.attachments[0].unplug()
+        await guest.attachments[0].unplug()
     with pytest.raises(GuestGoneError):
         await plugging
-    assert hub.attachments == []
+    assert guest.attachments == []
 
 
 async def test_what_could_not_be_made_durable_is_told_when_the_guest_is_gone() -> None:
     port = FakePort("a")
     peer = Peer(port)
     await peer.start()
-    hub = Hub(FakeSession([port]))
-    seen: list[PortEvent] = []
-    hub.subscribe(lambda attachment, event: seen.append(event))
-    attachment = await hub.plug(disk_device(BrokenStore(4096)))
+    guest = Guest(session=FakeSession([port]))
+    seen = watch(guest)
+    attachment = await guest.plug(disk_device(BrokenStore(4096)))
     await attachment.configured()
     peer.leave()
     assert isinstance(await attachment.ended(), GuestGoneError)
     assert any("may be lost" in str(event) for event in seen)
-    await hub.close()
+    await guest.close()
 
 
 async def test_the_end_of_the_block_unplugs_and_leaves_also_after_an_error() -> None:
     port, device = FakePort("a"), disk()
     await Peer(port).start()
-    guest = FakeSession([port])
+    session = FakeSession([port])
     attachments: list[Attachment] = []
 
     async def fail() -> None:
-        async with Hub(guest) as hub:
-            attachments.append(await hub.plug(device))
+        async with Guest(session=session) as guest:
+            attachments.append(await guest.plug(device))
             await attachments[0].configured()
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         await fail()
     assert attachments[0].state is AttachmentState.DETACHED
-    assert guest.left
+    assert session.left

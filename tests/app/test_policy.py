@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from farplug.app.policy import MAX_FORMER, Follow, Plug, Policy, Seat, Skip, Wishes
+from farplug.app.policy import MAX_FORMER, Plug, Policy, Rules, Skip, Slot
+from farplug.app.settings import Follow
 from farplug.cli.exit_codes import ExitCode, exit_code
 from farplug.errors import DeviceError, Reason, UsageError
 from farplug.machine.choose import Choice
@@ -23,9 +24,10 @@ KEYBOARD = Found(1, 8, "1-5", 0x046D, 0xC31C, interfaces=(FoundInterface(0, (3, 
 PRESENT = (HUB, STICK, SERIAL, KEYBOARD)
 
 
-def policy(*choices: str, **wishes: object) -> Policy:
-    rules = {name: parse_rules(str(wishes.pop(name))) for name in ("allowed", "on_connect", "later") if name in wishes}
-    return Policy(Wishes([Choice.parse(choice) for choice in choices], **rules, **wishes))  # type: ignore[arg-type]
+def policy(*choices: str, **options: object) -> Policy:
+    named = ("allowed", "on_connect", "later")
+    rules = {name: parse_rules(str(options.pop(name))) for name in named if name in options}
+    return Policy(Rules([Choice.parse(choice) for choice in choices], **rules, **options))  # type: ignore[arg-type]
 
 
 def plugged(*decisions: Plug | Skip | None) -> list[Found]:
@@ -45,7 +47,7 @@ def back(policy: Policy, found: Found, **changes: object) -> Plug | Skip | None:
 def test_what_was_named_is_plugged() -> None:
     it = policy("0781:5581", "1-3")
     assert plugged(*it.begin(PRESENT)) == [STICK, SERIAL]
-    assert [str(seat) for seat in it.seats] == [str(STICK), str(SERIAL)]
+    assert [str(slot) for slot in it.slots] == [str(STICK), str(SERIAL)]
     assert it.arrived(TWIN) is None
 
 
@@ -109,12 +111,10 @@ def test_force_is_for_dangers_only() -> None:
 
 def test_waiting_for_one_that_is_not_there() -> None:
     it = policy("0781:5581", "0403:6001", wait=True)
-    assert it.wishes.stays
     assert plugged(*it.begin([SERIAL])) == [SERIAL]
     assert it.arrived(TWIN) is None
     assert plugged(it.arrived(STICK)) == [STICK]
     assert it.arrived(again(STICK)) is None
-    assert not policy("1-2").wishes.stays
 
 
 def test_waiting_for_one_that_comes_and_cannot_be_plugged() -> None:
@@ -132,7 +132,7 @@ def test_pulled_out_and_plugged_in_again() -> None:
     it.begin(PRESENT)
     decision = back(it, STICK, port="2-7", bus=2)
     assert isinstance(decision, Plug)
-    assert (decision.again, decision.seat.choice) == (True, Choice.parse("1-2"))
+    assert (decision.again, decision.slot.choice) == (True, Choice.parse("1-2"))
     assert it.departed(TWIN) is None
     it.departed(SERIAL)
     assert it.arrived(again(SERIAL, product_id=0x6015)) is None, "another device in the same port"
@@ -160,13 +160,13 @@ def test_another_one_of_the_kind_that_was_named(choice: str, follow: Follow, tak
 def test_two_alike_come_back_to_their_ports() -> None:
     it = policy("1-3", "1-4")
     it.begin([SERIAL, TWIN])
-    first, second = it.seats
+    first, second = it.slots
     it.departed(SERIAL)
     it.departed(TWIN)
-    for found, seat in ((TWIN, second), (SERIAL, first)):
+    for found, slot in ((TWIN, second), (SERIAL, first)):
         decision = it.arrived(again(found))
         assert isinstance(decision, Plug)
-        assert decision.seat is seat
+        assert decision.slot is slot
 
 
 @pytest.mark.parametrize(
@@ -208,8 +208,8 @@ def test_a_keyboard_in_the_port_of_what_a_rule_took_is_left_alone() -> None:
 def test_given_up() -> None:
     it = policy("1-2")
     it.begin(PRESENT)
-    it.given_up(it.seats[0])
-    it.given_up(it.seats[0])
+    it.given_up(it.slots[0])
+    it.given_up(it.slots[0])
     assert it.departed(STICK) is None
     assert plugged(it.arrived(again(STICK))) == [again(STICK)]
 
@@ -240,7 +240,6 @@ def test_redirect_on_connect() -> None:
 )
 def test_the_keyboard_is_taken_by_a_rule_that_names_it_only(rules: str, taken: bool) -> None:
     it = policy(later=rules)
-    assert it.wishes.stays
     assert it.begin(PRESENT) == []
     assert bool(plugged(it.arrived(again(KEYBOARD)))) is taken
 
@@ -269,9 +268,9 @@ def test_devices_that_never_come_back_are_forgotten() -> None:
         found = replace(STICK, address=100 + number, serial_number=str(number))
         assert plugged(it.arrived(found)) == [found]
         it.departed(found)
-    assert len(it.seats) == MAX_FORMER + 1
-    assert it.seats[0].named
+    assert len(it.slots) == MAX_FORMER + 1
+    assert it.slots[0].named
 
 
 def test_a_seat_by_name() -> None:
-    assert str(Seat(Choice.parse("1050:0407"))) == "1050:0407"
+    assert str(Slot(Choice.parse("1050:0407"))) == "1050:0407"

@@ -4,14 +4,16 @@ import asyncio
 import os
 import re
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from farplug.cli.commands import MAX_LINE, Command, obey
-from farplug.cli.output import drive_line
-from farplug.errors import DeviceError, FarplugError, UsageError
+from farplug.app.app import App
+from farplug.app.commands import Command, Eject, Insert, ListDrives, Quit, help_lines
+from farplug.app.events import Event
+from farplug.app.settings import GuestSettings, TargetSettings
+from farplug.cli.commands import MAX_LINE, parse, serve
+from farplug.errors import DeviceError, UsageError
 from farplug.store import MemoryStore
 from farplug.virtual import CdromDrive
 
@@ -19,18 +21,18 @@ from farplug.virtual import CdromDrive
 @pytest.mark.parametrize(
     ("line", "command"),
     [
-        ("insert /a b", Command("insert", False, "/a", "b")),
-        ("insert 'a b.iso'", Command("insert", False, None, "a b.iso")),
-        ("force insert x.iso", Command("insert", True, None, "x.iso")),
-        ("eject", Command("eject", False, None, "")),
-        ("list", Command("list")),
-        ("help", Command("help")),
-        ("quit", Command("quit")),
-        ("force eject two.iso", Command("eject", True, "two.iso", "")),
+        ("insert /a b", Insert("b", "/a")),
+        ("insert 'a b.iso'", Insert("a b.iso")),
+        ("force insert x.iso", Insert("x.iso", force=True)),
+        ("eject", Eject()),
+        ("list", ListDrives()),
+        ("help", None),
+        ("quit", Quit()),
+        ("force eject two.iso", Eject("two.iso", force=True)),
     ],
 )
-def test_commands(line: str, command: Command) -> None:
-    assert Command.parse(line) == command
+def test_commands(line: str, command: Command | None) -> None:
+    assert parse(line) == command
 
 
 @pytest.mark.parametrize(
@@ -38,7 +40,7 @@ def test_commands(line: str, command: Command) -> None:
 )
 def test_no_commands(line: str) -> None:
     with pytest.raises(UsageError, match="is not a command") as caught:
-        Command.parse(line)
+        parse(line)
     assert len(str(caught.value)) < 300
     assert "eject [DRIVE]" in caught.value.remedy
 
@@ -49,32 +51,37 @@ def drive(name: str) -> CdromDrive:
     return CdromDrive(store)
 
 
-class FakeHost:
-    def __init__(self, *drives: tuple[str, CdromDrive]) -> None:
-        self._drives = drives
-        self.notes: list[str] = []
-        self.failures: list[FarplugError] = []
+class Host(App):
+    """An application with a guest that has just these drives."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *drives: tuple[str, CdromDrive]) -> None:
+        super().__init__(quit=self._leave_now)
+        self.shown: list[Event] = []
         self.left = 0
+        guest = self.add(GuestSettings(TargetSettings("tcp://127.0.0.1:1")))
+        monkeypatch.setattr(guest, "drives", lambda: dict(drives))
+        self.subscribe(self.shown.append)
 
-    def drives(self) -> Sequence[tuple[str, CdromDrive]]:
-        return self._drives
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def listed(self, name: str, drive: CdromDrive) -> None:
-        self.notes.append(drive_line(name, drive))
-
-    def refused(self, error: FarplugError) -> None:
-        self.failures.append(error)
-
-    def quit(self) -> None:
+    def _leave_now(self) -> None:
         self.left += 1
 
+    @property
+    def notes(self) -> list[str]:
+        return [str(event) for event in self.shown if event.name in ("note", "drive")]
 
-async def test_which_drive() -> None:
+    @property
+    def failures(self) -> list[str]:
+        return [event.message for event in self.shown if event.name == "command-refused"]
+
+    async def obey(self, line: str) -> object:
+        command = parse(line)
+        assert command is not None
+        return await self.do(command)
+
+
+async def test_which_drive(monkeypatch: pytest.MonkeyPatch) -> None:
     one, two, three = drive("/isos/one.iso"), drive("two.iso"), drive("other/two.iso")
-    host = FakeHost(("cdrom0", one), ("cdrom1", two), ("cdrom2", three))
+    host = Host(monkeypatch, ("cdrom0", one), ("cdrom1", two), ("cdrom2", three))
     names = "the drives are: cdrom0 (one.iso), cdrom1 (two.iso), cdrom2 (two.iso)"
     for words, said in (
         ("eject", "eject: which drive?"),
@@ -83,60 +90,59 @@ async def test_which_drive() -> None:
         ("eject two.iso/", "there is no drive"),
     ):
         with pytest.raises(UsageError, match=re.escape(said)) as caught:
-            await Command.parse(words).run(host)
+            await host.obey(words)
         assert caught.value.remedy == names
     with pytest.raises(UsageError, match="eject: no drive is plugged in"):
-        await Command.parse("eject").run(FakeHost())
-    await Command.parse("eject other/two.iso").run(host)
+        await Host(monkeypatch).obey("eject")
+    await host.obey("eject other/two.iso")
     assert (one.medium, two.medium, three.medium) == ("/isos/one.iso", "two.iso", None)
-    await Command.parse("eject cdrom1").run(host)
-    await Command.parse("eject one.iso").run(host)
+    await host.obey("eject cdrom1")
+    await host.obey("eject one.iso")
     assert (one.medium, two.medium) == (None, None)
     with pytest.raises(UsageError, match=re.escape("there is no drive 'one.iso'")) as caught:
-        await Command.parse("eject one.iso").run(host)
+        await host.obey("eject one.iso")
     assert "cdrom0 (empty)" in caught.value.remedy
     assert host.notes == []
-    await Command.parse("eject cdrom0").run(host)
+    await host.obey("eject cdrom0")
     assert host.notes == ["cdrom0 is empty"]
 
 
-async def test_the_same_name_in_two_drives_is_not_clear() -> None:
-    host = FakeHost(("cdrom0", drive("a/x.iso")), ("cdrom1", drive("b/x.iso")))
+async def test_the_same_name_in_two_drives_is_not_clear(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = Host(monkeypatch, ("cdrom0", drive("a/x.iso")), ("cdrom1", drive("b/x.iso")))
     with pytest.raises(UsageError, match=re.escape("eject: which drive?")):
-        await Command.parse("eject x.iso").run(host)
+        await host.obey("eject x.iso")
 
 
-async def test_list_help_and_quit() -> None:
+async def test_list_help_and_quit(monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = drive("one.iso"), drive("two.iso")
     one.scsi.execute(bytes.fromhex("1e 00 00 00 01 00"))
     await two.eject()
-    host = FakeHost(("cdrom0", one), ("cdrom1", two))
-    await Command.parse("list").run(host)
+    host = Host(monkeypatch, ("cdrom0", one), ("cdrom1", two))
+    await host.obey("list")
     assert host.notes == ["cdrom0: one.iso, locked by the guest", "cdrom1: empty"]
-    empty = FakeHost()
-    await Command.parse("list").run(empty)
+    empty = Host(monkeypatch)
+    await empty.obey("list")
     assert empty.notes == ["no drive is plugged in"]
-    await Command.parse("help").run(empty)
-    for verb in ("insert", "eject", "force", "list", "quit", "help"):
-        assert any(line.startswith(verb) for line in empty.notes[1:])
+    assert [line.split()[0] for line in help_lines()] == [
+        *("insert", "eject", "force", "force", "list", "quit", "help")
+    ]
     assert host.left == 0
-    await Command.parse("quit").run(host)
+    await host.obey("quit")
     assert host.left == 1
 
 
-async def test_a_locked_drive() -> None:
+async def test_a_locked_drive(monkeypatch: pytest.MonkeyPatch) -> None:
     one = drive("one")
     one.scsi.execute(bytes.fromhex("1e 00 00 00 01 00"))
     with pytest.raises(DeviceError, match="locked by the guest"):
-        await Command.parse("eject").run(FakeHost(("a", one)))
-    await Command.parse("force eject").run(FakeHost(("a", one)))
+        await Host(monkeypatch, ("a", one)).obey("eject")
+    await Host(monkeypatch, ("a", one)).obey("force eject")
     assert one.medium is None
 
 
 async def test_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = drive("one")
-    host = FakeHost(("a", one))
-    failures = host.failures
+    host = Host(monkeypatch, ("a", one))
     text = (
         f"\n  \neject\nnonsense\ninsert {shlex.quote(str(tmp_path / 'none'))}\ninsert {'x' * 3 * MAX_LINE}\n\xff\neject"
     )
@@ -144,10 +150,10 @@ async def test_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     script.write_bytes(text.encode("latin-1"))
     with script.open() as file:
         monkeypatch.setattr("sys.stdin", file)
-        await obey(host)
+        await serve(host, host.guest())
     assert one.medium is None
-    assert ["no such file" in str(error) for error in failures] == [False, True, False, False]
-    assert len(failures) == 4
+    assert ["no such file" in error for error in host.failures] == [False, True, False, False]
+    assert len(host.failures) == 4
 
 
 async def test_a_path_that_is_not_utf8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,14 +162,13 @@ async def test_a_path_that_is_not_utf8(tmp_path: Path, monkeypatch: pytest.Monke
     content[32768:32775] = b"\x01CD001\x01"
     iso.write_bytes(content)
     one = drive("one")
-    host = FakeHost(("a", one))
-    failures = host.failures
+    host = Host(monkeypatch, ("a", one))
     script = tmp_path / "script"
     script.write_bytes(os.fsencode(f"insert {iso}\ninsert {iso}"))
     with script.open() as file:
         monkeypatch.setattr("sys.stdin", file)
-        await obey(host)
-    assert (one.medium, failures) == (str(iso), [])
+        await serve(host, host.guest())
+    assert (one.medium, host.failures) == (str(iso), [])
     await one.close()
 
 
@@ -171,4 +176,5 @@ async def test_no_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     with Path(os.devnull).open("w") as file:  # noqa: ASYNC230  (it cannot be read)
         monkeypatch.setattr("sys.stdin", file)
         async with asyncio.timeout(10):
-            await obey(FakeHost())
+            host = Host(monkeypatch)
+            await serve(host, host.guest())

@@ -9,7 +9,7 @@ from tests.cli.support import Cli, FakeGuest, in_thread, saying
 from tests.machine.trees import Machine
 from tests.transport.fake_spice import Channel, FakeSpice, running
 
-from farplug.app import requirements
+from farplug.app import checks, requirements
 from farplug.cli import doctor
 from farplug.errors import Reason, SetupError
 from farplug.libusb import library
@@ -174,7 +174,7 @@ def test_plain_sockets(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (result.code, "FAILED  reach               127.0.0.1:1" in result.out) == (4, True)
     result = cli("doctor", "tcp-listen://127.0.0.1:4000")
     assert (result.code, "QEMU connects to 127.0.0.1:4000" in result.out) == (0, True)
-    monkeypatch.setattr(doctor, "HELLO_SECONDS", 0.2)
+    monkeypatch.setattr(checks, "HELLO_SECONDS", 0.2)
     with in_thread(FakeGuest(silent=True).listening) as target:
         result = cli("doctor", target)
         assert result.code == 13
@@ -189,7 +189,7 @@ def test_plain_sockets(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
         ]
         assert (lines[-1]["event"], lines[-1]["reason"], lines[-1]["exit_code"]) == ("failed", "paused", 13)
     with in_thread(lambda: saying(b"HTTP/1.1 400 Bad Request\r\n\r\n" + bytes(99))) as port:
-        monkeypatch.setattr(doctor, "HELLO_SECONDS", 5.0)
+        monkeypatch.setattr(checks, "HELLO_SECONDS", 5.0)
         result = cli("doctor", f"tcp://127.0.0.1:{port}")
         assert (result.code, "FAILED  tcp" in result.out) == (10, True)
 

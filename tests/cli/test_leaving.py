@@ -11,19 +11,22 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 from tests.cli.support import Cli, FakeGuest, blank, in_thread, interrupt
 
-from farplug.app.sources import Kind, Media, Wish
+from farplug.app.events import Event
+from farplug.app.settings import GuestSettings, Source, TargetSettings
+from farplug.app.sources import device_of
 from farplug.cli import session
-from farplug.cli.output import PlainOutput, SilentOutput
-from farplug.cli.session import Plan, _Session
-from farplug.target import TargetOptions
+from farplug.cli.output import SilentOutput
+from farplug.cli.session import _Session
 from farplug.usb import Status
 from farplug.usbredir import packets as p
+from farplug.virtual.unit import LogicalUnit
 
 WRITE = "2a 00 00 00 00 01 00 00 01 00"
 WRITE_FUA = "2a 08 00 00 00 01 00 00 01 00"
@@ -70,7 +73,7 @@ def test_without_a_terminal_a_signal_leaves_with_a_warning(cli: Cli, image: Path
         result = cli("connect", target, "--usb-disk", image)
     assert (result.code, result.err) == (0, "")
     lines = [line.partition(" ")[2] for line in result.out.splitlines()]
-    assert lines.index(LEAVING) == lines.index("leaving; interrupt again to leave at once") - 1
+    assert lines.index(LEAVING) == lines.index("detaching; press Ctrl-C again to quit immediately") - 1
 
 
 def test_json(cli: Cli, image: Path) -> None:
@@ -140,7 +143,7 @@ def test_on_a_terminal_the_first_interrupt_asks(image: Path, options: tuple[str,
                 shown += os.read(terminal, 4096)
                 if not asked and b"interrupt again to leave\r" in shown:
                     asked = True
-                    assert b"leaving" not in shown
+                    assert b"detaching" not in shown
                     os.write(terminal, b"\x03")
         except OSError:  # it ended
             pass
@@ -150,68 +153,69 @@ def test_on_a_terminal_the_first_interrupt_asks(image: Path, options: tuple[str,
     assert os.waitstatus_to_exitcode(status) == 0
     text = shown.decode()
     assert (asked, ASKING in text, LEAVING in text) == (asks, asks, not asks)
-    assert "leaving; interrupt again to leave at once" in text
+    assert "detaching; press Ctrl-C again to quit immediately" in text
     assert "disk.raw: detached (0 B read, 512 B written" in text
 
 
 class Recorder(SilentOutput):
     def __init__(self) -> None:
-        super().__init__()
         self.shown: list[object] = []
 
-    def note(self, text: str) -> None:
-        self.shown.append(text.partition(";")[0])
+    def show(self, event: Event) -> None:
+        if event.name == "unfinished-writes":
+            self.shown.append((event.fields["disks"], event.fields["leaving"]))
+        elif event.name == "note":
+            self.shown.append(event.message.partition(";")[0])
 
-    def unfinished(self, disks: Sequence[str], *, leaving: bool) -> None:
-        self.shown.append((list(disks), leaving))
+
+@asynccontextmanager
+async def opened(*paths: Path) -> AsyncIterator[tuple[_Session, Recorder, dict[str, LogicalUnit]]]:
+    """A session whose disks are open, its output, and the logical units."""
+    output = Recorder()
+    settings = GuestSettings(TargetSettings("tcp://127.0.0.1:1"), tuple(Source.disk(path) for path in paths))
+    run = _Session(settings, output, commands=False)
+    guest = run._guest
+    await guest._sources.open(settings.sources, settings.storage, lambda *_: None)
+    group = guest._sources.opened
+    guest._owned[device_of(group, settings.storage)] = group
+    yield run, output, {one.label: one.unit for one in group if one.unit is not None}
+    await guest.close()
 
 
 async def test_a_flush_ends_a_warning_and_further_writes_begin_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(session, "_on_terminal", lambda: True)
-    media = Media([Wish(Kind.DISK, blank(tmp_path / name)) for name in ("a", "b")])
-    await media.open(lambda *_: None)
-    media.devices(1)
-    units = dict(media._units)
-    output = Recorder()
-    run = _Session(Plan("", TargetOptions(), media), output)
-    run._work = asyncio.get_running_loop().create_task(asyncio.sleep(1000))
+    async with opened(*(blank(tmp_path / name) for name in ("a", "b"))) as (run, output, units):
+        run._work = asyncio.get_running_loop().create_task(asyncio.sleep(1000))
 
-    def interrupted(number: signal.Signals = signal.SIGINT) -> list[object]:
-        output.shown.clear()
-        run._interrupt(number)
-        return list(output.shown)
+        def interrupted(number: signal.Signals = signal.SIGINT) -> list[object]:
+            output.shown.clear()
+            run._interrupt(number)
+            return list(output.shown)
 
-    units["a"].unflushed.wrote()
-    assert interrupted() == [(["a"], False)]
-    units["a"].unflushed.flushed(units["a"].unflushed.writes)
-    units["a"].unflushed.wrote()
-    assert interrupted() == [(["a"], False)], "other writes than those of the warning"
-    units["b"].unflushed.wrote()
-    assert interrupted() == [(["a", "b"], False)]
-    units["a"].unflushed.wrote()
-    assert run._work.cancelling() == 0
-    assert interrupted() == ["leaving"], "more of the same writes change nothing"
-    assert run._work.cancelling() == 1
-    await asyncio.wait([run._work])
-    await media.close()
+        units["a"].unflushed.wrote()
+        assert interrupted() == [(["a"], False)]
+        units["a"].unflushed.flushed(units["a"].unflushed.writes)
+        units["a"].unflushed.wrote()
+        assert interrupted() == [(["a"], False)], "other writes than those of the warning"
+        units["b"].unflushed.wrote()
+        assert interrupted() == [(["a", "b"], False)]
+        units["a"].unflushed.wrote()
+        assert run._work.cancelling() == 0
+        assert interrupted() == ["detaching"], "more of the same writes change nothing"
+        assert run._work.cancelling() == 1
+        await asyncio.wait([run._work])
 
 
 async def test_sigterm_does_not_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "_on_terminal", lambda: True)
-    media = Media([Wish(Kind.DISK, blank(tmp_path / "a"))])
-    await media.open(lambda *_: None)
-    media.devices(1)
-    media._units[0][1].unflushed.wrote()
-    output = Recorder()
-    run = _Session(Plan("", TargetOptions(), media), output)
-    run._interrupt(signal.SIGTERM)
-    assert output.shown == [(["a"], True), "leaving"]
-    await media.close()
+    async with opened(blank(tmp_path / "a")) as (run, output, units):
+        units["a"].unflushed.wrote()
+        run._interrupt(signal.SIGTERM)
+        assert output.shown == [(["a"], True), "detaching"]
 
 
-def test_several_disks(capsys: pytest.CaptureFixture[str]) -> None:
-    PlainOutput(sys.stdout).unfinished(["a", "b\x1b"], leaving=False)
-    said = capsys.readouterr().out
-    assert said.endswith("to a, b\N{REPLACEMENT CHARACTER}: unmount them there first; interrupt again to leave\n")
+def test_several_disks() -> None:
+    text = session.unfinished_writes(["a", "b"], leaving=False)
+    assert text.endswith("to a, b: unmount them there first; interrupt again to leave")

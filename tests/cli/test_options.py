@@ -20,7 +20,7 @@ def test_the_password_is_asked_for_on_a_terminal(cli: Cli, image: Path, monkeypa
         return answers.pop(0)
 
     monkeypatch.setattr("farplug.cli.options.has_terminal", lambda: True)
-    monkeypatch.setattr("farplug.cli.connect.has_terminal", lambda: True)
+    monkeypatch.setattr("farplug.cli.session.has_terminal", lambda: True)
     monkeypatch.setattr("getpass.getpass", ask)
     fake = FakeSpice(password="sesame", usbredir=FakeGuest().behave, vmc_caps=0)
     with in_thread(lambda: running(fake)) as port:
@@ -39,7 +39,7 @@ def test_the_password_is_asked_for_on_a_terminal(cli: Cli, image: Path, monkeypa
 def test_a_ticket_of_a_vv_file_is_not_asked_for(
     cli: Cli, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("farplug.cli.connect.has_terminal", lambda: True)
+    monkeypatch.setattr("farplug.cli.session.has_terminal", lambda: True)
     vv = tmp_path / "vm.vv"
     with in_thread(lambda: running(FakeSpice(password="sesame"))) as port:
         vv.write_text(f"[virt-viewer]\ntype=spice\nhost=127.0.0.1\nport={port}\npassword=old\n")

@@ -11,30 +11,15 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from types import SimpleNamespace
-from typing import cast
+from typing import Any
 
 import pytest
 from rich.console import Console
 from tests.cli.support import Cli, FakeGuest, in_thread
 
-from farplug.app.guest import Attachment, AttachmentState
-from farplug.cli.output import (
-    Figures,
-    JsonOutput,
-    PlainOutput,
-    SilentOutput,
-    TerminalOutput,
-    _Rate,
-    choose,
-    port_line,
-    size,
-)
-from farplug.errors import Reason, TargetError
-from farplug.redirection import events
-from farplug.store import MemoryStore
-from farplug.usb.types import Speed
-from farplug.virtual.cdrom import CdromDrive
+from farplug.app.events import Event, EventStream, Level
+from farplug.cli.output import JsonOutput, Output, PlainOutput, SilentOutput, TerminalOutput, choose, figures_text, size
+from farplug.errors import Remedy
 
 
 @pytest.mark.parametrize(
@@ -57,20 +42,26 @@ def test_size(count: int, text: str) -> None:
 
 
 def test_figures() -> None:
-    assert str(Figures()) == "0 B read, 0 B written, 0 commands"
-    assert str(Figures(1000, 20, 1)) == "1.0 kB read, 20 B written, 1 command"
+    assert figures_text({"read": 0, "written": 0, "commands": 0}) == "0 B read, 0 B written, 0 commands"
+    assert figures_text({"read": 1000, "written": 20, "commands": 1}) == "1.0 kB read, 20 B written, 1 command"
 
 
-def attachment(label: str, figures: Figures) -> tuple[str, Attachment]:
-    device = SimpleNamespace(figures=figures, identity=SimpleNamespace(speed=Speed.SUPER))
-    return label, cast(Attachment, SimpleNamespace(device=device, state=AttachmentState.CONFIGURED))
+def shown_by(output: Output) -> EventStream:
+    """A stream of events that an output shows."""
+    stream = EventStream()
+    stream.subscribe(output.show)
+    return stream
 
 
-def test_the_first_rate_is_not_what_moved_before() -> None:
-    rate = _Rate()
-    assert rate.look(Figures(read=5_000_000)) == 0
-    assert rate.look(Figures(read=6_000_000)) > 0
-    assert rate.look(Figures(read=10)) == 0, "the device was plugged in again"
+def attach(stream: EventStream, id: str, label: str) -> None:
+    """A device that is in use, and what it has moved."""
+
+    def publish(name: str, **fields: Any) -> None:
+        stream.publish(name, "x", level=Level.DETAIL, attachment=id, device=label, **fields)
+
+    publish("attaching", speed="super", state="connecting")
+    publish("configured", state="in use")
+    publish("figures", state="in use", read=67_100_000, written=62_900_000, commands=86, rate=0)
 
 
 @pytest.mark.parametrize(
@@ -90,8 +81,10 @@ def test_a_narrow_table_drops_columns(width: int, headings: list[str]) -> None:
     stream = io.StringIO()
     output = TerminalOutput(Console(file=stream, force_terminal=True, width=width, color_system=None))
     output.start()
-    figures = Figures(read=67_100_000, written=62_900_000, commands=86)
-    output.figures([attachment("a-disk-with-a-long-name.raw", figures), attachment("b.raw", figures)])
+    stream_of_events = shown_by(output)
+    attach(stream_of_events, "a1", "a-disk-with-a-long-name.raw")
+    attach(stream_of_events, "a2", "b.raw")
+    output.refresh()
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
     lines = [line for line in shown.splitlines() if line.strip()]
     output.stop()
@@ -103,49 +96,85 @@ def test_a_narrow_table_drops_columns(width: int, headings: list[str]) -> None:
     assert lines[2].startswith("b.raw")
 
 
-def test_what_is_in_a_port_and_in_a_drive() -> None:
-    assert port_line(["a.raw"], events.Opened("tcp", 0)) == "port 0: a.raw"
-    assert port_line(["a.raw", "cdrom0 (x.iso)"], events.Opened("usbredir 1", 1)) == (
-        "port 1: LUN 0 a.raw, LUN 1 cdrom0 (x.iso)"
-    )
+def test_lines() -> None:
     stream = io.StringIO()
-    store = MemoryStore(4096, block_size=2048)
-    store.name = "x.iso"
-    for output in (
+    outputs = (
         PlainOutput(stream),
         JsonOutput(stream),
         TerminalOutput(Console(file=stream, width=100, color_system=None)),
         SilentOutput(),
-    ):
-        output.opened("cdrom0", ["cdrom0 (x.iso)"], events.Opened("tcp", 0))
-        output.drive("cdrom0", CdromDrive(store))
-        output.drive("cdrom1", CdromDrive())
-    text = stream.getvalue()
-    assert text.count("port 0: cdrom0 (x.iso)") == 3
-    assert text.count("cdrom0: x.iso") == text.count("cdrom1: empty") == 3
-    line = json.loads(text.splitlines()[4])
-    assert (line["event"], line["device"], line["medium"], line["locked"]) == ("drive", "cdrom0", "x.iso", False)
+    )
+    remedy = Remedy("plug it all the same", setting="storage.force", value=True)
+    for output in outputs:
+        events = shown_by(output)
+        events.publish("opened", "port 0: cdrom0 (x.iso)", device="cdrom0", attachment="a1")
+        events.publish("drive", "x.iso", device="cdrom0", medium="x.iso", locked=False)
+        events.publish("skipped", "it is in use", level=Level.BAD, **remedy.as_dict())
+        events.publish("medium-locked", "locked", level=Level.DETAIL, device="cdrom0")
+    lines = stream.getvalue().splitlines()
+    assert [line[9:] for line in lines[:4]] == [
+        "port 0: cdrom0 (x.iso)",
+        "cdrom0: x.iso",
+        "it is in use",
+        "plug it all the same: --force",
+    ]
+    drive = json.loads(lines[5])
+    assert (drive["event"], drive["device"], drive["medium"], drive["locked"]) == ("drive", "cdrom0", "x.iso", False)
+    assert json.loads(lines[7])["event"] == "medium-locked"
+    assert lines[8:] == [
+        "· port 0: cdrom0 (x.iso)",
+        "· cdrom0: x.iso",
+        "✗ it is in use",
+        "  plug it all the same: --force",
+    ]
 
 
-def test_a_stage_is_told_once_it_is_reached() -> None:
+def test_the_totals_of_a_device_that_leaves() -> None:
     stream = io.StringIO()
     output = PlainOutput(stream)
-    output.stage("reach", "vm:1")
-    assert stream.getvalue() == ""
-    output.stage("ticket", "vm:1")
+    events = shown_by(output)
+    attach(events, "a1", "a.raw")
+    output.refresh()
+    output.refresh()
+    events.publish("detached", "detached", level=Level.GOOD, attachment="a1", device="a.raw", state="detached")
+    totals = "67.1 MB read, 62.9 MB written, 86 commands"
+    assert [line[9:] for line in stream.getvalue().splitlines()] == [f"a.raw: {totals}", f"a.raw: detached ({totals})"]
+
+
+def test_copies_are_shown_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    stream = io.StringIO()
+    events = shown_by(JsonOutput(stream))
+    for now[0] in (100.0, 100.5, 101.0, 101.9, 102.1):
+        events.publish("copying", "x", level=Level.PROGRESS, device="drivers", done=1, total=2)
+    assert len(stream.getvalue().splitlines()) == 3
+
+
+STAGES = [("reach", "begun"), ("reach", "reached"), ("ticket", "begun"), ("ticket", "failed")]
+
+
+def stages(output: Output) -> None:
+    events = shown_by(output)
+    for stage, state in STAGES:
+        level = {"begun": Level.PROGRESS, "reached": Level.GOOD, "failed": Level.BAD}[state]
+        events.publish("stage", "vm:1", level=level, stage=stage, state=state)
+
+
+def test_a_stage_is_shown_once_it_is_reached() -> None:
+    stream = io.StringIO()
+    stages(PlainOutput(stream))
     assert stream.getvalue()[9:] == "reach: vm:1\n"
-    output.failed(TargetError("no", reason=Reason.WRONG_PASSWORD))
-    output.reached()
-    assert "ticket" not in stream.getvalue()
+    listening = Event(1, 0, "stage", "listening on vm:1", fields={"stage": "listen", "state": "begun"})
+    PlainOutput(stream).show(listening)
+    assert "listen: listening on vm:1\n" in stream.getvalue(), "somebody must start the VM"
 
 
 def test_a_terminal_shows_the_stage_that_failed() -> None:
     stream = io.StringIO()
     output = TerminalOutput(Console(file=stream, force_terminal=True, width=60, color_system=None))
     output.start()
-    output.stage("reach", "vm:1")
-    output.stage("ticket", "vm:1")
-    output.failed(TargetError("no", reason=Reason.WRONG_PASSWORD))
+    stages(output)
     output.stop()
     output.stop()
     assert "✓ reach     vm:1\n" in stream.getvalue()
@@ -235,7 +264,7 @@ def test_a_full_disk_does_not_end_the_session(image: Path) -> None:
             assert configured.wait(30)
             process.send_signal(signal.SIGINT)
             assert process.stderr.read() == b""
-    assert warning == b"farplug: warning: nothing more is told on standard output: No space left on device\n"
+    assert warning == b"farplug: warning: output stopped: No space left on device\n"
     assert process.returncode == 0
 
 
@@ -265,7 +294,7 @@ def test_the_second_interrupt_counts_although_nobody_reads_it(image: Path) -> No
             assert configured.wait(30)
             process.send_signal(signal.SIGINT)
             for line in process.stdout:
-                if b"interrupt again" in line:
+                if b"Ctrl-C again" in line:
                     process.send_signal(signal.SIGINT)
     assert process.returncode == 130
 

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from farplug.app.guest import Attachment, Hub
+from farplug.app.attachment import Attachment
+from farplug.app.guest import Guest
 from farplug.redirection.events import DeviceReport, PortEvent
 from farplug.target import TargetOptions, open_session, parse_target
 from farplug.testing import GuestConfig, QemuGuest, SpicePort, TcpPort
 from farplug.transport.session import Session
 from farplug.usb import Device, DeviceEvent
-from farplug.virtual.storage import StorageTransport
+from farplug.virtual.storage_transport import StorageTransport
 
 MIB = 2**20
 PATIENCE = 120
@@ -61,20 +62,20 @@ STORAGE = {"bot": Storage(StorageTransport.BOT, "usb-storage"), "uas": Storage(S
 """The suites that take ``storage`` run over all of these."""
 
 
-class Plugged(Hub):
-    """A hub that remembers what happened."""
+class Plugged(Guest):
+    """A guest that remembers what the engine reported."""
 
     def __init__(self, session: Session) -> None:
-        super().__init__(session)
-        self.events: list[PortEvent] = []
-        self.subscribe(lambda attachment, event: self.events.append(event))
+        super().__init__(session=session)
+        self.seen: list[PortEvent] = []
+        self.stream.subscribe(lambda event: None if event.source is None else self.seen.append(event.source))
 
     def kinds(self) -> list[type]:
-        return [type(event) for event in self.events]
+        return [type(event) for event in self.seen]
 
     def reports(self) -> list[DeviceEvent]:
         """What the devices reported."""
-        return [event.event for event in self.events if isinstance(event, DeviceReport)]
+        return [event.event for event in self.seen if isinstance(event, DeviceReport)]
 
 
 @asynccontextmanager

@@ -39,7 +39,7 @@ async def until(hub: Plugged, kind: type, count: int = 1) -> None:
 
 def steps(hub: Plugged) -> list[tuple[Misfit, Offer]]:
     """Why and how the device was offered again."""
-    return [(event.why, event.offer) for event in hub.events if isinstance(event, FellBack)]
+    return [(event.why, event.offer) for event in hub.seen if isinstance(event, FellBack)]
 
 
 async def driver_of(guest: QemuGuest, device: Device) -> str:

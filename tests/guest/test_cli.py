@@ -75,7 +75,7 @@ async def test_leaving_a_disk_that_is_mounted_and_written_to(guest: QemuGuest, t
         await guest.check(f"echo 1 >/sys/block/{disk[5:]}/device/delete")
         await gone(guest, disk)
         running.process.send_signal(signal.SIGINT)
-        await running.until("leaving; interrupt again to leave at once")
+        await running.until("detaching; press Ctrl-C again to quit immediately")
         await running.until("disk.raw: detached")
         assert await running.process.wait() == 0
         assert sum("may not have finished" in line for line in running.lines) == 1

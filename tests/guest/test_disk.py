@@ -140,7 +140,7 @@ async def test_a_port_without_streams_gets_high_speed_by_itself(guest: QemuGuest
     image = blank(tmp_path / "disk.raw")
     device = disk_device(image)
     async with plugged(guest.targets[4], device) as hub:
-        assert [one.why for one in hub.events if isinstance(one, events.FellBack)] == [events.Misfit.STREAMS]
+        assert [one.why for one in hub.seen if isinstance(one, events.FellBack)] == [events.Misfit.STREAMS]
         await live(guest, await disk_of(guest, device), "ext4")
     await device.dispose()
     assert read_back(image, "ext4", "hello") == TEXT.encode()

@@ -150,7 +150,7 @@ class Operator:
     async def _connect(self) -> None:
         self._hub = hub = Plugged(await open_session(parse_target(self.guest.targets[0])))
         opened = asyncio.Event()
-        hub.subscribe(lambda attachment, event: opened.set() if isinstance(event, events.Opened) else None)
+        hub.stream.subscribe(lambda event: opened.set() if event.name == "opened" else None)
         self._plugging = asyncio.ensure_future(hub.plug(disk_device(MemoryStore(8 * MIB))))
         await opened.wait()
 

@@ -72,7 +72,7 @@ async def test_each_port_names_the_other_client(guests: GuestPool, tmp_path: Pat
                     await asyncio.sleep(0.01)
         finally:
             await session.close()
-        errors = [event.error for event in hub.events if isinstance(event, events.Detached)]
+        errors = [event.error for event in hub.seen if isinstance(event, events.Detached)]
     assert len(errors) == 2
     for error in errors:
         assert isinstance(error, GuestGoneError)

@@ -245,7 +245,7 @@ async def test_a_guest_that_gives_up_and_a_store_that_answers_late(guest: QemuGu
             while len(store.held) < attempts:
                 await asyncio.sleep(0.05)
         assert hub.kinds().count(events.WasReset) >= resets + attempts - 1
-        assert any(figures.cancelled for figures in hub.attachments[0].figures)
+        assert any(figures.cancelled for figures in hub.attachments[0].endpoints)
         store.release()
         assert (await working).exit_code == 0, "the retry went through"
         await still_works(guest, disk)
@@ -282,7 +282,7 @@ async def test_driver_and_hub_taken_away_while_the_disk_is_busy(guest: QemuGuest
             await guest.check(script)
         await still_works(guest, await disk_of(guest, device))
         # Only the hub's going cuts transfers off; usb-storage finishes what it began.
-        assert any(figures.cancelled for figures in hub.attachments[0].figures)
+        assert any(figures.cancelled for figures in hub.attachments[0].endpoints)
         assert events.PeerViolation not in hub.kinds()
     await device.dispose()
 

@@ -91,7 +91,7 @@ async def test_transfers_taken_back_from_a_slow_device(guests: GuestPool) -> Non
     try:
         async with plugged(guest.targets[0], device) as hub:
             assert await cases(guests, device, 0, *UNLINK) == {}, await guest.check("dmesg")
-            cancelled = {figures.endpoint: figures.cancelled for figures in hub.attachments[0].figures}
+            cancelled = {figures.endpoint: figures.cancelled for figures in hub.attachments[0].endpoints}
             assert cancelled[SOURCE] > 0, cancelled
             assert cancelled[SINK] > 0, cancelled
     finally:

@@ -12,7 +12,7 @@ from farplug.store import Store
 from farplug.usb import Speed, Status, Transfer, TransferType
 from farplug.virtual import VirtualDevice, disk_device
 from farplug.virtual.iu import IuId, TaskFunction
-from farplug.virtual.storage import StorageTransport
+from farplug.virtual.storage_transport import StorageTransport
 from farplug.virtual.uas import AttachedScsi
 
 COMMAND_PIPE, STATUS_PIPE = 0x04, 0x83

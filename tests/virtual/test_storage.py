@@ -17,7 +17,8 @@ from farplug.usb import Offer, Setup, Speed, Status, Transfer, TransferType
 from farplug.usb.descriptors import ConfigurationDescriptor
 from farplug.usb.types import DescriptorType
 from farplug.virtual import CdromDrive, Disk, VirtualDevice, cdrom_device, disk_device
-from farplug.virtual.storage import MassStorage, StorageTransport
+from farplug.virtual.storage import MassStorage
+from farplug.virtual.storage_transport import StorageTransport
 from farplug.virtual.uas import STREAMS_EXPONENT
 from farplug.virtual.unit import LogicalUnit
 

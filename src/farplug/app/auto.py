@@ -12,12 +12,15 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, NoReturn, Protocol
 
-from farplug.app.guest import Attachment, Place
-from farplug.app.policy import Follow, Plug, Policy, Seat, Skip
+from farplug.app.attachment import Attachment, Place
+from farplug.app.policy import Plug, Policy, Skip, Slot
+from farplug.app.settings import Follow
 from farplug.errors import DeviceError, FarplugError, PortError, Reason, RefusedError
 from farplug.libusb.library import Library
+from farplug.machine.choose import Choice
 from farplug.machine.found import Found
 from farplug.machine.hotplug import Departed, Watch
+from farplug.machine.listing import list_devices
 from farplug.machine.lock import DeviceLock
 from farplug.machine.obstacles import gone
 from farplug.physical.device import find_device
@@ -31,29 +34,23 @@ LOSS_PATIENCE = 3.0
 
 
 class Plugger(Protocol):
-    """What plugs devices in: the :class:`~farplug.app.guest.Hub`."""
+    """What plugs devices in: :class:`~farplug.app.guest.Guest`."""
 
-    async def plug(self, device: Device, place: Place | None = None) -> Attachment:
-        """See :meth:`farplug.app.guest.Hub.plug`."""
+    async def plug_usb(self, device: Device, label: str, place: Place | None) -> Attachment:
+        """Plug a USB device of this machine."""
 
     def forget(self, attachment: Attachment) -> None:
-        """See :meth:`farplug.app.guest.Hub.forget`."""
+        """Drop an attachment that is over."""
 
 
-class KeeperListener(Protocol):
-    """Who is told what the keeper does. Its methods must not raise."""
-
-    def plugging(self, device: Device, found: Found) -> None:
-        """A device is about to be plugged in."""
-
-    def parted(self, device: Device) -> None:
-        """It is not plugged in any more: nothing more happens to it."""
+class AutoListener(Protocol):
+    """Takes what the auto-plugger reports: :class:`~farplug.app.guest.Guest`. Its methods must not raise."""
 
     def note(self, text: str) -> None:
-        """Something that a person wants to know."""
+        """Take something that a user may want to know."""
 
     def skipped(self, error: FarplugError) -> None:
-        """A device is not plugged in; the session goes on."""
+        """Take why a device is not plugged in; nothing else changes."""
 
 
 async def find(found: Found) -> Device:
@@ -85,7 +82,30 @@ async def find(found: Found) -> Device:
         ) from error
 
 
-class Keeper:
+async def choose_device(text: str, *, force: bool = False) -> tuple[Device, DeviceLock]:
+    """Return the USB device of this machine that a user names, and the lock that keeps other farplugs off.
+
+    Args:
+        text: ``VID:PID``, ``BUS-ADDRESS``, ``BUS-PORT``, ``serial:NUMBER`` or a part of the name.
+        force: also a disk that this machine uses.
+
+    Raises:
+        UsageError: the text is not valid, or names several devices.
+        DeviceError: there is no such device, it cannot be plugged, or another farplug has it.
+        SetupError: this machine has no USB, or no libusb.
+    """
+    choice = Choice.parse(text)
+    found = choice.choose(await aside(list_devices))
+    found.check(force=force)
+    lock = await aside(partial(DeviceLock, found), DeviceLock.release)
+    try:
+        return await find(found), lock
+    except BaseException:
+        await aside(lock.release)
+        raise
+
+
+class AutoPlugger:
     """Plugs devices, and keeps them plugged. :meth:`prepare` first, then :meth:`run`, :meth:`close` in any case.
 
     Args:
@@ -98,7 +118,7 @@ class Keeper:
     def __init__(
         self,
         policy: Policy,
-        listener: KeeperListener,
+        listener: AutoListener,
         watch: Watch | None = None,
         find: Callable[[Found], Awaitable[Device]] = find,
     ) -> None:
@@ -107,10 +127,10 @@ class Keeper:
         self._watch = Watch() if watch is None else watch
         self._find = find
         self._plugs: list[Plug] = []
-        self._locks: dict[Seat, DeviceLock] = {}
-        self._keeping: dict[Seat, asyncio.Task[None]] = {}
-        self._attachments: dict[Seat, Attachment] = {}
-        self._places: dict[Seat, Place] = {}
+        self._locks: dict[Slot, DeviceLock] = {}
+        self._keeping: dict[Slot, asyncio.Task[None]] = {}
+        self._attachments: dict[Slot, Attachment] = {}
+        self._places: dict[Slot, Place] = {}
         self._beside: set[asyncio.Task[None]] = set()
         self._failed: asyncio.Future[NoReturn] | None = None
         self._watching = False
@@ -132,24 +152,24 @@ class Keeper:
             if isinstance(decision, Skip):
                 self._listener.skipped(decision.error)
                 continue
-            if decision.seat.named:
-                self._locks[decision.seat] = await aside(partial(DeviceLock, decision.found), DeviceLock.release)
+            if decision.slot.named:
+                self._locks[decision.slot] = await aside(partial(DeviceLock, decision.found), DeviceLock.release)
                 if decision.found.caution is not None:
                     self._listener.note(f"{decision.found}: {decision.found.caution}")
             self._plugs.append(decision)
-        for seat in self._policy.seats:
-            if seat.found is None:
-                self._listener.note(f"waiting for {seat} to be plugged in")
-        if self._policy.wishes.later is not None:
+        for slot in self._policy.slots:
+            if slot.found is None:
+                self._listener.note(f"waiting for {slot} to be plugged in")
+        if self._policy.rules.later is not None:
             self._listener.note("what is plugged in from now on goes into the VM if the rules allow it")
-        return sum(seat.named for seat in self._policy.seats)
+        return sum(slot.named for slot in self._policy.slots)
 
     async def run(self, hub: Plugger, places: Sequence[Place] = ()) -> NoReturn:
         """Plug, and go on until cancelled. Closing the hub, which comes next, unplugs what is plugged then.
 
         Args:
             hub: what plugs devices in.
-            places: one for each device that was named, in the order of ``Wishes.choices``; or none at all. A device
+            places: one for each device that was named, in the order of ``Rules.choices``; or none at all. A device
                 that comes back has its place again.
 
         Raises:
@@ -158,9 +178,9 @@ class Keeper:
         self._failed = asyncio.get_running_loop().create_future()
         watching = asyncio.ensure_future(self._follow(hub))
         if places:
-            self._places = dict(zip((seat for seat in self._policy.seats if seat.named), places, strict=True))
-        for seat, place in self._places.items():
-            if seat.found is None:
+            self._places = dict(zip((slot for slot in self._policy.slots if slot.named), places, strict=True))
+        for slot, place in self._places.items():
+            if slot.found is None:
                 place.give_way()
         for plug in self._plugs:
             self._start(hub, plug)
@@ -200,11 +220,11 @@ class Keeper:
                     self._listener.skipped(error)
 
     def _departed(self, found: Found) -> None:
-        seat = self._policy.departed(found)
-        if seat is None:
+        slot = self._policy.departed(found)
+        if slot is None:
             return
         self._listener.note(f"{found} was pulled out; when it comes back it goes into the VM again")
-        attachment = self._attachments.get(seat)
+        attachment = self._attachments.get(slot)
         if attachment is not None:
             self._soon(_unplug(attachment))
 
@@ -217,8 +237,8 @@ class Keeper:
     async def _lost(self, plug: Plug) -> None:
         """A device was lost: it was pulled out, and may come back. If it is still there, somebody has to know."""
         await asyncio.sleep(LOSS_PATIENCE)
-        if plug.seat.found is plug.found:
-            self._policy.given_up(plug.seat)
+        if plug.slot.found is plug.found:
+            self._policy.given_up(plug.slot)
             self._listener.skipped(
                 DeviceError(
                     f"{plug.found} has left the VM, but it is still plugged in here: it does not answer",
@@ -228,13 +248,13 @@ class Keeper:
             )
 
     def _start(self, hub: Plugger, plug: Plug) -> None:
-        before = self._keeping.get(plug.seat)
-        task = self._keeping[plug.seat] = asyncio.ensure_future(self._keep(hub, plug, before))
-        task.add_done_callback(lambda task: self._kept(plug.seat, task))
+        before = self._keeping.get(plug.slot)
+        task = self._keeping[plug.slot] = asyncio.ensure_future(self._keep(hub, plug, before))
+        task.add_done_callback(lambda task: self._kept(plug.slot, task))
 
-    def _kept(self, seat: Seat, task: asyncio.Task[None]) -> None:
-        if self._keeping.get(seat) is task:
-            del self._keeping[seat]
+    def _kept(self, slot: Slot, task: asyncio.Task[None]) -> None:
+        if self._keeping.get(slot) is task:
+            del self._keeping[slot]
         error = None if task.cancelled() else task.exception()
         if error is not None and self._failed is not None and not self._failed.done():
             self._failed.set_exception(error)
@@ -243,38 +263,36 @@ class Keeper:
         """Plug a device in and stay until it has left the guest. When cancelled, it stays plugged, and locked."""
         if before is not None:
             await asyncio.wait([before])  # its port is free then
-        seat, attached, device = plug.seat, False, None
-        place = self._places.get(seat)
+        slot, attached, device = plug.slot, False, None
+        place = self._places.get(slot)
         try:
-            if seat not in self._locks:
-                self._locks[seat] = await aside(partial(DeviceLock, plug.found), DeviceLock.release)
+            if slot not in self._locks:
+                self._locks[slot] = await aside(partial(DeviceLock, plug.found), DeviceLock.release)
             device = await self._find(plug.found)
-            self._listener.plugging(device, plug.found)
-            self._attachments[seat] = await hub.plug(device, place)
+            label = plug.found.name or plug.found.id
+            self._attachments[slot] = await hub.plug_usb(device, label, place)
             attached = True
-            if seat.found is not plug.found:  # it was pulled out while it was being plugged in
-                self._soon(_unplug(self._attachments[seat]))
-            error = await self._attachments[seat].ended()
+            if slot.found is not plug.found:  # it was pulled out while it was being plugged in
+                self._soon(_unplug(self._attachments[slot]))
+            error = await self._attachments[slot].ended()
         except FarplugError as raised:
             error = raised
         if place is not None:
             place.give_way()
         if attached:
-            hub.forget(self._attachments.pop(seat))
-        if device is not None:
-            self._listener.parted(device)
-        if seat in self._locks:
-            await aside(self._locks.pop(seat).release)
+            hub.forget(self._attachments.pop(slot))
+        if slot in self._locks:
+            await aside(self._locks.pop(slot).release)
         if error is not None:
             self._ended(plug, error, attached=attached)
 
     def _ended(self, plug: Plug, error: FarplugError, *, attached: bool) -> None:
         """A device left the guest, or never got there, although nobody here wanted that."""
         assert self._failed is not None
-        named, initial, wishes = plug.seat.named, plug in self._plugs, self._policy.wishes
-        patient = wishes.wait or wishes.follow is Follow.PORT  # a reset may have made it another device
+        named, initial, rules = plug.slot.named, plug in self._plugs, self._policy.rules
+        patient = rules.wait or rules.follow is Follow.PORT  # a reset may have made it another device
         match error:
-            case DeviceError() if plug.seat.found is not plug.found:
+            case DeviceError() if plug.slot.found is not plug.found:
                 return  # it was pulled out before it was plugged in: it may be back already
             case DeviceError(reason=Reason.DEVICE_LOST) if attached or not initial or patient:
                 self._soon(self._lost(plug))
@@ -286,8 +304,8 @@ class Keeper:
             case _:
                 bearable = False
         if bearable:
-            if plug.seat.found is plug.found:
-                self._policy.given_up(plug.seat)
+            if plug.slot.found is plug.found:
+                self._policy.given_up(plug.slot)
             self._listener.skipped(error)
         elif not self._failed.done():
             self._failed.set_exception(error)

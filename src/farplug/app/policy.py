@@ -9,38 +9,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import Final
+from typing import Final, Self
 
+from farplug.app.settings import DeviceRules, Follow
 from farplug.errors import DeviceError, FarplugError, Reason, UsageError
 from farplug.machine.choose import Choice
 from farplug.machine.found import Found
 from farplug.usbredir.filter import Filter, Rule
+from farplug.usbredir.rules import parse_rules
 
 MAX_FORMER: Final = 64
-"""Seats that a rule made and that are empty now; of more than these the oldest are forgotten."""
-
-
-class Follow(StrEnum):
-    """What a device that comes back is known by."""
-
-    DEVICE = "device"
-    """Its ids and its serial number, in whatever port; or that it is what a person named, unless they named a place."""
-    PORT = "port"
-    """The port, whatever is in it: a device may come back under another id (a firmware update)."""
+"""Slots that a rule made and that are empty now; of more than these the oldest are forgotten."""
 
 
 @dataclass(frozen=True, slots=True)
-class Wishes:
-    """What a person wants.
+class Rules:
+    """Which devices to plug: :class:`~farplug.app.settings.DeviceRules` and the named devices, parsed.
 
     Attributes:
-        choices: devices that were named.
-        wait: for those that are not there yet.
-        follow: what a device that comes back is known by.
+        choices: the devices that a user named.
+        wait: wait for the named devices that are not there yet.
+        follow: by what a device that comes back is recognised.
         allowed: what may be plugged at all; None: everything.
-        on_connect: which of those that are there at the start are plugged; None: none but the named ones.
-        later: which of those that come later are plugged; None likewise.
+        on_connect: which devices that are there at the start are plugged; None: only the named ones.
+        later: which devices that come later are plugged; None: none.
         force: also disks that this machine uses.
     """
 
@@ -52,14 +44,26 @@ class Wishes:
     later: Filter | None = None
     force: bool = False
 
-    @property
-    def stays(self) -> bool:
-        """Whether a device may still come."""
-        return self.wait or self.later is not None
+    @classmethod
+    def parse(cls, settings: DeviceRules, devices: Sequence[str]) -> Self:
+        """Parse settings and the devices that a user named.
+
+        Raises:
+            UsageError: a rule or a device is not valid.
+        """
+        return cls(
+            choices=[Choice.parse(device) for device in devices],
+            wait=settings.wait,
+            follow=settings.follow,
+            allowed=None if settings.filter is None else parse_rules(settings.filter),
+            on_connect=None if settings.redirect_on_connect is None else parse_rules(settings.redirect_on_connect),
+            later=None if settings.auto_connect is None else parse_rules(settings.auto_connect),
+            force=settings.force,
+        )
 
 
 @dataclass(slots=True, eq=False)
-class Seat:
+class Slot:
     """A place for one device: what it takes, and what sits in it.
 
     Attributes:
@@ -83,9 +87,9 @@ class Seat:
 
 @dataclass(frozen=True, slots=True)
 class Plug:
-    """Plug ``found`` in, for ``seat``. ``again``: it came back."""
+    """Plug ``found`` in, for ``slot``. ``again``: it came back."""
 
-    seat: Seat
+    slot: Slot
     found: Found
     again: bool = False
 
@@ -102,8 +106,8 @@ class Skip:
 class Policy:
     """Decides. Tell it what is there (:meth:`begin`), then what comes and goes, in this order."""
 
-    wishes: Wishes
-    seats: list[Seat] = field(default_factory=list)
+    rules: Rules
+    slots: list[Slot] = field(default_factory=list)
 
     def begin(self, present: Sequence[Found]) -> list[Plug | Skip]:
         """Decide about those that are there.
@@ -113,13 +117,13 @@ class Policy:
             DeviceError: one that was named is not there, or cannot be plugged.
         """
         decisions: list[Plug | Skip] = []
-        for choice in self.wishes.choices:
-            seat = Seat(choice)
-            self.seats.append(seat)
-            if self.wishes.wait and not choice.candidates(present):
+        for choice in self.rules.choices:
+            slot = Slot(choice)
+            self.slots.append(slot)
+            if self.rules.wait and not choice.candidates(present):
                 continue
             found = choice.choose(present)
-            other = self._seat_of(found)
+            other = self._slot_of(found)
             if other is not None:
                 raise UsageError(
                     f"{str(other.choice)!r} and {choice.text!r} name the same device, {found}",
@@ -127,90 +131,90 @@ class Policy:
                     remedy="name it once",
                 )
             self._check(found)
-            seat.found = found
-            decisions.append(Plug(seat, found))
-        if self.wishes.on_connect is not None:
+            slot.found = found
+            decisions.append(Plug(slot, found))
+        if self.rules.on_connect is not None:
             for found in present:
-                decisions += self._by_rules(found, self.wishes.on_connect)
+                decisions += self._by_rules(found, self.rules.on_connect)
         return decisions
 
     def arrived(self, found: Found) -> Plug | Skip | None:
         """Decide about one that came, or that can be used only now."""
-        if self._seat_of(found) is not None:
+        if self._slot_of(found) is not None:
             return None
-        seat = self._returning(found) or next((seat for seat in self.seats if self._waits_for(seat, found)), None)
-        if seat is not None:
+        slot = self._returning(found) or next((slot for slot in self.slots if self._waits_for(slot, found)), None)
+        if slot is not None:
             try:
-                if not seat.named:
-                    _check_caution(found, self.wishes.on_connect, self.wishes.later)
+                if not slot.named:
+                    _check_caution(found, self.rules.on_connect, self.rules.later)
                 self._check(found)
             except DeviceError as error:
                 return Skip(found, error)
-            seat.found, again = found, seat.last is not None
-            return Plug(seat, found, again)
-        if self.wishes.later is not None:
-            return next(iter(self._by_rules(found, self.wishes.later)), None)
+            slot.found, again = found, slot.last is not None
+            return Plug(slot, found, again)
+        if self.rules.later is not None:
+            return next(iter(self._by_rules(found, self.rules.later)), None)
         return None
 
-    def departed(self, found: Found) -> Seat | None:
-        """Take note that one is gone; the seat that waits for it now."""
-        seat = self._seat_of(found)
-        if seat is not None:
-            self._vacate(seat)
-        return seat
+    def departed(self, found: Found) -> Slot | None:
+        """Take note that one is gone; the slot that waits for it now."""
+        slot = self._slot_of(found)
+        if slot is not None:
+            self._vacate(slot)
+        return slot
 
-    def given_up(self, seat: Seat) -> None:
-        """Take note that the device of a seat could not be plugged, or that the guest is done with it."""
-        if seat.found is not None:
-            self._vacate(seat)
+    def given_up(self, slot: Slot) -> None:
+        """Take note that the device of a slot could not be plugged, or that the guest is done with it."""
+        if slot.found is not None:
+            self._vacate(slot)
 
-    def _vacate(self, seat: Seat) -> None:
-        seat.found, seat.last = None, seat.found
-        if not seat.named:  # the last one that became empty is the last one to be forgotten
-            self.seats.remove(seat)
-            self.seats.append(seat)
-            former = [seat for seat in self.seats if not seat.named and seat.found is None]
+    def _vacate(self, slot: Slot) -> None:
+        slot.found, slot.last = None, slot.found
+        if not slot.named:  # the last one that became empty is the last one to be forgotten
+            self.slots.remove(slot)
+            self.slots.append(slot)
+            former = [slot for slot in self.slots if not slot.named and slot.found is None]
             for oldest in former[:-MAX_FORMER]:
-                self.seats.remove(oldest)
+                self.slots.remove(oldest)
 
-    def _seat_of(self, found: Found) -> Seat | None:
-        return next((seat for seat in self.seats if seat.found is not None and seat.found.key == found.key), None)
+    def _slot_of(self, found: Found) -> Slot | None:
+        return next((slot for slot in self.slots if slot.found is not None and slot.found.key == found.key), None)
 
-    def _returning(self, found: Found) -> Seat | None:
-        """The seat of a device that came back; rather one that sat in the same port."""
-        waiting = [seat for seat in self.seats if seat.found is None and seat.last is not None]
-        in_port = [seat for seat in waiting if seat.last is not None and _same_port(seat.last, found)]
-        if self.wishes.follow is Follow.PORT:
+    def _returning(self, found: Found) -> Slot | None:
+        """The slot of a device that came back; rather one that sat in the same port."""
+        waiting = [slot for slot in self.slots if slot.found is None and slot.last is not None]
+        in_port = [slot for slot in waiting if slot.last is not None and _same_port(slot.last, found)]
+        if self.rules.follow is Follow.PORT:
             return next(iter(in_port), None)
-        same = [seat for seat in [*in_port, *waiting] if seat.last is not None and _same_device(seat.last, found)]
+        same = [slot for slot in [*in_port, *waiting] if slot.last is not None and _same_device(slot.last, found)]
         return next(iter(same), None)
 
-    def _waits_for(self, seat: Seat, found: Found) -> bool:
+    def _waits_for(self, slot: Slot, found: Found) -> bool:
         """Whether it is what a person named: one that was not there yet, or another one of its kind."""
-        if seat.found is not None or seat.choice is None or not seat.choice.candidates([found]):
+        if slot.found is not None or slot.choice is None or not slot.choice.candidates([found]):
             return False
-        return seat.last is None or (self.wishes.follow is Follow.DEVICE and not seat.choice.is_place)
+        return slot.last is None or (self.rules.follow is Follow.DEVICE and not slot.choice.is_place)
 
     def _check(self, found: Found) -> None:
         """Raise ``DeviceError`` if it must not, or cannot, be plugged."""
-        if self.wishes.allowed is not None:
-            obstacle = found.filtered(self.wishes.allowed)
+        if self.rules.allowed is not None:
+            obstacle = found.filtered(self.rules.allowed)
             if obstacle is not None:
                 raise obstacle.error(found)
-        found.check(force=self.wishes.force)
+        found.check(force=self.rules.force)
 
     def _by_rules(self, found: Found, rules: Filter) -> list[Plug | Skip]:
         """At most one decision."""
-        if self._seat_of(found) is not None or found.is_hub or not found.judge(rules).allowed:
+        if self._slot_of(found) is not None or found.is_hub or not found.judge(rules).allowed:
             return []
         try:
             _check_caution(found, rules)
             self._check(found)
         except DeviceError as error:
             return [Skip(found, error)]
-        seat = Seat(found=found)
-        self.seats.append(seat)
-        return [Plug(seat, found)]
+        slot = Slot(found=found)
+        self.slots.append(slot)
+        return [Plug(slot, found)]
 
 
 def _check_caution(found: Found, *filters: Filter | None) -> None:

@@ -4,13 +4,30 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator, Sequence
-from enum import StrEnum
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from farplug.app.settings import (
+    BlockSize,
+    FolderFormat,
+    Follow,
+    GuestSettings,
+    Source,
+    StorageSettings,
+    UsbSpeed,
+)
+from farplug.cli.device_options import (
+    AutoConnectOption,
+    DevicesOption,
+    FilterOption,
+    FollowOption,
+    RedirectOption,
+    WaitOption,
+    device_rules,
+)
 from farplug.cli.exit_codes import ExitCode
 from farplug.cli.options import (
     IMAGES,
@@ -18,7 +35,7 @@ from farplug.cli.options import (
     PASSWORD_HELP,
     TUNING,
     AskPasswordOption,
-    BlockSize,
+    BlockSizeOption,
     CaFileOption,
     DebugOption,
     HostSubjectOption,
@@ -26,59 +43,11 @@ from farplug.cli.options import (
     ProxyOption,
     TargetArgument,
     given_order,
-    has_terminal,
-    prompt_for_password,
-    target_options,
+    target_settings,
 )
-from farplug.cli.wishes import (
-    AutoConnectOption,
-    DevicesOption,
-    FilterOption,
-    FollowBy,
-    FollowOption,
-    RedirectOption,
-    WaitOption,
-    device_wishes,
-)
-from farplug.errors import Reason, TargetError, UsageError
-
-PASSWORD_ATTEMPTS = 3
-"""How often a password is asked for, when the server does not take it."""
-
-
-class FolderFormat(StrEnum):
-    """Values of ``--folder-format``."""
-
-    AUTO = "auto"
-    FAT32 = "fat32"
-    EXFAT = "exfat"
-    NTFS = "ntfs"
-    EXT4 = "ext4"
-
-
-class UsbSpeed(StrEnum):
-    """Values of ``--usb-speed``."""
-
-    AUTO = "auto"
-    HIGH = "high"
-    SUPER = "super"
-
-
-class UsbStorage(StrEnum):
-    """Values of ``--usb-storage``: those of :class:`~farplug.virtual.storage.StorageTransport`."""
-
-    AUTO = "auto"
-    BOT = "bot"
-    UAS = "uas"
-
-
-class Cache(StrEnum):
-    """Values of ``--cache``: those of :class:`~farplug.store.CacheMode`."""
-
-    WRITEBACK = "writeback"
-    WRITETHROUGH = "writethrough"
-    UNSAFE = "unsafe"
-
+from farplug.errors import Reason, UsageError
+from farplug.store.base import CacheMode
+from farplug.virtual.storage_transport import StorageTransport
 
 ImagesOption = Annotated[
     list[str] | None,
@@ -180,7 +149,7 @@ def connect(
     ] = False,
     usb_device: DevicesOption = None,
     wait: WaitOption = False,
-    follow: FollowOption = FollowBy.DEVICE,
+    follow: FollowOption = Follow.DEVICE,
     filter: FilterOption = None,
     auto_connect: AutoConnectOption = None,
     redirect_on_connect: RedirectOption = None,
@@ -197,28 +166,28 @@ def connect(
         ),
     ] = UsbSpeed.AUTO,
     usb_storage: Annotated[
-        UsbStorage,
+        StorageTransport,
         typer.Option(
             help="The protocol of disks: one command at a time, as firmware does (bot), many at a time (uas), or what "
             "the guest takes of both (auto). CD-ROM drives: auto is bot.",
             rich_help_panel=TUNING,
         ),
-    ] = UsbStorage.AUTO,
+    ] = StorageTransport.AUTO,
     block_size: Annotated[
-        BlockSize,
+        BlockSizeOption,
         typer.Option(
             help="Bytes in a block of the disks: 4096 as in large drives, but no BIOS boots from it.",
             rich_help_panel=TUNING,
         ),
-    ] = BlockSize.B512,
+    ] = BlockSizeOption.B512,
     cache: Annotated[
-        Cache,
+        CacheMode,
         typer.Option(
             help="When written data is on the disk: when the guest flushes (writeback), at once (writethrough), or "
             "whenever the OS writes it back, for disks that can be thrown away (unsafe).",
             rich_help_panel=TUNING,
         ),
-    ] = Cache.WRITEBACK,
+    ] = CacheMode.WRITEBACK,
     password_file: PasswordFileOption = None,
     ask_password: AskPasswordOption = False,
     ca_file: CaFileOption = None,
@@ -250,7 +219,7 @@ ports, disks and CD-ROM drives are logical units of one device, in the same orde
                 reason=Reason.BAD_OPTION,
                 remedy=f"to let it write to the snapshot: --usb-disk {path}",
             )
-    real = device_wishes(
+    rules = device_rules(
         usb_device or [],
         wait=wait,
         follow=follow,
@@ -259,63 +228,48 @@ ports, disks and CD-ROM drives are logical units of one device, in the same orde
         redirect_on_connect=redirect_on_connect,
         force=force,
     )
-    if not any((disks, usb_disk_ro, usb_cdrom, usb_folder)) and real is None:
+    paths = {
+        "usb_disk": [Source.disk(path, snapshot=file or snapshot_file) for path, file in disks],
+        "usb_disk_ro": [Source.disk(path, read_only=True) for path in usb_disk_ro or []],
+        "usb_cdrom": [Source.cdrom(path) for path in usb_cdrom or []],
+        "usb_folder": [Source.folder(path) for path in usb_folder or []],
+        "usb_device": [Source.usb_device(device) for device in usb_device or []],
+    }
+    automatic = auto_connect is not None or redirect_on_connect is not None
+    if not any(paths.values()) and not automatic:
         raise UsageError(
             "nothing to plug in",
             reason=Reason.BAD_OPTION,
             remedy="name an image or a device, for example: --usb-disk PATH, --usb-device VID:PID ('farplug devices' "
             "lists what can be plugged in)",
         )
-    _check_snapshots(disks, snapshot, snapshot_file, read_only=bool(usb_disk_ro), real=real is not None)
-    options = target_options(password_file, ask_password, ca_file, host_subject, proxy)
+    real = automatic or bool(usb_device)
+    _check_snapshots(disks, snapshot, snapshot_file, read_only=bool(usb_disk_ro), real=real)
+    named = {option: iter(sources) for option, sources in paths.items()}
+    settings = GuestSettings(
+        target_settings(target, password_file, ask_password, ca_file, host_subject, proxy),
+        tuple(next(named[option]) for option in given_order(context) if option in named),
+        StorageSettings(
+            speed=usb_speed,
+            transport=usb_storage,
+            block_size=BlockSize(int(block_size)),
+            cache=cache,
+            force=force,
+            snapshot=snapshot,
+            folder_format=folder_format,
+        ),
+        rules,
+    )
 
     import asyncio
-    from dataclasses import replace
 
-    from farplug.app.sources import Kind, Manner, Media, Wish
     from farplug.cli import output, session
-    from farplug.store import CacheMode
-    from farplug.usb.types import Speed
-    from farplug.virtual.storage import StorageTransport
 
-    named: dict[str, Iterator[tuple[Kind, Path, Path | None]]] = {
-        "usb_disk": ((Kind.DISK, path, file or snapshot_file) for path, file in disks),
-        "usb_disk_ro": ((Kind.READ_ONLY_DISK, path, None) for path in usb_disk_ro or []),
-        "usb_cdrom": ((Kind.CDROM, path, None) for path in usb_cdrom or []),
-        "usb_folder": ((Kind.FOLDER, path, None) for path in usb_folder or []),
-    }
-    order = [name for name in given_order(context) if name in named or name == "usb_device"]
-    wishes = [Wish(*next(named[name]), place=place) for place, name in enumerate(order) if name in named]
-    places = [place for place, name in enumerate(order) if name == "usb_device"]
-
-    speeds = {
-        UsbSpeed.AUTO: (Speed.SUPER, Speed.HIGH),
-        UsbSpeed.HIGH: (Speed.HIGH,),
-        UsbSpeed.SUPER: (Speed.SUPER,),
-    }[usb_speed]
-    manner = Manner(
-        speeds=speeds,
-        transport=StorageTransport(usb_storage),
-        block_size=int(block_size),
-        cache=CacheMode(cache),
-        force=force,
-        snapshot=snapshot,
-        folder_format=None if folder_format is FolderFormat.AUTO else folder_format.value,
-    )
-    attempts = PASSWORD_ATTEMPTS if target.startswith("spice") and has_terminal() else 0
-    while True:
-        plan = session.Plan(target, options, Media(wishes, manner), real, places, commands, force)
-        try:
-            code = asyncio.run(session.run(plan, output.choose(as_json=json, commands=commands)))
-            if code is ExitCode.INTERRUPTED:
-                raise KeyboardInterrupt
-            raise typer.Exit(code)
-        except TargetError as error:
-            if error.reason not in (Reason.NO_PASSWORD, Reason.WRONG_PASSWORD) or not attempts:
-                raise
-            typer.echo(f"farplug: {error.message}", err=True)
-        attempts -= 1
-        options = replace(options, password=prompt_for_password())
+    shown = output.choose(as_json=json, commands=commands)
+    code = asyncio.run(session.run(settings, shown, commands=commands))
+    if code is ExitCode.INTERRUPTED:
+        raise KeyboardInterrupt
+    raise typer.Exit(code)
 
 
 def _check_snapshots(

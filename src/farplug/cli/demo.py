@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import typer
@@ -19,8 +20,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
     from pathlib import Path
 
-    from farplug.app.guest import Attachment
-    from farplug.redirection.events import PortEvent
+    from farplug.app.events import Event
     from farplug.vm.qemu import QemuGuest
 
 IMAGE_SIZE = 64_000_000
@@ -111,27 +111,20 @@ class _Demo:
         return booted()
 
     async def _plug_in(self, guest: QemuGuest) -> None:
-        from farplug.app.guest import Hub
-        from farplug.cli.output import Figures
-        from farplug.target import open_session, parse_target
-        from farplug.virtual.disk import disk_device
+        from farplug.app.app import App
+        from farplug.app.settings import GuestSettings, Source, TargetSettings
+        from farplug.cli.output import figures_text
 
         self._head("farplug plugs the image into the VM, over its SPICE console")
         address = guest.spice
         self._command(f"farplug connect spice://{address.host}:{address.port} --usb-disk demo.raw")
-        device = disk_device(self._folder / "demo.raw")
-        try:
-            hub = Hub(await open_session(parse_target(guest.targets[0])))
-            hub.subscribe(self._happened)
-            try:
-                attachment = await hub.plug(device)
+        async with App() as app:
+            app.subscribe(self._happened)
+            vm = await app.connect(GuestSettings(TargetSettings(guest.targets[0])))
+            async with vm.plug(Source.disk(self._folder / "demo.raw")) as attachment:
                 await attachment.configured()
-                await self._use(guest, device.identity.serial_number)
-            finally:
-                await hub.close()
-            self._say(f"  {Figures.of(attachment)}")
-        finally:
-            await device.dispose()
+                await self._use(guest, attachment.device.identity.serial_number)
+            self._say(f"  {figures_text(asdict(attachment.figures))}")
 
     async def _use(self, guest: QemuGuest, serial_number: str) -> None:
         disk = await _disk(guest, serial_number)
@@ -145,11 +138,10 @@ class _Demo:
         await self._there(guest, f"echo '{ANSWER.rstrip()}' >/mnt/answer.txt && sync && ls -l /mnt")
         await self._there(guest, "umount /mnt")
 
-    def _happened(self, attachment: Attachment, event: PortEvent) -> None:
-        from farplug.redirection import events
-
-        if not isinstance(event, (events.Opened, events.WasReset)):
-            self._good(str(event))
+    def _happened(self, event: Event) -> None:
+        shown = event.attachment is not None and event.level in ("good", "info")
+        if shown and event.name not in ("opened", "was-reset"):
+            self._good(event.message)
 
     # Showing ------------------------------------------------------------------------------------------------------
 

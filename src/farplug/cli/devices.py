@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from farplug.cli.device_options import FilterOption
 from farplug.cli.exit_codes import exit_code
 from farplug.cli.log import remedy_lines
 from farplug.cli.options import OUTPUT
-from farplug.cli.wishes import FilterOption
 from farplug.errors import FarplugError, SetupError
 from farplug.text import printable
 

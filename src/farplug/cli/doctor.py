@@ -7,8 +7,7 @@ import json as jsonlib
 import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Annotated, ClassVar
@@ -28,19 +27,14 @@ from farplug.cli.options import (
     HostSubjectOption,
     PasswordFileOption,
     ProxyOption,
-    target_options,
+    target_settings,
 )
 from farplug.errors import FarplugError, Reason, SetupError
 from farplug.text import printable
 from farplug.version import __version__
 
 if TYPE_CHECKING:
-    from farplug.target import TargetOptions
-    from farplug.transport.port import Port
-    from farplug.transport.session import Session
-
-HELLO_SECONDS = 3.0
-"""How long a port may take to say hello before it is called paused."""
+    from farplug.app.settings import TargetSettings
 
 LIBRARIES = ("cryptography", "lz4", "rich", "typer")
 
@@ -80,9 +74,9 @@ def doctor(
     broken = _check_machine(report, all)
     paused = False
     if target is not None:
-        options = target_options(password_file, ask_password, ca_file, host_subject, proxy)
+        settings = target_settings(target, password_file, ask_password, ca_file, host_subject, proxy)
         report.section("target", "the target")
-        paused = asyncio.run(_check_target(report, target, options))
+        paused = asyncio.run(_check_target(report, settings))
     if broken:
         raise typer.Exit(ExitCode.SETUP)
     if paused:
@@ -252,95 +246,12 @@ def _check_usb(report: _Report) -> bool:
     return broken
 
 
-class _Stages:
-    """Reports a stage once it is known how it ended."""
+async def _check_target(report: _Report, settings: TargetSettings) -> bool:
+    """Report how far a target can be reached; return whether one of its ports does not answer."""
+    from farplug.app.checks import CheckState, check_target
 
-    def __init__(self, report: _Report) -> None:
-        self._report = report
-        self._pending: tuple[str, str] | None = None
-
-    def begin(self, stage: str, text: str) -> None:
-        """A stage begins: so the one before is reached."""
-        self.end(Mark.OK)
-        self._pending = (stage, text)
-
-    def end(self, mark: Mark, text: str | None = None) -> None:
-        """The stage has ended. Does nothing if none has begun."""
-        if self._pending is not None:
-            stage, begun = self._pending
-            self._pending = None
-            self._report.check(mark, stage, begun if text is None else text)
-
-    @contextmanager
-    def failing(self) -> Iterator[None]:
-        """Say at which stage it ended; what is to be done is said where every error is."""
-        try:
-            yield
-        except FarplugError:
-            self.end(Mark.FAILED)
-            raise
-
-
-async def _check_target(report: _Report, text: str, options: TargetOptions) -> bool:
-    """Report how far a target can be reached; whether one of its ports does not answer."""
-    from farplug.app.guest import Hub
-    from farplug.target import ListenTarget, open_session, parse_target
-
-    target = parse_target(text, options)
-    if isinstance(target, ListenTarget):
-        detail = f"QEMU connects to {target.address}: run 'farplug connect {text}', then start the VM"
-        report.check(Mark.NOTE, "reach", detail)
-        return False
-    stages = _Stages(report)
     paused = False
-    with stages.failing():
-        session = await open_session(target, lambda stage, where: stages.begin(str(stage), where))
-        try:
-            if session.reached:
-                stages.end(Mark.OK)
-                report.check(Mark.OK, "VM", f"{session.name} {session.uuid}".strip() or "the server gives no name")
-                stages.begin("usbredir channels", "none")
-                Hub(session).check_room(1)
-                count = len(session.ports)
-                stages.end(Mark.OK, f"{count} (so up to {count} devices)" if count > 1 else "1 (so 1 device)")
-            for port in session.ports:
-                paused |= await _check_port(session, port, stages)
-        finally:
-            await session.close()
+    async for check in check_target(settings):
+        report.check(Mark[check.state.name], check.name, check.detail)
+        paused |= check.state is CheckState.PAUSED
     return paused
-
-
-async def _check_port(session: Session, port: Port, stages: _Stages) -> bool:
-    """Report whether a port answers; whether the VM seems to be paused."""
-    from farplug.redirection import Redirection
-    from farplug.redirection.events import GuestReady
-
-    ready: asyncio.Future[GuestReady] = asyncio.get_running_loop().create_future()
-
-    def happened(event: object) -> None:
-        if isinstance(event, GuestReady) and not ready.done():
-            ready.set_result(event)
-
-    if session.reached:
-        stages.begin(port.name, "")
-    redirection = Redirection(port, happened)
-    await redirection.open()
-    closed = asyncio.ensure_future(redirection.closed())
-    try:
-        if not session.reached:
-            stages.begin(port.name, "")
-        await asyncio.wait((ready, closed), timeout=HELLO_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-        if ready.done():
-            stages.end(Mark.OK, f"ready: {ready.result().version or 'no version given'}")
-        elif closed.done():
-            error = closed.result()
-            if error is not None:
-                raise error
-        else:
-            detail = f"no answer within {HELLO_SECONDS:g} s: the VM is paused, or the port serves another client"
-            stages.end(Mark.PAUSED, detail)
-            return True
-        return False
-    finally:
-        closed.cancel()
-        await redirection.close()

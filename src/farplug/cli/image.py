@@ -14,7 +14,7 @@ from typing import Annotated, TypeAlias
 
 import typer
 
-from farplug.cli.options import OUTPUT, BlockSize, Command, DebugOption, Group
+from farplug.cli.options import OUTPUT, BlockSizeOption, Command, DebugOption, Group
 from farplug.errors import Reason, UsageError
 from farplug.text import printable
 
@@ -88,7 +88,7 @@ def create(
         typer.Option(help="Label of the volume; FOLDER's name if it is left out.", show_default=False),
     ] = None,
     block_size: Annotated[
-        BlockSize | None,
+        BlockSizeOption | None,
         typer.Option(
             help="Bytes in a block of the disk that will show the image: 512 if it is left out.", show_default=False
         ),
@@ -126,7 +126,7 @@ def create(
                 partition=Partition(partition or PartitionTable.MBR),
                 folder=folder,
                 label=label,
-                block_size=int(block_size or BlockSize.B512),
+                block_size=int(block_size or BlockSizeOption.B512),
                 progress=progress,
             )
             what = f"{volume.format.full_name} {volume.label!r} in {volume.partition.upper()}"

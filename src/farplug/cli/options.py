@@ -7,16 +7,14 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import typer
 import typer.core
 
+from farplug.app.settings import TargetSettings
 from farplug.cli import log
 from farplug.errors import Reason, UsageError
-
-if TYPE_CHECKING:
-    from farplug.target import TargetOptions
 
 PASSWORD_VARIABLE = "FARPLUG_PASSWORD"
 MAX_PASSWORD_LINE = 1024
@@ -77,7 +75,7 @@ def given_order(context: typer.Context) -> list[str]:
     return order
 
 
-class BlockSize(StrEnum):
+class BlockSizeOption(StrEnum):
     """Values of ``--block-size``."""
 
     B512 = "512"
@@ -147,25 +145,29 @@ PASSWORD_HELP = (
 )
 
 
-def target_options(
-    password_file: Path | None, ask_password: bool, ca_file: Path | None, host_subject: str | None, proxy: str | None
-) -> TargetOptions:
-    """Put the options together. The environment's password counts only where nothing else gives one.
+def target_settings(
+    target: str,
+    password_file: Path | None,
+    ask_password: bool,
+    ca_file: Path | None,
+    host_subject: str | None,
+    proxy: str | None,
+) -> TargetSettings:
+    """Return the settings that the options make. The environment's password counts only where nothing else gives one.
 
     Raises:
         UsageError: the password cannot be read.
     """
-    from farplug.target import TargetOptions
-
     password = None
     if ask_password:
         password = prompt_for_password()
     elif password_file is not None:
         password = _read_password(password_file)
-    return TargetOptions(
+    return TargetSettings(
+        target,
         password=password,
         fallback_password=os.environ.get(PASSWORD_VARIABLE, ""),
-        ca_file=ca_file,
+        ca_file=None if ca_file is None else str(ca_file),
         host_subject=host_subject,
         proxy=proxy,
     )

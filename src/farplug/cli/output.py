@@ -1,4 +1,4 @@
-"""What a person or a program sees while devices are plugged in: a live table, log lines, or JSON lines."""
+"""What a person or a program sees of the application's events: a live table, log lines, or JSON lines."""
 
 from __future__ import annotations
 
@@ -6,30 +6,27 @@ import json
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TextIO
+from collections.abc import Mapping
+from typing import Any, TextIO
 
 from rich.console import Console, Group, JustifyMethod
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from farplug.app.guest import Attachment, AttachmentState
+from farplug.app.attachment import AttachmentState
+from farplug.app.events import Event, Level
 from farplug.cli import log
 from farplug.cli.log import remedy_lines
-from farplug.errors import FarplugError
-from farplug.redirection import events
-from farplug.redirection.events import PortEvent, as_dict
+from farplug.errors import Remedy
 from farplug.text import printable
-from farplug.virtual.cdrom import CdromDrive
-from farplug.virtual.events import MediumLocked
+from farplug.transport.dialer import Stage
 
 _DECIMAL_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
 def size(count: float) -> str:
-    """A number of bytes, for people: ``1.4 MB`` (powers of 1000, as disks are sold)."""
+    """Return a number of bytes for people: ``1.4 MB`` (powers of 1000, as disks are sold)."""
     unit = 0
     while count >= 999.5 and unit < len(_DECIMAL_UNITS) - 1:
         count /= 1000
@@ -38,221 +35,108 @@ def size(count: float) -> str:
     return f"{count:.{digits}f} {_DECIMAL_UNITS[unit]}"
 
 
-def unfinished_writes(disks: Sequence[str], *, leaving: bool) -> str:
-    """Return the warning of :meth:`Output.unfinished`."""
-    them = "it" if len(disks) == 1 else "them"
-    then = "before farplug leaves" if leaving else "first; interrupt again to leave"
-    return f"the VM may not have finished writing to {', '.join(disks)}: unmount {them} there {then}"
+def figures_text(figures: Mapping[str, Any]) -> str:
+    """Return the fields of an event ``figures`` for people: ``1.4 MB read, 0 B written, 12 commands``."""
+    count = figures["commands"]
+    commands = f"{count} command{'' if count == 1 else 's'}"
+    return f"{size(figures['read'])} read, {size(figures['written'])} written, {commands}"
 
 
-@dataclass(frozen=True, slots=True)
-class Figures:
-    """What a device did so far.
-
-    Attributes:
-        read: bytes that the guest read.
-        written: bytes that the guest wrote.
-        commands: a disk's commands; transfers of a device that does not count commands.
-    """
-
-    read: int = 0
-    written: int = 0
-    commands: int = 0
-
-    @classmethod
-    def of(cls, attachment: Attachment) -> Figures:
-        """From the device's own counters where it has them, else from its endpoints'."""
-        own = attachment.device.figures
-        if own is not None:
-            return cls(own.read, own.written, own.commands)
-        figures = [f for f in attachment.figures if f.endpoint]
-        return cls(
-            read=sum(f.bytes for f in figures if f.endpoint & 0x80),
-            written=sum(f.bytes for f in figures if not f.endpoint & 0x80),
-            commands=sum(f.transfers for f in figures),
-        )
-
-    def __str__(self) -> str:
-        commands = f"{self.commands} command{'' if self.commands == 1 else 's'}"
-        return f"{size(self.read)} read, {size(self.written)} written, {commands}"
+_NO_FIGURES = {"read": 0, "written": 0, "commands": 0, "rate": 0}
 
 
 class Output(ABC):
-    """Where it is shown. Its methods may raise OSError when nobody reads it any more.
+    """Where events are shown. Its methods may raise OSError when nobody reads the output any more.
 
     Attributes:
-        interval: seconds between two calls of :meth:`figures`.
+        interval: seconds between two calls of :meth:`refresh`.
     """
 
     interval = 1.0
-
-    def __init__(self) -> None:
-        self._pending: tuple[str, str] | None = None
 
     def start(self) -> None:
         """Begin."""
         return
 
     def stop(self) -> None:
-        """End; more lines may follow. Does nothing the second time."""
+        """End; more events may follow. Does nothing the second time."""
         return
 
-    def stage(self, stage: str, text: str) -> None:
-        """A stage on the way to the guest begins: so the one before is reached."""
-        self.reached()
-        self._pending = (stage, text)
-
-    def reached(self) -> None:
-        """The stage that began last is reached. Does nothing if there is none."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            self._stage_line(*pending)
-
     @abstractmethod
-    def _stage_line(self, stage: str, text: str) -> None:
-        """Show a stage that is reached."""
+    def show(self, event: Event) -> None:
+        """Show an event."""
 
-    @abstractmethod
-    def happened(self, label: str, attachment: Attachment, event: PortEvent) -> None:
-        """Something happened to a device."""
-
-    @abstractmethod
-    def opened(self, label: str, titles: Sequence[str], event: events.Opened) -> None:
-        """A device got its port. ``titles``: its logical units, in the order of their numbers, or itself."""
-
-    @abstractmethod
-    def drive(self, name: str, drive: CdromDrive) -> None:
-        """Show what is in a drive: a command asked for it."""
-
-    @abstractmethod
-    def figures(self, attachments: Sequence[tuple[str, Attachment]]) -> None:
-        """It is time to show figures."""
-
-    @abstractmethod
-    def note(self, text: str) -> None:
-        """Anything else that a person wants to know."""
-
-    @abstractmethod
-    def refused(self, error: FarplugError) -> None:
-        """A command on standard input could not be done; the session goes on."""
-
-    @abstractmethod
-    def skipped(self, error: FarplugError) -> None:
-        """A device of this machine is not plugged in; the session goes on."""
-
-    @abstractmethod
-    def unfinished(self, disks: Sequence[str], *, leaving: bool) -> None:
-        """Warn that the VM may not have finished writing to disks.
-
-        Args:
-            disks: their labels.
-            leaving: farplug leaves all the same; otherwise it stays until it is interrupted again.
-        """
-
-    def copying(self, label: str, done: int, total: int) -> None:
-        """A folder is being copied into a disk: so many bytes of so many, told several times a second."""
+    def refresh(self) -> None:
+        """Show what changes without an event of its own: figures."""
         return
-
-    def failed(self, error: FarplugError) -> None:
-        """It ends with an error, which is shown where every error is."""
-        self._pending = None
 
 
 class SilentOutput(Output):
     """For a reader that has left."""
 
-    def _stage_line(self, stage: str, text: str) -> None:
-        """Nobody reads it."""
-
-    def happened(self, label: str, attachment: Attachment, event: PortEvent) -> None:
-        """Nobody reads it."""
-
-    def opened(self, label: str, titles: Sequence[str], event: events.Opened) -> None:
-        """Nobody reads it."""
-
-    def drive(self, name: str, drive: CdromDrive) -> None:
-        """Nobody reads it."""
-
-    def figures(self, attachments: Sequence[tuple[str, Attachment]]) -> None:
-        """Nobody reads it."""
-
-    def note(self, text: str) -> None:
-        """Nobody reads it."""
-
-    def refused(self, error: FarplugError) -> None:
-        """Nobody reads it."""
-
-    def skipped(self, error: FarplugError) -> None:
-        """Nobody reads it."""
-
-    def unfinished(self, disks: Sequence[str], *, leaving: bool) -> None:
-        """Nobody reads it."""
+    def show(self, event: Event) -> None:
+        """Show nothing."""
 
 
 class JsonOutput(Output):
     """One JSON object a line on standard output."""
 
     def __init__(self, stream: TextIO) -> None:
-        super().__init__()
         self._stream = stream
-        self._last: dict[str, tuple[AttachmentState, Figures]] = {}
-        self._copying_told = 0.0
+        self._copying_shown = 0.0
 
-    def _line(self, **values: object) -> None:
-        self._stream.write(json.dumps({"time": round(time.time(), 3), **values}) + "\n")
+    def show(self, event: Event) -> None:
+        if event.name == "copying":  # comes several times a second
+            if time.monotonic() - self._copying_shown < self.interval:
+                return
+            self._copying_shown = time.monotonic()
+        self._stream.write(json.dumps(event.to_json()) + "\n")
         self._stream.flush()
 
-    def _stage_line(self, stage: str, text: str) -> None:
-        self._line(event="stage", stage=stage, message=text)
 
-    def note(self, text: str) -> None:
-        self._line(event="note", message=text)
+class _TextOutput(Output):
+    """What log lines and the live table have in common: the text of each event."""
 
-    def refused(self, error: FarplugError) -> None:
-        self._line(event="command-refused", **error.as_dict())
+    def __init__(self) -> None:
+        self._figures: dict[str, Mapping[str, Any]] = {}
+        """The last figures of each attachment, by its id."""
 
-    def skipped(self, error: FarplugError) -> None:
-        self._line(event="skipped", **error.as_dict())
+    def show(self, event: Event) -> None:
+        match event.name:
+            case "figures":
+                assert event.attachment is not None
+                self._figures[event.attachment] = event.fields
+            case "stage":
+                self._stage(event)
+            case "copying":
+                self._copying(event)
+            case "opened":
+                self._line(event.level, event.message)
+            case "detached":
+                figures = self._figures.get(event.attachment or "", _NO_FIGURES)
+                self._line(event.level, f"{event} ({figures_text(figures)})")
+            case _ if event.level is not Level.DETAIL:
+                self._line(event.level, str(event))
+                for line in remedy_lines(_remedy(event.fields)):
+                    self._more(line)
 
-    def unfinished(self, disks: Sequence[str], *, leaving: bool) -> None:
-        message = unfinished_writes(disks, leaving=leaving)
-        self._line(event="unfinished-writes", disks=list(disks), leaving=leaving, message=message)
+    @abstractmethod
+    def _line(self, level: Level, text: str) -> None:
+        """Write a line."""
 
-    def happened(self, label: str, attachment: Attachment, event: PortEvent) -> None:
-        if isinstance(event, events.Detached):
-            self.figures([(label, attachment)])
-        self._line(device=label, **as_dict(event))
+    @abstractmethod
+    def _more(self, text: str) -> None:
+        """Write a line that belongs to the one before."""
 
-    def opened(self, label: str, titles: Sequence[str], event: events.Opened) -> None:
-        self._line(device=label, **{**as_dict(event), "units": list(titles), "message": port_line(titles, event)})
+    @abstractmethod
+    def _stage(self, event: Event) -> None:
+        """Show how far the way to the guest is."""
 
-    def drive(self, name: str, drive: CdromDrive) -> None:
-        self._line(
-            event="drive", device=name, medium=drive.medium, locked=drive.locked, message=drive_line(name, drive)
-        )
-
-    def figures(self, attachments: Sequence[tuple[str, Attachment]]) -> None:
-        for label, attachment in attachments:
-            now = (attachment.state, Figures.of(attachment))
-            if self._last.get(label) != now:
-                self._last[label] = now
-                state, figures = now
-                self._line(
-                    event="figures",
-                    device=label,
-                    state=str(state),
-                    read=figures.read,
-                    written=figures.written,
-                    commands=figures.commands,
-                )
-
-    def copying(self, label: str, done: int, total: int) -> None:
-        if time.monotonic() - self._copying_told >= self.interval:
-            self._copying_told = time.monotonic()
-            self._line(event="copying", device=label, done=done, total=total)
+    def _copying(self, event: Event) -> None:
+        """Show how far the copy of a folder is."""
 
 
-class PlainOutput(Output):
+class PlainOutput(_TextOutput):
     """Log lines, for files and pipes."""
 
     interval = 10.0
@@ -260,67 +144,32 @@ class PlainOutput(Output):
     def __init__(self, stream: TextIO) -> None:
         super().__init__()
         self._stream = stream
-        self._last: dict[str, Figures] = {}
+        self._shown: dict[str, Mapping[str, Any]] = {}
+        self._labels: dict[str, str] = {}
 
-    def _line(self, text: str) -> None:
+    def show(self, event: Event) -> None:
+        if event.name == "attaching" and event.attachment is not None:
+            self._labels[event.attachment] = event.device
+        super().show(event)
+
+    def refresh(self) -> None:
+        for attachment, figures in self._figures.items():
+            text = figures_text(figures)
+            if figures_text(self._shown.get(attachment, _NO_FIGURES)) != text:
+                self._shown[attachment] = figures
+                self._more(f"{self._labels[attachment]}: {text}")
+
+    def _line(self, level: Level, text: str) -> None:
+        self._more(text)
+
+    def _more(self, text: str) -> None:
         self._stream.write(f"{time.strftime('%H:%M:%S')} {printable(text)}\n")
         self._stream.flush()
 
-    def stage(self, stage: str, text: str) -> None:
-        super().stage(stage, text)
-        if text.startswith("listening"):  # somebody must act on it
-            self.reached()
-
-    def _stage_line(self, stage: str, text: str) -> None:
-        self._line(f"{stage}: {text}")
-
-    def note(self, text: str) -> None:
-        self._line(text)
-
-    def refused(self, error: FarplugError) -> None:
-        for line in (error.message, *remedy_lines(error.remedy)):
-            self._line(line)
-
-    def skipped(self, error: FarplugError) -> None:
-        self.refused(error)
-
-    def unfinished(self, disks: Sequence[str], *, leaving: bool) -> None:
-        self._line(unfinished_writes(disks, leaving=leaving))
-
-    def happened(self, label: str, attachment: Attachment, event: PortEvent) -> None:
-        match event:
-            case events.DeviceReport(event=MediumLocked()):
-                pass  # systems lock a drive each time they look into it
-            case events.Detached():
-                self._line(f"{label}: {event} ({Figures.of(attachment)})")
-            case _:
-                self._line(f"{label}: {event}")
-
-    def opened(self, label: str, titles: Sequence[str], event: events.Opened) -> None:
-        self._line(port_line(titles, event))
-
-    def drive(self, name: str, drive: CdromDrive) -> None:
-        self._line(drive_line(name, drive))
-
-    def figures(self, attachments: Sequence[tuple[str, Attachment]]) -> None:
-        for label, attachment in attachments:
-            figures = Figures.of(attachment)
-            if self._last.get(label, Figures()) != figures:
-                self._last[label] = figures
-                self._line(f"{label}: {figures}")
-
-
-class _Rate:
-    """Bytes a second between two looks; 0 at the first look, and when a device begins again."""
-
-    def __init__(self) -> None:
-        self._last: tuple[int, float] | None = None
-
-    def look(self, figures: Figures) -> float:
-        moved, now = figures.read + figures.written, time.monotonic()
-        before, when = self._last or (moved, now)
-        self._last = moved, now
-        return max(moved - before, 0) / max(now - when, 1e-3)
+    def _stage(self, event: Event) -> None:
+        stage, state = event.fields["stage"], event.fields["state"]
+        if state == "reached" or (stage == Stage.LISTEN and state == "begun"):  # somebody must start the VM
+            self._more(f"{stage}: {event.message}")
 
 
 _STATE_STYLES = {
@@ -332,10 +181,15 @@ _STATE_STYLES = {
     AttachmentState.DETACHED: "dim",
 }
 
-GOOD, BAD, PENDING, PLAIN = ("✓", "green"), ("✗", "red"), ("…", "yellow"), ("·", "dim")
+_MARKS = {
+    Level.GOOD: ("✓", "green"),
+    Level.BAD: ("✗", "red"),
+    Level.PROGRESS: ("…", "yellow"),
+    Level.INFO: ("·", "dim"),
+}
 
 
-class TerminalOutput(Output):
+class TerminalOutput(_TextOutput):
     """Lines for what happens, and below them a live table with a line for each device."""
 
     interval = 0.5
@@ -344,7 +198,10 @@ class TerminalOutput(Output):
         super().__init__()
         self._console = console
         self._live = Live(console=console, auto_refresh=False, transient=True)
-        self._rates: dict[str, _Rate] = {}
+        self._devices: dict[str, dict[str, str]] = {}
+        """Label, state and speed of each attachment, by its id."""
+        self._pending = False
+        """A stage on the way to the guest, or a copy, is shown in the place of the table."""
 
     def start(self) -> None:
         self._live.start()
@@ -352,82 +209,60 @@ class TerminalOutput(Output):
     def stop(self) -> None:
         self._live.stop()
 
-    def _line(self, mark: tuple[str, str], text: str) -> None:
-        self._console.print(_marked(mark, text), soft_wrap=True)
+    def show(self, event: Event) -> None:
+        if event.attachment is not None:
+            self._follow(event.attachment, event)
+        super().show(event)
 
-    def stage(self, stage: str, text: str) -> None:
-        super().stage(stage, text)
-        self._live.update(_marked(PENDING, f"{stage:<9} {text}"), refresh=True)
+    def _follow(self, attachment: str, event: Event) -> None:
+        if event.name == "attaching":
+            self._devices[attachment] = {"label": event.device, "speed": event.fields["speed"]}
+        if event.name == "removed":
+            self._devices.pop(attachment, None)
+        elif attachment in self._devices:
+            self._devices[attachment] |= {
+                name: event.fields[name] for name in ("state", "speed") if isinstance(event.fields.get(name), str)
+            }
 
-    def _stage_line(self, stage: str, text: str) -> None:
-        self._live.update(Group(), refresh=True)
-        self._line(GOOD, f"{stage:<9} {text}")
-
-    def note(self, text: str) -> None:
-        self._line(PLAIN, text)
-
-    def refused(self, error: FarplugError) -> None:
-        self._line(BAD, error.message)
-
-    def skipped(self, error: FarplugError) -> None:
-        self._line(BAD, error.message)
-        for line in remedy_lines(error.remedy):
-            self._console.print(f"  {line}", markup=False, soft_wrap=True)
-
-    def unfinished(self, disks: Sequence[str], *, leaving: bool) -> None:
-        self._line(BAD if leaving else PENDING, unfinished_writes(disks, leaving=leaving))
-
-    def copying(self, label: str, done: int, total: int) -> None:
-        self._live.update(_marked(PENDING, f"{label}: copying, {size(done)} of {size(total)}"), refresh=True)
-
-    def failed(self, error: FarplugError) -> None:
-        if self._pending is not None:
-            stage, text = self._pending
-            self._live.update(Group(), refresh=True)
-            self._line(BAD, f"{stage:<9} {text}")
-        super().failed(error)
-
-    def happened(self, label: str, attachment: Attachment, event: PortEvent) -> None:
-        text = f"{label}: {event}"
-        match event:
-            case events.DeviceReport(event=MediumLocked()):
-                pass
-            case events.Refused() | events.DeviceFault() | events.PeerViolation():
-                self._line(BAD, text)
-            case events.Detached():
-                self._line(GOOD if event.error is None else BAD, f"{text} ({Figures.of(attachment)})")
-            case events.WaitingForGuest() | events.Unused() | events.FellBack():
-                self._line(PENDING, text)
-            case events.Attached() | events.Configured():
-                self._line(GOOD, text)
-            case _:
-                self._line(PLAIN, text)
-
-    def opened(self, label: str, titles: Sequence[str], event: events.Opened) -> None:
-        self._line(PLAIN, port_line(titles, event))
-
-    def drive(self, name: str, drive: CdromDrive) -> None:
-        self._line(PLAIN, drive_line(name, drive))
-
-    def figures(self, attachments: Sequence[tuple[str, Attachment]]) -> None:
-        if self._pending is not None or not attachments:
+    def refresh(self) -> None:
+        if self._pending or not self._devices:
             return
         columns: dict[str, list[Text]] = {heading: [] for heading in _HEADINGS}
-        for label, attachment in attachments:
-            figures = Figures.of(attachment)
-            rate = self._rates.setdefault(label, _Rate()).look(figures)
+        for attachment, device in self._devices.items():
+            figures = self._figures.get(attachment, _NO_FIGURES)
             row = (
-                Text(printable(label)),
-                Text(str(attachment.state), _STATE_STYLES[attachment.state]),
-                Text(str(attachment.device.identity.speed)),
-                Text(size(figures.read)),
-                Text(size(figures.written)),
-                Text(f"{size(rate)}/s"),
-                Text(str(figures.commands)),
+                Text(printable(device["label"])),
+                Text(device["state"], _STATE_STYLES[AttachmentState(device["state"])]),
+                Text(device["speed"]),
+                Text(size(figures["read"])),
+                Text(size(figures["written"])),
+                Text(f"{size(figures['rate'])}/s"),
+                Text(str(figures["commands"])),
             )
             for heading, cell in zip(_HEADINGS, row, strict=True):
                 columns[heading].append(cell)
         self._live.update(Group("", _table(columns, self._console.width)), refresh=True)
+
+    def _line(self, level: Level, text: str) -> None:
+        self._console.print(_marked(level, text), soft_wrap=True)
+
+    def _more(self, text: str) -> None:
+        self._console.print(f"  {printable(text)}", markup=False, soft_wrap=True)
+
+    def _stage(self, event: Event) -> None:
+        text = f"{event.fields['stage']:<9} {event.message}"
+        self._pending = event.fields["state"] == "begun"
+        if self._pending:
+            self._live.update(_marked(Level.PROGRESS, text), refresh=True)
+        else:
+            self._live.update(Group(), refresh=True)
+            self._line(event.level, text)
+
+    def _copying(self, event: Event) -> None:
+        done, total = event.fields["done"], event.fields["total"]
+        self._live.update(
+            _marked(Level.PROGRESS, f"{event.device}: copying, {size(done)} of {size(total)}"), refresh=True
+        )
 
 
 _HEADINGS = ("device", "state", "speed", "read", "written", "rate", "commands")
@@ -460,26 +295,23 @@ def _table(columns: dict[str, list[Text]], width: int) -> Table:
     return table
 
 
-def port_line(titles: Sequence[str], event: events.Opened) -> str:
-    """Return which device is in a port, for people: ``port 0: scratch.raw``."""
-    units = titles if len(titles) == 1 else [f"LUN {lun} {title}" for lun, title in enumerate(titles)]
-    return f"port {event.number}: {', '.join(units)}"
+def _marked(level: Level, text: str) -> Text:
+    return Text.assemble(_MARKS[level], " ", printable(text))
 
 
-def drive_line(name: str, drive: CdromDrive) -> str:
-    """Return what is in a drive, for people."""
-    if drive.medium is None:
-        return f"{name}: empty"
-    return f"{name}: {drive.medium}{', locked by the guest' if drive.locked else ''}"
-
-
-def _marked(mark: tuple[str, str], text: str) -> Text:
-    return Text.assemble(mark, " ", printable(text))
+def _remedy(fields: Mapping[str, Any]) -> Remedy:
+    """Return the remedy that an event has; an empty one if it has none."""
+    return Remedy(
+        fields.get("remedy", ""),
+        setting=fields.get("setting", ""),
+        value=fields.get("value"),
+        command=fields.get("command", ""),
+    )
 
 
 def choose(*, as_json: bool, commands: bool = False) -> Output:
-    """The output that fits: JSON if it is asked for, a live table on a terminal, log lines elsewhere and between the
-    lines of ``--debug`` and the commands that somebody types.
+    """Return the output that fits: JSON if it is asked for, a live table on a terminal, log lines elsewhere and between
+    the lines of ``--debug`` and the commands that somebody types.
     """
     if as_json:
         return JsonOutput(sys.stdout)

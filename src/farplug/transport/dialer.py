@@ -34,6 +34,7 @@ from farplug.transport.proxy import HttpProxy, open_tunnel
 class Stage(StrEnum):
     """What a connection attempt goes through."""
 
+    LISTEN = "listen"
     REACH = "reach"
     TLS = "tls"
     TICKET = "ticket"

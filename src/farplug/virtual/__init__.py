@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from farplug.virtual.device import VirtualDevice
     from farplug.virtual.disk import Disk, disk_device
     from farplug.virtual.function import Function, FunctionHost
-    from farplug.virtual.storage import MassStorage, StorageTransport
+    from farplug.virtual.storage import MassStorage
+from farplug.virtual.storage_transport import StorageTransport
 
 __all__ = [
     "CdromDrive",
@@ -32,7 +33,7 @@ lazy_import(
         "Function": ".function",
         "FunctionHost": ".function",
         "MassStorage": ".storage",
-        "StorageTransport": ".storage",
+        "StorageTransport": ".storage_transport",
         "VirtualDevice": ".device",
         "cdrom_device": ".cdrom",
         "disk_device": ".disk",

@@ -17,7 +17,8 @@ from farplug.usb.device import Device
 from farplug.usb.types import Buffer, Speed
 from farplug.virtual.device import VirtualDevice
 from farplug.virtual.events import MediumEjected, MediumInserted, MediumLocked
-from farplug.virtual.storage import MassStorage, StorageTransport
+from farplug.virtual.storage import MassStorage
+from farplug.virtual.storage_transport import StorageTransport
 from farplug.virtual.unit import LogicalUnit
 
 Iso: TypeAlias = str | os.PathLike[str] | Store

@@ -10,7 +10,8 @@ from farplug.scsi.inquiry import PRODUCT
 from farplug.store import BLOCK_SIZE, FileStore, Store
 from farplug.usb.types import Speed
 from farplug.virtual.device import VirtualDevice
-from farplug.virtual.storage import MassStorage, StorageTransport
+from farplug.virtual.storage import MassStorage
+from farplug.virtual.storage_transport import StorageTransport
 from farplug.virtual.unit import LogicalUnit
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from enum import StrEnum
 
 from farplug.errors import DeviceError, Reason
 from farplug.usb.descriptors import EndpointDescriptor, InterfaceDescriptor, SuperSpeedCompanion
@@ -13,6 +12,7 @@ from farplug.usb.transfer import Transfer
 from farplug.usb.types import Speed, TransferType
 from farplug.virtual.bot import BulkOnly
 from farplug.virtual.function import Function, FunctionHost
+from farplug.virtual.storage_transport import StorageTransport
 from farplug.virtual.uas import STREAMS_EXPONENT, AttachedScsi
 from farplug.virtual.unit import LogicalUnit
 
@@ -39,16 +39,6 @@ _PIPES = ((COMMAND_PIPE, 1), (STATUS_PIPE, 2), (BULK_IN, 3), (BULK_OUT, 4))
 """The endpoints of USB Attached SCSI with their pipe ids, which the pipe usage descriptors tell (UAS-2, table 10)."""
 
 _PIPE_USAGE = 0x24
-
-
-class StorageTransport(StrEnum):
-    """How the guest may talk to mass storage."""
-
-    AUTO = "auto"
-    """Bulk-Only as setting 0, and Attached SCSI as setting 1, which can be left out. CD-ROM drives: Bulk-Only alone."""
-    BOT = "bot"
-    UAS = "uas"
-    """Attached SCSI alone: no firmware boots from it."""
 
 
 class MassStorage(Function):

@@ -17,16 +17,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from farplug.app.auto import Keeper, KeeperListener
-from farplug.app.guest import Attachment, Hub
-from farplug.app.policy import Follow, Policy, Wishes
+from farplug.app.attachment import Attachment
+from farplug.app.auto import AutoListener, AutoPlugger
+from farplug.app.events import Event
+from farplug.app.guest import Guest
+from farplug.app.policy import Policy, Rules
+from farplug.app.settings import Follow
 from farplug.errors import FarplugError
 from farplug.machine.choose import Choice
-from farplug.machine.found import Found
 from farplug.physical import find_device
-from farplug.redirection.events import PortEvent
 from farplug.target import open_session, parse_target
-from farplug.usb import Device
 
 PACKETS = logging.getLogger("farplug.usbredir")
 
@@ -42,17 +42,11 @@ class Records(logging.Handler):
         self.messages.append(record.getMessage())
 
 
-class Notes(KeeperListener):
+class Notes(AutoListener):
     """Tells the tests what a keeper tells, as events of kind "note"."""
 
     def __init__(self, say: Callable[..., None]) -> None:
         self._say = say
-
-    def plugging(self, device: Device, found: Found) -> None:
-        """The attachment's events tell."""
-
-    def parted(self, device: Device) -> None:
-        """Likewise."""
 
     def note(self, text: str) -> None:
         self._say("event", "", "note", text)
@@ -66,18 +60,20 @@ class Plugger:
 
     def __init__(self, writer: asyncio.StreamWriter) -> None:
         self._writer = writer
-        self._hubs: dict[str, Hub] = {}
+        self._hubs: dict[str, Guest] = {}
         self._attachments: dict[int, Attachment] = {}
         self._records = Records()
 
     async def connect(self, target: str) -> None:
         """Connect to a guest."""
-        hub = self._hubs[target] = Hub(await open_session(parse_target(target)))
+        hub = self._hubs[target] = Guest(session=await open_session(parse_target(target)))
 
-        def happened(attachment: Attachment, event: PortEvent) -> None:
-            self._say("event", str(attachment.device.identity), type(event).__name__, str(event))
+        def happened(event: Event) -> None:
+            if event.source is not None:
+                device = str(hub.find(event.attachment or "").device.identity)
+                self._say("event", device, type(event.source).__name__, event.message)
 
-        hub.subscribe(happened)
+        hub.stream.subscribe(happened)
 
     async def leave(self, target: str) -> None:
         """Unplug everything from a guest, and leave it; does nothing the second time."""
@@ -101,8 +97,8 @@ class Plugger:
 
     async def keep(self, target: str, choice: str, follow: str) -> None:
         """Plug in what a choice names, and keep it plugged as long as :meth:`let_go` is not asked for."""
-        policy = Policy(Wishes(choices=[Choice.parse(choice)], follow=Follow(follow)))
-        self._keeper = Keeper(policy, Notes(self._say))
+        policy = Policy(Rules(choices=[Choice.parse(choice)], follow=Follow(follow)))
+        self._keeper = AutoPlugger(policy, Notes(self._say))
         await self._keeper.prepare()
         self._keeping = asyncio.ensure_future(self._keeper.run(self._hubs[target]))
 
@@ -114,7 +110,7 @@ class Plugger:
 
     async def figures(self, number: int) -> dict[str, dict[str, int]]:
         """What moved through each endpoint of device ``number``."""
-        return {f"{one.endpoint:02x}": asdict(one) for one in self._attachments[number].figures}
+        return {f"{one.endpoint:02x}": asdict(one) for one in self._attachments[number].endpoints}
 
     async def record(self) -> None:
         """Keep the packets of devices that are plugged in from now on."""

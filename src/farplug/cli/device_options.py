@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import Annotated, TypeAlias
 
 import typer
 
+from farplug.app.settings import DeviceRules, Follow
 from farplug.cli.options import DEVICES
 from farplug.errors import Reason, UsageError
 
-if TYPE_CHECKING:
-    from farplug.app.policy import Wishes
-
 RULES_HELP = "Rules as 'deny class=hid; allow': the first that matches counts."
-
-
-class FollowBy(StrEnum):
-    """Values of ``--follow``: those of :class:`~farplug.app.policy.Follow`."""
-
-    DEVICE = "device"
-    PORT = "port"
 
 
 DevicesOption: TypeAlias = Annotated[
@@ -39,7 +29,7 @@ WaitOption: TypeAlias = Annotated[
     bool, typer.Option("--wait", help="Wait until every named --usb-device is present.", rich_help_panel=DEVICES)
 ]
 FollowOption: TypeAlias = Annotated[
-    FollowBy,
+    Follow,
     typer.Option(
         "--follow",
         help="What to reconnect after an unplug: that device in any port, or any device in that port (a firmware "
@@ -80,17 +70,17 @@ RedirectOption: TypeAlias = Annotated[
 ]
 
 
-def device_wishes(
+def device_rules(
     devices: Sequence[str],
     *,
     wait: bool,
-    follow: FollowBy,
+    follow: Follow,
     allowed: str | None,
     auto_connect: str | None,
     redirect_on_connect: str | None,
     force: bool,
-) -> Wishes | None:
-    """Put the options together; None if no device of this machine is wanted.
+) -> DeviceRules:
+    """Return the settings that the options make.
 
     Raises:
         UsageError: one is written wrong, or has no effect without another one.
@@ -98,21 +88,15 @@ def device_wishes(
     if wait and not devices:
         raise _alone("--wait", "--usb-device")
     if not devices and auto_connect is None and redirect_on_connect is None:
-        for option, given in (("--filter", allowed is not None), ("--follow", follow is not FollowBy.DEVICE)):
+        for option, given in (("--filter", allowed is not None), ("--follow", follow is not Follow.DEVICE)):
             if given:
                 raise _alone(option, "--usb-device, --auto-connect or --redirect-on-connect")
-        return None
-    from farplug.app.policy import Follow, Wishes
-    from farplug.machine.choose import Choice
-    from farplug.usbredir.rules import parse_rules
-
-    return Wishes(
-        choices=[Choice.parse(device) for device in devices],
+    return DeviceRules(
         wait=wait,
-        follow=Follow(follow),
-        allowed=None if allowed is None else parse_rules(allowed),
-        on_connect=None if redirect_on_connect is None else parse_rules(redirect_on_connect),
-        later=None if auto_connect is None else parse_rules(auto_connect),
+        follow=follow,
+        filter=allowed,
+        auto_connect=auto_connect,
+        redirect_on_connect=redirect_on_connect,
         force=force,
     )
 

@@ -14,7 +14,7 @@ from tests.machine.trees import Machine
 from tests.machine.windows import windows_machine
 
 from farplug.app import auto
-from farplug.app.guest import Place
+from farplug.app.attachment import Place
 from farplug.errors import DeviceError, Reason
 from farplug.machine import hotplug
 from farplug.machine.hotplug import Watch
@@ -135,11 +135,7 @@ def test_a_session(cli: Cli, machine: Machine) -> None:
     lines = run(cli, FakeGuest(), "--usb-device", "stick")
     names = [line["event"] for line in lines if line.get("device") == "Stick"]
     assert [name for name in names if name != "figures"] == [
-        "opened",
-        "guest-ready",
-        "attached",
-        "configured",
-        "detached",
+        *("attaching", "opened", "guest-ready", "attached", "configured", "detached", "removed")
     ]
 
 
@@ -153,13 +149,13 @@ def test_a_session(cli: Cli, machine: Machine) -> None:
 def test_one_that_comes_later(
     cli: Cli, machine: Machine, monkeypatch: pytest.MonkeyPatch, arguments: list[str], first: str
 ) -> None:
-    keep = auto.Keeper.run
+    keep = auto.AutoPlugger.run
 
-    async def plug_and_keep(self: auto.Keeper, hub: auto.Plugger, places: Sequence[Place]) -> NoReturn:
+    async def plug_and_keep(self: auto.AutoPlugger, hub: auto.Plugger, places: Sequence[Place]) -> NoReturn:
         machine.add("1-2", 12)
         await keep(self, hub, places)
 
-    monkeypatch.setattr(auto.Keeper, "run", plug_and_keep)
+    monkeypatch.setattr(auto.AutoPlugger, "run", plug_and_keep)
     lines = run(cli, FakeGuest(), *arguments)
     notes = [line["message"] for line in lines if line["event"] == "note"]
     assert notes[:2] == [first, "1209:0001 (port 1-2) was plugged in: it goes into the VM"]

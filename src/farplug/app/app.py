@@ -1,0 +1,227 @@
+"""The application: guests, one stream of events, and one dispatcher of commands.
+
+::
+
+    async with App() as app:
+        app.subscribe(lambda event: print(event))
+        guest = await app.connect(GuestSettings(TargetSettings("vm.vv")))
+        await app.do(Attach(Source.disk("a.raw")))
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from types import TracebackType
+from typing import Any, Self
+
+from farplug.app import commands
+from farplug.app.commands import Command
+from farplug.app.events import Event, EventStream, Level, Listener
+from farplug.app.guest import AskPassword, Guest
+from farplug.app.settings import GuestSettings, StorageSettings
+from farplug.errors import FarplugError, Reason, StateError, UsageError
+from farplug.virtual.cdrom import CdromDrive
+
+
+class App:
+    """The application.
+
+    Args:
+        ask_password: asks a user for the password of a guest; None: there is no user.
+        quit: what :class:`~farplug.app.commands.Quit` does.
+
+    Attributes:
+        events: the stream of everything that happens.
+        guests: the guests, by their ids.
+    """
+
+    def __init__(self, ask_password: AskPassword | None = None, quit: Callable[[], None] | None = None) -> None:
+        self.events = EventStream()
+        self.guests: dict[str, Guest] = {}
+        self._ask_password = ask_password
+        self._quit = quit
+        self._count = 0
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def subscribe(self, listener: Listener) -> Callable[[], None]:
+        """Call ``listener`` with each event; see :meth:`EventStream.subscribe`."""
+        return self.events.subscribe(listener)
+
+    def iterate(self) -> AsyncIterator[Event]:
+        """Yield each event; see :meth:`EventStream.iterate`."""
+        return self.events.iterate()
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return the state of the application as JSON's types.
+
+        :func:`farplug.app.state.apply` turns it, with the events after ``last_event``, into any later one.
+        """
+        return {
+            "last_event": self.events.last_id,
+            "guests": {guest.id: guest.snapshot() for guest in self.guests.values()},
+        }
+
+    def add(self, settings: GuestSettings) -> Guest:
+        """Make a guest. It is connected by its :meth:`~Guest.run` or :meth:`~Guest.connect`."""
+        self._count += 1
+        guest = Guest(settings, stream=self.events, id=f"g{self._count}", ask_password=self._ask_password)
+        self.guests[guest.id] = guest
+        target = settings.target.target
+        guest.publish("guest", f"the VM at {target}", level=Level.DETAIL, target=target)
+        return guest
+
+    async def connect(self, settings: GuestSettings) -> Guest:
+        """Make a guest and connect to it.
+
+        Raises:
+            UsageError: a setting is not valid.
+            TargetError: the VM cannot be reached.
+        """
+        guest = self.add(settings)
+        try:
+            await guest.connect()
+        except BaseException:
+            await self.remove(guest)
+            raise
+        return guest
+
+    async def remove(self, guest: Guest) -> None:
+        """Close a guest, and forget it.
+
+        Raises:
+            DeviceError: written data of a device could not be made durable.
+        """
+        try:
+            await guest.close()
+        finally:
+            if self.guests.pop(guest.id, None) is not None:
+                guest.publish("guest-removed", "the guest is closed", level=Level.DETAIL)
+
+    async def run(self, guest: Guest) -> None:
+        """Do all that a guest's settings ask for (:meth:`Guest.run`), then forget the guest."""
+        try:
+            await guest.run()
+        finally:
+            await self.remove(guest)
+
+    async def close(self) -> None:
+        """Close all guests.
+
+        Raises:
+            DeviceError: written data of a device could not be made durable (the first one that failed).
+        """
+        failed: FarplugError | None = None
+        for guest in list(self.guests.values()):
+            try:
+                await self.remove(guest)
+            except FarplugError as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
+
+    # Commands -----------------------------------------------------------------------------------------------------
+
+    async def do(self, command: Command) -> Any:
+        """Carry out a command; return its result as JSON's types.
+
+        Raises:
+            FarplugError: the command cannot be carried out.
+        """
+        return await _DISPATCH[type(command)](self, command)
+
+    def guest(self, id: str | None = None) -> Guest:
+        """Return a guest by its id; None: the only one.
+
+        Raises:
+            UsageError: there is no such guest, or several.
+        """
+        if id is not None and id in self.guests:
+            return self.guests[id]
+        if id is None and len(self.guests) == 1:
+            return next(iter(self.guests.values()))
+        known = ", ".join(self.guests) or "none"
+        what = f"{id!r} is not a guest" if id is not None else f"which of {len(self.guests)} guests?"
+        raise UsageError(what, reason=Reason.NOT_FOUND, remedy=f"guests: {known}")
+
+    async def _attach(self, command: commands.Attach) -> Any:
+        guest = self.guest(command.guest)
+        storage = command.storage or (StorageSettings() if guest.settings is None else guest.settings.storage)
+        return (await guest.plug(command.source, storage=storage)).snapshot()
+
+    async def _detach(self, command: commands.Detach) -> None:
+        guest = self.guest(command.guest)
+        await guest.unplug(guest.find(command.device))
+
+    async def _insert(self, command: commands.Insert) -> None:
+        _, drive = self._drive(command)
+        await drive.insert(command.path, force=command.force)
+
+    async def _eject(self, command: commands.Eject) -> None:
+        label, drive = self._drive(command)
+        if drive.medium is None:
+            self.guest(command.guest).note(f"{label} is empty")
+        await drive.eject(force=command.force)
+
+    async def _list(self, command: commands.ListDrives) -> Any:
+        guest = self.guest(command.guest)
+        drives = [
+            {"label": label, "medium": drive.medium, "locked": drive.locked} for label, drive in guest.drives().items()
+        ]
+        for drive in drives:
+            contents = drive["medium"] or "empty"
+            text = f"{contents}{', locked by the guest' if drive['locked'] else ''}"
+            guest.publish("drive", text, device=str(drive["label"]), medium=drive["medium"], locked=drive["locked"])
+        if not drives:
+            guest.note("no drive is plugged in")
+        return drives
+
+    async def _status(self, command: commands.Status) -> Any:
+        return self.snapshot()
+
+    async def _leave(self, command: commands.Quit) -> None:
+        if self._quit is None:
+            raise StateError("this application cannot be ended by a command")
+        self._quit()
+
+    def _drive(self, command: commands.Insert | commands.Eject) -> tuple[str, CdromDrive]:
+        """Return the drive that a command means, and its label."""
+        drives = self.guest(command.guest).drives()
+        wanted = command.drive
+        found = [label for label in drives if wanted in (None, label)]
+        if not found:
+            found = [
+                label
+                for label, drive in drives.items()
+                if drive.medium is not None and wanted in (drive.medium, os.path.basename(drive.medium))
+            ]
+        if len(found) == 1:
+            return found[0], drives[found[0]]
+        what = "which drive?" if found else "no drive is plugged in"
+        if drives and not found:
+            what = f"there is no drive {wanted!r}"
+        names = ", ".join(
+            f"{label} ({'empty' if drive.medium is None else os.path.basename(drive.medium)})"
+            for label, drive in drives.items()
+        )
+        raise UsageError(
+            f"{command.name}: {what}", reason=Reason.NOT_FOUND, remedy=f"the drives are: {names}" if names else ""
+        )
+
+
+_DISPATCH: dict[type[Command], Callable[[App, Any], Awaitable[Any]]] = {
+    commands.Attach: App._attach,
+    commands.Detach: App._detach,
+    commands.Insert: App._insert,
+    commands.Eject: App._eject,
+    commands.ListDrives: App._list,
+    commands.Status: App._status,
+    commands.Quit: App._leave,
+}

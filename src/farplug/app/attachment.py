@@ -1,0 +1,312 @@
+"""An attachment: a device plugged into a port of a guest, as a user sees it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from enum import StrEnum
+from typing import Any, Protocol
+
+from farplug.app.events import Event
+from farplug.errors import FarplugError, PortError, Reason, RefusedError
+from farplug.redirection import Redirection, events
+from farplug.redirection.events import PortEvent
+from farplug.transport.port import Port
+from farplug.usb.device import Device
+from farplug.usb.figures import EndpointFigures, Figures
+
+TURN_TIMEOUT = 1.5
+"""Seconds that a device whose port is ready waits for the devices of earlier places to be offered."""
+
+
+class AttachmentState(StrEnum):
+    """How far a device has come, as a user sees it."""
+
+    OPENING = "connecting"
+    """its port is being opened"""
+    WAITING = "waiting"
+    """for the guest's hello"""
+    ATTACHED = "attached"
+    """offered to the guest"""
+    CONFIGURED = "in use"
+    """the guest's driver works with it"""
+    REFUSED = "refused"
+    DETACHED = "detached"
+
+
+_STATES: dict[type, AttachmentState] = {
+    events.Opened: AttachmentState.WAITING,
+    events.Attached: AttachmentState.ATTACHED,
+    events.FellBack: AttachmentState.ATTACHED,
+    events.WasReset: AttachmentState.ATTACHED,
+    events.Refused: AttachmentState.REFUSED,
+}
+
+
+class Place:
+    """A port that is kept for one device, and the device's turn. Made by :meth:`farplug.app.guest.Guest.reserve`.
+
+    Attributes:
+        port: the port.
+    """
+
+    def __init__(self, port: Port) -> None:
+        self.port = port
+        self._turn = asyncio.Event()
+
+    def give_way(self) -> None:
+        """Let the devices of later places be offered: the device of this one was offered, or is not there yet."""
+        self._turn.set()
+
+    async def passed(self) -> None:
+        """Wait until later places have their turn."""
+        await self._turn.wait()
+
+    @property
+    def is_passed(self) -> bool:
+        """Return whether later places have their turn."""
+        return self._turn.is_set()
+
+
+class Owner(Protocol):
+    """What an attachment needs of its guest."""
+
+    def number_of(self, port: Port) -> int:
+        """Return the number of a port of the guest, from 0."""
+
+    def happened(self, attachment: Attachment, event: PortEvent) -> None:
+        """Publish an event of the attachment."""
+
+    def finished(self, attachment: Attachment) -> None:
+        """Take note that the attachment is over."""
+
+    def events_of(self, attachment: Attachment) -> AsyncIterator[Event]:
+        """Yield the attachment's events."""
+
+
+class Attachment:
+    """A device plugged into a port of a guest, as a user sees it. Made by :meth:`farplug.app.guest.Guest.plug`.
+
+    Attributes:
+        id: unique in the application: ``a1``.
+        label: unique in its guest: the name of a file, ``cdrom0``, a device's name.
+        titles: its logical units with what is in them: ``cdrom0 (installer.iso)``; the label if it has none.
+        units: the labels of its logical units; the label if it has none.
+        device: what is plugged.
+        port: where.
+        state: how far it has come.
+        error: why the guest refused the device, or why the device left, if no user asked for that.
+    """
+
+    def __init__(
+        self,
+        owner: Owner,
+        id: str,
+        label: str,
+        titles: Sequence[str],
+        units: Sequence[str],
+        device: Device,
+        port: Port,
+    ) -> None:
+        self.id = id
+        self.label = label
+        self.titles = tuple(titles) or (label,)
+        self.units = tuple(units) or (label,)
+        self.device = device
+        self.port = port
+        self.state = AttachmentState.OPENING
+        self.error: FarplugError | None = None
+        self._owner = owner
+        self._redirection = Redirection(port, self._happened)
+        self._ready = asyncio.Event()
+        self._configured = asyncio.Event()
+        self._ended = asyncio.Event()
+        self._plugging: asyncio.Task[object] | None = None
+        self._leaving: asyncio.Task[None] | None = None
+        self._rate = Rate()
+        self._measured: tuple[str, Figures] | None = None
+
+    @property
+    def figures(self) -> Figures:
+        """Return what the device has moved: its own counters where it has them, else those of its endpoints."""
+        own = self.device.figures
+        if own is not None:
+            return own
+        data = [one for one in self.endpoints if one.endpoint]
+        return Figures(
+            read=sum(one.bytes for one in data if one.endpoint & 0x80),
+            written=sum(one.bytes for one in data if not one.endpoint & 0x80),
+            commands=sum(one.transfers for one in data),
+        )
+
+    @property
+    def endpoints(self) -> tuple[EndpointFigures, ...]:
+        """Return what moved through each endpoint since the device was attached."""
+        return self._redirection.figures
+
+    @property
+    def over(self) -> bool:
+        """Return whether the device has left the guest."""
+        return self._ended.is_set()
+
+    async def configured(self) -> None:
+        """Wait until the guest's driver works with the device.
+
+        Raises:
+            FarplugError: the guest refused the device, or it left before.
+        """
+        ended = asyncio.ensure_future(self._ended.wait())
+        configured = asyncio.ensure_future(self._configured.wait())
+        try:
+            await asyncio.wait((ended, configured), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ended.cancel()
+            configured.cancel()
+        if not self._configured.is_set():
+            raise self.error or PortError(
+                f"{self.device.identity} was detached before the guest configured it", reason=Reason.REJECTED
+            )
+
+    async def ended(self) -> FarplugError | None:
+        """Wait until the device has left the guest; return why, or None if a user asked for that."""
+        await self._ended.wait()
+        return self.error
+
+    async def events(self) -> AsyncIterator[Event]:
+        """Yield what happens to the attachment from now on, until it has left the guest."""
+        async for event in self._owner.events_of(self):
+            yield event
+            if event.name == "detached":
+                return
+
+    async def unplug(self) -> None:
+        """Take the device out of the guest, and close the port; give up while the port is being opened.
+
+        Raises:
+            DeviceError: written data could not be made durable.
+        """
+        plugging = self._plugging
+        if plugging is not None and not plugging.done() and plugging is not asyncio.current_task():
+            plugging.cancel()
+            await asyncio.wait([plugging])
+            return
+        try:
+            await self._redirection.close()
+        finally:
+            self._finish()
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return the attachment's state as JSON's types."""
+        identity = self.device.identity
+        return {
+            "id": self.id,
+            "label": self.label,
+            "units": list(self.units),
+            "port": self.port.name,
+            "state": str(self.state),
+            "error": None if self.error is None else self.error.as_dict(),
+            "identity": str(identity),
+            "speed": str(identity.speed),
+        }
+
+    def measure(self) -> tuple[Figures, float] | None:
+        """Return the figures, and the bytes a second since the last call; None if they and the state are the same."""
+        figures = self.figures
+        rate = self._rate.measure(figures.read + figures.written)
+        now = (str(self.state), figures)
+        if now == self._measured:
+            return None
+        self._measured = now
+        return figures, rate
+
+    async def plug(self, earlier: Sequence[Place] = ()) -> None:
+        """Open the port and offer the device, after the devices of earlier places. The guest calls this once."""
+        self._plugging = asyncio.current_task()
+        try:
+            await self._redirection.open()
+        except BaseException:
+            self._finish()
+            raise
+        try:
+            self._opened()
+            await self._wait_for_turn(earlier)
+            await self._redirection.attach(self.device)
+        except BaseException as error:
+            if isinstance(error, RefusedError) and self.state is not AttachmentState.REFUSED:
+                self._happened(events.Refused(self.port.name, error))
+            await self.unplug()
+            raise
+
+    async def _wait_for_turn(self, earlier: Sequence[Place]) -> None:
+        """Wait until the devices of these places were offered, or their time is up, or the port is closed."""
+        if all(place.is_passed for place in earlier):
+            return
+        turn = asyncio.gather(*(place.passed() for place in earlier))
+        ready = asyncio.ensure_future(self._ready.wait())
+        closed = asyncio.ensure_future(self._redirection.closed())
+        try:
+            done, _ = await asyncio.wait((turn, ready, closed), return_when=asyncio.FIRST_COMPLETED)
+            if done == {ready}:
+                await asyncio.wait((turn, closed), timeout=TURN_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for future in (turn, ready, closed):
+                future.cancel()
+            await asyncio.gather(turn, ready, closed, return_exceptions=True)
+
+    def _opened(self) -> None:
+        if self.state is AttachmentState.OPENING:
+            self.state = AttachmentState.WAITING
+            self._owner.happened(self, events.Opened(self.port.name, self._owner.number_of(self.port)))
+
+    def _happened(self, event: PortEvent) -> None:
+        self._opened()  # a guest may send its hello before open() returns
+        if isinstance(event, events.Configured):
+            configured = event.configuration != 0
+            self.state = AttachmentState.CONFIGURED if configured else AttachmentState.ATTACHED
+            if configured:
+                self._configured.set()
+        else:
+            self.state = _STATES.get(type(event), self.state)
+        if isinstance(event, events.GuestReady):
+            self._ready.set()
+        if isinstance(event, (events.Refused, events.Detached)):
+            self.error = self.error or event.error
+        if isinstance(event, events.Detached) and self.state is not AttachmentState.REFUSED:
+            self.state = AttachmentState.DETACHED
+        self._owner.happened(self, event)
+        if isinstance(event, events.Detached):
+            self._leaving = asyncio.ensure_future(self._leave())
+
+    async def _leave(self) -> None:
+        """Free the port for another device: this one has left by itself."""
+        try:
+            await self._redirection.close()
+        finally:
+            self._finish()
+
+    def _finish(self) -> None:
+        if self.state is not AttachmentState.REFUSED:
+            self.state = AttachmentState.DETACHED
+        if not self._ended.is_set():
+            self._ended.set()
+            self._owner.finished(self)
+
+
+class Rate:
+    """Bytes a second between two calls; 0 at the first call, and when a count begins again."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._last: tuple[int, float] | None = None
+
+    def measure(self, moved: int) -> float:
+        """Return the rate since the last call.
+
+        Args:
+            moved: bytes in all.
+        """
+        now = self._clock()
+        before, when = self._last or (moved, now)
+        self._last = moved, now
+        return max(moved - before, 0) / max(now - when, 1e-3)

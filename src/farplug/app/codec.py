@@ -1,0 +1,132 @@
+"""Settings and commands as JSON: dataclasses of plain values, to JSON's types and back.
+
+:func:`decode` is strict: settings come over a control socket or from a browser, and a misspelt field must not be
+ignored.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from enum import Enum
+from functools import cache
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from farplug.errors import Reason, UsageError
+
+T = TypeVar("T")
+
+MAX_SHOWN = 80
+"""Characters of a bad value that an error quotes."""
+
+_NAMES: Mapping[type, str] = {str: "a string", bool: "true or false", int: "an integer", float: "a number"}
+
+
+def encode(value: object) -> Any:
+    """Return a value as JSON's types: dataclasses as objects, enums as their values, tuples as arrays.
+
+    A field whose metadata has ``secret`` is left out.
+    """
+    if isinstance(value, Enum):
+        return value.value
+    if is_dataclass(value) and not isinstance(value, type):
+        return {
+            field.name: encode(getattr(value, field.name))
+            for field in fields(value)
+            if not field.metadata.get("secret")
+        }
+    if isinstance(value, Mapping):
+        return {str(key): encode(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [encode(item) for item in value]
+    return value
+
+
+def decode(kind: type[T], data: object, name: str = "") -> T:
+    """Return the dataclass that an object of JSON's types describes.
+
+    Args:
+        kind: the dataclass. Its fields are strings, numbers, booleans, enums, dataclasses, tuples of these, or None.
+        data: what the JSON parser returned.
+        name: of the value, for errors; its fields are ``name.field``.
+
+    Raises:
+        UsageError: ``bad-setting``: a field is unknown, is missing, or has a value of the wrong type or none of those
+            allowed. The message names the field.
+    """
+    return _decode(kind, data, name)  # type: ignore[no-any-return]
+
+
+def _decode(kind: Any, data: object, name: str) -> Any:
+    origin = get_origin(kind)
+    if origin in (Union, types.UnionType):
+        return _union(get_args(kind), data, name)
+    if origin is tuple:
+        return _array(get_args(kind)[0], data, name)
+    if is_dataclass(kind):
+        return _object(kind, data, name)
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        for member in kind:
+            if type(data) is type(member.value) and data == member.value:
+                return member
+        raise _bad(name, data, f"one of {', '.join(str(member.value) for member in kind)}")
+    if kind is float and type(data) is int:
+        return float(data)
+    if type(data) is not kind:  # a bool is an int for Python, and not for us
+        raise _bad(name, data, _NAMES[kind])
+    return data
+
+
+def _union(kinds: Sequence[Any], data: object, name: str) -> Any:
+    if data is None:
+        if type(None) in kinds:
+            return None
+        raise _bad(name, data, "a value")
+    (kind,) = (kind for kind in kinds if kind is not type(None))
+    return _decode(kind, data, name)
+
+
+def _array(kind: Any, data: object, name: str) -> tuple[Any, ...]:
+    if not isinstance(data, (list, tuple)):
+        raise _bad(name, data, "an array")
+    return tuple(_decode(kind, item, f"{name}[{index}]") for index, item in enumerate(data))
+
+
+def _object(kind: Any, data: object, name: str) -> Any:
+    if not isinstance(data, Mapping):
+        raise _bad(name, data, "an object")
+    hints = _hints(kind)
+    prefix = f"{name}." if name else ""
+    for key in data:
+        if key not in hints:
+            raise UsageError(
+                f"{prefix}{_shown(key)} is not a known setting",
+                reason=Reason.BAD_SETTING,
+                remedy=f"known: {', '.join(hints)}",
+            )
+    values = {}
+    for field in fields(kind):
+        if field.name in data:
+            values[field.name] = _decode(hints[field.name], data[field.name], f"{prefix}{field.name}")
+        elif field.default is MISSING and field.default_factory is MISSING:
+            raise UsageError(f"{prefix}{field.name} is missing", reason=Reason.BAD_SETTING)
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise UsageError(f"{prefix}{error}", reason=Reason.BAD_SETTING) from error
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _bad(name: str, data: object, expected: str) -> UsageError:
+    subject = f"{name}: " if name else ""
+    return UsageError(f"{subject}{_shown(data)} is not {expected}", reason=Reason.BAD_SETTING)
+
+
+def _shown(data: object) -> str:
+    text = repr(data)
+    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"

@@ -1,0 +1,178 @@
+"""Commands: what a client can ask a running application to do, as plain data.
+
+A command comes from JSON (:func:`from_json`) or from words (:func:`from_words`); :meth:`farplug.app.app.App.do` carries
+it out. Each has a stable name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Final
+
+from farplug.app.codec import decode
+from farplug.app.settings import Source, StorageSettings
+from farplug.errors import Reason, UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """What a client asks for.
+
+    Attributes:
+        name: of this kind of command; stable.
+        help: how it is written in words, and what it does; empty: it cannot be written in words.
+    """
+
+    name: ClassVar[str]
+    help: ClassVar[tuple[str, str]] = ("", "")
+
+
+@dataclass(frozen=True, slots=True)
+class Attach(Command):
+    """Plug a source into the guest. The result is the attachment.
+
+    Attributes:
+        source: what to plug.
+        storage: how; None: as the guest's settings say.
+        guest: the guest's id; None: the only one.
+    """
+
+    name = "attach"
+
+    source: Source
+    storage: StorageSettings | None = None
+    guest: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Detach(Command):
+    """Unplug a device.
+
+    Attributes:
+        device: its label or id.
+        guest: the guest's id; None: the only one.
+    """
+
+    name = "detach"
+
+    device: str
+    guest: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Insert(Command):
+    """Insert a medium into a CD-ROM drive, in place of the one that is there.
+
+    Attributes:
+        path: of the ISO image.
+        drive: the drive, by its label or by the medium in it; None: the only one.
+        force: eject a medium that the guest has locked; take a file that is not an ISO image.
+        guest: the guest's id; None: the only one.
+    """
+
+    name = "insert"
+    help = ("insert [DRIVE] PATH", "put a medium in, in place of the one that is there")
+
+    path: str
+    drive: str | None = None
+    force: bool = False
+    guest: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Eject(Command):
+    """Take the medium out of a CD-ROM drive.
+
+    Attributes:
+        drive: the drive, by its label or by the medium in it; None: the only one.
+        force: also a medium that the guest has locked.
+        guest: the guest's id; None: the only one.
+    """
+
+    name = "eject"
+    help = ("eject [DRIVE]", "take the medium out")
+
+    drive: str | None = None
+    force: bool = False
+    guest: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ListDrives(Command):
+    """Report the CD-ROM drives and what is in them. The result is an array of drives.
+
+    Attributes:
+        guest: the guest's id; None: the only one.
+    """
+
+    name = "list"
+    help = ("list", "show the drives (cdrom0, cdrom1, ...) and what is in them")
+
+    guest: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Status(Command):
+    """Return the state of the application: :meth:`farplug.app.app.App.snapshot`."""
+
+    name = "status"
+
+
+@dataclass(frozen=True, slots=True)
+class Quit(Command):
+    """Detach everything and leave."""
+
+    name = "quit"
+    help = ("quit", "detach everything and leave, as Ctrl-C does")
+
+
+COMMANDS: Final[Mapping[str, type[Command]]] = {
+    kind.name: kind for kind in (Attach, Detach, Insert, Eject, ListDrives, Status, Quit)
+}
+"""All commands, by their names."""
+
+FORCED: Final = (
+    ("force insert ...", "also in place of a medium that the guest has locked, and a file that is not an ISO image"),
+    ("force eject ...", "also while the guest has the medium locked"),
+)
+HELP: Final = ("help", "show this")
+
+
+def from_json(name: str, data: object) -> Command:
+    """Return the command with a name and its fields, an object of JSON's types.
+
+    Raises:
+        UsageError: there is no such command, or a field is not valid.
+    """
+    kind = COMMANDS.get(name)
+    if kind is None:
+        raise UsageError(
+            f"{name[:80]!r} is not a command", reason=Reason.UNKNOWN_COMMAND, remedy=f"commands: {', '.join(COMMANDS)}"
+        )
+    return decode(kind, data)
+
+
+def from_words(words: Sequence[str]) -> Command | None:
+    """Return the command that words ask for; None if they are not a command that can be written in words."""
+    force = words[:1] == ["force"]
+    match words[force:]:
+        case ["insert", path]:
+            return Insert(path, force=force)
+        case ["insert", drive, path]:
+            return Insert(path, drive, force=force)
+        case ["eject"]:
+            return Eject(force=force)
+        case ["eject", drive]:
+            return Eject(drive, force=force)
+        case ["list"] if not force:
+            return ListDrives()
+        case ["quit"] if not force:
+            return Quit()
+    return None
+
+
+def help_lines() -> list[str]:
+    """Return a line for each command that can be written in words."""
+    written = [kind.help for kind in COMMANDS.values() if kind.help[0]]
+    return [f"{usage:<21} {text}" for usage, text in (*written[:-2], *FORCED, *written[-2:], HELP)]

@@ -1,0 +1,226 @@
+"""What a user asks for, as plain data: strings, numbers, enums. It goes to JSON and comes back unchanged.
+
+Nothing here opens a file or knows a command line. Enums come from the leaf modules of the library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum, StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from farplug.app.codec import decode, encode
+from farplug.store.base import CacheMode
+from farplug.usb.types import Speed
+from farplug.virtual.storage_transport import StorageTransport
+
+if TYPE_CHECKING:
+    from farplug.target import Target
+
+
+class _Settings:
+    """Settings that go to JSON and come back."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the settings as JSON's types, without secrets."""
+        data: dict[str, Any] = encode(self)
+        return data
+
+    @classmethod
+    def from_json(cls, data: object) -> Self:
+        """Return the settings that an object of JSON's types describes.
+
+        Raises:
+            UsageError: ``bad-setting``: a field is unknown or missing, or has no valid value.
+        """
+        return decode(cls, data)
+
+
+class SourceKind(StrEnum):
+    """What a source becomes in the guest."""
+
+    DISK = "disk"
+    READ_ONLY_DISK = "read-only-disk"
+    CDROM = "cdrom"
+    FOLDER = "folder"
+    USB_DEVICE = "usb-device"
+
+
+@dataclass(frozen=True, slots=True)
+class Source(_Settings):
+    """Something of this machine that can be plugged.
+
+    Attributes:
+        kind: what it becomes in the guest.
+        path: of the image or the folder; for a USB device how it is chosen (``1050:0407``, ``1-5``, ``serial:…``).
+        snapshot: a disk only: the file that takes what the guest writes, so that the image stays as it is.
+    """
+
+    kind: SourceKind
+    path: str
+    snapshot: str | None = None
+
+    @classmethod
+    def disk(cls, path: str | Path, *, read_only: bool = False, snapshot: str | Path | None = None) -> Self:
+        """Return a RAW image or a block device, as a USB disk."""
+        kind = SourceKind.READ_ONLY_DISK if read_only else SourceKind.DISK
+        return cls(kind, str(path), None if snapshot is None else str(snapshot))
+
+    @classmethod
+    def cdrom(cls, path: str | Path) -> Self:
+        """Return an ISO image, in a USB CD-ROM drive."""
+        return cls(SourceKind.CDROM, str(path))
+
+    @classmethod
+    def folder(cls, path: str | Path) -> Self:
+        """Return a copy of a folder, as a read-only USB disk."""
+        return cls(SourceKind.FOLDER, str(path))
+
+    @classmethod
+    def usb_device(cls, device: str) -> Self:
+        """Return a USB device of this machine, by ids, port, serial number or name."""
+        return cls(SourceKind.USB_DEVICE, device)
+
+
+class UsbSpeed(StrEnum):
+    """What speed virtual devices are offered at."""
+
+    AUTO = "auto"
+    """SuperSpeed first, High Speed where the guest's port is slower."""
+    HIGH = "high"
+    SUPER = "super"
+
+    @property
+    def speeds(self) -> Sequence[Speed]:
+        """Return the speeds that a device may run at, the best first."""
+        if self is UsbSpeed.AUTO:
+            return (Speed.SUPER, Speed.HIGH)
+        return (Speed.HIGH,) if self is UsbSpeed.HIGH else (Speed.SUPER,)
+
+
+class FolderFormat(StrEnum):
+    """The file system of a folder's disk."""
+
+    AUTO = "auto"
+    """FAT32, or exFAT for files of 4 GiB and more."""
+    FAT32 = "fat32"
+    EXFAT = "exfat"
+    NTFS = "ntfs"
+    EXT4 = "ext4"
+
+
+class BlockSize(IntEnum):
+    """Bytes of a disk's block."""
+
+    B512 = 512
+    B4096 = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class StorageSettings(_Settings):
+    """How images and folders are plugged.
+
+    Attributes:
+        speed: what the devices run at.
+        transport: the protocols that disks offer.
+        block_size: bytes of a disk's block.
+        cache: when written data is durable.
+        force: also an image that this machine uses, or that is not a RAW image.
+        snapshot: discard what the guest writes to disks without a snapshot file.
+        folder_format: the file system of folders.
+    """
+
+    speed: UsbSpeed = UsbSpeed.AUTO
+    transport: StorageTransport = StorageTransport.AUTO
+    block_size: BlockSize = BlockSize.B512
+    cache: CacheMode = CacheMode.WRITEBACK
+    force: bool = False
+    snapshot: bool = False
+    folder_format: FolderFormat = FolderFormat.AUTO
+
+
+class Follow(StrEnum):
+    """By what a device that comes back is recognised."""
+
+    DEVICE = "device"
+    """Its ids and its serial number, in any port; or that it is what a user named, unless the user named a place."""
+    PORT = "port"
+    """The port, whatever is in it: a device may come back under another id (a firmware update)."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRules(_Settings):
+    """Which USB devices of this machine are plugged besides those that are sources.
+
+    Attributes:
+        wait: wait for the named devices that are not there yet.
+        follow: by what a device that comes back is recognised.
+        filter: rules: what may be plugged at all; None: everything.
+        auto_connect: rules: which devices that come later are plugged; None: none.
+        redirect_on_connect: rules: which devices that are there at the start are plugged; None: none.
+        force: also disks that this machine uses.
+    """
+
+    wait: bool = False
+    follow: Follow = Follow.DEVICE
+    filter: str | None = None
+    auto_connect: str | None = None
+    redirect_on_connect: str | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TargetSettings(_Settings):
+    """Where the VM is, and what is needed to get in.
+
+    Attributes:
+        target: as a user writes it, see :func:`farplug.target.parse_target`.
+        password: the SPICE password; wins over that of the target. Not part of JSON.
+        fallback_password: the SPICE password if neither ``password`` nor the target gives one. Not part of JSON.
+        ca_file: certificates to trust, PEM.
+        host_subject: the certificate's subject, checked instead of the host name.
+        proxy: URL of an HTTP proxy.
+    """
+
+    target: str
+    password: str | None = field(default=None, repr=False, metadata={"secret": True})
+    fallback_password: str = field(default="", repr=False, metadata={"secret": True})
+    ca_file: str | None = None
+    host_subject: str | None = None
+    proxy: str | None = field(default=None, repr=False)
+
+    def parse(self) -> Target:
+        """Return the target. A ``.vv`` file is read, and deleted if it asks for that.
+
+        Raises:
+            UsageError: the target or a setting is not valid.
+        """
+        from farplug.target import TargetOptions, parse_target  # what connects is a large import
+
+        options = TargetOptions(
+            password=self.password,
+            fallback_password=self.fallback_password,
+            ca_file=None if self.ca_file is None else Path(self.ca_file),
+            host_subject=self.host_subject,
+            proxy=self.proxy,
+        )
+        return parse_target(self.target, options)
+
+
+@dataclass(frozen=True, slots=True)
+class GuestSettings(_Settings):
+    """A VM and what is plugged into it: all that ``farplug connect`` does.
+
+    Attributes:
+        target: where the VM is.
+        sources: what to plug, in this order.
+        storage: how images and folders are plugged.
+        rules: which USB devices of this machine are plugged besides the sources.
+    """
+
+    target: TargetSettings
+    sources: tuple[Source, ...] = ()
+    storage: StorageSettings = StorageSettings()
+    rules: DeviceRules = DeviceRules()

@@ -1,0 +1,71 @@
+"""The state of the application in a client: a snapshot, and what each event changes in it.
+
+Pure: JSON's types in, JSON's types out. A page does the same in its own language.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_OF_ATTACHMENT = ("label", "units", "port", "state", "error", "identity", "speed")
+
+
+def apply(snapshot: Mapping[str, Any], event: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the snapshot after an event.
+
+    Args:
+        snapshot: :meth:`farplug.app.app.App.snapshot`; it is not changed.
+        event: the JSON of the next event: that of :meth:`farplug.app.events.Event.to_json`. An event that the snapshot
+            holds already changes nothing.
+    """
+    if event["id"] <= snapshot["last_event"]:
+        return dict(snapshot)
+    guests = dict(snapshot["guests"])
+    id = event.get("guest")
+    if id is not None:
+        guest = _guest(guests.get(id, {}), event)
+        if guest is None:
+            guests.pop(id, None)
+        else:
+            guests[id] = guest
+    return {"last_event": event["id"], "guests": guests}
+
+
+def _guest(guest: Mapping[str, Any], event: Mapping[str, Any]) -> dict[str, Any] | None:
+    match event["event"]:
+        case "guest":
+            return {
+                "id": event["guest"],
+                "target": event["target"],
+                "name": "",
+                "uuid": "",
+                "ports": [],
+                "attachments": {},
+            }
+        case "connected":
+            return {**guest, "name": event["name"], "uuid": event["uuid"], "ports": event["ports"]}
+        case "guest-removed":
+            return None
+    id = event.get("attachment")
+    if id is None:
+        return dict(guest)
+    attachments = dict(guest["attachments"])
+    match event["event"]:
+        case "attaching":
+            attachments[id] = {"id": id, **{name: event[name] for name in _OF_ATTACHMENT}}
+        case "removed":
+            attachments.pop(id, None)
+        case _ if id in attachments:
+            attachments[id] = _attachment(attachments[id], event)
+    return {**guest, "attachments": attachments}
+
+
+def _attachment(attachment: Mapping[str, Any], event: Mapping[str, Any]) -> dict[str, Any]:
+    changed = {**attachment, "state": event["state"]}
+    match event["event"]:
+        case "attached":
+            changed |= {"identity": event["device_name"], "speed": event["speed"]}
+        case "refused" | "detached":
+            changed["error"] = changed["error"] or event["error"]
+    return changed
