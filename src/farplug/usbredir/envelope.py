@@ -60,13 +60,14 @@ _SECOND = _BULK_RECEIVING_STATUS.pack(
     _NO_ENDPOINT,
     0,
 )
-_THIRD = struct.Struct(
-    "<II5xIII"
-)  # type, length; the filter packet's type, length and id, whose last byte is the status
+_THIRD_BEGIN = struct.pack("<II5xI", PacketType.BULK_STREAMS_STATUS, _BULK_STREAMS_LENGTH, PacketType.FILTER_FILTER)
+_FILTER_LENGTH_AND_ID = struct.Struct("<II")
+"""The last byte of the id, 0, is the status of the third packet."""
+_BEGIN = _FIRST + _SECOND + _THIRD_BEGIN
 _SUFFIX = _BULK_STREAMS_STATUS.pack(PacketType.BULK_STREAMS_STATUS, _BULK_STREAMS_LENGTH, 0, 0, 0, 0)
 """Its last byte, the status, is the NUL that ends the text of the filter packet."""
 
-OVERHEAD = len(_FIRST) + len(_SECOND) + _THIRD.size + len(_SUFFIX)
+OVERHEAD = len(_BEGIN) + _FILTER_LENGTH_AND_ID.size + len(_SUFFIX)
 """Bytes that :func:`enclose` adds to a message."""
 
 
@@ -77,15 +78,4 @@ def enclose(buffers: list[Buffer], size: int) -> list[Buffer]:
         buffers: whole packets from the usb-host side, encoded with :data:`CAPS`; not a hello.
         size: their bytes in all.
     """
-    prefix = (
-        _FIRST
-        + _SECOND
-        + _THIRD.pack(
-            PacketType.BULK_STREAMS_STATUS,
-            _BULK_STREAMS_LENGTH,
-            PacketType.FILTER_FILTER,
-            size + len(_SUFFIX),
-            0,
-        )
-    )
-    return [prefix, *buffers, _SUFFIX]
+    return [_BEGIN + _FILTER_LENGTH_AND_ID.pack(size + len(_SUFFIX), 0), *buffers, _SUFFIX]
