@@ -22,7 +22,7 @@ from tests.guest.command import farplug
 from tests.guest.plugging import MIB, PATIENCE, Plugged, blank, disk_of, disk_with, plugged
 
 from farplug.cli.exit_codes import ExitCode
-from farplug.redirection import Redirection, conversation, engine, events, reminder
+from farplug.redirection import Redirection, engine, events, port_protocol, reminder
 from farplug.store import MemoryStore
 from farplug.store.image import serial_number
 from farplug.target import open_session, parse_target
@@ -207,13 +207,13 @@ def _short_times(monkeypatch: pytest.MonkeyPatch) -> None:
 async def operator(guests: GuestPool, config: GuestConfig, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Operator]:
     async with guests.fresh(config) as guest:
         one = Operator(guest)
-        remind = conversation.Conversation._remind
+        remind = port_protocol.Conversation._remind
 
-        def reminded(self: conversation.Conversation) -> None:
+        def reminded(self: port_protocol.Conversation) -> None:
             remind(self)
             one.reminded.set()
 
-        monkeypatch.setattr(conversation.Conversation, "_remind", reminded)
+        monkeypatch.setattr(port_protocol.Conversation, "_remind", reminded)
         yield one
 
 

@@ -144,7 +144,7 @@ async def test_buffered_bulk_and_isochronous() -> None:
 
 
 async def test_packets_that_nobody_takes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("farplug.redirection.conversation.MAX_UNTAKEN", 3)
+    monkeypatch.setattr("farplug.redirection.port_protocol.MAX_UNTAKEN", 3)
     device = ScriptedDevice()
     async with MemoryGuest(device) as guest:
         guest.send(p.StartInterruptReceiving(endpoint=INTERRUPT_IN))

@@ -2,8 +2,8 @@
 
 It knows packets and :class:`~farplug.usb.device.Device`, and no kind of device. What it guarantees, whatever the device
 and the guest do (QEMU aborts its VM otherwise): every id has exactly one answer, answers keep their order on each
-endpoint (:mod:`~farplug.redirection.ledger`), nothing is sent that the guest's parser would reject
-(:mod:`farplug.usbredir`), and memory is bounded (:mod:`~farplug.redirection.conversation`).
+endpoint (:mod:`~farplug.redirection.pending_requests`), nothing is sent that the guest's parser would reject
+(:mod:`farplug.usbredir`), and memory is bounded (:mod:`~farplug.redirection.port_protocol`).
 
 Source: usb-redirection-protocol.md (protocol 0.7) and what usbredirhost and QEMU make of it.
 """
@@ -27,14 +27,14 @@ from farplug.errors import (
 )
 from farplug.redirection import events
 from farplug.redirection.acceptance import check_filter, rejected
-from farplug.redirection.conversation import Conversation
-from farplug.redirection.current import Current
+from farplug.redirection.current_device import Current
 from farplug.redirection.describe import connect
 from farplug.redirection.events import Misfit, PortEvent
 from farplug.redirection.figures import EndpointCounters
-from farplug.redirection.ledger import MAX_TRANSFER, Ledger
 from farplug.redirection.offers import OfferChoice, OfferWatch
 from farplug.redirection.operations import Operations
+from farplug.redirection.pending_requests import MAX_TRANSFER, Ledger
+from farplug.redirection.port_protocol import Conversation
 from farplug.redirection.receptions import Receptions
 from farplug.redirection.transfers import Transfers
 from farplug.transport.port import Port

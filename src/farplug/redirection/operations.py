@@ -10,10 +10,10 @@ import asyncio
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from typing import Any
 
-from farplug.redirection.conversation import Conversation
-from farplug.redirection.current import Current
+from farplug.redirection.current_device import Current
 from farplug.redirection.describe import describe
-from farplug.redirection.ledger import Ledger
+from farplug.redirection.pending_requests import Ledger
+from farplug.redirection.port_protocol import Conversation
 from farplug.redirection.receptions import Receptions
 from farplug.usb.device import Device
 from farplug.usb.transfer import Status

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeAlias
 
-from farplug.redirection.conversation import Conversation
-from farplug.redirection.current import Current
+from farplug.redirection.current_device import Current
 from farplug.redirection.figures import EndpointCounters
+from farplug.redirection.port_protocol import Conversation
 from farplug.usb.device import Reception
 from farplug.usb.transfer import Status, Transfer
 from farplug.usb.types import Buffer, Endpoint, TransferType

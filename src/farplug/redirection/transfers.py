@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from farplug.redirection.current import Current
-from farplug.redirection.ledger import Ledger
+from farplug.redirection.current_device import Current
 from farplug.redirection.offers import OfferWatch
+from farplug.redirection.pending_requests import Ledger
 from farplug.usb.types import Setup, TransferType
 from farplug.usbredir import packets as p
 from farplug.usbredir.protocol import Oversized

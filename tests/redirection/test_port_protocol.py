@@ -8,7 +8,7 @@ import itertools
 import pytest
 from tests.redirection.scripted import BULK_IN, BULK_OUT, INTERRUPT_IN, ScriptedDevice, kinds, settle
 
-from farplug.redirection import conversation, events
+from farplug.redirection import events, port_protocol
 from farplug.testing.memory import MemoryGuest
 from farplug.usb import Status
 from farplug.usb.types import Buffer
@@ -18,7 +18,7 @@ from farplug.usbredir.caps import ALL_CAPS, Cap
 
 
 async def test_too_many_pending_transfers_stop_the_reading_not_the_vm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conversation, "MAX_PENDING", 4)
+    monkeypatch.setattr(port_protocol, "MAX_PENDING", 4)
     device = ScriptedDevice()
     async with MemoryGuest(device) as guest:
         pending = [guest.submit_in(BULK_IN, 1) for _ in range(10)]
@@ -33,12 +33,12 @@ async def test_too_many_pending_transfers_stop_the_reading_not_the_vm(monkeypatc
 async def test_what_a_guest_sends_at_once_leaves_the_event_loop_its_turns() -> None:
     device = ScriptedDevice()
     async with MemoryGuest(device) as guest:
-        pending = [guest.submit_in(BULK_IN, 1) for _ in range(10 * conversation.PACKETS_AT_ONCE)]
+        pending = [guest.submit_in(BULK_IN, 1) for _ in range(10 * port_protocol.PACKETS_AT_ONCE)]
         seen = [0]
         while seen[-1] < len(pending):
             await asyncio.sleep(0)
             seen.append(len(device.submitted))
-        assert max(later - earlier for earlier, later in itertools.pairwise(seen)) == conversation.PACKETS_AT_ONCE
+        assert max(later - earlier for earlier, later in itertools.pairwise(seen)) == port_protocol.PACKETS_AT_ONCE
         for transfer in device.submitted:
             transfer.complete(Status.SUCCESS, b"x")
         assert all([(await item).data == b"x" for item in pending])
@@ -69,8 +69,8 @@ async def test_answers_made_while_one_batch_of_input_is_looked_at_leave_together
         assert [len((await answer).data) for answer in answers] == [512] * 8
         assert len(sizes) == 1
         sizes.clear()
-        answers = [guest.submit_in(BULK_IN, conversation.FLUSH_ABOVE // 4) for _ in range(12)]
-        assert all([len((await answer).data) == conversation.FLUSH_ABOVE // 4 for answer in answers])
+        answers = [guest.submit_in(BULK_IN, port_protocol.FLUSH_ABOVE // 4) for _ in range(12)]
+        assert all([len((await answer).data) == port_protocol.FLUSH_ABOVE // 4 for answer in answers])
         assert len(sizes) == 3, "they are not held back without a bound"
 
 

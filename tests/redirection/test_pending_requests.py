@@ -8,7 +8,7 @@ import pytest
 from tests.redirection.scripted import BULK_IN, BULK_OUT, STREAM_IN, ScriptedDevice, kinds, settle
 
 from farplug.errors import DeviceError
-from farplug.redirection import conversation, events, ledger
+from farplug.redirection import events, pending_requests, port_protocol
 from farplug.testing.memory import MemoryGuest, TransferFailed
 from farplug.usb import Status
 from farplug.usbredir import packets as p
@@ -109,7 +109,7 @@ async def test_an_id_that_is_still_pending_is_not_taken_twice() -> None:
 
 
 async def test_more_than_the_bound_in_flight_is_answered_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("farplug.redirection.ledger.MAX_IN_FLIGHT", 1000)
+    monkeypatch.setattr("farplug.redirection.pending_requests.MAX_IN_FLIGHT", 1000)
     device = ScriptedDevice()
     async with MemoryGuest(device) as guest:
         first, second = guest.submit_in(BULK_IN, 600), guest.submit_in(BULK_IN, 600)
@@ -170,13 +170,13 @@ async def test_what_is_refused_holds_no_memory_while_it_waits_for_its_turn() -> 
         first = guest.submit_out(BULK_OUT, b"x")
         size = 8 * 2**20
         more = [guest.submit_out(BULK_OUT, bytes(size)) for _ in range(12)]
-        accepted = 1 + (ledger.MAX_IN_FLIGHT - 1) // size
+        accepted = 1 + (pending_requests.MAX_IN_FLIGHT - 1) // size
         async with asyncio.timeout(20):
             while guest.redirection._conversation.pending < 13:
                 await asyncio.sleep(0.01)
         assert len(device.submitted) == accepted
         held = sum(len(request.data) for request in guest.redirection._ledger._queues[BULK_OUT])
-        assert held <= ledger.MAX_IN_FLIGHT
+        assert held <= pending_requests.MAX_IN_FLIGHT
         for transfer in device.submitted:
             transfer.complete()
         assert (await first).status is Status.SUCCESS
@@ -185,7 +185,7 @@ async def test_what_is_refused_holds_no_memory_while_it_waits_for_its_turn() -> 
 
 
 async def test_ids_used_twice_are_bounded_and_answered_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conversation, "MAX_PENDING", 50)
+    monkeypatch.setattr(port_protocol, "MAX_PENDING", 50)
     device = ScriptedDevice()
     async with MemoryGuest(device) as guest:
         guest.send(*[p.BulkPacket(id=77, endpoint=BULK_IN, status=Status.SUCCESS, length=4)] * 200)

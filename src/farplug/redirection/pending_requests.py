@@ -10,9 +10,9 @@ from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import replace
 
-from farplug.redirection.conversation import Conversation
-from farplug.redirection.current import Current
+from farplug.redirection.current_device import Current
 from farplug.redirection.figures import EndpointCounters
+from farplug.redirection.port_protocol import Conversation
 from farplug.usb.transfer import Status, Transfer
 from farplug.usb.types import Buffer, Setup, TransferType
 from farplug.usbredir import packets as p
