@@ -660,7 +660,7 @@ def test_debug_shows_the_traffic(cli: Cli, image: Path, position: int) -> None:
 def test_a_paused_vm_is_waited_for(
     cli: Cli, image: Path, json_option: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "HELLO_PATIENCE", 0.1)
+    monkeypatch.setattr(engine, "HELLO_TIMEOUT", 0.1)
     with in_thread(FakeGuest(silent=True).listening) as target, interrupted_after(2):
         result = cli("connect", target, "--usb-disk", image, *json_option)
     assert result.code == 130, "no device was plugged in"

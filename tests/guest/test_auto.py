@@ -14,7 +14,7 @@ from tests.guest.test_boot import FAR_BLOCK
 from tests.guest.test_cdrom import drive_of, make_iso
 
 from farplug.redirection import engine, offers
-from farplug.redirection.events import Attached, Configured, FellBack, Misfit, WasReset
+from farplug.redirection.events import Attached, Configured, OfferChanged, OfferProblem, PortReset
 from farplug.target import open_session, parse_target
 from farplug.testing import GuestConfig, QemuGuest, SpicePort, TcpPort
 from farplug.usb import Device, Offer, Speed
@@ -37,9 +37,9 @@ async def until(hub: Plugged, kind: type, count: int = 1) -> None:
             await asyncio.sleep(0.05)
 
 
-def steps(hub: Plugged) -> list[tuple[Misfit, Offer]]:
+def steps(hub: Plugged) -> list[tuple[OfferProblem, Offer]]:
     """Why and how the device was offered again."""
-    return [(event.why, event.offer) for event in hub.seen if isinstance(event, FellBack)]
+    return [(event.why, event.offer) for event in hub.seen if isinstance(event, OfferChanged)]
 
 
 async def driver_of(guest: QemuGuest, device: Device) -> str:
@@ -62,7 +62,7 @@ async def test_linux_without_uas_has_the_disk_after_some_seconds(guests: GuestPo
     device = disk_device(image := blank(tmp_path / "disk.raw"))
     async with plugged(guest.targets[0], device) as hub:
         disk = await disk_of(guest, device)
-        assert steps(hub) == [(Misfit.NOT_USED, Offer(Speed.SUPER, UAS))]
+        assert steps(hub) == [(OfferProblem.NOT_USED, Offer(Speed.SUPER, UAS))]
         assert await driver_of(guest, device) == "usb-storage"
         await guest.check(f"echo hello | dd of={disk} conv=fsync")
     await device.dispose()
@@ -84,7 +84,7 @@ async def test_linux_without_uas_has_the_disk_that_firmware_used_before(guests: 
             assert device.figures.commands > 0
             assert steps(hub) == []
             await disk_of(guest, device)
-            assert steps(hub) == [(Misfit.NOT_USED, Offer(Speed.SUPER, UAS))]
+            assert steps(hub) == [(OfferProblem.NOT_USED, Offer(Speed.SUPER, UAS))]
         finally:
             await hub.close()
     await device.dispose()
@@ -94,19 +94,19 @@ async def test_linux_without_uas_has_the_disk_that_firmware_used_before(guests: 
 async def test_a_vm_that_is_paused_gets_the_other_offer_when_it_goes_on(
     guests: GuestPool, tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(offers, "LEFT_ALONE_AFTER", 3.0)
-    monkeypatch.setattr(engine, "ACK_PATIENCE", 0.5)
+    monkeypatch.setattr(offers, "IDLE_TIMEOUT", 3.0)
+    monkeypatch.setattr(engine, "ACK_TIMEOUT", 0.5)
     guest = await guests.get(WITHOUT_UAS)
     device = disk_device(blank(tmp_path / "disk.raw"))
     async with plugged(guest.targets[port], device) as hub:
         await guest.qmp.execute("stop")
-        await until(hub, FellBack)
+        await until(hub, OfferChanged)
         await asyncio.sleep(3)  # so that there is something to lose
         assert hub.kinds().count(Attached) == 1
         await guest.qmp.execute("cont")
         await disk_of(guest, device)
         assert hub.kinds().count(Attached) == 2
-        assert steps(hub) == [(Misfit.NOT_USED, Offer(Speed.SUPER, UAS))]
+        assert steps(hub) == [(OfferProblem.NOT_USED, Offer(Speed.SUPER, UAS))]
     await device.dispose()
 
 
@@ -114,7 +114,7 @@ async def test_a_mounted_disk_stays_whatever_the_guest_does_not_do(
     guests: GuestPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A driver for Bulk-Only Transport has nothing to say after a reset, nor for as long as nobody reads or writes."""
-    monkeypatch.setattr(offers, "LEFT_ALONE_AFTER", 3.0)
+    monkeypatch.setattr(offers, "IDLE_TIMEOUT", 3.0)
     quirk = "usb_storage.quirks=1d6b:0104:u"
     guest = await guests.get(
         GuestConfig(ports=(TcpPort(),), kernel_arguments=(*AT_ONCE, quirk), programs=("usbreset", "lsusb"))
@@ -127,10 +127,10 @@ async def test_a_mounted_disk_stays_whatever_the_guest_does_not_do(
         before = hub.kinds().count(Configured)
         await guest.check("usbreset 1d6b:0104")
         await until(hub, Configured, before + 1)
-        assert WasReset in hub.kinds()
+        assert PortReset in hub.kinds()
         figures = device.figures
         await guest.check("lsusb -v -d 1d6b:0104")
-        await asyncio.sleep(2 * offers.LEFT_ALONE_AFTER)
+        await asyncio.sleep(2 * offers.IDLE_TIMEOUT)
         assert device.figures == figures  # it was left alone, indeed
         assert steps(hub) == []
         await guest.check("echo 3 >/proc/sys/vm/drop_caches")
@@ -141,17 +141,17 @@ async def test_a_mounted_disk_stays_whatever_the_guest_does_not_do(
 async def test_linux_without_any_driver_gets_the_best_back(
     guests: GuestPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(offers, "LEFT_ALONE_AFTER", 1.0)
+    monkeypatch.setattr(offers, "IDLE_TIMEOUT", 1.0)
     guest = await guests.get(GuestConfig(ports=(TcpPort(),), kernel_arguments=AT_ONCE))
     await guest.check("rmmod uas usb-storage")
     device = disk_device(blank(tmp_path / "disk.raw"))
     async with plugged(guest.targets[0], device) as hub:
         await until(hub, Configured, 4)
-        await asyncio.sleep(3 * offers.LEFT_ALONE_AFTER)
+        await asyncio.sleep(3 * offers.IDLE_TIMEOUT)
         assert steps(hub) == [
-            (Misfit.NOT_USED, Offer(Speed.SUPER, UAS)),
-            (Misfit.NOT_USED, Offer(Speed.HIGH, UAS)),
-            (Misfit.ALL, Offer(Speed.SUPER)),
+            (OfferProblem.NOT_USED, Offer(Speed.SUPER, UAS)),
+            (OfferProblem.NOT_USED, Offer(Speed.HIGH, UAS)),
+            (OfferProblem.ALL, Offer(Speed.SUPER)),
         ]
         await guest.check("modprobe usb-storage; modprobe uas")
         await disk_of(guest, device)
@@ -176,7 +176,7 @@ async def test_slof(tmp_path: Path) -> None:
         assert "cdrom :" in aliases
         assert "disk :" not in aliases
         await until(hub, Attached, 2)
-        assert steps(hub) == [(Misfit.NOT_USED, Offer(Speed.SUPER, UAS))]
+        assert steps(hub) == [(OfferProblem.NOT_USED, Offer(Speed.SUPER, UAS))]
         await pseries.run("reset-all", SLOF_PROMPT)
         aliases = await pseries.run("devalias", SLOF_PROMPT)
         assert "cdrom :" in aliases
@@ -236,7 +236,7 @@ async def test_grub(tmp_path: Path) -> None:
     ):
         await pc.wait_for("grub> ")
         await until(hub, Attached, 2)
-        assert steps(hub) == [(Misfit.NOT_CONFIGURED, Offer(Speed.HIGH))]
+        assert steps(hub) == [(OfferProblem.NOT_CONFIGURED, Offer(Speed.HIGH))]
         name = ""
         async with asyncio.timeout(PATIENCE):
             while not name:  # its prompt looks for new devices
@@ -244,6 +244,6 @@ async def test_grub(tmp_path: Path) -> None:
                 name = next((word for word in words if word.startswith("(usb")), "")
         await pc.run(f"cat {name}{FAR_BLOCK}+1", "grub> ")
         await pc.wait_for("farplug: read by GRUB")
-        await asyncio.sleep(offers.LEFT_ALONE_AFTER)  # a menu that waits for somebody
+        await asyncio.sleep(offers.IDLE_TIMEOUT)  # a menu that waits for somebody
         assert len(steps(hub)) == 1
     await device.dispose()

@@ -85,7 +85,7 @@ def high_sierra(content: bytes) -> bytes:
 def no_reset(hub: Plugged) -> None:
     """The guest's driver never had to give up and start over."""
     kinds = hub.kinds()
-    assert events.WasReset not in kinds[kinds.index(events.Configured) :]
+    assert events.PortReset not in kinds[kinds.index(events.Configured) :]
 
 
 @pytest.mark.parametrize(

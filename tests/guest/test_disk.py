@@ -125,7 +125,7 @@ async def test_a_guest_with_nothing_but_ehci_gets_high_speed_by_itself(guests: G
     image = blank(tmp_path / "disk.raw")
     device = disk_device(image)
     async with plugged(guest.targets[0], device) as hub:
-        assert events.FellBack in hub.kinds()
+        assert events.OfferChanged in hub.kinds()
         assert device.identity.speed is Speed.HIGH
         disk = await disk_of(guest, device)
         usb = f"$(readlink -f /sys/block/{disk.removeprefix('/dev/')}/device/../../../..)"
@@ -140,7 +140,7 @@ async def test_a_port_without_streams_gets_high_speed_by_itself(guest: QemuGuest
     image = blank(tmp_path / "disk.raw")
     device = disk_device(image)
     async with plugged(guest.targets[4], device) as hub:
-        assert [one.why for one in hub.seen if isinstance(one, events.FellBack)] == [events.Misfit.STREAMS]
+        assert [one.why for one in hub.seen if isinstance(one, events.OfferChanged)] == [events.OfferProblem.STREAMS]
         await live(guest, await disk_of(guest, device), "ext4")
     await device.dispose()
     assert read_back(image, "ext4", "hello") == TEXT.encode()

@@ -198,22 +198,22 @@ class Operator:
 
 @pytest.fixture(autouse=True)
 def _short_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reminder, "SOON", 0.02)
-    monkeypatch.setattr(reminder, "LATE", 0.02)
-    monkeypatch.setattr(engine, "ACK_PATIENCE", 0.05)
+    monkeypatch.setattr(reminder, "FIRST_DELAY", 0.02)
+    monkeypatch.setattr(reminder, "MAX_DELAY", 0.02)
+    monkeypatch.setattr(engine, "ACK_TIMEOUT", 0.05)
 
 
 @asynccontextmanager
 async def operator(guests: GuestPool, config: GuestConfig, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Operator]:
     async with guests.fresh(config) as guest:
         one = Operator(guest)
-        remind = port_protocol.Conversation._remind
+        send_reminder = port_protocol.PortProtocol._send_reminder
 
-        def reminded(self: port_protocol.Conversation) -> None:
-            remind(self)
+        def reminded(self: port_protocol.PortProtocol) -> None:
+            send_reminder(self)
             one.reminded.set()
 
-        monkeypatch.setattr(port_protocol.Conversation, "_remind", reminded)
+        monkeypatch.setattr(port_protocol.PortProtocol, "_send_reminder", reminded)
         yield one
 
 

@@ -165,7 +165,7 @@ async def test_a_storm_of_resets_while_it_reads(guest: QemuGuest, tmp_path: Path
         disk = await disk_of(guest, device)
         output = await guest.check(RESET_STORM.format(disk=disk, name=disk.removeprefix("/dev/")))
         assert "reading failed" not in output
-        assert hub.kinds().count(events.WasReset) >= 30
+        assert hub.kinds().count(events.PortReset) >= 30
         await still_works(guest, disk)
     await device.dispose()
 
@@ -239,12 +239,12 @@ async def test_a_guest_that_gives_up_and_a_store_that_answers_late(guest: QemuGu
         settings = f"/sys/block/{disk.removeprefix('/dev/')}/device"
         await guest.check(f"echo 1 >{settings}/timeout; echo 1 >{settings}/eh_timeout")
         store.holds = True
-        resets = hub.kinds().count(events.WasReset)
+        resets = hub.kinds().count(events.PortReset)
         working = asyncio.ensure_future(guest.run(f"dd bs=64k count=4 {work.format(disk=disk)}"))
         async with asyncio.timeout(40):
             while len(store.held) < attempts:
                 await asyncio.sleep(0.05)
-        assert hub.kinds().count(events.WasReset) >= resets + attempts - 1
+        assert hub.kinds().count(events.PortReset) >= resets + attempts - 1
         assert any(figures.cancelled for figures in hub.attachments[0].endpoints)
         store.release()
         assert (await working).exit_code == 0, "the retry went through"

@@ -109,7 +109,7 @@ async def test_a_device_that_is_not_used_is_reported_once(monkeypatch: pytest.Mo
         await guest.wait(lambda: events.Unused in kinds(guest))
         await guest.set_configuration(1)
         guest.reset()
-        await guest.wait(lambda: events.WasReset in kinds(guest))
+        await guest.wait(lambda: events.PortReset in kinds(guest))
         await guest.redirection.detach()
         await guest.redirection.attach(ScriptedDevice())
         await guest.wait(lambda: kinds(guest).count(events.Unused) == 2)
@@ -138,7 +138,7 @@ async def test_a_device_that_is_used_is_not_reported(use: str) -> None:
 
 async def test_a_device_that_waits_for_the_guest_is_not_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "UNUSED_AFTER", 0)
-    monkeypatch.setattr(engine, "HELLO_PATIENCE", 0.01)
+    monkeypatch.setattr(engine, "HELLO_TIMEOUT", 0.01)
     async with MemoryGuest(paused=True) as guest:
         attaching = asyncio.ensure_future(guest.redirection.attach(ScriptedDevice()))
         await guest.wait(lambda: events.WaitingForGuest in kinds(guest))
@@ -151,7 +151,7 @@ async def test_a_device_that_waits_for_the_guest_is_not_reported(monkeypatch: py
 async def test_a_device_that_cannot_be_offered_is_not_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     device = ScriptedDevice()
     async with MemoryGuest() as guest:
-        monkeypatch.setattr(engine, "connect", lambda device: 1 / 0)
+        monkeypatch.setattr(engine, "device_connect", lambda device: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             await guest.redirection.attach(device)
         assert guest.redirection._unused is not None
@@ -159,7 +159,7 @@ async def test_a_device_that_cannot_be_offered_is_not_reported(monkeypatch: pyte
 
 
 async def test_a_guest_that_never_acknowledges(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "ACK_PATIENCE", 0.05)
+    monkeypatch.setattr(engine, "ACK_TIMEOUT", 0.05)
     device = ScriptedDevice()
     async with MemoryGuest(device) as guest:
         monkeypatch.setattr(guest, "_heard", lambda packet: None)
@@ -176,7 +176,7 @@ async def test_without_the_capability_nobody_waits_for_an_acknowledgement() -> N
 
 
 async def test_a_paused_guest_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "HELLO_PATIENCE", 0.01)
+    monkeypatch.setattr(engine, "HELLO_TIMEOUT", 0.01)
     device = ScriptedDevice()
     async with MemoryGuest(paused=True) as guest:
         attaching = asyncio.ensure_future(guest.redirection.attach(device))

@@ -7,7 +7,7 @@ import pytest
 
 from farplug.errors import DeviceError, Reason
 from farplug.redirection import events
-from farplug.redirection.events import Misfit
+from farplug.redirection.events import OfferProblem
 from farplug.usb.device import Identity, Offer
 from farplug.usb.figures import EndpointFigures
 from farplug.usb.types import Speed
@@ -32,9 +32,9 @@ EVENTS: dict[str, tuple[events.PortEvent, str]] = {
         "the VM has not used the device yet: does an operating system run there, or is the VM paused?",
     ),
     "configured": (events.Configured("tcp", 0), "given up by the guest (configuration 0)"),
-    "was-reset": (events.WasReset("tcp"), "reset by the guest"),
-    "fell-back": (
-        events.FellBack("tcp", Misfit.SPEED, Offer(Speed.SUPER), Offer(Speed.HIGH)),
+    "port-reset": (events.PortReset("tcp"), "reset by the guest"),
+    "offer-changed": (
+        events.OfferChanged("tcp", OfferProblem.SPEED, Offer(Speed.SUPER), Offer(Speed.HIGH)),
         "the guest's port cannot take SuperSpeed (5 Gb/s): trying High Speed (480 Mb/s)",
     ),
     "peer-violation": (events.PeerViolation("tcp", ERROR), "the guest broke the protocol: it is gone"),
@@ -89,29 +89,29 @@ BEST, LESSER, LEAST = (
     ("why", "before", "offer", "line"),
     [
         (
-            Misfit.STREAMS, BEST, Offer(Speed.HIGH),
+            OfferProblem.STREAMS, BEST, Offer(Speed.HIGH),
             "the guest's port has no bulk streams for SuperSpeed (5 Gb/s): trying High Speed (480 Mb/s)",
         ),
         (
-            Misfit.NOT_CONFIGURED, BEST, Offer(Speed.HIGH),
+            OfferProblem.NOT_CONFIGURED, BEST, Offer(Speed.HIGH),
             "the guest looked at the device, but did not configure it: trying High Speed (480 Mb/s)",
         ),
         (
-            Misfit.NOT_USED, BEST, LESSER,
+            OfferProblem.NOT_USED, BEST, LESSER,
             "the guest configured the device, but does not use it: trying without USB Attached SCSI",
         ),
         (
-            Misfit.NOT_USED, LESSER, LEAST,
+            OfferProblem.NOT_USED, LESSER, LEAST,
             "the guest configured the device, but does not use it: trying High Speed (480 Mb/s)",
         ),
         (
-            Misfit.ALL, LEAST, BEST,
+            OfferProblem.ALL, LEAST, BEST,
             "the guest uses the device in no way: back to SuperSpeed (5 Gb/s) with USB Attached SCSI",
         ),
     ],
 )  # fmt: skip
-def test_fell_back(why: Misfit, before: Offer, offer: Offer, line: str) -> None:
-    event = events.FellBack("tcp", why, before, offer)
+def test_fell_back(why: OfferProblem, before: Offer, offer: Offer, line: str) -> None:
+    event = events.OfferChanged("tcp", why, before, offer)
     assert str(event) == line
     values = json.loads(json.dumps(events.as_dict(event)))
     assert values["why"] == why.value

@@ -11,8 +11,8 @@ from tests.redirection.scripted import BULK_IN, INTERRUPT_IN, ScriptedDevice, ki
 
 from farplug.errors import Reason, RefusedError
 from farplug.redirection import engine, events, offers
-from farplug.redirection.events import Misfit
-from farplug.redirection.offers import FRUITLESS_RESETS, LEFT_ALONE_AFTER, PATIENCE, OfferWatch
+from farplug.redirection.events import OfferProblem
+from farplug.redirection.offers import ENUMERATION_TIMEOUT, FAILED_ENUMERATIONS, IDLE_TIMEOUT, OfferWatch
 from farplug.testing.memory import MemoryGuest
 from farplug.usb import Offer, Setup, Speed, Status
 from farplug.usb.types import DescriptorType
@@ -41,8 +41,8 @@ class Clock:
         self.now = 0.0
         self._timers: list[_Timer] = []
 
-    def call_later(self, seconds: float, call: Callable[[Misfit], None], misfit: Misfit) -> _Timer:
-        timer = _Timer(self.now + seconds, call, misfit)
+    def call_later(self, seconds: float, call: Callable[[OfferProblem], None], problem: OfferProblem) -> _Timer:
+        timer = _Timer(self.now + seconds, call, problem)
         self._timers.append(timer)
         return timer
 
@@ -51,14 +51,14 @@ class Clock:
         for timer in self._timers:
             if timer.due <= self.now and not timer.over:
                 timer.over = True
-                timer.call(timer.misfit)
+                timer.call(timer.problem)
 
 
 @dataclass
 class _Timer:
     due: float
-    call: Callable[[Misfit], None]
-    misfit: Misfit
+    call: Callable[[OfferProblem], None]
+    problem: OfferProblem
     over: bool = False
 
     def cancel(self) -> None:
@@ -70,14 +70,14 @@ class Watched:
 
     def __init__(self, *, used_at_once: bool = True) -> None:
         self.clock = Clock()
-        self.signs: list[Misfit] = []
+        self.signs: list[OfferProblem] = []
         self.watch = OfferWatch(self.signs.append, self.clock.call_later)
         self.device = Optional(used_at_once=used_at_once)
-        self.watch.offered(self.device)
+        self.watch.start(self.device)
 
     def enumerate(self, *setups: Setup, configure: bool = True) -> None:
         """What a guest does with a device after a reset."""
-        self.watch.was_reset()
+        self.watch.port_reset()
         self.ask(GET_DEVICE, GET_CONFIGURATION, *setups)
         if configure:
             self.watch.configured(1)
@@ -117,40 +117,40 @@ class Optional(ScriptedDevice):
 
 def test_a_guest_that_never_looked_is_waited_for() -> None:
     one = Watched()
-    one.clock.sleep(1000 * LEFT_ALONE_AFTER)
-    one.watch.was_reset()  # firmware resets ports of which it knows nothing
-    one.clock.sleep(1000 * LEFT_ALONE_AFTER)
+    one.clock.sleep(1000 * IDLE_TIMEOUT)
+    one.watch.port_reset()  # firmware resets ports of which it knows nothing
+    one.clock.sleep(1000 * IDLE_TIMEOUT)
     one.ask(GET_DEVICE)
-    one.clock.sleep(1000 * LEFT_ALONE_AFTER)
+    one.clock.sleep(1000 * IDLE_TIMEOUT)
     assert one.signs == []
 
 
 def test_configured_and_left_alone() -> None:
     one = Watched()
     one.enumerate(GET_LANGUAGES, GET_SERIAL_NUMBER)
-    one.clock.sleep(LEFT_ALONE_AFTER - 0.1)
+    one.clock.sleep(IDLE_TIMEOUT - 0.1)
     assert one.signs == []
     one.ask(GET_SERIAL_NUMBER, CLEAR_HALT)  # it is looked at: the silence begins again
-    one.clock.sleep(LEFT_ALONE_AFTER - 0.1)
+    one.clock.sleep(IDLE_TIMEOUT - 0.1)
     assert one.signs == []
     one.clock.sleep(0.1)
-    assert one.signs == [Misfit.NOT_USED]
-    one.clock.sleep(1000 * LEFT_ALONE_AFTER)
-    assert one.signs == [Misfit.NOT_USED]
+    assert one.signs == [OfferProblem.NOT_USED]
+    one.clock.sleep(1000 * IDLE_TIMEOUT)
+    assert one.signs == [OfferProblem.NOT_USED]
 
 
 def test_looked_at_and_not_configured() -> None:
     one = Watched()
     one.enumerate(configure=False)
-    one.clock.sleep(LEFT_ALONE_AFTER)
-    assert one.signs == [Misfit.NOT_CONFIGURED]
+    one.clock.sleep(IDLE_TIMEOUT)
+    assert one.signs == [OfferProblem.NOT_CONFIGURED]
 
 
 def test_given_up_on_purpose() -> None:
     one = Watched()
     one.enumerate()
     one.watch.configured(0)
-    one.clock.sleep(1000 * LEFT_ALONE_AFTER)
+    one.clock.sleep(1000 * IDLE_TIMEOUT)
     assert one.signs == []
 
 
@@ -161,22 +161,22 @@ def test_used_once_is_used(use: Callable[[OfferWatch], None]) -> None:
     one = Watched()
     one.enumerate(GET_LANGUAGES)
     use(one.watch)
-    one.clock.sleep(1000 * LEFT_ALONE_AFTER)
+    one.clock.sleep(1000 * IDLE_TIMEOUT)
     one.ask(GET_LANGUAGES, GET_SERIAL_NUMBER)  # as lsusb does
-    one.clock.sleep(1000 * LEFT_ALONE_AFTER)
+    one.clock.sleep(1000 * IDLE_TIMEOUT)
     for _ in range(3):  # a driver resets the port, and has nothing to do for the device then
         one.enumerate(GET_SERIAL_NUMBER)
-        one.clock.sleep(1000 * LEFT_ALONE_AFTER)
+        one.clock.sleep(1000 * IDLE_TIMEOUT)
         one.ask(GET_LANGUAGES)
-        one.clock.sleep(1000 * LEFT_ALONE_AFTER)
+        one.clock.sleep(1000 * IDLE_TIMEOUT)
     assert one.signs == []
 
 
 def test_a_class_request_before_the_configuration_is_no_use() -> None:
     one = Watched()
     one.enumerate(VENDOR_REQUEST)  # Windows asks for its own descriptors
-    one.clock.sleep(LEFT_ALONE_AFTER)
-    assert one.signs == [Misfit.NOT_USED]
+    one.clock.sleep(IDLE_TIMEOUT)
+    assert one.signs == [OfferProblem.NOT_USED]
 
 
 def test_what_firmware_used_the_next_system_may_not_understand() -> None:
@@ -184,8 +184,8 @@ def test_what_firmware_used_the_next_system_may_not_understand() -> None:
     one.enumerate()
     one.watch.used()
     one.enumerate(GET_LANGUAGES)
-    one.clock.sleep(LEFT_ALONE_AFTER)
-    assert one.signs == [Misfit.NOT_USED]
+    one.clock.sleep(IDLE_TIMEOUT)
+    assert one.signs == [OfferProblem.NOT_USED]
 
 
 def test_what_firmware_used_a_boot_loader_may_not_configure() -> None:
@@ -193,32 +193,32 @@ def test_what_firmware_used_a_boot_loader_may_not_configure() -> None:
     one.enumerate()
     one.watch.used()
     one.enumerate(configure=False)
-    one.clock.sleep(LEFT_ALONE_AFTER)
-    assert one.signs == [Misfit.NOT_CONFIGURED]
+    one.clock.sleep(IDLE_TIMEOUT)
+    assert one.signs == [OfferProblem.NOT_CONFIGURED]
 
 
 def test_the_device_leaves_or_is_reset_meanwhile() -> None:
     one = Watched()
-    for end in (one.watch.left, one.watch.was_reset, lambda: one.watch.offered(one.device)):
-        one.watch.offered(one.device)
+    for end in (one.watch.stop, one.watch.port_reset, lambda: one.watch.start(one.device)):
+        one.watch.start(one.device)
         one.enumerate()
         end()
-        one.clock.sleep(1000 * LEFT_ALONE_AFTER)
+        one.clock.sleep(1000 * IDLE_TIMEOUT)
     assert one.signs == []
 
 
 def test_a_device_that_waits_for_a_program_is_left_alone() -> None:
     one = Watched(used_at_once=False)
     one.enumerate(GET_LANGUAGES)
-    one.clock.sleep(1000 * LEFT_ALONE_AFTER)
+    one.clock.sleep(1000 * IDLE_TIMEOUT)
     one.enumerate(configure=False)
-    one.clock.sleep(1000 * LEFT_ALONE_AFTER)
+    one.clock.sleep(1000 * IDLE_TIMEOUT)
     assert one.signs == []
-    for _ in range(FRUITLESS_RESETS + 1):  # but it must be understood
-        one.watch.was_reset()
+    for _ in range(FAILED_ENUMERATIONS + 1):  # but it must be understood
+        one.watch.port_reset()
         one.ask(GET_DEVICE)
-    one.clock.sleep(PATIENCE)
-    assert one.signs == [Misfit.SPEED]
+    one.clock.sleep(ENUMERATION_TIMEOUT)
+    assert one.signs == [OfferProblem.SPEED]
 
 
 # In a guest -----------------------------------------------------------------------------------------------------------
@@ -227,7 +227,7 @@ def test_a_device_that_waits_for_a_program_is_left_alone() -> None:
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody waits for silence."""
-    monkeypatch.setattr(offers, "LEFT_ALONE_AFTER", 0.01)
+    monkeypatch.setattr(offers, "IDLE_TIMEOUT", 0.01)
 
 
 async def _look(guest: MemoryGuest, device: ScriptedDevice, *setups: Setup) -> None:
@@ -244,8 +244,8 @@ async def _until(guest: MemoryGuest, count: int) -> None:
     await guest.wait(lambda: guest.connected is not None)
 
 
-def _steps(guest: MemoryGuest) -> list[tuple[Misfit, Offer]]:
-    return [(event.why, event.offer) for event in guest.events if isinstance(event, events.FellBack)]
+def _steps(guest: MemoryGuest) -> list[tuple[OfferProblem, Offer]]:
+    return [(event.why, event.offer) for event in guest.events if isinstance(event, events.OfferChanged)]
 
 
 @pytest.mark.usefixtures("at_once")
@@ -255,7 +255,7 @@ async def test_a_guest_without_a_driver_is_offered_less_and_less_and_then_everyt
             await guest.set_configuration(1)
             await _until(guest, count)
         assert _steps(guest) == [
-            (Misfit.NOT_USED, FAST_LESS), (Misfit.NOT_USED, SLOW_LESS), (Misfit.ALL, FAST),
+            (OfferProblem.NOT_USED, FAST_LESS), (OfferProblem.NOT_USED, SLOW_LESS), (OfferProblem.ALL, FAST),
         ]  # fmt: skip
         assert device.offer == FAST
         await guest.set_configuration(1)
@@ -270,7 +270,7 @@ async def test_a_guest_that_does_not_configure_the_device_gets_a_lower_speed_fir
             await _look(guest, device, GET_DEVICE, GET_CONFIGURATION)
             await _until(guest, count)
         assert _steps(guest) == [
-            (Misfit.NOT_CONFIGURED, SLOW), (Misfit.NOT_CONFIGURED, SLOW_LESS), (Misfit.ALL, FAST),
+            (OfferProblem.NOT_CONFIGURED, SLOW), (OfferProblem.NOT_CONFIGURED, SLOW_LESS), (OfferProblem.ALL, FAST),
         ]  # fmt: skip
 
 
@@ -282,7 +282,11 @@ async def test_what_the_port_cannot_take_is_not_offered_again() -> None:
         for count in (3, 4):
             await guest.set_configuration(1)
             await _until(guest, count)
-        assert _steps(guest) == [(Misfit.SPEED, SLOW), (Misfit.NOT_USED, SLOW_LESS), (Misfit.ALL, SLOW)]
+        assert _steps(guest) == [
+            (OfferProblem.SPEED, SLOW),
+            (OfferProblem.NOT_USED, SLOW_LESS),
+            (OfferProblem.ALL, SLOW),
+        ]
         guest.send(p.FilterReject())
         await guest.wait(lambda: guest.connected is None)
         await guest.redirection.detach()
@@ -333,14 +337,14 @@ class Pausing(MemoryGuest):
 
 @pytest.mark.usefixtures("at_once")
 async def test_a_vm_that_is_paused_gets_the_other_offer_when_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "ACK_PATIENCE", 0.02)
+    monkeypatch.setattr(engine, "ACK_TIMEOUT", 0.02)
     async with Pausing(device := Optional()) as guest:
         await guest.set_configuration(1)
         guest.runs = False
         await guest.wait(lambda: guest.connected is None)
         await asyncio.sleep(0.1)  # the guest has not answered, and nobody waits for it
         assert device.offer == FAST
-        assert guest.redirection.state is engine.State.LEAVING
+        assert guest.redirection.state is engine.State.DISCONNECTING
         guest.runs = True
         guest.send(p.DeviceDisconnectAck())
         await _until(guest, 2)
@@ -349,7 +353,7 @@ async def test_a_vm_that_is_paused_gets_the_other_offer_when_it_goes_on(monkeypa
 
 @pytest.mark.usefixtures("at_once")
 async def test_taken_from_a_vm_that_is_paused_while_it_is_to_be_offered_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "ACK_PATIENCE", 0.02)
+    monkeypatch.setattr(engine, "ACK_TIMEOUT", 0.02)
     async with Pausing(device := Optional()) as guest:
         await guest.set_configuration(1)
         guest.runs = False
@@ -370,7 +374,7 @@ async def test_refused_at_one_speed_offered_at_the_next() -> None:
         await guest.wait(lambda: guest.connected is None)
         await settle()
         assert kinds(guest)[1:] == [
-            events.Attached, events.FellBack, events.Attached, events.Refused, events.Detached,
+            events.Attached, events.OfferChanged, events.Attached, events.Refused, events.Detached,
         ]  # fmt: skip
 
 
@@ -385,12 +389,12 @@ class Streaming(Optional):
 @pytest.mark.parametrize(
     ("offers", "steps"),
     [
-        ((FAST, FAST_LESS, SLOW, SLOW_LESS), [(Misfit.STREAMS, SLOW)]),
-        ((FAST, FAST_LESS), [(Misfit.STREAMS, FAST_LESS)]),
+        ((FAST, FAST_LESS, SLOW, SLOW_LESS), [(OfferProblem.STREAMS, SLOW)]),
+        ((FAST, FAST_LESS), [(OfferProblem.STREAMS, FAST_LESS)]),
     ],
 )
 async def test_a_guest_without_streams_is_offered_none(
-    offers: Sequence[Offer], steps: list[tuple[Misfit, Offer]]
+    offers: Sequence[Offer], steps: list[tuple[OfferProblem, Offer]]
 ) -> None:
     async with MemoryGuest(Streaming(offers)) as guest:
         assert _steps(guest) == []
@@ -412,18 +416,18 @@ async def test_a_device_that_needs_streams_is_refused_to_a_guest_without() -> No
 async def test_a_guest_that_does_not_understand_super_speed_gets_high_speed() -> None:
     device = ScriptedDevice((Speed.SUPER, Speed.HIGH))
     async with MemoryGuest(device) as guest:
-        for _ in range(FRUITLESS_RESETS):
+        for _ in range(FAILED_ENUMERATIONS):
             await _look(guest, device, GET_DEVICE)
             guest.reset()
         await _look(guest, device, GET_DEVICE)
-        assert events.FellBack not in kinds(guest)  # it might go on yet
+        assert events.OfferChanged not in kinds(guest)  # it might go on yet
         await guest.wait(lambda: guest.connected is not None and guest.connected.speed == Speed.HIGH)
         assert device.identity.speed == Speed.HIGH
-        for _ in range(FRUITLESS_RESETS + 1):  # there is nothing lower: no further try
+        for _ in range(FAILED_ENUMERATIONS + 1):  # there is nothing lower: no further try
             guest.reset()
             await _look(guest, device, GET_DEVICE)
-        await asyncio.sleep(2 * PATIENCE)
-        assert kinds(guest).count(events.FellBack) == 1
+        await asyncio.sleep(2 * ENUMERATION_TIMEOUT)
+        assert kinds(guest).count(events.OfferChanged) == 1
         await guest.redirection.detach()
         await guest.redirection.attach(device)
         # Another port may take more.
@@ -441,8 +445,8 @@ async def test_resets_of_a_guest_that_understands_are_no_reason_to_fall_back() -
             guest.reset()
             await _look(guest, device, GET_DEVICE)
             await guest.set_configuration(1)
-        await asyncio.sleep(2 * PATIENCE)
-        assert events.FellBack not in kinds(guest)
+        await asyncio.sleep(2 * ENUMERATION_TIMEOUT)
+        assert events.OfferChanged not in kinds(guest)
 
 
 async def _unplug(guest: MemoryGuest) -> None:
@@ -459,7 +463,7 @@ async def test_leaving_while_it_falls_back(leave: Callable[[MemoryGuest], Awaita
     device = ScriptedDevice((Speed.SUPER, Speed.HIGH))
     async with MemoryGuest(device) as guest:
         guest.send(p.FilterReject())
-        await guest.wait(lambda: events.FellBack in kinds(guest))
+        await guest.wait(lambda: events.OfferChanged in kinds(guest))
         await leave(guest)
         assert guest.redirection.device is None
         assert kinds(guest)[-1] is events.Detached

@@ -26,7 +26,7 @@ async def test_reset_cancels_what_is_pending_and_ends_receptions() -> None:
         guest.reset()  # nothing happened since: skipped
         await settle()
         assert device.calls.count("reset") == 1
-        assert kinds(guest).count(events.WasReset) == 1
+        assert kinds(guest).count(events.PortReset) == 1
 
 
 async def test_configurations() -> None:
@@ -116,7 +116,7 @@ async def test_a_device_that_raises_on_cancel_and_on_reset() -> None:
         pending.cancel()
         assert (await pending).status is Status.CANCELLED
         guest.reset()
-        await guest.wait(lambda: events.WasReset in kinds(guest))
+        await guest.wait(lambda: events.PortReset in kinds(guest))
         assert kinds(guest).count(events.DeviceFault) == 2
         device.raises = None
         guest.faults.clear()

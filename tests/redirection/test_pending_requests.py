@@ -172,10 +172,10 @@ async def test_what_is_refused_holds_no_memory_while_it_waits_for_its_turn() -> 
         more = [guest.submit_out(BULK_OUT, bytes(size)) for _ in range(12)]
         accepted = 1 + (pending_requests.MAX_IN_FLIGHT - 1) // size
         async with asyncio.timeout(20):
-            while guest.redirection._conversation.pending < 13:
+            while guest.redirection._protocol.pending < 13:
                 await asyncio.sleep(0.01)
         assert len(device.submitted) == accepted
-        held = sum(len(request.data) for request in guest.redirection._ledger._queues[BULK_OUT])
+        held = sum(len(request.data) for request in guest.redirection._requests._queues[BULK_OUT])
         assert held <= pending_requests.MAX_IN_FLIGHT
         for transfer in device.submitted:
             transfer.complete()
@@ -190,14 +190,14 @@ async def test_ids_used_twice_are_bounded_and_answered_twice(monkeypatch: pytest
     async with MemoryGuest(device) as guest:
         guest.send(*[p.BulkPacket(id=77, endpoint=BULK_IN, status=Status.SUCCESS, length=4)] * 200)
         await settle()
-        assert guest.redirection._conversation.pending == 50
+        assert guest.redirection._protocol.pending == 50
         device.submitted[0].complete(Status.SUCCESS, b"once")
         await guest.wait(lambda: sum(isinstance(packet, p.BulkPacket) for packet in guest.received) == 50)
         await settle()
-        assert guest.redirection._conversation.pending == 50
+        assert guest.redirection._protocol.pending == 50
         await guest.redirection.detach()
         await settle()
-        assert not guest.redirection._conversation.pending
+        assert not guest.redirection._protocol.pending
         answers = [packet.status for packet in guest.received if isinstance(packet, p.BulkPacket)]
         assert len(answers) == 200
 

@@ -111,7 +111,7 @@ async def test_packets_wait_while_an_operation_is_under_way() -> None:
         await settle()
         assert device.submitted == []
         gate.set()
-        await guest.wait(lambda: events.WasReset in kinds(guest))
+        await guest.wait(lambda: events.PortReset in kinds(guest))
         await settle()
         device.submitted[0].complete(Status.SUCCESS, b"after")
         assert (await pending).data == b"after"

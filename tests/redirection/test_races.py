@@ -47,7 +47,7 @@ async def test_leaving_while_it_falls_back_and_the_device_takes_its_time(how: st
     async with MemoryGuest(device) as guest:
         device.gate.clear()
         guest.send(p.FilterReject())
-        await guest.wait(lambda: events.FellBack in kinds(guest))
+        await guest.wait(lambda: events.OfferChanged in kinds(guest))
         await settle()
         assert device.calls[-1] == "closing"
         leaving: asyncio.Task[None] | None = None
@@ -146,7 +146,7 @@ async def test_a_device_that_is_lost_while_it_opens(opens: bool) -> None:
 
 
 async def test_an_operation_that_never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operations, "PATIENCE", 0.05)
+    monkeypatch.setattr(operations, "OPERATION_TIMEOUT", 0.05)
     device = Slow()
     async with MemoryGuest(device) as guest:
         device.operation_gate.clear()
@@ -231,13 +231,13 @@ async def test_the_guest_in_memory_sees_answers_out_of_order_and_twice() -> None
             pending = [guest.submit_in(BULK_IN, 8), guest.submit_in(BULK_IN, 8)]
             await settle()
             for number in order:
-                guest.redirection._conversation.send(
+                guest.redirection._protocol.send(
                     p.BulkPacket(id=pending[number].id, endpoint=BULK_IN, status=Status.SUCCESS, length=0)
                 )
-            guest.redirection._conversation.flush()
+            guest.redirection._protocol.flush()
             await settle()
-            guest.redirection._ledger._queues.clear()
-            guest.redirection._ledger._requests.clear()
+            guest.redirection._requests._queues.clear()
+            guest.redirection._requests._by_id.clear()
 
     with pytest.raises(RemoteProtocolError, match="answered out of order"):
         await misbehave(1, 0)

@@ -144,21 +144,21 @@ async def test_buffered_bulk_and_isochronous() -> None:
 
 
 async def test_packets_that_nobody_takes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("farplug.redirection.port_protocol.MAX_UNTAKEN", 3)
+    monkeypatch.setattr("farplug.redirection.port_protocol.MAX_UNREQUESTED", 3)
     device = ScriptedDevice()
     async with MemoryGuest(device) as guest:
         guest.send(p.StartInterruptReceiving(endpoint=INTERRUPT_IN))
         guest.send(p.StartIsoStream(endpoint=ISO_IN, packets_per_urb=8, urbs=4))
         await settle()
         assert device.listener is not None
-        guest.redirection._conversation.pause_writing()
+        guest.redirection._protocol.pause_writing()
         for _ in range(5):
             device.listener.received(INTERRUPT_IN, Status.SUCCESS, b"k")
         device.listener.received(ISO_IN, Status.SUCCESS, b"s")
         figures = {f.endpoint: f for f in guest.redirection.figures}
         assert (figures[INTERRUPT_IN].transfers, figures[INTERRUPT_IN].dropped) == (3, 2)
         assert (figures[ISO_IN].transfers, figures[ISO_IN].dropped) == (0, 1)
-        guest.redirection._conversation.resume_writing()
+        guest.redirection._protocol.resume_writing()
         device.listener.received(INTERRUPT_IN, Status.SUCCESS, b"k")
         assert {f.endpoint: f.transfers for f in guest.redirection.figures}[INTERRUPT_IN] == 4
 
@@ -168,10 +168,10 @@ async def test_bytes_that_nobody_takes_are_bounded(monkeypatch: pytest.MonkeyPat
     async with MemoryGuest(device) as guest:
         guest.send(p.StartBulkReceiving(stream_id=0, bytes_per_transfer=512, endpoint=BULK_IN, transfers=5))
         await settle()
-        guest.redirection._conversation.pause_writing()
+        guest.redirection._protocol.pause_writing()
         assert device.listener is not None
         for _ in range(10):
             device.listener.received(BULK_IN, Status.SUCCESS, bytes(2**20))
         figures = {f.endpoint: f for f in guest.redirection.figures}
         assert (figures[BULK_IN].transfers, figures[BULK_IN].dropped) == (4, 6)
-        guest.redirection._conversation.resume_writing()
+        guest.redirection._protocol.resume_writing()

@@ -43,7 +43,7 @@ def test_ever_later_until_the_guest_says_something(monkeypatch: pytest.MonkeyPat
     reminder.start()
     assert [clock.pass_on() for _ in range(5)] == [1, 2, 4, 5, 5]
     assert len(said) == 5
-    reminder.heard = True
+    reminder.received = True
     assert [clock.pass_on() for _ in range(3)] == [5, 1, 2]
     assert len(said) == 7
     reminder.start()
@@ -54,8 +54,8 @@ def test_ever_later_until_the_guest_says_something(monkeypatch: pytest.MonkeyPat
 
 
 async def test_a_port_that_loses_wakeups(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reminder, "SOON", 0.001)
-    monkeypatch.setattr(reminder, "LATE", 0.001)
+    monkeypatch.setattr(reminder, "FIRST_DELAY", 0.001)
+    monkeypatch.setattr(reminder, "MAX_DELAY", 0.001)
     async with MemoryGuest() as guest:
         guest.redirection.port.loses_wakeups = True
         await guest.redirection.attach(ScriptedDevice())

@@ -38,8 +38,8 @@ class AttachmentState(StrEnum):
 _STATES: dict[type, AttachmentState] = {
     events.Opened: AttachmentState.WAITING,
     events.Attached: AttachmentState.ATTACHED,
-    events.FellBack: AttachmentState.ATTACHED,
-    events.WasReset: AttachmentState.ATTACHED,
+    events.OfferChanged: AttachmentState.ATTACHED,
+    events.PortReset: AttachmentState.ATTACHED,
     events.Refused: AttachmentState.REFUSED,
 }
 

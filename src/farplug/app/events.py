@@ -195,7 +195,7 @@ class EventQueue:
 _LEVELS: Mapping[type[PortEvent], Level] = {
     port_events.WaitingForGuest: Level.PROGRESS,
     port_events.Unused: Level.PROGRESS,
-    port_events.FellBack: Level.PROGRESS,
+    port_events.OfferChanged: Level.PROGRESS,
     port_events.Attached: Level.GOOD,
     port_events.Configured: Level.GOOD,
     port_events.PeerViolation: Level.BAD,

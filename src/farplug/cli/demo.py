@@ -140,7 +140,7 @@ class _Demo:
 
     def _happened(self, event: Event) -> None:
         shown = event.attachment is not None and event.level in ("good", "info")
-        if shown and event.name not in ("opened", "was-reset"):
+        if shown and event.name not in ("opened", "port-reset"):
             self._good(event.message)
 
     # Showing ------------------------------------------------------------------------------------------------------

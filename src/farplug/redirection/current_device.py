@@ -8,7 +8,7 @@ from farplug.usb.device import Device
 from farplug.usb.types import Endpoint
 
 
-class Current:
+class CurrentDevice:
     """The device that the guest has now.
 
     Attributes:
@@ -26,15 +26,15 @@ class Current:
         self.endpoints: Mapping[int, Endpoint] = {}
         self.touched = False
 
-    def offered(self, device: Device) -> None:
+    def offer(self, device: Device) -> None:
         """The guest has it from here on."""
         self.device = self.usable = device
         self.touched = False
 
-    def leaves(self) -> None:
+    def retire(self) -> None:
         """It begins to leave."""
         self.usable = None
 
-    def left(self) -> None:
+    def clear(self) -> None:
         """The guest has none."""
         self.device = self.usable = None

@@ -14,7 +14,7 @@ MAX_INTERFACES = 32
 _PERIODIC = (TransferType.INTERRUPT, TransferType.ISOCHRONOUS)
 
 
-def connect(device: Device) -> p.DeviceConnect:
+def device_connect(device: Device) -> p.DeviceConnect:
     """The device itself."""
     identity = device.identity
     return p.DeviceConnect(
@@ -28,7 +28,7 @@ def connect(device: Device) -> p.DeviceConnect:
     )
 
 
-def describe(device: Device) -> Iterator[p.Packet]:
+def device_infos(device: Device) -> Iterator[p.Packet]:
     """The interfaces and endpoints of its current setting."""
     interfaces = device.interfaces[:MAX_INTERFACES]
     table = [p.EndpointEntry()] * 32

@@ -27,14 +27,14 @@ from farplug.errors import (
 )
 from farplug.redirection import events
 from farplug.redirection.acceptance import check_filter, rejected
-from farplug.redirection.current_device import Current
-from farplug.redirection.describe import connect
-from farplug.redirection.events import Misfit, PortEvent
+from farplug.redirection.current_device import CurrentDevice
+from farplug.redirection.describe import device_connect
+from farplug.redirection.events import OfferProblem, PortEvent
 from farplug.redirection.figures import EndpointCounters
 from farplug.redirection.offers import OfferChoice, OfferWatch
 from farplug.redirection.operations import Operations
-from farplug.redirection.pending_requests import MAX_TRANSFER, Ledger
-from farplug.redirection.port_protocol import Conversation
+from farplug.redirection.pending_requests import MAX_TRANSFER, PendingRequests
+from farplug.redirection.port_protocol import PortProtocol
 from farplug.redirection.receptions import Receptions
 from farplug.redirection.transfers import Transfers
 from farplug.transport.port import Port
@@ -49,11 +49,11 @@ from farplug.usbredir.protocol import Oversized, Violation
 
 MAX_REPORTED_VIOLATIONS = 20
 """Packets that break the protocol are reported this often for each port; further ones are dropped in silence."""
-HELLO_PATIENCE = 1.5
+HELLO_TIMEOUT = 1.5
 """Seconds after which a guest that has not said hello is reported as one that is waited for."""
 UNUSED_AFTER = 10.0
 """Seconds after which a device is reported that the guest has not used since it was attached."""
-ACK_PATIENCE = 5.0
+ACK_TIMEOUT = 5.0
 """Seconds to wait for the guest's answer to a disconnect; a paused VM gives none."""
 
 SPICE_MAGIC = int.from_bytes(b"REDQ", "little")
@@ -73,7 +73,7 @@ class State(Enum):
     """The guest is ready; no device is in the port."""
     ATTACHED = auto()
     """A device was offered, or is in use."""
-    LEAVING = auto()
+    DISCONNECTING = auto()
     """A device was taken out; the guest has not acknowledged it yet."""
 
     def __str__(self) -> str:
@@ -110,25 +110,25 @@ class Redirection:
         # Waiting and leaving.
         self._hello: asyncio.Future[None] | None = None
         self._acknowledged: asyncio.Future[None] | None = None
-        self._leaving: asyncio.Task[None] | None = None
+        self._detaching: asyncio.Task[None] | None = None
         self._closed: asyncio.Future[FarplugError | None] | None = None
         self._unused: asyncio.TimerHandle | None = None
         # Its parts.
         self._figures = figures = EndpointCounters()
-        self._current = current = Current()
-        self._conversation = conversation = Conversation(port, self._port_closed, self._fault, caps, max_transfer)
-        self._ledger = ledger = Ledger(conversation, current, figures, max_transfer)
-        self._receptions = receptions = Receptions(conversation, current, figures, max_transfer)
-        self._operations = operations = Operations(conversation, current, ledger, receptions, self._described)
+        self._current = current = CurrentDevice()
+        self._protocol = protocol = PortProtocol(port, self._port_closed, self._fault, caps, max_transfer)
+        self._requests = requests = PendingRequests(protocol, current, figures, max_transfer)
+        self._receptions = receptions = Receptions(protocol, current, figures, max_transfer)
+        self._operations = operations = Operations(protocol, current, requests, receptions, self._described)
         self._choice = OfferChoice(port.name, on_event, self._offer_again, self._cannot_offer)
-        self._watch = OfferWatch(self._misfit)
-        transfers = Transfers(current, ledger, self._watch)
-        conversation.handlers = {
+        self._watch = OfferWatch(self._offer_failed)
+        transfers = Transfers(current, requests, self._watch)
+        protocol.handlers = {
             p.BulkPacket: transfers.bulk,
             p.ControlPacket: transfers.control,
             p.InterruptPacket: transfers.interrupt_out,
             Oversized: transfers.oversized,
-            p.CancelDataPacket: lambda packet: ledger.cancel(packet.id),
+            p.CancelDataPacket: lambda packet: requests.cancel(packet.id),
             p.IsoPacket: receptions.iso_out,
             p.StartIsoStream: self._start_receiving,
             p.StopIsoStream: receptions.stop,
@@ -178,7 +178,7 @@ class Redirection:
         self._closed = loop.create_future()
         self.state = State.WAITING
         try:
-            await self._conversation.open()
+            await self._protocol.open()
         except BaseException:
             self.state = State.CLOSED
             self._hello = self._closed = None
@@ -204,11 +204,11 @@ class Redirection:
         try:
             await self._wait_for_hello()
             check_filter(self._guest_filter, device)
-            self._choice.first(device, streams=self._conversation.guest_has(Cap.BULK_STREAMS))
+            self._choice.select_first(device, streams=self._protocol.guest_has(Cap.BULK_STREAMS))
             await device.open(self)
             opened = True
             if self._closed is None or self._closed.done():
-                raise self._gone()
+                raise self._guest_gone()
             if self._loss is not None:
                 raise self._loss
             check_filter(self._guest_filter, device)  # the guest may have told it only now
@@ -228,7 +228,7 @@ class Redirection:
         Does nothing if there is no device. Raises ``DeviceError`` if what was written could not be made durable.
         """
         if self._offered:
-            await asyncio.shield(self._start_leaving(None))
+            await asyncio.shield(self._start_detach(None))
 
     async def close(self) -> None:
         """Detach, then close the port."""
@@ -243,8 +243,8 @@ class Redirection:
         if self._closed is None:
             return None
         error = await asyncio.shield(self._closed)
-        if self._leaving is not None:
-            await asyncio.wait([self._leaving])
+        if self._detaching is not None:
+            await asyncio.wait([self._detaching])
         return error
 
     # Attaching and leaving ---------------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ class Redirection:
     async def _wait_for_hello(self) -> None:
         assert self._hello is not None
         timer = asyncio.get_running_loop().call_later(
-            HELLO_PATIENCE, lambda: self._emit(events.WaitingForGuest(self.port.name))
+            HELLO_TIMEOUT, lambda: self._emit(events.WaitingForGuest(self.port.name))
         )
         try:
             await asyncio.shield(self._hello)
@@ -260,26 +260,26 @@ class Redirection:
             timer.cancel()
 
     def _offer(self, device: Device) -> None:
-        identity, connecting = device.identity, connect(device)
+        identity, connecting = device.identity, device_connect(device)
         self._operations.describe(device)
-        self._conversation.send(connecting)
+        self._protocol.send(connecting)
         self.state = State.ATTACHED
         self._offered = True
-        self._current.offered(device)
-        self._watch.offered(device)
-        self._conversation.flush()
+        self._current.offer(device)
+        self._watch.start(device)
+        self._protocol.flush()
         if self.port.loses_wakeups:
-            self._conversation.reminder.start()
+            self._protocol.reminder.start()
         self._emit(events.Attached(self.port.name, identity, identity.speed))
 
     async def _offer_again(self, device: Device, offer: Offer) -> None:
         """Take a device from the guest and offer it again in another way, unless it is leaving by then."""
         await self._disconnect()
-        if self.state is State.EMPTY and self._leaving is None:
+        if self.state is State.EMPTY and self._detaching is None:
             await device.close()
             device.select(offer)
             await device.open(self)
-            if self.state is State.EMPTY and self._leaving is None:
+            if self.state is State.EMPTY and self._detaching is None:
                 self._offer(device)
 
     def _described(self, endpoints: Collection[Endpoint]) -> None:
@@ -294,15 +294,15 @@ class Redirection:
         if self._unused is not None:
             self._unused.cancel()
 
-    def _start_leaving(self, error: FarplugError | None) -> asyncio.Task[None]:
-        if self._leaving is None:
+    def _start_detach(self, error: FarplugError | None) -> asyncio.Task[None]:
+        if self._detaching is None:
             self._cancel_unused()
-            self._current.leaves()
-            self._leaving = asyncio.get_running_loop().create_task(self._leave(error))
-            self._leaving.add_done_callback(_retrieve)
-        return self._leaving
+            self._current.retire()
+            self._detaching = asyncio.get_running_loop().create_task(self._detach(error))
+            self._detaching.add_done_callback(_retrieve)
+        return self._detaching
 
-    async def _leave(self, error: FarplugError | None) -> None:
+    async def _detach(self, error: FarplugError | None) -> None:
         device = self._device
         assert device is not None
         try:
@@ -327,37 +327,37 @@ class Redirection:
             figures = self.figures
             self._device = None
             self._offered = False
-            self._leaving = None
+            self._detaching = None
             self._emit(events.Detached(self.port.name, error, figures))
 
     async def _disconnect(self) -> None:
         """Out of the guest: pending transfers answered, the guest told, its acknowledgement awaited."""
-        self._ledger.cancel_all()
-        self._current.left()
-        self._watch.left()
-        self._receptions.forget()
+        self._requests.cancel_all()
+        self._current.clear()
+        self._watch.stop()
+        self._receptions.drop()
         if self.state is not State.ATTACHED:
-            self._conversation.reminder.stop()
+            self._protocol.reminder.stop()
             return
-        self.state = State.LEAVING
+        self.state = State.DISCONNECTING
         self._acknowledged = asyncio.get_running_loop().create_future()
-        self._conversation.send(p.DeviceDisconnect())
-        self._conversation.flush()
-        self._conversation.pump()  # nothing is pending any more that could have held it back
-        if self._conversation.guest_has(Cap.DEVICE_DISCONNECT_ACK):
-            await self._acknowledgement(self._acknowledged)
-        self._conversation.reminder.stop()
-        if self.state is State.LEAVING:
+        self._protocol.send(p.DeviceDisconnect())
+        self._protocol.flush()
+        self._protocol.pump()  # nothing is pending any more that could have held it back
+        if self._protocol.guest_has(Cap.DEVICE_DISCONNECT_ACK):
+            await self._wait_for_ack(self._acknowledged)
+        self._protocol.reminder.stop()
+        if self.state is State.DISCONNECTING:
             self.state = State.EMPTY
 
-    async def _acknowledgement(self, acknowledged: asyncio.Future[None]) -> None:
+    async def _wait_for_ack(self, acknowledged: asyncio.Future[None]) -> None:
         """Wait until the guest has acknowledged the disconnect.
 
-        If the device is to leave, for :data:`ACK_PATIENCE`. If it is only to be offered again, for as long as it takes:
+        If the device is to leave, for :data:`ACK_TIMEOUT`. If it is only to be offered again, for as long as it takes:
         a paused VM acknowledges when it goes on.
         """
-        while not (await asyncio.wait([acknowledged], timeout=ACK_PATIENCE))[0]:
-            if self._leaving is not None:
+        while not (await asyncio.wait([acknowledged], timeout=ACK_TIMEOUT))[0]:
+            if self._detaching is not None:
                 log.warning("%s: the guest did not acknowledge that the device left; it may be paused", self.port.name)
                 self.port.abort()  # what it would still say could not be told from the next device's
                 return
@@ -371,14 +371,14 @@ class Redirection:
         if self._acknowledged is not None and not self._acknowledged.done():
             self._acknowledged.set_result(None)
         if not self._hello.done():
-            self._hello.set_exception(error or self._gone())
+            self._hello.set_exception(error or self._guest_gone())
             self._hello.exception()  # nobody need be waiting
         elif self._offered:
-            self._start_leaving(error or self._gone())
+            self._start_detach(error or self._guest_gone())
         if not self._closed.done():
             self._closed.set_result(error)
 
-    def _gone(self) -> GuestGoneError:
+    def _guest_gone(self) -> GuestGoneError:
         return GuestGoneError(f"the connection to the guest was closed ({self.port.name})")
 
     # What the device reports (DeviceListener) ---------------------------------------------------------------------
@@ -390,18 +390,18 @@ class Redirection:
     def received(self, endpoint: int, status: Status, data: Buffer) -> None:
         """One packet of a running reception."""
         self._receptions.received(endpoint, status, data)
-        self._conversation.said()
+        self._protocol.said()
 
     def reception_ended(self, endpoint: int, status: Status) -> None:
         """A reception ended by itself (stall), or reports an error while it runs on."""
         self._receptions.ended(endpoint, status)
-        self._conversation.said()
+        self._protocol.said()
 
     def lost(self, error: Exception | None) -> None:
         """The device is gone: tell the guest."""
         message = "the device is gone" if error is None else f"the device is gone: {error}"
         if self._offered:
-            self._start_leaving(DeviceError(message, reason=Reason.DEVICE_LOST))
+            self._start_detach(DeviceError(message, reason=Reason.DEVICE_LOST))
         else:
             self._loss = DeviceError(message, reason=Reason.DEVICE_LOST)
 
@@ -411,15 +411,15 @@ class Redirection:
 
     # Offers -------------------------------------------------------------------------------------------------------
 
-    def _misfit(self, misfit: Misfit) -> None:
+    def _offer_failed(self, problem: OfferProblem) -> None:
         """Have the device offered in another way, if there is one that the guest may take."""
         device = self._current.usable
         if device is not None:
-            self._choice.fall_back(device, misfit)
+            self._choice.offer_next(device, problem)
 
     def _cannot_offer(self, error: Exception, why: DeviceError) -> None:
         self._fault(error)
-        self._start_leaving(why)
+        self._start_detach(why)
 
     # The guest's words --------------------------------------------------------------------------------------------
 
@@ -427,19 +427,19 @@ class Redirection:
         assert self._hello is not None
         if self.state is not State.WAITING:
             return
-        self._conversation.hello_received()
+        self._protocol.hello_received()
         self.state = State.EMPTY
         self._emit(events.GuestReady(self.port.name, packet.version, packet.capabilities.names))
         if not self._hello.done():
             self._hello.set_result(None)
 
     def _reset(self, packet: p.Reset) -> None:
-        self._watch.was_reset()
+        self._watch.port_reset()
         self._cancel_unused()
         device = self._current.usable
         if device is not None and self._current.touched:  # else it was reset a moment ago
             self._current.touched = False
-            self._operations.reset(device, lambda: self._emit(events.WasReset(self.port.name)))
+            self._operations.reset(device, lambda: self._emit(events.PortReset(self.port.name)))
 
     def _set_configuration(self, packet: p.SetConfiguration) -> None:
         self._current.touched = True
@@ -480,12 +480,12 @@ class Redirection:
         except RefusedError as filtered:
             self._refused(filtered)
         else:
-            if not self._choice.fall_back(device, Misfit.SPEED):
+            if not self._choice.offer_next(device, OfferProblem.SPEED):
                 self._refused(rejected(device.identity))
 
     def _refused(self, error: RefusedError) -> None:
         self._emit(events.Refused(self.port.name, error))
-        self._start_leaving(error)
+        self._start_detach(error)
 
     def _on_disconnect_ack(self, packet: p.DeviceDisconnectAck) -> None:
         if self._acknowledged is not None and not self._acknowledged.done():

@@ -117,16 +117,16 @@ class Configured(PortEvent):
 
 
 @dataclass(frozen=True, slots=True)
-class WasReset(PortEvent):
+class PortReset(PortEvent):
     """The guest reset the port."""
 
-    name: ClassVar[str] = "was-reset"
+    name: ClassVar[str] = "port-reset"
 
     def __str__(self) -> str:
         return "reset by the guest"
 
 
-class Misfit(StrEnum):
+class OfferProblem(StrEnum):
     """Why a device is offered in another way."""
 
     SPEED = "speed"
@@ -142,7 +142,7 @@ class Misfit(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class FellBack(PortEvent):
+class OfferChanged(PortEvent):
     """The guest does not take the device as it is: it is offered in another way.
 
     Attributes:
@@ -151,22 +151,22 @@ class FellBack(PortEvent):
         offer: how it is offered now.
     """
 
-    name: ClassVar[str] = "fell-back"
-    why: Misfit
+    name: ClassVar[str] = "offer-changed"
+    why: OfferProblem
     before: Offer
     offer: Offer
 
     def __str__(self) -> str:
         match self.why:
-            case Misfit.SPEED:
+            case OfferProblem.SPEED:
                 fact = f"the guest's port cannot take {speed_name(self.before.speed)}"
-            case Misfit.STREAMS:
+            case OfferProblem.STREAMS:
                 fact = f"the guest's port has no bulk streams for {speed_name(self.before.speed)}"
-            case Misfit.NOT_CONFIGURED:
+            case OfferProblem.NOT_CONFIGURED:
                 fact = "the guest looked at the device, but did not configure it"
-            case Misfit.NOT_USED:
+            case OfferProblem.NOT_USED:
                 fact = "the guest configured the device, but does not use it"
-            case Misfit.ALL:
+            case OfferProblem.ALL:
                 return f"the guest uses the device in no way: back to {self._change}"
         return f"{fact}: trying {self._change}"
 

@@ -25,17 +25,17 @@ from typing import Protocol
 
 from farplug.errors import DeviceError, Reason
 from farplug.redirection.acceptance import no_streams
-from farplug.redirection.events import FellBack, Misfit
+from farplug.redirection.events import OfferChanged, OfferProblem
 from farplug.usb.device import Device, Offer
 from farplug.usb.types import DescriptorType, Request, RequestType, Setup
 
-FRUITLESS_RESETS = 2
+FAILED_ENUMERATIONS = 2
 """Port resets, each after a look at the device descriptor and at nothing else, after which the guest is suspected not
 to understand. If it does, it goes on at once after its next look."""
-PATIENCE = 0.05
+ENUMERATION_TIMEOUT = 0.05
 """Seconds that a suspected guest has to go on. The device leaves between two tries then: to take it away in the middle
 of one makes Linux wait 10 s for an answer to its SET_ADDRESS."""
-LEFT_ALONE_AFTER = 10.0
+IDLE_TIMEOUT = 10.0
 """Seconds without a request after which a guest is taken to leave the device alone. A Linux whose drivers are not in
 its initramfs loads them seconds after it has found the device, and a new device makes Windows look for a driver."""
 
@@ -51,33 +51,33 @@ class OfferWatch:
     """Watches what the guest does with an offer, and reports signs that it cannot take the offer.
 
     Args:
-        misfit: called with each sign. There may be further ones until the device is offered again, or has left.
+        report: called with each sign. There may be further ones until the device is offered again, or has left.
         call_later: as the event loop's, which is the default.
     """
 
     def __init__(
         self,
-        misfit: Callable[[Misfit], None],
-        call_later: Callable[[float, Callable[[Misfit], None], Misfit], Timer] | None = None,
+        report: Callable[[OfferProblem], None],
+        call_later: Callable[[float, Callable[[OfferProblem], None], OfferProblem], Timer] | None = None,
     ) -> None:
-        self._misfit = misfit
+        self._report = report
         self._call_later = call_later
         self._timer: Timer | None = None
-        self.left()
+        self.stop()
 
-    def offered(self, device: Device) -> None:
+    def start(self, device: Device) -> None:
         """Begin: the device was offered."""
-        self.left()
+        self.stop()
         self._expects_use = device.used_at_once
 
-    def left(self) -> None:
+    def stop(self) -> None:
         """End: the guest has no device."""
-        self._stop()
+        self._cancel_timer()
         self._expects_use = False
-        self._fruitless = 0
-        self._looked = False
+        self._failed_enumerations = 0
+        self._read_device_only = False
         """Whether the guest read the device descriptor since the last reset, and nothing else."""
-        self._read = False
+        self._read_configuration = False
         """Whether the guest read the configuration descriptor since the last reset."""
         self._configured = False
         self._used = False
@@ -92,22 +92,22 @@ class OfferWatch:
         if setup.request == Request.GET_DESCRIPTOR:
             kind = setup.value >> 8
             if kind == DescriptorType.DEVICE:
-                self._looked = True
-                if self._fruitless >= FRUITLESS_RESETS:
-                    self._wait(Misfit.SPEED, PATIENCE)
+                self._read_device_only = True
+                if self._failed_enumerations >= FAILED_ENUMERATIONS:
+                    self._wait(OfferProblem.SPEED, ENUMERATION_TIMEOUT)
                     return
             else:
-                self._looked = False
-                self._fruitless = 0
-            self._read = self._read or kind == DescriptorType.CONFIGURATION
+                self._read_device_only = False
+                self._failed_enumerations = 0
+            self._read_configuration = self._read_configuration or kind == DescriptorType.CONFIGURATION
             if setup.value == DescriptorType.STRING << 8 and not self._configured:
                 self._used = False  # another system begins
         self._wait_for_use()
 
     def configured(self, configuration: int) -> None:
         """Note a SET_CONFIGURATION; 0: the guest gave the device up."""
-        self._looked = self._read = False
-        self._fruitless = 0
+        self._read_device_only = self._read_configuration = False
+        self._failed_enumerations = 0
         self._configured = configuration != 0
         self._wait_for_use()
 
@@ -115,30 +115,30 @@ class OfferWatch:
         """Note what only a driver does."""
         if not self._used:
             self._used = True
-            self._stop()
+            self._cancel_timer()
 
-    def was_reset(self) -> None:
+    def port_reset(self) -> None:
         """Note a reset of the port."""
-        self._stop()
-        if self._looked:
-            self._fruitless += 1
-        self._looked = self._read = self._configured = False
+        self._cancel_timer()
+        if self._read_device_only:
+            self._failed_enumerations += 1
+        self._read_device_only = self._read_configuration = self._configured = False
 
     def _wait_for_use(self) -> None:
-        self._stop()
+        self._cancel_timer()
         if not self._expects_use:
             return
         if self._configured and not self._used:
-            self._wait(Misfit.NOT_USED, LEFT_ALONE_AFTER)
-        elif self._read and not self._configured:
-            self._wait(Misfit.NOT_CONFIGURED, LEFT_ALONE_AFTER)
+            self._wait(OfferProblem.NOT_USED, IDLE_TIMEOUT)
+        elif self._read_configuration and not self._configured:
+            self._wait(OfferProblem.NOT_CONFIGURED, IDLE_TIMEOUT)
 
-    def _wait(self, misfit: Misfit, seconds: float) -> None:
-        self._stop()
+    def _wait(self, problem: OfferProblem, seconds: float) -> None:
+        self._cancel_timer()
         call_later = self._call_later or asyncio.get_running_loop().call_later
-        self._timer = call_later(seconds, self._misfit, misfit)
+        self._timer = call_later(seconds, self._report, problem)
 
-    def _stop(self) -> None:
+    def _cancel_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -157,7 +157,7 @@ class OfferChoice:
     def __init__(
         self,
         port: str,
-        emit: Callable[[FellBack], None],
+        emit: Callable[[OfferChanged], None],
         offer_again: Callable[[Device, Offer], Awaitable[None]],
         failed: Callable[[Exception, DeviceError], None],
     ) -> None:
@@ -170,7 +170,7 @@ class OfferChoice:
         """What the guest's port can take, whether or not the guest has a driver for it."""
         self._tried_all = False
 
-    def first(self, device: Device, *, streams: bool) -> None:
+    def select_first(self, device: Device, *, streams: bool) -> None:
         """Select the best offer that a guest with or without bulk ``streams`` can take; a port before this one may have
         taken less.
 
@@ -183,12 +183,12 @@ class OfferChoice:
             offer = _slower(device) or _lesser(device)
             if offer is None:
                 raise no_streams(device.identity)
-            self._emit(FellBack(self._port, Misfit.STREAMS, device.offer, offer))
+            self._emit(OfferChanged(self._port, OfferProblem.STREAMS, device.offer, offer))
             device.select(offer)
         self._best = device.offer
         self._tried_all = False
 
-    def fall_back(self, device: Device, misfit: Misfit) -> bool:
+    def offer_next(self, device: Device, problem: OfferProblem) -> bool:
         """Have a device offered in the next way that the guest may take. False: there is none.
 
         A guest that leaves the device alone in every way has no driver at all, or not yet: it gets the best offer back,
@@ -196,20 +196,20 @@ class OfferChoice:
         """
         if self._task is not None:
             return True
-        if misfit is Misfit.SPEED:
+        if problem is OfferProblem.SPEED:
             offer = _slower(device)
             self._best = offer or self._best
         elif self._tried_all:
             return False
         else:
-            offer = _lesser(device) if misfit is Misfit.NOT_USED else _slower(device) or _lesser(device)
+            offer = _lesser(device) if problem is OfferProblem.NOT_USED else _slower(device) or _lesser(device)
             if offer is None:
                 self._tried_all = True
-                misfit, offer = Misfit.ALL, self._best
+                problem, offer = OfferProblem.ALL, self._best
         if offer is None or offer == device.offer:
             return False
-        self._emit(FellBack(self._port, misfit, device.offer, offer))
-        self._task = asyncio.get_running_loop().create_task(self._fall_back(device, offer))
+        self._emit(OfferChanged(self._port, problem, device.offer, offer))
+        self._task = asyncio.get_running_loop().create_task(self._offer(device, offer))
         return True
 
     async def finished(self) -> None:
@@ -217,7 +217,7 @@ class OfferChoice:
         if self._task is not None:
             await asyncio.wait([self._task])
 
-    async def _fall_back(self, device: Device, offer: Offer) -> None:
+    async def _offer(self, device: Device, offer: Offer) -> None:
         try:
             await self._offer_again(device, offer)
         except Exception as error:

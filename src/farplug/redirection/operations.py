@@ -10,17 +10,17 @@ import asyncio
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from typing import Any
 
-from farplug.redirection.current_device import Current
-from farplug.redirection.describe import describe
-from farplug.redirection.pending_requests import Ledger
-from farplug.redirection.port_protocol import Conversation
+from farplug.redirection.current_device import CurrentDevice
+from farplug.redirection.describe import device_infos
+from farplug.redirection.pending_requests import PendingRequests
+from farplug.redirection.port_protocol import PortProtocol
 from farplug.redirection.receptions import Receptions
 from farplug.usb.device import Device
 from farplug.usb.transfer import Status
 from farplug.usb.types import Endpoint, Interface
 from farplug.usbredir import packets as p
 
-PATIENCE = 5.0
+OPERATION_TIMEOUT = 5.0
 """Seconds that an operation may take."""
 NO_SETTING = 255
 """The alternate setting in an answer about an interface that does not exist."""
@@ -30,26 +30,26 @@ class Operations:
     """Runs operations, and answers the guest's.
 
     Args:
-        conversation: takes the answers; it waits while an operation is under way.
+        protocol: takes the answers; it waits while an operation is under way.
         current: the device that answers; while there is none the answers are I/O errors.
-        ledger: whose transfers a setting ends.
+        requests: whose transfers a setting ends.
         receptions: which a setting ends.
         described: called with the endpoints of a setting that the guest was told.
     """
 
     def __init__(
         self,
-        conversation: Conversation,
-        current: Current,
-        ledger: Ledger,
+        protocol: PortProtocol,
+        current: CurrentDevice,
+        requests: PendingRequests,
         receptions: Receptions,
         described: Callable[[Collection[Endpoint]], None],
     ) -> None:
-        self._conversation = conversation
+        self._protocol = protocol
         self._current = current
-        self._send = conversation.send
-        self._fault = conversation.fault
-        self._ledger = ledger
+        self._send = protocol.send
+        self._fault = protocol.fault
+        self._requests = requests
         self._receptions = receptions
         self._described = described
         self._task: asyncio.Task[None] | None = None
@@ -62,7 +62,7 @@ class Operations:
     def describe(self, device: Device) -> None:
         """Tell the guest the interfaces and endpoints of the current setting; all, or nothing if the device raises."""
         endpoints = {e.address: e for interface in device.interfaces for e in interface.endpoints}
-        packets = list(describe(device))
+        packets = list(device_infos(device))
         self._current.endpoints = endpoints
         for packet in packets:
             self._send(packet)
@@ -72,7 +72,7 @@ class Operations:
         """The guest reset the port. Nobody answers that; ``then`` is called afterwards."""
 
         async def operation() -> None:
-            self._ledger.cancel_all()
+            self._requests.cancel_all()
             await self._status(device.reset())
             self._receptions.end_all()
             then()
@@ -87,8 +87,8 @@ class Operations:
             return
 
         async def operation() -> None:
-            self._ledger.cancel_all()
-            self._receptions.forget()
+            self._requests.cancel_all()
+            self._receptions.drop()
             status = await self._status(device.set_configuration(packet.configuration))
             chosen = 0
             try:
@@ -97,7 +97,7 @@ class Operations:
             except Exception as error:  # a device that is being pulled out, say
                 self._fault(error)
                 status = Status.IO_ERROR
-            self._send(p.ConfigurationStatus(id=packet.id, status=_answerable(status), configuration=chosen))
+            self._send(p.ConfigurationStatus(id=packet.id, status=_operation_status(status), configuration=chosen))
             if status is Status.SUCCESS:
                 then(chosen)
 
@@ -127,8 +127,8 @@ class Operations:
         endpoints = {endpoint.address: endpoint for endpoint in interface.endpoints}
 
         async def operation() -> None:
-            self._ledger.cancel_all(endpoints)
-            self._receptions.forget(endpoints)
+            self._requests.cancel_all(endpoints)
+            self._receptions.drop(endpoints)
             status = await self._status(device.set_interface(number, packet.alt))
             if status is Status.SUCCESS:
                 try:
@@ -170,7 +170,9 @@ class Operations:
 
         def answer(status: Status) -> None:
             self._send(
-                p.BulkStreamsStatus(id=packet.id, endpoints=packet.endpoints, streams=count, status=_answerable(status))
+                p.BulkStreamsStatus(
+                    id=packet.id, endpoints=packet.endpoints, streams=count, status=_operation_status(status)
+                )
             )
 
         async def operation(device: Device) -> None:
@@ -196,7 +198,7 @@ class Operations:
         return found[0] if found else Status.INVALID
 
     def _answer_setting(self, id: int, status: Status, number: int, alternate: int) -> None:
-        self._send(p.AltSettingStatus(id=id, status=_answerable(status), interface=number, alt=alternate))
+        self._send(p.AltSettingStatus(id=id, status=_operation_status(status), interface=number, alt=alternate))
 
     def _run(self, operation: Coroutine[Any, Any, None]) -> None:
         async def run() -> None:
@@ -204,20 +206,20 @@ class Operations:
                 await operation
             finally:
                 self._task = None
-                self._conversation.go_on()
+                self._protocol.resume()
 
-        self._conversation.busy = True
+        self._protocol.busy = True
         self._task = asyncio.get_running_loop().create_task(run())
 
     async def _status(self, call: Awaitable[Status]) -> Status:
         try:
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(OPERATION_TIMEOUT):
                 return await call
         except Exception as error:
             self._fault(error)
             return Status.IO_ERROR
 
 
-def _answerable(status: Status) -> Status:
+def _operation_status(status: Status) -> Status:
     """Statuses that usbredir defines for operations: a stall is an I/O error there."""
     return Status.IO_ERROR if status is Status.STALL else status

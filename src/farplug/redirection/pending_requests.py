@@ -10,9 +10,9 @@ from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import replace
 
-from farplug.redirection.current_device import Current
+from farplug.redirection.current_device import CurrentDevice
 from farplug.redirection.figures import EndpointCounters
-from farplug.redirection.port_protocol import Conversation
+from farplug.redirection.port_protocol import PortProtocol
 from farplug.usb.transfer import Status, Transfer
 from farplug.usb.types import Buffer, Setup, TransferType
 from farplug.usbredir import packets as p
@@ -53,11 +53,11 @@ class Request(Transfer):
         self.abandoned = False
 
 
-class Ledger:
+class PendingRequests:
     """The requests that are not answered yet.
 
     Args:
-        conversation: takes the answers.
+        protocol: takes the answers.
         current: the device that answers; while there is none every request is answered with an I/O error.
         figures: where what moved is counted.
         max_transfer: bytes, see :data:`MAX_TRANSFER`.
@@ -65,17 +65,17 @@ class Ledger:
 
     def __init__(
         self,
-        conversation: Conversation,
-        current: Current,
+        protocol: PortProtocol,
+        current: CurrentDevice,
         figures: EndpointCounters,
         max_transfer: int = MAX_TRANSFER,
     ) -> None:
-        self._conversation = conversation
+        self._protocol = protocol
         self._current = current
         self._figures = figures
-        self._send = conversation.send
+        self._send = protocol.send
         self._max_transfer = max_transfer
-        self._requests: dict[int, Request] = {}
+        self._by_id: dict[int, Request] = {}
         self._queues: dict[int, deque[Request]] = {}
         self._in_flight = 0
 
@@ -112,10 +112,10 @@ class Ledger:
             stream_id=stream_id,
         )
         size, device = request.length, self._current.device
-        valid = self._requests.setdefault(id, request) is request and valid and size <= self._max_transfer
+        valid = self._by_id.setdefault(id, request) is request and valid and size <= self._max_transfer
         if queue is not None:
             queue.append(request)
-        self._conversation.pending += 1
+        self._protocol.pending += 1
         if device is None or not valid or self._in_flight + size > MAX_IN_FLIGHT:
             request.data, request.length = b"", 0  # it only waits for its turn: hold nothing
             request.complete(Status.INVALID if device is not None and not valid else Status.IO_ERROR)
@@ -124,13 +124,13 @@ class Ledger:
         try:
             device.submit(request)
         except Exception as error:
-            self._conversation.fault(error)
+            self._protocol.fault(error)
             if request.status is None:
                 request.complete(Status.STALL)
 
     def cancel(self, id: int) -> None:
         """The guest takes a request back: it is answered at once. An unknown id has its answer on the way."""
-        request = self._requests.get(id)
+        request = self._by_id.get(id)
         if request is None:
             return
         self._abandon(request)
@@ -140,7 +140,7 @@ class Ledger:
 
     def cancel_all(self, endpoints: Collection[int] | None = None) -> None:
         """Every pending request (of ``endpoints``) is answered as cancelled, in order, and taken from the device."""
-        requests = [r for r in self._requests.values() if endpoints is None or r.endpoint in endpoints]
+        requests = [r for r in self._by_id.values() if endpoints is None or r.endpoint in endpoints]
         for request in requests:
             self._abandon(request)
         for queue in self._queues.values():
@@ -163,7 +163,7 @@ class Ledger:
             try:
                 device.cancel(request)
             except Exception as error:
-                self._conversation.fault(error)
+                self._protocol.fault(error)
 
     def _completed(self, transfer: Transfer) -> None:
         assert isinstance(transfer, Request)
@@ -174,7 +174,7 @@ class Ledger:
         else:
             assert transfer.status is not None
             self._answer(transfer, transfer.status, transfer.reply, transfer.actual)
-        self._conversation.answered()
+        self._protocol.answered()
 
     def _answer_in_order(self, queue: deque[Request]) -> None:
         while queue and (status := queue[0].status) is not None:
@@ -190,10 +190,10 @@ class Ledger:
     def _answer(self, request: Request, status: Status, reply: Buffer, actual: int) -> None:
         """Say how a request ended; from here on its id is free."""
         id = request.id
-        if self._requests.get(id) is request:
-            del self._requests[id]
+        if self._by_id.get(id) is request:
+            del self._by_id[id]
         self._in_flight -= request.length
-        self._conversation.pending -= 1
+        self._protocol.pending -= 1
         endpoint = request.endpoint
         self._figures[endpoint].count(status, actual)
         packet: p.DataPacket

@@ -28,10 +28,10 @@ PACKETS_AT_ONCE = 64
 other devices, must not wait for all that a guest can send at once."""
 FLUSH_ABOVE = 64 << 10
 """Bytes of answers that leave at once; fewer leave together, when all that was received is looked at."""
-MAX_UNTAKEN = 1000
+MAX_UNREQUESTED = 1000
 """Packets that nobody asked for and that are queued while the port takes no output; more are dropped. QEMU's own queue
 has the same target."""
-MAX_UNTAKEN_BYTES = 4 * 2**20
+MAX_UNREQUESTED_BYTES = 4 * 2**20
 """Their bytes, likewise."""
 
 log = logging.getLogger("farplug.usbredir")
@@ -40,7 +40,7 @@ _STATUS = re.compile(r" status=\S+")
 """In the log of requests: QEMU leaves the status of what it asks for uninitialised."""
 
 
-class Conversation:
+class PortProtocol:
     """The packets of one port, from :meth:`open` until it is closed. It is the port's listener.
 
     Args:
@@ -54,8 +54,8 @@ class Conversation:
         handlers: who takes what the guest says, by its type; the rest is dropped.
         fault: as above.
         pending: requests of the guest that are not answered yet; the ledger counts them.
-        busy: an operation on the whole device is under way: set it, and call :meth:`go_on` when it has ended.
-        output_full: the port takes no output now.
+        busy: an operation on the whole device is under way: set it, and call :meth:`resume` when it has ended.
+        writing_paused: the port takes no output now.
         reminder: speaks up in a guest's silence, from its ``start`` on.
     """
 
@@ -71,8 +71,8 @@ class Conversation:
         self.fault = fault
         self.pending = 0
         self.busy = False
-        self.output_full = False
-        self.reminder = Reminder(self._remind)
+        self.writing_paused = False
+        self.reminder = Reminder(self._send_reminder)
         self._port = port
         self._closed = closed
         self._caps = caps
@@ -81,10 +81,10 @@ class Conversation:
         self._is_open = False
         self._enclosing = False
         """Whether messages are made harmless to the next connection's parser."""
-        self._untaken = self._untaken_bytes = 0
+        self._unrequested = self._unrequested_bytes = 0
         self._pumping = False
-        self._yielding = False
-        self._flushing = False
+        self._pump_scheduled = False
+        self._flush_scheduled = False
         """Soon, on the event loop."""
         self._reading_paused = False
         self._debug = log.isEnabledFor(logging.DEBUG)
@@ -96,8 +96,8 @@ class Conversation:
         """
         self._connection = Connection(Role.HOST, caps=self._caps, max_payload=self._max_transfer)
         self._enclosing = False
-        self.output_full = self._reading_paused = False
-        self._untaken = self._untaken_bytes = 0
+        self.writing_paused = self._reading_paused = False
+        self._unrequested = self._unrequested_bytes = 0
         self._is_open = True
         try:
             await self._port.open(self)
@@ -131,18 +131,18 @@ class Conversation:
 
     def data_received(self, data: memoryview) -> None:
         """Bytes from the guest."""
-        self.reminder.heard = True
+        self.reminder.received = True
         self._connection.receive_data(data)
         self.pump()
 
     def pause_writing(self) -> None:
         """The port takes no more output: stop pulling requests."""
-        self.output_full = True
+        self.writing_paused = True
 
     def resume_writing(self) -> None:
         """The port takes output again."""
-        self.output_full = False
-        self._untaken = self._untaken_bytes = 0
+        self.writing_paused = False
+        self._unrequested = self._unrequested_bytes = 0
         self.pump()
 
     def port_closed(self, error: FarplugError | None) -> None:
@@ -162,7 +162,7 @@ class Conversation:
         next_event = connection.next_event
         try:
             for _ in range(PACKETS_AT_ONCE):
-                if held := self.output_full or self.busy or self.pending >= MAX_PENDING:
+                if held := self.writing_paused or self.busy or self.pending >= MAX_PENDING:
                     break
                 event = next_event()
                 if event is None:
@@ -176,9 +176,9 @@ class Conversation:
                     self.flush()
             else:
                 held = True
-                if not self._yielding:
-                    self._yielding = True
-                    asyncio.get_running_loop().call_soon(self._listen_again)
+                if not self._pump_scheduled:
+                    self._pump_scheduled = True
+                    asyncio.get_running_loop().call_soon(self._pump_again)
             self.flush()
         finally:
             self._pumping = False
@@ -189,14 +189,14 @@ class Conversation:
             else:
                 self._port.resume_reading()
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """An operation has ended: its answer leaves before the guest is listened to again."""
         self.busy = False
         self.flush()
         self.pump()
 
-    def _listen_again(self) -> None:
-        self._yielding = False
+    def _pump_again(self) -> None:
+        self._pump_scheduled = False
         if self._is_open:
             self.pump()
 
@@ -215,15 +215,15 @@ class Conversation:
             return False
         return True
 
-    def has_room(self, size: int) -> bool:
+    def admit(self, size: int) -> bool:
         """Count a packet that comes although the port takes no output: whether it may be queued all the same."""
-        self._untaken += 1
-        self._untaken_bytes += size
-        return self._untaken <= MAX_UNTAKEN and self._untaken_bytes <= MAX_UNTAKEN_BYTES
+        self._unrequested += 1
+        self._unrequested_bytes += size
+        return self._unrequested <= MAX_UNREQUESTED and self._unrequested_bytes <= MAX_UNREQUESTED_BYTES
 
     def flush(self) -> None:
         """Hand to the port what is queued."""
-        self._flushing = False
+        self._flush_scheduled = False
         size = self._connection.unsent
         if size:
             buffers = self._connection.data_to_send()
@@ -242,14 +242,14 @@ class Conversation:
         unsent = self._connection.unsent
         if unsent > FLUSH_ABOVE:
             self.flush()
-        elif unsent and not self._flushing:
-            self._flushing = True
+        elif unsent and not self._flush_scheduled:
+            self._flush_scheduled = True
             asyncio.get_running_loop().call_soon(self.flush)
-        if self._reading_paused and not self._yielding:
+        if self._reading_paused and not self._pump_scheduled:
             self.pump()
 
-    def _remind(self) -> None:
+    def _send_reminder(self) -> None:
         """Say something that changes nothing: endpoint 0 does not receive."""
-        if not self.output_full:
+        if not self.writing_paused:
             self.send(p.InterruptReceivingStatus(endpoint=0x80, status=Status.SUCCESS))
             self.flush()

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeAlias
 
-from farplug.redirection.current_device import Current
+from farplug.redirection.current_device import CurrentDevice
 from farplug.redirection.figures import EndpointCounters
-from farplug.redirection.port_protocol import Conversation
+from farplug.redirection.port_protocol import PortProtocol
 from farplug.usb.device import Reception
 from farplug.usb.transfer import Status, Transfer
 from farplug.usb.types import Buffer, Endpoint, TransferType
@@ -35,7 +35,7 @@ class Receptions:
     """The receptions that run.
 
     Args:
-        conversation: takes the packets. While its port takes no output isochronous ones are dropped, others kept up
+        protocol: takes the packets. While its port takes no output isochronous ones are dropped, others kept up
             to a bound.
         current: the device that receives, and its endpoints.
         figures: where packets are counted.
@@ -44,14 +44,14 @@ class Receptions:
 
     def __init__(
         self,
-        conversation: Conversation,
-        current: Current,
+        protocol: PortProtocol,
+        current: CurrentDevice,
         figures: EndpointCounters,
         max_transfer: int,
     ) -> None:
-        self._conversation = conversation
+        self._protocol = protocol
         self._current = current
-        self._send = conversation.send
+        self._send = protocol.send
         self._figures = figures
         self._max_transfer = max_transfer
         self._running: dict[int, _Running] = {}
@@ -62,22 +62,22 @@ class Receptions:
         device, endpoint = self._current.usable, self._current.endpoints.get(packet.endpoint)
         reception = _reception(packet)
         if packet.endpoint in self._running:
-            self._tell(reception, Status.INVALID, packet.id)
+            self._send_status(reception, Status.INVALID, packet.id)
         elif (
             device is None
             or endpoint is None
             or endpoint.type is not reception.type
-            or not self._sensible(reception, endpoint)
+            or not self._is_valid(reception, endpoint)
         ):
-            self._tell(reception, Status.STALL, packet.id)
+            self._send_status(reception, Status.STALL, packet.id)
         else:
             # Answered before it starts: a device may have its first packet at once.
             self._running[packet.endpoint] = _Running(reception)
-            self._tell(reception, Status.SUCCESS, packet.id)
+            self._send_status(reception, Status.SUCCESS, packet.id)
             try:
                 status = device.start_receiving(reception)
             except Exception as error:
-                self._conversation.fault(error)
+                self._protocol.fault(error)
                 status = Status.STALL
             if status is not Status.SUCCESS:
                 self.ended(packet.endpoint, Status.STALL)
@@ -90,8 +90,8 @@ class Receptions:
             try:
                 device.stop_receiving(packet.endpoint)
             except Exception as error:
-                self._conversation.fault(error)
-        self._tell(_reception(packet), Status.SUCCESS, packet.id)
+                self._protocol.fault(error)
+        self._send_status(_reception(packet), Status.SUCCESS, packet.id)
 
     def received(self, endpoint: int, status: Status, data: Buffer) -> None:
         """The device has a packet: number it and send it on."""
@@ -99,9 +99,9 @@ class Receptions:
         if running is None:
             return
         counter, size = self._figures[endpoint], len(data)
-        if self._conversation.output_full:
-            has_room = self._conversation.has_room(size)
-            if not has_room or running.reception.type is TransferType.ISOCHRONOUS:
+        if self._protocol.writing_paused:
+            admitted = self._protocol.admit(size)
+            if not admitted or running.reception.type is TransferType.ISOCHRONOUS:
                 counter.dropped += 1
                 return
         id, running.next_id = running.next_id, (running.next_id + 1) & 0xFFFFFFFF
@@ -129,14 +129,14 @@ class Receptions:
         if running is not None:
             if status is Status.STALL:
                 del self._running[endpoint]
-            self._tell(running.reception, status, 0)
+            self._send_status(running.reception, status, 0)
 
     def end_all(self) -> None:
         """The port was reset: every reception ends, and the guest is told."""
         for endpoint in list(self._running):
             self.ended(endpoint, Status.STALL)
 
-    def forget(self, endpoints: Mapping[int, Endpoint] | None = None) -> None:
+    def drop(self, endpoints: Mapping[int, Endpoint] | None = None) -> None:
         """The configuration or setting changes: receptions (of ``endpoints``) end, and the guest knows."""
         for endpoint in list(self._running):
             if endpoints is None or endpoint in endpoints:
@@ -156,9 +156,9 @@ class Receptions:
         try:
             device.submit(Transfer(TransferType.ISOCHRONOUS, packet.endpoint, counted, data=packet.data))
         except Exception as error:
-            self._conversation.fault(error)
+            self._protocol.fault(error)
 
-    def _sensible(self, reception: Reception, endpoint: Endpoint) -> bool:
+    def _is_valid(self, reception: Reception, endpoint: Endpoint) -> bool:
         match reception.type:
             case TransferType.ISOCHRONOUS:
                 return 1 <= reception.packets_per_transfer <= 32 and 1 <= reception.transfers <= 16
@@ -169,7 +169,7 @@ class Receptions:
             case _:
                 return True
 
-    def _tell(self, reception: Reception, status: Status, id: int) -> None:
+    def _send_status(self, reception: Reception, status: Status, id: int) -> None:
         endpoint = reception.endpoint
         match reception.type:
             case TransferType.ISOCHRONOUS:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-SOON = 1.0
+FIRST_DELAY = 1.0
 """Seconds of the guest's silence until the first reminder; each next one comes after twice the time."""
-LATE = 5.0
+MAX_DELAY = 5.0
 """Seconds between reminders at most. Linux gives a disk 30 s for an answer."""
 
 
@@ -20,21 +20,21 @@ class Reminder:
     """Reminds a guest that is silent.
 
     Args:
-        remind: says something harmless.
+        send: says something harmless.
 
     Attributes:
         heard: the guest said something: set it with each word.
     """
 
-    def __init__(self, remind: Callable[[], None]) -> None:
-        self.heard = False
-        self._remind = remind
+    def __init__(self, send: Callable[[], None]) -> None:
+        self.received = False
+        self._send = send
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
         """From here on a silence counts."""
         self.stop()
-        self._wait(SOON)
+        self._wait(FIRST_DELAY)
 
     def stop(self) -> None:
         """No more reminders."""
@@ -43,12 +43,12 @@ class Reminder:
             self._timer = None
 
     def _wait(self, seconds: float) -> None:
-        self.heard = False
-        self._timer = asyncio.get_running_loop().call_later(seconds, self._look, seconds)
+        self.received = False
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._check, seconds)
 
-    def _look(self, waited: float) -> None:
-        if self.heard:
-            self._wait(SOON)
+    def _check(self, waited: float) -> None:
+        if self.received:
+            self._wait(FIRST_DELAY)
         else:
-            self._remind()
-            self._wait(min(2 * waited, LATE))
+            self._send()
+            self._wait(min(2 * waited, MAX_DELAY))

@@ -1,10 +1,10 @@
-"""Transfers as usbredir's packets ask for them, made into requests of the ledger."""
+"""Transfers as usbredir's packets ask for them, made into requests."""
 
 from __future__ import annotations
 
-from farplug.redirection.current_device import Current
+from farplug.redirection.current_device import CurrentDevice
 from farplug.redirection.offers import OfferWatch
-from farplug.redirection.pending_requests import Ledger
+from farplug.redirection.pending_requests import PendingRequests
 from farplug.usb.types import Setup, TransferType
 from farplug.usbredir import packets as p
 from farplug.usbredir.protocol import Oversized
@@ -15,13 +15,13 @@ class Transfers:
 
     Args:
         current: the device's endpoints.
-        ledger: has each answered.
+        requests: has each answered.
         watch: notes what the guest does with the device.
     """
 
-    def __init__(self, current: Current, ledger: Ledger, watch: OfferWatch) -> None:
+    def __init__(self, current: CurrentDevice, requests: PendingRequests, watch: OfferWatch) -> None:
         self._current = current
-        self._ledger = ledger
+        self._requests = requests
         self._watch = watch
 
     def bulk(self, packet: p.BulkPacket, *, stored: bool = True) -> None:
@@ -29,7 +29,7 @@ class Transfers:
         self._current.touched = True
         self._watch.used()
         endpoint = self._current.endpoints.get(packet.endpoint)
-        self._ledger.submit(
+        self._requests.submit(
             packet.id,
             TransferType.BULK,
             packet.endpoint,
@@ -44,7 +44,7 @@ class Transfers:
         self._current.touched = True
         setup = Setup(packet.request_type, packet.request, packet.value, packet.index, packet.length)
         self._watch.requested(setup)
-        self._ledger.submit(
+        self._requests.submit(
             packet.id,
             TransferType.CONTROL,
             packet.endpoint,
@@ -59,7 +59,7 @@ class Transfers:
         self._current.touched = True
         self._watch.used()
         endpoint = self._current.endpoints.get(packet.endpoint)
-        self._ledger.submit(
+        self._requests.submit(
             packet.id,
             TransferType.INTERRUPT,
             packet.endpoint,
