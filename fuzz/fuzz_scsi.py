@@ -1,6 +1,6 @@
-"""A hostile guest at a disk or a CD-ROM drive: any transfers, cancels and resets, while media come and go.
+"""Fuzz a disk and a CD-ROM drive: any transfers, cancels and resets of a guest, while media are inserted and ejected.
 
-Each transfer is answered once, and the device lives.
+Each transfer is completed once, and the device still works.
 """
 
 from __future__ import annotations
@@ -97,12 +97,12 @@ def one_case(source: random.Random) -> None:
         await attack(device, source, [])
         assert len(store.content) == len(before)
         assert (is_disk and not store.read_only) or store.content == before
-        # it still works for a guest that behaves
+        # the device still works for a correct guest
         await device.open(Listener())
         await device.reset()
         await device.set_configuration(1)
         done: list[Transfer] = []
-        for _ in range(3):  # reset, another medium
+        for _ in range(3):  # unit attentions: reset, other medium
             cbw = struct.pack("<4sIIBBB16s", b"USBC", 7, 0, 0, 0, 6, bytes(16))
             device.submit(Transfer(TransferType.BULK, 0x02, done.append, data=cbw))
             device.submit(Transfer(TransferType.BULK, 0x81, done.append, length=13))

@@ -1,6 +1,7 @@
-"""Fuzz what SPICE servers and ``.vv`` files may say: link replies, channel streams, SpiceVMC, ``.vv`` files.
+"""Fuzz the input from SPICE servers: link replies, channel streams, SpiceVMC, ``.vv`` files.
 
-Polite are: FarplugError. Anything else is a bug. A valid SpiceVMC stream must come out whole however it is cut.
+FarplugError is expected. Any other exception is a bug. A valid SpiceVMC stream must be decoded completely, however the
+stream is cut.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def check(holds: bool) -> None:
 
 
 def damage(rng: random.Random, data: bytes) -> bytes:
-    """Some bytes changed, removed, added; or none."""
+    """Return the data with some bytes changed, removed or added; or unchanged."""
     damaged = bytearray(data)
     for _ in range(rng.choice((0, 0, 1, 2, 5))):
         at = rng.randrange(len(damaged) + 1)

@@ -1,6 +1,6 @@
-"""A hostile guest at USB Attached SCSI: any IUs, data, cancels, resets and settings, and a store that answers late.
+"""Fuzz USB Attached SCSI: any IUs, data, cancels, resets and settings of a guest, and a store that completes late.
 
-The disk answers each transfer once, holds no more than it may, and works for the next guest.
+The disk completes each transfer once, stays within its bounds, and works for the next guest.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ KNOWN = [bytes((row.opcode, row.service_action or 0)) for row in COMMANDS]
 
 
 class Raised(logging.Handler):
-    """A device catches what its functions raise, and logs it."""
+    """Raises logged exceptions: a device catches and logs the exceptions of its functions."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.exc_info is not None and record.exc_info[1] is not None:
@@ -34,7 +34,7 @@ class Raised(logging.Handler):
 
 
 class LateStore(MemoryStore):
-    """Answers when it is told to, in any order."""
+    """A store that completes its operations in :meth:`go`, in any order."""
 
     late = True
 
@@ -130,7 +130,7 @@ async def attack(device: VirtualDevice, store: LateStore, source: random.Random)
                     await device.set_configuration(1)
                     await device.set_interface(0, 1)
     store.go_all()
-    with contextlib.suppress(DeviceError):  # an error that nobody heard of
+    with contextlib.suppress(DeviceError):  # a deferred error
         await device.close()
     assert len(completed) == len(submitted) == len(set(completed))
     assert all(transfer.status is not None for transfer in submitted)
@@ -152,7 +152,7 @@ def one_case(source: random.Random) -> None:
         await attack(device, store, source)
         assert len(store.content) == BLOCKS * 512
         assert not store.read_only or store.content == before
-        # it still works for a guest that behaves
+        # the disk still works for a correct guest
         await plug()
         for expected in (2, 0):
             done: list[Transfer] = []

@@ -1,7 +1,7 @@
-"""Fuzz the usbredir connection: a hostile peer, and an engine that answers whatever it is told.
+"""Fuzz the usbredir connection: receive a hostile peer's packets, and send each packet back.
 
-Polite are: violations among the events, and LocalProtocolError from what we try to send. Anything else is a bug. What
-is kept must not exceed what was fed, and what one side sends the other must accept.
+Violations among the events, and LocalProtocolError from ``send``, are expected. Any other exception is a bug. Stored
+payloads must not exceed the received bytes, and each side must accept the packets of the other.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SIZES = (0, 1, 2, 3, 4, 5, 6, 8, 9, 10, 64, 68, 96, 132, 160, 288)
 
 
 def some_packet(rng: random.Random, wide: bool) -> bytes:
-    """A packet of any type: right, nearly right, or not at all."""
+    """Return a packet of any type: valid, nearly valid, or invalid."""
     body = rng.choice((rng.randbytes, bytes))(rng.choice(SIZES) + rng.choice((0, 0, 0, rng.randrange(9000))))
     code = rng.choice(CODES)
     if code == PacketType.FILTER_FILTER:
@@ -55,30 +55,30 @@ def one_case(rng: random.Random) -> None:
         at += size
         fed += size
         if rng.random() < 0.2:
-            continue  # the engine is busy
+            continue  # an engine that pauses
         while (event := connection.next_event()) is not None:
             assert len(str(event)) < 100_000
             if isinstance(event, Violation | Oversized):
                 continue
             if isinstance(event, DataPacket):
-                assert len(event.data) <= min(MAX_PAYLOAD, fed), "more payload than was fed or allowed"
+                assert len(event.data) <= min(MAX_PAYLOAD, fed), "more payload than received or allowed"
             echo(connection, mirror if spared else None, event)
 
 
 def echo(connection: Connection, mirror: Connection | None, event: object) -> None:
-    """Send what was received, as our own word; what is not refused the peer must take, if its hello was intact."""
+    """Send a received packet back. The peer must accept it, if its hello was intact, unless ``send`` refuses it."""
     try:
         connection.send(event)  # type: ignore[arg-type]
     except LocalProtocolError:
-        assert connection.data_to_send() == [], "refused and queued"
+        assert connection.data_to_send() == [], "a refused packet was queued"
         return
     data = b"".join(connection.data_to_send())
     if mirror is None:
         return
     mirror.receive_data(data)
     answer = mirror.next_event()
-    assert type(answer) is type(event), f"we sent what the peer takes for {answer}"
-    assert mirror.next_event() is None, "we sent more than a packet"
+    assert type(answer) is type(event), f"the peer parses our packet as {answer}"
+    assert mirror.next_event() is None, "we sent more than one packet"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The loop that all fuzzers share: random cases for some seconds, and the seed of the one that failed."""
+"""The loop of all fuzzers: run random cases for some seconds, and print the seed of a case that fails."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from farplug.virtual.events import FunctionRaised
 
 
 class Listener:
-    """Of a virtual device that receives nothing by itself."""
+    """The listener of a virtual device without receptions."""
 
     def happened(self, event: DeviceEvent) -> None:
-        """Ignored, but for functions that raise: what a guest sends must not make them."""
+        """Raise the exception of a function: no packet of a guest may cause one. Ignore other events."""
         if isinstance(event, FunctionRaised):
             raise event.error
 
@@ -31,16 +31,16 @@ class Listener:
 
 
 def run(name: str, one_case: Callable[[random.Random], None]) -> None:
-    """Run cases until the time is over. Exits with 1, after printing how to repeat it, if a case raises anything.
+    """Run cases until the time is over. If a case raises an exception, print how to repeat it, and raise the exception.
 
     Args:
-        name: of the fuzzer, for people.
-        one_case: does one case with its own source of randomness; what it does not catch is a bug.
+        name: the name of the fuzzer, for messages.
+        one_case: runs one case with its own random source; an exception that it raises is a bug.
     """
     parser = argparse.ArgumentParser(description=f"Fuzz {name}.")
     parser.add_argument("--seconds", type=float, default=20, help="how long to run")
-    parser.add_argument("--seed", type=int, default=None, help="of the first case; the next ones count up from it")
-    parser.add_argument("--cases", type=int, default=None, help="stop after so many cases")
+    parser.add_argument("--seed", type=int, default=None, help="seed of the first case; each further case adds 1")
+    parser.add_argument("--cases", type=int, default=None, help="stop after this number of cases")
     arguments = parser.parse_args()
     first = random.SystemRandom().randrange(1 << 32) if arguments.seed is None else arguments.seed
     seed = first
