@@ -1,6 +1,6 @@
-"""A device that floods delays nobody else: no PONG, no other device.
+"""A device that sends without pause delays neither a PONG nor another device.
 
-Nothing is timed: what counts is how much more of the flood there is before the answer.
+Nothing is timed: the test counts the bytes that the device sends before the answer.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from farplug.usbredir import packets as p
 PIECE = 64 << 10
 MIB = 1 << 20
 AT_ONCE = 16
-"""Packets of a reception that arrive in one turn of the event loop: 1 MiB."""
-ASKED = 512
-"""Transfers that the guest asks for at once: 32 MiB."""
-BEFORE = 16 * MIB
-"""More of the flood than that does not come before an answer."""
+"""Packets of a reception in one turn of the event loop: 1 MiB."""
+REQUESTED = 512
+"""Transfers that the guest requests at once: 32 MiB."""
+MAX_BEFORE = 16 * MIB
+"""Bytes that the device may send before an answer."""
 
 
 class Flood(ScriptedDevice):
-    """Has data whenever it is asked, and when it is not: as much as the event loop takes.
+    """A device that completes each transfer at once, and whose receptions send in every turn of the event loop.
 
     Attributes:
-        poured: bytes so far.
+        sent: bytes so far.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.poured = 0
+        self.sent = 0
         self._data = bytes(PIECE)
-        self._pouring: asyncio.Handle | None = None
+        self._next_turn: asyncio.Handle | None = None
         self._in_the_middle: Callable[[], None] | None = None
 
     def in_the_middle(self, call: Callable[[], None]) -> None:
-        """Make a call when the next packet has been poured: others of the same turn are to come."""
+        """Make a call after the next packet: further packets of the same turn follow."""
         self._in_the_middle = call
 
     def submit(self, transfer: Transfer) -> None:
@@ -52,42 +52,42 @@ class Flood(ScriptedDevice):
         self._count()
 
     def start_receiving(self, reception: Reception) -> Status:
-        self._pour(reception.endpoint)
+        self._send(reception.endpoint)
         return Status.SUCCESS
 
-    def _pour(self, endpoint: int) -> None:
-        self._pouring = asyncio.get_running_loop().call_soon(self._pour, endpoint)
+    def _send(self, endpoint: int) -> None:
+        self._next_turn = asyncio.get_running_loop().call_soon(self._send, endpoint)
         for _ in range(AT_ONCE):
             assert self.listener is not None
             self.listener.received(endpoint, Status.SUCCESS, self._data)
             self._count()
 
     def _count(self) -> None:
-        self.poured += PIECE
+        self.sent += PIECE
         call, self._in_the_middle = self._in_the_middle, None
         if call is not None:
             call()
 
     async def close(self) -> None:
-        if self._pouring is not None:
-            self._pouring.cancel()
+        if self._next_turn is not None:
+            self._next_turn.cancel()
         await super().close()
 
 
 def receive(guest: SpiceGuest) -> None:
-    """The guest wants all that the device has, unasked."""
+    """Start a reception."""
     guest.send(p.StartBulkReceiving(id=1, stream_id=0, bytes_per_transfer=PIECE, endpoint=BULK_IN, transfers=AT_ONCE))
 
 
-def ask(guest: SpiceGuest) -> None:
-    """The guest asks for much at once."""
-    for _ in range(ASKED):
+def request(guest: SpiceGuest) -> None:
+    """Request many transfers at once."""
+    for _ in range(REQUESTED):
         guest.submit_in(BULK_IN, PIECE)
 
 
-@pytest.mark.parametrize("begin", [receive, ask])
-async def test_pongs_beside_a_flood(begin: Callable[[SpiceGuest], None]) -> None:
-    """Of the main channel, and of the one of another device."""
+@pytest.mark.parametrize("begin", [receive, request])
+async def test_pongs_during_a_flood(begin: Callable[[SpiceGuest], None]) -> None:
+    """The main channel and the channel of another device answer PINGs."""
     guests: dict[int, SpiceGuest] = {}
     ponged: list[int] = []
 
@@ -117,8 +117,8 @@ async def test_pongs_beside_a_flood(begin: Callable[[SpiceGuest], None]) -> None
         flood.in_the_middle(send_pings)
         begin(guests[0])
         await until(lambda: 70 in fake.pongs and 71 in ponged)
-        assert flood.poured <= BEFORE
-        await until(lambda: flood.poured >= ASKED * PIECE)
+        assert flood.sent <= MAX_BEFORE
+        await until(lambda: flood.sent >= REQUESTED * PIECE)
         for engine in engines:
             await engine.close()
         await session.close()

@@ -1,4 +1,4 @@
-"""Two hours of guest work in two minutes: random reads and writes, cancels and resets, against a shadow of the disk."""
+"""Random reads, writes, cancels and resets, compared with a shadow copy of the disk."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ BLOCK = 512
 BLOCKS = 4096
 
 COUNTS = (1, 1, 1, 2, 8, 8, 8, 15, 64, 240, 800)
-"""Blocks of a command: single ones, pages, and more than one transfer holds."""
+"""Blocks of a command: one, a page, and more than one transfer holds."""
 
 TRANSFER_SIZES = (1 << 20, 1 << 20, 20 << 10, 1000)
-"""Most bytes of a transfer in the data phase: Linux on xHCI, a transfer descriptor of EHCI, a part of a block."""
+"""The largest data transfer in bytes: Linux on xHCI, a transfer descriptor of EHCI, a part of a block."""
 
 BULK_ONLY_RESET = Setup(0x21, 0xFF, 0, 0, 0)
 COLD_EVERY, REPLUGGED_EVERY = 50, 1000
-"""Operations after which the image leaves the page cache, and after which the disk is plugged out and in."""
+"""Operations after which the image is removed from the page cache, and after which the disk is replugged."""
 
 
 def pattern(lba: int, count: int, generation: int) -> bytes:
-    """Blocks that carry, up to their last byte, their number, a generation and a checksum of both."""
+    """Return blocks filled with their number, a generation and a checksum of both."""
     blocks = []
     for number in range(lba, lba + count):
         head = struct.pack("<QQ", number, generation)
@@ -44,23 +44,23 @@ def pattern(lba: int, count: int, generation: int) -> bytes:
 
 
 class Shadow:
-    """What each block of the disk may hold: one content, or several after a write that was cut off."""
+    """The possible contents of each block of the disk: one, or several after an interrupted write."""
 
     def __init__(self) -> None:
         self._blocks = [{bytes(BLOCK)} for _ in range(BLOCKS)]
 
     def wrote(self, lba: int, data: bytes) -> None:
-        """The disk acknowledged a write."""
+        """Note a write that the disk acknowledged."""
         for number, content in self._split(lba, data):
             self._blocks[number] = {content}
 
     def may_have_written(self, lba: int, data: bytes) -> None:
-        """A write was cut off after ``data``: each of these blocks is old or new, and none is torn."""
+        """Note a write that was interrupted after ``data``: each of these blocks is old or new, and none is torn."""
         for number, content in self._split(lba, data):
             self._blocks[number].add(content)
 
     def read(self, lba: int, data: bytes) -> None:
-        """Compare with what the disk says; from now on it must say the same."""
+        """Compare with data that the disk returned; from now on the disk must return the same."""
         for number, content in self._split(lba, data):
             assert content in self._blocks[number], f"block {number} begins with {content[:32].hex(' ')}"
             self._blocks[number] = {content}
@@ -71,8 +71,8 @@ class Shadow:
         return [(lba + index, data[index * BLOCK : (index + 1) * BLOCK]) for index in range(whole)]
 
 
-class CutOff(Exception):
-    """A command was given up. ``sent``: how much of its data had been sent."""
+class Interrupted(Exception):
+    """A command was interrupted. ``sent``: the bytes of its data that had been sent."""
 
     def __init__(self, sent: int) -> None:
         super().__init__(sent)
@@ -80,7 +80,7 @@ class CutOff(Exception):
 
 
 class Driver:
-    """What a host's mass storage driver does, with a chance of giving up at any point."""
+    """A host's mass storage driver that may interrupt a command at any point."""
 
     def __init__(self, guest: MemoryGuest, chance: random.Random, counts: Counter[str]) -> None:
         self._guest = guest
@@ -89,7 +89,7 @@ class Driver:
         self._tag = 0
 
     async def ready(self) -> None:
-        """Configure the disk, and take its unit attention."""
+        """Configure the disk, and clear its unit attention."""
         await self._guest.set_configuration(1)
         for _ in range(2):
             if (await self.command(bytes(6)))[0] == 0:
@@ -112,10 +112,10 @@ class Driver:
         assert status == 0
 
     async def command(self, cdb: bytes, *, receive: int = 0, send: bytes = b"", cut: bool = False) -> tuple[int, bytes]:
-        """Issue a command, one transfer after the other or all at once; its status and its data.
+        """Run a command, its transfers one after the other or all at once. Return its status and its data.
 
         Raises:
-            CutOff: it was given up half way, and the disk is ready for the next command.
+            Interrupted: the command was interrupted; the disk is ready for the next one.
         """
         steps, ends = self._transfers(cdb, receive, send)
         ahead = self._chance.random() < 0.3
@@ -132,8 +132,8 @@ class Driver:
                 await asyncio.sleep(0)
             if not (last == len(steps) - 1 and pending[-1].done):
                 await recovery(pending)
-                self._counts["cut off"] += 1
-                raise CutOff(ends[last])
+                self._counts["interrupted"] += 1
+                raise Interrupted(ends[last])
         data = bytearray()
         for number, transfer in enumerate(pending):
             answer = await transfer
@@ -146,7 +146,7 @@ class Driver:
         return status, bytes(data[:-13])
 
     def _transfers(self, cdb: bytes, receive: int, send: bytes) -> tuple[list[Callable[[], Pending]], list[int]]:
-        """How to begin each transfer of a command, and how much of its data was sent when it began."""
+        """Return how to begin each transfer of a command, and the bytes of its data that were sent by then."""
         self._tag += 1
         length = receive or len(send)
         cbw = struct.pack("<4sIIBBB16s", b"USBC", self._tag, length, 0x80 if receive else 0, 0, len(cdb), cdb)
@@ -165,14 +165,14 @@ class Driver:
         return steps, ends
 
     async def _port_reset(self, pending: list[Pending]) -> None:
-        """As Linux: unlink the transfers, then reset the port."""
+        """Cancel the transfers, then reset the port, as Linux does."""
         await self._cancel(pending)
         self._guest.reset()
         await self.ready()
         self._counts["port reset"] += 1
 
     async def _port_reset_alone(self, pending: list[Pending]) -> None:
-        """The reset comes first: all transfers are answered by it."""
+        """Reset the port: the reset completes all transfers."""
         self._guest.reset()
         for transfer in pending:
             await transfer
@@ -180,7 +180,7 @@ class Driver:
         self._counts["port reset"] += 1
 
     async def _bulk_only_reset(self, pending: list[Pending]) -> None:
-        """Reset recovery (Bulk-Only Transport, chapter 5.3.4)."""
+        """Do a reset recovery (Bulk-Only Transport, chapter 5.3.4)."""
         await self._cancel(pending)
         await self._guest.control_out(BULK_ONLY_RESET)
         await self._guest.clear_halt(BULK_IN)
@@ -197,11 +197,11 @@ class Driver:
 
 
 async def work(driver: Driver, chance: random.Random, shadow: Shadow, generation: int, counts: Counter[str]) -> None:
-    """One operation."""
+    """Do one operation."""
     kind = chance.choices(("read", "write", "flush"), (45, 50, 5))[0]
     cut = chance.random() < 0.2
     count = chance.choice(COUNTS)
-    # Half of the work meets in a small part of the disk.
+    # Half of the operations overlap in a small part of the disk.
     lba = chance.randrange(min(BLOCKS - count, 200) if chance.random() < 0.5 else BLOCKS - count)
     data = pattern(lba, count, generation)
     counts[kind] += 1
@@ -213,9 +213,9 @@ async def work(driver: Driver, chance: random.Random, shadow: Shadow, generation
             shadow.wrote(lba, data)
         else:
             await driver.flush(cut=cut)
-    except CutOff as given_up:
+    except Interrupted as interrupted:
         if kind == "write":
-            shadow.may_have_written(lba, data[: given_up.sent])
+            shadow.may_have_written(lba, data[: interrupted.sent])
 
 
 async def test_ten_thousand_operations_match_a_shadow(tmp_path: Path) -> None:
@@ -243,12 +243,12 @@ async def test_ten_thousand_operations_match_a_shadow(tmp_path: Path) -> None:
     finally:
         await device.dispose()
     shadow.read(0, image.read_bytes())
-    for event in ("cut off", "cancel", "port reset", "bulk-only reset", "flush"):
+    for event in ("interrupted", "cancel", "port reset", "bulk-only reset", "flush"):
         assert counts[event] > OPERATIONS // 50, counts
 
 
 def forget_cached(image: Path) -> None:
-    """Let the image leave the page cache, so that reads go through a thread."""
+    """Remove the image from the page cache, so that reads go through a thread."""
     with image.open("r+b") as file:
         os.fdatasync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,6 +1,6 @@
-"""A store that takes for ever delays nothing but its own disk: no PONG, no cancel, no other device.
+"""A store that blocks delays only its own disk: no PONG, no cancel, no other device.
 
-Nothing is measured: the store answers only when everything else has been answered.
+Nothing is timed: the store completes only when everything else has been answered.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ LENGTH = 8 * 512
 
 
 class Gate:
-    """What every system call waits for that may wait for the medium, once it is shut. Nothing is cached then."""
+    """Blocks every system call that may wait for the medium, from :meth:`shut` on. No data is cached then."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.reached = threading.Event()
@@ -83,7 +83,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
 
 
 def begin(guest: MemoryGuest, cdb: str, *, tag: int = 1) -> Pending:
-    """Begin a command of Bulk-Only Transport: the transfer that shows its end."""
+    """Begin a command of Bulk-Only Transport. Return its last transfer."""
     reads, writes = cdb == READ, cdb == WRITE
     command = bytes.fromhex(cdb)
     length = LENGTH if reads or writes else 0
@@ -95,14 +95,14 @@ def begin(guest: MemoryGuest, cdb: str, *, tag: int = 1) -> Pending:
 
 
 async def ready(guest: MemoryGuest) -> None:
-    """Configure the disk, and take its unit attentions."""
+    """Configure the disk, and clear its unit attentions."""
     await guest.enumerate()
     for _ in range(3):
         await begin(guest, TEST_UNIT_READY)
 
 
 async def status(guest: MemoryGuest, cdb: str) -> int:
-    """Of a command that is waited for."""
+    """Run a command, and return its status."""
     answer = await begin(guest, cdb)
     if cdb == READ:
         answer = await guest.submit_in(BULK_IN, 13)
@@ -143,7 +143,7 @@ async def test_cancels_and_other_devices_are_not_delayed(store: Store, gate: Gat
 
 
 async def uas(guest: MemoryGuest, cdb: str, *, tag: int, lun: int = 0) -> tuple[Pending | None, Pending]:
-    """Begin a command of USB Attached SCSI: its data transfer, if it has one, and the one for its status."""
+    """Begin a command of USB Attached SCSI. Return its data transfer, if there is one, and its status transfer."""
     reads, writes = cdb == READ, cdb == WRITE
     status = guest.submit_in(STATUS_PIPE, 128, stream_id=tag)
     data = guest.submit_in(BULK_IN, LENGTH, stream_id=tag) if reads else None
@@ -154,7 +154,7 @@ async def uas(guest: MemoryGuest, cdb: str, *, tag: int, lun: int = 0) -> tuple[
 
 
 async def sense(status: Pending) -> int:
-    """The status in a sense IU."""
+    """Return the status in a sense IU."""
     answer = await status
     assert isinstance(answer, p.BulkPacket)
     return answer.data[6]
@@ -185,7 +185,7 @@ async def test_other_commands_and_units_are_not_delayed(store: Store, gate: Gate
 
 
 class SpiceGuest(MemoryGuest):
-    """The guest behind a channel of the fake server. Its own engine stays unused."""
+    """A guest behind a channel of the fake server. The engine of its base class is not used."""
 
     def __init__(self, channel: Channel) -> None:
         super().__init__()

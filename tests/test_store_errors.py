@@ -1,4 +1,4 @@
-"""Errors of the files under a disk are sense data for the guest: the disk stays, and goes on when they are over."""
+"""Errors of a disk's files become sense data for the guest: the disk stays, and works again after the errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SPACE_ALLOCATION_FAILED, WRITE_ERROR, UNRECOVERED_READ_ERROR = (
 
 
 async def command(guest: MemoryGuest, cdb: str, *, receive: int = 0, send: bytes = b"") -> tuple[int, bytes]:
-    """Over Bulk-Only Transport: status and data."""
+    """Run a command over Bulk-Only Transport. Return its status and its data."""
     raw = bytes.fromhex(cdb)
     head = struct.pack("<4sIIBBB", b"USBC", 1, receive or len(send), 0x80 * bool(receive), 0, len(raw))
     await guest.bulk_out(BULK_OUT, head + raw.ljust(16, b"\0"))
@@ -52,11 +52,11 @@ async def sense(guest: MemoryGuest) -> tuple[int, int, int]:
 
 @contextlib.asynccontextmanager
 async def detached(guest: MemoryGuest, *, lossy: bool) -> AsyncIterator[MemoryGuest]:
-    """Plug a disk, and detach it: that tells when something was lost."""
-    told: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+    """Plug a disk, and detach it: the detach raises if data was lost."""
+    raised: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
     if lossy:
-        told = pytest.raises(DeviceError, match="what was written may be lost")
-    with told:
+        raised = pytest.raises(DeviceError, match="what was written may be lost")
+    with raised:
         async with guest:
             await guest.enumerate()
             await command(guest, "00 00 00 00 00 00")
@@ -101,7 +101,7 @@ async def test_errors(
             assert await sense(guest) == expected
         for again in (READ, WRITE) if cdb == FLUSH else (READ, WRITE, FLUSH):
             assert await run(guest, again) == 0
-        if cdb == FLUSH:  # what was lost stays lost
+        if cdb == FLUSH:  # lost data stays lost
             assert await run(guest, FLUSH) == 1
             assert await sense(guest) == expected
     await disk.dispose()
