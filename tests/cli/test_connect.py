@@ -275,7 +275,7 @@ def test_servers_that_are_not_spice(cli: Cli, image: Path, greeting: bytes, code
 def test_a_server_that_is_not_usbredir(cli: Cli, image: Path) -> None:
     with in_thread(lambda: saying(b"HTTP/1.1 400 Bad Request\r\n\r\n" + bytes(100))) as port:
         result = cli("connect", f"tcp://127.0.0.1:{port}", "--usb-disk", image)
-    assert "does not speak usbredir" in result.err
+    assert "does not use the usbredir protocol" in result.err
     assert result.code == 10
 
 
@@ -650,9 +650,9 @@ def test_debug_shows_the_traffic(cli: Cli, image: Path, position: int) -> None:
         result = cli(*arguments)
     assert result.code == 0
     lines = result.err.splitlines()
-    assert any("usbredir tcp < hello " in line for line in lines)
-    assert any("usbredir tcp > device_connect " in line for line in lines)
-    assert any("usbredir tcp < set_configuration " in line for line in lines)
+    assert any("tcp < hello " in line for line in lines)
+    assert any("tcp > device_connect " in line for line in lines)
+    assert any("tcp < set_configuration " in line for line in lines)
     assert max(map(len, lines)) < 400, "no payload"
 
 

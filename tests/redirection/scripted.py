@@ -1,4 +1,4 @@
-"""A device whose every step is a test's: it keeps transfers until the test completes them."""
+"""A device that the test controls: it keeps transfers until the test completes them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STREAM_IN = 0x87
 
 
 class ScriptedDevice(Device):
-    """Interface 0 has every kind of endpoint; its alternate setting 1 has none but two with bulk streams."""
+    """Interface 0 has every kind of endpoint; its alternate setting 1 has two, with bulk streams."""
 
     def __init__(self, speeds: Sequence[Speed] = (Speed.HIGH,)) -> None:
         self._speeds = tuple(speeds)
@@ -130,11 +130,11 @@ class ScriptedDevice(Device):
 
 
 def kinds(guest: MemoryGuest) -> list[type]:
-    """What the engine told, by type."""
+    """Return the types of the events that the engine emitted."""
     return [type(event) for event in guest.events]
 
 
 async def settle(turns: int = 20) -> None:
-    """Let the loop do what is ready."""
+    """Let the event loop run what is ready."""
     for _ in range(turns):
         await asyncio.sleep(0)

@@ -1,4 +1,4 @@
-"""What the guest's filter rules out, and what the guest refuses."""
+"""Devices that the guest's filter does not allow, and that the guest refuses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from farplug.usbredir import packets as p
 from farplug.usbredir.wire import PacketType
 
 
-async def test_the_guests_filter_known_before() -> None:
+async def test_a_filter_that_comes_before_the_device() -> None:
     device = ScriptedDevice()
     async with MemoryGuest(filter="0x08,-1,-1,-1,1|-1,-1,-1,-1,0") as guest:
         await guest.wait(lambda: events.GuestReady in kinds(guest))

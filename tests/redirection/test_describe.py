@@ -1,4 +1,4 @@
-"""What the guest is told about a device."""
+"""The packets that describe a device to the guest."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ async def test_attach_describes_the_device_before_it_connects_it() -> None:
     assert not guest.violations
 
 
-async def test_an_interval_of_zero_is_mended_because_qemu_rejects_it() -> None:
+async def test_an_interval_of_zero_becomes_one_because_qemu_rejects_it() -> None:
     device = ScriptedDevice()
     device.interval = 0
     async with MemoryGuest(device) as guest:
@@ -44,7 +44,7 @@ async def test_an_interval_of_zero_is_mended_because_qemu_rejects_it() -> None:
         assert guest.endpoints.endpoints[p.endpoint_index(INTERRUPT_IN)].interval == 1
 
 
-async def test_super_speed_plus_is_told_as_super() -> None:
+async def test_super_speed_plus_is_sent_as_super() -> None:
     async with MemoryGuest(ScriptedDevice((Speed.SUPER_PLUS,))) as guest:
         assert guest.connected is not None
         assert guest.connected.speed == Speed.SUPER

@@ -1,4 +1,4 @@
-"""The engine against a guest in memory and a device that does what the test says."""
+"""The engine, with a guest in memory and a device that the test controls."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from tests.redirection.scripted import BULK_IN, INTERRUPT_IN, ISO_OUT, ScriptedDevice, kinds, settle
 
-from farplug.errors import DeviceError, GuestGoneError, LocalProtocolError, Reason, RemoteProtocolError
+from farplug.errors import DeviceError, GuestGoneError, Reason, RemoteProtocolError, StateError
 from farplug.redirection import Redirection, State, engine, events
 from farplug.testing.memory import MemoryGuest
 from farplug.transport.memory import memory_ports
@@ -16,7 +16,7 @@ from farplug.usbredir import packets as p
 from farplug.usbredir.caps import ALL_CAPS, Cap
 
 
-async def test_what_carries_sound_is_not_compressed() -> None:
+async def test_a_device_with_isochronous_endpoints_is_not_compressed() -> None:
     device = ScriptedDevice()
     async with MemoryGuest(device) as guest:
         assert not guest.redirection.port.compress
@@ -44,7 +44,7 @@ async def test_device_lost() -> None:
         await guest.wait(lambda: guest.connected is not None)
 
 
-async def test_detach_answers_what_is_pending_and_waits_for_the_guest() -> None:
+async def test_detach_answers_pending_requests_and_waits_for_the_guest() -> None:
     device = ScriptedDevice()
     device.cancels = False
     async with MemoryGuest(device) as guest:
@@ -61,7 +61,7 @@ async def test_detach_answers_what_is_pending_and_waits_for_the_guest() -> None:
     assert device.calls.count("open") == device.calls.count("close") == 21
 
 
-async def test_while_it_leaves_requests_for_the_old_device_fail() -> None:
+async def test_requests_for_a_device_that_is_being_detached_fail() -> None:
     device = ScriptedDevice()
     host, end = memory_ports()
     redirection = Redirection(host)
@@ -168,28 +168,28 @@ async def test_a_guest_that_never_acknowledges(monkeypatch: pytest.MonkeyPatch) 
         assert device.calls == ["open", "close"]
 
 
-async def test_without_the_capability_nobody_waits_for_an_acknowledgement() -> None:
+async def test_without_the_capability_detach_does_not_wait_for_an_acknowledgement() -> None:
     device = ScriptedDevice()
     async with MemoryGuest(device, caps=ALL_CAPS & ~Cap.DEVICE_DISCONNECT_ACK) as guest:
         await guest.redirection.detach()
         assert guest.redirection.state is State.EMPTY
 
 
-async def test_a_paused_guest_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_attach_waits_for_a_paused_guest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "HELLO_TIMEOUT", 0.01)
     device = ScriptedDevice()
     async with MemoryGuest(paused=True) as guest:
         attaching = asyncio.ensure_future(guest.redirection.attach(device))
         await asyncio.sleep(0.05)
         assert kinds(guest) == [events.WaitingForGuest]
-        with pytest.raises(LocalProtocolError):
+        with pytest.raises(StateError):
             await guest.redirection.attach(ScriptedDevice())
         guest.resume()
         await attaching
         await guest.wait(lambda: guest.connected is not None)
 
 
-async def test_the_guest_goes_while_it_is_waited_for() -> None:
+async def test_the_guest_goes_while_attach_waits_for_it() -> None:
     device = ScriptedDevice()
     async with MemoryGuest(paused=True) as guest:
         attaching = asyncio.ensure_future(guest.redirection.attach(device))
@@ -218,7 +218,7 @@ async def test_the_guest_goes_while_a_device_is_in_use() -> None:
         guest.faults.clear()
 
 
-async def test_what_cannot_be_made_durable_is_told() -> None:
+async def test_an_error_of_close_is_reported() -> None:
     device = ScriptedDevice()
     async with MemoryGuest(device) as guest:
         device.close_error = DeviceError("the disk is full", reason=Reason.IO_ERROR)
@@ -229,7 +229,7 @@ async def test_what_cannot_be_made_durable_is_told() -> None:
         assert detached.error is device.close_error
 
 
-async def test_violations_are_told_a_bounded_number_of_times() -> None:
+async def test_violations_are_reported_a_bounded_number_of_times() -> None:
     device = ScriptedDevice()
     async with MemoryGuest(device) as guest:
         guest.send_bytes(b"".join(p_bytes(99) for _ in range(100)))
@@ -245,16 +245,16 @@ def p_bytes(type: int) -> bytes:
     return type.to_bytes(4, "little") + (0).to_bytes(4, "little") + bytes(8)
 
 
-async def test_something_that_does_not_speak_usbredir() -> None:
+async def test_a_peer_that_does_not_use_usbredir() -> None:
     async with MemoryGuest(paused=True) as guest:
         attaching = asyncio.ensure_future(guest.redirection.attach(ScriptedDevice()))
         await settle()
         guest.send_bytes(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")
-        with pytest.raises(RemoteProtocolError, match="does not speak usbredir"):
+        with pytest.raises(RemoteProtocolError, match="does not use the usbredir protocol"):
             await attaching
 
 
-async def test_a_spice_server_is_named() -> None:
+async def test_a_spice_server_is_recognized() -> None:
     async with MemoryGuest(paused=True) as guest:
         attaching = asyncio.ensure_future(guest.redirection.attach(ScriptedDevice()))
         await settle()
@@ -265,12 +265,16 @@ async def test_a_spice_server_is_named() -> None:
     assert "spice://HOST:PORT" in caught.value.remedy
 
 
-async def test_misuse() -> None:
-    device = ScriptedDevice()
-    async with MemoryGuest(device) as guest:
-        with pytest.raises(LocalProtocolError):
+async def test_calls_at_the_wrong_time() -> None:
+    async with MemoryGuest(ScriptedDevice()) as guest:
+        with pytest.raises(StateError, match="port memory is already open"):
             await guest.redirection.open()
-        with pytest.raises(LocalProtocolError):
+        with pytest.raises(StateError, match="port memory already has a device"):
             await guest.redirection.attach(ScriptedDevice())
     await guest.redirection.detach()
-    assert await Redirection(memory_ports()[0]).closed() is None
+    with pytest.raises(GuestGoneError, match="was closed"):
+        await guest.redirection.attach(ScriptedDevice())
+    unopened = Redirection(memory_ports()[0])
+    assert await unopened.closed() is None
+    with pytest.raises(StateError, match="was not opened"):
+        await unopened.attach(ScriptedDevice())

@@ -31,14 +31,14 @@ EVENTS: dict[str, tuple[events.PortEvent, str]] = {
         events.Unused("tcp"),
         "the VM has not used the device yet: does an operating system run there, or is the VM paused?",
     ),
-    "configured": (events.Configured("tcp", 0), "given up by the guest (configuration 0)"),
+    "configured": (events.Configured("tcp", 0), "unconfigured by the guest (configuration 0)"),
     "port-reset": (events.PortReset("tcp"), "reset by the guest"),
     "offer-changed": (
         events.OfferChanged("tcp", OfferProblem.SPEED, Offer(Speed.SUPER), Offer(Speed.HIGH)),
-        "the guest's port cannot take SuperSpeed (5 Gb/s): trying High Speed (480 Mb/s)",
+        "the guest's port does not support SuperSpeed (5 Gb/s): trying High Speed (480 Mb/s)",
     ),
-    "peer-violation": (events.PeerViolation("tcp", ERROR), "the guest broke the protocol: it is gone"),
-    "device-fault": (events.DeviceFault("tcp", ValueError("x")), "the device misbehaved: ValueError: x"),
+    "peer-violation": (events.PeerViolation("tcp", ERROR), "the guest violated the protocol: it is gone"),
+    "device-fault": (events.DeviceFault("tcp", ValueError("x")), "device error: ValueError: x"),
     "refused": (events.Refused("tcp", ERROR), "it is gone"),
     "medium-inserted": (events.DeviceReport("tcp", MediumInserted("a.iso")), "a.iso inserted"),
     "medium-ejected": (events.DeviceReport("tcp", MediumEjected("a.iso", by_guest=True)), "a.iso ejected by the guest"),
@@ -94,7 +94,7 @@ BEST, LESSER, LEAST = (
         ),
         (
             OfferProblem.NOT_CONFIGURED, BEST, Offer(Speed.HIGH),
-            "the guest looked at the device, but did not configure it: trying High Speed (480 Mb/s)",
+            "the guest read the descriptors of the device, but did not configure it: trying High Speed (480 Mb/s)",
         ),
         (
             OfferProblem.NOT_USED, BEST, LESSER,
@@ -106,11 +106,11 @@ BEST, LESSER, LEAST = (
         ),
         (
             OfferProblem.ALL, LEAST, BEST,
-            "the guest uses the device in no way: back to SuperSpeed (5 Gb/s) with USB Attached SCSI",
+            "the guest used none of the device's offers: back to SuperSpeed (5 Gb/s) with USB Attached SCSI",
         ),
     ],
 )  # fmt: skip
-def test_fell_back(why: OfferProblem, before: Offer, offer: Offer, line: str) -> None:
+def test_offer_changed(why: OfferProblem, before: Offer, offer: Offer, line: str) -> None:
     event = events.OfferChanged("tcp", why, before, offer)
     assert str(event) == line
     values = json.loads(json.dumps(events.as_dict(event)))

@@ -1,4 +1,4 @@
-"""The best offer that the guest can take."""
+"""The engine finds the best offer that the guest accepts and uses."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ FAST, SLOW = Offer(Speed.SUPER), Offer(Speed.HIGH)
 FAST_LESS, SLOW_LESS = Offer(Speed.SUPER, "legs"), Offer(Speed.HIGH, "legs")
 
 
-# The policy, with a clock ---------------------------------------------------------------------------------------------
+# OfferWatch, with a clock ---------------------------------------------------------------------------------------------
 
 
 class Clock:
-    """A clock that a test moves."""
+    """A clock that the test sets."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -66,29 +66,29 @@ class _Timer:
 
 
 class Watched:
-    """A watch, the clock, and the signs that came."""
+    """A watch, its clock, and the problems that the watch reported."""
 
     def __init__(self, *, used_at_once: bool = True) -> None:
         self.clock = Clock()
-        self.signs: list[OfferProblem] = []
-        self.watch = OfferWatch(self.signs.append, self.clock.call_later)
+        self.problems: list[OfferProblem] = []
+        self.watch = OfferWatch(self.problems.append, self.clock.call_later)
         self.device = Optional(used_at_once=used_at_once)
         self.watch.start(self.device)
 
     def enumerate(self, *setups: Setup, configure: bool = True) -> None:
-        """What a guest does with a device after a reset."""
+        """Do what a guest does with a device after a reset."""
         self.watch.port_reset()
-        self.ask(GET_DEVICE, GET_CONFIGURATION, *setups)
+        self.request(GET_DEVICE, GET_CONFIGURATION, *setups)
         if configure:
             self.watch.configured(1)
 
-    def ask(self, *setups: Setup) -> None:
+    def request(self, *setups: Setup) -> None:
         for setup in setups:
             self.watch.requested(setup)
 
 
 class Optional(ScriptedDevice):
-    """A device with a part that it can leave out."""
+    """A device with an optional part."""
 
     def __init__(
         self, offers: Sequence[Offer] = (FAST, FAST_LESS, SLOW, SLOW_LESS), *, used_at_once: bool = True
@@ -115,118 +115,118 @@ class Optional(ScriptedDevice):
         self._offer = offer
 
 
-def test_a_guest_that_never_looked_is_waited_for() -> None:
+def test_a_guest_that_reads_no_descriptor_has_no_problem() -> None:
     one = Watched()
     one.clock.sleep(1000 * IDLE_TIMEOUT)
-    one.watch.port_reset()  # firmware resets ports of which it knows nothing
+    one.watch.port_reset()  # firmware resets all ports
     one.clock.sleep(1000 * IDLE_TIMEOUT)
-    one.ask(GET_DEVICE)
+    one.request(GET_DEVICE)
     one.clock.sleep(1000 * IDLE_TIMEOUT)
-    assert one.signs == []
+    assert one.problems == []
 
 
-def test_configured_and_left_alone() -> None:
+def test_configured_and_not_used() -> None:
     one = Watched()
     one.enumerate(GET_LANGUAGES, GET_SERIAL_NUMBER)
     one.clock.sleep(IDLE_TIMEOUT - 0.1)
-    assert one.signs == []
-    one.ask(GET_SERIAL_NUMBER, CLEAR_HALT)  # it is looked at: the silence begins again
+    assert one.problems == []
+    one.request(GET_SERIAL_NUMBER, CLEAR_HALT)  # a request: the timeout starts again
     one.clock.sleep(IDLE_TIMEOUT - 0.1)
-    assert one.signs == []
+    assert one.problems == []
     one.clock.sleep(0.1)
-    assert one.signs == [OfferProblem.NOT_USED]
+    assert one.problems == [OfferProblem.NOT_USED]
     one.clock.sleep(1000 * IDLE_TIMEOUT)
-    assert one.signs == [OfferProblem.NOT_USED]
+    assert one.problems == [OfferProblem.NOT_USED]
 
 
-def test_looked_at_and_not_configured() -> None:
+def test_read_and_not_configured() -> None:
     one = Watched()
     one.enumerate(configure=False)
     one.clock.sleep(IDLE_TIMEOUT)
-    assert one.signs == [OfferProblem.NOT_CONFIGURED]
+    assert one.problems == [OfferProblem.NOT_CONFIGURED]
 
 
-def test_given_up_on_purpose() -> None:
+def test_unconfigured_by_the_guest() -> None:
     one = Watched()
     one.enumerate()
     one.watch.configured(0)
     one.clock.sleep(1000 * IDLE_TIMEOUT)
-    assert one.signs == []
+    assert one.problems == []
 
 
 @pytest.mark.parametrize("use", [OfferWatch.used, lambda watch: watch.requested(GET_MAX_LUN),
                                  lambda watch: watch.requested(VENDOR_REQUEST)])  # fmt: skip
 def test_used_once_is_used(use: Callable[[OfferWatch], None]) -> None:
-    """Firmware reads one block and waits at a menu; a system has mounted the disk, and does nothing else with it."""
+    """Firmware reads one block and shows a menu; a system mounts the disk, and then sends no more requests."""
     one = Watched()
     one.enumerate(GET_LANGUAGES)
     use(one.watch)
     one.clock.sleep(1000 * IDLE_TIMEOUT)
-    one.ask(GET_LANGUAGES, GET_SERIAL_NUMBER)  # as lsusb does
+    one.request(GET_LANGUAGES, GET_SERIAL_NUMBER)  # as lsusb does
     one.clock.sleep(1000 * IDLE_TIMEOUT)
-    for _ in range(3):  # a driver resets the port, and has nothing to do for the device then
+    for _ in range(3):  # a driver resets the port, and then sends no requests
         one.enumerate(GET_SERIAL_NUMBER)
         one.clock.sleep(1000 * IDLE_TIMEOUT)
-        one.ask(GET_LANGUAGES)
+        one.request(GET_LANGUAGES)
         one.clock.sleep(1000 * IDLE_TIMEOUT)
-    assert one.signs == []
+    assert one.problems == []
 
 
-def test_a_class_request_before_the_configuration_is_no_use() -> None:
+def test_a_vendor_request_before_the_configuration_is_not_use() -> None:
     one = Watched()
-    one.enumerate(VENDOR_REQUEST)  # Windows asks for its own descriptors
+    one.enumerate(VENDOR_REQUEST)  # Windows reads its own descriptors
     one.clock.sleep(IDLE_TIMEOUT)
-    assert one.signs == [OfferProblem.NOT_USED]
+    assert one.problems == [OfferProblem.NOT_USED]
 
 
-def test_what_firmware_used_the_next_system_may_not_understand() -> None:
+def test_the_next_system_may_not_use_what_firmware_used() -> None:
     one = Watched()
     one.enumerate()
     one.watch.used()
     one.enumerate(GET_LANGUAGES)
     one.clock.sleep(IDLE_TIMEOUT)
-    assert one.signs == [OfferProblem.NOT_USED]
+    assert one.problems == [OfferProblem.NOT_USED]
 
 
-def test_what_firmware_used_a_boot_loader_may_not_configure() -> None:
+def test_a_boot_loader_may_not_configure_what_firmware_used() -> None:
     one = Watched()
     one.enumerate()
     one.watch.used()
     one.enumerate(configure=False)
     one.clock.sleep(IDLE_TIMEOUT)
-    assert one.signs == [OfferProblem.NOT_CONFIGURED]
+    assert one.problems == [OfferProblem.NOT_CONFIGURED]
 
 
-def test_the_device_leaves_or_is_reset_meanwhile() -> None:
+def test_the_device_is_detached_or_reset_meanwhile() -> None:
     one = Watched()
     for end in (one.watch.stop, one.watch.port_reset, lambda: one.watch.start(one.device)):
         one.watch.start(one.device)
         one.enumerate()
         end()
         one.clock.sleep(1000 * IDLE_TIMEOUT)
-    assert one.signs == []
+    assert one.problems == []
 
 
-def test_a_device_that_waits_for_a_program_is_left_alone() -> None:
+def test_a_device_that_is_not_used_at_once_keeps_its_offer() -> None:
     one = Watched(used_at_once=False)
     one.enumerate(GET_LANGUAGES)
     one.clock.sleep(1000 * IDLE_TIMEOUT)
     one.enumerate(configure=False)
     one.clock.sleep(1000 * IDLE_TIMEOUT)
-    assert one.signs == []
-    for _ in range(FAILED_ENUMERATIONS + 1):  # but it must be understood
+    assert one.problems == []
+    for _ in range(FAILED_ENUMERATIONS + 1):  # but the guest must accept its speed
         one.watch.port_reset()
-        one.ask(GET_DEVICE)
+        one.request(GET_DEVICE)
     one.clock.sleep(ENUMERATION_TIMEOUT)
-    assert one.signs == [OfferProblem.SPEED]
+    assert one.problems == [OfferProblem.SPEED]
 
 
-# In a guest -----------------------------------------------------------------------------------------------------------
+# With a guest ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody waits for silence."""
+    """Shorten the timeout."""
     monkeypatch.setattr(offers, "IDLE_TIMEOUT", 0.01)
 
 
@@ -239,7 +239,7 @@ async def _look(guest: MemoryGuest, device: ScriptedDevice, *setups: Setup) -> N
 
 
 async def _until(guest: MemoryGuest, count: int) -> None:
-    """Wait until the device was attached so often."""
+    """Wait until the device was attached ``count`` times."""
     await guest.wait(lambda: kinds(guest).count(events.Attached) == count)
     await guest.wait(lambda: guest.connected is not None)
 
@@ -249,7 +249,7 @@ def _steps(guest: MemoryGuest) -> list[tuple[OfferProblem, Offer]]:
 
 
 @pytest.mark.usefixtures("at_once")
-async def test_a_guest_without_a_driver_is_offered_less_and_less_and_then_everything() -> None:
+async def test_a_guest_without_a_driver_gets_each_offer_and_then_the_best_again() -> None:
     async with MemoryGuest(device := Optional()) as guest:
         for count in (2, 3, 4):
             await guest.set_configuration(1)
@@ -275,7 +275,7 @@ async def test_a_guest_that_does_not_configure_the_device_gets_a_lower_speed_fir
 
 
 @pytest.mark.usefixtures("at_once")
-async def test_what_the_port_cannot_take_is_not_offered_again() -> None:
+async def test_a_speed_that_the_port_does_not_support_is_not_offered_again() -> None:
     async with MemoryGuest(device := Optional()) as guest:
         guest.send(p.FilterReject())
         await _until(guest, 2)
@@ -290,12 +290,12 @@ async def test_what_the_port_cannot_take_is_not_offered_again() -> None:
         guest.send(p.FilterReject())
         await guest.wait(lambda: guest.connected is None)
         await guest.redirection.detach()
-        await guest.redirection.attach(device)  # another port may take more
+        await guest.redirection.attach(device)  # another port may support more
         assert device.offer == FAST
 
 
 @pytest.mark.usefixtures("at_once")
-async def test_one_offer_stays() -> None:
+async def test_a_device_with_one_offer_keeps_it() -> None:
     async with MemoryGuest(device := Optional((FAST,))) as guest:
         await _look(guest, device, GET_DEVICE, GET_CONFIGURATION)
         await asyncio.sleep(0.05)
@@ -318,7 +318,7 @@ async def _setting(guest: MemoryGuest) -> None:
 
 @pytest.mark.parametrize("use", [_bulk, _interrupt, _setting])
 @pytest.mark.usefixtures("at_once")
-async def test_a_device_in_use_stays(use: Callable[[MemoryGuest], Awaitable[None]]) -> None:
+async def test_a_device_in_use_keeps_its_offer(use: Callable[[MemoryGuest], Awaitable[None]]) -> None:
     async with MemoryGuest(Optional()) as guest:
         await guest.set_configuration(1)
         await use(guest)
@@ -327,7 +327,7 @@ async def test_a_device_in_use_stays(use: Callable[[MemoryGuest], Awaitable[None
 
 
 class Pausing(MemoryGuest):
-    """A guest whose acknowledgement does not come while its VM is paused."""
+    """A guest that does not acknowledge a disconnect while its VM is paused."""
 
     runs = True
 
@@ -336,13 +336,13 @@ class Pausing(MemoryGuest):
 
 
 @pytest.mark.usefixtures("at_once")
-async def test_a_vm_that_is_paused_gets_the_other_offer_when_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_paused_vm_gets_the_next_offer_when_it_continues(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "ACK_TIMEOUT", 0.02)
     async with Pausing(device := Optional()) as guest:
         await guest.set_configuration(1)
         guest.runs = False
         await guest.wait(lambda: guest.connected is None)
-        await asyncio.sleep(0.1)  # the guest has not answered, and nobody waits for it
+        await asyncio.sleep(0.1)  # longer than the timeout of a detach
         assert device.offer == FAST
         assert guest.redirection.state is engine.State.DISCONNECTING
         guest.runs = True
@@ -352,7 +352,7 @@ async def test_a_vm_that_is_paused_gets_the_other_offer_when_it_goes_on(monkeypa
 
 
 @pytest.mark.usefixtures("at_once")
-async def test_taken_from_a_vm_that_is_paused_while_it_is_to_be_offered_again(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_device_is_detached_while_a_paused_vm_is_to_get_the_next_offer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "ACK_TIMEOUT", 0.02)
     async with Pausing(device := Optional()) as guest:
         await guest.set_configuration(1)
@@ -379,7 +379,7 @@ async def test_refused_at_one_speed_offered_at_the_next() -> None:
 
 
 class Streaming(Optional):
-    """Has streams at SuperSpeed, in its optional part."""
+    """A device with streams at SuperSpeed, in its optional part."""
 
     @property
     def has_streams(self) -> bool:
@@ -407,34 +407,35 @@ async def test_a_guest_without_streams_is_offered_none(
 async def test_a_device_that_needs_streams_is_refused_to_a_guest_without() -> None:
     device = Streaming((FAST,))
     async with MemoryGuest(caps=ALL_CAPS & ~Cap.BULK_STREAMS) as guest:
-        with pytest.raises(RefusedError, match="has no bulk streams, which 1209:") as caught:
+        with pytest.raises(RefusedError, match="has no bulk streams, but 1209:") as caught:
             await guest.redirection.attach(device)
         assert caught.value.reason is Reason.CAPABILITY
+        assert (caught.value.remedy.setting, caught.value.remedy.value) == ("storage.usb_storage", "bot")
         assert device.calls == []
 
 
-async def test_a_guest_that_does_not_understand_super_speed_gets_high_speed() -> None:
+async def test_a_guest_that_rejects_super_speed_gets_high_speed() -> None:
     device = ScriptedDevice((Speed.SUPER, Speed.HIGH))
     async with MemoryGuest(device) as guest:
         for _ in range(FAILED_ENUMERATIONS):
             await _look(guest, device, GET_DEVICE)
             guest.reset()
         await _look(guest, device, GET_DEVICE)
-        assert events.OfferChanged not in kinds(guest)  # it might go on yet
+        assert events.OfferChanged not in kinds(guest)  # the guest may still continue
         await guest.wait(lambda: guest.connected is not None and guest.connected.speed == Speed.HIGH)
         assert device.identity.speed == Speed.HIGH
-        for _ in range(FAILED_ENUMERATIONS + 1):  # there is nothing lower: no further try
+        for _ in range(FAILED_ENUMERATIONS + 1):  # there is no lower speed: the offer stays
             guest.reset()
             await _look(guest, device, GET_DEVICE)
         await asyncio.sleep(2 * ENUMERATION_TIMEOUT)
         assert kinds(guest).count(events.OfferChanged) == 1
         await guest.redirection.detach()
         await guest.redirection.attach(device)
-        # Another port may take more.
+        # Another port may support more.
         await guest.wait(lambda: guest.connected is not None and guest.connected.speed == Speed.SUPER)
 
 
-async def test_resets_of_a_guest_that_understands_are_no_reason_to_fall_back() -> None:
+async def test_resets_of_a_guest_that_accepts_the_speed_change_no_offer() -> None:
     device = ScriptedDevice((Speed.SUPER, Speed.HIGH))
     async with MemoryGuest(device) as guest:
         for _ in range(10):
@@ -459,7 +460,7 @@ async def _vanish(guest: MemoryGuest) -> None:
 
 
 @pytest.mark.parametrize("leave", [_unplug, _vanish])
-async def test_leaving_while_it_falls_back(leave: Callable[[MemoryGuest], Awaitable[None]]) -> None:
+async def test_detach_while_the_offer_changes(leave: Callable[[MemoryGuest], Awaitable[None]]) -> None:
     device = ScriptedDevice((Speed.SUPER, Speed.HIGH))
     async with MemoryGuest(device) as guest:
         guest.send(p.FilterReject())

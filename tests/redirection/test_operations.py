@@ -1,4 +1,4 @@
-"""Operations on the whole device: reset, configurations, settings, streams."""
+"""Operations on the whole device: reset, configurations, alternate settings, bulk streams."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ async def test_reset_cancels_what_is_pending_and_ends_receptions() -> None:
         guest.reset()
         assert (await pending).status is Status.CANCELLED
         assert (await status()).status is Status.STALL
-        guest.reset()  # nothing happened since: skipped
+        guest.reset()  # not used since the first reset: skipped
         await settle()
         assert device.calls.count("reset") == 1
         assert kinds(guest).count(events.PortReset) == 1
@@ -123,7 +123,7 @@ async def test_a_device_that_raises_on_cancel_and_on_reset() -> None:
 
 
 class Unreadable(ScriptedDevice):
-    """Its interfaces cannot be read: it is being pulled out."""
+    """A device whose interfaces cannot be read: it is being unplugged."""
 
     broken = False
 

@@ -1,4 +1,4 @@
-"""One answer for each request, in order on its endpoint, whatever the device does."""
+"""Each request has one answer, in order on its endpoint, whatever the device does."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ async def test_answers_keep_their_order_on_each_endpoint_whatever_the_device_doe
         assert (figures[BULK_OUT].transfers, figures[BULK_OUT].bytes) == (1, 100)
 
 
-async def test_the_order_on_bulk_streams_is_free() -> None:
+async def test_answers_on_bulk_streams_may_come_in_any_order() -> None:
     device = ScriptedDevice()
     device.alternate = 1
     async with MemoryGuest(device) as guest:
@@ -47,7 +47,7 @@ async def test_the_order_on_bulk_streams_is_free() -> None:
         assert (await first).status is Status.STALL
 
 
-async def test_cancel_is_answered_at_once_and_a_late_completion_is_swallowed() -> None:
+async def test_cancel_is_answered_at_once_and_a_late_completion_is_ignored() -> None:
     device = ScriptedDevice()
     device.cancels = False
     async with MemoryGuest(device) as guest:
@@ -79,7 +79,7 @@ async def test_cancel_of_a_completed_transfer_that_waits_for_its_turn() -> None:
         assert (await first).data == b"first"
 
 
-async def test_an_id_may_come_back_as_soon_as_it_is_answered() -> None:
+async def test_an_id_may_be_reused_after_its_answer() -> None:
     device = ScriptedDevice()
     device.cancels = False
     async with MemoryGuest(device) as guest:
@@ -94,7 +94,7 @@ async def test_an_id_may_come_back_as_soon_as_it_is_answered() -> None:
         assert ((await again).endpoint, (await again).length) == (BULK_OUT, 3)
 
 
-async def test_an_id_that_is_still_pending_is_not_taken_twice() -> None:
+async def test_a_second_request_with_a_pending_id_is_invalid() -> None:
     device = ScriptedDevice()
     async with MemoryGuest(device) as guest:
         first = guest.submit_in(BULK_IN, 10)
@@ -123,10 +123,10 @@ async def test_more_than_the_bound_in_flight_is_answered_with_an_error(monkeypat
         assert (await third).data == b"third"
 
 
-async def test_a_device_that_raises_costs_one_stall() -> None:
+async def test_an_exception_of_the_device_becomes_one_stall() -> None:
     device = ScriptedDevice()
     async with MemoryGuest(device) as guest:
-        device.raises = ZeroDivisionError("a defect in the device")
+        device.raises = ZeroDivisionError("a bug in the device")
         with pytest.raises(TransferFailed) as caught:
             await guest.bulk_in(BULK_IN, 10)
         assert caught.value.status is Status.STALL
@@ -140,7 +140,7 @@ async def test_a_device_that_raises_costs_one_stall() -> None:
         guest.faults.clear()
 
 
-async def test_a_device_that_completes_twice_is_told_so_and_the_guest_sees_one_answer() -> None:
+async def test_a_device_that_completes_twice_gets_an_error_and_the_guest_one_answer() -> None:
     device = ScriptedDevice()
     async with MemoryGuest(device) as guest:
         pending = guest.submit_in(BULK_IN, 10)
@@ -153,7 +153,7 @@ async def test_a_device_that_completes_twice_is_told_so_and_the_guest_sees_one_a
         assert sum(isinstance(packet, p.BulkPacket) for packet in guest.received) == 1
 
 
-async def test_a_device_that_gives_too_much_becomes_a_babble() -> None:
+async def test_a_reply_that_is_too_long_becomes_a_babble() -> None:
     device = ScriptedDevice()
     async with MemoryGuest(device) as guest:
         pending = guest.submit_in(BULK_IN, 4)
@@ -163,7 +163,7 @@ async def test_a_device_that_gives_too_much_becomes_a_babble() -> None:
         assert (answer.status, bytes(answer.data)) == (Status.BABBLE, b"too ")
 
 
-async def test_what_is_refused_holds_no_memory_while_it_waits_for_its_turn() -> None:
+async def test_a_refused_request_holds_no_memory_while_it_waits_for_its_turn() -> None:
     device = ScriptedDevice()
     device.cancels = False
     async with MemoryGuest(device) as guest:
@@ -203,7 +203,7 @@ async def test_ids_used_twice_are_bounded_and_answered_twice(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("reply", [memoryview(b"abcdef")[::2], "text", [1, 2]])
-async def test_a_reply_that_cannot_be_said_becomes_an_error(reply: object) -> None:
+async def test_a_reply_that_cannot_be_encoded_becomes_an_error(reply: object) -> None:
     device = ScriptedDevice()
     async with MemoryGuest(device) as guest:
         pending = guest.submit_in(BULK_IN, 10)

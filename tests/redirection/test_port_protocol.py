@@ -1,4 +1,4 @@
-"""When the guest is listened to, and which answers leave together."""
+"""When the guest's packets are handled, and which answers are sent together."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from farplug.usbredir import packets as p
 from farplug.usbredir.caps import ALL_CAPS, Cap
 
 
-async def test_too_many_pending_transfers_stop_the_reading_not_the_vm(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_too_many_pending_transfers_pause_reading(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(port_protocol, "MAX_PENDING", 4)
     device = ScriptedDevice()
     async with MemoryGuest(device) as guest:
@@ -30,7 +30,7 @@ async def test_too_many_pending_transfers_stop_the_reading_not_the_vm(monkeypatc
         assert all([(await item).data == b"x" for item in pending])
 
 
-async def test_what_a_guest_sends_at_once_leaves_the_event_loop_its_turns() -> None:
+async def test_many_packets_at_once_do_not_block_the_event_loop() -> None:
     device = ScriptedDevice()
     async with MemoryGuest(device) as guest:
         pending = [guest.submit_in(BULK_IN, 1) for _ in range(10 * port_protocol.PACKETS_AT_ONCE)]
@@ -45,7 +45,7 @@ async def test_what_a_guest_sends_at_once_leaves_the_event_loop_its_turns() -> N
 
 
 def record_writes(guest: MemoryGuest, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many bytes the engine hands to its port at once, each time."""
+    """Return the sizes of what the engine writes to its port, in bytes; the list grows with each write."""
     sizes: list[int] = []
     port = guest.redirection.port
     write = port.write
@@ -58,7 +58,7 @@ def record_writes(guest: MemoryGuest, monkeypatch: pytest.MonkeyPatch) -> list[i
     return sizes
 
 
-async def test_answers_made_while_one_batch_of_input_is_looked_at_leave_together(
+async def test_answers_to_one_batch_of_packets_are_sent_together(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     device = ScriptedDevice()
@@ -71,10 +71,10 @@ async def test_answers_made_while_one_batch_of_input_is_looked_at_leave_together
         sizes.clear()
         answers = [guest.submit_in(BULK_IN, port_protocol.FLUSH_ABOVE // 4) for _ in range(12)]
         assert all([len((await answer).data) == port_protocol.FLUSH_ABOVE // 4 for answer in answers])
-        assert len(sizes) == 3, "they are not held back without a bound"
+        assert len(sizes) == 3, "answers are not queued without a bound"
 
 
-async def test_answers_that_a_device_makes_later_leave_together(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_answers_that_a_device_completes_later_are_sent_together(monkeypatch: pytest.MonkeyPatch) -> None:
     device = ScriptedDevice()
     async with MemoryGuest(device) as guest:
         sizes = record_writes(guest, monkeypatch)
@@ -90,11 +90,11 @@ async def test_answers_that_a_device_makes_later_leave_together(monkeypatch: pyt
         assert ((await small).data, (await other).length) == (b"x", 1)
         assert len(sizes) == 1
         device.submitted[2].complete(Status.SUCCESS, bytes(1 << 20))
-        assert len(sizes) == 2, "what is large does not wait"
+        assert len(sizes) == 2, "a large answer is sent at once"
         assert len((await large).data) == 1 << 20
 
 
-async def test_packets_wait_while_an_operation_is_under_way() -> None:
+async def test_packets_wait_while_an_operation_runs() -> None:
     device = ScriptedDevice()
     gate = asyncio.Event()
     reset = device.reset
@@ -117,7 +117,7 @@ async def test_packets_wait_while_an_operation_is_under_way() -> None:
         assert (await pending).data == b"after"
 
 
-async def test_what_a_device_says_and_the_protocol_cannot_is_a_fault() -> None:
+async def test_a_packet_of_a_device_that_cannot_be_encoded_is_a_fault() -> None:
     device = ScriptedDevice()
     async with MemoryGuest(device) as guest:
         guest.send(p.StartInterruptReceiving(endpoint=INTERRUPT_IN))
@@ -129,7 +129,7 @@ async def test_what_a_device_says_and_the_protocol_cannot_is_a_fault() -> None:
         guest.faults.clear()
 
 
-async def test_a_port_that_keeps_what_is_unread_carries_nothing_before_the_guests_hello() -> None:
+async def test_on_a_port_that_keeps_unread_data_nothing_is_sent_before_the_guests_hello() -> None:
     guest = MemoryGuest(paused=True)
     guest.redirection.port.keeps_unread = True
     async with guest:
@@ -143,7 +143,7 @@ async def test_a_port_that_keeps_what_is_unread_carries_nothing_before_the_guest
 
 
 @pytest.mark.parametrize("missing", [Cap.NONE, Cap.IDS_64_BITS, Cap.BULK_STREAMS, Cap.BULK_RECEIVING, Cap.FILTER])
-async def test_a_port_that_keeps_what_is_unread_carries_messages_that_a_new_parser_skips(
+async def test_on_a_port_that_keeps_unread_data_a_new_parser_skips_all_messages(
     missing: Cap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     guest = MemoryGuest(caps=ALL_CAPS & ~missing)

@@ -1,4 +1,4 @@
-"""What overlaps: leaving, falling back, opening, operations and a guest that vanishes, in every order that hurts."""
+"""Overlaps of detach, changes of the offer, open, operations, and a guest that goes, in every order that can fail."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from farplug.usbredir.protocol import Connection, Role
 
 
 class Slow(ScriptedDevice):
-    """Opening, closing and configuring wait for their gates."""
+    """A device whose open, close and set_configuration wait for events of the test."""
 
     def __init__(self, speeds: Sequence[Speed] = (Speed.HIGH,)) -> None:
         super().__init__(speeds)
@@ -42,7 +42,7 @@ class Slow(ScriptedDevice):
 
 
 @pytest.mark.parametrize("how", ["detach", "vanish", "close"])
-async def test_leaving_while_it_falls_back_and_the_device_takes_its_time(how: str) -> None:
+async def test_detach_while_the_offer_changes_and_the_device_is_slow(how: str) -> None:
     device = Slow((Speed.SUPER, Speed.HIGH))
     async with MemoryGuest(device) as guest:
         device.gate.clear()
@@ -69,7 +69,7 @@ async def test_leaving_while_it_falls_back_and_the_device_takes_its_time(how: st
 
 
 async def opening(guest: MemoryGuest, device: Slow) -> asyncio.Task[None]:
-    """Begin to attach a device, which opens only when its gate does."""
+    """Begin to attach a device, which opens when its gate is set."""
     await settle()
     device.gate.clear()
     attaching = asyncio.create_task(guest.redirection.attach(device))
@@ -104,7 +104,7 @@ async def test_a_filter_that_comes_while_the_device_opens() -> None:
         assert device.calls[-1] == "close"
 
 
-async def test_attaching_is_given_up_in_the_moment_in_which_the_guest_vanishes() -> None:
+async def test_attach_is_cancelled_while_the_guest_vanishes() -> None:
     device = Slow()
     async with MemoryGuest() as guest:
         await settle()
@@ -145,7 +145,7 @@ async def test_a_device_that_is_lost_while_it_opens(opens: bool) -> None:
         assert device.calls[-2:] == ["open", "close"]
 
 
-async def test_an_operation_that_never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_operation_that_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operations, "OPERATION_TIMEOUT", 0.05)
     device = Slow()
     async with MemoryGuest(device) as guest:
@@ -159,7 +159,7 @@ async def test_an_operation_that_never_ends(monkeypatch: pytest.MonkeyPatch) -> 
         guest.faults.clear()
 
 
-async def test_nothing_is_begun_for_a_device_that_leaves() -> None:
+async def test_no_operation_starts_for_a_device_that_is_being_detached() -> None:
     class Thorough(ScriptedDevice):
         async def set_configuration(self, value: int) -> Status:
             await asyncio.sleep(0.02)
@@ -170,12 +170,12 @@ async def test_nothing_is_begun_for_a_device_that_leaves() -> None:
         await settle()
         await guest.redirection.detach()
         await asyncio.sleep(0.1)
-        said = [type(packet) for packet in guest.received]
-        assert p.EndpointInfo not in said[said.index(p.DeviceDisconnect) :]
+        sent = [type(packet) for packet in guest.received]
+        assert p.EndpointInfo not in sent[sent.index(p.DeviceDisconnect) :]
         assert kinds(guest)[-1] is events.Detached
 
 
-async def test_what_cannot_be_made_durable_is_told_when_the_guest_is_gone_too() -> None:
+async def test_an_error_of_close_is_reported_when_the_guest_is_gone_too() -> None:
     device = ScriptedDevice()
     device.close_error = DeviceError("what was written may be lost", reason=Reason.IO_ERROR)
     async with MemoryGuest(device) as guest:
@@ -186,7 +186,7 @@ async def test_what_cannot_be_made_durable_is_told_when_the_guest_is_gone_too() 
         guest.faults.clear()
 
 
-async def test_a_device_that_fails_to_close_in_its_own_way() -> None:
+async def test_an_exception_of_close_becomes_a_device_error() -> None:
     device = ScriptedDevice()
     device.close_error = RuntimeError("boom")
     async with MemoryGuest(device) as guest:
@@ -210,7 +210,7 @@ async def test_a_port_can_be_opened_again() -> None:
         await guest.wait(lambda: guest.connected is not None)
 
 
-async def test_a_hello_behind_nonsense_is_too_late() -> None:
+async def test_a_hello_after_an_invalid_packet_is_too_late() -> None:
     async with MemoryGuest(paused=True) as guest:
         guest._connection.start()
         guest.send_bytes((99).to_bytes(4, "little") + bytes(8) + b"".join(guest._connection.data_to_send()))
@@ -220,10 +220,10 @@ async def test_a_hello_behind_nonsense_is_too_late() -> None:
         assert kinds(guest) == []
 
 
-# The guest in memory must notice what QEMU would not survive.
+# The guest in memory must detect what makes QEMU abort.
 
 
-async def test_the_guest_in_memory_sees_answers_out_of_order_and_twice() -> None:
+async def test_the_guest_in_memory_detects_answers_out_of_order_and_twice() -> None:
     device = ScriptedDevice()
 
     async def misbehave(*order: int) -> None:
@@ -245,7 +245,7 @@ async def test_the_guest_in_memory_sees_answers_out_of_order_and_twice() -> None
         await misbehave(0, 0)
 
 
-async def test_a_packet_of_a_reception_is_no_answer() -> None:
+async def test_a_packet_of_a_reception_is_not_an_answer() -> None:
     device = ScriptedDevice()
     async with MemoryGuest(device) as guest:
         guest.send(p.StartInterruptReceiving(endpoint=INTERRUPT_IN))
@@ -258,10 +258,10 @@ async def test_a_packet_of_a_reception_is_no_answer() -> None:
         assert not pending.done
 
 
-@pytest.mark.parametrize("said_hello", [True, False])
-async def test_the_guest_is_gone_before_a_device_is_offered(said_hello: bool) -> None:
+@pytest.mark.parametrize("sent_hello", [True, False])
+async def test_the_guest_is_gone_before_a_device_is_offered(sent_hello: bool) -> None:
     device = ScriptedDevice()
-    async with MemoryGuest(paused=not said_hello) as guest:
+    async with MemoryGuest(paused=not sent_hello) as guest:
         await settle()
         guest._end.abort()
         await settle()

@@ -1,4 +1,4 @@
-"""What a device sends and plays by itself."""
+"""Receptions: interrupt, isochronous and buffered bulk."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def start_bulk(size: int, transfers: int) -> p.StartBulkReceiving:
         (start_bulk(2**25, 1), p.BulkReceivingStatus),
     ],
 )
-async def test_receptions_that_make_no_sense_stall(
+async def test_receptions_with_invalid_parameters_stall(
     packet: p.StartInterruptReceiving,
     kind: type[p.InterruptReceivingStatus | p.IsoStreamStatus | p.BulkReceivingStatus],
 ) -> None:
@@ -143,7 +143,7 @@ async def test_buffered_bulk_and_isochronous() -> None:
         assert (figures[ISO_OUT].transfers, figures[ISO_OUT].bytes) == (1, 5)
 
 
-async def test_packets_that_nobody_takes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_packets_are_bounded_while_the_port_does_not_accept_output(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("farplug.redirection.port_protocol.MAX_UNREQUESTED", 3)
     device = ScriptedDevice()
     async with MemoryGuest(device) as guest:
@@ -163,7 +163,7 @@ async def test_packets_that_nobody_takes_are_bounded(monkeypatch: pytest.MonkeyP
         assert {f.endpoint: f.transfers for f in guest.redirection.figures}[INTERRUPT_IN] == 4
 
 
-async def test_bytes_that_nobody_takes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_bytes_are_bounded_while_the_port_does_not_accept_output(monkeypatch: pytest.MonkeyPatch) -> None:
     device = ScriptedDevice()
     async with MemoryGuest(device) as guest:
         guest.send(p.StartBulkReceiving(stream_id=0, bytes_per_transfer=512, endpoint=BULK_IN, transfers=5))

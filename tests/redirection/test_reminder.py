@@ -1,4 +1,4 @@
-"""When a silent guest is reminded."""
+"""Reminders to a silent guest."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from farplug.usbredir import packets as p
 
 
 class Clock:
-    """A loop that runs nothing by itself."""
+    """An event loop whose timers the test fires."""
 
     def __init__(self) -> None:
         self.waiting: list[tuple[float, Callable[..., None], tuple[Any, ...]]] = []
@@ -29,23 +29,23 @@ class Clock:
     def cancel(self) -> None:
         self.waiting.clear()
 
-    def pass_on(self) -> float:
-        """The time that was waited for has passed."""
+    def fire(self) -> float:
+        """Fire the timer, and return its delay in seconds."""
         seconds, callback, arguments = self.waiting.pop()
         callback(*arguments)
         return seconds
 
 
-def test_ever_later_until_the_guest_says_something(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, said = Clock(), []
+def test_the_delay_doubles_until_the_guest_sends_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, sent = Clock(), []
     monkeypatch.setattr(asyncio, "get_running_loop", lambda: clock)
-    reminder = Reminder(lambda: said.append("word"))
+    reminder = Reminder(lambda: sent.append("reminder"))
     reminder.start()
-    assert [clock.pass_on() for _ in range(5)] == [1, 2, 4, 5, 5]
-    assert len(said) == 5
+    assert [clock.fire() for _ in range(5)] == [1, 2, 4, 5, 5]
+    assert len(sent) == 5
     reminder.received = True
-    assert [clock.pass_on() for _ in range(3)] == [5, 1, 2]
-    assert len(said) == 7
+    assert [clock.fire() for _ in range(3)] == [5, 1, 2]
+    assert len(sent) == 7
     reminder.start()
     assert len(clock.waiting) == 1
     reminder.stop()

@@ -1,4 +1,4 @@
-"""Packets that ask for transfers and make no sense."""
+"""Invalid requests for transfers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from farplug.usbredir import packets as p
         ),
     ],
 )
-async def test_requests_that_make_no_sense_are_answered_with_an_error(packet: p.Packet, status: Status) -> None:
+async def test_invalid_requests_are_answered_with_an_error(packet: p.Packet, status: Status) -> None:
     device = ScriptedDevice()
     async with MemoryGuest(device, max_transfer=2**20) as guest:
         answer = await guest.request(packet)
@@ -55,7 +55,7 @@ async def test_requests_that_make_no_sense_are_answered_with_an_error(packet: p.
         assert (await alive).data == b"good"
 
 
-async def test_control_and_interrupt_bodies_too_large_to_store() -> None:
+async def test_control_and_interrupt_payloads_too_large_to_store() -> None:
     async with MemoryGuest(ScriptedDevice(), max_transfer=64) as guest:
         control = guest.request(
             p.ControlPacket(

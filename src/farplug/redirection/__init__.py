@@ -1,4 +1,4 @@
-"""The engine: drives one device over one port, as the usb-host side of usbredir."""
+"""The engine: connects one device to one port, as the usb-host side of usbredir."""
 
 from farplug.redirection.engine import Redirection, State
 

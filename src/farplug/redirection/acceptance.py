@@ -1,17 +1,17 @@
-"""What a guest does not take, and how that is told: its filter, its refusal, a device that it has no means for."""
+"""The reasons for which a guest does not accept a device: its filter, its refusal, a missing capability."""
 
 from __future__ import annotations
 
-from farplug.errors import Reason, RefusedError
+from farplug.errors import Reason, RefusedError, Remedy
 from farplug.usb.device import Device, Identity
 from farplug.usbredir.filter import Filter
 
 
 def check_filter(filter: Filter | None, device: Device) -> None:
-    """Judge a device as the guest does.
+    """Apply the guest's filter to a device, as the guest does.
 
     Raises:
-        RefusedError: the guest's filter rules it out (``FILTERED``).
+        RefusedError: the guest's filter does not allow the device (``FILTERED``).
     """
     if filter is None:
         return
@@ -32,20 +32,23 @@ def check_filter(filter: Filter | None, device: Device) -> None:
 
 
 def rejected(identity: Identity) -> RefusedError:
-    """The guest refused a device that its filter allows, at its lowest speed."""
+    """Return the error for a device that the guest's filter allows, and that the guest refused at its lowest speed."""
     return RefusedError(
         f"the guest refused {identity} at {identity.speed} speed",
         reason=Reason.REJECTED,
-        remedy="the VM's USB controller may not take this speed: give it a qemu-xhci controller; "
-        "QEMU's own log says why",
+        remedy="the VM's USB controller may not support this speed: use a qemu-xhci controller; "
+        "QEMU's log shows the reason",
     )
 
 
 def no_streams(identity: Identity) -> RefusedError:
-    """The guest's side has no bulk streams, and the device does not do without."""
+    """Return the error for a device that requires bulk streams, where the guest's side of the port has none."""
     return RefusedError(
-        f"the guest's side has no bulk streams, which {identity} uses",
+        f"the guest's side of the port has no bulk streams, but {identity} requires them",
         reason=Reason.CAPABILITY,
-        remedy="QEMU's usb-redir device has them, unless it has streams=off; "
-        "virtual disks need none with --usb-storage bot",
+        remedy=Remedy(
+            "remove streams=off from QEMU's usb-redir device, or use a virtual disk without USB Attached SCSI",
+            setting="storage.usb_storage",
+            value="bot",
+        ),
     )

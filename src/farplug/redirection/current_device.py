@@ -1,4 +1,4 @@
-"""The device that the guest has: the one place where the engine's parts look for it."""
+"""The device that the guest uses: the one owner of this fact for all parts of the engine."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from farplug.usb.types import Endpoint
 
 
 class CurrentDevice:
-    """The device that the guest has now.
+    """The device that the guest uses now.
 
     Attributes:
-        device: who has the guest's transfers; None while none is offered.
-        usable: the same, until it begins to leave: from then on the guest begins nothing with it but transfers.
-        endpoints: those of the setting that the guest was told last, by address.
-        touched: the guest did something with it since it was offered or reset.
+        device: the device that gets the guest's transfers; None while no device is offered.
+        usable: the same device until :meth:`retire`: then the guest can still request transfers, but nothing else.
+        endpoints: the endpoints that the guest was sent last (ep_info), by address.
+        touched: whether the guest has used the device since the device was offered or reset.
     """
 
     __slots__ = ("device", "endpoints", "touched", "usable")
@@ -27,14 +27,14 @@ class CurrentDevice:
         self.touched = False
 
     def offer(self, device: Device) -> None:
-        """The guest has it from here on."""
+        """Set the device that the guest uses from now on."""
         self.device = self.usable = device
         self.touched = False
 
     def retire(self) -> None:
-        """It begins to leave."""
+        """Begin to detach the device."""
         self.usable = None
 
     def clear(self) -> None:
-        """The guest has none."""
+        """Forget the device: the guest has none."""
         self.device = self.usable = None

@@ -1,4 +1,7 @@
-"""A device, as usbredir describes it: device_connect, interface_info and ep_info."""
+"""The packets that describe a device to the guest: device_connect, interface_info and ep_info.
+
+Source: usb-redirection-protocol.md, at these packets.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,16 @@ from farplug.usb.types import Speed, TransferType
 from farplug.usbredir import packets as p
 
 MAX_INTERFACES = 32
-"""What an interface_info has room for."""
+"""The interfaces that an interface_info has room for."""
 
 _PERIODIC = (TransferType.INTERRUPT, TransferType.ISOCHRONOUS)
 
 
 def device_connect(device: Device) -> p.DeviceConnect:
-    """The device itself."""
+    """Return the device_connect packet of a device."""
     identity = device.identity
     return p.DeviceConnect(
-        speed=min(identity.speed, Speed.SUPER),  # the protocol has no code for more
+        speed=min(identity.speed, Speed.SUPER),  # the protocol has no code for a higher speed
         device_class=identity.device_class,
         device_subclass=identity.device_subclass,
         device_protocol=identity.device_protocol,
@@ -29,7 +32,7 @@ def device_connect(device: Device) -> p.DeviceConnect:
 
 
 def device_infos(device: Device) -> Iterator[p.Packet]:
-    """The interfaces and endpoints of its current setting."""
+    """Return the interface_info and the ep_info of a device's current settings."""
     interfaces = device.interfaces[:MAX_INTERFACES]
     table = [p.EndpointEntry()] * 32
     table[0] = table[16] = p.EndpointEntry(type=TransferType.CONTROL)

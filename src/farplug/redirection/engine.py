@@ -1,11 +1,11 @@
-"""One device on one port: hello, offers, disconnect: what begins and ends.
+"""The engine: open a port, attach a device to it, detach the device, close the port.
 
-It knows packets and :class:`~farplug.usb.device.Device`, and no kind of device. What it guarantees, whatever the device
-and the guest do (QEMU aborts its VM otherwise): every id has exactly one answer, answers keep their order on each
-endpoint (:mod:`~farplug.redirection.pending_requests`), nothing is sent that the guest's parser would reject
+The engine handles packets and a :class:`~farplug.usb.device.Device` of any kind. It guarantees, whatever the device and
+the guest do (QEMU aborts its VM otherwise): every id has exactly one answer, answers keep their order on each endpoint
+(:mod:`~farplug.redirection.pending_requests`), nothing is sent that the guest's parser would reject
 (:mod:`farplug.usbredir`), and memory is bounded (:mod:`~farplug.redirection.port_protocol`).
 
-Source: usb-redirection-protocol.md (protocol 0.7) and what usbredirhost and QEMU make of it.
+Source: usb-redirection-protocol.md (protocol 0.7), and its implementations in usbredirhost and QEMU.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from farplug.errors import (
     DeviceError,
     FarplugError,
     GuestGoneError,
-    LocalProtocolError,
     Reason,
     RefusedError,
     RemoteProtocolError,
+    StateError,
     UsageError,
 )
 from farplug.redirection import events
@@ -48,46 +48,46 @@ from farplug.usbredir.filter import Filter
 from farplug.usbredir.protocol import Oversized, Violation
 
 MAX_REPORTED_VIOLATIONS = 20
-"""Packets that break the protocol are reported this often for each port; further ones are dropped in silence."""
+"""Packets that violate the protocol are reported this often for each port; further ones are dropped unreported."""
 HELLO_TIMEOUT = 1.5
-"""Seconds after which a guest that has not said hello is reported as one that is waited for."""
+"""Seconds after which a guest that has not sent its hello is reported (:class:`~events.WaitingForGuest`)."""
 UNUSED_AFTER = 10.0
-"""Seconds after which a device is reported that the guest has not used since it was attached."""
+"""Seconds after which an attached device that the guest has not used is reported (:class:`~events.Unused`)."""
 ACK_TIMEOUT = 5.0
-"""Seconds to wait for the guest's answer to a disconnect; a paused VM gives none."""
+"""Seconds to wait for the guest's answer to a disconnect; a paused VM does not send it."""
 
 SPICE_MAGIC = int.from_bytes(b"REDQ", "little")
-"""What a SPICE server's answer begins with, read as the type of a packet."""
+"""The first bytes of a SPICE server's answer, read as the type of a packet."""
 
-log = logging.getLogger("farplug.usbredir")
+log = logging.getLogger(__name__)
 
 
 class State(Enum):
-    """Where a redirection is."""
+    """The state of a redirection."""
 
     CLOSED = auto()
     """The port is not open."""
     WAITING = auto()
-    """The port is open; the guest has not said hello."""
+    """The port is open; the guest has not sent its hello."""
     EMPTY = auto()
-    """The guest is ready; no device is in the port."""
+    """The guest is ready; no device is attached."""
     ATTACHED = auto()
-    """A device was offered, or is in use."""
+    """A device was offered, or is used."""
     DISCONNECTING = auto()
-    """A device was taken out; the guest has not acknowledged it yet."""
+    """A device was disconnected; the guest has not acknowledged that yet."""
 
     def __str__(self) -> str:
         return self.name.lower()
 
 
 class Redirection:
-    """One device at a time on one port.
+    """Connects one device at a time to one port.
 
     Args:
-        port: where the bytes go; it must be closed, :meth:`open` opens it.
-        on_event: called with everything that happens, on the event loop. It must not block.
-        max_transfer: see :data:`MAX_TRANSFER`.
-        caps: what we announce.
+        port: a closed port; :meth:`open` opens it.
+        on_event: called with each event, on the event loop. It must not block.
+        max_transfer: bytes that one transfer may carry or request.
+        caps: the capabilities that we announce.
     """
 
     def __init__(
@@ -107,13 +107,11 @@ class Redirection:
         self._guest_filter: Filter | None = None
         self._violations = 0
         self._port_error: FarplugError | None = None
-        # Waiting and leaving.
         self._hello: asyncio.Future[None] | None = None
         self._acknowledged: asyncio.Future[None] | None = None
         self._detaching: asyncio.Task[None] | None = None
         self._closed: asyncio.Future[FarplugError | None] | None = None
         self._unused: asyncio.TimerHandle | None = None
-        # Its parts.
         self._figures = figures = EndpointCounters()
         self._current = current = CurrentDevice()
         self._protocol = protocol = PortProtocol(port, self._port_closed, self._fault, caps, max_transfer)
@@ -150,27 +148,26 @@ class Redirection:
             Violation: self._violation,
         }
 
-    # What the owner does -----------------------------------------------------------------------------------------
-
     @property
     def device(self) -> Device | None:
-        """The device in the port."""
+        """The device that is attached, or being attached or detached."""
         return self._device
 
     @property
     def figures(self) -> tuple[EndpointFigures, ...]:
-        """What moved since the device was attached, one entry for each endpoint that was used."""
+        """Return the counters since the device was attached, one entry for each endpoint that was used."""
         return self._figures.snapshot()
 
     async def open(self) -> None:
-        """Open the port and say hello.
+        """Open the port, and send our hello.
 
         Raises:
             TargetError: the port cannot be reached.
-            PortError: somebody else uses it.
+            PortError: another client uses the port.
+            StateError: the port is already open.
         """
         if self.state is not State.CLOSED:
-            raise LocalProtocolError(f"port {self.port.name} is open already")
+            raise StateError(f"port {self.port.name} is already open")
         loop = asyncio.get_running_loop()
         self._guest_filter = self._port_error = None
         self._violations = 0
@@ -185,20 +182,24 @@ class Redirection:
             raise
 
     async def attach(self, device: Device) -> None:
-        """Offer ``device`` to the guest; wait for the guest's hello first, for as long as it takes.
+        """Wait for the guest's hello, without a timeout, and offer ``device`` to the guest.
 
-        Returns once the device was offered. That the guest refuses it, or configures it, comes as an event.
+        Returns once the device was offered. Whether the guest refuses or configures the device is reported by an event.
 
         Raises:
             GuestGoneError: the port was closed before the guest was ready.
-            RefusedError: the guest's filter rules the device out: it was not offered.
-            DeviceError: the device cannot be taken.
+            RefusedError: the guest's filter does not allow the device, or the guest lacks a capability: the device was
+                not offered.
+            DeviceError: the device cannot be opened.
+            StateError: another device is attached, or the port was not opened.
         """
-        if self._closed is not None and self._closed.done() and (gone := self._closed.result()) is not None:
-            raise gone  # the guest left before it was asked for anything
-        if self._device is not None or self.state not in (State.WAITING, State.EMPTY):
-            raise LocalProtocolError(f"port {self.port.name} cannot take a device now: it is {self.state}")
-        self._device = device  # reserved: no second one while we wait
+        if self._closed is None:
+            raise StateError(f"port {self.port.name} was not opened")
+        if self._closed.done():
+            raise self._closed.result() or self._guest_gone()
+        if self._device is not None:
+            raise StateError(f"port {self.port.name} already has a device")
+        self._device = device  # reserves the port while we wait
         self._loss = None
         opened = False
         try:
@@ -211,7 +212,7 @@ class Redirection:
                 raise self._guest_gone()
             if self._loss is not None:
                 raise self._loss
-            check_filter(self._guest_filter, device)  # the guest may have told it only now
+            check_filter(self._guest_filter, device)  # the guest may have sent its filter only now
             self._figures.clear()
             self._unused = asyncio.get_running_loop().call_later(UNUSED_AFTER, self._report_unused)
             self._offer(device)
@@ -223,9 +224,12 @@ class Redirection:
             raise
 
     async def detach(self) -> None:
-        """Take the device out: cancel what is pending, tell the guest, wait for its answer, give the device back.
+        """Detach the device: cancel its transfers, disconnect it, wait for the guest's answer, close the device.
 
-        Does nothing if there is no device. Raises ``DeviceError`` if what was written could not be made durable.
+        Does nothing if no device is attached.
+
+        Raises:
+            DeviceError: the device could not be closed: written data may not be on stable storage.
         """
         if self._offered:
             await asyncio.shield(self._start_detach(None))
@@ -239,7 +243,7 @@ class Redirection:
             await self.closed()
 
     async def closed(self) -> FarplugError | None:
-        """Wait until the port is closed and the device given back; the reason, if it was not us."""
+        """Wait until the port and its device are closed. Return the reason; None if the caller closed the port."""
         if self._closed is None:
             return None
         error = await asyncio.shield(self._closed)
@@ -247,7 +251,7 @@ class Redirection:
             await asyncio.wait([self._detaching])
         return error
 
-    # Attaching and leaving ---------------------------------------------------------------------------------------
+    # Attach and detach --------------------------------------------------------------------------------------------
 
     async def _wait_for_hello(self) -> None:
         assert self._hello is not None
@@ -273,7 +277,7 @@ class Redirection:
         self._emit(events.Attached(self.port.name, identity, identity.speed))
 
     async def _offer_again(self, device: Device, offer: Offer) -> None:
-        """Take a device from the guest and offer it again in another way, unless it is leaving by then."""
+        """Disconnect a device and offer it again with another offer, unless the device is being detached by then."""
         await self._disconnect()
         if self.state is State.EMPTY and self._detaching is None:
             await device.close()
@@ -283,7 +287,7 @@ class Redirection:
                 self._offer(device)
 
     def _described(self, endpoints: Collection[Endpoint]) -> None:
-        """As spice-gtk: a device with isochronous endpoints sends as it is."""
+        """Disable compression for a device with isochronous endpoints, as spice-gtk."""
         self.port.compress = not any(endpoint.type is TransferType.ISOCHRONOUS for endpoint in endpoints)
 
     def _report_unused(self) -> None:
@@ -320,7 +324,7 @@ class Redirection:
                 close_error.__cause__ = raised
             if close_error is not None:
                 if error is not None:
-                    self._fault(close_error)  # both are to be told
+                    self._fault(close_error)  # report both
                 error = error or close_error
                 raise close_error
         finally:
@@ -331,7 +335,7 @@ class Redirection:
             self._emit(events.Detached(self.port.name, error, figures))
 
     async def _disconnect(self) -> None:
-        """Out of the guest: pending transfers answered, the guest told, its acknowledgement awaited."""
+        """Answer the pending requests, disconnect the device, and wait for the guest's acknowledgement."""
         self._requests.cancel_all()
         self._current.clear()
         self._watch.stop()
@@ -343,7 +347,7 @@ class Redirection:
         self._acknowledged = asyncio.get_running_loop().create_future()
         self._protocol.send(p.DeviceDisconnect())
         self._protocol.flush()
-        self._protocol.pump()  # nothing is pending any more that could have held it back
+        self._protocol.pump()  # no pending request pauses it any more
         if self._protocol.guest_has(Cap.DEVICE_DISCONNECT_ACK):
             await self._wait_for_ack(self._acknowledged)
         self._protocol.reminder.stop()
@@ -353,17 +357,17 @@ class Redirection:
     async def _wait_for_ack(self, acknowledged: asyncio.Future[None]) -> None:
         """Wait until the guest has acknowledged the disconnect.
 
-        If the device is to leave, for :data:`ACK_TIMEOUT`. If it is only to be offered again, for as long as it takes:
-        a paused VM acknowledges when it goes on.
+        The timeout :data:`ACK_TIMEOUT` holds only if the device is being detached, not if the device is to be offered
+        again: a paused VM acknowledges when it continues.
         """
         while not (await asyncio.wait([acknowledged], timeout=ACK_TIMEOUT))[0]:
             if self._detaching is not None:
-                log.warning("%s: the guest did not acknowledge that the device left; it may be paused", self.port.name)
-                self.port.abort()  # what it would still say could not be told from the next device's
+                log.warning("%s: the guest did not acknowledge the disconnect: the VM may be paused", self.port.name)
+                self.port.abort()  # the guest's late packets would be taken for requests to the next device
                 return
 
     def _port_closed(self, error: FarplugError | None) -> None:
-        """Nothing can be answered any more: give the device back."""
+        """Detach the device: no request can be answered any more."""
         self.state = State.CLOSED
         error = self._port_error or error
         assert self._hello is not None
@@ -372,7 +376,7 @@ class Redirection:
             self._acknowledged.set_result(None)
         if not self._hello.done():
             self._hello.set_exception(error or self._guest_gone())
-            self._hello.exception()  # nobody need be waiting
+            self._hello.exception()  # mark it as retrieved: perhaps no task waits
         elif self._offered:
             self._start_detach(error or self._guest_gone())
         if not self._closed.done():
@@ -381,24 +385,24 @@ class Redirection:
     def _guest_gone(self) -> GuestGoneError:
         return GuestGoneError(f"the connection to the guest was closed ({self.port.name})")
 
-    # What the device reports (DeviceListener) ---------------------------------------------------------------------
+    # DeviceListener -----------------------------------------------------------------------------------------------
 
     def happened(self, event: DeviceEvent) -> None:
-        """Pass an event of the device on."""
+        """Emit an event of the device."""
         self._emit(events.DeviceReport(self.port.name, event))
 
     def received(self, endpoint: int, status: Status, data: Buffer) -> None:
-        """One packet of a running reception."""
+        """Send one packet of a running reception to the guest."""
         self._receptions.received(endpoint, status, data)
-        self._protocol.said()
+        self._protocol.schedule_flush()
 
     def reception_ended(self, endpoint: int, status: Status) -> None:
-        """A reception ended by itself (stall), or reports an error while it runs on."""
+        """Send the status of a reception that ended by itself (``STALL``), or continues after an error (any other)."""
         self._receptions.ended(endpoint, status)
-        self._protocol.said()
+        self._protocol.schedule_flush()
 
     def lost(self, error: Exception | None) -> None:
-        """The device is gone: tell the guest."""
+        """Detach the device: it is gone."""
         message = "the device is gone" if error is None else f"the device is gone: {error}"
         if self._offered:
             self._start_detach(DeviceError(message, reason=Reason.DEVICE_LOST))
@@ -406,13 +410,13 @@ class Redirection:
             self._loss = DeviceError(message, reason=Reason.DEVICE_LOST)
 
     def _fault(self, error: Exception) -> None:
-        log.warning("%s: the device misbehaved", self.port.name, exc_info=error)
+        log.debug("%s: device error", self.port.name, exc_info=error)  # the event is for people
         self._emit(events.DeviceFault(self.port.name, error))
 
     # Offers -------------------------------------------------------------------------------------------------------
 
     def _offer_failed(self, problem: OfferProblem) -> None:
-        """Have the device offered in another way, if there is one that the guest may take."""
+        """Offer the device in another way, if there is one that the guest may accept."""
         device = self._current.usable
         if device is not None:
             self._choice.offer_next(device, problem)
@@ -421,7 +425,7 @@ class Redirection:
         self._fault(error)
         self._start_detach(why)
 
-    # The guest's words --------------------------------------------------------------------------------------------
+    # Packets of the guest -----------------------------------------------------------------------------------------
 
     def _on_hello(self, packet: p.Hello) -> None:
         assert self._hello is not None
@@ -437,7 +441,7 @@ class Redirection:
         self._watch.port_reset()
         self._cancel_unused()
         device = self._current.usable
-        if device is not None and self._current.touched:  # else it was reset a moment ago
+        if device is not None and self._current.touched:  # otherwise the last reset still holds
             self._current.touched = False
             self._operations.reset(device, lambda: self._emit(events.PortReset(self.port.name)))
 
@@ -450,7 +454,7 @@ class Redirection:
         self._emit(events.Configured(self.port.name, configuration))
 
     def _set_alt_setting(self, packet: p.SetAltSetting) -> None:
-        if packet.alt:  # setting 0 is there without a driver that chooses it
+        if packet.alt:  # setting 0 may be selected without a driver
             self._watch.used()
         self._operations.set_alt_setting(packet)
 
@@ -462,10 +466,10 @@ class Redirection:
         try:
             self._guest_filter = Filter.parse(packet.filter)
         except UsageError as error:
-            log.warning("%s: the guest sent a filter that cannot be read, it is ignored: %s", self.port.name, error)
+            log.warning("%s: the guest's filter is ignored: %s", self.port.name, error)
             return
         device = self._current.usable
-        if device is not None:  # it came after the offer, or was changed
+        if device is not None:  # the filter came after the offer, or was changed
             try:
                 check_filter(self._guest_filter, device)
             except RefusedError as refused:
@@ -506,15 +510,15 @@ def _not_usbredir(port: Port, event: Violation) -> RemoteProtocolError:
     if event.type == SPICE_MAGIC:
         return RemoteProtocolError(
             f"a SPICE server answers at {port}, not a usbredir chardev",
-            remedy="write the target as spice://HOST:PORT, or as spice+unix:///PATH",
+            remedy="use a target of the form spice://HOST:PORT or spice+unix:///PATH",
         )
     return RemoteProtocolError(
-        f"what answers at {port} does not speak usbredir: {event.error}",
-        remedy="check that it is the address of a usbredir chardev",
+        f"the peer at {port} does not use the usbredir protocol: {event.error}",
+        remedy="check that the target is the address of a usbredir chardev",
     )
 
 
 def _retrieve(task: asyncio.Task[None]) -> None:
-    """An error of a detach that nobody awaits is told by its event; do not let asyncio complain as well."""
+    """Mark the error of a detach as retrieved: its event reports it, also if no task awaits the detach."""
     if not task.cancelled():
         task.exception()

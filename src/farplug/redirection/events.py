@@ -1,6 +1,6 @@
-"""What happens to a device in a port, as values: the engine makes them, the hub passes them on, people read them.
+"""Events of a device in a port.
 
-``str(event)`` is a line for a person; :func:`as_dict` is the same for a program (``--json``).
+``str(event)`` is one line for people; :func:`as_dict` returns the same for programs, as JSON's types.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SPEED_NAMES = {
 
 
 def speed_name(speed: Speed) -> str:
-    """A speed as the USB specifications call it, with its bit rate."""
+    """Return the name of a speed in the USB specifications, with its bit rate."""
     return _SPEED_NAMES[speed]
 
 
@@ -46,7 +46,7 @@ class PortEvent:
 
 @dataclass(frozen=True, slots=True)
 class Opened(PortEvent):
-    """The port is open: its connection is established. ``number`` counts the guest's ports from 0."""
+    """The port is open: its connection is established. ``number`` is the port's index in the guest, from 0."""
 
     name: ClassVar[str] = "opened"
     number: int
@@ -59,8 +59,8 @@ class Opened(PortEvent):
 class WaitingForGuest(PortEvent):
     """The port is open, but the guest has not sent its hello.
 
-    Its VM is paused or still starts, or the chardev behind a plain socket serves another client: QEMU serves one at a
-    time, and the next one waits in its backlog.
+    Its VM is paused or not started yet, or the chardev of a plain socket serves another client: QEMU serves one client
+    at a time, and further ones wait in the backlog of its socket.
     """
 
     name: ClassVar[str] = "waiting-for-guest"
@@ -71,7 +71,7 @@ class WaitingForGuest(PortEvent):
 
 @dataclass(frozen=True, slots=True)
 class GuestReady(PortEvent):
-    """The guest's side of the port said hello."""
+    """The guest has sent its hello."""
 
     name: ClassVar[str] = "guest-ready"
     version: str
@@ -95,7 +95,7 @@ class Attached(PortEvent):
 
 @dataclass(frozen=True, slots=True)
 class Unused(PortEvent):
-    """The guest was offered the device a while ago, and has not sent it a request."""
+    """The guest has not sent the device a request for a while after the offer."""
 
     name: ClassVar[str] = "unused"
 
@@ -105,14 +105,14 @@ class Unused(PortEvent):
 
 @dataclass(frozen=True, slots=True)
 class Configured(PortEvent):
-    """The guest chose a configuration: its driver is about to work with the device (0: it gave it up)."""
+    """The guest set a configuration: its driver begins to use the device (0: it no longer does)."""
 
     name: ClassVar[str] = "configured"
     configuration: int
 
     def __str__(self) -> str:
         if not self.configuration:
-            return "given up by the guest (configuration 0)"
+            return "unconfigured by the guest (configuration 0)"
         return f"configured by the guest (configuration {self.configuration})"
 
 
@@ -127,28 +127,28 @@ class PortReset(PortEvent):
 
 
 class OfferProblem(StrEnum):
-    """Why a device is offered in another way."""
+    """Why the offer of a device is changed."""
 
     SPEED = "speed"
-    """The guest's USB port cannot take the speed."""
+    """The guest's USB port does not support the speed."""
     STREAMS = "streams"
-    """The device has bulk streams, and the guest's side of the port has none."""
+    """The device uses bulk streams, and the guest's side of the port does not support them."""
     NOT_CONFIGURED = "not-configured"
-    """The guest read the configuration descriptor, and chose no configuration."""
+    """The guest read the configuration descriptor, and set no configuration."""
     NOT_USED = "not-used"
-    """The guest chose the configuration, and then left the device alone: it has no driver for it."""
+    """The guest set the configuration, and then sent no request: it has no driver for this offer."""
     ALL = "all"
-    """The guest left the device alone in every way: it has no driver yet, and gets the best offer back."""
+    """The guest used none of the offers: it has no driver yet, and gets the best offer again."""
 
 
 @dataclass(frozen=True, slots=True)
 class OfferChanged(PortEvent):
-    """The guest does not take the device as it is: it is offered in another way.
+    """The guest did not accept or use the offer of the device: the device is offered in another way.
 
     Attributes:
-        why: what the guest did, or lacks.
-        before: how the device was offered.
-        offer: how it is offered now.
+        why: the problem with the offer before.
+        before: the offer before.
+        offer: the new offer.
     """
 
     name: ClassVar[str] = "offer-changed"
@@ -159,46 +159,46 @@ class OfferChanged(PortEvent):
     def __str__(self) -> str:
         match self.why:
             case OfferProblem.SPEED:
-                fact = f"the guest's port cannot take {speed_name(self.before.speed)}"
+                fact = f"the guest's port does not support {speed_name(self.before.speed)}"
             case OfferProblem.STREAMS:
                 fact = f"the guest's port has no bulk streams for {speed_name(self.before.speed)}"
             case OfferProblem.NOT_CONFIGURED:
-                fact = "the guest looked at the device, but did not configure it"
+                fact = "the guest read the descriptors of the device, but did not configure it"
             case OfferProblem.NOT_USED:
                 fact = "the guest configured the device, but does not use it"
             case OfferProblem.ALL:
-                return f"the guest uses the device in no way: back to {self._change}"
+                return f"the guest used none of the device's offers: back to {self._change}"
         return f"{fact}: trying {self._change}"
 
     @property
     def _change(self) -> str:
-        words = [] if self.offer.speed is self.before.speed else [speed_name(self.offer.speed)]
+        parts = [] if self.offer.speed is self.before.speed else [speed_name(self.offer.speed)]
         if self.offer.without != self.before.without:
-            part = self.offer.without or self.before.without
-            words.append(f"{'without' if self.offer.without else 'with'} {part}")
-        return " ".join(words)
+            optional = self.offer.without or self.before.without
+            parts.append(f"{'without' if self.offer.without else 'with'} {optional}")
+        return " ".join(parts)
 
 
 @dataclass(frozen=True, slots=True)
 class PeerViolation(PortEvent):
-    """The guest's side broke the protocol; what it said was dropped."""
+    """The guest violated the protocol; the packet was dropped."""
 
     name: ClassVar[str] = "peer-violation"
     error: FarplugError
 
     def __str__(self) -> str:
-        return f"the guest broke the protocol: {self.error}"
+        return f"the guest violated the protocol: {self.error}"
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceFault(PortEvent):
-    """The device broke its contract; the guest got an error for this transfer."""
+    """The device broke its contract, as by an exception; the guest got an error for this transfer."""
 
     name: ClassVar[str] = "device-fault"
     error: Exception
 
     def __str__(self) -> str:
-        return f"the device misbehaved: {type(self.error).__name__}: {self.error}"
+        return f"device error: {type(self.error).__name__}: {self.error}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +214,7 @@ class Refused(PortEvent):
 
 @dataclass(frozen=True, slots=True)
 class DeviceReport(PortEvent):
-    """The device reports something of its own, such as a medium that was ejected."""
+    """The device reported an event of its own, such as an ejected medium."""
 
     event: DeviceEvent
 
@@ -229,7 +229,7 @@ class DeviceReport(PortEvent):
 
 @dataclass(frozen=True, slots=True)
 class Detached(PortEvent):
-    """The device left the port. ``error`` is None if we or the device's owner wanted it."""
+    """The device was detached. ``error`` is None if the caller detached it."""
 
     name: ClassVar[str] = "detached"
     error: FarplugError | None
@@ -240,7 +240,7 @@ class Detached(PortEvent):
 
 
 def as_dict(event: PortEvent) -> dict[str, Any]:
-    """Return an event as JSON's types: its name under ``event``, its fields, and the line for people as ``message``."""
+    """Return an event as JSON's types: ``event`` (its name), ``port``, its fields, ``message`` (a line for people)."""
     inner = event.event if isinstance(event, DeviceReport) else event
     return {"event": event.name, "port": event.port, **_fields(inner), "message": str(event)}
 

@@ -1,4 +1,4 @@
-"""What moved through each endpoint of a device, counted."""
+"""Counters of transfers and bytes for each endpoint of a device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from farplug.usb.transfer import Status
 
 
 class Counter:
-    """The running figures of one endpoint."""
+    """The counters of one endpoint."""
 
     __slots__ = ("bytes", "cancelled", "dropped", "errors", "stalls", "transfers")
 
@@ -15,7 +15,7 @@ class Counter:
         self.transfers = self.bytes = self.errors = self.stalls = self.cancelled = self.dropped = 0
 
     def count(self, status: Status, moved: int) -> None:
-        """One transfer ended so, and this many bytes moved."""
+        """Count a transfer that ended with ``status`` after ``moved`` bytes."""
         self.transfers += 1
         self.bytes += moved
         if status is Status.SUCCESS:
@@ -29,7 +29,7 @@ class Counter:
 
 
 class EndpointCounters:
-    """The running figures of all endpoints of a device. Endpoint 0 counts both of its directions."""
+    """The counters of all endpoints of a device. Endpoint 0 has one counter for both of its directions."""
 
     def __init__(self) -> None:
         self._counters: dict[int, Counter] = {}
@@ -42,11 +42,11 @@ class EndpointCounters:
         return counter
 
     def clear(self) -> None:
-        """Begin at zero: another device."""
+        """Reset all counters, for another device."""
         self._counters.clear()
 
     def snapshot(self) -> tuple[EndpointFigures, ...]:
-        """One entry for each endpoint that was used, by address."""
+        """Return one entry for each endpoint that was used, ordered by address."""
         return tuple(
             EndpointFigures(endpoint, c.transfers, c.bytes, c.errors, c.stalls, c.cancelled, c.dropped)
             for endpoint, c in sorted(self._counters.items())

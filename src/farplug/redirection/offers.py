@@ -1,20 +1,20 @@
-"""Choose how a device is offered: the best offer that the guest can take, found by trying.
+"""Choose how a device is offered: find the best offer that the guest accepts and uses, by trying.
 
-What a guest cannot take shows only by what it does:
+Whether a guest accepts an offer shows only in what it does:
 
-* A port that cannot take SuperSpeed. QEMU offers a SuperSpeed device to a USB 2.0 port as well, and calls it a
-  high-speed device there. Linux reads the device descriptor, does not believe it (bMaxPacketSize0 is 9), resets the
-  port and retries; it never reads the configuration descriptor. A guest that understands goes on after one or two
-  resets.
-* Descriptors that the guest's USB stack does not understand. GRUB takes the SuperSpeed companion of an endpoint for the
-  next endpoint: it reads the configuration descriptor, and chooses no configuration.
-* Settings that the guest has no driver for. Linux without its module uas, and SLOF, choose the configuration of a disk
-  that has a setting for USB Attached SCSI, and then leave the disk alone.
+* A port that does not support SuperSpeed. QEMU offers a SuperSpeed device to a USB 2.0 port as well, as a high-speed
+  device. Linux reads the device descriptor, rejects it (bMaxPacketSize0 is 9), resets the port and retries; it never
+  reads the configuration descriptor. A guest that accepts the device continues after one or two resets.
+* Descriptors that the guest's USB stack does not understand. GRUB mistakes the SuperSpeed companion of an endpoint for
+  the next endpoint: it reads the configuration descriptor, and sets no configuration.
+* Settings for which the guest has no driver. Linux without its module uas, and SLOF, set the configuration of a disk
+  that has a setting for USB Attached SCSI, and then send no request.
 
-The last two are silence, so they count only for devices that a guest uses at once, and never take a device away from a
-driver: a device without a configuration has none, and one that was used is left alone until another system begins with
-it. Such a system reads the language IDs of the string descriptors (USB 2.0, chapter 9.6.7) between a reset and its
-SET_CONFIGURATION. A driver that recovers from an error resets the port as well, but knows the strings already.
+In the last two cases the guest is silent. So they count only for devices that a guest uses at once, and never remove a
+device from a driver: a device without a configuration has no driver, and a device that was used keeps its offer until
+another system starts in the VM. Such a system reads the language IDs of the string descriptors (USB 2.0, chapter 9.6.7)
+between a reset and its SET_CONFIGURATION. A driver that recovers from an error resets the port as well, but does not
+read them again.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ from farplug.usb.device import Device, Offer
 from farplug.usb.types import DescriptorType, Request, RequestType, Setup
 
 FAILED_ENUMERATIONS = 2
-"""Port resets, each after a look at the device descriptor and at nothing else, after which the guest is suspected not
-to understand. If it does, it goes on at once after its next look."""
+"""Port resets, each after a read of the device descriptor and of nothing else, after which the guest probably rejects
+the speed. A guest that accepts it continues at once after its next read."""
 ENUMERATION_TIMEOUT = 0.05
-"""Seconds that a suspected guest has to go on. The device leaves between two tries then: to take it away in the middle
-of one makes Linux wait 10 s for an answer to its SET_ADDRESS."""
+"""Seconds that such a guest has to continue. At their end the guest is between two tries: if the device is disconnected
+during a try, Linux waits 10 s for the completion of its SET_ADDRESS."""
 IDLE_TIMEOUT = 10.0
-"""Seconds without a request after which a guest is taken to leave the device alone. A Linux whose drivers are not in
-its initramfs loads them seconds after it has found the device, and a new device makes Windows look for a driver."""
+"""Seconds without a request after which the device counts as not used. A Linux whose drivers are not in its
+initramfs loads them seconds after it has found the device, and Windows searches for a driver of a new device."""
 
 
 class Timer(Protocol):
-    """A call that was put off."""
+    """A scheduled call."""
 
     def cancel(self) -> None:
-        """Do not call."""
+        """Cancel the call."""
 
 
 class OfferWatch:
-    """Watches what the guest does with an offer, and reports signs that it cannot take the offer.
+    """Detects from the guest's requests that it does not accept or use the offer of a device.
 
     Args:
-        report: called with each sign. There may be further ones until the device is offered again, or has left.
-        call_later: as the event loop's, which is the default.
+        report: called with each problem; possibly several times until the device is offered again, or detached.
+        call_later: schedules a call, as the event loop's method, which is the default.
     """
 
     def __init__(
@@ -66,22 +66,22 @@ class OfferWatch:
         self.stop()
 
     def start(self, device: Device) -> None:
-        """Begin: the device was offered."""
+        """Begin to watch a device that was offered."""
         self.stop()
         self._expects_use = device.used_at_once
 
     def stop(self) -> None:
-        """End: the guest has no device."""
+        """Stop: the guest has no device."""
         self._cancel_timer()
         self._expects_use = False
         self._failed_enumerations = 0
         self._read_device_only = False
-        """Whether the guest read the device descriptor since the last reset, and nothing else."""
+        """Whether the guest has read the device descriptor since the last reset, and nothing else."""
         self._read_configuration = False
-        """Whether the guest read the configuration descriptor since the last reset."""
+        """Whether the guest has read the configuration descriptor since the last reset."""
         self._configured = False
         self._used = False
-        """Whether a driver of the system that runs in the guest used the device."""
+        """Whether a driver of the system that runs in the guest has used the device."""
 
     def requested(self, setup: Setup) -> None:
         """Note a control request."""
@@ -101,24 +101,24 @@ class OfferWatch:
                 self._failed_enumerations = 0
             self._read_configuration = self._read_configuration or kind == DescriptorType.CONFIGURATION
             if setup.value == DescriptorType.STRING << 8 and not self._configured:
-                self._used = False  # another system begins
+                self._used = False  # another system has started
         self._wait_for_use()
 
     def configured(self, configuration: int) -> None:
-        """Note a SET_CONFIGURATION; 0: the guest gave the device up."""
+        """Note a SET_CONFIGURATION; 0: the guest no longer uses the device."""
         self._read_device_only = self._read_configuration = False
         self._failed_enumerations = 0
         self._configured = configuration != 0
         self._wait_for_use()
 
     def used(self) -> None:
-        """Note what only a driver does."""
+        """Note a request that only a driver sends."""
         if not self._used:
             self._used = True
             self._cancel_timer()
 
     def port_reset(self) -> None:
-        """Note a reset of the port."""
+        """Note a port reset."""
         self._cancel_timer()
         if self._read_device_only:
             self._failed_enumerations += 1
@@ -145,13 +145,13 @@ class OfferWatch:
 
 
 class OfferChoice:
-    """Chooses each offer.
+    """Selects the offers of a device, one after the other.
 
     Args:
-        port: its name, for events.
-        emit: called with an event for each other offer.
-        offer_again: takes a device from the guest, and offers it again in another way.
-        failed: called when that cannot be done, with the error, and with what the error means.
+        port: the port's name, for events.
+        emit: called with an event for each change of the offer.
+        offer_again: disconnects a device from the guest, and offers it again with another offer.
+        failed: called when ``offer_again`` raises, with its exception, and with the error to detach the device with.
     """
 
     def __init__(
@@ -167,19 +167,18 @@ class OfferChoice:
         self._failed = failed
         self._task: asyncio.Task[None] | None = None
         self._best: Offer | None = None
-        """What the guest's port can take, whether or not the guest has a driver for it."""
+        """The best offer that the guest's port supports, whether or not the guest has a driver for it."""
         self._tried_all = False
 
     def select_first(self, device: Device, *, streams: bool) -> None:
-        """Select the best offer that a guest with or without bulk ``streams`` can take; a port before this one may have
-        taken less.
+        """Select the best offer for a guest with or without bulk ``streams``, whatever was selected for another port.
 
         Raises:
-            RefusedError: every offer of the device has streams (``CAPABILITY``).
+            RefusedError: every offer of the device uses streams (``CAPABILITY``).
         """
         device.select(device.offers[0])
         while not streams and device.has_streams:
-            # A guest's driver would find them in the descriptors, and give up on the device when it gets none.
+            # The guest's driver would find streams in the descriptors, and fail when it cannot allocate them.
             offer = _slower(device) or _lesser(device)
             if offer is None:
                 raise no_streams(device.identity)
@@ -189,10 +188,9 @@ class OfferChoice:
         self._tried_all = False
 
     def offer_next(self, device: Device, problem: OfferProblem) -> bool:
-        """Have a device offered in the next way that the guest may take. False: there is none.
+        """Begin to offer a device in the next way that may solve the problem. Return False if there is none.
 
-        A guest that leaves the device alone in every way has no driver at all, or not yet: it gets the best offer back,
-        and keeps that.
+        A guest that uses none of the offers has no driver, or not yet: it gets the best offer again, and keeps that.
         """
         if self._task is not None:
             return True
@@ -233,5 +231,5 @@ def _slower(device: Device) -> Offer | None:
 
 
 def _lesser(device: Device) -> Offer | None:
-    """Return the next offer that needs less of the guest."""
+    """Return the next offer that requires less of the guest."""
     return next((offer for offer in device.offers if offer.is_less_than(device.offer)), None)

@@ -1,7 +1,7 @@
 """Operations on a whole device, one at a time: reset, configurations, alternate settings, bulk streams.
 
-With real hardware they take long. While one is under way nothing further is pulled from the guest, so that requests
-meet the device in the order in which the guest made them.
+With real hardware they take long. While an operation runs, no further packet of the guest is handled: the device gets
+requests in the guest's order.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from farplug.usb.types import Endpoint, Interface
 from farplug.usbredir import packets as p
 
 OPERATION_TIMEOUT = 5.0
-"""Seconds that an operation may take."""
+"""Seconds after which an operation is cancelled, and answered with an I/O error."""
 NO_SETTING = 255
-"""The alternate setting in an answer about an interface that does not exist."""
+"""The alternate setting in the answer for an interface that does not exist."""
 
 
 class Operations:
-    """Runs operations, and answers the guest's.
+    """Runs operations, and sends the answers.
 
     Args:
-        protocol: takes the answers; it waits while an operation is under way.
-        current: the device that answers; while there is none the answers are I/O errors.
-        requests: whose transfers a setting ends.
-        receptions: which a setting ends.
-        described: called with the endpoints of a setting that the guest was told.
+        protocol: sends the answers; pauses while an operation runs.
+        current: the device; while there is none every answer is an I/O error.
+        requests: the pending requests, which operations cancel.
+        receptions: the running receptions, which operations end.
+        described: called with the endpoints that were sent to the guest (ep_info).
     """
 
     def __init__(
@@ -55,12 +55,12 @@ class Operations:
         self._task: asyncio.Task[None] | None = None
 
     async def finished(self) -> None:
-        """Wait until none is under way."""
+        """Wait until no operation runs."""
         if self._task is not None:
             await asyncio.wait([self._task])
 
     def describe(self, device: Device) -> None:
-        """Tell the guest the interfaces and endpoints of the current setting; all, or nothing if the device raises."""
+        """Send the interfaces and endpoints of the current settings; send nothing if the device raises."""
         endpoints = {e.address: e for interface in device.interfaces for e in interface.endpoints}
         packets = list(device_infos(device))
         self._current.endpoints = endpoints
@@ -69,7 +69,7 @@ class Operations:
         self._described(endpoints.values())
 
     def reset(self, device: Device, then: Callable[[], None]) -> None:
-        """The guest reset the port. Nobody answers that; ``then`` is called afterwards."""
+        """Reset the device for a port reset, which has no answer, then call ``then``."""
 
         async def operation() -> None:
             self._requests.cancel_all()
@@ -80,7 +80,7 @@ class Operations:
         self._run(operation())
 
     def set_configuration(self, packet: p.SetConfiguration, then: Callable[[int], None]) -> None:
-        """Answered with fresh infos before the status; ``then`` is called with the configuration that was chosen."""
+        """Set a configuration, send new infos and then the status; on success call ``then`` with the configuration."""
         device = self._current.usable
         if device is None:
             self._send(p.ConfigurationStatus(id=packet.id, status=Status.IO_ERROR, configuration=0))
@@ -94,7 +94,7 @@ class Operations:
             try:
                 chosen = device.configuration
                 self.describe(device)
-            except Exception as error:  # a device that is being pulled out, say
+            except Exception as error:  # the device is being unplugged, for example
                 self._fault(error)
                 status = Status.IO_ERROR
             self._send(p.ConfigurationStatus(id=packet.id, status=_operation_status(status), configuration=chosen))
@@ -104,7 +104,7 @@ class Operations:
         self._run(operation())
 
     def get_configuration(self, packet: p.GetConfiguration) -> None:
-        """Answered at once."""
+        """Send the current configuration."""
         device = self._current.usable
         status, value = Status.IO_ERROR, 0
         try:
@@ -116,7 +116,7 @@ class Operations:
         self._send(p.ConfigurationStatus(id=packet.id, status=status, configuration=value))
 
     def set_alt_setting(self, packet: p.SetAltSetting) -> None:
-        """Answered with fresh infos before the status, if it succeeds."""
+        """Set an alternate setting, send new infos if that succeeds, and then the status."""
         device = self._current.usable
         number = packet.interface
         interface = self._interface(number)
@@ -143,7 +143,7 @@ class Operations:
         self._run(operation())
 
     def get_alt_setting(self, packet: p.GetAltSetting) -> None:
-        """Answered at once."""
+        """Send the current alternate setting of an interface."""
         interface = self._interface(packet.interface)
         if isinstance(interface, Interface):
             self._answer_setting(packet.id, Status.SUCCESS, packet.interface, interface.alternate)
@@ -151,12 +151,12 @@ class Operations:
             self._answer_setting(packet.id, interface, packet.interface, NO_SETTING)
 
     def alloc_bulk_streams(self, packet: p.AllocBulkStreams) -> None:
-        """All of them or none."""
+        """Allocate bulk streams on all endpoints of the packet, or on none."""
         count = packet.streams
         self._streams(packet, count, lambda device, endpoints: device.allocate_streams(endpoints, count))
 
     def free_bulk_streams(self, packet: p.FreeBulkStreams) -> None:
-        """Answered with a count of 0."""
+        """Free the bulk streams of the endpoints of the packet, and send a count of 0."""
         self._streams(packet, 0, lambda device, endpoints: device.free_streams(endpoints))
 
     def _streams(
@@ -186,7 +186,7 @@ class Operations:
             self._run(operation(device))
 
     def _interface(self, number: int) -> Interface | Status:
-        """An interface in its current setting, or the status that says why there is none."""
+        """Return an interface in its current setting, or the status of the answer if there is none."""
         device = self._current.usable
         if device is None:
             return Status.IO_ERROR
@@ -221,5 +221,5 @@ class Operations:
 
 
 def _operation_status(status: Status) -> Status:
-    """Statuses that usbredir defines for operations: a stall is an I/O error there."""
+    """Return a status that usbredir allows for an operation: a stall becomes an I/O error."""
     return Status.IO_ERROR if status is Status.STALL else status

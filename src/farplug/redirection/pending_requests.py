@@ -1,7 +1,7 @@
-"""What the guest waits for: each request is answered exactly once, and in order on its endpoint.
+"""The guest's pending requests: answer each exactly once, and in order on its endpoint.
 
-QEMU aborts its VM when answers on one endpoint overtake each other (``usb_packet_complete_one`` in hw/usb/core.c), and
-loses a transfer whose id was answered twice or never. So these two rules are kept here, whatever the device does.
+QEMU aborts its VM when answers on one endpoint are out of order (``usb_packet_complete_one`` in hw/usb/core.c), and
+loses a transfer whose id is answered twice or never. This module enforces both rules, whatever the device does.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from farplug.usb.types import Buffer, Setup, TransferType
 from farplug.usbredir import packets as p
 
 MAX_TRANSFER = 16 * 2**20
-"""Bytes that one transfer may carry or ask for; a larger one is answered with an error and its body is not stored."""
+"""Bytes that one transfer may carry or request; a larger one is answered with an error, its payload is not stored."""
 MAX_IN_FLIGHT = 64 * 2**20
-"""Bytes that all pending transfers together may carry or ask for; one that would pass it is answered with an error."""
+"""Bytes that all pending transfers may carry or request; a transfer that would exceed it is answered with an error."""
 
 
 class Request(Transfer):
-    """A transfer that the guest asked for by a packet id.
+    """A transfer that the guest requested by a packet.
 
     Attributes:
-        id: usbredir's id; free again once it is answered.
-        queue: the requests on the same endpoint, oldest first; None where the order is free (bulk streams).
-        abandoned: it was answered without the device: how the device ends it no longer counts.
+        id: the packet's id; the guest may reuse it after the answer.
+        queue: the requests on the same endpoint, oldest first; None on bulk streams, where any order is allowed.
+        abandoned: whether the request was answered before the device completed it: the completion is ignored.
     """
 
     __slots__ = ("abandoned", "id", "queue")
@@ -54,12 +54,12 @@ class Request(Transfer):
 
 
 class PendingRequests:
-    """The requests that are not answered yet.
+    """The requests that are not answered yet, by id.
 
     Args:
-        protocol: takes the answers.
-        current: the device that answers; while there is none every request is answered with an I/O error.
-        figures: where what moved is counted.
+        protocol: sends the answers.
+        current: the device that gets the transfers; while there is none every request is answered with an I/O error.
+        figures: counts transfers and bytes.
         max_transfer: bytes, see :data:`MAX_TRANSFER`.
     """
 
@@ -91,9 +91,10 @@ class PendingRequests:
         setup: Setup | None = None,
         stream_id: int = 0,
     ) -> None:
-        """Hand a request of the guest to the device.
+        """Submit a request of the guest to the device.
 
-        One that is not ``valid``, is too large, or reuses the id of a pending one is answered with an error, in turn.
+        A request that is not ``valid``, is too large, or has the id of a pending request is answered with an error, in
+        order on its endpoint.
         """
         queue = None
         if not stream_id:
@@ -117,7 +118,7 @@ class PendingRequests:
             queue.append(request)
         self._protocol.pending += 1
         if device is None or not valid or self._in_flight + size > MAX_IN_FLIGHT:
-            request.data, request.length = b"", 0  # it only waits for its turn: hold nothing
+            request.data, request.length = b"", 0  # the error waits for its turn: hold no memory
             request.complete(Status.INVALID if device is not None and not valid else Status.IO_ERROR)
             return
         self._in_flight += size
@@ -129,7 +130,7 @@ class PendingRequests:
                 request.complete(Status.STALL)
 
     def cancel(self, id: int) -> None:
-        """The guest takes a request back: it is answered at once. An unknown id has its answer on the way."""
+        """Cancel a request for the guest, and answer it at once. A request with an unknown id was already answered."""
         request = self._by_id.get(id)
         if request is None:
             return
@@ -139,18 +140,18 @@ class PendingRequests:
             self._answer_in_order(request.queue)
 
     def cancel_all(self, endpoints: Collection[int] | None = None) -> None:
-        """Every pending request (of ``endpoints``) is answered as cancelled, in order, and taken from the device."""
+        """Answer every pending request (of ``endpoints``) as cancelled, in order, and cancel it at the device."""
         requests = [r for r in self._by_id.values() if endpoints is None or r.endpoint in endpoints]
         for request in requests:
             self._abandon(request)
         for queue in self._queues.values():
             self._answer_in_order(queue)
-        # The newest first: a queue must never serve a later transfer in the place of a cancelled one.
+        # The newest first: a device must not begin a later transfer in place of a cancelled one.
         for request in reversed(requests):
             self._cancel_at_device(request)
 
     def _queue(self, endpoint: int) -> deque[Request]:
-        # Endpoint 0 has one queue for both of its directions, like the guest's.
+        # Endpoint 0 has one queue for both of its directions, as in QEMU.
         address = endpoint if endpoint & 0x0F else 0
         queue = self._queues.get(address)
         if queue is None:
@@ -174,7 +175,8 @@ class PendingRequests:
         else:
             assert transfer.status is not None
             self._answer(transfer, transfer.status, transfer.reply, transfer.actual)
-        self._protocol.answered()
+        protocol = self._protocol
+        protocol.schedule_flush(last=not protocol.pending)
 
     def _answer_in_order(self, queue: deque[Request]) -> None:
         while queue and (status := queue[0].status) is not None:
@@ -188,7 +190,7 @@ class PendingRequests:
         self._answer(request, Status.CANCELLED, b"", 0)
 
     def _answer(self, request: Request, status: Status, reply: Buffer, actual: int) -> None:
-        """Say how a request ended; from here on its id is free."""
+        """Send the answer to a request; the guest may reuse its id from now on."""
         id = request.id
         if self._by_id.get(id) is request:
             del self._by_id[id]
@@ -215,5 +217,5 @@ class PendingRequests:
             )
         else:
             packet = p.InterruptPacket(id=id, endpoint=endpoint, status=status, length=actual)
-        if not self._send(packet):  # what the device gave cannot be said: an answer is due all the same
+        if not self._send(packet):  # the reply cannot be encoded: send an I/O error instead
             self._send(replace(packet, status=Status.IO_ERROR, length=0, data=b""))

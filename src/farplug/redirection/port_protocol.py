@@ -1,7 +1,8 @@
-"""What is said over a port: the guest's packets, one after the other, and answers, which leave together.
+"""The usbredir packets of one port: handle the guest's packets in order, and send answers in batches.
 
-The guest is not listened to while the port takes no output, while an operation on the whole device is under way, and
-while too many of its requests are not answered: then its output backs up in the transport, and memory is bounded.
+Nothing is read from the guest while the port does not accept output, while an operation on the whole device runs, and
+while :data:`MAX_PENDING` of the guest's requests are pending: the guest's output then backs up in the transport, and
+memory is bounded.
 """
 
 from __future__ import annotations
@@ -22,41 +23,44 @@ from farplug.usbredir.caps import Cap
 from farplug.usbredir.protocol import Connection, Role
 
 MAX_PENDING = 4096
-"""Pending transfers; with more than that nothing further is read from the guest until some are answered."""
+"""Pending requests; at this number nothing more is read from the guest until some are answered."""
 PACKETS_AT_ONCE = 64
-"""Packets of the guest that are looked at before the event loop has its turn: what the device has done meanwhile, and
-other devices, must not wait for all that a guest can send at once."""
+"""Packets of the guest that are handled in one turn of the event loop: completions of the device, and other devices,
+must not wait for all that a guest can send at once."""
 FLUSH_ABOVE = 64 << 10
-"""Bytes of answers that leave at once; fewer leave together, when all that was received is looked at."""
+"""Queued bytes above which answers are sent at once. Below, they are sent together when all received packets are
+handled."""
 MAX_UNREQUESTED = 1000
-"""Packets that nobody asked for and that are queued while the port takes no output; more are dropped. QEMU's own queue
-has the same target."""
+"""Packets of receptions that are queued while the port does not accept output; further ones are dropped. QEMU's own
+queue has the same target."""
 MAX_UNREQUESTED_BYTES = 4 * 2**20
-"""Their bytes, likewise."""
+"""Bytes of these packets."""
 
-log = logging.getLogger("farplug.usbredir")
+log = logging.getLogger(__name__)
 
 _STATUS = re.compile(r" status=\S+")
-"""In the log of requests: QEMU leaves the status of what it asks for uninitialised."""
+"""In the log of requests: QEMU leaves the status of its requests uninitialised."""
 
 
 class PortProtocol:
-    """The packets of one port, from :meth:`open` until it is closed. It is the port's listener.
+    """The usbredir connection of one port, from :meth:`open` until the port is closed. It is the port's listener.
 
     Args:
-        port: it must be closed, :meth:`open` opens it.
-        closed: called once the port is closed, with the reason if it was not us.
-        fault: called with what a device does that it must not.
-        caps: what we announce.
+        port: a closed port; :meth:`open` opens it.
+        closed: called once the port is closed, with the reason unless we closed it.
+        fault: called with an error by which the device broke its contract.
+        caps: the capabilities that we announce.
         max_transfer: bytes of payload that are stored.
 
     Attributes:
-        handlers: who takes what the guest says, by its type; the rest is dropped.
+        handlers: the handler of each event of :class:`~farplug.usbredir.protocol.Connection`, by type; other events are
+            dropped.
         fault: as above.
-        pending: requests of the guest that are not answered yet; the ledger counts them.
-        busy: an operation on the whole device is under way: set it, and call :meth:`resume` when it has ended.
-        writing_paused: the port takes no output now.
-        reminder: speaks up in a guest's silence, from its ``start`` on.
+        pending: the number of the guest's requests that are not answered yet, maintained by
+            :class:`~farplug.redirection.pending_requests.PendingRequests`.
+        busy: whether an operation on the whole device runs: set it, and call :meth:`resume` when the operation ends.
+        writing_paused: whether the port does not accept output now.
+        reminder: sends a harmless packet while the guest is silent, after its ``start``.
     """
 
     def __init__(
@@ -80,19 +84,20 @@ class PortProtocol:
         self._connection = Connection(Role.HOST, caps=caps, max_payload=max_transfer)
         self._is_open = False
         self._enclosing = False
-        """Whether messages are made harmless to the next connection's parser."""
+        """Whether the parser of the port's next connection can skip our messages."""
         self._unrequested = self._unrequested_bytes = 0
         self._pumping = False
         self._pump_scheduled = False
         self._flush_scheduled = False
-        """Soon, on the event loop."""
         self._reading_paused = False
         self._debug = log.isEnabledFor(logging.DEBUG)
 
     async def open(self) -> None:
-        """Open the port, and send our hello where it does no harm that the guest may not read it.
+        """Open the port, and send our hello unless an unread hello would harm the next connection.
 
-        Raises what :meth:`Port.open` raises.
+        Raises:
+            TargetError: the port cannot be reached.
+            PortError: another client uses the port.
         """
         self._connection = Connection(Role.HOST, caps=self._caps, max_payload=self._max_transfer)
         self._enclosing = False
@@ -108,10 +113,10 @@ class PortProtocol:
             self._send_hello()
 
     def hello_received(self) -> None:
-        """Send our hello, if it was held back: the VM runs, and reads it.
+        """Send our hello if it was not sent by :meth:`open`: the VM runs, and reads the hello.
 
-        A hello is the one packet that cannot be enclosed: in a pause it would be the first one that the parser of the
-        next connection reads.
+        A hello is the one packet that cannot be enclosed: sent while the VM is paused, it would be the first packet
+        that the parser of the next connection reads.
         """
         if self._port.keeps_unread:
             self._send_hello()
@@ -124,37 +129,37 @@ class PortProtocol:
         self.flush()
 
     def guest_has(self, cap: Cap) -> bool:
-        """Whether the guest's side has a capability."""
+        """Return whether the guest announced a capability."""
         return bool((self._connection.peer_caps or Cap(0)) & cap)
 
-    # The port's voice (PortListener) ------------------------------------------------------------------------------
+    # PortListener -------------------------------------------------------------------------------------------------
 
     def data_received(self, data: memoryview) -> None:
-        """Bytes from the guest."""
+        """Handle bytes from the guest."""
         self.reminder.received = True
         self._connection.receive_data(data)
         self.pump()
 
     def pause_writing(self) -> None:
-        """The port takes no more output: stop pulling requests."""
+        """Stop handling the guest's packets: the port does not accept output."""
         self.writing_paused = True
 
     def resume_writing(self) -> None:
-        """The port takes output again."""
+        """Continue to handle the guest's packets: the port accepts output again."""
         self.writing_paused = False
         self._unrequested = self._unrequested_bytes = 0
         self.pump()
 
     def port_closed(self, error: FarplugError | None) -> None:
-        """The port is closed: nothing can be answered any more."""
+        """Report that the port is closed: nothing can be sent any more."""
         if self._is_open:
             self._is_open = False
             self._closed(error)
 
-    # Listening ----------------------------------------------------------------------------------------------------
+    # Input --------------------------------------------------------------------------------------------------------
 
     def pump(self) -> None:
-        """Look at what the guest said, as far as nothing holds it back."""
+        """Handle the received packets until there are no more, or handling must pause; then send the answers."""
         if self._pumping:
             return
         self._pumping = True
@@ -162,7 +167,7 @@ class PortProtocol:
         next_event = connection.next_event
         try:
             for _ in range(PACKETS_AT_ONCE):
-                if held := self.writing_paused or self.busy or self.pending >= MAX_PENDING:
+                if paused := self.writing_paused or self.busy or self.pending >= MAX_PENDING:
                     break
                 event = next_event()
                 if event is None:
@@ -175,22 +180,22 @@ class PortProtocol:
                 if connection.unsent > FLUSH_ABOVE:
                     self.flush()
             else:
-                held = True
+                paused = True
                 if not self._pump_scheduled:
                     self._pump_scheduled = True
                     asyncio.get_running_loop().call_soon(self._pump_again)
             self.flush()
         finally:
             self._pumping = False
-        if held is not self._reading_paused:
-            self._reading_paused = held
-            if held:
+        if paused is not self._reading_paused:
+            self._reading_paused = paused
+            if paused:
                 self._port.pause_reading()
             else:
                 self._port.resume_reading()
 
     def resume(self) -> None:
-        """An operation has ended: its answer leaves before the guest is listened to again."""
+        """End an operation: send its answer before the next packet of the guest is handled."""
         self.busy = False
         self.flush()
         self.pump()
@@ -200,10 +205,10 @@ class PortProtocol:
         if self._is_open:
             self.pump()
 
-    # Speaking -----------------------------------------------------------------------------------------------------
+    # Output -------------------------------------------------------------------------------------------------------
 
     def send(self, packet: p.Packet) -> bool:
-        """Queue a packet; False if it cannot be said in this protocol: what a device gave is at fault."""
+        """Queue a packet. Return False, and report a fault of the device, if the packet cannot be encoded."""
         if not self._is_open:
             return True
         if self._debug:
@@ -216,31 +221,31 @@ class PortProtocol:
         return True
 
     def admit(self, size: int) -> bool:
-        """Count a packet that comes although the port takes no output: whether it may be queued all the same."""
+        """Count a packet of a reception while the port does not accept output. Return whether it may be queued."""
         self._unrequested += 1
         self._unrequested_bytes += size
         return self._unrequested <= MAX_UNREQUESTED and self._unrequested_bytes <= MAX_UNREQUESTED_BYTES
 
     def flush(self) -> None:
-        """Hand to the port what is queued."""
+        """Write the queued packets to the port."""
         self._flush_scheduled = False
         size = self._connection.unsent
         if size:
             buffers = self._connection.data_to_send()
             self._port.write(envelope.enclose(buffers, size) if self._enclosing else buffers)
 
-    def answered(self) -> None:
-        """A request was answered. After the last one no other can go along: it is sent at once."""
-        if not self.pending and not self._pumping:
-            self.flush()
-        self.said()
+    def schedule_flush(self, *, last: bool = False) -> None:
+        """Have packets that the device caused to be queued sent, together with others of this turn of the event loop.
 
-    def said(self) -> None:
-        """Something was said outside of the pump: by the device, later. The next thing that it says goes along."""
+        Within :meth:`pump` there is nothing to do: it sends at its end.
+
+        Args:
+            last: no further packet is expected: send at once.
+        """
         if self._pumping:
             return
         unsent = self._connection.unsent
-        if unsent > FLUSH_ABOVE:
+        if last or unsent > FLUSH_ABOVE:
             self.flush()
         elif unsent and not self._flush_scheduled:
             self._flush_scheduled = True
@@ -249,7 +254,7 @@ class PortProtocol:
             self.pump()
 
     def _send_reminder(self) -> None:
-        """Say something that changes nothing: endpoint 0 does not receive."""
+        """Send a packet that changes nothing: the status of a reception on endpoint 0, which has none."""
         if not self.writing_paused:
             self.send(p.InterruptReceivingStatus(endpoint=0x80, status=Status.SUCCESS))
             self.flush()

@@ -1,7 +1,8 @@
-"""Streaming in: interrupt, isochronous and buffered bulk endpoints that the device reads without being asked.
+"""Interrupt, isochronous and buffered bulk endpoints that are read all the time, without a request for each packet.
 
-Source: usb-redirection-protocol.md, start/stop iso stream, interrupt receiving and bulk receiving. Any end of a
-reception that the guest did not ask for is told as a stall; another status is an error while it runs on.
+Source: usb-redirection-protocol.md, start/stop iso stream, interrupt receiving and bulk receiving. A reception
+that ends without a stop packet of the guest is reported with the status STALL; another status reports an error of a
+reception that continues.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ Start: TypeAlias = p.StartIsoStream | p.StartInterruptReceiving | p.StartBulkRec
 
 
 class _Running:
-    """A reception that runs: its packets are numbered from 0."""
+    """A running reception. Its packets are numbered from 0."""
 
     __slots__ = ("next_id", "reception")
 
@@ -32,14 +33,14 @@ class _Running:
 
 
 class Receptions:
-    """The receptions that run.
+    """The running receptions.
 
     Args:
-        protocol: takes the packets. While its port takes no output isochronous ones are dropped, others kept up
-            to a bound.
-        current: the device that receives, and its endpoints.
-        figures: where packets are counted.
-        max_transfer: bytes that one buffered bulk transfer may have.
+        protocol: sends the packets. While its port does not accept output isochronous packets are dropped, and others
+            queued up to a bound.
+        current: the device with its endpoints.
+        figures: counts packets and bytes.
+        max_transfer: the largest buffered bulk transfer, in bytes.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class Receptions:
         self._running: dict[int, _Running] = {}
 
     def start(self, packet: Start) -> None:
-        """The guest wants an endpoint to be read. Answered in every case."""
+        """Start a reception for the guest, and send its status."""
         self._current.touched = True
         device, endpoint = self._current.usable, self._current.endpoints.get(packet.endpoint)
         reception = _reception(packet)
@@ -71,7 +72,7 @@ class Receptions:
         ):
             self._send_status(reception, Status.STALL, packet.id)
         else:
-            # Answered before it starts: a device may have its first packet at once.
+            # The status is sent first: a device may have its first packet at once.
             self._running[packet.endpoint] = _Running(reception)
             self._send_status(reception, Status.SUCCESS, packet.id)
             try:
@@ -83,7 +84,7 @@ class Receptions:
                 self.ended(packet.endpoint, Status.STALL)
 
     def stop(self, packet: Stop) -> None:
-        """The guest wants no more. Success also when nothing runs."""
+        """Stop a reception for the guest, and send success, also if no reception runs."""
         device = self._current.usable
         running = self._running.pop(packet.endpoint, None)
         if running is not None and device is not None:
@@ -94,7 +95,7 @@ class Receptions:
         self._send_status(_reception(packet), Status.SUCCESS, packet.id)
 
     def received(self, endpoint: int, status: Status, data: Buffer) -> None:
-        """The device has a packet: number it and send it on."""
+        """Send a packet of the device, with its number, to the guest."""
         running = self._running.get(endpoint)
         if running is None:
             return
@@ -124,7 +125,7 @@ class Receptions:
                 )
 
     def ended(self, endpoint: int, status: Status) -> None:
-        """A reception ended by itself (stall), or reports an error while it runs on."""
+        """Send the status of a reception that ended by itself (``STALL``), or continues after an error (any other)."""
         running = self._running.get(endpoint)
         if running is not None:
             if status is Status.STALL:
@@ -132,18 +133,18 @@ class Receptions:
             self._send_status(running.reception, status, 0)
 
     def end_all(self) -> None:
-        """The port was reset: every reception ends, and the guest is told."""
+        """End every reception because of a port reset, and send its status."""
         for endpoint in list(self._running):
             self.ended(endpoint, Status.STALL)
 
     def drop(self, endpoints: Mapping[int, Endpoint] | None = None) -> None:
-        """The configuration or setting changes: receptions (of ``endpoints``) end, and the guest knows."""
+        """End receptions (of ``endpoints``) without a status packet: the guest changed the configuration or setting."""
         for endpoint in list(self._running):
             if endpoints is None or endpoint in endpoints:
                 del self._running[endpoint]
 
     def iso_out(self, packet: p.IsoPacket) -> None:
-        """One packet of an isochronous OUT stream. Nobody waits for an answer: what fails is lost, as on a wire."""
+        """Submit a packet of an isochronous OUT stream. It has no answer: if it fails it is lost, as on a USB cable."""
         device = self._current.usable
         if packet.endpoint not in self._running or device is None:
             return

@@ -1,8 +1,9 @@
-"""Answers that lie before a VM that was paused: another word makes QEMU look.
+"""Work around QEMU not reading usbredir data that arrived over SPICE while the VM was paused.
 
-While its VM is paused QEMU's usb-redir takes nothing. When the VM goes on it takes what came in the pause from a
-socket, but not from its SPICE server (seen with QEMU 7.2): there it lies until more comes, and the guest's driver
-waits until it gives up. So in a silence something harmless is said again and again.
+QEMU's usb-redir device reads nothing while its VM is paused. When the VM continues, QEMU reads what arrived from a
+socket in the meantime, but not what its own SPICE server holds (seen with QEMU 7.2): that is read only when more data
+arrives, and the guest's driver waits for its answer until its timeout. So a harmless packet is sent again and again
+while the guest is silent.
 """
 
 from __future__ import annotations
@@ -11,19 +12,19 @@ import asyncio
 from collections.abc import Callable
 
 FIRST_DELAY = 1.0
-"""Seconds of the guest's silence until the first reminder; each next one comes after twice the time."""
+"""Seconds of the guest's silence before the first reminder; the delay doubles with each further one."""
 MAX_DELAY = 5.0
-"""Seconds between reminders at most. Linux gives a disk 30 s for an answer."""
+"""The longest delay in seconds. The timeout of Linux for a command of a disk is 30 s."""
 
 
 class Reminder:
-    """Reminds a guest that is silent.
+    """Sends a packet repeatedly while the guest is silent.
 
     Args:
-        send: says something harmless.
+        send: sends a harmless packet.
 
     Attributes:
-        heard: the guest said something: set it with each word.
+        received: whether the guest has sent data since the last check: set it with all data.
     """
 
     def __init__(self, send: Callable[[], None]) -> None:
@@ -32,12 +33,12 @@ class Reminder:
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
-        """From here on a silence counts."""
+        """Begin to measure the guest's silence."""
         self.stop()
         self._wait(FIRST_DELAY)
 
     def stop(self) -> None:
-        """No more reminders."""
+        """Send no more reminders."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -1,4 +1,4 @@
-"""Transfers as usbredir's packets ask for them, made into requests."""
+"""Bulk, control and interrupt OUT packets: check them, and submit the transfers that they request."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from farplug.usbredir.protocol import Oversized
 
 
 class Transfers:
-    """Takes bulk, control and interrupt packets, and says which of them make sense.
+    """Handles the packets that request a transfer.
 
     Args:
-        current: the device's endpoints.
-        requests: has each answered.
-        watch: notes what the guest does with the device.
+        current: the device with its endpoints.
+        requests: submits the transfers, and answers the packets.
+        watch: is notified of the guest's use of the device.
     """
 
     def __init__(self, current: CurrentDevice, requests: PendingRequests, watch: OfferWatch) -> None:
@@ -25,7 +25,7 @@ class Transfers:
         self._watch = watch
 
     def bulk(self, packet: p.BulkPacket, *, stored: bool = True) -> None:
-        """On a bulk endpoint, in or out; on a stream of it, if there is a stream id."""
+        """Submit a transfer on a bulk endpoint, IN or OUT, or on a bulk stream if there is a stream id."""
         self._current.touched = True
         self._watch.used()
         endpoint = self._current.endpoints.get(packet.endpoint)
@@ -40,7 +40,7 @@ class Transfers:
         )
 
     def control(self, packet: p.ControlPacket, *, stored: bool = True) -> None:
-        """On endpoint 0."""
+        """Submit a control transfer on endpoint 0."""
         self._current.touched = True
         setup = Setup(packet.request_type, packet.request, packet.value, packet.index, packet.length)
         self._watch.requested(setup)
@@ -55,7 +55,7 @@ class Transfers:
         )
 
     def interrupt_out(self, packet: p.InterruptPacket, *, stored: bool = True) -> None:
-        """One packet: interrupt IN is received without being asked for."""
+        """Submit one packet on an interrupt OUT endpoint. Interrupt IN packets come from a reception instead."""
         self._current.touched = True
         self._watch.used()
         endpoint = self._current.endpoints.get(packet.endpoint)
@@ -71,7 +71,7 @@ class Transfers:
         )
 
     def oversized(self, event: Oversized) -> None:
-        """A transfer whose body was too large to store: answered with an error, in its turn."""
+        """Answer a transfer whose payload was too large to store with an error, in order on its endpoint."""
         match event.packet:
             case p.BulkPacket():
                 self.bulk(event.packet, stored=False)

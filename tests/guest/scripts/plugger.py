@@ -28,7 +28,7 @@ from farplug.machine.choose import Choice
 from farplug.physical import find_device
 from farplug.target import open_session, parse_target
 
-PACKETS = logging.getLogger("farplug.usbredir")
+PACKETS = logging.getLogger("farplug.redirection.port_protocol")
 
 
 class Records(logging.Handler):
