@@ -27,7 +27,7 @@ from farplug.errors import (
 )
 from farplug.machine import hotplug
 from farplug.machine.choose import Choice
-from farplug.machine.found import Found
+from farplug.machine.device_info import Found
 from farplug.machine.hotplug import Watch
 from farplug.machine.listing import list_devices
 from farplug.machine.lock import DeviceLock

@@ -9,7 +9,7 @@ from farplug.app.settings import Follow
 from farplug.cli.exit_codes import ExitCode, exit_code
 from farplug.errors import DeviceError, Reason, UsageError
 from farplug.machine.choose import Choice
-from farplug.machine.found import Found, FoundInterface, Obstacle
+from farplug.machine.device_info import Found, FoundInterface, Obstacle
 from farplug.usbredir.rules import parse_rules
 
 BUSY = Obstacle(Reason.BUSY, "another program uses it", "end that program first")

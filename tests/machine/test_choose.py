@@ -7,7 +7,7 @@ import pytest
 from farplug.cli.exit_codes import ExitCode, exit_code
 from farplug.errors import DeviceError, Reason, UsageError
 from farplug.machine.choose import MAX_LISTED, Choice
-from farplug.machine.found import Found
+from farplug.machine.device_info import Found
 
 DEVICES = (
     Found(1, 1, "usb1", 0x1D6B, 2, codes=(9, 0, 1), product="xHCI Host Controller"),

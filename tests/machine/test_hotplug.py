@@ -12,7 +12,7 @@ from tests.machine.trees import BOOT_KEYBOARD, BOOT_MOUSE, KEYBOARD_KEYS, Machin
 
 from farplug.errors import Reason, SetupError
 from farplug.machine import hotplug
-from farplug.machine.found import Found
+from farplug.machine.device_info import Found
 from farplug.machine.hotplug import Arrived, Change, Departed, Watch
 from farplug.machine.listing import list_devices
 

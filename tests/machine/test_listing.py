@@ -8,7 +8,7 @@ from tests.machine.trees import BOOT_KEYBOARD, HID, SMART_CARD, STORAGE, Machine
 
 from farplug.cli.exit_codes import ExitCode, exit_code
 from farplug.errors import Reason, SetupError
-from farplug.machine.found import FoundInterface
+from farplug.machine.device_info import FoundInterface
 from farplug.machine.listing import list_devices
 from farplug.usb.descriptors import MAX_WARNINGS
 from farplug.usb.types import Speed

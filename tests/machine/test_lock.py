@@ -12,7 +12,7 @@ from tests.machine.trees import Machine
 
 from farplug.cli.exit_codes import ExitCode, exit_code
 from farplug.errors import DeviceError, Reason
-from farplug.machine.found import Found
+from farplug.machine.device_info import Found
 from farplug.machine.listing import list_devices
 from farplug.machine.lock import DeviceLock
 

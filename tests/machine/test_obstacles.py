@@ -15,7 +15,7 @@ from tests.machine.trees import BOOT_KEYBOARD, HID, STORAGE, Machine
 from farplug.cli.exit_codes import ExitCode, exit_code
 from farplug.errors import DeviceError, Reason, SetupError
 from farplug.machine import obstacles
-from farplug.machine.found import Found, Obstacle
+from farplug.machine.device_info import Found, Obstacle
 from farplug.machine.listing import list_devices
 from farplug.store import usage
 

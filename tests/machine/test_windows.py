@@ -15,7 +15,7 @@ from farplug.libusb.identity import read_configurations, read_identity
 from farplug.machine import windows
 from farplug.machine.hotplug import Watch
 from farplug.machine.listing import list_devices
-from farplug.physical.claim import Claim, Place
+from farplug.physical.open_device import Claim, Place
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:

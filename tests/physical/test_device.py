@@ -29,7 +29,7 @@ from tests.physical.support import (
 )
 
 from farplug.errors import DeviceError, LocalProtocolError, Reason
-from farplug.physical import claim, device, device_session, find_device, transfers
+from farplug.physical import device, device_session, find_device, open_device, transfers
 from farplug.usb import Reception, Setup, Speed, Status, TransferType
 from farplug.usb.descriptors import ConfigurationDescriptor
 
@@ -70,7 +70,7 @@ def test_the_device_at_an_address() -> None:
 
 
 def test_one_that_libusb_leaves_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claim, "NODES", tmp_path)
+    monkeypatch.setattr(open_device, "NODES", tmp_path)
     (tmp_path / "004").mkdir()
     (tmp_path / "004" / "017").touch()
     with pytest.raises(DeviceError, match="libusb cannot read the descriptors of the USB device 4-17") as caught:

@@ -18,7 +18,7 @@ from farplug.app.settings import Follow
 from farplug.errors import DeviceError, FarplugError, PortError, Reason, RefusedError
 from farplug.libusb.library import Library
 from farplug.machine.choose import Choice
-from farplug.machine.found import Found
+from farplug.machine.device_info import Found
 from farplug.machine.hotplug import Departed, Watch
 from farplug.machine.listing import list_devices
 from farplug.machine.lock import DeviceLock

@@ -14,7 +14,7 @@ from typing import Final, Self
 from farplug.app.settings import DeviceRules, Follow
 from farplug.errors import DeviceError, FarplugError, Reason, UsageError
 from farplug.machine.choose import Choice
-from farplug.machine.found import Found
+from farplug.machine.device_info import Found
 from farplug.usbredir.filter import Filter, Rule
 from farplug.usbredir.rules import parse_rules
 

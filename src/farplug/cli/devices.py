@@ -19,7 +19,7 @@ from farplug.errors import FarplugError, SetupError
 from farplug.text import printable
 
 if TYPE_CHECKING:
-    from farplug.machine.found import Found, Obstacle
+    from farplug.machine.device_info import Found, Obstacle
 
 KINDS = (
     {

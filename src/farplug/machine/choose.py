@@ -10,7 +10,7 @@ from enum import Enum
 from typing import Final
 
 from farplug.errors import DeviceError, FarplugError, Reason, UsageError
-from farplug.machine.found import Found
+from farplug.machine.device_info import Found
 
 FORMS: Final = "VID:PID, BUS-ADDRESS, BUS-PORT.PORT, serial:NUMBER, or a part of its name"
 MAX_TEXT: Final = 256

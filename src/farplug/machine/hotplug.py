@@ -19,7 +19,7 @@ from time import monotonic
 from typing import Final, Self, TypeAlias
 
 from farplug.errors import Reason, SetupError
-from farplug.machine.found import Found
+from farplug.machine.device_info import Found
 from farplug.machine.listing import DEVICE_NAME, DEVICES, list_devices
 from farplug.machine.sysfs import bus_and_address, listed, on_windows
 from farplug.threads import aside

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 from farplug.errors import Reason, SetupError
-from farplug.machine.found import Found, FoundInterface
+from farplug.machine.device_info import Found, FoundInterface
 from farplug.machine.obstacles import Uses, caution, obstacles
 from farplug.machine.sysfs import bus_and_address, listed, number, on_windows, read, read_bytes
 from farplug.machine.usb_ids import UsbIds, usb_ids

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from farplug.errors import DeviceError, Reason
-from farplug.machine.found import Found
+from farplug.machine.device_info import Found
 from farplug.machine.obstacles import busy, gone, no_permission
 from farplug.machine.sysfs import TOO_MANY_OPEN, fewer_open_files
 

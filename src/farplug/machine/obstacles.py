@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from farplug.errors import DeviceError, Reason, SetupError
-from farplug.machine.found import Found, Obstacle
+from farplug.machine.device_info import Found, Obstacle
 from farplug.machine.sysfs import check, listed, read, read_bytes
 from farplug.machine.udev import install_commands, udev_rule
 from farplug.text import printable

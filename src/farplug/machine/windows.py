@@ -13,7 +13,7 @@ from farplug.errors import Reason
 from farplug.libusb.binding import UsbDevice
 from farplug.libusb.identity import read_configurations, read_identity
 from farplug.libusb.library import AccessDenied, Library, NotSupported, UsbError
-from farplug.machine.found import Found, FoundInterface, Obstacle
+from farplug.machine.device_info import Found, FoundInterface, Obstacle
 from farplug.machine.obstacles import IS_HUB
 
 

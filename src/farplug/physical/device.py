@@ -14,8 +14,8 @@ from farplug.errors import DeviceError, LocalProtocolError, Reason
 from farplug.libusb.binding import UsbDevice
 from farplug.libusb.identity import read_configurations, read_identity
 from farplug.libusb.library import Library
-from farplug.physical.claim import Claim, Place, unconfigured
 from farplug.physical.device_session import Session
+from farplug.physical.open_device import Claim, Place, unconfigured
 from farplug.physical.receivers import IsoOutStream
 from farplug.physical.transfers import MAX_PIECE
 from farplug.usb.descriptors import ConfigurationDescriptor

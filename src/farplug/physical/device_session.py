@@ -9,10 +9,10 @@ from collections.abc import Callable, Collection
 from farplug.errors import DeviceError
 from farplug.libusb.binding import UsbTransfer
 from farplug.libusb.library import Library, NoDevice, NotFound, UsbError
-from farplug.physical.claim import Claim
 from farplug.physical.device_thread import Worker
 from farplug.physical.event_handler import Events
 from farplug.physical.gate import Gate
+from farplug.physical.open_device import Claim
 from farplug.physical.receivers import Stream, stream_kind
 from farplug.physical.transfers import CONTROL_TIMEOUT, Owner, Transfers
 from farplug.usb.device import DeviceListener, Reception

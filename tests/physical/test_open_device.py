@@ -11,8 +11,8 @@ from tests.physical.support import EVERYTHING
 
 from farplug.errors import DeviceError, Reason
 from farplug.libusb.identity import read_configurations, read_identity
-from farplug.physical import claim
-from farplug.physical.claim import Claim, Place
+from farplug.physical import open_device
+from farplug.physical.open_device import Claim, Place
 from farplug.usb.descriptors import ConfigurationDescriptor, InterfaceDescriptor
 
 SOUND_CARD = ConfigurationDescriptor(1, tuple(InterfaceDescriptor(number, 0, 1, 1, 0) for number in range(4)))
@@ -60,7 +60,7 @@ def test_no_driver_is_bound_where_there_was_none() -> None:
     assert device.drivers == {}
 
 
-@pytest.mark.parametrize("ids", sorted(claim.NEVER_RESET))
+@pytest.mark.parametrize("ids", sorted(open_device.NEVER_RESET))
 def test_devices_that_do_not_survive_a_reset_are_not_reset(ids: tuple[int, int]) -> None:
     device = FakeDevice(EVERYTHING, ids=ids)
     taken = take(device)
@@ -220,7 +220,7 @@ def test_transfers_come_back_before_the_device_is_closed(monkeypatch: pytest.Mon
 def test_a_device_that_keeps_its_transfers_stays_open_until_they_are_back(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(claim, "DRAIN_PATIENCE", 0.05)
+    monkeypatch.setattr(open_device, "DRAIN_PATIENCE", 0.05)
     device = FakeDevice(EVERYTHING, drivers={0: "storage"})
     taken = take(device)
     device.handle.keeps_cancelled = True
