@@ -1,6 +1,6 @@
-"""A device taken from this machine, to be given back as it was found.
+"""An open device with its interfaces claimed, to be released in its original state.
 
-Everything here may block, for seconds if the device hangs: a :class:`~farplug.physical.device_thread.Worker` calls it.
+Every call may block, for seconds if the device hangs: a :class:`~farplug.physical.device_thread.DeviceThread` makes it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from time import monotonic, sleep
 from typing import Final
 
-from farplug.errors import DeviceError, Reason
+from farplug.errors import DeviceError, Reason, Remedy
 from farplug.libusb.binding import UsbContext, UsbDevice, UsbHandle, UsbTransfer
 from farplug.libusb.library import (
     AccessDenied,
@@ -27,7 +27,7 @@ from farplug.libusb.library import (
     NotSupported,
     UsbError,
 )
-from farplug.machine.obstacles import busy, gone, no_permission
+from farplug.machine.obstacles import REPLUG, busy, device_lost, no_permission
 from farplug.machine.sysfs import on_windows
 from farplug.machine.windows import refusal
 from farplug.physical.transfers import cancel
@@ -35,41 +35,41 @@ from farplug.usb.descriptors import ConfigurationDescriptor
 from farplug.usb.device import Identity
 from farplug.usb.types import Endpoint, Interface
 
-DRAIN_PATIENCE = 2.0
-"""Seconds after which cancelled transfers that have not come back are reported."""
+DRAIN_TIMEOUT = 2.0
+"""Seconds after which cancelled transfers that are still pending are logged."""
 
 NEVER_RESET: Final = frozenset({(0x1210, 0x001C), (0x2798, 0x0001)})
-"""idVendor and idProduct of devices that do not survive a port reset, as usbredirhost knows them."""
+"""idVendor and idProduct of devices that do not survive a port reset, as in usbredirhost."""
 
 MAX_INTERFACES: Final = 32
-"""libusb, and Linux, claim none with a higher number."""
+"""Interface numbers that libusb and Linux can claim: 0 to 31."""
 
 log = logging.getLogger(__name__)
 
 NODES = Path("/dev/bus/usb")
-"""Where Linux has the devices, by bus and address."""
+"""The folder of the devices' files on Linux."""
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a device is plugged in; it holds until it leaves, or is enumerated anew.
+class BusAddress:
+    """Bus and address of a device. They hold until it is unplugged or enumerated again.
 
     Attributes:
-        bus: the number of its bus.
-        address: its address on the bus.
+        bus: bus number.
+        address: address on the bus.
     """
 
     bus: int
     address: int
 
     @classmethod
-    def of(cls, device: UsbDevice) -> Place:
-        """Where ``device`` is."""
+    def of(cls, device: UsbDevice) -> BusAddress:
+        """Return bus and address of ``device``."""
         return cls(device.getBusNumber(), device.getDeviceAddress())
 
     @property
     def node(self) -> Path:
-        """What is opened to use it, on Linux."""
+        """Return the device's file on Linux."""
         return NODES / f"{self.bus:03}/{self.address:03}"
 
     def __str__(self) -> str:
@@ -77,60 +77,60 @@ class Place:
 
 
 @contextmanager
-def _device_errors(name: str, place: Place, identity: Identity) -> Iterator[None]:
-    """Turn what libusb refuses into a :class:`~farplug.errors.DeviceError` about the device with this name."""
+def _device_errors(name: str, bus_address: BusAddress, identity: Identity) -> Iterator[None]:
+    """Raise libusb's errors as a :class:`~farplug.errors.DeviceError` about the device with this name."""
     try:
         yield
     except UsbError as error:
-        raise _device_error(error, name, place, identity) from error
+        raise _device_error(error, name, bus_address, identity) from error
 
 
-def _device_error(error: Exception, name: str, place: Place, identity: Identity) -> DeviceError:
+def _device_error(error: Exception, name: str, bus_address: BusAddress, identity: Identity) -> DeviceError:
     if on_windows() and (obstacle := refusal(error)) is not None:
         return obstacle.error(name)
     if isinstance(error, AccessDenied):
         return no_permission(identity.vendor_id, identity.product_id).error(name)
     if isinstance(error, Busy):
-        return busy(place.node).error(name)
+        return busy(bus_address.node).error(name)
     if isinstance(error, (NoDevice, NotFound)):
-        return gone(name)
-    return DeviceError(
-        f"{name} cannot be used: {error}", reason=Reason.DEVICE_FAULT, remedy="unplug it and plug it in again"
-    )
+        return device_lost(name)
+    return DeviceError(f"{name} cannot be used: {error}", reason=Reason.DEVICE_FAULT, remedy=REPLUG)
 
 
 def unconfigured(configurations: Mapping[int, ConfigurationDescriptor]) -> tuple[Interface, ...]:
-    """The interfaces of a device that has no configuration yet: those of the first one."""
+    """Return the interfaces to show for a device without a configuration: those of its first configuration."""
     return next((configuration.select() for configuration in configurations.values()), ())
 
 
-class Claim:
-    """A device that is open, all interfaces of its configuration claimed, no driver of the kernel bound to them.
+class OpenDevice:
+    """An open device: all interfaces of its configuration are claimed, and no kernel driver is bound to them.
+
+    The constructor opens the device, unbinds its drivers, claims its interfaces and resets its port.
 
     Args:
         library: libusb.
-        place: where the device is.
-        identity: what it must still be.
-        configurations: by bConfigurationValue: they name the interfaces to claim.
+        bus_address: of the device.
+        identity: idVendor and idProduct that the device must have.
+        configurations: by bConfigurationValue: they contain the interfaces to claim.
 
     Attributes:
-        context: the session with libusb, for this device alone: its events reach nobody else, and if closing it
-            takes long, nobody else waits.
+        context: libusb's context, for this device alone, so that a device that hangs blocks no other one.
         configuration: the current bConfigurationValue; 0 for none.
         interfaces: those of the current configuration in their current settings; without a configuration those of the
             first one.
         endpoints: those of the current settings, by address.
 
     Raises:
-        DeviceError: it is gone (``DEVICE_LOST``), in use (``BUSY``), there is no permission (``NO_PERMISSION``),
-            its driver cannot be unbound (``KERNEL_DRIVER``), or it does not work (``DEVICE_FAULT``). It was given back.
+        DeviceError: the device was unplugged (``DEVICE_LOST``), is in use (``BUSY``), there is no permission
+            (``NO_PERMISSION``), a driver cannot be unbound (``KERNEL_DRIVER``), or it fails (``DEVICE_FAULT``).
+            The device was released.
         SetupError: libusb cannot work on this machine.
     """
 
     def __init__(
         self,
         library: Library,
-        place: Place,
+        bus_address: BusAddress,
         identity: Identity,
         configurations: Mapping[int, ConfigurationDescriptor],
     ) -> None:
@@ -141,63 +141,63 @@ class Claim:
         self._original = 0
         self._library = library
         self._configurations = configurations
-        self._name = f"{identity} ({place})"
-        self._resets = (identity.vendor_id, identity.product_id) not in NEVER_RESET
+        self._name = f"{identity} ({bus_address})"
+        self._can_reset = (identity.vendor_id, identity.product_id) not in NEVER_RESET
         self._claimed: list[int] = []
         self._detached: set[int] = set()
-        """The interfaces of this configuration that had drivers."""
-        self._taken = self._closing = False
+        """The interfaces of the current configuration that had kernel drivers."""
+        self._needs_reset = self._released = False
         self.context: UsbContext = library.open_context()
         self._handle: UsbHandle | None = None
         try:
-            with _device_errors(self._name, place, identity):
-                self._handle = self._find(place, identity).open()
+            with _device_errors(self._name, bus_address, identity):
+                self._handle = self._find(bus_address, identity).open()
                 self.configuration = self._original = self._handle.getConfiguration()
-                self._take_interfaces()
-                self._taken = True
+                self._claim_interfaces()
+                self._needs_reset = True
                 self.reset()
-                self._describe()
+                self._update_settings()
         except BaseException:
-            self.give_back()
+            self.release()
             raise
 
     @property
     def handle(self) -> UsbHandle:
-        """libusb's handle, until the device is given back."""
+        """Return libusb's handle. It exists until :meth:`release`."""
         assert self._handle is not None
         return self._handle
 
-    def _find(self, place: Place, identity: Identity) -> UsbDevice:
+    def _find(self, bus_address: BusAddress, identity: Identity) -> UsbDevice:
         for device in self.context.getDeviceIterator(skip_on_error=True):
-            if Place.of(device) == place:
+            if BusAddress.of(device) == bus_address:
                 if (device.getVendorID(), device.getProductID()) == (identity.vendor_id, identity.product_id):
                     return device
                 break
         raise NoDevice
 
-    # What a guest asks for
+    # Requests of the guest
 
     def reset(self) -> None:
-        """Reset the port; the configuration is restored. Does nothing if the device does not survive it.
+        """Reset the port; the kernel restores the configuration. Does nothing for a device in :data:`NEVER_RESET`.
 
-        On Linux the interfaces are in their first settings then. A host chooses a configuration after a reset (USB 2.0,
-        section 9.1.1.5), and :meth:`set_configuration` chooses them for all.
+        On Linux a port reset selects alternate setting 0 of every interface. The guest sets a configuration after a
+        reset (USB 2.0, section 9.1.1.5), and :meth:`set_configuration` selects alternate setting 0 on every system.
 
         Raises:
-            NotFound, NoDevice: it came back as another device, or not at all.
-            UsbError: it could not be reset.
+            NotFound, NoDevice: the device was enumerated as another device, or not at all.
+            UsbError: the reset failed.
         """
-        if self._resets:
+        if self._can_reset:
             self.handle.resetDevice()
 
     def set_configuration(self, value: int) -> None:
-        """Choose a configuration; 0 for none. :attr:`configuration` is right afterwards, also after an error.
+        """Set a configuration; 0 for none. Updates :attr:`configuration`, also if it raises.
 
-        To choose the current one again only puts its interfaces back to their first settings: devices are known that do
-        not take it well, and after a port reset they have everything else behind them.
+        For the current configuration, only alternate setting 0 of its interfaces is selected: some devices fail when
+        the configuration is set again, and the port reset has already restored everything else.
 
         Raises:
-            UsbError: it could not be chosen, or its interfaces not be claimed.
+            UsbError: the configuration cannot be set, or its interfaces cannot be claimed.
         """
         if value == self.configuration:
             for number in [number for number, alternate in self._alternates.items() if alternate]:
@@ -209,19 +209,19 @@ class Claim:
             self.handle.setConfiguration(value or -1)
             self.configuration = value
         except UsbError:
-            self.configuration = self.handle.getConfiguration()  # the old one, or none
+            self.configuration = self.handle.getConfiguration()  # the former one, or none
             raise
         finally:
             if self.configuration != before:
                 self._detached = set()
-            self._describe()
-            self._take_interfaces()  # the kernel's drivers may have been quicker
+            self._update_settings()
+            self._claim_interfaces()  # from kernel drivers too, which may be bound already
 
     def set_interface(self, number: int, alternate: int) -> None:
-        """Choose an alternate setting. Raises ``UsbError`` if it cannot be chosen."""
+        """Select an alternate setting. Raises ``UsbError`` if that fails."""
         self.handle.setInterfaceAltSetting(number, alternate)
         self._alternates[number] = alternate
-        self._describe()
+        self._update_settings()
 
     def clear_halt(self, endpoint: int) -> None:
         """Clear the halt of an endpoint, and its data toggle. Raises ``UsbError`` if that fails."""
@@ -231,59 +231,64 @@ class Claim:
         """Allocate ``count`` bulk streams on each of the endpoints, all or none.
 
         Raises:
-            UsbError: there are not so many.
+            UsbError: there are fewer.
         """
-        streams = self._library.streams
+        streams = self._library.bulk_streams
         if streams.allocate(self.handle, count, endpoints) != count:
             streams.free(self.handle, endpoints)
             raise NoMemory
 
     def free_streams(self, endpoints: Sequence[int]) -> None:
-        """Give bulk streams back. Raises ``UsbError`` if there are none."""
-        self._library.streams.free(self.handle, endpoints)
+        """Free the bulk streams of the endpoints. Raises ``UsbError`` if there are none."""
+        self._library.bulk_streams.free(self.handle, endpoints)
 
-    def _describe(self) -> None:
+    def _update_settings(self) -> None:
         configuration = self._configurations.get(self.configuration)
         if configuration is None:
             self.interfaces, self.endpoints = unconfigured(self._configurations), {}
             return
         self.interfaces = configuration.select(self._alternates)
-        self.endpoints = {one.address: one for interface in self.interfaces for one in interface.endpoints}
+        self.endpoints = {
+            endpoint.address: endpoint for interface in self.interfaces for endpoint in interface.endpoints
+        }
 
-    # Taking and giving back
+    # Claiming and releasing
 
-    def _numbers(self) -> list[int]:
+    def _interface_numbers(self) -> list[int]:
         configuration = self._configurations.get(self.configuration)
         if configuration is None:
             return []
-        return sorted({one.number for one in configuration.interfaces if one.number < MAX_INTERFACES})
+        return sorted({interface.number for interface in configuration.interfaces if interface.number < MAX_INTERFACES})
 
-    def _take_interfaces(self) -> None:
-        """Unbind all drivers, then claim: a driver that has two interfaces binds again while one is still free."""
-        stuck: dict[int, Exception] = {}
-        for number in self._numbers():
+    def _claim_interfaces(self) -> None:
+        """Unbind all drivers, then claim: a driver of two interfaces is bound again while one of them is free."""
+        undetached: dict[int, Exception] = {}
+        for number in self._interface_numbers():
             try:
                 self.handle.detachKernelDriver(number)
                 self._detached.add(number)
             except (NotFound, NotSupported):
-                pass  # no driver is bound, or the system has no such thing
+                pass  # no driver is bound, or the system cannot unbind drivers
             except NoDevice:
                 raise
             except UsbError as error:
-                stuck[number] = error
-        for number in self._numbers():
+                undetached[number] = error
+        for number in self._interface_numbers():
             try:
                 self.handle.claimInterface(number)
                 self._claimed.append(number)
             except NotFound:
-                log.warning("%s: this machine does not know its interface %d", self._name, number)
+                log.warning("%s: the kernel has no interface %d", self._name, number)
             except Busy as error:
-                if number not in stuck:
+                if number not in undetached:
                     raise
                 raise DeviceError(
-                    f"{self._name}: the kernel's driver of interface {number} cannot be unbound: {stuck[number]}",
+                    f"{self._name}: cannot unbind the kernel driver of interface {number}: {undetached[number]}",
                     reason=Reason.KERNEL_DRIVER,
-                    remedy="end what uses it, or unload the driver: lsusb -t names it",
+                    remedy=Remedy(
+                        "end the program that uses the device, or unload the driver, which lsusb shows",
+                        command="lsusb -t",
+                    ),
                 ) from error
 
     def _release_interfaces(self) -> None:
@@ -292,20 +297,20 @@ class Claim:
             try:
                 self.handle.releaseInterface(number)
             except UsbError as error:
-                log.debug("%s: interface %d could not be released: %s", self._name, number, error)
+                log.debug("%s: cannot release interface %d: %s", self._name, number, error)
 
-    def give_back(self, transfers: Collection[UsbTransfer] = ()) -> None:
-        """Give the device back: transfers cancelled, port reset, first configuration, drivers bound again; close it.
+    def release(self, transfers: Collection[UsbTransfer] = ()) -> None:
+        """Cancel transfers, restore the device (port reset, original configuration, kernel drivers), and close it.
 
-        Nobody else handles the events of the session any more. Never raises: what cannot be restored is logged. Only
-        the first call does anything.
+        No other thread may handle the context's events any more. Never raises: what cannot be restored is logged.
+        Does nothing the second time.
 
         Args:
-            transfers: those that may be in flight.
+            transfers: libusb's transfers that may be in flight.
         """
-        if self._closing:
+        if self._released:
             return
-        self._closing = True
+        self._released = True
         try:
             if self._handle is not None:
                 self._drain(transfers)
@@ -315,52 +320,56 @@ class Claim:
                     self._handle.close()
                     self._handle = None
         except Exception:
-            log.exception("%s could not be given back", self._name)
+            log.exception("%s: releasing failed", self._name)
         finally:
             self.context.close()
 
     def _drain(self, transfers: Collection[UsbTransfer]) -> None:
-        """Cancel transfers, and handle events until all are back: libusb cannot close a device before."""
+        """Cancel transfers, and handle events until all are complete: libusb cannot close a device before."""
         for transfer in transfers:
             cancel(transfer)
-        late = monotonic() + DRAIN_PATIENCE
+        deadline = monotonic() + DRAIN_TIMEOUT
         while any(transfer.isSubmitted() for transfer in transfers):
-            if monotonic() > late:
-                late = inf
-                log.warning("%s has not given its transfers back after %g s", self._name, DRAIN_PATIENCE)
+            if monotonic() > deadline:
+                deadline = inf
+                log.warning("%s: transfers still pending %g s after cancellation", self._name, DRAIN_TIMEOUT)
             try:
                 self.context.handleEventsTimeout(0.1)
             except Interrupted:
                 pass
             except UsbError as error:
-                log.debug("%s: its events could not be handled: %s", self._name, error)
+                log.debug("%s: libusb cannot handle events: %s", self._name, error)
                 sleep(0.1)
 
     def _restore(self) -> None:
         self._release_interfaces()
         try:
-            if self._taken:
-                self._try("reset", self.reset)  # whatever the guest left behind, the next driver finds it clean
-            if self.configuration != self._original:  # the kernel binds the drivers of a new one by itself
-                self._try("put back to its configuration", lambda: self.handle.setConfiguration(self._original or -1))
+            if self._needs_reset:
+                self._try("reset", self.reset)  # the next driver must not meet a state that the guest left behind
+            if self.configuration != self._original:  # the kernel binds the drivers of a new configuration itself
+                self._try("restore the configuration", lambda: self.handle.setConfiguration(self._original or -1))
                 return
             for number in sorted(self._detached):
                 try:
                     self.handle.attachKernelDriver(number)
                 except (Busy, NotFound):
-                    pass  # a driver that has two interfaces took this one with the first
+                    pass  # a driver of two interfaces was bound to this one with the first
                 except NoDevice:
                     raise
                 except UsbError as error:
-                    log.warning("%s: interface %d has no driver again: %s", self._name, number, error)
+                    log.warning("%s: cannot re-attach the kernel driver of interface %d: %s", self._name, number, error)
         except NoDevice:
-            log.debug("%s is gone: nothing is to be restored", self._name)
+            log.debug("%s was unplugged: nothing to restore", self._name)
 
     def _try(self, what: str, call: Callable[[], None]) -> None:
-        """Make a call that restores something. Raises ``NoDevice`` if the device is gone, or came back as another."""
+        """Make a call that restores something; log its failure.
+
+        Raises:
+            NoDevice: the device was unplugged, or was enumerated as another device.
+        """
         try:
             call()
         except (NotFound, NoDevice) as error:
             raise NoDevice from error
         except UsbError as error:
-            log.warning("%s could not be %s: %s", self._name, what, error)
+            log.warning("%s: cannot %s: %s", self._name, what, error)
