@@ -379,6 +379,17 @@ async def test_sound_stalls(whole: bool) -> None:
         await until(lambda: len(bench.in_flight) == 2)
 
 
+async def test_sound_that_arrives_while_a_stall_is_cleared_is_played() -> None:
+    async with receiving(Reception(SOUND, ISO, 4, 1)) as bench:
+        answer = bench.fake.hang["clear_halt"] = threading.Event()
+        play(bench, b"x", b"y")
+        bench.in_flight[0].finish(packets=[(STALL, 0)])
+        assert await asyncio.to_thread(bench.fake.hanging.wait, 10)
+        play(bench, b"x", b"y")
+        answer.set()
+        await until(lambda: len(bench.in_flight) == 2)
+
+
 async def test_stopped_while_sound_is_collected_and_played() -> None:
     async with receiving(Reception(SOUND, ISO, 4, 2)) as bench:
         packets = play(bench, *[b"x"] * 5)

@@ -289,7 +289,12 @@ class IsoPlayer(Receiver):
 
     def start(self) -> None:
         self._idle = list(self._transfers)
-        self._collecting = True
+        self._collecting = not self._is_half_full
+        self._play()
+
+    @property
+    def _is_half_full(self) -> bool:
+        return len(self._collected) >= max(1, self._capacity // 2)
 
     def submit(self, transfer: Transfer) -> None:
         """Queue a packet of the guest. It is completed when it was played, or at once if it is dropped."""
@@ -308,7 +313,7 @@ class IsoPlayer(Receiver):
             transfer.complete()  # python-libusb1 cannot send packets without bytes
             return
         self._collected.append(transfer)
-        if self._collecting and len(self._collected) >= max(1, self._capacity // 2):
+        if self._is_half_full:
             self._collecting = False
         self._play()
 
