@@ -6,41 +6,41 @@ import threading
 import pytest
 from tests.physical.support import until
 
-from farplug.threads import aside
+from farplug.threads import run_in_daemon_thread
 
 
-async def test_what_nobody_waits_for_any_more_is_given_back() -> None:
+async def test_a_result_for_a_cancelled_caller_is_abandoned() -> None:
     go = threading.Event()
-    unwanted: list[str] = []
+    abandoned: list[str] = []
 
-    def look() -> str:
+    def call() -> str:
         go.wait(60)
-        return "found"
+        return "result"
 
-    looking = asyncio.ensure_future(aside(look, unwanted.append))
+    calling = asyncio.ensure_future(run_in_daemon_thread(call, abandoned.append))
     await asyncio.sleep(0)
-    looking.cancel()
+    calling.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await looking
-    assert unwanted == []
+        await calling
+    assert abandoned == []
     go.set()
-    await until(lambda: unwanted == ["found"])
-    assert await aside(look, unwanted.append) == "found"
-    assert unwanted == ["found"]
+    await until(lambda: abandoned == ["result"])
+    assert await run_in_daemon_thread(call, abandoned.append) == "result"
+    assert abandoned == ["result"]
 
 
-def test_what_comes_after_the_end_of_the_loop_is_given_back() -> None:
-    go, given_back = threading.Event(), threading.Event()
+def test_a_result_after_the_end_of_the_loop_is_abandoned() -> None:
+    go, released = threading.Event(), threading.Event()
 
-    def look() -> str:
+    def call() -> str:
         go.wait(60)
-        return "found"
+        return "result"
 
     async def give_up() -> None:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.01):
-                await aside(look, lambda found: given_back.set())
+                await run_in_daemon_thread(call, lambda result: released.set())
 
     asyncio.run(give_up())
     go.set()
-    assert given_back.wait(60)
+    assert released.wait(60)

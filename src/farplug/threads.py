@@ -1,4 +1,4 @@
-"""Calls in a thread of their own, for what may hang."""
+"""Blocking calls in a daemon thread, for devices that may hang."""
 
 from __future__ import annotations
 
@@ -11,52 +11,61 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-async def aside(function: Callable[[], T], unwanted: Callable[[T], None] | None = None) -> T:
-    """Make a call in a thread of its own: for what may hang, because a device does.
+async def run_in_daemon_thread(function: Callable[[], T], on_abandoned: Callable[[T], None] | None = None) -> T:
+    """Make a blocking call in a thread of its own, and return its result.
 
-    Neither the event loop nor the end of the process waits for it (for ``asyncio.to_thread`` both do).
+    Neither the event loop nor the exit of the process waits for the thread, as both do for ``asyncio.to_thread``.
 
     Args:
         function: the call.
-        unwanted: called, in a thread too, with a result that nobody waits for any more.
+        on_abandoned: called, in a thread too, with a result that arrives after the caller was cancelled.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
-    Thread(target=run, args=(function, future, loop, unwanted), name="usb look", daemon=True).start()
+    Thread(
+        target=run_into_future, args=(function, future, loop, on_abandoned), name="farplug call", daemon=True
+    ).start()
     return await future
 
 
-def run(
+def run_into_future(
     function: Callable[[], T],
     future: asyncio.Future[T],
     loop: asyncio.AbstractEventLoop,
-    unwanted: Callable[[T], None] | None = None,
+    on_abandoned: Callable[[T], None] | None = None,
 ) -> None:
-    """Make a call in this thread, and settle a future of ``loop`` with its result. ``unwanted``: as :func:`aside`."""
+    """Make a call in this thread, and set a future of ``loop`` to its result or exception.
+
+    Args:
+        function: the call.
+        future: ignored if it was cancelled meanwhile.
+        loop: the event loop; it may be closed meanwhile.
+        on_abandoned: as in :func:`run_in_daemon_thread`.
+    """
     try:
         result = function()
     except Exception as error:
         _settle(loop, future, partial(future.set_exception, error), None)
     else:
-        _settle(loop, future, partial(future.set_result, result), unwanted and partial(unwanted, result))
+        _settle(loop, future, partial(future.set_result, result), on_abandoned and partial(on_abandoned, result))
 
 
 def _settle(
     loop: asyncio.AbstractEventLoop,
     future: asyncio.Future[T],
     settle: Callable[[], None],
-    unwanted: Callable[[], None] | None,
+    on_abandoned: Callable[[], None] | None,
 ) -> None:
-    """Tell on the loop how a call ended; ``unwanted`` is called if nobody waits for that any more."""
+    """Call ``settle`` on the loop; ``on_abandoned`` if the future was cancelled or the loop is closed."""
 
     def on_loop() -> None:
         if not future.cancelled():
             settle()
-        elif unwanted is not None:
-            Thread(target=unwanted, name="usb look", daemon=True).start()
+        elif on_abandoned is not None:
+            Thread(target=on_abandoned, name="farplug call", daemon=True).start()
 
     try:
         loop.call_soon_threadsafe(on_loop)
     except RuntimeError:  # the loop is closed
-        if unwanted is not None:
-            unwanted()
+        if on_abandoned is not None:
+            on_abandoned()

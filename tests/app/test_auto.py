@@ -27,7 +27,7 @@ from farplug.errors import (
 )
 from farplug.machine import hotplug
 from farplug.machine.choose import Choice
-from farplug.machine.found import Found
+from farplug.machine.device_info import DeviceInfo
 from farplug.machine.hotplug import Watch
 from farplug.machine.listing import list_devices
 from farplug.machine.lock import DeviceLock
@@ -53,7 +53,7 @@ def machine(tmp_path: Path) -> Machine:
 
 
 class FakeDevice:
-    def __init__(self, found: Found) -> None:
+    def __init__(self, found: DeviceInfo) -> None:
         self.found = found
 
 
@@ -104,7 +104,7 @@ class Scene:
         self.keeper = AutoPlugger(policy, self, Watch(machine.root), self.find)
         self.running: asyncio.Task[NoReturn] | None = None
 
-    async def find(self, found: Found) -> Device:
+    async def find(self, found: DeviceInfo) -> Device:
         if found.port in self.lost:
             raise LOST
         return cast(Device, FakeDevice(found))
@@ -190,7 +190,7 @@ async def test_a_named_device_that_cannot_be_plugged_gives_way(machine: Machine)
         assert scene.kept[0].is_passed
 
 
-def is_locked(found: Found) -> bool:
+def is_locked(found: DeviceInfo) -> bool:
     try:
         DeviceLock(found).release()
     except DeviceError:
@@ -497,7 +497,7 @@ async def test_a_lock_that_comes_after_it_was_given_up_is_released(
     begun, go, locked = threading.Event(), threading.Event(), threading.Event()
 
     class SlowLock(DeviceLock):
-        def __init__(self, found: Found) -> None:
+        def __init__(self, found: DeviceInfo) -> None:
             begun.set()
             go.wait(60)
             super().__init__(found)

@@ -7,20 +7,22 @@ import pytest
 from farplug.app.policy import MAX_FORMER, Plug, Policy, Rules, Skip, Slot
 from farplug.app.settings import Follow
 from farplug.cli.exit_codes import ExitCode, exit_code
-from farplug.errors import DeviceError, Reason, UsageError
+from farplug.errors import DeviceError, Reason, Remedy, UsageError
 from farplug.machine.choose import Choice
-from farplug.machine.found import Found, FoundInterface, Obstacle
+from farplug.machine.device_info import DeviceInfo, InterfaceInfo, Obstacle
 from farplug.usbredir.rules import parse_rules
 
-BUSY = Obstacle(Reason.BUSY, "another program uses it", "end that program first")
+BUSY = Obstacle(Reason.BUSY, "another program uses it", Remedy("end that program first"))
 MOUNTED = Obstacle(Reason.IN_USE, "this machine uses the disk", forceable=True)
 TYPED_ON = Obstacle(Reason.INPUT_DEVICE, "it is a keyboard of this machine")
 
-HUB = Found(1, 1, "usb1", 0x1D6B, 2, codes=(9, 0, 1), obstacles=(Obstacle(Reason.HUB, "it is a hub"),))
-STICK = Found(1, 5, "1-2", 0x0781, 0x5581, serial_number="S", interfaces=(FoundInterface(0, (8, 6, 0x50)),))
-SERIAL = Found(1, 6, "1-3", 0x0403, 0x6001, interfaces=(FoundInterface(0, (255, 0, 0)),))
-TWIN = Found(1, 7, "1-4", 0x0403, 0x6001, interfaces=(FoundInterface(0, (255, 0, 0)),))
-KEYBOARD = Found(1, 8, "1-5", 0x046D, 0xC31C, interfaces=(FoundInterface(0, (3, 1, 1), "usbhid"),), caution=TYPED_ON)
+HUB = DeviceInfo(1, 1, "usb1", 0x1D6B, 2, codes=(9, 0, 1), obstacles=(Obstacle(Reason.HUB, "it is a USB hub"),))
+STICK = DeviceInfo(1, 5, "1-2", 0x0781, 0x5581, serial_number="S", interfaces=(InterfaceInfo(0, (8, 6, 0x50)),))
+SERIAL = DeviceInfo(1, 6, "1-3", 0x0403, 0x6001, interfaces=(InterfaceInfo(0, (255, 0, 0)),))
+TWIN = DeviceInfo(1, 7, "1-4", 0x0403, 0x6001, interfaces=(InterfaceInfo(0, (255, 0, 0)),))
+KEYBOARD = DeviceInfo(
+    1, 8, "1-5", 0x046D, 0xC31C, interfaces=(InterfaceInfo(0, (3, 1, 1), "usbhid"),), in_use_as=TYPED_ON
+)
 PRESENT = (HUB, STICK, SERIAL, KEYBOARD)
 
 
@@ -30,16 +32,16 @@ def policy(*choices: str, **options: object) -> Policy:
     return Policy(Rules([Choice.parse(choice) for choice in choices], **rules, **options))  # type: ignore[arg-type]
 
 
-def plugged(*decisions: Plug | Skip | None) -> list[Found]:
+def plugged(*decisions: Plug | Skip | None) -> list[DeviceInfo]:
     return [decision.found for decision in decisions if isinstance(decision, Plug)]
 
 
-def again(found: Found, **changes: object) -> Found:
+def again(found: DeviceInfo, **changes: object) -> DeviceInfo:
     """The device after it was pulled out and plugged in: another address."""
     return replace(found, **{"address": found.address + 20, **changes})  # type: ignore[arg-type]
 
 
-def back(policy: Policy, found: Found, **changes: object) -> Plug | Skip | None:
+def back(policy: Policy, found: DeviceInfo, **changes: object) -> Plug | Skip | None:
     policy.departed(found)
     return policy.arrived(again(found, **changes))
 
@@ -61,7 +63,7 @@ def test_a_keyboard_that_was_named_is_plugged() -> None:
         (["dead:beef"], DeviceError, Reason.NOT_FOUND, "no USB device matches 'dead:beef'"),
         (["0403:6001"], UsageError, Reason.AMBIGUOUS, "2 USB devices match '0403:6001'"),
         (["usb1", "1d6b:2"], DeviceError, Reason.NOT_FOUND, "no USB device matches 'usb1'"),
-        (["1d6b:2"], DeviceError, Reason.HUB, "it is a hub"),
+        (["1d6b:2"], DeviceError, Reason.HUB, "it is a USB hub"),
         (["1-3", "1-6"], UsageError, Reason.BAD_OPTION, "'1-3' and '1-6' name the same device, 0403:6001 (port 1-3)"),
     ],
 )
@@ -82,7 +84,7 @@ def test_the_filter_here_with_the_rule_that_decided() -> None:
     with pytest.raises(DeviceError) as caught:
         policy("1-3", allowed="allow class=hid; deny vendor=0403; allow").begin(PRESENT)
     assert caught.value.message == (
-        "0403:6001 (port 1-3) cannot be plugged in: --filter does not allow it: "
+        "0403:6001 (port 1-3) cannot be plugged in: the filter of this machine does not allow it: "
         "rule 2 (deny vendor=0403) denies its class vendor-specific (ff)"
     )
     assert (caught.value.reason, exit_code(caught.value)) == (Reason.FILTERED, ExitCode.DEVICE)
@@ -199,7 +201,7 @@ def test_what_comes_back_is_checked_again() -> None:
 def test_a_keyboard_in_the_port_of_what_a_rule_took_is_left_alone() -> None:
     it = policy(on_connect="allow class=storage", follow=Follow.PORT)
     it.begin(PRESENT)
-    decision = back(it, STICK, vendor_id=0x046D, caution=TYPED_ON, interfaces=KEYBOARD.interfaces)
+    decision = back(it, STICK, vendor_id=0x046D, in_use_as=TYPED_ON, interfaces=KEYBOARD.interfaces)
     assert isinstance(decision, Skip)
     assert decision.error.reason is Reason.INPUT_DEVICE
     assert plugged(it.arrived(again(STICK))) == [again(STICK)]

@@ -40,8 +40,8 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["--usb-device", ""], 2, "an empty text names no USB device"),
-        (["--usb-device", "1050:"], 2, "'1050:' is not a VID:PID"),
+        (["--usb-device", ""], 2, "an empty text cannot name a USB device"),
+        (["--usb-device", "1050:"], 2, "'1050:' is not a valid VID:PID"),
         (["--usb-device", "port:x"], 2, "'port:x' is not a valid port"),
         (["--usb-device", "1-1", "--filter", "permit"], 2, "begins with 'allow' or 'deny'"),
         (["--usb-device", "1-1", "--filter", "1,2,3"], 2, "has 3 fields, not 5"),
@@ -54,14 +54,14 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
         (["--usb-device", "1-1", "--follow", "me"], 2, "'me' is not one of 'device', 'port'"),
         (["--usb-device", "dead:beef"], 12, "no USB device matches 'dead:beef'"),
         (["--usb-device", "1209:0001"], 2, "2 USB devices match '1209:0001'"),
-        (["--usb-device", "port:1-4"], 12, "cannot be plugged in: it is a hub"),
+        (["--usb-device", "port:1-4"], 12, "cannot be plugged in: it is a USB hub"),
         (["--usb-device", "port:1-5"], 12, "cannot be plugged in: this machine does not authorize it"),
         (["--usb-device", "port:1-6"], 12, "cannot be plugged in: another program uses it"),
         (["--usb-device", "port:1-1", "--usb-device", "address:1-11"], 2, "name the same device"),
         (
             ["--usb-device", "port:1-1", "--filter", "deny class=storage; allow"],
             12,
-            "--filter does not allow it: rule 1 (deny class=storage) denies its class storage (08)",
+            "the filter of this machine does not allow it: rule 1 (deny class=storage) denies its class storage (08)",
         ),
     ],
 )
@@ -84,7 +84,7 @@ def test_what_was_meant_is_listed(cli: Cli, machine: Machine) -> None:
         "farplug: no USB device matches '1050:0408'",
         "  these are plugged in:",
         "  1-1  bus 1 address 11  1050:0407  YubiKey  serial:7",
-        "  to wait until it is plugged in: --wait",
+        "  to wait until the device is plugged in: --wait",
     ]
 
 

@@ -115,9 +115,9 @@ def test_install_the_udev_rule(cli: Cli, machine: Machine, monkeypatch: pytest.M
     monkeypatch.setattr(udev, "install", lambda rule: Path("/etc/udev/rules.d/70-farplug.rules"))
     result = cli("doctor", "--install-udev-rule")
     assert result.code == 0
-    path, rule, whom = result.out.splitlines()[:3]
+    path, rule, users = result.out.splitlines()[:3]
     assert (path, rule) == ("/etc/udev/rules.d/70-farplug.rules:", f"  {udev.udev_rule()}")
-    assert whom.startswith("  for whoever sits at this machine's screen")
+    assert users.startswith("  for the user at this machine's screen")
 
     def refuse(rule: str) -> Path:
         raise SetupError("no permission", reason=Reason.NO_PERMISSION, remedy=udev.install_commands(rule))

@@ -1,6 +1,6 @@
-"""libusb without any USB: the few objects of python-libusb1 that farplug uses, each with a script of its own.
+"""libusb without USB: the objects of python-libusb1 that farplug uses.
 
-A transfer that is submitted stays in flight until the test says how it ended (:meth:`FakeTransfer.finish`), or a rule
+A transfer that is submitted stays in flight until the test ends it (:meth:`FakeTransfer.finish`), or a rule
 of its handle does. Events are handled when the context's file descriptor is readable, as with the real one.
 """
 
@@ -15,7 +15,7 @@ from typing import Any, cast
 import usb1
 
 from farplug.libusb.binding import UsbDevice
-from farplug.libusb.bulk_streams import Streams
+from farplug.libusb.bulk_streams import BulkStreams
 from farplug.libusb.library import Library
 from farplug.usb.descriptors import ConfigurationDescriptor
 
@@ -38,7 +38,7 @@ class FakeTransfer:
         self.refusals: list[Exception] = []
         handle.transfers.append(self)
 
-    # what farplug calls
+    # called by farplug
 
     def setControl(
         self, request_type: int, request: int, value: int, index: int, stage: Any, callback: Any, user_data: Any
@@ -81,7 +81,7 @@ class FakeTransfer:
         assert not self.submitted, "a transfer in flight was submitted again"
         assert not self.closed
         handle = self.handle
-        handle.device.asked(f"submit {self.endpoint:02x}")
+        handle.device.request(f"submit {self.endpoint:02x}")
         if handle.refusals:
             refusal = handle.refusals.pop(0)
             if refusal is not None:
@@ -89,15 +89,15 @@ class FakeTransfer:
         if handle.unplugged:
             raise usb1.USBErrorNoDevice
         self.submitted, self.cancelling = True, False
-        handle.flying.append(self)
+        handle.in_flight.append(self)
         handle.submissions.append((self.kind, self.endpoint, len(self.buffer)))
         if handle.rule is not None:
             handle.rule(self)
 
     def cancel(self) -> None:
-        if self not in self.handle.flying:
+        if self not in self.handle.in_flight:
             raise usb1.USBErrorNotFound
-        self.handle.device.asked(f"cancel {self.endpoint:02x}")
+        self.handle.device.request(f"cancel {self.endpoint:02x}")
         if not self.cancelling:
             self.cancelling = True
             if not self.handle.keeps_cancelled:
@@ -128,7 +128,7 @@ class FakeTransfer:
             for length, (status, actual) in zip(self.lengths, self.results, strict=True)
         ]
 
-    # what a test says
+    # called by tests
 
     def finish(
         self,
@@ -138,7 +138,7 @@ class FakeTransfer:
         actual: int | None = None,
         packets: Sequence[tuple[int, bytes | int]] = (),
     ) -> None:
-        """It ends so: its callback is called when events are handled next."""
+        """End the transfer: its callback is called when events are handled next."""
         assert self.submitted
         self.status = status
         self.actual = len(data) if actual is None else actual
@@ -152,11 +152,11 @@ class FakeTransfer:
                     memoryview(self.buffer)[position : position + len(part)] = part
                 self.results.append((code, part if isinstance(part, int) else len(part)))
                 position += length
-        if self in self.handle.flying:
-            self.handle.flying.remove(self)
-        self.handle.context.back(self)
+        if self in self.handle.in_flight:
+            self.handle.in_flight.remove(self)
+        self.handle.context.complete(self)
 
-    def returned(self) -> None:
+    def call_back(self) -> None:
         self.submitted = False
         self._callback(self)
 
@@ -168,14 +168,14 @@ class FakeHandle:
         self.device = device
         self.context = context
         self.transfers: list[FakeTransfer] = []
-        self.flying: list[FakeTransfer] = []
+        self.in_flight: list[FakeTransfer] = []
         self.submissions: list[tuple[str, int, int]] = []
         self.refusals: list[Exception | None] = []
-        """What the next submissions raise; None: nothing."""
+        """Exceptions of the next submissions; None: none."""
         self.rule: Callable[[FakeTransfer], None] | None = None
         self.no_more_transfers = False
         self.keeps_cancelled = False
-        """Cancelled transfers come back when the test says so."""
+        """Cancelled transfers are complete when the test ends them."""
         self.claimed: set[int] = set()
         self.closed = False
         device.handles.append(self)
@@ -257,7 +257,7 @@ class FakeHandle:
         return FakeTransfer(self, iso_packets)
 
     def close(self) -> None:
-        assert not self.flying, "a handle was closed with transfers in flight"
+        assert not self.in_flight, "a handle was closed with transfers in flight"
         assert not any(transfer.submitted for transfer in self.transfers)
         self.device.calls.append("close")
         self.closed = True
@@ -293,13 +293,13 @@ class FakeContext:
         if not self.library.polls_nothing:
             for device in self.library.hardware:
                 if device.context is self:
-                    device.asked("reap")
+                    device.request("reap")
         if select.select([self.read], [], [], tv)[0]:
             os.read(self.read, 4096)
         with self.lock:
             finished, self.finished = self.finished, []
         for transfer in finished:
-            transfer.returned()
+            transfer.call_back()
 
     def interruptEventHandler(self) -> None:
         os.write(self.write, b"!")
@@ -310,13 +310,13 @@ class FakeContext:
         os.close(self.read)
         os.close(self.write)
 
-    def back(self, transfer: FakeTransfer) -> None:
-        with self.lock:  # whoever has taken it may close us
+    def complete(self, transfer: FakeTransfer) -> None:
+        with self.lock:  # the thread that takes it may close the pipe
             self.finished.append(transfer)
             os.write(self.write, b"!")
 
     def stop_watching(self) -> None:
-        """The device is gone: libusb takes its descriptor away."""
+        """Stop watching the device, as libusb does when it is unplugged."""
         self.watched = False
         os.write(self.write, b"!")
 
@@ -345,13 +345,13 @@ class FakeDevice:
         self.hang: dict[str, threading.Event] = {}
         self.hanging = threading.Event()
         self.caller: int | None = None
-        """The thread that has the kernel's lock of the device: it makes a call that is not a transfer's."""
+        """The thread that holds the kernel's lock of the device, because it makes a blocking call."""
         self.waits: list[str] = []
-        """What others asked of the device meanwhile: they would have had to wait."""
+        """Requests of other threads meanwhile: they would have blocked."""
         self.handles: list[FakeHandle] = []
         self.context: FakeContext | None = None
 
-    def asked(self, what: str) -> None:
+    def request(self, what: str) -> None:
         if self.caller not in (None, threading.get_ident()):
             self.waits.append(what)
 
@@ -361,13 +361,13 @@ class FakeDevice:
 
     @property
     def handle(self) -> FakeHandle:
-        """The last that was opened."""
+        """Return the handle that was opened last."""
         return self.handles[-1]
 
     def unplug(self) -> None:
-        """Pull it out: its transfers come back, its descriptor goes."""
+        """Unplug the device: its transfers end, its file descriptor is not watched any more."""
         self.unplugged = True
-        for transfer in list(self.handle.flying):
+        for transfer in list(self.handle.in_flight):
             transfer.finish(status=usb1.TRANSFER_NO_DEVICE)
         self.handle.context.stop_watching()
 
@@ -488,7 +488,7 @@ class FakeEndpoint:
 
 
 class FakeStreams:
-    """:class:`farplug.libusb.bulk_streams.Streams`."""
+    """:class:`farplug.libusb.bulk_streams.BulkStreams`."""
 
     def __init__(self) -> None:
         self.allocated: dict[int, int] = {}
@@ -509,13 +509,13 @@ class FakeStreams:
 
 
 class FakeLibrary(Library):
-    """:class:`farplug.libusb.library.Library` of a machine with these devices."""
+    """:class:`farplug.libusb.library.Library` for a machine with these devices."""
 
     def __init__(self, *hardware: FakeDevice) -> None:
         self.hardware = hardware
         self.contexts: list[FakeContext] = []
         self.fake_streams = FakeStreams()
-        self.streams = cast(Streams, self.fake_streams)
+        self.bulk_streams = cast(BulkStreams, self.fake_streams)
         self.polls_nothing = False
         self.event_errors: list[Exception] = []
 

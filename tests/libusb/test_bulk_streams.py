@@ -8,7 +8,7 @@ import pytest
 import usb1
 
 from farplug.libusb.binding import UsbHandle, UsbTransfer
-from farplug.libusb.bulk_streams import Streams
+from farplug.libusb.bulk_streams import BulkStreams
 from farplug.libusb.library import Library
 
 
@@ -42,7 +42,7 @@ def handle() -> UsbHandle:
 
 def test_streams_are_allocated_and_freed() -> None:
     functions = Functions(16)
-    streams, device = Streams(functions), handle()
+    streams, device = BulkStreams(functions), handle()
     assert streams.allocate(device, 16, [0x81, 0x02]) == 16
     streams.free(device, [0x81])
     assert functions.libusb_alloc_streams.calls == [(0x1234, 16, [0x81, 0x02], 2)]
@@ -53,7 +53,7 @@ def test_streams_are_allocated_and_freed() -> None:
     ("code", "error"), [(-5, usb1.USBErrorNotFound), (-12, usb1.USBErrorNotSupported), (-77, usb1.USBError)]
 )
 def test_errors_are_libusbs(code: int, error: type[Exception]) -> None:
-    streams = Streams(Functions(code))
+    streams = BulkStreams(Functions(code))
     with pytest.raises(error):
         streams.allocate(handle(), 2, [0x81])
     with pytest.raises(error):
@@ -75,8 +75,8 @@ def test_a_transfer_becomes_one_of_a_stream_until_it_is_set_again() -> None:
         add_zero_packet=False,
     )
     transfer.setBulk(0x81, bytearray(8))
-    library.streams.assign(cast(UsbTransfer, transfer), 7)
-    get = library.streams._set_stream_id.__class__(("libusb_transfer_get_stream_id", _library()))
+    library.bulk_streams.assign(cast(UsbTransfer, transfer), 7)
+    get = library.bulk_streams._set_stream_id.__class__(("libusb_transfer_get_stream_id", _library()))
     get.argtypes = [ctypes.c_void_p]
     get.restype = ctypes.c_uint32
     assert transfer.getType() == 4

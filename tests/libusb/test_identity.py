@@ -18,7 +18,7 @@ def test_configurations_are_read_as_they_are(configuration: ConfigurationDescrip
     assert read_configurations(FakeDevice(configuration)) == (configuration,)
 
 
-def test_what_makes_no_sense_is_told_and_left_out() -> None:
+def test_invalid_descriptors_are_reported_and_skipped() -> None:
     endpoints = (EndpointDescriptor(0x81, 2, 512), EndpointDescriptor(0x81, 3, 8, 1), EndpointDescriptor(0x80, 2, 512))
     lying = ConfigurationDescriptor(1, (InterfaceDescriptor(0, 0, 255, 0, 0, endpoints, extra=b"broken"),))
     twin = replace(lying, interfaces=())

@@ -54,7 +54,7 @@ def test_without_a_system_library_the_packaged_one_is_loaded(monkeypatch: pytest
 
 
 @pytest.mark.usefixtures("unloaded")
-def test_without_any_library_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_any_library_there_is_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(name: str, **options: object) -> ctypes.CDLL:
         raise OSError(f"{name}: cannot open shared object file")
 
@@ -64,7 +64,7 @@ def test_without_any_library_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch)
         Library()
     assert caught.value.reason is Reason.NO_LIBUSB
     assert exit_code(caught.value) is ExitCode.SETUP
-    assert "apt install libusb-1.0-0" in caught.value.remedy
+    assert "apt install libusb-1.0-0" in caught.value.remedy.command
 
 
 def test_a_machine_without_usb(monkeypatch: pytest.MonkeyPatch) -> None:

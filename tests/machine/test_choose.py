@@ -7,16 +7,16 @@ import pytest
 from farplug.cli.exit_codes import ExitCode, exit_code
 from farplug.errors import DeviceError, Reason, UsageError
 from farplug.machine.choose import MAX_LISTED, Choice
-from farplug.machine.found import Found
+from farplug.machine.device_info import DeviceInfo
 
 DEVICES = (
-    Found(1, 1, "usb1", 0x1D6B, 2, codes=(9, 0, 1), product="xHCI Host Controller"),
-    Found(1, 5, "1-2", 0x1050, 0x0407, manufacturer="Yubico", product="YubiKey", serial_number="A1"),
-    Found(1, 6, "1-5", 0x1050, 0x0407, manufacturer="Yubico", product="YubiKey", serial_number="B2"),
-    Found(1, 7, "1-2.3", 0x046D, 0xC31C, manufacturer="Logitech", product="Keyboard K120"),
-    Found(2, 2, "2-1", 0x0781, 0x5581, manufacturer="SanDisk", product="Ultra", serial_number="1050:0407"),
-    Found(2, 3, "2-3", 0x0403, 0x6001, manufacturer="FTDI", product="FT232 Ünit"),
-    Found(2, 4, "2-4", 0x05E3, 0x0610, codes=(9, 0, 1), product="SanDisk Hub"),
+    DeviceInfo(1, 1, "usb1", 0x1D6B, 2, codes=(9, 0, 1), product="xHCI Host Controller"),
+    DeviceInfo(1, 5, "1-2", 0x1050, 0x0407, manufacturer="Yubico", product="YubiKey", serial_number="A1"),
+    DeviceInfo(1, 6, "1-5", 0x1050, 0x0407, manufacturer="Yubico", product="YubiKey", serial_number="B2"),
+    DeviceInfo(1, 7, "1-2.3", 0x046D, 0xC31C, manufacturer="Logitech", product="Keyboard K120"),
+    DeviceInfo(2, 2, "2-1", 0x0781, 0x5581, manufacturer="SanDisk", product="Ultra", serial_number="1050:0407"),
+    DeviceInfo(2, 3, "2-3", 0x0403, 0x6001, manufacturer="FTDI", product="FT232 Ünit"),
+    DeviceInfo(2, 4, "2-4", 0x05E3, 0x0610, codes=(9, 0, 1), product="SanDisk Hub"),
 )
 
 
@@ -49,38 +49,39 @@ DEVICES = (
         ("1d6b:2", "usb1"),
     ],
 )
-def test_one(text: str, port: str) -> None:
+def test_one_device(text: str, port: str) -> None:
     assert Choice.parse(text).choose(DEVICES).port == port
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
-        ("", "an empty text names no USB device"),
+        ("", "an empty text cannot name a USB device"),
         ("   ", "an empty text"),
-        ("1050:", "is not a VID:PID"),
-        (":", "is not a VID:PID"),
-        ("10500:0407", "is not a VID:PID"),
-        ("0x:1", "is not a VID:PID"),
-        ("1-", "is not a place"),
-        ("1-2.", "is not a place"),
-        ("1-2.3.4.5.6.7.8.9", "is not a place"),
-        ("12345-1", "is not a place"),
+        ("1050:", "is not a valid VID:PID"),
+        (":", "is not a valid VID:PID"),
+        ("10500:0407", "is not a valid VID:PID"),
+        ("0x:1", "is not a valid VID:PID"),
+        ("1-", "is not a valid location"),
+        ("1-2.", "is not a valid location"),
+        ("1-2.3.4.5.6.7.8.9", "is not a valid location"),
+        ("12345-1", "is not a valid location"),
         ("serial:", "nothing follows the colon"),
         ("serial:  ", "nothing follows the colon"),
         ("port:", "nothing follows the colon"),
-        ("port:abc", "is not a valid port: it is written as port:BUS-PORT.PORT"),
-        ("address:1-2.3", "is not a valid address: it is written as address:BUS-ADDRESS"),
+        ("port:abc", "is not a valid port: write port:BUS-PORT.PORT"),
+        ("address:1-2.3", "is not a valid address: write address:BUS-ADDRESS"),
         ("x" * 257, "it has 257 characters, more than 256"),
     ],
 )
-def test_written_wrong(text: str, said: str) -> None:
+def test_invalid_texts(text: str, message: str) -> None:
     with pytest.raises(UsageError) as caught:
         Choice.parse(text)
-    assert said in caught.value.message
+    assert message in caught.value.message
     assert len(caught.value.message) < 160
     assert (caught.value.reason, exit_code(caught.value)) == (Reason.BAD_OPTION, ExitCode.USAGE)
     assert "VID:PID" in caught.value.remedy
+    assert caught.value.remedy.command == "farplug devices"
 
 
 @pytest.mark.parametrize(
@@ -113,12 +114,13 @@ def test_ambiguity_is_listed(text: str, listed: Sequence[str]) -> None:
         ("zzzzzz", ["1-2", "1-5", "1-2.3", "2-1", "2-3"]),
     ],
 )
-def test_none_tells_the_nearest(text: str, near: Sequence[str]) -> None:
+def test_no_match_lists_the_nearest(text: str, near: Sequence[str]) -> None:
     with pytest.raises(DeviceError, match=f"no USB device matches '{text}'") as caught:
         Choice.parse(text).choose(DEVICES)
     assert (caught.value.reason, exit_code(caught.value)) == (Reason.NOT_FOUND, ExitCode.DEVICE)
     head, *lines, last = caught.value.remedy.splitlines()
-    assert (head, last) == ("these are plugged in:", "to wait until it is plugged in: --wait")
+    assert (head, last) == ("these are plugged in:", "to wait until the device is plugged in")
+    assert (caught.value.remedy.setting, caught.value.remedy.value) == ("rules.wait", True)
     assert [line.split()[0] for line in lines] == near
 
 
@@ -129,7 +131,7 @@ def test_nothing_is_plugged_in() -> None:
 
 
 def test_long_lists_are_cut() -> None:
-    many = [Found(1, address, f"1-{address}", 1, 2) for address in range(2, 100)]
+    many = [DeviceInfo(1, address, f"1-{address}", 1, 2) for address in range(2, 100)]
     with pytest.raises(UsageError) as caught:
         Choice.parse("1:2").choose(many)
     lines = caught.value.remedy.splitlines()

@@ -12,13 +12,13 @@ from tests.machine.trees import BOOT_KEYBOARD, BOOT_MOUSE, KEYBOARD_KEYS, Machin
 
 from farplug.errors import Reason, SetupError
 from farplug.machine import hotplug
-from farplug.machine.found import Found
+from farplug.machine.device_info import DeviceInfo
 from farplug.machine.hotplug import Arrived, Change, Departed, Watch
 from farplug.machine.listing import list_devices
 
 
 @pytest.fixture(autouse=True)
-def _in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+def _short_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hotplug, "INTERVAL", 0.02)
     monkeypatch.setattr(hotplug, "PAUSE", 0.01)
 
@@ -29,23 +29,23 @@ async def take(changes: AsyncIterator[Change], count: int = 1) -> list[tuple[str
 
 
 def _brief(change: Change) -> tuple[str, str]:
-    return type(change).__name__, change.found.port
+    return type(change).__name__, change.device.port
 
 
-async def test_come_and_go(machine: Machine) -> None:
+async def test_plugged_in_and_unplugged(machine: Machine) -> None:
     machine.add("1-1", 2)
     async with Watch(machine.root) as watch:
-        assert [found.port for found in watch.present] == ["1-1"]
+        assert [device.port for device in watch.present] == ["1-1"]
         changes = aiter(watch)
         machine.add("1-2", 3)
         assert await take(changes) == [("Arrived", "1-2")]
-        assert [found.port for found in watch.present] == ["1-1", "1-2"]
+        assert [device.port for device in watch.present] == ["1-1", "1-2"]
         machine.remove("1-1")
         assert await take(changes) == [("Departed", "1-1")]
-        assert [found.port for found in watch.present] == ["1-2"]
+        assert [device.port for device in watch.present] == ["1-2"]
 
 
-async def test_a_device_that_comes_back_between_two_looks(machine: Machine) -> None:
+async def test_a_device_that_changes_between_two_looks(machine: Machine) -> None:
     machine.add("1-1", 2)
     async with Watch(machine.root) as watch:
         machine.remove("1-1")
@@ -63,8 +63,8 @@ async def test_an_address_that_is_used_again_in_another_port(machine: Machine) -
         assert await take(aiter(watch), 2) == [("Departed", "1-1"), ("Arrived", "1-2")]
 
 
-async def test_a_device_is_told_when_udev_is_done(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hotplug, "PATIENCE", 60)
+async def test_a_device_is_reported_when_udev_is_done(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hotplug, "SETUP_TIMEOUT", 60)
     allowed = False
     monkeypatch.setattr(os, "access", lambda path, mode: allowed and Path(path).exists())
     async with Watch(machine.root) as watch:
@@ -76,19 +76,19 @@ async def test_a_device_is_told_when_udev_is_done(machine: Machine, monkeypatch:
         allowed = True
         change = await asyncio.wait_for(waiting, 20)
         assert isinstance(change, Arrived)
-        assert change.found.obstacle is None
+        assert change.device.obstacle is None
 
 
-async def test_one_that_never_becomes_usable_is_told_with_its_obstacle(
+async def test_a_device_that_never_becomes_usable_is_reported_with_its_obstacle(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hotplug, "PATIENCE", 0.1)
+    monkeypatch.setattr(hotplug, "SETUP_TIMEOUT", 0.1)
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     async with Watch(machine.root) as watch:
         machine.add("1-1", 2)
         change = await asyncio.wait_for(anext(aiter(watch)), 20)
-        assert change.found.obstacle is not None
-        assert change.found.obstacle.reason is Reason.NO_PERMISSION
+        assert change.device.obstacle is not None
+        assert change.device.obstacle.reason is Reason.NO_PERMISSION
 
 
 async def test_plugged_in_anew_at_the_same_address(machine: Machine) -> None:
@@ -103,43 +103,43 @@ async def test_a_device_that_is_being_reset_is_still_there(machine: Machine) -> 
     folder = machine.add("1-1", 2, dev="189:1")
     async with Watch(machine.root) as watch:
         changes = aiter(watch)
-        (folder / "devnum").write_text("0\n")  # what Linux tells meanwhile
+        (folder / "devnum").write_text("0\n")  # what Linux shows meanwhile
         machine.add("1-2", 3)
         assert await take(changes) == [("Arrived", "1-2")]
         (folder / "devnum").write_text("2\n")
         machine.remove("1-2")
         assert await take(changes) == [("Departed", "1-2")]
-        assert [found.key for found in watch.present] == [(1, 2)]
+        assert [device.key for device in watch.present] == [(1, 2)]
 
 
-async def test_permission_that_comes_late_is_told(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hotplug, "PATIENCE", 0.1)
+async def test_permission_that_is_given_late_is_reported(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hotplug, "SETUP_TIMEOUT", 0.1)
     allowed = False
     monkeypatch.setattr(os, "access", lambda path, mode: allowed and Path(path).exists())
     async with Watch(machine.root) as watch:
         changes = aiter(watch)
         machine.add("1-1", 2)
         first = await asyncio.wait_for(anext(changes), 20)
-        assert first.found.obstacle is not None
+        assert first.device.obstacle is not None
         waiting = asyncio.ensure_future(anext(changes))
         await asyncio.sleep(0.2)
-        assert not waiting.done(), "it was told twice"
+        assert not waiting.done(), "it was reported twice"
         allowed = True
         second = await asyncio.wait_for(waiting, 20)
         assert isinstance(second, Arrived)
-        assert second.found.obstacle is None
-        assert watch.present == [second.found]
+        assert second.device.obstacle is None
+        assert watch.present == [second.device]
         machine.remove("1-1")
         assert await take(changes) == [("Departed", "1-1")]
 
 
-async def test_only_what_comes_is_looked_at(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_only_new_devices_are_read(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading attributes of a device that hangs takes as long as it hangs."""
     machine.add("1-1", 2)
     async with Watch(machine.root) as watch:
         looked: list[str] = []
 
-        def look(root: Path, ports: list[str]) -> list[Found]:
+        def look(root: Path, ports: list[str]) -> list[DeviceInfo]:
             looked.extend(ports)
             return list_devices(root, ports)
 
@@ -150,11 +150,11 @@ async def test_only_what_comes_is_looked_at(machine: Machine, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("protocol", [BOOT_KEYBOARD, BOOT_MOUSE])
-async def test_a_keyboard_or_mouse_is_not_told_before_the_kernel_reads_it(
+async def test_a_keyboard_or_mouse_is_not_reported_before_the_kernel_reads_it(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, protocol: tuple[int, int, int]
 ) -> None:
     """The driver's link is there before the driver has looked at the device."""
-    monkeypatch.setattr(hotplug, "PATIENCE", 60)
+    monkeypatch.setattr(hotplug, "SETUP_TIMEOUT", 60)
     async with Watch(machine.root) as watch:
         folder = machine.add("1-1", 2, 1, 2, (protocol,), drivers=("usbhid",))
         waiting = asyncio.ensure_future(anext(aiter(watch)))
@@ -162,11 +162,13 @@ async def test_a_keyboard_or_mouse_is_not_told_before_the_kernel_reads_it(
         assert not waiting.done()
         machine.input(folder, "1-1:1.0", key=KEYBOARD_KEYS)
         change = await asyncio.wait_for(waiting, 20)
-        assert change.found.caution is not None
+        assert change.device.in_use_as is not None
 
 
-async def test_a_keyboard_is_told_when_the_kernel_knows_it(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hotplug, "PATIENCE", 60)
+async def test_a_keyboard_is_reported_when_the_kernel_knows_it(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hotplug, "SETUP_TIMEOUT", 60)
     async with Watch(machine.root) as watch:
         folder = machine.add("1-1", 2, 1, 2, (BOOT_KEYBOARD,))
         waiting = asyncio.ensure_future(anext(aiter(watch)))
@@ -175,13 +177,13 @@ async def test_a_keyboard_is_told_when_the_kernel_knows_it(machine: Machine, mon
         machine.input(folder, "1-1:1.0", key=KEYBOARD_KEYS)
         machine.link(folder / "1-1:1.0/driver", "usbhid")
         change = await asyncio.wait_for(waiting, 20)
-        assert change.found.caution is not None
+        assert change.device.in_use_as is not None
 
 
-async def test_one_that_leaves_before_it_was_told_is_never_told(
+async def test_a_device_that_is_unplugged_before_its_report_is_never_reported(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hotplug, "PATIENCE", 60)
+    monkeypatch.setattr(hotplug, "SETUP_TIMEOUT", 60)
     async with Watch(machine.root) as watch:
         changes = aiter(watch)
         waiting = asyncio.ensure_future(anext(changes))
@@ -203,7 +205,9 @@ async def test_usb_that_is_unloaded(machine: Machine) -> None:
         assert await take(changes) == [("Arrived", "1-1")]
 
 
-async def test_usb_that_is_unloaded_while_one_comes(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_usb_that_is_unloaded_while_a_device_is_plugged_in(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
 
     unloaded = [SetupError("this machine has no USB", reason=Reason.NO_USB)]
 
@@ -246,7 +250,7 @@ class Uevents:
         self.kernel.close()
 
 
-async def test_the_kernels_messages_say_when_to_look(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_kernels_messages_trigger_a_look(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     uevents = Uevents(monkeypatch)
     monkeypatch.setattr(hotplug, "INTERVAL", 3600)
     async with Watch(machine.root) as watch:
@@ -277,7 +281,7 @@ async def test_messages_that_were_lost(machine: Machine, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("where", ["socket", "bind"])
-async def test_where_the_kernel_is_not_heard(machine: Machine, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+async def test_without_the_kernels_messages(machine: Machine, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     def refuse(*_: object) -> socket.socket:
         raise OSError(97, "Address family not supported by protocol")
 
@@ -295,7 +299,7 @@ async def test_where_the_kernel_is_not_heard(machine: Machine, monkeypatch: pyte
 async def test_too_many_open_files(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What cannot be looked at has not been pulled out."""
+    """A device that cannot be read is not unplugged."""
     real = os.open
 
     def full(path: object, *arguments: object, **options: object) -> int:
@@ -318,4 +322,4 @@ async def test_too_many_open_files(
         monkeypatch.setattr(os, "open", real)
         machine.add("1-2", 3)
         assert _brief(await asyncio.wait_for(change, 20)) == ("Arrived", "1-2")
-        assert [found.port for found in watch.present] == ["1-1", "1-2"]
+        assert [device.port for device in watch.present] == ["1-1", "1-2"]

@@ -8,13 +8,13 @@ from tests.machine.trees import BOOT_KEYBOARD, HID, SMART_CARD, STORAGE, Machine
 
 from farplug.cli.exit_codes import ExitCode, exit_code
 from farplug.errors import Reason, SetupError
-from farplug.machine.found import FoundInterface
+from farplug.machine.device_info import InterfaceInfo
 from farplug.machine.listing import list_devices
 from farplug.usb.descriptors import MAX_WARNINGS
 from farplug.usb.types import Speed
 
 
-def test_what_is_known(machine: Machine) -> None:
+def test_all_fields(machine: Machine) -> None:
     machine.add("usb1", 1, 0x1D6B, 2, ((9, 0, 0),), codes=(9, 0, 1), product="xHCI Host Controller")
     machine.add(
         "1-5",
@@ -29,24 +29,24 @@ def test_what_is_known(machine: Machine) -> None:
         speed="12",
     )
     hub, key = list_devices(machine.root)
-    assert (hub.port, hub.classes, hub.interfaces) == ("usb1", ("hub",), (FoundInterface(0, (9, 0, 0)),))
+    assert (hub.port, hub.classes, hub.interfaces) == ("usb1", ("hub",), (InterfaceInfo(0, (9, 0, 0)),))
     assert str(key) == "1050:0407 Yubico YubiKey OTP+FIDO+CCID (port 1-5)"
     assert (key.bus, key.address, key.port, key.key) == (1, 7, "1-5", (1, 7))
     assert (key.speed, key.device_version, key.serial_number) == (Speed.FULL, 0x0100, "0012345")
     assert key.interfaces == (
-        FoundInterface(0, BOOT_KEYBOARD, "usbhid"),
-        FoundInterface(1, HID, "usbhid"),
-        FoundInterface(2, SMART_CARD),
+        InterfaceInfo(0, BOOT_KEYBOARD, "usbhid"),
+        InterfaceInfo(1, HID, "usbhid"),
+        InterfaceInfo(2, SMART_CARD),
     )
     assert key.classes == ("hid", "smart-card")
     assert key.node == machine.root / "dev/bus/usb/001/007"
-    assert (key.configuration, key.obstacle, key.caution, key.warnings) == (1, None, None, ())
+    assert (key.configuration, key.obstacle, key.in_use_as, key.warnings) == (1, None, None, ())
 
 
 def test_the_order_is_that_of_the_ports(machine: Machine) -> None:
     for address, port in enumerate(("2-1", "1-10", "1-2.10", "usb2", "1-2.9", "1-2", "usb1"), 1):
         machine.add(port, address)
-    assert [found.port for found in list_devices(machine.root)] == [
+    assert [device.port for device in list_devices(machine.root)] == [
         "usb1",
         "1-2",
         "1-2.9",
@@ -82,7 +82,7 @@ def test_names_come_from_usb_ids_where_the_device_has_none(machine: Machine) -> 
     machine.add("1-2", 3, 0x046D, 0xC31C)
     machine.add("1-3", 4, 0x1234, 1)
     machine.add("1-4", 5, 0x046D, 2, product="Logitech, Inc. Mouse")
-    assert [found.name for found in list_devices(machine.root)] == [
+    assert [device.name for device in list_devices(machine.root)] == [
         "Logitech, Inc. Own name",
         "Logitech, Inc. Keyboard K120",
         "",
@@ -90,11 +90,11 @@ def test_names_come_from_usb_ids_where_the_device_has_none(machine: Machine) -> 
     ]
 
 
-def test_names_that_would_steer_a_terminal(machine: Machine) -> None:
+def test_names_with_control_characters(machine: Machine) -> None:
     machine.add("1-1", 2, product="a\x1b[2Jb\nc", manufacturer="\udcff\udcfe")
-    (found,) = list_devices(machine.root)
-    assert found.name.isprintable()
-    assert found.product == "a\N{REPLACEMENT CHARACTER}[2Jb\N{REPLACEMENT CHARACTER}c"
+    (device,) = list_devices(machine.root)
+    assert device.name.isprintable()
+    assert device.product == "a\N{REPLACEMENT CHARACTER}[2Jb\N{REPLACEMENT CHARACTER}c"
 
 
 def test_the_current_configuration_counts(machine: Machine) -> None:
@@ -121,22 +121,22 @@ def test_the_kernel_knows_the_setting_of_an_interface(machine: Machine) -> None:
         (descriptors(0x1209, 1, STORAGE)[:18] + b"\x09\x02\x00\x00\x01\x01\x00\x80\x32" * 2, 0),  # of length 0
         (descriptors(0x1209, 1, STORAGE)[:18] + b"\x09\x02\xff\xff\x20\x01\x00\x80\x32\x00\x00", 0),
         (descriptors(0x1209, 1, STORAGE) + b"\x00" * 64, 1),
-        (descriptors(0x1209, 1)[:18] + b"\x09\x02\x09\x00\x00\x01\x00\x80\x32" * 60_000, 0),  # so many configurations
+        (descriptors(0x1209, 1)[:18] + b"\x09\x02\x09\x00\x00\x01\x00\x80\x32" * 60_000, 0),  # 60,000 configurations
         (b"\xff" * 4096, 0),
         (bytes(70_000), 0),
     ],
     ids=lambda value: f"{len(value)}-bytes" if isinstance(value, bytes) else "",
 )
-def test_descriptors_that_lie(machine: Machine, raw: bytes, interfaces: int) -> None:
+def test_invalid_descriptors(machine: Machine, raw: bytes, interfaces: int) -> None:
     machine.add("1-1", 2, 0, 0, (), raw=raw, idVendor="1209", idProduct="0001")
-    (found,) = list_devices(machine.root)
-    assert len(found.interfaces) == interfaces
-    assert len(found.warnings) <= MAX_WARNINGS
+    (device,) = list_devices(machine.root)
+    assert len(device.interfaces) == interfaces
+    assert len(device.warnings) <= MAX_WARNINGS
     if len(raw) < 4096:
-        assert found.id == "1209:0001"
+        assert device.id == "1209:0001"
 
 
-def test_no_bytes_make_it_raise(machine: Machine) -> None:
+def test_no_bytes_raise_an_exception(machine: Machine) -> None:
     folder = machine.add("1-1", 2, 0x1209, 1, (STORAGE, HID))
     good = bytearray(descriptors(0x1209, 1, STORAGE, HID))
     source = random.Random(4)
@@ -145,8 +145,8 @@ def test_no_bytes_make_it_raise(machine: Machine) -> None:
         for _ in range(source.randrange(1, 6)):
             raw[source.randrange(len(raw))] = source.randrange(256)
         (folder / "descriptors").write_bytes(raw[: source.randrange(len(raw) + 1)])
-        (found,) = list_devices(machine.root)
-        assert found.port == "1-1"
+        (device,) = list_devices(machine.root)
+        assert device.port == "1-1"
 
 
 @pytest.mark.parametrize(
@@ -154,21 +154,21 @@ def test_no_bytes_make_it_raise(machine: Machine) -> None:
     ["idVendor", "bcdDevice", "bDeviceClass", "bConfigurationValue", "speed", "serial", "authorized", "product"],
 )
 @pytest.mark.parametrize("text", ["", "zzzz", "-1", "99999999999999999999", "\u0664", "1_0", "\udcff" * 5000])
-def test_attributes_that_make_no_sense(machine: Machine, attribute: str, text: str) -> None:
+def test_invalid_attributes(machine: Machine, attribute: str, text: str) -> None:
     folder = machine.add("1-1", 2, raw=b"")
     (folder / attribute).write_bytes(text.encode(errors="surrogateescape"))
-    (found,) = list_devices(machine.root)
-    assert found.vendor_id <= 0xFFFF
-    assert found.interfaces[0].codes == STORAGE
+    (device,) = list_devices(machine.root)
+    assert device.vendor_id <= 0xFFFF
+    assert device.interfaces[0].codes == STORAGE
 
 
-def test_what_is_no_device_is_skipped(machine: Machine) -> None:
+def test_other_folders_are_skipped(machine: Machine) -> None:
     machine.add("1-1", 2)
     for name in ("1-1:1.0", "ep_00", "1-1.x", "1-1.1.1.1.1.1.1.1.1", "usb", "x" * 200):
         (machine.devices / name).mkdir()
     (machine.devices / "1-9").symlink_to("gone")
     (machine.devices / "1-8").symlink_to("1-8")
-    assert [found.port for found in list_devices(machine.root)] == ["1-1"]
+    assert [device.port for device in list_devices(machine.root)] == ["1-1"]
 
 
 def test_numbers_of_the_device_from_its_uevent(machine: Machine) -> None:
@@ -183,7 +183,7 @@ def test_numbers_of_the_device_from_its_uevent(machine: Machine) -> None:
 @pytest.mark.parametrize(("node", "key"), [("189:1", (1, 2)), ("189:126", (1, 127)), ("189:129", (1, 2))])
 def test_a_device_that_is_being_reset(machine: Machine, node: str, key: tuple[int, int]) -> None:
     machine.add("1-1", 0, dev=node)
-    assert [found.key for found in list_devices(machine.root)] == [key]
+    assert [device.key for device in list_devices(machine.root)] == [key]
 
 
 @pytest.mark.parametrize("node", ["", "189", "189:", "189:-1", "nonsense"])

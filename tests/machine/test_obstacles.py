@@ -1,4 +1,4 @@
-"""Each reason why a device cannot be plugged in: the words, the remedy, the exit code."""
+"""Each reason why a device cannot be plugged in: message, remedy, exit code."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tests.machine.trees import BOOT_KEYBOARD, HID, STORAGE, Machine
 from farplug.cli.exit_codes import ExitCode, exit_code
 from farplug.errors import DeviceError, Reason, SetupError
 from farplug.machine import obstacles
-from farplug.machine.found import Found, Obstacle
+from farplug.machine.device_info import DeviceInfo, Obstacle
 from farplug.machine.listing import list_devices
 from farplug.store import usage
 
 
-def only(machine: Machine) -> Found:
-    (found,) = list_devices(machine.root)
-    return found
+def only(machine: Machine) -> DeviceInfo:
+    (device,) = list_devices(machine.root)
+    return device
 
 
 def _authorized(machine: Machine) -> None:
@@ -43,28 +43,30 @@ def _usbip(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "reason", "said", "remedy"),
+    ("make", "reason", "message", "remedy"),
     [
-        (_hub, Reason.HUB, "it is a hub", "name the devices"),
-        (lambda m: m.add("1-1", 2, 1, 2, (STORAGE, (9, 0, 0))), Reason.HUB, "it is a hub", "name the devices"),
+        (_hub, Reason.HUB, "it is a USB hub", "plugged into the hub"),
+        (lambda m: m.add("1-1", 2, 1, 2, (STORAGE, (9, 0, 0))), Reason.HUB, "it is a USB hub", "plugged into the hub"),
         (_authorized, Reason.NOT_AUTHORIZED, "this machine does not authorize it", "authorized"),
         (_no_usbfs, Reason.NO_USB, "devices cannot be opened here", "--device=/dev/bus/usb"),
-        (lambda m: m.add("1-1", 2, node=False), Reason.NO_USB, "bus/usb/001/002: it is just leaving", "container"),
-        (_usbip, Reason.KERNEL_DRIVER, "driver usbip-host has the whole device", "usbip unbind --busid 1-1"),
+        (lambda m: m.add("1-1", 2, node=False), Reason.NO_USB, "bus/usb/001/002: it was just unplugged", "container"),
+        (_usbip, Reason.KERNEL_DRIVER, "driver usbip-host is bound to the whole device", "usbip unbind --busid 1-1"),
         (lambda m: m.add("1-1", 2, drivers=("usbfs",)), Reason.BUSY, "another program uses it", "end that program"),
     ],
 )
-def test_obstacles(machine: Machine, make: Callable[[Machine], object], reason: Reason, said: str, remedy: str) -> None:
+def test_obstacles(
+    machine: Machine, make: Callable[[Machine], object], reason: Reason, message: str, remedy: str
+) -> None:
     make(machine)
-    found = only(machine)
-    assert [one.reason for one in found.obstacles] == [reason]
+    device = only(machine)
+    assert [one.reason for one in device.obstacles] == [reason]
     for force in (False, True):
         with pytest.raises(DeviceError) as caught:
-            found.check(force=force)
+            device.check(force=force)
     error = caught.value
-    assert error.message.startswith(f"{found} cannot be plugged in: ")
-    assert said in error.message
-    assert remedy in error.remedy
+    assert error.message.startswith(f"{device} cannot be plugged in: ")
+    assert message in error.message
+    assert remedy in f"{error.remedy}\n{error.remedy.command}"
     assert (error.reason, exit_code(error)) == (reason, ExitCode.DEVICE)
 
 
@@ -87,19 +89,17 @@ def test_no_permission(machine: Machine, monkeypatch: pytest.MonkeyPatch, group:
     monkeypatch.setattr("os.access", lambda path, mode: False)
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     monkeypatch.setattr("os.getgroups", list)
-    found = only(machine)
-    assert [one.reason for one in found.obstacles] == [Reason.NO_PERMISSION, Reason.BUSY]
+    device = only(machine)
+    assert [one.reason for one in device.obstacles] == [Reason.NO_PERMISSION, Reason.BUSY]
     with pytest.raises(DeviceError, match="cannot be plugged in: no permission to use it") as caught:
-        found.check()
+        device.check()
     assert exit_code(caught.value) == ExitCode.DEVICE
-    write, reload, group_line, doctor = caught.value.remedy.splitlines()
-    assert group_line.startswith(
-        'sudo usermod -aG plugdev "$USER"' if group else "# for whoever sits at this machine's"
-    )
+    write, reload, group_line, doctor = caught.value.remedy.command.splitlines()
+    assert group_line.startswith('sudo usermod -aG plugdev "$USER"' if group else "# for the user at this machine's")
     monkeypatch.setattr("os.getgroups", lambda: [46])
-    assert "usermod" not in str(only(machine).obstacles[0].remedy)
+    assert "usermod" not in only(machine).obstacles[0].remedy.command
     monkeypatch.setattr("os.geteuid", lambda: 0)
-    assert only(machine).obstacles[0].remedy.startswith("in a container, allow it USB devices: --device-cgroup-rule=")
+    assert only(machine).obstacles[0].remedy.startswith("start the container with --device-cgroup-rule=")
     access = 'MODE="0660", GROUP="plugdev", ' if group else ""
     assert write == (
         'echo \'SUBSYSTEM=="usb", ENV{DEVTYPE}=="usb_device", ATTR{idVendor}=="1050", ATTR{idProduct}=="0407", '
@@ -123,12 +123,12 @@ def test_a_folder_of_nodes_that_may_not_be_looked_into(machine: Machine, monkeyp
 
     monkeypatch.setattr(os, "stat", denied)
     monkeypatch.setattr(os, "access", lambda path, mode: path != device.node)
-    found = only(machine)
-    assert found.obstacle is not None
-    assert found.obstacle.reason is Reason.NO_PERMISSION
+    device = only(machine)
+    assert device.obstacle is not None
+    assert device.obstacle.reason is Reason.NO_PERMISSION
 
 
-def test_who_uses_it(machine: Machine) -> None:
+def test_the_program_that_uses_it(machine: Machine) -> None:
     machine.add("1-1", 2, drivers=("usbfs",))
     node = machine.root / "dev/bus/usb/001/002"
     child_ready, ready = os.pipe()
@@ -151,7 +151,7 @@ def test_who_uses_it(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "1: FLOCK\n\n", "1: POSIX  ADVISORY  WRITE 1 00:05:1 0 EOF\n\xff"])
-def test_locks_that_are_none(machine: Machine, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_invalid_locks(machine: Machine, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     locks = machine.root / "locks"
     locks.write_text(text, encoding="latin-1")
     monkeypatch.setattr(obstacles, "LOCKS", locks)
@@ -159,7 +159,7 @@ def test_locks_that_are_none(machine: Machine, monkeypatch: pytest.MonkeyPatch, 
     assert only(machine).obstacle is None
 
 
-def test_our_own_process_is_not_named(machine: Machine) -> None:
+def test_this_process_is_not_named(machine: Machine) -> None:
     machine.add("1-1", 2, drivers=("usbfs",))
     with (machine.root / "dev/bus/usb/001/002").open():
         assert str(only(machine).obstacle) == "another program uses it"
@@ -185,18 +185,19 @@ def mounted(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 
 def test_a_disk_that_is_mounted(mounted: Machine) -> None:
-    found = only(mounted)
+    device = only(mounted)
     with pytest.raises(
         DeviceError, match="this machine uses the disk: /dev/sda1 is mounted on /media/my stick"
     ) as caught:
-        found.check()
+        device.check()
     assert (caught.value.reason, exit_code(caught.value)) == (Reason.IN_USE, ExitCode.DEVICE)
-    assert caught.value.remedy.splitlines()[0] == "sudo umount '/media/my stick'"
-    assert "--force" in caught.value.remedy
-    found.check(force=True)
+    remedy = caught.value.remedy
+    assert remedy.command == "sudo umount '/media/my stick'"
+    assert (remedy.setting, remedy.value) == ("rules.force", True)
+    device.check(force=True)
 
 
-def test_force_leaves_what_is_impossible(mounted: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_force_overrides_no_other_obstacle(mounted: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: False)
     with pytest.raises(DeviceError) as caught:
         only(mounted).check(force=True)
@@ -225,15 +226,15 @@ def test_a_disk_without_a_number(machine: Machine, number: str) -> None:
     assert only(machine).obstacle is None
 
 
-def test_the_keyboard_and_the_mouse_are_a_caution(machine: Machine) -> None:
+def test_keyboard_and_mouse_are_in_use(machine: Machine) -> None:
     machine.keyboard("1-1", 2)
     machine.mouse("1-2", 3)
     keyboard, mouse = list_devices(machine.root)
-    assert keyboard.caution is not None
-    assert mouse.caution is not None
-    assert "it is a keyboard of this machine" in str(keyboard.caution)
-    assert "it is a mouse of this machine" in str(mouse.caution)
-    assert keyboard.caution.reason is Reason.INPUT_DEVICE
+    assert keyboard.in_use_as is not None
+    assert mouse.in_use_as is not None
+    assert "it is a keyboard of this machine" in str(keyboard.in_use_as)
+    assert "it is a mouse of this machine" in str(mouse.in_use_as)
+    assert keyboard.in_use_as.reason is Reason.INPUT_DEVICE
     keyboard.check()
 
 
@@ -252,22 +253,22 @@ def test_the_keyboard_and_the_mouse_are_a_caution(machine: Machine) -> None:
 def test_what_is_neither(machine: Machine, capabilities: dict[str, str]) -> None:
     folder = machine.add("1-1", 2, 1, 2, (BOOT_KEYBOARD,), drivers=("usbhid",))
     machine.input(folder, "1-1:1.0", **capabilities)
-    assert only(machine).caution is None
+    assert only(machine).in_use_as is None
 
 
 def test_a_tablet_is_a_mouse(machine: Machine) -> None:
     folder = machine.add("1-1", 2, 1, 2, (STORAGE, HID), drivers=("", "usbhid"))
     machine.input(folder, "1-1:1.1", key="70000 0 0 0 0", abs="3")
-    assert "a mouse of this machine" in str(only(machine).caution)
+    assert "a mouse of this machine" in str(only(machine).in_use_as)
 
 
 def test_a_keyboard_that_no_driver_reads(machine: Machine) -> None:
     machine.add("1-1", 2, 1, 2, (BOOT_KEYBOARD,))
-    assert only(machine).caution is None
+    assert only(machine).in_use_as is None
 
 
 ROUTES = "Iface Destination Gateway Flags\nusb0 0008090A 00000000 0001\n"
-"""10.9.8.0/24, as Linux tells it."""
+"""10.9.8.0/24, as Linux shows it."""
 ROUTES6 = "{} 40 {} 00 {} 00000100 00000001 00000000 00000001     usb0\n"
 ALL, NOWHERE = "0" * 32, "0" * 32
 
@@ -286,7 +287,7 @@ ALL, NOWHERE = "0" * 32, "0" * 32
         ("", "", "upper_br0", True),
     ],
 )
-def test_a_network_that_is_used_is_a_caution(
+def test_a_network_in_use(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, routes: str, routes6: str, upper: str, is_used: bool
 ) -> None:
     (machine.root / "route").write_text(routes, encoding="latin-1")
@@ -296,30 +297,30 @@ def test_a_network_that_is_used_is_a_caution(
     interface = machine.network("1-1", 2, "usb0")
     if upper:
         (interface / upper).symlink_to(interface)
-    found = only(machine)
-    found.check()
-    assert (found.caution is not None) == is_used
-    if found.caution is not None:
-        assert "this machine uses its network (usb0)" in str(found.caution)
-        assert found.caution.reason is Reason.NETWORK_DEVICE
+    device = only(machine)
+    device.check()
+    assert (device.in_use_as is not None) == is_used
+    if device.in_use_as is not None:
+        assert "this machine uses its network (usb0)" in str(device.in_use_as)
+        assert device.in_use_as.reason is Reason.NETWORK_DEVICE
 
 
-def test_a_network_where_nothing_tells_of_routes(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_without_files_of_routes(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(obstacles, "ROUTES", machine.root / "none")
     monkeypatch.setattr(obstacles, "ROUTES6", machine.root / "none")
     machine.network("1-1", 2, "usb0")
-    assert only(machine).caution is None
+    assert only(machine).in_use_as is None
 
 
 def test_a_tree_that_is_too_large_is_not_searched_to_its_end(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = machine.keyboard("1-1", 2)
     (folder / "1-1:1.0/loop").symlink_to(folder)
-    assert only(machine).caution is not None
+    assert only(machine).in_use_as is not None
     monkeypatch.setattr(obstacles, "MAX_FOLDERS", 3)
-    assert only(machine).caution is None
+    assert only(machine).in_use_as is None
 
 
-def test_words() -> None:
-    obstacle = Obstacle(Reason.HUB, "it is a hub")
-    found = Found(1, 2, "1-1", 1, 2, obstacles=(obstacle,), node=Path("/dev/null"))
-    assert (str(obstacle), found.obstacle, str(found)) == ("it is a hub", obstacle, "0001:0002 (port 1-1)")
+def test_texts() -> None:
+    obstacle = Obstacle(Reason.HUB, "it is a USB hub")
+    device = DeviceInfo(1, 2, "1-1", 1, 2, obstacles=(obstacle,), node=Path("/dev/null"))
+    assert (str(obstacle), device.obstacle, str(device)) == ("it is a USB hub", obstacle, "0001:0002 (port 1-1)")

@@ -117,19 +117,19 @@ def test_devices(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "code", "said"),
+    ("wanted", "code", "message"),
     [
         ("dead:beef", 12, "no USB device matches 'dead:beef'"),
         ("port:1-6", 12, "another program uses it"),
         ("usb1", 12, "no USB device matches 'usb1'"),
-        ("xhci", 12, "it is a hub"),
+        ("xhci", 12, "it is a USB hub"),
         ("1209", 12, "no USB device matches '1209'"),
     ],
 )
-def test_refusals(tmp_path: Path, wanted: str, code: int, said: str) -> None:
+def test_refusals(tmp_path: Path, wanted: str, code: int, message: str) -> None:
     result = farplug(tmp_path, "\n".join([HUB, KEY, BUSY]), "connect", "tcp://127.0.0.1:1", "--usb-device", wanted)
     assert result.returncode == code
-    assert said in result.stderr
+    assert message in result.stderr
     assert "Traceback" not in result.stderr
 
 
@@ -153,7 +153,7 @@ def test_a_node_that_is_not_there(tmp_path: Path) -> None:
     assert "there is no /dev/bus/usb" in result.stderr
 
 
-def test_the_guest_is_reached_with_a_device_in_hand(tmp_path: Path) -> None:
+def test_the_guest_is_reached_after_a_device_is_chosen(tmp_path: Path) -> None:
     result = farplug(tmp_path, KEY, "connect", "tcp://127.0.0.1:1", "--usb-device", "yubikey")
     assert result.returncode == 4
     assert "cannot connect to 127.0.0.1:1: Connection refused" in result.stderr

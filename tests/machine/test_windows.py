@@ -15,14 +15,14 @@ from farplug.libusb.identity import read_configurations, read_identity
 from farplug.machine import windows
 from farplug.machine.hotplug import Watch
 from farplug.machine.listing import list_devices
-from farplug.physical.claim import Claim, Place
+from farplug.physical.open_device import BusAddress, OpenDevice
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     devices = windows_machine(monkeypatch)
     found = {one.port: one for one in list_devices()}
-    told = {port: one.obstacle and one.obstacle.reason for port, one in found.items()}
-    assert told == {
+    reasons = {port: one.obstacle and one.obstacle.reason for port, one in found.items()}
+    assert reasons == {
         "usb1": Reason.HUB,
         "1-1": None,
         "1-2": Reason.NO_WINUSB,
@@ -40,32 +40,32 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("failure", "reason", "said", "remedy"),
+    ("failure", "reason", "message", "remedy"),
     [
         (usb1.USBErrorNotSupported(), Reason.NO_WINUSB, "its driver is not WinUSB", "Zadig"),
         (usb1.USBErrorAccess(), Reason.BUSY, "another program uses it", "end that program first"),
         (usb1.USBErrorIO(), Reason.DEVICE_FAULT, "cannot be used: LIBUSB_ERROR_IO", "unplug it"),
     ],
 )
-def test_taking_one(
-    monkeypatch: pytest.MonkeyPatch, failure: Exception, reason: Reason, said: str, remedy: str
+def test_opening_a_device(
+    monkeypatch: pytest.MonkeyPatch, failure: Exception, reason: Reason, message: str, remedy: str
 ) -> None:
     monkeypatch.setattr(sys, "platform", "win32")
     device = FakeDevice(EVERYTHING)
     device.failures = {"open": failure}
     library = FakeLibrary(device)
-    with pytest.raises(DeviceError, match=said) as caught:
-        Claim(library, Place.of(device), read_identity(device), {1: read_configurations(device)[0]})
+    with pytest.raises(DeviceError, match=message) as caught:
+        OpenDevice(library, BusAddress.of(device), read_identity(device), {1: read_configurations(device)[0]})
     assert (caught.value.reason, exit_code(caught.value)) == (reason, ExitCode.DEVICE)
     assert remedy in caught.value.remedy
 
 
-async def test_watching_opens_nothing_but_what_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_watching_opens_only_new_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     devices = windows_machine(monkeypatch)
     async with Watch() as watch:
         assert len(watch.present) == len(devices)
         opened = [len(device.calls) for device in devices]
-        assert await watch._look() == []
+        assert await watch._poll() == []
         assert [len(device.calls) for device in devices] == opened
 
 

@@ -74,7 +74,7 @@ STREAMING = ConfigurationDescriptor(
 
 @dataclass
 class Listener:
-    """Writes down what a device tells by itself."""
+    """Records what a device reports."""
 
     packets: list[tuple[int, Status, bytes]] = field(default_factory=list)
     ended: list[tuple[int, Status]] = field(default_factory=list)
@@ -95,7 +95,7 @@ class Listener:
 
 @dataclass
 class Bench:
-    """A device on the bench: the fake hardware, what farplug makes of it, and who listens."""
+    """A fake device of libusb, the farplug device made of it, and its listener."""
 
     fake: FakeDevice
     library: FakeLibrary
@@ -108,8 +108,8 @@ class Bench:
         return self.fake.handle
 
     @property
-    def flying(self) -> list[FakeTransfer]:
-        return self.fake.handle.flying
+    def in_flight(self) -> list[FakeTransfer]:
+        return self.fake.handle.in_flight
 
     def submit(
         self,
@@ -147,7 +147,7 @@ async def settle(turns: int = 6) -> None:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    """Wait until something is so."""
+    """Wait until a condition is true."""
     async with asyncio.timeout(10):
         while not condition():
             await asyncio.sleep(0.002)
@@ -161,7 +161,7 @@ def on_bench(fake: FakeDevice, *, library: FakeLibrary | None = None) -> Bench:
 
 @asynccontextmanager
 async def opened(fake: FakeDevice | None = None, *, library: FakeLibrary | None = None) -> AsyncIterator[Bench]:
-    """A device that is open; it is closed at the end, and everything of libusb's with it."""
+    """An open device. At the end it is closed, and so is everything of libusb's."""
     bench = on_bench(fake or FakeDevice(EVERYTHING, OTHER), library=library)
     await bench.device.open(bench.listener)
     try:
@@ -170,5 +170,5 @@ async def opened(fake: FakeDevice | None = None, *, library: FakeLibrary | None 
         await bench.device.close()
         assert all(context.closed for context in bench.library.contexts)
         assert bench.handle.closed
-        assert not bench.fake.waits, "the event loop would have waited for the device"
+        assert not bench.fake.waits, "the event loop would have blocked"
         assert bench.fake.unplugged or not bench.handle.claimed

@@ -28,8 +28,8 @@ from tests.physical.support import (
     until,
 )
 
-from farplug.errors import DeviceError, LocalProtocolError, Reason
-from farplug.physical import claim, device, device_session, find_device, transfers
+from farplug.errors import DeviceError, Reason, StateError
+from farplug.physical import device, device_session, find_device, open_device, transfers
 from farplug.usb import Reception, Setup, Speed, Status, TransferType
 from farplug.usb.descriptors import ConfigurationDescriptor
 
@@ -37,10 +37,10 @@ CLEAR_HALT = Setup(0x02, 1, 0, BULK_IN)
 INQUIRE = Setup(0xC0, 5, 0, 0, 4)
 
 
-# What it says it is
+# Identity
 
 
-def test_is_what_it_says() -> None:
+def test_identity() -> None:
     device = on_bench(FakeDevice(EVERYTHING, OTHER, speed=usb1.SPEED_SUPER_PLUS)).device
     assert str(device) == "1234:5678 Thing (1-2)"
     identity = device.identity
@@ -69,8 +69,8 @@ def test_the_device_at_an_address() -> None:
     assert caught.value.reason is Reason.DEVICE_LOST
 
 
-def test_one_that_libusb_leaves_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claim, "NODES", tmp_path)
+def test_a_device_that_libusb_does_not_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(open_device, "NODES", tmp_path)
     (tmp_path / "004").mkdir()
     (tmp_path / "004" / "017").touch()
     with pytest.raises(DeviceError, match="libusb cannot read the descriptors of the USB device 4-17") as caught:
@@ -78,7 +78,7 @@ def test_one_that_libusb_leaves_out(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert caught.value.reason is Reason.DEVICE_FAULT
 
 
-# Its life
+# Opening and closing
 
 
 async def test_opens_and_closes_again_and_again() -> None:
@@ -88,7 +88,7 @@ async def test_opens_and_closes_again_and_again() -> None:
         await bench.device.open(bench.listener)
         assert bench.device.configuration == 1
         assert bench.handle.claimed == {0, 2}
-        with pytest.raises(LocalProtocolError, match="is plugged already"):
+        with pytest.raises(StateError, match="is already open"):
             await bench.device.open(bench.listener)
         bench.read(512)
         await bench.device.close()
@@ -101,41 +101,41 @@ async def test_opens_and_closes_again_and_again() -> None:
     await until(lambda: threading.active_count() <= threads)  # one of an earlier test may have ended meanwhile
 
 
-async def test_another_device_at_the_same_address_is_not_taken() -> None:
+async def test_another_device_at_the_same_address_is_not_opened() -> None:
     bench = on_bench(FakeDevice(EVERYTHING))
     bench.fake.ids = (9, 9)
-    with pytest.raises(DeviceError, match="is not there any more") as caught:
+    with pytest.raises(DeviceError, match="is no longer plugged in") as caught:
         await bench.device.open(bench.listener)
     assert caught.value.reason is Reason.DEVICE_LOST
     assert bench.library.contexts[0].closed
     assert not bench.fake.handles
 
 
-async def test_a_device_that_hangs_is_given_back_when_it_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "CLOSE_PATIENCE", 0.05)
+async def test_a_device_that_hangs_is_released_when_it_responds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "CLOSE_TIMEOUT", 0.05)
     bench = on_bench(FakeDevice(EVERYTHING))
     await bench.device.open(bench.listener)
     answer = bench.fake.hang["reset"] = threading.Event()
-    with pytest.raises(DeviceError, match="given back to this machine when it does") as caught:
+    with pytest.raises(DeviceError, match="released when it does") as caught:
         await bench.device.close()
     assert caught.value.reason is Reason.TIMED_OUT
-    monkeypatch.setattr(device, "OPEN_PATIENCE", 0.05)
-    with pytest.raises(DeviceError, match="does not answer"):
+    monkeypatch.setattr(device, "OPEN_TIMEOUT", 0.05)
+    with pytest.raises(DeviceError, match="does not respond"):
         await bench.device.open(bench.listener)
-    assert len(bench.fake.handles) == 1, "it was opened before it was given back"
+    assert len(bench.fake.handles) == 1, "it was opened before it was released"
     answer.set()
     del bench.fake.hang["reset"]
-    monkeypatch.setattr(device, "OPEN_PATIENCE", 10)
+    monkeypatch.setattr(device, "OPEN_TIMEOUT", 10)
     await bench.device.open(bench.listener)
     assert bench.fake.handles[0].closed
     await bench.device.close()
 
 
-async def test_a_device_that_hangs_while_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "OPEN_PATIENCE", 0.05)
+async def test_a_device_that_hangs_while_it_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "OPEN_TIMEOUT", 0.05)
     bench = on_bench(FakeDevice(EVERYTHING, drivers={0: "storage"}))
     answer = bench.fake.hang["reset"] = threading.Event()
-    with pytest.raises(DeviceError, match="does not answer"):
+    with pytest.raises(DeviceError, match="does not respond"):
         await bench.device.open(bench.listener)
     await bench.device.close()
     answer.set()
@@ -143,7 +143,7 @@ async def test_a_device_that_hangs_while_it_is_taken(monkeypatch: pytest.MonkeyP
     assert bench.fake.drivers == {0: "storage"}
 
 
-async def test_cancelled_while_it_is_taken_or_given_back() -> None:
+async def test_cancelled_while_it_is_opened_or_closed() -> None:
     bench = on_bench(FakeDevice(EVERYTHING, drivers={0: "storage"}))
     answer = bench.fake.hang["claim"] = threading.Event()
     opening = asyncio.create_task(bench.device.open(bench.listener))
@@ -195,7 +195,7 @@ async def test_unplugged_in_the_middle() -> None:
         assert bench.listener.losses == [None]
 
 
-async def test_unplugged_while_nothing_is_under_way() -> None:
+async def test_unplugged_while_nothing_is_in_flight() -> None:
     async with opened() as bench:
         bench.fake.unplug()
         await until(lambda: bench.listener.losses)
@@ -270,7 +270,7 @@ async def test_configurations() -> None:
     assert bench.fake.drivers == {0: "storage"}
 
 
-async def test_the_current_configuration_again_goes_back_to_the_first_settings() -> None:
+async def test_the_current_configuration_again_selects_alternate_setting_0() -> None:
     async with opened() as bench:
         assert await bench.device.set_interface(2, 1) is Status.SUCCESS
         bench.fake.calls.clear()
@@ -280,7 +280,7 @@ async def test_the_current_configuration_again_goes_back_to_the_first_settings()
         assert [interface.alternate for interface in bench.device.interfaces] == [0, 0]
 
 
-async def test_a_configuration_that_cannot_be_chosen() -> None:
+async def test_a_configuration_that_cannot_be_set() -> None:
     async with opened() as bench:
         bench.fake.failures["set_configuration"] = usb1.USBErrorBusy()
         assert await bench.device.set_configuration(3) is Status.IO_ERROR
@@ -300,13 +300,13 @@ async def test_settings() -> None:
         assert await bench.device.set_interface(0, 0) is Status.SUCCESS
         await settle()
         assert read.status is Status.CANCELLED
-        assert [transfer.endpoint for transfer in bench.flying] == [CAMERA] * 2
+        assert [transfer.endpoint for transfer in bench.in_flight] == [CAMERA] * 2
         assert await bench.device.set_interface(2, 0) is Status.SUCCESS
-        assert not bench.flying
+        assert not bench.in_flight
         assert bench.device.start_receiving(Reception(CAMERA, ISO, 2, 2)) is Status.STALL
 
 
-async def test_an_operation_that_nobody_waits_for_any_more() -> None:
+async def test_an_operation_whose_caller_was_cancelled() -> None:
     async with opened() as bench:
         answer = bench.fake.hang["set_interface"] = threading.Event()
         with pytest.raises(TimeoutError):
@@ -325,14 +325,14 @@ async def test_an_operation_that_nobody_waits_for_any_more() -> None:
         Reception(BULK_IN, BULK, bytes_per_transfer=transfers.MAX_PIECE + 512),
     ],
 )
-async def test_receptions_that_make_no_sense(reception: Reception) -> None:
+async def test_invalid_receptions(reception: Reception) -> None:
     async with opened() as bench:
         assert bench.device.start_receiving(reception) is Status.STALL
         assert not bench.handle.transfers
 
 
-async def test_receptions_begin_again_after_a_choice_that_cannot_be() -> None:
-    """Who asked for it takes them for ended, as the protocol says."""
+async def test_receptions_start_again_after_a_setting_that_is_refused() -> None:
+    """The guest regards them as ended, as the protocol says."""
     async with opened() as bench:
         for choice in (bench.device.set_configuration(9), bench.device.set_interface(0, 9)):
             assert bench.device.start_receiving(Reception(KEYS, INTERRUPT)) is Status.SUCCESS
@@ -361,7 +361,7 @@ async def test_a_configuration_that_its_descriptors_do_not_have() -> None:
         assert await bench.device.set_interface(0, 0) is Status.STALL
 
 
-# Transfers that are none
+# Invalid transfers
 
 
 @pytest.mark.parametrize(
@@ -384,16 +384,16 @@ async def test_what_a_device_cannot_do_is_refused(
 ) -> None:
     async with opened() as bench:
         assert bench.submit(type, endpoint, length=1, setup=setup, stream_id=stream_id).status is status
-        assert not bench.flying
+        assert not bench.in_flight
 
 
-async def test_an_iso_packet_without_a_stream_is_refused() -> None:
+async def test_an_iso_packet_without_a_reception_is_refused() -> None:
     async with opened() as bench:
         await bench.device.set_interface(2, 1)
         assert bench.submit(ISO, SOUND, data=b"x").status is Status.INVALID
 
 
-async def test_a_closed_device_answers_too() -> None:
+async def test_a_closed_device_completes_transfers_too() -> None:
     bench = on_bench(FakeDevice(EVERYTHING))
     transfer = bench.read(1)
     assert transfer.status is Status.IO_ERROR
@@ -443,22 +443,22 @@ async def test_closed_while_a_halt_is_cleared() -> None:
         await closing
 
 
-# Streams
+# BulkStreams
 
 
-async def test_streams() -> None:
+async def test_bulk_streams() -> None:
     async with opened(FakeDevice(STREAMING, speed=usb1.SPEED_SUPER)) as bench:
         device, streams = bench.device, bench.library.fake_streams
         assert await device.allocate_streams([BULK_IN, BULK_OUT], 16) is Status.SUCCESS
         assert streams.allocated == {BULK_IN: 16, BULK_OUT: 16}
         bench.submit(BULK, BULK_IN, length=512, stream_id=16)
-        assert bench.flying[0].stream_id == 16
+        assert bench.in_flight[0].stream_id == 16
         assert bench.submit(BULK, BULK_IN, length=512, stream_id=17).status is Status.INVALID
         assert await device.free_streams([BULK_IN, BULK_OUT]) is Status.SUCCESS
         assert await device.free_streams([BULK_IN, BULK_OUT]) is Status.IO_ERROR
         streams.limit = 8
         assert await device.allocate_streams([BULK_IN, BULK_OUT], 16) is Status.IO_ERROR
-        assert not streams.allocated, "fewer are given back"
+        assert not streams.allocated, "fewer are freed"
         for endpoints, count in (([], 2), ([BULK_IN], 0), ([BULK_IN], 17), ([0x8E], 2)):
             assert await device.allocate_streams(endpoints, count) is Status.INVALID
         assert await device.free_streams([0x8E]) is Status.INVALID
@@ -472,7 +472,7 @@ async def test_where_libusb_has_no_descriptors_a_thread_waits() -> None:
     library.polls_nothing = True
     async with opened(fake, library=library) as bench:
         read = bench.read(4)
-        bench.flying[0].finish(b"data")
+        bench.in_flight[0].finish(b"data")
         await until(lambda: read.status is not None)
         assert bytes(read.reply) == b"data"
         bench.read(4)
@@ -480,7 +480,7 @@ async def test_where_libusb_has_no_descriptors_a_thread_waits() -> None:
     assert bench.results() == [(Status.SUCCESS, 4), (Status.CANCELLED, 0), (Status.CANCELLED, 0)]
 
 
-async def test_a_lying_device_is_used_as_far_as_it_makes_sense() -> None:
+async def test_the_valid_part_of_broken_descriptors_is_used() -> None:
     broken = replace(EVERYTHING.interfaces[0], extra=b"broken")
     double = replace(EVERYTHING.interfaces[2], number=0, alternate=0)
     far = replace(EVERYTHING.interfaces[1], number=200)

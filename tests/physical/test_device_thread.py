@@ -12,14 +12,14 @@ import pytest
 from tests.physical.support import until
 
 import farplug
-from farplug.physical.device_thread import Worker
+from farplug.physical.device_thread import DeviceThread
 
 ROOT = Path(__file__).parents[2]
 
 
 async def test_calls_are_made_one_after_the_other_and_the_last_one_last() -> None:
     calls: list[str] = []
-    worker = Worker("test", lambda: calls.append("last"))
+    worker = DeviceThread("test", lambda: calls.append("last"))
     threads: list[threading.Thread] = []
 
     def slow() -> None:
@@ -35,17 +35,17 @@ async def test_calls_are_made_one_after_the_other_and_the_last_one_last() -> Non
     await until(lambda: not worker._thread.is_alive())
 
 
-async def test_results_and_errors_come_back() -> None:
-    worker = Worker("test", lambda: None)
+async def test_results_and_exceptions_are_returned() -> None:
+    worker = DeviceThread("test", lambda: None)
     assert await worker.call(lambda: 7) == 7
     with pytest.raises(ZeroDivisionError):
         await worker.call(lambda: 1 // 0)
     await worker.stop()
 
 
-async def test_a_call_is_made_even_if_nobody_waits_for_it() -> None:
+async def test_a_call_is_made_even_if_its_caller_was_cancelled() -> None:
     calls: list[int] = []
-    worker = Worker("test", lambda: None)
+    worker = DeviceThread("test", lambda: None)
     gate = threading.Event()
     first, second = worker.call(gate.wait), worker.call(lambda: calls.append(1))
     first.cancel()
@@ -55,21 +55,21 @@ async def test_a_call_is_made_even_if_nobody_waits_for_it() -> None:
     assert calls == [1]
 
 
-def test_a_loop_that_ended_is_not_missed() -> None:
+def test_calls_after_the_end_of_the_loop() -> None:
     gate = threading.Event()
     calls: list[int] = []
 
-    async def begin() -> Worker:
-        worker = Worker("test", lambda: calls.append(3))
+    async def begin() -> DeviceThread:
+        worker = DeviceThread("test", lambda: calls.append(3))
         worker.call(gate.wait)
         worker.call(lambda: calls.append(1))
         return worker
 
     worker = asyncio.run(begin())
     gate.set()
-    worker.end(time.monotonic() + 10)
+    worker.finish(time.monotonic() + 10)
     assert calls == [1, 3]
-    worker.end(time.monotonic() + 10)
+    worker.finish(time.monotonic() + 10)
     assert calls == [1, 3]
 
 
@@ -84,7 +84,7 @@ SECOND_INTERRUPT = """
 
 
 @pytest.mark.parametrize("end", ["", "raise KeyboardInterrupt", "sys.exit(3)", SECOND_INTERRUPT])
-def test_the_exit_of_the_process_gives_devices_back(end: str) -> None:
+def test_the_exit_of_the_process_releases_devices(end: str) -> None:
     script = f"""
         import asyncio, sys
         from tests.libusb.fake_libusb import FakeDevice
@@ -92,7 +92,7 @@ def test_the_exit_of_the_process_gives_devices_back(end: str) -> None:
 
         bench = on_bench(FakeDevice(EVERYTHING, drivers={{0: "storage"}}))
 
-        class Tell(list):
+        class Printed(list):
             def append(self, item):
                 super().append(item)
                 print(item, flush=True)
@@ -100,7 +100,7 @@ def test_the_exit_of_the_process_gives_devices_back(end: str) -> None:
         async def main():
             await bench.device.open(bench.listener)
             bench.read(512)
-            bench.fake.calls = Tell()
+            bench.fake.calls = Printed()
             {end}
 
         asyncio.run(main())
@@ -109,15 +109,15 @@ def test_the_exit_of_the_process_gives_devices_back(end: str) -> None:
     assert result.stdout.split("\n")[-4:] == ["reset", "attach 0", "close", ""], result
 
 
-def test_a_device_that_hangs_does_not_keep_the_process() -> None:
+def test_a_device_that_hangs_does_not_keep_the_process_alive() -> None:
     script = """
         import asyncio, threading
         from farplug.physical import device_thread
 
-        device_thread.EXIT_PATIENCE = 0.1
+        device_thread.EXIT_TIMEOUT = 0.1
 
         async def main():
-            device_thread.Worker("test", lambda: None).call(threading.Event().wait)
+            device_thread.DeviceThread("test", lambda: None).call(threading.Event().wait)
 
         asyncio.run(main())
     """

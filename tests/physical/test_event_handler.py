@@ -8,11 +8,11 @@ from tests.libusb.fake_libusb import FakeContext, FakeDevice, FakeHandle, FakeLi
 from tests.physical.support import EVERYTHING, settle, until
 
 from farplug.libusb.binding import UsbTransfer
-from farplug.physical.event_handler import Events
+from farplug.physical.event_handler import EventHandler
 
 
 class Setting:
-    """Events of a fake session, and what they bring."""
+    """EventHandler of a fake session, and what they bring."""
 
     def __init__(self, *, polls: bool = True) -> None:
         self.library = FakeLibrary(device := FakeDevice(EVERYTHING))
@@ -21,12 +21,12 @@ class Setting:
         self.handle = FakeHandle(device, self.context)
         self.back: list[UsbTransfer] = []
         self.gone = 0
-        self.events = Events(self.context, self.deliver, self.leave)
+        self.events = EventHandler(self.context, self.deliver, self.lose)
 
     def deliver(self, transfer: UsbTransfer) -> None:
         self.back.append(transfer)
 
-    def leave(self) -> None:
+    def lose(self) -> None:
         self.gone += 1
 
     def submit(self) -> FakeTransfer:
@@ -42,7 +42,7 @@ class Setting:
 
 
 @pytest.mark.parametrize("polls", [True, False])
-async def test_completions_come_to_the_loop(polls: bool) -> None:
+async def test_completions_are_delivered_on_the_event_loop(polls: bool) -> None:
     setting = Setting(polls=polls)
     sent = [setting.submit() for _ in range(5)]
     for transfer in sent:
@@ -53,7 +53,7 @@ async def test_completions_come_to_the_loop(polls: bool) -> None:
 
 
 @pytest.mark.parametrize("polls", [True, False])
-async def test_nothing_comes_after_the_end(polls: bool) -> None:
+async def test_nothing_is_delivered_after_stop(polls: bool) -> None:
     setting = Setting(polls=polls)
     transfer = setting.submit()
     setting.events.stop()
@@ -64,18 +64,18 @@ async def test_nothing_comes_after_the_end(polls: bool) -> None:
 
 
 @pytest.mark.parametrize("polls", [True, False])
-async def test_errors_of_event_handling_are_survived(polls: bool, caplog: pytest.LogCaptureFixture) -> None:
+async def test_errors_of_event_handling_are_logged(polls: bool, caplog: pytest.LogCaptureFixture) -> None:
     setting = Setting(polls=polls)
     setting.library.event_errors += [usb1.USBErrorInterrupted(), usb1.USBErrorOther()]
     setting.submit().finish(b"x")
     await until(lambda: not setting.library.event_errors)
     setting.submit().finish(b"x")
     await until(lambda: len(setting.back) == 2)
-    assert "libusb could not handle its events: LIBUSB_ERROR_OTHER" in caplog.text
+    assert "libusb cannot handle events: LIBUSB_ERROR_OTHER" in caplog.text
     setting.end()
 
 
-async def test_a_completion_that_makes_trouble_does_not_stop_the_others(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_completion_that_raises_does_not_stop_the_others(caplog: pytest.LogCaptureFixture) -> None:
     setting = Setting()
     first, second = setting.submit(), setting.submit()
 
@@ -137,6 +137,6 @@ def test_completions_after_the_end_of_the_loop() -> None:
         return setting
 
     setting = asyncio.run(begin())
-    setting.handle.flying[0].finish()
+    setting.handle.in_flight[0].finish()
     setting.end()
     assert not setting.back

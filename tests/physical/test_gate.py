@@ -1,4 +1,4 @@
-"""What is held back while a device's thread talks to it, and in which order it is said afterwards."""
+"""Actions that the gate defers while the device's thread makes a call, and their order afterwards."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from typing import cast
 
 import pytest
 
-from farplug.physical.device_thread import Worker
-from farplug.physical.event_handler import Events
+from farplug.physical.device_thread import DeviceThread
+from farplug.physical.event_handler import EventHandler
 from farplug.physical.gate import Gate
 
 
 class Bench:
-    """A gate, and what happens at it, in order."""
+    """A gate, and a log of what happens, in order."""
 
     def __init__(self) -> None:
-        self.said: list[str] = []
-        self.worker = Worker("gate", lambda: None)
-        self.gate = Gate(self.worker, cast(Events, self))
+        self.log: list[str] = []
+        self.worker = DeviceThread("gate", lambda: None)
+        self.gate = Gate(self.worker, cast(EventHandler, self))
         self.done = threading.Event()
 
     def pause(self) -> None:
-        self.said.append("pause")
+        self.log.append("pause")
 
-    def go_on(self) -> None:
-        self.said.append("go on")
+    def resume(self) -> None:
+        self.log.append("resume")
 
-    def say(self, *words: str) -> None:
-        for word in words:
-            self.gate.when_open(word, partial(self.said.append, word))
+    def act(self, *names: str) -> None:
+        for name in names:
+            self.gate.run_or_defer(name, partial(self.log.append, name))
 
-    def talk(self) -> asyncio.Task[None]:
-        """Have the thread talk until ``done`` is set."""
+    def call(self) -> asyncio.Task[None]:
+        """Have the thread make a call until ``done`` is set."""
         return asyncio.create_task(self.gate.call(lambda: cast(None, self.done.wait(10))))
 
 
@@ -48,64 +48,64 @@ async def bench() -> AsyncIterator[Bench]:
     await bench.worker.stop()
 
 
-async def test_what_was_held_back_is_said_in_its_order_after_the_events_go_on(bench: Bench) -> None:
-    bench.say("first")
-    talking = bench.talk()
+async def test_deferred_actions_run_in_order_after_events_are_handled_again(bench: Bench) -> None:
+    bench.act("first")
+    calling = bench.call()
     await asyncio.sleep(0)
     assert bench.gate.shut
-    bench.say("second", "third", "fourth")
-    bench.gate.forget("third")
-    bench.gate.forget("never said")
-    assert bench.said == ["first", "pause"]
+    bench.act("second", "third", "fourth")
+    bench.gate.discard("third")
+    bench.gate.discard("unknown")
+    assert bench.log == ["first", "pause"]
     bench.done.set()
-    await talking
-    bench.say("fifth")
-    assert bench.said == ["first", "pause", "go on", "second", "fourth", "fifth"]
+    await calling
+    bench.act("fifth")
+    assert bench.log == ["first", "pause", "resume", "second", "fourth", "fifth"]
 
 
-async def test_it_opens_after_the_last_of_several_calls(bench: Bench) -> None:
-    first, open_at = bench.talk(), []
+async def test_the_gate_opens_after_the_last_of_several_calls(bench: Bench) -> None:
+    first, open_at = bench.call(), []
     await asyncio.sleep(0)
     second = asyncio.create_task(bench.gate.call(lambda: open_at.append(bench.gate.shut)))
-    bench.say("later")
+    bench.act("later")
     bench.done.set()
     await first
     await second
     assert open_at == [True]
-    assert bench.said == ["pause", "go on", "later"]
+    assert bench.log == ["pause", "resume", "later"]
 
 
-async def test_it_is_shut_until_the_thread_is_done_even_if_nobody_waits(bench: Bench) -> None:
-    talking = bench.talk()
+async def test_the_gate_is_shut_until_the_thread_is_done_even_if_the_caller_is_cancelled(bench: Bench) -> None:
+    calling = bench.call()
     await asyncio.sleep(0)
-    talking.cancel()
+    calling.cancel()
     with suppress(asyncio.CancelledError):
-        await talking
-    bench.say("later")
-    assert bench.said == ["pause"]
+        await calling
+    bench.act("later")
+    assert bench.log == ["pause"]
     bench.done.set()
     await bench.gate.call(lambda: None)
-    assert bench.said == ["pause", "go on", "later"]
+    assert bench.log == ["pause", "resume", "later"]
 
 
-async def test_one_thing_is_held_back_about_each_subject(bench: Bench) -> None:
-    talking = bench.talk()
+async def test_one_action_is_deferred_for_each_key(bench: Bench) -> None:
+    calling = bench.call()
     await asyncio.sleep(0)
     for number in range(3):
-        bench.gate.when_open("subject", partial(bench.said.append, f"word {number}"))
+        bench.gate.run_or_defer("key", partial(bench.log.append, f"action {number}"))
     bench.done.set()
-    await talking
-    assert bench.said == ["pause", "go on", "word 2"]
+    await calling
+    assert bench.log == ["pause", "resume", "action 2"]
 
 
-async def test_what_is_said_may_have_something_else_forgotten(bench: Bench) -> None:
-    talking = bench.talk()
+async def test_an_action_may_discard_another(bench: Bench) -> None:
+    calling = bench.call()
     await asyncio.sleep(0)
-    bench.gate.when_open("first", lambda: bench.gate.forget("second"))
-    bench.say("second", "third")
+    bench.gate.run_or_defer("first", lambda: bench.gate.discard("second"))
+    bench.act("second", "third")
     bench.done.set()
-    await talking
-    assert bench.said == ["pause", "go on", "third"]
+    await calling
+    assert bench.log == ["pause", "resume", "third"]
 
 
 async def test_a_call_that_fails(bench: Bench) -> None:
@@ -117,44 +117,44 @@ async def test_a_call_that_fails(bench: Bench) -> None:
     assert not bench.gate.shut
 
 
-async def test_after_the_end_nothing_is_said(bench: Bench) -> None:
-    talking = bench.talk()
+async def test_after_the_end_no_action_runs(bench: Bench) -> None:
+    calling = bench.call()
     await asyncio.sleep(0)
-    bench.say("never")
+    bench.act("never")
     bench.gate.end()
     bench.done.set()
-    await talking
-    assert bench.said == ["pause"]
+    await calling
+    assert bench.log == ["pause"]
     assert bench.gate.shut
 
 
-async def test_what_is_said_may_shut_it_again(bench: Bench) -> None:
-    talking, again = bench.talk(), threading.Event()
+async def test_an_action_may_shut_the_gate_again(bench: Bench) -> None:
+    calling, again = bench.call(), threading.Event()
     tasks: list[asyncio.Task[None]] = []
 
     def reset() -> None:
         tasks.append(asyncio.ensure_future(bench.gate.call(lambda: cast(None, again.wait(10)))))
 
     await asyncio.sleep(0)
-    bench.gate.when_open("reset", reset)
-    bench.say("later")
+    bench.gate.run_or_defer("reset", reset)
+    bench.act("later")
     bench.done.set()
-    await talking
+    await calling
     await asyncio.sleep(0)
-    assert bench.said == ["pause", "go on", "later", "pause"]
+    assert bench.log == ["pause", "resume", "later", "pause"]
     again.set()
     await tasks[0]
-    assert bench.said == ["pause", "go on", "later", "pause", "go on"]
+    assert bench.log == ["pause", "resume", "later", "pause", "resume"]
     assert not bench.gate.shut
 
 
-async def test_what_cannot_be_said_holds_nothing_up(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
-    talking = bench.talk()
+async def test_an_action_that_raises_does_not_stop_the_others(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    calling = bench.call()
     await asyncio.sleep(0)
-    bench.gate.when_open("broken", lambda: cast(None, 1 / 0))
-    bench.say("later")
+    bench.gate.run_or_defer("broken", lambda: cast(None, 1 / 0))
+    bench.act("later")
     bench.done.set()
-    await talking
-    assert bench.said == ["pause", "go on", "later"]
+    await calling
+    assert bench.log == ["pause", "resume", "later"]
     assert "ZeroDivisionError" in caplog.text
     assert not bench.gate.shut

@@ -1,6 +1,6 @@
 """Whatever happens, transfers of an endpoint reach libusb in the order of their submission, and end exactly once.
 
-A guest that submits and takes back as it likes, from its answers too, a device that fails, stalls and hangs, and memory
+A guest that submits and cancels at random, from its completions too, a device that fails, stalls and hangs, and memory
 that is short for a moment: all drawn from a seed.
 """
 
@@ -23,7 +23,7 @@ from farplug.usb import Transfer
 LENGTHS = (0, 512, MIN_PIECE, 4 * MIN_PIECE, MAX_PIECE, MAX_PIECE + 1, 3 * MAX_PIECE)
 STEPS = 80
 AT_ONCE = 3
-"""Submissions inside of each other: an answer, and what the guest sends because of it."""
+"""Nested submissions: those that the guest makes in a completion."""
 
 
 def _wait(answer: threading.Event) -> None:
@@ -75,8 +75,8 @@ class Chaos:
         session.transfers.cancel_all(self._draw.choice((None, [BULK_IN])))
 
     def finish(self) -> None:
-        if flying := self.bench.flying[:2]:
-            usb = self._draw.choice(flying)
+        if in_flight := self.bench.in_flight[:2]:
+            usb = self._draw.choice(in_flight)
             size = len(usb.buffer)
             status, actual = self._draw.choice(
                 (
@@ -116,8 +116,8 @@ class Chaos:
         await asyncio.gather(*self._calls)
         async with asyncio.timeout(10):
             while len(self.ended) < len(self.submitted):
-                while self.bench.flying:
-                    usb = self.bench.flying[0]
+                while self.bench.in_flight:
+                    usb = self.bench.in_flight[0]
                     usb.finish(actual=len(usb.buffer))
                 await asyncio.sleep(0.002)
 

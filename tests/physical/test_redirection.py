@@ -36,14 +36,14 @@ async def test_a_guest_uses_a_device() -> None:
         await guest.set_configuration(1)
         reading = guest.submit_in(BULK_IN, 512)
         await settle()
-        fake.handle.flying[0].finish(b"sector")
+        fake.handle.in_flight[0].finish(b"sector")
         answer = await reading
         assert isinstance(answer, p.BulkPacket)
         assert bytes(answer.data) == b"sector"
         guest.send(p.StartInterruptReceiving(endpoint=KEYS))
         next_key = guest.stream(p.InterruptPacket, KEYS)
         await settle()
-        fake.handle.flying[0].finish(b"key")
+        fake.handle.in_flight[0].finish(b"key")
         key = await next_key()
         assert (bytes(key.data), key.id) == (b"key", 0)
         await guest.set_interface(2, 1)
@@ -77,7 +77,7 @@ async def ignore(operation: Coroutine[Any, Any, object]) -> None:
 
 def disturb(chance: random.Random, handle: FakeHandle) -> None:
     """Some of what is in flight ends, in any order and in any way."""
-    for usb in chance.sample(handle.flying, chance.randint(0, len(handle.flying))):
+    for usb in chance.sample(handle.in_flight, chance.randint(0, len(handle.in_flight))):
         code = chance.choice(CODES)
         length = chance.randint(0, len(usb.buffer))
         if usb.kind == "isochronous":
@@ -149,7 +149,7 @@ async def test_whatever_a_device_and_a_guest_do_the_guest_lives(seed: int) -> No
                 break
         await asyncio.gather(*operations)
         assert all(one.done for one in pending), "each has its answer"
-        for usb in [usb for usb in fake.handle.flying if usb.cancelling]:
+        for usb in [usb for usb in fake.handle.in_flight if usb.cancelling]:
             usb.finish(status=usb1.TRANSFER_CANCELLED)
     assert fake.handle.closed
-    assert not fake.handle.flying
+    assert not fake.handle.in_flight

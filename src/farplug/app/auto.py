@@ -18,13 +18,13 @@ from farplug.app.settings import Follow
 from farplug.errors import DeviceError, FarplugError, PortError, Reason, RefusedError
 from farplug.libusb.library import Library
 from farplug.machine.choose import Choice
-from farplug.machine.found import Found
+from farplug.machine.device_info import DeviceInfo
 from farplug.machine.hotplug import Departed, Watch
 from farplug.machine.listing import list_devices
 from farplug.machine.lock import DeviceLock
-from farplug.machine.obstacles import gone
+from farplug.machine.obstacles import device_lost
 from farplug.physical.device import find_device
-from farplug.threads import aside
+from farplug.threads import run_in_daemon_thread
 from farplug.usb.device import Device
 
 DEPARTURE_PATIENCE = 1.0
@@ -53,7 +53,7 @@ class AutoListener(Protocol):
         """Take why a device is not plugged in; nothing else changes."""
 
 
-async def find(found: Found) -> Device:
+async def find(found: DeviceInfo) -> Device:
     """The device that was found, to be plugged in.
 
     Raises:
@@ -71,10 +71,10 @@ async def find(found: Found) -> Device:
         )
 
     try:
-        return await aside(look)
+        return await run_in_daemon_thread(look)
     except DeviceError as error:
         if error.reason is Reason.DEVICE_LOST:
-            raise gone(found) from error
+            raise device_lost(found) from error
         raise DeviceError(
             f"{found} cannot be plugged in: libusb cannot read its descriptors",
             reason=Reason.DEVICE_FAULT,
@@ -95,13 +95,13 @@ async def choose_device(text: str, *, force: bool = False) -> tuple[Device, Devi
         SetupError: this machine has no USB, or no libusb.
     """
     choice = Choice.parse(text)
-    found = choice.choose(await aside(list_devices))
+    found = choice.choose(await run_in_daemon_thread(list_devices))
     found.check(force=force)
-    lock = await aside(partial(DeviceLock, found), DeviceLock.release)
+    lock = await run_in_daemon_thread(partial(DeviceLock, found), DeviceLock.release)
     try:
         return await find(found), lock
     except BaseException:
-        await aside(lock.release)
+        await run_in_daemon_thread(lock.release)
         raise
 
 
@@ -120,7 +120,7 @@ class AutoPlugger:
         policy: Policy,
         listener: AutoListener,
         watch: Watch | None = None,
-        find: Callable[[Found], Awaitable[Device]] = find,
+        find: Callable[[DeviceInfo], Awaitable[Device]] = find,
     ) -> None:
         self._policy = policy
         self._listener = listener
@@ -153,9 +153,11 @@ class AutoPlugger:
                 self._listener.skipped(decision.error)
                 continue
             if decision.slot.named:
-                self._locks[decision.slot] = await aside(partial(DeviceLock, decision.found), DeviceLock.release)
-                if decision.found.caution is not None:
-                    self._listener.note(f"{decision.found}: {decision.found.caution}")
+                self._locks[decision.slot] = await run_in_daemon_thread(
+                    partial(DeviceLock, decision.found), DeviceLock.release
+                )
+                if decision.found.in_use_as is not None:
+                    self._listener.note(f"{decision.found}: {decision.found.in_use_as}")
             self._plugs.append(decision)
         for slot in self._policy.slots:
             if slot.found is None:
@@ -201,7 +203,7 @@ class AutoPlugger:
         locks = list(self._locks.values())
         self._locks.clear()
         for lock in locks:
-            await aside(lock.release)
+            await run_in_daemon_thread(lock.release)
         if self._watching:
             self._watching = False
             await self._watch.__aexit__()
@@ -209,17 +211,17 @@ class AutoPlugger:
     async def _follow(self, hub: Plugger) -> None:
         async for change in self._watch:
             if isinstance(change, Departed):
-                self._departed(change.found)
+                self._departed(change.device)
                 continue
-            match self._policy.arrived(change.found):
+            match self._policy.arrived(change.device):
                 case Plug() as plug:
                     came = "is back" if plug.again else "was plugged in"
-                    self._listener.note(f"{change.found} {came}: it goes into the VM")
+                    self._listener.note(f"{change.device} {came}: it goes into the VM")
                     self._start(hub, plug)
                 case Skip(error=error):
                     self._listener.skipped(error)
 
-    def _departed(self, found: Found) -> None:
+    def _departed(self, found: DeviceInfo) -> None:
         slot = self._policy.departed(found)
         if slot is None:
             return
@@ -267,7 +269,7 @@ class AutoPlugger:
         place = self._places.get(slot)
         try:
             if slot not in self._locks:
-                self._locks[slot] = await aside(partial(DeviceLock, plug.found), DeviceLock.release)
+                self._locks[slot] = await run_in_daemon_thread(partial(DeviceLock, plug.found), DeviceLock.release)
             device = await self._find(plug.found)
             label = plug.found.name or plug.found.id
             self._attachments[slot] = await hub.plug_usb(device, label, place)
@@ -282,7 +284,7 @@ class AutoPlugger:
         if attached:
             hub.forget(self._attachments.pop(slot))
         if slot in self._locks:
-            await aside(self._locks.pop(slot).release)
+            await run_in_daemon_thread(self._locks.pop(slot).release)
         if error is not None:
             self._ended(plug, error, attached=attached)
 

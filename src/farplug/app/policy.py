@@ -14,7 +14,7 @@ from typing import Final, Self
 from farplug.app.settings import DeviceRules, Follow
 from farplug.errors import DeviceError, FarplugError, Reason, UsageError
 from farplug.machine.choose import Choice
-from farplug.machine.found import Found
+from farplug.machine.device_info import DeviceInfo
 from farplug.usbredir.filter import Filter, Rule
 from farplug.usbredir.rules import parse_rules
 
@@ -73,8 +73,8 @@ class Slot:
     """
 
     choice: Choice | None = None
-    found: Found | None = None
-    last: Found | None = None
+    found: DeviceInfo | None = None
+    last: DeviceInfo | None = None
 
     @property
     def named(self) -> bool:
@@ -90,7 +90,7 @@ class Plug:
     """Plug ``found`` in, for ``slot``. ``again``: it came back."""
 
     slot: Slot
-    found: Found
+    found: DeviceInfo
     again: bool = False
 
 
@@ -98,7 +98,7 @@ class Plug:
 class Skip:
     """Leave ``found`` alone although somebody may expect it to be plugged; ``error`` says why."""
 
-    found: Found
+    found: DeviceInfo
     error: FarplugError
 
 
@@ -109,7 +109,7 @@ class Policy:
     rules: Rules
     slots: list[Slot] = field(default_factory=list)
 
-    def begin(self, present: Sequence[Found]) -> list[Plug | Skip]:
+    def begin(self, present: Sequence[DeviceInfo]) -> list[Plug | Skip]:
         """Decide about those that are there.
 
         Raises:
@@ -138,7 +138,7 @@ class Policy:
                 decisions += self._by_rules(found, self.rules.on_connect)
         return decisions
 
-    def arrived(self, found: Found) -> Plug | Skip | None:
+    def arrived(self, found: DeviceInfo) -> Plug | Skip | None:
         """Decide about one that came, or that can be used only now."""
         if self._slot_of(found) is not None:
             return None
@@ -156,7 +156,7 @@ class Policy:
             return next(iter(self._by_rules(found, self.rules.later)), None)
         return None
 
-    def departed(self, found: Found) -> Slot | None:
+    def departed(self, found: DeviceInfo) -> Slot | None:
         """Take note that one is gone; the slot that waits for it now."""
         slot = self._slot_of(found)
         if slot is not None:
@@ -177,10 +177,10 @@ class Policy:
             for oldest in former[:-MAX_FORMER]:
                 self.slots.remove(oldest)
 
-    def _slot_of(self, found: Found) -> Slot | None:
+    def _slot_of(self, found: DeviceInfo) -> Slot | None:
         return next((slot for slot in self.slots if slot.found is not None and slot.found.key == found.key), None)
 
-    def _returning(self, found: Found) -> Slot | None:
+    def _returning(self, found: DeviceInfo) -> Slot | None:
         """The slot of a device that came back; rather one that sat in the same port."""
         waiting = [slot for slot in self.slots if slot.found is None and slot.last is not None]
         in_port = [slot for slot in waiting if slot.last is not None and _same_port(slot.last, found)]
@@ -189,13 +189,13 @@ class Policy:
         same = [slot for slot in [*in_port, *waiting] if slot.last is not None and _same_device(slot.last, found)]
         return next(iter(same), None)
 
-    def _waits_for(self, slot: Slot, found: Found) -> bool:
+    def _waits_for(self, slot: Slot, found: DeviceInfo) -> bool:
         """Whether it is what a person named: one that was not there yet, or another one of its kind."""
         if slot.found is not None or slot.choice is None or not slot.choice.candidates([found]):
             return False
-        return slot.last is None or (self.rules.follow is Follow.DEVICE and not slot.choice.is_place)
+        return slot.last is None or (self.rules.follow is Follow.DEVICE and not slot.choice.is_location)
 
-    def _check(self, found: Found) -> None:
+    def _check(self, found: DeviceInfo) -> None:
         """Raise ``DeviceError`` if it must not, or cannot, be plugged."""
         if self.rules.allowed is not None:
             obstacle = found.filtered(self.rules.allowed)
@@ -203,7 +203,7 @@ class Policy:
                 raise obstacle.error(found)
         found.check(force=self.rules.force)
 
-    def _by_rules(self, found: Found, rules: Filter) -> list[Plug | Skip]:
+    def _by_rules(self, found: DeviceInfo, rules: Filter) -> list[Plug | Skip]:
         """At most one decision."""
         if self._slot_of(found) is not None or found.is_hub or not found.judge(rules).allowed:
             return []
@@ -217,28 +217,28 @@ class Policy:
         return [Plug(slot, found)]
 
 
-def _check_caution(found: Found, *filters: Filter | None) -> None:
+def _check_caution(found: DeviceInfo, *filters: Filter | None) -> None:
     """Raise ``DeviceError`` if somebody may want to keep it, and no rule names it."""
     named = any(_names(rule, found) for filter in filters if filter is not None for rule in filter.rules)
-    if found.caution is not None and not named:
+    if found.in_use_as is not None and not named:
         raise DeviceError(
-            f"{found} is left alone: {found.caution}",
-            reason=found.caution.reason,
+            f"{found} is left alone: {found.in_use_as}",
+            reason=found.in_use_as.reason,
             remedy=f"to plug it in nevertheless: --usb-device port:{found.port}, or a rule that names it: "
             f"allow vendor={found.vendor_id:04x} product={found.product_id:04x}",
         )
 
 
-def _same_port(one: Found, other: Found) -> bool:
+def _same_port(one: DeviceInfo, other: DeviceInfo) -> bool:
     """A socket has one port for USB 2 and another one for SuperSpeed."""
     ports = {one.port, one.peer_port} & {other.port, other.peer_port}
     return bool(ports - {""})
 
 
-def _same_device(one: Found, other: Found) -> bool:
+def _same_device(one: DeviceInfo, other: DeviceInfo) -> bool:
     return (one.id, one.serial_number) == (other.id, other.serial_number)
 
 
-def _names(rule: Rule, found: Found) -> bool:
+def _names(rule: Rule, found: DeviceInfo) -> bool:
     """Whether a rule allows just this kind of device: then the person who wrote it knows what it is."""
     return rule.allow and (rule.vendor_id, rule.product_id) == (found.vendor_id, found.product_id)

@@ -19,7 +19,7 @@ from farplug.errors import FarplugError, SetupError
 from farplug.text import printable
 
 if TYPE_CHECKING:
-    from farplug.machine.found import Found, Obstacle
+    from farplug.machine.device_info import DeviceInfo, Obstacle
 
 KINDS = (
     {
@@ -67,7 +67,7 @@ def devices(
     looked = [_look(path) for path in images or []]
     failed = next((entry["error"] for entry in looked if "error" in entry), None)
     no_usb: SetupError | None = None
-    found: Sequence[Found] = ()
+    found: Sequence[DeviceInfo] = ()
     if json or not looked:
         try:
             found = _find(filter)
@@ -84,7 +84,7 @@ def devices(
         raise typer.Exit(exit_code(failed))
 
 
-def _find(rules: str | None) -> Sequence[Found]:
+def _find(rules: str | None) -> Sequence[DeviceInfo]:
     from farplug.machine.listing import list_devices
     from farplug.usbredir.rules import parse_rules
 
@@ -114,7 +114,7 @@ def _error(error: FarplugError) -> dict[str, str]:
     return error.as_dict()
 
 
-def _as_dict(found: Found) -> dict[str, Any]:
+def _as_dict(found: DeviceInfo) -> dict[str, Any]:
     """A device as JSON's types. Ids are text, as lsusb writes them."""
     return {
         "bus": found.bus,
@@ -136,7 +136,7 @@ def _as_dict(found: Found) -> dict[str, Any]:
         "node": str(found.node),
         "can_be_plugged": found.obstacle is None,
         "obstacles": [_obstacle(obstacle) for obstacle in found.obstacles],
-        "caution": None if found.caution is None else _obstacle(found.caution),
+        "caution": None if found.in_use_as is None else _obstacle(found.in_use_as),
         "warnings": list(found.warnings),
     }
 
@@ -145,7 +145,7 @@ def _obstacle(obstacle: Obstacle) -> dict[str, Any]:
     return {
         "reason": str(obstacle.reason),
         "message": obstacle.message,
-        "remedy": obstacle.remedy,
+        **obstacle.remedy.as_dict(),
         "forceable": obstacle.forceable,
     }
 
@@ -155,7 +155,7 @@ def _kind_lines() -> Iterator[str]:
         yield f"{kind['kind']:<22}{kind['option']:<22}{kind['description']}"
 
 
-def _device_lines(devices: Sequence[Found], no_usb: SetupError | None) -> Iterator[str]:
+def _device_lines(devices: Sequence[DeviceInfo], no_usb: SetupError | None) -> Iterator[str]:
     """The devices that are plugged into something: root hubs are a part of the machine."""
     if no_usb is not None:
         yield f"no USB devices: {no_usb.message}"
@@ -174,11 +174,11 @@ def _device_lines(devices: Sequence[Found], no_usb: SetupError | None) -> Iterat
         for obstacle in found.obstacles:
             yield f"    cannot be plugged in: {obstacle}"
             yield from (f"      {remedy}" for remedy in remedy_lines(obstacle.remedy))
-        if found.caution is not None and found.obstacle is None:
-            yield f"    take care: {found.caution}"
+        if found.in_use_as is not None and found.obstacle is None:
+            yield f"    take care: {found.in_use_as}"
 
 
-def _row(found: Found) -> tuple[str, ...]:
+def _row(found: DeviceInfo) -> tuple[str, ...]:
     return (
         found.port,
         f"{found.bus}-{found.address}",

@@ -208,10 +208,10 @@ def _check_vm(report: _Report, wanted: Sequence[requirements.Need]) -> None:
 
 
 def _install_udev_rule(report: _Report) -> None:
-    from farplug.machine.udev import install, udev_rule, whom
+    from farplug.machine.udev import install, permitted_users, udev_rule
 
     rule = udev_rule()
-    for line in (f"{install(rule)}:", f"  {rule}", f"  for {whom()}", ""):
+    for line in (f"{install(rule)}:", f"  {rule}", f"  for {permitted_users()}", ""):
         report.note(line)
 
 

@@ -1,6 +1,6 @@
-"""What farplug uses of python-libusb1, typed; the one place that knows that library has no types of its own.
+"""Types of the part of python-libusb1 that farplug uses, which has none of its own.
 
-The names are libusb's, as python-libusb1 spells them. Tests implement these protocols without any USB.
+The names are libusb's, as python-libusb1 spells them. Tests implement these protocols without USB.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from farplug.usb.types import Buffer
 
 
 class UsbTransfer(Protocol):
-    """``usb1.USBTransfer``: one asynchronous transfer, used again and again."""
+    """``usb1.USBTransfer``: an asynchronous transfer, which can be used again."""
 
     def setControl(
         self,
@@ -57,7 +57,7 @@ class UsbTransfer(Protocol):
 
 
 class UsbHandle(Protocol):
-    """``usb1.USBDeviceHandle``: a device that is open."""
+    """``usb1.USBDeviceHandle``: an open device."""
 
     def getConfiguration(self) -> int: ...
     def setConfiguration(self, configuration: int) -> None: ...
@@ -95,7 +95,7 @@ class UsbSetting(Protocol):
 
 
 class UsbConfiguration(Protocol):
-    """``usb1.USBConfiguration``: a configuration descriptor; its items are the settings of each interface."""
+    """``usb1.USBConfiguration``: a configuration descriptor; its items are the alternate settings of each interface."""
 
     def getConfigurationValue(self) -> int: ...
     def getAttributes(self) -> int: ...
@@ -122,7 +122,7 @@ class UsbDevice(Protocol):
 
 
 class UsbContext(Protocol):
-    """``usb1.USBContext``: a session with libusb."""
+    """``usb1.USBContext``: a context of libusb."""
 
     def getDeviceIterator(self, skip_on_error: bool = False) -> Iterator[UsbDevice]: ...
     def getPollFDList(self) -> list[tuple[int, int]]: ...

@@ -1,4 +1,4 @@
-"""Bulk streams: python-libusb1 has no names for libusb's functions, nor for the pointers that they take.
+"""libusb's functions for bulk streams, which python-libusb1 lacks.
 
 Source: libusb-1.0, "Asynchronous device I/O": libusb_alloc_streams, libusb_free_streams and
 libusb_transfer_set_stream_id.
@@ -18,8 +18,8 @@ _TYPE_BULK_STREAM: Final = 4
 """LIBUSB_TRANSFER_TYPE_BULK_STREAM"""
 
 
-class Streams:
-    """libusb's functions for bulk streams.
+class BulkStreams:
+    """Allocates, frees and assigns bulk streams.
 
     Args:
         functions: libusb, as ctypes loaded it.
@@ -39,28 +39,28 @@ class Streams:
         """Allocate bulk streams on all of the endpoints. Blocks.
 
         Returns:
-            how many each has now; it may be fewer than ``count``.
+            the number of streams of each endpoint, which may be less than ``count``.
 
         Raises:
-            UsbError: there are none.
+            UsbError: no streams can be allocated.
         """
         return _check(
             self._allocate(_pointer(handle), count, (ctypes.c_ubyte * len(endpoints))(*endpoints), len(endpoints))
         )
 
     def free(self, handle: UsbHandle, endpoints: Sequence[int]) -> None:
-        """Give the streams of the endpoints back. Blocks. Raises ``UsbError`` if there are none."""
+        """Free the streams of the endpoints. Blocks. Raises ``UsbError`` if there are none."""
         _check(self._free(_pointer(handle), (ctypes.c_ubyte * len(endpoints))(*endpoints), len(endpoints)))
 
     def assign(self, transfer: UsbTransfer, stream_id: int) -> None:
-        """Make a bulk transfer that is not submitted yet one of a stream."""
+        """Assign a bulk transfer that is not submitted yet to a stream."""
         pointer = _pointer(transfer)
         pointer.contents.type = _TYPE_BULK_STREAM
         self._set_stream_id(pointer, stream_id)
 
 
 def _pointer(wrapper: UsbHandle | UsbTransfer) -> Any:
-    """The C pointer in a USBDeviceHandle or a USBTransfer, which keep it to themselves."""
+    """Return the C pointer in a USBDeviceHandle or a USBTransfer: a private attribute of python-libusb1."""
     names = {usb1.USBDeviceHandle: "_USBDeviceHandle__handle", usb1.USBTransfer: "_USBTransfer__transfer"}
     return getattr(wrapper, names[type(wrapper)])
 

@@ -1,4 +1,4 @@
-"""What a device of this machine says it is, from the descriptors that libusb has read of it. Nothing here blocks."""
+"""Identity and configurations of a device, from the descriptors that libusb has read. No call blocks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class _HasExtra(Protocol):
 
 
 def read_identity(device: UsbDevice, *, manufacturer: str = "", product: str = "", serial_number: str = "") -> Identity:
-    """What it says it is; its names are not in what can be read without opening it."""
+    """Return the identity of a device. Its strings are given: libusb cannot read them without opening the device."""
     return Identity(
         speed_of(device.getDeviceSpeed()),
         device.getVendorID(),
@@ -34,16 +34,16 @@ def read_identity(device: UsbDevice, *, manufacturer: str = "", product: str = "
 
 
 def read_configurations(device: UsbDevice) -> tuple[ConfigurationDescriptor, ...]:
-    """Its configurations, each bConfigurationValue once. What makes no sense is told in their ``warnings``."""
-    found: dict[int, ConfigurationDescriptor] = {}
+    """Return the configurations of a device, each bConfigurationValue once; their ``warnings`` report invalid parts."""
+    configurations: dict[int, ConfigurationDescriptor] = {}
     for configuration in device.iterConfigurations():
         parsed = ConfigurationDescriptor.parse(_raw(configuration))
-        found.setdefault(parsed.value, parsed)
-    return tuple(found.values())
+        configurations.setdefault(parsed.value, parsed)
+    return tuple(configurations.values())
 
 
 def _raw(configuration: UsbConfiguration) -> bytes:
-    """The descriptors of a configuration as they came over the wire: one parser, ours, judges every device."""
+    """Return the descriptors of a configuration as bytes, so that farplug's own parser checks every device."""
     body = bytearray(_extra(configuration))
     numbers: set[int] = set()
     for settings in configuration:
@@ -91,5 +91,5 @@ def _raw(configuration: UsbConfiguration) -> bytes:
 def _extra(descriptor: _HasExtra) -> bytes:
     try:
         return b"".join(map(bytes, descriptor.getExtra()))
-    except ValueError:  # a chain that is cut short or loops
+    except ValueError:  # a chain of descriptors that is cut short or loops
         return b""

@@ -1,6 +1,6 @@
-"""libusb: found, loaded once, and what is needed of it.
+"""libusb: finds and loads the library, once.
 
-python-libusb1 has no types and is imported here only; :mod:`~farplug.libusb.binding` says what is used of it.
+python-libusb1 has no types; :mod:`~farplug.libusb.binding` has those of the part that farplug uses.
 
 Source: libusb-1.0's documentation (https://libusb.sourceforge.io/api-1.0/).
 """
@@ -18,14 +18,14 @@ from typing import Final, cast
 import libusb_package
 import usb1
 
-from farplug.errors import Reason, SetupError
+from farplug.errors import Reason, Remedy, SetupError
 from farplug.libusb.binding import UsbContext, UsbDevice
-from farplug.libusb.bulk_streams import Streams
+from farplug.libusb.bulk_streams import BulkStreams
 from farplug.usb.transfer import Status
 from farplug.usb.types import Speed
 
 UsbError: Final[type[Exception]] = usb1.USBError
-"""Everything that libusb refuses."""
+"""The base class of libusb's errors."""
 AccessDenied: Final[type[Exception]] = usb1.USBErrorAccess
 Busy: Final[type[Exception]] = usb1.USBErrorBusy
 Interrupted: Final[type[Exception]] = usb1.USBErrorInterrupted
@@ -45,7 +45,7 @@ _STATUS: Final = {
     usb1.TRANSFER_STALL: Status.STALL,
     usb1.TRANSFER_NO_DEVICE: Status.IO_ERROR,
     usb1.TRANSFER_OVERFLOW: Status.BABBLE,
-    -errno.EXDEV: Status.SUCCESS,  # of a packet: Linux could not move all of it in its time
+    -errno.EXDEV: Status.SUCCESS,  # of a packet: Linux could move only a part of it in its interval
 }
 
 _SPEED: Final = {
@@ -61,15 +61,15 @@ _SYSTEM_LIBRARY: Final = {"win32": "libusb-1.0.dll", "darwin": "libusb-1.0.0.dyl
 
 
 def transfer_status(code: int) -> Status:
-    """How a transfer ended, from libusb's word for it (of a whole transfer, or of one isochronous packet).
+    """Return the status for libusb's code of a transfer or an isochronous packet.
 
-    Linux leaves the kernel's negative error numbers in packets that it has no word for: those are I/O errors.
+    On Linux a packet may have a negative error number of the kernel instead: an I/O error.
     """
     return _STATUS.get(code, Status.IO_ERROR)
 
 
 def speed_of(code: int) -> Speed:
-    """A device's speed; one that nobody knows counts as full speed, as QEMU takes it."""
+    """Return a device's speed; an unknown one is full speed, as in QEMU."""
     return _SPEED.get(code, Speed.FULL)
 
 
@@ -84,31 +84,37 @@ def _load() -> ctypes.CDLL:
         try:
             library = kind(str(name), use_errno=True, use_last_error=True)
             usb1.loadLibrary(library)
-        except (OSError, AttributeError) as error:  # AttributeError: a libusb that is too old
+        except (OSError, AttributeError) as error:  # AttributeError: libusb is too old
             errors.append(str(error))
         else:
             return library
     raise SetupError(
         f"libusb-1.0 cannot be loaded: {'; '.join(errors)}",
         reason=Reason.NO_LIBUSB,
-        remedy="install it: apt install libusb-1.0-0 (Debian, Ubuntu), dnf install libusb1 (Fedora), "
-        "or pip install --force-reinstall libusb-package",
+        remedy=Remedy(
+            "install libusb with one of these commands",
+            command="sudo apt install libusb-1.0-0  # Debian, Ubuntu\n"
+            "sudo dnf install libusb1  # Fedora\n"
+            "pip install --force-reinstall libusb-package",
+        ),
     )
 
 
 class Library:
-    """libusb, loaded.
+    """The loaded libusb.
+
+    Attributes:
+        bulk_streams: libusb's functions for bulk streams.
 
     Raises:
-        SetupError: neither the system nor the package libusb-package has it (``NO_LIBUSB``).
+        SetupError: neither the system nor the package libusb-package has libusb (``NO_LIBUSB``).
     """
 
     def __init__(self) -> None:
-        self.streams = Streams(_load())
-        """What python-libusb1 lacks."""
+        self.bulk_streams = BulkStreams(_load())
 
     def open_context(self) -> UsbContext:
-        """Begin a session of its own with libusb; :meth:`UsbContext.close` ends it. Looks for devices: may block.
+        """Return a new context of libusb; the caller closes it. libusb lists the devices, which may block.
 
         Raises:
             SetupError: libusb cannot work on this machine (``NO_LIBUSB``).
@@ -120,13 +126,13 @@ class Library:
             raise SetupError(
                 f"libusb cannot be used on this machine: {error}",
                 reason=Reason.NO_LIBUSB,
-                remedy="USB must be there: in a container, give it /dev/bus/usb and /sys/bus/usb",
+                remedy="make USB available: in a container, mount /dev/bus/usb and /sys/bus/usb",
             ) from error
         return cast(UsbContext, context)
 
     @contextmanager
     def devices(self) -> Iterator[list[UsbDevice]]:
-        """The devices of the machine, for the length of a ``with`` block. Looks for them: may block.
+        """Yield the devices of the machine, which are valid in the ``with`` block. May block.
 
         Raises:
             SetupError: libusb cannot work on this machine (``NO_LIBUSB``).

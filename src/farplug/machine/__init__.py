@@ -1,1 +1,1 @@
-"""The USB devices of this machine: list, watch and choose them, and find what keeps one from being used."""
+"""The USB devices of this machine: list, watch and choose them, and find what prevents using one."""

@@ -1,4 +1,4 @@
-"""Which device of this machine a person means: exactly one, or an error that lists those that it could be."""
+"""Choose a device of this machine by what a user wrote: exactly one, or an error that lists the candidates."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
-from farplug.errors import DeviceError, FarplugError, Reason, UsageError
-from farplug.machine.found import Found
+from farplug.errors import DeviceError, FarplugError, Reason, Remedy, UsageError
+from farplug.machine.device_info import DeviceInfo
 
 FORMS: Final = "VID:PID, BUS-ADDRESS, BUS-PORT.PORT, serial:NUMBER, or a part of its name"
 MAX_TEXT: Final = 256
-"""Characters of a choice; USB strings have at most 126."""
+"""Characters of a choice. USB strings have at most 126."""
 MAX_LISTED: Final = 16
 """Devices that an error lists."""
 
 
 class _Form(Enum):
-    """How a device was named."""
+    """What a user named a device by."""
 
     ID = "id"
-    PLACE = "place"
+    LOCATION = "location"
     PORT = "port"
     ADDRESS = "address"
     SERIAL = "serial"
@@ -32,22 +32,22 @@ class _Form(Enum):
 
 _PREFIXES = {f"{form.value}:": form for form in (_Form.PORT, _Form.ADDRESS, _Form.SERIAL, _Form.NAME)}
 _ID = re.compile(r"(?:0x)?([0-9a-f]{1,4}):(?:0x)?([0-9a-f]{1,4})", re.IGNORECASE | re.ASCII)
-_PLACE = re.compile(r"([0-9]{1,4})-([0-9]{1,3})((?:\.[0-9]{1,3}){0,6})", re.ASCII)
+_LOCATION = re.compile(r"([0-9]{1,4})-([0-9]{1,3})((?:\.[0-9]{1,3}){0,6})", re.ASCII)
 _LOOKS_LIKE_ID = re.compile(r"[0-9a-fx]*:[0-9a-fx]*", re.IGNORECASE | re.ASCII)
-_LOOKS_LIKE_PLACE = re.compile(r"[0-9]+-[0-9.]*", re.ASCII)
+_LOOKS_LIKE_LOCATION = re.compile(r"[0-9]+-[0-9.]*", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """How a person named a device.
+    """What a user wrote to name a device.
 
-    ``1-5`` may be an address (as in ``lsusb``) or a port: it names whatever is one of them. ``address:1-5`` and
-    ``port:1-5`` tell them apart.
+    ``1-5`` matches a device with this address (as in ``lsusb``) or in this port; ``address:1-5`` and ``port:1-5`` match
+    only one of the two.
 
     Attributes:
-        text: as it was written.
-        form: how it is meant.
-        value: what the devices are compared with.
+        text: what the user wrote.
+        form: what the text names a device by.
+        value: what is compared with the devices.
     """
 
     text: str
@@ -56,62 +56,64 @@ class Choice:
 
     @classmethod
     def parse(cls, text: str) -> Choice:
-        """Understand what was written.
+        """Parse what the user wrote.
 
         Raises:
-            UsageError: it cannot name a device (``BAD_OPTION``).
+            UsageError: the text cannot name a device (``BAD_OPTION``).
         """
         if len(text) > MAX_TEXT:
-            raise _bad(f"{text[:40]!r}... names no USB device: it has {len(text)} characters, more than {MAX_TEXT}")
+            raise _bad(
+                f"{text[:40]!r}... cannot name a USB device: it has {len(text)} characters, more than {MAX_TEXT}"
+            )
         for prefix, form in _PREFIXES.items():
             if text.startswith(prefix):
                 return cls(text, form, cls._prefixed(text, form, text.removeprefix(prefix).strip()))
         if match := _ID.fullmatch(text):
             return cls(text, _Form.ID, (int(match[1], 16), int(match[2], 16)))
-        if match := _PLACE.fullmatch(text):
-            return cls(text, _Form.PORT if match[3] else _Form.PLACE, _normal_port(match))
+        if match := _LOCATION.fullmatch(text):
+            return cls(text, _Form.PORT if match[3] else _Form.LOCATION, _normal_port(match))
         if not text.strip():
-            raise _bad("an empty text names no USB device")
+            raise _bad("an empty text cannot name a USB device")
         if _LOOKS_LIKE_ID.fullmatch(text):
-            raise _bad(f"{text!r} is not a VID:PID: it is written as two numbers of 4 hexadecimal digits, as 1050:0407")
-        if _LOOKS_LIKE_PLACE.fullmatch(text):
-            raise _bad(f"{text!r} is not a place: it is written as BUS-ADDRESS (1-5) or BUS-PORT.PORT (2-1.3)")
+            raise _bad(f"{text!r} is not a valid VID:PID: write two numbers of 4 hexadecimal digits, as 1050:0407")
+        if _LOOKS_LIKE_LOCATION.fullmatch(text):
+            raise _bad(f"{text!r} is not a valid location: write BUS-ADDRESS (1-5) or BUS-PORT.PORT (2-1.3)")
         return cls(text, _Form.NAME, text.strip().casefold())
 
     @staticmethod
     def _prefixed(text: str, form: _Form, value: str) -> str | tuple[int, int]:
         if not value:
-            raise _bad(f"{text!r} names no USB device: nothing follows the colon")
+            raise _bad(f"{text!r} cannot name a USB device: nothing follows the colon")
         if form is _Form.SERIAL:
             return value
         if form is _Form.NAME:
             return value.casefold()
-        match = _PLACE.fullmatch(value)
+        match = _LOCATION.fullmatch(value)
         if match is None or (form is _Form.ADDRESS and match[3]):
             written = "BUS-ADDRESS (1-5)" if form is _Form.ADDRESS else "BUS-PORT.PORT (2-1.3)"
-            raise _bad(f"{text!r} is not a valid {form.value}: it is written as {form.value}:{written}")
+            raise _bad(f"{text!r} is not a valid {form.value}: write {form.value}:{written}")
         return _normal_port(match)
 
     @property
-    def is_place(self) -> bool:
-        """Whether it says where a device is, and not what it is."""
-        return self.form in (_Form.PLACE, _Form.PORT, _Form.ADDRESS)
+    def is_location(self) -> bool:
+        """Return whether the choice names a location (address or port) instead of a device."""
+        return self.form in (_Form.LOCATION, _Form.PORT, _Form.ADDRESS)
 
-    def matches(self, found: Found) -> bool:
-        """Whether it names this device."""
-        return _MATCHERS[self.form](found, self.value)
+    def matches(self, device: DeviceInfo) -> bool:
+        """Return whether the choice names this device."""
+        return _MATCHERS[self.form](device, self.value)
 
-    def candidates(self, devices: Sequence[Found]) -> list[Found]:
-        """Those that it names. A hub is only meant where nothing else is."""
-        named = [found for found in devices if self.matches(found)]
-        return [found for found in named if not found.is_hub] or named
+    def candidates(self, devices: Sequence[DeviceInfo]) -> list[DeviceInfo]:
+        """Return the devices that the choice names; hubs only if no other device matches."""
+        named = [device for device in devices if self.matches(device)]
+        return [device for device in named if not device.is_hub] or named
 
-    def choose(self, devices: Sequence[Found]) -> Found:
-        """Find the one device that it names.
+    def choose(self, devices: Sequence[DeviceInfo]) -> DeviceInfo:
+        """Return the one device that the choice names.
 
         Raises:
-            DeviceError: there is none (``NOT_FOUND``); the remedy lists the nearest ones.
-            UsageError: there are several (``AMBIGUOUS``); the remedy lists them.
+            DeviceError: no device matches (``NOT_FOUND``); the remedy lists the nearest ones.
+            UsageError: several devices match (``AMBIGUOUS``); the remedy lists them.
         """
         named = self.candidates(devices)
         if len(named) == 1:
@@ -124,24 +126,26 @@ class Choice:
             )
         raise self.not_found(devices)
 
-    def not_found(self, devices: Sequence[Found]) -> FarplugError:
-        """What to raise when no device matches."""
-        near = self._nearest([found for found in devices if not found.is_hub])
-        remedy = f"these are plugged in:\n{table(near)}" if near else "no USB device is plugged in"
+    def not_found(self, devices: Sequence[DeviceInfo]) -> FarplugError:
+        """Return the error to raise when no device matches."""
+        near = self._nearest([device for device in devices if not device.is_hub])
+        listed = f"these are plugged in:\n{table(near)}" if near else "no USB device is plugged in"
         return DeviceError(
             f"no USB device matches {self.text!r}",
             reason=Reason.NOT_FOUND,
-            remedy=f"{remedy}\nto wait until it is plugged in: --wait",
+            remedy=Remedy(f"{listed}\nto wait until the device is plugged in", setting="rules.wait", value=True),
         )
 
-    def _nearest(self, devices: Sequence[Found]) -> Sequence[Found]:
-        """Those that it may have been meant to name; all if none is near."""
-        near: Sequence[Found] = ()
+    def _nearest(self, devices: Sequence[DeviceInfo]) -> Sequence[DeviceInfo]:
+        """Return the devices that resemble the choice; all devices if none does."""
+        near: Sequence[DeviceInfo] = ()
         if isinstance(self.value, tuple):
-            near = [found for found in devices if self.value[0] == found.vendor_id]
+            near = [device for device in devices if self.value[0] == device.vendor_id]
         elif self.form in (_Form.NAME, _Form.SERIAL):
-            attribute = (lambda found: found.serial_number) if self.form is _Form.SERIAL else _full_name
-            names = {word: found for found in devices for word in (attribute(found), *attribute(found).split()) if word}
+            attribute = (lambda device: device.serial_number) if self.form is _Form.SERIAL else _full_name
+            names = {
+                word: device for device in devices for word in (attribute(device), *attribute(device).split()) if word
+            }
             close = difflib.get_close_matches(self.value, names, n=MAX_LISTED)
             near = list(dict.fromkeys(names[name] for name in close))
         return near or devices
@@ -151,33 +155,33 @@ class Choice:
 
 
 def _normal_port(match: re.Match[str]) -> str:
-    """Without leading zeros, as the kernel writes it."""
+    """Return a port without leading zeros, as the kernel writes it."""
     return f"{int(match[1])}-{int(match[2])}" + "".join(f".{int(port)}" for port in match[3].split(".")[1:])
 
 
-def _full_name(found: Found) -> str:
-    return f"{found.manufacturer} {found.product}".strip().casefold()
+def _full_name(device: DeviceInfo) -> str:
+    return f"{device.manufacturer} {device.product}".strip().casefold()
 
 
-def _address(found: Found) -> str:
-    return f"{found.bus}-{found.address}"
+def _address(device: DeviceInfo) -> str:
+    return f"{device.bus}-{device.address}"
 
 
-_MATCHERS: dict[_Form, Callable[[Found, str | tuple[int, int]], bool]] = {
-    _Form.ID: lambda found, value: (found.vendor_id, found.product_id) == value,
-    _Form.PLACE: lambda found, value: value in (_address(found), found.port),
-    _Form.PORT: lambda found, value: value == found.port,
-    _Form.ADDRESS: lambda found, value: value == _address(found),
-    _Form.SERIAL: lambda found, value: value == found.serial_number,
-    _Form.NAME: lambda found, value: str(value) in _full_name(found),
+_MATCHERS: dict[_Form, Callable[[DeviceInfo, str | tuple[int, int]], bool]] = {
+    _Form.ID: lambda device, value: (device.vendor_id, device.product_id) == value,
+    _Form.LOCATION: lambda device, value: value in (_address(device), device.port),
+    _Form.PORT: lambda device, value: value == device.port,
+    _Form.ADDRESS: lambda device, value: value == _address(device),
+    _Form.SERIAL: lambda device, value: value == device.serial_number,
+    _Form.NAME: lambda device, value: str(value) in _full_name(device),
 }
 
 
-def table(devices: Sequence[Found]) -> str:
-    """Devices to choose from, one a line; a bounded number."""
+def table(devices: Sequence[DeviceInfo]) -> str:
+    """Return a table of devices, one a line, at most :data:`MAX_LISTED`."""
     rows = [
-        (found.port, f"bus {found.bus} address {found.address}", found.id, _about(found))
-        for found in devices[:MAX_LISTED]
+        (device.port, f"bus {device.bus} address {device.address}", device.id, _about(device))
+        for device in devices[:MAX_LISTED]
     ]
     widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
     lines = [
@@ -187,12 +191,14 @@ def table(devices: Sequence[Found]) -> str:
     return "\n".join(line.rstrip() for line in [*lines, *([f"and {more} more"] if more > 0 else [])])
 
 
-def _about(found: Found) -> str:
-    serial = f"serial:{found.serial_number}" if found.serial_number else ""
-    return f"{found.name or '(no name)'}  {serial}"
+def _about(device: DeviceInfo) -> str:
+    serial = f"serial:{device.serial_number}" if device.serial_number else ""
+    return f"{device.name or '(no name)'}  {serial}"
 
 
 def _bad(message: str) -> UsageError:
     return UsageError(
-        message, reason=Reason.BAD_OPTION, remedy=f"name it by {FORMS} ('farplug devices' lists what is there)"
+        message,
+        reason=Reason.BAD_OPTION,
+        remedy=Remedy(f"name the device by {FORMS}; this command lists the devices", command="farplug devices"),
     )

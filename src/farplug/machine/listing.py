@@ -1,7 +1,7 @@
-"""The USB devices of this machine, from sysfs: that needs no permission and opens no device.
+"""The USB devices of this machine, from sysfs, which needs no permission and opens no device.
 
-What a device says about itself is not trusted: descriptors that are cut short, loop or contradict themselves are listed
-with what makes sense in them. Sources: Documentation/ABI/stable/sysfs-bus-usb and sysfs-devices-usb of Linux.
+Descriptors are not trusted: from descriptors that are cut short, loop or contradict themselves, the valid part is
+listed. Sources: Documentation/ABI/stable/sysfs-bus-usb and sysfs-devices-usb of Linux.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from farplug.errors import Reason, SetupError
-from farplug.machine.found import Found, FoundInterface
-from farplug.machine.obstacles import Uses, caution, obstacles
-from farplug.machine.sysfs import bus_and_address, listed, number, on_windows, read, read_bytes
+from farplug.errors import Reason, Remedy, SetupError
+from farplug.machine.device_info import DeviceInfo, InterfaceInfo
+from farplug.machine.obstacles import Uses, in_use_as, obstacles
+from farplug.machine.sysfs import bus_and_address, list_folder, number, on_windows, read, read_bytes
 from farplug.machine.usb_ids import UsbIds, usb_ids
 from farplug.text import printable
 from farplug.usb.descriptors import MAX_WARNINGS, ConfigurationDescriptor, DeviceDescriptor
 from farplug.usb.types import DescriptorType, Speed
 
 DEVICES = Path("sys/bus/usb/devices")
-"""Below the root."""
+"""The folder of the devices, below the root."""
 
 MAX_CONFIGURATIONS = 8
-"""Linux keeps no more (USB_MAXCONFIG)."""
+"""The limit of Linux (USB_MAXCONFIG)."""
 MAX_DESCRIPTORS = 18 + MAX_CONFIGURATIONS * 0xFFFF
-"""Bytes of a device descriptor and that many configurations."""
+"""Bytes of a device descriptor and :data:`MAX_CONFIGURATIONS` configurations."""
 
 DEVICE_NAME = re.compile(r"usb\d{1,4}|\d{1,4}-\d{1,3}(?:\.\d{1,3}){0,6}")
 _INTERFACE_NAME = re.compile(r"(.+):(\d{1,3})\.(\d{1,3})")
@@ -44,14 +44,14 @@ _SPEEDS = {
 }
 
 
-def list_devices(root: Path = Path("/"), ports: Collection[str] | None = None) -> list[Found]:
-    """List the USB devices of this machine, hubs included, by bus and port.
+def list_devices(root: Path = Path("/"), ports: Collection[str] | None = None) -> list[DeviceInfo]:
+    """Return the USB devices of this machine, hubs included, by bus and port.
 
-    It may wait for a device that hangs: call it in a thread.
+    A device that hangs blocks the call: make it in a thread.
 
     Args:
         root: where /sys, /dev and /usr are.
-        ports: those that are looked at; None: all.
+        ports: the ports to list; None: all.
 
     Raises:
         SetupError: the kernel has no USB here (``NO_USB``); on Windows: there is no libusb.
@@ -65,23 +65,25 @@ def list_devices(root: Path = Path("/"), ports: Collection[str] | None = None) -
         raise SetupError(
             f"this machine has no USB: there is no {folder}",
             reason=Reason.NO_USB,
-            remedy="a container sees it if /sys is mounted there; a VM needs a USB controller; else: "
-            "sudo modprobe usbcore",
+            remedy=Remedy(
+                "mount /sys into a container; add a USB controller to a VM; elsewhere, load the kernel's USB support",
+                command="sudo modprobe usbcore",
+            ),
         )
     ids = usb_ids(root)
-    paths = (path for path in listed(folder) if DEVICE_NAME.fullmatch(path.name))
-    found = (_read_device(path, root, ids) for path in paths if ports is None or path.name in ports)
-    return sorted((device for device in found if device is not None), key=_place)
+    paths = (path for path in list_folder(folder) if DEVICE_NAME.fullmatch(path.name))
+    devices = (_read_device(path, root, ids) for path in paths if ports is None or path.name in ports)
+    return sorted((device for device in devices if device is not None), key=_order)
 
 
-def _place(found: Found) -> tuple[int, list[int], int]:
-    """Root hubs before what is plugged into them, ports in the order of their numbers."""
-    ports = [] if found.port.startswith("usb") else list(map(int, re.findall(r"\d+", found.port)))
-    return found.bus, ports, found.address
+def _order(device: DeviceInfo) -> tuple[int, list[int], int]:
+    """Return a key that sorts root hubs before other devices of their bus, and ports by their numbers."""
+    ports = [] if device.port.startswith("usb") else list(map(int, re.findall(r"\d+", device.port)))
+    return device.bus, ports, device.address
 
 
-def _read_device(path: Path, root: Path, ids: UsbIds) -> Found | None:
-    """One device; None if it has just left."""
+def _read_device(path: Path, root: Path, ids: UsbIds) -> DeviceInfo | None:
+    """Return one device; None if it was just unplugged."""
     key = bus_and_address(path)
     if key is None:
         return None
@@ -94,12 +96,10 @@ def _read_device(path: Path, root: Path, ids: UsbIds) -> Found | None:
     layout = layout or next(iter(configurations), None)
     warnings = [*descriptor.warnings, *(warning for one in configurations for warning in one.warnings)]
     if len(configurations) != descriptor.configuration_count:
-        warnings.append(
-            f"the device says that it has {descriptor.configuration_count} configurations, not {len(configurations)}"
-        )
+        warnings.append(f"bNumConfigurations is {descriptor.configuration_count}, but there are {len(configurations)}")
     vendor_id = _descriptor_or(descriptor.vendor_id, path / "idVendor")
     product_id = _descriptor_or(descriptor.product_id, path / "idProduct")
-    found = Found(
+    device = DeviceInfo(
         bus=bus,
         address=address,
         port=path.name,
@@ -122,8 +122,8 @@ def _read_device(path: Path, root: Path, ids: UsbIds) -> Found | None:
         path=path,
         warnings=tuple(warnings[:MAX_WARNINGS]),
     )
-    uses = Uses.of(found)
-    return replace(found, obstacles=tuple(obstacles(found, root, uses)), caution=caution(uses))
+    uses = Uses.of(device)
+    return replace(device, obstacles=tuple(obstacles(device, root, uses)), in_use_as=in_use_as(uses))
 
 
 def _first(*numbers: int | None) -> int | None:
@@ -131,7 +131,7 @@ def _first(*numbers: int | None) -> int | None:
 
 
 def _descriptor_or(value: int, attribute: Path) -> int:
-    """A field of the device descriptor; where that is cut short, the kernel may still tell it."""
+    """Return a field of the device descriptor, or the kernel's attribute if the descriptor is cut short."""
     return value or min(number(attribute, 16) or 0, 0xFFFF)
 
 
@@ -143,11 +143,11 @@ def _configurations(raw: bytes) -> Iterator[ConfigurationDescriptor]:
         position += total
 
 
-def _interfaces(path: Path, layout: ConfigurationDescriptor | None) -> Iterator[FoundInterface]:
-    """As the kernel sees them, which knows their settings and drivers; what it has not set up, by the descriptors."""
+def _interfaces(path: Path, layout: ConfigurationDescriptor | None) -> Iterator[InterfaceInfo]:
+    """Return the interfaces with the kernel's settings and drivers; those that it has not set up from descriptors."""
     described = {} if layout is None else {one.number: one for one in layout.select()}
-    known: dict[int, FoundInterface] = {}
-    for folder in listed(path):
+    known: dict[int, InterfaceInfo] = {}
+    for folder in list_folder(path):
         match = _INTERFACE_NAME.fullmatch(folder.name)
         if match is None or match[1].removesuffix("-0") != path.name.replace("usb", ""):
             continue
@@ -158,10 +158,10 @@ def _interfaces(path: Path, layout: ConfigurationDescriptor | None) -> Iterator[
         class_code, subclass, protocol = (
             min(_first(number(folder / name, 16), code) or 0, 0xFF) for name, code in zip(names, codes, strict=True)
         )
-        known[interface] = FoundInterface(interface, (class_code, subclass, protocol), _driver(folder))
+        known[interface] = InterfaceInfo(interface, (class_code, subclass, protocol), _driver(folder))
     for interface, one in described.items():
         codes = (one.interface_class, one.interface_subclass, one.interface_protocol)
-        known.setdefault(interface, FoundInterface(interface, codes))
+        known.setdefault(interface, InterfaceInfo(interface, codes))
     return (known[interface] for interface in sorted(known))
 
 
@@ -173,10 +173,10 @@ def _driver(folder: Path) -> str:
 
 
 def _peer_port(path: Path) -> str:
-    """The same socket's port at its other speeds: the kernel knows it for USB 3 sockets."""
+    """Return the port that the same socket has at its other speeds, which the kernel knows for USB 3 sockets."""
     try:
         match = _PORT_NAME.fullmatch((path / "port/peer").resolve(strict=True).name)
-    except (OSError, RuntimeError):  # no such link, or one that loops
+    except (OSError, RuntimeError):  # no such link, or a loop of links
         return ""
     if match is None:
         return ""

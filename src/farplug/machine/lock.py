@@ -1,7 +1,7 @@
-"""One farplug for each device: a lock on the device's own node.
+"""A lock on a device's file, so that only one farplug uses the device.
 
-A lock on the node needs no folder that all users share, holds in containers that share /dev, ends with the process
-however that ends, and a device that is plugged in anew is not locked.
+Such a lock needs no folder that all users share, holds in containers that share /dev, ends with the process in any
+case, and does not outlive the device: a device that is plugged in again has a new file.
 """
 
 from __future__ import annotations
@@ -9,47 +9,48 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from farplug.errors import DeviceError, Reason
-from farplug.machine.found import Found
-from farplug.machine.obstacles import busy, gone, no_permission
-from farplug.machine.sysfs import TOO_MANY_OPEN, fewer_open_files
+from farplug.errors import DeviceError, Reason, Remedy
+from farplug.machine.device_info import DeviceInfo
+from farplug.machine.obstacles import busy, device_lost, no_permission
+from farplug.machine.sysfs import TOO_MANY_OPEN, open_files_remedy
 
 
 class DeviceLock:
-    """A device that no other farplug takes, until :meth:`release`.
+    """A lock that keeps other farplugs from a device, until :meth:`release`.
 
-    Opening a node waits for a device that hangs: take and release it in a thread.
+    Opening the file of a device that hangs blocks: lock and release in a thread.
 
     Raises:
-        DeviceError: another farplug has it (``BUSY``), it is not there any more (``DEVICE_LOST``), there is no
+        DeviceError: another farplug uses the device (``BUSY``), it was unplugged (``DEVICE_LOST``), there is no
             permission (``NO_PERMISSION``), or there are too many open files (``IO_ERROR``).
     """
 
-    def __init__(self, found: Found) -> None:
-        self.node: Path = found.node
+    def __init__(self, device: DeviceInfo) -> None:
+        self.node: Path = device.node
         try:
-            self._descriptor = os.open(found.node, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            self._descriptor = os.open(device.node, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except PermissionError as error:
-            raise no_permission(found.vendor_id, found.product_id).error(found) from error
+            raise no_permission(device.vendor_id, device.product_id).error(device) from error
         except OSError as error:
             why = os.strerror(error.errno or 0)
             if error.errno in TOO_MANY_OPEN:
                 raise DeviceError(
-                    f"{found} cannot be plugged in: {why}",
+                    f"{device} cannot be plugged in: {why}",
                     reason=Reason.IO_ERROR,
-                    remedy=fewer_open_files(error),
+                    remedy=open_files_remedy(error),
                 ) from error
-            raise gone(found, why, "plug it in again; --wait waits for it") from error
-        import fcntl  # Windows has none
+            remedy = Remedy("plug it in again, or wait until it is plugged in", setting="rules.wait", value=True)
+            raise device_lost(device, why, remedy) from error
+        import fcntl  # not on Windows
 
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(self._descriptor)
-            raise busy(found.node, "another farplug").error(found) from error
+            raise busy(device.node, "another farplug").error(device) from error
 
     def release(self) -> None:
-        """Let others have the device. Does nothing the second time."""
+        """Release the lock. Does nothing the second time."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Why a device of this machine cannot be plugged in, and what to do about it."""
+"""What prevents plugging in a device of this machine, and how to remove it."""
 
 from __future__ import annotations
 
@@ -9,41 +9,43 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from farplug.errors import DeviceError, Reason, SetupError
-from farplug.machine.found import Found, Obstacle
-from farplug.machine.sysfs import check, listed, read, read_bytes
+from farplug.errors import DeviceError, Reason, Remedy, SetupError
+from farplug.machine.device_info import DeviceInfo, Obstacle
+from farplug.machine.sysfs import list_folder, raise_if_too_many_open, read, read_bytes
 from farplug.machine.udev import install_commands, udev_rule
 from farplug.text import printable
 
 MAX_FOLDERS = 4096
-"""Folders of a device in sysfs that are looked into for disks, keyboards and networks."""
+"""Folders of a device in sysfs that are searched for disks, keyboards and networks."""
 LOCKS = Path("/proc/locks")
 MAX_LOCKS = 1 << 20
-"""Bytes of it that are read: each lock has a line of some 60."""
+"""Bytes of :data:`LOCKS` that are read: a lock has a line of about 60 bytes."""
 MAX_HOLDERS = 3
-"""Programs that are named."""
+"""Programs that a message names."""
 ROUTES, ROUTES6 = Path("/proc/net/route"), Path("/proc/net/ipv6_route")
 MAX_ROUTES = 1 << 20
-"""Bytes of each that are read: a route has a line of some 150."""
+"""Bytes of each file of routes that are read: a route has a line of about 150 bytes."""
 _EVERYWHERE = re.compile("fe[89ab]|ff", re.IGNORECASE)
-"""Link-local and multicast networks, which Linux gives to every interface (RFC 4291, section 2.4)."""
+"""Link-local and multicast networks, which every interface has (RFC 4291, section 2.4)."""
 
-IS_HUB = Obstacle(Reason.HUB, "it is a hub", "name the devices that are plugged into it")
+REPLUG = Remedy("unplug it and plug it in again")
+
+IS_HUB = Obstacle(Reason.HUB, "it is a USB hub", Remedy("choose the devices that are plugged into the hub"))
 
 _BTN_LEFT = 0x110
 _TYPING_KEYS = 0xFFFF_FFFE
-"""Escape, the digits and the letters up to D: what udev takes for a keyboard."""
+"""Escape, the digits and the letters up to D: a device that has them is a keyboard (udev's input_id)."""
 _WORD_BITS = 8 * struct.calcsize("L")
 
 
 @dataclass(slots=True)
 class Uses:
-    """What the kernel made of a device: its disks, the keyboards and mice that are read, the networks in use.
+    """The disks, keyboards, mice and networks in use that the kernel has created for a device.
 
     Attributes:
         disks: folders of block devices in sysfs.
         inputs: "keyboard", "mouse".
-        networks: names of interfaces.
+        networks: names of network interfaces.
     """
 
     disks: list[Path] = field(default_factory=list)
@@ -51,12 +53,12 @@ class Uses:
     networks: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, found: Found) -> Uses:
-        """Look below a device's interfaces that have a driver."""
+    def of(cls, device: DeviceInfo) -> Uses:
+        """Search the folders of a device's interfaces, if any of these has a driver."""
         uses = cls()
-        prefix = f"{found.port}:"
-        if any(interface.driver for interface in found.interfaces):
-            for folder in _below([entry for entry in listed(found.path) if entry.name.startswith(prefix)]):
+        prefix = f"{device.port}:"
+        if any(interface.driver for interface in device.interfaces):
+            for folder in _below([entry for entry in list_folder(device.path) if entry.name.startswith(prefix)]):
                 if folder.parent.name == "block":
                     uses.disks.append(folder)
                 elif folder.parent.name == "input" and (kind := _input_kind(folder)):
@@ -67,17 +69,17 @@ class Uses:
 
 
 def _below(folders: list[Path]) -> Iterator[Path]:
-    """All folders below, not following links; a bounded number."""
+    """Yield folders and the folders in them, at most :data:`MAX_FOLDERS`; links are not followed."""
     for _ in range(MAX_FOLDERS):
         if not folders:
             return
         folder = folders.pop(0)
         yield folder
-        folders += [entry for entry in listed(folder) if not entry.is_symlink() and entry.is_dir()]
+        folders += [entry for entry in list_folder(folder) if not entry.is_symlink() and entry.is_dir()]
 
 
 def _input_kind(folder: Path) -> str:
-    """What an input device is used for, by its capabilities (the rules of udev's input_id)."""
+    """Return "keyboard", "mouse" or "" for an input device, by its capabilities (the rules of udev's input_id)."""
     keys, axes = _bits(folder, "key"), _bits(folder, "rel") | _bits(folder, "abs")
     if keys & _TYPING_KEYS == _TYPING_KEYS:
         return "keyboard"
@@ -85,7 +87,7 @@ def _input_kind(folder: Path) -> str:
 
 
 def _bits(folder: Path, kind: str) -> int:
-    """A bitmap: words of the machine in hexadecimal, the highest first."""
+    """Return a bitmap of capabilities: machine words in hexadecimal, the highest first."""
     number = 0
     for word in read(folder / "capabilities" / kind).split():
         if not re.fullmatch(r"[0-9a-f]{1,16}", word):
@@ -95,11 +97,11 @@ def _bits(folder: Path, kind: str) -> int:
 
 
 def _is_network_in_use(folder: Path) -> bool:
-    """Whether a network interface has a route, or is part of another one: of a bridge, say.
+    """Return whether a network interface has a route, or is part of another interface, as of a bridge.
 
     Source: proc_net(5), "route"; Linux, Documentation/ABI/testing/sysfs-class-net ("upper_").
     """
-    if any(entry.name.startswith("upper_") for entry in listed(folder)):
+    if any(entry.name.startswith("upper_") for entry in list_folder(folder)):
         return True
     routes = [line.split() for line in read_bytes(ROUTES, MAX_ROUTES).decode(errors="replace").splitlines()]
     routes6 = [line.split() for line in read_bytes(ROUTES6, MAX_ROUTES).decode(errors="replace").splitlines()]
@@ -108,74 +110,79 @@ def _is_network_in_use(folder: Path) -> bool:
     )
 
 
-def obstacles(found: Found, root: Path, uses: Uses) -> Iterator[Obstacle]:
-    """What stands against plugging a device in, the worst first."""
-    if found.is_hub:
+def obstacles(device: DeviceInfo, root: Path, uses: Uses) -> Iterator[Obstacle]:
+    """Yield what prevents plugging in a device, the worst first."""
+    if device.is_hub:
         yield IS_HUB
         return
-    if read(found.path / "authorized") == "0":
+    if read(device.path / "authorized") == "0":
         yield Obstacle(
             Reason.NOT_AUTHORIZED,
             "this machine does not authorize it",
-            f"allow it in USBGuard, or: echo 1 | sudo tee {found.path}/authorized",
+            Remedy("allow it in USBGuard, or authorize it once", command=f"echo 1 | sudo tee {device.path}/authorized"),
         )
-    yield from _node_obstacles(found, root)
-    driver = _link_name(found.path / "driver")
+    yield from _node_obstacles(device, root)
+    driver = _link_name(device.path / "driver")
     if driver not in ("", "usb"):
+        command = f"sudo usbip unbind --busid {device.port}" if driver == "usbip-host" else ""
         yield Obstacle(
             Reason.KERNEL_DRIVER,
-            f"the kernel's driver {driver} has the whole device, and it cannot be detached from here",
-            f"usbip unbind --busid {found.port}" if driver == "usbip-host" else f"unbind it from {driver}",
+            f"the kernel driver {driver} is bound to the whole device, and farplug cannot unbind it",
+            Remedy(f"unbind it from {driver}", command=command),
         )
-    locked = _is_locked(found.node)
-    if locked or any(interface.driver == "usbfs" for interface in found.interfaces):
-        yield busy(found.node, "another farplug" if locked else "another program")
+    locked = _is_locked(device.node)
+    if locked or any(interface.driver == "usbfs" for interface in device.interfaces):
+        yield busy(device.node, "another farplug" if locked else "another program")
     for disk in uses.disks:
         yield from _disk_obstacles(disk)
-    if not found.interfaces and found.warnings:
-        yield Obstacle(
-            Reason.DEVICE_FAULT, f"its descriptors make no sense: {found.warnings[0]}", "unplug it and plug it in again"
-        )
+    if not device.interfaces and device.warnings:
+        yield Obstacle(Reason.DEVICE_FAULT, f"its descriptors are invalid: {device.warnings[0]}", REPLUG)
 
 
-def caution(uses: Uses) -> Obstacle | None:
-    """Why somebody may want to keep the device: it is what this machine is used with."""
+def in_use_as(uses: Uses) -> Obstacle | None:
+    """Return the keyboard, mouse or network of this machine that the device is in use as; None if it is none."""
     if uses.inputs:
         what = " and ".join(dict.fromkeys(uses.inputs))
         return Obstacle(
             Reason.INPUT_DEVICE,
             f"it is a {what} of this machine: while it is plugged in, it works in the VM only",
-            "to leave without it: end farplug from another keyboard, over the network, or by pulling it out",
+            Remedy("to stop farplug without it, use another keyboard or the network, or unplug it"),
         )
     if uses.networks:
         return Obstacle(
             Reason.NETWORK_DEVICE,
             f"this machine uses its network ({', '.join(uses.networks)}): while it is plugged in, only the VM has it",
-            "to leave without that network: end farplug at this machine's own keyboard, or by pulling it out",
+            Remedy("to stop farplug without that network, use this machine's own keyboard, or unplug the device"),
         )
     return None
 
 
-def _node_obstacles(found: Found, root: Path) -> Iterator[Obstacle]:
+def _node_obstacles(device: DeviceInfo, root: Path) -> Iterator[Obstacle]:
     usbfs = root / "dev/bus/usb"
     if not os.path.isdir(usbfs):
         yield Obstacle(
             Reason.NO_USB,
             f"there is no {usbfs}: devices cannot be opened here",
-            "in a container: start it with --device=/dev/bus/usb (Docker, Podman); else: sudo modprobe usbcore",
+            Remedy(
+                "start a container with --device=/dev/bus/usb (Docker, Podman); elsewhere, load USB support",
+                command="sudo modprobe usbcore",
+            ),
         )
-    elif _is_missing(found.node):
+    elif _is_missing(device.node):
         yield Obstacle(
             Reason.NO_USB,
-            f"there is no {found.node}: it is just leaving, or was plugged in after this container was started",
-            "in a container: mount the folder (--volume=/dev/bus/usb:/dev/bus/usb) to have what comes later",
+            f"there is no {device.node}: it was just unplugged, or was plugged in after this container was started",
+            Remedy(
+                "start the container with --volume=/dev/bus/usb:/dev/bus/usb (Docker, Podman), "
+                "so that it sees devices that are plugged in later"
+            ),
         )
-    elif not os.access(found.node, os.R_OK | os.W_OK):
-        yield no_permission(found.vendor_id, found.product_id)
+    elif not os.access(device.node, os.R_OK | os.W_OK):
+        yield no_permission(device.vendor_id, device.product_id)
 
 
 def _is_missing(node: Path) -> bool:
-    """Whether there is no such file. One in a folder that may not be looked into counts as there."""
+    """Return whether a file does not exist. A file in a folder that may not be searched counts as existing."""
     try:
         node.stat()
     except PermissionError:
@@ -186,51 +193,57 @@ def _is_missing(node: Path) -> bool:
 
 
 def no_permission(vendor_id: int, product_id: int) -> Obstacle:
-    """The user, or the container, may not open a kind of device."""
+    """Return the obstacle that the user, or the container, may not open a device with these ids."""
     if os.geteuid() == 0:
-        remedy = "in a container, allow it USB devices: --device-cgroup-rule='c 189:* rwm' (Docker, Podman)"
+        remedy = Remedy("start the container with --device-cgroup-rule='c 189:* rwm' (Docker, Podman)")
     else:
         rule = udev_rule((vendor_id, product_id))
-        remedy = f"{install_commands(rule)}\n(for all devices: sudo farplug doctor --install-udev-rule)"
+        all_devices = "# for all USB devices instead: sudo farplug doctor --install-udev-rule"
+        remedy = Remedy("install a udev rule for it", command=f"{install_commands(rule)}\n{all_devices}")
     return Obstacle(Reason.NO_PERMISSION, "no permission to use it", remedy)
 
 
 def busy(node: Path, who: str = "another program") -> Obstacle:
-    """Somebody else has the device."""
+    """Return the obstacle that another program uses the device."""
     programs = ", ".join(holders(node))
-    remedy = "end that program first"
-    if not programs:
-        remedy += f": sudo lsof {node} names it"
+    if programs:
+        remedy = Remedy("end that program first")
+    else:
+        remedy = Remedy("end that program first; lsof shows which it is", command=f"sudo lsof {node}")
     return Obstacle(Reason.BUSY, f"{who} uses it{f': {programs}' if programs else ''}", remedy)
 
 
-def gone(device: object, detail: str = "", remedy: str = "plug it in again") -> DeviceError:
-    """A device that was found has left since."""
-    message = f"{device} is not there any more{f': {detail}' if detail else ''}"
+def device_lost(device: object, detail: str = "", remedy: str = "plug it in again") -> DeviceError:
+    """Return the error that a device was unplugged after it was listed."""
+    message = f"{device} is no longer plugged in{f': {detail}' if detail else ''}"
     return DeviceError(message, reason=Reason.DEVICE_LOST, remedy=remedy)
 
 
 def _disk_obstacles(folder: Path) -> Iterator[Obstacle]:
-    from farplug.store.usage import device_uses  # with stores, which need what Windows lacks
+    from farplug.store.usage import device_uses  # imports modules that Windows does not have
 
     match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", read(folder / "dev"))
     try:
         uses = device_uses(os.makedev(int(match[1]), int(match[2]))) if match else []
     except OSError as error:
-        check(error)
+        raise_if_too_many_open(error)
         raise
     if uses:
-        ends = "\n".join(f"sudo {use.end}" for use in uses if use.end)
         yield Obstacle(
             Reason.IN_USE,
             f"this machine uses the disk: {', '.join(map(str, uses))}",
-            f"{ends}\nor plug it in nevertheless, which can damage its file systems: --force".lstrip(),
+            Remedy(
+                "end that use, or plug it in nevertheless, which can damage its file systems",
+                setting="rules.force",
+                value=True,
+                command="\n".join(f"sudo {use.end}" for use in uses if use.end),
+            ),
             forceable=True,
         )
 
 
 def _is_locked(node: Path) -> bool:
-    """Whether a process other than ours has locked a device's node: another farplug, which may not use it yet.
+    """Return whether another process has locked the device's file: another farplug, which may not use it yet.
 
     Source: proc_pid_locks(5).
     """
@@ -244,20 +257,23 @@ def _is_locked(node: Path) -> bool:
 
 
 def holders(node: Path) -> list[str]:
-    """Programs that have a device open: ``usbredirect (process 123)``. Of other users' programs only root knows."""
+    """Return the programs that have a device open: ``usbredirect (process 123)``.
+
+    Only root sees the programs of other users.
+    """
     try:
         holding = [
             process
-            for process in listed(Path("/proc"))
+            for process in list_folder(Path("/proc"))
             if process.name.isdecimal()
             and int(process.name) != os.getpid()
-            and any(_link(descriptor) == str(node) for descriptor in listed(process / "fd"))
+            and any(_link(descriptor) == str(node) for descriptor in list_folder(process / "fd"))
         ]
         names = [
             (printable(read(process / "comm").strip()) or "a program", process.name)
             for process in holding[:MAX_HOLDERS]
         ]
-    except SetupError:  # too many open files: that it is in use is to be told all the same
+    except SetupError:  # too many open files: report that the device is in use, without names
         return []
     return [f"{name} (process {number})" for name, number in names]
 

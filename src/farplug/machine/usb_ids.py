@@ -13,38 +13,38 @@ from pathlib import Path
 
 from farplug.text import printable
 
-PLACES = ("usr/share/misc/usb.ids", "usr/share/hwdata/usb.ids", "var/lib/usbutils/usb.ids")
-"""Where distributions have it, below the root."""
+PATHS = ("usr/share/misc/usb.ids", "usr/share/hwdata/usb.ids", "var/lib/usbutils/usb.ids")
+"""Where distributions install usb.ids, below the root."""
 
 MAX_SIZE = 8 << 20
-"""Bytes that are read of it: it had 730 kB in 2025."""
+"""Bytes of usb.ids that are read: the file had 730 kB in 2025."""
 MAX_NAME = 128
-"""Characters of a name; longer ones are cut."""
+"""Characters of a name; longer names are cut."""
 
 
 @dataclass(frozen=True, slots=True)
 class UsbIds:
-    """Names by number; unknown ones are empty.
+    """Names of vendors and products by number; unknown names are empty.
 
-    They are looked up when they are wanted: to read the whole file would take longer than all the rest of a list.
+    Each name is searched in the text: to parse the whole file would take longer than the rest of a listing.
 
     Attributes:
-        text: of usb.ids; it may be anything.
+        text: the text of usb.ids. It is not trusted.
     """
 
     text: str = ""
 
     def vendor(self, vendor_id: int) -> str:
-        """The name of a vendor."""
+        """Return the name of a vendor."""
         return _name(next(self._lines(vendor_id), ""))
 
     def product(self, vendor_id: int, product_id: int) -> str:
-        """The name of a product."""
+        """Return the name of a product."""
         number = f"\t{product_id:04x}  "
         return next((_name(line[1:]) for line in self._lines(vendor_id) if line[:7].lower() == number), "")
 
     def _lines(self, vendor_id: int) -> Iterator[str]:
-        """The line of a vendor, then those of its products."""
+        """Yield the line of a vendor, then those of its products."""
         text = self.text
         vendor = re.search(rf"^{vendor_id:04x}  ", text, re.MULTILINE | re.IGNORECASE)
         start = vendor.start() if vendor else len(text)
@@ -64,10 +64,10 @@ def _name(line: str) -> str:
 
 @lru_cache(maxsize=4)
 def usb_ids(root: Path = Path("/")) -> UsbIds:
-    """The names of this machine; none where there is no usb.ids."""
-    for place in PLACES:
+    """Return the names in this machine's usb.ids; none if there is no such file."""
+    for path in PATHS:
         try:
-            with (root / place).open("rb") as file:
+            with (root / path).open("rb") as file:
                 return UsbIds(file.read(MAX_SIZE).decode(errors="replace"))
         except OSError:
             continue

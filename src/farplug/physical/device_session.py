@@ -1,4 +1,4 @@
-"""A device that is open: its claim, transfers and streams, its thread for what may block, and the gate to it."""
+"""The parts of an open device: its handle, transfers and receivers, its thread for blocking calls, and its gate."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Callable, Collection
 from farplug.errors import DeviceError
 from farplug.libusb.binding import UsbTransfer
 from farplug.libusb.library import Library, NoDevice, NotFound, UsbError
-from farplug.physical.claim import Claim
-from farplug.physical.device_thread import Worker
-from farplug.physical.event_handler import Events
+from farplug.physical.device_thread import DeviceThread
+from farplug.physical.event_handler import EventHandler
 from farplug.physical.gate import Gate
-from farplug.physical.receivers import Stream, stream_kind
+from farplug.physical.open_device import OpenDevice
+from farplug.physical.receivers import Receiver, receiver_type
 from farplug.physical.transfers import CONTROL_TIMEOUT, Owner, Transfers
 from farplug.usb.device import DeviceListener, Reception
 from farplug.usb.transfer import Status, Transfer
@@ -22,92 +22,102 @@ from farplug.usb.types import Buffer, Endpoint
 log = logging.getLogger(__name__)
 
 
-class Session:
-    """A device that is open: what lives from :meth:`PhysicalDevice.open` to :meth:`PhysicalDevice.close`."""
+class DeviceSession:
+    """Everything that exists from :meth:`PhysicalDevice.open` to :meth:`PhysicalDevice.close`.
+
+    Args:
+        library: libusb.
+        listener: of the device.
+        name: of the device, for logs.
+    """
 
     def __init__(self, library: Library, listener: DeviceListener, name: str) -> None:
-        self.streams: dict[int, Stream] = {}
+        self.receivers: dict[int, Receiver] = {}
         self.gone = False
-        """Closed, or unplugged: nothing is asked of it any more."""
+        """The device was closed or unplugged: it must not be used any more."""
         self._library = library
         self._listener = listener
-        self._claim: Claim | None = None
-        self._events: Events | None = None
+        self._open_device: OpenDevice | None = None
+        self._event_handler: EventHandler | None = None
         self._gate: Gate | None = None
         self._transfers: Transfers | None = None
-        self._stray: list[UsbTransfer] = []
-        """What may be in flight, and belongs to nobody any more."""
-        self._clearing: dict[Transfer, asyncio.Task[None]] = {}
-        """Requests to clear a halt, under way in the thread."""
+        self._orphaned: list[UsbTransfer] = []
+        """Transfers that may be in flight, of receivers and requests that have ended."""
+        self._clear_halts: dict[Transfer, asyncio.Task[None]] = {}
+        """Requests to clear a halt that the thread has not finished."""
         self._name = name
-        self._worker = Worker(f"usb {name}", self._give_back)
+        self._thread = DeviceThread(f"usb {name}", self._release)
 
-    async def begin(self, take: Callable[[], Claim]) -> None:
-        """Take the device. Raises what :class:`Claim` raises."""
+    async def open(self, make: Callable[[], OpenDevice]) -> None:
+        """Open the device with ``make``. Raises as :class:`OpenDevice` does."""
 
         def in_thread() -> None:
-            self._claim = take()
+            self._open_device = make()
 
-        await self._worker.call(in_thread)
-        self._events = Events(self.claim.context, _deliver, self.lost)
-        self._gate = Gate(self._worker, self._events)
+        await self._thread.call(in_thread)
+        self._event_handler = EventHandler(self.open_device.context, _deliver, self.lost)
+        self._gate = Gate(self._thread, self._event_handler)
         self._transfers = Transfers(
-            self.claim.handle, self._gate, self._events.completed, self._library.streams.assign, self.lost
+            self.open_device.handle,
+            self._gate,
+            self._event_handler.completed,
+            self._library.bulk_streams.assign,
+            self.lost,
         )
 
-    def end(self) -> asyncio.Future[None]:
-        """Complete everything as cancelled, and give the device back: done when that is done."""
-        self._part(Status.CANCELLED)
-        return self._worker.stop()
+    def close(self) -> asyncio.Future[None]:
+        """Complete all transfers as cancelled, and release the device. The future is done when it is released."""
+        self._shut_down(Status.CANCELLED)
+        return self._thread.stop()
 
     def lost(self) -> None:
-        """The device was unplugged."""
+        """Shut down, and report the loss: the device was unplugged."""
 
-        def tell() -> None:
+        def report() -> None:
             if not self.gone:
-                self._part(Status.IO_ERROR)
+                self._shut_down(Status.IO_ERROR)
                 self._listener.lost(None)
 
-        asyncio.get_running_loop().call_soon(tell)
+        asyncio.get_running_loop().call_soon(report)
 
-    def _part(self, status: Status) -> None:
-        """Nothing more comes from the device."""
+    def _shut_down(self, status: Status) -> None:
+        """End everything on the event loop; pending transfers are completed with ``status``."""
         if self.gone:
             return
         self.gone = True
-        if self._events is not None:
-            self._events.stop()
+        if self._event_handler is not None:
+            self._event_handler.stop()
         if self._gate is not None:
             self._gate.end()
-        self.stop_streams()
-        for transfer in list(self._clearing):
-            self.cleared(transfer, status)
+        self.stop_receivers()
+        for transfer in list(self._clear_halts):
+            self.complete_clear_halt(transfer, status)
         if self._transfers is not None:
-            self._stray += self._transfers.abandon(status)
+            self._orphaned += self._transfers.abandon(status)
 
-    def _give_back(self) -> None:
-        """The worker's last call; at the exit of the process maybe without :meth:`end` before."""
-        if self._events is not None:
-            self._events.stop()
-            self._events.join()
-        if self._claim is not None:
-            in_flight = [usb for stream in self.streams.values() for usb in stream.in_flight]
+    def _release(self) -> None:
+        """Release the device: the thread's last call. At the exit of the process :meth:`close` may not have run."""
+        if self._event_handler is not None:
+            self._event_handler.stop()
+            self._event_handler.join()
+        if self._open_device is not None:
+            in_flight = [usb for receiver in self.receivers.values() for usb in receiver.in_flight]
             if self._transfers is not None:
                 in_flight += self._transfers.in_flight
-            self._claim.give_back([usb for usb in in_flight + self._stray if usb.isSubmitted()])
+            self._open_device.release([usb for usb in in_flight + self._orphaned if usb.isSubmitted()])
 
-    # StreamHost
+    # ReceiverHost
 
     def completed(self, usb: UsbTransfer) -> None:
-        assert self._events is not None
-        self._events.completed(usb)
+        assert self._event_handler is not None
+        self._event_handler.completed(usb)
 
     def received(self, endpoint: int, status: Status, data: Buffer) -> None:
         self._listener.received(endpoint, status, data)
 
     def reception_ended(self, endpoint: int, status: Status) -> None:
         if status is Status.STALL:
-            self.stop_streams([endpoint])
+            self.stop_receivers([endpoint])
         self._listener.reception_ended(endpoint, status)
 
     @property
@@ -116,14 +126,14 @@ class Session:
         return self._gate
 
     async def clear_halt(self, endpoint: int) -> None:
-        await self.gate.call(lambda: self.claim.clear_halt(endpoint))
+        await self.gate.call(lambda: self.open_device.clear_halt(endpoint))
 
     # Its parts
 
     @property
-    def claim(self) -> Claim:
-        assert self._claim is not None
-        return self._claim
+    def open_device(self) -> OpenDevice:
+        assert self._open_device is not None
+        return self._open_device
 
     @property
     def transfers(self) -> Transfers:
@@ -131,62 +141,62 @@ class Session:
         return self._transfers
 
     async def call(self, function: Callable[[], None]) -> Status:
-        """Have something done that may block; what libusb refuses becomes a status."""
+        """Make a blocking call in the thread, and return its result as a status."""
         try:
             await self.gate.call(function)
         except NoDevice:
             self.lost()
         except NotFound:
-            return Status.STALL  # no such configuration, setting or endpoint
+            return Status.STALL  # no such configuration, alternate setting or endpoint
         except (UsbError, DeviceError) as error:
             log.info("%s: %s", self._name, error)
         else:
             return Status.SUCCESS
         return Status.IO_ERROR
 
-    def clear_feature_halt(self, transfer: Transfer, endpoint: int) -> None:
-        """CLEAR_FEATURE(ENDPOINT_HALT): through libusb, so that this machine forgets its data toggle as well."""
+    def start_clear_halt(self, transfer: Transfer, endpoint: int) -> None:
+        """Start CLEAR_FEATURE(ENDPOINT_HALT) through libusb, so that this machine resets its data toggle as well."""
 
         async def clear() -> None:
             try:
                 async with asyncio.timeout(CONTROL_TIMEOUT):
-                    status = await self.call(lambda: self.claim.clear_halt(endpoint))
+                    status = await self.call(lambda: self.open_device.clear_halt(endpoint))
             except TimeoutError:
                 status = Status.TIMEOUT
-            self.cleared(transfer, status)
+            self.complete_clear_halt(transfer, status)
 
-        self._clearing[transfer] = asyncio.get_running_loop().create_task(clear())
+        self._clear_halts[transfer] = asyncio.get_running_loop().create_task(clear())
 
-    def cleared(self, transfer: Transfer, status: Status) -> None:
-        """Complete a request to clear a halt; does nothing if ``transfer`` is none that is under way."""
-        if self._clearing.pop(transfer, None) is not None:
+    def complete_clear_halt(self, transfer: Transfer, status: Status) -> None:
+        """Complete a request to clear a halt; does nothing if ``transfer`` is not such a request, or is complete."""
+        if self._clear_halts.pop(transfer, None) is not None:
             transfer.complete(status)
 
-    def start_stream(self, reception: Reception, endpoint: Endpoint) -> Status:
-        """Begin to receive, or to play."""
+    def start_receiver(self, reception: Reception, endpoint: Endpoint) -> Status:
+        """Start a receiver."""
         try:
-            stream = stream_kind(endpoint)(reception, endpoint, self.claim.handle, self)
-            self.streams[endpoint.address] = stream
+            receiver = receiver_type(endpoint)(reception, endpoint, self.open_device.handle, self)
+            self.receivers[endpoint.address] = receiver
             if self.gate.shut:
-                self.gate.when_open(stream, stream.begin)
+                self.gate.run_or_defer(receiver, receiver.start_deferred)
             else:
-                stream.start()
+                receiver.start()
         except UsbError as error:
-            log.warning("endpoint %02x: receiving cannot begin: %s", endpoint.address, error)
-            self.stop_streams([endpoint.address])
+            log.warning("endpoint %02x: cannot start receiving: %s", endpoint.address, error)
+            self.stop_receivers([endpoint.address])
             return Status.STALL
         return Status.SUCCESS
 
-    def stop_streams(self, endpoints: Collection[int] | None = None) -> None:
-        """End receptions (of ``endpoints``), silently."""
-        self._stray = [usb for usb in self._stray if usb.isSubmitted()]
-        for address in list(self.streams):
+    def stop_receivers(self, endpoints: Collection[int] | None = None) -> None:
+        """Stop receivers (of ``endpoints``) without a report to the listener."""
+        self._orphaned = [usb for usb in self._orphaned if usb.isSubmitted()]
+        for address in list(self.receivers):
             if endpoints is None or address in endpoints:
-                stream = self.streams.pop(address)
-                stream.stop()
-                self._stray += stream.in_flight
+                receiver = self.receivers.pop(address)
+                receiver.stop()
+                self._orphaned += receiver.in_flight
 
 
 def _deliver(usb: UsbTransfer) -> None:
     owner: Owner = usb.getUserData()
-    owner.came_back(usb)
+    owner.handle_completion(usb)

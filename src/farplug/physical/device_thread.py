@@ -1,4 +1,4 @@
-"""A thread for what libusb does at once or not at all: a device that hangs makes such calls take seconds."""
+"""A thread for blocking calls of libusb, which take seconds when a device hangs."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from time import monotonic
 from typing import TypeAlias, TypeVar
 from weakref import finalize
 
-from farplug.threads import run
+from farplug.threads import run_into_future
 
 T = TypeVar("T")
 
-EXIT_PATIENCE = 5.0
-"""Seconds that the exit of the process waits, in all, for devices that are being given back."""
+EXIT_TIMEOUT = 5.0
+"""Seconds that the exit of the process waits, in all, for devices that are being released."""
 
-_Job: TypeAlias = Callable[[], None]
+_Call: TypeAlias = Callable[[], None]
 
-_running: set[Worker] = set()
+_running: set[DeviceThread] = set()
 
 
-class Worker:
-    """One thread that makes calls one after the other.
+class DeviceThread:
+    """A thread that makes calls one after the other.
 
-    It does not keep the process alive, but the exit of the process waits for it, up to a bound.
+    The thread does not keep the process alive, but the exit of the process waits for it, up to :data:`EXIT_TIMEOUT`.
 
     Args:
         name: of the thread.
-        last: the call that it ends with, once: at :meth:`stop`, or when the process exits.
+        last: the last call, made once: by :meth:`stop`, or when the process exits.
     """
 
     def __init__(self, name: str, last: Callable[[], None]) -> None:
-        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._calls: SimpleQueue[_Call | None] = SimpleQueue()
         self._last = last
         self._stopping = False
         self._thread = Thread(target=self._serve, name=name, daemon=True)
@@ -42,44 +42,44 @@ class Worker:
         self._thread.start()
 
     def call(self, function: Callable[[], T]) -> asyncio.Future[T]:
-        """Make a call in the thread, after those before it. It is made even if nobody waits for it any more."""
+        """Make a call in the thread, after the earlier ones. The call is made even if the future is cancelled."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
-        self._jobs.put(lambda: run(function, future, loop))
+        self._calls.put(lambda: run_into_future(function, future, loop))
         return future
 
     def stop(self) -> asyncio.Future[None]:
-        """Make the last call, and end the thread. Done when it has ended."""
+        """Make the last call, then end the thread. The future is done when the last call has returned."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
         self._stopping = True
-        self._jobs.put(lambda: run(self._last, future, loop))
-        self._jobs.put(None)
+        self._calls.put(lambda: run_into_future(self._last, future, loop))
+        self._calls.put(None)
         return future
 
-    def end(self, until: float) -> None:
-        """The process exits: see to it that the last call is made; wait for that until a time (monotonic)."""
+    def finish(self, deadline: float) -> None:
+        """Make the last call, if :meth:`stop` did not, and wait for the thread until a deadline (monotonic time)."""
         if not self._stopping:
             self._stopping = True
-            self._jobs.put(self._last)
-            self._jobs.put(None)
-        self._thread.join(max(0.0, until - monotonic()))
+            self._calls.put(self._last)
+            self._calls.put(None)
+        self._thread.join(max(0.0, deadline - monotonic()))
 
     def _serve(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            job()
-            del job  # it may hold the device
+        while (call := self._calls.get()) is not None:
+            call()
+            del call  # it may refer to the device
         _running.discard(self)
 
 
-# Exit handlers run last first. python-libusb1 closes its handles in weakref's, which comes with the first finalizer:
-# this one makes sure that weakref's is older than ours, so that devices are given back while they are still open.
-finalize(Worker, lambda: None)
+# Exit handlers run last first. python-libusb1 closes its handles in weakref's exit handler, which is registered with
+# the first finalizer: this one registers it before ours, so that devices are released while their handles are open.
+finalize(DeviceThread, lambda: None)
 
 
 @atexit.register
 def finish() -> None:
-    """Have all last calls made, and wait for that, up to :data:`EXIT_PATIENCE`: before the process ends at once."""
-    until = monotonic() + EXIT_PATIENCE
-    for worker in list(_running):
-        worker.end(until)
+    """Make the last call of each thread, and wait up to :data:`EXIT_TIMEOUT`: before the process exits at once."""
+    deadline = monotonic() + EXIT_TIMEOUT
+    for thread in list(_running):
+        thread.finish(deadline)

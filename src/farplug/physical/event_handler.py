@@ -1,7 +1,7 @@
-"""libusb's events on the event loop: completions come to it as if it had waited for them itself.
+"""libusb's events on the event loop of asyncio.
 
-Where libusb has file descriptors (Linux, macOS) the loop watches them; elsewhere a thread waits. No timeout of libusb
-is used: then there is nothing else to wake up for.
+Where libusb has file descriptors (Linux, macOS), the event loop watches them; elsewhere a thread waits for events.
+Transfers have no timeout of libusb, so no timer is needed.
 
 Source: libusb-1.0, "Asynchronous device I/O" and "Polling and timing".
 """
@@ -25,16 +25,16 @@ POLL_OUT: Final = getattr(select, "POLLOUT", 4)
 log = logging.getLogger(__name__)
 
 
-class Events:
-    """The events of one session with libusb.
+class EventHandler:
+    """Handles the events of one libusb context.
 
-    :meth:`completed` is the callback of every transfer. It only takes a note; what is to be done about a completion
-    is done by ``deliver``, on the loop, outside of libusb.
+    :meth:`completed` is the callback of every transfer. It only queues the transfer; ``deliver`` handles the completion
+    on the event loop, outside of libusb.
 
     Args:
-        context: the session.
-        deliver: called on the loop with each transfer that came back.
-        gone: called on the loop when libusb no longer watches the device: it was unplugged.
+        context: libusb's context.
+        deliver: called on the event loop with each completed transfer.
+        gone: called on the event loop when libusb no longer watches the device: it was unplugged.
     """
 
     def __init__(self, context: UsbContext, deliver: Callable[[UsbTransfer], None], gone: Callable[[], None]) -> None:
@@ -42,7 +42,7 @@ class Events:
         self._deliver = deliver
         self._gone = gone
         self._loop = asyncio.get_running_loop()
-        self._back: deque[UsbTransfer] = deque()
+        self._completed: deque[UsbTransfer] = deque()
         self._descriptors: list[tuple[int, int]] = []
         self._paused: list[tuple[int, int]] = []
         self._thread: Thread | None = None
@@ -51,43 +51,43 @@ class Events:
         try:
             for descriptor, events in context.getPollFDList():
                 self._watch(descriptor, events)
-        except NotImplementedError:  # of libusb (Windows), or of the loop
+        except NotImplementedError:  # by libusb (Windows), or by the event loop
             self._unwatch()
             self._thread = Thread(target=self._wait, name="usb-events", daemon=True)
             self._thread.start()
 
     def completed(self, transfer: UsbTransfer) -> None:
-        """A transfer came back: libusb's callback, in whatever thread handles events."""
-        self._back.append(transfer)
+        """Queue a completed transfer: libusb's callback, in the thread that handles events."""
+        self._completed.append(transfer)
         if self._thread is not None and not self._waking and not self._stopped:
             self._waking = True
             self._call_soon(self._wake)
 
     def pause(self) -> None:
-        """Do not handle events in the loop until :meth:`go_on`: it would wait for whoever talks to the device now.
+        """Stop handling events on the event loop until :meth:`resume`, because a call of another thread would block it.
 
-        What has come back by now (what was just cancelled, say) is delivered first.
+        Transfers that are complete by now, as those just cancelled, are delivered first.
         """
         if self._descriptors:
             self._handle()
         self._paused = self._descriptors
         self._unwatch()
 
-    def go_on(self) -> None:
-        """Handle events again: those that came meanwhile, too."""
+    def resume(self) -> None:
+        """Handle events again, and those since :meth:`pause`."""
         paused, self._paused = self._paused, []
         for descriptor, events in paused:
             self._watch(descriptor, events)
 
     def stop(self) -> None:
-        """Handle no more events. What came back and was not delivered yet never will be."""
+        """Handle no more events. Completed transfers that were not delivered yet are dropped."""
         self._stopped = True
         self._unwatch()
         self._paused = []
-        self._back.clear()
+        self._completed.clear()
 
     def join(self) -> None:
-        """After :meth:`stop`: wait until no thread of ours handles events. May block for 0.1 s."""
+        """Wait until the thread has ended, after :meth:`stop`. May block for 0.1 s."""
         if self._thread is not None:
             self._context.interruptEventHandler()
             self._thread.join()
@@ -113,28 +113,28 @@ class Events:
         if self._stopped or not self._descriptors:
             return
         self._handle_events(0)
-        if self._back:
+        if self._completed:
             self._deliver_all()
         elif len(self._context.getPollFDList()) < len(self._descriptors):
             self.stop()
             self._gone()
 
-    def _handle_events(self, patience: float) -> None:
+    def _handle_events(self, timeout: float) -> None:
         try:
-            self._context.handleEventsTimeout(patience)
+            self._context.handleEventsTimeout(timeout)
         except Interrupted:
             pass
         except UsbError as error:
-            log.warning("libusb could not handle its events: %s", error)
+            log.warning("libusb cannot handle events: %s", error)
 
     def _deliver_all(self) -> None:
-        back = self._back
+        back = self._completed
         while back and not self._stopped:
             transfer = back.popleft()
             try:
                 self._deliver(transfer)
             except Exception:
-                log.exception("a transfer that came back could not be dealt with")
+                log.exception("handling a completed transfer failed")
 
     # With a thread
 
@@ -150,4 +150,4 @@ class Events:
         try:
             self._loop.call_soon_threadsafe(callback)
         except RuntimeError:
-            pass  # the loop is closed: nobody waits any more
+            pass  # the loop is closed

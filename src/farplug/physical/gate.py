@@ -1,7 +1,7 @@
-"""The gate between the event loop and a device: shut while the device's thread talks to it.
+"""The gate between the event loop and a device: shut while the device's thread makes a call.
 
-Linux locks a device for as long as a reset, a new setting or a cleared halt takes, and whoever submits, cancels or
-reaps a transfer of it meanwhile waits. So the loop does none of that until the thread is done.
+Linux locks a device during a reset, a change of setting or a cleared halt. Submitting, cancelling or reaping a transfer
+of the device blocks meanwhile, so the event loop does none of these until the thread is done.
 """
 
 from __future__ import annotations
@@ -10,77 +10,78 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from farplug.physical.device_thread import Worker
-from farplug.physical.event_handler import Events
+from farplug.physical.device_thread import DeviceThread
+from farplug.physical.event_handler import EventHandler
 
 log = logging.getLogger(__name__)
 
 
 class Gate:
-    """Lets the loop talk to a device, or holds back what it has to say.
+    """Runs the event loop's actions on a device, or defers them while the device's thread makes a call.
 
     Args:
-        worker: the device's thread.
-        events: of the device: not handled while the gate is shut.
+        thread: the device's thread.
+        event_handler: paused while the gate is shut.
 
     Attributes:
-        shut: nothing may be said to the device now.
+        shut: the event loop must not act on the device now.
     """
 
-    def __init__(self, worker: Worker, events: Events) -> None:
+    def __init__(self, thread: DeviceThread, event_handler: EventHandler) -> None:
         self.shut = False
-        self._worker = worker
-        self._events = events
+        self._thread = thread
+        self._event_handler = event_handler
         self._calls = 0
-        """Calls that the thread has to make."""
-        self._held: dict[object, Callable[[], None]] = {}
+        """Calls that the thread has not finished."""
+        self._deferred: dict[object, Callable[[], None]] = {}
         self._ended = False
 
-    def when_open(self, subject: object, say: Callable[[], None]) -> None:
-        """Say something to the device: now, or when the gate opens, in the order in which it came.
+    def run_or_defer(self, key: object, action: Callable[[], None]) -> None:
+        """Run an action on the device now, or when the gate opens, in the order of the calls.
 
-        What was held back is called with ``shut`` still set, so that nothing new comes before the rest of it. Only one
-        thing is held back about a ``subject``, the last: memory is bounded by what there is to talk about.
+        Deferred actions run while ``shut`` is still set, so that no new action runs before the rest of them. Each key
+        has one deferred action, the last: memory is bounded by the number of keys.
         """
         if self.shut:
-            self._held[subject] = say
+            self._deferred[key] = action
         else:
-            say()
+            action()
 
-    def forget(self, subject: object) -> None:
-        """What is held back about ``subject`` is not to be said any more."""
-        self._held.pop(subject, None)
+    def discard(self, key: object) -> None:
+        """Discard the deferred action of ``key``, if there is one."""
+        self._deferred.pop(key, None)
 
     async def call(self, function: Callable[[], None]) -> None:
-        """Have something done in the thread: the gate is shut until then, even if nobody waits for it any more.
+        """Make a call in the device's thread. The gate is shut until it returns, even if the caller is cancelled.
 
-        Raises what ``function`` raises.
+        Raises:
+            Exception: as ``function`` does.
         """
         if not self._calls:
-            self._events.pause()
+            self._event_handler.pause()
             self.shut = True
         self._calls += 1
-        call = self._worker.call(function)
+        call = self._thread.call(function)
         call.add_done_callback(self._called)
         await asyncio.shield(call)
 
     def end(self) -> None:
-        """If it is shut, it stays so: what is held back is never said."""
+        """Discard all deferred actions. A gate that is shut stays shut."""
         self._ended = True
-        self._held.clear()
+        self._deferred.clear()
 
     def _called(self, call: asyncio.Future[None]) -> None:
         if not call.cancelled():
-            call.exception()  # who waited for it was told
+            call.exception()  # retrieved, as its caller may be gone
         self._calls -= 1
         if self._calls or self._ended:
             return
-        self._events.go_on()
-        # Still shut: what comes in answer to what is said now must not overtake what is held back.
-        while self._held and not self._calls:
-            say = self._held.pop(next(iter(self._held)))
+        self._event_handler.resume()
+        # Still shut: an action that a deferred one causes must not overtake the other deferred ones.
+        while self._deferred and not self._calls:
+            action = self._deferred.pop(next(iter(self._deferred)))
             try:
-                say()
+                action()
             except Exception:
-                log.exception("something could not be said to a device")
+                log.exception("a deferred action on a device failed")
         self.shut = self._ended or self._calls > 0

@@ -1,9 +1,8 @@
-"""What a device receives or plays by itself: interrupt IN, buffered bulk IN, isochronous IN and OUT.
+"""Receptions that run: interrupt IN, buffered bulk IN, isochronous IN and OUT.
 
-A question for each packet would come too late over a network: some transfers are always at the device.
+Over a network, a request for each packet would come too late. So several transfers are always in flight at the device.
 
-Source: usb-redirection-protocol.md, start/stop iso stream, interrupt receiving and bulk receiving, and what
-usbredirhost makes of it.
+Source: usb-redirection-protocol.md, start/stop iso stream, interrupt receiving and bulk receiving; usbredirhost.
 """
 
 from __future__ import annotations
@@ -25,47 +24,47 @@ from farplug.usb.transfer import Status, Transfer
 from farplug.usb.types import Buffer, Endpoint, TransferType
 
 ERROR_PAUSE = 0.01
-"""Seconds until a failed or stalled transfer is submitted again: some devices fail each at once, for ever."""
+"""Seconds until a failed or stalled transfer is submitted again: a broken device may fail each one at once."""
 
 log = logging.getLogger(__name__)
 
 
-class StreamHost(Protocol):
-    """What a stream needs of the device that it belongs to."""
+class ReceiverHost(Protocol):
+    """The open device that a receiver belongs to."""
 
     def completed(self, usb: UsbTransfer) -> None:
-        """The callback of libusb's transfers: brings them to ``came_back``, on the event loop."""
+        """Call ``handle_completion`` on the event loop: the callback of libusb's transfers."""
 
     def received(self, endpoint: int, status: Status, data: Buffer) -> None:
-        """One packet, for the guest."""
+        """Pass a packet to the guest."""
 
     def reception_ended(self, endpoint: int, status: Status) -> None:
-        """The stream ended by itself (``STALL``), or has an error to report while it runs on."""
+        """Report that the reception ended (``STALL``), or an error of a reception that goes on."""
 
     @property
     def gate(self) -> Gate:
-        """Through which the device is talked to."""
+        """Return the gate of the device."""
 
     async def clear_halt(self, endpoint: int) -> None:
-        """Clear an endpoint's halt. Raises ``UsbError`` if it stays."""
+        """Clear an endpoint's halt. Raises ``UsbError`` if that fails."""
 
     def lost(self) -> None:
-        """The device turned out to be gone."""
+        """Report that the device was unplugged."""
 
 
-class Stream(ABC):
-    """A reception that runs.
+class Receiver(ABC):
+    """A running reception of one endpoint.
 
     Args:
-        reception: what the guest asked for.
+        reception: the guest's parameters.
         endpoint: of the device.
-        handle: libusb's.
-        host: the device.
+        handle: libusb's handle.
+        host: the open device.
     """
 
     iso: ClassVar[bool] = False
 
-    def __init__(self, reception: Reception, endpoint: Endpoint, handle: UsbHandle, host: StreamHost) -> None:
+    def __init__(self, reception: Reception, endpoint: Endpoint, handle: UsbHandle, host: ReceiverHost) -> None:
         self.address = endpoint.address
         self._reception = reception
         self._endpoint = endpoint
@@ -73,16 +72,16 @@ class Stream(ABC):
         self._stopped = False
         self._stalled = False
         self._recovery: asyncio.Task[None] | None = None
-        self._flying: set[UsbTransfer] = set()
+        self._in_flight: set[UsbTransfer] = set()
         packets = reception.packets_per_transfer if self.iso else 0
         self._transfers = [handle.getTransfer(packets) for _ in range(reception.transfers)]
 
     @abstractmethod
     def start(self) -> None:
-        """Submit what is to be submitted at the beginning. Raises ``UsbError``: the stream is to be stopped then."""
+        """Submit the first transfers. Raises ``UsbError`` if that fails; then the caller stops the receiver."""
 
-    def begin(self) -> None:
-        """The same, later: an error ends the stream."""
+    def start_deferred(self) -> None:
+        """Start as an action of the gate: an error ends the reception."""
         if self._stopped:
             return
         self._stalled = False
@@ -91,32 +90,32 @@ class Stream(ABC):
         except NoDevice:
             self._host.lost()
         except UsbError as error:
-            log.warning("endpoint %02x: receiving cannot begin: %s", self.address, error)
+            log.warning("endpoint %02x: cannot start receiving: %s", self.address, error)
             self._end()
 
     @abstractmethod
-    def _returned(self, usb: UsbTransfer) -> None:
-        """A transfer came back and the stream goes on: deal with it, submit it again."""
+    def _process(self, usb: UsbTransfer) -> None:
+        """Process a completed transfer, and submit it again."""
 
     @property
     def in_flight(self) -> list[UsbTransfer]:
-        """libusb's transfers that are not back yet."""
-        return list(self._flying)
+        """Return libusb's transfers that are not complete."""
+        return list(self._in_flight)
 
     def stop(self) -> None:
-        """Receive no more; what comes back later belongs to nobody."""
+        """Stop the reception. Transfers that are complete later are closed."""
         self._stopped = True
-        self._host.gate.forget(self)
+        self._host.gate.discard(self)
         if self._recovery is not None:
             self._recovery.cancel()
-        self._cancel_flying()
+        self._cancel_in_flight()
         for usb in self._transfers:
-            if usb not in self._flying:
+            if usb not in self._in_flight:
                 usb.close()
 
-    def came_back(self, usb: UsbTransfer) -> None:
-        """libusb is done with one of the transfers."""
-        self._flying.discard(usb)
+    def handle_completion(self, usb: UsbTransfer) -> None:
+        """Handle the completion of a transfer."""
+        self._in_flight.discard(usb)
         if self._stopped:
             usb.close()
             return
@@ -126,43 +125,43 @@ class Stream(ABC):
         elif self._stalled or self._has_stalled(usb):
             self._recover()
         else:
-            self._returned(usb)
+            self._process(usb)
 
     def _has_stalled(self, usb: UsbTransfer) -> bool:
         return transfer_status(usb.getStatus()) is Status.STALL
 
     def _submit(self, usb: UsbTransfer) -> None:
         usb.submit()
-        self._flying.add(usb)
+        self._in_flight.add(usb)
 
     def _submit_all(self, fill: Callable[[UsbTransfer], None]) -> None:
-        """Fill and submit all transfers; fewer, but one at least, where there is no memory: Linux has 16 MiB in all."""
+        """Fill and submit all transfers, or as many as there is memory for, at least one: Linux has 16 MiB in all."""
         for usb in self._transfers:
             fill(usb)
             try:
                 self._submit(usb)
             except NoMemory:
-                if not self._flying:
+                if not self._in_flight:
                     raise
-                count = len(self._flying), len(self._transfers)
-                log.warning("endpoint %02x: there is memory for %d of %d transfers", self.address, *count)
+                count = len(self._in_flight), len(self._transfers)
+                log.warning("endpoint %02x: memory for only %d of %d transfers", self.address, *count)
                 return
 
-    def _resubmit(self, usb: UsbTransfer, held: bool = False) -> None:
-        """Submit while the stream runs; if that fails, the stream ends. ``held``: the gate opens for it."""
-        if self._host.gate.shut and not held:
-            self._host.gate.when_open(usb, partial(self._resubmit, usb, True))
+    def _resubmit(self, usb: UsbTransfer, deferred: bool = False) -> None:
+        """Submit a transfer again; if that fails, the reception ends. ``deferred``: called by the gate."""
+        if self._host.gate.shut and not deferred:
+            self._host.gate.run_or_defer(usb, partial(self._resubmit, usb, True))
             return
-        if self._stopped or self._stalled or usb in self._flying:
+        if self._stopped or self._stalled or usb in self._in_flight:
             return
         try:
             self._submit(usb)
         except NoDevice:
             self._host.lost()
-        except NoMemory:  # another device has it, for the moment
+        except NoMemory:  # other devices use all of it for now
             self._resubmit_later(usb)
         except UsbError as error:
-            log.warning("endpoint %02x: receiving ends, %s", self.address, error)
+            log.warning("endpoint %02x: receiving ended: %s", self.address, error)
             self._end()
 
     def _resubmit_later(self, usb: UsbTransfer) -> None:
@@ -173,37 +172,37 @@ class Stream(ABC):
             self.stop()
             self._host.reception_ended(self.address, Status.STALL)
 
-    def _cancel_flying(self) -> None:
+    def _cancel_in_flight(self) -> None:
         for usb in self.in_flight:
-            self._host.gate.when_open(usb, partial(cancel, usb))
+            self._host.gate.run_or_defer(usb, partial(cancel, usb))
 
-    # A stall: take all back, clear the halt, begin again. The guest hears of it only if that fails.
+    # After a stall: cancel all transfers, clear the halt, start again. Only a failure is reported to the guest.
 
     def _recover(self) -> None:
         if not self._stalled:
             self._stalled = True
-            self._cancel_flying()
-        if not self._flying and self._recovery is None:
-            self._recovery = asyncio.get_running_loop().create_task(self._begin_again())
+            self._cancel_in_flight()
+        if not self._in_flight and self._recovery is None:
+            self._recovery = asyncio.get_running_loop().create_task(self._clear_and_restart())
 
-    async def _begin_again(self) -> None:
+    async def _clear_and_restart(self) -> None:
         try:
-            log.info("endpoint %02x stalled: its halt is cleared", self.address)
+            log.info("endpoint %02x stalled: clearing its halt", self.address)
             await asyncio.sleep(ERROR_PAUSE)
             await self._host.clear_halt(self.address)
         except NoDevice:
             self._host.lost()
         except UsbError as error:
-            log.warning("endpoint %02x stalled, and its halt cannot be cleared: %s", self.address, error)
+            log.warning("endpoint %02x stalled, and clearing its halt failed: %s", self.address, error)
             self._end()
         else:
-            self._host.gate.when_open(self, self.begin)
+            self._host.gate.run_or_defer(self, self.start_deferred)
         finally:
             self._recovery = None
 
 
-class PacketStream(Stream):
-    """Interrupt IN, and buffered bulk IN: each transfer that comes back is a packet for the guest."""
+class PacketReceiver(Receiver):
+    """Interrupt IN, and buffered bulk IN: each completed transfer is a packet for the guest."""
 
     def start(self) -> None:
         def fill(usb: UsbTransfer) -> None:
@@ -219,7 +218,7 @@ class PacketStream(Stream):
     def _size(self) -> int:
         return self._reception.bytes_per_transfer or self._endpoint.max_packet_size
 
-    def _returned(self, usb: UsbTransfer) -> None:
+    def _process(self, usb: UsbTransfer) -> None:
         status = transfer_status(usb.getStatus())
         data = bytes(memoryview(usb.getBuffer())[: usb.getActualLength()])
         self._host.received(self.address, status, data)
@@ -229,8 +228,8 @@ class PacketStream(Stream):
             self._resubmit_later(usb)
 
 
-class IsoInStream(Stream):
-    """Isochronous IN: each packet of a transfer that comes back is one for the guest."""
+class IsoReceiver(Receiver):
+    """Isochronous IN: each packet of a completed transfer is a packet for the guest."""
 
     iso = True
 
@@ -248,7 +247,7 @@ class IsoInStream(Stream):
 
         self._submit_all(fill)
 
-    def _returned(self, usb: UsbTransfer) -> None:
+    def _process(self, usb: UsbTransfer) -> None:
         status = transfer_status(usb.getStatus())
         if status is not Status.SUCCESS:
             self._host.received(self.address, status, b"")
@@ -270,16 +269,16 @@ class IsoInStream(Stream):
             self._resubmit(usb)
 
 
-class IsoOutStream(Stream):
-    """Isochronous OUT: packets are collected before the first goes out, because they come unevenly.
+class IsoPlayer(Receiver):
+    """Isochronous OUT: plays packets of the guest from a buffer, because they arrive at irregular intervals.
 
-    Half of what fits is collected first. If all of it was played, it begins again with collecting; if more comes than
-    fits, half of it is dropped: so the delay stays in the middle.
+    Playing starts when the buffer is half full, and restarts so after the buffer was empty. When the buffer is full, as
+    many new packets as half the buffer holds are dropped. So the delay stays near half the buffer.
     """
 
     iso = True
 
-    def __init__(self, reception: Reception, endpoint: Endpoint, handle: UsbHandle, host: StreamHost) -> None:
+    def __init__(self, reception: Reception, endpoint: Endpoint, handle: UsbHandle, host: ReceiverHost) -> None:
         super().__init__(reception, endpoint, handle, host)
         self._collected: deque[Transfer] = deque()
         self._capacity = reception.packets_per_transfer * reception.transfers
@@ -290,10 +289,15 @@ class IsoOutStream(Stream):
 
     def start(self) -> None:
         self._idle = list(self._transfers)
-        self._collecting = True
+        self._collecting = not self._is_half_full
+        self._play()
+
+    @property
+    def _is_half_full(self) -> bool:
+        return len(self._collected) >= max(1, self._capacity // 2)
 
     def submit(self, transfer: Transfer) -> None:
-        """One packet from the guest. It is completed when it was played, or at once when it is dropped."""
+        """Queue a packet of the guest. It is completed when it was played, or at once if it is dropped."""
         per_transfer = self._reception.packets_per_transfer
         held = len(self._collected) + per_transfer * len(self._playing)
         if held >= self._capacity and not self._to_drop:
@@ -306,10 +310,10 @@ class IsoOutStream(Stream):
             transfer.complete(Status.INVALID)
             return
         if not transfer.length:
-            transfer.complete()  # python-libusb1 has no packets without bytes
+            transfer.complete()  # python-libusb1 cannot send packets without bytes
             return
         self._collected.append(transfer)
-        if self._collecting and len(self._collected) >= max(1, self._capacity // 2):
+        if self._is_half_full:
             self._collecting = False
         self._play()
 
@@ -338,19 +342,19 @@ class IsoOutStream(Stream):
             )
             self._resubmit(usb)
 
-    def came_back(self, usb: UsbTransfer) -> None:
+    def handle_completion(self, usb: UsbTransfer) -> None:
         packets = self._playing.pop(usb, [])
         if not self._stopped:
             self._idle.append(usb)
             for packet, result in zip(packets, usb.getISOSetupList(), strict=True):
                 packet.complete(transfer_status(result["status"]), actual=result["actual_length"])
-        super().came_back(usb)
+        super().handle_completion(usb)
 
     def _has_stalled(self, usb: UsbTransfer) -> bool:
         packets = usb.getISOSetupList()
         return super()._has_stalled(usb) or any(transfer_status(one["status"]) is Status.STALL for one in packets)
 
-    def _returned(self, usb: UsbTransfer) -> None:
+    def _process(self, usb: UsbTransfer) -> None:
         status = transfer_status(usb.getStatus())
         if status is not Status.SUCCESS:
             self._host.reception_ended(self.address, status)
@@ -359,8 +363,8 @@ class IsoOutStream(Stream):
         self._play()
 
 
-def stream_kind(endpoint: Endpoint) -> type[Stream]:
-    """The kind of stream that an endpoint needs."""
+def receiver_type(endpoint: Endpoint) -> type[Receiver]:
+    """Return the class of receivers for an endpoint."""
     if endpoint.type is not TransferType.ISOCHRONOUS:
-        return PacketStream
-    return IsoInStream if endpoint.address & 0x80 else IsoOutStream
+        return PacketReceiver
+    return IsoReceiver if endpoint.address & 0x80 else IsoPlayer

@@ -1,4 +1,4 @@
-"""Transfers of a device that is open: control, bulk, interrupt. Asynchronous, each completed exactly once.
+"""Control, bulk and interrupt transfers of an open device: asynchronous, each completed exactly once.
 
 Source: libusb-1.0, "Asynchronous device I/O"; usb-redirection-protocol.md, control and bulk packets.
 """
@@ -19,47 +19,57 @@ from farplug.usb.transfer import Status, Transfer
 from farplug.usb.types import TransferType
 
 CONTROL_TIMEOUT = 5.0
-"""Seconds that a control transfer may take. Others may take for ever: a key is pressed when somebody presses it."""
+"""Seconds that a control transfer may take. Others have no timeout: a keyboard sends a key when one is pressed."""
 MAX_PIECE: Final = 2**20
-"""Bytes that are given to libusb at once. Linux has 16 MiB for all transfers of all programs."""
+"""Bytes of one transfer of libusb. Linux has 16 MiB for all transfers of all programs."""
 MIN_PIECE: Final = 16 * 2**10
-"""If there is no memory for this much either, a transfer waits until there is."""
+"""A transfer waits if there is no memory for a piece of this size."""
 MEMORY_PAUSE = 0.01
-"""Seconds until a transfer that found no memory tries again, if none comes back before."""
+"""Seconds until a transfer that waits for memory is submitted again, if no other transfer completes before."""
 MAX_IDLE: Final = 128
 """libusb's transfers that are kept to be used again."""
 MAX_IDLE_BUFFER: Final = 64 * 2**10
-"""An idle one does not keep a larger buffer."""
+"""Bytes of the largest buffer that an idle transfer of libusb keeps."""
 
 ZEROED_BELOW: Final = 64 * 2**10
-"""A larger buffer is not zeroed before the device fills it: on a slow processor that is 3 % of a sequential read. Only
-what the device wrote is ever read."""
+"""Larger buffers are not zeroed before the device fills them: on a slow processor that is 3 % of a sequential read.
+Only bytes that the device wrote are ever read."""
 
 _new_bytearray = ctypes.pythonapi.PyByteArray_FromStringAndSize
 _new_bytearray.argtypes = (ctypes.c_char_p, ctypes.c_ssize_t)
 _new_bytearray.restype = ctypes.py_object
 
 _Key: TypeAlias = tuple[int, int, TransferType]
-"""An endpoint, a stream and a type: what is submitted there moves in this order. Settings may differ in the type."""
+"""Endpoint, bulk stream and type (alternate settings may differ in the type): transfers of one key keep their order."""
 
 
 class Owner(Protocol):
-    """The user data of each of libusb's transfers: whom it comes back to."""
+    """The user data of each of libusb's transfers: it handles the completion."""
 
-    def came_back(self, usb: UsbTransfer) -> None:
-        """It is not in flight any more. Called on the event loop."""
+    def handle_completion(self, usb: UsbTransfer) -> None:
+        """Handle the completion of a transfer. Called on the event loop."""
 
 
-class _Job:
-    """A transfer under way. A long one moves in pieces, one after the other.
+class _PendingTransfer:
+    """A transfer that is not complete. A long one moves in pieces, one after the other.
 
     Attributes:
-        blocks: it is not wholly at libusb: what comes after it on its endpoint has to wait.
+        blocks: libusb does not have all of the transfer yet, so the next ones of its key have to wait.
     """
 
     __slots__ = (
-        *("owner", "transfer", "key", "length", "buffer", "moved", "piece", "usb", "timer"),
-        *("blocks", "cancelled", "timed_out"),
+        "blocks",
+        "buffer",
+        "cancelled",
+        "key",
+        "length",
+        "moved",
+        "owner",
+        "piece",
+        "timed_out",
+        "timer",
+        "transfer",
+        "usb",
     )
 
     def __init__(self, owner: Transfers, transfer: Transfer) -> None:
@@ -75,8 +85,8 @@ class _Job:
         self.timer: asyncio.TimerHandle | None = None
         self.blocks = self.cancelled = self.timed_out = False
 
-    def came_back(self, usb: UsbTransfer) -> None:
-        self.owner.came_back(self, usb)
+    def handle_completion(self, usb: UsbTransfer) -> None:
+        self.owner.handle_completion(self, usb)
 
 
 class Transfers:
@@ -84,10 +94,10 @@ class Transfers:
 
     Args:
         handle: libusb's.
-        gate: while it is shut, nothing is said to libusb.
-        completed: the callback of libusb's transfers; it brings each to its :class:`Owner`.
-        assign_stream: makes a bulk transfer of libusb's one of a stream.
-        lost: called when the device turns out to be gone.
+        gate: while it is shut, nothing is submitted or cancelled.
+        completed: the callback of libusb's transfers; it passes each to its :class:`Owner`.
+        assign_stream: assigns one of libusb's bulk transfers to a bulk stream.
+        lost: called when the device was unplugged.
     """
 
     def __init__(
@@ -103,253 +113,258 @@ class Transfers:
         self._completed = completed
         self._assign_stream = assign_stream
         self._lost = lost
-        self._jobs: dict[Transfer, _Job] = {}
-        self._waiting: dict[_Key, deque[_Job]] = {}
-        """What waits behind a job that blocks its endpoint, or for the gate."""
+        self._pending: dict[Transfer, _PendingTransfer] = {}
+        self._waiting: dict[_Key, deque[_PendingTransfer]] = {}
+        """Transfers that wait for the gate, or for one that blocks their key."""
         self._blocked: set[_Key] = set()
-        """Where a job blocks: one at most, also while a queue is being worked off."""
-        self._hungry: deque[_Job] = deque()
-        """Jobs that found no memory."""
-        self._hunger: asyncio.TimerHandle | None = None
+        """Keys that a transfer blocks; at most one for each key."""
+        self._out_of_memory: deque[_PendingTransfer] = deque()
+        """Transfers that wait for memory."""
+        self._retry_timer: asyncio.TimerHandle | None = None
         self._idle: dict[_Key, list[UsbTransfer]] = {}
-        """libusb's transfers that came back, by where they were used: they go there again."""
+        """libusb's completed transfers, to be used again for the same key."""
         self._idle_count = 0
 
     @property
     def in_flight(self) -> list[UsbTransfer]:
-        """libusb's transfers that are not back yet."""
-        return [job.usb for job in self._jobs.values() if job.usb is not None]
+        """Return libusb's transfers that are not complete."""
+        return [pending.usb for pending in self._pending.values() if pending.usb is not None]
 
     def submit(self, transfer: Transfer) -> None:
-        """Take a transfer: it is completed now or later."""
-        job = self._jobs[transfer] = _Job(self, transfer)
+        """Submit a transfer. It is completed during the call or later."""
+        pending = self._pending[transfer] = _PendingTransfer(self, transfer)
         if transfer.setup is not None:
-            job.timer = asyncio.get_running_loop().call_later(CONTROL_TIMEOUT, self._expire, job)
-        self._admit(job)
+            pending.timer = asyncio.get_running_loop().call_later(CONTROL_TIMEOUT, self._expire, pending)
+        self._enqueue(pending)
 
     def cancel(self, transfer: Transfer) -> None:
-        """Complete a transfer soon; at once, if nothing of it is at the device."""
-        job = self._jobs.get(transfer)
-        if job is not None:
-            job.cancelled = True
-            self._take_back(job)
+        """Cancel a transfer. It is completed during the call if libusb has no piece of it, else when libusb is done."""
+        pending = self._pending.get(transfer)
+        if pending is not None:
+            pending.cancelled = True
+            self._end_early(pending)
 
     def cancel_all(self, endpoints: Collection[int] | None = None) -> None:
-        """Cancel all transfers (of ``endpoints``), the newest first: none goes on in the place of another."""
-        for job in reversed(list(self._jobs.values())):
-            if job.transfer in self._jobs and (endpoints is None or job.transfer.endpoint in endpoints):
-                self.cancel(job.transfer)
+        """Cancel all transfers (of ``endpoints``), the newest first, so that none starts because another ended."""
+        for pending in reversed(list(self._pending.values())):
+            if pending.transfer in self._pending and (endpoints is None or pending.transfer.endpoint in endpoints):
+                self.cancel(pending.transfer)
 
     def abandon(self, status: Status) -> list[UsbTransfer]:
-        """Complete all transfers at once: what comes back later belongs to nobody.
+        """Complete all transfers with a status, and ignore later completions of libusb.
 
         Returns:
-            what is still in flight.
+            libusb's transfers that are still in flight.
         """
         in_flight = self.in_flight
-        jobs = list(self._jobs.values())
-        self._jobs.clear()
+        all_pending = list(self._pending.values())
+        self._pending.clear()
         self._waiting.clear()
         self._blocked.clear()
-        self._hungry.clear()
-        if self._hunger is not None:
-            self._hunger.cancel()
-        for job in jobs:
-            if job.timer is not None:
-                job.timer.cancel()
-            job.transfer.complete(status, actual=job.moved)
+        self._out_of_memory.clear()
+        if self._retry_timer is not None:
+            self._retry_timer.cancel()
+        for pending in all_pending:
+            if pending.timer is not None:
+                pending.timer.cancel()
+            pending.transfer.complete(status, actual=pending.moved)
         return in_flight
 
-    # The way of a job
+    # From submission to completion
 
-    def _admit(self, job: _Job) -> None:
-        """Let a job come behind those before it on its endpoint."""
-        waiting = self._waiting.get(job.key)
+    def _enqueue(self, pending: _PendingTransfer) -> None:
+        """Start a transfer, or queue it behind the earlier ones of its key."""
+        waiting = self._waiting.get(pending.key)
         if waiting is not None:
-            waiting.append(job)
+            waiting.append(pending)
         elif self._gate.shut:
-            self._waiting[job.key] = deque((job,))
-            self._resume(job.key)
+            self._waiting[pending.key] = deque((pending,))
+            self._resume(pending.key)
         else:
-            if job.length > MAX_PIECE:
-                self._block(job)
-            self._start(job)
+            if pending.length > MAX_PIECE:
+                self._block(pending)
+            self._start(pending)
 
-    def _start(self, job: _Job, held: bool = False) -> None:
-        """Give a job, or its next piece, to libusb; ``held``: the gate opens for it."""
-        if self._gate.shut and not held:
-            self._gate.when_open(job, partial(self._start, job, True))
+    def _start(self, pending: _PendingTransfer, deferred: bool = False) -> None:
+        """Submit a transfer, or its next piece, to libusb. ``deferred``: called by the gate."""
+        if self._gate.shut and not deferred:
+            self._gate.run_or_defer(pending, partial(self._start, pending, True))
             return
         usb = None
         try:
-            job.usb = usb = self._filled(job)
+            pending.usb = usb = self._prepare(pending)
             usb.submit()
         except UsbError as raised:
             error = raised
         else:
-            if job.blocks and job.moved + job.piece >= job.length:  # that was the last of it
-                self._unblock(job)
-                self._resume(job.key)
+            if pending.blocks and pending.moved + pending.piece >= pending.length:  # the last piece
+                self._unblock(pending)
+                self._resume(pending.key)
             return
-        job.usb = None
+        pending.usb = None
         if usb is not None:
-            self._recycle(usb, job, MAX_PIECE)
+            self._recycle(usb, pending, MAX_PIECE)
         if isinstance(error, NoMemory):
-            self._block(job)
-            if min(job.piece, job.length - job.moved) > MIN_PIECE and job.transfer.setup is None:
-                job.piece //= 2
-                self._start(job, held)
+            self._block(pending)
+            if min(pending.piece, pending.length - pending.moved) > MIN_PIECE and pending.transfer.setup is None:
+                pending.piece //= 2
+                self._start(pending, deferred)
             else:
-                self._hungry.append(job)
-                if self._hunger is None:
-                    self._hunger = asyncio.get_running_loop().call_later(MEMORY_PAUSE, self._feed)
+                self._out_of_memory.append(pending)
+                if self._retry_timer is None:
+                    self._retry_timer = asyncio.get_running_loop().call_later(MEMORY_PAUSE, self._retry)
             return
-        self._end(job, Status.INVALID if isinstance(error, InvalidParameter) else Status.IO_ERROR)
+        self._end(pending, Status.INVALID if isinstance(error, InvalidParameter) else Status.IO_ERROR)
         if isinstance(error, NoDevice):
             self._lost()
 
-    def _filled(self, job: _Job) -> UsbTransfer:
-        """A transfer of libusb's for a job, or for its next piece."""
-        transfer = job.transfer
-        piece = job.buffer[job.moved : job.moved + job.piece] if job.length > job.piece else job.buffer
-        idle = self._idle.get(job.key)
+    def _prepare(self, pending: _PendingTransfer) -> UsbTransfer:
+        """Return one of libusb's transfers, filled with a transfer or its next piece."""
+        transfer = pending.transfer
+        piece = (
+            pending.buffer[pending.moved : pending.moved + pending.piece]
+            if pending.length > pending.piece
+            else pending.buffer
+        )
+        idle = self._idle.get(pending.key)
         if idle:
             usb = idle.pop()
             self._idle_count -= 1
             if transfer.setup is None:
                 usb.setBuffer(piece)
-                usb.setUserData(job)
+                usb.setUserData(pending)
                 return usb
         else:
             usb = self._handle.getTransfer()
         setup = transfer.setup
         if setup is not None:
-            stage = job.length if transfer.endpoint & 0x80 else bytes(transfer.data)
-            usb.setControl(setup.request_type, setup.request, setup.value, setup.index, stage, self._completed, job)
+            stage = pending.length if transfer.endpoint & 0x80 else bytes(transfer.data)
+            usb.setControl(setup.request_type, setup.request, setup.value, setup.index, stage, self._completed, pending)
         elif transfer.type is TransferType.BULK:
-            usb.setBulk(transfer.endpoint, piece, self._completed, job)
+            usb.setBulk(transfer.endpoint, piece, self._completed, pending)
             if transfer.stream_id:
                 self._assign_stream(usb, transfer.stream_id)
         else:
-            usb.setInterrupt(transfer.endpoint, piece, self._completed, job)
+            usb.setInterrupt(transfer.endpoint, piece, self._completed, pending)
         return usb
 
-    def came_back(self, job: _Job, usb: UsbTransfer) -> None:
-        """libusb is done with a job, or with a piece of it."""
-        if job.usb is not usb or job.transfer not in self._jobs:
-            return  # it was abandoned
-        job.usb = None
+    def handle_completion(self, pending: _PendingTransfer, usb: UsbTransfer) -> None:
+        """Handle the completion of a transfer, or of a piece of it."""
+        if pending.usb is not usb or pending.transfer not in self._pending:
+            return  # after abandon()
+        pending.usb = None
         code, actual = usb.getStatus(), usb.getActualLength()
-        setup = job.transfer.setup
-        if setup is not None and job.transfer.endpoint & 0x80:
-            job.buffer = memoryview(usb.getBuffer())
-        length = job.length if setup is not None else min(job.piece, job.length - job.moved)
-        job.moved += min(actual, length)
-        self._recycle(usb, job, length)
+        setup = pending.transfer.setup
+        if setup is not None and pending.transfer.endpoint & 0x80:
+            pending.buffer = memoryview(usb.getBuffer())
+        length = pending.length if setup is not None else min(pending.piece, pending.length - pending.moved)
+        pending.moved += min(actual, length)
+        self._recycle(usb, pending, length)
         status = transfer_status(code)
-        if status is Status.SUCCESS and actual >= length and job.moved < job.length:
-            if not job.cancelled:
-                self._start(job)
+        if status is Status.SUCCESS and actual >= length and pending.moved < pending.length:
+            if not pending.cancelled:
+                self._start(pending)
                 return
             status = Status.CANCELLED
-        elif status is Status.CANCELLED and job.timed_out:
+        elif status is Status.CANCELLED and pending.timed_out:
             status = Status.TIMEOUT
-        self._end(job, status)
-        if code == TRANSFER_NO_DEVICE and not job.cancelled:  # Linux says so also of what a new setting has ended
+        self._end(pending, status)
+        # Linux reports the same for transfers that a new alternate setting ended: they were cancelled before.
+        if code == TRANSFER_NO_DEVICE and not pending.cancelled:
             self._lost()
-        elif self._hungry:
-            self._feed()
+        elif self._out_of_memory:
+            self._retry()
 
-    def _end(self, job: _Job, status: Status) -> None:
-        """Complete a job's transfer, then let those behind it go on."""
-        transfer = job.transfer
-        del self._jobs[transfer]
-        if job.timer is not None:
-            job.timer.cancel()
+    def _end(self, pending: _PendingTransfer, status: Status) -> None:
+        """Complete a transfer, then start those that it blocked."""
+        transfer = pending.transfer
+        del self._pending[transfer]
+        if pending.timer is not None:
+            pending.timer.cancel()
         if transfer.endpoint & 0x80:
-            transfer.complete(status, job.buffer[: job.moved])
+            transfer.complete(status, pending.buffer[: pending.moved])
         else:
-            transfer.complete(status, actual=job.moved)
-        if job.blocks:
-            self._unblock(job)
-            self._resume(job.key)
+            transfer.complete(status, actual=pending.moved)
+        if pending.blocks:
+            self._unblock(pending)
+            self._resume(pending.key)
 
-    def _resume(self, key: _Key, held: bool = False) -> None:
-        """What waited goes on, up to the next job that blocks; ``held``: the gate opens for it."""
-        if self._gate.shut and not held:
-            self._gate.when_open(key, partial(self._resume, key, True))
+    def _resume(self, key: _Key, deferred: bool = False) -> None:
+        """Start the waiting transfers of a key, up to the next that blocks. ``deferred``: called by the gate."""
+        if self._gate.shut and not deferred:
+            self._gate.run_or_defer(key, partial(self._resume, key, True))
             return
         while key not in self._blocked and (waiting := self._waiting.get(key)) is not None:
             if not waiting:
                 del self._waiting[key]
                 return
-            job = waiting.popleft()
-            if job.length > MAX_PIECE:
-                self._block(job)
-            self._start(job, held)
+            pending = waiting.popleft()
+            if pending.length > MAX_PIECE:
+                self._block(pending)
+            self._start(pending, deferred)
 
-    def _take_back(self, job: _Job) -> None:
-        """End a job early: at once, unless something of it is at the device."""
-        if job.usb is not None:
-            self._gate.when_open(job, partial(_cancel_job, job))
+    def _end_early(self, pending: _PendingTransfer) -> None:
+        """Cancel a transfer: complete it now, unless libusb has a piece of it."""
+        if pending.usb is not None:
+            self._gate.run_or_defer(pending, partial(_cancel_pending, pending))
             return
-        self._gate.forget(job)
-        for queue in (self._hungry, self._waiting.get(job.key, deque())):
-            if job in queue:
-                queue.remove(job)
-        if self._gate.shut and not self._waiting.get(job.key, True) and job.key not in self._blocked:
-            del self._waiting[job.key]
-            self._gate.forget(job.key)
-        self._end(job, Status.TIMEOUT if job.timed_out else Status.CANCELLED)
+        self._gate.discard(pending)
+        for queue in (self._out_of_memory, self._waiting.get(pending.key, deque())):
+            if pending in queue:
+                queue.remove(pending)
+        if self._gate.shut and not self._waiting.get(pending.key, True) and pending.key not in self._blocked:
+            del self._waiting[pending.key]
+            self._gate.discard(pending.key)
+        self._end(pending, Status.TIMEOUT if pending.timed_out else Status.CANCELLED)
 
-    def _expire(self, job: _Job) -> None:
-        job.timer = None
-        job.timed_out = True
-        self._take_back(job)
+    def _expire(self, pending: _PendingTransfer) -> None:
+        pending.timer = None
+        pending.timed_out = True
+        self._end_early(pending)
 
     # Memory
 
-    def _block(self, job: _Job) -> None:
-        job.blocks = True
-        self._blocked.add(job.key)
-        self._waiting.setdefault(job.key, deque())
+    def _block(self, pending: _PendingTransfer) -> None:
+        pending.blocks = True
+        self._blocked.add(pending.key)
+        self._waiting.setdefault(pending.key, deque())
 
-    def _unblock(self, job: _Job) -> None:
-        job.blocks = False
-        self._blocked.remove(job.key)
+    def _unblock(self, pending: _PendingTransfer) -> None:
+        pending.blocks = False
+        self._blocked.remove(pending.key)
 
-    def _feed(self) -> None:
-        """Something came back, or time has passed: there may be memory."""
-        if self._hunger is not None:
-            self._hunger.cancel()
-            self._hunger = None
-        for _ in range(len(self._hungry)):
-            if self._hungry:  # an answer may have had the others cancelled
-                self._start(self._hungry.popleft())
+    def _retry(self) -> None:
+        """Submit the transfers that wait for memory: another transfer completed, or time has passed."""
+        if self._retry_timer is not None:
+            self._retry_timer.cancel()
+            self._retry_timer = None
+        for _ in range(len(self._out_of_memory)):
+            if self._out_of_memory:  # a completion may have cancelled the rest
+                self._start(self._out_of_memory.popleft())
 
-    def _recycle(self, usb: UsbTransfer, job: _Job, length: int) -> None:
+    def _recycle(self, usb: UsbTransfer, pending: _PendingTransfer, length: int) -> None:
         if self._idle_count >= MAX_IDLE:
             usb.close()
             return
-        if job.transfer.setup is None and length > MAX_IDLE_BUFFER:
+        if pending.transfer.setup is None and length > MAX_IDLE_BUFFER:
             usb.setBuffer(bytearray())
-        self._idle.setdefault(job.key, []).append(usb)
+        self._idle.setdefault(pending.key, []).append(usb)
         self._idle_count += 1
 
 
 def _buffer(length: int) -> bytearray:
-    """Room for what a device sends."""
+    """Return a buffer for a device to fill."""
     return bytearray(length) if length < ZEROED_BELOW else cast(bytearray, _new_bytearray(None, length))
 
 
-def _cancel_job(job: _Job) -> None:
-    if job.usb is not None:  # else it came back meanwhile, and may be another job's now
-        cancel(job.usb)
+def _cancel_pending(pending: _PendingTransfer) -> None:
+    if pending.usb is not None:  # else it is complete, and may be in use for another transfer
+        cancel(pending.usb)
 
 
 def cancel(usb: UsbTransfer) -> None:
-    """Cancel one of libusb's transfers; it comes back all the same."""
+    """Cancel one of libusb's transfers, which completes it."""
     try:
         usb.cancel()
     except UsbError:
-        pass  # it is on its way back
+        pass  # it is complete, and about to be handled

@@ -11,17 +11,20 @@ from tests.physical.support import EVERYTHING
 
 from farplug.errors import DeviceError, Reason
 from farplug.libusb.identity import read_configurations, read_identity
-from farplug.physical import claim
-from farplug.physical.claim import Claim, Place
+from farplug.physical import open_device
+from farplug.physical.open_device import BusAddress, OpenDevice
 from farplug.usb.descriptors import ConfigurationDescriptor, InterfaceDescriptor
 
 SOUND_CARD = ConfigurationDescriptor(1, tuple(InterfaceDescriptor(number, 0, 1, 1, 0) for number in range(4)))
 DRIVERS = {0: "audio", 1: "audio", 2: "hid"}
 
 
-def take(device: FakeDevice) -> Claim:
-    return Claim(
-        FakeLibrary(device), Place.of(device), read_identity(device), {c.value: c for c in read_configurations(device)}
+def open_device_of(device: FakeDevice) -> OpenDevice:
+    return OpenDevice(
+        FakeLibrary(device),
+        BusAddress.of(device),
+        read_identity(device),
+        {c.value: c for c in read_configurations(device)},
     )
 
 
@@ -31,7 +34,7 @@ def sound_card() -> FakeDevice:
 
 def test_drivers_are_unbound_first_and_bound_again_last() -> None:
     device = sound_card()
-    taken = take(device)
+    opened = open_device_of(device)
     assert device.drivers == {}
     assert device.calls == [
         *["open", "get_configuration"],
@@ -40,7 +43,7 @@ def test_drivers_are_unbound_first_and_bound_again_last() -> None:
         "reset",
     ]
     device.calls.clear()
-    taken.give_back()
+    opened.release()
     assert device.calls == [
         *["release 3", "release 2", "release 1", "release 0"],
         "reset",
@@ -48,7 +51,7 @@ def test_drivers_are_unbound_first_and_bound_again_last() -> None:
         "close",
     ]
     assert device.drivers == DRIVERS
-    taken.give_back()
+    opened.release()
     assert device.calls[-1] == "close"
     assert device.calls.count("close") == 1
 
@@ -56,16 +59,16 @@ def test_drivers_are_unbound_first_and_bound_again_last() -> None:
 def test_no_driver_is_bound_where_there_was_none() -> None:
     device = sound_card()
     device.drivers = {}
-    take(device).give_back()
+    open_device_of(device).release()
     assert device.drivers == {}
 
 
-@pytest.mark.parametrize("ids", sorted(claim.NEVER_RESET))
+@pytest.mark.parametrize("ids", sorted(open_device.NEVER_RESET))
 def test_devices_that_do_not_survive_a_reset_are_not_reset(ids: tuple[int, int]) -> None:
     device = FakeDevice(EVERYTHING, ids=ids)
-    taken = take(device)
-    taken.reset()
-    taken.give_back()
+    opened = open_device_of(device)
+    opened.reset()
+    opened.release()
     assert "reset" not in device.calls
 
 
@@ -77,7 +80,7 @@ def test_devices_that_do_not_survive_a_reset_are_not_reset(ids: tuple[int, int])
             Reason.NO_PERMISSION,
             "1234:5678 (1-2) cannot be plugged in: no permission to use it",
         ),
-        ({"open": usb1.USBErrorNoDevice()}, Reason.DEVICE_LOST, "1234:5678 (1-2) is not there any more"),
+        ({"open": usb1.USBErrorNoDevice()}, Reason.DEVICE_LOST, "1234:5678 (1-2) is no longer plugged in"),
         ({"open": usb1.USBErrorNoMem()}, Reason.DEVICE_FAULT, "1234:5678 (1-2) cannot be used: LIBUSB_ERROR_NO_MEM"),
         ({"get_configuration": usb1.USBErrorOther()}, Reason.DEVICE_FAULT, "cannot be used: LIBUSB_ERROR_OTHER"),
         (
@@ -85,23 +88,25 @@ def test_devices_that_do_not_survive_a_reset_are_not_reset(ids: tuple[int, int])
             Reason.BUSY,
             "1234:5678 (1-2) cannot be plugged in: another program uses it",
         ),
-        ({"claim 2": usb1.USBErrorNoDevice()}, Reason.DEVICE_LOST, "is not there any more"),
-        ({"detach 1": usb1.USBErrorNoDevice()}, Reason.DEVICE_LOST, "is not there any more"),
+        ({"claim 2": usb1.USBErrorNoDevice()}, Reason.DEVICE_LOST, "is no longer plugged in"),
+        ({"detach 1": usb1.USBErrorNoDevice()}, Reason.DEVICE_LOST, "is no longer plugged in"),
         (
             {"detach 2": usb1.USBErrorAccess()},
             Reason.KERNEL_DRIVER,
-            "the kernel's driver of interface 2 cannot be unbound: LIBUSB_ERROR_ACCESS",
+            "cannot unbind the kernel driver of interface 2: LIBUSB_ERROR_ACCESS",
         ),
-        ({"reset": usb1.USBErrorNotFound()}, Reason.DEVICE_LOST, "is not there any more"),
+        ({"reset": usb1.USBErrorNotFound()}, Reason.DEVICE_LOST, "is no longer plugged in"),
         ({"reset": usb1.USBErrorOther()}, Reason.DEVICE_FAULT, "cannot be used: LIBUSB_ERROR_OTHER"),
     ],
 )
-def test_what_cannot_be_taken_is_left_as_it_was(failures: dict[str, Exception], reason: Reason, words: str) -> None:
+def test_a_device_that_cannot_be_opened_is_left_as_it_was(
+    failures: dict[str, Exception], reason: Reason, words: str
+) -> None:
     device = sound_card()
     library = FakeLibrary(device)
     device.failures = failures
     with pytest.raises(DeviceError) as caught:
-        Claim(library, Place.of(device), read_identity(device), {1: read_configurations(device)[0]})
+        OpenDevice(library, BusAddress.of(device), read_identity(device), {1: read_configurations(device)[0]})
     assert caught.value.reason is reason
     assert words in caught.value.message
     assert library.contexts[0].closed
@@ -115,125 +120,127 @@ def test_a_device_that_another_program_holds() -> None:
     device = sound_card()
     device.drivers = dict.fromkeys(range(4), "program")
     with pytest.raises(DeviceError, match="another program uses it"):
-        take(device)
+        open_device_of(device)
     assert device.drivers == dict.fromkeys(range(4), "program")
 
 
 @pytest.mark.parametrize(("left", "bound"), [(1, {}), (0, DRIVERS)])
 def test_a_configuration_that_cannot_be_chosen(left: int, bound: dict[int, str]) -> None:
-    """The drivers come back in the end, whether the kernel kept the old configuration or chose none."""
+    """The drivers are bound again in the end, whether the kernel kept the old configuration or chose none."""
     device = FakeDevice(SOUND_CARD, replace(SOUND_CARD, value=2), drivers=DRIVERS)
-    taken = take(device)
+    opened = open_device_of(device)
     device.failures = {"set_configuration 2": usb1.USBErrorPipe()}
     device.configuration = left
     with pytest.raises(usb1.USBErrorPipe):
-        taken.set_configuration(2)
-    assert taken.configuration == left
-    taken.give_back()
+        opened.set_configuration(2)
+    assert opened.configuration == left
+    opened.release()
     assert (device.configuration, device.drivers) == (1, DRIVERS)
 
 
 def test_an_interface_that_the_kernel_does_not_know() -> None:
     device = sound_card()
     device.failures = {"claim 3": usb1.USBErrorNotFound()}
-    taken = take(device)
+    opened = open_device_of(device)
     assert device.handle.claimed == {0, 1, 2}
-    taken.give_back()
+    opened.release()
 
 
-def test_systems_without_drivers_to_unbind() -> None:
+def test_systems_that_cannot_unbind_drivers() -> None:
     device = FakeDevice(SOUND_CARD)
     device.failures = {"detach": usb1.USBErrorNotSupported()}
-    take(device).give_back()
+    open_device_of(device).release()
     assert not [call for call in device.calls if call.startswith("attach")]
 
 
-def test_the_first_configuration_comes_back_with_its_drivers() -> None:
+def test_the_original_configuration_is_restored_with_its_drivers() -> None:
     device = FakeDevice(SOUND_CARD, replace(SOUND_CARD, value=2, interfaces=SOUND_CARD.interfaces[:1]), drivers=DRIVERS)
     device.bound_by_kernel[2] = {0: "other"}
-    taken = take(device)
-    taken.set_configuration(2)
+    opened = open_device_of(device)
+    opened.set_configuration(2)
     assert device.handle.claimed == {0}
     assert device.drivers == {}, "the driver that the kernel bound is unbound"
-    taken.give_back()
+    opened.release()
     assert (device.configuration, device.drivers) == (1, DRIVERS)
 
 
 def test_an_unconfigured_device_is_left_unconfigured() -> None:
     device = sound_card()
     device.configuration, device.drivers = 0, {}
-    taken = take(device)
+    opened = open_device_of(device)
     assert device.handle.claimed == set()
-    assert not taken.endpoints
-    taken.set_configuration(1)
-    taken.give_back()
+    assert not opened.endpoints
+    opened.set_configuration(1)
+    opened.release()
     assert device.configuration == 0
 
 
 @pytest.mark.parametrize("call", ["release", "reset", "attach", "set_configuration"])
 @pytest.mark.parametrize(
-    "error", [usb1.USBErrorNoDevice(), usb1.USBErrorNotFound(), usb1.USBErrorOther(), RuntimeError("a defect")]
+    "error", [usb1.USBErrorNoDevice(), usb1.USBErrorNotFound(), usb1.USBErrorOther(), RuntimeError("a bug")]
 )
 def test_whatever_fails_at_the_end_the_device_is_closed(call: str, error: Exception) -> None:
     device = FakeDevice(SOUND_CARD, EVERYTHING, drivers=DRIVERS)
     library = FakeLibrary(device)
-    taken = Claim(library, Place.of(device), read_identity(device), {1: SOUND_CARD, 3: replace(SOUND_CARD, value=3)})
+    opened = OpenDevice(
+        library, BusAddress.of(device), read_identity(device), {1: SOUND_CARD, 3: replace(SOUND_CARD, value=3)}
+    )
     if call == "set_configuration":
-        taken.set_configuration(3)
+        opened.set_configuration(3)
     device.failures = {call: error}
-    taken.give_back()
+    opened.release()
     assert device.handle.closed
     assert library.contexts[0].closed
 
 
-def test_a_reset_that_fails_at_the_end_does_not_keep_drivers_away() -> None:
+def test_drivers_are_bound_again_although_the_last_reset_fails() -> None:
     device = sound_card()
-    taken = take(device)
+    opened = open_device_of(device)
     device.failures = {"reset": usb1.USBErrorOther()}
-    taken.give_back()
+    opened.release()
     assert device.drivers == DRIVERS
 
 
-def test_a_reset_that_fails_at_the_end_does_not_keep_the_configuration_away() -> None:
+def test_the_configuration_is_restored_although_the_last_reset_fails() -> None:
     device = FakeDevice(SOUND_CARD, replace(SOUND_CARD, value=2), drivers=DRIVERS)
-    taken = take(device)
-    taken.set_configuration(2)
+    opened = open_device_of(device)
+    opened.set_configuration(2)
     device.failures = {"reset": usb1.USBErrorOther()}
-    taken.give_back()
+    opened.release()
     assert (device.configuration, device.drivers) == (1, DRIVERS)
 
 
-def test_transfers_come_back_before_the_device_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transfers_are_complete_before_the_device_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     device = FakeDevice(EVERYTHING)
-    taken = take(device)
+    opened = open_device_of(device)
     transfer = device.handle.getTransfer()
-    back: list[object] = []
-    transfer.setBulk(0x81, bytearray(8), back.append, None)
+    completed: list[object] = []
+    transfer.setBulk(0x81, bytearray(8), completed.append, None)
     transfer.submit()
     context = device.handle.context
     context.library.event_errors += [usb1.USBErrorInterrupted(), usb1.USBErrorIO()]
-    taken.give_back([transfer])
-    assert back == [transfer]
+    opened.release([transfer])
+    assert completed == [transfer]
     assert device.handle.closed
 
 
-def test_a_device_that_keeps_its_transfers_stays_open_until_they_are_back(
+def test_a_device_stays_open_until_its_transfers_are_complete(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(claim, "DRAIN_PATIENCE", 0.05)
+    monkeypatch.setattr(open_device, "DRAIN_TIMEOUT", 0.05)
     device = FakeDevice(EVERYTHING, drivers={0: "storage"})
-    taken = take(device)
+    opened = open_device_of(device)
     device.handle.keeps_cancelled = True
     transfer = device.handle.getTransfer()
     transfer.setBulk(0x81, bytearray(8), lambda usb: None, None)
     transfer.submit()
-    giving = Thread(target=taken.give_back, args=([transfer],))
-    giving.start()
-    while "has not given its transfers back after 0.05 s" not in caplog.text:
+    releasing = Thread(target=opened.release, args=([transfer],))
+    releasing.start()
+    while "transfers still pending 0.05 s after cancellation" not in caplog.text:
         time.sleep(0.01)
-    giving.join(0.2)
-    assert giving.is_alive()
+    releasing.join(0.2)
+    assert releasing.is_alive()
     transfer.finish(status=usb1.TRANSFER_CANCELLED)
-    giving.join(10)
+    releasing.join(10)
     assert device.handle.closed
     assert device.drivers == {0: "storage"}
