@@ -11,11 +11,12 @@ from tests.image.support import ISO, MIB, ODD, PLAIN, TYPES, WHEN, contents, mak
 from farplug.errors import ImageError, Reason, SetupError, UsageError
 from farplug.image import build as build_module
 from farplug.image.build import create_image, create_iso, new_file, no_progress
-from farplug.image.tools import TICK, Job, Progress
+from farplug.image.tools import PROGRESS_INTERVAL, ImageBuild
 from farplug.image.volume import BLOCK_SIZES, Format, Partition, Volume
+from farplug.store.base import ProgressCallback
 
 
-def make(path: Path, format: Format, folder: Path, progress: Progress = no_progress) -> None:
+def make(path: Path, format: Format, folder: Path, progress: ProgressCallback = no_progress) -> None:
     """Make an image of any format that needs no guest."""
     if format is Format.ISO9660:
         create_iso(path, folder, progress=progress)
@@ -116,10 +117,10 @@ def test_what_the_guest_fills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, f
     folder = make_folder(tmp_path / "folder", {"ä": b"odd"})
     filled: list[tuple[int, str]] = []
 
-    def fill(job: Job, volume: Volume) -> None:
-        assert job.tree is not None
-        assert os.fstat(job.fd).st_size == volume.disk_size
-        filled.append((len(job.tree.entries), volume.format))
+    def fill(build: ImageBuild, volume: Volume) -> None:
+        assert build.tree is not None
+        assert os.fstat(build.fd).st_size == volume.disk_size
+        filled.append((len(build.tree.entries), volume.format))
 
     monkeypatch.setattr(build_module, "fill_in_guest", fill)
     create_image(tmp_path / "x", format=format, folder=folder)
@@ -253,12 +254,12 @@ def test_giving_up(folder: Path, tmp_path: Path, format: Format) -> None:
 
 
 @pytest.mark.parametrize("format", [Format.FAT32, Format.EXT4, Format.ISO9660])
-@pytest.mark.parametrize("tick", [0.001, TICK])
+@pytest.mark.parametrize("tick", [0.001, PROGRESS_INTERVAL])
 def test_a_file_that_grows_meanwhile(
     folder: Path, tmp_path: Path, format: Format, tick: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While the tool runs, which may refuse it, or when it has ended."""
-    monkeypatch.setattr("farplug.image.tools.TICK", tick)
+    monkeypatch.setattr("farplug.image.tools.PROGRESS_INTERVAL", tick)
 
     def progress(done: int, total: int) -> None:
         if total:

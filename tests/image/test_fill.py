@@ -16,7 +16,7 @@ from tests.image.support import MIB, ODD, PLAIN, WHEN, contents, make_folder
 from farplug.errors import ImageError, Reason, SetupError
 from farplug.image import fill
 from farplug.image.fill import fill_in_guest
-from farplug.image.tools import Job
+from farplug.image.tools import ImageBuild
 from farplug.image.tree import Tree, scan
 from farplug.image.volume import Format, Partition, Volume
 from farplug.vm.agent import CommandFailed, CommandResult
@@ -113,13 +113,13 @@ def fd(tmp_path: Path) -> Iterator[int]:
     assert set(os.listdir("/proc/self/fd")) == before
 
 
-def job_of(fd: int, tree: Tree | None) -> Job:
-    return Job(fd, tree, lambda done, total: None)
+def build_of(fd: int, tree: Tree | None) -> ImageBuild:
+    return ImageBuild(fd, tree, lambda done, total: None)
 
 
 def test_the_stream_is_the_tree(fake: type[FakeGuest], fd: int, tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "folder", {**PLAIN, **ODD})
-    fill_in_guest(job_of(fd, scan(folder)), volume())
+    fill_in_guest(build_of(fd, scan(folder)), volume())
     with tarfile.open(fileobj=io.BytesIO(fake.received)) as archive:
         members = archive.getmembers()
         assert [member.name for member in members] == [entry.path for entry in scan(folder).entries]
@@ -142,7 +142,7 @@ def test_what_the_guest_runs(
     fake: type[FakeGuest], fd: int, tmp_path: Path, format: Format, block_size: int, make: str, mount: str
 ) -> None:
     folder = make_folder(tmp_path / "folder", {"sub/a": b"", "b": b""})
-    fill_in_guest(job_of(fd, scan(folder)), volume(format, block_size))
+    fill_in_guest(build_of(fd, scan(folder)), volume(format, block_size))
     assert make in fake.script
     assert mount in fake.script
     assert '[ "$count" = 3 ]' in fake.script
@@ -152,7 +152,7 @@ def test_what_the_guest_runs(
 
 
 def test_an_empty_image_needs_no_stream(fake: type[FakeGuest], fd: int) -> None:
-    fill_in_guest(job_of(fd, None), volume())
+    fill_in_guest(build_of(fd, None), volume())
     assert fake.received == b""
     assert "[ 0 -gt 0 ] || exit 0" in fake.script
 
@@ -172,7 +172,7 @@ def test_a_guest_that_fails(
     fake.output, fake.reads = output, reads
     folder = make_folder(tmp_path / "folder", PLAIN)
     with pytest.raises(ImageError, match=text) as caught:
-        fill_in_guest(job_of(fd, scan(folder)), volume())
+        fill_in_guest(build_of(fd, scan(folder)), volume())
     assert caught.value.reason is reason
 
 
@@ -180,9 +180,9 @@ def test_an_error_while_the_host_is_full(
     fake: type[FakeGuest], fd: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake.output = "mount: I/O error"
-    monkeypatch.setattr(fill, "_HOST_IS_FULL", 1 << 60)
+    monkeypatch.setattr(fill, "_MIN_HOST_SPACE", 1 << 60)
     with pytest.raises(ImageError, match="no space left for the image") as caught:
-        fill_in_guest(job_of(fd, None), volume())
+        fill_in_guest(build_of(fd, None), volume())
     assert caught.value.reason is Reason.NO_SPACE
 
 
@@ -199,7 +199,7 @@ def test_what_could_not_be_written_while_the_guest_says_nothing(
 ) -> None:
     fake.events = [{"event": "BLOCK_IO_ERROR", "data": data}]
     with pytest.raises(ImageError, match=text) as caught:
-        fill_in_guest(job_of(fd, scan(make_folder(tmp_path / "folder", {"a": b"12345"}))), volume())
+        fill_in_guest(build_of(fd, scan(make_folder(tmp_path / "folder", {"a": b"12345"}))), volume())
     assert caught.value.reason is reason
 
 
@@ -214,7 +214,7 @@ def test_a_file_that_changes(fake: type[FakeGuest], fd: int, tmp_path: Path, cha
     elif change == "folder":
         (folder / "a").mkdir()
     with pytest.raises(ImageError, match="changed while it was copied: a") as caught:
-        fill_in_guest(job_of(fd, tree), volume())
+        fill_in_guest(build_of(fd, tree), volume())
     assert caught.value.reason is Reason.CHANGED
 
 
@@ -229,7 +229,7 @@ def test_a_file_that_cannot_be_read(
 
     monkeypatch.setattr("pathlib.Path.open", fail)
     with pytest.raises(ImageError, match="a cannot be read: input/output error"):
-        fill_in_guest(job_of(fd, tree), volume())
+        fill_in_guest(build_of(fd, tree), volume())
 
 
 def test_giving_up(fake: type[FakeGuest], fd: int, tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_giving_up(fake: type[FakeGuest], fd: int, tmp_path: Path) -> None:
 
     before = set(threading.enumerate())
     with pytest.raises(InterruptedError):
-        fill_in_guest(Job(fd, scan(folder), progress), volume())
+        fill_in_guest(ImageBuild(fd, scan(folder), progress), volume())
     assert not set(threading.enumerate()) - before
 
 
@@ -255,6 +255,6 @@ def test_all_that_is_missing_is_told_at_once(
         "shutil.which", lambda name, **_: None if name in ("qemu-system-x86_64", "mkntfs", "ntfs-3g") else "/x"
     )
     with pytest.raises(SetupError, match=f"{text} in a throw-away virtual machine, which needs qemu") as caught:
-        fill_in_guest(job_of(fd, None), volume(format))
+        fill_in_guest(build_of(fd, None), volume(format))
     packages = "ntfs-3g qemu-system-x86" if format is Format.NTFS else "qemu-system-x86"
     assert caught.value.remedy == f"sudo apt-get install {packages}"

@@ -11,7 +11,7 @@ from farplug.errors import ImageError, Reason, UsageError
 from farplug.image import build
 from farplug.image import folder as folder_module
 from farplug.image.folder import folder_store
-from farplug.image.tools import Job
+from farplug.image.tools import ImageBuild
 from farplug.image.volume import BLOCK_SIZES, Format, Partition, Volume
 from farplug.store import Store
 
@@ -81,7 +81,7 @@ async def test_a_file_too_large_for_fat32_makes_it_exfat(
     monkeypatch.setattr(folder_module, "MAX_FAT_FILE", 3)
     filled: list[Volume] = []
 
-    def fill(job: Job, volume: Volume) -> None:
+    def fill(build: ImageBuild, volume: Volume) -> None:
         filled.append(volume)
 
     folder = make_folder(tmp_path / "a", {"x": b"1234"})

@@ -18,7 +18,7 @@ from farplug.image.names import (
     fat_slots,
     fold,
     joliet_changes,
-    label_from,
+    label_from_name,
     utf16_units,
 )
 from farplug.image.tree import Entry, Tree
@@ -206,6 +206,6 @@ def test_labels_that_do_not_fit(format: Format, label: str) -> None:
 )  # fmt: skip
 def test_labels_from_names_of_folders(name: str, labels: tuple[str, ...]) -> None:
     formats = (Format.FAT32, Format.EXFAT, Format.EXT4, Format.NTFS, Format.ISO9660)
-    assert tuple(label_from(name, format) for format in formats) == labels
+    assert tuple(label_from_name(name, format) for format in formats) == labels
     for format in formats:
-        assert check_label(label_from(name, format), format) == label_from(name, format)
+        assert check_label(label_from_name(name, format), format) == label_from_name(name, format)

@@ -86,7 +86,7 @@ def test_a_header_that_cannot_be(change: dict[str, int]) -> None:
         data = _sealed(fields)
     else:
         data = bytes(header)
-    with pytest.raises(ImageError, match="cannot be") as caught:
+    with pytest.raises(ImageError, match="cannot have clusters") as caught:
         Header.parse(data, PATH)
     assert caught.value.reason is Reason.DAMAGED
 
@@ -137,7 +137,7 @@ def test_map_against_a_list(clusters: int) -> None:
         assert all(runs[index][2] != runs[index + 1][2] for index in range(len(runs) - 1))
         assert bits.count == sum(shadow)
         assert (first in bits) is shadow[first]
-    assert not bits.beyond
+    assert not bits.has_stray_bits
     content = b"".join(bits.content(number) for number in range(1, sectors + 1))
     again = ClusterMap(clusters, bytearray(content))
     assert list(again.runs(0, clusters)) == list(bits.runs(0, clusters))
@@ -147,4 +147,4 @@ def test_clusters_that_do_not_exist() -> None:
     for byte, bit, beyond in ((0, 7, False), (1, 0, False), (1, 1, True), (507, 7, True)):
         content = bytearray(CONTENT_SIZE)
         content[byte] = 1 << bit
-        assert ClusterMap(9, content).beyond is beyond
+        assert ClusterMap(9, content).has_stray_bits is beyond

@@ -125,7 +125,7 @@ async def test_close_that_is_given_up_does_not_close_the_file_under_a_write(tmp_
     def wait() -> None:
         gate.wait(5)
 
-    store._write_thread().run(wait, lambda error: None)
+    store._write_pool().run(wait, lambda error: None)
     results: list[OSError | None] = []
     store.write(0, b"y" * 4096, results.append)
     for _ in range(2):

@@ -9,7 +9,7 @@ from collections import Counter
 
 from farplug.errors import ImageError, Reason
 from farplug.image.names import fat_slots, utf16_units
-from farplug.image.tools import Job
+from farplug.image.tools import ImageBuild
 from farplug.image.tree import Entry, Tree
 from farplug.image.volume import ALIGNMENT, MIB, Format, Partition, Volume, fat_length
 
@@ -40,7 +40,7 @@ _MTOOLS_LONG = re.compile(
 )
 
 
-def write_table(job: Job, volume: Volume) -> None:
+def write_table(build: ImageBuild, volume: Volume) -> None:
     """Write the partition table, with a partition that fills the disk."""
     block = volume.block_size
     entry = f"start={ALIGNMENT // block}, size={volume.length // block}, type={_TYPES[volume.format][volume.partition]}"
@@ -51,9 +51,9 @@ def write_table(job: Job, volume: Volume) -> None:
         script.write(f"label: {label}\n{entry}\n")
         script.flush()
         # Not sfdisk: of a file it takes 512-byte blocks only.
-        said = job.run(
+        said = build.run(
             "fdisk",
-            *("-b", str(block), "--wipe=never", "--wipe-partitions=never", "--color=never", job.path),
+            *("-b", str(block), "--wipe=never", "--wipe-partitions=never", "--color=never", build.path),
             stdin=f"I\n{script.name}\nw\n",
         )
     if "Script successfully applied" not in said:
@@ -70,17 +70,17 @@ def fat32_needs(tree: Tree, cluster: int) -> int:
     return fat_length(clusters, cluster)
 
 
-def format_fat32(job: Job, volume: Volume) -> None:
+def format_fat32(build: ImageBuild, volume: Volume) -> None:
     """Make an empty FAT32 filesystem."""
     block = volume.block_size
-    job.run(
+    build.run(
         "mkfs.vfat",
         *("-F", "32", "-S", str(block), "-s", str(volume.cluster_size // block), "-n", volume.label),
-        *("-h", str(ALIGNMENT // block), f"--offset={ALIGNMENT // block}", job.path, str(volume.length // 1024)),
+        *("-h", str(ALIGNMENT // block), f"--offset={ALIGNMENT // block}", build.path, str(volume.length // 1024)),
     )
 
 
-def mtools_can(tree: Tree, cluster: int) -> bool:
+def mtools_can_write(tree: Tree, cluster: int) -> bool:
     """Whether mtools (4.0.32) writes every name as it is, and soon.
 
     It transliterates other names than ASCII where they could be short names (ü.txt becomes u.txt), cuts characters
@@ -90,7 +90,7 @@ def mtools_can(tree: Tree, cluster: int) -> bool:
     so on, and reads the folder each time: 250 similar names took 0.7 s here, 1000 took 75 s.
     """
     longest = 13 * (cluster // 32 - 1)
-    return all(len(entry.name) <= longest and _mtools_keeps(entry.name) for entry in tree.entries) and all(
+    return all(len(entry.name) <= longest and _mtools_preserves(entry.name) for entry in tree.entries) and all(
         max(Counter(_short_stem(entry.name) for entry in entries).values(), default=0) <= MTOOLS_SIMILAR
         and len({_lower(entry.name) for entry in entries}) == len(entries)
         for entries in tree.folders.values()
@@ -110,34 +110,34 @@ def _short_stem(name: str) -> tuple[str, str]:
     return base.replace(".", "")[:6], extension[:3]
 
 
-def _mtools_keeps(name: str) -> bool:
+def _mtools_preserves(name: str) -> bool:
     if max(name) > "\uffff" or "~" in name or _MTOOLS_RESERVED.fullmatch(name):
         return False
     # What is surely a long name is written as UTF-16.
     return _MTOOLS_PLAIN.fullmatch(name) is not None or _MTOOLS_LONG.match(name) is not None
 
 
-def copy_with_mtools(job: Job, tree: Tree) -> None:
+def copy_with_mtools(build: ImageBuild, tree: Tree) -> None:
     """Copy a tree into an empty FAT32 filesystem. Times are written as UTC."""
     for folder, entries in tree.folders.items():
-        where = f"::/{_unmatched(folder)}".rstrip("/")
-        for group in _groups([entry for entry in entries if entry.is_folder]):
-            _mtools(job, "mmd", *(f"{where}/{entry.name}" for entry in group))  # a new name is no pattern
-        for group in _groups([entry for entry in entries if not entry.is_folder]):
-            _mtools(job, "mcopy", "-Q", "-m", *(str(tree.root / entry.path) for entry in group), f"{where}/")
+        where = f"::/{_escaped(folder)}".rstrip("/")
+        for group in _batches([entry for entry in entries if entry.is_folder]):
+            _mtools(build, "mmd", *(f"{where}/{entry.name}" for entry in group))  # a new name is no pattern
+        for group in _batches([entry for entry in entries if not entry.is_folder]):
+            _mtools(build, "mcopy", "-Q", "-m", *(str(tree.root / entry.path) for entry in group), f"{where}/")
 
 
-def _mtools(job: Job, program: str, *arguments: str) -> None:
+def _mtools(build: ImageBuild, program: str, *arguments: str) -> None:
     # The user's own settings could name other drives and code pages.
-    job.run(program, "-i", f"{job.path}@@{ALIGNMENT}", *arguments, MTOOLSRC="/dev/null", TZ="UTC0")
+    build.run(program, "-i", f"{build.path}@@{ALIGNMENT}", *arguments, MTOOLSRC="/dev/null", TZ="UTC0")
 
 
-def _unmatched(path: str) -> str:
+def _escaped(path: str) -> str:
     """A path that is no pattern for mtools."""
     return path.replace("[", "[[]")
 
 
-def _groups(entries: list[Entry]) -> list[list[Entry]]:
+def _batches(entries: list[Entry]) -> list[list[Entry]]:
     """Entries for one call each."""
     groups: list[list[Entry]] = []
     room = 0
@@ -164,16 +164,16 @@ def ext4_needs(tree: Tree) -> int:
     return blocks * EXT4_BLOCK * 21 // 20 + 24 * MIB
 
 
-def make_ext4(job: Job, volume: Volume) -> None:
+def make_ext4(build: ImageBuild, volume: Volume) -> None:
     """Make an ext4 filesystem with a tree in it: owners, links and special files as they are."""
     arguments = ["-q", "-F", "-t", "ext4", "-b", str(EXT4_BLOCK), "-m", "0", "-L", volume.label]
     arguments += ["-E", f"offset={ALIGNMENT},root_owner=0:0"]
-    if job.tree is not None:
-        arguments += ["-d", str(job.tree.root)]
-        inodes = len(job.tree.entries) + _EXT4_RESERVED_INODES
+    if build.tree is not None:
+        arguments += ["-d", str(build.tree.root)]
+        inodes = len(build.tree.entries) + _EXT4_RESERVED_INODES
         if inodes > volume.length // _EXT4_BYTES_PER_INODE:
             arguments += ["-N", str(inodes)]
-    job.run("mke2fs", *arguments, job.path, str(volume.length // EXT4_BLOCK))
+    build.run("mke2fs", *arguments, build.path, str(volume.length // EXT4_BLOCK))
 
 
 # Formats that a virtual machine makes ---------------------------------------------------------------------------------
@@ -197,10 +197,10 @@ def ntfs_needs(tree: Tree, cluster: int) -> int:
 # ISO 9660 -------------------------------------------------------------------------------------------------------------
 
 
-def make_iso(job: Job, label: str) -> None:
+def make_iso(build: ImageBuild, label: str) -> None:
     """Make an ISO 9660 image of a tree, with Rock Ridge and Joliet names. Everybody may read all of it."""
-    assert job.tree is not None
-    job.run_into(
+    assert build.tree is not None
+    build.run_into(
         "xorrisofs",
-        *("-quiet", "-r", "-J", "-joliet-long", "-iso-level", "3", "-V", label, str(job.tree.root)),
+        *("-quiet", "-r", "-J", "-joliet-long", "-iso-level", "3", "-V", label, str(build.tree.root)),
     )

@@ -8,11 +8,12 @@ import tempfile
 from pathlib import Path
 
 from farplug.errors import ImageError, Reason
-from farplug.image.build import build, no_progress, plan_volume, read_folder
+from farplug.image.build import build_disk, no_progress, plan_volume, read_folder
 from farplug.image.names import MAX_FAT_FILE
-from farplug.image.tools import Job, Progress
+from farplug.image.tools import ImageBuild
 from farplug.image.tree import scan, show
 from farplug.image.volume import Format, Partition
+from farplug.store.base import ProgressCallback
 from farplug.store.file import FileStore
 from farplug.store.image import serial_number
 
@@ -27,7 +28,7 @@ def folder_store(
     label: str | None = None,
     block_size: int = 512,
     free: int = 0,
-    progress: Progress = no_progress,
+    progress: ProgressCallback = no_progress,
 ) -> FileStore:
     """Copy a folder into a temporary disk image, and open that read-only. Blocks until it is complete.
 
@@ -67,7 +68,7 @@ def folder_store(
             remedy="name a folder for temporary files in TMPDIR",
         ) from error
     with image:
-        build(Job(image.fileno(), tree, progress), volume, place)
+        build_disk(ImageBuild(image.fileno(), tree, progress), volume, place)
         store = FileStore.open(f"/proc/self/fd/{image.fileno()}", read_only=True, block_size=block_size)
     store.path = Path(path)
     store.name = str(path)
@@ -75,7 +76,7 @@ def folder_store(
     return store
 
 
-def _choose_format(path: str | os.PathLike[str], progress: Progress) -> Format:
+def _choose_format(path: str | os.PathLike[str], progress: ProgressCallback) -> Format:
     """FAT32, which everything reads, if every file fits."""
     large = [entry for entry in scan(path, tick=lambda: progress(0, 0)).entries if entry.size > MAX_FAT_FILE]
     if not large:

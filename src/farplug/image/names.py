@@ -10,7 +10,7 @@ from string import ascii_lowercase
 
 from farplug.errors import ImageError, Reason, UsageError
 from farplug.image import upcase
-from farplug.image.tree import Entry, Tree, listing, show
+from farplug.image.tree import Entry, Tree, show, summarize
 from farplug.image.volume import Format
 
 MAX_NAME = 255
@@ -58,7 +58,7 @@ def check_names(tree: Tree, format: Format) -> None:
     if problems:
         reasons = [f"{show(path)} ({what})" for path, what in problems.items()]
         raise ImageError(
-            f"{format.full_name} cannot hold {listing(reasons)}",
+            f"{format.full_name} cannot hold {summarize(reasons)}",
             reason=Reason.BAD_NAME,
             remedy="rename that" if format is Format.ISO9660 else "rename that, or take another format: ext4 takes all",
         )
@@ -196,7 +196,7 @@ def check_label(label: str, format: Format) -> str:
     return result
 
 
-def label_from(name: str, format: Format) -> str:
+def label_from_name(name: str, format: Format) -> str:
     """A label for a folder's name: what does not fit is replaced or cut off."""
     rule = LABELS[format]
     if rule.upper:

@@ -8,23 +8,18 @@ import shlex
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeAlias
 
 from farplug.errors import ImageError, Reason
 from farplug.image.tree import Tree
 from farplug.programs import find_program
+from farplug.store.base import ProgressCallback
 
 log = logging.getLogger(__name__)
 
-Progress: TypeAlias = Callable[[int, int], None]
-"""Called with the bytes that are done, about, and all bytes; several times a second. What it raises ends the work: the
-tools are killed, the image is removed, and the exception comes out of the function that was called.
-"""
-
-TICK = 0.1
+PROGRESS_INTERVAL = 0.1
 """Seconds between two calls of a progress callback while a tool runs."""
 
 _NO_SPACE = "No space left on device"
@@ -33,7 +28,7 @@ _FULL = ("Disk full", "No directory slots", "Could not allocate", "No free space
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class ImageBuild:
     """An image that is being made.
 
     Attributes:
@@ -44,7 +39,7 @@ class Job:
 
     fd: int
     tree: Tree | None
-    progress: Progress
+    progress: ProgressCallback
 
     @property
     def path(self) -> str:
@@ -56,7 +51,7 @@ class Job:
         """Bytes to copy."""
         return self.tree.size if self.tree is not None else 0
 
-    def tick(self) -> None:
+    def report_progress(self) -> None:
         """Tell how far it is: by the space that the image takes, which no tool has to be asked for."""
         self.progress(min(os.fstat(self.fd).st_blocks * 512, self.total), self.total)
 
@@ -89,17 +84,17 @@ class Job:
         data: bytes | None = stdin.encode(errors="surrogateescape")
         process: subprocess.Popen[bytes] | None = None
         try:
-            with _signals_later():  # else one could come when the tool runs, and nobody knows it yet
+            with _deferred_signals():  # else one could come when the tool runs, and nobody knows it yet
                 process = self._start(command, stdout, environment)
             while True:
                 try:
-                    output, errors = process.communicate(data, timeout=TICK)
-                    self.tick()
+                    output, errors = process.communicate(data, timeout=PROGRESS_INTERVAL)
+                    self.report_progress()
                     said = output if stdout == subprocess.PIPE else errors
                     return said.decode(errors="replace"), process.returncode
                 except subprocess.TimeoutExpired:
                     data = None  # communicate keeps what it has
-                    self.tick()
+                    self.report_progress()
         finally:
             if process is not None:
                 if process.poll() is None:
@@ -124,7 +119,7 @@ class Job:
 
 
 @contextmanager
-def _signals_later() -> Iterator[None]:
+def _deferred_signals() -> Iterator[None]:
     """Have Python's handlers of SIGINT and SIGTERM called when the block has ended. Only the main thread runs them."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -155,7 +150,7 @@ def check(program: str, code: int, output: str) -> None:
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     said = lines[-1] if lines else f"exit code {code}"
     if _NO_SPACE in output:
-        raise no_space(f"{program}: {said}")
+        raise no_space_error(f"{program}: {said}")
     if any(text in output for text in _FULL):
         raise ImageError(
             f"the image is full ({program}: {said})", reason=Reason.TOO_LARGE, remedy="make the image larger"
@@ -163,7 +158,7 @@ def check(program: str, code: int, output: str) -> None:
     raise ImageError(f"{program} failed: {said}", reason=Reason.IO_ERROR)
 
 
-def no_space(what: str) -> ImageError:
+def no_space_error(what: str) -> ImageError:
     """The error for a full disk of this machine."""
     return ImageError(
         f"no space left for the image ({what})",
@@ -181,4 +176,4 @@ def check_room(fd: int, needed: int, place: str) -> None:
     figures = os.fstatvfs(fd)
     free = figures.f_bavail * figures.f_frsize
     if free < needed:
-        raise no_space(f"{needed} bytes are needed in {place}, {free} are free")
+        raise no_space_error(f"{needed} bytes are needed in {place}, {free} are free")

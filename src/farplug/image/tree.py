@@ -126,7 +126,7 @@ def scan(folder: str | os.PathLike[str], *, posix: bool = False, tick: Callable[
                     folders.append(entry.path)
         except OSError as error:
             if error.errno == errno.ENOENT:
-                raise changed(root, [path or "."]) from error
+                raise changed_error(root, [path or "."]) from error
             raise _problem(Path(error.filename or root / path), error) from error
         if len(entries) + len(left_out) > MAX_ENTRIES:
             raise ImageError(
@@ -170,19 +170,19 @@ def check_unchanged(tree: Tree, *, posix: bool = False, tick: Callable[[], None]
     now = scan(tree.root, posix=posix, tick=tick)
     if now != tree:
         different = {*now.entries} ^ {*tree.entries}
-        raise changed(tree.root, sorted({entry.path for entry in different} or {"."}))
+        raise changed_error(tree.root, sorted({entry.path for entry in different} or {"."}))
 
 
-def changed(root: Path, paths: list[str]) -> ImageError:
+def changed_error(root: Path, paths: list[str]) -> ImageError:
     """The error for a folder that changes while it is copied."""
     return ImageError(
-        f"{root} changed while it was copied: {listing(paths)}",
+        f"{root} changed while it was copied: {summarize(paths)}",
         reason=Reason.CHANGED,
         remedy="try again when nothing writes to it",
     )
 
 
-def listing(items: list[str], most: int = 3) -> str:
+def summarize(items: list[str], most: int = 3) -> str:
     """The first few items, and how many more there are."""
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(show(item) for item in items[:most]) + more
@@ -199,7 +199,7 @@ def describe_left_out(tree: Tree) -> Iterator[str]:
     for path, what in tree.left_out:
         kinds.setdefault(what, []).append(path)
     for what, paths in kinds.items():
-        yield f"left out, {what}: {listing(paths)}"
+        yield f"left out, {what}: {summarize(paths)}"
 
 
 def _problem(path: Path, error: OSError | ValueError | RuntimeError) -> ImageError:

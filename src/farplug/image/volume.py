@@ -111,10 +111,10 @@ def min_fat_length(cluster: int) -> int:
 def fat_length(clusters: int, cluster: int) -> int:
     """Bytes of a FAT32 partition with room for so many clusters: two tables, reserved blocks, and the alignment."""
     count = max(clusters, MIN_FAT_CLUSTERS + _SPARE_CLUSTERS)
-    return aligned(count * cluster + 2 * 4 * (count + 2) + 32 * 4096 + 4 * cluster)
+    return align_up(count * cluster + 2 * 4 * (count + 2) + 32 * 4096 + 4 * cluster)
 
 
-def aligned(count: int) -> int:
+def align_up(count: int) -> int:
     """Rounded up to the alignment."""
     return -(-count // ALIGNMENT) * ALIGNMENT
 
@@ -146,17 +146,17 @@ def plan(
     tail = ALIGNMENT if partition is Partition.GPT else 0  # the backup table
     if size is None:
         # The cluster size depends on the length, and the length on the cluster size: both only grow.
-        length = shortest(format, block_size)
+        length = min_length(format, block_size)
         while (want := needed(cluster_size(format, length, block_size))) > length:
-            length = aligned(want)
+            length = align_up(want)
         size = ALIGNMENT + length + tail
     elif size % block_size:
         raise UsageError(f"{size} bytes are not a multiple of {block_size}-byte blocks", reason=Reason.BAD_OPTION)
     else:
         length = (size - ALIGNMENT - tail) // ALIGNMENT * ALIGNMENT
-        least = shortest(format, block_size)
+        least = min_length(format, block_size)
         if length < least:
-            wanted = _shown(ALIGNMENT + least + tail)
+            wanted = _format_size(ALIGNMENT + least + tail)
             raise ImageError(
                 f"{size} bytes are too small for {format.full_name}: it needs {wanted} at least",
                 reason=Reason.EMPTY,
@@ -166,7 +166,7 @@ def plan(
     if size > most:
         raise ImageError(
             f"{size} bytes are too large for {format.full_name} and {partition.upper()} in {block_size}-byte blocks: "
-            f"{_shown(most)} at most",
+            f"{_format_size(most)} at most",
             reason=Reason.TOO_LARGE,
             remedy="take GPT" if format is not Format.FAT32 else "take exFAT and GPT",
         )
@@ -175,16 +175,16 @@ def plan(
     )
     want = needed(volume.cluster_size)
     if want > length:
-        wanted = _shown(ALIGNMENT + aligned(want) + tail)
+        wanted = _format_size(ALIGNMENT + align_up(want) + tail)
         raise ImageError(
-            f"the folder needs {wanted} as {format.full_name}, the disk has {_shown(size)}",
+            f"the folder needs {wanted} as {format.full_name}, the disk has {_format_size(size)}",
             reason=Reason.TOO_LARGE,
             remedy="make the disk larger, or leave the size out: then it is as large as needed",
         )
     return volume
 
 
-def _shown(size: int) -> str:
+def _format_size(size: int) -> str:
     """Return a size as a person gives it: ``34M``, ``2T``; in bytes if it is not a multiple of 1 KiB."""
     for unit, letter in ((1 << 40, "T"), (1 << 30, "G"), (1 << 20, "M"), (1 << 10, "K")):
         if size % unit == 0 and size:
@@ -192,6 +192,6 @@ def _shown(size: int) -> str:
     return f"{size} bytes"
 
 
-def shortest(format: Format, block_size: int) -> int:
+def min_length(format: Format, block_size: int) -> int:
     """Bytes that a partition must have at least."""
     return min_fat_length(block_size) if format is Format.FAT32 else MIN_LENGTH[format]

@@ -15,6 +15,11 @@ ReadDone: TypeAlias = Callable[[Buffer, OSError | None], None]
 WriteDone: TypeAlias = Callable[[OSError | None], None]
 """Called once: None, or the error."""
 
+ProgressCallback: TypeAlias = Callable[[int, int], None]
+"""Called with the bytes done and the bytes in total. An exception that it raises interrupts the work: the function that
+was called cleans up, and raises it.
+"""
+
 BLOCK_SIZE = 512
 
 

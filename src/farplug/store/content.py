@@ -73,17 +73,17 @@ class Content:
         """Whether these bytes are at this offset."""
         return self.begin.startswith(signature, offset)
 
-    def little(self, offset: int, length: int) -> int:
+    def little_endian(self, offset: int, length: int) -> int:
         """Return the little-endian number there; what is behind the end counts as zero."""
         return int.from_bytes(self.begin[offset : offset + length].ljust(length, b"\0"), "little")
 
-    def big(self, offset: int, length: int) -> int:
+    def big_endian(self, offset: int, length: int) -> int:
         """Return the big-endian number there; what is behind the end counts as zero."""
         return int.from_bytes(self.begin[offset : offset + length].ljust(length, b"\0"), "big")
 
 
 @dataclass(frozen=True, slots=True)
-class Format:
+class FileFormat:
     """A format of files that are not RAW images.
 
     Attributes:
@@ -112,13 +112,13 @@ class Format:
             "iso": _unused(place.with_suffix(".iso")),
             "folder": _unused(place.with_suffix("")),
             "unpacked": _unused(unpacked),
-            "data": _described(path, content) if self.data is None else path.with_suffix(self.data),
+            "data": _data_path(path, content) if self.data is None else path.with_suffix(self.data),
         }
         plug = "" if self.option.startswith(option) or not self.option else f"\nand plug that: {self.option}"
         return f"{self.remedy}{plug}".format_map({key: shell_word(name) for key, name in names.items()})
 
 
-def recognize(content: Content) -> Format | None:
+def recognize(content: Content) -> FileFormat | None:
     """Find the format of a file that is not a RAW image; None: it may be one."""
     return next((format for format in FORMATS if format.matches(content)), None)
 
@@ -142,17 +142,17 @@ def _begins(*signatures: bytes) -> _Check:
 
 
 def _qcow(*versions: int) -> _Check:
-    return lambda content: content.has(b"QFI\xfb") and content.big(4, 4) in versions
+    return lambda content: content.has(b"QFI\xfb") and content.big_endian(4, 4) in versions
 
 
 def _qed(content: Content) -> bool:
     """The cluster size is a power of two from 4 KiB to 64 MiB (QEMU's docs/interop/qed_spec.txt)."""
-    return content.has(b"QED\0") and content.little(4, 4) in [1 << bit for bit in range(12, 27)]
+    return content.has(b"QED\0") and content.little_endian(4, 4) in [1 << bit for bit in range(12, 27)]
 
 
 def _vmdk(content: Content) -> bool:
     """Check for a sparse extent, of ESX too, or a descriptor (VMware, Virtual Disk Format 1.1)."""
-    sparse = content.has(b"KDMV") and content.little(4, 4) in (1, 2, 3)
+    sparse = content.has(b"KDMV") and content.little_endian(4, 4) in (1, 2, 3)
     esx = content.has(b"COWD\1\0\0\0") or content.has(b"\xbe\xba\xfe\xca\0\0\0\0\1\0\0\0\2\0\0\0")
     return sparse or esx or content.has(b"# Disk DescriptorFile")
 
@@ -170,7 +170,7 @@ def _dmg(content: Content) -> bool:
 
 
 def _parallels(content: Content) -> bool:
-    return content.little(16, 4) == 2 and content.begin[:16] in (b"WithoutFreeSpace", b"WithouFreSpacExt")
+    return content.little_endian(16, 4) == 2 and content.begin[:16] in (b"WithoutFreeSpace", b"WithouFreSpacExt")
 
 
 _SHORTEST_GZIP = 20
@@ -190,7 +190,7 @@ def _gzip(content: Content) -> bool:
 
 def _xz(content: Content) -> bool:
     """Check for the stream flags: a zero, and an integrity check of 0 to 15 (The .xz File Format, section 2.1.1)."""
-    return content.has(b"\xfd7zXZ\0\0") and content.big(7, 1) <= 15
+    return content.has(b"\xfd7zXZ\0\0") and content.big_endian(7, 1) <= 15
 
 
 def _lzma(content: Content) -> bool:
@@ -198,7 +198,7 @@ def _lzma(content: Content) -> bool:
 
     The data begin with a zero. (The .lzma File Format, sections 1.1 and 1.2: liblzma checks the same.)
     """
-    dictionary, size = content.little(1, 4), content.little(5, 8)
+    dictionary, size = content.little_endian(1, 4), content.little_endian(5, 8)
     sizes = [size for bit in range(12, 31) for size in (1 << bit, 3 << bit - 1)]
     known = size == 2**64 - 1 or 0 < size < 1 << 38
     return len(content.begin) > 13 and content.has(b"\x5d") and dictionary in sizes and known and not content.begin[13]
@@ -216,17 +216,17 @@ def _zstd(content: Content) -> bool:
 
 def _lz4(content: Content) -> bool:
     """Check for a frame of version 01, reserved bit zero, and a block size of 4 to 7; or a legacy frame."""
-    flags, sizes = content.little(4, 1), content.little(5, 1)
+    flags, sizes = content.little_endian(4, 1), content.little_endian(5, 1)
     frame = content.has(b"\x04\x22\x4d\x18") and flags & 0xC2 == 0x40 and not sizes & 0x8F and sizes >> 4 >= 4
-    return frame or (content.has(b"\x02\x21\x4c\x18") and 0 < content.little(4, 4) <= 9 << 20)
+    return frame or (content.has(b"\x02\x21\x4c\x18") and 0 < content.little_endian(4, 4) <= 9 << 20)
 
 
 def _zip(content: Content) -> bool:
     """Check for a file that needs version 1.0 to 6.3, or for an empty archive (APPNOTE.TXT, sections 4.3 and 4.4.3)."""
-    file = content.has(b"PK\3\4") and 10 <= content.little(4, 1) <= 63
+    file = content.has(b"PK\3\4") and 10 <= content.little_endian(4, 1) <= 63
     return (
         file
-        or (content.has(b"PK\5\6") and content.size == 22 + content.little(20, 2))
+        or (content.has(b"PK\5\6") and content.size == 22 + content.little_endian(20, 2))
         or content.has(b"PK\7\x08PK\3\4")
     )
 
@@ -257,12 +257,17 @@ def _nrg(content: Content) -> bool:
     return 0 < offset < content.size
 
 
+def _cso(content: Content) -> bool:
+    """Check for the magic and the block size."""
+    return content.has(b"CISO") and content.little_endian(16, 4) == CD_BLOCK_SIZE
+
+
 _SYNC = b"\0" + b"\xff" * 10 + b"\0"
 
 
 def _sectors(content: Content) -> bool:
     """Check for sectors of 2352 or 2448 bytes, which begin with a pattern; or for a volume in such of 2336 (mode 2)."""
-    whole = content.has(_SYNC) and content.big(15, 1) in (0, 1, 2)
+    whole = content.has(_SYNC) and content.big_endian(15, 1) in (0, 1, 2)
     return (whole and any(content.has(_SYNC, size) for size in (2352, 2448))) or content.has(
         b"CD001", _FIRST_DESCRIPTOR * 2336 + 8 + 1
     )
@@ -275,7 +280,7 @@ def _cue(content: Content) -> re.Match[bytes] | None:
     return _CUE.search(content.begin) if content.size <= MAX_SHEET and b"\0" not in content.begin else None
 
 
-def _described(path: Path, content: Content) -> Path:
+def _data_path(path: Path, content: Content) -> Path:
     """Return the path of the data that a cue sheet names: in its own folder, whatever the name says."""
     match = _cue(content)
     name = os.fsdecode(match[1] or match[2]) if match is not None else ""
@@ -289,16 +294,16 @@ _FROM_DATA = "convert the data that belong to it: iat {data} {iso}"
 _BY_ITS_MAKER = "convert it to an ISO image with the program that made it"
 
 
-def _disk(name: str, matches: _Check, command: str = "qemu-img convert -O raw") -> Format:
-    return Format(name, matches, f"convert it: {command} {{path}} {{raw}}", "--usb-disk {raw}")
+def _disk(name: str, matches: _Check, command: str = "qemu-img convert -O raw") -> FileFormat:
+    return FileFormat(name, matches, f"convert it: {command} {{path}} {{raw}}", "--usb-disk {raw}")
 
 
-def _compressed(name: str, matches: _Check, command: str) -> Format:
-    return Format(name, matches, f"unpack it: {command} -dc {{path}} > {{unpacked}}")
+def _compressed(name: str, matches: _Check, command: str) -> FileFormat:
+    return FileFormat(name, matches, f"unpack it: {command} -dc {{path}} > {{unpacked}}")
 
 
-def _archive(name: str, matches: _Check, command: str) -> Format:
-    return Format(name, matches, f"unpack it, and plug what is in it: {command} {{path}}")
+def _archive(name: str, matches: _Check, command: str) -> FileFormat:
+    return FileFormat(name, matches, f"unpack it, and plug what is in it: {command} {{path}}")
 
 
 FORMATS = (
@@ -313,7 +318,7 @@ FORMATS = (
     _disk("a Bochs image", _begins(b"Bochs Virtual HD Image\0")),
     _disk("a DMG image", _dmg, "qemu-img convert -f dmg -O raw"),
     _disk("an Android sparse image", _android_sparse, "simg2img"),
-    Format(
+    FileFormat(
         "a snapshot of farplug",
         _begins(MAGIC),
         "plug the image that it belongs to, with: --snapshot-file {path}\nwhich one that is: farplug image info {path}",
@@ -331,21 +336,25 @@ FORMATS = (
     _archive("a RAR archive", _begins(b"Rar!\x1a\7\0", b"Rar!\x1a\7\1\0"), "unrar x"),
     _archive("a tar archive", _tar, "tar -xf"),
     _archive("a cabinet", _begins(b"MSCF\0\0\0\0"), "7z x"),
-    Format(
+    FileFormat(
         "a WIM archive",
         _begins(b"MSWIM\0\0\0\xd0\0\0\0", b"WLPWM\0\0\0\xd0\0\0\0"),
         "unpack it: wimapply {path} 1 {folder}",
         "--usb-folder {folder}",
     ),
-    Format("a copy of the raw sectors of a CD", _sectors, "convert it: iat {path} {iso}", _ISO),
-    Format("a Nero image", _nrg, "convert it: nrg2iso {path} {iso}", _ISO),
-    Format("a cue sheet", _cue, _FROM_DATA, _ISO),
-    Format("a CloneCD sheet", _begins(b"[CloneCD]"), _FROM_DATA, _ISO, data=".img"),
-    Format("a media descriptor", _begins(b"MEDIA DESCRIPTOR\1", b"MEDIA DESCRIPTOR\2"), _FROM_DATA, _ISO, data=".mdf"),
-    Format("a DAA image", _begins(b"DAA".ljust(16, b"\0")), _BY_ITS_MAKER),
-    Format("an ISZ image", _begins(b"IsZ!\x30", b"IsZ!\x40"), _BY_ITS_MAKER),
-    Format("a CHD image", _begins(b"MComprHD\0\0\0"), _BY_ITS_MAKER),
-    Format(
-        "a CSO image", lambda content: content.has(b"CISO") and content.little(16, 4) == CD_BLOCK_SIZE, _BY_ITS_MAKER
+    FileFormat("a copy of the raw sectors of a CD", _sectors, "convert it: iat {path} {iso}", _ISO),
+    FileFormat("a Nero image", _nrg, "convert it: nrg2iso {path} {iso}", _ISO),
+    FileFormat("a cue sheet", _cue, _FROM_DATA, _ISO),
+    FileFormat("a CloneCD sheet", _begins(b"[CloneCD]"), _FROM_DATA, _ISO, data=".img"),
+    FileFormat(
+        "a media descriptor", _begins(b"MEDIA DESCRIPTOR\1", b"MEDIA DESCRIPTOR\2"), _FROM_DATA, _ISO, data=".mdf"
+    ),
+    FileFormat("a DAA image", _begins(b"DAA".ljust(16, b"\0")), _BY_ITS_MAKER),
+    FileFormat("an ISZ image", _begins(b"IsZ!\x30", b"IsZ!\x40"), _BY_ITS_MAKER),
+    FileFormat("a CHD image", _begins(b"MComprHD\0\0\0"), _BY_ITS_MAKER),
+    FileFormat(
+        "a CSO image",
+        _cso,
+        _BY_ITS_MAKER,
     ),
 )

@@ -87,7 +87,7 @@ class FileStore(ThreadedStore):
                 log.info("%s: %d blocks now, %d before", self.name, block_count, self.block_count)
                 self.block_count = block_count
 
-        self._write_thread().run(look, finish)
+        self._write_pool().run(look, finish)
 
     def abandon(self) -> None:
         """Give the image back at once. Only while nothing has been read or written."""

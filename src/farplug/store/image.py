@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 CHUNK = 1 << 20
 """One system call moves at most so many bytes."""
 
-MAX_USES_TOLD = 3
+MAX_USES_REPORTED = 3
 """An error names so many uses of an image on this machine."""
 
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
@@ -103,20 +103,20 @@ class Image:
         """
         path = Path(path)
         try:
-            _refuse_used(path, read_only, force)
+            _check_unused(path, read_only, force)
             image = cls(path, _open(path, read_only, force))
         except (OSError, ValueError) as error:
             raise image_error(path, error, read_only) from error
         try:
             kind = os.fstat(image.fd).st_mode
             if not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)):
-                raise _not_a_file(path, "folder" if stat.S_ISDIR(kind) else "device or a pipe")
+                raise _not_a_file_error(path, "folder" if stat.S_ISDIR(kind) else "device or a pipe")
             if not read_only and stat.S_ISBLK(kind) and _write_protected(image.fd):
                 raise ImageError(f"{path} is write-protected", reason=Reason.NO_PERMISSION, remedy="plug it read-only")
             lock(image.fd, path, read_only)
             image._check(check, force)
             if image.size < block_size:
-                raise _too_small(path, image.size, block_size)
+                raise _too_small_error(path, image.size, block_size)
         except OSError as error:
             image.close()
             raise image_error(path, error, read_only) from error
@@ -165,20 +165,20 @@ class Image:
 
         Letting a file that shrank grow again would turn the loss into zeros that nobody notices.
         """
-        self._must_reach(offset + len(data))
+        self._check_end(offset + len(data))
         done = 0
         while done < len(data):
             done += os.pwrite(self.fd, data[done : done + CHUNK], offset + done)
 
     def zero(self, offset: int, length: int, *, unmap: bool) -> None:
         """Make a range read as zeros, by a hole if ``unmap`` and if that can be."""
-        self._must_reach(offset + length)
+        self._check_end(offset + length)
         if not holes.zero_range(self.fd, offset, length, unmap=unmap):
             zeros = memoryview(bytes(min(length, CHUNK)))
             for begin in range(0, length, CHUNK):
                 self.write(zeros[: length - begin], offset + begin)
 
-    def _must_reach(self, end: int) -> None:
+    def _check_end(self, end: int) -> None:
         if end > self.size:
             raise OSError(errno.EIO, f"{self.path} ends before byte {end}, it has shrunk")
 
@@ -219,15 +219,15 @@ def serial_number(path: Path) -> str:
     return hashlib.sha256(b"farplug image\0" + machine + b"\0" + where).hexdigest()[:16].upper()
 
 
-def _refuse_used(path: Path, read_only: bool, force: bool) -> None:
+def _check_unused(path: Path, read_only: bool, force: bool) -> None:
     used = [use for use in host_uses(path) if use.changes or not read_only]
     if not used:
         return
-    what = "; ".join(str(use) for use in used[:MAX_USES_TOLD])
+    what = "; ".join(str(use) for use in used[:MAX_USES_REPORTED])
     if force:
         log.warning("%s is used by this machine: %s", path, what)
         return
-    commands = [use.end for use in used[:MAX_USES_TOLD] if use.end]
+    commands = [use.end for use in used[:MAX_USES_REPORTED] if use.end]
     danger = "the VM may read what is half written" if read_only else "which will damage what is on it"
     raise ImageError(
         f"{path} is used by this machine: {what}",
@@ -275,7 +275,7 @@ def lock(fd: int, path: Path, read_only: bool) -> None:
         ) from error
 
 
-def _not_a_file(path: Path, what: str) -> ImageError:
+def _not_a_file_error(path: Path, what: str) -> ImageError:
     folder = what == "folder"
     return ImageError(
         f"{path} is a {what}, not an image",
@@ -286,7 +286,7 @@ def _not_a_file(path: Path, what: str) -> ImageError:
     )
 
 
-def _too_small(path: Path, size: int, block_size: int) -> ImageError:
+def _too_small_error(path: Path, size: int, block_size: int) -> ImageError:
     if not size:
         message = f"{path} is empty"
         remedy = f"make a disk of 1 GiB, for example: truncate -s 1G {shell_word(path)}"
@@ -314,9 +314,9 @@ def image_error(path: Path, error: OSError | ValueError, read_only: bool) -> Ima
     if isinstance(error, ValueError):  # a NUL in the path
         return ImageError(f"{str(path)!r} is no path", reason=Reason.NOT_FOUND)
     if error.errno == errno.EISDIR:
-        return _not_a_file(path, "folder")
+        return _not_a_file_error(path, "folder")
     if error.errno == errno.ENXIO:  # a socket, or a device node without a device
-        return _not_a_file(path, "device or a pipe")
+        return _not_a_file_error(path, "device or a pipe")
     reason = _REASONS.get(error.errno or 0, Reason.IO_ERROR)
     remedy = ""
     if reason is Reason.NOT_FOUND:

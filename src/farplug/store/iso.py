@@ -13,7 +13,7 @@ from farplug.store.file import FileStore
 
 log = logging.getLogger(__name__)
 
-MAX_CD_BLOCKS = 2**32 - 1
+MAX_ISO_BLOCKS = 2**32 - 1
 """A drive tells the size of a disc and of its track in 32 bits (MMC-3, READ CAPACITY and READ TRACK INFORMATION)."""
 
 _PRIMARY_DESCRIPTOR = 16 * CD_BLOCK_SIZE
@@ -39,10 +39,10 @@ def open_iso(path: str | os.PathLike[str], *, force: bool = False) -> FileStore:
 
     path = Path(path)
     store = FileStore.open(path, read_only=True, block_size=CD_BLOCK_SIZE, force=force, check=check)
-    if store.block_count > MAX_CD_BLOCKS:
+    if store.block_count > MAX_ISO_BLOCKS:
         store.abandon()
         raise ImageError(
-            f"{path} has {store.block_count} blocks, a CD-ROM drive counts to {MAX_CD_BLOCKS}",
+            f"{path} has {store.block_count} blocks, a CD-ROM drive counts to {MAX_ISO_BLOCKS}",
             reason=Reason.TOO_LARGE,
             remedy=f"plug it as a disk: --usb-disk-ro {shell_word(path)}",
         )
@@ -54,7 +54,7 @@ def open_iso(path: str | os.PathLike[str], *, force: bool = False) -> FileStore:
 def _volume_size(content: Content) -> int:
     """Return the blocks of the primary volume (ECMA-119, chapter 8.4.8); 0 if there is none."""
     has_volume = content.has(b"\1CD001", _PRIMARY_DESCRIPTOR)
-    return content.little(_PRIMARY_DESCRIPTOR + 80, 4) if has_volume else 0
+    return content.little_endian(_PRIMARY_DESCRIPTOR + 80, 4) if has_volume else 0
 
 
 def _check_iso(path: Path, content: Content) -> None:

@@ -5,24 +5,21 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self, TypeAlias
+from typing import Self
 
 from farplug.errors import ImageError, Reason
 from farplug.shell import shell_word
 from farplug.store import holes
-from farplug.store.base import BLOCK_SIZE, CacheMode
+from farplug.store.base import BLOCK_SIZE, CacheMode, ProgressCallback
 from farplug.store.content import Content
 from farplug.store.image import CHUNK, Image, check_raw, image_error, serial_number
-from farplug.store.overlay_file import OverlayFile, half_committed
+from farplug.store.overlay_file import OverlayFile, half_committed_error
 from farplug.store.threaded import ThreadedStore
 
 log = logging.getLogger(__name__)
-
-Progress: TypeAlias = Callable[[int, int], None]
-"""Called with bytes done and bytes in all."""
 
 
 class OverlayStore(ThreadedStore):
@@ -191,7 +188,7 @@ def commit(
     path: str | os.PathLike[str],
     *,
     base_path: str | os.PathLike[str] | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     force: bool = False,
 ) -> int:
     """Write what is in a snapshot to its image, and remove the snapshot. Blocks.
@@ -252,7 +249,7 @@ def discard(path: str | os.PathLike[str]) -> None:
     file = OverlayFile.open(Path(path))
     try:
         if file.half_committed:
-            raise half_committed(f"a part of {path} is in its image already, which needs the rest", file.path)
+            raise half_committed_error(f"a part of {path} is in its image already, which needs the rest", file.path)
         file.remove()
     except OSError as error:
         raise image_error(file.path, error, read_only=False) from error
@@ -260,7 +257,7 @@ def discard(path: str | os.PathLike[str]) -> None:
         file.close()
 
 
-def _apply(base: Image, file: OverlayFile, progress: Progress | None) -> int:
+def _apply(base: Image, file: OverlayFile, progress: ProgressCallback | None) -> int:
     """Write every cluster of a snapshot to the image, holes as holes: how many bytes."""
     own, offset = file.image, file.header.data_offset
     total = file.changed_bytes

@@ -22,7 +22,7 @@ from farplug.store.overlay_format import (
     ClusterMap,
     Header,
     cluster_size,
-    damaged,
+    damaged_error,
     sector_offset,
 )
 
@@ -86,7 +86,7 @@ class OverlayFile:
                 return cls._create(image, base, block_size)
             file = cls._load(image)
             if file.half_committed:
-                raise half_committed(f"a commit of {path} was broken off", path)
+                raise half_committed_error(f"a commit of {path} was broken off", path)
             file.check_base(base, block_size)
             return file
 
@@ -133,7 +133,7 @@ class OverlayFile:
         image.read(memoryview(data), 0)
         header = Header.parse(bytes(data), image.path)
         if size < header.file_size:
-            raise damaged(image.path, f"it has {size} bytes of {header.file_size}")
+            raise damaged_error(image.path, f"it has {size} bytes of {header.file_size}")
         data = bytearray((header.map_sectors + 1) * SECTOR_SIZE)
         image.read(memoryview(data), sector_offset(0))
         contents = [
@@ -141,10 +141,10 @@ class OverlayFile:
             for number in range(header.map_sectors + 1)
         ]
         if contents[0] not in (_COMMITTING, _NOT_COMMITTING):
-            raise damaged(image.path, "whether a commit has begun cannot be told")
+            raise damaged_error(image.path, "whether a commit has begun cannot be told")
         clusters = ClusterMap(header.clusters, bytearray(b"".join(contents[1:])))
-        if clusters.beyond:
-            raise damaged(image.path, "it has clusters behind the end of the image")
+        if clusters.has_stray_bits:
+            raise damaged_error(image.path, "it has clusters behind the end of the image")
         return cls(image, header, clusters, half_committed=contents[0] == _COMMITTING)
 
     def check_base(self, base: Image, block_size: int) -> None:
@@ -240,7 +240,7 @@ class OverlayFile:
         self.image.close()
 
 
-def half_committed(message: str, path: Path) -> ImageError:
+def half_committed_error(message: str, path: Path) -> ImageError:
     """Tell that a snapshot is good for nothing but a commit."""
     remedy = f"finish it: farplug image commit {shell_word(path)}"
     return ImageError(message, reason=Reason.HALF_COMMITTED, remedy=remedy)

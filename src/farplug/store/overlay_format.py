@@ -87,7 +87,7 @@ class Header:
                 remedy="name another file, or remove this one if nothing in it is needed",
             )
         if len(data) < HEADER_SIZE or _crc(data) != int.from_bytes(data[_CRC_OFFSET : _CRC_OFFSET + 4], "little"):
-            raise damaged(path, "its header does not match its checksum")
+            raise damaged_error(path, "its header does not match its checksum")
         _, version, _, identity, size, block_size, cluster_size, mtime_ns, digest, length = _HEADER.unpack_from(data)
         if version != VERSION:
             raise ImageError(
@@ -99,7 +99,7 @@ class Header:
         header = cls(identity, size, block_size, cluster_size, mtime_ns, digest, Path(os.fsdecode(base)))
         valid_cluster = cluster_size >= MIN_CLUSTER_SIZE and not cluster_size & (cluster_size - 1)
         if not (valid_cluster and block_size and size >= block_size and header.clusters <= MAX_CLUSTERS):
-            raise damaged(path, f"{size} bytes in clusters of {cluster_size} and blocks of {block_size} cannot be")
+            raise damaged_error(path, f"{size} bytes cannot have clusters of {cluster_size} and blocks of {block_size}")
         return header
 
     def __bytes__(self) -> bytes:
@@ -141,7 +141,7 @@ class Header:
         """
         content = sector[:CONTENT_SIZE]
         if sector[CONTENT_SIZE:] != self._crc(number, content):
-            raise damaged(path, f"the sector at byte {sector_offset(number)} does not match its checksum")
+            raise damaged_error(path, f"the sector at byte {sector_offset(number)} does not match its checksum")
         return content
 
     def _crc(self, number: int, content: bytes) -> bytes:
@@ -165,7 +165,7 @@ class ClusterMap:
         self.changed: set[int] = set()
 
     @property
-    def beyond(self) -> bool:
+    def has_stray_bits(self) -> bool:
         """Bits of clusters that do not exist are set."""
         return bool(int.from_bytes(self._bits[self._clusters >> 3 :], "little") >> (self._clusters & 7))
 
@@ -229,7 +229,7 @@ def sector_offset(number: int) -> int:
     return HEADER_SIZE + number * SECTOR_SIZE
 
 
-def damaged(path: Path, what: str) -> ImageError:
+def damaged_error(path: Path, what: str) -> ImageError:
     """Tell that a snapshot cannot be used any more."""
     return ImageError(
         f"{path} is damaged: {what}",

@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 
 from farplug.store.base import ReadDone, Store, WriteDone
-from farplug.store.workers import Workers
+from farplug.store.thread_pool import ThreadPool
 from farplug.usb.types import Buffer
 
 READER_THREADS = 4
@@ -27,8 +27,8 @@ class ThreadedStore(Store):
     """
 
     def __init__(self) -> None:
-        self._readers: Workers | None = None
-        self._writer: Workers | None = None
+        self._readers: ThreadPool | None = None
+        self._writer: ThreadPool | None = None
         self._writing: dict[int, tuple[int, int]] = {}
         """Ranges (start, end) of the writes under way, by an arbitrary key."""
         self._next_key = 0
@@ -61,7 +61,7 @@ class ThreadedStore(Store):
     def read(self, offset: int, length: int, done: ReadDone) -> None:
         data = bytearray(length)
         got = 0
-        if not self._overlaps(offset, offset + length):
+        if not (self._writing and self._overlaps(offset, offset + length)):
             try:
                 got = self._read_cached(memoryview(data), offset)
             except OSError as error:
@@ -71,15 +71,15 @@ class ThreadedStore(Store):
                 done(data, None)
                 return
             if self._readers is None:
-                self._readers = Workers(READER_THREADS, "farplug-read")
-            workers = self._readers
+                self._readers = ThreadPool(READER_THREADS, "farplug-read")
+            pool = self._readers
         else:
-            workers = self._write_thread()
+            pool = self._write_pool()
 
         def finish(error: OSError | None) -> None:
             done(b"" if error else data, error)
 
-        workers.run(lambda: self._read_blocking(memoryview(data)[got:], offset + got), finish)
+        pool.run(lambda: self._read_blocking(memoryview(data)[got:], offset + got), finish)
 
     def write(self, offset: int, data: Buffer, done: WriteDone) -> None:
         self._change(offset, len(data), lambda: self._write_blocking(memoryview(data), offset), done)
@@ -105,14 +105,14 @@ class ThreadedStore(Store):
             del self._writing[key]
             done(error)
 
-        self._write_thread().run(change if self.write_cache else durable_change, finish)
+        self._write_pool().run(change if self.write_cache else durable_change, finish)
 
     def flush(self, done: WriteDone) -> None:
         if self.read_only:
             done(None)
             return
         # Without a write cache each write before it was made durable by itself.
-        self._write_thread().run(self._flush_blocking if self.write_cache else lambda: None, done)
+        self._write_pool().run(self._flush_blocking if self.write_cache else lambda: None, done)
 
     async def close(self) -> None:
         if self._closing is None:
@@ -121,16 +121,16 @@ class ThreadedStore(Store):
         await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
-        running = [workers for workers in (self._writer, self._readers) if workers is not None]
+        running = [pool for pool in (self._writer, self._readers) if pool is not None]
         self._writer = self._readers = None
-        for workers in running:
-            await asyncio.to_thread(workers.stop)
+        for pool in running:
+            await asyncio.to_thread(pool.stop)
         await asyncio.to_thread(self._close_files)
 
     def _overlaps(self, start: int, end: int) -> bool:
         return any(start < other_end and other_start < end for other_start, other_end in self._writing.values())
 
-    def _write_thread(self) -> Workers:
+    def _write_pool(self) -> ThreadPool:
         if self._writer is None:
-            self._writer = Workers(1, "farplug-write")
+            self._writer = ThreadPool(1, "farplug-write")
         return self._writer

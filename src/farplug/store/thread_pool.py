@@ -14,10 +14,10 @@ from farplug.store.base import WriteDone
 
 log = logging.getLogger(__name__)
 
-_Job: TypeAlias = tuple[Callable[[], None], WriteDone, asyncio.AbstractEventLoop]
+_Call: TypeAlias = tuple[Callable[[], None], WriteDone, asyncio.AbstractEventLoop]
 
 
-class Workers:
+class ThreadPool:
     """Some threads with one queue: one thread keeps the order of the calls.
 
     A concurrent.futures executor would do the same; this hop takes half as long, and a disk pays it for each write.
@@ -28,7 +28,7 @@ class Workers:
     """
 
     def __init__(self, count: int, name: str) -> None:
-        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._calls: SimpleQueue[_Call | None] = SimpleQueue()
         self._count = count
         self._name = name
         self._threads: list[Thread] = []
@@ -38,25 +38,25 @@ class Workers:
         loop = asyncio.get_running_loop()
         try:
             while len(self._threads) < self._count:
-                thread = Thread(target=self._serve, name=self._name, daemon=True)
+                thread = Thread(target=self._work, name=self._name, daemon=True)
                 thread.start()
                 self._threads.append(thread)
         except RuntimeError as error:  # the system has no thread to give
             if not self._threads:
                 loop.call_soon(finish, OSError(errno.EAGAIN, str(error)))
                 return
-        self._jobs.put((work, finish, loop))
+        self._calls.put((work, finish, loop))
 
     def stop(self) -> None:
         """Wait until everything that was asked for is done, and end the threads. Blocks."""
         for _ in self._threads:
-            self._jobs.put(None)
+            self._calls.put(None)
         for thread in self._threads:
             thread.join()
 
-    def _serve(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            work, finish, loop = job
+    def _work(self) -> None:
+        while (call := self._calls.get()) is not None:
+            work, finish, loop = call
             error: OSError | None = None
             try:
                 work()
@@ -69,4 +69,4 @@ class Workers:
                 loop.call_soon_threadsafe(finish, error)
             except RuntimeError:
                 pass  # the loop is closed: nobody waits for the answer any more
-            del job, work, finish, loop, error  # they hold buffers
+            del call, work, finish, loop, error  # they hold buffers
