@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from farplug.errors import DeviceError, Reason
+from farplug.errors import TOO_MANY_OPEN_FILES, DeviceError, Reason
 from farplug.machine.found import Found
 from farplug.machine.obstacles import busy, gone, no_permission
-from farplug.machine.sysfs import TOO_MANY_OPEN, fewer_open_files
+from farplug.machine.sysfs import fewer_open_files
 
 
 class DeviceLock:
@@ -33,7 +33,7 @@ class DeviceLock:
             raise no_permission(found.vendor_id, found.product_id).error(found) from error
         except OSError as error:
             why = os.strerror(error.errno or 0)
-            if error.errno in TOO_MANY_OPEN:
+            if error.errno in TOO_MANY_OPEN_FILES:
                 raise DeviceError(
                     f"{found} cannot be plugged in: {why}",
                     reason=Reason.IO_ERROR,

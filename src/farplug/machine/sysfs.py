@@ -14,10 +14,8 @@ import os
 import sys
 from pathlib import Path
 
-from farplug.errors import Reason, SetupError
+from farplug.errors import TOO_MANY_OPEN_FILES, Reason, SetupError
 
-TOO_MANY_OPEN = (errno.EMFILE, errno.ENFILE)
-"""Of this process, or of this machine: says nothing about the file that was to be opened."""
 MAX_ATTRIBUTE = 4096
 """Bytes of an attribute: sysfs has no longer ones, apart from binary files."""
 
@@ -68,8 +66,8 @@ def listed(folder: Path) -> list[Path]:
 
 
 def check(error: OSError) -> None:
-    """Raise the ``SetupError`` if an error is one of :data:`TOO_MANY_OPEN`."""
-    if error.errno in TOO_MANY_OPEN:
+    """Raise the ``SetupError`` if an error is one of :data:`TOO_MANY_OPEN_FILES`."""
+    if error.errno in TOO_MANY_OPEN_FILES:
         whose = "this process" if error.errno == errno.EMFILE else "this machine"
         raise SetupError(
             f"the USB devices cannot be looked at: {whose} has too many open files",
@@ -79,7 +77,7 @@ def check(error: OSError) -> None:
 
 
 def fewer_open_files(error: OSError) -> str:
-    """What helps against one of :data:`TOO_MANY_OPEN`."""
+    """What helps against one of :data:`TOO_MANY_OPEN_FILES`."""
     return "close some, or allow more: ulimit -n 4096" if error.errno == errno.EMFILE else "close some"
 
 
