@@ -10,7 +10,7 @@ import pytest
 from farplug.store.thread_pool import ThreadPool
 
 
-async def test_one_thread_keeps_the_order_and_answers_on_the_loop() -> None:
+async def test_one_thread_keeps_the_order_and_completes_on_the_loop() -> None:
     pool = ThreadPool(1, "test")
     order: list[int] = []
     threads: set[threading.Thread] = set()
@@ -45,7 +45,7 @@ async def test_stopping_waits() -> None:
     assert threading.active_count() <= before  # one of an earlier test may have ended meanwhile
 
 
-@pytest.mark.parametrize(("raised", "text"), [(OSError(28, "full"), "full"), (ValueError("a defect"), "a defect")])
+@pytest.mark.parametrize(("raised", "text"), [(OSError(28, "full"), "full"), (ValueError("a bug"), "a bug")])
 async def test_errors(raised: Exception, text: str, caplog: pytest.LogCaptureFixture) -> None:
     pool = ThreadPool(1, "test")
     answer: asyncio.Future[OSError | None] = asyncio.get_running_loop().create_future()

@@ -1,4 +1,4 @@
-"""Threads for what may block."""
+"""Threads for calls that may block."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ _Call: TypeAlias = tuple[Callable[[], None], WriteDone, asyncio.AbstractEventLoo
 
 
 class ThreadPool:
-    """Some threads with one queue: one thread keeps the order of the calls.
+    """Threads with one queue: a pool of one thread keeps the order of the calls.
 
-    A concurrent.futures executor would do the same; this hop takes half as long, and a disk pays it for each write.
+    A concurrent.futures executor would do the same, but takes twice as long for each call, and a disk makes one for
+    each write.
 
     Args:
-        count: of threads, started with the first call.
+        count: number of threads; they start with the first call.
         name: of the threads.
     """
 
@@ -34,21 +35,21 @@ class ThreadPool:
         self._threads: list[Thread] = []
 
     def run(self, work: Callable[[], None], finish: WriteDone) -> None:
-        """Do ``work`` in a thread, then call ``finish`` on the running event loop with None, or with what it raised."""
+        """Call ``work`` in a thread, then ``finish`` on the running loop: with None, or with the error of ``work``."""
         loop = asyncio.get_running_loop()
         try:
             while len(self._threads) < self._count:
                 thread = Thread(target=self._work, name=self._name, daemon=True)
                 thread.start()
                 self._threads.append(thread)
-        except RuntimeError as error:  # the system has no thread to give
+        except RuntimeError as error:  # the system cannot start a thread
             if not self._threads:
                 loop.call_soon(finish, OSError(errno.EAGAIN, str(error)))
                 return
         self._calls.put((work, finish, loop))
 
     def stop(self) -> None:
-        """Wait until everything that was asked for is done, and end the threads. Blocks."""
+        """Wait for all calls, then end the threads. Blocks."""
         for _ in self._threads:
             self._calls.put(None)
         for thread in self._threads:
@@ -62,11 +63,11 @@ class ThreadPool:
                 work()
             except OSError as raised:
                 error = raised
-            except Exception as raised:  # a defect: the disk sees an I/O error, the log the traceback
+            except Exception as raised:  # a bug: an I/O error for the disk, a traceback for the log
                 log.exception("%s failed", work)
                 error = OSError(errno.EIO, repr(raised))
             try:
                 loop.call_soon_threadsafe(finish, error)
             except RuntimeError:
-                pass  # the loop is closed: nobody waits for the answer any more
-            del call, work, finish, loop, error  # they hold buffers
+                pass  # the event loop is closed: no caller is left
+            del call, work, finish, loop, error  # they refer to buffers
