@@ -85,7 +85,7 @@ def test_devices_of_this_machine(cli: Cli, machine: Machine) -> None:
         "PORT  ADDRESS  VID:PID    SPEED    CLASS            NAME",
         "1-5   1-7      1050:0407  full     hid, smart-card  Yubi\N{REPLACEMENT CHARACTER}Key (serial:9)",
         "1-6   1-8      046d:c31c  high     hid",
-        "    take care: it is a keyboard of this machine: while it is plugged in, it works in the VM only",
+        "    note: it is a keyboard of this machine: while it is plugged in, it works in the VM only",
         "1-7   1-9      1209:0001  unknown  storage",
         "    cannot be plugged in: this machine does not authorize it",
         f"      allow it in USBGuard, or: echo 1 | sudo tee {key.parent.parent.parent}/bus/usb/devices/1-7/authorized",

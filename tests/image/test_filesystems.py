@@ -46,7 +46,7 @@ def test_long_names_need_a_large_cluster() -> None:
     assert filesystems.mtools_can_write(tree_of("x" * 255), 1024)
 
 
-def test_many_similar_names_take_it_too_long() -> None:
+def test_many_similar_names_are_too_slow() -> None:
     def similar(count: int) -> list[str]:
         return [f"folder/IMG_2026 {number}.jpeg" for number in range(count)]
 

@@ -35,7 +35,7 @@ def volume(format: Format = Format.EXFAT, block_size: int = 512) -> Volume:
 
 
 class FakeQmp:
-    """Stands for QEMU's monitor, which says more when it is asked something."""
+    """Replaces QEMU's monitor, which sends events before a reply."""
 
     def __init__(self, coming: list[dict[str, Any]]) -> None:
         self._coming = coming
@@ -52,13 +52,13 @@ class FakeQmp:
 
 
 class FakeGuest:
-    """Stands for QEMU: takes the tar stream as its guest would."""
+    """Replaces QEMU: receives the tar stream as its guest would."""
 
     events: list[dict[str, Any]]
 
     received = b""
     output: str | None = None
-    """What the script says before it fails; None: it works."""
+    """Output of the script before it fails; None: it succeeds."""
     reads = True
     script = ""
     config: GuestConfig
@@ -124,7 +124,7 @@ def test_the_stream_is_the_tree(fake: type[FakeGuest], fd: int, tmp_path: Path) 
         members = archive.getmembers()
         assert [member.name for member in members] == [entry.path for entry in scan(folder).entries]
         assert {member.mtime for member in members if member.isfile()} == {WHEN}
-        # An attribute, because the Python of Debian 12 (3.11.2) does not know extractall's argument "filter".
+        # An attribute, because the Python of Debian 12 (3.11.2) lacks extractall's argument "filter".
         archive.extraction_filter = lambda member, path: member
         archive.extractall(tmp_path / "copied")
     assert contents(tmp_path / "copied") == contents(folder)
@@ -162,7 +162,7 @@ def test_an_empty_image_needs_no_stream(fake: type[FakeGuest], fd: int) -> None:
     [
         ("tar: write error: No space left on device\n", Reason.TOO_LARGE, "the folder does not fit"),
         ("first\nmount: I/O error\n", Reason.IO_ERROR, "the guest cannot fill the image: mount: I/O error"),
-        ("", Reason.IO_ERROR, "no reason"),
+        ("", Reason.IO_ERROR, "no output"),
     ],
 )
 @pytest.mark.parametrize("reads", [True, False])
@@ -194,7 +194,7 @@ def test_an_error_while_the_host_is_full(
         ({}, Reason.IO_ERROR, "I/O error"),
     ],
 )
-def test_what_could_not_be_written_while_the_guest_says_nothing(
+def test_write_errors_that_the_guest_does_not_report(
     fake: type[FakeGuest], fd: int, tmp_path: Path, data: dict[str, Any], reason: Reason, text: str
 ) -> None:
     fake.events = [{"event": "BLOCK_IO_ERROR", "data": data}]
@@ -232,7 +232,7 @@ def test_a_file_that_cannot_be_read(
         fill_in_guest(build_of(fd, tree), volume())
 
 
-def test_giving_up(fake: type[FakeGuest], fd: int, tmp_path: Path) -> None:
+def test_a_cancelled_build(fake: type[FakeGuest], fd: int, tmp_path: Path) -> None:
     fake.reads = False
     folder = make_folder(tmp_path / "folder", PLAIN)  # more than a socket holds: the sender waits
 
@@ -248,7 +248,7 @@ def test_giving_up(fake: type[FakeGuest], fd: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("format", "text"), [(Format.NTFS, "NTFS is made"), (Format.FAT32, "FAT32 with some of these names is made")]
 )
-def test_all_that_is_missing_is_told_at_once(
+def test_one_error_names_all_missing_programs(
     fd: int, monkeypatch: pytest.MonkeyPatch, format: Format, text: str
 ) -> None:
     monkeypatch.setattr(
@@ -257,4 +257,4 @@ def test_all_that_is_missing_is_told_at_once(
     with pytest.raises(SetupError, match=f"{text} in a throw-away virtual machine, which needs qemu") as caught:
         fill_in_guest(build_of(fd, None), volume(format))
     packages = "ntfs-3g qemu-system-x86" if format is Format.NTFS else "qemu-system-x86"
-    assert caught.value.remedy == f"sudo apt-get install {packages}"
+    assert caught.value.remedy.command == f"sudo apt-get install {packages}"

@@ -32,19 +32,19 @@ def test_a_tool_gets_image_input_and_environment(fd: int) -> None:
     assert build.run("dash", "-c", 'cat; echo "$A $LC_ALL"; echo x >&2; printf 123 >"$1"', "-", build.path, stdin="in ",
                    A="b") == "in b C.UTF-8\nx\n"  # fmt: skip
     assert os.pread(fd, 9, 0) == b"123"
-    build.run_into("dash", "-c", "printf 4567; echo told >&2")
+    build.run_into("dash", "-c", "printf 4567; echo text >&2")
     assert os.pread(fd, 9, 0) == b"4567"
 
 
 def test_progress_follows_the_image(fd: int) -> None:
     tree = Tree(Path("/"), (Entry("a", False, 3 * MIB, 0),))
-    told: list[tuple[int, int]] = []
-    build = ImageBuild(fd, tree, lambda done, total: told.append((done, total)))
+    reported: list[tuple[int, int]] = []
+    build = ImageBuild(fd, tree, lambda done, total: reported.append((done, total)))
     build.run("dash", "-c", f'head -c {2 * MIB} /dev/zero >"$1"; sleep 0.3', "-", build.path)
-    assert told[-1] == (2 * MIB, 3 * MIB)
-    assert len(told) > 2
+    assert reported[-1] == (2 * MIB, 3 * MIB)
+    assert len(reported) > 2
     build.run("dash", "-c", f'head -c {5 * MIB} /dev/zero >"$1"', "-", build.path)
-    assert told[-1] == (3 * MIB, 3 * MIB)
+    assert reported[-1] == (3 * MIB, 3 * MIB)
 
 
 def test_interrupted_while_the_tool_starts(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +66,7 @@ def test_interrupted_while_the_tool_starts(fd: int, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, ValueError])
-def test_giving_up_kills_the_tool(fd: int, tmp_path: Path, error: type[BaseException]) -> None:
+def test_cancelling_kills_the_tool(fd: int, tmp_path: Path, error: type[BaseException]) -> None:
     def progress(done: int, total: int) -> None:
         if (tmp_path / "pid").exists() and (tmp_path / "pid").read_text():
             raise error
@@ -103,7 +103,7 @@ def test_a_tool_that_fails_or_is_missing(fd: int, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("shutil.which", lambda *_, **__: None)
     with pytest.raises(SetupError, match="fdisk is not installed") as caught:
         build.run("fdisk")
-    assert caught.value.remedy == "sudo apt-get install fdisk"
+    assert caught.value.remedy.command == "sudo apt-get install fdisk"
 
 
 def test_a_tool_that_cannot_be_started(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:

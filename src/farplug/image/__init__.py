@@ -1,4 +1,4 @@
-"""Disk images made of folders, with the tools that others keep well: fdisk, mkfs, mtools, mke2fs, xorriso."""
+"""Make disk images of folders, with the standard tools: fdisk, mkfs, mtools, mke2fs, xorriso."""
 
 from typing import TYPE_CHECKING
 

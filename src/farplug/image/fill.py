@@ -1,7 +1,7 @@
-"""Fills disk images in a throw-away guest: no other tool copies files into exFAT and NTFS without being root.
+"""Fill disk images in a throw-away guest: no other tool copies files into exFAT and NTFS without root.
 
-The guest's kernel makes the names and the structures, so they are what every Linux makes. The files come as a tar
-stream through a virtio-serial port: nothing is stored twice, and a file that changes meanwhile is noticed.
+The guest's kernel writes the names and the structures, as any Linux does. The files are sent as a tar stream through a
+virtio-serial port: nothing is stored twice, and a file that changes meanwhile is detected.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from farplug.errors import ImageError, Reason, SetupError
 from farplug.image.tools import PROGRESS_INTERVAL, ImageBuild, check_room, no_space_error
 from farplug.image.tree import Entry, Tree, changed_error, show
 from farplug.image.volume import ALIGNMENT, Format, Volume
-from farplug.programs import PACKAGE_OF_PROGRAM, QEMU, search_path
+from farplug.programs import QEMU, install_remedy, search_path
 from farplug.vm.agent import CommandFailed
 from farplug.vm.guest_image import PROGRAMS
 from farplug.vm.qemu import QemuGuest, private_folder
@@ -29,10 +29,10 @@ from farplug.vm.qemu_config import GuestConfig, option
 
 BOOT_TIMEOUT = 300
 FILL_TIMEOUT = 7 * 24 * 3600
-"""A disk of some TB takes days; whoever waits sees the progress and can give up."""
+"""Seconds. A disk of some TB takes days; the user sees the progress and can cancel."""
 
 _MIN_HOST_SPACE = 16 << 20
-"""An I/O error in the guest with less room than this on the host means that the host is full."""
+"""Bytes. With less free space on this machine, an I/O error in the guest means that this machine's disk is full."""
 
 _BUFFER = 1 << 20
 _PORT = "farplug.tar"
@@ -40,7 +40,7 @@ _LOCALE = Path("/usr/lib/locale/C.utf8/LC_CTYPE")
 """Labels are UTF-8."""
 
 _MAKE = {
-    Format.FAT32: ":",  # made already
+    Format.FAT32: ":",  # already made
     Format.EXFAT: "mkfs.exfat -c {cluster} -L {label} /dev/vda1",
     Format.NTFS: "mkntfs -q -F -f -c {cluster} -L {label} -p {start} -H 255 -S 63 /dev/vda1",
 }
@@ -62,7 +62,7 @@ set -e
 export LC_ALL=C.UTF-8
 n=0
 until [ -b /dev/vda1 ]; do
-    [ $n -lt 100 ] || {{ echo "the guest sees no partition"; exit 1; }}
+    [ $n -lt 100 ] || {{ echo "the guest finds no partition"; exit 1; }}
     n=$((n + 1))
     sleep 0.1
 done
@@ -79,10 +79,10 @@ umount /mnt
 
 
 def fill_in_guest(build: ImageBuild, volume: Volume) -> None:
-    """Make the filesystem in a volume's partition (FAT32: it is there), and copy the build's tree into it. Blocks.
+    """Make the filesystem in a volume's partition (FAT32 is already made), and copy the tree into it. Blocks.
 
     Raises:
-        SetupError: QEMU or another program is not installed, or no kernel can be fetched.
+        SetupError: QEMU or another program is not installed, or no kernel can be downloaded.
         ImageError: NO_SPACE, CHANGED, TOO_LARGE for the image, or IO_ERROR.
     """
     _check_programs(volume.format)
@@ -90,7 +90,7 @@ def fill_in_guest(build: ImageBuild, volume: Volume) -> None:
 
 
 def _check_programs(format: Format) -> None:
-    """Check for all of them at once, and say what for."""
+    """Check all programs, so that one error names all that are missing."""
     missing = [
         program
         for program in dict.fromkeys((QEMU, "busybox", *PROGRAMS, *_PROGRAMS[format]))
@@ -101,7 +101,7 @@ def _check_programs(format: Format) -> None:
         raise SetupError(
             f"{which} is made in a throw-away virtual machine, which needs {', '.join(missing)}",
             reason=Reason.MISSING_PROGRAM,
-            remedy=f"sudo apt-get install {' '.join(sorted({PACKAGE_OF_PROGRAM[program] for program in missing}))}",
+            remedy=install_remedy(*missing),
         )
 
 
@@ -120,7 +120,7 @@ async def _fill(build: ImageBuild, volume: Volume) -> None:
                     try:
                         await _wait_reporting(build, guest.check(_script(build, volume), timeout=FILL_TIMEOUT))
                     except CommandFailed as error:
-                        # A file that cannot be read: the guest saw an end too early.
+                        # If a file could not be read, the stream ended too early.
                         done, _ = await asyncio.wait([sender], timeout=1)
                         for task in done:
                             task.result()
@@ -140,7 +140,7 @@ def _config(build: ImageBuild, volume: Volume, port: Path) -> GuestConfig:
         id="image",
         file=f"/proc/{os.getpid()}/fd/{build.fd}",
         format="raw",
-        cache="unsafe",  # nobody needs a half image after a crash
+        cache="unsafe",  # after a crash the incomplete image is useless anyway
         werror="report",
         **{"if": "none"},
     )
@@ -168,7 +168,7 @@ def _script(build: ImageBuild, volume: Volume) -> str:
 
 
 async def _wait_reporting(build: ImageBuild, work: Coroutine[Any, Any, object]) -> None:
-    """Wait for something in the guest, and tell how far it is."""
+    """Wait for work in the guest, and report the progress."""
     task = asyncio.create_task(work)
     try:
         while not task.done():
@@ -214,8 +214,8 @@ def _read_error(tree: Tree, entry: Entry, error: OSError) -> ImageError:
 
 
 async def _check_written(guest: QemuGuest) -> None:
-    """Ask QEMU whether all of it could be written: the guest's kernel writes late, and umount tells no error."""
-    await guest.qmp.execute("query-status")  # its events come before its answer
+    """Check for write errors in QEMU: the guest's kernel writes late, and umount reports no error."""
+    await guest.qmp.execute("query-status")  # QEMU sends its events before this reply
     try:
         event = await guest.qmp.event("BLOCK_IO_ERROR", timeout=0)
     except TimeoutError:
@@ -227,11 +227,11 @@ async def _check_written(guest: QemuGuest) -> None:
 
 
 def _fill_error(build: ImageBuild, output: str) -> ImageError:
-    """What a failed command in the guest means."""
+    """Return the error for a command that failed in the guest."""
     if "o space left" in output:
         return ImageError(
             "the image is full: the folder does not fit", reason=Reason.TOO_LARGE, remedy="make the image larger"
         )
     check_room(build.fd, _MIN_HOST_SPACE, "the folder of the image")
     lines = output.strip().splitlines()
-    return ImageError(f"the guest cannot fill the image: {lines[-1] if lines else 'no reason'}", reason=Reason.IO_ERROR)
+    return ImageError(f"the guest cannot fill the image: {lines[-1] if lines else 'no output'}", reason=Reason.IO_ERROR)
