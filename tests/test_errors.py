@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import errno
+from pathlib import Path
+
 import pytest
 
 from farplug import errors
@@ -68,6 +71,8 @@ def test_a_remedy_is_text_with_what_a_program_can_offer() -> None:
     assert plain.as_dict() == {"reason": "in-use", "message": "x", "remedy": "wait"}
     assert not errors.ImageError("x", reason=Reason.IN_USE).remedy
     assert Remedy(command="ls")
+    either = Remedy("convert it", command="a b", alternative=Remedy("wait"))
+    assert either.as_dict() == {"remedy": "convert it", "command": "a b", "alternative": {"remedy": "wait"}}
 
 
 @pytest.mark.parametrize(
@@ -79,9 +84,43 @@ def test_a_remedy_is_text_with_what_a_program_can_offer() -> None:
         (Remedy("plug it all the same", setting="storage.force", value=True), ["plug it all the same: --force"]),
         (Remedy(setting="target.ca_file"), ["--ca-file FILE"]),
         (Remedy("use", setting="storage.usb_speed", value="high"), ["use: --usb-speed high"]),
-        (Remedy("convert it", command="qemu-img convert -O raw a b"), ["convert it", "  qemu-img convert -O raw a b"]),
+        (Remedy("convert it", command="qemu-img convert -O raw a b"), ["convert it:", "  qemu-img convert -O raw a b"]),
+        (Remedy("do this, as root:", command="a\nb"), ["do this, as root:", "  a", "  b"]),
+        (
+            Remedy("unpack it, and plug the folder", command="unzip a.zip", setting="usb_folder", value="a b"),
+            ["unpack it, and plug the folder:", "  unzip a.zip", "  --usb-folder 'a b'"],
+        ),
+        (
+            Remedy("convert it", command="a", alternative=Remedy("or plug it", setting="storage.force", value=True)),
+            ["convert it:", "  a", "or plug it: --force"],
+        ),
         (Remedy(command="ls\x1b"), ["ls\N{REPLACEMENT CHARACTER}"]),
     ],
 )
 def test_how_the_command_line_shows_a_remedy(remedy: str, lines: list[str]) -> None:
     assert remedy_lines(remedy) == lines
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "reason", "remedy"),
+    [
+        (
+            OSError(errno.ENOENT, "No such file"),
+            "a/b cannot be opened: no such file",
+            Reason.NOT_FOUND,
+            "check the path",
+        ),
+        (OSError(errno.EPERM, "Not permitted"), "a/b cannot be opened: not permitted", Reason.NO_PERMISSION, ""),
+        (OSError(errno.EBUSY, "Busy"), "a/b cannot be opened: busy", Reason.IN_USE, ""),
+        (OSError(errno.ENOSPC, "Full"), "a/b cannot be opened: full", Reason.NO_SPACE, ""),
+        (OSError(errno.EIO, "Broken"), "a/b cannot be opened: broken", Reason.IO_ERROR, ""),
+        (OSError("Odd"), "a/b cannot be opened: odd", Reason.IO_ERROR, ""),
+        (ValueError("embedded null byte"), "'a/b' is not a valid path", Reason.NOT_FOUND, "check the path"),
+    ],
+)
+def test_an_error_of_the_system(error: OSError | ValueError, message: str, reason: Reason, remedy: str) -> None:
+    result = errors.from_oserror(Path("a/b"), error, as_=errors.SetupError)
+    assert type(result) is errors.SetupError
+    assert (result.message, result.reason, result.remedy) == (message, reason, remedy)
+    other = errors.from_oserror("x", OSError(errno.ENOENT, "Gone"), as_=errors.ImageError, problem="failed", remedy="y")
+    assert (other.message, other.remedy) == ("x failed: gone", "y")

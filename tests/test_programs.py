@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from farplug.errors import Reason, SetupError
-from farplug.programs import PACKAGE_OF_PROGRAM, find_program, output_of
+from farplug.programs import PACKAGE_OF_PROGRAM, find_program, install_remedy, output_of
 
 PACKAGES = Path(__file__).parents[1] / "debian-packages.txt"
 
@@ -23,7 +23,9 @@ def test_missing_program_names_its_package(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(SetupError, match=r"the program mkfs.vfat is not installed") as error:
         find_program("mkfs.vfat")
     assert error.value.reason is Reason.MISSING_PROGRAM
-    assert error.value.remedy == "sudo apt-get install dosfstools"
+    assert error.value.remedy.command == "sudo apt-get install dosfstools"
+    assert install_remedy("mmd", "mcopy", "fdisk").command == "sudo apt-get install fdisk mtools"
+    assert install_remedy("mmd", "unknown") == "install mmd, unknown"
 
 
 def test_packages_are_on_the_list() -> None:

@@ -23,8 +23,10 @@ there is one. Any other exception that leaves farplug is a bug, like :class:`Int
 
 from __future__ import annotations
 
+import errno
+import os
 from enum import StrEnum
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 
 class Reason(StrEnum):
@@ -110,21 +112,29 @@ class Remedy(str):
         text: for people; may have several lines.
         setting: the setting that helps, by its name in :mod:`farplug.app.settings`; empty: none.
         value: for the setting; None: the user chooses it.
-        command: a shell command to copy; empty: none.
+        command: a shell command to copy, or several, one a line; empty: none. It comes before the setting.
+        alternative: another remedy, which helps without this one.
     """
 
-    __slots__ = ("command", "setting", "value")
+    __slots__ = ("alternative", "command", "setting", "value")
 
     setting: str
     value: str | int | bool | None
     command: str
+    alternative: Remedy | None
 
     def __new__(
-        cls, text: str = "", *, setting: str = "", value: str | int | bool | None = None, command: str = ""
+        cls,
+        text: str = "",
+        *,
+        setting: str = "",
+        value: str | int | bool | None = None,
+        command: str = "",
+        alternative: Remedy | None = None,
     ) -> Self:
         """Make the text."""
         remedy = super().__new__(cls, text)
-        remedy.setting, remedy.value, remedy.command = setting, value, command
+        remedy.setting, remedy.value, remedy.command, remedy.alternative = setting, value, command, alternative
         return remedy
 
     def __bool__(self) -> bool:
@@ -137,6 +147,8 @@ class Remedy(str):
             data |= {"setting": self.setting, "value": self.value}
         if self.command:
             data["command"] = self.command
+        if self.alternative is not None:
+            data["alternative"] = self.alternative.as_dict()
         return data
 
 
@@ -231,3 +243,53 @@ class LocalProtocolError(ProtocolError):
 
 class RemoteProtocolError(ProtocolError):
     """The peer said what the protocol forbids."""
+
+
+TOO_MANY_OPEN_FILES = (errno.EMFILE, errno.ENFILE)
+"""Errors about this process and this machine: they say nothing about the file that was to be opened."""
+
+_REASON_OF_ERRNO = {
+    errno.ENOENT: Reason.NOT_FOUND,
+    errno.ENOTDIR: Reason.NOT_FOUND,
+    errno.ELOOP: Reason.NOT_FOUND,
+    errno.ENAMETOOLONG: Reason.NOT_FOUND,
+    errno.EACCES: Reason.NO_PERMISSION,
+    errno.EPERM: Reason.NO_PERMISSION,
+    errno.EROFS: Reason.NO_PERMISSION,
+    errno.ETXTBSY: Reason.IN_USE,
+    errno.EBUSY: Reason.IN_USE,
+    errno.EEXIST: Reason.EXISTS,
+    errno.EISDIR: Reason.NOT_A_FILE,
+    errno.ENXIO: Reason.NOT_A_FILE,
+    errno.ENOSPC: Reason.NO_SPACE,
+    errno.EDQUOT: Reason.NO_SPACE,
+}
+
+_ErrorT = TypeVar("_ErrorT", bound=FarplugError)
+
+
+def from_oserror(
+    path: str | os.PathLike[str],
+    error: OSError | ValueError,
+    *,
+    as_: type[_ErrorT],
+    problem: str = "cannot be opened",
+    remedy: str = "",
+) -> _ErrorT:
+    """Return the error for a system call on a file that failed. Its reason follows from ``errno``.
+
+    Args:
+        path: of the file, for the message.
+        error: what Python raised; a ``ValueError``: the path has a NUL character.
+        as_: the class of the error to return.
+        problem: what failed, for the message: "cannot be opened".
+        remedy: what the user can do; empty: what helps against the reason, if anything does.
+    """
+    if isinstance(error, ValueError):
+        message, reason = f"{os.fspath(path)!r} is not a valid path", Reason.NOT_FOUND
+    else:
+        message = f"{os.fspath(path)} {problem}: {(error.strerror or str(error)).lower()}"
+        reason = _REASON_OF_ERRNO.get(error.errno or 0, Reason.IO_ERROR)
+    if not remedy and reason is Reason.NOT_FOUND:
+        remedy = "check the path"
+    return as_(message, reason=reason, remedy=remedy)

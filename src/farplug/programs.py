@@ -1,4 +1,4 @@
-"""Programs of this machine that images, the throw-away guest and the demo need, and the packages that bring them."""
+"""Find the programs that images, the throw-away guest and the demo need, and the packages that contain them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from farplug.errors import Reason, SetupError
+from farplug.errors import Reason, Remedy, SetupError
 
 QEMU = "qemu-system-x86_64"
 
@@ -42,29 +42,35 @@ PACKAGE_OF_PROGRAM = {
 
 
 def search_path() -> str:
-    """Where programs are: a user's PATH often lacks the folders of mkfs."""
+    """Return the folders of programs: PATH, and those of mkfs, which a user's PATH often lacks."""
     return os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
 
 
 def find_program(name: str) -> Path:
-    """Path of an installed program.
+    """Return the path of an installed program.
 
     Raises:
-        SetupError: it is not installed (``MISSING_PROGRAM``).
+        SetupError: the program is not installed (``MISSING_PROGRAM``).
     """
     path = shutil.which(name, path=search_path())
     if path is None:
-        package = PACKAGE_OF_PROGRAM.get(name)
         raise SetupError(
-            f"the program {name} is not installed",
-            reason=Reason.MISSING_PROGRAM,
-            remedy=f"sudo apt-get install {package}" if package else f"install {name}",
+            f"the program {name} is not installed", reason=Reason.MISSING_PROGRAM, remedy=install_remedy(name)
         )
     return Path(path)
 
 
+def install_remedy(*programs: str) -> Remedy:
+    """Return the remedy that installs programs: a command, if all their packages are known."""
+    packages = {PACKAGE_OF_PROGRAM.get(program) for program in programs}
+    known = sorted(package for package in packages if package is not None)
+    if len(known) < len(packages):
+        return Remedy(f"install {', '.join(programs)}")
+    return Remedy("install it", command=f"sudo apt-get install {' '.join(known)}")
+
+
 def output_of(*command: str) -> str | None:
-    """What a command writes to its standard output, in the C locale; None if it fails."""
+    """Return the standard output of a command in the C locale; None: the command failed."""
     environment = {**os.environ, "LC_ALL": "C"}
     result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment)
     return result.stdout if result.returncode == 0 else None

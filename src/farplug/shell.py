@@ -1,4 +1,4 @@
-"""Paths as words of commands that people copy out of messages into a shell."""
+"""Quote paths in commands that users copy from messages into a shell."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import shlex
 
 
 def shell_word(path: str | os.PathLike[str]) -> str:
-    """Quote a path for a shell, as one word on one line.
+    """Return a path quoted for a shell, as one word on one line.
 
     Line ends, control characters and bytes that are not UTF-8 become escapes in ``$'...'`` (bash, zsh, ksh; in POSIX
-    since 2024). A relative path that a program could take for an option or for a URL begins with ``./``.
+    since 2024). A relative path that could be read as an option or a URL gets the prefix ``./``.
     """
     text = os.fspath(path)
     if text.startswith("-") or ":" in text.partition("/")[0]:

@@ -73,7 +73,8 @@ def test_a_file_of_another_format(cli: Cli, tmp_path: Path, options: list[str], 
     message, *remedy = result.err.split("\n")
     assert message.endswith(f"it's\N{REPLACEMENT CHARACTER}a.qcow2 is {what}")
     escaped = f"$'{tmp_path}/it\\'s\\x0aa"
-    assert remedy[0] == f"  convert it: qemu-img convert -O raw {escaped}.qcow2' {escaped}.raw'"
+    assert remedy[0].startswith("  convert it")
+    assert remedy[1] == f"    qemu-img convert -O raw {escaped}.qcow2' {escaped}.raw'"
     assert remedy[-2].endswith(": --force")
     result = cli("connect", "tcp://127.0.0.1:1", "--force", *options, path)
     assert result.code == 4, "refused by nobody but the VM that is not there"

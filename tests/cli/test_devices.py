@@ -44,16 +44,18 @@ def test_images(cli: Cli, image: Path, tmp_path: Path) -> None:
 def test_a_file_of_another_format(cli: Cli, tmp_path: Path) -> None:
     path = tmp_path / "a\u2028b.img"
     path.write_bytes(lzma.compress(bytes(1 << 20)))
-    lines = cli("devices", path).out.split("\n")[-4:]
+    lines = cli("devices", path).out.split("\n")[-5:]
     name = f"$'{tmp_path}/a\\xe2\\x80\\xa8b"
     assert lines[0].endswith(f"{tmp_path}/a\N{REPLACEMENT CHARACTER}b.img is xz data, not a RAW disk image")
     assert [line.strip() for line in lines[1:]] == [
-        f"unpack it: xz -dc {name}.img' > {name}.raw'",
+        "unpack it:",
+        f"xz -dc {name}.img' > {name}.raw'",
         "to plug its bytes as they are: --force",
         "",
     ]
     error = json.loads(cli("devices", path, "--json").out)["images"][0]["error"]
-    assert error["reason"] == "not-raw"
+    assert (error["reason"], error["command"]) == ("not-raw", f"xz -dc {name}.img' > {name}.raw'")
+    assert (error["alternative"]["setting"], error["alternative"]["value"]) == ("storage.force", True)
 
 
 def test_json(cli: Cli, image: Path, tmp_path: Path) -> None:
@@ -64,7 +66,10 @@ def test_json(cli: Cli, image: Path, tmp_path: Path) -> None:
     assert options == ["--usb-disk", "--usb-disk-ro", "--usb-cdrom", "--usb-folder", "--usb-device"]
     good, bad = answer["images"]
     assert (good["path"], good["size"], len(good["serial_number"])) == (str(image), 1 << 20, 16)
-    assert (bad["error"]["reason"], sorted(bad["error"])) == ("empty", ["message", "reason", "remedy"])
+    assert (bad["error"]["reason"], sorted(bad["error"])) == (
+        "empty",
+        ["command", "message", "reason", "remedy"],
+    )
 
 
 def test_devices_of_this_machine(cli: Cli, machine: Machine) -> None:
@@ -80,7 +85,7 @@ def test_devices_of_this_machine(cli: Cli, machine: Machine) -> None:
         "PORT  ADDRESS  VID:PID    SPEED    CLASS            NAME",
         "1-5   1-7      1050:0407  full     hid, smart-card  Yubi\N{REPLACEMENT CHARACTER}Key (serial:9)",
         "1-6   1-8      046d:c31c  high     hid",
-        "    take care: it is a keyboard of this machine: while it is plugged in, it works in the VM only",
+        "    note: it is a keyboard of this machine: while it is plugged in, it works in the VM only",
         "1-7   1-9      1209:0001  unknown  storage",
         "    cannot be plugged in: this machine does not authorize it",
         "      allow it in USBGuard, or authorize it once",

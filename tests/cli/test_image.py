@@ -38,7 +38,7 @@ def test_sizes(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "8X", "8GB", "-1", "1.5G", "G", "8 G", "٣", "9" * 30, "8G\n"])
 def test_no_sizes(text: str) -> None:
-    with pytest.raises(UsageError, match="is not a size"):
+    with pytest.raises(UsageError, match="is not a valid size"):
         parse_size(text)
 
 
@@ -50,7 +50,7 @@ def test_a_fat32_image(cli: Cli, here: Path) -> None:
     assert run("mtype", "-i", "drivers.raw@@1M", "::/net/virtio net.inf") == "driver"
     again = cli("image", "create", "64M", "--from", "drivers")
     assert (again.code, again.out) == (ExitCode.IMAGE, "")
-    assert "drivers.raw exists already" in again.err
+    assert "drivers.raw already exists" in again.err
 
 
 def test_as_large_as_needed(cli: Cli, here: Path) -> None:
@@ -87,19 +87,19 @@ def test_an_iso_image(cli: Cli, here: Path) -> None:
     ("arguments", "code", "text"),
     [
         ("", ExitCode.USAGE, "the image has no name"),
-        ("8X -o x.raw", ExitCode.USAGE, "'8X' is not a size"),
+        ("8X -o x.raw", ExitCode.USAGE, "'8X' is not a valid size"),
         ("-o x.raw", ExitCode.USAGE, "needs a size"),
         ("8M -o x.raw", ExitCode.IMAGE, "8388608 bytes are too small for FAT32"),
         ("9000000T -o x.raw", ExitCode.IMAGE, "too large"),
         ("64M -o x.raw --format zfs", ExitCode.USAGE, "zfs"),
         ("64M -o x.raw --partition bsd", ExitCode.USAGE, "bsd"),
         ("64M -o x.raw --block-size 1024", ExitCode.USAGE, "1024"),
-        ("64M -o x.raw --label a/b", ExitCode.USAGE, "'a/b' is no label"),
+        ("64M -o x.raw --label a/b", ExitCode.USAGE, "'a/b' is not a valid label"),
         ("--from nowhere -o x.raw", ExitCode.IMAGE, "no such file"),
         ("--from drivers -o drivers/x.raw", ExitCode.IMAGE, "is inside the folder"),
-        ("--from drivers -o nowhere/x.raw", ExitCode.IMAGE, "nowhere/x.raw cannot be made"),
+        ("--from drivers -o nowhere/x.raw", ExitCode.IMAGE, "nowhere/x.raw cannot be created"),
         ("--from drivers/net/x -o x.raw", ExitCode.IMAGE, "cannot be read"),
-        ("--format iso9660 -o x.iso", ExitCode.USAGE, "is made of a folder"),
+        ("--format iso9660 -o x.iso", ExitCode.USAGE, "needs a folder"),
         ("64M --format iso9660 --from drivers", ExitCode.USAGE, "no size"),
         ("--format iso9660 --from drivers --partition gpt", ExitCode.USAGE, "no size, partition table"),
         ("--format iso9660 --from drivers --block-size 512", ExitCode.USAGE, "block size"),

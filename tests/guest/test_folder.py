@@ -15,7 +15,7 @@ from tests.image.support import ISO, MIB, ODD, PLAIN, SIMILAR, WHEN, alike, cont
 from farplug.errors import ImageError, Reason
 from farplug.image import Format, Partition, Volume, build, create_image, create_iso, folder_store, upcase
 from farplug.image.fill import fill_in_guest
-from farplug.image.tools import Job
+from farplug.image.tools import ImageBuild
 from farplug.image.tree import scan
 from farplug.testing import GuestConfig, QemuGuest, TcpPort
 from farplug.virtual.disk import disk_device
@@ -96,8 +96,8 @@ async def test_the_guest_sees_the_folder(
     (folder / "nothing").symlink_to("nowhere")
     filled: list[Volume] = []
 
-    def fill(job: Job, volume: Volume) -> None:
-        fill_in_guest(job, volume)
+    def fill(build: ImageBuild, volume: Volume) -> None:
+        fill_in_guest(build, volume)
         filled.append(volume)
 
     monkeypatch.setattr(build, "fill_in_guest", fill)
@@ -219,12 +219,12 @@ async def test_a_folder_that_does_not_fit_is_told_by_the_guest(tmp_path: Path, m
     folder = make_folder(tmp_path / "a folder", {"😀": bytes(8 * MIB), "big.bin": bytes(30 * MIB)})
     before = set(tmp_path.iterdir())
 
-    def too_small(job: Job, volume: Volume) -> None:
+    def too_small(build: ImageBuild, volume: Volume) -> None:
         """The folder grew since it was measured."""
         with (folder / "big.bin").open("ab") as file:
             file.truncate(60 * MIB)
         with pytest.raises(ImageError, match="the folder does not fit") as caught:
-            fill_in_guest(Job(job.fd, scan(folder), job.progress), volume)
+            fill_in_guest(ImageBuild(build.fd, scan(folder), build.progress), volume)
         assert caught.value.reason is Reason.TOO_LARGE
         raise caught.value
 

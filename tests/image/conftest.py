@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from farplug.image import build
-from farplug.image.tools import Job
+from farplug.image.tools import ImageBuild
 from farplug.image.volume import Volume
 
 
@@ -11,7 +11,7 @@ from farplug.image.volume import Volume
 def no_guest(monkeypatch: pytest.MonkeyPatch) -> None:
     """These tests boot no guest: an image that would be filled in one fails."""
 
-    def fail(job: Job, volume: Volume) -> None:
+    def fail(build: ImageBuild, volume: Volume) -> None:
         raise AssertionError(f"{volume.format} was to be filled in a guest")
 
     monkeypatch.setattr(build, "fill_in_guest", fail)

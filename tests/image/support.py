@@ -1,4 +1,4 @@
-"""Folders that images are made of, and looking into what came out."""
+"""Make folders, and read the images that are made of them."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ ODD = {
     "LONGFI~1.TXT": b"short name of another",
     "m" * 255: b"longest",
 }
-"""Names that it does not."""
+"""Names that mtools changes."""
 
 SIMILAR = {f"similar/IMG_2026 {number}.jpeg": b"%d" % number for number in range(300)}
-"""Names that it takes too long for."""
+"""Names for which mtools is too slow."""
 
 
 def alike(format: Format) -> dict[str, bytes]:
-    """Files whose names Python takes for equal except for case, in some way, and the file system does not."""
+    """Return files whose names are equal except for case for Python, but not for the file system."""
     characters = [chr(code) for code in range(0x21, 0x10450) if not 0xD800 <= code < 0xE000]
     pairs = set()
     for change in (str.upper, str.lower, str.casefold):

@@ -11,11 +11,12 @@ from tests.image.support import ISO, MIB, ODD, PLAIN, TYPES, WHEN, contents, mak
 from farplug.errors import ImageError, Reason, SetupError, UsageError
 from farplug.image import build as build_module
 from farplug.image.build import create_image, create_iso, new_file, no_progress
-from farplug.image.tools import TICK, Job, Progress
+from farplug.image.tools import PROGRESS_INTERVAL, ImageBuild
 from farplug.image.volume import BLOCK_SIZES, Format, Partition, Volume
+from farplug.store.base import ProgressCallback
 
 
-def make(path: Path, format: Format, folder: Path, progress: Progress = no_progress) -> None:
+def make(path: Path, format: Format, folder: Path, progress: ProgressCallback = no_progress) -> None:
     """Make an image of any format that needs no guest."""
     if format is Format.ISO9660:
         create_iso(path, folder, progress=progress)
@@ -30,19 +31,19 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(("kind", "block_size"), list(product(Partition, BLOCK_SIZES)))
 def test_fat32(folder: Path, tmp_path: Path, kind: Partition, block_size: int) -> None:
-    told: list[tuple[int, int]] = []
+    reported: list[tuple[int, int]] = []
     image = tmp_path / "disk.raw"
     volume = create_image(
         image,
         partition=kind,
         folder=folder,
         block_size=block_size,
-        progress=lambda done, total: told.append((done, total)),
+        progress=lambda done, total: reported.append((done, total)),
     )
     total = sum(map(len, contents(folder).values()))
-    assert told[0] == (0, 0)
-    assert told[-1] == (total, total)
-    assert all(done <= total for done, _ in told)
+    assert reported[0] == (0, 0)
+    assert reported[-1] == (total, total)
+    assert all(done <= total for done, _ in reported)
     assert (volume.label, volume.disk_size) == ("FOLDER", image.stat().st_size)
     assert image.stat().st_blocks * 512 < total + 8 * MIB
     blocks = volume.length // block_size
@@ -100,7 +101,7 @@ def test_iso(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (folder / "link").symlink_to("/nowhere")
     image = tmp_path / "disk.iso"
     create_iso(image, folder, label="drivers_1")
-    assert caplog.messages[0].startswith(f"{folder}: Windows will see these under other names: a*b?, ")
+    assert caplog.messages[0].startswith(f"{folder}: Windows will show these with other names: a*b?, ")
     assert image.read_bytes()[32769:32774] == b"CD001"
     assert image.read_bytes()[32808:32840].rstrip() == b"DRIVERS_1"
     copied = tmp_path / "copied"
@@ -116,10 +117,10 @@ def test_what_the_guest_fills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, f
     folder = make_folder(tmp_path / "folder", {"ä": b"odd"})
     filled: list[tuple[int, str]] = []
 
-    def fill(job: Job, volume: Volume) -> None:
-        assert job.tree is not None
-        assert os.fstat(job.fd).st_size == volume.disk_size
-        filled.append((len(job.tree.entries), volume.format))
+    def fill(build: ImageBuild, volume: Volume) -> None:
+        assert build.tree is not None
+        assert os.fstat(build.fd).st_size == volume.disk_size
+        filled.append((len(build.tree.entries), volume.format))
 
     monkeypatch.setattr(build_module, "fill_in_guest", fill)
     create_image(tmp_path / "x", format=format, folder=folder)
@@ -131,14 +132,14 @@ def test_what_the_guest_fills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, f
     [
         ({}, UsageError, "needs a size"),
         ({"size": 100 * MIB, "block_size": 1024}, UsageError, "512 or 4096"),
-        ({"size": 100 * MIB, "format": Format.ISO9660}, UsageError, "has no partition"),
-        ({"size": 100 * MIB, "label": "ä"}, UsageError, "no label"),
+        ({"size": 100 * MIB, "format": Format.ISO9660}, UsageError, "has no partitions"),
+        ({"size": 100 * MIB, "label": "ä"}, UsageError, "is not a valid label"),
         ({"size": 100 * MIB + 1}, UsageError, "not a multiple"),
         ({"size": MIB}, ImageError, "too small"),
         ({"folder": "folder", "size": 33 * MIB, "format": Format.EXT4}, ImageError, "the folder needs"),
         ({"folder": "folder/missing"}, ImageError, "no such file"),
         ({"folder": "bad"}, ImageError, "cannot hold"),
-        ({"size": 2**62, "partition": Partition.GPT, "format": Format.EXT4}, ImageError, "cannot be made|at most"),
+        ({"size": 2**62, "partition": Partition.GPT, "format": Format.EXT4}, ImageError, "cannot be created|at most"),
     ],
 )
 def test_refusals_leave_nothing(
@@ -160,7 +161,7 @@ def test_nothing_is_overwritten(folder: Path, tmp_path: Path, kind: str) -> None
     else:
         image.symlink_to("nowhere")
     for format in (Format.FAT32, Format.ISO9660):
-        with pytest.raises(ImageError, match="exists already") as caught:
+        with pytest.raises(ImageError, match="already exists") as caught:
             make(image, format, folder)
         assert caught.value.reason is Reason.EXISTS
     assert not (tmp_path / "nowhere").exists()
@@ -192,20 +193,20 @@ def test_a_new_file_appears_at_the_end(tmp_path: Path, unnamed: bool) -> None:
         os.write(fd, b"content")
         assert (tmp_path / "x").exists() is not unnamed
     assert (tmp_path / "x").read_bytes() == b"content"
-    with pytest.raises(ImageError, match="exists already"), new_file(tmp_path / "x") as fd:
+    with pytest.raises(ImageError, match="already exists"), new_file(tmp_path / "x") as fd:
         os.write(fd, b"other")
     assert (tmp_path / "x").read_bytes() == b"content"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, ImageError("no", reason=Reason.CHANGED)])
-def test_what_goes_wrong_leaves_no_file(tmp_path: Path, unnamed: bool, error: BaseException) -> None:
+def test_a_failure_leaves_no_file(tmp_path: Path, unnamed: bool, error: BaseException) -> None:
     with pytest.raises(error if isinstance(error, type) else type(error)), new_file(tmp_path / "x"):
         raise error
     assert not os.listdir(tmp_path)
 
 
 def test_a_file_that_appears_meanwhile_stays(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match="exists already"), new_file(tmp_path / "x"):
+    with pytest.raises(ImageError, match="already exists"), new_file(tmp_path / "x"):
         (tmp_path / "x").write_bytes(b"theirs")
     assert (tmp_path / "x").read_bytes() == b"theirs"
 
@@ -220,7 +221,7 @@ def test_a_file_that_appears_meanwhile_stays(tmp_path: Path) -> None:
         (errno.EIO, Reason.IO_ERROR),
     ],
 )
-def test_places_that_take_no_image(
+def test_paths_where_no_image_can_be_created(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, reason: Reason
 ) -> None:
     def fail(fd: int) -> None:
@@ -236,7 +237,7 @@ def test_places_that_take_no_image(
 
 
 @pytest.mark.parametrize("format", [Format.FAT32, Format.EXT4, Format.ISO9660])
-def test_giving_up(folder: Path, tmp_path: Path, format: Format) -> None:
+def test_a_cancelled_build(folder: Path, tmp_path: Path, format: Format) -> None:
     before = set(os.listdir("/proc/self/fd"))
 
     class GivenUp(Exception):
@@ -253,12 +254,12 @@ def test_giving_up(folder: Path, tmp_path: Path, format: Format) -> None:
 
 
 @pytest.mark.parametrize("format", [Format.FAT32, Format.EXT4, Format.ISO9660])
-@pytest.mark.parametrize("tick", [0.001, TICK])
+@pytest.mark.parametrize("tick", [0.001, PROGRESS_INTERVAL])
 def test_a_file_that_grows_meanwhile(
     folder: Path, tmp_path: Path, format: Format, tick: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While the tool runs, which may refuse it, or when it has ended."""
-    monkeypatch.setattr("farplug.image.tools.TICK", tick)
+    monkeypatch.setattr("farplug.image.tools.PROGRESS_INTERVAL", tick)
 
     def progress(done: int, total: int) -> None:
         if total:
@@ -271,7 +272,7 @@ def test_a_file_that_grows_meanwhile(
     assert sorted(os.listdir(tmp_path)) == ["folder"]
 
 
-def test_a_full_host_is_told_before_copying(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_host_is_reported_before_copying(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with (folder / "sparse").open("wb") as file:
         file.truncate(2**32 - 1)
     monkeypatch.setattr(build_module, "_METADATA_ROOM", 1 << 60)
@@ -286,11 +287,11 @@ def test_a_missing_program(folder: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("shutil.which", lambda *_, **__: None)
     with pytest.raises(SetupError, match="xorrisofs is not installed") as caught:
         create_iso(tmp_path / "x", folder)
-    assert caught.value.remedy == "sudo apt-get install xorriso"
+    assert caught.value.remedy.command == "sudo apt-get install xorriso"
     assert sorted(os.listdir(tmp_path)) == ["folder"]
 
 
-def test_what_is_left_out_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_left_out_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = make_folder(tmp_path / "folder", {"a": b""})
     os.mkfifo(folder / "pipe")
     create_image(tmp_path / "x", folder=folder)

@@ -16,7 +16,7 @@ from tests.image.support import MIB, ODD, PLAIN, WHEN, contents, make_folder
 from farplug.errors import ImageError, Reason, SetupError
 from farplug.image import fill
 from farplug.image.fill import fill_in_guest
-from farplug.image.tools import Job
+from farplug.image.tools import ImageBuild
 from farplug.image.tree import Tree, scan
 from farplug.image.volume import Format, Partition, Volume
 from farplug.vm.agent import CommandFailed, CommandResult
@@ -35,7 +35,7 @@ def volume(format: Format = Format.EXFAT, block_size: int = 512) -> Volume:
 
 
 class FakeQmp:
-    """Stands for QEMU's monitor, which says more when it is asked something."""
+    """Replaces QEMU's monitor, which sends events before a reply."""
 
     def __init__(self, coming: list[dict[str, Any]]) -> None:
         self._coming = coming
@@ -52,13 +52,13 @@ class FakeQmp:
 
 
 class FakeGuest:
-    """Stands for QEMU: takes the tar stream as its guest would."""
+    """Replaces QEMU: receives the tar stream as its guest would."""
 
     events: list[dict[str, Any]]
 
     received = b""
     output: str | None = None
-    """What the script says before it fails; None: it works."""
+    """Output of the script before it fails; None: it succeeds."""
     reads = True
     script = ""
     config: GuestConfig
@@ -113,18 +113,18 @@ def fd(tmp_path: Path) -> Iterator[int]:
     assert set(os.listdir("/proc/self/fd")) == before
 
 
-def job_of(fd: int, tree: Tree | None) -> Job:
-    return Job(fd, tree, lambda done, total: None)
+def build_of(fd: int, tree: Tree | None) -> ImageBuild:
+    return ImageBuild(fd, tree, lambda done, total: None)
 
 
 def test_the_stream_is_the_tree(fake: type[FakeGuest], fd: int, tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "folder", {**PLAIN, **ODD})
-    fill_in_guest(job_of(fd, scan(folder)), volume())
+    fill_in_guest(build_of(fd, scan(folder)), volume())
     with tarfile.open(fileobj=io.BytesIO(fake.received)) as archive:
         members = archive.getmembers()
         assert [member.name for member in members] == [entry.path for entry in scan(folder).entries]
         assert {member.mtime for member in members if member.isfile()} == {WHEN}
-        # An attribute, because the Python of Debian 12 (3.11.2) does not know extractall's argument "filter".
+        # An attribute, because the Python of Debian 12 (3.11.2) lacks extractall's argument "filter".
         archive.extraction_filter = lambda member, path: member
         archive.extractall(tmp_path / "copied")
     assert contents(tmp_path / "copied") == contents(folder)
@@ -142,7 +142,7 @@ def test_what_the_guest_runs(
     fake: type[FakeGuest], fd: int, tmp_path: Path, format: Format, block_size: int, make: str, mount: str
 ) -> None:
     folder = make_folder(tmp_path / "folder", {"sub/a": b"", "b": b""})
-    fill_in_guest(job_of(fd, scan(folder)), volume(format, block_size))
+    fill_in_guest(build_of(fd, scan(folder)), volume(format, block_size))
     assert make in fake.script
     assert mount in fake.script
     assert '[ "$count" = 3 ]' in fake.script
@@ -152,7 +152,7 @@ def test_what_the_guest_runs(
 
 
 def test_an_empty_image_needs_no_stream(fake: type[FakeGuest], fd: int) -> None:
-    fill_in_guest(job_of(fd, None), volume())
+    fill_in_guest(build_of(fd, None), volume())
     assert fake.received == b""
     assert "[ 0 -gt 0 ] || exit 0" in fake.script
 
@@ -162,7 +162,7 @@ def test_an_empty_image_needs_no_stream(fake: type[FakeGuest], fd: int) -> None:
     [
         ("tar: write error: No space left on device\n", Reason.TOO_LARGE, "the folder does not fit"),
         ("first\nmount: I/O error\n", Reason.IO_ERROR, "the guest cannot fill the image: mount: I/O error"),
-        ("", Reason.IO_ERROR, "no reason"),
+        ("", Reason.IO_ERROR, "no output"),
     ],
 )
 @pytest.mark.parametrize("reads", [True, False])
@@ -172,7 +172,7 @@ def test_a_guest_that_fails(
     fake.output, fake.reads = output, reads
     folder = make_folder(tmp_path / "folder", PLAIN)
     with pytest.raises(ImageError, match=text) as caught:
-        fill_in_guest(job_of(fd, scan(folder)), volume())
+        fill_in_guest(build_of(fd, scan(folder)), volume())
     assert caught.value.reason is reason
 
 
@@ -180,9 +180,9 @@ def test_an_error_while_the_host_is_full(
     fake: type[FakeGuest], fd: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake.output = "mount: I/O error"
-    monkeypatch.setattr(fill, "_HOST_IS_FULL", 1 << 60)
+    monkeypatch.setattr(fill, "_MIN_HOST_SPACE", 1 << 60)
     with pytest.raises(ImageError, match="no space left for the image") as caught:
-        fill_in_guest(job_of(fd, None), volume())
+        fill_in_guest(build_of(fd, None), volume())
     assert caught.value.reason is Reason.NO_SPACE
 
 
@@ -194,12 +194,12 @@ def test_an_error_while_the_host_is_full(
         ({}, Reason.IO_ERROR, "I/O error"),
     ],
 )
-def test_what_could_not_be_written_while_the_guest_says_nothing(
+def test_write_errors_that_the_guest_does_not_report(
     fake: type[FakeGuest], fd: int, tmp_path: Path, data: dict[str, Any], reason: Reason, text: str
 ) -> None:
     fake.events = [{"event": "BLOCK_IO_ERROR", "data": data}]
     with pytest.raises(ImageError, match=text) as caught:
-        fill_in_guest(job_of(fd, scan(make_folder(tmp_path / "folder", {"a": b"12345"}))), volume())
+        fill_in_guest(build_of(fd, scan(make_folder(tmp_path / "folder", {"a": b"12345"}))), volume())
     assert caught.value.reason is reason
 
 
@@ -214,7 +214,7 @@ def test_a_file_that_changes(fake: type[FakeGuest], fd: int, tmp_path: Path, cha
     elif change == "folder":
         (folder / "a").mkdir()
     with pytest.raises(ImageError, match="changed while it was copied: a") as caught:
-        fill_in_guest(job_of(fd, tree), volume())
+        fill_in_guest(build_of(fd, tree), volume())
     assert caught.value.reason is Reason.CHANGED
 
 
@@ -229,10 +229,10 @@ def test_a_file_that_cannot_be_read(
 
     monkeypatch.setattr("pathlib.Path.open", fail)
     with pytest.raises(ImageError, match="a cannot be read: input/output error"):
-        fill_in_guest(job_of(fd, tree), volume())
+        fill_in_guest(build_of(fd, tree), volume())
 
 
-def test_giving_up(fake: type[FakeGuest], fd: int, tmp_path: Path) -> None:
+def test_a_cancelled_build(fake: type[FakeGuest], fd: int, tmp_path: Path) -> None:
     fake.reads = False
     folder = make_folder(tmp_path / "folder", PLAIN)  # more than a socket holds: the sender waits
 
@@ -241,20 +241,20 @@ def test_giving_up(fake: type[FakeGuest], fd: int, tmp_path: Path) -> None:
 
     before = set(threading.enumerate())
     with pytest.raises(InterruptedError):
-        fill_in_guest(Job(fd, scan(folder), progress), volume())
+        fill_in_guest(ImageBuild(fd, scan(folder), progress), volume())
     assert not set(threading.enumerate()) - before
 
 
 @pytest.mark.parametrize(
     ("format", "text"), [(Format.NTFS, "NTFS is made"), (Format.FAT32, "FAT32 with some of these names is made")]
 )
-def test_all_that_is_missing_is_told_at_once(
+def test_one_error_names_all_missing_programs(
     fd: int, monkeypatch: pytest.MonkeyPatch, format: Format, text: str
 ) -> None:
     monkeypatch.setattr(
         "shutil.which", lambda name, **_: None if name in ("qemu-system-x86_64", "mkntfs", "ntfs-3g") else "/x"
     )
     with pytest.raises(SetupError, match=f"{text} in a throw-away virtual machine, which needs qemu") as caught:
-        fill_in_guest(job_of(fd, None), volume(format))
+        fill_in_guest(build_of(fd, None), volume(format))
     packages = "ntfs-3g qemu-system-x86" if format is Format.NTFS else "qemu-system-x86"
-    assert caught.value.remedy == f"sudo apt-get install {packages}"
+    assert caught.value.remedy.command == f"sudo apt-get install {packages}"

@@ -11,7 +11,7 @@ from farplug.errors import ImageError, Reason, UsageError
 from farplug.image import build
 from farplug.image import folder as folder_module
 from farplug.image.folder import folder_store
-from farplug.image.tools import Job
+from farplug.image.tools import ImageBuild
 from farplug.image.volume import BLOCK_SIZES, Format, Partition, Volume
 from farplug.store import Store
 
@@ -81,7 +81,7 @@ async def test_a_file_too_large_for_fat32_makes_it_exfat(
     monkeypatch.setattr(folder_module, "MAX_FAT_FILE", 3)
     filled: list[Volume] = []
 
-    def fill(job: Job, volume: Volume) -> None:
+    def fill(build: ImageBuild, volume: Volume) -> None:
         filled.append(volume)
 
     folder = make_folder(tmp_path / "a", {"x": b"1234"})
@@ -92,7 +92,7 @@ async def test_a_file_too_large_for_fat32_makes_it_exfat(
     await store.close()
 
 
-def test_what_goes_wrong_leaves_nothing(tmp_path: Path, temporary: Path) -> None:
+def test_a_failure_leaves_nothing(tmp_path: Path, temporary: Path) -> None:
     before = set(os.listdir("/proc/self/fd"))
     folder = make_folder(tmp_path / "a", {"x": b"1"})
 
@@ -104,9 +104,9 @@ def test_what_goes_wrong_leaves_nothing(tmp_path: Path, temporary: Path) -> None
         folder_store(folder, progress=stop)
     with pytest.raises(ImageError, match="no such file"):
         folder_store(tmp_path / "missing")
-    with pytest.raises(UsageError, match="ISO 9660 has no partition"):
+    with pytest.raises(UsageError, match="ISO 9660 has no partitions"):
         folder_store(folder, format=Format.ISO9660)
-    with pytest.raises(UsageError, match="no label"):
+    with pytest.raises(UsageError, match="is not a valid label"):
         folder_store(folder, label="much too long for it")
     make_folder(folder, {"A": b"", "a": b""})
     with pytest.raises(ImageError, match=r"a \(equal to A except for case\)"):
@@ -118,7 +118,7 @@ def test_what_goes_wrong_leaves_nothing(tmp_path: Path, temporary: Path) -> None
 def test_no_place_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_folder(tmp_path / "a", {"x": b"1"})
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
-    with pytest.raises(ImageError, match=r"no image can be made in .*missing: no such file") as caught:
+    with pytest.raises(ImageError, match=r"no image can be created in .*missing: no such file") as caught:
         folder_store(folder)
     assert caught.value.reason is Reason.IO_ERROR
     assert "TMPDIR" in caught.value.remedy

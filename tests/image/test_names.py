@@ -18,7 +18,7 @@ from farplug.image.names import (
     fat_slots,
     fold,
     joliet_changes,
-    label_from,
+    label_from_name,
     utf16_units,
 )
 from farplug.image.tree import Entry, Tree
@@ -73,7 +73,7 @@ def test_the_tables_are_those_of_the_tools() -> None:
 
 @pytest.mark.parametrize(("format", "kept", "equal"), [(Format.EXFAT, 344, 27), (Format.NTFS, 246, 27)])
 def test_the_tables_differ_from_unicode(format: Format, kept: int, equal: int) -> None:
-    """Counts of pairs that only one of them takes for equal."""
+    """Counts of pairs that are equal for only one of them."""
     units = [chr(unit) for unit in range(0x10000) if not 0xD800 <= unit < 0xE000]
 
     def pairs(same: Callable[[str], str], other: Callable[[str], str]) -> int:
@@ -92,7 +92,7 @@ def test_the_tables_differ_from_unicode(format: Format, kept: int, equal: int) -
 
 
 @pytest.mark.parametrize("format", WINDOWS)
-def test_names_that_only_python_takes_for_equal(format: Format) -> None:
+def test_names_that_are_equal_for_python_only(format: Format) -> None:
     names = alike(format)
     assert len(names) > 500
     check_names(tree_of(*names), format)
@@ -145,7 +145,7 @@ def test_large_files_and_folders() -> None:
     assert caught.value.reason is Reason.TOO_LARGE
     check_names(tree_of("big", size=MAX_FAT_FILE + 1), Format.EXFAT)
     names = [f"sub/{number:026}" for number in range(21846)]  # three entries each, two for . and ..
-    with pytest.raises(ImageError, match=r"folder sub need 65540 entries, FAT32 takes 65536") as caught:
+    with pytest.raises(ImageError, match=r"folder sub need 65540 entries, FAT32 has 65536") as caught:
         check_names(tree_of(*names), Format.FAT32)
     assert caught.value.reason is Reason.TOO_LARGE
     check_names(tree_of(*names[:-2]), Format.FAT32)
@@ -186,7 +186,9 @@ def test_labels(format: Format, label: str, result: str) -> None:
     ],
 )
 def test_labels_that_do_not_fit(format: Format, label: str) -> None:
-    with pytest.raises(UsageError, match=f"is no label for {format.full_name}: 1 to [0-9]+ (bytes|characters)"):
+    with pytest.raises(
+        UsageError, match=f"is not a valid label for {format.full_name}: 1 to [0-9]+ (bytes|characters)"
+    ):
         check_label(label, format)
 
 
@@ -206,6 +208,6 @@ def test_labels_that_do_not_fit(format: Format, label: str) -> None:
 )  # fmt: skip
 def test_labels_from_names_of_folders(name: str, labels: tuple[str, ...]) -> None:
     formats = (Format.FAT32, Format.EXFAT, Format.EXT4, Format.NTFS, Format.ISO9660)
-    assert tuple(label_from(name, format) for format in formats) == labels
+    assert tuple(label_from_name(name, format) for format in formats) == labels
     for format in formats:
-        assert check_label(label_from(name, format), format) == label_from(name, format)
+        assert check_label(label_from_name(name, format), format) == label_from_name(name, format)

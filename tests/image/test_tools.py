@@ -12,7 +12,7 @@ import pytest
 from tests.image.support import MIB
 
 from farplug.errors import ImageError, Reason, SetupError
-from farplug.image.tools import Job, check, check_room
+from farplug.image.tools import ImageBuild, check, check_room
 from farplug.image.tree import Entry, Tree
 
 
@@ -28,23 +28,23 @@ def nothing(done: int, total: int) -> None:
 
 
 def test_a_tool_gets_image_input_and_environment(fd: int) -> None:
-    job = Job(fd, None, nothing)
-    assert job.run("dash", "-c", 'cat; echo "$A $LC_ALL"; echo x >&2; printf 123 >"$1"', "-", job.path, stdin="in ",
+    build = ImageBuild(fd, None, nothing)
+    assert build.run("dash", "-c", 'cat; echo "$A $LC_ALL"; echo x >&2; printf 123 >"$1"', "-", build.path, stdin="in ",
                    A="b") == "in b C.UTF-8\nx\n"  # fmt: skip
     assert os.pread(fd, 9, 0) == b"123"
-    job.run_into("dash", "-c", "printf 4567; echo told >&2")
+    build.run_into("dash", "-c", "printf 4567; echo text >&2")
     assert os.pread(fd, 9, 0) == b"4567"
 
 
 def test_progress_follows_the_image(fd: int) -> None:
     tree = Tree(Path("/"), (Entry("a", False, 3 * MIB, 0),))
-    told: list[tuple[int, int]] = []
-    job = Job(fd, tree, lambda done, total: told.append((done, total)))
-    job.run("dash", "-c", f'head -c {2 * MIB} /dev/zero >"$1"; sleep 0.3', "-", job.path)
-    assert told[-1] == (2 * MIB, 3 * MIB)
-    assert len(told) > 2
-    job.run("dash", "-c", f'head -c {5 * MIB} /dev/zero >"$1"', "-", job.path)
-    assert told[-1] == (3 * MIB, 3 * MIB)
+    reported: list[tuple[int, int]] = []
+    build = ImageBuild(fd, tree, lambda done, total: reported.append((done, total)))
+    build.run("dash", "-c", f'head -c {2 * MIB} /dev/zero >"$1"; sleep 0.3', "-", build.path)
+    assert reported[-1] == (2 * MIB, 3 * MIB)
+    assert len(reported) > 2
+    build.run("dash", "-c", f'head -c {5 * MIB} /dev/zero >"$1"', "-", build.path)
+    assert reported[-1] == (3 * MIB, 3 * MIB)
 
 
 def test_interrupted_while_the_tool_starts(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,19 +60,19 @@ def test_interrupted_while_the_tool_starts(fd: int, monkeypatch: pytest.MonkeyPa
     handler = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(subprocess, "Popen", Interrupted)
     with pytest.raises(KeyboardInterrupt):
-        Job(fd, None, nothing).run("dash", "-c", "exec sleep 1000")
+        ImageBuild(fd, None, nothing).run("dash", "-c", "exec sleep 1000")
     assert [process.returncode for process in started] == [-signal.SIGKILL]
     assert signal.getsignal(signal.SIGINT) is handler
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, ValueError])
-def test_giving_up_kills_the_tool(fd: int, tmp_path: Path, error: type[BaseException]) -> None:
+def test_cancelling_kills_the_tool(fd: int, tmp_path: Path, error: type[BaseException]) -> None:
     def progress(done: int, total: int) -> None:
         if (tmp_path / "pid").exists() and (tmp_path / "pid").read_text():
             raise error
 
     with pytest.raises(error):
-        Job(fd, None, progress).run("dash", "-c", 'echo $$ >"$1"; exec sleep 1000', "-", str(tmp_path / "pid"))
+        ImageBuild(fd, None, progress).run("dash", "-c", 'echo $$ >"$1"; exec sleep 1000', "-", str(tmp_path / "pid"))
     pid = int((tmp_path / "pid").read_text())
     time.sleep(0)
     assert not Path(f"/proc/{pid}").exists()
@@ -95,15 +95,15 @@ def test_failures(output: str, reason: Reason, text: str) -> None:
 
 
 def test_a_tool_that_fails_or_is_missing(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = Job(fd, None, nothing)
+    build = ImageBuild(fd, None, nothing)
     with pytest.raises(ImageError, match="dash failed: no way"):
-        job.run("dash", "-c", "echo no way >&2; exit 1")
+        build.run("dash", "-c", "echo no way >&2; exit 1")
     with pytest.raises(ImageError, match="dash failed: no way"):
-        job.run_into("dash", "-c", "echo no way >&2; exit 1")
+        build.run_into("dash", "-c", "echo no way >&2; exit 1")
     monkeypatch.setattr("shutil.which", lambda *_, **__: None)
     with pytest.raises(SetupError, match="fdisk is not installed") as caught:
-        job.run("fdisk")
-    assert caught.value.remedy == "sudo apt-get install fdisk"
+        build.run("fdisk")
+    assert caught.value.remedy.command == "sudo apt-get install fdisk"
 
 
 def test_a_tool_that_cannot_be_started(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +112,7 @@ def test_a_tool_that_cannot_be_started(fd: int, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr("subprocess.Popen", refuse)
     with pytest.raises(ImageError, match="dash cannot be run: Resource temporarily unavailable"):
-        Job(fd, None, nothing).run("dash")
+        ImageBuild(fd, None, nothing).run("dash")
 
 
 def test_room(fd: int) -> None:

@@ -49,13 +49,13 @@ def odd_folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_what_cannot_be_copied_is_left_out_and_told(odd_folder: Path) -> None:
+def test_entries_that_are_left_out(odd_folder: Path) -> None:
     tree = scan(odd_folder)
     assert {entry.path: entry.size for entry in tree.entries} == {
         "file": 5, "inside": 5, "up": 0, "sub": 0, "sub/x": 0,
     }  # fmt: skip
     assert set(describe_left_out(tree)) == {
-        "left out, a link that leads out: out",
+        "left out, a link out of the folder: out",
         "left out, a link to nothing: loop, nothing",
         "left out, a link to a folder: self, sub/folder",
         "left out, a pipe: pipe",
@@ -63,7 +63,7 @@ def test_what_cannot_be_copied_is_left_out_and_told(odd_folder: Path) -> None:
     }
 
 
-def test_linux_formats_take_everything(odd_folder: Path) -> None:
+def test_linux_formats_hold_everything(odd_folder: Path) -> None:
     tree = scan(odd_folder, posix=True)
     assert not tree.left_out
     assert len(tree.entries) == 12
@@ -81,12 +81,12 @@ def test_a_long_list_is_cut() -> None:
         ("missing", Reason.NOT_FOUND, "no such file"),
         ("file", Reason.NOT_A_FOLDER, "is not a folder"),
         ("file/x", Reason.NOT_FOUND, "not a directory"),
-        ("a\0b", Reason.NOT_FOUND, "is not a path"),
-        ("loop", Reason.NOT_FOUND, "is not a path|too many levels"),
+        ("a\0b", Reason.NOT_FOUND, "is not a valid path"),
+        ("loop", Reason.NOT_FOUND, "too many levels"),
         ("x" * 300, Reason.NOT_FOUND, "too long"),
     ],
 )
-def test_no_folder(tmp_path: Path, name: str, reason: Reason, text: str) -> None:
+def test_paths_that_are_not_a_folder(tmp_path: Path, name: str, reason: Reason, text: str) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(ImageError, match=text) as caught:
@@ -114,7 +114,7 @@ def test_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert caught.value.reason is Reason.TOO_LARGE
 
 
-def test_what_vanishes_during_the_scan(tmp_path: Path) -> None:
+def test_a_folder_that_is_removed_during_the_scan(tmp_path: Path) -> None:
     make_folder(tmp_path, {"sub/x": b""})
     calls = 0
 

@@ -16,8 +16,8 @@ from farplug.image.volume import (
     cluster_size,
     fat_length,
     largest_disk,
+    min_length,
     plan,
-    shortest,
 )
 
 DISK_KINDS = list(product([format for format in Format if format is not Format.ISO9660], Partition, BLOCK_SIZES))
@@ -33,7 +33,7 @@ def planned(
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_fat32_has_clusters_enough(block_size: int) -> None:
-    length = shortest(Format.FAT32, block_size)
+    length = min_length(Format.FAT32, block_size)
     assert length == (33 * MIB if block_size == 512 else 257 * MIB)
     while length < 4 << 40:
         cluster = cluster_size(Format.FAT32, length, block_size)
@@ -59,7 +59,7 @@ def test_cluster_sizes() -> None:
 def test_as_large_as_needed(format: Format, partition: Partition, block_size: int) -> None:
     tail = MIB if partition is Partition.GPT else 0
     small = planned(format, None, partition=partition, block_size=block_size)
-    assert small.length == shortest(format, block_size)
+    assert small.length == min_length(format, block_size)
     large = planned(format, None, 500 * MIB + 1, partition=partition, block_size=block_size)
     assert large.length == 501 * MIB
     for volume in (small, large):

@@ -1,8 +1,8 @@
-"""What gets killed. Each line of input starts a process that works until it is killed or done, and tells what it does.
+"""The process that is killed. Each line of input starts one; it reports what it does until it is killed or done.
 
 Lines of output: ``pid``; ``issued``, ``written``, ``called``, ``flushed`` and numbers, as in :mod:`tests.store.power`;
-``progress`` of a commit; ``end`` when the process is dead. It remains a zombie until the next one, so that its number
-is nobody else's.
+``progress`` of a commit; ``end`` when the process is dead. It remains a zombie until the next one starts, so
+that no other process gets its number.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from farplug.store import FileStore, OverlayStore, overlay
 BLOCKS = range(2000)
 
 left = 0
-"""How many things may be told; below 1: any number."""
+"""Number of lines that may still be written; below 1: no limit."""
 
 
-def tell(event: Event) -> None:
+def report(event: Event) -> None:
     match event:
         case Issued(number, block, contents):
-            say(f"issued {number} {block} {len(contents)} {int(contents[0] == ZEROS)}")
+            write_line(f"issued {number} {block} {len(contents)} {int(contents[0] == ZEROS)}")
         case WriteDone(number):
-            say(f"written {number}")
+            write_line(f"written {number}")
         case FlushCalled(number):
-            say(f"called {number}")
+            write_line(f"called {number}")
         case FlushDone(number):
-            say(f"flushed {number}")
+            write_line(f"flushed {number}")
         case _:
             pass
 
 
-def say(line: str) -> None:
-    """Tell it at once and whole; the last thing that may be told is the end."""
+def write_line(line: str) -> None:
+    """Write a line in one call; after the last line that may be written, kill this process."""
     global left
     os.write(1, line.encode() + b"\n")
     left -= 1
@@ -50,7 +50,7 @@ def say(line: str) -> None:
 
 async def write(base: Path, snapshot: Path | None, seed: int) -> None:
     store = FileStore.open(base) if snapshot is None else OverlayStore.open(base, snapshot)
-    host = Host(store, random.Random(seed), tell, BLOCKS, seed << 16)
+    host = Host(store, random.Random(seed), report, BLOCKS, seed << 16)
     while True:
         host.turn()
         while host.pending > 8:
@@ -59,15 +59,15 @@ async def write(base: Path, snapshot: Path | None, seed: int) -> None:
 
 def commit(snapshot: Path) -> None:
     def progress(done: int, total: int) -> None:
-        say(f"progress {done}")
+        write_line(f"progress {done}")
         time.sleep(0.0002)
 
     overlay.commit(snapshot, progress=progress)
 
 
-def work(kind: str, base: str, snapshot: str, seed: str, told: str) -> None:
+def work(kind: str, base: str, snapshot: str, seed: str, reported: str) -> None:
     global left
-    left = int(told)
+    left = int(reported)
     if kind == "commit":
         commit(Path(snapshot))
     else:
@@ -83,9 +83,9 @@ def main() -> None:
         if not pid:
             work(*line.rstrip("\n").split("\t"))
             os._exit(0)
-        say(f"pid {pid}")
+        write_line(f"pid {pid}")
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-        say("end")
+        write_line("end")
 
 
 if __name__ == "__main__":

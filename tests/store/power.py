@@ -1,7 +1,7 @@
-"""A power cut, simulated: what a program wrote is recorded, and any part of what it did not sync may be lost.
+"""A simulated power cut: writes of a program are recorded, and any part of those that are not synced may be lost.
 
-The medium keeps sectors of 512 bytes whole, and nothing else: of the writes since the last sync of a file, any sectors
-may have reached it. Names of files are durable when their folder was synced.
+The medium writes sectors of 512 bytes as a whole, and guarantees nothing else: of the writes since the last sync of a
+file, any sectors may have reached it. Names of files are durable when their folder was synced.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Unlinked:
 
 @dataclass(frozen=True, slots=True)
 class Issued:
-    """The host wrote blocks from here on; what each contains."""
+    """The host writes blocks, from ``block`` on; the content of each."""
 
     number: int
     block: int
@@ -78,7 +78,7 @@ class FlushDone:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """The store is open: from here on it must always be possible again."""
+    """The store is open: from now on it must be possible to open it again."""
 
 
 Change: TypeAlias = Wrote | Zeroed | Resized
@@ -86,7 +86,7 @@ Event: TypeAlias = Change | Synced | Unlinked | Issued | WriteDone | FlushCalled
 
 
 def record(monkeypatch: pytest.MonkeyPatch) -> list[Event]:
-    """Record what is written from now on. Everything is done, too, but nothing is really synced."""
+    """Record all writes from now on. They are made, too, but not really synced."""
     log: list[Event] = []
     pwrite, ftruncate, zero_range, unlink = os.pwrite, os.ftruncate, holes.zero_range, Path.unlink
 
@@ -124,7 +124,7 @@ def record(monkeypatch: pytest.MonkeyPatch) -> list[Event]:
 
 @dataclass
 class Medium:
-    """What is on the medium of one file: sectors that are not zeros, its size, and what is not synced yet."""
+    """The medium of one file: sectors that are not zero, its size, and changes that are not synced yet."""
 
     sectors: dict[int, bytes] = field(default_factory=dict)
     size: int = 0
@@ -141,7 +141,7 @@ class Medium:
         self.pending.clear()
 
     def after_a_cut(self, chance: random.Random, share: float) -> Medium:
-        """What may be there when the power is back, with about this share of the sectors that were not synced."""
+        """Return a possible medium after a power cut, with about this share of the sectors that were not synced."""
         medium = Medium(dict(self.sectors), self.size)
         for change in self.pending:
             medium._apply(change, lambda: chance.random() < share)
@@ -162,7 +162,7 @@ class Medium:
                         self.sectors.pop(sector, None)
 
     def save(self, path: Path) -> None:
-        """Write it to a new file: ext4 would write one that was cut to nothing to the disk at once."""
+        """Write the medium to a new file: ext4 would flush a file that was truncated to zero at once."""
         path.unlink(missing_ok=True)
         with path.open("xb") as file:
             for sector, data in self.sectors.items():
@@ -174,13 +174,13 @@ class Medium:
         return b"".join(self.sectors.get(number, ZEROS) for number in range(-(-self.size // SECTOR)))[: self.size]
 
 
-class Promises:
-    """What each block may hold: what it held at the last flush that was confirmed, or what was written since.
+class Guarantees:
+    """The contents that each block may have: that of the last confirmed flush, or of a write since then.
 
     Args:
-        content: at the beginning, of all blocks that are looked at.
-        first: the number of the first one.
-        write_through: every write that was confirmed counts.
+        content: initial content of all blocks to check.
+        first: number of the first block.
+        write_through: every confirmed write is durable.
     """
 
     def __init__(self, content: bytes, first: int = 0, *, write_through: bool = False) -> None:
@@ -191,7 +191,7 @@ class Promises:
         self._covered: dict[int, list[int]] = {}
         self._writes: dict[int, list[tuple[int, int]]] = {}
 
-    def heed(self, event: Event) -> None:
+    def record(self, event: Event) -> None:
         match event:
             case Issued(number, block, contents):
                 self._writes[number] = []
@@ -219,58 +219,58 @@ class Promises:
 
 
 def pattern(number: int, count: int) -> tuple[bytes, ...]:
-    """Blocks of the write of this number."""
+    """Return the blocks of the write with this number."""
     return (number.to_bytes(4, "big") * (SECTOR // 4),) * count
 
 
 class Host:
-    """Writes, zeros and flushes at random, several at a time, and tells what it did and what was confirmed."""
+    """Makes random writes, zeros and flushes, several at a time, and reports calls and completions."""
 
     def __init__(
-        self, store: Store, chance: random.Random, tell: Callable[[Event], None], blocks: range, number: int = 0
+        self, store: Store, chance: random.Random, report: Callable[[Event], None], blocks: range, number: int = 0
     ) -> None:
         self._store = store
         self._chance = chance
-        self._tell = tell
+        self._report = report
         self._blocks = blocks
         self._number = number
         self.pending = 0
 
     def turn(self) -> None:
-        """Do one thing; the answer comes later."""
+        """Make one call; it completes later."""
         self._number += 1
         self.pending += 1
         number = self._number
         if self._chance.random() < 0.15:
-            self._tell(FlushCalled(number))
-            self._store.flush(lambda error: self._answered(FlushDone(number), error))
+            self._report(FlushCalled(number))
+            self._store.flush(lambda error: self._completed(FlushDone(number), error))
             return
 
         def written(error: OSError | None) -> None:
-            self._answered(WriteDone(number), error)
+            self._completed(WriteDone(number), error)
 
         first = self._chance.choice(self._blocks)
         count = min(self._chance.choice((1, 1, 2, 8, 8, 13, 24)), self._blocks.stop - first)
         if self._chance.random() < 0.25:
-            self._tell(Issued(number, first, (ZEROS,) * count))
+            self._report(Issued(number, first, (ZEROS,) * count))
             self._store.zero(first * SECTOR, count * SECTOR, written, unmap=self._chance.random() < 0.5)
         else:
             contents = pattern(number, count)
-            self._tell(Issued(number, first, contents))
+            self._report(Issued(number, first, contents))
             self._store.write(first * SECTOR, b"".join(contents), written)
 
-    def _answered(self, event: Event, error: OSError | None) -> None:
+    def _completed(self, event: Event, error: OSError | None) -> None:
         assert error is None
         self.pending -= 1
-        self._tell(event)
+        self._report(event)
 
 
 SHARES = (0.0, 0.5, 0.5, 0.9, 1.0)
-"""Of what was not synced, so much reaches the medium: one try for each, at every moment."""
+"""Shares of the unsynced sectors that reach the medium: one attempt for each, after every step."""
 
 
 def cuts(log: list[Event], media: dict[Path, Medium]) -> Iterator[tuple[Event, Sequence[float]]]:
-    """Walk through what was recorded. After each step the power may go: the shares to try, if it makes a difference."""
+    """Yield the recorded steps, each with the shares to try for a power cut after it."""
     for event in log:
         match event:
             case Synced(path):
@@ -279,7 +279,7 @@ def cuts(log: list[Event], media: dict[Path, Medium]) -> Iterator[tuple[Event, S
             case Wrote(path) | Zeroed(path) | Resized(path):
                 media.setdefault(path, Medium()).pending.append(event)
             case Issued() | FlushCalled():
-                yield event, ()  # more is allowed, nothing else has changed
+                yield event, ()  # more contents are allowed, the medium is unchanged
                 continue
             case _:
                 pass

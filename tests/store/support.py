@@ -1,4 +1,4 @@
-"""What the tests of the stores share."""
+"""Helpers of the tests of stores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of real tools, and headers of others: recognized, refused, and made usable by the commands of the remedies."""
+"""Files of real tools, and headers of others: recognized, refused, and converted by the commands of the remedies."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run(*command: str | Path, stdin: bytes = b"") -> bytes:
 
 
 def refused(path: Path, open: Callable[[Path], object] = Image.open) -> ImageError:
-    """The refusal of a file, which opening it left as it was."""
+    """Return the error of opening a file, which must leave the file unchanged."""
     before = path.stat().st_mtime_ns, path.stat().st_size
     with pytest.raises(ImageError) as caught:
         open(path)
@@ -48,10 +48,11 @@ def refused(path: Path, open: Callable[[Path], object] = Image.open) -> ImageErr
 
 
 def follow(error: ImageError) -> None:
-    """Run the command in a remedy, as a person would who copies it."""
-    line, *others = error.remedy.split("\n")
-    assert others[-1] in ("to plug its bytes as they are: --force", "to plug its bytes as a CD: --force")
-    subprocess.run(["bash", "-c", line.partition(": ")[2]], capture_output=True, check=True)
+    """Run the command of a remedy, as a user would."""
+    alternative = error.remedy.alternative
+    assert alternative is not None
+    assert (alternative.setting, alternative.value) == ("storage.force", True)
+    subprocess.run(["bash", "-c", error.remedy.command], capture_output=True, check=True)
 
 
 # Disks ----------------------------------------------------------------------------------------------------------------
@@ -76,7 +77,7 @@ FORMATS = {
 def test_images_of_qemu_img(tmp_path: Path, format: str) -> None:
     raw = tmp_path / "raw"
     raw.write_bytes(DISK)
-    stem = "a" if "monolithicFlat" in format else AWKWARD  # the text has the name of the data
+    stem = "a" if "monolithicFlat" in format else AWKWARD  # the descriptor contains the name of the data
     path = tmp_path / f"{stem}.image"
     run("qemu-img", "convert", "-f", "raw", "-O", *format.split(), raw, path)
     error = refused(path)
@@ -85,8 +86,10 @@ def test_images_of_qemu_img(tmp_path: Path, format: str) -> None:
     converted = tmp_path / f"{stem}.raw"
     assert converted.read_bytes() == DISK
     Image.open(converted).close()
-    assert "-1.raw" in refused(path).remedy  # the name is in use now
-    assert "and plug that: --usb-disk " in refused(path, open_iso).remedy
+    assert "-1.raw" in refused(path).remedy.command  # the first name is in use now
+    assert refused(path).remedy.setting == ""
+    remedy = refused(path, open_iso).remedy
+    assert (remedy.setting, remedy.value) == ("usb_disk", str(tmp_path / f"{stem}-1.raw"))
 
 
 COMPRESSIONS = {
@@ -130,7 +133,7 @@ def test_compressed_by_libraries(tmp_path: Path) -> None:
     ):
         path.write_bytes(content)
         assert f"image is {name}, not" in refused(path).message
-        assert f"> {path}.raw" in refused(path).remedy
+        assert f"> {path}.raw" in refused(path).remedy.command
 
 
 def test_archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +188,7 @@ async def test_raw_sectors(tmp_path: Path, iso: bytes, kind: str, open: Callable
     path.write_bytes(sectors(iso, *SECTORS[kind]))
     error = refused(path, open)
     assert "is a copy of the raw sectors of a CD, not a" in error.message
-    assert ("and plug that: --usb-cdrom" in error.remedy) is (open is not open_iso)
+    assert error.remedy.setting == ("" if open is open_iso else "usb_cdrom")
     follow(error)
     assert converted.read_bytes() == iso
     await open_iso(converted).close()
@@ -215,12 +218,12 @@ def test_a_nero_image(tmp_path: Path) -> None:
         path.write_bytes(bytes(MIB + 500) + trailer)
         error = refused(path, open_iso)
         assert "is a Nero image, not an ISO" in error.message
-        assert f"nrg2iso {path} {path.with_suffix('.iso')}" in error.remedy
+        assert error.remedy.command == f"nrg2iso {path} {path.with_suffix('.iso')}"
         path.write_bytes(bytes(MIB - 100) + trailer)  # behind the end
         Image.open(path).close()
 
 
-# Headers, and what only looks like one --------------------------------------------------------------------------------
+# Headers, and disks that resemble one --------------------------------------------------------------------------------
 
 HEADERS = {
     "a VMDK image": [b"COWD\1\0\0\0", b"\xbe\xba\xfe\xca\0\0\0\0\1\0\0\0\2\0\0\0"],
@@ -249,13 +252,13 @@ def test_headers(tmp_path: Path, name: str) -> None:
         for open in (Image.open, open_iso):
             error = refused(path, open)
             assert f"x.image is {name}, not a" in error.message
-            assert "{" not in error.remedy
+            assert "{" not in f"{error.remedy} {error.remedy.command} {error.remedy.value}"
 
 
 def test_a_dmg_image(tmp_path: Path) -> None:
     path = tmp_path / "x.dmg"
     path.write_bytes(bytes(MIB) + struct.pack(">4sII", b"koly", 4, 512).ljust(512, b"\0"))
-    assert "qemu-img convert -f dmg -O raw" in refused(path).remedy
+    assert "qemu-img convert -f dmg -O raw" in refused(path).remedy.command
 
 
 @pytest.mark.parametrize(
@@ -295,7 +298,7 @@ def test_a_dmg_image(tmp_path: Path) -> None:
         b"REM a text\n",
     ],
 )  # fmt: skip
-def test_what_only_looks_like_one(tmp_path: Path, begin: bytes) -> None:
+def test_disks_that_resemble_another_format(tmp_path: Path, begin: bytes) -> None:
     path = tmp_path / "disk.raw"
     path.write_bytes(begin.ljust(MIB, b"\0"))
     Image.open(path).close()
@@ -309,15 +312,15 @@ def test_random_disks_are_taken() -> None:
 
 
 @pytest.mark.parametrize("name", ["qcow2", "gzip"])
-def test_every_short_part_of_a_header_is_looked_at(name: str) -> None:
-    """No length of a file is an error."""
+def test_every_truncated_header(name: str) -> None:
+    """A file of any length can be checked."""
     whole = {"qcow2": b"QFI\xfb\0\0\0\3" + bytes(100), "gzip": gzip.compress(DISK)}[name]
     found = [recognize(Content(length, whole[:length], whole[:length][-512:])) is not None for length in range(120)]
     assert found == sorted(found)
     assert (found[3], found[-1]) == (False, True)
 
 
-# What refuses, and what does not --------------------------------------------------------------------------------------
+# Which functions refuse a file ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -371,7 +374,7 @@ async def test_a_commit_that_was_interrupted_goes_on(tmp_path: Path, monkeypatch
             raise OSError(5, "power cut")
 
         patch.setattr("farplug.store.overlay_file.OverlayFile.remove", power_cut)
-        with pytest.raises(ImageError, match="broken off"):
+        with pytest.raises(ImageError, match="was interrupted"):
             overlay.commit(snapshot)
     assert refused(base).reason is Reason.NOT_RAW
     assert overlay.commit(snapshot) == 4096
@@ -381,7 +384,7 @@ async def test_an_iso_as_a_disk(tmp_path: Path, iso: bytes, caplog: pytest.LogCa
     path = tmp_path / "cd.iso"
     path.write_bytes(iso)
     await FileStore.open(path, read_only=True).close()
-    assert "cd.iso is an image of a CD: --usb-cdrom plugs it as one" in caplog.text
+    assert "cd.iso is an ISO image: plug it in as a CD-ROM" in caplog.text
     caplog.clear()
     path.write_bytes(iso[:510] + b"\x55\xaa" + iso[512:])  # a hybrid
     await FileStore.open(path, read_only=True).close()
@@ -392,14 +395,14 @@ def test_a_small_file_is_not_made_longer(tmp_path: Path) -> None:
     path = tmp_path / "d.img.xz"
     path.write_bytes(lzma.compress(bytes(MIB)))
     assert path.stat().st_size < 512
-    assert "xz -dc" in refused(path).remedy
+    assert "xz -dc" in refused(path).remedy.command
     path.write_bytes(b"something")
-    assert "truncate" not in refused(path).remedy
+    assert not refused(path).remedy.command
     path.write_bytes(b"")
-    assert f"truncate -s 1G {path}" in refused(path).remedy
+    assert refused(path).remedy.command == f"truncate -s 1G {path}"
 
 
-def test_what_cannot_be_read_is_plugged_by_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_image_is_plugged_by_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "disk.raw"
     path.write_bytes(DISK)
 

@@ -64,9 +64,9 @@ async def test_a_file_that_shrank(image: Path) -> None:
     store = FileStore.open(image)
     os.truncate(image, 1024)
     assert await read(store, 0, 1024) == CONTENT[:1024]
-    with pytest.raises(OSError, match="ends at byte 1024, it has shrunk"):
+    with pytest.raises(OSError, match="ends at byte 1024: it has shrunk"):
         await read(store, 512, 1024)
-    with pytest.raises(OSError, match="ends before byte 1025, it has shrunk"):
+    with pytest.raises(OSError, match="ends before byte 1025: it has shrunk"):
         await write(store, 513, bytes(512))
     await write(store, 512, bytes(512))
     assert size(image) == 1024
@@ -97,7 +97,7 @@ async def test_zeros_are_a_write_like_others(image: Path) -> None:
     await settle(store.flush)
     assert errors == [None] * 100
     os.truncate(image, 1024)
-    with pytest.raises(OSError, match="ends before byte 2048, it has shrunk"):
+    with pytest.raises(OSError, match="ends before byte 2048: it has shrunk"):
         await zero(store, 1024, 1024, unmap=True)
     assert size(image) == 1024
     await store.close()
@@ -113,7 +113,7 @@ async def test_large_zeros_without_holes(tmp_path: Path, monkeypatch: pytest.Mon
     assert content(path) == b"\xaa" * 512 + bytes((2 << 20) + 512) + b"\xaa" * ((1 << 20) - 1024)
 
 
-async def test_unmap_gives_space_back(tmp_path: Path) -> None:
+async def test_unmap_releases_space(tmp_path: Path) -> None:
     path = tmp_path / "large.raw"
     path.write_bytes(b"\xaa" * (1 << 20))
     store = FileStore.open(path)
@@ -129,7 +129,7 @@ async def test_unmap_gives_space_back(tmp_path: Path) -> None:
     await store.close()
 
 
-async def test_the_size_is_looked_at_again(image: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_size_is_checked_again(image: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = FileStore.open(image)
     for new, count in ((128 * 512 + 5, 128), (16 * 512, 128), (100, 128), (200 * 512, 200)):
         os.truncate(image, new)
@@ -148,7 +148,7 @@ async def test_a_large_sparse_image(tmp_path: Path, size: int) -> None:
         try:
             file.truncate(size)
         except OSError:
-            pytest.skip("this file system has no such large files")
+            pytest.skip("this file system does not support files of this size")
     store = FileStore.open(path)
     assert store.block_count == size // 512
     await write(store, size - 512, b"\xaa" * 512)
@@ -165,7 +165,7 @@ async def test_a_real_block_device(image: Path, sector: int) -> None:
     try:
         device = subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        pytest.skip("no loop devices for us here")
+        pytest.skip("loop devices are not available here")
     try:
         store = FileStore.open(device)
         assert (store.block_count, store.unmaps) == (128, True)

@@ -27,11 +27,11 @@ def content(path: Path) -> bytes:
 def test_a_range_becomes_zeros(image: Path, unmap: bool) -> None:
     with image.open("r+b") as file:
         if not holes.zero_range(file.fileno(), 1000, 50000, unmap=unmap):
-            pytest.skip("this file system cannot")
+            pytest.skip("this file system does not support it")
     assert content(image) == b"\xaa" * 1000 + bytes(50000) + b"\xaa" * 14536
 
 
-def test_asking_changes_nothing(image: Path) -> None:
+def test_can_unmap_changes_nothing(image: Path) -> None:
     with image.open("r+b") as file:
         before = os.fstat(file.fileno()).st_blocks
         holes.can_unmap(file.fileno())
@@ -51,7 +51,7 @@ def test_asking_changes_nothing(image: Path) -> None:
         ([errno.ENOSPC], errno.ENOSPC),
     ],
 )
-def test_what_the_kernel_may_say(monkeypatch: pytest.MonkeyPatch, answers: list[int], result: bool | int) -> None:
+def test_results_of_the_kernel(monkeypatch: pytest.MonkeyPatch, answers: list[int], result: bool | int) -> None:
     def fallocate(fd: int, mode: int, offset: int, length: int) -> int:
         assert (fd, mode, offset, length) == (7, 0x03, 1 << 41, 512)
         ctypes.set_errno(answers.pop(0))
@@ -77,7 +77,7 @@ def test_what_the_kernel_may_say(monkeypatch: pytest.MonkeyPatch, answers: list[
         ({}, False),
     ],
 )
-def test_block_devices_tell_whether_they_can(
+def test_block_devices_that_can_unmap(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], result: bool
 ) -> None:
     (tmp_path / "sda").mkdir()

@@ -67,7 +67,7 @@ def open_descriptors() -> int:
         ("missing", Reason.NOT_FOUND, "cannot be opened: no such file or directory"),
         ("below a file", Reason.NOT_FOUND, "cannot be opened: not a directory"),
         ("loop", Reason.NOT_FOUND, "cannot be opened: too many levels of symbolic links"),
-        ("nul", Reason.NOT_FOUND, "is no path"),
+        ("nul", Reason.NOT_FOUND, "is not a valid path"),
         ("folder", Reason.NOT_A_FILE, "is a folder, not an image"),
         ("pipe", Reason.NOT_A_FILE, "is a device or a pipe, not an image"),
         ("socket", Reason.NOT_A_FILE, "is a device or a pipe, not an image"),
@@ -76,7 +76,7 @@ def open_descriptors() -> int:
         ("small", Reason.EMPTY, "has 511 bytes, less than a block of 512"),
     ],
 )
-def test_what_is_no_image(tmp_path: Path, kind: str, reason: Reason, message: str, read_only: bool) -> None:
+def test_paths_that_are_not_an_image(tmp_path: Path, kind: str, reason: Reason, message: str, read_only: bool) -> None:
     path = tmp_path / "thing"
     match kind:
         case "below a file":
@@ -133,7 +133,7 @@ def test_opening_fails(
         assert ("read-only" in caught.value.remedy) is not read_only
 
 
-def test_a_folder_that_may_not_be_looked_into(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_without_search_permission(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def denied(path: Path, *_: object, **__: object) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
@@ -144,10 +144,10 @@ def test_a_folder_that_may_not_be_looked_into(image: Path, monkeypatch: pytest.M
         with pytest.raises(ImageError) as caught:
             Image.open(image)
     assert caught.value.reason is Reason.NO_PERMISSION
-    assert f"the permission to look into {image.parent} (x)" in caught.value.remedy
+    assert f"permission to search {image.parent} (x)" in caught.value.remedy
 
 
-def test_opening_breaks_off(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_while_opening(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> int:
         raise OSError(errno.EIO, "Input/output error")
 
@@ -162,7 +162,7 @@ def test_opening_breaks_off(image: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("read_only", "force", "exclusive"), [(False, False, True), (True, False, False), (False, True, False)]
 )
-def test_a_block_device_that_somebody_has(
+def test_a_block_device_that_is_in_use(
     image: Path, monkeypatch: pytest.MonkeyPatch, read_only: bool, force: bool, exclusive: bool
 ) -> None:
     def busy(path: Path, flags: int) -> int:
@@ -189,7 +189,7 @@ def test_a_block_device_without_permission(
     with pytest.raises(ImageError, match="permission denied") as caught:
         Image.open(image, read_only=read_only)
     assert caught.value.reason is Reason.NO_PERMISSION
-    assert f"sudo setfacl -m {access}" in caught.value.remedy
+    assert f"sudo setfacl -m {access}" in caught.value.remedy.command
 
 
 def test_access_time_is_left_alone_where_that_is_allowed(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +230,7 @@ def test_serial_number(image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(serial_number(image)) == 16
 
 
-def test_a_flush_that_failed_fails_for_ever(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_failed_flush_all_flushes_fail(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Linux marks what it could not write as clean, and the next fdatasync succeeds."""
 
     def fail(fd: int) -> None:
@@ -268,6 +268,11 @@ def test_a_block_device_that_is_write_protected(
     if protected and not read_only:
         with pytest.raises(ImageError, match=r"disk\.raw is write-protected") as caught:
             Image.open(image)
-        assert (caught.value.reason, caught.value.remedy) == (Reason.NO_PERMISSION, "plug it read-only")
+        remedy = caught.value.remedy
+        assert (caught.value.reason, remedy.setting, remedy.value) == (
+            Reason.NO_PERMISSION,
+            "usb_disk_ro",
+            str(image),
+        )
     else:
         Image.open(image, read_only=read_only).close()

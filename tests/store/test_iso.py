@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from farplug.cli.log import remedy_lines
 from farplug.errors import ImageError, Reason
 from farplug.store import open_iso
 from farplug.store.content import Content
@@ -70,29 +71,29 @@ async def test_an_iso_cut_in_the_middle_of_a_block(tmp_path: Path, caplog: pytes
     await store.close()
 
 
-async def test_an_iso_that_was_cut_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_truncated_iso(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "name.iso"
     content = bytearray(ISO)
-    for blocks, told in ((40, False), (41, True), (2**32 - 1, True)):
+    for blocks, logged in ((40, False), (41, True), (2**32 - 1, True)):
         content[16 * BLOCK + 80 : 16 * BLOCK + 84] = blocks.to_bytes(4, "little")
         path.write_bytes(content)
         caplog.clear()
         await open_iso(path).close()
-        assert (f"has 40 blocks, but its volume has {blocks}: it is cut off" in caplog.text) is told
+        assert (f"is truncated: it has 40 of the {blocks} blocks of its volume" in caplog.text) is logged
 
 
 @pytest.mark.parametrize(
     ("content", "what", "remedy"),
     [
-        (b"", "too short for an ISO image (0 bytes)", "downloaded whole"),
-        (ISO[: 16 * BLOCK], "too short for an ISO image (32768 bytes)", "downloaded whole"),
+        (b"", "too short for an ISO image (0 bytes)", "downloaded completely"),
+        (ISO[: 16 * BLOCK], "too short for an ISO image (32768 bytes)", "downloaded completely"),
         (bytes(40 * BLOCK), "not an ISO image: it has no volume", "if it is the image of a disk: --usb-disk {path}"),
         (b"QFI\xfb\0\0\0\3" + bytes(100), "a qcow2 image, not an ISO", "qemu-img convert -O raw {path} {raw}"),
         (b"PK\x03\x04\x14" + bytes(90000), "a zip archive, not an ISO", "unzip {path}"),
         (
             bytes(510) + b"\x55\xaa" + bytes(90000),
             "an MBR or a FAT volume, not",
-            "plug it as a disk: --usb-disk {path}",
+            "plug it in as a disk: --usb-disk {path}",
         ),
         (bytes(510) + b"\x55\xaaEFI PART" + bytes(90000), "a disk image with a GPT, not", "--usb-disk {path}"),
         (bytes(4096) + b"EFI PART" + bytes(90000), "a disk image with a GPT, not", "--usb-disk {path}"),
@@ -105,15 +106,16 @@ async def test_an_iso_that_was_cut_off(tmp_path: Path, caplog: pytest.LogCapture
         (bytes(1024) + b"H+\0\4" + bytes(90000), "partition map or volume of Apple", "--usb-disk {path}"),
     ],
 )
-async def test_what_is_none(tmp_path: Path, content: bytes, what: str, remedy: str) -> None:
+async def test_files_that_are_not_an_iso(tmp_path: Path, content: bytes, what: str, remedy: str) -> None:
     path = tmp_path / "a name.iso"
     path.write_bytes(content)
     with pytest.raises(ImageError) as caught:
         open_iso(path)
     assert caught.value.reason is Reason.NOT_AN_ISO
     assert what in caught.value.message
-    assert remedy.format(path=f"'{path}'", raw=f"'{path.with_suffix('.raw')}'") in caught.value.remedy
-    assert caught.value.remedy.endswith("\nto plug its bytes as a CD: --force")
+    lines = remedy_lines(caught.value.remedy)
+    assert remedy.format(path=f"'{path}'", raw=f"'{path.with_suffix('.raw')}'") in "\n".join(lines)
+    assert lines[-1] == "to plug its bytes as a CD: --force"
     if len(content) >= BLOCK:
         store = open_iso(path, force=True)
         assert store.block_count == len(content) // BLOCK
@@ -128,7 +130,7 @@ def test_a_hybrid_is_a_cd_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("blocks", "fits"), [(2**32 - 1, True), (2**32, False)])
-async def test_what_a_drive_cannot_count(tmp_path: Path, blocks: int, fits: bool) -> None:
+async def test_more_blocks_than_a_drive_can_report(tmp_path: Path, blocks: int, fits: bool) -> None:
     path = tmp_path / "large.iso"
     path.write_bytes(ISO)
     os.truncate(path, blocks * BLOCK)
@@ -137,7 +139,7 @@ async def test_what_a_drive_cannot_count(tmp_path: Path, blocks: int, fits: bool
         assert store.block_count == blocks
         await store.close()
     else:
-        with pytest.raises(ImageError, match="has 4294967296 blocks, a CD-ROM drive counts to 4294967295") as caught:
+        with pytest.raises(ImageError, match="has 4294967296 blocks, a CD-ROM drive 4294967295 at most") as caught:
             open_iso(path)
         assert caught.value.reason is Reason.TOO_LARGE
 
@@ -156,4 +158,4 @@ def test_what_cannot_be_opened(tmp_path: Path) -> None:
         with pytest.raises(ImageError) as caught:
             open_iso(path)
         assert caught.value.reason is reason
-        assert "--usb-disk" not in caught.value.remedy
+        assert caught.value.remedy.setting != "usb_disk"

@@ -1,4 +1,4 @@
-"""kill -9 at any moment. FARPLUG_KILLS says how often, for a longer run than CI's."""
+"""kill -9 at any moment. FARPLUG_KILLS is the number of kills, for runs longer than that of CI."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from tests.store.killed import BLOCKS
-from tests.store.power import SECTOR, ZEROS, Event, FlushCalled, FlushDone, Issued, Promises, WriteDone, pattern
+from tests.store.power import SECTOR, ZEROS, Event, FlushCalled, FlushDone, Guarantees, Issued, WriteDone, pattern
 from tests.store.support import content
 
 from farplug.store import OverlayStore, overlay
@@ -31,9 +31,9 @@ class Victims:
         self._process = subprocess.Popen(command, stdin=-1, stdout=-1, env=environment)
 
     def kill(self, kind: str, base: Path, snapshot: Path, number: int, chance: random.Random) -> list[list[str]]:
-        """Run one until it is killed: what it told.
+        """Run a process until it is killed, and return its reports.
 
-        One with an even number dies in the middle of telling something. Others are killed from here, a moment later.
+        A process with an even number kills itself after a report. Others are killed from here, a moment later.
         """
         assert self._process.stdin
         assert self._process.stdout
@@ -42,21 +42,21 @@ class Victims:
         self._process.stdin.write(f"{kind}\t{base}\t{snapshot}\t{number}\t{left}\n".encode())
         self._process.stdin.flush()
         pid = 0
-        told: list[list[str]] = []
+        reported: list[list[str]] = []
         killed = bool(left)
         for line in self._process.stdout:
             words = line.decode().split()
             if words == ["end"]:
-                return told
+                return reported
             if words[0] == "pid":
                 pid = int(words[1])
             else:
-                told.append(words)
-            if pid and len(told) >= after and not killed:
+                reported.append(words)
+            if pid and len(reported) >= after and not killed:
                 time.sleep(later)
                 os.kill(pid, signal.SIGKILL)
                 killed = True
-        raise AssertionError("nothing is left to be killed")
+        raise AssertionError("the helper process ended")
 
     def end(self) -> None:
         self._process.communicate(timeout=10)
@@ -69,8 +69,8 @@ def victims() -> Iterator[Victims]:
     several.end()
 
 
-def events(told: list[list[str]]) -> Iterator[Event]:
-    for kind, *words in told:
+def events(reported: list[list[str]]) -> Iterator[Event]:
+    for kind, *words in reported:
         numbers = [int(word) for word in words]
         match kind:
             case "issued":
@@ -86,21 +86,21 @@ def events(told: list[list[str]]) -> Iterator[Event]:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", ["image", "snapshot"])
-def test_what_was_confirmed_survives(tmp_path: Path, victims: Victims, kind: str) -> None:
-    """Of an image, everything that was written: the kernel has it. Of a snapshot, what was flushed."""
+def test_confirmed_writes_survive(tmp_path: Path, victims: Victims, kind: str) -> None:
+    """All writes to an image, because the kernel has them. Of a snapshot, flushed writes."""
     chance = random.Random(7)
     base, snapshot = tmp_path / "base.raw", tmp_path / "changes"
     current = chance.randbytes(SIZE)
     base.write_bytes(current)
     before, flushed = current, 0
     for kill in range(1, KILLS + 1):
-        told = victims.kill(kind, base, snapshot, kill, chance)
-        promises = Promises(current, write_through=kind == "image")
-        for event in events(told):
-            promises.heed(event)
+        reported = victims.kill(kind, base, snapshot, kill, chance)
+        guarantees = Guarantees(current, write_through=kind == "image")
+        for event in events(reported):
+            guarantees.record(event)
             flushed += isinstance(event, FlushDone)
         current = content(base) if kind == "image" else read_all(base, snapshot)
-        promises.check(current)
+        guarantees.check(current)
     assert flushed > KILLS
     assert current != before
     if kind == "snapshot":
@@ -118,7 +118,7 @@ def read_all(base: Path, path: Path) -> bytes:
 
 
 @pytest.mark.timeout(600)
-def test_a_commit_can_be_done_again(tmp_path: Path, victims: Victims) -> None:
+def test_a_commit_can_be_repeated(tmp_path: Path, victims: Victims) -> None:
     chance = random.Random(9)
     base, path = tmp_path / "base.raw", tmp_path / "changes"
     before = chance.randbytes(SIZE)

@@ -49,13 +49,13 @@ def test_cluster_size(size: int, expected: int) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 7, 8, 100, HEADER_SIZE - 1])
-def test_a_header_cut_short(size: int) -> None:
+def test_a_truncated_header(size: int) -> None:
     with pytest.raises(ImageError) as caught:
         Header.parse(bytes(HEADER)[:size], PATH)
     assert caught.value.reason is (Reason.WRONG_FORMAT if size < 8 else Reason.DAMAGED)
 
 
-def test_every_damaged_byte_is_noticed() -> None:
+def test_every_damaged_byte_is_detected() -> None:
     source = random.Random(1)
     for at in {*range(160), *source.sample(range(HEADER_SIZE), 200)}:
         data = bytearray(bytes(HEADER))
@@ -78,7 +78,7 @@ def test_every_damaged_byte_is_noticed() -> None:
     ]
     + [{"size": 1 << 60}, {"size": (1 << 38) + 1}],
 )
-def test_a_header_that_cannot_be(change: dict[str, int]) -> None:
+def test_an_impossible_header(change: dict[str, int]) -> None:
     header = replace(HEADER, **change)  # type: ignore[arg-type]
     if not header.cluster_size:
         fields = bytearray(bytes(HEADER))
@@ -86,7 +86,7 @@ def test_a_header_that_cannot_be(change: dict[str, int]) -> None:
         data = _sealed(fields)
     else:
         data = bytes(header)
-    with pytest.raises(ImageError, match="cannot be") as caught:
+    with pytest.raises(ImageError, match="cannot have clusters") as caught:
         Header.parse(data, PATH)
     assert caught.value.reason is Reason.DAMAGED
 
@@ -99,7 +99,7 @@ def _sealed(data: bytearray) -> bytes:
 def test_a_newer_version() -> None:
     data = bytearray(bytes(HEADER))
     data[8] = 2
-    with pytest.raises(ImageError, match="of format 2, this farplug knows format 1") as caught:
+    with pytest.raises(ImageError, match="of format 2, this farplug supports format 1") as caught:
         Header.parse(_sealed(data), PATH)
     assert caught.value.reason is Reason.WRONG_FORMAT
 
@@ -137,7 +137,7 @@ def test_map_against_a_list(clusters: int) -> None:
         assert all(runs[index][2] != runs[index + 1][2] for index in range(len(runs) - 1))
         assert bits.count == sum(shadow)
         assert (first in bits) is shadow[first]
-    assert not bits.beyond
+    assert not bits.has_stray_bits
     content = b"".join(bits.content(number) for number in range(1, sectors + 1))
     again = ClusterMap(clusters, bytearray(content))
     assert list(again.runs(0, clusters)) == list(bits.runs(0, clusters))
@@ -147,4 +147,4 @@ def test_clusters_that_do_not_exist() -> None:
     for byte, bit, beyond in ((0, 7, False), (1, 0, False), (1, 1, True), (507, 7, True)):
         content = bytearray(CONTENT_SIZE)
         content[byte] = 1 << bit
-        assert ClusterMap(9, content).beyond is beyond
+        assert ClusterMap(9, content).has_stray_bits is beyond

@@ -1,4 +1,4 @@
-"""Whenever the power goes: what was confirmed is there, the rest is old or new, block by block."""
+"""A power cut at any moment: confirmed writes are there, all others are old or new, block by block."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from tests.store import power
-from tests.store.power import Event, Host, Medium, Opened, Promises, Synced, Unlinked, cuts, record
+from tests.store.power import Event, Guarantees, Host, Medium, Opened, Synced, Unlinked, cuts, record
 from tests.store.support import content
 
 from farplug.errors import ImageError
@@ -23,7 +23,7 @@ TURNS = 200
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Snapshots in little space, for there are many."""
+    """Make snapshots small, because there are many."""
     monkeypatch.setattr(overlay_format, "DATA_ALIGNMENT", 4096)
     for name in ("HEAD_SAMPLE", "TAIL_SAMPLE"):
         monkeypatch.setattr(overlay_file, name, 4096)
@@ -50,12 +50,12 @@ async def test_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int,
     with monkeypatch.context() as patch:
         log = record(patch)
         await work(partial(FileStore.open, path, cache=cache), chance, log, range(100))
-    promises = Promises(before, write_through=cache is CacheMode.WRITETHROUGH)
+    guarantees = Guarantees(before, write_through=cache is CacheMode.WRITETHROUGH)
     media = {path: Medium.holding(before)}
     for event, shares in cuts(log, media):
-        promises.heed(event)
+        guarantees.record(event)
         for share in shares:
-            promises.check(media[path].after_a_cut(chance, share).content())
+            guarantees.check(media[path].after_a_cut(chance, share).content())
     assert sum(isinstance(event, Synced) for event in log) > 10
 
 
@@ -63,7 +63,7 @@ async def test_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int,
 @pytest.mark.parametrize("cache", [CacheMode.WRITEBACK, CacheMode.WRITETHROUGH])
 @pytest.mark.parametrize("cluster_size", [4096, 1024])
 async def test_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cluster_size: int, cache: CacheMode) -> None:
-    """With small clusters the work is where one sector of bits ends and another begins."""
+    """With small clusters the writes are at the border of two sectors of bits."""
     chance = random.Random(cluster_size)
     monkeypatch.setattr(overlay_format, "MIN_CLUSTER_SIZE", cluster_size)
     base, path, again = tmp_path / "base.raw", tmp_path / "changes", tmp_path / "again"
@@ -79,21 +79,21 @@ async def test_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cluster
         log = record(patch)
         await work(partial(OverlayStore.open, base, path, cache=cache), chance, log, blocks)
     assert content(base) == before
-    promises = Promises(before[blocks.start * 512 :], blocks.start, write_through=cache is CacheMode.WRITETHROUGH)
+    guarantees = Guarantees(before[blocks.start * 512 :], blocks.start, write_through=cache is CacheMode.WRITETHROUGH)
     media = {path: Medium()}
     named = opened = False
     monkeypatch.setattr(os, "fdatasync", lambda fd: None)
     for event, shares in cuts(log, media):
-        promises.heed(event)
+        guarantees.record(event)
         named |= event == Synced(tmp_path)
         opened |= isinstance(event, Opened)
         assert named or not opened
         for share in shares:
             media[path].after_a_cut(chance, share).save(again)
             try:
-                promises.check(read_all(base, again, blocks))
+                guarantees.check(read_all(base, again, blocks))
             except ImageError:
-                if opened:  # otherwise it was being made, and nothing was in it
+                if opened:  # otherwise it was being created, and was empty
                     raise
     assert opened
 
@@ -108,7 +108,7 @@ def read_all(base: Path, path: Path, blocks: range) -> bytearray:
 
 @pytest.mark.usefixtures("small")
 async def test_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Broken off anywhere, it can be done again, and the image is what the snapshot was."""
+    """Interrupted anywhere, it can be repeated, and the image becomes what the snapshot was."""
     chance = random.Random(5)
     base, path = tmp_path / "base.raw", tmp_path / "changes"
     before = chance.randbytes(130 * 512)
@@ -147,7 +147,7 @@ async def test_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_simulation_finds_a_missing_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: None) -> None:
-    """The proof of the proof: bits that are written with their clusters are found to lie."""
+    """Test the test: bits that are written together with their clusters are found to be wrong."""
 
     def flush(self: overlay_file.OverlayFile, *, durable: bool = True) -> None:
         for number in sorted(self.clusters.changed):

@@ -19,7 +19,7 @@ Preadv = Callable[..., int]
 
 @pytest.fixture(params=["nothing cached", "half cached", "unsupported"])
 def preadv(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """What RWF_NOWAIT does where the pages are not cached, or where the file system does not know it."""
+    """RWF_NOWAIT where pages are not cached, or where the file system does not support it."""
     real = os.preadv
     flags_seen: list[int] = []
 
@@ -50,7 +50,7 @@ async def test_cached_reads_complete_inside_the_call(image: Path) -> None:
     try:
         os.preadv(store._image.fd, [bytearray(1)], 0, os.RWF_NOWAIT)
     except OSError:
-        pytest.skip("this file system does not know RWF_NOWAIT")
+        pytest.skip("this file system does not support RWF_NOWAIT")
     answers: list[Buffer] = []
     store.read(0, 4096, lambda data, error: answers.append(data))
     assert answers == [CONTENT[:4096]]
@@ -58,7 +58,7 @@ async def test_cached_reads_complete_inside_the_call(image: Path) -> None:
 
 
 async def test_overlapping_writes_keep_their_order(image: Path) -> None:
-    """Also when nobody waits: each read sees what was written before it was called."""
+    """Also of writes that are not awaited: each read returns the writes that were called before it."""
     store = FileStore.open(image)
     source = random.Random(5)
     shadow = bytearray(CONTENT)
@@ -116,7 +116,7 @@ def test_the_loop_may_be_gone_before_the_write(image: Path, monkeypatch: pytest.
     assert content(image) == b"\xaa" * len(CONTENT)
 
 
-async def test_close_that_is_given_up_does_not_close_the_file_under_a_write(tmp_path: Path) -> None:
+async def test_a_cancelled_close_does_not_close_the_file_during_a_write(tmp_path: Path) -> None:
     path = tmp_path / "image"
     path.write_bytes(bytes(1 << 16))
     store = FileStore.open(path)
@@ -125,7 +125,7 @@ async def test_close_that_is_given_up_does_not_close_the_file_under_a_write(tmp_
     def wait() -> None:
         gate.wait(5)
 
-    store._write_thread().run(wait, lambda error: None)
+    store._write_pool().run(wait, lambda error: None)
     results: list[OSError | None] = []
     store.write(0, b"y" * 4096, results.append)
     for _ in range(2):

@@ -82,7 +82,7 @@ def mount(number: str, where: str, *, source: str = "none", options: str = "rw,e
 
 
 @pytest.mark.parametrize(
-    ("device", "line", "told"),
+    ("device", "line", "expected"),
     [
         ("/dev/sda", mount("8:0", "/mnt"), ["/dev/sda is mounted on /mnt"]),
         ("/dev/sdb", mount("8:0", "/mnt"), []),
@@ -101,14 +101,14 @@ def mount(number: str, where: str, *, source: str = "none", options: str = "rw,e
         ("/dev/sda1", "8:1 - -", []),
     ],
 )
-def test_mounts(machine: Machine, device: str, line: str, told: list[str]) -> None:
+def test_mounts(machine: Machine, device: str, line: str, expected: list[str]) -> None:
     machine.mounts("25 1 0:22 / /sys rw - sysfs sysfs rw", line)
     uses = [use for use in host_uses(Path(device)) if "mounted" in use.what]
-    assert [str(use) for use in uses] == told
+    assert [str(use) for use in uses] == expected
     assert all(use.changes and use.end.startswith("umount ") for use in uses)
 
 
-def test_what_is_mounted_read_only_does_not_change(machine: Machine) -> None:
+def test_a_read_only_mount_changes_nothing(machine: Machine) -> None:
     machine.mounts(mount("8:1", "/mnt", options="ro,errors=remount-ro"))
     assert [use.changes for use in host_uses(Path("/dev/sda1"))] == [False]
 
@@ -122,7 +122,7 @@ def test_swap_and_holders(machine: Machine) -> None:
     assert [use.end for use in uses.values()] == ["swapoff /dev/sda1", "", ""]
 
 
-def test_a_machine_that_shows_nothing(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_these_files(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("BLOCK_DEVICES", "MOUNTS", "SWAPS"):
         monkeypatch.setattr(usage, name, tmp_path / "missing")
     assert host_uses(Path("/dev/sda")) == []
@@ -141,9 +141,7 @@ def no_file_can_be_opened() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("read", ["_listed", "_read", "_lines"])
-def test_too_many_open_files_do_not_look_like_no_use(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch, read: str
-) -> None:
+def test_too_many_open_files_are_an_error(machine: Machine, monkeypatch: pytest.MonkeyPatch, read: str) -> None:
     machine.mounts(mount("8:1", "/mnt"))
     real = getattr(usage, read)
 
@@ -188,8 +186,9 @@ async def test_an_image_on_a_loop_device(loops: Path, image: Path, caplog: pytes
         with pytest.raises(ImageError, match=r"is used by this machine: /dev/loop1 is mounted on /mnt") as caught:
             FileStore.open(image, read_only=read_only)
         assert caught.value.reason is Reason.IN_USE
-        assert "\numount /mnt\n" in caught.value.remedy
-        assert "--force" in caught.value.remedy
+        assert "umount /mnt" in caught.value.remedy.command.split("\n")
+        assert caught.value.remedy.alternative is not None
+        assert caught.value.remedy.alternative.setting == "storage.force"
         await FileStore.open(image, read_only=read_only, force=True).close()
         assert "is used by this machine: /dev/loop1 is mounted on /mnt" in caplog.text
     assert host_uses(loops) == []
@@ -199,7 +198,7 @@ async def test_an_image_on_a_loop_device(loops: Path, image: Path, caplog: pytes
         FileStore.open(image)
 
 
-def test_too_many_open_files_hide_no_loop_device(loops: Path, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_open_files_with_loop_devices(loops: Path, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     listed = usage._listed(loops)
     monkeypatch.setattr(usage, "_listed", lambda folder: listed)
     with no_file_can_be_opened(), pytest.raises(ImageError, match="cannot be opened: too many open files"):

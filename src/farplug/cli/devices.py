@@ -1,4 +1,4 @@
-"""``farplug devices``: what can be plugged in."""
+"""``farplug devices``: list what can be plugged in."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ KINDS = (
     {
         "kind": "USB CD-ROM",
         "option": "--usb-cdrom PATH",
-        "description": "an ISO image, in a drive that the guest can eject it from",
+        "description": "an ISO image, in a drive from which the guest can eject it",
     },
     {
         "kind": "folder",
@@ -58,27 +58,27 @@ def devices(
     filter: FilterOption = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=OUTPUT)] = False,
 ) -> None:
-    """List USB devices and check images; say why one cannot be used and how to fix it.
+    """List USB devices and check images; show why one cannot be used and how to fix it.
 
-    With images, only these are checked; --json has the USB devices, too.
+    With images, only the images are checked; --json lists the USB devices, too.
 
     The exit code is 0 if all images can be plugged, else that of the first error.
     """
-    looked = [_look(path) for path in images or []]
-    failed = next((entry["error"] for entry in looked if "error" in entry), None)
+    checks = [_check_image(path) for path in images or []]
+    failed = next((entry["error"] for entry in checks if "error" in entry), None)
     no_usb: SetupError | None = None
     found: Sequence[DeviceInfo] = ()
-    if json or not looked:
+    if json or not checks:
         try:
             found = _find(filter)
         except SetupError as error:
             no_usb = error
     if json:
-        plain = [{**e, "error": _error(e["error"])} if "error" in e else e for e in looked]
+        plain = [{**e, "error": _error(e["error"])} if "error" in e else e for e in checks]
         usb = {"devices": [_as_dict(device) for device in found], "error": None if no_usb is None else _error(no_usb)}
         typer.echo(jsonlib.dumps({"kinds": KINDS, "usb": usb, "images": plain}))
     else:
-        for line in _image_lines(looked) if looked else [*_kind_lines(), "", *_device_lines(found, no_usb)]:
+        for line in _image_lines(checks) if checks else [*_kind_lines(), "", *_device_lines(found, no_usb)]:
             typer.echo(printable(line))
     if failed is not None:
         raise typer.Exit(exit_code(failed))
@@ -99,7 +99,7 @@ def _find(rules: str | None) -> Sequence[DeviceInfo]:
     ]
 
 
-def _look(path: Path) -> dict[str, Any]:
+def _check_image(path: Path) -> dict[str, Any]:
     from farplug.store import FileStore
 
     try:
@@ -115,7 +115,7 @@ def _error(error: FarplugError) -> dict[str, str]:
 
 
 def _as_dict(found: DeviceInfo) -> dict[str, Any]:
-    """A device as JSON's types. Ids are text, as lsusb writes them."""
+    """Return a device as JSON's types. IDs are text, as lsusb writes them."""
     return {
         "bus": found.bus,
         "address": found.address,
@@ -156,7 +156,7 @@ def _kind_lines() -> Iterator[str]:
 
 
 def _device_lines(devices: Sequence[DeviceInfo], no_usb: SetupError | None) -> Iterator[str]:
-    """The devices that are plugged into something: root hubs are a part of the machine."""
+    """Yield the lines of all devices but root hubs, which are a part of the machine."""
     if no_usb is not None:
         yield f"no USB devices: {no_usb.message}"
         yield from (f"  {line}" for line in remedy_lines(no_usb.remedy))
@@ -175,7 +175,7 @@ def _device_lines(devices: Sequence[DeviceInfo], no_usb: SetupError | None) -> I
             yield f"    cannot be plugged in: {obstacle}"
             yield from (f"      {remedy}" for remedy in remedy_lines(obstacle.remedy))
         if found.in_use_as is not None and found.obstacle is None:
-            yield f"    take care: {found.in_use_as}"
+            yield f"    note: {found.in_use_as}"
 
 
 def _row(found: DeviceInfo) -> tuple[str, ...]:
@@ -189,11 +189,11 @@ def _row(found: DeviceInfo) -> tuple[str, ...]:
     )
 
 
-def _image_lines(looked: Sequence[dict[str, Any]]) -> Iterator[str]:
+def _image_lines(checks: Sequence[dict[str, Any]]) -> Iterator[str]:
     from farplug.cli.output import size
 
-    width = max((len(entry["path"]) for entry in looked), default=0)
-    for entry in looked:
+    width = max((len(entry["path"]) for entry in checks), default=0)
+    for entry in checks:
         error = entry.get("error")
         if error is None:
             about = f"can be plugged: {size(entry['size'])}, serial number {entry['serial_number']}"

@@ -8,14 +8,15 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
 import typer
 
 from farplug.cli.options import OUTPUT, BlockSizeOption, Command, DebugOption, Group
-from farplug.errors import Reason, UsageError
+from farplug.errors import Reason, Remedy, UsageError
+from farplug.image import Format, Partition
+from farplug.shell import shell_word
 from farplug.text import printable
 
 app = typer.Typer(cls=Group, help="Make disk images, and finish snapshots.")
@@ -24,33 +25,16 @@ _SIZE = re.compile(r"([0-9]{1,19})([KMGT]?)(?:iB)?", re.IGNORECASE)
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
-class ImageFormat(StrEnum):
-    """Values of ``--format``."""
-
-    FAT32 = "fat32"
-    EXFAT = "exfat"
-    EXT4 = "ext4"
-    NTFS = "ntfs"
-    ISO9660 = "iso9660"
-
-
-class PartitionTable(StrEnum):
-    """Values of ``--partition``."""
-
-    MBR = "mbr"
-    GPT = "gpt"
-
-
 def parse_size(text: str) -> int:
-    """Bytes of a size: digits, and K, M, G or T for powers of 1024.
+    """Return the bytes of a size: digits, and K, M, G or T for powers of 1024.
 
     Raises:
-        UsageError: it is not a size.
+        UsageError: the text is not a valid size.
     """
     match = _SIZE.fullmatch(text)
     if match is None:
         raise UsageError(
-            f"{text!r} is not a size", reason=Reason.BAD_OPTION, remedy="write it as 8G, 512M or 1073741824"
+            f"{text!r} is not a valid size", reason=Reason.BAD_OPTION, remedy="write it as 8G, 512M or 1073741824"
         )
     return int(match[1]) * _UNITS[match[2].upper()]
 
@@ -61,17 +45,17 @@ def create(
         str | None,
         typer.Argument(
             metavar="SIZE",
-            help="Size of the disk, as 8G, 512M or in bytes. As large as the folder needs if it is left out.",
+            help="Size of the disk, as 8G, 512M or in bytes. Default: as large as the folder needs.",
             show_default=False,
         ),
     ] = None,
-    format: Annotated[ImageFormat, typer.Option(help="The filesystem.")] = ImageFormat.FAT32,
+    format: Annotated[Format, typer.Option(help="The filesystem.")] = Format.FAT32,
     partition: Annotated[
-        PartitionTable | None, typer.Option(help="The partition table; mbr if it is left out.", show_default=False)
+        Partition | None, typer.Option(help="The partition table. Default: mbr.", show_default=False)
     ] = None,
     folder: Annotated[
         Path | None,
-        typer.Option("--from", metavar="FOLDER", help="Copy what is in FOLDER into the image.", show_default=False),
+        typer.Option("--from", metavar="FOLDER", help="Copy the content of FOLDER into the image.", show_default=False),
     ] = None,
     output: Annotated[
         Path | None,
@@ -79,41 +63,39 @@ def create(
             "--output",
             "-o",
             metavar="PATH",
-            help="The image; FOLDER's name with .raw or .iso if it is left out. It must not exist.",
+            help="The image, which must not exist. Default: FOLDER's name with .raw or .iso.",
             show_default=False,
         ),
     ] = None,
     label: Annotated[
         str | None,
-        typer.Option(help="Label of the volume; FOLDER's name if it is left out.", show_default=False),
+        typer.Option(help="Label of the volume. Default: FOLDER's name.", show_default=False),
     ] = None,
     block_size: Annotated[
         BlockSizeOption | None,
-        typer.Option(
-            help="Bytes in a block of the disk that will show the image: 512 if it is left out.", show_default=False
-        ),
+        typer.Option(help="Bytes in a block of the disk that will use the image. Default: 512.", show_default=False),
     ] = None,
     debug: DebugOption = False,
 ) -> None:
-    """Make a ready-to-use disk image: a partition table, a filesystem, and what is in a folder.
+    """Make a ready-to-use disk image: a partition table, a filesystem, and a copy of a folder.
 
     The image is RAW and sparse. FAT32, ext4 and ISO 9660 are made with programs of this machine; exFAT and NTFS (and
-    some names on FAT32) in a throw-away VM, which needs QEMU.
+    FAT32 with some names) in a throw-away VM, which needs QEMU.
     """
-    from farplug.cli.output import size as for_people
-    from farplug.image import Format, Partition, create_image, create_iso
+    from farplug.cli.output import size as format_size
+    from farplug.image import create_image, create_iso
 
-    is_iso = format is ImageFormat.ISO9660
+    is_iso = format is Format.ISO9660
     if is_iso and (folder is None or size is not None or partition is not None or block_size is not None):
         raise UsageError(
-            "an ISO 9660 image is made of a folder, and has no size, partition table and block size to choose",
+            "an ISO 9660 image needs a folder, and has no size, partition table or block size to choose",
             reason=Reason.BAD_OPTION,
-            remedy="farplug image create --format iso9660 --from FOLDER",
+            remedy=Remedy("for example", command="farplug image create --format iso9660 --from FOLDER"),
         )
     count = parse_size(size) if size is not None else None
     path = output or _default_output(folder, ".iso" if is_iso else ".raw")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves as Ctrl-C does: nothing stays behind
-    with _progress() as progress:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, and leaves nothing behind
+    with _progress_bar() as progress:
         if is_iso:
             assert folder is not None
             create_iso(path, folder, label=label, progress=progress)
@@ -122,8 +104,8 @@ def create(
             volume = create_image(
                 path,
                 size=count,
-                format=Format(format),
-                partition=Partition(partition or PartitionTable.MBR),
+                format=format,
+                partition=partition or Partition.MBR,
                 folder=folder,
                 label=label,
                 block_size=int(block_size or BlockSizeOption.B512),
@@ -131,7 +113,7 @@ def create(
             )
             what = f"{volume.format.full_name} {volume.label!r} in {volume.partition.upper()}"
     status = path.stat()
-    _say(f"{path}: {for_people(status.st_size)}, {what}; {for_people(status.st_blocks * 512)} on this machine")
+    _print(f"{path}: {format_size(status.st_size)}, {what}; {format_size(status.st_blocks * 512)} on this machine")
 
 
 SnapshotArgument: TypeAlias = Annotated[
@@ -144,26 +126,27 @@ def info(
     file: SnapshotArgument,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=OUTPUT)] = False,
 ) -> None:
-    """Look at a snapshot: of which image it is, and how much is in it."""
-    from farplug.cli.output import size as for_people
+    """Show the image of a snapshot, and how much data the snapshot has."""
+    from farplug.cli.output import size as format_size
     from farplug.store import overlay
 
-    found = overlay.info(file)
+    snapshot = overlay.info(file)
     if json:
         about = {
             "snapshot": str(file),
-            "image": str(found.base),
-            "size": found.size,
-            "block_size": found.block_size,
-            "changed": found.changed,
-            "half_committed": found.half_committed,
+            "image": str(snapshot.base),
+            "size": snapshot.size,
+            "block_size": snapshot.block_size,
+            "changed": snapshot.changed,
+            "half_committed": snapshot.half_committed,
         }
         typer.echo(jsonlib.dumps(about))
         return
-    _say(f"{file}: a snapshot of {found.base} ({for_people(found.size)}, blocks of {found.block_size} bytes)")
-    typer.echo(f"{for_people(found.changed)} were changed")
-    if found.half_committed:
-        _say(f"a commit was broken off: a part of it is in the image. Finish it: farplug image commit {file}")
+    size = format_size(snapshot.size)
+    _print(f"{file}: a snapshot of {snapshot.base} ({size}, blocks of {snapshot.block_size} bytes)")
+    typer.echo(f"{format_size(snapshot.changed)} changed")
+    if snapshot.half_committed:
+        _print(f"a commit was interrupted: finish it before the image is used: farplug image commit {shell_word(file)}")
 
 
 @app.command("commit", cls=Command)
@@ -171,7 +154,7 @@ def commit(
     file: SnapshotArgument,
     image: Annotated[
         Path | None,
-        typer.Option(metavar="PATH", help="Where the image is now, if it was moved.", show_default=False),
+        typer.Option(metavar="PATH", help="The image, if it was moved.", show_default=False),
     ] = None,
     force: Annotated[
         bool,
@@ -180,30 +163,30 @@ def commit(
         ),
     ] = False,
 ) -> None:
-    """Write what is in a snapshot to its image, and remove the snapshot.
+    """Write the content of a snapshot to its image, and remove the snapshot.
 
-    A commit that was broken off, by a power cut even, has to be done again before the image is used.
+    An interrupted commit, even by a power cut, has to be repeated before the image is used.
     """
-    from farplug.cli.output import size as for_people
+    from farplug.cli.output import size as format_size
     from farplug.store import overlay
 
     base = image or overlay.info(file).base
-    with _progress() as progress:
+    with _progress_bar() as progress:
         count = overlay.commit(file, base_path=base, progress=progress, force=force)
-    _say(f"{for_people(count)} were written to {base}; {file} is removed")
+    _print(f"{format_size(count)} written to {base}; {file} removed")
 
 
 @app.command("discard", cls=Command)
 def discard(file: SnapshotArgument) -> None:
-    """Remove a snapshot, and what the guest wrote to it."""
+    """Remove a snapshot, and the data that the guest wrote to it."""
     from farplug.store import overlay
 
     overlay.discard(file)
-    _say(f"{file} is removed")
+    _print(f"{file} removed")
 
 
-def _say(text: str) -> None:
-    typer.echo(printable(text))  # also a path out of a snapshot's header
+def _print(text: str) -> None:
+    typer.echo(printable(text))  # the path may come from the header of a snapshot
 
 
 def _default_output(folder: Path | None, suffix: str) -> Path:
@@ -216,8 +199,8 @@ def _default_output(folder: Path | None, suffix: str) -> Path:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    """A callback that shows a bar on a terminal."""
+def _progress_bar() -> Iterator[Callable[[int, int], None]]:
+    """Yield a callback that shows a progress bar on a terminal."""
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return

@@ -15,16 +15,23 @@ LOGGER = logging.getLogger("farplug")
 
 
 def remedy_lines(remedy: str) -> list[str]:
-    """Return a remedy as the command line shows it: its lines, the option of its setting, its command.
+    """Return a remedy as the command line shows it: its text, its command, the option of its setting, its alternative.
 
     Control characters are replaced.
     """
     lines = remedy.split("\n") if len(remedy) else []
-    if isinstance(remedy, Remedy) and remedy.setting:
-        option = setting_option(remedy.setting, remedy.value)
-        lines[-1:] = [f"{lines[-1]}: {option}" if lines else option]
-    if isinstance(remedy, Remedy) and remedy.command:
-        lines += [f"  {line}" if lines else line for line in remedy.command.split("\n")]
+    if isinstance(remedy, Remedy):
+        option = setting_option(remedy.setting, remedy.value) if remedy.setting else ""
+        steps = [*remedy.command.split("\n"), option] if remedy.command else [option]
+        steps = [step for step in steps if step]
+        if not lines:
+            lines = steps
+        elif remedy.command:
+            lines = [*lines[:-1], f"{lines[-1].removesuffix(':')}:", *(f"  {step}" for step in steps)]
+        elif option:
+            lines[-1] = f"{lines[-1]}: {option}"
+        if remedy.alternative is not None:
+            lines += remedy_lines(remedy.alternative)
     return [printable(line) for line in lines]
 
 

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import TextIOWrapper
 from typing import Annotated
 
@@ -16,7 +16,7 @@ import typer
 from farplug.cli import connect, demo, devices, doctor, image, log
 from farplug.cli.exit_codes import ExitCode, exit_code
 from farplug.cli.options import Command, DebugOption, Group
-from farplug.errors import FarplugError, InternalError, Reason
+from farplug.errors import FarplugError, InternalError, Reason, Remedy
 from farplug.text import printable
 from farplug.version import __version__
 
@@ -122,7 +122,7 @@ class _Failure:
     message: str
     reason: Reason
     exit_code: ExitCode
-    remedy: str = ""
+    remedy: Remedy = field(default_factory=Remedy)
 
     @classmethod
     def of(cls, error: FarplugError) -> _Failure:
@@ -135,7 +135,7 @@ class _Failure:
             "event": "failed",
             "reason": str(self.reason),
             "message": self.message,
-            "remedy": self.remedy,
+            **self.remedy.as_dict(),
             "exit_code": int(self.exit_code),
         }
 
@@ -163,7 +163,7 @@ def _run(arguments: Sequence[str]) -> _Failure | int | None:
         message = error.format_message()  # type: ignore[attr-defined]
         # Typer checks values with pydantic, which begins its messages so.
         message = message.rstrip(".").replace(": Value error, ", ": ")
-        return _Failure(message, Reason.BAD_OPTION, ExitCode.USAGE, f"see: {command} --help")
+        return _Failure(message, Reason.BAD_OPTION, ExitCode.USAGE, Remedy(f"see: {command} --help"))
     except Exception as error:
         log.traceback(error)
         return _Failure.of(InternalError(error))

@@ -1,4 +1,4 @@
-"""An image, from nothing to ready."""
+"""Build a complete image."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from farplug.errors import ImageError, Reason, UsageError
+from farplug.errors import ImageError, Reason, UsageError, from_oserror
 from farplug.image import filesystems
 from farplug.image.fill import fill_in_guest
-from farplug.image.names import check_label, check_names, joliet_changes, label_from
-from farplug.image.tools import Job, Progress, check_room, no_space
-from farplug.image.tree import Tree, check_unchanged, describe_left_out, listing, scan
+from farplug.image.names import check_label, check_names, joliet_changes, label_from_name
+from farplug.image.tools import ImageBuild, check_room, no_space_error
+from farplug.image.tree import Tree, check_unchanged, describe_left_out, scan, summarize
 from farplug.image.volume import BLOCK_SIZES, Format, Partition, Volume, plan
+from farplug.store.base import ProgressCallback
 
 log = logging.getLogger(__name__)
 
 _METADATA_ROOM = 8 << 20
-"""Bytes of room that an image needs on this machine besides its content."""
+"""Bytes of space that an image needs on this machine besides its content."""
 
 DEFAULT_LABEL = "FARPLUG"
 
 
 def no_progress(done: int, total: int) -> None:
-    """Tell nobody."""
+    """Ignore the progress."""
 
 
 def create_image(
@@ -38,40 +39,40 @@ def create_image(
     folder: str | os.PathLike[str] | None = None,
     label: str | None = None,
     block_size: int = 512,
-    progress: Progress = no_progress,
+    progress: ProgressCallback = no_progress,
 ) -> Volume:
-    """Make a RAW image with one partition, sparse, with a folder's content in it. Blocks until it is complete.
+    """Make a sparse RAW image with one partition, and copy a folder into it. Blocks until it is complete.
 
-    Nothing has this path before: no image is left behind if this fails, or if farplug is killed (where the file system
-    has files without a name, O_TMPFILE).
+    The image gets its name at the end: a failure leaves no image behind, and neither does a kill of farplug (where the
+    file system has files without a name, O_TMPFILE).
 
-    exFAT, NTFS, and some names on FAT32 are made in the throw-away QEMU guest.
+    exFAT, NTFS, and FAT32 with some names are made in the throw-away QEMU guest.
 
     Args:
-        path: of the image, which must not exist.
+        path: of the image; it must not exist.
         size: of the disk, in bytes; None: as large as the folder needs.
-        format: any but ISO 9660.
+        format: of the filesystem, any but ISO 9660.
         partition: the partition table.
-        folder: what comes into the image; None: nothing.
-        label: of the volume; None: made of the folder's name.
-        block_size: of the disk that will show the image: 512 or 4096 bytes.
-        progress: told how far it is.
+        folder: the folder to copy; None: nothing.
+        label: of the volume; None: derived from the folder's name.
+        block_size: of the disk, 512 or 4096 bytes.
+        progress: called with the progress.
 
     Raises:
-        UsageError: an argument is wrong.
+        UsageError: an argument is not valid.
         SetupError: a program is missing.
         ImageError: EXISTS, TOO_LARGE, BAD_NAME, CHANGED, NO_SPACE, or the folder or the path cannot be used.
     """
     if size is None and folder is None:
         raise UsageError("an image without a folder needs a size", reason=Reason.BAD_OPTION)
     path = Path(path)
-    _check_place(path, folder)
+    _check_path(path, folder)
     tree = read_folder(folder, format, progress) if folder is not None else None
     volume = plan_volume(
         tree, format=format, partition=partition, label=label, block_size=block_size, size=size, free=0
     )
     with new_file(path) as fd:
-        build(Job(fd, tree, progress), volume, str(path.parent))
+        build_disk(ImageBuild(fd, tree, progress), volume, str(path.parent))
     return volume
 
 
@@ -80,36 +81,36 @@ def create_iso(
     folder: str | os.PathLike[str],
     *,
     label: str | None = None,
-    progress: Progress = no_progress,
+    progress: ProgressCallback = no_progress,
 ) -> None:
     """Make an ISO 9660 image of a folder, with Rock Ridge and Joliet names. Blocks until it is complete.
 
     Args:
-        path: of the image, which must not exist.
-        folder: what comes into it.
-        label: of the volume; None: made of the folder's name.
-        progress: told how far it is.
+        path: of the image; it must not exist.
+        folder: the folder to copy.
+        label: of the volume; None: derived from the folder's name.
+        progress: called with the progress.
 
     Raises:
-        UsageError: the label does not fit.
+        UsageError: the label is not valid.
         SetupError: xorriso is missing.
         ImageError: as :func:`create_image`.
     """
     path = Path(path)
-    _check_place(path, folder)
+    _check_path(path, folder)
     tree = read_folder(folder, Format.ISO9660, progress)
     name = choose_label(label, tree, Format.ISO9660)
     if changes := joliet_changes(tree):
-        log.warning("%s: Windows will see these under other names: %s", folder, listing(changes))
+        log.warning("%s: Windows will show these with other names: %s", folder, summarize(changes))
     with new_file(path) as fd:
         check_room(fd, tree.size + _METADATA_ROOM, str(path.parent))
-        job = Job(fd, tree, progress)
-        with copying(job, posix=True):
-            filesystems.make_iso(job, name)
+        build = ImageBuild(fd, tree, progress)
+        with copying(build, posix=True):
+            filesystems.make_iso(build, name)
 
 
-def read_folder(folder: str | os.PathLike[str], format: Format, progress: Progress) -> Tree:
-    """Scan a folder and check that the format can hold it; what is left out is logged as a warning."""
+def read_folder(folder: str | os.PathLike[str], format: Format, progress: ProgressCallback) -> Tree:
+    """Scan a folder and check that the format can hold it. Log a warning for entries that are left out."""
     tree = scan(folder, posix=format.posix, tick=lambda: progress(0, 0))
     check_names(tree, format)
     for line in describe_left_out(tree):
@@ -118,10 +119,10 @@ def read_folder(folder: str | os.PathLike[str], format: Format, progress: Progre
 
 
 def choose_label(label: str | None, tree: Tree | None, format: Format) -> str:
-    """The label that was asked for, or one made of the folder's name."""
+    """Return the requested label, or one derived from the folder's name."""
     if label is not None:
         return check_label(label, format)
-    return label_from(tree.root.name, format) if tree is not None else DEFAULT_LABEL
+    return label_from_name(tree.root.name, format) if tree is not None else DEFAULT_LABEL
 
 
 def plan_volume(
@@ -134,16 +135,16 @@ def plan_volume(
     size: int | None,
     free: int,
 ) -> Volume:
-    """Fix label and sizes of a volume for a tree, with ``free`` bytes to spare.
+    """Return the label and the sizes of a volume for a tree, with ``free`` bytes of free space.
 
     Raises:
-        UsageError: an argument is wrong.
+        UsageError: an argument is not valid.
         ImageError: TOO_LARGE or EMPTY.
     """
     if block_size not in BLOCK_SIZES:
-        raise UsageError(f"blocks of {block_size} bytes: 512 or 4096 are possible", reason=Reason.BAD_OPTION)
+        raise UsageError(f"{block_size} is not a valid block size: 512 or 4096 bytes", reason=Reason.BAD_OPTION)
     if format is Format.ISO9660:
-        raise UsageError("ISO 9660 has no partition", reason=Reason.BAD_OPTION)
+        raise UsageError("ISO 9660 has no partitions", reason=Reason.BAD_OPTION)
 
     def needed(cluster: int) -> int:
         if tree is None:
@@ -168,40 +169,40 @@ def plan_volume(
     )
 
 
-def build(job: Job, volume: Volume, place: str) -> None:
-    """Make the disk in an empty file.
+def build_disk(build: ImageBuild, volume: Volume, place: str) -> None:
+    """Make the partition table and the filesystem in an empty file, and copy the tree.
 
     Raises:
         SetupError: a program is missing.
-        ImageError: it failed.
+        ImageError: the disk cannot be made.
     """
-    check_room(job.fd, job.total + _METADATA_ROOM, place)
-    job.tick()
+    check_room(build.fd, build.total + _METADATA_ROOM, place)
+    build.report_progress()
     try:
-        os.ftruncate(job.fd, volume.disk_size)
+        os.ftruncate(build.fd, volume.disk_size)
     except OSError as error:
         raise ImageError(
-            f"a file of {volume.disk_size} bytes cannot be made in {place}: {(error.strerror or '').lower()}",
+            f"a file of {volume.disk_size} bytes cannot be created in {place}: {(error.strerror or '').lower()}",
             reason=Reason.TOO_LARGE if error.errno in (errno.EFBIG, errno.EINVAL) else Reason.IO_ERROR,
         ) from error
-    filesystems.write_table(job, volume)
-    with copying(job, posix=volume.format.posix):
+    filesystems.write_table(build, volume)
+    with copying(build, posix=volume.format.posix):
         match volume.format:
             case Format.FAT32:
-                filesystems.format_fat32(job, volume)
-                if job.tree is not None and filesystems.mtools_can(job.tree, volume.cluster_size):
-                    filesystems.copy_with_mtools(job, job.tree)
-                elif job.tree is not None:
-                    fill_in_guest(job, volume)
+                filesystems.format_fat32(build, volume)
+                if build.tree is not None and filesystems.mtools_can_write(build.tree, volume.cluster_size):
+                    filesystems.copy_with_mtools(build, build.tree)
+                elif build.tree is not None:
+                    fill_in_guest(build, volume)
             case Format.EXT4:
-                filesystems.make_ext4(job, volume)
+                filesystems.make_ext4(build, volume)
             case _:
-                fill_in_guest(job, volume)
+                fill_in_guest(build, volume)
 
 
 @contextmanager
-def copying(job: Job, *, posix: bool) -> Iterator[None]:
-    """Check at the end that what was copied is what is there: also where copying failed, for that may be why.
+def copying(build: ImageBuild, *, posix: bool) -> Iterator[None]:
+    """Check after the block that the folder has not changed: also if copying failed, because that may be the cause.
 
     Raises:
         ImageError: CHANGED.
@@ -209,37 +210,36 @@ def copying(job: Job, *, posix: bool) -> Iterator[None]:
     try:
         yield
     except ImageError:
-        if job.tree is not None:
-            check_unchanged(job.tree, posix=posix)
+        if build.tree is not None:
+            check_unchanged(build.tree, posix=posix)
         raise
-    if job.tree is not None:
-        check_unchanged(job.tree, posix=posix, tick=job.tick)
-    job.progress(job.total, job.total)
+    if build.tree is not None:
+        check_unchanged(build.tree, posix=posix, tick=build.report_progress)
+    build.progress(build.total, build.total)
 
 
-def _check_place(path: Path, folder: str | os.PathLike[str] | None) -> None:
+def _check_path(path: Path, folder: str | os.PathLike[str] | None) -> None:
     if os.path.lexists(path):
-        raise _exists(path)
+        raise _exists_error(path)
     if folder is not None and path.parent.resolve().is_relative_to(Path(folder).resolve()):
         raise ImageError(
-            f"{path} is inside the folder that it is made of",
+            f"{path} is inside the folder that is copied",
             reason=Reason.BAD_OPTION,
-            remedy="put the image somewhere else",
+            remedy="put the image into another folder",
         )
 
 
-def _exists(path: Path) -> ImageError:
-    return ImageError(
-        f"{path} exists already", reason=Reason.EXISTS, remedy="remove it, or take another name: nothing is overwritten"
-    )
+def _exists_error(path: Path) -> ImageError:
+    remedy = "remove it, or choose another name: nothing is overwritten"
+    return ImageError(f"{path} already exists", reason=Reason.EXISTS, remedy=remedy)
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[int]:
-    """A file that has its name when the block ends well, and is gone if it does not. Yields its descriptor.
+    """Create a file, yield its descriptor, and name the file after the block; if the block raises, remove the file.
 
     Raises:
-        ImageError: EXISTS, or it cannot be made there.
+        ImageError: EXISTS, or the file cannot be created.
     """
     flags = os.O_RDWR | os.O_CLOEXEC
     named = False
@@ -252,7 +252,7 @@ def new_file(path: Path) -> Iterator[int]:
             fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)  # a file system without O_TMPFILE
             named = True
     except OSError as error:
-        raise _no_place(path, error) from error
+        raise _create_error(path, error) from error
     try:
         yield fd
         try:
@@ -261,7 +261,7 @@ def new_file(path: Path) -> Iterator[int]:
                 # With a folder's descriptor Python calls linkat(2), which can follow the link in /proc.
                 os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=fd, follow_symlinks=True)
         except OSError as error:
-            raise _no_place(path, error) from error
+            raise _create_error(path, error) from error
     except BaseException:
         if named:
             path.unlink(missing_ok=True)
@@ -270,16 +270,9 @@ def new_file(path: Path) -> Iterator[int]:
         os.close(fd)
 
 
-def _no_place(path: Path, error: OSError) -> ImageError:
+def _create_error(path: Path, error: OSError) -> ImageError:
     if error.errno == errno.EEXIST:
-        return _exists(path)
+        return _exists_error(path)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return no_space(f"{path}: {(error.strerror or '').lower()}")
-    reason = {
-        errno.ENOENT: Reason.NOT_FOUND,
-        errno.ENOTDIR: Reason.NOT_FOUND,
-        errno.EACCES: Reason.NO_PERMISSION,
-        errno.EPERM: Reason.NO_PERMISSION,
-        errno.EROFS: Reason.NO_PERMISSION,
-    }.get(error.errno or 0, Reason.IO_ERROR)
-    return ImageError(f"{path} cannot be made: {(error.strerror or str(error)).lower()}", reason=reason)
+        return no_space_error(f"{path}: {(error.strerror or '').lower()}")
+    return from_oserror(path, error, as_=ImageError, problem="cannot be created")

@@ -1,4 +1,4 @@
-"""What needs no virtual machine: partition tables (fdisk), FAT32 (mtools), ext4 (mke2fs), ISO 9660 (xorriso)."""
+"""Make what needs no virtual machine: partition tables (fdisk), FAT32 (mtools), ext4 (mke2fs), ISO 9660 (xorriso)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections import Counter
 
 from farplug.errors import ImageError, Reason
 from farplug.image.names import fat_slots, utf16_units
-from farplug.image.tools import Job
+from farplug.image.tools import ImageBuild
 from farplug.image.tree import Entry, Tree
 from farplug.image.volume import ALIGNMENT, MIB, Format, Partition, Volume, fat_length
 
@@ -22,25 +22,25 @@ _TYPES = {
 }
 
 _NO_PARTITION_NAME = re.compile(r'["\\]|[^\x20-\uffff]')
-"""Characters that fdisk (2.38) does not take in a name: its own quoting, and beyond U+FFFF."""
+"""Characters that fdisk (2.38) does not accept in a name: its quoting, and above U+FFFF."""
 
 ARGUMENT_BYTES = 64 * 1024
-"""Of file names in one call of mtools."""
+"""Maximum bytes of file names in one call of mtools."""
 
 MTOOLS_SIMILAR = 200
-"""Most files in a folder whose short names would differ in their number only."""
+"""Maximum number of files in a folder whose short names differ only in their number."""
 
 _MTOOLS_PLAIN = re.compile(r"[\x20-\x7e]*")
 _MTOOLS_RESERVED = re.compile(r"con|aux|prn|nul|clock\$|(com|lpt)[0-9]", re.IGNORECASE)
 _MTOOLS_LONG = re.compile(
     r"[^.]*[A-Za-z0-9_-]{9}"  # too long before the first dot
-    r"|.*\.[^.]*[A-Za-z0-9_-]{4}"  # or after one
+    r"|.*\.[^.]*[A-Za-z0-9_-]{4}"  # or after a dot
     r"|.*\..*\.|.* "  # two dots, a space
     r"|[^.]*([A-Z][^.]*[a-z]|[a-z][^.]*[A-Z])"  # upper and lower case
 )
 
 
-def write_table(job: Job, volume: Volume) -> None:
+def write_table(build: ImageBuild, volume: Volume) -> None:
     """Write the partition table, with a partition that fills the disk."""
     block = volume.block_size
     entry = f"start={ALIGNMENT // block}, size={volume.length // block}, type={_TYPES[volume.format][volume.partition]}"
@@ -50,47 +50,47 @@ def write_table(job: Job, volume: Volume) -> None:
     with tempfile.NamedTemporaryFile("w", prefix="farplug-", encoding="utf-8") as script:
         script.write(f"label: {label}\n{entry}\n")
         script.flush()
-        # Not sfdisk: of a file it takes 512-byte blocks only.
-        said = job.run(
+        # Not sfdisk: for a file it supports only 512-byte blocks.
+        output = build.run(
             "fdisk",
-            *("-b", str(block), "--wipe=never", "--wipe-partitions=never", "--color=never", job.path),
+            *("-b", str(block), "--wipe=never", "--wipe-partitions=never", "--color=never", build.path),
             stdin=f"I\n{script.name}\nw\n",
         )
-    if "Script successfully applied" not in said:
-        raise ImageError(f"fdisk made no partition: {said.strip()[-300:]}", reason=Reason.IO_ERROR)
+    if "Script successfully applied" not in output:
+        raise ImageError(f"fdisk made no partition: {output.strip()[-300:]}", reason=Reason.IO_ERROR)
 
 
 # FAT32 ----------------------------------------------------------------------------------------------------------------
 
 
 def fat32_needs(tree: Tree, cluster: int) -> int:
-    """Bytes that a FAT32 partition must have to hold a tree."""
+    """Return the bytes that a FAT32 partition needs for a tree."""
     clusters = sum(-(-entry.size // cluster) for entry in tree.entries)
     clusters += sum(-(-32 * fat_slots(entries) // cluster) for entries in tree.folders.values())
     return fat_length(clusters, cluster)
 
 
-def format_fat32(job: Job, volume: Volume) -> None:
+def format_fat32(build: ImageBuild, volume: Volume) -> None:
     """Make an empty FAT32 filesystem."""
     block = volume.block_size
-    job.run(
+    build.run(
         "mkfs.vfat",
         *("-F", "32", "-S", str(block), "-s", str(volume.cluster_size // block), "-n", volume.label),
-        *("-h", str(ALIGNMENT // block), f"--offset={ALIGNMENT // block}", job.path, str(volume.length // 1024)),
+        *("-h", str(ALIGNMENT // block), f"--offset={ALIGNMENT // block}", build.path, str(volume.length // 1024)),
     )
 
 
-def mtools_can(tree: Tree, cluster: int) -> bool:
-    """Whether mtools (4.0.32) writes every name as it is, and soon.
+def mtools_can_write(tree: Tree, cluster: int) -> bool:
+    """Return whether mtools (4.0.32) writes every name unchanged, and fast enough.
 
-    It transliterates other names than ASCII where they could be short names (ü.txt becomes u.txt), cuts characters
-    beyond U+FFFF, refuses names of DOS devices, may find no place for a name whose entries need more than a cluster,
-    takes a name like LONGNA~1.TXT for the short name that it gave to another file, and takes some names for equal that
-    Windows tells apart (such that are equal in lower case: U+01C4 and U+01C5). To find a short name it tries ~1, ~2 and
-    so on, and reads the folder each time: 250 similar names took 0.7 s here, 1000 took 75 s.
+    It transliterates non-ASCII names that could be short names (ü.txt becomes u.txt), truncates characters above
+    U+FFFF, refuses names of DOS devices, may fail for a name whose entries need more than a cluster, confuses a name
+    like LONGNA~1.TXT with the short name of another file, and treats some names as equal that differ for Windows (names
+    that are equal in lower case: U+01C4 and U+01C5). To find an unused short name it tries ~1, ~2 and so on, and reads
+    the folder each time: 250 similar names took 0.7 s, 1000 took 75 s.
     """
     longest = 13 * (cluster // 32 - 1)
-    return all(len(entry.name) <= longest and _mtools_keeps(entry.name) for entry in tree.entries) and all(
+    return all(len(entry.name) <= longest and _mtools_preserves(entry.name) for entry in tree.entries) and all(
         max(Counter(_short_stem(entry.name) for entry in entries).values(), default=0) <= MTOOLS_SIMILAR
         and len({_lower(entry.name) for entry in entries}) == len(entries)
         for entries in tree.folders.values()
@@ -103,42 +103,42 @@ def _lower(name: str) -> str:
 
 
 def _short_stem(name: str) -> tuple[str, str]:
-    """What short names begin and end with that are made for a name."""
+    """Return the beginning and the extension of the short names for a long name."""
     base, _, extension = re.sub(r"[^\x21-\x7e]", "_", name.upper().replace(" ", "")).lstrip(".").rpartition(".")
     if not base:
         base, extension = extension, ""
     return base.replace(".", "")[:6], extension[:3]
 
 
-def _mtools_keeps(name: str) -> bool:
+def _mtools_preserves(name: str) -> bool:
     if max(name) > "\uffff" or "~" in name or _MTOOLS_RESERVED.fullmatch(name):
         return False
-    # What is surely a long name is written as UTF-16.
+    # A name that cannot be a short one is written as UTF-16.
     return _MTOOLS_PLAIN.fullmatch(name) is not None or _MTOOLS_LONG.match(name) is not None
 
 
-def copy_with_mtools(job: Job, tree: Tree) -> None:
+def copy_with_mtools(build: ImageBuild, tree: Tree) -> None:
     """Copy a tree into an empty FAT32 filesystem. Times are written as UTC."""
     for folder, entries in tree.folders.items():
-        where = f"::/{_unmatched(folder)}".rstrip("/")
-        for group in _groups([entry for entry in entries if entry.is_folder]):
-            _mtools(job, "mmd", *(f"{where}/{entry.name}" for entry in group))  # a new name is no pattern
-        for group in _groups([entry for entry in entries if not entry.is_folder]):
-            _mtools(job, "mcopy", "-Q", "-m", *(str(tree.root / entry.path) for entry in group), f"{where}/")
+        where = f"::/{_escaped(folder)}".rstrip("/")
+        for group in _batches([entry for entry in entries if entry.is_folder]):
+            _mtools(build, "mmd", *(f"{where}/{entry.name}" for entry in group))  # mtools does not expand new names
+        for group in _batches([entry for entry in entries if not entry.is_folder]):
+            _mtools(build, "mcopy", "-Q", "-m", *(str(tree.root / entry.path) for entry in group), f"{where}/")
 
 
-def _mtools(job: Job, program: str, *arguments: str) -> None:
-    # The user's own settings could name other drives and code pages.
-    job.run(program, "-i", f"{job.path}@@{ALIGNMENT}", *arguments, MTOOLSRC="/dev/null", TZ="UTC0")
+def _mtools(build: ImageBuild, program: str, *arguments: str) -> None:
+    # The settings of the user could select other drives and code pages.
+    build.run(program, "-i", f"{build.path}@@{ALIGNMENT}", *arguments, MTOOLSRC="/dev/null", TZ="UTC0")
 
 
-def _unmatched(path: str) -> str:
-    """A path that is no pattern for mtools."""
+def _escaped(path: str) -> str:
+    """Return a path in which mtools finds no pattern."""
     return path.replace("[", "[[]")
 
 
-def _groups(entries: list[Entry]) -> list[list[Entry]]:
-    """Entries for one call each."""
+def _batches(entries: list[Entry]) -> list[list[Entry]]:
+    """Split entries into batches, one for each call."""
     groups: list[list[Entry]] = []
     room = 0
     for entry in entries:
@@ -164,23 +164,23 @@ def ext4_needs(tree: Tree) -> int:
     return blocks * EXT4_BLOCK * 21 // 20 + 24 * MIB
 
 
-def make_ext4(job: Job, volume: Volume) -> None:
+def make_ext4(build: ImageBuild, volume: Volume) -> None:
     """Make an ext4 filesystem with a tree in it: owners, links and special files as they are."""
     arguments = ["-q", "-F", "-t", "ext4", "-b", str(EXT4_BLOCK), "-m", "0", "-L", volume.label]
     arguments += ["-E", f"offset={ALIGNMENT},root_owner=0:0"]
-    if job.tree is not None:
-        arguments += ["-d", str(job.tree.root)]
-        inodes = len(job.tree.entries) + _EXT4_RESERVED_INODES
+    if build.tree is not None:
+        arguments += ["-d", str(build.tree.root)]
+        inodes = len(build.tree.entries) + _EXT4_RESERVED_INODES
         if inodes > volume.length // _EXT4_BYTES_PER_INODE:
             arguments += ["-N", str(inodes)]
-    job.run("mke2fs", *arguments, job.path, str(volume.length // EXT4_BLOCK))
+    build.run("mke2fs", *arguments, build.path, str(volume.length // EXT4_BLOCK))
 
 
-# Formats that a virtual machine makes ---------------------------------------------------------------------------------
+# Formats that the throw-away guest makes------------------------------------------------------------------------------
 
 
 def exfat_needs(tree: Tree, cluster: int) -> int:
-    """Bytes that an exFAT partition must have to hold a tree (Microsoft's exFAT specification, sections 3, 4 and 7)."""
+    """Return the bytes that an exFAT partition needs for a tree (Microsoft's exFAT specification, sections 3, 4, 7)."""
     clusters = sum(-(-entry.size // cluster) for entry in tree.entries)
     for entries in tree.folders.values():
         slots = 3 + sum(2 + -(-utf16_units(entry.name) // 15) for entry in entries)
@@ -189,7 +189,7 @@ def exfat_needs(tree: Tree, cluster: int) -> int:
 
 
 def ntfs_needs(tree: Tree, cluster: int) -> int:
-    """Bytes that an NTFS partition must have: files, 2 KiB for each entry, and about 5 % for the log and the like."""
+    """Return the bytes that an NTFS partition needs for a tree: 2 KiB for each entry, about 5 % for the log etc."""
     clusters = sum(-(-entry.size // cluster) for entry in tree.entries)
     return (clusters * cluster + 2048 * len(tree.entries)) * 21 // 20 + 24 * MIB
 
@@ -197,10 +197,10 @@ def ntfs_needs(tree: Tree, cluster: int) -> int:
 # ISO 9660 -------------------------------------------------------------------------------------------------------------
 
 
-def make_iso(job: Job, label: str) -> None:
-    """Make an ISO 9660 image of a tree, with Rock Ridge and Joliet names. Everybody may read all of it."""
-    assert job.tree is not None
-    job.run_into(
+def make_iso(build: ImageBuild, label: str) -> None:
+    """Make an ISO 9660 image of a tree, with Rock Ridge and Joliet names, and read permission for all users."""
+    assert build.tree is not None
+    build.run_into(
         "xorrisofs",
-        *("-quiet", "-r", "-J", "-joliet-long", "-iso-level", "3", "-V", label, str(job.tree.root)),
+        *("-quiet", "-r", "-J", "-joliet-long", "-iso-level", "3", "-V", label, str(build.tree.root)),
     )

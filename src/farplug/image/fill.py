@@ -1,7 +1,7 @@
-"""Fills disk images in a throw-away guest: no other tool copies files into exFAT and NTFS without being root.
+"""Fill disk images in a throw-away guest: no other tool copies files into exFAT and NTFS without root.
 
-The guest's kernel makes the names and the structures, so they are what every Linux makes. The files come as a tar
-stream through a virtio-serial port: nothing is stored twice, and a file that changes meanwhile is noticed.
+The guest's kernel writes the names and the structures, as any Linux does. The files are sent as a tar stream through a
+virtio-serial port: nothing is stored twice, and a file that changes meanwhile is detected.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from pathlib import Path
 from typing import Any
 
 from farplug.errors import ImageError, Reason, SetupError
-from farplug.image.tools import TICK, Job, check_room, no_space
-from farplug.image.tree import Entry, Tree, changed, show
+from farplug.image.tools import PROGRESS_INTERVAL, ImageBuild, check_room, no_space_error
+from farplug.image.tree import Entry, Tree, changed_error, show
 from farplug.image.volume import ALIGNMENT, Format, Volume
-from farplug.programs import PACKAGE_OF_PROGRAM, QEMU, search_path
+from farplug.programs import QEMU, install_remedy, search_path
 from farplug.vm.agent import CommandFailed
 from farplug.vm.guest_image import PROGRAMS
 from farplug.vm.qemu import QemuGuest, private_folder
 from farplug.vm.qemu_config import GuestConfig, option
 
-BOOT_SECONDS = 300
-FILL_SECONDS = 7 * 24 * 3600
-"""A disk of some TB takes days; whoever waits sees the progress and can give up."""
+BOOT_TIMEOUT = 300
+FILL_TIMEOUT = 7 * 24 * 3600
+"""Seconds. A disk of some TB takes days; the user sees the progress and can cancel."""
 
-_HOST_IS_FULL = 16 << 20
-"""An I/O error in the guest with less room than this on the host means that the host is full."""
+_MIN_HOST_SPACE = 16 << 20
+"""Bytes. With less free space on this machine, an I/O error in the guest means that this machine's disk is full."""
 
 _BUFFER = 1 << 20
 _PORT = "farplug.tar"
@@ -40,7 +40,7 @@ _LOCALE = Path("/usr/lib/locale/C.utf8/LC_CTYPE")
 """Labels are UTF-8."""
 
 _MAKE = {
-    Format.FAT32: ":",  # made already
+    Format.FAT32: ":",  # already made
     Format.EXFAT: "mkfs.exfat -c {cluster} -L {label} /dev/vda1",
     Format.NTFS: "mkntfs -q -F -f -c {cluster} -L {label} -p {start} -H 255 -S 63 /dev/vda1",
 }
@@ -62,7 +62,7 @@ set -e
 export LC_ALL=C.UTF-8
 n=0
 until [ -b /dev/vda1 ]; do
-    [ $n -lt 100 ] || {{ echo "the guest sees no partition"; exit 1; }}
+    [ $n -lt 100 ] || {{ echo "the guest finds no partition"; exit 1; }}
     n=$((n + 1))
     sleep 0.1
 done
@@ -78,19 +78,19 @@ umount /mnt
 """
 
 
-def fill_in_guest(job: Job, volume: Volume) -> None:
-    """Make the filesystem in a volume's partition (FAT32: it is there), and copy the job's tree into it. Blocks.
+def fill_in_guest(build: ImageBuild, volume: Volume) -> None:
+    """Make the filesystem in a volume's partition (FAT32 is already made), and copy the tree into it. Blocks.
 
     Raises:
-        SetupError: QEMU or another program is not installed, or no kernel can be fetched.
+        SetupError: QEMU or another program is not installed, or no kernel can be downloaded.
         ImageError: NO_SPACE, CHANGED, TOO_LARGE for the image, or IO_ERROR.
     """
     _check_programs(volume.format)
-    asyncio.run(_fill(job, volume))
+    asyncio.run(_fill(build, volume))
 
 
 def _check_programs(format: Format) -> None:
-    """Check for all of them at once, and say what for."""
+    """Check all programs, so that one error names all that are missing."""
     missing = [
         program
         for program in dict.fromkeys((QEMU, "busybox", *PROGRAMS, *_PROGRAMS[format]))
@@ -101,11 +101,11 @@ def _check_programs(format: Format) -> None:
         raise SetupError(
             f"{which} is made in a throw-away virtual machine, which needs {', '.join(missing)}",
             reason=Reason.MISSING_PROGRAM,
-            remedy=f"sudo apt-get install {' '.join(sorted({PACKAGE_OF_PROGRAM[program] for program in missing}))}",
+            remedy=install_remedy(*missing),
         )
 
 
-async def _fill(job: Job, volume: Volume) -> None:
+async def _fill(build: ImageBuild, volume: Volume) -> None:
     folder = private_folder()
     try:
         with socket.socket(socket.AF_UNIX) as listener:
@@ -113,18 +113,18 @@ async def _fill(job: Job, volume: Volume) -> None:
             listener.listen(1)
             sender: asyncio.Task[None] | None = None
             try:
-                async with QemuGuest(_config(job, volume, folder / "tar")) as guest:
+                async with QemuGuest(_config(build, volume, folder / "tar")) as guest:
                     connection, _ = listener.accept()  # QEMU connects before it starts the guest
-                    sender = asyncio.create_task(asyncio.to_thread(_send, connection, job.tree))
-                    await _watched(job, guest.booted(BOOT_SECONDS))
+                    sender = asyncio.create_task(asyncio.to_thread(_send, connection, build.tree))
+                    await _wait_reporting(build, guest.booted(BOOT_TIMEOUT))
                     try:
-                        await _watched(job, guest.check(_script(job, volume), timeout=FILL_SECONDS))
+                        await _wait_reporting(build, guest.check(_script(build, volume), timeout=FILL_TIMEOUT))
                     except CommandFailed as error:
-                        # A file that cannot be read: the guest saw an end too early.
+                        # If a file could not be read, the stream ended too early.
                         done, _ = await asyncio.wait([sender], timeout=1)
                         for task in done:
                             task.result()
-                        raise _failure(job, error.result.output) from error
+                        raise _fill_error(build, error.result.output) from error
                     await _check_written(guest)
             finally:
                 # QEMU is gone: the sender finds the connection closed.
@@ -135,12 +135,12 @@ async def _fill(job: Job, volume: Volume) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _config(job: Job, volume: Volume, port: Path) -> GuestConfig:
+def _config(build: ImageBuild, volume: Volume, port: Path) -> GuestConfig:
     drive = option(
         id="image",
-        file=f"/proc/{os.getpid()}/fd/{job.fd}",
+        file=f"/proc/{os.getpid()}/fd/{build.fd}",
         format="raw",
-        cache="unsafe",  # nobody needs a half image after a crash
+        cache="unsafe",  # after a crash the incomplete image is useless anyway
         werror="report",
         **{"if": "none"},
     )
@@ -159,21 +159,21 @@ def _config(job: Job, volume: Volume, port: Path) -> GuestConfig:
     )
 
 
-def _script(job: Job, volume: Volume) -> str:
+def _script(build: ImageBuild, volume: Volume) -> str:
     make = _MAKE[volume.format].format(
         cluster=volume.cluster_size, label=shlex.quote(volume.label), start=ALIGNMENT // volume.block_size
     )
-    entries = len(job.tree.entries) if job.tree is not None else 0
+    entries = len(build.tree.entries) if build.tree is not None else 0
     return _SCRIPT.format(make=make, mount=_MOUNT[volume.format], port=_PORT, entries=entries)
 
 
-async def _watched(job: Job, work: Coroutine[Any, Any, object]) -> None:
-    """Wait for something in the guest, and tell how far it is."""
+async def _wait_reporting(build: ImageBuild, work: Coroutine[Any, Any, object]) -> None:
+    """Wait for work in the guest, and report the progress."""
     task = asyncio.create_task(work)
     try:
         while not task.done():
-            await asyncio.wait([task], timeout=TICK)
-            job.tick()
+            await asyncio.wait([task], timeout=PROGRESS_INTERVAL)
+            build.report_progress()
         task.result()
     finally:
         task.cancel()
@@ -202,36 +202,36 @@ def _send(connection: socket.socket, tree: Tree | None) -> None:
                 except ConnectionError:
                     raise
                 except OSError as error:
-                    raise _unreadable(tree, entry, error) from error
+                    raise _read_error(tree, entry, error) from error
         connection.shutdown(socket.SHUT_WR)
         connection.recv(1)  # until QEMU has read all and hangs up
 
 
-def _unreadable(tree: Tree, entry: Entry, error: OSError) -> ImageError:
+def _read_error(tree: Tree, entry: Entry, error: OSError) -> ImageError:
     if error.errno in (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR):  # None: it ends early
-        return changed(tree.root, [entry.path])
+        return changed_error(tree.root, [entry.path])
     return ImageError(f"{show(entry.path)} cannot be read: {(error.strerror or '').lower()}", reason=Reason.IO_ERROR)
 
 
 async def _check_written(guest: QemuGuest) -> None:
-    """Ask QEMU whether all of it could be written: the guest's kernel writes late, and umount tells no error."""
-    await guest.qmp.execute("query-status")  # its events come before its answer
+    """Check for write errors in QEMU: the guest's kernel writes late, and umount reports no error."""
+    await guest.qmp.execute("query-status")  # QEMU sends its events before this reply
     try:
         event = await guest.qmp.event("BLOCK_IO_ERROR", timeout=0)
     except TimeoutError:
         return
     why = f"{QEMU}: {event['data'].get('reason', 'I/O error')}"
     if "o space left" in why:
-        raise no_space(why)
+        raise no_space_error(why)
     raise ImageError(f"the image cannot be written ({why})", reason=Reason.IO_ERROR)
 
 
-def _failure(job: Job, output: str) -> ImageError:
-    """What a failed command in the guest means."""
+def _fill_error(build: ImageBuild, output: str) -> ImageError:
+    """Return the error for a command that failed in the guest."""
     if "o space left" in output:
         return ImageError(
             "the image is full: the folder does not fit", reason=Reason.TOO_LARGE, remedy="make the image larger"
         )
-    check_room(job.fd, _HOST_IS_FULL, "the folder of the image")
+    check_room(build.fd, _MIN_HOST_SPACE, "the folder of the image")
     lines = output.strip().splitlines()
-    return ImageError(f"the guest cannot fill the image: {lines[-1] if lines else 'no reason'}", reason=Reason.IO_ERROR)
+    return ImageError(f"the guest cannot fill the image: {lines[-1] if lines else 'no output'}", reason=Reason.IO_ERROR)

@@ -1,4 +1,4 @@
-"""Names of files and labels of volumes, by format: what fits is kept as it is, what does not is refused."""
+"""Check names of files and labels of volumes against a format: they are kept unchanged, or refused."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from string import ascii_lowercase
 
 from farplug.errors import ImageError, Reason, UsageError
 from farplug.image import upcase
-from farplug.image.tree import Entry, Tree, listing, show
+from farplug.image.tree import Entry, Tree, show, summarize
 from farplug.image.volume import Format
 
 MAX_NAME = 255
-"""UTF-16 code units of a name on FAT32, exFAT and NTFS."""
+"""Maximum UTF-16 code units of a name on FAT32, exFAT and NTFS."""
 
 MAX_FAT_FILE = 2**32 - 1
-"""Bytes of a file on FAT32."""
+"""Maximum bytes of a file on FAT32."""
 
 MAX_FAT_FOLDER = 65536
-"""Directory entries of 32 bytes in a folder of FAT32 (Microsoft's FAT specification, section 6)."""
+"""Maximum directory entries of 32 bytes in a folder of FAT32 (Microsoft's FAT specification, section 6)."""
 
 MAX_ROCK_RIDGE = 253
-"""Bytes of a name on ISO 9660 that Linux does not cut (fs/isofs/rock.c)."""
+"""Maximum bytes of a name on ISO 9660 that Linux does not truncate (fs/isofs/rock.c)."""
 
 MAX_JOLIET = 103
-"""Characters of a name that xorriso keeps for Windows. The specification says 64, Windows reads more."""
+"""Maximum characters of a name that xorriso keeps for Windows. The specification allows 64, Windows reads more."""
 
 _NOT_JOLIET = re.compile(r"[\x00-\x1f*/:;?\\\U00010000-\U0010ffff]")
 """Joliet specification, section "Allowed character set"; it is UCS-2."""
 
 _FORBIDDEN = re.compile(r'[\x00-\x1f"*/:<>?\\|]')
-"""In long names of FAT, exFAT, and of NTFS as Windows sees it."""
+"""Characters not allowed in long names of FAT and exFAT, and of NTFS on Windows."""
 
 _UPCASE = {Format.FAT32: upcase.NTFS, Format.EXFAT: upcase.EXFAT, Format.NTFS: upcase.NTFS}
 
@@ -42,25 +42,27 @@ _LABEL_FALLBACK = "FARPLUG"
 
 
 def utf16_units(text: str) -> int:
-    """Length of a text in UTF-16 code units."""
+    """Return the length of a text in UTF-16 code units."""
     return len(text.encode("utf-16-le", "surrogatepass")) // 2
 
 
 def check_names(tree: Tree, format: Format) -> None:
-    """Check that a format can hold everything in a folder under its own name.
+    """Check that a format can hold the names of all entries of a folder unchanged.
 
     Raises:
         ImageError: BAD_NAME or TOO_LARGE.
     """
     if format is Format.EXT4:
-        return  # it takes what Linux takes
+        return  # it allows all names that Linux allows
     problems = dict(_problems(tree, format))
     if problems:
         reasons = [f"{show(path)} ({what})" for path, what in problems.items()]
         raise ImageError(
-            f"{format.full_name} cannot hold {listing(reasons)}",
+            f"{format.full_name} cannot hold {summarize(reasons)}",
             reason=Reason.BAD_NAME,
-            remedy="rename that" if format is Format.ISO9660 else "rename that, or take another format: ext4 takes all",
+            remedy="rename that"
+            if format is Format.ISO9660
+            else "rename that, or use another format: ext4 holds any name",
         )
     if format is Format.FAT32:
         _check_fat_sizes(tree)
@@ -95,7 +97,7 @@ def _name_problem(name: str, format: Format) -> str:
 
 
 def joliet_changes(tree: Tree) -> list[str]:
-    """Paths whose names an ISO 9660 image shows to Windows in another form; Linux sees them as they are."""
+    """Return the paths whose names Windows shows changed on an ISO 9660 image; Linux shows them unchanged."""
     return [
         entry.path
         for entry in tree.entries
@@ -104,10 +106,10 @@ def joliet_changes(tree: Tree) -> list[str]:
 
 
 def fold(name: str, format: Format) -> str:
-    """Return what a file system compares in place of a name: two names with the same result cannot be in one folder.
+    """Return the text that a file system compares instead of a name: names with the same result exclude each other.
 
-    exFAT and NTFS map each UTF-16 code unit by a table in the volume. FAT has no table: Windows compares long names by
-    its own (RtlUpcaseUnicodeString in fastfat), which is the one in NTFS volumes; for Linux only A-Z and a-z are equal.
+    exFAT and NTFS map each UTF-16 code unit by a table in the volume. FAT has no table: Windows uses its
+    own for long names (RtlUpcaseUnicodeString in fastfat), which equals that of NTFS; for Linux only A-Z equal a-z.
     """
     return name.translate(_UPCASE[format]) if format in _UPCASE else name
 
@@ -118,20 +120,20 @@ def _check_fat_sizes(tree: Tree) -> None:
         raise ImageError(
             f"{show(large[0].path)} has {large[0].size} bytes, a file on FAT32 at most {MAX_FAT_FILE}",
             reason=Reason.TOO_LARGE,
-            remedy="take exFAT",
+            remedy="use exFAT",
         )
     for path, entries in tree.folders.items():
         count = fat_slots(entries)
         if count > MAX_FAT_FOLDER:
             raise ImageError(
-                f"the names in the folder {show(path) or '.'} need {count} entries, FAT32 takes {MAX_FAT_FOLDER}",
+                f"the names in the folder {show(path) or '.'} need {count} entries, FAT32 has {MAX_FAT_FOLDER}",
                 reason=Reason.TOO_LARGE,
-                remedy="spread the files over more folders, or take exFAT",
+                remedy="distribute the files over more folders, or use exFAT",
             )
 
 
 def fat_slots(entries: list[Entry]) -> int:
-    """Directory entries of 32 bytes that a folder of FAT32 needs at most: 13 characters of a long name in each."""
+    """Return the maximum directory entries of 32 bytes of a folder on FAT32: one for 13 characters of a long name."""
     return 2 + sum(1 + -(-utf16_units(entry.name) // 13) for entry in entries)
 
 
@@ -140,13 +142,13 @@ def fat_slots(entries: list[Entry]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class LabelRule:
-    """What a volume's label may be.
+    """The rule for labels of volumes of a format.
 
     Attributes:
-        length: at most.
-        allowed: characters, as a class of a regular expression.
-        upper: it is in upper case only.
-        in_bytes: the length is in bytes of UTF-8, else in UTF-16 code units.
+        length: maximum length.
+        allowed: allowed characters, as a class of a regular expression.
+        upper: the label is in upper case.
+        in_bytes: the length is in bytes of UTF-8, otherwise in UTF-16 code units.
     """
 
     length: int
@@ -155,11 +157,11 @@ class LabelRule:
     in_bytes: bool = False
 
     def measure(self, label: str) -> int:
-        """Its length."""
+        """Return the length of a label, in the unit of the rule."""
         return len(label.encode()) if self.in_bytes else utf16_units(label)
 
     def fits(self, label: str) -> bool:
-        """Whether a label is allowed."""
+        """Return whether a label is allowed."""
         return (
             re.fullmatch(f"{self.allowed}+", label) is not None
             and label == label.strip()
@@ -178,10 +180,10 @@ LABELS = {
 
 
 def check_label(label: str, format: Format) -> str:
-    """A label that was asked for, as it will be: FAT32 and ISO 9660 have upper case only.
+    """Return a label as the volume will have it: in upper case on FAT32 and ISO 9660.
 
     Raises:
-        UsageError: it does not fit.
+        UsageError: the label is not valid.
     """
     rule = LABELS[format]
     result = label.translate(_ASCII_UPCASE) if rule.upper else label
@@ -189,15 +191,15 @@ def check_label(label: str, format: Format) -> str:
         unit = "bytes" if rule.in_bytes else "characters"
         which = f" of {rule.allowed[1:-1]}" if rule.upper else ""
         raise UsageError(
-            f"{show(label)!r} is no label for {format.full_name}: "
+            f"{show(label)!r} is not a valid label for {format.full_name}: "
             f"1 to {rule.length} {unit}{which}, no spaces around them",
             reason=Reason.BAD_OPTION,
         )
     return result
 
 
-def label_from(name: str, format: Format) -> str:
-    """A label for a folder's name: what does not fit is replaced or cut off."""
+def label_from_name(name: str, format: Format) -> str:
+    """Return a label derived from a folder's name: invalid characters are replaced, a long name is truncated."""
     rule = LABELS[format]
     if rule.upper:
         name = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().upper()

@@ -1,4 +1,4 @@
-"""Running the tools: watched, so that a long one tells how far it is and can be given up."""
+"""Run the tools, report the progress meanwhile, and kill a tool when its user cancels."""
 
 from __future__ import annotations
 
@@ -8,98 +8,93 @@ import shlex
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeAlias
 
 from farplug.errors import ImageError, Reason
 from farplug.image.tree import Tree
 from farplug.programs import find_program
+from farplug.store.base import ProgressCallback
 
 log = logging.getLogger(__name__)
 
-Progress: TypeAlias = Callable[[int, int], None]
-"""Called with the bytes that are done, about, and all bytes; several times a second. What it raises ends the work: the
-tools are killed, the image is removed, and the exception comes out of the function that was called.
-"""
-
-TICK = 0.1
-"""Seconds between two calls of a progress callback while a tool runs."""
+PROGRESS_INTERVAL = 0.1
+"""Seconds between calls of the progress callback while a tool runs."""
 
 _NO_SPACE = "No space left on device"
 _FULL = ("Disk full", "No directory slots", "Could not allocate", "No free space")
-"""What mtools, mke2fs and tar say when the filesystem in the image is full."""
+"""Messages of mtools, mke2fs and tar for a full filesystem in the image."""
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """An image that is being made.
+class ImageBuild:
+    """An image that is being built.
 
     Attributes:
-        fd: of the image, open for reading and writing. It may have no name.
-        tree: what comes into it; None: nothing.
-        progress: told how far it is.
+        fd: of the image's file, open for reading and writing; the file may have no name.
+        tree: what is copied into the image; None: nothing.
+        progress: called with the progress.
     """
 
     fd: int
     tree: Tree | None
-    progress: Progress
+    progress: ProgressCallback
 
     @property
     def path(self) -> str:
-        """The image, for a process that inherits the descriptor."""
+        """Return the path of the image for a process that inherits the descriptor."""
         return f"/proc/self/fd/{self.fd}"
 
     @property
     def total(self) -> int:
-        """Bytes to copy."""
+        """Return the number of bytes to copy."""
         return self.tree.size if self.tree is not None else 0
 
-    def tick(self) -> None:
-        """Tell how far it is: by the space that the image takes, which no tool has to be asked for."""
+    def report_progress(self) -> None:
+        """Report the progress, measured by the space that the image uses: the tools themselves report none."""
         self.progress(min(os.fstat(self.fd).st_blocks * 512, self.total), self.total)
 
     def run(self, program: str, *arguments: str, stdin: str = "", **environment: str) -> str:
-        """Run a tool on the image, which it inherits, and return what it wrote to both outputs.
+        """Run a tool that inherits the image; return its standard output and standard error.
 
         Raises:
             SetupError: the program is not installed.
-            ImageError: it failed.
+            ImageError: the tool failed.
         """
         command = [str(find_program(program)), *arguments]
         log.debug("run %s", shlex.join(command))
-        output, code = self._watch(command, subprocess.PIPE, stdin, environment)
+        output, code = self._execute(command, subprocess.PIPE, stdin, environment)
         check(program, code, output)
         return output
 
     def run_into(self, program: str, *arguments: str) -> None:
-        """Run a tool whose standard output becomes the image.
+        """Run a tool that writes the image to its standard output.
 
         Raises:
             SetupError: the program is not installed.
-            ImageError: it failed.
+            ImageError: the tool failed.
         """
         command = [str(find_program(program)), *arguments]
         log.debug("run %s", shlex.join(command))
-        output, code = self._watch(command, self.fd, "", {})
+        output, code = self._execute(command, self.fd, "", {})
         check(program, code, output)
 
-    def _watch(self, command: Sequence[str], stdout: int, stdin: str, environment: dict[str, str]) -> tuple[str, int]:
+    def _execute(self, command: Sequence[str], stdout: int, stdin: str, environment: dict[str, str]) -> tuple[str, int]:
         data: bytes | None = stdin.encode(errors="surrogateescape")
         process: subprocess.Popen[bytes] | None = None
         try:
-            with _signals_later():  # else one could come when the tool runs, and nobody knows it yet
+            with _deferred_signals():  # otherwise a signal could leave a tool running that was just started
                 process = self._start(command, stdout, environment)
             while True:
                 try:
-                    output, errors = process.communicate(data, timeout=TICK)
-                    self.tick()
-                    said = output if stdout == subprocess.PIPE else errors
-                    return said.decode(errors="replace"), process.returncode
+                    output, errors = process.communicate(data, timeout=PROGRESS_INTERVAL)
+                    self.report_progress()
+                    text = output if stdout == subprocess.PIPE else errors
+                    return text.decode(errors="replace"), process.returncode
                 except subprocess.TimeoutExpired:
-                    data = None  # communicate keeps what it has
-                    self.tick()
+                    data = None  # communicate keeps the rest of the input
+                    self.report_progress()
         finally:
             if process is not None:
                 if process.poll() is None:
@@ -124,56 +119,56 @@ class Job:
 
 
 @contextmanager
-def _signals_later() -> Iterator[None]:
-    """Have Python's handlers of SIGINT and SIGTERM called when the block has ended. Only the main thread runs them."""
+def _deferred_signals() -> Iterator[None]:
+    """Call Python's handlers of SIGINT and SIGTERM after the block. Only the main thread runs handlers."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came: list[int] = []
+    received: list[int] = []
     handlers = {
         number: handler for number in (signal.SIGINT, signal.SIGTERM) if callable(handler := signal.getsignal(number))
     }
     for number in handlers:
-        signal.signal(number, lambda number, frame: came.append(number))
+        signal.signal(number, lambda number, frame: received.append(number))
     try:
         yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    for one in came:
-        signal.raise_signal(one)
+    for signal_number in received:
+        signal.raise_signal(signal_number)
 
 
 def check(program: str, code: int, output: str) -> None:
-    """Turn a tool's failure into an error.
+    """Raise the error for a tool that failed.
 
     Raises:
-        ImageError: NO_SPACE on this machine, TOO_LARGE for the image, or IO_ERROR.
+        ImageError: NO_SPACE: this machine's disk is full; TOO_LARGE: the image is full; or IO_ERROR.
     """
     if code == 0:
         return
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    said = lines[-1] if lines else f"exit code {code}"
+    message = lines[-1] if lines else f"exit code {code}"
     if _NO_SPACE in output:
-        raise no_space(f"{program}: {said}")
+        raise no_space_error(f"{program}: {message}")
     if any(text in output for text in _FULL):
         raise ImageError(
-            f"the image is full ({program}: {said})", reason=Reason.TOO_LARGE, remedy="make the image larger"
+            f"the image is full ({program}: {message})", reason=Reason.TOO_LARGE, remedy="make the image larger"
         )
-    raise ImageError(f"{program} failed: {said}", reason=Reason.IO_ERROR)
+    raise ImageError(f"{program} failed: {message}", reason=Reason.IO_ERROR)
 
 
-def no_space(what: str) -> ImageError:
-    """The error for a full disk of this machine."""
+def no_space_error(what: str) -> ImageError:
+    """Return the error for a full disk of this machine."""
     return ImageError(
         f"no space left for the image ({what})",
         reason=Reason.NO_SPACE,
-        remedy="make room, or name another folder: TMPDIR for a folder that becomes a disk, --output for an image",
+        remedy="free space, or put the image into another folder; a copy of a folder is in TMPDIR",
     )
 
 
 def check_room(fd: int, needed: int, place: str) -> None:
-    """Check that there is room on the file system of a file, before hours of copying.
+    """Check for free space on the file system of a file, before hours of copying.
 
     Raises:
         ImageError: NO_SPACE.
@@ -181,4 +176,4 @@ def check_room(fd: int, needed: int, place: str) -> None:
     figures = os.fstatvfs(fd)
     free = figures.f_bavail * figures.f_frsize
     if free < needed:
-        raise no_space(f"{needed} bytes are needed in {place}, {free} are free")
+        raise no_space_error(f"{needed} bytes are needed in {place}, {free} are free")

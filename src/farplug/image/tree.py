@@ -1,4 +1,4 @@
-"""What is in a folder: the one place that decides what goes into an image, and what is left out."""
+"""Scan a folder: the only place that decides what is copied into an image, and what is left out."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from farplug.errors import ImageError, Reason
+from farplug.errors import ImageError, Reason, from_oserror
 
 MAX_ENTRIES = 1_000_000
-"""Files and folders in a folder, all levels together: more is a mistake, such as ``/``."""
+"""Maximum number of files and folders, all levels together: more is a mistake, such as ``/``."""
 
 _SHORT_NAME = re.compile(r"[^.]{1,8}(\.[^.]{1,3})?")
-"""A name that FAT may take for a short one, 8.3."""
+"""A name that may be a short name (8.3) on FAT."""
 
 _SPECIAL = {
     stat.S_IFSOCK: "a socket",
@@ -32,9 +32,9 @@ class Entry:
 
     Attributes:
         path: below the tree's root, with slashes. Bytes that are not UTF-8 are surrogates (PEP 383).
-        is_folder: else a regular file, or a link that is followed to one.
+        is_folder: otherwise it is a regular file, or a link to one, which is followed.
         size: bytes; 0 for a folder.
-        modified: nanoseconds since 1970.
+        modified: modification time, in nanoseconds since 1970.
     """
 
     path: str
@@ -44,24 +44,24 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """Last part of the path."""
+        """Return the last part of the path."""
         return self.path.rpartition("/")[2]
 
     @property
     def parent(self) -> str:
-        """Path of its folder; empty at the top."""
+        """Return the path of its folder; empty at the top."""
         return self.path.rpartition("/")[0]
 
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """A folder as it was at one moment: two scans are equal if nothing changed in between.
+    """The content of a folder at one moment: two scans are equal if nothing changed in between.
 
     Attributes:
-        root: absolute, no symbolic links in it.
-        entries: parents before children. In one folder those come first that FAT may take for short names: so a short
-            name that is made for another one later finds them there, and avoids them.
-        left_out: path, and what it is.
+        root: absolute path without symbolic links.
+        entries: parents before children. Within a folder, names that may be short names on FAT come first: so a short
+            name that is generated later for another entry avoids them.
+        left_out: paths, each with what it is.
     """
 
     root: Path
@@ -70,12 +70,12 @@ class Tree:
 
     @property
     def size(self) -> int:
-        """Bytes in all files."""
+        """Return the number of bytes in all files."""
         return sum(entry.size for entry in self.entries)
 
     @property
     def folders(self) -> dict[str, list[Entry]]:
-        """What is in each folder, by its path; the top is the empty one."""
+        """Return the entries of each folder, by its path; the path of the top is empty."""
         result: dict[str, list[Entry]] = {"": []}
         for entry in self.entries:
             result[entry.parent].append(entry)
@@ -85,25 +85,26 @@ class Tree:
 
 
 def scan(folder: str | os.PathLike[str], *, posix: bool = False, tick: Callable[[], None] = lambda: None) -> Tree:
-    """Look at everything in a folder.
+    """Return the content of a folder.
 
-    A symbolic link to a file inside the folder counts as that file. Links that lead out of it, to folders or nowhere,
-    and sockets, pipes and devices are left out. Where ``posix``, the image can hold all these, and they count as empty.
+    A symbolic link to a file inside the folder counts as that file. Links out of the folder, to folders or to
+    nothing, sockets, pipes and devices are left out. If ``posix``, the image can hold all of them, and they count as
+    empty.
 
     Args:
         folder: its path.
-        posix: whether the image will hold links and special files as they are.
-        tick: called for each folder; what it raises ends the scan.
+        posix: whether the image holds links and special files.
+        tick: called for each folder; an exception that it raises ends the scan.
 
     Raises:
-        ImageError: NOT_FOUND, NOT_A_FOLDER, NO_PERMISSION, TOO_LARGE (too many entries), CHANGED (something vanishes
+        ImageError: NOT_FOUND, NOT_A_FOLDER, NO_PERMISSION, TOO_LARGE (too many entries), CHANGED (an entry was removed
             meanwhile) or IO_ERROR.
     """
     try:
         root = Path(folder).resolve(strict=True)
         is_folder = root.is_dir()
     except (OSError, ValueError, RuntimeError) as error:  # a NUL, a loop of links
-        raise _problem(Path(folder), error) from error
+        raise _read_error(Path(folder), error) from error
     if not is_folder:
         raise ImageError(f"{folder} is not a folder", reason=Reason.NOT_A_FOLDER, remedy="name a folder")
     entries: list[Entry] = []
@@ -117,7 +118,7 @@ def scan(folder: str | os.PathLike[str], *, posix: bool = False, tick: Callable[
                 items = sorted(found, key=lambda item: (_SHORT_NAME.fullmatch(item.name) is None, item.name))
             folders = []
             for item in items:
-                entry, what = _look(root, f"{path}/{item.name}".lstrip("/"), posix)
+                entry, what = _entry(root, f"{path}/{item.name}".lstrip("/"), posix)
                 if entry is None:
                     left_out.append((f"{path}/{item.name}".lstrip("/"), what))
                     continue
@@ -126,8 +127,8 @@ def scan(folder: str | os.PathLike[str], *, posix: bool = False, tick: Callable[
                     folders.append(entry.path)
         except OSError as error:
             if error.errno == errno.ENOENT:
-                raise changed(root, [path or "."]) from error
-            raise _problem(Path(error.filename or root / path), error) from error
+                raise changed_error(root, [path or "."]) from error
+            raise _read_error(Path(error.filename or root / path), error) from error
         if len(entries) + len(left_out) > MAX_ENTRIES:
             raise ImageError(
                 f"{root} has more than {MAX_ENTRIES} files and folders",
@@ -138,8 +139,8 @@ def scan(folder: str | os.PathLike[str], *, posix: bool = False, tick: Callable[
     return Tree(root, tuple(entries), tuple(left_out))
 
 
-def _look(root: Path, path: str, posix: bool) -> tuple[Entry | None, str]:
-    """An entry, or what it is that is left out."""
+def _entry(root: Path, path: str, posix: bool) -> tuple[Entry | None, str]:
+    """Return an entry; or None, and what is left out."""
     place = root / path
     status = os.lstat(place)
     if stat.S_ISLNK(status.st_mode) and not posix:
@@ -149,7 +150,7 @@ def _look(root: Path, path: str, posix: bool) -> tuple[Entry | None, str]:
         except (OSError, RuntimeError):
             return None, "a link to nothing"
         if not target.is_relative_to(root):
-            return None, "a link that leads out"
+            return None, "a link out of the folder"
         if stat.S_ISDIR(status.st_mode):
             return None, "a link to a folder"
     kind = stat.S_IFMT(status.st_mode)
@@ -162,57 +163,49 @@ def _look(root: Path, path: str, posix: bool) -> tuple[Entry | None, str]:
 
 
 def check_unchanged(tree: Tree, *, posix: bool = False, tick: Callable[[], None] = lambda: None) -> None:
-    """Check that a folder still is what it was.
+    """Check that a folder has not changed since the scan.
 
     Raises:
-        ImageError: CHANGED, or what :func:`scan` raises.
+        ImageError: CHANGED, or as :func:`scan`.
     """
     now = scan(tree.root, posix=posix, tick=tick)
     if now != tree:
         different = {*now.entries} ^ {*tree.entries}
-        raise changed(tree.root, sorted({entry.path for entry in different} or {"."}))
+        raise changed_error(tree.root, sorted({entry.path for entry in different} or {"."}))
 
 
-def changed(root: Path, paths: list[str]) -> ImageError:
-    """The error for a folder that changes while it is copied."""
+def changed_error(root: Path, paths: list[str]) -> ImageError:
+    """Return the error for a folder that changed while it was copied."""
     return ImageError(
-        f"{root} changed while it was copied: {listing(paths)}",
+        f"{root} changed while it was copied: {summarize(paths)}",
         reason=Reason.CHANGED,
-        remedy="try again when nothing writes to it",
+        remedy="retry when no program writes to it",
     )
 
 
-def listing(items: list[str], most: int = 3) -> str:
-    """The first few items, and how many more there are."""
+def summarize(items: list[str], most: int = 3) -> str:
+    """Return the first items, and the number of the others."""
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(show(item) for item in items[:most]) + more
 
 
 def show(path: str) -> str:
-    """A path for people: what is not UTF-8 becomes an escape."""
+    """Return a path with escapes for bytes that are not UTF-8."""
     return path.encode(errors="backslashreplace").decode()
 
 
 def describe_left_out(tree: Tree) -> Iterator[str]:
-    """A line for each kind of thing that is left out."""
+    """Yield a line for each kind of entry that is left out."""
     kinds: dict[str, list[str]] = {}
     for path, what in tree.left_out:
         kinds.setdefault(what, []).append(path)
     for what, paths in kinds.items():
-        yield f"left out, {what}: {listing(paths)}"
+        yield f"left out, {what}: {summarize(paths)}"
 
 
-def _problem(path: Path, error: OSError | ValueError | RuntimeError) -> ImageError:
-    place = show(str(path))
-    if isinstance(error, (ValueError, RuntimeError)):
-        return ImageError(f"{place!r} is not a path", reason=Reason.NOT_FOUND)
-    what = (error.strerror or str(error)).lower()
-    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
-        return ImageError(f"{place} cannot be read: {what}", reason=Reason.NOT_FOUND, remedy="check the path")
-    if error.errno in (errno.EACCES, errno.EPERM):
-        return ImageError(
-            f"{place} cannot be read: {what}",
-            reason=Reason.NO_PERMISSION,
-            remedy="get the permission to read all of the folder, or move that away",
-        )
-    return ImageError(f"{place} cannot be read: {what}", reason=Reason.IO_ERROR)
+def _read_error(path: Path, error: OSError | ValueError | RuntimeError) -> ImageError:
+    if isinstance(error, RuntimeError):  # pathlib's error for a loop of links, before Python 3.13
+        error = OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+    denied = isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM)
+    remedy = "get permission to read the whole folder, or move that entry away" if denied else ""
+    return from_oserror(show(str(path)), error, as_=ImageError, problem="cannot be read", remedy=remedy)

@@ -1,4 +1,4 @@
-"""What a disk made of a folder looks like: format, partition table, sizes."""
+"""The layout of a disk with one partition: format, partition table, sizes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from farplug.errors import ImageError, Reason, UsageError
 MIB = 1 << 20
 GIB = 1 << 30
 ALIGNMENT = MIB
-"""Where the partition begins; its length is a multiple of it too."""
+"""Offset of the partition in bytes; its length is a multiple of it, too."""
 
 BLOCK_SIZES = (512, 4096)
 
@@ -27,12 +27,12 @@ class Format(StrEnum):
 
     @property
     def full_name(self) -> str:
-        """As it is written for people."""
+        """Return the usual spelling of the name."""
         return _FULL_NAMES[self]
 
     @property
     def posix(self) -> bool:
-        """Whether it holds symbolic links, devices and the like."""
+        """Return whether it can hold symbolic links, devices and other special files."""
         return self in (Format.EXT4, Format.ISO9660)
 
 
@@ -74,21 +74,21 @@ class Volume:
 
     @property
     def cluster_size(self) -> int:
-        """Bytes of the filesystem's unit of space."""
+        """Return the bytes in a cluster of the filesystem."""
         return cluster_size(self.format, self.length, self.block_size)
 
 
 MIN_FAT_CLUSTERS = 65525
-"""Fewer, and it is FAT16 for whoever mounts it (Microsoft's FAT specification, section 3.5)."""
+"""A volume with fewer clusters is mounted as FAT16 (Microsoft's FAT specification, section 3.5)."""
 
 _SPARE_CLUSTERS = 16
-"""Some implementations are wrong by a few: the specification wants a distance from the bound."""
+"""Some implementations compute the bound slightly wrong: the specification recommends this distance from it."""
 
 MIN_LENGTH = {Format.EXFAT: 4 * MIB, Format.EXT4: 8 * MIB, Format.NTFS: 8 * MIB}
 
 
 def cluster_size(format: Format, length: int, block_size: int) -> int:
-    """Bytes of a cluster in a partition of ``length`` bytes: 4 KiB and, where it grows large, what Windows takes."""
+    """Return the bytes in a cluster of a partition of ``length`` bytes: 4 KiB; in large partitions as on Windows."""
     match format:
         case Format.FAT32:
             if length > 8 * GIB:
@@ -104,23 +104,23 @@ def cluster_size(format: Format, length: int, block_size: int) -> int:
 
 
 def min_fat_length(cluster: int) -> int:
-    """Bytes that a partition must have to be FAT32 with this cluster size."""
+    """Return the minimum bytes of a FAT32 partition with this cluster size."""
     return fat_length(0, cluster)
 
 
 def fat_length(clusters: int, cluster: int) -> int:
-    """Bytes of a FAT32 partition with room for so many clusters: two tables, reserved blocks, and the alignment."""
+    """Return the bytes of a FAT32 partition with n clusters, two tables, reserved blocks, and alignment."""
     count = max(clusters, MIN_FAT_CLUSTERS + _SPARE_CLUSTERS)
-    return aligned(count * cluster + 2 * 4 * (count + 2) + 32 * 4096 + 4 * cluster)
+    return align_up(count * cluster + 2 * 4 * (count + 2) + 32 * 4096 + 4 * cluster)
 
 
-def aligned(count: int) -> int:
-    """Rounded up to the alignment."""
+def align_up(count: int) -> int:
+    """Return a number of bytes rounded up to the alignment."""
     return -(-count // ALIGNMENT) * ALIGNMENT
 
 
 def largest_disk(format: Format, partition: Partition, block_size: int) -> int:
-    """Bytes of the largest disk: 32-bit block numbers in an MBR and in FAT32."""
+    """Return the bytes of the largest disk: an MBR and FAT32 have 32-bit block numbers."""
     if partition is Partition.MBR or format is Format.FAT32:
         return (2**32 - 1) * block_size // ALIGNMENT * ALIGNMENT
     return 2**63 // ALIGNMENT * ALIGNMENT - ALIGNMENT
@@ -129,69 +129,69 @@ def largest_disk(format: Format, partition: Partition, block_size: int) -> int:
 def plan(
     *, format: Format, partition: Partition, label: str, block_size: int, size: int | None, needed: Callable[[int], int]
 ) -> Volume:
-    """Fix a volume's sizes.
+    """Return a volume with its sizes.
 
     Args:
         format: of the partition.
         partition: kind of the partition table.
-        label: checked already.
+        label: a valid label.
         block_size: of the disk.
         size: of the disk, in bytes; None: as large as needed.
-        needed: bytes that the partition must have for its content, by cluster size.
+        needed: returns the bytes that the content of the partition needs, for a cluster size.
 
     Raises:
         UsageError: the size is not a multiple of the block size.
-        ImageError: TOO_LARGE for the size or the format, or EMPTY: too small for the format.
+        ImageError: TOO_LARGE: for the size or the format; EMPTY: too small for the format.
     """
     tail = ALIGNMENT if partition is Partition.GPT else 0  # the backup table
     if size is None:
-        # The cluster size depends on the length, and the length on the cluster size: both only grow.
-        length = shortest(format, block_size)
+        # The cluster size depends on the length, and the length on the cluster size; neither ever shrinks.
+        length = min_length(format, block_size)
         while (want := needed(cluster_size(format, length, block_size))) > length:
-            length = aligned(want)
+            length = align_up(want)
         size = ALIGNMENT + length + tail
     elif size % block_size:
         raise UsageError(f"{size} bytes are not a multiple of {block_size}-byte blocks", reason=Reason.BAD_OPTION)
     else:
         length = (size - ALIGNMENT - tail) // ALIGNMENT * ALIGNMENT
-        least = shortest(format, block_size)
+        least = min_length(format, block_size)
         if length < least:
-            wanted = _shown(ALIGNMENT + least + tail)
+            wanted = _format_size(ALIGNMENT + least + tail)
             raise ImageError(
                 f"{size} bytes are too small for {format.full_name}: it needs {wanted} at least",
                 reason=Reason.EMPTY,
-                remedy="make it larger, or take another format",
+                remedy="make it larger, or use another format",
             )
     most = largest_disk(format, partition, block_size)
     if size > most:
         raise ImageError(
             f"{size} bytes are too large for {format.full_name} and {partition.upper()} in {block_size}-byte blocks: "
-            f"{_shown(most)} at most",
+            f"{_format_size(most)} at most",
             reason=Reason.TOO_LARGE,
-            remedy="take GPT" if format is not Format.FAT32 else "take exFAT and GPT",
+            remedy="use GPT" if format is not Format.FAT32 else "use exFAT and GPT",
         )
     volume = Volume(
         format=format, partition=partition, label=label, block_size=block_size, length=length, disk_size=size
     )
     want = needed(volume.cluster_size)
     if want > length:
-        wanted = _shown(ALIGNMENT + aligned(want) + tail)
+        wanted = _format_size(ALIGNMENT + align_up(want) + tail)
         raise ImageError(
-            f"the folder needs {wanted} as {format.full_name}, the disk has {_shown(size)}",
+            f"the folder needs {wanted} as {format.full_name}, the disk has {_format_size(size)}",
             reason=Reason.TOO_LARGE,
-            remedy="make the disk larger, or leave the size out: then it is as large as needed",
+            remedy="make the disk larger; without a size it is as large as needed",
         )
     return volume
 
 
-def _shown(size: int) -> str:
-    """Return a size as a person gives it: ``34M``, ``2T``; in bytes if it is not a multiple of 1 KiB."""
+def _format_size(size: int) -> str:
+    """Return a size as a user writes it: ``34M``, ``2T``; in bytes if it is not a multiple of 1 KiB."""
     for unit, letter in ((1 << 40, "T"), (1 << 30, "G"), (1 << 20, "M"), (1 << 10, "K")):
         if size % unit == 0 and size:
             return f"{size // unit}{letter}"
     return f"{size} bytes"
 
 
-def shortest(format: Format, block_size: int) -> int:
-    """Bytes that a partition must have at least."""
+def min_length(format: Format, block_size: int) -> int:
+    """Return the minimum bytes of a partition."""
     return min_fat_length(block_size) if format is Format.FAT32 else MIN_LENGTH[format]

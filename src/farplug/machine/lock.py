@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from farplug.errors import DeviceError, Reason, Remedy
+from farplug.errors import TOO_MANY_OPEN_FILES, DeviceError, Reason, Remedy
 from farplug.machine.device_info import DeviceInfo
 from farplug.machine.obstacles import busy, device_lost, no_permission
-from farplug.machine.sysfs import TOO_MANY_OPEN, open_files_remedy
+from farplug.machine.sysfs import open_files_remedy
 
 
 class DeviceLock:
@@ -33,7 +33,7 @@ class DeviceLock:
             raise no_permission(device.vendor_id, device.product_id).error(device) from error
         except OSError as error:
             why = os.strerror(error.errno or 0)
-            if error.errno in TOO_MANY_OPEN:
+            if error.errno in TOO_MANY_OPEN_FILES:
                 raise DeviceError(
                     f"{device} cannot be plugged in: {why}",
                     reason=Reason.IO_ERROR,

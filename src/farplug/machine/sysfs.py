@@ -14,10 +14,8 @@ import os
 import sys
 from pathlib import Path
 
-from farplug.errors import Reason, Remedy, SetupError
+from farplug.errors import TOO_MANY_OPEN_FILES, Reason, Remedy, SetupError
 
-TOO_MANY_OPEN = (errno.EMFILE, errno.ENFILE)
-"""Error numbers for too many open files of this process, or of this machine."""
 MAX_ATTRIBUTE = 4096
 """Bytes of an attribute in sysfs, apart from binary files."""
 
@@ -68,8 +66,8 @@ def list_folder(folder: Path) -> list[Path]:
 
 
 def raise_if_too_many_open(error: OSError) -> None:
-    """Raise a ``SetupError`` if an error is one of :data:`TOO_MANY_OPEN`."""
-    if error.errno in TOO_MANY_OPEN:
+    """Raise a ``SetupError`` if an error is one of :data:`TOO_MANY_OPEN_FILES`."""
+    if error.errno in TOO_MANY_OPEN_FILES:
         whose = "this process" if error.errno == errno.EMFILE else "this machine"
         raise SetupError(
             f"the USB devices cannot be listed: {whose} has too many open files",
@@ -79,7 +77,7 @@ def raise_if_too_many_open(error: OSError) -> None:
 
 
 def open_files_remedy(error: OSError) -> Remedy:
-    """Return the remedy for one of :data:`TOO_MANY_OPEN`."""
+    """Return the remedy for one of :data:`TOO_MANY_OPEN_FILES`."""
     if error.errno == errno.EMFILE:
         return Remedy("close some files, or allow more", command="ulimit -n 4096")
     return Remedy("close some files")

@@ -1,4 +1,4 @@
-"""Where a disk's blocks live: a file, a snapshot of one, memory. Knows nothing of USB and SCSI."""
+"""Storage for a disk's blocks: a file, a snapshot of one, memory. Independent of USB and SCSI."""
 
 from typing import TYPE_CHECKING
 

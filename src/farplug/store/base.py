@@ -1,4 +1,4 @@
-"""What a disk needs of the place where its blocks live."""
+"""The interface of a disk to the storage of its blocks."""
 
 from __future__ import annotations
 
@@ -15,40 +15,45 @@ ReadDone: TypeAlias = Callable[[Buffer, OSError | None], None]
 WriteDone: TypeAlias = Callable[[OSError | None], None]
 """Called once: None, or the error."""
 
+ProgressCallback: TypeAlias = Callable[[int, int], None]
+"""Called with the bytes done and the bytes in total. An exception that it raises interrupts the work: the function that
+was called cleans up, and raises it.
+"""
+
 BLOCK_SIZE = 512
 
 
 class CacheMode(StrEnum):
-    """When what was written is durable. The values are those of QEMU's cache option."""
+    """When written data is durable. The values are those of QEMU's cache option."""
 
     WRITEBACK = "writeback"
     """When the guest asks for it. The page cache of this machine is the disk's write cache."""
     WRITETHROUGH = "writethrough"
     """Before a write is done: the disk has no write cache."""
     UNSAFE = "unsafe"
-    """When the kernel pleases, whatever the guest asks for, at a detach too. What was written survives the end of
-    farplug, but not that of this machine: for disks that can be thrown away."""
+    """When the kernel writes it back; no flush has an effect, not even at a detach. Written data survives the end of
+    farplug, but not a crash of this machine: for disks that can be thrown away."""
 
 
 class Store(ABC):
     """Blocks that can be read and written.
 
-    Offsets and lengths are bytes, inside the store: callers check the range. ``done`` may be called before the method
-    returns (the blocks are in memory) or later, always on the event loop's thread, in any order. Whoever passes
-    ``data`` no longer changes it until ``done`` is called.
+    Offsets and lengths are in bytes and inside the store: callers check the range. ``done`` may be called before the
+    method returns (the blocks are in memory) or later, always on the event loop's thread, in any order. The caller does
+    not change ``data`` until ``done`` is called.
 
-    Writes that overlap happen in the order of the calls, and a read sees what was written before it was called, also if
-    nobody waits for the answers any more.
+    Writes that overlap happen in the order of the calls, and a read returns the data of all writes that were called
+    before it, completed or not.
 
     Attributes:
-        name: for people: a path.
-        block_count: how many blocks there are, 1 at least. It may change at any time (:meth:`refresh`).
+        name: text for a user: a path.
+        block_count: number of blocks, at least 1. It may change at any time (:meth:`refresh`).
         block_size: bytes.
         read_only: writes are an error.
-        unmaps: :meth:`zero` can give space back.
+        unmaps: :meth:`zero` can release space.
         write_cache: a write may be done before it is durable.
-        temporary: what is written is lost when the store is closed.
-        serial_number: upper-case hex digits, the same each time that this image is opened; two images differ.
+        temporary: written data is lost when the store is closed.
+        serial_number: upper-case hex digits, the same each time this image is opened, and different for each image.
     """
 
     name: str
@@ -66,21 +71,19 @@ class Store(ABC):
 
     @abstractmethod
     def write(self, offset: int, data: Buffer, done: WriteDone) -> None:
-        """Write ``data``. With a write cache it need not be durable yet when it is done."""
+        """Write ``data``. With a write cache, the data may not be durable yet when ``done`` is called."""
 
     @abstractmethod
     def zero(self, offset: int, length: int, done: WriteDone, *, unmap: bool) -> None:
-        """Make a range read as zeros: a write in every respect. With ``unmap`` its space is given back if possible."""
+        """Write zeros to a range, with the guarantees of :meth:`write`. ``unmap``: release its space if possible."""
 
     @abstractmethod
     def flush(self, done: WriteDone) -> None:
-        """Make everything durable whose write was done (or called) before this call (:attr:`CacheMode.UNSAFE`: wait for
-        the writes).
-        """
+        """Make all writes that were called before this call durable (:attr:`CacheMode.UNSAFE`: wait for them only)."""
 
     def refresh(self) -> None:  # noqa: B027
-        """Look at the size of the medium again: if it grew, ``block_count`` follows soon."""
+        """Check the size of the medium again. If it grew, ``block_count`` is updated soon after."""
 
     @abstractmethod
     async def close(self) -> None:
-        """Wait for what is under way and give the store back. Does nothing the second time. It does not flush."""
+        """Wait for pending operations, then release the store, without a flush. The second call does nothing."""

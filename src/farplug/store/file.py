@@ -15,14 +15,13 @@ log = logging.getLogger(__name__)
 
 
 class FileStore(ThreadedStore):
-    """A RAW image file, or a block device. Made by :meth:`open`.
+    """A RAW image file, or a block device. Opened by :meth:`open`.
 
-    If the file shrinks while it is open, what is lost is an error to read until :meth:`refresh` has seen that it grew
-    again, and an error to write.
+    If the file shrinks while it is open, reads and writes of the lost blocks fail, and the store keeps its size.
 
     Attributes:
-        path: as it was given.
-        ignored: bytes of a trailing part of a block, which the disk does not show.
+        path: as the caller gave it.
+        ignored: bytes after the last whole block, which are not part of the disk.
     """
 
     def __init__(self, image: Image, *, block_size: int, read_only: bool, cache: CacheMode) -> None:
@@ -75,22 +74,22 @@ class FileStore(ThreadedStore):
         self._refreshing = True
         size = 0
 
-        def look() -> None:
+        def read_size() -> None:
             nonlocal size
             size = self._image.size
 
         def finish(error: OSError | None) -> None:
             self._refreshing = False
             block_count = size // self.block_size
-            # A file that shrank lost blocks: they are errors of the medium, and the disk keeps its size.
+            # Blocks that a file lost by shrinking are medium errors: the disk keeps its size.
             if block_count > self.block_count:
-                log.info("%s: %d blocks now, %d before", self.name, block_count, self.block_count)
+                log.info("%s: grew from %d to %d blocks", self.name, self.block_count, block_count)
                 self.block_count = block_count
 
-        self._write_thread().run(look, finish)
+        self._write_pool().run(read_size, finish)
 
     def abandon(self) -> None:
-        """Give the image back at once. Only while nothing has been read or written."""
+        """Close the image at once. Only before the first read or write."""
         self._close_files()
 
     def _read_cached(self, data: memoryview, offset: int) -> int:

@@ -1,7 +1,7 @@
-"""Zeros without writing them: fallocate(2) of Linux, which Python's os module does not have in full.
+"""Zeros without writing them: Linux's fallocate(2), whose modes Python's os module lacks.
 
-It works on files and on block devices: there the kernel takes what the device offers for zeros, and drops what it has
-cached (blkdev_fallocate). A plain discard (BLKDISCARD) would not do: afterwards a device may return anything.
+It works on files and on block devices. For a device the kernel uses the device's own command for zeros, and drops its
+cached pages (blkdev_fallocate). A plain discard (BLKDISCARD) is not enough: afterwards a device may return any data.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 0x01, 0x02, 0x10
 """FALLOC_FL_ in linux/falloc.h."""
 
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
-"""EINVAL: a range that a block device with larger blocks than ours cannot take."""
+"""EINVAL: the range does not consist of whole blocks of a block device."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _fallocate64 = _libc.fallocate64 if hasattr(_libc, "fallocate64") else _libc.fallocate
@@ -29,13 +29,13 @@ def zero_range(fd: int, offset: int, length: int, *, unmap: bool) -> bool:
     """Make a range read as zeros.
 
     Args:
-        fd: of a file that is open for writing.
+        fd: of a file or block device that is open for writing.
         offset: bytes.
-        length: bytes, 1 at least.
-        unmap: give the space back; otherwise it stays allocated.
+        length: bytes, at least 1.
+        unmap: release the space; otherwise it stays allocated.
 
     Returns:
-        False if that cannot be done here, and nothing has changed.
+        False if the file system or device does not support it; nothing has changed then.
 
     Raises:
         OSError: it failed.
@@ -44,7 +44,7 @@ def zero_range(fd: int, offset: int, length: int, *, unmap: bool) -> bool:
 
 
 def can_unmap(fd: int) -> bool:
-    """Whether space of a file or block device, open for writing, can be given back. Nothing changes."""
+    """Return whether space of a file or block device, open for writing, can be released. Nothing changes."""
     status = os.fstat(fd)
     if not stat.S_ISBLK(status.st_mode):
         return _fallocate(fd, _KEEP_SIZE | _PUNCH_HOLE, status.st_size, 1)  # behind the end

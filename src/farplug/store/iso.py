@@ -1,4 +1,4 @@
-"""A store in an image of a CD or DVD: opened for reading, and only if it is one."""
+"""A store in an image of a CD or DVD, read-only."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ import logging
 import os
 from pathlib import Path
 
-from farplug.errors import ImageError, Reason
-from farplug.shell import shell_word
+from farplug.errors import ImageError, Reason, Remedy
 from farplug.store.content import CD_BLOCK_SIZE, Content, recognize
 from farplug.store.file import FileStore
+from farplug.store.image import force_remedy
 
 log = logging.getLogger(__name__)
 
-MAX_CD_BLOCKS = 2**32 - 1
-"""A drive tells the size of a disc and of its track in 32 bits (MMC-3, READ CAPACITY and READ TRACK INFORMATION)."""
+MAX_ISO_BLOCKS = 2**32 - 1
+"""READ CAPACITY and READ TRACK INFORMATION of a CD-ROM drive have 32 bits for the number of blocks (MMC-3)."""
 
 _PRIMARY_DESCRIPTOR = 16 * CD_BLOCK_SIZE
-"""Where the primary volume descriptor is (ECMA-119, chapter 6.7.1)."""
+"""Offset of the primary volume descriptor (ECMA-119, chapter 6.7.1)."""
 
 
 def open_iso(path: str | os.PathLike[str], *, force: bool = False) -> FileStore:
-    """Open and lock an image of a CD, or a block device that has one, for reading. Its blocks have 2048 bytes.
+    """Open and lock an ISO image, in a file or a block device, for reading. Its blocks have 2048 bytes.
 
     Args:
         path: of the image.
-        force: as :meth:`Image.open`: also without a volume of ISO 9660, High Sierra or UDF.
+        force: as in :meth:`Image.open`; also open an image without a volume of ISO 9660, High Sierra or UDF.
 
     Raises:
         ImageError: NOT_AN_ISO, TOO_LARGE, or as :meth:`FileStore.open`.
@@ -39,35 +39,36 @@ def open_iso(path: str | os.PathLike[str], *, force: bool = False) -> FileStore:
 
     path = Path(path)
     store = FileStore.open(path, read_only=True, block_size=CD_BLOCK_SIZE, force=force, check=check)
-    if store.block_count > MAX_CD_BLOCKS:
+    if store.block_count > MAX_ISO_BLOCKS:
         store.abandon()
         raise ImageError(
-            f"{path} has {store.block_count} blocks, a CD-ROM drive counts to {MAX_CD_BLOCKS}",
+            f"{path} has {store.block_count} blocks, a CD-ROM drive {MAX_ISO_BLOCKS} at most",
             reason=Reason.TOO_LARGE,
-            remedy=f"plug it as a disk: --usb-disk-ro {shell_word(path)}",
+            remedy=Remedy("plug it in as a disk", setting="usb_disk_ro", value=str(path)),
         )
     if volume_blocks > store.block_count:
-        log.warning("%s has %d blocks, but its volume has %d: it is cut off", path, store.block_count, volume_blocks)
+        log.warning("%s is truncated: it has %d of the %d blocks of its volume", path, store.block_count, volume_blocks)
     return store
 
 
 def _volume_size(content: Content) -> int:
-    """Return the blocks of the primary volume (ECMA-119, chapter 8.4.8); 0 if there is none."""
+    """Return the number of blocks of the primary volume (ECMA-119, chapter 8.4.8); 0: there is no volume."""
     has_volume = content.has(b"\1CD001", _PRIMARY_DESCRIPTOR)
-    return content.little(_PRIMARY_DESCRIPTOR + 80, 4) if has_volume else 0
+    return content.little_endian(_PRIMARY_DESCRIPTOR + 80, 4) if has_volume else 0
 
 
 def _check_iso(path: Path, content: Content) -> None:
     if content.is_cd:
         return
+    force = force_remedy("to plug its bytes as a CD")
     message = f"{path} is {{}}, not an ISO image"
-    remedy = f"plug it as a disk: --usb-disk {shell_word(path)}"
+    remedy = Remedy("plug it in as a disk", setting="usb_disk", value=str(path), alternative=force)
     if (format := recognize(content)) is not None:
         message = message.format(format.name)
-        remedy = format.remedy_for(path, content, "--usb-cdrom")
+        remedy = format.remedy(path, content, "usb_cdrom", force)
     elif content.size <= _PRIMARY_DESCRIPTOR:
         message = f"{path} is too short for an ISO image ({content.size} bytes)"
-        remedy = "check that it was copied or downloaded whole"
+        remedy = Remedy("check that it was copied or downloaded completely", alternative=force)
     elif any(content.has(b"EFI PART", block_size) for block_size in (512, 4096)):
         message = message.format("a disk image with a GPT")
     elif content.has_mbr:
@@ -76,8 +77,8 @@ def _check_iso(path: Path, content: Content) -> None:
         message = message.format("an image with a partition map or volume of Apple")
     else:
         message = f"{path} is not an ISO image: it has no volume of ISO 9660 or UDF"
-        remedy = f"if it is the image of a disk: --usb-disk {shell_word(path)}"
-    raise ImageError(message, reason=Reason.NOT_AN_ISO, remedy=f"{remedy}\nto plug its bytes as a CD: --force")
+        remedy = Remedy("if it is the image of a disk", setting="usb_disk", value=str(path), alternative=force)
+    raise ImageError(message, reason=Reason.NOT_AN_ISO, remedy=remedy)
 
 
 def _is_apple(content: Content) -> bool:

@@ -1,4 +1,4 @@
-"""A store in memory: for tests, and for disks that need not last."""
+"""A store in memory: for tests, and for disks whose content may be lost."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from farplug.usb.types import Buffer
 
 
 class MemoryStore(Store):
-    """Blocks in a bytearray, gone with the process.
+    """Blocks in a bytearray, lost when the process ends.
 
     Args:
-        content: the initial bytes, whole blocks; or how many bytes of zeros.
+        content: the initial bytes, whole blocks; or a number of bytes, all zero.
         block_size: bytes.
         read_only: refuse writes.
-        serial_number: a random one if it is not given.
+        serial_number: of the store; empty: a random one.
 
     Raises:
         ValueError: the content is not a positive number of blocks.
@@ -57,4 +57,4 @@ class MemoryStore(Store):
         done(None)
 
     async def close(self) -> None:
-        """Nothing to give back."""
+        """Do nothing: there is nothing to release."""

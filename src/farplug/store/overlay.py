@@ -1,37 +1,34 @@
-"""Snapshots: an image stays as it is, what is written goes to another file (:mod:`farplug.store.overlay_format`)."""
+"""Snapshots: writes go to another file, and the image stays as it is (:mod:`farplug.store.overlay_format`)."""
 
 from __future__ import annotations
 
 import errno
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self, TypeAlias
+from typing import Self
 
-from farplug.errors import ImageError, Reason
+from farplug.errors import ImageError, Remedy, from_oserror
 from farplug.shell import shell_word
 from farplug.store import holes
-from farplug.store.base import BLOCK_SIZE, CacheMode
+from farplug.store.base import BLOCK_SIZE, CacheMode, ProgressCallback
 from farplug.store.content import Content
 from farplug.store.image import CHUNK, Image, check_raw, image_error, serial_number
-from farplug.store.overlay_file import OverlayFile, half_committed
+from farplug.store.overlay_file import OverlayFile, half_committed_error
 from farplug.store.threaded import ThreadedStore
 
 log = logging.getLogger(__name__)
 
-Progress: TypeAlias = Callable[[int, int], None]
-"""Called with bytes done and bytes in all."""
-
 
 class OverlayStore(ThreadedStore):
-    """A snapshot: reads come from the image until something is written there. Made by :meth:`open`.
+    """A snapshot: blocks are read from the image until they are written. Opened by :meth:`open`.
 
-    The first write to a part of a cluster copies the rest of it from the image.
+    The first write to a part of a cluster copies the rest of the cluster from the image.
 
-    A flush makes durable what it covers, as a RAW image's does. Between flushes a RAW image keeps what was written when
-    farplug is killed (the kernel has it), a snapshot keeps it only where the cluster was in it before.
+    A flush makes writes durable, as for a RAW image. When farplug is killed between flushes, a RAW image keeps all
+    writes (the kernel has them); a snapshot keeps only writes to clusters that it already had.
     """
 
     def __init__(self, base: Image, file: OverlayFile, *, cache: CacheMode, temporary: bool) -> None:
@@ -58,15 +55,15 @@ class OverlayStore(ThreadedStore):
         cache: CacheMode = CacheMode.WRITEBACK,
         force: bool = False,
     ) -> Self:
-        """Open a snapshot of an image, or make one.
+        """Open a snapshot of an image, or create one.
 
         Args:
-            base_path: the image, opened to read only: others may do so at the same time.
-            path: the file of the snapshot. It is made if there is none, or an empty one. None: a temporary file
-                    without a name, gone when it is closed or farplug is; so nothing is ever made durable.
+            base_path: of the image, which is opened for reading only and may be shared with other readers.
+            path: of the snapshot's file, which is created if it does not exist or is empty. None: a temporary file
+                without a name, which is lost when it is closed or farplug ends; so it is never made durable.
             block_size: bytes of a block.
-            cache: when what was written is durable. UNSAFE: a power cut may leave nothing that makes sense.
-            force: use the image though this machine may change it meanwhile, or it is not a RAW image.
+            cache: when written data is durable. UNSAFE: a power cut may make the snapshot useless.
+            force: use the image although this machine may change it meanwhile, or although it is not a RAW image.
 
         Raises:
             ImageError: the reasons of :meth:`Image.open` for either file; WRONG_FORMAT, DAMAGED, WRONG_IMAGE,
@@ -104,7 +101,7 @@ class OverlayStore(ThreadedStore):
             image.read(part, begin)
 
     def _parts(self, data: memoryview, offset: int) -> Iterator[tuple[Image, int, memoryview]]:
-        """Tell where each part of a range is: file, offset there, buffer."""
+        """Yield the parts of a range: the file that has it, the offset in that file, the buffer."""
         size, end = self._header.cluster_size, offset + len(data)
         for first, last, inside in self._file.clusters.runs(offset // size, -(-end // size)):
             begin, stop = max(first * size, offset), min(last * size, end)
@@ -120,13 +117,13 @@ class OverlayStore(ThreadedStore):
         self._mark(offset, offset + len(data))
 
     def _zero_blocking(self, offset: int, length: int, unmap: bool) -> None:
-        # By holes, unmap or not: a snapshot is thin anyway.
+        # Always as a hole: a snapshot is sparse anyway.
         self._copy_around(offset, offset + length)
         self._file.image.zero(self._header.data_offset + offset, length, unmap=True)
         self._mark(offset, offset + length)
 
     def _copy_around(self, start: int, end: int) -> None:
-        """Copy what the clusters at both ends of a range have outside of it, if they are new in the snapshot."""
+        """Copy the rest of the first and last cluster of a range from the image, if they are new in the snapshot."""
         size = self._header.cluster_size
         first, last = start // size, (end - 1) // size
         if first not in self._file.clusters:
@@ -149,23 +146,23 @@ class OverlayStore(ThreadedStore):
 
     def _close_files(self) -> None:
         try:
-            self._flush_blocking()  # nobody else knows the bits
+            self._flush_blocking()  # only this process has the bits
         except OSError as error:
-            log.warning("%s: what was written since the last flush is lost: %s", self.name, error.strerror or error)
+            log.warning("%s: data written since the last flush is lost: %s", self.name, error.strerror or error)
         self._file.close()
         self._base.close()
 
 
 @dataclass(frozen=True, slots=True)
 class OverlayInfo:
-    """What a snapshot is.
+    """The state of a snapshot.
 
     Attributes:
-        base: the image.
+        base: path of the image.
         size: of the image, in bytes.
         block_size: bytes.
-        changed: bytes that are in the snapshot, in clusters.
-        half_committed: a commit has begun.
+        changed: bytes in the snapshot, whole clusters.
+        half_committed: a commit was started and not completed.
     """
 
     base: Path
@@ -176,7 +173,7 @@ class OverlayInfo:
 
 
 def info(path: str | os.PathLike[str]) -> OverlayInfo:
-    """Look at a snapshot that nobody uses.
+    """Return the state of a snapshot that is not in use.
 
     Raises:
         ImageError: the reasons of :meth:`OverlayFile.open`.
@@ -191,26 +188,26 @@ def commit(
     path: str | os.PathLike[str],
     *,
     base_path: str | os.PathLike[str] | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     force: bool = False,
 ) -> int:
-    """Write what is in a snapshot to its image, and remove the snapshot. Blocks.
+    """Write the content of a snapshot to its image, and remove the snapshot. Blocks.
 
-    When it is broken off anywhere (by an error, a crash, a power cut), half of it is in the image. The snapshot says so
-    and is not usable but for another commit, which does it all again.
+    A commit that is interrupted (by an error, a crash, a power cut) leaves a part of the snapshot in the image. The
+    snapshot records that, and can then only be committed again, which repeats the whole commit.
 
     Args:
-        path: the file of the snapshot.
-        base_path: where the image is; None: where it was when the snapshot was made.
-        progress: called now and then, and at the end.
-        force: write to the image though this machine uses it, or it is not a RAW image.
+        path: of the snapshot's file.
+        base_path: of the image; None: its path when the snapshot was created.
+        progress: called repeatedly, and at the end.
+        force: write to the image although this machine uses it, or although it is not a RAW image.
 
     Returns:
-        How many bytes were in the snapshot, in clusters.
+        The number of bytes that were in the snapshot, whole clusters.
 
     Raises:
-        ImageError: the reasons of :meth:`Image.open` for either file; WRONG_FORMAT, DAMAGED, WRONG_IMAGE; IO_ERROR: it
-            was broken off.
+        ImageError: the reasons of :meth:`Image.open` for either file; WRONG_FORMAT, DAMAGED, WRONG_IMAGE; NO_SPACE or
+            IO_ERROR: the commit was interrupted.
     """
     file = OverlayFile.open(Path(path))
     header = file.header
@@ -223,36 +220,40 @@ def commit(
             file.begin_commit()
             done = _apply(base, file, progress)
             base.sync()
-            file.remove()  # while nobody else can write to the image: what it has is not to be committed over that
+            file.remove()  # while the image is locked: a second commit would overwrite later changes of others
         finally:
             base.close()
         return done
     except OSError as error:
-        raise ImageError(
-            f"the commit of {path} to {where} was broken off: {(error.strerror or str(error)).lower()}",
-            reason=Reason.IO_ERROR,
-            remedy=f"fix that, then finish the commit: farplug image commit {shell_word(path)}\n"
-            "do not use the image before that",
+        raise from_oserror(
+            f"the commit of {path} to {where}",
+            error,
+            as_=ImageError,
+            problem="was interrupted",
+            remedy=Remedy(
+                "do not use the image; fix the problem, then finish the commit",
+                command=f"farplug image commit {shell_word(path)}",
+            ),
         ) from error
     finally:
         file.close()
 
 
 def _check_nothing(path: Path, content: Content) -> None:
-    """Take any content: it is between two states, and the rest of the snapshot has to follow."""
+    """Accept any content: a commit was interrupted, and has to be finished."""
 
 
 def discard(path: str | os.PathLike[str]) -> None:
-    """Remove a snapshot that nobody uses, and all that is in it.
+    """Remove a snapshot that is not in use, and its content.
 
     Raises:
-        ImageError: the reasons of :meth:`OverlayFile.open`; HALF_COMMITTED: a part of it is in the image, which needs
-            the rest.
+        ImageError: the reasons of :meth:`OverlayFile.open`; HALF_COMMITTED: a part of it is already in the image,
+            which needs the rest.
     """
     file = OverlayFile.open(Path(path))
     try:
         if file.half_committed:
-            raise half_committed(f"a part of {path} is in its image already, which needs the rest", file.path)
+            raise half_committed_error(f"a part of {path} is already in its image, which needs the rest", file.path)
         file.remove()
     except OSError as error:
         raise image_error(file.path, error, read_only=False) from error
@@ -260,8 +261,8 @@ def discard(path: str | os.PathLike[str]) -> None:
         file.close()
 
 
-def _apply(base: Image, file: OverlayFile, progress: Progress | None) -> int:
-    """Write every cluster of a snapshot to the image, holes as holes: how many bytes."""
+def _apply(base: Image, file: OverlayFile, progress: ProgressCallback | None) -> int:
+    """Write every cluster of a snapshot to the image, holes as holes; return the number of bytes."""
     own, offset = file.image, file.header.data_offset
     total = file.changed_bytes
     done = 0
@@ -285,7 +286,7 @@ def _apply(base: Image, file: OverlayFile, progress: Progress | None) -> int:
 
 
 def _next_data(fd: int, begin: int, end: int) -> tuple[int, int]:
-    """Find the first data of a range, behind which there is a hole (lseek(2)): (end, end) if it is all hole."""
+    """Return the first data of a range, up to the next hole (lseek(2)); (end, end): the range is a hole."""
     try:
         first = min(os.lseek(fd, begin, os.SEEK_DATA), end)
     except OSError as error:

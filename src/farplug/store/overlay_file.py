@@ -1,4 +1,4 @@
-"""The file of a snapshot, open: made, checked against its image, its bits kept."""
+"""The file of a snapshot: create it, check it against its image, read and write its bits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
-from farplug.errors import ImageError, Reason
+from farplug.errors import ImageError, Reason, Remedy
 from farplug.shell import shell_word
 from farplug.store.image import Image, image_error, lock
 from farplug.store.overlay_format import (
@@ -22,28 +22,28 @@ from farplug.store.overlay_format import (
     ClusterMap,
     Header,
     cluster_size,
-    damaged,
+    damaged_error,
     sector_offset,
 )
 
 TEMPORARY_FOLDER = Path("/var/tmp")
-"""Where a snapshot without a name is, unless TMPDIR is set: /tmp is often in memory."""
+"""Folder of snapshots without a name, unless TMPDIR is set: /tmp is often in memory."""
 
 HEAD_SAMPLE, TAIL_SAMPLE, SAMPLE, SAMPLES = 4 << 20, 1 << 20, 4096, 32
-"""Bytes at the beginning and at the end of an image that its digest covers, and those in between, evenly spread."""
+"""The digest of an image covers these bytes at its start and its end, and samples of a page, evenly spread between."""
 
 _COMMITTING, _NOT_COMMITTING = b"\1".ljust(CONTENT_SIZE, b"\0"), bytes(CONTENT_SIZE)
 """Contents of sector 0."""
 
 
 class OverlayFile:
-    """The file of a snapshot. Every method may block.
+    """The open file of a snapshot. Every method may block.
 
     Attributes:
-        image: the file; clusters are in it from ``header.data_offset`` on.
-        header: what it is a snapshot of.
-        clusters: which clusters are in it.
-        half_committed: a commit has begun.
+        image: the file; its clusters begin at ``header.data_offset``.
+        header: identifies the image of the snapshot.
+        clusters: which clusters are in the file.
+        half_committed: a commit was started and not completed.
     """
 
     def __init__(self, image: Image, header: Header, clusters: ClusterMap, *, half_committed: bool = False) -> None:
@@ -54,7 +54,7 @@ class OverlayFile:
 
     @property
     def path(self) -> Path:
-        """As it was given; the folder of a temporary one."""
+        """Return the path as the caller gave it; of a temporary file, its folder."""
         return self.image.path
 
     @classmethod
@@ -71,7 +71,7 @@ class OverlayFile:
 
     @classmethod
     def open_for(cls, base: Image, path: Path, block_size: int) -> Self:
-        """Open the file of a snapshot of this image, or make it if it does not exist or is empty.
+        """Open the file of a snapshot of an image, or create it if it does not exist or is empty.
 
         Raises:
             ImageError: as :meth:`open`, and WRONG_IMAGE, HALF_COMMITTED.
@@ -86,16 +86,16 @@ class OverlayFile:
                 return cls._create(image, base, block_size)
             file = cls._load(image)
             if file.half_committed:
-                raise half_committed(f"a commit of {path} was broken off", path)
+                raise half_committed_error(f"a commit of {path} was interrupted", path)
             file.check_base(base, block_size)
             return file
 
     @classmethod
     def temporary(cls, base: Image, block_size: int) -> Self:
-        """Make a snapshot in a file without a name, which is gone when it is closed.
+        """Create a snapshot in a file without a name, which is lost when it is closed.
 
         Raises:
-            ImageError: NOT_FOUND, NO_PERMISSION, IO_ERROR.
+            ImageError: NOT_FOUND, NO_PERMISSION, NO_SPACE, IO_ERROR.
         """
         folder = Path(os.environ.get("TMPDIR") or TEMPORARY_FOLDER)
         header = Header(bytes(16), base.size, block_size, cluster_size(base.size), 0, bytes(32), base.path)
@@ -108,7 +108,7 @@ class OverlayFile:
 
     @classmethod
     def _create(cls, image: Image, base: Image, block_size: int) -> Self:
-        """Make a snapshot without changes in an empty file. The header comes last."""
+        """Create an empty snapshot in an empty file. The header is written last."""
         size = base.size
         where = Path(os.path.realpath(base.path))
         try:
@@ -133,7 +133,7 @@ class OverlayFile:
         image.read(memoryview(data), 0)
         header = Header.parse(bytes(data), image.path)
         if size < header.file_size:
-            raise damaged(image.path, f"it has {size} bytes of {header.file_size}")
+            raise damaged_error(image.path, f"it has {size} bytes of {header.file_size}")
         data = bytearray((header.map_sectors + 1) * SECTOR_SIZE)
         image.read(memoryview(data), sector_offset(0))
         contents = [
@@ -141,17 +141,17 @@ class OverlayFile:
             for number in range(header.map_sectors + 1)
         ]
         if contents[0] not in (_COMMITTING, _NOT_COMMITTING):
-            raise damaged(image.path, "whether a commit has begun cannot be told")
+            raise damaged_error(image.path, "its sector 0 has no valid content")
         clusters = ClusterMap(header.clusters, bytearray(b"".join(contents[1:])))
-        if clusters.beyond:
-            raise damaged(image.path, "it has clusters behind the end of the image")
+        if clusters.has_stray_bits:
+            raise damaged_error(image.path, "it has clusters after the end of the image")
         return cls(image, header, clusters, half_committed=contents[0] == _COMMITTING)
 
     def check_base(self, base: Image, block_size: int) -> None:
-        """Refuse what is not the image of the snapshot, as it was.
+        """Check that an image is the image of the snapshot, and is unchanged.
 
-        An image that was copied or touched has another time. That cannot be told from one that was written to, but the
-        user can tell. What a commit that was broken off has changed is no objection to another.
+        An image that was only copied or touched has another modification time, as one that was written to. Only the
+        user knows which, so both are refused. Changes by an interrupted commit are accepted.
 
         Raises:
             ImageError: WRONG_IMAGE.
@@ -161,9 +161,9 @@ class OverlayFile:
             raise ImageError(
                 f"{path} is a snapshot with blocks of {header.block_size} bytes, not {block_size}",
                 reason=Reason.WRONG_IMAGE,
-                remedy=f"use --block-size {header.block_size}",
+                remedy=Remedy("use blocks of that size", setting="storage.block_size", value=header.block_size),
             )
-        other = f"name the image ({shell_word(header.base)} when the snapshot was made), or discard the snapshot"
+        other = f"name the image ({shell_word(header.base)} when the snapshot was created), or discard the snapshot"
         if base.size != header.size:
             raise ImageError(
                 f"{base.path} has {base.size} bytes, the image of the snapshot {path} has {header.size}",
@@ -175,7 +175,7 @@ class OverlayFile:
         mtime_ns, digest = _fingerprint(base, header.size)
         if digest != header.digest:
             raise ImageError(
-                f"{base.path} is not what it was when the snapshot {path} was made, or is another image",
+                f"{base.path} was changed after the snapshot {path} was created, or is another image",
                 reason=Reason.WRONG_IMAGE,
                 remedy=other,
             )
@@ -183,17 +183,20 @@ class OverlayFile:
             seconds, rest = divmod(header.mtime_ns, 10**9)
             command = f"touch --date=@{seconds}.{rest:09} {shell_word(base.path)}"
             raise ImageError(
-                f"{base.path} was changed after the snapshot {path} was made of it",
+                f"{base.path} has a newer modification time than the snapshot {path} recorded",
                 reason=Reason.WRONG_IMAGE,
-                remedy=f"if it was only copied or touched, give it back its time: {command}\n"
-                "otherwise the snapshot does not fit it any more, and can only be discarded",
+                remedy=Remedy(
+                    "if it was only copied or touched, restore its time",
+                    command=command,
+                    alternative=Remedy("otherwise the snapshot no longer fits the image: discard it"),
+                ),
             )
 
     def flush(self, *, durable: bool = True) -> None:
-        """Write the bits of the clusters that are new, when the clusters are durable, and make them durable.
+        """Make new clusters durable, then write their bits and make these durable.
 
         Args:
-            durable: False: leave all of it to the kernel.
+            durable: False: write the bits only, and make nothing durable.
         """
         if durable:
             self.image.sync()
@@ -206,7 +209,7 @@ class OverlayFile:
         self.clusters.changed.clear()
 
     def begin_commit(self) -> None:
-        """Mark it, durably, as being committed."""
+        """Record durably that a commit was started."""
         self._write_sector(0, _COMMITTING)
         self.image.sync()
         self.half_committed = True
@@ -216,13 +219,13 @@ class OverlayFile:
 
     @property
     def changed_bytes(self) -> int:
-        """How many bytes are in the snapshot, in clusters."""
+        """Return the number of bytes in the snapshot, whole clusters."""
         header = self.header
         cut = -header.size % header.cluster_size if header.clusters - 1 in self.clusters else 0
         return self.clusters.count * header.cluster_size - cut
 
     def changed_ranges(self) -> Iterator[tuple[int, int]]:
-        """Tell which bytes (begin, end) of the image are in the snapshot, in steps that are not too long."""
+        """Yield the ranges (begin, end) of the image, in bytes, that are in the snapshot; long ones in parts."""
         header, step = self.header, CONTENT_SIZE * 8
         for window in range(0, header.clusters, step):
             for first, end, inside in self.clusters.runs(window, min(window + step, header.clusters)):
@@ -230,25 +233,25 @@ class OverlayFile:
                     yield first * header.cluster_size, min(end * header.cluster_size, header.size)
 
     def remove(self) -> None:
-        """Remove the file, durably. It stays open."""
+        """Remove the file durably. It stays open."""
         path = Path(os.path.realpath(self.path))
         path.unlink()
         _sync_folder(path)
 
     def close(self) -> None:
-        """Close the file, which also unlocks it. Does nothing the second time. It does not flush."""
+        """Close the file without a flush, which also unlocks it. The second call does nothing."""
         self.image.close()
 
 
-def half_committed(message: str, path: Path) -> ImageError:
-    """Tell that a snapshot is good for nothing but a commit."""
-    remedy = f"finish it: farplug image commit {shell_word(path)}"
+def half_committed_error(message: str, path: Path) -> ImageError:
+    """Return the error for a snapshot that can only be committed."""
+    remedy = Remedy("finish the commit", command=f"farplug image commit {shell_word(path)}")
     return ImageError(message, reason=Reason.HALF_COMMITTED, remedy=remedy)
 
 
 @contextmanager
 def _closed_on_failure(image: Image, path: Path) -> Iterator[None]:
-    """Close the image of a snapshot that cannot be used; an error of the system becomes an ``ImageError``."""
+    """Close the image if the block raises, and turn an ``OSError`` into an ``ImageError``."""
     try:
         yield
     except OSError as error:
@@ -266,14 +269,14 @@ def _open(path: Path, flags: int = 0) -> Image:
         raise image_error(path, error, read_only=False) from error
     if not stat.S_ISREG(os.fstat(image.fd).st_mode):
         image.close()
-        raise ImageError(f"{path} is no file", reason=Reason.NOT_A_FILE, remedy="name a file for the snapshot")
+        raise ImageError(f"{path} is not a file", reason=Reason.NOT_A_FILE, remedy="name a file for the snapshot")
     return image
 
 
 def _lock(image: Image) -> None:
     lock(image.fd, image.path, read_only=False)
     if not os.fstat(image.fd).st_nlink:  # between opening and locking it
-        raise ImageError(f"{image.path} was removed just now", reason=Reason.IN_USE, remedy="try again")
+        raise ImageError(f"{image.path} was just removed", reason=Reason.IN_USE, remedy="retry")
 
 
 def _resize(image: Image, header: Header) -> None:
@@ -283,9 +286,9 @@ def _resize(image: Image, header: Header) -> None:
         if error.errno not in (errno.EFBIG, errno.EINVAL):
             raise
         raise ImageError(
-            f"{image.path} cannot be made: its file system takes no file of {header.file_size} bytes",
+            f"{image.path} cannot be created: its file system does not support files of {header.file_size} bytes",
             reason=Reason.IO_ERROR,
-            remedy="choose another file system for the snapshot, xfs or btrfs for example",
+            remedy="put the snapshot on another file system, xfs or btrfs for example",
         ) from error
 
 
@@ -294,7 +297,7 @@ def _no_clusters(header: Header) -> ClusterMap:
 
 
 def _fingerprint(base: Image, size: int) -> tuple[int, bytes]:
-    """Tell an image from others: when it was written to (0: a block device), and a digest of samples."""
+    """Return what identifies an image: its modification time (0: a block device), and a digest of samples."""
     status = os.fstat(base.fd)
     digest = hashlib.sha256()
     between = range(HEAD_SAMPLE, max(size - TAIL_SAMPLE, HEAD_SAMPLE), max(size // SAMPLES, SAMPLE))
@@ -310,7 +313,7 @@ def _fingerprint(base: Image, size: int) -> tuple[int, bytes]:
 
 
 def _sync_folder(path: Path) -> None:
-    """Make the name of a file durable."""
+    """Make the name of a file durable (fsync of its folder)."""
     fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

@@ -1,19 +1,19 @@
-"""The file of a snapshot: what changed of an image, and nothing else.
+"""The format of a snapshot's file, which has only the changed clusters of an image.
 
 ::
 
-    0        header: what the image is; written once
-    8192     sector 0: whether a commit has begun
-    8704     sectors 1 and on: a bit for each cluster of the image
-    data     the clusters whose bit is set, each where it is in the image; holes in between
+    0        header: identifies the image; written once
+    8192     sector 0: whether a commit was started
+    8704     sectors 1 and up: a bit for each cluster of the image
+    data     the clusters whose bit is set, each at its offset in the image; holes between them
 
 ``data`` begins at a multiple of 1 MiB and of the cluster size. A sector has 512 bytes: 508 of content, and a CRC-32 of
-the identity of the file, its own number and its content. Numbers are little endian.
+the identity of the file, the number of the sector and its content. Numbers are little-endian.
 
-**Why it survives a crash at any point.** A bit says that the image's cluster is not to be read any more. Bits are only
-ever set, never cleared. One is written when its cluster is durable, between two fdatasync(2). So whichever of the
-written bits reach the medium, each of them tells the truth; one that does not leaves the old content of the image. All
-that is needed of the medium is that it does not tear a sector. There is no journal because nothing has to be undone.
+**Why it survives a crash at any point.** A set bit means that a cluster is read from the snapshot, not from the image.
+Bits are set and never cleared. A bit is written after its cluster is durable, between two fdatasync(2). So every bit
+that reached the medium is right, and a cluster whose bit did not is read from the image, with its old content. The
+medium must only write each sector as a whole. There is no journal, because nothing has to be undone.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ CONTENT_SIZE = SECTOR_SIZE - 4
 DATA_ALIGNMENT = 1 << 20
 
 MIN_CLUSTER_SIZE = 4096
-"""What guests write at least, nearly always: it is the physical block size of our disks."""
+"""The physical block size of our disks: guests hardly ever write less."""
 
 MAX_CLUSTERS = 1 << 26
-"""All bits are in memory: 8 MiB. They are enough for 256 GiB in the smallest clusters; beyond, clusters are larger."""
+"""All bits are in memory: 8 MiB, enough for 256 GiB in the smallest clusters. Larger images have larger clusters."""
 
 _HEADER = struct.Struct("<8sII16sQIIq32sH")
 """magic, version, CRC-32 of everything else, identity, size, block size, cluster size, time, digest, length of path"""
@@ -49,14 +49,14 @@ _CRC_OFFSET = 12
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a snapshot was made of.
+    """The header of a snapshot, which identifies its image.
 
     Attributes:
         identity: random, of this snapshot.
         size: of the image, in bytes.
         block_size: of the disk, in bytes.
         cluster_size: bytes, a power of two.
-        mtime_ns: when the image was changed for the last time; 0 for a block device.
+        mtime_ns: modification time of the image, in nanoseconds; 0 for a block device.
         digest: SHA-256 of samples of the image.
         base: the absolute path of the image.
     """
@@ -71,35 +71,35 @@ class Header:
 
     @classmethod
     def parse(cls, data: bytes, path: Path) -> Self:
-        """Read a header.
+        """Return the header in the first bytes of a file.
 
         Args:
             data: the first :data:`HEADER_SIZE` bytes of the file.
-            path: of the file, for the error.
+            path: of the file, for errors.
 
         Raises:
             ImageError: WRONG_FORMAT or DAMAGED.
         """
         if not data.startswith(MAGIC):
             raise ImageError(
-                f"{path} is not a snapshot, or its creation was broken off",
+                f"{path} is not a snapshot, or its creation was interrupted",
                 reason=Reason.WRONG_FORMAT,
-                remedy="name another file, or remove this one if nothing in it is needed",
+                remedy="name another file, or remove this one if its content is not needed",
             )
         if len(data) < HEADER_SIZE or _crc(data) != int.from_bytes(data[_CRC_OFFSET : _CRC_OFFSET + 4], "little"):
-            raise damaged(path, "its header does not match its checksum")
+            raise damaged_error(path, "its header does not match its checksum")
         _, version, _, identity, size, block_size, cluster_size, mtime_ns, digest, length = _HEADER.unpack_from(data)
         if version != VERSION:
             raise ImageError(
-                f"{path} is a snapshot of format {version}, this farplug knows format {VERSION}",
+                f"{path} is a snapshot of format {version}, this farplug supports format {VERSION}",
                 reason=Reason.WRONG_FORMAT,
-                remedy="use the farplug that made it",
+                remedy="use the version of farplug that created it",
             )
         base = data[_HEADER.size : _HEADER.size + length]
         header = cls(identity, size, block_size, cluster_size, mtime_ns, digest, Path(os.fsdecode(base)))
         valid_cluster = cluster_size >= MIN_CLUSTER_SIZE and not cluster_size & (cluster_size - 1)
         if not (valid_cluster and block_size and size >= block_size and header.clusters <= MAX_CLUSTERS):
-            raise damaged(path, f"{size} bytes in clusters of {cluster_size} and blocks of {block_size} cannot be")
+            raise damaged_error(path, f"{size} bytes cannot have clusters of {cluster_size} and blocks of {block_size}")
         return header
 
     def __bytes__(self) -> bytes:
@@ -110,38 +110,38 @@ class Header:
 
     @property
     def clusters(self) -> int:
-        """How many there are; the last one may be cut by the end of the image."""
+        """Return the number of clusters of the image, the last of which may be partial."""
         return -(-self.size // self.cluster_size)
 
     @property
     def map_sectors(self) -> int:
-        """How many sectors have the bits."""
+        """Return the number of sectors with bits."""
         return -(-self.clusters // (CONTENT_SIZE * 8))
 
     @property
     def data_offset(self) -> int:
-        """Where in the file the image would begin."""
+        """Return the offset in the file of byte 0 of the image."""
         alignment = max(DATA_ALIGNMENT, self.cluster_size)
         return -(-(sector_offset(1) + self.map_sectors * SECTOR_SIZE) // alignment) * alignment
 
     @property
     def file_size(self) -> int:
-        """Of the whole file, in bytes."""
+        """Return the size of the whole file, in bytes."""
         return self.data_offset + self.size
 
     def seal(self, number: int, content: bytes) -> bytes:
-        """Make a sector."""
+        """Return a sector: its content and checksum."""
         return content + self._crc(number, content)
 
     def unseal(self, number: int, sector: bytes, path: Path) -> bytes:
-        """Check a sector: its content.
+        """Check a sector, and return its content.
 
         Raises:
             ImageError: DAMAGED.
         """
         content = sector[:CONTENT_SIZE]
         if sector[CONTENT_SIZE:] != self._crc(number, content):
-            raise damaged(path, f"the sector at byte {sector_offset(number)} does not match its checksum")
+            raise damaged_error(path, f"the sector at byte {sector_offset(number)} does not match its checksum")
         return content
 
     def _crc(self, number: int, content: bytes) -> bytes:
@@ -149,14 +149,14 @@ class Header:
 
 
 class ClusterMap:
-    """Which clusters are in the snapshot: one bit for each.
+    """The bits of the clusters: a set bit means that the cluster is in the snapshot.
 
     Args:
-        clusters: how many there are.
-        content: of the sectors, one after the other.
+        clusters: number of clusters.
+        content: of the sectors, concatenated.
 
     Attributes:
-        changed: the sectors (the first one is 1) with bits that were set since this was last cleared.
+        changed: numbers of the sectors, from 1, in which bits were set since the caller last cleared this set.
     """
 
     def __init__(self, clusters: int, content: bytearray) -> None:
@@ -165,17 +165,17 @@ class ClusterMap:
         self.changed: set[int] = set()
 
     @property
-    def beyond(self) -> bool:
-        """Bits of clusters that do not exist are set."""
+    def has_stray_bits(self) -> bool:
+        """Return whether bits of clusters that do not exist are set."""
         return bool(int.from_bytes(self._bits[self._clusters >> 3 :], "little") >> (self._clusters & 7))
 
     @property
     def count(self) -> int:
-        """How many clusters are in the snapshot."""
+        """Return the number of clusters in the snapshot."""
         return int.from_bytes(self._bits, "little").bit_count()
 
     def mark(self, first: int, end: int) -> None:
-        """Set the bits of clusters that are in the snapshot from now on, one at least."""
+        """Set the bits of clusters that were added to the snapshot, at least one."""
         if self._between(first, end) == (1 << end - first) - 1:
             return
         begin, last = first >> 3, (end - 1) >> 3
@@ -192,7 +192,7 @@ class ClusterMap:
         return bool(self._bits[cluster >> 3] >> (cluster & 7) & 1)
 
     def runs(self, first: int, end: int) -> Iterator[tuple[int, int, bool]]:
-        """Cut clusters into runs (first, end, in the snapshot or not)."""
+        """Yield the runs of a range of clusters: (first, end, whether they are in the snapshot)."""
         bits = self._between(first, end)
         while first < end:
             inside = bool(bits & 1)
@@ -204,7 +204,7 @@ class ClusterMap:
             bits >>= length
 
     def content(self, sector: int) -> bytes:
-        """Of a sector; the first one is 1."""
+        """Return the content of a sector; the first one is 1."""
         return bytes(self._bits[(sector - 1) * CONTENT_SIZE : sector * CONTENT_SIZE])
 
     def _between(self, first: int, end: int) -> int:
@@ -213,7 +213,7 @@ class ClusterMap:
 
 
 def cluster_size(size: int) -> int:
-    """Choose the size of the clusters of a new snapshot.
+    """Return the cluster size in bytes for a new snapshot.
 
     Args:
         size: of the image, in bytes.
@@ -225,16 +225,16 @@ def cluster_size(size: int) -> int:
 
 
 def sector_offset(number: int) -> int:
-    """Tell where in the file a sector is."""
+    """Return the offset of a sector in the file."""
     return HEADER_SIZE + number * SECTOR_SIZE
 
 
-def damaged(path: Path, what: str) -> ImageError:
-    """Tell that a snapshot cannot be used any more."""
+def damaged_error(path: Path, what: str) -> ImageError:
+    """Return the error for a snapshot that is no longer usable."""
     return ImageError(
         f"{path} is damaged: {what}",
         reason=Reason.DAMAGED,
-        remedy="take it back from a backup, or remove it: what is in it is lost then",
+        remedy="restore it from a backup, or remove it and lose its content",
     )
 
 

@@ -1,4 +1,4 @@
-"""What stores in files have in common: whatever may block happens in threads, in an order that a disk can rely on."""
+"""The base of stores in files: calls that may block run in threads, in an order that a disk can rely on."""
 
 from __future__ import annotations
 
@@ -8,60 +8,59 @@ from abc import abstractmethod
 from collections.abc import Callable
 
 from farplug.store.base import ReadDone, Store, WriteDone
-from farplug.store.workers import Workers
+from farplug.store.thread_pool import ThreadPool
 from farplug.usb.types import Buffer
 
 READER_THREADS = 4
-"""Reads that wait for the medium at the same time."""
+"""How many reads may wait for the medium at the same time."""
 
 
 class ThreadedStore(Store):
     """A store whose operations may block.
 
-    Reads of cached pages happen at once, others in a few threads. Writes and flushes go through one thread, in order: a
-    write may block for long (dirty throttling, a journal), and most file systems cannot promise otherwise. So a flush
-    covers every write before it and overlapping writes keep their order; a read that overlaps a write under way queues
-    behind it.
+    Reads of cached pages complete in the call, other reads in a few threads. Writes and flushes run in one thread, in
+    order: on most file systems a write may block for long (dirty throttling, a journal). So a flush covers every write
+    before it, and overlapping writes keep their order. A read that overlaps a pending write is queued behind it.
 
-    A subclass says how: its methods that block are called in the threads.
+    A subclass implements the methods that block; they are called in the threads.
     """
 
     def __init__(self) -> None:
-        self._readers: Workers | None = None
-        self._writer: Workers | None = None
+        self._readers: ThreadPool | None = None
+        self._writer: ThreadPool | None = None
         self._writing: dict[int, tuple[int, int]] = {}
-        """Ranges (start, end) of the writes under way, by an arbitrary key."""
+        """Ranges (start, end) of the pending writes, by an arbitrary key."""
         self._next_key = 0
         self._closing: asyncio.Future[None] | None = None
 
     @abstractmethod
     def _read_cached(self, data: memoryview, offset: int) -> int:
-        """Read what can be read without waiting: how many bytes from the beginning of ``data``."""
+        """Read what the page cache has; return the number of bytes, from the start of ``data``."""
 
     @abstractmethod
     def _read_blocking(self, data: memoryview, offset: int) -> None:
-        """Fill ``data``, in a thread."""
+        """Fill ``data``. Called in a thread."""
 
     @abstractmethod
     def _write_blocking(self, data: memoryview, offset: int) -> None:
-        """Write all of ``data``, in the thread for writes."""
+        """Write all of ``data``. Called in the thread for writes."""
 
     @abstractmethod
     def _zero_blocking(self, offset: int, length: int, unmap: bool) -> None:
-        """Make a range read as zeros, in the thread for writes."""
+        """Write zeros to a range. Called in the thread for writes."""
 
     @abstractmethod
     def _flush_blocking(self) -> None:
-        """Flush what the thread for writes has done. In this thread."""
+        """Flush the completed writes. Called in the thread for writes."""
 
     @abstractmethod
     def _close_files(self) -> None:
-        """Nothing is under way any more: close what is open, in a thread."""
+        """Close all files; nothing is pending. Called in a thread."""
 
     def read(self, offset: int, length: int, done: ReadDone) -> None:
         data = bytearray(length)
         got = 0
-        if not self._overlaps(offset, offset + length):
+        if not (self._writing and self._overlaps(offset, offset + length)):
             try:
                 got = self._read_cached(memoryview(data), offset)
             except OSError as error:
@@ -71,15 +70,15 @@ class ThreadedStore(Store):
                 done(data, None)
                 return
             if self._readers is None:
-                self._readers = Workers(READER_THREADS, "farplug-read")
-            workers = self._readers
+                self._readers = ThreadPool(READER_THREADS, "farplug-read")
+            pool = self._readers
         else:
-            workers = self._write_thread()
+            pool = self._write_pool()
 
         def finish(error: OSError | None) -> None:
             done(b"" if error else data, error)
 
-        workers.run(lambda: self._read_blocking(memoryview(data)[got:], offset + got), finish)
+        pool.run(lambda: self._read_blocking(memoryview(data)[got:], offset + got), finish)
 
     def write(self, offset: int, data: Buffer, done: WriteDone) -> None:
         self._change(offset, len(data), lambda: self._write_blocking(memoryview(data), offset), done)
@@ -88,7 +87,7 @@ class ThreadedStore(Store):
         self._change(offset, length, lambda: self._zero_blocking(offset, length, unmap), done)
 
     def _change(self, offset: int, length: int, change: Callable[[], None], done: WriteDone) -> None:
-        """Have the thread for writes change a range."""
+        """Call ``change`` for a range in the thread for writes."""
         if self.read_only:
             done(OSError(errno.EROFS, f"{self.name} is read-only"))
             return
@@ -105,32 +104,32 @@ class ThreadedStore(Store):
             del self._writing[key]
             done(error)
 
-        self._write_thread().run(change if self.write_cache else durable_change, finish)
+        self._write_pool().run(change if self.write_cache else durable_change, finish)
 
     def flush(self, done: WriteDone) -> None:
         if self.read_only:
             done(None)
             return
-        # Without a write cache each write before it was made durable by itself.
-        self._write_thread().run(self._flush_blocking if self.write_cache else lambda: None, done)
+        # Without a write cache, each write before this flush was made durable by itself.
+        self._write_pool().run(self._flush_blocking if self.write_cache else lambda: None, done)
 
     async def close(self) -> None:
         if self._closing is None:
             self._closing = asyncio.ensure_future(self._close())
-        # A caller that gives up must not close the files under a write.
+        # When the caller is cancelled, the files must not be closed during a write.
         await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
-        running = [workers for workers in (self._writer, self._readers) if workers is not None]
+        running = [pool for pool in (self._writer, self._readers) if pool is not None]
         self._writer = self._readers = None
-        for workers in running:
-            await asyncio.to_thread(workers.stop)
+        for pool in running:
+            await asyncio.to_thread(pool.stop)
         await asyncio.to_thread(self._close_files)
 
     def _overlaps(self, start: int, end: int) -> bool:
         return any(start < other_end and other_start < end for other_start, other_end in self._writing.values())
 
-    def _write_thread(self) -> Workers:
+    def _write_pool(self) -> ThreadPool:
         if self._writer is None:
-            self._writer = Workers(1, "farplug-write")
+            self._writer = ThreadPool(1, "farplug-write")
         return self._writer

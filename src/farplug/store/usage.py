@@ -1,14 +1,13 @@
-"""What this machine does with a block device, or with an image that is attached to a loop device.
+"""Find out how this machine uses a block device, or an image that is attached to a loop device.
 
-A file system that is mounted in two places loses data: each side has cached what the other side changes.
+A file system that is mounted in two places loses data: each side caches what the other side changes.
 
-What cannot be read says nothing: devices come and go. But too many open files are an error: otherwise nobody would seem
-to use anything.
+A file of sysfs or procfs that cannot be read is ignored, because devices appear and disappear. But too many open files
+are an error: otherwise everything would seem unused.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import stat
@@ -16,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from farplug.errors import TOO_MANY_OPEN_FILES
 from farplug.shell import shell_word
 
 BLOCK_DEVICES = Path("/sys/dev/block")
@@ -29,9 +29,9 @@ class Use:
     """One use of a device.
 
     Attributes:
-        what: for people: "/dev/sdb1 is mounted on /mnt".
-        end: the command that ends it; empty if there is none.
-        changes: it may change what is on the device by itself.
+        what: text for a user: "/dev/sdb1 is mounted on /mnt".
+        end: the command that ends the use; empty: none is known.
+        changes: the use may change the content of the device.
     """
 
     what: str
@@ -43,12 +43,12 @@ class Use:
 
 
 def host_uses(path: Path) -> list[Use]:
-    """Find what uses an image on this machine: mounts first, then swap, then other devices that are made of it.
+    """Return the uses of an image on this machine: mounts first, then swap, then devices that are built on it.
 
-    Of a disk its partitions count too, of a partition its disk. What other mount namespaces have is not seen.
+    The partitions of a disk count, too, and so does the disk of a partition. Mounts in other namespaces are not found.
 
     Raises:
-        OSError: there is no such file, or there are too many open files.
+        OSError: the file does not exist, or too many files are open.
     """
     status = os.stat(path)
     if stat.S_ISBLK(status.st_mode):
@@ -59,10 +59,10 @@ def host_uses(path: Path) -> list[Use]:
 
 
 def device_uses(number: int) -> list[Use]:
-    """Find what uses a block device, as :func:`host_uses`, by its number (``os.makedev``).
+    """Return the uses of a block device as :func:`host_uses` does, by its number (``os.makedev``).
 
     Raises:
-        OSError: there are too many open files.
+        OSError: too many files are open.
     """
     device = (BLOCK_DEVICES / _text(number)).resolve()
     devices = {number: device}
@@ -87,8 +87,8 @@ def _loop_devices(status: os.stat_result) -> Iterator[Path]:
             try:
                 backing = os.stat((folder / "loop/backing_file").read_text().rstrip("\n"))
             except (OSError, ValueError) as error:
-                _check(error)
-                continue  # not attached, or the file has no name any more
+                _raise_too_many_open(error)
+                continue  # not attached, or the file was deleted
             if os.path.samestat(backing, status):
                 yield folder
 
@@ -107,7 +107,7 @@ def _holder(folder: Path) -> Use:
 
 
 def _mounts(devices: dict[int, Path]) -> Iterator[Use]:
-    """Mounts of these devices (proc_pid_mountinfo(5))."""
+    """Yield the mounts of devices (proc_pid_mountinfo(5))."""
     for line in _lines(MOUNTS):
         before, _, after = line.partition(" - ")
         fields, last = before.split(), after.split()
@@ -115,7 +115,7 @@ def _mounts(devices: dict[int, Path]) -> Iterator[Use]:
             continue
         source = _unescape(last[1])
         folder = next((folder for number, folder in devices.items() if _text(number) == fields[2]), None)
-        if folder is None and fields[2].startswith("0:"):  # btrfs: a number of its own
+        if folder is None and fields[2].startswith("0:"):  # btrfs, which has a device number of its own
             folder = devices.get(_device_number(source))
         if folder is not None:
             where = _unescape(fields[4])
@@ -143,7 +143,7 @@ def _numbered(folders: Iterable[Path]) -> dict[int, Path]:
 
 
 def _device_number(path: str) -> int:
-    """Tell the number of a block device; 0 if it is none."""
+    """Return the number of a block device; 0: the path is not one."""
     try:
         status = os.stat(path) if path.startswith("/") else None
     except (OSError, ValueError):
@@ -163,7 +163,7 @@ def _listed(folder: Path) -> list[Path]:
     try:
         return sorted(folder.iterdir())
     except OSError as error:
-        _check(error)
+        _raise_too_many_open(error)
         return []
 
 
@@ -171,7 +171,7 @@ def _read(path: Path) -> str:
     try:
         return path.read_text().strip()
     except (OSError, ValueError) as error:
-        _check(error)
+        _raise_too_many_open(error)
         return ""
 
 
@@ -179,10 +179,10 @@ def _lines(path: Path) -> list[str]:
     try:
         return path.read_text(errors="surrogateescape").splitlines()
     except OSError as error:
-        _check(error)
+        _raise_too_many_open(error)
         return []
 
 
-def _check(error: OSError | ValueError) -> None:
-    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+def _raise_too_many_open(error: OSError | ValueError) -> None:
+    if isinstance(error, OSError) and error.errno in TOO_MANY_OPEN_FILES:
         raise error

@@ -7,11 +7,11 @@ from functools import partial
 
 import pytest
 
-from farplug.store.workers import Workers
+from farplug.store.thread_pool import ThreadPool
 
 
-async def test_one_thread_keeps_the_order_and_answers_on_the_loop() -> None:
-    workers = Workers(1, "test")
+async def test_one_thread_keeps_the_order_and_completes_on_the_loop() -> None:
+    pool = ThreadPool(1, "test")
     order: list[int] = []
     threads: set[threading.Thread] = set()
     ended = asyncio.Event()
@@ -21,16 +21,16 @@ async def test_one_thread_keeps_the_order_and_answers_on_the_loop() -> None:
         threads.add(threading.current_thread())
 
     for number in range(100):
-        workers.run(partial(order.append, number), finish)
-    workers.run(lambda: None, lambda error: ended.set())
+        pool.run(partial(order.append, number), finish)
+    pool.run(lambda: None, lambda error: ended.set())
     await ended.wait()
     assert order == list(range(100))
     assert threads == {threading.main_thread()}
-    workers.stop()
+    pool.stop()
 
 
 async def test_stopping_waits() -> None:
-    workers = Workers(2, "test")
+    pool = ThreadPool(2, "test")
     before = threading.active_count()
     done: list[int] = []
 
@@ -39,23 +39,23 @@ async def test_stopping_waits() -> None:
         done.append(number)
 
     for number in range(4):
-        workers.run(partial(work, number), lambda error: None)
-    workers.stop()
+        pool.run(partial(work, number), lambda error: None)
+    pool.stop()
     assert sorted(done) == [0, 1, 2, 3]
     assert threading.active_count() <= before  # one of an earlier test may have ended meanwhile
 
 
-@pytest.mark.parametrize(("raised", "text"), [(OSError(28, "full"), "full"), (ValueError("a defect"), "a defect")])
+@pytest.mark.parametrize(("raised", "text"), [(OSError(28, "full"), "full"), (ValueError("a bug"), "a bug")])
 async def test_errors(raised: Exception, text: str, caplog: pytest.LogCaptureFixture) -> None:
-    workers = Workers(1, "test")
+    pool = ThreadPool(1, "test")
     answer: asyncio.Future[OSError | None] = asyncio.get_running_loop().create_future()
 
     def fail() -> None:
         raise raised
 
-    workers.run(fail, answer.set_result)
+    pool.run(fail, answer.set_result)
     error = await answer
     assert isinstance(error, OSError)
     assert text in str(error)
     assert ("Traceback" in caplog.text) is not isinstance(raised, OSError)
-    workers.stop()
+    pool.stop()

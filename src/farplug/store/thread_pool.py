@@ -1,4 +1,4 @@
-"""Threads for what may block."""
+"""Threads for calls that may block."""
 
 from __future__ import annotations
 
@@ -14,59 +14,60 @@ from farplug.store.base import WriteDone
 
 log = logging.getLogger(__name__)
 
-_Job: TypeAlias = tuple[Callable[[], None], WriteDone, asyncio.AbstractEventLoop]
+_Call: TypeAlias = tuple[Callable[[], None], WriteDone, asyncio.AbstractEventLoop]
 
 
-class Workers:
-    """Some threads with one queue: one thread keeps the order of the calls.
+class ThreadPool:
+    """Threads with one queue: a pool of one thread keeps the order of the calls.
 
-    A concurrent.futures executor would do the same; this hop takes half as long, and a disk pays it for each write.
+    A concurrent.futures executor would do the same, but takes twice as long for each call, and a disk makes one for
+    each write.
 
     Args:
-        count: of threads, started with the first call.
+        count: number of threads; they start with the first call.
         name: of the threads.
     """
 
     def __init__(self, count: int, name: str) -> None:
-        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._calls: SimpleQueue[_Call | None] = SimpleQueue()
         self._count = count
         self._name = name
         self._threads: list[Thread] = []
 
     def run(self, work: Callable[[], None], finish: WriteDone) -> None:
-        """Do ``work`` in a thread, then call ``finish`` on the running event loop with None, or with what it raised."""
+        """Call ``work`` in a thread, then ``finish`` on the running loop: with None, or with the error of ``work``."""
         loop = asyncio.get_running_loop()
         try:
             while len(self._threads) < self._count:
-                thread = Thread(target=self._serve, name=self._name, daemon=True)
+                thread = Thread(target=self._work, name=self._name, daemon=True)
                 thread.start()
                 self._threads.append(thread)
-        except RuntimeError as error:  # the system has no thread to give
+        except RuntimeError as error:  # the system cannot start a thread
             if not self._threads:
                 loop.call_soon(finish, OSError(errno.EAGAIN, str(error)))
                 return
-        self._jobs.put((work, finish, loop))
+        self._calls.put((work, finish, loop))
 
     def stop(self) -> None:
-        """Wait until everything that was asked for is done, and end the threads. Blocks."""
+        """Wait for all calls, then end the threads. Blocks."""
         for _ in self._threads:
-            self._jobs.put(None)
+            self._calls.put(None)
         for thread in self._threads:
             thread.join()
 
-    def _serve(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            work, finish, loop = job
+    def _work(self) -> None:
+        while (call := self._calls.get()) is not None:
+            work, finish, loop = call
             error: OSError | None = None
             try:
                 work()
             except OSError as raised:
                 error = raised
-            except Exception as raised:  # a defect: the disk sees an I/O error, the log the traceback
+            except Exception as raised:  # a bug: an I/O error for the disk, a traceback for the log
                 log.exception("%s failed", work)
                 error = OSError(errno.EIO, repr(raised))
             try:
                 loop.call_soon_threadsafe(finish, error)
             except RuntimeError:
-                pass  # the loop is closed: nobody waits for the answer any more
-            del job, work, finish, loop, error  # they hold buffers
+                pass  # the event loop is closed: no caller is left
+            del call, work, finish, loop, error  # they refer to buffers
