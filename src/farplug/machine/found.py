@@ -13,7 +13,7 @@ from typing import Final
 from farplug.errors import DeviceError, Reason
 from farplug.usb.classes import HUB, class_name
 from farplug.usb.types import Speed
-from farplug.usbredir.filter import Filter, Judgement
+from farplug.usbredir.filter import Filter, FilterResult
 
 SEE_INTERFACES: Final = (0x00, 0xEF)
 """Device classes that say: look at the interfaces."""
@@ -141,12 +141,12 @@ class Found:
     def __str__(self) -> str:
         return f"{self.id}{' ' if self.name else ''}{self.name} (port {self.port})"
 
-    def judge(self, rules: Filter) -> Judgement:
+    def judge(self, rules: Filter) -> FilterResult:
         """What a filter says about it, with the rule that decided.
 
         One whose interfaces are not known is of class 00: usbredir's rules would allow it whatever they are.
         """
-        return rules.judge(
+        return rules.check(
             device_class=self.codes[0],
             vendor_id=self.vendor_id,
             product_id=self.product_id,
