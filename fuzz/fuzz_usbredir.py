@@ -1,7 +1,7 @@
-"""Fuzz the usbredir connection: a hostile peer, and an engine that answers whatever it is told.
+"""Fuzz the usbredir connection: a hostile peer, and an engine that answers everything.
 
-Polite are: violations among the events, and LocalProtocolError from what we try to send. Anything else is a bug. What
-is kept must not exceed what was fed, and what one side sends the other must accept.
+Allowed are violations among the events, and LocalProtocolError from packets that we try to send. Anything else is a bug.
+The connection must not store more than it received, and each side must accept what the other sends.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SIZES = (0, 1, 2, 3, 4, 5, 6, 8, 9, 10, 64, 68, 96, 132, 160, 288)
 
 
 def some_packet(rng: random.Random, wide: bool) -> bytes:
-    """A packet of any type: right, nearly right, or not at all."""
+    """Make a packet of any type: valid, nearly valid, or invalid."""
     body = rng.choice((rng.randbytes, bytes))(rng.choice(SIZES) + rng.choice((0, 0, 0, rng.randrange(9000))))
     code = rng.choice(CODES)
     if code == PacketType.FILTER_FILTER:
@@ -69,7 +69,7 @@ def one_case(rng: random.Random) -> None:
 
 
 def echo(connection: Connection, mirror: Connection | None, event: object) -> None:
-    """Send what was received, as our own word; what is not refused the peer must take, if its hello was intact."""
+    """Send a received packet. If the connection does not refuse it, a peer with an intact hello must accept it."""
     try:
         connection.send(event)  # type: ignore[arg-type]
     except LocalProtocolError:

@@ -23,7 +23,6 @@ from farplug.errors import (
     Reason,
     RefusedError,
     RemoteProtocolError,
-    UsageError,
 )
 from farplug.redirection import events
 from farplug.redirection.acceptance import check_filter, rejected
@@ -461,7 +460,7 @@ class Redirection:
     def _on_filter(self, packet: p.FilterFilter) -> None:
         try:
             self._guest_filter = Filter.parse(packet.filter)
-        except UsageError as error:
+        except ValueError as error:
             log.warning("%s: the guest sent a filter that cannot be read, it is ignored: %s", self.port.name, error)
             return
         device = self._current.usable
