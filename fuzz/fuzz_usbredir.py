@@ -1,7 +1,7 @@
 """Fuzz the usbredir connection: a hostile peer, and an engine that answers everything.
 
-Allowed are violations among the events, and LocalProtocolError from packets that we try to send. Anything else is a bug.
-The connection must not store more than it received, and each side must accept what the other sends.
+Allowed are violations among the events, and LocalProtocolError for packets that we try to send. Anything else is a
+bug. The connection must not store more than it received, and each side must accept what the other sends.
 """
 
 from __future__ import annotations
