@@ -61,14 +61,14 @@ def test_targets(text: str, target: object) -> None:
     assert parse_target(text) == target
 
 
-def test_they_print_as_they_are_written() -> None:
+def test_targets_print_as_they_are_written() -> None:
     assert str(parse_target("tcp://[::1]:4000")) == "[::1]:4000"
     assert str(parse_target("tcp-listen://vm:4000")) == "tcp-listen://vm:4000"
     assert "secret" not in str(parse_target("spice://:secret@vm:1")) + repr(parse_target("spice://:secret@vm:1"))
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected_text"),
     [
         ("", "write it as"),
         ("vm", "write it as"),
@@ -84,31 +84,31 @@ def test_they_print_as_they_are_written() -> None:
         ("spice://vm:65536", "a port is a number from 1 to 65535"),
         ("spice://vm:five", "five"),
         ("spice://[::1:5900", "the brackets around its host are malformed"),
-        ("spice://[vm]:5900", "what stands in brackets is not an IPv6 address"),
-        ("spice://[192.0.2.1]:5900", "what stands in brackets is not an IPv6 address"),
-        ("spice://[fe80::1%]:5900", "what stands in brackets is not an IPv6 address"),
+        ("spice://[vm]:5900", "its host in brackets is not an IPv6 address"),
+        ("spice://[192.0.2.1]:5900", "its host in brackets is not an IPv6 address"),
+        ("spice://[fe80::1%]:5900", "its host in brackets is not an IPv6 address"),
         ("spice://[::1]5900", "the brackets around its host are malformed"),
         ("spice://vm]:5900", "the brackets around its host are malformed"),
         ("spice://[::1]:five", "a port is a number"),
         ("spice://2001:db8::1", "it has no port"),
         ("spice://2001:db8::1:70000", "a port is a number from 1 to 65535"),
         ("spice://2001:db8::1:12?port=5900", "its IPv6 address needs brackets, as in [2001:db8::1]:5900"),
-        ("spice://vm:5900:5901", "its host holds colons and is not an IPv6 address"),
-        ("tcp://a:b:c", "its host holds colons and is not an IPv6 address"),
+        ("spice://vm:5900:5901", "its host contains colons and is not an IPv6 address"),
+        ("tcp://a:b:c", "its host contains colons and is not an IPv6 address"),
         ("tcp:vm:4000", "write it as tcp://host:port"),
         ("tcp-listen:4000", "write it as tcp-listen://host:port"),
         ("spice://v\nm:5900", "a space or a control character"),
         ("spice+tls://vm:5901?port=5900", "spice+tls:// means TLS"),
         ("spice://vm:5900&password=secret", "'spice://vm:5900' is not a valid target: a port is a number"),
         ("spice://vm?port=5900;password=secret", "port= is not a number"),
-        ("spice://vm:5900?secret", "not something else"),
+        ("spice://vm:5900?secret", "not other text"),
         ("spice://:se?cret@vm:5900", "'spice:…' is not a valid target"),
         ("spice://:a@se?cret@vm:5900", "'spice:…' is not a valid target"),
         ("spice://:se;cret@vm:five", "'spice:…' is not a valid target"),
         ("spice://:secret?cret@[vm:5900", "'spice:…' is not a valid target"),
         ("spice://secret@vm:5900", "write a password as spice://:password@host:port"),
         ("spice+tls://me:secret@vm:5900", "write a password as spice+tls://:password@host:port"),
-        ("spice+tls://vm:5900?x=1", "may stand tls-port= and password=, not x="),
+        ("spice+tls://vm:5900?x=1", "only tls-port= and password= are valid, not x="),
         ("spice+unix:///run/vm?password=secret", "the path of a socket has no password"),
         ("tcp-listen://:secret@:4000", "write it as tcp-listen://host:port"),
         ("spice://me:secret@vm:5900", "write a password as spice://:password@host:port"),
@@ -127,14 +127,14 @@ def test_they_print_as_they_are_written() -> None:
         ("tcp-listen://vm", "it has no port"),
         ("unix:", "it has no path"),
         ("unix:///", "it has no path"),
-        ("unix:/" + "x" * 107, "107 bytes at most"),
-        ("unix:/" + "é" * 60, "107 bytes at most"),
+        ("unix:/" + "x" * 107, "at most 107 bytes"),
+        ("unix:/" + "é" * 60, "at most 107 bytes"),
     ],
 )
-def test_wrong_ones(text: str, said: str) -> None:
+def test_invalid_targets(text: str, expected_text: str) -> None:
     with pytest.raises(UsageError, match="is not a valid target") as caught:
         parse_target(text)
-    assert said in caught.value.message
+    assert expected_text in caught.value.message
     assert "secret" not in caught.value.message
     assert "cret" not in caught.value.message
     assert len(caught.value.message) < 500
@@ -155,46 +155,48 @@ VV = "[virt-viewer]\ntype=spice\nhost=vm\nport=1\ntls-port=2\ndelete-this-file=1
 
 
 @pytest.mark.parametrize(
-    ("lines", "options", "said"),
+    ("lines", "options", "expected_text"),
     [
         ("", TargetOptions(), ""),
         ("type=vnc\n", TargetOptions(), "type=vnc is not supported"),
         ("password=" + "x" * 61 + "\n", TargetOptions(), "61 bytes"),
         ("", TargetOptions(password="x" * 61), "61 bytes"),
-        ("proxy=https://p\n", TargetOptions(), "by https is not supported"),
-        ("", TargetOptions(proxy="https://p"), "by https is not supported"),
-        ("host-subject=nonsense\n", TargetOptions(), "'nonsense' is not the name of an attribute"),
+        ("proxy=https://p\n", TargetOptions(), "https proxies are not supported"),
+        ("", TargetOptions(proxy="https://p"), "https proxies are not supported"),
+        ("host-subject=nonsense\n", TargetOptions(), "'nonsense' is not an attribute"),
         ("ca=nonsense\n", TargetOptions(), "no readable certificate"),
         ("", TargetOptions(ca_file=Path("/absent.pem")), "cannot be read"),
     ],
 )
-def test_a_vv_file_is_deleted_when_it_is_usable(tmp_path: Path, lines: str, options: TargetOptions, said: str) -> None:
+def test_a_vv_file_is_deleted_when_it_is_valid(
+    tmp_path: Path, lines: str, options: TargetOptions, expected_text: str
+) -> None:
     path = tmp_path / "x.vv"
     path.write_text(VV + lines)
-    if said:
-        with pytest.raises(UsageError, match=said):
+    if expected_text:
+        with pytest.raises(UsageError, match=expected_text):
             parse_target(str(path), options)
     else:
         assert parse_target(str(path), options) == SpiceTarget(host="vm", port=1, tls_port=2)
-    assert path.exists() == bool(said)
+    assert path.exists() == bool(expected_text)
 
 
 @pytest.mark.parametrize(
-    ("text", "options", "said"),
+    ("text", "options", "expected_text"),
     [
-        ("spice://vm:1", TargetOptions(ca_file=Path("ca.pem")), "vm:1: --ca-file and --host-subject are for TLS"),
+        ("spice://vm:1", TargetOptions(ca_file=Path("ca.pem")), "vm:1: a CA file and a host subject are for TLS"),
         ("spice://vm:1", TargetOptions(host_subject="CN=x"), "the target has no TLS port"),
         ("spice+unix:///x", TargetOptions(host_subject="CN=x"), "the target has no TLS port"),
         ("spice+unix:///x", TargetOptions(proxy="http://p"), "a proxy cannot reach a UNIX socket"),
     ],
 )
-def test_options_that_would_do_nothing(text: str, options: TargetOptions, said: str) -> None:
-    with pytest.raises(UsageError, match=said) as caught:
+def test_options_without_effect(text: str, options: TargetOptions, expected_text: str) -> None:
+    with pytest.raises(UsageError, match=expected_text) as caught:
         parse_target(text, options)
     assert caught.value.reason is Reason.BAD_OPTION
 
 
-def test_options_win(tmp_path: Path) -> None:
+def test_options_override_the_target(tmp_path: Path) -> None:
     ca = tmp_path / "ca.pem"
     ca.write_text("PEM")
     options = TargetOptions(password="mine", ca_file=ca, host_subject="CN=x", proxy="http://p:1")
@@ -205,11 +207,11 @@ def test_options_win(tmp_path: Path) -> None:
     assert "mine" not in repr(options)
 
 
-def test_the_fallback_password_loses() -> None:
+def test_the_fallback_password_overrides_nothing() -> None:
     options = TargetOptions(fallback_password="last")
     assert parse_target("spice://vm:1", options) == SpiceTarget(host="vm", port=1, password="last")
     assert parse_target("spice://:own@vm:1", options) == SpiceTarget(host="vm", port=1, password="own")
-    assert parse_target("tcp://vm:1", options) == StreamTarget(TcpAddress("vm", 1)), "it is nobody's fault"
+    assert parse_target("tcp://vm:1", options) == StreamTarget(TcpAddress("vm", 1)), "the environment may have one"
 
 
 @pytest.mark.parametrize(
@@ -221,7 +223,7 @@ def test_the_fallback_password_loses() -> None:
         TargetOptions(proxy="http://x"),
     ],
 )
-def test_plain_sockets_take_no_options(options: TargetOptions) -> None:
+def test_plain_sockets_have_no_options(options: TargetOptions) -> None:
     for text in ("tcp://vm:1", "tcp-listen://:1", "unix:/x"):
         with pytest.raises(UsageError, match="is a plain socket"):
             parse_target(text, options)

@@ -46,12 +46,12 @@ async def test_the_second_interrupt_leaves_at_once(guests: GuestPool, tmp_path: 
         await guest.qmp.execute("stop")
         try:
             running.process.send_signal(signal.SIGINT)
-            await running.until("interrupt again")
+            await running.until("Ctrl-C again")
             running.process.send_signal(signal.SIGINT)
             code, _, err = await running.end()
         finally:
             await guest.qmp.execute("cont")
-    assert (code, err) == (130, "farplug: left at once, without waiting for the VM\n")
+    assert (code, err) == (130, "farplug: quit immediately, without waiting for the VM\n")
 
 
 @pytest.mark.parametrize("transport", ["bot", "uas"])
@@ -115,7 +115,7 @@ async def test_a_paused_vm_is_waited_for(guests: GuestPool, tmp_path: Path) -> N
         running.process.send_signal(signal.SIGINT)
         code, out, err = await running.end()
         assert (code, err) == (0, "")
-        assert [json.loads(line)["event"] for line in out.splitlines()][-1] == "detached"
+        assert "detached" in [json.loads(line)["event"] for line in out.splitlines()]
 
 
 async def test_a_paused_vm_has_an_exit_code(guests: GuestPool, tmp_path: Path) -> None:

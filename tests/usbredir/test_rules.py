@@ -5,7 +5,7 @@ import pytest
 from farplug.cli.exit_codes import ExitCode, exit_code
 from farplug.errors import Reason, UsageError
 from farplug.usb.classes import CLASS_NAMES
-from farplug.usbredir.filter import Filter, Judgement, Rule, Verdict
+from farplug.usbredir.filter import Filter, FilterResult, Rule, Verdict
 from farplug.usbredir.rules import MAX_LENGTH, parse_rules
 
 
@@ -43,15 +43,15 @@ def test_rules(text: str, canonical: str | None) -> None:
 
 
 @pytest.mark.parametrize("name", CLASS_NAMES.values())
-def test_what_is_written_is_read_again(name: str) -> None:
+def test_the_readable_form_is_parsed_again(name: str) -> None:
     text = f"deny class={name} vendor=046d product=c31c version=0110; allow"
     rules = parse_rules(text)
-    assert "; ".join(rule.words for rule in rules.rules) == text
+    assert "; ".join(rule.readable for rule in rules.rules) == text
     assert parse_rules(str(rules)) == rules
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected_text"),
     [
         ("", "filter rules are empty"),
         (" ; |\n", "filter rules are empty"),
@@ -81,35 +81,36 @@ def test_what_is_written_is_read_again(name: str) -> None:
         ("256,-1,-1,-1,1", "class 256 in a filter rule is not between -1 and 255"),
     ],
 )
-def test_written_wrong(text: str, said: str) -> None:
+def test_invalid_rules(text: str, expected_text: str) -> None:
     with pytest.raises(UsageError) as caught:
         parse_rules(text)
-    assert said in caught.value.message
+    assert expected_text in caught.value.message
     assert (caught.value.reason, exit_code(caught.value)) == (Reason.BAD_OPTION, ExitCode.USAGE)
-    assert caught.value.remedy
+    own_form = not text.lstrip(" ;|\n")[:1].isdigit()
+    assert ("class,vendor,product,version,allow" in caught.value.remedy) is not own_form
 
 
-def judge(text: str, *interfaces: tuple[int, int, int]) -> Judgement:
-    return parse_rules(text).judge(
+def check(text: str, *interfaces: tuple[int, int, int]) -> FilterResult:
+    return parse_rules(text).check(
         device_class=0, vendor_id=0x046D, product_id=0xC31C, device_version=0x0110, interfaces=interfaces
     )
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected_text"),
     [
         ("allow class=hid", "no rule matches its class audio (01)"),
         ("deny vendor=1; deny class=audio; allow", "rule 2 (deny class=audio) denies its class audio (01)"),
         ("deny vendor=046d version=0110; allow", "rule 1 (deny vendor=046d version=0110) denies its class hid (03)"),
     ],
 )
-def test_which_rule_decided(text: str, said: str) -> None:
-    judgement = judge(text, (3, 1, 1), (1, 1, 0))
-    assert not judgement.allowed
-    assert str(judgement) == said
+def test_which_rule_decided(text: str, expected_text: str) -> None:
+    result = check(text, (3, 1, 1), (1, 1, 0))
+    assert not result.allowed
+    assert str(result) == expected_text
 
 
 def test_allowed() -> None:
-    assert judge("allow", (3, 1, 1)) == Judgement(Verdict.ALLOWED)
-    assert str(judge("allow", (3, 1, 1))) == "allowed"
-    assert Filter((Rule(0x42, -1, -1, -1, False),)).rules[0].words == "deny class=42"
+    assert check("allow", (3, 1, 1)) == FilterResult(Verdict.ALLOWED)
+    assert str(check("allow", (3, 1, 1))) == "allowed"
+    assert Filter((Rule(0x42, -1, -1, -1, False),)).rules[0].readable == "deny class=42"

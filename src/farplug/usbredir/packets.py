@@ -1,12 +1,12 @@
-"""What usbredir packets mean: one class for each type of protocol 0.7.
+"""usbredir packets: one class for each packet type of protocol 0.7.
 
-Field names are the specification's (usb-redirection-protocol.md), spelt out; ``endpoint`` is bEndpointAddress,
-``status`` how a request ended. Each class knows its fields in wire order (``values``, ``decode``), its payload,
-and what is wrong with it (``fault``), by the rules of the C parser: who sends what it refuses kills QEMU.
-The packets of data carry a payload where the data travels; ``length`` alone tells the size where it does not: how
-much an IN request asks for, how much an OUT request moved.
+Field names are the specification's (usb-redirection-protocol.md), not abbreviated; ``endpoint`` is bEndpointAddress,
+``status`` the result of a request. Each class has its fields in wire order (``values``, ``decode``), its payload, and
+a check (``fault``) with the rules of the C parser: QEMU aborts on a packet that its parser refuses. Data packets carry
+a payload in the direction of the data. In the other direction ``length`` alone is the size: what an IN request asks
+for, or what an OUT request has transferred.
 
-The file is long because the protocol has 33 packet types: it is a vocabulary, one short class after the other.
+The file is long because the protocol has 33 packet types.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 from struct import unpack_from
 from typing import Any, ClassVar, Final, Self
 
-from farplug.errors import RemoteProtocolError, UsageError
+from farplug.errors import RemoteProtocolError
 from farplug.usb.transfer import Status
 from farplug.usb.types import Buffer
 from farplug.usbredir.caps import Cap
@@ -42,52 +42,52 @@ _LABELS: Final[Mapping[str, tuple[str, Callable[[Any], str]]]] = {
     "version": ("version", repr),
     "data": ("data", lambda data: f"{len(data)}B"),
 }
-"""How fields are named and printed in a log line, where not as they are."""
+"""The names and formats of fields in a log line, where they differ from the defaults."""
 
 
 def endpoint_index(address: int) -> int:
-    """The place of an endpoint in tables and masks of 32: OUT 0 to 15, then IN 0 to 15."""
+    """Return the index of an endpoint in tables and masks of 32 endpoints: OUT 0 to 15, then IN 0 to 15."""
     return (address & 0x0F) | ((address & 0x80) >> 3)
 
 
 def endpoint_address(index: int) -> int:
-    """The reverse of :func:`endpoint_index`."""
+    """Return the endpoint address for an index: the reverse of :func:`endpoint_index`."""
     return (index & 0x0F) | ((index & 0x10) << 3)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Packet:
-    """A usbredir packet. ``id`` is chosen by the guest for what must be answered, and 0 for the rest."""
+    """A usbredir packet. The guest chooses the ``id`` of a request, and its answer has the same; otherwise it is 0."""
 
     TYPE: ClassVar[PacketType]
     MAX_PAYLOAD: ClassVar[int] = 0
-    """Bytes that may follow the type header."""
+    """The most bytes of payload."""
 
     id: int = 0
 
     @classmethod
     def decode(cls, id: int, values: tuple[Any, ...], payload: Buffer) -> Self:
-        """Build from the fields of a type header, in wire order, and the payload.
+        """Make a packet from the fields of a type header, in wire order, and the payload.
 
         Raises:
-            RemoteProtocolError: the C parser would drop it, and it cannot even be represented.
+            RemoteProtocolError: the C parser would drop the packet, and this class cannot represent it.
         """
         return cls(id=id, **dict(zip(_names(cls), values, strict=True)))
 
     def values(self) -> tuple[Any, ...]:
-        """The fields of the longest type header, in wire order."""
+        """Return the fields of the longest type header, in wire order."""
         return tuple(getattr(self, name) for name in _names(type(self)))
 
     def payload(self) -> Buffer:
-        """What follows the type header."""
+        """Return the payload: what follows the type header."""
         return b""
 
     def fault(self, to_host: bool, size: int) -> str:
-        """Why the C parser drops this packet; empty if it does not.
+        """Return why the C parser drops this packet; empty if it does not.
 
         Args:
-            to_host: it travels to the usb-host.
-            size: bytes of payload that it travels with.
+            to_host: the packet is sent to the usb-host.
+            size: the length of its payload, in bytes.
         """
         return ""
 
@@ -110,7 +110,7 @@ def _names(cls: type[Packet]) -> list[str]:
 
 
 class _StatusPacket(Packet):
-    """Answers that consist of numbers, one of which is a status."""
+    """An answer that consists of numbers, one of which is a status."""
 
     __slots__ = ()
 
@@ -121,26 +121,26 @@ class _StatusPacket(Packet):
         return cls(id=id, **numbers)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Hello(Packet):
     """The first packet of each side. :meth:`Connection.start` sends ours.
 
     Attributes:
-        version: the program's name and version, for people; cut to 63 bytes.
+        version: the program's name and version, as text; cut to 63 bytes.
         caps: words of capabilities, at most :data:`MAX_CAPS_WORDS` of them.
     """
 
     TYPE = PacketType.HELLO
     MAX_PAYLOAD = MAX_LENGTH - VERSION_SIZE
     MAX_CAPS_WORDS: ClassVar[int] = 32
-    """How many words are kept of what a peer sends. Only the first one has a meaning today."""
+    """The most words that are stored. Protocol 0.7 defines only the first one."""
 
     version: str
     caps: tuple[int, ...] = ()
 
     @property
     def capabilities(self) -> Cap:
-        """The first word, with what is illegal taken out."""
+        """Return the capabilities of the first word, without a combination that the protocol forbids."""
         return Cap(self.caps[0] if self.caps else 0).usable()
 
     @classmethod
@@ -159,9 +159,9 @@ class Hello(Packet):
         return [("id", f"{self.id:x}"), ("version", repr(self.version)), ("caps", words)]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class DeviceConnect(Packet):
-    """A device is there. ``speed``: 0 low, 1 full, 2 high, 3 super, 255 unknown. ``device_version``: bcdDevice."""
+    """A device is connected. ``speed``: 0 low, 1 full, 2 high, 3 super, 255 unknown. ``device_version``: bcdDevice."""
 
     TYPE = PacketType.DEVICE_CONNECT
 
@@ -178,14 +178,14 @@ class DeviceConnect(Packet):
         return cls(id=id, **dict(zip(_names(cls), values, strict=False)))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class DeviceDisconnect(Packet):
-    """The device is gone."""
+    """The device is disconnected."""
 
     TYPE = PacketType.DEVICE_DISCONNECT
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Reset(Packet):
     """Reset the device. There is no answer."""
 
@@ -206,7 +206,7 @@ class InterfaceEntry:
         return f"{self.number}:{codes}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class InterfaceInfo(Packet):
     """The interfaces of the current configuration, 32 at most."""
 
@@ -240,7 +240,7 @@ def _too_many_interfaces(count: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class EndpointEntry:
-    """One endpoint of a current alternate setting; the defaults are those of an endpoint that is not there.
+    """One endpoint of a current alternate setting; the defaults are those of an endpoint that does not exist.
 
     Attributes:
         type: 0 control, 1 isochronous, 2 bulk, 3 interrupt, 255 absent.
@@ -257,7 +257,7 @@ class EndpointEntry:
     max_streams: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class EndpointInfo(Packet):
     """The endpoints, as a table of 32 by :func:`endpoint_index`."""
 
@@ -288,23 +288,23 @@ class EndpointInfo(Packet):
         return [("id", f"{self.id:x}"), ("endpoints", ",".join(present))]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class SetConfiguration(Packet):
-    """Choose a configuration by bConfigurationValue."""
+    """Set the configuration, by bConfigurationValue."""
 
     TYPE = PacketType.SET_CONFIGURATION
 
     configuration: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class GetConfiguration(Packet):
-    """Ask for the configuration."""
+    """Get the configuration."""
 
     TYPE = PacketType.GET_CONFIGURATION
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class ConfigurationStatus(_StatusPacket):
     """Answers set_configuration and get_configuration."""
 
@@ -314,9 +314,9 @@ class ConfigurationStatus(_StatusPacket):
     configuration: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class SetAltSetting(Packet):
-    """Choose an alternate setting of an interface."""
+    """Set the alternate setting of an interface."""
 
     TYPE = PacketType.SET_ALT_SETTING
 
@@ -324,16 +324,16 @@ class SetAltSetting(Packet):
     alt: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class GetAltSetting(Packet):
-    """Ask for the alternate setting of an interface."""
+    """Get the alternate setting of an interface."""
 
     TYPE = PacketType.GET_ALT_SETTING
 
     interface: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class AltSettingStatus(_StatusPacket):
     """Answers set_alt_setting and get_alt_setting."""
 
@@ -344,7 +344,7 @@ class AltSettingStatus(_StatusPacket):
     alt: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class StartIsoStream(Packet):
     """Start an isochronous stream."""
 
@@ -355,7 +355,7 @@ class StartIsoStream(Packet):
     urbs: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class StopIsoStream(Packet):
     """Stop an isochronous stream."""
 
@@ -364,9 +364,12 @@ class StopIsoStream(Packet):
     endpoint: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class IsoStreamStatus(_StatusPacket):
-    """Answers start and stop of a stream; by itself: ``STALL`` if the stream ended, others if it runs on."""
+    """Answers start and stop of a stream.
+
+    Sent without a request: ``STALL`` if the stream ended, others if it continues.
+    """
 
     TYPE = PacketType.ISO_STREAM_STATUS
 
@@ -375,7 +378,7 @@ class IsoStreamStatus(_StatusPacket):
 
 
 class _InEndpointPacket(Packet):
-    """Packets that make sense for IN endpoints only."""
+    """A packet that is valid for IN endpoints only."""
 
     __slots__ = ()
     endpoint: int
@@ -384,7 +387,7 @@ class _InEndpointPacket(Packet):
         return "" if self.endpoint & 0x80 else f"{self.TYPE} for endpoint {self.endpoint:02x}, which is not IN"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class StartInterruptReceiving(_InEndpointPacket):
     """Start receiving from an interrupt IN endpoint."""
 
@@ -393,7 +396,7 @@ class StartInterruptReceiving(_InEndpointPacket):
     endpoint: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class StopInterruptReceiving(_InEndpointPacket):
     """Stop receiving from an interrupt IN endpoint."""
 
@@ -402,9 +405,9 @@ class StopInterruptReceiving(_InEndpointPacket):
     endpoint: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class InterruptReceivingStatus(_InEndpointPacket, _StatusPacket):
-    """Answers start and stop of receiving; by itself: ``STALL`` if it ended, others if it runs on."""
+    """Answers start and stop of receiving. Sent without a request: ``STALL`` if it ended, others if it continues."""
 
     TYPE = PacketType.INTERRUPT_RECEIVING_STATUS
 
@@ -412,7 +415,7 @@ class InterruptReceivingStatus(_InEndpointPacket, _StatusPacket):
     endpoint: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class AllocBulkStreams(Packet):
     """Allocate streams on the endpoints of a mask (bit n: :func:`endpoint_index` n)."""
 
@@ -422,7 +425,7 @@ class AllocBulkStreams(Packet):
     streams: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class FreeBulkStreams(Packet):
     """Free the streams on the endpoints of a mask."""
 
@@ -431,7 +434,7 @@ class FreeBulkStreams(Packet):
     endpoints: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class BulkStreamsStatus(_StatusPacket):
     """Answers alloc_bulk_streams and free_bulk_streams (``streams`` 0)."""
 
@@ -442,23 +445,23 @@ class BulkStreamsStatus(_StatusPacket):
     status: Status
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class CancelDataPacket(Packet):
     """Cancel the data packet that has this packet's id."""
 
     TYPE = PacketType.CANCEL_DATA_PACKET
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class FilterReject(Packet):
     """The guest refuses the device."""
 
     TYPE = PacketType.FILTER_REJECT
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class FilterFilter(Packet):
-    """Which devices the sender lets through: see :class:`~farplug.usbredir.filter.Filter`."""
+    """Which devices the sender accepts: see :class:`~farplug.usbredir.filter.Filter`."""
 
     TYPE = PacketType.FILTER_FILTER
     MAX_PAYLOAD = 64 * 1024
@@ -482,21 +485,21 @@ class FilterFilter(Packet):
             return f"filter_filter has {size} bytes, more than {self.MAX_PAYLOAD}"
         try:
             Filter.parse(self.filter)
-        except UsageError as error:
-            return error.message
+        except ValueError as error:
+            return str(error)
         return ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class DeviceDisconnectAck(Packet):
-    """The guest has seen device_disconnect."""
+    """The guest acknowledges device_disconnect."""
 
     TYPE = PacketType.DEVICE_DISCONNECT_ACK
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class StartBulkReceiving(_InEndpointPacket):
-    """Start buffered receiving from a bulk IN endpoint, with ``transfers`` transfers of this size at a time."""
+    """Start buffered receiving from a bulk IN endpoint: ``transfers`` transfers of ``bytes_per_transfer`` in flight."""
 
     TYPE = PacketType.START_BULK_RECEIVING
 
@@ -511,7 +514,7 @@ class StartBulkReceiving(_InEndpointPacket):
         return _InEndpointPacket.fault(self, to_host, size)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class StopBulkReceiving(_InEndpointPacket):
     """Stop buffered receiving from a bulk IN endpoint."""
 
@@ -521,9 +524,12 @@ class StopBulkReceiving(_InEndpointPacket):
     endpoint: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class BulkReceivingStatus(_InEndpointPacket, _StatusPacket):
-    """Answers start and stop of buffered receiving; by itself: ``STALL`` if it ended, others if it runs on."""
+    """Answers start and stop of buffered receiving.
+
+    Sent without a request: ``STALL`` if it ended, others if it continues.
+    """
 
     TYPE = PacketType.BULK_RECEIVING_STATUS
 
@@ -532,11 +538,11 @@ class BulkReceivingStatus(_InEndpointPacket, _StatusPacket):
     status: Status
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class DataPacket(Packet):
-    """What the packets of data have in common.
+    """The common part of data packets.
 
-    The payload travels with OUT requests and IN answers and is ``length`` bytes long there; elsewhere there is none.
+    OUT requests and IN answers carry a payload of ``length`` bytes; other data packets carry none.
     """
 
     MAX_PAYLOAD = MAX_LENGTH
@@ -554,11 +560,11 @@ class DataPacket(Packet):
             if size != self.length:
                 return f"{self.TYPE} for endpoint {self.endpoint:02x} has {size} bytes, its header says {self.length}"
         elif size:
-            return f"{self.TYPE} for endpoint {self.endpoint:02x} has {size} bytes where none travel"
+            return f"{self.TYPE} for endpoint {self.endpoint:02x} has {size} bytes of payload where there is none"
         return ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class ControlPacket(DataPacket):
     """A control transfer: the setup packet's fields. Bit 7 of ``endpoint`` is the direction of the data stage."""
 
@@ -588,7 +594,7 @@ class ControlPacket(DataPacket):
         return self.endpoint, self.request, self.request_type, self.status, self.value, self.index, self.length
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class BulkPacket(DataPacket):
     """A bulk transfer. ``stream_id`` 0: no stream."""
 
@@ -597,13 +603,20 @@ class BulkPacket(DataPacket):
     stream_id: int = 0
 
     @classmethod
-    def decode(cls, id: int, values: tuple[Any, ...], payload: Buffer) -> BulkPacket:
+    def decode(cls, id: int, values: tuple[Any, ...], payload: Buffer) -> Self:
         if len(values) == 5:
             endpoint, status, length, stream_id, high = values
             length |= high << 16
         else:
             endpoint, status, length, stream_id = values
-        return bulk_packet(id, endpoint, _STATUSES[status], length, payload, stream_id)
+        return cls(
+            id=id,
+            endpoint=endpoint,
+            status=_STATUSES[status],
+            length=length,
+            data=payload,
+            stream_id=stream_id,
+        )
 
     def values(self) -> tuple[Any, ...]:
         return self.endpoint, self.status, self.length & 0xFFFF, self.stream_id, self.length >> 16
@@ -612,36 +625,15 @@ class BulkPacket(DataPacket):
         length = self.length
         if length > MAX_TRANSFER:
             return _too_long(self)
-        # The rule of all data packets, kept here without another call: this is done for each packet of a disk.
+        # The rule of all data packets, without another call: this is checked for each packet of a disk.
         if size == (length if (self.endpoint < 0x80) is to_host else 0):
             return ""
         return DataPacket.fault(self, to_host, size)
 
 
-_new_packet = object.__new__
-_set_id, _set_endpoint, _set_status, _set_length, _set_data, _set_stream_id = (
-    getattr(BulkPacket, name).__set__ for name in ("id", "endpoint", "status", "length", "data", "stream_id")
-)
-
-
-def bulk_packet(id: int, endpoint: int, status: Status, length: int, data: Buffer, stream_id: int) -> BulkPacket:
-    """A :class:`BulkPacket` in a quarter of the time: two are made for each transfer of a disk.
-
-    The constructor of a frozen dataclass looks ``object.__setattr__`` up for each field; this calls the slots.
-    """
-    packet = _new_packet(BulkPacket)
-    _set_id(packet, id)
-    _set_endpoint(packet, endpoint)
-    _set_status(packet, status)
-    _set_length(packet, length)
-    _set_data(packet, data)
-    _set_stream_id(packet, stream_id)
-    return packet
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class _FramePacket(DataPacket):
-    """Data packets without further fields."""
+    """A data packet without further fields."""
 
     @classmethod
     def decode(cls, id: int, values: tuple[Any, ...], payload: Buffer) -> Self:
@@ -652,7 +644,7 @@ class _FramePacket(DataPacket):
         return self.endpoint, self.status, self.length
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class IsoPacket(_FramePacket):
     """One packet of an isochronous stream: OUT to the host, IN to the guest."""
 
@@ -664,9 +656,9 @@ class IsoPacket(_FramePacket):
         return DataPacket.fault(self, to_host, size)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class InterruptPacket(_FramePacket):
-    """Interrupt IN: what was received. Interrupt OUT: a request, and the answer to it."""
+    """Interrupt IN: received data. Interrupt OUT: a request, and its answer."""
 
     TYPE = PacketType.INTERRUPT_PACKET
 
@@ -676,9 +668,9 @@ class InterruptPacket(_FramePacket):
         return DataPacket.fault(self, to_host, size)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class BufferedBulkPacket(DataPacket):
-    """What buffered bulk receiving received."""
+    """Data of buffered bulk receiving."""
 
     TYPE = PacketType.BUFFERED_BULK_PACKET
 
@@ -705,7 +697,7 @@ def _too_long(packet: DataPacket) -> str:
 
 
 def _wrong_way(packet: DataPacket, to_host: bool) -> str:
-    return f"{packet.TYPE} for endpoint {packet.endpoint:02x} travels to the usb-{'host' if to_host else 'guest'}"
+    return f"{packet.TYPE} for endpoint {packet.endpoint:02x} is sent to the usb-{'host' if to_host else 'guest'}"
 
 
 PACKETS: Final[tuple[type[Packet], ...]] = (

@@ -1,4 +1,4 @@
-"""The shape of usbredir on the wire: packet types, headers, and how capabilities change layouts.
+"""usbredir on the wire: packet types, headers, and how capabilities change layouts.
 
 Source: usb-redirection-protocol.md (version 0.7) and usbredirproto.h. Everything is little-endian and packed.
 """
@@ -24,7 +24,7 @@ TABLE_SIZE: Final = 32
 
 
 class PacketType(IntEnum):
-    """The first word of a packet. Prints as the specification's name."""
+    """The first word of a packet. ``str()`` is the specification's name."""
 
     HELLO = 0
     DEVICE_CONNECT = 1
@@ -65,7 +65,7 @@ class PacketType(IntEnum):
 
 
 class Flow(Enum):
-    """Which way a packet type travels."""
+    """The direction in which a packet type is sent."""
 
     TO_HOST = "to the usb-host"
     TO_GUEST = "to the usb-guest"
@@ -76,27 +76,27 @@ class Flow(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
-    """What is known of a packet type before any field of it is read.
+class PacketFormat:
+    """The format of a packet type: what is known before any field of a packet is read.
 
     Attributes:
-        flow: which way it travels.
-        layout: its type header without capabilities, as :mod:`struct` writes it.
+        flow: the direction in which it is sent.
+        layout: its type header without capabilities, as a format of :mod:`struct`.
         extended: longer type headers, the longest first, and the capability that both sides need for each.
-        permission: the capability that the receiver needs to be sent this type at all.
+        required_cap: the capability that the receiver of this type must have.
     """
 
     flow: Flow
     layout: str = ""
     extended: tuple[tuple[Cap, str], ...] = ()
-    permission: Cap = Cap.NONE
+    required_cap: Cap = Cap.NONE
 
     def type_header(self, shared: Cap) -> Struct:
-        """What follows the header, the payload left out. ``shared`` are the capabilities that both sides have."""
+        """Return the layout of the type header. ``shared``: the capabilities that both sides have."""
         return Struct("<" + self._layout(shared))
 
     def packet(self, shared: Cap) -> Struct:
-        """Header and type header in one."""
+        """Return the layout of header and type header together. ``shared``: the capabilities that both sides have."""
         return Struct(header(shared).format + self._layout(shared))
 
     def _layout(self, shared: Cap) -> str:
@@ -104,47 +104,47 @@ class Form:
 
 
 def header(shared: Cap) -> Struct:
-    """The header: type, length of what follows, id. ``shared`` are the capabilities that both sides have."""
+    """Return the layout of the header: type, length of what follows, id. ``shared``: what both sides have."""
     return Struct("<IIQ" if Cap.IDS_64_BITS in shared else "<III")
 
 
-FORMS: Final[Mapping[int, Form]] = {
-    PacketType.HELLO: Form(Flow.BOTH, f"{VERSION_SIZE}s"),
-    PacketType.DEVICE_CONNECT: Form(Flow.TO_GUEST, "BBBBHH", ((Cap.CONNECT_DEVICE_VERSION, "BBBBHHH"),)),
-    PacketType.DEVICE_DISCONNECT: Form(Flow.TO_GUEST),
-    PacketType.RESET: Form(Flow.TO_HOST),
-    PacketType.INTERFACE_INFO: Form(Flow.TO_GUEST, "I32B32B32B32B"),
-    PacketType.EP_INFO: Form(
+PACKET_FORMATS: Final[Mapping[int, PacketFormat]] = {
+    PacketType.HELLO: PacketFormat(Flow.BOTH, f"{VERSION_SIZE}s"),
+    PacketType.DEVICE_CONNECT: PacketFormat(Flow.TO_GUEST, "BBBBHH", ((Cap.CONNECT_DEVICE_VERSION, "BBBBHHH"),)),
+    PacketType.DEVICE_DISCONNECT: PacketFormat(Flow.TO_GUEST),
+    PacketType.RESET: PacketFormat(Flow.TO_HOST),
+    PacketType.INTERFACE_INFO: PacketFormat(Flow.TO_GUEST, "I32B32B32B32B"),
+    PacketType.EP_INFO: PacketFormat(
         Flow.TO_GUEST,
         "32B32B32B",
         ((Cap.BULK_STREAMS, "32B32B32B32H32I"), (Cap.EP_INFO_MAX_PACKET_SIZE, "32B32B32B32H")),
     ),
-    PacketType.SET_CONFIGURATION: Form(Flow.TO_HOST, "B"),
-    PacketType.GET_CONFIGURATION: Form(Flow.TO_HOST),
-    PacketType.CONFIGURATION_STATUS: Form(Flow.TO_GUEST, "BB"),
-    PacketType.SET_ALT_SETTING: Form(Flow.TO_HOST, "BB"),
-    PacketType.GET_ALT_SETTING: Form(Flow.TO_HOST, "B"),
-    PacketType.ALT_SETTING_STATUS: Form(Flow.TO_GUEST, "BBB"),
-    PacketType.START_ISO_STREAM: Form(Flow.TO_HOST, "BBB"),
-    PacketType.STOP_ISO_STREAM: Form(Flow.TO_HOST, "B"),
-    PacketType.ISO_STREAM_STATUS: Form(Flow.TO_GUEST, "BB"),
-    PacketType.START_INTERRUPT_RECEIVING: Form(Flow.TO_HOST, "B"),
-    PacketType.STOP_INTERRUPT_RECEIVING: Form(Flow.TO_HOST, "B"),
-    PacketType.INTERRUPT_RECEIVING_STATUS: Form(Flow.TO_GUEST, "BB"),
-    PacketType.ALLOC_BULK_STREAMS: Form(Flow.TO_HOST, "II"),
-    PacketType.FREE_BULK_STREAMS: Form(Flow.TO_HOST, "I"),
-    PacketType.BULK_STREAMS_STATUS: Form(Flow.TO_GUEST, "IIB"),
-    PacketType.CANCEL_DATA_PACKET: Form(Flow.TO_HOST),
-    PacketType.FILTER_REJECT: Form(Flow.TO_HOST, permission=Cap.FILTER),
-    PacketType.FILTER_FILTER: Form(Flow.BOTH, permission=Cap.FILTER),
-    PacketType.DEVICE_DISCONNECT_ACK: Form(Flow.TO_HOST, permission=Cap.DEVICE_DISCONNECT_ACK),
-    PacketType.START_BULK_RECEIVING: Form(Flow.TO_HOST, "IIBB", permission=Cap.BULK_RECEIVING),
-    PacketType.STOP_BULK_RECEIVING: Form(Flow.TO_HOST, "IB", permission=Cap.BULK_RECEIVING),
-    PacketType.BULK_RECEIVING_STATUS: Form(Flow.TO_GUEST, "IBB", permission=Cap.BULK_RECEIVING),
-    PacketType.CONTROL_PACKET: Form(Flow.BOTH, "BBBBHHH"),
-    PacketType.BULK_PACKET: Form(Flow.BOTH, "BBHI", ((Cap.BULK_LENGTH_32_BITS, "BBHIH"),)),
-    PacketType.ISO_PACKET: Form(Flow.BOTH, "BBH"),
-    PacketType.INTERRUPT_PACKET: Form(Flow.BOTH, "BBH"),
-    PacketType.BUFFERED_BULK_PACKET: Form(Flow.TO_GUEST, "IIBB", permission=Cap.BULK_RECEIVING),
+    PacketType.SET_CONFIGURATION: PacketFormat(Flow.TO_HOST, "B"),
+    PacketType.GET_CONFIGURATION: PacketFormat(Flow.TO_HOST),
+    PacketType.CONFIGURATION_STATUS: PacketFormat(Flow.TO_GUEST, "BB"),
+    PacketType.SET_ALT_SETTING: PacketFormat(Flow.TO_HOST, "BB"),
+    PacketType.GET_ALT_SETTING: PacketFormat(Flow.TO_HOST, "B"),
+    PacketType.ALT_SETTING_STATUS: PacketFormat(Flow.TO_GUEST, "BBB"),
+    PacketType.START_ISO_STREAM: PacketFormat(Flow.TO_HOST, "BBB"),
+    PacketType.STOP_ISO_STREAM: PacketFormat(Flow.TO_HOST, "B"),
+    PacketType.ISO_STREAM_STATUS: PacketFormat(Flow.TO_GUEST, "BB"),
+    PacketType.START_INTERRUPT_RECEIVING: PacketFormat(Flow.TO_HOST, "B"),
+    PacketType.STOP_INTERRUPT_RECEIVING: PacketFormat(Flow.TO_HOST, "B"),
+    PacketType.INTERRUPT_RECEIVING_STATUS: PacketFormat(Flow.TO_GUEST, "BB"),
+    PacketType.ALLOC_BULK_STREAMS: PacketFormat(Flow.TO_HOST, "II"),
+    PacketType.FREE_BULK_STREAMS: PacketFormat(Flow.TO_HOST, "I"),
+    PacketType.BULK_STREAMS_STATUS: PacketFormat(Flow.TO_GUEST, "IIB"),
+    PacketType.CANCEL_DATA_PACKET: PacketFormat(Flow.TO_HOST),
+    PacketType.FILTER_REJECT: PacketFormat(Flow.TO_HOST, required_cap=Cap.FILTER),
+    PacketType.FILTER_FILTER: PacketFormat(Flow.BOTH, required_cap=Cap.FILTER),
+    PacketType.DEVICE_DISCONNECT_ACK: PacketFormat(Flow.TO_HOST, required_cap=Cap.DEVICE_DISCONNECT_ACK),
+    PacketType.START_BULK_RECEIVING: PacketFormat(Flow.TO_HOST, "IIBB", required_cap=Cap.BULK_RECEIVING),
+    PacketType.STOP_BULK_RECEIVING: PacketFormat(Flow.TO_HOST, "IB", required_cap=Cap.BULK_RECEIVING),
+    PacketType.BULK_RECEIVING_STATUS: PacketFormat(Flow.TO_GUEST, "IBB", required_cap=Cap.BULK_RECEIVING),
+    PacketType.CONTROL_PACKET: PacketFormat(Flow.BOTH, "BBBBHHH"),
+    PacketType.BULK_PACKET: PacketFormat(Flow.BOTH, "BBHI", ((Cap.BULK_LENGTH_32_BITS, "BBHIH"),)),
+    PacketType.ISO_PACKET: PacketFormat(Flow.BOTH, "BBH"),
+    PacketType.INTERRUPT_PACKET: PacketFormat(Flow.BOTH, "BBH"),
+    PacketType.BUFFERED_BULK_PACKET: PacketFormat(Flow.TO_GUEST, "IIBB", required_cap=Cap.BULK_RECEIVING),
 }
-"""Every packet type of protocol 0.7, by its code. The fields' names are in :mod:`farplug.usbredir.packets`."""
+"""The format of every packet type of protocol 0.7, by its code. :mod:`farplug.usbredir.packets` names the fields."""
