@@ -88,7 +88,7 @@ def test_devices_of_this_machine(cli: Cli, machine: Machine) -> None:
         "    note: it is a keyboard of this machine: while it is plugged in, it works in the VM only",
         "1-7   1-9      1209:0001  unknown  storage",
         "    cannot be plugged in: this machine does not authorize it",
-        "      allow it in USBGuard, or authorize it once",
+        "      allow it in USBGuard, or authorize it once:",
         f"        echo 1 | sudo tee {key.parent.parent.parent}/bus/usb/devices/1-7/authorized",
     ]
 
