@@ -356,7 +356,7 @@ def test_without_a_write_cache_everything_is_durable() -> None:
     assert finish(unit, "41 00 00 00 00 05 00 00 02 00", BLOCK) == Fill(5, 2, BLOCK, durable=True)
     assert finish(unit, "41 08 00 00 00 05 00 00 02 00", bytes(512)) == Zero(((5, 2),), unmap=True, durable=True)
     assert finish(unit, UNMAP, unmap_list((0, 1))) == Zero(((0, 1),), unmap=True, durable=True)
-    unit.attend(RESET_OCCURRED)  # a reset must not make a host believe in durability that is no more
+    unit.raise_unit_attention(RESET_OCCURRED)  # a reset must not make a host believe in durability that is no more
     unit.execute(cdb("00 00 00 00 00 00"))
     assert unit.execute(cdb("0a 00 00 01 02 00")) == Write(1, 2, durable=True)
     assert finish(unit, "15 10 00 00 18 00", bytes(4) + PAGE_08) == Done()
@@ -452,7 +452,7 @@ def test_a_new_size_is_reported_once() -> None:
 def test_unit_attentions_come_in_order() -> None:
     medium = FakeMedium()
     unit = DiskUnit(medium)
-    unit.attend(RESET_OCCURRED)
+    unit.raise_unit_attention(RESET_OCCURRED)
     medium.block_count = 5
     assert unit.execute(cdb("00 00 00 00 00 00")) == Fail(RESET_OCCURRED)
     assert unit.execute(cdb("03 00 00 00 12 00")) == Respond(bytes(CAPACITY_CHANGED))

@@ -13,7 +13,7 @@ from farplug.usb import Speed, Status, Transfer, TransferType
 from farplug.virtual import VirtualDevice, disk_device
 from farplug.virtual.iu import IuId, TaskFunction
 from farplug.virtual.storage_transport import StorageTransport
-from farplug.virtual.uas import AttachedScsi
+from farplug.virtual.uas import Uas
 
 COMMAND_PIPE, STATUS_PIPE = 0x04, 0x83
 TUR = bytes(6)
@@ -100,7 +100,7 @@ class Initiator(Guest):
         await initiator.device.open(Listener())
         await initiator.enumerate()
         if not attention:
-            initiator.attend()
+            initiator.clear_unit_attentions()
         return initiator
 
     async def enumerate(self) -> None:
@@ -121,17 +121,17 @@ class Initiator(Guest):
         if self.streams:
             assert await self.device.allocate_streams((IN, OUT, STATUS_PIPE), 32) is Status.SUCCESS
 
-    def attend(self) -> None:
+    def clear_unit_attentions(self) -> None:
         """Hear the unit attentions of all units."""
         for lun in range(16):
             self.run(TUR, lun=lun)
 
     @property
-    def uas(self) -> AttachedScsi:
+    def uas(self) -> Uas:
         """The state machine itself: how much it keeps is asserted on."""
         (function,) = self.device.functions
         found = getattr(function, "_uas")  # noqa: B009
-        assert isinstance(found, AttachedScsi)
+        assert isinstance(found, Uas)
         return found
 
     # Transfers
@@ -152,7 +152,7 @@ class Initiator(Guest):
         transfer = Transfer(TransferType.BULK, COMMAND_PIPE, self.completed.append, data=iu)
         assert self._submit(transfer).status is Status.SUCCESS
 
-    def ask(self, tag: int = 0, length: int = 128) -> Transfer:
+    def read_status(self, tag: int = 0, length: int = 128) -> Transfer:
         """Ask for a status: with streams that of one command, without that of any."""
         return self._bulk(STATUS_PIPE, tag, length=length)
 
@@ -197,7 +197,7 @@ class Initiator(Guest):
         iu = command_iu(raw, tag, lun=lun, attribute=attribute)
         if late:
             self.issue(iu)
-        self.asked.append(self.ask(tag))
+        self.asked.append(self.read_status(tag))
         if self.streams:
             self._move(issued)
         if not late:
@@ -225,7 +225,7 @@ class Initiator(Guest):
     def manage(self, function: TaskFunction | int, managed: int = 0, *, tag: int = 32, lun: int | bytes = 0) -> int:
         """Have a task managed. Returns the response code."""
         issued = self.issued[tag] = Issued(tag, (), ())
-        self.asked.append(self.ask(tag))
+        self.asked.append(self.read_status(tag))
         self.issue(management_iu(function, tag, managed, lun=lun))
         self.pump()
         assert issued.iu[:-1] == response(tag, 0)[:-1]
@@ -241,7 +241,7 @@ class Initiator(Guest):
             self.device.cancel(status)
             assert status.status is Status.CANCELLED
 
-    def take_back(self, issued: Issued) -> bool:
+    def resubmit(self, issued: Issued) -> bool:
         """Cancel the data transfers of a command that are pending, and submit them again, as QEMU does."""
         pending = [index for index, part in enumerate(issued.parts) if part.status is None]
         for index in reversed(pending):
@@ -274,7 +274,7 @@ class Initiator(Guest):
             assert not self.streams
             assert len(iu) == 4
             assert bool(issued.receive) == (iu[0] == IuId.READ_READY)
-            self.asked.append(self.ask())
+            self.asked.append(self.read_status())
             self._move(issued)
         else:
             issued.iu = iu

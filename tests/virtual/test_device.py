@@ -323,7 +323,7 @@ async def test_a_request_to_the_device_goes_to_whoever_knows_it() -> None:
     assert bytes(driver.control("c0 5 0 0 10").reply) == b"second"
     second.answer = False
     assert driver.control("c0 5 0 0 10").status is Status.STALL
-    assert not driver.device._moved
+    assert not driver.device._renumbered
 
 
 async def test_cancel() -> None:
@@ -335,7 +335,7 @@ async def test_cancel() -> None:
         driver.device.cancel(transfer)
         driver.device.cancel(transfer)
     assert [one.status for one in pending] == [Status.CANCELLED] * 3
-    assert not driver.device._moved
+    assert not driver.device._renumbered
     driver.device.cancel(Transfer(BULK, 0x8F, driver.completed.append, length=1))
 
 
@@ -366,7 +366,7 @@ async def test_a_function_that_raises(caplog: pytest.LogCaptureFixture) -> None:
     assert driver.listener.events == [FunctionRaised("Echo", second.raises)] * 3
     second.raises = None
     assert bytes(driver.receive(0x83).reply) == b"second"
-    assert not driver.device._moved
+    assert not driver.device._renumbered
 
 
 async def test_life() -> None:

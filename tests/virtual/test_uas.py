@@ -16,7 +16,7 @@ from farplug.usb import Speed, Status, Transfer, TransferType
 from farplug.usb.figures import Figures
 from farplug.virtual.iu import TaskFunction
 from farplug.virtual.pipe import MAX_RESPONSES
-from farplug.virtual.task import MAX_LINGERING
+from farplug.virtual.task import MAX_ORPHANED_JOBS
 from farplug.virtual.uas import MAX_COMMANDS
 
 KIB = 1024
@@ -117,7 +117,7 @@ async def test_a_random_cdb_of_every_command_leaves_it_working(speed: Speed) -> 
         initiator.start(cdb, receive=64 * KIB)
         assert initiator.manage(TaskFunction.I_T_NEXUS_RESET) == 0
         await initiator.enumerate()
-        initiator.attend()
+        initiator.clear_unit_attentions()
         assert initiator.run(read10(1, 1), receive=512).status == 0
     await initiator.leave()
 
@@ -132,7 +132,7 @@ async def test_data_in_that_fails_ends_before_the_command() -> None:
     for cdb in (read10(64, 1), bytes.fromhex("ff 00 00 00 00 00"), bytes.fromhex("12 01 01 00 ff 00")):
         initiator.completed.clear()
         initiator.submitted.clear()
-        status, first, second = initiator.ask(1), initiator.data_in(1, 512), initiator.data_in(1, 512)
+        status, first, second = initiator.read_status(1), initiator.data_in(1, 512), initiator.data_in(1, 512)
         initiator.issue(command_iu(cdb, 1))
         assert initiator.completed[1:] == [first, second, status]
         assert [one.status for one in (first, second)] == [Status.SUCCESS] * 2
@@ -142,7 +142,7 @@ async def test_data_in_that_fails_ends_before_the_command() -> None:
 async def test_data_out_that_fails_is_taken_before_the_command_ends() -> None:
     store = Pattern(read_only=True)
     initiator = await Initiator.plug_in(store)
-    status, data = initiator.ask(1), initiator.data_out(1, bytes(512))
+    status, data = initiator.read_status(1), initiator.data_out(1, bytes(512))
     initiator.issue(command_iu(write10(0, 1), 1))
     assert initiator.completed[-2:] == [data, status]
     assert (data.status, data.actual) == (Status.SUCCESS, 512)
@@ -247,7 +247,7 @@ async def test_transfers_may_come_in_any_order(order: str) -> None:
         made: dict[str, Transfer] = {}
         for what in order.split():
             if what == "status":
-                made[what] = initiator.ask(tag)
+                made[what] = initiator.read_status(tag)
             elif what == "data":
                 made[what] = initiator.data_in(tag, 512)
             else:
@@ -263,7 +263,7 @@ async def test_data_out_may_come_in_any_order(order: str) -> None:
     initiator = await Initiator.plug_in(store)
     for what in order.split():
         if what == "status":
-            status = initiator.ask(1)
+            status = initiator.read_status(1)
         elif what == "data":
             data = initiator.data_out(1, b"\xaa" * 512)
         else:
@@ -279,7 +279,7 @@ async def test_data_for_a_command_that_has_ended_ends_at_once() -> None:
     initiator = await Initiator.plug_in(store)
     initiator.issue(command_iu(read10(64, 1), 1))
     assert (initiator.data_in(1, 512).status, initiator.data_out(1, bytes(512)).actual) == (Status.SUCCESS, 512)
-    assert initiator.ask(1).reply[6] == 2
+    assert initiator.read_status(1).reply[6] == 2
     await initiator.leave()
 
 
@@ -334,7 +334,7 @@ async def test_data_in_ends_in_the_order_of_its_transfers() -> None:
     store = Pattern()
     initiator = await Initiator.plug_in(store)
     store.holding = True
-    status, parts = initiator.ask(1), [initiator.data_in(1, 1024) for _ in range(3)]
+    status, parts = initiator.read_status(1), [initiator.data_in(1, 1024) for _ in range(3)]
     initiator.issue(command_iu(read10(0, 6), 1))
     store.release(1)
     store.error = OSError(errno.EIO, "broken")
@@ -384,10 +384,10 @@ async def test_a_tag_that_is_in_use(speed: Speed) -> None:
     for second in (command_iu(TUR, 5), management_iu(TaskFunction.QUERY_TASK, 5, 5)):
         store.holding = True
         initiator.issue(command_iu(read10(0, 1), 5))
-        ready = initiator.ask(5)
+        ready = initiator.read_status(5)
         data = initiator.data_in(5, 512)
         initiator.issue(second)
-        status = ready if initiator.streams else initiator.ask(5)
+        status = ready if initiator.streams else initiator.read_status(5)
         assert status.reply == response(5, 0x0A)
         assert (data.status, data.actual) == (Status.SUCCESS, 0)  # both are gone, with what was queued for them
         store.release()
@@ -453,7 +453,7 @@ async def test_logical_units_that_do_not_exist(speed: Speed, lun: str) -> None:
 )
 async def test_what_is_no_information_unit(speed: Speed, iu: bytes) -> None:
     initiator = await Initiator.plug_in(Pattern(), speed=speed)
-    status, data = initiator.ask(7), initiator.data_in(7, 512)
+    status, data = initiator.read_status(7), initiator.data_in(7, 512)
     initiator.issue(iu)
     assert status.reply == response(7, 2)
     assert (data.status, data.actual) == (Status.SUCCESS, 0)
@@ -467,7 +467,7 @@ async def test_what_has_no_tag(speed: Speed, iu: bytes) -> None:
     initiator = await Initiator.plug_in(Pattern(), speed=speed)
     initiator.issue(iu)
     if len(iu) > 4 and not initiator.streams:
-        assert initiator.ask().reply == response(0, 2)
+        assert initiator.read_status().reply == response(0, 2)
     assert initiator.run(TUR).status == 0
     await initiator.leave()
 
@@ -476,7 +476,7 @@ async def test_there_is_no_stream_for_a_larger_tag() -> None:
     initiator = await Initiator.plug_in(Pattern())
     for tag in (33, 0xFFFF):
         initiator.issue(command_iu(TUR, tag))
-        assert [initiator.ask(tag).status, initiator.data_in(tag, 1).status] == [Status.INVALID] * 2
+        assert [initiator.read_status(tag).status, initiator.data_in(tag, 1).status] == [Status.INVALID] * 2
     assert initiator.device.figures == Figures(commands=1)
     await initiator.leave()
 
@@ -487,7 +487,7 @@ async def test_command_blocks_of_any_length(speed: Speed) -> None:
     assert initiator.run(read10(1, 1) + bytes(10), receive=512).status == 0
     assert initiator.run(b"\x7f" + bytes(31)).sense == (5, 0x20, 0)
     initiator.issue(command_iu(bytes(200), 1)[:40])  # it says more than it has
-    assert initiator.ask(1).reply[6] == 0
+    assert initiator.read_status(1).reply[6] == 0
     await initiator.leave()
 
 
@@ -545,19 +545,19 @@ async def test_without_streams_the_turn_of_what_is_dropped_passes_on() -> None:
         store.holding = True
         initiator.start(write10(0, 1), send=b"\xaa" * 1024, sizes=[512])
         initiator.start(write10(8, 1), send=b"\xbb" * 512)
-        surplus = [initiator.ask() for _ in range(4)]
+        surplus = [initiator.read_status() for _ in range(4)]
         store.holding = False
         if how == "reset":
             await initiator.enumerate()
             assert all(one.status is Status.CANCELLED for one in surplus)
-            initiator.attend()
+            initiator.clear_unit_attentions()
         else:
             nexus = how == "nexus"
             function = TaskFunction.I_T_NEXUS_RESET if nexus else TaskFunction.ABORT_TASK_SET
             initiator.issue(management_iu(function, 9))
             assert [bytes(one.reply) for one in initiator.completed[-2:] if one.endpoint & 0x80] == [response(9, 0)]
             await initiator.enumerate()
-            initiator.attend()
+            initiator.clear_unit_attentions()
         assert store.content == b"\xaa" * 512 + block(store, 1, 63)
         assert initiator.run(write10(2, 1), send=b"\xcc" * 512).status == 0
         assert bytes(store.content[1024:1536]) == b"\xcc" * 512
@@ -573,10 +573,10 @@ async def test_a_ready_that_the_guest_does_not_have_yet_goes_with_its_command() 
     early = initiator.data_out(0, b"\xaa" * 512)
     assert early.actual == 512  # nobody was told to send: nothing takes it
     initiator.issue(management_iu(TaskFunction.ABORT_TASK, 3, 1))
-    ius = {bytes(initiator.ask().reply) for _ in range(2)}
+    ius = {bytes(initiator.read_status().reply) for _ in range(2)}
     assert ius == {response(3, 0), bytes.fromhex("07000002")}
     initiator.data_out(0, b"\xbb" * 512)
-    assert initiator.ask().reply[:4] == bytes.fromhex("03000002")
+    assert initiator.read_status().reply[:4] == bytes.fromhex("03000002")
     assert store.content == block(store, 0) + b"\xbb" * 512 + block(store, 2, 62)
     await initiator.leave()
 
@@ -621,7 +621,7 @@ async def test_what_waits_for_an_ordered_task_is_reset_too() -> None:
     initiator.start(write10(1, 1), send=b"\xaa" * 512)
     await initiator.enumerate()
     store.release()
-    initiator.attend()
+    initiator.clear_unit_attentions()
     assert store.log == ["read 0 512"]
     await initiator.leave()
 
@@ -636,7 +636,7 @@ async def test_reads_are_taken_back_and_submitted_again(speed: Speed) -> None:
     store.holding = True
     read = initiator.start(read10(3, 6), receive=3072, sizes=[1024])
     for _ in range(3):
-        assert initiator.take_back(read)
+        assert initiator.resubmit(read)
         store.release(1)
     store.holding = False
     store.release()
@@ -653,7 +653,7 @@ async def test_data_out_is_taken_back_and_submitted_again(speed: Speed, sizes: l
     initiator = await Initiator.plug_in(store, speed=speed)
     store.holding = True
     write = initiator.start(write10(3, 8), send=b"\xaa" * 4096, sizes=sizes)
-    assert initiator.take_back(write)
+    assert initiator.resubmit(write)
     store.release()
     store.holding = False
     initiator.pump()
@@ -701,7 +701,7 @@ async def test_data_out_that_waits_for_the_store_is_taken_back(monkeypatch: pyte
 async def test_a_status_is_taken_back() -> None:
     store = Pattern()
     initiator = await Initiator.plug_in(store, speed=Speed.HIGH)
-    first, second = initiator.ask(), initiator.ask()
+    first, second = initiator.read_status(), initiator.read_status()
     initiator.device.cancel(first)
     initiator.uas.cancel(first)  # once is enough
     initiator.issue(command_iu(TUR, 1))
@@ -715,8 +715,8 @@ async def test_a_status_is_taken_back() -> None:
 def kept(initiator: Initiator) -> int:
     """How much the state machine holds."""
     uas = initiator.uas
-    total = len(uas._commands) + len(uas._waiting) + len(uas._writing) + len(uas._due)
-    total += sum(1 + len(queue) for queue in uas._status._unsaid.values())
+    total = len(uas._commands) + len(uas._waiting) + len(uas._writing) + len(uas._to_serve)
+    total += sum(1 + len(queue) for queue in uas._status._queued.values())
     total += sum(len(turns) for turns in uas._turns.values())
     return total + sum(1 + len(queue) for pipe in uas._pipes.values() for queue in pipe._waiting.values())
 
@@ -745,7 +745,7 @@ async def test_a_guest_that_never_asks_for_a_status(speed: Speed) -> None:
     assert kept(initiator) < 3 * (MAX_COMMANDS + MAX_RESPONSES)
     await initiator.enumerate()
     assert kept(initiator) == 0
-    initiator.attend()
+    initiator.clear_unit_attentions()
     assert initiator.run(read10(0, 1), receive=512).status == 0
     await initiator.leave()
 
@@ -757,11 +757,11 @@ async def test_task_set_full(speed: Speed, monkeypatch: pytest.MonkeyPatch) -> N
     for tag in (1, 2, 3):
         initiator.issue(command_iu(read10(0, 1), tag))
     refused = initiator.data_in(4, 512) if initiator.streams else None
-    status = initiator.ask(4) if initiator.streams else None
+    status = initiator.read_status(4) if initiator.streams else None
     initiator.issue(command_iu(read10(0, 1), 4))
     if status is None:
-        initiator.ask()  # the READY of the first
-        status = initiator.ask()
+        initiator.read_status()  # the READY of the first
+        status = initiator.read_status()
     assert status.reply == bytes.fromhex("0300000400002800000000000000") + bytes(2)
     assert refused is None or (refused.status, refused.actual) == (Status.SUCCESS, 0)
     assert initiator.manage(TaskFunction.ABORT_TASK_SET) == 0
@@ -777,7 +777,7 @@ async def test_reads_that_were_taken_back_do_not_pile_up(speed: Speed, monkeypat
     store.holding = True
     read = initiator.start(read10(0, 8), receive=4096, tag=1)
     for _ in range(30):
-        initiator.take_back(read)
+        initiator.resubmit(read)
     assert sum(len(data) for _, _, data in store.held) <= 8192 + 4096
     other = initiator.start(read10(8, 1), receive=512, tag=2)
     store.holding = False
@@ -798,7 +798,7 @@ async def test_unwritten_data_is_bounded(speed: Speed, how: str, monkeypatch: py
         write = initiator.start(write10(0, 8), send=b"\xaa" * 4096, tag=1)
         if how == "reset":
             await initiator.enumerate()
-            initiator.attend()
+            initiator.clear_unit_attentions()
             continue
         if how == "cancel":
             for part in write.parts:
@@ -826,7 +826,7 @@ async def test_jobs_of_commands_that_are_gone_do_not_pile_up() -> None:
         if not one.iu:
             assert initiator.manage(TaskFunction.ABORT_TASK, one.tag) == 0
             initiator.forget(one)
-    assert len(store.held) == MAX_LINGERING
+    assert len(store.held) == MAX_ORPHANED_JOBS
     assert initiator.run(TUR).status == 0
     assert initiator.run(FLUSH).sense == (2, 4, 7)
     store.holding = False
@@ -864,7 +864,7 @@ async def test_completions_may_submit() -> None:
     store.holding = False
     store.release()
     await initiator.enumerate()
-    initiator.attend()
+    initiator.clear_unit_attentions()
     assert initiator.run(read10(1, 1), receive=512).data == block(store, 1)
     await initiator.device.close()
 
@@ -882,7 +882,7 @@ async def test_resets_complete_everything(speed: Speed, how: str) -> None:
     initiator.start(write10(8, 4), send=b"\xaa" * 2048, sizes=[1024])
     initiator.start(write10(16, 1), send=b"\xbb" * 512)
     initiator.start(FLUSH)
-    initiator.ask(20)
+    initiator.read_status(20)
     if initiator.streams:
         initiator.data_in(21, 1)
         initiator.data_out(22, b"\xcc" * 512)
@@ -905,7 +905,7 @@ async def test_resets_complete_everything(speed: Speed, how: str) -> None:
     if how == "close":
         await device.open(Listener())
     await initiator.enumerate()
-    initiator.attend()
+    initiator.clear_unit_attentions()
     read = initiator.run(read10(7, 3), receive=1536)
     assert (read.status, read.data) == (0, block(store, 7) + b"\xaa" * 1024)
     await initiator.leave()
@@ -930,12 +930,12 @@ async def test_random_work_matches_a_shadow(speed: Speed, seed: int) -> None:
             source.shuffle(store.held)
             store.release(1)
         elif fate < 0.90:
-            work.take_back()
+            work.resubmit()
         elif fate < 0.97:
             work.abort()
         elif fate < 0.98:
             await initiator.enumerate()
-            initiator.attend()
+            initiator.clear_unit_attentions()
             work.forget(work.running)
         else:
             store.holding = not store.holding
@@ -986,10 +986,10 @@ class Work:
         )
         self.running[issued] = begin, data
 
-    def take_back(self) -> None:
+    def resubmit(self) -> None:
         if self.running:
             issued = self.source.choice([*self.running])
-            if self.initiator.take_back(issued) and issued.send:
+            if self.initiator.resubmit(issued) and issued.send:
                 self.spoilt.add(issued)
 
     def abort(self) -> None:

@@ -79,7 +79,7 @@ class CdromUnit(Unit):
         LocalProtocolError: the medium has other blocks.
     """
 
-    despite_attention = Unit.despite_attention | {0x46, 0x4A}
+    bypasses_unit_attention = Unit.bypasses_unit_attention | {0x46, 0x4A}
     """GET CONFIGURATION and GET EVENT STATUS NOTIFICATION too (MMC-3, chapter 4.1.6)."""
 
     def __init__(
@@ -122,7 +122,7 @@ class CdromUnit(Unit):
             raise LocalProtocolError("there is a medium in the drive: eject it first")
         self._load(medium)
         self._event = _Event.NEW_MEDIA
-        self.attend(MEDIUM_MAY_HAVE_CHANGED)
+        self.raise_unit_attention(MEDIUM_MAY_HAVE_CHANGED)
 
     def eject(self, *, force: bool = False) -> bool:
         """Take out the medium, if there is one.
@@ -137,7 +137,7 @@ class CdromUnit(Unit):
             return False
         self._lock(False)
         self._open_tray()
-        self.attend(MEDIUM_MAY_HAVE_CHANGED)
+        self.raise_unit_attention(MEDIUM_MAY_HAVE_CHANGED)
         return True
 
     def reset(self) -> None:

@@ -73,10 +73,10 @@ class DiskUnit(Unit):
         self._medium = medium
         self._block_count = medium.block_count
 
-    def _look(self) -> None:
+    def _check_medium(self) -> None:
         if self._medium.block_count != self._block_count:
             self._block_count = self._medium.block_count
-            self.attend(CAPACITY_CHANGED)
+            self.raise_unit_attention(CAPACITY_CHANGED)
 
     # What the disk is
 

@@ -47,7 +47,7 @@ class Unit(ABC):
         luns: how many logical units the device has, this one among them. They are numbered from 0.
     """
 
-    despite_attention = frozenset((0x03, 0x12, 0xA0))
+    bypasses_unit_attention = frozenset((0x03, 0x12, 0xA0))
     """Opcodes performed also while a unit attention waits: REQUEST SENSE, INQUIRY, REPORT LUNS."""
 
     def __init__(self, commands: CommandTable[Any], modes: ModePages, luns: int) -> None:
@@ -57,14 +57,14 @@ class Unit(ABC):
         self._attentions: list[Sense] = []
         self._sense = NO_SENSE
 
-    def attend(self, sense: Sense) -> None:
+    def raise_unit_attention(self, sense: Sense) -> None:
         """Raise a unit attention: a command to come reports it, once (SPC-4, chapter 5.14)."""
         if sense not in self._attentions:
             self._attentions.append(sense)
 
     def reset(self) -> None:
         """The guest reset the device: a unit attention says so. Mode pages stay as they are."""
-        self.attend(RESET_OCCURRED)
+        self.raise_unit_attention(RESET_OCCURRED)
 
     def keep_sense(self, sense: Sense) -> None:
         """Remember why a command failed until the next command; only for transports that do not send sense."""
@@ -76,9 +76,9 @@ class Unit(ABC):
         Args:
             cdb: at least one byte; bytes beyond the command's own length are ignored.
         """
-        self._look()
+        self._check_medium()
         command = self._commands.find(cdb)
-        if self._attentions and cdb[0] not in self.despite_attention:
+        if self._attentions and cdb[0] not in self.bypasses_unit_attention:
             return Fail(self._attentions.pop(0))
         if command is None:
             action: Action = Fail(INVALID_COMMAND)
@@ -91,7 +91,7 @@ class Unit(ABC):
 
     # What a device type fills in
 
-    def _look(self) -> None:  # noqa: B027
+    def _check_medium(self) -> None:
         """Raise the attentions that are due, before a command."""
 
     @abstractmethod

@@ -171,7 +171,7 @@ class Device(ABC):
         """Return the device's own counters; None if it has none, and its transfers count."""
         return None
 
-    async def open(self, listener: DeviceListener) -> None:  # noqa: B027  (many devices need nothing here)
+    async def open(self, listener: DeviceListener) -> None:
         """Take the device.
 
         Raises:
@@ -221,7 +221,7 @@ class Device(ABC):
         """Give the bulk streams of these endpoints back."""
         return Status.STALL
 
-    async def close(self) -> None:  # noqa: B027
+    async def close(self) -> None:
         """Give the device back: pending transfers are cancelled, what was written is on stable storage.
 
         Raises:

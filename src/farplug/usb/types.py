@@ -74,7 +74,7 @@ class Recipient(IntEnum):
         return cls.RESERVED
 
 
-class Request(IntEnum):
+class StandardRequest(IntEnum):
     """bRequest of the standard requests (USB 2.0, table 9-4; USB 3.2, table 9-5)."""
 
     GET_STATUS = 0

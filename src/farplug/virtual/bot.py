@@ -132,10 +132,10 @@ class BulkOnly:
         self._wedged = False
         self._advancing = False
         self._steps: dict[_Phase, Callable[[], bool]] = {
-            _Phase.COMMAND: self._take_command,
-            _Phase.DATA_IN: self._give_data,
-            _Phase.DATA_OUT: self._take_data,
-            _Phase.STATUS: self._give_status,
+            _Phase.COMMAND: self._receive_command,
+            _Phase.DATA_IN: self._send_data,
+            _Phase.DATA_OUT: self._receive_data,
+            _Phase.STATUS: self._send_status,
         }
 
     def bind(self, host: FunctionHost) -> None:
@@ -158,7 +158,7 @@ class BulkOnly:
         if transfer.endpoint & 0x80:
             self._in.append(transfer)
         elif self._queued + transfer.length > MAX_QUEUED:
-            self._spoil()
+            self._data_out_lost()
             transfer.complete(Status.IO_ERROR)
         else:
             self._queued += transfer.length
@@ -176,13 +176,13 @@ class BulkOnly:
             self._out.remove(transfer)
             self._queued -= transfer.length
             if later:
-                self._spoil()
+                self._data_out_lost()
         else:
             return
         transfer.complete(Status.CANCELLED)
         self._advance()
 
-    def _spoil(self) -> None:
+    def _data_out_lost(self) -> None:
         """Data-out is missing: what follows would be written in its place."""
         command = self._command
         if self._phase is _Phase.DATA_OUT and command is not None:
@@ -192,7 +192,7 @@ class BulkOnly:
     def _bulk_only_reset(self) -> None:
         """Be ready for a CBW again (chapter 3.1). Halts stay until the guest clears them; IN transfers stay queued."""
         self._wedged = False
-        self._forget()
+        self._drop_command()
         dropped, self._out = self._out, deque()
         self._queued = 0
         for transfer in dropped:
@@ -206,7 +206,7 @@ class BulkOnly:
     def reset(self) -> None:
         """Drop everything. Writes under way go on: the store keeps their order."""
         self._wedged = False
-        self._forget()
+        self._drop_command()
         pending = [*self._in, *self._out]
         self._in.clear()
         self._out.clear()
@@ -214,10 +214,10 @@ class BulkOnly:
         for transfer in pending:
             transfer.complete(Status.CANCELLED)
 
-    def _forget(self) -> None:
+    def _drop_command(self) -> None:
         self._phase = _Phase.COMMAND
         if self._command is not None:
-            self._command.task.drop()
+            self._command.task.abort()
         self._command = None
         if self._reading is not None:
             self._in.appendleft(self._reading)
@@ -236,7 +236,7 @@ class BulkOnly:
 
     # Steps: each serves one transfer, or returns False because it has to wait.
 
-    def _take_command(self) -> bool:
+    def _receive_command(self) -> bool:
         if not self._out:
             return False
         transfer = self._next_out()
@@ -265,14 +265,14 @@ class BulkOnly:
     def _match(self, command: _Command, direction: Direction) -> None:
         """Match what the host expects with what the command does."""
         task, length = command.task, command.length
-        demand = task.demand
-        if not demand:  # cases 1, 4, 9
+        transfer_length = task.transfer_length
+        if not transfer_length:  # cases 1, 4, 9
             return
         if not length or task.direction is not direction:  # cases 2, 3, 8, 10
             command.phase_error, command.performed = True, False
             command.pad = False
-        elif demand <= length:  # cases 5, 6, 11, 12
-            command.size = demand
+        elif transfer_length <= length:  # cases 5, 6, 11, 12
+            command.size = transfer_length
         elif direction is Direction.IN:  # case 7
             command.phase_error = True
             command.size = length
@@ -291,7 +291,7 @@ class BulkOnly:
         command.fetching = False
         self._advance()
 
-    def _give_data(self) -> bool:
+    def _send_data(self) -> bool:
         if self._reading is not None or not self._in:
             return False
         command = self._command
@@ -331,28 +331,28 @@ class BulkOnly:
             self._phase = _Phase.STATUS
         transfer.complete(Status.SUCCESS, data)
 
-    def _take_data(self) -> bool:
+    def _receive_data(self) -> bool:
         if not self._out or (self._unwritten and self._unwritten + self._out[0].length > MAX_UNWRITTEN):
             return False
         command = self._command
         assert command is not None
         transfer = self._next_out()
-        begin = command.moved
-        command.moved = min(command.length, begin + transfer.length)
+        position = command.moved
+        command.moved = min(command.length, position + transfer.length)
         if command.moved == command.length:
             self._phase = _Phase.STATUS
-        useful = min(command.moved, command.size) - begin
+        useful = min(command.moved, command.size) - position
         transfer.complete()  # first: the guest's next step and the write then run at the same time
         if useful > 0:
             self._unwritten += useful
-            command.task.put(begin, memoryview(transfer.data)[:useful], partial(self._put, useful))
+            command.task.put(position, memoryview(transfer.data)[:useful], partial(self._data_written, useful))
         return True
 
-    def _put(self, length: int) -> None:
+    def _data_written(self, length: int) -> None:
         self._unwritten -= length
         self._advance()  # the data may be that of a command that is gone: another one's has waited for it
 
-    def _give_status(self) -> bool:
+    def _send_status(self) -> bool:
         command = self._command
         assert command is not None
         task = command.task

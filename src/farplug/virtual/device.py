@@ -7,14 +7,25 @@ and hands everything else to the function it is for.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from farplug.errors import LocalProtocolError
 from farplug.usb.device import Device, DeviceEvent, DeviceListener, Identity, Offer
 from farplug.usb.figures import Figures
 from farplug.usb.transfer import Status, Transfer
-from farplug.usb.types import Buffer, Feature, Interface, Recipient, Request, RequestType, Setup, Speed, TransferType
+from farplug.usb.types import (
+    Buffer,
+    Feature,
+    Interface,
+    Recipient,
+    RequestType,
+    Setup,
+    Speed,
+    StandardRequest,
+    TransferType,
+)
 from farplug.virtual.events import FunctionRaised
 from farplug.virtual.function import Function, FunctionHost
 from farplug.virtual.layout import CONFIGURATION, SPEEDS, Layout, Placement
@@ -49,7 +60,7 @@ class _Route:
     own: int
     type: TransferType
     max_streams: int
-    moved: bool
+    renumbered: bool
 
 
 class VirtualDevice(Device):
@@ -107,9 +118,9 @@ class VirtualDevice(Device):
         self._halted: set[int] = set()
         self._slots = tuple(_Slot(function, self._halted, self._report) for function in functions)
         self._listener: DeviceListener | None = None
-        self._moved: dict[Transfer, tuple[_Slot, Transfer]] = {}
+        self._renumbered: dict[Transfer, tuple[_Slot, Transfer]] = {}
         """Pending transfers that the function sees under other numbers: its slot, and what it sees."""
-        self._become(self.offers[0])
+        self._apply_offer(self.offers[0])
         for slot in self._slots:
             slot.function.bind(slot)
 
@@ -154,7 +165,7 @@ class VirtualDevice(Device):
         super().select(offer)
         if self._listener is not None:
             raise LocalProtocolError(f"{self.identity} is plugged: its offer cannot be changed")
-        self._become(offer)
+        self._apply_offer(offer)
 
     @property
     def figures(self) -> Figures | None:
@@ -162,7 +173,7 @@ class VirtualDevice(Device):
         counted = [figures for function in self.functions if (figures := function.figures) is not None]
         return sum(counted, Figures()) if counted else None
 
-    def _become(self, offer: Offer) -> None:
+    def _apply_offer(self, offer: Offer) -> None:
         self._offer = offer
         self._speed = offer.speed
         for function in self.functions:
@@ -231,7 +242,7 @@ class VirtualDevice(Device):
 
     def _reset_functions(self, *, port_reset: bool) -> None:
         for slot in self._slots:
-            with _Guard(self._raised, slot.function):
+            with self._catch(slot.function):
                 slot.function.reset(port_reset=port_reset)
 
     def _unconfigure(self) -> None:
@@ -252,7 +263,7 @@ class VirtualDevice(Device):
             self._configuration = value
             self._find_routes()
             for slot in self._slots:
-                with _Guard(self._raised, slot.function):
+                with self._catch(slot.function):
                     slot.function.configured(self._speed)
         return Status.SUCCESS
 
@@ -263,13 +274,13 @@ class VirtualDevice(Device):
         settings = self._layout.configuration.settings(number)
         if alternate not in settings:
             return Status.STALL
-        with _Guard(self._raised, slot.function):
+        with self._catch(slot.function):
             slot.function.reset(port_reset=False)
         for setting in settings.values():
             self._halted.difference_update(endpoint.address for endpoint in setting.endpoints)
         self._alternates[number] = alternate
         self._find_routes()
-        with _Guard(self._raised, slot.function):
+        with self._catch(slot.function):
             slot.function.set_alternate(number - slot.placement.first_interface, alternate)
             slot.function.configured(self._speed)
         return Status.SUCCESS
@@ -299,7 +310,15 @@ class VirtualDevice(Device):
         if self._listener is not None:
             self._listener.happened(event)
 
-    def _raised(self, function: Function, error: Exception, transfer: Transfer | None) -> None:
+    @contextmanager
+    def _catch(self, function: Function, transfer: Transfer | None = None) -> Iterator[None]:
+        """Report what a function raises; the transfer that it was handed stalls."""
+        try:
+            yield
+        except Exception as error:
+            self._function_raised(function, error, transfer)
+
+    def _function_raised(self, function: Function, error: Exception, transfer: Transfer | None) -> None:
         name = type(function).__name__
         log.error("%s raised", name, exc_info=error)
         if transfer is not None and transfer.status is None:
@@ -318,33 +337,33 @@ class VirtualDevice(Device):
         elif transfer.endpoint in self._halted:
             transfer.complete(Status.STALL)
         else:
-            seen = self._move(transfer, route.slot, route.own, None) if route.moved else transfer
+            inner = self._renumber(transfer, route.slot, route.own, None) if route.renumbered else transfer
             try:
-                route.slot.function.submit(seen)
+                route.slot.function.submit(inner)
             except Exception as error:
-                self._raised(route.slot.function, error, seen)
+                self._function_raised(route.slot.function, error, inner)
 
     def cancel(self, transfer: Transfer) -> None:
         if transfer.status is not None:
             return
-        if transfer in self._moved:
-            slot, transfer = self._moved[transfer]
+        if transfer in self._renumbered:
+            slot, transfer = self._renumbered[transfer]
         elif transfer.endpoint in self._routes:
             slot = self._routes[transfer.endpoint].slot
         else:
             return
-        with _Guard(self._raised, slot.function):
+        with self._catch(slot.function):
             slot.function.cancel(transfer)
 
-    def _move(self, transfer: Transfer, slot: _Slot, endpoint: int, setup: Setup | None) -> Transfer:
+    def _renumber(self, transfer: Transfer, slot: _Slot, endpoint: int, setup: Setup | None) -> Transfer:
         """Make the transfer that the function sees; its completion completes the guest's."""
 
-        def complete(seen: Transfer) -> None:
-            del self._moved[transfer]
-            assert seen.status is not None
-            transfer.complete(seen.status, seen.reply, actual=seen.actual)
+        def complete(inner: Transfer) -> None:
+            del self._renumbered[transfer]
+            assert inner.status is not None
+            transfer.complete(inner.status, inner.reply, actual=inner.actual)
 
-        seen = Transfer(
+        inner = Transfer(
             transfer.type,
             endpoint,
             complete,
@@ -353,8 +372,8 @@ class VirtualDevice(Device):
             setup=setup,
             stream_id=transfer.stream_id,
         )
-        self._moved[transfer] = slot, seen
-        return seen
+        self._renumbered[transfer] = slot, inner
+        return inner
 
     # Control transfers
 
@@ -371,22 +390,25 @@ class VirtualDevice(Device):
             else:
                 transfer.complete(Status.SUCCESS, reply[: min(setup.length, transfer.length)])
             return
-        for slot, own in self._addressees(setup):
-            seen = self._move(transfer, slot, transfer.endpoint, own)
-            with _Guard(self._raised, slot.function, seen):
-                if slot.function.control(seen):
+        for slot, own in self._recipients(setup):
+            inner = self._renumber(transfer, slot, transfer.endpoint, own)
+            with self._catch(slot.function, inner):
+                if slot.function.control(inner):
                     return
-            if seen.status is not None:  # it raised
+            if inner.status is not None:  # it raised
                 return
-            del self._moved[transfer]
+            del self._renumbered[transfer]
         transfer.complete(Status.STALL)
 
-    def _addressees(self, setup: Setup) -> list[tuple[_Slot, Setup]]:
+    def _recipients(self, setup: Setup) -> list[tuple[_Slot, Setup]]:
         """Which functions to ask, in turn, and how each sees the request.
 
         Of the standard requests only GET_DESCRIPTOR to an interface: HID report descriptors are asked for this way.
         """
-        if setup.type is RequestType.STANDARD and (setup.request_type, setup.request) != (0x81, Request.GET_DESCRIPTOR):
+        if setup.type is RequestType.STANDARD and (setup.request_type, setup.request) != (
+            0x81,
+            StandardRequest.GET_DESCRIPTOR,
+        ):
             return []
         if setup.recipient is Recipient.INTERFACE:
             slot = self._slot_of_interface(setup.index & 0xFF)
@@ -448,7 +470,7 @@ class VirtualDevice(Device):
             self._halted.add(setup.index)
         else:
             self._halted.discard(setup.index)
-            with _Guard(self._raised, route.slot.function):
+            with self._catch(route.slot.function):
                 route.slot.function.halt_cleared(route.own)
         return b""
 
@@ -484,46 +506,21 @@ class VirtualDevice(Device):
 
 
 _STANDARD_REQUESTS: dict[tuple[int, int], Callable[[VirtualDevice, Setup, Buffer], bytes | None]] = {
-    (0x80, Request.GET_STATUS): VirtualDevice._get_device_status,
-    (0x81, Request.GET_STATUS): VirtualDevice._get_interface_status,
-    (0x82, Request.GET_STATUS): VirtualDevice._get_endpoint_status,
-    (0x00, Request.CLEAR_FEATURE): lambda device, setup, data: device._device_feature(False, setup, data),
-    (0x00, Request.SET_FEATURE): lambda device, setup, data: device._device_feature(True, setup, data),
-    (0x01, Request.CLEAR_FEATURE): VirtualDevice._interface_feature,
-    (0x01, Request.SET_FEATURE): VirtualDevice._interface_feature,
-    (0x02, Request.CLEAR_FEATURE): lambda device, setup, data: device._endpoint_feature(False, setup, data),
-    (0x02, Request.SET_FEATURE): lambda device, setup, data: device._endpoint_feature(True, setup, data),
-    (0x80, Request.GET_DESCRIPTOR): VirtualDevice._get_descriptor,
-    (0x80, Request.GET_CONFIGURATION): VirtualDevice._get_configuration,
-    (0x00, Request.SET_CONFIGURATION): VirtualDevice._set_configuration,
-    (0x81, Request.GET_INTERFACE): VirtualDevice._get_interface,
-    (0x01, Request.SET_INTERFACE): VirtualDevice._set_interface,
-    (0x00, Request.SET_SEL): VirtualDevice._set_sel,
-    (0x00, Request.SET_ISOCH_DELAY): VirtualDevice._set_isoch_delay,
+    (0x80, StandardRequest.GET_STATUS): VirtualDevice._get_device_status,
+    (0x81, StandardRequest.GET_STATUS): VirtualDevice._get_interface_status,
+    (0x82, StandardRequest.GET_STATUS): VirtualDevice._get_endpoint_status,
+    (0x00, StandardRequest.CLEAR_FEATURE): lambda device, setup, data: device._device_feature(False, setup, data),
+    (0x00, StandardRequest.SET_FEATURE): lambda device, setup, data: device._device_feature(True, setup, data),
+    (0x01, StandardRequest.CLEAR_FEATURE): VirtualDevice._interface_feature,
+    (0x01, StandardRequest.SET_FEATURE): VirtualDevice._interface_feature,
+    (0x02, StandardRequest.CLEAR_FEATURE): lambda device, setup, data: device._endpoint_feature(False, setup, data),
+    (0x02, StandardRequest.SET_FEATURE): lambda device, setup, data: device._endpoint_feature(True, setup, data),
+    (0x80, StandardRequest.GET_DESCRIPTOR): VirtualDevice._get_descriptor,
+    (0x80, StandardRequest.GET_CONFIGURATION): VirtualDevice._get_configuration,
+    (0x00, StandardRequest.SET_CONFIGURATION): VirtualDevice._set_configuration,
+    (0x81, StandardRequest.GET_INTERFACE): VirtualDevice._get_interface,
+    (0x01, StandardRequest.SET_INTERFACE): VirtualDevice._set_interface,
+    (0x00, StandardRequest.SET_SEL): VirtualDevice._set_sel,
+    (0x00, StandardRequest.SET_ISOCH_DELAY): VirtualDevice._set_isoch_delay,
 }
 """By bmRequestType and bRequest. What is not here and is no function's stalls: SYNCH_FRAME, SET_DESCRIPTOR …"""
-
-
-class _Guard:
-    """Catches what a function raises, and calls ``raised`` with it."""
-
-    __slots__ = ("_function", "_raised", "_transfer")
-
-    def __init__(
-        self,
-        raised: Callable[[Function, Exception, Transfer | None], None],
-        function: Function,
-        transfer: Transfer | None = None,
-    ) -> None:
-        self._raised = raised
-        self._function = function
-        self._transfer = transfer
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> bool:
-        if not isinstance(error, Exception):
-            return False
-        self._raised(self._function, error, self._transfer)
-        return True

@@ -52,16 +52,16 @@ class Function(ABC):
         """Return the name of the part that the function can leave out at this speed. Empty: there is none."""
         return ""
 
-    def leave_out(self, optional: bool) -> None:  # noqa: B027
+    def leave_out(self, optional: bool) -> None:
         """Leave the optional part out of :meth:`interfaces` from now on, or put it in again."""
 
-    def bind(self, host: FunctionHost) -> None:  # noqa: B027
+    def bind(self, host: FunctionHost) -> None:
         """Called once, when the function becomes a part of a device."""
 
-    def configured(self, speed: Speed) -> None:  # noqa: B027
+    def configured(self, speed: Speed) -> None:
         """The guest chose the configuration, or an alternate setting changed: start afresh."""
 
-    def set_alternate(self, interface: int, alternate: int) -> None:  # noqa: B027
+    def set_alternate(self, interface: int, alternate: int) -> None:
         """The guest chose an alternate setting of one of the function's interfaces."""
 
     def control(self, transfer: Transfer) -> bool:
@@ -76,7 +76,7 @@ class Function(ABC):
     def cancel(self, transfer: Transfer) -> None:
         """Complete a transfer that is still pending as ``CANCELLED``; leave a completed one alone."""
 
-    def halt_cleared(self, endpoint: int) -> None:  # noqa: B027
+    def halt_cleared(self, endpoint: int) -> None:
         """The guest cleared the halt of an endpoint (also when it was not halted)."""
 
     @abstractmethod
@@ -93,11 +93,11 @@ class Function(ABC):
         """Return the function's own counters; None if it has none."""
         return None
 
-    async def open(self) -> None:  # noqa: B027
+    async def open(self) -> None:
         """The device was taken. Raises ``DeviceError`` or ``ImageError`` if the function cannot work."""
 
-    async def close(self) -> None:  # noqa: B027
+    async def close(self) -> None:
         """The device is given back: make durable what was written. Raises ``DeviceError`` if that failed."""
 
-    async def dispose(self) -> None:  # noqa: B027
+    async def dispose(self) -> None:
         """The device will not be plugged again: give back what was taken when the function was made (files)."""

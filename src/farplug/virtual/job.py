@@ -33,7 +33,7 @@ def write_sense(error: OSError) -> Sense:
     return SPACE_ALLOCATION_FAILED if error.errno in (errno.ENOSPC, errno.EDQUOT) else WRITE_ERROR
 
 
-class Job:
+class StoreJob:
     """Work on a store. It begins now, and may be over before the constructor returns.
 
     Args:

@@ -1,4 +1,4 @@
-"""The endpoints of USB Attached SCSI: what the guest has queued there, and what is to be told to it."""
+"""The endpoints of USB Attached SCSI: what the guest has queued there, and what is to be on_sent to it."""
 
 from __future__ import annotations
 
@@ -64,32 +64,32 @@ class StatusPipe(Pipe, Generic[Owner]):
     """The status pipe. In each stream either transfers wait for information units, or these wait for transfers.
 
     Args:
-        told: called with the owner of an IU that is leaving.
+        on_sent: called with the owner of an IU that is leaving.
     """
 
-    __slots__ = ("_responses", "_told", "_unsaid")
+    __slots__ = ("_on_sent", "_queued", "_responses")
 
-    def __init__(self, told: Callable[[Owner], None]) -> None:
+    def __init__(self, on_sent: Callable[[Owner], None]) -> None:
         super().__init__()
-        self._told = told
-        self._unsaid: dict[int, deque[tuple[bytes, Owner | None]]] = {}
+        self._on_sent = on_sent
+        self._queued: dict[int, deque[tuple[bytes, Owner | None]]] = {}
         self._responses = 0
         """How many of them have no owner."""
 
-    def ask(self, transfer: Transfer) -> None:
+    def read(self, transfer: Transfer) -> None:
         """Complete a transfer with the oldest IU of its stream, or when there is one."""
-        unsaid = self._unsaid.get(transfer.stream_id)
-        if unsaid is None:
+        queued = self._queued.get(transfer.stream_id)
+        if queued is None:
             self.put(transfer)
             return
-        iu, owner = unsaid.popleft()
-        if not unsaid:
-            del self._unsaid[transfer.stream_id]
+        iu, owner = queued.popleft()
+        if not queued:
+            del self._queued[transfer.stream_id]
         if owner is None:
             self._responses -= 1
         self._complete(transfer, iu, owner)
 
-    def say(self, stream: int, iu: bytes, owner: Owner | None) -> None:
+    def send(self, stream: int, iu: bytes, owner: Owner | None) -> None:
         """Send an IU as soon as the guest asks for one. Owners have few; of those without one too many are dropped."""
         transfer = self.take(stream)
         if transfer is not None:
@@ -99,20 +99,20 @@ class StatusPipe(Pipe, Generic[Owner]):
             if self._responses >= MAX_RESPONSES:
                 return
             self._responses += 1
-        self._unsaid.setdefault(stream, deque()).append((iu, owner))
+        self._queued.setdefault(stream, deque()).append((iu, owner))
 
-    def forget(self, stream: int, owner: Owner) -> None:
+    def discard(self, stream: int, owner: Owner) -> None:
         """Do not send what an owner still had to say."""
-        kept = deque(entry for entry in self._unsaid.pop(stream, ()) if entry[1] is not owner)
+        kept = deque(entry for entry in self._queued.pop(stream, ()) if entry[1] is not owner)
         if kept:
-            self._unsaid[stream] = kept
+            self._queued[stream] = kept
 
     def clear(self) -> list[Transfer]:
-        self._unsaid.clear()
+        self._queued.clear()
         self._responses = 0
         return super().clear()
 
     def _complete(self, transfer: Transfer, iu: bytes, owner: Owner | None) -> None:
         if owner is not None:
-            self._told(owner)
+            self._on_sent(owner)
         transfer.complete(Status.SUCCESS, iu)

@@ -13,13 +13,13 @@ from farplug.usb.types import Speed, TransferType
 from farplug.virtual.bot import BulkOnly
 from farplug.virtual.function import Function, FunctionHost
 from farplug.virtual.storage_transport import StorageTransport
-from farplug.virtual.uas import STREAMS_EXPONENT, AttachedScsi
+from farplug.virtual.uas import STREAMS_EXPONENT, Uas
 from farplug.virtual.unit import LogicalUnit
 
-MASS_STORAGE = 0x08
-TRANSPARENT_SCSI = 0x06
-BULK_ONLY = 0x50
-ATTACHED_SCSI = 0x62
+CLASS_MASS_STORAGE = 0x08
+SUBCLASS_SCSI = 0x06
+PROTOCOL_BULK_ONLY = 0x50
+PROTOCOL_UAS = 0x62
 
 BULK_IN = 0x81
 BULK_OUT = 0x02
@@ -68,8 +68,8 @@ class MassStorage(Function):
         self._transport = transport
         self._without_uas = False
         self._bot = BulkOnly(units, BULK_IN, BULK_OUT)
-        self._uas = AttachedScsi(units, command=COMMAND_PIPE, status=STATUS_PIPE, data_in=BULK_IN, data_out=BULK_OUT)
-        self._active: BulkOnly | AttachedScsi = self._bot
+        self._uas = Uas(units, command=COMMAND_PIPE, status=STATUS_PIPE, data_in=BULK_IN, data_out=BULK_OUT)
+        self._active: BulkOnly | Uas = self._bot
         self._alternate = 0
         self._refreshing: asyncio.TimerHandle | None = None
 
@@ -80,7 +80,7 @@ class MassStorage(Function):
     def leave_out(self, optional: bool) -> None:
         self._without_uas = optional
 
-    def _settings(self, speed: Speed) -> Sequence[BulkOnly | AttachedScsi]:
+    def _settings(self, speed: Speed) -> Sequence[BulkOnly | Uas]:
         """Who serves each alternate setting."""
         if self._transport is StorageTransport.BOT or self._without_uas or speed < Speed.HIGH:
             return (self._bot,)
@@ -88,10 +88,12 @@ class MassStorage(Function):
 
     def interfaces(self, speed: Speed) -> Sequence[InterfaceDescriptor]:
         return tuple(
-            InterfaceDescriptor(0, alternate, MASS_STORAGE, TRANSPARENT_SCSI, BULK_ONLY, _bulk_only_endpoints(speed))
+            InterfaceDescriptor(
+                0, alternate, CLASS_MASS_STORAGE, SUBCLASS_SCSI, PROTOCOL_BULK_ONLY, _bulk_only_endpoints(speed)
+            )
             if one is self._bot
             else InterfaceDescriptor(
-                0, alternate, MASS_STORAGE, TRANSPARENT_SCSI, ATTACHED_SCSI, _attached_scsi_endpoints(speed)
+                0, alternate, CLASS_MASS_STORAGE, SUBCLASS_SCSI, PROTOCOL_UAS, _uas_endpoints(speed)
             )
             for alternate, one in enumerate(self._settings(speed))
         )
@@ -173,8 +175,8 @@ async def _make_durable(unit: LogicalUnit) -> DeviceError | None:
             flushed.set_result(error)
 
     unit.store.flush(done)
-    error = await flushed or unit.unreported
-    unit.unreported = None
+    error = await flushed or unit.deferred_error
+    unit.deferred_error = None
     if error is None:
         return None
     what = error.strerror or error
@@ -189,7 +191,7 @@ def _bulk_only_endpoints(speed: Speed) -> tuple[EndpointDescriptor, ...]:
     )
 
 
-def _attached_scsi_endpoints(speed: Speed) -> tuple[EndpointDescriptor, ...]:
+def _uas_endpoints(speed: Speed) -> tuple[EndpointDescriptor, ...]:
     return tuple(
         EndpointDescriptor(
             address,

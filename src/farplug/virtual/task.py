@@ -30,23 +30,23 @@ from farplug.scsi.cdb import (
 from farplug.scsi.sense import INVALID_FIELD_IN_CDB, MISCOMPARE, UNRECOVERED_READ_ERROR, Sense, SenseKey
 from farplug.store.base import Store
 from farplug.usb.types import Buffer, Direction
-from farplug.virtual.job import Job, job_sense, write_sense
+from farplug.virtual.job import StoreJob, job_sense, write_sense
 from farplug.virtual.unit import LogicalUnit
 
 log = logging.getLogger(__name__)
 
-MAX_LINGERING = 64
+MAX_ORPHANED_JOBS = 64
 """Jobs of a unit that are under way although their commands are gone; from then on no further job is begun. Each has a
 step of 1 MiB at most in the store."""
 
 OPERATION_IN_PROGRESS = Sense(SenseKey.NOT_READY, 0x04, 0x07)
 """A host tries again later."""
 
-Given: TypeAlias = Callable[[Buffer | None], None]
+ReadCallback: TypeAlias = Callable[[Buffer | None], None]
 """Takes data-in, or None: it could not be read, and the task has failed."""
 
 
-def _nothing() -> None:
+def _ignore() -> None:
     pass
 
 
@@ -63,14 +63,14 @@ class Task:
 
     Attributes:
         direction: of the data that the command moves; None if it moves none.
-        demand: how many bytes.
+        transfer_length: how many bytes.
         sense: why it failed; None so far.
         moved: bytes that were delivered, or written, or taken as parameters.
     """
 
     __slots__ = (
         "_compares",
-        "_counts",
+        "_counts_read",
         "_data",
         "_durable",
         "_flushes",
@@ -78,22 +78,22 @@ class Task:
         "_job",
         "_offset",
         "_parameters",
-        "_part",
+        "_partial_block",
         "_pending",
         "_progress",
         "_store",
         "_then",
         "_unit",
         "_work",
-        "demand",
         "direction",
         "moved",
         "sense",
+        "transfer_length",
     )
 
     def __init__(self, unit: LogicalUnit, cdb: Buffer, progress: Callable[[], None]) -> None:
         self.direction: Direction | None = None
-        self.demand = 0
+        self.transfer_length = 0
         self.sense: Sense | None = None
         self.moved = 0
         self._unit: LogicalUnit = unit
@@ -105,16 +105,16 @@ class Task:
         self._parameters: bytearray | None = None
         """Data-out that is not for the store is collected here; ``_then`` says what it asks for."""
         self._then: Callable[[Buffer], Outcome] | None = None
-        self._part = b""
+        self._partial_block = b""
         """Of a block that was cut by the end of a transfer. A block is written whole or not at all."""
         self._compares = False
-        self._counts = False
+        self._counts_read = False
         self._durable = False
         self._forced = False
         self._flushes: int | None = None
         """The command is a flush: how many of the unit's writes it covers."""
         self._work: Work | None = None
-        self._job: Job | None = None
+        self._job: StoreJob | None = None
         self._pending = 0
         unit.commands += 1
         self._plan(unit.scsi.execute(cdb) if cdb else Fail(INVALID_FIELD_IN_CDB))
@@ -122,21 +122,21 @@ class Task:
     def _plan(self, action: Action) -> None:
         match action:
             case Read(lba, count, fua):
-                self._blocks(Direction.IN, lba, count)
-                self._counts = True
+                self._plan_blocks(Direction.IN, lba, count)
+                self._counts_read = True
                 self._work = Flush() if fua else None
             case Write(lba, count, durable, forced):
-                self._blocks(Direction.OUT, lba, count)
+                self._plan_blocks(Direction.OUT, lba, count)
                 self._durable, self._forced = durable, forced
             case Compare(lba, count):
-                self._blocks(Direction.OUT, lba, count)
+                self._plan_blocks(Direction.OUT, lba, count)
                 self._compares = True
-            case Receive(demand, then):
-                self.direction, self.demand = Direction.OUT, demand
+            case Receive(transfer_length, then):
+                self.direction, self.transfer_length = Direction.OUT, transfer_length
                 self._parameters, self._then = bytearray(), then
             case Respond(data):
                 if data:
-                    self.direction, self.demand = Direction.IN, len(data)
+                    self.direction, self.transfer_length = Direction.IN, len(data)
                     self._data = memoryview(data)
             case Fail(sense):
                 self.sense = sense
@@ -148,9 +148,9 @@ class Task:
             case _:
                 self._work = action
 
-    def _blocks(self, direction: Direction, lba: int, count: int) -> None:
+    def _plan_blocks(self, direction: Direction, lba: int, count: int) -> None:
         size = self._medium.block_size
-        self.direction, self.demand, self._offset = direction, count * size, lba * size
+        self.direction, self.transfer_length, self._offset = direction, count * size, lba * size
 
     @property
     def _medium(self) -> Store:
@@ -175,14 +175,14 @@ class Task:
     def start(self) -> None:
         """Begin what is to be done before any data moves."""
         if self._work is not None:
-            self._begin(self._work)
+            self._start_job(self._work)
 
-    def drop(self) -> None:
+    def abort(self) -> None:
         """The transport has lost interest: nothing more is reported to it. What was begun goes on."""
         self._progress = None
         if self._job is not None and self._pending:
             self._job.stop()
-            self._unit.lingering += 1
+            self._unit.orphaned_jobs += 1
 
     def fail(self, sense: Sense) -> None:
         """End it with this sense, unless it has failed before."""
@@ -191,27 +191,27 @@ class Task:
 
     # Data-in
 
-    def read(self, begin: int, length: int, done: Given) -> None:
-        """Get data-in from ``begin`` on. ``done`` is called once, also after :meth:`drop`."""
+    def read(self, position: int, length: int, done: ReadCallback) -> None:
+        """Get data-in from ``begin`` on. ``done`` is called once, also after :meth:`abort`."""
         if self._data is not None:
-            done(self._data[begin : begin + length])
+            done(self._data[position : position + length])
         else:
-            self._medium.read(self._offset + begin, length, partial(self._read, begin, done))
+            self._medium.read(self._offset + position, length, partial(self._read, position, done))
 
-    def _read(self, begin: int, done: Given, data: Buffer, error: OSError | None) -> None:
+    def _read(self, position: int, done: ReadCallback, data: Buffer, error: OSError | None) -> None:
         if error is None:
             done(data)
             return
         if self._progress is not None:
-            log.warning("%s: reading at byte %d failed: %s", self.name, self._offset + begin, error)
+            log.warning("%s: reading at byte %d failed: %s", self.name, self._offset + position, error)
             self.fail(UNRECOVERED_READ_ERROR)
         done(None)
 
     def fetch(self, length: int, done: Callable[[], None]) -> None:
-        """Read so much data-in ahead, from its begin: :meth:`read` has it then.
+        """Read so much data-in ahead, from its position: :meth:`read` has it then.
 
         If that fails, whoever reads finds out which part cannot be read. ``done`` is called in any case, also after
-        :meth:`drop`.
+        :meth:`abort`.
         """
 
         def fetched(data: Buffer, error: OSError | None) -> None:
@@ -224,12 +224,12 @@ class Task:
     def delivered(self, length: int) -> None:
         """So much data-in has left."""
         self.moved += length
-        if self._counts:
+        if self._counts_read:
             self._unit.bytes_read += length
 
     # Data-out
 
-    def put(self, begin: int, data: Buffer, done: Callable[[], None] = _nothing) -> None:
+    def put(self, position: int, data: Buffer, done: Callable[[], None] = _ignore) -> None:
         """Take the data-out from ``begin`` on, all before that having come. Blocks go to the store whole only.
 
         ``done`` is called once, when the data is no longer needed.
@@ -238,37 +238,37 @@ class Task:
             done()
         elif self._parameters is not None:
             self._parameters += data
-            if len(self._parameters) == self.demand and self._progress is not None:
-                self._take_parameters()
+            if len(self._parameters) == self.transfer_length and self._progress is not None:
+                self._parameters_received()
             done()
         else:
-            self._put_blocks(begin, data, done)
+            self._put_blocks(position, data, done)
 
-    def _take_parameters(self) -> None:
+    def _parameters_received(self) -> None:
         assert self._parameters is not None
         assert self._then is not None
-        self.moved = self.demand
+        self.moved = self.transfer_length
         match self._then(self._parameters):
             case Done():
                 pass
             case Fail(sense):
                 self.fail(sense)
             case work:
-                self._begin(work)
+                self._start_job(work)
 
-    def _put_blocks(self, begin: int, data: Buffer, done: Callable[[], None]) -> None:
-        if self._part:
-            begin -= len(self._part)
-            data = self._part + bytes(data)
-            self._part = b""
+    def _put_blocks(self, position: int, data: Buffer, done: Callable[[], None]) -> None:
+        if self._partial_block:
+            position -= len(self._partial_block)
+            data = self._partial_block + bytes(data)
+            self._partial_block = b""
         if cut := len(data) % self._medium.block_size:
-            self._part = bytes(data[-cut:])
+            self._partial_block = bytes(data[-cut:])
             data = memoryview(data)[:-cut]
         if not data:
             done()
             return
         self._pending += 1
-        offset = self._offset + begin
+        offset = self._offset + position
         if self._compares:
             self._medium.read(offset, len(data), partial(self._compared, data, done))
         else:
@@ -285,7 +285,7 @@ class Task:
             sense = MISCOMPARE
         elif self.sense is None:
             self.moved += len(data)
-        self._settle(sense, done)
+        self._operation_done(sense, done)
 
     def _written(self, length: int, done: Callable[[], None], error: OSError | None) -> None:
         if error is not None:
@@ -294,7 +294,7 @@ class Task:
             self._unit.bytes_written += length
             if self.sense is None:
                 self.moved += length
-        self._settle(None if error is None else write_sense(error), done)
+        self._operation_done(None if error is None else write_sense(error), done)
 
     # Work, and the end
 
@@ -307,33 +307,33 @@ class Task:
             return False
         if self._durable and self.sense is None:
             self._durable = False
-            self._begin(Flush())
+            self._start_job(Flush())
             return not self._pending
         return True
 
-    def _begin(self, work: Work) -> None:
-        if self._unit.lingering >= MAX_LINGERING:
+    def _start_job(self, work: Work) -> None:
+        if self._unit.orphaned_jobs >= MAX_ORPHANED_JOBS:
             self.fail(OPERATION_IN_PROGRESS)
             return
         self._pending += 1
         if isinstance(work, (Zero, Fill)):
             self._unit.unflushed.wrote()
-        self._job = Job(self._medium, work, partial(self._worked, work))
+        self._job = StoreJob(self._medium, work, partial(self._job_done, work))
 
-    def _worked(self, work: Work, error: OSError | None) -> None:
+    def _job_done(self, work: Work, error: OSError | None) -> None:
         if self._progress is None:
-            self._unit.lingering -= 1
+            self._unit.orphaned_jobs -= 1
             if error is not None and not isinstance(work, Verify):
-                self._unit.unreported = error
+                self._unit.deferred_error = error
         elif error is None and isinstance(work, Flush):
-            error, self._unit.unreported = self._unit.unreported, None
+            error, self._unit.deferred_error = self._unit.deferred_error, None
         if isinstance(work, (Zero, Fill)):
             self._unit.unflushed.wrote()  # a flush that began meanwhile does not cover all of it
         elif error is None and self._flushes is not None:
             self._unit.unflushed.flushed(self._flushes)
-        self._settle(None if error is None else job_sense(work, error), _nothing)
+        self._operation_done(None if error is None else job_sense(work, error), _ignore)
 
-    def _settle(self, sense: Sense | None, done: Callable[[], None]) -> None:
+    def _operation_done(self, sense: Sense | None, done: Callable[[], None]) -> None:
         self._pending -= 1
         if sense is not None:
             self.fail(sense)

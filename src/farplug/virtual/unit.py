@@ -73,8 +73,8 @@ class LogicalUnit:
         commands: how many were taken.
         bytes_read: from the store, delivered.
         bytes_written: to the store.
-        lingering: jobs under way whose commands are gone.
-        unreported: an error of work whose command was gone when it failed. The next flush fails with it.
+        orphaned_jobs: jobs under way whose commands are gone.
+        deferred_error: an error of work whose command was gone when it failed. The next flush fails with it.
         number: the unit's number in its device; the device sets it.
         report: reports an event of the unit; its device sets it.
         unflushed: what the guest wrote and has not flushed.
@@ -86,8 +86,8 @@ class LogicalUnit:
     commands: int = field(default=0, init=False)
     bytes_read: int = field(default=0, init=False)
     bytes_written: int = field(default=0, init=False)
-    lingering: int = field(default=0, init=False)
-    unreported: OSError | None = field(default=None, init=False)
+    orphaned_jobs: int = field(default=0, init=False)
+    deferred_error: OSError | None = field(default=None, init=False)
     number: int = field(default=0, init=False)
     report: Callable[[DeviceEvent], None] = field(default=_unheard, init=False)
     unflushed: Unflushed = field(default_factory=Unflushed, init=False)
