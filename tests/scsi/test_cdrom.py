@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tests.scsi.media import FakeMedium
 
-from farplug.errors import LocalProtocolError
+from farplug.errors import StateError
 from farplug.scsi.cdb import Action, Command, Done, Fail, Read, Receive, Respond, Verify
 from farplug.scsi.cdrom import COMMANDS, CdromUnit
 from farplug.scsi.mmc import Profile, configuration, disc_information, dvd_structure, raw_toc, sessions, toc
@@ -218,10 +218,10 @@ def test_mode_select_takes_what_is_there_already() -> None:
 
 
 def test_other_blocks_are_refused() -> None:
-    with pytest.raises(LocalProtocolError, match="2048 bytes, not 512"):
+    with pytest.raises(ValueError, match="2048 bytes, not 512"):
         CdromUnit(FakeMedium(), serial_number="0042")
     drive = Drive(None)
-    with pytest.raises(LocalProtocolError, match="2048 bytes, not 4096"):
+    with pytest.raises(ValueError, match="2048 bytes, not 4096"):
         drive.unit.insert(FakeMedium(block_size=4096))
     assert not drive.unit.loaded
 
@@ -290,7 +290,7 @@ def test_insert() -> None:
     assert drive(TUR) == CHANGED
     assert drive(TUR) == Done()
     assert drive("25 00 00 00 00 00 00 00 00 00") == Respond(cdb("00 00 07 cf 00 00 08 00"))
-    with pytest.raises(LocalProtocolError, match="eject it first"):
+    with pytest.raises(StateError, match="eject it first"):
         drive.unit.insert(disc())
 
 

@@ -7,7 +7,7 @@ import pytest
 from tests.store.test_iso import ISO, image
 from tests.virtual.bulk_only import Guest, read10, settle
 
-from farplug.errors import DeviceError, ImageError, LocalProtocolError, Reason
+from farplug.errors import DeviceError, ImageError, Reason
 from farplug.store import MemoryStore, ReadDone
 from farplug.usb import DeviceEvent, Speed, Status
 from farplug.virtual import CdromDrive, MassStorage, VirtualDevice, cdrom_device, drives_of, events
@@ -138,6 +138,24 @@ async def test_one_for_another_by_force() -> None:
     await device.dispose()
 
 
+async def test_two_insertions_at_the_same_time() -> None:
+    class Slow(Disc):
+        async def close(self) -> None:
+            await asyncio.sleep(0)
+            await super().close()
+
+    discs = [Slow(name) for name in ("one", "two", "tri")]
+    device = cdrom_device(discs[0])
+    guest, seen = await plug(device)
+    (drive,) = drives_of(device)
+    await asyncio.gather(*(drive.insert(disc) for disc in discs[1:]))
+    assert (drive.medium, [disc.closed for disc in discs]) == ("tri", [True, True, False])
+    assert guest.command(TUR).status == 1
+    assert guest.command(read10(0, 1), receive=2048).data == b"tri " * 512
+    assert [str(event) for event in seen] == ["one ejected", "two inserted", "two ejected", "tri inserted"]
+    await device.dispose()
+
+
 async def test_a_read_never_continues_on_the_next_medium() -> None:
     device = cdrom_device(Disc("one"))
     guest, _ = await plug(device)
@@ -192,10 +210,10 @@ async def test_images(tmp_path: Path) -> None:
 
 
 async def test_other_blocks_are_refused_before_anything_changes() -> None:
-    with pytest.raises(LocalProtocolError, match="2048 bytes, not 512"):
+    with pytest.raises(ValueError, match="2048 bytes, not 512"):
         cdrom_device(MemoryStore(4096))
     device = cdrom_device(Disc("one"))
-    with pytest.raises(LocalProtocolError, match="2048 bytes, not 512"):
+    with pytest.raises(ValueError, match="2048 bytes, not 512"):
         await drives_of(device)[0].insert(MemoryStore(4096))
     assert drives_of(device)[0].medium == "one"
 

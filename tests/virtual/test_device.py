@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 from tests.virtual.bulk_only import Listener
 
-from farplug.errors import DeviceError, LocalProtocolError, Reason
+from farplug.errors import DeviceError, Reason, StateError
 from farplug.usb import Offer, Setup, Speed, Status, Transfer, TransferType
 from farplug.usb.descriptors import EndpointDescriptor, InterfaceDescriptor
 from farplug.usb.figures import Figures
@@ -379,9 +379,9 @@ async def test_life() -> None:
     with pytest.raises(ValueError, match="cannot be offered at full speed"):
         device.select(Offer(Speed.FULL))
     await device.open(Listener())
-    with pytest.raises(LocalProtocolError, match="plugged already"):
+    with pytest.raises(StateError, match="already plugged"):
         await device.open(Listener())
-    with pytest.raises(LocalProtocolError, match="offer cannot be changed"):
+    with pytest.raises(StateError, match="offer cannot be changed"):
         device.select(Offer(Speed.SUPER))
     await device.set_configuration(1)
     assert function.log[-1] == "configured high"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import TypeAlias
 
-from farplug.errors import LocalProtocolError
+from farplug.errors import StateError
 from farplug.scsi.cdb import Action, Command, CommandTable, Done, Fail, Read, Respond, Verify, extent
 from farplug.scsi.inquiry import CDROM_PRODUCT, MULTIMEDIA, identity_pages, standard_inquiry, vital_product_data
 from farplug.scsi.medium import MAX_TRANSFER_BLOCKS, Medium
@@ -76,7 +76,7 @@ class CdromUnit(Unit):
         prevented: called with True when the guest prevents the medium's removal, and with False when it is allowed.
 
     Raises:
-        LocalProtocolError: the medium has other blocks.
+        ValueError: the medium does not have blocks of 2048 bytes.
     """
 
     bypasses_unit_attention = Unit.bypasses_unit_attention | {0x46, 0x4A}
@@ -116,10 +116,11 @@ class CdromUnit(Unit):
         """Put a medium of 2048-byte blocks into the tray and close it.
 
         Raises:
-            LocalProtocolError: there is one, or it has other blocks.
+            StateError: the drive has a medium.
+            ValueError: the medium does not have blocks of 2048 bytes.
         """
         if self.loaded:
-            raise LocalProtocolError("there is a medium in the drive: eject it first")
+            raise StateError("the drive has a medium: eject it first")
         self._load(medium)
         self._event = _Event.NEW_MEDIA
         self.raise_unit_attention(MEDIUM_MAY_HAVE_CHANGED)
@@ -280,10 +281,10 @@ def check_blocks(medium: Medium) -> None:
     """Check that a drive can read the blocks of a medium.
 
     Raises:
-        LocalProtocolError: they have not 2048 bytes.
+        ValueError: the blocks do not have 2048 bytes.
     """
     if medium.block_size != CD_BLOCK_SIZE:
-        raise LocalProtocolError(f"a CD has blocks of {CD_BLOCK_SIZE} bytes, not {medium.block_size}")
+        raise ValueError(f"a CD has blocks of {CD_BLOCK_SIZE} bytes, not {medium.block_size}")
 
 
 def _refuse(lba: int, count: int, block_count: int) -> Fail | None:

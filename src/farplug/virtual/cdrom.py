@@ -72,7 +72,7 @@ class CdromDrive(LogicalUnit):
 
     Raises:
         ImageError: the image cannot be used, or is none of a CD.
-        LocalProtocolError: the store has other blocks than 2048 bytes.
+        ValueError: the store does not have blocks of 2048 bytes.
     """
 
     def __init__(self, iso: Iso | None = None, *, serial_number: str = "", luns: int = 1) -> None:
@@ -114,18 +114,20 @@ class CdromDrive(LogicalUnit):
         Raises:
             ImageError: the image cannot be used, or is none of a CD. Nothing has changed.
             DeviceError: MEDIUM_LOCKED: the guest has locked the other one.
-            LocalProtocolError: the store has other blocks than 2048 bytes.
+            ValueError: the store does not have blocks of 2048 bytes.
         """
         disc = _disc(iso, force=force)
         try:
-            await self.eject(force=force)
-            self._scsi.insert(disc)
-        except BaseException:
+            ejected = self._eject(force=force)
+        except DeviceError:
             if not isinstance(iso, Store):
                 await disc.close()
             raise
+        self._scsi.insert(disc)
         self.store = disc
         self.report(MediumInserted(disc.name, lun=self.number))
+        if ejected is not None:
+            await ejected.close()
 
     async def eject(self, *, force: bool = False) -> None:
         """Take the medium out, if there is one, and close it.
@@ -136,9 +138,14 @@ class CdromDrive(LogicalUnit):
         Raises:
             DeviceError: MEDIUM_LOCKED: the guest has locked it, and now knows that somebody wants it.
         """
+        ejected = self._eject(force=force)
+        if ejected is not None:
+            await ejected.close()
+
+    def _eject(self, *, force: bool) -> _Disc | None:
         disc = self._disc
         if disc is None:
-            return
+            return None
         if not self._scsi.eject(force=force):
             raise DeviceError(
                 f"{disc.name} is locked by the guest",
@@ -146,7 +153,7 @@ class CdromDrive(LogicalUnit):
                 remedy="unmount it in the guest, or eject it by force: then the guest's reads of it fail",
             )
         self._take_out(disc, by_guest=False)
-        await disc.close()
+        return disc
 
     async def close(self) -> None:
         """Close the medium, and wait until what was ejected is closed."""
@@ -201,7 +208,7 @@ def cdrom_device(
 
     Raises:
         ImageError: the image cannot be used, or is none of a CD.
-        LocalProtocolError: the store has other blocks than 2048 bytes.
+        ValueError: the store does not have blocks of 2048 bytes.
     """
     drive = CdromDrive(iso, serial_number=serial_number)
     function = MassStorage(drive, transport=transport)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from farplug.errors import LocalProtocolError
+from farplug.errors import StateError
 from farplug.usb.device import Device, DeviceEvent, DeviceListener, Identity, Offer
 from farplug.usb.figures import Figures
 from farplug.usb.transfer import Status, Transfer
@@ -164,7 +164,7 @@ class VirtualDevice(Device):
     def select(self, offer: Offer) -> None:
         super().select(offer)
         if self._listener is not None:
-            raise LocalProtocolError(f"{self.identity} is plugged: its offer cannot be changed")
+            raise StateError(f"{self.identity} is plugged: its offer cannot be changed")
         self._apply_offer(offer)
 
     @property
@@ -188,7 +188,7 @@ class VirtualDevice(Device):
 
     async def open(self, listener: DeviceListener) -> None:
         if self._listener is not None:
-            raise LocalProtocolError(f"{self.identity} is plugged already")
+            raise StateError(f"{self.identity} is already plugged")
         self._listener = listener
         opened: list[Function] = []
         try:
