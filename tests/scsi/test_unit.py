@@ -25,7 +25,7 @@ def cdb(text: str) -> bytes:
     return bytes.fromhex(text)
 
 
-def test_unit_attention_comes_once() -> None:
+def test_a_unit_attention_is_reported_once() -> None:
     unit = disk()
     unit.raise_unit_attention(RESET_OCCURRED)
     unit.raise_unit_attention(RESET_OCCURRED)
@@ -35,14 +35,14 @@ def test_unit_attention_comes_once() -> None:
     assert unit.execute(cdb("00 00 00 00 00 00")) == Done()
 
 
-def test_unit_attention_comes_before_an_invalid_command() -> None:
+def test_a_unit_attention_is_reported_before_an_invalid_command() -> None:
     unit = disk()
     unit.raise_unit_attention(RESET_OCCURRED)
     assert unit.execute(cdb("ff")) == Fail(RESET_OCCURRED)
     assert unit.execute(cdb("ff")) == Fail(INVALID_COMMAND)
 
 
-def test_request_sense_takes_the_attention() -> None:
+def test_request_sense_reports_the_unit_attention() -> None:
     unit = disk()
     unit.raise_unit_attention(RESET_OCCURRED)
     assert unit.execute(cdb("03 01 00 00 12 00")) == Respond(RESET_OCCURRED.descriptor_format())
@@ -61,7 +61,7 @@ def test_sense_is_kept_for_the_next_command_only() -> None:
     assert unit.execute(cdb("03 00 00 00 12 00")) == Respond(bytes(NO_SENSE))
 
 
-def test_a_reset_raises_attention() -> None:
+def test_a_reset_raises_a_unit_attention() -> None:
     unit = disk()
     unit.reset()
     unit.reset()

@@ -31,7 +31,7 @@ def test_removed_with_or_without_followers() -> None:
     assert pipe.take(1) is None
 
 
-def test_what_is_said_meets_who_asks() -> None:
+def test_ius_wait_for_transfers_and_transfers_for_ius() -> None:
     sent: list[str] = []
     pipe: StatusPipe[str] = StatusPipe(sent.append)
     pipe.read(early := transfer(1))
@@ -47,10 +47,10 @@ def test_what_is_said_meets_who_asks() -> None:
     assert sent == ["a", "b"]
     assert pipe.clear() == [late[2]]
     pipe.read(again := transfer(2))
-    assert again.status is None  # what was not said went too
+    assert again.status is None  # the queued IUs are gone too
 
 
-def test_an_owner_is_forgotten() -> None:
+def test_the_ius_of_an_owner_are_discarded() -> None:
     pipe: StatusPipe[str] = StatusPipe(lambda _: None)
     for owner in ("a", "b", "a"):
         pipe.send(0, owner.encode(), owner)
@@ -61,7 +61,7 @@ def test_an_owner_is_forgotten() -> None:
     assert (first.reply, second.status) == (b"b", None)
 
 
-def test_nobody_asks() -> None:
+def test_ius_that_the_guest_does_not_read_are_bounded() -> None:
     pipe: StatusPipe[str] = StatusPipe(lambda _: None)
     for number in range(MAX_RESPONSES + 10):
         pipe.send(number % 3, bytes((number & 0xFF,)), None)

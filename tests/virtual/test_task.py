@@ -92,7 +92,7 @@ def test_reading() -> None:
     assert (bench.given[1], task.sense, bench.progressed) == (None, UNRECOVERED_READ_ERROR, 0)
 
 
-def test_reading_for_nobody() -> None:
+def test_reading_for_an_aborted_task() -> None:
     bench = Bench()
     task = bench.task(read10(1, 2))
     bench.store.holding = True
@@ -191,7 +191,7 @@ def test_work_before_data() -> None:
     assert (task.busy, bench.progressed) == (False, 1)
 
 
-def test_an_error_that_nobody_heard_of_is_told_to_the_next_flush() -> None:
+def test_a_deferred_error_is_reported_by_the_next_flush() -> None:
     bench = Bench()
     bench.store.holding = True
     for cdb in (FLUSH, VERIFY):
@@ -212,7 +212,7 @@ def test_an_error_that_nobody_heard_of_is_told_to_the_next_flush() -> None:
         bench.store.holding = True
 
 
-def test_jobs_that_linger_are_bounded() -> None:
+def test_orphaned_jobs_are_bounded() -> None:
     bench = Bench()
     bench.store.holding = True
     for _ in range(MAX_ORPHANED_JOBS + 5):
@@ -313,7 +313,7 @@ def test_a_flush_covers_what_was_written_before_it() -> None:
     flush = bench.task(FLUSH)
     flush.start()
     bench.store.release()
-    assert bench.unit.unfinished, "a flush in the midst of work covers a part of it"
+    assert bench.unit.unfinished, "a flush that began during the work covers only a part of it"
 
 
 def test_a_unit_attention_goes_to_the_first_command() -> None:

@@ -1,7 +1,7 @@
-"""A virtual device: a bag of functions that looks like one USB device.
+"""A virtual device: functions that look like one USB device.
 
 It answers the standard requests (USB 2.0 and USB 3.2, chapters 9.4), keeps configuration, alternate settings and halts,
-and hands everything else to the function it is for.
+and passes all other requests and transfers to their function.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 class _Slot(FunctionHost):
-    """A function's place in the device."""
+    """A function of the device, and its place."""
 
     def __init__(self, function: Function, halted: set[int], report: Callable[[DeviceEvent], None]) -> None:
         self.function = function
@@ -54,7 +54,7 @@ class _Slot(FunctionHost):
 
 @dataclass(frozen=True, slots=True)
 class _Route:
-    """Where the transfers of an endpoint of the current setting go."""
+    """The function of an endpoint of a current alternate setting."""
 
     slot: _Slot
     own: int
@@ -66,25 +66,25 @@ class _Route:
 class VirtualDevice(Device):
     """A device made of functions.
 
-    It is made once and can be plugged, unplugged and plugged again. What its functions took when they were made (a disk
-    its image) they keep until :meth:`dispose`.
+    A device can be plugged, unplugged and plugged again. Its functions keep what their constructors acquired (a disk
+    its image) until :meth:`dispose`.
 
-    When a function raises, its transfer stalls, the log gets the traceback and the listener a
-    :class:`~farplug.virtual.events.FunctionRaised`; the device works on.
+    When a function raises an exception, its transfer stalls, the traceback is logged, and the listener receives a
+    :class:`~farplug.virtual.events.FunctionRaised`; the device stays usable.
 
     Args:
         functions: one or more. Several make a composite device with an interface association for each.
         vendor_id: 1d6b:0104 by default, the Linux Foundation's multifunction composite gadget.
         product_id: see ``vendor_id``.
         device_version: bcdDevice.
-        manufacturer: string.
-        product: string.
-        serial_number: string; for a disk 12 or more upper-case hex digits.
-        speeds: what it may run at, the best first: SUPER, HIGH, FULL.
-        remote_wakeup: it may wake a sleeping guest.
+        manufacturer: iManufacturer.
+        product: iProduct.
+        serial_number: iSerialNumber; for a disk 12 or more upper-case hex digits.
+        speeds: the speeds that the device can run at, the best first: SUPER, HIGH, FULL.
+        remote_wakeup: whether the device may wake a sleeping guest.
 
     Raises:
-        ValueError: no function, no such speed, or more endpoints than a device can have.
+        ValueError: there is no function, a speed is not supported, or there are more endpoints than a device can have.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class VirtualDevice(Device):
         remote_wakeup: bool = False,
     ) -> None:
         if not functions:
-            raise ValueError("a device has one function at least")
+            raise ValueError("a device has at least one function")
         if not speeds or not set(speeds) <= set(SPEEDS):
             raise ValueError(f"a virtual device cannot run at {', '.join(map(str, speeds)) or 'no'} speed")
         self.functions = functions
@@ -119,12 +119,12 @@ class VirtualDevice(Device):
         self._slots = tuple(_Slot(function, self._halted, self._report) for function in functions)
         self._listener: DeviceListener | None = None
         self._renumbered: dict[Transfer, tuple[_Slot, Transfer]] = {}
-        """Pending transfers that the function sees under other numbers: its slot, and what it sees."""
+        """Pending transfers that the function sees with other numbers: the slot, and the function's transfer."""
         self._apply_offer(self.offers[0])
         for slot in self._slots:
             slot.function.bind(slot)
 
-    # What it is
+    # Identity
 
     @property
     def identity(self) -> Identity:
@@ -144,7 +144,7 @@ class VirtualDevice(Device):
 
     @property
     def offers(self) -> Sequence[Offer]:
-        """At each speed complete, then without what its function can leave out. Several functions leave nothing out."""
+        """Return an offer for each speed, each followed by one without the optional part of a single function."""
         offers = []
         for speed in self._speeds:
             offers.append(Offer(speed))
@@ -158,7 +158,7 @@ class VirtualDevice(Device):
 
     @property
     def used_at_once(self) -> bool:
-        """Several functions are not: a guest may have a driver for one of them only."""
+        """Return the function's value; False for several functions: a guest may have a driver for only one of them."""
         return len(self.functions) == 1 and self.functions[0].used_at_once
 
     def select(self, offer: Offer) -> None:
@@ -184,7 +184,7 @@ class VirtualDevice(Device):
             slot.placement = placement
         self._unconfigure()
 
-    # Its life
+    # Opening and closing
 
     async def open(self, listener: DeviceListener) -> None:
         if self._listener is not None:
@@ -209,7 +209,7 @@ class VirtualDevice(Device):
             for function in self.functions:
                 try:
                     await function.close()
-                except Exception as error:  # the others are closed all the same
+                except Exception as error:  # the other functions must be closed too
                     errors.append(error)
         finally:
             self._listener = None
@@ -217,7 +217,7 @@ class VirtualDevice(Device):
             raise errors[0]
 
     async def dispose(self) -> None:
-        """Give back what the functions took when they were made. The device cannot be plugged any more."""
+        """Release what the functions acquired in their constructors. The device cannot be plugged again."""
         for function in self.functions:
             await function.dispose()
 
@@ -297,14 +297,14 @@ class VirtualDevice(Device):
                 )
 
     def _slot_of_interface(self, number: int) -> _Slot | None:
-        """None also while the device is not configured."""
+        """Return the slot of an interface; None if there is no such interface, or the device is not configured."""
         if self._configuration:
             for slot in self._slots:
                 if 0 <= number - slot.placement.first_interface < slot.placement.interface_count:
                     return slot
         return None
 
-    # What it reports
+    # Events
 
     def _report(self, event: DeviceEvent) -> None:
         if self._listener is not None:
@@ -312,7 +312,7 @@ class VirtualDevice(Device):
 
     @contextmanager
     def _catch(self, function: Function, transfer: Transfer | None = None) -> Iterator[None]:
-        """Report what a function raises; the transfer that it was handed stalls."""
+        """Report an exception that a function raises, and stall the transfer."""
         try:
             yield
         except Exception as error:
@@ -356,7 +356,7 @@ class VirtualDevice(Device):
             slot.function.cancel(transfer)
 
     def _renumber(self, transfer: Transfer, slot: _Slot, endpoint: int, setup: Setup | None) -> Transfer:
-        """Make the transfer that the function sees; its completion completes the guest's."""
+        """Make the transfer that the function sees; its completion completes the guest's transfer."""
 
         def complete(inner: Transfer) -> None:
             del self._renumbered[transfer]
@@ -401,14 +401,13 @@ class VirtualDevice(Device):
         transfer.complete(Status.STALL)
 
     def _recipients(self, setup: Setup) -> list[tuple[_Slot, Setup]]:
-        """Which functions to ask, in turn, and how each sees the request.
+        """Return the functions to try in turn, with the request as each sees it.
 
-        Of the standard requests only GET_DESCRIPTOR to an interface: HID report descriptors are asked for this way.
+        Functions receive only one standard request, GET_DESCRIPTOR to an interface: hosts read HID report descriptors
+        with it.
         """
-        if setup.type is RequestType.STANDARD and (setup.request_type, setup.request) != (
-            0x81,
-            StandardRequest.GET_DESCRIPTOR,
-        ):
+        key = setup.request_type, setup.request
+        if setup.type is RequestType.STANDARD and key != (0x81, StandardRequest.GET_DESCRIPTOR):
             return []
         if setup.recipient is Recipient.INTERFACE:
             slot = self._slot_of_interface(setup.index & 0xFF)
@@ -454,7 +453,7 @@ class VirtualDevice(Device):
         return b""
 
     def _interface_feature(self, setup: Setup, data: Buffer) -> bytes | None:
-        """FUNCTION_SUSPEND (USB 3.2, chapter 9.4.9): nothing that is virtual needs to sleep."""
+        """Accept FUNCTION_SUSPEND (USB 3.2, chapter 9.4.9); a virtual function does not suspend."""
         interface = setup.index & 0xFF  # the high byte holds the suspend options
         if self._speed < Speed.SUPER or setup.length or setup.value != Feature.FUNCTION_SUSPEND:
             return None
@@ -496,12 +495,12 @@ class VirtualDevice(Device):
         return b""
 
     def _set_sel(self, setup: Setup, data: Buffer) -> bytes | None:
-        """System exit latencies (USB 3.2, chapter 9.4.12): six bytes that nothing virtual needs."""
+        """Accept system exit latencies (USB 3.2, chapter 9.4.12), six bytes, and ignore them."""
         good = self._speed >= Speed.SUPER and not setup.value and not setup.index and len(data) == 6
         return b"" if good else None
 
     def _set_isoch_delay(self, setup: Setup, data: Buffer) -> bytes | None:
-        """USB 3.2, chapter 9.4.11."""
+        """Accept the isochronous delay (USB 3.2, chapter 9.4.11), and ignore it."""
         return b"" if self._speed >= Speed.SUPER and not setup.index and not setup.length else None
 
 
@@ -523,4 +522,4 @@ _STANDARD_REQUESTS: dict[tuple[int, int], Callable[[VirtualDevice, Setup, Buffer
     (0x00, StandardRequest.SET_SEL): VirtualDevice._set_sel,
     (0x00, StandardRequest.SET_ISOCH_DELAY): VirtualDevice._set_isoch_delay,
 }
-"""By bmRequestType and bRequest. What is not here and is no function's stalls: SYNCH_FRAME, SET_DESCRIPTOR …"""
+"""By bmRequestType and bRequest. Others that no function supports stall: SYNCH_FRAME, SET_DESCRIPTOR …"""

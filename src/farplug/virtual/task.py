@@ -1,7 +1,8 @@
-"""A task: one SCSI command at work, whatever transport brought it (SAM-5, chapter 4.9).
+"""A task: one SCSI command in progress, for any transport (SAM-5, chapter 4.9).
 
-It moves data between the transport and the store, does the work that moves none (:mod:`~farplug.virtual.job`), and
-knows how the command ended. How much the host expects, and when its transfers come, is the transport's business.
+A task moves data between the transport and the store, runs the work that moves no data
+(:mod:`~farplug.virtual.job`), and keeps the sense data of the command. The transport alone deals with the length that
+the host expects, and with transfers.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ from farplug.virtual.unit import LogicalUnit
 log = logging.getLogger(__name__)
 
 MAX_ORPHANED_JOBS = 64
-"""Jobs of a unit that are under way although their commands are gone; from then on no further job is begun. Each has a
-step of 1 MiB at most in the store."""
+"""Running jobs of a unit whose commands were aborted; at this number no further job is started. Each has a step of at
+most 1 MiB in the store."""
 
 OPERATION_IN_PROGRESS = Sense(SenseKey.NOT_READY, 0x04, 0x07)
-"""A host tries again later."""
+"""The host retries later."""
 
 ReadCallback: TypeAlias = Callable[[Buffer | None], None]
-"""Takes data-in, or None: it could not be read, and the task has failed."""
+"""Called with data-in, or with None if reading failed; then the task has failed."""
 
 
 def _ignore() -> None:
@@ -51,21 +52,20 @@ def _ignore() -> None:
 
 
 class Task:
-    """What a command does, from its CDB to its status.
+    """A command from its CDB to its status.
 
-    The unit decides when the task is made; nothing is done before :meth:`start`.
+    The constructor asks the unit what the command does; nothing is done before :meth:`start`.
 
     Args:
-        unit: whose command it is.
-        cdb: the command; an empty one fails.
-        progress: called when something has ended that :meth:`finish` waited for. It may be called while another method
-            runs.
+        unit: the unit that the command is for.
+        cdb: the command descriptor block; an empty one fails.
+        progress: called when an operation has ended that :meth:`finish` waited for, also from inside another method.
 
     Attributes:
-        direction: of the data that the command moves; None if it moves none.
-        transfer_length: how many bytes.
-        sense: why it failed; None so far.
-        moved: bytes that were delivered, or written, or taken as parameters.
+        direction: of the data; None if the command moves no data.
+        transfer_length: the number of bytes that the command moves.
+        sense: why the command failed; None if it has not failed.
+        moved: bytes sent to the host, written to the store, or received as parameters.
     """
 
     __slots__ = (
@@ -103,16 +103,16 @@ class Task:
         self._data: memoryview | None = None
         """Data-in that is not in the store."""
         self._parameters: bytearray | None = None
-        """Data-out that is not for the store is collected here; ``_then`` says what it asks for."""
+        """Data-out that is not for the store is collected here; ``_then`` returns what to do with it."""
         self._then: Callable[[Buffer], Outcome] | None = None
         self._partial_block = b""
-        """Of a block that was cut by the end of a transfer. A block is written whole or not at all."""
+        """The first part of a block that a transfer cut. Only whole blocks are written."""
         self._compares = False
         self._counts_read = False
         self._durable = False
         self._forced = False
         self._flushes: int | None = None
-        """The command is a flush: how many of the unit's writes it covers."""
+        """How many of the unit's writes the command covers, if it is a flush."""
         self._work: Work | None = None
         self._job: StoreJob | None = None
         self._pending = 0
@@ -154,45 +154,45 @@ class Task:
 
     @property
     def _medium(self) -> Store:
-        assert self._store is not None  # units without a store decide upon nothing that needs one
+        assert self._store is not None  # units without a store return no action that needs one
         return self._store
 
     @property
     def name(self) -> str:
-        """Of the store, for the log."""
+        """Return the name of the store, for the log."""
         return self._unit.name
 
     @property
     def busy(self) -> bool:
-        """Something is under way that the status waits for."""
+        """Return whether an operation is running that the status waits for."""
         return self._pending > 0
 
     @property
     def reads_store(self) -> bool:
-        """Data-in comes from the store: it may take its time."""
+        """Return whether data-in comes from the store, which may take time."""
         return self.direction is Direction.IN and self._data is None
 
     def start(self) -> None:
-        """Begin what is to be done before any data moves."""
+        """Start the work that precedes the data."""
         if self._work is not None:
             self._start_job(self._work)
 
     def abort(self) -> None:
-        """The transport has lost interest: nothing more is reported to it. What was begun goes on."""
+        """Report nothing more to the transport. Operations in flight go on; a job stops after its step in flight."""
         self._progress = None
         if self._job is not None and self._pending:
             self._job.stop()
             self._unit.orphaned_jobs += 1
 
     def fail(self, sense: Sense) -> None:
-        """End it with this sense, unless it has failed before."""
+        """Fail the command with this sense, unless it has already failed."""
         if self.sense is None:
             self.sense = sense
 
     # Data-in
 
     def read(self, position: int, length: int, done: ReadCallback) -> None:
-        """Get data-in from ``begin`` on. ``done`` is called once, also after :meth:`abort`."""
+        """Read ``length`` bytes of data-in from ``position`` on. ``done`` is called once, also after :meth:`abort`."""
         if self._data is not None:
             done(self._data[position : position + length])
         else:
@@ -208,10 +208,10 @@ class Task:
         done(None)
 
     def fetch(self, length: int, done: Callable[[], None]) -> None:
-        """Read so much data-in ahead, from its position: :meth:`read` has it then.
+        """Read the first ``length`` bytes of data-in ahead: :meth:`read` then returns them at once.
 
-        If that fails, whoever reads finds out which part cannot be read. ``done`` is called in any case, also after
-        :meth:`abort`.
+        If that fails, :meth:`read` reads the store again, and finds the part that fails. ``done`` is always called,
+        also after :meth:`abort`.
         """
 
         def fetched(data: Buffer, error: OSError | None) -> None:
@@ -222,7 +222,7 @@ class Task:
         self._medium.read(self._offset, length, fetched)
 
     def delivered(self, length: int) -> None:
-        """So much data-in has left."""
+        """Count ``length`` bytes of data-in that were sent to the host."""
         self.moved += length
         if self._counts_read:
             self._unit.bytes_read += length
@@ -230,7 +230,7 @@ class Task:
     # Data-out
 
     def put(self, position: int, data: Buffer, done: Callable[[], None] = _ignore) -> None:
-        """Take the data-out from ``begin`` on, all before that having come. Blocks go to the store whole only.
+        """Take data-out at ``position``, where the data-out before it ended. Only whole blocks go to the store.
 
         ``done`` is called once, when the data is no longer needed.
         """
@@ -299,9 +299,9 @@ class Task:
     # Work, and the end
 
     def finish(self) -> bool:
-        """All data has moved: tell whether nothing is left to do.
+        """Return whether the command is done, once all data has moved.
 
-        Otherwise ``progress`` is called when it is worth asking again.
+        Otherwise call again after ``progress`` was called.
         """
         if self._pending:
             return False
@@ -328,7 +328,7 @@ class Task:
         elif error is None and isinstance(work, Flush):
             error, self._unit.deferred_error = self._unit.deferred_error, None
         if isinstance(work, (Zero, Fill)):
-            self._unit.unflushed.wrote()  # a flush that began meanwhile does not cover all of it
+            self._unit.unflushed.wrote()  # a flush that began during the work does not cover all of it
         elif error is None and self._flushes is not None:
             self._unit.unflushed.flushed(self._flushes)
         self._operation_done(None if error is None else job_sense(work, error), _ignore)
