@@ -18,7 +18,8 @@
         └── RemoteProtocolError the peer sent what the protocol does not allow
 
 Each carries one line that says what happened, a :class:`Reason` that a program can act on, and a :class:`Remedy` where
-there is one. Any other exception that leaves farplug is a bug, like :class:`InternalError`.
+there is one. A bad argument raises ``ValueError``. Any other exception that leaves farplug is a bug, like
+:class:`InternalError`.
 """
 
 from __future__ import annotations

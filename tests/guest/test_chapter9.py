@@ -17,7 +17,7 @@ from tests.guest.plugging import LABORATORY, MIB, Operation, Result, plugged, ra
 
 from farplug.store import MemoryStore
 from farplug.usb import Speed
-from farplug.usb.types import DescriptorType, Feature, Request
+from farplug.usb.types import DescriptorType, Feature, StandardRequest
 from farplug.virtual import VirtualDevice, disk_device
 
 if TYPE_CHECKING:
@@ -36,19 +36,21 @@ DEVICES: dict[str, Callable[[Speed], VirtualDevice]] = {
 Step: TypeAlias = tuple[Operation, Result]
 
 
-def control(kind: int, request: Request, value: int, index: int, length: int = 0, data: bytes = b"") -> Operation:
+def control(
+    kind: int, request: StandardRequest, value: int, index: int, length: int = 0, data: bytes = b""
+) -> Operation:
     return "control", struct.pack("<BBHHH", kind, request, value, index, length), data
 
 
 def descriptor(kind: int, index: int, length: int = 255, language: int = 0) -> Operation:
-    return control(0x80, Request.GET_DESCRIPTOR, kind << 8 | index, language, length)
+    return control(0x80, StandardRequest.GET_DESCRIPTOR, kind << 8 | index, language, length)
 
 
 def status(recipient: int, index: int) -> Operation:
-    return control(0x80 | recipient, Request.GET_STATUS, 0, index, 2)
+    return control(0x80 | recipient, StandardRequest.GET_STATUS, 0, index, 2)
 
 
-def feature(recipient: int, request: Request, value: int, index: int) -> Operation:
+def feature(recipient: int, request: StandardRequest, value: int, index: int) -> Operation:
     return control(recipient, request, value, index)
 
 
@@ -71,7 +73,9 @@ async def test_chapter_9(guests: GuestPool, kind: str, speed: Speed) -> None:
         assert told == steps
         assert set(results[1::2]) == {described[0]}
         assert {len(settings(described[1])), len(device.interfaces)} == ({1, 2} if kind == "disk" else {1})
-        again = await raw(guest, node, *[("reset",), alive, control(0x80, Request.GET_CONFIGURATION, 0, 0, 1)] * RESETS)
+        again = await raw(
+            guest, node, *[("reset",), alive, control(0x80, StandardRequest.GET_CONFIGURATION, 0, 0, 1)] * RESETS
+        )
         assert again == [b"", described[0], b"\1"] * RESETS
         assert await guest.check(f"lsusb -v -s {node[-7:].replace('/', ':')} 2>&1 >/dev/null") == ""
     await device.dispose()
@@ -145,27 +149,27 @@ def refused_descriptors(speed: Speed) -> list[Step]:
         *((descriptor(kind, 0), STALL) for kind in sorted(kinds)),
         (descriptor(DescriptorType.CONFIGURATION, 1), STALL),
         (descriptor(DescriptorType.STRING, 200, language=0x0409), STALL),
-        (control(0x00, Request.SET_DESCRIPTOR, 0x0100, 0, 18, bytes(18)), STALL),
-        (control(0x82, Request.SYNCH_FRAME, 0, 0, 2), STALL),
+        (control(0x00, StandardRequest.SET_DESCRIPTOR, 0x0100, 0, 18, bytes(18)), STALL),
+        (control(0x82, StandardRequest.SYNCH_FRAME, 0, 0, 2), STALL),
     ]
 
 
 def device_requests(speed: Speed) -> list[Step]:
-    on, off = Request.SET_FEATURE, Request.CLEAR_FEATURE
+    on, off = StandardRequest.SET_FEATURE, StandardRequest.CLEAR_FEATURE
     steps: list[Step] = [
-        (control(0x80, Request.GET_STATUS, 1, 0, 2), STALL),
+        (control(0x80, StandardRequest.GET_STATUS, 1, 0, 2), STALL),
         (feature(0, on, Feature.DEVICE_REMOTE_WAKEUP, 0), STALL),  # it has none
         (feature(0, on, Feature.LTM_ENABLE, 0), STALL),
         (feature(0, on, 99, 0), STALL),
-        (control(0x00, Request.SET_CONFIGURATION, 9, 0), REFUSED),
-        (control(0x80, Request.GET_CONFIGURATION, 0, 0, 1), b"\1"),
+        (control(0x00, StandardRequest.SET_CONFIGURATION, 9, 0), REFUSED),
+        (control(0x80, StandardRequest.GET_CONFIGURATION, 0, 0, 1), b"\1"),
     ]
     if speed is not Speed.SUPER:
         return [
             *steps,
             (feature(0, on, Feature.U1_ENABLE, 0), STALL),
-            (control(0x00, Request.SET_SEL, 0, 0, 6, bytes(6)), STALL),
-            (control(0x00, Request.SET_ISOCH_DELAY, 40, 0), STALL),
+            (control(0x00, StandardRequest.SET_SEL, 0, 0, 6, bytes(6)), STALL),
+            (control(0x00, StandardRequest.SET_ISOCH_DELAY, 40, 0), STALL),
             (status(0, 0), b"\1\0"),
         ]
     return [
@@ -180,8 +184,8 @@ def device_requests(speed: Speed) -> list[Step]:
         (feature(0, off, Feature.U1_ENABLE, 0), b""),
         (feature(0, off, Feature.U2_ENABLE, 0), b""),
         (status(0, 0), b"\1\0"),
-        (control(0x00, Request.SET_SEL, 0, 0, 6, bytes(6)), b""),
-        (control(0x00, Request.SET_ISOCH_DELAY, 40, 0), b""),
+        (control(0x00, StandardRequest.SET_SEL, 0, 0, 6, bytes(6)), b""),
+        (control(0x00, StandardRequest.SET_ISOCH_DELAY, 40, 0), b""),
     ]
 
 
@@ -200,15 +204,15 @@ def settings(configuration: Result) -> dict[tuple[int, int], list[int]]:
 
 def interface_requests(interfaces: Mapping[tuple[int, int], list[int]]) -> list[Step]:
     """Every setting is chosen, and each of its endpoints halted and cleared, twice; endpoint 0 cannot be halted."""
-    on, off = Request.SET_FEATURE, Request.CLEAR_FEATURE
+    on, off = StandardRequest.SET_FEATURE, StandardRequest.CLEAR_FEATURE
     steps: list[Step] = [(status(2, 0), b"\0\0"), (feature(2, on, Feature.ENDPOINT_HALT, 0), STALL)]
     steps += [(("claim", number), b"") for number in sorted({number for number, _ in interfaces})]
     for (number, alternate), endpoints in interfaces.items():
-        chosen = control(0x81, Request.GET_INTERFACE, 0, number, 1), bytes([alternate])
+        chosen = control(0x81, StandardRequest.GET_INTERFACE, 0, number, 1), bytes([alternate])
         steps += [
             (("set_interface", number, alternate), b""),
             chosen,
-            (control(0x01, Request.SET_INTERFACE, 7, number), REFUSED),
+            (control(0x01, StandardRequest.SET_INTERFACE, 7, number), REFUSED),
             chosen,
             (status(1, number), b"\0\0"),
         ]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass
 class FakeMedium:
-    """The figures of a medium, to be changed at will."""
+    """A medium with properties that tests change."""
 
     block_count: int = 1000
     block_size: int = 512

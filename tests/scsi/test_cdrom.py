@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tests.scsi.media import FakeMedium
 
-from farplug.errors import LocalProtocolError
+from farplug.errors import StateError
 from farplug.scsi.cdb import Action, Command, Done, Fail, Read, Receive, Respond, Verify
 from farplug.scsi.cdrom import COMMANDS, CdromUnit
 from farplug.scsi.mmc import Profile, configuration, disc_information, dvd_structure, raw_toc, sessions, toc
@@ -52,7 +52,7 @@ def cdb(text: str) -> bytes:
 
 
 class Drive:
-    """A unit, and what it calls."""
+    """A unit and its callbacks."""
 
     def __init__(self, blocks: int | None = 1000) -> None:
         self.ejected = 0
@@ -210,7 +210,7 @@ def test_a_dvd() -> None:
     assert drive("25 00 00 00 00 00 00 00 00 00") == Respond(cdb("00 07 a1 1f 00 00 08 00"))
 
 
-def test_mode_select_takes_what_is_there_already() -> None:
+def test_mode_select_accepts_unchanged_pages() -> None:
     action = Drive()("55 10 00 00 00 00 00 00 1e 00")
     assert isinstance(action, Receive)
     assert action.then(bytes(8) + cdb(PAGE_2A)) == Done()
@@ -218,10 +218,10 @@ def test_mode_select_takes_what_is_there_already() -> None:
 
 
 def test_other_blocks_are_refused() -> None:
-    with pytest.raises(LocalProtocolError, match="2048 bytes, not 512"):
+    with pytest.raises(ValueError, match="2048 bytes, not 512"):
         CdromUnit(FakeMedium(), serial_number="0042")
     drive = Drive(None)
-    with pytest.raises(LocalProtocolError, match="2048 bytes, not 4096"):
+    with pytest.raises(ValueError, match="2048 bytes, not 4096"):
         drive.unit.insert(FakeMedium(block_size=4096))
     assert not drive.unit.loaded
 
@@ -268,7 +268,7 @@ def test_the_guest_ejects() -> None:
     drive = Drive()
     assert drive(EJECT) == Done()
     assert (drive.ejected, drive.unit.loaded) == (1, False)
-    assert drive(TUR) == OPEN  # it knows: no attention
+    assert drive(TUR) == OPEN  # no unit attention: the guest ejected the medium
     assert drive(EVENT) == Respond(cdb("00 06 04 10 03 01 00 00"))
     assert drive(EVENT) == Respond(cdb("00 06 04 10 00 01 00 00"))
     assert drive(EJECT) == Done()
@@ -283,21 +283,21 @@ def test_insert() -> None:
     drive(EJECT)
     drive.unit.insert(disc(2000))
     assert drive.unit.loaded
-    assert drive("4a 01 00 00 10 00 00 00 04 00") == Respond(cdb("00 06 04 10"))  # the event was not told
+    assert drive("4a 01 00 00 10 00 00 00 04 00") == Respond(cdb("00 06 04 10"))  # the event was not reported
     assert drive("46 00 ff ff 00 00 00 00 08 00") == Respond(cdb("00000004 00000008"))
     assert drive(EVENT) == Respond(cdb("00 06 04 10 02 02 00 00"))
     assert drive(EVENT) == Respond(cdb("00 06 04 10 00 02 00 00"))
     assert drive(TUR) == CHANGED
     assert drive(TUR) == Done()
     assert drive("25 00 00 00 00 00 00 00 00 00") == Respond(cdb("00 00 07 cf 00 00 08 00"))
-    with pytest.raises(LocalProtocolError, match="eject it first"):
+    with pytest.raises(StateError, match="eject it first"):
         drive.unit.insert(disc())
 
 
-def test_eject_from_here() -> None:
+def test_eject() -> None:
     drive = Drive()
     assert drive.unit.eject()
-    assert drive.ejected == 0  # whoever ejects knows
+    assert drive.ejected == 0  # the caller ejected the medium
     assert drive(EVENT) == Respond(cdb("00 06 04 10 03 01 00 00"))
     assert drive(TUR) == CHANGED
     assert drive(TUR) == OPEN
@@ -305,7 +305,7 @@ def test_eject_from_here() -> None:
     assert drive(TUR) == OPEN
 
 
-def test_another_medium_before_the_guest_looks() -> None:
+def test_another_medium_before_the_guest_polls() -> None:
     drive = Drive()
     assert drive.unit.eject()
     drive.unit.insert(disc(5))
@@ -323,7 +323,7 @@ def test_a_locked_tray() -> None:
     assert drive(EJECT) == Fail(REMOVAL_PREVENTED)
     assert not drive.unit.eject()
     assert drive.unit.loaded
-    assert drive(EVENT) == Respond(cdb("00 06 04 10 01 02 00 00"))  # the guest is asked for it
+    assert drive(EVENT) == Respond(cdb("00 06 04 10 01 02 00 00"))  # EjectRequest
     assert drive(TUR) == Done()
     assert drive(LOAD) == Done()
     assert drive(ALLOW) == Done()
@@ -371,7 +371,7 @@ def test_an_iso_that_grows_stays_as_it_was_inserted() -> None:
     assert unit.execute(cdb("25 00 00 00 00 00 00 00 00 00")) == Respond(cdb("00 00 03 e7 00 00 08 00"))
 
 
-def test_whatever_comes_the_action_stays_inside_the_medium() -> None:
+def test_the_action_for_any_cdb_stays_inside_the_medium() -> None:
     source = random.Random(1)
     drive = Drive()
     rows = [*COMMANDS]

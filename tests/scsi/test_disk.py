@@ -95,7 +95,7 @@ TABLE: list[tuple[str, Action]] = [
     ("1a 00 3f 00 04 00", Respond(cdb("3b 00 10 00"))),
     ("1a 00 08 00 c0 00", Respond(cdb("17 00 10 00") + PAGE_08)),
     ("1a 00 88 00 c0 00", Respond(cdb("17 00 10 00") + PAGE_08)),
-    ("1a 00 48 00 c0 00", Respond(cdb("17 00 10 00") + PAGE_08)),  # the mask of WCE looks the same
+    ("1a 00 48 00 c0 00", Respond(cdb("17 00 10 00") + PAGE_08)),  # the mask of WCE has the same value
     ("1a 00 c8 00 c0 00", Fail(SAVING_PARAMETERS_NOT_SUPPORTED)),
     ("1a 00 04 00 c0 00", FIELD),
     ("1a 00 08 ff c0 00", FIELD),
@@ -228,11 +228,11 @@ def test_reserved_bits_and_short_cdbs(row: Command[DiskUnit]) -> None:
         assert unit.execute(plain[:length]) == FIELD
 
 
-# Data-out that says what to do
+# Parameters in data-out
 
 
 def finish(unit: DiskUnit, text: str, data: bytes) -> Outcome:
-    """A command that receives parameters, and what it does with them."""
+    """Return what a command with parameters does."""
     action = unit.execute(cdb(text))
     assert isinstance(action, Receive)
     assert action.length >= len(data)
@@ -264,7 +264,7 @@ def test_write_same(text: str, block: bytes, outcome: Outcome) -> None:
     assert action.then(bytearray(block)) == outcome
 
 
-def test_write_same_takes_what_linux_sends_without_knowing_the_limits() -> None:
+def test_write_same_accepts_what_linux_sends_without_the_limits() -> None:
     unit = disk(blocks=2**33)
     text = "93 08 00 00 00 01 00 00 00 00 00 7f ff ff 00 00"
     assert finish(unit, text, bytes(512)) == Zero(((2**32, 0x7FFFFF),), unmap=True, durable=False)
@@ -310,7 +310,7 @@ def test_unmap(data: bytes, outcome: Outcome) -> None:
     assert finish(unit, UNMAP, bytearray(data)) == outcome  # type: ignore[arg-type]
 
 
-def test_a_store_that_cannot_give_space_back() -> None:
+def test_a_store_that_cannot_release_space() -> None:
     unit = disk(unmaps=False)
     assert unit.execute(cdb(UNMAP)) == Fail(INVALID_COMMAND)
     assert unit.execute(cdb("41 08 00 00 00 05 00 00 02 00")) == FIELD
@@ -356,7 +356,7 @@ def test_without_a_write_cache_everything_is_durable() -> None:
     assert finish(unit, "41 00 00 00 00 05 00 00 02 00", BLOCK) == Fill(5, 2, BLOCK, durable=True)
     assert finish(unit, "41 08 00 00 00 05 00 00 02 00", bytes(512)) == Zero(((5, 2),), unmap=True, durable=True)
     assert finish(unit, UNMAP, unmap_list((0, 1))) == Zero(((0, 1),), unmap=True, durable=True)
-    unit.attend(RESET_OCCURRED)  # a reset must not make a host believe in durability that is no more
+    unit.raise_unit_attention(RESET_OCCURRED)  # a reset must not turn the write cache on again
     unit.execute(cdb("00 00 00 00 00 00"))
     assert unit.execute(cdb("0a 00 00 01 02 00")) == Write(1, 2, durable=True)
     assert finish(unit, "15 10 00 00 18 00", bytes(4) + PAGE_08) == Done()
@@ -449,10 +449,10 @@ def test_a_new_size_is_reported_once() -> None:
         assert unit.execute(struct.pack(">BxIxHx", 0x28, size, 1)) == RANGE
 
 
-def test_unit_attentions_come_in_order() -> None:
+def test_unit_attentions_are_reported_in_order() -> None:
     medium = FakeMedium()
     unit = DiskUnit(medium)
-    unit.attend(RESET_OCCURRED)
+    unit.raise_unit_attention(RESET_OCCURRED)
     medium.block_count = 5
     assert unit.execute(cdb("00 00 00 00 00 00")) == Fail(RESET_OCCURRED)
     assert unit.execute(cdb("03 00 00 00 12 00")) == Respond(bytes(CAPACITY_CHANGED))
@@ -460,7 +460,7 @@ def test_unit_attentions_come_in_order() -> None:
 
 
 def inside(action: Action) -> None:
-    """Whatever is asked for stays inside the medium, and below what there is memory for."""
+    """Check that an action stays inside the medium, and within the memory limits."""
     match action:
         case Read(lba, count) | Write(lba, count) | Compare(lba, count) | Verify(lba, count) | Fill(lba, count):
             assert count > 0
@@ -475,7 +475,7 @@ def inside(action: Action) -> None:
             assert isinstance(sense, Sense)
 
 
-def test_whatever_comes_the_action_stays_inside_the_medium() -> None:
+def test_the_action_for_any_cdb_stays_inside_the_medium() -> None:
     source = random.Random(1)
     unit = disk()
     opcodes = [row.opcode for row in COMMANDS]

@@ -49,7 +49,7 @@ def test_toc(track: int, msf: bool, answer: str | None) -> None:
         (60 * 75 - 150, "01 00 00"),
         (MAX_CD_BLOCKS, "64 00 00"),
         (256 * 60 * 75 - 151, "ff 3b 4a"),
-        (256 * 60 * 75, "ff 3b 4a"),  # as far as the fields go
+        (256 * 60 * 75, "ff 3b 4a"),  # the highest value of the fields
         (2**32, "ff 3b 4a"),
     ],
 )
@@ -115,7 +115,7 @@ def test_all_features(profile: Profile, text: str) -> None:
     assert b"".join(features(profile).values()) == bytes.fromhex(text)
     data = configuration(profile, 0)
     assert data == (len(data) - 4).to_bytes(4) + profile.to_bytes(4) + bytes.fromhex(text)
-    assert len(data) % 4 == 0  # Windows complains otherwise
+    assert len(data) % 4 == 0  # Windows requires this
 
 
 def test_some_features() -> None:

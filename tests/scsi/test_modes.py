@@ -65,7 +65,7 @@ def test_no_write_cache() -> None:
         (UNCACHED[:19] + b"\x01", INVALID_FIELD_IN_PARAMETER_LIST),
     ],
 )
-def test_what_is_refused_changes_nothing(data: bytes, sense: Sense) -> None:
+def test_an_invalid_page_changes_nothing(data: bytes, sense: Sense) -> None:
     pages = disk_modes(write_cache=True)
     assert pages.select(data) == sense
     assert pages.sense(0, ALL_PAGES) == PAGE_01 + PAGE_08 + PAGE_0A + PAGE_1C

@@ -12,7 +12,7 @@ from farplug.scsi.sense import INVALID_FIELD_IN_CDB
 NO_TIMEOUTS = bytes.fromhex("000a 0000 00000000 00000000")
 
 
-def ask(text: str, allocation: int = 0xFFFF, *, unmaps: bool = True) -> bytes | None:
+def report(text: str, allocation: int = 0xFFFF, *, unmaps: bool = True) -> bytes | None:
     """``text``: bytes 2 to 5 of the CDB. None: INVALID FIELD IN CDB."""
     cdb = bytes.fromhex("a30c" + text) + struct.pack(">Ixx", allocation)
     action = DiskUnit(FakeMedium(unmaps=unmaps)).execute(cdb)
@@ -25,16 +25,16 @@ def ask(text: str, allocation: int = 0xFFFF, *, unmaps: bool = True) -> bytes | 
 @pytest.mark.parametrize("timeouts", [False, True])
 def test_all(timeouts: bool) -> None:
     size = 20 if timeouts else 8
-    data = ask("80 00 0000" if timeouts else "00 00 0000")
+    data = report("80 00 0000" if timeouts else "00 00 0000")
     assert data is not None
     assert int.from_bytes(data[:4]) == len(data) - 4 == size * len(list(COMMANDS))
-    told = [struct.unpack_from(">BxHxBH", data, begin) for begin in range(4, len(data), size)]
+    reported = [struct.unpack_from(">BxHxBH", data, begin) for begin in range(4, len(data), size)]
     flags = 2 if timeouts else 0
-    assert told == [
+    assert reported == [
         (row.opcode, row.service_action or 0, flags | (row.service_action is not None), row.length) for row in COMMANDS
     ]
     assert all(data[begin + 8 : begin + size] == NO_TIMEOUTS[: size - 8] for begin in range(4, len(data), size))
-    assert ask("00 00 0000", 4) == struct.pack(">I", 8 * len(told))
+    assert report("00 00 0000", 4) == struct.pack(">I", 8 * len(reported))
 
 
 @pytest.mark.parametrize(
@@ -60,23 +60,23 @@ def test_all(timeouts: bool) -> None:
     ],
 )
 def test_one(text: str, answer: str | None) -> None:
-    assert ask(text) == (None if answer is None else bytes.fromhex(answer))
+    assert report(text) == (None if answer is None else bytes.fromhex(answer))
 
 
-def test_linux_asks_with_ten_bytes() -> None:
-    assert ask("01 12 0000", 10) == bytes.fromhex("00 03 0006 12 01 ff ff ff 00")
+def test_linux_uses_an_allocation_length_of_ten_bytes() -> None:
+    assert report("01 12 0000", 10) == bytes.fromhex("00 03 0006 12 01 ff ff ff 00")
 
 
-def test_what_the_disk_does_not_support_is_not_told() -> None:
-    assert ask("01 42 0000") == bytes.fromhex("00 03 000a 42 00 00 00 00 00 3f ff ff 00")
-    assert ask("01 42 0000", unmaps=False) == bytes.fromhex("00 01 0000")
+def test_unsupported_commands_are_not_reported() -> None:
+    assert report("01 42 0000") == bytes.fromhex("00 03 000a 42 00 00 00 00 00 3f ff ff 00")
+    assert report("01 42 0000", unmaps=False) == bytes.fromhex("00 01 0000")
 
 
-def test_every_command_that_is_told_is_known_and_no_other() -> None:
+def test_exactly_the_reported_commands_are_supported() -> None:
     unit = DiskUnit(FakeMedium())
     for opcode in range(256):
         for action in (0x00, 0x0C, 0x10, 0x11, 0x1F):
-            answer = ask(f"03 {opcode:02x} {action:04x}")
+            answer = report(f"03 {opcode:02x} {action:04x}")
             assert answer is not None
             sent = unit.execute(bytes((opcode, action)) + bytes(14))
             unknown = isinstance(sent, Fail) and sent.sense.asc == 0x20

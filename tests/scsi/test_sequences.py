@@ -1,7 +1,7 @@
-"""What systems send to a disk and to a CD-ROM drive, byte for byte, and the answers that they need.
+"""Commands that systems send to a disk and to a CD-ROM drive, byte by byte, and the required data.
 
-A line is a CDB, as long as the wrapper says, and the answer to it: bytes, ``ok``, sense as key/code/qualifier, or
-what is done with blocks. SeaBIOS, OVMF and Linux as captured; the others as their sources and traces of them say.
+A line is a CDB, of the length in the wrapper, and the answer to it: bytes, ``ok``, sense as key/code/qualifier, or
+what is done with blocks. SeaBIOS, OVMF and Linux as captured; the others from their sources and from traces.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ CD_ID = """05 83 00 37
 # Disks
 
 SEABIOS_DISK = [
-    # every wrapper says 12 bytes
+    # every wrapper has bCBWCBLength 12
     ("12 00 00 00 24 00 00 00 00 00 00 00", DISK),
     ("00 00 00 00 00 00 00 00 00 00 00 00", RESET),
     ("03 00 00 00 12 00 00 00 00 00 00 00", RESET_SENSE),
@@ -270,7 +270,7 @@ WINDOWS_CD = [
     ("12 00 00 00 24 00", CD),
     ("12 01 80 00 ff 00", f"05 {SERIAL_PAGE}"),
     ("12 01 83 00 ff 00", CD_ID),
-    ("46 00 00 00 00 00 00 00 08 00", "00 00 00 44 00 00 00 08"),  # how much there is
+    ("46 00 00 00 00 00 00 00 08 00", "00 00 00 44 00 00 00 08"),  # the length of all features
     ("46 00 00 00 00 00 00 00 48 00", f"00 00 00 44 00 00 00 08 {CURRENT} 00 1f 00 00"),
     ("46 02 00 00 00 00 00 00 0c 00", "00 00 00 10 00 00 00 08 00 00 03 08"),  # one feature, and no more
     ("46 01 00 00 00 00 00 00 48 00", f"00 00 00 40 00 00 00 08 {CURRENT}"),
@@ -357,8 +357,8 @@ CDROMS = {
 }
 
 
-def told(action: Action) -> str:
-    """An answer as the tables have it; bytes without spaces."""
+def described(action: Action) -> str:
+    """Return an action in the notation of the tables; bytes without spaces."""
     match action:
         case Respond(data):
             return data.hex()
@@ -391,8 +391,8 @@ def replay(unit: Unit, sequence: list[tuple[str, str]]) -> None:
         action = unit.execute(bytes.fromhex(cdb))
         if isinstance(action, Fail):
             unit.keep_sense(action.sense)
-        expected = answer if told(action) == answer else "".join(answer.split())
-        assert told(action) == expected, f"line {line}: {cdb}"
+        expected = answer if described(action) == answer else "".join(answer.split())
+        assert described(action) == expected, f"line {line}: {cdb}"
 
 
 @pytest.mark.parametrize("system", DISKS)
@@ -410,12 +410,14 @@ def test_cdrom(system: str) -> None:
 
 
 @pytest.mark.parametrize("filler", [0x00, 0x55, 0xAA, 0xFF])
-def test_garbage_behind_a_cdb_is_ignored(filler: int) -> None:
+def test_bytes_after_a_cdb_are_ignored(filler: int) -> None:
     for commands, make in ((DISK_COMMANDS, disk), (CDROM_COMMANDS, cdrom)):
         for row in commands:
             fixed = 1 if row.service_action is None else 2
             cdb = row.usage[:fixed].ljust(row.length, b"\0")
-            assert told(make().execute(cdb.ljust(16, bytes((filler,))))) == told(make().execute(cdb)), str(row)
+            assert described(make().execute(cdb.ljust(16, bytes((filler,))))) == described(make().execute(cdb)), str(
+                row
+            )
 
 
 def disk() -> Unit:

@@ -25,26 +25,26 @@ def cdb(text: str) -> bytes:
     return bytes.fromhex(text)
 
 
-def test_unit_attention_comes_once() -> None:
+def test_a_unit_attention_is_reported_once() -> None:
     unit = disk()
-    unit.attend(RESET_OCCURRED)
-    unit.attend(RESET_OCCURRED)
+    unit.raise_unit_attention(RESET_OCCURRED)
+    unit.raise_unit_attention(RESET_OCCURRED)
     assert isinstance(unit.execute(cdb("12 00 00 00 24 00")), Respond)
     assert isinstance(unit.execute(cdb("a0 00 00 00 00 00 00 00 10 00 00 00")), Respond)
     assert unit.execute(cdb("00 00 00 00 00 00")) == Fail(RESET_OCCURRED)
     assert unit.execute(cdb("00 00 00 00 00 00")) == Done()
 
 
-def test_unit_attention_comes_before_an_invalid_command() -> None:
+def test_a_unit_attention_is_reported_before_an_invalid_command() -> None:
     unit = disk()
-    unit.attend(RESET_OCCURRED)
+    unit.raise_unit_attention(RESET_OCCURRED)
     assert unit.execute(cdb("ff")) == Fail(RESET_OCCURRED)
     assert unit.execute(cdb("ff")) == Fail(INVALID_COMMAND)
 
 
-def test_request_sense_takes_the_attention() -> None:
+def test_request_sense_reports_the_unit_attention() -> None:
     unit = disk()
-    unit.attend(RESET_OCCURRED)
+    unit.raise_unit_attention(RESET_OCCURRED)
     assert unit.execute(cdb("03 01 00 00 12 00")) == Respond(RESET_OCCURRED.descriptor_format())
     assert unit.execute(cdb("00 00 00 00 00 00")) == Done()
 
@@ -52,7 +52,7 @@ def test_request_sense_takes_the_attention() -> None:
 def test_sense_is_kept_for_the_next_command_only() -> None:
     unit = disk()
     unit.keep_sense(INVALID_COMMAND)
-    unit.attend(RESET_OCCURRED)
+    unit.raise_unit_attention(RESET_OCCURRED)
     assert unit.execute(cdb("03 00 00 00 12 00")) == Respond(bytes(INVALID_COMMAND))
     assert unit.execute(cdb("03 00 00 00 12 00")) == Respond(bytes(RESET_OCCURRED))
     assert unit.execute(cdb("03 00 00 00 12 00")) == Respond(bytes(NO_SENSE))
@@ -61,7 +61,7 @@ def test_sense_is_kept_for_the_next_command_only() -> None:
     assert unit.execute(cdb("03 00 00 00 12 00")) == Respond(bytes(NO_SENSE))
 
 
-def test_a_reset_raises_attention() -> None:
+def test_a_reset_raises_a_unit_attention() -> None:
     unit = disk()
     unit.reset()
     unit.reset()

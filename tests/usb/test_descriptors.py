@@ -144,13 +144,13 @@ def chain(*parts: str, total: int | None = None, count: int = 1) -> bytes:
         (chain(INTERFACE, BULK_IN, "01"), "has length 1: 1 bytes skipped"),
         (chain(INTERFACE, BULK_IN, "07 05 82 02"), "has length 7, but 4 bytes are left"),
         (chain(INTERFACE, BULK_IN, "ff 24"), "has length 255, but 2 bytes are left"),
-        (chain(INTERFACE, BULK_IN, total=9999), "9999 bytes in all, not 25"),
-        (chain(INTERFACE, BULK_IN, total=0), "0 bytes in all, not 25"),
-        (chain(INTERFACE, BULK_IN, "09 04 01 00 00 ff 00 00 00", total=25), "25 bytes in all, not 34"),
-        (chain(INTERFACE, BULK_IN, count=3), "3 interfaces, not 1"),
+        (chain(INTERFACE, BULK_IN, total=9999), "wTotalLength 9999, not 25"),
+        (chain(INTERFACE, BULK_IN, total=0), "wTotalLength 0, not 25"),
+        (chain(INTERFACE, BULK_IN, "09 04 01 00 00 ff 00 00 00", total=25), "wTotalLength 25, not 34"),
+        (chain(INTERFACE, BULK_IN, count=3), "bNumInterfaces 3, not 1"),
         (chain("07 05 82 02 00 02 00", INTERFACE, BULK_IN), "before the first interface"),
-        (chain("06 30 0f 00 00 00", INTERFACE, BULK_IN), "belongs to no endpoint"),
-        (chain(INTERFACE, "06 30 0f 00 00 00", BULK_IN), "belongs to no endpoint"),
+        (chain("06 30 0f 00 00 00", INTERFACE, BULK_IN), "without an endpoint"),
+        (chain(INTERFACE, "06 30 0f 00 00 00", BULK_IN), "without an endpoint"),
         (chain(INTERFACE, BULK_IN, "04 30 00 00"), "too short"),
         (chain(INTERFACE, BULK_IN, "06 05 82 02 00 02"), "endpoint descriptor of 6 bytes"),
         (chain(INTERFACE, BULK_IN, "07 05 80 02 00 02 00"), "the address 80"),
@@ -159,7 +159,7 @@ def chain(*parts: str, total: int | None = None, count: int = 1) -> bytes:
         (chain(INTERFACE, BULK_IN, INTERFACE, "07 05 82 02 00 02 00"), "setting 0 occurs twice"),
         (chain(INTERFACE, BULK_IN, "08 04 01 00 00 ff 00 00", "07 05 82 02 00 02 00"), "of 8 bytes was skipped"),
         (chain(INTERFACE.replace("00 00 01", "00 00 05"), BULK_IN), "has 1 endpoints, not 5"),
-        (chain(INTERFACE, BULK_IN).replace(b"\x09\x02", b"\x00\x02", 1), "it has 0 bytes, not 9"),
+        (chain(INTERFACE, BULK_IN).replace(b"\x09\x02", b"\x00\x02", 1), "bLength 0, not 9"),
         (chain(INTERFACE, BULK_IN).replace(b"\x09\x02", b"\x09\x01", 1), "has type 1, not 2"),
     ],
 )
@@ -288,15 +288,15 @@ def test_bos() -> None:
     ("data", "kept", "warning"),
     [
         (b"", 0, "has 0 bytes"),
-        (BOS[:12], 1, "4 capabilities, not 1"),
+        (BOS[:12], 1, "bNumDeviceCaps 4, not 1"),
         (raw("05 0f 07 00 01 02 10"), 0, "type 16 in the BOS was skipped"),
         (raw("05 0f 0c 00 01 07 24 02 02 00 00 00"), 0, "type 36 in the BOS was skipped"),
         (raw("05 0f 08 00 01 03 10 03"), 1, ""),
-        (raw("05 0f 02 00 01 03 10 03"), 1, "2 bytes in all, not 8"),
+        (raw("05 0f 02 00 01 03 10 03"), 1, "wTotalLength 2, not 8"),
         (raw("05 0f 08 00 01 00 10 03"), 0, "has length 0"),
         (raw("05 0f 08 00 01 01 10 03"), 0, "has length 1"),
-        (raw("00 0f 08 00 01 03 10 03"), 1, "it has 0 bytes, not 5"),
-        (raw("ff 0f 08 00 01 03 10 03"), 0, "it has 255 bytes, not 5"),
+        (raw("00 0f 08 00 01 03 10 03"), 1, "bLength 0, not 5"),
+        (raw("ff 0f 08 00 01 03 10 03"), 0, "bLength 255, not 5"),
     ],
 )
 def test_malformed_bos(data: bytes, kept: int, warning: str) -> None:
@@ -347,7 +347,7 @@ def test_languages() -> None:
 
 @pytest.mark.parametrize("seed", range(10))
 def test_damaged_configurations_never_raise_and_settle(seed: int) -> None:
-    """What was kept of garbage is sound: written and read again it is the same."""
+    """Check that parsed garbage, built and parsed again, is the same."""
     source = random.Random(seed)
     for _ in range(300):
         data = bytearray(source.choice([WEBCAM, UAS, ODD]))

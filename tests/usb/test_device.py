@@ -1,4 +1,4 @@
-"""What a device does that overrides only what it must."""
+"""The defaults of a device."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def test_out(status: Status, given: int | None, actual: int) -> None:
     assert (transfer.status, transfer.actual, transfer.reply) == (status, actual, b"")
 
 
-def test_once_only() -> None:
+def test_completed_only_once() -> None:
     transfer, completed = bulk(0x81, length=4)
     transfer.complete(Status.SUCCESS, b"ab")
     with pytest.raises(DeviceError, match="completed twice") as caught:

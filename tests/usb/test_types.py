@@ -49,7 +49,7 @@ def test_a_setup_packet_has_eight_bytes(length: int) -> None:
         Setup.parse(bytes(length))
 
 
-def test_every_request_type_is_understood() -> None:
+def test_every_request_type_has_fields() -> None:
     for request_type in range(256):
         setup = Setup(request_type, 0)
         assert setup.recipient in Recipient

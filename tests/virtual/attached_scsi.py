@@ -1,4 +1,4 @@
-"""A small USB Attached SCSI initiator: what a guest's driver does, in memory, for the tests of the disk."""
+"""A small USB Attached SCSI initiator in memory, for the tests of the disk."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from farplug.usb import Speed, Status, Transfer, TransferType
 from farplug.virtual import VirtualDevice, disk_device
 from farplug.virtual.iu import IuId, TaskFunction
 from farplug.virtual.storage_transport import StorageTransport
-from farplug.virtual.uas import AttachedScsi
+from farplug.virtual.uas import Uas
 
 COMMAND_PIPE, STATUS_PIPE = 0x04, 0x83
 TUR = bytes(6)
 
 
 def address(lun: int) -> bytes:
-    """The 8 bytes of a LUN, single level."""
+    """Return the 8 bytes of a LUN, single level."""
     return bytes((0, lun, 0, 0, 0, 0, 0, 0))
 
 
 def command_iu(cdb: bytes, tag: int, *, lun: int | bytes = 0, attribute: int = 0) -> bytes:
-    """A command IU; a CDB of more than 16 bytes has additional ones, in words of four."""
+    """Build a command IU; additional CDB bytes come in words of four."""
     extra = cdb[16:]
     extra += bytes(-len(extra) % 4)
     where = lun if isinstance(lun, bytes) else address(lun)
@@ -33,12 +33,12 @@ def command_iu(cdb: bytes, tag: int, *, lun: int | bytes = 0, attribute: int = 0
 
 
 def management_iu(function: int, tag: int, managed: int = 0, *, lun: int | bytes = 0) -> bytes:
-    """A task management IU."""
+    """Build a task management IU."""
     return struct.pack(">BxHBxH8s", 5, tag, function, managed, lun if isinstance(lun, bytes) else address(lun))
 
 
 def response(tag: int, code: int) -> bytes:
-    """A response IU as it has to look."""
+    """Build the response IU that is expected."""
     return struct.pack(">BxHxxxB", 4, tag, code)
 
 
@@ -54,7 +54,7 @@ class Issued:
 
     @property
     def status(self) -> int:
-        """Of the sense IU, which has to be well formed."""
+        """Return the status of the sense IU, which must be well formed."""
         assert self.iu, "it has not ended"
         id, tag, qualifier, status, length = struct.unpack_from(">BxHHB7xH", self.iu)
         assert (id, tag, qualifier, length) == (3, self.tag, 0, len(self.iu) - 16)
@@ -63,14 +63,14 @@ class Issued:
 
     @property
     def sense(self) -> tuple[int, int, int]:
-        """Key, code and qualifier; zeros for none."""
+        """Return key, code and qualifier; zeros for none."""
         if self.status != 2:
             return 0, 0, 0
         return self.iu[16 + 2], self.iu[16 + 12], self.iu[16 + 13]
 
     @property
     def data(self) -> bytes:
-        """Data-in that has come."""
+        """Return the data-in so far."""
         return b"".join(bytes(part.reply) for part in self.parts if part.endpoint == IN)
 
 
@@ -94,13 +94,13 @@ class Initiator(Guest):
         transport: StorageTransport = StorageTransport.AUTO,
         attention: bool = False,
     ) -> Initiator:
-        """Plug a disk for each store into a guest that has chosen Attached SCSI."""
+        """Plug a disk for each store into a guest that has selected USB Attached SCSI."""
         initiator = cls(disk_device(*stores, speeds=(speed,), transport=transport))
         initiator.stores = stores
         await initiator.device.open(Listener())
         await initiator.enumerate()
         if not attention:
-            initiator.attend()
+            initiator.clear_unit_attentions()
         return initiator
 
     async def enumerate(self) -> None:
@@ -108,12 +108,12 @@ class Initiator(Guest):
         await self.choose(len(self.settings()) - 1)
 
     def settings(self) -> list[int]:
-        """The protocols of the alternate settings."""
+        """Return the protocols of the alternate settings."""
         (function,) = self.device.functions
         return [one.interface_protocol for one in function.interfaces(self.device.identity.speed)]
 
     async def choose(self, alternate: int) -> None:
-        """Choose an alternate setting, with streams where there are some. What was issued before is forgotten."""
+        """Select an alternate setting, and allocate streams if it has any. Earlier commands are forgotten."""
         assert await self.device.set_interface(0, alternate) is Status.SUCCESS
         self.issued.clear()
         self.asked.clear()
@@ -121,17 +121,17 @@ class Initiator(Guest):
         if self.streams:
             assert await self.device.allocate_streams((IN, OUT, STATUS_PIPE), 32) is Status.SUCCESS
 
-    def attend(self) -> None:
-        """Hear the unit attentions of all units."""
+    def clear_unit_attentions(self) -> None:
+        """Clear the unit attentions of all units."""
         for lun in range(16):
             self.run(TUR, lun=lun)
 
     @property
-    def uas(self) -> AttachedScsi:
-        """The state machine itself: how much it keeps is asserted on."""
+    def uas(self) -> Uas:
+        """Return the state machine, for assertions on the memory that it uses."""
         (function,) = self.device.functions
         found = getattr(function, "_uas")  # noqa: B009
-        assert isinstance(found, AttachedScsi)
+        assert isinstance(found, Uas)
         return found
 
     # Transfers
@@ -148,12 +148,12 @@ class Initiator(Guest):
         return self._submit(transfer)
 
     def issue(self, iu: bytes) -> None:
-        """Send an IU, which is always taken."""
+        """Send an IU, which is always accepted."""
         transfer = Transfer(TransferType.BULK, COMMAND_PIPE, self.completed.append, data=iu)
         assert self._submit(transfer).status is Status.SUCCESS
 
-    def ask(self, tag: int = 0, length: int = 128) -> Transfer:
-        """Ask for a status: with streams that of one command, without that of any."""
+    def read_status(self, tag: int = 0, length: int = 128) -> Transfer:
+        """Submit a transfer for a status: with streams of one command, without streams of any command."""
         return self._bulk(STATUS_PIPE, tag, length=length)
 
     def data_in(self, tag: int, length: int) -> Transfer:
@@ -197,7 +197,7 @@ class Initiator(Guest):
         iu = command_iu(raw, tag, lun=lun, attribute=attribute)
         if late:
             self.issue(iu)
-        self.asked.append(self.ask(tag))
+        self.asked.append(self.read_status(tag))
         if self.streams:
             self._move(issued)
         if not late:
@@ -215,7 +215,7 @@ class Initiator(Guest):
         lun: int | bytes = 0,
         late: bool = False,
     ) -> Issued:
-        """Issue a command that ends at once, and all its transfers with it."""
+        """Issue a command that ends immediately, with all its transfers."""
         issued = self.start(cdb, receive=receive, send=send, sizes=sizes, lun=lun, late=late)
         assert issued.iu
         assert all(part.status is Status.SUCCESS for part in issued.parts)
@@ -223,16 +223,16 @@ class Initiator(Guest):
         return issued
 
     def manage(self, function: TaskFunction | int, managed: int = 0, *, tag: int = 32, lun: int | bytes = 0) -> int:
-        """Have a task managed. Returns the response code."""
+        """Send a task management IU. Returns the response code."""
         issued = self.issued[tag] = Issued(tag, (), ())
-        self.asked.append(self.ask(tag))
+        self.asked.append(self.read_status(tag))
         self.issue(management_iu(function, tag, managed, lun=lun))
         self.pump()
         assert issued.iu[:-1] == response(tag, 0)[:-1]
         return issued.iu[-1]
 
     def forget(self, *gone: Issued) -> None:
-        """These commands were aborted: take back the transfers for their status."""
+        """Cancel the status transfers of aborted commands."""
         for issued in gone:
             assert not issued.iu
             del self.issued[issued.tag]
@@ -241,7 +241,7 @@ class Initiator(Guest):
             self.device.cancel(status)
             assert status.status is Status.CANCELLED
 
-    def take_back(self, issued: Issued) -> bool:
+    def resubmit(self, issued: Issued) -> bool:
         """Cancel the data transfers of a command that are pending, and submit them again, as QEMU does."""
         pending = [index for index, part in enumerate(issued.parts) if part.status is None]
         for index in reversed(pending):
@@ -259,7 +259,7 @@ class Initiator(Guest):
         return bool(pending)
 
     def pump(self) -> None:
-        """Act on what has come on the status pipe."""
+        """Handle the IUs that arrived on the status pipe."""
         while ended := [one for one in self.asked if one.status is not None]:
             for transfer in ended:
                 self.asked.remove(transfer)
@@ -274,7 +274,7 @@ class Initiator(Guest):
             assert not self.streams
             assert len(iu) == 4
             assert bool(issued.receive) == (iu[0] == IuId.READ_READY)
-            self.asked.append(self.ask())
+            self.asked.append(self.read_status())
             self._move(issued)
         else:
             issued.iu = iu
@@ -285,7 +285,7 @@ class Initiator(Guest):
         issued.parts += [self.data_out(issued.tag, data) for data in issued.send]
 
     async def leave(self) -> None:
-        """Unplug, when the stores have answered everything: every transfer was completed, once."""
+        """Unplug after the stores have completed all requests, and check that each transfer was completed once."""
         for store in self.stores:
             if isinstance(store, Pattern):
                 store.holding = False

@@ -1,4 +1,4 @@
-"""A small Bulk-Only initiator: what a guest's driver does, in memory, for the tests of the disk."""
+"""A small Bulk-Only initiator in memory, for the tests of the disk."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ IN, OUT, CONTROL_IN, CONTROL_OUT = 0x81, 0x02, 0x80, 0x00
 
 
 class Listener:
-    """Keeps the events of a virtual device, which receives nothing by itself."""
+    """Keeps the events of a virtual device without receptions."""
 
     def __init__(self) -> None:
         self.events: list[DeviceEvent] = []
@@ -34,7 +34,7 @@ class Listener:
 
 
 class Pattern(MemoryStore):
-    """A store in memory that can fail, and that can hold its answers back until they are let go."""
+    """A store in memory that can fail, and that can hold its completions until they are released."""
 
     def __init__(self, blocks: int = 64, *, read_only: bool = False, unmaps: bool = False) -> None:
         content = b"".join(struct.pack("<I", block) * 128 for block in range(blocks))
@@ -90,7 +90,7 @@ class Pattern(MemoryStore):
 
 @dataclass
 class Result:
-    """How a command ended: the status of the CSW (None: there was none), residue and data."""
+    """The result of a command: the status of the CSW (None: there was none), residue and data."""
 
     status: int | None
     residue: int
@@ -98,7 +98,7 @@ class Result:
 
     @property
     def sense(self) -> tuple[int, int, int]:
-        """Of a REQUEST SENSE."""
+        """Return the sense of a REQUEST SENSE."""
         return self.data[2], self.data[12], self.data[13]
 
 
@@ -115,7 +115,7 @@ def pieces(length: int, sizes: Iterable[int]) -> list[int]:
 
 
 class Guest:
-    """Drives a device with one disk. Every transfer is seen to be completed once."""
+    """Drives a device with one disk. Each transfer must be completed once."""
 
     def __init__(self, device: VirtualDevice) -> None:
         self.device = device
@@ -161,7 +161,7 @@ class Guest:
         return struct.pack("<4sIIBBB16s", b"USBC", self.tag, length, flags, lun, size, cdb.ljust(16, b"\xff"))
 
     def csw(self, transfer: Transfer) -> tuple[int, int]:
-        """Status and residue of a CSW."""
+        """Return status and residue of a CSW."""
         assert transfer.status is Status.SUCCESS
         signature, tag, residue, status = struct.unpack("<4sIIB", transfer.reply)
         assert (signature, tag) == (b"USBS", self.tag)
@@ -178,7 +178,7 @@ class Guest:
         sizes: Sequence[int] = (),
         early: bool = False,
     ) -> Result:
-        """Issue a command whose every transfer ends at once.
+        """Issue a command whose transfers all end immediately.
 
         Args:
             cdb: hex digits, or bytes.

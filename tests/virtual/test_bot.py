@@ -54,7 +54,7 @@ async def test_cases_2_and_3_the_host_expects_nothing(cdb: bytes) -> None:
     ("cdb", "status"), [(TUR, 0), (FLUSH, 0), ("ff", 1), ("12 01 01 00 24 00", 1), (read10(63, 2).hex(), 1)]
 )
 @pytest.mark.parametrize("host", [1, 36, 512, 64 * KIB, 64 * KIB + 1, 2**32 - 1])
-async def test_case_4_data_in_that_does_not_come(cdb: str, status: int, host: int) -> None:
+async def test_case_4_data_in_without_data(cdb: str, status: int, host: int) -> None:
     initiator = await guest()
     result = initiator.command(cdb, receive=host, sizes=[1 << 20])
     assert (result.status, result.residue) == (status, host)
@@ -81,7 +81,7 @@ async def test_case_5_too_much_to_pad(sizes: list[int]) -> None:
 
 @pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("size", [1, 3, 13, 31, 64, 511, 512, 513, 1024, 4096, 5119, 5120])
-async def test_case_6_split_anyhow(size: int, early: bool) -> None:
+async def test_case_6_in_any_transfer_sizes(size: int, early: bool) -> None:
     store = Pattern()
     result = (await guest(store)).command(read10(7, 10), receive=5120, sizes=[size], early=early)
     assert (result.status, result.residue, result.data) == (0, 0, block(store, 7, 10))
@@ -103,7 +103,7 @@ async def test_case_8_the_host_expects_data_in(host: int) -> None:
 
 @pytest.mark.parametrize(("cdb", "status"), [(TUR, 0), (FLUSH, 0), ("ff", 1), (write10(64, 1).hex(), 1)])
 @pytest.mark.parametrize("sizes", [[], [512], [300]])
-async def test_case_9_data_out_that_nobody_wants(cdb: str, status: int, sizes: list[int]) -> None:
+async def test_case_9_data_out_that_the_command_does_not_use(cdb: str, status: int, sizes: list[int]) -> None:
     store = Pattern()
     result = (await guest(store)).command(cdb, send=bytes(1024), sizes=sizes)
     assert (result.status, result.residue) == (status, 1024)
@@ -127,7 +127,7 @@ async def test_case_11_the_host_sends_more(sizes: list[int]) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 3, 13, 31, 64, 511, 512, 513, 1024, 4096, 5119, 5120])
-async def test_case_12_split_anyhow(size: int) -> None:
+async def test_case_12_in_any_transfer_sizes(size: int) -> None:
     store = Pattern()
     data = random.Random(size).randbytes(5120)
     result = (await guest(store)).command(write10(7, 10), send=data, sizes=[size])
@@ -143,7 +143,7 @@ async def test_case_13_the_host_sends_less() -> None:
     assert store.log == []
 
 
-# What is no command
+# Invalid CBWs
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ async def test_invalid_cbw_halts_until_reset_recovery(wrapper: bytes) -> None:
     assert initiator.send(wrapper).status is Status.SUCCESS
     assert early.status is Status.STALL
     for _ in range(2):
-        for endpoint in (IN, OUT):  # a halt cannot be cleared before the reset
+        for endpoint in (IN, OUT):  # the halt returns until the reset
             assert initiator.control(struct.pack("<BBHHH", 2, 1, 0, endpoint, 0)).status is Status.SUCCESS
             status = initiator.control(struct.pack("<BBHHH", 0x82, 0, 0, endpoint, 2))
             assert bytes(status.reply) == b"\1\0"
@@ -206,7 +206,7 @@ async def test_command_block_lengths(cdb: str, length: int, status: int) -> None
         assert initiator.sense() == (5, 0x24, 0)
 
 
-# Requests of the class
+# Class requests
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ async def test_bulk_only_reset_in_the_middle() -> None:
     assert store.log == ["write 0 512"]  # a block is written whole or not at all
 
 
-async def test_bulk_only_reset_drops_the_data_that_waits() -> None:
+async def test_bulk_only_reset_drops_queued_data() -> None:
     store = Pattern(16384)
     initiator = await guest(store)
     store.holding = True
@@ -252,7 +252,7 @@ async def test_bulk_only_reset_drops_the_data_that_waits() -> None:
     assert store.content[4 << 20 :] == store.original[4 << 20 :]
 
 
-async def test_bulk_only_reset_keeps_the_reads_that_wait() -> None:
+async def test_bulk_only_reset_keeps_queued_reads() -> None:
     store = Pattern()
     initiator = await guest(store)
     store.holding = True
@@ -265,7 +265,7 @@ async def test_bulk_only_reset_keeps_the_reads_that_wait() -> None:
     assert initiator.csw(reading) == (0, 0)
 
 
-async def test_an_old_read_does_not_answer_a_new_command() -> None:
+async def test_an_old_read_does_not_complete_a_transfer_of_a_new_command() -> None:
     store = Pattern()
     initiator = await guest(store)
     store.holding = True
@@ -312,7 +312,7 @@ async def test_fua_flushes_after_the_writes() -> None:
     assert initiator.csw(status) == (0, 0)
 
 
-async def test_flush_is_waited_for() -> None:
+async def test_the_status_waits_for_a_flush() -> None:
     store = Pattern()
     initiator = await guest(store)
     store.holding = True
@@ -349,7 +349,7 @@ async def test_unwritten_data_is_bounded() -> None:
     assert initiator.csw(initiator.receive(13)) == (0, 0)
 
 
-async def test_data_goes_on_when_that_of_a_command_that_is_gone_is_written() -> None:
+async def test_data_waits_for_the_data_of_a_dropped_command() -> None:
     store = Pattern(32768)
     initiator = await guest(store)
     store.holding = True
@@ -368,7 +368,7 @@ async def test_data_goes_on_when_that_of_a_command_that_is_gone_is_written() -> 
     assert store.content[:512] == block(store, 5)
 
 
-async def test_one_large_transfer_is_taken_whole() -> None:
+async def test_one_large_transfer_is_accepted_whole() -> None:
     initiator = await guest(Pattern(32768))
     assert initiator.command(write10(0, 32768), send=bytes(16 << 20)).status == 0
 
@@ -380,7 +380,7 @@ async def test_queued_data_is_bounded() -> None:
     assert [one.status for one in sent] == [None] * (MAX_QUEUED // (8 << 20)) + [Status.IO_ERROR] * 2
 
 
-async def test_data_is_never_written_in_the_place_of_data_that_was_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_data_is_never_written_in_the_place_of_refused_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("farplug.virtual.bot.MAX_UNWRITTEN", 512)
     monkeypatch.setattr("farplug.virtual.bot.MAX_QUEUED", 1024)
     store = Pattern()
@@ -512,7 +512,7 @@ async def test_fua_flush_error() -> None:
 
 
 @pytest.mark.parametrize("lost", [FLUSH, "93 09 00 00 00 00 00 00 00 00 00 00 00 08 00 00"])
-async def test_an_error_that_nobody_heard_of_is_told_to_the_next_flush(lost: str) -> None:
+async def test_a_deferred_error_is_reported_by_the_next_flush(lost: str) -> None:
     store = Pattern(unmaps=True)
     initiator = await guest(store)
     store.holding = True
@@ -527,7 +527,7 @@ async def test_an_error_that_nobody_heard_of_is_told_to_the_next_flush(lost: str
     assert initiator.command(FLUSH).status == 0
 
 
-async def test_an_unread_verify_is_no_lost_write() -> None:
+async def test_a_failed_verify_is_not_a_deferred_error() -> None:
     store = Pattern()
     initiator = await guest(store)
     store.holding = True
@@ -544,7 +544,7 @@ async def test_an_unread_verify_is_no_lost_write() -> None:
 # Cancels and resets
 
 
-async def test_a_cancelled_read_can_be_asked_again() -> None:
+async def test_a_cancelled_read_can_be_submitted_again() -> None:
     store = Pattern()
     initiator = await guest(store)
     store.holding = True
@@ -578,7 +578,7 @@ async def test_a_cancelled_status_is_kept() -> None:
     assert initiator.csw(initiator.receive(13)) == (0, 0)
 
 
-async def test_a_cancelled_write_was_not_taken() -> None:
+async def test_a_cancelled_write_is_not_written() -> None:
     store = Pattern(16384)
     initiator = await guest(store)
     store.holding = True
@@ -612,7 +612,7 @@ async def test_reset_cancels_everything(configure: bool) -> None:
     assert len(initiator.completed) == len(set(initiator.completed))
 
 
-async def test_a_write_under_way_survives_a_reset() -> None:
+async def test_a_write_in_flight_survives_a_reset() -> None:
     store = Pattern()
     initiator = await guest(store)
     store.holding = True
@@ -672,7 +672,7 @@ async def test_verify_compares(sizes: list[int]) -> None:
     assert initiator.sense() == (3, 0x11, 0)
 
 
-async def test_a_late_match_does_not_heal_a_miscompare() -> None:
+async def test_a_later_match_does_not_undo_a_miscompare() -> None:
     store = Pattern()
     initiator = await guest(store)
     store.holding = True
@@ -740,7 +740,7 @@ async def test_without_a_write_cache_the_status_waits_for_the_medium(cdb: str, d
     store = Pattern(unmaps=True)
     initiator = await guest(store)
     assert initiator.command("15 10 00 00 18 00", send=UNCACHED).status == 0
-    assert store.log == ["flush"]  # what was cached until now
+    assert store.log == ["flush"]  # the cached writes
     mode = initiator.command("1a 00 08 00 18 00", receive=24)
     assert mode.data == bytes.fromhex("17001000 081200") + bytes(17)
     store.holding = True
@@ -836,7 +836,7 @@ async def test_a_new_size_is_reported() -> None:
     assert initiator.command("25 00 00 00 00 00 00 00 00 00", receive=8).data == struct.pack(">II", 31, 512)
 
 
-# Sequences of real hosts: each command with the answer that the host needs
+# Sequences of real hosts: each command with the data that the host needs
 
 
 async def test_seabios() -> None:
@@ -901,7 +901,7 @@ async def test_linux() -> None:
     assert initiator.sense() == (5, 0x20, 0)
 
 
-# Everything at random against a shadow copy
+# Random commands against a shadow copy
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -943,7 +943,7 @@ async def test_random_work_matches_a_shadow(seed: int) -> None:
             await settle(transfer)
             moved += transfer.actual
             got += transfer.reply
-        if broken:  # what was acknowledged may be there or not, but only in whole blocks; then both are the same again
+        if broken:  # completed writes may be there or not, but only whole blocks; then both are equal again
             for one in range(lba, lba + count):
                 part = bytes(store.content[one * 512 : one * 512 + 512])
                 new = data[(one - lba) * 512 : (one - lba) * 512 + 512]
@@ -963,15 +963,15 @@ async def test_random_work_matches_a_shadow(seed: int) -> None:
     assert len(initiator.completed) == len(set(initiator.completed))
 
 
-# Fetched ahead
+# Read-ahead
 
 
 async def fetched_ahead(store: Pattern, *, hold: bool) -> Guest:
-    """A READ of 64 KiB at block 4 whose data was fetched, or is being fetched, before the guest asks for it."""
+    """A READ of 64 KiB at block 4 whose data is read ahead."""
     initiator = await guest(store)
     store.holding = hold
     initiator.send(initiator.cbw(read10(4, 128), 64 * KIB, True))
-    assert store.log == []  # the acknowledgement goes first
+    assert store.log == []  # the completion of the CBW goes first
     await asyncio.sleep(0)
     assert store.log == [f"read 2048 {64 * KIB}"]
     return initiator
@@ -979,7 +979,7 @@ async def fetched_ahead(store: Pattern, *, hold: bool) -> Guest:
 
 @pytest.mark.parametrize("sizes", [[64 * KIB], [20 * KIB, 20 * KIB, 24 * KIB]])
 @pytest.mark.parametrize("hold", [False, True])
-async def test_a_large_read_is_fetched_ahead(sizes: list[int], hold: bool) -> None:
+async def test_a_large_read_is_read_ahead(sizes: list[int], hold: bool) -> None:
     store = Pattern(256)
     initiator = await fetched_ahead(store, hold=hold)
     parts = [initiator.receive(size) for size in sizes]
@@ -992,7 +992,7 @@ async def test_a_large_read_is_fetched_ahead(sizes: list[int], hold: bool) -> No
     assert initiator.device.figures == Figures(read=64 * KIB, commands=initiator.tag)
 
 
-async def test_what_cannot_be_fetched_ahead_is_tried_again_when_it_is_asked_for() -> None:
+async def test_a_failed_read_ahead_is_retried_when_the_host_reads() -> None:
     store = Pattern(256)
     initiator = await fetched_ahead(store, hold=True)
     store.error = OSError(errno.EIO, "broken")
@@ -1002,7 +1002,7 @@ async def test_what_cannot_be_fetched_ahead_is_tried_again_when_it_is_asked_for(
     assert initiator.csw(initiator.receive(13)) == (0, 0)
 
 
-async def test_nothing_is_fetched_for_a_command_that_is_gone_or_served_already() -> None:
+async def test_no_read_ahead_for_a_dropped_or_served_command() -> None:
     store = Pattern(256)
     initiator = await guest(store)
     initiator.send(initiator.cbw(read10(4, 128), 64 * KIB, True))
@@ -1015,7 +1015,7 @@ async def test_nothing_is_fetched_for_a_command_that_is_gone_or_served_already()
     assert store.log == [f"read 2048 {64 * KIB}"]
 
 
-async def test_what_was_fetched_for_an_old_command_does_not_answer_a_new_one() -> None:
+async def test_the_read_ahead_of_an_old_command_does_not_serve_a_new_one() -> None:
     store = Pattern(256)
     initiator = await fetched_ahead(store, hold=True)
     initiator.control(bytes.fromhex("21ff000000000000"))
@@ -1027,11 +1027,11 @@ async def test_what_was_fetched_for_an_old_command_does_not_answer_a_new_one() -
     assert bytes(reading.reply) == block(store, 0, 64)
 
 
-# What a hostile or impatient guest takes back
+# Cancellations by a hostile guest
 
 
 class Late(Pattern):
-    """Writes and flushes happen, in order, when they are let go."""
+    """A store whose writes and flushes happen, in order, when they are released."""
 
     def __init__(self, blocks: int = 64) -> None:
         super().__init__(blocks)
@@ -1073,9 +1073,7 @@ async def ticks() -> None:
 
 
 @pytest.mark.parametrize("how", ["detach", "reset", "cancel"])
-async def test_data_is_never_written_in_the_place_of_data_that_was_taken_back(
-    monkeypatch: pytest.MonkeyPatch, how: str
-) -> None:
+async def test_data_is_never_written_in_the_place_of_cancelled_data(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     monkeypatch.setattr("farplug.virtual.bot.MAX_UNWRITTEN", 8 * 512)
     store = Late()
     device = disk_device(store, speeds=(Speed.HIGH,))
@@ -1102,13 +1100,13 @@ async def test_data_is_never_written_in_the_place_of_data_that_was_taken_back(
         store.late = False
         assert bytes(store.content[6 * 512 : 10 * 512]) in (block(store, 6, 4), b"2" * 512 * 4)
         if how == "cancel":
-            assert (await fits).status is Status.SUCCESS  # taken, and dropped, and so is the rest
+            assert (await fits).status is Status.SUCCESS  # accepted and dropped, like the rest
             await memory.bulk_out(OUT, bytes(4 * 512))
             status = await memory.bulk_in(IN, 13)
             assert status[12] == 1
 
 
-async def test_a_flush_that_failed_for_a_command_that_is_gone_fails_the_next_one() -> None:
+async def test_a_flush_that_failed_for_a_dropped_command_fails_the_next_one() -> None:
     for closes in (False, True):
         store = Late()
         initiator = await guest(store)
@@ -1132,7 +1130,7 @@ async def test_a_flush_that_failed_for_a_command_that_is_gone_fails_the_next_one
                 assert initiator.csw(initiator.receive(13))[0] == expected
 
 
-async def test_reads_that_were_taken_back_do_not_pile_up() -> None:
+async def test_cancelled_reads_are_bounded() -> None:
     store = Pattern(65536)
     device = disk_device(store)
     async with MemoryGuest(device) as memory:
@@ -1150,6 +1148,6 @@ async def test_reads_that_were_taken_back_do_not_pile_up() -> None:
         store.holding = False
         reading = memory.submit_in(IN, size)
         await ticks()
-        assert not reading.done  # it waits until what was taken back is over
+        assert not reading.done  # it waits for the cancelled reads
         store.release()
         assert bytes((await reading).data) == store.original[:size]

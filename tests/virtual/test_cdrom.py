@@ -7,7 +7,7 @@ import pytest
 from tests.store.test_iso import ISO, image
 from tests.virtual.bulk_only import Guest, read10, settle
 
-from farplug.errors import DeviceError, ImageError, LocalProtocolError, Reason
+from farplug.errors import DeviceError, ImageError, Reason
 from farplug.store import MemoryStore, ReadDone
 from farplug.usb import DeviceEvent, Speed, Status
 from farplug.virtual import CdromDrive, MassStorage, VirtualDevice, cdrom_device, drives_of, events
@@ -21,7 +21,7 @@ SIZE = "25 00 00 00 00 00 00 00 00 00"
 
 
 class Disc(MemoryStore):
-    """A disc that knows whether it was closed, and that can keep its readers waiting."""
+    """A disc that records whether it was closed, and that can delay reads."""
 
     def __init__(self, name: str, blocks: int = 32) -> None:
         super().__init__(name.encode().ljust(4) * (512 * blocks), block_size=2048, read_only=True)
@@ -45,7 +45,7 @@ async def plug(device: VirtualDevice) -> tuple[Guest, list[DeviceEvent]]:
     return guest, guest.listener.events
 
 
-async def test_what_it_looks_like() -> None:
+async def test_identity() -> None:
     device = cdrom_device(disc := Disc("one"))
     assert device.identity.product == "Virtual CD-ROM"
     assert device.identity.serial_number == disc.serial_number
@@ -109,7 +109,7 @@ async def test_a_locked_medium_stays_unless_it_is_forced() -> None:
             await attempt
         assert caught.value.reason is Reason.MEDIUM_LOCKED
         assert "unmount it in the guest" in caught.value.remedy
-    assert guest.command(EVENT, receive=8).data == bytes.fromhex("0006041001020000")  # somebody wants it
+    assert guest.command(EVENT, receive=8).data == bytes.fromhex("0006041001020000")  # EjectRequest
     assert guest.command(read10(0, 1), receive=2048).data == b"one " * 512
     assert not first.closed
     assert not second.closed
@@ -127,7 +127,7 @@ async def test_a_locked_medium_stays_unless_it_is_forced() -> None:
     await device.dispose()
 
 
-async def test_one_for_another_by_force() -> None:
+async def test_inserting_by_force_replaces_a_locked_medium() -> None:
     device = cdrom_device(Disc("one"))
     guest, _ = await plug(device)
     guest.command(PREVENT)
@@ -135,6 +135,24 @@ async def test_one_for_another_by_force() -> None:
     assert guest.command(TUR).status == 1
     assert guest.sense() == (6, 0x28, 0)
     assert guest.command(read10(0, 1), receive=2048).data == b"two " * 512
+    await device.dispose()
+
+
+async def test_two_insertions_at_the_same_time() -> None:
+    class Slow(Disc):
+        async def close(self) -> None:
+            await asyncio.sleep(0)
+            await super().close()
+
+    discs = [Slow(name) for name in ("one", "two", "tri")]
+    device = cdrom_device(discs[0])
+    guest, seen = await plug(device)
+    (drive,) = drives_of(device)
+    await asyncio.gather(*(drive.insert(disc) for disc in discs[1:]))
+    assert (drive.medium, [disc.closed for disc in discs]) == ("tri", [True, True, False])
+    assert guest.command(TUR).status == 1
+    assert guest.command(read10(0, 1), receive=2048).data == b"tri " * 512
+    assert [str(event) for event in seen] == ["one ejected", "two inserted", "two ejected", "tri inserted"]
     await device.dispose()
 
 
@@ -150,7 +168,7 @@ async def test_a_read_never_continues_on_the_next_medium() -> None:
     await device.dispose()
 
 
-async def test_a_read_under_way_ends_with_what_it_read() -> None:
+async def test_a_read_in_flight_ends_with_what_it_read() -> None:
     device = cdrom_device(disc := Disc("one"))
     guest, _ = await plug(device)
     disc.holding = True
@@ -192,15 +210,15 @@ async def test_images(tmp_path: Path) -> None:
 
 
 async def test_other_blocks_are_refused_before_anything_changes() -> None:
-    with pytest.raises(LocalProtocolError, match="2048 bytes, not 512"):
+    with pytest.raises(ValueError, match="2048 bytes, not 512"):
         cdrom_device(MemoryStore(4096))
     device = cdrom_device(Disc("one"))
-    with pytest.raises(LocalProtocolError, match="2048 bytes, not 512"):
+    with pytest.raises(ValueError, match="2048 bytes, not 512"):
         await drives_of(device)[0].insert(MemoryStore(4096))
     assert drives_of(device)[0].medium == "one"
 
 
-async def test_a_guest_that_has_left_locks_nothing() -> None:
+async def test_closing_unlocks_the_medium() -> None:
     device = cdrom_device(Disc("one"))
     guest, _ = await plug(device)
     guest.command(PREVENT)
@@ -213,7 +231,7 @@ async def test_a_guest_that_has_left_locks_nothing() -> None:
     await device.dispose()
 
 
-async def test_a_drive_that_is_not_plugged_reports_to_nobody() -> None:
+async def test_a_drive_that_is_not_plugged_reports_nothing() -> None:
     device = cdrom_device(Disc("one"))
     await drives_of(device)[0].eject()
     _, seen = await plug(device)
@@ -224,7 +242,7 @@ async def test_a_drive_that_is_not_plugged_reports_to_nobody() -> None:
     assert [str(event) for event in seen] == ["two inserted"]
 
 
-async def test_beside_a_disk() -> None:
+async def test_a_drive_and_a_disk_in_one_device() -> None:
     """A drive can be one of several logical units."""
     drive = CdromDrive(Disc("one"), luns=2)
     disk = Disk(MemoryStore(4096))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 from tests.virtual.bulk_only import Listener
 
-from farplug.errors import DeviceError, LocalProtocolError, Reason
+from farplug.errors import DeviceError, Reason, StateError
 from farplug.usb import Offer, Setup, Speed, Status, Transfer, TransferType
 from farplug.usb.descriptors import EndpointDescriptor, InterfaceDescriptor
 from farplug.usb.figures import Figures
@@ -17,7 +17,7 @@ BULK, INTERRUPT = TransferType.BULK, TransferType.INTERRUPT
 
 
 class Echo(Function):
-    """Answers or keeps what it gets, and writes down what happens to it."""
+    """Completes or keeps its transfers, and logs all calls."""
 
     def __init__(self, name: str = "echo") -> None:
         self.name = name
@@ -133,7 +133,7 @@ async def plugged(*functions: Function, speed: Speed = Speed.SUPER, remote_wakeu
 
 
 REQUESTS: list[tuple[str, bytes, bytes | None, bytes | None]] = [
-    # setup, data, reply at SuperSpeed, reply at high speed; None stalls
+    # setup, data, reply at SuperSpeed, reply at High Speed; None stalls
     ("80 00 0 0 2", b"", b"\1\0", b"\1\0"),
     ("80 00 0 0 1", b"", b"\1", b"\1"),
     ("80 00 1 0 2", b"", None, None),
@@ -198,11 +198,11 @@ async def test_standard_requests(setup: str, data: bytes, at_super: bytes | None
             assert transfer.status is Status.STALL
         else:
             assert (transfer.status, bytes(transfer.reply)) == (Status.SUCCESS, reply)
-        assert driver.control("80 00 0 0 2").status is Status.SUCCESS  # endpoint zero lives on
+        assert driver.control("80 00 0 0 2").status is Status.SUCCESS  # endpoint zero still works
 
 
 @pytest.mark.parametrize("setup", ["81 00 0 0 2", "82 00 0 81 2", "81 0a 0 0 1", "00 03 30 0 0", "01 0b 0 0 0"])
-async def test_nothing_of_a_configuration_without_one(setup: str) -> None:
+async def test_requests_that_need_a_configuration(setup: str) -> None:
     driver = await plugged()
     assert driver.control("00 09 0 0 0").status is Status.SUCCESS
     assert driver.control("80 08 0 0 1").reply == b"\0"
@@ -212,7 +212,7 @@ async def test_nothing_of_a_configuration_without_one(setup: str) -> None:
     assert [one.number for one in driver.device.interfaces] == [0, 1]
 
 
-async def test_features_are_shown_and_forgotten() -> None:
+async def test_features() -> None:
     driver = await plugged()
     driver.control("00 03 30 0 0")
     driver.control("00 03 31 0 0")
@@ -256,13 +256,13 @@ async def test_halt() -> None:
 @pytest.mark.parametrize(
     ("endpoint", "type"), [(0x82, INTERRUPT), (0x81, INTERRUPT), (0x83, BULK), (0x02, BULK), (0x80, BULK)]
 )
-async def test_no_such_endpoint(endpoint: int, type: TransferType) -> None:
+async def test_an_unknown_endpoint(endpoint: int, type: TransferType) -> None:
     driver = await plugged()
     assert driver.receive(endpoint, type=type).status is Status.INVALID
 
 
 @pytest.mark.parametrize("endpoint", [0x00, 0x81])
-async def test_control_transfers_that_contradict_themselves(endpoint: int) -> None:
+async def test_contradictory_control_transfers(endpoint: int) -> None:
     driver = await plugged()
     for setup in (Setup(0x80, 0, 0, 0, 2), None):
         transfer = Transfer(TransferType.CONTROL, endpoint, driver.completed.append, length=2, setup=setup)
@@ -304,7 +304,7 @@ async def test_two_functions() -> None:
     assert bytes(driver.control("a2 5 0 83 10").reply) == b"second"
     assert second.log[-1] == f"control {Setup(0xA2, 5, 0, 0x81, 16)}"
     assert bytes(driver.control("c0 5 0 83 10").reply) == b"first"
-    assert bytes(driver.control("81 6 2200 2 10").reply) == b"second"  # as HID asks
+    assert bytes(driver.control("81 6 2200 2 10").reply) == b"second"  # a HID report descriptor
     assert driver.control("a1 5 0 4 10").status is Status.STALL
     assert driver.control("a2 5 0 8f 10").status is Status.STALL
     assert driver.device.figures == Figures(commands=2)
@@ -316,14 +316,14 @@ async def test_two_functions() -> None:
     assert driver.receive(0x81).status is Status.SUCCESS
 
 
-async def test_a_request_to_the_device_goes_to_whoever_knows_it() -> None:
+async def test_a_request_to_the_device_goes_to_the_function_that_supports_it() -> None:
     first, second = Echo("first"), Echo("second")
     driver = await plugged(first, second)
     first.answer = False
     assert bytes(driver.control("c0 5 0 0 10").reply) == b"second"
     second.answer = False
     assert driver.control("c0 5 0 0 10").status is Status.STALL
-    assert not driver.device._moved
+    assert not driver.device._renumbered
 
 
 async def test_cancel() -> None:
@@ -335,7 +335,7 @@ async def test_cancel() -> None:
         driver.device.cancel(transfer)
         driver.device.cancel(transfer)
     assert [one.status for one in pending] == [Status.CANCELLED] * 3
-    assert not driver.device._moved
+    assert not driver.device._renumbered
     driver.device.cancel(Transfer(BULK, 0x8F, driver.completed.append, length=1))
 
 
@@ -366,10 +366,10 @@ async def test_a_function_that_raises(caplog: pytest.LogCaptureFixture) -> None:
     assert driver.listener.events == [FunctionRaised("Echo", second.raises)] * 3
     second.raises = None
     assert bytes(driver.receive(0x83).reply) == b"second"
-    assert not driver.device._moved
+    assert not driver.device._renumbered
 
 
-async def test_life() -> None:
+async def test_open_and_close() -> None:
     function = Echo()
     device = VirtualDevice(function)
     assert device.offers == (Offer(Speed.SUPER), Offer(Speed.HIGH))
@@ -379,9 +379,9 @@ async def test_life() -> None:
     with pytest.raises(ValueError, match="cannot be offered at full speed"):
         device.select(Offer(Speed.FULL))
     await device.open(Listener())
-    with pytest.raises(LocalProtocolError, match="plugged already"):
+    with pytest.raises(StateError, match="already plugged"):
         await device.open(Listener())
-    with pytest.raises(LocalProtocolError, match="offer cannot be changed"):
+    with pytest.raises(StateError, match="offer cannot be changed"):
         device.select(Offer(Speed.SUPER))
     await device.set_configuration(1)
     assert function.log[-1] == "configured high"
@@ -418,7 +418,7 @@ async def test_closing_fails() -> None:
 
 
 @pytest.mark.parametrize("speeds", [(), (Speed.LOW,), (Speed.SUPER, Speed.SUPER_PLUS)])
-def test_speeds_that_it_cannot_have(speeds: Sequence[Speed]) -> None:
+def test_unsupported_speeds(speeds: Sequence[Speed]) -> None:
     with pytest.raises(ValueError, match="cannot run at"):
         VirtualDevice(Echo(), speeds=speeds)
 

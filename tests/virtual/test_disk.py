@@ -105,7 +105,7 @@ async def test_an_image_that_shrinks_while_plugged(image: Path, monkeypatch: pyt
     with image.open("r+b") as file:
         file.truncate(10 * 512)
 
-    await asyncio.sleep(0.05)  # it was looked at again
+    await asyncio.sleep(0.05)  # the size was checked again
 
     async def run(cdb: bytes, *, receive: int = 0, send: bytes = b"") -> int:
         guest.send(guest.cbw(cdb, receive or len(send), bool(receive)))
@@ -138,7 +138,7 @@ async def test_a_new_size_is_noticed(image: Path, monkeypatch: pytest.MonkeyPatc
     await device.close()
     os.truncate(image, 64 * 512)
     await asyncio.sleep(0.05)
-    assert store.block_count == count  # nobody looks while it is not plugged
+    assert store.block_count == count  # the size is not checked while the disk is not plugged
     await device.dispose()
 
 
@@ -165,7 +165,7 @@ def test_an_image_that_cannot_be_used(tmp_path: Path) -> None:
     assert caught.value.reason is Reason.NOT_FOUND
 
 
-async def test_closing_tells_when_data_may_be_lost() -> None:
+async def test_closing_reports_that_data_may_be_lost() -> None:
     store = Pattern()
     guest = await Guest.plug(make(store))
     store.error = OSError(errno.EIO, "broken")
@@ -176,7 +176,7 @@ async def test_closing_tells_when_data_may_be_lost() -> None:
     await Guest.plug(guest.device)
 
 
-async def test_closing_may_be_given_up() -> None:
+async def test_closing_may_be_cancelled() -> None:
     store = Pattern()
     guest = await Guest.plug(make(store))
     store.holding = True
@@ -192,7 +192,7 @@ async def test_closing_may_be_given_up() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 async def test_random_work_on_a_file_matches_a_shadow(image: Path, seed: int) -> None:
-    """Two disks in one device, both over files, with resets that leave writes under way."""
+    """Two disks in one device, both over files, with resets while writes are in flight."""
     source = random.Random(seed)
     other = image.with_name("other.raw")
     other.write_bytes(bytes(64 * 512))
@@ -222,7 +222,7 @@ async def test_random_work_on_a_file_matches_a_shadow(image: Path, seed: int) ->
     await device.dispose()
 
 
-def test_images_are_given_back_when_another_cannot_be_used(image: Path, tmp_path: Path) -> None:
+def test_images_are_closed_when_another_cannot_be_used(image: Path, tmp_path: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(ImageError, match="no such file"):
         disk_device(image, tmp_path / "missing.raw")

@@ -1,4 +1,4 @@
-"""What a function does that overrides only what it must."""
+"""The defaults of a function."""
 
 from __future__ import annotations
 

@@ -31,46 +31,46 @@ def test_removed_with_or_without_followers() -> None:
     assert pipe.take(1) is None
 
 
-def test_what_is_said_meets_who_asks() -> None:
-    told: list[str] = []
-    pipe: StatusPipe[str] = StatusPipe(told.append)
-    pipe.ask(early := transfer(1))
-    pipe.say(1, b"one", "a")
-    pipe.say(1, b"two", "b")
-    pipe.say(1, b"three", None)
-    pipe.say(2, b"four", "c")
-    assert (early.status, early.reply, told) == (Status.SUCCESS, b"one", ["a"])
+def test_ius_wait_for_transfers_and_transfers_for_ius() -> None:
+    sent: list[str] = []
+    pipe: StatusPipe[str] = StatusPipe(sent.append)
+    pipe.read(early := transfer(1))
+    pipe.send(1, b"one", "a")
+    pipe.send(1, b"two", "b")
+    pipe.send(1, b"three", None)
+    pipe.send(2, b"four", "c")
+    assert (early.status, early.reply, sent) == (Status.SUCCESS, b"one", ["a"])
     late = [transfer(1) for _ in range(3)]
     for one in late:
-        pipe.ask(one)
+        pipe.read(one)
     assert [bytes(one.reply) for one in late] == [b"two", b"three", b""]
-    assert told == ["a", "b"]
+    assert sent == ["a", "b"]
     assert pipe.clear() == [late[2]]
-    pipe.ask(again := transfer(2))
-    assert again.status is None  # what was not said went too
+    pipe.read(again := transfer(2))
+    assert again.status is None  # the queued IUs are gone too
 
 
-def test_an_owner_is_forgotten() -> None:
+def test_the_ius_of_an_owner_are_discarded() -> None:
     pipe: StatusPipe[str] = StatusPipe(lambda _: None)
     for owner in ("a", "b", "a"):
-        pipe.say(0, owner.encode(), owner)
-    pipe.forget(0, "a")
-    pipe.forget(5, "a")
-    pipe.ask(first := transfer(0))
-    pipe.ask(second := transfer(0))
+        pipe.send(0, owner.encode(), owner)
+    pipe.discard(0, "a")
+    pipe.discard(5, "a")
+    pipe.read(first := transfer(0))
+    pipe.read(second := transfer(0))
     assert (first.reply, second.status) == (b"b", None)
 
 
-def test_nobody_asks() -> None:
+def test_ius_that_the_guest_does_not_read_are_bounded() -> None:
     pipe: StatusPipe[str] = StatusPipe(lambda _: None)
     for number in range(MAX_RESPONSES + 10):
-        pipe.say(number % 3, bytes((number & 0xFF,)), None)
-    pipe.say(0, b"kept", "a")
+        pipe.send(number % 3, bytes((number & 0xFF,)), None)
+    pipe.send(0, b"kept", "a")
     asked = [transfer(stream) for stream in (0, 1, 2) for _ in range(MAX_RESPONSES)]
     for one in asked:
-        pipe.ask(one)
+        pipe.read(one)
     replies = [bytes(one.reply) for one in asked if one.status is not None]
     assert len(replies) == MAX_RESPONSES + 1
     assert b"kept" in replies
-    pipe.say(1, b"again", None)
+    pipe.send(1, b"again", None)
     assert bytes(next(one for one in asked if one.reply == b"again").reply) == b"again"

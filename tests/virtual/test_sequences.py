@@ -1,4 +1,4 @@
-"""What systems send, as ``tests.scsi.test_sequences`` has it, through Bulk-Only Transport."""
+"""The sequences of ``tests.scsi.test_sequences``, through Bulk-Only Transport."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from farplug.usb import Buffer
 from farplug.virtual import VirtualDevice, cdrom_device, disk_device, drives_of
 
 PADDING = 100
-"""Bytes that a host expects above what a command has."""
+"""Bytes that a host expects beyond the length of the data."""
 
 
 class Zeros(Store):
-    """Any number of blocks of zeros, that forgets what is written."""
+    """Any number of blocks of zeros; writes are dropped."""
 
     name = "zeros"
     unmaps = True
@@ -60,7 +60,7 @@ async def replay(device: VirtualDevice, sequence: list[tuple[str, str]], padding
             assert (result.status, result.residue, result.data) == (0, 0, bytes(length)), where
         elif answer.startswith(("write", "receive")):
             count = int(answer.split()[-1])
-            if not answer.startswith("receive"):  # parameters are another test's matter
+            if not answer.startswith("receive"):  # parameters have their own test
                 assert guest.command(cdb, send=bytes(count * block)).status == 0, where
         elif re.match(r"[0-9a-f]{2,}\b", answer):
             data = bytes.fromhex(answer)

@@ -77,7 +77,7 @@ EVERY_COMMAND: list[tuple[str, int | bytes]] = [
     ("af 00 00 00 00 05 00 00 00 02 00 00", 0),
     ("85 08 0e 00 00 00 01 00 00 00 00 00 00 00 ec 00", 512),
 ]
-"""Each with the data-in that is asked for, or the data-out that is sent."""
+"""Commands with their length of data-in, or with their data-out."""
 
 
 def test_every_command_is_in_the_table() -> None:
@@ -170,7 +170,7 @@ def test_a_disk_beside_a_cdrom_drive_has_both_protocols() -> None:
 
 
 def _protocols(device: VirtualDevice) -> list[int]:
-    """The protocols of the alternate settings, as the configuration descriptor has them."""
+    """Return the protocols of the alternate settings in the configuration descriptor."""
     descriptor = device._layout.descriptor(DescriptorType.CONFIGURATION, 0)
     assert descriptor is not None
     return [one.interface_protocol for one in ConfigurationDescriptor.parse(descriptor).interfaces]
@@ -183,8 +183,8 @@ def test_too_few_or_too_many_units(count: int) -> None:
 
 
 @pytest.mark.parametrize("speed", [Speed.SUPER, Speed.HIGH])
-async def test_the_transports_take_turns(speed: Speed) -> None:
-    """With transfers pending and a write under way; neither sees anything of the other."""
+async def test_changing_between_the_transports(speed: Speed) -> None:
+    """Change with transfers pending and a write in flight: neither transport sees commands of the other."""
     store = Pattern()
     initiator = await Initiator.plug_in(store, speed=speed)
     store.holding = True
@@ -235,7 +235,7 @@ async def test_several_units(speed: Speed) -> None:
     await initiator.leave()
 
 
-async def test_each_unit_has_its_own_attention_and_the_first_command_hears_it() -> None:
+async def test_each_unit_reports_its_own_unit_attention_to_the_first_command() -> None:
     initiator = await Initiator.plug_in(Pattern(), Pattern(), attention=True)
     assert initiator.run("03 00 00 00 12 00", receive=18, lun=1).data[2] == 6
     side_by_side = [initiator.start(TUR, lun=number % 2) for number in range(6)]
@@ -243,7 +243,7 @@ async def test_each_unit_has_its_own_attention_and_the_first_command_hears_it() 
     await initiator.leave()
 
 
-async def test_what_a_guest_that_has_left_wrote_is_not_unfinished() -> None:
+async def test_closing_ends_unfinished_writes() -> None:
     device = disk_device(Pattern())
     guest = await Guest.plug(device)
     (function,) = device.functions
@@ -255,7 +255,7 @@ async def test_what_a_guest_that_has_left_wrote_is_not_unfinished() -> None:
     assert not unit.unfinished
 
 
-async def test_closing_tells_which_unit_may_have_lost_data() -> None:
+async def test_closing_reports_which_unit_may_have_lost_data() -> None:
     stores = Pattern(), Pattern()
     initiator = await Initiator.plug_in(*stores)
     stores[1].error = OSError(errno.EIO, "broken")
@@ -267,7 +267,7 @@ async def test_closing_tells_which_unit_may_have_lost_data() -> None:
 
 @pytest.mark.parametrize("speed", [Speed.SUPER, Speed.HIGH])
 async def test_through_the_engine(speed: Speed) -> None:
-    """The guest of usbredir: resets in the middle, cancels, and an unplugging in the middle."""
+    """Reset, cancel and unplug through usbredir while commands are running."""
     store = Pattern()
     device = disk_device(store, speeds=(speed,))
     async with MemoryGuest(device) as memory:
@@ -283,7 +283,7 @@ async def test_through_the_engine(speed: Speed) -> None:
                 await memory.bulk_out(0x04, struct.pack(">BxHxxxx8s16s", 1, tag, bytes(8), cdb))
 
             statuses = [memory.submit_in(0x83, 96, stream_id=stream(tag)) for tag in (1, 2, 3, 4, 5, 6)]
-            await command(TUR, 6)  # hears the unit attention
+            await command(TUR, 6)  # clears the unit attention
             store.holding = True
             await command(write10(8, 2), 1)
             await command(read10(0, 2), 2)
@@ -309,7 +309,7 @@ async def test_through_the_engine(speed: Speed) -> None:
             assert bytes(store.content[8 * 512 : 10 * 512]) == bytes((turn,)) * 1024
 
 
-async def test_control_requests_of_others_stall() -> None:
+async def test_unsupported_control_requests_stall() -> None:
     initiator = await Initiator.plug_in(Pattern())
     completed: list[Transfer] = []
     initiator.device.submit(

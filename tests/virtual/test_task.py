@@ -15,7 +15,7 @@ from farplug.scsi.sense import (
     WRITE_ERROR,
 )
 from farplug.usb import Buffer, Direction
-from farplug.virtual.task import MAX_LINGERING, OPERATION_IN_PROGRESS, Task
+from farplug.virtual.task import MAX_ORPHANED_JOBS, OPERATION_IN_PROGRESS, Task
 from farplug.virtual.unit import LogicalUnit
 
 FLUSH = bytes.fromhex("35 00 00 00 00 00 00 00 00 00")
@@ -48,7 +48,7 @@ class Bench:
 
 
 @pytest.mark.parametrize(
-    ("cdb", "direction", "demand", "reads_store"),
+    ("cdb", "direction", "transfer_length", "reads_store"),
     [
         (read10(0, 2), Direction.IN, 1024, True),
         (write10(0, 2), Direction.OUT, 1024, False),
@@ -61,10 +61,10 @@ class Bench:
         (b"\xff", None, 0, False),
     ],
 )
-def test_what_a_command_moves(cdb: bytes, direction: Direction | None, demand: int, reads_store: bool) -> None:
+def test_what_a_command_moves(cdb: bytes, direction: Direction | None, transfer_length: int, reads_store: bool) -> None:
     bench = Bench()
     task = bench.task(cdb)
-    assert (task.direction, task.demand, task.reads_store) == (direction, demand, reads_store)
+    assert (task.direction, task.transfer_length, task.reads_store) == (direction, transfer_length, reads_store)
     assert (task.name, task.busy, bench.unit.commands, bench.store.log) == ("memory", False, 1, [])
 
 
@@ -92,12 +92,12 @@ def test_reading() -> None:
     assert (bench.given[1], task.sense, bench.progressed) == (None, UNRECOVERED_READ_ERROR, 0)
 
 
-def test_reading_for_nobody() -> None:
+def test_reading_for_an_aborted_task() -> None:
     bench = Bench()
     task = bench.task(read10(1, 2))
     bench.store.holding = True
     task.read(0, 512, bench.given.append)
-    task.drop()
+    task.abort()
     bench.store.error = EIO
     bench.store.release()
     assert (bench.given, task.sense) == ([None], None)
@@ -191,19 +191,19 @@ def test_work_before_data() -> None:
     assert (task.busy, bench.progressed) == (False, 1)
 
 
-def test_an_error_that_nobody_heard_of_is_told_to_the_next_flush() -> None:
+def test_a_deferred_error_is_reported_by_the_next_flush() -> None:
     bench = Bench()
     bench.store.holding = True
     for cdb in (FLUSH, VERIFY):
         task = bench.task(cdb)
         task.start()
-        task.drop()
-        assert bench.unit.lingering == 1
+        task.abort()
+        assert bench.unit.orphaned_jobs == 1
         bench.store.error = EIO
         bench.store.release()
         bench.store.error = None
-        assert bench.unit.lingering == 0
-        assert (bench.unit.unreported is EIO) == (cdb == FLUSH)
+        assert bench.unit.orphaned_jobs == 0
+        assert (bench.unit.deferred_error is EIO) == (cdb == FLUSH)
         bench.store.holding = False
         for sense in (WRITE_ERROR, None) if cdb == FLUSH else (None,):
             task = bench.task(FLUSH)
@@ -212,22 +212,22 @@ def test_an_error_that_nobody_heard_of_is_told_to_the_next_flush() -> None:
         bench.store.holding = True
 
 
-def test_jobs_that_linger_are_bounded() -> None:
+def test_orphaned_jobs_are_bounded() -> None:
     bench = Bench()
     bench.store.holding = True
-    for _ in range(MAX_LINGERING + 5):
+    for _ in range(MAX_ORPHANED_JOBS + 5):
         task = bench.task(VERIFY)
         task.start()
-        task.drop()
-    assert (len(bench.store.held), bench.unit.lingering) == (MAX_LINGERING, MAX_LINGERING)
+        task.abort()
+    assert (len(bench.store.held), bench.unit.orphaned_jobs) == (MAX_ORPHANED_JOBS, MAX_ORPHANED_JOBS)
     task = bench.task(FLUSH)
     task.start()
     assert (task.sense, task.finish(), task.busy) == (OPERATION_IN_PROGRESS, True, False)
     ended = bench.task(read10(0, 1))
     ended.start()
-    ended.drop()
+    ended.abort()
     bench.store.release()
-    assert bench.unit.lingering == 0
+    assert bench.unit.orphaned_jobs == 0
 
 
 def _run(bench: Bench, cdb: bytes, data: bytes = b"") -> None:
@@ -313,7 +313,7 @@ def test_a_flush_covers_what_was_written_before_it() -> None:
     flush = bench.task(FLUSH)
     flush.start()
     bench.store.release()
-    assert bench.unit.unfinished, "a flush in the midst of work covers a part of it"
+    assert bench.unit.unfinished, "a flush that began during the work covers only a part of it"
 
 
 def test_a_unit_attention_goes_to_the_first_command() -> None:

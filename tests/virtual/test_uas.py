@@ -16,7 +16,7 @@ from farplug.usb import Speed, Status, Transfer, TransferType
 from farplug.usb.figures import Figures
 from farplug.virtual.iu import TaskFunction
 from farplug.virtual.pipe import MAX_RESPONSES
-from farplug.virtual.task import MAX_LINGERING
+from farplug.virtual.task import MAX_ORPHANED_JOBS
 from farplug.virtual.uas import MAX_COMMANDS
 
 KIB = 1024
@@ -57,7 +57,7 @@ async def test_commands_of_each_kind(speed: Speed, late: bool) -> None:
 
 @pytest.mark.parametrize("speed", SPEEDS)
 @pytest.mark.parametrize("size", [512, 1024, 1536, 4096, 5119, 5120, 8192])
-async def test_data_in_split_anyhow(speed: Speed, size: int) -> None:
+async def test_data_in_in_any_transfer_sizes(speed: Speed, size: int) -> None:
     store = Pattern()
     initiator = await Initiator.plug_in(store, speed=speed)
     read = initiator.run(read10(7, 10), receive=5120, sizes=[size])
@@ -67,7 +67,7 @@ async def test_data_in_split_anyhow(speed: Speed, size: int) -> None:
 
 @pytest.mark.parametrize("speed", SPEEDS)
 @pytest.mark.parametrize("sizes", [[1024], [2048], [3072, 1024], [4096], [1024, 4096], [5120]])
-async def test_data_out_split_anyhow(speed: Speed, sizes: list[int]) -> None:
+async def test_data_out_in_any_transfer_sizes(speed: Speed, sizes: list[int]) -> None:
     store = Pattern()
     initiator = await Initiator.plug_in(store, speed=speed)
     data = random.Random(1).randbytes(5120)
@@ -78,7 +78,7 @@ async def test_data_out_split_anyhow(speed: Speed, sizes: list[int]) -> None:
 
 @pytest.mark.parametrize("speed", SPEEDS)
 @pytest.mark.parametrize("extra", [1, 512, 5120])
-async def test_data_in_that_does_not_come(speed: Speed, extra: int) -> None:
+async def test_data_in_without_data(speed: Speed, extra: int) -> None:
     store = Pattern()
     initiator = await Initiator.plug_in(store, speed=speed)
     read = initiator.run(read10(0, 2), receive=1024 + extra, sizes=[1024, extra])
@@ -88,7 +88,7 @@ async def test_data_in_that_does_not_come(speed: Speed, extra: int) -> None:
 
 
 @pytest.mark.parametrize("speed", SPEEDS)
-async def test_more_data_out_than_the_command_takes(speed: Speed) -> None:
+async def test_more_data_out_than_the_command_uses(speed: Speed) -> None:
     store = Pattern()
     initiator = await Initiator.plug_in(store, speed=speed)
     for sizes in ([1024], [2048], [4096]):
@@ -117,22 +117,22 @@ async def test_a_random_cdb_of_every_command_leaves_it_working(speed: Speed) -> 
         initiator.start(cdb, receive=64 * KIB)
         assert initiator.manage(TaskFunction.I_T_NEXUS_RESET) == 0
         await initiator.enumerate()
-        initiator.attend()
+        initiator.clear_unit_attentions()
         assert initiator.run(read10(1, 1), receive=512).status == 0
     await initiator.leave()
 
 
-# The order in which things end
+# Order of completions
 
 
 async def test_data_in_that_fails_ends_before_the_command() -> None:
-    """Else Linux takes it back, and QEMU then drops the transfers of all other commands."""
+    """Otherwise Linux cancels it, and QEMU then drops the transfers of all other commands."""
     store = Pattern()
     initiator = await Initiator.plug_in(store)
     for cdb in (read10(64, 1), bytes.fromhex("ff 00 00 00 00 00"), bytes.fromhex("12 01 01 00 ff 00")):
         initiator.completed.clear()
         initiator.submitted.clear()
-        status, first, second = initiator.ask(1), initiator.data_in(1, 512), initiator.data_in(1, 512)
+        status, first, second = initiator.read_status(1), initiator.data_in(1, 512), initiator.data_in(1, 512)
         initiator.issue(command_iu(cdb, 1))
         assert initiator.completed[1:] == [first, second, status]
         assert [one.status for one in (first, second)] == [Status.SUCCESS] * 2
@@ -142,7 +142,7 @@ async def test_data_in_that_fails_ends_before_the_command() -> None:
 async def test_data_out_that_fails_is_taken_before_the_command_ends() -> None:
     store = Pattern(read_only=True)
     initiator = await Initiator.plug_in(store)
-    status, data = initiator.ask(1), initiator.data_out(1, bytes(512))
+    status, data = initiator.read_status(1), initiator.data_out(1, bytes(512))
     initiator.issue(command_iu(write10(0, 1), 1))
     assert initiator.completed[-2:] == [data, status]
     assert (data.status, data.actual) == (Status.SUCCESS, 512)
@@ -172,19 +172,19 @@ async def test_tasks_are_managed(speed: Speed) -> None:
     await initiator.leave()
 
 
-def test_initiator_builds_what_the_standard_shows() -> None:
+def test_the_initiator_builds_ius_as_in_the_standard() -> None:
     assert command_iu(b"\x28", 0x0102, lun=3).hex() == "0100010200000000" + "0003000000000000" + "28" + "00" * 15
     assert command_iu(bytes(range(20)), 1).hex()[12:16] == "0400"
     assert management_iu(1, 2, 3).hex() == "05000002010000030000000000000000"
     assert response(5, 8).hex() == "0400000500000008"
 
 
-# Side by side
+# Commands in parallel
 
 
 @pytest.mark.parametrize("speed", SPEEDS)
 @pytest.mark.parametrize("seed", range(3))
-async def test_32_commands_whose_store_answers_late_and_in_any_order(speed: Speed, seed: int) -> None:
+async def test_32_commands_whose_store_completes_late_and_in_any_order(speed: Speed, seed: int) -> None:
     source = random.Random(seed)
     store = Pattern()
     initiator = await Initiator.plug_in(store, speed=speed)
@@ -211,7 +211,7 @@ async def test_32_commands_whose_store_answers_late_and_in_any_order(speed: Spee
     await initiator.leave()
 
 
-async def test_a_command_that_nobody_feeds_holds_up_none_of_the_others() -> None:
+async def test_a_command_without_data_transfers_does_not_delay_others() -> None:
     store = Pattern()
     initiator = await Initiator.plug_in(store)
     starved = initiator.start(write10(0, 2))
@@ -224,7 +224,7 @@ async def test_a_command_that_nobody_feeds_holds_up_none_of_the_others() -> None
     await initiator.leave()
 
 
-async def test_without_streams_a_command_that_nobody_feeds_holds_up_those_of_its_direction() -> None:
+async def test_without_streams_a_command_without_data_transfers_delays_those_of_its_direction() -> None:
     store = Pattern()
     initiator = await Initiator.plug_in(store, speed=Speed.HIGH)
     starved = initiator.start(write10(0, 2))
@@ -247,7 +247,7 @@ async def test_transfers_may_come_in_any_order(order: str) -> None:
         made: dict[str, Transfer] = {}
         for what in order.split():
             if what == "status":
-                made[what] = initiator.ask(tag)
+                made[what] = initiator.read_status(tag)
             elif what == "data":
                 made[what] = initiator.data_in(tag, 512)
             else:
@@ -263,7 +263,7 @@ async def test_data_out_may_come_in_any_order(order: str) -> None:
     initiator = await Initiator.plug_in(store)
     for what in order.split():
         if what == "status":
-            status = initiator.ask(1)
+            status = initiator.read_status(1)
         elif what == "data":
             data = initiator.data_out(1, b"\xaa" * 512)
         else:
@@ -274,12 +274,12 @@ async def test_data_out_may_come_in_any_order(order: str) -> None:
 
 
 async def test_data_for_a_command_that_has_ended_ends_at_once() -> None:
-    """Its status waits for a transfer: the next command cannot have its tag yet."""
+    """The sense IU waits for a transfer, so the tag is still in use."""
     store = Pattern()
     initiator = await Initiator.plug_in(store)
     initiator.issue(command_iu(read10(64, 1), 1))
     assert (initiator.data_in(1, 512).status, initiator.data_out(1, bytes(512)).actual) == (Status.SUCCESS, 512)
-    assert initiator.ask(1).reply[6] == 2
+    assert initiator.read_status(1).reply[6] == 2
     await initiator.leave()
 
 
@@ -304,14 +304,16 @@ async def test_errors_of_the_store(speed: Speed, error: int, reading: object, wr
     assert initiator.run("93 01 00 00 00 00 00 00 00 00 00 00 00 01 00 00").sense == writing
     store.error = None
     assert initiator.run("2f 02 00 00 00 01 00 00 01 00", send=bytes(512)).sense == (0xE, 0x1D, 0)
-    assert initiator.run("03 00 00 00 12 00", receive=18).data[2] == 0  # sense goes with the status, and is not kept
+    assert (
+        initiator.run("03 00 00 00 12 00", receive=18).data[2] == 0
+    )  # the sense data was sent with the status, and is not kept
     assert initiator.run(read10(0, 4), receive=2048).data == block(store, 0, 4)
     await initiator.leave()
 
 
 @pytest.mark.parametrize("speed", SPEEDS)
 async def test_a_write_that_fails_takes_all_of_its_data_before_it_ends(speed: Speed) -> None:
-    """What comes late would be written by the next command."""
+    """Later data would be written by the next command."""
     store = Pattern()
     initiator = await Initiator.plug_in(store, speed=speed)
     broken = initiator.start(write10(0, 4))
@@ -334,7 +336,7 @@ async def test_data_in_ends_in_the_order_of_its_transfers() -> None:
     store = Pattern()
     initiator = await Initiator.plug_in(store)
     store.holding = True
-    status, parts = initiator.ask(1), [initiator.data_in(1, 1024) for _ in range(3)]
+    status, parts = initiator.read_status(1), [initiator.data_in(1, 1024) for _ in range(3)]
     initiator.issue(command_iu(read10(0, 6), 1))
     store.release(1)
     store.error = OSError(errno.EIO, "broken")
@@ -347,7 +349,7 @@ async def test_data_in_ends_in_the_order_of_its_transfers() -> None:
 
 
 @pytest.mark.parametrize("speed", SPEEDS)
-async def test_writes_are_durable_where_it_is_asked_for(speed: Speed) -> None:
+async def test_durable_writes(speed: Speed) -> None:
     store = Pattern()
     initiator = await Initiator.plug_in(store, speed=speed)
     assert initiator.run(write10(0, 1), send=bytes(512)).status == 0
@@ -384,12 +386,15 @@ async def test_a_tag_that_is_in_use(speed: Speed) -> None:
     for second in (command_iu(TUR, 5), management_iu(TaskFunction.QUERY_TASK, 5, 5)):
         store.holding = True
         initiator.issue(command_iu(read10(0, 1), 5))
-        ready = initiator.ask(5)
+        ready = initiator.read_status(5)
         data = initiator.data_in(5, 512)
         initiator.issue(second)
-        status = ready if initiator.streams else initiator.ask(5)
+        status = ready if initiator.streams else initiator.read_status(5)
         assert status.reply == response(5, 0x0A)
-        assert (data.status, data.actual) == (Status.SUCCESS, 0)  # both are gone, with what was queued for them
+        assert (data.status, data.actual) == (
+            Status.SUCCESS,
+            0,
+        )  # both commands are gone, with the transfers queued for them
         store.release()
         store.holding = False
         assert initiator.run(read10(1, 1), receive=512).data == block(store, 1)
@@ -451,9 +456,9 @@ async def test_logical_units_that_do_not_exist(speed: Speed, lun: str) -> None:
         b"\x06\0\0\x07",
     ],
 )
-async def test_what_is_no_information_unit(speed: Speed, iu: bytes) -> None:
+async def test_invalid_information_units(speed: Speed, iu: bytes) -> None:
     initiator = await Initiator.plug_in(Pattern(), speed=speed)
-    status, data = initiator.ask(7), initiator.data_in(7, 512)
+    status, data = initiator.read_status(7), initiator.data_in(7, 512)
     initiator.issue(iu)
     assert status.reply == response(7, 2)
     assert (data.status, data.actual) == (Status.SUCCESS, 0)
@@ -463,11 +468,11 @@ async def test_what_is_no_information_unit(speed: Speed, iu: bytes) -> None:
 
 @pytest.mark.parametrize("speed", SPEEDS)
 @pytest.mark.parametrize("iu", [b"", b"\1", b"\1\0\0", command_iu(TUR, 0), management_iu(0x10, 0)])
-async def test_what_has_no_tag(speed: Speed, iu: bytes) -> None:
+async def test_information_units_without_a_tag(speed: Speed, iu: bytes) -> None:
     initiator = await Initiator.plug_in(Pattern(), speed=speed)
     initiator.issue(iu)
     if len(iu) > 4 and not initiator.streams:
-        assert initiator.ask().reply == response(0, 2)
+        assert initiator.read_status().reply == response(0, 2)
     assert initiator.run(TUR).status == 0
     await initiator.leave()
 
@@ -476,7 +481,7 @@ async def test_there_is_no_stream_for_a_larger_tag() -> None:
     initiator = await Initiator.plug_in(Pattern())
     for tag in (33, 0xFFFF):
         initiator.issue(command_iu(TUR, tag))
-        assert [initiator.ask(tag).status, initiator.data_in(tag, 1).status] == [Status.INVALID] * 2
+        assert [initiator.read_status(tag).status, initiator.data_in(tag, 1).status] == [Status.INVALID] * 2
     assert initiator.device.figures == Figures(commands=1)
     await initiator.leave()
 
@@ -486,8 +491,8 @@ async def test_command_blocks_of_any_length(speed: Speed) -> None:
     initiator = await Initiator.plug_in(Pattern(), speed=speed)
     assert initiator.run(read10(1, 1) + bytes(10), receive=512).status == 0
     assert initiator.run(b"\x7f" + bytes(31)).sense == (5, 0x20, 0)
-    initiator.issue(command_iu(bytes(200), 1)[:40])  # it says more than it has
-    assert initiator.ask(1).reply[6] == 0
+    initiator.issue(command_iu(bytes(200), 1)[:40])  # the additional CDB length is too large
+    assert initiator.read_status(1).reply[6] == 0
     await initiator.leave()
 
 
@@ -537,27 +542,27 @@ async def test_commands_are_aborted(speed: Speed, function: TaskFunction) -> Non
     await initiator.leave()
 
 
-async def test_without_streams_the_turn_of_what_is_dropped_passes_on() -> None:
-    """Surplus data of the one whose turn it was must not be written by the next, which is dropped too."""
+async def test_without_streams_the_turn_of_an_aborted_command_passes_on() -> None:
+    """Unused data of the first command must not be written by the next one, which is aborted too."""
     for how in ("reset", "nexus", "set"):
         store = Pattern()
         initiator = await Initiator.plug_in(store, speed=Speed.HIGH)
         store.holding = True
         initiator.start(write10(0, 1), send=b"\xaa" * 1024, sizes=[512])
         initiator.start(write10(8, 1), send=b"\xbb" * 512)
-        surplus = [initiator.ask() for _ in range(4)]
+        surplus = [initiator.read_status() for _ in range(4)]
         store.holding = False
         if how == "reset":
             await initiator.enumerate()
             assert all(one.status is Status.CANCELLED for one in surplus)
-            initiator.attend()
+            initiator.clear_unit_attentions()
         else:
             nexus = how == "nexus"
             function = TaskFunction.I_T_NEXUS_RESET if nexus else TaskFunction.ABORT_TASK_SET
             initiator.issue(management_iu(function, 9))
             assert [bytes(one.reply) for one in initiator.completed[-2:] if one.endpoint & 0x80] == [response(9, 0)]
             await initiator.enumerate()
-            initiator.attend()
+            initiator.clear_unit_attentions()
         assert store.content == b"\xaa" * 512 + block(store, 1, 63)
         assert initiator.run(write10(2, 1), send=b"\xcc" * 512).status == 0
         assert bytes(store.content[1024:1536]) == b"\xcc" * 512
@@ -565,18 +570,18 @@ async def test_without_streams_the_turn_of_what_is_dropped_passes_on() -> None:
         await initiator.leave()
 
 
-async def test_a_ready_that_the_guest_does_not_have_yet_goes_with_its_command() -> None:
+async def test_the_unsent_ready_iu_of_an_aborted_command_is_discarded() -> None:
     store = Pattern()
     initiator = await Initiator.plug_in(store, speed=Speed.HIGH)
     initiator.issue(command_iu(write10(0, 1), 1))
     initiator.issue(command_iu(write10(1, 1), 2))
     early = initiator.data_out(0, b"\xaa" * 512)
-    assert early.actual == 512  # nobody was told to send: nothing takes it
+    assert early.actual == 512  # no READY IU was sent: no command uses it
     initiator.issue(management_iu(TaskFunction.ABORT_TASK, 3, 1))
-    ius = {bytes(initiator.ask().reply) for _ in range(2)}
+    ius = {bytes(initiator.read_status().reply) for _ in range(2)}
     assert ius == {response(3, 0), bytes.fromhex("07000002")}
     initiator.data_out(0, b"\xbb" * 512)
-    assert initiator.ask().reply[:4] == bytes.fromhex("03000002")
+    assert initiator.read_status().reply[:4] == bytes.fromhex("03000002")
     assert store.content == block(store, 0) + b"\xbb" * 512 + block(store, 2, 62)
     await initiator.leave()
 
@@ -612,7 +617,7 @@ async def test_ordered_tasks(speed: Speed) -> None:
     await initiator.leave()
 
 
-async def test_what_waits_for_an_ordered_task_is_reset_too() -> None:
+async def test_commands_that_wait_for_an_ordered_task_are_reset_too() -> None:
     store = Pattern()
     initiator = await Initiator.plug_in(store)
     store.holding = True
@@ -621,22 +626,22 @@ async def test_what_waits_for_an_ordered_task_is_reset_too() -> None:
     initiator.start(write10(1, 1), send=b"\xaa" * 512)
     await initiator.enumerate()
     store.release()
-    initiator.attend()
+    initiator.clear_unit_attentions()
     assert store.log == ["read 0 512"]
     await initiator.leave()
 
 
-# What is taken back
+# Cancelled transfers
 
 
 @pytest.mark.parametrize("speed", SPEEDS)
-async def test_reads_are_taken_back_and_submitted_again(speed: Speed) -> None:
+async def test_reads_are_cancelled_and_submitted_again(speed: Speed) -> None:
     store = Pattern()
     initiator = await Initiator.plug_in(store, speed=speed)
     store.holding = True
     read = initiator.start(read10(3, 6), receive=3072, sizes=[1024])
     for _ in range(3):
-        assert initiator.take_back(read)
+        assert initiator.resubmit(read)
         store.release(1)
     store.holding = False
     store.release()
@@ -647,13 +652,13 @@ async def test_reads_are_taken_back_and_submitted_again(speed: Speed) -> None:
 
 @pytest.mark.parametrize("speed", SPEEDS)
 @pytest.mark.parametrize("sizes", [[4096], [1024], [3072, 1024]])
-async def test_data_out_is_taken_back_and_submitted_again(speed: Speed, sizes: list[int]) -> None:
-    """Nothing of it may reach the next command, whatever was written already."""
+async def test_data_out_is_cancelled_and_submitted_again(speed: Speed, sizes: list[int]) -> None:
+    """No cancelled data may reach the next command."""
     store = Pattern()
     initiator = await Initiator.plug_in(store, speed=speed)
     store.holding = True
     write = initiator.start(write10(3, 8), send=b"\xaa" * 4096, sizes=sizes)
-    assert initiator.take_back(write)
+    assert initiator.resubmit(write)
     store.release()
     store.holding = False
     initiator.pump()
@@ -665,7 +670,7 @@ async def test_data_out_is_taken_back_and_submitted_again(speed: Speed, sizes: l
     await initiator.leave()
 
 
-async def test_data_out_that_waits_is_taken_back_with_what_is_behind_it() -> None:
+async def test_queued_data_out_is_cancelled_with_the_transfers_behind_it() -> None:
     store = Pattern()
     initiator = await Initiator.plug_in(store)
     first, second, third = (initiator.data_out(1, bytes((number,)) * 1024) for number in (1, 2, 3))
@@ -680,7 +685,7 @@ async def test_data_out_that_waits_is_taken_back_with_what_is_behind_it() -> Non
     await initiator.leave()
 
 
-async def test_data_out_that_waits_for_the_store_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_data_out_that_waits_for_the_store_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("farplug.virtual.uas.MAX_UNWRITTEN", 1023)
     store = Pattern()
     initiator = await Initiator.plug_in(store)
@@ -698,12 +703,12 @@ async def test_data_out_that_waits_for_the_store_is_taken_back(monkeypatch: pyte
     await initiator.leave()
 
 
-async def test_a_status_is_taken_back() -> None:
+async def test_a_status_transfer_is_cancelled() -> None:
     store = Pattern()
     initiator = await Initiator.plug_in(store, speed=Speed.HIGH)
-    first, second = initiator.ask(), initiator.ask()
+    first, second = initiator.read_status(), initiator.read_status()
     initiator.device.cancel(first)
-    initiator.uas.cancel(first)  # once is enough
+    initiator.uas.cancel(first)  # the second time it is ignored
     initiator.issue(command_iu(TUR, 1))
     assert (first.status, second.reply[:4]) == (Status.CANCELLED, b"\3\0\0\1")
     await initiator.leave()
@@ -713,16 +718,16 @@ async def test_a_status_is_taken_back() -> None:
 
 
 def kept(initiator: Initiator) -> int:
-    """How much the state machine holds."""
+    """Return how much the state machine holds."""
     uas = initiator.uas
-    total = len(uas._commands) + len(uas._waiting) + len(uas._writing) + len(uas._due)
-    total += sum(1 + len(queue) for queue in uas._status._unsaid.values())
+    total = len(uas._commands) + len(uas._waiting) + len(uas._writing) + len(uas._to_serve)
+    total += sum(1 + len(queue) for queue in uas._status._queued.values())
     total += sum(len(turns) for turns in uas._turns.values())
     return total + sum(1 + len(queue) for pipe in uas._pipes.values() for queue in pipe._waiting.values())
 
 
 @pytest.mark.parametrize("speed", SPEEDS)
-async def test_a_guest_that_never_asks_for_a_status(speed: Speed) -> None:
+async def test_a_guest_that_never_reads_the_status_pipe(speed: Speed) -> None:
     initiator = await Initiator.plug_in(Pattern(), speed=speed)
     source = random.Random(1)
     functions = [int(one) for one in TaskFunction]
@@ -745,7 +750,7 @@ async def test_a_guest_that_never_asks_for_a_status(speed: Speed) -> None:
     assert kept(initiator) < 3 * (MAX_COMMANDS + MAX_RESPONSES)
     await initiator.enumerate()
     assert kept(initiator) == 0
-    initiator.attend()
+    initiator.clear_unit_attentions()
     assert initiator.run(read10(0, 1), receive=512).status == 0
     await initiator.leave()
 
@@ -757,11 +762,11 @@ async def test_task_set_full(speed: Speed, monkeypatch: pytest.MonkeyPatch) -> N
     for tag in (1, 2, 3):
         initiator.issue(command_iu(read10(0, 1), tag))
     refused = initiator.data_in(4, 512) if initiator.streams else None
-    status = initiator.ask(4) if initiator.streams else None
+    status = initiator.read_status(4) if initiator.streams else None
     initiator.issue(command_iu(read10(0, 1), 4))
     if status is None:
-        initiator.ask()  # the READY of the first
-        status = initiator.ask()
+        initiator.read_status()  # the READY of the first
+        status = initiator.read_status()
     assert status.reply == bytes.fromhex("0300000400002800000000000000") + bytes(2)
     assert refused is None or (refused.status, refused.actual) == (Status.SUCCESS, 0)
     assert initiator.manage(TaskFunction.ABORT_TASK_SET) == 0
@@ -770,14 +775,14 @@ async def test_task_set_full(speed: Speed, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("speed", SPEEDS)
-async def test_reads_that_were_taken_back_do_not_pile_up(speed: Speed, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_cancelled_reads_are_bounded(speed: Speed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("farplug.virtual.uas.MAX_UNREAD", 8192)
     store = Pattern()
     initiator = await Initiator.plug_in(store, speed=speed)
     store.holding = True
     read = initiator.start(read10(0, 8), receive=4096, tag=1)
     for _ in range(30):
-        initiator.take_back(read)
+        initiator.resubmit(read)
     assert sum(len(data) for _, _, data in store.held) <= 8192 + 4096
     other = initiator.start(read10(8, 1), receive=512, tag=2)
     store.holding = False
@@ -798,7 +803,7 @@ async def test_unwritten_data_is_bounded(speed: Speed, how: str, monkeypatch: py
         write = initiator.start(write10(0, 8), send=b"\xaa" * 4096, tag=1)
         if how == "reset":
             await initiator.enumerate()
-            initiator.attend()
+            initiator.clear_unit_attentions()
             continue
         if how == "cancel":
             for part in write.parts:
@@ -816,7 +821,7 @@ async def test_unwritten_data_is_bounded(speed: Speed, how: str, monkeypatch: py
     await initiator.leave()
 
 
-async def test_jobs_of_commands_that_are_gone_do_not_pile_up() -> None:
+async def test_orphaned_jobs_are_bounded() -> None:
     store = Pattern(4096)
     initiator = await Initiator.plug_in(store)
     store.holding = True
@@ -826,7 +831,7 @@ async def test_jobs_of_commands_that_are_gone_do_not_pile_up() -> None:
         if not one.iu:
             assert initiator.manage(TaskFunction.ABORT_TASK, one.tag) == 0
             initiator.forget(one)
-    assert len(store.held) == MAX_LINGERING
+    assert len(store.held) == MAX_ORPHANED_JOBS
     assert initiator.run(TUR).status == 0
     assert initiator.run(FLUSH).sense == (2, 4, 7)
     store.holding = False
@@ -837,7 +842,7 @@ async def test_jobs_of_commands_that_are_gone_do_not_pile_up() -> None:
 
 
 async def test_completions_may_submit() -> None:
-    """A guest that answers a completion at once, from inside of it: also with what ends the command."""
+    """A guest that submits from inside completions, also task management."""
     store = Pattern()
     initiator = await Initiator.plug_in(store)
     ended: list[Transfer] = []
@@ -854,7 +859,7 @@ async def test_completions_may_submit() -> None:
         read(1)
     initiator.issue(command_iu(read10(64, 1), 1))
     assert len(ended) == 3
-    initiator.issue(command_iu(TUR, 8))  # hears the unit attention
+    initiator.issue(command_iu(TUR, 8))  # clears the unit attention
     store.holding = True
     for tag in (2, 3):
         read(tag)
@@ -864,7 +869,7 @@ async def test_completions_may_submit() -> None:
     store.holding = False
     store.release()
     await initiator.enumerate()
-    initiator.attend()
+    initiator.clear_unit_attentions()
     assert initiator.run(read10(1, 1), receive=512).data == block(store, 1)
     await initiator.device.close()
 
@@ -882,7 +887,7 @@ async def test_resets_complete_everything(speed: Speed, how: str) -> None:
     initiator.start(write10(8, 4), send=b"\xaa" * 2048, sizes=[1024])
     initiator.start(write10(16, 1), send=b"\xbb" * 512)
     initiator.start(FLUSH)
-    initiator.ask(20)
+    initiator.read_status(20)
     if initiator.streams:
         initiator.data_in(21, 1)
         initiator.data_out(22, b"\xcc" * 512)
@@ -905,13 +910,13 @@ async def test_resets_complete_everything(speed: Speed, how: str) -> None:
     if how == "close":
         await device.open(Listener())
     await initiator.enumerate()
-    initiator.attend()
+    initiator.clear_unit_attentions()
     read = initiator.run(read10(7, 3), receive=1536)
     assert (read.status, read.data) == (0, block(store, 7) + b"\xaa" * 1024)
     await initiator.leave()
 
 
-# Everything at random against a shadow copy
+# Random commands against a shadow copy
 
 
 @pytest.mark.parametrize("speed", SPEEDS)
@@ -930,12 +935,12 @@ async def test_random_work_matches_a_shadow(speed: Speed, seed: int) -> None:
             source.shuffle(store.held)
             store.release(1)
         elif fate < 0.90:
-            work.take_back()
+            work.resubmit()
         elif fate < 0.97:
             work.abort()
         elif fate < 0.98:
             await initiator.enumerate()
-            initiator.attend()
+            initiator.clear_unit_attentions()
             work.forget(work.running)
         else:
             store.holding = not store.holding
@@ -951,7 +956,7 @@ async def test_random_work_matches_a_shadow(speed: Speed, seed: int) -> None:
 
 
 class Work:
-    """Commands under way on blocks that no other one uses."""
+    """Running commands, each on its own blocks."""
 
     def __init__(self, initiator: Initiator, store: Pattern, shadow: bytearray, source: random.Random) -> None:
         self.initiator = initiator
@@ -959,7 +964,7 @@ class Work:
         self.shadow = shadow
         self.source = source
         self.running: dict[Issued, tuple[int, bytes]] = {}
-        """Where, and what it writes (nothing: it reads)."""
+        """The block, and the data to write (empty: read)."""
         self.spoilt: set[Issued] = set()
 
     def begin(self) -> None:
@@ -986,10 +991,10 @@ class Work:
         )
         self.running[issued] = begin, data
 
-    def take_back(self) -> None:
+    def resubmit(self) -> None:
         if self.running:
             issued = self.source.choice([*self.running])
-            if self.initiator.take_back(issued) and issued.send:
+            if self.initiator.resubmit(issued) and issued.send:
                 self.spoilt.add(issued)
 
     def abort(self) -> None:
@@ -1005,7 +1010,7 @@ class Work:
             self.forget([issued])
 
     def forget(self, gone: Iterable[Issued]) -> None:
-        """Each block of a write that was given up is the old one or the new one."""
+        """Check that each block of an aborted write is the old block or the new one."""
         for issued in list(gone):
             begin, data = self.running.pop(issued)
             for offset in range(0, len(data), 512):

@@ -12,8 +12,8 @@ def test_a_new_unit() -> None:
     store = Pattern()
     unit = LogicalUnit(DiskUnit(store), store)
     assert (unit.name, unit.commands, unit.bytes_read, unit.bytes_written) == ("memory", 0, 0, 0)
-    assert (unit.lingering, unit.unreported) == (0, None)
-    assert unit != LogicalUnit(unit.scsi, store)  # two with equal figures are two
+    assert (unit.orphaned_jobs, unit.deferred_error) == (0, None)
+    assert unit != LogicalUnit(unit.scsi, store)  # units are compared by identity
 
 
 def test_unflushed_writes() -> None:
@@ -26,10 +26,10 @@ def test_unflushed_writes() -> None:
     covered = unflushed.writes
     unflushed.wrote()
     unflushed.flushed(covered)
-    assert unflushed.run == 1, "one came while the flush was under way"
+    assert unflushed.run == 1, "a write came while the flush was in flight"
     unflushed.flushed(unflushed.writes)
     unflushed.flushed(covered)
-    assert unflushed.run == 0, "a flush that began earlier and ends later takes nothing back"
+    assert unflushed.run == 0, "a flush that began earlier and ends later changes nothing"
     unflushed.wrote()
     assert unflushed.run == 2
     unflushed.forget()

@@ -22,17 +22,21 @@ from farplug.physical.transfers import MAX_PIECE
 from farplug.usb.descriptors import ConfigurationDescriptor
 from farplug.usb.device import Device, DeviceListener, Identity, Reception
 from farplug.usb.transfer import Status, Transfer
-from farplug.usb.types import Direction, Feature, Interface, Request, TransferType
+from farplug.usb.types import Direction, Feature, Interface, StandardRequest, TransferType
 
 OPEN_TIMEOUT = 10.0
 """Seconds in which a device must open."""
 CLOSE_TIMEOUT = 10.0
 """Seconds that :meth:`PhysicalDevice.close` waits; the device is released even if that takes longer."""
 
-_CLEAR_HALT: Final = (0x02, Request.CLEAR_FEATURE, Feature.ENDPOINT_HALT, 0)
+_CLEAR_HALT: Final = (0x02, StandardRequest.CLEAR_FEATURE, Feature.ENDPOINT_HALT, 0)
 """bmRequestType, bRequest, wValue and wLength of the request that clears an endpoint's halt."""
 _NOT_FOR_GUESTS: Final = frozenset(
-    {(0x00, Request.SET_ADDRESS), (0x00, Request.SET_CONFIGURATION), (0x01, Request.SET_INTERFACE)}
+    {
+        (0x00, StandardRequest.SET_ADDRESS),
+        (0x00, StandardRequest.SET_CONFIGURATION),
+        (0x01, StandardRequest.SET_INTERFACE),
+    }
 )
 """bmRequestType and bRequest of requests that go to the device through this machine's kernel only."""
 

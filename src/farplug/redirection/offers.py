@@ -27,7 +27,7 @@ from farplug.errors import DeviceError, Reason
 from farplug.redirection.acceptance import no_streams
 from farplug.redirection.events import OfferChanged, OfferProblem
 from farplug.usb.device import Device, Offer
-from farplug.usb.types import DescriptorType, Request, RequestType, Setup
+from farplug.usb.types import DescriptorType, RequestType, Setup, StandardRequest
 
 FAILED_ENUMERATIONS = 2
 """Port resets, each after a read of the device descriptor and of nothing else, after which the guest probably rejects
@@ -89,7 +89,7 @@ class OfferWatch:
             if self._configured:
                 self.used()
             return
-        if setup.request == Request.GET_DESCRIPTOR:
+        if setup.request == StandardRequest.GET_DESCRIPTOR:
             kind = setup.value >> 8
             if kind == DescriptorType.DEVICE:
                 self._read_device_only = True

@@ -1,1 +1,1 @@
-"""SCSI: commands, sense, and what a disk answers. Pure: it decides, transports and stores do."""
+"""SCSI commands, sense data, disks and CD-ROM drives, sans-IO: units return actions, which transports carry out."""

@@ -1,8 +1,8 @@
-"""Commands: a table with one row for each, and what a logical unit wants done for one.
+"""Commands: a table with one row for each, and the actions of logical units.
 
-A logical unit is handed a CDB and returns an :data:`Action`, which the transport carries out: so a command is written
-once, whether it comes over Bulk-Only Transport or UAS. The action also says in which direction data moves and how
-much, before any of it moves.
+A logical unit takes a CDB and returns an :data:`Action`, which the transport carries out: so a command is implemented
+once for Bulk-Only Transport and UAS. The action also determines the direction and the length of the data before any
+data moves.
 
 Sources: SPC-4, chapter 4.3 (CDBs); SBC-3, chapter 5 (commands).
 """
@@ -17,29 +17,29 @@ from farplug.scsi.sense import Sense
 from farplug.usb.types import Buffer
 
 MAX_CDB_SIZE = 16
-"""Longer ones (variable length, opcode 7F) are not supported by any unit."""
+"""Bytes. No unit supports longer ones (variable length, opcode 7F)."""
 
 SERVICE_ACTION_OPCODES = frozenset((0x9E, 0x9F, 0xA3, 0xA4))
-"""Opcodes that many commands share: the low five bits of byte 1, the service action, tell which one it is."""
+"""Opcodes that several commands share: the low five bits of byte 1, the service action, select the command."""
 
 _GROUP_LENGTHS = {0: 6, 1: 10, 2: 10, 4: 16, 5: 12}
 
 _LUN_BITS = 0xE0
-"""Of byte 1. SCSI-2 hosts put a logical unit number there, so it is ignored. Where a command has a protection field
-in its place, the handler looks at it."""
+"""Bits of byte 1 that are ignored, because SCSI-2 hosts put a logical unit number there. Where a command has a
+protection field in these bits, its handler checks the field."""
 
 
 def cdb_length(opcode: int) -> int | None:
-    """How long a CDB is by its group code (SPC-4, table 26); None if the opcode does not tell."""
+    """Return the length of a CDB by its group code (SPC-4, table 26); None if the group has no fixed length."""
     return _GROUP_LENGTHS.get(opcode >> 5)
 
 
 def extent(cdb: Buffer) -> tuple[int, int, int]:
-    """Read which blocks a READ, WRITE, VERIFY or WRITE SAME of any length names (SBC-3, chapter 5).
+    """Read the block range of a READ, WRITE, VERIFY or WRITE SAME of any length (SBC-3, chapter 5).
 
     Returns:
-        The first block, how many, and byte 1: protection, DPO, FUA, BytChk, UNMAP, NDOB. READ(6) and WRITE(6) have
-        none of these.
+        The first block, the number of blocks, and byte 1: protection, DPO, FUA, BytChk, UNMAP, NDOB. READ(6) and
+        WRITE(6) have none of these flags, and return 0.
     """
     length = cdb_length(cdb[0])
     if length == 10:
@@ -53,12 +53,12 @@ def extent(cdb: Buffer) -> tuple[int, int, int]:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """Nothing is left to do; no data moves."""
+    """No data moves: end with GOOD status."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fail:
-    """CHECK CONDITION; no data moves."""
+    """No data moves: end with CHECK CONDITION."""
 
     sense: Sense
 
@@ -72,7 +72,7 @@ class Respond:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """Data-in: blocks of the medium, inside it. With ``fua`` what was written is made durable before."""
+    """Data-in: blocks inside the medium. With ``fua`` earlier writes are made durable first."""
 
     lba: int
     count: int
@@ -81,13 +81,13 @@ class Read:
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """Data-out: blocks of the medium, inside it.
+    """Data-out: blocks inside the medium.
 
     Attributes:
-        lba: the first one.
-        count: how many.
-        durable: they are so before the status is sent.
-        forced: because this command asks for it (FUA, WRITE AND VERIFY), not because the write cache is off.
+        lba: the first block.
+        count: the number of blocks.
+        durable: make the blocks durable before the status is sent.
+        forced: ``durable`` because of this command (FUA, WRITE AND VERIFY), not because the write cache is off.
     """
 
     lba: int
@@ -98,7 +98,7 @@ class Write:
 
 @dataclass(frozen=True, slots=True)
 class Compare:
-    """Data-out: compare with blocks of the medium, inside it. The command fails with MISCOMPARE if they differ."""
+    """Data-out: compare with blocks inside the medium. The command fails with MISCOMPARE if they differ."""
 
     lba: int
     count: int
@@ -106,7 +106,7 @@ class Compare:
 
 @dataclass(frozen=True, slots=True)
 class Receive:
-    """Data-out: parameters or a single block. When all ``length`` bytes have come, ``then`` says what they ask for."""
+    """Data-out: parameters or a single block. ``then`` takes all ``length`` bytes and returns what to do."""
 
     length: int
     then: Callable[[Buffer], Outcome]
@@ -114,12 +114,12 @@ class Receive:
 
 @dataclass(frozen=True, slots=True)
 class Flush:
-    """No data moves: make durable what was written."""
+    """No data moves: make earlier writes durable."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verify:
-    """No data moves: see whether these blocks, inside the medium, can be read."""
+    """No data moves: check that blocks inside the medium can be read."""
 
     lba: int
     count: int
@@ -127,12 +127,12 @@ class Verify:
 
 @dataclass(frozen=True, slots=True)
 class Zero:
-    """No data moves: the blocks read as zeros from now on.
+    """No data moves: write zeros.
 
     Attributes:
-        extents: first block and number of blocks of each, inside the medium.
-        unmap: give their space back.
-        durable: before the status is sent.
+        extents: first block and number of blocks of each extent, inside the medium.
+        unmap: release the space of the blocks, which then read as zeros.
+        durable: make the zeros durable before the status is sent.
     """
 
     extents: tuple[tuple[int, int], ...]
@@ -142,7 +142,7 @@ class Zero:
 
 @dataclass(frozen=True, slots=True)
 class Fill:
-    """No data moves: write the same block to all these, inside the medium."""
+    """No data moves: write the same block ``count`` times, inside the medium."""
 
     lba: int
     count: int
@@ -151,13 +151,13 @@ class Fill:
 
 
 Work: TypeAlias = Flush | Verify | Zero | Fill
-"""What a transport has done before it sends the status."""
+"""Work that precedes the status."""
 
 Outcome: TypeAlias = Done | Fail | Work
-"""What can follow when no data moves (any more)."""
+"""An action that moves no data."""
 
 Action: TypeAlias = Outcome | Respond | Read | Write | Compare | Receive
-"""What a transport does for a command."""
+"""What a command does."""
 
 UnitT = TypeVar("UnitT", contravariant=True)
 
@@ -167,39 +167,38 @@ class Command(Generic[UnitT]):
     """A row of a unit's command table.
 
     Attributes:
-        name: as the standard spells it.
-        usage: the CDB usage data (SPC-4, chapter 6.35.3): the opcode, then each byte's bits that may be set; a service
-            action stands for itself. The CDB's length is its length. A CDB with another bit set ends with INVALID FIELD
-            IN CDB.
-        handler: decides; called with the unit and a CDB of at least that length.
+        name: the name in the standard.
+        usage: the CDB usage data (SPC-4, chapter 6.35.3): the opcode, then for each byte the bits that may be set; a
+            service action has its value. As long as the CDB. A CDB with another bit set ends with INVALID FIELD IN CDB.
+        handler: returns the action; called with the unit and a CDB of at least the length of ``usage``.
     """
 
     name: str
     usage: bytes
     handler: Callable[[UnitT, Buffer], Action]
     forbidden: int = field(init=False)
-    """The bits that must not be set, in the CDB read as one big-endian number."""
+    """The bits that must not be set, for the CDB as one big-endian number."""
 
     def __post_init__(self) -> None:
         length = len(self.usage)
         if length != cdb_length(self.usage[0]):
-            raise ValueError(f"a CDB with the opcode {self.usage[0]:02x} has not {length} bytes")
+            raise ValueError(f"a CDB with the opcode {self.usage[0]:02x} does not have {length} bytes")
         allowed = int.from_bytes((0xFF, self.usage[1] | _LUN_BITS, *self.usage[2:]))
         object.__setattr__(self, "forbidden", (1 << 8 * length) - 1 & ~allowed)
 
     @property
     def opcode(self) -> int:
-        """The first byte."""
+        """Return the first byte."""
         return self.usage[0]
 
     @property
     def service_action(self) -> int | None:
-        """Which of the opcode's commands it is; None if the opcode has one only."""
+        """Return the service action; None if the opcode has only one command."""
         return self.usage[1] & 0x1F if self.opcode in SERVICE_ACTION_OPCODES else None
 
     @property
     def length(self) -> int:
-        """Of the CDB, in bytes."""
+        """Return the length of the CDB in bytes."""
         return len(self.usage)
 
     def __str__(self) -> str:
@@ -207,13 +206,13 @@ class Command(Generic[UnitT]):
 
 
 class CommandTable(Generic[UnitT]):
-    """Commands by opcode and service action. Iterating gives the rows in this order."""
+    """Commands by opcode and service action. Iteration yields the rows in this order."""
 
     def __init__(self, rows: Iterable[Command[UnitT]]) -> None:
         self._rows = {(row.service_action or 0) << 8 | row.opcode: row for row in rows}
 
     def find(self, cdb: Buffer) -> Command[UnitT] | None:
-        """Find the command that a CDB of one byte at least asks for; None if there is none."""
+        """Return the command of a CDB of at least one byte; None if the table has no such command."""
         key = cdb[0]
         if key in SERVICE_ACTION_OPCODES and len(cdb) > 1:
             key |= (cdb[1] & 0x1F) << 8

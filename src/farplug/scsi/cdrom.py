@@ -1,4 +1,4 @@
-"""A CD-ROM drive as a SCSI logical unit: a multimedia device (SPC-4, MMC-3), whose medium comes and goes."""
+"""A CD-ROM drive as a SCSI logical unit: a multimedia device with a removable medium (SPC-4, MMC-3)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import TypeAlias
 
-from farplug.errors import LocalProtocolError
+from farplug.errors import StateError
 from farplug.scsi.cdb import Action, Command, CommandTable, Done, Fail, Read, Respond, Verify, extent
 from farplug.scsi.inquiry import CDROM_PRODUCT, MULTIMEDIA, identity_pages, standard_inquiry, vital_product_data
 from farplug.scsi.medium import MAX_TRANSFER_BLOCKS, Medium
@@ -41,15 +41,15 @@ _START, _LOEJ, _POWER_CONDITION = 0x01, 0x02, 0xF0
 """Bits of byte 4 of START STOP UNIT."""
 
 _MSF = 0x02
-"""Of byte 1 of READ TOC."""
+"""Bit of byte 1 of READ TOC."""
 
 _MEDIA_CLASS = 4
 _NO_EVENT_AVAILABLE = 0x80
 _DOOR_OPEN, _MEDIA_PRESENT = 0x01, 0x02
-"""Of GET EVENT STATUS NOTIFICATION (MMC-3, chapter 6.7)."""
+"""Fields of GET EVENT STATUS NOTIFICATION (MMC-3, chapter 6.7)."""
 
 _USER_DATA = 0x10
-"""Byte 9 of READ CD for the 2048 bytes of a block without its header and error correction."""
+"""Byte 9 of READ CD: only the 2048 bytes of user data, without header and error correction."""
 
 
 class _Event(IntEnum):
@@ -64,22 +64,22 @@ class _Event(IntEnum):
 class CdromUnit(Unit):
     """A drive with a tray.
 
-    A medium is taken out by the guest (START STOP UNIT) or by :meth:`eject`; then the tray is open. It closes with the
-    next medium, or empty when the guest loads it. While the guest prevents its removal neither can take it out, unless
-    the latter is forced.
+    The guest (START STOP UNIT) or :meth:`eject` ejects the medium, and the tray is then open. :meth:`insert` closes the
+    tray, and so does the guest, without a medium. While the guest prevents the removal of the medium, only a forced
+    :meth:`eject` ejects it.
 
     Args:
-        medium: the first one, of 2048-byte blocks; its size is looked at once. None: the tray is closed and empty.
+        medium: the first medium, of 2048-byte blocks; its size is read once. None: the tray is closed and empty.
         serial_number: of the drive, in ASCII.
-        luns: how many logical units the device has.
-        ejected: called when the guest has taken out the medium.
-        prevented: called with True when the guest prevents the medium's removal, and with False when it is allowed.
+        luns: the number of logical units of the device.
+        ejected: called when the guest has ejected the medium.
+        prevented: called with True when the guest prevents the removal of the medium, and with False when it allows it.
 
     Raises:
-        LocalProtocolError: the medium has other blocks.
+        ValueError: the medium does not have blocks of 2048 bytes.
     """
 
-    despite_attention = Unit.despite_attention | {0x46, 0x4A}
+    bypasses_unit_attention = Unit.bypasses_unit_attention | {0x46, 0x4A}
     """GET CONFIGURATION and GET EVENT STATUS NOTIFICATION too (MMC-3, chapter 4.1.6)."""
 
     def __init__(
@@ -104,31 +104,32 @@ class CdromUnit(Unit):
 
     @property
     def loaded(self) -> bool:
-        """There is a medium."""
+        """Return whether the drive has a medium."""
         return self._block_count is not None
 
     @property
     def locked(self) -> bool:
-        """The guest prevents the medium's removal."""
+        """Return whether the guest prevents the removal of the medium."""
         return self._locked
 
     def insert(self, medium: Medium) -> None:
-        """Put a medium of 2048-byte blocks into the tray and close it.
+        """Insert a medium of 2048-byte blocks and close the tray.
 
         Raises:
-            LocalProtocolError: there is one, or it has other blocks.
+            StateError: the drive has a medium.
+            ValueError: the medium does not have blocks of 2048 bytes.
         """
         if self.loaded:
-            raise LocalProtocolError("there is a medium in the drive: eject it first")
+            raise StateError("the drive has a medium: eject it first")
         self._load(medium)
         self._event = _Event.NEW_MEDIA
-        self.attend(MEDIUM_MAY_HAVE_CHANGED)
+        self.raise_unit_attention(MEDIUM_MAY_HAVE_CHANGED)
 
     def eject(self, *, force: bool = False) -> bool:
-        """Take out the medium, if there is one.
+        """Eject the medium, if there is one.
 
         Returns:
-            False if the guest prevents it, and it is not forced: the guest is told that somebody wants the medium.
+            False if the guest prevents the removal and ``force`` is false: the guest receives an eject request.
         """
         if not self.loaded:
             return True
@@ -137,7 +138,7 @@ class CdromUnit(Unit):
             return False
         self._lock(False)
         self._open_tray()
-        self.attend(MEDIUM_MAY_HAVE_CHANGED)
+        self.raise_unit_attention(MEDIUM_MAY_HAVE_CHANGED)
         return True
 
     def reset(self) -> None:
@@ -164,7 +165,7 @@ class CdromUnit(Unit):
     def _not_ready(self) -> Sense:
         return MEDIUM_NOT_PRESENT_TRAY_OPEN if self._tray_open else MEDIUM_NOT_PRESENT_TRAY_CLOSED
 
-    # What the drive is
+    # Identity
 
     def _inquiry_data(self) -> bytes:
         return standard_inquiry(MULTIMEDIA, product=CDROM_PRODUCT, removable=True)
@@ -211,7 +212,7 @@ class CdromUnit(Unit):
             return Respond(struct.pack(">HBB", 2, _NO_EVENT_AVAILABLE, supported)[:allocation])
         status = _DOOR_OPEN if self._tray_open else _MEDIA_PRESENT if self.loaded else 0
         data = struct.pack(">HBBBBxx", 6, _MEDIA_CLASS, supported, self._event, status)
-        if allocation > 4:  # else the event was not told
+        if allocation > 4:  # otherwise the event was not reported
             self._event = _Event.NO_CHANGE
         return Respond(data[:allocation])
 
@@ -219,7 +220,7 @@ class CdromUnit(Unit):
         data = struct.pack(">BB3xBxx", 0, 0x10 if self._tray_open else 0, 1)
         return Respond(data[: int.from_bytes(cdb[8:10])])
 
-    # The medium: these are called with its size
+    # The medium: the handlers take its size
 
     def _test_unit_ready(self, cdb: Buffer, block_count: int) -> Action:
         return Done()
@@ -228,7 +229,7 @@ class CdromUnit(Unit):
         return Respond(struct.pack(">II", block_count - 1, CD_BLOCK_SIZE))
 
     def _read_toc(self, cdb: Buffer, block_count: int) -> Action:
-        # SFF-8020i has the format in the last byte; macOS asks so.
+        # SFF-8020i has the format in the last byte; macOS uses it.
         form, msf, track = cdb[2] & 0x0F or cdb[9] >> 6, bool(cdb[1] & _MSF), cdb[6]
         data = None
         if form == 0:
@@ -280,14 +281,14 @@ def check_blocks(medium: Medium) -> None:
     """Check that a drive can read the blocks of a medium.
 
     Raises:
-        LocalProtocolError: they have not 2048 bytes.
+        ValueError: the blocks do not have 2048 bytes.
     """
     if medium.block_size != CD_BLOCK_SIZE:
-        raise LocalProtocolError(f"a CD has blocks of {CD_BLOCK_SIZE} bytes, not {medium.block_size}")
+        raise ValueError(f"a CD has blocks of {CD_BLOCK_SIZE} bytes, not {medium.block_size}")
 
 
 def _refuse(lba: int, count: int, block_count: int) -> Fail | None:
-    """Why a command on blocks is not performed: found before any data moves, also if it names no block."""
+    """Return why a command on blocks fails, before any data moves, also for zero blocks; None if it is valid."""
     if count > MAX_TRANSFER_BLOCKS:
         return Fail(INVALID_FIELD_IN_CDB)
     return Fail(LBA_OUT_OF_RANGE) if lba + count > block_count else None
@@ -297,7 +298,7 @@ _Handler: TypeAlias = Callable[[CdromUnit, Buffer, int], Action]
 
 
 def _medium(handler: _Handler) -> Callable[[CdromUnit, Buffer], Action]:
-    """A command that needs a medium."""
+    """Make a handler that fails without a medium, and passes the size of the medium."""
 
     def handle(unit: CdromUnit, cdb: Buffer) -> Action:
         count = unit._block_count
@@ -329,4 +330,4 @@ COMMANDS: CommandTable[CdromUnit] = CommandTable(
         Command("READ CD", _h("be 1e ff ff ff ff ff ff ff fe 07 00"), _medium(CdromUnit._read_cd)),
     )
 )
-"""Every command that a CD-ROM drive knows. All others end with INVALID COMMAND OPERATION CODE."""
+"""The commands of a CD-ROM drive. All others end with INVALID COMMAND OPERATION CODE."""

@@ -63,8 +63,8 @@ class DiskUnit(Unit):
     """A disk over a medium of fixed block size.
 
     Args:
-        medium: the figures of the place where the blocks are. A new size is reported by a unit attention.
-        luns: how many logical units the device has.
+        medium: the properties of the store. A new size is reported by a unit attention.
+        luns: the number of logical units of the device.
     """
 
     def __init__(self, medium: Medium, *, luns: int = 1) -> None:
@@ -73,12 +73,12 @@ class DiskUnit(Unit):
         self._medium = medium
         self._block_count = medium.block_count
 
-    def _look(self) -> None:
+    def _check_medium(self) -> None:
         if self._medium.block_count != self._block_count:
             self._block_count = self._medium.block_count
-            self.attend(CAPACITY_CHANGED)
+            self.raise_unit_attention(CAPACITY_CHANGED)
 
-    # What the disk is
+    # Identity
 
     def _inquiry_data(self) -> bytes:
         return standard_inquiry(DIRECT_ACCESS)
@@ -112,7 +112,7 @@ class DiskUnit(Unit):
     # The medium as a whole
 
     def _start_stop_unit(self, cdb: Buffer) -> Action:
-        # Stopping does nothing else: hosts stop a disk when it is ejected and never start it again.
+        # A stopped disk stays usable: hosts stop a disk when it is ejected and never start it again.
         stops = not cdb[4] & 0x01
         return Flush() if stops else Done()
 
@@ -120,7 +120,7 @@ class DiskUnit(Unit):
         return Done()
 
     def _synchronize(self, cdb: Buffer) -> Action:
-        return Flush()  # all of it, whatever range was named
+        return Flush()  # of all blocks: the range is ignored
 
     # Blocks
 
@@ -140,7 +140,7 @@ class DiskUnit(Unit):
         return Write(lba, count, durable=forced or self._write_through, forced=forced)
 
     def _write_verify(self, cdb: Buffer) -> Action:
-        # What was written and is durable need not be compared: reading it back would read the host's page cache.
+        # No comparison: reading durable blocks back would only read the page cache of this machine.
         lba, count, flags = extent(cdb)
         refusal = self._refuse(lba, count, flags, writes=True)
         if refusal is not None or not count:
@@ -167,7 +167,7 @@ class DiskUnit(Unit):
         return Receive(self._medium.block_size, partial(self._write_same_block, lba, count, unmap))
 
     def _write_same_block(self, lba: int, count: int, unmap: bool, block: Buffer) -> Outcome:
-        if any(block):  # unmapped blocks would not read as this: they are written
+        if any(block):  # unmapped blocks would read as zeros
             return Fill(lba, count, bytes(block), self._write_through)
         return Zero(((lba, count),), unmap, self._write_through)
 
@@ -194,13 +194,13 @@ class DiskUnit(Unit):
 
     @property
     def _write_through(self) -> bool:
-        """The host turned the write cache off, and the store has one."""
+        """Return whether the guest has turned off the write cache of the store."""
         return self._medium.write_cache and not self._modes.write_cache
 
     def _refuse(
         self, lba: int, count: int, flags: int, *, writes: bool = False, limit: int = MAX_TRANSFER_BLOCKS
     ) -> Fail | None:
-        """Why a command on blocks is not performed: found before any data moves, also if it names no block."""
+        """Return why a command on blocks fails, before any data moves, also for zero blocks; None if it is valid."""
         if flags & _PROTECT or count > limit:
             return Fail(INVALID_FIELD_IN_CDB)
         if writes and self._medium.read_only:
@@ -243,7 +243,7 @@ COMMANDS: CommandTable[DiskUnit] = CommandTable(
         Command("VERIFY(12)", _h("af 12 ff ff ff ff ff ff ff ff 3f 00"), DiskUnit._verify),
     )
 )
-"""Every command that a disk knows. All others end with INVALID COMMAND OPERATION CODE."""
+"""The commands of a disk. All others end with INVALID COMMAND OPERATION CODE."""
 
 COMMANDS_WITHOUT_UNMAP = CommandTable(row for row in COMMANDS if row.name != "UNMAP")
-"""Of a disk whose store cannot give space back."""
+"""The commands of a disk whose store cannot release space."""

@@ -1,4 +1,4 @@
-"""What a logical unit says about itself: standard INQUIRY data, vital product data (SPC-4, chapters 6.6 and 7.8)."""
+"""Standard INQUIRY data and vital product data (SPC-4, chapters 6.6 and 7.8)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from farplug.scsi.medium import (
 )
 
 VENDOR = "farplug"
-"""Not "QEMU": for that vendor SeaBIOS asks for the mode page of a disk geometry and does not boot without."""
+"""Not "QEMU": for that vendor SeaBIOS reads the mode page of the disk geometry, and does not boot without it."""
 
 PRODUCT = "Virtual Disk"
 CDROM_PRODUCT = "Virtual CD-ROM"
@@ -38,15 +38,15 @@ def standard_inquiry(peripheral: int, *, product: str = PRODUCT, removable: bool
 
 
 def vital_product_data(peripheral: int, pages: Mapping[int, bytes], code: int) -> bytes | None:
-    """Build a VPD page of a unit that has ``pages``, besides 00, the list of them; None if it has no such page."""
+    """Build a VPD page of a unit that has ``pages`` and page 00, their list; None if the unit has no such page."""
     content = bytes((0x00, *pages)) if code == 0x00 else pages.get(code)
     return None if content is None else struct.pack(">BBH", peripheral, code, len(content)) + content
 
 
 def identity_pages(product: str, serial_number: str) -> dict[int, bytes]:
-    """Build unit serial number and device identification.
+    """Build the VPD pages unit serial number (80) and device identification (83).
 
-    The latter is a name in words (T10 vendor ID) and a locally assigned number (NAA 3), made of the serial number.
+    The identification has a name (T10 vendor ID) and a locally assigned number (NAA 3), both made of the serial number.
     """
     serial = serial_number.encode("ascii")
     words = f"{VENDOR:8}{product} ".encode("ascii") + serial
@@ -70,7 +70,7 @@ def disk_pages(medium: Medium) -> dict[int, bytes]:
 
 
 def _block_limits(medium: Medium) -> bytes:
-    """SBC-3, chapter 6.6.4. WSNZ: a WRITE SAME of zero blocks is not "all of them". UGAVALID: the alignment is 0."""
+    """Build page B0 (SBC-3, chapter 6.6.4). WSNZ: WRITE SAME of zero blocks is invalid. UGAVALID: alignment 0."""
     granularity = blocks_per_physical_block(medium)
     return struct.pack(
         ">BBHIII III I Q 20x",

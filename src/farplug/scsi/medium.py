@@ -1,64 +1,64 @@
-"""What a disk tells of the place where its blocks live, and the largest things that it takes at once."""
+"""The properties of a store that a disk reports, and the limits of commands."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
 MAX_TRANSFER_BLOCKS = 0xFFFF
-"""Of one command whose data or blocks are read, written or verified: what a READ(10) can ask for."""
+"""The limit of commands that read, write or verify blocks: the most that READ(10) can name."""
 
 MAX_WRITE_SAME_BLOCKS = 0x7FFFFF
-"""Of one WRITE SAME: what Linux asks for where it does not know the limits (over Bulk-Only Transport)."""
+"""The limit of WRITE SAME: what Linux uses if it does not read the limits (over Bulk-Only Transport)."""
 
 MAX_UNMAP_BLOCKS = 0x7FFFFF
-"""Of one UNMAP, all its extents together."""
+"""The limit of UNMAP, for the sum of its extents."""
 
 MAX_UNMAP_EXTENTS = 256
-"""Of one UNMAP."""
+"""The limit of UNMAP."""
 
 OPTIMAL_TRANSFER = 1 << 20
-"""Bytes. Linux reads ahead twice as much."""
+"""Bytes. Linux reads ahead twice this length."""
 
 PHYSICAL_BLOCK_SIZE = 4096
-"""What hosts are asked to align to: the page and file system block of the machine that has the image."""
+"""Bytes to which hosts should align: the page and file system block of this machine."""
 
 
 class Medium(Protocol):
-    """The figures of a store. Its size may change between two commands, the block size does not."""
+    """The properties of a store. Its size may change between two commands; the block size does not."""
 
     @property
     def block_count(self) -> int:
-        """How many blocks, 1 at least."""
+        """Return the number of blocks, at least 1."""
         ...
 
     @property
     def block_size(self) -> int:
-        """Bytes: 512 to 4096."""
+        """Return the bytes in a block, 512 to 4096."""
         ...
 
     @property
     def read_only(self) -> bool:
-        """Writes end with DATA PROTECT."""
+        """Return whether writes end with DATA PROTECT."""
         ...
 
     @property
     def write_cache(self) -> bool:
-        """What was written is durable after a flush only. Without one it is as soon as the write is done."""
+        """Return whether writes are durable only after a flush. Otherwise they are durable when they are done."""
         ...
 
     @property
     def serial_number(self) -> str:
-        """In ASCII."""
+        """Return the serial number, in ASCII."""
         ...
 
     @property
     def unmaps(self) -> bool:
-        """Space can be given back: UNMAP is known, and WRITE SAME takes the bit of this name."""
+        """Return whether space can be released: with UNMAP, and with the UNMAP bit of WRITE SAME."""
         ...
 
 
 def blocks_per_physical_block(medium: Medium) -> int:
-    """Tell how many logical blocks make a physical one: 8 for 512e, 1 where the size is no multiple of 4096 bytes."""
+    """Return the logical blocks in a physical block: 8 for 512e, 1 if the size is not a multiple of 4096 bytes."""
     if medium.block_count * medium.block_size % PHYSICAL_BLOCK_SIZE:
         return 1
     return PHYSICAL_BLOCK_SIZE // medium.block_size

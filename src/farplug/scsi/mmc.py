@@ -1,6 +1,6 @@
-"""What a CD-ROM drive tells of a medium with one data track: table of contents, disc, track, features (MMC-3).
+"""Data of a CD-ROM drive for a medium with one data track: table of contents, disc, track, features (MMC-3).
 
-The first layer of a DVD looks the same to a host, but for its profile and for what READ DISC STRUCTURE says.
+A DVD differs from a CD only in its profile and in READ DISC STRUCTURE.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ CD_BLOCK_SIZE = 2048
 """Bytes of user data in a block of a data track."""
 
 MAX_CD_BLOCKS = 100 * 60 * 75 - 150
-"""What the addresses on a CD, 99:59:74 at most, can reach. What is larger is a DVD."""
+"""The most blocks that CD addresses, up to 99:59:74, can name. A larger medium is a DVD."""
 
 LEAD_OUT = 0xAA
 """Track number of the lead-out."""
 
 _DATA_TRACK = 0x14
-"""ADR 1, CONTROL 4: the position is given; a data track, recorded uninterrupted, that must not be copied digitally."""
+"""ADR 1 (current position), CONTROL 4 (data track, recorded uninterrupted, digital copy prohibited)."""
 
 _LAST_MSF = 256 * 60 * 75 - 1
-"""The highest address in minutes, seconds and frames that the fields hold."""
+"""The highest address that the fields for minutes, seconds and frames hold."""
 
 
 class Profile(IntEnum):
-    """MMC-3, table 80."""
+    """Profile number (MMC-3, table 80)."""
 
     NONE = 0x0000
     CD_ROM = 0x0008
@@ -33,14 +33,14 @@ class Profile(IntEnum):
 
     @classmethod
     def of(cls, block_count: int | None) -> Profile:
-        """Tell which one a medium of this size has; None: there is no medium."""
+        """Return the profile of a medium of ``block_count`` blocks; None means that there is no medium."""
         if block_count is None:
             return cls.NONE
         return cls.CD_ROM if block_count <= MAX_CD_BLOCKS else cls.DVD_ROM
 
 
 def _msf(lba: int) -> bytes:
-    """Minutes, seconds, frames: 75 of them make a second, and the lead-in has two (MMC-3, table 603)."""
+    """Return minutes, seconds, frames: 75 frames are a second, and the lead-in has 2 seconds (MMC-3, table 603)."""
     seconds, frame = divmod(min(lba + 150, _LAST_MSF), 75)
     return bytes((*divmod(seconds, 60), frame))
 
@@ -59,12 +59,12 @@ def toc(block_count: int, first_track: int, *, msf: bool) -> bytes | None:
 
 
 def sessions(*, msf: bool) -> bytes:
-    """Build what READ TOC format 1 tells: there is one session, and its first track."""
+    """Build the session information, READ TOC format 1: one session and its first track."""
     return struct.pack(">HBBxBBx", 10, 1, 1, _DATA_TRACK, 1) + _address(0, msf)
 
 
 def raw_toc(block_count: int) -> bytes:
-    """Build what is recorded in the lead-in, READ TOC format 2. Addresses are in minutes, seconds and frames."""
+    """Build the raw table of contents, READ TOC format 2, as recorded in the lead-in, with addresses in MSF form."""
     points = (
         (0xA0, bytes((1, 0x00, 0))),  # first track; disc type: CD-DA or CD-ROM
         (0xA1, bytes((1, 0, 0))),  # last track
@@ -120,13 +120,13 @@ def features(profile: Profile) -> dict[int, bytes]:
 
 
 def configuration(profile: Profile, first: int, *, current: bool = False, single: bool = False) -> bytes:
-    """Build what GET CONFIGURATION tells.
+    """Build the data of GET CONFIGURATION.
 
     Args:
-        profile: the current one.
-        first: code of the first feature wanted.
-        current: only features that the drive has at the moment.
-        single: only the first.
+        profile: the current profile.
+        first: the code of the first feature.
+        current: only features that are current.
+        single: only the feature ``first``.
     """
     wanted = (
         descriptor

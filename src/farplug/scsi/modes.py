@@ -1,6 +1,6 @@
-"""Mode pages: what MODE SENSE tells and MODE SELECT changes (SPC-4, chapter 7.5; SBC-3, chapter 6.5).
+"""Mode pages for MODE SENSE and MODE SELECT (SPC-4, chapter 7.5; SBC-3, chapter 6.5).
 
-There are no block descriptors. All pages together stay below 192 bytes: Linux looks for the cache no further.
+There are no block descriptors. All pages together have less than 192 bytes, in which Linux searches the caching page.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _WCE = 0x04
 
 
 def _page(text: str, length: int) -> bytes:
-    """A page of which the first bytes are given."""
+    """Return a page of ``length`` bytes after its header, from its first bytes."""
     content = bytes.fromhex(text)
     return bytes((content[0], length)) + content[1:].ljust(length, b"\0")
 
@@ -37,11 +37,11 @@ _LOCKED_CAPABILITIES = _page("2a 0b 00 00 00 2b 00 2260 0000 0800 2260", 0x14)
 
 
 class ModePages:
-    """The mode pages of a logical unit. What is changed lasts as long as the unit; nothing is saved.
+    """The mode pages of a logical unit. Changes are not saved.
 
     Args:
-        defaults: the pages.
-        changeable: a mask behind its code and length for each page of which something can be changed.
+        defaults: the pages with their default values.
+        changeable: for each page with changeable bits: its code, its length, and the mask of these bits.
     """
 
     def __init__(self, defaults: Iterable[bytes], changeable: Iterable[bytes] = ()) -> None:
@@ -52,25 +52,25 @@ class ModePages:
 
     @property
     def write_cache(self) -> bool:
-        """WCE: a write may be acknowledged before it is durable."""
+        """Return WCE: whether a write may end before it is durable."""
         return bool(self._current.get(_CACHING, _NO_CACHE)[2] & _WCE)
 
     def sense(self, control: int, code: int) -> bytes | None:
-        """Build what MODE SENSE tells; None if there is no such page.
+        """Return a page, or all of them, for MODE SENSE; None if there is no such page.
 
         Args:
-            control: 0 the current values, 1 masks of the bits that can be changed, 2 the defaults.
-            code: of a page, or :data:`ALL_PAGES`.
+            control: page control: 0 current values, 1 masks of the changeable bits, 2 default values.
+            code: the code of a page, or :data:`ALL_PAGES`.
         """
         pages = (self._current, self._changeable, self._defaults)[control]
         return b"".join(pages.values()) if code == ALL_PAGES else pages.get(code)
 
     def replace(self, page: bytes) -> None:
-        """The unit itself changes the current values of a page."""
+        """Replace the current values of a page, for changes by the unit itself."""
         self._current[page[0]] = page
 
     def select(self, pages: Buffer) -> Sense | None:
-        """Change the current values to what these pages say: all of it, or nothing and the reason is returned."""
+        """Change the current values to those of ``pages``. If one is invalid, change nothing and return the sense."""
         changed = dict(self._current)
         while pages:
             if len(pages) < 2:
@@ -91,7 +91,7 @@ class ModePages:
 
 
 def disk_modes(*, write_cache: bool) -> ModePages:
-    """Make the pages of a disk. Of its write cache, if there is one, WCE can be changed, and nothing else."""
+    """Make the pages of a disk. Only WCE can be changed, if the disk has a write cache."""
     cache = _CACHE if write_cache else _NO_CACHE
     pages = (_READ_WRITE_ERROR_RECOVERY, cache, _CONTROL, _INFORMATIONAL_EXCEPTIONS)
     return ModePages(pages, (cache,))
@@ -103,5 +103,5 @@ def cdrom_modes() -> ModePages:
 
 
 def cdrom_capabilities(*, locked: bool) -> bytes:
-    """Build the page of a CD-ROM drive's capabilities, 2A, which also tells whether its tray is locked."""
+    """Build the capabilities page of a CD-ROM drive, 2A, which also has the lock state of the tray."""
     return _LOCKED_CAPABILITIES if locked else _CAPABILITIES

@@ -1,4 +1,4 @@
-"""REPORT SUPPORTED OPERATION CODES, made from the table that dispatches (SPC-4, chapter 6.35)."""
+"""REPORT SUPPORTED OPERATION CODES, made from the command table of the unit (SPC-4, chapter 6.35)."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from farplug.scsi.sense import INVALID_FIELD_IN_CDB
 from farplug.usb.types import Buffer
 
 _NO_TIMEOUTS = struct.pack(">HxxII", 0x0A, 0, 0)
-"""A command timeouts descriptor that names none."""
+"""A command timeouts descriptor without timeouts."""
 
 
 class _Reporting(IntEnum):
-    """REPORTING OPTIONS."""
+    """REPORTING OPTIONS field."""
 
     ALL = 0
     OPCODE = 1
-    """One that has no service actions."""
+    """One opcode, without service actions."""
     SERVICE_ACTION = 2
-    """One of an opcode that has."""
+    """One opcode and service action."""
     EITHER = 3
 
 
 class _Support(IntEnum):
-    """SUPPORT."""
+    """SUPPORT field."""
 
     NOT_SUPPORTED = 1
     STANDARD = 3
 
 
 def report_supported_opcodes(commands: CommandTable[Any], cdb: Buffer) -> Action:
-    """Answer for all commands, or for one."""
+    """Return the descriptors of all commands, or the usage data of one."""
     timeouts, option, opcode = bool(cdb[2] & 0x80), cdb[2] & 0x07, cdb[3]
     service_action, allocation = int.from_bytes(cdb[4:6]), int.from_bytes(cdb[6:10])
     if option == _Reporting.ALL:

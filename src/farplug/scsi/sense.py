@@ -1,4 +1,4 @@
-"""Sense: why a command failed, in SCSI's words (SPC-4, chapter 4.5)."""
+"""Sense data: why a command failed (SPC-4, chapter 4.5)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DESCRIPTOR = struct.Struct(">BBBB4x")
 
 
 class SenseKey(IntEnum):
-    """SPC-4, table 48. All sixteen values of the field have a name."""
+    """Sense key (SPC-4, table 48). All sixteen values of the field have a name."""
 
     NO_SENSE = 0x0
     RECOVERED_ERROR = 0x1
@@ -50,19 +50,19 @@ class Sense:
 
     @classmethod
     def parse(cls, data: Buffer) -> Self:
-        """Read fixed format sense data. Raises ``ValueError`` on less than 18 bytes or another format."""
+        """Parse fixed format sense data. Raises ``ValueError`` for less than 18 bytes, or another format."""
         if len(data) < SENSE_SIZE:
-            raise ValueError(f"fixed format sense data has {SENSE_SIZE} bytes at least, not {len(data)}")
+            raise ValueError(f"fixed format sense data has at least {SENSE_SIZE} bytes, not {len(data)}")
         code, _, key, _, _, asc, ascq, _ = _FIXED.unpack_from(data)
         if code & 0x7E != 0x70:
-            raise ValueError(f"response code {code & 0x7F:02x} is no fixed format sense data")
+            raise ValueError(f"response code {code & 0x7F:02x} is not fixed format sense data")
         return cls(SenseKey(key & 0x0F), asc, ascq)
 
     def __bytes__(self) -> bytes:
         return _FIXED.pack(0x70, 0, self.key, 0, SENSE_SIZE - 8, self.asc, self.ascq, 0)
 
     def descriptor_format(self) -> bytes:
-        """Encode without descriptors, 8 bytes (SPC-4, chapter 4.5.2)."""
+        """Return descriptor format sense data without descriptors, 8 bytes (SPC-4, chapter 4.5.2)."""
         return _DESCRIPTOR.pack(0x72, self.key, self.asc, self.ascq)
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""What logical units of all device types do alike (SPC-4): attentions, sense, INQUIRY, mode pages, REPORT LUNS."""
+"""The base class of logical units (SPC-4): unit attentions, sense, INQUIRY, mode pages, REPORT LUNS."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ from farplug.usb.types import Buffer
 
 
 class Unit(ABC):
-    """Turns CDBs into actions. Nothing is read or written here.
+    """Turns CDBs into actions, without I/O.
 
-    It holds what SCSI keeps between commands: mode pages, unit attentions, and the sense of the last command for
-    transports that do not send it with the status.
+    A unit keeps the state between commands: mode pages, unit attentions, and the sense data of the last command for
+    transports that do not send sense data with the status.
 
     Args:
-        commands: what it knows; the handlers are methods of its own class.
-        modes: its mode pages.
-        luns: how many logical units the device has, this one among them. They are numbered from 0.
+        commands: the supported commands; the handlers are methods of the same class.
+        modes: the mode pages.
+        luns: the number of logical units of the device, which are numbered from 0.
     """
 
-    despite_attention = frozenset((0x03, 0x12, 0xA0))
-    """Opcodes performed also while a unit attention waits: REQUEST SENSE, INQUIRY, REPORT LUNS."""
+    bypasses_unit_attention = frozenset((0x03, 0x12, 0xA0))
+    """Opcodes performed also while a unit attention is pending: REQUEST SENSE, INQUIRY, REPORT LUNS."""
 
     def __init__(self, commands: CommandTable[Any], modes: ModePages, luns: int) -> None:
         self._commands = commands
@@ -57,28 +57,28 @@ class Unit(ABC):
         self._attentions: list[Sense] = []
         self._sense = NO_SENSE
 
-    def attend(self, sense: Sense) -> None:
-        """Raise a unit attention: a command to come reports it, once (SPC-4, chapter 5.14)."""
+    def raise_unit_attention(self, sense: Sense) -> None:
+        """Establish a unit attention condition: a later command reports it, once (SPC-4, chapter 5.14)."""
         if sense not in self._attentions:
             self._attentions.append(sense)
 
     def reset(self) -> None:
-        """The guest reset the device: a unit attention says so. Mode pages stay as they are."""
-        self.attend(RESET_OCCURRED)
+        """Raise a unit attention, because the guest reset the device. Mode pages keep their values."""
+        self.raise_unit_attention(RESET_OCCURRED)
 
     def keep_sense(self, sense: Sense) -> None:
-        """Remember why a command failed until the next command; only for transports that do not send sense."""
+        """Keep the sense data of a failed command for REQUEST SENSE; only for transports that do not send it."""
         self._sense = sense
 
     def execute(self, cdb: Buffer) -> Action:
-        """Decide what a command does.
+        """Return what a command does.
 
         Args:
-            cdb: at least one byte; bytes beyond the command's own length are ignored.
+            cdb: at least one byte; bytes beyond the length of the command are ignored.
         """
-        self._look()
+        self._check_medium()
         command = self._commands.find(cdb)
-        if self._attentions and cdb[0] not in self.despite_attention:
+        if self._attentions and cdb[0] not in self.bypasses_unit_attention:
             return Fail(self._attentions.pop(0))
         if command is None:
             action: Action = Fail(INVALID_COMMAND)
@@ -89,22 +89,22 @@ class Unit(ABC):
         self._sense = NO_SENSE
         return action
 
-    # What a device type fills in
+    # Overridden by device types
 
-    def _look(self) -> None:  # noqa: B027
-        """Raise the attentions that are due, before a command."""
+    def _check_medium(self) -> None:
+        """Raise a unit attention if the medium has changed; called before each command."""
 
     @abstractmethod
     def _inquiry_data(self) -> bytes:
-        """The standard INQUIRY data."""
+        """Return the standard INQUIRY data."""
 
     @abstractmethod
     def _vital_product_data(self, page: int) -> bytes | None:
-        """A VPD page; None if there is no such page."""
+        """Return a VPD page; None if there is no such page."""
 
     @abstractmethod
     def _device_specific_parameter(self) -> int:
-        """Of the mode parameter header."""
+        """Return the device-specific parameter of the mode parameter header."""
 
     # Commands
 
@@ -165,21 +165,21 @@ COMMON_COMMANDS: tuple[Command[Unit], ...] = (
     Command("MODE SENSE(10)", _h("5a 18 ff ff 00 00 00 ff ff 00"), Unit._mode_sense),
     Command("REPORT LUNS", _h("a0 00 ff 00 00 00 ff ff ff ff 00 00"), Unit._report_luns),
 )
-"""What logical units of every type know."""
+"""The commands of all device types."""
 
 
 class AbsentUnit:
-    """What answers for a logical unit number that does not exist (SPC-4, chapter 4.5.1 and 6.6.2).
+    """Answers commands to a logical unit number that does not exist (SPC-4, chapters 4.5.1 and 6.6.2).
 
     Args:
-        luns: how many exist.
+        luns: the number of logical units that exist.
     """
 
     def __init__(self, luns: int = 1) -> None:
         self._luns = luns
 
     def execute(self, cdb: Buffer) -> Action:
-        """INQUIRY says that nothing is there, REPORT LUNS what is, REQUEST SENSE why; everything else fails."""
+        """Return what a command does: INQUIRY, REPORT LUNS and REQUEST SENSE return data, all others fail."""
         length = cdb_length(cdb[0])
         if length is not None and len(cdb) >= length:
             if cdb[0] == 0x12 and not cdb[1] & 1:
@@ -191,22 +191,22 @@ class AbsentUnit:
         return Fail(LOGICAL_UNIT_NOT_SUPPORTED)
 
     def reset(self) -> None:
-        """Nothing happens to what does not exist."""
+        """Do nothing."""
 
     def keep_sense(self, sense: Sense) -> None:
-        """The sense is always the same."""
+        """Do nothing: the sense is always LOGICAL UNIT NOT SUPPORTED."""
 
 
 def _report_luns(luns: int, cdb: Buffer) -> Action:
-    """SPC-4, chapter 6.33; SAM-5, chapter 4.7.4: single level structure, peripheral device addressing."""
+    """Build REPORT LUNS data (SPC-4, chapter 6.33) with peripheral device addressing (SAM-5, chapter 4.7.4)."""
     select, allocation = cdb[2], int.from_bytes(cdb[6:10])
     if select > 2:
         return Fail(INVALID_FIELD_IN_CDB)
-    listed = b"" if select == 1 else b"".join(struct.pack(">H6x", lun) for lun in range(luns))  # 1: well known ones
+    listed = b"" if select == 1 else b"".join(struct.pack(">H6x", lun) for lun in range(luns))  # 1: well known LUNs
     return Respond((struct.pack(">I4x", len(listed)) + listed)[:allocation])
 
 
 def _sense_data(sense: Sense, cdb: Buffer) -> bytes:
-    """What a REQUEST SENSE is answered, in the format that it asks for."""
+    """Return the data of REQUEST SENSE, in the requested format."""
     data = sense.descriptor_format() if cdb[1] & 0x01 else bytes(sense)
     return data[: cdb[4]]

@@ -81,7 +81,7 @@ class Store(ABC):
     def flush(self, done: WriteDone) -> None:
         """Make all writes that were called before this call durable (:attr:`CacheMode.UNSAFE`: wait for them only)."""
 
-    def refresh(self) -> None:  # noqa: B027
+    def refresh(self) -> None:
         """Check the size of the medium again. If it grew, ``block_count`` is updated soon after."""
 
     @abstractmethod

@@ -27,7 +27,7 @@ from farplug.usb.conformance import configuration_faults
 from farplug.usb.descriptors import ConfigurationDescriptor, DeviceDescriptor
 from farplug.usb.device import Device
 from farplug.usb.transfer import Status
-from farplug.usb.types import Buffer, DescriptorType, Direction, Feature, Request, Setup, Speed
+from farplug.usb.types import Buffer, DescriptorType, Direction, Feature, Setup, Speed, StandardRequest
 from farplug.usbredir import packets as p
 from farplug.usbredir.caps import ALL_CAPS, Cap
 from farplug.usbredir.protocol import Connection, Role, Violation
@@ -347,11 +347,13 @@ class MemoryGuest:
 
     async def get_descriptor(self, type: DescriptorType, index: int = 0, *, language: int = 0, length: int) -> bytes:
         """Read a descriptor. Raises :class:`TransferFailed`."""
-        return await self.control_in(Setup(Direction.IN, Request.GET_DESCRIPTOR, type << 8 | index, language, length))
+        return await self.control_in(
+            Setup(Direction.IN, StandardRequest.GET_DESCRIPTOR, type << 8 | index, language, length)
+        )
 
     async def clear_halt(self, endpoint: int) -> None:
         """CLEAR_FEATURE(ENDPOINT_HALT). Raises :class:`TransferFailed`."""
-        await self.control_out(Setup(0x02, Request.CLEAR_FEATURE, Feature.ENDPOINT_HALT, endpoint))
+        await self.control_out(Setup(0x02, StandardRequest.CLEAR_FEATURE, Feature.ENDPOINT_HALT, endpoint))
 
     async def bulk_in(self, endpoint: int, length: int, *, stream_id: int = 0) -> bytes:
         """Read at most ``length`` bytes. Raises :class:`TransferFailed`."""

@@ -1,4 +1,4 @@
-"""USB's vocabulary, and the waist of the program: :class:`Transfer` and :class:`Device`. No I/O."""
+"""USB types, and the interface of all devices: :class:`Transfer` and :class:`Device`. No I/O."""
 
 from farplug.usb.device import Device, DeviceEvent, DeviceListener, Identity, Offer, Reception
 from farplug.usb.transfer import Status, Transfer

@@ -1,4 +1,4 @@
-"""The names of USB classes.
+"""Names of USB classes.
 
 Source: "USB Defined Class Codes", usb.org; the names are those of lsusb, in lower case and joined by hyphens.
 """
@@ -38,5 +38,5 @@ CLASS_CODES: Final = {name: code for code, name in CLASS_NAMES.items()}
 
 
 def class_name(code: int) -> str:
-    """The name of a bDeviceClass or bInterfaceClass; its number, as two hexadecimal digits, if it has none."""
+    """Return the name of a bDeviceClass or bInterfaceClass; its number in two hexadecimal digits if it has none."""
     return CLASS_NAMES.get(code, f"{code:02x}")

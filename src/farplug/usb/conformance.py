@@ -1,7 +1,7 @@
-"""What the USB specifications require of endpoint descriptors at each speed.
+"""Checks of endpoint descriptors against the USB specifications, for each speed.
 
-Hosts differ in what they accept: Linux repairs much, Windows and firmware refuse it. So a device is checked against the
-specification, not against one host.
+Hosts differ in what they accept: Linux corrects many errors that Windows and firmware refuse. So a device is checked
+against the specification, not against one host.
 
 Sources: USB 2.0 specification, chapters 5.6.3, 5.7.3, 5.8.3 and table 9-13; USB 3.2 specification, chapters 9.6.6 and
 9.6.7.
@@ -25,19 +25,19 @@ _MAX_PERIODIC = {
 _MAX_PACKET_SIZE = 1024
 _MAX_BURST = 15
 _EXPONENT_INTERVAL = 16
-"""bInterval is an exponent, 1 to 16, where it does not count frames."""
+"""The highest bInterval where it is an exponent, not a number of frames."""
 
 
 def configuration_faults(configuration: ConfigurationDescriptor, speed: Speed) -> list[str]:
     """Return what is wrong with a configuration of a device that runs at ``speed``, one sentence for each fault.
 
-    Includes what the parser found (:attr:`ConfigurationDescriptor.warnings`).
+    Includes the warnings of the parser (:attr:`ConfigurationDescriptor.warnings`).
     """
     faults = list(configuration.warnings)
     for setting in configuration.interfaces:
         where = f"interface {setting.number}, alternate setting {setting.alternate}"
         addresses = [endpoint.address for endpoint in setting.endpoints]
-        twice = sorted({one for one in addresses if addresses.count(one) > 1})
+        twice = sorted({address for address in addresses if addresses.count(address) > 1})
         faults += [f"{where}: endpoint {address:02x} is described twice" for address in twice]
         for endpoint in setting.endpoints:
             faults += [f"{where}: {fault}" for fault in endpoint_faults(endpoint, speed)]
@@ -73,9 +73,9 @@ def _faults(endpoint: EndpointDescriptor, kind: TransferType, speed: Speed) -> I
 
 
 def _packet_size_fault(endpoint: EndpointDescriptor, kind: TransferType, speed: Speed) -> str:
-    """Return what wMaxPacketSize may be, if it is something else; otherwise an empty string."""
+    """Return the valid values of wMaxPacketSize if its value is not valid; otherwise an empty string."""
     if kind is TransferType.CONTROL:
-        return ""  # only endpoint 0 is one in practice, which has no descriptor
+        return ""  # in practice only endpoint 0, which has no descriptor
     several = speed is Speed.HIGH and kind is not TransferType.BULK  # transactions in a microframe
     size = endpoint.max_packet_size & _SIZE if several else endpoint.max_packet_size
     if kind is TransferType.BULK:

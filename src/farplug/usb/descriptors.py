@@ -1,11 +1,12 @@
-"""What a device says about itself: descriptors, built and parsed.
+"""USB descriptors, built and parsed.
 
-Building: a value is checked by its fields' sizes and ``bytes(descriptor)`` is its wire form, sub-descriptors included.
+Building: ``bytes(descriptor)`` is the wire form, sub-descriptors included; a value that does not fit its field raises
+``struct.error``.
 
-Parsing never raises: a device (or a guest, or a file) may say anything. What makes sense is kept, what was skipped or
-contradicts itself is told in ``warnings``, which does not take part in comparisons.
+Parsing never raises, because a device, a guest or a file may contain any bytes. ``warnings`` lists what was skipped or
+is contradictory; it does not take part in comparisons.
 
-The file is long because each class is one table of the specification; none knows more than its own.
+The file is long because each class is one table of the specification.
 
 Sources: USB 2.0 specification, chapter 9.6; USB 3.2 specification, chapter 9.6; Interface Association Descriptors ECN.
 """
@@ -24,13 +25,13 @@ MAX_STRING_UNITS = 126
 """UTF-16 code units that fit into a string descriptor (bLength is one byte)."""
 
 MAX_INTERVAL = 48 * 1024
-"""Bytes that a SuperSpeed isochronous endpoint moves at most in its interval: 16 packets, 3 times (USB 3.2, 9.6.7)."""
+"""The most bytes of a SuperSpeed isochronous endpoint in an interval: 3 bursts of 16 packets (USB 3.2, 9.6.7)."""
 
 MAX_WARNINGS = 32
-"""More than these are not kept from one descriptor."""
+"""The most warnings that are kept from one descriptor."""
 
 ENGLISH = 0x0409
-"""The language id that every host asks for."""
+"""The language id that every host requests."""
 
 
 class CapabilityType(IntEnum):
@@ -53,21 +54,21 @@ _SUPERSPEED = struct.Struct("<BBBBHBBH")
 
 
 def _head(data: Buffer, layout: struct.Struct, kinds: tuple[int, ...], warnings: list[str]) -> tuple[int, ...]:
-    """Unpack the fixed part at the start of ``data``; what is missing reads as zero."""
+    """Unpack the fixed part at the start of ``data``; missing bytes are zero."""
     raw = bytes(data[: layout.size])
     name = DescriptorType(kinds[0]).name.lower().replace("_", " ")
     if len(raw) < layout.size:
         warnings.append(f"the {name} descriptor has {len(raw)} bytes, not {layout.size}")
         raw = raw.ljust(layout.size, b"\0")
     if raw[0] != layout.size:
-        warnings.append(f"the {name} descriptor says that it has {raw[0]} bytes, not {layout.size}")
+        warnings.append(f"the {name} descriptor has bLength {raw[0]}, not {layout.size}")
     if raw[1] not in kinds:
         warnings.append(f"the {name} descriptor has type {raw[1]}, not {kinds[0]}")
     return layout.unpack(raw)
 
 
 def _walk(data: bytes, position: int, warnings: list[str]) -> Iterator[tuple[int, bytes]]:
-    """Yield (bDescriptorType, whole descriptor) along the chain until it ends or stops making sense."""
+    """Yield (bDescriptorType, whole descriptor) for each descriptor until the data ends or bLength is invalid."""
     while position < len(data):
         length = data[position]
         rest = len(data) - position
@@ -83,7 +84,7 @@ def _walk(data: bytes, position: int, warnings: list[str]) -> Iterator[tuple[int
 
 @dataclass(frozen=True, slots=True)
 class DeviceDescriptor:
-    """USB 2.0, table 9-8. ``usb_version`` and ``device_version`` are BCD: 0x0320 is 3.2.
+    """Device descriptor (USB 2.0, table 9-8). ``usb_version`` and ``device_version`` are BCD: 0x0320 is 3.2.
 
     ``max_packet_size_0`` is raw: bytes, but from SuperSpeed on an exponent of two (always 9).
     """
@@ -104,7 +105,7 @@ class DeviceDescriptor:
 
     @classmethod
     def parse(cls, data: Buffer) -> Self:
-        """Read a device descriptor of 18 bytes; never raises."""
+        """Parse a device descriptor of 18 bytes; never raises."""
         warnings: list[str] = []
         _, _, usb, class_, subclass, protocol, size, vendor, product, version, index_m, index_p, index_s, count = _head(
             data, _DEVICE, (DescriptorType.DEVICE,), warnings
@@ -146,7 +147,7 @@ class DeviceDescriptor:
 
 @dataclass(frozen=True, slots=True)
 class DeviceQualifier:
-    """What the device descriptor would say at the other speed, full or high (USB 2.0, table 9-9)."""
+    """Device qualifier: the device descriptor at the other speed, full or high (USB 2.0, table 9-9)."""
 
     usb_version: int = 0x0200
     device_class: int = 0
@@ -158,7 +159,7 @@ class DeviceQualifier:
 
     @classmethod
     def parse(cls, data: Buffer) -> Self:
-        """Read a device qualifier of 10 bytes; never raises."""
+        """Parse a device qualifier of 10 bytes; never raises."""
         warnings: list[str] = []
         _, _, usb, class_, subclass, protocol, size, count, _ = _head(
             data, _QUALIFIER, (DescriptorType.DEVICE_QUALIFIER,), warnings
@@ -181,7 +182,7 @@ class DeviceQualifier:
 
 @dataclass(frozen=True, slots=True)
 class SuperSpeedCompanion:
-    """Follows each endpoint descriptor of a SuperSpeed device (USB 3.2, table 9-29).
+    """SuperSpeed endpoint companion, which follows each endpoint descriptor (USB 3.2, table 9-29).
 
     Attributes:
         max_burst: bMaxBurst: packets in one burst, less one (0..15).
@@ -195,7 +196,7 @@ class SuperSpeedCompanion:
 
     @property
     def max_streams(self) -> int:
-        """How many streams a bulk endpoint has: 0, or 2 to 65536."""
+        """Return the number of streams of a bulk endpoint: 0, or 2 to 65536."""
         exponent = self.attributes & 0x1F
         return 1 << exponent if 1 <= exponent <= 16 else 0
 
@@ -206,7 +207,7 @@ class SuperSpeedCompanion:
 
 @dataclass(frozen=True, slots=True)
 class EndpointDescriptor:
-    """USB 2.0, table 9-13, with what belongs to it.
+    """Endpoint descriptor (USB 2.0, table 9-13), with the descriptors that follow it.
 
     Attributes:
         address: bEndpointAddress; bit 7 is the direction.
@@ -214,7 +215,7 @@ class EndpointDescriptor:
         max_packet_size: wMaxPacketSize, raw.
         interval: bInterval, raw.
         companion: the SuperSpeed companion that follows it.
-        extra: class-specific descriptors that follow (a UAS pipe usage, say), raw.
+        extra: class-specific descriptors that follow (for example a UAS pipe usage), raw.
         tail: bytes of the endpoint descriptor itself after the usual seven: audio endpoints have two.
     """
 
@@ -239,7 +240,7 @@ class EndpointDescriptor:
 
     @property
     def endpoint(self) -> Endpoint:
-        """The same in the program's words."""
+        """Return the endpoint as the rest of the program uses it."""
         kind = TransferType(self.attributes & 3)
         size = self.max_packet_size & 0x7FF
         if kind is TransferType.ISOCHRONOUS and self.companion is not None:
@@ -254,7 +255,7 @@ class EndpointDescriptor:
 
 @dataclass(frozen=True, slots=True)
 class InterfaceDescriptor:
-    """One alternate setting of an interface (USB 2.0, table 9-12), with what belongs to it.
+    """Interface descriptor: one alternate setting (USB 2.0, table 9-12), with the descriptors that follow it.
 
     Attributes:
         number: bInterfaceNumber.
@@ -290,7 +291,7 @@ class InterfaceDescriptor:
 
 @dataclass(frozen=True, slots=True)
 class InterfaceAssociation:
-    """Which interfaces make one function (Interface Association Descriptors ECN, table 9-Z)."""
+    """Interface association: the interfaces of one function (Interface Association Descriptors ECN, table 9-Z)."""
 
     first_interface: int
     interface_count: int
@@ -314,7 +315,7 @@ class InterfaceAssociation:
 
 @dataclass(frozen=True, slots=True)
 class ConfigurationDescriptor:
-    """USB 2.0, table 9-10, with everything that belongs to it.
+    """Configuration descriptor (USB 2.0, table 9-10), with all descriptors that follow it.
 
     Attributes:
         value: bConfigurationValue.
@@ -337,13 +338,13 @@ class ConfigurationDescriptor:
 
     @classmethod
     def parse(cls, data: Buffer) -> Self:
-        """Read a configuration and all that follows it; never raises."""
+        """Parse a configuration and all descriptors that follow it; never raises."""
         warnings: list[str] = []
         data = bytes(data)
         kinds = (DescriptorType.CONFIGURATION, DescriptorType.OTHER_SPEED_CONFIGURATION)
         length, _, total, count, value, index, attributes, max_power = _head(data, _CONFIGURATION, kinds, warnings)
         if total != len(data):
-            warnings.append(f"the configuration says that it has {total} bytes in all, not {len(data)}")
+            warnings.append(f"the configuration has wTotalLength {total}, not {len(data)}")
         if _CONFIGURATION.size <= total:
             data = data[:total]
         chain = _Chain(warnings)
@@ -352,7 +353,7 @@ class ConfigurationDescriptor:
         interfaces = chain.interfaces()
         numbers = len({interface.number for interface in interfaces})
         if numbers != count:
-            warnings.append(f"the configuration says that it has {count} interfaces, not {numbers}")
+            warnings.append(f"the configuration has bNumInterfaces {count}, not {numbers}")
         return cls(
             value,
             interfaces,
@@ -369,7 +370,7 @@ class ConfigurationDescriptor:
         body = bytearray(self.extra)
         waiting = list(self.associations)
         for interface in self.interfaces:
-            for association in [one for one in waiting if one.first_interface == interface.number]:
+            for association in [each for each in waiting if each.first_interface == interface.number]:
                 body += bytes(association)
                 waiting.remove(association)
             body += bytes(interface)
@@ -393,18 +394,18 @@ class ConfigurationDescriptor:
 
     @property
     def has_streams(self) -> bool:
-        """Whether an endpoint of any setting has bulk streams."""
-        return any(one.endpoint.max_streams for setting in self.interfaces for one in setting.endpoints)
+        """Return whether an endpoint of any setting has bulk streams."""
+        return any(each.endpoint.max_streams for setting in self.interfaces for each in setting.endpoints)
 
     def settings(self, number: int) -> Mapping[int, InterfaceDescriptor]:
-        """The alternate settings of an interface, by bAlternateSetting; empty if there is no such interface."""
-        return {one.alternate: one for one in self.interfaces if one.number == number}
+        """Return the alternate settings of an interface by bAlternateSetting; empty if there is no such interface."""
+        return {setting.alternate: setting for setting in self.interfaces if setting.number == number}
 
     def select(self, alternates: Mapping[int, int] | None = None) -> tuple[Interface, ...]:
-        """The interfaces in their current settings, by number, each endpoint address once.
+        """Return the interfaces in the selected alternate settings, by number, each endpoint address once.
 
         Args:
-            alternates: bInterfaceNumber to bAlternateSetting; 0 (or the lowest there is) for those not named.
+            alternates: bInterfaceNumber to bAlternateSetting; other interfaces have setting 0, or their lowest.
         """
         alternates = alternates or {}
         used: set[int] = set()
@@ -412,7 +413,7 @@ class ConfigurationDescriptor:
         for number in sorted({interface.number for interface in self.interfaces}):
             settings = self.settings(number)
             setting = settings.get(alternates.get(number, 0)) or settings[min(settings)]
-            endpoints = tuple(one.endpoint for one in setting.endpoints if one.address not in used)
+            endpoints = tuple(each.endpoint for each in setting.endpoints if each.address not in used)
             used.update(endpoint.address for endpoint in endpoints)
             chosen.append(
                 Interface(
@@ -428,7 +429,7 @@ class ConfigurationDescriptor:
 
 
 class _Chain:
-    """Collects the descriptors that follow a configuration, and knows to which one each belongs."""
+    """Collects the descriptors that follow a configuration, and adds each to its interface or endpoint."""
 
     def __init__(self, warnings: list[str]) -> None:
         self.warnings = warnings
@@ -478,7 +479,7 @@ class _Chain:
             self.warnings.append(f"an endpoint descriptor of {len(raw)} bytes was skipped")
         elif not raw[2] & 0x0F or raw[2] & 0x70:
             self.warnings.append(f"an endpoint with the address {raw[2]:02x} was skipped")
-        elif any(one.raw[2] == raw[2] for one in setting.endpoints):
+        elif any(parts.raw[2] == raw[2] for parts in setting.endpoints):
             self.warnings.append(f"endpoint {raw[2]:02x} occurs twice in a setting: the second was skipped")
         else:
             setting.endpoints.append(_EndpointParts(raw))
@@ -486,7 +487,7 @@ class _Chain:
     def _companion(self, raw: bytes) -> None:
         last = self._settings[-1].endpoints[-1] if self._settings and self._settings[-1].endpoints else None
         if last is None or last.companion is not None or len(raw) < _COMPANION.size:
-            self.warnings.append("a SuperSpeed companion that belongs to no endpoint, or is too short, was skipped")
+            self.warnings.append("a SuperSpeed companion without an endpoint, or too short, was skipped")
         else:
             last.companion = SuperSpeedCompanion(*_COMPANION.unpack_from(raw)[2:])
 
@@ -495,7 +496,7 @@ class _Chain:
 
 
 class _Setting:
-    """An interface descriptor while it is read."""
+    """An interface descriptor while it is parsed."""
 
     def __init__(self, raw: bytes) -> None:
         self.raw = raw
@@ -506,12 +507,12 @@ class _Setting:
         _, _, number, alternate, count, class_, subclass, protocol, index = _INTERFACE.unpack_from(self.raw)
         if count != len(self.endpoints):
             warnings.append(f"interface {number} setting {alternate} has {len(self.endpoints)} endpoints, not {count}")
-        endpoints = tuple(one.descriptor() for one in self.endpoints)
+        endpoints = tuple(parts.descriptor() for parts in self.endpoints)
         return InterfaceDescriptor(number, alternate, class_, subclass, protocol, endpoints, index, bytes(self.extra))
 
 
 class _EndpointParts:
-    """An endpoint descriptor while it is read."""
+    """An endpoint descriptor while it is parsed."""
 
     def __init__(self, raw: bytes) -> None:
         self.raw = raw
@@ -577,7 +578,7 @@ class ContainerId:
 
 @dataclass(frozen=True, slots=True)
 class OtherCapability:
-    """A device capability that farplug has no class for: the whole descriptor, raw."""
+    """Another device capability: the whole descriptor, raw."""
 
     raw: bytes
 
@@ -602,19 +603,19 @@ def _capability(raw: bytes) -> Capability:
 
 @dataclass(frozen=True, slots=True)
 class BosDescriptor:
-    """Binary device object store: what the device can do (USB 3.2, table 9-12)."""
+    """Binary device object store: the capabilities of a device (USB 3.2, table 9-12)."""
 
     capabilities: tuple[Capability, ...] = ()
     warnings: tuple[str, ...] = field(default=(), compare=False)
 
     @classmethod
     def parse(cls, data: Buffer) -> Self:
-        """Read a BOS and its capabilities; never raises."""
+        """Parse a BOS and its capabilities; never raises."""
         warnings: list[str] = []
         data = bytes(data)
         length, _, total, count = _head(data, _BOS, (DescriptorType.BOS,), warnings)
         if total != len(data):
-            warnings.append(f"the BOS says that it has {total} bytes in all, not {len(data)}")
+            warnings.append(f"the BOS has wTotalLength {total}, not {len(data)}")
         if _BOS.size <= total:
             data = data[:total]
         capabilities: list[Capability] = []
@@ -624,7 +625,7 @@ class BosDescriptor:
             else:
                 warnings.append(f"a descriptor of type {kind} in the BOS was skipped")
         if len(capabilities) != count:
-            warnings.append(f"the BOS says that it has {count} capabilities, not {len(capabilities)}")
+            warnings.append(f"the BOS has bNumDeviceCaps {count}, not {len(capabilities)}")
         return cls(tuple(capabilities), tuple(warnings[:MAX_WARNINGS]))
 
     def __bytes__(self) -> bytes:
@@ -640,12 +641,12 @@ def string_descriptor(text: str) -> bytes:
 
 
 def language_ids(*languages: int) -> bytes:
-    """Build string descriptor zero: the languages that there are (USB 2.0, table 9-15)."""
+    """Build string descriptor zero: the supported languages (USB 2.0, table 9-15)."""
     return struct.pack(f"<BB{len(languages)}H", 2 + 2 * len(languages), DescriptorType.STRING, *languages)
 
 
 def parse_string(data: Buffer) -> str:
-    """Read the text of a string descriptor; never raises: what is no text reads as replacement characters."""
+    """Parse the text of a string descriptor; never raises: invalid UTF-16 becomes replacement characters."""
     data = bytes(data)
     if len(data) < 2 or data[1] != DescriptorType.STRING:
         return ""

@@ -1,6 +1,6 @@
-"""The waist of the program: what every device is, whether it is real or made of software.
+"""The interface of all devices, real ones and those made of software.
 
-Everything above knows only :class:`Device` and :class:`~farplug.usb.transfer.Transfer`. Everything below answers them.
+The layers above use only :class:`Device` and :class:`~farplug.usb.transfer.Transfer`; the layers below implement them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from farplug.usb.types import Buffer, Interface, Speed, TransferType
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What a device says it is (its device descriptor), at the speed it runs at now."""
+    """The fields of a device descriptor that identify a device, and its current speed."""
 
     speed: Speed
     vendor_id: int
@@ -42,8 +42,7 @@ class Offer:
 
     Attributes:
         speed: the speed that the device runs at.
-        without: the optional part that the device leaves out at this speed, as its specification calls it. Empty:
-            the device is complete.
+        without: the optional part that the device leaves out, named as in its specification; empty if it is complete.
     """
 
     speed: Speed
@@ -53,21 +52,21 @@ class Offer:
         return f"{self.speed} speed{f' without {self.without}' if self.without else ''}"
 
     def is_less_than(self, other: Offer) -> bool:
-        """Return whether the device needs less of a guest than in ``other``, and in nothing more."""
+        """Return whether the offer requires less of the guest than ``other``, and nothing more."""
         return self != other and self.speed <= other.speed and other.without in ("", self.without)
 
 
 @dataclass(frozen=True, slots=True)
 class Reception:
-    """How a device is to receive by itself on an endpoint, without being asked for each packet.
+    """Parameters for receiving on an endpoint continuously, without a request for each packet.
 
-    Interrupt IN, isochronous (IN and OUT) and buffered bulk IN work this way: a question per packet would come too
-    late over a network.
+    Interrupt IN, isochronous (IN and OUT) and buffered bulk IN work this way: over a network, a request for each
+    packet would be too late.
 
     Attributes:
         endpoint: bEndpointAddress.
         type: interrupt, isochronous, or bulk for buffered bulk receiving.
-        transfers: how many transfers to keep queued at the device.
+        transfers: the number of transfers to keep queued at the device.
         packets_per_transfer: isochronous only.
         bytes_per_transfer: buffered bulk only, a multiple of the max packet size.
         stream_id: buffered bulk only.
@@ -83,146 +82,152 @@ class Reception:
 
 @dataclass(frozen=True, slots=True)
 class DeviceEvent:
-    """Something that happens in a device and concerns people. ``str(event)`` is one line for them.
+    """An event of a device that users should see. ``str(event)`` is one line of text.
 
     Attributes:
-        name: of this kind of event; stable, for programs.
+        name: the stable name of this kind of event, for programs.
     """
 
     name: ClassVar[str]
 
 
 class DeviceListener(Protocol):
-    """What a device reports by itself."""
+    """Receives what a device reports."""
 
     def happened(self, event: DeviceEvent) -> None:
-        """Something happened in the device; the listener passes the event on."""
+        """Pass on an event of the device."""
 
     def received(self, endpoint: int, status: Status, data: Buffer) -> None:
-        """One packet (or one buffered bulk transfer) of a running reception. On an error ``data`` is what arrived."""
+        """Take a packet (or a buffered bulk transfer) of a reception. On an error ``data`` is what arrived."""
 
     def reception_ended(self, endpoint: int, status: Status) -> None:
-        """A reception ended by itself (``STALL``), or has an error to report while it runs on (any other)."""
+        """Note that a reception ended (``STALL``), or that it goes on after an error (any other status)."""
 
     def lost(self, error: Exception | None) -> None:
-        """The device is gone: nothing will be answered any more."""
+        """Note that the device is gone: it will not complete any more transfers."""
 
 
 class Device(ABC):
-    """Something that answers USB transfers.
+    """A USB device.
 
-    All calls come from one thread, the one that runs the event loop. Nothing here blocks: what may take long (real
-    hardware) is a coroutine. Between :meth:`open` and :meth:`close` the device belongs to one listener. It can be
-    opened again after it was closed.
+    All methods are called from the thread that runs the event loop. None blocks: those that may take long (real
+    hardware) are coroutines. Between :meth:`open` and :meth:`close` the device reports to one listener. A closed device
+    can be opened again.
     """
 
     @property
     @abstractmethod
     def identity(self) -> Identity:
-        """What it says it is, at the selected speed."""
+        """Return the identity at the selected speed."""
 
     @property
     @abstractmethod
     def configuration(self) -> int:
-        """bConfigurationValue of the current configuration; 0 while it has none."""
+        """Return bConfigurationValue of the current configuration; 0 while the device is not configured."""
 
     @property
     @abstractmethod
     def interfaces(self) -> Sequence[Interface]:
-        """The interfaces of the current configuration, each in its current alternate setting.
+        """Return the interfaces of the current configuration, each in its current alternate setting.
 
-        Before a configuration was chosen: those of the first one, because guests filter by interface classes.
+        While the device is not configured: those of the first configuration, because guests filter by interface class.
         """
 
     @property
     def offers(self) -> Sequence[Offer]:
-        """The ways to offer the device to a guest, the best first."""
+        """Return the ways to offer the device to a guest, the best first."""
         return (Offer(self.identity.speed),)
 
     @property
     def offer(self) -> Offer:
-        """The selected one of :attr:`offers`."""
+        """Return the selected one of :attr:`offers`."""
         return Offer(self.identity.speed)
 
     @property
     def used_at_once(self) -> bool:
-        """Whether a guest that has a driver for the device uses it as soon as the guest has found it.
+        """Return whether a guest with a driver uses the device as soon as the guest has configured it.
 
-        If so, and the guest leaves the device alone, the device is offered in the next lesser way of :attr:`offers`.
+        If so, and the guest does not use the device, the device is offered in the next way of :attr:`offers`.
         """
         return False
 
     @property
     def has_streams(self) -> bool:
-        """Whether a setting of the device has bulk streams, in the selected offer."""
+        """Return whether an alternate setting has bulk streams, in the selected offer."""
         return any(endpoint.max_streams for interface in self.interfaces for endpoint in interface.endpoints)
 
     def select(self, offer: Offer) -> None:
-        """Be what ``offer`` says, one of :attr:`offers`, from the next :meth:`open` on. Only while it is not open.
+        """Select one of :attr:`offers` for the next :meth:`open`.
 
         Raises:
             ValueError: the device has no such offer.
+            StateError: the device is open.
         """
         if offer not in self.offers:
             raise ValueError(f"{self.identity} cannot be offered at {offer}")
 
     @property
     def figures(self) -> Figures | None:
-        """Return the device's own counters; None if it has none, and its transfers count."""
+        """Return the device's own counters; None if only its transfers are counted."""
         return None
 
-    async def open(self, listener: DeviceListener) -> None:  # noqa: B027  (many devices need nothing here)
-        """Take the device.
+    async def open(self, listener: DeviceListener) -> None:
+        """Open the device.
 
         Raises:
-            DeviceError: it cannot be taken.
+            DeviceError: the device cannot be opened.
+            StateError: the device is already open.
         """
 
     @abstractmethod
     def submit(self, transfer: Transfer) -> None:
-        """Take a transfer and complete it once, now or later. A device never raises because of what a guest asks."""
+        """Take a transfer and complete it once, now or later. No transfer of a guest makes a device raise."""
 
     @abstractmethod
     def cancel(self, transfer: Transfer) -> None:
-        """Complete a submitted transfer soon: as ``CANCELLED``, or as it ends if that comes first.
+        """Complete a submitted transfer soon: as ``CANCELLED``, or with another status if it ends first.
 
-        A transfer that is already completed is left alone.
+        A completed transfer is ignored.
         """
 
     @abstractmethod
     async def reset(self) -> Status:
-        """A port reset: back to no configuration, every pending transfer cancelled, receptions ended silently."""
+        """Reset the port: unconfigure the device, cancel all pending transfers, and end receptions silently."""
 
     @abstractmethod
     async def set_configuration(self, value: int) -> Status:
-        """Choose a configuration by bConfigurationValue; 0 for none. Cancels everything that is pending."""
+        """Select a configuration by bConfigurationValue; 0 for none. Cancels all pending transfers."""
 
     @abstractmethod
     async def set_interface(self, number: int, alternate: int) -> Status:
-        """Choose an alternate setting by bInterfaceNumber and bAlternateSetting.
+        """Select an alternate setting by bInterfaceNumber and bAlternateSetting.
 
         Returns:
-            ``INVALID`` if there is no such interface, ``STALL`` if it has no such setting.
+            ``INVALID`` if there is no such interface, ``STALL`` if the interface has no such setting.
         """
 
     def start_receiving(self, reception: Reception) -> Status:
-        """Receive on an endpoint without being asked. ``INVALID`` if it already runs, ``STALL`` if it cannot."""
+        """Start to receive on an endpoint continuously.
+
+        Returns:
+            ``INVALID`` if the endpoint already receives, ``STALL`` if it cannot.
+        """
         return Status.STALL
 
     def stop_receiving(self, endpoint: int) -> Status:
-        """Stop what :meth:`start_receiving` began; success also when nothing runs."""
+        """Stop receiving on an endpoint. Returns ``SUCCESS`` also if it does not receive."""
         return Status.SUCCESS
 
     async def allocate_streams(self, endpoints: Sequence[int], count: int) -> Status:
-        """Allocate ``count`` bulk streams on each of the endpoints, all or none."""
+        """Allocate ``count`` bulk streams on each of the endpoints, or on none."""
         return Status.STALL
 
     async def free_streams(self, endpoints: Sequence[int]) -> Status:
-        """Give the bulk streams of these endpoints back."""
+        """Free the bulk streams of the endpoints."""
         return Status.STALL
 
-    async def close(self) -> None:  # noqa: B027
-        """Give the device back: pending transfers are cancelled, what was written is on stable storage.
+    async def close(self) -> None:
+        """Cancel all pending transfers, make durable what was written, and release the device.
 
         Raises:
             DeviceError: what was written could not be made durable (``IO_ERROR``).

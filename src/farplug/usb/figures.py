@@ -1,4 +1,4 @@
-"""What a device has moved: in all, and through each endpoint."""
+"""Counters of a device and of its endpoints."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What a device has moved since it was made.
+    """Counters of a device since it was made.
 
     Attributes:
         read: bytes that the guest read.
         written: bytes that the guest wrote.
-        commands: a disk's commands; for a device that does not count commands, transfers.
+        commands: the commands of a disk; the transfers of a device that does not count commands.
     """
 
     read: int = 0
@@ -25,7 +25,7 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class EndpointFigures:
-    """What moved through one endpoint since the device was attached.
+    """Counters of an endpoint since the device was attached.
 
     Attributes:
         endpoint: bEndpointAddress; both directions of endpoint 0 count under 0.
@@ -34,7 +34,7 @@ class EndpointFigures:
         errors: transfers that ended with an error other than a stall or a cancellation.
         stalls: transfers that ended with a stall.
         cancelled: transfers that the guest cancelled.
-        dropped: packets of a reception that the guest did not take in time.
+        dropped: packets of a reception that were dropped because the guest was too slow.
     """
 
     endpoint: int

@@ -1,4 +1,4 @@
-"""A transfer: one request on one endpoint, completed exactly once with a status and the bytes that did move."""
+"""A transfer: one request on one endpoint, completed exactly once with a status and the bytes that moved."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class Status(IntEnum):
     SUCCESS = 0
     CANCELLED = 1
     INVALID = 2
-    """The request makes no sense for this endpoint."""
+    """The request is not valid for this endpoint."""
     IO_ERROR = 3
     STALL = 4
     TIMEOUT = 5
     BABBLE = 6
-    """The device sent more than was asked for."""
+    """The device sent more than was requested."""
 
     @classmethod
     def _missing_(cls, value: object) -> Status:
@@ -31,21 +31,21 @@ class Status(IntEnum):
 
 
 class Transfer:
-    """One request on one endpoint (libusb's word; Linux says URB).
+    """One request on one endpoint (a transfer in libusb, a URB in Linux).
 
-    Whoever submits it may be called back before ``submit`` returns (a disk whose blocks are in the page cache) or much
-    later (a key that somebody presses).
+    ``on_complete`` may be called before ``submit`` returns (a disk whose blocks are in the page cache) or much later
+    (a keyboard).
 
     Attributes:
         type: control, bulk, interrupt or isochronous.
         endpoint: bEndpointAddress. For control transfers bit 7 is the direction of the data stage.
-        length: IN: how many bytes are wanted at most. OUT: how many bytes ``data`` has.
+        length: IN: the most bytes to receive. OUT: the length of ``data``.
         data: OUT: the payload. IN: empty.
         setup: control transfers only.
         stream_id: bulk streams, 1 and up; 0 for none.
         status: None until completed.
         reply: IN, once completed: the bytes that arrived.
-        actual: once completed: how many bytes moved, in either direction.
+        actual: once completed: the bytes that moved, in either direction.
     """
 
     __slots__ = ("actual", "data", "endpoint", "length", "on_complete", "reply", "setup", "status", "stream_id", "type")
@@ -74,19 +74,19 @@ class Transfer:
 
     @property
     def direction(self) -> Direction:
-        """Seen from the host."""
+        """Return the direction, as the host sees it."""
         return Direction(self.endpoint & 0x80)
 
     def complete(self, status: Status = Status.SUCCESS, reply: Buffer = b"", *, actual: int | None = None) -> None:
         """End the transfer. Called by the device, exactly once.
 
         Args:
-            status: how it ended.
+            status: how the transfer ended.
             reply: IN: the bytes that arrived, on success or not. More than ``length`` becomes a babble.
-            actual: OUT: how many bytes were taken; all of them if it is not given and the status is success.
+            actual: OUT: the bytes that moved; if not given, all of them on success, otherwise none.
 
         Raises:
-            DeviceError: it was completed before (``DEVICE_FAULT``). Nothing was changed.
+            DeviceError: the transfer is already completed (``DEVICE_FAULT``). It does not change.
         """
         if self.status is not None:
             raise DeviceError(f"{self} was completed twice", reason=Reason.DEVICE_FAULT)

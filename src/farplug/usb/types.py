@@ -1,4 +1,4 @@
-"""The words of USB: speeds, transfer types, directions, requests, and what an interface and an endpoint are.
+"""USB types: speeds, transfer types, directions, requests, interfaces and endpoints.
 
 Sources: USB 2.0 specification, chapter 9; USB 3.2 specification, chapter 9.
 """
@@ -11,11 +11,11 @@ from enum import IntEnum
 from typing import Self, TypeAlias
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
-"""Bytes that are passed on without being copied. Who hands one over no longer changes it."""
+"""Bytes that are passed on without a copy. The caller must not change them afterwards."""
 
 
 class Speed(IntEnum):
-    """How fast a device talks, slowest first."""
+    """The speed of a device, slowest first."""
 
     LOW = 0
     """1.5 Mb/s"""
@@ -45,7 +45,7 @@ class TransferType(IntEnum):
 
 
 class Direction(IntEnum):
-    """Bit 7 of bEndpointAddress and of bmRequestType, seen from the host."""
+    """Bit 7 of bEndpointAddress and of bmRequestType, as the host sees it."""
 
     OUT = 0x00
     IN = 0x80
@@ -74,7 +74,7 @@ class Recipient(IntEnum):
         return cls.RESERVED
 
 
-class Request(IntEnum):
+class StandardRequest(IntEnum):
     """bRequest of the standard requests (USB 2.0, table 9-4; USB 3.2, table 9-5)."""
 
     GET_STATUS = 0
@@ -149,7 +149,7 @@ class Setup:
 
     @classmethod
     def parse(cls, data: Buffer) -> Self:
-        """Read eight bytes. Raises ``ValueError`` if there are not exactly eight."""
+        """Parse a setup packet. Raises ``ValueError`` if it does not have eight bytes."""
         if len(data) != _SETUP.size:
             raise ValueError(f"a setup packet has {_SETUP.size} bytes, not {len(data)}")
         return cls(*_SETUP.unpack(data))
@@ -159,17 +159,17 @@ class Setup:
 
     @property
     def direction(self) -> Direction:
-        """Of the data stage."""
+        """Return the direction of the data stage."""
         return Direction.IN if self.request_type & 0x80 else Direction.OUT
 
     @property
     def type(self) -> RequestType:
-        """Who defines the request."""
+        """Return the type of the request: standard, class or vendor."""
         return RequestType(self.request_type >> 5 & 3)
 
     @property
     def recipient(self) -> Recipient:
-        """Whom the request is for."""
+        """Return the recipient of the request."""
         return Recipient(self.request_type & 0x1F)
 
     def __str__(self) -> str:
@@ -185,11 +185,11 @@ class Endpoint:
 
     Attributes:
         address: bEndpointAddress; bit 7 is the direction.
-        type: what kind of transfer it carries.
-        max_packet_size: wMaxPacketSize in bytes, the transactions-per-microframe bits taken out. For isochronous
-            endpoints what moves in one interval: times the transactions, from SuperSpeed on times burst and mult.
+        type: its transfer type.
+        max_packet_size: wMaxPacketSize in bytes, without the transactions-per-microframe bits. For isochronous
+            endpoints the bytes in an interval: times the transactions, from SuperSpeed on times burst and mult.
         interval: bInterval, raw; at least 1 for interrupt and isochronous endpoints.
-        max_streams: how many bulk streams it has (SuperSpeed companion); 0 if none.
+        max_streams: the number of bulk streams (SuperSpeed companion); 0 if none.
     """
 
     address: int
@@ -200,12 +200,12 @@ class Endpoint:
 
     @property
     def direction(self) -> Direction:
-        """Seen from the host."""
+        """Return the direction, as the host sees it."""
         return Direction(self.address & 0x80)
 
     @property
     def number(self) -> int:
-        """Without the direction."""
+        """Return the endpoint number, without the direction."""
         return self.address & 0x0F
 
 

@@ -1,4 +1,4 @@
-"""Devices made of software: the kit, and the functions that a person wants to plug."""
+"""Devices made of software: the kit for functions, disks and CD-ROM drives."""
 
 from typing import TYPE_CHECKING
 

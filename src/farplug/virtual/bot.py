@@ -1,13 +1,13 @@
 """Bulk-Only Transport: SCSI commands over two bulk endpoints (USB Mass Storage Class, Bulk-Only Transport 1.0).
 
-A command is three transfers: the command block wrapper (CBW, OUT), the data, the command status wrapper (CSW, IN). The
-guest may queue transfers before they can be answered: each endpoint has a queue, and the phase says which queue is
-served next. What waits in a queue is what real hardware answers with NAK.
+A command has three phases: the command block wrapper (CBW, OUT), the data, the command status wrapper (CSW, IN). The
+guest may submit transfers before they can be completed: each endpoint has a queue, and the phase determines which queue
+is served next. Real hardware answers a transfer that waits here with NAK.
 
-The host's expectation (H, from the CBW) and what the command does (D) meet in thirteen cases (chapter 6.7). Nothing
-stalls in any of them: short data is padded with zeros or ended by a short transfer, surplus data is taken and dropped.
-Firmware cannot recover from stalls, and QEMU's own disk, which every system knows, never stalls either. Only a CBW that
-is none halts both endpoints, until a Bulk-Only Mass Storage Reset (chapter 6.6.1).
+What the host expects (H, from the CBW) and what the device does (D) combine in thirteen cases (chapter 6.7). No case
+stalls: short data is padded with zeros or ended by a short transfer, surplus data is received and dropped. Firmware
+cannot recover from stalls, and QEMU's own disk, which every system supports, never stalls either. Only an invalid CBW
+halts both endpoints, until a Bulk-Only Mass Storage Reset (chapter 6.6.1).
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ GET_MAX_LUN = Setup(0xA1, 0xFE, 0, 0, 1)
 BULK_ONLY_RESET = Setup(0x21, 0xFF, 0, 0, 0)
 
 MAX_PADDING = 64 * 1024
-"""Short data is padded to what the host expects up to here; beyond, a short transfer ends it. SeaBIOS on xHCI takes a
-short transfer for a failed one, and asks for no more than this."""
+"""Short data is padded up to this expected length; above it, a short transfer ends the data. SeaBIOS on xHCI treats a
+short transfer as a failed one, and never expects more than this."""
 
 MIN_PREFETCH, MAX_PREFETCH = 32 << 10, 1 << 20
-"""A READ of so many bytes is fetched as soon as the command is acknowledged, while the guest prepares to ask for the
-data. For less it is not worth a turn of the event loop."""
+"""A READ of this size is read ahead as soon as its CBW is completed, while the guest prepares the data transfer. A
+smaller one is not worth an iteration of the event loop."""
 
 MAX_UNWRITTEN = 4 << 20
-"""Bytes handed to the store and not yet written; more data waits in the queue, not acknowledged."""
+"""Bytes passed to the store and not yet written; further OUT transfers wait in the queue, not completed."""
 
 MAX_UNREAD = 16 << 20
-"""Bytes of reads under way that nobody waits for; above it, further reads wait."""
+"""Bytes of reads in flight whose transfers or commands are gone; above it, further reads wait."""
 
 MAX_QUEUED = 32 << 20
-"""Bytes of OUT transfers that wait in the queue; more are refused with an I/O error."""
+"""Bytes of OUT transfers that wait in the queue; further ones fail with an I/O error."""
 
 
 class CswStatus(IntEnum):
@@ -67,7 +67,7 @@ class CswStatus(IntEnum):
 
 
 class _Phase(IntEnum):
-    """What comes next."""
+    """The next phase."""
 
     COMMAND = auto()
     DATA_IN = auto()
@@ -80,15 +80,15 @@ class _Command:
 
     Attributes:
         tag: dCBWTag.
-        length: H, what the host expects to move.
-        unit: whose it is.
-        task: what it does.
+        length: H, the bytes that the host expects to move.
+        unit: the logical unit of the command.
+        task: executes the command.
         moved: how much of H has moved, padding included.
-        size: how much of it the command itself moves, at most H: what follows is padding, or dropped.
-        performed: the task was begun. It is not when the host expects something else.
-        fetching: data-in is read ahead.
-        pad: fill short data with zeros.
-        phase_error: the host expects something else, or less.
+        size: how much of H the task moves; the rest is padding (IN), or dropped (OUT).
+        performed: the task was started. False if the host expects the other direction, or too little data-out.
+        fetching: whether data-in is being read ahead.
+        pad: whether to fill short data with zeros.
+        phase_error: the host expects the other direction, or less data than the command moves.
     """
 
     __slots__ = ("fetching", "length", "moved", "pad", "performed", "phase_error", "size", "tag", "task", "unit")
@@ -110,9 +110,9 @@ class BulkOnly:
     """The state machine of one Bulk-Only interface.
 
     Args:
-        units: by logical unit number.
+        units: the logical units, by number.
         endpoint_in: the function's own address of the bulk IN endpoint.
-        endpoint_out: of the bulk OUT endpoint.
+        endpoint_out: the function's own address of the bulk OUT endpoint.
     """
 
     def __init__(self, units: Sequence[LogicalUnit], endpoint_in: int, endpoint_out: int) -> None:
@@ -132,18 +132,18 @@ class BulkOnly:
         self._wedged = False
         self._advancing = False
         self._steps: dict[_Phase, Callable[[], bool]] = {
-            _Phase.COMMAND: self._take_command,
-            _Phase.DATA_IN: self._give_data,
-            _Phase.DATA_OUT: self._take_data,
-            _Phase.STATUS: self._give_status,
+            _Phase.COMMAND: self._receive_command,
+            _Phase.DATA_IN: self._send_data,
+            _Phase.DATA_OUT: self._receive_data,
+            _Phase.STATUS: self._send_status,
         }
 
     def bind(self, host: FunctionHost) -> None:
-        """Say who can halt the endpoints."""
+        """Set the host, which can halt the endpoints."""
         self._host = host
 
     def control(self, transfer: Transfer) -> bool:
-        """Answer a class request (chapter 3). False: it is none, or has wrong fields (it stalls)."""
+        """Complete a class request (chapter 3). Returns False for other requests and wrong fields: they stall."""
         if transfer.setup == GET_MAX_LUN:
             transfer.complete(reply=bytes((len(self._units) - 1,)))
         elif transfer.setup == BULK_ONLY_RESET:
@@ -158,7 +158,7 @@ class BulkOnly:
         if transfer.endpoint & 0x80:
             self._in.append(transfer)
         elif self._queued + transfer.length > MAX_QUEUED:
-            self._spoil()
+            self._data_out_lost()
             transfer.complete(Status.IO_ERROR)
         else:
             self._queued += transfer.length
@@ -166,7 +166,7 @@ class BulkOnly:
         self._advance()
 
     def cancel(self, transfer: Transfer) -> None:
-        """Complete a pending transfer as cancelled. Nothing of it has moved: the next one takes its place."""
+        """Complete a pending transfer as cancelled. None of its data has moved: the next transfer moves that data."""
         if transfer is self._reading:
             self._reading = None
         elif transfer in self._in:
@@ -176,37 +176,37 @@ class BulkOnly:
             self._out.remove(transfer)
             self._queued -= transfer.length
             if later:
-                self._spoil()
+                self._data_out_lost()
         else:
             return
         transfer.complete(Status.CANCELLED)
         self._advance()
 
-    def _spoil(self) -> None:
-        """Data-out is missing: what follows would be written in its place."""
+    def _data_out_lost(self) -> None:
+        """Fail the command, because part of its data-out is missing: later data would be written in its place."""
         command = self._command
         if self._phase is _Phase.DATA_OUT and command is not None:
             command.size = min(command.size, command.moved)
             command.task.fail(ABORTED_COMMAND)
 
     def _bulk_only_reset(self) -> None:
-        """Be ready for a CBW again (chapter 3.1). Halts stay until the guest clears them; IN transfers stay queued."""
+        """Wait for a CBW again (chapter 3.1). Halts stay until the guest clears them; IN transfers stay queued."""
         self._wedged = False
-        self._forget()
+        self._drop_command()
         dropped, self._out = self._out, deque()
         self._queued = 0
         for transfer in dropped:
             transfer.complete()
 
     def halt_cleared(self, endpoint: int) -> None:
-        """Halt again while no reset has come yet (chapter 6.6.1: the endpoints stay halted until then)."""
+        """Halt again if there was no reset after an invalid CBW (chapter 6.6.1: endpoints stay halted until then)."""
         if self._wedged:
             self._halt(endpoint)
 
     def reset(self) -> None:
-        """Drop everything. Writes under way go on: the store keeps their order."""
+        """Cancel all transfers and abort the command. Writes in flight go on: the store keeps their order."""
         self._wedged = False
-        self._forget()
+        self._drop_command()
         pending = [*self._in, *self._out]
         self._in.clear()
         self._out.clear()
@@ -214,17 +214,17 @@ class BulkOnly:
         for transfer in pending:
             transfer.complete(Status.CANCELLED)
 
-    def _forget(self) -> None:
+    def _drop_command(self) -> None:
         self._phase = _Phase.COMMAND
         if self._command is not None:
-            self._command.task.drop()
+            self._command.task.abort()
         self._command = None
         if self._reading is not None:
             self._in.appendleft(self._reading)
             self._reading = None
 
     def _advance(self) -> None:
-        """Take steps until the next one has to wait. Completions that submit again end up in the queues."""
+        """Run steps until one has to wait. Transfers that completions submit meanwhile go to the queues."""
         if self._advancing:
             return
         self._advancing = True
@@ -234,9 +234,9 @@ class BulkOnly:
         finally:
             self._advancing = False
 
-    # Steps: each serves one transfer, or returns False because it has to wait.
+    # Steps: each serves one transfer, or returns False if it has to wait.
 
-    def _take_command(self) -> bool:
+    def _receive_command(self) -> bool:
         if not self._out:
             return False
         transfer = self._next_out()
@@ -258,21 +258,21 @@ class BulkOnly:
         if self._command is command and command.performed:
             task.start()
             if task.reads_store and not task.busy and MIN_PREFETCH <= command.size <= MAX_PREFETCH:
-                # Not now: the acknowledgement leaves first.
+                # Later, because the completion of the CBW is sent first.
                 asyncio.get_running_loop().call_soon(self._prefetch, command)
         return True
 
     def _match(self, command: _Command, direction: Direction) -> None:
-        """Match what the host expects with what the command does."""
+        """Compare what the host expects with what the command does (chapter 6.7)."""
         task, length = command.task, command.length
-        demand = task.demand
-        if not demand:  # cases 1, 4, 9
+        transfer_length = task.transfer_length
+        if not transfer_length:  # cases 1, 4, 9
             return
         if not length or task.direction is not direction:  # cases 2, 3, 8, 10
             command.phase_error, command.performed = True, False
             command.pad = False
-        elif demand <= length:  # cases 5, 6, 11, 12
-            command.size = demand
+        elif transfer_length <= length:  # cases 5, 6, 11, 12
+            command.size = transfer_length
         elif direction is Direction.IN:  # case 7
             command.phase_error = True
             command.size = length
@@ -291,7 +291,7 @@ class BulkOnly:
         command.fetching = False
         self._advance()
 
-    def _give_data(self) -> bool:
+    def _send_data(self) -> bool:
         if self._reading is not None or not self._in:
             return False
         command = self._command
@@ -300,7 +300,7 @@ class BulkOnly:
         if command.fetching or task.busy:
             return False
         if task.reads_store and self._unread > MAX_UNREAD:
-            return False  # reads that were cancelled or reset are still under way
+            return False  # reads of cancelled transfers are still in flight
         transfer = self._in.popleft()
         wanted = min(transfer.length, command.length - command.moved)
         available = 0 if task.sense is not None else min(wanted, command.size - command.moved)
@@ -319,10 +319,10 @@ class BulkOnly:
             if data is not None:
                 command.task.delivered(len(data))
             self._reply(command, transfer, b"" if data is None else data)
-        self._advance()  # if cancelled or reset meanwhile: another read may have waited for this one
+        self._advance()  # also if cancelled or reset: another read may have waited for this one
 
     def _reply(self, command: _Command, transfer: Transfer, data: Buffer) -> None:
-        """Answer an IN transfer of the data phase; padding, or a short transfer, follow from what is missing."""
+        """Complete an IN transfer of the data phase; missing data becomes padding or a short transfer."""
         missing = min(transfer.length, command.length - command.moved) - len(data)
         if missing and command.pad:
             data = bytes(data) + bytes(missing)
@@ -331,28 +331,28 @@ class BulkOnly:
             self._phase = _Phase.STATUS
         transfer.complete(Status.SUCCESS, data)
 
-    def _take_data(self) -> bool:
+    def _receive_data(self) -> bool:
         if not self._out or (self._unwritten and self._unwritten + self._out[0].length > MAX_UNWRITTEN):
             return False
         command = self._command
         assert command is not None
         transfer = self._next_out()
-        begin = command.moved
-        command.moved = min(command.length, begin + transfer.length)
+        position = command.moved
+        command.moved = min(command.length, position + transfer.length)
         if command.moved == command.length:
             self._phase = _Phase.STATUS
-        useful = min(command.moved, command.size) - begin
-        transfer.complete()  # first: the guest's next step and the write then run at the same time
+        useful = min(command.moved, command.size) - position
+        transfer.complete()  # before the write, so that the guest goes on meanwhile
         if useful > 0:
             self._unwritten += useful
-            command.task.put(begin, memoryview(transfer.data)[:useful], partial(self._put, useful))
+            command.task.put(position, memoryview(transfer.data)[:useful], partial(self._data_written, useful))
         return True
 
-    def _put(self, length: int) -> None:
+    def _data_written(self, length: int) -> None:
         self._unwritten -= length
-        self._advance()  # the data may be that of a command that is gone: another one's has waited for it
+        self._advance()  # also if the command is gone: another command's data may have waited
 
-    def _give_status(self) -> bool:
+    def _send_status(self) -> bool:
         command = self._command
         assert command is not None
         task = command.task
@@ -382,8 +382,8 @@ class BulkOnly:
         return transfer
 
     def _wedge(self, transfer: Transfer, what: str) -> bool:
-        """A CBW that is none: halt both endpoints until a reset (chapter 6.6.1)."""
-        log.debug("the guest sent %s instead of a command: endpoints halted until a reset", what)
+        """Halt both endpoints until a reset, because of an invalid CBW (chapter 6.6.1)."""
+        log.debug("invalid command block wrapper (%s): endpoints halted until a reset", what)
         self._wedged = True
         self._halt(self._endpoint_in)
         self._halt(self._endpoint_out)

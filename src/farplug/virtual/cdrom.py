@@ -1,4 +1,4 @@
-"""A CD-ROM drive: mass storage whose medium, an ISO image, comes and goes while it is plugged."""
+"""A CD-ROM drive: mass storage whose medium, an ISO image, can be changed while the drive is plugged."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Iso: TypeAlias = str | os.PathLike[str] | Store
 
 
 class _Disc(Store):
-    """A medium while it is in the drive; afterwards nothing of it can be read, also by commands that are under way."""
+    """A medium while it is in the drive. After :meth:`remove` reads fail, also those of running commands."""
 
     read_only = True
     write_cache = False
@@ -62,17 +62,16 @@ class _Disc(Store):
 
 
 class CdromDrive(LogicalUnit):
-    """A logical unit whose medium comes and goes. Media belong to it from their insertion to their ejection, which
-    closes them.
+    """A logical unit with a removable medium. The drive owns a medium from its insertion, and closes it on ejection.
 
     Args:
-        iso: the first medium; None: the drive is empty.
+        iso: the first medium; None for an empty drive.
         serial_number: of the drive: upper-case hex digits. Empty: that of the first medium, or a random one.
-        luns: how many logical units the device has.
+        luns: the number of logical units of the device.
 
     Raises:
-        ImageError: the image cannot be used, or is none of a CD.
-        LocalProtocolError: the store has other blocks than 2048 bytes.
+        ImageError: the image cannot be used, or is not an image of a CD.
+        ValueError: the store does not have blocks of 2048 bytes.
     """
 
     def __init__(self, iso: Iso | None = None, *, serial_number: str = "", luns: int = 1) -> None:
@@ -96,60 +95,67 @@ class CdromDrive(LogicalUnit):
 
     @property
     def medium(self) -> str | None:
-        """The name of what is in it: a path. None: nothing."""
+        """Return the name of the medium, a path; None if the drive is empty."""
         return None if self._disc is None else self._disc.name
 
     @property
     def locked(self) -> bool:
-        """The guest prevents that the medium is taken out."""
+        """Return whether the guest has locked the medium."""
         return self._scsi.locked
 
     async def insert(self, iso: Iso, *, force: bool = False) -> None:
-        """Put a medium in, in place of the one that is there.
+        """Insert a medium. The previous medium is ejected.
 
         Args:
-            iso: what.
-            force: eject the other one although the guest has locked it, and take an image that has no volume of a CD.
+            iso: the new medium.
+            force: eject the previous medium although the guest has locked it, and accept an image without a CD volume.
 
         Raises:
-            ImageError: the image cannot be used, or is none of a CD. Nothing has changed.
-            DeviceError: MEDIUM_LOCKED: the guest has locked the other one.
-            LocalProtocolError: the store has other blocks than 2048 bytes.
+            ImageError: the image cannot be used, or is not an image of a CD. Nothing has changed.
+            DeviceError: MEDIUM_LOCKED: the guest has locked the previous medium.
+            ValueError: the store does not have blocks of 2048 bytes.
         """
         disc = _disc(iso, force=force)
         try:
-            await self.eject(force=force)
-            self._scsi.insert(disc)
-        except BaseException:
+            ejected = self._eject(force=force)
+        except DeviceError:
             if not isinstance(iso, Store):
                 await disc.close()
             raise
+        self._scsi.insert(disc)
         self.store = disc
         self.report(MediumInserted(disc.name, lun=self.number))
+        if ejected is not None:
+            await ejected.close()
 
     async def eject(self, *, force: bool = False) -> None:
-        """Take the medium out, if there is one, and close it.
+        """Eject the medium, if there is one, and close it.
 
         Args:
-            force: although the guest has locked it: what it has mounted fails from now on.
+            force: eject the medium although the guest has locked it: reads of a mounted file system then fail.
 
         Raises:
-            DeviceError: MEDIUM_LOCKED: the guest has locked it, and now knows that somebody wants it.
+            DeviceError: MEDIUM_LOCKED: the guest has locked the medium. The guest has received an eject request.
         """
+        ejected = self._eject(force=force)
+        if ejected is not None:
+            await ejected.close()
+
+    def _eject(self, *, force: bool) -> _Disc | None:
         disc = self._disc
         if disc is None:
-            return
+            return None
         if not self._scsi.eject(force=force):
             raise DeviceError(
                 f"{disc.name} is locked by the guest",
                 reason=Reason.MEDIUM_LOCKED,
-                remedy="unmount it in the guest, or eject it by force: then the guest's reads of it fail",
+                remedy="unmount it in the guest, or eject it by force: reads of the guest then fail",
             )
         self._take_out(disc, by_guest=False)
-        await disc.close()
+        return disc
 
     async def close(self) -> None:
-        """Close the medium, and wait until what was ejected is closed."""
+        """Close the medium, and wait until ejected media are closed."""
         await super().close()
         await asyncio.gather(*self._closing)
 
@@ -190,18 +196,18 @@ def cdrom_device(
     """Make a USB CD-ROM drive with an ISO image in it.
 
     Args:
-        iso: the path of an ISO image, which is opened and locked here; or a store. None: the drive is empty.
+        iso: the path of an ISO image, which is opened and locked; or a store. None for an empty drive.
         serial_number: 12 or more upper-case hex digits. Empty: that of the image, or a random one.
-        speeds: what the drive may run at, the best first.
-        transport: how the guest may talk to it.
+        speeds: the speeds that the drive can run at, the best first.
+        transport: the USB transports that the drive offers.
 
     Returns:
-        The device; :func:`drives_of` gives what changes the medium. ``dispose()`` it when it will not be plugged any
-        more.
+        The device; :func:`drives_of` returns its drive, which changes the medium. Call ``dispose()`` when the device
+        is no longer needed.
 
     Raises:
-        ImageError: the image cannot be used, or is none of a CD.
-        LocalProtocolError: the store has other blocks than 2048 bytes.
+        ImageError: the image cannot be used, or is not an image of a CD.
+        ValueError: the store does not have blocks of 2048 bytes.
     """
     drive = CdromDrive(iso, serial_number=serial_number)
     function = MassStorage(drive, transport=transport)

@@ -1,20 +1,31 @@
-"""A virtual device: a bag of functions that looks like one USB device.
+"""A virtual device: functions that look like one USB device.
 
 It answers the standard requests (USB 2.0 and USB 3.2, chapters 9.4), keeps configuration, alternate settings and halts,
-and hands everything else to the function it is for.
+and passes all other requests and transfers to their function.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from farplug.errors import LocalProtocolError
+from farplug.errors import StateError
 from farplug.usb.device import Device, DeviceEvent, DeviceListener, Identity, Offer
 from farplug.usb.figures import Figures
 from farplug.usb.transfer import Status, Transfer
-from farplug.usb.types import Buffer, Feature, Interface, Recipient, Request, RequestType, Setup, Speed, TransferType
+from farplug.usb.types import (
+    Buffer,
+    Feature,
+    Interface,
+    Recipient,
+    RequestType,
+    Setup,
+    Speed,
+    StandardRequest,
+    TransferType,
+)
 from farplug.virtual.events import FunctionRaised
 from farplug.virtual.function import Function, FunctionHost
 from farplug.virtual.layout import CONFIGURATION, SPEEDS, Layout, Placement
@@ -23,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 class _Slot(FunctionHost):
-    """A function's place in the device."""
+    """A function of the device, and its place."""
 
     def __init__(self, function: Function, halted: set[int], report: Callable[[DeviceEvent], None]) -> None:
         self.function = function
@@ -43,37 +54,37 @@ class _Slot(FunctionHost):
 
 @dataclass(frozen=True, slots=True)
 class _Route:
-    """Where the transfers of an endpoint of the current setting go."""
+    """The function of an endpoint of a current alternate setting."""
 
     slot: _Slot
     own: int
     type: TransferType
     max_streams: int
-    moved: bool
+    renumbered: bool
 
 
 class VirtualDevice(Device):
     """A device made of functions.
 
-    It is made once and can be plugged, unplugged and plugged again. What its functions took when they were made (a disk
-    its image) they keep until :meth:`dispose`.
+    A device can be plugged, unplugged and plugged again. Its functions keep what their constructors acquired (a disk
+    its image) until :meth:`dispose`.
 
-    When a function raises, its transfer stalls, the log gets the traceback and the listener a
-    :class:`~farplug.virtual.events.FunctionRaised`; the device works on.
+    When a function raises an exception, its transfer stalls, the traceback is logged, and the listener receives a
+    :class:`~farplug.virtual.events.FunctionRaised`; the device stays usable.
 
     Args:
         functions: one or more. Several make a composite device with an interface association for each.
         vendor_id: 1d6b:0104 by default, the Linux Foundation's multifunction composite gadget.
         product_id: see ``vendor_id``.
         device_version: bcdDevice.
-        manufacturer: string.
-        product: string.
-        serial_number: string; for a disk 12 or more upper-case hex digits.
-        speeds: what it may run at, the best first: SUPER, HIGH, FULL.
-        remote_wakeup: it may wake a sleeping guest.
+        manufacturer: iManufacturer.
+        product: iProduct.
+        serial_number: iSerialNumber; for a disk 12 or more upper-case hex digits.
+        speeds: the speeds that the device can run at, the best first: SUPER, HIGH, FULL.
+        remote_wakeup: whether the device may wake a sleeping guest.
 
     Raises:
-        ValueError: no function, no such speed, or more endpoints than a device can have.
+        ValueError: there is no function, a speed is not supported, or there are more endpoints than a device can have.
     """
 
     def __init__(
@@ -89,7 +100,7 @@ class VirtualDevice(Device):
         remote_wakeup: bool = False,
     ) -> None:
         if not functions:
-            raise ValueError("a device has one function at least")
+            raise ValueError("a device has at least one function")
         if not speeds or not set(speeds) <= set(SPEEDS):
             raise ValueError(f"a virtual device cannot run at {', '.join(map(str, speeds)) or 'no'} speed")
         self.functions = functions
@@ -107,13 +118,13 @@ class VirtualDevice(Device):
         self._halted: set[int] = set()
         self._slots = tuple(_Slot(function, self._halted, self._report) for function in functions)
         self._listener: DeviceListener | None = None
-        self._moved: dict[Transfer, tuple[_Slot, Transfer]] = {}
-        """Pending transfers that the function sees under other numbers: its slot, and what it sees."""
-        self._become(self.offers[0])
+        self._renumbered: dict[Transfer, tuple[_Slot, Transfer]] = {}
+        """Pending transfers that the function sees with other numbers: the slot, and the function's transfer."""
+        self._apply_offer(self.offers[0])
         for slot in self._slots:
             slot.function.bind(slot)
 
-    # What it is
+    # Identity
 
     @property
     def identity(self) -> Identity:
@@ -133,7 +144,7 @@ class VirtualDevice(Device):
 
     @property
     def offers(self) -> Sequence[Offer]:
-        """At each speed complete, then without what its function can leave out. Several functions leave nothing out."""
+        """Return an offer for each speed, each followed by one without the optional part of a single function."""
         offers = []
         for speed in self._speeds:
             offers.append(Offer(speed))
@@ -147,14 +158,14 @@ class VirtualDevice(Device):
 
     @property
     def used_at_once(self) -> bool:
-        """Several functions are not: a guest may have a driver for one of them only."""
+        """Return the function's value; False for several functions: a guest may have a driver for only one of them."""
         return len(self.functions) == 1 and self.functions[0].used_at_once
 
     def select(self, offer: Offer) -> None:
         super().select(offer)
         if self._listener is not None:
-            raise LocalProtocolError(f"{self.identity} is plugged: its offer cannot be changed")
-        self._become(offer)
+            raise StateError(f"{self.identity} is plugged: its offer cannot be changed")
+        self._apply_offer(offer)
 
     @property
     def figures(self) -> Figures | None:
@@ -162,7 +173,7 @@ class VirtualDevice(Device):
         counted = [figures for function in self.functions if (figures := function.figures) is not None]
         return sum(counted, Figures()) if counted else None
 
-    def _become(self, offer: Offer) -> None:
+    def _apply_offer(self, offer: Offer) -> None:
         self._offer = offer
         self._speed = offer.speed
         for function in self.functions:
@@ -173,11 +184,11 @@ class VirtualDevice(Device):
             slot.placement = placement
         self._unconfigure()
 
-    # Its life
+    # Opening and closing
 
     async def open(self, listener: DeviceListener) -> None:
         if self._listener is not None:
-            raise LocalProtocolError(f"{self.identity} is plugged already")
+            raise StateError(f"{self.identity} is already plugged")
         self._listener = listener
         opened: list[Function] = []
         try:
@@ -198,7 +209,7 @@ class VirtualDevice(Device):
             for function in self.functions:
                 try:
                     await function.close()
-                except Exception as error:  # the others are closed all the same
+                except Exception as error:  # the other functions must be closed too
                     errors.append(error)
         finally:
             self._listener = None
@@ -206,7 +217,7 @@ class VirtualDevice(Device):
             raise errors[0]
 
     async def dispose(self) -> None:
-        """Give back what the functions took when they were made. The device cannot be plugged any more."""
+        """Release what the functions acquired in their constructors. The device cannot be plugged again."""
         for function in self.functions:
             await function.dispose()
 
@@ -231,7 +242,7 @@ class VirtualDevice(Device):
 
     def _reset_functions(self, *, port_reset: bool) -> None:
         for slot in self._slots:
-            with _Guard(self._raised, slot.function):
+            with self._catch(slot.function):
                 slot.function.reset(port_reset=port_reset)
 
     def _unconfigure(self) -> None:
@@ -252,7 +263,7 @@ class VirtualDevice(Device):
             self._configuration = value
             self._find_routes()
             for slot in self._slots:
-                with _Guard(self._raised, slot.function):
+                with self._catch(slot.function):
                     slot.function.configured(self._speed)
         return Status.SUCCESS
 
@@ -263,13 +274,13 @@ class VirtualDevice(Device):
         settings = self._layout.configuration.settings(number)
         if alternate not in settings:
             return Status.STALL
-        with _Guard(self._raised, slot.function):
+        with self._catch(slot.function):
             slot.function.reset(port_reset=False)
         for setting in settings.values():
             self._halted.difference_update(endpoint.address for endpoint in setting.endpoints)
         self._alternates[number] = alternate
         self._find_routes()
-        with _Guard(self._raised, slot.function):
+        with self._catch(slot.function):
             slot.function.set_alternate(number - slot.placement.first_interface, alternate)
             slot.function.configured(self._speed)
         return Status.SUCCESS
@@ -286,20 +297,28 @@ class VirtualDevice(Device):
                 )
 
     def _slot_of_interface(self, number: int) -> _Slot | None:
-        """None also while the device is not configured."""
+        """Return the slot of an interface; None if there is no such interface, or the device is not configured."""
         if self._configuration:
             for slot in self._slots:
                 if 0 <= number - slot.placement.first_interface < slot.placement.interface_count:
                     return slot
         return None
 
-    # What it reports
+    # Events
 
     def _report(self, event: DeviceEvent) -> None:
         if self._listener is not None:
             self._listener.happened(event)
 
-    def _raised(self, function: Function, error: Exception, transfer: Transfer | None) -> None:
+    @contextmanager
+    def _catch(self, function: Function, transfer: Transfer | None = None) -> Iterator[None]:
+        """Report an exception that a function raises, and stall the transfer."""
+        try:
+            yield
+        except Exception as error:
+            self._function_raised(function, error, transfer)
+
+    def _function_raised(self, function: Function, error: Exception, transfer: Transfer | None) -> None:
         name = type(function).__name__
         log.error("%s raised", name, exc_info=error)
         if transfer is not None and transfer.status is None:
@@ -318,33 +337,33 @@ class VirtualDevice(Device):
         elif transfer.endpoint in self._halted:
             transfer.complete(Status.STALL)
         else:
-            seen = self._move(transfer, route.slot, route.own, None) if route.moved else transfer
+            inner = self._renumber(transfer, route.slot, route.own, None) if route.renumbered else transfer
             try:
-                route.slot.function.submit(seen)
+                route.slot.function.submit(inner)
             except Exception as error:
-                self._raised(route.slot.function, error, seen)
+                self._function_raised(route.slot.function, error, inner)
 
     def cancel(self, transfer: Transfer) -> None:
         if transfer.status is not None:
             return
-        if transfer in self._moved:
-            slot, transfer = self._moved[transfer]
+        if transfer in self._renumbered:
+            slot, transfer = self._renumbered[transfer]
         elif transfer.endpoint in self._routes:
             slot = self._routes[transfer.endpoint].slot
         else:
             return
-        with _Guard(self._raised, slot.function):
+        with self._catch(slot.function):
             slot.function.cancel(transfer)
 
-    def _move(self, transfer: Transfer, slot: _Slot, endpoint: int, setup: Setup | None) -> Transfer:
-        """Make the transfer that the function sees; its completion completes the guest's."""
+    def _renumber(self, transfer: Transfer, slot: _Slot, endpoint: int, setup: Setup | None) -> Transfer:
+        """Make the transfer that the function sees; its completion completes the guest's transfer."""
 
-        def complete(seen: Transfer) -> None:
-            del self._moved[transfer]
-            assert seen.status is not None
-            transfer.complete(seen.status, seen.reply, actual=seen.actual)
+        def complete(inner: Transfer) -> None:
+            del self._renumbered[transfer]
+            assert inner.status is not None
+            transfer.complete(inner.status, inner.reply, actual=inner.actual)
 
-        seen = Transfer(
+        inner = Transfer(
             transfer.type,
             endpoint,
             complete,
@@ -353,8 +372,8 @@ class VirtualDevice(Device):
             setup=setup,
             stream_id=transfer.stream_id,
         )
-        self._moved[transfer] = slot, seen
-        return seen
+        self._renumbered[transfer] = slot, inner
+        return inner
 
     # Control transfers
 
@@ -371,22 +390,24 @@ class VirtualDevice(Device):
             else:
                 transfer.complete(Status.SUCCESS, reply[: min(setup.length, transfer.length)])
             return
-        for slot, own in self._addressees(setup):
-            seen = self._move(transfer, slot, transfer.endpoint, own)
-            with _Guard(self._raised, slot.function, seen):
-                if slot.function.control(seen):
+        for slot, own in self._recipients(setup):
+            inner = self._renumber(transfer, slot, transfer.endpoint, own)
+            with self._catch(slot.function, inner):
+                if slot.function.control(inner):
                     return
-            if seen.status is not None:  # it raised
+            if inner.status is not None:  # it raised
                 return
-            del self._moved[transfer]
+            del self._renumbered[transfer]
         transfer.complete(Status.STALL)
 
-    def _addressees(self, setup: Setup) -> list[tuple[_Slot, Setup]]:
-        """Which functions to ask, in turn, and how each sees the request.
+    def _recipients(self, setup: Setup) -> list[tuple[_Slot, Setup]]:
+        """Return the functions to try in turn, with the request as each sees it.
 
-        Of the standard requests only GET_DESCRIPTOR to an interface: HID report descriptors are asked for this way.
+        Functions receive only one standard request, GET_DESCRIPTOR to an interface: hosts read HID report descriptors
+        with it.
         """
-        if setup.type is RequestType.STANDARD and (setup.request_type, setup.request) != (0x81, Request.GET_DESCRIPTOR):
+        key = setup.request_type, setup.request
+        if setup.type is RequestType.STANDARD and key != (0x81, StandardRequest.GET_DESCRIPTOR):
             return []
         if setup.recipient is Recipient.INTERFACE:
             slot = self._slot_of_interface(setup.index & 0xFF)
@@ -432,7 +453,7 @@ class VirtualDevice(Device):
         return b""
 
     def _interface_feature(self, setup: Setup, data: Buffer) -> bytes | None:
-        """FUNCTION_SUSPEND (USB 3.2, chapter 9.4.9): nothing that is virtual needs to sleep."""
+        """Accept FUNCTION_SUSPEND (USB 3.2, chapter 9.4.9); a virtual function does not suspend."""
         interface = setup.index & 0xFF  # the high byte holds the suspend options
         if self._speed < Speed.SUPER or setup.length or setup.value != Feature.FUNCTION_SUSPEND:
             return None
@@ -448,7 +469,7 @@ class VirtualDevice(Device):
             self._halted.add(setup.index)
         else:
             self._halted.discard(setup.index)
-            with _Guard(self._raised, route.slot.function):
+            with self._catch(route.slot.function):
                 route.slot.function.halt_cleared(route.own)
         return b""
 
@@ -474,56 +495,31 @@ class VirtualDevice(Device):
         return b""
 
     def _set_sel(self, setup: Setup, data: Buffer) -> bytes | None:
-        """System exit latencies (USB 3.2, chapter 9.4.12): six bytes that nothing virtual needs."""
+        """Accept system exit latencies (USB 3.2, chapter 9.4.12), six bytes, and ignore them."""
         good = self._speed >= Speed.SUPER and not setup.value and not setup.index and len(data) == 6
         return b"" if good else None
 
     def _set_isoch_delay(self, setup: Setup, data: Buffer) -> bytes | None:
-        """USB 3.2, chapter 9.4.11."""
+        """Accept the isochronous delay (USB 3.2, chapter 9.4.11), and ignore it."""
         return b"" if self._speed >= Speed.SUPER and not setup.index and not setup.length else None
 
 
 _STANDARD_REQUESTS: dict[tuple[int, int], Callable[[VirtualDevice, Setup, Buffer], bytes | None]] = {
-    (0x80, Request.GET_STATUS): VirtualDevice._get_device_status,
-    (0x81, Request.GET_STATUS): VirtualDevice._get_interface_status,
-    (0x82, Request.GET_STATUS): VirtualDevice._get_endpoint_status,
-    (0x00, Request.CLEAR_FEATURE): lambda device, setup, data: device._device_feature(False, setup, data),
-    (0x00, Request.SET_FEATURE): lambda device, setup, data: device._device_feature(True, setup, data),
-    (0x01, Request.CLEAR_FEATURE): VirtualDevice._interface_feature,
-    (0x01, Request.SET_FEATURE): VirtualDevice._interface_feature,
-    (0x02, Request.CLEAR_FEATURE): lambda device, setup, data: device._endpoint_feature(False, setup, data),
-    (0x02, Request.SET_FEATURE): lambda device, setup, data: device._endpoint_feature(True, setup, data),
-    (0x80, Request.GET_DESCRIPTOR): VirtualDevice._get_descriptor,
-    (0x80, Request.GET_CONFIGURATION): VirtualDevice._get_configuration,
-    (0x00, Request.SET_CONFIGURATION): VirtualDevice._set_configuration,
-    (0x81, Request.GET_INTERFACE): VirtualDevice._get_interface,
-    (0x01, Request.SET_INTERFACE): VirtualDevice._set_interface,
-    (0x00, Request.SET_SEL): VirtualDevice._set_sel,
-    (0x00, Request.SET_ISOCH_DELAY): VirtualDevice._set_isoch_delay,
+    (0x80, StandardRequest.GET_STATUS): VirtualDevice._get_device_status,
+    (0x81, StandardRequest.GET_STATUS): VirtualDevice._get_interface_status,
+    (0x82, StandardRequest.GET_STATUS): VirtualDevice._get_endpoint_status,
+    (0x00, StandardRequest.CLEAR_FEATURE): lambda device, setup, data: device._device_feature(False, setup, data),
+    (0x00, StandardRequest.SET_FEATURE): lambda device, setup, data: device._device_feature(True, setup, data),
+    (0x01, StandardRequest.CLEAR_FEATURE): VirtualDevice._interface_feature,
+    (0x01, StandardRequest.SET_FEATURE): VirtualDevice._interface_feature,
+    (0x02, StandardRequest.CLEAR_FEATURE): lambda device, setup, data: device._endpoint_feature(False, setup, data),
+    (0x02, StandardRequest.SET_FEATURE): lambda device, setup, data: device._endpoint_feature(True, setup, data),
+    (0x80, StandardRequest.GET_DESCRIPTOR): VirtualDevice._get_descriptor,
+    (0x80, StandardRequest.GET_CONFIGURATION): VirtualDevice._get_configuration,
+    (0x00, StandardRequest.SET_CONFIGURATION): VirtualDevice._set_configuration,
+    (0x81, StandardRequest.GET_INTERFACE): VirtualDevice._get_interface,
+    (0x01, StandardRequest.SET_INTERFACE): VirtualDevice._set_interface,
+    (0x00, StandardRequest.SET_SEL): VirtualDevice._set_sel,
+    (0x00, StandardRequest.SET_ISOCH_DELAY): VirtualDevice._set_isoch_delay,
 }
-"""By bmRequestType and bRequest. What is not here and is no function's stalls: SYNCH_FRAME, SET_DESCRIPTOR …"""
-
-
-class _Guard:
-    """Catches what a function raises, and calls ``raised`` with it."""
-
-    __slots__ = ("_function", "_raised", "_transfer")
-
-    def __init__(
-        self,
-        raised: Callable[[Function, Exception, Transfer | None], None],
-        function: Function,
-        transfer: Transfer | None = None,
-    ) -> None:
-        self._raised = raised
-        self._function = function
-        self._transfer = transfer
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> bool:
-        if not isinstance(error, Exception):
-            return False
-        self._raised(self._function, error, self._transfer)
-        return True
+"""By bmRequestType and bRequest. Others that no function supports stall: SYNCH_FRAME, SET_DESCRIPTOR …"""

@@ -16,7 +16,7 @@ from farplug.virtual.unit import LogicalUnit
 
 
 class Disk(MassStorage):
-    """One disk or several, each a logical unit of its own: up to 16. The stores belong to it from now on."""
+    """Disks, each a logical unit: 1 to 16. The function owns the stores and closes them in :meth:`dispose`."""
 
     def __init__(self, *stores: Store, transport: StorageTransport = StorageTransport.AUTO) -> None:
         super().__init__(
@@ -31,17 +31,17 @@ def disk_device(
     speeds: Sequence[Speed] = (Speed.SUPER, Speed.HIGH),
     transport: StorageTransport = StorageTransport.AUTO,
 ) -> VirtualDevice:
-    """Make a USB disk of an image; of several, one device with a logical unit for each.
+    """Make a USB disk of an image, or of several images: one logical unit for each.
 
     Args:
-        images: the path of a RAW image or a block device, which is opened and locked here; or a store.
-        read_only: open the images for reading only. A store says itself whether it is.
-        block_size: bytes of a block of the images, 512 or 4096. A store says itself what its blocks have.
-        speeds: what the disk may run at, the best first.
-        transport: how the guest may talk to it.
+        images: the path of a RAW image or a block device, which is opened and locked; or a store.
+        read_only: open the images read-only. Ignored for stores.
+        block_size: bytes in a block of the images, 512 or 4096. Ignored for stores.
+        speeds: the speeds that the disk can run at, the best first.
+        transport: the USB transports that the disk offers.
 
     Returns:
-        The device. :meth:`~farplug.virtual.device.VirtualDevice.dispose` it when it will not be plugged any more.
+        The device. Call its :meth:`~farplug.virtual.device.VirtualDevice.dispose` when it is no longer needed.
 
     Raises:
         ImageError: an image cannot be used.

@@ -1,4 +1,4 @@
-"""What virtual devices report: media that come and go, and functions that raise."""
+"""Events of virtual devices: media, and functions that raise an exception."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from farplug.usb.device import DeviceEvent
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MediumEvent(DeviceEvent):
-    """Something that happens to the medium of a drive.
+    """An event of the medium of a drive.
 
     Attributes:
-        lun: the number of the drive, which is a logical unit of its device.
+        lun: the logical unit number of the drive.
     """
 
     lun: int = 0
@@ -21,7 +21,7 @@ class MediumEvent(DeviceEvent):
 
 @dataclass(frozen=True, slots=True)
 class MediumInserted(MediumEvent):
-    """A medium was put into a drive of the device."""
+    """A medium was inserted into a drive of the device."""
 
     name: ClassVar[str] = "medium-inserted"
     medium: str
@@ -32,7 +32,7 @@ class MediumInserted(MediumEvent):
 
 @dataclass(frozen=True, slots=True)
 class MediumEjected(MediumEvent):
-    """The medium was taken out of a drive of the device, by the guest or from here."""
+    """The medium was ejected from a drive of the device, by the guest or by farplug."""
 
     name: ClassVar[str] = "medium-ejected"
     medium: str
@@ -44,7 +44,7 @@ class MediumEjected(MediumEvent):
 
 @dataclass(frozen=True, slots=True)
 class MediumLocked(MediumEvent):
-    """The guest prevents, or allows again, that the medium is taken out of a drive of the device."""
+    """The guest locked or unlocked the medium of a drive of the device (PREVENT ALLOW MEDIUM REMOVAL)."""
 
     name: ClassVar[str] = "medium-locked"
     locked: bool
@@ -55,7 +55,7 @@ class MediumLocked(MediumEvent):
 
 @dataclass(frozen=True, slots=True)
 class FunctionRaised(DeviceEvent):
-    """A function of the device raised an exception: the transfer stalled, the device works on.
+    """A function of the device raised an exception: its transfer stalled, and the device stays usable.
 
     Attributes:
         function: the name of its class.

@@ -1,6 +1,6 @@
-"""A function is what a person wants to plug: a disk, a keyboard, a serial line. A virtual device is a bag of functions.
+"""The base class of functions. A virtual device has one or several: a disk, a keyboard, a serial line.
 
-This is the fast grain: a function is handed transfers and completes them.
+A function receives transfers and completes them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class FunctionHost(ABC):
-    """What a function may ask of the device that it is a part of."""
+    """The device, as one of its functions sees it."""
 
     @abstractmethod
     def halt(self, endpoint: int) -> None:
@@ -27,65 +27,69 @@ class FunctionHost(ABC):
 
     @abstractmethod
     def is_halted(self, endpoint: int) -> bool:
-        """Whether an endpoint is halted."""
+        """Return whether an endpoint is halted."""
 
     @abstractmethod
     def report(self, event: DeviceEvent) -> None:
-        """Report an event to whoever has opened the device; dropped while it is closed."""
+        """Report an event to the listener of the device; drop the event while the device is closed."""
 
 
 class Function(ABC):
-    """A part of a virtual device: some interfaces, their endpoints, and the requests addressed to them."""
+    """A part of a virtual device: interfaces, their endpoints, and the requests to them."""
 
     @abstractmethod
     def interfaces(self, speed: Speed) -> Sequence[InterfaceDescriptor]:
-        """The interface descriptors (every alternate setting, endpoints included) at this speed.
+        """Return the interface descriptors at this speed: every alternate setting, endpoints included.
 
-        Interface numbers count from 0 within the function and endpoint addresses are the function's own: the device
-        moves both so that functions do not collide, and hands transfers back with the function's own numbers.
+        Interface numbers count from 0 within the function, and endpoint addresses are the function's own. The device
+        renumbers both where functions collide; the function sees its own numbers in transfers and requests.
         """
 
     used_at_once: bool = False
     """See :attr:`farplug.usb.device.Device.used_at_once`."""
 
     def optional(self, speed: Speed) -> str:
-        """Return the name of the part that the function can leave out at this speed. Empty: there is none."""
+        """Return the name of the part that the function can leave out at this speed; empty if there is none."""
         return ""
 
-    def leave_out(self, optional: bool) -> None:  # noqa: B027
-        """Leave the optional part out of :meth:`interfaces` from now on, or put it in again."""
+    def leave_out(self, optional: bool) -> None:
+        """Leave the optional part out of :meth:`interfaces` from now on, or include it again."""
 
-    def bind(self, host: FunctionHost) -> None:  # noqa: B027
-        """Called once, when the function becomes a part of a device."""
+    def bind(self, host: FunctionHost) -> None:
+        """Keep the host for later. Called once, when the function becomes a part of a device."""
 
-    def configured(self, speed: Speed) -> None:  # noqa: B027
-        """The guest chose the configuration, or an alternate setting changed: start afresh."""
+    def configured(self, speed: Speed) -> None:
+        """Start from the initial state: the guest selected the configuration, or an alternate setting."""
 
-    def set_alternate(self, interface: int, alternate: int) -> None:  # noqa: B027
-        """The guest chose an alternate setting of one of the function's interfaces."""
+    def set_alternate(self, interface: int, alternate: int) -> None:
+        """Select an alternate setting of one of the function's interfaces."""
 
     def control(self, transfer: Transfer) -> bool:
-        """A class or vendor request to one of the function's interfaces or endpoints. False: not mine (it stalls)."""
+        """Complete a class or vendor request to the device, or to an interface or endpoint of the function.
+
+        Returns:
+            False if the function does not support the request: the request stalls.
+        """
         return False
 
     @abstractmethod
     def submit(self, transfer: Transfer) -> None:
-        """A transfer on one of the function's endpoints, which is not halted. Complete it once, now or later."""
+        """Take a transfer on one of the function's endpoints, which is not halted. Complete it once, now or later."""
 
     @abstractmethod
     def cancel(self, transfer: Transfer) -> None:
-        """Complete a transfer that is still pending as ``CANCELLED``; leave a completed one alone."""
+        """Complete a transfer that is still pending as ``CANCELLED``; ignore a completed one."""
 
-    def halt_cleared(self, endpoint: int) -> None:  # noqa: B027
-        """The guest cleared the halt of an endpoint (also when it was not halted)."""
+    def halt_cleared(self, endpoint: int) -> None:
+        """Resume an endpoint: the guest cleared its halt, or the endpoint was not halted."""
 
     @abstractmethod
     def reset(self, *, port_reset: bool) -> None:
-        """Drop everything: complete all pending transfers as ``CANCELLED`` and forget the state of the protocol.
+        """Complete all pending transfers as ``CANCELLED`` and return to the initial state of the protocol.
 
         Args:
-            port_reset: the guest reset the port (a unit attention is due); otherwise the configuration changed or the
-                device is leaving.
+            port_reset: the guest reset the port (SCSI units raise a unit attention); otherwise the configuration
+                changed, or the device is being unplugged.
         """
 
     @property
@@ -93,11 +97,19 @@ class Function(ABC):
         """Return the function's own counters; None if it has none."""
         return None
 
-    async def open(self) -> None:  # noqa: B027
-        """The device was taken. Raises ``DeviceError`` or ``ImageError`` if the function cannot work."""
+    async def open(self) -> None:
+        """Begin to work: the device was opened.
 
-    async def close(self) -> None:  # noqa: B027
-        """The device is given back: make durable what was written. Raises ``DeviceError`` if that failed."""
+        Raises:
+            DeviceError, ImageError: the function cannot work.
+        """
 
-    async def dispose(self) -> None:  # noqa: B027
-        """The device will not be plugged again: give back what was taken when the function was made (files)."""
+    async def close(self) -> None:
+        """Make durable what was written: the device is being closed.
+
+        Raises:
+            DeviceError: what was written may be lost.
+        """
+
+    async def dispose(self) -> None:
+        """Release what the constructor acquired, such as files: the device will not be plugged again."""

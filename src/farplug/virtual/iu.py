@@ -1,4 +1,4 @@
-"""Information units (IU): how USB Attached SCSI says what goes over its pipes (UAS-2, chapter 6.2). Big endian."""
+"""Information units (IU) of USB Attached SCSI (UAS-2, chapter 6.2). Big endian."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TASK_MANAGEMENT = struct.Struct(">BxHBxH8s")
 """IU ID, tag, function, tag of the task to manage, LUN (table 20)."""
 
 TAGGED = struct.Struct(">BxH")
-"""IU ID, tag: how all begin, and all of a READY IU (tables 21 and 22)."""
+"""IU ID, tag: the first fields of every IU, and all fields of a READY IU (tables 21 and 22)."""
 
 _SENSE = struct.Struct(">BxHHB7xH")
 """IU ID, tag, status qualifier, status, length of the sense data (table 17)."""
@@ -23,11 +23,11 @@ _RESPONSE = struct.Struct(">BxHxxxB")
 """IU ID, tag, response code (table 18)."""
 
 _GOOD, _CHECK_CONDITION, _TASK_SET_FULL = 0x00, 0x02, 0x28
-"""SAM-5, table 35."""
+"""Status codes (SAM-5, table 35)."""
 
 
 class IuId(IntEnum):
-    """What an information unit is (UAS-2, table 14)."""
+    """IU ID (UAS-2, table 14)."""
 
     COMMAND = 0x01
     SENSE = 0x03
@@ -41,7 +41,7 @@ COMMAND_IU, TASK_MANAGEMENT_IU, _SENSE_IU = int(IuId.COMMAND), int(IuId.TASK_MAN
 
 
 class TaskFunction(IntEnum):
-    """What a task management IU asks for (UAS-2, table 20)."""
+    """Task management function (UAS-2, table 20)."""
 
     ABORT_TASK = 0x01
     ABORT_TASK_SET = 0x02
@@ -54,7 +54,7 @@ class TaskFunction(IntEnum):
 
 
 class ResponseCode(IntEnum):
-    """How it ended (UAS-2, table 19)."""
+    """Response code of a RESPONSE IU (UAS-2, table 19)."""
 
     COMPLETE = 0x00
     INVALID_IU = 0x02
@@ -66,7 +66,7 @@ class ResponseCode(IntEnum):
 
 
 class TaskAttribute(IntEnum):
-    """Bits 2..0 of priority and attribute (SAM-5, chapter 8.9)."""
+    """Task attribute: bits 2..0 of priority and attribute (SAM-5, chapter 8.9)."""
 
     SIMPLE = 0
     HEAD_OF_QUEUE = 1
@@ -75,7 +75,7 @@ class TaskAttribute(IntEnum):
 
 
 def sense_iu(tag: int, sense: Sense | None) -> bytes:
-    """End a command: with GOOD status, or with CHECK CONDITION and why."""
+    """Build the SENSE IU that ends a command: GOOD status, or CHECK CONDITION with sense data."""
     if sense is None:
         return _SENSE.pack(_SENSE_IU, tag, 0, _GOOD, 0)
     data = bytes(sense)
@@ -83,15 +83,15 @@ def sense_iu(tag: int, sense: Sense | None) -> bytes:
 
 
 def task_set_full_iu(tag: int) -> bytes:
-    """Refuse a command: there are too many."""
+    """Build the SENSE IU that refuses a command with TASK SET FULL."""
     return _SENSE.pack(_SENSE_IU, tag, 0, _TASK_SET_FULL, 0)
 
 
 def response_iu(tag: int, code: ResponseCode) -> bytes:
-    """Answer a task management IU, or one that makes no sense."""
+    """Build the RESPONSE IU for a task management IU, or for an invalid IU."""
     return _RESPONSE.pack(IuId.RESPONSE, tag, code)
 
 
 def ready_iu(id: IuId, tag: int) -> bytes:
-    """Tell the guest that a command moves its data now."""
+    """Build the READ READY or WRITE READY IU: the guest then queues the data transfers of the command."""
     return TAGGED.pack(id, tag)

@@ -1,4 +1,4 @@
-"""What a SCSI command asks for besides moving data: done on the store, step by step, whatever the transport is."""
+"""Work of SCSI commands that moves no data to or from the host: done on the store, in steps."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ MAX_STEP = 1 << 20
 """Bytes read or written in one step."""
 
 MAX_ZERO_STEP = 128 << 20
-"""Bytes zeroed in one step: at once where holes can be made, and where not, a second's work or so."""
+"""Bytes zeroed in one step: immediate where holes can be punched, otherwise about a second of writing."""
 
 _Step: TypeAlias = Callable[[WriteDone], None]
 
 
 def job_sense(work: Work, error: OSError) -> Sense:
-    """Tell a host that work failed."""
+    """Return the sense data for failed work."""
     return UNRECOVERED_READ_ERROR if isinstance(work, Verify) else write_sense(error)
 
 
 def write_sense(error: OSError) -> Sense:
-    """Tell a host that a write or flush failed. Linux passes the full image on as ENOSPC, and does not try again."""
+    """Return the sense data for a failed write or flush. Linux maps a full image to ENOSPC and does not retry."""
     return SPACE_ALLOCATION_FAILED if error.errno in (errno.ENOSPC, errno.EDQUOT) else WRITE_ERROR
 
 
-class Job:
-    """Work on a store. It begins now, and may be over before the constructor returns.
+class StoreJob:
+    """Work on a store. The constructor starts the work, which may be done before the constructor returns.
 
     Args:
-        store: where.
-        work: what, inside the store.
+        store: the store to work on.
+        work: what to do; its blocks are inside the store.
         done: called once, with None or the error.
     """
 
@@ -53,11 +53,11 @@ class Job:
         self._run()
 
     def stop(self) -> None:
-        """Take no step after the one under way. ``done`` is called all the same."""
+        """Stop after the step in flight. ``done`` is still called."""
         self._steps = iter(())
 
     def _run(self) -> None:
-        """Take steps until one has to wait: many in a row must not nest."""
+        """Run steps until one has to wait. A loop, because thousands of nested calls would exhaust the stack."""
         self._running = True
         while not self._stepping:
             step = next(self._steps, None) if self._error is None else None

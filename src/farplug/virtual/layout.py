@@ -1,4 +1,4 @@
-"""What a virtual device says about itself at one speed: its functions' interfaces put together into descriptors."""
+"""Descriptors of a virtual device at one speed, built from the interfaces of its functions."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from farplug.usb.types import DescriptorType, Direction, Speed
 from farplug.virtual.function import Function
 
 CONFIGURATION = 1
-"""bConfigurationValue of the one configuration that there is."""
+"""bConfigurationValue of the only configuration."""
 
 SPEEDS = (Speed.FULL, Speed.HIGH, Speed.SUPER)
-"""What a virtual device can run at."""
+"""The speeds that a virtual device can run at."""
 
 _SELF_POWERED = 0xC0
 _REMOTE_WAKEUP = 0x20
@@ -39,13 +39,13 @@ _SUPERSPEED_MAX_PACKET_SIZE_0 = 9
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a function is in the device.
+    """The place of a function in the device.
 
     Attributes:
         first_interface: the device's number of the function's interface 0.
-        interface_count: how many interfaces it has.
-        addresses: the device's endpoint address for each of the function's own.
-        own: the other way round.
+        interface_count: the number of interfaces.
+        addresses: the device's endpoint address by the function's own.
+        own: the function's own endpoint address by the device's.
     """
 
     first_interface: int
@@ -57,46 +57,47 @@ class Placement:
 def place(
     interfaces: Sequence[InterfaceDescriptor], first: int, taken: set[int]
 ) -> tuple[tuple[InterfaceDescriptor, ...], Placement]:
-    """Number a function's interfaces from ``first`` on, and give its endpoints addresses that are not ``taken``.
+    """Number a function's interfaces from ``first`` on, and assign endpoint addresses that are not in ``taken``.
 
-    An address stays what it is if it can. Class-specific descriptors are not touched. ``taken`` grows.
+    An address that is free stays. Class-specific descriptors are not changed. The assigned addresses are added to
+    ``taken``.
 
     Raises:
         ValueError: more than fifteen endpoints in one direction.
     """
     addresses: dict[int, int] = {}
-    for own in sorted({endpoint.address for one in interfaces for endpoint in one.endpoints}):
+    for own in sorted({endpoint.address for interface in interfaces for endpoint in interface.endpoints}):
         direction = own & Direction.IN
         candidates = (own, *(direction | number for number in range(1, 16)))
-        address = next((one for one in candidates if one not in taken), None)
+        address = next((candidate for candidate in candidates if candidate not in taken), None)
         if address is None:
-            raise ValueError(f"a device has 15 {Direction(direction).name} endpoints at most")
+            raise ValueError(f"a device has at most 15 {Direction(direction).name} endpoints")
         addresses[own] = address
         taken.add(address)
     moved = tuple(
         replace(
-            one,
-            number=first + one.number,
-            endpoints=tuple(replace(each, address=addresses[each.address]) for each in one.endpoints),
+            interface,
+            number=first + interface.number,
+            endpoints=tuple(replace(endpoint, address=addresses[endpoint.address]) for endpoint in interface.endpoints),
         )
-        for one in sorted(interfaces, key=lambda one: (one.number, one.alternate))
+        for interface in sorted(interfaces, key=lambda interface: (interface.number, interface.alternate))
     )
-    count = len({one.number for one in interfaces})
+    count = len({interface.number for interface in interfaces})
     return moved, Placement(first, count, addresses, {address: own for own, address in addresses.items()})
 
 
 class Layout:
-    """Everything that a device of these functions says at one speed.
+    """The descriptors of a device at one speed.
 
     Args:
-        identity: speed, ids and strings; the class triple is found here.
-        functions: in this order.
-        speeds: all that the device may run at.
-        remote_wakeup: it may wake a sleeping guest.
+        identity: speed, ids and strings; the layout adds class, subclass and protocol.
+        functions: the functions, in the order of their interfaces.
+        speeds: all speeds that the device can run at.
+        remote_wakeup: whether the device may wake a sleeping guest.
 
     Attributes:
-        identity: complete.
-        configuration: the one configuration.
+        identity: the complete identity.
+        configuration: the only configuration.
         placements: one for each function.
     """
 
@@ -113,7 +114,7 @@ class Layout:
         version = _USB_2_0
         if Speed.SUPER in speeds:
             version = _USB_3_2 if speed is Speed.SUPER else _USB_2_1
-            capability = SuperSpeedCapability(sum(1 << one for one in speeds), min(speeds))
+            capability = SuperSpeedCapability(sum(1 << each for each in speeds), min(speeds))
             self._descriptors[DescriptorType.BOS] = bytes(BosDescriptor((Usb2Extension(), capability)))
         if speed is not Speed.SUPER:
             other, _ = _configure(functions, Speed.FULL if speed is Speed.HIGH else Speed.HIGH, attributes)
@@ -137,7 +138,7 @@ class Layout:
         self._descriptors[DescriptorType.DEVICE] = bytes(device)
 
     def descriptor(self, kind: int, index: int) -> bytes | None:
-        """Answer GET_DESCRIPTOR; None if there is no such descriptor (at this speed)."""
+        """Return the descriptor for GET_DESCRIPTOR; None if the device has no such descriptor at this speed."""
         if kind == DescriptorType.STRING:
             return self._string(index)
         return self._descriptors.get(DescriptorType(kind)) if not index and kind in _KINDS else None

@@ -1,4 +1,4 @@
-"""The endpoints of USB Attached SCSI: what the guest has queued there, and what is to be told to it."""
+"""Queues of USB Attached SCSI: transfers that the guest has submitted, and IUs that wait for transfers."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Generic, TypeVar
 from farplug.usb.transfer import Status, Transfer
 
 MAX_RESPONSES = 256
-"""IUs about no command that wait because the guest does not ask for them; further ones are dropped."""
+"""RESPONSE IUs that wait because the guest does not read them; further ones are dropped."""
 
 Owner = TypeVar("Owner")
 
 
 class Pipe:
-    """The transfers that wait on one endpoint, by stream; without streams all have the number 0."""
+    """The transfers that wait on one endpoint, by stream; without streams all have stream 0."""
 
     __slots__ = ("_waiting",)
 
@@ -23,7 +23,7 @@ class Pipe:
         self._waiting: dict[int, deque[Transfer]] = {}
 
     def put(self, transfer: Transfer) -> None:
-        """Append one to its stream."""
+        """Append a transfer to its stream."""
         queue = self._waiting.get(transfer.stream_id)
         if queue is None:
             self._waiting[transfer.stream_id] = deque((transfer,))
@@ -31,7 +31,7 @@ class Pipe:
             queue.append(transfer)
 
     def take(self, stream: int) -> Transfer | None:
-        """The oldest of a stream; None if there is none."""
+        """Remove and return the oldest transfer of a stream; None if there is none."""
         queue = self._waiting.get(stream)
         if queue is None:
             return None
@@ -41,56 +41,60 @@ class Pipe:
         return transfer
 
     def remove(self, transfer: Transfer, *, followers: bool = False) -> list[Transfer]:
-        """Take this one out, and those behind it in its stream too if asked to. Returns what was taken out."""
+        """Remove a transfer, with ``followers`` also those behind it in its stream. Returns the removed transfers."""
         queue = self._waiting.get(transfer.stream_id)
         if queue is None or transfer not in queue:
             return []
         index = queue.index(transfer)
         removed = list(queue)[index:] if followers else [transfer]
-        for one in removed:
-            queue.remove(one)
+        for follower in removed:
+            queue.remove(follower)
         if not queue:
             del self._waiting[transfer.stream_id]
         return removed
 
     def clear(self) -> list[Transfer]:
-        """Take all of them out."""
+        """Remove and return all transfers."""
         waiting = [transfer for queue in self._waiting.values() for transfer in queue]
         self._waiting.clear()
         return waiting
 
 
 class StatusPipe(Pipe, Generic[Owner]):
-    """The status pipe. In each stream either transfers wait for information units, or these wait for transfers.
+    """The status pipe. In each stream either transfers wait for information units, or IUs wait for transfers.
 
     Args:
-        told: called with the owner of an IU that is leaving.
+        on_sent: called with the owner of an IU when the IU is sent.
     """
 
-    __slots__ = ("_responses", "_told", "_unsaid")
+    __slots__ = ("_on_sent", "_queued", "_responses")
 
-    def __init__(self, told: Callable[[Owner], None]) -> None:
+    def __init__(self, on_sent: Callable[[Owner], None]) -> None:
         super().__init__()
-        self._told = told
-        self._unsaid: dict[int, deque[tuple[bytes, Owner | None]]] = {}
+        self._on_sent = on_sent
+        self._queued: dict[int, deque[tuple[bytes, Owner | None]]] = {}
         self._responses = 0
-        """How many of them have no owner."""
+        """The number of queued IUs without an owner."""
 
-    def ask(self, transfer: Transfer) -> None:
-        """Complete a transfer with the oldest IU of its stream, or when there is one."""
-        unsaid = self._unsaid.get(transfer.stream_id)
-        if unsaid is None:
+    def read(self, transfer: Transfer) -> None:
+        """Complete a transfer with the oldest IU of its stream, now or when there is one."""
+        queued = self._queued.get(transfer.stream_id)
+        if queued is None:
             self.put(transfer)
             return
-        iu, owner = unsaid.popleft()
-        if not unsaid:
-            del self._unsaid[transfer.stream_id]
+        iu, owner = queued.popleft()
+        if not queued:
+            del self._queued[transfer.stream_id]
         if owner is None:
             self._responses -= 1
         self._complete(transfer, iu, owner)
 
-    def say(self, stream: int, iu: bytes, owner: Owner | None) -> None:
-        """Send an IU as soon as the guest asks for one. Owners have few; of those without one too many are dropped."""
+    def send(self, stream: int, iu: bytes, owner: Owner | None) -> None:
+        """Send an IU with the next transfer of a stream.
+
+        The number of IUs of an owner is bounded by the owner; of IUs without one, those beyond
+        :data:`MAX_RESPONSES` are dropped.
+        """
         transfer = self.take(stream)
         if transfer is not None:
             self._complete(transfer, iu, owner)
@@ -99,20 +103,20 @@ class StatusPipe(Pipe, Generic[Owner]):
             if self._responses >= MAX_RESPONSES:
                 return
             self._responses += 1
-        self._unsaid.setdefault(stream, deque()).append((iu, owner))
+        self._queued.setdefault(stream, deque()).append((iu, owner))
 
-    def forget(self, stream: int, owner: Owner) -> None:
-        """Do not send what an owner still had to say."""
-        kept = deque(entry for entry in self._unsaid.pop(stream, ()) if entry[1] is not owner)
+    def discard(self, stream: int, owner: Owner) -> None:
+        """Drop the queued IUs of an owner."""
+        kept = deque(entry for entry in self._queued.pop(stream, ()) if entry[1] is not owner)
         if kept:
-            self._unsaid[stream] = kept
+            self._queued[stream] = kept
 
     def clear(self) -> list[Transfer]:
-        self._unsaid.clear()
+        self._queued.clear()
         self._responses = 0
         return super().clear()
 
     def _complete(self, transfer: Transfer, iu: bytes, owner: Owner | None) -> None:
         if owner is not None:
-            self._told(owner)
+            self._on_sent(owner)
         transfer.complete(Status.SUCCESS, iu)

@@ -1,4 +1,4 @@
-"""Mass storage: logical units that the guest reaches over Bulk-Only Transport or over USB Attached SCSI."""
+"""Mass storage: logical units over Bulk-Only Transport or USB Attached SCSI."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from farplug.usb.types import Speed, TransferType
 from farplug.virtual.bot import BulkOnly
 from farplug.virtual.function import Function, FunctionHost
 from farplug.virtual.storage_transport import StorageTransport
-from farplug.virtual.uas import STREAMS_EXPONENT, AttachedScsi
+from farplug.virtual.uas import STREAMS_EXPONENT, Uas
 from farplug.virtual.unit import LogicalUnit
 
-MASS_STORAGE = 0x08
-TRANSPARENT_SCSI = 0x06
-BULK_ONLY = 0x50
-ATTACHED_SCSI = 0x62
+CLASS_MASS_STORAGE = 0x08
+SUBCLASS_SCSI = 0x06
+PROTOCOL_BULK_ONLY = 0x50
+PROTOCOL_UAS = 0x62
 
 BULK_IN = 0x81
 BULK_OUT = 0x02
-"""Of Bulk-Only Transport; the data pipes of USB Attached SCSI."""
+"""Endpoints of Bulk-Only Transport, and the data pipes of USB Attached SCSI."""
 STATUS_PIPE = 0x83
 COMMAND_PIPE = 0x04
 
 MAX_UNITS = 16
-"""Bulk-Only Transport has four bits for the number."""
+"""bCBWLUN has four bits."""
 
 REFRESH_INTERVAL = 1.0
-"""Seconds between two looks at the size of the stores."""
+"""Seconds between two checks of the size of the stores."""
 
 _BULK_SIZES = {Speed.FULL: 64, Speed.HIGH: 512, Speed.SUPER: 1024}
 
 _PIPES = ((COMMAND_PIPE, 1), (STATUS_PIPE, 2), (BULK_IN, 3), (BULK_OUT, 4))
-"""The endpoints of USB Attached SCSI with their pipe ids, which the pipe usage descriptors tell (UAS-2, table 10)."""
+"""The endpoints of USB Attached SCSI with the pipe ids of their pipe usage descriptors (UAS-2, table 10)."""
 
 _PIPE_USAGE = 0x24
 
@@ -44,18 +44,17 @@ _PIPE_USAGE = 0x24
 class MassStorage(Function):
     """Up to 16 logical units on one interface.
 
-    Their stores belong to the function from now on. Each :meth:`close` makes durable what was written, so that the
-    device can be plugged again; :meth:`dispose` closes the stores for good.
+    The function owns the stores of the units: :meth:`close` makes durable what was written, so that the device can be
+    plugged again; :meth:`dispose` closes the stores.
 
-    At Full Speed there is Bulk-Only Transport alone.
-
-    Every system, and every firmware with a driver, reads a disk's capacity as soon as it has found the disk.
+    At Full Speed there is only Bulk-Only Transport.
 
     Raises:
-        ValueError: no unit, or more than 16.
+        ValueError: there is no unit, or more than 16.
     """
 
     used_at_once = True
+    """Every system, and every firmware with a driver, reads the capacity of a disk as soon as it has found the disk."""
 
     def __init__(self, *units: LogicalUnit, transport: StorageTransport = StorageTransport.AUTO) -> None:
         if not 1 <= len(units) <= MAX_UNITS:
@@ -68,32 +67,34 @@ class MassStorage(Function):
         self._transport = transport
         self._without_uas = False
         self._bot = BulkOnly(units, BULK_IN, BULK_OUT)
-        self._uas = AttachedScsi(units, command=COMMAND_PIPE, status=STATUS_PIPE, data_in=BULK_IN, data_out=BULK_OUT)
-        self._active: BulkOnly | AttachedScsi = self._bot
+        self._uas = Uas(units, command=COMMAND_PIPE, status=STATUS_PIPE, data_in=BULK_IN, data_out=BULK_OUT)
+        self._active: BulkOnly | Uas = self._bot
         self._alternate = 0
         self._refreshing: asyncio.TimerHandle | None = None
 
     def optional(self, speed: Speed) -> str:
-        """Attached SCSI, where Bulk-Only Transport is there too."""
+        """Return USB Attached SCSI where the device also has Bulk-Only Transport."""
         return "USB Attached SCSI" if self._transport is StorageTransport.AUTO and speed >= Speed.HIGH else ""
 
     def leave_out(self, optional: bool) -> None:
         self._without_uas = optional
 
-    def _settings(self, speed: Speed) -> Sequence[BulkOnly | AttachedScsi]:
-        """Who serves each alternate setting."""
+    def _settings(self, speed: Speed) -> Sequence[BulkOnly | Uas]:
+        """Return the transport of each alternate setting."""
         if self._transport is StorageTransport.BOT or self._without_uas or speed < Speed.HIGH:
             return (self._bot,)
         return (self._uas,) if self._transport is StorageTransport.UAS else (self._bot, self._uas)
 
     def interfaces(self, speed: Speed) -> Sequence[InterfaceDescriptor]:
         return tuple(
-            InterfaceDescriptor(0, alternate, MASS_STORAGE, TRANSPARENT_SCSI, BULK_ONLY, _bulk_only_endpoints(speed))
-            if one is self._bot
-            else InterfaceDescriptor(
-                0, alternate, MASS_STORAGE, TRANSPARENT_SCSI, ATTACHED_SCSI, _attached_scsi_endpoints(speed)
+            InterfaceDescriptor(
+                0, alternate, CLASS_MASS_STORAGE, SUBCLASS_SCSI, PROTOCOL_BULK_ONLY, _bulk_only_endpoints(speed)
             )
-            for alternate, one in enumerate(self._settings(speed))
+            if transport is self._bot
+            else InterfaceDescriptor(
+                0, alternate, CLASS_MASS_STORAGE, SUBCLASS_SCSI, PROTOCOL_UAS, _uas_endpoints(speed)
+            )
+            for alternate, transport in enumerate(self._settings(speed))
         )
 
     def bind(self, host: FunctionHost) -> None:
@@ -141,7 +142,7 @@ class MassStorage(Function):
         self._refresh()
 
     def _refresh(self) -> None:
-        """Again and again while it is plugged: the units report new sizes to the guest."""
+        """Check the sizes of the stores again and again while the device is plugged: units report new sizes."""
         self._refreshing = asyncio.get_running_loop().call_later(REFRESH_INTERVAL, self._refresh)
         for unit in self.units:
             if unit.store is not None:
@@ -151,7 +152,7 @@ class MassStorage(Function):
         if self._refreshing is not None:
             self._refreshing.cancel()
         for unit in self.units:
-            unit.scsi.reset()  # a guest that has left locks no medium
+            unit.scsi.reset()  # the medium must not stay locked
             unit.unflushed.forget()
         failed = [error for unit in self.units if (error := await _make_durable(unit)) is not None]
         if failed:
@@ -163,18 +164,18 @@ class MassStorage(Function):
 
 
 async def _make_durable(unit: LogicalUnit) -> DeviceError | None:
-    """Flush a unit; what failed now, or before when nobody listened."""
+    """Flush a unit. Returns the error of the flush, or the deferred error of an earlier job."""
     if unit.store is None:
         return None
     flushed: asyncio.Future[OSError | None] = asyncio.get_running_loop().create_future()
 
     def done(error: OSError | None) -> None:
-        if not flushed.done():  # nobody waits any more
+        if not flushed.done():  # it is done if the caller was cancelled
             flushed.set_result(error)
 
     unit.store.flush(done)
-    error = await flushed or unit.unreported
-    unit.unreported = None
+    error = await flushed or unit.deferred_error
+    unit.deferred_error = None
     if error is None:
         return None
     what = error.strerror or error
@@ -189,7 +190,7 @@ def _bulk_only_endpoints(speed: Speed) -> tuple[EndpointDescriptor, ...]:
     )
 
 
-def _attached_scsi_endpoints(speed: Speed) -> tuple[EndpointDescriptor, ...]:
+def _uas_endpoints(speed: Speed) -> tuple[EndpointDescriptor, ...]:
     return tuple(
         EndpointDescriptor(
             address,
@@ -203,5 +204,5 @@ def _attached_scsi_endpoints(speed: Speed) -> tuple[EndpointDescriptor, ...]:
 
 
 def _companion(address: int) -> SuperSpeedCompanion:
-    """All pipes but that for commands have streams (UASP, chapter 3.3)."""
+    """Return the companion of a pipe: all pipes but the command pipe have streams (UASP, chapter 3.3)."""
     return SuperSpeedCompanion(max_burst=15, attributes=0 if address == COMMAND_PIPE else STREAMS_EXPONENT)

@@ -1,4 +1,4 @@
-"""The protocols that mass storage offers: an enum of its own, which costs no import of the protocols."""
+"""The USB transports that mass storage offers: in a module of its own, so that settings import no transport."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from enum import StrEnum
 
 
 class StorageTransport(StrEnum):
-    """How the guest may talk to mass storage."""
+    """The USB transports that mass storage offers."""
 
     AUTO = "auto"
-    """Bulk-Only as setting 0, and Attached SCSI as setting 1, which can be left out. CD-ROM drives: Bulk-Only alone."""
+    """Bulk-Only as setting 0, and Attached SCSI as setting 1, which can be left out. CD-ROM drives: Bulk-Only only."""
     BOT = "bot"
     UAS = "uas"
-    """Attached SCSI alone: no firmware boots from it."""
+    """Attached SCSI only: no firmware boots from it."""

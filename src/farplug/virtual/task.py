@@ -1,7 +1,8 @@
-"""A task: one SCSI command at work, whatever transport brought it (SAM-5, chapter 4.9).
+"""A task: one SCSI command in progress, for any transport (SAM-5, chapter 4.9).
 
-It moves data between the transport and the store, does the work that moves none (:mod:`~farplug.virtual.job`), and
-knows how the command ended. How much the host expects, and when its transfers come, is the transport's business.
+A task moves data between the transport and the store, runs the work that moves no data
+(:mod:`~farplug.virtual.job`), and keeps the sense data of the command. The transport alone deals with the length that
+the host expects, and with transfers.
 """
 
 from __future__ import annotations
@@ -30,47 +31,46 @@ from farplug.scsi.cdb import (
 from farplug.scsi.sense import INVALID_FIELD_IN_CDB, MISCOMPARE, UNRECOVERED_READ_ERROR, Sense, SenseKey
 from farplug.store.base import Store
 from farplug.usb.types import Buffer, Direction
-from farplug.virtual.job import Job, job_sense, write_sense
+from farplug.virtual.job import StoreJob, job_sense, write_sense
 from farplug.virtual.unit import LogicalUnit
 
 log = logging.getLogger(__name__)
 
-MAX_LINGERING = 64
-"""Jobs of a unit that are under way although their commands are gone; from then on no further job is begun. Each has a
-step of 1 MiB at most in the store."""
+MAX_ORPHANED_JOBS = 64
+"""Running jobs of a unit whose commands were aborted; at this number no further job is started. Each has a step of at
+most 1 MiB in the store."""
 
 OPERATION_IN_PROGRESS = Sense(SenseKey.NOT_READY, 0x04, 0x07)
-"""A host tries again later."""
+"""The host retries later."""
 
-Given: TypeAlias = Callable[[Buffer | None], None]
-"""Takes data-in, or None: it could not be read, and the task has failed."""
+ReadCallback: TypeAlias = Callable[[Buffer | None], None]
+"""Called with data-in, or with None if reading failed; then the task has failed."""
 
 
-def _nothing() -> None:
+def _ignore() -> None:
     pass
 
 
 class Task:
-    """What a command does, from its CDB to its status.
+    """A command from its CDB to its status.
 
-    The unit decides when the task is made; nothing is done before :meth:`start`.
+    The constructor asks the unit what the command does; nothing is done before :meth:`start`.
 
     Args:
-        unit: whose command it is.
-        cdb: the command; an empty one fails.
-        progress: called when something has ended that :meth:`finish` waited for. It may be called while another method
-            runs.
+        unit: the unit that the command is for.
+        cdb: the command descriptor block; an empty one fails.
+        progress: called when an operation has ended that :meth:`finish` waited for, also from inside another method.
 
     Attributes:
-        direction: of the data that the command moves; None if it moves none.
-        demand: how many bytes.
-        sense: why it failed; None so far.
-        moved: bytes that were delivered, or written, or taken as parameters.
+        direction: of the data; None if the command moves no data.
+        transfer_length: the number of bytes that the command moves.
+        sense: why the command failed; None if it has not failed.
+        moved: bytes sent to the host, written to the store, or received as parameters.
     """
 
     __slots__ = (
         "_compares",
-        "_counts",
+        "_counts_read",
         "_data",
         "_durable",
         "_flushes",
@@ -78,22 +78,22 @@ class Task:
         "_job",
         "_offset",
         "_parameters",
-        "_part",
+        "_partial_block",
         "_pending",
         "_progress",
         "_store",
         "_then",
         "_unit",
         "_work",
-        "demand",
         "direction",
         "moved",
         "sense",
+        "transfer_length",
     )
 
     def __init__(self, unit: LogicalUnit, cdb: Buffer, progress: Callable[[], None]) -> None:
         self.direction: Direction | None = None
-        self.demand = 0
+        self.transfer_length = 0
         self.sense: Sense | None = None
         self.moved = 0
         self._unit: LogicalUnit = unit
@@ -103,18 +103,18 @@ class Task:
         self._data: memoryview | None = None
         """Data-in that is not in the store."""
         self._parameters: bytearray | None = None
-        """Data-out that is not for the store is collected here; ``_then`` says what it asks for."""
+        """Data-out that is not for the store is collected here; ``_then`` returns what to do with it."""
         self._then: Callable[[Buffer], Outcome] | None = None
-        self._part = b""
-        """Of a block that was cut by the end of a transfer. A block is written whole or not at all."""
+        self._partial_block = b""
+        """The first part of a block that a transfer cut. Only whole blocks are written."""
         self._compares = False
-        self._counts = False
+        self._counts_read = False
         self._durable = False
         self._forced = False
         self._flushes: int | None = None
-        """The command is a flush: how many of the unit's writes it covers."""
+        """How many of the unit's writes the command covers, if it is a flush."""
         self._work: Work | None = None
-        self._job: Job | None = None
+        self._job: StoreJob | None = None
         self._pending = 0
         unit.commands += 1
         self._plan(unit.scsi.execute(cdb) if cdb else Fail(INVALID_FIELD_IN_CDB))
@@ -122,21 +122,21 @@ class Task:
     def _plan(self, action: Action) -> None:
         match action:
             case Read(lba, count, fua):
-                self._blocks(Direction.IN, lba, count)
-                self._counts = True
+                self._plan_blocks(Direction.IN, lba, count)
+                self._counts_read = True
                 self._work = Flush() if fua else None
             case Write(lba, count, durable, forced):
-                self._blocks(Direction.OUT, lba, count)
+                self._plan_blocks(Direction.OUT, lba, count)
                 self._durable, self._forced = durable, forced
             case Compare(lba, count):
-                self._blocks(Direction.OUT, lba, count)
+                self._plan_blocks(Direction.OUT, lba, count)
                 self._compares = True
-            case Receive(demand, then):
-                self.direction, self.demand = Direction.OUT, demand
+            case Receive(transfer_length, then):
+                self.direction, self.transfer_length = Direction.OUT, transfer_length
                 self._parameters, self._then = bytearray(), then
             case Respond(data):
                 if data:
-                    self.direction, self.demand = Direction.IN, len(data)
+                    self.direction, self.transfer_length = Direction.IN, len(data)
                     self._data = memoryview(data)
             case Fail(sense):
                 self.sense = sense
@@ -148,70 +148,70 @@ class Task:
             case _:
                 self._work = action
 
-    def _blocks(self, direction: Direction, lba: int, count: int) -> None:
+    def _plan_blocks(self, direction: Direction, lba: int, count: int) -> None:
         size = self._medium.block_size
-        self.direction, self.demand, self._offset = direction, count * size, lba * size
+        self.direction, self.transfer_length, self._offset = direction, count * size, lba * size
 
     @property
     def _medium(self) -> Store:
-        assert self._store is not None  # units without a store decide upon nothing that needs one
+        assert self._store is not None  # units without a store return no action that needs one
         return self._store
 
     @property
     def name(self) -> str:
-        """Of the store, for the log."""
+        """Return the name of the store, for the log."""
         return self._unit.name
 
     @property
     def busy(self) -> bool:
-        """Something is under way that the status waits for."""
+        """Return whether an operation is running that the status waits for."""
         return self._pending > 0
 
     @property
     def reads_store(self) -> bool:
-        """Data-in comes from the store: it may take its time."""
+        """Return whether data-in comes from the store, which may take time."""
         return self.direction is Direction.IN and self._data is None
 
     def start(self) -> None:
-        """Begin what is to be done before any data moves."""
+        """Start the work that precedes the data."""
         if self._work is not None:
-            self._begin(self._work)
+            self._start_job(self._work)
 
-    def drop(self) -> None:
-        """The transport has lost interest: nothing more is reported to it. What was begun goes on."""
+    def abort(self) -> None:
+        """Report nothing more to the transport. Operations in flight go on; a job stops after its step in flight."""
         self._progress = None
         if self._job is not None and self._pending:
             self._job.stop()
-            self._unit.lingering += 1
+            self._unit.orphaned_jobs += 1
 
     def fail(self, sense: Sense) -> None:
-        """End it with this sense, unless it has failed before."""
+        """Fail the command with this sense, unless it has already failed."""
         if self.sense is None:
             self.sense = sense
 
     # Data-in
 
-    def read(self, begin: int, length: int, done: Given) -> None:
-        """Get data-in from ``begin`` on. ``done`` is called once, also after :meth:`drop`."""
+    def read(self, position: int, length: int, done: ReadCallback) -> None:
+        """Read ``length`` bytes of data-in from ``position`` on. ``done`` is called once, also after :meth:`abort`."""
         if self._data is not None:
-            done(self._data[begin : begin + length])
+            done(self._data[position : position + length])
         else:
-            self._medium.read(self._offset + begin, length, partial(self._read, begin, done))
+            self._medium.read(self._offset + position, length, partial(self._read, position, done))
 
-    def _read(self, begin: int, done: Given, data: Buffer, error: OSError | None) -> None:
+    def _read(self, position: int, done: ReadCallback, data: Buffer, error: OSError | None) -> None:
         if error is None:
             done(data)
             return
         if self._progress is not None:
-            log.warning("%s: reading at byte %d failed: %s", self.name, self._offset + begin, error)
+            log.warning("%s: reading at byte %d failed: %s", self.name, self._offset + position, error)
             self.fail(UNRECOVERED_READ_ERROR)
         done(None)
 
     def fetch(self, length: int, done: Callable[[], None]) -> None:
-        """Read so much data-in ahead, from its begin: :meth:`read` has it then.
+        """Read the first ``length`` bytes of data-in ahead: :meth:`read` then returns them at once.
 
-        If that fails, whoever reads finds out which part cannot be read. ``done`` is called in any case, also after
-        :meth:`drop`.
+        If that fails, :meth:`read` reads the store again, and finds the part that fails. ``done`` is always called,
+        also after :meth:`abort`.
         """
 
         def fetched(data: Buffer, error: OSError | None) -> None:
@@ -222,15 +222,15 @@ class Task:
         self._medium.read(self._offset, length, fetched)
 
     def delivered(self, length: int) -> None:
-        """So much data-in has left."""
+        """Count ``length`` bytes of data-in that were sent to the host."""
         self.moved += length
-        if self._counts:
+        if self._counts_read:
             self._unit.bytes_read += length
 
     # Data-out
 
-    def put(self, begin: int, data: Buffer, done: Callable[[], None] = _nothing) -> None:
-        """Take the data-out from ``begin`` on, all before that having come. Blocks go to the store whole only.
+    def put(self, position: int, data: Buffer, done: Callable[[], None] = _ignore) -> None:
+        """Take data-out at ``position``, where the data-out before it ended. Only whole blocks go to the store.
 
         ``done`` is called once, when the data is no longer needed.
         """
@@ -238,37 +238,37 @@ class Task:
             done()
         elif self._parameters is not None:
             self._parameters += data
-            if len(self._parameters) == self.demand and self._progress is not None:
-                self._take_parameters()
+            if len(self._parameters) == self.transfer_length and self._progress is not None:
+                self._parameters_received()
             done()
         else:
-            self._put_blocks(begin, data, done)
+            self._put_blocks(position, data, done)
 
-    def _take_parameters(self) -> None:
+    def _parameters_received(self) -> None:
         assert self._parameters is not None
         assert self._then is not None
-        self.moved = self.demand
+        self.moved = self.transfer_length
         match self._then(self._parameters):
             case Done():
                 pass
             case Fail(sense):
                 self.fail(sense)
             case work:
-                self._begin(work)
+                self._start_job(work)
 
-    def _put_blocks(self, begin: int, data: Buffer, done: Callable[[], None]) -> None:
-        if self._part:
-            begin -= len(self._part)
-            data = self._part + bytes(data)
-            self._part = b""
+    def _put_blocks(self, position: int, data: Buffer, done: Callable[[], None]) -> None:
+        if self._partial_block:
+            position -= len(self._partial_block)
+            data = self._partial_block + bytes(data)
+            self._partial_block = b""
         if cut := len(data) % self._medium.block_size:
-            self._part = bytes(data[-cut:])
+            self._partial_block = bytes(data[-cut:])
             data = memoryview(data)[:-cut]
         if not data:
             done()
             return
         self._pending += 1
-        offset = self._offset + begin
+        offset = self._offset + position
         if self._compares:
             self._medium.read(offset, len(data), partial(self._compared, data, done))
         else:
@@ -285,7 +285,7 @@ class Task:
             sense = MISCOMPARE
         elif self.sense is None:
             self.moved += len(data)
-        self._settle(sense, done)
+        self._operation_done(sense, done)
 
     def _written(self, length: int, done: Callable[[], None], error: OSError | None) -> None:
         if error is not None:
@@ -294,46 +294,46 @@ class Task:
             self._unit.bytes_written += length
             if self.sense is None:
                 self.moved += length
-        self._settle(None if error is None else write_sense(error), done)
+        self._operation_done(None if error is None else write_sense(error), done)
 
     # Work, and the end
 
     def finish(self) -> bool:
-        """All data has moved: tell whether nothing is left to do.
+        """Return whether the command is done, once all data has moved.
 
-        Otherwise ``progress`` is called when it is worth asking again.
+        Otherwise call again after ``progress`` was called.
         """
         if self._pending:
             return False
         if self._durable and self.sense is None:
             self._durable = False
-            self._begin(Flush())
+            self._start_job(Flush())
             return not self._pending
         return True
 
-    def _begin(self, work: Work) -> None:
-        if self._unit.lingering >= MAX_LINGERING:
+    def _start_job(self, work: Work) -> None:
+        if self._unit.orphaned_jobs >= MAX_ORPHANED_JOBS:
             self.fail(OPERATION_IN_PROGRESS)
             return
         self._pending += 1
         if isinstance(work, (Zero, Fill)):
             self._unit.unflushed.wrote()
-        self._job = Job(self._medium, work, partial(self._worked, work))
+        self._job = StoreJob(self._medium, work, partial(self._job_done, work))
 
-    def _worked(self, work: Work, error: OSError | None) -> None:
+    def _job_done(self, work: Work, error: OSError | None) -> None:
         if self._progress is None:
-            self._unit.lingering -= 1
+            self._unit.orphaned_jobs -= 1
             if error is not None and not isinstance(work, Verify):
-                self._unit.unreported = error
+                self._unit.deferred_error = error
         elif error is None and isinstance(work, Flush):
-            error, self._unit.unreported = self._unit.unreported, None
+            error, self._unit.deferred_error = self._unit.deferred_error, None
         if isinstance(work, (Zero, Fill)):
-            self._unit.unflushed.wrote()  # a flush that began meanwhile does not cover all of it
+            self._unit.unflushed.wrote()  # a flush that began during the work does not cover all of it
         elif error is None and self._flushes is not None:
             self._unit.unflushed.flushed(self._flushes)
-        self._settle(None if error is None else job_sense(work, error), _nothing)
+        self._operation_done(None if error is None else job_sense(work, error), _ignore)
 
-    def _settle(self, sense: Sense | None, done: Callable[[], None]) -> None:
+    def _operation_done(self, sense: Sense | None, done: Callable[[], None]) -> None:
         self._pending -= 1
         if sense is not None:
             self.fail(sense)

@@ -1,4 +1,4 @@
-"""A logical unit: what decides about SCSI commands, and the store behind it."""
+"""A logical unit: the SCSI unit that decides what commands do, and the store behind it."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from farplug.store.base import Store
 from farplug.usb.device import DeviceEvent
 
 SETTLED_AFTER = 40.0
-"""Seconds after the last write of a guest until its file system is taken to have written everything. Linux writes what
-was changed 30 s ago (vm.dirty_expire_centisecs), which it looks for every 5 s (vm.dirty_writeback_centisecs)."""
+"""Seconds after the last write of a guest, when its file system is assumed to have written everything. Linux writes
+pages that were changed 30 s ago (vm.dirty_expire_centisecs), and checks every 5 s (vm.dirty_writeback_centisecs)."""
 
 
 class Unflushed:
-    """Writes that a guest has not flushed: its file system may have more to write, which nobody sees from outside.
+    """Writes that a guest has not flushed: the file system of the guest may have more to write.
 
     A flush is a SYNCHRONIZE CACHE or a STOP. Not every driver sends one: Linux's FAT driver does not, even when it
-    unmounts, and a disk without a write cache is sent none. Therefore writes also count as settled
+    unmounts, and no driver sends one to a disk without a write cache. Therefore writes also count as settled
     :data:`SETTLED_AFTER` seconds after the last one.
 
     Args:
-        clock: returns seconds.
+        clock: returns the time in seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -32,7 +32,7 @@ class Unflushed:
         self._last = 0.0
 
     def wrote(self) -> None:
-        """Count a write that is not durable by its own command."""
+        """Count a write that its own command does not make durable."""
         if not self.run:
             self._runs += 1
         self._writes += 1
@@ -40,26 +40,26 @@ class Unflushed:
 
     @property
     def writes(self) -> int:
-        """How many there were: what a flush that begins now covers."""
+        """Return the number of writes so far: those that a flush which begins now covers."""
         return self._writes
 
     def flushed(self, writes: int) -> None:
-        """Note that a flush has succeeded that covers the first ``writes`` writes."""
+        """Record that a flush which covers the first ``writes`` writes has succeeded."""
         self._flushed = max(self._flushed, writes)
 
     def forget(self) -> None:
-        """Forget all writes: the guest has the disk no more."""
+        """Forget all writes: the guest no longer has the disk."""
         self._flushed = self._writes
 
     @property
     def run(self) -> int:
-        """The number of the run of writes, from 1, that is not flushed and not settled; 0 if there is none."""
+        """Return the number, from 1, of the current series of unflushed and unsettled writes; 0 if there is none."""
         pending = self._writes > self._flushed and self._clock() - self._last < SETTLED_AFTER
         return self._runs if pending else 0
 
 
-def _unheard(event: DeviceEvent) -> None:
-    """A unit that is not part of a device reports to nobody."""
+def _drop(event: DeviceEvent) -> None:
+    """Drop an event of a unit that is not part of a device."""
 
 
 @dataclass(slots=True, eq=False)
@@ -68,16 +68,16 @@ class LogicalUnit:
 
     Attributes:
         scsi: decides what commands do.
-        store: where the blocks are; None while there is no medium.
-        queues: whether a guest that sends several commands at a time gains from that.
-        commands: how many were taken.
-        bytes_read: from the store, delivered.
-        bytes_written: to the store.
-        lingering: jobs under way whose commands are gone.
-        unreported: an error of work whose command was gone when it failed. The next flush fails with it.
-        number: the unit's number in its device; the device sets it.
-        report: reports an event of the unit; its device sets it.
-        unflushed: what the guest wrote and has not flushed.
+        store: holds the blocks; None while there is no medium.
+        queues: whether several commands at a time are faster than one after the other.
+        commands: the number of commands received.
+        bytes_read: bytes read from the store and sent to the guest.
+        bytes_written: bytes written to the store.
+        orphaned_jobs: running jobs whose commands were aborted.
+        deferred_error: the error of an orphaned job (SPC: deferred error). The next flush fails with it.
+        number: the logical unit number; the device sets it.
+        report: reports an event of the unit; the device sets it.
+        unflushed: the writes that the guest has not flushed.
     """
 
     scsi: Unit | AbsentUnit
@@ -86,28 +86,31 @@ class LogicalUnit:
     commands: int = field(default=0, init=False)
     bytes_read: int = field(default=0, init=False)
     bytes_written: int = field(default=0, init=False)
-    lingering: int = field(default=0, init=False)
-    unreported: OSError | None = field(default=None, init=False)
+    orphaned_jobs: int = field(default=0, init=False)
+    deferred_error: OSError | None = field(default=None, init=False)
     number: int = field(default=0, init=False)
-    report: Callable[[DeviceEvent], None] = field(default=_unheard, init=False)
+    report: Callable[[DeviceEvent], None] = field(default=_drop, init=False)
     unflushed: Unflushed = field(default_factory=Unflushed, init=False)
 
     @property
     def name(self) -> str:
-        """For the log."""
+        """Return the name of the store, for the log."""
         return "no medium" if self.store is None else self.store.name
 
     @property
     def unfinished(self) -> int:
-        """Whether files may be lost if the disk leaves the guest now: :attr:`Unflushed.run`; 0 if nothing is kept."""
+        """Return :attr:`Unflushed.run`: not 0 if files may be lost when the disk is unplugged now.
+
+        0 also for a temporary store, which keeps nothing.
+        """
         return 0 if self.store is None or self.store.temporary else self.unflushed.run
 
     async def close(self) -> None:
-        """Give the store back. Does nothing the second time."""
+        """Close the store. A second call does nothing."""
         if self.store is not None:
             await self.store.close()
 
 
 def absent_unit(luns: int) -> LogicalUnit:
-    """Make what answers for a logical unit number that does not exist, beside so many that do."""
+    """Make the unit that answers for logical unit numbers which do not exist, in a device of ``luns`` units."""
     return LogicalUnit(AbsentUnit(luns), None)
