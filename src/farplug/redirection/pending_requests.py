@@ -200,7 +200,9 @@ class PendingRequests:
         self._figures[endpoint].count(status, actual)
         packet: p.DataPacket
         if request.type is TransferType.BULK:
-            packet = p.bulk_packet(id, endpoint, status, actual, reply, request.stream_id)
+            packet = p.BulkPacket(
+                id=id, endpoint=endpoint, status=status, length=actual, data=reply, stream_id=request.stream_id
+            )
         elif request.type is TransferType.CONTROL:
             setup = request.setup
             assert setup is not None

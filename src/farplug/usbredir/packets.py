@@ -55,7 +55,7 @@ def endpoint_address(index: int) -> int:
     return (index & 0x0F) | ((index & 0x10) << 3)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Packet:
     """A usbredir packet. ``id`` is chosen by the guest for what must be answered, and 0 for the rest."""
 
@@ -121,7 +121,7 @@ class _StatusPacket(Packet):
         return cls(id=id, **numbers)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Hello(Packet):
     """The first packet of each side. :meth:`Connection.start` sends ours.
 
@@ -159,7 +159,7 @@ class Hello(Packet):
         return [("id", f"{self.id:x}"), ("version", repr(self.version)), ("caps", words)]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class DeviceConnect(Packet):
     """A device is there. ``speed``: 0 low, 1 full, 2 high, 3 super, 255 unknown. ``device_version``: bcdDevice."""
 
@@ -178,14 +178,14 @@ class DeviceConnect(Packet):
         return cls(id=id, **dict(zip(_names(cls), values, strict=False)))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class DeviceDisconnect(Packet):
     """The device is gone."""
 
     TYPE = PacketType.DEVICE_DISCONNECT
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Reset(Packet):
     """Reset the device. There is no answer."""
 
@@ -206,7 +206,7 @@ class InterfaceEntry:
         return f"{self.number}:{codes}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class InterfaceInfo(Packet):
     """The interfaces of the current configuration, 32 at most."""
 
@@ -257,7 +257,7 @@ class EndpointEntry:
     max_streams: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class EndpointInfo(Packet):
     """The endpoints, as a table of 32 by :func:`endpoint_index`."""
 
@@ -288,7 +288,7 @@ class EndpointInfo(Packet):
         return [("id", f"{self.id:x}"), ("endpoints", ",".join(present))]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class SetConfiguration(Packet):
     """Choose a configuration by bConfigurationValue."""
 
@@ -297,14 +297,14 @@ class SetConfiguration(Packet):
     configuration: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class GetConfiguration(Packet):
     """Ask for the configuration."""
 
     TYPE = PacketType.GET_CONFIGURATION
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class ConfigurationStatus(_StatusPacket):
     """Answers set_configuration and get_configuration."""
 
@@ -314,7 +314,7 @@ class ConfigurationStatus(_StatusPacket):
     configuration: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class SetAltSetting(Packet):
     """Choose an alternate setting of an interface."""
 
@@ -324,7 +324,7 @@ class SetAltSetting(Packet):
     alt: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class GetAltSetting(Packet):
     """Ask for the alternate setting of an interface."""
 
@@ -333,7 +333,7 @@ class GetAltSetting(Packet):
     interface: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class AltSettingStatus(_StatusPacket):
     """Answers set_alt_setting and get_alt_setting."""
 
@@ -344,7 +344,7 @@ class AltSettingStatus(_StatusPacket):
     alt: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class StartIsoStream(Packet):
     """Start an isochronous stream."""
 
@@ -355,7 +355,7 @@ class StartIsoStream(Packet):
     urbs: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class StopIsoStream(Packet):
     """Stop an isochronous stream."""
 
@@ -364,7 +364,7 @@ class StopIsoStream(Packet):
     endpoint: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class IsoStreamStatus(_StatusPacket):
     """Answers start and stop of a stream; by itself: ``STALL`` if the stream ended, others if it runs on."""
 
@@ -384,7 +384,7 @@ class _InEndpointPacket(Packet):
         return "" if self.endpoint & 0x80 else f"{self.TYPE} for endpoint {self.endpoint:02x}, which is not IN"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class StartInterruptReceiving(_InEndpointPacket):
     """Start receiving from an interrupt IN endpoint."""
 
@@ -393,7 +393,7 @@ class StartInterruptReceiving(_InEndpointPacket):
     endpoint: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class StopInterruptReceiving(_InEndpointPacket):
     """Stop receiving from an interrupt IN endpoint."""
 
@@ -402,7 +402,7 @@ class StopInterruptReceiving(_InEndpointPacket):
     endpoint: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class InterruptReceivingStatus(_InEndpointPacket, _StatusPacket):
     """Answers start and stop of receiving; by itself: ``STALL`` if it ended, others if it runs on."""
 
@@ -412,7 +412,7 @@ class InterruptReceivingStatus(_InEndpointPacket, _StatusPacket):
     endpoint: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class AllocBulkStreams(Packet):
     """Allocate streams on the endpoints of a mask (bit n: :func:`endpoint_index` n)."""
 
@@ -422,7 +422,7 @@ class AllocBulkStreams(Packet):
     streams: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class FreeBulkStreams(Packet):
     """Free the streams on the endpoints of a mask."""
 
@@ -431,7 +431,7 @@ class FreeBulkStreams(Packet):
     endpoints: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class BulkStreamsStatus(_StatusPacket):
     """Answers alloc_bulk_streams and free_bulk_streams (``streams`` 0)."""
 
@@ -442,21 +442,21 @@ class BulkStreamsStatus(_StatusPacket):
     status: Status
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class CancelDataPacket(Packet):
     """Cancel the data packet that has this packet's id."""
 
     TYPE = PacketType.CANCEL_DATA_PACKET
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class FilterReject(Packet):
     """The guest refuses the device."""
 
     TYPE = PacketType.FILTER_REJECT
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class FilterFilter(Packet):
     """Which devices the sender lets through: see :class:`~farplug.usbredir.filter.Filter`."""
 
@@ -487,14 +487,14 @@ class FilterFilter(Packet):
         return ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class DeviceDisconnectAck(Packet):
     """The guest has seen device_disconnect."""
 
     TYPE = PacketType.DEVICE_DISCONNECT_ACK
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class StartBulkReceiving(_InEndpointPacket):
     """Start buffered receiving from a bulk IN endpoint, with ``transfers`` transfers of this size at a time."""
 
@@ -511,7 +511,7 @@ class StartBulkReceiving(_InEndpointPacket):
         return _InEndpointPacket.fault(self, to_host, size)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class StopBulkReceiving(_InEndpointPacket):
     """Stop buffered receiving from a bulk IN endpoint."""
 
@@ -521,7 +521,7 @@ class StopBulkReceiving(_InEndpointPacket):
     endpoint: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class BulkReceivingStatus(_InEndpointPacket, _StatusPacket):
     """Answers start and stop of buffered receiving; by itself: ``STALL`` if it ended, others if it runs on."""
 
@@ -532,7 +532,7 @@ class BulkReceivingStatus(_InEndpointPacket, _StatusPacket):
     status: Status
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class DataPacket(Packet):
     """What the packets of data have in common.
 
@@ -558,7 +558,7 @@ class DataPacket(Packet):
         return ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class ControlPacket(DataPacket):
     """A control transfer: the setup packet's fields. Bit 7 of ``endpoint`` is the direction of the data stage."""
 
@@ -588,7 +588,7 @@ class ControlPacket(DataPacket):
         return self.endpoint, self.request, self.request_type, self.status, self.value, self.index, self.length
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class BulkPacket(DataPacket):
     """A bulk transfer. ``stream_id`` 0: no stream."""
 
@@ -597,13 +597,20 @@ class BulkPacket(DataPacket):
     stream_id: int = 0
 
     @classmethod
-    def decode(cls, id: int, values: tuple[Any, ...], payload: Buffer) -> BulkPacket:
+    def decode(cls, id: int, values: tuple[Any, ...], payload: Buffer) -> Self:
         if len(values) == 5:
             endpoint, status, length, stream_id, high = values
             length |= high << 16
         else:
             endpoint, status, length, stream_id = values
-        return bulk_packet(id, endpoint, _STATUSES[status], length, payload, stream_id)
+        return cls(
+            id=id,
+            endpoint=endpoint,
+            status=_STATUSES[status],
+            length=length,
+            data=payload,
+            stream_id=stream_id,
+        )
 
     def values(self) -> tuple[Any, ...]:
         return self.endpoint, self.status, self.length & 0xFFFF, self.stream_id, self.length >> 16
@@ -618,28 +625,7 @@ class BulkPacket(DataPacket):
         return DataPacket.fault(self, to_host, size)
 
 
-_new_packet = object.__new__
-_set_id, _set_endpoint, _set_status, _set_length, _set_data, _set_stream_id = (
-    getattr(BulkPacket, name).__set__ for name in ("id", "endpoint", "status", "length", "data", "stream_id")
-)
-
-
-def bulk_packet(id: int, endpoint: int, status: Status, length: int, data: Buffer, stream_id: int) -> BulkPacket:
-    """A :class:`BulkPacket` in a quarter of the time: two are made for each transfer of a disk.
-
-    The constructor of a frozen dataclass looks ``object.__setattr__`` up for each field; this calls the slots.
-    """
-    packet = _new_packet(BulkPacket)
-    _set_id(packet, id)
-    _set_endpoint(packet, endpoint)
-    _set_status(packet, status)
-    _set_length(packet, length)
-    _set_data(packet, data)
-    _set_stream_id(packet, stream_id)
-    return packet
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class _FramePacket(DataPacket):
     """Data packets without further fields."""
 
@@ -652,7 +638,7 @@ class _FramePacket(DataPacket):
         return self.endpoint, self.status, self.length
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class IsoPacket(_FramePacket):
     """One packet of an isochronous stream: OUT to the host, IN to the guest."""
 
@@ -664,7 +650,7 @@ class IsoPacket(_FramePacket):
         return DataPacket.fault(self, to_host, size)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class InterruptPacket(_FramePacket):
     """Interrupt IN: what was received. Interrupt OUT: a request, and the answer to it."""
 
@@ -676,7 +662,7 @@ class InterruptPacket(_FramePacket):
         return DataPacket.fault(self, to_host, size)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class BufferedBulkPacket(DataPacket):
     """What buffered bulk receiving received."""
 
