@@ -22,7 +22,9 @@ from tests.usbredir import oracle
 from tests.usbredir.support import connect, hello
 
 from farplug.usb.transfer import Status
-from farplug.usbredir import ALL_CAPS, BulkPacket, Connection, Packet, Role
+from farplug.usbredir import Connection, Role
+from farplug.usbredir.caps import ALL_CAPS
+from farplug.usbredir.packets import BulkPacket, Packet
 
 COMMANDS = 2000
 CHUNK = 65536

@@ -10,7 +10,10 @@ import random
 import struct
 
 from farplug.errors import LocalProtocolError
-from farplug.usbredir import ALL_CAPS, Cap, Connection, DataPacket, Hello, Oversized, PacketType, Role, Violation
+from farplug.usbredir import Cap, Connection, Oversized, Role, Violation
+from farplug.usbredir.caps import ALL_CAPS
+from farplug.usbredir.packets import DataPacket, Hello
+from farplug.usbredir.wire import PacketType
 from harness import run
 
 MAX_PAYLOAD = 4096

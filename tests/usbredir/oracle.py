@@ -27,7 +27,7 @@ from farplug.usbredir.packets import (
     Reset,
 )
 from farplug.usbredir.protocol import Role
-from farplug.usbredir.wire import FORMS
+from farplug.usbredir.wire import PACKET_FORMATS
 
 LIBRARY = "libusbredirparser.so.1"
 
@@ -205,7 +205,7 @@ class Oracle:
             if not isinstance(packet, WITHOUT_ID):
                 arguments.append(c_uint64(packet.id))
             # In memory a type header always has its longest form.
-            layout = FORMS[packet.TYPE].type_header(~Cap.NONE)
+            layout = PACKET_FORMATS[packet.TYPE].type_header(~Cap.NONE)
             if layout.size:
                 arguments.append(layout.pack(*packet.values()))
             if isinstance(packet, DataPacket):
@@ -238,10 +238,10 @@ class Oracle:
         return count
 
     def _callback(self, packet: type[Packet]) -> Any:
-        form = FORMS[packet.TYPE]
+        packet_format = PACKET_FORMATS[packet.TYPE]
 
         def deliver(id_: int, header: int | None, payload: bytes = b"") -> None:
-            size = form.type_header(self._shared).size
+            size = packet_format.type_header(self._shared).size
             type_header = ctypes.string_at(header, size) if header else b""
             self.delivered.append(Delivered(packet, id_, type_header, payload))
 
@@ -266,12 +266,12 @@ class Oracle:
         if issubclass(packet, DataPacket):
             return DATA_PACKET(data)
         if issubclass(packet, WITHOUT_ID):
-            if form.layout:
+            if packet_format.layout:
                 plain = lambda _, header: deliver(0, header)  # noqa: E731
                 return _WITH_HEADER(plain)
             plain = lambda _: deliver(0, None)  # noqa: E731
             return _PLAIN(plain)
-        if form.layout:
+        if packet_format.layout:
             plain = lambda _, id_, header: deliver(id_, header)  # noqa: E731
             return _WITH_BOTH(plain)
         plain = lambda _, id_: deliver(id_, None)  # noqa: E731

@@ -102,8 +102,8 @@ NO_HID = "3,-1,-1,-1,0|-1,-1,-1,-1,1"
         ("-1,-1,-1,-1,1", 0, [HID, HID], ALLOWED),
     ],
 )
-def test_judge(rules: str, device_class: int, interfaces: list[tuple[int, int, int]], verdict: Verdict) -> None:
-    result = Filter.parse(rules).judge(
+def test_check(rules: str, device_class: int, interfaces: list[tuple[int, int, int]], verdict: Verdict) -> None:
+    result = Filter.parse(rules).check(
         device_class=device_class,
         vendor_id=0x1D6B,
         product_id=0x0104,

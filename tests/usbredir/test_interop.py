@@ -30,7 +30,7 @@ from farplug.usbredir.packets import (
     Packet,
 )
 from farplug.usbredir.protocol import Connection, Event, Role, Violation
-from farplug.usbredir.wire import FORMS, PacketType, header
+from farplug.usbredir.wire import PACKET_FORMATS, PacketType, header
 
 MANY = settings(max_examples=400, deadline=None)
 
@@ -57,7 +57,7 @@ def packets(draw: st.DrawFn) -> Packet:
     """A packet whose numbers fit into their fields, sensible or not."""
     packet = draw(PACKETS)
     changes: dict[str, object] = {"id": draw(st.integers(0, (1 << 64) - 1))}
-    layout = FORMS[packet.TYPE].layout
+    layout = PACKET_FORMATS[packet.TYPE].layout
     for name in ("endpoint", "status", "interface", "alt", "configuration", "endpoints", "streams", "stream_id"):
         if hasattr(packet, name) and packet.TYPE is not PacketType.EP_INFO and draw(st.booleans()):
             widest = 0xFF if name not in ("endpoints", "streams", "stream_id") else 0xFFFFFFFF
@@ -77,7 +77,7 @@ def packets(draw: st.DrawFn) -> Packet:
 
 def decoded(delivered: Delivered, shared: Cap) -> Packet:
     """What the C parser delivered as a packet of ours."""
-    values = FORMS[delivered.packet.TYPE].type_header(shared).unpack(delivered.type_header)
+    values = PACKET_FORMATS[delivered.packet.TYPE].type_header(shared).unpack(delivered.type_header)
     payload = delivered.payload + (b"\0" if delivered.packet is FilterFilter else b"")
     return delivered.packet.decode(delivered.id, values, payload)
 
@@ -157,18 +157,18 @@ def test_what_we_send(library: CDLL, role: Role, own: Cap, peer: Cap, packets: l
 def bodies(draw: st.DrawFn, shared: Cap) -> bytes:
     """A packet of any type with a body of about the right size, the payload's length often right."""
     code = draw(st.sampled_from([*range(1, 30), *range(99, 106), *range(100, 104), 23, 0]))
-    size = FORMS[code].type_header(shared).size if code in FORMS else 3
+    size = PACKET_FORMATS[code].type_header(shared).size if code in PACKET_FORMATS else 3
     if code == PacketType.FILTER_FILTER:
         body = draw(FILTERS).encode() + draw(st.sampled_from([b"\0", b"", b"\0\0", b"x\0", b"\0x"]))
-    elif code in FORMS and issubclass(type_of(code), DataPacket):
+    elif code in PACKET_FORMATS and issubclass(type_of(code), DataPacket):
         payload = draw(st.binary(max_size=40))
         length = draw(st.sampled_from([len(payload), len(payload), 0, 1, 1 << 16, (1 << 27) + 1]))
         endpoint = draw(st.sampled_from([0, 1, 0x80, 0x81, 0xFF]))
-        packet = type_of(code).decode(0, FORMS[code].type_header(shared).unpack(bytes(size)), b"")
+        packet = type_of(code).decode(0, PACKET_FORMATS[code].type_header(shared).unpack(bytes(size)), b"")
         values = replace(packet, endpoint=endpoint, length=length).values()  # type: ignore[call-arg]
-        form = FORMS[code].type_header(shared)
-        limits = [0xFF if kind == "B" else 0xFFFF if kind == "H" else 0xFFFFFFFF for kind in form.format[1:]]
-        body = form.pack(*(value & limit for value, limit in zip(values, limits, strict=False))) + payload
+        layout = PACKET_FORMATS[code].type_header(shared)
+        limits = [0xFF if kind == "B" else 0xFFFF if kind == "H" else 0xFFFFFFFF for kind in layout.format[1:]]
+        body = layout.pack(*(value & limit for value, limit in zip(values, limits, strict=False))) + payload
     else:
         body = draw(st.binary(min_size=size, max_size=size))
         if code == PacketType.INTERFACE_INFO:
@@ -307,18 +307,18 @@ CODES = st.tuples(st.sampled_from([0, 3, 8]), st.sampled_from([0, 1]), st.sample
     device=st.tuples(*[st.sampled_from([0, 3, 8, 0xEF])] * 4),
     interfaces=st.lists(CODES, max_size=4),
 )
-def test_filters_judge_alike(
+def test_filters_decide_alike(
     library: CDLL,
     rules: tuple[Rule, ...],
     device: tuple[int, int, int, int],
     interfaces: list[tuple[int, int, int]],
 ) -> None:
     device_class, vendor_id, product_id, device_version = device
-    judgement = Filter(rules).judge(
+    result = Filter(rules).check(
         device_class=device_class,
         vendor_id=vendor_id,
         product_id=product_id,
         device_version=device_version,
         interfaces=interfaces,
     )
-    assert judgement.verdict is oracle.check_filter(library, rules, device, interfaces)
+    assert result.verdict is oracle.check_filter(library, rules, device, interfaces)

@@ -53,7 +53,7 @@ from farplug.usbredir.packets import (
     endpoint_index,
 )
 from farplug.usbredir.protocol import Connection, Role
-from farplug.usbredir.wire import FORMS, PacketType
+from farplug.usbredir.wire import PACKET_FORMATS, PacketType
 
 VECTORS = Path(__file__).parents[1] / "data" / "usbredir-vectors.txt"
 DATA = bytes([1, 2, 3, 4, 5])
@@ -146,7 +146,7 @@ def test_the_golden_file_has_every_type_but_one() -> None:
     # libusbredirparser has no function that sends device_disconnect_ack: it does so by itself.
     seen = {int.from_bytes(data[:4], "little") for *_, data in ROWS}
     assert seen == set(PacketType) - {PacketType.DEVICE_DISCONNECT_ACK}
-    assert [packet.TYPE for packet in PACKETS] == list(FORMS) == list(PacketType)
+    assert [packet.TYPE for packet in PACKETS] == list(PACKET_FORMATS) == list(PacketType)
 
 
 @pytest.mark.parametrize(("name", "role", "full", "data"), ROWS, ids=IDS)

@@ -5,7 +5,7 @@ import pytest
 from farplug.cli.exit_codes import ExitCode, exit_code
 from farplug.errors import Reason, UsageError
 from farplug.usb.classes import CLASS_NAMES
-from farplug.usbredir.filter import Filter, Judgement, Rule, Verdict
+from farplug.usbredir.filter import Filter, FilterResult, Rule, Verdict
 from farplug.usbredir.rules import MAX_LENGTH, parse_rules
 
 
@@ -46,7 +46,7 @@ def test_rules(text: str, canonical: str | None) -> None:
 def test_what_is_written_is_read_again(name: str) -> None:
     text = f"deny class={name} vendor=046d product=c31c version=0110; allow"
     rules = parse_rules(text)
-    assert "; ".join(rule.words for rule in rules.rules) == text
+    assert "; ".join(rule.readable for rule in rules.rules) == text
     assert parse_rules(str(rules)) == rules
 
 
@@ -89,8 +89,8 @@ def test_written_wrong(text: str, said: str) -> None:
     assert caught.value.remedy
 
 
-def judge(text: str, *interfaces: tuple[int, int, int]) -> Judgement:
-    return parse_rules(text).judge(
+def check(text: str, *interfaces: tuple[int, int, int]) -> FilterResult:
+    return parse_rules(text).check(
         device_class=0, vendor_id=0x046D, product_id=0xC31C, device_version=0x0110, interfaces=interfaces
     )
 
@@ -104,12 +104,12 @@ def judge(text: str, *interfaces: tuple[int, int, int]) -> Judgement:
     ],
 )
 def test_which_rule_decided(text: str, said: str) -> None:
-    judgement = judge(text, (3, 1, 1), (1, 1, 0))
-    assert not judgement.allowed
-    assert str(judgement) == said
+    result = check(text, (3, 1, 1), (1, 1, 0))
+    assert not result.allowed
+    assert str(result) == said
 
 
 def test_allowed() -> None:
-    assert judge("allow", (3, 1, 1)) == Judgement(Verdict.ALLOWED)
-    assert str(judge("allow", (3, 1, 1))) == "allowed"
-    assert Filter((Rule(0x42, -1, -1, -1, False),)).rules[0].words == "deny class=42"
+    assert check("allow", (3, 1, 1)) == FilterResult(Verdict.ALLOWED)
+    assert str(check("allow", (3, 1, 1))) == "allowed"
+    assert Filter((Rule(0x42, -1, -1, -1, False),)).rules[0].readable == "deny class=42"

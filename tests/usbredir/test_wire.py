@@ -1,7 +1,7 @@
 import pytest
 
 from farplug.usbredir.caps import ALL_CAPS, Cap
-from farplug.usbredir.wire import FORMS, Flow, PacketType, header
+from farplug.usbredir.wire import PACKET_FORMATS, Flow, PacketType, header
 
 TO_GUEST = {1, 2, 4, 5, 8, 11, 14, 17, 20, 27, 104}
 BOTH = {0, 23, 100, 101, 102, 103}
@@ -23,10 +23,14 @@ SIZES = {
 
 
 def test_every_type_has_its_size_and_flow() -> None:
-    assert {int(code) for code in FORMS} == {int(code) for code in PacketType} == set(SIZES)
-    assert {int(code): form.type_header(ALL_CAPS).size for code, form in FORMS.items()} == SIZES
-    assert {int(code) for code, form in FORMS.items() if form.flow is Flow.TO_GUEST} == TO_GUEST
-    assert {int(code) for code, form in FORMS.items() if form.flow is Flow.BOTH} == BOTH
+    assert {int(code) for code in PACKET_FORMATS} == {int(code) for code in PacketType} == set(SIZES)
+    assert {
+        int(code): packet_format.type_header(ALL_CAPS).size for code, packet_format in PACKET_FORMATS.items()
+    } == SIZES
+    assert {
+        int(code) for code, packet_format in PACKET_FORMATS.items() if packet_format.flow is Flow.TO_GUEST
+    } == TO_GUEST
+    assert {int(code) for code, packet_format in PACKET_FORMATS.items() if packet_format.flow is Flow.BOTH} == BOTH
 
 
 @pytest.mark.parametrize(
@@ -39,8 +43,8 @@ def test_every_type_has_its_size_and_flow() -> None:
     ],
 )
 def test_layouts_without_capabilities(type: PacketType, caps: Cap, size: int) -> None:
-    assert FORMS[type].type_header(caps).size == size
-    assert FORMS[type].packet(caps).size == header(caps).size + size
+    assert PACKET_FORMATS[type].type_header(caps).size == size
+    assert PACKET_FORMATS[type].packet(caps).size == header(caps).size + size
 
 
 def test_header_grows_with_64_bit_ids() -> None:

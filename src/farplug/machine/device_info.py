@@ -12,7 +12,7 @@ from typing import Final
 from farplug.errors import DeviceError, Reason, Remedy
 from farplug.usb.classes import HUB, class_name
 from farplug.usb.types import Speed
-from farplug.usbredir.filter import Filter, Judgement
+from farplug.usbredir.filter import Filter, FilterResult
 
 SEE_INTERFACES: Final = (0x00, 0xEF)
 """Device classes of devices whose interfaces have the class (USB Interface Descriptors, Miscellaneous)."""
@@ -142,13 +142,13 @@ class DeviceInfo:
     def __str__(self) -> str:
         return f"{self.id}{' ' if self.name else ''}{self.name} (port {self.port})"
 
-    def judge(self, rules: Filter) -> Judgement:
+    def judge(self, rules: Filter) -> FilterResult:
         """Return whether a filter allows the device, with the rule that decided.
 
         A device whose interfaces are not known is judged as one with an interface of class 00: without interfaces,
         usbredir's rules would allow it whatever they are.
         """
-        return rules.judge(
+        return rules.check(
             device_class=self.codes[0],
             vendor_id=self.vendor_id,
             product_id=self.product_id,

@@ -16,7 +16,7 @@ def check_filter(filter: Filter | None, device: Device) -> None:
     if filter is None:
         return
     identity = device.identity
-    judgement = filter.judge(
+    judgement = filter.check(
         device_class=identity.device_class,
         vendor_id=identity.vendor_id,
         product_id=identity.product_id,

@@ -94,7 +94,7 @@ class Rule:
         return self.format()
 
     @property
-    def words(self) -> str:
+    def readable(self) -> str:
         """The readable form, see :mod:`farplug.usbredir.rules`: ``deny class=hid vendor=046d``."""
         words = ["allow" if self.allow else "deny"]
         if self.device_class != ANY:
@@ -113,7 +113,7 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
+class FilterResult:
     """What a filter says about a device, and why.
 
     Attributes:
@@ -139,7 +139,7 @@ class Judgement:
         which = f"class {class_name(self.class_code)} ({self.class_code:02x})"
         if self.rule is None:
             return f"no rule matches its {which}"
-        return f"rule {self.number} ({self.rule.words}) denies its {which}"
+        return f"rule {self.number} ({self.rule.readable}) denies its {which}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +171,7 @@ class Filter:
     def __str__(self) -> str:
         return self.format()
 
-    def judge(
+    def check(
         self,
         *,
         device_class: int,
@@ -179,7 +179,7 @@ class Filter:
         product_id: int,
         device_version: int,
         interfaces: Sequence[tuple[int, int, int]],
-    ) -> Judgement:
+    ) -> FilterResult:
         """Judge a device: its own class first, then that of every interface; all of them must be allowed.
 
         Class 00 and ef say "see the interfaces" and are not checked. Neither are interfaces 03/00/00 (HID without boot
@@ -196,17 +196,17 @@ class Filter:
         checked = [codes for codes in interfaces if len(interfaces) == 1 or codes != (0x03, 0x00, 0x00)]
         classes += [codes[0] for codes in checked or interfaces]
         for class_code in classes:
-            judgement = self._judge_class(class_code, vendor_id, product_id, device_version)
-            if not judgement.allowed:
-                return judgement
-        return Judgement(Verdict.ALLOWED)
+            result = self._check_class(class_code, vendor_id, product_id, device_version)
+            if not result.allowed:
+                return result
+        return FilterResult(Verdict.ALLOWED)
 
-    def _judge_class(self, class_code: int, vendor_id: int, product_id: int, device_version: int) -> Judgement:
+    def _check_class(self, class_code: int, vendor_id: int, product_id: int, device_version: int) -> FilterResult:
         for number, rule in enumerate(self.rules, 1):
             if rule.matches(class_code, vendor_id, product_id, device_version):
                 verdict = Verdict.ALLOWED if rule.allow else Verdict.DENIED
-                return Judgement(verdict, class_code, rule, number)
-        return Judgement(Verdict.NO_MATCH, class_code)
+                return FilterResult(verdict, class_code, rule, number)
+        return FilterResult(Verdict.NO_MATCH, class_code)
 
 
 def _parse_number(name: str, text: str) -> int:

@@ -28,7 +28,7 @@ from farplug.errors import LocalProtocolError, RemoteProtocolError
 from farplug.usb.types import Buffer
 from farplug.usbredir.caps import ALL_CAPS, Cap
 from farplug.usbredir.packets import PACKETS, DataPacket, Hello, Packet
-from farplug.usbredir.wire import FORMS, MAX_LENGTH, Flow, PacketType, header
+from farplug.usbredir.wire import MAX_LENGTH, PACKET_FORMATS, Flow, PacketType, header
 from farplug.version import __version__
 
 DEFAULT_MAX_PAYLOAD: Final = 16 * 1024 * 1024
@@ -146,7 +146,7 @@ class Connection:
         self._to_host = role is Role.HOST
         self._received_flow = Flow.TO_HOST if self._to_host else Flow.TO_GUEST
         self._sent_flow = Flow.TO_GUEST if self._to_host else Flow.TO_HOST
-        hello = FORMS[PacketType.HELLO]
+        hello = PACKET_FORMATS[PacketType.HELLO]
         self._header = header(Cap.NONE)
         self._id_mask = _ID_MASK_32
         self._incoming = {
@@ -162,11 +162,11 @@ class Connection:
 
     def start(self) -> None:
         """Queue our hello. Nothing else can be sent before the peer's hello was pulled."""
-        form = FORMS[PacketType.HELLO]
+        packet_format = PACKET_FORMATS[PacketType.HELLO]
         packet = Hello(version=self._version, caps=(self.own_caps,))
         payload = packet.payload()
-        size = form.type_header(Cap.NONE).size + len(payload)
-        self._queue(form.packet(Cap.NONE).pack(packet.TYPE, size, 0, *packet.values()), payload)
+        size = packet_format.type_header(Cap.NONE).size + len(payload)
+        self._queue(packet_format.packet(Cap.NONE).pack(packet.TYPE, size, 0, *packet.values()), payload)
 
     def receive_data(self, data: Buffer) -> None:
         """Take bytes from the peer, cut anywhere. What must be kept is copied: ``data`` may be reused afterwards."""
@@ -324,38 +324,38 @@ class Connection:
         for packet in PACKETS:
             if packet is Hello:
                 continue
-            form = FORMS[packet.TYPE]
-            layout = form.type_header(shared)
-            if form.flow is not self._sent_flow and form.permission in self.own_caps:
+            packet_format = PACKET_FORMATS[packet.TYPE]
+            layout = packet_format.type_header(shared)
+            if packet_format.flow is not self._sent_flow and packet_format.required_cap in self.own_caps:
                 max_length = min(layout.size + packet.MAX_PAYLOAD, MAX_LENGTH)
                 max_stored = self._max_payload if issubclass(packet, DataPacket) else packet.MAX_PAYLOAD
                 self._incoming[packet.TYPE] = _Incoming(packet, layout, max_length, max_stored)
-            if form.flow is not self._received_flow and form.permission in peer_caps:
+            if packet_format.flow is not self._received_flow and packet_format.required_cap in peer_caps:
                 count = len(layout.unpack(bytes(layout.size)))
-                self._outgoing[packet] = _Outgoing(form.packet(shared), layout.size, count)
+                self._outgoing[packet] = _Outgoing(packet_format.packet(shared), layout.size, count)
 
     def _why_not_received(self, code: int) -> str:
-        form = FORMS.get(code)
-        if form is None:
+        packet_format = PACKET_FORMATS.get(code)
+        if packet_format is None:
             return f"unknown packet type {code}"
         name = PacketType(code)
-        if form.flow is self._sent_flow:
-            return f"{name} arrived at the {self.role}, but it travels {form.flow}"
+        if packet_format.flow is self._sent_flow:
+            return f"{name} arrived at the {self.role}, but it travels {packet_format.flow}"
         if name is PacketType.HELLO:
             return "a second hello"
         if self.peer_caps is None:
             return f"{name} arrived before the hello"
-        return f"{name} arrived, but we do not have the capability {_name(form.permission)}"
+        return f"{name} arrived, but we do not have the capability {_name(packet_format.required_cap)}"
 
     def _why_not_sent(self, name: PacketType) -> str:
-        form = FORMS[name]
+        packet_format = PACKET_FORMATS[name]
         if name is PacketType.HELLO:
             return "the hello is sent by start(), once"
         if self.peer_caps is None:
             return f"{name} cannot be sent before the peer's hello was pulled"
-        if form.flow is self._received_flow:
-            return f"{name} is not sent by the {self.role}, it travels {form.flow}"
-        return f"{name} cannot be sent, the peer does not have the capability {_name(form.permission)}"
+        if packet_format.flow is self._received_flow:
+            return f"{name} is not sent by the {self.role}, it travels {packet_format.flow}"
+        return f"{name} cannot be sent, the peer does not have the capability {_name(packet_format.required_cap)}"
 
 
 def _bad_length(incoming: _Incoming, length: int) -> str:

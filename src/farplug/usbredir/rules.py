@@ -45,7 +45,7 @@ def parse_rules(text: str) -> Filter:
     if not text.lstrip(" \t\r\n;|")[0].isalpha():
         return Filter.parse(text.strip(), SEPARATORS)
     rules = tuple(_parse_rule(rule.split()) for rule in re.split(r"[;\n]", text) if rule.strip())
-    if not any(rule.allow for rule in rules) and rules[-1].words != "deny":
+    if not any(rule.allow for rule in rules) and rules[-1].readable != "deny":
         raise _bad("filter rules allow no device: what no rule matches is denied; end them with '; allow'")
     return Filter(rules)
 

@@ -76,20 +76,20 @@ class Flow(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class PacketFormat:
     """What is known of a packet type before any field of it is read.
 
     Attributes:
         flow: which way it travels.
         layout: its type header without capabilities, as :mod:`struct` writes it.
         extended: longer type headers, the longest first, and the capability that both sides need for each.
-        permission: the capability that the receiver needs to be sent this type at all.
+        required_cap: the capability that the receiver needs to be sent this type at all.
     """
 
     flow: Flow
     layout: str = ""
     extended: tuple[tuple[Cap, str], ...] = ()
-    permission: Cap = Cap.NONE
+    required_cap: Cap = Cap.NONE
 
     def type_header(self, shared: Cap) -> Struct:
         """What follows the header, the payload left out. ``shared`` are the capabilities that both sides have."""
@@ -108,43 +108,43 @@ def header(shared: Cap) -> Struct:
     return Struct("<IIQ" if Cap.IDS_64_BITS in shared else "<III")
 
 
-FORMS: Final[Mapping[int, Form]] = {
-    PacketType.HELLO: Form(Flow.BOTH, f"{VERSION_SIZE}s"),
-    PacketType.DEVICE_CONNECT: Form(Flow.TO_GUEST, "BBBBHH", ((Cap.CONNECT_DEVICE_VERSION, "BBBBHHH"),)),
-    PacketType.DEVICE_DISCONNECT: Form(Flow.TO_GUEST),
-    PacketType.RESET: Form(Flow.TO_HOST),
-    PacketType.INTERFACE_INFO: Form(Flow.TO_GUEST, "I32B32B32B32B"),
-    PacketType.EP_INFO: Form(
+PACKET_FORMATS: Final[Mapping[int, PacketFormat]] = {
+    PacketType.HELLO: PacketFormat(Flow.BOTH, f"{VERSION_SIZE}s"),
+    PacketType.DEVICE_CONNECT: PacketFormat(Flow.TO_GUEST, "BBBBHH", ((Cap.CONNECT_DEVICE_VERSION, "BBBBHHH"),)),
+    PacketType.DEVICE_DISCONNECT: PacketFormat(Flow.TO_GUEST),
+    PacketType.RESET: PacketFormat(Flow.TO_HOST),
+    PacketType.INTERFACE_INFO: PacketFormat(Flow.TO_GUEST, "I32B32B32B32B"),
+    PacketType.EP_INFO: PacketFormat(
         Flow.TO_GUEST,
         "32B32B32B",
         ((Cap.BULK_STREAMS, "32B32B32B32H32I"), (Cap.EP_INFO_MAX_PACKET_SIZE, "32B32B32B32H")),
     ),
-    PacketType.SET_CONFIGURATION: Form(Flow.TO_HOST, "B"),
-    PacketType.GET_CONFIGURATION: Form(Flow.TO_HOST),
-    PacketType.CONFIGURATION_STATUS: Form(Flow.TO_GUEST, "BB"),
-    PacketType.SET_ALT_SETTING: Form(Flow.TO_HOST, "BB"),
-    PacketType.GET_ALT_SETTING: Form(Flow.TO_HOST, "B"),
-    PacketType.ALT_SETTING_STATUS: Form(Flow.TO_GUEST, "BBB"),
-    PacketType.START_ISO_STREAM: Form(Flow.TO_HOST, "BBB"),
-    PacketType.STOP_ISO_STREAM: Form(Flow.TO_HOST, "B"),
-    PacketType.ISO_STREAM_STATUS: Form(Flow.TO_GUEST, "BB"),
-    PacketType.START_INTERRUPT_RECEIVING: Form(Flow.TO_HOST, "B"),
-    PacketType.STOP_INTERRUPT_RECEIVING: Form(Flow.TO_HOST, "B"),
-    PacketType.INTERRUPT_RECEIVING_STATUS: Form(Flow.TO_GUEST, "BB"),
-    PacketType.ALLOC_BULK_STREAMS: Form(Flow.TO_HOST, "II"),
-    PacketType.FREE_BULK_STREAMS: Form(Flow.TO_HOST, "I"),
-    PacketType.BULK_STREAMS_STATUS: Form(Flow.TO_GUEST, "IIB"),
-    PacketType.CANCEL_DATA_PACKET: Form(Flow.TO_HOST),
-    PacketType.FILTER_REJECT: Form(Flow.TO_HOST, permission=Cap.FILTER),
-    PacketType.FILTER_FILTER: Form(Flow.BOTH, permission=Cap.FILTER),
-    PacketType.DEVICE_DISCONNECT_ACK: Form(Flow.TO_HOST, permission=Cap.DEVICE_DISCONNECT_ACK),
-    PacketType.START_BULK_RECEIVING: Form(Flow.TO_HOST, "IIBB", permission=Cap.BULK_RECEIVING),
-    PacketType.STOP_BULK_RECEIVING: Form(Flow.TO_HOST, "IB", permission=Cap.BULK_RECEIVING),
-    PacketType.BULK_RECEIVING_STATUS: Form(Flow.TO_GUEST, "IBB", permission=Cap.BULK_RECEIVING),
-    PacketType.CONTROL_PACKET: Form(Flow.BOTH, "BBBBHHH"),
-    PacketType.BULK_PACKET: Form(Flow.BOTH, "BBHI", ((Cap.BULK_LENGTH_32_BITS, "BBHIH"),)),
-    PacketType.ISO_PACKET: Form(Flow.BOTH, "BBH"),
-    PacketType.INTERRUPT_PACKET: Form(Flow.BOTH, "BBH"),
-    PacketType.BUFFERED_BULK_PACKET: Form(Flow.TO_GUEST, "IIBB", permission=Cap.BULK_RECEIVING),
+    PacketType.SET_CONFIGURATION: PacketFormat(Flow.TO_HOST, "B"),
+    PacketType.GET_CONFIGURATION: PacketFormat(Flow.TO_HOST),
+    PacketType.CONFIGURATION_STATUS: PacketFormat(Flow.TO_GUEST, "BB"),
+    PacketType.SET_ALT_SETTING: PacketFormat(Flow.TO_HOST, "BB"),
+    PacketType.GET_ALT_SETTING: PacketFormat(Flow.TO_HOST, "B"),
+    PacketType.ALT_SETTING_STATUS: PacketFormat(Flow.TO_GUEST, "BBB"),
+    PacketType.START_ISO_STREAM: PacketFormat(Flow.TO_HOST, "BBB"),
+    PacketType.STOP_ISO_STREAM: PacketFormat(Flow.TO_HOST, "B"),
+    PacketType.ISO_STREAM_STATUS: PacketFormat(Flow.TO_GUEST, "BB"),
+    PacketType.START_INTERRUPT_RECEIVING: PacketFormat(Flow.TO_HOST, "B"),
+    PacketType.STOP_INTERRUPT_RECEIVING: PacketFormat(Flow.TO_HOST, "B"),
+    PacketType.INTERRUPT_RECEIVING_STATUS: PacketFormat(Flow.TO_GUEST, "BB"),
+    PacketType.ALLOC_BULK_STREAMS: PacketFormat(Flow.TO_HOST, "II"),
+    PacketType.FREE_BULK_STREAMS: PacketFormat(Flow.TO_HOST, "I"),
+    PacketType.BULK_STREAMS_STATUS: PacketFormat(Flow.TO_GUEST, "IIB"),
+    PacketType.CANCEL_DATA_PACKET: PacketFormat(Flow.TO_HOST),
+    PacketType.FILTER_REJECT: PacketFormat(Flow.TO_HOST, required_cap=Cap.FILTER),
+    PacketType.FILTER_FILTER: PacketFormat(Flow.BOTH, required_cap=Cap.FILTER),
+    PacketType.DEVICE_DISCONNECT_ACK: PacketFormat(Flow.TO_HOST, required_cap=Cap.DEVICE_DISCONNECT_ACK),
+    PacketType.START_BULK_RECEIVING: PacketFormat(Flow.TO_HOST, "IIBB", required_cap=Cap.BULK_RECEIVING),
+    PacketType.STOP_BULK_RECEIVING: PacketFormat(Flow.TO_HOST, "IB", required_cap=Cap.BULK_RECEIVING),
+    PacketType.BULK_RECEIVING_STATUS: PacketFormat(Flow.TO_GUEST, "IBB", required_cap=Cap.BULK_RECEIVING),
+    PacketType.CONTROL_PACKET: PacketFormat(Flow.BOTH, "BBBBHHH"),
+    PacketType.BULK_PACKET: PacketFormat(Flow.BOTH, "BBHI", ((Cap.BULK_LENGTH_32_BITS, "BBHIH"),)),
+    PacketType.ISO_PACKET: PacketFormat(Flow.BOTH, "BBH"),
+    PacketType.INTERRUPT_PACKET: PacketFormat(Flow.BOTH, "BBH"),
+    PacketType.BUFFERED_BULK_PACKET: PacketFormat(Flow.TO_GUEST, "IIBB", required_cap=Cap.BULK_RECEIVING),
 }
 """Every packet type of protocol 0.7, by its code. The fields' names are in :mod:`farplug.usbredir.packets`."""
