@@ -53,7 +53,7 @@ class Figure:
 
 
 def requests(count: int) -> list[Packet]:
-    """What a guest sends for so many commands: CBW, request for data, request for the status."""
+    """Return what a guest sends for ``count`` commands: CBW, request for data, request for the status."""
     packets: list[Packet] = []
     for id_ in range(0, 3 * count, 3):
         packets.append(BulkPacket(id=id_, endpoint=OUT, status=Status.SUCCESS, length=31, data=bytes(31)))
@@ -63,7 +63,7 @@ def requests(count: int) -> list[Packet]:
 
 
 def answers(count: int, size: int = 4096) -> list[Packet]:
-    """What a host sends for so many commands."""
+    """Return what a host sends for ``count`` commands."""
     packets: list[Packet] = []
     data = memoryview(bytes(size))
     for id_ in range(0, 3 * count, 3):

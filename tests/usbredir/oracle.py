@@ -1,4 +1,4 @@
-"""libusbredirparser through ctypes: the parser that QEMU and spice-gtk use, as the judge of ours."""
+"""libusbredirparser through ctypes: the parser that QEMU and spice-gtk use, as the reference for ours."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ WITHOUT_ID: tuple[type[Packet], ...] = (
     FilterFilter,
     DeviceDisconnectAck,
 )
-"""Packets whose id the C interface neither takes nor tells."""
+"""Packets whose id the C interface neither accepts nor reports."""
 
 
 class _Parser(ctypes.Structure):
@@ -111,7 +111,7 @@ class _Rule(ctypes.Structure):
 
 
 def load() -> CDLL | None:
-    """The library, or None where it is not installed."""
+    """Return the library; None where it is not installed."""
     try:
         library = CDLL(LIBRARY)
     except OSError:
@@ -143,7 +143,7 @@ def load() -> CDLL | None:
 
 @dataclass(frozen=True)
 class Delivered:
-    """What a callback was given: the packet's class, its id where told, its type header and its payload, as bytes."""
+    """The arguments of a callback: the packet's class, its id if reported, its type header and payload, as bytes."""
 
     packet: type[Packet]
     id: int
@@ -187,13 +187,13 @@ class Oracle:
         self._library.usbredirparser_destroy(self.parser)
 
     def receive(self, data: Buffer) -> None:
-        """Read a chunk to its end, past every error."""
+        """Parse a chunk to its end, past every error."""
         self._input = memoryview(data)
         while self._library.usbredirparser_do_read(self.parser) == -2 or len(self._input):
             pass
 
     def send(self, packet: Packet) -> bytes:
-        """What it writes for a packet; nothing if it refuses."""
+        """Return the bytes of a packet; none if the library refuses the packet."""
         name = str(packet.TYPE)
         function = getattr(self._library, f"usbredirparser_send_{name}")
         function.restype = None
@@ -279,7 +279,7 @@ class Oracle:
 
 
 def parse_filter(library: CDLL, text: bytes, separator: bytes) -> str | None:
-    """A filter in canonical form, or None if the library refuses it."""
+    """Return a filter in canonical form; None if the library refuses the filter."""
     rules = POINTER(_Rule)()
     count = c_int()
     if library.usbredirfilter_string_to_rules(text, separator, b"|", ctypes.byref(rules), ctypes.byref(count)):
@@ -295,7 +295,7 @@ def check_filter(
     device: tuple[int, int, int, int],
     interfaces: list[tuple[int, int, int]],
 ) -> Verdict:
-    """What the library says about a device of this class, vendor, product and version."""
+    """Return the library's verdict on a device of this class, vendor, product and version."""
     device_class, vendor_id, product_id, device_version = device
     columns = [(c_uint8 * len(interfaces))(*(codes[n] for codes in interfaces)) for n in range(3)]
     result = library.usbredirfilter_check(

@@ -1,4 +1,4 @@
-"""Connections for tests, and bytes cut every way."""
+"""Connections for tests, and bytes split in every way."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ OTHER = {Role.HOST: Role.GUEST, Role.GUEST: Role.HOST}
 
 
 def hello(caps: int = ALL_CAPS, version: bytes = b"peer", extra: bytes | None = None) -> bytes:
-    """A hello as a peer sends it; ``extra`` replaces the word of capabilities."""
+    """Return a hello as a peer sends it; ``extra`` replaces the word of capabilities."""
     words = struct.pack("<I", caps) if extra is None else extra
     return struct.pack("<III64s", 0, 64 + len(words), 0, version) + words
 
 
 def connect(role: Role, own: Cap = ALL_CAPS, peer: int = ALL_CAPS, **options: Any) -> Connection:
-    """A connection that has exchanged hellos, nothing left to read or to write."""
+    """Return a connection after the hellos, with nothing left to read or to write."""
     connection = Connection(role, caps=own, **options)
     connection.start()
     connection.receive_data(hello(peer))
@@ -30,17 +30,17 @@ def connect(role: Role, own: Cap = ALL_CAPS, peer: int = ALL_CAPS, **options: An
 
 
 def drain(connection: Connection) -> list[Event]:
-    """All events that are there."""
+    """Return all pending events."""
     return list(iter(connection.next_event, None))
 
 
 def written(connection: Connection) -> bytes:
-    """All bytes that wait to be written."""
+    """Return all queued bytes."""
     return b"".join(connection.data_to_send())
 
 
 def feed(connection: Connection, chunks: Iterable[Buffer]) -> list[Event]:
-    """Chunk by chunk, each from a buffer that is overwritten afterwards."""
+    """Pass in chunks, each from a buffer that is overwritten afterwards."""
     events = []
     for chunk in chunks:
         reused = bytearray(chunk)
@@ -51,7 +51,7 @@ def feed(connection: Connection, chunks: Iterable[Buffer]) -> list[Event]:
 
 
 def cuts(data: bytes) -> Iterator[list[bytes]]:
-    """Whole, byte by byte, and cut in two anywhere."""
+    """Return the bytes whole, byte by byte, and split in two at every offset."""
     yield [data]
     yield [data[at : at + 1] for at in range(len(data))]
     for at in range(1, len(data)):
@@ -59,12 +59,12 @@ def cuts(data: bytes) -> Iterator[list[bytes]]:
 
 
 def each_way(make: Callable[[], Connection], data: bytes) -> list[Event]:
-    """The events of ``data``, which must be the same however it is cut, and in front of a tail."""
+    """Return the events of ``data``, which must be the same however the bytes are split, and with bytes behind them."""
     expected = feed(make(), [data])
     for chunks in cuts(data):
         assert feed(make(), chunks) == expected
-    unpulled = make()
+    undrained = make()
     for at in range(0, len(data), 7):
-        unpulled.receive_data(data[at : at + 7])
-    assert drain(unpulled) == expected
+        undrained.receive_data(data[at : at + 7])
+    assert drain(undrained) == expected
     return expected

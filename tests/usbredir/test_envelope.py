@@ -27,7 +27,7 @@ from farplug.usbredir.protocol import Role
 
 
 def from_a_host(packet: Packet) -> bool:
-    """Whether the usb-host side sends a packet after the hellos."""
+    """Return whether the usb-host side can send a packet after the hellos."""
     try:
         connect(Role.HOST).send(packet)
     except LocalProtocolError:
@@ -49,7 +49,7 @@ def library() -> CDLL:
 
 
 def encoded(*packets: Packet) -> bytes:
-    """Bytes of packets from the usb-host side, after both hellos."""
+    """Return the bytes of packets from the usb-host side, after both hellos."""
     connection = connect(Role.HOST)
     for packet in packets:
         connection.send(packet)
@@ -57,7 +57,7 @@ def encoded(*packets: Packet) -> bytes:
 
 
 def enclosed(message: bytes) -> bytes:
-    """An enclosed message."""
+    """Return an enclosed message."""
     return b"".join(envelope.enclose([message], len(message)))
 
 
@@ -75,7 +75,7 @@ class Guest(Oracle):
             self.read(hello())
 
     def read(self, data: bytes, chunk: int = 1 << 20) -> tuple[list[Delivered], list[str]]:
-        """Return what the parser delivers and what it complains of."""
+        """Return what the parser delivers, and its error messages."""
         self.delivered.clear()
         self.errors.clear()
         for at in range(0, len(data), chunk):

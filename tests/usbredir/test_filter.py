@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 
-from farplug.errors import Reason, UsageError
 from farplug.usbredir.filter import ANY, Filter, Rule, Verdict
 
 ALLOWED, DENIED, NO_MATCH = Verdict.ALLOWED, Verdict.DENIED, Verdict.NO_MATCH
@@ -58,17 +57,15 @@ def test_parse_and_print(text: str, separators: str, canonical: str) -> None:
     ],
 )
 def test_bad_rules(text: str, message: str) -> None:
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(ValueError) as caught:
         Filter.parse(text)
-    assert message in caught.value.message
-    assert len(caught.value.message) < 200
-    assert "\n" not in caught.value.message
-    assert caught.value.reason is Reason.BAD_OPTION
-    assert "class,vendor,product,version,allow" in caught.value.remedy
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 200
+    assert "\n" not in str(caught.value)
 
 
-def test_rules_are_valid_from_birth() -> None:
-    with pytest.raises(UsageError):
+def test_a_rule_out_of_range_cannot_be_made() -> None:
+    with pytest.raises(ValueError):
         Rule(ANY, 0x10000, ANY, ANY, True)
     assert str(Rule(3, ANY, 0x1234, 0x100, False)) == "0x03,-1,0x1234,0x0100,0"
 

@@ -1,4 +1,4 @@
-"""Every form of every packet against the bytes that libusbredirparser writes, and what each says in a log."""
+"""Every format of every packet against the bytes that libusbredirparser writes, and the log line of each."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_golden(name: str, role: Role, full: bool, data: bytes) -> None:
         return
     packet = golden_packets(full)[name]
     assert each_way(lambda: connect(OTHER[role], caps, caps), data) == [packet]
-    if name == "interface_info":  # whose slots that mean nothing are not zero
+    if name == "interface_info":  # its unused slots are not zero
         at = len(data) - 128
         data = data[:at] + b"".join(data[n : n + 2] + bytes(30) for n in range(at, len(data), 32))
     sender = connect(role, caps, caps)
@@ -183,7 +183,7 @@ def test_what_the_golden_file_lacks_cannot_be_sent(role: Role, full: bool) -> No
     assert len(refused) > 10
     sender = connect(role, caps, caps)
     for name, packet in refused.items():
-        # Data packets travel both ways too, but then the payload is missing, or there is one where none travels.
+        # Data packets are sent both ways, but here the payload is missing, or there is one where there must be none.
         if full and name == "filter_filter":
             continue
         with pytest.raises(LocalProtocolError):

@@ -1,4 +1,4 @@
-"""The machine: what is dropped and why, what cannot be sent, capabilities, cut streams, bounds."""
+"""The connection: what it drops and why, what it refuses to send, capabilities, split streams, bounds."""
 
 from __future__ import annotations
 
@@ -60,20 +60,20 @@ def bulk(endpoint: int, length: int, data: bytes = b"") -> bytes:
 TABLE = bytes(128)
 FILTER = b"-1,-1,-1,-1,1\0"
 VIOLATIONS = [
-    # (role of the receiver, its capabilities, the packet, what is said)
+    # (role of the receiver, its capabilities, the packet, the message)
     (HOST, ALL_CAPS, raw(28, b"abc"), "unknown packet type 28"),
     (HOST, ALL_CAPS, raw(99), "unknown packet type 99"),
     (HOST, ALL_CAPS, raw(0xFFFFFFFF, b"abc"), "unknown packet type 4294967295"),
-    (HOST, ALL_CAPS, raw(1, bytes(10)), "device_connect arrived at the usb-host, but it travels to the usb-guest"),
-    (GUEST, ALL_CAPS, raw(3), "reset arrived at the usb-guest, but it travels to the usb-host"),
+    (HOST, ALL_CAPS, raw(1, bytes(10)), "device_connect arrived at the usb-host, but it is sent to the usb-guest"),
+    (GUEST, ALL_CAPS, raw(3), "reset arrived at the usb-guest, but it is sent to the usb-host"),
     (HOST, ALL_CAPS, raw(104, bytes(10)), "buffered_bulk_packet arrived at the usb-host"),
     (HOST, ALL_CAPS, raw(0, bytes(68)), "a second hello"),
-    (HOST, ALL_CAPS, raw(3, b"x"), "reset of 1 bytes, it has 0"),
-    (HOST, ALL_CAPS, raw(6), "set_configuration of 0 bytes, it has 1"),
-    (HOST, ALL_CAPS, raw(6, b"12"), "set_configuration of 2 bytes, it has 1"),
-    (HOST, ALL_CAPS, raw(101, bytes(9)), f"bulk_packet of 9 bytes, it has 10 to {MAX_LENGTH}"),
-    (GUEST, ALL_CAPS, raw(1, bytes(8)), "device_connect of 8 bytes, it has 10"),
-    (GUEST, ALL_CAPS, raw(5, bytes(160)), "ep_info of 160 bytes, it has 288"),
+    (HOST, ALL_CAPS, raw(3, b"x"), "reset of 1 bytes, not 0"),
+    (HOST, ALL_CAPS, raw(6), "set_configuration of 0 bytes, not 1"),
+    (HOST, ALL_CAPS, raw(6, b"12"), "set_configuration of 2 bytes, not 1"),
+    (HOST, ALL_CAPS, raw(101, bytes(9)), f"bulk_packet of 9 bytes, not 10 to {MAX_LENGTH}"),
+    (GUEST, ALL_CAPS, raw(1, bytes(8)), "device_connect of 8 bytes, not 10"),
+    (GUEST, ALL_CAPS, raw(5, bytes(160)), "ep_info of 160 bytes, not 288"),
     (GUEST, ALL_CAPS, raw(4, b"\x21\0\0\0" + TABLE), "interface_info has 33 interfaces, at most 32 fit"),
     (GUEST, ALL_CAPS, raw(4, b"\xff\xff\xff\xff" + TABLE), "interface_info has 4294967295 interfaces"),
     (HOST, ALL_CAPS, raw(15, b"\x01"), "start_interrupt_receiving for endpoint 01, which is not IN"),
@@ -87,7 +87,7 @@ VIOLATIONS = [
     (HOST, ALL_CAPS, raw(23, FILTER[:-1]), "filter_filter is not terminated by a NUL"),
     (HOST, ALL_CAPS, raw(23, b"1,2,3\0"), "filter rule '1,2,3' has 3 fields, not 5"),
     (HOST, ALL_CAPS, raw(23, b"\xff\0"), "filter rule '\\\\xff' has 1 field"),
-    (HOST, ALL_CAPS, raw(23, bytes(65537)), "filter_filter of 65537 bytes, it has 0 to 65536"),
+    (HOST, ALL_CAPS, raw(23, bytes(65537)), "filter_filter of 65537 bytes, not 0 to 65536"),
     (HOST, ALL_CAPS & ~Cap.FILTER, raw(22), "filter_reject arrived, but we do not have the capability filter"),
     (HOST, ALL_CAPS & ~Cap.FILTER, raw(23, FILTER), "filter_filter arrived, but we do not have the capability filter"),
     (HOST, ALL_CAPS & ~Cap.DEVICE_DISCONNECT_ACK, raw(24), "the capability device_disconnect_ack"),
@@ -100,15 +100,15 @@ VIOLATIONS = [
     (HOST, ALL_CAPS, bulk(0x01, 3, b"ab"), "bulk_packet for endpoint 01 has 2 bytes, its header says 3"),
     (HOST, ALL_CAPS, bulk(0x01, 3), "bulk_packet for endpoint 01 has 0 bytes, its header says 3"),
     (GUEST, ALL_CAPS, bulk(0x81, 3, b"abcd"), "bulk_packet for endpoint 81 has 4 bytes, its header says 3"),
-    (HOST, ALL_CAPS, bulk(0x81, 3, b"abc"), "bulk_packet for endpoint 81 has 3 bytes where none travel"),
-    (GUEST, ALL_CAPS, bulk(0x01, 3, b"abc"), "bulk_packet for endpoint 01 has 3 bytes where none travel"),
+    (HOST, ALL_CAPS, bulk(0x81, 3, b"abc"), "bulk_packet for endpoint 81 has 3 bytes of payload where there is none"),
+    (GUEST, ALL_CAPS, bulk(0x01, 3, b"abc"), "bulk_packet for endpoint 01 has 3 bytes of payload where there is none"),
     (HOST, ALL_CAPS, raw(100, struct.pack("<BBBBHHH", 0, 9, 0x21, 0, 0, 0, 4)), "has 0 bytes, its header says 4"),
-    (HOST, ALL_CAPS, raw(102, struct.pack("<BBH", 0x81, 0, 4)), "iso_packet for endpoint 81 travels to the usb-host"),
-    (GUEST, ALL_CAPS, raw(102, struct.pack("<BBH", 1, 0, 4)), "iso_packet for endpoint 01 travels to the usb-guest"),
+    (HOST, ALL_CAPS, raw(102, struct.pack("<BBH", 0x81, 0, 4)), "iso_packet for endpoint 81 is sent to the usb-host"),
+    (GUEST, ALL_CAPS, raw(102, struct.pack("<BBH", 1, 0, 4)), "iso_packet for endpoint 01 is sent to the usb-guest"),
     (HOST, ALL_CAPS, raw(102, struct.pack("<BBH", 1, 0, 4)), "iso_packet for endpoint 01 has 0 bytes"),
-    (HOST, ALL_CAPS, raw(103, struct.pack("<BBH", 0x81, 0, 4)), "interrupt_packet for endpoint 81 travels to the"),
+    (HOST, ALL_CAPS, raw(103, struct.pack("<BBH", 0x81, 0, 4)), "interrupt_packet for endpoint 81 is sent to the"),
     (GUEST, ALL_CAPS, raw(103, struct.pack("<BBH", 0x81, 0, 4)), "interrupt_packet for endpoint 81 has 0 bytes"),
-    (GUEST, ALL_CAPS, raw(104, struct.pack("<IIBB", 0, 4, 1, 0)), "buffered_bulk_packet for endpoint 01 travels to"),
+    (GUEST, ALL_CAPS, raw(104, struct.pack("<IIBB", 0, 4, 1, 0)), "buffered_bulk_packet for endpoint 01 is sent to"),
     (GUEST, ALL_CAPS, raw(104, struct.pack("<IIBB", 0, 4, 0x81, 0)), "has 0 bytes, its header says 4"),
 ]
 
@@ -133,11 +133,11 @@ def test_what_is_dropped(role: Role, own: Cap, data: bytes, message: str) -> Non
 
 
 @pytest.mark.parametrize("length", [MAX_LENGTH + 1, (1 << 31) - 1])
-def test_too_long_a_body_is_skipped_not_stored(length: int) -> None:
+def test_a_body_that_is_too_long_is_skipped(length: int) -> None:
     connection = connect(HOST)
     (event,) = feed(connection, [raw(101, b"abc", length=length)])
     assert isinstance(event, Violation)
-    assert f"bulk_packet of {length} bytes, it has 10 to {MAX_LENGTH}" in str(event.error)
+    assert f"bulk_packet of {length} bytes, not 10 to {MAX_LENGTH}" in str(event.error)
     skipped = 3
     tracemalloc.start()
     while skipped < min(length - 10, 3 << 20):
@@ -172,10 +172,10 @@ def test_before_the_hello() -> None:
     assert isinstance(event, Violation)
     assert str(event.error) == "reset arrived before the hello"
     for packet in (Reset(), DeviceDisconnect()):
-        with pytest.raises(LocalProtocolError, match="cannot be sent before the peer's hello was pulled"):
+        with pytest.raises(LocalProtocolError, match="cannot be sent before the peer's hello has arrived"):
             connection.send(packet)
     connection.start()
-    with pytest.raises(LocalProtocolError, match=r"the hello is sent by start\(\), once"):
+    with pytest.raises(LocalProtocolError, match=r"start\(\) sends the hello, once"):
         connection.send(Hello(version="x"))
     connection.receive_data(hello() + RESET)
     assert connection.peer_caps is None
@@ -183,12 +183,12 @@ def test_before_the_hello() -> None:
     assert connection.peer_caps == ALL_CAPS
     assert drain(connection) == [Reset()]
     assert len(written(connection)) == 80
-    with pytest.raises(LocalProtocolError, match=r"the hello is sent by start\(\), once"):
+    with pytest.raises(LocalProtocolError, match=r"start\(\) sends the hello, once"):
         connection.send(Hello(version="x"))
 
 
 @pytest.mark.parametrize("code", [0, 3])
-def test_a_bad_hello_is_dropped_and_a_good_one_counts(code: int) -> None:
+def test_a_bad_hello_is_dropped_and_a_good_one_is_used(code: int) -> None:
     first, second = feed(Connection(HOST), [struct.pack("<III", code, 63, 0) + bytes(63) + hello()])
     assert isinstance(first, Violation)
     assert isinstance(second, Hello)
@@ -222,7 +222,7 @@ def test_max_packet_size_without_streams() -> None:
     assert each_way(lambda: connect(GUEST, own), data) == [EndpointInfo(endpoints=entries)]
 
 
-def test_ids_travel_as_wide_as_agreed() -> None:
+def test_ids_have_the_width_of_the_capabilities() -> None:
     for own, expected in ((ALL_CAPS, ID), (ALL_CAPS & ~Cap.IDS_64_BITS, ID & 0xFFFFFFFF)):
         sender, receiver = connect(GUEST, own), connect(HOST, own)
         sender.send(CancelDataPacket(id=ID))
@@ -234,11 +234,11 @@ EVERY_OTHER = memoryview(bytearray(16))[::2]
 
 
 REFUSED: list[tuple[Role, int, Packet, str]] = [
-    # (role of the sender, the peer's capabilities, the packet, what is said)
-    (HOST, 0xFF, Reset(), "reset is not sent by the usb-host, it travels to the usb-host"),
+    # (role of the sender, the peer's capabilities, the packet, the message)
+    (HOST, 0xFF, Reset(), "reset is not sent by the usb-host, but to the usb-host"),
     (GUEST, 0xFF, DeviceDisconnect(), "device_disconnect is not sent by the usb-guest"),
-    (GUEST, 0xFB, FilterReject(), "filter_reject cannot be sent, the peer does not have the capability filter"),
-    (HOST, 0xFB, FilterFilter(filter=""), "filter_filter cannot be sent, the peer does not have"),
+    (GUEST, 0xFB, FilterReject(), "filter_reject cannot be sent: the peer does not have the capability filter"),
+    (HOST, 0xFB, FilterFilter(filter=""), "filter_filter cannot be sent: the peer does not have"),
     (GUEST, 0xF7, DeviceDisconnectAck(), "the capability device_disconnect_ack"),
     (GUEST, 0x7F, StopBulkReceiving(stream_id=0, endpoint=0x81), "the capability bulk_receiving"),
     (GUEST, 0xFF, StopBulkReceiving(stream_id=0, endpoint=0x01), "which is not IN"),
@@ -260,17 +260,22 @@ REFUSED: list[tuple[Role, int, Packet, str]] = [
     (GUEST, 0xFF, SetConfiguration(configuration=256), "a number that does not fit into its field"),
     (GUEST, 0xFF, SetConfiguration(configuration=-1), "a number that does not fit into its field"),
     (HOST, 0xFF, BulkPacket(endpoint=0x81, status=OK, length=3, data=b"ab"), "has 2 bytes, its header says 3"),
-    (HOST, 0xFF, BulkPacket(endpoint=0x01, status=OK, length=2, data=b"ab"), "has 2 bytes where none travel"),
+    (
+        HOST,
+        0xFF,
+        BulkPacket(endpoint=0x01, status=OK, length=2, data=b"ab"),
+        "has 2 bytes of payload where there is none",
+    ),
     (HOST, 0xFF, BulkPacket(endpoint=0x01, status=OK, length=MAX_TRANSFER + 1), "more than 134217728"),
     (HOST, 0xBF, BulkPacket(endpoint=0x01, status=OK, length=65536), "needs bulk_length_32_bits on both sides"),
     (HOST, 0xBF, BulkPacket(endpoint=0x01, status=OK, length=-1), "needs bulk_length_32_bits on both sides"),
     (HOST, 0xFF, BulkPacket(endpoint=0x101, status=OK, length=0), "a number that does not fit into its field"),
     (HOST, 0xFF, BulkPacket(endpoint=0x81, status=OK, length=8, data=EVERY_OTHER), "contiguous bytes"),
     (HOST, 0xFF, BulkPacket(endpoint=0x81, status=OK, length=4, data=WORDS), "contiguous bytes"),
-    (HOST, 0xFF, IsoPacket(endpoint=0x01, status=OK, length=0), "iso_packet for endpoint 01 travels to the usb-guest"),
-    (GUEST, 0xFF, IsoPacket(endpoint=0x81, status=OK, length=0), "iso_packet for endpoint 81 travels to the usb-host"),
-    (GUEST, 0xFF, InterruptPacket(endpoint=0x81, status=OK, length=0), "travels to the usb-host"),
-    (HOST, 0xFF, BufferedBulkPacket(stream_id=0, length=0, endpoint=1, status=OK), "travels to the usb-guest"),
+    (HOST, 0xFF, IsoPacket(endpoint=0x01, status=OK, length=0), "iso_packet for endpoint 01 is sent to the usb-guest"),
+    (GUEST, 0xFF, IsoPacket(endpoint=0x81, status=OK, length=0), "iso_packet for endpoint 81 is sent to the usb-host"),
+    (GUEST, 0xFF, InterruptPacket(endpoint=0x81, status=OK, length=0), "is sent to the usb-host"),
+    (HOST, 0xFF, BufferedBulkPacket(stream_id=0, length=0, endpoint=1, status=OK), "is sent to the usb-guest"),
     (
         HOST,
         0xFF,
@@ -348,7 +353,7 @@ def test_an_in_request_of_any_size_is_a_packet() -> None:
     assert feed(connect(HOST, max_payload=16), [bulk(0x81, MAX_TRANSFER)]) == [request]
 
 
-def test_nothing_is_allocated_for_what_has_not_arrived() -> None:
+def test_no_memory_is_allocated_before_the_payload_arrives() -> None:
     connection = connect(HOST)
     tracemalloc.start()
     connection.receive_data(raw(101, struct.pack("<BBHIH", 1, 0, 0, 0, 0x100), length=(16 << 20) + 10) + bytes(10))
@@ -357,7 +362,7 @@ def test_nothing_is_allocated_for_what_has_not_arrived() -> None:
     tracemalloc.stop()
 
 
-def test_a_payload_is_given_away() -> None:
+def test_the_connection_keeps_no_reference_to_a_payload() -> None:
     connection = connect(HOST)
     data = bytes(1 << 20)
     stream = bulk(1, len(data), data)
@@ -373,7 +378,7 @@ def test_a_payload_is_given_away() -> None:
     tracemalloc.stop()
 
 
-def test_unpulled_input_is_released_once_pulled() -> None:
+def test_input_is_released_when_its_events_are_taken() -> None:
     connection = connect(HOST)
     tracemalloc.start()
     for _ in range(1000):
@@ -384,7 +389,7 @@ def test_unpulled_input_is_released_once_pulled() -> None:
     tracemalloc.stop()
 
 
-def test_pulled_input_is_released_while_more_is_waiting() -> None:
+def test_input_is_released_while_more_is_waiting() -> None:
     connection = connect(HOST)
     connection.receive_data(RESET)
     tracemalloc.start()

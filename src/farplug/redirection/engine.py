@@ -23,7 +23,6 @@ from farplug.errors import (
     RefusedError,
     RemoteProtocolError,
     StateError,
-    UsageError,
 )
 from farplug.redirection import events
 from farplug.redirection.acceptance import check_filter, rejected
@@ -465,7 +464,7 @@ class Redirection:
     def _on_filter(self, packet: p.FilterFilter) -> None:
         try:
             self._guest_filter = Filter.parse(packet.filter)
-        except UsageError as error:
+        except ValueError as error:
             log.warning("%s: the guest's filter is ignored: %s", self.port.name, error)
             return
         device = self._current.usable

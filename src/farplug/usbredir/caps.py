@@ -1,4 +1,4 @@
-"""Capabilities: what each side says in its hello that it can do.
+"""Capabilities: what each side announces in its hello.
 
 Source: usb-redirection-protocol.md, "usb_redir_hello".
 """
@@ -12,13 +12,13 @@ class Cap(IntFlag):
     """The bits of the first u32 word of capabilities. Unknown bits are kept, and have no effect.
 
     ``BULK_STREAMS``, ``CONNECT_DEVICE_VERSION``, ``EP_INFO_MAX_PACKET_SIZE``, ``IDS_64_BITS`` and
-    ``BULK_LENGTH_32_BITS`` change layouts and need both sides. The others permit messages: who sends looks at the
-    receiver's.
+    ``BULK_LENGTH_32_BITS`` change the layout of packets: both sides must have them. The others permit packet types: the
+    receiver must have them.
     """
 
     NONE = 0
     BULK_STREAMS = 1 << 0
-    """Bulk streams; ep_info has max_streams. Means nothing without ``EP_INFO_MAX_PACKET_SIZE``."""
+    """Bulk streams; ep_info has max_streams. Has no effect without ``EP_INFO_MAX_PACKET_SIZE``."""
     CONNECT_DEVICE_VERSION = 1 << 1
     """device_connect has bcdDevice."""
     FILTER = 1 << 2
@@ -36,13 +36,13 @@ class Cap(IntFlag):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the known bits that are set, in lower case."""
+        """Return the names of the known bits that are set, in lower case."""
         return tuple(name.lower() for name, bit in Cap.__members__.items() if bit and bit in self)
 
     def usable(self) -> Cap:
-        """Without ``BULK_STREAMS`` if ``EP_INFO_MAX_PACKET_SIZE`` is missing: the two go together."""
+        """Return the capabilities; without ``BULK_STREAMS`` if ``EP_INFO_MAX_PACKET_SIZE`` is missing."""
         return self if self & Cap.EP_INFO_MAX_PACKET_SIZE else Cap(int(self) & ~int(Cap.BULK_STREAMS))
 
 
 ALL_CAPS = Cap(0xFF)
-"""Everything that protocol 0.7 knows."""
+"""Every capability of protocol 0.7."""

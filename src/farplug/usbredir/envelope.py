@@ -1,10 +1,10 @@
 """Messages that a new connection's parser skips.
 
-QEMU reads nothing from a usbredir channel of its SPICE server while its VM is paused. When a client leaves then, the
-server drops what that client sent, *except the first message that QEMU has not read*: the parser of the next connection
-reads that message before the new client's hello. To such a parser, which expects 32-bit ids and has no device, the
-remains of another connection are malformed; QEMU 7.2 then aborts its VM (``usbredir_chardev_read: Assertion
-'dev->read_buf == NULL'``).
+QEMU reads nothing from a usbredir channel of its SPICE server while its VM is paused. When a client disconnects during
+the pause, the server drops what that client sent, *except the first message that QEMU has not read*: the parser of the
+next connection reads that message before the new client's hello. To such a parser, which expects 32-bit ids and has no
+device, the remains of another connection are malformed; QEMU 7.2 then aborts its VM (``usbredir_chardev_read:
+Assertion 'dev->read_buf == NULL'``).
 
 So each message is put between a prefix and a suffix that two parsers read differently:
 
@@ -38,17 +38,17 @@ from farplug.usbredir.caps import Cap
 from farplug.usbredir.wire import PacketType
 
 CAPS = Cap.IDS_64_BITS | Cap.BULK_STREAMS | Cap.BULK_RECEIVING | Cap.FILTER
-"""The capabilities that both sides need: ids have 64 bits, and both kinds of status packet and filters are allowed."""
+"""The capabilities that both sides need: 64-bit ids, both kinds of status packet, filters."""
 
 _BULK_STREAMS_STATUS = struct.Struct("<IIQIIB")  # type, length, id; endpoints, no_streams, status
 _BULK_STREAMS_LENGTH = 9
 _BULK_RECEIVING_STATUS = struct.Struct("<IIQIBB")  # type, length, id; stream_id, endpoint, status
 _BULK_RECEIVING_LENGTH = 6
 _NO_ENDPOINT = 0x80
-"""Endpoint 0, IN: it has no receptions, and no interrupt transfers."""
+"""Endpoint 0, IN: it has neither buffered receiving nor interrupt transfers."""
 
 _INTERRUPT_LENGTH = PacketType.BULK_RECEIVING_STATUS
-"""Of the interrupt packet, in bytes: the parser reads the type of the next packet as this length."""
+"""The length of the interrupt packet, in bytes: the parser reads the type of the next packet as this length."""
 _FIRST = _BULK_STREAMS_STATUS.pack(
     PacketType.BULK_STREAMS_STATUS, _BULK_STREAMS_LENGTH, 0, 0, PacketType.INTERRUPT_PACKET << 8, 0
 )
@@ -68,7 +68,7 @@ _SUFFIX = _BULK_STREAMS_STATUS.pack(PacketType.BULK_STREAMS_STATUS, _BULK_STREAM
 """Its last byte, the status, is the NUL that ends the text of the filter packet."""
 
 OVERHEAD = len(_BEGIN) + _FILTER_LENGTH_AND_ID.size + len(_SUFFIX)
-"""Bytes that :func:`enclose` adds to a message."""
+"""The number of bytes that :func:`enclose` adds to a message."""
 
 
 def enclose(buffers: list[Buffer], size: int) -> list[Buffer]:
@@ -76,6 +76,6 @@ def enclose(buffers: list[Buffer], size: int) -> list[Buffer]:
 
     Args:
         buffers: whole packets from the usb-host side, encoded with :data:`CAPS`; not a hello.
-        size: their bytes in all.
+        size: the sum of their sizes, in bytes.
     """
     return [_BEGIN + _FILTER_LENGTH_AND_ID.pack(size + len(_SUFFIX), 0), *buffers, _SUFFIX]

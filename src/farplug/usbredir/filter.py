@@ -1,7 +1,7 @@
-"""Filters: which devices a side lets through.
+"""Filters: which devices a side accepts.
 
 A filter is text: rules separated by ``|``, each ``class,vendor,product,version,allow``, -1 for any. The first rule that
-matches counts. Source: usb-redirection-protocol.md, "usb_redir_filter_filter", and usbredirfilter.c.
+matches decides. Source: usb-redirection-protocol.md, "usb_redir_filter_filter", and usbredirfilter.c.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final, Self
 
-from farplug.errors import Reason, UsageError
 from farplug.usb.classes import class_name
 
 ANY: Final = -1
@@ -20,14 +19,14 @@ ANY: Final = -1
 
 _RULE_SEPARATOR = "|"
 _FIELDS = (("class", 0xFF), ("vendor", 0xFFFF), ("product", 0xFFFF), ("version", 0xFFFF))
-# What strtol(3) takes with base 0. The sign and the digits are caught apart: int() does not know octal as "017".
+# What strtol(3) accepts with base 0. Sign and digits are separate groups: int() does not accept octal numbers like 017.
 _NUMBER = re.compile(r"[ \t\n\v\f\r]*([+-]?)(?:0[xX]([0-9a-fA-F]+)|(0[0-7]*)|([1-9][0-9]*))", re.ASCII)
 _MAX_DIGITS = 20
 _MAX_SHOWN = 60
 
 
 class Verdict(Enum):
-    """What a filter says about a device."""
+    """The kinds of result of :meth:`Filter.check`."""
 
     ALLOWED = "allowed"
     NO_MATCH = "denied, no rule matches"
@@ -46,10 +45,10 @@ class Rule:
         vendor_id: idVendor.
         product_id: idProduct.
         device_version: bcdDevice.
-        allow: what to do with a device that matches.
+        allow: whether a device that matches is accepted.
 
     Raises:
-        UsageError: a number is out of its range (``BAD_OPTION``).
+        ValueError: a number is out of its range.
     """
 
     device_class: int
@@ -62,24 +61,26 @@ class Rule:
         numbers = (self.device_class, self.vendor_id, self.product_id, self.device_version)
         for number, (name, highest) in zip(numbers, _FIELDS, strict=True):
             if not ANY <= number <= highest:
-                raise _bad(f"{name} {number} in a filter rule is not between -1 and {highest}")
+                raise ValueError(f"{name} {number} in a filter rule is not between -1 and {highest}")
 
     @classmethod
     def parse(cls, text: str, separators: str = ",") -> Self:
-        """Read one rule; any character of ``separators`` separates fields.
+        """Parse one rule; each character of ``separators`` separates fields.
 
         Raises:
-            UsageError: it is not a rule (``BAD_OPTION``).
+            ValueError: the text is not a valid rule; the exception's text is a message for a user.
         """
         fields = [field for field in re.split(f"[{re.escape(separators)}]", text) if field]
         if len(fields) != 5:
-            raise _bad(f"filter rule {_shown(text)} has {len(fields)} field{'' if len(fields) == 1 else 's'}, not 5")
+            raise ValueError(
+                f"filter rule {_shown(text)} has {len(fields)} field{'' if len(fields) == 1 else 's'}, not 5"
+            )
         names = (*(name for name, _ in _FIELDS), "allow")
         device_class, vendor_id, product_id, device_version, allow = map(_parse_number, names, fields)
         return cls(device_class, vendor_id, product_id, device_version, allow != 0)
 
     def format(self, separator: str = ",") -> str:
-        """The canonical text, as libusbredirparser writes it."""
+        """Return the canonical text, as libusbredirparser writes it."""
         return separator.join(
             (
                 _format_number(self.device_class, 2),
@@ -95,7 +96,7 @@ class Rule:
 
     @property
     def readable(self) -> str:
-        """The readable form, see :mod:`farplug.usbredir.rules`: ``deny class=hid vendor=046d``."""
+        """Return the readable form of :mod:`farplug.usbredir.rules`: ``deny class=hid vendor=046d``."""
         words = ["allow" if self.allow else "deny"]
         if self.device_class != ANY:
             words.append(f"class={class_name(self.device_class)}")
@@ -103,7 +104,7 @@ class Rule:
         return " ".join([*words, *(f"{name}={number:04x}" for name, number in numbers if number != ANY)])
 
     def matches(self, class_code: int, vendor_id: int, product_id: int, device_version: int) -> bool:
-        """Whether this is the rule for a device or interface of this class."""
+        """Return whether the rule matches a device, or one of its interfaces, of this class."""
         return (
             self.device_class in (ANY, class_code)
             and self.vendor_id in (ANY, vendor_id)
@@ -114,13 +115,13 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class FilterResult:
-    """What a filter says about a device, and why.
+    """The result of :meth:`Filter.check`.
 
     Attributes:
-        verdict: what it says.
-        class_code: the class that decided: the device's or that of an interface; None if every one is allowed.
-        rule: the rule that denies it; None if it is allowed, or no rule matches.
-        number: which rule that is, counted from 1; 0 if there is none.
+        verdict: whether the device is allowed, and if not, whether a rule denies it.
+        class_code: the class of the device or of an interface that is not allowed; None if all are allowed.
+        rule: the rule that denies the device; None if the device is allowed, or no rule matches.
+        number: the number of this rule, counted from 1; 0 if there is none.
     """
 
     verdict: Verdict
@@ -130,7 +131,7 @@ class FilterResult:
 
     @property
     def allowed(self) -> bool:
-        """Whether the device may pass."""
+        """Return whether the device is allowed."""
         return self.verdict is Verdict.ALLOWED
 
     def __str__(self) -> str:
@@ -144,28 +145,28 @@ class FilterResult:
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Rules in order. Without any, everything is denied."""
+    """Rules in order. A filter without rules denies every device."""
 
     rules: tuple[Rule, ...] = ()
 
     @classmethod
     def parse(cls, text: str, separators: str = ",") -> Self:
-        """Read a filter. Empty rules and doubled separators are skipped, as strtok(3) does.
+        """Parse a filter. Empty rules and doubled separators are skipped, as strtok(3) does.
 
-        Numbers are written as strtol(3) reads them with base 0. Those that an int of 32 bits does not hold are refused:
-        what C makes of them depends on the platform.
+        Numbers are parsed like strtol(3) with base 0. Numbers that do not fit into a signed 32-bit integer are refused:
+        their value in C depends on the platform.
 
         Args:
             text: rules separated by ``|``.
             separators: each of these characters separates the fields of a rule. QEMU's command line uses ``:``.
 
         Raises:
-            UsageError: a rule is not written right (``BAD_OPTION``).
+            ValueError: a rule is not valid; the exception's text is a message for a user.
         """
         return cls(tuple(Rule.parse(rule, separators) for rule in text.split(_RULE_SEPARATOR) if rule))
 
     def format(self, separator: str = ",") -> str:
-        """The canonical text, as libusbredirparser writes it."""
+        """Return the canonical text, as libusbredirparser writes it."""
         return _RULE_SEPARATOR.join(rule.format(separator) for rule in self.rules)
 
     def __str__(self) -> str:
@@ -180,10 +181,10 @@ class Filter:
         device_version: int,
         interfaces: Sequence[tuple[int, int, int]],
     ) -> FilterResult:
-        """Judge a device: its own class first, then that of every interface; all of them must be allowed.
+        """Check a device: its own class first, then the class of every interface. All of them must be allowed.
 
-        Class 00 and ef say "see the interfaces" and are not checked. Neither are interfaces 03/00/00 (HID without boot
-        protocol) of a device with several interfaces, unless it has no others.
+        Device classes 00 and ef mean "see the interfaces" and are not checked. Interfaces 03/00/00 (HID without boot
+        protocol) of a device with several interfaces are not checked either, unless it has no others.
 
         Args:
             device_class: bDeviceClass.
@@ -212,7 +213,7 @@ class Filter:
 def _parse_number(name: str, text: str) -> int:
     match = _NUMBER.fullmatch(text)
     if match is None:
-        raise _bad(f"{name} {_shown(text)} in a filter rule is not a number")
+        raise ValueError(f"{name} {_shown(text)} in a filter rule is not a number")
     sign, hexadecimal, octal, decimal = match.groups()
     digits = (hexadecimal or octal or decimal).lstrip("0") or "0"
     if len(digits) <= _MAX_DIGITS:
@@ -220,7 +221,7 @@ def _parse_number(name: str, text: str) -> int:
         number = -number if sign == "-" else number
         if -(1 << 31) <= number < 1 << 31:
             return number
-    raise _bad(f"{name} {_shown(text)} in a filter rule does not fit into 32 bits")
+    raise ValueError(f"{name} {_shown(text)} in a filter rule does not fit into 32 bits")
 
 
 def _format_number(number: int, digits: int) -> str:
@@ -229,12 +230,3 @@ def _format_number(number: int, digits: int) -> str:
 
 def _shown(text: str) -> str:
     return repr(text) if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]!r}..."
-
-
-def _bad(message: str) -> UsageError:
-    return UsageError(
-        message,
-        reason=Reason.BAD_OPTION,
-        remedy="write rules as class,vendor,product,version,allow separated by |, with -1 for any, "
-        "for example 0x08,-1,-1,-1,1|-1,-1,-1,-1,0",
-    )

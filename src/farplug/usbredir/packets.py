@@ -1,12 +1,12 @@
-"""What usbredir packets mean: one class for each type of protocol 0.7.
+"""usbredir packets: one class for each packet type of protocol 0.7.
 
-Field names are the specification's (usb-redirection-protocol.md), spelt out; ``endpoint`` is bEndpointAddress,
-``status`` how a request ended. Each class knows its fields in wire order (``values``, ``decode``), its payload,
-and what is wrong with it (``fault``), by the rules of the C parser: who sends what it refuses kills QEMU.
-The packets of data carry a payload where the data travels; ``length`` alone tells the size where it does not: how
-much an IN request asks for, how much an OUT request moved.
+Field names are the specification's (usb-redirection-protocol.md), not abbreviated; ``endpoint`` is bEndpointAddress,
+``status`` the result of a request. Each class has its fields in wire order (``values``, ``decode``), its payload, and
+a check (``fault``) with the rules of the C parser: QEMU aborts on a packet that its parser refuses. Data packets carry
+a payload in the direction of the data. In the other direction ``length`` alone is the size: what an IN request asks
+for, or what an OUT request has transferred.
 
-The file is long because the protocol has 33 packet types: it is a vocabulary, one short class after the other.
+The file is long because the protocol has 33 packet types.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 from struct import unpack_from
 from typing import Any, ClassVar, Final, Self
 
-from farplug.errors import RemoteProtocolError, UsageError
+from farplug.errors import RemoteProtocolError
 from farplug.usb.transfer import Status
 from farplug.usb.types import Buffer
 from farplug.usbredir.caps import Cap
@@ -42,52 +42,52 @@ _LABELS: Final[Mapping[str, tuple[str, Callable[[Any], str]]]] = {
     "version": ("version", repr),
     "data": ("data", lambda data: f"{len(data)}B"),
 }
-"""How fields are named and printed in a log line, where not as they are."""
+"""The names and formats of fields in a log line, where they differ from the defaults."""
 
 
 def endpoint_index(address: int) -> int:
-    """The place of an endpoint in tables and masks of 32: OUT 0 to 15, then IN 0 to 15."""
+    """Return the index of an endpoint in tables and masks of 32 endpoints: OUT 0 to 15, then IN 0 to 15."""
     return (address & 0x0F) | ((address & 0x80) >> 3)
 
 
 def endpoint_address(index: int) -> int:
-    """The reverse of :func:`endpoint_index`."""
+    """Return the endpoint address for an index: the reverse of :func:`endpoint_index`."""
     return (index & 0x0F) | ((index & 0x10) << 3)
 
 
 @dataclass(slots=True, kw_only=True)
 class Packet:
-    """A usbredir packet. ``id`` is chosen by the guest for what must be answered, and 0 for the rest."""
+    """A usbredir packet. The guest chooses the ``id`` of a request, and its answer has the same; otherwise it is 0."""
 
     TYPE: ClassVar[PacketType]
     MAX_PAYLOAD: ClassVar[int] = 0
-    """Bytes that may follow the type header."""
+    """The most bytes of payload."""
 
     id: int = 0
 
     @classmethod
     def decode(cls, id: int, values: tuple[Any, ...], payload: Buffer) -> Self:
-        """Build from the fields of a type header, in wire order, and the payload.
+        """Make a packet from the fields of a type header, in wire order, and the payload.
 
         Raises:
-            RemoteProtocolError: the C parser would drop it, and it cannot even be represented.
+            RemoteProtocolError: the C parser would drop the packet, and this class cannot represent it.
         """
         return cls(id=id, **dict(zip(_names(cls), values, strict=True)))
 
     def values(self) -> tuple[Any, ...]:
-        """The fields of the longest type header, in wire order."""
+        """Return the fields of the longest type header, in wire order."""
         return tuple(getattr(self, name) for name in _names(type(self)))
 
     def payload(self) -> Buffer:
-        """What follows the type header."""
+        """Return the payload: what follows the type header."""
         return b""
 
     def fault(self, to_host: bool, size: int) -> str:
-        """Why the C parser drops this packet; empty if it does not.
+        """Return why the C parser drops this packet; empty if it does not.
 
         Args:
-            to_host: it travels to the usb-host.
-            size: bytes of payload that it travels with.
+            to_host: the packet is sent to the usb-host.
+            size: the length of its payload, in bytes.
         """
         return ""
 
@@ -110,7 +110,7 @@ def _names(cls: type[Packet]) -> list[str]:
 
 
 class _StatusPacket(Packet):
-    """Answers that consist of numbers, one of which is a status."""
+    """An answer that consists of numbers, one of which is a status."""
 
     __slots__ = ()
 
@@ -126,21 +126,21 @@ class Hello(Packet):
     """The first packet of each side. :meth:`Connection.start` sends ours.
 
     Attributes:
-        version: the program's name and version, for people; cut to 63 bytes.
+        version: the program's name and version, as text; cut to 63 bytes.
         caps: words of capabilities, at most :data:`MAX_CAPS_WORDS` of them.
     """
 
     TYPE = PacketType.HELLO
     MAX_PAYLOAD = MAX_LENGTH - VERSION_SIZE
     MAX_CAPS_WORDS: ClassVar[int] = 32
-    """How many words are kept of what a peer sends. Only the first one has a meaning today."""
+    """The most words that are stored. Protocol 0.7 defines only the first one."""
 
     version: str
     caps: tuple[int, ...] = ()
 
     @property
     def capabilities(self) -> Cap:
-        """The first word, with what is illegal taken out."""
+        """Return the capabilities of the first word, without a combination that the protocol forbids."""
         return Cap(self.caps[0] if self.caps else 0).usable()
 
     @classmethod
@@ -161,7 +161,7 @@ class Hello(Packet):
 
 @dataclass(slots=True, kw_only=True)
 class DeviceConnect(Packet):
-    """A device is there. ``speed``: 0 low, 1 full, 2 high, 3 super, 255 unknown. ``device_version``: bcdDevice."""
+    """A device is connected. ``speed``: 0 low, 1 full, 2 high, 3 super, 255 unknown. ``device_version``: bcdDevice."""
 
     TYPE = PacketType.DEVICE_CONNECT
 
@@ -180,7 +180,7 @@ class DeviceConnect(Packet):
 
 @dataclass(slots=True, kw_only=True)
 class DeviceDisconnect(Packet):
-    """The device is gone."""
+    """The device is disconnected."""
 
     TYPE = PacketType.DEVICE_DISCONNECT
 
@@ -240,7 +240,7 @@ def _too_many_interfaces(count: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class EndpointEntry:
-    """One endpoint of a current alternate setting; the defaults are those of an endpoint that is not there.
+    """One endpoint of a current alternate setting; the defaults are those of an endpoint that does not exist.
 
     Attributes:
         type: 0 control, 1 isochronous, 2 bulk, 3 interrupt, 255 absent.
@@ -290,7 +290,7 @@ class EndpointInfo(Packet):
 
 @dataclass(slots=True, kw_only=True)
 class SetConfiguration(Packet):
-    """Choose a configuration by bConfigurationValue."""
+    """Set the configuration, by bConfigurationValue."""
 
     TYPE = PacketType.SET_CONFIGURATION
 
@@ -299,7 +299,7 @@ class SetConfiguration(Packet):
 
 @dataclass(slots=True, kw_only=True)
 class GetConfiguration(Packet):
-    """Ask for the configuration."""
+    """Get the configuration."""
 
     TYPE = PacketType.GET_CONFIGURATION
 
@@ -316,7 +316,7 @@ class ConfigurationStatus(_StatusPacket):
 
 @dataclass(slots=True, kw_only=True)
 class SetAltSetting(Packet):
-    """Choose an alternate setting of an interface."""
+    """Set the alternate setting of an interface."""
 
     TYPE = PacketType.SET_ALT_SETTING
 
@@ -326,7 +326,7 @@ class SetAltSetting(Packet):
 
 @dataclass(slots=True, kw_only=True)
 class GetAltSetting(Packet):
-    """Ask for the alternate setting of an interface."""
+    """Get the alternate setting of an interface."""
 
     TYPE = PacketType.GET_ALT_SETTING
 
@@ -366,7 +366,10 @@ class StopIsoStream(Packet):
 
 @dataclass(slots=True, kw_only=True)
 class IsoStreamStatus(_StatusPacket):
-    """Answers start and stop of a stream; by itself: ``STALL`` if the stream ended, others if it runs on."""
+    """Answers start and stop of a stream.
+
+    Sent without a request: ``STALL`` if the stream ended, others if it continues.
+    """
 
     TYPE = PacketType.ISO_STREAM_STATUS
 
@@ -375,7 +378,7 @@ class IsoStreamStatus(_StatusPacket):
 
 
 class _InEndpointPacket(Packet):
-    """Packets that make sense for IN endpoints only."""
+    """A packet that is valid for IN endpoints only."""
 
     __slots__ = ()
     endpoint: int
@@ -404,7 +407,7 @@ class StopInterruptReceiving(_InEndpointPacket):
 
 @dataclass(slots=True, kw_only=True)
 class InterruptReceivingStatus(_InEndpointPacket, _StatusPacket):
-    """Answers start and stop of receiving; by itself: ``STALL`` if it ended, others if it runs on."""
+    """Answers start and stop of receiving. Sent without a request: ``STALL`` if it ended, others if it continues."""
 
     TYPE = PacketType.INTERRUPT_RECEIVING_STATUS
 
@@ -458,7 +461,7 @@ class FilterReject(Packet):
 
 @dataclass(slots=True, kw_only=True)
 class FilterFilter(Packet):
-    """Which devices the sender lets through: see :class:`~farplug.usbredir.filter.Filter`."""
+    """Which devices the sender accepts: see :class:`~farplug.usbredir.filter.Filter`."""
 
     TYPE = PacketType.FILTER_FILTER
     MAX_PAYLOAD = 64 * 1024
@@ -482,21 +485,21 @@ class FilterFilter(Packet):
             return f"filter_filter has {size} bytes, more than {self.MAX_PAYLOAD}"
         try:
             Filter.parse(self.filter)
-        except UsageError as error:
-            return error.message
+        except ValueError as error:
+            return str(error)
         return ""
 
 
 @dataclass(slots=True, kw_only=True)
 class DeviceDisconnectAck(Packet):
-    """The guest has seen device_disconnect."""
+    """The guest acknowledges device_disconnect."""
 
     TYPE = PacketType.DEVICE_DISCONNECT_ACK
 
 
 @dataclass(slots=True, kw_only=True)
 class StartBulkReceiving(_InEndpointPacket):
-    """Start buffered receiving from a bulk IN endpoint, with ``transfers`` transfers of this size at a time."""
+    """Start buffered receiving from a bulk IN endpoint: ``transfers`` transfers of ``bytes_per_transfer`` in flight."""
 
     TYPE = PacketType.START_BULK_RECEIVING
 
@@ -523,7 +526,10 @@ class StopBulkReceiving(_InEndpointPacket):
 
 @dataclass(slots=True, kw_only=True)
 class BulkReceivingStatus(_InEndpointPacket, _StatusPacket):
-    """Answers start and stop of buffered receiving; by itself: ``STALL`` if it ended, others if it runs on."""
+    """Answers start and stop of buffered receiving.
+
+    Sent without a request: ``STALL`` if it ended, others if it continues.
+    """
 
     TYPE = PacketType.BULK_RECEIVING_STATUS
 
@@ -534,9 +540,9 @@ class BulkReceivingStatus(_InEndpointPacket, _StatusPacket):
 
 @dataclass(slots=True, kw_only=True)
 class DataPacket(Packet):
-    """What the packets of data have in common.
+    """The common part of data packets.
 
-    The payload travels with OUT requests and IN answers and is ``length`` bytes long there; elsewhere there is none.
+    OUT requests and IN answers carry a payload of ``length`` bytes; other data packets carry none.
     """
 
     MAX_PAYLOAD = MAX_LENGTH
@@ -554,7 +560,7 @@ class DataPacket(Packet):
             if size != self.length:
                 return f"{self.TYPE} for endpoint {self.endpoint:02x} has {size} bytes, its header says {self.length}"
         elif size:
-            return f"{self.TYPE} for endpoint {self.endpoint:02x} has {size} bytes where none travel"
+            return f"{self.TYPE} for endpoint {self.endpoint:02x} has {size} bytes of payload where there is none"
         return ""
 
 
@@ -619,7 +625,7 @@ class BulkPacket(DataPacket):
         length = self.length
         if length > MAX_TRANSFER:
             return _too_long(self)
-        # The rule of all data packets, kept here without another call: this is done for each packet of a disk.
+        # The rule of all data packets, without another call: this is checked for each packet of a disk.
         if size == (length if (self.endpoint < 0x80) is to_host else 0):
             return ""
         return DataPacket.fault(self, to_host, size)
@@ -627,7 +633,7 @@ class BulkPacket(DataPacket):
 
 @dataclass(slots=True, kw_only=True)
 class _FramePacket(DataPacket):
-    """Data packets without further fields."""
+    """A data packet without further fields."""
 
     @classmethod
     def decode(cls, id: int, values: tuple[Any, ...], payload: Buffer) -> Self:
@@ -652,7 +658,7 @@ class IsoPacket(_FramePacket):
 
 @dataclass(slots=True, kw_only=True)
 class InterruptPacket(_FramePacket):
-    """Interrupt IN: what was received. Interrupt OUT: a request, and the answer to it."""
+    """Interrupt IN: received data. Interrupt OUT: a request, and its answer."""
 
     TYPE = PacketType.INTERRUPT_PACKET
 
@@ -664,7 +670,7 @@ class InterruptPacket(_FramePacket):
 
 @dataclass(slots=True, kw_only=True)
 class BufferedBulkPacket(DataPacket):
-    """What buffered bulk receiving received."""
+    """Data of buffered bulk receiving."""
 
     TYPE = PacketType.BUFFERED_BULK_PACKET
 
@@ -691,7 +697,7 @@ def _too_long(packet: DataPacket) -> str:
 
 
 def _wrong_way(packet: DataPacket, to_host: bool) -> str:
-    return f"{packet.TYPE} for endpoint {packet.endpoint:02x} travels to the usb-{'host' if to_host else 'guest'}"
+    return f"{packet.TYPE} for endpoint {packet.endpoint:02x} is sent to the usb-{'host' if to_host else 'guest'}"
 
 
 PACKETS: Final[tuple[type[Packet], ...]] = (

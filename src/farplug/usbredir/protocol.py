@@ -1,4 +1,4 @@
-"""The machine: one usbredir connection as a peer sees it, bytes in and packets out, without any I/O.
+"""One end of a usbredir connection: bytes in, packets out, and the reverse. No I/O.
 
 ::
 
@@ -11,9 +11,9 @@
         ...                                  # connection.send(answer)
     write(connection.data_to_send())
 
-The rules are those of the C parser (usbredirparser.c), on what is received and on what is sent, with three
-exceptions, each a little stricter: nothing counts before the peer's hello, words of capabilities beyond
-:attr:`Hello.MAX_CAPS_WORDS` are skipped, and a filter is limited to :attr:`FilterFilter.MAX_PAYLOAD` bytes.
+Received and sent packets obey the rules of the C parser (usbredirparser.c), with three exceptions, which are stricter:
+no packet is accepted before the peer's hello, words of capabilities beyond :attr:`Hello.MAX_CAPS_WORDS` are skipped,
+and a filter is limited to :attr:`FilterFilter.MAX_PAYLOAD` bytes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from farplug.usbredir.wire import MAX_LENGTH, PACKET_FORMATS, Flow, PacketType, 
 from farplug.version import __version__
 
 DEFAULT_MAX_PAYLOAD: Final = 16 * 1024 * 1024
-"""Bytes of payload that are stored for one packet, unless the caller says otherwise."""
+"""The default of ``max_payload``: the bytes of payload that are stored for one packet."""
 
 _JOIN_BELOW: Final = 4096
 _COMPACT_ABOVE: Final = 65536
@@ -41,12 +41,12 @@ _ID_MASK_64: Final = 0xFFFF_FFFF_FFFF_FFFF
 
 
 class Role(Enum):
-    """Which end of the connection we are."""
+    """An end of the connection."""
 
     HOST = "usb-host"
-    """The side that owns the device."""
+    """The side that has the device."""
     GUEST = "usb-guest"
-    """The side that uses it: QEMU."""
+    """The side that uses the device: QEMU."""
 
     def __str__(self) -> str:
         return self.value
@@ -54,11 +54,11 @@ class Role(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """A packet was dropped because the peer left the protocol. The stream goes on with the next packet.
+    """A packet was dropped because the peer violated the protocol. The stream continues with the next packet.
 
     Attributes:
         error: what was wrong.
-        type: the packet's type, as it was received.
+        type: the packet's type, as received.
         id: the packet's id.
     """
 
@@ -72,10 +72,10 @@ class Violation:
 
 @dataclass(frozen=True, slots=True)
 class Oversized:
-    """A valid packet whose payload is longer than ``max_payload``: skipped, not stored.
+    """A valid packet whose payload, longer than ``max_payload``, was skipped.
 
     Attributes:
-        packet: the packet with empty ``data``; ``length`` tells how long the payload was.
+        packet: the packet with empty ``data``; ``length`` is the length of the payload.
     """
 
     packet: DataPacket
@@ -88,45 +88,46 @@ Event: TypeAlias = Packet | Violation | Oversized
 
 
 class _Incoming(NamedTuple):
-    """How to read a packet type, with the capabilities known now."""
+    """How to decode a packet type with the capabilities of both sides."""
 
     packet: type[Packet]
     layout: struct.Struct
     max_length: int
-    """The longest type header and payload."""
+    """The most bytes of type header and payload."""
     max_stored: int
-    """Bytes of payload that are stored."""
+    """The most bytes of payload that are stored."""
 
 
 class _Outgoing(NamedTuple):
-    """How to write a packet type, with the capabilities known now."""
+    """How to encode a packet type with the capabilities of both sides."""
 
     layout: struct.Struct
     """Header and type header."""
     type_header_size: int
     values: int
-    """How many of the packet's values this layout has."""
+    """The number of the packet's values in this layout."""
 
 
 class Connection:
     """One end of a usbredir connection, protocol 0.7.
 
-    What is received but not pulled is kept as bytes: who stops pulling must stop feeding, that is the bound.
-    A packet that is under way costs what has arrived of it, at most ``max_payload``. What is sent stays queued until
-    :meth:`data_to_send`.
+    Received bytes are stored until :meth:`next_event` returns their packets: a caller that stops calling it must stop
+    passing bytes in, too. Of an incomplete packet at most ``max_payload`` bytes are stored. Sent packets are queued
+    until :meth:`data_to_send` is called.
 
     Args:
-        role: which end we are.
-        caps: what we can do.
-        version: our name and version, for people; cut to 63 bytes.
-        max_payload: bytes of payload that are stored for one packet; a longer one becomes an :class:`Oversized`.
+        role: our end.
+        caps: our capabilities.
+        version: our name and version, as text; cut to 63 bytes.
+        max_payload: the most bytes of payload that are stored for one packet; a longer one becomes an
+            :class:`Oversized`.
 
     Attributes:
-        role: which end we are.
-        own_caps: what we announce.
-        peer_caps: what the peer announced; None until its hello was pulled.
-        peer_version: what the peer calls itself; empty until then.
-        unsent: how many bytes are queued.
+        role: our end.
+        own_caps: the capabilities that we announce.
+        peer_caps: the capabilities that the peer announced; None before its hello.
+        peer_version: the peer's name and version; empty before its hello.
+        unsent: the number of queued bytes.
     """
 
     def __init__(
@@ -161,7 +162,7 @@ class Connection:
         self._events = self._parse()
 
     def start(self) -> None:
-        """Queue our hello. Nothing else can be sent before the peer's hello was pulled."""
+        """Queue our hello. Nothing else can be sent before :meth:`next_event` has returned the peer's hello."""
         packet_format = PACKET_FORMATS[PacketType.HELLO]
         packet = Hello(version=self._version, caps=(self.own_caps,))
         payload = packet.payload()
@@ -169,7 +170,7 @@ class Connection:
         self._queue(packet_format.packet(Cap.NONE).pack(packet.TYPE, size, 0, *packet.values()), payload)
 
     def receive_data(self, data: Buffer) -> None:
-        """Take bytes from the peer, cut anywhere. What must be kept is copied: ``data`` may be reused afterwards."""
+        """Pass in bytes from the peer, split anywhere. They are copied: ``data`` may be reused afterwards."""
         view = memoryview(data)
         if self._missing:
             part = view[: self._missing]
@@ -180,9 +181,9 @@ class Connection:
         self._buffer += view
 
     def next_event(self) -> Event | None:
-        """The next thing that the peer said; None if more bytes are needed.
+        """Return the next event; None if more bytes are needed.
 
-        The payload of a packet belongs to the packet: nothing here changes it any more.
+        The payload belongs to the packet: the connection does not change it afterwards.
         """
         return next(self._events)
 
@@ -190,7 +191,7 @@ class Connection:
         """Queue a packet. Payloads of 4 KiB and more are not copied: do not change them before they are written.
 
         Raises:
-            LocalProtocolError: the peer would drop it, or it cannot be said now. Nothing was queued.
+            LocalProtocolError: the peer would drop the packet, or it may not be sent now. Nothing was queued.
         """
         outgoing = self._outgoing.get(type(packet))
         if outgoing is None:
@@ -214,7 +215,7 @@ class Connection:
         self._queue(head, payload)
 
     def data_to_send(self) -> list[Buffer]:
-        """What is to be written, in order; it is the caller's from now on."""
+        """Return the queued buffers, in order, and empty the queue."""
         self.unsent = 0
         unsent, self._unsent = self._unsent, []
         return unsent
@@ -228,7 +229,7 @@ class Connection:
             self._unsent += (head, payload)
 
     def _parse(self) -> Generator[Event | None, None, Never]:
-        """All events, for ever; None each time that more bytes are needed."""
+        """Yield events, without end; None each time that more bytes are needed."""
         buffer = self._buffer
         stash: list[memoryview] = []
         at = 0
@@ -269,18 +270,18 @@ class Connection:
                     at += size
                     yield self._decode(packet, id_, values, bytes(memoryview(buffer)[at - size : at]), size)
                 else:
-                    # A payload is stored as a whole or not at all; of a hello, the beginning is enough.
+                    # A payload is stored completely or not at all; of a hello, the beginning is stored.
                     stored = min(size, max_stored) if size <= max_stored or packet is Hello else 0
                     self._payload = bytearray()
                     at = yield from self._take(at, stored)
                     stash.append(memoryview(self._payload))
                     self._payload = None
                     at = yield from self._take(at, size - stored)
-                    # Popped here, so that nothing but the event holds the payload.
+                    # Popped here, so that only the event references the payload.
                     yield self._decode(packet, id_, values, stash.pop(), size)
 
     def _take(self, at: int, size: int) -> Generator[None, None, int]:
-        """Move so many bytes of the stream to where ``_payload`` says. Returns where the buffer goes on."""
+        """Move ``size`` bytes of the stream to ``_payload``, or drop them. Returns the new position in the buffer."""
         part = min(size, len(self._buffer) - at)
         if self._payload is not None:
             self._payload += memoryview(self._buffer)[at : at + part]
@@ -294,13 +295,13 @@ class Connection:
 
     def _skip(self, at: int, length: int) -> Generator[None, None, int]:
         """Skip the body of a packet that is dropped."""
-        # C keeps what it has to skip in a signed int: it skips nothing of a body that claims 2 GiB or more.
+        # C counts the bytes to skip in a signed int: it skips nothing of a body whose length is 2 GiB or more.
         return (yield from self._take(at, length if length < 1 << 31 else 0))
 
     def _decode(
         self, packet: type[Packet], id_: int, values: tuple[int, ...], payload: Buffer, size: int
     ) -> Packet | Violation | Oversized:
-        """Make an event of a packet that arrived as a whole. ``size`` bytes of payload came, not all may be stored."""
+        """Return the event for a complete packet with ``size`` bytes of payload, of which some may not be stored."""
         try:
             event = packet.decode(id_, values, payload)
         except RemoteProtocolError as error:
@@ -310,11 +311,11 @@ class Connection:
         if isinstance(event, DataPacket):
             return event if len(payload) == size else Oversized(event)
         if isinstance(event, Hello):
-            self._learn(event)
+            self._use_peer_caps(event)
         return event
 
-    def _learn(self, hello: Hello) -> None:
-        """Compile the tables for what both sides can do."""
+    def _use_peer_caps(self, hello: Hello) -> None:
+        """Make the tables for the capabilities of both sides."""
         self.peer_caps = peer_caps = hello.capabilities
         self.peer_version = hello.version
         shared = self.own_caps & peer_caps
@@ -340,7 +341,7 @@ class Connection:
             return f"unknown packet type {code}"
         name = PacketType(code)
         if packet_format.flow is self._sent_flow:
-            return f"{name} arrived at the {self.role}, but it travels {packet_format.flow}"
+            return f"{name} arrived at the {self.role}, but it is sent {packet_format.flow}"
         if name is PacketType.HELLO:
             return "a second hello"
         if self.peer_caps is None:
@@ -350,18 +351,18 @@ class Connection:
     def _why_not_sent(self, name: PacketType) -> str:
         packet_format = PACKET_FORMATS[name]
         if name is PacketType.HELLO:
-            return "the hello is sent by start(), once"
+            return "start() sends the hello, once"
         if self.peer_caps is None:
-            return f"{name} cannot be sent before the peer's hello was pulled"
+            return f"{name} cannot be sent before the peer's hello has arrived"
         if packet_format.flow is self._received_flow:
-            return f"{name} is not sent by the {self.role}, it travels {packet_format.flow}"
-        return f"{name} cannot be sent, the peer does not have the capability {_name(packet_format.required_cap)}"
+            return f"{name} is not sent by the {self.role}, but {packet_format.flow}"
+        return f"{name} cannot be sent: the peer does not have the capability {_name(packet_format.required_cap)}"
 
 
 def _bad_length(incoming: _Incoming, length: int) -> str:
     packet, layout, max_length, _ = incoming
     expected = f"{layout.size} to {max_length}" if max_length > layout.size else f"{layout.size}"
-    return f"{packet.TYPE} of {length} bytes, it has {expected}"
+    return f"{packet.TYPE} of {length} bytes, not {expected}"
 
 
 def _name(cap: Cap) -> str:

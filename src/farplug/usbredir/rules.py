@@ -1,9 +1,9 @@
 """Filters as people write them: ``deny vendor=046d; allow class=hid``.
 
-Rules are separated by ``;`` or line ends, each ``allow`` or ``deny`` and what the device must have, in any order:
-``class=`` (a name or a number), ``vendor=``, ``product=`` and ``version=``. Numbers are hexadecimal, as lsusb writes
-them. A rule without any of these matches every device. The first rule that matches counts, and what no rule matches is
-denied: it is the same :class:`~farplug.usbredir.filter.Filter` as in usbredir's own form.
+Rules are separated by ``;`` or line ends. Each is ``allow`` or ``deny`` and the properties of the device, in any order:
+``class=`` (a name or a number), ``vendor=``, ``product=`` and ``version=``. Numbers are hexadecimal, as lsusb prints
+them. A rule without properties matches every device. The first rule that matches decides, and a device that no rule
+matches is denied: the result is the same :class:`~farplug.usbredir.filter.Filter` as for usbredir's own form.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from farplug.usb.classes import CLASS_CODES
 from farplug.usbredir.filter import ANY, Filter, Rule
 
 MAX_LENGTH: Final = 4096
-"""Characters of a text with rules."""
+"""The longest text with rules, in characters."""
 
 SEPARATORS: Final = ",:"
-"""Of fields in usbredir's own form. QEMU's option ``filter=`` has colons, as a comma ends its value."""
+"""Separators of the fields in usbredir's own form. QEMU's option ``filter=`` has colons: a comma ends its value."""
 
 _VERBS = {"allow": True, "deny": False}
 _FIELDS = ("class", "vendor", "product", "version")
@@ -27,23 +27,32 @@ _HEXADECIMAL = re.compile(r"(?:0[xX])?([0-9a-fA-F]{1,4})")
 _VERSION = re.compile(r"([0-9]{1,2})\.([0-9])([0-9])")
 
 REMEDY: Final = (
-    "write rules as 'allow class=hid; deny vendor=046d; allow', the first that matches counts; "
+    "write rules as 'allow class=hid; deny vendor=046d; allow', the first that matches decides; "
     f"classes: {', '.join(CLASS_CODES)}"
+)
+
+USBREDIR_REMEDY: Final = (
+    "write rules as class,vendor,product,version,allow separated by |, with -1 for any, for example "
+    "0x08,-1,-1,-1,1|-1,-1,-1,-1,0"
 )
 
 
 def parse_rules(text: str) -> Filter:
-    """Read a filter in this form, in usbredir's (``0x03,-1,-1,-1,1|-1,-1,-1,-1,0``), or in QEMU's (``:`` for ``,``).
+    """Parse a filter in this form, in usbredir's (``0x03,-1,-1,-1,1|-1,-1,-1,-1,0``), or in QEMU's (``:`` for ``,``).
 
     Raises:
-        UsageError: it has none of them, or it could not allow any device and does not say so (``BAD_OPTION``).
+        UsageError: the text has none of these forms, or allows no device and does not end with ``deny``
+            (``BAD_OPTION``).
     """
     if len(text) > MAX_LENGTH:
         raise _bad(f"filter rules have {len(text)} characters, more than {MAX_LENGTH}")
     if not text.strip(" \t\r\n;|"):
         raise _bad("filter rules are empty")
     if not text.lstrip(" \t\r\n;|")[0].isalpha():
-        return Filter.parse(text.strip(), SEPARATORS)
+        try:
+            return Filter.parse(text.strip(), SEPARATORS)
+        except ValueError as error:
+            raise _bad(str(error), USBREDIR_REMEDY) from None
     rules = tuple(_parse_rule(rule.split()) for rule in re.split(r"[;\n]", text) if rule.strip())
     if not any(rule.allow for rule in rules) and rules[-1].readable != "deny":
         raise _bad("filter rules allow no device: what no rule matches is denied; end them with '; allow'")
@@ -78,5 +87,5 @@ def _parse_value(name: str, value: str) -> int:
     return int(match[1], 16)
 
 
-def _bad(message: str) -> UsageError:
-    return UsageError(message, reason=Reason.BAD_OPTION, remedy=REMEDY)
+def _bad(message: str, remedy: str = REMEDY) -> UsageError:
+    return UsageError(message, reason=Reason.BAD_OPTION, remedy=remedy)

@@ -1,4 +1,4 @@
-"""The shape of usbredir on the wire: packet types, headers, and how capabilities change layouts.
+"""usbredir on the wire: packet types, headers, and how capabilities change layouts.
 
 Source: usb-redirection-protocol.md (version 0.7) and usbredirproto.h. Everything is little-endian and packed.
 """
@@ -24,7 +24,7 @@ TABLE_SIZE: Final = 32
 
 
 class PacketType(IntEnum):
-    """The first word of a packet. Prints as the specification's name."""
+    """The first word of a packet. ``str()`` is the specification's name."""
 
     HELLO = 0
     DEVICE_CONNECT = 1
@@ -65,7 +65,7 @@ class PacketType(IntEnum):
 
 
 class Flow(Enum):
-    """Which way a packet type travels."""
+    """The direction in which a packet type is sent."""
 
     TO_HOST = "to the usb-host"
     TO_GUEST = "to the usb-guest"
@@ -77,13 +77,13 @@ class Flow(Enum):
 
 @dataclass(frozen=True, slots=True)
 class PacketFormat:
-    """What is known of a packet type before any field of it is read.
+    """The format of a packet type: what is known before any field of a packet is read.
 
     Attributes:
-        flow: which way it travels.
-        layout: its type header without capabilities, as :mod:`struct` writes it.
+        flow: the direction in which it is sent.
+        layout: its type header without capabilities, as a format of :mod:`struct`.
         extended: longer type headers, the longest first, and the capability that both sides need for each.
-        required_cap: the capability that the receiver needs to be sent this type at all.
+        required_cap: the capability that the receiver of this type must have.
     """
 
     flow: Flow
@@ -92,11 +92,11 @@ class PacketFormat:
     required_cap: Cap = Cap.NONE
 
     def type_header(self, shared: Cap) -> Struct:
-        """What follows the header, the payload left out. ``shared`` are the capabilities that both sides have."""
+        """Return the layout of the type header. ``shared``: the capabilities that both sides have."""
         return Struct("<" + self._layout(shared))
 
     def packet(self, shared: Cap) -> Struct:
-        """Header and type header in one."""
+        """Return the layout of header and type header together. ``shared``: the capabilities that both sides have."""
         return Struct(header(shared).format + self._layout(shared))
 
     def _layout(self, shared: Cap) -> str:
@@ -104,7 +104,7 @@ class PacketFormat:
 
 
 def header(shared: Cap) -> Struct:
-    """The header: type, length of what follows, id. ``shared`` are the capabilities that both sides have."""
+    """Return the layout of the header: type, length of what follows, id. ``shared``: what both sides have."""
     return Struct("<IIQ" if Cap.IDS_64_BITS in shared else "<III")
 
 
@@ -147,4 +147,4 @@ PACKET_FORMATS: Final[Mapping[int, PacketFormat]] = {
     PacketType.INTERRUPT_PACKET: PacketFormat(Flow.BOTH, "BBH"),
     PacketType.BUFFERED_BULK_PACKET: PacketFormat(Flow.TO_GUEST, "IIBB", required_cap=Cap.BULK_RECEIVING),
 }
-"""Every packet type of protocol 0.7, by its code. The fields' names are in :mod:`farplug.usbredir.packets`."""
+"""The format of every packet type of protocol 0.7, by its code. :mod:`farplug.usbredir.packets` names the fields."""
