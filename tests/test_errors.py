@@ -83,6 +83,12 @@ def test_a_remedy_is_text_with_what_a_program_can_offer() -> None:
         ("one\ntwo", ["one", "two"]),
         (Remedy("plug it all the same", setting="storage.force", value=True), ["plug it all the same: --force"]),
         (Remedy(setting="target.ca_file"), ["--ca-file FILE"]),
+        (Remedy(setting="target.proxy"), ["--proxy URL"]),
+        (Remedy(setting="target.host_subject", value="O=A B,CN=x:y"), ["--host-subject 'O=A B,CN=x:y'"]),
+        (
+            Remedy("give one", setting="target.password"),
+            ["give one: --password-file FILE, --ask-password, or FARPLUG_PASSWORD in the environment"],
+        ),
         (Remedy("use", setting="storage.usb_speed", value="high"), ["use: --usb-speed high"]),
         (Remedy("convert it", command="qemu-img convert -O raw a b"), ["convert it:", "  qemu-img convert -O raw a b"]),
         (Remedy("do this, as root:", command="a\nb"), ["do this, as root:", "  a", "  b"]),

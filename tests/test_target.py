@@ -68,7 +68,7 @@ def test_they_print_as_they_are_written() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected_text"),
     [
         ("", "write it as"),
         ("vm", "write it as"),
@@ -84,17 +84,17 @@ def test_they_print_as_they_are_written() -> None:
         ("spice://vm:65536", "a port is a number from 1 to 65535"),
         ("spice://vm:five", "five"),
         ("spice://[::1:5900", "the brackets around its host are malformed"),
-        ("spice://[vm]:5900", "what stands in brackets is not an IPv6 address"),
-        ("spice://[192.0.2.1]:5900", "what stands in brackets is not an IPv6 address"),
-        ("spice://[fe80::1%]:5900", "what stands in brackets is not an IPv6 address"),
+        ("spice://[vm]:5900", "its host in brackets is not an IPv6 address"),
+        ("spice://[192.0.2.1]:5900", "its host in brackets is not an IPv6 address"),
+        ("spice://[fe80::1%]:5900", "its host in brackets is not an IPv6 address"),
         ("spice://[::1]5900", "the brackets around its host are malformed"),
         ("spice://vm]:5900", "the brackets around its host are malformed"),
         ("spice://[::1]:five", "a port is a number"),
         ("spice://2001:db8::1", "it has no port"),
         ("spice://2001:db8::1:70000", "a port is a number from 1 to 65535"),
         ("spice://2001:db8::1:12?port=5900", "its IPv6 address needs brackets, as in [2001:db8::1]:5900"),
-        ("spice://vm:5900:5901", "its host holds colons and is not an IPv6 address"),
-        ("tcp://a:b:c", "its host holds colons and is not an IPv6 address"),
+        ("spice://vm:5900:5901", "its host contains colons and is not an IPv6 address"),
+        ("tcp://a:b:c", "its host contains colons and is not an IPv6 address"),
         ("tcp:vm:4000", "write it as tcp://host:port"),
         ("tcp-listen:4000", "write it as tcp-listen://host:port"),
         ("spice://v\nm:5900", "a space or a control character"),
@@ -131,10 +131,10 @@ def test_they_print_as_they_are_written() -> None:
         ("unix:/" + "é" * 60, "107 bytes at most"),
     ],
 )
-def test_wrong_ones(text: str, said: str) -> None:
+def test_wrong_ones(text: str, expected_text: str) -> None:
     with pytest.raises(UsageError, match="is not a valid target") as caught:
         parse_target(text)
-    assert said in caught.value.message
+    assert expected_text in caught.value.message
     assert "secret" not in caught.value.message
     assert "cret" not in caught.value.message
     assert len(caught.value.message) < 500
@@ -155,7 +155,7 @@ VV = "[virt-viewer]\ntype=spice\nhost=vm\nport=1\ntls-port=2\ndelete-this-file=1
 
 
 @pytest.mark.parametrize(
-    ("lines", "options", "said"),
+    ("lines", "options", "expected_text"),
     [
         ("", TargetOptions(), ""),
         ("type=vnc\n", TargetOptions(), "type=vnc is not supported"),
@@ -168,19 +168,21 @@ VV = "[virt-viewer]\ntype=spice\nhost=vm\nport=1\ntls-port=2\ndelete-this-file=1
         ("", TargetOptions(ca_file=Path("/absent.pem")), "cannot be read"),
     ],
 )
-def test_a_vv_file_is_deleted_when_it_is_usable(tmp_path: Path, lines: str, options: TargetOptions, said: str) -> None:
+def test_a_vv_file_is_deleted_when_it_is_usable(
+    tmp_path: Path, lines: str, options: TargetOptions, expected_text: str
+) -> None:
     path = tmp_path / "x.vv"
     path.write_text(VV + lines)
-    if said:
-        with pytest.raises(UsageError, match=said):
+    if expected_text:
+        with pytest.raises(UsageError, match=expected_text):
             parse_target(str(path), options)
     else:
         assert parse_target(str(path), options) == SpiceTarget(host="vm", port=1, tls_port=2)
-    assert path.exists() == bool(said)
+    assert path.exists() == bool(expected_text)
 
 
 @pytest.mark.parametrize(
-    ("text", "options", "said"),
+    ("text", "options", "expected_text"),
     [
         ("spice://vm:1", TargetOptions(ca_file=Path("ca.pem")), "vm:1: --ca-file and --host-subject are for TLS"),
         ("spice://vm:1", TargetOptions(host_subject="CN=x"), "the target has no TLS port"),
@@ -188,8 +190,8 @@ def test_a_vv_file_is_deleted_when_it_is_usable(tmp_path: Path, lines: str, opti
         ("spice+unix:///x", TargetOptions(proxy="http://p"), "a proxy cannot reach a UNIX socket"),
     ],
 )
-def test_options_that_would_do_nothing(text: str, options: TargetOptions, said: str) -> None:
-    with pytest.raises(UsageError, match=said) as caught:
+def test_options_that_would_do_nothing(text: str, options: TargetOptions, expected_text: str) -> None:
+    with pytest.raises(UsageError, match=expected_text) as caught:
         parse_target(text, options)
     assert caught.value.reason is Reason.BAD_OPTION
 

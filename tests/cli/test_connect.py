@@ -175,7 +175,7 @@ def test_what_is_ignored_in_a_vv_file_is_reported(cli: Cli, image: Path, tmp_pat
     assert result.code == 4
     assert result.err.splitlines()[:2] == [
         f"farplug: warning: {vv}, line 4: port=None is not a port number from 1 to 65535: ignored",
-        f"farplug: warning: {vv}, line 6: secure-channels names unknown channels ('smardcard'): all channels use TLS",
+        f"farplug: warning: {vv}, line 6: secure-channels has unknown channels ('smardcard'): all channels use TLS",
     ]
 
 
@@ -289,13 +289,13 @@ def test_wrong_password(cli: Cli, image: Path, monkeypatch: pytest.MonkeyPatch, 
             secrets.write_text("wr0ng\n")
             result = cli("connect", target, "--usb-disk", image, "--password-file", secrets, *options)
             assert result.code == 6
-            assert "wrong password, or an expired one" in result.err
-            assert "fetch a new one" in result.err
+            assert "the password is wrong or has expired" in result.err
+            assert "get a new one" in result.err
             assert "wr0ng" not in result.out + result.err
         for options in ((), ("--json",)):
             result = cli("connect", target, "--usb-disk", image, *options)
             assert result.code == 6, "none given, and there is no terminal to ask on"
-            assert result.err.startswith("farplug: the VM wants a password and none was given\n")
+            assert result.err.startswith("farplug: the VM requires a password, and none was given\n")
             assert "--password-file FILE, --ask-password, or FARPLUG_PASSWORD" in result.err
         assert json.loads(result.out.splitlines()[-1])["reason"] == "no-password"
         for mark, more in (("", []), ("\ufeff", ["--debug", "--json"])):

@@ -27,8 +27,8 @@ def test_the_password_is_asked_for_on_a_terminal(cli: Cli, image: Path, monkeypa
         result = cli("connect", f"spice://127.0.0.1:{port}", "--usb-disk", image)
         assert result.code == 0
         assert asked == ["SPICE password: "] * 2
-        assert result.err.count("the VM wants a password and none was given") == 1
-        assert result.err.count("wrong password") == 1
+        assert result.err.count("the VM requires a password, and none was given") == 1
+        assert result.err.count("the password is wrong") == 1
         answers[:] = ["a", "b", "c", "d"]
         assert cli("connect", f"spice://127.0.0.1:{port}", "--usb-disk", image).code == 6
         assert answers == ["d"]
@@ -45,7 +45,7 @@ def test_a_ticket_of_a_vv_file_is_not_asked_for(
         vv.write_text(f"[virt-viewer]\ntype=spice\nhost=127.0.0.1\nport={port}\npassword=old\n")
         result = cli("connect", vv, "--usb-disk", image)
     assert result.code == 6
-    assert "fetch a new one (a new .vv file)" in result.err
+    assert "get a new one (a new .vv file)" in result.err
 
 
 @pytest.mark.parametrize(("typed", "code"), [(b"secret\n", 4), (b"\x04", 2)])

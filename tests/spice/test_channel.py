@@ -25,7 +25,7 @@ def message(kind: int, body: bytes = b"", *, mini_header: bool = True, serial: i
 
 
 def feed(peer: Channel, data: bytes, step: int) -> tuple[list[Any], bytes]:
-    """What comes out, streamed bytes joined and bodies copied, in pieces of so many bytes; and what is answered."""
+    """Return events (streamed bytes joined, bodies copied) and answers, for data in pieces of ``step`` bytes."""
     events: list[Any] = []
     sent = b""
     for at in range(0, len(data), step):
@@ -97,21 +97,21 @@ def test_full_header(step: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "expected_text"),
     [
-        (message(STORED, bytes(101)), "101 bytes, 100 at most"),
-        (struct.pack("<HI", 200, MAX_MESSAGE + 1), f"{MAX_MESSAGE} \\(MAX_MESSAGE\\) at most"),
+        (message(STORED, bytes(101)), "101 bytes, more than 100"),
+        (struct.pack("<HI", 200, MAX_MESSAGE + 1), f"more than {MAX_MESSAGE} \\(MAX_MESSAGE\\)"),
         (struct.pack("<HI", STREAMED, 2**32 - 1), "MAX_MESSAGE"),
-        (message(4, bytes(11)), "PING of 11 bytes, 12 at least"),
-        (message(3, bytes(7)), "SET_ACK of 7 bytes, 8 at least"),
-        (message(3, bytes(65)), "65 bytes, 64 at most"),
+        (message(4, bytes(11)), "PING of 11 bytes, fewer than 12"),
+        (message(3, bytes(7)), "SET_ACK of 7 bytes, fewer than 8"),
+        (message(3, bytes(65)), "65 bytes, more than 64"),
         (message(7, struct.pack("<QIIII", 1, 2, 3, 4, 3) + b"hi"), "outside"),
     ],
 )
-def test_hostile(data: bytes, said: str) -> None:
+def test_hostile(data: bytes, expected_text: str) -> None:
     peer = channel()
     peer.receive_data(memoryview(data))
-    with pytest.raises(RemoteProtocolError, match=said):
+    with pytest.raises(RemoteProtocolError, match=expected_text):
         peer.next_event()
     assert peer.next_event() is None
 
@@ -144,11 +144,11 @@ def test_whole_messages_are_not_copied() -> None:
     assert bytes(event.body) == b"BODY"
 
 
-def test_undrained_bytes_are_not_overwritten() -> None:
+def test_unprocessed_bytes_are_not_overwritten() -> None:
     peer = channel()
     peer.receive_data(memoryview(message(STORED, b"1") * 2))
     assert peer.next_event() is not None
-    with pytest.raises(LocalProtocolError, match="7 bytes are not drained"):
+    with pytest.raises(LocalProtocolError, match="7 bytes are not processed"):
         peer.receive_data(memoryview(b"more"))
 
 
@@ -162,7 +162,7 @@ def test_logs_are_readable(caplog: pytest.LogCaptureFixture) -> None:
         "< main: INIT, 1 bytes",
         "< main: PING 7, 12 bytes",
         "> main: PONG, 12 bytes",
-        "< main: message 200, 1 bytes, not needed",
+        "< main: message 200, 1 bytes, ignored",
         "< main: SetAck(generation=1, window=2)",
         "> main: ACK_SYNC, 4 bytes",
         "< usbredir 0: DATA, 5 bytes",

@@ -1,4 +1,4 @@
-"""``.vv`` files as GLib's own GKeyFile reads them, through Debian's python3-gi.
+"""``.vv`` files as GLib's GKeyFile parses them, through Debian's python3-gi.
 
 What GKeyFile takes, we take, and read the same in it.
 """
@@ -48,7 +48,7 @@ json.dump(answers, sys.stdout)
 
 
 def gkeyfile(texts: list[bytes]) -> list[dict[str, Any] | None]:
-    """Return what GKeyFile reads in each file, by key; None for one that it refuses."""
+    """Return the values that GKeyFile reads in each file, by key; None for a file that it refuses."""
     wanted = json.dumps([text.decode("latin-1") for text in texts])
     try:
         found = subprocess.run([PYTHON, "-c", ORACLE], input=wanted, capture_output=True, text=True)
@@ -103,7 +103,7 @@ def files() -> list[bytes]:
     return ["\n".join([*text, ""]).encode("utf-8", "surrogateescape") for text in texts]
 
 
-def test_what_gkeyfile_takes_is_read_as_gkeyfile_reads_it() -> None:
+def test_files_that_gkeyfile_accepts_have_its_values() -> None:
     texts = files()
     taken = 0
     for text, theirs in zip(texts, gkeyfile(texts), strict=True):

@@ -30,7 +30,7 @@ def client(password: str = "secret") -> LinkClient:
 
 
 def test_link_mess_bytes() -> None:
-    """As spice-protocol lays it out."""
+    """The layout is that of spice-protocol."""
     expected = (
         b"REDQ" + bytes.fromhex("02000000 02000000 1a000000")
         + bytes.fromhex("04030201 09 01 01000000 01000000 12000000 0b000000 01000000")
@@ -120,7 +120,7 @@ def test_link_errors_have_a_reason_and_a_remedy(at: str, error: LinkError, reaso
     assert link.result is None
 
 
-def test_a_password_that_is_missing_is_not_a_wrong_one() -> None:
+def test_a_missing_password_is_not_a_wrong_one() -> None:
     refusals = {}
     for password in ("", "guess"):
         main = LinkClient.for_channel(ChannelType.MAIN, 0, connection_id=0, capabilities=[], password=password)
@@ -129,10 +129,10 @@ def test_a_password_that_is_missing_is_not_a_wrong_one() -> None:
             main.receive_data(struct.pack("<I", LinkError.PERMISSION_DENIED))
         refusals[password] = caught.value
     missing, wrong = refusals.values()
-    assert missing.message == "the VM wants a password and none was given"
+    assert missing.message == "the VM requires a password, and none was given"
     assert (missing.reason, missing.error) == (Reason.NO_PASSWORD, LinkError.PERMISSION_DENIED)
-    assert missing.remedy == "give one: --password-file FILE, --ask-password, or FARPLUG_PASSWORD in the environment"
-    assert wrong.message == "wrong password, or an expired one: link error 7 (PERMISSION_DENIED)"
+    assert missing.remedy.setting == "target.password"
+    assert wrong.message == "the password is wrong or has expired: link error 7 (PERMISSION_DENIED)"
     assert wrong.reason is Reason.WRONG_PASSWORD
     assert exit_code(missing) is exit_code(wrong) is ExitCode.DENIED
 
@@ -145,7 +145,7 @@ def test_a_refusal_before_the_ticket_does_not_ask_for_a_password() -> None:
 
 @pytest.mark.parametrize("how", ["whole", "byte by byte"])
 @pytest.mark.parametrize(
-    ("answer", "reason", "said"),
+    ("answer", "reason", "expected_text"),
     [
         (b"HTTP/1.1 400 Bad Request\r\n\r\n", Reason.NOT_SPICE, "an HTTP server"),
         (b"<html>", Reason.NOT_SPICE, "an HTTP server"),
@@ -157,14 +157,14 @@ def test_a_refusal_before_the_ticket_does_not_ask_for_a_password() -> None:
         (b"* OK IMAP", Reason.NOT_SPICE, "no SPICE server"),
     ],
 )
-def test_other_servers(how: str, answer: bytes, reason: Reason, said: str) -> None:
+def test_other_servers(how: str, answer: bytes, reason: Reason, expected_text: str) -> None:
     link = client()
 
     def feed() -> None:
         for piece in pieces(answer, how):
             link.receive_data(piece)
 
-    with pytest.raises(LinkFailure, match=said) as caught:
+    with pytest.raises(LinkFailure, match=expected_text) as caught:
         feed()
     assert caught.value.reason is reason
     assert caught.value.remedy
@@ -175,11 +175,11 @@ def header(size: int, major: int = 2) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("reply", "said"),
+    ("reply", "expected_text"),
     [
-        (header(MAX_LINK_REPLY + 1), f"{MAX_LINK_REPLY} at most"),
-        (header(177) + bytes(177), "178 at least"),
-        (header(0), "178 at least"),
+        (header(MAX_LINK_REPLY + 1), f"more than {MAX_LINK_REPLY}"),
+        (header(177) + bytes(177), "fewer than 178"),
+        (header(0), "fewer than 178"),
         (header(178) + struct.pack("<I162sIII", 0, PUBLIC_KEY, 257, 0, 178), "257 capability words"),
         (header(178) + struct.pack("<I162sIII", 0, PUBLIC_KEY, 1, 0, 178), "outside"),
         (header(182) + struct.pack("<I162sIIII", 0, PUBLIC_KEY, 1, 0, 177, 1), "outside"),
@@ -187,14 +187,14 @@ def header(size: int, major: int = 2) -> bytes:
         (bytes(LinkReply(LinkError.OK, bytes(162), (0b1011,))), "key cannot be read"),
     ],
 )
-def test_hostile_replies(reply: bytes, said: str) -> None:
+def test_hostile_replies(reply: bytes, expected_text: str) -> None:
     link = client()
-    with pytest.raises(RemoteProtocolError, match=said):
+    with pytest.raises(RemoteProtocolError, match=expected_text):
         link.receive_data(reply)
 
 
 def test_other_version() -> None:
-    with pytest.raises(LinkFailure, match=r"the server has SPICE 1, farplug 2\.2"):
+    with pytest.raises(LinkFailure, match=r"the server has version 1 of SPICE, farplug has 2\.2"):
         client().receive_data(header(178, major=1))
 
 
@@ -216,30 +216,32 @@ def test_only_rsa_1024(key: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey) -> N
         encrypt_ticket(public, b"")
 
 
-@pytest.mark.parametrize(("password", "said"), [("x" * 61, "61 bytes"), ("ü" * 31, "62 bytes"), ("a\0b", "NUL")])
-def test_passwords_that_cannot_be_carried(password: str, said: str) -> None:
-    with pytest.raises(UsageError, match=said) as caught:
+@pytest.mark.parametrize(
+    ("password", "expected_text"), [("x" * 61, "61 bytes"), ("ü" * 31, "62 bytes"), ("a\0b", "NUL")]
+)
+def test_invalid_passwords(password: str, expected_text: str) -> None:
+    with pytest.raises(UsageError, match=expected_text) as caught:
         client(password)
     assert password not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("received", "said"),
+    ("received", "expected_text"),
     [
         (b"", "without a link reply"),
         (b"REDQ", "after 4 bytes of a link reply"),
-        (bytes(REPLY), "when it got the ticket"),
+        (bytes(REPLY), "after it received the ticket"),
     ],
 )
-def test_end_of_stream(received: bytes, said: str) -> None:
+def test_end_of_stream(received: bytes, expected_text: str) -> None:
     link = client()
     link.receive_data(received)
     error = link.receive_eof()
-    assert said in str(error)
+    assert expected_text in str(error)
     assert (error.error, error.reason) == (None, Reason.LINK_REFUSED)
 
 
-def test_nothing_prints_the_password() -> None:
+def test_no_repr_contains_the_password() -> None:
     assert "secret" not in repr(client())
 
 

@@ -70,7 +70,7 @@ def test_parse(parse: Callable[[bytes], Any], body: str, expected: Any) -> None:
 
 @pytest.mark.parametrize(("parse", "body", "expected"), PARSED)
 def test_truncated(parse: Callable[[bytes], Any], body: str, expected: Any) -> None:
-    """Cut anywhere: refused, or (where what is missing is not needed) understood."""
+    """A message cut anywhere is refused, or parsed if it needs none of the missing bytes."""
     whole = bytes.fromhex(body)
     for size in range(len(whole)):
         with contextlib.suppress(RemoteProtocolError):
@@ -80,7 +80,7 @@ def test_truncated(parse: Callable[[bytes], Any], body: str, expected: Any) -> N
 
 
 def test_bounds() -> None:
-    with pytest.raises(RemoteProtocolError, match=f"{MAX_CHANNELS + 1} channels, {MAX_CHANNELS} at most"):
+    with pytest.raises(RemoteProtocolError, match=f"{MAX_CHANNELS + 1} channels, more than {MAX_CHANNELS}"):
         parse_channels_list(struct.pack("<I", MAX_CHANNELS + 1) + bytes(2 * MAX_CHANNELS + 2))
     with pytest.raises(RemoteProtocolError, match="4294967295 bytes of text"):
         parse_name(struct.pack("<I", 2**32 - 1) + b"name")
@@ -105,7 +105,7 @@ def test_text_for_logs() -> None:
         (SwitchHost(5900, None, ""), "another host (port 5900)"),
     ],
 )
-def test_where_a_vm_went(where: SwitchHost, text: str) -> None:
+def test_the_new_host_of_a_vm_as_text(where: SwitchHost, text: str) -> None:
     assert str(where) == text
 
 

@@ -58,28 +58,28 @@ def test_receive(step: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "expected_text"),
     [
-        (b"", "0 bytes, 5 at least"),
-        (b"\x01\x05\x00\x00", "4 bytes, 5 at least"),
-        (b"\x02\x05\x00\x00\x00data", "unknown kind 2"),
-        (struct.pack("<BI", 1, MAX_UNCOMPRESSED + 1) + bytes(10), f"{MAX_UNCOMPRESSED} at most"),
+        (b"", "0 bytes, fewer than 5"),
+        (b"\x01\x05\x00\x00", "4 bytes, fewer than 5"),
+        (b"\x02\x05\x00\x00\x00data", "unknown compression 2"),
+        (struct.pack("<BI", 1, MAX_UNCOMPRESSED + 1) + bytes(10), f"more than {MAX_UNCOMPRESSED}"),
         (
             struct.pack("<BI", 1, 100) + lz4.block.compress(bytes(99), store_size=False),
-            "announces 100 bytes and holds 99",
+            "announces 100 bytes and contains 99",
         ),
         (struct.pack("<BI", 1, 99) + lz4.block.compress(bytes(100), store_size=False), "damaged"),
         (struct.pack("<BI", 1, 100) + b"\xff" * 20, "damaged"),
         (struct.pack("<BI", 1, 100), "damaged"),
     ],
 )
-def test_hostile_compressed_data(body: bytes, said: str) -> None:
-    with pytest.raises(RemoteProtocolError, match=said):
+def test_hostile_compressed_data(body: bytes, expected_text: str) -> None:
+    with pytest.raises(RemoteProtocolError, match=expected_text):
         received(vmc(), message(COMPRESSED, body), 1000)
 
 
 def test_compressed_data_is_bounded_before_it_is_stored() -> None:
-    with pytest.raises(RemoteProtocolError, match=f"{5 + MAX_UNCOMPRESSED} at most"):
+    with pytest.raises(RemoteProtocolError, match=f"more than {5 + MAX_UNCOMPRESSED}"):
         received(vmc(), struct.pack("<HI", COMPRESSED, MAX_UNCOMPRESSED + 6), 1000)
 
 

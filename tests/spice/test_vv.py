@@ -101,17 +101,17 @@ def test_parse(text: str, expected: VvFile) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "expected", "said"),
+    ("text", "expected", "expected_text"),
     [
         (
             MINIMAL + "tls-port=1\nsecure-channels=main;usbredir;smardcard\n",
             VvFile("vmhost", 5900, 1, secure_channels=frozenset({"main", "usbredir", "all"})),
-            "x.vv, line 6: secure-channels names unknown channels ('smardcard'): all channels use TLS",
+            "x.vv, line 6: secure-channels has unknown channels ('smardcard'): all channels use TLS",
         ),
         (
             MINIMAL + "secure-channels=smain,Inputs\n",
             VvFile("vmhost", 5900, secure_channels=frozenset({"inputs"})),
-            "x.vv, line 5: secure-channels names unknown channels ('smain'): ignored",
+            "x.vv, line 5: secure-channels has unknown channels ('smain'): ignored",
         ),
         (
             MINIMAL.replace("port=5900", "port=None\ntls-port=1"),
@@ -135,17 +135,17 @@ def test_parse(text: str, expected: VvFile) -> None:
         ),
     ],
 )
-def test_warnings(text: str, expected: VvFile, said: str) -> None:
-    assert VvFile.parse(text.encode(), path="x.vv") == replace(expected, warnings=(said,))
+def test_warnings(text: str, expected: VvFile, expected_text: str) -> None:
+    assert VvFile.parse(text.encode(), path="x.vv") == replace(expected, warnings=(expected_text,))
 
 
-def test_a_title_is_shown_as_far_as_it_is_text() -> None:
+def test_bytes_of_a_title_that_are_not_text_are_replaced() -> None:
     vv = VvFile.parse(MINIMAL.encode() + b"title=Fen\xeatre\n# \xff\n[\xff]\n", path="x.vv")
     assert vv == replace(BASE, title="Fen\N{REPLACEMENT CHARACTER}tre")
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "expected_text"),
     [
         (b"", r"x.vv: it has no group \[virt-viewer\]"),
         (b"[other]\nhost=x\n", "no group"),
@@ -162,8 +162,8 @@ def test_a_title_is_shown_as_far_as_it_is_text() -> None:
         (b"[virt-viewer]\ntype=spice\nhost=x\ntls-port=5901x\n", "line 4: tls-port=5901x is not a port number"),
         ("[virt-viewer]\ntype=spice\nhost=x\nport=\u0665\n".encode(), "line 4: port=\u0665 is not a port number"),
         (b"[virt-viewer]\ntype=spice\nhost=x\nport=None\ntls-port=-1\n", "line 4: port=None is not a port number"),
-        (MINIMAL.replace("vmhost", "vm\\n\x1b[31m").encode(), "line 3: host holds control characters"),
-        (MINIMAL.replace("=spice", "=\x1b]0;x\x07").encode(), "line 2: type holds control characters"),
+        (MINIMAL.replace("vmhost", "vm\\n\x1b[31m").encode(), "line 3: host contains control characters"),
+        (MINIMAL.replace("=spice", "=\x1b]0;x\x07").encode(), "line 2: type contains control characters"),
         (MINIMAL.encode() + b"\xff", "line 5: the line has no"),
         (MINIMAL.encode() + b"password=\xff\n", "line 5: password is not text in UTF-8"),
         (MINIMAL.encode("utf-16"), "it is not text in UTF-8"),
@@ -171,15 +171,15 @@ def test_a_title_is_shown_as_far_as_it_is_text() -> None:
         (MINIMAL.encode() + b"#" * MAX_VV_FILE, f"larger than {MAX_VV_FILE} bytes"),
     ],
 )
-def test_refused(data: bytes, said: str) -> None:
-    with pytest.raises(UsageError, match=said) as caught:
+def test_refused(data: bytes, expected_text: str) -> None:
+    with pytest.raises(UsageError, match=expected_text) as caught:
         VvFile.parse(data, path="x.vv")
     assert caught.value.reason is Reason.BAD_VV_FILE
     assert str(caught.value).startswith("x.vv")
     assert caught.value.remedy
 
 
-def test_errors_do_not_name_the_password() -> None:
+def test_errors_do_not_contain_the_password() -> None:
     with pytest.raises(UsageError) as caught:
         VvFile.parse(MINIMAL.encode() + b"password=hush\xff\n", path="x.vv")
     assert "hush" not in str(caught.value) + caught.value.remedy

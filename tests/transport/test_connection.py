@@ -344,8 +344,8 @@ async def test_unreachable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         (UnixAddress(str(not_a_socket)), Reason.CONNECTION_REFUSED, "Connection refused"),
         (UnixAddress("/" + "x" * 200), Reason.UNREACHABLE, "AF_UNIX path too long"),
     ]
-    for address, reason, said in cases:
-        with pytest.raises(TargetError, match=said) as caught:
+    for address, reason, expected_text in cases:
+        with pytest.raises(TargetError, match=expected_text) as caught:
             await dial(address, 5)
         assert caught.value.reason is reason
         assert caught.value.remedy

@@ -59,7 +59,7 @@ async def test_unix(tmp_path: Path) -> None:
 
 async def test_wrong_password() -> None:
     async with running(FakeSpice(password="secret")) as port:
-        with pytest.raises(LinkFailure, match="wrong password") as caught:
+        with pytest.raises(LinkFailure, match="the password is wrong") as caught:
             await link(SpiceTarget(host="127.0.0.1", port=port, password="guess"))
     assert caught.value.reason is Reason.WRONG_PASSWORD
     assert exit_code(caught.value) is ExitCode.DENIED
@@ -81,12 +81,12 @@ async def test_server_that_closes_or_says_nothing() -> None:
         with contextlib.closing(writer), contextlib.suppress(OSError):
             await reader.read()
 
-    for serve, patience, reason, said in (
+    for serve, patience, reason, expected_text in (
         (close, 60, Reason.LINK_REFUSED, "without a link reply"),
         (say_nothing, 0.1, Reason.TIMED_OUT, r"no link reply within 0\.1 s"),
     ):
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
-        with pytest.raises(LinkFailure, match=said) as caught:
+        with pytest.raises(LinkFailure, match=expected_text) as caught:
             await link(SpiceTarget(host="127.0.0.1", port=server.sockets[0].getsockname()[1]), handshake=patience)
         assert caught.value.reason is reason
         server.close()
@@ -141,7 +141,7 @@ async def test_tls(
 
 
 @pytest.mark.parametrize(
-    ("options", "reason", "said"),
+    ("options", "reason", "expected_text"),
     [
         (
             {"ca": None},
@@ -162,10 +162,10 @@ async def test_tls_refused(
     certificates: Certificates,
     options: dict[str, Any],
     reason: Reason,
-    said: str,
+    expected_text: str,
 ) -> None:
     fake, target = both
-    with pytest.raises(TargetError, match=said) as caught:
+    with pytest.raises(TargetError, match=expected_text) as caught:
         await link(SpiceTarget(**{**target, "port": None, "ca": certificates.ca, **options}))
     assert caught.value.reason is reason
     assert exit_code(caught.value) is ExitCode.TLS

@@ -34,7 +34,7 @@ def test_parse(url: str, expected: HttpProxy) -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "said"),
+    ("url", "expected_text"),
     [
         ("", "it has no host"),
         ("http://", "it has no host"),
@@ -47,7 +47,7 @@ def test_parse(url: str, expected: HttpProxy) -> None:
         ("http://pve:70000", "a port is a number from 1 to 65535"),
         ("http://pve:0", "a port is a number from 1 to 65535"),
         ("http://[::1", "the brackets around its host are malformed"),
-        ("http://[pve]:3128", "what stands in brackets is not an IPv6 address"),
+        ("http://[pve]:3128", "its host in brackets is not an IPv6 address"),
         ("http://2001:db8::5:3128", "its IPv6 address needs brackets"),
         ("http://a b", "a space or a control character"),
         ("http://a/b", "nothing may follow the port"),
@@ -55,10 +55,10 @@ def test_parse(url: str, expected: HttpProxy) -> None:
         ("http://pve:3128?token=hush", "nothing may follow the port"),
     ],
 )
-def test_malformed(url: str, said: str) -> None:
+def test_malformed(url: str, expected_text: str) -> None:
     with pytest.raises(UsageError) as caught:
         HttpProxy.parse(url)
-    assert said in caught.value.message
+    assert expected_text in caught.value.message
     assert "hush" not in caught.value.message
     assert caught.value.reason is Reason.BAD_TARGET
     assert caught.value.remedy
@@ -126,7 +126,7 @@ async def test_tunnel(answer: bytes, step: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "said"),
+    ("answer", "expected_text"),
     [
         (b"HTTP/1.1 403 Forbidden\r\n\r\n", "it refused the tunnel: HTTP/1.1 403 Forbidden"),
         (b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n", "it requires a password"),
@@ -139,8 +139,8 @@ async def test_tunnel(answer: bytes, step: int) -> None:
         (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 4000, f"larger than {MAX_REPLY} bytes"),
     ],
 )
-async def test_refused(answer: bytes, said: str) -> None:
-    with pytest.raises(TargetError, match=said) as caught:
+async def test_refused(answer: bytes, expected_text: str) -> None:
+    with pytest.raises(TargetError, match=expected_text) as caught:
         await tunnel(answer)
     assert caught.value.reason is Reason.PROXY
     assert caught.value.remedy

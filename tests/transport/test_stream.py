@@ -72,7 +72,7 @@ async def test_stream_port(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "kind", "code", "text"),
+    ("expected_text", "kind", "code", "text"),
     [
         (
             b"",
@@ -89,14 +89,14 @@ async def test_stream_port(family: str, tmp_path: Path) -> None:
         (bytes(HELLO_SIZE), GuestGoneError, 9, "the guest at {} broke the connection: Connection reset by peer"),
     ],
 )
-async def test_broken_connection_says_why(said: bytes, kind: type[FarplugError], code: int, text: str) -> None:
+async def test_broken_connection_says_why(expected_text: bytes, kind: type[FarplugError], code: int, text: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = StreamPort(TcpAddress("127.0.0.1", server.getsockname()[1]))
         recorder = Recorder()
         await port.open(recorder)
         guest, _ = server.accept()
-        guest.sendall(said)
-        await recorder.until(lambda: bytes(recorder.data) == said)
+        guest.sendall(expected_text)
+        await recorder.until(lambda: bytes(recorder.data) == expected_text)
         # a reset instead of an end of stream
         guest.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         guest.close()

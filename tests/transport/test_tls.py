@@ -61,7 +61,7 @@ def test_host_subject(subject: str, theirs: x509.Certificate, matches: bool) -> 
 
 
 @pytest.mark.parametrize(
-    ("subject", "said"),
+    ("subject", "expected_text"),
     [
         ("", "'' is not the name of an attribute"),
         ("nonsense", "'nonsense' is not the name of an attribute"),
@@ -73,8 +73,8 @@ def test_host_subject(subject: str, theirs: x509.Certificate, matches: bool) -> 
         ("XX=1", "'XX' is not the name of an attribute"),
     ],
 )
-def test_malformed_host_subject(subject: str, said: str) -> None:
-    with pytest.raises(UsageError, match=said) as caught:
+def test_malformed_host_subject(subject: str, expected_text: str) -> None:
+    with pytest.raises(UsageError, match=expected_text) as caught:
         HostSubject.parse(subject)
     assert caught.value.reason is Reason.BAD_TARGET
 
@@ -119,16 +119,16 @@ def test_malformed_ca(ca: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "expected_text"),
     [
         (ConnectionResetError(104, "Connection reset by peer"), "closed the connection during the handshake"),
         (ConnectionAbortedError("SSL handshake is taking longer than 10 seconds"), "did not finish the handshake"),
         (OSError(113, "No route to host"), "No route to host"),
     ],
 )
-def test_failed(error: OSError, said: str) -> None:
+def test_failed(error: OSError, expected_text: str) -> None:
     failure = tls.failed("vmhost:1", error)
-    assert said in str(failure)
+    assert expected_text in str(failure)
     assert failure.reason is Reason.TLS_FAILED
 
 
@@ -148,7 +148,7 @@ def test_unreadable_certificate() -> None:
 
 
 @pytest.mark.parametrize(
-    ("good", "bad", "said"),
+    ("good", "bad", "expected_text"),
     [
         # a second subjectAltName instead of an issuerAltName
         (b"\x06\x03\x55\x1d\x12", b"\x06\x03\x55\x1d\x11", "certificate of CN=evil, issued by CN=evil, valid until"),
@@ -158,7 +158,7 @@ def test_unreadable_certificate() -> None:
         (b"\x0c\x04evil", b"\x0c\x04\xff\xfe\xffl", "a certificate that cannot be read"),
     ],
 )
-def test_hostile_certificate(good: bytes, bad: bytes, said: str) -> None:
+def test_hostile_certificate(good: bytes, bad: bytes, expected_text: str) -> None:
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(CN, "evil")])
     start = datetime.datetime(2026, 1, 1)
@@ -177,8 +177,8 @@ def test_hostile_certificate(good: bytes, bad: bytes, said: str) -> None:
     )
     assert good in encoded
     hostile = x509.load_der_x509_certificate(encoded.replace(good, bad))
-    assert tls.describe(hostile).startswith(said)
-    assert HostSubject.parse("CN=evil").matches(hostile) is ("CN=evil" in said)
+    assert tls.describe(hostile).startswith(expected_text)
+    assert HostSubject.parse("CN=evil").matches(hostile) is ("CN=evil" in expected_text)
 
 
 def test_certificate_of_an_unknown_version() -> None:

@@ -45,15 +45,19 @@ def test_what_is_ignored_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureF
     assert read_vv_file(path).port == 5900
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
     assert f"{path}, line 6: tls-port=None" in caplog.text
-    assert f"{path}, line 7: secure-channels names unknown channels ('man')" in caplog.text
+    assert f"{path}, line 7: secure-channels has unknown channels ('man')" in caplog.text
 
 
 def test_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     large = tmp_path / "large.vv"
     with large.open("wb") as file:
         file.truncate(MAX_VV_FILE + 1)
-    for path, said in [(tmp_path, "is not a file"), (tmp_path / "absent", "does not exist"), (large, "larger than")]:
-        with pytest.raises(UsageError, match=said) as caught:
+    for path, expected_text in [
+        (tmp_path, "is not a file"),
+        (tmp_path / "absent", "does not exist"),
+        (large, "larger than"),
+    ]:
+        with pytest.raises(UsageError, match=expected_text) as caught:
             read_vv_file(path)
         assert caught.value.reason is Reason.BAD_VV_FILE
 

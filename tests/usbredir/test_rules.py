@@ -51,7 +51,7 @@ def test_the_readable_form_is_parsed_again(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected_text"),
     [
         ("", "filter rules are empty"),
         (" ; |\n", "filter rules are empty"),
@@ -81,10 +81,10 @@ def test_the_readable_form_is_parsed_again(name: str) -> None:
         ("256,-1,-1,-1,1", "class 256 in a filter rule is not between -1 and 255"),
     ],
 )
-def test_invalid_rules(text: str, said: str) -> None:
+def test_invalid_rules(text: str, expected_text: str) -> None:
     with pytest.raises(UsageError) as caught:
         parse_rules(text)
-    assert said in caught.value.message
+    assert expected_text in caught.value.message
     assert (caught.value.reason, exit_code(caught.value)) == (Reason.BAD_OPTION, ExitCode.USAGE)
     own_form = not text.lstrip(" ;|\n")[:1].isdigit()
     assert ("class,vendor,product,version,allow" in caught.value.remedy) is not own_form
@@ -97,17 +97,17 @@ def check(text: str, *interfaces: tuple[int, int, int]) -> FilterResult:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected_text"),
     [
         ("allow class=hid", "no rule matches its class audio (01)"),
         ("deny vendor=1; deny class=audio; allow", "rule 2 (deny class=audio) denies its class audio (01)"),
         ("deny vendor=046d version=0110; allow", "rule 1 (deny vendor=046d version=0110) denies its class hid (03)"),
     ],
 )
-def test_which_rule_decided(text: str, said: str) -> None:
+def test_which_rule_decided(text: str, expected_text: str) -> None:
     result = check(text, (3, 1, 1), (1, 1, 0))
     assert not result.allowed
-    assert str(result) == said
+    assert str(result) == expected_text
 
 
 def test_allowed() -> None:

@@ -8,7 +8,7 @@ import sys
 from typing import TextIO
 
 from farplug.errors import FarplugError, Remedy
-from farplug.shell import shell_word
+from farplug.shell import shell_quote, shell_word
 from farplug.text import printable
 
 LOGGER = logging.getLogger("farplug")
@@ -35,16 +35,23 @@ def remedy_lines(remedy: str) -> list[str]:
     return [printable(line) for line in lines]
 
 
-_METAVARS = {"ca_file": "FILE", "password_file": "FILE", "host_subject": "SUBJECT", "usb_device": "DEVICE"}
+_METAVARS = {"ca_file": "FILE", "host_subject": "SUBJECT", "proxy": "URL", "usb_device": "DEVICE"}
+_PASSWORD_OPTIONS = "--password-file FILE, --ask-password, or FARPLUG_PASSWORD in the environment"
+"""The ways to give a password: none of them shows it in the list of processes."""
 
 
 def setting_option(setting: str, value: str | int | bool | None = None) -> str:
     """Return the option that makes a setting, by its name in :mod:`farplug.app.settings`: ``--ca-file FILE``."""
-    option = f"--{setting.rpartition('.')[2].replace('_', '-')}"
+    name = setting.rpartition(".")[2]
+    if name == "password":
+        return _PASSWORD_OPTIONS
+    option = f"--{name.replace('_', '-')}"
     if value is None:
-        metavar = _METAVARS.get(setting.rpartition(".")[2])
+        metavar = _METAVARS.get(name)
         return f"{option} {metavar}" if metavar else option
-    return option if value is True else f"{option} {shell_word(str(value))}"
+    if value is True:
+        return option
+    return f"{option} {shell_quote(str(value)) if name == 'host_subject' else shell_word(str(value))}"
 
 
 def say(text: str) -> None:

@@ -1,6 +1,6 @@
-"""SPICE as a client speaks it, without I/O: links, channels, SpiceVMC and ``.vv`` files.
+"""The client side of SPICE, sans-IO: links, channels, SpiceVMC and ``.vv`` files.
 
-Sources: spice-protocol 0.14.3 (headers), ``spice.proto`` of spice-common, and what libspice-server 0.15.1 does.
+Sources: spice-protocol 0.14.3 (headers), ``spice.proto`` of spice-common, and libspice-server 0.15.1.
 """
 
 from farplug.spice.channel import Channel, Message

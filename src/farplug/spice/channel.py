@@ -1,7 +1,7 @@
-"""One linked SPICE channel: messages in and out, and what every channel must answer. No I/O.
+"""One linked SPICE channel: messages in and out, and the answers that every channel must send. No I/O.
 
-The channel answers SET_ACK, PING and MIGRATE by itself (the answers wait in :meth:`Channel.data_to_send`), hands over
-the messages that its user asked for, and skips all others without storing them.
+The channel answers SET_ACK, PING and MIGRATE itself (:meth:`Channel.data_to_send` returns the answers), returns the
+messages that the caller asked for, and skips all others without storing them.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from farplug.spice.messages import (
 )
 from farplug.usb.types import Buffer
 
-logger = logging.getLogger("farplug.spice")
+log = logging.getLogger(__name__)
 
 MAX_MESSAGE = 32 << 20
-"""The largest message that we follow, in bytes, stored or not. (Proxies stop at 16 MiB.)"""
+"""The largest message that we accept, stored or not, in bytes. (The limit of proxies is 16 MiB.)"""
 
 _MINI_HEADER = struct.Struct("<HI")
 _FULL_HEADER = struct.Struct("<QHII")
@@ -42,33 +42,33 @@ _COMMON_LIMITS: dict[int, int] = {
     ServerMessage.DISCONNECTING: 64,
     ServerMessage.NOTIFY: 64 << 10,
 }
-"""The messages of every channel that we read whole, and the largest body of each that we take, in bytes."""
+"""The messages that we store on every channel, and the largest body of each that we accept, in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A whole message that the channel's user asked for. ``body`` is valid until the next ``receive_data``."""
+    """A complete message that the caller asked for. ``body`` is valid until the next ``receive_data``."""
 
     kind: int
     body: memoryview
 
 
 Event: TypeAlias = Message | memoryview | Notify | Disconnecting | Migrate
-"""What comes in. A memoryview: the next bytes of a streamed message, never empty, valid until the next
+"""A received event. A memoryview: the next bytes of a streamed message, never empty, valid until the next
 ``receive_data``."""
 
 
 class Channel:
     """The messages of one channel.
 
-    Pass what arrives to :meth:`receive_data`, call :meth:`next_event` until it returns None, then send
+    Pass received bytes to :meth:`receive_data`, call :meth:`next_event` until it returns None, then send
     :meth:`data_to_send`.
 
     Args:
         name: for logs and errors.
-        mini_header: as the link agreed.
-        stored: message types to hand over whole, and the largest body of each in bytes.
-        streamed: the message type that is handed over as it arrives; None: there is none.
+        mini_header: :attr:`LinkResult.mini_header`.
+        stored: message types to return as a whole, and the largest body of each in bytes.
+        streamed: the message type whose bytes are returned as they arrive; None: no type.
     """
 
     def __init__(self, name: str, *, mini_header: bool, stored: Mapping[int, int], streamed: int | None = None) -> None:
@@ -76,7 +76,7 @@ class Channel:
         self._mini_header = mini_header
         self._limits = {**stored, **_COMMON_LIMITS}
         self._streamed = streamed
-        self._debug = logger.isEnabledFor(logging.DEBUG)
+        self._debug = log.isEnabledFor(logging.DEBUG)
         self._view = memoryview(b"")
         self._position = 0
         self._serial = 0
@@ -86,22 +86,22 @@ class Channel:
         self._events = self._parse()
 
     def receive_data(self, data: memoryview) -> None:
-        """Take bytes from the server. They are not copied: drain :meth:`next_event` before they change.
+        """Pass in bytes from the server. They are not copied: call :meth:`next_event` until None before they change.
 
         Raises:
-            LocalProtocolError: the last bytes have not been drained.
+            LocalProtocolError: not all of the last bytes have been processed.
         """
         if self._position < len(self._view):
-            raise LocalProtocolError(f"{self.name}: {len(self._view) - self._position} bytes are not drained yet")
+            raise LocalProtocolError(f"{self.name}: {len(self._view) - self._position} bytes are not processed yet")
         self._view = data
         self._position = 0
 
     def next_event(self) -> Event | None:
-        """The next event; None when more bytes are needed.
+        """Return the next event; None if more bytes are needed.
 
         Raises:
-            RemoteProtocolError: the server left the protocol: nothing that follows can be understood, and every later
-                call returns None.
+            RemoteProtocolError: the server violated the protocol. Nothing after that can be parsed: every later call
+                returns None.
         """
         return next(self._events, None)
 
@@ -111,19 +111,19 @@ class Channel:
 
     def _queue(self, kind: int, body: Sequence[Buffer], size: int) -> None:
         if self._debug:
-            logger.debug("> %s: %s, %d bytes", self.name, self._describe(ClientMessage, kind), size)
+            log.debug("> %s: %s, %d bytes", self.name, self._describe(ClientMessage, kind), size)
         self._output.append(self.header(kind, size))
         self._output += body
 
     def header(self, kind: int, size: int) -> bytes:
-        """The header of the next message that we send: the caller sends ``size`` bytes of body after it."""
+        """Return the header of the next message: the caller sends ``size`` bytes of body after it."""
         if self._mini_header:
             return _MINI_HEADER.pack(kind, size)
         self._serial += 1
         return _FULL_HEADER.pack(self._serial, kind, size, 0)
 
     def data_to_send(self) -> list[Buffer]:
-        """What must be sent now; emptied by the call."""
+        """Return the queued buffers, in order, and empty the queue."""
         output, self._output = self._output, []
         return output
 
@@ -144,12 +144,12 @@ class Channel:
                     raise RemoteProtocolError(f"{self.name}: a SPICE message with sub-messages is not supported")
             if size > MAX_MESSAGE:
                 raise RemoteProtocolError(
-                    f"{self.name}: SPICE message {kind} of {size} bytes, {MAX_MESSAGE} (MAX_MESSAGE) at most"
+                    f"{self.name}: SPICE message {kind} of {size} bytes, more than {MAX_MESSAGE} (MAX_MESSAGE)"
                 )
 
             if kind == streamed:
                 if self._debug:
-                    logger.debug("< %s: %s, %d bytes", self.name, self._describe(ServerMessage, kind), size)
+                    log.debug("< %s: %s, %d bytes", self.name, self._describe(ServerMessage, kind), size)
                 while size:
                     if data := self._take(size):
                         size -= len(data)
@@ -158,21 +158,21 @@ class Channel:
                         yield None
             elif (limit := self._limits.get(kind)) is not None:
                 if size > limit:
-                    raise RemoteProtocolError(f"{self.name}: SPICE message {kind} of {size} bytes, {limit} at most")
+                    raise RemoteProtocolError(f"{self.name}: SPICE message {kind} of {size} bytes, more than {limit}")
                 body = yield from self._read(size)
                 if (event := self._handle(kind, body)) is not None:
                     yield event
             elif kind == ServerMessage.PING:
                 if size < _PING.size:
-                    raise RemoteProtocolError(f"{self.name}: SPICE PING of {size} bytes, {_PING.size} at least")
+                    raise RemoteProtocolError(f"{self.name}: SPICE PING of {size} bytes, fewer than {_PING.size}")
                 stamp = bytes((yield from self._read(_PING.size)))
-                yield from self._skip(size - _PING.size)  # its padding measures the line: answer when it is all here
+                yield from self._skip(size - _PING.size)  # its padding measures the bandwidth: answer after all of it
                 if self._debug:
-                    logger.debug("< %s: PING %d, %d bytes", self.name, _PING.unpack(stamp)[0], size)
+                    log.debug("< %s: PING %d, %d bytes", self.name, _PING.unpack(stamp)[0], size)
                 self.send(ClientMessage.PONG, stamp)
             else:
                 if self._debug:
-                    logger.debug("< %s: message %d, %d bytes, not needed", self.name, kind, size)
+                    log.debug("< %s: message %d, %d bytes, ignored", self.name, kind, size)
                 yield from self._skip(size)
 
             if self._ack_left:
@@ -196,19 +196,19 @@ class Channel:
                 event = Migrate.parse(body)
             case _:
                 if self._debug:
-                    logger.debug("< %s: %s, %d bytes", self.name, self._describe(ServerMessage, kind), len(body))
+                    log.debug("< %s: %s, %d bytes", self.name, self._describe(ServerMessage, kind), len(body))
                 return Message(kind, body)
         if self._debug:
-            logger.debug("< %s: %s", self.name, event)
+            log.debug("< %s: %s", self.name, event)
         match event:
             case SetAck(generation, window):
-                # This message does not count into the new window.
+                # This message is not counted in the new window.
                 self._ack_window = window
                 self._ack_left = window + 1 if window else 0
                 self.send(ClientMessage.ACK_SYNC, _U32.pack(generation))
                 return None
             case WaitForChannels():
-                # It orders drawing among display channels. No two channels that we speak depend on each other.
+                # It orders drawing on several display channels. Our channels do not depend on each other.
                 return None
             case Migrate(flags) if MigrateFlags.NEED_FLUSH in flags:
                 self.send(ClientMessage.MIGRATE_FLUSH_MARK)
@@ -224,7 +224,7 @@ class Channel:
         return names(kind).name
 
     def _take(self, size: int) -> memoryview:
-        """Up to ``size`` of the bytes that are here."""
+        """Take up to ``size`` of the bytes that have arrived."""
         start = self._position
         taken = self._view[start : start + size]
         self._position = start + len(taken)
@@ -235,7 +235,7 @@ class Channel:
         return data if len(data) == size else (yield from self._rest(data, size))
 
     def _rest(self, data: memoryview, size: int) -> Generator[None, None, memoryview]:
-        """All ``size`` bytes of something of which ``data`` are the first."""
+        """Return ``size`` bytes, of which ``data`` are the first; wait for the others."""
         whole = bytearray(data)
         while len(whole) < size:
             yield None

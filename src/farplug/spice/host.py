@@ -1,7 +1,7 @@
-"""Hosts as people and programs write them: names, IPv4 addresses, IPv6 addresses in each of their spellings. No I/O.
+"""Hosts in targets and files: names, IPv4 addresses, IPv6 addresses in all their notations. No I/O.
 
-An IPv6 address may stand in brackets (RFC 3986, section 3.2.2) or alone, and may have a zone behind ``%`` (RFC 4007,
-section 11) or, as in URLs, behind ``%25`` (RFC 6874).
+An IPv6 address may have brackets (RFC 3986, section 3.2.2), and a zone after ``%`` (RFC 4007, section 11) or, as in
+URLs, after ``%25`` (RFC 6874).
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import re
 
 
 def plain_host(text: str) -> str:
-    """Return a host as the resolver takes it: an IPv6 address without its brackets, its zone behind a bare ``%``.
+    """Return a host in the form that getaddrinfo accepts: an IPv6 address without brackets, its zone after ``%``.
 
-    Whatever is not an IPv6 address is returned as it is: a name, an IPv4 address, the ticket of a proxy.
+    Anything else is returned unchanged: a name, an IPv4 address, the ticket of a proxy.
     """
     return _ipv6(text[1:-1] if text.startswith("[") and text.endswith("]") else text) or text
 
@@ -26,19 +26,19 @@ def without_zone(host: str) -> str:
 def split_host_and_port(text: str, *, port_required: bool) -> tuple[str, int | None]:
     """Split ``HOST``, ``HOST:PORT`` or ``:PORT``.
 
-    An IPv6 address without brackets is split from its port where only one reading is possible. With a port required
-    that is always the case: ``2001:db8::1:5900`` is port 5900 of 2001:db8::1.
+    An IPv6 address without brackets is split from its port if only one interpretation is possible. With a port required
+    this is always the case: ``2001:db8::1:5900`` is port 5900 of 2001:db8::1.
 
     Args:
-        text: what stands between ``//`` and the path of a URL, without a password.
-        port_required: the text is wrong without a port.
+        text: the part of a URL between ``//`` and the path, without a password.
+        port_required: the text is not valid without a port.
 
     Returns:
         The host as :func:`plain_host` returns it, empty if there is none, and the port (0 to 65535), None if there is
         none.
 
     Raises:
-        ValueError: the text has neither form; the exception's text says why, and quotes nothing.
+        ValueError: the text has none of these forms; the exception's text says why, and quotes nothing.
     """
     if text.startswith("["):
         bracketed, bracket, rest = text.partition("]")
@@ -46,7 +46,7 @@ def split_host_and_port(text: str, *, port_required: bool) -> tuple[str, int | N
         if not bracket or (rest and not rest.startswith(":")):
             raise ValueError("the brackets around its host are malformed")
         if host is None:
-            raise ValueError("what stands in brackets is not an IPv6 address")
+            raise ValueError("its host in brackets is not an IPv6 address")
         return host, _port(rest[1:])
     if "[" in text or "]" in text:
         raise ValueError("the brackets around its host are malformed")
@@ -58,7 +58,7 @@ def split_host_and_port(text: str, *, port_required: bool) -> tuple[str, int | N
     if host is not None and (whole is None or port_required):
         return host, _port(port)
     if whole is None:
-        raise ValueError("its host holds colons and is not an IPv6 address")
+        raise ValueError("its host contains colons and is not an IPv6 address")
     if host is not None:
         raise ValueError("its IPv6 address needs brackets, as in [2001:db8::1]:5900: the last number may be its port")
     return whole, None
@@ -76,7 +76,7 @@ def _port(text: str) -> int | None:
 
 
 def _ipv6(text: str) -> str | None:
-    """Return an IPv6 address, its zone behind a bare ``%``; None for anything else."""
+    """Return an IPv6 address, its zone after ``%``; None for anything else."""
     address, percent, zone = text.partition("%")
     if percent and zone.startswith("25") and len(zone) > 2:
         zone = zone[2:]
@@ -84,6 +84,6 @@ def _ipv6(text: str) -> str | None:
         ipaddress.IPv6Address(address)
     except ValueError:
         return None
-    if percent and not re.fullmatch("[!-9;-~]+", zone):  # no colon: a port follows it
+    if percent and not re.fullmatch("[!-9;-~]+", zone):  # no colon: it separates a port
         return None
     return address + percent + zone

@@ -1,4 +1,4 @@
-"""How a SPICE channel begins: both sides' link messages, then the ticket. No I/O.
+"""The link: how a SPICE channel begins. Link messages of both sides, then the ticket. No I/O.
 
 Source: spice-protocol 0.14.3, ``spice/protocol.h``. Everything is little-endian and packed.
 
@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 
-from farplug.errors import Reason, RemoteProtocolError, TargetError, UsageError
+from farplug.errors import Reason, Remedy, RemoteProtocolError, TargetError, UsageError
 from farplug.spice.types import (
     ChannelType,
     CommonCapability,
@@ -32,20 +32,20 @@ from farplug.spice.types import (
 )
 from farplug.usb.types import Buffer
 
-logger = logging.getLogger("farplug.spice")
+log = logging.getLogger(__name__)
 
 MAGIC = b"REDQ"
 VERSION_MAJOR = 2
 VERSION_MINOR = 2
 
 MAX_LINK_REPLY = 4096
-"""The largest SpiceLinkReply that we take, in bytes: 178 and then capability words, of which servers send a few."""
+"""The largest SpiceLinkReply that we accept, in bytes: 178 bytes and a few capability words."""
 MAX_CAPABILITY_WORDS = 256
-"""The largest number of capability words in one set that we take."""
+"""The most capability words in one set that we accept."""
 MAX_PASSWORD = 60
-"""SPICE_MAX_PASSWORD_LENGTH: the longest password that QEMU takes for its SPICE server, in UTF-8 bytes."""
+"""SPICE_MAX_PASSWORD_LENGTH: the longest password that QEMU accepts for its SPICE server, in UTF-8 bytes."""
 MAX_TICKET = 59
-"""The bytes of a password that libspice-server keeps: its array of SPICE_MAX_PASSWORD_LENGTH holds the NUL, too.
+"""The bytes of a password that libspice-server stores: its array of SPICE_MAX_PASSWORD_LENGTH includes the NUL.
 
 Source: spice 0.15.1, ``server/reds.cpp``, ``spice_server_set_ticket``.
 """
@@ -61,19 +61,20 @@ _U32 = struct.Struct("<I")
 
 
 class AuthMechanism(IntEnum):
-    """What follows the link when AUTH_SELECTION was agreed."""
+    """The authentication mechanism, which follows the link if both sides have AUTH_SELECTION."""
 
     SPICE = 1
     SASL = 2
 
 
+_QEMU_LOG = "read QEMU's log on the VM's host"
 _LINK_ERRORS: dict[LinkError, tuple[Reason, str, str]] = {
-    LinkError.ERROR: (Reason.LINK_REFUSED, "the server refused the link", "look into the log of QEMU on the VM's host"),
+    LinkError.ERROR: (Reason.LINK_REFUSED, "the server refused the link", _QEMU_LOG),
     LinkError.INVALID_MAGIC: (Reason.NOT_SPICE, "the server did not recognise a SPICE client", "check the port"),
     LinkError.INVALID_DATA: (
         Reason.LINK_REFUSED,
         "the server reports a damaged link message",
-        "check whether a proxy or a tunnel on the way to the server alters the connection",
+        "check whether a proxy or a tunnel between here and the server changes the data",
     ),
     LinkError.VERSION_MISMATCH: (
         Reason.LINK_REFUSED,
@@ -92,18 +93,18 @@ _LINK_ERRORS: dict[LinkError, tuple[Reason, str, str]] = {
     ),
     LinkError.PERMISSION_DENIED: (
         Reason.WRONG_PASSWORD,
-        "wrong password, or an expired one",
-        "check the password; if it is a ticket with a limited life, fetch a new one (a new .vv file)",
+        "the password is wrong or has expired",
+        "check the password; if it is a ticket that expires, get a new one (a new .vv file)",
     ),
     LinkError.BAD_CONNECTION_ID: (
         Reason.LINK_REFUSED,
-        "the session does not exist any more",
-        "connect again; another client may have taken the session over: a SPICE server serves one client at a time",
+        "the session no longer exists",
+        "connect again; another client may have taken over the session: a SPICE server serves one client at a time",
     ),
     LinkError.CHANNEL_NOT_AVAILABLE: (
         Reason.CHANNEL_IN_USE,
         "the channel is not available",
-        "detach what uses the channel, or add another usbredir channel to the VM",
+        "detach the device that uses the channel, or add a usbredir channel to the VM",
     ),
 }
 
@@ -112,7 +113,10 @@ _OTHER_PROTOCOLS: tuple[tuple[bytes, Reason, str, str], ...] = (
         b"HTTP",
         Reason.NOT_SPICE,
         "an HTTP server",
-        "check the port; name an HTTP proxy with --proxy, or with proxy= in the .vv file",
+        Remedy(
+            "check the port; if this is an HTTP proxy, set it as the proxy (proxy= in a .vv file)",
+            setting="target.proxy",
+        ),
     ),
     (b"<htm", Reason.NOT_SPICE, "an HTTP server", "check the port"),
     (b"RFB ", Reason.NOT_SPICE, "a VNC server", "give the VM a SPICE display, or use the port of the one that it has"),
@@ -120,11 +124,11 @@ _OTHER_PROTOCOLS: tuple[tuple[bytes, Reason, str, str], ...] = (
     (b"\x15\x03", Reason.NEEDS_TLS, "a TLS server", "it is a TLS port: use spice+tls://HOST:PORT"),
     (b"\0\0\0\0", Reason.NOT_SPICE, "a plain usbredir socket", "use tcp://HOST:PORT or unix:PATH for it"),
 )
-"""First bytes of what else may listen on a port, and what to do about it."""
+"""The first bytes of other protocols, with reason, description and remedy."""
 
 
 class LinkPhase(StrEnum):
-    """What the peer owes us."""
+    """What we wait for."""
 
     REPLY = "a link reply"
     TICKET_RESULT = "the ticket's result"
@@ -132,11 +136,11 @@ class LinkPhase(StrEnum):
 
 
 class LinkFailure(TargetError):
-    """The link did not come about.
+    """The link failed.
 
     Attributes:
-        error: the server's answer; None if it gave none that is one of SPICE's.
-        phase: what the server owed us then.
+        error: the server's link error; None if it did not send one.
+        phase: what we waited for.
     """
 
     def __init__(
@@ -153,11 +157,11 @@ def _with_header(body: bytes) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class LinkMess:
-    """SpiceLinkMess: which channel the client wants.
+    """SpiceLinkMess: the channel that the client links.
 
     Attributes:
-        connection_id: 0 for the main channel; for the others the session id that main's INIT gave.
-        common_caps: capability words that every channel knows.
+        connection_id: 0 for the main channel; for the others the session id of MAIN_INIT.
+        common_caps: capability words of all channel types.
         channel_caps: capability words of this channel type.
     """
 
@@ -172,7 +176,7 @@ class LinkMess:
         return f"{self.channel_type} {self.channel_id} in session {self.connection_id:#x}, {caps}"
 
     def __bytes__(self) -> bytes:
-        """With its SpiceLinkHeader."""
+        """Return the message with its SpiceLinkHeader."""
         caps = self.common_caps + self.channel_caps
         counts = len(self.common_caps), len(self.channel_caps)
         fixed = _MESS.pack(self.connection_id, self.channel_type, self.channel_id, *counts, _MESS.size)
@@ -180,9 +184,9 @@ class LinkMess:
 
     @classmethod
     def parse(cls, body: bytes) -> Self:
-        """Parse what follows the header. Raises RemoteProtocolError."""
+        """Parse the body, without the header. Raises RemoteProtocolError."""
         if len(body) < _MESS.size:
-            raise RemoteProtocolError(f"SPICE link message of {len(body)} bytes, {_MESS.size} at least")
+            raise RemoteProtocolError(f"SPICE link message of {len(body)} bytes, fewer than {_MESS.size}")
         connection_id, channel_type, channel_id, common, channel, offset = _MESS.unpack_from(body)
         caps = _parse_capabilities(body, common, channel, offset, _MESS.size)
         return cls(connection_id, ChannelType(channel_type), channel_id, *caps)
@@ -190,7 +194,7 @@ class LinkMess:
 
 @dataclass(frozen=True, slots=True)
 class LinkReply:
-    """SpiceLinkReply: whether the server takes the link, and the key for the ticket."""
+    """SpiceLinkReply: whether the server accepts the link, and the key for the ticket."""
 
     error: LinkError
     public_key: bytes = bytes(PUBLIC_KEY_SIZE)
@@ -198,7 +202,7 @@ class LinkReply:
     channel_caps: tuple[int, ...] = ()
 
     def __bytes__(self) -> bytes:
-        """With its SpiceLinkHeader."""
+        """Return the message with its SpiceLinkHeader."""
         caps = self.common_caps + self.channel_caps
         fixed = _REPLY.pack(
             self.error, self.public_key, len(self.common_caps), len(self.channel_caps), _REPLY.size if caps else 0
@@ -207,11 +211,11 @@ class LinkReply:
 
     @classmethod
     def parse(cls, body: bytes) -> Self:
-        """Parse what follows the header. Raises RemoteProtocolError."""
-        if len(body) == _U32.size:  # a proxy may answer with the bare error
+        """Parse the body, without the header. Raises RemoteProtocolError."""
+        if len(body) == _U32.size:  # a proxy may answer with the error alone
             return cls(LinkError(*_U32.unpack(body)))
         if len(body) < _REPLY.size:
-            raise RemoteProtocolError(f"SPICE link reply of {len(body)} bytes, {_REPLY.size} at least")
+            raise RemoteProtocolError(f"SPICE link reply of {len(body)} bytes, fewer than {_REPLY.size}")
         error, key, common, channel, offset = _REPLY.unpack_from(body)
         if error:  # an error reply has no capabilities, and caps_offset 0
             return cls(LinkError(error), key)
@@ -223,7 +227,7 @@ def _parse_capabilities(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     for count in (common, channel):
         if count > MAX_CAPABILITY_WORDS:
-            raise RemoteProtocolError(f"SPICE link with {count} capability words, {MAX_CAPABILITY_WORDS} at most")
+            raise RemoteProtocolError(f"SPICE link with {count} capability words, more than {MAX_CAPABILITY_WORDS}")
     total = common + channel
     if total and (offset < least or offset + 4 * total > len(body)):
         raise RemoteProtocolError(
@@ -234,29 +238,29 @@ def _parse_capabilities(
 
 
 def check_password(password: str) -> bytes:
-    """Return a password as the ticket holds it: UTF-8, of a password of 60 bytes the 59 that the server compares.
+    """Return a password as the ticket contains it: UTF-8, of a password of 60 bytes the 59 that the server compares.
 
     Raises:
-        UsageError: the password is too long for SPICE, or holds a NUL character (``BAD_OPTION``).
+        UsageError: the password is too long for SPICE, or contains a NUL character (``BAD_OPTION``).
     """
     encoded = password.encode("utf-8", "surrogateescape")
     if len(encoded) > MAX_PASSWORD:
         raise UsageError(
-            f"the password has {len(encoded)} bytes in UTF-8: a SPICE password has {MAX_PASSWORD} at most",
+            f"the password has {len(encoded)} bytes in UTF-8: a SPICE password has at most {MAX_PASSWORD}",
             reason=Reason.BAD_OPTION,
-            remedy="check that the password, and nothing more, was given",
+            remedy="check that nothing but the password was given",
         )
     if b"\0" in encoded:
         raise UsageError(
-            "the password holds a NUL character, which a SPICE password cannot hold",
+            "the password contains a NUL character, which a SPICE password cannot contain",
             reason=Reason.BAD_OPTION,
-            remedy="check that the password, and nothing more, was given",
+            remedy="check that nothing but the password was given",
         )
     return encoded[:MAX_TICKET]
 
 
 def encrypt_ticket(public_key: bytes, password: bytes) -> bytes:
-    """The 128 bytes of a ticket: password and NUL, under RSA-OAEP with SHA-1 and MGF1-SHA1.
+    """Return the 128 bytes of a ticket: password and NUL, encrypted with RSA-OAEP, SHA-1 and MGF1-SHA1.
 
     Raises:
         RemoteProtocolError: the key is not an RSA-1024 key.
@@ -276,12 +280,13 @@ def encrypt_ticket(public_key: bytes, password: bytes) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class LinkResult:
-    """What both sides agreed on.
+    """The result of a link.
 
     Attributes:
-        mini_header: both announced it: messages carry 6 bytes of header instead of 18.
-        channel_caps: the server's capability words for this channel type.
-        trailing: bytes after the link: the channel's first ones.
+        mini_header: both sides have the capability: headers of messages have 6 bytes instead of 18.
+        common_caps: the server's capability words of all channel types.
+        channel_caps: the server's capability words of this channel type.
+        trailing: the bytes received after the link: the channel's first ones.
     """
 
     mini_header: bool
@@ -294,15 +299,15 @@ class LinkResult:
 class LinkClient:
     """The client's side of one link.
 
-    Send :meth:`data_to_send`, pass what arrives to :meth:`receive_data`, send again, until :attr:`result` is there.
+    Send :meth:`data_to_send`, pass received bytes to :meth:`receive_data`, send again, until there is a :attr:`result`.
 
     Args:
-        mess: which channel; its common capabilities are the three that a client without SASL has.
+        mess: the channel; its common capabilities are the three of a client without SASL.
         password: the ticket; empty if there is none.
-        name: of the channel, for messages and logs.
+        name: the channel's, for messages and logs.
 
     Raises:
-        UsageError: the password cannot be carried.
+        UsageError: the password is not valid in SPICE, see :func:`check_password`.
     """
 
     mess: LinkMess
@@ -330,13 +335,13 @@ class LinkClient:
         capabilities: Iterable[int],
         password: str,
     ) -> Self:
-        """Link a channel with the common capabilities of this client: ticket authentication and the mini header.
+        """Make the link of a channel, with our common capabilities: ticket authentication and the mini header.
 
         Args:
-            channel_type: which kind of channel.
-            channel_id: which of its kind.
+            channel_type: the type of the channel.
+            channel_id: the number of the channel among those of its type.
             connection_id: 0 for the main channel, otherwise the session id.
-            capabilities: bit numbers of this channel type.
+            capabilities: bit numbers of our capabilities of this channel type.
             password: the ticket.
         """
         common = pack_capabilities(
@@ -347,16 +352,16 @@ class LinkClient:
         return cls(mess, password, name)
 
     def data_to_send(self) -> list[bytes]:
-        """What must be sent now; emptied by the call."""
+        """Return the queued buffers, in order, and empty the queue."""
         output, self._output = self._output, []
         return output
 
     def receive_data(self, data: Buffer) -> None:
-        """Take bytes from the server.
+        """Pass in bytes from the server.
 
         Raises:
-            LinkFailure: the server refused, or is not a SPICE server.
-            RemoteProtocolError: the server left the protocol.
+            LinkFailure: the server refused the link, or is not a SPICE server.
+            RemoteProtocolError: the server violated the protocol.
         """
         self._received += data
         try:
@@ -365,10 +370,10 @@ class LinkClient:
             pass
 
     def receive_eof(self) -> LinkFailure:
-        """The server closed the connection before the link was there: why, as far as one can tell."""
+        """Return the error of a connection that the server closed before the link was complete."""
         if self.phase is LinkPhase.TICKET_RESULT:
-            message = "the server closed the connection when it got the ticket"
-            remedy = "look into the log of QEMU (or of the SPICE proxy) on the VM's host"
+            message = "the server closed the connection after it received the ticket"
+            remedy = "read the log of QEMU (or of the SPICE proxy) on the VM's host"
         elif self._received:
             message = f"the server closed the connection after {len(self._received)} bytes of {self.phase}"
             remedy = "check that the port is the VM's SPICE port"
@@ -382,9 +387,9 @@ class LinkClient:
         header = yield from self._read_header()
         body = yield from self._read(header)
         reply = LinkReply.parse(body)
-        if logger.isEnabledFor(logging.DEBUG):
+        if log.isEnabledFor(logging.DEBUG):
             caps = f"common caps {reply.common_caps}, channel caps {reply.channel_caps}"
-            logger.debug("< %s: link reply %s, %s", self.name, reply.error.name, caps)
+            log.debug("< %s: link reply %s, %s", self.name, reply.error.name, caps)
         if reply.error:
             raise self._refused(reply.error)
 
@@ -393,19 +398,19 @@ class LinkClient:
                 raise self._failure(
                     "the server accepts SASL authentication only, and farplug sends tickets",
                     Reason.LINK_REFUSED,
-                    "turn SASL off in the VM's SPICE settings, and use a ticket",
+                    "turn off SASL in the VM's SPICE settings, and use a ticket",
                 )
             self._output.append(_U32.pack(AuthMechanism.SPICE))
         self.phase = LinkPhase.TICKET_RESULT
         self._send(encrypt_ticket(reply.public_key, self._password), "ticket")
         (code,) = _U32.unpack((yield from self._read(_U32.size)))
         result = LinkError(code)
-        logger.debug("< %s: ticket result %s", self.name, result.name)
+        log.debug("< %s: ticket result %s", self.name, result.name)
         if result is LinkError.PERMISSION_DENIED and not self._password:
             raise self._failure(
-                "the VM wants a password and none was given",
+                "the VM requires a password, and none was given",
                 Reason.NO_PASSWORD,
-                "give one: --password-file FILE, --ask-password, or FARPLUG_PASSWORD in the environment",
+                Remedy("give one", setting="target.password"),
                 result,
             )
         if result:
@@ -413,7 +418,7 @@ class LinkClient:
 
         self.phase = LinkPhase.DONE
         self.result = LinkResult(
-            # both bits: ours is always set (in for_channel)
+            # for_channel() always sets our bit
             mini_header=has_capability(reply.common_caps, CommonCapability.MINI_HEADER)
             and has_capability(self.mess.common_caps, CommonCapability.MINI_HEADER),
             common_caps=reply.common_caps,
@@ -431,12 +436,12 @@ class LinkClient:
         _, major, _, size = _HEADER.unpack((yield from self._read(_HEADER.size)))
         if major != VERSION_MAJOR:
             raise self._failure(
-                f"the server has SPICE {major}, farplug {VERSION_MAJOR}.{VERSION_MINOR}",
+                f"the server has version {major} of SPICE, farplug has {VERSION_MAJOR}.{VERSION_MINOR}",
                 Reason.LINK_REFUSED,
                 f"use a server (or a proxy) with SPICE {VERSION_MAJOR}.{VERSION_MINOR}",
             )
         if size > MAX_LINK_REPLY:
-            raise RemoteProtocolError(f"{self.name}: SPICE link reply of {size} bytes, {MAX_LINK_REPLY} at most")
+            raise RemoteProtocolError(f"{self.name}: SPICE link reply of {size} bytes, more than {MAX_LINK_REPLY}")
         return int(size)
 
     def _read(self, size: int) -> Generator[None, None, bytes]:
@@ -447,12 +452,12 @@ class LinkClient:
         return taken
 
     def _send(self, data: bytes, what: str) -> None:
-        logger.debug("> %s: %s", self.name, what)
+        log.debug("> %s: %s", self.name, what)
         self._output.append(data)
 
     def _refused(self, error: LinkError) -> LinkFailure:
         reason, message, remedy = _LINK_ERRORS.get(
-            error, (Reason.LINK_REFUSED, "the server refused the link", "look into the log of QEMU on the VM's host")
+            error, (Reason.LINK_REFUSED, "the server refused the link", _QEMU_LOG)
         )
         return self._failure(f"{message}: {error}", reason, remedy, error)
 
@@ -464,10 +469,10 @@ class LinkClient:
         return self._failure(
             f"there is no SPICE server on this port: the answer begins with {answer!r}",
             Reason.NOT_SPICE,
-            "check the port: SPICE's own is often 5900 or 5930",
+            "check the port: the port of SPICE is often 5900 or 5930",
         )
 
     def _failure(self, message: str, reason: Reason, remedy: str = "", error: LinkError | None = None) -> LinkFailure:
-        # The main channel stands for the whole server: its name would say nothing to a user.
+        # The main channel represents the whole server: its name would mean nothing to a user.
         where = "" if self.mess.channel_type is ChannelType.MAIN else f"{self.name}: "
         return LinkFailure(f"{where}{message}", reason=reason, remedy=remedy, error=error, phase=self.phase)

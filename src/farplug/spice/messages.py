@@ -1,4 +1,4 @@
-"""The messages of SPICE's channels that a usbredir client meets: every channel's, and the main channel's.
+"""The SPICE messages that a usbredir client needs: those of every channel, and those of the main channel.
 
 Source: ``spice.proto`` of spice-common; spice-protocol 0.14.3, ``spice/enums.h``. Everything is little-endian, packed.
 """
@@ -17,14 +17,14 @@ from farplug.text import printable
 from farplug.usb.types import Buffer
 
 MAX_CHANNELS = 1024
-"""The largest number of channels in a CHANNELS_LIST that we take."""
+"""The most channels in a CHANNELS_LIST that we accept."""
 _NO_PORT = (0, 0xFFFF)
 MAX_TEXT = 1024
-"""The largest number of bytes of a name or a notice that we keep."""
+"""The most bytes of a name or a notice that we store."""
 
 
 class ServerMessage(IntEnum):
-    """SPICE_MSG_*, SPICE_MSG_MAIN_* and SPICE_MSG_SPICEVMC_*: what servers send."""
+    """SPICE_MSG_*, SPICE_MSG_MAIN_* and SPICE_MSG_SPICEVMC_*: messages from servers."""
 
     MIGRATE = 1
     MIGRATE_DATA = 2
@@ -47,7 +47,7 @@ class ServerMessage(IntEnum):
 
 
 class ClientMessage(IntEnum):
-    """SPICE_MSGC_*, SPICE_MSGC_MAIN_* and SPICE_MSGC_SPICEVMC_*: what clients send."""
+    """SPICE_MSGC_*, SPICE_MSGC_MAIN_* and SPICE_MSGC_SPICEVMC_*: messages from clients."""
 
     ACK_SYNC = 1
     ACK = 2
@@ -69,7 +69,7 @@ class MigrateFlags(IntFlag):
 
 def _unpack(layout: struct.Struct, body: Buffer, name: str) -> tuple[int, ...]:
     if len(body) < layout.size:
-        raise RemoteProtocolError(f"SPICE {name} of {len(body)} bytes, {layout.size} at least")
+        raise RemoteProtocolError(f"SPICE {name} of {len(body)} bytes, fewer than {layout.size}")
     return layout.unpack_from(body)
 
 
@@ -78,7 +78,7 @@ _U32 = struct.Struct("<I")
 
 @dataclass(frozen=True, slots=True)
 class SetAck:
-    """SPICE_MSG_SET_ACK: acknowledge every ``window`` messages from now on (0: none)."""
+    """SPICE_MSG_SET_ACK: from now on, acknowledge every ``window`` messages (0: none)."""
 
     generation: int
     window: int
@@ -93,7 +93,7 @@ class SetAck:
 
 @dataclass(frozen=True, slots=True)
 class Migrate:
-    """SPICE_MSG_MIGRATE: the VM is leaving for another host."""
+    """SPICE_MSG_MIGRATE: the VM moves to another host."""
 
     flags: MigrateFlags
 
@@ -105,7 +105,7 @@ class Migrate:
 
 @dataclass(frozen=True, slots=True)
 class WaitForChannels:
-    """SPICE_MSG_WAIT_FOR_CHANNELS: other channels' messages come first. (type, id, serial) of each."""
+    """SPICE_MSG_WAIT_FOR_CHANNELS: process messages of other channels first: (type, id, serial) of each."""
 
     channels: tuple[tuple[ChannelType, int, int], ...]
 
@@ -118,7 +118,7 @@ class WaitForChannels:
         size = cls._LAYOUT.size
         if len(body) < 1 + count * size:
             raise RemoteProtocolError(
-                f"SPICE WAIT_FOR_CHANNELS of {len(body)} bytes, {1 + count * size} at least for {count} channels"
+                f"SPICE WAIT_FOR_CHANNELS of {len(body)} bytes, fewer than {1 + count * size} for {count} channels"
             )
         waits = cls._LAYOUT.iter_unpack(memoryview(body)[1 : 1 + count * size])
         return cls(tuple((ChannelType(kind), number, serial) for kind, number, serial in waits))
@@ -126,7 +126,7 @@ class WaitForChannels:
 
 @dataclass(frozen=True, slots=True)
 class Disconnecting:
-    """SPICE_MSG_DISCONNECTING: the server is about to close. ``time`` is in its own clock's nanoseconds."""
+    """SPICE_MSG_DISCONNECTING: the server will close the connection. ``time``: the server's clock, in nanoseconds."""
 
     time: int
     reason: LinkError
@@ -142,7 +142,7 @@ class Disconnecting:
 
 @dataclass(frozen=True, slots=True)
 class Notify:
-    """SPICE_MSG_NOTIFY: words for a person. ``severity``: 0 information, 1 warning, 2 error."""
+    """SPICE_MSG_NOTIFY: text for a user. ``severity``: 0 information, 1 warning, 2 error."""
 
     time: int
     severity: int
@@ -192,38 +192,38 @@ class ChannelId:
 
 
 def parse_channels_list(body: Buffer) -> tuple[ChannelId, ...]:
-    """SPICE_MSG_MAIN_CHANNELS_LIST: the channels to link, sorted (servers do not sort). Raises RemoteProtocolError."""
+    """Return the channels of SPICE_MSG_MAIN_CHANNELS_LIST, sorted (servers do not). Raises RemoteProtocolError."""
     (count,) = _unpack(_U32, body, "MAIN_CHANNELS_LIST")
     if count > MAX_CHANNELS:
-        raise RemoteProtocolError(f"SPICE MAIN_CHANNELS_LIST of {count} channels, {MAX_CHANNELS} at most")
+        raise RemoteProtocolError(f"SPICE MAIN_CHANNELS_LIST of {count} channels, more than {MAX_CHANNELS}")
     if len(body) < 4 + 2 * count:
         raise RemoteProtocolError(
-            f"SPICE MAIN_CHANNELS_LIST of {len(body)} bytes, {4 + 2 * count} at least for {count} channels"
+            f"SPICE MAIN_CHANNELS_LIST of {len(body)} bytes, fewer than {4 + 2 * count} for {count} channels"
         )
     pairs = struct.iter_unpack("<BB", memoryview(body)[4 : 4 + 2 * count])
     return tuple(sorted({ChannelId(ChannelType(kind), number) for kind, number in pairs}))
 
 
 def parse_name(body: Buffer) -> str:
-    """SPICE_MSG_MAIN_NAME: the VM's name. Raises RemoteProtocolError."""
+    """Return the VM's name of SPICE_MSG_MAIN_NAME. Raises RemoteProtocolError."""
     (size,) = _unpack(_U32, body, "MAIN_NAME")
     return _text(body, 4, size, "MAIN_NAME")
 
 
 def parse_uuid(body: Buffer) -> str:
-    """SPICE_MSG_MAIN_UUID: the VM's UUID in its usual spelling. Raises RemoteProtocolError."""
+    """Return the VM's UUID of SPICE_MSG_MAIN_UUID, in its usual notation. Raises RemoteProtocolError."""
     if len(body) < 16:
-        raise RemoteProtocolError(f"SPICE MAIN_UUID of {len(body)} bytes, 16 at least")
+        raise RemoteProtocolError(f"SPICE MAIN_UUID of {len(body)} bytes, fewer than 16")
     return str(UUID(bytes=bytes(body[:16])))
 
 
 @dataclass(frozen=True, slots=True)
 class SwitchHost:
-    """SPICE_MSG_MAIN_MIGRATE_SWITCH_HOST (and how MAIN_MIGRATE_BEGIN begins): where the VM went.
+    """SPICE_MSG_MAIN_MIGRATE_SWITCH_HOST, and the first fields of MAIN_MIGRATE_BEGIN: where the VM moved.
 
     Attributes:
-        port: the plain port; None if there is none: 0, or -1 as QEMU's ``client_migrate_info`` sends it.
-        tls_port: the TLS port, likewise.
+        port: the plain port; None for 0, and for -1, which QEMU's ``client_migrate_info`` sends.
+        tls_port: the TLS port, in the same way.
         host: name or address.
     """
 
@@ -246,8 +246,10 @@ class SwitchHost:
 
 
 def _text(body: Buffer, offset: int, size: int, name: str) -> str:
-    """A counted string, NUL or not at its end; only what can be printed, so that it can stand in a log."""
+    """Return a string with a length, which may end with a NUL; without control characters, for a log."""
     if offset + size > len(body):
-        raise RemoteProtocolError(f"SPICE {name} with {size} bytes of text at {offset}: outside its {len(body)} bytes")
+        raise RemoteProtocolError(
+            f"SPICE {name} with {size} bytes of text at offset {offset}: outside its {len(body)} bytes"
+        )
     text = bytes(body[offset : offset + min(size, MAX_TEXT)]).partition(b"\0")[0].decode("utf-8", "replace")
     return printable(text)

@@ -1,4 +1,4 @@
-"""The words of SPICE: channel types, capabilities, link errors.
+"""Constants of SPICE: channel types, capabilities, link errors.
 
 Source: spice-protocol 0.14.3, ``spice/enums.h``, ``spice/protocol.h``, ``spice/error_codes.h``.
 """
@@ -13,7 +13,7 @@ _Code = TypeVar("_Code", bound=IntEnum)
 
 
 def _unknown(codes: type[_Code], value: object, largest: int) -> _Code | None:
-    """A member for a code that is not known, so that it prints; None for what cannot be one."""
+    """Return a member for an unknown code, which has a name to print; None if the value is not a code."""
     if not isinstance(value, int) or not 0 <= value <= largest:
         return None
     member = int.__new__(codes, value)
@@ -46,7 +46,7 @@ class ChannelType(IntEnum):
 
 
 CHANNEL_NAMES = frozenset({*map(str, ChannelType), "all"})
-"""What ``secure-channels`` of a ``.vv`` file may name."""
+"""The names that are valid in ``secure-channels`` of a ``.vv`` file."""
 
 
 class CommonCapability(IntEnum):
@@ -74,7 +74,7 @@ class VmcCapability(IntEnum):
 
 
 class LinkError(IntEnum):
-    """SPICE_LINK_ERR_*: the answer to a link message, and to a ticket."""
+    """SPICE_LINK_ERR_*: the result of a link message, and of a ticket."""
 
     OK = 0
     ERROR = 1
@@ -96,7 +96,7 @@ class LinkError(IntEnum):
 
 
 def pack_capabilities(bits: Iterable[int]) -> tuple[int, ...]:
-    """Bit numbers as capability words.
+    """Return capability words with these bit numbers set.
 
     >>> pack_capabilities([0, 3, 33])
     (9, 2)
@@ -110,5 +110,5 @@ def pack_capabilities(bits: Iterable[int]) -> tuple[int, ...]:
 
 
 def has_capability(words: Sequence[int], bit: int) -> bool:
-    """Whether a set of capability words holds a bit number."""
+    """Return whether a bit number is set in capability words."""
     return bit // 32 < len(words) and bool(words[bit // 32] >> bit % 32 & 1)

@@ -1,7 +1,7 @@
-"""SpiceVMC: a byte stream inside a SPICE channel, compressed with LZ4 where both sides like it. No I/O.
+"""SpiceVMC: a byte stream inside a SPICE channel, with LZ4 compression if both sides support it. No I/O.
 
 Source: ``spice.proto`` (SpiceVmcChannel); spice-gtk 0.42, ``channel-usbredir.c``; libspice-server 0.15.1,
-``spicevmc.cpp``. A message boundary means nothing to the stream.
+``spicevmc.cpp``. Message boundaries have no meaning in the stream.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from farplug.spice.types import VmcCapability, has_capability
 from farplug.usb.types import Buffer
 
 MAX_UNCOMPRESSED = 16 << 20
-"""The largest uncompressed size of a COMPRESSED_DATA message that we take, in bytes."""
+"""The largest uncompressed size of a COMPRESSED_DATA message that we accept, in bytes."""
 MAX_SENT = (4 << 20) + (128 << 10)
-"""The largest payload of a message that we send, in bytes: packets that the engine sends together are one message, if
-none of them has more than 4 MiB.
+"""The largest payload of a message that we send, in bytes: packets that are sent together are one message, unless
+one of them has more than 4 MiB.
 
 Proxies drop messages over 16 MiB.
 """
 COMPRESS_ABOVE = 1000
-"""Payloads up to this size, in bytes, are sent as they are (COMPRESS_THRESHOLD of spice-gtk and the server)."""
+"""Payloads up to this size, in bytes, are not compressed (COMPRESS_THRESHOLD of spice-gtk and the server)."""
 PROBE_SIZE = 64 << 10
-"""How much of a large payload is tried before the whole is compressed, in bytes.
+"""The part of a large payload that is compressed as a trial, in bytes.
 
-A whole MiB of noise costs ten times this trial, and then a copy.
+To compress 1 MiB of random data takes ten times as long as the trial, and then a copy.
 """
 
 _COMPRESSED_HEADER = struct.Struct("<BI")
@@ -48,17 +48,17 @@ class Compression(IntEnum):
 class VmcChannel(Channel):
     """A byte stream over one channel.
 
-    Pass what arrives to :meth:`receive_data`, call :meth:`next_event` until it returns None, then send
+    Pass received bytes to :meth:`receive_data`, call :meth:`next_event` until it returns None, then send
     :meth:`data_to_send`. A memoryview among the events is the next bytes of the stream.
 
     Args:
-        name: of the channel, for logs and errors.
-        link: as agreed.
-        local: the channel runs over a UNIX socket: compression would only cost.
+        name: the channel's, for logs and errors.
+        link: the result of its link.
+        local: the channel uses a UNIX socket, where compression only takes time.
 
     Attributes:
-        compress: compress what is worth it. Turn it off for devices with isochronous endpoints, as spice-gtk does:
-            their data must not wait for the processor.
+        compress: compress what becomes smaller. Set it to False for devices with isochronous endpoints, as spice-gtk
+            does: compression delays their data.
     """
 
     capabilities = (VmcCapability.DATA_COMPRESS_LZ4,)
@@ -78,12 +78,12 @@ class VmcChannel(Channel):
         return self._decompress(event.body) if type(event) is Message else event
 
     def send_data(self, buffers: Sequence[Buffer]) -> None:
-        """Queue bytes of the stream. Large buffers are not joined, and not copied unless compression pays."""
+        """Queue bytes of the stream. Large buffers are copied only if compression makes them smaller."""
         size = sum(map(len, buffers))
         if size <= MAX_SENT:
             self._send_message(buffers, size)
             return
-        for piece, piece_size in _cut(buffers):
+        for piece, piece_size in _split(buffers):
             self._send_message(piece, piece_size)
 
     def _send_message(self, buffers: Sequence[Buffer], size: int) -> None:
@@ -101,34 +101,34 @@ class VmcChannel(Channel):
             return body[1:]
         if len(body) < _COMPRESSED_HEADER.size:
             raise RemoteProtocolError(
-                f"{self.name}: COMPRESSED_DATA of {len(body)} bytes, {_COMPRESSED_HEADER.size} at least"
+                f"{self.name}: COMPRESSED_DATA of {len(body)} bytes, fewer than {_COMPRESSED_HEADER.size}"
             )
         kind, size = _COMPRESSED_HEADER.unpack_from(body)
         if kind != Compression.LZ4:
-            raise RemoteProtocolError(f"{self.name}: COMPRESSED_DATA of unknown kind {kind}")
+            raise RemoteProtocolError(f"{self.name}: COMPRESSED_DATA with unknown compression {kind}")
         if size > MAX_UNCOMPRESSED:
             raise RemoteProtocolError(
-                f"{self.name}: COMPRESSED_DATA of {size} bytes uncompressed, {MAX_UNCOMPRESSED} at most"
+                f"{self.name}: COMPRESSED_DATA of {size} bytes uncompressed, more than {MAX_UNCOMPRESSED}"
             )
         try:
             data: bytes = lz4.block.decompress(body[_COMPRESSED_HEADER.size :], uncompressed_size=size)
         except lz4.block.LZ4BlockError as error:
             raise RemoteProtocolError(f"{self.name}: COMPRESSED_DATA is damaged: {error}") from None
         if len(data) != size:
-            raise RemoteProtocolError(f"{self.name}: COMPRESSED_DATA announces {size} bytes and holds {len(data)}")
+            raise RemoteProtocolError(f"{self.name}: COMPRESSED_DATA announces {size} bytes and contains {len(data)}")
         return memoryview(data)
 
 
 def _looks_compressible(buffers: Sequence[Buffer], size: int) -> bool:
-    """Whether a trial on the beginning of the largest buffer saves anything; small payloads are not tried."""
+    """Return whether a trial makes the beginning of the largest buffer smaller; True for small payloads."""
     if size <= 2 * PROBE_SIZE:
         return True
     probe = memoryview(max(buffers, key=len))[:PROBE_SIZE]
     return len(lz4.block.compress(probe, store_size=False)) < len(probe)
 
 
-def _cut(buffers: Sequence[Buffer]) -> list[tuple[list[Buffer], int]]:
-    """Buffers in groups of up to MAX_SENT bytes, each with its size."""
+def _split(buffers: Sequence[Buffer]) -> list[tuple[list[Buffer], int]]:
+    """Return the buffers in groups of up to MAX_SENT bytes, each with its size."""
     groups: list[tuple[list[Buffer], int]] = []
     group: list[Buffer] = []
     room = MAX_SENT

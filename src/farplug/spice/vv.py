@@ -1,9 +1,9 @@
-"""``.vv`` files: what virt-manager, oVirt, Proxmox and kerbside hand out to reach a VM's SPICE server. No I/O.
+"""``.vv`` files: virt-manager, oVirt, Proxmox and kerbside make them to connect to a VM's SPICE server. No I/O.
 
 Source: virt-viewer's ``virt-viewer-file.c``: a GKeyFile (GLib's ``gkeyfile.c``) with a group ``[virt-viewer]``. Keys
-that do not concern the connection (window titles aside) are ignored, as is ``versions``, which names versions of
-virt-viewer itself. Files that GKeyFile takes are taken; a value that it cannot interpret, and that virt-viewer then
-does without, becomes a warning.
+that do not concern the connection (except the title) are ignored, as is ``versions``, which lists versions of
+virt-viewer itself. Every file that GKeyFile accepts is accepted; a value that GKeyFile cannot parse, and that
+virt-viewer therefore ignores, is a warning.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ MAX_VV_FILE = 1 << 20
 _GROUP = "virt-viewer"
 _BLANKS = " \t\f"
 _INTEGER = re.compile(r"[ \t\f]*([+-]?[0-9]{1,9})(?![^ \t\f])")
-_FETCH = "fetch a new .vv file from where this one came from"
-_FETCH_WHILE_IT_RUNS = f"check that the VM runs, then {_FETCH}"
+_NEW_FILE = "get a new .vv file where you got this one"
+_NEW_FILE_OF_RUNNING_VM = f"check that the VM runs, then {_NEW_FILE}"
 _ESCAPES = {"s": " ", "n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 _KEYS = frozenset(
     {
@@ -44,20 +44,20 @@ _KEYS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class VvFile:
-    """What a ``.vv`` file says about the connection.
+    """The connection that a ``.vv`` file describes.
 
     Attributes:
-        host: name or address; behind a proxy, whatever the proxy understands.
-        port: the plain port; None if there is none. At least one of the two ports is there.
+        host: name or address; with a proxy, a name for the proxy.
+        port: the plain port; None if there is none. At least one of the two ports is not None.
         tls_port: the TLS port; None if there is none.
         password: the ticket; empty if there is none.
         ca: certificates to trust, PEM; empty: the system's.
-        host_subject: the certificate's subject, to be checked instead of the host name; empty: the host name is.
-        proxy: URL of an HTTP proxy; empty if there is none. May hold a password.
-        title: how the sender calls the VM.
+        host_subject: the certificate's subject, which is checked instead of the host name; empty: check the host name.
+        proxy: URL of an HTTP proxy, which may contain a password; empty if there is none.
+        title: the VM's name, for a window title.
         secure_channels: channels that must use TLS, by name in lower case, or ``all``.
-        delete_this_file: the file is to be deleted once it is read.
-        warnings: what was ignored in the file, a line for a person each, with path and line number.
+        delete_this_file: delete the file after it was read.
+        warnings: what was ignored in the file: one line of text each, with path and line number.
     """
 
     host: str
@@ -81,7 +81,7 @@ class VvFile:
             path: the file's, for messages.
 
         Raises:
-            UsageError: it is not a ``.vv`` file for SPICE, or a value in it is wrong.
+            UsageError: the file is not a ``.vv`` file for SPICE, or a value in it is not valid.
         """
         values = _Values(path, data)
         kind = values.word("type")
@@ -91,11 +91,11 @@ class VvFile:
             raise values.error(
                 f"type={kind[:40]} is not supported, only type=spice",
                 values.line("type"),
-                remedy="give the VM a SPICE display: VNC does not carry USB devices",
+                remedy="give the VM a SPICE display: VNC has no USB redirection",
             )
         host = plain_host(values.word("host"))
         if not host:
-            raise values.error("it has no host", remedy=_FETCH_WHILE_IT_RUNS)
+            raise values.error("it has no host", remedy=_NEW_FILE_OF_RUNNING_VM)
         port, tls_port = values.ports()
         return cls(
             host=host,
@@ -113,7 +113,7 @@ class VvFile:
 
 
 class _Values:
-    """The group's keys, with the line of each. Of two equal keys the last one counts."""
+    """The keys of the group, with their line numbers. The last one of equal keys is used."""
 
     def __init__(self, path: str, data: bytes) -> None:
         self.warnings: list[str] = []
@@ -122,7 +122,7 @@ class _Values:
         if len(data) > MAX_VV_FILE:
             raise self.error(f"it is larger than {MAX_VV_FILE} bytes")
         if b"\0" in data:
-            raise self.error("it is not text in UTF-8: it holds NUL characters")
+            raise self.error("it is not text in UTF-8: it contains NUL characters")
         self._read(data.decode("utf-8-sig", "surrogateescape"))
 
     def line(self, key: str) -> int:
@@ -130,28 +130,28 @@ class _Values:
         return self._values.get(key, (0, ""))[0]
 
     def text(self, key: str) -> str:
-        """Return a value, its escapes resolved; empty if it is not there."""
+        """Return a value without escapes; empty if the key is missing."""
         line, text = self._values.get(key, (0, ""))
         if re.search("[\udc80-\udcff]", text):
             raise self.error(f"{key} is not text in UTF-8", line)
         return text
 
     def word(self, key: str) -> str:
-        """Return a value that messages show: without control characters, and without blanks at its end."""
+        """Return a value for messages: without control characters, and without blanks at the end."""
         text = self.text(key).rstrip(_BLANKS)
         if not text.isprintable():
-            raise self.error(f"{key} holds control characters", self.line(key))
+            raise self.error(f"{key} contains control characters", self.line(key))
         return text
 
     def title(self) -> str:
-        """Return the title. Nothing depends on it: what is not UTF-8 is replaced."""
+        """Return the title; bytes that are not UTF-8 are replaced."""
         text = self._values.get("title", (0, ""))[1]
         return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
     def ports(self) -> tuple[int | None, int | None]:
-        """Return ``port`` and ``tls-port``; None for one that is not there, or is 0 or -1, libvirt's "none".
+        """Return ``port`` and ``tls-port``; None for a port that is missing, or is 0 or -1 (libvirt's "none").
 
-        Beside a good port one that is not a port number counts as none: portals write ``port=None``.
+        If one port is valid, an invalid value of the other one is ignored: portals write ``port=None``.
         """
         ports: dict[str, int | None] = {}
         wrong: list[str] = []
@@ -164,14 +164,14 @@ class _Values:
         for key in wrong:
             what = f"{key}={self.text(key)[:40]} is not a port number from 1 to 65535"
             if not usable:
-                raise self.error(what, self.line(key), _FETCH_WHILE_IT_RUNS)
+                raise self.error(what, self.line(key), _NEW_FILE_OF_RUNNING_VM)
             self._warn(f"{what}: ignored", self.line(key))
         if not usable:
-            raise self.error("it has neither port nor tls-port", remedy=_FETCH_WHILE_IT_RUNS)
+            raise self.error("it has neither port nor tls-port", remedy=_NEW_FILE_OF_RUNNING_VM)
         return ports["port"], ports["tls-port"]
 
     def flag(self, key: str) -> bool:
-        """Return whether a number is not 0; what is not a number counts as 0."""
+        """Return whether a number is not 0; a value that is not a number is ignored."""
         number = self._integer(key)
         if number is None and self.text(key):
             self._warn(f"{key}={self.text(key)[:40]} is neither 0 nor 1: ignored", self.line(key))
@@ -180,7 +180,7 @@ class _Values:
     def secure_channels(self, has_tls: bool) -> frozenset[str]:
         """Return names of channels, in lower case.
 
-        An unknown name may be a misspelt ``main`` or ``usbredir``: where there is a TLS port, all channels use it then.
+        An unknown name may be a misspelt ``main`` or ``usbredir``: all channels use TLS then, if there is a TLS port.
         """
         key = "secure-channels"
         names = {name.lower() for name in re.split(r"[;,\s]+", self.text(key)) if name}
@@ -188,12 +188,12 @@ class _Values:
         if unknown:
             shown = ", ".join(repr(name[:40]) for name in sorted(unknown)[:8])
             instead = ": all channels use TLS" if has_tls else ": ignored"
-            self._warn(f"{key} names unknown channels ({shown}){instead}", self.line(key))
+            self._warn(f"{key} has unknown channels ({shown}){instead}", self.line(key))
         return frozenset(names - unknown | ({"all"} if unknown and has_tls else set()))
 
     def error(self, what: str, line: int = 0, remedy: str = "") -> UsageError:
-        """Return an error about the file, or a line of it."""
-        return UsageError(f"{self._where(line)}: {what}", reason=Reason.BAD_VV_FILE, remedy=remedy or _FETCH)
+        """Return an error about the file, or about a line of it."""
+        return UsageError(f"{self._where(line)}: {what}", reason=Reason.BAD_VV_FILE, remedy=remedy or _NEW_FILE)
 
     def _warn(self, what: str, line: int) -> None:
         self.warnings.append(f"{self._where(line)}: {what}")
@@ -202,9 +202,9 @@ class _Values:
         return f"{self._path}, line {line}" if line else self._path
 
     def _integer(self, key: str) -> int | None:
-        """Return a number as GKeyFile reads one, what follows a blank left out; None for anything else.
+        """Parse a number like GKeyFile, which ignores text after a blank; None for anything else.
 
-        Numbers that no key takes are none: above 65535.
+        Numbers above 65535 are not valid in any key: None.
         """
         match = _INTEGER.match(self.text(key))
         if match is None or int(match[1]) > 65535:
@@ -226,15 +226,15 @@ class _Values:
                 found = found or group == _GROUP
                 continue
             if group is None:
-                raise self.error("text before the first group: the file is not a .vv file", number)
+                raise self.error("text before the first group: this is not a .vv file", number)
             if group != _GROUP:
                 continue
             key, equals, value = line.partition("=")
             if not equals:
                 raise self.error("the line has no '='", number)
             if (key := key.rstrip(_BLANKS)) in _KEYS:
-                # GKeyFile's escapes. An unknown one is kept as it is: `\\,` in host-subject, for example.
+                # GKeyFile's escapes. An unknown one is not changed: `\\,` in host-subject, for example.
                 value = re.sub(r"\\(.)", lambda match: _ESCAPES.get(match[1], match[0]), value.lstrip(_BLANKS))
                 self._values[key] = (number, value)
         if not found:
-            raise self.error(f"it has no group [{_GROUP}]: it is not a .vv file")
+            raise self.error(f"it has no group [{_GROUP}]: this is not a .vv file")

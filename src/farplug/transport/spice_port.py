@@ -26,7 +26,7 @@ from farplug.transport.dialer import ChannelDialer, LinkedChannel
 from farplug.transport.port import Port, PortListener
 from farplug.usb.types import Buffer
 
-logger = logging.getLogger("farplug.spice")
+log = logging.getLogger(__name__)
 
 SETTLE_TIME = 0.3
 """Seconds in which a server that links a channel and then finds it in use closes it.
@@ -349,4 +349,4 @@ def broken(error: Exception) -> str:
 def log_notice(name: str, notice: Notify) -> None:
     """Log a notice of the server, under the name of the channel on which it came."""
     level = logging.INFO if notice.severity == 0 else logging.WARNING
-    logger.log(level, "%s: notice of the server: %s", name, notice.text)
+    log.log(level, "%s: notice of the server: %s", name, notice.text)

@@ -9,7 +9,7 @@ from pathlib import Path
 from farplug.errors import Reason, UsageError
 from farplug.spice.vv import MAX_VV_FILE, VvFile
 
-logger = logging.getLogger("farplug.spice")
+log = logging.getLogger(__name__)
 
 
 def read_vv_file(path: Path) -> VvFile:
@@ -32,7 +32,7 @@ def read_vv_file(path: Path) -> VvFile:
         ) from error
     vv = VvFile.parse(data, path=str(path))
     for warning in vv.warnings:
-        logger.warning("%s", warning)
+        log.warning("%s", warning)
     return vv
 
 
@@ -43,6 +43,6 @@ def delete_vv_file(path: Path) -> None:
     """
     try:
         path.unlink()
-        logger.info("%s deleted, as it asks (delete-this-file=1)", path)
+        log.info("%s deleted, as it asks (delete-this-file=1)", path)
     except OSError as error:
-        logger.warning("%s asks to be deleted, but cannot be: %s", path, os.strerror(error.errno or 0))
+        log.warning("%s asks to be deleted, but cannot be: %s", path, os.strerror(error.errno or 0))
