@@ -24,7 +24,7 @@ from farplug.app import events, guest
 from farplug.cli import session
 from farplug.cli.main import app
 from farplug.redirection.events import PortEvent
-from farplug.target import FORMS
+from farplug.transport import TARGET_FORMS
 from farplug.usb import DeviceEvent
 from farplug.virtual import events as _virtual_events  # noqa: F401  (their classes are counted)
 
@@ -133,7 +133,7 @@ def test_every_event_is_documented() -> None:
 
 def test_every_form_of_a_target_is_documented() -> None:
     page = (ROOT / "docs/targets.md").read_text()
-    schemes = set(re.findall(r"([a-z+-]+:)/", FORMS)) - {"unix:"} | {"unix:", ".vv"}
+    schemes = set(re.findall(r"([a-z+-]+:)/", TARGET_FORMS)) - {"unix:"} | {"unix:", ".vv"}
     assert {
         scheme for scheme in schemes if not re.search(rf"^\| `[\w]*{re.escape(scheme)}", page, re.MULTILINE)
     } == set()

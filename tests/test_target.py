@@ -61,7 +61,7 @@ def test_targets(text: str, target: object) -> None:
     assert parse_target(text) == target
 
 
-def test_they_print_as_they_are_written() -> None:
+def test_targets_print_as_they_are_written() -> None:
     assert str(parse_target("tcp://[::1]:4000")) == "[::1]:4000"
     assert str(parse_target("tcp-listen://vm:4000")) == "tcp-listen://vm:4000"
     assert "secret" not in str(parse_target("spice://:secret@vm:1")) + repr(parse_target("spice://:secret@vm:1"))
@@ -101,14 +101,14 @@ def test_they_print_as_they_are_written() -> None:
         ("spice+tls://vm:5901?port=5900", "spice+tls:// means TLS"),
         ("spice://vm:5900&password=secret", "'spice://vm:5900' is not a valid target: a port is a number"),
         ("spice://vm?port=5900;password=secret", "port= is not a number"),
-        ("spice://vm:5900?secret", "not something else"),
+        ("spice://vm:5900?secret", "not other text"),
         ("spice://:se?cret@vm:5900", "'spice:…' is not a valid target"),
         ("spice://:a@se?cret@vm:5900", "'spice:…' is not a valid target"),
         ("spice://:se;cret@vm:five", "'spice:…' is not a valid target"),
         ("spice://:secret?cret@[vm:5900", "'spice:…' is not a valid target"),
         ("spice://secret@vm:5900", "write a password as spice://:password@host:port"),
         ("spice+tls://me:secret@vm:5900", "write a password as spice+tls://:password@host:port"),
-        ("spice+tls://vm:5900?x=1", "may stand tls-port= and password=, not x="),
+        ("spice+tls://vm:5900?x=1", "only tls-port= and password= are valid, not x="),
         ("spice+unix:///run/vm?password=secret", "the path of a socket has no password"),
         ("tcp-listen://:secret@:4000", "write it as tcp-listen://host:port"),
         ("spice://me:secret@vm:5900", "write a password as spice://:password@host:port"),
@@ -127,11 +127,11 @@ def test_they_print_as_they_are_written() -> None:
         ("tcp-listen://vm", "it has no port"),
         ("unix:", "it has no path"),
         ("unix:///", "it has no path"),
-        ("unix:/" + "x" * 107, "107 bytes at most"),
-        ("unix:/" + "é" * 60, "107 bytes at most"),
+        ("unix:/" + "x" * 107, "at most 107 bytes"),
+        ("unix:/" + "é" * 60, "at most 107 bytes"),
     ],
 )
-def test_wrong_ones(text: str, expected_text: str) -> None:
+def test_invalid_targets(text: str, expected_text: str) -> None:
     with pytest.raises(UsageError, match="is not a valid target") as caught:
         parse_target(text)
     assert expected_text in caught.value.message
@@ -161,14 +161,14 @@ VV = "[virt-viewer]\ntype=spice\nhost=vm\nport=1\ntls-port=2\ndelete-this-file=1
         ("type=vnc\n", TargetOptions(), "type=vnc is not supported"),
         ("password=" + "x" * 61 + "\n", TargetOptions(), "61 bytes"),
         ("", TargetOptions(password="x" * 61), "61 bytes"),
-        ("proxy=https://p\n", TargetOptions(), "by https is not supported"),
-        ("", TargetOptions(proxy="https://p"), "by https is not supported"),
-        ("host-subject=nonsense\n", TargetOptions(), "'nonsense' is not the name of an attribute"),
+        ("proxy=https://p\n", TargetOptions(), "https proxies are not supported"),
+        ("", TargetOptions(proxy="https://p"), "https proxies are not supported"),
+        ("host-subject=nonsense\n", TargetOptions(), "'nonsense' is not an attribute"),
         ("ca=nonsense\n", TargetOptions(), "no readable certificate"),
         ("", TargetOptions(ca_file=Path("/absent.pem")), "cannot be read"),
     ],
 )
-def test_a_vv_file_is_deleted_when_it_is_usable(
+def test_a_vv_file_is_deleted_when_it_is_valid(
     tmp_path: Path, lines: str, options: TargetOptions, expected_text: str
 ) -> None:
     path = tmp_path / "x.vv"
@@ -184,19 +184,19 @@ def test_a_vv_file_is_deleted_when_it_is_usable(
 @pytest.mark.parametrize(
     ("text", "options", "expected_text"),
     [
-        ("spice://vm:1", TargetOptions(ca_file=Path("ca.pem")), "vm:1: --ca-file and --host-subject are for TLS"),
+        ("spice://vm:1", TargetOptions(ca_file=Path("ca.pem")), "vm:1: a CA file and a host subject are for TLS"),
         ("spice://vm:1", TargetOptions(host_subject="CN=x"), "the target has no TLS port"),
         ("spice+unix:///x", TargetOptions(host_subject="CN=x"), "the target has no TLS port"),
         ("spice+unix:///x", TargetOptions(proxy="http://p"), "a proxy cannot reach a UNIX socket"),
     ],
 )
-def test_options_that_would_do_nothing(text: str, options: TargetOptions, expected_text: str) -> None:
+def test_options_without_effect(text: str, options: TargetOptions, expected_text: str) -> None:
     with pytest.raises(UsageError, match=expected_text) as caught:
         parse_target(text, options)
     assert caught.value.reason is Reason.BAD_OPTION
 
 
-def test_options_win(tmp_path: Path) -> None:
+def test_options_override_the_target(tmp_path: Path) -> None:
     ca = tmp_path / "ca.pem"
     ca.write_text("PEM")
     options = TargetOptions(password="mine", ca_file=ca, host_subject="CN=x", proxy="http://p:1")
@@ -207,11 +207,11 @@ def test_options_win(tmp_path: Path) -> None:
     assert "mine" not in repr(options)
 
 
-def test_the_fallback_password_loses() -> None:
+def test_the_fallback_password_overrides_nothing() -> None:
     options = TargetOptions(fallback_password="last")
     assert parse_target("spice://vm:1", options) == SpiceTarget(host="vm", port=1, password="last")
     assert parse_target("spice://:own@vm:1", options) == SpiceTarget(host="vm", port=1, password="own")
-    assert parse_target("tcp://vm:1", options) == StreamTarget(TcpAddress("vm", 1)), "it is nobody's fault"
+    assert parse_target("tcp://vm:1", options) == StreamTarget(TcpAddress("vm", 1)), "the environment may have one"
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_the_fallback_password_loses() -> None:
         TargetOptions(proxy="http://x"),
     ],
 )
-def test_plain_sockets_take_no_options(options: TargetOptions) -> None:
+def test_plain_sockets_have_no_options(options: TargetOptions) -> None:
     for text in ("tcp://vm:1", "tcp-listen://:1", "unix:/x"):
         with pytest.raises(UsageError, match="is a plain socket"):
             parse_target(text, options)

@@ -14,8 +14,8 @@
     ├── GuestGoneError          the connection to the guest ended while it was in use
     ├── InternalError           a bug in farplug, met where nobody can catch an exception
     └── ProtocolError
-        ├── LocalProtocolError  we were asked to say what the protocol forbids
-        └── RemoteProtocolError the peer said what the protocol forbids
+        ├── LocalProtocolError  we were asked to send what the protocol does not allow
+        └── RemoteProtocolError the peer sent what the protocol does not allow
 
 Each carries one line that says what happened, a :class:`Reason` that a program can act on, and a :class:`Remedy` where
 there is one. Any other exception that leaves farplug is a bug, like :class:`InternalError`.
@@ -231,18 +231,18 @@ class InternalError(FarplugError):
 
 
 class ProtocolError(FarplugError):
-    """Somebody left the protocol."""
+    """A protocol was violated."""
 
     def __init__(self, message: str, *, reason: Reason = Reason.PROTOCOL, remedy: str = "") -> None:
         super().__init__(message, reason=reason, remedy=remedy)
 
 
 class LocalProtocolError(ProtocolError):
-    """We were asked to say what the protocol forbids: nothing was sent."""
+    """The caller asked to send something that the protocol does not allow. Nothing was sent."""
 
 
 class RemoteProtocolError(ProtocolError):
-    """The peer said what the protocol forbids."""
+    """The peer sent something that the protocol does not allow."""
 
 
 TOO_MANY_OPEN_FILES = (errno.EMFILE, errno.ENFILE)

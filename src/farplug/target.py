@@ -1,21 +1,21 @@
-"""Targets: where a guest can be reached, as a person writes it.
+"""Targets: the text forms of a VM's address.
 
 ======================================  =============================================================================
-``spice://[:password@]host:port``       a SPICE server; moves to TLS by itself only if a TLS port is known
+``spice://[:password@]host:port``       a SPICE server; switches to TLS only if there is a TLS port
 ``spice://host?port=P&tls-port=T``      the same with both ports, as remote-viewer writes it (``password=`` too)
 ``spice+tls://[:password@]host:port``   a SPICE server's TLS port
 ``spice+unix:///path``                  a SPICE server on a UNIX socket; never with TLS
-``path.vv``                             the file that virt-manager, oVirt, Proxmox or kerbside hands out
+``path.vv``                             a file from virt-manager, oVirt, Proxmox or kerbside
 ``tcp://host:port``                     a usbredir chardev that listens (QEMU ``-chardev socket,server=on``, KubeVirt)
 ``tcp-listen://[host]:port``            we listen, QEMU connects (``-chardev socket,reconnect=1``)
 ``unix:/path``                          a usbredir chardev on a UNIX socket
 ======================================  =============================================================================
 
-An IPv6 address stands in brackets: ``tcp://[::1]:4000``, with a zone ``tcp://[fe80::1%eth0]:4000``. Without brackets it
-is taken where only one reading is possible.
+An IPv6 address has brackets: ``tcp://[::1]:4000``, with a zone ``tcp://[fe80::1%eth0]:4000``. Brackets are optional if
+only one interpretation is possible.
 
-A password before the ``@`` may hold anything but a ``?``, which begins the query; there it may hold anything but a
-``&``. ``%3F`` and ``%26`` stand for them; a plus sign is a plus sign.
+A password before the ``@`` may contain any character but ``?``, which starts the query; a password in the query any
+character but ``&``. Write ``%3F`` and ``%26`` for these; a plus sign is a plus sign.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ from pathlib import Path
 from typing import TypeAlias
 from urllib.parse import unquote
 
-from farplug.errors import Reason, UsageError
+from farplug.errors import Reason, Remedy, UsageError
+from farplug.shell import shell_word
 from farplug.spice.host import split_host_and_port
+from farplug.transport import TARGET_FORMS
 from farplug.transport.connection import TcpAddress, Timeouts, UnixAddress
 from farplug.transport.dialer import ChannelDialer, Progress, SpiceTarget, Stage
 from farplug.transport.session import Session
@@ -38,16 +40,14 @@ from farplug.transport.vv_file import delete_vv_file, read_vv_file
 
 LOOPBACK = "127.0.0.1"
 SPICE_PORT = 5900
-"""The port of a guess: QEMU's and libvirt's first one."""
+"""The port of a suggestion: the first port of QEMU and libvirt."""
 MAX_CA_FILE = 1 << 20
 """The largest file of certificates that we read, in bytes."""
-
-FORMS = "spice://host:port, spice+tls://host:port, FILE.vv, tcp://host:port, tcp-listen://host:port or unix:/path"
 
 
 @dataclass(frozen=True, slots=True)
 class StreamTarget:
-    """A usbredir chardev that we connect to."""
+    """A usbredir chardev to which we connect."""
 
     address: TcpAddress | UnixAddress
 
@@ -57,7 +57,7 @@ class StreamTarget:
 
 @dataclass(frozen=True, slots=True)
 class ListenTarget:
-    """An address where we wait for QEMU to connect to us."""
+    """An address on which we wait for QEMU to connect."""
 
     address: TcpAddress
 
@@ -70,13 +70,14 @@ Target: TypeAlias = SpiceTarget | StreamTarget | ListenTarget
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetOptions:
-    """What options say about a SPICE target; each wins over what the target says itself.
+    """Settings of a SPICE target beside its text. Except for ``fallback_password``, they override the target's own.
 
     Attributes:
         password: the SPICE ticket.
-        fallback_password: the ticket if neither ``password`` nor the target gives one; nothing to a plain socket.
+        fallback_password: the ticket if neither ``password`` nor the target has one; ignored for a plain socket.
         ca_file: certificates to trust, PEM; only for a target with a TLS port.
-        host_subject: the certificate's subject, checked instead of the host name; only for a target with a TLS port.
+        host_subject: the certificate's subject, which is checked instead of the host name; only for a target with a
+            TLS port.
         proxy: URL of an HTTP proxy; only for a target with a host.
     """
 
@@ -88,7 +89,7 @@ class TargetOptions:
 
 
 def parse_target(text: str, options: TargetOptions = TargetOptions()) -> Target:
-    """Read a target; a ``.vv`` file is read, and deleted if it asks for that and all of it and the options is usable.
+    """Parse a target. A ``.vv`` file is read, and deleted if it has ``delete-this-file=1`` and everything is valid.
 
     Raises:
         UsageError: the target, the file or an option is not valid (``BAD_TARGET``, ``BAD_VV_FILE``, ``BAD_OPTION``).
@@ -99,7 +100,7 @@ def parse_target(text: str, options: TargetOptions = TargetOptions()) -> Target:
     given = (options.password, options.ca_file, options.host_subject, options.proxy)
     if any(value is not None for value in given):
         raise UsageError(
-            f"{_shown(text)} is a plain socket: passwords, --ca-file, --host-subject and --proxy are for SPICE targets",
+            f"{_shown(text)} is a plain socket: passwords, CA files, host subjects and proxies are for SPICE targets",
             reason=Reason.BAD_OPTION,
         )
     match scheme:
@@ -111,11 +112,11 @@ def parse_target(text: str, options: TargetOptions = TargetOptions()) -> Target:
 
 
 async def open_session(target: Target, progress: Progress | None = None) -> Session:
-    """Connect to the VM behind a target. A plain socket is connected only when its port is opened.
+    """Connect to the VM of a target. A plain socket is connected when its port is opened.
 
     Args:
         target: see :func:`parse_target`.
-        progress: called when each stage begins, with its address.
+        progress: called at the start of each stage, with its address.
 
     Raises:
         TargetError: the VM cannot be reached; the reason says at which stage.
@@ -145,20 +146,21 @@ def _spice_target(text: str, scheme: str, rest: str, options: TargetOptions) -> 
             return _with_options(_spice(text, tls=scheme.endswith("tls")), options)
         case "spice+unix":
             if "?password=" in rest:
-                raise _bad(text, "the path of a socket has no password: give it with --password-file")
+                remedy = Remedy("give it separately", setting="target.password")
+                raise _bad(text, "the path of a socket has no password", remedy)
             return _with_options(SpiceTarget(unix_path=_path(text, rest)), options)
     if not text.lower().endswith(".vv") and not os.path.isfile(text):
         raise _no_scheme(text)
     vv = read_vv_file(Path(text))
     target = _with_options(SpiceTarget.from_vv(vv), options)
     if vv.delete_this_file:
-        ChannelDialer(target, Timeouts())  # refuses a malformed proxy, subject or CA: the file stays then
+        ChannelDialer(target, Timeouts())  # raises UsageError for a malformed proxy, subject or CA
         delete_vv_file(Path(text))
     return target
 
 
 def _no_scheme(text: str) -> UsageError:
-    """Return the error of a target without a scheme, which a host with or without a port most often is."""
+    """Return the error for a target without a scheme: most often a host with or without a port."""
     if re.fullmatch(r"[\w.:\[\]-]{1,255}", text, re.ASCII):
         try:
             host, port = split_host_and_port(text, port_required=False)
@@ -166,8 +168,8 @@ def _no_scheme(text: str) -> UsageError:
             host, port = "", None
         if host:
             guess = f"spice://{TcpAddress(host, port or SPICE_PORT)}"
-            return _bad(text, f"write it as {guess}", remedy=f"other forms: {FORMS}")
-    return _bad(text, f"write it as {FORMS}")
+            return _bad(text, f"write it as {guess}", remedy=f"other forms: {TARGET_FORMS}")
+    return _bad(text, f"write it as {TARGET_FORMS}")
 
 
 def _bad(text: str, what: str, remedy: str = "") -> UsageError:
@@ -175,7 +177,7 @@ def _bad(text: str, what: str, remedy: str = "") -> UsageError:
 
 
 def _shown(text: str) -> str:
-    """A target for a message: without what is a password, or may have been meant as one."""
+    """Return a target for a message: without a password, or text that may be meant as a password."""
     head = re.split("[?&;]", text, maxsplit=1)[0]
     if "@" in text[len(head) :]:
         return f"{head.partition(':')[0][:20]}:…"
@@ -183,7 +185,7 @@ def _shown(text: str) -> str:
 
 
 def _spice(text: str, *, tls: bool) -> SpiceTarget:
-    # The password may hold "@", "/" and "#" too: it is cut off before the rest is understood as a URL.
+    # The password may contain "@", "/" and "#", too: it is removed before the rest is parsed as a URL.
     authority, _, query = text.partition("://")[2].partition("?")
     user, at, address = authority.rpartition("@")
     name, colon, secret = user.partition(":")
@@ -201,7 +203,7 @@ def _spice(text: str, *, tls: bool) -> SpiceTarget:
         match key:
             case "port" if tls:
                 raise _bad(
-                    text, "spice+tls:// means TLS and has no port=: write spice://host?port=P&tls-port=T for both"
+                    text, "spice+tls:// means TLS and has no port=: for both ports write spice://host?port=P&tls-port=T"
                 )
             case "port":
                 plain = _port_number(text, key, value)
@@ -210,9 +212,9 @@ def _spice(text: str, *, tls: bool) -> SpiceTarget:
             case "password":
                 password = _unquote(value)
             case _:
-                named = f"{key}=" if equals and re.fullmatch("[A-Za-z_-]{1,20}", key) else "something else"
+                named = f"{key}=" if equals and re.fullmatch("[A-Za-z_-]{1,20}", key) else "other text"
                 keys = "tls-port= and password=" if tls else "port=, tls-port= and password="
-                raise _bad(text, f"behind its ? may stand {keys}, not {named}")
+                raise _bad(text, f"after the ? only {keys} are valid, not {named}")
     if not plain and not tls_port:
         scheme = text.partition(":")[0]
         raise _bad(text, "it has no port", remedy=f"write it as {scheme}://{TcpAddress(host, SPICE_PORT)}")
@@ -220,7 +222,7 @@ def _spice(text: str, *, tls: bool) -> SpiceTarget:
 
 
 def _unquote(value: str) -> str:
-    return unquote(value, errors="surrogateescape")  # as a password from the command line: see check_password()
+    return unquote(value, errors="surrogateescape")  # as passwords from the command line: see check_password()
 
 
 def _port_number(text: str, key: str, value: str) -> int:
@@ -230,9 +232,9 @@ def _port_number(text: str, key: str, value: str) -> int:
 
 
 def _host_and_port(text: str, address: str, *, port_required: bool) -> tuple[str, int | None]:
-    """Return host and port of what stands behind ``//``; the host may be missing."""
+    """Return host and port of the text after ``//``; the host may be missing."""
     if re.search(r"[\x00-\x20\x7f]", address):
-        raise _bad(text, "it holds a space or a control character")
+        raise _bad(text, "it contains a space or a control character")
     authority, _, path = address.partition("/")
     if path or re.search(r"[?#]", authority):
         raise _bad(text, "nothing may follow the port")
@@ -262,7 +264,7 @@ def _path(text: str, rest: str) -> str:
     if not path or path == "/":
         raise _bad(text, "it has no path: write it as unix:/path or spice+unix:///path")
     if len(os.fsencode(path)) > 107:
-        raise _bad(text, "the path of a UNIX socket has 107 bytes at most")
+        raise _bad(text, "the path of a UNIX socket has at most 107 bytes")
     return path
 
 
@@ -271,29 +273,29 @@ def _read_ca(path: Path) -> str:
         with path.open("rb") as file:
             data = file.read(MAX_CA_FILE + 1)
         if len(data) > MAX_CA_FILE:
-            raise UsageError(f"--ca-file {path} is larger than {MAX_CA_FILE} bytes", reason=Reason.BAD_OPTION)
+            raise UsageError(f"the CA file {path} is larger than {MAX_CA_FILE} bytes", reason=Reason.BAD_OPTION)
         return data.decode("ascii")
     except OSError as error:
         what = os.strerror(error.errno or 0)
-        raise UsageError(f"--ca-file {path} cannot be read: {what}", reason=Reason.BAD_OPTION) from error
+        raise UsageError(f"the CA file {path} cannot be read: {what}", reason=Reason.BAD_OPTION) from error
     except UnicodeDecodeError as error:
         raise UsageError(
-            f"--ca-file {path} is not PEM: byte {error.start} is not ASCII",
+            f"the CA file {path} is not PEM: byte {error.start} is not ASCII",
             reason=Reason.BAD_OPTION,
-            remedy="convert it: openssl x509 -inform DER -in FILE -out ca.pem",
+            remedy=Remedy("convert it", command=f"openssl x509 -inform DER -in {shell_word(path)} -out ca.pem"),
         ) from error
 
 
 def _with_options(target: SpiceTarget, options: TargetOptions) -> SpiceTarget:
     if target.tls_port is None and (options.ca_file is not None or options.host_subject is not None):
         raise UsageError(
-            f"{target}: --ca-file and --host-subject are for TLS, and the target has no TLS port",
+            f"{target}: a CA file and a host subject are for TLS, and the target has no TLS port",
             reason=Reason.BAD_OPTION,
-            remedy="write it as spice+tls://HOST:PORT, or leave the options out",
+            remedy="use spice+tls://HOST:PORT, or remove these settings",
         )
     if target.unix_path is not None and options.proxy is not None:
         raise UsageError(
-            f"{target}: a proxy cannot reach a UNIX socket", reason=Reason.BAD_OPTION, remedy="leave --proxy out"
+            f"{target}: a proxy cannot reach a UNIX socket", reason=Reason.BAD_OPTION, remedy="remove the proxy"
         )
     ca = None if options.ca_file is None else _read_ca(options.ca_file)
     password = target.password or options.fallback_password if options.password is None else options.password

@@ -153,7 +153,7 @@ async def _in_use(channel: Channel) -> None:
     [
         (FakeSpice(password="sesame"), 6, "FAILED  ticket ", "give one: --password-file FILE"),
         (FakeSpice(channels=()), 7, "FAILED  usbredir channels   none", "<redirdev bus='usb' type='spicevmc'/>"),
-        (FakeSpice(usbredir=_in_use), 7, "FAILED  usbredir 0", "add another usbredir channel"),
+        (FakeSpice(usbredir=_in_use), 7, "FAILED  usbredir 0", "add a usbredir channel"),
         (FakeSpice(greeting=b"HTTP/1.1 400 No\r\n\r\n"), 10, "FAILED  ticket ", "an HTTP server"),
     ],
 )

@@ -1,4 +1,4 @@
-"""A small SPICE server, for the client's tests: real bytes, real tickets, real TLS, and misbehaviour to order."""
+"""A small SPICE server for tests of the client: real bytes, real tickets, real TLS, and faults on request."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ Behaviour: TypeAlias = Callable[[Channel], Awaitable[None]]
 
 
 async def idle(channel: Channel) -> None:
-    """Read and drop until the client leaves."""
+    """Read and drop data until the client disconnects."""
     while await channel.reader.read(1 << 16):
         pass
 
@@ -161,7 +161,7 @@ class FakeSpice:
                 self.pongs.append(struct.unpack("<IQ", body)[0])
 
     def of(self, number: int) -> Channel:
-        """The last usbredir channel of this number that was linked."""
+        """Return the last linked usbredir channel with this number."""
         kinds = [(channel.mess.channel_type, channel.mess.channel_id) for channel in self.linked]
         return self.linked[len(kinds) - 1 - kinds[::-1].index((ChannelType.USBREDIR, number))]
 
@@ -174,7 +174,7 @@ class FakeSpice:
 async def running(
     fake: FakeSpice, *, tls: ssl.SSLContext | None = None, path: Path | None = None, host: str = "127.0.0.1"
 ) -> AsyncIterator[int]:
-    """Serve on an address (or on a UNIX socket); the port."""
+    """Serve on an address (or on a UNIX socket). Returns the port."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await fake.serve(reader, writer, tls is not None)
@@ -255,7 +255,7 @@ def _name(attributes: Iterable[tuple[x509.ObjectIdentifier, str]]) -> x509.Name:
 
 
 class Recorder:
-    """A port's listener that keeps everything."""
+    """A port's listener that stores everything."""
 
     def __init__(self) -> None:
         self.data = bytearray()

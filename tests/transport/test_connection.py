@@ -81,8 +81,8 @@ async def test_writer_is_paused_and_asyncio_holds_one_chunk() -> None:
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_QUICKACK"), reason="only Linux has TCP_QUICKACK")
-async def test_what_is_not_answered_is_acknowledged_at_once() -> None:
-    """QEMU's small writes wait for our ACK (Nagle); an answer takes the ACK along."""
+async def test_data_without_an_answer_is_acknowledged_at_once() -> None:
+    """QEMU's small writes wait for our ACK (Nagle); an answer carries the ACK."""
 
     class Answering(Recorder):
         def data_received(self, data: memoryview) -> None:
@@ -228,7 +228,7 @@ async def test_close_waits_a_little_for_a_peer_that_does_not_close(monkeypatch: 
     assert not recorder.data
 
 
-async def test_a_peer_that_ends_its_stream_and_reads_nothing_is_gone() -> None:
+async def test_a_peer_that_ends_its_stream_and_reads_nothing_ends_the_connection() -> None:
     lost: list[Exception | None] = []
     connection, theirs = await connected(Recorder(), lost)
     with theirs:
@@ -257,8 +257,8 @@ async def test_vanished_peers_are_noticed() -> None:
         await asyncio.sleep(0)
 
 
-async def test_writing_to_a_dead_peer_makes_no_noise(caplog: pytest.LogCaptureFixture) -> None:
-    """asyncio complains of every write to a transport that a write before has broken."""
+async def test_writing_to_a_dead_peer_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """asyncio logs every write to a transport after a write that broke it."""
     lost: list[Exception | None] = []
     connection, theirs = await connected(Recorder(), lost)
     theirs.close()
@@ -306,7 +306,7 @@ async def test_dial_tries_all_addresses(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("first", [0, 1])
-async def test_an_address_without_a_network_hides_no_other_answer(monkeypatch: pytest.MonkeyPatch, first: int) -> None:
+async def test_an_address_without_a_network_hides_no_other_error(monkeypatch: pytest.MonkeyPatch, first: int) -> None:
     """A name with an IPv6 address, on a machine that has no IPv6."""
     refused = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", free_port()))
     nowhere = (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("2001:db8::1", 1, 0, 0))
@@ -336,7 +336,7 @@ async def test_unreachable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         (
             TcpAddress("fe80::1", 1),
             Reason.UNRESOLVABLE,
-            r"\[fe80::1\]:1: a link-local address needs the network interface",
+            r"\[fe80::1\]:1: a link-local address needs a network interface",
         ),
         (TcpAddress("fe80::1%no", 1), Reason.UNRESOLVABLE, "this machine has no network interface 'no'"),
         (TcpAddress("fe80::1%99999", 1), Reason.UNRESOLVABLE, "this machine has no network interface '99999'"),
@@ -361,7 +361,7 @@ async def test_unreachable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("host", ["vmhost", "192.0.2.1", "::1", "::1%1", "fe80::1%1", "a%b", "fe80::1%lo"])
-def test_hosts_whose_zone_is_right(host: str) -> None:
+def test_hosts_with_a_valid_zone(host: str) -> None:
     assert not zone_fault(host)
 
 

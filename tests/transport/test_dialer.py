@@ -72,7 +72,7 @@ async def test_not_spice() -> None:
     assert caught.value.reason is Reason.NOT_SPICE
 
 
-async def test_server_that_closes_or_says_nothing() -> None:
+async def test_server_that_closes_or_sends_nothing() -> None:
     async def close(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.closing(writer):
             await reader.readexactly(42)
@@ -81,13 +81,13 @@ async def test_server_that_closes_or_says_nothing() -> None:
         with contextlib.closing(writer), contextlib.suppress(OSError):
             await reader.read()
 
-    for serve, patience, reason, expected_text in (
+    for serve, timeout, reason, expected_text in (
         (close, 60, Reason.LINK_REFUSED, "without a link reply"),
         (say_nothing, 0.1, Reason.TIMED_OUT, r"no link reply within 0\.1 s"),
     ):
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
         with pytest.raises(LinkFailure, match=expected_text) as caught:
-            await link(SpiceTarget(host="127.0.0.1", port=server.sockets[0].getsockname()[1]), handshake=patience)
+            await link(SpiceTarget(host="127.0.0.1", port=server.sockets[0].getsockname()[1]), handshake=timeout)
         assert caught.value.reason is reason
         server.close()
         await asyncio.sleep(0.01)
@@ -98,7 +98,7 @@ async def test_needs_tls_and_there_is_none() -> None:
         with pytest.raises(LinkFailure, match="demands TLS") as caught:
             await link(SpiceTarget(host="127.0.0.1", port=port))
     assert caught.value.reason is Reason.NEEDS_TLS
-    with pytest.raises(TargetError, match="secure-channels demands TLS for the channel main") as refused:
+    with pytest.raises(TargetError, match="secure-channels requires TLS for the channel main") as refused:
         await link(SpiceTarget(host="127.0.0.1", port=1, secure_channels=frozenset({"main"})))
     assert refused.value.reason is Reason.NEEDS_TLS
 
@@ -183,7 +183,7 @@ async def test_wrong_host_name(certificates: Certificates) -> None:
 
 
 async def test_an_address_with_a_zone(certificates: Certificates) -> None:
-    """The kernel needs the zone; no certificate names it."""
+    """The kernel needs the zone; certificates have none."""
     try:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
     except OSError:
@@ -218,7 +218,7 @@ async def test_tls_to_a_plain_port(certificates: Certificates) -> None:
     assert caught.value.reason is Reason.TLS_FAILED
 
 
-async def test_a_host_that_no_certificate_bears(certificates: Certificates, proxy: int) -> None:
+async def test_a_host_that_is_not_a_valid_name_in_a_certificate(certificates: Certificates, proxy: int) -> None:
     async with running(FakeSpice(), tls=certificates.server_context()) as port:
         with pytest.raises(TargetError) as caught:
             await link(
@@ -237,7 +237,7 @@ requests: list[bytes] = []
 
 @pytest.fixture
 async def proxy() -> AsyncIterator[int]:
-    """A CONNECT proxy that leads every tunnel to 127.0.0.1, by the port that was asked for."""
+    """A CONNECT proxy that opens every tunnel to 127.0.0.1, with the requested port."""
     requests.clear()
     tasks: set[asyncio.Task[None]] = set()
 
@@ -269,7 +269,7 @@ async def proxy() -> AsyncIterator[int]:
 
 
 async def test_proxmox(certificates: Certificates, proxy: int) -> None:
-    """All that a .vv file of Proxmox asks for: a proxy, a ticket instead of a host, TLS, the host's subject."""
+    """A .vv file of Proxmox: a proxy, a ticket instead of a host, TLS, the host's subject."""
     subject = ((NameOID.ORGANIZATIONAL_UNIT_NAME, "PVE Cluster Node"), (NameOID.COMMON_NAME, "pve.example.org"))
     fake = FakeSpice(password="ticket")
     async with running(fake, tls=certificates.server_context(subject=subject)) as port:
@@ -283,13 +283,13 @@ async def test_proxmox(certificates: Certificates, proxy: int) -> None:
         )
         stages: list[str] = []
         await link(SpiceTarget.from_vv(vv), stages)
-    assert stages[0] == f"reach pvespiceproxy:6567A3D8:100:pve::5ba2e0c0:{port} by way of 127.0.0.1:{proxy}"
+    assert stages[0] == f"reach pvespiceproxy:6567A3D8:100:pve::5ba2e0c0:{port} through the proxy 127.0.0.1:{proxy}"
     assert [stage.split()[0] for stage in stages] == ["reach", "tls", "ticket"]
     assert requests[0].startswith(b"CONNECT pvespiceproxy:6567A3D8:100:pve::5ba2e0c0:%d HTTP/1.1\r\n" % port)
     assert b"Proxy-Authorization: Basic dXNlcjp3b3Jk\r\n" in requests[0]
 
 
-async def test_proxy_that_is_not_there() -> None:
+async def test_proxy_that_does_not_exist() -> None:
     absent = free_port()
     with pytest.raises(TargetError, match=f"127.0.0.1:{absent}: Connection refused"):
         await link(SpiceTarget(host="vmhost", port=1, proxy=f"http://127.0.0.1:{absent}"))
@@ -310,7 +310,7 @@ async def test_proxy_that_refuses() -> None:
     await asyncio.sleep(0)
 
 
-async def test_nothing_prints_secrets(proxy: int, caplog: pytest.LogCaptureFixture) -> None:
+async def test_no_repr_contains_secrets(proxy: int, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("DEBUG")
     target = SpiceTarget(host="h", port=1, password="hush", proxy="http://u:hush@p", ca="hush")
     assert "hush" not in repr(target) + str(target)
@@ -323,7 +323,7 @@ async def test_nothing_prints_secrets(proxy: int, caplog: pytest.LogCaptureFixtu
 
 
 @pytest.mark.parametrize("right", [True, False])
-async def test_a_link_reply_that_comes_with_the_handshake(certificates: Certificates, right: bool) -> None:
+async def test_a_link_reply_that_arrives_with_the_handshake(certificates: Certificates, right: bool) -> None:
     """The last message of the TLS handshake and the link reply in one segment: nothing, above all no ticket, goes to a
     server before its subject is checked.
     """
@@ -370,7 +370,7 @@ async def test_a_link_reply_that_comes_with_the_handshake(certificates: Certific
     server.close()
 
 
-async def test_tls_for_all_channels_once_the_server_demanded_it(
+async def test_tls_for_all_channels_once_the_server_requires_it(
     both: tuple[FakeSpice, dict[str, Any]], certificates: Certificates
 ) -> None:
     fake, target = both
@@ -427,7 +427,7 @@ async def test_malformed_targets(options: dict[str, Any]) -> None:
         await link(SpiceTarget(host="h", port=1, **options))
 
 
-async def test_what_came_with_the_link_is_delivered_first() -> None:
+async def test_bytes_that_arrive_with_the_link_are_delivered_first() -> None:
     """The ticket's result and the first message in one segment."""
     fake = FakeSpice()
     received: list[bytes] = []

@@ -6,7 +6,7 @@ import os
 import pytest
 from tests.transport.fake_spice import Recorder
 
-from farplug.errors import GuestGoneError, LocalProtocolError
+from farplug.errors import GuestGoneError, StateError
 from farplug.transport.connection import HIGH_WATER
 from farplug.transport.memory import PIECE, memory_ports
 
@@ -24,7 +24,7 @@ async def test_both_ways() -> None:
     await at_guest.until(lambda: len(at_guest.data) == 23 + len(payload))
     assert bytes(at_guest.data) == b"before the guest opens " + payload
     assert bytes(at_device.data) == b"hello"
-    with pytest.raises(LocalProtocolError):
+    with pytest.raises(StateError):
         await device.open(Recorder())
 
 

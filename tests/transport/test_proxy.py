@@ -41,8 +41,8 @@ def test_parse(url: str, expected: HttpProxy) -> None:
         ("http://:3128", "it has no host"),
         ("://pve", "it has no scheme"),
         ("me:hush@pve://x", "it has no scheme"),
-        ("https://pve:3128", "a proxy by https is not supported, only by http"),
-        ("socks5://pve", "a proxy by socks5 is not supported"),
+        ("https://pve:3128", "https proxies are not supported, only http"),
+        ("socks5://pve", "socks5 proxies are not supported"),
         ("http://pve:x", "a port is a number from 1 to 65535"),
         ("http://pve:70000", "a port is a number from 1 to 65535"),
         ("http://pve:0", "a port is a number from 1 to 65535"),
@@ -86,13 +86,13 @@ def test_connect_request() -> None:
 
 
 @pytest.mark.parametrize("host", ["a\r\nX: y", "a b", "a\tb", "ü", "a\0"])
-def test_hosts_that_no_request_can_hold(host: str) -> None:
-    with pytest.raises(UsageError, match="cannot stand in a request"):
+def test_hosts_that_are_not_valid_in_a_request(host: str) -> None:
+    with pytest.raises(UsageError, match="are not valid in a request"):
         HttpProxy(TcpAddress("pve", 3128)).connect_request(TcpAddress(host, 1))
 
 
 async def tunnel(answer: bytes, *, timeout: float = 5, step: int = 10**9, leave: bool = True) -> bytes:
-    """Ask a proxy that answers this; what comes through the tunnel then."""
+    """Open a tunnel through a proxy with this reply. Returns the data from the tunnel."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.closing(writer), contextlib.suppress(OSError):
@@ -132,7 +132,7 @@ async def test_tunnel(answer: bytes, step: int) -> None:
         (b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n", "it requires a password"),
         (b"HTTP/1.1 30\r\n\r\n", "malformed"),
         (b"HTTP/1.1 40\x1b[31m\r\n\r\n", r"malformed: HTTP/1.1 40.\[31m"),
-        (b"REDQ nonsense", "its answer is not HTTP"),
+        (b"REDQ nonsense", "its reply is not HTTP"),
         (b"HTTP/1.1 200 OK\r\n", "closed the connection after 17 bytes"),
         (b"", "closed the connection after 0 bytes"),
         (b"HTTP/1.1 200 OK\r\n\r\nRFB", "3 bytes came through the tunnel"),
@@ -147,5 +147,5 @@ async def test_refused(answer: bytes, expected_text: str) -> None:
 
 
 async def test_silent_proxy() -> None:
-    with pytest.raises(TargetError, match=r"no answer to CONNECT within 0\.05 s"):
+    with pytest.raises(TargetError, match=r"no reply to CONNECT within 0\.05 s"):
         await tunnel(b"", timeout=0.05, leave=False)

@@ -32,7 +32,7 @@ async def test_a_spice_session() -> None:
 
 
 @pytest.mark.parametrize("text", ["tcp://127.0.0.1:1", "unix:/no/such/socket"])
-async def test_a_plain_socket_is_reached_when_it_is_used(text: str) -> None:
+async def test_a_plain_socket_is_connected_when_its_port_is_opened(text: str) -> None:
     stages: list[Stage] = []
     session = await open_session(parse_target(text), lambda stage, where: stages.append(stage))
     assert not session.reached
@@ -46,7 +46,7 @@ async def test_a_plain_socket_is_reached_when_it_is_used(text: str) -> None:
     assert await closed is None
 
 
-async def test_where_we_listen_is_told() -> None:
+async def test_the_address_of_a_listening_port_is_reported() -> None:
     told: list[str] = []
     session = await open_session(parse_target("tcp-listen://127.0.0.1:0"), lambda stage, where: told.append(where))
     opening = asyncio.ensure_future(session.ports[0].open(Recorder()))

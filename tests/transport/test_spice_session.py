@@ -28,10 +28,10 @@ from farplug.errors import (
     FarplugError,
     GuestGoneError,
     InternalError,
-    LocalProtocolError,
     PortError,
     Reason,
     RemoteProtocolError,
+    StateError,
     TargetError,
 )
 from farplug.transport import spice_port
@@ -101,7 +101,7 @@ async def test_connect() -> None:
         assert session.ended.result() is None
 
 
-async def test_the_list_may_grow() -> None:
+async def test_the_list_of_channels_may_grow() -> None:
     fake = FakeSpice(channels=((9, 3),))
     async with running(fake) as port:
         session = await connect(port)
@@ -124,7 +124,7 @@ async def test_the_list_may_grow() -> None:
         (INIT + message(113, bytes(3)), RemoteProtocolError, "MAIN_NAME of 3 bytes"),
     ],
 )
-async def test_sessions_that_do_not_begin(sent: bytes, error: type[FarplugError], expected_text: str) -> None:
+async def test_sessions_that_fail_at_the_start(sent: bytes, error: type[FarplugError], expected_text: str) -> None:
     async def main(channel: Channel) -> None:
         channel.send(sent)
         if error is RemoteProtocolError:
@@ -142,7 +142,7 @@ async def test_silent_main_channel() -> None:
         await channel.reader.read()
 
     async with running(FakeSpice(main=main)) as port:
-        with pytest.raises(TargetError, match=r"did not list its channels within 1 s") as caught:
+        with pytest.raises(TargetError, match=r"sent no list of channels within 1 s") as caught:
             await connect(port, handshake=1)
     assert caught.value.reason is Reason.TIMED_OUT
 
@@ -171,7 +171,7 @@ async def test_port() -> None:
         for turn in range(3):
             recorder = Recorder()
             await port.open(recorder)
-            with pytest.raises(LocalProtocolError, match="open already"):
+            with pytest.raises(StateError, match="open already"):
                 await port.open(Recorder())
             assert fake.of(1).mess.connection_id == SESSION_ID
             payload = os.urandom(1 << 20) + bytes(1 << 20)
@@ -219,7 +219,7 @@ async def test_two_ports_at_once_and_the_session_ends() -> None:
         await session.close()
 
 
-async def test_closing_the_session_closes_ports_in_good_order() -> None:
+async def test_closing_the_session_closes_ports_regularly() -> None:
     fake = FakeSpice()
     async with running(fake) as number:
         session = await connect(number)
@@ -232,7 +232,7 @@ async def test_closing_the_session_closes_ports_in_good_order() -> None:
 
 
 async def test_channel_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    """libspice-server 0.15.1 links it, takes the ticket and closes it then."""
+    """libspice-server 0.15.1 links the channel, accepts the ticket, and then closes the connection."""
     monkeypatch.setattr(spice_port, "SETTLE_TIME", 60)
 
     async def refuse(channel: Channel) -> None:
@@ -242,7 +242,7 @@ async def test_channel_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     async with running(fake) as number:
         session = await connect(number)
         recorder = Recorder()
-        with pytest.raises(PortError, match="it is in use") as caught:
+        with pytest.raises(PortError, match="is in use") as caught:
             await session.ports[0].open(recorder)
         assert caught.value.reason is Reason.CHANNEL_IN_USE
         assert not recorder.closed
@@ -250,7 +250,7 @@ async def test_channel_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
         await session.close()
 
 
-async def test_channel_that_we_just_left_is_tried_again() -> None:
+async def test_a_channel_that_we_just_closed_is_retried() -> None:
     fake = FakeSpice()
     async with running(fake) as number:
         session = await connect(number)
@@ -274,7 +274,7 @@ async def test_absent_channel() -> None:
     async with running(fake) as number:
         session = await connect(number)
         fake.channels = ()
-        with pytest.raises(PortError, match="taken out of the VM") as caught:
+        with pytest.raises(PortError, match="removed from the VM") as caught:
             await session.ports[0].open(Recorder())
         assert caught.value.reason is Reason.CHANNEL_IN_USE
         await session.close()
@@ -333,7 +333,7 @@ def _closed(port: SpicePort) -> bool:
 @pytest.mark.parametrize("ended", ["by the server", "by us", "at once", "not"])
 async def test_a_session_that_ends_after_its_channels(monkeypatch: pytest.MonkeyPatch, ended: str) -> None:
     """Another client takes over: the usbredir channels end first. Each port reports what ended the session."""
-    monkeypatch.setattr(spice_port, "FOLLOW_TIME", 0.05 if ended == "not" else 600)
+    monkeypatch.setattr(spice_port, "SESSION_END_TIMEOUT", 0.05 if ended == "not" else 600)
     fake = FakeSpice()
     async with running(fake) as number:
         session = await connect(number)
@@ -363,10 +363,10 @@ async def test_a_session_that_ends_after_its_channels(monkeypatch: pytest.Monkey
             assert isinstance(error, GuestGoneError)
             if ended == "by the server":
                 assert error is session.ended.result()
-                assert "another client has taken the session over" in error.remedy
+                assert "another client may have taken over the session" in error.remedy
             else:
                 assert "the SPICE server closed the channel" in error.message
-                assert "the channel was taken out of it" in error.remedy
+                assert "still runs and has the channel" in error.remedy
         if ended == "not":
             await session.ports[0].open(Recorder())
         await session.close()
@@ -374,7 +374,7 @@ async def test_a_session_that_ends_after_its_channels(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("touched", [False, True])
 async def test_a_session_that_ends_after_a_channel_that_opens(monkeypatch: pytest.MonkeyPatch, touched: bool) -> None:
-    monkeypatch.setattr(spice_port, "FOLLOW_TIME", 600)
+    monkeypatch.setattr(spice_port, "SESSION_END_TIMEOUT", 600)
 
     async def closes(channel: Channel) -> None:
         if touched:
@@ -404,7 +404,7 @@ async def test_a_session_that_ends_after_a_channel_that_opens(monkeypatch: pytes
     [(message(COMPRESSED, b"\7\0\0\0\0"), RemoteProtocolError), (message(DATA, b"hello"), GuestGoneError)],
 )
 async def test_port_that_breaks_while_it_opens(sent: bytes, error: type[FarplugError]) -> None:
-    """Either open() says so, or the listener hears it: exactly one of them."""
+    """Either open() raises the error, or the listener gets it: exactly one of them."""
 
     async def breaks(channel: Channel) -> None:
         channel.send(sent)
@@ -428,10 +428,10 @@ async def test_port_that_breaks_while_it_opens(sent: bytes, error: type[FarplugE
 @pytest.mark.parametrize(
     ("sent", "expected_text"),
     [
-        (message(1, struct.pack("<I", 1)), "the VM moved to another host: the session cannot follow"),
+        (message(1, struct.pack("<I", 1)), "the VM moved to another host, and the session ended"),
         (
             message(111, struct.pack("<HHII", 5900, 0xFFFF, 5, 12) + b"other"),
-            r"^the VM moved to other \(port 5900\): the session cannot follow",
+            r"^the VM moved to other \(port 5900\), and the session ended",
         ),
         (message(101, struct.pack("<HHII", 0, 5901, 5, 12) + b"other"), r"^the VM moved to other \(TLS port 5901\)"),
     ],
@@ -461,7 +461,7 @@ async def test_notices_are_logged(caplog: pytest.LogCaptureFixture) -> None:
 
 
 async def test_reading_can_be_paused_in_the_middle() -> None:
-    """Nothing is delivered after a pause, not even what was received with the bytes before it."""
+    """Nothing is delivered after a pause, not even bytes that arrived before it."""
     fake = FakeSpice()
     async with running(fake) as number:
         session = await connect(number)
@@ -485,7 +485,7 @@ async def test_reading_can_be_paused_in_the_middle() -> None:
         await session.close()
 
 
-async def test_reading_can_be_paused_by_what_came_with_the_link(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_reading_can_be_paused_by_bytes_of_the_link(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeSpice()
     async with running(fake) as number:
         session = await connect(number)
@@ -596,7 +596,7 @@ async def test_close_flushes_while_the_guest_still_sends(tls: bool, tmp_path: Pa
 
 @pytest.mark.parametrize("kind", ["main", "usbredir"])
 async def test_pings_of_a_server_that_reads_nothing(kind: str) -> None:
-    """Our answers are bounded: when they are not taken we stop reading, until they are."""
+    """Our answers are bounded: we stop reading while the server does not read them."""
     go = asyncio.Event()
     pongs = 0
     sent = 0
@@ -684,7 +684,7 @@ async def test_session_that_we_close_while_a_port_opens(waits: float) -> None:
         opening = asyncio.create_task(session.ports[0].open(recorder))
         await asyncio.sleep(waits)
         await session.close()
-        with pytest.raises((GuestGoneError, LocalProtocolError), match=r"session is closed|closed before it was open"):
+        with pytest.raises((GuestGoneError, StateError), match=r"session is closed|closed before it was open"):
             await opening
         assert not recorder.closed
 
@@ -700,7 +700,7 @@ async def test_port_that_is_closed_while_it_opens(waits: float) -> None:
         opening = asyncio.create_task(port.open(recorder))
         await asyncio.sleep(waits)
         await port.close()
-        with pytest.raises(LocalProtocolError, match="port usbredir 0 was closed before it was open"):
+        with pytest.raises(StateError, match="port usbredir 0 was closed before it was open"):
             await opening
         assert not recorder.closed
         await port.open(recorder)

@@ -10,7 +10,7 @@ import pytest
 from tests.transport.fake_spice import Recorder, free_port
 
 from farplug.cli.exit_codes import exit_code
-from farplug.errors import FarplugError, GuestGoneError, InternalError, LocalProtocolError, Reason, TargetError
+from farplug.errors import FarplugError, GuestGoneError, InternalError, Reason, StateError, TargetError
 from farplug.transport import connection
 from farplug.transport.connection import TcpAddress, Timeouts, UnixAddress
 from farplug.transport.stream import HELLO_SIZE, ListenPort, StreamPort
@@ -39,7 +39,7 @@ async def test_stream_port(family: str, tmp_path: Path) -> None:
     for end in ("close", "abort", "guest"):  # and open again after each
         recorder = Recorder()
         await port.open(recorder)
-        with pytest.raises(LocalProtocolError, match="open already"):
+        with pytest.raises(StateError, match="open already"):
             await port.open(Recorder())
         reader, writer = await guests.get()
         writer.write(hello)
@@ -72,7 +72,7 @@ async def test_stream_port(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("expected_text", "kind", "code", "text"),
+    ("sent", "kind", "code", "text"),
     [
         (
             b"",
@@ -89,14 +89,14 @@ async def test_stream_port(family: str, tmp_path: Path) -> None:
         (bytes(HELLO_SIZE), GuestGoneError, 9, "the guest at {} broke the connection: Connection reset by peer"),
     ],
 )
-async def test_broken_connection_says_why(expected_text: bytes, kind: type[FarplugError], code: int, text: str) -> None:
+async def test_errors_of_broken_connections(sent: bytes, kind: type[FarplugError], code: int, text: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = StreamPort(TcpAddress("127.0.0.1", server.getsockname()[1]))
         recorder = Recorder()
         await port.open(recorder)
         guest, _ = server.accept()
-        guest.sendall(expected_text)
-        await recorder.until(lambda: bytes(recorder.data) == expected_text)
+        guest.sendall(sent)
+        await recorder.until(lambda: bytes(recorder.data) == sent)
         # a reset instead of an end of stream
         guest.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         guest.close()
@@ -157,7 +157,7 @@ async def test_close_of_a_paused_guest_is_bounded() -> None:
         assert recorder.closed == [None]
 
 
-async def test_opening_can_be_given_up_at_any_time(tmp_path: Path) -> None:
+async def test_opening_can_be_cancelled_at_any_time(tmp_path: Path) -> None:
     failures: list[object] = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: failures.append(context))
     path = str(tmp_path / "s")
@@ -207,7 +207,7 @@ async def test_listen_port() -> None:
     assert len(ports) == 1
 
 
-async def test_listen_port_can_be_given_up() -> None:
+async def test_listen_port_can_be_cancelled() -> None:
     number = free_port()
     port = ListenPort(TcpAddress("127.0.0.1", number))
     with pytest.raises(TimeoutError):
@@ -228,8 +228,8 @@ async def test_accept_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
 
 
-async def test_what_was_sent_survives_a_close_with_unread_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A socket that is closed with bytes of the peer in it is reset, and the peer loses what it has not read."""
+async def test_sent_bytes_survive_a_close_with_unread_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel resets a socket that is closed with unread bytes, and the peer loses what it has not read."""
     monkeypatch.setattr(connection, "CLOSE_LINGER", 60)
     loop = asyncio.get_running_loop()
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -271,7 +271,7 @@ async def test_listen_on_an_address_without_its_interface(host: str) -> None:
     assert caught.value.remedy
 
 
-async def test_listen_where_one_cannot() -> None:
+async def test_listen_on_an_invalid_address() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         number = taken.getsockname()[1]
         with pytest.raises(TargetError, match=f"cannot listen on 127.0.0.1:{number}: Address already in use"):

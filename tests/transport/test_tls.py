@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 from tests.transport.fake_spice import Certificates
 
+from farplug.cli.log import remedy_lines
 from farplug.errors import Reason, UsageError
 from farplug.transport import tls
 from farplug.transport.tls import HostSubject
@@ -63,14 +64,14 @@ def test_host_subject(subject: str, theirs: x509.Certificate, matches: bool) -> 
 @pytest.mark.parametrize(
     ("subject", "expected_text"),
     [
-        ("", "'' is not the name of an attribute"),
-        ("nonsense", "'nonsense' is not the name of an attribute"),
-        ("CN=x,", "'' is not the name of an attribute"),
+        ("", "'' is not an attribute"),
+        ("nonsense", "'nonsense' is not an attribute"),
+        ("CN=x,", "'' is not an attribute"),
         ("CN=", "attribute CN has no value"),
         ("CN", "attribute CN has no value"),
-        (r"CN=a\b", "a backslash may be followed only"),
-        ("CN=a\\", "a backslash may be followed only"),
-        ("XX=1", "'XX' is not the name of an attribute"),
+        (r"CN=a\b", "a backslash is valid only before"),
+        ("CN=a\\", "a backslash is valid only before"),
+        ("XX=1", "'XX' is not an attribute"),
     ],
 )
 def test_malformed_host_subject(subject: str, expected_text: str) -> None:
@@ -80,22 +81,25 @@ def test_malformed_host_subject(subject: str, expected_text: str) -> None:
 
 
 @pytest.mark.parametrize("theirs", [PVE, COMMA])
-def test_described_subject_can_be_given_back(theirs: x509.Certificate) -> None:
-    text = tls.describe(theirs).removeprefix("certificate of ").partition(", issued by ")[0]
+def test_the_described_subject_is_a_valid_host_subject(theirs: x509.Certificate) -> None:
+    text = tls.describe_certificate(theirs).removeprefix("certificate of ").partition(", issued by ")[0]
     assert HostSubject.parse(text).matches(theirs)
 
 
-@pytest.mark.parametrize("theirs", [PVE, COMMA, certificate((O, "it's; $(so)"), (CN, "x"))])
-def test_the_option_quotes_a_subject_for_a_shell(theirs: x509.Certificate) -> None:
-    option, subject, *_ = shlex.split(tls.subject_option(theirs))
-    assert option == "--host-subject"
-    assert HostSubject.parse(subject).matches(theirs)
+@pytest.mark.parametrize("theirs", [PVE, COMMA, certificate((O, "it's; $(so)"), (CN, "x:y"))])
+def test_the_remedy_has_the_subject(theirs: x509.Certificate) -> None:
+    remedy = tls.subject_remedy("give", theirs)
+    assert remedy.setting == "target.host_subject"
+    assert HostSubject.parse(str(remedy.value)).matches(theirs)
+    (line,) = remedy_lines(remedy)
+    assert shlex.split(line.partition(": --host-subject ")[2]) == [remedy.value]
 
 
 @pytest.mark.parametrize("theirs", [None, certificate(), certificate((CN, "a\nb")), certificate(*[(CN, "x" * 60)] * 6)])
-def test_a_subject_that_no_option_can_hold_is_not_quoted(theirs: x509.Certificate | None) -> None:
-    option = tls.subject_option(theirs)
-    assert option == "--host-subject SUBJECT, such as 'O=Lab,CN=vmhost' (host-subject= in the .vv file)"
+def test_a_subject_that_is_not_a_valid_host_subject(theirs: x509.Certificate | None) -> None:
+    remedy = tls.subject_remedy("give", theirs)
+    assert remedy == "give the certificate's subject, such as O=Lab,CN=vmhost (host-subject= in a .vv file)"
+    assert (remedy.setting, remedy.value) == ("target.host_subject", None)
 
 
 def test_context_checks() -> None:
@@ -109,7 +113,7 @@ def test_context_checks() -> None:
 def test_given_ca_replaces_the_system(tmp_path: Path) -> None:
     context = tls.client_context(ca=Certificates(tmp_path).ca, check_hostname=True)
     (encoded,) = context.get_ca_certs(binary_form=True)
-    assert "CN=test CA" in tls.describe(x509.load_der_x509_certificate(encoded))
+    assert "CN=test CA" in tls.describe_certificate(x509.load_der_x509_certificate(encoded))
 
 
 @pytest.mark.parametrize("ca", ["", "nonsense", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", "ü"])
@@ -126,25 +130,25 @@ def test_malformed_ca(ca: str) -> None:
         (OSError(113, "No route to host"), "No route to host"),
     ],
 )
-def test_failed(error: OSError, expected_text: str) -> None:
-    failure = tls.failed("vmhost:1", error)
+def test_handshake_errors(error: OSError, expected_text: str) -> None:
+    failure = tls.handshake_error("vmhost:1", error)
     assert expected_text in str(failure)
     assert failure.reason is Reason.TLS_FAILED
 
 
-def test_a_server_that_does_not_speak_tls() -> None:
+def test_a_server_without_tls() -> None:
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
     session = tls.inspection_context().wrap_bio(incoming, outgoing)
     incoming.write(b"REDQ\2\0\0\0\2\0\0\0\xba\0\0\0")
     with pytest.raises(ssl.SSLError) as caught:
         session.do_handshake()
-    failure = tls.failed("vmhost:1", caught.value)
-    assert "the port does not speak TLS" in str(failure)
+    failure = tls.handshake_error("vmhost:1", caught.value)
+    assert "this is not a TLS port" in str(failure)
     assert "spice://" in failure.remedy
 
 
 def test_unreadable_certificate() -> None:
-    assert tls.describe(None) == "a certificate that cannot be read"
+    assert tls.describe_certificate(None) == "a certificate that cannot be read"
 
 
 @pytest.mark.parametrize(
@@ -177,7 +181,7 @@ def test_hostile_certificate(good: bytes, bad: bytes, expected_text: str) -> Non
     )
     assert good in encoded
     hostile = x509.load_der_x509_certificate(encoded.replace(good, bad))
-    assert tls.describe(hostile).startswith(expected_text)
+    assert tls.describe_certificate(hostile).startswith(expected_text)
     assert HostSubject.parse("CN=evil").matches(hostile) is ("CN=evil" in expected_text)
 
 

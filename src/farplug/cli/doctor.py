@@ -20,7 +20,6 @@ from farplug.cli.log import remedy_lines
 from farplug.cli.options import (
     OUTPUT,
     PASSWORD_HELP,
-    TARGET_FORMS,
     AskPasswordOption,
     CaFileOption,
     DebugOption,
@@ -31,6 +30,7 @@ from farplug.cli.options import (
 )
 from farplug.errors import FarplugError, Reason, SetupError
 from farplug.text import printable
+from farplug.transport import TARGET_FORMS
 from farplug.version import __version__
 
 if TYPE_CHECKING:

@@ -15,14 +15,11 @@ import typer.core
 from farplug.app.settings import TargetSettings
 from farplug.cli import log
 from farplug.errors import Reason, UsageError
+from farplug.transport import TARGET_FORMS
 
 PASSWORD_VARIABLE = "FARPLUG_PASSWORD"
 MAX_PASSWORD_LINE = 1024
 """Characters of a password file's first line; a SPICE password has 60 bytes at most."""
-
-TARGET_FORMS = (
-    "spice://host:port, spice+tls://host:port, FILE.vv, tcp://host:port, tcp-listen://host:port or unix:/path"
-)
 
 
 IMAGES = "Images"

@@ -1,1 +1,6 @@
-"""How usbredir's bytes travel: TCP, UNIX sockets, TLS, SPICE sessions, memory. asyncio lives here."""
+"""Connections to VMs: sockets, TLS, proxies, SPICE sessions."""
+
+TARGET_FORMS = (
+    "spice://host:port, spice+tls://host:port, FILE.vv, tcp://host:port, tcp-listen://host:port or unix:/path"
+)
+"""The forms of a target, for messages and help. :func:`farplug.target.parse_target` parses them."""

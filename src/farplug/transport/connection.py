@@ -1,7 +1,7 @@
-"""One connected socket, plain or TLS: bytes in without copies, a bounded output queue. And how to reach it.
+"""One connected socket, plain or TLS: input without copies, a bounded output queue. And how to connect it.
 
-The output queue is ours. asyncio's own copies what the kernel does not take at once, so it is given no more than one
-chunk at a time.
+We have our own output queue: asyncio's copies what the kernel does not accept at once, so we pass at most one chunk at
+a time to asyncio.
 """
 
 from __future__ import annotations
@@ -18,35 +18,36 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol, TypeAlias, cast
 
-from farplug.errors import InternalError, Reason, TargetError
+from farplug.errors import InternalError, Reason, Remedy, TargetError
 from farplug.usb.types import Buffer
 
 RECEIVE_BUFFER = 256 << 10
-"""Bytes that one read takes at most."""
+"""The most bytes of one read."""
 WRITE_CHUNK = 256 << 10
-"""Bytes that asyncio is given at once."""
+"""The most bytes that are passed to asyncio at once."""
 JOIN_LIMIT = 16 << 10
-"""Buffers smaller than this are joined with their neighbours: a copy costs less than a system call."""
+"""Buffers smaller than this, in bytes, are joined with their neighbours: a copy costs less than a system call."""
 MAX_GATHERED = 256
-"""Buffers that the kernel gathers in one call; it takes IOV_MAX, 1024, at most."""
+"""The most buffers of one sendmsg call; the kernel's limit is IOV_MAX, 1024."""
 HIGH_WATER = 2 << 20
-"""More queued bytes than this pause the writer."""
+"""The writer is paused above this number of queued bytes."""
 LOW_WATER = 512 << 10
-"""Fewer queued bytes than this let a paused writer go on."""
+"""A paused writer is resumed below this number of queued bytes."""
 TLS_SHUTDOWN_TIMEOUT = 1.0
 """Seconds for the peer's answer to our close_notify."""
 
 CLOSE_LINGER = 0.5
-"""Seconds that a plain socket stays half closed for the peer's own end of stream.
+"""Seconds that a plain socket stays half closed until the peer's end of stream.
 
-A socket that is closed with unread bytes in it, or gets some later, is reset: the peer would lose our last ones.
+The kernel resets a socket that is closed with unread bytes, or that receives bytes later: the peer would lose our last
+bytes.
 """
 KEEPALIVE_IDLE = 15
-"""Seconds of silence on a TCP connection before the kernel asks whether the peer is still there."""
+"""Seconds without traffic on a TCP connection until the kernel sends a keepalive probe."""
 KEEPALIVE_INTERVAL = 5
-"""Seconds from one such question to the next."""
+"""Seconds from one keepalive probe to the next."""
 KEEPALIVE_COUNT = 3
-"""Questions without an answer that end the connection."""
+"""The number of unanswered keepalive probes that ends the connection."""
 
 _KEEPALIVE_OPTIONS = tuple(
     (getattr(socket, name), value)
@@ -58,7 +59,7 @@ _KEEPALIVE_OPTIONS = tuple(
     if hasattr(socket, name)
 )
 _NO_SUCH_NETWORK = (errno.ENETUNREACH, errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
-"""What an IPv6 address means on a machine that has none: it says nothing about a host with other addresses."""
+"""The errors for an IPv6 address on a machine without IPv6: the host may be reachable at another address."""
 _TCP_QUICKACK: int = getattr(socket, "TCP_QUICKACK", 0)
 
 
@@ -91,12 +92,12 @@ Address: TypeAlias = TcpAddress | UnixAddress
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timeouts:
-    """Patience, in seconds. There is none for a guest that says nothing: its VM may be paused.
+    """Timeouts, in seconds. There is none for a guest that sends nothing: its VM may be paused.
 
     Attributes:
-        connect: to reach a socket, the resolution of its name included.
-        handshake: for each of TLS, the proxy's answer, a SPICE link, and the session's beginning.
-        flush: to send what is queued when a port is closed.
+        connect: to resolve a name and connect a socket.
+        handshake: for each of TLS, the proxy's reply, a SPICE link, and the first messages of a session.
+        flush: to send queued data when a port is closed.
     """
 
     connect: float = 10.0
@@ -105,36 +106,36 @@ class Timeouts:
 
 
 class Reader(Protocol):
-    """Who reads a connection's bytes. Called on the event loop."""
+    """The receiver of a connection's bytes. Its methods are called on the event loop."""
 
     def data_received(self, data: memoryview) -> None:
-        """Bytes arrived. The view is valid only during the call, or until reading is resumed if the call paused it.
+        """Process received bytes. The view is valid during the call, or until reading is resumed if the call paused it.
 
-        An exception is a bug: it ends the connection. Not called any more once the connection is closed or aborted by
-        us.
+        An exception is a bug: it ends the connection. Not called after :meth:`Connection.close` or
+        :meth:`Connection.abort`.
         """
 
     def pause_writing(self) -> None:
-        """The output queue is above HIGH_WATER."""
+        """Stop writing: the output queue is above HIGH_WATER."""
 
     def resume_writing(self) -> None:
-        """The output queue is below LOW_WATER again."""
+        """Continue to write: the output queue is below LOW_WATER again."""
 
 
 LostCallback: TypeAlias = Callable[[Exception | None], None]
-"""Called once when a connection has ended: with None after a plain end of stream or our own close, with OSError where
-it broke, with InternalError where the reader raised an exception."""
+"""Called once when a connection has ended: with None after an end of stream or our own close, with OSError if the
+connection broke, with InternalError if the reader raised an exception."""
 
 
 class Connection(asyncio.BufferedProtocol):
     """One connected socket.
 
     Args:
-        reader: gets the bytes; may be replaced at any time.
+        reader: receives the bytes; may be replaced at any time.
         on_lost: called once, last; may be replaced at any time.
 
     Attributes:
-        received: how many bytes have arrived.
+        received: the number of received bytes.
     """
 
     def __init__(self, reader: Reader, on_lost: LostCallback) -> None:
@@ -148,37 +149,37 @@ class Connection(asyncio.BufferedProtocol):
         self._queue: deque[Buffer] = deque()
         self._queued = 0
         self._answered = False
-        """Something was written since the last read began."""
+        """Something was written since the last read started."""
         self._transport_paused = False
         self._reader_paused = False
         self._closing = False
-        self._bug: InternalError | None = None
+        self._internal_error: InternalError | None = None
         self._drained: asyncio.Future[None] | None = None
         self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     @property
     def is_open(self) -> bool:
-        """Whether bytes can still be sent."""
+        """Return whether bytes can still be sent."""
         return not self._closing and not self._lost.done()
 
     @property
     def lost(self) -> bool:
-        """Whether it has ended."""
+        """Return whether the connection has ended."""
         return self._lost.done()
 
     @property
     def closing(self) -> bool:
-        """Whether we ended it."""
+        """Return whether we closed or aborted the connection."""
         return self._closing
 
     @property
     def tls(self) -> ssl.SSLObject | None:
-        """The TLS session; None on a plain socket."""
+        """Return the TLS session; None on a plain socket."""
         assert self._transport is not None
         return cast("ssl.SSLObject | None", self._transport.get_extra_info("ssl_object"))
 
     def write(self, buffers: list[Buffer]) -> None:
-        """Queue buffers in order. They are not copied: who hands them over no longer changes them."""
+        """Queue buffers in order. They are not copied: the caller must not change them afterwards."""
         if self._closing or self._lost.done():
             return
         self._answered = True
@@ -200,27 +201,27 @@ class Connection(asyncio.BufferedProtocol):
             self.reader.pause_writing()
 
     def deliver(self, data: memoryview) -> None:
-        """Hand bytes to the reader. An exception of the reader closes the connection at once."""
+        """Pass bytes to the reader. An exception of the reader aborts the connection."""
         try:
             self.reader.data_received(data)
         except Exception as error:
             self._abort_after(error)
 
     def pause_reading(self) -> None:
-        """Read nothing from the socket until :meth:`resume_reading`."""
+        """Stop reading from the socket until :meth:`resume_reading`."""
         if self.is_open and self._transport is not None:
             self._transport.pause_reading()
 
     def resume_reading(self) -> None:
-        """Read again."""
+        """Read from the socket again."""
         if self.is_open and self._transport is not None:
             self._transport.resume_reading()
 
     async def close(self, timeout: float) -> None:
-        """Send what is queued, then close; after ``timeout`` seconds, or when cancelled, close at once.
+        """Send the queued data, then close; after ``timeout`` seconds, or when cancelled, abort.
 
-        A plain socket is half closed first, and what the peer still sends is dropped, until it has closed its side too:
-        for CLOSE_LINGER at most.
+        A plain socket is half closed first. Until the peer has closed its side too, at most for CLOSE_LINGER, received
+        data is dropped.
         """
         transport = self._transport
         if transport is None or self._lost.done():
@@ -230,7 +231,7 @@ class Connection(asyncio.BufferedProtocol):
                 if not self._closing:
                     self._closing = True
                     if not transport.is_closing():
-                        transport.resume_reading()  # to drop it, and to see the peer's end
+                        transport.resume_reading()  # to drop data, and to see the peer's end of stream
                     if self._queue or self._transport_paused:
                         self._drained = asyncio.get_running_loop().create_future()
                         await self._drained
@@ -246,7 +247,7 @@ class Connection(asyncio.BufferedProtocol):
             raise
 
     def abort(self) -> None:
-        """Close at once; what is queued is lost."""
+        """Close at once; queued data is lost."""
         self._closing = True
         self._drop_queue()
         if self._transport is not None:
@@ -256,13 +257,13 @@ class Connection(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
-        # Paused as soon as the kernel does not take everything. Not 0: asyncio's TLS would pause for good.
+        # Paused as soon as the kernel does not accept all data. Not 0: asyncio's TLS would pause for ever.
         self._transport.set_write_buffer_limits(high=0 if self._plain_socket is not None else 1, low=0)
         sock = transport.get_extra_info("socket")
         if sock is not None and sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            # A VM's host that vanishes without a word is noticed within half a minute, unless it owes an answer to what
-            # was sent: then when the kernel gives up. A paused VM's host still answers.
+            # A VM's host that vanishes is noticed within 30 seconds; with unacknowledged data, at the kernel's timeout
+            # for retransmissions. The host of a paused VM still answers probes.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for option, value in _KEEPALIVE_OPTIONS:
                 sock.setsockopt(socket.IPPROTO_TCP, option, value)
@@ -270,10 +271,10 @@ class Connection(asyncio.BufferedProtocol):
                 self._quick_ack_socket = self._plain_socket or sock
 
     def send_directly(self, sock: socket.socket) -> None:
-        """Write to this plain socket, the transport's own, without asyncio in between. Call it before it is connected.
+        """Write to this plain socket, the transport's own, without asyncio. Call it before the transport is made.
 
-        The kernel gathers header and payload by itself then, and takes a reply of 1 MiB in one call; only what it does
-        not take at once goes through asyncio.
+        The kernel then gathers header and payload, and accepts a reply of 1 MiB in one call. Only the rest that it does
+        not accept at once is written by asyncio.
         """
         self._plain_socket = sock
 
@@ -281,22 +282,22 @@ class Connection(asyncio.BufferedProtocol):
         return self._receive_buffer
 
     def buffer_updated(self, nbytes: int) -> None:
-        if self._closing or self._bug is not None:
+        if self._closing or self._internal_error is not None:
             return
         self._answered = False
         self.received += nbytes
         self.deliver(self._receive_buffer[:nbytes])
         if self._quick_ack_socket is not None and not self._answered:
-            # QEMU writes a transfer as several small messages. With Nagle's algorithm on its side and a delayed ACK on
-            # ours each transfer would take 40 ms, where no answer of ours takes the ACK with it. The kernel forgets
-            # the option: set it again after each read.
+            # QEMU writes a transfer as several small messages. With Nagle's algorithm at QEMU and a delayed ACK here,
+            # each transfer without an answer that carries the ACK would take 40 ms. The kernel resets the option: set
+            # it again after each read.
             try:
                 self._quick_ack_socket.setsockopt(socket.IPPROTO_TCP, _TCP_QUICKACK, 1)
             except OSError:  # the socket is being closed
                 self._quick_ack_socket = None
 
     def eof_received(self) -> None:
-        # The peer has left: asyncio would first wait, for ever perhaps, until it has read what we sent.
+        # The peer has closed: asyncio would first wait, perhaps for ever, until the peer has read what we sent.
         if self._transport_paused and not self._closing:
             assert self._transport is not None
             self._transport.abort()
@@ -318,14 +319,14 @@ class Connection(asyncio.BufferedProtocol):
         self._drop_queue()
         if not self._lost.done():
             self._lost.set_result(None)
-        self.on_lost(self._bug or exc)
+        self.on_lost(self._internal_error or exc)
 
     def _abort_after(self, error: Exception) -> None:
-        """Close at once after an exception of the reader; asyncio would report it as the peer's fault."""
-        self._bug = InternalError(error)
+        """Abort after an exception of the reader; asyncio would report the exception as the peer's fault."""
+        self._internal_error = InternalError(error)
         self._drop_queue()
         if self._transport is not None:
-            # Later: asyncio's write, which may have called us, would end the connection a second time.
+            # Later: we may be called from asyncio's write, which would end the connection a second time.
             asyncio.get_running_loop().call_soon(self._transport.abort)
 
     def _flush(self) -> None:
@@ -342,22 +343,22 @@ class Connection(asyncio.BufferedProtocol):
             self._drained.set_result(None)
 
     def _send_at_once(self, buffers: list[Buffer]) -> int:
-        """The usual case, where nothing waits: let the kernel take what it can. Returns how many bytes that were."""
+        """Send what the kernel accepts, if nothing is queued: the usual case. Returns the number of sent bytes."""
         sock, transport = self._plain_socket, self._transport
         if sock is None or transport is None or self._queue or self._transport_paused or transport.is_closing():
             return 0
         try:
             return sock.sendmsg(buffers if len(buffers) <= MAX_GATHERED else buffers[:MAX_GATHERED])
-        except OSError:  # it would block, or is broken: asyncio's own write finds out
+        except OSError:  # it would block, or is broken: asyncio's write will see that
             return 0
 
     def _gather(self, sock: socket.socket) -> None:
-        """Let the kernel take what it can of the queue."""
+        """Send what the kernel accepts of the queue."""
         queue = self._queue
         while queue:
             try:
                 sent = sock.sendmsg(queue if len(queue) <= MAX_GATHERED else list(islice(queue, MAX_GATHERED)))
-            except OSError:  # it would block, or is broken: asyncio's own write finds out
+            except OSError:  # it would block, or is broken: asyncio's write will see that
                 return
             self._queued -= sent
             while queue and sent >= len(queue[0]):
@@ -395,7 +396,7 @@ class Connection(asyncio.BufferedProtocol):
 
 
 def _half_close(transport: asyncio.Transport) -> bool:
-    """End our side of a stream whose queue is empty. False: it has ended already, or broken."""
+    """Half close a stream with an empty queue. Returns False if the stream has ended or broken."""
     if transport.is_closing():
         return False
     try:
@@ -406,14 +407,14 @@ def _half_close(transport: asyncio.Transport) -> bool:
 
 
 async def dial(address: Address, timeout: float) -> socket.socket:
-    """Connect a socket, to the first of a name's addresses that answers.
+    """Connect a socket to the first address of a name that answers.
 
     Args:
-        address: where to.
+        address: the peer.
         timeout: seconds in all.
 
     Raises:
-        TargetError: it cannot be reached, with the reason.
+        TargetError: the address cannot be reached; the reason says why.
     """
     loop = asyncio.get_running_loop()
     candidates: list[tuple[socket.AddressFamily, tuple[Any, ...] | str]]
@@ -426,16 +427,16 @@ async def dial(address: Address, timeout: float) -> socket.socket:
                 found = await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
                 candidates = [(family, sockaddr) for family, *_, sockaddr in found]
             for number, (family, sockaddr) in enumerate(candidates, start=1):
-                # An address that swallows packets must not eat the time of the others.
+                # An address that drops packets must not use up the time for the others.
                 share = None if number == len(candidates) else timeout / len(candidates)
                 try:
                     async with asyncio.timeout(share):
                         return await _connect(family, sockaddr)
                 except OSError as error:  # TimeoutError is one
                     if failure is None or error.errno not in _NO_SUCH_NETWORK:
-                        failure = _unreachable(address, error, share or timeout)
+                        failure = _dial_error(address, error, share or timeout)
     except (OSError, ValueError) as error:  # ValueError: a NUL or an impossible label in a name
-        raise _unreachable(address, error, timeout) from error
+        raise _dial_error(address, error, timeout) from error
     assert failure is not None, "getaddrinfo returns at least one address"
     raise failure
 
@@ -451,26 +452,29 @@ async def _connect(family: socket.AddressFamily, sockaddr: tuple[Any, ...] | str
     return sock
 
 
-def _unreachable(address: Address, error: OSError | ValueError, timeout: float) -> TargetError:
-    reason, why, remedy = Reason.UNREACHABLE, str(error), "check the network between this machine and the VM's host"
+def _dial_error(address: Address, error: OSError | ValueError, timeout: float) -> TargetError:
+    reason, why = Reason.UNREACHABLE, str(error)
+    remedy: str = "check the network between this machine and the VM's host"
     if isinstance(error, OSError) and error.errno is not None:
         why = os.strerror(error.errno) if error.errno > 0 else str(error.strerror)
     fault = zone_fault(address.host) if isinstance(address, TcpAddress) else ""
     match error:
         case _ if fault:
             reason, why = Reason.UNRESOLVABLE, fault
-            remedy = "write the interface behind the address: [fe80::1%eth0]; 'ip -6 address' lists them"
+            remedy = Remedy(
+                "write the interface after the address: [fe80::1%eth0]; list the interfaces", command="ip -6 address"
+            )
         case socket.gaierror() | UnicodeError():
             reason, why, remedy = Reason.UNRESOLVABLE, "the name cannot be resolved", "check the host's name"
         case ConnectionRefusedError():
             reason = Reason.CONNECTION_REFUSED
-            remedy = "check that the VM runs, and that it listens there: the address and the port"
+            remedy = "check that the VM runs, and that it listens on this address and port"
         case TimeoutError():
             reason, why = Reason.TIMED_OUT, f"no answer within {timeout:g} s"
             remedy = "check the address, and that no firewall drops the packets"
         case FileNotFoundError():
             reason, why = Reason.NOT_FOUND, "there is no such socket"
-            remedy = "check the path, and that the VM runs: QEMU makes the socket when it starts"
+            remedy = "check the path, and that the VM runs: QEMU creates the socket when it starts"
         case PermissionError():
             reason = Reason.NO_PERMISSION
             if isinstance(address, UnixAddress):
@@ -479,14 +483,14 @@ def _unreachable(address: Address, error: OSError | ValueError, timeout: float) 
 
 
 def zone_fault(host: str) -> str:
-    """Return what is wrong with the zone of an IPv6 address on this machine; empty if nothing is."""
+    """Return why the zone of an IPv6 address is not valid on this machine; empty if it is."""
     try:
         address = ipaddress.IPv6Address(host)
     except ValueError:
         return ""
     zone = address.scope_id
     if zone is None:
-        return "a link-local address needs the network interface that leads to it" if address.is_link_local else ""
+        return "a link-local address needs a network interface" if address.is_link_local else ""
     if zone in {part for number, name in socket.if_nameindex() for part in (str(number), name)}:
         return ""
     return f"this machine has no network interface {zone[:40]!r}"
@@ -495,18 +499,17 @@ def zone_fault(host: str) -> str:
 async def start(
     sock: socket.socket, connection: Connection, *, tls: ssl.SSLContext | None, server_hostname: str, timeout: float
 ) -> None:
-    """Hand a connected socket to a connection, with TLS first if there is a context. The socket is closed on failure.
+    """Start a connection on a connected socket, with a TLS handshake first if there is a context.
 
     Args:
-        sock: connected, non-blocking.
-        connection: gets the bytes.
+        sock: connected, non-blocking. It is closed on failure.
+        connection: receives the bytes.
         tls: None: plain.
-        server_hostname: the name that the certificate must bear, if the context checks it, and that TLS asks for;
-            empty: none is asked for.
+        server_hostname: the name for SNI and, if the context checks it, for the certificate; empty: no name.
         timeout: seconds for the handshake.
 
     Raises:
-        OSError: as asyncio does; :class:`ssl.SSLError` is one.
+        OSError: as in asyncio; :class:`ssl.SSLError` is an OSError.
     """
     loop = asyncio.get_running_loop()
     try:

@@ -1,4 +1,4 @@
-"""How a SPICE channel is reached: socket or proxy, TLS where it must be, link, ticket. One connection per channel."""
+"""Connect SPICE channels: socket or proxy, TLS if required, link, ticket. One connection for each channel."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from farplug.transport.proxy import HttpProxy, open_tunnel
 
 
 class Stage(StrEnum):
-    """What a connection attempt goes through."""
+    """The stages of a connection attempt."""
 
     LISTEN = "listen"
     REACH = "reach"
@@ -42,28 +42,27 @@ class Stage(StrEnum):
 
 
 Progress: TypeAlias = Callable[[Stage, str], None]
-"""Called when a stage begins, with where it leads."""
+"""Called at the start of a stage, with its address."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpiceTarget:
-    """Where a SPICE server is, and by what right we connect.
+    """The address of a SPICE server, and the credentials.
 
     Attributes:
-        host: name or address; with a proxy: what the proxy understands. Empty with ``unix_path``.
+        host: name or address; with a proxy, a name for the proxy. Empty with ``unix_path``.
         port: the plain port; None if there is none.
-        tls_port: the TLS port; None if there is none. It is used where there is no plain port, for the channels in
-            ``secure_channels``, and from the first channel on for which the server demands TLS.
+        tls_port: the TLS port; None if there is none. It is used if there is no plain port, for the channels in
+            ``secure_channels``, and for all channels after the server has required TLS for one.
         password: the ticket; empty if there is none.
         ca: certificates to trust, PEM; None: the system's.
-        host_subject: the certificate's subject, to be checked instead of the host name; None: the host name is checked.
-        proxy: URL of an HTTP proxy; None: there is none.
-        unix_path: a UNIX socket instead of host and ports; None: there is none.
-        secure_channels: channels (``main``, ``usbredir``, …, or ``all``) that must not go without TLS.
+        host_subject: the certificate's subject, which is checked instead of the host name; None: check the host name.
+        proxy: URL of an HTTP proxy; None if there is none.
+        unix_path: path of a UNIX socket, instead of host and ports; None if there is none.
+        secure_channels: channels (``main``, ``usbredir``, …, or ``all``) that must use TLS.
 
     Raises:
-        UsageError: there is nowhere to connect, ``secure_channels`` has an unknown name, or the password cannot be
-            carried.
+        UsageError: there is no address, ``secure_channels`` has an unknown name, or the password is not valid in SPICE.
     """
 
     host: str = ""
@@ -93,7 +92,7 @@ class SpiceTarget:
 
     @classmethod
     def from_vv(cls, vv: VvFile) -> Self:
-        """The target that a ``.vv`` file describes."""
+        """Return the target that a ``.vv`` file describes."""
         return cls(
             host=vv.host,
             port=vv.port,
@@ -114,12 +113,12 @@ class SpiceTarget:
 
 @dataclass(frozen=True, slots=True)
 class LinkedChannel:
-    """A channel whose link is done. Reading is paused until :meth:`start`.
+    """A linked channel. Reading is paused until :meth:`start`.
 
     Attributes:
-        connection: of this channel.
-        link: as agreed.
-        local: it runs over a UNIX socket.
+        connection: the channel's.
+        link: the result of the link.
+        local: the channel uses a UNIX socket.
     """
 
     connection: Connection
@@ -127,7 +126,7 @@ class LinkedChannel:
     local: bool
 
     def start(self, reader: Reader, on_lost: LostCallback) -> None:
-        """Deliver what comes, first what came with the end of the link. ``on_lost`` may be called at once."""
+        """Deliver received bytes, first those that arrived with the link. ``on_lost`` may be called at once."""
         connection = self.connection
         connection.reader, connection.on_lost = reader, on_lost
         connection.resume_reading()  # before the delivery, which may pause it again
@@ -137,11 +136,11 @@ class LinkedChannel:
             on_lost(None)
 
 
-class _Linker:
-    """A connection's reader while the link is made.
+class _LinkReader:
+    """The reader of a connection during the link.
 
-    Nothing is answered before :meth:`begin`: what comes with the end of the TLS handshake is from a server whose
-    subject is not checked yet.
+    Nothing is processed before :meth:`begin`: bytes that arrive with the end of the TLS handshake come from a server
+    whose subject is not checked yet.
     """
 
     def __init__(self, client: LinkClient) -> None:
@@ -150,10 +149,10 @@ class _Linker:
         self.result: asyncio.Future[LinkResult] = asyncio.get_running_loop().create_future()
         self._begun = False
         self._early = bytearray()
-        """What came before the beginning: one read at most, as it pauses reading."""
+        """Bytes that arrived before :meth:`begin`: at most one read, which pauses reading."""
 
     def begin(self) -> None:
-        """The server is the right one: talk to it."""
+        """Start the link: the server has been checked."""
         self._begun = True
         self.connection.write([*self.client.data_to_send()])
         if self._early:
@@ -178,10 +177,10 @@ class _Linker:
             self.result.set_result(self.client.result)
 
     def pause_writing(self) -> None:
-        """A link is shorter than the queue."""
+        """Do nothing: a link is shorter than the queue."""
 
     def resume_writing(self) -> None:
-        """A link is shorter than the queue."""
+        """Do nothing: a link is shorter than the queue."""
 
     def lost(self, error: Exception | None) -> None:
         self._fail(error if isinstance(error, InternalError) else self.client.receive_eof())
@@ -189,15 +188,15 @@ class _Linker:
     def _fail(self, error: FarplugError) -> None:
         if not self.result.done():
             self.result.set_exception(error)
-            self.result.exception()  # retrieved, even if nobody waits any more
+            self.result.exception()  # mark as retrieved: the caller may have been cancelled
 
 
 class ChannelDialer:
-    """Links channels of one target, with or without TLS as target and server demand.
+    """Links channels of one target, with or without TLS as target and server require.
 
     Args:
-        target: whose channels.
-        timeouts: patience.
+        target: the server.
+        timeouts: for each stage.
 
     Raises:
         UsageError: the target's proxy, CA or host subject is malformed.
@@ -211,8 +210,8 @@ class ChannelDialer:
         self._context: ssl.SSLContext | None = None
         if target.tls_port is not None:
             self._context = tls.client_context(ca=target.ca, check_hostname=self._host_subject is None)
-        self._demanded = False
-        """The server wanted TLS for a channel: all that follow use it."""
+        self._tls_required = False
+        """The server has required TLS for a channel: all further channels use it."""
 
     async def link(
         self,
@@ -226,16 +225,16 @@ class ChannelDialer:
         """Connect, link and authenticate one channel.
 
         Args:
-            channel_type: which kind.
-            number: which of its kind.
+            channel_type: the type of the channel.
+            number: its number among the channels of this type.
             connection_id: 0 for the main channel, otherwise the session id.
-            capabilities: bit numbers of this channel type.
-            progress: called when each stage begins.
+            capabilities: bit numbers of our capabilities of this channel type.
+            progress: called at the start of each stage.
 
         Raises:
-            TargetError: it did not come about; LinkFailure if the server refused the link.
-            UsageError: the host cannot be asked of the proxy.
-            RemoteProtocolError: the server left the protocol.
+            TargetError: a stage failed; LinkFailure if the server refused the link.
+            UsageError: the host is not valid in a request to the proxy.
+            RemoteProtocolError: the server violated the protocol.
         """
         client = LinkClient.for_channel(
             channel_type,
@@ -244,35 +243,38 @@ class ChannelDialer:
             capabilities=[*capabilities],
             password=self._target.password,
         )
-        secured = self._wants_tls(channel_type)
+        secured = self._needs_tls(channel_type)
         try:
             return await self._link(client, secured, progress)
         except LinkFailure as error:
             if secured or error.error is not LinkError.NEED_SECURED or self._target.tls_port is None:
                 raise
-        # The server wants TLS for this channel, as spice-gtk expects it to say: nothing secret was sent so far.
-        self._demanded = True
+        # The server requires TLS for this channel, and says so as spice-gtk expects. No secret has been sent yet.
+        self._tls_required = True
         client = LinkClient(client.mess, client.password, client.name)
         return await self._link(client, True, progress)
 
-    def _wants_tls(self, channel_type: ChannelType) -> bool:
+    def _needs_tls(self, channel_type: ChannelType) -> bool:
         target = self._target
         if target.unix_path is not None:
             return False
         must = not target.secure_channels.isdisjoint({str(channel_type), "all"})
         if must and target.tls_port is None:
             raise TargetError(
-                f"{target}: secure-channels demands TLS for the channel {channel_type}, and there is no TLS port",
+                f"{target}: secure-channels requires TLS for the channel {channel_type}, and there is no TLS port",
                 reason=Reason.NEEDS_TLS,
-                remedy="the VM's SPICE server needs a TLS port, and the .vv file a tls-port",
+                remedy="give the VM's SPICE server a TLS port, and the .vv file a tls-port",
             )
-        return must or target.port is None or self._demanded
+        return must or target.port is None or self._tls_required
 
     async def _link(self, client: LinkClient, secured: bool, progress: Progress | None) -> LinkedChannel:
-        linker = _Linker(client)
+        linker = _LinkReader(client)
         address = self._address(secured)
         if progress is not None:
-            progress(Stage.REACH, str(address) if self._proxy is None else f"{address} by way of {self._proxy.address}")
+            progress(
+                Stage.REACH,
+                str(address) if self._proxy is None else f"{address} through the proxy {self._proxy.address}",
+            )
         try:
             if secured:
                 await self._start_tls(linker.connection, address, progress)
@@ -288,7 +290,7 @@ class ChannelDialer:
             raise
         return LinkedChannel(linker.connection, result, local=isinstance(address, UnixAddress))
 
-    async def _result(self, linker: _Linker) -> LinkResult:
+    async def _result(self, linker: _LinkReader) -> LinkResult:
         client = linker.client
         try:
             async with asyncio.timeout(self._timeouts.handshake):
@@ -297,7 +299,7 @@ class ChannelDialer:
             raise LinkFailure(
                 f"{client.name}: no {client.phase.removeprefix('a ')} within {self._timeouts.handshake:g} s",
                 reason=Reason.TIMED_OUT,
-                remedy="check that the port is the VM's SPICE port; look into the log of QEMU on the VM's host",
+                remedy="check that the port is the VM's SPICE port; read QEMU's log on the VM's host",
                 error=None,
                 phase=client.phase,
             ) from None
@@ -330,29 +332,29 @@ class ChannelDialer:
         if progress is not None:
             progress(Stage.TLS, where)
         try:
-            # The host may be no name at all, but a proxy's ticket: it is for TLS only if it is what TLS checks.
+            # The host may not be a name, but a proxy's ticket: pass it to TLS only if TLS checks it.
             name = without_zone(host) if subject is None else ""
             await start(sock, connection, tls=self._context, server_hostname=name, timeout=self._timeouts.handshake)
         except ssl.SSLCertVerificationError as error:
             certificate = await self._read_certificate(address)
-            raise tls.refused_certificate(where, host, error, certificate) from error
+            raise tls.certificate_error(where, host, error, certificate) from error
         except OSError as error:
-            raise tls.failed(where, error) from error
+            raise tls.handshake_error(where, error) from error
         except ValueError as error:
             raise TargetError(
-                f"TLS to {where}: {host[:200]!r} is not a name that a certificate can hold",
+                f"TLS to {where}: {host[:200]!r} is not a valid name in a certificate",
                 reason=Reason.TLS_WRONG_HOST,
-                remedy=f"give {tls.subject_option(None)}",
+                remedy=tls.subject_remedy("give"),
             ) from error
         if subject is not None:
             assert connection.tls is not None
             presented = tls.peer_certificate(connection.tls)
             if presented is None or not subject.matches(presented):
-                raise tls.wrong_subject(where, subject, presented)
+                raise tls.subject_error(where, subject, presented)
 
     async def _read_certificate(self, address: TcpAddress | UnixAddress) -> x509.Certificate | None:
-        """The certificate that was just refused, for the message: a failed handshake does not show it."""
-        connection = Connection(_Nobody(), lambda error: None)
+        """Return the refused certificate, for the message: a failed handshake does not have it. None if unreadable."""
+        connection = Connection(_DiscardReader(), lambda error: None)
         try:
             sock = await self._reach(address)
             context = tls.inspection_context()
@@ -364,14 +366,14 @@ class ChannelDialer:
             connection.abort()
 
 
-class _Nobody:
-    """The reader of a connection that carries nothing."""
+class _DiscardReader:
+    """The reader of a connection whose data is not needed."""
 
     def data_received(self, data: memoryview) -> None:
-        """Drop it."""
+        """Drop the data."""
 
     def pause_writing(self) -> None:
-        """Nothing is written."""
+        """Do nothing: nothing is written."""
 
     def resume_writing(self) -> None:
-        """Nothing is written."""
+        """Do nothing: nothing is written."""

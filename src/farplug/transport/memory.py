@@ -1,7 +1,7 @@
-"""A pair of ports that are connected to each other in memory: what one writes, the other's listener gets.
+"""A pair of ports, connected in memory: the listener of each receives what the other writes.
 
-They behave like sockets on purpose: bytes arrive later, in pieces of another size than they were written in, in a
-buffer that is used again at once.
+They behave like sockets on purpose: bytes arrive later, in pieces of another size than written, and in a buffer that is
+reused at once.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
-from farplug.errors import FarplugError, GuestGoneError, LocalProtocolError
+from farplug.errors import FarplugError, GuestGoneError, StateError
 from farplug.transport.connection import HIGH_WATER, LOW_WATER
 from farplug.transport.port import Port, PortListener
 from farplug.usb.types import Buffer
 
 PIECE = 64 << 10
-"""Bytes that are delivered at once."""
+"""The most bytes that are delivered at once."""
 
 
 class MemoryPort(Port):
-    """One end of a pair; made by :func:`memory_ports`. Both ends may be opened again after a close."""
+    """One end of a pair from :func:`memory_ports`. Both ends may be opened again after a close."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -34,7 +34,7 @@ class MemoryPort(Port):
 
     async def open(self, listener: PortListener) -> None:
         if self._listener is not None:
-            raise LocalProtocolError(f"port {self.name} is open already")
+            raise StateError(f"port {self.name} is open already")
         self._listener = listener
         self._reading_paused = self._writer_paused = False
         self._schedule()
@@ -76,7 +76,7 @@ class MemoryPort(Port):
 
     @property
     def peer(self) -> MemoryPort:
-        """The other end."""
+        """Return the other end."""
         assert self._peer is not None
         return self._peer
 
@@ -122,8 +122,9 @@ class MemoryPort(Port):
 
 
 def memory_ports(name: str = "memory") -> tuple[MemoryPort, MemoryPort]:
-    """Two ports connected to each other, for a device's side and for a guest's side. Bytes written to an end whose peer
-    is not open yet wait for it.
+    """Return two connected ports, for the side of the device and the side of the guest.
+
+    Bytes that are written before the other end is open are delivered when it opens.
     """
     device_side, guest_side = MemoryPort(name), MemoryPort(f"{name} (guest)")
     device_side._peer, guest_side._peer = guest_side, device_side

@@ -1,4 +1,4 @@
-"""A port: one usbredir byte stream into a guest. One device fits in."""
+"""A port: one usbredir byte stream into a guest, for one device."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from farplug.usb.types import Buffer
 
 
 class PortListener(Protocol):
-    """Who reads a port's bytes. Called on the event loop, like :class:`asyncio.Protocol`."""
+    """The receiver of a port's bytes. Its methods are called on the event loop, as in :class:`asyncio.Protocol`."""
 
     def data_received(self, data: memoryview) -> None:
-        """Bytes arrived. The view is valid only during the call."""
+        """Process received bytes. The view is valid only during the call."""
 
     def pause_writing(self) -> None:
-        """The output queue is above its high-water mark: stop producing."""
+        """Stop writing: the output queue is above its high-water mark."""
 
     def resume_writing(self) -> None:
-        """The output queue is below its low-water mark again."""
+        """Continue to write: the output queue is below its low-water mark again."""
 
     def port_closed(self, error: FarplugError | None) -> None:
-        """The port is closed; called once, last. None if we closed it or the guest closed it in good order."""
+        """Called once, last: the port is closed. None if we closed it, or the guest ended the stream regularly."""
 
 
 class Port(ABC):
     """One usbredir byte stream. SPICE: one per usbredir channel; TCP and UNIX sockets: one.
 
-    A port may be opened again after it was closed, where its transport can: a SPICE channel, a socket that we connect.
+    A port may be opened again after it was closed.
 
     Attributes:
-        name: short and unique in its guest, for people: ``usbredir 0``, ``tcp``.
-        compress: a hint: False while what is sent must not wait for the processor (isochronous data).
-        loses_wakeups: what was sent while the VM was paused lies there also when it goes on, until more is sent.
-        keeps_unread: the first message that was sent while the VM was paused stays in the transport when the port is
-            closed, and the guest reads it as the beginning of the next connection.
+        name: a short name, unique in its guest: ``usbredir 0``, ``tcp``.
+        compress: a hint: False while the sent data must not be delayed by compression (isochronous data).
+        loses_wakeups: data that is sent while the VM is paused stays unread after the pause, until more data is sent.
+        keeps_unread: the first message that is sent while the VM is paused stays in the transport when the port is
+            closed, and the guest reads it at the start of the next connection.
     """
 
     name: str
@@ -44,37 +44,39 @@ class Port(ABC):
     keeps_unread: bool = False
 
     def __str__(self) -> str:
-        """Return where it leads, for messages: an address if it has one of its own."""
+        """Return the port for messages: its address, if it has its own, or its name."""
         return self.name
 
     @abstractmethod
     async def open(self, listener: PortListener) -> None:
-        """Connect, and deliver everything that arrives to ``listener``.
+        """Connect, and deliver received bytes to ``listener``.
 
         Raises:
-            TargetError: it cannot be reached.
-            PortError: somebody else uses it.
+            StateError: the port is open, or was closed before it was open.
+            TargetError: the guest cannot be reached.
+            PortError: another client uses the port.
+            GuestGoneError: the session ended before the port was open.
         """
 
     @abstractmethod
     def write(self, buffers: list[Buffer]) -> None:
-        """Send buffers in order, as one message, without joining what need not be joined.
+        """Send buffers in order, as one message, without unnecessary copies.
 
-        Ignored once the port is closed.
+        Does nothing on a closed port.
         """
 
     @abstractmethod
     def pause_reading(self) -> None:
-        """Deliver nothing until :meth:`resume_reading`: the guest's output backs up in the transport."""
+        """Stop reading until :meth:`resume_reading`: the guest's output is queued in the transport."""
 
     @abstractmethod
     def resume_reading(self) -> None:
-        """Deliver again."""
+        """Read again."""
 
     @abstractmethod
     async def close(self) -> None:
-        """Send what is queued (within a bounded time), then close. Does nothing on a closed port."""
+        """Send the queued data (within a bounded time), then close. Does nothing on a closed port."""
 
     @abstractmethod
     def abort(self) -> None:
-        """Close at once; what is queued is lost."""
+        """Close at once; queued data is lost."""

@@ -1,6 +1,6 @@
-"""HTTP proxies: a tunnel by CONNECT (RFC 9110, section 9.3.6), as Proxmox's ``.vv`` files ask for.
+"""HTTP proxies: a tunnel by CONNECT (RFC 9110, section 9.3.6), which ``.vv`` files of Proxmox need.
 
-The host in CONNECT goes to the proxy as it stands in the ``.vv`` file: for Proxmox it is a ticket, not a name.
+The host in CONNECT is that of the ``.vv`` file, unchanged: for Proxmox it is a ticket, not a name.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from farplug.text import printable
 from farplug.transport.connection import TcpAddress
 
 DEFAULT_PORT = 3128
-"""The port of a proxy that names none (spice-gtk's default, too)."""
+"""The default port of a proxy, as in spice-gtk."""
 MAX_REPLY = 16 << 10
-"""The largest header of a proxy's reply that we take, in bytes."""
+"""The largest header of a proxy's reply that we accept, in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class HttpProxy:
-    """Where an HTTP proxy is, and what it asks for.
+    """An HTTP proxy.
 
     Attributes:
         address: of the proxy.
-        credentials: ``user:password``; None if it asks for none.
+        credentials: ``user:password``; None if the proxy needs none.
     """
 
     address: TcpAddress
@@ -38,7 +38,7 @@ class HttpProxy:
 
     @classmethod
     def parse(cls, url: str) -> Self:
-        """Parse ``[http://][user:password@]host[:port][/]``. Raises UsageError, which never names the password."""
+        """Parse ``[http://][user:password@]host[:port][/]``. Raises UsageError, never with the password in it."""
         scheme, separator, rest = url.partition("://")
         if not separator:
             scheme, rest = "http", url
@@ -46,10 +46,10 @@ class HttpProxy:
             raise _bad("it has no scheme")
         if scheme.lower() != "http":
             raise UsageError(
-                f"a proxy by {scheme[:20]} is not supported, only by http", reason=Reason.BAD_TARGET, remedy=_REMEDY
+                f"{scheme[:20]} proxies are not supported, only http", reason=Reason.BAD_TARGET, remedy=_REMEDY
             )
         if re.search(r"[\x00-\x20\x7f]", rest):
-            raise _bad("it holds a space or a control character")
+            raise _bad("it contains a space or a control character")
         authority = re.split("[/?#]", rest, maxsplit=1)[0]
         if rest[len(authority) :] not in ("", "/"):
             raise _bad("nothing may follow the port")
@@ -66,10 +66,10 @@ class HttpProxy:
         return cls(TcpAddress(host, DEFAULT_PORT if port is None else port), f"{user}:{password}" if at else None)
 
     def connect_request(self, target: TcpAddress) -> bytes:
-        """The CONNECT request. Raises UsageError if the target's host cannot stand in one."""
+        """Return the CONNECT request. Raises UsageError if the target's host is not valid in a request."""
         if not re.fullmatch(r"[\x21-\x7e]+", target.host):
             raise UsageError(
-                "the host holds characters that cannot stand in a request to a proxy",
+                "the host contains characters that are not valid in a request to a proxy",
                 reason=Reason.BAD_TARGET,
                 remedy="check the .vv file",
             )
@@ -88,17 +88,17 @@ def _bad(why: str) -> UsageError:
 
 
 async def open_tunnel(sock: socket.socket, proxy: HttpProxy, target: TcpAddress, timeout: float) -> None:
-    """Make a socket that is connected to a proxy lead to the target.
+    """Open a tunnel to the target on a socket that is connected to a proxy.
 
     Args:
         sock: connected to the proxy, non-blocking. The caller closes it on failure.
-        proxy: who is asked.
-        target: where the tunnel leads.
+        proxy: the proxy.
+        target: the end of the tunnel.
         timeout: seconds.
 
     Raises:
-        UsageError: the target's host cannot stand in a request.
-        TargetError: the proxy refused, or does not answer like one.
+        UsageError: the target's host is not valid in a request.
+        TargetError: the proxy refused the tunnel, or its reply is not valid.
     """
     request = proxy.connect_request(target)
     loop = asyncio.get_running_loop()
@@ -108,28 +108,28 @@ async def open_tunnel(sock: socket.socket, proxy: HttpProxy, target: TcpAddress,
             await loop.sock_sendall(sock, request)
             while (end := _end_of_header(reply)) < 0:
                 if len(reply) >= MAX_REPLY:
-                    raise _error(proxy, f"its reply's header is larger than {MAX_REPLY} bytes")
+                    raise _error(proxy, f"the header of its reply is larger than {MAX_REPLY} bytes")
                 data = await loop.sock_recv(sock, 4096)
                 if not data:
                     raise _error(proxy, f"it closed the connection after {len(reply)} bytes of its reply")
                 reply += data
                 if not reply.startswith(b"HTTP/"[: len(reply)]):
-                    raise _error(proxy, f"its answer is not HTTP, and begins with {bytes(reply[:16])!r}")
+                    raise _error(proxy, f"its reply is not HTTP, and begins with {bytes(reply[:16])!r}")
     except TimeoutError:
-        raise _error(proxy, f"no answer to CONNECT within {timeout:g} s") from None
+        raise _error(proxy, f"no reply to CONNECT within {timeout:g} s") from None
     except OSError as error:
         raise _error(proxy, f"the connection broke: {error.strerror or error}") from error
     status = bytes(reply.splitlines()[0]).decode("latin-1")
     line = printable(status, 200)
     match = re.match(r"HTTP/1\.[0-9] ([0-9]{3})\b", line)
     if match is None:
-        raise _error(proxy, f"its answer is malformed: {line}")
+        raise _error(proxy, f"its reply is malformed: {line}")
     if match[1] == "407":
         raise _error(proxy, f"it requires a password: {line}", _REMEDY)
     if not match[1].startswith("2"):
-        raise _error(proxy, f"it refused the tunnel: {line}", "if the .vv file is old, fetch a new one: it expires")
+        raise _error(proxy, f"it refused the tunnel: {line}", "if the .vv file is old, get a new one: it expires")
     if len(reply) > end:
-        raise _error(proxy, f"{len(reply) - end} bytes came through the tunnel before anything was sent")
+        raise _error(proxy, f"{len(reply) - end} bytes came through the tunnel before we sent anything")
 
 
 def _end_of_header(reply: bytearray) -> int:

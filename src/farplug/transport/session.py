@@ -1,4 +1,4 @@
-"""A session: a connection to one VM, with the usbredir ports that it has."""
+"""A session: a connection to one VM, with its usbredir ports."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class Session(ABC):
     """A connection to a VM.
 
     Attributes:
-        ports: where devices fit in, in the order in which they are used.
-        name: the VM's name; empty if the VM does not give one.
-        uuid: the VM's UUID; empty if the VM does not give one.
-        exclusive: the server serves one client at a time: this session has ended any other.
-        reached: the VM's side has answered. Otherwise only opening a port reaches it.
-        no_port_remedy: how the VM gets more ports.
+        ports: the ports for devices, in the order in which they are used.
+        name: the VM's name; empty if unknown.
+        uuid: the VM's UUID; empty if unknown.
+        exclusive: the server serves one client at a time: this session has ended the session of another client.
+        reached: the server has answered. Otherwise the first contact is when a port is opened.
+        no_port_remedy: how to give the VM more ports.
     """
 
     ports: Sequence[Port]
@@ -31,8 +31,8 @@ class Session(ABC):
 
     @abstractmethod
     async def closed(self) -> FarplugError | None:
-        """Wait until the session has ended as a whole; return why, or None if :meth:`close` ended it."""
+        """Wait until the session has ended. Returns the error, or None if :meth:`close` ended the session."""
 
     @abstractmethod
     async def close(self) -> None:
-        """Close the ports, then the session. The devices should be detached before."""
+        """Close the ports, then the session. Detach the devices before."""

@@ -11,10 +11,10 @@ from farplug.errors import (
     FarplugError,
     GuestGoneError,
     InternalError,
-    LocalProtocolError,
     PortError,
     Reason,
     RemoteProtocolError,
+    StateError,
     TargetError,
 )
 from farplug.spice.link import LinkFailure, LinkPhase
@@ -29,25 +29,25 @@ from farplug.usb.types import Buffer
 log = logging.getLogger(__name__)
 
 SETTLE_TIME = 0.3
-"""Seconds in which a server that links a channel and then finds it in use closes it.
+"""Seconds to wait after a link: a server that has linked a channel in use closes the channel in this time.
 
-A free channel's first bytes, mostly PINGs, end the wait.
+The first bytes of a free channel, mostly PINGs, end the wait.
 """
-FOLLOW_TIME = 0.3
-"""Seconds that the end of a channel waits for the end of the whole session, which explains it.
+SESSION_END_TIMEOUT = 0.3
+"""Seconds from the end of a channel in which the session may end, too, and give the cause.
 
-A server that another client takes over closes the usbredir channels first, and the main channel a moment later.
+When another client takes over a server, the server closes the usbredir channels first, and the main channel later.
 """
 BUSY_RETRIES = 5
-"""How often a channel that we closed ourselves is tried again: the server may not have noticed yet."""
+"""The number of retries for a channel that we closed ourselves: the server may not have noticed the close yet."""
 
 
 class PortSession(Protocol):
-    """What a port needs of its session: :class:`~farplug.transport.spice_session.SpiceSession`.
+    """The session of a port, a :class:`~farplug.transport.spice_session.SpiceSession`.
 
     Attributes:
-        session_id: the server's.
-        ended: resolves when the session has ended: to None if we closed it, else to the error.
+        session_id: the server's id of the session.
+        ended: resolves when the session has ended: to None if we closed it, otherwise to the error.
     """
 
     session_id: int
@@ -59,8 +59,8 @@ class SpicePort(Port):
 
     Attributes:
         number: the channel's id.
-        compress: compress what is worth it, if the server can. Turn it off before :meth:`open` or while open, for a
-            device with isochronous endpoints.
+        compress: compress what becomes smaller, if the server supports it. Set it to False, before :meth:`open` or
+            later, for a device with isochronous endpoints.
     """
 
     loses_wakeups = True
@@ -77,23 +77,23 @@ class SpicePort(Port):
         self._linked: LinkedChannel | None = None
         self._channel: VmcChannel | None = None
         self._settled: asyncio.Future[None] | None = None
-        """Only while open() waits: resolves when something arrives, or the channel is closed."""
+        """Only while open() waits: resolves when bytes arrive, or the channel is closed."""
         self._was_open = False
         self._error: FarplugError | None = None
-        self._farewell = ""
-        self._paused = False
-        """The listener asked for no more."""
-        self._choked = False
-        """The output queue is full: nothing is read that could ask for more answers."""
-        self._given_up = False
-        """Closed by us since open() began."""
+        self._close_reason = ""
+        self._listener_paused = False
+        """The listener has paused reading."""
+        self._output_full = False
+        """The output queue is full: reading is paused, as it could make more answers."""
+        self._close_requested = False
+        """close() or abort() was called after open()."""
         self._draining = False
         self._ending: asyncio.Handle | None = None
-        """The channel has ended, and the session may end with it: calls _end()."""
+        """Calls _end() later: the channel has ended, and the session may end too."""
 
     @property
     def compress(self) -> bool:
-        """Compress what is worth it, if the server can."""
+        """Return whether data is compressed, if it becomes smaller and the server supports it."""
         return self._compress
 
     @compress.setter
@@ -104,9 +104,9 @@ class SpicePort(Port):
 
     async def open(self, listener: PortListener) -> None:
         if self._listener is not None:
-            raise LocalProtocolError(f"port {self.name} is open already")
+            raise StateError(f"port {self.name} is open already")
         self._listener = listener
-        self._given_up = False
+        self._close_requested = False
         try:
             tries = 1 + (BUSY_RETRIES if self._was_open else 0)
             while not await self._try_open():
@@ -114,9 +114,9 @@ class SpicePort(Port):
                 if not tries:
                     await self._check_session()
                     raise PortError(
-                        f"{self.name}: the server closed the channel at once: it is in use",
+                        f"{self.name}: the channel is in use: the server closed it at once",
                         reason=Reason.CHANNEL_IN_USE,
-                        remedy="detach what uses the channel, or add another usbredir channel to the VM",
+                        remedy="detach the device that uses the channel, or add a usbredir channel to the VM",
                     )
                 await asyncio.sleep(0.1)
         except BaseException:
@@ -126,8 +126,8 @@ class SpicePort(Port):
         self._was_open = True
 
     async def _try_open(self) -> bool:
-        """Link the channel. False: the server linked it and then closed it, as it does with one in use."""
-        self._check_wanted()
+        """Link the channel. Returns False if the server closed it after the link: the channel is in use."""
+        self._check_open_allowed()
         try:
             linked = await self._dialer.link(
                 ChannelType.USBREDIR,
@@ -136,7 +136,7 @@ class SpicePort(Port):
                 capabilities=VmcChannel.capabilities,
             )
         except TargetError as error:
-            self._check_wanted()
+            self._check_open_allowed()
             if not isinstance(error, LinkFailure):
                 raise
             absent = error.error is None and error.phase is LinkPhase.REPLY and error.reason is Reason.LINK_REFUSED
@@ -144,17 +144,17 @@ class SpicePort(Port):
                 await self._check_session()
             if absent or error.error is LinkError.CHANNEL_NOT_AVAILABLE:
                 raise PortError(
-                    f"{error.message}: the channel is in use, or was taken out of the VM",
+                    f"{error.message}: the channel is in use, or was removed from the VM",
                     reason=Reason.CHANNEL_IN_USE,
                     remedy="use another port, or connect again",
                 ) from error
             raise
         try:
-            self._check_wanted()  # what ends the session while the channel is linked does not know of it yet
+            self._check_open_allowed()  # the session may have ended during the link: it does not close this channel
         except BaseException:
             linked.connection.abort()
             raise
-        self._error, self._farewell, self._paused, self._choked = None, "", False, False
+        self._error, self._close_reason, self._listener_paused, self._output_full = None, "", False, False
         self._channel = VmcChannel(self.name, linked.link, local=linked.local)
         self._channel.compress = self._compress
         self._linked = linked
@@ -171,21 +171,21 @@ class SpicePort(Port):
             if isinstance(self._error, GuestGoneError):
                 await self._check_session()
             raise self._error
-        self._check_wanted()
+        self._check_open_allowed()
         return False
 
     async def _check_session(self) -> None:
-        """Raise what ended the session, if that happens a moment after the end of a channel that opens."""
-        await asyncio.wait([self._session.ended], timeout=FOLLOW_TIME)
-        self._check_wanted()
+        """Raise the error that ended the session, if the session ends within SESSION_END_TIMEOUT."""
+        await asyncio.wait([self._session.ended], timeout=SESSION_END_TIMEOUT)
+        self._check_open_allowed()
 
-    def _check_wanted(self) -> None:
-        """Raise if the session has ended, or the port was closed, while it opens."""
+    def _check_open_allowed(self) -> None:
+        """Raise the session's error if it has ended, or StateError if the port was closed during open()."""
         closed = self._session.ended
         if closed.done():
             raise closed.result() or GuestGoneError(f"{self.name}: the session is closed")
-        if self._given_up:
-            raise LocalProtocolError(f"port {self.name} was closed before it was open")
+        if self._close_requested:
+            raise StateError(f"port {self.name} was closed before it was open")
 
     def write(self, buffers: list[Buffer]) -> None:
         if self._channel is not None and self._linked is not None:
@@ -193,40 +193,40 @@ class SpicePort(Port):
             self._linked.connection.write(self._channel.data_to_send())
 
     def pause_reading(self) -> None:
-        self._paused = True
+        self._listener_paused = True
         if self._linked is not None:
             self._linked.connection.pause_reading()
 
     def resume_reading(self) -> None:
-        if self._paused:
-            self._paused = False
-            # Not from here: the caller may be inside data_received.
+        if self._listener_paused:
+            self._listener_paused = False
+            # Not directly: the caller may be inside data_received.
             asyncio.get_running_loop().call_soon(self._resume)
 
     def _resume(self) -> None:
-        # What was received before the pause comes first. New bytes would overwrite it.
+        # First the bytes from before the pause: new bytes would overwrite them.
         self._drain()
-        if not self._paused and not self._choked and self._linked is not None:
+        if not self._listener_paused and not self._output_full and self._linked is not None:
             self._linked.connection.resume_reading()
 
     async def close(self) -> None:
-        self._given_up = True
+        self._close_requested = True
         if self._ending is not None:
             self._end()
         if self._linked is not None:
-            if self._settled is not None:  # open() still waits: nothing was sent
+            if self._settled is not None:  # open() still waits: no data was sent
                 self._linked.connection.abort()
             await self._linked.connection.close(self._timeouts.flush)
 
     def abort(self) -> None:
-        self._given_up = True
+        self._close_requested = True
         if self._ending is not None:
             self._end_after(0)
         elif self._linked is not None:
             self._linked.connection.abort()
 
     def session_ended(self, error: FarplugError | None) -> None:
-        """The main channel is gone, and with it this one."""
+        """Close the channel: the session has ended."""
         if self._ending is not None:
             self._error = error or self._error
             self._end_after(0)
@@ -237,7 +237,7 @@ class SpicePort(Port):
     # the channel
 
     def data_received(self, data: memoryview) -> None:
-        """Bytes of the channel."""
+        """Process bytes of the channel."""
         if self._settled is not None and not self._settled.done():
             self._settled.set_result(None)
         if self._channel is not None:
@@ -245,17 +245,17 @@ class SpicePort(Port):
             self._drain()
 
     def pause_writing(self) -> None:
-        """The output queue is full."""
-        self._choked = True
+        """Pause reading and the listener's writing: the output queue is full."""
+        self._output_full = True
         if self._linked is not None:
             self._linked.connection.pause_reading()
         if self._listener is not None:
             self._listener.pause_writing()
 
     def resume_writing(self) -> None:
-        """The output queue is short again."""
-        self._choked = False
-        asyncio.get_running_loop().call_soon(self._resume)  # after a drain that the caller may be inside of
+        """Resume reading and the listener's writing."""
+        self._output_full = False
+        asyncio.get_running_loop().call_soon(self._resume)  # later: the caller may be inside _drain()
         if self._listener is not None:
             self._listener.resume_writing()
 
@@ -265,7 +265,7 @@ class SpicePort(Port):
             return
         self._draining = True
         try:
-            while not self._paused and linked.connection.is_open:
+            while not self._listener_paused and linked.connection.is_open:
                 event = channel.next_event()
                 if event is None:
                     break
@@ -273,25 +273,25 @@ class SpicePort(Port):
                     case memoryview():
                         listener.data_received(event)
                     case Disconnecting(_, reason):
-                        self._farewell = f", with {reason}"
+                        self._close_reason = f", with {reason}"
                     case Notify():
                         log_notice(self.name, event)
                     case Migrate():
                         linked.connection.write(channel.data_to_send())
-                        self._break(
+                        self._fail(
                             GuestGoneError(
-                                f"{self.name}: the VM moves to another host: the session cannot follow",
+                                f"{self.name}: the VM moves to another host, and the session ends",
                                 remedy="connect again, to the new host",
                             )
                         )
         except RemoteProtocolError as error:
-            self._break(error)
+            self._fail(error)
         finally:
             self._draining = False
         if answers := channel.data_to_send():
             linked.connection.write(answers)
 
-    def _break(self, error: FarplugError) -> None:
+    def _fail(self, error: FarplugError) -> None:
         self._error = error
         if self._linked is not None:
             self._linked.connection.abort()
@@ -303,12 +303,12 @@ class SpicePort(Port):
         why = error if isinstance(error, InternalError) else self._error
         untouched = settled is not None and not settled.done()
         if why is None and not linked.connection.closing and not untouched:
-            how = "the SPICE server closed the channel" if error is None else broken(error)
+            how = "the SPICE server closed the channel" if error is None else describe_broken(error)
             why = GuestGoneError(
-                f"{self.name}: {how}{self._farewell}",
-                remedy="the VM may have stopped, or the channel was taken out of it",
+                f"{self.name}: {how}{self._close_reason}",
+                remedy="check that the VM still runs and has the channel",
             )
-        if settled is not None:  # open() still waits: it says why
+        if settled is not None:  # open() still waits, and raises the error
             self._linked, self._channel, self._error = None, None, why
             if untouched:
                 settled.set_result(None)
@@ -316,12 +316,12 @@ class SpicePort(Port):
         ended_by_server = why is not None and self._error is None
         self._error = why
         if ended_by_server and not self._session.ended.done():
-            self._end_after(FOLLOW_TIME)
+            self._end_after(SESSION_END_TIMEOUT)
         else:
             self._end()
 
     def _end_after(self, seconds: float) -> None:
-        """Report the end of the channel later; at once with 0, but not from within the caller."""
+        """Report the end of the channel later; with 0 in the next turn of the event loop."""
         if self._ending is not None:
             self._ending.cancel()
         self._ending = asyncio.get_running_loop().call_later(seconds, self._end)
@@ -340,13 +340,13 @@ class SpicePort(Port):
         self._listener = self._linked = self._channel = self._settled = None
 
 
-def broken(error: Exception) -> str:
-    """Return in words that a connection ended with an error."""
+def describe_broken(error: Exception) -> str:
+    """Return the text for a connection that ended with an error."""
     code = error.errno if isinstance(error, OSError) else None
     return f"the connection broke: {os.strerror(code) if code else error}"
 
 
 def log_notice(name: str, notice: Notify) -> None:
-    """Log a notice of the server, under the name of the channel on which it came."""
+    """Log a notice of the server, with the name of its channel."""
     level = logging.INFO if notice.severity == 0 else logging.WARNING
     log.log(level, "%s: notice of the server: %s", name, notice.text)

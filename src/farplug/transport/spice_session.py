@@ -1,6 +1,6 @@
-"""A SPICE session: the main channel, kept alive. Its usbredir channels are ports.
+"""A SPICE session: the main channel. Its usbredir channels are ports.
 
-How a channel is reached is in :mod:`farplug.transport.dialer`, a port in :mod:`farplug.transport.spice_port`.
+:mod:`farplug.transport.dialer` connects channels, :mod:`farplug.transport.spice_port` has the ports.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from farplug.transport.connection import Timeouts
 from farplug.transport.dialer import ChannelDialer, LinkedChannel, Progress, SpiceTarget, Stage
 from farplug.transport.port import Port
 from farplug.transport.session import Session
-from farplug.transport.spice_port import SpicePort, broken, log_notice
+from farplug.transport.spice_port import SpicePort, describe_broken, log_notice
 
 _MAIN_MESSAGES: dict[int, int] = {
     ServerMessage.MAIN_INIT: 256,
@@ -38,7 +38,7 @@ _MAIN_MESSAGES: dict[int, int] = {
     ServerMessage.MAIN_NAME: 64 << 10,
     ServerMessage.MAIN_UUID: 64,
 }
-"""The main channel's messages that we read, and the largest body of each that we take, in bytes."""
+"""The messages of the main channel that we read, and the largest body of each that we accept, in bytes."""
 
 
 NO_CHANNEL_REMEDY = """\
@@ -50,16 +50,16 @@ add one to the VM, one for each device:
 class SpiceSession(Session):
     """A session with a VM's SPICE server. Made by :meth:`connect`.
 
-    SPICE serves one client at a time: a new session ends the one before.
+    A SPICE server serves one client at a time: a new session ends the previous one.
 
     Attributes:
-        target: how it was reached.
-        name: the VM's, if the server told; else empty.
-        uuid: the VM's, if the server told; else empty.
-        session_id: the server's.
-        channels: all that the server offers, sorted.
-        ports: one per usbredir channel, in the order of their numbers.
-        ended: resolves when the session has ended: to None if we closed it, else to the error. It never raises.
+        target: the server.
+        name: the VM's name; empty if the server does not send it.
+        uuid: the VM's UUID; empty if the server does not send it.
+        session_id: the server's id of the session.
+        channels: all channels of the server, sorted.
+        ports: one for each usbredir channel, in the order of their numbers.
+        ended: resolves when the session has ended: to None if we closed it, otherwise to the error. It never raises.
     """
 
     exclusive = True
@@ -79,7 +79,7 @@ class SpiceSession(Session):
         self._timeouts = timeouts
         self._usbredir_ports: list[SpicePort] = []
         self._listed: asyncio.Future[None] = loop.create_future()
-        self._farewell = ""
+        self._close_reason = ""
         self._channel = Channel("main", mini_header=main.link.mini_header, stored=_MAIN_MESSAGES)
         self._connection = main.connection
         main.start(self, self._lost)
@@ -88,17 +88,17 @@ class SpiceSession(Session):
     async def connect(
         cls, target: SpiceTarget, *, progress: Progress | None = None, timeouts: Timeouts | None = None
     ) -> Self:
-        """Reach a SPICE server and learn what channels it has.
+        """Connect to a SPICE server and get its list of channels.
 
         Args:
-            target: where, and by what right.
-            progress: called when each stage begins, with where it leads.
-            timeouts: patience.
+            target: the server, and the credentials.
+            progress: called at the start of each stage, with its address.
+            timeouts: for each stage.
 
         Raises:
-            TargetError: the server cannot be reached, or refuses us.
+            TargetError: the server cannot be reached, or refuses the connection.
             UsageError: the target's password, CA, host subject or proxy is malformed.
-            RemoteProtocolError: the server left the protocol.
+            RemoteProtocolError: the server violated the protocol.
         """
         timeouts = timeouts or Timeouts()
         dialer = ChannelDialer(target, timeouts)
@@ -113,9 +113,9 @@ class SpiceSession(Session):
         except TimeoutError:
             session._connection.abort()
             raise TargetError(
-                f"{target}: the server did not list its channels within {timeouts.handshake:g} s",
+                f"{target}: the server sent no list of channels within {timeouts.handshake:g} s",
                 reason=Reason.TIMED_OUT,
-                remedy="look into the log of QEMU on the VM's host",
+                remedy="read QEMU's log on the VM's host",
             ) from None
         except BaseException:
             session._connection.abort()
@@ -126,10 +126,10 @@ class SpiceSession(Session):
         return await asyncio.shield(self.ended)
 
     async def close(self) -> None:
-        """Close all ports (what they have queued is sent within a bounded time), then the session."""
+        """Close all ports (their queued data is sent within a bounded time), then the session."""
         try:
             await asyncio.gather(*(port.close() for port in self._usbredir_ports))
-        except BaseException:  # cancelled: the ports are closed at once, and so is the session
+        except BaseException:  # cancelled: the ports have closed at once, and so does the session
             self._connection.abort()
             raise
         await self._connection.close(self._timeouts.flush)
@@ -137,7 +137,7 @@ class SpiceSession(Session):
     # the main channel
 
     def data_received(self, data: memoryview) -> None:
-        """Bytes of the main channel."""
+        """Process bytes of the main channel."""
         try:
             self._channel.receive_data(data)
             while (event := self._channel.next_event()) is not None:
@@ -145,7 +145,7 @@ class SpiceSession(Session):
                     case Message(kind, body):
                         self._main_message(kind, body)
                     case Disconnecting(_, reason):
-                        self._farewell = f", with {reason}"
+                        self._close_reason = f", with {reason}"
                     case Notify():
                         log_notice("main", event)
                     case Migrate():
@@ -156,11 +156,11 @@ class SpiceSession(Session):
         self._connection.write(self._channel.data_to_send())
 
     def pause_writing(self) -> None:
-        """The server does not read our answers: ask for no more of them."""
+        """Pause reading: the server does not read our answers."""
         self._connection.pause_reading()
 
     def resume_writing(self) -> None:
-        """It reads again."""
+        """Resume reading: the server reads again."""
         self._connection.resume_reading()
 
     def _main_message(self, kind: int, body: memoryview) -> None:
@@ -190,10 +190,10 @@ class SpiceSession(Session):
             self._listed.set_result(None)
 
     def _migrated(self, where: str) -> None:
-        self._connection.write(self._channel.data_to_send())  # the flush mark, if it was asked for
+        self._connection.write(self._channel.data_to_send())  # the flush mark, if the server requested it
         self._fail(
             GuestGoneError(
-                f"the VM moved to {where}: the session cannot follow",
+                f"the VM moved to {where}, and the session ended",
                 remedy="connect again, to the new host",
             )
         )
@@ -211,23 +211,23 @@ class SpiceSession(Session):
             elif self._connection.closing:
                 self.ended.set_result(None)
             else:
-                how = "the SPICE server closed the session" if error is None else broken(error)
+                how = "the SPICE server closed the session" if error is None else describe_broken(error)
                 self.ended.set_result(
                     GuestGoneError(
-                        f"{self.target}: {how}{self._farewell}",
-                        remedy="the VM may have stopped, or another client has taken the session over: a SPICE server "
-                        "serves one client at a time",
+                        f"{self.target}: {how}{self._close_reason}",
+                        remedy="check that the VM still runs; another client may have taken over the session: a SPICE "
+                        "server serves one client at a time",
                     )
                 )
         reason = self.ended.result()
         if not self._listed.done():
             if isinstance(reason, GuestGoneError) and not self.session_id:
                 reason = TargetError(
-                    f"{self.target}: the server accepted the ticket, then closed the connection{self._farewell}",
+                    f"{self.target}: the server accepted the ticket, then closed the connection{self._close_reason}",
                     reason=Reason.LINK_REFUSED,
-                    remedy="behind a SPICE proxy: check that the VM runs; look into the log of the proxy or of QEMU",
+                    remedy="behind a SPICE proxy: check that the VM runs; read the log of the proxy or of QEMU",
                 )
             self._listed.set_exception(reason or GuestGoneError(f"{self.target}: the session was closed"))
-            self._listed.exception()  # retrieved, whether or not connect() still waits
+            self._listed.exception()  # mark as retrieved: connect() may have been cancelled
         for port in self._usbredir_ports:
             port.session_ended(reason)

@@ -1,4 +1,4 @@
-"""Ports that are one socket: TCP and UNIX sockets that we connect, and TCP sockets that QEMU connects to us."""
+"""Ports on a socket: TCP and UNIX sockets to which we connect, and TCP sockets to which QEMU connects."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
-from farplug.errors import FarplugError, GuestGoneError, InternalError, LocalProtocolError, Reason, TargetError
+from farplug.errors import FarplugError, GuestGoneError, InternalError, Reason, StateError, TargetError
 from farplug.transport.connection import (
     Address,
     Connection,
@@ -25,13 +25,13 @@ from farplug.transport.session import Session
 from farplug.usb.types import Buffer
 
 HELLO_SIZE = 12 + 64
-"""Bytes of the shortest usbredir hello: a header and a version. A peer that sent fewer has said nothing."""
+"""The size of the shortest usbredir hello, a header and a version, in bytes."""
 
-ONE_PORT_REMEDY = "a plain socket carries one device: give the VM another one, and run farplug once for each"
+ONE_PORT_REMEDY = "give the VM another socket (each carries one device), and connect to it separately"
 
 
 class SocketSession(Session):
-    """A VM behind one usbredir byte stream. It is reached when its port is opened."""
+    """A VM behind one usbredir byte stream. The connection is made when its port is opened."""
 
     exclusive = False
     reached = False
@@ -52,7 +52,7 @@ class SocketSession(Session):
 
 
 class _SocketPort(Port):
-    """What the kinds of socket have in common: all but how the socket comes about."""
+    """The common part of socket ports: all but how the socket is connected."""
 
     def __init__(self, name: str, timeouts: Timeouts) -> None:
         self.name = name
@@ -62,7 +62,7 @@ class _SocketPort(Port):
 
     async def open(self, listener: PortListener) -> None:
         if self._listener is not None:
-            raise LocalProtocolError(f"port {self.name} is open already")
+            raise StateError(f"port {self.name} is open already")
         self._listener = listener
         try:
             sock = await self._socket()
@@ -77,7 +77,7 @@ class _SocketPort(Port):
 
     @abstractmethod
     async def _socket(self) -> socket.socket:
-        """A connected socket, non-blocking. Raises TargetError."""
+        """Return a connected socket, non-blocking. Raises TargetError."""
 
     def write(self, buffers: list[Buffer]) -> None:
         if self._connection is not None:
@@ -104,9 +104,9 @@ class _SocketPort(Port):
         self._connection = self._listener = None
         assert connection is not None
         assert listener is not None
-        listener.port_closed(None if connection.closing else self._why(error, connection.received))
+        listener.port_closed(None if connection.closing else self._end_error(error, connection.received))
 
-    def _why(self, error: Exception | None, received: int) -> FarplugError:
+    def _end_error(self, error: Exception | None, received: int) -> FarplugError:
         if isinstance(error, InternalError):
             return error
         if error is None:
@@ -118,14 +118,14 @@ class _SocketPort(Port):
             return TargetError(
                 f"the peer at {self} {what}: it sent no usbredir hello",
                 reason=Reason.UNREACHABLE,
-                remedy="check that it is the address of a usbredir chardev; "
-                "a SPICE server's is spice://HOST:PORT or spice+tls://HOST:PORT",
+                remedy="check that this is the address of a usbredir chardev; "
+                "for a SPICE server use spice://HOST:PORT or spice+tls://HOST:PORT",
             )
         return GuestGoneError(f"the guest at {self} {what}", remedy="check that the VM still runs, then connect again")
 
 
 def _ignore(error: Exception | None) -> None:
-    """A connection that was given up before the port was open has ended."""
+    """Do nothing: the port was closed before it was open."""
 
 
 class StreamPort(_SocketPort):
@@ -133,8 +133,8 @@ class StreamPort(_SocketPort):
 
     Args:
         address: where QEMU listens.
-        name: for people.
-        timeouts: patience.
+        name: the port's, for messages; empty: ``tcp`` or ``unix``.
+        timeouts: for connecting and closing.
     """
 
     def __init__(self, address: Address, *, name: str = "", timeouts: Timeouts | None = None) -> None:
@@ -151,13 +151,13 @@ class StreamPort(_SocketPort):
 class ListenPort(_SocketPort):
     """A TCP socket that QEMU connects to (``-chardev socket,server=off``).
 
-    :meth:`open` waits for one connection as long as it takes. While it is in use, others are refused.
+    :meth:`open` waits without a timeout for one connection. While the port is open, further connections are refused.
 
     Args:
-        address: where to listen. Port 0: any free one; it stays the same for later openings.
-        on_listening: called with the address that is listened on, each time.
-        name: for people.
-        timeouts: patience.
+        address: where to listen. Port 0: any free port, which is kept for later openings.
+        on_listening: called with the address each time that the port listens.
+        name: the port's, for messages.
+        timeouts: for closing.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""TLS to a SPICE server: what is trusted, whose name is checked, and why a handshake failed.
+"""TLS to a SPICE server: trusted certificates, the check of the server's name, errors of the handshake.
 
 A certificate is always checked: against the given CA or the system's, and against the host name or the host subject.
 """
@@ -6,18 +6,14 @@ A certificate is always checked: against the given CA or the system's, and again
 from __future__ import annotations
 
 import re
-import shlex
 import ssl
 from dataclasses import dataclass
 
 from cryptography import x509
 from cryptography.x509.oid import NameOID, ObjectIdentifier
 
-from farplug.errors import Reason, TargetError, UsageError
+from farplug.errors import Reason, Remedy, TargetError, UsageError
 from farplug.text import printable
-
-CA_REMEDY = "--ca-file FILE (ca= in the .vv file)"
-"""How a CA is given."""
 
 _OIDS = {
     **{
@@ -41,11 +37,11 @@ _OIDS = {
         for name in names
     }
 }
-"""Attribute names as OpenSSL spells them, short and long."""
+"""Attribute names of OpenSSL, short and long."""
 _SHORT_NAMES = {oid: name for name, oid in reversed(_OIDS.items())}
 
 _UNREADABLE = (ValueError, x509.InvalidVersion, x509.DuplicateExtension, x509.UnsupportedGeneralNameType)
-"""What reading a hostile certificate raises, at once or when one of its parts is looked at."""
+"""The exceptions for a hostile certificate, when it or one of its parts is read."""
 
 _X509_V_ERR_HOSTNAME_MISMATCH = 62
 _X509_V_ERR_IP_ADDRESS_MISMATCH = 64
@@ -53,10 +49,10 @@ _X509_V_ERR_IP_ADDRESS_MISMATCH = 64
 
 @dataclass(frozen=True, slots=True)
 class HostSubject:
-    """A certificate's subject, to be checked instead of the host name, as spice-gtk does it.
+    """A certificate's subject, which is checked instead of the host name, as in spice-gtk.
 
-    The certificate must have the same attributes in the same order. Values are compared as X509_NAME_cmp compares them:
-    without regard to case and to the number of spaces.
+    The certificate must have the same attributes in the same order. Values are compared as by X509_NAME_cmp, ignoring
+    case and the number of spaces.
     """
 
     attributes: tuple[tuple[ObjectIdentifier, str], ...]
@@ -72,16 +68,16 @@ class HostSubject:
             try:
                 oid = _OIDS[key] if key in _OIDS else ObjectIdentifier(key)
             except ValueError:
-                raise _bad_subject(text, f"{key[:40]!r} is not the name of an attribute") from None
+                raise _bad_subject(text, f"{key[:40]!r} is not an attribute") from None
             if not equals or not value:
                 raise _bad_subject(text, f"attribute {key} has no value")
             if re.search(r"\\(?![\\,])", re.sub(r"\\\\", "", value)):
-                raise _bad_subject(text, r"a backslash may be followed only by another one or a comma")
+                raise _bad_subject(text, r"a backslash is valid only before a backslash or a comma")
             attributes.append((oid, _canonical(re.sub(r"\\(.)", r"\1", value))))
         return cls(tuple(attributes), text)
 
     def matches(self, certificate: x509.Certificate) -> bool:
-        """Whether a certificate has this subject. One that cannot be read has not."""
+        """Return whether a certificate has this subject; False if the certificate cannot be read."""
         try:
             theirs = tuple((item.oid, _canonical(str(item.value))) for item in certificate.subject)
         except _UNREADABLE:
@@ -98,20 +94,18 @@ def _canonical(value: str) -> str:
 
 
 def _bad_subject(text: str, why: str) -> UsageError:
-    return UsageError(
-        f"host subject {text[:200]!r}: {why}", reason=Reason.BAD_TARGET, remedy=f"give {subject_option(None)}"
-    )
+    return UsageError(f"host subject {text[:200]!r}: {why}", reason=Reason.BAD_TARGET, remedy=subject_remedy("give"))
 
 
 def client_context(*, ca: str | None, check_hostname: bool) -> ssl.SSLContext:
-    """What is trusted.
+    """Return a context that checks the server's certificate.
 
     Args:
-        ca: certificates, PEM; None: the system's.
-        check_hostname: let TLS check the host name. If not, the caller checks the subject.
+        ca: certificates to trust, PEM; None: the system's.
+        check_hostname: check the host name. If False, the caller checks the subject.
 
     Raises:
-        UsageError: ``ca`` holds no certificate.
+        UsageError: ``ca`` contains no certificate.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -123,17 +117,17 @@ def client_context(*, ca: str | None, check_hostname: bool) -> ssl.SSLContext:
         context.load_verify_locations(cadata=ca)
     except (ssl.SSLError, ValueError, TypeError):  # ValueError: empty; TypeError: not ASCII
         raise UsageError(
-            "the CA holds no readable certificate",
+            "the CA file contains no readable certificate",
             reason=Reason.BAD_OPTION,
-            remedy=f"give the CA's certificates in PEM with {CA_REMEDY}: they begin with -----BEGIN CERTIFICATE-----",
+            remedy=Remedy("give the CA's certificates in PEM format (ca= in a .vv file)", setting="target.ca_file"),
         ) from None
     return context
 
 
 def inspection_context() -> ssl.SSLContext:
-    """A context that checks nothing, to read a refused certificate for the message about it.
+    """Return a context that checks nothing: it reads a refused certificate for an error message.
 
-    Nothing is sent over it.
+    No data is sent over it.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
@@ -142,7 +136,7 @@ def inspection_context() -> ssl.SSLContext:
 
 
 def peer_certificate(session: ssl.SSLObject) -> x509.Certificate | None:
-    """The peer's certificate; None if it cannot be parsed."""
+    """Return the peer's certificate; None if it cannot be parsed."""
     encoded = session.getpeercert(binary_form=True)
     try:
         return x509.load_der_x509_certificate(encoded) if encoded else None
@@ -150,8 +144,8 @@ def peer_certificate(session: ssl.SSLObject) -> x509.Certificate | None:
         return None
 
 
-def describe(certificate: x509.Certificate | None) -> str:
-    """Whose certificate it is, who says so and until when, in one line."""
+def describe_certificate(certificate: x509.Certificate | None) -> str:
+    """Return a certificate's subject, issuer, names and date of expiry, in one line."""
     unreadable = "a certificate that cannot be read"
     if certificate is None:
         return unreadable
@@ -168,71 +162,81 @@ def describe(certificate: x509.Certificate | None) -> str:
     return ", ".join([who, f"for {printable(', '.join(texts[:8]))}", until] if texts else [who, until])
 
 
-def subject_option(certificate: x509.Certificate | None) -> str:
-    """Return the option, and the key of a ``.vv`` file, that make farplug check a subject instead of the host name.
+def subject_remedy(text: str, certificate: x509.Certificate | None = None) -> Remedy:
+    """Return the remedy to check a subject instead of the host name.
 
     Args:
-        certificate: the option quotes its subject. With None, or a subject that no option can hold, the text has a
-            placeholder and an example.
+        text: the beginning of the remedy, before "the certificate's subject".
+        certificate: the remedy has its subject as value. With None, or a subject that is not valid as a host subject,
+            the text has an example instead.
     """
-    value = "SUBJECT, such as 'O=Lab,CN=vmhost'"
+    value, example = None, ", such as O=Lab,CN=vmhost"
     if certificate is not None:
         try:
             subject = _name(certificate.subject)
             if HostSubject.parse(subject).matches(certificate):
-                value = shlex.quote(subject)
+                value, example = subject, ""
         except (UsageError, *_UNREADABLE):
             pass
-    return f"--host-subject {value} (host-subject= in the .vv file)"
-
-
-def wrong_subject(where: str, expected: HostSubject, certificate: x509.Certificate | None) -> TargetError:
-    """The certificate has another subject than the expected one."""
-    return TargetError(
-        f"TLS to {where}: the server's subject is not {printable(expected.text)}: {describe(certificate)}",
-        reason=Reason.TLS_WRONG_HOST,
-        remedy="check that this is the right host (an old .vv file may name a former one); if it is, give "
-        + subject_option(certificate),
+    return Remedy(
+        f"{text} the certificate's subject{example} (host-subject= in a .vv file)",
+        setting="target.host_subject",
+        value=value,
     )
 
 
-def refused_certificate(
+def subject_error(where: str, expected: HostSubject, certificate: x509.Certificate | None) -> TargetError:
+    """Return the error for a certificate with another subject than expected."""
+    return TargetError(
+        f"TLS to {where}: the server's subject is not {printable(expected.text)}: {describe_certificate(certificate)}",
+        reason=Reason.TLS_WRONG_HOST,
+        remedy=subject_remedy(
+            "check that this is the right host (an old .vv file may name another one); if it is, give", certificate
+        ),
+    )
+
+
+def certificate_error(
     where: str, expected: str, error: ssl.SSLCertVerificationError, certificate: x509.Certificate | None
 ) -> TargetError:
-    """Why a certificate was not taken.
+    """Return the error for a refused certificate.
 
     Args:
         where: host and port.
-        expected: the name that the certificate should bear.
-        error: what TLS said.
-        certificate: the refused one; None if it could not be read.
+        expected: the expected name of the certificate.
+        error: the exception of the handshake.
+        certificate: the refused certificate; None if it could not be read.
     """
-    facts = "" if certificate is None else f": {describe(certificate)}"
+    facts = "" if certificate is None else f": {describe_certificate(certificate)}"
     if error.verify_code in (_X509_V_ERR_HOSTNAME_MISMATCH, _X509_V_ERR_IP_ADDRESS_MISMATCH):
         return TargetError(
             f"TLS to {where}: the server's certificate is not for {expected}{facts}",
             reason=Reason.TLS_WRONG_HOST,
-            remedy="use a name that the certificate bears; or, if this is the right host, give "
-            + subject_option(certificate),
+            remedy=subject_remedy(
+                "use a name of the certificate as the host; or, if this is the right host, give", certificate
+            ),
         )
     return TargetError(
         f"TLS to {where}: the server's certificate is not trusted ({error.verify_message}){facts}",
         reason=Reason.TLS_UNTRUSTED,
-        remedy=f"give the certificate of the CA that issued it: {CA_REMEDY}; QEMU's is ca-cert.pem in its x509-dir",
+        remedy=Remedy(
+            "give the certificate of the CA that issued it (ca= in a .vv file; QEMU's is ca-cert.pem in its x509-dir)",
+            setting="target.ca_file",
+        ),
     )
 
 
-def failed(where: str, error: OSError) -> TargetError:
-    """The handshake failed for another reason than the certificate."""
-    remedy = "look into the log of QEMU on the VM's host"
+def handshake_error(where: str, error: OSError) -> TargetError:
+    """Return the error for a handshake that failed for another reason than the certificate."""
+    remedy = "read QEMU's log on the VM's host"
     if isinstance(error, ssl.SSLError):
         why = (error.reason or str(error)).replace("_", " ").lower()
         if error.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "UNKNOWN_PROTOCOL"):
-            why += ": the port does not speak TLS"
-            remedy = "check the port: a plain SPICE port is reached by spice://"
+            why += ": this is not a TLS port"
+            remedy = "check the port: for a plain SPICE port use spice://HOST:PORT"
     elif isinstance(error, ConnectionError):
         why = "the server closed the connection during the handshake"
-        remedy = "check the port: a plain SPICE port is reached by spice://"
+        remedy = "check the port: for a plain SPICE port use spice://HOST:PORT"
         if "longer than" in str(error):
             why = "the server did not finish the handshake in time"
     else:
@@ -241,9 +245,9 @@ def failed(where: str, error: OSError) -> TargetError:
 
 
 def _name(name: x509.Name) -> str:
-    """A name as :class:`HostSubject` takes it: in the certificate's order."""
+    """Return a name in the notation of :class:`HostSubject`: in the certificate's order."""
     parts = []
     for item in name:
         value = str(item.value).replace("\\", r"\\").replace(",", r"\,")
         parts.append(f"{_SHORT_NAMES.get(item.oid, item.oid.dotted_string)}={value}")
-    return printable(",".join(parts), 300) or "nobody"
+    return printable(",".join(parts), 300) or "(no name)"

@@ -13,10 +13,10 @@ log = logging.getLogger(__name__)
 
 
 def read_vv_file(path: Path) -> VvFile:
-    """Read a ``.vv`` file, and log what is ignored in it as warnings. It stays: see :func:`delete_vv_file`.
+    """Read a ``.vv`` file, and log its warnings. The file is not deleted: see :func:`delete_vv_file`.
 
     Raises:
-        UsageError: it cannot be read, or is malformed.
+        UsageError: the file cannot be read, or is malformed.
     """
     try:
         if not path.is_file():
@@ -28,7 +28,7 @@ def read_vv_file(path: Path) -> VvFile:
         raise UsageError(
             f"{path} cannot be read: {os.strerror(error.errno or 0)}",
             reason=Reason.BAD_VV_FILE,
-            remedy="check the file's permissions, and those of its folder",
+            remedy="check the permissions of the file and of its folder",
         ) from error
     vv = VvFile.parse(data, path=str(path))
     for warning in vv.warnings:
@@ -37,12 +37,12 @@ def read_vv_file(path: Path) -> VvFile:
 
 
 def delete_vv_file(path: Path) -> None:
-    """Delete a ``.vv`` file that asks for it (``delete-this-file=1``): its password serves once.
+    """Delete a ``.vv`` file with ``delete-this-file=1``: its password is valid once.
 
-    Call it when the file is known to be usable. One that cannot be deleted stays, with a warning.
+    Call it after the file was checked. If the file cannot be deleted, log a warning.
     """
     try:
         path.unlink()
-        log.info("%s deleted, as it asks (delete-this-file=1)", path)
+        log.info("%s deleted (delete-this-file=1)", path)
     except OSError as error:
-        log.warning("%s asks to be deleted, but cannot be: %s", path, os.strerror(error.errno or 0))
+        log.warning("%s cannot be deleted (delete-this-file=1): %s", path, os.strerror(error.errno or 0))
