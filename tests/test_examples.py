@@ -15,7 +15,7 @@ from tests.libusb.fake_libusb import FakeDevice
 from tests.physical.support import EVERYTHING, OTHER, on_bench
 
 from farplug.app import auto
-from farplug.usbredir import packets as p
+from farplug.usbredir import packets
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -42,15 +42,15 @@ async def run_until_configured(name: str, *arguments: object, shown: bytes = b"c
 async def test_an_image_is_plugged_until_ctrl_c(tmp_path: Path) -> None:
     output, guest = await run_until_configured("plug.py", blank(tmp_path / "drivers.raw"), shown=b"in use")
     assert output.startswith("drivers.raw: in use\n")
-    assert isinstance(guest.seen[-1], p.DeviceDisconnect)
+    assert isinstance(guest.seen[-1], packets.DeviceDisconnect)
 
 
 async def test_a_device_of_ones_own_is_plugged_until_ctrl_c() -> None:
     output, guest = await run_until_configured("gadget_zero.py")
     assert output == "the VM has configured the device; Ctrl-C unplugs it\n"
-    (device,) = [packet for packet in guest.seen if isinstance(packet, p.DeviceConnect)]
+    (device,) = [packet for packet in guest.seen if isinstance(packet, packets.DeviceConnect)]
     assert (device.vendor_id, device.product_id) == (0x0525, 0xA4A0)
-    assert isinstance(guest.seen[-1], p.DeviceDisconnect)
+    assert isinstance(guest.seen[-1], packets.DeviceDisconnect)
 
 
 async def test_a_real_device_is_plugged_and_given_back(

@@ -17,7 +17,7 @@ from farplug.redirection import Redirection
 from farplug.transport.dialer import SpiceTarget
 from farplug.transport.spice_session import SpiceSession
 from farplug.usb import Reception, Status, Transfer
-from farplug.usbredir import packets as p
+from farplug.usbredir import packets
 
 PIECE = 64 << 10
 MIB = 1 << 20
@@ -76,7 +76,9 @@ class Flood(ScriptedDevice):
 
 def receive(guest: SpiceGuest) -> None:
     """Start a reception."""
-    guest.send(p.StartBulkReceiving(id=1, stream_id=0, bytes_per_transfer=PIECE, endpoint=BULK_IN, transfers=AT_ONCE))
+    guest.send(
+        packets.StartBulkReceiving(id=1, stream_id=0, bytes_per_transfer=PIECE, endpoint=BULK_IN, transfers=AT_ONCE)
+    )
 
 
 def request(guest: SpiceGuest) -> None:

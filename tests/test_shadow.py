@@ -14,7 +14,7 @@ from pathlib import Path
 
 from farplug.testing.memory import MemoryGuest, Pending
 from farplug.usb import Setup, Status
-from farplug.usbredir import packets as p
+from farplug.usbredir import packets
 from farplug.virtual.disk import disk_device
 from farplug.virtual.storage import BULK_IN, BULK_OUT
 
@@ -137,7 +137,7 @@ class Driver:
         data = bytearray()
         for number, transfer in enumerate(pending):
             answer = await transfer
-            assert isinstance(answer, p.BulkPacket)
+            assert isinstance(answer, packets.BulkPacket)
             assert answer.status == Status.SUCCESS, (number, answer)
             data += answer.data
         signature, tag, residue, status = struct.unpack("<4sIIB", data[-13:])

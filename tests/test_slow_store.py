@@ -26,7 +26,7 @@ from farplug.transport.dialer import SpiceTarget
 from farplug.transport.spice_session import SpiceSession
 from farplug.usb import Buffer, Status
 from farplug.usb.types import DescriptorType
-from farplug.usbredir import packets as p
+from farplug.usbredir import packets
 from farplug.virtual.disk import disk_device
 
 BULK_IN, BULK_OUT, COMMAND_PIPE, STATUS_PIPE = 0x81, 0x02, 0x04, 0x83
@@ -131,7 +131,7 @@ async def test_cancels_and_other_devices_are_not_delayed(store: Store, gate: Gat
         assert not pending.done
         pending.cancel()
         answer = await pending
-        assert isinstance(answer, p.BulkPacket)
+        assert isinstance(answer, packets.BulkPacket)
         assert answer.status == Status.CANCELLED
         assert not gate.opened.is_set()
         gate.opened.set()
@@ -156,7 +156,7 @@ async def uas(guest: MemoryGuest, cdb: str, *, tag: int, lun: int = 0) -> tuple[
 async def sense(status: Pending) -> int:
     """Return the status in a sense IU."""
     answer = await status
-    assert isinstance(answer, p.BulkPacket)
+    assert isinstance(answer, packets.BulkPacket)
     return answer.data[6]
 
 

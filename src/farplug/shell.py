@@ -1,4 +1,4 @@
-"""Words of commands that people copy out of messages into a shell."""
+"""Quote words of commands that users copy from messages into a shell."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shlex
 
 
 def shell_word(path: str | os.PathLike[str]) -> str:
-    """Quote a path for a shell, as :func:`shell_quote` does.
+    """Return a path quoted as by :func:`shell_quote`.
 
     A relative path that could be read as an option or a URL gets the prefix ``./``.
     """
@@ -18,7 +18,7 @@ def shell_word(path: str | os.PathLike[str]) -> str:
 
 
 def shell_quote(text: str) -> str:
-    """Quote text for a shell, as one word on one line.
+    """Return text quoted for a shell, as one word on one line.
 
     Line ends, control characters and bytes that are not UTF-8 become escapes in ``$'...'`` (bash, zsh, ksh; in POSIX
     since 2024).

@@ -26,7 +26,7 @@ from farplug.transport.memory import memory_ports
 from farplug.transport.port import Port, PortListener
 from farplug.transport.session import Session
 from farplug.usb.types import Buffer, Speed
-from farplug.usbredir import packets as p
+from farplug.usbredir import packets
 from farplug.usbredir.protocol import Connection, Role
 from farplug.virtual.cdrom import cdrom_device, drives_of
 from farplug.virtual.device import VirtualDevice
@@ -86,16 +86,16 @@ class Peer:
             self._connection.start()  # so that its filter comes together with its hello
         self._connection.receive_data(data)
         while (event := self._connection.next_event()) is not None:
-            if isinstance(event, p.Hello) and self._filter is not None:
-                self._connection.send(p.FilterFilter(filter=self._filter))
-            elif isinstance(event, p.DeviceConnect) and self._configures:
+            if isinstance(event, packets.Hello) and self._filter is not None:
+                self._connection.send(packets.FilterFilter(filter=self._filter))
+            elif isinstance(event, packets.DeviceConnect) and self._configures:
                 self.configure(1)
-            elif isinstance(event, p.DeviceDisconnect):
-                self._connection.send(p.DeviceDisconnectAck())
+            elif isinstance(event, packets.DeviceDisconnect):
+                self._connection.send(packets.DeviceDisconnectAck())
         self._flush()
 
     def configure(self, value: int) -> None:
-        self._connection.send(p.SetConfiguration(id=1, configuration=value))
+        self._connection.send(packets.SetConfiguration(id=1, configuration=value))
         self._flush()
 
     def leave(self) -> None:
@@ -425,7 +425,7 @@ async def test_a_refused_device_leaves_the_port_free() -> None:
     guest = Guest(session=FakeSession([port]))
     device = disk_device(MemoryStore(bytes(4096)), speeds=(Speed.HIGH,))
     attachment = await guest.plug(device)
-    peer._connection.send(p.FilterReject())
+    peer._connection.send(packets.FilterReject())
     peer._flush()
     error = await attachment.ended()
     assert isinstance(error, RefusedError)

@@ -19,7 +19,7 @@ from tests.transport.fake_spice import Channel, message
 from farplug.cli.main import run
 from farplug.usb import Status
 from farplug.usb.types import Buffer
-from farplug.usbredir import packets as p
+from farplug.usbredir import packets
 from farplug.usbredir.caps import ALL_CAPS, Cap
 from farplug.usbredir.protocol import Connection, Role
 
@@ -118,7 +118,7 @@ class FakeGuest:
         rejects: bool = False,
         silent: bool = False,
     ) -> None:
-        self.seen: list[p.Packet] = []
+        self.seen: list[packets.Packet] = []
         self._when_configured = when_configured
         self._caps = caps
         self._filter = filter
@@ -136,23 +136,23 @@ class FakeGuest:
         self._connection.receive_data(data)
         if not self._silent:
             while (event := self._connection.next_event()) is not None:
-                assert isinstance(event, p.Packet), event
+                assert isinstance(event, packets.Packet), event
                 self.seen.append(event)
                 self._answer(event)
         return self._connection.data_to_send()
 
-    def _answer(self, packet: p.Packet) -> None:
+    def _answer(self, packet: packets.Packet) -> None:
         match packet:
-            case p.Hello() if self._filter is not None:
-                self._connection.send(p.FilterFilter(filter=self._filter))
-            case p.DeviceConnect() if self._rejects:
-                self._connection.send(p.FilterReject())
-            case p.DeviceConnect():
-                self._connection.send(p.SetConfiguration(id=1, configuration=1))
-            case p.ConfigurationStatus() if packet.status is Status.SUCCESS:
+            case packets.Hello() if self._filter is not None:
+                self._connection.send(packets.FilterFilter(filter=self._filter))
+            case packets.DeviceConnect() if self._rejects:
+                self._connection.send(packets.FilterReject())
+            case packets.DeviceConnect():
+                self._connection.send(packets.SetConfiguration(id=1, configuration=1))
+            case packets.ConfigurationStatus() if packet.status is Status.SUCCESS:
                 self._when_configured()
-            case p.DeviceDisconnect() if self._caps & Cap.DEVICE_DISCONNECT_ACK:
-                self._connection.send(p.DeviceDisconnectAck())
+            case packets.DeviceDisconnect() if self._caps & Cap.DEVICE_DISCONNECT_ACK:
+                self._connection.send(packets.DeviceDisconnectAck())
 
     async def behave(self, channel: Channel) -> None:
         """As a usbredir channel of the fake SPICE server."""

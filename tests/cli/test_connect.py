@@ -20,7 +20,7 @@ from tests.transport.fake_spice import Certificates, Channel, FakeSpice, free_po
 from farplug.cli.main import run
 from farplug.redirection import engine
 from farplug.spice.types import ChannelType, LinkError
-from farplug.usbredir import packets as p
+from farplug.usbredir import packets
 from farplug.usbredir.caps import Cap
 
 Make = Callable[[Path], object]
@@ -389,8 +389,8 @@ def test_ports_follow_the_command_line(cli: Cli, tmp_path: Path, iso: Path, reve
         guest = FakeGuest(configured)
         answer = guest._answer
 
-        def noted(packet: p.Packet) -> None:
-            if isinstance(packet, p.DeviceConnect):
+        def noted(packet: packets.Packet) -> None:
+            if isinstance(packet, packets.DeviceConnect):
                 offered.append(number)
             answer(packet)
 
@@ -487,7 +487,7 @@ def test_a_bug_in_a_callback_of_the_event_loop(
     err = capfd.readouterr().err
     assert "farplug: internal error: ZeroDivisionError: our bug\n" in err
     assert "in broken" in err, "where it comes from"
-    assert any(isinstance(packet, p.DeviceDisconnect) for packet in guest.seen), "the VM saw the disk leave"
+    assert any(isinstance(packet, packets.DeviceDisconnect) for packet in guest.seen), "the VM saw the disk leave"
 
 
 def test_a_spice_server_behind_a_plain_target(cli: Cli, image: Path) -> None:
@@ -584,9 +584,9 @@ def test_a_guest_without_capabilities(cli: Cli, image: Path) -> None:
     with in_thread(guest.listening) as target:
         result = cli("connect", target, "--usb-disk", image)
     assert (result.code, result.err) == (0, "")
-    connects = [packet for packet in guest.seen if isinstance(packet, p.DeviceConnect)]
+    connects = [packet for packet in guest.seen if isinstance(packet, packets.DeviceConnect)]
     assert len(connects) == 1
-    assert isinstance(guest.seen[-1], p.DeviceDisconnect)
+    assert isinstance(guest.seen[-1], packets.DeviceDisconnect)
 
 
 def test_plain_lines(cli: Cli, image: Path) -> None:

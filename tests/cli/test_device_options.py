@@ -20,7 +20,7 @@ from farplug.machine import hotplug
 from farplug.machine.hotplug import Watch
 from farplug.store import MemoryStore
 from farplug.usb.device import Device
-from farplug.usbredir import packets as p
+from farplug.usbredir import packets
 from farplug.virtual.disk import disk_device
 
 NOWHERE = "tcp://127.0.0.1:1"
@@ -174,7 +174,7 @@ def test_pulled_out_and_plugged_in_again(cli: Cli, machine: Machine, monkeypatch
     guest = FakeGuest(lambda: steps.pop(0)())
     lines = run(cli, guest, "--usb-device", "1-1")
     assert [line["event"] for line in lines].count("attached") == 2
-    assert any(isinstance(packet, p.DeviceDisconnect) for packet in guest.seen)
+    assert any(isinstance(packet, packets.DeviceDisconnect) for packet in guest.seen)
     assert [line["message"] for line in lines if line["event"] == "note"][:2] == [
         "1209:0001 (port 1-1) was pulled out; when it comes back it goes into the VM again",
         "1209:0001 (port 1-1) is back: it goes into the VM",

@@ -25,7 +25,7 @@ from farplug.cli import session
 from farplug.cli.output import SilentOutput
 from farplug.cli.session import _Session
 from farplug.usb import Status
-from farplug.usbredir import packets as p
+from farplug.usbredir import packets
 from farplug.virtual.unit import LogicalUnit
 
 WRITE = "2a 00 00 00 00 01 00 00 01 00"
@@ -55,12 +55,12 @@ class WritingGuest(FakeGuest):
         for id, part in enumerate((wrapper, data)):
             if part:
                 self._connection.send(
-                    p.BulkPacket(id=10 + id, endpoint=2, status=Status.SUCCESS, length=len(part), data=part)
+                    packets.BulkPacket(id=10 + id, endpoint=2, status=Status.SUCCESS, length=len(part), data=part)
                 )
-        self._connection.send(p.BulkPacket(id=12, endpoint=0x81, status=Status.SUCCESS, length=13))
+        self._connection.send(packets.BulkPacket(id=12, endpoint=0x81, status=Status.SUCCESS, length=13))
 
-    def _answer(self, packet: p.Packet) -> None:
-        if isinstance(packet, p.BulkPacket) and packet.id == 12:
+    def _answer(self, packet: packets.Packet) -> None:
+        if isinstance(packet, packets.BulkPacket) and packet.id == 12:
             assert bytes(packet.data)[12] == 0, "the command succeeded"
             self._next()
         else:

@@ -16,7 +16,7 @@ from tests.physical.support import BULK_IN, BULK_OUT, EVERYTHING, KEYS, OTHER, S
 from farplug.redirection.events import Detached
 from farplug.testing.memory import MemoryGuest, Pending, TransferFailed
 from farplug.usb import Setup, Status
-from farplug.usbredir import packets as p
+from farplug.usbredir import packets
 
 CODES = (
     usb1.TRANSFER_COMPLETED,
@@ -38,10 +38,10 @@ async def test_a_guest_uses_a_device() -> None:
         await settle()
         fake.handle.in_flight[0].finish(b"sector")
         answer = await reading
-        assert isinstance(answer, p.BulkPacket)
+        assert isinstance(answer, packets.BulkPacket)
         assert bytes(answer.data) == b"sector"
-        guest.send(p.StartInterruptReceiving(endpoint=KEYS))
-        next_key = guest.stream(p.InterruptPacket, KEYS)
+        guest.send(packets.StartInterruptReceiving(endpoint=KEYS))
+        next_key = guest.stream(packets.InterruptPacket, KEYS)
         await settle()
         fake.handle.in_flight[0].finish(b"key")
         key = await next_key()
@@ -110,11 +110,11 @@ async def test_whatever_a_device_and_a_guest_do_the_guest_lives(seed: int) -> No
                     guest.send(
                         chance.choice(
                             (
-                                p.StartInterruptReceiving(endpoint=KEYS),
-                                p.StopInterruptReceiving(endpoint=KEYS),
-                                p.StartIsoStream(endpoint=SOUND, packets_per_urb=2, urbs=3),
-                                p.StopIsoStream(endpoint=SOUND),
-                                p.IsoPacket(endpoint=SOUND, status=Status.SUCCESS, length=3, data=b"abc"),
+                                packets.StartInterruptReceiving(endpoint=KEYS),
+                                packets.StopInterruptReceiving(endpoint=KEYS),
+                                packets.StartIsoStream(endpoint=SOUND, packets_per_urb=2, urbs=3),
+                                packets.StopIsoStream(endpoint=SOUND),
+                                packets.IsoPacket(endpoint=SOUND, status=Status.SUCCESS, length=3, data=b"abc"),
                             )
                         )
                     )

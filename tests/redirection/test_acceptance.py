@@ -10,7 +10,7 @@ from tests.redirection.scripted import ScriptedDevice, kinds, settle
 from farplug.errors import Reason, RefusedError
 from farplug.redirection import events
 from farplug.testing.memory import MemoryGuest
-from farplug.usbredir import packets as p
+from farplug.usbredir import packets
 from farplug.usbredir.wire import PacketType
 
 
@@ -38,10 +38,10 @@ async def test_a_filter_that_cannot_be_read_is_ignored() -> None:
 async def test_a_filter_that_comes_after_the_offer() -> None:
     device = ScriptedDevice()
     async with MemoryGuest(device) as guest:
-        guest.send(p.FilterFilter(filter="-1,-1,-1,-1,1"))
+        guest.send(packets.FilterFilter(filter="-1,-1,-1,-1,1"))
         await settle()
         assert guest.redirection.device is device
-        guest.send(p.FilterFilter(filter="-1,0x1209,-1,-1,0|-1,-1,-1,-1,1"))
+        guest.send(packets.FilterFilter(filter="-1,0x1209,-1,-1,0|-1,-1,-1,-1,1"))
         await guest.wait(lambda: guest.connected is None)
         await settle()
         assert kinds(guest)[-2:] == [events.Refused, events.Detached]
@@ -53,8 +53,8 @@ async def test_refused_after_the_offer(filter: str | None) -> None:
     device = ScriptedDevice()
     async with MemoryGuest(device) as guest:
         if filter is not None:
-            guest.send(p.FilterFilter(filter=filter))
-        guest.send(p.FilterReject())
+            guest.send(packets.FilterFilter(filter=filter))
+        guest.send(packets.FilterReject())
         await guest.wait(lambda: guest.connected is None)
         await settle()
         refused = next(event for event in guest.events if isinstance(event, events.Refused))

@@ -12,7 +12,7 @@ from farplug.redirection import Redirection, State, engine, events
 from farplug.testing.memory import MemoryGuest
 from farplug.transport.memory import memory_ports
 from farplug.usb import Status
-from farplug.usbredir import packets as p
+from farplug.usbredir import packets
 from farplug.usbredir.caps import ALL_CAPS, Cap
 
 
@@ -67,22 +67,22 @@ async def test_requests_for_a_device_that_is_being_detached_fail() -> None:
     redirection = Redirection(host)
     guest = MemoryGuest()
     guest._end, guest.redirection = end, redirection
-    answers: list[p.Packet] = []
+    answers: list[packets.Packet] = []
     heard = guest._heard
 
-    def late(packet: p.Packet) -> None:
-        if isinstance(packet, p.DeviceDisconnect):
+    def late(packet: packets.Packet) -> None:
+        if isinstance(packet, packets.DeviceDisconnect):
             for request in (
-                p.BulkPacket(id=90, endpoint=BULK_IN, status=Status.SUCCESS, length=4),
-                p.Reset(),
-                p.SetConfiguration(id=91, configuration=1),
-                p.GetConfiguration(id=92),
-                p.SetAltSetting(id=93, interface=0, alt=0),
-                p.GetAltSetting(id=94, interface=0),
-                p.AllocBulkStreams(id=95, endpoints=0, streams=1),
-                p.IsoPacket(endpoint=ISO_OUT, status=Status.SUCCESS, length=0),
-                p.StartInterruptReceiving(id=96, endpoint=INTERRUPT_IN),
-                p.FilterReject(),
+                packets.BulkPacket(id=90, endpoint=BULK_IN, status=Status.SUCCESS, length=4),
+                packets.Reset(),
+                packets.SetConfiguration(id=91, configuration=1),
+                packets.GetConfiguration(id=92),
+                packets.SetAltSetting(id=93, interface=0, alt=0),
+                packets.GetAltSetting(id=94, interface=0),
+                packets.AllocBulkStreams(id=95, endpoints=0, streams=1),
+                packets.IsoPacket(endpoint=ISO_OUT, status=Status.SUCCESS, length=0),
+                packets.StartInterruptReceiving(id=96, endpoint=INTERRUPT_IN),
+                packets.FilterReject(),
             ):
                 guest.send(request)
         answers.append(packet)

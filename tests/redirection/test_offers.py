@@ -16,7 +16,7 @@ from farplug.redirection.offers import ENUMERATION_TIMEOUT, FAILED_ENUMERATIONS,
 from farplug.testing.memory import MemoryGuest
 from farplug.usb import Offer, Setup, Speed, Status
 from farplug.usb.types import DescriptorType
-from farplug.usbredir import packets as p
+from farplug.usbredir import packets
 from farplug.usbredir.caps import ALL_CAPS, Cap
 
 GET_DEVICE = Setup(0x80, 6, DescriptorType.DEVICE << 8, 0, 18)
@@ -277,7 +277,7 @@ async def test_a_guest_that_does_not_configure_the_device_gets_a_lower_speed_fir
 @pytest.mark.usefixtures("at_once")
 async def test_a_speed_that_the_port_does_not_support_is_not_offered_again() -> None:
     async with MemoryGuest(device := Optional()) as guest:
-        guest.send(p.FilterReject())
+        guest.send(packets.FilterReject())
         await _until(guest, 2)
         for count in (3, 4):
             await guest.set_configuration(1)
@@ -287,7 +287,7 @@ async def test_a_speed_that_the_port_does_not_support_is_not_offered_again() -> 
             (OfferProblem.NOT_USED, SLOW_LESS),
             (OfferProblem.ALL, SLOW),
         ]
-        guest.send(p.FilterReject())
+        guest.send(packets.FilterReject())
         await guest.wait(lambda: guest.connected is None)
         await guest.redirection.detach()
         await guest.redirection.attach(device)  # another port may support more
@@ -309,7 +309,7 @@ async def _bulk(guest: MemoryGuest) -> None:
 
 
 async def _interrupt(guest: MemoryGuest) -> None:
-    guest.send(p.StartInterruptReceiving(endpoint=INTERRUPT_IN))
+    guest.send(packets.StartInterruptReceiving(endpoint=INTERRUPT_IN))
 
 
 async def _setting(guest: MemoryGuest) -> None:
@@ -331,8 +331,8 @@ class Pausing(MemoryGuest):
 
     runs = True
 
-    def send(self, *packets: p.Packet) -> None:
-        super().send(*(one for one in packets if self.runs or not isinstance(one, p.DeviceDisconnectAck)))
+    def send(self, *sent: packets.Packet) -> None:
+        super().send(*(one for one in sent if self.runs or not isinstance(one, packets.DeviceDisconnectAck)))
 
 
 @pytest.mark.usefixtures("at_once")
@@ -346,7 +346,7 @@ async def test_a_paused_vm_gets_the_next_offer_when_it_continues(monkeypatch: py
         assert device.offer == FAST
         assert guest.redirection.state is engine.State.DISCONNECTING
         guest.runs = True
-        guest.send(p.DeviceDisconnectAck())
+        guest.send(packets.DeviceDisconnectAck())
         await _until(guest, 2)
         assert device.offer == FAST_LESS
 
@@ -368,9 +368,9 @@ async def test_a_device_is_detached_while_a_paused_vm_is_to_get_the_next_offer(m
 async def test_refused_at_one_speed_offered_at_the_next() -> None:
     device = ScriptedDevice((Speed.SUPER, Speed.HIGH))
     async with MemoryGuest(device) as guest:
-        guest.send(p.FilterReject())
+        guest.send(packets.FilterReject())
         await guest.wait(lambda: guest.connected is not None and guest.connected.speed == Speed.HIGH)
-        guest.send(p.FilterReject())
+        guest.send(packets.FilterReject())
         await guest.wait(lambda: guest.connected is None)
         await settle()
         assert kinds(guest)[1:] == [
@@ -463,7 +463,7 @@ async def _vanish(guest: MemoryGuest) -> None:
 async def test_detach_while_the_offer_changes(leave: Callable[[MemoryGuest], Awaitable[None]]) -> None:
     device = ScriptedDevice((Speed.SUPER, Speed.HIGH))
     async with MemoryGuest(device) as guest:
-        guest.send(p.FilterReject())
+        guest.send(packets.FilterReject())
         await guest.wait(lambda: events.OfferChanged in kinds(guest))
         await leave(guest)
         assert guest.redirection.device is None

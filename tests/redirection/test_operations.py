@@ -10,14 +10,14 @@ from tests.redirection.scripted import BULK_IN, BULK_OUT, INTERRUPT_IN, STREAM_I
 from farplug.redirection import State, events, operations
 from farplug.testing.memory import MemoryGuest
 from farplug.usb import Interface, Status
-from farplug.usbredir import packets as p
+from farplug.usbredir import packets
 
 
 async def test_reset_cancels_what_is_pending_and_ends_receptions() -> None:
     device = ScriptedDevice()
     async with MemoryGuest(device) as guest:
-        status = guest.stream(p.InterruptReceivingStatus, INTERRUPT_IN)
-        guest.send(p.StartInterruptReceiving(endpoint=INTERRUPT_IN))
+        status = guest.stream(packets.InterruptReceivingStatus, INTERRUPT_IN)
+        guest.send(packets.StartInterruptReceiving(endpoint=INTERRUPT_IN))
         assert (await status()).status is Status.SUCCESS
         pending = guest.submit_in(BULK_IN, 10)
         guest.reset()
@@ -32,21 +32,21 @@ async def test_reset_cancels_what_is_pending_and_ends_receptions() -> None:
 async def test_configurations() -> None:
     device = ScriptedDevice()
     async with MemoryGuest(device) as guest:
-        answer = await guest.request(p.GetConfiguration(id=101))
+        answer = await guest.request(packets.GetConfiguration(id=101))
         assert (answer.status, answer.configuration) == (Status.SUCCESS, 0)
         pending = guest.submit_in(BULK_IN, 10)
         before = len(guest.received)
-        answer = await guest.request(p.SetConfiguration(id=102, configuration=1))
+        answer = await guest.request(packets.SetConfiguration(id=102, configuration=1))
         assert (answer.status, answer.configuration) == (Status.SUCCESS, 1)
         assert (await pending).status is Status.CANCELLED
         assert [type(packet) for packet in guest.received[before:]] == [
-            p.BulkPacket,
-            p.InterfaceInfo,
-            p.EndpointInfo,
-            p.ConfigurationStatus,
+            packets.BulkPacket,
+            packets.InterfaceInfo,
+            packets.EndpointInfo,
+            packets.ConfigurationStatus,
         ]
         device.operation_status = Status.STALL
-        answer = await guest.request(p.SetConfiguration(id=103, configuration=2))
+        answer = await guest.request(packets.SetConfiguration(id=103, configuration=2))
         assert (answer.status, answer.configuration) == (Status.IO_ERROR, 1)
         assert [event for event in guest.events if isinstance(event, events.Configured)] == [
             events.Configured("memory", 1)
@@ -58,26 +58,26 @@ async def test_alternate_settings() -> None:
     async with MemoryGuest(device) as guest:
         pending = guest.submit_in(BULK_IN, 10)
         before = len(guest.received)
-        answer = await guest.request(p.SetAltSetting(id=101, interface=0, alt=1))
+        answer = await guest.request(packets.SetAltSetting(id=101, interface=0, alt=1))
         assert (answer.status, answer.alt) == (Status.SUCCESS, 1)
         assert (await pending).status is Status.CANCELLED
         assert [type(packet) for packet in guest.received[before:]] == [
-            p.BulkPacket,
-            p.InterfaceInfo,
-            p.EndpointInfo,
-            p.AltSettingStatus,
+            packets.BulkPacket,
+            packets.InterfaceInfo,
+            packets.EndpointInfo,
+            packets.AltSettingStatus,
         ]
         assert guest.endpoints is not None
-        assert guest.endpoints.endpoints[p.endpoint_index(STREAM_IN)].max_streams == 16
-        assert guest.endpoints.endpoints[p.endpoint_index(BULK_IN)].type == 255
-        answer = await guest.request(p.GetAltSetting(id=102, interface=0))
+        assert guest.endpoints.endpoints[packets.endpoint_index(STREAM_IN)].max_streams == 16
+        assert guest.endpoints.endpoints[packets.endpoint_index(BULK_IN)].type == 255
+        answer = await guest.request(packets.GetAltSetting(id=102, interface=0))
         assert (answer.status, answer.alt) == (Status.SUCCESS, 1)
-        for packet in (p.SetAltSetting(id=103, interface=9, alt=0), p.GetAltSetting(id=105, interface=9)):
+        for packet in (packets.SetAltSetting(id=103, interface=9, alt=0), packets.GetAltSetting(id=105, interface=9)):
             answer = await guest.request(packet)
             assert (answer.status, answer.alt) == (Status.INVALID, 255)
         before = len(guest.received)
         device.operation_status = Status.STALL
-        answer = await guest.request(p.SetAltSetting(id=104, interface=0, alt=7))
+        answer = await guest.request(packets.SetAltSetting(id=104, interface=0, alt=7))
         assert (answer.status, answer.alt) == (Status.IO_ERROR, 1)
         assert len(guest.received) == before + 1  # no infos
 
@@ -85,25 +85,25 @@ async def test_alternate_settings() -> None:
 async def test_streams() -> None:
     device = ScriptedDevice()
     device.alternate = 1
-    mask = 1 << p.endpoint_index(STREAM_IN) | 1 << p.endpoint_index(BULK_OUT)
+    mask = 1 << packets.endpoint_index(STREAM_IN) | 1 << packets.endpoint_index(BULK_OUT)
     async with MemoryGuest(device) as guest:
-        status = guest.stream(p.BulkStreamsStatus, 0)
+        status = guest.stream(packets.BulkStreamsStatus, 0)
         table = [
-            (p.AllocBulkStreams(endpoints=mask, streams=16), Status.SUCCESS, 16),
-            (p.AllocBulkStreams(endpoints=mask, streams=17), Status.INVALID, 17),
-            (p.AllocBulkStreams(endpoints=mask | 1 << 9, streams=16), Status.INVALID, 16),
-            (p.FreeBulkStreams(endpoints=mask), Status.SUCCESS, 0),
+            (packets.AllocBulkStreams(endpoints=mask, streams=16), Status.SUCCESS, 16),
+            (packets.AllocBulkStreams(endpoints=mask, streams=17), Status.INVALID, 17),
+            (packets.AllocBulkStreams(endpoints=mask | 1 << 9, streams=16), Status.INVALID, 16),
+            (packets.FreeBulkStreams(endpoints=mask), Status.SUCCESS, 0),
         ]
         for packet, expected, count in table:
             guest.send(packet)
             answer = await status()
-            assert answer == p.BulkStreamsStatus(endpoints=mask_of(packet), streams=count, status=expected)
+            assert answer == packets.BulkStreamsStatus(endpoints=mask_of(packet), streams=count, status=expected)
         assert ("allocate_streams", (BULK_OUT, STREAM_IN), 16) in device.calls
         assert ("free_streams", (BULK_OUT, STREAM_IN)) in device.calls
 
 
-def mask_of(packet: p.Packet) -> int:
-    assert isinstance(packet, (p.AllocBulkStreams, p.FreeBulkStreams))
+def mask_of(packet: packets.Packet) -> int:
+    assert isinstance(packet, (packets.AllocBulkStreams, packets.FreeBulkStreams))
     return packet.endpoints
 
 
@@ -145,10 +145,10 @@ async def test_a_device_that_cannot_be_described_any_more() -> None:
     async with MemoryGuest(device) as guest:
         device.broken = True
         for packet in (
-            p.SetConfiguration(id=100, configuration=1),
-            p.GetConfiguration(id=101),
-            p.SetAltSetting(id=102, interface=0, alt=1),
-            p.GetAltSetting(id=103, interface=0),
+            packets.SetConfiguration(id=100, configuration=1),
+            packets.GetConfiguration(id=101),
+            packets.SetAltSetting(id=102, interface=0, alt=1),
+            packets.GetAltSetting(id=103, interface=0),
         ):
             assert (await guest.request(packet)).status is Status.IO_ERROR
         assert kinds(guest).count(events.DeviceFault) == 4
@@ -164,7 +164,7 @@ async def test_a_setting_that_cannot_be_described() -> None:
 
     device = Device()
     async with MemoryGuest(device) as guest:
-        answer = await guest.request(p.SetAltSetting(id=100, interface=0, alt=1))
+        answer = await guest.request(packets.SetAltSetting(id=100, interface=0, alt=1))
         assert (answer.status, answer.alt) == (Status.IO_ERROR, operations.NO_SETTING)
         device.broken = False
         guest.faults.clear()

@@ -11,7 +11,7 @@ from farplug.errors import DeviceError
 from farplug.redirection import events, pending_requests, port_protocol
 from farplug.testing.memory import MemoryGuest, TransferFailed
 from farplug.usb import Status
-from farplug.usbredir import packets as p
+from farplug.usbredir import packets
 
 
 async def test_answers_keep_their_order_on_each_endpoint_whatever_the_device_does() -> None:
@@ -87,7 +87,9 @@ async def test_an_id_may_be_reused_after_its_answer() -> None:
         await settle()
         old.cancel()
         await old
-        again = guest.request(p.BulkPacket(id=old.id, endpoint=BULK_OUT, status=Status.SUCCESS, length=3, data=b"new"))
+        again = guest.request(
+            packets.BulkPacket(id=old.id, endpoint=BULK_OUT, status=Status.SUCCESS, length=3, data=b"new")
+        )
         await settle()
         device.submitted[0].complete(Status.SUCCESS, b"old")
         device.submitted[1].complete(Status.SUCCESS)
@@ -98,14 +100,14 @@ async def test_a_second_request_with_a_pending_id_is_invalid() -> None:
     device = ScriptedDevice()
     async with MemoryGuest(device) as guest:
         first = guest.submit_in(BULK_IN, 10)
-        guest.send(p.BulkPacket(id=first.id, endpoint=BULK_OUT, status=Status.SUCCESS, length=3, data=b"dup"))
+        guest.send(packets.BulkPacket(id=first.id, endpoint=BULK_OUT, status=Status.SUCCESS, length=3, data=b"dup"))
         answer = await first  # the duplicate's: one answer for each request
         assert (answer.endpoint, answer.status) == (BULK_OUT, Status.INVALID)
         await settle()
         assert len(device.submitted) == 1
         device.submitted[0].complete(Status.SUCCESS, b"real")
         await settle()
-        assert [packet.data for packet in guest.received if isinstance(packet, p.BulkPacket)] == [b"", b"real"]
+        assert [packet.data for packet in guest.received if isinstance(packet, packets.BulkPacket)] == [b"", b"real"]
 
 
 async def test_more_than_the_bound_in_flight_is_answered_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +152,7 @@ async def test_a_device_that_completes_twice_gets_an_error_and_the_guest_one_ans
             device.submitted[0].complete(Status.SUCCESS, b"twice")
         assert (await pending).data == b"once"
         await settle()
-        assert sum(isinstance(packet, p.BulkPacket) for packet in guest.received) == 1
+        assert sum(isinstance(packet, packets.BulkPacket) for packet in guest.received) == 1
 
 
 async def test_a_reply_that_is_too_long_becomes_a_babble() -> None:
@@ -188,17 +190,17 @@ async def test_ids_used_twice_are_bounded_and_answered_twice(monkeypatch: pytest
     monkeypatch.setattr(port_protocol, "MAX_PENDING", 50)
     device = ScriptedDevice()
     async with MemoryGuest(device) as guest:
-        guest.send(*[p.BulkPacket(id=77, endpoint=BULK_IN, status=Status.SUCCESS, length=4)] * 200)
+        guest.send(*[packets.BulkPacket(id=77, endpoint=BULK_IN, status=Status.SUCCESS, length=4)] * 200)
         await settle()
         assert guest.redirection._protocol.pending == 50
         device.submitted[0].complete(Status.SUCCESS, b"once")
-        await guest.wait(lambda: sum(isinstance(packet, p.BulkPacket) for packet in guest.received) == 50)
+        await guest.wait(lambda: sum(isinstance(packet, packets.BulkPacket) for packet in guest.received) == 50)
         await settle()
         assert guest.redirection._protocol.pending == 50
         await guest.redirection.detach()
         await settle()
         assert not guest.redirection._protocol.pending
-        answers = [packet.status for packet in guest.received if isinstance(packet, p.BulkPacket)]
+        answers = [packet.status for packet in guest.received if isinstance(packet, packets.BulkPacket)]
         assert len(answers) == 200
 
 

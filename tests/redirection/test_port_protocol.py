@@ -12,8 +12,7 @@ from farplug.redirection import events, port_protocol
 from farplug.testing.memory import MemoryGuest
 from farplug.usb import Status
 from farplug.usb.types import Buffer
-from farplug.usbredir import envelope
-from farplug.usbredir import packets as p
+from farplug.usbredir import envelope, packets
 from farplug.usbredir.caps import ALL_CAPS, Cap
 
 
@@ -105,7 +104,7 @@ async def test_packets_wait_while_an_operation_runs() -> None:
 
     device.reset = slow_reset  # type: ignore[method-assign]
     async with MemoryGuest(device) as guest:
-        guest.send(p.SetConfiguration(id=101, configuration=1))
+        guest.send(packets.SetConfiguration(id=101, configuration=1))
         guest.reset()
         pending = guest.submit_in(BULK_IN, 10)
         await settle()
@@ -120,7 +119,7 @@ async def test_packets_wait_while_an_operation_runs() -> None:
 async def test_a_packet_of_a_device_that_cannot_be_encoded_is_a_fault() -> None:
     device = ScriptedDevice()
     async with MemoryGuest(device) as guest:
-        guest.send(p.StartInterruptReceiving(endpoint=INTERRUPT_IN))
+        guest.send(packets.StartInterruptReceiving(endpoint=INTERRUPT_IN))
         await settle()
         assert device.listener is not None
         device.listener.received(INTERRUPT_IN, Status.SUCCESS, bytes(70_000))
@@ -139,7 +138,7 @@ async def test_on_a_port_that_keeps_unread_data_nothing_is_sent_before_the_guest
         attaching = asyncio.ensure_future(guest.redirection.attach(ScriptedDevice()))
         await guest.wait(lambda: guest.connected is not None)
         await attaching
-        assert isinstance(guest.received[0], p.Hello)
+        assert isinstance(guest.received[0], packets.Hello)
 
 
 @pytest.mark.parametrize("missing", [Cap.NONE, Cap.IDS_64_BITS, Cap.BULK_STREAMS, Cap.BULK_RECEIVING, Cap.FILTER])

@@ -12,7 +12,7 @@ from farplug.errors import DeviceError, GuestGoneError, Reason, RefusedError, Re
 from farplug.redirection import State, events, operations
 from farplug.testing.memory import MemoryGuest
 from farplug.usb import DeviceListener, Speed, Status
-from farplug.usbredir import packets as p
+from farplug.usbredir import packets
 from farplug.usbredir.protocol import Connection, Role
 
 
@@ -46,7 +46,7 @@ async def test_detach_while_the_offer_changes_and_the_device_is_slow(how: str) -
     device = Slow((Speed.SUPER, Speed.HIGH))
     async with MemoryGuest(device) as guest:
         device.gate.clear()
-        guest.send(p.FilterReject())
+        guest.send(packets.FilterReject())
         await guest.wait(lambda: events.OfferChanged in kinds(guest))
         await settle()
         assert device.calls[-1] == "closing"
@@ -95,7 +95,7 @@ async def test_a_filter_that_comes_while_the_device_opens() -> None:
     device = Slow()
     async with MemoryGuest() as guest:
         attaching = await opening(guest, device)
-        guest.send(p.FilterFilter(filter="0x03,-1,-1,-1,1"))
+        guest.send(packets.FilterFilter(filter="0x03,-1,-1,-1,1"))
         await settle()
         device.gate.set()
         with pytest.raises(RefusedError, match="the guest's filter does not allow"):
@@ -150,9 +150,9 @@ async def test_an_operation_that_does_not_end(monkeypatch: pytest.MonkeyPatch) -
     device = Slow()
     async with MemoryGuest(device) as guest:
         device.operation_gate.clear()
-        answer = await guest.request(p.SetConfiguration(id=100, configuration=1))
+        answer = await guest.request(packets.SetConfiguration(id=100, configuration=1))
         assert answer.status is Status.IO_ERROR
-        guest.send(p.SetConfiguration(id=101, configuration=1))
+        guest.send(packets.SetConfiguration(id=101, configuration=1))
         await settle()
         async with asyncio.timeout(1):
             await guest.redirection.close()
@@ -166,12 +166,12 @@ async def test_no_operation_starts_for_a_device_that_is_being_detached() -> None
             return await super().set_configuration(value)
 
     async with MemoryGuest(Thorough()) as guest:
-        guest.send(p.SetConfiguration(id=100, configuration=1), p.SetConfiguration(id=101, configuration=1))
+        guest.send(packets.SetConfiguration(id=100, configuration=1), packets.SetConfiguration(id=101, configuration=1))
         await settle()
         await guest.redirection.detach()
         await asyncio.sleep(0.1)
         sent = [type(packet) for packet in guest.received]
-        assert p.EndpointInfo not in sent[sent.index(p.DeviceDisconnect) :]
+        assert packets.EndpointInfo not in sent[sent.index(packets.DeviceDisconnect) :]
         assert kinds(guest)[-1] is events.Detached
 
 
@@ -232,7 +232,7 @@ async def test_the_guest_in_memory_detects_answers_out_of_order_and_twice() -> N
             await settle()
             for number in order:
                 guest.redirection._protocol.send(
-                    p.BulkPacket(id=pending[number].id, endpoint=BULK_IN, status=Status.SUCCESS, length=0)
+                    packets.BulkPacket(id=pending[number].id, endpoint=BULK_IN, status=Status.SUCCESS, length=0)
                 )
             guest.redirection._protocol.flush()
             await settle()
@@ -248,7 +248,7 @@ async def test_the_guest_in_memory_detects_answers_out_of_order_and_twice() -> N
 async def test_a_packet_of_a_reception_is_not_an_answer() -> None:
     device = ScriptedDevice()
     async with MemoryGuest(device) as guest:
-        guest.send(p.StartInterruptReceiving(endpoint=INTERRUPT_IN))
+        guest.send(packets.StartInterruptReceiving(endpoint=INTERRUPT_IN))
         pending = guest.submit_in(BULK_IN, 8)
         await settle()
         assert device.listener is not None

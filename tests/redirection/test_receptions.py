@@ -8,43 +8,43 @@ from tests.redirection.scripted import BULK_IN, INTERRUPT_IN, ISO_IN, ISO_OUT, S
 from farplug.redirection import events
 from farplug.testing.memory import MemoryGuest
 from farplug.usb import Reception, Status, TransferType
-from farplug.usbredir import packets as p
+from farplug.usbredir import packets
 
 
 async def test_interrupt_receiving() -> None:
     device = ScriptedDevice()
     async with MemoryGuest(device) as guest:
-        status = guest.stream(p.InterruptReceivingStatus, INTERRUPT_IN)
-        data = guest.stream(p.InterruptPacket, INTERRUPT_IN)
-        guest.send(p.StartInterruptReceiving(endpoint=INTERRUPT_IN))
+        status = guest.stream(packets.InterruptReceivingStatus, INTERRUPT_IN)
+        data = guest.stream(packets.InterruptPacket, INTERRUPT_IN)
+        guest.send(packets.StartInterruptReceiving(endpoint=INTERRUPT_IN))
         assert (await status()).status is Status.SUCCESS
         assert device.calls[-1] == Reception(INTERRUPT_IN, TransferType.INTERRUPT)
         assert device.listener is not None
         for key in (b"a", b"b"):
             device.listener.received(INTERRUPT_IN, Status.SUCCESS, key)
         assert [(packet.id, packet.data) for packet in (await data(), await data())] == [(0, b"a"), (1, b"b")]
-        guest.send(p.StartInterruptReceiving(endpoint=INTERRUPT_IN))
+        guest.send(packets.StartInterruptReceiving(endpoint=INTERRUPT_IN))
         assert (await status()).status is Status.INVALID
         device.listener.reception_ended(INTERRUPT_IN, Status.IO_ERROR)
         assert (await status()).status is Status.IO_ERROR
         device.listener.received(INTERRUPT_IN, Status.SUCCESS, b"c")
         assert (await data()).id == 2
-        guest.send(p.StopInterruptReceiving(endpoint=INTERRUPT_IN))
+        guest.send(packets.StopInterruptReceiving(endpoint=INTERRUPT_IN))
         assert (await status()).status is Status.SUCCESS
         device.listener.received(INTERRUPT_IN, Status.SUCCESS, b"nobody")
         device.listener.reception_ended(INTERRUPT_IN, Status.STALL)
         await settle()
-        assert guest._streams[p.InterruptPacket, INTERRUPT_IN].empty()
-        assert guest._streams[p.InterruptReceivingStatus, INTERRUPT_IN].empty()
+        assert guest._streams[packets.InterruptPacket, INTERRUPT_IN].empty()
+        assert guest._streams[packets.InterruptReceivingStatus, INTERRUPT_IN].empty()
 
 
 async def test_a_reception_that_stalls_can_be_started_again() -> None:
     device = ScriptedDevice()
     async with MemoryGuest(device) as guest:
-        status = guest.stream(p.InterruptReceivingStatus, INTERRUPT_IN)
-        data = guest.stream(p.InterruptPacket, INTERRUPT_IN)
+        status = guest.stream(packets.InterruptReceivingStatus, INTERRUPT_IN)
+        data = guest.stream(packets.InterruptPacket, INTERRUPT_IN)
         for _ in range(2):
-            guest.send(p.StartInterruptReceiving(endpoint=INTERRUPT_IN))
+            guest.send(packets.StartInterruptReceiving(endpoint=INTERRUPT_IN))
             assert (await status()).status is Status.SUCCESS
             assert device.listener is not None
             device.listener.received(INTERRUPT_IN, Status.SUCCESS, b"x")
@@ -53,27 +53,27 @@ async def test_a_reception_that_stalls_can_be_started_again() -> None:
             assert (await status()).status is Status.STALL
 
 
-def start_bulk(size: int, transfers: int) -> p.StartBulkReceiving:
-    return p.StartBulkReceiving(stream_id=0, bytes_per_transfer=size, endpoint=BULK_IN, transfers=transfers)
+def start_bulk(size: int, transfers: int) -> packets.StartBulkReceiving:
+    return packets.StartBulkReceiving(stream_id=0, bytes_per_transfer=size, endpoint=BULK_IN, transfers=transfers)
 
 
 @pytest.mark.parametrize(
     ("packet", "kind"),
     [
-        (p.StartInterruptReceiving(endpoint=BULK_IN), p.InterruptReceivingStatus),
-        (p.StartInterruptReceiving(endpoint=0x8C), p.InterruptReceivingStatus),
-        (p.StartIsoStream(endpoint=ISO_IN, packets_per_urb=0, urbs=4), p.IsoStreamStatus),
-        (p.StartIsoStream(endpoint=ISO_IN, packets_per_urb=33, urbs=4), p.IsoStreamStatus),
-        (p.StartIsoStream(endpoint=ISO_IN, packets_per_urb=8, urbs=17), p.IsoStreamStatus),
-        (start_bulk(500, 5), p.BulkReceivingStatus),
-        (start_bulk(0, 5), p.BulkReceivingStatus),
-        (start_bulk(512, 17), p.BulkReceivingStatus),
-        (start_bulk(2**25, 1), p.BulkReceivingStatus),
+        (packets.StartInterruptReceiving(endpoint=BULK_IN), packets.InterruptReceivingStatus),
+        (packets.StartInterruptReceiving(endpoint=0x8C), packets.InterruptReceivingStatus),
+        (packets.StartIsoStream(endpoint=ISO_IN, packets_per_urb=0, urbs=4), packets.IsoStreamStatus),
+        (packets.StartIsoStream(endpoint=ISO_IN, packets_per_urb=33, urbs=4), packets.IsoStreamStatus),
+        (packets.StartIsoStream(endpoint=ISO_IN, packets_per_urb=8, urbs=17), packets.IsoStreamStatus),
+        (start_bulk(500, 5), packets.BulkReceivingStatus),
+        (start_bulk(0, 5), packets.BulkReceivingStatus),
+        (start_bulk(512, 17), packets.BulkReceivingStatus),
+        (start_bulk(2**25, 1), packets.BulkReceivingStatus),
     ],
 )
 async def test_receptions_with_invalid_parameters_stall(
-    packet: p.StartInterruptReceiving,
-    kind: type[p.InterruptReceivingStatus | p.IsoStreamStatus | p.BulkReceivingStatus],
+    packet: packets.StartInterruptReceiving,
+    kind: type[packets.InterruptReceivingStatus | packets.IsoStreamStatus | packets.BulkReceivingStatus],
 ) -> None:
     device = ScriptedDevice()
     async with MemoryGuest(device) as guest:
@@ -92,8 +92,8 @@ async def test_a_reception_that_the_device_cannot_start(fails: str) -> None:
             device.raises = ZeroDivisionError()
         else:
             device.receiving_status = Status.STALL
-        status = guest.stream(p.InterruptReceivingStatus, INTERRUPT_IN)
-        guest.send(p.StartInterruptReceiving(endpoint=INTERRUPT_IN))
+        status = guest.stream(packets.InterruptReceivingStatus, INTERRUPT_IN)
+        guest.send(packets.StartInterruptReceiving(endpoint=INTERRUPT_IN))
         assert [(await status()).status, (await status()).status] == [Status.SUCCESS, Status.STALL]
         device.raises = None
         assert len(guest.faults) == (fails == "raises")
@@ -103,38 +103,38 @@ async def test_a_reception_that_the_device_cannot_start(fails: str) -> None:
 async def test_buffered_bulk_and_isochronous() -> None:
     device = ScriptedDevice()
     async with MemoryGuest(device) as guest:
-        status = guest.stream(p.BulkReceivingStatus, BULK_IN)
-        data = guest.stream(p.BufferedBulkPacket, BULK_IN)
-        guest.send(p.StartBulkReceiving(stream_id=0, bytes_per_transfer=1024, endpoint=BULK_IN, transfers=5))
+        status = guest.stream(packets.BulkReceivingStatus, BULK_IN)
+        data = guest.stream(packets.BufferedBulkPacket, BULK_IN)
+        guest.send(packets.StartBulkReceiving(stream_id=0, bytes_per_transfer=1024, endpoint=BULK_IN, transfers=5))
         assert (await status()).status is Status.SUCCESS
         assert device.listener is not None
         device.listener.received(BULK_IN, Status.SUCCESS, b"buffered")
         assert bytes((await data()).data) == b"buffered"
-        guest.send(p.StopBulkReceiving(stream_id=0, endpoint=BULK_IN))
+        guest.send(packets.StopBulkReceiving(stream_id=0, endpoint=BULK_IN))
         assert (await status()).status is Status.SUCCESS
 
-        iso_status = guest.stream(p.IsoStreamStatus, ISO_IN)
-        iso = guest.stream(p.IsoPacket, ISO_IN)
-        guest.send(p.StartIsoStream(endpoint=ISO_IN, packets_per_urb=8, urbs=4))
+        iso_status = guest.stream(packets.IsoStreamStatus, ISO_IN)
+        iso = guest.stream(packets.IsoPacket, ISO_IN)
+        guest.send(packets.StartIsoStream(endpoint=ISO_IN, packets_per_urb=8, urbs=4))
         assert (await iso_status()).status is Status.SUCCESS
         assert device.calls[-1] == Reception(ISO_IN, TransferType.ISOCHRONOUS, 4, 8)
         device.listener.received(ISO_IN, Status.SUCCESS, b"sound")
         assert bytes((await iso()).data) == b"sound"
-        guest.send(p.StopIsoStream(endpoint=ISO_IN))
+        guest.send(packets.StopIsoStream(endpoint=ISO_IN))
         assert (await iso_status()).status is Status.SUCCESS
 
-        guest.send(p.IsoPacket(endpoint=ISO_OUT, status=Status.SUCCESS, length=4, data=b"lost"))  # not started
-        out_status = guest.stream(p.IsoStreamStatus, ISO_OUT)
-        guest.send(p.StartIsoStream(endpoint=ISO_OUT, packets_per_urb=8, urbs=4))
+        guest.send(packets.IsoPacket(endpoint=ISO_OUT, status=Status.SUCCESS, length=4, data=b"lost"))  # not started
+        out_status = guest.stream(packets.IsoStreamStatus, ISO_OUT)
+        guest.send(packets.StartIsoStream(endpoint=ISO_OUT, packets_per_urb=8, urbs=4))
         assert (await out_status()).status is Status.SUCCESS
-        guest.send(p.IsoPacket(endpoint=ISO_OUT, status=Status.SUCCESS, length=5, data=b"music"))
+        guest.send(packets.IsoPacket(endpoint=ISO_OUT, status=Status.SUCCESS, length=5, data=b"music"))
         await settle()
         (transfer,) = device.submitted
         assert (transfer.type, bytes(transfer.data)) == (TransferType.ISOCHRONOUS, b"music")
         transfer.complete(Status.SUCCESS)
         device.raises = ZeroDivisionError()
-        guest.send(p.IsoPacket(endpoint=ISO_OUT, status=Status.SUCCESS, length=5, data=b"music"))
-        guest.send(p.StopIsoStream(endpoint=ISO_OUT))
+        guest.send(packets.IsoPacket(endpoint=ISO_OUT, status=Status.SUCCESS, length=5, data=b"music"))
+        guest.send(packets.StopIsoStream(endpoint=ISO_OUT))
         assert (await out_status()).status is Status.SUCCESS
         assert kinds(guest).count(events.DeviceFault) == 2
         device.raises = None
@@ -147,8 +147,8 @@ async def test_packets_are_bounded_while_the_port_does_not_accept_output(monkeyp
     monkeypatch.setattr("farplug.redirection.port_protocol.MAX_UNREQUESTED", 3)
     device = ScriptedDevice()
     async with MemoryGuest(device) as guest:
-        guest.send(p.StartInterruptReceiving(endpoint=INTERRUPT_IN))
-        guest.send(p.StartIsoStream(endpoint=ISO_IN, packets_per_urb=8, urbs=4))
+        guest.send(packets.StartInterruptReceiving(endpoint=INTERRUPT_IN))
+        guest.send(packets.StartIsoStream(endpoint=ISO_IN, packets_per_urb=8, urbs=4))
         await settle()
         assert device.listener is not None
         guest.redirection._protocol.pause_writing()
@@ -166,7 +166,7 @@ async def test_packets_are_bounded_while_the_port_does_not_accept_output(monkeyp
 async def test_bytes_are_bounded_while_the_port_does_not_accept_output(monkeypatch: pytest.MonkeyPatch) -> None:
     device = ScriptedDevice()
     async with MemoryGuest(device) as guest:
-        guest.send(p.StartBulkReceiving(stream_id=0, bytes_per_transfer=512, endpoint=BULK_IN, transfers=5))
+        guest.send(packets.StartBulkReceiving(stream_id=0, bytes_per_transfer=512, endpoint=BULK_IN, transfers=5))
         await settle()
         guest.redirection._protocol.pause_writing()
         assert device.listener is not None

@@ -13,7 +13,7 @@ from farplug.redirection import reminder
 from farplug.redirection.reminder import Reminder
 from farplug.testing.memory import MemoryGuest
 from farplug.usb import Status
-from farplug.usbredir import packets as p
+from farplug.usbredir import packets
 
 
 class Clock:
@@ -59,10 +59,10 @@ async def test_a_port_that_loses_wakeups(monkeypatch: pytest.MonkeyPatch) -> Non
     async with MemoryGuest() as guest:
         guest.redirection.port.loses_wakeups = True
         await guest.redirection.attach(ScriptedDevice())
-        reminded = guest.stream(p.InterruptReceivingStatus, 0x80)
+        reminded = guest.stream(packets.InterruptReceivingStatus, 0x80)
         for _ in range(3):
             assert (await reminded()).status is Status.SUCCESS
         await guest.redirection.detach()
-        packets = len(guest.received)
+        count = len(guest.received)
         await asyncio.sleep(0.02)
-        assert len(guest.received) == packets
+        assert len(guest.received) == count

@@ -7,35 +7,39 @@ from tests.redirection.scripted import BULK_IN, BULK_OUT, INTERRUPT_IN, INTERRUP
 
 from farplug.testing.memory import MemoryGuest
 from farplug.usb import Status
-from farplug.usbredir import packets as p
+from farplug.usbredir import packets
 
 
 @pytest.mark.parametrize(
     ("packet", "status"),
     [
         pytest.param(
-            p.BulkPacket(id=7, endpoint=0x8A, status=Status.SUCCESS, length=10), Status.INVALID, id="no such endpoint"
+            packets.BulkPacket(id=7, endpoint=0x8A, status=Status.SUCCESS, length=10),
+            Status.INVALID,
+            id="no such endpoint",
         ),
         pytest.param(
-            p.BulkPacket(id=7, endpoint=INTERRUPT_IN, status=Status.SUCCESS, length=8), Status.INVALID, id="not bulk"
+            packets.BulkPacket(id=7, endpoint=INTERRUPT_IN, status=Status.SUCCESS, length=8),
+            Status.INVALID,
+            id="not bulk",
         ),
         pytest.param(
-            p.BulkPacket(id=7, endpoint=BULK_IN, status=Status.SUCCESS, length=2**20 + 1),
+            packets.BulkPacket(id=7, endpoint=BULK_IN, status=Status.SUCCESS, length=2**20 + 1),
             Status.INVALID,
             id="too large",
         ),
         pytest.param(
-            p.BulkPacket(id=7, endpoint=BULK_OUT, status=Status.SUCCESS, length=2**20 + 1, data=bytes(2**20 + 1)),
+            packets.BulkPacket(id=7, endpoint=BULK_OUT, status=Status.SUCCESS, length=2**20 + 1, data=bytes(2**20 + 1)),
             Status.INVALID,
             id="too large to store",
         ),
         pytest.param(
-            p.InterruptPacket(id=7, endpoint=INTERRUPT_OUT, status=Status.SUCCESS, length=9, data=bytes(9)),
+            packets.InterruptPacket(id=7, endpoint=INTERRUPT_OUT, status=Status.SUCCESS, length=9, data=bytes(9)),
             Status.INVALID,
             id="more than a packet",
         ),
         pytest.param(
-            p.ControlPacket(
+            packets.ControlPacket(
                 id=7, endpoint=0x81, request=6, request_type=0x80, status=Status.SUCCESS, value=0, index=0, length=8
             ),
             Status.INVALID,
@@ -43,7 +47,7 @@ from farplug.usbredir import packets as p
         ),
     ],
 )
-async def test_invalid_requests_are_answered_with_an_error(packet: p.Packet, status: Status) -> None:
+async def test_invalid_requests_are_answered_with_an_error(packet: packets.Packet, status: Status) -> None:
     device = ScriptedDevice()
     async with MemoryGuest(device, max_transfer=2**20) as guest:
         answer = await guest.request(packet)
@@ -58,7 +62,7 @@ async def test_invalid_requests_are_answered_with_an_error(packet: p.Packet, sta
 async def test_control_and_interrupt_payloads_too_large_to_store() -> None:
     async with MemoryGuest(ScriptedDevice(), max_transfer=64) as guest:
         control = guest.request(
-            p.ControlPacket(
+            packets.ControlPacket(
                 id=1,
                 endpoint=0,
                 request=9,
@@ -71,7 +75,7 @@ async def test_control_and_interrupt_payloads_too_large_to_store() -> None:
             )
         )
         interrupt = guest.request(
-            p.InterruptPacket(id=2, endpoint=INTERRUPT_OUT, status=Status.SUCCESS, length=65, data=bytes(65))
+            packets.InterruptPacket(id=2, endpoint=INTERRUPT_OUT, status=Status.SUCCESS, length=65, data=bytes(65))
         )
         assert (await control).status is Status.INVALID
         assert (await interrupt).status is Status.INVALID

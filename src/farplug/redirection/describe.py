@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from farplug.usb.device import Device
 from farplug.usb.types import Speed, TransferType
-from farplug.usbredir import packets as p
+from farplug.usbredir import packets
 
 MAX_INTERFACES = 32
 """The interfaces that an interface_info has room for."""
@@ -17,10 +17,10 @@ MAX_INTERFACES = 32
 _PERIODIC = (TransferType.INTERRUPT, TransferType.ISOCHRONOUS)
 
 
-def device_connect(device: Device) -> p.DeviceConnect:
+def device_connect(device: Device) -> packets.DeviceConnect:
     """Return the device_connect packet of a device."""
     identity = device.identity
-    return p.DeviceConnect(
+    return packets.DeviceConnect(
         speed=min(identity.speed, Speed.SUPER),  # the protocol has no code for a higher speed
         device_class=identity.device_class,
         device_subclass=identity.device_subclass,
@@ -31,26 +31,26 @@ def device_connect(device: Device) -> p.DeviceConnect:
     )
 
 
-def device_infos(device: Device) -> Iterator[p.Packet]:
+def device_infos(device: Device) -> Iterator[packets.Packet]:
     """Return the interface_info and the ep_info of a device's current settings."""
     interfaces = device.interfaces[:MAX_INTERFACES]
-    table = [p.EndpointEntry()] * 32
-    table[0] = table[16] = p.EndpointEntry(type=TransferType.CONTROL)
+    table = [packets.EndpointEntry()] * 32
+    table[0] = table[16] = packets.EndpointEntry(type=TransferType.CONTROL)
     for interface in interfaces:
         for endpoint in interface.endpoints:
             # QEMU rejects a device with an interval of 0.
             interval = max(1, endpoint.interval) if endpoint.type in _PERIODIC else endpoint.interval
-            table[p.endpoint_index(endpoint.address)] = p.EndpointEntry(
+            table[packets.endpoint_index(endpoint.address)] = packets.EndpointEntry(
                 type=endpoint.type,
                 interval=interval,
                 interface=interface.number,
                 max_packet_size=endpoint.max_packet_size,
                 max_streams=endpoint.max_streams,
             )
-    yield p.InterfaceInfo(
+    yield packets.InterfaceInfo(
         interfaces=tuple(
-            p.InterfaceEntry(i.number, i.interface_class, i.interface_subclass, i.interface_protocol)
+            packets.InterfaceEntry(i.number, i.interface_class, i.interface_subclass, i.interface_protocol)
             for i in interfaces
         )
     )
-    yield p.EndpointInfo(endpoints=tuple(table))
+    yield packets.EndpointInfo(endpoints=tuple(table))

@@ -41,7 +41,7 @@ from farplug.usb.device import Device, DeviceEvent, Offer
 from farplug.usb.figures import EndpointFigures
 from farplug.usb.transfer import Status
 from farplug.usb.types import Buffer, Endpoint, TransferType
-from farplug.usbredir import packets as p
+from farplug.usbredir import packets
 from farplug.usbredir.caps import ALL_CAPS, Cap
 from farplug.usbredir.filter import Filter
 from farplug.usbredir.protocol import Oversized, Violation
@@ -121,29 +121,29 @@ class Redirection:
         self._watch = OfferWatch(self._offer_failed)
         transfers = Transfers(current, requests, self._watch)
         protocol.handlers = {
-            p.BulkPacket: transfers.bulk,
-            p.ControlPacket: transfers.control,
-            p.InterruptPacket: transfers.interrupt_out,
+            packets.BulkPacket: transfers.bulk,
+            packets.ControlPacket: transfers.control,
+            packets.InterruptPacket: transfers.interrupt_out,
             Oversized: transfers.oversized,
-            p.CancelDataPacket: lambda packet: requests.cancel(packet.id),
-            p.IsoPacket: receptions.iso_out,
-            p.StartIsoStream: self._start_receiving,
-            p.StopIsoStream: receptions.stop,
-            p.StartInterruptReceiving: self._start_receiving,
-            p.StopInterruptReceiving: receptions.stop,
-            p.StartBulkReceiving: self._start_receiving,
-            p.StopBulkReceiving: receptions.stop,
-            p.Reset: self._reset,
-            p.SetConfiguration: self._set_configuration,
-            p.GetConfiguration: operations.get_configuration,
-            p.SetAltSetting: self._set_alt_setting,
-            p.GetAltSetting: operations.get_alt_setting,
-            p.AllocBulkStreams: operations.alloc_bulk_streams,
-            p.FreeBulkStreams: operations.free_bulk_streams,
-            p.Hello: self._on_hello,
-            p.FilterFilter: self._on_filter,
-            p.FilterReject: self._on_filter_reject,
-            p.DeviceDisconnectAck: self._on_disconnect_ack,
+            packets.CancelDataPacket: lambda packet: requests.cancel(packet.id),
+            packets.IsoPacket: receptions.iso_out,
+            packets.StartIsoStream: self._start_receiving,
+            packets.StopIsoStream: receptions.stop,
+            packets.StartInterruptReceiving: self._start_receiving,
+            packets.StopInterruptReceiving: receptions.stop,
+            packets.StartBulkReceiving: self._start_receiving,
+            packets.StopBulkReceiving: receptions.stop,
+            packets.Reset: self._reset,
+            packets.SetConfiguration: self._set_configuration,
+            packets.GetConfiguration: operations.get_configuration,
+            packets.SetAltSetting: self._set_alt_setting,
+            packets.GetAltSetting: operations.get_alt_setting,
+            packets.AllocBulkStreams: operations.alloc_bulk_streams,
+            packets.FreeBulkStreams: operations.free_bulk_streams,
+            packets.Hello: self._on_hello,
+            packets.FilterFilter: self._on_filter,
+            packets.FilterReject: self._on_filter_reject,
+            packets.DeviceDisconnectAck: self._on_disconnect_ack,
             Violation: self._violation,
         }
 
@@ -344,7 +344,7 @@ class Redirection:
             return
         self.state = State.DISCONNECTING
         self._acknowledged = asyncio.get_running_loop().create_future()
-        self._protocol.send(p.DeviceDisconnect())
+        self._protocol.send(packets.DeviceDisconnect())
         self._protocol.flush()
         self._protocol.pump()  # no pending request pauses it any more
         if self._protocol.guest_has(Cap.DEVICE_DISCONNECT_ACK):
@@ -426,7 +426,7 @@ class Redirection:
 
     # Packets of the guest -----------------------------------------------------------------------------------------
 
-    def _on_hello(self, packet: p.Hello) -> None:
+    def _on_hello(self, packet: packets.Hello) -> None:
         assert self._hello is not None
         if self.state is not State.WAITING:
             return
@@ -436,7 +436,7 @@ class Redirection:
         if not self._hello.done():
             self._hello.set_result(None)
 
-    def _reset(self, packet: p.Reset) -> None:
+    def _reset(self, packet: packets.Reset) -> None:
         self._watch.port_reset()
         self._cancel_unused()
         device = self._current.usable
@@ -444,7 +444,7 @@ class Redirection:
             self._current.touched = False
             self._operations.reset(device, lambda: self._emit(events.PortReset(self.port.name)))
 
-    def _set_configuration(self, packet: p.SetConfiguration) -> None:
+    def _set_configuration(self, packet: packets.SetConfiguration) -> None:
         self._current.touched = True
         self._operations.set_configuration(packet, self._configured)
 
@@ -452,16 +452,18 @@ class Redirection:
         self._watch.configured(configuration)
         self._emit(events.Configured(self.port.name, configuration))
 
-    def _set_alt_setting(self, packet: p.SetAltSetting) -> None:
+    def _set_alt_setting(self, packet: packets.SetAltSetting) -> None:
         if packet.alt:  # setting 0 may be selected without a driver
             self._watch.used()
         self._operations.set_alt_setting(packet)
 
-    def _start_receiving(self, packet: p.StartIsoStream | p.StartInterruptReceiving | p.StartBulkReceiving) -> None:
+    def _start_receiving(
+        self, packet: packets.StartIsoStream | packets.StartInterruptReceiving | packets.StartBulkReceiving
+    ) -> None:
         self._watch.used()
         self._receptions.start(packet)
 
-    def _on_filter(self, packet: p.FilterFilter) -> None:
+    def _on_filter(self, packet: packets.FilterFilter) -> None:
         try:
             self._guest_filter = Filter.parse(packet.filter)
         except ValueError as error:
@@ -474,7 +476,7 @@ class Redirection:
             except RefusedError as refused:
                 self._refused(refused)
 
-    def _on_filter_reject(self, packet: p.FilterReject) -> None:
+    def _on_filter_reject(self, packet: packets.FilterReject) -> None:
         device = self._current.usable
         if device is None:
             return
@@ -490,7 +492,7 @@ class Redirection:
         self._emit(events.Refused(self.port.name, error))
         self._start_detach(error)
 
-    def _on_disconnect_ack(self, packet: p.DeviceDisconnectAck) -> None:
+    def _on_disconnect_ack(self, packet: packets.DeviceDisconnectAck) -> None:
         if self._acknowledged is not None and not self._acknowledged.done():
             self._acknowledged.set_result(None)
 

@@ -18,7 +18,7 @@ from farplug.redirection.receptions import Receptions
 from farplug.usb.device import Device
 from farplug.usb.transfer import Status
 from farplug.usb.types import Endpoint, Interface
-from farplug.usbredir import packets as p
+from farplug.usbredir import packets
 
 OPERATION_TIMEOUT = 5.0
 """Seconds after which an operation is cancelled, and answered with an I/O error."""
@@ -62,9 +62,9 @@ class Operations:
     def describe(self, device: Device) -> None:
         """Send the interfaces and endpoints of the current settings; send nothing if the device raises."""
         endpoints = {e.address: e for interface in device.interfaces for e in interface.endpoints}
-        packets = list(device_infos(device))
+        infos = list(device_infos(device))
         self._current.endpoints = endpoints
-        for packet in packets:
+        for packet in infos:
             self._send(packet)
         self._described(endpoints.values())
 
@@ -79,11 +79,11 @@ class Operations:
 
         self._run(operation())
 
-    def set_configuration(self, packet: p.SetConfiguration, then: Callable[[int], None]) -> None:
+    def set_configuration(self, packet: packets.SetConfiguration, then: Callable[[int], None]) -> None:
         """Set a configuration, send new infos and then the status; on success call ``then`` with the configuration."""
         device = self._current.usable
         if device is None:
-            self._send(p.ConfigurationStatus(id=packet.id, status=Status.IO_ERROR, configuration=0))
+            self._send(packets.ConfigurationStatus(id=packet.id, status=Status.IO_ERROR, configuration=0))
             return
 
         async def operation() -> None:
@@ -97,13 +97,15 @@ class Operations:
             except Exception as error:  # the device is being unplugged, for example
                 self._fault(error)
                 status = Status.IO_ERROR
-            self._send(p.ConfigurationStatus(id=packet.id, status=_operation_status(status), configuration=chosen))
+            self._send(
+                packets.ConfigurationStatus(id=packet.id, status=_operation_status(status), configuration=chosen)
+            )
             if status is Status.SUCCESS:
                 then(chosen)
 
         self._run(operation())
 
-    def get_configuration(self, packet: p.GetConfiguration) -> None:
+    def get_configuration(self, packet: packets.GetConfiguration) -> None:
         """Send the current configuration."""
         device = self._current.usable
         status, value = Status.IO_ERROR, 0
@@ -113,9 +115,9 @@ class Operations:
         except Exception as error:
             self._fault(error)
             status = Status.IO_ERROR
-        self._send(p.ConfigurationStatus(id=packet.id, status=status, configuration=value))
+        self._send(packets.ConfigurationStatus(id=packet.id, status=status, configuration=value))
 
-    def set_alt_setting(self, packet: p.SetAltSetting) -> None:
+    def set_alt_setting(self, packet: packets.SetAltSetting) -> None:
         """Set an alternate setting, send new infos if that succeeds, and then the status."""
         device = self._current.usable
         number = packet.interface
@@ -142,7 +144,7 @@ class Operations:
 
         self._run(operation())
 
-    def get_alt_setting(self, packet: p.GetAltSetting) -> None:
+    def get_alt_setting(self, packet: packets.GetAltSetting) -> None:
         """Send the current alternate setting of an interface."""
         interface = self._interface(packet.interface)
         if isinstance(interface, Interface):
@@ -150,27 +152,27 @@ class Operations:
         else:
             self._answer_setting(packet.id, interface, packet.interface, NO_SETTING)
 
-    def alloc_bulk_streams(self, packet: p.AllocBulkStreams) -> None:
+    def alloc_bulk_streams(self, packet: packets.AllocBulkStreams) -> None:
         """Allocate bulk streams on all endpoints of the packet, or on none."""
         count = packet.streams
         self._streams(packet, count, lambda device, endpoints: device.allocate_streams(endpoints, count))
 
-    def free_bulk_streams(self, packet: p.FreeBulkStreams) -> None:
+    def free_bulk_streams(self, packet: packets.FreeBulkStreams) -> None:
         """Free the bulk streams of the endpoints of the packet, and send a count of 0."""
         self._streams(packet, 0, lambda device, endpoints: device.free_streams(endpoints))
 
     def _streams(
         self,
-        packet: p.AllocBulkStreams | p.FreeBulkStreams,
+        packet: packets.AllocBulkStreams | packets.FreeBulkStreams,
         count: int,
         call: Callable[[Device, Sequence[int]], Awaitable[Status]],
     ) -> None:
         device, known = self._current.usable, self._current.endpoints
-        addresses = [p.endpoint_address(index) for index in range(32) if packet.endpoints >> index & 1]
+        addresses = [packets.endpoint_address(index) for index in range(32) if packet.endpoints >> index & 1]
 
         def answer(status: Status) -> None:
             self._send(
-                p.BulkStreamsStatus(
+                packets.BulkStreamsStatus(
                     id=packet.id, endpoints=packet.endpoints, streams=count, status=_operation_status(status)
                 )
             )
@@ -198,7 +200,7 @@ class Operations:
         return found[0] if found else Status.INVALID
 
     def _answer_setting(self, id: int, status: Status, number: int, alternate: int) -> None:
-        self._send(p.AltSettingStatus(id=id, status=_operation_status(status), interface=number, alt=alternate))
+        self._send(packets.AltSettingStatus(id=id, status=_operation_status(status), interface=number, alt=alternate))
 
     def _run(self, operation: Coroutine[Any, Any, None]) -> None:
         async def run() -> None:

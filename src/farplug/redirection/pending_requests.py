@@ -15,7 +15,7 @@ from farplug.redirection.figures import EndpointCounters
 from farplug.redirection.port_protocol import PortProtocol
 from farplug.usb.transfer import Status, Transfer
 from farplug.usb.types import Buffer, Setup, TransferType
-from farplug.usbredir import packets as p
+from farplug.usbredir import packets
 
 MAX_TRANSFER = 16 * 2**20
 """Bytes that one transfer may carry or request; a larger one is answered with an error, its payload is not stored."""
@@ -198,15 +198,15 @@ class PendingRequests:
         self._protocol.pending -= 1
         endpoint = request.endpoint
         self._figures[endpoint].count(status, actual)
-        packet: p.DataPacket
+        packet: packets.DataPacket
         if request.type is TransferType.BULK:
-            packet = p.BulkPacket(
+            packet = packets.BulkPacket(
                 id=id, endpoint=endpoint, status=status, length=actual, data=reply, stream_id=request.stream_id
             )
         elif request.type is TransferType.CONTROL:
             setup = request.setup
             assert setup is not None
-            packet = p.ControlPacket(
+            packet = packets.ControlPacket(
                 id=id,
                 endpoint=endpoint,
                 request=setup.request,
@@ -218,6 +218,6 @@ class PendingRequests:
                 data=reply,
             )
         else:
-            packet = p.InterruptPacket(id=id, endpoint=endpoint, status=status, length=actual)
+            packet = packets.InterruptPacket(id=id, endpoint=endpoint, status=status, length=actual)
         if not self._send(packet):  # the reply cannot be encoded: send an I/O error instead
             self._send(replace(packet, status=Status.IO_ERROR, length=0, data=b""))

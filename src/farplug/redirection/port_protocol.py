@@ -17,8 +17,7 @@ from farplug.errors import FarplugError, LocalProtocolError
 from farplug.redirection.reminder import Reminder
 from farplug.transport.port import Port
 from farplug.usb.transfer import Status
-from farplug.usbredir import envelope
-from farplug.usbredir import packets as p
+from farplug.usbredir import envelope, packets
 from farplug.usbredir.caps import Cap
 from farplug.usbredir.protocol import Connection, Role
 
@@ -207,7 +206,7 @@ class PortProtocol:
 
     # Output -------------------------------------------------------------------------------------------------------
 
-    def send(self, packet: p.Packet) -> bool:
+    def send(self, packet: packets.Packet) -> bool:
         """Queue a packet. Return False, and report a fault of the device, if the packet cannot be encoded."""
         if not self._is_open:
             return True
@@ -256,5 +255,5 @@ class PortProtocol:
     def _send_reminder(self) -> None:
         """Send a packet that changes nothing: the status of a reception on endpoint 0, which has none."""
         if not self.writing_paused:
-            self.send(p.InterruptReceivingStatus(endpoint=0x80, status=Status.SUCCESS))
+            self.send(packets.InterruptReceivingStatus(endpoint=0x80, status=Status.SUCCESS))
             self.flush()

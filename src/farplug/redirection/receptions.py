@@ -16,10 +16,10 @@ from farplug.redirection.port_protocol import PortProtocol
 from farplug.usb.device import Reception
 from farplug.usb.transfer import Status, Transfer
 from farplug.usb.types import Buffer, Endpoint, TransferType
-from farplug.usbredir import packets as p
+from farplug.usbredir import packets
 
-Stop: TypeAlias = p.StopIsoStream | p.StopInterruptReceiving | p.StopBulkReceiving
-Start: TypeAlias = p.StartIsoStream | p.StartInterruptReceiving | p.StartBulkReceiving
+Stop: TypeAlias = packets.StopIsoStream | packets.StopInterruptReceiving | packets.StopBulkReceiving
+Start: TypeAlias = packets.StartIsoStream | packets.StartInterruptReceiving | packets.StartBulkReceiving
 
 
 class _Running:
@@ -109,12 +109,12 @@ class Receptions:
         counter.count(status, size)
         match running.reception.type:
             case TransferType.ISOCHRONOUS:
-                self._send(p.IsoPacket(id=id, endpoint=endpoint, status=status, length=size, data=data))
+                self._send(packets.IsoPacket(id=id, endpoint=endpoint, status=status, length=size, data=data))
             case TransferType.INTERRUPT:
-                self._send(p.InterruptPacket(id=id, endpoint=endpoint, status=status, length=size, data=data))
+                self._send(packets.InterruptPacket(id=id, endpoint=endpoint, status=status, length=size, data=data))
             case _:
                 self._send(
-                    p.BufferedBulkPacket(
+                    packets.BufferedBulkPacket(
                         id=id,
                         stream_id=running.reception.stream_id,
                         length=size,
@@ -143,7 +143,7 @@ class Receptions:
             if endpoints is None or endpoint in endpoints:
                 del self._running[endpoint]
 
-    def iso_out(self, packet: p.IsoPacket) -> None:
+    def iso_out(self, packet: packets.IsoPacket) -> None:
         """Submit a packet of an isochronous OUT stream. It has no answer: if it fails it is lost, as on a USB cable."""
         device = self._current.usable
         if packet.endpoint not in self._running or device is None:
@@ -174,24 +174,24 @@ class Receptions:
         endpoint = reception.endpoint
         match reception.type:
             case TransferType.ISOCHRONOUS:
-                self._send(p.IsoStreamStatus(id=id, status=status, endpoint=endpoint))
+                self._send(packets.IsoStreamStatus(id=id, status=status, endpoint=endpoint))
             case TransferType.INTERRUPT:
-                self._send(p.InterruptReceivingStatus(id=id, status=status, endpoint=endpoint))
+                self._send(packets.InterruptReceivingStatus(id=id, status=status, endpoint=endpoint))
             case _:
                 stream_id = reception.stream_id
-                self._send(p.BulkReceivingStatus(id=id, stream_id=stream_id, endpoint=endpoint, status=status))
+                self._send(packets.BulkReceivingStatus(id=id, stream_id=stream_id, endpoint=endpoint, status=status))
 
 
 def _reception(packet: Start | Stop) -> Reception:
     match packet:
-        case p.StartIsoStream():
+        case packets.StartIsoStream():
             return Reception(
                 packet.endpoint,
                 TransferType.ISOCHRONOUS,
                 transfers=packet.urbs,
                 packets_per_transfer=packet.packets_per_urb,
             )
-        case p.StartBulkReceiving():
+        case packets.StartBulkReceiving():
             return Reception(
                 packet.endpoint,
                 TransferType.BULK,
@@ -199,9 +199,9 @@ def _reception(packet: Start | Stop) -> Reception:
                 bytes_per_transfer=packet.bytes_per_transfer,
                 stream_id=packet.stream_id,
             )
-        case p.StopBulkReceiving():
+        case packets.StopBulkReceiving():
             return Reception(packet.endpoint, TransferType.BULK, stream_id=packet.stream_id)
-        case p.StopIsoStream():
+        case packets.StopIsoStream():
             return Reception(packet.endpoint, TransferType.ISOCHRONOUS)
         case _:
             return Reception(packet.endpoint, TransferType.INTERRUPT)

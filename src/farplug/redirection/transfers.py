@@ -6,7 +6,7 @@ from farplug.redirection.current_device import CurrentDevice
 from farplug.redirection.offers import OfferWatch
 from farplug.redirection.pending_requests import PendingRequests
 from farplug.usb.types import Setup, TransferType
-from farplug.usbredir import packets as p
+from farplug.usbredir import packets
 from farplug.usbredir.protocol import Oversized
 
 
@@ -24,7 +24,7 @@ class Transfers:
         self._requests = requests
         self._watch = watch
 
-    def bulk(self, packet: p.BulkPacket, *, stored: bool = True) -> None:
+    def bulk(self, packet: packets.BulkPacket, *, stored: bool = True) -> None:
         """Submit a transfer on a bulk endpoint, IN or OUT, or on a bulk stream if there is a stream id."""
         self._current.touched = True
         self._watch.used()
@@ -39,7 +39,7 @@ class Transfers:
             stream_id=packet.stream_id,
         )
 
-    def control(self, packet: p.ControlPacket, *, stored: bool = True) -> None:
+    def control(self, packet: packets.ControlPacket, *, stored: bool = True) -> None:
         """Submit a control transfer on endpoint 0."""
         self._current.touched = True
         setup = Setup(packet.request_type, packet.request, packet.value, packet.index, packet.length)
@@ -54,7 +54,7 @@ class Transfers:
             setup=setup,
         )
 
-    def interrupt_out(self, packet: p.InterruptPacket, *, stored: bool = True) -> None:
+    def interrupt_out(self, packet: packets.InterruptPacket, *, stored: bool = True) -> None:
         """Submit one packet on an interrupt OUT endpoint. Interrupt IN packets come from a reception instead."""
         self._current.touched = True
         self._watch.used()
@@ -73,9 +73,9 @@ class Transfers:
     def oversized(self, event: Oversized) -> None:
         """Answer a transfer whose payload was too large to store with an error, in order on its endpoint."""
         match event.packet:
-            case p.BulkPacket():
+            case packets.BulkPacket():
                 self.bulk(event.packet, stored=False)
-            case p.ControlPacket():
+            case packets.ControlPacket():
                 self.control(event.packet, stored=False)
-            case p.InterruptPacket():
+            case packets.InterruptPacket():
                 self.interrupt_out(event.packet, stored=False)
