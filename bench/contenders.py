@@ -15,7 +15,7 @@ from farplug.vm.qemu import QemuGuest
 
 SYSTEM_PYTHON = "/usr/bin/python3"
 SPICE_CD = Path(__file__).with_name("spice_cd.py")
-PATIENCE = 30.0
+TIMEOUT = 30.0
 """Seconds until a disk must have come up in the guest, or have left it."""
 
 
@@ -75,12 +75,12 @@ class Contender:
             if process.returncode is None:
                 process.terminate()
             await process.wait()
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(TIMEOUT):
                 while await _disks(guest) - before:
                     await asyncio.sleep(0.05)
 
     async def _new_disk(self, guest: QemuGuest, before: set[str], process: asyncio.subprocess.Process) -> str:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             while process.returncode is None:
                 for name in await _disks(guest) - before:
                     if (await guest.run(f"dd if=/dev/{name} of=/dev/null bs=4k count=1 2>/dev/null")).exit_code == 0:
@@ -107,7 +107,7 @@ def spice_cd(target: str, image: Path) -> Contender:
 async def qemu_disk(guest: QemuGuest, model: str) -> Plugged:
     """A disk of QEMU's own, by its model."""
     script = f"for s in /sys/block/sd*; do grep -q '^{model}' $s/device/model 2>/dev/null && basename $s; done; :"
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT):
         while not (name := (await guest.check(script)).strip()):
             await asyncio.sleep(0.05)
     return Plugged(f"/dev/{name}")

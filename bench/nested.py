@@ -26,7 +26,7 @@ from farplug.vm.qemu_config import GATEWAY, LOOPBACK, GuestConfig, TcpPort, UsbD
 from jobs import JOBS, MIB, Job, measure, prepare
 
 SIZE = 256 * MIB
-PATIENCE = 120.0
+TIMEOUT = 120.0
 """Seconds until the disk must have come up in the far guest, or have left it."""
 DEVICE = "46f4:0001"
 
@@ -62,7 +62,7 @@ class Program:
 
 async def until(guest: QemuGuest, condition: str, program: asyncio.Task[object] | None = None) -> None:
     """Wait until a command of the guest succeeds."""
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT):
         while (await guest.run(condition)).exit_code != 0:
             if program is not None and program.done():
                 sys.exit(f"bench: the program ended: {program.result()}")

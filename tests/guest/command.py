@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from tests.guest.plugging import PATIENCE
+from tests.guest.plugging import GUEST_TIMEOUT
 
 _COMMAND = (sys.executable, "-c", "from farplug.cli.main import main; main()")
 
@@ -33,7 +33,7 @@ class Running:
     async def until(self, text: str) -> str:
         """Read lines until one holds a text."""
         assert self.process.stdout is not None
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(GUEST_TIMEOUT):
             while line := (await self.process.stdout.readline()).decode():
                 self.lines.append(line)
                 if text in line:
@@ -42,7 +42,7 @@ class Running:
 
     async def end(self) -> tuple[int, str, str]:
         """Wait until it ends: exit code, the rest of standard output, standard error."""
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(GUEST_TIMEOUT):
             out, err = await self.process.communicate()
         self.stderr = err.decode()
         assert self.process.returncode is not None

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from tests.guest.nested import REAL_DEVICES, Machine, Plugger
-from tests.guest.plugging import AT_ONCE, PATIENCE, SCRIPTS
+from tests.guest.plugging import GUEST_TIMEOUT, NO_SCAN_DELAY, SCRIPTS
 
 from farplug.errors import SetupError
 from farplug.testing import Boot, CommandResult, GuestConfig, QemuGuest, SpicePort, TcpPort, UnixPort
@@ -26,31 +26,31 @@ HERE = Path(__file__).parent
 MAX_GUESTS = 3
 """Guests kept running by one test process; the one that was not asked for the longest gives way."""
 
-TIMEOUT = 600
+TEST_TIMEOUT = 600
 """Seconds for a test here: the first one may have to fetch the kernel."""
 
 USUAL = GuestConfig(
     ports=(SpicePort(), SpicePort(), TcpPort(), UnixPort(), TcpPort(properties=("streams=off",))),
-    kernel_arguments=AT_ONCE,
+    kernel_arguments=NO_SCAN_DELAY,
     programs=("usbreset",),
 )
 
 CONSOLE_TAIL = 6000
 
 
-class PatientGuest(QemuGuest):
+class LongTimeoutGuest(QemuGuest):
     """A guest on a machine that has other things to do."""
 
-    async def booted(self, timeout: float = PATIENCE) -> None:
+    async def booted(self, timeout: float = GUEST_TIMEOUT) -> None:
         await super().booted(timeout)
 
-    async def run(self, command: str, *, stdin: bytes = b"", timeout: float = PATIENCE) -> CommandResult:
+    async def run(self, command: str, *, stdin: bytes = b"", timeout: float = GUEST_TIMEOUT) -> CommandResult:
         return await super().run(command, stdin=stdin, timeout=timeout)
 
-    async def check(self, command: str, *, stdin: bytes = b"", timeout: float = PATIENCE) -> str:
+    async def check(self, command: str, *, stdin: bytes = b"", timeout: float = GUEST_TIMEOUT) -> str:
         return await super().check(command, stdin=stdin, timeout=timeout)
 
-    async def wait_for_console(self, text: str, timeout: float = PATIENCE) -> None:
+    async def wait_for_console(self, text: str, timeout: float = GUEST_TIMEOUT) -> None:
         await super().wait_for_console(text, timeout)
 
 
@@ -96,7 +96,7 @@ class GuestPool:
 
     async def _boot(self, config: GuestConfig) -> QemuGuest:
         try:
-            guest = await PatientGuest(config).__aenter__()
+            guest = await LongTimeoutGuest(config).__aenter__()
         except SetupError as error:
             if os.environ.get("FARPLUG_REQUIRE_ALL") == "1":
                 raise
@@ -147,7 +147,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             continue
         item.add_marker(pytest.mark.guest)
         if item.get_closest_marker("timeout") is None:
-            item.add_marker(pytest.mark.timeout(TIMEOUT))
+            item.add_marker(pytest.mark.timeout(TEST_TIMEOUT))
         if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(item.function):
             item.add_marker(pytest.mark.asyncio(loop_scope="session"), append=False)
 

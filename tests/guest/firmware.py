@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
-from tests.guest.plugging import PATIENCE
+from tests.guest.plugging import GUEST_TIMEOUT
 
 from farplug.errors import SetupError
 from farplug.programs import find_program
@@ -51,7 +51,7 @@ class Machine:
 
     async def open(self) -> None:
         """Connect to the console. QEMU starts the machine then."""
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(GUEST_TIMEOUT):
             while True:
                 try:
                     reader, self._writer = await asyncio.open_unix_connection(self._folder / "console")
@@ -81,7 +81,7 @@ class Machine:
             return bool(found) or self._process.returncode is not None
 
         try:
-            async with asyncio.timeout(PATIENCE), self._printed:
+            async with asyncio.timeout(GUEST_TIMEOUT), self._printed:
                 await self._printed.wait_for(look)
         except TimeoutError:
             pass

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
-from tests.guest.plugging import AT_ONCE, PATIENCE, SCRIPTS, usb_folder_by_name
+from tests.guest.plugging import GUEST_TIMEOUT, NO_SCAN_DELAY, SCRIPTS, usb_folder_by_name
 
 import farplug
 from farplug.testing import GATEWAY, CommandResult, GuestConfig, QemuGuest, SpicePort, TcpPort
@@ -52,7 +52,7 @@ REAL_DEVICES = GuestConfig(
     network=True,
     memory=768,
     modules=DRIVERS,
-    kernel_arguments=(*AT_ONCE, "dummy_hcd.is_super_speed=1"),
+    kernel_arguments=(*NO_SCAN_DELAY, "dummy_hcd.is_super_speed=1"),
     extra_arguments=("-audiodev", f"wav,id=speaker,path={SPEAKER},out.frequency=48000"),
 )
 """The near guest. Devices come and go by QMP (:meth:`Machine.device`)."""
@@ -67,7 +67,7 @@ FAR = GuestConfig(
     programs=("aplay", "usbreset"),
     python=True,
     files=tuple((f"/scripts/{path.name}", path) for path in sorted(SCRIPTS.glob("*.py"))),
-    kernel_arguments=AT_ONCE,
+    kernel_arguments=NO_SCAN_DELAY,
 )
 """The far guest."""
 
@@ -104,7 +104,7 @@ class Job:
         Raises:
             AssertionError: it ended, or the time is over.
         """
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(GUEST_TIMEOUT):
             while True:
                 ended = self._task.done()
                 output = await self.output()
@@ -128,7 +128,7 @@ class Job:
 
     async def end(self) -> tuple[int, str]:
         """Wait until it ended: its exit code and output."""
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(GUEST_TIMEOUT):
             result = await asyncio.shield(self._task)
         return result.exit_code, await self.output()
 
@@ -148,14 +148,14 @@ async def running(guest: QemuGuest, command: str) -> AsyncIterator[Job]:
             await guest.run(
                 f"kill -INT {pid}; timeout 10 sh -c 'while kill -0 {pid}; do sleep 0.1; done' || kill -KILL {pid}"
             )
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(GUEST_TIMEOUT):
                 await asyncio.wait([task])
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
 
 @dataclass(frozen=True, slots=True)
-class Real:
+class RealDevice:
     """A USB device of the near guest.
 
     Attributes:
@@ -189,7 +189,7 @@ class Machine:
         self.check = guest.check
 
     @asynccontextmanager
-    async def device(self, driver: str, name: str, **properties: object) -> AsyncIterator[Real]:
+    async def device(self, driver: str, name: str, **properties: object) -> AsyncIterator[RealDevice]:
         """Plug in a device that QEMU emulates; it is unplugged when the block ends, if it has not been before."""
         real = await self.plug(driver, name, **properties)
         try:
@@ -198,7 +198,7 @@ class Machine:
             if self.guest.alive and real.id in await self.qmp.human("info usb"):
                 await self.unplug(real)
 
-    async def plug(self, driver: str, name: str, **properties: object) -> Real:
+    async def plug(self, driver: str, name: str, **properties: object) -> RealDevice:
         """Plug in a device that QEMU emulates, and wait until the kernel has it.
 
         A usb-uas gets a disk with the property ``drive``.
@@ -217,22 +217,22 @@ class Machine:
             await self.qmp.execute("device_add", arguments | properties)
         return await self.find(name, id)
 
-    async def find(self, name: str, id: str = "") -> Real:
+    async def find(self, name: str, id: str = "") -> RealDevice:
         """A device, once the kernel has it."""
         folder = await usb_folder_by_name(self.guest, name)
         bus, node = (await self.check(f"cat {folder}/busnum {folder}/dev")).split()
-        return Real(id, name, folder, f"{bus}-{int(node.partition(':')[2]) % 128 + 1}", node)
+        return RealDevice(id, name, folder, f"{bus}-{int(node.partition(':')[2]) % 128 + 1}", node)
 
-    async def unplug(self, real: Real) -> None:
+    async def unplug(self, real: RealDevice) -> None:
         """Pull a device out; back when QEMU and the kernel have forgotten it."""
         await self.qmp.execute("device_del", {"id": real.id})
         while (await self.qmp.event("DEVICE_DELETED"))["data"].get("device") != real.id:
             pass
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(GUEST_TIMEOUT):
             while (await self.guest.run(f"cat {real.folder}/dev 2>/dev/null")).output.strip() == real.node:
                 await asyncio.sleep(0.1)
 
-    async def drivers(self, real: Real) -> dict[str, str]:
+    async def drivers(self, real: RealDevice) -> dict[str, str]:
         """The driver of each of its interfaces: empty for none, ``usbfs`` for a program."""
         script = f"""
             for interface in {real.folder}/*:*; do
@@ -242,7 +242,7 @@ class Machine:
         return {(words := line.split())[0]: " ".join(words[1:]) for line in lines}
 
     @asynccontextmanager
-    async def gadget(self, ids: str, *configurations: str, setup: str = "") -> AsyncIterator[Real]:
+    async def gadget(self, ids: str, *configurations: str, setup: str = "") -> AsyncIterator[RealDevice]:
         """A gadget on dummy_hcd, a SuperSpeed device (Linux, Documentation/usb/gadget_configfs.rst).
 
         Args:
@@ -379,7 +379,7 @@ class Plugger:
             else:
                 self._answers.pop(number).set_exception(AssertionError(rest[1]))
 
-    async def ask(self, method: str, *arguments: object, timeout: float = PATIENCE) -> Any:
+    async def ask(self, method: str, *arguments: object, timeout: float = GUEST_TIMEOUT) -> Any:
         """Have one of its methods run.
 
         Raises:
@@ -393,7 +393,7 @@ class Plugger:
             return await answer
 
     @asynccontextmanager
-    async def plugged(self, target: str, *devices: Real) -> AsyncIterator[list[int]]:
+    async def plugged(self, target: str, *devices: RealDevice) -> AsyncIterator[list[int]]:
         """Devices are plugged in during the block; the far guest has configured them. Their numbers."""
         self.events.clear()
         target = from_inside(target)
@@ -406,7 +406,7 @@ class Plugger:
         finally:
             await self.ask("leave", target)
 
-    async def happened(self, kind: str, timeout: float = PATIENCE) -> str:
+    async def happened(self, kind: str, timeout: float = GUEST_TIMEOUT) -> str:
         """Wait until something happened to a device: the words of that event."""
         async with asyncio.timeout(timeout):
             while True:

@@ -21,14 +21,14 @@ from farplug.usb import Device, DeviceEvent
 from farplug.virtual.storage_transport import StorageTransport
 
 MIB = 2**20
-PATIENCE = 120
+GUEST_TIMEOUT = 120
 """Seconds that something in a guest may take on a machine that has other things to do: a bound for what hangs, and none
 for what is slow."""
 
 Operation: TypeAlias = tuple[str | int | bytes, ...]
 Result: TypeAlias = bytes | str
 
-AT_ONCE = ("usb_storage.delay_use=0",)
+NO_SCAN_DELAY = ("usb_storage.delay_use=0",)
 """Words on the kernel's command line: a disk is looked at as soon as it is there, not a second later."""
 
 
@@ -36,7 +36,7 @@ SCRIPTS = Path(__file__).parent / "scripts"
 
 LABORATORY = GuestConfig(
     ports=(TcpPort(), SpicePort(), TcpPort(nodelay=False)),
-    kernel_arguments=AT_ONCE,
+    kernel_arguments=NO_SCAN_DELAY,
     memory=512,
     programs=("badblocks", "blkdiscard", "f3probe", "fallocate", "fio", "fsck.exfat", "mkfs.exfat", "usbreset"),
     python=True,
@@ -85,7 +85,7 @@ async def plugged(
     """Plug devices into a guest; they are configured by its driver when the block begins, and gone when it ends."""
     hub = Plugged(await open_session(parse_target(target, options or TargetOptions())))
     try:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(GUEST_TIMEOUT):
             attachments: list[Attachment] = await asyncio.gather(*(hub.plug(device) for device in devices))
             if configured:
                 await asyncio.gather(*(attachment.configured() for attachment in attachments))
@@ -108,7 +108,7 @@ async def disk_with(guest: QemuGuest, serial: str) -> str:
             [ "$(cat $usb/serial 2>/dev/null)" = {serial} ] && basename $block
         done
         :"""
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(GUEST_TIMEOUT):
         while True:
             name = (await guest.check(script)).strip()
             if name:
@@ -143,7 +143,7 @@ async def usb_folder_by_name(guest: QemuGuest, name: str) -> str:
             case "$vendor:$id $product" in {pattern}) echo $usb ;; esac
         done 2>/dev/null
         :"""
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(GUEST_TIMEOUT):
         while not (folder := (await guest.check(script)).strip()):
             await asyncio.sleep(0.1)
     return folder
@@ -155,7 +155,7 @@ async def usb_node(guest: QemuGuest, folder: str) -> str:
     return f"/dev/bus/usb/{bus:03d}/{number:03d}"
 
 
-async def raw(guest: QemuGuest, node: str, *operations: Operation, timeout: float = PATIENCE) -> list[Result]:
+async def raw(guest: QemuGuest, node: str, *operations: Operation, timeout: float = GUEST_TIMEOUT) -> list[Result]:
     """Drive a device past its drivers: the operations of ``scripts/usbfs.py``, one after the other, and their results.
 
     Each result is the bytes that arrived, or the name of the error.
@@ -167,7 +167,7 @@ async def raw(guest: QemuGuest, node: str, *operations: Operation, timeout: floa
 
 async def gone(guest: QemuGuest, disk: str) -> None:
     """Wait until the guest has noticed that a disk left."""
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(GUEST_TIMEOUT):
         while (await guest.run(f"test -e {disk}")).exit_code == 0:
             await asyncio.sleep(0.05)
 

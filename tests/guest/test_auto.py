@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests.guest.firmware import lacking, machine, program
-from tests.guest.plugging import AT_ONCE, MIB, PATIENCE, Plugged, blank, disk_of, plugged, usb_folder
+from tests.guest.plugging import GUEST_TIMEOUT, MIB, NO_SCAN_DELAY, Plugged, blank, disk_of, plugged, usb_folder
 from tests.guest.test_boot import FAR_BLOCK
 from tests.guest.test_cdrom import drive_of, make_iso
 
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 UAS = "USB Attached SCSI"
 WITHOUT_UAS = GuestConfig(
-    ports=(TcpPort(), SpicePort()), kernel_arguments=(*AT_ONCE, "module_blacklist=uas"), programs=("usbreset",)
+    ports=(TcpPort(), SpicePort()), kernel_arguments=(*NO_SCAN_DELAY, "module_blacklist=uas"), programs=("usbreset",)
 )
 """Linux that has USB Attached SCSI as a module, and not the module: initramfs of installers, OpenWrt, NixOS."""
 
 
 async def until(hub: Plugged, kind: type, count: int = 1) -> None:
     """Wait until an event of a kind came so often."""
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(GUEST_TIMEOUT):
         while hub.kinds().count(kind) < count:
             await asyncio.sleep(0.05)
 
@@ -117,7 +117,7 @@ async def test_a_mounted_disk_stays_whatever_the_guest_does_not_do(
     monkeypatch.setattr(offers, "LEFT_ALONE_AFTER", 3.0)
     quirk = "usb_storage.quirks=1d6b:0104:u"
     guest = await guests.get(
-        GuestConfig(ports=(TcpPort(),), kernel_arguments=(*AT_ONCE, quirk), programs=("usbreset", "lsusb"))
+        GuestConfig(ports=(TcpPort(),), kernel_arguments=(*NO_SCAN_DELAY, quirk), programs=("usbreset", "lsusb"))
     )
     device = disk_device(blank(tmp_path / "disk.raw"))
     async with plugged(guest.targets[0], device) as hub:
@@ -142,7 +142,7 @@ async def test_linux_without_any_driver_gets_the_best_back(
     guests: GuestPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(offers, "LEFT_ALONE_AFTER", 1.0)
-    guest = await guests.get(GuestConfig(ports=(TcpPort(),), kernel_arguments=AT_ONCE))
+    guest = await guests.get(GuestConfig(ports=(TcpPort(),), kernel_arguments=NO_SCAN_DELAY))
     await guest.check("rmmod uas usb-storage")
     device = disk_device(blank(tmp_path / "disk.raw"))
     async with plugged(guest.targets[0], device) as hub:
@@ -238,7 +238,7 @@ async def test_grub(tmp_path: Path) -> None:
         await until(hub, Attached, 2)
         assert steps(hub) == [(Misfit.NOT_CONFIGURED, Offer(Speed.HIGH))]
         name = ""
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(GUEST_TIMEOUT):
             while not name:  # its prompt looks for new devices
                 words = (await pc.run("ls", "grub> ")).split()
                 name = next((word for word in words if word.startswith("(usb")), "")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.guest.plugging import AT_ONCE, MIB, Plugged, plugged
+from tests.guest.plugging import MIB, NO_SCAN_DELAY, Plugged, plugged
 from tests.guest.test_boot import BOOTED, CODE, PROOF, plug_and_run, tool
 
 from farplug.errors import DeviceError, Reason
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from tests.guest.conftest import GuestPool
 
 CONFIG = GuestConfig(
-    ports=(SpicePort(), TcpPort()), kernel_arguments=AT_ONCE, modules=("sg",), programs=("sg_start", "sg_get_config")
+    ports=(SpicePort(), TcpPort()),
+    kernel_arguments=NO_SCAN_DELAY,
+    modules=("sg",),
+    programs=("sg_start", "sg_get_config"),
 )
 
 

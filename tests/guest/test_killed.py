@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests.guest.command import Running, farplug
-from tests.guest.plugging import AT_ONCE, LABORATORY, MIB, STORAGE, blank, disk_with, gone
+from tests.guest.plugging import LABORATORY, MIB, NO_SCAN_DELAY, STORAGE, blank, disk_with, gone
 from tests.guest.recovery import recovered
 from tests.guest.scripts import writer
 
@@ -197,7 +197,9 @@ async def test_farplug_is_killed(guests: GuestPool, tmp_path: Path, storage: str
 async def test_qemu_is_killed(guests: GuestPool, tmp_path: Path, storage: str, kind: str, image: type[Raw]) -> None:
     disk = image(tmp_path, kind)
     options = ("--usb-storage", STORAGE[storage].transport, *disk.options)
-    config = GuestConfig(ports=(TcpPort(), SpicePort()), kernel_arguments=AT_ONCE, python=True, files=LABORATORY.files)
+    config = GuestConfig(
+        ports=(TcpPort(), SpicePort()), kernel_arguments=NO_SCAN_DELAY, python=True, files=LABORATORY.files
+    )
     records = 0
     for number in range(QEMU_CUTS):
         async with guests.fresh(config) as guest, writing(guest, kind, disk) as console:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest_asyncio
-from tests.guest.nested import FAR, FARPLUG, Machine, Plugger, Real, from_inside, running
+from tests.guest.nested import FAR, FARPLUG, Machine, Plugger, RealDevice, from_inside, running
 from tests.guest.plugging import usb_folder_by_name, usb_node
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Desk:
         result = await self.machine.guest.run(f"{AS_USER} env {FARPLUG} {arguments} 2>&1")
         return result.exit_code, result.output
 
-    async def obstacles(self, real: Real) -> list[dict[str, Any]]:
+    async def obstacles(self, real: RealDevice) -> list[dict[str, Any]]:
         """What stands against plugging in a device, for the user."""
         code, output = await self.farplug("devices --json")
         assert code == 0, output
@@ -51,12 +51,12 @@ class Desk:
         obstacles: list[dict[str, Any]] = found["obstacles"]
         return obstacles
 
-    async def may_use(self, real: Real) -> bool:
+    async def may_use(self, real: RealDevice) -> bool:
         """Whether the user may open a device."""
         node = await usb_node(self.machine.guest, real.folder)
         return (await self.machine.guest.run(f"{AS_USER} test -w {node}")).exit_code == 0
 
-    async def node(self, real: Real) -> str:
+    async def node(self, real: RealDevice) -> str:
         """Mode, owner and group of a device's node."""
         node = await usb_node(self.machine.guest, real.folder)
         return (await self.machine.check(f"stat -c '%a %U %G' {node}")).strip()

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests.guest.command import farplug
-from tests.guest.plugging import MIB, PATIENCE, Plugged, blank, disk_of, disk_with, plugged
+from tests.guest.plugging import GUEST_TIMEOUT, MIB, Plugged, blank, disk_of, disk_with, plugged
 
 from farplug.cli.exit_codes import ExitCode
 from farplug.redirection import Redirection, conversation, engine, events, reminder
@@ -126,7 +126,7 @@ class Operator:
         self._plugging: asyncio.Task[object] | None = None
 
     async def do(self, step: Step) -> None:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(GUEST_TIMEOUT):
             match step:
                 case Step.STOP | Step.CONT:
                     await self.guest.qmp.execute(step.value)

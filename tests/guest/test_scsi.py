@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import pytest_asyncio
-from tests.guest.plugging import AT_ONCE, MIB, blank, disk_of, plugged
+from tests.guest.plugging import MIB, NO_SCAN_DELAY, blank, disk_of, plugged
 
 from farplug.testing import GuestConfig, QemuGuest, TcpPort
 from farplug.virtual import VirtualDevice, disk_device
@@ -25,7 +25,7 @@ TOOLS = (
     "sg_unmap", "sg_verify", "sg_vpd", "sg_write_same",
 )  # fmt: skip
 
-CONFIG = GuestConfig(ports=(TcpPort(),), kernel_arguments=AT_ONCE, modules=("sg",), programs=TOOLS)
+CONFIG = GuestConfig(ports=(TcpPort(),), kernel_arguments=NO_SCAN_DELAY, modules=("sg",), programs=TOOLS)
 
 NEW_SIZE = 40 * MIB
 

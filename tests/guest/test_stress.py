@@ -14,7 +14,7 @@ import struct
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.guest.plugging import LABORATORY, PATIENCE, STORAGE, disk_of, plugged, usb_folder, usb_node
+from tests.guest.plugging import GUEST_TIMEOUT, LABORATORY, STORAGE, disk_of, plugged, usb_folder, usb_node
 from tests.guest.scripts import stress
 
 from farplug.redirection import events
@@ -48,7 +48,9 @@ def numbered() -> MemoryStore:
 
 async def strain(guest: QemuGuest, disk: str) -> None:
     """Everything at once; nothing goes wrong."""
-    told = json.loads(await guest.check(f"python3 /scripts/stress.py {disk} {SECONDS}", timeout=PATIENCE + 2 * SECONDS))
+    told = json.loads(
+        await guest.check(f"python3 /scripts/stress.py {disk} {SECONDS}", timeout=GUEST_TIMEOUT + 2 * SECONDS)
+    )
     assert set(told) == {"reader", "writer", "failing"}, told
     assert min(told.values()) > 0, told  # how many is a matter of the machine
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests.guest.command import farplug
-from tests.guest.plugging import AT_ONCE, MIB, blank, disk_of, disk_with, gone, plugged
+from tests.guest.plugging import MIB, NO_SCAN_DELAY, blank, disk_of, disk_with, gone, plugged
 
 from farplug.cli.exit_codes import ExitCode
 from farplug.errors import Reason
@@ -81,7 +81,7 @@ async def test_farplug_killed_in_the_middle_of_a_write(guest: QemuGuest, tmp_pat
 
 async def test_qemu_that_vanishes(guests: GuestPool, tmp_path: Path) -> None:
     images = [blank(tmp_path / name) for name in ("one", "two")]
-    async with guests.fresh(GuestConfig(ports=(SpicePort(), TcpPort()), kernel_arguments=AT_ONCE)) as guest:
+    async with guests.fresh(GuestConfig(ports=(SpicePort(), TcpPort()), kernel_arguments=NO_SCAN_DELAY)) as guest:
         commands = [
             ("connect", target, "--usb-disk", image) for target, image in zip(guest.targets, images, strict=True)
         ]
@@ -425,7 +425,9 @@ class Misbehaving(Device):
 
 async def test_a_device_that_answers_late_and_out_of_order(guests: GuestPool) -> None:
     # EHCI cuts what it writes into many transfers, and queues them all.
-    guest = await guests.get(GuestConfig(ports=(TcpPort(),), controller=Controller.EHCI, kernel_arguments=AT_ONCE))
+    guest = await guests.get(
+        GuestConfig(ports=(TcpPort(),), controller=Controller.EHCI, kernel_arguments=NO_SCAN_DELAY)
+    )
     good = disk_device(MemoryStore(16 * MIB), speeds=(Speed.HIGH,))
     device = Misbehaving(good, "late")
     async with plugged(guest.targets[0], device):

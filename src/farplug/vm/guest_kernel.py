@@ -29,7 +29,7 @@ from farplug.errors import Reason, SetupError
 from farplug.programs import find_program, output_of
 from farplug.shell import shell_word
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 LAYOUT = "3-x86_64"
 """Name of the cache folder: changes when what is kept of the packages changes."""
@@ -258,7 +258,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _download_kernel(work: Path, folder: Path) -> None:
     packages = resolve_kernel_packages(_package_dependencies)
-    logger.info("fetching the guest's kernel: %s", " ".join(packages))
+    log.info("fetching the guest's kernel: %s", " ".join(packages))
     result = subprocess.run(
         ["apt-get", "download", "-q", *packages], cwd=work, stdin=subprocess.DEVNULL, capture_output=True, text=True
     )
