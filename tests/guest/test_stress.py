@@ -47,7 +47,7 @@ def numbered() -> MemoryStore:
 
 
 async def strain(guest: QemuGuest, disk: str) -> None:
-    """Everything at once; nothing goes wrong."""
+    """Run everything in parallel; nothing goes wrong."""
     told = json.loads(
         await guest.check(f"python3 /scripts/stress.py {disk} {SECONDS}", timeout=GUEST_TIMEOUT + 2 * SECONDS)
     )
