@@ -149,7 +149,7 @@ class GuestConfig:
         processors: number of processors.
         accelerator: ``tcg`` works everywhere; ``kvm`` is faster where the machine supports it.
         modules: kernel modules to load at boot, in addition to those for USB storage.
-        programs: programs of this machine to copy into the guest, in addition to ``mke2fs``, ``lsusb`` and a few others.
+        programs: programs of this machine to copy into the guest, in addition to ``mke2fs``, ``lsusb`` and others.
         python: copy the distribution's ``python3`` and its standard library (50 MB) into the guest.
         files: more files to copy into the guest: pairs of a path in the guest and a file on this machine.
         machine: run commands on this machine's filesystem, with all its programs. They read what this process may
