@@ -93,7 +93,7 @@ def test_a_defect(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
     monkeypatch.setattr(devices, "_kind_lines", broken)
     assert run(["devices"]) == 1
     assert capsys.readouterr().err == (
-        "farplug: internal error: ZeroDivisionError: it\n  please report it; --debug shows more\n"
+        "farplug: internal error: ZeroDivisionError: it\n  please report this bug, with the debug log: --debug\n"
     )
     assert run(["devices", "--json"]) == 0
     monkeypatch.setattr(devices, "_find", broken)
