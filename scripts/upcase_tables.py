@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Write src/farplug/image/upcase.py: which characters exFAT and NTFS take for equal.
+"""Write src/farplug/image/upcase.py: the characters that are equal in names of exFAT and NTFS.
 
-Every exFAT and NTFS volume holds a table that maps each UTF-16 code unit to its upper case. The tables are read from
-volumes that mkfs.exfat (exfatprogs) and mkntfs (ntfs-3g) write, which are those that farplug makes images with:
+Every exFAT and NTFS volume contains a table that maps each UTF-16 code unit to upper case. The tables are read from
+volumes of mkfs.exfat (exfatprogs) and mkntfs (ntfs-3g), the programs that farplug makes images with:
 
 * exFAT: the Up-case Table of Microsoft's exFAT specification, section 7.2, compressed as in section 7.2.5.
 * NTFS: the metadata file $UpCase, MFT record 10: 65536 little-endian code units.
 
-``--check`` writes nothing, and fails if the file is not what the tools of this machine give.
+``--check`` writes nothing, and fails if the file differs from the output for the tools of this machine.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ VOLUME_SIZE = 16 << 20
 CODE_UNITS = 1 << 16
 
 Run: TypeAlias = tuple[int, int, int, int]
-"""First and last code unit, the step between them, and what is added to each."""
+"""First and last code unit, the step between them, and the offset that is added to each."""
 
-TEXT = '''"""What exFAT and NTFS volumes map to upper case, as scripts/upcase_tables.py read it: do not edit."""
+TEXT = '''"""Upper-case tables of exFAT and NTFS volumes, written by scripts/upcase_tables.py: do not edit."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from collections.abc import Iterable
 from typing import TypeAlias
 
 Run: TypeAlias = tuple[int, int, int, int]
-"""First and last UTF-16 code unit, the step between them, and what is added to each."""
+"""First and last UTF-16 code unit, the step between them, and the offset that is added to each."""
 
 # fmt: off
 _BOTH: tuple[Run, ...] = (
@@ -112,7 +112,7 @@ def _volume(program: str, *arguments: str) -> bytes:
 
 
 def runs(table: list[int]) -> list[Run]:
-    """Compress a table."""
+    """Return a table in compressed form."""
     left = {unit: upper - unit for unit, upper in enumerate(table) if upper != unit}
     found = []
     while left:
@@ -150,14 +150,14 @@ def _rows(part: list[Run]) -> str:
 
 
 def main() -> None:
-    """Write the module, or compare it."""
+    """Write the module, or check it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare only")
     text = module()
     if not parser.parse_args().check:
         OUTPUT.write_text(text)
     elif OUTPUT.read_text() != text:
-        sys.exit(f"{OUTPUT} is not what the tools of this machine give: run {Path(__file__).name}")
+        sys.exit(f"{OUTPUT} differs from the output for the tools of this machine: run {Path(__file__).name}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What exFAT and NTFS volumes map to upper case, as scripts/upcase_tables.py read it: do not edit."""
+"""Upper-case tables of exFAT and NTFS volumes, written by scripts/upcase_tables.py: do not edit."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TypeAlias
 
 Run: TypeAlias = tuple[int, int, int, int]
-"""First and last UTF-16 code unit, the step between them, and what is added to each."""
+"""First and last UTF-16 code unit, the step between them, and the offset that is added to each."""
 
 # fmt: off
 _BOTH: tuple[Run, ...] = (
