@@ -374,7 +374,7 @@ def main() -> None:
     parser.add_argument("--speed", choices=SPEEDS, action="append", help="instead of the default setups")
     parser.add_argument("--storage", choices=STORAGES, action="append", help="instead of the default setups")
     parser.add_argument(
-        "--cd-as", choices=CD_OPTIONS, default=CD_OPTIONS[0], help="the option of farplug to compare with the CD"
+        "--cd-as", choices=CD_OPTIONS, default=CD_OPTIONS[0], help="option for farplug, compared with the CD"
     )
     parser.add_argument("--job", metavar="REGEX", help="measure the jobs whose names match")
     parser.add_argument("--rounds", type=int, default=3, help="pairs after the warm-up (default: 3)")
