@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from farplug.errors import GuestGoneError, SetupError
+from farplug.errors import SetupError, StateError
 from farplug.vm import qemu
 from farplug.vm.qemu import QemuGuest, copy_firmware, describe_exit, port_was_taken, private_folder, setup_problem
 from farplug.vm.qemu_config import Boot, GuestConfig, Spice
@@ -78,12 +78,12 @@ async def test_missing_qemu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_unsupported_operations() -> None:
     guest = QemuGuest(GuestConfig(boot=Boot.BIOS))
-    with pytest.raises(ValueError, match="a guest that boots with bios cannot run commands"):
+    with pytest.raises(StateError, match="a guest that boots with bios cannot run commands"):
         await guest.run("true")
-    with pytest.raises(ValueError, match="no SPICE server"):
+    with pytest.raises(StateError, match="no SPICE server"):
         _ = guest.spice
     assert not guest.alive
-    with pytest.raises(GuestGoneError, match="not started"):
+    with pytest.raises(StateError, match="not started"):
         await guest.wait_for_console("x")
     assert guest.console == ""
     await guest.close()

@@ -29,7 +29,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from farplug.errors import FarplugError, GuestGoneError, Reason, Remedy, SetupError
+from farplug.errors import FarplugError, GuestGoneError, Reason, Remedy, SetupError, StateError
 from farplug.programs import QEMU, find_program, output_of
 from farplug.vm.agent import CHANNELS, INIT_FILES, MACHINE_FILES, Agent, CommandFailed, CommandResult, GuestTimeout
 from farplug.vm.certificates import write_certificates
@@ -130,10 +130,10 @@ class QemuGuest:
         """Return the address of the SPICE server.
 
         Raises:
-            ValueError: the guest has no SPICE server.
+            StateError: the guest has no SPICE server.
         """
         if self._spice is None:
-            raise ValueError("this guest has no SPICE server")
+            raise StateError("this guest has no SPICE server")
         return self._spice
 
     @property
@@ -183,10 +183,10 @@ class QemuGuest:
         Raises:
             GuestTimeout: the command did not end within ``timeout`` seconds.
             GuestCrashed: QEMU ended.
-            ValueError: the guest boots firmware, not a kernel.
+            StateError: the guest boots firmware, not a kernel.
         """
         if self.config.boot is not Boot.KERNEL:
-            raise ValueError(f"a guest that boots with {self.config.boot} cannot run commands")
+            raise StateError(f"a guest that boots with {self.config.boot} cannot run commands")
         try:
             return await self._agent.run(command, stdin=stdin, timeout=timeout)
         except GuestTimeout as error:
@@ -202,7 +202,7 @@ class QemuGuest:
             CommandFailed: the exit code is not 0.
             GuestTimeout: the command did not end within ``timeout`` seconds.
             GuestCrashed: QEMU ended.
-            ValueError: the guest boots firmware, not a kernel.
+            StateError: the guest boots firmware, not a kernel.
         """
         result = await self.run(command, stdin=stdin, timeout=timeout)
         if result.exit_code != 0:
@@ -368,7 +368,7 @@ class QemuGuest:
     async def _crashed(self) -> FarplugError:
         """Return the error to raise after a connection to QEMU closed by itself."""
         if self._process is None:
-            return GuestGoneError("the guest was not started")
+            return StateError("the guest was not started")
         try:
             async with asyncio.timeout(STOP_TIMEOUT):
                 code = await self._process.wait()
