@@ -41,6 +41,7 @@ lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+	$(PYTHON) scripts/words.py
 	shellcheck scripts/setup .ci/run
 
 format: setup

@@ -1,8 +1,8 @@
 """Redirect spice-gtk's emulated CD without a window, as ``spicy --spice-share-cd=FILE`` does after a click.
 
 ``/usr/bin/python3 bench/spice_cd.py TARGET FILE``. The C library libspice-client-glib emulates the device and
-implements usbredir; Python only runs its main loop. Needs Debian's python3-gi and gir1.2-spiceclientglib-2.0, which only
-the system's Python can import.
+implements usbredir; Python only runs its main loop. Needs Debian's python3-gi and gir1.2-spiceclientglib-2.0, which
+only the system's Python can import.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class Raised(logging.Handler):
 
 
 class LateStore(MemoryStore):
-    """Answers when it is told to, in any order."""
+    """Replies on demand, in any order."""
 
     late = True
 
@@ -130,7 +130,7 @@ async def attack(device: VirtualDevice, store: LateStore, source: random.Random)
                     await device.set_configuration(1)
                     await device.set_interface(0, 1)
     store.go_all()
-    with contextlib.suppress(DeviceError):  # an error that nobody heard of
+    with contextlib.suppress(DeviceError):  # an error that was not reported
         await device.close()
     assert len(completed) == len(submitted) == len(set(completed))
     assert all(transfer.status is not None for transfer in submitted)

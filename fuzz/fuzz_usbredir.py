@@ -1,4 +1,4 @@
-"""Fuzz the usbredir connection: a hostile peer, and an engine that answers whatever it is told.
+"""Fuzz the usbredir connection: a hostile peer, and an engine that replies to everything.
 
 Polite are: violations among the events, and LocalProtocolError from what we try to send. Anything else is a bug. What
 is kept must not exceed what was fed, and what one side sends the other must accept.

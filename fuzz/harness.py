@@ -40,7 +40,7 @@ def run(name: str, one_case: Callable[[random.Random], None]) -> None:
     parser = argparse.ArgumentParser(description=f"Fuzz {name}.")
     parser.add_argument("--seconds", type=float, default=20, help="how long to run")
     parser.add_argument("--seed", type=int, default=None, help="of the first case; the next ones count up from it")
-    parser.add_argument("--cases", type=int, default=None, help="stop after so many cases")
+    parser.add_argument("--cases", type=int, default=None, help="stop after this number of cases")
     arguments = parser.parse_args()
     first = random.SystemRandom().randrange(1 << 32) if arguments.seed is None else arguments.seed
     seed = first

@@ -71,13 +71,13 @@ def test_a_remedy_is_text_with_what_a_program_can_offer() -> None:
     error = errors.ImageError(
         "a.raw is in use",
         reason=Reason.IN_USE,
-        remedy=Remedy("plug the image all the same", setting="storage.force", value=True),
+        remedy=Remedy("plug the image anyway", setting="storage.force", value=True),
     )
-    assert error.remedy == "plug the image all the same"
+    assert error.remedy == "plug the image anyway"
     assert error.as_dict() == {
         "reason": "in-use",
         "message": "a.raw is in use",
-        "remedy": "plug the image all the same",
+        "remedy": "plug the image anyway",
         "setting": "storage.force",
         "value": True,
     }
@@ -93,7 +93,7 @@ def test_a_remedy_is_text_with_what_a_program_can_offer() -> None:
         ("", []),
         ("wait", ["wait"]),
         ("one\ntwo", ["one", "two"]),
-        (Remedy("plug it all the same", setting="storage.force", value=True), ["plug it all the same: --force"]),
+        (Remedy("plug it anyway", setting="storage.force", value=True), ["plug it anyway: --force"]),
         (Remedy(setting="target.ca_file"), ["--ca-file FILE"]),
         (Remedy("use", setting="storage.usb_speed", value="high"), ["use: --usb-speed high"]),
         (Remedy("convert it", command="qemu-img convert -O raw a b"), ["convert it", "  qemu-img convert -O raw a b"]),

@@ -38,7 +38,7 @@ async def until(hub: Plugged, kind: type, count: int = 1) -> None:
 
 
 def steps(hub: Plugged) -> list[tuple[Misfit, Offer]]:
-    """Why and how the device was offered again."""
+    """Return the reason and the offer of each time that the device was offered again."""
     return [(event.why, event.offer) for event in hub.seen if isinstance(event, FellBack)]
 
 
@@ -113,7 +113,7 @@ async def test_a_vm_that_is_paused_gets_the_other_offer_when_it_goes_on(
 async def test_a_mounted_disk_stays_whatever_the_guest_does_not_do(
     guests: GuestPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A driver for Bulk-Only Transport has nothing to say after a reset, nor for as long as nobody reads or writes."""
+    """A driver for Bulk-Only Transport sends no request after a reset, nor without reads and writes."""
     monkeypatch.setattr(offers, "LEFT_ALONE_AFTER", 3.0)
     quirk = "usb_storage.quirks=1d6b:0104:u"
     guest = await guests.get(
@@ -244,6 +244,6 @@ async def test_grub(tmp_path: Path) -> None:
                 name = next((word for word in words if word.startswith("(usb")), "")
         await pc.run(f"cat {name}{FAR_BLOCK}+1", "grub> ")
         await pc.wait_for("farplug: read by GRUB")
-        await asyncio.sleep(offers.LEFT_ALONE_AFTER)  # a menu that waits for somebody
+        await asyncio.sleep(offers.LEFT_ALONE_AFTER)  # a boot menu that waits for the user
         assert len(steps(hub)) == 1
     await device.dispose()

@@ -219,7 +219,7 @@ async def test_an_iso_image(guests: GuestPool, tmp_path: Path) -> None:
     )
 
 
-async def test_a_folder_that_does_not_fit_is_told_by_the_guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_guest_reports_a_folder_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_folder(tmp_path / "a folder", {"😀": bytes(8 * MIB), "big.bin": bytes(30 * MIB)})
     before = set(tmp_path.iterdir())
 

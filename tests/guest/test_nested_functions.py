@@ -73,7 +73,7 @@ class Desk:
         self.unplug = unplug
 
     async def figures(self, name: str, endpoint: int) -> dict[str, int]:
-        """What moved through an endpoint of a device."""
+        """Return the figures of an endpoint of a device."""
         figures: dict[str, int] = (await self.plugger.ask("figures", self.numbers[name]))[f"{endpoint:02x}"]
         return figures
 

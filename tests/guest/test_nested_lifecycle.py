@@ -71,7 +71,7 @@ async def test_configuration_is_changed_with_transfers_in_flight(plugger: Plugge
             assert looped[1::2] == sent
             assert begun == chosen == b""
             assert isinstance(ended, bytes)
-            # It was taken back; Linux tries it again, and the source of the new configuration answers.
+            # The transfer was cancelled; Linux retries it, and the source of the new configuration replies.
             assert json.loads(ended) in (["EPROTO"], ["EIO"], [bytes(4096).hex()]), ended[:100]
             assert await machine.check(f"cat {real.folder}/bConfigurationValue") == "1\n"
 
@@ -112,7 +112,7 @@ async def test_neighbours_that_never_answer_and_never_stop(plugger: Plugger, far
         async with plugger.plugged(far.targets[-1], never, flood, keyboard) as (_, flooding, _):
 
             async def moved(count: int) -> None:
-                """Wait until so many bytes of the flood came."""
+                """Wait until ``count`` bytes of the flood have arrived."""
                 async with asyncio.timeout(GUEST_TIMEOUT):
                     while (await plugger.ask("figures", flooding)).get(f"{IN:02x}", {"bytes": 0})["bytes"] <= count:
                         await asyncio.sleep(0.1)
@@ -139,7 +139,7 @@ async def test_neighbours_that_never_answer_and_never_stop(plugger: Plugger, far
                     far,
                     await node(OTHER),
                     ("claim", 0),
-                    ("begin", "send", OUT, b"nobody takes this"),
+                    ("begin", "send", OUT, b"never accepted"),
                     ("begin", "receive", IN, 512),
                     ("join",),
                 ),
@@ -148,7 +148,7 @@ async def test_neighbours_that_never_answer_and_never_stop(plugger: Plugger, far
             assert drained == [b"", b""]
             assert waited == [b"", b"", b"", b'["ETIMEDOUT", "ETIMEDOUT"]']
             async with asyncio.timeout(GUEST_TIMEOUT):
-                while mute.pending:  # taken back, all the way to the device
+                while mute.pending:  # cancelled, also at the device
                     await asyncio.sleep(0.05)
 
 

@@ -56,7 +56,7 @@ State = tuple[bool, bool]
 
 
 def steps(state: State) -> tuple[Step, ...]:
-    """What can be done next."""
+    """Return the possible next steps."""
     paused, connected = state
     toggle = Step.CONT if paused else Step.STOP
     return (toggle, *ENDS) if connected else (toggle, Step.DOCTOR, Step.CONNECT)
@@ -74,7 +74,7 @@ def after(state: State, step: Step) -> State:
 
 
 def orders(state: State, length: int) -> Iterator[tuple[Step, ...]]:
-    """Every order of so many steps."""
+    """Yield every order of ``length`` steps."""
     if not length:
         yield ()
         return

@@ -42,7 +42,7 @@ async def test_passwords_at_the_limit(guests: GuestPool) -> None:
             with pytest.raises(TargetError) as caught:
                 await try_password("x" * 57)
             assert caught.value.reason is Reason.WRONG_PASSWORD
-        with pytest.raises(QmpError):  # nobody can have set a longer one
+        with pytest.raises(QmpError):  # QEMU does not accept a longer one
             await set_password("x" * 61)
 
 

@@ -203,7 +203,7 @@ class SlowStore(MemoryStore):
 
 @pytest.mark.parametrize("port", [0, 2], ids=["spice", "tcp"])
 async def test_an_answer_given_while_the_vm_is_paused_arrives(guest: QemuGuest, port: int) -> None:
-    """QEMU's SPICE server lets it lie, and nobody else would have it look before the guest's driver gives up."""
+    """QEMU's SPICE server does not read the reply by itself before the guest's driver times out."""
     store = SlowStore(64 * MIB)
     device = disk_device(store)
     async with plugged(guest.targets[port], device):
@@ -301,8 +301,8 @@ class Misbehaving(Device):
 
     Attributes:
         spoils: how, in turn; empty: it behaves.
-        every: which transfers: the first, second, … of so many.
-        spoilt: how many it has spoilt.
+        every: which of n transfers: the first, second, …
+        spoilt: number of spoilt transfers.
         overtaken: how often it answered a transfer before an earlier one on the same endpoint.
         listener: who has it open.
     """
@@ -402,7 +402,7 @@ class Misbehaving(Device):
             finish()
 
     def cancel(self, transfer: Transfer) -> None:
-        """While it misbehaves it does not listen: what the guest took back is answered all the same, later."""
+        """Ignore cancellation while misbehaving: a cancelled transfer is answered later."""
         inner = self._pairs.get(transfer)
         if inner is not None and not self.spoils:
             self._inner.cancel(inner)

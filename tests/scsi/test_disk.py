@@ -310,7 +310,7 @@ def test_unmap(data: bytes, outcome: Outcome) -> None:
     assert finish(unit, UNMAP, bytearray(data)) == outcome  # type: ignore[arg-type]
 
 
-def test_a_store_that_cannot_give_space_back() -> None:
+def test_a_store_that_cannot_enable_unmap() -> None:
     unit = disk(unmaps=False)
     assert unit.execute(cdb(UNMAP)) == Fail(INVALID_COMMAND)
     assert unit.execute(cdb("41 08 00 00 00 05 00 00 02 00")) == FIELD
