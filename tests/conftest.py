@@ -21,7 +21,7 @@ def pytest_configure() -> None:
 
 
 class Files(LoadFileScheduling):  # type: ignore[misc]  # xdist has no types
-    """Each file's tests run in one process, and all tests with nested guests in the same one, because these guests are expensive."""
+    """Runs each file in one process, and all tests with nested guests in the same one: their guests are slow."""
 
     def _split_scope(self, nodeid: str) -> str:
         scope = str(super()._split_scope(nodeid))

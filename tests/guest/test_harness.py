@@ -59,7 +59,7 @@ async def test_output_and_exit_code_are_exact(guest: QemuGuest) -> None:
     result = await guest.run("printf 'one\\r\\n\\377\\000two'; echo three >&2; exit 7")
     assert result.exit_code == 7
     assert result.data == b"one\r\n\xff\0twothree\n"
-    with pytest.raises(CommandFailed, match="exit code 3 of the guest's command 'echo no; exit 3': no"):
+    with pytest.raises(CommandFailed, match="the guest's command 'echo no; exit 3' failed with exit code 3: no"):
         await guest.check("echo no; exit 3")
 
 
