@@ -1,11 +1,11 @@
 # make demo      set up, then plug an image into a real guest, step by step
 # make test      set up, then run every test (guests included)
-# make lint      ruff, mypy --strict, import contracts, shellcheck
-# make bench     ratios to QEMU's own disks, spice-gtk's and usbredirect, and the micro figures
-# make fuzz      bounded fuzzing of everything that parses
-# make stress    a minute of readers, writers and failing commands at once, over each transport
-# make picture   the picture of the demo in README.md, drawn again
-# make powercut  hundreds of times: farplug, QEMU or the power is cut while a guest writes
+# make lint      ruff, mypy --strict, import contracts, words, shellcheck
+# make bench     ratios to QEMU's own disks, to spice-gtk's emulated CD and to usbredirect; figures of the parser
+# make fuzz      fuzz every parser for a limited time
+# make stress    a minute of parallel readers, writers and failing commands, over each transport
+# make picture   draw the picture of the demo in README.md again
+# make powercut  kill farplug or QEMU, or cut the power, hundreds of times while a guest writes
 PYTHON := .venv/bin/python
 SECONDS := 20
 CUTS := 60
@@ -30,7 +30,7 @@ test-unit: setup
 test-guest: setup
 	$(PYTHON) -m pytest -n $(PROCESSES) --dist loadfile -m guest
 
-# Every branch of the protocol and of the command set is taken by its own tests.
+# The tests of the protocol and of the SCSI commands must cover every branch of these packages.
 coverage: setup
 	@$(PYTHON) -m coverage erase
 	@$(PYTHON) -m coverage run --source=farplug.usbredir,farplug.scsi -m pytest -q tests/usbredir tests/scsi
@@ -41,6 +41,7 @@ lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+	$(PYTHON) scripts/words.py
 	shellcheck scripts/setup .ci/run
 
 format: setup

@@ -1,4 +1,4 @@
-"""Disks that are measured: farplug's, QEMU's own, and the emulated CD of spice-gtk."""
+"""The disks to measure: farplug's, QEMU's own, and the emulated CD of spice-gtk."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from farplug.vm.qemu import QemuGuest
 
 SYSTEM_PYTHON = "/usr/bin/python3"
 SPICE_CD = Path(__file__).with_name("spice_cd.py")
-PATIENCE = 30.0
-"""Seconds until a disk must have come up in the guest, or have left it."""
+TIMEOUT = 30.0
+"""Seconds until a disk must appear in the guest, or disappear."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plugged:
-    """A disk that the guest sees.
+    """A disk of the guest.
 
     Attributes:
         disk: its block device in the guest.
-        pid: of the process that answers for it; None: QEMU itself.
+        pid: process id of the program that emulates the disk; None: QEMU.
     """
 
     disk: str
     pid: int | None = None
 
     def cpu_seconds(self) -> float:
-        """Processor time that its process used so far, all threads together."""
+        """Return the processor time of all threads of the process, in seconds."""
         if self.pid is None:
             return 0.0
         tasks = Path(f"/proc/{self.pid}/task").iterdir()
         return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
 
     def peak_memory(self) -> float:
-        """Peak resident memory of its process, in bytes."""
+        """Return the peak resident memory of the process, in bytes."""
         if self.pid is None:
             return 0.0
         found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{self.pid}/status").read_text())
@@ -49,12 +49,12 @@ class Plugged:
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """A program that plugs a disk in.
+    """A program that plugs in a disk.
 
     Attributes:
-        name: for the table.
-        command: its program and arguments.
-        source: another tree of farplug's sources that it shall run; None: the installed one.
+        name: the name in the table.
+        command: the program and its arguments.
+        source: another source tree of farplug to run; None: the installed one.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Contender:
 
     @asynccontextmanager
     async def plug(self, guest: QemuGuest) -> AsyncIterator[Plugged]:
-        """Start it, wait for its disk, and take everything away at the end."""
+        """Start the program and wait for its disk; at the end, stop the program and wait until the disk is gone."""
         before = await _disks(guest)
         environment = os.environ | ({"PYTHONPATH": str(self.source)} if self.source else {})
         process = await asyncio.create_subprocess_exec(
@@ -75,12 +75,12 @@ class Contender:
             if process.returncode is None:
                 process.terminate()
             await process.wait()
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(TIMEOUT):
                 while await _disks(guest) - before:
                     await asyncio.sleep(0.05)
 
     async def _new_disk(self, guest: QemuGuest, before: set[str], process: asyncio.subprocess.Process) -> str:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             while process.returncode is None:
                 for name in await _disks(guest) - before:
                     if (await guest.run(f"dd if=/dev/{name} of=/dev/null bs=4k count=1 2>/dev/null")).exit_code == 0:
@@ -94,20 +94,20 @@ async def _disks(guest: QemuGuest) -> set[str]:
 
 
 def farplug(name: str, target: str, *options: str | Path, source: Path | None = None) -> Contender:
-    """``farplug connect``, as a user runs it."""
+    """Return ``farplug connect``, as a user runs it."""
     program = Path(sys.executable).with_name("farplug")
     return Contender(name, (str(program), "connect", target, *map(str, options)), source)
 
 
 def spice_cd(target: str, image: Path) -> Contender:
-    """The emulated CD of spice-gtk, the C client."""
+    """Return the emulated CD of spice-gtk, the C client."""
     return Contender("spice-gtk CD", (SYSTEM_PYTHON, str(SPICE_CD), target, str(image)))
 
 
 async def qemu_disk(guest: QemuGuest, model: str) -> Plugged:
-    """A disk of QEMU's own, by its model."""
+    """Return a disk of QEMU, by its model."""
     script = f"for s in /sys/block/sd*; do grep -q '^{model}' $s/device/model 2>/dev/null && basename $s; done; :"
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT):
         while not (name := (await guest.check(script)).strip()):
             await asyncio.sleep(0.05)
     return Plugged(f"/dev/{name}")

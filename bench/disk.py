@@ -1,12 +1,12 @@
-"""farplug's disk beside its peers, in one guest, in one run.
+"""Measure farplug's disk and its peers, in one guest, in one run.
 
 Three parts: ``qemu`` (QEMU's own usb-storage and usb-uas on the same controller), ``cd`` (the emulated CD of spice-gtk,
-the C client, over the same SPICE channel), ``line`` (both of them on a line with a round trip of 20 ms). All disks hold
-the same random bytes. Each figure is taken in turns, theirs, ours, theirs, ours; the first pair warms both up and is
-dropped, and the ratio is the median of the others: a single time says more about the machine than about us.
+the C client, over the same SPICE channel), ``line`` (farplug and spice-gtk on a line with a round trip of 20 ms). All
+disks have the same random content. Measurements alternate: peer, farplug, peer, farplug. The first pair is a warm-up
+and is dropped, and the ratio is the median of the other pairs, because a single time depends too much on the machine.
 
-``--against SRC`` is for changes of farplug's own: instead of the three parts, another tree of its sources (a worktree's
-``src``) is the peer, plugged into the same guest over the same transport.
+``--against SRC`` measures a change of farplug: instead of the three parts, the peer is another source tree of farplug
+(the ``src`` of a worktree), plugged into the same guest over the same transport.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from relay import Relay
 
 SIZE = 256 * MIB
 VOLUME_DESCRIPTOR = 16 * 2048
-"""Where an image looks like a CD's (ECMA-119, chapter 8.4)."""
+"""Offset of the primary volume descriptor of a CD image (ECMA-119, chapter 8.4)."""
 DELAY = 0.010
-"""Seconds, each way."""
+"""Delay of the line, in seconds each way."""
 QUIET_LOAD = 0.5
-"""The load average of a machine on which nothing else runs."""
+"""Maximum load average of an idle machine."""
 PARTS = ("qemu", "cd", "line")
 TRANSPORTS = ("spice", "tcp", "unix")
 SPEEDS = ("super", "high")
@@ -52,12 +52,12 @@ CD_OPTIONS = ("usb-disk-ro", "usb-cdrom")
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """How our disk is plugged in.
+    """How farplug's disk is plugged in.
 
     Attributes:
         transport: one of TRANSPORTS.
         speed: one of SPEEDS.
-        storage: one of STORAGES: with ``auto`` farplug chooses by itself.
+        storage: one of STORAGES.
     """
 
     transport: str
@@ -70,13 +70,13 @@ class Setup:
 
     @property
     def options(self) -> tuple[str, ...]:
-        """Of ``farplug connect``."""
+        """Return the options of ``farplug connect``."""
         storage = () if self.storage == "auto" else ("--usb-storage", self.storage)
         return ("--usb-speed", self.speed, *storage)
 
 
 MAIN_SETUP = Setup("spice", "super")
-"""What the goals are about, and what is compared with the other SPICE client."""
+"""The setup for the goals, and for the comparison with the other SPICE client."""
 SETUPS = (
     MAIN_SETUP,
     Setup("spice", "super", "bot"),
@@ -88,18 +88,18 @@ SETUPS = (
 
 @dataclass(slots=True)
 class Figure:
-    """One job, here and there.
+    """The results of one job for farplug and a peer.
 
     Attributes:
-        part: of the benchmark.
-        peer: whom we are compared with.
-        column: how our disk was plugged.
-        job: its name.
-        goal: the ratio that we want to reach; None: there is no goal.
-        theirs: bytes a second of each round.
-        ours: likewise.
-        their_cpu: seconds of processor time that their process takes for a GiB; 0: it is QEMU.
-        our_cpu: likewise.
+        part: the part of the benchmark.
+        peer: name of the peer.
+        column: how farplug's disk was plugged in.
+        job: name of the job.
+        goal: the goal for the ratio; None: no goal.
+        theirs: bytes per second of the peer, by round.
+        ours: bytes per second of farplug, by round.
+        their_cpu: processor time of the peer's process, in seconds per GiB; 0: the peer is QEMU.
+        our_cpu: processor time of farplug, in seconds per GiB.
     """
 
     part: str
@@ -122,7 +122,7 @@ class Figure:
 
 
 async def take(guest: QemuGuest, job: Job, plugged: Plugged, speeds: list[float], cpu: list[float]) -> None:
-    """One measurement of one disk."""
+    """Measure one disk once, and append the results."""
     before = plugged.cpu_seconds()
     speed, size = await measure(guest, job, plugged.disk)
     speeds.append(speed)
@@ -130,7 +130,7 @@ async def take(guest: QemuGuest, job: Job, plugged: Plugged, speeds: list[float]
 
 
 async def compare(guest: QemuGuest, figure: Figure, job: Job, theirs: Plugged, ours: Plugged, rounds: int) -> Figure:
-    """Take a figure of two disks that are plugged in side by side."""
+    """Measure two disks that are both plugged in, alternately."""
     for _ in range(rounds + 1):
         await take(guest, job, theirs, figure.theirs, figure.their_cpu)
         await take(guest, job, ours, figure.ours, figure.our_cpu)
@@ -140,7 +140,7 @@ async def compare(guest: QemuGuest, figure: Figure, job: Job, theirs: Plugged, o
 
 
 def report(figure: Figure) -> None:
-    """Show that something happens."""
+    """Print a result, to show progress."""
     print(f"  {figure.column} : {figure.peer}, {figure.job}: {figure.ratio:.2f}", file=sys.stderr, flush=True)
 
 
@@ -148,10 +148,10 @@ class Bench:
     """One run.
 
     Args:
-        options: of the command line.
+        options: the options of the command line.
 
     Attributes:
-        figures: what was measured.
+        figures: the results.
         memory: peak memory in bytes, by program.
     """
 
@@ -164,7 +164,7 @@ class Bench:
         self._images: list[Path] = []
 
     async def run(self) -> None:
-        """Measure everything that was asked for."""
+        """Measure the selected parts."""
         against = self.options.against
         with tempfile.TemporaryDirectory(prefix="farplug-bench-") as folder:
             self._images = [Path(folder, name) for name in ("ours", "usb-storage", "usb-uas")]
@@ -239,7 +239,7 @@ class Bench:
     async def _alternate(
         self, guest: QemuGuest, figures: dict[Job, Figure], peer: Contender, disk: Contender, rounds: int
     ) -> None:
-        """Plug two in by turns, as a SPICE server takes one client at a time; all jobs on one, then on the other."""
+        """Run all jobs with the peer, then with farplug, and so on: a SPICE server serves one client at a time."""
         for _ in range(rounds + 1):
             async with peer.plug(guest) as theirs:
                 for job, figure in figures.items():
@@ -257,7 +257,7 @@ class Bench:
     # --- helpers ------------------------------------------------------------------------------------------------------
 
     def _setups(self) -> list[Setup]:
-        """The usual ones, or those that were asked for."""
+        """Return the selected setups, or the default ones."""
         options = self.options
         if not (options.transport or options.speed or options.storage):
             return [*SETUPS]
@@ -269,7 +269,7 @@ class Bench:
 
 
 def usb_uas(image: Path) -> tuple[str, ...]:
-    """QEMU's own usb-uas, with one disk whose model is "UAS"."""
+    """Return QEMU's arguments for a usb-uas device with one disk whose model is "UAS"."""
     drive = f"if=none,id=uas-drive,format=raw,cache=writeback,file={str(image).replace(',', ',,')}"
     disk = "scsi-hd,bus=uas.0,drive=uas-drive,vendor=QEMU,product=QEMU UAS"
     return ("-drive", drive, "-device", "usb-uas,id=uas,bus=usb.0", "-device", disk)
@@ -279,7 +279,7 @@ def usb_uas(image: Path) -> tuple[str, ...]:
 
 
 def machine() -> str:
-    """What the machine was."""
+    """Return a description of the machine."""
     processor = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
     qemu = re.search(r"version (\S+)", output_of(QEMU, "--version") or "")
     return (
@@ -290,7 +290,7 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """The commit of this tree, if it is one of git's."""
+    """Return the commit of this tree, if this is a git repository."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     return f" ({result.stdout.strip()})" if result.returncode == 0 else ""
@@ -303,7 +303,7 @@ def against_goal(value: float, goal: float | None) -> str:
 
 
 def tables(bench: Bench) -> str:
-    """All that was measured, for people."""
+    """Return all results as text."""
     lines: list[str] = []
     jobs = {job.name: job for job in (*JOBS, *LINE_JOBS)}
     for part, title in (
@@ -314,8 +314,8 @@ def tables(bench: Bench) -> str:
         if figures:
             lines += ["", f"{title}, median of {bench.options.rounds} pairs", *ratios(figures, jobs)]
     for part, title in (
-        ("cd", "Beside spice-gtk's emulated CD (C), over SPICE"),
-        ("line", f"The same on a line with {2000 * DELAY:.0f} ms round trip"),
+        ("cd", "Compared with spice-gtk's emulated CD (C), over SPICE"),
+        ("line", f"The same on a line with a round trip of {2000 * DELAY:.0f} ms"),
     ):
         figures = [figure for figure in bench.figures if figure.part == part]
         if figures:
@@ -327,7 +327,7 @@ def tables(bench: Bench) -> str:
 
 
 def ratios(figures: Sequence[Figure], jobs: dict[str, Job]) -> list[str]:
-    """A line for each job, a column for each way to plug in."""
+    """Return a table with a line for each job, and a column for each setup."""
     columns = list(dict.fromkeys(figure.column for figure in figures))
     cells = {(figure.job, figure.column): figure for figure in figures}
     lines = [f"  {'':<32}{'peer':>14}" + "".join(f"{name:>17}" for name in columns) + f"{'goal':>8}"]
@@ -348,7 +348,7 @@ def ratios(figures: Sequence[Figure], jobs: dict[str, Job]) -> list[str]:
 
 
 def pairs(figures: Sequence[Figure], jobs: dict[str, Job]) -> list[str]:
-    """A line for each job: theirs, ours, ratio, goal, processor time."""
+    """Return a table with a line for each job: peer, farplug, ratio, goal, processor time."""
     lines = [
         f"  {'':<32}{figures[0].peer:>14}{'farplug':>14}{'ratio':>8}{'goal':>8}{'':8}"
         f"{'CPU s/GiB':>12}{figures[0].peer:>14}{'farplug':>10}"
@@ -370,19 +370,21 @@ def pairs(figures: Sequence[Figure], jobs: dict[str, Job]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=PARTS, action="append", help="measure this part (may be repeated)")
-    parser.add_argument("--transport", choices=TRANSPORTS, action="append", help="not the usual setups: over this")
-    parser.add_argument("--speed", choices=SPEEDS, action="append", help="not the usual setups: at this speed")
-    parser.add_argument("--storage", choices=STORAGES, action="append", help="not the usual setups: --usb-storage")
-    parser.add_argument("--cd-as", choices=CD_OPTIONS, default=CD_OPTIONS[0], help="what we plug in beside the CD")
+    parser.add_argument("--transport", choices=TRANSPORTS, action="append", help="instead of the default setups")
+    parser.add_argument("--speed", choices=SPEEDS, action="append", help="instead of the default setups")
+    parser.add_argument("--storage", choices=STORAGES, action="append", help="instead of the default setups")
+    parser.add_argument(
+        "--cd-as", choices=CD_OPTIONS, default=CD_OPTIONS[0], help="option for farplug, compared with the CD"
+    )
     parser.add_argument("--job", metavar="REGEX", help="measure the jobs whose names match")
-    parser.add_argument("--rounds", type=int, default=3, help="pairs that count (default: 3)")
-    parser.add_argument("--against", type=Path, metavar="SRC", help="measure farplug against another tree of it")
+    parser.add_argument("--rounds", type=int, default=3, help="pairs after the warm-up (default: 3)")
+    parser.add_argument("--against", type=Path, metavar="SRC", help="compare with another source tree of farplug")
     parser.add_argument("--json", type=Path, help="also write all figures to this file")
     options = parser.parse_args()
     print(machine(), flush=True)
     load = os.getloadavg()[0]
     if load > QUIET_LOAD:
-        print(f"The machine is busy (load {load:.1f}): whatever takes more than one process looks slower than it is.")
+        print(f"The machine is busy (load {load:.1f}): disks that need more than one process are slower than usual.")
     started = time.monotonic()
     bench = Bench(options)
     try:

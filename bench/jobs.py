@@ -1,4 +1,4 @@
-"""What is measured in the guest, and what we want to reach."""
+"""The jobs to measure in the guest, and the goals."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from farplug.vm.qemu import QemuGuest
 KIB, MIB = 2**10, 2**20
 
 NOISE = "/tmp/noise"
-"""What is written: incompressible, as SPICE would send zeros as next to nothing."""
+"""The data to write: incompressible, because SPICE compresses zeros to almost nothing."""
 NOISE_SIZE = 100 * MIB
 WRITES_AT = 128 * MIB
-"""Reads stay below this offset of the disk, writes above it: so that reads never find what compresses well."""
+"""Reads stay below this offset of the disk, writes above it: the data to read remains incompressible."""
 
 _NOW = "now() { { read _; read _; read _ _ t _; } </proc/timer_list; echo $t; }"
-"""Nanoseconds on the guest's clock, without starting a program."""
+"""A shell function that prints the guest's clock in nanoseconds, without starting a program."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One thing that is measured.
+    """A job to measure.
 
     Attributes:
-        name: for the table.
-        command: for the guest's shell; ``$d`` is the disk.
-        size: bytes that it moves; 0: the command is fio, which tells.
-        block: bytes of an operation, where operations a second are shown; 0: it is shown in MB/s.
-        goal: the ratio to QEMU's usb-storage that we want to reach.
-        cd_goal: the ratio to spice-gtk's emulated CD.
+        name: the name in the table.
+        command: a command for the guest's shell; ``$d`` is the disk.
+        size: number of bytes that the command transfers; 0: the command is fio, which reports it.
+        block: bytes per operation, to show operations per second; 0: show MB/s.
+        goal: the goal for the ratio to QEMU's usb-storage.
+        cd_goal: the goal for the ratio to spice-gtk's emulated CD.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Job:
     cd_goal: float | None = None
 
     def show(self, speed: float) -> str:
-        """A speed in bytes a second, for people."""
+        """Return a speed, given in bytes per second, as text."""
         return f"{speed / self.block:.0f} IOPS" if self.block else f"{speed / 1e6:.1f} MB/s"
 
 
@@ -67,26 +67,26 @@ JOBS = (
     Job("sequential write 1 MiB", _dd(f"{_WRITE} bs=1M seek={WRITES_AT // MIB}", NOISE_SIZE), NOISE_SIZE, 0, 0.65),
     Job("sequential read 1 MiB, depth 4", _fio("--rw=read --bs=1M --iodepth=4")),
 )
-"""At the disk's side of a fast line. Without depth: one operation after the other."""
+"""Jobs without a delay on the line. Without depth: one operation after the other."""
 
 LINE_JOBS = (
     Job("buffered read", _fio("--rw=read --bs=1M --direct=0 --ioengine=psync", seconds=3), 0, 0, None, 5.0),
     Job("4 KiB random read, depth 16", _fio("--rw=randread --bs=4k --iodepth=16", seconds=3), 0, 4 * KIB, None, 30.0),
 )
-"""On a slow line. They run for a time, not for a size."""
+"""Jobs for a line with a long round trip. They run for a time, not for a size."""
 
 LINE_BUFFERED_GOAL = 25e6
-"""Bytes a second of buffered reading on the slow line that we want to reach."""
+"""The goal for buffered reading on the line with a long round trip, in bytes per second."""
 
 
 async def prepare(guest: QemuGuest) -> None:
-    """Make the guest ready for jobs: noise to write, and disks that come up without the usual second of waiting."""
+    """Prepare the guest for jobs: make the data to write, and turn off the delay before disks are scanned."""
     await guest.check(f"head -c {NOISE_SIZE} /dev/urandom >{NOISE}", timeout=120)
     await guest.check("echo 0 >/sys/module/usb_storage/parameters/delay_use")
 
 
 async def measure(guest: QemuGuest, job: Job, disk: str) -> tuple[float, float]:
-    """Bytes a second, and how many bytes moved."""
+    """Run a job, and return bytes per second and the number of bytes."""
     await guest.check("echo 3 >/proc/sys/vm/drop_caches")
     if not job.size:
         output = await guest.check(f"d={disk}; {job.command}", timeout=120)

@@ -1,8 +1,8 @@
-"""Packets per second: ours, and libusbredirparser driven from Python through ctypes.
+"""Measure packets per second of farplug, and of libusbredirparser called through ctypes.
 
-The mix is what a disk does: for each command a 31-byte bulk OUT (the CBW), an IN request, 4 KiB of data, the 13-byte
-status; as the usb-host sees it (two received, three sent) and as the usb-guest does. Bytes arrive in chunks of 64 KiB.
-Large payloads are measured apart, in MB/s.
+The packets are those of a disk: for each command a 31-byte bulk OUT (the CBW), an IN request, 4 KiB of data, and the
+13-byte status; on the side of the usb-host and of the usb-guest. Bytes arrive in chunks of 64 KiB. Large payloads are
+measured separately, in MB/s.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ OUT, IN = 0x02, 0x81
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One line of the table: how much of something a second, here and there.
+    """A line of the table.
 
     Attributes:
-        name: what was measured.
-        unit: of both figures.
-        ours: farplug's.
-        theirs: libusbredirparser's through ctypes; None if it is not installed.
+        name: the name of the measurement.
+        unit: the unit of both figures.
+        ours: the figure of farplug.
+        theirs: the figure of libusbredirparser through ctypes; None if it is not installed.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Figure:
 
 
 def requests(count: int) -> list[Packet]:
-    """Return what a guest sends for ``count`` commands: CBW, request for data, request for the status."""
+    """Return the packets of a guest for ``count`` commands: CBW, request for data, request for the status."""
     packets: list[Packet] = []
     for id_ in range(0, 3 * count, 3):
         packets.append(BulkPacket(id=id_, endpoint=OUT, status=Status.SUCCESS, length=31, data=bytes(31)))
@@ -63,7 +63,7 @@ def requests(count: int) -> list[Packet]:
 
 
 def answers(count: int, size: int = 4096) -> list[Packet]:
-    """Return what a host sends for ``count`` commands."""
+    """Return the packets of a host for ``count`` commands."""
     packets: list[Packet] = []
     data = memoryview(bytes(size))
     for id_ in range(0, 3 * count, 3):
@@ -74,7 +74,7 @@ def answers(count: int, size: int = 4096) -> list[Packet]:
 
 
 class Library:
-    """libusbredirparser as a Python program would use it: bulk packets only, callbacks in Python that keep nothing."""
+    """libusbredirparser as a Python program would use it: bulk packets only, with callbacks that discard the data."""
 
     def __init__(self, library: CDLL, role: Role) -> None:
         self.oracle = oracle.Oracle(library, role, ALL_CAPS)
@@ -157,7 +157,7 @@ def _rate(work: Callable[[], None], amount: float) -> float:
 
 
 def figures() -> list[Figure]:
-    """Measure everything; about five seconds."""
+    """Measure everything, in about five seconds."""
     library = oracle.load()
     host, guest = connect(Role.HOST), connect(Role.GUEST)
     their_host = Library(library, Role.HOST) if library else None
@@ -215,7 +215,7 @@ def figures() -> list[Figure]:
 
 
 def table(rows: Sequence[Figure]) -> str:
-    """The figures for people."""
+    """Return the figures as text."""
     lines = [f"{'':34}{'farplug':>10}{'C + ctypes':>12}{'ratio':>8}"]
     for row in rows:
         theirs = f"{row.theirs:12.0f}{row.ratio:8.2f}" if row.theirs and row.ratio else f"{'-':>12}{'-':>8}"

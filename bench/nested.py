@@ -1,7 +1,7 @@
-"""farplug beside ``usbredirect``, the C program, on a real device, in two guests, in one run.
+"""Compare farplug with ``usbredirect``, the C program, on a real device, in two guests, in one run.
 
-The near guest has the device, QEMU's usb-storage, and runs both programs by turns; the far guest gets it over TCP and
-takes the figures. Both guests are emulated, and so are both programs: only ratios mean anything.
+The near guest has the device, QEMU's usb-storage, and runs both programs alternately; the far guest gets the device
+over TCP and measures. Both guests are emulated, and so are both programs: only ratios are meaningful.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from farplug.vm.qemu_config import GATEWAY, LOOPBACK, GuestConfig, TcpPort, UsbD
 from jobs import JOBS, MIB, Job, measure, prepare
 
 SIZE = 256 * MIB
-PATIENCE = 120.0
-"""Seconds until the disk must have come up in the far guest, or have left it."""
+TIMEOUT = 120.0
+"""Seconds until the disk must appear in the far guest, or disappear."""
 DEVICE = "46f4:0001"
 
 GOALS = {"sequential read 1 MiB": 1.0, "4 KiB read": 0.9}
@@ -35,11 +35,11 @@ GOALS = {"sequential read 1 MiB": 1.0, "4 KiB read": 0.9}
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """One that plugs a real device in.
+    """A program that redirects a real device.
 
     Attributes:
-        name: for the table.
-        command: for the near guest's shell.
+        name: the name in the table.
+        command: the command for the near guest's shell.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Program:
 
     @asynccontextmanager
     async def run(self, near: QemuGuest, far: QemuGuest) -> AsyncIterator[str]:
-        """Run it; the far guest has the disk. Its process id in the near guest."""
+        """Run the program while the far guest has the disk; yield its process id in the near guest."""
         task = asyncio.create_task(near.run(f"echo $$ >/run/program; exec env {self.command}", timeout=3600))
         try:
             await until(far, "test -e /dev/sda && head -c 512 /dev/sda | grep -q ''", task)
@@ -61,8 +61,8 @@ class Program:
 
 
 async def until(guest: QemuGuest, condition: str, program: asyncio.Task[object] | None = None) -> None:
-    """Wait until a command of the guest succeeds."""
-    async with asyncio.timeout(PATIENCE):
+    """Wait until a command in the guest succeeds."""
+    async with asyncio.timeout(TIMEOUT):
         while (await guest.run(condition)).exit_code != 0:
             if program is not None and program.done():
                 sys.exit(f"bench: the program ended: {program.result()}")
@@ -70,13 +70,13 @@ async def until(guest: QemuGuest, condition: str, program: asyncio.Task[object] 
 
 
 async def cpu_seconds(guest: QemuGuest, pid: str) -> float:
-    """Processor time that a process used so far, all threads together."""
+    """Return the processor time of all threads of a process, in seconds."""
     lines = await guest.check(f"cat /proc/{pid}/task/*/schedstat")
     return sum(int(line.split()[0]) for line in lines.splitlines()) / 1e9
 
 
 async def bench(rounds: int) -> list[Figure]:
-    """Take all figures."""
+    """Measure everything."""
     jobs = [replace(job, goal=GOALS[job.name]) for job in JOBS if job.name in GOALS]
     figures = {job: Figure("nested", "usbredirect", "farplug", job.name, job.goal) for job in jobs}
     with tempfile.NamedTemporaryFile(prefix="farplug-bench-") as image:
@@ -111,7 +111,7 @@ async def bench(rounds: int) -> list[Figure]:
 
 
 async def take(near: QemuGuest, far: QemuGuest, pid: str, job: Job, figure: Figure, *, ours: bool) -> None:
-    """One measurement."""
+    """Run one job with one program, and append the results."""
     before = await cpu_seconds(near, pid)
     speed, size = await measure(far, job, "/dev/sda")
     cpu = (await cpu_seconds(near, pid) - before) / size * 2**30
@@ -121,7 +121,7 @@ async def take(near: QemuGuest, far: QemuGuest, pid: str, job: Job, figure: Figu
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="pairs that count (default: 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="pairs after the warm-up (default: 3)")
     options = parser.parse_args()
     print(machine(), flush=True)
     started = time.monotonic()
@@ -129,7 +129,7 @@ def main() -> None:
         figures = asyncio.run(bench(options.rounds))
     except FarplugError as error:
         sys.exit(f"bench: {error}")
-    print(f"Beside usbredirect (C), a real usb-storage in nested guests over TCP, median of {options.rounds} pairs")
+    print(f"Compared with usbredirect (C): usb-storage in nested guests over TCP, median of {options.rounds} pairs")
     print("\n".join(pairs(figures, {job.name: job for job in JOBS})))
     print(f"\n{time.monotonic() - started:.0f} s")
 

@@ -1,7 +1,7 @@
-"""A TCP relay that delays: what a line with a long round trip does to a protocol, on one machine.
+"""Relay TCP connections with a delay, to simulate a line with a long round trip on one machine.
 
-``python bench/relay.py 5930 127.0.0.1:5900 --delay 10`` listens on port 5930 of the loopback address and delays all
-that goes through by 10 ms each way: a round trip of 20 ms. Order is kept, and there is no limit on the bandwidth.
+``python bench/relay.py 5930 127.0.0.1:5900 --delay 10`` listens on port 5930 of the loopback address and delays data by
+10 ms each way: a round trip of 20 ms. The order is kept, and the bandwidth is not limited.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Self, cast
 LOOPBACK = "127.0.0.1"
 
 
-class _Way(asyncio.Protocol):
-    """One end of a relayed connection: what it receives leaves at the other end, later."""
+class _End(asyncio.Protocol):
+    """One end of a relayed connection: received data is sent at the other end, after the delay."""
 
     def __init__(self, delay: float) -> None:
-        self.other: _Way | None = None
+        self.other: _End | None = None
         self._delay = delay
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
@@ -29,7 +29,7 @@ class _Way(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
-        """Keep it until its time has come. No data stand for the end of the stream."""
+        """Queue the data for the delay. Empty data is the end of the stream."""
         self._received.append((self._loop.time() + self._delay, data))
         if len(self._received) == 1:
             self._loop.call_later(self._delay, self._forward)
@@ -55,16 +55,16 @@ class _Way(asyncio.Protocol):
 
 
 class Relay:
-    """Listens on the loopback address, and relays each connection to one address. Used with ``async with``.
+    """Listens on the loopback address, and relays each connection to one address. Use it with ``async with``.
 
     Args:
-        host: where connections go.
-        port: likewise.
-        delay: seconds, each way.
-        listen: the port to listen on; 0: any.
+        host: the host to connect to.
+        port: the port to connect to.
+        delay: the delay in seconds, each way.
+        listen: the port to listen on; 0: any free port.
 
     Attributes:
-        listen: the port, once it listens.
+        listen: the port that the relay listens on.
     """
 
     def __init__(self, host: str, port: int, delay: float, listen: int = 0) -> None:
@@ -72,7 +72,7 @@ class Relay:
         self._to = (host, port)
         self._delay = delay
         self._server: asyncio.Server | None = None
-        self._ways: set[_Way] = set()
+        self._ends: set[_End] = set()
         self._dials: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
@@ -88,24 +88,24 @@ class Relay:
         self._server.close()
         for dial in self._dials:
             dial.cancel()
-        for way in self._ways:
-            way.close()
+        for end in self._ends:
+            end.close()
 
     async def serve_forever(self) -> None:
         """Relay until cancelled."""
         assert self._server is not None
         await self._server.serve_forever()
 
-    def _accepted(self) -> _Way:
-        near, far = _Way(self._delay), _Way(self._delay)
+    def _accepted(self) -> _End:
+        near, far = _End(self._delay), _End(self._delay)
         far.other = near
-        self._ways |= {near, far}
+        self._ends |= {near, far}
         dial = asyncio.get_running_loop().create_task(self._dial(near, far))
         self._dials.add(dial)
         dial.add_done_callback(self._dials.discard)
         return near
 
-    async def _dial(self, near: _Way, far: _Way) -> None:
+    async def _dial(self, near: _End, far: _End) -> None:
         try:
             await asyncio.get_running_loop().create_connection(lambda: far, *self._to)
         except OSError:

@@ -1,8 +1,8 @@
-"""spice-gtk's emulated CD without its window: what ``spicy --spice-share-cd=FILE`` redirects after a click.
+"""Redirect spice-gtk's emulated CD without a window, as ``spicy --spice-share-cd=FILE`` does after a click.
 
-``/usr/bin/python3 bench/spice_cd.py TARGET FILE``. It is the same C code, libspice-client-glib, which makes the device,
-speaks usbredir and answers each transfer; Python only starts its main loop. Needs Debian's python3-gi and
-gir1.2-spiceclientglib-2.0, which only the system's Python finds.
+``/usr/bin/python3 bench/spice_cd.py TARGET FILE``. The C library libspice-client-glib emulates the device and
+implements usbredir; Python only runs its main loop. Needs Debian's python3-gi and gir1.2-spiceclientglib-2.0, which
+only the system's Python can import.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ gi.require_version("SpiceClientGLib", "2.0")
 from gi.repository import GLib, GObject, SpiceClientGLib  # noqa: E402
 
 RETRY = 50
-"""Milliseconds until the next attempt, while the usbredir channels come up."""
+"""Milliseconds between attempts, until the usbredir channels are connected."""
 
 
 def share(target: str, image: str) -> int:
-    """Redirect until SIGTERM; the exit code."""
+    """Redirect until SIGTERM, and return the exit code."""
     loop = GLib.MainLoop()
     session = SpiceClientGLib.Session()
     for name, value in {"uri": target, "enable-audio": False, "enable-smartcard": False}.items():
         session.set_property(name, value)
     manager = SpiceClientGLib.UsbDeviceManager.get(session)
     if not manager.create_shared_cd_device(image):
-        print(f"spice-gtk does not take {image} as a CD", file=sys.stderr)
+        print(f"spice-gtk does not accept {image} as a CD", file=sys.stderr)
         return 1
 
     def redirect() -> bool:
-        """Called again until it returns False."""
+        """Try to redirect the CD; return whether to call this again."""
         for device in manager.get_devices():
             if manager.is_device_shared_cd(device):
                 try:
@@ -61,7 +61,7 @@ def share(target: str, image: str) -> int:
         elif isinstance(channel, SpiceClientGLib.UsbredirChannel) and channel.get_property("channel-id") == 0:
             GLib.timeout_add(RETRY, redirect)
 
-    # Session.connect is SPICE's, and hides GObject's.
+    # Session.connect is a method of SPICE, and hides the one of GObject.
     GObject.Object.connect(session, "channel-new", channel_new)
     session.connect()
     GLib.unix_signal_add(GLib.PRIORITY_DEFAULT, signal.SIGTERM, session.disconnect)

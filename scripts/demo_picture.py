@@ -4,8 +4,8 @@ The picture begins at step 3: the image and the VM are there, and farplug plugs 
 
 python scripts/demo_picture.py [FILE]
 
-Needs what ``farplug demo`` needs (``make demo`` installs it). The picture refers to no other host: pages do not fetch
-fonts for an image.
+The requirements are those of ``farplug demo`` (``make demo`` installs them). The picture does not refer to other hosts,
+because browsers do not fetch fonts for an image.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rich.text import Text
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = 100
 FIRST, LAST = "3. ", "It works."
-"""Where the picture begins and ends."""
+"""Beginning of the first line of the picture, and end of the last one."""
 THEME = TerminalTheme(
     (13, 17, 23),
     (201, 209, 217),
@@ -53,7 +53,7 @@ def demo() -> Text:
 
 
 def excerpt(output: Text) -> list[Text]:
-    """Return the lines from the first to the last one of the picture, each as wide as the terminal at most."""
+    """Return the lines of the picture, wrapped to the width of the terminal."""
     lines = list(output.split(allow_blank=True))
     begin = next(index for index, line in enumerate(lines) if line.plain.startswith(FIRST))
     end = next(index for index, line in enumerate(lines) if line.plain.endswith(LAST))
@@ -61,7 +61,7 @@ def excerpt(output: Text) -> list[Text]:
 
 
 def wrap(line: Text) -> list[Text]:
-    """Wrap a line as a terminal does, but between words and with its indentation."""
+    """Wrap a line between words, and indent its parts like the first."""
     indentation = len(line.plain) - len(line.plain.lstrip())
     width = COLUMNS - indentation
     rest, parts = line[indentation:] if line.plain else line, []
@@ -73,7 +73,7 @@ def wrap(line: Text) -> list[Text]:
 
 
 def draw(output: Text) -> str:
-    """Return the picture of a terminal with the command and its output."""
+    """Return the picture, an SVG of a terminal with the command and its output."""
     console = Console(record=True, width=COLUMNS, file=StringIO(), force_terminal=True, color_system="truecolor")
     console.print(Text.assemble(("$ ", "green"), ("farplug demo", "bold")))
     console.print("…\n")

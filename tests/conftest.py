@@ -11,17 +11,17 @@ from xdist.scheduler import LoadFileScheduling
 
 
 def pytest_configure() -> None:
-    """The same tests, whoever starts them."""
-    # In the background, or with nohup, these are ignored; what the tests start would ignore them, too.
+    """Make the tests independent of the environment."""
+    # In the background, or with nohup, these signals are ignored, and child processes would ignore them too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    # With one of these pytest writes out the whole difference of two byte strings: minutes, if they are images.
+    # With one of these pytest prints the whole difference of two byte strings, which takes minutes for images.
     for name in ("CI", "BUILD_NUMBER"):
         os.environ.pop(name, None)
 
 
-class Files(LoadFileScheduling):  # type: ignore[misc]  # xdist tells no types
-    """Each file's tests run in one process, and all that need nested guests in the same one: these are dear."""
+class Files(LoadFileScheduling):  # type: ignore[misc]  # xdist has no types
+    """Runs each file in one process, and all tests with nested guests in the same one: their guests are slow."""
 
     def _split_scope(self, nodeid: str) -> str:
         scope = str(super()._split_scope(nodeid))

@@ -1,25 +1,29 @@
-"""Everything farplug raises on purpose.
+"""Exceptions that farplug raises.
 
 ::
 
     FarplugError
-    ├── UsageError              an option, a path or a target is written wrong
-    ├── SetupError              something is missing on this machine
+    ├── UsageError              an option, a path or a target is not valid
+    ├── SetupError              a program, a package or a permission is missing on this machine
     ├── ImageError              a disk image cannot be used
-    ├── DeviceError             a device cannot be used, or broke its own contract
+    ├── DeviceError             a device cannot be used, or violated the contract of a device
+    │   └── CommandFailed       a command in the throw-away guest failed (farplug.vm.agent)
     ├── TargetError             the guest cannot be reached
-    ├── PortError               the guest is reached, but has no port for this device
+    │   ├── LinkFailure         the SPICE link failed (farplug.spice.link)
+    │   └── GuestTimeout        the throw-away guest did not respond in time (farplug.vm.agent)
+    ├── PortError               the guest has no free port for the device
     ├── RefusedError            the guest refused the device
+    │   └── QmpError            QEMU refused a QMP command (farplug.vm.qmp)
     ├── StateError              a call that is not possible now, such as plugging a device twice
     ├── GuestGoneError          the connection to the guest ended while it was in use
-    ├── InternalError           a bug in farplug, met where nobody can catch an exception
-    └── ProtocolError
-        ├── LocalProtocolError  we were asked to send what the protocol does not allow
-        └── RemoteProtocolError the peer sent what the protocol does not allow
+    │   └── GuestCrashed        the QEMU of the throw-away guest ended by itself (farplug.vm.qemu)
+    ├── InternalError           a bug in farplug, in a callback of the event loop
+    └── ProtocolError           a protocol was violated
+        ├── LocalProtocolError  the caller asked to send something the protocol does not allow
+        └── RemoteProtocolError the peer sent something the protocol does not allow
 
-Each carries one line that says what happened, a :class:`Reason` that a program can act on, and a :class:`Remedy` where
-there is one. A bad argument raises ``ValueError``. Any other exception that leaves farplug is a bug, like
-:class:`InternalError`.
+Each exception has a message of one line, a :class:`Reason` for programs, and a :class:`Remedy` if there is one. A wrong
+argument raises ``ValueError``. Any other exception is a bug, like :class:`InternalError`.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ from typing import Any, Self, TypeVar
 
 
 class Reason(StrEnum):
-    """Why something cannot be done. The values are stable: they stand in ``--json`` output."""
+    """The reason of an error. The values are stable: they are part of JSON output."""
 
     # usage
     BAD_SETTING = "bad-setting"
@@ -105,14 +109,14 @@ class Reason(StrEnum):
 
 
 class Remedy(str):
-    """What a user can do about an error: text for people, with what a program can offer instead.
+    """Advice to the user about an error: text, and optionally a setting or a command that a client can offer.
 
-    The text names no option of the command line and no button of a page: a client makes these of ``setting``.
+    The text does not name options of the command line or buttons of a page: a client makes these from ``setting``.
 
     Args:
-        text: for people; may have several lines.
-        setting: the setting that helps, by its name in :mod:`farplug.app.settings`; empty: none.
-        value: for the setting; None: the user chooses it.
+        text: one or more lines of text.
+        setting: name of a setting in :mod:`farplug.app.settings` that solves the problem; empty: none.
+        value: value for the setting; None: the user chooses one.
         command: a shell command to copy, or several, one a line; empty: none. It comes before the setting.
         alternative: another remedy, which helps without this one.
     """
@@ -142,7 +146,7 @@ class Remedy(str):
         return bool(len(self) or self.setting or self.command)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the fields of an error in JSON that describe the remedy: ``remedy``, and those that it has."""
+        """Return the remedy as JSON types: ``remedy``, and ``setting``, ``value`` and ``command`` if they are set."""
         data: dict[str, Any] = {"remedy": str(self)}
         if self.setting:
             data |= {"setting": self.setting, "value": self.value}
@@ -154,12 +158,12 @@ class Remedy(str):
 
 
 class FarplugError(Exception):
-    """Base of everything farplug raises on purpose.
+    """Base class of farplug's exceptions.
 
     Args:
         message: what happened, in one line, without a final full stop.
-        reason: what a program acts on.
-        remedy: what the user can do about it; empty if there is nothing.
+        reason: the reason, for programs.
+        remedy: advice to the user; empty: none.
     """
 
     def __init__(self, message: str, *, reason: Reason, remedy: str = "") -> None:
@@ -169,16 +173,16 @@ class FarplugError(Exception):
         self.remedy = remedy if isinstance(remedy, Remedy) else Remedy(remedy)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the error as JSON's types: ``reason``, ``message``, and the fields of :meth:`Remedy.as_dict`."""
+        """Return the error as JSON types: ``reason``, ``message``, and the fields of :meth:`Remedy.as_dict`."""
         return {"reason": str(self.reason), "message": self.message, **self.remedy.as_dict()}
 
 
 class UsageError(FarplugError):
-    """An option, a path or a target is written wrong."""
+    """An option, a path or a target is not valid."""
 
 
 class SetupError(FarplugError):
-    """Something is missing on this machine."""
+    """A program, a package or a permission is missing on this machine."""
 
 
 class ImageError(FarplugError):
@@ -186,15 +190,15 @@ class ImageError(FarplugError):
 
 
 class DeviceError(FarplugError):
-    """A device cannot be used, or broke its own contract."""
+    """A device cannot be used, or violated the contract of :class:`~farplug.usb.device.Device`."""
 
 
 class TargetError(FarplugError):
-    """The guest cannot be reached. The reason says at which stage."""
+    """The guest cannot be reached. The reason gives the stage that failed."""
 
 
 class PortError(FarplugError):
-    """The guest is reached, but it has no port for this device."""
+    """The guest is reached, but has no free port for the device."""
 
 
 class RefusedError(FarplugError):
@@ -216,9 +220,9 @@ class GuestGoneError(FarplugError):
 
 
 class InternalError(FarplugError):
-    """A bug in farplug: an exception that nobody expected, in a callback of the event loop.
+    """A bug in farplug: an unexpected exception in a callback of the event loop.
 
-    It is raised where the callback's work is waited for. ``__cause__`` is the exception.
+    It is raised to the caller that waits for the callback's result. ``__cause__`` is the unexpected exception.
     """
 
     def __init__(self, cause: BaseException) -> None:
@@ -226,7 +230,7 @@ class InternalError(FarplugError):
         super().__init__(
             f"internal error: {type(cause).__name__}: {text}",
             reason=Reason.INTERNAL_ERROR,
-            remedy="please report it; --debug shows more",
+            remedy=Remedy("please report this bug, with the debug log", setting="debug", value=True),
         )
         self.__cause__ = cause
 
@@ -247,7 +251,7 @@ class RemoteProtocolError(ProtocolError):
 
 
 TOO_MANY_OPEN_FILES = (errno.EMFILE, errno.ENFILE)
-"""Errors about this process and this machine: they say nothing about the file that was to be opened."""
+"""Errors about limits of this process and this machine, not about the file that was to be opened."""
 
 _REASON_OF_ERRNO = {
     errno.ENOENT: Reason.NOT_FOUND,

@@ -1,14 +1,14 @@
-"""Text that somebody else chose: names of devices, messages of servers, paths."""
+"""Show text from untrusted sources: names of devices, messages of servers, paths."""
 
 from __future__ import annotations
 
 
 def printable(text: str, most: int | None = None) -> str:
-    """Return text without control characters, which could steer a terminal: U+FFFD stands for each.
+    """Return text with U+FFFD in place of each control character, which could control a terminal.
 
     Args:
         text: any text.
-        most: characters to keep; None: all.
+        most: maximum number of characters; None: no limit.
     """
     text = text[:most]
     return (

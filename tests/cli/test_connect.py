@@ -467,7 +467,10 @@ def test_a_bug_in_the_engine_is_not_the_servers_fault(
             target = where if isinstance(where, str) else f"spice://127.0.0.1:{where}"
             assert run(["connect", target, "--usb-disk", str(image), "--json"]) == 1
         out, err = capfd.readouterr()
-        assert err == "farplug: internal error: AttributeError: no such thing\n  please report it; --debug shows more\n"
+        assert err == (
+            "farplug: internal error: AttributeError: no such thing\n"
+            "  please report this bug, with the debug log: --debug\n"
+        )
         assert json.loads(out.splitlines()[-1])["reason"] == "internal-error"
 
 

@@ -26,7 +26,7 @@ def test_this_machine(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "  -       mcopy               not installed: files in and out of images" in result.out
     assert "  -       to install          sudo apt-get install mtools\n" in result.out
     assert "  -       throw-away VM       not installed: mcopy, zstd (for exFAT, NTFS and farplug demo)" in result.out
-    assert "          install it: sudo apt-get install mtools zstd\n" in result.out
+    assert "          install it:\n            sudo apt-get install mtools zstd\n" in result.out
     assert "setpriv" not in result.out
     assert "usbredirparser" not in result.out
     result = cli("doctor", "--all")
@@ -66,9 +66,9 @@ def test_usb_devices(cli: Cli, machine: Machine, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("os.access", lambda path, mode: False)
     lines = _usb_lines(cli("doctor").out)
     assert lines[1].startswith("  ok      devices             2, of which 0 can")
-    assert lines[2] == "  -       permission          none for 2 of them: 1-1, 1-2"
-    assert lines[3].startswith('          echo \'SUBSYSTEM=="usb", ENV{DEVTYPE}=="usb_device", ')
-    assert "farplug doctor --install-udev-rule" in lines[-1]
+    assert lines[2] == "  -       permission          missing for 2 of them: 1-1, 1-2"
+    assert lines[3] == "          run these commands, or 'farplug doctor --install-udev-rule' as root:"
+    assert lines[4].startswith('            echo \'SUBSYSTEM=="usb", ENV{DEVTYPE}=="usb_device", ')
 
 
 def test_json(cli: Cli, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,11 +84,13 @@ def test_json(cli: Cli, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> No
     assert checks["farplug"]["status"] == "ok"
     assert checks["permission"]["status"] == "note"
     assert "--install-udev-rule" in checks["permission"]["remedy"]
+    assert checks["permission"]["command"] == udev.install_commands(udev.udev_rule())
     monkeypatch.setattr(doctor, "LIBRARIES", ("no-such-library",))
     result = cli("doctor", "--json")
     checks = {line["name"]: line for line in map(json.loads, result.out.splitlines())}
     assert result.code == 11
     assert checks["no-such-library"]["status"] == "missing"
+    assert checks["no-such-library"]["command"].endswith("-m pip install no-such-library")
 
 
 def test_no_usb(cli: Cli, machine: Machine) -> None:
@@ -138,7 +140,7 @@ def test_a_spice_target(cli: Cli) -> None:
         f"  ok      ticket              {where}",
         f"  ok      channels            {where}",
         "  ok      VM                  testvm 00010203-0405-0607-0809-0a0b0c0d0e0f",
-        "  ok      usbredir channels   2 (so up to 2 devices)",
+        "  ok      usbredir channels   2 (up to 2 devices)",
         "  ok      usbredir 0          ready: farplug 0.1.0",
         "  ok      usbredir 1          ready: farplug 0.1.0",
     ]
@@ -157,7 +159,7 @@ async def _in_use(channel: Channel) -> None:
         (FakeSpice(greeting=b"HTTP/1.1 400 No\r\n\r\n"), 10, "FAILED  ticket ", "an HTTP server"),
     ],
 )
-def test_where_it_ends(cli: Cli, fake: FakeSpice, code: int, said: str, remedy: str) -> None:
+def test_the_stage_that_failed(cli: Cli, fake: FakeSpice, code: int, said: str, remedy: str) -> None:
     with in_thread(lambda: running(fake)) as port:
         result = cli("doctor", f"spice://127.0.0.1:{port}")
     assert said in result.out

@@ -57,7 +57,7 @@ def test_help(cli: Cli) -> None:
         "image discard",
     ],
 )
-def test_help_shows_no_type_of_what_has_no_value(cli: Cli, command: str) -> None:
+def test_help_shows_no_type_of_flags(cli: Cli, command: str) -> None:
     result = cli(*command.split(), "--help")
     assert (result.code, result.err) == (0, "")
     assert "bool" not in result.out.lower()
@@ -86,14 +86,14 @@ def test_usage(cli: Cli, arguments: tuple[str, ...]) -> None:
     assert second.startswith("  see: farplug")
 
 
-def test_a_defect(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_internal_error(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise ZeroDivisionError("it\nbroke")
 
     monkeypatch.setattr(devices, "_kind_lines", broken)
     assert run(["devices"]) == 1
     assert capsys.readouterr().err == (
-        "farplug: internal error: ZeroDivisionError: it\n  please report it; --debug shows more\n"
+        "farplug: internal error: ZeroDivisionError: it\n  please report this bug, with the debug log: --debug\n"
     )
     assert run(["devices", "--json"]) == 0
     monkeypatch.setattr(devices, "_find", broken)
@@ -136,7 +136,7 @@ def test_what_shows_the_usage_is_the_commands_own_help(cli: Cli) -> None:
         assert cli(*arguments).err.endswith(f"\n  see: {command} --help\n")
 
 
-def test_a_value_that_is_not_one_of_those(cli: Cli) -> None:
+def test_a_value_that_is_not_a_choice(cli: Cli) -> None:
     said = cli("connect", "tcp://h:1", "--usb-disk", "x", "--cache", "none").err
     assert "Value error" not in said
     assert "'--cache': 'none' is not one of 'writeback', 'writethrough', 'unsafe'" in said

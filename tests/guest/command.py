@@ -1,4 +1,4 @@
-"""A ``farplug`` command that runs while a guest test goes on."""
+"""Run a ``farplug`` command during a guest test."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from tests.guest.plugging import PATIENCE
+from tests.guest.plugging import GUEST_TIMEOUT
 
 _COMMAND = (sys.executable, "-c", "from farplug.cli.main import main; main()")
 
 
 class Running:
-    """A farplug that runs.
+    """A running ``farplug`` command.
 
     Attributes:
-        lines: of its standard output, as far as they were read.
-        stderr: its standard error, once it has ended.
+        lines: the lines of standard output that were read.
+        stderr: standard error, after the end of the command.
     """
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
@@ -31,9 +31,9 @@ class Running:
         self.stderr = ""
 
     async def until(self, text: str) -> str:
-        """Read lines until one holds a text."""
+        """Read lines until one contains a text; return this line."""
         assert self.process.stdout is not None
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(GUEST_TIMEOUT):
             while line := (await self.process.stdout.readline()).decode():
                 self.lines.append(line)
                 if text in line:
@@ -41,26 +41,26 @@ class Running:
         raise AssertionError((text, self.lines))
 
     async def end(self) -> tuple[int, str, str]:
-        """Wait until it ends: exit code, the rest of standard output, standard error."""
-        async with asyncio.timeout(PATIENCE):
+        """Wait for the end; return the exit code, the rest of standard output, and standard error."""
+        async with asyncio.timeout(GUEST_TIMEOUT):
             out, err = await self.process.communicate()
         self.stderr = err.decode()
         assert self.process.returncode is not None
         return self.process.returncode, out.decode(), self.stderr
 
     async def exit_code(self) -> int:
-        """Wait until it ends."""
+        """Wait for the end, and return the exit code."""
         return (await self.end())[0]
 
     @property
     def peak_memory(self) -> int:
-        """Of its physical memory, in KiB."""
+        """Return the peak of the resident memory, in KiB."""
         return int(re.findall(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{self.process.pid}/status").read_text())[0])
 
 
 @asynccontextmanager
 async def farplug_on_terminal(*arguments: object) -> AsyncIterator[Running]:
-    """Run a ``farplug`` command on a terminal without a live table; it is killed if it still runs in the end."""
+    """Run a ``farplug`` command on a terminal without a live table; kill it at the end if it still runs."""
     terminal, end = pty.openpty()
     process = await asyncio.create_subprocess_exec(
         *_COMMAND,
@@ -86,7 +86,7 @@ async def farplug_on_terminal(*arguments: object) -> AsyncIterator[Running]:
 
 @asynccontextmanager
 async def farplug(*arguments: object, stdin: int = subprocess.DEVNULL) -> AsyncIterator[Running]:
-    """Run a ``farplug`` command; it is killed if it still runs when the block ends."""
+    """Run a ``farplug`` command; kill it at the end if it still runs."""
     process = await asyncio.create_subprocess_exec(
         *_COMMAND,
         *map(str, arguments),

@@ -1,8 +1,7 @@
-"""Guests for the tests, booted once and shared.
+"""Fixtures for guests, which are booted once and shared.
 
-All tests here run on one event loop, the session's, so that a guest can serve many of them. A test asks for ``guest``,
-the usual one, or takes any other from ``guests``: equal configurations are the same guest. What a test plugs in, it
-unplugs again.
+All tests in this folder run on the event loop of the session, so that they can share a guest. The fixture ``guest`` is
+the usual guest; ``guests`` returns guests by configuration. A test unplugs what it has plugged in.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from tests.guest.nested import REAL_DEVICES, Machine, Plugger
-from tests.guest.plugging import AT_ONCE, PATIENCE, SCRIPTS
+from tests.guest.plugging import GUEST_TIMEOUT, NO_SCAN_DELAY, SCRIPTS
 
 from farplug.errors import SetupError
 from farplug.testing import Boot, CommandResult, GuestConfig, QemuGuest, SpicePort, TcpPort, UnixPort
@@ -24,33 +23,33 @@ from farplug.testing import Boot, CommandResult, GuestConfig, QemuGuest, SpicePo
 HERE = Path(__file__).parent
 
 MAX_GUESTS = 3
-"""Guests kept running by one test process; the one that was not asked for the longest gives way."""
+"""Maximum number of guests that a test process keeps running; the least recently used one is closed."""
 
-TIMEOUT = 600
-"""Seconds for a test here: the first one may have to fetch the kernel."""
+TEST_TIMEOUT = 600
+"""Seconds for a test in this folder: the first one may have to download the kernel."""
 
 USUAL = GuestConfig(
     ports=(SpicePort(), SpicePort(), TcpPort(), UnixPort(), TcpPort(properties=("streams=off",))),
-    kernel_arguments=AT_ONCE,
+    kernel_arguments=NO_SCAN_DELAY,
     programs=("usbreset",),
 )
 
 CONSOLE_TAIL = 6000
 
 
-class PatientGuest(QemuGuest):
-    """A guest on a machine that has other things to do."""
+class LongTimeoutGuest(QemuGuest):
+    """A guest with timeouts for a busy machine."""
 
-    async def booted(self, timeout: float = PATIENCE) -> None:
+    async def booted(self, timeout: float = GUEST_TIMEOUT) -> None:
         await super().booted(timeout)
 
-    async def run(self, command: str, *, stdin: bytes = b"", timeout: float = PATIENCE) -> CommandResult:
+    async def run(self, command: str, *, stdin: bytes = b"", timeout: float = GUEST_TIMEOUT) -> CommandResult:
         return await super().run(command, stdin=stdin, timeout=timeout)
 
-    async def check(self, command: str, *, stdin: bytes = b"", timeout: float = PATIENCE) -> str:
+    async def check(self, command: str, *, stdin: bytes = b"", timeout: float = GUEST_TIMEOUT) -> str:
         return await super().check(command, stdin=stdin, timeout=timeout)
 
-    async def wait_for_console(self, text: str, timeout: float = PATIENCE) -> None:
+    async def wait_for_console(self, text: str, timeout: float = GUEST_TIMEOUT) -> None:
         await super().wait_for_console(text, timeout)
 
 
@@ -63,9 +62,9 @@ class GuestPool:
         self._kept: set[GuestConfig] = set()
 
     async def get(self, config: GuestConfig, *, keep: bool = False) -> QemuGuest:
-        """A guest of this configuration: a running one, or a new one, booted unless it is paused.
+        """Return a running guest with this configuration, or start one; boot it unless it is paused.
 
-        One to ``keep`` does not give way to others: something goes on in it from test to test.
+        With ``keep`` the guest is never closed for another one: it has state that tests share.
         """
         if keep:
             self._kept.add(config)
@@ -83,7 +82,7 @@ class GuestPool:
 
     @asynccontextmanager
     async def fresh(self, config: GuestConfig) -> AsyncIterator[QemuGuest]:
-        """A guest that no other test gets, booted unless it is paused or boots from firmware."""
+        """Start a guest for one test; boot it unless it is paused or boots from firmware."""
         guest = await self._boot(config)
         try:
             yield guest
@@ -96,7 +95,7 @@ class GuestPool:
 
     async def _boot(self, config: GuestConfig) -> QemuGuest:
         try:
-            guest = await PatientGuest(config).__aenter__()
+            guest = await LongTimeoutGuest(config).__aenter__()
         except SetupError as error:
             if os.environ.get("FARPLUG_REQUIRE_ALL") == "1":
                 raise
@@ -120,7 +119,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def guests(pytestconfig: pytest.Config) -> AsyncIterator[GuestPool]:
-    """The pool: ``await guests.get(GuestConfig(…))`` is shared, ``async with guests.fresh(…)`` one's own."""
+    """Return the pool: ``await guests.get(GuestConfig(…))`` is shared, ``async with guests.fresh(…)`` is not."""
     pool = pytestconfig.stash[POOL]
     yield pool
     await pool.close()
@@ -128,13 +127,13 @@ async def guests(pytestconfig: pytest.Config) -> AsyncIterator[GuestPool]:
 
 @pytest_asyncio.fixture(loop_scope="session")
 async def guest(guests: GuestPool) -> QemuGuest:
-    """The usual guest: on xHCI two SPICE ports, a TCP, a UNIX, and a TCP port without streams, in this order."""
+    """Return the usual guest: on xHCI two SPICE ports, a TCP, a UNIX, and a TCP port without streams, in this order."""
     return await guests.get(USUAL)
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def plugger(guests: GuestPool) -> AsyncIterator[Plugger]:
-    """farplug in the near guest, a machine with real devices: ``plugger.machine``."""
+    """Run farplug in the near guest, a machine with real devices (``plugger.machine``)."""
     machine = Machine(await guests.get(REAL_DEVICES, keep=True))
     await machine.check(f"ln -sfn {SCRIPTS} /scripts")
     async with Plugger.started(machine) as plugger:
@@ -147,7 +146,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             continue
         item.add_marker(pytest.mark.guest)
         if item.get_closest_marker("timeout") is None:
-            item.add_marker(pytest.mark.timeout(TIMEOUT))
+            item.add_marker(pytest.mark.timeout(TEST_TIMEOUT))
         if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(item.function):
             item.add_marker(pytest.mark.asyncio(loop_scope="session"), append=False)
 

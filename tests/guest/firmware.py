@@ -1,4 +1,4 @@
-"""Machines without our kernel: a firmware or a boot loader with USB drivers of its own, driven through its console."""
+"""Machines with a firmware or a boot loader that has USB drivers of its own, driven through the console."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
-from tests.guest.plugging import PATIENCE
+from tests.guest.plugging import GUEST_TIMEOUT
 
 from farplug.errors import SetupError
 from farplug.programs import find_program
@@ -26,7 +26,7 @@ def program(name: str) -> str:
 
 
 def lacking(message: str) -> NoReturn:
-    """Skip the test: this machine lacks something. With FARPLUG_REQUIRE_ALL=1, fail."""
+    """Skip the test because a program is missing. With FARPLUG_REQUIRE_ALL=1, fail."""
     if os.environ.get("FARPLUG_REQUIRE_ALL") == "1":
         pytest.fail(message)
     pytest.skip(message)
@@ -36,8 +36,8 @@ class Machine:
     """A running QEMU.
 
     Attributes:
-        targets: where farplug reaches the usb-redir ports.
-        console: what the machine printed on its serial port so far.
+        targets: the targets of the usb-redir ports.
+        console: the output of the serial port so far.
     """
 
     def __init__(self, process: asyncio.subprocess.Process, folder: Path, targets: Sequence[str]) -> None:
@@ -51,7 +51,7 @@ class Machine:
 
     async def open(self) -> None:
         """Connect to the console. QEMU starts the machine then."""
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(GUEST_TIMEOUT):
             while True:
                 try:
                     reader, self._writer = await asyncio.open_unix_connection(self._folder / "console")
@@ -73,7 +73,7 @@ class Machine:
             self._writer.close()
 
     async def wait_for(self, *texts: str, since: int = 0) -> str:
-        """Wait until one of ``texts`` is on the console, ``since`` a position in it, and return which."""
+        """Wait until one of ``texts`` is on the console after position ``since``, and return it."""
         found: list[str] = []
 
         def look() -> bool:
@@ -81,7 +81,7 @@ class Machine:
             return bool(found) or self._process.returncode is not None
 
         try:
-            async with asyncio.timeout(PATIENCE), self._printed:
+            async with asyncio.timeout(GUEST_TIMEOUT), self._printed:
                 await self._printed.wait_for(look)
         except TimeoutError:
             pass
@@ -89,7 +89,7 @@ class Machine:
         return found[0]
 
     async def run(self, command: str, prompt: str) -> str:
-        """Type a command, and return what the machine prints until the next prompt."""
+        """Type a command, and return the output until the next prompt."""
         assert self._writer is not None
         start = len(self.console)
         self._writer.write(command.encode() + b"\r")
@@ -112,8 +112,8 @@ async def machine(qemu: str, folder: Path, *arguments: str, ports: int = 1) -> A
     Args:
         qemu: the program.
         folder: for its sockets.
-        arguments: what it is made of, a USB controller ``usb`` among it.
-        ports: how many usb-redir ports the controller has.
+        arguments: arguments of QEMU, including a USB controller ``usb``.
+        ports: number of usb-redir ports.
     """
     sockets = [folder / f"port{index}" for index in range(ports)]
     redirections: list[str] = []

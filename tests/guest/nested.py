@@ -1,8 +1,8 @@
-"""Two guests for the tests of real devices: one that has them, and one that gets them.
+"""Two guests for the tests of real devices: the near guest has them, and redirects them to the far guest.
 
-The near guest is a machine with real USB devices: QEMU's emulated ones, and gadgets on its kernel's dummy_hcd. It runs
-on this machine's file system, so that farplug runs in it from this checkout, as it would on a desk. The far guest is
-the usual throw-away guest with usb-redir ports; the near one reaches them through its network.
+The near guest is a machine with real USB devices: emulated by QEMU, and gadgets on dummy_hcd. It runs on this machine's
+filesystem, so farplug runs in it from this checkout. The far guest is the usual throw-away guest with usb-redir ports,
+which the near guest reaches through its network.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
-from tests.guest.plugging import AT_ONCE, PATIENCE, SCRIPTS, usb_folder_by_name
+from tests.guest.plugging import GUEST_TIMEOUT, NO_SCAN_DELAY, SCRIPTS, usb_folder_by_name
 
 import farplug
 from farplug.testing import GATEWAY, CommandResult, GuestConfig, QemuGuest, SpicePort, TcpPort
@@ -39,10 +39,10 @@ DRIVERS = (
     "snd_usb_audio",
     "usbhid",
 )
-"""Drivers for the devices in both guests: neither loads any by itself."""
+"""Drivers for the devices in both guests, which do not load drivers by themselves."""
 
 SPEAKER = Path(tempfile.mkdtemp(prefix="farplug-speaker-")) / "speaker.wav"
-"""What a usb-audio of the near guest plays: 48,000 frames a second of two 16-bit samples, after :data:`WAV_HEADER`."""
+"""The output of a usb-audio of the near guest: 48,000 frames per second of two 16-bit samples."""
 atexit.register(shutil.rmtree, SPEAKER.parent, ignore_errors=True)
 WAV_HEADER = 44
 """Bytes before the samples."""
@@ -52,13 +52,13 @@ REAL_DEVICES = GuestConfig(
     network=True,
     memory=768,
     modules=DRIVERS,
-    kernel_arguments=(*AT_ONCE, "dummy_hcd.is_super_speed=1"),
+    kernel_arguments=(*NO_SCAN_DELAY, "dummy_hcd.is_super_speed=1"),
     extra_arguments=("-audiodev", f"wav,id=speaker,path={SPEAKER},out.frequency=48000"),
 )
 """The near guest. Devices come and go by QMP (:meth:`Machine.device`)."""
 
 FUNCTION_MODULES = {"SourceSink": "ss_lb", "Loopback": "ss_lb"}
-"""Modules of gadget functions that are not named like them."""
+"""Modules of gadget functions whose names differ from the functions."""
 
 FAR = GuestConfig(
     ports=(*(TcpPort(),) * 6, *(SpicePort(),) * 8),
@@ -67,7 +67,7 @@ FAR = GuestConfig(
     programs=("aplay", "usbreset"),
     python=True,
     files=tuple((f"/scripts/{path.name}", path) for path in sorted(SCRIPTS.glob("*.py"))),
-    kernel_arguments=AT_ONCE,
+    kernel_arguments=NO_SCAN_DELAY,
 )
 """The far guest."""
 
@@ -78,12 +78,12 @@ _numbers = itertools.count(1)
 
 
 def from_inside(target: str) -> str:
-    """A target on this machine, as a guest with a network reaches it."""
+    """Return a target on this machine as the target for a guest with a network."""
     return target.replace(LOOPBACK, GATEWAY)
 
 
 class Job:
-    """A command that goes on in a guest."""
+    """A command that runs in a guest."""
 
     def __init__(self, guest: QemuGuest, task: asyncio.Task[CommandResult], name: str) -> None:
         self._guest = guest
@@ -91,20 +91,21 @@ class Job:
         self._name = name
 
     async def data(self) -> bytes:
-        """What it wrote so far."""
+        """Return the output so far."""
         return (await self._guest.run(f"cat {self._name}.out 2>/dev/null")).data
 
     async def output(self) -> str:
-        """What it wrote so far, as text."""
+        """Return the output so far, as text."""
         return (await self.data()).decode(errors="replace")
 
     async def until(self, text: str, times: int = 1) -> str:
-        """Wait until its output holds a text so many times, and return the output.
+        """Wait until the output contains a text ``times`` times, and return the output.
 
         Raises:
-            AssertionError: it ended, or the time is over.
+            AssertionError: the command ended before.
+            TimeoutError: the text did not appear in time.
         """
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(GUEST_TIMEOUT):
             while True:
                 ended = self._task.done()
                 output = await self.output()
@@ -114,28 +115,28 @@ class Job:
                 await asyncio.sleep(0.1)
 
     async def pid(self) -> int:
-        """Its process id in the guest."""
+        """Return the process id in the guest."""
         return int(await self._guest.check(f"until cat {self._name}.pid 2>/dev/null; do sleep 0.05; done"))
 
     async def opened(self, node: str) -> None:
-        """Wait until it has opened a file."""
+        """Wait until the command has opened a file."""
         script = f"until ls -l /proc/{await self.pid()}/fd | grep -q {node}; do sleep 0.05; done"
         await self._guest.check(script)
 
     async def kill(self, signal: str = "INT") -> None:
-        """Send it a signal, without waiting for its end."""
+        """Send a signal, without waiting for the end."""
         await self._guest.check(f"kill -{signal} {await self.pid()}")
 
     async def end(self) -> tuple[int, str]:
-        """Wait until it ended: its exit code and output."""
-        async with asyncio.timeout(PATIENCE):
+        """Wait for the end, and return the exit code and the output."""
+        async with asyncio.timeout(GUEST_TIMEOUT):
             result = await asyncio.shield(self._task)
         return result.exit_code, await self.output()
 
 
 @asynccontextmanager
 async def running(guest: QemuGuest, command: str) -> AsyncIterator[Job]:
-    """Start a command in a guest; it is interrupted when the block ends, and killed if that does not end it."""
+    """Start a command in a guest; at the end interrupt it, and kill it if it does not end."""
     name = f"/run/job{next(_numbers)}"
     script = f"echo $$ >{name}.new; mv {name}.new {name}.pid; exec env {command} >{name}.out 2>&1"
     task = asyncio.create_task(guest.run(script, timeout=600))
@@ -148,14 +149,14 @@ async def running(guest: QemuGuest, command: str) -> AsyncIterator[Job]:
             await guest.run(
                 f"kill -INT {pid}; timeout 10 sh -c 'while kill -0 {pid}; do sleep 0.1; done' || kill -KILL {pid}"
             )
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(GUEST_TIMEOUT):
                 await asyncio.wait([task])
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
 
 @dataclass(frozen=True, slots=True)
-class Real:
+class RealDevice:
     """A USB device of the near guest.
 
     Attributes:
@@ -163,7 +164,7 @@ class Real:
         name: a pattern for its ids and product name (:func:`~tests.guest.plugging.usb_folder_by_name`).
         folder: in the near guest's /sys.
         bus: its bus and device number, ``B-D``.
-        node: major and minor number of its node. They hold while it is reset, when Linux tells 0 as its device number.
+        node: major and minor number of its node. They are valid during a reset, when Linux shows device number 0.
     """
 
     id: str
@@ -181,7 +182,7 @@ async def _echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 
 class Machine:
-    """The near guest, and what its hardware does."""
+    """The near guest and its hardware."""
 
     def __init__(self, guest: QemuGuest) -> None:
         self.guest = guest
@@ -189,8 +190,8 @@ class Machine:
         self.check = guest.check
 
     @asynccontextmanager
-    async def device(self, driver: str, name: str, **properties: object) -> AsyncIterator[Real]:
-        """Plug in a device that QEMU emulates; it is unplugged when the block ends, if it has not been before."""
+    async def device(self, driver: str, name: str, **properties: object) -> AsyncIterator[RealDevice]:
+        """Plug in a device that QEMU emulates; unplug it at the end if the test has not."""
         real = await self.plug(driver, name, **properties)
         try:
             yield real
@@ -198,15 +199,15 @@ class Machine:
             if self.guest.alive and real.id in await self.qmp.human("info usb"):
                 await self.unplug(real)
 
-    async def plug(self, driver: str, name: str, **properties: object) -> Real:
+    async def plug(self, driver: str, name: str, **properties: object) -> RealDevice:
         """Plug in a device that QEMU emulates, and wait until the kernel has it.
 
-        A usb-uas gets a disk with the property ``drive``.
+        The property ``drive`` of a usb-uas is the drive of its disk.
         """
         id = f"real{next(_numbers)}"
         arguments = {"driver": driver, "id": id, "bus": "usb.0"}
         if driver == "usb-uas":
-            # One that is hot-plugged stays detached until its units are there (QEMU, docs/system/devices/usb.rst).
+            # A hot-plugged usb-uas stays detached until its units are added (QEMU, docs/system/devices/usb.rst).
             await self.qmp.execute("device_add", arguments)
             unit = {"driver": "scsi-hd", "id": f"{id}-unit", "bus": f"{id}.0", **properties}
             await self.qmp.execute("device_add", unit)
@@ -217,23 +218,23 @@ class Machine:
             await self.qmp.execute("device_add", arguments | properties)
         return await self.find(name, id)
 
-    async def find(self, name: str, id: str = "") -> Real:
-        """A device, once the kernel has it."""
+    async def find(self, name: str, id: str = "") -> RealDevice:
+        """Return a device, once the kernel has it."""
         folder = await usb_folder_by_name(self.guest, name)
         bus, node = (await self.check(f"cat {folder}/busnum {folder}/dev")).split()
-        return Real(id, name, folder, f"{bus}-{int(node.partition(':')[2]) % 128 + 1}", node)
+        return RealDevice(id, name, folder, f"{bus}-{int(node.partition(':')[2]) % 128 + 1}", node)
 
-    async def unplug(self, real: Real) -> None:
-        """Pull a device out; back when QEMU and the kernel have forgotten it."""
+    async def unplug(self, real: RealDevice) -> None:
+        """Unplug a device, and wait until QEMU and the kernel have removed it."""
         await self.qmp.execute("device_del", {"id": real.id})
         while (await self.qmp.event("DEVICE_DELETED"))["data"].get("device") != real.id:
             pass
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(GUEST_TIMEOUT):
             while (await self.guest.run(f"cat {real.folder}/dev 2>/dev/null")).output.strip() == real.node:
                 await asyncio.sleep(0.1)
 
-    async def drivers(self, real: Real) -> dict[str, str]:
-        """The driver of each of its interfaces: empty for none, ``usbfs`` for a program."""
+    async def drivers(self, real: RealDevice) -> dict[str, str]:
+        """Return the driver of each interface: empty for none, ``usbfs`` for a program."""
         script = f"""
             for interface in {real.folder}/*:*; do
                 echo ${{interface##*:}} $(basename $(readlink $interface/driver) 2>/dev/null)
@@ -242,12 +243,12 @@ class Machine:
         return {(words := line.split())[0]: " ".join(words[1:]) for line in lines}
 
     @asynccontextmanager
-    async def gadget(self, ids: str, *configurations: str, setup: str = "") -> AsyncIterator[Real]:
-        """A gadget on dummy_hcd, a SuperSpeed device (Linux, Documentation/usb/gadget_configfs.rst).
+    async def gadget(self, ids: str, *configurations: str, setup: str = "") -> AsyncIterator[RealDevice]:
+        """Make a gadget on dummy_hcd, a SuperSpeed device (Linux, Documentation/usb/gadget_configfs.rst).
 
         Args:
             ids: vendor and product, ``vvvv:pppp``.
-            configurations: of each the functions, such as ``acm.0 hid.0``.
+            configurations: the functions of each configuration, such as ``acm.0 hid.0``.
             setup: commands that set the functions' attributes, run in the folder of functions.
         """
         modules = {
@@ -288,7 +289,7 @@ class Machine:
 
     @asynccontextmanager
     async def drive(self, image: Path) -> AsyncIterator[str]:
-        """An image as a block device of QEMU, for disks; its name."""
+        """Add an image as a block device of QEMU; yield its name."""
         name = f"drive{next(_numbers)}"
         file = {"driver": "file", "filename": str(image)}
         await self.qmp.execute("blockdev-add", {"driver": "raw", "node-name": name, "file": file})
@@ -300,7 +301,7 @@ class Machine:
 
     @asynccontextmanager
     async def line(self, path: Path) -> AsyncIterator[str]:
-        """A serial line of QEMU, with an echo at the other end of its socket; its name."""
+        """Add a serial line of QEMU whose peer echoes; yield its name."""
         name = f"line{next(_numbers)}"
         server = await asyncio.start_unix_server(_echo, path)
         try:
@@ -308,34 +309,35 @@ class Machine:
             await self.qmp.execute("chardev-add", {"id": name, "backend": {"type": "socket", "data": backend}})
             yield name
         finally:
-            server.close()  # and not as a context: from Python 3.12 on its end waits for all connections
+            server.close()  # not with "async with": since Python 3.12 its end waits for all connections
             if self.guest.alive:
                 await self.qmp.execute("chardev-remove", {"id": name})
 
     async def type(self, letters: Iterable[str]) -> None:
-        """Press and release keys of its keyboard, one after the other."""
+        """Press and release keys of the keyboard, one after the other."""
         for letter in letters:
             for down in (True, False):
                 key = {"down": down, "key": {"type": "qcode", "data": letter}}
                 await self.qmp.execute("input-send-event", {"events": [{"type": "key", "data": key}]})
 
     async def point(self, x: int, y: int) -> None:
-        """Touch its tablet somewhere."""
+        """Move the pointer of the tablet."""
         axes = [{"type": "abs", "data": {"axis": axis, "value": value}} for axis, value in (("x", x), ("y", y))]
         await self.qmp.execute("input-send-event", {"events": axes})
 
     async def cpu_seconds(self, pid: int) -> float:
-        """Processor time that one of its processes used so far, all threads together."""
+        """Return the processor time of all threads of a process, in seconds."""
         lines = await self.check(f"cat /proc/{pid}/task/*/schedstat")
         return sum(int(line.split()[0]) for line in lines.splitlines()) / 1e9
 
 
 class Plugger:
-    """farplug in the near guest, as a library: ``scripts/plugger.py``. Starting Python there takes seconds, so that one
-    serves all tests.
+    """farplug in the near guest, as a library: ``scripts/plugger.py``.
+
+    All tests share one, because Python needs seconds to start there.
 
     Attributes:
-        events: what happened since devices were plugged in last: the device, the kind of event, its words.
+        events: the events since devices were plugged in last: device, kind of event, text.
     """
 
     def __init__(self, machine: Machine) -> None:
@@ -348,7 +350,7 @@ class Plugger:
     @classmethod
     @asynccontextmanager
     async def started(cls, machine: Machine) -> AsyncIterator[Self]:
-        """Start it; it ends with the block."""
+        """Start the script; it ends with the block."""
         self = cls(machine)
         server = await asyncio.start_server(self._serve, LOOPBACK, 0, limit=1 << 20)
         port = server.sockets[0].getsockname()[1]
@@ -379,11 +381,11 @@ class Plugger:
             else:
                 self._answers.pop(number).set_exception(AssertionError(rest[1]))
 
-    async def ask(self, method: str, *arguments: object, timeout: float = PATIENCE) -> Any:
-        """Have one of its methods run.
+    async def ask(self, method: str, *arguments: object, timeout: float = GUEST_TIMEOUT) -> Any:
+        """Call a method of the script, and return its result.
 
         Raises:
-            AssertionError: it failed; with what it raised.
+            AssertionError: the method raised an exception.
         """
         assert self._writer is not None
         number = next(_numbers)
@@ -393,8 +395,8 @@ class Plugger:
             return await answer
 
     @asynccontextmanager
-    async def plugged(self, target: str, *devices: Real) -> AsyncIterator[list[int]]:
-        """Devices are plugged in during the block; the far guest has configured them. Their numbers."""
+    async def plugged(self, target: str, *devices: RealDevice) -> AsyncIterator[list[int]]:
+        """Plug in devices for the block, wait until the far guest has configured them, and yield their numbers."""
         self.events.clear()
         target = from_inside(target)
         await self.ask("connect", target)
@@ -406,8 +408,8 @@ class Plugger:
         finally:
             await self.ask("leave", target)
 
-    async def happened(self, kind: str, timeout: float = PATIENCE) -> str:
-        """Wait until something happened to a device: the words of that event."""
+    async def happened(self, kind: str, timeout: float = GUEST_TIMEOUT) -> str:
+        """Wait for an event of this kind, and return its text."""
         async with asyncio.timeout(timeout):
             while True:
                 for _, what, words in self.events:

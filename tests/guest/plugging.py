@@ -1,4 +1,4 @@
-"""What the guest tests share: images, and plugging devices into a guest."""
+"""Helpers of the guest tests: images, and plugging devices into a guest."""
 
 from __future__ import annotations
 
@@ -21,37 +21,36 @@ from farplug.usb import Device, DeviceEvent
 from farplug.virtual.storage_transport import StorageTransport
 
 MIB = 2**20
-PATIENCE = 120
-"""Seconds that something in a guest may take on a machine that has other things to do: a bound for what hangs, and none
-for what is slow."""
+GUEST_TIMEOUT = 120
+"""Seconds for an operation in a guest: more than a slow operation on a busy machine needs."""
 
 Operation: TypeAlias = tuple[str | int | bytes, ...]
 Result: TypeAlias = bytes | str
 
-AT_ONCE = ("usb_storage.delay_use=0",)
-"""Words on the kernel's command line: a disk is looked at as soon as it is there, not a second later."""
+NO_SCAN_DELAY = ("usb_storage.delay_use=0",)
+"""Words for the kernel's command line: disks are scanned at once, not after a second."""
 
 
 SCRIPTS = Path(__file__).parent / "scripts"
 
 LABORATORY = GuestConfig(
     ports=(TcpPort(), SpicePort(), TcpPort(nodelay=False)),
-    kernel_arguments=AT_ONCE,
+    kernel_arguments=NO_SCAN_DELAY,
     memory=512,
     programs=("badblocks", "blkdiscard", "f3probe", "fallocate", "fio", "fsck.exfat", "mkfs.exfat", "usbreset"),
     python=True,
     files=tuple((f"/scripts/{path.name}", path) for path in sorted(SCRIPTS.glob("*.py"))),
 )
-"""The guest of the long suites: tools that try disks, Python, and the scripts of this folder."""
+"""The guest of the long tests: programs that test disks, Python, and the scripts of this folder."""
 
 
 @dataclass(frozen=True)
 class Storage:
-    """How a guest talks to a disk.
+    """A transport of a disk.
 
     Attributes:
-        transport: what the disk offers.
-        driver: what the guest's kernel takes then.
+        transport: the transport that the disk offers.
+        driver: the driver of the guest's kernel for this transport.
     """
 
     transport: StorageTransport
@@ -59,7 +58,7 @@ class Storage:
 
 
 STORAGE = {"bot": Storage(StorageTransport.BOT, "usb-storage"), "uas": Storage(StorageTransport.AUTO, "uas")}
-"""The suites that take ``storage`` run over all of these."""
+"""Values of the parameter ``storage``."""
 
 
 class Plugged(Guest):
@@ -74,7 +73,7 @@ class Plugged(Guest):
         return [type(event) for event in self.seen]
 
     def reports(self) -> list[DeviceEvent]:
-        """What the devices reported."""
+        """Return the events that the devices reported."""
         return [event.event for event in self.seen if isinstance(event, DeviceReport)]
 
 
@@ -82,10 +81,10 @@ class Plugged(Guest):
 async def plugged(
     target: str, *devices: Device, options: TargetOptions | None = None, configured: bool = True
 ) -> AsyncIterator[Plugged]:
-    """Plug devices into a guest; they are configured by its driver when the block begins, and gone when it ends."""
+    """Plug devices into a guest, wait until its driver has configured them, and unplug them at the end."""
     hub = Plugged(await open_session(parse_target(target, options or TargetOptions())))
     try:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(GUEST_TIMEOUT):
             attachments: list[Attachment] = await asyncio.gather(*(hub.plug(device) for device in devices))
             if configured:
                 await asyncio.gather(*(attachment.configured() for attachment in attachments))
@@ -95,12 +94,12 @@ async def plugged(
 
 
 async def disk_of(guest: QemuGuest, device: Device) -> str:
-    """The guest's block device for one of our disks; waits until it is readable."""
+    """Return the guest's block device for a disk, once it is readable."""
     return await disk_with(guest, device.identity.serial_number)
 
 
 async def disk_with(guest: QemuGuest, serial: str) -> str:
-    """The guest's block device with a USB serial number; waits until it is readable."""
+    """Return the guest's block device with a USB serial number, once it is readable."""
     # /sys/block/sdX -> …/usbN/N-P/N-P:1.0/hostN/targetN/N:0:0:0/block/sdX
     script = f"""
         for block in /sys/block/sd*; do
@@ -108,7 +107,7 @@ async def disk_with(guest: QemuGuest, serial: str) -> str:
             [ "$(cat $usb/serial 2>/dev/null)" = {serial} ] && basename $block
         done
         :"""
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(GUEST_TIMEOUT):
         while True:
             name = (await guest.check(script)).strip()
             if name:
@@ -118,19 +117,19 @@ async def disk_with(guest: QemuGuest, serial: str) -> str:
             await asyncio.sleep(0.1)
 
 
-async def give_space_back(guest: QemuGuest, disk: str, storage: str) -> None:
-    """Let the guest use UNMAP or WRITE SAME: over Bulk-Only Transport Linux has to be told (docs/disk.md)."""
+async def enable_unmap(guest: QemuGuest, disk: str, storage: str) -> None:
+    """Let the guest use UNMAP or WRITE SAME: over Bulk-Only Transport Linux needs a setting (docs/disk.md)."""
     if storage == "bot":
         await guest.check(f"echo writesame_16 >$(echo /sys/block/{disk[5:]}/device/scsi_disk/*/provisioning_mode)")
 
 
 async def usb_folder(guest: QemuGuest, device: Device) -> str:
-    """The guest's folder in /sys for one of our devices, by its ids; waits until it is there."""
+    """Return the guest's folder in /sys for a device, by its ids, once it exists."""
     return await usb_folder_by_name(guest, f"{device.identity.vendor_id:04x}:{device.identity.product_id:04x} *")
 
 
 async def usb_folder_by_name(guest: QemuGuest, name: str) -> str:
-    """The guest's folder in /sys for a USB device; waits until it is there.
+    """Return the guest's folder in /sys for a USB device, once it exists.
 
     ``name`` is a pattern for its ids and product name, such as ``0627:0001 *Keyboard``.
     """
@@ -143,22 +142,22 @@ async def usb_folder_by_name(guest: QemuGuest, name: str) -> str:
             case "$vendor:$id $product" in {pattern}) echo $usb ;; esac
         done 2>/dev/null
         :"""
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(GUEST_TIMEOUT):
         while not (folder := (await guest.check(script)).strip()):
             await asyncio.sleep(0.1)
     return folder
 
 
 async def usb_node(guest: QemuGuest, folder: str) -> str:
-    """The guest's device node for raw access to a USB device."""
+    """Return the guest's device node for raw access to a USB device."""
     bus, number = map(int, (await guest.check(f"cat {folder}/busnum {folder}/devnum")).split())
     return f"/dev/bus/usb/{bus:03d}/{number:03d}"
 
 
-async def raw(guest: QemuGuest, node: str, *operations: Operation, timeout: float = PATIENCE) -> list[Result]:
-    """Drive a device past its drivers: the operations of ``scripts/usbfs.py``, one after the other, and their results.
+async def raw(guest: QemuGuest, node: str, *operations: Operation, timeout: float = GUEST_TIMEOUT) -> list[Result]:
+    """Run operations of ``scripts/usbfs.py`` on a device without a driver, one after the other; return their results.
 
-    Each result is the bytes that arrived, or the name of the error.
+    Each result is the data that arrived, or the name of the error.
     """
     request = json.dumps([[part.hex() if isinstance(part, bytes) else part for part in one] for one in operations])
     answer = await guest.check(f"python3 /scripts/usbfs.py {node}", stdin=request.encode(), timeout=timeout)
@@ -166,19 +165,19 @@ async def raw(guest: QemuGuest, node: str, *operations: Operation, timeout: floa
 
 
 async def gone(guest: QemuGuest, disk: str) -> None:
-    """Wait until the guest has noticed that a disk left."""
-    async with asyncio.timeout(PATIENCE):
+    """Wait until a disk has disappeared in the guest."""
+    async with asyncio.timeout(GUEST_TIMEOUT):
         while (await guest.run(f"test -e {disk}")).exit_code == 0:
             await asyncio.sleep(0.05)
 
 
 def blank(path: Path, size: int = 32 * MIB) -> Path:
-    """An image of zeros."""
+    """Make an image of zeros, and return its path."""
     with path.open("wb") as file:
         file.truncate(size)
     return path
 
 
 def descriptors() -> int:
-    """How many file descriptors this process holds."""
+    """Return the number of open file descriptors of this process."""
     return len(os.listdir("/proc/self/fd"))

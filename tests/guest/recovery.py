@@ -1,4 +1,4 @@
-"""What survived in an ext4 image, found out on the host."""
+"""Recover the files of an ext4 image on the host."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from farplug.programs import find_program
 
 
 def recovered(image: Path, folder: Path) -> dict[str, bytes]:
-    """Let e2fsck replay the journal and check, then take out the files of the root folder, by name.
+    """Replay the journal and check the filesystem with e2fsck; return the files of the root folder, by name.
 
-    The image is changed, so give it a copy; ``folder`` is where the files go first, and must not exist.
+    The image is modified. ``folder`` must not exist; the files are extracted to it.
     """
     check = subprocess.run([str(find_program("e2fsck")), "-fy", str(image)], capture_output=True, text=True, timeout=60)
     assert check.returncode in (0, 1), check  # sound, or made sound

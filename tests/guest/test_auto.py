@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests.guest.firmware import lacking, machine, program
-from tests.guest.plugging import AT_ONCE, MIB, PATIENCE, Plugged, blank, disk_of, plugged, usb_folder
+from tests.guest.plugging import GUEST_TIMEOUT, MIB, NO_SCAN_DELAY, Plugged, blank, disk_of, plugged, usb_folder
 from tests.guest.test_boot import FAR_BLOCK
 from tests.guest.test_cdrom import drive_of, make_iso
 
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
 
 UAS = "USB Attached SCSI"
 WITHOUT_UAS = GuestConfig(
-    ports=(TcpPort(), SpicePort()), kernel_arguments=(*AT_ONCE, "module_blacklist=uas"), programs=("usbreset",)
+    ports=(TcpPort(), SpicePort()), kernel_arguments=(*NO_SCAN_DELAY, "module_blacklist=uas"), programs=("usbreset",)
 )
 """Linux that has USB Attached SCSI as a module, and not the module: initramfs of installers, OpenWrt, NixOS."""
 
 
 async def until(hub: Plugged, kind: type, count: int = 1) -> None:
     """Wait until an event of a kind came so often."""
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(GUEST_TIMEOUT):
         while hub.kinds().count(kind) < count:
             await asyncio.sleep(0.05)
 
 
 def steps(hub: Plugged) -> list[tuple[OfferProblem, Offer]]:
-    """Why and how the device was offered again."""
+    """Return the reason and the offer of each time that the device was offered again."""
     return [(event.why, event.offer) for event in hub.seen if isinstance(event, OfferChanged)]
 
 
@@ -113,11 +113,11 @@ async def test_a_vm_that_is_paused_gets_the_other_offer_when_it_goes_on(
 async def test_a_mounted_disk_stays_whatever_the_guest_does_not_do(
     guests: GuestPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A driver for Bulk-Only Transport has nothing to say after a reset, nor for as long as nobody reads or writes."""
+    """A driver for Bulk-Only Transport sends no request after a reset, nor without reads and writes."""
     monkeypatch.setattr(offers, "IDLE_TIMEOUT", 3.0)
     quirk = "usb_storage.quirks=1d6b:0104:u"
     guest = await guests.get(
-        GuestConfig(ports=(TcpPort(),), kernel_arguments=(*AT_ONCE, quirk), programs=("usbreset", "lsusb"))
+        GuestConfig(ports=(TcpPort(),), kernel_arguments=(*NO_SCAN_DELAY, quirk), programs=("usbreset", "lsusb"))
     )
     device = disk_device(blank(tmp_path / "disk.raw"))
     async with plugged(guest.targets[0], device) as hub:
@@ -142,7 +142,7 @@ async def test_linux_without_any_driver_gets_the_best_back(
     guests: GuestPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(offers, "IDLE_TIMEOUT", 1.0)
-    guest = await guests.get(GuestConfig(ports=(TcpPort(),), kernel_arguments=AT_ONCE))
+    guest = await guests.get(GuestConfig(ports=(TcpPort(),), kernel_arguments=NO_SCAN_DELAY))
     await guest.check("rmmod uas usb-storage")
     device = disk_device(blank(tmp_path / "disk.raw"))
     async with plugged(guest.targets[0], device) as hub:
@@ -238,12 +238,12 @@ async def test_grub(tmp_path: Path) -> None:
         await until(hub, Attached, 2)
         assert steps(hub) == [(OfferProblem.NOT_CONFIGURED, Offer(Speed.HIGH))]
         name = ""
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(GUEST_TIMEOUT):
             while not name:  # its prompt looks for new devices
                 words = (await pc.run("ls", "grub> ")).split()
                 name = next((word for word in words if word.startswith("(usb")), "")
         await pc.run(f"cat {name}{FAR_BLOCK}+1", "grub> ")
         await pc.wait_for("farplug: read by GRUB")
-        await asyncio.sleep(offers.IDLE_TIMEOUT)  # a menu that waits for somebody
+        await asyncio.sleep(offers.IDLE_TIMEOUT)  # a boot menu that waits for the user
         assert len(steps(hub)) == 1
     await device.dispose()

@@ -255,7 +255,7 @@ async def test_a_port_reset_recovers_too(disk: RawDisk) -> None:
 
 
 async def test_halts_that_the_host_sets(disk: RawDisk) -> None:
-    """What waits is delivered after the halt."""
+    """Queued data is delivered after the halt."""
     command = Command(INQUIRY, receive=[36])
     wrapper, data, status = command.operations
     results = await disk.operate(

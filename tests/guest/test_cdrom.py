@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.guest.plugging import AT_ONCE, MIB, Plugged, plugged
+from tests.guest.plugging import MIB, NO_SCAN_DELAY, Plugged, plugged
 from tests.guest.test_boot import BOOTED, CODE, PROOF, plug_and_run, tool
 
 from farplug.errors import DeviceError, Reason
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from tests.guest.conftest import GuestPool
 
 CONFIG = GuestConfig(
-    ports=(SpicePort(), TcpPort()), kernel_arguments=AT_ONCE, modules=("sg",), programs=("sg_start", "sg_get_config")
+    ports=(SpicePort(), TcpPort()),
+    kernel_arguments=NO_SCAN_DELAY,
+    modules=("sg",),
+    programs=("sg_start", "sg_get_config"),
 )
 
 
@@ -115,7 +118,7 @@ async def test_mounted_ejected_and_replaced(
         assert drives_of(device)[0].medium is None
         assert (await guest.run(f"mount -t iso9660 -o ro {drive} /mnt")).exit_code != 0
 
-        # the guest polls, and tells its programs about the new medium
+        # the guest polls, and notifies its programs of the new medium
         await guest.check(
             f"""echo 200 >/sys/block/{name}/events_poll_msecs
                 rm -f /tmp/events
@@ -139,7 +142,7 @@ async def test_a_mounted_medium_is_locked_and_can_be_taken_by_force(guests: Gues
     device = cdrom_device(iso)
     async with plugged(guest.targets[1], device) as hub:
         drive = await drive_of(guest, device)
-        # Ubuntu's kernel locks no tray unless it is told to.
+        # Ubuntu's kernel does not lock the tray by default.
         await guest.check(f"echo 1 >/proc/sys/dev/cdrom/lock && mount -t iso9660 -o ro {drive} /mnt")
         with pytest.raises(DeviceError, match="locked by the guest") as caught:
             await drives_of(device)[0].eject()

@@ -69,8 +69,8 @@ async def test_chapter_9(guests: GuestPool, kind: str, speed: Speed) -> None:
         alive = descriptor(DescriptorType.DEVICE, 0)
         # After each step, stalled or not, endpoint 0 answers.
         results = await raw(guest, node, *(one for operation, _ in steps for one in (operation, alive)))
-        told = [(operation, result) for (operation, _), result in zip(steps, results[::2], strict=True)]
-        assert told == steps
+        done = [(operation, result) for (operation, _), result in zip(steps, results[::2], strict=True)]
+        assert done == steps
         assert set(results[1::2]) == {described[0]}
         assert {len(settings(described[1])), len(device.interfaces)} == ({1, 2} if kind == "disk" else {1})
         again = await raw(

@@ -20,7 +20,7 @@ from farplug.target import open_session, parse_target
 from farplug.testing import Boot, GuestConfig, QemuGuest, Spice, SpicePort, TcpPort
 
 MEMORY_BOUND = 80 << 10
-"""KiB, as /proc tells them."""
+"""In KiB, as in /proc."""
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -401,7 +401,7 @@ async def test_a_folder_and_a_cd_that_is_swapped(guest: QemuGuest, tmp_path: Pat
             while await guest.check(f"{read.format('-t vfat /dev/sda1')}; :") != "This is one.":
                 await asyncio.sleep(0.1)
         assert await guest.check(read.format("-t iso9660 /dev/sr0")) == "This is one."
-        # Ubuntu's kernel locks no tray unless it is told to.
+        # Ubuntu's kernel does not lock the tray by default.
         await guest.check("echo 1 >/proc/sys/dev/cdrom/lock && mount -t iso9660 -o ro /dev/sr0 /mnt")
         stdin.write(b"eject\n")
         await running.until("one.iso is locked by the guest")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.guest.plugging import AT_ONCE, MIB, Plugged, blank, descriptors, disk_of, gone, plugged
+from tests.guest.plugging import MIB, NO_SCAN_DELAY, Plugged, blank, descriptors, disk_of, gone, plugged
 
 from farplug.redirection import events
 from farplug.target import TargetOptions, open_session, parse_target
@@ -101,7 +101,7 @@ async def test_the_same_disk_over_plain_sockets(guest: QemuGuest, tmp_path: Path
 
 async def test_over_tls_with_a_ticket(guests: GuestPool, tmp_path: Path) -> None:
     spice = Spice(transport=SpiceTransport.TLS, ticket="pass word/1")
-    config = GuestConfig(ports=(SpicePort(),), spice=spice, kernel_arguments=AT_ONCE)
+    config = GuestConfig(ports=(SpicePort(),), spice=spice, kernel_arguments=NO_SCAN_DELAY)
     guest = await guests.get(config)
     image = blank(tmp_path / "disk.raw")
     device = disk_device(image)
@@ -121,7 +121,9 @@ async def test_over_tls_with_a_ticket(guests: GuestPool, tmp_path: Path) -> None
 
 
 async def test_a_guest_with_nothing_but_ehci_gets_high_speed_by_itself(guests: GuestPool, tmp_path: Path) -> None:
-    guest = await guests.get(GuestConfig(ports=(TcpPort(),), controller=Controller.EHCI, kernel_arguments=AT_ONCE))
+    guest = await guests.get(
+        GuestConfig(ports=(TcpPort(),), controller=Controller.EHCI, kernel_arguments=NO_SCAN_DELAY)
+    )
     image = blank(tmp_path / "disk.raw")
     device = disk_device(image)
     async with plugged(guest.targets[0], device) as hub:
@@ -206,7 +208,7 @@ async def test_two_disks_on_two_channels_at_once(guest: QemuGuest, tmp_path: Pat
 async def test_attached_before_the_vm_runs(guests: GuestPool, tmp_path: Path) -> None:
     image = blank(tmp_path / "disk.raw")
     device = disk_device(image)
-    async with guests.fresh(GuestConfig(ports=(SpicePort(),), paused=True, kernel_arguments=AT_ONCE)) as guest:
+    async with guests.fresh(GuestConfig(ports=(SpicePort(),), paused=True, kernel_arguments=NO_SCAN_DELAY)) as guest:
         hub = Plugged(await open_session(parse_target(guest.targets[0])))
         try:
             plugging = asyncio.ensure_future(hub.plug(device))

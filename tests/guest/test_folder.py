@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.guest.plugging import AT_ONCE, disk_of, gone, plugged
+from tests.guest.plugging import NO_SCAN_DELAY, disk_of, gone, plugged
 from tests.image.support import ISO, MIB, ODD, PLAIN, SIMILAR, WHEN, alike, contents, make_folder, partition, run
 
 from farplug.errors import ImageError, Reason
@@ -24,7 +24,11 @@ if TYPE_CHECKING:
     from tests.guest.conftest import GuestPool
 
 CONFIG = GuestConfig(
-    ports=(TcpPort(),), kernel_arguments=AT_ONCE, modules=("fuse",), programs=("ntfs-3g", "lowntfs-3g"), memory=320
+    ports=(TcpPort(),),
+    kernel_arguments=NO_SCAN_DELAY,
+    modules=("fuse",),
+    programs=("ntfs-3g", "lowntfs-3g"),
+    memory=320,
 )
 
 MOUNT = {
@@ -215,7 +219,7 @@ async def test_an_iso_image(guests: GuestPool, tmp_path: Path) -> None:
     )
 
 
-async def test_a_folder_that_does_not_fit_is_told_by_the_guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_guest_reports_a_folder_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_folder(tmp_path / "a folder", {"😀": bytes(8 * MIB), "big.bin": bytes(30 * MIB)})
     before = set(tmp_path.iterdir())
 

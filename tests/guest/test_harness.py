@@ -41,7 +41,7 @@ HELLO = b"qemu usb-redir guest"
 
 
 async def read_hello(target: str) -> bytes:
-    """What QEMU's usb-redir says first."""
+    """Return the first packet of QEMU's usb-redir."""
     kind, _, address = target.partition(":")
     if kind == "unix":
         reader, writer = await asyncio.open_unix_connection(address)
@@ -59,7 +59,7 @@ async def test_output_and_exit_code_are_exact(guest: QemuGuest) -> None:
     result = await guest.run("printf 'one\\r\\n\\377\\000two'; echo three >&2; exit 7")
     assert result.exit_code == 7
     assert result.data == b"one\r\n\xff\0twothree\n"
-    with pytest.raises(CommandFailed, match="exit code 3 of the guest's command 'echo no; exit 3': no"):
+    with pytest.raises(CommandFailed, match="the guest's command 'echo no; exit 3' failed with exit code 3: no"):
         await guest.check("echo no; exit 3")
 
 
@@ -162,7 +162,7 @@ async def test_paused_guest_with_a_disk_on_ehci_and_a_port_that_connects_to_us(
         async with guests.fresh(config) as guest:
             assert guest.targets == (f"tcp-listen://127.0.0.1:{port}",)
             await asyncio.sleep(0.2)
-            assert not hello.done(), "a guest that stands still says nothing"
+            assert not hello.done(), "a paused guest sends nothing"
             await guest.qmp.execute("cont")
             await guest.booted()
             assert HELLO in await asyncio.wait_for(hello, 10)
@@ -253,7 +253,7 @@ asyncio.run(main())
             break
         time.sleep(0.05)
     assert not is_running(int(pid))
-    # Nobody removes a folder after a SIGKILL: only small files and sockets may be in it.
+    # After a SIGKILL the folder remains: only small files and sockets may be in it.
     folder = Path(target.removeprefix("unix:")).parent
     files = list(folder.iterdir())
     assert sum(file.stat().st_size for file in files) < 100_000
@@ -263,7 +263,7 @@ asyncio.run(main())
 
 
 def is_running(pid: int) -> bool:
-    """Whether the process exists and is no zombie."""
+    """Return whether the process exists and is not a zombie."""
     try:
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):

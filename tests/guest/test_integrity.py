@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.guest.plugging import LABORATORY, MIB, STORAGE, blank, disk_of, give_space_back, plugged
+from tests.guest.plugging import LABORATORY, MIB, STORAGE, blank, disk_of, enable_unmap, plugged
 
 from farplug.programs import find_program
 from farplug.testing import QemuGuest
@@ -105,19 +105,19 @@ async def test_fio_verifies_random_sizes_and_alignments(
         mode=mode,
     )
     async with drive(guests, storage, image, block_size=block_size) as plug:
-        told = (await plug.run(script)).split()[0]
+        output = (await plug.run(script)).split()[0]
     with image.open("rb") as file:
         file.seek(offset)
         content = file.read(12 * MIB)
     assert content.count(0) < 0.6 * len(content)  # half of randrw are reads
-    assert hashlib.md5(content).hexdigest() == told
+    assert hashlib.md5(content).hexdigest() == output
 
 
 async def test_f3probe_finds_the_capacity_real(guests: GuestPool, tmp_path: Path, storage: str) -> None:
     async with drive(guests, storage, blank(tmp_path / "disk.raw", 64 * MIB)) as plug:
-        told = await plug.run("f3probe --destructive --time-ops {d}")
-    assert "is the real thing" in told, told
-    assert "Announced size: 64.00 MB (131072 blocks)" in told, told
+        output = await plug.run("f3probe --destructive --time-ops {d}")
+    assert "is the real thing" in output, output
+    assert "Announced size: 64.00 MB (131072 blocks)" in output, output
 
 
 async def test_badblocks_writes_and_reads_every_byte(guests: GuestPool, tmp_path: Path, storage: str) -> None:
@@ -222,7 +222,7 @@ umount /mnt
 async def test_fstrim_makes_the_image_smaller(guests: GuestPool, tmp_path: Path, storage: str, filesystem: str) -> None:
     image = blank(tmp_path / "disk.raw", 64 * MIB)
     async with drive(guests, storage, image) as plug:
-        await give_space_back(plug.guest, plug.disk, storage)
+        await enable_unmap(plug.guest, plug.disk, storage)
         before = await plug.run(FILLED.format(make=MAKE[filesystem]))
         full = plug.used
         assert full > 30_000_000
@@ -236,7 +236,7 @@ async def test_discard_and_zero_out(guests: GuestPool, tmp_path: Path, storage: 
     image.write_bytes(b"\xaa" * (32 * MIB))
     expected = bytearray(image.read_bytes())
     async with drive(guests, storage, image) as plug:
-        await give_space_back(plug.guest, plug.disk, storage)
+        await enable_unmap(plug.guest, plug.disk, storage)
         os.sync()  # before, the file system has not given it all its blocks
         full = plug.used
         commands = ["blkdiscard", "blkdiscard -z", "fallocate -z"]
@@ -246,8 +246,8 @@ async def test_discard_and_zero_out(guests: GuestPool, tmp_path: Path, storage: 
             start, length = (8 * number + 1) * MIB, 2 * MIB
             await plug.run(f"{command} -o {start} -l {length} {{d}} && sync {{d}}")
             expected[start : start + length] = bytes(length)
-            told = await plug.run("echo 3 >/proc/sys/vm/drop_caches; md5sum <{d}")
-            assert told.split()[0] == hashlib.md5(expected).hexdigest(), command
+            output = await plug.run("echo 3 >/proc/sys/vm/drop_caches; md5sum <{d}")
+            assert output.split()[0] == hashlib.md5(expected).hexdigest(), command
             assert image.read_bytes() == expected, command
         assert plug.used <= full - 2 * MIB  # what was discarded
         await plug.run("blkdiscard {d}")

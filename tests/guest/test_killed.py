@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests.guest.command import Running, farplug
-from tests.guest.plugging import AT_ONCE, LABORATORY, MIB, STORAGE, blank, disk_with, gone
+from tests.guest.plugging import LABORATORY, MIB, NO_SCAN_DELAY, STORAGE, blank, disk_with, gone
 from tests.guest.recovery import recovered
 from tests.guest.scripts import writer
 
@@ -64,11 +64,11 @@ class Raw:
 
     @property
     def options(self) -> tuple[str | Path, ...]:
-        """Of ``farplug connect``."""
+        """Return options of ``farplug connect``."""
         return "--usb-disk", self.image
 
     async def content(self, path: Path) -> None:
-        """Write what the disk holds to a file, while nobody has it plugged."""
+        """Write the content of the disk to a file, while it is not plugged in."""
         shutil.copyfile(self.image, path)
 
     async def check(self, console: str) -> None:
@@ -145,22 +145,22 @@ async def writing(guest: QemuGuest, kind: str, disk: Raw) -> AsyncIterator[Calla
         await asyncio.gather(program, return_exceptions=True)
 
 
-async def told(guest: QemuGuest, console: Callable[[], str], text: str, count: int) -> None:
-    """Wait until the guest's writer has said something so often."""
+async def wait_for_count(guest: QemuGuest, console: Callable[[], str], text: str, count: int) -> None:
+    """Wait until the guest's writer has printed a text ``count`` times."""
     try:
         async with asyncio.timeout(60):
             while console().count(text) < count:
                 await asyncio.sleep(0.002)
     except TimeoutError:
         log = await guest.check("dmesg | tail -60")
-        raise AssertionError(f"{text} was not said {count} times:\n{console()[-500:]}\n{log}") from None
+        raise AssertionError(f"{text} was not printed {count} times:\n{console()[-500:]}\n{log}") from None
 
 
 async def cut(guest: QemuGuest, console: Callable[[], str], running: Running, pid: int, number: int) -> int:
-    """Kill a process in the middle of the guest's writing, the ``number``-th time; how many records it waited for."""
-    await told(guest, console, "<up>", number)
+    """Kill a process in the middle of the guest's writing, for the ``number``-th time; return the number of records."""
+    await wait_for_count(guest, console, "<up>", number)
     records = random.randint(0, MOST)
-    await told(guest, console, ">", console().count(">") + records)
+    await wait_for_count(guest, console, ">", console().count(">") + records)
     await asyncio.sleep(random.uniform(0, 0.02))
     assert running.process.returncode is None
     os.kill(pid, signal.SIGKILL)
@@ -179,7 +179,7 @@ async def test_farplug_is_killed(guests: GuestPool, tmp_path: Path, storage: str
         for number in range(1, CUTS + 1):
             async with farplug("connect", guest.targets[number % 2], *options) as running:
                 records += await cut(guest, console, running, running.process.pid, number)
-            await told(guest, console, "<down>", number)
+            await wait_for_count(guest, console, "<down>", number)
             await disk.check(console())
     assert len(disk.confirmed) >= records
     async with farplug("connect", guest.targets[0], *options) as running:
@@ -197,7 +197,9 @@ async def test_farplug_is_killed(guests: GuestPool, tmp_path: Path, storage: str
 async def test_qemu_is_killed(guests: GuestPool, tmp_path: Path, storage: str, kind: str, image: type[Raw]) -> None:
     disk = image(tmp_path, kind)
     options = ("--usb-storage", STORAGE[storage].transport, *disk.options)
-    config = GuestConfig(ports=(TcpPort(), SpicePort()), kernel_arguments=AT_ONCE, python=True, files=LABORATORY.files)
+    config = GuestConfig(
+        ports=(TcpPort(), SpicePort()), kernel_arguments=NO_SCAN_DELAY, python=True, files=LABORATORY.files
+    )
     records = 0
     for number in range(QEMU_CUTS):
         async with guests.fresh(config) as guest, writing(guest, kind, disk) as console:

@@ -1,4 +1,4 @@
-"""Devices of a real kernel: what ``farplug devices`` tells of them, and how they are plugged when they come and go."""
+"""Devices of a real kernel: how ``farplug devices`` lists them, and how they are plugged in when they appear."""
 
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ async def test_what_is_there_and_why_it_cannot_be_plugged(machine: Machine, driv
         finally:
             await machine.check("umount /run/stick")
         found = {f"{one['bus']}-{one['address']}": one for one in json.loads(output)["usb"]["devices"]}
-        told = found[keyboard.bus]
-        assert (told["product"], told["classes"], told["can_be_plugged"]) == ("QEMU USB Keyboard", ["hid"], True)
-        assert (told["interfaces"][0]["driver"], told["caution"]["reason"]) == ("usbhid", "input-device")
+        listed = found[keyboard.bus]
+        assert (listed["product"], listed["classes"], listed["can_be_plugged"]) == ("QEMU USB Keyboard", ["hid"], True)
+        assert (listed["interfaces"][0]["driver"], listed["caution"]["reason"]) == ("usbhid", "input-device")
         assert found[network.bus]["caution"]["reason"] == "network-device"
         assert [one["reason"] for one in found[hub.bus]["obstacles"]] == ["hub"]
         (mounted,) = found[disk.bus]["obstacles"]

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import pytest
 import pytest_asyncio
-from tests.guest.nested import FAR, SPEAKER, WAV_HEADER, Plugger, Real, running
-from tests.guest.plugging import MIB, PATIENCE, raw, usb_folder_by_name, usb_node
+from tests.guest.nested import FAR, SPEAKER, WAV_HEADER, Plugger, RealDevice, running
+from tests.guest.plugging import GUEST_TIMEOUT, MIB, raw, usb_folder_by_name, usb_node
 
 if TYPE_CHECKING:
     from tests.guest.conftest import GuestPool
@@ -63,7 +63,7 @@ class Desk:
     """
 
     def __init__(
-        self, plugger: Plugger, far: QemuGuest, devices: dict[str, Real], numbers: list[int], unplug: Unplug
+        self, plugger: Plugger, far: QemuGuest, devices: dict[str, RealDevice], numbers: list[int], unplug: Unplug
     ) -> None:
         self.plugger = plugger
         self.machine = plugger.machine
@@ -73,7 +73,7 @@ class Desk:
         self.unplug = unplug
 
     async def figures(self, name: str, endpoint: int) -> dict[str, int]:
-        """What moved through an endpoint of a device."""
+        """Return the figures of an endpoint of a device."""
         figures: dict[str, int] = (await self.plugger.ask("figures", self.numbers[name]))[f"{endpoint:02x}"]
         return figures
 
@@ -112,7 +112,7 @@ async def desk(plugger: Plugger, guests: GuestPool, tmp_path_factory: pytest.Tem
 
 async def first(guest: QemuGuest, pattern: str) -> str:
     """The name of the first file that matches a pattern; waits until there is one."""
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(GUEST_TIMEOUT):
         while not (found := (await guest.check(f"ls -d {pattern} 2>/dev/null; :")).split()):
             await asyncio.sleep(0.1)
     return found[0].rpartition("/")[2]
@@ -130,7 +130,7 @@ async def events(
 ) -> list[tuple[int, int]]:
     """The first ``count`` events of a kind that an input device has because of what ``act`` does."""
     node = "/dev/input/" + await first(guest, f"{folder}/*/*/input/*/event*")
-    async with running(guest, f"cat {node}") as job, asyncio.timeout(PATIENCE):
+    async with running(guest, f"cat {node}") as job, asyncio.timeout(GUEST_TIMEOUT):
         await job.opened(node)
         await act()
         while len(found := decoded(await job.data(), kind)) < count:
@@ -196,7 +196,7 @@ async def test_speaker_plays_without_underrun(desk: Desk) -> None:
     output = await desk.far.check(f"dmesg -c >/dev/null; {play}; dmesg")
     assert "underrun" not in output
     assert "usb" not in output
-    async with asyncio.timeout(PATIENCE):  # what is still on its way counts when it arrives
+    async with asyncio.timeout(GUEST_TIMEOUT):  # what is still on its way counts when it arrives
         while (figures := await desk.figures("speaker", 0x01))["transfers"] < 0.95 * 5000:
             await asyncio.sleep(0.1)
     assert 0.95 < figures["transfers"] / 5000 < 1.1, figures

@@ -41,7 +41,7 @@ PER_URB, URBS = 8, 8
 
 
 def packet(number: int) -> bytes:
-    """A packet that can be told from all others; they differ in length too."""
+    """Return a packet that differs from all others, also in length."""
     return struct.pack("<I", number) * (1 + number % 7)
 
 
@@ -53,7 +53,7 @@ def numbers(packets: list[bytes]) -> list[int]:
 
 
 def split(arrived: bytes | str) -> list[bytes]:
-    """The packets that the script heard."""
+    """Return the packets that the script received."""
     assert isinstance(arrived, bytes), arrived
     packets, position = [], 0
     while position < len(arrived):
@@ -64,7 +64,7 @@ def split(arrived: bytes | str) -> list[bytes]:
 
 
 def rises(sequence: list[int]) -> bool:
-    """Whether each number is greater than the one before."""
+    """Return whether each number is greater than the one before."""
     return all(earlier < later for earlier, later in itertools.pairwise(sequence))
 
 
@@ -91,7 +91,7 @@ class Clocked(UsbipDevice):
 
     def _answer(self, urb: Urb) -> None:
         if urb.number not in self.pending:
-            return  # it was taken back
+            return  # cancelled
         if urb.endpoint == SINK:
             offset = 0
             for length in urb.packets:
@@ -148,7 +148,7 @@ async def test_usbtest(plugger: Plugger, far: QemuGuest) -> None:
 
 
 async def test_packets_are_whole_and_in_order(plugger: Plugger, far: QemuGuest) -> None:
-    """How many come through is a matter of time: what is late is lost, as on the wire, and counted."""
+    """Late packets are lost and counted, as on the wire, so their number depends on time."""
     machine, device = plugger.machine, clocked()
     async with device.attached(machine.guest):
         real = await machine.find(f"{ZERO} *")
@@ -167,15 +167,15 @@ async def test_packets_are_whole_and_in_order(plugger: Plugger, far: QemuGuest) 
             assert (results[:2], results[3:]) == ([b"", b""], [b"", b""])
             figures = await plugger.ask("figures", number)
 
-    heard = split(results[2])
-    assert len(heard) >= COUNT
-    assert rises(numbers(heard))
+    received = split(results[2])
+    assert len(received) >= COUNT
+    assert rises(numbers(received))
     assert figures[f"{SOURCE:02x}"]["errors"] == 0
 
     assert rises(numbers(device.played))
     out = figures[f"{SINK:02x}"]
     assert (out["transfers"], out["errors"], out["dropped"]) == (len(sent), 0, 0)
-    # Those that were under way at the end were taken back, but may have been played all the same.
+    # Packets that were in flight at the end were cancelled, but may have been played.
     assert out["transfers"] - out["cancelled"] <= len(device.played) <= len(sent)
     assert device.played
 

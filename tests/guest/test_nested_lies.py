@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests.guest.nested import FAR, Plugger, from_inside
-from tests.guest.plugging import PATIENCE, usb_folder_by_name
+from tests.guest.plugging import GUEST_TIMEOUT, usb_folder_by_name
 from tests.guest.usbip import UsbipDevice, configuration, device_descriptor, endpoint, interface
 
 if TYPE_CHECKING:
@@ -22,17 +22,17 @@ HONEST = interface(0, endpoint(OUT, BULK, 512), endpoint(IN, BULK, 512))
 
 @dataclass(frozen=True)
 class Lie:
-    """A device that lies.
+    """A device with wrong descriptors.
 
     Attributes:
         configurations: its configuration descriptors.
-        told: the warnings of farplug.
-        refused: what farplug says instead of plugging it; empty if it is plugged.
+        warnings: the warnings of farplug.
+        refused: the error of farplug if it refuses the device; else empty.
         bos: its binary object store; it is a device of USB 2.1 then.
     """
 
     configurations: tuple[bytes, ...]
-    told: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     refused: str = ""
     bos: bytes | None = None
 
@@ -103,11 +103,11 @@ async def test_what_makes_sense_is_plugged(plugger: Plugger, guests: GuestPool, 
                 offered[name] = tuple(await plugger.ask("offer", number, target, real.bus))
             except AssertionError as error:
                 offered[name] = str(error)[: len(UNREADABLE)]
-        assert offered == {name: LIES[name].refused or LIES[name].told for name in devices}
+        assert offered == {name: LIES[name].refused or LIES[name].warnings for name in devices}
         for name, device in devices.items():
             if not LIES[name].refused:
                 folder = await usb_folder_by_name(far, f"{device.ids} *")
-                async with asyncio.timeout(PATIENCE):
+                async with asyncio.timeout(GUEST_TIMEOUT):
                     while not (await far.check(f"cat {folder}/bConfigurationValue")).strip():
                         await asyncio.sleep(0.1)
     assert far.alive

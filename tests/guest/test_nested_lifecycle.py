@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 import pytest_asyncio
-from tests.guest.nested import FAR, Job, Plugger, Real, from_inside, running
-from tests.guest.plugging import MIB, PATIENCE, Result, raw, usb_folder_by_name, usb_node
+from tests.guest.nested import FAR, Job, Plugger, RealDevice, from_inside, running
+from tests.guest.plugging import GUEST_TIMEOUT, MIB, Result, raw, usb_folder_by_name, usb_node
 from tests.guest.test_nested_functions import EV_ABS, EV_KEY, KEYS, PRESSES, decoded, events, first
 from tests.guest.test_nested_iso import INTERVAL, ISOCHRONOUS, PER_URB, SOURCE, URBS, Clocked, rises, split
 from tests.guest.test_nested_storage import BOT, far_disk
@@ -71,7 +71,7 @@ async def test_configuration_is_changed_with_transfers_in_flight(plugger: Plugge
             assert looped[1::2] == sent
             assert begun == chosen == b""
             assert isinstance(ended, bytes)
-            # It was taken back; Linux tries it again, and the source of the new configuration answers.
+            # The transfer was cancelled; Linux retries it, and the source of the new configuration replies.
             assert json.loads(ended) in (["EPROTO"], ["EIO"], [bytes(4096).hex()]), ended[:100]
             assert await machine.check(f"cat {real.folder}/bConfigurationValue") == "1\n"
 
@@ -112,13 +112,13 @@ async def test_neighbours_that_never_answer_and_never_stop(plugger: Plugger, far
         async with plugger.plugged(far.targets[-1], never, flood, keyboard) as (_, flooding, _):
 
             async def moved(count: int) -> None:
-                """Wait until so many bytes of the flood came."""
-                async with asyncio.timeout(PATIENCE):
+                """Wait until ``count`` bytes of the flood have arrived."""
+                async with asyncio.timeout(GUEST_TIMEOUT):
                     while (await plugger.ask("figures", flooding)).get(f"{IN:02x}", {"bytes": 0})["bytes"] <= count:
                         await asyncio.sleep(0.1)
 
             async def type_then_stop() -> list[tuple[int, int]]:
-                async with asyncio.timeout(PATIENCE):
+                async with asyncio.timeout(GUEST_TIMEOUT):
                     while len(mute.pending) < 2:
                         await asyncio.sleep(0.1)
                 try:
@@ -139,7 +139,7 @@ async def test_neighbours_that_never_answer_and_never_stop(plugger: Plugger, far
                     far,
                     await node(OTHER),
                     ("claim", 0),
-                    ("begin", "send", OUT, b"nobody takes this"),
+                    ("begin", "send", OUT, b"never accepted"),
                     ("begin", "receive", IN, 512),
                     ("join",),
                 ),
@@ -147,8 +147,8 @@ async def test_neighbours_that_never_answer_and_never_stop(plugger: Plugger, far
             assert typed == PRESSES
             assert drained == [b"", b""]
             assert waited == [b"", b"", b"", b'["ETIMEDOUT", "ETIMEDOUT"]']
-            async with asyncio.timeout(PATIENCE):
-                while mute.pending:  # taken back, all the way to the device
+            async with asyncio.timeout(GUEST_TIMEOUT):
+                while mute.pending:  # cancelled, also at the device
                     await asyncio.sleep(0.05)
 
 
@@ -213,7 +213,7 @@ class Paused:
 
     guest: QemuGuest
     since: float
-    devices: Sequence[Real]
+    devices: Sequence[RealDevice]
     numbers: Sequence[int]
     sha256: str
     reading: Job
@@ -252,7 +252,7 @@ async def paused(
         listen = ("listen", SOURCE, PICTURE, PER_URB, URBS, PICTURES)
         await reading.until("-")
         seen = asyncio.ensure_future(raw(far, node, ("claim", 0), ("set_interface", 0, 1), listen, listen, timeout=600))
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(GUEST_TIMEOUT):
             while camera.given < PICTURES / 2:
                 await asyncio.sleep(0.05)
         await far.qmp.execute("stop")
@@ -277,7 +277,7 @@ async def test_vm_goes_on_after_a_pause(plugger: Plugger, paused: Paused) -> Non
         return int((await plugger.ask("figures", paused.numbers[1]))[f"{SOURCE:02x}"]["dropped"])
 
     async def dropped_more_than(count: int) -> int:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(GUEST_TIMEOUT):
             while (now := await dropped()) <= count:
                 await asyncio.sleep(0.1)
         return now
@@ -297,7 +297,7 @@ async def test_vm_goes_on_after_a_pause(plugger: Plugger, paused: Paused) -> Non
     numbers = [int.from_bytes(data[:4], "little") for data in split(before) + split(after)]
     assert split(before) + split(after) == list(map(picture, numbers))
     assert rises(numbers)
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(GUEST_TIMEOUT):
         while (await paused.reading.output()).count("\n") < sums + 2:
             await asyncio.sleep(0.1)
         while len(decoded(await paused.touched.data(), EV_ABS)) < 2:

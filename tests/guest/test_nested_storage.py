@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 import pytest_asyncio
-from tests.guest.nested import FAR, Plugger, Real, from_inside, running
-from tests.guest.plugging import AT_ONCE, MIB, PATIENCE, usb_folder_by_name
+from tests.guest.nested import FAR, Plugger, RealDevice, from_inside, running
+from tests.guest.plugging import GUEST_TIMEOUT, MIB, NO_SCAN_DELAY, usb_folder_by_name
 
 from farplug.testing import GuestConfig, QemuGuest, TcpPort
 
@@ -41,7 +41,7 @@ sha256sum <{disk}
 
 
 @asynccontextmanager
-async def disk(plugger: Plugger, kind: str, image: Path) -> AsyncIterator[Real]:
+async def disk(plugger: Plugger, kind: str, image: Path) -> AsyncIterator[RealDevice]:
     """A real disk of the near guest."""
     machine = plugger.machine
     async with (
@@ -53,7 +53,7 @@ async def disk(plugger: Plugger, kind: str, image: Path) -> AsyncIterator[Real]:
 
 async def far_disk(guest: QemuGuest, name: str) -> str:
     """The far guest's block device; it can be read."""
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(GUEST_TIMEOUT):
         while True:
             folder = await usb_folder_by_name(guest, name)
             script = f"""
@@ -108,7 +108,7 @@ async def test_unplugged_while_it_is_read(plugger: Plugger, far: QemuGuest, imag
                 await machine.unplug(real)
                 assert "the device is gone" in await plugger.happened("Detached")
                 await job.end()
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(GUEST_TIMEOUT):
                 while (await far.run(f"test -e {block}")).exit_code == 0:
                     await asyncio.sleep(0.1)
     async with disk(plugger, BOT, image) as real, plugger.plugged(far.targets[0], real):
@@ -116,7 +116,7 @@ async def test_unplugged_while_it_is_read(plugger: Plugger, far: QemuGuest, imag
         assert there.split()[0] == hashlib.sha256(image.read_bytes()).hexdigest()
 
 
-SMALL = GuestConfig(ports=(TcpPort(),), kernel_arguments=AT_ONCE)
+SMALL = GuestConfig(ports=(TcpPort(),), kernel_arguments=NO_SCAN_DELAY)
 
 
 async def test_guest_is_reset_paused_and_killed(plugger: Plugger, guests: GuestPool, image: Path) -> None:
@@ -143,7 +143,7 @@ async def test_guest_is_reset_paused_and_killed(plugger: Plugger, guests: GuestP
             await far_disk(far, BOT)
             os.kill(far.pid, 9)
             await plugger.happened("Detached")
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(GUEST_TIMEOUT):
                 while await plugger.machine.drivers(real) != {"1.0": "usb-storage"}:
                     await asyncio.sleep(0.1)
 

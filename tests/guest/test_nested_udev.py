@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest_asyncio
-from tests.guest.nested import FAR, FARPLUG, Machine, Plugger, Real, from_inside, running
+from tests.guest.nested import FAR, FARPLUG, Machine, Plugger, RealDevice, from_inside, running
 from tests.guest.plugging import usb_folder_by_name, usb_node
 
 if TYPE_CHECKING:
@@ -43,26 +43,26 @@ class Desk:
         result = await self.machine.guest.run(f"{AS_USER} env {FARPLUG} {arguments} 2>&1")
         return result.exit_code, result.output
 
-    async def obstacles(self, real: Real) -> list[dict[str, Any]]:
-        """What stands against plugging in a device, for the user."""
+    async def obstacles(self, real: RealDevice) -> list[dict[str, Any]]:
+        """Return the obstacles to plugging in a device, for the user."""
         code, output = await self.farplug("devices --json")
         assert code == 0, output
         (found,) = (one for one in json.loads(output)["usb"]["devices"] if f"{one['bus']}-{one['address']}" == real.bus)
         obstacles: list[dict[str, Any]] = found["obstacles"]
         return obstacles
 
-    async def may_use(self, real: Real) -> bool:
-        """Whether the user may open a device."""
+    async def may_use(self, real: RealDevice) -> bool:
+        """Return whether the user may open a device."""
         node = await usb_node(self.machine.guest, real.folder)
         return (await self.machine.guest.run(f"{AS_USER} test -w {node}")).exit_code == 0
 
-    async def node(self, real: Real) -> str:
+    async def node(self, real: RealDevice) -> str:
         """Mode, owner and group of a device's node."""
         node = await usb_node(self.machine.guest, real.folder)
         return (await self.machine.check(f"stat -c '%a %U %G' {node}")).strip()
 
     async def root(self, commands: str) -> str:
-        """Do what the user is told to do: commands with sudo."""
+        """Run the commands with sudo that farplug prints for the user."""
         return await self.machine.check(f"set -e\nexport PATH=/run/bin:$PATH USER={USER}\n{commands}")
 
 
@@ -125,7 +125,7 @@ echo ACTIVE_UID={user} >>/run/systemd/seats/seat0
 """What logind writes down of who sits at the screen: the place where udev looks it up."""
 
 
-async def test_doctor_for_whoever_sits_at_the_screen(desk: Desk) -> None:
+async def test_doctor_for_the_user_at_the_screen(desk: Desk) -> None:
     machine = desk.machine
     await machine.check(SEAT.format(user=desk.user))
     async with machine.device("usb-kbd", KEYBOARD) as real:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests.guest.command import farplug
-from tests.guest.plugging import MIB, PATIENCE, Plugged, blank, disk_of, disk_with, plugged
+from tests.guest.plugging import GUEST_TIMEOUT, MIB, Plugged, blank, disk_of, disk_with, plugged
 
 from farplug.cli.exit_codes import ExitCode
 from farplug.redirection import Redirection, engine, events, port_protocol, reminder
@@ -56,7 +56,7 @@ State = tuple[bool, bool]
 
 
 def steps(state: State) -> tuple[Step, ...]:
-    """What can be done next."""
+    """Return the possible next steps."""
     paused, connected = state
     toggle = Step.CONT if paused else Step.STOP
     return (toggle, *ENDS) if connected else (toggle, Step.DOCTOR, Step.CONNECT)
@@ -74,7 +74,7 @@ def after(state: State, step: Step) -> State:
 
 
 def orders(state: State, length: int) -> Iterator[tuple[Step, ...]]:
-    """Every order of so many steps."""
+    """Yield every order of ``length`` steps."""
     if not length:
         yield ()
         return
@@ -126,7 +126,7 @@ class Operator:
         self._plugging: asyncio.Task[object] | None = None
 
     async def do(self, step: Step) -> None:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(GUEST_TIMEOUT):
             match step:
                 case Step.STOP | Step.CONT:
                     await self.guest.qmp.execute(step.value)

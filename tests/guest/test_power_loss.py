@@ -1,6 +1,6 @@
 """A power cut loses what was not flushed: the strong form, on a store that remembers what a disk may forget.
 
-One guest works on ext4, while the store keeps a log of what it was told and when it was told to make it durable. Then
+One guest works on ext4, while the store keeps a log of its writes and flushes. Then
 the power is cut on the host, hundreds of times: at a point of the log the image is everything that a finished flush
 covers, and of what was written since a random part, torn at sectors of 512 bytes, as a disk's volatile cache would
 leave it. Every file whose fsync had returned in the guest must be there.
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.guest.plugging import LABORATORY, MIB, STORAGE, blank, disk_of, give_space_back, plugged
+from tests.guest.plugging import LABORATORY, MIB, STORAGE, blank, disk_of, enable_unmap, plugged
 from tests.guest.recovery import recovered
 from tests.guest.scripts import worker
 
@@ -39,7 +39,7 @@ SECTOR = 512
 
 @dataclass(frozen=True)
 class Written:
-    """The store was told to write; None: zeros, from UNMAP or WRITE SAME."""
+    """A write to the store; data None: zeros, from UNMAP or WRITE SAME."""
 
     offset: int
     length: int
@@ -48,7 +48,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Flushed:
-    """A flush is done that began when the log had so many entries."""
+    """The end of a flush that began when the log had ``since`` entries."""
 
     since: int
 
@@ -56,7 +56,7 @@ class Flushed:
 class VolatileStore(MemoryStore):
     """A store with a volatile cache: it keeps a log of its writes and flushes.
 
-    What it is told is done a moment later, in any order. So whoever acknowledges something too early is found out.
+    Operations complete a moment later, in any order, which reveals an acknowledgement that is sent too early.
 
     Attributes:
         log: what happened, in order.
@@ -108,7 +108,7 @@ class PowerCuts:
         """How many entries of the log are durable."""
 
     def image(self, point: int) -> bytearray:
-        """The image after so many entries."""
+        """Return the image after ``point`` entries."""
         if not self._forgets:
             covered = [entry.since for entry in self._log[:point] if isinstance(entry, Flushed)]
             flushed = max(covered, default=0)
@@ -135,7 +135,7 @@ class PowerCuts:
 
 
 class Marks(MemoryStore):
-    """Takes the marks of ``scripts/worker.py``: a mark comes after what it tells of, so the log is long enough by then.
+    """Records the marks of ``scripts/worker.py``: a mark is written after the event, so the log is long enough then.
 
     Attributes:
         confirmed: how long the log was when the fsync of a file had returned, by its name.
@@ -180,14 +180,14 @@ async def test_what_fsync_confirmed_survives(guests: GuestPool, tmp_path: Path, 
     devices = disk_device(store, transport=STORAGE[storage].transport), disk_device(marks)
     async with plugged(guest.targets[0], devices[0]), plugged(guest.targets[1], devices[1]):
         disk, other = [await disk_of(guest, device) for device in devices]
-        await give_space_back(guest, disk, storage)
+        await enable_unmap(guest, disk, storage)
         await guest.check(f"mount -o discard {disk} /mnt")
         await guest.check(f"python3 /scripts/worker.py {other}")
         await guest.check("umount /mnt")
     for device in devices:
         await device.dispose()
     assert len(marks.confirmed) == worker.WORKERS * worker.FILES
-    assert any(isinstance(entry, Written) and entry.data is None for entry in store.log), "space was given back"
+    assert any(isinstance(entry, Written) and entry.data is None for entry in store.log), "space was freed"
     # Anywhere, and right where an fsync has just returned.
     ends = tuple(marks.confirmed.values())
     points = [random.choice((random.randrange(len(store.log)), random.choice(ends))) for _ in range(POINTS)]

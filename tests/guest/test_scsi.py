@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import pytest_asyncio
-from tests.guest.plugging import AT_ONCE, MIB, blank, disk_of, plugged
+from tests.guest.plugging import MIB, NO_SCAN_DELAY, blank, disk_of, plugged
 
 from farplug.testing import GuestConfig, QemuGuest, TcpPort
 from farplug.virtual import VirtualDevice, disk_device
@@ -25,7 +25,7 @@ TOOLS = (
     "sg_unmap", "sg_verify", "sg_vpd", "sg_write_same",
 )  # fmt: skip
 
-CONFIG = GuestConfig(ports=(TcpPort(),), kernel_arguments=AT_ONCE, modules=("sg",), programs=TOOLS)
+CONFIG = GuestConfig(ports=(TcpPort(),), kernel_arguments=NO_SCAN_DELAY, modules=("sg",), programs=TOOLS)
 
 NEW_SIZE = 40 * MIB
 
@@ -110,7 +110,7 @@ async def test_sense_and_readiness(plug: Plug) -> None:
 
 
 async def test_the_table_of_commands(plug: Plug) -> None:
-    told = (await plug.run("sg_opcodes {d}")).lower()
+    output = (await plug.run("sg_opcodes {d}")).lower()
     names = (
         "test unit ready", "request sense", "read(6)", "write(6)", "inquiry", "mode select(6)", "mode sense(6)",
         "start stop unit", "read capacity(10)", "read(10)", "write(10)", "write and verify(10)", "verify(10)",
@@ -120,7 +120,7 @@ async def test_the_table_of_commands(plug: Plug) -> None:
         "write and verify(12)", "verify(12)",
     )  # fmt: skip
     for name in names:
-        assert name in told, told
+        assert name in output, output
     one = await plug.run("sg_opcodes -o 0x93 {d}")
     assert "93 09 ff ff ff ff ff ff ff ff ff ff ff ff 3f 00" in one, one
     assert "9e 10 ff" in await plug.run("sg_opcodes -o 0x9e,0x10 {d}")

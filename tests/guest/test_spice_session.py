@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tests.guest.command import farplug
 from tests.guest.conftest import GuestPool
-from tests.guest.plugging import AT_ONCE, PATIENCE, blank, plugged
+from tests.guest.plugging import GUEST_TIMEOUT, NO_SCAN_DELAY, blank, plugged
 from tests.transport.fake_spice import free_port
 
 from farplug.errors import GuestGoneError, Reason, TargetError
@@ -21,7 +21,7 @@ from farplug.transport.spice_session import SpiceSession
 from farplug.virtual.disk import disk_device
 from farplug.vm.qmp import QmpError
 
-TWO_PORTS = GuestConfig(ports=(SpicePort(), SpicePort()), kernel_arguments=AT_ONCE)
+TWO_PORTS = GuestConfig(ports=(SpicePort(), SpicePort()), kernel_arguments=NO_SCAN_DELAY)
 
 
 async def test_passwords_at_the_limit(guests: GuestPool) -> None:
@@ -42,7 +42,7 @@ async def test_passwords_at_the_limit(guests: GuestPool) -> None:
             with pytest.raises(TargetError) as caught:
                 await try_password("x" * 57)
             assert caught.value.reason is Reason.WRONG_PASSWORD
-        with pytest.raises(QmpError):  # nobody can have set a longer one
+        with pytest.raises(QmpError):  # QEMU does not accept a longer one
             await set_password("x" * 61)
 
 
@@ -67,7 +67,7 @@ async def test_each_port_names_the_other_client(guests: GuestPool, tmp_path: Pat
     async with plugged(guest.targets[0], *devices) as hub:
         session = await SpiceSession.connect(_target(guest))
         try:
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(GUEST_TIMEOUT):
                 while hub.kinds().count(events.Detached) < 2:
                     await asyncio.sleep(0.01)
         finally:
@@ -104,7 +104,7 @@ async def test_a_vm_that_migrates(guests: GuestPool) -> None:
         session = await SpiceSession.connect(_target(source))
         await source.qmp.human(f"client_migrate_info spice 127.0.0.1 {destination.spice.port}")
         await source.qmp.execute("migrate", {"uri": f"tcp:127.0.0.1:{number}"})
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(GUEST_TIMEOUT):
             error = await session.ended
     assert isinstance(error, GuestGoneError)
     where = f"127.0.0.1 (port {destination.spice.port})"

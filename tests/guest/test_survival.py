@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests.guest.command import farplug
-from tests.guest.plugging import AT_ONCE, MIB, blank, disk_of, disk_with, gone, plugged
+from tests.guest.plugging import MIB, NO_SCAN_DELAY, blank, disk_of, disk_with, gone, plugged
 
 from farplug.cli.exit_codes import ExitCode
 from farplug.errors import Reason
@@ -81,7 +81,7 @@ async def test_farplug_killed_in_the_middle_of_a_write(guest: QemuGuest, tmp_pat
 
 async def test_qemu_that_vanishes(guests: GuestPool, tmp_path: Path) -> None:
     images = [blank(tmp_path / name) for name in ("one", "two")]
-    async with guests.fresh(GuestConfig(ports=(SpicePort(), TcpPort()), kernel_arguments=AT_ONCE)) as guest:
+    async with guests.fresh(GuestConfig(ports=(SpicePort(), TcpPort()), kernel_arguments=NO_SCAN_DELAY)) as guest:
         commands = [
             ("connect", target, "--usb-disk", image) for target, image in zip(guest.targets, images, strict=True)
         ]
@@ -203,7 +203,7 @@ class SlowStore(MemoryStore):
 
 @pytest.mark.parametrize("port", [0, 2], ids=["spice", "tcp"])
 async def test_an_answer_given_while_the_vm_is_paused_arrives(guest: QemuGuest, port: int) -> None:
-    """QEMU's SPICE server lets it lie, and nobody else would have it look before the guest's driver gives up."""
+    """QEMU's SPICE server does not read the reply by itself before the guest's driver times out."""
     store = SlowStore(64 * MIB)
     device = disk_device(store)
     async with plugged(guest.targets[port], device):
@@ -301,8 +301,8 @@ class Misbehaving(Device):
 
     Attributes:
         spoils: how, in turn; empty: it behaves.
-        every: which transfers: the first, second, … of so many.
-        spoilt: how many it has spoilt.
+        every: which of n transfers: the first, second, …
+        spoilt: number of spoilt transfers.
         overtaken: how often it answered a transfer before an earlier one on the same endpoint.
         listener: who has it open.
     """
@@ -402,7 +402,7 @@ class Misbehaving(Device):
             finish()
 
     def cancel(self, transfer: Transfer) -> None:
-        """While it misbehaves it does not listen: what the guest took back is answered all the same, later."""
+        """Ignore cancellation while misbehaving: a cancelled transfer is answered later."""
         inner = self._pairs.get(transfer)
         if inner is not None and not self.spoils:
             self._inner.cancel(inner)
@@ -425,7 +425,9 @@ class Misbehaving(Device):
 
 async def test_a_device_that_answers_late_and_out_of_order(guests: GuestPool) -> None:
     # EHCI cuts what it writes into many transfers, and queues them all.
-    guest = await guests.get(GuestConfig(ports=(TcpPort(),), controller=Controller.EHCI, kernel_arguments=AT_ONCE))
+    guest = await guests.get(
+        GuestConfig(ports=(TcpPort(),), controller=Controller.EHCI, kernel_arguments=NO_SCAN_DELAY)
+    )
     good = disk_device(MemoryStore(16 * MIB), speeds=(Speed.HIGH,))
     device = Misbehaving(good, "late")
     async with plugged(guest.targets[0], device):

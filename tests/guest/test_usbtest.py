@@ -1,7 +1,7 @@
 """The kernel's own test of USB devices, its driver usbtest: against our disk, and against gadget zero of the examples.
 
-Case 24 is left out: it takes transfers back out of the middle of a queue, and QEMU's xHCI drops the whole queue of the
-endpoint then, so that the guest waits for ever, whatever the device does.
+Case 24 is left out: it cancels transfers in the middle of a queue, and QEMU's xHCI then drops the whole queue of the
+endpoint, so the guest waits forever, whatever the device does.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ async def test_gadget_zero(guests: GuestPool, speed: Speed) -> None:
 
 
 class Slow(SourceSink):
-    """Answers bulk transfers after a while, so that the guest can take them back before."""
+    """Answers bulk transfers after a while, so that the guest can cancel them before."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Slow(SourceSink):
             self.cancel(transfer)
 
 
-async def test_transfers_taken_back_from_a_slow_device(guests: GuestPool) -> None:
+async def test_transfers_of_a_slow_device_that_are_cancelled(guests: GuestPool) -> None:
     guest = await guests.get(LABORATORY)
     device = VirtualDevice(Slow(), vendor_id=VENDOR_ID, product_id=PRODUCT_ID)
     await guest.check("dmesg -c >/dev/null; modprobe usbtest")

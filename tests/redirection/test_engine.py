@@ -68,7 +68,7 @@ async def test_requests_for_a_device_that_is_being_detached_fail() -> None:
     guest = MemoryGuest()
     guest._end, guest.redirection = end, redirection
     answers: list[packets.Packet] = []
-    heard = guest._heard
+    heard = guest._packet_received
 
     def late(packet: packets.Packet) -> None:
         if isinstance(packet, packets.DeviceDisconnect):
@@ -88,7 +88,7 @@ async def test_requests_for_a_device_that_is_being_detached_fail() -> None:
         answers.append(packet)
         heard(packet)
 
-    guest._heard = late  # type: ignore[method-assign]
+    guest._packet_received = late  # type: ignore[method-assign]
     async with guest:
         await redirection.attach(device)
         await guest.wait(lambda: guest.connected is not None)
@@ -162,7 +162,7 @@ async def test_a_guest_that_never_acknowledges(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(engine, "ACK_TIMEOUT", 0.05)
     device = ScriptedDevice()
     async with MemoryGuest(device) as guest:
-        monkeypatch.setattr(guest, "_heard", lambda packet: None)
+        monkeypatch.setattr(guest, "_packet_received", lambda packet: None)
         await guest.redirection.detach()
         assert guest.redirection.state is State.CLOSED
         assert device.calls == ["open", "close"]

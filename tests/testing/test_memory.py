@@ -1,4 +1,4 @@
-"""What the guest in memory reports about a device that is wrong."""
+"""What the guest in memory reports about a device with faults."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from farplug.errors import DeviceError, RemoteProtocolError
 from farplug.testing.memory import GuestTimeoutError, MemoryGuest, TransferFailed
 from farplug.usb import Setup, Speed, Status, Transfer, TransferType
 from farplug.usb.descriptors import EndpointDescriptor, InterfaceDescriptor, SuperSpeedCompanion
-from farplug.usbredir import packets as p
+from farplug.usbredir import packets
 from farplug.virtual import Function, VirtualDevice
 
 BULK = TransferType.BULK
@@ -19,7 +19,7 @@ IN, OUT = 0x81, 0x01
 
 
 class Scripted(Function):
-    """Two bulk endpoints; what happens to a transfer is given."""
+    """A function with two bulk endpoints that handles transfers with a given callback."""
 
     def __init__(self, submit: Callable[[Transfer], None], size: int = 1024, *, companion: bool = True) -> None:
         self._submit = submit
@@ -49,7 +49,7 @@ def complete(transfer: Transfer) -> None:
 
 
 def keep(transfer: Transfer) -> None:
-    """Never complete it."""
+    """Never complete the transfer."""
 
 
 def fail(transfer: Transfer) -> None:
@@ -59,7 +59,7 @@ def fail(transfer: Transfer) -> None:
 async def use(
     device: VirtualDevice, driver: Callable[[MemoryGuest], Coroutine[None, None, object]], *, timeout: float = 5
 ) -> None:
-    """Let ``driver`` use a device that is configured."""
+    """Run ``driver`` with a configured device."""
     async with MemoryGuest(device, timeout=timeout) as guest:
         await guest.enumerate()
         await driver(guest)
@@ -96,12 +96,12 @@ async def test_a_transfer_that_is_never_completed() -> None:
         assert (await other).status is Status.CANCELLED
 
 
-async def test_every_wait_has_an_end() -> None:
+async def test_every_wait_has_a_timeout() -> None:
     async with MemoryGuest(device(complete), timeout=0.05) as guest:
-        with pytest.raises(GuestTimeoutError, match=r"waits for did not happen within 0\.05 s; pending: no"):
+        with pytest.raises(GuestTimeoutError, match=r"did not become true within 0\.05 s; pending: no"):
             await guest.wait(lambda: False)
-        with pytest.raises(GuestTimeoutError, match="no IsoPacket came for endpoint 85 within"):
-            await guest.stream(p.IsoPacket, 0x85)()
+        with pytest.raises(GuestTimeoutError, match="no IsoPacket arrived for endpoint 85 within"):
+            await guest.stream(packets.IsoPacket, 0x85)()
 
 
 async def test_no_timeout() -> None:
@@ -115,7 +115,7 @@ async def test_no_timeout() -> None:
 
 
 class Hanging(VirtualDevice):
-    """One of its coroutines never returns."""
+    """A device of which one coroutine never returns."""
 
     def __init__(self, where: str) -> None:
         super().__init__(Scripted(complete), speeds=(Speed.SUPER,))
@@ -161,7 +161,7 @@ async def test_the_cause_of_a_failed_transfer_is_named_once() -> None:
     assert notes(caught.value) == ""
 
 
-async def test_a_failed_assertion_names_what_the_device_did() -> None:
+async def test_a_failed_assertion_names_the_faults_of_the_device() -> None:
     async def read(guest: MemoryGuest) -> None:
         guest.submit_in(IN, 8)
         await guest.wait(lambda: bool(guest.faults))
@@ -169,7 +169,7 @@ async def test_a_failed_assertion_names_what_the_device_did() -> None:
 
     with pytest.raises(AssertionError) as caught:
         await use(device(fail), read)
-    assert notes(caught.value) == "the device is at fault, too: ValueError: a defect of the device"
+    assert notes(caught.value) == "another fault of the device: ValueError: a defect of the device"
 
 
 async def test_a_device_that_raises_later() -> None:
@@ -242,10 +242,10 @@ async def test_a_transfer_before_the_device_is_configured() -> None:
             await guest.bulk_out(OUT, b"x")
 
 
-async def test_an_endpoint_that_is_not_there() -> None:
+async def test_an_endpoint_that_does_not_exist() -> None:
     async with MemoryGuest(device(complete)) as guest:
         await guest.enumerate()
-        with pytest.raises(TransferFailed, match="the current setting has no such endpoint, but 01, 81"):
+        with pytest.raises(TransferFailed, match="the current setting has no such endpoint, only 01, 81"):
             await guest.bulk_in(0x85, 8)
         with pytest.raises(TransferFailed, match=r"interrupt transfer on endpoint 01, 1 bytes ended .* 0 bytes$"):
             await guest.interrupt_out(OUT, b"x")
@@ -261,13 +261,13 @@ async def test_an_endpoint_that_is_not_there() -> None:
 
 async def test_a_violation_ends_the_block() -> None:
     async def answer(guest: MemoryGuest) -> None:
-        guest._answered(p.ConfigurationStatus(id=77, status=Status.SUCCESS, configuration=1))
+        guest._reply_received(packets.ConfigurationStatus(id=77, status=Status.SUCCESS, configuration=1))
         assert len(guest.violations) == 1
 
-    with pytest.raises(RemoteProtocolError, match="answered twice, or never asked for"):
+    with pytest.raises(RemoteProtocolError, match="a second reply, or a reply without a request"):
         await use(device(complete), answer)
 
 
-async def test_a_paused_guest_takes_no_device() -> None:
-    with pytest.raises(ValueError, match="a paused guest takes no device"):
+async def test_a_paused_guest_cannot_have_a_device() -> None:
+    with pytest.raises(ValueError, match="a paused guest cannot have a device"):
         await MemoryGuest(device(complete), paused=True).__aenter__()

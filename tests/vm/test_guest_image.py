@@ -72,16 +72,16 @@ def test_python_runs_from_what_is_in_the_image(tmp_path: Path) -> None:
     script += "import _ctypes, ctypes, json; print(json.__file__, _ctypes.__file__)"
     result = subprocess.run([PYTHON, "-I", "-S", "-c", script], capture_output=True, text=True, check=True)
     assert all(path.startswith(root) for path in result.stdout.split()), result.stdout
-    # Whether a compiled module is valid is told by the time of its source.
+    # Python compares it with the time in the compiled file.
     source = Path(f"{root}{library}/json/__init__.py")
     assert int(source.stat().st_mtime) == int(Path(f"{library}/json/__init__.py").stat().st_mtime)
 
 
 def test_no_python(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("farplug.vm.guest_image.PYTHON", Path("/nonexistent/python3"))
-    with pytest.raises(SetupError, match="no /nonexistent/python3") as caught:
+    with pytest.raises(SetupError, match="/nonexistent/python3 is not installed") as caught:
         add_python(Initramfs())
-    assert caught.value.remedy == "sudo apt-get install python3"
+    assert caught.value.remedy.command == "sudo apt-get install python3"
 
 
 def test_program_brings_its_libraries(tmp_path: Path) -> None:
@@ -140,11 +140,11 @@ def test_image(tmp_path: Path, kernel: Kernel) -> None:
     assert not links, "busybox's own mke2fs would hide the real one"
 
 
-def test_what_cannot_be_put_in(kernel: Kernel) -> None:
+def test_missing_parts_are_refused(kernel: Kernel) -> None:
     for arguments, message in (
         ({"modules": ["none_such"]}, "has no module none_such, which the guest needs"),
         ({"programs": ["none-such"]}, "the program none-such is not installed"),
-        ({"files": [("/x", Path("/none/such"))]}, "/none/such cannot be put into the guest: No such file"),
+        ({"files": [("/x", Path("/none/such"))]}, "cannot copy /none/such into the guest: No such file"),
     ):
         with pytest.raises(SetupError, match=message):
             build_initramfs(kernel, init_files={}, **arguments)

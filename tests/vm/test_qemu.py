@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from farplug.errors import GuestGoneError, SetupError, UsageError
+from farplug.errors import SetupError, StateError
 from farplug.vm import qemu
 from farplug.vm.qemu import QemuGuest, copy_firmware, describe_exit, port_was_taken, private_folder, setup_problem
 from farplug.vm.qemu_config import Boot, GuestConfig, Spice
@@ -29,20 +29,20 @@ from farplug.vm.qemu_config import Boot, GuestConfig, Spice
         ),
     ],
 )
-def test_part_of_qemu_that_is_missing(stderr: str, remedy: str) -> None:
+def test_missing_part_of_qemu(stderr: str, remedy: str) -> None:
     problem = setup_problem(stderr)
     assert problem is not None
-    assert problem.remedy == remedy
+    assert problem.remedy.command == remedy
     assert "\n" not in problem.message
 
 
-def test_other_failures_are_no_setup_problem() -> None:
+def test_other_failures_are_not_a_setup_problem() -> None:
     for stderr in ("", "Property 'usb-redir.x' not found", "'nonsense' is not a valid device model name"):
         assert setup_problem(stderr) is None
 
 
 def test_taken_port() -> None:
-    # What QEMU 7.2 says.
+    # As QEMU 7.2 prints it.
     assert port_was_taken(
         "(process:1): Spice-WARNING **: reds.cpp:2580:reds_init_socket: binding socket to 127.0.0.1:1 failed\n"
         "qemu-system-x86_64: failed to initialize spice server\n"
@@ -67,7 +67,7 @@ def test_missing_firmware(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(qemu, "OVMF_FOLDER", tmp_path)
     with pytest.raises(SetupError, match=r"no OVMF_CODE_4M.fd or OVMF_CODE.fd in") as error:
         copy_firmware(tmp_path)
-    assert error.value.remedy == "sudo apt-get install ovmf"
+    assert error.value.remedy.command == "sudo apt-get install ovmf"
 
 
 async def test_missing_qemu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,20 +76,20 @@ async def test_missing_qemu(monkeypatch: pytest.MonkeyPatch) -> None:
         await QemuGuest().__aenter__()
 
 
-async def test_what_a_guest_cannot_do() -> None:
+async def test_unsupported_operations() -> None:
     guest = QemuGuest(GuestConfig(boot=Boot.BIOS))
-    with pytest.raises(UsageError, match="a guest that boots from its bios runs no commands"):
+    with pytest.raises(StateError, match="a guest that boots with bios cannot run commands"):
         await guest.run("true")
-    with pytest.raises(UsageError, match="no SPICE server"):
+    with pytest.raises(StateError, match="no SPICE server"):
         _ = guest.spice
     assert not guest.alive
-    with pytest.raises(GuestGoneError, match="not started"):
+    with pytest.raises(StateError, match="not started"):
         await guest.wait_for_console("x")
     assert guest.console == ""
     await guest.close()
 
 
-async def test_spice_port_taken_by_somebody_else_is_chosen_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_another_spice_port_is_chosen_if_the_first_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         free = qemu.unused_port
         choices = iter([other.getsockname()[1], free()])

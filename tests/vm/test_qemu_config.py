@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from farplug.errors import UsageError
 from farplug.vm.qemu_config import (
     Boot,
     Controller,
@@ -57,7 +56,7 @@ def test_reconnecting_in_newer_qemu() -> None:
 
 
 def test_unknown_kind_of_port() -> None:
-    with pytest.raises(UsageError, match="UsbPort is not a kind of port"):
+    with pytest.raises(ValueError, match="UsbPort is not a kind of port"):
         arguments(GuestConfig(ports=(UsbPort(),)))
 
 
@@ -84,7 +83,7 @@ def test_disk() -> None:
 def test_controllers(controller: Controller, expected: str, ports: int) -> None:
     config = GuestConfig(ports=(UnixPort(),) * ports, controller=controller)
     assert f"-device {expected} " in arguments(config)
-    with pytest.raises(UsageError, match=f"{ports + 1} devices do not fit on the {ports} ports of {controller}"):
+    with pytest.raises(ValueError, match=f"{ports + 1} devices do not fit on the {ports} ports of {controller}"):
         GuestConfig(ports=(UnixPort(),) * ports, disks=(UsbDisk(image=Path("x")),), controller=controller)
 
 

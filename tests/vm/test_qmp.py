@@ -15,7 +15,7 @@ GREETING: dict[str, Any] = {"QMP": {"version": {}, "capabilities": []}}
 
 
 class Monitor:
-    """QEMU's end, spoken by hand."""
+    """QEMU's end of the connection."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader, self.writer = reader, writer
@@ -53,7 +53,7 @@ async def connected(ends: tuple[socket.socket, Monitor]) -> AsyncIterator[tuple[
     await qmp.close()
 
 
-async def test_answers_are_told_apart_by_id(connected: tuple[Qmp, Monitor]) -> None:
+async def test_replies_are_matched_by_id(connected: tuple[Qmp, Monitor]) -> None:
     qmp, monitor = connected
     first = asyncio.create_task(qmp.execute("a", {"some-name": 1}))
     second = asyncio.create_task(qmp.execute("b"))
@@ -76,7 +76,7 @@ async def test_human_monitor(connected: tuple[Qmp, Monitor]) -> None:
     assert await running == "none\r\n"
 
 
-async def test_events_wait_for_who_asks(connected: tuple[Qmp, Monitor]) -> None:
+async def test_events_are_kept_until_they_are_returned(connected: tuple[Qmp, Monitor]) -> None:
     qmp, monitor = connected
     for number in range(MAX_EVENTS + 1):
         monitor.send({"event": "OLD", "data": number})
@@ -93,7 +93,7 @@ async def test_events_wait_for_who_asks(connected: tuple[Qmp, Monitor]) -> None:
         await qmp.event("RESUME", timeout=0.01)
 
 
-async def test_closed_monitor_fails_all_who_wait(connected: tuple[Qmp, Monitor]) -> None:
+async def test_closed_monitor_fails_commands_in_flight(connected: tuple[Qmp, Monitor]) -> None:
     qmp, monitor = connected
     waiting = [asyncio.create_task(qmp.execute("stop")), asyncio.create_task(qmp.event("STOP"))]
     await monitor.receive()
@@ -103,21 +103,21 @@ async def test_closed_monitor_fails_all_who_wait(connected: tuple[Qmp, Monitor])
             await task
 
 
-async def test_monitor_that_speaks_something_else(ends: tuple[socket.socket, Monitor]) -> None:
+async def test_a_peer_that_is_not_a_qmp_server(ends: tuple[socket.socket, Monitor]) -> None:
     ours, monitor = ends
     qmp = Qmp()
     monitor.writer.write(b"SSH-2.0-x\r\n")
-    with pytest.raises(RemoteProtocolError, match="sent no JSON line"):
+    with pytest.raises(RemoteProtocolError, match="not a line of JSON"):
         await qmp.connect(ours)
     await qmp.close()
 
 
 @pytest.mark.parametrize("greeting", [[], {}, {"event": "x"}, 1])
-async def test_no_greeting(ends: tuple[socket.socket, Monitor], greeting: object) -> None:
+async def test_an_invalid_greeting(ends: tuple[socket.socket, Monitor], greeting: object) -> None:
     ours, monitor = ends
     qmp = Qmp()
     monitor.send(greeting)
-    with pytest.raises(RemoteProtocolError, match=r"no QMP greeting|no JSON object"):
+    with pytest.raises(RemoteProtocolError, match=r"not a QMP greeting|not a JSON object"):
         await qmp.connect(ours)
     await qmp.close()
 

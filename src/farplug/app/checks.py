@@ -75,12 +75,12 @@ async def check_target(settings: TargetSettings) -> AsyncIterator[Check]:
             for name, text in begun:
                 yield Check(name, CheckState.OK, text)
             name = f"{session.name} {session.uuid}".strip()
-            yield Check("VM", CheckState.OK, name or "the server gives no name")
+            yield Check("VM", CheckState.OK, name or "unnamed")
             count = len(session.ports)
             if not count:
                 yield Check("usbredir channels", CheckState.FAILED, "none")
             Guest(session=session).check_room(1)
-            devices = f"{count} (so up to {count} devices)" if count > 1 else "1 (so 1 device)"
+            devices = f"{count} (up to {count} devices)" if count > 1 else "1 (1 device)"
             yield Check("usbredir channels", CheckState.OK, devices)
         for port in session.ports:
             try:
@@ -115,7 +115,7 @@ async def _check_port(port: Port) -> Check:
     try:
         await asyncio.wait((ready, closed), timeout=HELLO_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         if ready.done():
-            return Check(port.name, CheckState.OK, f"ready: {ready.result().version or 'no version given'}")
+            return Check(port.name, CheckState.OK, f"ready: {ready.result().version or 'unknown version'}")
         if closed.done() and (error := closed.result()) is not None:
             raise error
         detail = f"no answer within {HELLO_SECONDS:g} s: the VM is paused, or the port serves another client"

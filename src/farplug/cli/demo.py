@@ -1,4 +1,4 @@
-"""``farplug demo``: an image file becomes a USB disk in a throw-away VM, step by step."""
+"""``farplug demo``: plug an image file into a throw-away VM as a USB disk, step by step."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 IMAGE_SIZE = 64_000_000
 GREETING = "Hello from the image on the host.\n"
 ANSWER = "Written by the VM through a USB disk that farplug made.\n"
-DISK_SECONDS = 20.0
-"""How long the VM may take to show the disk."""
+DISK_TIMEOUT = 20.0
+"""Seconds until the VM must show the disk."""
 
 
 def demo() -> None:
     """Demo: boot a small VM, plug in an image, read and write a file.
 
-    Needs QEMU and a few small programs, and fetches a kernel the first time. Leaves nothing behind.
+    Needs QEMU and a few small programs, and downloads a kernel the first time. Leaves nothing behind.
     """
     requirements.check_demo()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves as Ctrl-C does: the VM ends with us
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the VM ends with this process
     raise typer.Exit(asyncio.run(_demo()))
 
 
@@ -57,20 +57,21 @@ class _Demo:
         self._step = 0
 
     async def run(self) -> ExitCode:
-        self._say("An image file on this machine becomes a USB disk in a virtual machine.")
+        self._print("An image file on this machine becomes a USB disk in a virtual machine.")
         await self._make_image()
         async with self._boot() as guest:
             await self._plug_in(guest)
         written = ANSWER.encode()
-        self._head("What the VM wrote is in the image on this machine")
-        read = await self._here("mtype", "-i", "demo.raw", "::answer.txt")
+        self._print_step("What the VM wrote is in the image on this machine")
+        read = await self._run_here("mtype", "-i", "demo.raw", "::answer.txt")
         if read != written:
             raise DeviceError(
-                f"the VM wrote {len(written)} bytes, the image holds {len(read)} others", reason=Reason.DEVICE_FAULT
+                f"the VM wrote {len(written)} bytes, but the image contains {len(read)} different ones",
+                reason=Reason.DEVICE_FAULT,
             )
-        self._say("")
-        self._good(f"the same {len(read)} bytes that the VM wrote. It works.")
-        self._say(
+        self._print("")
+        self._print_success(f"the same {len(read)} bytes that the VM wrote. It works.")
+        self._print(
             "\nNow with a VM of your own, from its .vv file or its SPICE address:\n"
             "  farplug connect vm.vv --usb-disk drivers.raw\n"
             "  farplug connect spice://vmhost:5900 --usb-disk-ro installer.raw --usb-disk scratch.raw"
@@ -78,11 +79,11 @@ class _Demo:
         return ExitCode.OK
 
     async def _make_image(self) -> None:
-        self._head("A RAW image with a filesystem and a file on it")
+        self._print_step("A RAW image with a filesystem and a file on it")
         (self._folder / "hello.txt").write_text(GREETING)
-        await self._here("truncate", "-s", str(IMAGE_SIZE), "demo.raw")
-        await self._here("mkfs.vfat", "-n", "FARPLUG", "demo.raw")
-        await self._here("mcopy", "-i", "demo.raw", "hello.txt", "::")
+        await self._run_here("truncate", "-s", str(IMAGE_SIZE), "demo.raw")
+        await self._run_here("mkfs.vfat", "-n", "FARPLUG", "demo.raw")
+        await self._run_here("mcopy", "-i", "demo.raw", "hello.txt", "::")
 
     def _boot(self) -> AbstractAsyncContextManager[QemuGuest]:
         from contextlib import asynccontextmanager
@@ -93,19 +94,19 @@ class _Demo:
 
         @asynccontextmanager
         async def booted() -> AsyncIterator[QemuGuest]:
-            self._head("A small Linux VM, made of this machine's packages, with a SPICE server")
+            self._print_step("A small Linux VM, made of this machine's packages, with a SPICE server")
             megabytes = (await asyncio.to_thread(download_size)) / 1e6
             if megabytes:
-                self._say(f"  fetching its kernel, {megabytes:.0f} MB, this once (apt-get download) ...")
+                self._print(f"  downloading its kernel, {megabytes:.0f} MB, only the first time (apt-get download) ...")
             config = GuestConfig(ports=(SpicePort(),), spice=Spice(ticket="sesame"), programs=("blkid",))
             async with QemuGuest(config) as guest:
-                self._command(
+                self._print_command(
                     "qemu-system-x86_64 ... -device qemu-xhci -chardev spicevmc,name=usbredir,id=redir0 "
                     "-device usb-redir,chardev=redir0"
                 )
                 await guest.booted()
                 release = (await guest.check("uname -r")).strip()
-                self._good(f"Linux {release} booted in {guest.boot_seconds:.1f} s")
+                self._print_success(f"Linux {release} booted in {guest.boot_seconds:.1f} s")
                 yield guest
 
         return booted()
@@ -115,47 +116,47 @@ class _Demo:
         from farplug.app.settings import GuestSettings, Source, TargetSettings
         from farplug.cli.output import figures_text
 
-        self._head("farplug plugs the image into the VM, over its SPICE console")
+        self._print_step("farplug plugs the image into the VM, over its SPICE console")
         address = guest.spice
-        self._command(f"farplug connect spice://{address.host}:{address.port} --usb-disk demo.raw")
+        self._print_command(f"farplug connect spice://{address.host}:{address.port} --usb-disk demo.raw")
         async with App() as app:
             app.subscribe(self._happened)
             vm = await app.connect(GuestSettings(TargetSettings(guest.targets[0])))
             async with vm.plug(Source.disk(self._folder / "demo.raw")) as attachment:
                 await attachment.configured()
                 await self._use(guest, attachment.device.identity.serial_number)
-            self._say(f"  {figures_text(asdict(attachment.figures))}")
+            self._print(f"  {figures_text(asdict(attachment.figures))}")
 
     async def _use(self, guest: QemuGuest, serial_number: str) -> None:
         disk = await _disk(guest, serial_number)
-        self._head("What the VM sees")
-        await self._there(
+        self._print_step("What the VM sees")
+        await self._run_in_vm(
             guest, f"dmesg | grep -E 'usb [0-9]+-.*(new|Product|Manu)|[[]{disk}[]].*(blocks|disk)' | cut -c 16-"
         )
-        await self._there(guest, f"blkid /dev/{disk}")
-        self._head("The VM reads a file and writes one")
-        await self._there(guest, f"mount -t vfat /dev/{disk} /mnt && cat /mnt/hello.txt")
-        await self._there(guest, f"echo '{ANSWER.rstrip()}' >/mnt/answer.txt && sync && ls -l /mnt")
-        await self._there(guest, "umount /mnt")
+        await self._run_in_vm(guest, f"blkid /dev/{disk}")
+        self._print_step("The VM reads a file and writes one")
+        await self._run_in_vm(guest, f"mount -t vfat /dev/{disk} /mnt && cat /mnt/hello.txt")
+        await self._run_in_vm(guest, f"echo '{ANSWER.rstrip()}' >/mnt/answer.txt && sync && ls -l /mnt")
+        await self._run_in_vm(guest, "umount /mnt")
 
     def _happened(self, event: Event) -> None:
         shown = event.attachment is not None and event.level in ("good", "info")
         if shown and event.name not in ("opened", "port-reset"):
-            self._good(event.message)
+            self._print_success(event.message)
 
-    # Showing ------------------------------------------------------------------------------------------------------
+    # Output -------------------------------------------------------------------------------------------------------
 
-    def _say(self, text: str, style: str = "") -> None:
+    def _print(self, text: str, style: str = "") -> None:
         self._console.print(text, markup=False, style=style)
 
-    def _head(self, text: str) -> None:
+    def _print_step(self, text: str) -> None:
         self._step += 1
-        self._say(f"\n{self._step}. {text}", "bold")
+        self._print(f"\n{self._step}. {text}", "bold")
 
-    def _command(self, text: str, prompt: str = "$") -> None:
-        self._say(f"  {prompt} {text}", "cyan")
+    def _print_command(self, text: str, prompt: str = "$") -> None:
+        self._print(f"  {prompt} {text}", "cyan")
 
-    def _good(self, text: str) -> None:
+    def _print_success(self, text: str) -> None:
         from rich.text import Text
 
         from farplug.text import printable
@@ -163,15 +164,15 @@ class _Demo:
         mark = "✓" if self._console.encoding.startswith("utf") else "ok:"
         self._console.print(Text.assemble("  ", (mark, "green"), " ", printable(text)))
 
-    def _output(self, text: str) -> None:
+    def _print_output(self, text: str) -> None:
         from farplug.text import printable
 
         for line in text.splitlines():
-            self._say(f"  {printable(line.expandtabs()).rstrip()}")
+            self._print(f"  {printable(line.expandtabs()).rstrip()}")
 
-    async def _here(self, *command: str) -> bytes:
-        """Run a command on this machine, in the folder of the image, and show both."""
-        self._command(" ".join(command))
+    async def _run_here(self, *command: str) -> bytes:
+        """Run a command on this machine, in the folder of the image; show the command and its output."""
+        self._print_command(" ".join(command))
         process = await asyncio.create_subprocess_exec(
             *command,
             cwd=self._folder,
@@ -185,26 +186,26 @@ class _Demo:
             raise SetupError(
                 f"{command[0]} failed: {errors.decode(errors='replace').strip()[-300:]}", reason=Reason.MISSING_PROGRAM
             )
-        self._output(output.decode(errors="replace"))
+        self._print_output(output.decode(errors="replace"))
         return output
 
-    async def _there(self, guest: QemuGuest, command: str) -> None:
-        """Run a command in the VM, and show both."""
-        self._command(command, "vm#")
-        self._output(await guest.check(command))
+    async def _run_in_vm(self, guest: QemuGuest, command: str) -> None:
+        """Run a command in the VM; show the command and its output."""
+        self._print_command(command, "vm#")
+        self._print_output(await guest.check(command))
 
 
 async def _disk(guest: QemuGuest, serial_number: str) -> str:
-    """The VM's name for the disk, once it can be read."""
+    """Return the VM's name for the disk, once the disk can be read."""
     script = (
         "for block in /sys/block/sd*; do"
         f' [ "$(cat $block/device/../../../../serial 2>/dev/null)" = {serial_number} ] &&'
         " [ -b /dev/${block##*/} ] && [ $(cat $block/size) != 0 ] && echo ${block##*/}; done; :"
     )
-    deadline = asyncio.get_running_loop().time() + DISK_SECONDS
+    deadline = asyncio.get_running_loop().time() + DISK_TIMEOUT
     while asyncio.get_running_loop().time() < deadline:
         name = (await guest.check(script)).strip()
         if name:
             return name
         await asyncio.sleep(0.1)
-    raise DeviceError(f"the VM showed no disk within {DISK_SECONDS:g} s", reason=Reason.TIMED_OUT)
+    raise DeviceError(f"the disk did not appear in the VM within {DISK_TIMEOUT:g} s", reason=Reason.TIMED_OUT)

@@ -1,4 +1,4 @@
-"""Options of ``farplug connect`` about the USB devices of this machine."""
+"""Options of ``farplug connect`` for the USB devices of this machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from farplug.app.settings import DeviceRules, Follow
 from farplug.cli.options import DEVICES
 from farplug.errors import Reason, UsageError
 
-RULES_HELP = "Rules as 'deny class=hid; allow': the first that matches counts."
+RULES_HELP = "Rules such as 'deny class=hid; allow': the first match decides."
 
 
 DevicesOption: TypeAlias = Annotated[
@@ -19,7 +19,7 @@ DevicesOption: TypeAlias = Annotated[
     typer.Option(
         "--usb-device",
         metavar="DEVICE",
-        help="Plug in a USB device of this machine: VID:PID, BUS-ADDRESS, BUS-PORT.PORT, serial:NUMBER, or a part of "
+        help="Plug in a USB device of this machine: VID:PID, BUS-ADDRESS, BUS-PORT.PORT, serial:NUMBER, or part of "
         "its name. May be repeated.",
         show_default=False,
         rich_help_panel=DEVICES,
@@ -32,7 +32,7 @@ FollowOption: TypeAlias = Annotated[
     Follow,
     typer.Option(
         "--follow",
-        help="What to reconnect after an unplug: that device in any port, or any device in that port (a firmware "
+        help="What to plug in again after an unplug: that device in any port, or any device in that port (a firmware "
         "update changes a device's id).",
         rich_help_panel=DEVICES,
     ),
@@ -42,7 +42,7 @@ FilterOption: TypeAlias = Annotated[
     typer.Option(
         "--filter",
         metavar="RULES",
-        help=f"Which devices of this machine may be plugged in at all. {RULES_HELP}",
+        help=f"Never plug in devices that these rules do not allow. {RULES_HELP}",
         show_default=False,
         rich_help_panel=DEVICES,
     ),
@@ -52,8 +52,8 @@ AutoConnectOption: TypeAlias = Annotated[
     typer.Option(
         "--auto-connect",
         metavar="RULES",
-        help="Plug in what comes later and these rules allow. This machine's keyboard, mouse and network only if a "
-        "rule names their vendor= and product=.",
+        help="Plug in devices that appear later, if these rules allow them. This machine's keyboard, mouse and network "
+        "only if a rule has their vendor= and product=.",
         show_default=False,
         rich_help_panel=DEVICES,
     ),
@@ -63,7 +63,7 @@ RedirectOption: TypeAlias = Annotated[
     typer.Option(
         "--redirect-on-connect",
         metavar="RULES",
-        help="The same for what is there at the start.",
+        help="The same for devices that are present at the start.",
         show_default=False,
         rich_help_panel=DEVICES,
     ),
@@ -80,10 +80,10 @@ def device_rules(
     redirect_on_connect: str | None,
     force: bool,
 ) -> DeviceRules:
-    """Return the settings that the options make.
+    """Return the options as settings.
 
     Raises:
-        UsageError: one is written wrong, or has no effect without another one.
+        UsageError: an option is not valid, or has no effect without another one.
     """
     if wait and not devices:
         raise _alone("--wait", "--usb-device")

@@ -1,4 +1,4 @@
-"""``farplug doctor``: what is missing here, and how far a target can be reached."""
+"""``farplug doctor``: check this machine, and the connection to a target."""
 
 from __future__ import annotations
 
@@ -28,13 +28,15 @@ from farplug.cli.options import (
     ProxyOption,
     target_settings,
 )
-from farplug.errors import FarplugError, Reason, SetupError
+from farplug.errors import FarplugError, Reason, Remedy, SetupError
 from farplug.text import printable
 from farplug.transport import TARGET_FORMS
 from farplug.version import __version__
 
 if TYPE_CHECKING:
     from farplug.app.settings import TargetSettings
+
+NO_REMEDY = Remedy()
 
 LIBRARIES = ("cryptography", "lz4", "rich", "typer")
 
@@ -55,19 +57,19 @@ def doctor(
         bool,
         typer.Option(
             "--install-udev-rule",
-            help="First let people use this machine's USB devices without being root: write the udev rule. Needs root.",
+            help="First write the udev rule that lets ordinary users open this machine's USB devices. Needs root.",
         ),
     ] = False,
     all: Annotated[
         bool,
-        typer.Option("--all", help="Check also for what the demo, the tests and images of all formats need."),
+        typer.Option("--all", help="Also check the requirements of the demo, the tests and all image formats."),
     ] = False,
     json: Annotated[
-        bool, typer.Option("--json", help="Print each check as JSON, one object a line.", rich_help_panel=OUTPUT)
+        bool, typer.Option("--json", help="Print each check as JSON, one object per line.", rich_help_panel=OUTPUT)
     ] = False,
     debug: DebugOption = False,
 ) -> None:
-    """Check this machine for missing software and show how to install it; check how far TARGET can be reached."""
+    """Check this machine for missing software, and show how to install it. Check the connection to TARGET."""
     report = _JsonReport() if json else _Report()
     if install_udev_rule:
         _install_udev_rule(report)
@@ -85,8 +87,8 @@ def doctor(
 
 doctor.__doc__ = f"""{doctor.__doc__}
 
-Nothing is plugged in. But a SPICE server serves one client at a time: checking it ends another client's session. \
-And a .vv file with delete-this-file=1 is deleted.
+The check does not plug in a device. But a SPICE server serves one client at a time: the check ends the session of \
+another client. A .vv file with delete-this-file=1 is deleted.
 
 {PASSWORD_HELP}
 """
@@ -104,18 +106,18 @@ class PausedError(FarplugError):
 
 
 class Mark(StrEnum):
-    """How a check ended."""
+    """Result of a check."""
 
     OK = "ok"
     MISSING = "missing"
     NOTE = "note"
-    """Something lacks, or could not be checked; ``connect`` works without it."""
+    """Something is missing, or could not be checked; ``connect`` works without it."""
     PAUSED = "paused"
     FAILED = "failed"
 
 
 class _Report:
-    """Prints checks for people."""
+    """Prints checks as text."""
 
     _MARKS: ClassVar = {Mark.OK: "ok", Mark.NOTE: "-"}
 
@@ -127,14 +129,14 @@ class _Report:
         typer.echo(f"\n{title}" if self._begun else title)
         self._begun = True
 
-    def check(self, mark: Mark, name: str, detail: str = "", remedy: str = "") -> None:
+    def check(self, mark: Mark, name: str, detail: str = "", remedy: Remedy = NO_REMEDY) -> None:
         """Report a check."""
         self._line(f"  {self._MARKS.get(mark, mark.upper()):<8}{name:<20}{detail}")
         for line in remedy_lines(remedy):
             self._line(f"  {'':<8}{line}")
 
     def note(self, text: str) -> None:
-        """Report what was done."""
+        """Report an action."""
         self._line(text)
 
     def _line(self, text: str) -> None:
@@ -142,7 +144,7 @@ class _Report:
 
 
 class _JsonReport(_Report):
-    """Prints them for programs."""
+    """Prints checks as JSON."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -151,18 +153,19 @@ class _JsonReport(_Report):
     def section(self, name: str, title: str) -> None:
         self._section = name
 
-    def check(self, mark: Mark, name: str, detail: str = "", remedy: str = "") -> None:
-        self._json(event="check", section=self._section, name=name, status=str(mark), message=detail, remedy=remedy)
+    def check(self, mark: Mark, name: str, detail: str = "", remedy: Remedy = NO_REMEDY) -> None:
+        check = {"event": "check", "section": self._section, "name": name, "status": str(mark), "message": detail}
+        self._json(**check, **remedy.as_dict())
 
     def note(self, text: str) -> None:
         self._json(event="note", message=text)
 
-    def _json(self, **values: str) -> None:
+    def _json(self, **values: object) -> None:
         typer.echo(jsonlib.dumps({"time": round(time.time(), 3), **values}))
 
 
 def _check_machine(report: _Report, everything: bool) -> bool:
-    """Report what is here and what is not; whether something that ``connect`` needs is missing."""
+    """Report the software that is installed or missing; return whether something that ``connect`` needs is missing."""
     report.section("connect", "to plug devices in (farplug connect)")
     report.check(Mark.OK, "farplug", f"{__version__}, Python {platform.python_version()} on {sys.platform}")
     broken = False
@@ -171,7 +174,7 @@ def _check_machine(report: _Report, everything: bool) -> bool:
             report.check(Mark.OK, library, version(library))
         except PackageNotFoundError:
             broken = True
-            remedy = f"install it: {sys.executable} -m pip install {library}"
+            remedy = Remedy("install it", command=f"{sys.executable} -m pip install {library}")
             report.check(Mark.MISSING, library, "not installed", remedy)
     report.section("usb", "USB devices of this machine (farplug connect --usb-device)")
     broken |= _check_usb(report)
@@ -202,7 +205,8 @@ def _check_vm(report: _Report, wanted: Sequence[requirements.Need]) -> None:
     if missing:
         names = ", ".join(need.name for need in missing)
         detail = f"not installed: {names} (for exFAT, NTFS and farplug demo)"
-        report.check(Mark.NOTE, "throw-away VM", detail, f"install it: {requirements.install_command(missing)}")
+        remedy = Remedy("install it", command=requirements.install_command(missing))
+        report.check(Mark.NOTE, "throw-away VM", detail, remedy)
     else:
         report.check(Mark.OK, "throw-away VM", "for exFAT, NTFS and farplug demo")
 
@@ -216,7 +220,7 @@ def _install_udev_rule(report: _Report) -> None:
 
 
 def _check_usb(report: _Report) -> bool:
-    """Report whether USB devices can be used; whether libusb is missing."""
+    """Report whether USB devices can be used; return whether libusb is missing."""
     from farplug.libusb.library import Library
     from farplug.machine.listing import list_devices
     from farplug.machine.udev import install_commands, udev_rule
@@ -240,14 +244,17 @@ def _check_usb(report: _Report) -> bool:
         report.check(
             Mark.NOTE,
             "permission",
-            f"none for {len(denied)} of them: {', '.join(device.port for device in denied)}",
-            f"{install_commands(udev_rule())}\n(as root, farplug doctor --install-udev-rule does the same)",
+            f"missing for {len(denied)} of them: {', '.join(device.port for device in denied)}",
+            Remedy(
+                "run these commands, or 'farplug doctor --install-udev-rule' as root",
+                command=install_commands(udev_rule()),
+            ),
         )
     return broken
 
 
 async def _check_target(report: _Report, settings: TargetSettings) -> bool:
-    """Report how far a target can be reached; return whether one of its ports does not answer."""
+    """Report the stages of the connection to a target; return whether one of its ports does not answer."""
     from farplug.app.checks import CheckState, check_target
 
     paused = False

@@ -1,4 +1,4 @@
-"""Logs on standard error: warnings always, with ``--debug`` everything and the traffic, one line a packet."""
+"""Log to standard error: warnings; with ``--debug`` everything, including the traffic, one line per packet."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LOGGER = logging.getLogger("farplug")
 
 
 def remedy_lines(remedy: str) -> list[str]:
-    """Return a remedy as the command line shows it: its text, its command, the option of its setting, its alternative.
+    """Return the lines that show a remedy: its text, its command, the option for its setting, its alternative.
 
     Control characters are replaced.
     """
@@ -41,7 +41,7 @@ _PASSWORD_OPTIONS = "--password-file FILE, --ask-password, or FARPLUG_PASSWORD i
 
 
 def setting_option(setting: str, value: str | int | bool | None = None) -> str:
-    """Return the option that makes a setting, by its name in :mod:`farplug.app.settings`: ``--ca-file FILE``."""
+    """Return the option for a setting of :mod:`farplug.app.settings`, such as ``--ca-file FILE``."""
     name = setting.rpartition(".")[2]
     if name == "password":
         return _PASSWORD_OPTIONS
@@ -55,7 +55,7 @@ def setting_option(setting: str, value: str | int | bool | None = None) -> str:
 
 
 def say(text: str) -> None:
-    """Write lines to standard error. If they cannot be written, that changes nothing: an exit code still counts."""
+    """Write lines to standard error. A failure to write is ignored: the exit code still counts."""
     try:
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
@@ -64,19 +64,19 @@ def say(text: str) -> None:
 
 
 def discard(stream: TextIO) -> None:
-    """Let what is still written to a standard stream go nowhere, and what it holds back."""
+    """Discard the buffered and all further output of a standard stream."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class _Handler(logging.Handler):
-    """Writes to whatever standard error is now: a live table on a terminal replaces it for a while."""
+    """Writes to the current standard error: a live table on a terminal replaces it temporarily."""
 
     def emit(self, record: logging.LogRecord) -> None:
         say(self.format(record))
 
 
 class _Formatter(logging.Formatter):
-    """A warning is a line like any message of ours; when debugging, every line has time and source, and tracebacks."""
+    """Formats warnings like the other messages of farplug; with ``--debug``, adds time, source and tracebacks."""
 
     default_time_format = "%H:%M:%S"
     default_msec_format = "%s.%03d"
@@ -99,7 +99,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def start() -> None:
-    """Log warnings to standard error. What an earlier call set up is replaced."""
+    """Log warnings to standard error. A second call replaces the handler of the first."""
     for handler in [handler for handler in LOGGER.handlers if isinstance(handler, _Handler)]:
         LOGGER.removeHandler(handler)
     handler = _Handler()
@@ -109,16 +109,16 @@ def start() -> None:
 
 
 def debug(enabled: bool) -> None:
-    """Log everything from now on, if it is wanted."""
+    """Log everything from now on, if ``enabled``."""
     if enabled:
         LOGGER.setLevel(logging.DEBUG)
 
 
 def debugging() -> bool:
-    """Whether everything is logged."""
+    """Return whether everything is logged."""
     return LOGGER.isEnabledFor(logging.DEBUG)
 
 
 def traceback(error: BaseException | None) -> None:
-    """Show where an internal error comes from, when debugging."""
+    """Log the traceback of an internal error, with ``--debug``."""
     LOGGER.debug("internal error", exc_info=error)

@@ -1,4 +1,4 @@
-"""``farplug``: the commands, and how an error ends."""
+"""``farplug``: run a command, and report its error."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from farplug.text import printable
 from farplug.version import __version__
 
 EXIT_CODES = {
-    ExitCode.OK: "everything that was asked for was done",
+    ExitCode.OK: "success",
     ExitCode.INTERNAL_ERROR: "internal error: please report it",
-    ExitCode.USAGE: "an option, an argument or a .vv file is wrong",
+    ExitCode.USAGE: "an option, an argument or a .vv file is not valid",
     ExitCode.IMAGE: "an image cannot be used",
     ExitCode.UNREACHABLE: "the VM cannot be reached",
-    ExitCode.TLS: "TLS is needed, or failed: the certificate is not trusted, or is another host's",
+    ExitCode.TLS: "TLS is required, or failed: the certificate is not trusted, or belongs to another host",
     ExitCode.DENIED: "the password is wrong or missing, or the ticket expired",
     ExitCode.NO_PORT: "the VM has no free port: no usbredir channel, or all are in use",
     ExitCode.REFUSED: "the VM refused the device: its filter, its USB controller",
-    ExitCode.GUEST_GONE: "the VM went away while it was in use",
-    ExitCode.PROTOCOL: "what answers does not speak SPICE or usbredir, or breaks its rules",
-    ExitCode.SETUP: "something is missing on this machine",
-    ExitCode.DEVICE: "a device cannot be plugged in, or failed: what was written may not be on stable storage",
+    ExitCode.GUEST_GONE: "the connection to the VM ended while it was in use",
+    ExitCode.PROTOCOL: "the peer is not a SPICE or usbredir server, or violates the protocol",
+    ExitCode.SETUP: "a program, a package or a permission is missing on this machine",
+    ExitCode.DEVICE: "a device cannot be plugged in, or failed: written data may not be on stable storage",
     ExitCode.PAUSED: "farplug doctor: the VM does not answer: it is paused, or the port serves another client",
-    ExitCode.INTERRUPTED: "interrupted: before a device was plugged in, or left at once at the second Ctrl-C",
+    ExitCode.INTERRUPTED: "interrupted before a device was plugged in, or by a second Ctrl-C",
 }
 
 app = typer.Typer(
@@ -72,13 +72,13 @@ def _root(
 
 
 _BAD_ARGUMENTS: type[Exception] = typer.BadParameter.__bases__[0]
-"""What the parser of the command line raises. Typer has it from Click, or from a Click of its own: not by name."""
+"""Base class of the errors of the command line's parser: Click's, or that of the copy of Click in Typer."""
 
 
 def main() -> None:
-    """Run the command ``farplug``."""
+    """Run ``farplug`` with the arguments of this process, and exit."""
     _prepare_standard_streams()
-    if _COMPLETION in os.environ:  # the shell asks what may come next
+    if _COMPLETION in os.environ:  # the shell requests completions
         typer.main.get_command(app)(prog_name="farplug")
     sys.exit(run(sys.argv[1:]))
 
@@ -87,18 +87,18 @@ _COMPLETION = "_FARPLUG_COMPLETE"
 
 
 def _prepare_standard_streams() -> None:
-    """One that is closed leads nowhere. A character that the encoding of standard output lacks is escaped."""
+    """Replace closed streams by /dev/null. Escape characters that standard output cannot encode."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # its descriptor would become that of an image
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  (open as long as we run)
+        if getattr(sys, name) is None:  # an image could get its descriptor
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  (open until the process ends)
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as Python does it for standard error
+        sys.stdout.reconfigure(errors="backslashreplace")  # as Python does for standard error
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run a command; its exit code. Every expected failure is one line, and a remedy, on standard error.
+    """Run a command, and return its exit code. Print an error and its remedy on standard error.
 
-    With ``--json`` standard output ends with a line about it, too.
+    With ``--json`` the last line of standard output is the event ``failed``.
     """
     log.start()
     failure = _run(arguments)
@@ -109,7 +109,7 @@ def run(arguments: Sequence[str]) -> int:
     log.say(f"farplug: {printable(failure.message)}")
     for line in log.remedy_lines(failure.remedy):
         log.say(f"  {line}")
-    if "--json" in arguments:  # looked for, not parsed: what cannot be parsed is to be reported, too
+    if "--json" in arguments:  # not parsed: errors of the parser are reported too
         try:
             print(json.dumps(failure.as_dict()), flush=True)  # noqa: T201
         except OSError:
@@ -129,7 +129,7 @@ class _Failure:
         return cls(error.message, error.reason, exit_code(error), error.remedy)
 
     def as_dict(self) -> dict[str, object]:
-        """The event ``failed``, as JSON's types."""
+        """Return the event ``failed``, as JSON types."""
         return {
             "time": round(time.time(), 3),
             "event": "failed",
@@ -153,15 +153,15 @@ def _run(arguments: Sequence[str]) -> _Failure | int | None:
         if isinstance(error, InternalError):
             log.traceback(error.__cause__)
         return _Failure.of(error)
-    except (BrokenPipeError, SystemExit):  # the reader of our output left (rich says it with SystemExit)
+    except (BrokenPipeError, SystemExit):  # the reader of the output closed the pipe (rich raises SystemExit)
         log.discard(sys.stdout)
     except (KeyboardInterrupt, typer.Abort):
-        return _Failure("interrupted", Reason.INTERRUPTED, ExitCode.INTERRUPTED)
+        return _Failure("interrupted", Reason.INTERRUPTED, ExitCode.INTERRUPTED, Remedy())
     except _BAD_ARGUMENTS as error:
         context_of_error = getattr(error, "ctx", None)
         command = "farplug" if context_of_error is None else context_of_error.command_path
         message = error.format_message()  # type: ignore[attr-defined]
-        # Typer checks values with pydantic, which begins its messages so.
+        # Typer checks values with pydantic, whose messages contain this prefix.
         message = message.rstrip(".").replace(": Value error, ", ": ")
         return _Failure(message, Reason.BAD_OPTION, ExitCode.USAGE, Remedy(f"see: {command} --help"))
     except Exception as error:

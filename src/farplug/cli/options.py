@@ -19,7 +19,7 @@ from farplug.transport import TARGET_FORMS
 
 PASSWORD_VARIABLE = "FARPLUG_PASSWORD"
 MAX_PASSWORD_LINE = 1024
-"""Characters of a password file's first line; a SPICE password has 60 bytes at most."""
+"""Maximum length of the first line of a password file, in characters; a SPICE password has at most 60 bytes."""
 
 
 IMAGES = "Images"
@@ -27,11 +27,11 @@ TUNING = "How the VM sees images"
 DEVICES = "USB devices of this machine"
 CONNECTION = "Connection (SPICE)"
 OUTPUT = "Output and commands"
-"""Panels of the help."""
+"""Titles of panels in the help."""
 
 
 def _without_type(parameters: list[Any]) -> list[Any]:
-    """Return parameters; of those without a value no type is shown in the help, where Typer has ``<bool>``."""
+    """Return the parameters, with an empty metavar for flags: Typer shows ``<bool>`` in the help."""
     for parameter in parameters:
         if getattr(parameter, "is_flag", False):
             parameter.metavar = ""
@@ -46,13 +46,13 @@ class Group(typer.core.TyperGroup):
 
 
 class Command(typer.core.TyperCommand):
-    """A command that keeps the order of its options, and that errors name."""
+    """A command that records the order of its options, and whose errors have its context."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         return _without_type(super().get_params(ctx))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the command line, twice: Click drops the order in which different options were given."""
+        """Parse the command line twice: Click does not keep the order of different options."""
         try:
             _, _, order = self.make_parser(ctx).parse_args(args=[*args])
             ctx.meta[_ORDER] = [parameter.name for parameter in order]
@@ -67,7 +67,7 @@ _ORDER = "farplug.order"
 
 
 def given_order(context: typer.Context) -> list[str]:
-    """Return the names of the parameters of a :class:`Command`, once for each time that they were given, in order."""
+    """Return the names of the parameters that were given to a :class:`Command`, in order, with repetitions."""
     order: list[str] = context.meta[_ORDER]
     return order
 
@@ -130,15 +130,16 @@ DebugOption: TypeAlias = Annotated[
     typer.Option(
         "--debug",
         callback=log.debug,
-        help="Show the traffic on standard error, one line a packet.",
+        help="Log the traffic on standard error, one line per packet.",
         rich_help_panel=OUTPUT,
     ),
 ]
 
 PASSWORD_HELP = (
     f"Passwords: --password-file, --ask-password, {PASSWORD_VARIABLE} in the environment and .vv files keep the SPICE "
-    "password to yourself. One written into TARGET (spice://:secret@host:port) is seen by everybody who can list this "
-    "machine's processes. If the server wants one and none was given, it is asked for on the terminal."
+    "password secret. Everybody who can list the processes of this machine can read a password in TARGET "
+    "(spice://:secret@host:port). If the server requires a password and none was given, farplug prompts for it on the "
+    "terminal."
 )
 
 
@@ -150,7 +151,7 @@ def target_settings(
     host_subject: str | None,
     proxy: str | None,
 ) -> TargetSettings:
-    """Return the settings that the options make. The environment's password counts only where nothing else gives one.
+    """Return the options as settings. A password in the environment is used only if there is no other one.
 
     Raises:
         UsageError: the password cannot be read.
@@ -171,12 +172,12 @@ def target_settings(
 
 
 def has_terminal() -> bool:
-    """Whether a person can be asked something."""
+    """Return whether farplug can prompt the user."""
     return sys.stdin.isatty() and sys.stderr.isatty()
 
 
 def prompt_for_password() -> str:
-    """Ask for the password on the terminal, without showing it.
+    """Prompt for the password on the terminal, without echo.
 
     Raises:
         UsageError: there is no terminal.
@@ -195,11 +196,11 @@ def prompt_for_password() -> str:
 
 def _read_password(path: Path) -> str:
     try:
-        with path.open(encoding="utf-8-sig") as file:  # editors on Windows begin with a byte order mark
+        with path.open(encoding="utf-8-sig") as file:  # editors on Windows write a byte order mark
             line = file.readline(MAX_PASSWORD_LINE)
     except OSError as error:
-        what = os.strerror(error.errno or 0)
-        raise UsageError(f"--password-file {path} cannot be read: {what}", reason=Reason.BAD_OPTION) from error
+        cause = os.strerror(error.errno or 0)
+        raise UsageError(f"--password-file {path} cannot be read: {cause}", reason=Reason.BAD_OPTION) from error
     except UnicodeDecodeError as error:
         raise UsageError(f"--password-file {path} is not text in UTF-8", reason=Reason.BAD_OPTION) from error
     password = line.rstrip("\r\n")

@@ -1,7 +1,7 @@
-"""A guest without a VM: drives any :class:`~farplug.usb.device.Device` through the whole stack, in memory.
+"""A guest without a VM: drives a :class:`~farplug.usb.device.Device` through the whole stack, in memory.
 
-It takes the usb-guest role of usbredir against a real :class:`~farplug.redirection.Redirection`, so that a device is
-exercised as QEMU would exercise it, in microseconds::
+The guest is the usb-guest of a real :class:`~farplug.redirection.Redirection`, so it exercises a device as QEMU would,
+in microseconds::
 
     async with MemoryGuest(device) as guest:
         await guest.enumerate()
@@ -28,34 +28,40 @@ from farplug.usb.descriptors import ConfigurationDescriptor, DeviceDescriptor
 from farplug.usb.device import Device
 from farplug.usb.transfer import Status
 from farplug.usb.types import Buffer, DescriptorType, Direction, Feature, Setup, Speed, StandardRequest
-from farplug.usbredir import packets as p
+from farplug.usbredir import packets
 from farplug.usbredir.caps import ALL_CAPS, Cap
 from farplug.usbredir.protocol import Connection, Role, Violation
 from farplug.virtual.events import FunctionRaised
 
-_Answer = TypeVar("_Answer", bound=p.Packet)
+_Reply = TypeVar("_Reply", bound=packets.Packet)
 
-_ASKS = (
-    p.BulkPacket,
-    p.ControlPacket,
-    p.InterruptPacket,
-    p.SetConfiguration,
-    p.GetConfiguration,
-    p.SetAltSetting,
-    p.GetAltSetting,
+_REQUESTS = (
+    packets.BulkPacket,
+    packets.ControlPacket,
+    packets.InterruptPacket,
+    packets.SetConfiguration,
+    packets.GetConfiguration,
+    packets.SetAltSetting,
+    packets.GetAltSetting,
 )
-_ANSWERS = (p.BulkPacket, p.ControlPacket, p.InterruptPacket, p.ConfigurationStatus, p.AltSettingStatus)
+_REPLIES = (
+    packets.BulkPacket,
+    packets.ControlPacket,
+    packets.InterruptPacket,
+    packets.ConfigurationStatus,
+    packets.AltSettingStatus,
+)
 _NO_ENDPOINT = 0xFF
-"""The type of an endpoint that the current setting does not have (usb_redir_type_invalid)."""
+"""The type of an endpoint that does not exist in the current setting (usb_redir_type_invalid)."""
 
 
 class TransferFailed(Exception):
-    """A transfer ended with another status than success. If the device raised, that exception is the ``__cause__``.
+    """A transfer ended with a status other than success. ``__cause__`` is the exception that the device raised, if any.
 
     Attributes:
-        status: how the transfer ended.
-        data: IN: the bytes that arrived all the same.
-        actual: how many bytes moved.
+        status: the status of the transfer.
+        data: IN: the bytes that arrived nevertheless.
+        actual: number of bytes that were transferred.
     """
 
     def __init__(self, name: str, status: Status, data: bytes = b"", actual: int = 0, hint: str = "") -> None:
@@ -66,18 +72,18 @@ class TransferFailed(Exception):
 
 
 class GuestTimeoutError(TimeoutError):
-    """The device or the engine did not do in time what the guest waits for. The message names what is pending."""
+    """The device or the engine did not respond in time. The message names the pending transfers."""
 
 
 class Pending:
-    """A transfer that was submitted: await it for its answer, or cancel it.
+    """A transfer that was submitted: await its reply, or cancel it.
 
     Attributes:
         id: the packet's id.
         packet: the request.
     """
 
-    def __init__(self, guest: MemoryGuest, packet: p.Packet, future: asyncio.Future[p.Packet]) -> None:
+    def __init__(self, guest: MemoryGuest, packet: packets.Packet, future: asyncio.Future[packets.Packet]) -> None:
         self.id = packet.id
         self.packet = packet
         self._guest = guest
@@ -85,55 +91,56 @@ class Pending:
         self._faults_before = len(guest.faults)
 
     def __await__(self) -> Generator[Any, None, Any]:
-        return self._answer().__await__()
+        return self._reply().__await__()
 
-    async def _answer(self) -> p.Packet:
+    async def _reply(self) -> packets.Packet:
         if not self._future.done():
-            await asyncio.wait([self._future], timeout=self._guest.timeout)  # the transfer goes on after that
+            await asyncio.wait([self._future], timeout=self._guest.timeout)  # does not cancel the transfer
             if not self._future.done():
                 raise self._guest._timed_out(f"the {_name(self.packet)} was not completed")
         return self._future.result()
 
     @property
     def done(self) -> bool:
-        """Whether the answer is there."""
+        """Return whether the reply has arrived."""
         return self._future.done()
 
     @property
     def fault(self) -> Exception | None:
-        """The last exception that the device raised since the transfer was submitted."""
+        """Return the last exception that the device raised since the transfer was submitted; None if there is none."""
         faults = self._guest.faults[self._faults_before :]
         return faults[-1] if faults else None
 
     def cancel(self) -> None:
-        """Take the transfer back, as a guest's driver does; its answer still comes."""
-        self._guest.send(p.CancelDataPacket(id=self.id))
+        """Cancel the transfer, as a guest's driver does; its reply still arrives."""
+        self._guest.send(packets.CancelDataPacket(id=self.id))
 
 
 class MemoryGuest:
-    """A guest with one device in its port.
+    """A guest with one port and a device in it.
 
     Args:
-        device: what to plug in. It is unplugged at the end of the ``async with`` block.
-        caps: what the guest announces; QEMU announces everything.
-        filter: a filter string that the guest sends after its hello.
-        paused: say hello only when :meth:`resume` is called.
-        max_transfer: the engine's bound for one transfer, in bytes.
-        timeout: seconds that the guest waits for an answer before it raises :class:`GuestTimeoutError`; None for ever.
+        device: the device to plug in; it is unplugged at the end of the ``async with`` block.
+        caps: the guest's capabilities; QEMU has all.
+        filter: a filter string that the guest sends after its hello packet.
+        paused: send the hello packet only in :meth:`resume`.
+        max_transfer: the engine's limit for one transfer, in bytes.
+        timeout: seconds to wait for a reply until :class:`GuestTimeoutError` is raised; None: no limit.
 
     Attributes:
         redirection: the engine.
-        events: what the engine reported.
-        connected: what the device said it is; None while it is not plugged in.
-        interfaces, endpoints: the guest's picture of the current setting.
-        violations: packets that the engine must not send: those that the C parser would drop, answers that nobody
-            asked for, answers out of order (QEMU would abort).
-        faults: what the device did against its contract: exceptions that it raised, in a call or in a callback or task
-            of the event loop; a transfer that it completed twice; descriptors that the USB specification does not allow
-            (found by :meth:`enumerate`).
+        events: the events of the engine.
+        received: the packets of the engine.
+        connected: the engine's device_connect packet; None while no device is plugged in.
+        interfaces, endpoints: the engine's last interface_info and ep_info packets; None while no device is plugged in.
+        violations: packets that the engine must not send: packets that the C parser would drop, replies without a
+            request, replies out of order (QEMU would abort).
+        faults: violations of the device's contract: exceptions that the device raised, in a call or in a callback or
+            task of the event loop; a transfer that it completed twice; descriptors that the USB specification does not
+            allow (found by :meth:`enumerate`).
 
-    The ``async with`` block ends with the first fault or violation as its exception. A test that provokes one empties
-    the list: ``guest.faults.clear()``.
+    The ``async with`` block raises the first fault or violation when it ends. A test that provokes a fault clears the
+    list: ``guest.faults.clear()``.
     """
 
     def __init__(
@@ -149,10 +156,10 @@ class MemoryGuest:
         self.device = device
         self.timeout = timeout
         self.events: list[PortEvent] = []
-        self.connected: p.DeviceConnect | None = None
-        self.interfaces: p.InterfaceInfo | None = None
-        self.endpoints: p.EndpointInfo | None = None
-        self.received: list[p.Packet] = []
+        self.connected: packets.DeviceConnect | None = None
+        self.interfaces: packets.InterfaceInfo | None = None
+        self.endpoints: packets.EndpointInfo | None = None
+        self.received: list[packets.Packet] = []
         self.violations: list[Violation] = []
         self.faults: list[Exception] = []
         host_end, self._end = memory_ports()
@@ -164,14 +171,14 @@ class MemoryGuest:
         self._pending: dict[int, Pending] = {}
         self._configuration = 0
         self._order: dict[int, deque[int]] = {}
-        self._owed: Counter[int] = Counter()
+        self._unanswered: Counter[int] = Counter()
         self._changed = asyncio.Event()
-        self._streams: dict[tuple[type, int], asyncio.Queue[p.Packet]] = {}
+        self._streams: dict[tuple[type, int], asyncio.Queue[packets.Packet]] = {}
         self.closed = False
 
     async def __aenter__(self) -> Self:
         if self._paused and self.device is not None:
-            raise ValueError("a paused guest takes no device: attach it to guest.redirection yourself")
+            raise ValueError("a paused guest cannot have a device: attach the device to guest.redirection later")
         loop = asyncio.get_running_loop()
         self._handler_before = loop.get_exception_handler()
         loop.set_exception_handler(self._raised_on_the_loop)
@@ -208,7 +215,7 @@ class MemoryGuest:
             asyncio.get_running_loop().set_exception_handler(self._handler_before)
 
     async def _in_time(self, doing: Coroutine[Any, Any, None], complaint: str) -> None:
-        """Await what a device may never end; leave it alone then."""
+        """Await a coroutine that a device may never end. After a timeout, cancel it without waiting for its end."""
         task = asyncio.ensure_future(doing)
         try:
             await asyncio.wait([task], timeout=self.timeout)
@@ -224,7 +231,7 @@ class MemoryGuest:
         return GuestTimeoutError(f"{complaint} within {self.timeout:g} s; pending: {', '.join(names) or 'no transfer'}")
 
     def _raised_on_the_loop(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """Take the exception of a callback or a task: a device that completes its transfers later raises there."""
+        """Record the exception of a callback or a task: a device that completes transfers later raises there."""
         if isinstance(error := context.get("exception"), Exception):
             self.faults.append(error)
             self._changed.set()
@@ -233,51 +240,51 @@ class MemoryGuest:
         else:
             loop.default_exception_handler(context)
 
-    # Talking ------------------------------------------------------------------------------------------------------
+    # Packets ------------------------------------------------------------------------------------------------------
 
     def resume(self) -> None:
-        """Say hello: the VM runs."""
+        """Send the hello packet, as a VM that runs does."""
         self._connection.start()
         self._flush()
 
-    def send(self, *packets: p.Packet) -> None:
-        """Say anything the protocol allows a guest to say."""
+    def send(self, *packets: packets.Packet) -> None:
+        """Send packets that the protocol allows a guest to send."""
         for packet in packets:
             self._connection.send(packet)
-            if isinstance(packet, _ASKS):
-                self._owed[packet.id] += 1
+            if isinstance(packet, _REQUESTS):
+                self._unanswered[packet.id] += 1
         self._flush()
 
     def send_bytes(self, data: bytes) -> None:
-        """Say anything at all."""
+        """Send any bytes."""
         self._end.write([data])
 
-    def request(self, packet: p.Packet) -> Pending:
-        """Send a packet that has an answer; its id is the key. The answer is a packet."""
+    def request(self, packet: packets.Packet) -> Pending:
+        """Send a packet that has a reply with the same id; await the result for the reply."""
         if packet.id in self._pending:
             raise ValueError(f"id {packet.id:x} is in use")
-        future: asyncio.Future[p.Packet] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[packets.Packet] = asyncio.get_running_loop().create_future()
         pending = self._pending[packet.id] = Pending(self, packet, future)
-        if isinstance(packet, (p.BulkPacket, p.ControlPacket, p.InterruptPacket)):
-            stream_id = packet.stream_id if isinstance(packet, p.BulkPacket) else 0
+        if isinstance(packet, (packets.BulkPacket, packets.ControlPacket, packets.InterruptPacket)):
+            stream_id = packet.stream_id if isinstance(packet, packets.BulkPacket) else 0
             if not stream_id:
                 self._order.setdefault(_queue(packet.endpoint), deque()).append(packet.id)
         self.send(packet)
         return pending
 
     def new_id(self) -> int:
-        """An id that was not used before."""
+        """Return an id that was not used before."""
         return next(self._ids)
 
     async def wait(self, condition: Callable[[], bool]) -> None:
-        """Wait until something that the engine sent or reported makes ``condition`` true."""
+        """Wait until ``condition`` is true; it is checked after each packet and event of the engine."""
         try:
             async with asyncio.timeout(self.timeout):
                 while not condition():
                     self._changed.clear()
                     await self._changed.wait()
         except TimeoutError:
-            raise self._timed_out("what the test waits for did not happen") from None
+            raise self._timed_out("the condition of the test did not become true") from None
 
     def _happened(self, event: PortEvent) -> None:
         self.events.append(event)
@@ -286,12 +293,12 @@ class MemoryGuest:
                 self.faults.append(error)
         self._changed.set()
 
-    # What a guest's driver does -----------------------------------------------------------------------------------
+    # Operations of a guest's driver -------------------------------------------------------------------------------
 
     async def enumerate(self, configuration: int | None = None) -> None:
-        """Do as Linux does with a new device: reset it, read its descriptors, choose a configuration (the first).
+        """Enumerate the device as Linux does: reset it, read its descriptors, set a configuration (default: the first).
 
-        What the USB specification does not allow in the descriptors goes to :attr:`faults`.
+        Violations of the USB specification in the descriptors are added to :attr:`faults`.
         """
         self.reset()
         device = DeviceDescriptor.parse(await self.get_descriptor(DescriptorType.DEVICE, length=18))
@@ -307,43 +314,47 @@ class MemoryGuest:
         await self.set_configuration(descriptor.value if configuration is None else configuration)
 
     def reset(self) -> None:
-        """Reset the port. Nobody answers that."""
+        """Reset the port. A reset has no reply."""
         self._configuration = 0
-        self.send(p.Reset())
+        self.send(packets.Reset())
 
     async def set_configuration(self, value: int) -> None:
-        """Choose a configuration. Raises :class:`TransferFailed`."""
-        request = self.request(p.SetConfiguration(id=self.new_id(), configuration=value))
-        answer = await _answer(request, p.ConfigurationStatus)
-        self._check(request, answer.status)
-        self._configuration = answer.configuration
+        """Set the configuration. Raises :class:`TransferFailed`."""
+        request = self.request(packets.SetConfiguration(id=self.new_id(), configuration=value))
+        reply = await _reply(request, packets.ConfigurationStatus)
+        self._check(request, reply.status)
+        self._configuration = reply.configuration
 
     async def set_interface(self, number: int, alternate: int) -> None:
-        """Choose an alternate setting. Raises :class:`TransferFailed`."""
-        request = self.request(p.SetAltSetting(id=self.new_id(), interface=number, alt=alternate))
-        self._check(request, (await _answer(request, p.AltSettingStatus)).status)
+        """Set the alternate setting of an interface. Raises :class:`TransferFailed`."""
+        request = self.request(packets.SetAltSetting(id=self.new_id(), interface=number, alt=alternate))
+        self._check(request, (await _reply(request, packets.AltSettingStatus)).status)
 
     async def allocate_streams(self, endpoints: Iterable[int], count: int) -> None:
-        """Give bulk endpoints streams, 1 to ``count``; 0 frees them. Raises :class:`TransferFailed`."""
-        mask = sum(1 << p.endpoint_index(endpoint) for endpoint in set(endpoints))
-        answered = self.stream(p.BulkStreamsStatus, 0)
-        self.send(p.AllocBulkStreams(endpoints=mask, streams=count) if count else p.FreeBulkStreams(endpoints=mask))
-        status = (await answered()).status
+        """Allocate the streams 1 to ``count`` of bulk endpoints; 0 frees them. Raises :class:`TransferFailed`."""
+        mask = sum(1 << packets.endpoint_index(endpoint) for endpoint in set(endpoints))
+        next_status = self.stream(packets.BulkStreamsStatus, 0)
+        self.send(
+            packets.AllocBulkStreams(endpoints=mask, streams=count)
+            if count
+            else packets.FreeBulkStreams(endpoints=mask)
+        )
+        status = (await next_status()).status
         if status != Status.SUCCESS:
             raise TransferFailed("allocation of bulk streams", Status(status))
 
     async def control_in(self, setup: Setup) -> bytes:
-        """A control transfer whose data stage comes from the device. Raises :class:`TransferFailed`."""
+        """Make a control transfer with an IN data stage, and return the data. Raises :class:`TransferFailed`."""
         request = self.request(self._control_packet(setup, b""))
-        answer = await _answer(request, p.ControlPacket)
-        self._check(request, answer.status, answer.data)
-        return bytes(answer.data)
+        reply = await _reply(request, packets.ControlPacket)
+        self._check(request, reply.status, reply.data)
+        return bytes(reply.data)
 
     async def control_out(self, setup: Setup, data: Buffer = b"") -> None:
-        """A control transfer whose data stage, if any, goes to the device. Raises :class:`TransferFailed`."""
+        """Make a control transfer with an OUT data stage, or none. Raises :class:`TransferFailed`."""
         request = self.request(self._control_packet(setup, data))
-        answer = await _answer(request, p.ControlPacket)
-        self._check(request, answer.status, actual=answer.length)
+        reply = await _reply(request, packets.ControlPacket)
+        self._check(request, reply.status, actual=reply.length)
 
     async def get_descriptor(self, type: DescriptorType, index: int = 0, *, language: int = 0, length: int) -> bytes:
         """Read a descriptor. Raises :class:`TransferFailed`."""
@@ -352,33 +363,35 @@ class MemoryGuest:
         )
 
     async def clear_halt(self, endpoint: int) -> None:
-        """CLEAR_FEATURE(ENDPOINT_HALT). Raises :class:`TransferFailed`."""
+        """Send CLEAR_FEATURE(ENDPOINT_HALT). Raises :class:`TransferFailed`."""
         await self.control_out(Setup(0x02, StandardRequest.CLEAR_FEATURE, Feature.ENDPOINT_HALT, endpoint))
 
     async def bulk_in(self, endpoint: int, length: int, *, stream_id: int = 0) -> bytes:
         """Read at most ``length`` bytes. Raises :class:`TransferFailed`."""
         request = self.submit_in(endpoint, length, stream_id=stream_id)
-        answer = await _answer(request, p.BulkPacket)
-        self._check(request, answer.status, answer.data)
-        return bytes(answer.data)
+        reply = await _reply(request, packets.BulkPacket)
+        self._check(request, reply.status, reply.data)
+        return bytes(reply.data)
 
     async def bulk_out(self, endpoint: int, data: Buffer, *, stream_id: int = 0) -> int:
-        """Write; how many bytes the device took. Raises :class:`TransferFailed`."""
+        """Write, and return the number of bytes that the device accepted. Raises :class:`TransferFailed`."""
         request = self.submit_out(endpoint, data, stream_id=stream_id)
-        answer = await _answer(request, p.BulkPacket)
-        self._check(request, answer.status, actual=answer.length)
-        return answer.length
+        reply = await _reply(request, packets.BulkPacket)
+        self._check(request, reply.status, actual=reply.length)
+        return reply.length
 
     def submit_in(self, endpoint: int, length: int, *, stream_id: int = 0) -> Pending:
-        """Begin to read; the answer is a :class:`~farplug.usbredir.packets.BulkPacket`."""
+        """Begin to read; the reply is a :class:`~farplug.usbredir.packets.BulkPacket`."""
         return self.request(
-            p.BulkPacket(id=self.new_id(), endpoint=endpoint, status=Status.SUCCESS, length=length, stream_id=stream_id)
+            packets.BulkPacket(
+                id=self.new_id(), endpoint=endpoint, status=Status.SUCCESS, length=length, stream_id=stream_id
+            )
         )
 
     def submit_out(self, endpoint: int, data: Buffer, *, stream_id: int = 0) -> Pending:
-        """Begin to write; the answer is a :class:`~farplug.usbredir.packets.BulkPacket`."""
+        """Begin to write; the reply is a :class:`~farplug.usbredir.packets.BulkPacket`."""
         return self.request(
-            p.BulkPacket(
+            packets.BulkPacket(
                 id=self.new_id(),
                 endpoint=endpoint,
                 status=Status.SUCCESS,
@@ -390,33 +403,37 @@ class MemoryGuest:
 
     async def interrupt_out(self, endpoint: int, data: Buffer) -> None:
         """Write one interrupt packet. Raises :class:`TransferFailed`."""
-        packet = p.InterruptPacket(
+        packet = packets.InterruptPacket(
             id=self.new_id(), endpoint=endpoint, status=Status.SUCCESS, length=len(data), data=data
         )
         request = self.request(packet)
-        answer = await _answer(request, p.InterruptPacket)
-        self._check(request, answer.status, actual=answer.length)
+        reply = await _reply(request, packets.InterruptPacket)
+        self._check(request, reply.status, actual=reply.length)
 
-    def stream(self, kind: type[_Answer], endpoint: int) -> Callable[[], Awaitable[_Answer]]:
-        """What the engine says by itself about an endpoint (data of a reception, its status), in order."""
+    def stream(self, kind: type[_Reply], endpoint: int) -> Callable[[], Awaitable[_Reply]]:
+        """Return a coroutine function for the packets about an endpoint that are not replies, in order.
+
+        Such packets are the data and the status of interrupt IN, isochronous and buffered bulk endpoints. Each call of
+        the function returns the next one.
+        """
         queue = self._stream(kind, endpoint)
 
-        async def next_packet() -> _Answer:
+        async def next_packet() -> _Reply:
             try:
                 async with asyncio.timeout(self.timeout):
                     packet = await queue.get()
             except TimeoutError:
-                raise self._timed_out(f"no {kind.__name__} came for endpoint {endpoint:02x}") from None
+                raise self._timed_out(f"no {kind.__name__} arrived for endpoint {endpoint:02x}") from None
             assert isinstance(packet, kind)
             return packet
 
         return next_packet
 
-    def _stream(self, kind: type, endpoint: int) -> asyncio.Queue[p.Packet]:
+    def _stream(self, kind: type, endpoint: int) -> asyncio.Queue[packets.Packet]:
         return self._streams.setdefault((kind, endpoint), asyncio.Queue())
 
-    def _control_packet(self, setup: Setup, data: Buffer) -> p.ControlPacket:
-        return p.ControlPacket(
+    def _control_packet(self, setup: Setup, data: Buffer) -> packets.ControlPacket:
+        return packets.ControlPacket(
             id=self.new_id(),
             endpoint=setup.direction,
             request=setup.request,
@@ -435,46 +452,46 @@ class MemoryGuest:
         length = len(data) if actual is None else actual
         raise TransferFailed(_name(request.packet), Status(status), bytes(data), length, hint) from request.fault
 
-    def _hint(self, packet: p.Packet) -> str:
-        """Return why a device finds a transfer invalid, as far as the guest can tell."""
-        if not isinstance(packet, (p.BulkPacket, p.InterruptPacket)):
+    def _hint(self, packet: packets.Packet) -> str:
+        """Return why a transfer is invalid, as far as the guest knows; an empty text otherwise."""
+        if not isinstance(packet, (packets.BulkPacket, packets.InterruptPacket)):
             return ""
         if not self._configuration:
             return "the device is not configured: call enumerate() first"
         entries = self.endpoints.endpoints if self.endpoints is not None else ()
-        there = [p.endpoint_address(index) for index, entry in enumerate(entries) if entry.type != _NO_ENDPOINT]
+        there = [packets.endpoint_address(index) for index, entry in enumerate(entries) if entry.type != _NO_ENDPOINT]
         if packet.endpoint not in there:
             names = ", ".join(f"{address:02x}" for address in there if address & 0x0F)
-            return f"the current setting has no such endpoint, but {names or 'none'}"
+            return f"the current setting has no such endpoint, only {names or 'endpoint 0'}"
         return ""
 
-    # Listening (PortListener) -------------------------------------------------------------------------------------
+    # PortListener -------------------------------------------------------------------------------------------------
 
     def data_received(self, data: memoryview) -> None:
-        """What the engine says."""
+        """Parse the engine's data, and reply to its packets as QEMU does."""
         self._connection.receive_data(data)
         while (event := self._connection.next_event()) is not None:
             if isinstance(event, Violation):
                 self.violations.append(event)
-            elif isinstance(event, p.Packet):
-                self._heard(event)
+            elif isinstance(event, packets.Packet):
+                self._packet_received(event)
         self._flush()
         self._changed.set()
 
-    def _heard(self, packet: p.Packet) -> None:
+    def _packet_received(self, packet: packets.Packet) -> None:
         self.received.append(packet)
         match packet:
-            case p.Hello():
+            case packets.Hello():
                 if self._filter is not None:
-                    self.send(p.FilterFilter(filter=self._filter))
-            case p.InterfaceInfo():
+                    self.send(packets.FilterFilter(filter=self._filter))
+            case packets.InterfaceInfo():
                 self.interfaces = packet
-            case p.EndpointInfo():
+            case packets.EndpointInfo():
                 self.endpoints = packet
-            case p.DeviceConnect():
+            case packets.DeviceConnect():
                 self.connected = packet
-            case p.DeviceDisconnect():
-                # As QEMU: a clean slate, then the acknowledgement.
+            case packets.DeviceDisconnect():
+                # As QEMU does: reset the state, then acknowledge.
                 self.connected = self.interfaces = self.endpoints = None
                 self._configuration = 0
                 for pending in self._pending.values():
@@ -482,39 +499,39 @@ class MemoryGuest:
                 self._pending.clear()
                 self._order.clear()
                 if self._connection.own_caps & Cap.DEVICE_DISCONNECT_ACK:
-                    self.send(p.DeviceDisconnectAck())
-            case _ if isinstance(packet, _ANSWERS) and not _streamed(packet):
-                self._answered(packet)
+                    self.send(packets.DeviceDisconnectAck())
+            case _ if isinstance(packet, _REPLIES) and not _streamed(packet):
+                self._reply_received(packet)
             case _:
                 self._stream(type(packet), getattr(packet, "endpoint", 0)).put_nowait(packet)
 
-    def _answered(self, packet: p.Packet) -> None:
-        self._owed[packet.id] -= 1
-        if self._owed[packet.id] < 0:
-            self._violate(packet, "answered twice, or never asked for")
+    def _reply_received(self, packet: packets.Packet) -> None:
+        self._unanswered[packet.id] -= 1
+        if self._unanswered[packet.id] < 0:
+            self._violate(packet, "a second reply, or a reply without a request")
             return
-        if isinstance(packet, (p.BulkPacket, p.ControlPacket, p.InterruptPacket)):
+        if isinstance(packet, (packets.BulkPacket, packets.ControlPacket, packets.InterruptPacket)):
             order = self._order.get(_queue(packet.endpoint), deque())
             if packet.id in order:
                 # QEMU: assert(p->stream || QTAILQ_FIRST(&ep->queue) == p), cancelled packets excepted.
                 if packet.status != Status.CANCELLED and order[0] != packet.id:
-                    self._violate(packet, "answered out of order, QEMU would abort")
+                    self._violate(packet, "a reply out of order: QEMU would abort")
                 order.remove(packet.id)
         pending = self._pending.pop(packet.id, None)
         if pending is not None and not pending.done:
             pending._future.set_result(packet)
 
-    def _violate(self, packet: p.Packet, what: str) -> None:
+    def _violate(self, packet: packets.Packet, what: str) -> None:
         self.violations.append(Violation(RemoteProtocolError(f"{what}: {packet}"), packet.TYPE, packet.id))
 
     def pause_writing(self) -> None:
-        """Memory takes everything."""
+        """Do nothing: the queue in memory is not bounded."""
 
     def resume_writing(self) -> None:
-        """Memory takes everything."""
+        """Do nothing: the queue in memory is not bounded."""
 
     def port_closed(self, error: FarplugError | None) -> None:
-        """The engine closed the port: nothing is answered any more."""
+        """Fail all pending transfers: the engine closed the port."""
         self.closed = True
         for pending in self._pending.values():
             if not pending.done:
@@ -526,10 +543,10 @@ class MemoryGuest:
         self._end.write(self._connection.data_to_send())
 
 
-def _streamed(packet: p.Packet) -> bool:
-    """Numbered by the engine: its id is no request's."""
-    return isinstance(packet, (p.BufferedBulkPacket, p.IsoPacket)) or (
-        isinstance(packet, p.InterruptPacket) and packet.endpoint & 0x80 != 0
+def _streamed(packet: packets.Packet) -> bool:
+    """Return whether the engine chose the packet's id, so that the packet is not a reply."""
+    return isinstance(packet, (packets.BufferedBulkPacket, packets.IsoPacket)) or (
+        isinstance(packet, packets.InterruptPacket) and packet.endpoint & 0x80 != 0
     )
 
 
@@ -537,33 +554,33 @@ def _queue(endpoint: int) -> int:
     return endpoint if endpoint & 0x0F else 0
 
 
-async def _answer(request: Pending, kind: type[_Answer]) -> _Answer:
-    answer = await request
-    assert isinstance(answer, kind), answer
-    return answer
+async def _reply(request: Pending, kind: type[_Reply]) -> _Reply:
+    reply = await request
+    assert isinstance(reply, kind), reply
+    return reply
 
 
-def _name(packet: p.Packet) -> str:
-    """Return what a request is, in the words of USB."""
+def _name(packet: packets.Packet) -> str:
+    """Return the name of a request in USB terms."""
     match packet:
-        case p.BulkPacket():
+        case packets.BulkPacket():
             stream = f", stream {packet.stream_id}" if packet.stream_id else ""
             return f"bulk transfer on endpoint {packet.endpoint:02x}, {packet.length} bytes{stream}"
-        case p.InterruptPacket():
+        case packets.InterruptPacket():
             return f"interrupt transfer on endpoint {packet.endpoint:02x}, {packet.length} bytes"
-        case p.ControlPacket():
+        case packets.ControlPacket():
             setup = Setup(packet.request_type, packet.request, packet.value, packet.index, packet.length)
             return f"control transfer {setup}"
-        case p.SetConfiguration():
+        case packets.SetConfiguration():
             return f"request for configuration {packet.configuration}"
-        case p.SetAltSetting():
+        case packets.SetAltSetting():
             return f"request for alternate setting {packet.alt} of interface {packet.interface}"
         case _:
             return f"request {type(packet).__name__}"
 
 
 def _add_notes(error: Exception, faults: Iterable[Exception]) -> None:
-    """Name other faults of the device in an exception."""
+    """Add other faults of the device to an exception, as notes."""
     for fault in dict.fromkeys(faults):
         if fault is not error and fault is not error.__cause__:
-            error.add_note(f"the device is at fault, too: {''.join(traceback.format_exception_only(fault)).strip()}")
+            error.add_note(f"another fault of the device: {''.join(traceback.format_exception_only(fault)).strip()}")

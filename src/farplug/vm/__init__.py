@@ -1,1 +1,1 @@
-"""The throw-away QEMU guest: its kernel and initramfs, QEMU itself, and the agent that runs commands in it."""
+"""The throw-away QEMU guest: its kernel and initramfs, the QEMU process, and the agent that runs commands in it."""

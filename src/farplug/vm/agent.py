@@ -1,8 +1,8 @@
-"""Commands in the throw-away guest: the shell loop that runs there, and its peer here.
+"""Run commands in the throw-away guest: the shell loop there, and its client here.
 
-A channel is a virtio-serial port; each has its own loop in the guest, so that as many commands as there are channels
-run side by side and one that hangs holds up no other. A request is a line ``id script-size input-size`` and the bytes
-of both; the answer is a line ``id exit-code size`` and the bytes of what the command wrote.
+A channel is a virtio-serial port. Each channel has its own loop in the guest, so commands on different channels run in
+parallel, and one that hangs does not block the others. A request is a line ``id script-size input-size``, followed by
+the script and its input; the reply is a line ``id exit-code size``, followed by the output of the command.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from farplug.errors import DeviceError, GuestGoneError, Reason, RemoteProtocolError, TargetError
 
 CHANNELS = 8
-"""Commands that can run in a guest at once."""
+"""Commands that can run in a guest at the same time."""
 
 MAX_OUTPUT = 256 << 20
-"""Most bytes of output of one command: the guest keeps it in its memory until the command ends."""
+"""Maximum output of one command, in bytes: the guest keeps the output in memory until the command ends."""
 
 _AGENT = """\
 #!/bin/sh
-# agent PORT: runs the commands that come in through a virtio-serial port, one after the other.
+# agent PORT: run the commands that arrive on a virtio-serial port, one after the other.
 exec 3<>"$1"
 work=/run/${1##*/}
 mkdir -p "$work"
@@ -31,7 +31,7 @@ enter=
 [ ! -d /machine ] || enter="chroot /machine"
 while :; do
     while read -r id script_size input_size <&3; do
-        # What an earlier command left running may still write into the old file.
+        # A process that an earlier command left running may still write to the old file.
         rm -f output
         if [ "$input_size" -eq 0 ]; then
             head -c "$script_size" <&3 >script
@@ -47,7 +47,7 @@ while :; do
         echo "$id $code $size" >&3
         head -c "$size" output >&3
     done
-    # No peer yet.
+    # The host has not opened the port yet.
     sleep 0.1
 done
 """
@@ -71,8 +71,8 @@ fi
 """
 
 _MOUNT_MACHINE = """\
-# This machine's files below, read-only; what commands write above, in memory. The guest's own /proc, /sys, /dev and
-# kernel modules in their places; /run too, where the agent keeps the commands.
+# An overlay: the host's files as the read-only lower layer, a tmpfs for what commands write. /proc, /sys, /dev, /run
+# (where the agent keeps the commands) and the kernel modules are the guest's own.
 mkdir /shared /written /machine
 mount -t 9p -o trans=virtio,version=9p2000.L,ro,msize=524288,cache=loose machine /shared
 mount -t tmpfs tmpfs /written
@@ -94,25 +94,26 @@ INIT_FILES = {
     "/etc/start": _START.encode(),
     "/etc/inittab": _INITTAB.encode(),
 }
-"""Files of the guest that make it mount, load its modules and run agents."""
+"""Files of the guest, by path: they mount filesystems, load modules and start the agents."""
 
 MACHINE_FILES = {"/etc/mount-machine": _MOUNT_MACHINE.encode()}
-"""A file more, which makes commands run on the file system that QEMU shares under the tag ``machine``."""
+"""An additional file: commands run on the filesystem that QEMU shares under the mount tag ``machine``."""
 
 
 class CommandFailed(DeviceError):
-    """A command in the guest ended with an exit code other than 0."""
+    """A command in the guest failed: its exit code is not 0."""
 
     def __init__(self, command: str, result: CommandResult) -> None:
         super().__init__(
-            f"exit code {result.exit_code} of the guest's command {command!r}: {result.output.strip()[-2000:]}",
+            f"the guest's command {command!r} failed with exit code {result.exit_code}: "
+            f"{result.output.strip()[-2000:]}",
             reason=Reason.DEVICE_FAULT,
         )
         self.result = result
 
 
 class GuestTimeout(TargetError):
-    """The guest did not do something within its time."""
+    """The guest did not boot, end a command or print a text in time."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, reason=Reason.TIMED_OUT)
@@ -120,11 +121,11 @@ class GuestTimeout(TargetError):
 
 @dataclass(frozen=True, slots=True)
 class CommandResult:
-    """How a command ended.
+    """The result of a command.
 
     Attributes:
-        exit_code: of the shell: 0 is success, 128 + n death by signal n.
-        data: what it wrote to standard output and standard error, in order.
+        exit_code: of the shell; 0: success, 128 + n: killed by signal n.
+        data: standard output and standard error, interleaved as they were written.
     """
 
     exit_code: int
@@ -132,12 +133,12 @@ class CommandResult:
 
     @property
     def output(self) -> str:
-        """The data as text."""
+        """Return the data as text."""
         return self.data.decode(errors="replace")
 
 
 class Agent:
-    """Runs shell commands in the guest, over the host's ends of its channels."""
+    """Runs shell commands in the guest, over its channels."""
 
     def __init__(self) -> None:
         self._ids = itertools.count(1)
@@ -146,7 +147,7 @@ class Agent:
         self._exchanges: set[asyncio.Task[CommandResult]] = set()
 
     async def connect(self, sockets: list[socket.socket]) -> None:
-        """Take the host's ends, connected sockets."""
+        """Use these connected sockets, the host's ends of the channels."""
         for sock in sockets:
             channel = await asyncio.open_connection(sock=sock)
             self._channels.append(channel)
@@ -155,11 +156,11 @@ class Agent:
     async def run(self, command: str, *, stdin: bytes = b"", timeout: float = 30) -> CommandResult:
         """Run a script with the guest's ``sh``, in ``/``.
 
-        A command whose time is over, or whose caller is cancelled, goes on in the guest and keeps its channel until it
-        ends; the other channels are not affected.
+        After a timeout, or when the caller is cancelled, the command keeps running in the guest and keeps its channel
+        until it ends; the other channels are not affected.
 
         Raises:
-            GuestTimeout: it did not end within ``timeout`` seconds, the wait for an idle channel included.
+            GuestTimeout: the command did not end within ``timeout`` seconds, including the wait for an idle channel.
             GuestGoneError: the guest ended.
         """
         try:
@@ -176,7 +177,7 @@ class Agent:
             ) from None
 
     async def close(self) -> None:
-        """Close all channels; commands under way fail."""
+        """Close all channels; running commands fail."""
         for exchange in self._exchanges:
             exchange.cancel()
         await asyncio.gather(*self._exchanges, return_exceptions=True)
@@ -190,38 +191,38 @@ class Agent:
         reader, writer = channel
         number = next(self._ids)
         try:
-            # Not writelines: since Python 3.12 an empty last part (no stdin) keeps the transport busy for ever.
+            # Not writelines: since Python 3.12 an empty last part (no stdin) keeps the transport busy forever.
             writer.write(f"{number} {len(script)} {len(stdin)}\n".encode() + script + stdin)
             await writer.drain()
             header = await reader.readuntil(b"\n")
-            exit_code, size = parse_answer(header, number)
+            exit_code, size = parse_reply(header, number)
             return CommandResult(exit_code, await reader.readexactly(size))
         except (asyncio.IncompleteReadError, ConnectionError) as error:
             raise GuestGoneError("the guest ended during a command") from error
         except asyncio.LimitOverrunError as error:
-            raise RemoteProtocolError(f"the guest's agent sent no line: {error}") from error
+            raise RemoteProtocolError(f"the reply of the guest's agent is not a line: {error}") from error
 
     def _finished(
         self, channel: tuple[asyncio.StreamReader, asyncio.StreamWriter], exchange: asyncio.Task[CommandResult]
     ) -> None:
         self._exchanges.discard(exchange)
-        # A channel out of step stays out of use; a closed one fails the next command at once.
+        # After a protocol error a channel is not used again. On a closed channel the next command fails at once.
         if not exchange.cancelled() and not isinstance(exchange.exception(), RemoteProtocolError):
             self._idle.put_nowait(channel)
 
 
-def parse_answer(line: bytes, number: int) -> tuple[int, int]:
-    """Exit code and size of the output in an answer's first line.
+def parse_reply(line: bytes, number: int) -> tuple[int, int]:
+    """Return the exit code and the size of the output, in bytes, from the first line of a reply.
 
     Raises:
-        RemoteProtocolError: it is not the answer to request ``number``, or announces too much.
+        RemoteProtocolError: the line is not the reply to request ``number``, or the size exceeds :data:`MAX_OUTPUT`.
     """
     try:
-        answered, exit_code, size = map(int, line.split())
+        reply_to, exit_code, size = map(int, line.split())
     except ValueError:
-        raise RemoteProtocolError(f"the guest's agent sent no answer: {line[:80]!r}") from None
-    if answered != number:
-        raise RemoteProtocolError(f"the guest's agent answered request {answered}, not {number}")
+        raise RemoteProtocolError(f"invalid reply of the guest's agent: {line[:80]!r}") from None
+    if reply_to != number:
+        raise RemoteProtocolError(f"the guest's agent replied to request {reply_to}, not {number}")
     if not 0 <= size <= MAX_OUTPUT:
-        raise RemoteProtocolError(f"a command's output of {size} bytes is over the bound of {MAX_OUTPUT}")
+        raise RemoteProtocolError(f"a command's output of {size} bytes exceeds the limit of {MAX_OUTPUT}")
     return exit_code, size

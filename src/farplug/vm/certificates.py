@@ -1,6 +1,7 @@
-"""Certificates for a SPICE server that speaks TLS, in the three files that QEMU looks for in its ``x509-dir``.
+"""Certificates for a SPICE server with TLS, in the three files that QEMU reads from its ``x509-dir``.
 
-They have what RFC 5280 demands (sections 4.2.1.1 to 4.2.1.3 and 4.2.1.9), as Python's default context does since 3.13.
+They have the extensions that RFC 5280 requires (sections 4.2.1.1 to 4.2.1.3 and 4.2.1.9): since version 3.13 Python's
+default context checks them.
 """
 
 from __future__ import annotations
@@ -28,18 +29,18 @@ _CERTIFICATES_ONLY = x509.KeyUsage(
     encipher_only=False,
     decipher_only=False,
 )
-"""What the authority's key may sign."""
+"""Key usage of the authority's key."""
 
 
 def write_certificates(folder: Path, host_names: Sequence[str]) -> str:
     """Write ``ca-cert.pem``, ``server-cert.pem`` and ``server-key.pem``.
 
     Args:
-        folder: where to; it exists.
-        host_names: names and addresses that the server's certificate is good for; the first one is its common name.
+        folder: an existing folder.
+        host_names: host names and addresses that the server's certificate is valid for; the first is its common name.
 
     Returns:
-        The server's subject, as the ``host-subject`` of a ``.vv`` file spells it.
+        The subject of the server's certificate, in the form of ``host-subject`` in a ``.vv`` file.
     """
     ca_key = ec.generate_private_key(ec.SECP256R1())
     ca_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "farplug test authority")])
@@ -84,7 +85,7 @@ def _builder(
         .issuer_name(issuer)
         .public_key(key)
         .serial_number(x509.random_serial_number())
-        # A clock that differs a little must not make it invalid.
+        # The peer's clock may be a little slow.
         .not_valid_before(now - timedelta(hours=1))
         .not_valid_after(now + LIFETIME)
         .add_extension(x509.BasicConstraints(ca=is_authority, path_length=None), critical=True)

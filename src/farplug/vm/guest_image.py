@@ -1,4 +1,4 @@
-"""The throw-away guest's initramfs, made of the programs of this machine and the kernel's modules."""
+"""Build the throw-away guest's initramfs from programs of this machine and the kernel's modules."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from farplug.errors import Reason, SetupError
+from farplug.errors import Reason, Remedy, SetupError
 from farplug.programs import find_program, output_of
 from farplug.vm.guest_kernel import Kernel, ModuleInfo, module_name
 
@@ -22,7 +22,7 @@ BOOT_MODULES = (
     "sd_mod",
     "sr_mod",
 )
-"""Loaded before the first command runs."""
+"""Modules that are loaded before the first command runs."""
 
 ON_DEMAND_MODULES = (
     "ext4",
@@ -36,7 +36,7 @@ ON_DEMAND_MODULES = (
     "nls_utf8",
     "sg",
     "usbtest",
-    # Devices made of software, for a guest that plugs its own devices somewhere else; Ubuntu's kernel has no dummy_hcd.
+    # Gadgets and USB/IP, for a guest that redirects its own devices; Ubuntu's kernel has no dummy_hcd.
     "dummy_hcd",
     "usb_f_acm",
     "usb_f_hid",
@@ -44,22 +44,22 @@ ON_DEMAND_MODULES = (
     "usb_f_ncm",
     "usb_f_ss_lb",
     "vhci_hcd",
-    # Asked for by sd_mod and ext4 under an alias, which "depends" does not name.
+    # Requested by sd_mod and ext4 through an alias, which "depends" does not list.
     "crc64_rocksoft_generic",
     "crct10dif_generic",
     "crc32c_generic",
 )
-"""In the image where the kernel has them; the kernel loads them when they are used, or the caller with modprobe."""
+"""Modules in the image, if the kernel has them; the kernel loads them on demand, or the caller with modprobe."""
 
 PROGRAMS = ("dash", "mke2fs", "e2fsck", "mkfs.vfat", "fsck.vfat", "lsusb")
 
 PYTHON = Path("/usr/bin/python3")
-"""The distribution's: one from elsewhere may need more than its standard library's folder."""
+"""The distribution's Python: another one may need more than the folder of its standard library."""
 
 PYTHON_LEFT_OUT = frozenset(
     {"dist-packages", "distutils", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "test", "tkinter", "turtledemo"}
 )
-"""Folders of the standard library that no script in a guest imports; and whatever serves to build Python itself."""
+"""Folders of the standard library that no script in a guest imports, or that are only used to build Python."""
 
 _LIBRARY = re.compile(r"(?:=>\s+|^\s*)(/\S+)\s+\(0x")
 
@@ -67,7 +67,7 @@ _LIBRARY = re.compile(r"(?:=>\s+|^\s*)(/\S+)\s+\(0x")
 class Initramfs:
     """A cpio archive in the "newc" form (Linux, Documentation/driver-api/early-userspace/buffer-format.rst).
 
-    Entries are kept by absolute path, so that a later one replaces an earlier one; parent folders come by themselves.
+    Entries are stored by absolute path: a later one replaces an earlier one. Parent folders are added automatically.
     """
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ class Initramfs:
 
     @property
     def paths(self) -> frozenset[str]:
-        """Paths of all entries."""
+        """Return the paths of all entries."""
         return frozenset(self._entries)
 
     def add_folder(self, path: str, mode: int = 0o755) -> None:
@@ -83,7 +83,7 @@ class Initramfs:
         self._add(path, 0o040000 | mode, b"")
 
     def add_file(self, path: str, content: bytes, mode: int = 0o644, *, mtime: int = 0) -> None:
-        """Add a regular file, last modified at ``mtime`` (seconds since 1970)."""
+        """Add a regular file; ``mtime`` is its modification time, in seconds since 1970."""
         self._add(path, 0o100000 | mode, content, mtime)
 
     def add_link(self, path: str, target: str) -> None:
@@ -130,7 +130,11 @@ def add_python(image: Initramfs) -> None:
         SetupError: it is not installed.
     """
     if not PYTHON.exists():
-        raise SetupError(f"no {PYTHON}", reason=Reason.MISSING_PROGRAM, remedy="sudo apt-get install python3")
+        raise SetupError(
+            f"{PYTHON} is not installed",
+            reason=Reason.MISSING_PROGRAM,
+            remedy=Remedy(command="sudo apt-get install python3"),
+        )
     folder = Path((output_of(str(PYTHON), "-I", "-c", "import os; print(os.__file__)") or "").strip()).parent
     program = PYTHON.resolve()
     add_program(image, program)
@@ -140,7 +144,7 @@ def add_python(image: Initramfs) -> None:
         name = file.relative_to(folder).parts[0]
         if name in PYTHON_LEFT_OUT or name.startswith("config-") or not file.is_file():
             continue
-        # The time of last change: by it Python tells whether what it once compiled is still valid.
+        # Python compares the modification time with the one in the compiled file, to see whether that is still valid.
         image.add_file(str(file), file.read_bytes(), mtime=int(file.stat().st_mtime))
         if file.suffix == ".so":
             extensions.append(file)
@@ -148,17 +152,17 @@ def add_python(image: Initramfs) -> None:
 
 
 def shared_libraries(*files: Path) -> list[Path]:
-    """Shared libraries that dynamic programs load, their loader included; none for a static one."""
+    """Return the shared libraries that programs load, including the dynamic loader; none for a static program."""
     return list(dict.fromkeys(parse_ldd(output_of("ldd", *map(str, files)) or "")))
 
 
 def parse_ldd(output: str) -> list[Path]:
-    """Paths in the output of ``ldd``."""
+    """Return the paths in the output of ``ldd``."""
     return [Path(match[1]) for line in output.splitlines() if (match := _LIBRARY.search(line))]
 
 
 def add_busybox(image: Initramfs) -> None:
-    """Add busybox and a link for each of its commands, but for those that the image has already."""
+    """Add busybox, and a link for each of its commands that the image does not have yet."""
     busybox = find_program("busybox")
     add_program(image, busybox)
     taken = {path.rpartition("/")[2] for path in image.paths}
@@ -169,7 +173,7 @@ def add_busybox(image: Initramfs) -> None:
 
 
 def add_modules(image: Initramfs, release: str, modules: Mapping[str, ModuleInfo]) -> None:
-    """Add modules with the files that modprobe reads: ``modules.dep`` and ``modules.alias``."""
+    """Add modules, and the files that modprobe reads: ``modules.dep`` and ``modules.alias``."""
     folder = f"/lib/modules/{release}"
     dependencies: dict[str, list[str]] = {}
     for name, info in modules.items():
@@ -180,7 +184,7 @@ def add_modules(image: Initramfs, release: str, modules: Mapping[str, ModuleInfo
             ]
         dependencies[name] = needed
         image.add_file(f"{folder}/{name}.ko", info.content)
-    # modprobe loads from the right to the left.
+    # modprobe loads the list from right to left.
     lines = [
         f"{name}.ko: {' '.join(f'{item}.ko' for item in reversed(needed))}".rstrip()
         for name, needed in dependencies.items()
@@ -199,15 +203,18 @@ def build_initramfs(
     python: bool = False,
     files: Sequence[tuple[str, Path]] = (),
 ) -> bytes:
-    """Build the guest's initramfs. Blocks for about 0.1 s; with Python, or programs of many libraries, longer.
+    """Build the guest's initramfs.
+
+    Blocks for about 0.1 s; longer with Python, or with programs that need many libraries.
 
     Args:
-        kernel: where the modules come from.
-        init_files: files that make it boot, by path, executable; an ``/etc/inittab`` for busybox's init among them.
-        modules: modules to load at boot besides :data:`BOOT_MODULES`.
-        programs: programs of this machine to put in besides :data:`PROGRAMS`.
-        python: put Python in, with its standard library.
-        files: path in the guest, and the file on this machine.
+        kernel: the source of the modules.
+        init_files: content of the files that boot the guest, by path; all are executable, and ``/etc/inittab`` is for
+            busybox's init.
+        modules: modules to load at boot in addition to :data:`BOOT_MODULES`.
+        programs: programs of this machine to add to :data:`PROGRAMS`.
+        python: add Python and its standard library.
+        files: pairs of a path in the guest and a file on this machine.
 
     Raises:
         SetupError: a program, a file or a module is missing.
@@ -225,9 +232,9 @@ def build_initramfs(
     defaults = Path("/etc/mke2fs.conf")
     if defaults.exists():
         image.add_file(str(defaults), defaults.read_bytes())
-    # The types that mount tries where none is given: the kernel loads their modules.
+    # The filesystems that mount tries if no type is given; the kernel loads their modules.
     image.add_file("/etc/filesystems", b"ext4\nvfat\nexfat\niso9660\nudf\n")
-    # Not busybox's shell: that prefers its own commands to programs of the same name, such as mke2fs.
+    # Not busybox's shell, which prefers its own commands to programs of the same name, such as mke2fs.
     image.add_link("/bin/sh", str(find_program("dash")))
     add_busybox(image)
     boot_modules = (*BOOT_MODULES, *modules)
@@ -242,6 +249,6 @@ def build_initramfs(
             image.add_file(path, source.read_bytes(), 0o755 if os.access(source, os.X_OK) else 0o644)
         except OSError as error:
             raise SetupError(
-                f"{source} cannot be put into the guest: {error.strerror}", reason=Reason.NOT_FOUND
+                f"cannot copy {source} into the guest: {error.strerror}", reason=Reason.NOT_FOUND
             ) from error
     return bytes(image)

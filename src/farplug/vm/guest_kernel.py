@@ -1,9 +1,9 @@
-"""The throw-away guest's kernel: the distribution's, fetched once and cached.
+"""Fetch the throw-away guest's kernel, the distribution's own, and cache it.
 
 The kernel and its modules come from the distribution's packages, fetched with ``apt-get download`` (no root, nothing is
 installed) and kept in ``$XDG_CACHE_HOME/farplug/guest/<layout>``; delete that folder to fetch a newer kernel.
 
-Tested with Debian's packages and Ubuntu's (split into linux-modules packages, modules packed with zstd).
+Tested with Debian's packages and Ubuntu's (split into linux-modules packages, modules compressed with zstd).
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from farplug.errors import Reason, SetupError
+from farplug.errors import Reason, Remedy, SetupError
 from farplug.programs import find_program, output_of
 from farplug.shell import shell_word
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 LAYOUT = "3-x86_64"
-"""Name of the cache folder: changes when what is kept of the packages changes."""
+"""Name of the cache folder: it changes when the set of files that are kept changes."""
 
 KERNEL_PACKAGES = ("linux-image-amd64", "linux-image-generic")
-"""Names that lead to the newest kernel: Debian's, Ubuntu's."""
+"""Metapackages that depend on the newest kernel: Debian's, Ubuntu's."""
 
 KEPT_TREES = (
     "arch/x86/crypto/",
@@ -65,10 +65,10 @@ KEPT_TREES = (
     "sound/core/",
     "sound/usb/",
 )
-"""Folders of modules kept with all that is below them."""
+"""Folders of modules that are kept, with their subfolders."""
 
 KEPT_FOLDERS = ("block", "drivers/block", "drivers/char", "drivers/net", "drivers/scsi", "fs", "net/core", "sound")
-"""Folders of which only the modules directly inside are kept."""
+"""Folders of modules that are kept, without their subfolders."""
 
 _CONCRETE_KERNEL_PACKAGE = re.compile(r"linux-(image|binary|modules|modules-extra)-\d")
 _MODULE_PATH = re.compile(
@@ -83,7 +83,7 @@ class Kernel:
     """A kernel and its modules, unpacked.
 
     Attributes:
-        folder: holds ``kernel``, ``release``, ``builtin`` (names, one a line) and ``modules/<name>.ko``.
+        folder: contains ``kernel``, ``release``, ``builtin`` (names, one per line) and ``modules/<name>.ko``.
     """
 
     folder: Path
@@ -94,57 +94,58 @@ class Kernel:
 
     @property
     def release(self) -> str:
-        """What ``uname -r`` says in the guest."""
+        """Return the kernel release, as ``uname -r`` prints it in the guest."""
         return (self.folder / "release").read_text().strip()
 
     def module_closure(self, required: Iterable[str], optional: Iterable[str] = ()) -> dict[str, ModuleInfo]:
-        """The named modules and all that they depend on, every one after those that it needs.
+        """Return these modules and their dependencies, each module after its dependencies.
 
-        What is built into the kernel is left out; so are optional modules that the kernel does not have.
+        Modules that are built into the kernel are left out, and so are optional modules that the kernel does not have.
 
         Raises:
-            SetupError: the kernel has no such module, or it is not among the kept ones.
+            SetupError: a module is not in the kernel, or is not one of those that are kept.
         """
         builtin = frozenset((self.folder / "builtin").read_text().split())
         closure: dict[str, ModuleInfo] = {}
 
-        def add(name: str, wanted_by: str) -> None:
+        def add(name: str, needed_by: str) -> None:
             if name in closure or name in builtin:
                 return
             try:
                 content = (self.folder / "modules" / f"{name}.ko").read_bytes()
             except FileNotFoundError:
+                remove = f"rm -r {shell_word(self.folder)}"
                 raise SetupError(
-                    f"kernel {self.release} has no module {name}, which {wanted_by} needs",
+                    f"kernel {self.release} has no module {name}, which {needed_by} needs",
                     reason=Reason.NOT_FOUND,
-                    remedy=f"rm -r {shell_word(self.folder)}    # then the newest kernel is fetched",
+                    remedy=Remedy("remove the cached kernel: the newest one is fetched then", command=remove),
                 ) from None
             info = ModuleInfo.parse(content)
             for dependency in info.depends:
-                add(dependency, wanted_by=f"the module {name}")
+                add(dependency, needed_by=f"the module {name}")
             closure[name] = info
 
         for name in map(module_name, required):
-            add(name, wanted_by="the guest")
+            add(name, needed_by="the guest")
         for name in map(module_name, optional):
             if (self.folder / "modules" / f"{name}.ko").exists():
-                add(name, wanted_by="the guest")
+                add(name, needed_by="the guest")
         return closure
 
 
 def module_name(name: str) -> str:
-    """The kernel's spelling of a module's name: ``xhci-pci`` is ``xhci_pci``."""
+    """Return a module's name as the kernel spells it: ``xhci-pci`` becomes ``xhci_pci``."""
     return name.replace("-", "_")
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleInfo:
-    """What a module's ``.modinfo`` section says.
+    """The ``.modinfo`` section of a kernel module.
 
     Attributes:
         content: the whole module file.
-        depends: names of the modules that it needs.
-        aliases: patterns under which the kernel asks for it, such as ``fs-ext4``.
+        depends: names of the modules that the module needs.
+        aliases: patterns by which the kernel requests the module, such as ``fs-ext4``.
     """
 
     content: bytes
@@ -156,7 +157,7 @@ class ModuleInfo:
         """Parse a module file (ELF, 64 bits, little endian).
 
         Raises:
-            SetupError: it is not one.
+            SetupError: the file is not a kernel module.
         """
         try:
             section = elf_section(content, ".modinfo")
@@ -173,13 +174,13 @@ class ModuleInfo:
 
 
 def elf_section(content: bytes, name: str) -> bytes:
-    """A section of an ELF file of 64 bits, little endian (System V ABI, "Sections").
+    """Return a section of a 64-bit little-endian ELF file (System V ABI, "Sections").
 
     Raises:
-        ValueError, struct.error: no such file, or no such section.
+        ValueError, struct.error: not such a file, or the section does not exist.
     """
     if content[:6] != b"\x7fELF\x02\x01":
-        raise ValueError("no 64-bit little-endian ELF header")
+        raise ValueError("not a 64-bit little-endian ELF header")
     (table,) = struct.unpack_from("<Q", content, 0x28)
     size, count, names_index = struct.unpack_from("<HHH", content, 0x3A)
     headers = [struct.unpack_from("<IIQQQQ", content, table + size * index) for index in range(count)]
@@ -194,18 +195,19 @@ def elf_section(content: bytes, name: str) -> bytes:
 
 
 def cache_folder() -> Path:
-    """Where guests' kernels are kept."""
+    """Return the cache folder for the guests' kernels."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "farplug" / "guest"
 
 
 def fetch_kernel() -> Kernel:
-    """The cached kernel, fetched first if there is none. Blocks: up to a minute the first time, else milliseconds.
+    """Return the cached kernel; fetch it first if there is none.
 
-    Processes that ask at the same time wait for the first one's download.
+    Blocks: up to a minute the first time, else milliseconds. Processes that call this at the same time share one
+    download.
 
     Raises:
-        SetupError: it cannot be fetched here.
+        SetupError: the kernel cannot be fetched on this machine.
     """
     folder = cache_folder() / LAYOUT
     kernel = Kernel(folder)
@@ -213,7 +215,7 @@ def fetch_kernel() -> Kernel:
         return kernel
     if platform.machine() not in ("x86_64", "AMD64"):
         raise SetupError(
-            f"the guest is made of this machine's programs and an x86_64 kernel; this machine is {platform.machine()}",
+            f"the throw-away VM needs an x86_64 machine; this machine is {platform.machine()}",
             reason=Reason.MISSING_PROGRAM,
         )
     for program in ("apt-get", "apt-cache", "dpkg-deb"):
@@ -228,15 +230,15 @@ def fetch_kernel() -> Kernel:
                 _download_kernel(Path(work), unpacked)
                 unpacked.rename(folder)
     except OSError as error:
-        raise SetupError(f"no kernel can be kept in {folder}: {error}", reason=Reason.IO_ERROR) from error
+        raise SetupError(f"cannot store the kernel in {folder}: {error}", reason=Reason.IO_ERROR) from error
     return kernel
 
 
 def download_size() -> int:
-    """How many bytes :func:`fetch_kernel` is going to download: 0 if the kernel is there, or nobody knows its size.
+    """Return the size that :func:`fetch_kernel` downloads, in bytes: 0 if the kernel is cached, or its size is unknown.
 
     Raises:
-        SetupError: the package lists name no kernel.
+        SetupError: the package lists contain no kernel.
     """
     if Kernel(cache_folder() / LAYOUT).image.exists():
         return 0
@@ -245,7 +247,7 @@ def download_size() -> int:
 
 
 def parse_sizes(records: str) -> int:
-    """Bytes to download for packages, by their records (deb-control(5), field Size)."""
+    """Return the total download size of packages, in bytes, from their records (deb-control(5), field Size)."""
     return sum(map(int, re.findall(r"^Size: (\d+)$", records, re.MULTILINE)))
 
 
@@ -258,7 +260,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _download_kernel(work: Path, folder: Path) -> None:
     packages = resolve_kernel_packages(_package_dependencies)
-    logger.info("fetching the guest's kernel: %s", " ".join(packages))
+    log.info("fetching the guest's kernel: %s", " ".join(packages))
     result = subprocess.run(
         ["apt-get", "download", "-q", *packages], cwd=work, stdin=subprocess.DEVNULL, capture_output=True, text=True
     )
@@ -267,23 +269,23 @@ def _download_kernel(work: Path, folder: Path) -> None:
         raise SetupError(
             f"apt-get cannot download {' '.join(packages)}: {' '.join(errors) or result.stderr.strip()[-300:]}",
             reason=Reason.UNREACHABLE,
-            remedy="sudo apt-get update",
+            remedy=Remedy(command="sudo apt-get update"),
         )
     (folder / "modules").mkdir(parents=True)
     for package in sorted(work.glob("*.deb")):
         _unpack_kernel(package, folder)
     if not all((folder / name).exists() for name in ("kernel", "release", "builtin")):
-        raise SetupError(f"no complete kernel in {' '.join(packages)}", reason=Reason.NOT_FOUND)
+        raise SetupError(f"the packages {' '.join(packages)} do not contain a complete kernel", reason=Reason.NOT_FOUND)
 
 
 def resolve_kernel_packages(dependencies_of: Callable[[str], list[str] | None]) -> list[str]:
-    """Packages that hold the distribution's newest kernel and its modules.
+    """Return the names of the packages with the distribution's newest kernel and its modules.
 
     Args:
-        dependencies_of: the dependencies of a package; None if there is no such package.
+        dependencies_of: returns the dependencies of a package; None if there is no such package.
 
     Raises:
-        SetupError: the package lists name no kernel.
+        SetupError: the package lists contain no kernel.
     """
     for name in KERNEL_PACKAGES:
         dependencies = dependencies_of(name)
@@ -299,9 +301,9 @@ def resolve_kernel_packages(dependencies_of: Callable[[str], list[str] | None]) 
         if concrete:
             return concrete
     raise SetupError(
-        f"the package lists of this machine name no kernel ({', '.join(KERNEL_PACKAGES)})",
+        f"the package lists of this machine contain no kernel ({', '.join(KERNEL_PACKAGES)})",
         reason=Reason.NOT_FOUND,
-        remedy="sudo apt-get update",
+        remedy=Remedy(command="sudo apt-get update"),
     )
 
 
@@ -311,10 +313,10 @@ def _package_dependencies(package: str) -> list[str] | None:
 
 
 def _unpack_kernel(package: Path, folder: Path) -> None:
-    """Take the kernel and the kept modules out of a package. Of the names inside only plain ones become file names.
+    """Extract the kernel and the modules to keep from a package. No path inside the package is used as a file name.
 
     Raises:
-        SetupError: it is damaged, or there is no room.
+        SetupError: the package is damaged, or the disk is full.
     """
     command = ["dpkg-deb", "--fsys-tarfile", str(package)]
     try:
@@ -325,17 +327,17 @@ def _unpack_kernel(package: Path, folder: Path) -> None:
                     content = archive.extractfile(member) if member.isreg() else None
                     if content is not None:
                         _keep(member.name, content, folder)
-            # What follows the archive's end mark: unread, it would kill dpkg-deb by SIGPIPE.
+            # Read what follows the archive's end mark, or dpkg-deb dies of SIGPIPE.
             while process.stdout.read(1 << 16):
                 pass
         if process.returncode != 0:
             raise subprocess.CalledProcessError(process.returncode, command)
     except (OSError, EOFError, lzma.LZMAError, tarfile.TarError, subprocess.CalledProcessError) as error:
-        raise SetupError(f"the package {package.name} cannot be unpacked: {error}", reason=Reason.IO_ERROR) from error
+        raise SetupError(f"cannot unpack the package {package.name}: {error}", reason=Reason.IO_ERROR) from error
 
 
 def _keep(name: str, content: IO[bytes], folder: Path) -> None:
-    """Keep a file of a package, if it is one of those that a guest needs."""
+    """Store a file of a package, if a guest needs it."""
     if match := _MODULE_PATH.match(name):
         if is_kept(match["path"]):
             module = module_name(match["path"].rpartition("/")[2])
@@ -350,15 +352,16 @@ def _keep(name: str, content: IO[bytes], folder: Path) -> None:
 
 
 def is_kept(path: str) -> bool:
-    """Whether a module is kept, by its path below ``kernel/``."""
+    """Return whether a module is kept, by its path below ``kernel/``."""
     return path.startswith(KEPT_TREES) or path.rpartition("/")[0] in KEPT_FOLDERS
 
 
 def bootable_kernel(image: bytes) -> bytes:
-    """The kernel that starts fastest: a bzImage that unpacks itself takes 3 s more under emulation.
+    """Return the kernel in the form that boots fastest: a bzImage takes 3 s more under emulation, to decompress itself.
 
-    QEMU starts an unpacked kernel by its PVH entry, which an ELF note announces (Xen, include/public/elfnote.h). An
-    image that does not unpack (Linux, Documentation/arch/x86/boot.rst) to such a kernel is returned as it is.
+    QEMU boots an uncompressed kernel through its PVH entry, which an ELF note announces (Xen,
+    include/public/elfnote.h). An image that does not contain such a kernel (Linux, Documentation/arch/x86/boot.rst) is
+    returned unchanged.
     """
     if image[0x202:0x206] != b"HdrS":
         return image
@@ -366,7 +369,7 @@ def bootable_kernel(image: bytes) -> bytes:
     payload = image[start : start + int.from_bytes(image[0x24C:0x250], "little")]
     for magic, suffix in _PAYLOADS.items():
         if payload.startswith(magic):
-            # The unpacked size follows the packed data.
+            # The uncompressed size follows the compressed data.
             kernel = decompress(payload[:-4], suffix)
             return kernel if _has_pvh_entry(kernel) else image
     return image
@@ -384,10 +387,10 @@ def _has_pvh_entry(kernel: bytes) -> bool:
 
 
 def decompress(content: bytes, suffix: str) -> bytes:
-    """Unpack a module or a kernel. Debian 13 packs modules with xz, Ubuntu with zstd.
+    """Decompress a module or a kernel. Debian 13 compresses modules with xz, Ubuntu with zstd.
 
     Raises:
-        SetupError: unknown suffix, or no ``zstd`` program.
+        SetupError: the suffix is unknown, or the program ``zstd`` is not installed.
     """
     match suffix:
         case "":
@@ -400,4 +403,4 @@ def decompress(content: bytes, suffix: str) -> bytes:
             command = [str(find_program("zstd")), "-dcq"]
             return subprocess.run(command, input=content, capture_output=True, check=True).stdout
         case _:
-            raise SetupError(f"a file packed as {suffix} cannot be unpacked", reason=Reason.NOT_FOUND)
+            raise SetupError(f"unknown compression {suffix}", reason=Reason.NOT_FOUND)

@@ -1,4 +1,4 @@
-"""The throw-away guest: a small Linux in QEMU, made of this machine's packages, gone without a trace afterwards.
+"""Run the throw-away guest: a small Linux in QEMU, made of this machine's packages, which leaves nothing behind.
 
 ::
 
@@ -8,9 +8,9 @@
         ...  # plug a device into guest.targets[0]
         print((await guest.run("cat /proc/partitions")).output)
 
-QEMU's descriptors, sockets and files are private to the guest. QEMU dies with the thread that started the guest,
-however that ends, and everything else goes with the ``async with`` block. An exception that leaves the block, such as
-that of a failed assertion, gets the last lines of the guest's console as a note.
+QEMU's descriptors, sockets and files are private to the guest. The kernel kills QEMU when the thread that started the
+guest ends, for whatever reason; the end of the ``async with`` block removes everything else. An exception that leaves
+the block, such as a failed assertion, gets the last lines of the guest's console as a note.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from farplug.errors import FarplugError, GuestGoneError, Reason, SetupError, UsageError
+from farplug.errors import FarplugError, GuestGoneError, Reason, Remedy, SetupError, StateError
 from farplug.programs import QEMU, find_program, output_of
 from farplug.vm.agent import CHANNELS, INIT_FILES, MACHINE_FILES, Agent, CommandFailed, CommandResult, GuestTimeout
 from farplug.vm.certificates import write_certificates
@@ -52,36 +52,37 @@ from farplug.vm.qemu_config import (
 from farplug.vm.qmp import Qmp
 
 SPICE_PORT_ATTEMPTS = 5
-"""SPICE takes no listening descriptor: somebody may take the port between our choice and QEMU's."""
+"""Attempts to start QEMU with a free SPICE port: QEMU does not accept a listening socket for SPICE, so another program
+may take the port first."""
 
 STOP_TIMEOUT = 3.0
-"""Seconds that QEMU has to end by itself before it is killed."""
+"""Seconds until QEMU is killed if it does not end by itself."""
 
 CONSOLE_TAIL = 2000
-"""Characters of the console that an exception shows."""
+"""Characters of the console that are added to an exception."""
 _CONSOLE_ENDS = "the guest's console ends:"
 
 OVMF_FILES = (("OVMF_CODE_4M.fd", "OVMF_VARS_4M.fd"), ("OVMF_CODE.fd", "OVMF_VARS.fd"))
 OVMF_FOLDER = Path("/usr/share/OVMF")
 
 _SOCKET_PATH_ROOM = 60
-"""Longest folder name that leaves room for the sockets in it: a UNIX socket's path has at most 107 bytes."""
+"""Maximum length of a path of the folder for sockets: the path of a UNIX socket has at most 107 bytes."""
 
 _MISSING_PACKAGE = re.compile(r"do you want to install (\S+) package")
 _MISSING_PART = re.compile(r"'(?:usb-redir|spicevmc)' is not a valid|no option group 'spice'|-spice: invalid option")
 
 
 class GuestCrashed(GuestGoneError):
-    """QEMU ended by itself. What it wrote to its standard error stands in the message."""
+    """QEMU ended by itself. The message contains its standard error."""
 
 
 class QemuGuest:
-    """A throw-away guest. Used with ``async with``, on one event loop.
+    """A throw-away guest. Use it with ``async with``, on one event loop.
 
     Attributes:
-        config: what it is made of.
+        config: the configuration.
         qmp: QEMU's monitor.
-        boot_seconds: from QEMU's start to the first command's end, once :meth:`booted` returned.
+        boot_seconds: time from QEMU's start to the end of the first command; None until :meth:`booted` returned.
     """
 
     def __init__(self, config: GuestConfig | None = None) -> None:
@@ -97,11 +98,11 @@ class QemuGuest:
         self._kept = {"console": "", "firmware": "", "stderr": ""}
 
     async def __aenter__(self) -> Self:
-        """Start QEMU. The guest boots then, or stands still if it is ``paused``.
+        """Start QEMU. The guest begins to boot, unless it is ``paused``.
 
         Raises:
             SetupError: a program, a package or a file is missing on this machine.
-            GuestCrashed: QEMU does not take this configuration.
+            GuestCrashed: QEMU does not accept this configuration.
         """
         try:
             await self._start()
@@ -117,56 +118,56 @@ class QemuGuest:
         if isinstance(error, Exception):
             self._note_console(error)
 
-    # --- what it is ---------------------------------------------------------------------------------------------------
+    # --- state --------------------------------------------------------------------------------------------------------
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """Where each port of the configuration is reached. Channels of one SPICE server share their target."""
+        """Return the target of each port of the configuration. The channels of one SPICE server share their target."""
         return self._targets
 
     @property
     def spice(self) -> SpiceAddress:
-        """Where its SPICE server listens.
+        """Return the address of the SPICE server.
 
         Raises:
-            UsageError: it has none.
+            StateError: the guest has no SPICE server.
         """
         if self._spice is None:
-            raise UsageError("this guest has no SPICE server", reason=Reason.BAD_OPTION)
+            raise StateError("this guest has no SPICE server")
         return self._spice
 
     @property
     def pid(self) -> int:
-        """QEMU's process id; 0 before it starts."""
+        """Return QEMU's process id; 0 before QEMU starts."""
         return self._process.pid if self._process is not None else 0
 
     @property
     def alive(self) -> bool:
-        """Whether QEMU runs."""
+        """Return whether QEMU runs."""
         return self._process is not None and self._process.returncode is None
 
     @property
     def console(self) -> str:
-        """All that came out of the first serial line: the kernel's messages, or the firmware's console."""
+        """Return the output of the first serial port: the kernel's messages, or the firmware's console."""
         return self._read("console")
 
     @property
     def firmware_log(self) -> str:
-        """The firmware's debug messages (firmware boots only)."""
+        """Return the firmware's debug messages (firmware boots only)."""
         return self._read("firmware")
 
     @property
     def stderr(self) -> str:
-        """What QEMU wrote to its standard output and standard error."""
+        """Return QEMU's standard output and standard error."""
         return self._read("stderr")
 
-    # --- what it does -------------------------------------------------------------------------------------------------
+    # --- operations ---------------------------------------------------------------------------------------------------
 
     async def booted(self, timeout: float = 60) -> None:
-        """Wait until commands can run; all modules are loaded then.
+        """Wait until all modules are loaded and commands can run.
 
         Raises:
-            GuestTimeout: it did not boot within ``timeout`` seconds.
+            GuestTimeout: the guest did not boot within ``timeout`` seconds.
             GuestCrashed: QEMU ended.
         """
         await self.run(":", timeout=timeout)
@@ -174,18 +175,18 @@ class QemuGuest:
             self.boot_seconds = time.monotonic() - self._started
 
     async def run(self, command: str, *, stdin: bytes = b"", timeout: float = 30) -> CommandResult:
-        """Run a script with the guest's ``sh`` (busybox, as root), and return all that it wrote.
+        """Run a script with the guest's ``sh`` (dash, as root), and return its result.
 
-        Up to eight run side by side. One whose time is over goes on in the guest, without disturbing the others.
+        Up to eight commands run in parallel. After a timeout the command keeps running in the guest; it does not
+        affect the others.
 
         Raises:
-            GuestTimeout: it did not end within ``timeout`` seconds.
+            GuestTimeout: the command did not end within ``timeout`` seconds.
             GuestCrashed: QEMU ended.
+            StateError: the guest boots firmware, not a kernel.
         """
         if self.config.boot is not Boot.KERNEL:
-            raise UsageError(
-                f"a guest that boots from its {self.config.boot} runs no commands", reason=Reason.BAD_OPTION
-            )
+            raise StateError(f"a guest that boots with {self.config.boot} cannot run commands")
         try:
             return await self._agent.run(command, stdin=stdin, timeout=timeout)
         except GuestTimeout as error:
@@ -198,9 +199,10 @@ class QemuGuest:
         """Run a command that must succeed, and return its output.
 
         Raises:
-            CommandFailed: its exit code is not 0.
-            GuestTimeout: it did not end within ``timeout`` seconds.
+            CommandFailed: the exit code is not 0.
+            GuestTimeout: the command did not end within ``timeout`` seconds.
             GuestCrashed: QEMU ended.
+            StateError: the guest boots firmware, not a kernel.
         """
         result = await self.run(command, stdin=stdin, timeout=timeout)
         if result.exit_code != 0:
@@ -208,10 +210,10 @@ class QemuGuest:
         return result.output
 
     async def wait_for_console(self, text: str, timeout: float = 60) -> None:
-        """Wait until the console, or the firmware's debug log, shows a text.
+        """Wait until the console or the firmware's debug log contains a text.
 
         Raises:
-            GuestTimeout: it did not within ``timeout`` seconds.
+            GuestTimeout: the text did not appear within ``timeout`` seconds.
             GuestCrashed: QEMU ended.
         """
         deadline = time.monotonic() + timeout
@@ -225,7 +227,7 @@ class QemuGuest:
             await asyncio.sleep(0.05)
 
     async def close(self) -> None:
-        """Stop QEMU and remove everything; the console and the like stay readable. Does nothing the second time."""
+        """Stop QEMU and remove its files. The logs remain readable. A second call does nothing."""
         await self._stop()
         if self._folder is not None:
             self._kept = {name: self._read(name) for name in self._kept}
@@ -271,7 +273,7 @@ class QemuGuest:
     async def _launch(
         self, *, kernel: Path | None, initramfs: bytes, firmware: tuple[Path, Path] | None, version: tuple[int, int]
     ) -> None:
-        """Start QEMU once, and connect to its monitor and to the agent's channels."""
+        """Start QEMU, and connect to its monitor and to the channels of the agent."""
         assert self._folder is not None
         self._agent, self.qmp = Agent(), Qmp()
         with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
@@ -305,7 +307,7 @@ class QemuGuest:
             )
             with (self._folder / "stderr").open("wb") as output:
                 self._started = time.monotonic()
-                # setpriv: the kernel kills QEMU when the thread that started it ends, even by SIGKILL.
+                # setpriv: the kernel kills QEMU when the thread that started it ends, even after SIGKILL.
                 self._process = await asyncio.create_subprocess_exec(
                     *(str(find_program("setpriv")), "--pdeathsig", "KILL", "--"),
                     *(str(find_program(QEMU)), *command_line(self.config, resources)),
@@ -364,20 +366,20 @@ class QemuGuest:
         await self.qmp.close()
 
     async def _crashed(self) -> FarplugError:
-        """What to raise when a connection to QEMU closed by itself."""
+        """Return the error to raise after a connection to QEMU closed by itself."""
         if self._process is None:
-            return GuestGoneError("the guest was not started")
+            return StateError("the guest was not started")
         try:
             async with asyncio.timeout(STOP_TIMEOUT):
                 code = await self._process.wait()
         except TimeoutError:
-            return GuestGoneError("QEMU runs, but closed the connection")
+            return GuestGoneError("QEMU closed the connection, but is still running")
         error = GuestCrashed(f"QEMU {describe_exit(code)}: {self.stderr.strip()[-1000:] or 'without a message'}")
         self._note_console(error)
         return error
 
     def _note_console(self, error: Exception) -> None:
-        """Add the last lines of the console to an exception, once."""
+        """Add the last lines of the console to an exception, unless it has them."""
         console = self.console.rstrip()
         tail = console[-CONSOLE_TAIL:]
         if len(console) > CONSOLE_TAIL:
@@ -395,51 +397,55 @@ class QemuGuest:
 
 
 def describe_exit(code: int) -> str:
-    """How a process ended, by its return code."""
+    """Return how a process ended, from its return code."""
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
 def port_was_taken(stderr: str) -> bool:
-    """Whether QEMU did not start because somebody else listens on the SPICE port."""
+    """Return whether QEMU did not start because another program uses the SPICE port."""
     return "in use" in stderr or "failed to initialize spice server" in stderr
 
 
 def setup_problem(stderr: str) -> SetupError | None:
-    """What is missing on this machine, by what a QEMU that did not start wrote; None if something else is wrong."""
+    """Return the error for a missing package, from QEMU's standard error; None if QEMU failed for another reason."""
     package = _MISSING_PACKAGE.search(stderr)
     if package is None and not _MISSING_PART.search(stderr):
         return None
     packages = package[1] if package else "qemu-system-x86 qemu-system-modules-spice"
     return SetupError(
-        f"QEMU lacks a part: {stderr.strip().splitlines()[-1]}",
+        f"a part of QEMU is not installed: {stderr.strip().splitlines()[-1]}",
         reason=Reason.MISSING_PROGRAM,
-        remedy=f"sudo apt-get install {packages}",
+        remedy=Remedy(command=f"sudo apt-get install {packages}"),
     )
 
 
 def private_folder() -> Path:
-    """A new folder that only we may enter, with a name short enough for sockets in it."""
+    """Make a folder that only this user can access, with a path short enough for sockets in it; return the path."""
     base = tempfile.gettempdir()
     return Path(tempfile.mkdtemp(prefix="farplug-", dir=base if len(base) <= _SOCKET_PATH_ROOM else "/tmp"))
 
 
 def unused_port() -> int:
-    """A TCP port of the loopback address that nobody listens on now."""
+    """Return a TCP port of the loopback address that no program listens on now."""
     with socket.create_server((LOOPBACK, 0)) as probe:
         return int(probe.getsockname()[1])
 
 
 def qemu_version() -> tuple[int, int]:
-    """QEMU's major and minor version."""
+    """Return QEMU's major and minor version.
+
+    Raises:
+        SetupError: QEMU is not installed, or does not print its version.
+    """
     output = output_of(str(find_program(QEMU)), "--version") or ""
     match = re.search(r"version (\d+)\.(\d+)", output)
     if match is None:
-        raise SetupError(f"{QEMU} --version says {output[:80]!r}", reason=Reason.MISSING_PROGRAM)
+        raise SetupError(f"unknown version of {QEMU}: {output[:80]!r}", reason=Reason.MISSING_PROGRAM)
     return int(match[1]), int(match[2])
 
 
 def copy_firmware(folder: Path) -> tuple[Path, Path]:
-    """OVMF's code, and a private copy of its variables.
+    """Return the paths of OVMF's code and of a private copy of its variables.
 
     Raises:
         SetupError: OVMF is not installed.
@@ -448,7 +454,7 @@ def copy_firmware(folder: Path) -> tuple[Path, Path]:
         if (OVMF_FOLDER / code).exists() and (OVMF_FOLDER / variables).exists():
             return OVMF_FOLDER / code, Path(shutil.copy(OVMF_FOLDER / variables, folder / "variables"))
     raise SetupError(
-        f"no {' or '.join(code for code, _ in OVMF_FILES)} in {OVMF_FOLDER}",
+        f"OVMF is not installed: no {' or '.join(code for code, _ in OVMF_FILES)} in {OVMF_FOLDER}",
         reason=Reason.MISSING_PROGRAM,
-        remedy="sudo apt-get install ovmf",
+        remedy=Remedy(command="sudo apt-get install ovmf"),
     )

@@ -1,4 +1,4 @@
-"""What a throw-away guest is made of, and the QEMU command line that makes it."""
+"""Describe a throw-away guest, and make the QEMU command line for it."""
 
 from __future__ import annotations
 
@@ -9,19 +9,17 @@ from pathlib import Path
 from typing import assert_never
 from urllib.parse import quote
 
-from farplug.errors import Reason, UsageError
-
 LOOPBACK = "127.0.0.1"
 
 GATEWAY = "10.0.2.2"
-"""This machine, as a guest with a network sees it; its loopback address answers there (QEMU, "-netdev user")."""
+"""This machine's address in the network of a guest: leads to its loopback address (QEMU, "-netdev user")."""
 
 MACHINE_MODULES = ("9p", "9pnet_virtio", "overlay")
 NETWORK_MODULES = ("virtio_net",)
 
 
 class Controller(StrEnum):
-    """The USB host controller that all devices of the guest are plugged into; its id in QEMU is ``usb``."""
+    """The USB host controller for all devices of the guest. Its id in QEMU is ``usb``."""
 
     XHCI = "xhci"
     """SuperSpeed and below, 15 ports."""
@@ -35,23 +33,23 @@ _PORTS = {Controller.XHCI: 15, Controller.EHCI: 6, Controller.UHCI: 2}
 
 
 class Boot(StrEnum):
-    """What the guest boots."""
+    """The kernel or firmware that the guest boots."""
 
     KERNEL = "kernel"
-    """The distribution's kernel and our initramfs, directly: the only one that runs commands."""
+    """The distribution's kernel and farplug's initramfs, directly. Only such a guest can run commands."""
     BIOS = "bios"
-    """SeaBIOS, and then the device with the lowest ``bootindex``."""
+    """SeaBIOS, which boots the device with the lowest ``bootindex``."""
     UEFI = "uefi"
-    """OVMF, likewise."""
+    """OVMF, which boots the device with the lowest ``bootindex``."""
 
 
 class SpiceTransport(StrEnum):
-    """How the SPICE server is reached."""
+    """Sockets of the SPICE server."""
 
     TCP = "tcp"
     TLS = "tls"
     TLS_REQUIRED = "tls-required"
-    """A plain port too, which answers every link with error 5, "need secured"."""
+    """A TLS port, and a plain port that refuses every link with error 5 (NEED_SECURED)."""
     UNIX = "unix"
 
 
@@ -60,9 +58,9 @@ class Spice:
     """The guest's SPICE server.
 
     Attributes:
-        transport: how it is reached.
-        ticket: the password; empty: none is asked for.
-        host_names: what its certificate is good for.
+        transport: its sockets.
+        ticket: the password; empty: no password.
+        host_names: host names and addresses that its certificate is valid for.
     """
 
     transport: SpiceTransport = SpiceTransport.TCP
@@ -72,10 +70,10 @@ class Spice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UsbPort:
-    """A usb-redir device, made to take one USB device from outside. Its id in QEMU is ``redir<index>``.
+    """A usb-redir device: one USB device can be redirected to it. Its id in QEMU is ``redir<index>``.
 
     Attributes:
-        filter: QEMU's filter rules; empty: all devices are welcome.
+        filter: QEMU's filter rules; empty: all devices are allowed.
         bootindex: place in the firmware's boot order.
         properties: more properties of the usb-redir device, such as ``streams=off`` or ``debug=4``.
     """
@@ -87,15 +85,15 @@ class UsbPort:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpicePort(UsbPort):
-    """Fed by a usbredir channel of the guest's SPICE server."""
+    """Connected to a usbredir channel of the guest's SPICE server."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TcpPort(UsbPort):
-    """Fed by a connection to a TCP port on the loopback address, which QEMU listens on.
+    """Connected to a TCP port of the loopback address that QEMU listens on.
 
     Attributes:
-        nodelay: whether QEMU sends small messages at once (TCP_NODELAY). Its own default is that it does not.
+        nodelay: whether QEMU sets TCP_NODELAY, which is not its default.
     """
 
     nodelay: bool = True
@@ -103,16 +101,16 @@ class TcpPort(UsbPort):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnixPort(UsbPort):
-    """Fed by a connection to a UNIX socket, which QEMU listens on."""
+    """Connected to a UNIX socket that QEMU listens on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TcpClientPort(UsbPort):
-    """Fed by a connection that QEMU makes to us, again every second until it succeeds.
+    """Connected to a TCP port of this machine. QEMU is the client, and retries every second until it succeeds.
 
     Attributes:
-        port: the TCP port that we listen on.
-        host: the address.
+        port: the TCP port that QEMU connects to.
+        host: the address that QEMU connects to.
     """
 
     port: int
@@ -121,11 +119,11 @@ class TcpClientPort(UsbPort):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UsbDisk:
-    """QEMU's own usb-storage on the same controller. Its id in QEMU is ``disk<index>``.
+    """A usb-storage device of QEMU on the same controller. Its id in QEMU is ``disk<index>``.
 
     Attributes:
         image: a raw image.
-        read_only: whether the guest may not write.
+        read_only: write-protect the disk.
         cache: QEMU's cache mode.
         bootindex: place in the firmware's boot order.
     """
@@ -141,24 +139,24 @@ class GuestConfig:
     """A throw-away guest.
 
     Attributes:
-        ports: its usb-redir devices.
-        spice: its SPICE server; without one, a :class:`SpicePort` brings one with the defaults.
-        disks: disks that QEMU itself gives it.
-        controller: its USB controller.
-        boot: what it boots.
-        paused: whether its processors stand still until the ``cont`` command of QMP.
-        memory: in MiB.
-        processors: how many.
-        accelerator: ``tcg`` works everywhere; ``kvm`` is faster where the machine really has it.
-        modules: kernel modules to load at boot besides those for USB storage.
-        programs: programs of this machine to put into the guest besides ``mke2fs``, ``lsusb`` and the like.
-        python: whether to put the distribution's ``python3`` and its standard library (50 MB) into the guest.
-        files: more files to put into the guest: its path there, the file here.
-        machine: whether its commands run on this machine's file system, with all its programs: as far as this process
-            may read it, and what they write stays in the guest's memory.
-        network: whether it has a network, in which this machine's loopback address is :data:`GATEWAY`.
-        kernel_arguments: more words on the kernel's command line.
-        extra_arguments: more arguments of QEMU.
+        ports: the usb-redir devices.
+        spice: the SPICE server; None: a default one if there is a :class:`SpicePort`.
+        disks: disks that QEMU emulates.
+        controller: the USB controller.
+        boot: the kernel or firmware to boot.
+        paused: start with stopped processors; the ``cont`` command of QMP starts them.
+        memory: size of the memory, in MiB.
+        processors: number of processors.
+        accelerator: ``tcg`` works everywhere; ``kvm`` is faster where the machine supports it.
+        modules: kernel modules to load at boot, in addition to those for USB storage.
+        programs: programs of this machine to copy into the guest, in addition to ``mke2fs``, ``lsusb`` and others.
+        python: copy the distribution's ``python3`` and its standard library (50 MB) into the guest.
+        files: more files to copy into the guest: pairs of a path in the guest and a file on this machine.
+        machine: run commands on this machine's filesystem, with all its programs. They read what this process may
+            read; what they write stays in the guest's memory.
+        network: add a network, in which this machine's loopback address is :data:`GATEWAY`.
+        kernel_arguments: more words for the kernel's command line.
+        extra_arguments: more arguments for QEMU.
     """
 
     ports: tuple[UsbPort, ...] = ()
@@ -180,20 +178,18 @@ class GuestConfig:
     extra_arguments: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Check that it fits.
+        """Check the number of devices.
 
         Raises:
-            UsageError: more devices than the controller has ports.
+            ValueError: more devices than the controller has ports.
         """
         devices, ports = len(self.ports) + len(self.disks), _PORTS[self.controller]
         if devices > ports:
-            raise UsageError(
-                f"{devices} devices do not fit on the {ports} ports of {self.controller}", reason=Reason.BAD_OPTION
-            )
+            raise ValueError(f"{devices} devices do not fit on the {ports} ports of {self.controller}")
 
     @property
     def boot_modules(self) -> tuple[str, ...]:
-        """Kernel modules to load at boot besides those for USB storage."""
+        """Return the kernel modules to load at boot, in addition to those for USB storage."""
         return (
             *(MACHINE_MODULES if self.machine else ()),
             *(NETWORK_MODULES if self.network else ()),
@@ -202,7 +198,7 @@ class GuestConfig:
 
     @property
     def spice_server(self) -> Spice | None:
-        """The SPICE server that it gets."""
+        """Return the SPICE server, the default one included."""
         if self.spice is None and any(isinstance(port, SpicePort) for port in self.ports):
             return Spice()
         return self.spice
@@ -210,15 +206,16 @@ class GuestConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpiceAddress:
-    """Where a guest's SPICE server listens.
+    """The address of a guest's SPICE server.
 
     Attributes:
-        port: plain TCP port, if it has one.
-        tls_port: TLS port, if it has one.
-        socket: UNIX socket, if it has one.
-        ticket: the password; empty: none.
-        ca_file: the authority of its certificate, in PEM form, if it has a TLS port.
-        host_subject: the certificate's subject.
+        host: the address of the TCP ports.
+        port: the plain TCP port, if there is one.
+        tls_port: the TLS port, if there is one.
+        socket: the UNIX socket, if there is one.
+        ticket: the password; empty: no password.
+        ca_file: the certificate of the authority, in PEM form, if there is a TLS port.
+        host_subject: the subject of the server's certificate.
     """
 
     host: str = LOOPBACK
@@ -231,7 +228,7 @@ class SpiceAddress:
 
     @property
     def target(self) -> str:
-        """The target string, ticket included."""
+        """Return the target, including the ticket."""
         if self.socket is not None:
             return f"spice+unix://{self.socket}"
         secret = f":{quote(self.ticket, safe='')}@" if self.ticket else ""
@@ -241,7 +238,7 @@ class SpiceAddress:
 
     @property
     def vv(self) -> str:
-        """The text of a ``.vv`` file for it."""
+        """Return the text of a ``.vv`` file for this server."""
         values: dict[str, object] = {"type": "spice", "host": self.host}
         if self.port is not None:
             values["port"] = self.port
@@ -256,18 +253,18 @@ class SpiceAddress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resources:
-    """What this run of a guest got: file descriptors that QEMU inherits, files, addresses.
+    """Resources of one run of a guest: file descriptors that QEMU inherits, files, addresses.
 
     Attributes:
-        folder: private to this guest.
+        folder: a folder that is private to this guest.
         monitor: descriptor of the monitor's socket.
         channels: descriptors of the agent's channels.
         listeners: descriptor of the listening socket, by index of a :class:`TcpPort`.
-        kernel: the kernel's image (boot from the kernel only).
-        initramfs: descriptor of the initramfs (likewise).
-        spice: where the SPICE server shall listen, if there is one.
-        firmware: OVMF's code, and a private copy of its variables (UEFI only).
-        qemu_version: major and minor.
+        kernel: the kernel's image (:attr:`Boot.KERNEL` only).
+        initramfs: descriptor of the initramfs (:attr:`Boot.KERNEL` only).
+        spice: the address for the SPICE server, if there is one.
+        firmware: OVMF's code, and a private copy of its variables (:attr:`Boot.UEFI` only).
+        qemu_version: major and minor version.
     """
 
     folder: Path
@@ -293,12 +290,12 @@ class Resources:
         return self.folder / "ticket"
 
     def port_socket(self, index: int) -> Path:
-        """The UNIX socket of a :class:`UnixPort`."""
+        """Return the path of the UNIX socket of a :class:`UnixPort`."""
         return self.folder / f"port{index}"
 
 
 def option(name: str = "", /, **properties: object) -> str:
-    """An argument of QEMU in its "name,key=value" form: commas doubled, underscores as hyphens, None left out."""
+    """Return an argument of QEMU, ``name,key=value``: commas are doubled, ``_`` becomes ``-``, and None is omitted."""
     words = [name] if name else []
     for key, value in properties.items():
         if value is not None:
@@ -308,7 +305,7 @@ def option(name: str = "", /, **properties: object) -> str:
 
 
 def command_line(config: GuestConfig, resources: Resources) -> list[str]:
-    """QEMU's arguments, its program's name not included."""
+    """Return QEMU's arguments, without the name of the program."""
     arguments = ["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-machine", "pc,usb=off"]
     arguments += ["-accel", config.accelerator, "-m", str(config.memory), "-smp", str(config.processors)]
     if config.accelerator.startswith("kvm"):
@@ -417,8 +414,8 @@ def _port_chardev(index: int, port: UsbPort, resources: Resources) -> str:
         case UnixPort():
             return option("socket", id=name, path=resources.port_socket(index), server=True, wait=False)
         case TcpClientPort():
-            # QEMU 9.2 renamed it.
-            again = {"reconnect_ms": 1000} if resources.qemu_version >= (9, 2) else {"reconnect": 1}
-            return option("socket", id=name, host=port.host, port=port.port, nodelay=True, **again)
+            # QEMU 9.2 renamed the option.
+            retry = {"reconnect_ms": 1000} if resources.qemu_version >= (9, 2) else {"reconnect": 1}
+            return option("socket", id=name, host=port.host, port=port.port, nodelay=True, **retry)
         case _:
-            raise UsageError(f"{type(port).__name__} is not a kind of port", reason=Reason.BAD_OPTION)
+            raise ValueError(f"{type(port).__name__} is not a kind of port")

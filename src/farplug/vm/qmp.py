@@ -1,4 +1,4 @@
-"""QEMU Machine Protocol: JSON, one message a line (QEMU, docs/interop/qmp-spec.rst)."""
+"""QEMU Machine Protocol: JSON, one message per line (QEMU, docs/interop/qmp-spec.rst)."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any
 from farplug.errors import GuestGoneError, Reason, RefusedError, RemoteProtocolError
 
 MAX_LINE = 16 << 20
-"""Longest message accepted, in bytes."""
+"""Maximum size of a message, in bytes."""
 
 MAX_EVENTS = 1000
-"""Events kept for :meth:`Qmp.event`; older ones are forgotten."""
+"""Events kept for :meth:`Qmp.event`; older events are dropped."""
 
 
 class QmpError(RefusedError):
     """QEMU refused a command.
 
     Attributes:
-        error_class: QEMU's class of error, such as ``GenericError``.
+        error_class: QEMU's error class, such as ``GenericError``.
     """
 
     def __init__(self, command: str, error_class: str, description: str) -> None:
@@ -31,7 +31,7 @@ class QmpError(RefusedError):
 
 
 class Qmp:
-    """A connection to QEMU's monitor. Several commands may be under way at once; answers are told apart by id."""
+    """A connection to QEMU's monitor. Several commands may be in flight; replies are matched by id."""
 
     def __init__(self) -> None:
         self._writer: asyncio.StreamWriter | None = None
@@ -43,26 +43,26 @@ class Qmp:
         self._closed = False
 
     async def connect(self, sock: socket.socket) -> None:
-        """Take a connected socket, read the greeting and leave negotiation mode.
+        """Read the greeting from a connected socket, and leave capabilities negotiation mode.
 
         Raises:
             GuestGoneError: QEMU closed the connection.
-            RemoteProtocolError: what is at the other end does not speak QMP.
+            RemoteProtocolError: the peer is not a QMP server.
         """
         reader, self._writer = await asyncio.open_connection(sock=sock, limit=MAX_LINE)
         greeting = await _read_message(reader)
         if greeting is None:
             raise GuestGoneError("QEMU closed its monitor before the greeting")
         if "QMP" not in greeting:
-            raise RemoteProtocolError(f"no QMP greeting: {str(greeting)[:200]}")
+            raise RemoteProtocolError(f"not a QMP greeting: {str(greeting)[:200]}")
         self._reading = asyncio.create_task(self._read(reader))
         await self.execute("qmp_capabilities")
 
     async def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
-        """Run a command, and return what it returns.
+        """Run a command, and return its ``return`` value.
 
         Raises:
-            QmpError: QEMU refused it.
+            QmpError: QEMU refused the command.
             GuestGoneError: the connection is closed.
         """
         if self._writer is None or self._closed:
@@ -77,14 +77,14 @@ class Qmp:
         return await answer
 
     async def human(self, command_line: str) -> str:
-        """Run a command of the human monitor, such as ``info usb``, and return its text."""
+        """Run a command of the human monitor, such as ``info usb``, and return its output."""
         return str(await self.execute("human-monitor-command", {"command-line": command_line}))
 
     async def event(self, name: str, timeout: float = 30) -> dict[str, Any]:
-        """The earliest event of that name that was not returned yet; waits for one if there is none.
+        """Return the oldest event of this name that was not returned yet; wait for one if there is none.
 
         Raises:
-            TimeoutError: none came within ``timeout`` seconds.
+            TimeoutError: no event arrived within ``timeout`` seconds.
             GuestGoneError: the connection is closed.
         """
         async with asyncio.timeout(timeout), self._changed:
@@ -94,11 +94,11 @@ class Qmp:
                         self._events.remove(event)
                         return event
                 if self._closed:
-                    raise GuestGoneError(f"QEMU's monitor is closed: no event {name} can come")
+                    raise GuestGoneError(f"QEMU's monitor is closed: the event {name} cannot arrive")
                 await self._changed.wait()
 
     async def close(self) -> None:
-        """Close the connection; commands under way fail."""
+        """Close the connection; commands in flight fail."""
         if self._reading is not None:
             self._reading.cancel()
             await asyncio.gather(self._reading, return_exceptions=True)
@@ -136,7 +136,7 @@ class Qmp:
 
 
 async def _read_message(reader: asyncio.StreamReader) -> dict[str, Any] | None:
-    """The next message; None at the end of the stream."""
+    """Return the next message; None at the end of the stream."""
     try:
         line = await reader.readline()
         if not line.endswith(b"\n"):
@@ -145,7 +145,7 @@ async def _read_message(reader: asyncio.StreamReader) -> dict[str, Any] | None:
     except ConnectionError:
         return None
     except ValueError as error:
-        raise RemoteProtocolError(f"QEMU's monitor sent no JSON line of at most {MAX_LINE} bytes: {error}") from error
+        raise RemoteProtocolError(f"not a line of JSON of at most {MAX_LINE} bytes from QMP: {error}") from error
     if not isinstance(message, dict):
-        raise RemoteProtocolError(f"QEMU's monitor sent no JSON object: {str(message)[:200]}")
+        raise RemoteProtocolError(f"not a JSON object from QMP: {str(message)[:200]}")
     return message

@@ -1,8 +1,8 @@
-"""Runs in the near guest: farplug as a library, led over a connection to the tests.
+"""Run in the near guest: farplug as a library, controlled by the tests over a connection.
 
-``plugger.py HOST PORT`` connects, does what each line asks for, side by side, and answers with a line. A request is a
-JSON list: its number, the name of a method of :class:`Plugger`, and arguments. An answer is the number and the result,
-or the number, null and the error. An event comes as "event", the device, the kind of event, and its words.
+``plugger.py HOST PORT`` connects, and executes each line as a request, in parallel. A request is a JSON list: its
+number, the name of a method of :class:`Plugger`, and arguments. The reply is the number and the result, or the number,
+null and the error. An event is "event", the device, the kind of event, and its text.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PACKETS = logging.getLogger("farplug.redirection.port_protocol")
 
 
 class Records(logging.Handler):
-    """Keeps messages."""
+    """Records messages."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Records(logging.Handler):
 
 
 class Notes(AutoListener):
-    """Tells the tests what a keeper tells, as events of kind "note"."""
+    """Sends the notes of a keeper to the tests, as events of kind "note"."""
 
     def __init__(self, say: Callable[..., None]) -> None:
         self._say = say
@@ -76,23 +76,23 @@ class Plugger:
         hub.stream.subscribe(happened)
 
     async def leave(self, target: str) -> None:
-        """Unplug everything from a guest, and leave it; does nothing the second time."""
+        """Unplug everything from a guest, and disconnect; a second call does nothing."""
         if hub := self._hubs.pop(target, None):
             await hub.close()
 
     async def offer(self, number: int, target: str, place: str) -> list[str]:
-        """Plug in the device at BUS-NUMBER, as device ``number`` of the tests; what makes no sense about it."""
+        """Plug in the device at BUS-NUMBER, as device ``number`` of the tests; return the warnings about it."""
         device = find_device(*map(int, place.split("-")))
         self._attachments[number] = await self._hubs[target].plug(device)
         return list(device.warnings)
 
     async def plug(self, number: int, target: str, place: str) -> None:
-        """Offer it; done when the guest has configured it."""
+        """Offer a device, and wait until the guest has configured it."""
         await self.offer(number, target, place)
         await self._attachments[number].configured()
 
     async def unplug(self, number: int) -> None:
-        """Take device ``number`` out."""
+        """Unplug device ``number``."""
         await self._attachments.pop(number).unplug()
 
     async def keep(self, target: str, choice: str, follow: str) -> None:
@@ -109,39 +109,39 @@ class Plugger:
         await self._keeper.close()
 
     async def figures(self, number: int) -> dict[str, dict[str, int]]:
-        """What moved through each endpoint of device ``number``."""
+        """Return the figures of each endpoint of device ``number``."""
         return {f"{one.endpoint:02x}": asdict(one) for one in self._attachments[number].endpoints}
 
     async def record(self) -> None:
-        """Keep the packets of devices that are plugged in from now on."""
+        """Record the packets of devices that are plugged in from now on."""
         self._records.messages.clear()
         PACKETS.addHandler(self._records)
         PACKETS.setLevel(logging.DEBUG)
 
     async def recorded(self) -> list[str]:
-        """The packets since then, in words; no more are kept."""
+        """Stop recording, and return the packets as text."""
         PACKETS.removeHandler(self._records)
         PACKETS.setLevel(logging.NOTSET)
         return self._records.messages
 
     async def memory(self) -> int:
-        """Bytes of memory that this process uses now."""
+        """Return the resident memory of this process, in bytes."""
         pages = Path("/proc/self/statm").read_text().split()[1]
         return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
     async def descriptors(self) -> list[str]:
-        """What this process has open."""
+        """Return the open files of this process."""
         folder = "/proc/self/fd"
         links = []
         for name in os.listdir(folder):
             try:
                 links.append(os.readlink(f"{folder}/{name}"))
             except FileNotFoundError:
-                pass  # the listing's own
+                pass  # the descriptor of the listing
         return sorted(links)
 
     async def do(self, line: bytes) -> None:
-        """Do what a line asks for, and answer."""
+        """Execute a request, and send the reply."""
         number, name, *arguments = json.loads(line)
         try:
             result: Any = await getattr(self, name)(*arguments)

@@ -121,7 +121,7 @@ def stress(disk: int, seconds: float) -> dict[str, int]:
 
 
 def latencies(disk: int) -> list[float]:
-    """Of one block, read past the cache."""
+    """Return the latencies of reads of one block, without the cache."""
     taken = []
     with _buffer() as buffer:
         for _ in range(READS):

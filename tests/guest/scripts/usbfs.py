@@ -84,7 +84,7 @@ class Isochronous:
             raise OSError(ctypes.get_errno(), "no URB is taken")
 
     def packets(self) -> list[bytes]:
-        """What arrived in each packet; of a failed one nothing."""
+        """Return the data of each packet; empty for a failed packet."""
         arrived, offset = [], 0
         for length, actual, status in PACKET.iter_unpack(self._urb.raw[URB.size :]):
             arrived.append(self._data.raw[offset : offset + actual] if status == 0 else b"")
@@ -93,7 +93,7 @@ class Isochronous:
 
 
 class Device:
-    """An open device. The operations are its methods: they return what arrived, and raise OSError."""
+    """An open device. Its methods are the operations: they return the data that arrived, and raise OSError."""
 
     def __init__(self, node: str) -> None:
         self._file = os.open(node, os.O_RDWR)
@@ -117,16 +117,16 @@ class Device:
         return b""
 
     def receive(self, endpoint: int, length: int) -> bytes:
-        """A bulk transfer in, of so many bytes at most."""
+        """Make a bulk IN transfer of at most ``length`` bytes."""
         buffer = ctypes.create_string_buffer(max(length, 1))
         moved = self._bulk(endpoint, buffer, length)
         return buffer.raw[:moved]
 
     def listen(self, endpoint: int, size: int, packets: int, urbs: int, count: int) -> bytes:
-        """Read at least ``count`` isochronous packets of at most ``size`` bytes, so many in each of some URBs.
+        """Read at least ``count`` isochronous packets of at most ``size`` bytes, ``packets`` in each of ``urbs`` URBs.
 
         Returns:
-            each packet after its length in two bytes. Those without data do not count.
+            each packet after its length in two bytes. Empty packets do not count.
         """
         arrived: list[bytes] = []
 
@@ -138,7 +138,7 @@ class Device:
         return b"".join(struct.pack("<H", len(packet)) + packet for packet in arrived)
 
     def play(self, endpoint: int, packets: int, urbs: int, *data: str) -> bytes:
-        """Write isochronous packets, so many in each URB, so many URBs at a time."""
+        """Write isochronous packets, ``packets`` in each URB, with ``urbs`` URBs in flight."""
         sent = [bytes.fromhex(packet) for packet in data]
         parts = (sent[start : start + packets] for start in range(0, len(sent), packets))
         waiting = (Isochronous(self._file, endpoint, list(map(len, part)), b"".join(part)) for part in parts)
@@ -146,36 +146,36 @@ class Device:
         return b""
 
     def _stream(self, urbs: list[Isochronous], back: Callable[[Isochronous], Isochronous | None]) -> None:
-        """Submit URBs, and for each that comes back what ``back`` makes of it."""
-        under_way: dict[int, Isochronous] = {}
+        """Submit URBs, and for each completed URB the one that ``back`` returns."""
+        in_flight: dict[int, Isochronous] = {}
 
         def submit(urb: Isochronous) -> None:
-            under_way[urb.address] = urb
+            in_flight[urb.address] = urb
             urb.submit()
 
         for urb in urbs:
             submit(urb)
-        while under_way:
+        while in_flight:
             address = ctypes.c_uint64()
             fcntl.ioctl(self._file, REAP_URB, address)
-            following = back(under_way.pop(address.value))
+            following = back(in_flight.pop(address.value))
             if following is not None:
                 submit(following)
 
     def begin(self, name: str, *arguments: Any) -> bytes:
-        """Start another operation beside those that follow; :meth:`join` waits for it."""
+        """Start an operation in parallel to those that follow; :meth:`join` waits for it."""
         self._begun.append(self._threads.submit(result, getattr(self, name), list(arguments)))
-        time.sleep(0.2)  # it is at the device then
+        time.sleep(0.2)  # the device has the transfer then
         return b""
 
     def join(self) -> bytes:
-        """The results of what was begun, as this script writes them."""
+        """Return the results of all operations of :meth:`begin`, as this script writes them."""
         results = [future.result() for future in self._begun]
         self._begun.clear()
         return json.dumps(results).encode()
 
     def drain(self, endpoint: int, length: int, path: str) -> bytes:
-        """Read bulk transfers of so many bytes until there is a file."""
+        """Read bulk transfers of ``length`` bytes until a file exists."""
         while not os.path.exists(path):
             arrived = len(self.receive(endpoint, length))
             assert arrived == length, f"{arrived} of {length} bytes"
@@ -231,7 +231,7 @@ class Device:
 
 
 def result(operation: Callable[..., bytes], arguments: list[Any]) -> str:
-    """What an operation came to."""
+    """Run an operation, and return its data or the name of its error."""
     try:
         return operation(*arguments).hex()
     except OSError as error:

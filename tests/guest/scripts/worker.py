@@ -13,19 +13,19 @@ import threading
 from pathlib import Path
 
 WORKERS, FILES, KEPT = 4, 100, 10
-"""So many write at once; so many files each; so many of them are there at a time."""
+"""Number of workers; of files per worker; of files per worker that exist at a time."""
 
 _SECTOR, _PAGE = 512, 4096
 _SIZES = (1, 700, 5000, 40_000)
 
 
 def file_name(worker: int, number: int) -> str:
-    """The name of a worker's file."""
+    """Return the name of a worker's file."""
     return f"{worker}-{number:04}"
 
 
 def file_content(name: str) -> bytes:
-    """What is in it."""
+    """Return the content of a file."""
     size = _SIZES[int(name[2:]) * 7 % len(_SIZES)]
     return (name.encode() * (size // len(name) + 1))[:size]
 

@@ -1,4 +1,4 @@
-"""Runs in the guest: writes numbered records to a disk for ever, and says on the console which of them are durable.
+"""Runs in the guest: writes numbered records to a disk forever, and prints the durable ones on the console.
 
 ``writer.py KIND SERIAL FIRST`` waits until the disk with that serial number is there, writes until it is gone, waits
 again, and goes on; FIRST is the number of the first record. KIND is ``blocks`` (on the disk itself) or ``files`` (on
@@ -22,7 +22,7 @@ from pathlib import Path
 FIRST_SECTOR, SECTORS = 2048, 4096
 """Where blocks are written."""
 KEPT = 30
-"""So many of the files are there at a time."""
+"""Number of files that exist at a time."""
 
 _HEADER = struct.Struct("<QQ")
 _FOLDER = "/mnt"
@@ -35,7 +35,7 @@ def place(number: int) -> tuple[int, int]:
 
 
 def sector(number: int, lba: int) -> bytes:
-    """What a record puts into a sector."""
+    """Return the content of a sector of a record."""
     return _HEADER.pack(number, lba) * 32
 
 
@@ -46,12 +46,12 @@ def writer_of(content: bytes, lba: int) -> int | None:
 
 
 def file_name(number: int) -> str:
-    """The name of a file."""
+    """Return the name of a file."""
     return f"{number:06}"
 
 
 def file_content(number: int) -> bytes:
-    """What is in it."""
+    """Return the content of a file."""
     size = 1 + number * 7919 % 60000
     return (file_name(number).encode() * (size // 6 + 1))[:size]
 
@@ -111,7 +111,7 @@ def write_files(disk: str, numbers: Iterator[int]) -> None:
             path.with_suffix(".new").rename(path)
             sync(_FOLDER)
             # Linux 6.1 says of a folder that it is durable when the journal was given up between the rename and the
-            # fsync (the disk is gone, its removal tried to commit). Of the file it tells the truth.
+            # fsync (the disk is gone, its removal tried to commit). For a file this is correct.
             sync(path)
             say(number)
             Path(_FOLDER, file_name(number - KEPT)).unlink(missing_ok=True)
@@ -132,7 +132,7 @@ KINDS: dict[str, Callable[[str, Iterator[int]], None]] = {"blocks": write_blocks
 
 
 def main(kind: str, serial: str, first: str) -> None:
-    """Write for ever."""
+    """Write forever."""
     numbers = itertools.count(int(first))
     while True:
         while (disk := find(serial)) is None:
