@@ -51,7 +51,7 @@ class Even:
             raise ValueError(f"number: {self.number} is odd")
 
 
-GOOD = {"name": "n", "inner": {"flag": True}}
+GOOD: dict[str, object] = {"name": "n", "inner": {"flag": True}}
 
 
 def refuse(data: object, name: str = "") -> UsageError:
@@ -140,8 +140,9 @@ def test_json_out_has_no_secret() -> None:
     ],
 )
 def test_refused(change: dict[object, object], message: str) -> None:
-    assert refuse({**GOOD, **change}).message == message
-    assert refuse({**GOOD, **change}, "a").message == f"a.{message}"
+    data = change | dict[object, object]((name, value) for name, value in GOOD.items() if name not in change)
+    assert refuse(data).message == message
+    assert refuse(data, "a").message == f"a.{message}"
 
 
 @pytest.mark.parametrize("data", [None, [], "x", 1, True, [GOOD]])
@@ -162,6 +163,14 @@ def test_a_refusal_of_the_dataclass_itself() -> None:
     assert caught.value.reason is Reason.BAD_SETTING
 
 
+def wrap_in_array(value: object) -> object:
+    return [value]
+
+
+def wrap_in_object(value: object) -> object:
+    return {"a": value}
+
+
 def nested(make: Callable[[object], object], depth: int) -> object:
     value: object = 1
     for _ in range(depth):
@@ -178,8 +187,8 @@ def nested(make: Callable[[object], object], depth: int) -> object:
         dict.fromkeys(map(str, range(100_000)), "x" * 1000),
         10**100_000,
         -(10**5000),
-        nested(lambda value: [value], 100_000),
-        nested(lambda value: {"a": value}, 100_000),
+        nested(wrap_in_array, 100_000),
+        nested(wrap_in_object, 100_000),
         "\x1b[2J\r\n\u202e",
         "\ud83d\ude00" * 100,
         1e308 * 10,
@@ -223,10 +232,10 @@ JSON = st.recursive(
 
 @given(st.dictionaries(st.sampled_from([*Outer.__dataclass_fields__, "flag", "x"]), JSON), JSON)
 def test_any_json_is_decoded_or_refused(fields: dict[str, object], inner: object) -> None:
+    data = {**GOOD, **fields, "inner": inner if "x" in fields else GOOD["inner"]}
     try:
-        value = decode(Outer, {**GOOD, **fields, "inner": inner if "x" in fields else GOOD["inner"]})
-    except UsageError as error:
-        assert error.reason is Reason.BAD_SETTING
-        assert len(error.message) < 300
+        value = decode(Outer, data)
+    except UsageError:
+        refuse(data)
     else:
         json.dumps(encode(value))
