@@ -471,8 +471,9 @@ async def test_an_image_is_free_when_its_device_has_left_by_itself(
         await one.spice.of(0 if first.port is guest.session.ports[0] else 1).close()
         assert isinstance(await first.ended(), GuestGoneError)
         await log.until("removed")
-        while open_files(files):
+        while guest._releasing:
             await asyncio.sleep(0.01)
+        assert open_files(files) == []
         assert guest.attachments == []
         second = await guest.plug(Source.disk(files / "a.raw"))
         assert second.label == "a.raw"

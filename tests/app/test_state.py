@@ -226,7 +226,7 @@ USUAL = {
     "configured",
     "connected",
     "detached",
-    "fell-back",
+    "offer-changed",
     "figures",
     "guest",
     "guest-removed",
@@ -236,13 +236,13 @@ USUAL = {
     "refused",
     "removed",
     "stage",
-    "was-reset",
+    "port-reset",
 }
 
 
 async def test_any_history(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(engine, "ACK_PATIENCE", 0.05)
-    monkeypatch.setattr(engine, "HELLO_PATIENCE", 0.0)
+    monkeypatch.setattr(engine, "ACK_TIMEOUT", 0.05)
+    monkeypatch.setattr(engine, "HELLO_TIMEOUT", 0.0)
     monkeypatch.setattr(guest_module, "FIGURES_INTERVAL", 0.0)
     image, iso = tmp_path / "a.raw", tmp_path / "a.iso"
     image.write_bytes(bytes(4096))
