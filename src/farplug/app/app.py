@@ -11,16 +11,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Any, Self
 
 from farplug.app import commands
 from farplug.app.commands import Command
-from farplug.app.events import Event, EventStream, Level, Listener
+from farplug.app.events import EventReader, EventStream, Level, Listener
 from farplug.app.guest import AskPassword, Guest
 from farplug.app.settings import GuestSettings, StorageSettings
 from farplug.errors import FarplugError, Reason, StateError, UsageError
+from farplug.text import shown
 from farplug.virtual.cdrom import CdromDrive
 
 
@@ -55,8 +56,8 @@ class App:
         """Call ``listener`` with each event; see :meth:`EventStream.subscribe`."""
         return self.events.subscribe(listener)
 
-    def iterate(self) -> AsyncIterator[Event]:
-        """Yield each event; see :meth:`EventStream.iterate`."""
+    def iterate(self) -> EventReader:
+        """Return an iterator over the events from now on; see :meth:`EventStream.iterate`."""
         return self.events.iterate()
 
     def snapshot(self) -> dict[str, Any]:
@@ -74,7 +75,7 @@ class App:
         self._count += 1
         guest = Guest(settings, stream=self.events, id=f"g{self._count}", ask_password=self._ask_password)
         self.guests[guest.id] = guest
-        target = settings.target.target
+        target = settings.target.public_target
         guest.publish("guest", f"the VM at {target}", level=Level.DETAIL, target=target)
         return guest
 
@@ -148,7 +149,7 @@ class App:
         if id is None and len(self.guests) == 1:
             return next(iter(self.guests.values()))
         known = ", ".join(self.guests) or "none"
-        what = f"{id!r} is not a guest" if id is not None else f"which of {len(self.guests)} guests?"
+        what = f"{shown(id)} is not a guest" if id is not None else f"which of {len(self.guests)} guests?"
         raise UsageError(what, reason=Reason.NOT_FOUND, remedy=f"guests: {known}")
 
     async def _attach(self, command: commands.Attach) -> Any:
@@ -206,7 +207,7 @@ class App:
             return found[0], drives[found[0]]
         what = "which drive?" if found else "no drive is plugged in"
         if drives and not found:
-            what = f"there is no drive {wanted!r}"
+            what = f"there is no drive {shown(wanted)}"
         names = ", ".join(
             f"{label} ({'empty' if drive.medium is None else os.path.basename(drive.medium)})"
             for label, drive in drives.items()

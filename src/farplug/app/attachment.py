@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import Any, Protocol
 
-from farplug.app.events import Event
+from farplug.app.events import EventReader
 from farplug.errors import FarplugError, PortError, Reason, RefusedError
 from farplug.redirection import Redirection, events
 from farplug.redirection.events import PortEvent
@@ -75,14 +75,20 @@ class Owner(Protocol):
     def number_of(self, port: Port) -> int:
         """Return the number of a port of the guest, from 0."""
 
+    def precede(self, attachment: Attachment, event: type[PortEvent]) -> None:
+        """Publish what comes before an event of this type. The attachment's state is still that before the event."""
+
     def happened(self, attachment: Attachment, event: PortEvent) -> None:
         """Publish an event of the attachment."""
 
     def finished(self, attachment: Attachment) -> None:
         """Take note that the attachment is over."""
 
-    def events_of(self, attachment: Attachment) -> AsyncIterator[Event]:
-        """Yield the attachment's events."""
+    def left(self, attachment: Attachment) -> None:
+        """Release the attachment's device, which has left the guest, if the guest opened it."""
+
+    def events_of(self, attachment: Attachment) -> EventReader:
+        """Return an iterator over the attachment's events."""
 
 
 class Attachment:
@@ -95,6 +101,7 @@ class Attachment:
         units: the labels of its logical units; the label if it has none.
         device: what is plugged.
         port: where.
+        identity: of the device, as it was last offered to the guest.
         state: how far it has come.
         error: why the guest refused the device, or why the device left, if no user asked for that.
     """
@@ -114,6 +121,7 @@ class Attachment:
         self.titles = tuple(titles) or (label,)
         self.units = tuple(units) or (label,)
         self.device = device
+        self.identity = device.identity
         self.port = port
         self.state = AttachmentState.OPENING
         self.error: FarplugError | None = None
@@ -173,12 +181,15 @@ class Attachment:
         await self._ended.wait()
         return self.error
 
-    async def events(self) -> AsyncIterator[Event]:
-        """Yield what happens to the attachment from now on, until it has left the guest."""
-        async for event in self._owner.events_of(self):
-            yield event
-            if event.name == "detached":
-                return
+    def events(self) -> EventReader:
+        """Return an iterator over what happens to the attachment from now on, until it has left the guest.
+
+        The last event is ``removed``. There is none for an attachment that is over.
+        """
+        events = self._owner.events_of(self)
+        if self.over:
+            events.close()
+        return events
 
     async def unplug(self) -> None:
         """Take the device out of the guest, and close the port; give up while the port is being opened.
@@ -198,7 +209,6 @@ class Attachment:
 
     def snapshot(self) -> dict[str, Any]:
         """Return the attachment's state as JSON's types."""
-        identity = self.device.identity
         return {
             "id": self.id,
             "label": self.label,
@@ -206,8 +216,8 @@ class Attachment:
             "port": self.port.name,
             "state": str(self.state),
             "error": None if self.error is None else self.error.as_dict(),
-            "identity": str(identity),
-            "speed": str(identity.speed),
+            "identity": str(self.identity),
+            "speed": str(self.identity.speed),
         }
 
     def measure(self) -> tuple[Figures, float] | None:
@@ -256,11 +266,13 @@ class Attachment:
 
     def _opened(self) -> None:
         if self.state is AttachmentState.OPENING:
+            self._owner.precede(self, events.Opened)
             self.state = AttachmentState.WAITING
             self._owner.happened(self, events.Opened(self.port.name, self._owner.number_of(self.port)))
 
     def _happened(self, event: PortEvent) -> None:
         self._opened()  # a guest may send its hello before open() returns
+        self._owner.precede(self, type(event))
         if isinstance(event, events.Configured):
             configured = event.configuration != 0
             self.state = AttachmentState.CONFIGURED if configured else AttachmentState.ATTACHED
@@ -270,6 +282,8 @@ class Attachment:
             self.state = _STATES.get(type(event), self.state)
         if isinstance(event, events.GuestReady):
             self._ready.set()
+        if isinstance(event, events.Attached):
+            self.identity = event.identity
         if isinstance(event, (events.Refused, events.Detached)):
             self.error = self.error or event.error
         if isinstance(event, events.Detached) and self.state is not AttachmentState.REFUSED:
@@ -279,11 +293,12 @@ class Attachment:
             self._leaving = asyncio.ensure_future(self._leave())
 
     async def _leave(self) -> None:
-        """Free the port for another device: this one has left by itself."""
+        """Free the port for another device: this one has left the guest."""
         try:
             await self._redirection.close()
         finally:
             self._finish()
+            self._owner.left(self)
 
     def _finish(self) -> None:
         if self.state is not AttachmentState.REFUSED:

@@ -6,19 +6,23 @@ ignored.
 
 from __future__ import annotations
 
+import os
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
 from functools import cache
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Final, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from farplug.errors import Reason, UsageError
+from farplug.text import shown
 
 T = TypeVar("T")
 
-MAX_SHOWN = 80
-"""Characters of a bad value that an error quotes."""
+MAX_STRING: Final = 8192
+"""Characters of a string: twice the longest path of Linux. Longer strings are refused."""
+MAX_ITEMS: Final = 1000
+"""Items of an array. Longer arrays are refused."""
 
 _NAMES: Mapping[type, str] = {str: "a string", bool: "true or false", int: "an integer", float: "a number"}
 
@@ -26,13 +30,14 @@ _NAMES: Mapping[type, str] = {str: "a string", bool: "true or false", int: "an i
 def encode(value: object) -> Any:
     """Return a value as JSON's types: dataclasses as objects, enums as their values, tuples as arrays.
 
-    A field whose metadata has ``secret`` is left out.
+    A field whose metadata has ``secret`` is left out. ``public`` in its metadata is a function that removes the secrets
+    from the field's value.
     """
     if isinstance(value, Enum):
         return value.value
     if is_dataclass(value) and not isinstance(value, type):
         return {
-            field.name: encode(getattr(value, field.name))
+            field.name: encode(field.metadata.get("public", _same)(getattr(value, field.name)))
             for field in fields(value)
             if not field.metadata.get("secret")
         }
@@ -40,6 +45,10 @@ def encode(value: object) -> Any:
         return {str(key): encode(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [encode(item) for item in value]
+    return value
+
+
+def _same(value: object) -> object:
     return value
 
 
@@ -75,7 +84,21 @@ def _decode(kind: Any, data: object, name: str) -> Any:
         return float(data)
     if type(data) is not kind:  # a bool is an int for Python, and not for us
         raise _bad(name, data, _NAMES[kind])
+    if isinstance(data, str):
+        _check_string(data, name)
     return data
+
+
+def _check_string(data: str, name: str) -> None:
+    """Refuse a string that cannot be the name of a file: what a path or a target is, no system call takes then."""
+    if len(data) > MAX_STRING:
+        raise _bad(name, data, f"a string of at most {MAX_STRING} characters")
+    try:
+        valid = b"\0" not in os.fsencode(data)
+    except UnicodeEncodeError:
+        valid = False  # half of a surrogate pair, which JSON can escape
+    if not valid:
+        raise _bad(name, data, "a string without NUL characters and surrogates")
 
 
 def _union(kinds: Sequence[Any], data: object, name: str) -> Any:
@@ -90,6 +113,8 @@ def _union(kinds: Sequence[Any], data: object, name: str) -> Any:
 def _array(kind: Any, data: object, name: str) -> tuple[Any, ...]:
     if not isinstance(data, (list, tuple)):
         raise _bad(name, data, "an array")
+    if len(data) > MAX_ITEMS:
+        raise _bad(name, data, f"an array of at most {MAX_ITEMS} items")
     return tuple(_decode(kind, item, f"{name}[{index}]") for index, item in enumerate(data))
 
 
@@ -101,7 +126,7 @@ def _object(kind: Any, data: object, name: str) -> Any:
     for key in data:
         if key not in hints:
             raise UsageError(
-                f"{prefix}{_shown(key)} is not a known setting",
+                f"{prefix}{shown(key)} is not a known setting",
                 reason=Reason.BAD_SETTING,
                 remedy=f"known: {', '.join(hints)}",
             )
@@ -119,14 +144,10 @@ def _object(kind: Any, data: object, name: str) -> Any:
 
 @cache
 def _hints(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in fields(kind)}
 
 
 def _bad(name: str, data: object, expected: str) -> UsageError:
     subject = f"{name}: " if name else ""
-    return UsageError(f"{subject}{_shown(data)} is not {expected}", reason=Reason.BAD_SETTING)
-
-
-def _shown(data: object) -> str:
-    text = repr(data)
-    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"
+    return UsageError(f"{subject}{shown(data)} is not {expected}", reason=Reason.BAD_SETTING)

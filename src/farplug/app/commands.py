@@ -13,6 +13,7 @@ from typing import ClassVar, Final
 from farplug.app.codec import decode
 from farplug.app.settings import Source, StorageSettings
 from farplug.errors import Reason, UsageError
+from farplug.text import shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,16 +140,20 @@ FORCED: Final = (
 HELP: Final = ("help", "show this")
 
 
-def from_json(name: str, data: object) -> Command:
-    """Return the command with a name and its fields, an object of JSON's types.
+def from_json(name: object, data: object) -> Command:
+    """Return the command with a name and its fields.
+
+    Args:
+        name: of the command, as the JSON parser returned it.
+        data: an object of JSON's types with the fields.
 
     Raises:
         UsageError: there is no such command, or a field is not valid.
     """
-    kind = COMMANDS.get(name)
+    kind = COMMANDS.get(name) if isinstance(name, str) else None
     if kind is None:
         raise UsageError(
-            f"{name[:80]!r} is not a command", reason=Reason.UNKNOWN_COMMAND, remedy=f"commands: {', '.join(COMMANDS)}"
+            f"{shown(name)} is not a command", reason=Reason.UNKNOWN_COMMAND, remedy=f"commands: {', '.join(COMMANDS)}"
         )
     return decode(kind, data)
 

@@ -17,12 +17,17 @@ from typing import Any, Final
 
 from farplug.redirection import events as port_events
 from farplug.redirection.events import DeviceReport, PortEvent, as_dict
+from farplug.text import printable
 from farplug.virtual.events import FunctionRaised, MediumLocked
 
 log = logging.getLogger(__name__)
 
 MAX_QUEUED: Final = 1000
 """Events that wait for a reader of :meth:`EventStream.iterate`; of more the oldest are dropped."""
+MAX_ERROR: Final = 500
+"""Characters of an exception of a listener in the event ``listener-failed``."""
+DROPPED: Final = "events-dropped"
+"""The name of the event that stands in the place of those that a reader lost."""
 
 
 class Level(StrEnum):
@@ -84,7 +89,7 @@ Listener = Callable[[Event], None]
 
 
 class EventStream:
-    """Numbers events, and hands them to everybody who listens.
+    """Numbers events, and passes each to all listeners.
 
     Args:
         clock: returns seconds since 1970.
@@ -96,19 +101,24 @@ class EventStream:
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self.last_id = 0
         self._clock = clock
-        self._listeners: list[Listener] = []
+        self._listeners: dict[object, _Subscription] = {}
+        self._pending: deque[Event] = deque()
+        self._passing_on = False
 
     def subscribe(self, listener: Listener) -> Callable[[], None]:
-        """Call ``listener`` with each event from now on, on the event loop; return what ends that.
+        """Call ``listener`` with each event from now on, on the event loop; return a function that ends the calls.
+
+        All listeners get the events in the order of their ids: an event that a listener publishes follows after the
+        one that the listener was called with.
 
         A listener that raises gets no further event: the others get an event ``listener-failed``, and the log has the
         traceback.
         """
-        self._listeners.append(listener)
+        key = object()
+        self._listeners[key] = _Subscription(listener, self.last_id)
 
         def unsubscribe() -> None:
-            if listener in self._listeners:
-                self._listeners.remove(listener)
+            self._listeners.pop(key, None)
 
         return unsubscribe
 
@@ -125,36 +135,85 @@ class EventStream:
         source: PortEvent | None = None,
         **fields: Any,
     ) -> None:
-        """Give an event its number and hand it to the listeners. Fields are JSON's types."""
+        """Give an event its number and pass it to the listeners. Fields are JSON's types."""
         self.last_id += 1
-        event = Event(self.last_id, self._clock(), name, message, level, guest, attachment, device, fields, source)
-        failed: list[tuple[Listener, Exception]] = []
-        for listener in list(self._listeners):
-            try:
-                listener(event)
-            except Exception as error:
-                failed.append((listener, error))
-        for listener, raised in failed:
-            log.error("a listener of events raised; it gets no further event", exc_info=raised)
-            if listener in self._listeners:
-                self._listeners.remove(listener)
-        for _, raised in failed:
-            what = f"{type(raised).__name__}: {raised}"
-            self.publish("listener-failed", f"a listener of events raised {what}", level=Level.BAD, error=what)
+        self._pending.append(
+            Event(self.last_id, self._clock(), name, message, level, guest, attachment, device, fields, source)
+        )
+        if self._passing_on:
+            return  # a listener publishes: the call that called the listener goes on with this event
+        self._passing_on = True
+        try:
+            while self._pending:
+                self._pass_on(self._pending.popleft())
+        finally:
+            self._passing_on = False
 
-    async def iterate(self, wanted: Callable[[Event], bool] = lambda event: True) -> AsyncIterator[Event]:
-        """Yield each event from now on that is wanted.
+    def _pass_on(self, event: Event) -> None:
+        for key, subscription in list(self._listeners.items()):
+            if key not in self._listeners or event.id <= subscription.after:
+                continue  # a listener ended the subscription, or made it, meanwhile
+            try:
+                subscription.listener(event)
+            except (Exception, asyncio.CancelledError) as error:  # the latter of a future that the listener looks at
+                self._listeners.pop(key, None)
+                log.exception("a listener of events raised; it gets no further event")
+                what = printable(f"{type(error).__name__}: {error}", MAX_ERROR)
+                self.publish("listener-failed", f"a listener of events raised {what}", level=Level.BAD, error=what)
+
+    def iterate(
+        self,
+        wanted: Callable[[Event], bool] = lambda event: True,
+        last: Callable[[Event], bool] = lambda event: False,
+    ) -> EventReader:
+        """Return an asynchronous iterator over the events from now on that are wanted.
 
         A reader that is slower than the events loses the oldest of those that wait: an event ``events-dropped`` with
         their number stands in their place. It has the id of the last one that was dropped.
+
+        Args:
+            wanted: returns whether the iterator yields an event.
+            last: returns whether the iteration ends after a wanted event.
         """
-        queue = EventQueue()
-        unsubscribe = self.subscribe(lambda event: queue.put(event) if wanted(event) else None)
-        try:
-            while True:
-                yield await queue.get()
-        finally:
-            unsubscribe()
+        return EventReader(self, wanted, last)
+
+
+@dataclass(frozen=True, slots=True)
+class _Subscription:
+    """A listener, and the last event before it subscribed."""
+
+    listener: Listener
+    after: int
+
+
+class EventReader(AsyncIterator[Event]):
+    """Yields events. Made by :meth:`EventStream.iterate`: events wait from then on, until :meth:`close`.
+
+    A reader that is dropped is closed.
+    """
+
+    def __init__(self, stream: EventStream, wanted: Callable[[Event], bool], last: Callable[[Event], bool]) -> None:
+        self._queue = queue = EventQueue()
+        self._last = last
+        self._ended = False
+        # The stream must not hold the reader: it would never be dropped.
+        self._unsubscribe = stream.subscribe(lambda event: queue.put(event) if wanted(event) else None)
+
+    def close(self) -> None:
+        """End the iteration: no further event waits."""
+        self._ended = True
+        self._unsubscribe()
+
+    async def __anext__(self) -> Event:
+        if self._ended:
+            raise StopAsyncIteration
+        event = await self._queue.get()
+        if self._last(event):
+            self.close()
+        return event
+
+    def __del__(self) -> None:
+        self._unsubscribe()
 
 
 class EventQueue:
@@ -180,7 +239,7 @@ class EventQueue:
         self._there.set()
 
     async def get(self) -> Event:
-        """Wait for the next event; first for the one that tells how many were dropped."""
+        """Wait for the next event; first for the one with the number of those that were dropped."""
         while not self._events:
             self._there.clear()
             await self._there.wait()
@@ -188,7 +247,7 @@ class EventQueue:
             last, count = self._last_dropped, self._dropped
             self._last_dropped, self._dropped = None, 0
             text = f"{count} event{'s' if count > 1 else ''} dropped: the reader is too slow"
-            return Event(last.id, last.time, "events-dropped", text, Level.BAD, fields={"count": count})
+            return Event(last.id, last.time, DROPPED, text, Level.BAD, fields={"count": count})
         return self._events.popleft()
 
 

@@ -7,13 +7,15 @@ and :meth:`Guest.close` are the steps.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Mapping, Sequence
+import logging
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypeVar
 
 from farplug.app.attachment import Attachment, Place
-from farplug.app.events import Event, EventStream, Level, fields_of, level_of
+from farplug.app.events import EventReader, EventStream, Level, fields_of, level_of
 from farplug.app.settings import GuestSettings, Source, SourceKind, StorageSettings
 from farplug.app.sources import OpenSource, Sources, device_of, open_source
 from farplug.errors import (
@@ -29,6 +31,7 @@ from farplug.errors import (
 from farplug.redirection import events as port_events
 from farplug.redirection.events import PortEvent
 from farplug.target import Target, open_session
+from farplug.text import shown
 from farplug.transport.dialer import SpiceTarget, Stage
 from farplug.transport.port import Port
 from farplug.transport.session import Session
@@ -41,6 +44,10 @@ from farplug.virtual.storage import MAX_UNITS
 if TYPE_CHECKING:
     from farplug.app.auto import AutoPlugger
     from farplug.machine.lock import DeviceLock
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 PASSWORD_ATTEMPTS = 3
 """Passwords that a user is asked for when the server does not accept the one that it was given."""
@@ -101,15 +108,18 @@ class Guest:
         self._ask_password = ask_password
         self._stages = _Stages(self)
         self._sources = Sources()
-        self._owned: dict[VirtualDevice, Sequence[OpenSource]] = {}
+        self._owned: dict[Device, Sequence[OpenSource]] = {}
         """Devices made of sources that :meth:`plug` opened: disposed of when the guest is closed, or before."""
         self._locks: dict[Device, DeviceLock] = {}
+        self._releasing: dict[Device, asyncio.Task[None]] = {}
         self._auto: AutoPlugger | None = None
-        self._plugging: set[asyncio.Task[Attachment]] = set()
+        self._calls: set[asyncio.Task[Any]] = set()
+        """Calls under way that :meth:`close` cancels."""
+        self._connecting = False
         self._places: list[Place] = []
         self._count = 0
         self._ticker: asyncio.Task[None] | None = None
-        self._closing = False
+        self._closing: asyncio.Future[None] | None = None
 
     async def __aenter__(self) -> Self:
         if self._session is None:
@@ -135,19 +145,28 @@ class Guest:
         """Publish that a USB device of this machine is not plugged in; nothing else changes."""
         self.publish("skipped", error.message, level=Level.BAD, **_error_fields(error))
 
-    async def events(self) -> AsyncIterator[Event]:
-        """Yield what happens to the guest from now on; see :meth:`EventStream.iterate`."""
-        async for event in self.stream.iterate(lambda event: event.guest == self.id):
-            yield event
+    def events(self) -> EventReader:
+        """Return an iterator over what happens to the guest from now on, until it is closed.
 
-    async def events_of(self, attachment: Attachment) -> AsyncIterator[Event]:
-        """Yield what happens to an attachment from now on."""
-        async for event in self.stream.iterate(lambda event: event.attachment == attachment.id):
-            yield event
+        The last event is ``closed``. See :meth:`EventStream.iterate`.
+        """
+        return self.stream.iterate(lambda event: event.guest == self.id, lambda event: event.name == "closed")
+
+    def events_of(self, attachment: Attachment) -> EventReader:
+        """Return an iterator over what happens to an attachment from now on, until it is over."""
+        wanted = attachment.id
+        return self.stream.iterate(lambda event: event.attachment == wanted, lambda event: event.name == "removed")
 
     def refused(self, error: FarplugError) -> None:
         """Publish that a command of a user could not be carried out; nothing else changes."""
         self.publish("command-refused", error.message, level=Level.BAD, **_error_fields(error))
+
+    def precede(self, attachment: Attachment, event: type[PortEvent]) -> None:
+        """Publish what comes before an event of an attachment. The attachment calls this."""
+        if event is port_events.Opened:
+            self._stages.reached()
+        elif event is port_events.Detached:
+            self._figures(attachment)
 
     def happened(self, attachment: Attachment, event: PortEvent) -> None:
         """Publish an event of an attachment. The attachment calls this."""
@@ -155,7 +174,6 @@ class Guest:
         device, message = attachment.label, str(event)
         match event:
             case port_events.Opened(number=number):
-                self._stages.reached()
                 fields["units"] = list(attachment.titles)
                 message = _port_line(number, attachment.titles)
             case port_events.DeviceReport(event=MediumEvent(lun=lun)) if lun < len(attachment.units):
@@ -163,8 +181,6 @@ class Guest:
             case port_events.Attached(identity=identity):
                 self.served = True
                 fields["device_name"] = str(identity)
-            case port_events.Detached():
-                self._figures(attachment)
         self.publish(
             event.name,
             message,
@@ -200,15 +216,25 @@ class Guest:
         Raises:
             UsageError: the target or a setting of it is not valid.
             TargetError: the VM cannot be reached; the reason says at which stage.
-            StateError: the guest is connected, or has no settings.
+            StateError: the guest is connected, or is being connected, or has no settings.
+            GuestGoneError: the guest is closed, or was closed meanwhile.
         """
-        if self.settings is None or self._session is not None:
-            raise StateError("the guest is connected already" if self._session else "the guest has no target")
-        target = self.settings.target.parse()
+        if self.settings is None:
+            raise StateError("the guest has no target")
+        self._check_open()
+        if self._session is not None or self._connecting:
+            raise StateError("the guest is connected already, or is being connected")
+        self._connecting = True
+        try:
+            await self._until_closed(self._connect(self.settings.target.parse()), "the VM was reached")
+        finally:
+            self._connecting = False
+
+    async def _connect(self, target: Target) -> None:
         attempts = PASSWORD_ATTEMPTS
         while True:
             try:
-                self._session = await open_session(target, self._stages.begin)
+                session = await open_session(target, self._stages.begin)
                 break
             except TargetError as error:
                 password = await self._password(target, error) if attempts else None
@@ -220,9 +246,9 @@ class Guest:
             except BaseException as error:
                 self._stages.failed(error)
                 raise
-        session = self.session
         if session.reached:
             self._stages.reached()
+        self._session = session
         self.publish(
             "connected",
             f"the VM has {len(session.ports)} port{'' if len(session.ports) == 1 else 's'}",
@@ -333,12 +359,12 @@ class Guest:
         titles: Sequence[str],
         units: Sequence[str],
     ) -> Attachment:
-        if self._closing:
-            raise GuestGoneError("the guest is closed")
+        if isinstance(what, Source):
+            name, call = what.path, self._plug_source(what, place, storage, label)
+        else:
+            name, call = str(what.identity), self._plug_device(what, place, label or _name_of(what), titles, units)
         try:
-            if isinstance(what, Source):
-                return await self._plug_source(what, place, storage, label)
-            return await self._plug_device(what, place, label or _name_of(what), titles, units)
+            return await self._until_closed(call, f"{name} was plugged in", self.unplug)
         finally:
             if place is not None:
                 place.give_way()
@@ -374,20 +400,11 @@ class Guest:
     async def _plug_device(
         self, device: Device, place: Place | None, label: str, titles: Sequence[str], units: Sequence[str]
     ) -> Attachment:
-        plugging = asyncio.ensure_future(self._into_port(device, place, label, titles, units))
-        self._plugging.add(plugging)
         try:
-            return await plugging
+            return await self._into_port(device, place, label, titles, units)
         except TargetError as error:
             self._stages.failed(error)  # of a plain socket, which is connected only now
             raise
-        except asyncio.CancelledError:
-            caller = asyncio.current_task()
-            if caller is None or not caller.cancelling():
-                raise GuestGoneError(f"the guest was closed before {device.identity} was plugged in") from None
-            raise
-        finally:
-            self._plugging.discard(plugging)
 
     async def _into_port(
         self, device: Device, place: Place | None, label: str, titles: Sequence[str], units: Sequence[str]
@@ -471,14 +488,45 @@ class Guest:
             self.forget(attachment)
             await self._release(attachment.device)
 
+    def left(self, attachment: Attachment) -> None:
+        """Close what :meth:`plug` opened for a device that has left the guest. The attachment calls this.
+
+        While the guest is closed, :meth:`close` does that, after the session.
+        """
+        if self._closing is None and self._opened_here(attachment.device):
+            self.forget(attachment)
+            self._start_release(attachment.device)
+
+    def _opened_here(self, device: Device) -> bool:
+        return device in self._owned or device in self._locks
+
     async def _release(self, device: Device) -> None:
-        """Close what :meth:`plug` opened for a device: a lock, or images."""
-        if isinstance(device, VirtualDevice) and device in self._owned:
-            for opened in self._owned.pop(device):
+        """Close what :meth:`plug` opened for a device: images, or a lock."""
+        if self._opened_here(device):
+            self._start_release(device)
+        if device in self._releasing:
+            await asyncio.shield(self._releasing[device])
+
+    def _start_release(self, device: Device) -> None:
+        sources, lock = self._owned.pop(device, ()), self._locks.pop(device, None)
+        task = self._releasing[device] = asyncio.ensure_future(self._release_now(device, sources, lock))
+
+        def released(task: asyncio.Task[None]) -> None:
+            del self._releasing[device]
+            if not task.cancelled() and (error := task.exception()) is not None:
+                log.error("what was opened for %s cannot be closed", device.identity, exc_info=error)
+
+        task.add_done_callback(released)
+
+    async def _release_now(self, device: Device, sources: Sequence[OpenSource], lock: DeviceLock | None) -> None:
+        try:
+            if sources and isinstance(device, VirtualDevice):
+                await device.dispose()
+        finally:
+            for opened in sources:
                 self._sources.release(opened)
-            await device.dispose()
-        if device in self._locks:
-            await asyncio.to_thread(self._locks.pop(device).release)
+            if lock is not None:
+                await asyncio.to_thread(lock.release)
 
     def find(self, name: str) -> Attachment:
         """Return the attachment with a label or an id.
@@ -491,7 +539,8 @@ class Guest:
             if name in (attachment.label, attachment.id, *attachment.units):
                 return attachment
         labels = ", ".join(attachment.label for attachment in current) or "nothing"
-        raise UsageError(f"{name!r} is not plugged in", reason=Reason.NOT_FOUND, remedy=f"what is plugged in: {labels}")
+        remedy = f"what is plugged in: {labels}"
+        raise UsageError(f"{shown(name)} is not plugged in", reason=Reason.NOT_FOUND, remedy=remedy)
 
     def _no_free_port(self, device: Device) -> PortError:
         session = self.session
@@ -510,21 +559,28 @@ class Guest:
         """Do all that the settings ask for: plug everything in, and stay until all devices have left.
 
         USB devices of this machine are chosen and images are opened before the VM is contacted: what cannot be plugged
-        is an error before anything else is touched. Cancelling the call ends the stay. The guest is closed in any case.
+        is an error before anything else is touched. Cancelling the call ends the stay, and so does :meth:`close`.
+        The guest is closed in any case.
 
         Raises:
             FarplugError: something cannot be plugged; or a device, or the guest, has left although no user asked.
         """
-        settings = self.settings
-        if settings is None:
+        if self.settings is None:
             raise StateError("the guest has no settings")
+        self._check_open()
         try:
-            named = await self._choose_devices(settings)
-            await self._sources.open(settings.sources, settings.storage, self._copying, self.note)
-            await self.connect()  # only now: reading a .vv file may delete it
-            await self._stay(settings, named)
+            await self._until_closed(self._run(self.settings), "everything was plugged in")
+        except GuestGoneError:
+            if self._closing is None:
+                raise
         finally:
             await self.close()
+
+    async def _run(self, settings: GuestSettings) -> None:
+        named = await self._choose_devices(settings)
+        await self._sources.open(settings.sources, settings.storage, self._copying, self.note)
+        await self.connect()  # only now: reading a .vv file may delete it
+        await self._stay(settings, named)
 
     async def _choose_devices(self, settings: GuestSettings) -> int:
         """Choose among the USB devices of this machine; return how many of them were named."""
@@ -547,7 +603,7 @@ class Guest:
             has = "1 port" if free == 1 else f"{free} ports"
             self.note(f"the VM has {has} for {count} devices: they are plugged as {count} logical units of one device")
         groups = self._sources.groups(ports - named)
-        devices = {device_of(group, settings.storage): group for group in groups}
+        devices: dict[Device, Sequence[OpenSource]] = {device_of(group, settings.storage): group for group in groups}
         self._owned |= devices
         first = {device: group[0].place for device, group in devices.items()}
         usb = [place for place, source in enumerate(settings.sources) if source.kind is SourceKind.USB_DEVICE]
@@ -571,12 +627,17 @@ class Guest:
         if error is not None:
             raise error
 
-    async def _plug_all(self, devices: Mapping[VirtualDevice, Place]) -> FarplugError | None:
-        """Plug devices in, and wait until they have left; return why, if no user asked for that."""
+    async def _plug_all(self, devices: Mapping[Device, Place]) -> FarplugError | None:
+        """Plug devices in, and wait until all devices have left; return why, if no user asked for that.
+
+        Devices that a command plugs meanwhile are waited for, too; why they leave matters to no other device.
+        """
         errors = await asyncio.gather(*(self._plug_and_wait(device, place) for device, place in devices.items()))
+        while current := [attachment for attachment in self.attachments if not attachment.over]:
+            await current[0].ended()
         return next((error for error in errors if error is not None), None)
 
-    async def _plug_and_wait(self, device: VirtualDevice, place: Place) -> FarplugError | None:
+    async def _plug_and_wait(self, device: Device, place: Place) -> FarplugError | None:
         group = self._owned[device]
         attachment = await self.plug(
             device,
@@ -585,7 +646,9 @@ class Guest:
             titles=[one.title for one in group],
             units=[one.label for one in group],
         )
-        return await attachment.ended()
+        error = await attachment.ended()
+        self._places.remove(place)  # unlike a USB device of this machine, this one does not come back
+        return error
 
     def _copying(self, label: str, done: int, total: int) -> None:
         """Publish how far the copy of a folder is, in bytes."""
@@ -621,7 +684,7 @@ class Guest:
         session = self._session
         return {
             "id": self.id,
-            "target": None if self.settings is None else self.settings.target.target,
+            "target": None if self.settings is None else self.settings.target.public_target,
             "name": "" if session is None else session.name,
             "uuid": "" if session is None else session.uuid,
             "ports": [] if session is None else [port.name for port in session.ports],
@@ -659,42 +722,97 @@ class Guest:
     async def close(self) -> None:
         """Unplug everything, side by side, close the connection, then the images, and release the USB devices.
 
+        Calls under way are cancelled first. A second call waits until the first one has ended.
+
         Raises:
             DeviceError: written data of a device could not be made durable (the first one that failed).
         """
-        if self._closing:
+        if self._closing is not None:
+            await asyncio.shield(self._closing)
             return
-        self._closing = True
+        self._closing = asyncio.get_running_loop().create_future()
+        try:
+            async with AsyncExitStack() as steps:  # from the last one to the first one, each in any case
+                steps.callback(self.publish, "closed", "the guest is closed", level=Level.DETAIL)
+                steps.push_async_callback(self._release_devices)
+                steps.push_async_callback(self._close_images)
+                steps.push_async_callback(self._close_session)
+                steps.push_async_callback(self._unplug_all)
+                steps.push_async_callback(self._cancel_calls)
+        finally:
+            self._closing.set_result(None)
+
+    async def _cancel_calls(self) -> None:
         if self._ticker is not None:
             self._ticker.cancel()
-        plugging = list(self._plugging)
-        for task in plugging:
-            task.cancel()
-        await asyncio.gather(*plugging, return_exceptions=True)
-        current = [attachment for attachment in self.attachments if not attachment.over]
-        results: Sequence[object] = ()
+        calls = [call for call in self._calls if call is not asyncio.current_task()]
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+
+    async def _unplug_all(self) -> None:
+        await _all(attachment.unplug() for attachment in self.attachments if not attachment.over)
+
+    async def _close_session(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def _close_images(self) -> None:
+        devices = {*self._owned, *self._releasing}
+        await _all([*(self._release(device) for device in devices), self._sources.close()])
+
+    async def _release_devices(self) -> None:
+        await _all(self._release(device) for device in list(self._locks))
+        if self._auto is not None:
+            await self._auto.close()
+
+    def _check_open(self) -> None:
+        if self._closing is not None:
+            raise GuestGoneError("the guest is closed")
+
+    async def _until_closed(
+        self, call: Coroutine[Any, Any, T], what: str, undo: Callable[[T], Awaitable[None]] | None = None
+    ) -> T:
+        """Return what a call returns, which :meth:`close` cancels.
+
+        Args:
+            call: runs in a task of its own.
+            what: would have happened, for the message: "the VM was reached".
+            undo: is called with the result if the caller is cancelled when the call is done.
+
+        Raises:
+            GuestGoneError: the guest is closed, or was closed meanwhile.
+        """
+        if self._closing is not None:
+            call.close()
+            self._check_open()
+        task = asyncio.ensure_future(call)
+        self._calls.add(task)
         try:
-            results = await asyncio.gather(*(a.unplug() for a in current), return_exceptions=True)
+            return await task
+        except asyncio.CancelledError:
+            caller = asyncio.current_task()
+            if caller is None or not caller.cancelling():
+                who = "the device was unplugged" if self._closing is None else "the guest was closed"
+                raise GuestGoneError(f"{who} before {what}") from None
+            if undo is not None and not task.cancelled() and task.exception() is None:
+                await undo(task.result())
+            raise
         finally:
-            try:
-                if self._session is not None:
-                    await self._session.close()
-            finally:
-                for device in [*self._owned, *self._locks]:
-                    await self._release(device)
-                await self._sources.close()
-                if self._auto is not None:
-                    await self._auto.close()
-                self.publish("closed", "the guest is closed", level=Level.DETAIL)
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
+            self._calls.discard(task)
+
+
+async def _all(calls: Iterable[Awaitable[object]]) -> None:
+    """Wait for all calls, side by side; raise the first error when all have ended."""
+    for result in await asyncio.gather(*calls, return_exceptions=True):
+        if isinstance(result, BaseException):
+            raise result
 
 
 class Plugging:
     """A device that is being plugged: await it, or use it with ``async with``. Made by :meth:`Guest.plug`."""
 
-    def __init__(self, guest: Guest, plug: Callable[[], Awaitable[Attachment]]) -> None:
+    def __init__(self, guest: Guest, plug: Callable[[], Coroutine[Any, Any, Attachment]]) -> None:
         self._guest = guest
         self._plug = plug
         self._attachment: Attachment | None = None

@@ -5,6 +5,7 @@ Nothing here opens a file or knows a command line. Enums come from the leaf modu
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from farplug.app.codec import decode, encode
 from farplug.store.base import CacheMode
+from farplug.text import without_credentials
 from farplug.usb.types import Speed
 from farplug.virtual.storage_transport import StorageTransport
 
@@ -171,25 +173,34 @@ class DeviceRules(_Settings):
     force: bool = False
 
 
+def _proxy_without_credentials(proxy: str | None) -> str | None:
+    return None if proxy is None else re.sub("^(http://)?.*@", r"\1", proxy, flags=re.DOTALL | re.IGNORECASE)
+
+
 @dataclass(frozen=True, slots=True)
 class TargetSettings(_Settings):
     """Where the VM is, and what is needed to get in.
 
     Attributes:
-        target: as a user writes it, see :func:`farplug.target.parse_target`.
+        target: as a user writes it, see :func:`farplug.target.parse_target`. JSON has it without a password.
         password: the SPICE password; wins over that of the target. Not part of JSON.
         fallback_password: the SPICE password if neither ``password`` nor the target gives one. Not part of JSON.
         ca_file: certificates to trust, PEM.
         host_subject: the certificate's subject, checked instead of the host name.
-        proxy: URL of an HTTP proxy.
+        proxy: URL of an HTTP proxy. JSON has it without user and password.
     """
 
-    target: str
+    target: str = field(repr=False, metadata={"public": without_credentials})
     password: str | None = field(default=None, repr=False, metadata={"secret": True})
     fallback_password: str = field(default="", repr=False, metadata={"secret": True})
     ca_file: str | None = None
     host_subject: str | None = None
-    proxy: str | None = field(default=None, repr=False)
+    proxy: str | None = field(default=None, repr=False, metadata={"public": _proxy_without_credentials})
+
+    @property
+    def public_target(self) -> str:
+        """Return the target without a password, for people and logs."""
+        return without_credentials(self.target)
 
     def parse(self) -> Target:
         """Return the target. A ``.vv`` file is read, and deleted if it asks for that.

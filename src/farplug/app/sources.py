@@ -118,9 +118,13 @@ class Sources:
 
     def release(self, opened: OpenSource) -> None:
         """Take note that a source is closed: its label is free."""
-        self._labels.discard(opened.label)
+        self.free(opened.label)
         if opened in self.opened:
             self.opened.remove(opened)
+
+    def free(self, label: str) -> None:
+        """Take note that no source has a label any more."""
+        self._labels.discard(label)
 
     def groups(self, ports: int) -> list[list[OpenSource]]:
         """Return the sources in groups of one device each: one source each, or all of them if there are fewer ports."""
@@ -131,8 +135,10 @@ class Sources:
     async def close(self) -> None:
         """Close the stores of all sources; closing a store twice does nothing."""
         opened, self.opened = self.opened, []
-        for one in opened:
-            await one.store.close()
+        results = await asyncio.gather(*(one.store.close() for one in opened), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
 
 
 async def open_source(source: Source, storage: StorageSettings, sources: Sources, copying: Copying) -> OpenSource:
@@ -148,8 +154,11 @@ async def open_source(source: Source, storage: StorageSettings, sources: Sources
         else:
             store = _open(source, storage)
     except ImageError as error:
-        sources.release(OpenSource(source, label, title, store=None))  # type: ignore[arg-type]
+        sources.free(label)
         raise _explained(source, error, sources) from error
+    except BaseException:
+        sources.free(label)
+        raise
     return OpenSource(source, label, title, store)
 
 

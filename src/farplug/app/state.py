@@ -18,12 +18,17 @@ def apply(snapshot: Mapping[str, Any], event: Mapping[str, Any]) -> dict[str, An
         snapshot: :meth:`farplug.app.app.App.snapshot`; it is not changed.
         event: the JSON of the next event: that of :meth:`farplug.app.events.Event.to_json`. An event that the snapshot
             holds already changes nothing.
+
+    Raises:
+        ValueError: events were dropped: a new snapshot is needed.
     """
     if event["id"] <= snapshot["last_event"]:
         return dict(snapshot)
+    if event["event"] == "events-dropped":
+        raise ValueError(f"{event['message']}; take a new snapshot")
     guests = dict(snapshot["guests"])
     id = event.get("guest")
-    if id is not None:
+    if id in guests or event["event"] == "guest":
         guest = _guest(guests.get(id, {}), event)
         if guest is None:
             guests.pop(id, None)
