@@ -1,17 +1,18 @@
 # make demo      set up, then plug an image into a real guest, step by step
 # make test      set up, then run every test (guests included)
-# make lint      ruff, mypy --strict, import contracts, words, shellcheck
+# make lint      ruff, mypy --strict (also for macOS and Windows), import contracts, words, shellcheck
 # make bench     ratios to QEMU's own disks, to spice-gtk's emulated CD and to usbredirect; figures of the parser
 # make fuzz      fuzz every parser for a limited time
 # make stress    a minute of parallel readers, writers and failing commands, over each transport
 # make picture   draw the picture of the demo in README.md again
+# make man       write docs/farplug.1, the man page, from the commands and their help
 # make powercut  kill farplug or QEMU, or cut the power, hundreds of times while a guest writes
 PYTHON := .venv/bin/python
 SECONDS := 20
 CUTS := 60
 PROCESSES := 3
 
-.PHONY: demo test test-unit test-guest coverage lint format bench fuzz stress picture powercut setup clean
+.PHONY: demo test test-unit test-guest coverage lint format bench fuzz stress picture man powercut setup clean
 
 setup:
 	@scripts/setup dev
@@ -40,6 +41,7 @@ lint: setup
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
+	$(PYTHON) scripts/check_platforms.py types
 	.venv/bin/lint-imports
 	$(PYTHON) scripts/words.py
 	shellcheck scripts/setup .ci/run
@@ -58,6 +60,9 @@ stress: setup
 
 picture: setup
 	$(PYTHON) scripts/demo_picture.py
+
+man: setup
+	$(PYTHON) scripts/man_page.py
 
 powercut: setup
 	FARPLUG_POWER_CUTS=$(CUTS) $(PYTHON) -m pytest -n 2 --dist loadfile tests/guest/test_killed.py tests/guest/test_power_loss.py

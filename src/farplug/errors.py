@@ -46,6 +46,7 @@ class Reason(StrEnum):
     # setup
     MISSING_PROGRAM = "missing-program"
     NO_LIBUSB = "no-libusb"
+    UNSUPPORTED_SYSTEM = "unsupported-system"
     # images
     NOT_FOUND = "not-found"
     NOT_A_FILE = "not-a-file"

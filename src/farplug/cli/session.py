@@ -18,9 +18,12 @@ from farplug.cli.commands import serve
 from farplug.cli.exit_codes import ExitCode
 from farplug.cli.options import has_terminal, prompt_for_password
 from farplug.cli.output import Output, SilentOutput
-from farplug.errors import FarplugError, InternalError
+from farplug.errors import FarplugError, InternalError, Reason, SetupError
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_HANGUP: tuple[signal.Signals, ...] = ()
+if sys.platform != "win32":
+    _HANGUP = (signal.SIGHUP,)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *_HANGUP)
 """What ends a session: Ctrl-C, kill, a terminal that is closed."""
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -37,7 +40,12 @@ async def run(settings: GuestSettings, output: Output, *, commands: bool = False
 
     Returns:
         OK; INTERRUPTED if the signal came before any device was plugged in.
+
+    Raises:
+        SetupError: asyncio handles no signals on this system (``UNSUPPORTED_SYSTEM``).
     """
+    if sys.platform == "win32":
+        raise SetupError("farplug connect does not run on Windows", reason=Reason.UNSUPPORTED_SYSTEM)
     return await _Session(settings, output, commands).run()
 
 
@@ -64,7 +72,7 @@ class _Session:
         loop.set_exception_handler(self._callback_failed)
         self._work = loop.create_task(self._app.run(self._guest))
         for number in SIGNALS:
-            if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            if number not in _HANGUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
                 loop.add_signal_handler(number, self._interrupt, number)
         beside = [loop.create_task(self._refresh())]
         if self._commands:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -234,6 +235,11 @@ def _exists_error(path: Path) -> ImageError:
     return ImageError(f"{path} already exists", reason=Reason.EXISTS, remedy=remedy)
 
 
+_O_TMPFILE = 0
+if sys.platform == "linux":
+    _O_TMPFILE = os.O_TMPFILE
+
+
 @contextmanager
 def new_file(path: Path) -> Iterator[int]:
     """Create a file, yield its descriptor, and name the file after the block; if the block raises, remove the file.
@@ -245,7 +251,7 @@ def new_file(path: Path) -> Iterator[int]:
     named = False
     try:
         try:
-            fd = os.open(path.parent, flags | os.O_TMPFILE, 0o666)
+            fd = os.open(path.parent, flags | _O_TMPFILE, 0o666)
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
                 raise

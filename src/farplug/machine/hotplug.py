@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -120,11 +121,13 @@ class Watch:
             self._socket = None
 
     def _listen(self) -> None:
+        if sys.platform != "linux":
+            return
         try:
             uevents = socket.socket(
                 socket.AF_NETLINK, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK, _NETLINK_KOBJECT_UEVENT
             )
-        except (OSError, AttributeError) as error:
+        except OSError as error:
             log.debug("cannot receive the kernel's uevents: %s", error)
             return
         try:

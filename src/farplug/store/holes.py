@@ -10,6 +10,7 @@ import ctypes
 import errno
 import os
 import stat
+import sys
 from pathlib import Path
 
 BLOCK_DEVICES = Path("/sys/dev/block")
@@ -20,9 +21,16 @@ _KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 0x01, 0x02, 0x10
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 """EINVAL: the range does not consist of whole blocks of a block device."""
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_fallocate64 = _libc.fallocate64 if hasattr(_libc, "fallocate64") else _libc.fallocate
-_fallocate64.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+if sys.platform == "linux":
+    _libc = ctypes.CDLL(None, use_errno=True)
+    _fallocate64 = _libc.fallocate64 if hasattr(_libc, "fallocate64") else _libc.fallocate
+    _fallocate64.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+else:
+
+    def _fallocate64(fd: int, mode: int, offset: int, length: int) -> int:
+        """Fail as on a file system without support: no other system has this call."""
+        ctypes.set_errno(errno.ENOSYS)
+        return -1
 
 
 def zero_range(fd: int, offset: int, length: int, *, unmap: bool) -> bool:

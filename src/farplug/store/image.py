@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import logging
 import os
 import stat
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Self, TypeAlias
@@ -20,6 +20,9 @@ from farplug.store.base import BLOCK_SIZE
 from farplug.store.content import Content, recognize
 from farplug.store.usage import host_uses
 
+if sys.platform != "win32":
+    import fcntl
+
 log = logging.getLogger(__name__)
 
 CHUNK = 1 << 20
@@ -27,6 +30,11 @@ CHUNK = 1 << 20
 
 MAX_USES_REPORTED = 3
 """Maximum number of uses on this machine that an error names."""
+
+if sys.platform == "linux":
+    _RWF_NOWAIT, _O_NOATIME = os.RWF_NOWAIT, os.O_NOATIME
+else:
+    _RWF_NOWAIT, _O_NOATIME = 0, 0
 
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _FLOCK = struct.Struct("@hhqqi0q")
@@ -79,7 +87,7 @@ class Image:
     def __init__(self, path: Path, fd: int) -> None:
         self.path = path
         self.fd = fd
-        self._nowait = os.RWF_NOWAIT
+        self._nowait = _RWF_NOWAIT
         self._sync_failed = 0
         """The errno of the first failure; 0: none."""
 
@@ -112,6 +120,8 @@ class Image:
             ImageError: NOT_FOUND, NOT_A_FILE, NO_PERMISSION, EMPTY, IN_USE, IO_ERROR, or of ``check``: NOT_RAW.
         """
         path = Path(path)
+        if sys.platform == "win32":
+            raise ImageError(f"{path}: farplug cannot use images on Windows", reason=Reason.UNSUPPORTED_SYSTEM)
         try:
             _check_unused(path, read_only, force)
             image = cls(path, _open(path, read_only, force))
@@ -194,7 +204,7 @@ class Image:
             raise OSError(errno.EIO, f"{self.path} ends before byte {end}: it has shrunk")
 
     def sync(self) -> None:
-        """Make all written data durable (fdatasync(2)).
+        """Make all written data durable (fdatasync(2); on macOS F_FULLFSYNC of fcntl(2)).
 
         After one failure every call fails: Linux drops the pages that it could not write, and the next fdatasync would
         succeed without them.
@@ -202,7 +212,7 @@ class Image:
         if self._sync_failed:
             raise OSError(self._sync_failed, f"{self.path}: an earlier flush failed")
         try:
-            os.fdatasync(self.fd)
+            _sync(self.fd)
         except OSError as error:
             self._sync_failed = error.errno or errno.EIO
             raise
@@ -257,7 +267,7 @@ def _open(path: Path, read_only: bool, force: bool) -> int:
     flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
     if read_only:
         try:
-            return os.open(path, flags | os.O_NOATIME)
+            return os.open(path, flags | _O_NOATIME)
         except PermissionError:
             pass  # only the owner of a file may use O_NOATIME
     elif not force and path.is_block_device():
@@ -265,8 +275,22 @@ def _open(path: Path, read_only: bool, force: bool) -> int:
     return os.open(path, flags)
 
 
+def _sync(fd: int) -> None:
+    if sys.platform != "darwin":
+        os.fdatasync(fd)
+        return
+    try:
+        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)  # fsync(2) leaves data in the drive's cache there
+    except OSError as error:
+        if error.errno not in (errno.ENOTSUP, errno.ENOTTY, errno.EINVAL):  # SMB, for example
+            raise
+        os.fsync(fd)
+
+
 def _write_protected(fd: int) -> bool:
     """Return whether a block device is write-protected: Linux opens it for writing, but every write fails."""
+    if sys.platform != "linux":
+        return False
     return bool(_INT.unpack(fcntl.ioctl(fd, _BLKROGET, bytes(_INT.size)))[0])
 
 
@@ -276,9 +300,12 @@ def lock(fd: int, path: Path, read_only: bool) -> None:
     Raises:
         ImageError: IN_USE.
     """
-    kind = fcntl.F_RDLCK if read_only else fcntl.F_WRLCK
     try:
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
+        if sys.platform == "linux":
+            kind = fcntl.F_RDLCK if read_only else fcntl.F_WRLCK
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
+        else:  # flock(2) belongs to the open file, too
+            fcntl.flock(fd, (fcntl.LOCK_SH if read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.EAGAIN, errno.EACCES):
             log.warning("%s cannot be locked (%s): make sure that no other program uses it", path, error.strerror)

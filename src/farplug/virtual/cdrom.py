@@ -44,7 +44,7 @@ class _Disc(Store):
 
     def read(self, offset: int, length: int, done: ReadDone) -> None:
         if self._removed:
-            done(b"", OSError(errno.ENOMEDIUM, "the medium was ejected"))
+            done(b"", OSError(errno.ENXIO, "the medium was ejected"))
         else:
             self._store.read(offset, length, done)
 

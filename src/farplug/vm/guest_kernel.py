@@ -8,7 +8,6 @@ Tested with Debian's packages and Ubuntu's (split into linux-modules packages, m
 
 from __future__ import annotations
 
-import fcntl
 import gzip
 import logging
 import lzma
@@ -17,6 +16,7 @@ import platform
 import re
 import struct
 import subprocess
+import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +28,9 @@ from typing import IO
 from farplug.errors import Reason, Remedy, SetupError
 from farplug.programs import find_program, output_of
 from farplug.shell import shell_word
+
+if sys.platform != "win32":
+    import fcntl
 
 log = logging.getLogger(__name__)
 

@@ -23,6 +23,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -274,6 +275,8 @@ class QemuGuest:
         self, *, kernel: Path | None, initramfs: bytes, firmware: tuple[Path, Path] | None, version: tuple[int, int]
     ) -> None:
         """Start QEMU, and connect to its monitor and to the channels of the agent."""
+        if sys.platform != "linux":
+            raise SetupError("the throw-away VM runs on Linux only", reason=Reason.UNSUPPORTED_SYSTEM)
         assert self._folder is not None
         self._agent, self.qmp = Agent(), Qmp()
         with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
