@@ -1,18 +1,20 @@
 # make demo      set up, then plug an image into a real guest, step by step
 # make test      set up, then run every test (guests included)
-# make lint      ruff, mypy --strict (also for macOS and Windows), import contracts, words, shellcheck
+# make lint      ruff, mypy --strict (also for macOS and Windows), import contracts, words, shellcheck, docs
 # make bench     ratios to QEMU's own disks, to spice-gtk's emulated CD and to usbredirect; figures of the parser
 # make fuzz      fuzz every parser for a limited time
 # make stress    a minute of parallel readers, writers and failing commands, over each transport
 # make picture   draw the picture of the demo in README.md again
 # make man       write docs/farplug.1, the man page, from the commands and their help
+# make docs      render docs/ and the docstrings to build/docs; a warning is an error
 # make powercut  kill farplug or QEMU, or cut the power, hundreds of times while a guest writes
 PYTHON := .venv/bin/python
 SECONDS := 20
 CUTS := 60
 PROCESSES := 3
+SITE := -q -W --keep-going -j 2 -b html -d build/doctrees docs build/docs
 
-.PHONY: demo test test-unit test-guest coverage lint format bench fuzz stress picture man powercut setup clean
+.PHONY: demo test test-unit test-guest coverage lint format bench fuzz stress picture man docs powercut setup clean
 
 setup:
 	@scripts/setup dev
@@ -44,7 +46,8 @@ lint: setup
 	$(PYTHON) scripts/check_platforms.py types
 	.venv/bin/lint-imports
 	$(PYTHON) scripts/words.py
-	shellcheck scripts/setup .ci/run
+	shellcheck scripts/setup scripts/build_package .ci/run
+	.venv/bin/sphinx-build $(SITE)
 
 format: setup
 	.venv/bin/ruff check --fix .
@@ -60,6 +63,9 @@ stress: setup
 
 picture: setup
 	$(PYTHON) scripts/demo_picture.py
+
+docs: setup
+	.venv/bin/sphinx-build $(SITE)
 
 man: setup
 	$(PYTHON) scripts/man_page.py

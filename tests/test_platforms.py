@@ -77,36 +77,46 @@ def test_on_macos_an_image_is_locked_read_written_and_flushed(tmp_path: Path) ->
     assert simulated("darwin", IMAGES_ON_MACOS, image).splitlines() == ["in-use", "0", "True", "True [51, 51, 51]", "2"]
 
 
-NEW_FILE_ON_MACOS = """
-from farplug.image.build import new_file
+REFUSALS = """
 from pathlib import Path
-with new_file(Path(sys.argv[1])) as fd:
-    os.write(fd, b"whole")
-"""
-
-
-def test_on_macos_a_new_file_has_its_name_at_once(tmp_path: Path) -> None:
-    simulated("darwin", NEW_FILE_ON_MACOS, tmp_path / "x")
-    assert (tmp_path / "x").read_bytes() == b"whole"
-
-
-REFUSALS_ON_WINDOWS = """
 from farplug.cli import session
 from farplug.errors import FarplugError
+from farplug.image.build import create_image
+from farplug.image.folder import folder_store
+from farplug.machine.listing import list_devices
+from farplug.store import overlay
 from farplug.store.image import Image
-for refused in (lambda: Image.open(sys.argv[1]), lambda: session.run(None, None).send(None)):
+from farplug.testing import GuestConfig, QemuGuest
+folder, image = Path(sys.argv[1]), Path(sys.argv[1]) / "x.raw"
+launch = {"kernel": None, "initramfs": b"", "firmware": None, "version": (1, 0)}
+common = {
+    "folder": lambda: folder_store(folder),
+    "create": lambda: create_image(folder / "new.raw", size=1 << 26),
+    "guest": lambda: QemuGuest(GuestConfig())._launch(**launch).send(None),
+}
+for name, refused in (common | {
+    "darwin": {"devices": list_devices},
+    "win32": {
+        "image": lambda: Image.open(image),
+        "snapshot": lambda: overlay.info(image),
+        "connect": lambda: session.run(None, None).send(None),
+    },
+}[sys.platform]).items():
     try:
         refused()
     except FarplugError as error:
-        print(type(error).__name__, error.reason)
+        assert error.reason == "unsupported-system", error
+        print(name)
 """
 
 
-def test_on_windows_images_and_connect_are_refused(tmp_path: Path) -> None:
-    image = tmp_path / "x.raw"
-    image.write_bytes(bytes(4096))
-    refused = simulated("win32", REFUSALS_ON_WINDOWS, image).splitlines()
-    assert refused == ["ImageError unsupported-system", "SetupError unsupported-system"]
+@pytest.mark.parametrize(
+    ("platform", "refused"),
+    [("darwin", "folder create guest devices"), ("win32", "folder create guest image snapshot connect")],
+)
+def test_what_cannot_work_is_refused(tmp_path: Path, platform: str, refused: str) -> None:
+    (tmp_path / "x.raw").write_bytes(bytes(4096))
+    assert simulated(platform, REFUSALS, tmp_path).split() == refused.split()
 
 
 def test_modules_that_need_posix_exist_and_are_documented() -> None:

@@ -14,7 +14,7 @@ from farplug.errors import ImageError, Reason, UsageError, from_oserror
 from farplug.image import filesystems
 from farplug.image.fill import fill_in_guest
 from farplug.image.names import check_label, check_names, joliet_changes, label_from_name
-from farplug.image.tools import ImageBuild, check_room, no_space_error
+from farplug.image.tools import ImageBuild, check_room, no_space_error, unsupported_error
 from farplug.image.tree import Tree, check_unchanged, describe_left_out, scan, summarize
 from farplug.image.volume import BLOCK_SIZES, Format, Partition, Volume, plan
 from farplug.store.base import ProgressCallback
@@ -235,23 +235,20 @@ def _exists_error(path: Path) -> ImageError:
     return ImageError(f"{path} already exists", reason=Reason.EXISTS, remedy=remedy)
 
 
-_O_TMPFILE = 0
-if sys.platform == "linux":
-    _O_TMPFILE = os.O_TMPFILE
-
-
 @contextmanager
 def new_file(path: Path) -> Iterator[int]:
     """Create a file, yield its descriptor, and name the file after the block; if the block raises, remove the file.
 
     Raises:
-        ImageError: EXISTS, or the file cannot be created.
+        ImageError: EXISTS, the file cannot be created, or not on this system (``UNSUPPORTED_SYSTEM``).
     """
+    if sys.platform != "linux":
+        raise unsupported_error(path)
     flags = os.O_RDWR | os.O_CLOEXEC
     named = False
     try:
         try:
-            fd = os.open(path.parent, flags | _O_TMPFILE, 0o666)
+            fd = os.open(path.parent, flags | os.O_TMPFILE, 0o666)
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
                 raise

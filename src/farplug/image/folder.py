@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import tempfile
 from pathlib import Path
 
 from farplug.errors import ImageError, Reason
 from farplug.image.build import build_disk, no_progress, plan_volume, read_folder
 from farplug.image.names import MAX_FAT_FILE
-from farplug.image.tools import ImageBuild
+from farplug.image.tools import ImageBuild, unsupported_error
 from farplug.image.tree import scan, show
 from farplug.image.volume import Format, Partition
 from farplug.store.base import ProgressCallback
@@ -52,6 +53,8 @@ def folder_store(
         SetupError: a program is missing.
         ImageError: TOO_LARGE, BAD_NAME, CHANGED, NO_SPACE, or the folder cannot be used.
     """
+    if sys.platform != "linux":
+        raise unsupported_error(Path(path))
     if format is None:
         format = _choose_format(path, progress)
     tree = read_folder(path, format, progress)

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from farplug.errors import ImageError, Reason
 from farplug.image.tree import Tree
@@ -165,6 +166,11 @@ def no_space_error(what: str) -> ImageError:
         reason=Reason.NO_SPACE,
         remedy="free space, or put the image into another folder; a copy of a folder is in TMPDIR",
     )
+
+
+def unsupported_error(path: Path) -> ImageError:
+    """Return the error for an image that would be created on another system than Linux."""
+    return ImageError(f"{path}: farplug creates images on Linux only", reason=Reason.UNSUPPORTED_SYSTEM)
 
 
 def check_room(fd: int, needed: int, place: str) -> None:

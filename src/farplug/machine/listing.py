@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from itertools import islice
@@ -54,12 +55,15 @@ def list_devices(root: Path = Path("/"), ports: Collection[str] | None = None) -
         ports: the ports to list; None: all.
 
     Raises:
-        SetupError: the kernel has no USB here (``NO_USB``); on Windows: there is no libusb.
+        SetupError: the kernel has no USB here (``NO_USB``); on Windows: there is no libusb; this is
+            macOS (``UNSUPPORTED_SYSTEM``).
     """
     if on_windows():
         from farplug.machine import windows
 
         return windows.list_devices(ports)
+    if sys.platform == "darwin":
+        raise SetupError("farplug cannot use this machine's USB devices on macOS", reason=Reason.UNSUPPORTED_SYSTEM)
     folder = root / DEVICES
     if not folder.is_dir():
         raise SetupError(

@@ -121,7 +121,7 @@ class Image:
         """
         path = Path(path)
         if sys.platform == "win32":
-            raise ImageError(f"{path}: farplug cannot use images on Windows", reason=Reason.UNSUPPORTED_SYSTEM)
+            raise unsupported_error(path)
         try:
             _check_unused(path, read_only, force)
             image = cls(path, _open(path, read_only, force))
@@ -315,6 +315,11 @@ def lock(fd: int, path: Path, read_only: bool) -> None:
             reason=Reason.IN_USE,
             remedy="end the farplug or the virtual machine that uses it; only read-only disks can share an image",
         ) from error
+
+
+def unsupported_error(path: Path) -> ImageError:
+    """Return the error for an image on a system where images cannot be used."""
+    return ImageError(f"{path}: farplug cannot use images on this system", reason=Reason.UNSUPPORTED_SYSTEM)
 
 
 def _not_a_file_error(path: Path, what: str) -> ImageError:

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import Self
 
 from farplug.errors import ImageError, Reason, Remedy
 from farplug.shell import shell_word
-from farplug.store.image import Image, image_error, lock
+from farplug.store.image import Image, image_error, lock, unsupported_error
 from farplug.store.overlay_format import (
     CONTENT_SIZE,
     HEADER_SIZE,
@@ -263,6 +264,8 @@ def _closed_on_failure(image: Image, path: Path) -> Iterator[None]:
 
 
 def _open(path: Path, flags: int = 0) -> Image:
+    if sys.platform == "win32":
+        raise unsupported_error(path)
     try:
         image = Image(path, os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | flags, 0o600))
     except (OSError, ValueError) as error:
