@@ -28,6 +28,8 @@ COUNTS = (1, 1, 1, 2, 8, 8, 8, 15, 64, 240, 800)
 
 TRANSFER_SIZES = (1 << 20, 1 << 20, 20 << 10, 1000)
 """The largest data transfer in bytes: Linux on xHCI, a transfer descriptor of EHCI, a part of a block."""
+MAX_TRANSFERS = 64
+"""The most transfers of a command. Otherwise most of the work is transfers of a part of a block."""
 
 BULK_ONLY_RESET = Setup(0x21, 0xFF, 0, 0, 0)
 COLD_EVERY, REPLUGGED_EVERY = 50, 1000
@@ -152,7 +154,8 @@ class Driver:
         cbw = struct.pack("<4sIIBBB16s", b"USBC", self._tag, length, 0x80 if receive else 0, 0, len(cdb), cdb)
         steps: list[Callable[[], Pending]] = [partial(self._guest.submit_out, BULK_OUT, cbw)]
         ends = [0]
-        size = self._chance.choice(TRANSFER_SIZES)
+        sizes = (self._chance.choice(TRANSFER_SIZES), *TRANSFER_SIZES)
+        size = next(size for size in sizes if length <= size * MAX_TRANSFERS)
         for begin in range(0, length, size):
             end = min(begin + size, length)
             if receive:
@@ -203,7 +206,7 @@ async def work(driver: Driver, chance: random.Random, shadow: Shadow, generation
     count = chance.choice(COUNTS)
     # Half of the operations overlap in a small part of the disk.
     lba = chance.randrange(min(BLOCKS - count, 200) if chance.random() < 0.5 else BLOCKS - count)
-    data = pattern(lba, count, generation)
+    data = pattern(lba, count, generation) if kind == "write" else b""
     counts[kind] += 1
     try:
         if kind == "read":

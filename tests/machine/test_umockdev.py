@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from tests.machine.trees import BOOT_KEYBOARD, SMART_CARD, STORAGE, descriptors
 
 from farplug.programs import find_program
@@ -72,7 +72,7 @@ CUT = device("1-7", 9, descriptors(0x1209, 2, STORAGE)[:23], idVendor="1209", id
 LOOP = device("1-8", 10, descriptors(0x1209, 3)[:18] + b"\x09\x02\x00\x00\x01\x01\x00\x80\x32\x00\x04")
 
 
-def farplug(tmp_path: Path, description: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def farplug(tmp_path: Path, description: str, *arguments: str, code: str = _CODE) -> subprocess.CompletedProcess[str]:
     """Run the command line there."""
     (tmp_path / "machine.umockdev").write_text(description)
     return subprocess.run(
@@ -82,7 +82,7 @@ def farplug(tmp_path: Path, description: str, *arguments: str) -> subprocess.Com
             "--",
             sys.executable,
             "-c",
-            _CODE,
+            code,
             *arguments,
         ],
         env={**os.environ, "COLUMNS": "200"},
@@ -116,20 +116,28 @@ def test_devices(tmp_path: Path) -> None:
     assert [bool(devices[port]["warnings"]) for port in ("1-5", "1-7", "1-8")] == [False, True, True]
 
 
-@pytest.mark.parametrize(
-    ("wanted", "code", "message"),
-    [
-        ("dead:beef", 12, "no USB device matches 'dead:beef'"),
-        ("port:1-6", 12, "another program uses it"),
-        ("usb1", 12, "no USB device matches 'usb1'"),
-        ("xhci", 12, "it is a USB hub"),
-        ("1209", 12, "no USB device matches '1209'"),
-    ],
-)
-def test_refusals(tmp_path: Path, wanted: str, code: int, message: str) -> None:
-    result = farplug(tmp_path, "\n".join([HUB, KEY, BUSY]), "connect", "tcp://127.0.0.1:1", "--usb-device", wanted)
-    assert result.returncode == code
-    assert message in result.stderr
+_EACH_CODE = """
+import sys
+from farplug.cli.main import run
+for wanted in sys.argv[1:]:
+    print(run(["connect", "tcp://127.0.0.1:1", "--usb-device", wanted]), file=sys.stderr)
+"""
+
+
+def test_refusals(tmp_path: Path) -> None:
+    refusals = {
+        "dead:beef": "no USB device matches 'dead:beef'",
+        "port:1-6": "another program uses it",
+        "usb1": "no USB device matches 'usb1'",
+        "xhci": "it is a USB hub",
+        "1209": "no USB device matches '1209'",
+    }
+    result = farplug(tmp_path, "\n".join([HUB, KEY, BUSY]), *refusals, code=_EACH_CODE)
+    assert result.returncode == 0
+    *outputs, rest = re.split(r"^12\n", result.stderr, flags=re.MULTILINE)
+    assert rest == ""
+    for output, message in zip(outputs, refusals.values(), strict=True):
+        assert message in output
     assert "Traceback" not in result.stderr
 
 

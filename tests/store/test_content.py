@@ -98,7 +98,7 @@ COMPRESSIONS = {
     "gz": ("gzip data", ["gzip"]),
     "gz best": ("gzip data", ["gzip", "-9"]),
     "zst": ("zstd data", ["zstd", "-q"]),
-    "zst best": ("zstd data", ["zstd", "-q", "--ultra", "-22"]),
+    "zst long": ("zstd data", ["zstd", "-q", "-1", "--long=27"]),  # the window of --ultra -22
     "bz2": ("bzip2 data", ["bzip2"]),
     "lz4": ("lz4 data", ["lz4", "-q"]),
     "lz4 best": ("lz4 data", ["lz4", "-q", "-9", "-B4", "-BD"]),
