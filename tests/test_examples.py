@@ -53,7 +53,7 @@ async def test_a_device_of_ones_own_is_plugged_until_ctrl_c() -> None:
     assert isinstance(guest.seen[-1], packets.DeviceDisconnect)
 
 
-async def test_a_real_device_is_plugged_and_given_back(
+async def test_a_real_device_is_plugged_and_released(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake = FakeDevice(EVERYTHING, OTHER, drivers={0: "storage"})

@@ -13,17 +13,9 @@ import farplug
 
 ROOT = Path(farplug.__file__).parent
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+|\bfarplug (connect|demo|devices|doctor|image)\b")
-NOT_CLEAN: tuple[str, ...] = (
-    "app/",
-    "image/",
-    "libusb/",
-    "machine/",
-    "redirection/",
-    "spice/",
-    "store/",
-    "target.py",
-    "transport/",
-)
+OTHERS = {"--device", "--device-cgroup-rule", "--volume"}
+"""Options of programs that run containers."""
+NOT_CLEAN = ("app/policy.py",)
 """Modules and packages that are not converted yet. Empty this list."""
 
 
@@ -55,7 +47,7 @@ def _messages(tree: ast.Module) -> Iterator[str]:
 def options_named(source: str) -> list[str]:
     """Return the options and commands that messages in a module name."""
     found = {match[0] for text in _messages(ast.parse(source)) for match in OPTION.finditer(text)}
-    return sorted(found)
+    return sorted(found - OTHERS)
 
 
 MODULES = [

@@ -175,7 +175,7 @@ def test_not_inside_its_own_folder(folder: Path) -> None:
 
 @pytest.fixture(params=[True, False], ids=["unnamed", "named"])
 def unnamed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether the file system has files without a name."""
+    """Return whether the filesystem supports files without a name."""
     if not request.param:
         real = os.open
 

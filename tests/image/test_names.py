@@ -65,7 +65,7 @@ def test_names_that_do_not_fit(format: Format, paths: tuple[str, ...], text: str
 
 
 def test_the_tables_are_those_of_the_tools() -> None:
-    """Of the volumes that mkfs.exfat and mkntfs make here."""
+    """The tables equal those of mkfs.exfat and mkntfs on this machine."""
     script = Path(__file__).parents[2] / "scripts" / "upcase_tables.py"
     result = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")

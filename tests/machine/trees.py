@@ -135,7 +135,7 @@ class Machine:
         return folder
 
     def input(self, folder: Path, interface: str, **capabilities: str) -> None:
-        """What the kernel made of a HID interface."""
+        """Add the input device of a HID interface."""
         path = folder / interface / "0003:046D:C31C.0001/input/input7/capabilities"
         path.mkdir(parents=True)
         for name in ("key", "rel", "abs"):

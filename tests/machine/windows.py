@@ -1,4 +1,4 @@
-"""A Windows machine: this one, as far as farplug can tell."""
+"""Make farplug take this machine for a Windows machine."""
 
 from __future__ import annotations
 

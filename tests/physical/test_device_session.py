@@ -153,7 +153,7 @@ async def test_a_guest_that_starts_and_stops_while_it_hangs_uses_no_memory() -> 
 
 
 async def test_a_transfer_that_completes_before_its_deferred_cancel_is_used_again() -> None:
-    """Where a thread handles events, transfers complete during a call of the device's thread, and are used again."""
+    """With an event thread, transfers complete during a call of the device's thread, and are used again."""
     library = FakeLibrary(fake := FakeDevice(EVERYTHING))
     library.polls_nothing = True
     async with opened(fake, library=library) as bench:

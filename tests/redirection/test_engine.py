@@ -68,7 +68,7 @@ async def test_requests_for_a_device_that_is_being_detached_fail() -> None:
     guest = MemoryGuest()
     guest._end, guest.redirection = end, redirection
     answers: list[packets.Packet] = []
-    heard = guest._packet_received
+    deliver = guest._packet_received
 
     def late(packet: packets.Packet) -> None:
         if isinstance(packet, packets.DeviceDisconnect):
@@ -86,7 +86,7 @@ async def test_requests_for_a_device_that_is_being_detached_fail() -> None:
             ):
                 guest.send(request)
         answers.append(packet)
-        heard(packet)
+        deliver(packet)
 
     guest._packet_received = late  # type: ignore[method-assign]
     async with guest:

@@ -31,7 +31,7 @@ async def test_interrupt_receiving() -> None:
         assert (await data()).id == 2
         guest.send(packets.StopInterruptReceiving(endpoint=INTERRUPT_IN))
         assert (await status()).status is Status.SUCCESS
-        device.listener.received(INTERRUPT_IN, Status.SUCCESS, b"nobody")
+        device.listener.received(INTERRUPT_IN, Status.SUCCESS, b"unread")
         device.listener.reception_ended(INTERRUPT_IN, Status.STALL)
         await settle()
         assert guest._streams[packets.InterruptPacket, INTERRUPT_IN].empty()

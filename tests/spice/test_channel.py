@@ -44,7 +44,7 @@ def feed(peer: Channel, data: bytes, step: int) -> tuple[list[Any], bytes]:
                 case _:
                     events.append(event)
         sent += b"".join(peer.data_to_send())
-        buffer[:] = b"\xee" * len(buffer)  # whoever kept a view would notice
+        buffer[:] = b"\xee" * len(buffer)  # a view that was kept would show it
     return events, sent
 
 

@@ -360,7 +360,7 @@ async def test_disks_and_snapshots(qcow2: Path, tmp_path: Path, caplog: pytest.L
 
 
 async def test_a_commit_that_was_interrupted_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the guest wrote to the first blocks may look like anything, and half of it is in the image."""
+    """The first blocks may have any content, and half of the content is in the image."""
     base, snapshot = tmp_path / "disk.raw", tmp_path / "snapshot"
     base.write_bytes(bytes(MIB))
     store = OverlayStore.open(base, snapshot)

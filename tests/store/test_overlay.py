@@ -200,7 +200,7 @@ async def test_zeros_take_no_space(base: Path, path: Path) -> None:
 
 @pytest.mark.parametrize("call", ["copy", "write"])
 async def test_a_full_file_system(base: Path, path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
-    """What could not be written is an error and reads as before; afterwards all is well."""
+    """A write that fails reports an error and changes nothing; later writes work."""
     store = OverlayStore.open(base, path)
     pwrite = os.pwrite
     left = 0 if call == "copy" else 1

@@ -186,7 +186,7 @@ async def test_close_flushes() -> None:
     await connection.close(1)
 
 
-async def test_close_does_not_wait_for_ever() -> None:
+async def test_close_does_not_wait_forever() -> None:
     lost: list[Exception | None] = []
     connection, theirs = await connected(Recorder(), lost)
     with theirs:

@@ -77,13 +77,13 @@ async def test_server_that_closes_or_sends_nothing() -> None:
         with contextlib.closing(writer):
             await reader.readexactly(42)
 
-    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def send_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.closing(writer), contextlib.suppress(OSError):
             await reader.read()
 
     for serve, timeout, reason, expected_text in (
         (close, 60, Reason.LINK_REFUSED, "without a link reply"),
-        (say_nothing, 0.1, Reason.TIMED_OUT, r"no link reply within 0\.1 s"),
+        (send_nothing, 0.1, Reason.TIMED_OUT, r"no link reply within 0\.1 s"),
     ):
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
         with pytest.raises(LinkFailure, match=expected_text) as caught:

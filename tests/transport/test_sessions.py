@@ -47,14 +47,14 @@ async def test_a_plain_socket_is_connected_when_its_port_is_opened(text: str) ->
 
 
 async def test_the_address_of_a_listening_port_is_reported() -> None:
-    told: list[str] = []
-    session = await open_session(parse_target("tcp-listen://127.0.0.1:0"), lambda stage, where: told.append(where))
+    reported: list[str] = []
+    session = await open_session(parse_target("tcp-listen://127.0.0.1:0"), lambda stage, where: reported.append(where))
     opening = asyncio.ensure_future(session.ports[0].open(Recorder()))
     async with asyncio.timeout(5):
-        while not told:
+        while not reported:
             await asyncio.sleep(0.01)
-    assert told[0].startswith("listening on 127.0.0.1:")
-    assert ":0:" not in told[0]
+    assert reported[0].startswith("listening on 127.0.0.1:")
+    assert ":0:" not in reported[0]
     opening.cancel()
     with pytest.raises(asyncio.CancelledError):
         await opening

@@ -257,7 +257,7 @@ def _check_unused(path: Path, read_only: bool, force: bool) -> None:
         remedy=Remedy(
             "end that, as root" if commands else "end that",
             command="\n".join(commands),
-            alternative=force_remedy(f"or plug it all the same, {danger}"),
+            alternative=force_remedy(f"or plug it in nevertheless, {danger}"),
         ),
     )
 

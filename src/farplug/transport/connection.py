@@ -257,7 +257,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
-        # Paused as soon as the kernel does not accept all data. Not 0: asyncio's TLS would pause for ever.
+        # Paused as soon as the kernel does not accept all data. Not 0: asyncio's TLS would pause forever.
         self._transport.set_write_buffer_limits(high=0 if self._plain_socket is not None else 1, low=0)
         sock = transport.get_extra_info("socket")
         if sock is not None and sock.family != socket.AF_UNIX:
@@ -297,7 +297,7 @@ class Connection(asyncio.BufferedProtocol):
                 self._quick_ack_socket = None
 
     def eof_received(self) -> None:
-        # The peer has closed: asyncio would first wait, perhaps for ever, until the peer has read what we sent.
+        # The peer has closed: asyncio would first wait, perhaps forever, until the peer has read what we sent.
         if self._transport_paused and not self._closing:
             assert self._transport is not None
             self._transport.abort()
