@@ -1,10 +1,9 @@
 #!/usr/bin/env python3
 """Check names, comments, docstrings, messages and documents for words that are not plain technical English.
 
-python scripts/words.py [--all] [PATH ...]
+python scripts/words.py [PATH ...]
 
-Prints each occurrence with a better word, and fails if there is one. Without ``--all`` and paths, the files of
-:data:`NOT_CLEAN` are skipped.
+Prints each occurrence with a better word, and fails if there is one.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import ast
 import re
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -50,9 +48,6 @@ FIRST_WORDS = (
 
 EXEMPT = ("scripts/words.py", "tests/test_words.py", "LICENSE")
 
-NOT_CLEAN = ("src/farplug/app/", "src/farplug/cli/", "tests/app/", "tests/cli/")
-"""Files and folders that are not clean yet. Empty this list."""
-
 _SPACE = r"(?:_|\s+(?:#\s*)?)"
 _RULES = [
     (re.compile(rf"(?<![A-Za-z])(?:{words.replace(' ', _SPACE)})(?![A-Za-z])", re.IGNORECASE), hint)
@@ -86,20 +81,14 @@ def files(paths: Iterable[str]) -> list[str]:
 def main() -> int:
     """Check the files of this repository, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--all", action="store_true", help="also check what is not clean yet, and count by folder")
     parser.add_argument("paths", nargs="*", metavar="PATH")
     options = parser.parse_args()
-    counts: Counter[str] = Counter()
+    found = False
     for name in files(options.paths):
-        if name.startswith(NOT_CLEAN) and not options.all and not options.paths:
-            continue
         for line, message in sorted(problems((ROOT / name).read_text(), python=name.endswith(".py"))):
             print(f"{name}:{line}: {message}")
-            counts[str(Path(name).parent)] += 1
-    if options.all:
-        for folder, count in counts.most_common():
-            print(f"{count:5} {folder}", file=sys.stderr)
-    return 1 if counts else 0
+            found = True
+    return 1 if found else 0
 
 
 if __name__ == "__main__":

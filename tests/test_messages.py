@@ -15,8 +15,6 @@ ROOT = Path(farplug.__file__).parent
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+|\bfarplug (connect|demo|devices|doctor|image)\b")
 OTHERS = {"--device", "--device-cgroup-rule", "--volume"}
 """Options of programs that run containers."""
-NOT_CLEAN = ("app/policy.py",)
-"""Modules and packages that are not converted yet. Empty this list."""
 
 
 def _name(node: ast.expr) -> str:
@@ -53,7 +51,7 @@ def options_named(source: str) -> list[str]:
 MODULES = [
     path.relative_to(ROOT).as_posix()
     for path in sorted(ROOT.rglob("*.py"))
-    if not path.relative_to(ROOT).as_posix().startswith(("cli/", *NOT_CLEAN))
+    if not path.relative_to(ROOT).as_posix().startswith("cli/")
 ]
 
 

@@ -81,11 +81,11 @@ class FakeAttachment:
 
 
 class Scene:
-    """A machine, a keeper, a hub, and who is told."""
+    """A machine, a keeper, a guest, and a listener."""
 
     def __init__(self, machine: Machine, *choices: str, **options: object) -> None:
         self.machine = machine
-        self.told: list[str] = []
+        self.notes: list[str] = []
         self.skips: list[FarplugError] = []
         self.attachments: list[FakeAttachment] = []
         self.forgotten: list[object] = []
@@ -129,7 +129,7 @@ class Scene:
     # The listener
 
     def note(self, text: str) -> None:
-        self.told.append(text)
+        self.notes.append(text)
 
     def skipped(self, error: FarplugError) -> None:
         self.skips.append(error)
@@ -172,7 +172,7 @@ async def test_named_devices_have_their_places(machine: Machine) -> None:
     async with scene.running_keeper():
         await scene.until(lambda: len(scene.attachments) == 2)
         assert (scene.places["1-2"], scene.places["1-1"]) == (scene.kept[0], scene.kept[2])
-        assert scene.kept[1].is_passed, "nobody waits for what is not there"
+        assert scene.kept[1].is_passed, "no wait for a device that is not there"
         machine.add("1-3", 4, 0x1209, 3)
         machine.add("1-7", 5, 0x1209, 4)
         await scene.until(lambda: len(scene.attachments) == 4)
@@ -206,7 +206,7 @@ async def test_named_devices_are_plugged_and_locked(machine: Machine) -> None:
         await scene.plugged("1-1", "1-2")
         found = [attachment.device.found for attachment in scene.attachments]
         assert [is_locked(one) for one in found] == [True, True]
-        assert scene.told == []
+        assert scene.notes == []
         assert scene.labels == {"1-1": "1209:0001", "1-2": "1209:0001"}
     assert [is_locked(one) for one in found] == [False, False]
 
@@ -229,7 +229,7 @@ async def test_how_many_ports_are_needed(machine: Machine) -> None:
     scene = Scene(machine, "port:1-1", "dead:beef", on_connect="allow", wait=True)
     try:
         assert await scene.keeper.prepare() == 2, "one that is still to come needs a port too"
-        assert scene.told == ["waiting for dead:beef to be plugged in"]
+        assert scene.notes == ["waiting for dead:beef to be plugged in"]
     finally:
         await scene.keeper.close()
 
@@ -239,11 +239,11 @@ async def test_a_keyboard_that_was_named(machine: Machine) -> None:
     scene = Scene(machine, "1-1")
     async with scene.running_keeper():
         await scene.plugged("1-1")
-    assert "046d:c31c (port 1-1): it is a keyboard of this machine" in scene.told[0]
+    assert "046d:c31c (port 1-1): it is a keyboard of this machine" in scene.notes[0]
 
 
 @pytest.mark.parametrize("choice", ["dead:beef", "1209:0001"])
-async def test_what_cannot_be_chosen_is_told_before_the_guest_is_reached(machine: Machine, choice: str) -> None:
+async def test_what_cannot_be_chosen_is_reported_before_the_guest_is_reached(machine: Machine, choice: str) -> None:
     machine.add("1-1", 2)
     machine.add("1-2", 3)
     scene = Scene(machine, choice)
@@ -270,23 +270,25 @@ async def test_another_farplug_has_it(machine: Machine) -> None:
         assert [error.reason for error in rules.skips] == [Reason.BUSY]
 
 
-@pytest.mark.parametrize("tells", [True, False])
-async def test_pulled_out_and_plugged_in_again(machine: Machine, monkeypatch: pytest.MonkeyPatch, tells: bool) -> None:
-    monkeypatch.setattr(module, "DEPARTURE_PATIENCE", 0.1)
+@pytest.mark.parametrize("reports", [True, False])
+async def test_pulled_out_and_plugged_in_again(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, reports: bool
+) -> None:
+    monkeypatch.setattr(module, "REMOVAL_TIMEOUT", 0.1)
     machine.add("1-1", 2)
     scene = Scene(machine, "1-1")
     async with scene.running_keeper():
         await scene.plugged("1-1")
         machine.remove("1-1")
-        if tells:
+        if reports:
             scene.attachments[0].end(LOST)
         await scene.plugged()
         machine.add("1-1", 3)
         await scene.plugged("1-1")
-        assert scene.attachments[0].unplugged is not tells
+        assert scene.attachments[0].unplugged is not reports
         assert scene.attachments[1].device.found.address == 3
         assert scene.forgotten == scene.attachments[:1]
-    assert scene.told == [
+    assert scene.notes == [
         "1209:0001 (port 1-1) was pulled out; when it comes back it goes into the VM again",
         "1209:0001 (port 1-1) is back: it goes into the VM",
     ]
@@ -296,14 +298,14 @@ async def test_pulled_out_and_plugged_in_again(machine: Machine, monkeypatch: py
 async def test_a_new_one_waits_until_the_former_has_left_the_port(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "DEPARTURE_PATIENCE", 60)
+    monkeypatch.setattr(module, "REMOVAL_TIMEOUT", 60)
     machine.add("1-1", 2)
     scene = Scene(machine, "1-1", follow=Follow.PORT)
     async with scene.running_keeper():
         await scene.plugged("1-1")
         machine.remove("1-1")
         machine.add("1-1", 3, 0x0483, 0xDF11)
-        await scene.until(lambda: len(scene.told) == 2)
+        await scene.until(lambda: len(scene.notes) == 2)
         await asyncio.sleep(0.1)
         assert len(scene.attachments) == 1
         scene.attachments[0].end(LOST)
@@ -316,7 +318,7 @@ async def test_waiting_for_one(machine: Machine) -> None:
     async with scene.running_keeper():
         machine.add("1-7", 9)
         await scene.plugged("1-7")
-    assert scene.told == [
+    assert scene.notes == [
         "waiting for 1209:0001 to be plugged in",
         "1209:0001 (port 1-7) was plugged in: it goes into the VM",
     ]
@@ -332,7 +334,7 @@ async def test_rules_for_what_comes_later(machine: Machine) -> None:
         await scene.until(lambda: scene.skips)
         machine.remove("1-1")
         machine.remove("1-2")
-        await scene.until(lambda: len(scene.told) == 3)
+        await scene.until(lambda: len(scene.notes) == 3)
     assert [error.reason for error in scene.skips] == [Reason.NOT_AUTHORIZED]
 
 
@@ -362,7 +364,7 @@ async def test_a_named_device_that_disappears_between_list_and_open(machine: Mac
 
 
 async def test_pulled_out_and_plugged_in_again_before_the_guest_is_ready(machine: Machine) -> None:
-    """The guest says hello hours later: the first device is not there any more, and that is no failure."""
+    """The guest says hello hours later: the first device is not there any more, which is not a failure."""
     machine.add("1-1", 2)
     scene = Scene(machine, "1-1")
     scene.ready.clear()
@@ -370,15 +372,15 @@ async def test_pulled_out_and_plugged_in_again_before_the_guest_is_ready(machine
         await scene.until(lambda: scene.labels)
         machine.remove("1-1")
         machine.add("1-1", 3)
-        await scene.until(lambda: len(scene.told) == 2)
+        await scene.until(lambda: len(scene.notes) == 2)
         scene.gone.add(2)
         scene.ready.set()
         await scene.plugged("1-1")
         assert scene.attachments[0].device.found.address == 3
 
 
-async def test_one_that_is_lost_but_still_there_is_told(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LOSS_PATIENCE", 0.1)
+async def test_one_that_is_lost_but_still_there_is_reported(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LOSS_TIMEOUT", 0.1)
     machine.add("1-1", 2)
     scene = Scene(machine, "1-1")
     async with scene.running_keeper():
@@ -417,7 +419,7 @@ async def test_one_that_came_back_and_disappears_at_once_may_come_again(machine:
         scene.attachments[0].end(LOST)
         scene.lost = {"1-1"}
         machine.add("1-1", 3)
-        await scene.until(lambda: len(scene.told) == 2)
+        await scene.until(lambda: len(scene.notes) == 2)
         scene.lost = set()
         machine.remove("1-1")
         machine.add("1-1", 4)
@@ -475,17 +477,17 @@ async def test_it_leaves_nothing_behind(machine: Machine) -> None:
     assert len(asyncio.all_tasks()) == 1
 
 
-async def test_pulled_out_while_it_is_plugged_in_and_tells_nothing(
+async def test_pulled_out_while_it_is_plugged_in_and_reports_nothing(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "DEPARTURE_PATIENCE", 0.05)
+    monkeypatch.setattr(module, "REMOVAL_TIMEOUT", 0.05)
     machine.add("1-1", 2)
     scene = Scene(machine, "1-1")
     scene.ready.clear()
     async with scene.running_keeper():
         await scene.until(lambda: scene.labels)
         machine.remove("1-1")
-        await scene.until(lambda: any("was pulled out" in text for text in scene.told))
+        await scene.until(lambda: any("was pulled out" in text for text in scene.notes))
         scene.ready.set()
         await scene.until(lambda: scene.attachments and scene.attachments[0].unplugged)
         await scene.plugged()

@@ -43,7 +43,7 @@ def test_events_are_numbered_without_a_gap_and_come_in_order() -> None:
     assert (str(seen[0]), str(seen[1])) == ("disk: first", "second")
 
 
-def test_events_are_counted_also_when_nobody_listens() -> None:
+def test_events_are_counted_also_without_a_listener() -> None:
     stream = EventStream()
     stream.publish("a", "")
     seen = recorder(stream)

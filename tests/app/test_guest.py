@@ -35,7 +35,7 @@ from farplug.virtual.events import MediumEjected, MediumInserted
 
 
 class FakePort(Port):
-    """A memory port whose opening can fail or take for ever."""
+    """A memory port whose opening can fail or take forever."""
 
     def __init__(self, name: str, *, fails: FarplugError | None = None, hangs: bool = False) -> None:
         self.name = name
@@ -139,7 +139,7 @@ async def settle() -> None:
 
 
 def watch(guest: Guest) -> list[PortEvent]:
-    """What the engine reports from now on."""
+    """Return the list that collects the engine's events from now on."""
     seen: list[PortEvent] = []
     guest.stream.subscribe(lambda event: None if event.source is None else seen.append(event.source))
     return seen
@@ -180,7 +180,7 @@ async def test_a_life() -> None:
     count = len(seen)
     await attachment.unplug()
     await attachment.unplug()
-    assert len(seen) == count, "nobody listens"
+    assert len(seen) == count, "no listener"
     assert attachment.over
     assert attachment.state is AttachmentState.DETACHED
     assert await attachment.ended() is None
@@ -267,7 +267,7 @@ async def test_places_keep_their_ports_and_their_order() -> None:
 
 
 @pytest.mark.parametrize("ends", ["timeout", "port"])
-async def test_a_place_whose_port_is_not_ready_holds_nobody_up_for_long(
+async def test_a_place_whose_port_is_not_ready_delays_no_other_for_long(
     ends: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attachment_module, "TURN_TIMEOUT", 0.01 if ends == "timeout" else 100.0)
@@ -382,7 +382,7 @@ async def test_the_guest_leaves() -> None:
     await guest.close()
 
 
-async def test_what_could_not_be_made_durable_is_told() -> None:
+async def test_what_could_not_be_made_durable_is_reported() -> None:
     ports = [FakePort("a"), FakePort("b")]
     for port in ports:
         await Peer(port).start()
@@ -410,7 +410,7 @@ async def test_a_device_that_left_by_itself_leaves_the_port_free() -> None:
     error = await attachment.ended()
     assert error is not None
     assert error.reason is Reason.DEVICE_LOST
-    assert port.inner._listener is None  # closed: somebody else may use it
+    assert port.inner._listener is None  # closed: another client may use it
     peer = Peer(port)
     await peer.start()
     again = await guest.plug(disk())
@@ -449,7 +449,7 @@ async def test_unplugging_while_the_port_is_opened_gives_up() -> None:
     assert guest.attachments == []
 
 
-async def test_what_could_not_be_made_durable_is_told_when_the_guest_is_gone() -> None:
+async def test_what_could_not_be_made_durable_is_reported_when_the_guest_is_gone() -> None:
     port = FakePort("a")
     peer = Peer(port)
     await peer.start()

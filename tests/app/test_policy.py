@@ -139,7 +139,7 @@ def test_pulled_out_and_plugged_in_again() -> None:
     it.departed(SERIAL)
     assert it.arrived(again(SERIAL, product_id=0x6015)) is None, "another device in the same port"
     assert it.arrived(again(SERIAL, serial_number="new")) is None
-    assert plugged(it.arrived(TWIN)) == [TWIN], "without serial numbers they cannot be told apart"
+    assert plugged(it.arrived(TWIN)) == [TWIN], "without serial numbers they cannot be distinguished"
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_redirect_on_connect() -> None:
     (skip,) = [decision for decision in decisions if isinstance(decision, Skip)]
     assert (skip.found, skip.error.reason) == (KEYBOARD, Reason.INPUT_DEVICE)
     assert "046d:c31c (port 1-5) is left alone: it is a keyboard of this machine" in skip.error.message
-    assert "--usb-device port:1-5" in skip.error.remedy
+    assert (skip.error.remedy.setting, skip.error.remedy.value) == ("usb_device", "port:1-5")
     assert "allow vendor=046d product=c31c" in skip.error.remedy
     assert it.arrived(TWIN) is None
     assert plugged(back(it, STICK)) == [again(STICK)]

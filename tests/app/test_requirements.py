@@ -7,7 +7,7 @@ from farplug.cli.demo import demo
 from farplug.errors import Reason, SetupError
 
 
-def test_what_is_missing_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_missing_is_reported_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     missing = (requirements.SPICE.name, "mcopy", requirements.PARSER.name)
     monkeypatch.setattr(requirements.Need, "found", lambda need: "" if need.name in missing else "/x")
     with pytest.raises(SetupError, match=r"not installed: SPICE in QEMU, mcopy$") as caught:

@@ -77,7 +77,7 @@ def test_a_file_of_another_format(cli: Cli, tmp_path: Path, options: list[str], 
     assert remedy[1] == f"    qemu-img convert -O raw {escaped}.qcow2' {escaped}.raw'"
     assert remedy[-2].endswith(": --force")
     result = cli("connect", "tcp://127.0.0.1:1", "--force", *options, path)
-    assert result.code == 4, "refused by nobody but the VM that is not there"
+    assert result.code == 4, "refused only by the VM that is not there"
     assert (
         f"farplug: warning: {tmp_path}/it's\N{REPLACEMENT CHARACTER}a.qcow2 is {what}: plugged as it is" in result.err
     )

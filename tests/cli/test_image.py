@@ -66,7 +66,7 @@ def test_an_empty_image(cli: Cli, here: Path) -> None:
     assert (here / "x.raw").stat().st_size == 40 * MIB
 
 
-def test_names_that_steer_a_terminal_or_are_no_text(cli: Cli, here: Path) -> None:
+def test_names_that_steer_a_terminal_or_are_not_text(cli: Cli, here: Path) -> None:
     disk = os.fsdecode(b"\x1b]0;x\x07\xe9.raw")
     made = cli("image", "create", "64M", "-o", disk)
     assert (made.code, made.err) == (0, "")

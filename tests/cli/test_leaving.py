@@ -112,7 +112,7 @@ def test_what_is_warned_about(
     assert (LEAVING in result.out) is warned
 
 
-def test_a_reader_that_leaves_is_told_on_standard_error(image: Path) -> None:
+def test_a_reader_that_leaves_is_reported_on_standard_error(image: Path) -> None:
     written = threading.Event()
     with in_thread(WritingGuest(WRITE, when_done=written.set).listening) as target:
         process = subprocess.Popen(

@@ -182,7 +182,7 @@ def test_the_installed_command_begins_with_the_script() -> None:
 
 
 def complete(tmp_path: Path, *words: str) -> list[str]:
-    """What bash offers after these words, by the script that --show-completion prints."""
+    """Return what bash offers after these words, by the script that --show-completion prints."""
     command = tmp_path / "farplug"
     command.write_text(f"#!/bin/sh\nexec {sys.executable} -c 'from farplug.cli.script import main; main()' \"$@\"\n")
     command.chmod(0o755)
@@ -217,7 +217,7 @@ def test_ctrl_c_before_anything_was_done(capsys: pytest.CaptureFixture[str], mon
     assert capsys.readouterr().err == "farplug: interrupted\n"
 
 
-def test_nobody_reads_it() -> None:
+def test_without_a_reader() -> None:
     for arguments in ("devices", "--help"):
         read, write = os.pipe()
         os.close(read)
@@ -232,7 +232,7 @@ def test_nobody_reads_it() -> None:
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", "2>/dev/full", "2>&1 | true"])
-def test_standard_streams_that_nobody_opened_or_reads(image: Path, tmp_path: Path, closed: str) -> None:
+def test_standard_streams_that_are_closed_or_not_read(image: Path, tmp_path: Path, closed: str) -> None:
     commands = [["devices"], ["nonsense"], ["connect", "spice://h:0", "--usb-disk", str(image)]]
     run_each = (  # one process imports farplug, and each command is a copy of it, with the same standard streams
         "import os, sys, pathlib; from farplug.cli.main import main\n"
@@ -251,7 +251,7 @@ def test_standard_streams_that_nobody_opened_or_reads(image: Path, tmp_path: Pat
     assert b"internal error" not in result.stderr
 
 
-def test_closed_standard_streams_are_no_image(image: Path) -> None:
+def test_closed_standard_streams_are_not_used_as_an_image(image: Path) -> None:
     """Whatever writes to descriptor 1 or 2 would write into it."""
     code = (
         "import os; from farplug.cli.main import _prepare_standard_streams as prepare; prepare();"

@@ -104,7 +104,7 @@ def test_lines() -> None:
         TerminalOutput(Console(file=stream, width=100, color_system=None)),
         SilentOutput(),
     )
-    remedy = Remedy("plug it all the same", setting="storage.force", value=True)
+    remedy = Remedy("plug it anyway", setting="storage.force", value=True, alternative=Remedy("or convert it"))
     for output in outputs:
         events = shown_by(output)
         events.publish("opened", "port 0: cdrom0 (x.iso)", device="cdrom0", attachment="a1")
@@ -112,20 +112,22 @@ def test_lines() -> None:
         events.publish("skipped", "it is in use", level=Level.BAD, **remedy.as_dict())
         events.publish("medium-locked", "locked", level=Level.DETAIL, device="cdrom0")
     lines = stream.getvalue().splitlines()
-    assert [line[9:] for line in lines[:4]] == [
+    assert [line[9:] for line in lines[:5]] == [
         "port 0: cdrom0 (x.iso)",
         "cdrom0: x.iso",
         "it is in use",
-        "plug it all the same: --force",
+        "plug it anyway: --force",
+        "or convert it",
     ]
-    drive = json.loads(lines[5])
+    drive = json.loads(lines[6])
     assert (drive["event"], drive["device"], drive["medium"], drive["locked"]) == ("drive", "cdrom0", "x.iso", False)
-    assert json.loads(lines[7])["event"] == "medium-locked"
-    assert lines[8:] == [
+    assert json.loads(lines[8])["event"] == "medium-locked"
+    assert lines[9:] == [
         "· port 0: cdrom0 (x.iso)",
         "· cdrom0: x.iso",
         "✗ it is in use",
-        "  plug it all the same: --force",
+        "  plug it anyway: --force",
+        "  or convert it",
     ]
 
 
@@ -167,7 +169,7 @@ def test_a_stage_is_shown_once_it_is_reached() -> None:
     assert stream.getvalue()[9:] == "reach: vm:1\n"
     listening = Event(1, 0, "stage", "listening on vm:1", fields={"stage": "listen", "state": "begun"})
     PlainOutput(stream).show(listening)
-    assert "listen: listening on vm:1\n" in stream.getvalue(), "somebody must start the VM"
+    assert "listen: listening on vm:1\n" in stream.getvalue(), "the user must start the VM"
 
 
 def test_a_terminal_shows_the_stage_that_failed() -> None:
@@ -268,7 +270,7 @@ def test_a_full_disk_does_not_end_the_session(image: Path) -> None:
     assert process.returncode == 0
 
 
-def test_the_second_interrupt_counts_although_nobody_reads_it(image: Path) -> None:
+def test_the_second_interrupt_counts_although_its_reader_is_gone(image: Path) -> None:
     """The first one ended ``tee`` too, and the guest does not let go of its device."""
 
     def stop_listening() -> None:

@@ -1,7 +1,7 @@
 """Keeps real devices plugged into a guest, as a :class:`~farplug.app.policy.Policy` decides.
 
-It watches which devices come and go, takes those that it is told to take so that no other farplug has them, and plugs
-them through the hub. What is pulled out leaves the guest; what comes back is plugged again.
+It watches the devices of this machine, locks those that the policy selects against other farplug processes, and plugs
+them into the guest. A device that is unplugged here is detached from the guest, and attached again when it is back.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from farplug.physical.device import find_device
 from farplug.threads import run_in_daemon_thread
 from farplug.usb.device import Device
 
-DEPARTURE_PATIENCE = 1.0
-"""Seconds in which a device that was pulled out is expected to tell so itself; then it is taken out of the guest."""
-LOSS_PATIENCE = 3.0
-"""Seconds in which a device that was lost is expected to be seen leaving this machine: every second is looked."""
+REMOVAL_TIMEOUT = 1.0
+"""Seconds that an unplugged device has to report its end itself; then it is detached from the guest."""
+LOSS_TIMEOUT = 3.0
+"""Seconds in which a lost device is expected to disappear from this machine, which is checked every second."""
 
 
 class Plugger(Protocol):
@@ -109,10 +109,10 @@ class AutoPlugger:
     """Plugs devices, and keeps them plugged. :meth:`prepare` first, then :meth:`run`, :meth:`close` in any case.
 
     Args:
-        policy: what decides.
-        listener: who is told.
-        watch: what tells which devices come and go.
-        find: makes a device of one that was found.
+        policy: decides which devices are plugged in.
+        listener: receives notes and skipped devices.
+        watch: reports arrivals and departures of devices.
+        find: opens a device that was found.
     """
 
     def __init__(
@@ -136,9 +136,9 @@ class AutoPlugger:
         self._watching = False
 
     async def prepare(self) -> int:
-        """Look which devices are there, decide, and take the named ones; how many are named, those to come included.
+        """List the devices, decide, and lock the named ones; return how many are named, also absent ones.
 
-        The guest need not be reached yet: what cannot be plugged is told before anything else is touched.
+        This may be called before the guest is reached, so that a device that cannot be plugged in is reported first.
 
         Raises:
             UsageError: a choice is ambiguous.
@@ -196,7 +196,7 @@ class AutoPlugger:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             if not self._failed.cancel() and not self._failed.cancelled():
-                self._failed.exception()  # it was told just now, or nobody wants to know any more
+                self._failed.exception()  # retrieved: run() has raised it, or has ended
 
     async def close(self) -> None:
         """Let others have the devices. Nothing is plugged any more."""
@@ -237,8 +237,8 @@ class AutoPlugger:
         task.add_done_callback(self._beside.discard)
 
     async def _lost(self, plug: Plug) -> None:
-        """A device was lost: it was pulled out, and may come back. If it is still there, somebody has to know."""
-        await asyncio.sleep(LOSS_PATIENCE)
+        """Handle a device that was lost: it was unplugged, and may come back. If it is still there, report it."""
+        await asyncio.sleep(LOSS_TIMEOUT)
         if plug.slot.found is plug.found:
             self._policy.given_up(plug.slot)
             self._listener.skipped(
@@ -289,7 +289,7 @@ class AutoPlugger:
             self._ended(plug, error, attached=attached)
 
     def _ended(self, plug: Plug, error: FarplugError, *, attached: bool) -> None:
-        """A device left the guest, or never got there, although nobody here wanted that."""
+        """Handle a device that was detached, or was never attached, without a request of this side."""
         assert self._failed is not None
         named, initial, rules = plug.slot.named, plug in self._plugs, self._policy.rules
         patient = rules.wait or rules.follow is Follow.PORT  # a reset may have made it another device
@@ -314,9 +314,9 @@ class AutoPlugger:
 
 
 async def _unplug(attachment: Attachment) -> None:
-    """Take a device that was pulled out out of the guest, unless it tells by itself that it is gone."""
+    """Detach an unplugged device from the guest, unless it reports its end itself."""
     with suppress(TimeoutError):
-        async with asyncio.timeout(DEPARTURE_PATIENCE):
+        async with asyncio.timeout(REMOVAL_TIMEOUT):
             await attachment.ended()
             return
     with suppress(FarplugError):  # of a device that is gone

@@ -114,7 +114,7 @@ class Guest:
         self._releasing: dict[Device, asyncio.Task[None]] = {}
         self._auto: AutoPlugger | None = None
         self._calls: set[asyncio.Task[Any]] = set()
-        """Calls under way that :meth:`close` cancels."""
+        """Running calls that :meth:`close` cancels."""
         self._connecting = False
         self._places: list[Place] = []
         self._count = 0
@@ -277,7 +277,7 @@ class Guest:
     # Ports --------------------------------------------------------------------------------------------------------
 
     def check_room(self, count: int) -> None:
-        """Check that the guest has ports for ``count`` devices, whoever uses them now.
+        """Check that the guest has ports for ``count`` devices, also those in use.
 
         Raises:
             PortError: it has fewer.
@@ -425,7 +425,7 @@ class Guest:
             attachment = self._attachment(device, port, label, titles, units)
             try:
                 await attachment.plug(earlier)
-            except PortError as error:  # somebody else uses this port: the next one may be free
+            except PortError as error:  # another client uses this port: the next one may be free
                 in_use = error
             except BaseException:
                 self._remove(attachment)
@@ -670,7 +670,7 @@ class Guest:
     def unfinished(self) -> dict[str, int]:
         """Return the labels of the disks that the VM may not have finished writing to.
 
-        The value tells one run of writes from the next (:attr:`farplug.virtual.unit.LogicalUnit.unfinished`).
+        The value differs for each run of writes (:attr:`farplug.virtual.unit.LogicalUnit.unfinished`).
         """
         return {label: run for label, unit in self._units() if (run := unit.unfinished)}
 
@@ -722,7 +722,7 @@ class Guest:
     async def close(self) -> None:
         """Unplug everything, side by side, close the connection, then the images, and release the USB devices.
 
-        Calls under way are cancelled first. A second call waits until the first one has ended.
+        Running calls are cancelled first. A second call waits until the first one has ended.
 
         Raises:
             DeviceError: written data of a device could not be made durable (the first one that failed).

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Final, Self
 
 from farplug.app.settings import DeviceRules, Follow
-from farplug.errors import DeviceError, FarplugError, Reason, UsageError
+from farplug.errors import DeviceError, FarplugError, Reason, Remedy, UsageError
 from farplug.machine.choose import Choice
 from farplug.machine.device_info import DeviceInfo
 from farplug.usbredir.filter import Filter, Rule
@@ -78,7 +78,7 @@ class Slot:
 
     @property
     def named(self) -> bool:
-        """Whether a person asked for it: then it is an error if it cannot be plugged."""
+        """Return whether the user named the device: then it is an error if it cannot be plugged in."""
         return self.choice is not None
 
     def __str__(self) -> str:
@@ -96,7 +96,7 @@ class Plug:
 
 @dataclass(frozen=True, slots=True)
 class Skip:
-    """Leave ``found`` alone although somebody may expect it to be plugged; ``error`` says why."""
+    """Leave ``found`` alone although the user may expect it to be plugged in; ``error`` gives the reason."""
 
     found: DeviceInfo
     error: FarplugError
@@ -104,7 +104,7 @@ class Skip:
 
 @dataclass(slots=True)
 class Policy:
-    """Decides. Tell it what is there (:meth:`begin`), then what comes and goes, in this order."""
+    """Decides which devices are plugged in. Call :meth:`begin` first, then the methods for arrivals and departures."""
 
     rules: Rules
     slots: list[Slot] = field(default_factory=list)
@@ -190,7 +190,7 @@ class Policy:
         return next(iter(same), None)
 
     def _waits_for(self, slot: Slot, found: DeviceInfo) -> bool:
-        """Whether it is what a person named: one that was not there yet, or another one of its kind."""
+        """Return whether the user named it: a device that was not there yet, or another one with the same ids."""
         if slot.found is not None or slot.choice is None or not slot.choice.candidates([found]):
             return False
         return slot.last is None or (self.rules.follow is Follow.DEVICE and not slot.choice.is_location)
@@ -218,14 +218,18 @@ class Policy:
 
 
 def _check_caution(found: DeviceInfo, *filters: Filter | None) -> None:
-    """Raise ``DeviceError`` if somebody may want to keep it, and no rule names it."""
+    """Raise ``DeviceError`` if this machine uses the device, and no rule names it."""
     named = any(_names(rule, found) for filter in filters if filter is not None for rule in filter.rules)
     if found.in_use_as is not None and not named:
         raise DeviceError(
             f"{found} is left alone: {found.in_use_as}",
             reason=found.in_use_as.reason,
-            remedy=f"to plug it in nevertheless: --usb-device port:{found.port}, or a rule that names it: "
-            f"allow vendor={found.vendor_id:04x} product={found.product_id:04x}",
+            remedy=Remedy(
+                "to plug it in nevertheless, write a rule that names it "
+                f"(allow vendor={found.vendor_id:04x} product={found.product_id:04x}), or name the device",
+                setting="usb_device",
+                value=f"port:{found.port}",
+            ),
         )
 
 
@@ -240,5 +244,5 @@ def _same_device(one: DeviceInfo, other: DeviceInfo) -> bool:
 
 
 def _names(rule: Rule, found: DeviceInfo) -> bool:
-    """Whether a rule allows just this kind of device: then the person who wrote it knows what it is."""
+    """Return whether a rule allows exactly this kind of device: then its author knows what it is."""
     return rule.allow and (rule.vendor_id, rule.product_id) == (found.vendor_id, found.product_id)

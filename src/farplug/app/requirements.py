@@ -31,7 +31,7 @@ class Need:
     images: bool = False
 
     def found(self) -> str:
-        """Where it is; empty if it is missing."""
+        """Return its path; empty if it is missing."""
         if self.name == SPICE.name:
             return _qemu_with_spice()
         if self.name == PARSER.name:

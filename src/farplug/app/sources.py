@@ -26,7 +26,7 @@ Copying: TypeAlias = Callable[[str, int, int], None]
 
 
 class _Abandoned(Exception):
-    """A copy whose result nobody waits for."""
+    """The copy was cancelled."""
 
 
 @dataclass(slots=True, eq=False)
@@ -81,7 +81,7 @@ class Sources:
         copying: Copying,
         note: Callable[[str, Remedy], None] = lambda text, remedy: None,
     ) -> None:
-        """Open all sources that are no USB devices. A folder is copied first.
+        """Open all sources except USB devices. A folder is copied first.
 
         Args:
             sources: what to open.

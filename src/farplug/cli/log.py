@@ -38,6 +38,8 @@ def remedy_lines(remedy: str) -> list[str]:
 _METAVARS = {"ca_file": "FILE", "host_subject": "SUBJECT", "proxy": "URL", "usb_device": "DEVICE"}
 _PASSWORD_OPTIONS = "--password-file FILE, --ask-password, or FARPLUG_PASSWORD in the environment"
 """The ways to give a password: none of them shows it in the list of processes."""
+_NOT_PATHS = ("host_subject", "usb_device")
+"""Settings whose values may have a colon, which in a path would need ``./``."""
 
 
 def setting_option(setting: str, value: str | int | bool | None = None) -> str:
@@ -51,7 +53,8 @@ def setting_option(setting: str, value: str | int | bool | None = None) -> str:
         return f"{option} {metavar}" if metavar else option
     if value is True:
         return option
-    return f"{option} {shell_quote(str(value)) if name == 'host_subject' else shell_word(str(value))}"
+    quote = shell_quote if name in _NOT_PATHS else shell_word
+    return f"{option} {quote(str(value))}"
 
 
 def say(text: str) -> None:

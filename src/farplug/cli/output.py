@@ -46,7 +46,7 @@ _NO_FIGURES = {"read": 0, "written": 0, "commands": 0, "rate": 0}
 
 
 class Output(ABC):
-    """Where events are shown. Its methods may raise OSError when nobody reads the output any more.
+    """Shows events. Its methods may raise OSError when the reader of the output is gone.
 
     Attributes:
         interval: seconds between two calls of :meth:`refresh`.
@@ -168,7 +168,7 @@ class PlainOutput(_TextOutput):
 
     def _stage(self, event: Event) -> None:
         stage, state = event.fields["stage"], event.fields["state"]
-        if state == "reached" or (stage == Stage.LISTEN and state == "begun"):  # somebody must start the VM
+        if state == "reached" or (stage == Stage.LISTEN and state == "begun"):  # the user must start the VM
             self._more(f"{stage}: {event.message}")
 
 
@@ -306,12 +306,13 @@ def _remedy(fields: Mapping[str, Any]) -> Remedy:
         setting=fields.get("setting", ""),
         value=fields.get("value"),
         command=fields.get("command", ""),
+        alternative=_remedy(fields["alternative"]) if "alternative" in fields else None,
     )
 
 
 def choose(*, as_json: bool, commands: bool = False) -> Output:
     """Return the output that fits: JSON if it is asked for, a live table on a terminal, log lines elsewhere and between
-    the lines of ``--debug`` and the commands that somebody types.
+    the lines of ``--debug`` and the commands that the user types.
     """
     if as_json:
         return JsonOutput(sys.stdout)

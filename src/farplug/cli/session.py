@@ -102,9 +102,9 @@ class _Session:
             self._write(self._output.refresh)
 
     def _write(self, what: Callable[[], None]) -> None:
-        """Write to standard output. When nobody reads it any more (a closed pipe or terminal), end the session.
+        """Write to standard output. When its reader is gone (a closed pipe or terminal), end the session.
 
-        A log on a full file system is no reason to pull disks out of a VM.
+        A log on a full file system does not end it: the VM uses the disks.
         """
         try:
             what()
@@ -195,7 +195,7 @@ def unfinished_writes(disks: list[str], *, leaving: bool) -> str:
 
     Args:
         disks: their labels.
-        leaving: farplug leaves all the same; otherwise it stays until it is interrupted again.
+        leaving: farplug exits nevertheless; otherwise it continues until it is interrupted again.
     """
     them = "it" if len(disks) == 1 else "them"
     then = "before farplug leaves" if leaving else "first; interrupt again to leave"
