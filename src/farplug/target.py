@@ -88,15 +88,20 @@ class TargetOptions:
     proxy: str | None = field(default=None, repr=False)
 
 
-def parse_target(text: str, options: TargetOptions = TargetOptions()) -> Target:
+def parse_target(text: str, options: TargetOptions = TargetOptions(), *, keep_file: bool = False) -> Target:
     """Parse a target. A ``.vv`` file is read, and deleted if it has ``delete-this-file=1`` and everything is valid.
+
+    Args:
+        text: the target.
+        options: what the user gives beside it.
+        keep_file: do not delete a ``.vv`` file.
 
     Raises:
         UsageError: the target, the file or an option is not valid (``BAD_TARGET``, ``BAD_VV_FILE``, ``BAD_OPTION``).
     """
     scheme, separator, rest = text.partition(":")
     if not separator or scheme not in _STREAMS:
-        return _spice_target(text, scheme if separator else "", rest, options)
+        return _spice_target(text, scheme if separator else "", rest, options, keep_file)
     given = (options.password, options.ca_file, options.host_subject, options.proxy)
     if any(value is not None for value in given):
         raise UsageError(
@@ -140,7 +145,7 @@ async def open_session(target: Target, progress: Progress | None = None) -> Sess
 _STREAMS = ("tcp", "tcp-listen", "unix")
 
 
-def _spice_target(text: str, scheme: str, rest: str, options: TargetOptions) -> SpiceTarget:
+def _spice_target(text: str, scheme: str, rest: str, options: TargetOptions, keep_file: bool) -> SpiceTarget:
     match scheme:
         case "spice" | "spice+tls":
             return _with_options(_spice(text, tls=scheme.endswith("tls")), options)
@@ -153,7 +158,7 @@ def _spice_target(text: str, scheme: str, rest: str, options: TargetOptions) -> 
         raise _no_scheme(text)
     vv = read_vv_file(Path(text))
     target = _with_options(SpiceTarget.from_vv(vv), options)
-    if vv.delete_this_file:
+    if vv.delete_this_file and not keep_file:
         ChannelDialer(target, Timeouts())  # raises UsageError for a malformed proxy, subject or CA
         delete_vv_file(Path(text))
     return target

@@ -199,3 +199,12 @@ def test_plain_sockets(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bad_targets(cli: Cli, tmp_path: Path) -> None:
     assert cli("doctor", "nonsense").code == 2
     assert cli("doctor", tmp_path / "none.vv").code == 2
+
+
+def test_a_vv_file_is_kept_for_connect(cli: Cli, image: Path, tmp_path: Path) -> None:
+    path = tmp_path / "x.vv"
+    path.write_text("[virt-viewer]\ntype=spice\nhost=127.0.0.1\nport=1\ndelete-this-file=1\n")
+    assert cli("doctor", path).code == 4
+    assert path.exists()
+    assert cli("connect", path, "--usb-disk", image).code == 4
+    assert not path.exists()

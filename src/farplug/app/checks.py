@@ -52,7 +52,7 @@ async def check_target(settings: TargetSettings) -> AsyncIterator[Check]:
     Raises:
         FarplugError: a stage failed; the check of this stage was yielded before.
     """
-    target = settings.parse()
+    target = settings.parse(keep_file=True)
     if isinstance(target, ListenTarget):
         connect = f"run 'farplug connect {settings.target}', then start the VM"
         yield Check("reach", CheckState.NOTE, f"QEMU connects to {target.address}: {connect}")

@@ -202,8 +202,8 @@ class TargetSettings(_Settings):
         """Return the target without a password, for people and logs."""
         return without_credentials(self.target)
 
-    def parse(self) -> Target:
-        """Return the target. A ``.vv`` file is read, and deleted if it asks for that.
+    def parse(self, *, keep_file: bool = False) -> Target:
+        """Return the target. A ``.vv`` file is read, and deleted if it asks for that, unless ``keep_file``.
 
         Raises:
             UsageError: the target or a setting is not valid.
@@ -217,7 +217,7 @@ class TargetSettings(_Settings):
             host_subject=self.host_subject,
             proxy=self.proxy,
         )
-        return parse_target(self.target, options)
+        return parse_target(self.target, options, keep_file=keep_file)
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,7 +88,7 @@ def doctor(
 doctor.__doc__ = f"""{doctor.__doc__}
 
 The check does not plug in a device. But a SPICE server serves one client at a time: the check ends the session of \
-another client. A .vv file with delete-this-file=1 is deleted.
+another client. A .vv file with delete-this-file=1 is not deleted, so that 'farplug connect' can use it.
 
 {PASSWORD_HELP}
 """
