@@ -376,7 +376,7 @@ async def test_a_snapshot_is_continued_and_committed(guest: QemuGuest, tmp_path:
     async with farplug("image", "commit", changes) as running:
         code, out, err = await running.end()
     assert (code, err) == (0, "")
-    assert "were written to" in out
+    assert "written to" in out
     assert not changes.exists()
     assert image.read_bytes()[70000:70008] == b"snapshot"
 
