@@ -94,9 +94,9 @@ async def _disks(guest: QemuGuest) -> set[str]:
 
 
 def farplug(name: str, target: str, *options: str | Path, source: Path | None = None) -> Contender:
-    """Return ``farplug connect``, as a user runs it."""
-    program = Path(sys.executable).with_name("farplug")
-    return Contender(name, (str(program), "connect", target, *map(str, options)), source)
+    """Return ``farplug connect``. The function that it starts has the same name in all source trees."""
+    program = (sys.executable, "-c", "from farplug.cli.main import main; main()")
+    return Contender(name, (*program, "connect", target, *map(str, options)), source)
 
 
 def spice_cd(target: str, image: Path) -> Contender:
