@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import errno
 import importlib
 import pkgutil
@@ -7,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+from tests.docs import ROOT
 
 import farplug
 from farplug import errors
@@ -146,3 +148,37 @@ def test_an_error_of_the_system(error: OSError | ValueError, message: str, reaso
     assert (result.message, result.reason, result.remedy) == (message, reason, remedy)
     other = errors.from_oserror("x", OSError(errno.ENOENT, "Gone"), as_=errors.ImageError, problem="failed", remedy="y")
     assert (other.message, other.remedy) == ("x failed: gone", "y")
+
+
+_REASONS_TABLE = (ROOT / "docs/exit-codes.md").read_text().partition("## Events")[0]
+DOCUMENTED = {
+    reason: {int(code) for code in re.findall(r"\d+", codes)}
+    for reason, codes in re.findall(r"^\| `([a-z-]+)` \| ([^|]*) \|", _REASONS_TABLE, re.MULTILINE)
+}
+
+
+def _raised() -> set[tuple[str, str]]:
+    """Return the names of the class and of the reason of each error that farplug's modules make."""
+    found = set()
+    for path in sorted((ROOT / "src/farplug").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                for keyword in node.keywords:
+                    if keyword.arg == "reason" and isinstance(keyword.value, ast.Attribute):
+                        found.add((node.func.id, keyword.value.attr))
+    return found
+
+
+def test_each_class_carries_only_reasons_that_are_documented_with_its_exit_code() -> None:
+    wrong, checked = [], 0
+    for class_name, reason_name in sorted(_raised()):
+        kind = getattr(errors, class_name, None)
+        if kind is not None and reason_name in Reason.__members__:
+            error = kind("x", reason=Reason[reason_name])
+            codes = DOCUMENTED[str(error.reason)]
+            if codes:  # the reason of a warning has none
+                checked += 1
+                if int(exit_code(error)) not in codes:
+                    wrong.append((class_name, reason_name, int(exit_code(error)), codes))
+    assert wrong == []
+    assert checked > 50
