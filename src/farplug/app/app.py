@@ -19,7 +19,7 @@ from farplug.app import commands
 from farplug.app.commands import Command
 from farplug.app.events import EventReader, EventStream, Level, Listener
 from farplug.app.guest import AskPassword, Guest
-from farplug.app.settings import GuestSettings, StorageSettings
+from farplug.app.settings import GuestSettings
 from farplug.errors import FarplugError, Reason, StateError, UsageError
 from farplug.text import shown
 from farplug.virtual.cdrom import CdromDrive
@@ -154,8 +154,7 @@ class App:
 
     async def _attach(self, command: commands.Attach) -> Any:
         guest = self.guest(command.guest)
-        storage = command.storage or (StorageSettings() if guest.settings is None else guest.settings.storage)
-        return (await guest.plug(command.source, storage=storage)).snapshot()
+        return (await guest.plug(command.source, storage=command.storage)).snapshot()
 
     async def _detach(self, command: commands.Detach) -> None:
         guest = self.guest(command.guest)

@@ -16,7 +16,7 @@ from enum import StrEnum
 from typing import Any, Final
 
 from farplug.redirection import events as port_events
-from farplug.redirection.events import DeviceReport, PortEvent, as_dict
+from farplug.redirection.events import DeviceReport, PortEvent
 from farplug.text import printable
 from farplug.virtual.events import FunctionRaised, MediumLocked
 
@@ -273,8 +273,3 @@ def level_of(event: PortEvent) -> Level:
         case port_events.Detached(error=error):
             return Level.GOOD if error is None else Level.BAD
     return _LEVELS.get(type(event), Level.INFO)
-
-
-def fields_of(event: PortEvent) -> dict[str, Any]:
-    """Return the fields of an event of the engine as JSON's types."""
-    return {name: value for name, value in as_dict(event).items() if name not in ("event", "message")}

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypeVar
 
 from farplug.app.attachment import Attachment, Place
-from farplug.app.events import EventReader, EventStream, Level, fields_of, level_of
+from farplug.app.events import EventReader, EventStream, Level, level_of
 from farplug.app.settings import GuestSettings, Source, SourceKind, StorageSettings
 from farplug.app.sources import OpenSource, Sources, device_of, open_source
 from farplug.errors import (
@@ -29,7 +29,7 @@ from farplug.errors import (
     UsageError,
 )
 from farplug.redirection import events as port_events
-from farplug.redirection.events import PortEvent
+from farplug.redirection.events import PortEvent, fields_of
 from farplug.target import Target, open_session
 from farplug.text import shown
 from farplug.transport.dialer import SpiceTarget, Stage
@@ -440,7 +440,7 @@ class Guest:
     ) -> Attachment:
         self._count += 1
         label = unique(label, [attachment.label for attachment in self.attachments])
-        attachment = Attachment(self, f"{self.id}.a{self._count}", label, titles or (label,), units, device, port)
+        attachment = Attachment(self, f"{self.id}.a{self._count}", label, titles, units, device, port)
         self.attachments.append(attachment)
         snapshot = {name: value for name, value in attachment.snapshot().items() if name != "id"}
         self.publish(
@@ -879,4 +879,4 @@ def _port_line(number: int, titles: Sequence[str]) -> str:
 
 
 def _error_fields(error: FarplugError) -> dict[str, Any]:
-    return {name: value for name, value in error.as_dict().items() if name != "message"}
+    return {"reason": str(error.reason), **error.remedy.as_dict()}

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from farplug.app.events import DROPPED
+
 _OF_ATTACHMENT = ("label", "units", "port", "state", "error", "identity", "speed")
 
 
@@ -24,7 +26,7 @@ def apply(snapshot: Mapping[str, Any], event: Mapping[str, Any]) -> dict[str, An
     """
     if event["id"] <= snapshot["last_event"]:
         return dict(snapshot)
-    if event["event"] == "events-dropped":
+    if event["event"] == DROPPED:
         raise ValueError(f"{event['message']}; take a new snapshot")
     guests = dict(snapshot["guests"])
     id = event.get("guest")

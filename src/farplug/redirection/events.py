@@ -241,8 +241,13 @@ class Detached(PortEvent):
 
 def as_dict(event: PortEvent) -> dict[str, Any]:
     """Return an event as JSON's types: ``event`` (its name), ``port``, its fields, ``message`` (a line for people)."""
+    return {"event": event.name, **fields_of(event), "message": str(event)}
+
+
+def fields_of(event: PortEvent) -> dict[str, Any]:
+    """Return the port and the fields of an event as JSON's types; of a report, the fields of the device's event."""
     inner = event.event if isinstance(event, DeviceReport) else event
-    return {"event": event.name, "port": event.port, **_fields(inner), "message": str(event)}
+    return {"port": event.port, **_fields(inner)}
 
 
 def _fields(value: DataclassInstance) -> dict[str, Any]:
