@@ -16,6 +16,7 @@
     │   └── QmpError            QEMU refused a QMP command (farplug.vm.qmp)
     ├── StateError              a call that is not possible now, such as plugging a device twice
     ├── GuestGoneError          the connection to the guest ended while it was in use
+    │   ├── GuestMoved          the VM migrated to another host (farplug.transport.moved)
     │   └── GuestCrashed        the QEMU of the throw-away guest ended by itself (farplug.vm.qemu)
     ├── InternalError           a bug in farplug, in a callback of the event loop
     └── ProtocolError           a protocol was violated
@@ -102,6 +103,7 @@ class Reason(StrEnum):
     MEDIUM_LOCKED = "medium-locked"
     # while running
     GUEST_GONE = "guest-gone"
+    GUEST_MOVED = "guest-moved"
     PROTOCOL = "protocol"
     WRONG_STATE = "wrong-state"
     PAUSED = "paused"

@@ -14,9 +14,11 @@ from tests.transport.fake_spice import free_port
 
 from farplug.errors import GuestGoneError, Reason, TargetError
 from farplug.redirection import events
+from farplug.spice.messages import SwitchHost
 from farplug.target import parse_target
 from farplug.testing import GuestConfig, QemuGuest, Spice, SpicePort
 from farplug.transport.dialer import SpiceTarget
+from farplug.transport.moved import GuestMoved, moved_target
 from farplug.transport.spice_session import SpiceSession
 from farplug.virtual.disk import disk_device
 from farplug.vm.qmp import QmpError
@@ -97,18 +99,21 @@ async def test_a_channel_that_is_taken_out_of_the_vm(guests: GuestPool, tmp_path
 
 
 async def test_a_vm_that_migrates(guests: GuestPool) -> None:
-    """QEMU's client_migrate_info without a TLS port sends -1 for it."""
+    """The client follows. QEMU's client_migrate_info without a TLS port sends -1 for it."""
     config = GuestConfig(spice=Spice(), paused=True)
     incoming = replace(config, extra_arguments=("-incoming", f"tcp:127.0.0.1:{(number := free_port())}"))
     async with guests.fresh(config) as source, guests.fresh(incoming) as destination:
         session = await SpiceSession.connect(_target(source))
-        await source.qmp.human(f"client_migrate_info spice 127.0.0.1 {destination.spice.port}")
+        where = {"hostname": "127.0.0.1", "port": destination.spice.port, "cert-subject": "CN=new"}
+        await source.qmp.execute("client_migrate_info", {"protocol": "spice", **where})
         await source.qmp.execute("migrate", {"uri": f"tcp:127.0.0.1:{number}"})
         async with asyncio.timeout(GUEST_TIMEOUT):
-            error = await session.ended
-    assert isinstance(error, GuestGoneError)
-    where = f"127.0.0.1 (port {destination.spice.port})"
-    assert error.message == f"the VM moved to {where}, and the session ended"
+            error = await session.closed()
+            assert isinstance(error, GuestMoved)
+            assert error.where == SwitchHost(destination.spice.port, None, "127.0.0.1", "CN=new")
+            new = await SpiceSession.connect(moved_target(session.target, error.where))
+            assert [port.name for port in new.ports] == [port.name for port in session.ports]
+            await new.close()
 
 
 def _target(guest: QemuGuest) -> SpiceTarget:

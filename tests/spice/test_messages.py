@@ -56,10 +56,19 @@ PARSED: list[tuple[Callable[[bytes], Any], str, Any]] = [
     ),
     (parse_name, "07000000 74657374766d00", "testvm"),
     (parse_uuid, "12345678123456781234567812345678", "12345678-1234-5678-1234-567812345678"),
-    (SwitchHost.parse, "0c17 0d17 05000000 0c000000 686f737400", SwitchHost(5900, 5901, "host")),
-    (SwitchHost.parse, "0c17 ffff 05000000 0c000000 686f737400", SwitchHost(5900, None, "host")),
-    (SwitchHost.parse, "ffff 0d17 05000000 0c000000 686f737400", SwitchHost(None, 5901, "host")),
-    (SwitchHost.parse, "0000 ffff 05000000 0c000000 686f737400", SwitchHost(None, None, "host")),
+    *(
+        (SwitchHost.parse, f"{ports} 05000000 14000000 {subject}", SwitchHost(port, tls_port, "host", text))
+        for ports, port, tls_port in (
+            ("0c17 0d17", 5900, 5901),
+            ("0c17 ffff", 5900, None),
+            ("ffff 0d17", None, 5901),
+            ("0000 ffff", None, None),
+        )
+        for subject, text in (
+            ("00000000 00000000 686f737400", ""),
+            ("05000000 19000000 686f737400 434e3d7600", "CN=v"),
+        )
+    ),
 ]
 
 
@@ -84,8 +93,12 @@ def test_bounds() -> None:
         parse_channels_list(struct.pack("<I", MAX_CHANNELS + 1) + bytes(2 * MAX_CHANNELS + 2))
     with pytest.raises(RemoteProtocolError, match="4294967295 bytes of text"):
         parse_name(struct.pack("<I", 2**32 - 1) + b"name")
-    with pytest.raises(RemoteProtocolError, match="outside"):
-        SwitchHost.parse(struct.pack("<HHII", 1, 2, 4, 2**32 - 1) + b"host")
+    for places in ((4, 2**32 - 1, 0, 0), (4, 20, 4, 21), (0, 0, 1, 24)):
+        with pytest.raises(RemoteProtocolError, match="outside"):
+            SwitchHost.parse(struct.pack("<HHIIII", 1, 2, *places) + b"host")
+    for places in ((MAX_TEXT + 1, 20, 0, 0), (0, 0, MAX_TEXT + 1, 20)):
+        with pytest.raises(RemoteProtocolError, match="1025 bytes of text, more than 1024"):
+            SwitchHost.parse(struct.pack("<HHIIII", 1, 2, *places) + bytes(MAX_TEXT + 1))
     assert parse_name(struct.pack("<I", 5000) + b"x" * 5000) == "x" * MAX_TEXT
 
 

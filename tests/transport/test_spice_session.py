@@ -34,9 +34,11 @@ from farplug.errors import (
     StateError,
     TargetError,
 )
+from farplug.spice.messages import SwitchHost
 from farplug.transport import spice_port
 from farplug.transport.connection import HIGH_WATER, Timeouts
 from farplug.transport.dialer import LinkedChannel, SpiceTarget, Stage
+from farplug.transport.moved import GuestMoved
 from farplug.transport.spice_port import SpicePort
 from farplug.transport.spice_session import SpiceSession
 
@@ -305,7 +307,6 @@ async def test_silent_channel_is_open() -> None:
             RemoteProtocolError,
             "usbredir 0: COMPRESSED_DATA with unknown compression 7",
         ),
-        (message(1, struct.pack("<I", 1)), GuestGoneError, "the VM moves to another host"),
     ],
 )
 async def test_port_that_breaks(sent: bytes, error: type[FarplugError], expected_text: str) -> None:
@@ -316,7 +317,7 @@ async def test_port_that_breaks(sent: bytes, error: type[FarplugError], expected
         await session.ports[0].open(recorder)
         channel = fake.of(0)
         channel.send(sent)
-        if error is GuestGoneError and sent[:1] != b"\1":
+        if error is GuestGoneError:
             await channel.close()
         await recorder.until(lambda: bool(recorder.closed))
         with pytest.raises(error, match=expected_text):
@@ -425,26 +426,68 @@ async def test_port_that_breaks_while_it_opens(sent: bytes, error: type[FarplugE
         await session.close()
 
 
+def destination(kind: int, port: int = 5900, tls_port: int = 0xFFFF) -> bytes:
+    """MIGRATE_BEGIN or MIGRATE_SWITCH_HOST, to ``other`` with the subject ``CN=o``."""
+    return message(kind, struct.pack("<HHIIII", port, tls_port, 6, 20, 5, 26) + b"other\0CN=o\0")
+
+
+OTHER = SwitchHost(5900, None, "other", "CN=o")
+MIGRATE, MIGRATE_BEGIN, MIGRATE_CANCEL, SWITCH_HOST = 1, 101, 102, 111
+NEED_FLUSH = message(MIGRATE, struct.pack("<I", 1))
+
+
 @pytest.mark.parametrize(
-    ("sent", "expected_text"),
+    ("on_main", "on_usbredir", "where"),
     [
-        (message(1, struct.pack("<I", 1)), "the VM moved to another host, and the session ended"),
-        (
-            message(111, struct.pack("<HHII", 5900, 0xFFFF, 5, 12) + b"other"),
-            r"^the VM moved to other \(port 5900\), and the session ended",
-        ),
-        (message(101, struct.pack("<HHII", 0, 5901, 5, 12) + b"other"), r"^the VM moved to other \(TLS port 5901\)"),
+        (NEED_FLUSH, b"", None),
+        (b"", NEED_FLUSH, None),
+        (destination(SWITCH_HOST), b"", OTHER),
+        (destination(SWITCH_HOST, 0, 5901), b"", SwitchHost(None, 5901, "other", "CN=o")),
+        (destination(MIGRATE_BEGIN) + NEED_FLUSH, b"", OTHER),
+        (destination(MIGRATE_BEGIN, 1) + destination(SWITCH_HOST), b"", OTHER),
+        (destination(MIGRATE_BEGIN) + message(MIGRATE_CANCEL) + NEED_FLUSH, b"", None),
     ],
 )
-async def test_migration_ends_the_session(sent: bytes, expected_text: str) -> None:
+async def test_migration_ends_the_session(on_main: bytes, on_usbredir: bytes, where: SwitchHost | None) -> None:
     fake = FakeSpice()
     async with running(fake) as number:
         session = await connect(number)
-        fake.main_channel.send(sent)
-        error = await session.ended
+        recorder = Recorder()
+        await session.ports[0].open(recorder)
+        fake.main_channel.send(on_main)
+        fake.of(0).send(on_usbredir)
+        error = await session.closed()
+        assert isinstance(error, GuestMoved)
+        assert error.reason is Reason.GUEST_MOVED
+        assert error.where == where
+        assert str(error) == f"the VM moved to {where or 'another host'}, and the session ended"
+        await recorder.until(lambda: bool(recorder.closed))
+        assert recorder.closed == [error]
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_a_migration_begins_and_the_vm_still_runs_here(cancelled: bool) -> None:
+    """The server that asks for a connection to the destination gets an error, and the session goes on."""
+    answers: list[int] = []
+
+    async def main(channel: Channel) -> None:
+        channel.send(INIT + channels_list(((9, 0),)) + destination(MIGRATE_BEGIN))
+        while (kind := (await channel.receive_other_than_pong())[0]) != 103:
+            answers.append(kind)
+        channel.send(message(MIGRATE_CANCEL) if cancelled else b"")
+        await go.wait()
+
+    go = asyncio.Event()
+    async with running(FakeSpice(main=main)) as number:
+        session = await connect(number)
+        recorder = Recorder()
+        await session.ports[0].open(recorder)
+        assert answers == [104]
+        assert not session.ended.done()
+        go.set()  # the VM is gone: the server ends
+        error = await session.closed()
         assert isinstance(error, GuestGoneError)
-        with pytest.raises(GuestGoneError, match=expected_text):
-            raise error
+        assert (error.where if isinstance(error, GuestMoved) else None) == (None if cancelled else OTHER)
 
 
 async def test_notices_are_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -20,7 +20,7 @@ MAX_CHANNELS = 1024
 """The most channels in a CHANNELS_LIST that we accept."""
 _NO_PORT = (0, 0xFFFF)
 MAX_TEXT = 1024
-"""The most bytes of a name or a notice that we store."""
+"""The most bytes of a name or a notice that we store, and of a new host that we accept."""
 
 
 class ServerMessage(IntEnum):
@@ -54,6 +54,7 @@ class ClientMessage(IntEnum):
     PONG = 3
     MIGRATE_FLUSH_MARK = 4
 
+    MAIN_MIGRATE_CONNECT_ERROR = 103
     MAIN_ATTACH_CHANNELS = 104
 
     VMC_DATA = 101
@@ -219,26 +220,33 @@ def parse_uuid(body: Buffer) -> str:
 
 @dataclass(frozen=True, slots=True)
 class SwitchHost:
-    """SPICE_MSG_MAIN_MIGRATE_SWITCH_HOST, and the first fields of MAIN_MIGRATE_BEGIN: where the VM moved.
+    """SPICE_MSG_MAIN_MIGRATE_SWITCH_HOST and MAIN_MIGRATE_BEGIN, which have the same fields: where the VM moves.
 
     Attributes:
         port: the plain port; None for 0, and for -1, which QEMU's ``client_migrate_info`` sends.
         tls_port: the TLS port, in the same way.
         host: name or address.
+        subject: the subject of the new host's certificate; empty: check the host name.
     """
 
     port: int | None
     tls_port: int | None
     host: str
+    subject: str = ""
 
-    _LAYOUT = struct.Struct("<HHII")
+    _LAYOUT = struct.Struct("<HHIIII")
 
     @classmethod
     def parse(cls, body: Buffer) -> Self:
-        """Parse the body. Raises RemoteProtocolError."""
-        port, tls_port, size, offset = _unpack(cls._LAYOUT, body, "MAIN_MIGRATE_SWITCH_HOST")
-        host = _text(body, offset, size, "MAIN_MIGRATE_SWITCH_HOST")
-        return cls(None if port in _NO_PORT else port, None if tls_port in _NO_PORT else tls_port, host)
+        """Parse the body. Raises RemoteProtocolError, also for a host or a subject of more than MAX_TEXT bytes."""
+        name = "MAIN_MIGRATE_SWITCH_HOST"
+        port, tls_port, *places = _unpack(cls._LAYOUT, body, name)
+        texts = []
+        for size, offset in (places[:2], places[2:]):
+            if size > MAX_TEXT:
+                raise RemoteProtocolError(f"SPICE {name} with {size} bytes of text, more than {MAX_TEXT}")
+            texts.append(_text(body, offset, size, name))
+        return cls(None if port in _NO_PORT else port, None if tls_port in _NO_PORT else tls_port, *texts)
 
     def __str__(self) -> str:
         ports = [f"{name} {number}" for name, number in (("port", self.port), ("TLS port", self.tls_port)) if number]

@@ -53,6 +53,9 @@ class PortSession(Protocol):
     session_id: int
     ended: asyncio.Future[FarplugError | None]
 
+    def moved(self) -> None:
+        """End the session: the VM migrated."""
+
 
 class SpicePort(Port):
     """A usbredir channel of a session.
@@ -278,12 +281,7 @@ class SpicePort(Port):
                         log_notice(self.name, event)
                     case Migrate():
                         linked.connection.write(channel.data_to_send())
-                        self._fail(
-                            GuestGoneError(
-                                f"{self.name}: the VM moves to another host, and the session ends",
-                                remedy="connect again, to the new host",
-                            )
-                        )
+                        self._session.moved()
         except RemoteProtocolError as error:
             self._fail(error)
         finally:

@@ -26,6 +26,7 @@ from farplug.spice.messages import (
 from farplug.spice.types import ChannelType, MainCapability
 from farplug.transport.connection import Timeouts
 from farplug.transport.dialer import ChannelDialer, LinkedChannel, Progress, SpiceTarget, Stage
+from farplug.transport.moved import GuestMoved
 from farplug.transport.port import Port
 from farplug.transport.session import Session
 from farplug.transport.spice_port import SpicePort, describe_broken, log_notice
@@ -34,6 +35,7 @@ _MAIN_MESSAGES: dict[int, int] = {
     ServerMessage.MAIN_INIT: 256,
     ServerMessage.MAIN_CHANNELS_LIST: 64 << 10,
     ServerMessage.MAIN_MIGRATE_BEGIN: 64 << 10,
+    ServerMessage.MAIN_MIGRATE_CANCEL: 64,
     ServerMessage.MAIN_MIGRATE_SWITCH_HOST: 64 << 10,
     ServerMessage.MAIN_NAME: 64 << 10,
     ServerMessage.MAIN_UUID: 64,
@@ -80,6 +82,8 @@ class SpiceSession(Session):
         self._usbredir_ports: list[SpicePort] = []
         self._listed: asyncio.Future[None] = loop.create_future()
         self._close_reason = ""
+        self._destination: SwitchHost | None = None
+        """Where the VM migrates, while it does, if the server announced it."""
         self._channel = Channel("main", mini_header=main.link.mini_header, stored=_MAIN_MESSAGES)
         self._connection = main.connection
         main.start(self, self._lost)
@@ -149,7 +153,8 @@ class SpiceSession(Session):
                     case Notify():
                         log_notice("main", event)
                     case Migrate():
-                        self._migrated("another host")
+                        self._connection.write(self._channel.data_to_send())  # the flush mark, if the server needs it
+                        self.moved()
         except RemoteProtocolError as error:
             self._fail(error)
             return
@@ -174,9 +179,15 @@ class SpiceSession(Session):
                 self.name = parse_name(body)
             case ServerMessage.MAIN_UUID:
                 self.uuid = parse_uuid(body)
-            case ServerMessage.MAIN_MIGRATE_BEGIN | ServerMessage.MAIN_MIGRATE_SWITCH_HOST:
-                where = SwitchHost.parse(body)
-                self._migrated(str(where))
+            case ServerMessage.MAIN_MIGRATE_BEGIN:
+                # The VM still runs here. The server asks for a second connection, to the destination; without it, the
+                # server sends MIGRATE_SWITCH_HOST once the VM has moved.
+                self._destination = SwitchHost.parse(body)
+                self._channel.send(ClientMessage.MAIN_MIGRATE_CONNECT_ERROR)
+            case ServerMessage.MAIN_MIGRATE_CANCEL:
+                self._destination = None
+            case ServerMessage.MAIN_MIGRATE_SWITCH_HOST:
+                self.moved(SwitchHost.parse(body))
 
     def _list_channels(self, channels: tuple[ChannelId, ...]) -> None:
         self.channels = channels
@@ -189,14 +200,13 @@ class SpiceSession(Session):
         if not self._listed.done():
             self._listed.set_result(None)
 
-    def _migrated(self, where: str) -> None:
-        self._connection.write(self._channel.data_to_send())  # the flush mark, if the server requested it
-        self._fail(
-            GuestGoneError(
-                f"the VM moved to {where}, and the session ended",
-                remedy="connect again, to the new host",
-            )
-        )
+    def moved(self, where: SwitchHost | None = None) -> None:
+        """End the session: the VM migrated.
+
+        Args:
+            where: the new host; None: that of the migration which the server announced, if it did.
+        """
+        self._fail(GuestMoved(where or self._destination))
 
     def _fail(self, error: FarplugError) -> None:
         """End the session at once."""
@@ -210,6 +220,8 @@ class SpiceSession(Session):
                 self.ended.set_result(error)
             elif self._connection.closing:
                 self.ended.set_result(None)
+            elif self._destination is not None:
+                self.ended.set_result(GuestMoved(self._destination))
             else:
                 how = "the SPICE server closed the session" if error is None else describe_broken(error)
                 self.ended.set_result(
