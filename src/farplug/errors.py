@@ -73,6 +73,7 @@ class Reason(StrEnum):
     TIMED_OUT = "timed-out"
     UNREACHABLE = "unreachable"
     PROXY = "proxy"
+    TARGET_COMMAND = "target-command"
     NOT_SPICE = "not-spice"
     NEEDS_TLS = "needs-tls"
     TLS_UNTRUSTED = "tls-untrusted"

@@ -27,9 +27,10 @@ from pathlib import Path
 from typing import TypeAlias
 from urllib.parse import unquote
 
-from farplug.errors import Reason, Remedy, UsageError
+from farplug.errors import Reason, Remedy, TargetError, UsageError
 from farplug.shell import shell_word
 from farplug.spice.host import split_host_and_port
+from farplug.spice.vv import VvFile
 from farplug.transport import TARGET_FORMS
 from farplug.transport.connection import TcpAddress, Timeouts, UnixAddress
 from farplug.transport.dialer import ChannelDialer, Progress, SpiceTarget, Stage
@@ -114,6 +115,22 @@ def parse_target(text: str, options: TargetOptions = TargetOptions(), *, keep_fi
         case "tcp-listen":
             return ListenTarget(_tcp(text, scheme, rest, listen=True))
     return StreamTarget(UnixAddress(_path(text, rest)))
+
+
+def parse_vv(data: bytes, options: TargetOptions = TargetOptions()) -> SpiceTarget:
+    """Parse the contents of a ``.vv`` file that a command printed.
+
+    Raises:
+        TargetError: ``target-command``: it is malformed; a later attempt may give a valid one.
+        UsageError: an option is not valid.
+    """
+    try:
+        vv = VvFile.parse(data, path="the output of the target command")
+        return _with_options(SpiceTarget.from_vv(vv), options)
+    except UsageError as error:
+        if error.reason is not Reason.BAD_VV_FILE:
+            raise
+        raise TargetError(error.message, reason=Reason.TARGET_COMMAND, remedy=error.remedy) from error
 
 
 async def open_session(target: Target, progress: Progress | None = None) -> Session:

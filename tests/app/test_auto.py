@@ -31,7 +31,6 @@ from farplug.machine.device_info import DeviceInfo
 from farplug.machine.hotplug import Watch
 from farplug.machine.listing import list_devices
 from farplug.machine.lock import DeviceLock
-from farplug.transport.memory import memory_ports
 from farplug.usb.device import Device
 from farplug.usbredir.rules import parse_rules
 
@@ -168,7 +167,7 @@ async def test_named_devices_have_their_places(machine: Machine) -> None:
     machine.add("1-1", 2, 0x1209, 1)
     machine.add("1-2", 3, 0x1209, 2)
     scene = Scene(machine, "port:1-2", "port:1-7", "port:1-1", wait=True, later="allow")
-    scene.kept = [Place(memory_ports()[0]) for _ in range(3)]
+    scene.kept = [Place(number) for number in range(3)]
     async with scene.running_keeper():
         await scene.until(lambda: len(scene.attachments) == 2)
         assert (scene.places["1-2"], scene.places["1-1"]) == (scene.kept[0], scene.kept[2])
@@ -183,7 +182,7 @@ async def test_named_devices_have_their_places(machine: Machine) -> None:
 async def test_a_named_device_that_cannot_be_plugged_gives_way(machine: Machine) -> None:
     machine.add("1-1", 2)
     scene = Scene(machine, "1-1")
-    scene.kept = [Place(memory_ports()[0])]
+    scene.kept = [Place(0)]
     scene.lost.add("1-1")
     async with scene.running_keeper():
         assert isinstance(await scene.failed(), DeviceError)
@@ -228,7 +227,8 @@ async def test_how_many_ports_are_needed(machine: Machine) -> None:
     machine.add("1-2", 3, 5, 6)
     scene = Scene(machine, "port:1-1", "dead:beef", on_connect="allow", wait=True)
     try:
-        assert await scene.keeper.prepare() == 2, "one that is still to come needs a port too"
+        await scene.keeper.prepare()
+        assert scene.keeper.named == 2, "one that is still to come needs a port too"
         assert scene.notes == ["waiting for dead:beef to be plugged in"]
     finally:
         await scene.keeper.close()

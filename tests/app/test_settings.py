@@ -43,11 +43,13 @@ def _values(kind: Any) -> st.SearchStrategy[Any]:
         return st.lists(_values(get_args(kind)[0]), max_size=5).map(tuple)
     if is_dataclass(kind):
         return everything(kind)  # type: ignore[arg-type]
+    if kind is float:
+        return st.floats(min_value=0, exclude_min=True, allow_nan=False, allow_infinity=False)
     return NAMES if kind is str else st.from_type(kind)
 
 
 def without_secrets(target: TargetSettings) -> TargetSettings:
-    return replace(target, password=None, fallback_password="")
+    return replace(target, password=None, fallback_password="", command=None)
 
 
 @pytest.mark.parametrize("kind", [Source, StorageSettings, DeviceRules])
@@ -82,12 +84,12 @@ def test_every_command_comes_from_json(kind: type[Command]) -> None:
 
 
 def test_the_least_of_each_command() -> None:
-    assert commands.from_json("attach", {"source": {"kind": "disk", "path": "a.raw"}}) == Attach(Source.disk("a.raw"))
+    assert commands.from_json("attach", {}) == Attach()
     assert commands.from_json("insert", {"path": "a.iso"}) == Insert("a.iso")
     assert commands.from_json("eject", {}) == Eject()
     assert commands.from_json("status", {}) == Status()
     assert commands.from_json("quit", {}) == Quit()
-    for name, missing in (("attach", "source"), ("detach", "device"), ("insert", "path")):
+    for name, missing in (("detach", "device"), ("insert", "path")):
         with pytest.raises(UsageError, match=f"^{missing} is missing$"):
             commands.from_json(name, {})
 

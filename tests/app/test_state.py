@@ -14,16 +14,20 @@ import pytest
 from tests.app.test_guest import BrokenStore, FakePort, FakeSession, Peer, settle
 
 from farplug.app import guest as guest_module
+from farplug.app import link as link_module
+from farplug.app import retry
 from farplug.app.app import App
 from farplug.app.commands import Eject, Insert
 from farplug.app.events import MAX_QUEUED, Event
 from farplug.app.guest import Guest
-from farplug.app.settings import GuestSettings, Source, TargetSettings
+from farplug.app.settings import GuestSettings, ReconnectSettings, Source, TargetSettings
 from farplug.app.state import apply
-from farplug.errors import FarplugError, PortError, Reason, TargetError
+from farplug.errors import FarplugError, GuestGoneError, PortError, Reason, TargetError
 from farplug.redirection import engine
+from farplug.spice.messages import SwitchHost
 from farplug.store import MemoryStore
 from farplug.transport.dialer import Stage
+from farplug.transport.moved import GuestMoved
 from farplug.transport.session import Session
 from farplug.usb.device import Device
 from farplug.usbredir import packets as p
@@ -34,6 +38,21 @@ class NamedSession(FakeSession):
     def __init__(self, name: str, ports: list[FakePort]) -> None:
         super().__init__(ports)
         self.name, self.uuid = name, f"uuid of {name}"
+        self._ended: asyncio.Future[FarplugError | None] = asyncio.get_running_loop().create_future()
+
+    @property
+    def over(self) -> bool:
+        return self._ended.done()
+
+    async def closed(self) -> FarplugError | None:
+        return await asyncio.shield(self._ended)
+
+    async def close(self) -> None:
+        self.lose(None)
+
+    def lose(self, error: FarplugError | None) -> None:
+        if not self._ended.done():
+            self._ended.set_result(error)
 
 
 class Clients:
@@ -76,9 +95,11 @@ class World:
         self.peers: dict[int, Peer] = {}
         self.tasks: list[asyncio.Future[Any]] = []
         self.sessions = 0
-        monkeypatch.setattr(guest_module, "open_session", self._open_session)
+        monkeypatch.setattr(link_module, "open_session", self._open_session)
 
-    async def _open_session(self, target: object, begin: Callable[[Stage, str], None]) -> Session:
+    async def _open_session(
+        self, target: object, begin: Callable[[Stage, str], None] = lambda stage, text: None
+    ) -> Session:
         begin(Stage.REACH, "connecting")
         await asyncio.sleep(0)
         if self.random.random() < 0.2:
@@ -100,7 +121,8 @@ class World:
 
     async def add_guest(self) -> None:
         if len(self.app.guests) < 4:
-            await self.app.connect(GuestSettings(TargetSettings("spice://:secret@h:1")))
+            reconnect = ReconnectSettings(0.05) if self.random.random() < 0.8 else None
+            await self.app.connect(GuestSettings(TargetSettings("spice://:secret@h:1"), reconnect=reconnect))
 
     async def remove_guest(self) -> None:
         if (guest := self.guest) is not None and self.random.random() < 0.3:
@@ -134,7 +156,7 @@ class World:
     def start_peers(self, guest: Guest) -> None:
         for port in guest.session.ports:
             assert isinstance(port, FakePort)
-            if port.inner._listener is None and port.peer._listener is None and self.random.random() < 0.95:
+            if id(port) not in self.peers and port.peer._listener is None and self.random.random() < 0.95:
                 refuses = "-1,-1,-1,-1,0" if self.random.random() < 0.15 else None
                 peer = Peer(port, filter=refuses, configures=self.random.random() < 0.8)
                 self.peers[id(port)] = peer
@@ -151,7 +173,7 @@ class World:
         if not attached:
             return
         attachment = self.random.choice(attached)
-        peer = self.peers.get(id(attachment.port))
+        peer = self.peers.get(id(attachment.port.port))
         if peer is None:
             return
         packet = self.random.choice(
@@ -176,6 +198,20 @@ class World:
             peer._connection.send(packet)
             peer._flush()
 
+    async def lose(self) -> None:
+        """The VM is gone, as a whole; where it is contacted again, its devices find guests at their ports."""
+        if (guest := self.guest) is None or not isinstance(guest.session, NamedSession):
+            return
+        session = guest.session
+        moved = self.random.random() < 0.3
+        session.lose(GuestMoved(SwitchHost(5900, None, "other")) if moved else GuestGoneError("lost"))
+        for port in session.ports:
+            if (peer := self.peers.get(id(port))) is not None:
+                peer.leave()
+        for _ in range(self.random.choice([0, 10, 50])):
+            await asyncio.sleep(0)
+        self.start_peers(guest)
+
     async def note(self) -> None:
         if (guest := self.guest) is not None:
             guest.note("note")
@@ -198,6 +234,7 @@ class World:
             self.packet,
             self.packet,
             self.packet,
+            self.lose,
             self.note,
         ]
         for _ in range(steps):
@@ -222,6 +259,7 @@ HISTORIES = 25
 USUAL = {
     "attached",
     "attaching",
+    "back",
     "closed",
     "configured",
     "connected",
@@ -230,9 +268,12 @@ USUAL = {
     "figures",
     "guest",
     "guest-removed",
+    "lost",
     "medium-ejected",
     "medium-inserted",
     "opened",
+    "port",
+    "reconnecting",
     "refused",
     "removed",
     "stage",
@@ -243,6 +284,8 @@ USUAL = {
 async def test_any_history(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(engine, "ACK_TIMEOUT", 0.05)
     monkeypatch.setattr(engine, "HELLO_TIMEOUT", 0.0)
+    monkeypatch.setattr(retry, "DELAYS", (0.0, 0.001))
+    monkeypatch.setattr(retry, "FLAPS", 5)
     monkeypatch.setattr(guest_module, "FIGURES_INTERVAL", 0.0)
     image, iso = tmp_path / "a.raw", tmp_path / "a.iso"
     image.write_bytes(bytes(4096))

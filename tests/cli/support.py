@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -156,11 +157,12 @@ class FakeGuest:
 
     async def behave(self, channel: Channel) -> None:
         """As a usbredir channel of the fake SPICE server."""
-        channel.send(message(101, b"".join(self.start())))
+        port = copy(self)  # with a connection of its own; what all ports have seen is one list
+        channel.send(message(101, b"".join(port.start())))
         while True:
             kind, body = await channel.receive_other_than_pong()
             if kind == 101:
-                for buffer in self.receive(body):
+                for buffer in port.receive(body):
                     channel.send(message(101, bytes(buffer)))
 
     @asynccontextmanager

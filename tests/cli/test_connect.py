@@ -386,16 +386,13 @@ def test_ports_follow_the_command_line(cli: Cli, tmp_path: Path, iso: Path, reve
             if not waiting:
                 interrupt()
 
-        guest = FakeGuest(configured)
-        answer = guest._answer
+        class Noting(FakeGuest):
+            def _answer(self, packet: packets.Packet) -> None:
+                if isinstance(packet, packets.DeviceConnect):
+                    offered.append(number)
+                super()._answer(packet)
 
-        def noted(packet: packets.Packet) -> None:
-            if isinstance(packet, packets.DeviceConnect):
-                offered.append(number)
-            answer(packet)
-
-        guest._answer = noted  # type: ignore[method-assign]
-        await guest.behave(channel)
+        await Noting(configured).behave(channel)
 
     fake = FakeSpice(usbredir=behave, vmc_caps=0, channels=((3, 0), *((9, number) for number in range(5))))
     with in_thread(lambda: running(fake)) as port:
@@ -538,11 +535,12 @@ def test_ports(cli: Cli, tmp_path: Path, fake: FakeSpice, disks: int, code: int,
 
 def test_two_disks_for_one_socket(cli: Cli, tmp_path: Path) -> None:
     options = [word for name in "ab" for word in ("--usb-disk", str(blank(tmp_path / name)))]
-    result = cli("connect", "tcp://127.0.0.1:1", *options)
-    assert result.code == 4
-    assert "the VM has 1 port for 2 devices: they are plugged as 2 logical units of one device" in result.out
-    options += [word for number in range(15) for word in ("--usb-disk", str(blank(tmp_path / str(number))))]
-    result = cli("connect", "tcp://127.0.0.1:1", *options)
+    with in_thread(FakeGuest().listening) as target:
+        result = cli("connect", target, *options)
+        assert result.code == 0
+        assert "the VM has 1 port for 2 devices: they are plugged as 2 logical units of one device" in result.out
+        options += [word for number in range(15) for word in ("--usb-disk", str(blank(tmp_path / str(number))))]
+        result = cli("connect", target, *options)
     assert (result.code, "17 devices, but the VM has 1 port" in result.err) == (7, True)
     assert "give the VM another socket" in result.err
 
@@ -614,9 +612,20 @@ def test_json(cli: Cli, image: Path) -> None:
     lines = [json.loads(line) for line in result.out.splitlines()]
     stages = [(line["stage"], line["state"]) for line in lines if line["event"] == "stage"]
     assert stages == [(stage, state) for stage in ("reach", "ticket", "channels") for state in ("begun", "reached")]
-    names = [line["event"] for line in lines if line["event"] not in ("stage", "figures")]
+    names = [line["event"] for line in lines if line["event"] not in ("stage", "figures", "port")]
     assert names == [
-        *("guest", "connected", "note", "note", "attaching", "opened", "guest-ready", "attached", "configured"),
+        *(
+            "guest",
+            "connected",
+            "note",
+            "note",
+            "attaching",
+            "opened",
+            "guest-ready",
+            "attached",
+            "ready",
+            "configured",
+        ),
         *("note", "detached", "removed", "closed", "guest-removed"),
     ]
     assert [line["id"] for line in lines] == list(range(1, len(lines) + 1))

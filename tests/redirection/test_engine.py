@@ -160,12 +160,24 @@ async def test_a_device_that_cannot_be_offered_is_not_reported(monkeypatch: pyte
 
 async def test_a_guest_that_never_acknowledges(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "ACK_TIMEOUT", 0.05)
-    device = ScriptedDevice()
+    monkeypatch.setattr(engine, "HELLO_TIMEOUT", 0.01)
+    device, next_device = ScriptedDevice(), ScriptedDevice()
     async with MemoryGuest(device) as guest:
-        monkeypatch.setattr(guest, "_packet_received", lambda packet: None)
-        await guest.redirection.detach()
-        assert guest.redirection.state is State.CLOSED
-        assert device.calls == ["open", "close"]
+        received: list[packets.Packet] = []
+        with monkeypatch.context() as paused:
+            paused.setattr(guest, "_packet_received", received.append)
+            await guest.redirection.detach()
+            assert guest.redirection.state is State.DISCONNECTING
+            assert device.calls == ["open", "close"]
+            attaching = asyncio.ensure_future(guest.redirection.attach(next_device))
+            while events.WaitingForGuest not in kinds(guest):
+                await asyncio.sleep(0.01)
+        assert next_device.calls == [], "late packets of the guest would be taken for requests to it"
+        for packet in received:
+            guest._packet_received(packet)
+        await attaching
+        assert next_device.calls == ["open"]
+        assert guest.redirection.device is next_device
 
 
 async def test_without_the_capability_detach_does_not_wait_for_an_acknowledgement() -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from farplug.app.guest import AskPassword, Guest
+from farplug.app.guest import Guest
+from farplug.app.link import AskPassword
 from farplug.app.settings import GuestSettings, Source, TargetSettings
 
 

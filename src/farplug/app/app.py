@@ -18,7 +18,8 @@ from typing import Any, Self
 from farplug.app import commands
 from farplug.app.commands import Command
 from farplug.app.events import EventReader, EventStream, Level, Listener
-from farplug.app.guest import AskPassword, Guest
+from farplug.app.guest import Guest
+from farplug.app.link import AskPassword
 from farplug.app.settings import GuestSettings
 from farplug.errors import FarplugError, Reason, StateError, UsageError
 from farplug.text import shown
@@ -154,11 +155,11 @@ class App:
 
     async def _attach(self, command: commands.Attach) -> Any:
         guest = self.guest(command.guest)
-        return (await guest.plug(command.source, storage=command.storage)).snapshot()
+        attachments = await guest.attach(command.sources, command.storage, command.rules, wait=command.wait)
+        return {"attachments": [attachment.snapshot() for attachment in attachments]}
 
-    async def _detach(self, command: commands.Detach) -> None:
-        guest = self.guest(command.guest)
-        await guest.unplug(guest.find(command.device))
+    async def _detach(self, command: commands.Detach) -> Any:
+        return {"detached": await self.guest(command.guest).detach(command.device)}
 
     async def _insert(self, command: commands.Insert) -> None:
         _, drive = self._drive(command)

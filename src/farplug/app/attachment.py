@@ -9,10 +9,10 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 from farplug.app.events import EventReader
-from farplug.errors import FarplugError, PortError, Reason, RefusedError
-from farplug.redirection import Redirection, events
+from farplug.app.guest_port import GuestPort
+from farplug.errors import DeviceError, FarplugError, PortError, Reason, RefusedError
+from farplug.redirection import events
 from farplug.redirection.events import PortEvent
-from farplug.transport.port import Port
 from farplug.usb.device import Device
 from farplug.usb.figures import EndpointFigures, Figures
 
@@ -33,6 +33,8 @@ class AttachmentState(StrEnum):
     """the guest's driver works with it"""
     REFUSED = "refused"
     DETACHED = "detached"
+    LOST = "lost"
+    """its VM is gone; it is attached again when the VM is back"""
 
 
 _STATES: dict[type, AttachmentState] = {
@@ -48,11 +50,11 @@ class Place:
     """A port that is kept for one device, and the device's turn. Made by :meth:`farplug.app.guest.Guest.reserve`.
 
     Attributes:
-        port: the port.
+        number: of the port.
     """
 
-    def __init__(self, port: Port) -> None:
-        self.port = port
+    def __init__(self, number: int) -> None:
+        self.number = number
         self._turn = asyncio.Event()
 
     def give_way(self) -> None:
@@ -72,14 +74,14 @@ class Place:
 class Owner(Protocol):
     """What an attachment needs of its guest."""
 
-    def number_of(self, port: Port) -> int:
-        """Return the number of a port of the guest, from 0."""
-
     def precede(self, attachment: Attachment, event: type[PortEvent]) -> None:
         """Publish what comes before an event of this type. The attachment's state is still that before the event."""
 
     def happened(self, attachment: Attachment, event: PortEvent) -> None:
         """Publish an event of the attachment."""
+
+    def comes_back(self, error: FarplugError | None) -> bool:
+        """Return whether the guest is gone with this error, and will be contacted again."""
 
     def finished(self, attachment: Attachment) -> None:
         """Take note that the attachment is over."""
@@ -101,6 +103,7 @@ class Attachment:
         units: the labels of its logical units; the label if it has none.
         device: what is plugged.
         port: where.
+        sources: what the device was made of, as users name it: paths, ids; empty: unknown.
         identity: of the device, as it was last offered to the guest.
         state: how far it has come.
         error: why the guest refused the device, or why the device left, if no user asked for that.
@@ -114,7 +117,8 @@ class Attachment:
         titles: Sequence[str],
         units: Sequence[str],
         device: Device,
-        port: Port,
+        port: GuestPort,
+        sources: Sequence[str] = (),
     ) -> None:
         self.id = id
         self.label = label
@@ -123,17 +127,20 @@ class Attachment:
         self.device = device
         self.identity = device.identity
         self.port = port
+        self.sources = tuple(sources)
         self.state = AttachmentState.OPENING
         self.error: FarplugError | None = None
         self._owner = owner
-        self._redirection = Redirection(port, self._happened)
         self._ready = asyncio.Event()
+        self._attached = asyncio.Event()
         self._configured = asyncio.Event()
         self._ended = asyncio.Event()
         self._plugging: asyncio.Task[object] | None = None
-        self._leaving: asyncio.Task[None] | None = None
+        self._unplugged = False
         self._rate = Rate()
         self._measured: tuple[str, Figures] | None = None
+        self._published: dict[str, int] = {"read": 0, "written": 0, "commands": 0, "rate": 0}
+        """The figures of the last event ``figures``."""
 
     @property
     def figures(self) -> Figures:
@@ -151,12 +158,20 @@ class Attachment:
     @property
     def endpoints(self) -> tuple[EndpointFigures, ...]:
         """Return what moved through each endpoint since the device was attached."""
-        return self._redirection.figures
+        return self.port.endpoints
 
     @property
     def over(self) -> bool:
         """Return whether the device has left the guest."""
         return self._ended.is_set()
+
+    async def attached(self) -> None:
+        """Wait until the device is offered to the guest.
+
+        Raises:
+            FarplugError: the guest refused the device, or it left before.
+        """
+        await self._reached(self._attached, "offered to the guest")
 
     async def configured(self) -> None:
         """Wait until the guest's driver works with the device.
@@ -164,16 +179,19 @@ class Attachment:
         Raises:
             FarplugError: the guest refused the device, or it left before.
         """
+        await self._reached(self._configured, "configured by the guest")
+
+    async def _reached(self, state: asyncio.Event, what: str) -> None:
         ended = asyncio.ensure_future(self._ended.wait())
-        configured = asyncio.ensure_future(self._configured.wait())
+        reached = asyncio.ensure_future(state.wait())
         try:
-            await asyncio.wait((ended, configured), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((ended, reached), return_when=asyncio.FIRST_COMPLETED)
         finally:
             ended.cancel()
-            configured.cancel()
-        if not self._configured.is_set():
+            reached.cancel()
+        if not state.is_set():
             raise self.error or PortError(
-                f"{self.device.identity} was detached before the guest configured it", reason=Reason.REJECTED
+                f"{self.device.identity} was detached before it was {what}", reason=Reason.REJECTED
             )
 
     async def ended(self) -> FarplugError | None:
@@ -192,20 +210,28 @@ class Attachment:
         return events
 
     async def unplug(self) -> None:
-        """Take the device out of the guest, and close the port; give up while the port is being opened.
+        """Take the device out of the guest; give up while it is being plugged in. Its port stays open.
 
         Raises:
             DeviceError: written data could not be made durable.
         """
+        self._unplugged = True
         plugging = self._plugging
         if plugging is not None and not plugging.done() and plugging is not asyncio.current_task():
             plugging.cancel()
             await asyncio.wait([plugging])
             return
         try:
-            await self._redirection.close()
+            if self.state is not AttachmentState.LOST:
+                await self.port.detach()
         finally:
             self._finish()
+
+    def give_up(self, error: FarplugError) -> None:
+        """End, with an error: the VM is not back, or has no port for the device any more. Only while it is lost."""
+        self.error = error
+        self._finish()
+        self._owner.left(self)
 
     def snapshot(self) -> dict[str, Any]:
         """Return the attachment's state as JSON's types."""
@@ -218,9 +244,10 @@ class Attachment:
             "error": None if self.error is None else self.error.as_dict(),
             "identity": str(self.identity),
             "speed": str(self.identity.speed),
+            "figures": dict(self._published),
         }
 
-    def measure(self) -> tuple[Figures, float] | None:
+    def measure(self) -> dict[str, int] | None:
         """Return the figures, and the bytes a second since the last call; None if they and the state are the same."""
         figures = self.figures
         rate = self._rate.measure(figures.read + figures.written)
@@ -228,25 +255,63 @@ class Attachment:
         if now == self._measured:
             return None
         self._measured = now
-        return figures, rate
+        self._published = {
+            "read": figures.read,
+            "written": figures.written,
+            "commands": figures.commands,
+            "rate": round(rate),
+        }
+        return dict(self._published)
+
+    def begin_again(self, port: GuestPort) -> None:
+        """Prepare another :meth:`plug`: the VM is back, with new ports."""
+        self.port = port
+        self.state = AttachmentState.OPENING
+        self.error = None
 
     async def plug(self, earlier: Sequence[Place] = ()) -> None:
-        """Open the port and offer the device, after the devices of earlier places. The guest calls this once."""
+        """Open the port and offer the device, after the devices of earlier places.
+
+        The guest calls this once, and again each time that it is back after it was lost.
+        """
         self._plugging = asyncio.current_task()
+        self.port.claim(self._happened)
         try:
-            await self._redirection.open()
-        except BaseException:
-            self._finish()
-            raise
-        try:
+            await self.port.open()
             self._opened()
+            if self.port.ready is not None and not self._ready.is_set():  # the hello came before the device
+                self._happened(self.port.ready)
             await self._wait_for_turn(earlier)
-            await self._redirection.attach(self.device)
+            await self.port.attach(self.device)
         except BaseException as error:
             if isinstance(error, RefusedError) and self.state is not AttachmentState.REFUSED:
                 self._happened(events.Refused(self.port.name, error))
-            await self.unplug()
+            if isinstance(error, FarplugError) and not self._unplugged and self._owner.comes_back(error):
+                self.error = error
+                self._lost()
+                self._owner.happened(self, events.Detached(self.port.name, error, ()))
+            else:
+                await self._give_up(error)
             raise
+        finally:
+            self._plugging = None
+
+    async def _give_up(self, error: BaseException) -> None:
+        try:
+            await self.port.detach()
+        except DeviceError:
+            if not isinstance(error, asyncio.CancelledError):
+                raise
+        finally:
+            self._finish()
+
+    def _lost(self) -> None:
+        """Free the port; the device is attached again when the guest is back."""
+        self.state = AttachmentState.LOST
+        self._ready.clear()
+        self._attached.clear()
+        self._configured.clear()
+        self.port.release()
 
     async def _wait_for_turn(self, earlier: Sequence[Place]) -> None:
         """Wait until the devices of these places were offered, or their time is up, or the port is closed."""
@@ -254,7 +319,7 @@ class Attachment:
             return
         turn = asyncio.gather(*(place.passed() for place in earlier))
         ready = asyncio.ensure_future(self._ready.wait())
-        closed = asyncio.ensure_future(self._redirection.closed())
+        closed = asyncio.ensure_future(self.port.closed())
         try:
             done, _ = await asyncio.wait((turn, ready, closed), return_when=asyncio.FIRST_COMPLETED)
             if done == {ready}:
@@ -268,7 +333,7 @@ class Attachment:
         if self.state is AttachmentState.OPENING:
             self._owner.precede(self, events.Opened)
             self.state = AttachmentState.WAITING
-            self._owner.happened(self, events.Opened(self.port.name, self._owner.number_of(self.port)))
+            self._owner.happened(self, events.Opened(self.port.name, self.port.number))
 
     def _happened(self, event: PortEvent) -> None:
         self._opened()  # a guest may send its hello before open() returns
@@ -280,30 +345,35 @@ class Attachment:
                 self._configured.set()
         else:
             self.state = _STATES.get(type(event), self.state)
-        if isinstance(event, events.GuestReady):
-            self._ready.set()
-        if isinstance(event, events.Attached):
-            self.identity = event.identity
-        if isinstance(event, (events.Refused, events.Detached)):
-            self.error = self.error or event.error
-        if isinstance(event, events.Detached) and self.state is not AttachmentState.REFUSED:
-            self.state = AttachmentState.DETACHED
+        match event:
+            case events.GuestReady():
+                self._ready.set()
+            case events.Attached(identity=identity):
+                self.identity, self.error = identity, None
+                self._attached.set()
+            case events.Refused(error=error):
+                self.error = self.error or error
+            case events.Detached(error=error):
+                self._detached(error)
         self._owner.happened(self, event)
-        if isinstance(event, events.Detached):
-            self._leaving = asyncio.ensure_future(self._leave())
-
-    async def _leave(self) -> None:
-        """Free the port for another device: this one has left the guest."""
-        try:
-            await self._redirection.close()
-        finally:
+        if isinstance(event, events.Detached) and self.state is not AttachmentState.LOST:
             self._finish()
             self._owner.left(self)
+
+    def _detached(self, error: FarplugError | None) -> None:
+        self.error = self.error or error
+        if self.state is AttachmentState.REFUSED:
+            return
+        if not self._unplugged and self._owner.comes_back(error):
+            self._lost()
+        else:
+            self.state = AttachmentState.DETACHED
 
     def _finish(self) -> None:
         if self.state is not AttachmentState.REFUSED:
             self.state = AttachmentState.DETACHED
         if not self._ended.is_set():
+            self.port.release()
             self._ended.set()
             self._owner.finished(self)
 

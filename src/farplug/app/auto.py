@@ -15,7 +15,7 @@ from typing import Any, NoReturn, Protocol
 from farplug.app.attachment import Attachment, Place
 from farplug.app.policy import Plug, Policy, Skip, Slot
 from farplug.app.settings import Follow
-from farplug.errors import DeviceError, FarplugError, PortError, Reason, RefusedError
+from farplug.errors import DeviceError, FarplugError, PortError, Reason, RefusedError, TargetError
 from farplug.libusb.library import Library
 from farplug.machine.choose import Choice
 from farplug.machine.device_info import DeviceInfo
@@ -113,6 +113,10 @@ class AutoPlugger:
         listener: receives notes and skipped devices.
         watch: reports arrivals and departures of devices.
         find: opens a device that was found.
+
+    Attributes:
+        lenient: returns whether an error of a device that was named is only reported: it does not end :meth:`run`.
+        initial: after :meth:`prepare`, the attachments of the devices that were named and are present, when they exist.
     """
 
     def __init__(
@@ -122,6 +126,9 @@ class AutoPlugger:
         watch: Watch | None = None,
         find: Callable[[DeviceInfo], Awaitable[Device]] = find,
     ) -> None:
+        self.lenient: Callable[[], bool] = lambda: False
+        self.initial: list[asyncio.Future[Attachment]] = []
+        self._first: dict[Slot, asyncio.Future[Attachment]] = {}
         self._policy = policy
         self._listener = listener
         self._watch = Watch() if watch is None else watch
@@ -135,8 +142,18 @@ class AutoPlugger:
         self._failed: asyncio.Future[NoReturn] | None = None
         self._watching = False
 
-    async def prepare(self) -> int:
-        """List the devices, decide, and lock the named ones; return how many are named, also absent ones.
+    @property
+    def named(self) -> int:
+        """Return how many devices were named, also absent ones."""
+        return sum(slot.named for slot in self._policy.slots)
+
+    @property
+    def present(self) -> int:
+        """Return how many of the devices that were named were present at the start."""
+        return len(self.initial)
+
+    async def prepare(self) -> None:
+        """List the devices, decide, and lock the named ones.
 
         This may be called before the guest is reached, so that a device that cannot be plugged in is reported first.
 
@@ -156,6 +173,8 @@ class AutoPlugger:
                 self._locks[decision.slot] = await run_in_daemon_thread(
                     partial(DeviceLock, decision.found), DeviceLock.release
                 )
+                self._first[decision.slot] = asyncio.get_running_loop().create_future()
+                self.initial.append(self._first[decision.slot])
                 if decision.found.in_use_as is not None:
                     self._listener.note(f"{decision.found}: {decision.found.in_use_as}")
             self._plugs.append(decision)
@@ -164,7 +183,6 @@ class AutoPlugger:
                 self._listener.note(f"waiting for {slot} to be plugged in")
         if self._policy.rules.later is not None:
             self._listener.note("what is plugged in from now on goes into the VM if the rules allow it")
-        return sum(slot.named for slot in self._policy.slots)
 
     async def run(self, hub: Plugger, places: Sequence[Place] = ()) -> NoReturn:
         """Plug, and go on until cancelled. Closing the hub, which comes next, unplugs what is plugged then.
@@ -274,6 +292,8 @@ class AutoPlugger:
             label = plug.found.name or plug.found.id
             self._attachments[slot] = await hub.plug_usb(device, label, place)
             attached = True
+            if slot in self._first and not self._first[slot].done():
+                self._first[slot].set_result(self._attachments[slot])
             if slot.found is not plug.found:  # it was pulled out while it was being plugged in
                 self._soon(_unplug(self._attachments[slot]))
             error = await self._attachments[slot].ended()
@@ -287,11 +307,17 @@ class AutoPlugger:
             await run_in_daemon_thread(self._locks.pop(slot).release)
         if error is not None:
             self._ended(plug, error, attached=attached)
+        elif slot.found is plug.found:  # a user detached it: it does not come back
+            self._policy.forget(slot)
 
     def _ended(self, plug: Plug, error: FarplugError, *, attached: bool) -> None:
         """Handle a device that was detached, or was never attached, without a request of this side."""
         assert self._failed is not None
         named, initial, rules = plug.slot.named, plug in self._plugs, self._policy.rules
+        first = self._first.get(plug.slot)
+        if first is not None and not first.done():
+            first.set_exception(error)
+            first.exception()  # retrieved: perhaps no task waits
         patient = rules.wait or rules.follow is Follow.PORT  # a reset may have made it another device
         match error:
             case DeviceError() if plug.slot.found is not plug.found:
@@ -301,11 +327,11 @@ class AutoPlugger:
                 return
             case DeviceError():
                 bearable = not (named and initial)
-            case RefusedError() | PortError():
-                bearable = not named or plug.again
+            case RefusedError() | PortError() | TargetError():  # a ticket may be over when a device comes late
+                bearable = not named or plug.again or not initial
             case _:
                 bearable = False
-        if bearable:
+        if bearable or self.lenient():
             if plug.slot.found is plug.found:
                 self._policy.given_up(plug.slot)
             self._listener.skipped(error)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Final
 
 from farplug.app.codec import decode
-from farplug.app.settings import Source, StorageSettings
+from farplug.app.settings import DeviceRules, Source, StorageSettings
 from farplug.errors import Reason, UsageError
 from farplug.text import shown
 
@@ -31,27 +31,31 @@ class Command:
 
 @dataclass(frozen=True, slots=True)
 class Attach(Command):
-    """Plug a source into the guest. The result is the attachment.
+    """Plug sources into the guest. The result has their ``attachments``; what is plugged in already is among them.
 
     Attributes:
-        source: what to plug.
-        storage: how; None: as the guest's settings say.
+        sources: what to plug, in this order.
+        storage: how images and folders are plugged; None: as the guest's settings say.
+        rules: which USB devices of this machine are plugged besides the sources; None: no others.
+        wait: wait until the guest has configured the devices; otherwise only until they are being plugged in.
         guest: the guest's id; None: the only one.
     """
 
     name = "attach"
 
-    source: Source
+    sources: tuple[Source, ...] = ()
     storage: StorageSettings | None = None
+    rules: DeviceRules | None = None
+    wait: bool = True
     guest: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Detach(Command):
-    """Unplug a device.
+    """Unplug a device. The result has the labels of what was ``detached``: none if it was not plugged in.
 
     Attributes:
-        device: its label or id.
+        device: its label, id or path, see :meth:`farplug.app.guest.Guest.find`; ``all``: all devices.
         guest: the guest's id; None: the only one.
     """
 

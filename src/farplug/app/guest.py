@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from farplug.app.attachment import Attachment, Place
+from farplug.app.attachment import Attachment, AttachmentState, Place
 from farplug.app.events import EventReader, EventStream, Level, level_of
-from farplug.app.settings import GuestSettings, Source, SourceKind, StorageSettings
+from farplug.app.guest_port import GuestPort
+from farplug.app.link import AskPassword, Link, error_fields
+from farplug.app.settings import DeviceRules, GuestSettings, Source, SourceKind, StorageSettings
 from farplug.app.sources import OpenSource, Sources, device_of, open_source
 from farplug.errors import (
     FarplugError,
@@ -25,15 +27,11 @@ from farplug.errors import (
     Reason,
     Remedy,
     StateError,
-    TargetError,
     UsageError,
 )
 from farplug.redirection import events as port_events
 from farplug.redirection.events import PortEvent, fields_of
-from farplug.target import Target, open_session
 from farplug.text import shown
-from farplug.transport.dialer import SpiceTarget, Stage
-from farplug.transport.port import Port
 from farplug.transport.session import Session
 from farplug.usb.device import Device
 from farplug.virtual.cdrom import CdromDrive
@@ -49,18 +47,10 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-PASSWORD_ATTEMPTS = 3
-"""Passwords that a user is asked for when the server does not accept the one that it was given."""
+ALL = "all"
+"""Names all devices, in a command."""
 FIGURES_INTERVAL = 1.0
 """Seconds between two events ``figures`` of an attachment."""
-
-ONE_CLIENT = (
-    "SPICE serves one client at a time: farplug has taken the VM from any other client, and a console "
-    "(virt-viewer) that connects now takes it from farplug"
-)
-
-AskPassword: TypeAlias = Callable[[FarplugError], Awaitable[str | None]]
-"""Asks a user for a password; called with the server's refusal. None: there is none."""
 
 
 class Guest:
@@ -102,27 +92,31 @@ class Guest:
         self.id = id
         self.settings = settings
         self.stream = EventStream() if stream is None else stream
-        self._session = session
         self.attachments: list[Attachment] = []
         self.served = False
-        self._ask_password = ask_password
-        self._stages = _Stages(self)
+        self._link = Link(self, settings, session, ask_password)
         self._sources = Sources()
         self._owned: dict[Device, Sequence[OpenSource]] = {}
         """Devices made of sources that :meth:`plug` opened: disposed of when the guest is closed, or before."""
         self._locks: dict[Device, DeviceLock] = {}
         self._releasing: dict[Device, asyncio.Task[None]] = {}
-        self._auto: AutoPlugger | None = None
+        self._autos: list[AutoPlugger] = []
         self._calls: set[asyncio.Task[Any]] = set()
         """Running calls that :meth:`close` cancels."""
-        self._connecting = False
+        self._returning: asyncio.Future[Any] | None = None
+        """Devices are being plugged again: the VM is back."""
         self._places: list[Place] = []
         self._count = 0
+        self._expected: int | None = None
+        """Devices that must be plugged in, or wait for the guest, before :meth:`run` is ready; None: it is."""
+        self._listening = False
+        self._settled: set[str] = set()
+        """The ids of attachments that were plugged in, or waited for the guest."""
         self._ticker: asyncio.Task[None] | None = None
         self._closing: asyncio.Future[None] | None = None
 
     async def __aenter__(self) -> Self:
-        if self._session is None:
+        if not self._link.is_connected:
             await self.connect()
         return self
 
@@ -142,8 +136,9 @@ class Guest:
         self.publish("note", text, **({} if remedy is None else remedy.as_dict()))
 
     def skipped(self, error: FarplugError) -> None:
-        """Publish that a USB device of this machine is not plugged in; nothing else changes."""
-        self.publish("skipped", error.message, level=Level.BAD, **_error_fields(error))
+        """Publish that a device is not plugged in; nothing else changes."""
+        self._check_ready(f"skipped {len(self._settled)}")
+        self.publish("skipped", error.message, level=Level.BAD, **error_fields(error))
 
     def events(self) -> EventReader:
         """Return an iterator over what happens to the guest from now on, until it is closed.
@@ -159,13 +154,11 @@ class Guest:
 
     def refused(self, error: FarplugError) -> None:
         """Publish that a command of a user could not be carried out; nothing else changes."""
-        self.publish("command-refused", error.message, level=Level.BAD, **_error_fields(error))
+        self.publish("command-refused", error.message, level=Level.BAD, **error_fields(error))
 
     def precede(self, attachment: Attachment, event: type[PortEvent]) -> None:
         """Publish what comes before an event of an attachment. The attachment calls this."""
-        if event is port_events.Opened:
-            self._stages.reached()
-        elif event is port_events.Detached:
+        if event is port_events.Detached:
             self._figures(attachment)
 
     def happened(self, attachment: Attachment, event: PortEvent) -> None:
@@ -190,10 +183,8 @@ class Guest:
             source=event,
             **fields,
         )
-
-    def number_of(self, port: Port) -> int:
-        """Return the number of a port of the guest, from 0."""
-        return [port is other for other in self.session.ports].index(True)
+        if isinstance(event, (port_events.Attached, port_events.WaitingForGuest)):
+            self._check_ready(attachment.id)
 
     # Connecting ---------------------------------------------------------------------------------------------------
 
@@ -204,75 +195,79 @@ class Guest:
         Raises:
             StateError: there is none yet.
         """
-        if self._session is None:
-            raise StateError("the guest is not connected")
-        return self._session
+        return self._link.session
 
     async def connect(self) -> None:
-        """Connect to the VM. A plain socket is connected only when a device is plugged into its port.
+        """Connect to the VM, and open its ports, which stay open until the guest is closed.
 
-        Where the server wants another password, the user is asked for it, up to :data:`PASSWORD_ATTEMPTS` times.
+        A plain socket is still being connected at the end: :meth:`plug` waits for it, and raises its error. Where the server wants another password, the user is asked for it, up to three times. A VM that moves to another
+        host is followed; :attr:`GuestSettings.reconnect` says what happens when it is lost.
 
         Raises:
             UsageError: the target or a setting of it is not valid.
-            TargetError: the VM cannot be reached; the reason says at which stage.
+            TargetError: the VM, or none of its ports, can be reached; the reason says at which stage.
+            PortError: other clients use all ports.
             StateError: the guest is connected, or is being connected, or has no settings.
             GuestGoneError: the guest is closed, or was closed meanwhile.
         """
-        if self.settings is None:
-            raise StateError("the guest has no target")
         self._check_open()
-        if self._session is not None or self._connecting:
-            raise StateError("the guest is connected already, or is being connected")
-        self._connecting = True
-        try:
-            await self._until_closed(self._connect(self.settings.target.parse()), "the VM was reached")
-        finally:
-            self._connecting = False
-
-    async def _connect(self, target: Target) -> None:
-        attempts = PASSWORD_ATTEMPTS
-        while True:
-            try:
-                session = await open_session(target, self._stages.begin)
-                break
-            except TargetError as error:
-                password = await self._password(target, error) if attempts else None
-                if password is None or not isinstance(target, SpiceTarget):
-                    self._stages.failed(error)
-                    raise
-                attempts -= 1
-                target = replace(target, password=password)
-            except BaseException as error:
-                self._stages.failed(error)
-                raise
-        if session.reached:
-            self._stages.reached()
-        self._session = session
-        self.publish(
-            "connected",
-            f"the VM has {len(session.ports)} port{'' if len(session.ports) == 1 else 's'}",
-            level=Level.DETAIL,
-            name=session.name,
-            uuid=session.uuid,
-            exclusive=session.exclusive,
-            ports=[port.name for port in session.ports],
-        )
-        if session.exclusive:
-            self.note(ONE_CLIENT)
-        if session.name:
-            self.note(f"the VM is called {session.name}")
-
-    async def _password(self, target: Target, error: TargetError) -> str | None:
-        """Return another password for a server that wants one; None if no user can be asked."""
-        if error.reason not in (Reason.WRONG_PASSWORD, Reason.NO_PASSWORD) or self._ask_password is None:
-            return None
-        self._stages.failed(error)
-        return await self._ask_password(error)
+        await self._until_closed(self._link.connect(), "the VM was reached")
 
     async def closed(self) -> FarplugError | None:
-        """Wait until the guest is gone as a whole; return why, or None if :meth:`close` closed it."""
-        return await self.session.closed()
+        """Wait until the guest is gone for good; return why, or None if :meth:`close` closed it."""
+        self._link.session  # noqa: B018  (raises StateError)
+        return await self._link.closed()
+
+    def comes_back(self, error: FarplugError | None) -> bool:
+        """Return whether the VM is gone with this error, and will be contacted again."""
+        return self._closing is None and self._link.comes_back(error)
+
+    def listens(self) -> None:
+        """Take note that nothing can be plugged in before the VM connects. The link calls this."""
+        self._listening = True
+        self._check_ready()
+
+    def was_lost(self) -> None:
+        """Take note that the VM is gone, and is contacted again. The link calls this."""
+        if self._returning is not None:
+            self._returning.cancel()
+
+    def is_gone(self, error: FarplugError) -> None:
+        """Take the devices out that would have been plugged again. The link calls this."""
+        for attachment in self._lost():
+            attachment.give_up(error)
+
+    def is_back(self) -> None:
+        """Plug the devices in again, in the order and into the ports that they had. The link calls this."""
+        lost = sorted(self._lost(), key=lambda attachment: attachment.port.number)
+        places: list[Place] = []
+        calls = []
+        for attachment in lost:
+            number = attachment.port.number
+            if number >= len(self._link.ports):
+                error = self._no_free_port(str(attachment.device.identity))
+                self.skipped(error)
+                attachment.give_up(error)
+                continue
+            attachment.begin_again(self._link.ports[number])
+            self._publish_attaching(attachment)
+            place = Place(number)
+            calls.append(self._plug_again(attachment, place, tuple(places)))
+            places.append(place)
+        self._returning = asyncio.gather(*calls, return_exceptions=True)
+
+    def _lost(self) -> list[Attachment]:
+        return [attachment for attachment in self.attachments if attachment.state is AttachmentState.LOST]
+
+    async def _plug_again(self, attachment: Attachment, place: Place, earlier: Sequence[Place]) -> None:
+        try:
+            await attachment.plug(earlier)
+        except FarplugError as error:
+            if attachment.over:
+                self.skipped(error)
+                self.left(attachment)
+        finally:
+            place.give_way()
 
     # Ports --------------------------------------------------------------------------------------------------------
 
@@ -283,7 +278,7 @@ class Guest:
             PortError: it has fewer.
         """
         session = self.session
-        ports = len(session.ports)
+        ports = len(self._link.ports)
         if not ports:
             raise PortError(
                 "the VM has no usbredir channel", reason=Reason.NO_USBREDIR_CHANNEL, remedy=session.no_port_remedy
@@ -306,7 +301,7 @@ class Guest:
         """
         if count:
             self.check_room(count)
-        self._places = [Place(port) for port in self.session.ports[:count]]
+        self._places = [Place(port.number) for port in self._link.ports[:count]]
         return tuple(self._places)
 
     # Plugging -----------------------------------------------------------------------------------------------------
@@ -320,6 +315,7 @@ class Guest:
         label: str = "",
         titles: Sequence[str] = (),
         units: Sequence[str] = (),
+        sources: Sequence[str] = (),
     ) -> Plugging:
         """Plug a device, or what a source becomes, into a free port; wait for the guest's hello.
 
@@ -339,6 +335,7 @@ class Guest:
             label: for people; empty: the source's or the device's name. A number is added if the label is in use.
             titles: the logical units of the device with what is in them; empty: its label.
             units: the labels of the logical units; empty: its label.
+            sources: what the device was made of, as users name it; empty: the source.
 
         Raises:
             ImageError: the source cannot be used.
@@ -348,7 +345,7 @@ class Guest:
             DeviceError: the device cannot be taken.
             GuestGoneError: the guest went away, or was closed meanwhile.
         """
-        return Plugging(self, lambda: self._plug(what, place, storage, label, titles, units))
+        return Plugging(self, lambda: self._plug(what, place, storage, label, titles, units, sources))
 
     async def _plug(
         self,
@@ -358,11 +355,13 @@ class Guest:
         label: str,
         titles: Sequence[str],
         units: Sequence[str],
+        sources: Sequence[str],
     ) -> Attachment:
         if isinstance(what, Source):
             name, call = what.path, self._plug_source(what, place, storage, label)
         else:
-            name, call = str(what.identity), self._plug_device(what, place, label or _name_of(what), titles, units)
+            name = str(what.identity)
+            call = self._plug_device(what, place, label or _name_of(what), titles, units, sources)
         try:
             return await self._until_closed(call, f"{name} was plugged in", self.unplug)
         finally:
@@ -384,7 +383,7 @@ class Guest:
             device, lock = await choose_device(source.path, force=storage.force)
             self._locks[device] = lock
             try:
-                return await self._plug_device(device, place, label or _name_of(device), (), ())
+                return await self._plug_device(device, place, label or _name_of(device), (), (), [source.path])
             except BaseException:
                 await self._release(device)
                 raise
@@ -392,68 +391,80 @@ class Guest:
         virtual = device_of([opened], storage)
         self._owned[virtual] = [opened]
         try:
-            return await self._plug_device(virtual, place, label or opened.label, [opened.title], [opened.label])
+            return await self._plug_device(
+                virtual, place, label or opened.label, [opened.title], [opened.label], [source.path]
+            )
         except BaseException:
             await self._release(virtual)
             raise
 
     async def _plug_device(
-        self, device: Device, place: Place | None, label: str, titles: Sequence[str], units: Sequence[str]
-    ) -> Attachment:
-        try:
-            return await self._into_port(device, place, label, titles, units)
-        except TargetError as error:
-            self._stages.failed(error)  # of a plain socket, which is connected only now
-            raise
-
-    async def _into_port(
-        self, device: Device, place: Place | None, label: str, titles: Sequence[str], units: Sequence[str]
+        self,
+        device: Device,
+        place: Place | None,
+        label: str,
+        titles: Sequence[str],
+        units: Sequence[str],
+        sources: Sequence[str] = (),
     ) -> Attachment:
         if any(attachment.device is device and not attachment.over for attachment in self.attachments):
             raise StateError(f"{device.identity} is plugged in already")
         self.attachments = [attachment for attachment in self.attachments if attachment.device is not device]
+        await self._link.connected()
         self.check_room(1)
         in_use: PortError | None = None
-        kept = [place.port for place in self._places]
-        ports = [port for port in self.session.ports if not any(port is other for other in kept)]
-        if place is not None:
-            ports.insert(0, place.port)
+        kept = [other.number for other in self._places]
+        ports = [port for port in self._link.ports if port.number not in kept]
+        if place is not None and place.number < len(self._link.ports):
+            ports.insert(0, self._link.ports[place.number])
         earlier = self._places if place is None else self._places[: self._places.index(place)]
         for port in ports:
-            if any(attachment.port is port and not attachment.over for attachment in self.attachments):
+            if port.in_use:
                 continue
-            attachment = self._attachment(device, port, label, titles, units)
+            attachment = self._attachment(device, port, label, titles, units, sources)
             try:
                 await attachment.plug(earlier)
             except PortError as error:  # another client uses this port: the next one may be free
                 in_use = error
-            except BaseException:
-                self._remove(attachment)
-                raise
+            except BaseException as error:
+                if attachment.over or not isinstance(error, FarplugError):
+                    self._remove(attachment)
+                    raise
+                await attachment.attached()  # the VM was lost meanwhile, and comes back
+                return attachment
             else:
                 return attachment
             self._remove(attachment)
-        raise in_use or self._no_free_port(device)
+        raise in_use or self._no_free_port(str(device.identity))
 
     def _attachment(
-        self, device: Device, port: Port, label: str, titles: Sequence[str], units: Sequence[str]
+        self,
+        device: Device,
+        port: GuestPort,
+        label: str,
+        titles: Sequence[str],
+        units: Sequence[str],
+        sources: Sequence[str],
     ) -> Attachment:
         self._count += 1
         label = unique(label, [attachment.label for attachment in self.attachments])
-        attachment = Attachment(self, f"{self.id}.a{self._count}", label, titles, units, device, port)
+        attachment = Attachment(self, f"{self.id}.a{self._count}", label, titles, units, device, port, sources)
         self.attachments.append(attachment)
+        self._publish_attaching(attachment)
+        if self._ticker is None:
+            self._ticker = asyncio.ensure_future(self._tick())
+        return attachment
+
+    def _publish_attaching(self, attachment: Attachment) -> None:
         snapshot = {name: value for name, value in attachment.snapshot().items() if name != "id"}
         self.publish(
             "attaching",
-            f"connecting to {port.name}",
+            f"connecting to {attachment.port.name}",
             level=Level.DETAIL,
             attachment=attachment.id,
             device=attachment.label,
             **snapshot,
         )
-        if self._ticker is None:
-            self._ticker = asyncio.ensure_future(self._tick())
-        return attachment
 
     def _remove(self, attachment: Attachment) -> None:
         if attachment in self.attachments:
@@ -528,27 +539,44 @@ class Guest:
             if lock is not None:
                 await asyncio.to_thread(lock.release)
 
-    def find(self, name: str) -> Attachment:
-        """Return the attachment with a label or an id.
+    def find(self, name: str) -> Attachment | None:
+        """Return the attachment that a user names; None if nothing is plugged in under this name.
+
+        Args:
+            name: an id or a label; the path or the name of an image; the ids of a USB device (``1050:0407``), or how it
+                was chosen.
 
         Raises:
-            UsageError: there is none.
+            UsageError: the name fits several devices (``AMBIGUOUS``), or is one of several disks of a device.
         """
         current = [attachment for attachment in self.attachments if not attachment.over]
         for attachment in current:
-            if name in (attachment.label, attachment.id, *attachment.units):
+            if name in (attachment.label, attachment.id):
                 return attachment
-        labels = ", ".join(attachment.label for attachment in current) or "nothing"
-        remedy = f"what is plugged in: {labels}"
-        raise UsageError(f"{shown(name)} is not plugged in", reason=Reason.NOT_FOUND, remedy=remedy)
+        fitting = [attachment for attachment in current if name in _names_of(attachment)]
+        if len(fitting) > 1:
+            raise UsageError(
+                f"{shown(name)} fits several devices",
+                reason=Reason.AMBIGUOUS,
+                remedy=f"name one of: {', '.join(attachment.label for attachment in fitting)}",
+            )
+        for attachment in fitting:
+            if len(attachment.units) > 1:
+                raise UsageError(
+                    f"{shown(name)} is a logical unit of a device with {len(attachment.units)} of them, which leave "
+                    "together",
+                    reason=Reason.AMBIGUOUS,
+                    remedy=f"to detach all of them, name the device: {shown(attachment.label)}",
+                )
+        return fitting[0] if fitting else None
 
-    def _no_free_port(self, device: Device) -> PortError:
+    def _no_free_port(self, device: str) -> PortError:
         session = self.session
-        count = len(session.ports)
+        count = len(self._link.ports)
         ports = "its only port is" if count == 1 else f"all of its {count} ports are"
         taken = "taken, or kept for a device that was named" if self._places else "taken"
         return PortError(
-            f"the VM has no free port for {device.identity}: {ports} {taken}",
+            f"the VM has no free port for {device}: {ports} {taken}",
             reason=Reason.NO_FREE_PORT,
             remedy=session.no_port_remedy,
         )
@@ -577,45 +605,49 @@ class Guest:
             await self.close()
 
     async def _run(self, settings: GuestSettings) -> None:
-        named = await self._choose_devices(settings)
+        auto = await self._choose_devices(settings.sources, settings.rules)
         await self._sources.open(settings.sources, settings.storage, self._copying, self.note)
         await self.connect()  # only now: reading a .vv file may delete it
-        await self._stay(settings, named)
+        await self._stay(settings, auto)
 
-    async def _choose_devices(self, settings: GuestSettings) -> int:
-        """Choose among the USB devices of this machine; return how many of them were named."""
-        devices = [source.path for source in settings.sources if source.kind is SourceKind.USB_DEVICE]
-        rules = settings.rules
+    async def _choose_devices(self, sources: Sequence[Source], rules: DeviceRules) -> AutoPlugger | None:
+        """Choose among the USB devices of this machine; None: the user asked for none of them."""
+        devices = [source.path for source in sources if source.kind is SourceKind.USB_DEVICE]
         if not devices and rules.auto_connect is None and rules.redirect_on_connect is None:
-            return 0
+            return None
         from farplug.app.auto import AutoPlugger  # libusb comes with it, which images do not need
         from farplug.app.policy import Policy, Rules
 
-        self._auto = AutoPlugger(Policy(Rules.parse(rules, devices)), self)
-        return await self._auto.prepare()
+        auto = AutoPlugger(Policy(Rules.parse(rules, devices)), self)
+        self._autos.append(auto)
+        await auto.prepare()
+        return auto
 
-    async def _stay(self, settings: GuestSettings, named: int) -> None:
+    async def _stay(self, settings: GuestSettings, auto: AutoPlugger | None) -> None:
         """Plug everything in, side by side, and stay until all devices have left, or the guest is gone."""
-        ports, count = len(self.session.ports), len(self._sources.opened)
-        self.check_room(max(1, named + (min(count, 1) if count <= MAX_UNITS else count)))
-        if count and ports - named < count:
-            free = ports - named
-            has = "1 port" if free == 1 else f"{free} ports"
-            self.note(f"the VM has {has} for {count} devices: they are plugged as {count} logical units of one device")
-        groups = self._sources.groups(ports - named)
+        count, named = len(self._sources.opened), 0 if auto is None else auto.named
+        self.check_room(max(1 if count or named or not settings.stay else 0, named + self._least_ports(count)))
+        groups = self._groups(self._sources.opened, len(self._link.ports) - named)
         devices: dict[Device, Sequence[OpenSource]] = {device_of(group, settings.storage): group for group in groups}
         self._owned |= devices
         first = {device: group[0].place for device, group in devices.items()}
         usb = [place for place, source in enumerate(settings.sources) if source.kind is SourceKind.USB_DEVICE]
         order = sorted([*first.values(), *usb])
         places = dict(zip(order, self.reserve(len(order)), strict=True))
+        self._expected = len(devices) + (0 if auto is None else auto.present)
         gone = asyncio.ensure_future(self.closed())
         staying: list[asyncio.Future[FarplugError | None]] = []
         if devices:
-            staying.append(asyncio.ensure_future(self._plug_all({d: places[first[d]] for d in devices})))
-        if self._auto is not None:
-            staying.append(asyncio.ensure_future(self._auto.run(self, [places[place] for place in usb])))
+            plugging = self._plug_all({device: places[first[device]] for device in devices}, stay=settings.stay)
+            staying.append(asyncio.ensure_future(plugging))
+        if auto is not None:
+            auto.lenient = lambda: settings.stay and self.is_ready
+            staying.append(asyncio.ensure_future(auto.run(self, [places[place] for place in usb])))
             self.served = settings.rules.wait or settings.rules.auto_connect is not None
+        if not self._expected:
+            staying.append(asyncio.ensure_future(self._ready_without_devices()))
+        elif self._listening:
+            self._check_ready()
         try:
             await asyncio.wait((gone, *staying), return_when=asyncio.FIRST_COMPLETED)
             error = next((future for future in staying if future.done()), gone).result()
@@ -627,28 +659,227 @@ class Guest:
         if error is not None:
             raise error
 
-    async def _plug_all(self, devices: Mapping[Device, Place]) -> FarplugError | None:
+    def _least_ports(self, count: int) -> int:
+        """Return the ports that a number of disks and CD-ROM drives needs at least."""
+        return min(count, 1) if count <= MAX_UNITS else count
+
+    def _groups(self, opened: Sequence[OpenSource], ports: int) -> list[list[OpenSource]]:
+        """Return the sources in groups of one device each: one source each, or all of them if there are fewer ports."""
+        count = len(opened)
+        if count <= ports:
+            return [[one] for one in opened]
+        has = "1 port" if ports == 1 else f"{ports} ports"
+        self.note(f"the VM has {has} for {count} devices: they are plugged as {count} logical units of one device")
+        return [[*opened]]
+
+    async def _plug_all(self, devices: Mapping[Device, Place], *, stay: bool) -> FarplugError | None:
         """Plug devices in, and wait until all devices have left; return why, if no user asked for that.
 
         Devices that a command plugs meanwhile are waited for, too; why they leave matters to no other device.
+
+        Args:
+            devices: what to plug, and where.
+            stay: do not return because devices have left.
         """
-        errors = await asyncio.gather(*(self._plug_and_wait(device, place) for device, place in devices.items()))
+        plugging = (self._plug_and_wait(device, place, stay=stay) for device, place in devices.items())
+        errors = await asyncio.gather(*plugging)
+        if stay:
+            await asyncio.Event().wait()
         while current := [attachment for attachment in self.attachments if not attachment.over]:
             await current[0].ended()
         return next((error for error in errors if error is not None), None)
 
-    async def _plug_and_wait(self, device: Device, place: Place) -> FarplugError | None:
+    async def _plug_and_wait(self, device: Device, place: Place, *, stay: bool) -> FarplugError | None:
+        try:
+            attachment = await self._plug_group(device, place)
+        except FarplugError as error:
+            if not stay or not self.is_ready:
+                raise
+            self.skipped(error)
+            return None
+        why = await attachment.ended()
+        self._places.remove(place)  # unlike a USB device of this machine, this one does not come back
+        return why
+
+    def _plug_group(self, device: Device, place: Place | None = None) -> Plugging:
+        """Plug a device that was made of sources."""
         group = self._owned[device]
-        attachment = await self.plug(
+        return self.plug(
             device,
             place,
             label=", ".join(one.label for one in group),
             titles=[one.title for one in group],
             units=[one.label for one in group],
+            sources=[one.source.path for one in group],
         )
-        error = await attachment.ended()
-        self._places.remove(place)  # unlike a USB device of this machine, this one does not come back
-        return error
+
+    # Readiness ----------------------------------------------------------------------------------------------------
+
+    @property
+    def is_ready(self) -> bool:
+        """Return whether :meth:`run` has done what it can: each device is plugged in, or waits for the guest."""
+        return self._expected is None
+
+    def _check_ready(self, settled: str = "") -> None:
+        """Publish ``ready`` once all devices of the settings are plugged in, or wait for the guest."""
+        if settled:
+            self._settled.add(settled)
+        if self._expected is not None and (self._listening or len(self._settled) >= self._expected):
+            self._expected = None
+            if self.settings is not None and self.settings.stay:
+                self.served = True
+            self.publish("ready", "everything is plugged in, or waits for the VM", level=Level.DETAIL)
+
+    async def _ready_without_devices(self) -> FarplugError | None:
+        await self._link.opened()
+        self._check_ready()
+        await asyncio.Event().wait()
+        return None
+
+    # Later --------------------------------------------------------------------------------------------------------
+
+    async def attach(
+        self,
+        sources: Sequence[Source],
+        storage: StorageSettings | None = None,
+        rules: DeviceRules | None = None,
+        *,
+        wait: bool = True,
+    ) -> list[Attachment]:
+        """Plug sources in, as those of the settings; return their attachments.
+
+        If an image cannot be opened, or there are too few ports, nothing is plugged in. What is plugged in already
+        stays as it is, and is noted.
+
+        Args:
+            sources: what to plug, in this order.
+            storage: how images and folders are plugged; None: as those of the settings.
+            rules: which USB devices of this machine are plugged besides the sources, and how they come back.
+            wait: wait until the guest has configured the devices; otherwise only until they are being plugged in.
+
+        Raises:
+            FarplugError: a source cannot be plugged; the others of the call stay plugged in.
+        """
+        what = ", ".join(source.path for source in sources) or "everything"
+        return await self._until_closed(
+            self._attach(sources, storage, rules or DeviceRules(), wait), f"{shown(what)} was plugged in"
+        )
+
+    async def _attach(
+        self, sources: Sequence[Source], storage: StorageSettings | None, rules: DeviceRules, wait: bool
+    ) -> list[Attachment]:
+        if storage is None:
+            storage = StorageSettings() if self.settings is None else self.settings.storage
+        plugged = {source: self._plugged(source) for source in sources}
+        already = [attachment for attachment in plugged.values() if attachment is not None]
+        for source, attachment in plugged.items():
+            if attachment is not None:
+                self.note(f"{shown(source.path)} is plugged in already, as {attachment.label}")
+        wanted = [source for source, attachment in plugged.items() if attachment is None]
+        auto = await self._choose_devices(wanted, rules)
+        opened: list[OpenSource] = []
+        try:
+            for source in [one for one in wanted if one.kind is not SourceKind.USB_DEVICE]:
+                opened += [await open_source(source, storage, self._sources, self._copying)]
+            await self._link.connected()
+            named = 0 if auto is None else auto.present
+            kept = [place.number for place in self._places]
+            free = sum(not port.in_use and port.number not in kept for port in self._link.ports)
+            if free < named + self._least_ports(len(opened)):
+                raise self._no_free_port(f"{len(wanted)} devices" if len(wanted) > 1 else shown(wanted[0].path))
+            groups = self._groups(opened, free - named)
+            devices = [device_of(group, storage) for group in groups]
+        except BaseException:
+            await self._close_opened(opened)
+            if auto is not None:
+                await self._end_auto(auto)
+            raise
+        self._owned.update(zip(devices, groups, strict=True))
+        plugging = [self._keep_call(self._plug_new(device)) for device in devices]
+        if auto is not None:
+            auto.lenient = lambda: True
+            running = self._keep_call(self._run_auto(auto))
+            plugging += [self._keep_call(_first_of(call, running)) for call in auto.initial]
+        if not wait:
+            await asyncio.sleep(0)  # the attachments exist now, unless the VM is lost
+            return [*already, *(one for one in self.attachments if one.device in devices and one not in already)]
+        results = await asyncio.gather(*plugging, return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        new = [result for result in results if isinstance(result, Attachment)]
+        for attachment in new:
+            await attachment.configured()
+        return [*already, *new]
+
+    def _plugged(self, source: Source) -> Attachment | None:
+        """Return the attachment that a source has; None: it has none."""
+        if source.kind in (SourceKind.READ_ONLY_DISK, SourceKind.CDROM, SourceKind.FOLDER):
+            return None  # the same image or folder twice is two devices
+        for attachment in self.attachments:
+            if source.path in attachment.sources and not attachment.over:
+                return attachment
+        return None
+
+    async def _plug_new(self, device: VirtualDevice) -> Attachment:
+        try:
+            return await self._plug_group(device)
+        except BaseException as error:
+            await self._release(device)
+            if isinstance(error, FarplugError):
+                self.skipped(error)
+            raise
+
+    async def _close_opened(self, opened: Sequence[OpenSource]) -> None:
+        for one in opened:
+            self._sources.release(one)
+        await _all(one.store.close() for one in opened)
+
+    async def _run_auto(self, auto: AutoPlugger) -> None:
+        """Keep USB devices of this machine plugged in, until the guest is closed or one that was named fails."""
+        try:
+            await auto.run(self)
+        finally:
+            await self._end_auto(auto)
+
+    async def _end_auto(self, auto: AutoPlugger) -> None:
+        if auto in self._autos:
+            self._autos.remove(auto)
+            await auto.close()
+
+    def _keep_call(self, call: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Start a call that :meth:`close` cancels. Its errors are published, or raised by who waits for it."""
+        task = asyncio.ensure_future(call)
+        self._calls.add(task)
+
+        def done(task: asyncio.Task[T]) -> None:
+            self._calls.discard(task)
+            if not task.cancelled():
+                task.exception()  # retrieved
+
+        task.add_done_callback(done)
+        return task
+
+    async def detach(self, name: str) -> list[str]:
+        """Take devices out of the guest; return their labels. What is not plugged in is noted.
+
+        Args:
+            name: see :meth:`find`; ``all``: all of them.
+
+        Raises:
+            UsageError: the name fits several devices.
+            DeviceError: written data of a device could not be made durable (the first one that failed).
+        """
+        if name == ALL:
+            found = [attachment for attachment in self.attachments if not attachment.over]
+        else:
+            found = [attachment for attachment in (self.find(name),) if attachment is not None]
+        if not found:
+            labels = ", ".join(one.label for one in self.attachments if not one.over) or "nothing"
+            what = "nothing" if name == ALL else shown(name)
+            self.note(f"{what} is plugged in" if name == ALL else f"{what} is not plugged in; plugged in: {labels}")
+        await _all(self.unplug(attachment) for attachment in found)
+        return [attachment.label for attachment in found]
 
     def _copying(self, label: str, done: int, total: int) -> None:
         """Publish how far the copy of a folder is, in bytes."""
@@ -661,7 +892,7 @@ class Guest:
     @property
     def uses_usb(self) -> bool:
         """Return whether USB devices of this machine may be in use."""
-        return self._auto is not None or bool(self._locks)
+        return bool(self._autos or self._locks)
 
     def drives(self) -> Mapping[str, CdromDrive]:
         """Return the CD-ROM drives, by their labels: ``cdrom0``, ``cdrom1`` and so on."""
@@ -681,13 +912,10 @@ class Guest:
 
     def snapshot(self) -> dict[str, Any]:
         """Return the guest's state as JSON's types."""
-        session = self._session
         return {
             "id": self.id,
             "target": None if self.settings is None else self.settings.target.public_target,
-            "name": "" if session is None else session.name,
-            "uuid": "" if session is None else session.uuid,
-            "ports": [] if session is None else [port.name for port in session.ports],
+            **self._link.snapshot(),
             "attachments": {one.id: one.snapshot() for one in self.attachments if not one.over},
         }
 
@@ -703,18 +931,14 @@ class Guest:
         changed = attachment.measure()
         if changed is None:
             return
-        figures, rate = changed
         self.publish(
             "figures",
-            f"{figures.read} bytes read, {figures.written} bytes written",
+            f"{changed['read']} bytes read, {changed['written']} bytes written",
             level=Level.DETAIL,
             attachment=attachment.id,
             device=attachment.label,
             state=str(attachment.state),
-            read=figures.read,
-            written=figures.written,
-            commands=figures.commands,
-            rate=round(rate),
+            **changed,
         )
 
     # The end ------------------------------------------------------------------------------------------------------
@@ -733,10 +957,10 @@ class Guest:
         self._closing = asyncio.get_running_loop().create_future()
         try:
             async with AsyncExitStack() as steps:  # from the last one to the first one, each in any case
-                steps.callback(self.publish, "closed", "the guest is closed", level=Level.DETAIL)
+                steps.callback(self._link.publish_closed)
                 steps.push_async_callback(self._release_devices)
                 steps.push_async_callback(self._close_images)
-                steps.push_async_callback(self._close_session)
+                steps.push_async_callback(self._link.close)
                 steps.push_async_callback(self._unplug_all)
                 steps.push_async_callback(self._cancel_calls)
         finally:
@@ -745,6 +969,8 @@ class Guest:
     async def _cancel_calls(self) -> None:
         if self._ticker is not None:
             self._ticker.cancel()
+        if self._returning is not None:
+            self._returning.cancel()
         calls = [call for call in self._calls if call is not asyncio.current_task()]
         for call in calls:
             call.cancel()
@@ -753,18 +979,13 @@ class Guest:
     async def _unplug_all(self) -> None:
         await _all(attachment.unplug() for attachment in self.attachments if not attachment.over)
 
-    async def _close_session(self) -> None:
-        if self._session is not None:
-            await self._session.close()
-
     async def _close_images(self) -> None:
         devices = {*self._owned, *self._releasing}
         await _all([*(self._release(device) for device in devices), self._sources.close()])
 
     async def _release_devices(self) -> None:
         await _all(self._release(device) for device in list(self._locks))
-        if self._auto is not None:
-            await self._auto.close()
+        await _all(auto.close() for auto in self._autos)
 
     def _check_open(self) -> None:
         if self._closing is not None:
@@ -809,6 +1030,15 @@ async def _all(calls: Iterable[Awaitable[object]]) -> None:
             raise result
 
 
+async def _first_of(wanted: asyncio.Future[T], running: asyncio.Future[None]) -> T:
+    """Return what ``wanted`` becomes, or raise why ``running`` ended before."""
+    await asyncio.wait((wanted, running), return_when=asyncio.FIRST_COMPLETED)
+    if not wanted.done():
+        running.result()
+        raise GuestGoneError("the guest is closed")
+    return wanted.result()
+
+
 class Plugging:
     """A device that is being plugged: await it, or use it with ``async with``. Made by :meth:`Guest.plug`."""
 
@@ -831,36 +1061,6 @@ class Plugging:
         await self._guest.unplug(self._attachment)
 
 
-class _Stages:
-    """Publishes the stages on the way to the guest: when each begins, and how it ends."""
-
-    def __init__(self, guest: Guest) -> None:
-        self._guest = guest
-        self._pending: tuple[str, str] | None = None
-
-    def begin(self, stage: Stage, text: str) -> None:
-        """Publish that a stage begins: the one before it is reached."""
-        self.reached()
-        self._pending = (str(stage), text)
-        self._publish("begun", Level.PROGRESS)
-
-    def reached(self) -> None:
-        """Publish that the pending stage is reached. Does nothing if there is none."""
-        self._publish("reached", Level.GOOD)
-        self._pending = None
-
-    def failed(self, error: BaseException) -> None:
-        """Publish that the pending stage failed. Does nothing if there is none."""
-        fields = _error_fields(error) if isinstance(error, FarplugError) else {}
-        self._publish("failed", Level.BAD, **fields)
-        self._pending = None
-
-    def _publish(self, state: str, level: Level, **fields: Any) -> None:
-        if self._pending is not None:
-            stage, text = self._pending
-            self._guest.publish("stage", text, level=level, stage=stage, state=state, **fields)
-
-
 def unique(label: str, taken: Sequence[str]) -> str:
     """Return a label that is not taken: ``a.raw``, then ``a.raw-2`` and so on."""
     if label not in taken:
@@ -878,5 +1078,8 @@ def _port_line(number: int, titles: Sequence[str]) -> str:
     return f"port {number}: {', '.join(units)}"
 
 
-def _error_fields(error: FarplugError) -> dict[str, Any]:
-    return {"reason": str(error.reason), **error.remedy.as_dict()}
+def _names_of(attachment: Attachment) -> set[str]:
+    """Return the names, beside label and id, by which a user may mean an attachment."""
+    identity = attachment.device.identity
+    paths = {name for source in attachment.sources for name in (source, os.path.basename(source))}
+    return {f"{identity.vendor_id:04x}:{identity.product_id:04x}"} | paths | {*attachment.units}

@@ -168,6 +168,11 @@ class Policy:
         if slot.found is not None:
             self._vacate(slot)
 
+    def forget(self, slot: Slot) -> None:
+        """Take note that a user detached the device of a slot: it does not come back by itself."""
+        if slot in self.slots:
+            self.slots.remove(slot)
+
     def _vacate(self, slot: Slot) -> None:
         slot.found, slot.last = None, slot.found
         if not slot.named:  # the last one that became empty is the last one to be forgotten

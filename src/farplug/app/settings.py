@@ -5,6 +5,7 @@ Nothing here opens a file or knows a command line. Enums come from the leaf modu
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from farplug.usb.types import Speed
 from farplug.virtual.storage_transport import StorageTransport
 
 if TYPE_CHECKING:
-    from farplug.target import Target
+    from farplug.target import Target, TargetOptions
 
 
 class _Settings:
@@ -182,7 +183,10 @@ class TargetSettings(_Settings):
     """Where the VM is, and what is needed to get in.
 
     Attributes:
-        target: as a user writes it, see :func:`farplug.target.parse_target`. JSON has it without a password.
+        target: as a user writes it, see :func:`farplug.target.parse_target`. JSON has it without a password. Empty if
+            there is a command.
+        command: a command of the shell that prints a ``.vv`` file, run for each attempt to connect; None: the target
+            says where the VM is. Not part of JSON.
         password: the SPICE password; wins over that of the target. Not part of JSON.
         fallback_password: the SPICE password if neither ``password`` nor the target gives one. Not part of JSON.
         ca_file: certificates to trust, PEM.
@@ -196,11 +200,12 @@ class TargetSettings(_Settings):
     ca_file: str | None = None
     host_subject: str | None = None
     proxy: str | None = field(default=None, repr=False, metadata={"public": _proxy_without_credentials})
+    command: str | None = field(default=None, repr=False, metadata={"secret": True})
 
     @property
     def public_target(self) -> str:
         """Return the target without a password, for people and logs."""
-        return without_credentials(self.target)
+        return without_credentials(self.target) if self.command is None else "(a target command)"
 
     def parse(self, *, keep_file: bool = False) -> Target:
         """Return the target. A ``.vv`` file is read, and deleted if it asks for that, unless ``keep_file``.
@@ -208,16 +213,39 @@ class TargetSettings(_Settings):
         Raises:
             UsageError: the target or a setting is not valid.
         """
-        from farplug.target import TargetOptions, parse_target  # what connects is a large import
+        from farplug.target import parse_target  # what connects is a large import
 
-        options = TargetOptions(
+        return parse_target(self.target, self.options(), keep_file=keep_file)
+
+    def options(self) -> TargetOptions:
+        """Return what is given beside the target."""
+        from farplug.target import TargetOptions
+
+        return TargetOptions(
             password=self.password,
             fallback_password=self.fallback_password,
             ca_file=None if self.ca_file is None else Path(self.ca_file),
             host_subject=self.host_subject,
             proxy=self.proxy,
         )
-        return parse_target(self.target, options, keep_file=keep_file)
+
+
+@dataclass(frozen=True, slots=True)
+class ReconnectSettings(_Settings):
+    """Connecting again to a VM that was lost.
+
+    Attributes:
+        limit: seconds after a loss for which the VM is contacted again, more than 0; None: forever.
+
+    Raises:
+        ValueError: ``limit`` is not valid.
+    """
+
+    limit: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and not 0 < self.limit < math.inf:
+            raise ValueError(f"the limit of reconnecting is {self.limit}, not a number of seconds above 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,9 +257,13 @@ class GuestSettings(_Settings):
         sources: what to plug, in this order.
         storage: how images and folders are plugged.
         rules: which USB devices of this machine are plugged besides the sources.
+        stay: stay connected when no device is plugged in; a device that leaves does not end the session.
+        reconnect: connect again to a VM that was lost; None: only to one that moved to another host.
     """
 
     target: TargetSettings
     sources: tuple[Source, ...] = ()
     storage: StorageSettings = StorageSettings()
     rules: DeviceRules = DeviceRules()
+    stay: bool = False
+    reconnect: ReconnectSettings | None = None

@@ -126,12 +126,6 @@ class Sources:
         """Take note that no source has a label any more."""
         self._labels.discard(label)
 
-    def groups(self, ports: int) -> list[list[OpenSource]]:
-        """Return the sources in groups of one device each: one source each, or all of them if there are fewer ports."""
-        if not self.opened:
-            return []
-        return [[*self.opened]] if ports < len(self.opened) else [[one] for one in self.opened]
-
     async def close(self) -> None:
         """Close the stores of all sources; closing a store twice does nothing."""
         opened, self.opened = self.opened, []

@@ -10,7 +10,9 @@ from typing import Any
 
 from farplug.app.events import DROPPED
 
-_OF_ATTACHMENT = ("label", "units", "port", "state", "error", "identity", "speed")
+_OF_CONNECTION = ("state", "attempt", "name", "uuid", "ports")
+_OF_ATTACHMENT = ("label", "units", "port", "state", "error", "identity", "speed", "figures")
+_OF_FIGURES = ("read", "written", "commands", "rate")
 
 
 def apply(snapshot: Mapping[str, Any], event: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,13 +47,21 @@ def _guest(guest: Mapping[str, Any], event: Mapping[str, Any]) -> dict[str, Any]
             return {
                 "id": event["guest"],
                 "target": event["target"],
+                "state": "connecting",
+                "attempt": None,
                 "name": "",
                 "uuid": "",
                 "ports": [],
                 "attachments": {},
             }
         case "connected":
-            return {**guest, "name": event["name"], "uuid": event["uuid"], "ports": event["ports"]}
+            return {**guest, **{name: event[name] for name in _OF_CONNECTION}}
+        case "lost" | "reconnecting" | "closed":
+            return {**guest, "state": event["state"], "attempt": event["attempt"]}
+        case "port":
+            port = {name: event[name] for name in ("name", "state", "error")}
+            ports = [port if number == event["number"] else one for number, one in enumerate(guest["ports"])]
+            return {**guest, "ports": ports}
         case "guest-removed":
             return None
     id = event.get("attachment")
@@ -72,7 +82,11 @@ def _attachment(attachment: Mapping[str, Any], event: Mapping[str, Any]) -> dict
     changed = {**attachment, "state": event["state"]}
     match event["event"]:
         case "attached":
-            changed |= {"identity": event["device_name"], "speed": event["speed"]}
+            changed |= {"identity": event["device_name"], "speed": event["speed"], "error": None}
+        case "opened":
+            changed |= {"port": event["port"], "error": None}
         case "refused" | "detached":
             changed["error"] = changed["error"] or event["error"]
+        case "figures":
+            changed["figures"] = {name: event[name] for name in _OF_FIGURES}
     return changed

@@ -179,6 +179,7 @@ _STATE_STYLES = {
     AttachmentState.CONFIGURED: "green",
     AttachmentState.REFUSED: "red",
     AttachmentState.DETACHED: "dim",
+    AttachmentState.LOST: "yellow",
 }
 
 _MARKS = {

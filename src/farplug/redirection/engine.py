@@ -53,7 +53,10 @@ HELLO_TIMEOUT = 1.5
 UNUSED_AFTER = 10.0
 """Seconds after which an attached device that the guest has not used is reported (:class:`~events.Unused`)."""
 ACK_TIMEOUT = 5.0
-"""Seconds to wait for the guest's answer to a disconnect; a paused VM does not send it."""
+"""Seconds that a detach waits for the guest's answer to a disconnect; a paused VM does not send it.
+
+The next device on the port waits for that answer: the guest's late packets would be taken for requests to it.
+"""
 
 SPICE_MAGIC = int.from_bytes(b"REDQ", "little")
 """The first bytes of a SPICE server's answer, read as the type of a packet."""
@@ -106,6 +109,7 @@ class Redirection:
         self._guest_filter: Filter | None = None
         self._violations = 0
         self._port_error: FarplugError | None = None
+        self._greeting: events.GuestReady | None = None
         self._hello: asyncio.Future[None] | None = None
         self._acknowledged: asyncio.Future[None] | None = None
         self._detaching: asyncio.Task[None] | None = None
@@ -168,7 +172,7 @@ class Redirection:
         if self.state is not State.CLOSED:
             raise StateError(f"port {self.port.name} is already open")
         loop = asyncio.get_running_loop()
-        self._guest_filter = self._port_error = None
+        self._guest_filter = self._port_error = self._greeting = self._acknowledged = None
         self._violations = 0
         self._hello = loop.create_future()
         self._closed = loop.create_future()
@@ -180,8 +184,13 @@ class Redirection:
             self._hello = self._closed = None
             raise
 
+    @property
+    def ready(self) -> events.GuestReady | None:
+        """Return what the guest announced in its hello; None if the port is closed or the hello has not arrived."""
+        return self._greeting
+
     async def attach(self, device: Device) -> None:
-        """Wait for the guest's hello, without a timeout, and offer ``device`` to the guest.
+        """Wait, without a timeout, for the guest's hello and its answer to the last disconnect; offer ``device`` to it.
 
         Returns once the device was offered. Whether the guest refuses or configures the device is reported by an event.
 
@@ -194,21 +203,19 @@ class Redirection:
         """
         if self._closed is None:
             raise StateError(f"port {self.port.name} was not opened")
-        if self._closed.done():
-            raise self._closed.result() or self._guest_gone()
+        self._check_open()
         if self._device is not None:
             raise StateError(f"port {self.port.name} already has a device")
         self._device = device  # reserves the port while we wait
         self._loss = None
         opened = False
         try:
-            await self._wait_for_hello()
+            await self._wait_for_guest()
             check_filter(self._guest_filter, device)
             self._choice.select_first(device, streams=self._protocol.guest_has(Cap.BULK_STREAMS))
             await device.open(self)
             opened = True
-            if self._closed is None or self._closed.done():
-                raise self._guest_gone()
+            self._check_open()
             if self._loss is not None:
                 raise self._loss
             check_filter(self._guest_filter, device)  # the guest may have sent its filter only now
@@ -252,15 +259,23 @@ class Redirection:
 
     # Attach and detach --------------------------------------------------------------------------------------------
 
-    async def _wait_for_hello(self) -> None:
+    async def _wait_for_guest(self) -> None:
+        """Wait for the guest's hello, and for its answer to the disconnect of the device before."""
         assert self._hello is not None
         timer = asyncio.get_running_loop().call_later(
             HELLO_TIMEOUT, lambda: self._emit(events.WaitingForGuest(self.port.name))
         )
         try:
             await asyncio.shield(self._hello)
+            if self._acknowledged is not None:
+                await asyncio.shield(self._acknowledged)
         finally:
             timer.cancel()
+        self._check_open()
+
+    def _check_open(self) -> None:
+        if self._closed is None or self._closed.done():
+            raise (self._closed.result() if self._closed is not None else None) or self._guest_gone()
 
     def _offer(self, device: Device) -> None:
         identity, connecting = device.identity, device_connect(device)
@@ -340,7 +355,6 @@ class Redirection:
         self._watch.stop()
         self._receptions.drop()
         if self.state is not State.ATTACHED:
-            self._protocol.reminder.stop()
             return
         self.state = State.DISCONNECTING
         self._acknowledged = asyncio.get_running_loop().create_future()
@@ -349,9 +363,8 @@ class Redirection:
         self._protocol.pump()  # no pending request pauses it any more
         if self._protocol.guest_has(Cap.DEVICE_DISCONNECT_ACK):
             await self._wait_for_ack(self._acknowledged)
-        self._protocol.reminder.stop()
-        if self.state is State.DISCONNECTING:
-            self.state = State.EMPTY
+        else:
+            self._on_disconnect_ack(packets.DeviceDisconnectAck())
 
     async def _wait_for_ack(self, acknowledged: asyncio.Future[None]) -> None:
         """Wait until the guest has acknowledged the disconnect.
@@ -362,12 +375,13 @@ class Redirection:
         while not (await asyncio.wait([acknowledged], timeout=ACK_TIMEOUT))[0]:
             if self._detaching is not None:
                 log.warning("%s: the guest did not acknowledge the disconnect: the VM may be paused", self.port.name)
-                self.port.abort()  # the guest's late packets would be taken for requests to the next device
                 return
 
     def _port_closed(self, error: FarplugError | None) -> None:
         """Detach the device: no request can be answered any more."""
         self.state = State.CLOSED
+        self._greeting = None
+        self._protocol.reminder.stop()
         error = self._port_error or error
         assert self._hello is not None
         assert self._closed is not None
@@ -432,7 +446,8 @@ class Redirection:
             return
         self._protocol.hello_received()
         self.state = State.EMPTY
-        self._emit(events.GuestReady(self.port.name, packet.version, packet.capabilities.names))
+        self._greeting = events.GuestReady(self.port.name, packet.version, packet.capabilities.names)
+        self._emit(self._greeting)
         if not self._hello.done():
             self._hello.set_result(None)
 
@@ -495,6 +510,9 @@ class Redirection:
     def _on_disconnect_ack(self, packet: packets.DeviceDisconnectAck) -> None:
         if self._acknowledged is not None and not self._acknowledged.done():
             self._acknowledged.set_result(None)
+        if self.state is State.DISCONNECTING:
+            self._protocol.reminder.stop()
+            self.state = State.EMPTY
 
     def _violation(self, event: Violation) -> None:
         if self.state is State.WAITING:

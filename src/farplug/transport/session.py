@@ -19,6 +19,7 @@ class Session(ABC):
         uuid: the VM's UUID; empty if unknown.
         exclusive: the server serves one client at a time: this session has ended the session of another client.
         reached: the server has answered. Otherwise the first contact is when a port is opened.
+        ends_with_port: the VM is gone when its port is closed, and :meth:`closed` does not report that.
         no_port_remedy: how to give the VM more ports.
     """
 
@@ -27,7 +28,13 @@ class Session(ABC):
     uuid: str = ""
     exclusive: ClassVar[bool]
     reached: ClassVar[bool]
+    ends_with_port: ClassVar[bool] = False
     no_port_remedy: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def over(self) -> bool:
+        """Return whether the session has ended."""
 
     @abstractmethod
     async def closed(self) -> FarplugError | None:

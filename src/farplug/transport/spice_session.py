@@ -126,6 +126,10 @@ class SpiceSession(Session):
             raise
         return session
 
+    @property
+    def over(self) -> bool:
+        return self.ended.done()
+
     async def closed(self) -> FarplugError | None:
         return await asyncio.shield(self.ended)
 

@@ -35,11 +35,16 @@ class SocketSession(Session):
 
     exclusive = False
     reached = False
+    ends_with_port = True
     no_port_remedy = ONE_PORT_REMEDY
 
     def __init__(self, port: Port) -> None:
         self.ports = (port,)
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    @property
+    def over(self) -> bool:
+        return self._ended.done()
 
     async def closed(self) -> FarplugError | None:
         await asyncio.shield(self._ended)

@@ -70,8 +70,9 @@ class Plugger:
 
         def happened(event: Event) -> None:
             if event.source is not None:
-                device = str(hub.find(event.attachment or "").device.identity)
-                self._say("event", device, type(event.source).__name__, event.message)
+                attachment = hub.find(event.attachment or "")
+                assert attachment is not None
+                self._say("event", str(attachment.device.identity), type(event.source).__name__, event.message)
 
         hub.stream.subscribe(happened)
 
