@@ -12,9 +12,9 @@ from tests.docs import ROOT
 
 import farplug
 from farplug import errors
-from farplug.cli.exit_codes import ExitCode, exit_code
 from farplug.cli.log import remedy_lines
 from farplug.errors import FarplugError, Reason, Remedy
+from farplug.exit_codes import ExitCode, exit_code
 
 
 def _tree(kind: type[FarplugError]) -> set[tuple[str, str, str]]:

@@ -17,6 +17,7 @@
     ├── StateError              a call that is not possible now, such as plugging a device twice
     ├── GuestGoneError          the connection to the guest ended while it was in use
     │   └── GuestCrashed        the QEMU of the throw-away guest ended by itself (farplug.vm.qemu)
+    ├── SessionError            a running session reported an error
     ├── InternalError           a bug in farplug, in a callback of the event loop
     └── ProtocolError           a protocol was violated
         ├── LocalProtocolError  the caller asked to send something the protocol does not allow
@@ -100,6 +101,11 @@ class Reason(StrEnum):
     DEVICE_LOST = "device-lost"
     DEVICE_FAULT = "device-fault"
     MEDIUM_LOCKED = "medium-locked"
+    # sessions
+    NO_SESSION = "no-session"
+    NAME_TAKEN = "name-taken"
+    SESSION_GONE = "session-gone"
+    SESSION_ERROR = "session-error"
     # while running
     GUEST_GONE = "guest-gone"
     PROTOCOL = "protocol"
@@ -218,6 +224,18 @@ class GuestGoneError(FarplugError):
 
     def __init__(self, message: str, *, reason: Reason = Reason.GUEST_GONE, remedy: str = "") -> None:
         super().__init__(message, reason=reason, remedy=remedy)
+
+
+class SessionError(FarplugError):
+    """A running session reported an error: what a command of it failed with.
+
+    Attributes:
+        exit_code: of a command that ends with this error, as the session reported it.
+    """
+
+    def __init__(self, message: str, *, reason: Reason, exit_code: int, remedy: str = "") -> None:
+        super().__init__(message, reason=reason, remedy=remedy)
+        self.exit_code = exit_code
 
 
 class InternalError(FarplugError):

@@ -14,9 +14,9 @@ from typing import Annotated
 import typer
 
 from farplug.cli import connect, demo, devices, doctor, image, log
-from farplug.cli.exit_codes import ExitCode, exit_code
 from farplug.cli.options import Command, DebugOption, Group
 from farplug.errors import FarplugError, InternalError, Reason, Remedy
+from farplug.exit_codes import ExitCode, exit_code
 from farplug.text import printable
 from farplug.version import __version__
 
