@@ -118,7 +118,7 @@ class Client:
 
         It yields a snapshot first: ``{"event": "snapshot", "last_event": ..., "guests": ...}``; then every event after
         the snapshot, as :meth:`farplug.app.events.Event.to_json` returns it. If the reader or the connection is too
-        slow, ``{"event": "dropped", "count": ...}`` and a new snapshot stand in the place of the events that were lost.
+        slow, ``{"event": "dropped", "id": ..., "count": ...}`` and a new snapshot stand in the place of the events that were lost.
         The iteration ends when the session ends in order.
 
         Args:
@@ -142,7 +142,7 @@ class Subscription(AsyncIterator[dict[str, Any]]):
         self._connection = connection
         self._params: dict[str, Any] = {} if events is None else {"events": list(events)}
         self._events: deque[Notification] = deque()
-        self._lost = 0
+        self._lost = self._last_lost = 0
         self._needs_snapshot = True
         self._last_event = 0
         self._closed = False
@@ -151,8 +151,9 @@ class Subscription(AsyncIterator[dict[str, Any]]):
     def put(self, event: Notification) -> None:
         """Add an event of the session; drop the oldest one if too many wait."""
         if len(self._events) >= MAX_EVENTS:
-            self._events.popleft()
-            self._lost += 1
+            oldest = self._events.popleft()
+            self._lost += _number(oldest, "count") if oldest.event == DROPPED else 1
+            self._last_lost = _number(oldest, "id")
         self._events.append(event)
         self._there.set()
 
@@ -180,9 +181,9 @@ class Subscription(AsyncIterator[dict[str, Any]]):
             self._last_event = snapshot["last_event"]
             return {"event": "snapshot", **snapshot}
         while True:
-            if self._lost:
-                count, self._lost = self._lost, 0
-                return self._dropped(count)
+            lost, self._lost = self._lost, 0
+            if lost and self._last_lost > self._last_event:
+                return self._dropped(self._last_lost, lost)
             if not self._events:
                 if self._connection.over:
                     raise self._connection.gone()
@@ -193,16 +194,21 @@ class Subscription(AsyncIterator[dict[str, Any]]):
             if event.event == ENDED:
                 self._closed = True
                 raise StopAsyncIteration
+            id = _number(event, "id")
+            if id <= self._last_event:
+                continue  # the snapshot holds it
             if event.event == DROPPED:
-                dropped = event.data.get("count")
-                return self._dropped(dropped if isinstance(dropped, int) else 0)
-            id = event.data.get("id")
-            if type(id) is int and id > self._last_event:
-                return {"event": event.event, **event.data}
+                return self._dropped(id, _number(event, "count"))
+            return {"event": event.event, **event.data}
 
-    def _dropped(self, count: int) -> dict[str, Any]:
+    def _dropped(self, id: int, count: int) -> dict[str, Any]:
         self._needs_snapshot = True
-        return {"event": DROPPED, "count": count}
+        return {"event": DROPPED, "id": id, "count": count}
+
+
+def _number(event: Notification, field: str) -> int:
+    value = event.data.get(field)
+    return value if isinstance(value, int) else 0
 
 
 async def _open(connection: _Connection, path: str) -> None:

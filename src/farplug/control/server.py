@@ -67,13 +67,15 @@ log = logging.getLogger(__name__)
 MAX_CLIENTS: Final = 64
 """Clients of a session at a time; further ones get an error."""
 MAX_PENDING: Final = 16
-"""Requests of a client without a reply that the client has read; then the session reads no more of the client."""
+"""Requests of a client whose replies are not written; with more the session reads nothing more of the client.
+
+So at most this number of replies, each of :data:`~farplug.control.messages.MAX_LINE`, waits for a client that reads
+none of them.
+"""
 MAX_EVENTS: Final = 1000
 """Events that wait for a client; of more the oldest are dropped."""
 MAX_EVENT_BYTES: Final = 1 << 20
 """Bytes of the events that wait for a client; of more the oldest are dropped."""
-MAX_REPLY_BYTES: Final = 4 << 20
-"""Bytes of the replies that wait for a client; a client with more is disconnected."""
 WRITE_AT_ONCE: Final = 1 << 16
 """Bytes passed to the transport at a time, and above which the transport accepts no more."""
 CLOSE_TIMEOUT: Final = 2.0
@@ -118,6 +120,7 @@ class Server:
 
     Attributes:
         hello: what the session is.
+        path: of the socket.
     """
 
     def __init__(self, app: App, reservation: Reservation, *, target: str, log: str | None = None) -> None:
@@ -132,6 +135,7 @@ class Server:
             supported_methods=METHODS,
             supported_events=(*EVENTS, DROPPED, ENDED),
         )
+        self.path = reservation.path
         self._app = app
         self._reservation = reservation
         self._clients: set[_Client] = set()
@@ -148,17 +152,16 @@ class Server:
         """
         if sys.platform == "win32":
             raise SetupError("Python has no UNIX sockets on Windows", reason=Reason.UNSUPPORTED_SYSTEM)
-        path = self._reservation.path
         listener = socket.socket(socket.AF_UNIX)
         try:
-            listener.bind(os.fspath(path))
-            os.chmod(path, 0o600)  # before listen: until then every connection is refused
+            listener.bind(os.fspath(self.path))
+            os.chmod(self.path, 0o600)  # before listen: until then every connection is refused
             self._listener = await asyncio.get_running_loop().create_unix_server(
                 lambda: _Client(self), sock=listener, backlog=BACKLOG
             )
         except OSError as error:
             listener.close()
-            raise from_oserror(path, error, as_=SetupError, problem="cannot be made") from error
+            raise from_oserror(self.path, error, as_=SetupError, problem="cannot be made") from error
         self._unsubscribe = self._app.subscribe(self._event)
 
     async def close(self) -> None:
@@ -270,7 +273,7 @@ class Server:
         except ValueError:  # too long
             line = b""
         for client in interested:
-            client.happened(line)
+            client.happened(event.id, line)
 
 
 def encode_reply(reply: Reply) -> bytes:
@@ -311,7 +314,7 @@ class _Client(asyncio.Protocol):
         self._pending: set[Id] = set()
         """Ids of the requests whose replies were not passed to the transport yet."""
         self._output: deque[_Line] = deque()
-        self._event_count = self._event_bytes = self._reply_bytes = self._dropped = 0
+        self._event_count = self._event_bytes = self._dropped = self._last_dropped = 0
         self._full = False
         """The transport accepts no more."""
         self._eof = False
@@ -399,22 +402,22 @@ class _Client(asyncio.Protocol):
         self._queue(_Line(line, id=id))
         self._read()
 
-    def happened(self, line: bytes) -> None:
+    def happened(self, id: int, line: bytes) -> None:
         """Send an event, or drop the oldest ones that wait. An empty line is an event that cannot be sent."""
         if self._finishing:
             return
         if line:
             self._event_count += 1
             self._event_bytes += len(line)
-            self._queue(_Line(line, event=True))
+            self._queue(_Line(line, event=id))
         else:
-            self._dropped += 1
+            self._dropped, self._last_dropped = self._dropped + 1, id
             self._write()
         while self._event_count > MAX_EVENTS or self._event_bytes > MAX_EVENT_BYTES:
-            index = next(index for index, line in enumerate(self._output) if line.event)
+            index, oldest = next((index, line) for index, line in enumerate(self._output) if line.event)
             self._event_count -= 1
-            self._event_bytes -= len(self._output[index].data)
-            self._dropped += 1
+            self._event_bytes -= len(oldest.data)
+            self._dropped, self._last_dropped = self._dropped + 1, oldest.event
             del self._output[index]
 
     def end_session(self) -> None:
@@ -432,12 +435,7 @@ class _Client(asyncio.Protocol):
         if self._transport is None or self._finishing:
             return
         self._output.append(line)
-        if line.id is not None:
-            self._reply_bytes += len(line.data)
         self._write()
-        if self._reply_bytes > MAX_REPLY_BYTES:
-            log.warning("a client of the control socket does not read its replies: it is disconnected")
-            self.abort()
 
     def _write(self) -> None:
         """Pass output to the transport until it accepts no more."""
@@ -445,7 +443,7 @@ class _Client(asyncio.Protocol):
             batch: list[bytes] = []
             size = 0
             if self._dropped and (not self._output or self._output[0].event):
-                batch.append(encode(Notification(DROPPED, {"count": self._dropped})))
+                batch.append(encode(Notification(DROPPED, {"id": self._last_dropped, "count": self._dropped})))
                 self._dropped = 0
             while self._output and size < WRITE_AT_ONCE and not (self._dropped and self._output[0].event):
                 line = self._output.popleft()
@@ -453,7 +451,6 @@ class _Client(asyncio.Protocol):
                     self._event_count -= 1
                     self._event_bytes -= len(line.data)
                 elif line.id is not None:
-                    self._reply_bytes -= len(line.data)
                     self._pending.discard(line.id)
                 batch.append(line.data)
                 size += len(line.data)
@@ -477,12 +474,12 @@ class _Line:
 
     Attributes:
         data: the line.
-        event: whether it is an event, which may be dropped.
+        event: the id of the event, which may be dropped; 0: it is not an event.
         id: of the request that it is the reply to.
     """
 
     data: bytes
-    event: bool = False
+    event: int = 0
     id: Id | None = None
 
 
