@@ -61,6 +61,17 @@ def test_the_exit_code_depends_on_the_stage(reason: Reason, code: ExitCode) -> N
     assert exit_code(errors.TargetError("x", reason=reason)) is code
 
 
+def test_the_error_of_a_session_has_its_exit_code() -> None:
+    for number, code in [
+        (3, ExitCode.IMAGE),
+        (0, ExitCode.INTERNAL_ERROR),
+        (130, ExitCode.INTERRUPTED),
+        (77, ExitCode.INTERNAL_ERROR),
+    ]:
+        error = errors.SessionError("x", reason=Reason.TLS_FAILED, exit_code=number)
+        assert (error.exit_code, exit_code(error)) == (number, code)
+
+
 def test_defaults() -> None:
     gone = errors.GuestGoneError("it left", remedy="wait")
     assert (str(gone), gone.message, gone.reason, gone.remedy) == ("it left", "it left", Reason.GUEST_GONE, "wait")

@@ -72,10 +72,10 @@ _BY_CLASS: Mapping[type[FarplugError], ExitCode] = {
 def exit_code(error: FarplugError) -> ExitCode:
     """Return the exit code of a command that ends with an error: that of its reason, else that of its class.
 
-    The error of a session has its own. A code that this version does not know is ``INTERNAL_ERROR``.
+    The error of a session has its own; ``INTERNAL_ERROR`` if that is not an exit code of an error.
     """
     if isinstance(error, SessionError):
-        return next((code for code in ExitCode if code == error.exit_code), ExitCode.INTERNAL_ERROR)
+        return next((code for code in ExitCode if code == error.exit_code and code), ExitCode.INTERNAL_ERROR)
     if error.reason in _BY_REASON:
         return _BY_REASON[error.reason]
     return next((code for kind, code in _BY_CLASS.items() if isinstance(error, kind)), ExitCode.INTERNAL_ERROR)

@@ -75,7 +75,10 @@ async def test_errors_of_a_request(environment: dict[str, str]) -> None:
             assert (reply["id"], reply["ok"]) == (1, False)
             assert (reply["error"]["code"], reply["error"]["exit_code"]) == (code, number), reply
             assert reply["error"]["message"]
-        assert "commands: attach, detach" in (await client.ask(request(1, "frobnicate")))["error"]["remedy"]
+        assert (
+            "methods: hello, subscribe, unsubscribe, attach"
+            in (await client.ask(request(1, "frobnicate")))["error"]["remedy"]
+        )
 
 
 async def test_unknown_fields_are_ignored(environment: dict[str, str]) -> None:

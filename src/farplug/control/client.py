@@ -118,8 +118,8 @@ class Client:
 
         It yields a snapshot first: ``{"event": "snapshot", "last_event": ..., "guests": ...}``; then every event after
         the snapshot, as :meth:`farplug.app.events.Event.to_json` returns it. If the reader or the connection is too
-        slow, ``{"event": "dropped", "id": ..., "count": ...}`` and a new snapshot stand in the place of the events that were lost.
-        The iteration ends when the session ends in order.
+        slow, ``{"event": "dropped", "id": ..., "count": ...}`` and a new snapshot stand in the place of the events that
+        were lost. The iteration ends when the session ends in order.
 
         Args:
             events: the names of the events to yield; None: all of them.

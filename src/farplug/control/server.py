@@ -57,6 +57,7 @@ from farplug.errors import (
     RemoteProtocolError,
     SetupError,
     StateError,
+    UsageError,
     from_oserror,
 )
 from farplug.text import shown
@@ -243,6 +244,12 @@ class Server:
                 removed = client.events if wanted is None else client.events.intersection(wanted)
                 client.events -= removed
                 return {"unsubscribed": sorted(removed)}
+        if request.method not in commands.COMMANDS:
+            raise UsageError(
+                f"{shown(request.method)} is not a method",
+                reason=Reason.UNKNOWN_COMMAND,
+                remedy=f"methods: {', '.join(METHODS)}",
+            )
         return await self._app.do(commands.from_json(request.method, request.params, ignore_unknown=True))
 
     def _greet(self, client: _Client, request: Request) -> Any:
