@@ -332,6 +332,21 @@ async def test_replies_are_not_lost_and_a_client_that_reads_none_gets_no_further
             assert [(await client.next())["id"] for _ in range(600)] == list(range(600))
 
 
+async def test_a_client_that_is_killed_while_events_come(
+    environment: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    app = BlockingApp()
+    async with session(app, environment) as server, RawClient.connect(server.path) as other:
+        async with RawClient.connect(server.path) as client:
+            await client.ask(request(1, "subscribe"))
+        for _ in range(100):
+            app.note("x")  # before the session takes note that the client has gone
+        while len(server._clients) > 1:
+            await asyncio.sleep(0)
+        assert (await other.ask(request(1, "status")))["ok"] is True
+    assert caplog.records == []
+
+
 async def test_too_many_clients(environment: dict[str, str]) -> None:
     async with session(BlockingApp(), environment) as server:
         clients = [RawClient.connect(server.path) for _ in range(MAX_CLIENTS)]

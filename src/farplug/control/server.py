@@ -445,8 +445,11 @@ class _Client(asyncio.Protocol):
         self._write()
 
     def _write(self) -> None:
-        """Pass output to the transport until it accepts no more."""
-        while (self._output or self._dropped) and not self._full and self._transport is not None:
+        """Pass output to the transport until it accepts no more, or the client has gone."""
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            return
+        while (self._output or self._dropped) and not self._full and not transport.is_closing():
             batch: list[bytes] = []
             size = 0
             if self._dropped and (not self._output or self._output[0].event):
@@ -461,9 +464,9 @@ class _Client(asyncio.Protocol):
                     self._pending.discard(line.id)
                 batch.append(line.data)
                 size += len(line.data)
-            self._transport.write(b"".join(batch))
-        if self._finishing and not self._output and self._transport is not None:
-            self._transport.close()
+            transport.write(b"".join(batch))
+        if self._finishing and not self._output:
+            transport.close()
 
     def _finish(self) -> None:
         """Read nothing more, and close the connection when the output is written."""
