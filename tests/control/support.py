@@ -45,7 +45,7 @@ class BlockingApp(App):
         return await super().do(command)
 
     async def until(self, begun: int = 0, done: int = 0) -> None:
-        """Wait until so many calls of ``detach`` have begun, and are done."""
+        """Wait until these numbers of calls of ``detach`` have begun, and are done."""
         while len(self.begun) < begun or len(self.done) < done:
             self.changed.clear()
             await self.changed.wait()
