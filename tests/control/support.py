@@ -40,8 +40,8 @@ class BlockingApp(App):
                 return device
             case Insert(path=path):
                 return path * 1000
-            case Eject():
-                raise ZeroDivisionError("a bug")
+            case Eject(drive=drive):
+                raise ZeroDivisionError(f"a bug{drive or ''}")
         return await super().do(command)
 
     async def until(self, begun: int = 0, done: int = 0) -> None:

@@ -30,7 +30,7 @@ MAX_ID: Final = 64
 MAX_METHOD: Final = 64
 """Characters of the name of a method or of an event."""
 MAX_MESSAGE: Final = 8192
-"""Characters of the texts of an error that a client shows."""
+"""Characters of a text of an error, such as its message."""
 MAX_TIME: Final = 1 << 40
 """Seconds since 1970 that a client reads."""
 MAX_ALTERNATIVES: Final = 4
@@ -102,7 +102,7 @@ class ErrorData:
     @classmethod
     def of(cls, error: FarplugError) -> Self:
         """Return what the protocol carries of an error."""
-        return cls(str(error.reason), error.message, int(exit_code(error)), error.remedy)
+        return cls(str(error.reason), error.message[:MAX_MESSAGE], int(exit_code(error)), error.remedy)
 
     def to_json(self) -> dict[str, Any]:
         """Return the error as JSON's types."""

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import os
 import re
 import socket
 import stat
 import sys
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -39,6 +41,8 @@ from farplug.text import shown, without_credentials
 if sys.platform != "win32":
     import fcntl
 
+log = logging.getLogger(__name__)
+
 MAX_NAME: Final = 64
 """Characters of the name of a session."""
 MAX_PATH: Final = 103 if sys.platform == "darwin" else 107
@@ -47,6 +51,12 @@ LIST_TIMEOUT: Final = 0.5
 """Seconds in which a session answers when sessions are listed."""
 MAX_PARALLEL: Final = 32
 """Sessions that are asked at a time when sessions are listed."""
+LOCK_ATTEMPTS: Final = 5
+LOCK_INTERVAL: Final = 0.01
+"""Attempts to get a name on which no program listens, and seconds between two of them.
+
+A program that lists sessions holds the lock of such a name for a moment.
+"""
 MAX_NUMBER: Final = 1000
 """Suffix of a name that is taken, at most: ``web-1000``."""
 
@@ -220,9 +230,11 @@ class Reservation:
         if self._lock >= 0:
             lock, self._lock = self._lock, -1
             try:
-                for path in (self.path, _lock_path(self.path)):
-                    with suppress(OSError):  # a folder that was removed meanwhile
-                        path.unlink()
+                if _is_at(lock, _lock_path(self.path)):  # else they belong to another session
+                    self.path.unlink(missing_ok=True)
+                    _lock_path(self.path).unlink(missing_ok=True)
+            except OSError as error:  # what remains is stale: the next session with this name removes it
+                log.warning("%s cannot be removed: %s", self.path, error)
             finally:
                 os.close(lock)
 
@@ -265,13 +277,15 @@ def reserve(name: str | None, default: str = _DEFAULT, environment: Mapping[str,
     )
 
 
-def _try_reserve(where: Path, name: str) -> Reservation | None:
+def _try_reserve(where: Path, name: str, attempts: int = LOCK_ATTEMPTS) -> Reservation | None:
     """Return the reservation of a name; None: another session has the name."""
     path = _socket_path(where, name)
     try:
-        lock = _lock(_lock_path(path))
-        if lock is None:
-            return None
+        while (lock := _lock(_lock_path(path))) is None:
+            attempts -= 1
+            if not attempts or _listens(path):
+                return None
+            time.sleep(LOCK_INTERVAL)
         try:
             free = _remove_stale(path)
         except BaseException:
@@ -295,11 +309,8 @@ def _lock(path: Path) -> int | None:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            opened, there = os.fstat(descriptor), os.stat(path, follow_symlinks=False)
-            if (opened.st_dev, opened.st_ino) == (there.st_dev, there.st_ino):
+            if _is_at(descriptor, path):
                 return descriptor
-        except FileNotFoundError:
-            pass
         except BlockingIOError:
             os.close(descriptor)
             return None
@@ -307,6 +318,15 @@ def _lock(path: Path) -> int | None:
             os.close(descriptor)
             raise
         os.close(descriptor)  # its owner removed the file before it released the lock: there is a new one, or none
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Return whether the file that a descriptor has open is the one at a path."""
+    try:
+        opened, found = os.fstat(descriptor), path.lstat()
+    except FileNotFoundError:
+        return False
+    return (opened.st_dev, opened.st_ino) == (found.st_dev, found.st_ino)
 
 
 def _remove_stale(path: Path) -> bool:
@@ -321,18 +341,23 @@ def _remove_stale(path: Path) -> bool:
         return True
     if not stat.S_ISSOCK(mode):
         raise FileExistsError(errno.EEXIST, "it exists and is not a socket")
+    if _listens(path):
+        return False
+    path.unlink(missing_ok=True)
+    return True
+
+
+def _listens(path: Path) -> bool:
+    """Return whether a program listens on a socket."""
     with socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)
         try:
             probe.connect(os.fspath(path))
-        except ConnectionRefusedError:
-            path.unlink(missing_ok=True)
-            return True
-        except FileNotFoundError:
-            return True
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
         except BlockingIOError:
-            return False  # a program listens, and has not accepted earlier clients yet
-        return False
+            return True  # it has not accepted earlier clients yet
+        return True
 
 
 # Finding sessions -------------------------------------------------------------------------------------------------
@@ -402,7 +427,7 @@ async def _ask(where: Path, name: str) -> SessionEntry:
     except FarplugError as error:
         if error.reason is Reason.NO_SESSION:
             with suppress(SetupError):
-                stale = _try_reserve(where, name)
+                stale = _try_reserve(where, name, attempts=1)
                 if stale is not None:
                     stale.release()
                     return SessionEntry(name, path, SessionState.GONE, error=error)

@@ -60,7 +60,7 @@ from farplug.errors import (
     UsageError,
     from_oserror,
 )
-from farplug.text import shown
+from farplug.text import shown, without_credentials
 from farplug.version import __version__
 
 log = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ class Server:
     Args:
         app: carries out the commands, and publishes the events.
         reservation: the session's name; released by :meth:`close`.
-        target: where the VM is, without a password.
+        target: where the VM is. Clients get it without its password.
         log: path of the session's log file; None: there is none.
 
     Attributes:
@@ -127,7 +127,7 @@ class Server:
     def __init__(self, app: App, reservation: Reservation, *, target: str, log: str | None = None) -> None:
         self.hello = Hello(
             session=reservation.name,
-            target=target,
+            target=without_credentials(target),
             pid=os.getpid(),
             started=round(time.time(), 3),
             log=log,
