@@ -238,6 +238,10 @@ class SessionError(FarplugError):
         self.exit_code = exit_code
 
 
+MAX_CAUSE = 1000
+"""Characters of an unexpected exception in the message of an :class:`InternalError`."""
+
+
 class InternalError(FarplugError):
     """A bug in farplug: an unexpected exception in a callback of the event loop.
 
@@ -245,7 +249,7 @@ class InternalError(FarplugError):
     """
 
     def __init__(self, cause: BaseException) -> None:
-        text = str(cause).partition("\n")[0]
+        text = str(cause)[:MAX_CAUSE].partition("\n")[0]
         super().__init__(
             f"internal error: {type(cause).__name__}: {text}",
             reason=Reason.INTERNAL_ERROR,

@@ -96,9 +96,7 @@ async def test_a_bug_is_an_internal_error_of_that_request(
         assert reply["error"]["message"] == "internal error: ZeroDivisionError: a bug"
         assert reply["error"]["exit_code"] == 1
         long = await client.ask(request(2, "eject", drive="x" * 8000))
-        assert long["error"]["message"].endswith("x" * 8000)
-        longer = await client.ask(request(3, "eject", drive="\t" * 8192))
-        assert len(longer["error"]["message"]) == 8192
+        assert len(long["error"]["message"]) < 1100
         assert (await client.ask(request(2, "status")))["ok"] is True
     assert "the request eject failed" in caplog.text
 

@@ -102,7 +102,7 @@ class ErrorData:
     @classmethod
     def of(cls, error: FarplugError) -> Self:
         """Return what the protocol carries of an error."""
-        return cls(str(error.reason), error.message[:MAX_MESSAGE], int(exit_code(error)), error.remedy)
+        return cls(str(error.reason), error.message, int(exit_code(error)), error.remedy)
 
     def to_json(self) -> dict[str, Any]:
         """Return the error as JSON's types."""
