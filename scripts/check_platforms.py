@@ -27,6 +27,8 @@ PLATFORMS = ("darwin", "win32")
 
 POSIX_ONLY = (
     "cli/image.py",
+    "control/names.py",
+    "control/server.py",
     "image/build.py",
     "image/fill.py",
     "image/tools.py",

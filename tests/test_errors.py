@@ -12,9 +12,9 @@ from tests.docs import ROOT
 
 import farplug
 from farplug import errors
-from farplug.cli.exit_codes import ExitCode, exit_code
 from farplug.cli.log import remedy_lines
 from farplug.errors import FarplugError, Reason, Remedy
+from farplug.exit_codes import ExitCode, exit_code
 
 
 def _tree(kind: type[FarplugError]) -> set[tuple[str, str, str]]:
@@ -59,6 +59,17 @@ def test_the_tree_is_the_one_in_the_docstring() -> None:
 )
 def test_the_exit_code_depends_on_the_stage(reason: Reason, code: ExitCode) -> None:
     assert exit_code(errors.TargetError("x", reason=reason)) is code
+
+
+def test_the_error_of_a_session_has_its_exit_code() -> None:
+    for number, code in [
+        (3, ExitCode.IMAGE),
+        (0, ExitCode.INTERNAL_ERROR),
+        (130, ExitCode.INTERRUPTED),
+        (77, ExitCode.INTERNAL_ERROR),
+    ]:
+        error = errors.SessionError("x", reason=Reason.TLS_FAILED, exit_code=number)
+        assert (error.exit_code, exit_code(error)) == (number, code)
 
 
 def test_defaults() -> None:

@@ -18,6 +18,7 @@
     ├── GuestGoneError          the connection to the guest ended while it was in use
     │   ├── GuestMoved          the VM migrated to another host (farplug.transport.moved)
     │   └── GuestCrashed        the QEMU of the throw-away guest ended by itself (farplug.vm.qemu)
+    ├── SessionError            a running session reported an error
     ├── InternalError           a bug in farplug, in a callback of the event loop
     └── ProtocolError           a protocol was violated
         ├── LocalProtocolError  the caller asked to send something the protocol does not allow
@@ -102,6 +103,11 @@ class Reason(StrEnum):
     DEVICE_LOST = "device-lost"
     DEVICE_FAULT = "device-fault"
     MEDIUM_LOCKED = "medium-locked"
+    # sessions
+    NO_SESSION = "no-session"
+    NAME_TAKEN = "name-taken"
+    SESSION_GONE = "session-gone"
+    SESSION_ERROR = "session-error"
     # while running
     GUEST_GONE = "guest-gone"
     GUEST_MOVED = "guest-moved"
@@ -223,6 +229,22 @@ class GuestGoneError(FarplugError):
         super().__init__(message, reason=reason, remedy=remedy)
 
 
+class SessionError(FarplugError):
+    """A running session reported an error: what a command of it failed with.
+
+    Attributes:
+        exit_code: of a command that ends with this error, as the session reported it.
+    """
+
+    def __init__(self, message: str, *, reason: Reason, exit_code: int, remedy: str = "") -> None:
+        super().__init__(message, reason=reason, remedy=remedy)
+        self.exit_code = exit_code
+
+
+MAX_CAUSE = 1000
+"""Characters of an unexpected exception in the message of an :class:`InternalError`."""
+
+
 class InternalError(FarplugError):
     """A bug in farplug: an unexpected exception in a callback of the event loop.
 
@@ -230,7 +252,7 @@ class InternalError(FarplugError):
     """
 
     def __init__(self, cause: BaseException) -> None:
-        text = str(cause).partition("\n")[0]
+        text = str(cause)[:MAX_CAUSE].partition("\n")[0]
         super().__init__(
             f"internal error: {type(cause).__name__}: {text}",
             reason=Reason.INTERNAL_ERROR,

@@ -156,6 +156,16 @@ def test_what_is_missing_and_what_is_known_is_named() -> None:
     assert refuse({**GOOD, "x": 1}).remedy == "known: name, inner, colours, number, maybe, word, key, url"
 
 
+def test_unknown_fields_of_a_command_may_be_ignored_but_not_those_of_settings_in_it() -> None:
+    assert decode(Outer, {**GOOD, "later": 1}, ignore_unknown=True) == Outer("n", Inner(flag=True))
+    inner = {"flag": True, "later": 1}
+    for data in ({**GOOD, "inner": inner}, {**GOOD, "maybe": inner}):
+        with pytest.raises(UsageError, match="'later' is not a known setting"):
+            decode(Outer, data, ignore_unknown=True)
+    with pytest.raises(UsageError, match="is not an object"):
+        decode(Outer, None, ignore_unknown=True)
+
+
 def test_a_refusal_of_the_dataclass_itself() -> None:
     assert decode(Even, {"number": 2}) == Even(2)
     with pytest.raises(UsageError, match=r"^a\.number: 3 is odd$") as caught:

@@ -6,8 +6,8 @@ import pytest
 
 from farplug.app.policy import MAX_FORMER, Plug, Policy, Rules, Skip, Slot
 from farplug.app.settings import Follow
-from farplug.cli.exit_codes import ExitCode, exit_code
 from farplug.errors import DeviceError, Reason, Remedy, UsageError
+from farplug.exit_codes import ExitCode, exit_code
 from farplug.machine.choose import Choice
 from farplug.machine.device_info import DeviceInfo, InterfaceInfo, Obstacle
 from farplug.usbredir.rules import parse_rules

@@ -13,9 +13,9 @@ import pytest
 from tests.cli.support import Cli
 from tests.image.support import MIB, make_folder, run
 
-from farplug.cli.exit_codes import ExitCode
 from farplug.cli.image import parse_size
 from farplug.errors import UsageError
+from farplug.exit_codes import ExitCode
 from farplug.store import OverlayStore
 
 

@@ -14,9 +14,9 @@ from tests.cli.support import Cli
 
 from farplug import __version__
 from farplug.cli import devices
-from farplug.cli.exit_codes import ExitCode
 from farplug.cli.main import EXIT_CODES, run
 from farplug.errors import Reason
+from farplug.exit_codes import ExitCode
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "exit-codes.md"
 

@@ -24,7 +24,7 @@ from tests.guest.plugging import LABORATORY, MIB, NO_SCAN_DELAY, STORAGE, blank,
 from tests.guest.recovery import recovered
 from tests.guest.scripts import writer
 
-from farplug.cli.exit_codes import ExitCode
+from farplug.exit_codes import ExitCode
 from farplug.programs import find_program
 from farplug.store import OverlayStore
 from farplug.store.image import serial_number

@@ -21,7 +21,7 @@ import pytest
 from tests.guest.command import farplug
 from tests.guest.plugging import GUEST_TIMEOUT, MIB, Plugged, blank, disk_of, disk_with, plugged
 
-from farplug.cli.exit_codes import ExitCode
+from farplug.exit_codes import ExitCode
 from farplug.redirection import Redirection, engine, events, port_protocol, reminder
 from farplug.store import MemoryStore
 from farplug.store.image import serial_number

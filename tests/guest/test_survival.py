@@ -14,8 +14,8 @@ import pytest
 from tests.guest.command import farplug
 from tests.guest.plugging import MIB, NO_SCAN_DELAY, blank, disk_of, disk_with, gone, plugged
 
-from farplug.cli.exit_codes import ExitCode
 from farplug.errors import Reason
+from farplug.exit_codes import ExitCode
 from farplug.redirection import events
 from farplug.store import MemoryStore, ReadDone, WriteDone
 from farplug.store.image import serial_number

@@ -15,8 +15,8 @@ import usb1
 from tests.physical.support import EVERYTHING
 
 import farplug
-from farplug.cli.exit_codes import ExitCode, exit_code
 from farplug.errors import Reason, SetupError
+from farplug.exit_codes import ExitCode, exit_code
 from farplug.libusb import library
 from farplug.libusb.library import Library
 from farplug.usb import Status

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from farplug.cli.exit_codes import ExitCode, exit_code
 from farplug.errors import DeviceError, Reason, UsageError
+from farplug.exit_codes import ExitCode, exit_code
 from farplug.machine.choose import MAX_LISTED, Choice
 from farplug.machine.device_info import DeviceInfo
 

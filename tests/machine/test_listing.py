@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from tests.machine.trees import BOOT_KEYBOARD, HID, SMART_CARD, STORAGE, Machine, descriptors
 
-from farplug.cli.exit_codes import ExitCode, exit_code
 from farplug.errors import Reason, SetupError
+from farplug.exit_codes import ExitCode, exit_code
 from farplug.machine.device_info import InterfaceInfo
 from farplug.machine.listing import list_devices
 from farplug.usb.descriptors import MAX_WARNINGS

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from tests.machine.trees import Machine
 
-from farplug.cli.exit_codes import ExitCode, exit_code
 from farplug.errors import DeviceError, Reason
+from farplug.exit_codes import ExitCode, exit_code
 from farplug.machine.device_info import DeviceInfo
 from farplug.machine.listing import list_devices
 from farplug.machine.lock import DeviceLock

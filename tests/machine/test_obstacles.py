@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from tests.machine.trees import BOOT_KEYBOARD, HID, STORAGE, Machine
 
-from farplug.cli.exit_codes import ExitCode, exit_code
 from farplug.errors import DeviceError, Reason, SetupError
+from farplug.exit_codes import ExitCode, exit_code
 from farplug.machine import obstacles
 from farplug.machine.device_info import DeviceInfo, Obstacle
 from farplug.machine.listing import list_devices

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from farplug.cli.exit_codes import ExitCode, exit_code
 from farplug.errors import Reason, SetupError
+from farplug.exit_codes import ExitCode, exit_code
 from farplug.machine import udev
 
 RULE = udev.udev_rule((0x1050, 0x0407))

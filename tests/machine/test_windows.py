@@ -9,8 +9,8 @@ from tests.libusb.fake_libusb import FakeDevice, FakeLibrary
 from tests.machine.windows import windows_machine
 from tests.physical.support import EVERYTHING
 
-from farplug.cli.exit_codes import ExitCode, exit_code
 from farplug.errors import DeviceError, Reason, SetupError
+from farplug.exit_codes import ExitCode, exit_code
 from farplug.libusb.identity import read_configurations, read_identity
 from farplug.machine import windows
 from farplug.machine.hotplug import Watch

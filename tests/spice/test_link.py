@@ -8,8 +8,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from farplug.cli.exit_codes import ExitCode, exit_code
 from farplug.errors import Reason, RemoteProtocolError, UsageError
+from farplug.exit_codes import ExitCode, exit_code
 from farplug.spice.link import MAX_LINK_REPLY, LinkClient, LinkFailure, LinkMess, LinkReply, encrypt_ticket
 from farplug.spice.types import ChannelType, LinkError, has_capability
 

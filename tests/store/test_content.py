@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from farplug.cli.exit_codes import exit_code
 from farplug.errors import ImageError, Reason
+from farplug.exit_codes import exit_code
 from farplug.programs import find_program
 from farplug.store import FileStore, OverlayStore, open_iso, overlay
 from farplug.store.content import Content, recognize

@@ -13,8 +13,8 @@ import pytest
 from cryptography.x509.oid import NameOID
 from tests.transport.fake_spice import TICKET_KEY_DER, Certificates, FakeSpice, free_port, message, running
 
-from farplug.cli.exit_codes import ExitCode, exit_code
 from farplug.errors import Reason, TargetError, UsageError
+from farplug.exit_codes import ExitCode, exit_code
 from farplug.spice.link import LinkFailure, LinkReply
 from farplug.spice.types import ChannelType, LinkError
 from farplug.spice.vv import VvFile

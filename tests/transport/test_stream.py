@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from tests.transport.fake_spice import Recorder, free_port
 
-from farplug.cli.exit_codes import exit_code
 from farplug.errors import FarplugError, GuestGoneError, InternalError, Reason, StateError, TargetError
+from farplug.exit_codes import exit_code
 from farplug.transport import connection
 from farplug.transport.connection import TcpAddress, Timeouts, UnixAddress
 from farplug.transport.stream import HELLO_SIZE, ListenPort, StreamPort

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from farplug.cli.exit_codes import ExitCode, exit_code
 from farplug.errors import Reason, UsageError
+from farplug.exit_codes import ExitCode, exit_code
 from farplug.usb.classes import CLASS_NAMES
 from farplug.usbredir.filter import Filter, FilterResult, Rule, Verdict
 from farplug.usbredir.rules import MAX_LENGTH, parse_rules

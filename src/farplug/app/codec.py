@@ -1,7 +1,7 @@
 """Settings and commands as JSON: dataclasses of plain values, to JSON's types and back.
 
 :func:`decode` is strict: settings come over a control socket or from a browser, and a misspelt field must not be
-ignored.
+ignored. Only the fields of a command may be extended by later versions of a protocol: see ``ignore_unknown``.
 """
 
 from __future__ import annotations
@@ -52,18 +52,23 @@ def _same(value: object) -> object:
     return value
 
 
-def decode(kind: type[T], data: object, name: str = "") -> T:
+def decode(kind: type[T], data: object, name: str = "", *, ignore_unknown: bool = False) -> T:
     """Return the dataclass that an object of JSON's types describes.
 
     Args:
         kind: the dataclass. Its fields are strings, numbers, booleans, enums, dataclasses, tuples of these, or None.
         data: what the JSON parser returned.
         name: of the value, for errors; its fields are ``name.field``.
+        ignore_unknown: ignore fields of this object that the dataclass does not have. Objects in its fields are
+            settings, and remain strict: without a misspelt ``snapshot`` the guest would write to the image.
 
     Raises:
         UsageError: ``bad-setting``: a field is unknown, is missing, or has a value of the wrong type or none of those
             allowed. The message names the field.
     """
+    if ignore_unknown and isinstance(data, Mapping):
+        known: Any = kind
+        data = {key: value for key, value in data.items() if key in _hints(known)}
     return _decode(kind, data, name)  # type: ignore[no-any-return]
 
 

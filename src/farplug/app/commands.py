@@ -144,12 +144,13 @@ FORCED: Final = (
 HELP: Final = ("help", "show this")
 
 
-def from_json(name: object, data: object) -> Command:
+def from_json(name: object, data: object, *, ignore_unknown: bool = False) -> Command:
     """Return the command with a name and its fields.
 
     Args:
         name: of the command, as the JSON parser returned it.
         data: an object of JSON's types with the fields.
+        ignore_unknown: ignore fields that the command does not have; see :func:`~farplug.app.codec.decode`.
 
     Raises:
         UsageError: there is no such command, or a field is not valid.
@@ -159,7 +160,7 @@ def from_json(name: object, data: object) -> Command:
         raise UsageError(
             f"{shown(name)} is not a command", reason=Reason.UNKNOWN_COMMAND, remedy=f"commands: {', '.join(COMMANDS)}"
         )
-    return decode(kind, data)
+    return decode(kind, data, ignore_unknown=ignore_unknown)
 
 
 def from_words(words: Sequence[str]) -> Command | None:

@@ -200,8 +200,9 @@ class Guest:
     async def connect(self) -> None:
         """Connect to the VM, and open its ports, which stay open until the guest is closed.
 
-        A plain socket is still being connected at the end: :meth:`plug` waits for it, and raises its error. Where the server wants another password, the user is asked for it, up to three times. A VM that moves to another
-        host is followed; :attr:`GuestSettings.reconnect` says what happens when it is lost.
+        A plain socket is still being connected at the end: :meth:`plug` waits for it, and raises its error. Where the
+        server wants another password, the user is asked for it, up to three times. A VM that moves to another host is
+        followed; :attr:`GuestSettings.reconnect` says what happens when it is lost.
 
         Raises:
             UsageError: the target or a setting of it is not valid.
@@ -760,10 +761,11 @@ class Guest:
         Raises:
             FarplugError: a source cannot be plugged; the others of the call stay plugged in.
         """
+        rules = rules or DeviceRules()
+        if not sources and rules.auto_connect is None and rules.redirect_on_connect is None:
+            raise UsageError("no device to attach is named", reason=Reason.BAD_SETTING)
         what = ", ".join(source.path for source in sources) or "everything"
-        return await self._until_closed(
-            self._attach(sources, storage, rules or DeviceRules(), wait), f"{shown(what)} was plugged in"
-        )
+        return await self._until_closed(self._attach(sources, storage, rules, wait), f"{shown(what)} was plugged in")
 
     async def _attach(
         self, sources: Sequence[Source], storage: StorageSettings | None, rules: DeviceRules, wait: bool

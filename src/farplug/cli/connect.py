@@ -28,7 +28,6 @@ from farplug.cli.device_options import (
     WaitOption,
     device_rules,
 )
-from farplug.cli.exit_codes import ExitCode
 from farplug.cli.options import (
     IMAGES,
     OUTPUT,
@@ -46,6 +45,7 @@ from farplug.cli.options import (
     target_settings,
 )
 from farplug.errors import Reason, UsageError
+from farplug.exit_codes import ExitCode
 from farplug.store.base import CacheMode
 from farplug.virtual.storage_transport import StorageTransport
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import typer
 
 from farplug.app import requirements
-from farplug.cli.exit_codes import ExitCode
 from farplug.errors import DeviceError, Reason, SetupError
+from farplug.exit_codes import ExitCode
 from farplug.programs import search_path
 
 if TYPE_CHECKING:

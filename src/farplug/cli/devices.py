@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from farplug.cli.device_options import FilterOption
-from farplug.cli.exit_codes import exit_code
 from farplug.cli.log import remedy_lines
 from farplug.cli.options import OUTPUT
 from farplug.errors import FarplugError, SetupError
+from farplug.exit_codes import exit_code
 from farplug.text import printable
 
 if TYPE_CHECKING:

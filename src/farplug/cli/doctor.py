@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import typer
 
 from farplug.app import requirements
-from farplug.cli.exit_codes import ExitCode
 from farplug.cli.log import remedy_lines
 from farplug.cli.options import (
     OUTPUT,
@@ -29,6 +28,7 @@ from farplug.cli.options import (
     target_settings,
 )
 from farplug.errors import FarplugError, Reason, Remedy, SetupError
+from farplug.exit_codes import ExitCode
 from farplug.text import printable
 from farplug.transport import TARGET_FORMS
 from farplug.version import __version__

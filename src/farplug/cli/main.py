@@ -14,9 +14,9 @@ from typing import Annotated
 import typer
 
 from farplug.cli import connect, demo, devices, doctor, image, log
-from farplug.cli.exit_codes import ExitCode, exit_code
 from farplug.cli.options import Command, DebugOption, Group
 from farplug.errors import FarplugError, InternalError, Reason, Remedy
+from farplug.exit_codes import ExitCode, exit_code
 from farplug.text import printable
 from farplug.version import __version__
 
@@ -30,7 +30,7 @@ EXIT_CODES = {
     ExitCode.DENIED: "the password is wrong or missing, or the ticket expired",
     ExitCode.NO_PORT: "the VM has no free port: no usbredir channel, or all are in use",
     ExitCode.REFUSED: "the VM refused the device: its filter, its USB controller",
-    ExitCode.GUEST_GONE: "the connection to the VM ended while it was in use",
+    ExitCode.GUEST_GONE: "the connection to the VM, or to a session, ended while it was in use",
     ExitCode.PROTOCOL: "the peer is not a SPICE or usbredir server, or violates the protocol",
     ExitCode.SETUP: "a program, a package or a permission is missing on this machine",
     ExitCode.DEVICE: "a device cannot be plugged in, or failed: written data may not be on stable storage",

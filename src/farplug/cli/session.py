@@ -15,10 +15,10 @@ from farplug.app.events import Event, Level
 from farplug.app.settings import GuestSettings
 from farplug.cli import log
 from farplug.cli.commands import serve
-from farplug.cli.exit_codes import ExitCode
 from farplug.cli.options import has_terminal, prompt_for_password
 from farplug.cli.output import Output, SilentOutput
 from farplug.errors import FarplugError, InternalError, Reason, SetupError
+from farplug.exit_codes import ExitCode
 
 _HANGUP: tuple[signal.Signals, ...] = ()
 if sys.platform != "win32":

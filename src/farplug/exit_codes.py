@@ -1,4 +1,7 @@
-"""Exit codes of the command line. They are stable: scripts rely on them."""
+"""Exit codes of the command line. They are stable: scripts rely on them.
+
+A running session reports them with its errors, so that a command that it refuses ends as ``farplug connect`` would.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from farplug.errors import (
     ProtocolError,
     Reason,
     RefusedError,
+    SessionError,
     SetupError,
     TargetError,
     UsageError,
@@ -66,7 +70,12 @@ _BY_CLASS: Mapping[type[FarplugError], ExitCode] = {
 
 
 def exit_code(error: FarplugError) -> ExitCode:
-    """Return the exit code of a command that ends with an error: that of its reason, else that of its class."""
+    """Return the exit code of a command that ends with an error: that of its reason, else that of its class.
+
+    The error of a session has its own; ``INTERNAL_ERROR`` if that is not an exit code of an error.
+    """
+    if isinstance(error, SessionError):
+        return next((code for code in ExitCode if code == error.exit_code and code), ExitCode.INTERNAL_ERROR)
     if error.reason in _BY_REASON:
         return _BY_REASON[error.reason]
     return next((code for kind, code in _BY_CLASS.items() if isinstance(error, kind)), ExitCode.INTERNAL_ERROR)

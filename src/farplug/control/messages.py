@@ -1,0 +1,432 @@
+"""The messages of the control protocol, without I/O: bytes in, frozen dataclasses out, and the reverse.
+
+A message is a JSON object on a line of its own::
+
+    {"id": 1, "method": "status", "params": {}}                          Request
+    {"id": 1, "ok": true, "result": {...}}                               Reply
+    {"id": 1, "ok": false, "error": {"code": "not-found", ...}}          Failure
+    {"event": "attached", "data": {...}}                                 Notification
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Generic, NoReturn, Self, TypeAlias, TypeVar
+
+from farplug.errors import FarplugError, Reason, Remedy, RemoteProtocolError, SessionError
+from farplug.exit_codes import exit_code
+from farplug.text import printable, shown
+
+PROTOCOL_VERSION: Final = "1.0"
+"""Major and minor version. Peers of the same major version understand each other."""
+VERSION_REMEDY: Final = "use the version of farplug that started the session"
+MAX_LINE: Final = 1 << 20
+"""Bytes of a message, without its newline."""
+MAX_ID: Final = 64
+"""Characters of an id that is a string. An integer id is below 2^53, which every JSON parser represents."""
+MAX_METHOD: Final = 64
+"""Characters of the name of a method or of an event."""
+MAX_MESSAGE: Final = 8192
+"""Characters of a text of an error, such as its message."""
+MAX_TIME: Final = 1 << 40
+"""Seconds since 1970 that a client reads."""
+MAX_ALTERNATIVES: Final = 4
+"""Remedies that a client reads of one error, each the alternative of the one before."""
+
+HELLO: Final = "hello"
+SUBSCRIBE: Final = "subscribe"
+UNSUBSCRIBE: Final = "unsubscribe"
+DROPPED: Final = "dropped"
+"""The event that stands in the place of events that a slow client lost."""
+ENDED: Final = "session-ended"
+"""The last event of a session that ends in order."""
+
+Id: TypeAlias = int | str
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A call of a method.
+
+    Attributes:
+        id: chosen by the client; unique among its pending requests.
+        method: the name of the method.
+        params: the method's parameters.
+    """
+
+    id: Id
+    method: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the message as JSON's types."""
+        return {"id": self.id, "method": self.method, "params": dict(self.params)}
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The result of a request.
+
+    Attributes:
+        id: of the request.
+        result: JSON's types.
+    """
+
+    id: Id
+    result: Any = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the message as JSON's types."""
+        return {"id": self.id, "ok": True, "result": self.result}
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorData:
+    """An error as the protocol carries it.
+
+    Attributes:
+        code: the reason; stable.
+        message: one line for a person.
+        exit_code: of a command that ends with this error.
+        remedy: advice to the user.
+    """
+
+    code: str
+    message: str
+    exit_code: int
+    remedy: Remedy = field(default_factory=Remedy)
+
+    @classmethod
+    def of(cls, error: FarplugError) -> Self:
+        """Return what the protocol carries of an error."""
+        return cls(str(error.reason), error.message, int(exit_code(error)), error.remedy)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the error as JSON's types."""
+        return {
+            "code": self.code,
+            "message": self.message,
+            **self.remedy.as_dict(),
+            "exit_code": self.exit_code,
+        }
+
+    def error(self) -> SessionError:
+        """Return the exception of a client that received this error.
+
+        A reason that this version of farplug does not know becomes ``session-error``.
+        """
+        known = self.code in Reason._value2member_map_
+        reason = Reason(self.code) if known else Reason.SESSION_ERROR
+        return SessionError(self.message, reason=reason, exit_code=self.exit_code, remedy=self.remedy)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The error of a request, or of what was not a request.
+
+    Attributes:
+        id: of the request; None: the error concerns the connection, which is closed after it.
+        error: why.
+    """
+
+    id: Id | None
+    error: ErrorData
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the message as JSON's types."""
+        return {"id": self.id, "ok": False, "error": self.error.to_json()}
+
+
+@dataclass(frozen=True, slots=True)
+class Notification:
+    """An event.
+
+    Attributes:
+        event: the name of the event.
+        data: its fields.
+    """
+
+    event: str
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the message as JSON's types."""
+        return {"event": self.event, "data": dict(self.data)}
+
+
+FromServer: TypeAlias = Reply | Failure | Notification
+Message: TypeAlias = Request | FromServer
+MessageT = TypeVar("MessageT")
+
+
+def encode(message: Message) -> bytes:
+    """Return a message as a line, in ASCII.
+
+    Raises:
+        ValueError: the line is longer than :data:`MAX_LINE`, or a value is not one of JSON's types.
+    """
+    line = json.dumps(message.to_json(), allow_nan=False, separators=(", ", ": ")).encode("ascii")
+    if len(line) > MAX_LINE:
+        raise ValueError(f"a message of {len(line)} bytes is longer than {MAX_LINE} bytes")
+    return line + b"\n"
+
+
+class Receiver(Generic[MessageT]):
+    """Splits received bytes into messages.
+
+    Call :meth:`receive_data`, then :meth:`next_message` until it returns None. A receiver that raised an error raises
+    it again: the peer's stream cannot be continued.
+
+    Args:
+        parse: :func:`parse_request` in a server, :func:`parse_reply` in a client.
+    """
+
+    def __init__(self, parse: Callable[[Any], MessageT]) -> None:
+        self._parse = parse
+        self._buffer = bytearray()
+        self._searched = 0
+        """Bytes of the buffer without a newline."""
+        self._error: RemoteProtocolError | None = None
+
+    def receive_data(self, data: bytes) -> None:
+        """Take bytes of the peer. The caller bounds them: it reads on only if :meth:`next_message` returned None."""
+        if self._error is None:
+            self._buffer += data
+
+    def next_message(self) -> MessageT | None:
+        """Return the next message; None: more bytes are needed.
+
+        Raises:
+            RemoteProtocolError: the peer sent a line that is too long, or is not a message.
+        """
+        while True:
+            line = self._next_line()
+            if line is None:
+                return None
+            if line.strip():  # an empty line has no effect
+                return self._message(line)
+
+    def receive_eof(self) -> None:
+        """Take note that the peer sends nothing more.
+
+        Raises:
+            RemoteProtocolError: the stream ends within a line.
+        """
+        if self._buffer and self._error is None:
+            self._fail(f"the stream ends within a line, after {len(self._buffer)} bytes")
+
+    def _next_line(self) -> bytes | None:
+        if self._error is not None:
+            raise self._error
+        end = self._buffer.find(b"\n", self._searched, MAX_LINE + 1)
+        if end < 0:
+            if len(self._buffer) > MAX_LINE:
+                self._fail(f"a line is longer than {MAX_LINE} bytes")
+            self._searched = len(self._buffer)
+            return None
+        line = bytes(memoryview(self._buffer)[:end])
+        del self._buffer[: end + 1]
+        self._searched = 0
+        return line
+
+    def _message(self, line: bytes) -> MessageT:
+        try:
+            data = json.loads(line.decode(), parse_constant=_no_constant, parse_float=_finite)
+        except (ValueError, RecursionError) as error:
+            reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+            self._fail(f"{shown(line)} is not JSON: {printable(reason, 200)}")
+        try:
+            return self._parse(data)
+        except RemoteProtocolError as error:
+            self._fail(error.message)
+
+    def _fail(self, message: str) -> NoReturn:
+        self._buffer.clear()
+        self._error = RemoteProtocolError(message)
+        raise self._error
+
+
+def _no_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not a number of JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError("a number is too large")
+    return value
+
+
+def parse_request(data: object) -> Request:
+    """Return the request that a JSON value is. Unknown fields are ignored.
+
+    Raises:
+        RemoteProtocolError: it is not a request.
+    """
+    if not isinstance(data, dict):
+        raise RemoteProtocolError(f"a request is an object, not {shown(data)}")
+    return Request(_id(data.get("id")), _name(data, "method"), _object(data, "params"))
+
+
+def parse_reply(data: object) -> FromServer:
+    """Return the message of a server that a JSON value is. Unknown fields are ignored.
+
+    Raises:
+        RemoteProtocolError: it is not a reply, an error or an event.
+    """
+    if not isinstance(data, dict):
+        raise RemoteProtocolError(f"a message is an object, not {shown(data)}")
+    if "event" in data:
+        return Notification(_name(data, "event"), _object(data, "data"))
+    ok = data.get("ok")
+    if ok is True:
+        return Reply(_id(data.get("id")), data.get("result"))
+    if ok is False:
+        id = data.get("id")
+        return Failure(None if id is None else _id(id), _error(data.get("error")))
+    raise RemoteProtocolError(f"{shown(data)} is neither a reply nor an event")
+
+
+def _id(data: object) -> Id:
+    if (type(data) is int and abs(data) < 1 << 53) or (isinstance(data, str) and len(data) <= MAX_ID):
+        return data
+    raise RemoteProtocolError(
+        f"id: {shown(data)} is neither an integer below 2^53 nor a string of at most {MAX_ID} characters"
+    )
+
+
+def _name(data: Mapping[str, Any], field: str) -> str:
+    name = data.get(field)
+    if isinstance(name, str) and 0 < len(name) <= MAX_METHOD:
+        return name
+    raise RemoteProtocolError(f"{field}: {shown(name)} is not a string of 1 to {MAX_METHOD} characters")
+
+
+def _object(data: Mapping[str, Any], field: str) -> Mapping[str, Any]:
+    value = data.get(field, {})
+    if isinstance(value, dict):
+        return value
+    raise RemoteProtocolError(f"{field}: {shown(value)} is not an object")
+
+
+def _error(data: object) -> ErrorData:
+    if not isinstance(data, dict):
+        raise RemoteProtocolError(f"error: {shown(data)} is not an object")
+    code, message, number = data.get("code"), data.get("message"), data.get("exit_code", 1)
+    if not isinstance(code, str) or not isinstance(message, str) or type(number) is not int:
+        raise RemoteProtocolError(f"error: {shown(data)} has no valid code, message and exit_code")
+    return ErrorData(printable(code, MAX_METHOD), printable(message, MAX_MESSAGE), number, _remedy(data))
+
+
+def _remedy(data: object, depth: int = 0) -> Remedy:
+    """Return the remedy among the fields of an error; fields of a wrong type count as missing."""
+    if not isinstance(data, dict):
+        return Remedy()
+
+    def text(name: str) -> str:
+        value = data.get(name)
+        return value[:MAX_MESSAGE] if isinstance(value, str) else ""
+
+    value = data.get("value")
+    alternative = _remedy(data.get("alternative"), depth + 1) if depth < MAX_ALTERNATIVES - 1 else Remedy()
+    return Remedy(
+        text("remedy"),
+        setting=text("setting"),
+        value=value if isinstance(value, str | int | bool) else None,
+        command=text("command"),
+        alternative=alternative or None,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """What a session is: the result of ``hello``.
+
+    Attributes:
+        session: the session's name.
+        target: where the VM is, without a password.
+        pid: the process.
+        started: when the session began, in seconds since 1970.
+        log: path of the log file; None: the session has a terminal.
+        farplug_version: the version of the program.
+        protocol_version: :data:`PROTOCOL_VERSION` of the session.
+        supported_methods: the names of all methods.
+        supported_events: the names of all events.
+    """
+
+    session: str
+    target: str
+    pid: int
+    started: float
+    log: str | None
+    farplug_version: str
+    protocol_version: str
+    supported_methods: tuple[str, ...]
+    supported_events: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the result of ``hello`` as JSON's types."""
+        return {
+            "server_name": "farplug",
+            "protocol_version": self.protocol_version,
+            "farplug_version": self.farplug_version,
+            "session": self.session,
+            "target": self.target,
+            "pid": self.pid,
+            "started": self.started,
+            "log": self.log,
+            "supported_methods": list(self.supported_methods),
+            "supported_events": list(self.supported_events),
+        }
+
+    @classmethod
+    def parse(cls, data: object) -> Self:
+        """Return the hello that the result of ``hello`` describes. Unknown fields are ignored.
+
+        Raises:
+            RemoteProtocolError: it is not that of a farplug session, or the session has another major version.
+        """
+        if not isinstance(data, dict) or data.get("server_name") != "farplug":
+            raise RemoteProtocolError("the peer is not a farplug session")
+        version = data.get("protocol_version")
+        if not isinstance(version, str) or major(version) != major(PROTOCOL_VERSION):
+            raise RemoteProtocolError(
+                f"the session has version {shown(version)} of the control protocol, not {PROTOCOL_VERSION}",
+                remedy=VERSION_REMEDY,
+            )
+        session, target, log = data.get("session"), data.get("target"), data.get("log")
+        pid, started = data.get("pid"), data.get("started")
+        program = data.get("farplug_version")
+        if not (
+            isinstance(session, str)
+            and isinstance(target, str)
+            and type(pid) is int
+            and isinstance(started, int | float)
+            and abs(started) < MAX_TIME
+            and isinstance(program, str)
+            and isinstance(log, str | None)
+        ):
+            raise RemoteProtocolError(f"{shown(data)} is not a valid hello")
+        return cls(
+            printable(session, MAX_METHOD),
+            printable(target, MAX_MESSAGE),
+            pid,
+            float(started),
+            log,
+            printable(program, MAX_METHOD),
+            printable(version, MAX_METHOD),
+            _names(data.get("supported_methods")),
+            _names(data.get("supported_events")),
+        )
+
+
+def major(version: str) -> str:
+    """Return the major part of a version ``major.minor``."""
+    return version.partition(".")[0]
+
+
+def _names(data: object) -> tuple[str, ...]:
+    return tuple(name for name in data if isinstance(name, str)) if isinstance(data, list) else ()
