@@ -778,6 +778,7 @@ class Guest:
             if attachment is not None:
                 self.note(f"{shown(source.path)} is plugged in already, as {attachment.label}")
         wanted = [source for source, attachment in plugged.items() if attachment is None]
+        await asyncio.gather(*map(asyncio.shield, self._releasing.values()), return_exceptions=True)
         auto = await self._choose_devices(wanted, rules)
         opened: list[OpenSource] = []
         try:
@@ -824,12 +825,19 @@ class Guest:
         return None
 
     async def _plug_new(self, device: VirtualDevice) -> Attachment:
+        """Plug a device of new sources; publish its error too, since perhaps no call waits."""
+        group = self._owned[device]
+        label = ", ".join(one.label for one in group)
+        units, paths = [one.label for one in group], [one.source.path for one in group]
         try:
-            return await self._plug_group(device)
-        except BaseException as error:
+            return await self._plug_device(device, None, label, [one.title for one in group], units, paths)
+        except asyncio.CancelledError:
             await self._release(device)
-            if isinstance(error, FarplugError):
-                self.skipped(error)
+            who = "the device was unplugged" if self._closing is None else "the guest was closed"
+            raise GuestGoneError(f"{who} before {label} was plugged in") from None
+        except FarplugError as error:
+            await self._release(device)
+            self.skipped(error)
             raise
 
     async def _close_opened(self, opened: Sequence[OpenSource]) -> None:

@@ -1,4 +1,4 @@
-"""The connection of a guest: its session and its ports, made anew when the VM is back after it was lost."""
+"""The connection of a guest: its session and its ports; it is made again when the VM is back after it was lost."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Link:
 
     Args:
         owner: the guest.
-        settings: where the VM is; None: ``session`` is given, and is not made anew.
+        settings: where the VM is; None: ``session`` is given, and is not made again.
         session: a connection to the VM that is open already.
         ask_password: asks a user for a password; None: there is no user.
 

@@ -33,54 +33,63 @@ async def run_target_command(command: str) -> bytes:
     Raises:
         TargetError: ``target-command``: the command failed, printed nothing or too much, or took too long.
     """
-    process = await asyncio.create_subprocess_shell(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-    assert process.stdout is not None
-    assert process.stderr is not None
+    loop = asyncio.get_running_loop()
+    options = {"stdin": subprocess.DEVNULL, "start_new_session": True}
+    transport, process = await loop.subprocess_shell(_Process, command, **options)
+    pid = transport.get_pid()
     try:
         async with asyncio.timeout(COMMAND_TIMEOUT):
-            output, errors = await asyncio.gather(
-                _read(process.stdout, MAX_VV_FILE), _read(process.stderr, MAX_ERRORS, cut=True)
-            )
-            code = await process.wait()
+            await process.ended
     except TimeoutError:
         raise _failed(f"did not end within {COMMAND_TIMEOUT:g} s") from None
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        await process.wait()
-    lines = printable(errors.decode("utf-8", "replace").strip().rpartition("\n")[2], 200)
+            os.killpg(pid, signal.SIGKILL)
+        transport.close()
+        await process.over
+    code = transport.get_returncode() or 0
+    last = printable(process.errors.decode("utf-8", "replace").strip().rpartition("\n")[2], 200)
     if code:
         ended = f"ended with exit code {code}" if code > 0 else f"was ended by signal {-code}"
-        raise _failed(f"{ended}{f': {lines}' if lines else ''}")
-    if lines:
-        log.info("target command: %s", lines)
-    if not output.strip():
-        raise _failed(f"printed nothing{f': {lines}' if lines else ''}")
-    return output
+        raise _failed(f"{ended}{f': {last}' if last else ''}")
+    if not process.output.strip():
+        raise _failed(f"printed nothing{f': {last}' if last else ''}")
+    if last:
+        log.info("target command: %s", last)
+    return bytes(process.output)
 
 
-async def _read(stream: asyncio.StreamReader, most: int, *, cut: bool = False) -> bytes:
-    """Return what a stream has until its end.
+class _Process(asyncio.SubprocessProtocol):
+    """Takes the output of the command.
 
-    Args:
-        stream: what to read.
-        most: bytes.
-        cut: drop what is beyond ``most``; otherwise it is an error.
+    Attributes:
+        output: what the command printed.
+        errors: the end of its standard error.
+        over: resolves when the process and its output have ended.
+        ended: the same, but raises ``TargetError`` as soon as it has printed too much.
     """
-    data = bytearray()
-    while chunk := await stream.read(64 << 10):
-        data += chunk
-        if len(data) > most:
-            if not cut:
-                raise _failed(f"printed more than {most} bytes")
-            del data[: len(data) - most]
-    return bytes(data)
+
+    def __init__(self) -> None:
+        self.output = bytearray()
+        self.errors = bytearray()
+        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def pipe_data_received(self, fd: int, data: bytes) -> None:
+        """Take output, up to the limit."""
+        if fd == 1:
+            self.output += data
+            if len(self.output) > MAX_VV_FILE and not self.ended.done():
+                self.ended.set_exception(_failed(f"printed more than {MAX_VV_FILE} bytes"))
+        else:
+            self.errors += data
+            del self.errors[:-MAX_ERRORS]
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """Take note that the command and its output have ended."""
+        self.over.set_result(None)
+        if not self.ended.done():
+            self.ended.set_result(None)
 
 
 def _failed(what: str) -> TargetError:
