@@ -34,8 +34,8 @@ async def run_target_command(command: str) -> bytes:
         TargetError: ``target-command``: the command failed, printed nothing or too much, or took too long.
     """
     loop = asyncio.get_running_loop()
-    options = {"stdin": subprocess.DEVNULL, "start_new_session": True}
-    transport, process = await loop.subprocess_shell(_Process, command, **options)
+    nothing = subprocess.DEVNULL
+    transport, process = await loop.subprocess_shell(_Process, command, stdin=nothing, start_new_session=True)
     pid = transport.get_pid()
     try:
         async with asyncio.timeout(COMMAND_TIMEOUT):

@@ -333,9 +333,9 @@ class QemuGuest:
         if server.transport is SpiceTransport.UNIX:
             return SpiceAddress(socket=self._folder / "spice", ticket=server.ticket)
         if server.transport is SpiceTransport.TCP:
-            return SpiceAddress(port=unused_port(), ticket=server.ticket)
+            return SpiceAddress(port=server.port or unused_port(), ticket=server.ticket)
         return SpiceAddress(
-            port=unused_port() if server.transport is SpiceTransport.TLS_REQUIRED else None,
+            port=(server.port or unused_port()) if server.transport is SpiceTransport.TLS_REQUIRED else None,
             tls_port=unused_port(),
             ticket=server.ticket,
             host_subject=write_certificates(self._folder, server.host_names),

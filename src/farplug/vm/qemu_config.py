@@ -60,11 +60,13 @@ class Spice:
     Attributes:
         transport: its sockets.
         ticket: the password; empty: no password.
+        port: the plain TCP port; 0: any free one.
         host_names: host names and addresses that its certificate is valid for.
     """
 
     transport: SpiceTransport = SpiceTransport.TCP
     ticket: str = ""
+    port: int = 0
     host_names: tuple[str, ...] = ("localhost", LOOPBACK)
 
 
