@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from tests.app.test_link import Running, running
-from tests.guest.conftest import GUEST_TIMEOUT, GuestPool
+from tests.guest.conftest import GuestPool
+from tests.guest.plugging import GUEST_TIMEOUT
 from tests.transport.fake_spice import free_port
 
 from farplug.app.commands import Attach, Detach
@@ -63,19 +64,18 @@ async def test_devices_come_and_go_after_the_ticket_has_expired(guests: GuestPoo
 async def test_a_vm_that_is_killed_and_started_again_has_its_devices_back(tmp_path: Path) -> None:
     config = GuestConfig(ports=TWO, spice=Spice(port=free_port()))
     sources = [Source.disk(path) for path in images(tmp_path)]
-    async with asyncio.timeout(4 * GUEST_TIMEOUT):
-        async with AsyncExitStack() as stack:
-            async with QemuGuest(config) as guest:
-                session = await stack.enter_async_context(running(guest.targets[0], *sources))
-                await guest.booted()
-                await read(guest, "alpha", "gamma")
-                os.kill(guest.pid, signal.SIGKILL)
-            await session.named("reconnecting", 2)
-            async with QemuGuest(config) as guest:
-                await session.named("back")
-                await guest.booted()
-                await in_use(session, "alpha.raw", "gamma.raw")
-                await read(guest, "alpha", "gamma")
+    async with asyncio.timeout(4 * GUEST_TIMEOUT), AsyncExitStack() as stack:
+        async with QemuGuest(config) as guest:
+            session = await stack.enter_async_context(running(guest.targets[0], *sources))
+            await guest.booted()
+            await read(guest, "alpha", "gamma")
+            os.kill(guest.pid, signal.SIGKILL)
+        await session.named("reconnecting", 2)
+        async with QemuGuest(config) as guest:
+            await session.named("back")
+            await guest.booted()
+            await in_use(session, "alpha.raw", "gamma.raw")
+            await read(guest, "alpha", "gamma")
 
 
 async def test_a_vm_that_migrates_has_its_devices_back(tmp_path: Path) -> None:
