@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import pytest
 from tests.redirection.scripted import BULK_IN, INTERRUPT_IN, ISO_IN, ISO_OUT, ScriptedDevice, kinds, settle
 
@@ -9,6 +11,7 @@ from farplug.redirection import events
 from farplug.testing.memory import MemoryGuest
 from farplug.usb import Reception, Status, TransferType
 from farplug.usbredir import packets
+from farplug.usbredir.caps import ALL_CAPS, Cap
 
 
 async def test_interrupt_receiving() -> None:
@@ -175,3 +178,24 @@ async def test_bytes_are_bounded_while_the_port_does_not_accept_output(monkeypat
         figures = {f.endpoint: f for f in guest.redirection.figures}
         assert (figures[BULK_IN].transfers, figures[BULK_IN].dropped) == (4, 6)
         guest.redirection._protocol.resume_writing()
+
+
+@pytest.mark.parametrize(
+    ("lacking", "body"),
+    [
+        (Cap.BULK_RECEIVING, struct.pack("<IIQIIBB", 25, 10, 7, 0, 512, BULK_IN, 4)),
+        (Cap.BULK_RECEIVING, struct.pack("<IIQIB", 26, 5, 7, 0, BULK_IN)),
+        (Cap.BULK_STREAMS, struct.pack("<IIQII", 18, 8, 7, 1 << 17, 4)),
+        (Cap.BULK_STREAMS, struct.pack("<IIQI", 19, 4, 7, 1 << 17)),
+    ],
+    ids=["start_bulk_receiving", "stop_bulk_receiving", "alloc_bulk_streams", "free_bulk_streams"],
+)
+async def test_a_request_that_the_guest_cannot_get_an_answer_to_is_not_carried_out(lacking: Cap, body: bytes) -> None:
+    device = ScriptedDevice()
+    async with MemoryGuest(device, caps=ALL_CAPS & ~lacking) as guest:
+        guest.send_bytes(body)
+        await settle()
+        assert device.calls == ["open"]
+        (violation,) = [event for event in guest.events if isinstance(event, events.PeerViolation)]
+        assert f"without the capability {lacking.names[0]}, cannot receive its answer" in str(violation)
+        assert not guest.faults

@@ -13,6 +13,7 @@ from farplug.errors import LocalProtocolError, RemoteProtocolError
 from farplug.usb.transfer import Status
 from farplug.usbredir.caps import ALL_CAPS, Cap
 from farplug.usbredir.packets import (
+    AllocBulkStreams,
     BufferedBulkPacket,
     BulkPacket,
     CancelDataPacket,
@@ -25,6 +26,7 @@ from farplug.usbredir.packets import (
     EndpointInfo,
     FilterFilter,
     FilterReject,
+    FreeBulkStreams,
     Hello,
     InterfaceEntry,
     InterfaceInfo,
@@ -39,7 +41,7 @@ from farplug.usbredir.packets import (
     StopBulkReceiving,
 )
 from farplug.usbredir.protocol import Connection, Event, Oversized, Role, Violation
-from farplug.usbredir.wire import MAX_LENGTH, MAX_TRANSFER
+from farplug.usbredir.wire import MAX_LENGTH, MAX_TRANSFER, PACKET_FORMATS, Flow, PacketType
 
 HOST, GUEST = Role.HOST, Role.GUEST
 OK = Status.SUCCESS
@@ -292,6 +294,44 @@ def test_what_cannot_be_sent(role: Role, peer: int, packet: Packet, message: str
         connection.send(packet)
     assert message in str(caught.value)
     assert connection.data_to_send() == []
+
+
+UNANSWERABLE: list[tuple[Cap, Packet]] = [
+    # (what the sender lacks to receive the answer, the request)
+    (
+        Cap.BULK_RECEIVING,
+        StartBulkReceiving(id=1, stream_id=0, bytes_per_transfer=512, endpoint=0x81, transfers=4),
+    ),
+    (Cap.BULK_RECEIVING, StopBulkReceiving(id=2, stream_id=0, endpoint=0x81)),
+    (Cap.BULK_STREAMS, AllocBulkStreams(id=3, endpoints=1 << 17, streams=4)),
+    (Cap.BULK_STREAMS, FreeBulkStreams(id=4, endpoints=1 << 17)),
+    (Cap.EP_INFO_MAX_PACKET_SIZE, FreeBulkStreams(id=5, endpoints=1 << 17)),  # without it there are no bulk streams
+]
+
+
+@pytest.mark.parametrize(("lacking", "packet"), UNANSWERABLE, ids=lambda value: str(value))
+def test_a_request_whose_answer_its_sender_cannot_receive(lacking: Cap, packet: Packet) -> None:
+    needed = PACKET_FORMATS[packet.TYPE].answer_cap.names[0]
+    poor = ALL_CAPS & ~lacking
+    with pytest.raises(LocalProtocolError, match=f"{packet.TYPE} cannot be sent: we, without .* {needed}, cannot rec"):
+        connect(GUEST, poor, ALL_CAPS).send(packet)
+    able = connect(GUEST)
+    able.send(packet)
+    event, following = feed(connect(HOST, ALL_CAPS, poor), [written(able) + RESET])
+    assert isinstance(event, Violation)
+    assert f"{packet.TYPE} arrived, but the peer, without the capability {needed}, cannot receive" in str(event.error)
+    assert following == Reset()
+
+
+def test_every_request_with_an_answer_of_a_capability_is_in_the_table() -> None:
+    """An answer that needs a capability of its receiver belongs to requests that need it of their sender."""
+    answers = {cap for one in PACKET_FORMATS.values() if one.flow is Flow.TO_GUEST and (cap := one.required_cap)}
+    assert answers == {Cap.BULK_RECEIVING}
+    requests = {one.answer_cap for one in PACKET_FORMATS.values() if one.answer_cap}
+    assert requests == answers | {Cap.BULK_STREAMS}  # the C parser delivers bulk_streams_status to every receiver
+    for code, one in PACKET_FORMATS.items():
+        if one.flow is Flow.TO_HOST and one.required_cap in answers:
+            assert one.answer_cap == one.required_cap, PacketType(code)
 
 
 def test_statuses_may_be_numbers() -> None:

@@ -11,9 +11,10 @@
         ...                                  # connection.send(answer)
     write(connection.data_to_send())
 
-Received and sent packets obey the rules of the C parser (usbredirparser.c), with three exceptions, which are stricter:
+Received and sent packets obey the rules of the C parser (usbredirparser.c), with four exceptions, which are stricter:
 no packet is accepted before the peer's hello, words of capabilities beyond :attr:`Hello.MAX_CAPS_WORDS` are skipped,
-and a filter is limited to :attr:`FilterFilter.MAX_PAYLOAD` bytes.
+a filter is limited to :attr:`FilterFilter.MAX_PAYLOAD` bytes, and a side sends no request whose answer it could not
+receive (:attr:`~farplug.usbredir.wire.PacketFormat.answer_cap`).
 """
 
 from __future__ import annotations
@@ -327,11 +328,12 @@ class Connection:
                 continue
             packet_format = PACKET_FORMATS[packet.TYPE]
             layout = packet_format.type_header(shared)
-            if packet_format.flow is not self._sent_flow and packet_format.required_cap in self.own_caps:
+            required, answer = packet_format.required_cap, packet_format.answer_cap
+            if packet_format.flow is not self._sent_flow and required in self.own_caps and answer in peer_caps:
                 max_length = min(layout.size + packet.MAX_PAYLOAD, MAX_LENGTH)
                 max_stored = self._max_payload if issubclass(packet, DataPacket) else packet.MAX_PAYLOAD
                 self._incoming[packet.TYPE] = _Incoming(packet, layout, max_length, max_stored)
-            if packet_format.flow is not self._received_flow and packet_format.required_cap in peer_caps:
+            if packet_format.flow is not self._received_flow and required in peer_caps and answer in self.own_caps:
                 count = len(layout.unpack(bytes(layout.size)))
                 self._outgoing[packet] = _Outgoing(packet_format.packet(shared), layout.size, count)
 
@@ -346,6 +348,9 @@ class Connection:
             return "a second hello"
         if self.peer_caps is None:
             return f"{name} arrived before the hello"
+        if packet_format.required_cap in self.own_caps:
+            lacking = _name(packet_format.answer_cap)
+            return f"{name} arrived, but the peer, without the capability {lacking}, cannot receive its answer"
         return f"{name} arrived, but we do not have the capability {_name(packet_format.required_cap)}"
 
     def _why_not_sent(self, name: PacketType) -> str:
@@ -356,6 +361,9 @@ class Connection:
             return f"{name} cannot be sent before the peer's hello has arrived"
         if packet_format.flow is self._received_flow:
             return f"{name} is not sent by the {self.role}, but {packet_format.flow}"
+        if packet_format.required_cap in self.peer_caps:
+            lacking = _name(packet_format.answer_cap)
+            return f"{name} cannot be sent: we, without the capability {lacking}, cannot receive its answer"
         return f"{name} cannot be sent: the peer does not have the capability {_name(packet_format.required_cap)}"
 
 

@@ -84,12 +84,15 @@ class PacketFormat:
         layout: its type header without capabilities, as a format of :mod:`struct`.
         extended: longer type headers, the longest first, and the capability that both sides need for each.
         required_cap: the capability that the receiver of this type must have.
+        answer_cap: the capability that the sender of this type must have: without it the sender could not receive the
+            answer. The C parser does not check this one.
     """
 
     flow: Flow
     layout: str = ""
     extended: tuple[tuple[Cap, str], ...] = ()
     required_cap: Cap = Cap.NONE
+    answer_cap: Cap = Cap.NONE
 
     def type_header(self, shared: Cap) -> Struct:
         """Return the layout of the type header. ``shared``: the capabilities that both sides have."""
@@ -131,15 +134,19 @@ PACKET_FORMATS: Final[Mapping[int, PacketFormat]] = {
     PacketType.START_INTERRUPT_RECEIVING: PacketFormat(Flow.TO_HOST, "B"),
     PacketType.STOP_INTERRUPT_RECEIVING: PacketFormat(Flow.TO_HOST, "B"),
     PacketType.INTERRUPT_RECEIVING_STATUS: PacketFormat(Flow.TO_GUEST, "BB"),
-    PacketType.ALLOC_BULK_STREAMS: PacketFormat(Flow.TO_HOST, "II"),
-    PacketType.FREE_BULK_STREAMS: PacketFormat(Flow.TO_HOST, "I"),
+    PacketType.ALLOC_BULK_STREAMS: PacketFormat(Flow.TO_HOST, "II", answer_cap=Cap.BULK_STREAMS),
+    PacketType.FREE_BULK_STREAMS: PacketFormat(Flow.TO_HOST, "I", answer_cap=Cap.BULK_STREAMS),
     PacketType.BULK_STREAMS_STATUS: PacketFormat(Flow.TO_GUEST, "IIB"),
     PacketType.CANCEL_DATA_PACKET: PacketFormat(Flow.TO_HOST),
     PacketType.FILTER_REJECT: PacketFormat(Flow.TO_HOST, required_cap=Cap.FILTER),
     PacketType.FILTER_FILTER: PacketFormat(Flow.BOTH, required_cap=Cap.FILTER),
     PacketType.DEVICE_DISCONNECT_ACK: PacketFormat(Flow.TO_HOST, required_cap=Cap.DEVICE_DISCONNECT_ACK),
-    PacketType.START_BULK_RECEIVING: PacketFormat(Flow.TO_HOST, "IIBB", required_cap=Cap.BULK_RECEIVING),
-    PacketType.STOP_BULK_RECEIVING: PacketFormat(Flow.TO_HOST, "IB", required_cap=Cap.BULK_RECEIVING),
+    PacketType.START_BULK_RECEIVING: PacketFormat(
+        Flow.TO_HOST, "IIBB", required_cap=Cap.BULK_RECEIVING, answer_cap=Cap.BULK_RECEIVING
+    ),
+    PacketType.STOP_BULK_RECEIVING: PacketFormat(
+        Flow.TO_HOST, "IB", required_cap=Cap.BULK_RECEIVING, answer_cap=Cap.BULK_RECEIVING
+    ),
     PacketType.BULK_RECEIVING_STATUS: PacketFormat(Flow.TO_GUEST, "IBB", required_cap=Cap.BULK_RECEIVING),
     PacketType.CONTROL_PACKET: PacketFormat(Flow.BOTH, "BBBBHHH"),
     PacketType.BULK_PACKET: PacketFormat(Flow.BOTH, "BBHI", ((Cap.BULK_LENGTH_32_BITS, "BBHIH"),)),
