@@ -7,6 +7,7 @@ import lz4.block
 import pytest
 
 from farplug.errors import RemoteProtocolError
+from farplug.spice.channel import MAX_MESSAGE
 from farplug.spice.link import LinkResult
 from farplug.spice.messages import Disconnecting
 from farplug.spice.vmc import MAX_SENT, MAX_UNCOMPRESSED, VmcChannel
@@ -79,8 +80,8 @@ def test_hostile_compressed_data(body: bytes, expected_text: str) -> None:
 
 
 def test_compressed_data_is_bounded_before_it_is_stored() -> None:
-    with pytest.raises(RemoteProtocolError, match=f"more than {5 + MAX_UNCOMPRESSED}"):
-        received(vmc(), struct.pack("<HI", COMPRESSED, MAX_UNCOMPRESSED + 6), 1000)
+    with pytest.raises(RemoteProtocolError, match=f"more than {MAX_MESSAGE}"):
+        received(vmc(), struct.pack("<HI", COMPRESSED, MAX_MESSAGE + 1), 1000)
 
 
 def test_other_events_pass() -> None:

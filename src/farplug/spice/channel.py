@@ -27,8 +27,8 @@ from farplug.usb.types import Buffer
 
 log = logging.getLogger(__name__)
 
-MAX_MESSAGE = 32 << 20
-"""The largest message that we accept, stored or not, in bytes. (The limit of proxies is 16 MiB.)"""
+MAX_MESSAGE = 16 << 20
+"""The largest message that we accept, stored or not, in bytes: as proxies do."""
 
 _MINI_HEADER = struct.Struct("<HI")
 _FULL_HEADER = struct.Struct("<QHII")

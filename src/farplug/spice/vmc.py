@@ -13,7 +13,7 @@ from enum import IntEnum
 import lz4.block
 
 from farplug.errors import RemoteProtocolError
-from farplug.spice.channel import Channel, Event, Message
+from farplug.spice.channel import MAX_MESSAGE, Channel, Event, Message
 from farplug.spice.link import LinkResult
 from farplug.spice.messages import ClientMessage, ServerMessage
 from farplug.spice.types import VmcCapability, has_capability
@@ -67,7 +67,7 @@ class VmcChannel(Channel):
         super().__init__(
             name,
             mini_header=link.mini_header,
-            stored={ServerMessage.VMC_COMPRESSED_DATA: _COMPRESSED_HEADER.size + MAX_UNCOMPRESSED},
+            stored={ServerMessage.VMC_COMPRESSED_DATA: MAX_MESSAGE},
             streamed=ServerMessage.VMC_DATA,
         )
         self.compress = True
