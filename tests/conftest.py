@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadFileScheduling
 
+from farplug import rate_limit
+
 
 def pytest_configure() -> None:
     """Make the tests independent of the environment."""
@@ -18,6 +20,14 @@ def pytest_configure() -> None:
     # With one of these pytest prints the whole difference of two byte strings, which takes minutes for images.
     for name in ("CI", "BUILD_NUMBER"):
         os.environ.pop(name, None)
+
+
+@pytest.fixture(autouse=True)
+def _log_limits() -> None:
+    """Let no test have log lines counted that an earlier one caused."""
+    for limit in rate_limit._log_limits.values():
+        limit.release()
+        limit._limit._kinds.clear()
 
 
 class Files(LoadFileScheduling):  # type: ignore[misc]  # xdist has no types

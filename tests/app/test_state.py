@@ -12,17 +12,19 @@ from typing import Any
 
 import pytest
 from tests.app.test_guest import BrokenStore, FakePort, FakeSession, Peer, settle
+from tests.clock import FakeClock
 
 from farplug.app import guest as guest_module
 from farplug.app import link as link_module
 from farplug.app import retry
 from farplug.app.app import App
 from farplug.app.commands import Eject, Insert
-from farplug.app.events import MAX_QUEUED, Event
+from farplug.app.events import MAX_QUEUED, Event, Level
 from farplug.app.guest import Guest
 from farplug.app.settings import GuestSettings, ReconnectSettings, Source, TargetSettings
 from farplug.app.state import apply
 from farplug.errors import FarplugError, GuestGoneError, PortError, Reason, TargetError
+from farplug.rate_limit import BURST, INTERVAL
 from farplug.redirection import engine
 from farplug.spice.messages import SwitchHost
 from farplug.store import MemoryStore
@@ -30,6 +32,7 @@ from farplug.transport.dialer import Stage
 from farplug.transport.moved import GuestMoved
 from farplug.transport.session import Session
 from farplug.usb.device import Device
+from farplug.usb.transfer import Status
 from farplug.usbredir import packets as p
 from farplug.virtual.disk import disk_device
 
@@ -195,7 +198,8 @@ class World:
                 listener.lost(self.random.choice([None, OSError("pulled out")]))
         else:
             assert isinstance(packet, p.Packet)
-            peer._connection.send(packet)
+            for _ in range(self.random.choice([1, 1, 1, 1, 100])):
+                peer._connection.send(packet)
             peer._flush()
 
     async def lose(self) -> None:
@@ -276,6 +280,7 @@ USUAL = {
     "reconnecting",
     "refused",
     "removed",
+    "repeated",
     "stage",
     "port-reset",
 }
@@ -329,3 +334,55 @@ async def test_a_reader_that_lost_events_needs_a_new_snapshot() -> None:
     for _ in range(MAX_QUEUED + 1):
         state = apply(state, (await anext(reader)).to_json()) if reader._queue._events else state
     assert state == app.snapshot()
+
+
+async def test_the_state_after_a_flood_is_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guest sets configurations and resets the port without pause."""
+    port = FakePort("a")
+    peer = Peer(port)
+    await peer.start()
+    app = App()
+    guest = app.guests["g1"] = Guest(session=FakeSession([port]), stream=app.events)
+    device = disk_device(MemoryStore(bytes(4096)))
+    attachment = await guest.plug(device)
+    await attachment.configured()
+    clock = FakeClock()
+    attachment.port._redirection._events._limit._clock = lambda: clock
+    configure, done = device.set_configuration, 0
+
+    async def counted(value: int) -> Status:
+        nonlocal done
+        status = await configure(value)
+        done += 1
+        return status
+
+    monkeypatch.setattr(device, "set_configuration", counted)
+    states, seen = [app.snapshot()], list[Event]()
+
+    def listen(event: Event) -> None:
+        seen.append(event)
+        states[0] = apply(states[0], event.to_json())
+
+    app.subscribe(listen)
+    for last, state in [(1, "in use"), (0, "attached"), (1, "in use")]:
+        done = 0
+        for number in range(300):
+            peer.configure(number % 2)
+            if number % 3 == 0:
+                peer._connection.send(p.Reset())
+                peer._flush()
+        peer.configure(last)
+        while done < 301:
+            await asyncio.sleep(0)
+        await settle()
+        clock.advance(INTERVAL)
+        assert str(attachment.state) == state
+        assert states[0] == app.snapshot()
+    published = [event for event in seen if event.name != "figures"]
+    assert len(published) <= 3 * 2 * (BURST + 2)
+    repeated = [event for event in published if event.name == "repeated"]
+    assert {event.fields["of"] for event in repeated} == {"configured", "port-reset"}
+    assert {event.device for event in repeated} == {attachment.label}
+    assert {event.level for event in repeated} == {Level.GOOD, Level.INFO}, "those of the events that were dropped"
+    await guest.close()
+    await device.dispose()

@@ -241,22 +241,6 @@ async def test_an_error_of_close_is_reported() -> None:
         assert detached.error is device.close_error
 
 
-async def test_violations_are_reported_a_bounded_number_of_times() -> None:
-    device = ScriptedDevice()
-    async with MemoryGuest(device) as guest:
-        guest.send_bytes(b"".join(p_bytes(99) for _ in range(100)))
-        await settle()
-        assert kinds(guest).count(events.PeerViolation) == engine.MAX_REPORTED_VIOLATIONS
-        alive = guest.submit_in(BULK_IN, 4)
-        await settle()
-        device.submitted[0].complete(Status.SUCCESS, b"good")
-        assert (await alive).data == b"good"
-
-
-def p_bytes(type: int) -> bytes:
-    return type.to_bytes(4, "little") + (0).to_bytes(4, "little") + bytes(8)
-
-
 async def test_a_peer_that_does_not_use_usbredir() -> None:
     async with MemoryGuest(paused=True) as guest:
         attaching = asyncio.ensure_future(guest.redirection.attach(ScriptedDevice()))

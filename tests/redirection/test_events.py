@@ -47,6 +47,7 @@ EVENTS: dict[str, tuple[events.PortEvent, str]] = {
         events.DeviceReport("tcp", FunctionRaised("Keyboard", ValueError("x"))),
         "Keyboard raised ValueError: x",
     ),
+    "repeated": (events.Repeated("tcp", events.Configured("tcp", 1), 7), "7 more like this"),
     "detached": (events.Detached("tcp", ERROR, (EndpointFigures(0x81, 2, 512),)), "detached: it is gone"),
 }
 
@@ -71,6 +72,8 @@ def test_values() -> None:
     assert values["error"] == {"reason": "device-lost", "message": "it is gone", "remedy": "wait"}
     assert values["figures"][0]["bytes"] == 512
     assert events.as_dict(EVENTS["device-fault"][0])["error"] == {"message": "ValueError: x"}
+    repeated = events.as_dict(EVENTS["repeated"][0])
+    assert (repeated["port"], repeated["of"], repeated["count"]) == ("tcp", "configured", 7)
     attached = events.as_dict(EVENTS["attached"][0])
     assert (attached["speed"], attached["identity"]["product_id"]) == ("super", 0x0104)
     assert events.as_dict(events.Detached("tcp", None))["error"] is None

@@ -34,6 +34,7 @@ from farplug.errors import (
     StateError,
     TargetError,
 )
+from farplug.rate_limit import BURST, release_logs
 from farplug.spice.messages import SwitchHost
 from farplug.transport import spice_port
 from farplug.transport.connection import HIGH_WATER, Timeouts
@@ -500,6 +501,28 @@ async def test_notices_are_logged(caplog: pytest.LogCaptureFixture) -> None:
         fake.main_channel.send(notice)
         fake.of(0).send(notice)
         await until(lambda: caplog.text.count("notice of the server: take\N{REPLACEMENT CHARACTER}") == 2)
+        await session.close()
+
+
+@pytest.mark.parametrize("channel", ["main", "usbredir"])
+async def test_a_flood_of_notices_is_limited(channel: str, caplog: pytest.LogCaptureFixture) -> None:
+    fake = FakeSpice()
+    async with running(fake) as number:
+        session = await connect(number)
+        recorder = Recorder()
+        await session.ports[0].open(recorder)
+        count = 10 * BURST
+        notices = message(7, struct.pack("<QIIII", 1, 1, 2, 3, 4) + b"take") * count
+        if channel == "main":
+            fake.main_channel.send(notices + ping(7))
+            await until(lambda: 7 in fake.pongs)
+        else:
+            fake.of(0).send(notices + message(101, b"data"))
+            await until(lambda: bytes(recorder.data) == b"data")
+        assert len(caplog.messages) == BURST
+        release_logs()
+        (more,) = caplog.messages[BURST:]
+        assert more.endswith(f"notice of the server: take ({count - BURST - 1} more like this)")
         await session.close()
 
 

@@ -7,6 +7,7 @@ import pytest
 from tests.virtual.bulk_only import Listener
 
 from farplug.errors import DeviceError, Reason, StateError
+from farplug.rate_limit import BURST, release_logs
 from farplug.usb import Offer, Setup, Speed, Status, Transfer, TransferType
 from farplug.usb.descriptors import EndpointDescriptor, InterfaceDescriptor
 from farplug.usb.figures import Figures
@@ -367,6 +368,17 @@ async def test_a_function_that_raises(caplog: pytest.LogCaptureFixture) -> None:
     second.raises = None
     assert bytes(driver.receive(0x83).reply) == b"second"
     assert not driver.device._renumbered
+
+
+async def test_the_log_of_a_function_that_always_raises_is_limited(caplog: pytest.LogCaptureFixture) -> None:
+    driver = await plugged(echo := Echo())
+    echo.raises = RuntimeError("a defect of the function")
+    for _ in range(BURST + 10):
+        assert driver.receive(0x81).status is Status.STALL
+    assert caplog.messages == ["Echo raised"] * BURST
+    release_logs()
+    assert caplog.messages[BURST:] == ["Echo raised (9 more like this)"]
+    assert "a defect of the function" in (caplog.records[-1].exc_text or caplog.text)
 
 
 async def test_open_and_close() -> None:

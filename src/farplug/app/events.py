@@ -266,6 +266,8 @@ _LEVELS: Mapping[type[PortEvent], Level] = {
 def level_of(event: PortEvent) -> Level:
     """Return how much an event of the engine matters to a person."""
     match event:
+        case port_events.Repeated(last=last):
+            return level_of(last)
         case DeviceReport(event=MediumLocked()):
             return Level.DETAIL  # systems lock a drive each time they look into it
         case DeviceReport(event=FunctionRaised()):

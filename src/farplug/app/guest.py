@@ -165,7 +165,7 @@ class Guest:
         """Publish an event of an attachment. The attachment calls this."""
         fields = {**fields_of(event), "state": str(attachment.state)}
         device, message = attachment.label, str(event)
-        match event:
+        match event.last if isinstance(event, port_events.Repeated) else event:
             case port_events.Opened(number=number):
                 fields["units"] = list(attachment.titles)
                 message = _port_line(number, attachment.titles)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Collection
 
 from farplug.errors import DeviceError
@@ -15,11 +14,12 @@ from farplug.physical.gate import Gate
 from farplug.physical.open_device import OpenDevice
 from farplug.physical.receivers import Receiver, receiver_type
 from farplug.physical.transfers import CONTROL_TIMEOUT, Owner, Transfers
+from farplug.rate_limit import limited_logger
 from farplug.usb.device import DeviceListener, Reception
 from farplug.usb.transfer import Status, Transfer
 from farplug.usb.types import Buffer, Endpoint
 
-log = logging.getLogger(__name__)
+log = limited_logger(__name__)
 
 
 class DeviceSession:

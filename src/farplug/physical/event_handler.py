@@ -9,7 +9,6 @@ Source: libusb-1.0, "Asynchronous device I/O" and "Polling and timing".
 from __future__ import annotations
 
 import asyncio
-import logging
 import select
 from collections import deque
 from collections.abc import Callable
@@ -18,11 +17,12 @@ from typing import Final
 
 from farplug.libusb.binding import UsbContext, UsbTransfer
 from farplug.libusb.library import Interrupted, UsbError
+from farplug.rate_limit import limited_logger
 
 POLL_IN: Final = getattr(select, "POLLIN", 1)
 POLL_OUT: Final = getattr(select, "POLLOUT", 4)
 
-log = logging.getLogger(__name__)
+log = limited_logger(__name__)
 
 
 class EventHandler:

@@ -7,13 +7,13 @@ of the device blocks meanwhile, so the event loop does none of these until the t
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable
 
 from farplug.physical.device_thread import DeviceThread
 from farplug.physical.event_handler import EventHandler
+from farplug.rate_limit import limited_logger
 
-log = logging.getLogger(__name__)
+log = limited_logger(__name__)
 
 
 class Gate:

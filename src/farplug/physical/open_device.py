@@ -5,7 +5,6 @@ Every call may block, for seconds if the device hangs: a :class:`~farplug.physic
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from farplug.machine.obstacles import REPLUG, busy, device_lost, no_permission
 from farplug.machine.sysfs import on_windows
 from farplug.machine.windows import refusal
 from farplug.physical.transfers import cancel
+from farplug.rate_limit import limited_logger
 from farplug.usb.descriptors import ConfigurationDescriptor
 from farplug.usb.device import Identity
 from farplug.usb.types import Endpoint, Interface
@@ -44,7 +44,7 @@ NEVER_RESET: Final = frozenset({(0x1210, 0x001C), (0x2798, 0x0001)})
 MAX_INTERFACES: Final = 32
 """Interface numbers that libusb and Linux can claim: 0 to 31."""
 
-log = logging.getLogger(__name__)
+log = limited_logger(__name__)
 
 NODES = Path("/dev/bus/usb")
 """The folder of the devices' files on Linux."""

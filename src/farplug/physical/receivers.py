@@ -8,7 +8,6 @@ Source: usb-redirection-protocol.md, start/stop iso stream, interrupt receiving 
 from __future__ import annotations
 
 import asyncio
-import logging
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from farplug.libusb.binding import UsbHandle, UsbTransfer
 from farplug.libusb.library import TRANSFER_NO_DEVICE, NoDevice, NoMemory, UsbError, transfer_status
 from farplug.physical.gate import Gate
 from farplug.physical.transfers import cancel
+from farplug.rate_limit import limited_logger
 from farplug.usb.device import Reception
 from farplug.usb.transfer import Status, Transfer
 from farplug.usb.types import Buffer, Endpoint, TransferType
@@ -26,7 +26,7 @@ from farplug.usb.types import Buffer, Endpoint, TransferType
 ERROR_PAUSE = 0.01
 """Seconds until a failed or stalled transfer is submitted again: a broken device may fail each one at once."""
 
-log = logging.getLogger(__name__)
+log = limited_logger(__name__)
 
 
 class ReceiverHost(Protocol):

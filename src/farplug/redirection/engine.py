@@ -11,7 +11,6 @@ Source: usb-redirection-protocol.md (protocol 0.7), and its implementations in u
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Collection
 from enum import Enum, auto
 
@@ -24,6 +23,7 @@ from farplug.errors import (
     RemoteProtocolError,
     StateError,
 )
+from farplug.rate_limit import Clock, limited_logger
 from farplug.redirection import events
 from farplug.redirection.acceptance import check_filter, rejected
 from farplug.redirection.current_device import CurrentDevice
@@ -46,8 +46,6 @@ from farplug.usbredir.caps import ALL_CAPS, Cap
 from farplug.usbredir.filter import Filter
 from farplug.usbredir.protocol import Oversized, Violation
 
-MAX_REPORTED_VIOLATIONS = 20
-"""Packets that violate the protocol are reported this often for each port; further ones are dropped unreported."""
 HELLO_TIMEOUT = 1.5
 """Seconds after which a guest that has not sent its hello is reported (:class:`~events.WaitingForGuest`)."""
 UNUSED_AFTER = 10.0
@@ -61,7 +59,7 @@ The next device on the port waits for that answer: the guest's late packets woul
 SPICE_MAGIC = int.from_bytes(b"REDQ", "little")
 """The first bytes of a SPICE server's answer, read as the type of a packet."""
 
-log = logging.getLogger(__name__)
+log = limited_logger(__name__)
 
 
 class State(Enum):
@@ -87,9 +85,11 @@ class Redirection:
 
     Args:
         port: a closed port; :meth:`open` opens it.
-        on_event: called with each event, on the event loop. It must not block.
+        on_event: called with each event, on the event loop. It must not block. Events that the guest or the device can
+            cause without an end are limited (:class:`~farplug.redirection.events.EventLimit`).
         max_transfer: bytes that one transfer may carry or request.
         caps: the capabilities that we announce.
+        clock: of the limit for events; None: the running event loop.
     """
 
     def __init__(
@@ -99,15 +99,16 @@ class Redirection:
         *,
         max_transfer: int = MAX_TRANSFER,
         caps: Cap = ALL_CAPS,
+        clock: Clock | None = None,
     ) -> None:
         self.port = port
         self.state = State.CLOSED
-        self._emit = on_event
+        self._events = events.EventLimit(on_event, clock)
+        self._emit = self._events.emit
         self._device: Device | None = None
         self._offered = False
         self._loss: DeviceError | None = None
         self._guest_filter: Filter | None = None
-        self._violations = 0
         self._port_error: FarplugError | None = None
         self._greeting: events.GuestReady | None = None
         self._hello: asyncio.Future[None] | None = None
@@ -121,7 +122,7 @@ class Redirection:
         self._requests = requests = PendingRequests(protocol, current, figures, max_transfer)
         self._receptions = receptions = Receptions(protocol, current, figures, max_transfer)
         self._operations = operations = Operations(protocol, current, requests, receptions, self._described)
-        self._choice = OfferChoice(port.name, on_event, self._offer_again, self._cannot_offer)
+        self._choice = OfferChoice(port.name, self._emit, self._offer_again, self._cannot_offer)
         self._watch = OfferWatch(self._offer_failed)
         transfers = Transfers(current, requests, self._watch)
         protocol.handlers = {
@@ -173,7 +174,6 @@ class Redirection:
             raise StateError(f"port {self.port.name} is already open")
         loop = asyncio.get_running_loop()
         self._guest_filter = self._port_error = self._greeting = self._acknowledged = None
-        self._violations = 0
         self._hello = loop.create_future()
         self._closed = loop.create_future()
         self.state = State.WAITING
@@ -207,6 +207,7 @@ class Redirection:
         if self._device is not None:
             raise StateError(f"port {self.port.name} already has a device")
         self._device = device  # reserves the port while we wait
+        self._events.restart()
         self._loss = None
         opened = False
         try:
@@ -379,6 +380,7 @@ class Redirection:
 
     def _port_closed(self, error: FarplugError | None) -> None:
         """Detach the device: no request can be answered any more."""
+        self._events.release()
         self.state = State.CLOSED
         self._greeting = None
         self._protocol.reminder.stop()
@@ -520,9 +522,7 @@ class Redirection:
                 self._port_error = _not_usbredir(self.port, event)
             self.port.abort()
             return
-        self._violations += 1
-        if self._violations <= MAX_REPORTED_VIOLATIONS:  # a hostile guest must not flood a log
-            self._emit(events.PeerViolation(self.port.name, event.error))
+        self._emit(events.PeerViolation(self.port.name, event.error))
 
 
 def _not_usbredir(port: Port, event: Violation) -> RemoteProtocolError:

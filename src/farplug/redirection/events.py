@@ -1,15 +1,20 @@
 """Events of a device in a port.
 
 ``str(event)`` is one line for people; :func:`as_dict` returns the same for programs, as JSON's types.
+
+The guest and the device can cause events without an end, so :class:`EventLimit` limits them.
 """
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum, StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from farplug.errors import FarplugError
+from farplug.rate_limit import Clock, RateLimit
 from farplug.usb.device import DeviceEvent, Identity, Offer
 from farplug.usb.figures import EndpointFigures
 from farplug.usb.types import Speed
@@ -37,11 +42,19 @@ class PortEvent:
 
     Attributes:
         name: of this kind of event; stable, for programs.
+        bounded: whether the number of these events is bounded by what a user does: one for each attach, offer or
+            command. Others are limited.
         port: the name of the port.
     """
 
     name: ClassVar[str]
+    bounded: ClassVar[bool] = False
     port: str
+
+    @property
+    def kind(self) -> Hashable:
+        """Return what the limit counts the event with."""
+        return self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +62,7 @@ class Opened(PortEvent):
     """The port is open: its connection is established. ``number`` is the port's index in the guest, from 0."""
 
     name: ClassVar[str] = "opened"
+    bounded: ClassVar[bool] = True
     number: int
 
     def __str__(self) -> str:
@@ -64,6 +78,7 @@ class WaitingForGuest(PortEvent):
     """
 
     name: ClassVar[str] = "waiting-for-guest"
+    bounded: ClassVar[bool] = True
 
     def __str__(self) -> str:
         return "the guest has not answered yet: its VM may be paused, or the port may serve another client; waiting"
@@ -74,6 +89,7 @@ class GuestReady(PortEvent):
     """The guest has sent its hello."""
 
     name: ClassVar[str] = "guest-ready"
+    bounded: ClassVar[bool] = True
     version: str
     capabilities: tuple[str, ...]
 
@@ -86,6 +102,7 @@ class Attached(PortEvent):
     """The device was offered to the guest."""
 
     name: ClassVar[str] = "attached"
+    bounded: ClassVar[bool] = True
     identity: Identity
     speed: Speed
 
@@ -98,6 +115,7 @@ class Unused(PortEvent):
     """The guest has not sent the device a request for a while after the offer."""
 
     name: ClassVar[str] = "unused"
+    bounded: ClassVar[bool] = True
 
     def __str__(self) -> str:
         return "the VM has not used the device yet: does an operating system run there, or is the VM paused?"
@@ -152,6 +170,7 @@ class OfferChanged(PortEvent):
     """
 
     name: ClassVar[str] = "offer-changed"
+    bounded: ClassVar[bool] = True
     why: OfferProblem
     before: Offer
     offer: Offer
@@ -206,6 +225,7 @@ class Refused(PortEvent):
     """The guest refused the device."""
 
     name: ClassVar[str] = "refused"
+    bounded: ClassVar[bool] = True
     error: FarplugError
 
     def __str__(self) -> str:
@@ -223,8 +243,34 @@ class DeviceReport(PortEvent):
         """The name of the device's event."""
         return self.event.name
 
+    @property
+    def bounded(self) -> bool:  # type: ignore[override]
+        """Whether the number of the device's events is bounded."""
+        return self.event.bounded
+
+    @property
+    def kind(self) -> Hashable:
+        return self.event.kind
+
     def __str__(self) -> str:
         return str(self.event)
+
+
+@dataclass(frozen=True, slots=True)
+class Repeated(PortEvent):
+    """Events of one kind were dropped: :class:`EventLimit`.
+
+    Attributes:
+        last: the last event of the kind, which was emitted just before.
+        count: the number of dropped events, all before ``last``.
+    """
+
+    name: ClassVar[str] = "repeated"
+    last: PortEvent
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.count} more like this"
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,11 +278,48 @@ class Detached(PortEvent):
     """The device was detached. ``error`` is None if the caller detached it."""
 
     name: ClassVar[str] = "detached"
+    bounded: ClassVar[bool] = True
     error: FarplugError | None
     figures: tuple[EndpointFigures, ...] = ()
 
     def __str__(self) -> str:
         return "detached" if self.error is None else f"detached: {self.error}"
+
+
+class EventLimit:
+    """Emits the events of one port: those that the guest or the device can cause without an end through a rate limit.
+
+    The last event of each kind is always emitted, and the order is kept: a client that follows the events knows the
+    state after a flood.
+
+    Args:
+        on_event: called with each event.
+        clock: None: the running event loop.
+    """
+
+    def __init__(self, on_event: Callable[[PortEvent], None], clock: Clock | None = None) -> None:
+        self._on_event = on_event
+        self._limit = RateLimit(on_event, _repeated, lambda: clock or asyncio.get_running_loop())
+
+    def emit(self, event: PortEvent) -> None:
+        """Emit an event, now or when the limit permits it."""
+        if event.bounded:
+            self._limit.release()
+            self._on_event(event)
+        else:
+            self._limit.add(event.kind, event)
+
+    def release(self) -> None:
+        """Emit all events that are held."""
+        self._limit.release()
+
+    def restart(self) -> None:
+        """Emit all events that are held, and count anew: another device is attached."""
+        self._limit.restart()
+
+
+def _repeated(last: PortEvent, dropped: int) -> Iterable[PortEvent]:
+    return last, Repeated(last.port, last, dropped)
 
 
 def as_dict(event: PortEvent) -> dict[str, Any]:
@@ -246,6 +329,8 @@ def as_dict(event: PortEvent) -> dict[str, Any]:
 
 def fields_of(event: PortEvent) -> dict[str, Any]:
     """Return the port and the fields of an event as JSON's types; of a report, the fields of the device's event."""
+    if isinstance(event, Repeated):
+        return {"port": event.port, "of": event.last.name, "count": event.count}
     inner = event.event if isinstance(event, DeviceReport) else event
     return {"port": event.port, **_fields(inner)}
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import logging
 from collections.abc import Callable
 from queue import SimpleQueue
 from threading import Thread
 from typing import TypeAlias
 
+from farplug.rate_limit import limited_logger
 from farplug.store.base import WriteDone
 
-log = logging.getLogger(__name__)
+log = limited_logger(__name__)
 
 _Call: TypeAlias = tuple[Callable[[], None], WriteDone, asyncio.AbstractEventLoop]
 

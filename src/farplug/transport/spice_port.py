@@ -17,6 +17,7 @@ from farplug.errors import (
     StateError,
     TargetError,
 )
+from farplug.rate_limit import limited_logger
 from farplug.spice.link import LinkFailure, LinkPhase
 from farplug.spice.messages import Disconnecting, Migrate, Notify
 from farplug.spice.types import ChannelType, LinkError
@@ -26,7 +27,7 @@ from farplug.transport.dialer import ChannelDialer, LinkedChannel
 from farplug.transport.port import Port, PortListener
 from farplug.usb.types import Buffer
 
-log = logging.getLogger(__name__)
+log = limited_logger(__name__)
 
 SETTLE_TIME = 0.3
 """Seconds to wait after a link: a server that has linked a channel in use closes the channel in this time.

@@ -6,7 +6,7 @@ The layers above use only :class:`Device` and :class:`~farplug.usb.transfer.Tran
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -86,9 +86,17 @@ class DeviceEvent:
 
     Attributes:
         name: the stable name of this kind of event, for programs.
+        bounded: whether the number of these events is bounded by what a user does. Of others only the last one of many
+            is certain to be reported.
     """
 
     name: ClassVar[str]
+    bounded: ClassVar[bool] = False
+
+    @property
+    def kind(self) -> Hashable:
+        """Return what the limit counts the event with."""
+        return self.name
 
 
 class DeviceListener(Protocol):

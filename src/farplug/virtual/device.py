@@ -6,12 +6,12 @@ and passes all other requests and transfers to their function.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from farplug.errors import StateError
+from farplug.rate_limit import limited_logger
 from farplug.usb.device import Device, DeviceEvent, DeviceListener, Identity, Offer
 from farplug.usb.figures import Figures
 from farplug.usb.transfer import Status, Transfer
@@ -30,7 +30,7 @@ from farplug.virtual.events import FunctionRaised
 from farplug.virtual.function import Function, FunctionHost
 from farplug.virtual.layout import CONFIGURATION, SPEEDS, Layout, Placement
 
-log = logging.getLogger(__name__)
+log = limited_logger(__name__)
 
 
 class _Slot(FunctionHost):

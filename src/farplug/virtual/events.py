@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,12 +19,17 @@ class MediumEvent(DeviceEvent):
 
     lun: int = 0
 
+    @property
+    def kind(self) -> Hashable:
+        return self.name, self.lun
+
 
 @dataclass(frozen=True, slots=True)
 class MediumInserted(MediumEvent):
     """A medium was inserted into a drive of the device."""
 
     name: ClassVar[str] = "medium-inserted"
+    bounded: ClassVar[bool] = True
     medium: str
 
     def __str__(self) -> str:
@@ -32,9 +38,10 @@ class MediumInserted(MediumEvent):
 
 @dataclass(frozen=True, slots=True)
 class MediumEjected(MediumEvent):
-    """The medium was ejected from a drive of the device, by the guest or by farplug."""
+    """The medium was ejected from a drive of the device, by the guest or by farplug. Only a user inserts the next."""
 
     name: ClassVar[str] = "medium-ejected"
+    bounded: ClassVar[bool] = True
     medium: str
     by_guest: bool
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import errno
-import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TypeAlias
 
+from farplug.rate_limit import limited_logger
 from farplug.scsi.cdb import Fill, Flush, Verify, Work, Zero
 from farplug.scsi.sense import SPACE_ALLOCATION_FAILED, UNRECOVERED_READ_ERROR, WRITE_ERROR, Sense
 from farplug.store.base import Store, WriteDone
 
-log = logging.getLogger(__name__)
+log = limited_logger(__name__)
 
 MAX_STEP = 1 << 20
 """Bytes read or written in one step."""

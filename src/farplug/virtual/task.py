@@ -7,11 +7,11 @@ the host expects, and with transfers.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from functools import partial
 from typing import TypeAlias
 
+from farplug.rate_limit import limited_logger
 from farplug.scsi.cdb import (
     Action,
     Compare,
@@ -34,7 +34,7 @@ from farplug.usb.types import Buffer, Direction
 from farplug.virtual.job import StoreJob, job_sense, write_sense
 from farplug.virtual.unit import LogicalUnit
 
-log = logging.getLogger(__name__)
+log = limited_logger(__name__)
 
 MAX_ORPHANED_JOBS = 64
 """Running jobs of a unit whose commands were aborted; at this number no further job is started. Each has a step of at
