@@ -26,7 +26,7 @@ MANY = 300
 class Told(DeviceEvent):
     """An event of a device that we do not know."""
 
-    name = "told"
+    name = "medium-locked"
 
     def __str__(self) -> str:
         return "told"

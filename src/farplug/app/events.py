@@ -246,9 +246,14 @@ class EventQueue:
         if self._last_dropped is not None:
             last, count = self._last_dropped, self._dropped
             self._last_dropped, self._dropped = None, 0
-            text = f"{count} event{'s' if count > 1 else ''} dropped: the reader is too slow"
-            return Event(last.id, last.time, DROPPED, text, Level.BAD, fields={"count": count})
+            return dropped(last, count)
         return self._events.popleft()
+
+
+def dropped(last: Event, count: int) -> Event:
+    """Return the event that stands in the place of ``count`` events, up to ``last``, that a reader lost."""
+    text = f"{count} event{'s' if count > 1 else ''} dropped: the reader is too slow"
+    return Event(last.id, last.time, DROPPED, text, Level.BAD, fields={"count": count})
 
 
 _LEVELS: Mapping[type[PortEvent], Level] = {

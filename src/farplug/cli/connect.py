@@ -263,8 +263,9 @@ ports, disks and CD-ROM drives are logical units of one device, in the same orde
 
     import asyncio
 
-    from farplug.cli import output, session
+    from farplug.cli import output, session, writer
 
+    writer.install()
     shown = output.choose(as_json=json, commands=commands)
     code = asyncio.run(session.run(settings, shown, commands=commands))
     if code is ExitCode.INTERRUPTED:

@@ -93,7 +93,10 @@ class _Formatter(logging.Formatter):
             return f"farplug: {record.levelname.lower()}: {message}{cause}"
         name = record.name.removeprefix("farplug.")
         line = f"{self.formatTime(record)} {name} {message}"
-        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+        if not record.exc_info:
+            return line
+        trace = self.formatException(record.exc_info).split("\n")
+        return "\n".join([line, *map(printable, trace)])
 
 
 def _first_line(error: BaseException) -> str:

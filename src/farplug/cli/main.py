@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from farplug.cli import connect, demo, devices, doctor, image, log
+from farplug.cli import connect, demo, devices, doctor, image, log, writer
 from farplug.cli.options import Command, DebugOption, Group
 from farplug.errors import FarplugError, InternalError, Reason, Remedy
 from farplug.exit_codes import ExitCode, exit_code
@@ -101,7 +101,15 @@ def run(arguments: Sequence[str]) -> int:
     With ``--json`` the last line of standard output is the event ``failed``.
     """
     log.start()
-    failure = _run(arguments)
+    try:
+        failure = _run(arguments)
+        writer.lift_bound()  # what follows is the reason of the end
+        return _report(failure, as_json="--json" in arguments)  # not parsed: errors of the parser are reported too
+    finally:
+        writer.finish()
+
+
+def _report(failure: _Failure | int | None, *, as_json: bool) -> int:
     if failure is None:
         return ExitCode.OK
     if isinstance(failure, int):
@@ -109,7 +117,7 @@ def run(arguments: Sequence[str]) -> int:
     log.say(f"farplug: {printable(failure.message)}")
     for line in log.remedy_lines(failure.remedy):
         log.say(f"  {line}")
-    if "--json" in arguments:  # not parsed: errors of the parser are reported too
+    if as_json:
         try:
             print(json.dumps(failure.as_dict()), flush=True)  # noqa: T201
         except OSError:

@@ -15,9 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 from farplug.app.attachment import AttachmentState
-from farplug.app.events import Event, Level
+from farplug.app.events import Event, Level, dropped
 from farplug.cli import log
 from farplug.cli.log import remedy_lines
+from farplug.cli.writer import QueuedStream, left_out_line
 from farplug.errors import Remedy
 from farplug.text import printable
 from farplug.transport.dialer import Stage
@@ -84,14 +85,24 @@ class JsonOutput(Output):
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._copying_shown = 0.0
+        self._shown: Event | None = None
+        """The event that is being written, or left out."""
+        if isinstance(stream, QueuedStream):
+            stream.note = self._note
 
     def show(self, event: Event) -> None:
         if event.name == "copying":  # comes several times a second
             if time.monotonic() - self._copying_shown < self.interval:
                 return
             self._copying_shown = time.monotonic()
+        self._shown = event
         self._stream.write(json.dumps(event.to_json()) + "\n")
         self._stream.flush()
+
+    def _note(self, count: int) -> str:
+        """Return the line that stands in the place of events that were left out, of which this one is the last."""
+        assert self._shown is not None
+        return json.dumps(dropped(self._shown, count).to_json()) + "\n"
 
 
 class _TextOutput(Output):
@@ -203,6 +214,8 @@ class TerminalOutput(_TextOutput):
         """Label, state and speed of each attachment, by its id."""
         self._pending = False
         """A stage on the way to the guest, or a copy, is shown in the place of the table."""
+        self._left_out = 0
+        """Lines that were left out because the terminal does not accept output (Ctrl-S)."""
 
     def start(self) -> None:
         self._live.start()
@@ -226,6 +239,9 @@ class TerminalOutput(_TextOutput):
             }
 
     def refresh(self) -> None:
+        if not self._idle:
+            return  # the table would be old when it is shown
+        self._show_left_out()
         if self._pending or not self._devices:
             return
         columns: dict[str, list[Text]] = {heading: [] for heading in _HEADINGS}
@@ -245,25 +261,47 @@ class TerminalOutput(_TextOutput):
         self._live.update(Group("", _table(columns, self._console.width)), refresh=True)
 
     def _line(self, level: Level, text: str) -> None:
-        self._console.print(_marked(level, text), soft_wrap=True)
+        self._print(_marked(level, text))
 
     def _more(self, text: str) -> None:
-        self._console.print(f"  {printable(text)}", markup=False, soft_wrap=True)
+        self._print(Text(f"  {printable(text)}"))
+
+    def _print(self, line: Text) -> None:
+        """Print a line above the table. Half of a change of the screen would spoil it: all or nothing is left out."""
+        if self._full:
+            self._left_out += 1
+            return
+        self._show_left_out()
+        self._console.print(line, soft_wrap=True)
+
+    def _show_left_out(self) -> None:
+        if self._left_out:
+            count, self._left_out = self._left_out, 0
+            self._console.print(_marked(Level.INFO, left_out_line(count).strip()), soft_wrap=True)
+
+    @property
+    def _idle(self) -> bool:
+        file = self._console.file
+        return not isinstance(file, QueuedStream) or file.idle
+
+    @property
+    def _full(self) -> bool:
+        file = self._console.file
+        return isinstance(file, QueuedStream) and file.full
 
     def _stage(self, event: Event) -> None:
         text = f"{event.fields['stage']:<9} {event.message}"
         self._pending = event.fields["state"] == "begun"
         if self._pending:
-            self._live.update(_marked(Level.PROGRESS, text), refresh=True)
+            self._live.update(_marked(Level.PROGRESS, text), refresh=not self._full)
         else:
-            self._live.update(Group(), refresh=True)
+            self._live.update(Group(), refresh=not self._full)
             self._line(event.level, text)
 
     def _copying(self, event: Event) -> None:
         done, total = event.fields["done"], event.fields["total"]
-        self._live.update(
-            _marked(Level.PROGRESS, f"{event.device}: copying, {size(done)} of {size(total)}"), refresh=True
-        )
+        text = f"{event.device}: copying, {size(done)} of {size(total)}"
+        self._live.update(_marked(Level.PROGRESS, text), refresh=self._idle)
 
 
 _HEADINGS = ("device", "state", "speed", "read", "written", "rate", "commands")

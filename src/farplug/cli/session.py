@@ -8,15 +8,18 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from typing import Any, NoReturn
 
 from farplug.app.app import App
 from farplug.app.events import Event, Level
 from farplug.app.settings import GuestSettings
-from farplug.cli import log
+from farplug.cli import log, writer
 from farplug.cli.commands import serve
 from farplug.cli.options import has_terminal, prompt_for_password
 from farplug.cli.output import Output, SilentOutput
+from farplug.cli.writer import QueuedStream
 from farplug.errors import FarplugError, InternalError, Reason, SetupError
 from farplug.exit_codes import ExitCode
 
@@ -28,6 +31,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, *_HANGUP)
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What writing to a file fails with that is full."""
+_AT_ONCE = 0.5
+"""Seconds that the readers of the output have when a user wants to leave at once."""
 
 
 async def run(settings: GuestSettings, output: Output, *, commands: bool = False) -> ExitCode:
@@ -70,6 +75,8 @@ class _Session:
     async def run(self) -> ExitCode:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(self._callback_failed)
+        if isinstance(sys.stdout, QueuedStream):
+            sys.stdout.on_failure(partial(self._failed_in_thread, loop))
         self._work = loop.create_task(self._app.run(self._guest))
         for number in SIGNALS:
             if number not in _HANGUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
@@ -102,22 +109,29 @@ class _Session:
             self._write(self._output.refresh)
 
     def _write(self, what: Callable[[], None]) -> None:
-        """Write to standard output. When its reader is gone (a closed pipe or terminal), end the session.
-
-        A log on a full file system does not end it: the VM uses the disks.
-        """
         try:
             what()
         except OSError as error:
-            self._output = SilentOutput()
-            log.discard(sys.stdout)
-            if error.errno in _NO_SPACE:
-                log.say(f"farplug: warning: output stopped: {os.strerror(error.errno)}")
-                return
-            if not self._leaving and (unwarned := self._unfinished()):
-                log.say(f"farplug: warning: {unfinished_writes(list(unwarned), leaving=True)}")
-            self._interrupted = True
-            self._leave()
+            self._output_failed(error)
+
+    def _failed_in_thread(self, loop: asyncio.AbstractEventLoop, error: OSError) -> None:
+        with suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(self._output_failed, error)
+
+    def _output_failed(self, error: OSError) -> None:
+        """When the reader of standard output is gone (a closed pipe or terminal), end the session.
+
+        A log on a full file system does not end it: the VM uses the disks.
+        """
+        self._output = SilentOutput()
+        log.discard(sys.stdout)
+        if error.errno in _NO_SPACE:
+            log.say(f"farplug: warning: output stopped: {os.strerror(error.errno)}")
+            return
+        if not self._leaving and (unwarned := self._unfinished()):
+            log.say(f"farplug: warning: {unfinished_writes(list(unwarned), leaving=True)}")
+        self._interrupted = True
+        self._leave()
 
     # Leaving ------------------------------------------------------------------------------------------------------
 
@@ -154,6 +168,7 @@ class _Session:
     def _leave_at_once(self) -> NoReturn:
         self._write(self._output.stop)
         log.say("farplug: quit immediately, without waiting for the VM")
+        writer.finish(_AT_ONCE)
         if self._guest.uses_usb:
             from farplug.physical.device_thread import finish
 
@@ -168,6 +183,7 @@ class _Session:
             return None
         self._write(self._output.stop)
         log.say(f"farplug: {error.message}")
+        writer.drain()  # the prompt follows
         loop = asyncio.get_running_loop()
         loop.remove_signal_handler(signal.SIGINT)
         try:
