@@ -25,6 +25,22 @@ def test_warnings(capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
+def test_tracebacks_cannot_control_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    log.start()
+    log.debug(True)
+    try:
+        raise ValueError("bad \x1b[2J\x07name\nsecond \x9b line \u202e")
+    except ValueError as error:
+        error.add_note("note \x1b]0;title\x07")
+        logging.getLogger("farplug.usb").error("it \x1b broke", exc_info=error)
+        log.traceback(error)
+    text = capsys.readouterr().err
+    assert text.count("Traceback (most recent call last):") == 2
+    assert text.count("ValueError: bad \N{REPLACEMENT CHARACTER}[2J\N{REPLACEMENT CHARACTER}name\n") == 2
+    assert text.count("note \N{REPLACEMENT CHARACTER}]0;title\N{REPLACEMENT CHARACTER}\n") == 2
+    assert "".join(text.split("\n")).isprintable()
+
+
 def test_debug(capsys: pytest.CaptureFixture[str]) -> None:
     log.start()
     log.debug(False)

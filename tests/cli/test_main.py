@@ -13,10 +13,11 @@ import pytest
 from tests.cli.support import Cli
 
 from farplug import __version__
-from farplug.cli import devices
+from farplug.cli import devices, main
 from farplug.cli.main import EXIT_CODES, run
 from farplug.errors import Reason
 from farplug.exit_codes import ExitCode
+from farplug.rate_limit import BURST, limited_logger
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "exit-codes.md"
 
@@ -281,3 +282,15 @@ def test_help_loads_no_more_than_it_needs() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=30, check=True)
     assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_log_lines_that_are_held_are_written_at_the_end(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def logs(arguments: object) -> None:
+        logger = limited_logger("farplug.test-held")
+        for number in range(BURST + 3):
+            logger.warning("%s: block %d cannot be read", "a.raw", number)
+
+    monkeypatch.setattr(main, "_run", logs)
+    lines = cli("devices").err.splitlines()
+    assert len(lines) == BURST + 1
+    assert lines[-1] == f"farplug: warning: a.raw: block {BURST + 2} cannot be read (2 more like this)"

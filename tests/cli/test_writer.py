@@ -1,4 +1,4 @@
-"""Output that nobody reads stops nothing: the queue before a stream, and whole sessions."""
+"""Unread output stops nothing: the queue before a stream, and whole sessions."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_what_is_not_flushed_waits_for_its_line_end(pipe: Pipe) -> None:
     assert pipe.read_until(b"half") == b"half"
 
 
-def test_what_nobody_reads_is_left_out_and_counted(pipe: Pipe) -> None:
+def test_unread_output_is_left_out_and_counted(pipe: Pipe) -> None:
     count = pipe.fill()
     for _ in range(10_000):
         pipe.stream.write("left out\n")
@@ -245,7 +245,7 @@ HELP = b"help\n" * 300
 
 @contextmanager
 def busy_session(image: Path, *options: str) -> Iterator[tuple[subprocess.Popen[bytes], BusyGuest]]:
-    """A session that a guest floods, and whose output has filled the pipes that nobody reads."""
+    """A session that a guest floods, and whose output has filled the pipes, which are not read."""
     guest = BusyGuest()
     with in_thread(guest.listening) as target:
         process = subprocess.Popen(
@@ -276,7 +276,7 @@ def full(stream: IO[bytes] | None) -> bool:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("options", [("--json",), (), ("--debug",), ("--debug", "--json")], ids=" ".join)
-def test_a_session_whose_output_nobody_reads(image: Path, options: tuple[str, ...], number: signal.Signals) -> None:
+def test_a_session_whose_output_is_not_read(image: Path, options: tuple[str, ...], number: signal.Signals) -> None:
     with busy_session(image, *options) as (process, guest):
         wait_for(lambda: full(process.stderr if "--debug" in options else process.stdout))
         process.send_signal(number)
@@ -284,7 +284,7 @@ def test_a_session_whose_output_nobody_reads(image: Path, options: tuple[str, ..
         assert any(isinstance(packet, packets.DeviceDisconnect) for packet in guest.seen), "the device was detached"
 
 
-def test_commands_are_carried_out_although_nobody_reads(image: Path) -> None:
+def test_commands_are_carried_out_without_a_reader(image: Path) -> None:
     with busy_session(image, "--json") as (process, _):
         assert process.stdin is not None
         process.stdin.write(b"help\n" * 5000 + b"quit\n")
@@ -292,7 +292,7 @@ def test_commands_are_carried_out_although_nobody_reads(image: Path) -> None:
         assert process.wait(60) == 0
 
 
-def test_a_second_interrupt_leaves_at_once_although_nobody_reads(image: Path) -> None:
+def test_a_second_interrupt_leaves_at_once_without_a_reader(image: Path) -> None:
     with busy_session(image, "--json") as (process, guest):
         wait_for(lambda: full(process.stdout))
         guest.receive = lambda data: []  # type: ignore[method-assign]  # it does not let go of its device

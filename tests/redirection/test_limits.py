@@ -23,13 +23,13 @@ from farplug.virtual.events import FunctionRaised, MediumEjected, MediumInserted
 MANY = 300
 
 
-class Told(DeviceEvent):
+class Custom(DeviceEvent):
     """An event of a device that we do not know."""
 
     name = "medium-locked"
 
     def __str__(self) -> str:
-        return "told"
+        return "custom"
 
 
 def clock_of(guest: MemoryGuest) -> FakeClock:
@@ -109,7 +109,7 @@ FLOODS: dict[str, tuple[Callable[[MemoryGuest, ScriptedDevice], None], int]] = {
     "lock": (reports(lambda number: MediumLocked(locked=number % 2 == 0)), 1),
     "lock two drives": (reports(lambda number: MediumLocked(lun=number % 2, locked=number % 4 < 2)), 2),
     "functions that raise": (reports(lambda number: FunctionRaised("Echo", ValueError(str(number)))), 1),
-    "events of another device": (reports(lambda number: Told()), 1),
+    "events of another device": (reports(lambda number: Custom()), 1),
 }
 
 
@@ -148,7 +148,7 @@ async def test_a_flood(name: str) -> None:
 def test_every_event_has_a_flood_or_is_bounded() -> None:
     unbounded = {kind.__name__ for kind in events.PortEvent.__subclasses__() if kind.bounded is False}
     assert unbounded == {"Configured", "PortReset", "PeerViolation", "DeviceFault", "Repeated"}
-    assert not DeviceReport("p", Told()).bounded
+    assert not DeviceReport("p", Custom()).bounded
     assert not DeviceReport("p", MediumLocked(locked=True)).bounded
     assert not DeviceReport("p", FunctionRaised("Echo", ValueError())).bounded
     assert DeviceReport("p", MediumInserted("a.iso")).bounded

@@ -17,6 +17,7 @@ from farplug.cli import connect, demo, devices, doctor, image, log, writer
 from farplug.cli.options import Command, DebugOption, Group
 from farplug.errors import FarplugError, InternalError, Reason, Remedy
 from farplug.exit_codes import ExitCode, exit_code
+from farplug.rate_limit import release_logs
 from farplug.text import printable
 from farplug.version import __version__
 
@@ -103,6 +104,7 @@ def run(arguments: Sequence[str]) -> int:
     log.start()
     try:
         failure = _run(arguments)
+        release_logs()
         writer.lift_bound()  # what follows is the reason of the end
         return _report(failure, as_json="--json" in arguments)  # not parsed: errors of the parser are reported too
     finally:

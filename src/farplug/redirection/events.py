@@ -245,7 +245,7 @@ class DeviceReport(PortEvent):
 
     @property
     def bounded(self) -> bool:  # type: ignore[override]
-        """Whether the number of the device's events is bounded."""
+        """Return whether the number of the device's events is bounded."""
         return self.event.bounded
 
     @property
