@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,36 @@ async def test_a_signal_detaches_cleanly(guest: QemuGuest, tmp_path: Path, numbe
         code, out, err = await running.end()
         assert (code, err) == (0, "")
         assert "disk.raw: detached (" in out
+    assert image.read_bytes()[:7] == b"farplug"
+    await gone(guest, disk)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_unread_output_stops_neither_the_disk_nor_a_signal(
+    guest: QemuGuest, tmp_path: Path, number: signal.Signals
+) -> None:
+    image = blank(tmp_path / "disk.raw")
+    read, write = os.pipe()
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", "from farplug.cli.main import main; main()", "--debug", "connect", "--json"),
+        *(guest.targets[0], "--usb-disk", image),
+        stdout=write,
+        stderr=write,
+    )
+    os.close(write)
+    try:
+        disk = await disk_with(guest, serial_number(image))
+        # Each transfer is a line of --debug; a pipe holds 64 KiB of them.
+        await guest.check(f"dd if={disk} of=/dev/null bs=4k count=200 iflag=direct 2>/dev/null")
+        await guest.check(f"printf farplug | dd of={disk} conv=notrunc,fsync 2>/dev/null")
+        process.send_signal(number)
+        assert await process.wait() == 0
+        assert len(os.read(read, 1 << 20)) > 32 << 10, "the pipe was full"
+    finally:
+        os.close(read)
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
     assert image.read_bytes()[:7] == b"farplug"
     await gone(guest, disk)
 
