@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import socket
 import struct
@@ -60,10 +59,11 @@ from farplug.errors import (
     UsageError,
     from_oserror,
 )
+from farplug.rate_limit import limited_logger
 from farplug.text import shown, without_credentials
 from farplug.version import __version__
 
-log = logging.getLogger(__name__)
+log = limited_logger(__name__)
 
 MAX_CLIENTS: Final = 64
 """Clients of a session at a time; further ones get an error."""
@@ -93,8 +93,8 @@ EVENTS: Final = (
     *("attached", "attaching", "back", "closed", "command-refused", "configured", "connected", "copying", "detached"),
     *("device-fault", "drive", "figures", "function-raised", "guest", "guest-ready", "guest-removed"),
     *("listener-failed", "lost", "medium-ejected", "medium-inserted", "medium-locked", "note", "offer-changed"),
-    *("opened", "peer-violation", "port", "port-reset", "ready", "reconnecting", "refused", "removed", "skipped"),
-    *("stage", "unfinished-writes", "unused", "waiting-for-guest"),
+    *("opened", "peer-violation", "port", "port-reset", "ready", "reconnecting", "refused", "removed"),
+    *("repeated", "skipped", "stage", "unfinished-writes", "unused", "waiting-for-guest"),
 )
 """The names of the application's events."""
 
