@@ -182,7 +182,7 @@ def test_a_client_that_takes_the_vm_again_and_again_gets_it(clock: Clock) -> Non
     assert "another client takes the VM each time" in last.error.message
 
 
-def test_losses_between_which_the_connection_lasts_are_no_flapping(clock: Clock) -> None:
+def test_losses_between_which_the_connection_lasts_do_not_count_as_flapping(clock: Clock) -> None:
     retry = Retry(FOREVER, clock)
     for up in (2, 2, 11, 2, 2, 30):
         clock.now += up
@@ -190,7 +190,7 @@ def test_losses_between_which_the_connection_lasts_are_no_flapping(clock: Clock)
         retry.connected()
 
 
-def test_moves_are_no_flapping_and_sockets_serve_no_other_client(clock: Clock) -> None:
+def test_moves_do_not_count_as_flapping_and_sockets_serve_no_other_client(clock: Clock) -> None:
     for retry, error in ((Retry(FOREVER, clock), MOVED), (Retry(FOREVER, clock, exclusive=False), GONE)):
         for _ in range(2 * FLAPS):
             assert isinstance(retry.lost(error), Wait)

@@ -82,16 +82,20 @@ async def test_a_vm_that_migrates_has_its_devices_back(tmp_path: Path) -> None:
     config = GuestConfig(ports=TWO)
     incoming = GuestConfig(ports=TWO, extra_arguments=("-incoming", "defer"))
     sources = [Source.disk(path) for path in images(tmp_path)]
-    async with asyncio.timeout(4 * GUEST_TIMEOUT), QemuGuest(config) as guest, QemuGuest(incoming) as other:
-        async with running(guest.targets[0], *sources, reconnect=None) as session:
-            await guest.booted()
-            await read(guest, "alpha", "gamma")
-            where = f"tcp:127.0.0.1:{free_port()}"
-            await other.qmp.execute("migrate-incoming", {"uri": where})
-            spice = {"protocol": "spice", "hostname": "127.0.0.1", "port": other.spice.port}
-            await guest.qmp.execute("client_migrate_info", spice)
-            await guest.qmp.execute("migrate", {"uri": where})
-            await session.named("back")
-            assert (await session.named("lost")).fields["reason"] == "guest-moved"
-            await in_use(session, "alpha.raw", "gamma.raw")
-            assert (await other.qmp.execute("query-status"))["status"] == "running"
+    async with (
+        asyncio.timeout(4 * GUEST_TIMEOUT),
+        QemuGuest(config) as guest,
+        QemuGuest(incoming) as other,
+        running(guest.targets[0], *sources, reconnect=None) as session,
+    ):
+        await guest.booted()
+        await read(guest, "alpha", "gamma")
+        where = f"tcp:127.0.0.1:{free_port()}"
+        await other.qmp.execute("migrate-incoming", {"uri": where})
+        spice = {"protocol": "spice", "hostname": "127.0.0.1", "port": other.spice.port}
+        await guest.qmp.execute("client_migrate_info", spice)
+        await guest.qmp.execute("migrate", {"uri": where})
+        await session.named("back")
+        assert (await session.named("lost")).fields["reason"] == "guest-moved"
+        await in_use(session, "alpha.raw", "gamma.raw")
+        assert (await other.qmp.execute("query-status"))["status"] == "running"
