@@ -77,4 +77,4 @@ fuzz: setup
 	@for target in fuzz/fuzz_*.py; do $(PYTHON) $$target --seconds $(SECONDS) || exit 1; done
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist htmlcov .coverage*
+	rm -rf .venv .venv-kerbside .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist htmlcov .coverage*
