@@ -2,7 +2,8 @@
 # make test      set up, then run every test (guests included)
 # make test-kerbside  the whole of kerbside, the SPICE proxy, with its database, in front of a guest
 # make lint      ruff, mypy --strict (also for macOS and Windows), import contracts, words, shellcheck, docs
-# make bench     ratios to QEMU's own disks, to spice-gtk's emulated CD and to usbredirect; figures of the parser
+# make bench     ratios to QEMU's own disks, to spice-gtk's emulated CD and to usbredirect; figures of the parser; what
+#                TLS and the SPICE proxy kerbside cost
 # make fuzz      fuzz every parser for a limited time
 # make stress    a minute of parallel readers, writers and failing commands, over each transport
 # make picture   draw the picture of the demo in README.md again
@@ -62,6 +63,7 @@ bench: setup
 	$(PYTHON) bench/micro.py
 	$(PYTHON) bench/disk.py
 	$(PYTHON) bench/nested.py
+	PYTHONPATH=. $(PYTHON) bench/proxy.py
 
 stress: setup
 	FARPLUG_STRESS_SECONDS=60 $(PYTHON) -m pytest tests/guest/test_stress.py

@@ -17,7 +17,7 @@ from tests.guest.plugging import GUEST_TIMEOUT
 from tests.transport.fake_spice import free_port
 
 from farplug.vm.certificates import write_certificates
-from farplug.vm.qemu_config import LOOPBACK
+from farplug.vm.qemu_config import LOOPBACK, SpiceAddress
 
 PYTHON = ROOT / ".venv-kerbside/bin/python"
 PROXY = PYTHON.with_name("kerbside-proxy")
@@ -85,6 +85,12 @@ class Kerbside:
         path = self.folder / "proxy.log"
         return path.read_text(errors="replace") if path.exists() else ""
 
+    @property
+    def proxy_pid(self) -> int:
+        """Return the process id of the proxy."""
+        assert self._proxy is not None
+        return self._proxy.pid
+
     async def start_proxy(self) -> None:
         """Start the proxy, and wait until it listens."""
         since = len(self.records)
@@ -124,15 +130,18 @@ class Kerbside:
             await self._reader
             self._control = None
 
-    async def allow(self, port: int, ticket: str, *, token: str = TOKEN) -> Path:
-        """Accept a token for the SPICE server on a port. Return a ``.vv`` file with the token."""
-        target = {
+    async def allow(self, spice: SpiceAddress, *, token: str = TOKEN) -> Path:
+        """Accept a token for a SPICE server, which needs a plain port. Return a ``.vv`` file with the token."""
+        target: dict[str, object] = {
             "hypervisor": LOOPBACK,
             "hypervisor_ip": LOOPBACK,
-            "insecure_port": port,
-            "ticket": ticket,
+            "insecure_port": spice.port,
+            "ticket": spice.ticket,
             "session_id": SESSION,
         }
+        if spice.ca_file is not None:
+            target |= {"secure_port": spice.tls_port, "host_subject": spice.host_subject}
+            target["ca_cert"] = spice.ca_file.read_text()
         await self.request("allow", token=token, target=target)
         return self.vv(token=token)
 

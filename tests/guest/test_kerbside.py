@@ -29,6 +29,7 @@ from farplug.usb import Device
 from farplug.virtual.device import VirtualDevice
 from farplug.virtual.disk import disk_device
 from farplug.virtual.storage_transport import StorageTransport
+from farplug.vm.qemu_config import SpiceAddress
 
 TICKET = "ticket-of-qemu"
 CONFIG = GuestConfig(
@@ -55,7 +56,7 @@ async def kerbside() -> AsyncIterator[Kerbside]:
 @asynccontextmanager
 async def connected(kerbside: Kerbside, guest: QemuGuest) -> AsyncIterator[Plugged]:
     """Connect to the guest through the proxy, with a new token."""
-    vv = await kerbside.allow(guest.spice.port or 0, TICKET)
+    vv = await kerbside.allow(guest.spice)
     connection = Plugged(await open_session(parse_target(str(vv))))
     try:
         yield connection
@@ -163,7 +164,7 @@ async def test_a_token_that_expires(kerbside: Kerbside, guest: QemuGuest, tmp_pa
 
 
 async def test_a_firewall_without_usbredir(kerbside: Kerbside, guest: QemuGuest, tmp_path: Path) -> None:
-    vv = await kerbside.allow(guest.spice.port or 0, TICKET)
+    vv = await kerbside.allow(guest.spice)
     await kerbside.request("permit", channels=[1, *LATER_CHANNELS])
     try:
         async with farplug("connect", vv, "--usb-disk", blank(tmp_path / "a.raw")) as running:
@@ -227,8 +228,7 @@ async def test_a_vm_that_sends_nothing(kerbside: Kerbside) -> None:
             await reader.read()
 
     async with await asyncio.start_server(send_nothing, "127.0.0.1", 0) as server:
-        vv = await kerbside.allow(server.sockets[0].getsockname()[1], TICKET)
-        target = parse_target(str(vv))
+        target = parse_target(str(await kerbside.allow(_address_of(server))))
         assert isinstance(target, SpiceTarget)
         with pytest.raises(TargetError) as caught:
             await SpiceSession.connect(target, timeouts=Timeouts(handshake=1))
@@ -249,7 +249,7 @@ async def test_a_channel_in_use_behind_a_slow_way(
         await asyncio.gather(_copy(reader, onward), _copy(onward_reader, writer))
 
     async with await asyncio.start_server(slow_way, "127.0.0.1", 0) as server:
-        target = parse_target(str(await kerbside.allow(server.sockets[0].getsockname()[1], TICKET)))
+        target = parse_target(str(await kerbside.allow(_address_of(server))))
         assert isinstance(target, SpiceTarget)
         session = await SpiceSession.connect(target)
         port = session.ports[0]
@@ -266,6 +266,10 @@ async def test_a_channel_in_use_behind_a_slow_way(
         assert error.reason is Reason.CHANNEL_IN_USE
         assert not mine.closed
         await session.close()
+
+
+def _address_of(server: asyncio.Server) -> SpiceAddress:
+    return SpiceAddress(port=server.sockets[0].getsockname()[1], ticket=TICKET)
 
 
 async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

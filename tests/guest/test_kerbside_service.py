@@ -87,7 +87,7 @@ async def test_a_session_that_is_terminated(kerbside: Service, guest: QemuGuest,
 
 
 async def test_a_token_expires(kerbside: Service, guest: QemuGuest, tmp_path: Path) -> None:
-    """What is plugged in continues to work; a channel that is linked later is denied."""
+    """The device that is plugged in continues to work; a channel that is linked later is denied."""
     images = [tmp_path / "a.raw", tmp_path / "b.raw"]
     for image in images:
         image.write_bytes(os.urandom(MIB))
