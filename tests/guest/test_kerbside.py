@@ -12,12 +12,15 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from tests.guest.command import farplug
+from tests.guest import command
 from tests.guest.conftest import GuestPool
 from tests.guest.kerbside import SESSION, Kerbside, require_kerbside
 from tests.guest.plugging import GUEST_TIMEOUT, MIB, NO_SCAN_DELAY, STORAGE, Plugged, blank, disk_of, gone
 from tests.transport.fake_spice import Recorder
 
+import farplug
+from farplug.app.guest import Guest
+from farplug.app.settings import GuestSettings, ReconnectSettings, TargetSettings
 from farplug.errors import GuestGoneError, PortError, Reason, TargetError
 from farplug.target import open_session, parse_target
 from farplug.testing import GuestConfig, QemuGuest, Spice, SpicePort
@@ -139,15 +142,43 @@ async def test_two_disks_on_two_channels(kerbside: Kerbside, guest: QemuGuest, t
 
 async def test_a_token_that_is_refused(kerbside: Kerbside, tmp_path: Path) -> None:
     vv = kerbside.vv(token="another-token")
-    async with farplug("connect", vv, "--usb-disk", blank(tmp_path / "a.raw")) as running:
+    async with command.farplug("connect", vv, "--usb-disk", blank(tmp_path / "a.raw")) as running:
         code, _, err = await running.end()
     assert code == 6
     assert "the password is wrong or has expired" in err
     assert "new .vv file" in err
 
 
-async def test_a_token_that_expires(kerbside: Kerbside, guest: QemuGuest, tmp_path: Path) -> None:
-    """A channel that is linked later is denied; what is plugged in continues to work."""
+async def test_attach_and_detach_after_the_life_of_the_token(
+    kerbside: Kerbside, guest: QemuGuest, tmp_path: Path
+) -> None:
+    """All channels are linked at the start, and stay linked."""
+    images = [tmp_path / "a.raw", tmp_path / "b.raw"]
+    since = len(kerbside.records)
+    vv = await kerbside.allow(guest.spice)
+    async with (
+        random_disk(images[0]) as first,
+        random_disk(images[1]) as second,
+        farplug.connect(str(vv)) as connection,
+    ):
+        attachment = await connection.plug(first)
+        async with asyncio.timeout(GUEST_TIMEOUT):
+            while len(kerbside.authorized(since)) < 3:
+                await asyncio.sleep(0.01)
+        await kerbside.revoke()
+        await connection.plug(second)
+        for device, image in zip((first, second), images, strict=True):
+            assert await digest(guest, await disk_of(guest, device)) == digest_of(image)
+        await attachment.unplug()
+        await connection.plug(first)
+        assert await digest(guest, await disk_of(guest, first)) == digest_of(images[0])
+        assert len(kerbside.authorized(since)) == 3
+
+
+async def test_a_channel_that_is_linked_after_the_life_of_the_token(
+    kerbside: Kerbside, guest: QemuGuest, tmp_path: Path
+) -> None:
+    """The channel is denied; the device that is plugged in continues to work."""
     image = tmp_path / "a.raw"
     async with (
         random_disk(image) as first,
@@ -167,7 +198,7 @@ async def test_a_firewall_without_usbredir(kerbside: Kerbside, guest: QemuGuest,
     vv = await kerbside.allow(guest.spice)
     await kerbside.request("permit", channels=[1, *LATER_CHANNELS])
     try:
-        async with farplug("connect", vv, "--usb-disk", blank(tmp_path / "a.raw")) as running:
+        async with command.farplug("connect", vv, "--usb-disk", blank(tmp_path / "a.raw")) as running:
             code, _, err = await running.end()
     finally:
         await kerbside.request("permit", channels=[])
@@ -200,11 +231,30 @@ async def test_a_session_that_the_proxy_ends(end: str, kerbside: Kerbside, guest
             assert await digest(guest, disk) == digest_of(image)
 
 
+async def test_a_proxy_that_is_killed_and_comes_back(kerbside: Kerbside, guest: QemuGuest, tmp_path: Path) -> None:
+    """A session that connects again has the disk again."""
+    image = tmp_path / "a.raw"
+    vv = await kerbside.allow(guest.spice)
+    settings = GuestSettings(TargetSettings(str(vv)), reconnect=ReconnectSettings())
+    async with random_disk(image) as device:
+        connection = Guest(settings)
+        try:
+            await connection.connect()
+            await connection.plug(device)
+            disk = await disk_of(guest, device)
+            await kerbside.kill_proxy()
+            await gone(guest, disk)
+            await kerbside.start_proxy()
+            assert await digest(guest, await disk_of(guest, device)) == digest_of(image)
+        finally:
+            await connection.close()
+
+
 async def test_a_certificate_of_another_host(kerbside: Kerbside, tmp_path: Path) -> None:
     """The token is not sent."""
     since = len(kerbside.records)
     vv = kerbside.vv(subject="O=farplug,CN=elsewhere")
-    async with farplug("connect", vv, "--usb-disk", blank(tmp_path / "a.raw")) as running:
+    async with command.farplug("connect", vv, "--usb-disk", blank(tmp_path / "a.raw")) as running:
         code, _, err = await running.end()
     assert code == 5
     assert "elsewhere" in err
