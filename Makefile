@@ -1,7 +1,9 @@
 # make demo      set up, then plug an image into a real guest, step by step
 # make test      set up, then run every test (guests included)
+# make test-kerbside  the whole of kerbside, the SPICE proxy, with its database, in front of a guest
 # make lint      ruff, mypy --strict (also for macOS and Windows), import contracts, words, shellcheck, docs
-# make bench     ratios to QEMU's own disks, to spice-gtk's emulated CD and to usbredirect; figures of the parser
+# make bench     ratios to QEMU's own disks, to spice-gtk's emulated CD and to usbredirect; figures of the parser; what
+#                TLS and the SPICE proxy kerbside cost
 # make fuzz      fuzz every parser for a limited time
 # make stress    a minute of parallel readers, writers and failing commands, over each transport
 # make picture   draw the picture of the demo in README.md again
@@ -14,7 +16,7 @@ CUTS := 60
 PROCESSES := 3
 SITE := -q -W --keep-going -j 2 -b html -d build/doctrees docs build/docs
 
-.PHONY: demo test test-unit test-guest coverage lint format bench fuzz stress picture man docs powercut setup clean
+.PHONY: demo test test-unit test-guest test-kerbside coverage lint format bench fuzz stress picture man docs powercut setup clean
 
 setup:
 	@scripts/setup dev
@@ -32,6 +34,10 @@ test-unit: setup
 
 test-guest: setup
 	$(PYTHON) -m pytest -n $(PROCESSES) --dist loadfile -m guest
+
+test-kerbside:
+	@scripts/setup kerbside
+	FARPLUG_REQUIRE_ALL=1 FARPLUG_WHOLE_KERBSIDE=1 $(PYTHON) -m pytest tests/guest/test_kerbside_service.py
 
 # The tests of the protocol and of the SCSI commands must cover every branch of these packages.
 coverage: setup
@@ -57,6 +63,7 @@ bench: setup
 	$(PYTHON) bench/micro.py
 	$(PYTHON) bench/disk.py
 	$(PYTHON) bench/nested.py
+	PYTHONPATH=. $(PYTHON) bench/proxy.py
 
 stress: setup
 	FARPLUG_STRESS_SECONDS=60 $(PYTHON) -m pytest tests/guest/test_stress.py
@@ -77,4 +84,4 @@ fuzz: setup
 	@for target in fuzz/fuzz_*.py; do $(PYTHON) $$target --seconds $(SECONDS) || exit 1; done
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist htmlcov .coverage*
+	rm -rf .venv .venv-kerbside .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist htmlcov .coverage*

@@ -82,6 +82,7 @@ class Reason(StrEnum):
     TLS_FAILED = "tls-failed"
     WRONG_PASSWORD = "wrong-password"
     NO_PASSWORD = "no-password"
+    CHANNEL_DENIED = "channel-denied"
     LINK_REFUSED = "link-refused"
     # ports
     NO_USBREDIR_CHANNEL = "no-usbredir-channel"

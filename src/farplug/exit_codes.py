@@ -53,6 +53,7 @@ _BY_REASON: Mapping[Reason, ExitCode] = {
     Reason.TLS_FAILED: ExitCode.TLS,
     Reason.WRONG_PASSWORD: ExitCode.DENIED,
     Reason.NO_PASSWORD: ExitCode.DENIED,
+    Reason.CHANNEL_DENIED: ExitCode.DENIED,
     Reason.NOT_SPICE: ExitCode.PROTOCOL,
     Reason.PAUSED: ExitCode.PAUSED,
 }

@@ -92,7 +92,7 @@ LINK_ERRORS = [
     (LinkError.VERSION_MISMATCH, Reason.LINK_REFUSED),
     (LinkError.NEED_SECURED, Reason.NEEDS_TLS),
     (LinkError.NEED_UNSECURED, Reason.LINK_REFUSED),
-    (LinkError.PERMISSION_DENIED, Reason.WRONG_PASSWORD),
+    (LinkError.PERMISSION_DENIED, Reason.CHANNEL_DENIED),
     (LinkError.BAD_CONNECTION_ID, Reason.LINK_REFUSED),
     (LinkError.CHANNEL_NOT_AVAILABLE, Reason.CHANNEL_IN_USE),
     (LinkError(4242), Reason.LINK_REFUSED),
@@ -138,9 +138,26 @@ def test_a_missing_password_is_not_a_wrong_one() -> None:
 
 
 def test_a_refusal_before_the_ticket_does_not_ask_for_a_password() -> None:
+    main = LinkClient.for_channel(ChannelType.MAIN, 0, connection_id=0, capabilities=[], password="")
     with pytest.raises(LinkFailure) as caught:
-        client("").receive_data(bytes(LinkReply(LinkError.PERMISSION_DENIED)))
+        main.receive_data(bytes(LinkReply(LinkError.PERMISSION_DENIED)))
     assert caught.value.reason is Reason.WRONG_PASSWORD
+
+
+@pytest.mark.parametrize("password", ["", "ticket"])
+def test_a_later_channel_is_denied_although_main_was_linked(password: str) -> None:
+    """The ticket expired, or a proxy does not permit the channel: another password would not help."""
+    link = client(password)
+    link.receive_data(bytes(REPLY))
+    with pytest.raises(LinkFailure) as caught:
+        link.receive_data(struct.pack("<I", LinkError.PERMISSION_DENIED))
+    error = caught.value
+    assert error.reason is Reason.CHANNEL_DENIED
+    assert exit_code(error) is ExitCode.DENIED
+    assert "ticket has expired" in error.message
+    assert "proxy does not permit" in error.message
+    assert "new ticket" in error.remedy
+    assert not error.remedy.setting
 
 
 @pytest.mark.parametrize("how", ["whole", "byte by byte"])
@@ -239,6 +256,14 @@ def test_end_of_stream(received: bytes, expected_text: str) -> None:
     error = link.receive_eof()
     assert expected_text in str(error)
     assert (error.error, error.reason) == (None, Reason.LINK_REFUSED)
+
+
+def test_a_connection_with_tls_does_not_suggest_tls() -> None:
+    link = client()
+    assert "use spice+tls" in link.receive_eof().remedy
+    link.tls = True
+    assert "use spice+tls" not in link.receive_eof().remedy
+    assert "SPICE proxy" in link.receive_eof().remedy
 
 
 def test_no_repr_contains_the_password() -> None:

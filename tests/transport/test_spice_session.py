@@ -19,11 +19,13 @@ from tests.transport.fake_spice import (
     FakeSpice,
     Recorder,
     channels_list,
+    idle,
     message,
     ping,
     running,
 )
 
+from farplug.app.guest import Guest
 from farplug.errors import (
     FarplugError,
     GuestGoneError,
@@ -36,12 +38,16 @@ from farplug.errors import (
 )
 from farplug.rate_limit import BURST, release_logs
 from farplug.spice.messages import SwitchHost
+from farplug.store import MemoryStore
 from farplug.transport import spice_port
 from farplug.transport.connection import HIGH_WATER, Timeouts
 from farplug.transport.dialer import LinkedChannel, SpiceTarget, Stage
 from farplug.transport.moved import GuestMoved
 from farplug.transport.spice_port import SpicePort
 from farplug.transport.spice_session import SpiceSession
+from farplug.usbredir.caps import Cap
+from farplug.usbredir.protocol import Connection, Role
+from farplug.virtual.disk import disk_device
 
 INIT = message(103, struct.pack("<8I", SESSION_ID, 0, 1, 1, 0, 10, 0, 0))
 DATA, COMPRESSED = 101, 102
@@ -251,6 +257,77 @@ async def test_channel_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not recorder.closed
         assert not session.ended.done()
         await session.close()
+
+
+@pytest.mark.parametrize("ends", ["the channel", "the session", "by us"])
+async def test_a_channel_in_use_that_ends_late(ends: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy reports success before it links the channel of the VM: its end arrives when open() has returned."""
+    monkeypatch.setattr(spice_port, "SETTLE_TIME", 0)
+
+    async def silent(channel: Channel) -> None:
+        await go.wait()
+        if ends == "the session":
+            await fake.main_channel.close()
+
+    go = asyncio.Event()
+    fake = FakeSpice(usbredir=silent)
+    async with running(fake) as number:
+        session = await connect(number)
+        recorder = Recorder()
+        await session.ports[0].open(recorder)
+        assert not recorder.closed
+        if ends == "by us":
+            await session.ports[0].close()
+        go.set()
+        await recorder.until(lambda: bool(recorder.closed))
+        (error,) = recorder.closed
+        if ends == "the channel":
+            assert isinstance(error, PortError)
+            assert error.reason is Reason.CHANNEL_IN_USE
+            assert not session.ended.done()
+        else:
+            assert error is (session.ended.result() if ends == "the session" else None)
+        await session.close()
+
+
+async def test_a_channel_that_has_sent_data_was_not_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spice_port, "SETTLE_TIME", 0)
+
+    async def sends_late(channel: Channel) -> None:
+        await go.wait()
+        channel.send(ping(1))
+
+    go = asyncio.Event()
+    async with running(FakeSpice(usbredir=sends_late)) as number:
+        session = await connect(number)
+        recorder = Recorder()
+        await session.ports[0].open(recorder)
+        go.set()
+        await recorder.until(lambda: bool(recorder.closed))
+        assert isinstance(recorder.closed[0], GuestGoneError)
+        await session.close()
+
+
+async def test_a_device_gets_the_next_port_if_its_channel_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However late the end of the channel that is in use."""
+    monkeypatch.setattr(spice_port, "SETTLE_TIME", 0)
+
+    async def first_is_in_use(channel: Channel) -> None:
+        if channel.mess.channel_id == 0:
+            await asyncio.sleep(0.1)
+            return
+        peer = Connection(Role.GUEST, caps=Cap.NONE)
+        peer.start()
+        channel.send(message(DATA, b"".join(peer.data_to_send())))
+        await idle(channel)
+
+    async with running(FakeSpice(usbredir=first_is_in_use)) as number:
+        guest = Guest(session=await connect(number))
+        device = disk_device(MemoryStore(bytes(4096)))
+        attachment = await guest.plug(device)
+        assert attachment.port.name == "usbredir 1"
+        await guest.close()
+        await device.dispose()
 
 
 async def test_a_channel_that_we_just_closed_is_retried() -> None:

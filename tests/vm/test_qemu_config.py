@@ -138,6 +138,12 @@ def test_firmware_boots() -> None:
             "spice+tls://:a%2Fb@127.0.0.1:60",
         ),
         (
+            Spice(transport=SpiceTransport.TLS_OPTIONAL),
+            SpiceAddress(port=59, tls_port=60),
+            "port=59,tls-port=60,x509-dir=/tmp/guest,disable-ticketing=on",
+            "spice://127.0.0.1:59",
+        ),
+        (
             Spice(transport=SpiceTransport.TLS_REQUIRED),
             SpiceAddress(port=59, tls_port=60),
             "port=59,tls-port=60,x509-dir=/tmp/guest,tls-channel=default,disable-ticketing=on",

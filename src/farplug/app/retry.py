@@ -33,6 +33,7 @@ FLAPS: Final = 3
 _NEVER: Final = (
     Reason.WRONG_PASSWORD,
     Reason.NO_PASSWORD,
+    Reason.CHANNEL_DENIED,
     Reason.NEEDS_TLS,
     Reason.TLS_UNTRUSTED,
     Reason.TLS_WRONG_HOST,

@@ -28,7 +28,9 @@ EXIT_CODES = {
     ExitCode.IMAGE: "an image cannot be used",
     ExitCode.UNREACHABLE: "the VM cannot be reached",
     ExitCode.TLS: "TLS is required, or failed: the certificate is not trusted, or belongs to another host",
-    ExitCode.DENIED: "the password is wrong or missing, or the ticket expired",
+    ExitCode.DENIED: (
+        "the password is wrong or missing, or the ticket expired; or a SPICE proxy does not permit the channel"
+    ),
     ExitCode.NO_PORT: "the VM has no free port: no usbredir channel, or all are in use",
     ExitCode.REFUSED: "the VM refused the device: its filter, its USB controller",
     ExitCode.GUEST_GONE: "the connection to the VM, or to a session, ended while it was in use",

@@ -67,9 +67,9 @@ class AuthMechanism(IntEnum):
     SASL = 2
 
 
-_QEMU_LOG = "read QEMU's log on the VM's host"
+SERVER_LOG = "read the log of QEMU, or of the SPICE proxy if there is one"
 _LINK_ERRORS: dict[LinkError, tuple[Reason, str, str]] = {
-    LinkError.ERROR: (Reason.LINK_REFUSED, "the server refused the link", _QEMU_LOG),
+    LinkError.ERROR: (Reason.LINK_REFUSED, "the server refused the link", SERVER_LOG),
     LinkError.INVALID_MAGIC: (Reason.NOT_SPICE, "the server did not recognise a SPICE client", "check the port"),
     LinkError.INVALID_DATA: (
         Reason.LINK_REFUSED,
@@ -107,6 +107,15 @@ _LINK_ERRORS: dict[LinkError, tuple[Reason, str, str]] = {
         "detach the device that uses the channel, or add a usbredir channel to the VM",
     ),
 }
+
+_CHANNEL_DENIED = (
+    Reason.CHANNEL_DENIED,
+    "the server accepted the password of the session, and refuses this channel: the ticket has expired, or a SPICE "
+    "proxy does not permit the channel",
+    "connect again with a new ticket (a new .vv file); if that fails at once, the administrator of the proxy must "
+    "permit the channel",
+)
+"""Of PERMISSION_DENIED on any channel but main."""
 
 _OTHER_PROTOCOLS: tuple[tuple[bytes, Reason, str, str], ...] = (
     (
@@ -305,6 +314,7 @@ class LinkClient:
         mess: the channel; its common capabilities are the three of a client without SASL.
         password: the ticket; empty if there is none.
         name: the channel's, for messages and logs.
+        tls: the connection uses TLS.
 
     Raises:
         UsageError: the password is not valid in SPICE, see :func:`check_password`.
@@ -313,6 +323,7 @@ class LinkClient:
     mess: LinkMess
     password: str = field(default="", repr=False)
     name: str = "main"
+    tls: bool = False
     phase: LinkPhase = field(default=LinkPhase.REPLY, init=False)
     result: LinkResult | None = field(default=None, init=False)
     _password: bytes = field(default=b"", init=False, repr=False)
@@ -373,13 +384,14 @@ class LinkClient:
         """Return the error of a connection that the server closed before the link was complete."""
         if self.phase is LinkPhase.TICKET_RESULT:
             message = "the server closed the connection after it received the ticket"
-            remedy = "read the log of QEMU (or of the SPICE proxy) on the VM's host"
+            remedy = SERVER_LOG
         elif self._received:
             message = f"the server closed the connection after {len(self._received)} bytes of {self.phase}"
             remedy = "check that the port is the VM's SPICE port"
         else:
             message = "the server closed the connection without a link reply"
-            remedy = "check that the port is the VM's SPICE port; if it is its TLS port, use spice+tls://HOST:PORT"
+            remedy = "check that the port is the VM's SPICE port; "
+            remedy += SERVER_LOG if self.tls else "if it is its TLS port, use spice+tls://HOST:PORT"
         return self._failure(message, Reason.LINK_REFUSED, remedy)
 
     def _run(self) -> Generator[None, None, None]:
@@ -406,7 +418,8 @@ class LinkClient:
         (code,) = _U32.unpack((yield from self._read(_U32.size)))
         result = LinkError(code)
         log.debug("< %s: ticket result %s", self.name, result.name)
-        if result is LinkError.PERMISSION_DENIED and not self._password:
+        main = self.mess.channel_type is ChannelType.MAIN
+        if result is LinkError.PERMISSION_DENIED and main and not self._password:
             raise self._failure(
                 "the VM requires a password, and none was given",
                 Reason.NO_PASSWORD,
@@ -457,8 +470,10 @@ class LinkClient:
 
     def _refused(self, error: LinkError) -> LinkFailure:
         reason, message, remedy = _LINK_ERRORS.get(
-            error, (Reason.LINK_REFUSED, "the server refused the link", _QEMU_LOG)
+            error, (Reason.LINK_REFUSED, "the server refused the link", SERVER_LOG)
         )
+        if error is LinkError.PERMISSION_DENIED and self.mess.channel_type is not ChannelType.MAIN:
+            reason, message, remedy = _CHANNEL_DENIED
         return self._failure(f"{message}: {error}", reason, remedy, error)
 
     def _not_spice(self) -> LinkFailure:

@@ -14,7 +14,7 @@ from cryptography import x509
 
 from farplug.errors import FarplugError, InternalError, Reason, TargetError, UsageError
 from farplug.spice.host import without_zone
-from farplug.spice.link import LinkClient, LinkFailure, LinkResult, check_password
+from farplug.spice.link import SERVER_LOG, LinkClient, LinkFailure, LinkResult, check_password
 from farplug.spice.types import CHANNEL_NAMES, ChannelType, LinkError
 from farplug.spice.vv import VvFile
 from farplug.transport import tls
@@ -251,7 +251,7 @@ class ChannelDialer:
                 raise
         # The server requires TLS for this channel, and says so as spice-gtk expects. No secret has been sent yet.
         self._tls_required = True
-        client = LinkClient(client.mess, client.password, client.name)
+        client = LinkClient(client.mess, client.password, client.name)  # a link can be used once
         return await self._link(client, True, progress)
 
     def _needs_tls(self, channel_type: ChannelType) -> bool:
@@ -268,6 +268,7 @@ class ChannelDialer:
         return must or target.port is None or self._tls_required
 
     async def _link(self, client: LinkClient, secured: bool, progress: Progress | None) -> LinkedChannel:
+        client.tls = secured
         linker = _LinkReader(client)
         address = self._address(secured)
         if progress is not None:
@@ -299,7 +300,7 @@ class ChannelDialer:
             raise LinkFailure(
                 f"{client.name}: no {client.phase.removeprefix('a ')} within {self._timeouts.handshake:g} s",
                 reason=Reason.TIMED_OUT,
-                remedy="check that the port is the VM's SPICE port; read QEMU's log on the VM's host",
+                remedy=f"check that the port is the VM's SPICE port; {SERVER_LOG}",
                 error=None,
                 phase=client.phase,
             ) from None

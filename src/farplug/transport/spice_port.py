@@ -18,7 +18,7 @@ from farplug.errors import (
     TargetError,
 )
 from farplug.rate_limit import limited_logger
-from farplug.spice.link import LinkFailure, LinkPhase
+from farplug.spice.link import SERVER_LOG, LinkFailure, LinkPhase
 from farplug.spice.messages import Disconnecting, Migrate, Notify
 from farplug.spice.types import ChannelType, LinkError
 from farplug.spice.vmc import VmcChannel
@@ -30,9 +30,11 @@ from farplug.usb.types import Buffer
 log = limited_logger(__name__)
 
 SETTLE_TIME = 0.3
-"""Seconds to wait after a link: a server that has linked a channel in use closes the channel in this time.
+"""Seconds that :meth:`SpicePort.open` waits for the first bytes of a channel.
 
-The first bytes of a free channel, mostly PINGs, end the wait.
+A server links a channel that is in use, too, and then closes the connection without a message. The first bytes, mostly
+a PING, show that the channel is ours. A server on a UNIX socket sends none while the VM is paused, and a slow proxy
+delays the end: after this time the port is open, and an end before the first bytes still is ``CHANNEL_IN_USE``.
 """
 SESSION_END_TIMEOUT = 0.3
 """Seconds from the end of a channel in which the session may end, too, and give the cause.
@@ -82,6 +84,8 @@ class SpicePort(Port):
         self._channel: VmcChannel | None = None
         self._settled: asyncio.Future[None] | None = None
         """Only while open() waits: resolves when bytes arrive, or the channel is closed."""
+        self._answered = False
+        """Bytes of the channel have arrived: no other client uses the channel."""
         self._was_open = False
         self._error: FarplugError | None = None
         self._close_reason = ""
@@ -117,11 +121,7 @@ class SpicePort(Port):
                 tries -= 1
                 if not tries:
                     await self._check_session()
-                    raise PortError(
-                        f"{self.name}: the channel is in use: the server closed it at once",
-                        reason=Reason.CHANNEL_IN_USE,
-                        remedy="detach the device that uses the channel, or add a usbredir channel to the VM",
-                    )
+                    raise self._in_use("the server closed the channel before it sent data")
                 await asyncio.sleep(0.1)
         except BaseException:
             self._forget()
@@ -147,11 +147,7 @@ class SpicePort(Port):
             if absent:
                 await self._check_session()
             if absent or error.error is LinkError.CHANNEL_NOT_AVAILABLE:
-                raise PortError(
-                    f"{error.message}: the channel is in use, or was removed from the VM",
-                    reason=Reason.CHANNEL_IN_USE,
-                    remedy="use another port, or connect again",
-                ) from error
+                raise self._in_use(error.message.removeprefix(f"{self.name}: ")) from error
             raise
         try:
             self._check_open_allowed()  # the session may have ended during the link: it does not close this channel
@@ -162,6 +158,7 @@ class SpicePort(Port):
         self._channel = VmcChannel(self.name, linked.link, local=linked.local)
         self._channel.compress = self._compress
         self._linked = linked
+        self._answered = False
         self._settled = asyncio.get_running_loop().create_future()
         linked.start(self, self._lost)
         try:
@@ -171,12 +168,20 @@ class SpicePort(Port):
             raise
         if self._linked is not None:
             return True
-        if self._error is not None:
+        if self._error is not None and self._answered:
             if isinstance(self._error, GuestGoneError):
                 await self._check_session()
             raise self._error
         self._check_open_allowed()
         return False
+
+    def _in_use(self, why: str) -> PortError:
+        return PortError(
+            f"{self.name}: {why}: the channel is in use, or was removed from the VM",
+            reason=Reason.CHANNEL_IN_USE,
+            remedy="detach the device that uses the channel, or add a usbredir channel to the VM; if no client uses "
+            f"the channel, {SERVER_LOG}",
+        )
 
     async def _check_session(self) -> None:
         """Raise the error that ended the session, if the session ends within SESSION_END_TIMEOUT."""
@@ -242,6 +247,7 @@ class SpicePort(Port):
 
     def data_received(self, data: memoryview) -> None:
         """Process bytes of the channel."""
+        self._answered = True
         if self._settled is not None and not self._settled.done():
             self._settled.set_result(None)
         if self._channel is not None:
@@ -300,8 +306,9 @@ class SpicePort(Port):
         if linked is None or listener is None:
             return
         why = error if isinstance(error, InternalError) else self._error
-        untouched = settled is not None and not settled.done()
-        if why is None and not linked.connection.closing and not untouched:
+        if why is None and not linked.connection.closing and not self._answered:
+            why = self._in_use("the server closed the channel before it sent data")
+        elif why is None and not linked.connection.closing:
             how = "the SPICE server closed the channel" if error is None else describe_broken(error)
             why = GuestGoneError(
                 f"{self.name}: {how}{self._close_reason}",
@@ -309,7 +316,7 @@ class SpicePort(Port):
             )
         if settled is not None:  # open() still waits, and raises the error
             self._linked, self._channel, self._error = None, None, why
-            if untouched:
+            if not settled.done():
                 settled.set_result(None)
             return
         ended_by_server = why is not None and self._error is None

@@ -10,6 +10,7 @@ from typing import Self
 
 from farplug.errors import FarplugError, GuestGoneError, InternalError, Reason, RemoteProtocolError, TargetError
 from farplug.spice.channel import Channel, Message
+from farplug.spice.link import SERVER_LOG
 from farplug.spice.messages import (
     ChannelId,
     ClientMessage,
@@ -119,7 +120,7 @@ class SpiceSession(Session):
             raise TargetError(
                 f"{target}: the server sent no list of channels within {timeouts.handshake:g} s",
                 reason=Reason.TIMED_OUT,
-                remedy="read QEMU's log on the VM's host",
+                remedy=f"check that the VM's host responds; {SERVER_LOG}",
             ) from None
         except BaseException:
             session._connection.abort()
@@ -232,7 +233,7 @@ class SpiceSession(Session):
                     GuestGoneError(
                         f"{self.target}: {how}{self._close_reason}",
                         remedy="check that the VM still runs; another client may have taken over the session: a SPICE "
-                        "server serves one client at a time",
+                        "server serves one client at a time; a SPICE proxy may have ended the session: read its log",
                     )
                 )
         reason = self.ended.result()
@@ -241,7 +242,7 @@ class SpiceSession(Session):
                 reason = TargetError(
                     f"{self.target}: the server accepted the ticket, then closed the connection{self._close_reason}",
                     reason=Reason.LINK_REFUSED,
-                    remedy="behind a SPICE proxy: check that the VM runs; read the log of the proxy or of QEMU",
+                    remedy=f"behind a SPICE proxy: check that the VM runs; {SERVER_LOG}",
                 )
             self._listed.set_exception(reason or GuestGoneError(f"{self.target}: the session was closed"))
             self._listed.exception()  # mark as retrieved: connect() may have been cancelled

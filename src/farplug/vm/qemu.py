@@ -335,7 +335,7 @@ class QemuGuest:
         if server.transport is SpiceTransport.TCP:
             return SpiceAddress(port=server.port or unused_port(), ticket=server.ticket)
         return SpiceAddress(
-            port=(server.port or unused_port()) if server.transport is SpiceTransport.TLS_REQUIRED else None,
+            port=None if server.transport is SpiceTransport.TLS else server.port or unused_port(),
             tls_port=unused_port(),
             ticket=server.ticket,
             host_subject=write_certificates(self._folder, server.host_names),

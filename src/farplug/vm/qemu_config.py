@@ -48,6 +48,8 @@ class SpiceTransport(StrEnum):
 
     TCP = "tcp"
     TLS = "tls"
+    TLS_OPTIONAL = "tls-optional"
+    """A TLS port and a plain port, which both accept links."""
     TLS_REQUIRED = "tls-required"
     """A TLS port, and a plain port that refuses every link with error 5 (NEED_SECURED)."""
     UNIX = "unix"
