@@ -12,7 +12,7 @@ import pytest
 from tests.virtual.bulk_only import IN, OUT, Guest, Pattern, make, read10, settle, write10
 
 from farplug.errors import DeviceError
-from farplug.store.base import WriteDone
+from farplug.store.base import ZERO_STEP, WriteDone
 from farplug.testing.memory import MemoryGuest
 from farplug.usb import Buffer, Speed, Status, Transfer, TransferType
 from farplug.usb.figures import Figures
@@ -393,7 +393,7 @@ async def test_data_is_never_written_in_the_place_of_refused_data(monkeypatch: p
     store.release()
     assert [initiator.send(bytes((5,)) * 512).status for _ in range(2)] == [Status.SUCCESS] * 2
     assert initiator.csw(initiator.receive(13))[0] == 1
-    assert store.content[512:] == store.original[512:]
+    assert store.content == b"".join(bytes((number,)) * 512 for number in range(1, 4)) + store.original[3 * 512 :]
 
 
 async def test_cancelled_data_no_longer_counts() -> None:
@@ -729,7 +729,8 @@ async def test_zeros_come_in_steps() -> None:
     store.block_count = 1 << 20
     initiator = await guest(store)
     assert initiator.command("93 09 00 00 00 00 00 00 00 00 00 08 00 01 00 00").status == 0
-    assert store.log == ["unmap 0 134217728", "unmap 134217728 134217728", "unmap 268435456 512"]
+    steps = [f"unmap {begin} {ZERO_STEP}" for begin in range(0, 256 << 20, ZERO_STEP)]
+    assert store.log == [*steps, "unmap 268435456 512"]
 
 
 @pytest.mark.parametrize(
