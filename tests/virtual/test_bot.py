@@ -396,6 +396,50 @@ async def test_data_is_never_written_in_the_place_of_refused_data(monkeypatch: p
     assert store.content == b"".join(bytes((number,)) * 512 for number in range(1, 4)) + store.original[3 * 512 :]
 
 
+@pytest.mark.parametrize("which", [0, 1, 2])
+async def test_cancelled_data_behind_a_queued_command_fails_that_command(which: int) -> None:
+    """What follows must not land in its place. Only the newest transfer can be sent again: it has nothing behind it."""
+    store = Pattern()
+    initiator = await guest(store)
+    initiator.send(initiator.cbw(bytes(6), 0, False))  # its CSW is not read yet
+    initiator.send(initiator.cbw(write10(4, 3), 3 * 512, False))
+    sent = [initiator.send(bytes((number,)) * 512) for number in (1, 2, 3)]
+    initiator.device.cancel(sent[which])
+    again = initiator.send(b"\4" * 512)
+    assert [one.status for one in sent] == [Status.CANCELLED if one == which else None for one in range(3)]
+    initiator.tag -= 1
+    assert initiator.csw(initiator.receive(13)) == (0, 0)
+    initiator.tag += 1
+    assert again.status is Status.SUCCESS
+    lost = which < 2
+    assert initiator.csw(initiator.receive(13))[0] == lost
+    written = [bytes((number,)) * 512 for number in range(1, 4)]
+    if not lost:
+        written[2] = b"\4" * 512
+    written[which if lost else 3 :] = []
+    assert store.content == block(store, 0, 4) + b"".join(written) + store.original[(4 + len(written)) * 512 :]
+    if lost:
+        assert initiator.sense() == (0xB, 0, 0)
+    assert initiator.command(write10(20, 1), send=b"\5" * 512).status == 0
+
+
+async def test_data_that_is_cancelled_as_a_whole_is_sent_again() -> None:
+    """As QEMU does: it cancels what it has submitted, in any order, and submits it again from the first on."""
+    store = Pattern()
+    initiator = await guest(store)
+    initiator.send(initiator.cbw(bytes(6), 0, False))
+    initiator.send(initiator.cbw(write10(4, 3), 3 * 512, False))
+    for order in ((0, 1, 2), (2, 1, 0), (1, 2, 0)):
+        sent = [initiator.send(bytes(512)) for _ in range(3)]
+        for number in order:
+            initiator.device.cancel(sent[number])
+    for number in (1, 2, 3):
+        initiator.send(bytes((number,)) * 512)
+    initiator.receive(13)
+    assert initiator.csw(initiator.receive(13)) == (0, 0)
+    assert store.content[4 * 512 : 7 * 512] == b"".join(bytes((number,)) * 512 for number in (1, 2, 3))
+
+
 async def test_cancelled_data_no_longer_counts() -> None:
     initiator = await guest()
     initiator.send(initiator.cbw(read10(0, 1), 512, True))

@@ -685,6 +685,38 @@ async def test_queued_data_out_is_cancelled_with_the_transfers_behind_it() -> No
     await initiator.leave()
 
 
+@pytest.mark.parametrize("which", [0, 1, 2])
+async def test_data_out_that_is_cancelled_before_its_command_starts_fails_the_command(which: int) -> None:
+    """Also a command that waits for an ORDERED one: what the guest sends next must not land in the place of the lost."""
+    store = Pattern()
+    initiator = await Initiator.plug_in(store)
+    store.holding = True
+    initiator.start(FLUSH, attribute=2)
+    waiting = initiator.start(write10(4, 6), send=b"".join(bytes((number,)) * 1024 for number in (1, 2, 3)), sizes=[1024])
+    other = initiator.start(write10(20, 2), send=b"\7" * 1024)
+    initiator.device.cancel(waiting.parts[which])
+    assert [one.status for one in waiting.parts] == [None] * which + [Status.CANCELLED] * (3 - which)
+    initiator.data_out(waiting.tag, b"\4" * 1024 * (3 - which))
+    store.holding = False
+    store.release()
+    initiator.pump()
+    assert waiting.sense == (0xB, 0, 0)
+    assert other.status == 0
+    assert bytes(store.content) == block(store, 0, 20) + b"\7" * 1024 + block(store, 22, 42)
+    await initiator.leave()
+
+
+async def test_cancelled_data_out_does_not_fail_a_command_without_data_out() -> None:
+    store = Pattern()
+    initiator = await Initiator.plug_in(store)
+    initiator.device.cancel(initiator.data_out(1, bytes(512)))
+    assert initiator.run(TUR).status == 0
+    initiator.device.cancel(initiator.data_out(1, bytes(512)))
+    await initiator.enumerate()
+    assert initiator.run(write10(0, 1), send=b"\1" * 512).sense != (0xB, 0, 0), "a reset forgets it"
+    await initiator.leave()
+
+
 async def test_data_out_that_waits_for_the_store_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("farplug.virtual.uas.MAX_UNWRITTEN", 1023)
     store = Pattern()
