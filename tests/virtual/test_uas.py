@@ -692,7 +692,9 @@ async def test_data_out_that_is_cancelled_before_its_command_starts_fails_the_co
     initiator = await Initiator.plug_in(store)
     store.holding = True
     initiator.start(FLUSH, attribute=2)
-    waiting = initiator.start(write10(4, 6), send=b"".join(bytes((number,)) * 1024 for number in (1, 2, 3)), sizes=[1024])
+    waiting = initiator.start(
+        write10(4, 6), send=b"".join(bytes((number,)) * 1024 for number in (1, 2, 3)), sizes=[1024]
+    )
     other = initiator.start(write10(20, 2), send=b"\7" * 1024)
     initiator.device.cancel(waiting.parts[which])
     assert [one.status for one in waiting.parts] == [None] * which + [Status.CANCELLED] * (3 - which)
