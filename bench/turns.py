@@ -1,7 +1,7 @@
 """Measure the longest turn of the event loop, and the memory, while a hostile guest does its worst.
 
-``tests/test_share.py`` counts the work of the same attacks; here they are timed. Other programs make turns longer, so each
-attack runs several times, and its best run counts; and there is the processor time of the event loop's thread.
+``tests/test_share.py`` counts the work of the same attacks; here they are timed. Other programs make turns longer, so
+each attack runs several times, and its best run counts; and there is the processor time of the event loop's thread.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from farplug.store import FileStore, MemoryStore, OverlayStore, Store
 from farplug.testing.memory import MemoryGuest
 from farplug.transport import memory
 from farplug.usb import Speed, Status
+from farplug.usb.types import DescriptorType
 from farplug.usbredir import packets
 from farplug.virtual import disk_device
 from farplug.virtual.storage_transport import StorageTransport
@@ -140,7 +141,7 @@ def _bytes(data: bytes) -> Attack:
 
     async def attack(guest: MemoryGuest) -> None:
         guest.send_bytes(data)
-        await guest.get_descriptor(1, length=18)
+        await guest.get_descriptor(DescriptorType.DEVICE, length=18)
 
     return attack
 
@@ -231,7 +232,7 @@ def main() -> None:
     options = parser.parse_args()
     memory.PIECE = options.piece << 10
     worst = 0.0
-    print(f"{'attack':36}{'longest turn':>14}{'processor time':>16}{'memory':>12}")  # noqa: T201
+    print(f"{'attack':36}{'longest turn':>14}{'processor time':>16}{'memory':>12}")
     for name, (make, block_size, attack) in ATTACKS.items():
         if options.names and not any(word in name for word in options.names):
             continue
@@ -243,7 +244,7 @@ def main() -> None:
         most = max(run.memory for run in runs)
         worst = max(worst, longest)
         line = f"{name:36}{longest * 1e3:11.1f} ms{busiest * 1e3:13.1f} ms{most / 2**20:8.1f} MiB"
-        print(line, flush=True)  # noqa: T201
+        print(line, flush=True)
     sys.exit(worst > GOAL)
 
 

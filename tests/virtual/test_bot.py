@@ -398,7 +398,7 @@ async def test_data_is_never_written_in_the_place_of_refused_data(monkeypatch: p
 
 @pytest.mark.parametrize("which", [0, 1, 2])
 async def test_cancelled_data_behind_a_queued_command_fails_that_command(which: int) -> None:
-    """What follows must not land in its place. Only the newest transfer can be sent again: it has nothing behind it."""
+    """Later data must not land in its place. Only the newest transfer can be sent again: it has nothing behind it."""
     store = Pattern()
     initiator = await guest(store)
     initiator.send(initiator.cbw(bytes(6), 0, False))  # its CSW is not read yet

@@ -687,7 +687,7 @@ async def test_queued_data_out_is_cancelled_with_the_transfers_behind_it() -> No
 
 @pytest.mark.parametrize("which", [0, 1, 2])
 async def test_data_out_that_is_cancelled_before_its_command_starts_fails_the_command(which: int) -> None:
-    """Also a command that waits for an ORDERED one: what the guest sends next must not land in the place of the lost."""
+    """Also a command that waits for an ORDERED one: what the guest sends next must not take the place of the lost."""
     store = Pattern()
     initiator = await Initiator.plug_in(store)
     store.holding = True

@@ -162,7 +162,7 @@ class Attachment:
 
     @property
     def memory(self) -> int:
-        """Return the bytes that the guest occupies here for the device; at most 64 MiB, and little for running steps."""
+        """Return the bytes that the guest occupies for the device, at most 64 MiB and the steps of jobs."""
         return self.port.memory
 
     @property

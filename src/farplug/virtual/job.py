@@ -161,7 +161,7 @@ class StoreJob:
         self._memory.take(STEP_MEMORY)
         self._answered = False
         call(self._stepped)
-        # A step that goes on in a thread is no work of this turn.
+        # A step that continues in a thread costs this turn little.
         share.turn.spend(STORE_WORK + (size if self._answered else 0))
 
     def _stepped(self, error: OSError | None) -> None:
