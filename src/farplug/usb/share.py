@@ -25,8 +25,8 @@ Callback: TypeAlias = Callable[[], None]
 class Turn:
     """The work that may be done in one turn of the event loop.
 
-    Work is counted when it is done, so the last piece of it may exceed the limit. A part of the engine or of a device that
-    has more to do passes a callback to :meth:`call_next`, and returns.
+    Work is counted when it is done, so the last piece of it may exceed the limit. A part of the engine or of a device
+    that has more to do passes a callback to :meth:`call_next`, and returns.
 
     Args:
         call_soon: calls a callback in the next turn, as :meth:`asyncio.loop.call_soon`; None: the work has no limit.
