@@ -61,7 +61,7 @@ class Request(Transfer):
     def release(self) -> None:
         self.holders -= 1
         if not self.holders:
-            self.memory.give(self.size)
+            self.memory.used -= self.size
 
 
 _Queue: TypeAlias = OrderedDict[Request, None]
@@ -127,17 +127,17 @@ class PendingRequests:
             setup=setup,
             stream_id=stream_id,
         )
-        size, device = request.length, self._current.device
+        size, device, memory = request.length, self._current.device, self._memory
         valid = self._by_id.setdefault(id, request) is request and valid and size <= self._max_transfer
         if queue is not None:
             queue[request] = None
         self._protocol.pending += 1
-        if device is None or not valid or not self._memory.fits(size):
+        if device is None or not valid or memory.used + size > memory.limit:
             request.data, request.length = b"", 0  # the error waits for its turn: hold no memory
             request.complete(Status.INVALID if device is not None and not valid else Status.IO_ERROR)
             return
         request.size = size
-        self._memory.take(size)
+        memory.used += size
         try:
             device.submit(request)
         except Exception as error:

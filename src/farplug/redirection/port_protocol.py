@@ -176,7 +176,7 @@ class PortProtocol:
             return
         self._pumping = True
         connection, handlers, turn = self._connection, self.handlers, self.share.turn
-        next_event = connection.next_event
+        next_event, spend, work_of = connection.next_event, turn.spend, _WORK.get
         try:
             while not (paused := self.writing_paused or self.busy or self.pending >= MAX_PENDING):
                 if turn.left <= 0:
@@ -187,7 +187,7 @@ class PortProtocol:
                 if event is None:
                     break
                 kind = type(event)
-                turn.spend(_WORK.get(kind, PACKET_WORK))
+                spend(work_of(kind, PACKET_WORK))
                 if self._debug:
                     log.debug("%s < %s", self._port.name, _STATUS.sub("", str(event)))
                 handler = handlers.get(kind)

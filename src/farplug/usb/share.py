@@ -26,7 +26,8 @@ class Turn:
     """The work that may be done in one turn of the event loop.
 
     Work is counted when it is done, so the last piece of it may exceed the limit. A part of the engine or of a device
-    that has more to do passes a callback to :meth:`call_next`, and returns.
+    that has more to do passes a callback to :meth:`call_next`, and returns. Work is counted across turns until half of
+    the limit is used: a callback in each turn would cost more than a small turn itself.
 
     Args:
         call_soon: calls a callback in the next turn, as :meth:`asyncio.loop.call_soon`; None: the work has no limit.
@@ -36,11 +37,12 @@ class Turn:
         left: the work that is left in this turn; the turn is over at 0 or below.
     """
 
-    __slots__ = ("_call_soon", "_limit", "_renewing", "_waiting", "left")
+    __slots__ = ("_call_soon", "_half", "_limit", "_renewing", "_waiting", "left")
 
     def __init__(self, call_soon: Callable[[Callback], object] | None, limit: int = TURN_WORK) -> None:
         self.left = limit
         self._limit = limit
+        self._half = limit // 2
         self._call_soon = call_soon
         self._renewing = False
         self._waiting: dict[Callback, None] = {}
@@ -49,14 +51,19 @@ class Turn:
         """Count work that is done in this turn."""
         if self._call_soon is not None:
             self.left -= work
-            if not self._renewing:
-                self._renewing = True
-                self._call_soon(self._renew)
+            if self.left < self._half and not self._renewing:
+                self._schedule()
 
     def call_next(self, callback: Callback) -> None:
         """Call ``callback`` once in a later turn that has work left; after those that were passed in before."""
         self._waiting[callback] = None
-        self.spend(0)
+        if not self._renewing:
+            self._schedule()
+
+    def _schedule(self) -> None:
+        if self._call_soon is not None:
+            self._renewing = True
+            self._call_soon(self._renew)
 
     def _renew(self) -> None:
         self._renewing = False
@@ -76,26 +83,23 @@ class Turn:
     def _keep(self, waiting: dict[Callback, None]) -> None:
         """Keep callbacks for the next turn, before those that were passed in during this one."""
         self._waiting = {**waiting, **self._waiting}
-        if self._waiting:
-            self.spend(0)
+        if self._waiting and not self._renewing:
+            self._schedule()
 
 
 class Memory:
     """The bytes that one guest occupies: its pending transfers, and what the device and the output still hold.
 
     Attributes:
-        used: bytes that are occupied now.
+        limit: the bound for transfers.
+        used: bytes that are occupied now. For each transfer the engine changes this attribute without a call.
     """
 
-    __slots__ = ("_limit", "used")
+    __slots__ = ("limit", "used")
 
     def __init__(self, limit: int = MAX_MEMORY) -> None:
+        self.limit = limit
         self.used = 0
-        self._limit = limit
-
-    def fits(self, size: int) -> bool:
-        """Return whether ``size`` more bytes are within the bound."""
-        return self.used + size <= self._limit
 
     def take(self, size: int) -> None:
         """Count bytes as occupied."""
