@@ -13,7 +13,7 @@ import pytest
 
 from farplug.store import MemoryStore, ReadDone, WriteDone
 from farplug.usb import Buffer
-from farplug.usbredir.filter import Filter
+from farplug.usbredir.filter import Rule
 from farplug.usbredir.protocol import Connection, Event, Role
 
 
@@ -81,7 +81,7 @@ class TurnMeter:
         monkeypatch.setattr(MemoryStore, "write", counted_write)
 
     def _count_packets(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        next_event, parse = Connection.next_event, Filter.parse.__func__  # type: ignore[attr-defined]
+        next_event, parse = Connection.next_event, Rule.parse.__func__  # type: ignore[attr-defined]
 
         def counted_event(connection: Connection) -> Event | None:
             event = next_event(connection)
@@ -89,13 +89,13 @@ class TurnMeter:
                 self._count("packets", 1)
             return event
 
-        def counted_parse(cls: type[Filter], text: str, separators: str = ",") -> Filter:
+        def counted_parse(cls: type[Rule], text: str, separators: str = ",") -> Rule:
             self._count("text", len(text))
-            parsed: Filter = parse(cls, text, separators)
+            parsed: Rule = parse(cls, text, separators)
             return parsed
 
         monkeypatch.setattr(Connection, "next_event", counted_event)
-        monkeypatch.setattr(Filter, "parse", classmethod(counted_parse))
+        monkeypatch.setattr(Rule, "parse", classmethod(counted_parse))
 
     async def __aenter__(self) -> Self:
         self._next_turn()
