@@ -77,3 +77,14 @@ def test_many_steps_at_once_do_not_nest() -> None:
 )
 def test_sense(work: Work, number: int, sense: Sense) -> None:
     assert job_sense(work, OSError(number, "broken")) == sense
+
+
+def test_a_store_that_raises_delays_no_other_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, lanes = Pattern(), Lanes()
+    ended: list[OSError | None] = []
+    with monkeypatch.context() as broken:
+        broken.setattr(store, "flush", lambda done: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            StoreJob(store, lanes, Flush(), ended.append)
+    StoreJob(store, lanes, Flush(), ended.append)
+    assert ended == [None]

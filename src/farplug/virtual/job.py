@@ -160,7 +160,12 @@ class StoreJob:
         self._memory = share.memory
         self._memory.take(STEP_MEMORY)
         self._answered = False
-        call(self._stepped)
+        try:
+            call(self._stepped)
+        except Exception as error:
+            if not self._answered:  # the store is broken: other steps must not wait for this one
+                self._stepped(OSError(errno.EIO, repr(error)))
+            raise
         # A step that continues in a thread costs this turn little.
         share.turn.spend(STORE_WORK + (size if self._answered else 0))
 
