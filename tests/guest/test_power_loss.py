@@ -25,6 +25,7 @@ from tests.guest.scripts import worker
 
 from farplug.programs import find_program
 from farplug.store import MemoryStore, WriteDone
+from farplug.store.base import Stopped, never_stopped
 from farplug.usb import Buffer
 from farplug.virtual import disk_device
 
@@ -73,7 +74,7 @@ class VolatileStore(MemoryStore):
         self.log.append(Written(offset, len(kept), kept))
         self._later(lambda: done(None))
 
-    def zero(self, offset: int, length: int, done: WriteDone, *, unmap: bool) -> None:
+    def zero(self, offset: int, length: int, done: WriteDone, *, unmap: bool, stopped: Stopped = never_stopped) -> None:
         self.content[offset : offset + length] = bytes(length)
         self.log.append(Written(offset, length, None))
         self._later(lambda: done(None))

@@ -8,9 +8,10 @@ import pytest
 from tests.redirection.scripted import BULK_IN, BULK_OUT, STREAM_IN, ScriptedDevice, kinds, settle
 
 from farplug.errors import DeviceError
-from farplug.redirection import events, pending_requests, port_protocol
+from farplug.redirection import events, port_protocol
 from farplug.testing.memory import MemoryGuest, TransferFailed
 from farplug.usb import Status
+from farplug.usb.share import MAX_MEMORY
 from farplug.usbredir import packets
 
 
@@ -111,7 +112,7 @@ async def test_a_second_request_with_a_pending_id_is_invalid() -> None:
 
 
 async def test_more_than_the_bound_in_flight_is_answered_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("farplug.redirection.pending_requests.MAX_IN_FLIGHT", 1000)
+    monkeypatch.setattr("farplug.usb.share.Memory.__init__.__defaults__", (1000,))
     device = ScriptedDevice()
     async with MemoryGuest(device) as guest:
         first, second = guest.submit_in(BULK_IN, 600), guest.submit_in(BULK_IN, 600)
@@ -172,13 +173,14 @@ async def test_a_refused_request_holds_no_memory_while_it_waits_for_its_turn() -
         first = guest.submit_out(BULK_OUT, b"x")
         size = 8 * 2**20
         more = [guest.submit_out(BULK_OUT, bytes(size)) for _ in range(12)]
-        accepted = 1 + (pending_requests.MAX_IN_FLIGHT - 1) // size
+        accepted = 1 + (MAX_MEMORY - 1) // size
         async with asyncio.timeout(20):
             while guest.redirection._protocol.pending < 13:
                 await asyncio.sleep(0.01)
         assert len(device.submitted) == accepted
         held = sum(len(request.data) for request in guest.redirection._requests._queues[BULK_OUT])
-        assert held <= pending_requests.MAX_IN_FLIGHT
+        assert held <= MAX_MEMORY
+        assert guest.redirection.memory <= MAX_MEMORY
         for transfer in device.submitted:
             transfer.complete()
         assert (await first).status is Status.SUCCESS

@@ -11,6 +11,7 @@ from tests.redirection.scripted import BULK_IN, BULK_OUT, INTERRUPT_IN, Scripted
 from farplug.redirection import events, port_protocol
 from farplug.testing.memory import MemoryGuest
 from farplug.usb import Status
+from farplug.usb.share import PACKET_WORK, TURN_WORK
 from farplug.usb.types import Buffer
 from farplug.usbredir import envelope, packets
 from farplug.usbredir.caps import ALL_CAPS, Cap
@@ -32,12 +33,13 @@ async def test_too_many_pending_transfers_pause_reading(monkeypatch: pytest.Monk
 async def test_many_packets_at_once_do_not_block_the_event_loop() -> None:
     device = ScriptedDevice()
     async with MemoryGuest(device) as guest:
-        pending = [guest.submit_in(BULK_IN, 1) for _ in range(10 * port_protocol.PACKETS_AT_ONCE)]
+        at_once = TURN_WORK // PACKET_WORK
+        pending = [guest.submit_in(BULK_IN, 1) for _ in range(10 * at_once)]
         seen = [0]
         while seen[-1] < len(pending):
             await asyncio.sleep(0)
             seen.append(len(device.submitted))
-        assert max(later - earlier for earlier, later in itertools.pairwise(seen)) == port_protocol.PACKETS_AT_ONCE
+        assert max(later - earlier for earlier, later in itertools.pairwise(seen)) == at_once
         for transfer in device.submitted:
             transfer.complete(Status.SUCCESS, b"x")
         assert all([(await item).data == b"x" for item in pending])

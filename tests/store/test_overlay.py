@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from tests.store.support import content, make_snapshot, read, settle, write, zero
+from tests.turns import TurnMeter
 
 from farplug.errors import ImageError, Reason
 from farplug.store import CacheMode, FileStore, OverlayStore, holes, overlay
@@ -408,3 +409,24 @@ async def test_discard_takes_only_snapshots(base: Path, path: Path, monkeypatch:
     overlay.discard(path)
     assert not path.exists()
     assert content(base) == CONTENT
+
+
+async def test_a_read_of_many_parts_runs_in_a_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each part is a system call: a guest decides how many there are."""
+    base = tmp_path / "base"
+    base.write_bytes(bytes(2 << 20))
+    store = OverlayStore.open(base, tmp_path / "changes")
+    try:
+        os.preadv(store._file.image.fd, [bytearray(1)], 0, os.RWF_NOWAIT)
+    except OSError:
+        pytest.skip("this file system does not support RWF_NOWAIT")
+    for cluster in range(0, 512, 2):
+        store._file.clusters.mark(cluster, cluster + 1)
+    await read(store, 0, 2 << 20)  # from now on the page cache has all
+    meter = TurnMeter(monkeypatch)
+    for clusters, calls in ((32, 32), (33, 0), (255, 0)):
+        before = meter.total["calls"]
+        async with meter:
+            assert await read(store, 4096, clusters * 4096) == bytes(clusters * 4096)
+        assert meter.total["calls"] - before == calls
+    await store.close()

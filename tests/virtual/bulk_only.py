@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from farplug.store import MemoryStore, ReadDone, WriteDone
+from farplug.store.base import Stopped, never_stopped
 from farplug.usb import Buffer, DeviceEvent, Setup, Speed, Status, Transfer, TransferType
 from farplug.virtual import VirtualDevice, disk_device
 
@@ -63,7 +64,7 @@ class Pattern(MemoryStore):
         else:
             done(self.error)
 
-    def zero(self, offset: int, length: int, done: WriteDone, *, unmap: bool) -> None:
+    def zero(self, offset: int, length: int, done: WriteDone, *, unmap: bool, stopped: Stopped = never_stopped) -> None:
         self.log.append(f"{'unmap' if unmap else 'zero'} {offset} {length}")
         if self.error is None:
             self.content[offset : offset + length] = bytes(length)

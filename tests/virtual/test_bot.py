@@ -12,7 +12,7 @@ import pytest
 from tests.virtual.bulk_only import IN, OUT, Guest, Pattern, make, read10, settle, write10
 
 from farplug.errors import DeviceError
-from farplug.store.base import WriteDone
+from farplug.store.base import ZERO_STEP, WriteDone
 from farplug.testing.memory import MemoryGuest
 from farplug.usb import Buffer, Speed, Status, Transfer, TransferType
 from farplug.usb.figures import Figures
@@ -393,7 +393,51 @@ async def test_data_is_never_written_in_the_place_of_refused_data(monkeypatch: p
     store.release()
     assert [initiator.send(bytes((5,)) * 512).status for _ in range(2)] == [Status.SUCCESS] * 2
     assert initiator.csw(initiator.receive(13))[0] == 1
-    assert store.content[512:] == store.original[512:]
+    assert store.content == b"".join(bytes((number,)) * 512 for number in range(1, 4)) + store.original[3 * 512 :]
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+async def test_cancelled_data_behind_a_queued_command_fails_that_command(which: int) -> None:
+    """Later data must not land in its place. Only the newest transfer can be sent again: it has nothing behind it."""
+    store = Pattern()
+    initiator = await guest(store)
+    initiator.send(initiator.cbw(bytes(6), 0, False))  # its CSW is not read yet
+    initiator.send(initiator.cbw(write10(4, 3), 3 * 512, False))
+    sent = [initiator.send(bytes((number,)) * 512) for number in (1, 2, 3)]
+    initiator.device.cancel(sent[which])
+    again = initiator.send(b"\4" * 512)
+    assert [one.status for one in sent] == [Status.CANCELLED if one == which else None for one in range(3)]
+    initiator.tag -= 1
+    assert initiator.csw(initiator.receive(13)) == (0, 0)
+    initiator.tag += 1
+    assert again.status is Status.SUCCESS
+    lost = which < 2
+    assert initiator.csw(initiator.receive(13))[0] == lost
+    written = [bytes((number,)) * 512 for number in range(1, 4)]
+    if not lost:
+        written[2] = b"\4" * 512
+    written[which if lost else 3 :] = []
+    assert store.content == block(store, 0, 4) + b"".join(written) + store.original[(4 + len(written)) * 512 :]
+    if lost:
+        assert initiator.sense() == (0xB, 0, 0)
+    assert initiator.command(write10(20, 1), send=b"\5" * 512).status == 0
+
+
+async def test_data_that_is_cancelled_as_a_whole_is_sent_again() -> None:
+    """As QEMU does: it cancels what it has submitted, in any order, and submits it again from the first on."""
+    store = Pattern()
+    initiator = await guest(store)
+    initiator.send(initiator.cbw(bytes(6), 0, False))
+    initiator.send(initiator.cbw(write10(4, 3), 3 * 512, False))
+    for order in ((0, 1, 2), (2, 1, 0), (1, 2, 0)):
+        sent = [initiator.send(bytes(512)) for _ in range(3)]
+        for number in order:
+            initiator.device.cancel(sent[number])
+    for number in (1, 2, 3):
+        initiator.send(bytes((number,)) * 512)
+    initiator.receive(13)
+    assert initiator.csw(initiator.receive(13)) == (0, 0)
+    assert store.content[4 * 512 : 7 * 512] == b"".join(bytes((number,)) * 512 for number in (1, 2, 3))
 
 
 async def test_cancelled_data_no_longer_counts() -> None:
@@ -729,7 +773,8 @@ async def test_zeros_come_in_steps() -> None:
     store.block_count = 1 << 20
     initiator = await guest(store)
     assert initiator.command("93 09 00 00 00 00 00 00 00 00 00 08 00 01 00 00").status == 0
-    assert store.log == ["unmap 0 134217728", "unmap 134217728 134217728", "unmap 268435456 512"]
+    steps = [f"unmap {begin} {ZERO_STEP}" for begin in range(0, 256 << 20, ZERO_STEP)]
+    assert store.log == [*steps, "unmap 268435456 512"]
 
 
 @pytest.mark.parametrize(

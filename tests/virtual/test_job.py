@@ -7,7 +7,7 @@ from tests.virtual.bulk_only import Pattern
 
 from farplug.scsi.cdb import Fill, Flush, Verify, Work, Zero
 from farplug.scsi.sense import SPACE_ALLOCATION_FAILED, UNRECOVERED_READ_ERROR, WRITE_ERROR, Sense
-from farplug.virtual.job import StoreJob, job_sense
+from farplug.virtual.job import Lanes, StoreJob, job_sense
 
 MIB = 1 << 20
 BLOCK = b"\xaa" * 512
@@ -29,7 +29,7 @@ def test_steps(work: Work, steps: list[str], holding: bool) -> None:
     store = Pattern(8192)
     store.holding = holding
     ended: list[OSError | None] = []
-    StoreJob(store, work, ended.append)
+    StoreJob(store, Lanes(), work, ended.append)
     for number in range(len(steps) * holding):
         assert store.log == steps[: number + 1]  # one at a time
         assert not ended
@@ -42,7 +42,7 @@ def test_an_error_ends_it(work: Work, steps: list[str], caplog: pytest.LogCaptur
     store = Pattern(8192)
     store.error = OSError(errno.EIO, "broken")
     ended: list[OSError | None] = []
-    StoreJob(store, work, ended.append)
+    StoreJob(store, Lanes(), work, ended.append)
     assert (store.log, ended) == (steps[:1], [store.error])
     assert f"memory: {type(work).__name__.lower()} failed: [Errno {errno.EIO}] broken" in caplog.text
 
@@ -51,7 +51,7 @@ def test_stopped() -> None:
     store = Pattern(8192)
     store.holding = True
     ended: list[OSError | None] = []
-    job = StoreJob(store, Fill(0, 8192, BLOCK, durable=True), ended.append)
+    job = StoreJob(store, Lanes(), Fill(0, 8192, BLOCK, durable=True), ended.append)
     store.release(1)
     job.stop()
     store.release()
@@ -61,7 +61,7 @@ def test_stopped() -> None:
 def test_many_steps_at_once_do_not_nest() -> None:
     store = Pattern(8)
     ended: list[OSError | None] = []
-    StoreJob(store, Zero(((0, 1),) * 5000, unmap=True, durable=False), ended.append)
+    StoreJob(store, Lanes(), Zero(((0, 1),) * 5000, unmap=True, durable=False), ended.append)
     assert (len(store.log), ended) == (5000, [None])
 
 
@@ -77,3 +77,14 @@ def test_many_steps_at_once_do_not_nest() -> None:
 )
 def test_sense(work: Work, number: int, sense: Sense) -> None:
     assert job_sense(work, OSError(number, "broken")) == sense
+
+
+def test_a_store_that_raises_delays_no_other_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, lanes = Pattern(), Lanes()
+    ended: list[OSError | None] = []
+    with monkeypatch.context() as broken:
+        broken.setattr(store, "flush", lambda done: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            StoreJob(store, lanes, Flush(), ended.append)
+    StoreJob(store, lanes, Flush(), ended.append)
+    assert ended == [None]

@@ -11,7 +11,7 @@ import pytest
 from farplug.errors import DeviceError
 from farplug.rate_limit import BURST, release_logs
 from farplug.store import MemoryStore
-from farplug.store.base import ReadDone, WriteDone
+from farplug.store.base import ReadDone, Stopped, WriteDone, never_stopped
 from farplug.testing.memory import MemoryGuest
 from farplug.usb.types import Buffer
 from farplug.virtual import disk_device
@@ -33,7 +33,7 @@ class FullStore(MemoryStore):
     def read(self, offset: int, length: int, done: ReadDone) -> None:
         done(b"", OSError(errno.EIO, "Input/output error"))
 
-    def zero(self, offset: int, length: int, done: WriteDone, *, unmap: bool) -> None:
+    def zero(self, offset: int, length: int, done: WriteDone, *, unmap: bool, stopped: Stopped = never_stopped) -> None:
         done(OSError(errno.ENOSPC, "No space left on device"))
 
     def flush(self, done: WriteDone) -> None:

@@ -9,6 +9,7 @@ from tests.scsi.test_sequences import CDROMS, DISKS, SERIAL
 from tests.virtual.bulk_only import Guest
 
 from farplug.store import ReadDone, Store, WriteDone
+from farplug.store.base import Stopped, never_stopped
 from farplug.usb import Buffer
 from farplug.virtual import VirtualDevice, cdrom_device, disk_device, drives_of
 
@@ -34,7 +35,7 @@ class Zeros(Store):
     def write(self, offset: int, data: Buffer, done: WriteDone) -> None:
         done(None)
 
-    def zero(self, offset: int, length: int, done: WriteDone, *, unmap: bool) -> None:
+    def zero(self, offset: int, length: int, done: WriteDone, *, unmap: bool, stopped: Stopped = never_stopped) -> None:
         done(None)
 
     def flush(self, done: WriteDone) -> None:

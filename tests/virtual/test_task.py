@@ -15,7 +15,8 @@ from farplug.scsi.sense import (
     WRITE_ERROR,
 )
 from farplug.usb import Buffer, Direction
-from farplug.virtual.task import MAX_ORPHANED_JOBS, OPERATION_IN_PROGRESS, Task
+from farplug.virtual.job import STEP_MEMORY
+from farplug.virtual.task import Task
 from farplug.virtual.unit import LogicalUnit
 
 FLUSH = bytes.fromhex("35 00 00 00 00 00 00 00 00 00")
@@ -198,11 +199,10 @@ def test_a_deferred_error_is_reported_by_the_next_flush() -> None:
         task = bench.task(cdb)
         task.start()
         task.abort()
-        assert bench.unit.orphaned_jobs == 1
+        assert len(bench.store.held) == 1
         bench.store.error = EIO
         bench.store.release()
         bench.store.error = None
-        assert bench.unit.orphaned_jobs == 0
         assert (bench.unit.deferred_error is EIO) == (cdb == FLUSH)
         bench.store.holding = False
         for sense in (WRITE_ERROR, None) if cdb == FLUSH else (None,):
@@ -212,22 +212,32 @@ def test_a_deferred_error_is_reported_by_the_next_flush() -> None:
         bench.store.holding = True
 
 
-def test_orphaned_jobs_are_bounded() -> None:
+@pytest.mark.parametrize("name", ["FLUSH", "VERIFY", "ZERO", "FILL"])
+def test_aborted_jobs_occupy_one_step_in_the_store(name: str) -> None:
+    """Jobs that run and those whose command was aborted share it; the others wait, and end at once when aborted."""
     bench = Bench()
     bench.store.holding = True
-    for _ in range(MAX_ORPHANED_JOBS + 5):
-        task = bench.task(VERIFY)
+    memory = bench.unit.share.memory
+
+    def start() -> Task:
+        cdb = {"FLUSH": FLUSH, "VERIFY": VERIFY, "ZERO": ZERO, "FILL": WRITE_SAME}[name]
+        task = bench.task(cdb)
         task.start()
-        task.abort()
-    assert (len(bench.store.held), bench.unit.orphaned_jobs) == (MAX_ORPHANED_JOBS, MAX_ORPHANED_JOBS)
-    task = bench.task(FLUSH)
-    task.start()
-    assert (task.sense, task.finish(), task.busy) == (OPERATION_IN_PROGRESS, True, False)
-    ended = bench.task(read10(0, 1))
-    ended.start()
-    ended.abort()
+        if name == "FILL":
+            bench.put(task, 0, b"\xaa" * 512)
+        return task
+
+    before = memory.used
+    for _ in range(300):
+        start().abort()
+    assert len(bench.store.held) == 1
+    assert memory.used - before == STEP_MEMORY
+    task = start()
+    assert (task.busy, len(bench.store.held)) == (True, 1)
+    bench.store.release(1)
+    assert (task.busy, len(bench.store.held)) == (True, 1)
     bench.store.release()
-    assert bench.unit.orphaned_jobs == 0
+    assert (task.sense, task.finish(), memory.used) == (None, True, before)
 
 
 def _run(bench: Bench, cdb: bytes, data: bytes = b"") -> None:

@@ -16,7 +16,6 @@ from farplug.usb import Speed, Status, Transfer, TransferType
 from farplug.usb.figures import Figures
 from farplug.virtual.iu import TaskFunction
 from farplug.virtual.pipe import MAX_RESPONSES
-from farplug.virtual.task import MAX_ORPHANED_JOBS
 from farplug.virtual.uas import MAX_COMMANDS
 
 KIB = 1024
@@ -680,8 +679,43 @@ async def test_queued_data_out_is_cancelled_with_the_transfers_behind_it() -> No
     assert first.status is Status.SUCCESS
     initiator.data_out(1, b"\4" * 2048)
     initiator.pump()
-    assert write.status == 0
-    assert bytes(store.content[:3072]) == b"\1" * 1024 + b"\4" * 2048
+    assert write.sense == (0xB, 0, 0)
+    assert store.content == store.original
+    assert initiator.run(write10(0, 1), send=b"\5" * 512).status == 0
+    await initiator.leave()
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+async def test_data_out_that_is_cancelled_before_its_command_starts_fails_the_command(which: int) -> None:
+    """Also a command that waits for an ORDERED one: what the guest sends next must not take the place of the lost."""
+    store = Pattern()
+    initiator = await Initiator.plug_in(store)
+    store.holding = True
+    initiator.start(FLUSH, attribute=2)
+    waiting = initiator.start(
+        write10(4, 6), send=b"".join(bytes((number,)) * 1024 for number in (1, 2, 3)), sizes=[1024]
+    )
+    other = initiator.start(write10(20, 2), send=b"\7" * 1024)
+    initiator.device.cancel(waiting.parts[which])
+    assert [one.status for one in waiting.parts] == [None] * which + [Status.CANCELLED] * (3 - which)
+    initiator.data_out(waiting.tag, b"\4" * 1024 * (3 - which))
+    store.holding = False
+    store.release()
+    initiator.pump()
+    assert waiting.sense == (0xB, 0, 0)
+    assert other.status == 0
+    assert bytes(store.content) == block(store, 0, 20) + b"\7" * 1024 + block(store, 22, 42)
+    await initiator.leave()
+
+
+async def test_cancelled_data_out_does_not_fail_a_command_without_data_out() -> None:
+    store = Pattern()
+    initiator = await Initiator.plug_in(store)
+    initiator.device.cancel(initiator.data_out(1, bytes(512)))
+    assert initiator.run(TUR).status == 0
+    initiator.device.cancel(initiator.data_out(1, bytes(512)))
+    await initiator.enumerate()
+    assert initiator.run(write10(0, 1), send=b"\1" * 512).sense != (0xB, 0, 0), "a reset forgets it"
     await initiator.leave()
 
 
@@ -821,21 +855,24 @@ async def test_unwritten_data_is_bounded(speed: Speed, how: str, monkeypatch: py
     await initiator.leave()
 
 
-async def test_orphaned_jobs_are_bounded() -> None:
+async def test_jobs_of_aborted_commands_leave_only_their_steps_in_the_store() -> None:
     store = Pattern(4096)
     initiator = await Initiator.plug_in(store)
     store.holding = True
     verify = bytes.fromhex("2f 00 00 00 00 00 00 10 00 00")
     for _ in range(200):
         one = initiator.start(verify)
-        if not one.iu:
-            assert initiator.manage(TaskFunction.ABORT_TASK, one.tag) == 0
-            initiator.forget(one)
-    assert len(store.held) == MAX_ORPHANED_JOBS
+        assert not one.iu
+        assert initiator.manage(TaskFunction.ABORT_TASK, one.tag) == 0
+        initiator.forget(one)
+    assert len(store.held) == 1
     assert initiator.run(TUR).status == 0
-    assert initiator.run(FLUSH).sense == (2, 4, 7)
+    other = initiator.start(verify)
+    assert len(store.held) == 1
     store.holding = False
     store.release()
+    initiator.pump()
+    assert other.status == 0
     assert len(store.held) == 0
     assert initiator.run(FLUSH).status == 0
     await initiator.leave()

@@ -138,8 +138,8 @@ class Attachment:
         self._plugging: asyncio.Task[object] | None = None
         self._unplugged = False
         self._rate = Rate()
-        self._measured: tuple[str, Figures] | None = None
-        self._published: dict[str, int] = {"read": 0, "written": 0, "commands": 0, "rate": 0}
+        self._measured: tuple[str, Figures, int] | None = None
+        self._published: dict[str, int] = {"read": 0, "written": 0, "commands": 0, "rate": 0, "memory": 0}
         """The figures of the last event ``figures``."""
 
     @property
@@ -159,6 +159,11 @@ class Attachment:
     def endpoints(self) -> tuple[EndpointFigures, ...]:
         """Return what moved through each endpoint since the device was attached."""
         return self.port.endpoints
+
+    @property
+    def memory(self) -> int:
+        """Return the bytes that the guest occupies for the device, at most 64 MiB and the steps of jobs."""
+        return self.port.memory
 
     @property
     def over(self) -> bool:
@@ -248,10 +253,15 @@ class Attachment:
         }
 
     def measure(self) -> dict[str, int] | None:
-        """Return the figures, and the bytes a second since the last call; None if they and the state are the same."""
+        """Return the figures, with the bytes a second since the last call, and :attr:`memory`.
+
+        Returns:
+            None if they and the state are the same as at the last call.
+        """
         figures = self.figures
         rate = self._rate.measure(figures.read + figures.written)
-        now = (str(self.state), figures)
+        memory = self.memory
+        now = (str(self.state), figures, memory)
         if now == self._measured:
             return None
         self._measured = now
@@ -260,6 +270,7 @@ class Attachment:
             "written": figures.written,
             "commands": figures.commands,
             "rate": round(rate),
+            "memory": memory,
         }
         return dict(self._published)
 

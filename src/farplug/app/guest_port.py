@@ -84,6 +84,11 @@ class GuestPort:
         """Return what moved through each endpoint since the last device was attached."""
         return self._redirection.figures
 
+    @property
+    def memory(self) -> int:
+        """Return the bytes that the guest occupies for the device."""
+        return self._redirection.memory
+
     def snapshot(self) -> dict[str, Any]:
         """Return the state of the port as JSON's types."""
         return {

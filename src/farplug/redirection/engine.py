@@ -158,6 +158,11 @@ class Redirection:
         return self._device
 
     @property
+    def memory(self) -> int:
+        """Return the bytes that the guest occupies: transfers, what the device holds, and answers not sent yet."""
+        return self._protocol.share.memory.used
+
+    @property
     def figures(self) -> tuple[EndpointFigures, ...]:
         """Return the counters since the device was attached, one entry for each endpoint that was used."""
         return self._figures.snapshot()
@@ -214,6 +219,7 @@ class Redirection:
             await self._wait_for_guest()
             check_filter(self._guest_filter, device)
             self._choice.select_first(device, streams=self._protocol.guest_has(Cap.BULK_STREAMS))
+            device.share = self._protocol.share
             await device.open(self)
             opened = True
             self._check_open()
@@ -481,11 +487,10 @@ class Redirection:
         self._receptions.start(packet)
 
     def _on_filter(self, packet: packets.FilterFilter) -> None:
-        try:
-            self._guest_filter = Filter.parse(packet.filter)
-        except ValueError as error:
-            log.warning("%s: the guest's filter is ignored: %s", self.port.name, error)
+        rules = packet.rules
+        if rules == self._guest_filter:
             return
+        self._guest_filter = rules
         device = self._current.usable
         if device is not None:  # the filter came after the offer, or was changed
             try:

@@ -6,21 +6,21 @@ loses a transfer whose id is answered twice or never. This module enforces both 
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from typing import TypeAlias
 
 from farplug.redirection.current_device import CurrentDevice
 from farplug.redirection.figures import EndpointCounters
 from farplug.redirection.port_protocol import PortProtocol
+from farplug.usb.share import Memory
 from farplug.usb.transfer import Status, Transfer
 from farplug.usb.types import Buffer, Setup, TransferType
 from farplug.usbredir import packets
 
 MAX_TRANSFER = 16 * 2**20
 """Bytes that one transfer may carry or request; a larger one is answered with an error, its payload is not stored."""
-MAX_IN_FLIGHT = 64 * 2**20
-"""Bytes that all pending transfers may carry or request; a transfer that would exceed it is answered with an error."""
 
 
 class Request(Transfer):
@@ -29,15 +29,18 @@ class Request(Transfer):
     Attributes:
         id: the packet's id; the guest may reuse it after the answer.
         queue: the requests on the same endpoint, oldest first; None on bulk streams, where any order is allowed.
+        memory: where the bytes of the request are counted, until it is answered and the device has released it.
+        size: these bytes.
         abandoned: whether the request was answered before the device completed it: the completion is ignored.
     """
 
-    __slots__ = ("abandoned", "id", "queue")
+    __slots__ = ("abandoned", "id", "memory", "queue", "size")
 
     def __init__(
         self,
         id: int,
-        queue: deque[Request] | None,
+        queue: _Queue | None,
+        memory: Memory,
         type: TransferType,
         endpoint: int,
         on_complete: Callable[[Transfer], None],
@@ -50,7 +53,18 @@ class Request(Transfer):
         Transfer.__init__(self, type, endpoint, on_complete, length=length, data=data, setup=setup, stream_id=stream_id)
         self.id = id
         self.queue = queue
+        self.memory = memory
+        self.size = 0
+        self.holders = 1  # the engine
         self.abandoned = False
+
+    def release(self) -> None:
+        self.holders -= 1
+        if not self.holders:
+            self.memory.used -= self.size
+
+
+_Queue: TypeAlias = OrderedDict[Request, None]
 
 
 class PendingRequests:
@@ -76,8 +90,8 @@ class PendingRequests:
         self._send = protocol.send
         self._max_transfer = max_transfer
         self._by_id: dict[int, Request] = {}
-        self._queues: dict[int, deque[Request]] = {}
-        self._in_flight = 0
+        self._queues: dict[int, _Queue] = {}
+        self._memory = protocol.share.memory
 
     def submit(
         self,
@@ -104,6 +118,7 @@ class PendingRequests:
         request = Request(
             id,
             queue,
+            self._memory,
             type,
             endpoint,
             self._completed,
@@ -112,16 +127,17 @@ class PendingRequests:
             setup=setup,
             stream_id=stream_id,
         )
-        size, device = request.length, self._current.device
+        size, device, memory = request.length, self._current.device, self._memory
         valid = self._by_id.setdefault(id, request) is request and valid and size <= self._max_transfer
         if queue is not None:
-            queue.append(request)
+            queue[request] = None
         self._protocol.pending += 1
-        if device is None or not valid or self._in_flight + size > MAX_IN_FLIGHT:
+        if device is None or not valid or memory.used + size > memory.limit:
             request.data, request.length = b"", 0  # the error waits for its turn: hold no memory
             request.complete(Status.INVALID if device is not None and not valid else Status.IO_ERROR)
             return
-        self._in_flight += size
+        request.size = size
+        memory.used += size
         try:
             device.submit(request)
         except Exception as error:
@@ -150,12 +166,12 @@ class PendingRequests:
         for request in reversed(requests):
             self._cancel_at_device(request)
 
-    def _queue(self, endpoint: int) -> deque[Request]:
+    def _queue(self, endpoint: int) -> _Queue:
         # Endpoint 0 has one queue for both of its directions, as in QEMU.
         address = endpoint if endpoint & 0x0F else 0
         queue = self._queues.get(address)
         if queue is None:
-            queue = self._queues[address] = deque()
+            queue = self._queues[address] = OrderedDict()
         return queue
 
     def _cancel_at_device(self, request: Request) -> None:
@@ -178,15 +194,19 @@ class PendingRequests:
         protocol = self._protocol
         protocol.schedule_flush(last=not protocol.pending)
 
-    def _answer_in_order(self, queue: deque[Request]) -> None:
-        while queue and (status := queue[0].status) is not None:
-            request = queue.popleft()
+    def _answer_in_order(self, queue: _Queue) -> None:
+        while queue:
+            request = next(iter(queue))
+            status = request.status
+            if status is None:
+                return
+            del queue[request]
             self._answer(request, status, request.reply, request.actual)
 
     def _abandon(self, request: Request) -> None:
         request.abandoned = True
         if request.queue is not None:
-            request.queue.remove(request)
+            del request.queue[request]
         self._answer(request, Status.CANCELLED, b"", 0)
 
     def _answer(self, request: Request, status: Status, reply: Buffer, actual: int) -> None:
@@ -194,7 +214,7 @@ class PendingRequests:
         id = request.id
         if self._by_id.get(id) is request:
             del self._by_id[id]
-        self._in_flight -= request.length
+        request.release()
         self._protocol.pending -= 1
         endpoint = request.endpoint
         self._figures[endpoint].count(status, actual)

@@ -2,7 +2,8 @@
 
 Nothing is read from the guest while the port does not accept output, while an operation on the whole device runs, and
 while :data:`MAX_PENDING` of the guest's requests are pending: the guest's output then backs up in the transport, and
-memory is bounded.
+memory is bounded. Packets are handled until the work of this turn of the event loop is done
+(:class:`~farplug.usb.share.Turn`); the device counts its work there too.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ from typing import Any
 from farplug.errors import FarplugError, LocalProtocolError
 from farplug.redirection.reminder import Reminder
 from farplug.transport.port import Port
+from farplug.usb.share import PACKET_WORK, TURN_WORK, Share, Turn
 from farplug.usb.transfer import Status
 from farplug.usbredir import envelope, packets
 from farplug.usbredir.caps import Cap
-from farplug.usbredir.protocol import Connection, Role
+from farplug.usbredir.protocol import Connection, Role, Violation
 
 MAX_PENDING = 4096
 """Pending requests; at this number nothing more is read from the guest until some are answered."""
-PACKETS_AT_ONCE = 64
-"""Packets of the guest that are handled in one turn of the event loop: completions of the device, and other devices,
-must not wait for all that a guest can send at once."""
+_WORK: dict[type, int] = {packets.FilterFilter: TURN_WORK, Violation: TURN_WORK}
+"""The work of packets that take longer than others: those with text to parse, and those that are refused."""
 FLUSH_ABOVE = 64 << 10
 """Queued bytes above which answers are sent at once. Below, they are sent together when all received packets are
 handled."""
@@ -59,6 +60,7 @@ class PortProtocol:
             :class:`~farplug.redirection.pending_requests.PendingRequests`.
         busy: whether an operation on the whole device runs: set it, and call :meth:`resume` when the operation ends.
         writing_paused: whether the port does not accept output now.
+        share: what the guest may use: the work of a turn of the event loop, and memory.
         reminder: sends a harmless packet while the guest is silent, after its ``start``.
     """
 
@@ -75,6 +77,7 @@ class PortProtocol:
         self.pending = 0
         self.busy = False
         self.writing_paused = False
+        self.share = Share(Turn(lambda callback: asyncio.get_running_loop().call_soon(callback)))
         self.reminder = Reminder(self._send_reminder)
         self._port = port
         self._closed = closed
@@ -85,6 +88,8 @@ class PortProtocol:
         self._enclosing = False
         """Whether the parser of the port's next connection can skip our messages."""
         self._unrequested = self._unrequested_bytes = 0
+        self._unwritten = 0
+        """Bytes of answers that were passed to the port since it does not accept output."""
         self._pumping = False
         self._pump_scheduled = False
         self._flush_scheduled = False
@@ -102,6 +107,7 @@ class PortProtocol:
         self._enclosing = False
         self.writing_paused = self._reading_paused = False
         self._unrequested = self._unrequested_bytes = 0
+        self._forget_unwritten()
         self._is_open = True
         try:
             await self._port.open(self)
@@ -136,6 +142,7 @@ class PortProtocol:
     def data_received(self, data: memoryview) -> None:
         """Handle bytes from the guest."""
         self.reminder.received = True
+        self.share.turn.spend(len(data))
         self._connection.receive_data(data)
         self.pump()
 
@@ -147,13 +154,19 @@ class PortProtocol:
         """Continue to handle the guest's packets: the port accepts output again."""
         self.writing_paused = False
         self._unrequested = self._unrequested_bytes = 0
+        self._forget_unwritten()
         self.pump()
 
     def port_closed(self, error: FarplugError | None) -> None:
         """Report that the port is closed: nothing can be sent any more."""
         if self._is_open:
             self._is_open = False
+            self._forget_unwritten()
             self._closed(error)
+
+    def _forget_unwritten(self) -> None:
+        self.share.memory.give(self._unwritten)
+        self._unwritten = 0
 
     # Input --------------------------------------------------------------------------------------------------------
 
@@ -162,27 +175,26 @@ class PortProtocol:
         if self._pumping:
             return
         self._pumping = True
-        connection, handlers = self._connection, self.handlers
-        next_event = connection.next_event
+        connection, handlers, turn = self._connection, self.handlers, self.share.turn
+        next_event, spend, work_of = connection.next_event, turn.spend, _WORK.get
         try:
-            for _ in range(PACKETS_AT_ONCE):
-                if paused := self.writing_paused or self.busy or self.pending >= MAX_PENDING:
+            while not (paused := self.writing_paused or self.busy or self.pending >= MAX_PENDING):
+                if turn.left <= 0:
+                    paused = self._pump_scheduled = True
+                    turn.call_next(self._pump_again)
                     break
                 event = next_event()
                 if event is None:
                     break
+                kind = type(event)
+                spend(work_of(kind, PACKET_WORK))
                 if self._debug:
                     log.debug("%s < %s", self._port.name, _STATUS.sub("", str(event)))
-                handler = handlers.get(type(event))
+                handler = handlers.get(kind)
                 if handler is not None:
                     handler(event)
                 if connection.unsent > FLUSH_ABOVE:
                     self.flush()
-            else:
-                paused = True
-                if not self._pump_scheduled:
-                    self._pump_scheduled = True
-                    asyncio.get_running_loop().call_soon(self._pump_again)
             self.flush()
         finally:
             self._pumping = False
@@ -232,6 +244,9 @@ class PortProtocol:
         if size:
             buffers = self._connection.data_to_send()
             self._port.write(envelope.enclose(buffers, size) if self._enclosing else buffers)
+            if self.writing_paused:
+                self._unwritten += size
+                self.share.memory.take(size)
 
     def schedule_flush(self, *, last: bool = False) -> None:
         """Have packets that the device caused to be queued sent, together with others of this turn of the event loop.

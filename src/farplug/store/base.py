@@ -20,7 +20,16 @@ ProgressCallback: TypeAlias = Callable[[int, int], None]
 was called cleans up, and raises it.
 """
 
+CompareDone: TypeAlias = Callable[[bool, OSError | None], None]
+"""Called once: whether the bytes are equal, and None; or False and the error."""
+
+Stopped: TypeAlias = Callable[[], bool]
+"""Returns whether an operation is no longer needed. Called in any thread."""
+
 BLOCK_SIZE = 512
+
+ZERO_STEP = 4 << 20
+"""Bytes that :meth:`Store.zero` should zero at most where zeros have to be written: other writes wait for them."""
 
 
 class CacheMode(StrEnum):
@@ -33,6 +42,11 @@ class CacheMode(StrEnum):
     UNSAFE = "unsafe"
     """When the kernel writes it back; no flush has an effect, not even at a detach. Written data survives the end of
     farplug, but not a crash of this machine: for disks that can be thrown away."""
+
+
+def never_stopped() -> bool:
+    """Return False: the operation is needed."""
+    return False
 
 
 class Store(ABC):
@@ -74,8 +88,32 @@ class Store(ABC):
         """Write ``data``. With a write cache, the data may not be durable yet when ``done`` is called."""
 
     @abstractmethod
-    def zero(self, offset: int, length: int, done: WriteDone, *, unmap: bool) -> None:
-        """Write zeros to a range, with the guarantees of :meth:`write`. ``unmap``: release its space if possible."""
+    def zero(self, offset: int, length: int, done: WriteDone, *, unmap: bool, stopped: Stopped = never_stopped) -> None:
+        """Write zeros to a range, with the guarantees of :meth:`write`.
+
+        Args:
+            offset: of the range.
+            length: bytes; a caller zeroes a long range in steps of :meth:`zero_step`.
+            done: called without an error also if the operation was stopped.
+            unmap: release the space of the range if possible.
+            stopped: once it returns True, the rest of the range may stay as it is.
+        """
+
+    def zero_step(self, *, unmap: bool) -> int:
+        """Return the number of bytes that one :meth:`zero` should have."""
+        return ZERO_STEP
+
+    def verify(self, offset: int, length: int, done: WriteDone) -> None:
+        """Check that a range can be read."""
+        self.read(offset, length, lambda data, error: done(error))
+
+    def compare(self, offset: int, data: Buffer, done: CompareDone) -> None:
+        """Compare ``data`` with what :meth:`read` would return."""
+        self.read(offset, len(data), lambda found, error: done(error is None and found == data, error))
+
+    def fill(self, offset: int, block: bytes, count: int, done: WriteDone) -> None:
+        """Write ``block`` ``count`` times, with the guarantees of :meth:`write`."""
+        self.write(offset, block * count, done)
 
     @abstractmethod
     def flush(self, done: WriteDone) -> None:

@@ -7,7 +7,7 @@ import os
 from typing import Self
 
 from farplug.store import holes
-from farplug.store.base import BLOCK_SIZE, CacheMode
+from farplug.store.base import BLOCK_SIZE, CacheMode, Stopped
 from farplug.store.image import Check, Image, check_raw, image_error, serial_number
 from farplug.store.threaded import ThreadedStore
 
@@ -101,8 +101,11 @@ class FileStore(ThreadedStore):
     def _write_blocking(self, data: memoryview, offset: int) -> None:
         self._image.write(data, offset)
 
-    def _zero_blocking(self, offset: int, length: int, unmap: bool) -> None:
-        self._image.zero(offset, length, unmap=unmap)
+    def _zero_blocking(self, offset: int, length: int, unmap: bool, stopped: Stopped) -> None:
+        self._image.zero(offset, length, unmap=unmap, stopped=stopped)
+
+    def zero_step(self, *, unmap: bool) -> int:
+        return self._image.zero_step(unmap=unmap)
 
     def _flush_blocking(self) -> None:
         if not self._unsafe:

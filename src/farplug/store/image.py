@@ -16,7 +16,7 @@ from typing import Self, TypeAlias
 from farplug.errors import ImageError, Reason, Remedy, from_oserror
 from farplug.shell import shell_word
 from farplug.store import holes
-from farplug.store.base import BLOCK_SIZE
+from farplug.store.base import BLOCK_SIZE, ZERO_STEP, Stopped, never_stopped
 from farplug.store.content import Content, recognize
 from farplug.store.usage import host_uses
 
@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 
 CHUNK = 1 << 20
 """Maximum number of bytes of one system call."""
+
+FAST_ZERO_STEP = 128 << 20
+"""Bytes to zero at once where the file system zeroes ranges without writing."""
 
 MAX_USES_REPORTED = 3
 """Maximum number of uses on this machine that an error names."""
@@ -73,7 +76,7 @@ def read_only_remedy(path: Path, alternative: Remedy | None = None) -> Remedy:
 
 
 class Image:
-    """An open image file or block device. Every method but :meth:`read_cached` may block.
+    """An open image file or block device. Every method but :meth:`read_cached` may block, unless it says otherwise.
 
     Args:
         path: for messages.
@@ -88,6 +91,8 @@ class Image:
         self.path = path
         self.fd = fd
         self._nowait = _RWF_NOWAIT
+        self._zeroes_ranges = {True: False, False: False}
+        """Whether the last range was zeroed without writing, with and without ``unmap``."""
         self._sync_failed = 0
         """The errno of the first failure; 0: none."""
 
@@ -191,13 +196,27 @@ class Image:
         while done < len(data):
             done += os.pwrite(self.fd, data[done : done + CHUNK], offset + done)
 
-    def zero(self, offset: int, length: int, *, unmap: bool) -> None:
-        """Write zeros to a range, as a hole if ``unmap`` and if the file system supports that."""
+    def zero(self, offset: int, length: int, *, unmap: bool, stopped: Stopped = never_stopped) -> bool:
+        """Write zeros to a range, as a hole if ``unmap`` and if the file system supports that.
+
+        Returns:
+            False if ``stopped`` returned True before the whole range was zeroed.
+        """
         self._check_end(offset + length)
-        if not holes.zero_range(self.fd, offset, length, unmap=unmap):
+        if stopped():
+            return False
+        self._zeroes_ranges[unmap] = holes.zero_range(self.fd, offset, length, unmap=unmap)
+        if not self._zeroes_ranges[unmap]:
             zeros = memoryview(bytes(min(length, CHUNK)))
             for begin in range(0, length, CHUNK):
+                if stopped():
+                    return False
                 self.write(zeros[: length - begin], offset + begin)
+        return True
+
+    def zero_step(self, *, unmap: bool) -> int:
+        """Return the bytes to zero at once, by how the last :meth:`zero` was done. Does not block."""
+        return FAST_ZERO_STEP if self._zeroes_ranges[unmap] else ZERO_STEP
 
     def _check_end(self, end: int) -> None:
         if end > self.size:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import secrets
 
-from farplug.store.base import BLOCK_SIZE, ReadDone, Store, WriteDone
+from farplug.store.base import BLOCK_SIZE, ReadDone, Stopped, Store, WriteDone, never_stopped
 from farplug.usb.types import Buffer
 
 
@@ -50,7 +50,7 @@ class MemoryStore(Store):
         self.content[offset : offset + len(data)] = data
         done(None)
 
-    def zero(self, offset: int, length: int, done: WriteDone, *, unmap: bool) -> None:
+    def zero(self, offset: int, length: int, done: WriteDone, *, unmap: bool, stopped: Stopped = never_stopped) -> None:
         self.write(offset, bytes(length), done)
 
     def flush(self, done: WriteDone) -> None:

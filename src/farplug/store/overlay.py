@@ -13,13 +13,16 @@ from typing import Self
 from farplug.errors import ImageError, Remedy, from_oserror
 from farplug.shell import shell_word
 from farplug.store import holes
-from farplug.store.base import BLOCK_SIZE, CacheMode, ProgressCallback
+from farplug.store.base import BLOCK_SIZE, CacheMode, ProgressCallback, Stopped
 from farplug.store.content import Content
 from farplug.store.image import CHUNK, Image, check_raw, image_error, serial_number
 from farplug.store.overlay_file import OverlayFile, half_committed_error
 from farplug.store.threaded import ThreadedStore
 
 log = logging.getLogger(__name__)
+
+MAX_RUNS_INLINE = 32
+"""Parts of a read, each a system call, that are read inside the call if the page cache has them."""
 
 
 class OverlayStore(ThreadedStore):
@@ -88,6 +91,9 @@ class OverlayStore(ThreadedStore):
             raise
 
     def _read_cached(self, data: memoryview, offset: int) -> int:
+        size = self._header.cluster_size
+        if self._file.clusters.run_count(offset // size, -(-(offset + len(data)) // size)) > MAX_RUNS_INLINE:
+            return 0
         got = 0
         for image, begin, part in self._parts(data, offset):
             count = image.read_cached(part, begin)
@@ -116,11 +122,16 @@ class OverlayStore(ThreadedStore):
         self._file.image.write(data, self._header.data_offset + offset)
         self._mark(offset, offset + len(data))
 
-    def _zero_blocking(self, offset: int, length: int, unmap: bool) -> None:
+    def _zero_blocking(self, offset: int, length: int, unmap: bool, stopped: Stopped) -> None:
         # Always as a hole: a snapshot is sparse anyway.
+        if stopped():
+            return
         self._copy_around(offset, offset + length)
-        self._file.image.zero(self._header.data_offset + offset, length, unmap=True)
-        self._mark(offset, offset + length)
+        if self._file.image.zero(self._header.data_offset + offset, length, unmap=True, stopped=stopped):
+            self._mark(offset, offset + length)
+
+    def zero_step(self, *, unmap: bool) -> int:
+        return self._file.image.zero_step(unmap=True)
 
     def _copy_around(self, start: int, end: int) -> None:
         """Copy the rest of the first and last cluster of a range from the image, if they are new in the snapshot."""

@@ -203,6 +203,11 @@ class ClusterMap:
             first += length
             bits >>= length
 
+    def run_count(self, first: int, end: int) -> int:
+        """Return the number of runs of a range of clusters, at least one."""
+        bits = self._between(first, end)
+        return 1 + ((bits ^ bits >> 1) & ((1 << end - first - 1) - 1)).bit_count()
+
     def content(self, sector: int) -> bytes:
         """Return the content of a sector; the first one is 1."""
         return bytes(self._bits[(sector - 1) * CONTENT_SIZE : sector * CONTENT_SIZE])

@@ -7,18 +7,25 @@ import errno
 from abc import abstractmethod
 from collections.abc import Callable
 
-from farplug.store.base import ReadDone, Store, WriteDone
+from farplug.store.base import CompareDone, ReadDone, Stopped, Store, WriteDone, never_stopped
 from farplug.store.thread_pool import ThreadPool
 from farplug.usb.types import Buffer
 
 READER_THREADS = 4
 """How many reads may wait for the medium at the same time."""
 
+MAX_INLINE = 1 << 20
+"""Bytes of a read that may complete in the call."""
+
+PIECE = 256 << 10
+"""Bytes of the buffer that a thread uses where no data goes to or comes from the caller."""
+
 
 class ThreadedStore(Store):
     """A store whose operations may block.
 
-    Reads of cached pages complete in the call, other reads in a few threads. Writes and flushes run in one thread, in
+    Reads of cached pages complete in the call if that takes a bounded time, other reads in a few threads; a buffer is
+    allocated in the thread, when the read begins. Writes and flushes run in one thread, in
     order: on most file systems a write may block for long (dirty throttling, a journal). So a flush covers every write
     before it, and overlapping writes keep their order. A read that overlaps a pending write is queued behind it.
 
@@ -35,7 +42,10 @@ class ThreadedStore(Store):
 
     @abstractmethod
     def _read_cached(self, data: memoryview, offset: int) -> int:
-        """Read what the page cache has; return the number of bytes, from the start of ``data``."""
+        """Read what the page cache has; return the number of bytes, from the start of ``data``.
+
+        Called on the event loop: 0 if that would take more than a few system calls.
+        """
 
     @abstractmethod
     def _read_blocking(self, data: memoryview, offset: int) -> None:
@@ -46,8 +56,8 @@ class ThreadedStore(Store):
         """Write all of ``data``. Called in the thread for writes."""
 
     @abstractmethod
-    def _zero_blocking(self, offset: int, length: int, unmap: bool) -> None:
-        """Write zeros to a range. Called in the thread for writes."""
+    def _zero_blocking(self, offset: int, length: int, unmap: bool, stopped: Stopped) -> None:
+        """Write zeros to a range, until ``stopped`` returns True. Called in the thread for writes."""
 
     @abstractmethod
     def _flush_blocking(self) -> None:
@@ -58,33 +68,66 @@ class ThreadedStore(Store):
         """Close all files; nothing is pending. Called in a thread."""
 
     def read(self, offset: int, length: int, done: ReadDone) -> None:
-        data = bytearray(length)
-        got = 0
-        if not (self._writing and self._overlaps(offset, offset + length)):
+        data: Buffer = b""
+        pool = self._read_pool(offset, length)
+        if length <= MAX_INLINE and pool is not self._writer:
+            buffer = bytearray(length)
             try:
-                got = self._read_cached(memoryview(data), offset)
+                got = self._read_cached(memoryview(buffer), offset)
             except OSError as error:
                 done(b"", error)
                 return
             if got == length:
-                done(data, None)
+                done(buffer, None)
                 return
-            if self._readers is None:
-                self._readers = ThreadPool(READER_THREADS, "farplug-read")
-            pool = self._readers
-        else:
-            pool = self._write_pool()
+            del buffer  # free while the read waits for a thread
 
-        def finish(error: OSError | None) -> None:
-            done(b"" if error else data, error)
+        def read() -> None:
+            nonlocal data
+            data = bytearray(length)
+            self._read_blocking(memoryview(data), offset)
 
-        pool.run(lambda: self._read_blocking(memoryview(data)[got:], offset + got), finish)
+        pool.run(read, lambda error: done(b"" if error else data, error))
+
+    def verify(self, offset: int, length: int, done: WriteDone) -> None:
+        def verify() -> None:
+            buffer = memoryview(bytearray(min(length, PIECE)))
+            for begin in range(0, length, PIECE):
+                self._read_blocking(buffer[: length - begin], offset + begin)
+
+        self._read_pool(offset, length).run(verify, done)
+
+    def compare(self, offset: int, data: Buffer, done: CompareDone) -> None:
+        length = len(data)
+        equal = False
+
+        def compare() -> None:
+            nonlocal equal
+            view = memoryview(data)
+            for begin in range(0, length, PIECE):
+                found = bytearray(min(PIECE, length - begin))  # compared in one call, unlike a memoryview
+                self._read_blocking(memoryview(found), offset + begin)
+                if found != view[begin : begin + PIECE]:
+                    return
+            equal = True
+
+        self._read_pool(offset, length).run(compare, lambda error: done(equal, error))
 
     def write(self, offset: int, data: Buffer, done: WriteDone) -> None:
         self._change(offset, len(data), lambda: self._write_blocking(memoryview(data), offset), done)
 
-    def zero(self, offset: int, length: int, done: WriteDone, *, unmap: bool) -> None:
-        self._change(offset, length, lambda: self._zero_blocking(offset, length, unmap), done)
+    def zero(self, offset: int, length: int, done: WriteDone, *, unmap: bool, stopped: Stopped = never_stopped) -> None:
+        self._change(offset, length, lambda: self._zero_blocking(offset, length, unmap, stopped), done)
+
+    def fill(self, offset: int, block: bytes, count: int, done: WriteDone) -> None:
+        length = len(block) * count
+
+        def fill() -> None:
+            data = memoryview(block * min(count, max(1, PIECE // len(block))))
+            for begin in range(0, length, len(data)):
+                self._write_blocking(data[: length - begin], offset + begin)
+
+        self._change(offset, length, fill, done)
 
     def _change(self, offset: int, length: int, change: Callable[[], None], done: WriteDone) -> None:
         """Call ``change`` for a range in the thread for writes."""
@@ -128,6 +171,14 @@ class ThreadedStore(Store):
 
     def _overlaps(self, start: int, end: int) -> bool:
         return any(start < other_end and other_start < end for other_start, other_end in self._writing.values())
+
+    def _read_pool(self, offset: int, length: int) -> ThreadPool:
+        """Return the threads for a read of a range: after the pending writes to it."""
+        if self._writing and self._overlaps(offset, offset + length):
+            return self._write_pool()
+        if self._readers is None:
+            self._readers = ThreadPool(READER_THREADS, "farplug-read")
+        return self._readers
 
     def _write_pool(self) -> ThreadPool:
         if self._writer is None:

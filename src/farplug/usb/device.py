@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from farplug.usb.figures import Figures
+from farplug.usb.share import NO_PORT, Share
 from farplug.usb.transfer import Status, Transfer
 from farplug.usb.types import Buffer, Interface, Speed, TransferType
 
@@ -121,7 +122,13 @@ class Device(ABC):
     All methods are called from the thread that runs the event loop. None blocks: those that may take long (real
     hardware) are coroutines. Between :meth:`open` and :meth:`close` the device reports to one listener. A closed device
     can be opened again.
+
+    Attributes:
+        share: what the guest may use. The engine sets it before :meth:`open`. A device counts there the work that it
+            does on the event loop, and the memory that it occupies besides transfers, if either can be large.
     """
+
+    share: Share = NO_PORT
 
     @property
     @abstractmethod

@@ -46,9 +46,22 @@ class Transfer:
         status: None until completed.
         reply: IN, once completed: the bytes that arrived.
         actual: once completed: the bytes that moved, in either direction.
+        holders: how many still use the transfer's memory, see :meth:`hold`.
     """
 
-    __slots__ = ("actual", "data", "endpoint", "length", "on_complete", "reply", "setup", "status", "stream_id", "type")
+    __slots__ = (
+        "actual",
+        "data",
+        "endpoint",
+        "holders",
+        "length",
+        "on_complete",
+        "reply",
+        "setup",
+        "status",
+        "stream_id",
+        "type",
+    )
 
     def __init__(
         self,
@@ -71,6 +84,18 @@ class Transfer:
         self.status: Status | None = None
         self.reply: Buffer = b""
         self.actual = 0
+        self.holders = 0
+
+    def hold(self) -> None:
+        """Note that the memory of the transfer is in use until :meth:`release`, perhaps beyond its completion.
+
+        A device calls this before it passes the transfer's data, or a buffer for it, to a thread.
+        """
+        self.holders += 1
+
+    def release(self) -> None:
+        """End a :meth:`hold`."""
+        self.holders -= 1
 
     @property
     def direction(self) -> Direction:

@@ -196,7 +196,7 @@ class Filter:
         classes = [] if device_class in (0x00, 0xEF) else [device_class]
         checked = [codes for codes in interfaces if len(interfaces) == 1 or codes != (0x03, 0x00, 0x00)]
         classes += [codes[0] for codes in checked or interfaces]
-        for class_code in classes:
+        for class_code in dict.fromkeys(classes):
             result = self._check_class(class_code, vendor_id, product_id, device_version)
             if not result.allowed:
                 return result

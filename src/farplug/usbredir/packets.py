@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from struct import unpack_from
 from typing import Any, ClassVar, Final, Self
 
@@ -459,14 +460,27 @@ class FilterReject(Packet):
     TYPE = PacketType.FILTER_REJECT
 
 
+_parse_filter = lru_cache(maxsize=8)(Filter.parse)
+"""Parse a filter, or return that of the same text: guests send their filter again with each device."""
+
+
 @dataclass(slots=True, kw_only=True)
 class FilterFilter(Packet):
     """Which devices the sender accepts: see :class:`~farplug.usbredir.filter.Filter`."""
 
     TYPE = PacketType.FILTER_FILTER
-    MAX_PAYLOAD = 64 * 1024
+    MAX_PAYLOAD = 4 * 1024
 
     filter: str
+
+    @property
+    def rules(self) -> Filter:
+        """Return the filter.
+
+        Raises:
+            ValueError: as :meth:`Filter.parse`; not for a received packet.
+        """
+        return _parse_filter(self.filter)
 
     @classmethod
     def decode(cls, id: int, values: tuple[Any, ...], payload: Buffer) -> Self:
@@ -484,7 +498,7 @@ class FilterFilter(Packet):
         if size > self.MAX_PAYLOAD:
             return f"filter_filter has {size} bytes, more than {self.MAX_PAYLOAD}"
         try:
-            Filter.parse(self.filter)
+            _ = self.rules
         except ValueError as error:
             return str(error)
         return ""

@@ -15,12 +15,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import struct
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from enum import IntEnum, auto
 from functools import partial
 
 from farplug.scsi.sense import ABORTED_COMMAND
+from farplug.usb.share import NO_PORT, Memory
 from farplug.usb.transfer import Status, Transfer
 from farplug.usb.types import Buffer, Direction, Setup
 from farplug.virtual.function import FunctionHost
@@ -113,16 +114,25 @@ class BulkOnly:
         units: the logical units, by number.
         endpoint_in: the function's own address of the bulk IN endpoint.
         endpoint_out: the function's own address of the bulk OUT endpoint.
+
+    Attributes:
+        share: what the guest may use.
     """
 
     def __init__(self, units: Sequence[LogicalUnit], endpoint_in: int, endpoint_out: int) -> None:
+        self.share = NO_PORT
         self._units = units
         self._absent = absent_unit(len(units))
         self._endpoint_in = endpoint_in
         self._endpoint_out = endpoint_out
         self._host: FunctionHost | None = None
-        self._in: deque[Transfer] = deque()
-        self._out: deque[Transfer] = deque()
+        self._in: OrderedDict[Transfer, None] = OrderedDict()
+        self._out: OrderedDict[Transfer, int] = OrderedDict()
+        """OUT transfers, numbered in their order: a number that is missing shows that the transfer was lost."""
+        self._next_number = 0
+        """The number of the next transfer that arrives."""
+        self._expected_number = 0
+        """The number of the next transfer to take from the queue, unless it was lost."""
         self._queued = 0
         self._unwritten = 0
         self._unread = 0
@@ -156,27 +166,31 @@ class BulkOnly:
     def submit(self, transfer: Transfer) -> None:
         """Take a transfer on one of the two endpoints."""
         if transfer.endpoint & 0x80:
-            self._in.append(transfer)
+            self._in[transfer] = None
         elif self._queued + transfer.length > MAX_QUEUED:
-            self._data_out_lost()
+            self._next_number += 1
             transfer.complete(Status.IO_ERROR)
         else:
             self._queued += transfer.length
-            self._out.append(transfer)
+            self._out[transfer] = self._next_number
+            self._next_number += 1
         self._advance()
 
     def cancel(self, transfer: Transfer) -> None:
-        """Complete a pending transfer as cancelled. None of its data has moved: the next transfer moves that data."""
+        """Complete a pending transfer as cancelled. None of its data has moved: the next transfer moves that data.
+
+        If later OUT transfers are queued, their data must not move in its place: their command fails.
+        """
         if transfer is self._reading:
             self._reading = None
         elif transfer in self._in:
-            self._in.remove(transfer)
+            del self._in[transfer]
         elif transfer in self._out:
-            later = self._out[-1] is not transfer
-            self._out.remove(transfer)
+            latest = next(reversed(self._out)) is transfer
+            del self._out[transfer]
             self._queued -= transfer.length
-            if later:
-                self._data_out_lost()
+            if latest:
+                self._next_number = self._out[next(reversed(self._out))] + 1 if self._out else self._expected_number
         else:
             return
         transfer.complete(Status.CANCELLED)
@@ -193,9 +207,7 @@ class BulkOnly:
         """Wait for a CBW again (chapter 3.1). Halts stay until the guest clears them; IN transfers stay queued."""
         self._wedged = False
         self._drop_command()
-        dropped, self._out = self._out, deque()
-        self._queued = 0
-        for transfer in dropped:
+        for transfer in self._clear_out():
             transfer.complete()
 
     def halt_cleared(self, endpoint: int) -> None:
@@ -207,12 +219,18 @@ class BulkOnly:
         """Cancel all transfers and abort the command. Writes in flight go on: the store keeps their order."""
         self._wedged = False
         self._drop_command()
-        pending = [*self._in, *self._out]
+        pending = [*self._in, *self._clear_out()]
         self._in.clear()
-        self._out.clear()
-        self._queued = 0
         for transfer in pending:
             transfer.complete(Status.CANCELLED)
+
+    def _clear_out(self) -> list[Transfer]:
+        """Remove and return the queued OUT transfers."""
+        removed = list(self._out)
+        self._out.clear()
+        self._queued = 0
+        self._expected_number = self._next_number
+        return removed
 
     def _drop_command(self) -> None:
         self._phase = _Phase.COMMAND
@@ -220,17 +238,24 @@ class BulkOnly:
             self._command.task.abort()
         self._command = None
         if self._reading is not None:
-            self._in.appendleft(self._reading)
+            self._in[self._reading] = None
+            self._in.move_to_end(self._reading, last=False)
             self._reading = None
 
     def _advance(self) -> None:
-        """Run steps until one has to wait. Transfers that completions submit meanwhile go to the queues."""
+        """Run steps until one has to wait, or the work of this turn of the event loop is done.
+
+        Transfers that completions submit meanwhile go to the queues.
+        """
         if self._advancing:
             return
+        turn = self.share.turn
         self._advancing = True
         try:
-            while self._steps[self._phase]():
-                pass
+            while turn.left > 0:
+                if not self._steps[self._phase]():
+                    return
+            turn.call_next(self._advance)
         finally:
             self._advancing = False
 
@@ -284,9 +309,12 @@ class BulkOnly:
         if command is self._command and not command.moved and self._reading is None and not self._unread:
             command.fetching = True
             self._unread += command.size
-            command.task.fetch(command.size, partial(self._fetched, command))
+            memory = self.share.memory
+            memory.take(command.size)
+            command.task.fetch(command.size, partial(self._fetched, command, memory))
 
-    def _fetched(self, command: _Command) -> None:
+    def _fetched(self, command: _Command, memory: Memory) -> None:
+        memory.give(command.size)
         self._unread -= command.size
         command.fetching = False
         self._advance()
@@ -301,13 +329,14 @@ class BulkOnly:
             return False
         if task.reads_store and self._unread > MAX_UNREAD:
             return False  # reads of cancelled transfers are still in flight
-        transfer = self._in.popleft()
+        transfer, _ = self._in.popitem(last=False)
         wanted = min(transfer.length, command.length - command.moved)
         available = 0 if task.sense is not None else min(wanted, command.size - command.moved)
         if available <= 0:
             self._reply(command, transfer, b"")
         else:
             self._reading = transfer
+            transfer.hold()
             self._unread += available
             task.read(command.moved, available, partial(self._read_done, command, transfer, available))
         return True
@@ -319,6 +348,7 @@ class BulkOnly:
             if data is not None:
                 command.task.delivered(len(data))
             self._reply(command, transfer, b"" if data is None else data)
+        transfer.release()
         self._advance()  # also if cancelled or reset: another read may have waited for this one
 
     def _reply(self, command: _Command, transfer: Transfer, data: Buffer) -> None:
@@ -332,7 +362,7 @@ class BulkOnly:
         transfer.complete(Status.SUCCESS, data)
 
     def _receive_data(self) -> bool:
-        if not self._out or (self._unwritten and self._unwritten + self._out[0].length > MAX_UNWRITTEN):
+        if not self._out or (self._unwritten and self._unwritten + next(iter(self._out)).length > MAX_UNWRITTEN):
             return False
         command = self._command
         assert command is not None
@@ -342,13 +372,18 @@ class BulkOnly:
         if command.moved == command.length:
             self._phase = _Phase.STATUS
         useful = min(command.moved, command.size) - position
+        if useful > 0:
+            transfer.hold()
         transfer.complete()  # before the write, so that the guest goes on meanwhile
         if useful > 0:
             self._unwritten += useful
-            command.task.put(position, memoryview(transfer.data)[:useful], partial(self._data_written, useful))
+            command.task.put(
+                position, memoryview(transfer.data)[:useful], partial(self._data_written, transfer, useful)
+            )
         return True
 
-    def _data_written(self, length: int) -> None:
+    def _data_written(self, transfer: Transfer, length: int) -> None:
+        transfer.release()
         self._unwritten -= length
         self._advance()  # also if the command is gone: another command's data may have waited
 
@@ -360,7 +395,7 @@ class BulkOnly:
             return False
         if not self._in:
             return False
-        transfer = self._in.popleft()
+        transfer, _ = self._in.popitem(last=False)
         if not transfer.length:
             transfer.complete()
             return True
@@ -377,8 +412,11 @@ class BulkOnly:
         return True
 
     def _next_out(self) -> Transfer:
-        transfer = self._out.popleft()
+        transfer, number = self._out.popitem(last=False)
         self._queued -= transfer.length
+        if number != self._expected_number:
+            self._data_out_lost()
+        self._expected_number = number + 1
         return transfer
 
     def _wedge(self, transfer: Transfer, what: str) -> bool:
@@ -387,10 +425,8 @@ class BulkOnly:
         self._wedged = True
         self._halt(self._endpoint_in)
         self._halt(self._endpoint_out)
-        stalled = [*self._in, *self._out]
+        stalled = [*self._in, *self._clear_out()]
         self._in.clear()
-        self._out.clear()
-        self._queued = 0
         transfer.complete()
         for other in stalled:
             other.complete(Status.STALL)

@@ -13,6 +13,7 @@ from farplug.errors import DeviceError, Reason
 from farplug.scsi.cdrom import CdromUnit, check_blocks
 from farplug.scsi.inquiry import CDROM_PRODUCT
 from farplug.store import ReadDone, Store, WriteDone, open_iso
+from farplug.store.base import CompareDone, Stopped, never_stopped
 from farplug.usb.device import Device
 from farplug.usb.types import Buffer, Speed
 from farplug.virtual.device import VirtualDevice
@@ -48,10 +49,22 @@ class _Disc(Store):
         else:
             self._store.read(offset, length, done)
 
+    def verify(self, offset: int, length: int, done: WriteDone) -> None:
+        if self._removed:
+            done(OSError(errno.ENXIO, "the medium was ejected"))
+        else:
+            self._store.verify(offset, length, done)
+
+    def compare(self, offset: int, data: Buffer, done: CompareDone) -> None:
+        if self._removed:
+            done(False, OSError(errno.ENXIO, "the medium was ejected"))
+        else:
+            self._store.compare(offset, data, done)
+
     def write(self, offset: int, data: Buffer, done: WriteDone) -> None:
         done(OSError(errno.EROFS, "a CD is read-only"))
 
-    def zero(self, offset: int, length: int, done: WriteDone, *, unmap: bool) -> None:
+    def zero(self, offset: int, length: int, done: WriteDone, *, unmap: bool, stopped: Stopped = never_stopped) -> None:
         self.write(offset, b"", done)
 
     def flush(self, done: WriteDone) -> None:

@@ -63,6 +63,32 @@ class _Route:
     renumbered: bool
 
 
+class _RenumberedTransfer(Transfer):
+    """A transfer as a function sees it. Its memory is that of the guest's transfer."""
+
+    __slots__ = ("_original",)
+
+    def __init__(
+        self, original: Transfer, endpoint: int, on_complete: Callable[[Transfer], None], setup: Setup | None
+    ) -> None:
+        super().__init__(
+            original.type,
+            endpoint,
+            on_complete,
+            length=original.length,
+            data=original.data,
+            setup=setup,
+            stream_id=original.stream_id,
+        )
+        self._original = original
+
+    def hold(self) -> None:
+        self._original.hold()
+
+    def release(self) -> None:
+        self._original.release()
+
+
 class VirtualDevice(Device):
     """A device made of functions.
 
@@ -193,6 +219,7 @@ class VirtualDevice(Device):
         opened: list[Function] = []
         try:
             for function in self.functions:
+                function.share = self.share
                 await function.open()
                 opened.append(function)
         except BaseException:
@@ -352,8 +379,10 @@ class VirtualDevice(Device):
             slot = self._routes[transfer.endpoint].slot
         else:
             return
-        with self._catch(slot.function):
+        try:
             slot.function.cancel(transfer)
+        except Exception as error:
+            self._function_raised(slot.function, error, None)
 
     def _renumber(self, transfer: Transfer, slot: _Slot, endpoint: int, setup: Setup | None) -> Transfer:
         """Make the transfer that the function sees; its completion completes the guest's transfer."""
@@ -363,15 +392,7 @@ class VirtualDevice(Device):
             assert inner.status is not None
             transfer.complete(inner.status, inner.reply, actual=inner.actual)
 
-        inner = Transfer(
-            transfer.type,
-            endpoint,
-            complete,
-            length=transfer.length,
-            data=transfer.data,
-            setup=setup,
-            stream_id=transfer.stream_id,
-        )
+        inner = _RenumberedTransfer(transfer, endpoint, complete, setup)
         self._renumbered[transfer] = slot, inner
         return inner
 

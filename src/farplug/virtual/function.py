@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from farplug.usb.device import DeviceEvent
 from farplug.usb.figures import Figures
+from farplug.usb.share import NO_PORT, Share
 from farplug.usb.transfer import Transfer
 from farplug.usb.types import Speed
 
@@ -35,7 +36,13 @@ class FunctionHost(ABC):
 
 
 class Function(ABC):
-    """A part of a virtual device: interfaces, their endpoints, and the requests to them."""
+    """A part of a virtual device: interfaces, their endpoints, and the requests to them.
+
+    Attributes:
+        share: what the guest may use, as :attr:`farplug.usb.device.Device.share`; set before :meth:`open`.
+    """
+
+    share: Share = NO_PORT
 
     @abstractmethod
     def interfaces(self, speed: Speed) -> Sequence[InterfaceDescriptor]:

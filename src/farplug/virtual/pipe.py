@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -20,35 +20,43 @@ class Pipe:
     __slots__ = ("_waiting",)
 
     def __init__(self) -> None:
-        self._waiting: dict[int, deque[Transfer]] = {}
+        self._waiting: dict[int, OrderedDict[Transfer, None]] = {}
 
     def put(self, transfer: Transfer) -> None:
         """Append a transfer to its stream."""
         queue = self._waiting.get(transfer.stream_id)
         if queue is None:
-            self._waiting[transfer.stream_id] = deque((transfer,))
-        else:
-            queue.append(transfer)
+            queue = self._waiting[transfer.stream_id] = OrderedDict()
+        queue[transfer] = None
 
     def take(self, stream: int) -> Transfer | None:
         """Remove and return the oldest transfer of a stream; None if there is none."""
         queue = self._waiting.get(stream)
         if queue is None:
             return None
-        transfer = queue.popleft()
+        transfer, _ = queue.popitem(last=False)
         if not queue:
             del self._waiting[stream]
         return transfer
 
     def remove(self, transfer: Transfer, *, followers: bool = False) -> list[Transfer]:
-        """Remove a transfer, with ``followers`` also those behind it in its stream. Returns the removed transfers."""
+        """Remove a transfer, with ``followers`` also those behind it in its stream.
+
+        Returns:
+            The removed transfers, oldest first; none if the transfer does not wait here.
+        """
         queue = self._waiting.get(transfer.stream_id)
         if queue is None or transfer not in queue:
             return []
-        index = queue.index(transfer)
-        removed = list(queue)[index:] if followers else [transfer]
-        for follower in removed:
-            queue.remove(follower)
+        removed = []
+        if followers:
+            while (follower := queue.popitem()[0]) is not transfer:
+                removed.append(follower)
+            removed.append(transfer)
+            removed.reverse()
+        else:
+            del queue[transfer]
+            removed.append(transfer)
         if not queue:
             del self._waiting[transfer.stream_id]
         return removed

@@ -139,6 +139,9 @@ class MassStorage(Function):
         )
 
     async def open(self) -> None:
+        for unit in self.units:
+            unit.use(self.share)
+        self._bot.share = self._uas.share = self.share
         self._refresh()
 
     def _refresh(self) -> None:

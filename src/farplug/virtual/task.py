@@ -28,20 +28,14 @@ from farplug.scsi.cdb import (
     Write,
     Zero,
 )
-from farplug.scsi.sense import INVALID_FIELD_IN_CDB, MISCOMPARE, UNRECOVERED_READ_ERROR, Sense, SenseKey
+from farplug.scsi.sense import INVALID_FIELD_IN_CDB, MISCOMPARE, UNRECOVERED_READ_ERROR, Sense
 from farplug.store.base import Store
+from farplug.usb.share import STORE_WORK
 from farplug.usb.types import Buffer, Direction
 from farplug.virtual.job import StoreJob, job_sense, write_sense
 from farplug.virtual.unit import LogicalUnit
 
 log = limited_logger(__name__)
-
-MAX_ORPHANED_JOBS = 64
-"""Running jobs of a unit whose commands were aborted; at this number no further job is started. Each has a step of at
-most 1 MiB in the store."""
-
-OPERATION_IN_PROGRESS = Sense(SenseKey.NOT_READY, 0x04, 0x07)
-"""The host retries later."""
 
 ReadCallback: TypeAlias = Callable[[Buffer | None], None]
 """Called with data-in, or with None if reading failed; then the task has failed."""
@@ -76,6 +70,8 @@ class Task:
         "_flushes",
         "_forced",
         "_job",
+        "_memory",
+        "_occupied",
         "_offset",
         "_parameters",
         "_partial_block",
@@ -102,6 +98,9 @@ class Task:
         self._offset = 0
         self._data: memoryview | None = None
         """Data-in that is not in the store."""
+        self._memory = unit.share.memory
+        self._occupied = 0
+        """Bytes that the task itself holds, as counted in the share."""
         self._parameters: bytearray | None = None
         """Data-out that is not for the store is collected here; ``_then`` returns what to do with it."""
         self._then: Callable[[Buffer], Outcome] | None = None
@@ -180,9 +179,9 @@ class Task:
     def abort(self) -> None:
         """Report nothing more to the transport. Operations in flight go on; a job stops after its step in flight."""
         self._progress = None
+        self._occupy(-self._occupied)
         if self._job is not None and self._pending:
             self._job.stop()
-            self._unit.orphaned_jobs += 1
 
     def fail(self, sense: Sense) -> None:
         """Fail the command with this sense, unless it has already failed."""
@@ -196,6 +195,7 @@ class Task:
         if self._data is not None:
             done(self._data[position : position + length])
         else:
+            self._unit.share.turn.spend(STORE_WORK + length)
             self._medium.read(self._offset + position, length, partial(self._read, position, done))
 
     def _read(self, position: int, done: ReadCallback, data: Buffer, error: OSError | None) -> None:
@@ -217,8 +217,11 @@ class Task:
         def fetched(data: Buffer, error: OSError | None) -> None:
             if error is None:
                 self._data = memoryview(data)
+                if self._progress is not None:
+                    self._occupy(len(data))
             done()
 
+        self._unit.share.turn.spend(STORE_WORK + length)
         self._medium.read(self._offset, length, fetched)
 
     def delivered(self, length: int) -> None:
@@ -238,6 +241,7 @@ class Task:
             done()
         elif self._parameters is not None:
             self._parameters += data
+            self._occupy(len(data))
             if len(self._parameters) == self.transfer_length and self._progress is not None:
                 self._parameters_received()
             done()
@@ -261,6 +265,8 @@ class Task:
             position -= len(self._partial_block)
             data = self._partial_block + bytes(data)
             self._partial_block = b""
+            self._memory.take(len(data))
+            done = partial(self._copy_done, len(data), done)
         if cut := len(data) % self._medium.block_size:
             self._partial_block = bytes(data[-cut:])
             data = memoryview(data)[:-cut]
@@ -269,22 +275,27 @@ class Task:
             return
         self._pending += 1
         offset = self._offset + position
+        self._unit.share.turn.spend(STORE_WORK + len(data))
         if self._compares:
-            self._medium.read(offset, len(data), partial(self._compared, data, done))
+            self._medium.compare(offset, data, partial(self._compared, len(data), done))
         else:
             if not self._forced:
                 self._unit.unflushed.wrote()
             self._medium.write(offset, data, partial(self._written, len(data), done))
 
-    def _compared(self, data: Buffer, done: Callable[[], None], found: Buffer, error: OSError | None) -> None:
+    def _copy_done(self, length: int, done: Callable[[], None]) -> None:
+        self._memory.give(length)
+        done()
+
+    def _compared(self, length: int, done: Callable[[], None], equal: bool, error: OSError | None) -> None:
         sense = None
         if error is not None:
             log.warning("%s: reading failed: %s", self.name, error)
             sense = UNRECOVERED_READ_ERROR
-        elif found != data:
+        elif not equal:
             sense = MISCOMPARE
         elif self.sense is None:
-            self.moved += len(data)
+            self.moved += length
         self._operation_done(sense, done)
 
     def _written(self, length: int, done: Callable[[], None], error: OSError | None) -> None:
@@ -308,21 +319,23 @@ class Task:
         if self._durable and self.sense is None:
             self._durable = False
             self._start_job(Flush())
-            return not self._pending
+            if self._pending:
+                return False
+        self._occupy(-self._occupied)
         return True
 
+    def _occupy(self, size: int) -> None:
+        self._occupied += size
+        self._memory.take(size)
+
     def _start_job(self, work: Work) -> None:
-        if self._unit.orphaned_jobs >= MAX_ORPHANED_JOBS:
-            self.fail(OPERATION_IN_PROGRESS)
-            return
         self._pending += 1
         if isinstance(work, (Zero, Fill)):
             self._unit.unflushed.wrote()
-        self._job = StoreJob(self._medium, work, partial(self._job_done, work))
+        self._job = StoreJob(self._medium, self._unit.lanes, work, partial(self._job_done, work))
 
     def _job_done(self, work: Work, error: OSError | None) -> None:
         if self._progress is None:
-            self._unit.orphaned_jobs -= 1
             if error is not None and not isinstance(work, Verify):
                 self._unit.deferred_error = error
         elif error is None and isinstance(work, Flush):

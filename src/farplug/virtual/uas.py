@@ -13,12 +13,13 @@ without streams, no data may come before the READY IU.
 from __future__ import annotations
 
 import logging
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from enum import Enum, auto
 from functools import partial
 
 from farplug.scsi.sense import ABORTED_COMMAND, Sense, SenseKey
+from farplug.usb.share import NO_PORT
 from farplug.usb.transfer import Status, Transfer
 from farplug.usb.types import Buffer, Direction
 from farplug.virtual.iu import (
@@ -87,9 +88,10 @@ class _Command:
         reading: the transfer that is being filled with data-in.
         claimed: the READY IU was queued (without streams only).
         ready: the command may move data: there are streams, or its READY IU was sent.
+        data_lost: the host cancelled data-out of the command before the command started.
     """
 
-    __slots__ = ("cdb", "claimed", "lun", "moved", "ordered", "reading", "ready", "state", "tag", "task")
+    __slots__ = ("cdb", "claimed", "data_lost", "lun", "moved", "ordered", "reading", "ready", "state", "tag", "task")
 
     def __init__(self, tag: int, lun: int | None, cdb: bytes, *, ready: bool) -> None:
         self.tag = tag
@@ -102,6 +104,7 @@ class _Command:
         self.reading: Transfer | None = None
         self.claimed = False
         self.ready = ready
+        self.data_lost = False
 
 
 class Uas:
@@ -113,9 +116,13 @@ class Uas:
         status: the address of the status pipe (IN).
         data_in: the address of the data-in pipe.
         data_out: the address of the data-out pipe.
+
+    Attributes:
+        share: what the guest may use.
     """
 
     def __init__(self, units: Sequence[LogicalUnit], *, command: int, status: int, data_in: int, data_out: int) -> None:
+        self.share = NO_PORT
         self._units = units
         self._absent = absent_unit(len(units))
         self._luns = {bytes((method, lun, *bytes(6))): lun for method in (0x00, 0x40) for lun in range(len(units))}
@@ -136,7 +143,9 @@ class Uas:
         """Data-out that is being written: its command, and the number of bytes that the command uses."""
         self._unwritten = 0
         self._unread = 0
-        self._to_serve: deque[_Command] = deque()
+        self._data_lost: set[int] = set()
+        """Streams on which the guest cancelled data-out of a command that has not arrived."""
+        self._to_serve: OrderedDict[_Command, None] = OrderedDict()
         self._serving = False
 
     def start(self, packet_size: int, *, streams: bool) -> None:
@@ -186,6 +195,8 @@ class Uas:
             command = self._command_for(transfer)
             if command is not None:
                 self._data_out_cancelled(command, 0)
+            elif self._streams:
+                self._data_lost.add(transfer.stream_id)
         elif not pipe.remove(transfer):
             for command in self._commands.values():
                 if command.reading is transfer:
@@ -201,6 +212,8 @@ class Uas:
         if command.state is _RUNNING:
             command.moved -= length
             command.task.fail(ABORTED_COMMAND)
+        elif command.state is _WAITING:
+            command.data_lost = True
 
     def reset(self) -> None:
         """Cancel all transfers and abort all commands. Writes in flight go on: the store keeps their order."""
@@ -213,6 +226,7 @@ class Uas:
         pending += self._writing
         self._commands.clear()
         self._waiting.clear()
+        self._data_lost.clear()
         self._writing.clear()
         for turns in self._turns.values():
             turns.clear()
@@ -249,6 +263,9 @@ class Uas:
             cdb += bytes(data[COMMAND.size : COMMAND.size + (additional & 0xFC)])
         attribute &= 0x07
         command = self._commands[tag] = _Command(tag, self._luns.get(address), cdb, ready=self._streams)
+        if tag in self._data_lost:
+            self._data_lost.remove(tag)
+            command.data_lost = True
         if not attribute and not self._waiting:
             self._start(command)
             return
@@ -278,6 +295,8 @@ class Uas:
         unit = self._absent if command.lun is None else self._units[command.lun]
         task = command.task = Task(unit, command.cdb, partial(self._serve, command))
         command.state = _RUNNING
+        if command.data_lost and task.direction is Direction.OUT:
+            task.fail(ABORTED_COMMAND)
         if not self._streams and task.direction is not None:
             self._turns[task.direction].append(command)
         task.start()
@@ -346,15 +365,24 @@ class Uas:
 
     def _serve(self, command: _Command) -> None:
         """Move data and end the command, or wait. Nested calls only add the command to the loop of the outermost."""
-        self._to_serve.append(command)
-        if self._serving:
-            return
+        self._to_serve[command] = None
+        if not self._serving:
+            self._serve_queued()
+
+    def _serve_queued(self) -> None:
+        """Serve the queued commands, until the work of this turn of the event loop is done."""
+        turn = self.share.turn
         self._serving = True
         try:
             while self._to_serve:
-                command = self._to_serve.popleft()
-                while command.state is _RUNNING and self._step(command):
-                    pass
+                command, _ = self._to_serve.popitem(last=False)
+                while command.state is _RUNNING:
+                    if turn.left <= 0:
+                        self._to_serve[command] = None
+                        turn.call_next(self._serve_queued)
+                        return
+                    if not self._step(command):
+                        break
         finally:
             self._serving = False
 
@@ -396,6 +424,7 @@ class Uas:
             return False
         length = min(transfer.length, task.transfer_length - command.moved)
         command.reading = transfer
+        transfer.hold()
         self._unread += length
         task.read(command.moved, length, partial(self._data_read, command, transfer, length))
         return True
@@ -409,6 +438,7 @@ class Uas:
                 command.moved += length
                 command.task.delivered(length)
             transfer.complete(Status.SUCCESS, b"" if data is None else data)
+        transfer.release()
         self._serve(command)
         if resumes:
             self._serve_all()
@@ -427,6 +457,7 @@ class Uas:
             command.moved = task.transfer_length
         self._unwritten += useful
         self._writing[transfer] = command, useful
+        transfer.hold()
         task.put(position, memoryview(transfer.data)[:useful], partial(self._data_written, transfer, useful))
         return True
 
@@ -436,6 +467,7 @@ class Uas:
         self._unwritten -= length
         if self._writing.pop(transfer, None) is not None:
             transfer.complete()
+        transfer.release()
         if resumes:
             self._serve_all()
 

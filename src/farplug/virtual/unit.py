@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from farplug.scsi.unit import AbsentUnit, Unit
 from farplug.store.base import Store
 from farplug.usb.device import DeviceEvent
+from farplug.usb.share import NO_PORT, Share
+from farplug.virtual.job import Lanes
 
 SETTLED_AFTER = 40.0
 """Seconds after the last write of a guest, when its file system is assumed to have written everything. Linux writes
@@ -73,8 +75,9 @@ class LogicalUnit:
         commands: the number of commands received.
         bytes_read: bytes read from the store and sent to the guest.
         bytes_written: bytes written to the store.
-        orphaned_jobs: running jobs whose commands were aborted.
-        deferred_error: the error of an orphaned job (SPC: deferred error). The next flush fails with it.
+        share: what the guest may use; :meth:`use` sets it.
+        lanes: where the steps of jobs wait for their turn.
+        deferred_error: the error of a job whose command was aborted (SPC: deferred error): that of the next flush.
         number: the logical unit number; the device sets it.
         report: reports an event of the unit; the device sets it.
         unflushed: the writes that the guest has not flushed.
@@ -86,11 +89,17 @@ class LogicalUnit:
     commands: int = field(default=0, init=False)
     bytes_read: int = field(default=0, init=False)
     bytes_written: int = field(default=0, init=False)
-    orphaned_jobs: int = field(default=0, init=False)
+    share: Share = field(default=NO_PORT, init=False)
+    lanes: Lanes = field(default_factory=Lanes, init=False)
     deferred_error: OSError | None = field(default=None, init=False)
     number: int = field(default=0, init=False)
     report: Callable[[DeviceEvent], None] = field(default=_drop, init=False)
     unflushed: Unflushed = field(default_factory=Unflushed, init=False)
+
+    def use(self, share: Share) -> None:
+        """Count work and memory in this share from now on."""
+        self.share = share
+        self.lanes.use(share)
 
     @property
     def name(self) -> str:
