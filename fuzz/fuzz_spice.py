@@ -104,7 +104,7 @@ def fuzz_channel(rng: random.Random) -> None:
 
 def fuzz_vmc(rng: random.Random) -> None:
     mini = rng.random() < 0.7
-    channel = VmcChannel("usbredir 0", LinkResult(mini, (), (1,), b""), local=False)
+    channel = VmcChannel("usbredir 0", LinkResult(mini, (), (1,), b""), may_compress=True)
     stream = plain = b""
     for _ in range(rng.randrange(8)):
         data = rng.choice((rng.randbytes, bytes))(rng.choice((0, 1, 100, 3000)))

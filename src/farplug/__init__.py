@@ -20,7 +20,14 @@ if TYPE_CHECKING:
     from farplug.app.attachment import Attachment, AttachmentState
     from farplug.app.events import Event
     from farplug.app.guest import Guest
-    from farplug.app.settings import DeviceRules, GuestSettings, Source, StorageSettings, TargetSettings
+    from farplug.app.settings import (
+        CaptureSettings,
+        DeviceRules,
+        GuestSettings,
+        Source,
+        StorageSettings,
+        TargetSettings,
+    )
     from farplug.errors import (
         DeviceError,
         FarplugError,
@@ -51,6 +58,7 @@ __all__ = [
     "App",
     "Attachment",
     "AttachmentState",
+    "CaptureSettings",
     "Device",
     "DeviceError",
     "DeviceRules",
@@ -95,6 +103,7 @@ lazy_import(
         "App": ".app.app",
         "Attachment": ".app.attachment",
         "AttachmentState": ".app.attachment",
+        "CaptureSettings": ".app.settings",
         "Device": ".usb.device",
         "DeviceError": ".errors",
         "DeviceRules": ".app.settings",

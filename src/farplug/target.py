@@ -32,7 +32,7 @@ from farplug.shell import shell_word
 from farplug.spice.host import split_host_and_port
 from farplug.spice.vv import VvFile
 from farplug.transport import TARGET_FORMS
-from farplug.transport.connection import TcpAddress, Timeouts, UnixAddress
+from farplug.transport.connection import CurrentWire, TcpAddress, Timeouts, UnixAddress, untapped
 from farplug.transport.dialer import ChannelDialer, Progress, SpiceTarget, Stage
 from farplug.transport.session import Session
 from farplug.transport.spice_session import SpiceSession
@@ -133,12 +133,13 @@ def parse_vv(data: bytes, options: TargetOptions = TargetOptions()) -> SpiceTarg
         raise TargetError(error.message, reason=Reason.TARGET_COMMAND, remedy=error.remedy) from error
 
 
-async def open_session(target: Target, progress: Progress | None = None) -> Session:
+async def open_session(target: Target, progress: Progress | None = None, *, wire: CurrentWire = untapped) -> Session:
     """Connect to the VM of a target. A plain socket is connected when its port is opened.
 
     Args:
         target: see :func:`parse_target`.
         progress: called at the start of each stage, with its address.
+        wire: taps the connections that are made, now or later.
 
     Raises:
         TargetError: the VM cannot be reached; the reason says at which stage.
@@ -147,16 +148,16 @@ async def open_session(target: Target, progress: Progress | None = None) -> Sess
         case StreamTarget(address):
             if progress is not None:
                 progress(Stage.REACH, str(address))
-            return SocketSession(StreamPort(address))
+            return SocketSession(StreamPort(address, wire=wire))
         case ListenTarget(address):
 
             def listening(where: TcpAddress) -> None:
                 if progress is not None:
                     progress(Stage.LISTEN, f"listening on {where}: waiting for QEMU to connect")
 
-            return SocketSession(ListenPort(address, on_listening=listening))
+            return SocketSession(ListenPort(address, on_listening=listening, wire=wire))
         case _:
-            return await SpiceSession.connect(target, progress=progress)
+            return await SpiceSession.connect(target, progress=progress, wire=wire)
 
 
 _STREAMS = ("tcp", "tcp-listen", "unix")

@@ -101,7 +101,7 @@ def test_unknown_commands(name: object) -> None:
     assert caught.value.reason is Reason.UNKNOWN_COMMAND
     assert len(caught.value.message) < 120
     assert caught.value.message.isprintable()
-    assert caught.value.remedy == "commands: attach, detach, insert, eject, list, status, quit"
+    assert caught.value.remedy == "commands: attach, detach, insert, eject, capture, stop-capture, list, status, quit"
 
 
 @pytest.mark.parametrize("name", COMMANDS)

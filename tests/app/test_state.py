@@ -18,7 +18,7 @@ from farplug.app import guest as guest_module
 from farplug.app import link as link_module
 from farplug.app import retry
 from farplug.app.app import App
-from farplug.app.commands import Eject, Insert
+from farplug.app.commands import Capture, Eject, Insert, StopCapture
 from farplug.app.events import MAX_QUEUED, Event, Level
 from farplug.app.guest import Guest
 from farplug.app.settings import GuestSettings, ReconnectSettings, Source, TargetSettings
@@ -101,7 +101,7 @@ class World:
         monkeypatch.setattr(link_module, "open_session", self._open_session)
 
     async def _open_session(
-        self, target: object, begin: Callable[[Stage, str], None] = lambda stage, text: None
+        self, target: object, begin: Callable[[Stage, str], None] = lambda stage, text: None, *, wire: object
     ) -> Session:
         begin(Stage.REACH, "connecting")
         await asyncio.sleep(0)
@@ -216,6 +216,11 @@ class World:
             await asyncio.sleep(0)
         self.start_peers(guest)
 
+    async def capture(self) -> None:
+        if (guest := self.guest) is not None:
+            path = self.random.choice([f"{self.image}.pcapng", "/no/folder/file"])
+            await self.app.do(self.random.choice([Capture(path, guest=guest.id), StopCapture(guest=guest.id)]))
+
     async def note(self) -> None:
         if (guest := self.guest) is not None:
             guest.note("note")
@@ -235,6 +240,7 @@ class World:
             self.plug_drive,
             self.medium,
             self.unplug,
+            self.capture,
             self.packet,
             self.packet,
             self.packet,
@@ -263,6 +269,8 @@ HISTORIES = 25
 USUAL = {
     "attached",
     "attaching",
+    "capture-ended",
+    "capture-started",
     "back",
     "closed",
     "configured",

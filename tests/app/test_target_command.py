@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -44,6 +43,14 @@ async def test_a_command_that_fails(command: str, message: str, monkeypatch: pyt
     assert caught.value.remedy
 
 
+def state(pid: int) -> str:
+    """Return the state of a process; empty: there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
 @pytest.mark.parametrize("end", ["timeout", "cancelled", "succeeds"])
 async def test_its_children_end_with_it(end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pid_file = tmp_path / "pid"
@@ -59,11 +66,5 @@ async def test_its_children_end_with_it(end: str, tmp_path: Path, monkeypatch: p
     with suppress(TargetError, asyncio.CancelledError):
         await running
     pid = int(pid_file.read_text())
-    while True:
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            break
-        if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-            break  # killed; its new parent has not waited for it yet
+    while state(pid) not in ("", "Z"):  # Z: killed, and its new parent has not waited for it yet
         await asyncio.sleep(0.01)

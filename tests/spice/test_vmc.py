@@ -16,9 +16,9 @@ from farplug.usb.types import Buffer
 DATA, COMPRESSED = 101, 102
 
 
-def vmc(*, server_compresses: bool = True, local: bool = False, mini_header: bool = True) -> VmcChannel:
+def vmc(*, server_compresses: bool = True, may_compress: bool = True, mini_header: bool = True) -> VmcChannel:
     caps = (1,) if server_compresses else ()
-    return VmcChannel("usbredir 0", LinkResult(mini_header, (0b1011,), caps, b""), local=local)
+    return VmcChannel("usbredir 0", LinkResult(mini_header, (0b1011,), caps, b""), may_compress=may_compress)
 
 
 def message(kind: int, body: bytes) -> bytes:
@@ -103,7 +103,7 @@ MIB = 1 << 20
         ([TEXT[:1001]], vmc(), [COMPRESSED]),
         ([NOISE], vmc(), [DATA]),
         ([TEXT], vmc(server_compresses=False), [DATA]),
-        ([TEXT], vmc(local=True), [DATA]),
+        ([TEXT], vmc(may_compress=False), [DATA]),
         ([b"head", bytes(MIB)], vmc(), [COMPRESSED]),
         ([b"head", os.urandom(MIB)], vmc(), [DATA]),
         ([os.urandom(70_000) + bytes(MIB - 70_000)], vmc(), [DATA]),  # the trial sees noise

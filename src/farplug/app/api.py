@@ -9,7 +9,7 @@ from typing import Any
 
 from farplug.app.guest import Guest
 from farplug.app.link import AskPassword
-from farplug.app.settings import GuestSettings, Source, TargetSettings
+from farplug.app.settings import CaptureSettings, GuestSettings, Source, TargetSettings
 
 
 class Connecting:
@@ -45,6 +45,7 @@ def connect(
     ca_file: str | Path | None = None,
     host_subject: str | None = None,
     proxy: str | None = None,
+    capture: str | Path | CaptureSettings | None = None,
     ask_password: AskPassword | None = None,
 ) -> Connecting:
     """Connect to a VM.
@@ -60,13 +61,14 @@ def connect(
         ca_file: certificates to trust, PEM.
         host_subject: the certificate's subject, checked instead of the host name.
         proxy: URL of an HTTP proxy.
+        capture: a pcapng file for Wireshark: it will hold everything that the VM reads from and writes to the devices.
         ask_password: asks a user for a password when the server wants another one.
 
     Returns:
         What can be awaited, for a :class:`Guest`, or used with ``async with``, which closes the guest at the end.
 
     Raises:
-        UsageError: the target or an argument is not valid.
+        UsageError: the target or an argument is not valid, or the capture cannot be written.
         TargetError: the VM cannot be reached; the reason says at which stage.
     """
     settings = TargetSettings(
@@ -76,7 +78,9 @@ def connect(
         host_subject=host_subject,
         proxy=proxy,
     )
-    return Connecting(Guest(GuestSettings(settings), ask_password=ask_password))
+    if isinstance(capture, (str, Path)):
+        capture = CaptureSettings(str(capture))
+    return Connecting(Guest(GuestSettings(settings, capture=capture), ask_password=ask_password))
 
 
 disk = Source.disk

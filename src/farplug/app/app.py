@@ -20,7 +20,8 @@ from farplug.app.commands import Command
 from farplug.app.events import EventReader, EventStream, Level, Listener
 from farplug.app.guest import Guest
 from farplug.app.link import AskPassword
-from farplug.app.settings import GuestSettings
+from farplug.app.settings import CaptureSettings, GuestSettings
+from farplug.capture.writer import STANDARD_OUTPUT
 from farplug.errors import FarplugError, Reason, StateError, UsageError
 from farplug.text import shown
 from farplug.virtual.cdrom import CdromDrive
@@ -171,6 +172,18 @@ class App:
             self.guest(command.guest).note(f"{label} is empty")
         await drive.eject(force=command.force)
 
+    async def _capture(self, command: commands.Capture) -> None:
+        if command.path == STANDARD_OUTPUT:
+            raise UsageError(
+                "a capture that begins on a running session cannot go to standard output",
+                reason=Reason.BAD_OPTION,
+                remedy="name a file, or a named pipe",
+            )
+        await self.guest(command.guest).start_capture(CaptureSettings(command.path, command.bytes))
+
+    async def _stop_capture(self, command: commands.StopCapture) -> None:
+        await self.guest(command.guest).stop_capture()
+
     async def _list(self, command: commands.ListDrives) -> Any:
         guest = self.guest(command.guest)
         drives = [
@@ -222,6 +235,8 @@ _DISPATCH: dict[type[Command], Callable[[App, Any], Awaitable[Any]]] = {
     commands.Detach: App._detach,
     commands.Insert: App._insert,
     commands.Eject: App._eject,
+    commands.Capture: App._capture,
+    commands.StopCapture: App._stop_capture,
     commands.ListDrives: App._list,
     commands.Status: App._status,
     commands.Quit: App._leave,

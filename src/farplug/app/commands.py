@@ -118,6 +118,38 @@ class ListDrives(Command):
 
 
 @dataclass(frozen=True, slots=True)
+class Capture(Command):
+    """Begin to capture what moves between the guest and its devices: see :meth:`farplug.app.guest.Guest.start_capture`.
+
+    Attributes:
+        path: of the file, or of a named pipe.
+        bytes: how much of each transfer is kept; None: everything.
+        guest: the guest's id; None: the only one.
+    """
+
+    name = "capture"
+    help = ("capture PATH", "capture what moves between the VM and its devices, for Wireshark")
+
+    path: str
+    bytes: int | None = None
+    guest: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StopCapture(Command):
+    """End the capture.
+
+    Attributes:
+        guest: the guest's id; None: the only one.
+    """
+
+    name = "stop-capture"
+    help = ("stop-capture", "end the capture")
+
+    guest: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Status(Command):
     """Return the state of the application: :meth:`farplug.app.app.App.snapshot`."""
 
@@ -133,7 +165,7 @@ class Quit(Command):
 
 
 COMMANDS: Final[Mapping[str, type[Command]]] = {
-    kind.name: kind for kind in (Attach, Detach, Insert, Eject, ListDrives, Status, Quit)
+    kind.name: kind for kind in (Attach, Detach, Insert, Eject, Capture, StopCapture, ListDrives, Status, Quit)
 }
 """All commands, by their names."""
 
@@ -175,6 +207,10 @@ def from_words(words: Sequence[str]) -> Command | None:
             return Eject(force=force)
         case ["eject", drive]:
             return Eject(drive, force=force)
+        case ["capture", path] if not force:
+            return Capture(path)
+        case ["stop-capture"] if not force:
+            return StopCapture()
         case ["list"] if not force:
             return ListDrives()
         case ["quit"] if not force:

@@ -15,10 +15,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from farplug.app.attachment import Attachment, AttachmentState, Place
+from farplug.app.capture import GuestCapture
 from farplug.app.events import EventReader, EventStream, Level, level_of
 from farplug.app.guest_port import GuestPort
 from farplug.app.link import AskPassword, Link, error_fields
-from farplug.app.settings import DeviceRules, GuestSettings, Source, SourceKind, StorageSettings
+from farplug.app.settings import CaptureSettings, DeviceRules, GuestSettings, Source, SourceKind, StorageSettings
 from farplug.app.sources import OpenSource, Sources, device_of, open_source
 from farplug.errors import (
     FarplugError,
@@ -32,6 +33,7 @@ from farplug.errors import (
 from farplug.redirection import events as port_events
 from farplug.redirection.events import PortEvent, fields_of
 from farplug.text import shown
+from farplug.transport.connection import Wire
 from farplug.transport.session import Session
 from farplug.usb.device import Device
 from farplug.virtual.cdrom import CdromDrive
@@ -78,6 +80,7 @@ class Guest:
         attachments: what is plugged in, or being plugged in, or has left by itself, in the order of plugging. One that
             has left stays until its device is plugged again.
         served: a device was attached, or :meth:`run` waits for one as it was asked to.
+        capturing: the path of the capture that runs; None: none does.
     """
 
     def __init__(
@@ -94,7 +97,7 @@ class Guest:
         self.stream = EventStream() if stream is None else stream
         self.attachments: list[Attachment] = []
         self.served = False
-        self._link = Link(self, settings, session, ask_password)
+        self._link = Link(self, settings, session, ask_password, self._wire)
         self._sources = Sources()
         self._owned: dict[Device, Sequence[OpenSource]] = {}
         """Devices made of sources that :meth:`plug` opened: disposed of when the guest is closed, or before."""
@@ -105,6 +108,9 @@ class Guest:
         """Running calls that :meth:`close` cancels."""
         self._returning: asyncio.Future[Any] | None = None
         """Devices are being plugged again: the VM is back."""
+        self.capturing: str | None = None
+        self._capture: GuestCapture | None = None
+        self._capture_ending: asyncio.Future[FarplugError | None] | None = None
         self._places: list[Place] = []
         self._count = 0
         self._expected: int | None = None
@@ -212,6 +218,9 @@ class Guest:
             GuestGoneError: the guest is closed, or was closed meanwhile.
         """
         self._check_open()
+        capture = None if self.settings is None or self._link.is_connected else self.settings.capture
+        if capture is not None and self._capture is None:
+            await self.start_capture(capture)
         await self._until_closed(self._link.connect(), "the VM was reached")
 
     async def closed(self) -> FarplugError | None:
@@ -457,6 +466,8 @@ class Guest:
         return attachment
 
     def _publish_attaching(self, attachment: Attachment) -> None:
+        if self._capture is not None and self._capture.is_open:
+            self._capture.watch(attachment)
         snapshot = {name: value for name, value in attachment.snapshot().items() if name != "id"}
         self.publish(
             "attaching",
@@ -918,6 +929,63 @@ class Guest:
     def _units(self) -> list[tuple[str, Any]]:
         return [(one.label, one.unit) for group in self._owned.values() for one in group if one.unit is not None]
 
+    # Capture ------------------------------------------------------------------------------------------------------
+
+    async def start_capture(self, settings: CaptureSettings) -> None:
+        """Begin to capture what moves between the guest and its devices, those too that are plugged in already.
+
+        Connections that exist already are not captured; the transfers of their devices are.
+
+        Raises:
+            UsageError: a capture runs already (``IN_USE``); the settings are not valid (``BAD_SETTING``); the file
+                cannot be used, or holds something else.
+            GuestGoneError: the guest is closed, or was closed meanwhile.
+        """
+        self._check_open()
+        if self._capture is not None:
+            raise UsageError(
+                f"a capture to {self._capture.settings.path} runs already", reason=Reason.IN_USE, remedy="end it first"
+            )
+        if settings.bytes is not None and settings.bytes < 0:
+            raise UsageError(f"{settings.bytes} bytes of each transfer: less than 0", reason=Reason.BAD_SETTING)
+        capture = self._capture = GuestCapture(self, settings, self._capture_failed)
+        try:
+            await self._until_closed(capture.open(), "the capture began", lambda _: capture.close())
+        except BaseException:
+            self._capture = None
+            raise
+        for attachment in list(self.attachments):
+            if not attachment.over:
+                await capture.resume(attachment)
+
+    async def stop_capture(self) -> None:
+        """End the capture: the file is complete then.
+
+        Raises:
+            UsageError: no capture runs (``NOT_FOUND``); the file could not be written to its end.
+        """
+        capture, self._capture = self._capture, None
+        if capture is None:
+            raise UsageError("no capture runs", reason=Reason.NOT_FOUND)
+        error = await capture.close()
+        if error is not None:
+            raise error
+
+    def _wire(self) -> Wire | None:
+        return None if self._capture is None else self._capture.wire
+
+    def _capture_failed(self, capture: GuestCapture) -> None:
+        if self._capture is capture:
+            self._capture = None
+            self._capture_ending = asyncio.ensure_future(capture.close())
+
+    async def _end_capture(self) -> None:
+        capture, self._capture = self._capture, None
+        if capture is not None:
+            await capture.close()
+        if self._capture_ending is not None:
+            await self._capture_ending
+
     # State --------------------------------------------------------------------------------------------------------
 
     def snapshot(self) -> dict[str, Any]:
@@ -926,6 +994,7 @@ class Guest:
             "id": self.id,
             "target": None if self.settings is None else self.settings.target.public_target,
             **self._link.snapshot(),
+            "capture": self.capturing,
             "attachments": {one.id: one.snapshot() for one in self.attachments if not one.over},
         }
 
@@ -968,6 +1037,7 @@ class Guest:
         try:
             async with AsyncExitStack() as steps:  # from the last one to the first one, each in any case
                 steps.callback(self._link.publish_closed)
+                steps.push_async_callback(self._end_capture)
                 steps.push_async_callback(self._release_devices)
                 steps.push_async_callback(self._close_images)
                 steps.push_async_callback(self._link.close)
@@ -1002,7 +1072,7 @@ class Guest:
             raise GuestGoneError("the guest is closed")
 
     async def _until_closed(
-        self, call: Coroutine[Any, Any, T], what: str, undo: Callable[[T], Awaitable[None]] | None = None
+        self, call: Coroutine[Any, Any, T], what: str, undo: Callable[[T], Awaitable[object]] | None = None
     ) -> T:
         """Return what a call returns, which :meth:`close` cancels.
 

@@ -14,6 +14,7 @@ from typing import Any
 from farplug.errors import FarplugError
 from farplug.redirection import Redirection, events
 from farplug.redirection.events import PortEvent
+from farplug.redirection.port_protocol import PacketObserver
 from farplug.transport.port import Port
 from farplug.usb.device import Device
 from farplug.usb.figures import EndpointFigures
@@ -135,6 +136,10 @@ class GuestPort:
     def release(self) -> None:
         """Let another device have the port."""
         self._user = None
+
+    def observe(self, observer: PacketObserver | None) -> None:
+        """Show the packets of the port to an observer; None: to none any more."""
+        self._redirection.observer = observer
 
     async def attach(self, device: Device) -> None:
         """Offer a device to the guest; see :meth:`farplug.redirection.engine.Redirection.attach`."""

@@ -18,6 +18,7 @@ from farplug.app.target_command import run_target_command
 from farplug.errors import FarplugError, GuestGoneError, Reason, Remedy, StateError, TargetError
 from farplug.redirection.events import PortEvent, fields_of
 from farplug.target import Target, open_session, parse_vv
+from farplug.transport.connection import CurrentWire, untapped
 from farplug.transport.dialer import SpiceTarget, Stage
 from farplug.transport.moved import moved_target
 from farplug.transport.session import Session
@@ -76,6 +77,7 @@ class Link:
         settings: where the VM is; None: ``session`` is given, and is not made again.
         session: a connection to the VM that is open already.
         ask_password: asks a user for a password; None: there is no user.
+        wire: taps the connections.
 
     Attributes:
         ports: those of the VM, in their order; empty before the VM is connected.
@@ -87,12 +89,14 @@ class Link:
         settings: GuestSettings | None,
         session: Session | None = None,
         ask_password: AskPassword | None = None,
+        wire: CurrentWire = untapped,
     ) -> None:
         self.ports: Sequence[GuestPort] = ()
         self._owner = owner
         self._settings = settings
         self._session: Session | None = None
         self._ask_password = ask_password
+        self._wire = wire
         self._target: Target | None = None
         self._used_up = False
         """The file of the target was deleted when it was read: its ticket is for one connection."""
@@ -180,7 +184,7 @@ class Link:
         attempts = PASSWORD_ATTEMPTS
         while True:
             try:
-                session = await open_session(target, self._begin)
+                session = await open_session(target, self._begin, wire=self._wire)
                 break
             except TargetError as error:
                 password = await self._password(error) if attempts else None
@@ -374,7 +378,7 @@ class Link:
         await asyncio.sleep(step.delay)
         try:
             target = await self._next_target(settings, step)
-            self._use(await open_session(target))
+            self._use(await open_session(target, wire=self._wire))
             try:
                 await self._open_ports()
             except BaseException:

@@ -249,6 +249,19 @@ class ReconnectSettings(_Settings):
 
 
 @dataclass(frozen=True, slots=True)
+class CaptureSettings(_Settings):
+    """A capture of what moves between the guest and the devices, as a pcapng file.
+
+    Attributes:
+        path: of the file, or of a named pipe; ``-``: standard output. An existing capture is replaced.
+        bytes: how much of each transfer is kept, without what the connections carry; None: everything.
+    """
+
+    path: str
+    bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class GuestSettings(_Settings):
     """A VM and what is plugged into it: all that ``farplug connect`` does.
 
@@ -259,6 +272,7 @@ class GuestSettings(_Settings):
         rules: which USB devices of this machine are plugged besides the sources.
         stay: stay connected when no device is plugged in; a device that leaves does not end the session.
         reconnect: connect again to a VM that was lost; None: only to one that moved to another host.
+        capture: where what moves is captured; None: it is not.
     """
 
     target: TargetSettings
@@ -267,3 +281,4 @@ class GuestSettings(_Settings):
     rules: DeviceRules = DeviceRules()
     stay: bool = False
     reconnect: ReconnectSettings | None = None
+    capture: CaptureSettings | None = None

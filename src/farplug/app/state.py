@@ -52,6 +52,7 @@ def _guest(guest: Mapping[str, Any], event: Mapping[str, Any]) -> dict[str, Any]
                 "name": "",
                 "uuid": "",
                 "ports": [],
+                "capture": None,
                 "attachments": {},
             }
         case "connected":
@@ -62,6 +63,10 @@ def _guest(guest: Mapping[str, Any], event: Mapping[str, Any]) -> dict[str, Any]
             port = {name: event[name] for name in ("name", "state", "error")}
             ports = [port if number == event["number"] else one for number, one in enumerate(guest["ports"])]
             return {**guest, "ports": ports}
+        case "capture-started":
+            return {**guest, "capture": event["path"]}
+        case "capture-ended":
+            return {**guest, "capture": None}
         case "guest-removed":
             return None
     id = event.get("attachment")

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import subprocess
+import sys
 from typing import Final
 
 from farplug.errors import Reason, TargetError
@@ -33,6 +34,8 @@ async def run_target_command(command: str) -> bytes:
     Raises:
         TargetError: ``target-command``: the command failed, printed nothing or too much, or took too long.
     """
+    if sys.platform == "win32":
+        raise _failed("cannot run: Windows has no sh")
     loop = asyncio.get_running_loop()
     nothing = subprocess.DEVNULL
     transport, process = await loop.subprocess_shell(_Process, command, stdin=nothing, start_new_session=True)

@@ -12,6 +12,7 @@ import typer
 
 from farplug.app.settings import (
     BlockSize,
+    CaptureSettings,
     FolderFormat,
     Follow,
     GuestSettings,
@@ -204,6 +205,26 @@ def connect(
     json: Annotated[
         bool, typer.Option("--json", help="Print events as JSON, one object a line.", rich_help_panel=OUTPUT)
     ] = False,
+    capture: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Capture what moves between the VM and its devices, as a pcapng file for Wireshark. FILE may be a "
+            "named pipe, or - for standard output.",
+            show_default=False,
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    capture_bytes: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Capture at most N bytes of each transfer, and not what the connections carry.",
+            show_default=False,
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
     debug: DebugOption = False,
 ) -> None:
     """Plug devices into the VM at TARGET, and keep them there until Ctrl-C.
@@ -211,6 +232,8 @@ def connect(
     Devices get the VM's ports in the order of the command line: the first one gets port 0. Where the VM has too few \
 ports, disks and CD-ROM drives are logical units of one device, in the same order.
     """
+    if capture is None and capture_bytes is not None:
+        raise UsageError("--capture-bytes has no effect without --capture", reason=Reason.BAD_OPTION)
     disks = [split_snapshot(text) for text in usb_disk or []]
     for path in usb_disk_ro or []:
         if SNAPSHOT_KEY in str(path) and not os.path.lexists(path):
@@ -259,12 +282,16 @@ ports, disks and CD-ROM drives are logical units of one device, in the same orde
             folder_format=folder_format,
         ),
         rules,
+        capture=None if capture is None else CaptureSettings(capture, capture_bytes),
     )
 
     import asyncio
+    import sys
 
     from farplug.cli import output, session, writer
 
+    if capture == "-":
+        sys.stdout = sys.stderr  # standard output is the capture
     writer.install()
     shown = output.choose(as_json=json, commands=commands)
     code = asyncio.run(session.run(settings, shown, commands=commands))

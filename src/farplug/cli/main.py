@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from farplug.cli import connect, demo, devices, doctor, image, log, writer
+from farplug.cli import capture, connect, demo, devices, doctor, image, log, writer
 from farplug.cli.options import Command, DebugOption, Group
 from farplug.errors import FarplugError, InternalError, Reason, Remedy
 from farplug.exit_codes import ExitCode, exit_code
@@ -51,6 +51,7 @@ app = typer.Typer(
 _EXIT_CODES_HELP = "\n".join(["Exit codes", *(f"{code:>3}  {what}" for code, what in EXIT_CODES.items())])
 app.command("connect", cls=Command, epilog=_EXIT_CODES_HELP)(connect.connect)
 app.command("devices", cls=Command)(devices.devices)
+app.command("capture", cls=Command)(capture.capture)
 app.command("doctor", cls=Command)(doctor.doctor)
 app.command("demo", cls=Command)(demo.demo)
 app.add_typer(image.app, name="image")

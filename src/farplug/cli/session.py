@@ -22,6 +22,7 @@ from farplug.cli.output import Output, SilentOutput
 from farplug.cli.writer import QueuedStream
 from farplug.errors import FarplugError, InternalError, Reason, SetupError
 from farplug.exit_codes import ExitCode
+from farplug.text import printable
 
 _HANGUP: tuple[signal.Signals, ...] = ()
 if sys.platform != "win32":
@@ -101,6 +102,8 @@ class _Session:
     # Output -------------------------------------------------------------------------------------------------------
 
     def _show(self, event: Event) -> None:
+        if event.name == "capture-started":
+            log.say(f"farplug: warning: {printable(event.message)}")
         self._write(lambda: self._output.show(event))
 
     async def _refresh(self) -> None:

@@ -90,7 +90,8 @@ _SOL_LOCAL, _LOCAL_PEERCRED, _XUCRED_SIZE = 0, 1, 76
 METHODS: Final = (HELLO, SUBSCRIBE, UNSUBSCRIBE, *commands.COMMANDS)
 """The names of all methods."""
 EVENTS: Final = (
-    *("attached", "attaching", "back", "closed", "command-refused", "configured", "connected", "copying", "detached"),
+    *("attached", "attaching", "back", "capture-ended", "capture-started", "closed", "command-refused", "configured"),
+    *("connected", "copying", "detached"),
     *("device-fault", "drive", "figures", "function-raised", "guest", "guest-ready", "guest-removed"),
     *("listener-failed", "lost", "medium-ejected", "medium-inserted", "medium-locked", "note", "offer-changed"),
     *("opened", "peer-violation", "port", "port-reset", "ready", "reconnecting", "refused", "removed"),

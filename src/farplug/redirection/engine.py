@@ -33,7 +33,7 @@ from farplug.redirection.figures import EndpointCounters
 from farplug.redirection.offers import OfferChoice, OfferWatch
 from farplug.redirection.operations import Operations
 from farplug.redirection.pending_requests import MAX_TRANSFER, PendingRequests
-from farplug.redirection.port_protocol import PortProtocol
+from farplug.redirection.port_protocol import PacketObserver, PortProtocol
 from farplug.redirection.receptions import Receptions
 from farplug.redirection.transfers import Transfers
 from farplug.transport.port import Port
@@ -161,6 +161,15 @@ class Redirection:
     def memory(self) -> int:
         """Return the bytes that the guest occupies: transfers, what the device holds, and answers not sent yet."""
         return self._protocol.share.memory.used
+
+    @property
+    def observer(self) -> PacketObserver | None:
+        """Return what sees the packets of the port; None if nothing does."""
+        return self._protocol.observer
+
+    @observer.setter
+    def observer(self, observer: PacketObserver | None) -> None:
+        self._protocol.observer = observer
 
     @property
     def figures(self) -> tuple[EndpointFigures, ...]:

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from farplug.errors import FarplugError, LocalProtocolError
 from farplug.redirection.reminder import Reminder
@@ -40,6 +40,19 @@ log = logging.getLogger(__name__)
 
 _STATUS = re.compile(r" status=\S+")
 """In the log of requests: QEMU leaves the status of its requests uninitialised."""
+
+
+class PacketObserver(Protocol):
+    """Sees the packets of a port, in the order in which they are handled, while it is set as the port's observer.
+
+    Its methods must not raise, and must not change a packet.
+    """
+
+    def received(self, event: object) -> None:
+        """See what is about to be handled: an event of :class:`~farplug.usbredir.protocol.Connection`."""
+
+    def sent(self, packet: packets.Packet) -> None:
+        """See a packet that was queued."""
 
 
 class PortProtocol:
@@ -95,6 +108,19 @@ class PortProtocol:
         self._flush_scheduled = False
         self._reading_paused = False
         self._debug = log.isEnabledFor(logging.DEBUG)
+        self._observer: PacketObserver | None = None
+        self._watched = self._debug
+        """Packets are logged, or observed: one flag for both, because it is checked for each packet."""
+
+    @property
+    def observer(self) -> PacketObserver | None:
+        """Return what sees the packets; None if nothing does."""
+        return self._observer
+
+    @observer.setter
+    def observer(self, observer: PacketObserver | None) -> None:
+        self._observer = observer
+        self._watched = self._debug or observer is not None
 
     async def open(self) -> None:
         """Open the port, and send our hello unless an unread hello would harm the next connection.
@@ -188,8 +214,8 @@ class PortProtocol:
                     break
                 kind = type(event)
                 spend(work_of(kind, PACKET_WORK))
-                if self._debug:
-                    log.debug("%s < %s", self._port.name, _STATUS.sub("", str(event)))
+                if self._watched:
+                    self._show_received(event)
                 handler = handlers.get(kind)
                 if handler is not None:
                     handler(event)
@@ -222,14 +248,26 @@ class PortProtocol:
         """Queue a packet. Return False, and report a fault of the device, if the packet cannot be encoded."""
         if not self._is_open:
             return True
-        if self._debug:
-            log.debug("%s > %s", self._port.name, packet)
         try:
             self._connection.send(packet)
         except (LocalProtocolError, TypeError) as error:
             self.fault(error)
             return False
+        if self._watched:
+            self._show_sent(packet)
         return True
+
+    def _show_received(self, event: object) -> None:
+        if self._debug:
+            log.debug("%s < %s", self._port.name, _STATUS.sub("", str(event)))
+        if self._observer is not None:
+            self._observer.received(event)
+
+    def _show_sent(self, packet: packets.Packet) -> None:
+        if self._debug:
+            log.debug("%s > %s", self._port.name, packet)
+        if self._observer is not None:
+            self._observer.sent(packet)
 
     def admit(self, size: int) -> bool:
         """Count a packet of a reception while the port does not accept output. Return whether it may be queued."""

@@ -54,7 +54,7 @@ class VmcChannel(Channel):
     Args:
         name: the channel's, for logs and errors.
         link: the result of its link.
-        local: the channel uses a UNIX socket, where compression only takes time.
+        may_compress: compress, if the server supports it.
 
     Attributes:
         compress: compress what becomes smaller. Set it to False for devices with isochronous endpoints, as spice-gtk
@@ -63,7 +63,7 @@ class VmcChannel(Channel):
 
     capabilities = (VmcCapability.DATA_COMPRESS_LZ4,)
 
-    def __init__(self, name: str, link: LinkResult, *, local: bool) -> None:
+    def __init__(self, name: str, link: LinkResult, *, may_compress: bool) -> None:
         super().__init__(
             name,
             mini_header=link.mini_header,
@@ -71,7 +71,7 @@ class VmcChannel(Channel):
             streamed=ServerMessage.VMC_DATA,
         )
         self.compress = True
-        self._may_compress = not local and has_capability(link.channel_caps, VmcCapability.DATA_COMPRESS_LZ4)
+        self._may_compress = may_compress and has_capability(link.channel_caps, VmcCapability.DATA_COMPRESS_LZ4)
 
     def next_event(self) -> Event | None:
         event = next(self._events, None)

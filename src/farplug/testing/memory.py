@@ -19,6 +19,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from farplug.capture.recording import Recording
 from farplug.errors import DeviceError, FarplugError, GuestGoneError, Reason, RemoteProtocolError
 from farplug.redirection import Redirection
 from farplug.redirection.events import DeviceFault, DeviceReport, PortEvent
@@ -125,6 +126,7 @@ class MemoryGuest:
         filter: a filter string that the guest sends after its hello packet.
         paused: send the hello packet only in :meth:`resume`.
         max_transfer: the engine's limit for one transfer, in bytes.
+        capture: records the transfers for Wireshark; None: nothing does.
         timeout: seconds to wait for a reply until :class:`GuestTimeoutError` is raised; None: no limit.
 
     Attributes:
@@ -152,6 +154,7 @@ class MemoryGuest:
         paused: bool = False,
         max_transfer: int = 16 * 2**20,
         timeout: float | None = 5,
+        capture: Recording | None = None,
     ) -> None:
         self.device = device
         self.timeout = timeout
@@ -164,6 +167,8 @@ class MemoryGuest:
         self.faults: list[Exception] = []
         host_end, self._end = memory_ports()
         self.redirection = Redirection(host_end, self._happened, max_transfer=max_transfer)
+        if capture is not None:
+            self.redirection.observer = capture.port(0)
         self._connection = Connection(Role.GUEST, caps=caps)
         self._filter = filter
         self._paused = paused

@@ -122,6 +122,35 @@ class Reader(Protocol):
         """Continue to write: the output queue is below LOW_WATER again."""
 
 
+class Tap(Protocol):
+    """Sees what a connection sends and receives, in clear even over TLS. Its methods must not raise."""
+
+    def sent(self, buffers: list[Buffer]) -> None:
+        """See buffers that are about to be sent."""
+
+    def received(self, data: memoryview) -> None:
+        """See received bytes. The view is valid only during the call."""
+
+    def closed(self) -> None:
+        """See that the connection has ended."""
+
+
+class Wire(Protocol):
+    """Makes the taps of new connections."""
+
+    def tap(self, name: str) -> Tap:
+        """Return the tap of a new connection, with a name for people, which holds no secret."""
+
+
+CurrentWire: TypeAlias = Callable[[], Wire | None]
+"""Returns what taps the connections that are made now; None: nothing does."""
+
+
+def untapped() -> Wire | None:
+    """Return None: no connection is tapped."""
+    return None
+
+
 LostCallback: TypeAlias = Callable[[Exception | None], None]
 """Called once when a connection has ended: with None after an end of stream or our own close, with OSError if the
 connection broke, with InternalError if the reader raised an exception."""
@@ -133,14 +162,16 @@ class Connection(asyncio.BufferedProtocol):
     Args:
         reader: receives the bytes; may be replaced at any time.
         on_lost: called once, last; may be replaced at any time.
+        tap: sees the bytes; None: nothing does.
 
     Attributes:
         received: the number of received bytes.
     """
 
-    def __init__(self, reader: Reader, on_lost: LostCallback) -> None:
+    def __init__(self, reader: Reader, on_lost: LostCallback, tap: Tap | None = None) -> None:
         self.reader = reader
         self.on_lost = on_lost
+        self._tap = tap
         self.received = 0
         self._receive_buffer = memoryview(bytearray(RECEIVE_BUFFER))
         self._transport: asyncio.Transport | None = None
@@ -183,6 +214,8 @@ class Connection(asyncio.BufferedProtocol):
         if self._closing or self._lost.done():
             return
         self._answered = True
+        if self._tap is not None:
+            self._tap.sent(buffers)
         sent = self._send_at_once(buffers)
         queue = self._queue
         for buffer in buffers:
@@ -286,6 +319,8 @@ class Connection(asyncio.BufferedProtocol):
             return
         self._answered = False
         self.received += nbytes
+        if self._tap is not None:
+            self._tap.received(self._receive_buffer[:nbytes])
         self.deliver(self._receive_buffer[:nbytes])
         if self._quick_ack_socket is not None and not self._answered:
             # QEMU writes a transfer as several small messages. With Nagle's algorithm at QEMU and a delayed ACK here,
@@ -319,6 +354,8 @@ class Connection(asyncio.BufferedProtocol):
         self._drop_queue()
         if not self._lost.done():
             self._lost.set_result(None)
+        if self._tap is not None:
+            self._tap.closed()
         self.on_lost(self._internal_error or exc)
 
     def _abort_after(self, error: Exception) -> None:

@@ -20,13 +20,17 @@ from farplug.spice.vv import VvFile
 from farplug.transport import tls
 from farplug.transport.connection import (
     Connection,
+    CurrentWire,
     LostCallback,
     Reader,
+    Tap,
     TcpAddress,
     Timeouts,
     UnixAddress,
+    Wire,
     dial,
     start,
+    untapped,
 )
 from farplug.transport.proxy import HttpProxy, open_tunnel
 
@@ -143,9 +147,9 @@ class _LinkReader:
     whose subject is not checked yet.
     """
 
-    def __init__(self, client: LinkClient) -> None:
+    def __init__(self, client: LinkClient, tap: Tap | None) -> None:
         self.client = client
-        self.connection = Connection(self, self.lost)
+        self.connection = Connection(self, self.lost, tap)
         self.result: asyncio.Future[LinkResult] = asyncio.get_running_loop().create_future()
         self._begun = False
         self._early = bytearray()
@@ -197,12 +201,17 @@ class ChannelDialer:
     Args:
         target: the server.
         timeouts: for each stage.
+        wire: taps the connections.
+
+    Attributes:
+        wire: as above.
 
     Raises:
         UsageError: the target's proxy, CA or host subject is malformed.
     """
 
-    def __init__(self, target: SpiceTarget, timeouts: Timeouts) -> None:
+    def __init__(self, target: SpiceTarget, timeouts: Timeouts, wire: CurrentWire = untapped) -> None:
+        self.wire = wire
         self._target = target
         self._timeouts = timeouts
         self._proxy = HttpProxy.parse(target.proxy) if target.proxy else None
@@ -221,6 +230,7 @@ class ChannelDialer:
         connection_id: int,
         capabilities: Iterable[int],
         progress: Progress | None = None,
+        wire: Wire | None = None,
     ) -> LinkedChannel:
         """Connect, link and authenticate one channel.
 
@@ -230,6 +240,7 @@ class ChannelDialer:
             connection_id: 0 for the main channel, otherwise the session id.
             capabilities: bit numbers of our capabilities of this channel type.
             progress: called at the start of each stage.
+            wire: taps the connection; None: nothing does. (An argument, because ``capabilities`` depend on it.)
 
         Raises:
             TargetError: a stage failed; LinkFailure if the server refused the link.
@@ -245,14 +256,14 @@ class ChannelDialer:
         )
         secured = self._needs_tls(channel_type)
         try:
-            return await self._link(client, secured, progress)
+            return await self._link(client, secured, progress, wire)
         except LinkFailure as error:
             if secured or error.error is not LinkError.NEED_SECURED or self._target.tls_port is None:
                 raise
         # The server requires TLS for this channel, and says so as spice-gtk expects. No secret has been sent yet.
         self._tls_required = True
         client = LinkClient(client.mess, client.password, client.name)  # a link can be used once
-        return await self._link(client, True, progress)
+        return await self._link(client, True, progress, wire)
 
     def _needs_tls(self, channel_type: ChannelType) -> bool:
         target = self._target
@@ -267,10 +278,14 @@ class ChannelDialer:
             )
         return must or target.port is None or self._tls_required
 
-    async def _link(self, client: LinkClient, secured: bool, progress: Progress | None) -> LinkedChannel:
+    async def _link(
+        self, client: LinkClient, secured: bool, progress: Progress | None, wire: Wire | None
+    ) -> LinkedChannel:
         client.tls = secured
-        linker = _LinkReader(client)
         address = self._address(secured)
+        # Without the address: that of a proxy's target may hold a ticket.
+        name = f"SPICE channel {client.name}{', below TLS' if secured else ''}"
+        linker = _LinkReader(client, None if wire is None else wire.tap(name))
         if progress is not None:
             progress(
                 Stage.REACH,

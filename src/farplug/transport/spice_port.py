@@ -132,12 +132,14 @@ class SpicePort(Port):
     async def _try_open(self) -> bool:
         """Link the channel. Returns False if the server closed it after the link: the channel is in use."""
         self._check_open_allowed()
+        wire = self._dialer.wire()
         try:
             linked = await self._dialer.link(
                 ChannelType.USBREDIR,
                 self.number,
                 connection_id=self._session.session_id,
-                capabilities=VmcChannel.capabilities,
+                capabilities=VmcChannel.capabilities if wire is None else (),
+                wire=wire,
             )
         except TargetError as error:
             self._check_open_allowed()
@@ -155,7 +157,8 @@ class SpicePort(Port):
             linked.connection.abort()
             raise
         self._error, self._close_reason, self._listener_paused, self._output_full = None, "", False, False
-        self._channel = VmcChannel(self.name, linked.link, local=linked.local)
+        # On a UNIX socket compression only takes time; and Wireshark cannot decode compressed messages.
+        self._channel = VmcChannel(self.name, linked.link, may_compress=not linked.local and wire is None)
         self._channel.compress = self._compress
         self._linked = linked
         self._answered = False

@@ -25,7 +25,7 @@ from farplug.spice.messages import (
     parse_uuid,
 )
 from farplug.spice.types import ChannelType, MainCapability
-from farplug.transport.connection import Timeouts
+from farplug.transport.connection import CurrentWire, Timeouts, untapped
 from farplug.transport.dialer import ChannelDialer, LinkedChannel, Progress, SpiceTarget, Stage
 from farplug.transport.moved import GuestMoved
 from farplug.transport.port import Port
@@ -91,7 +91,12 @@ class SpiceSession(Session):
 
     @classmethod
     async def connect(
-        cls, target: SpiceTarget, *, progress: Progress | None = None, timeouts: Timeouts | None = None
+        cls,
+        target: SpiceTarget,
+        *,
+        progress: Progress | None = None,
+        timeouts: Timeouts | None = None,
+        wire: CurrentWire = untapped,
     ) -> Self:
         """Connect to a SPICE server and get its list of channels.
 
@@ -99,6 +104,7 @@ class SpiceSession(Session):
             target: the server, and the credentials.
             progress: called at the start of each stage, with its address.
             timeouts: for each stage.
+            wire: taps the connections.
 
         Raises:
             TargetError: the server cannot be reached, or refuses the connection.
@@ -106,9 +112,11 @@ class SpiceSession(Session):
             RemoteProtocolError: the server violated the protocol.
         """
         timeouts = timeouts or Timeouts()
-        dialer = ChannelDialer(target, timeouts)
+        dialer = ChannelDialer(target, timeouts, wire)
         capabilities = [MainCapability.NAME_AND_UUID, MainCapability.AGENT_CONNECTED_TOKENS]
-        main = await dialer.link(ChannelType.MAIN, 0, connection_id=0, capabilities=capabilities, progress=progress)
+        main = await dialer.link(
+            ChannelType.MAIN, 0, connection_id=0, capabilities=capabilities, progress=progress, wire=wire()
+        )
         if progress is not None:
             progress(Stage.CHANNELS, str(target))
         session = cls(target, dialer, main, timeouts)

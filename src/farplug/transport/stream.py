@@ -13,11 +13,13 @@ from farplug.errors import FarplugError, GuestGoneError, InternalError, Reason, 
 from farplug.transport.connection import (
     Address,
     Connection,
+    CurrentWire,
     TcpAddress,
     Timeouts,
     UnixAddress,
     dial,
     start,
+    untapped,
     zone_fault,
 )
 from farplug.transport.port import Port, PortListener
@@ -59,9 +61,10 @@ class SocketSession(Session):
 class _SocketPort(Port):
     """The common part of socket ports: all but how the socket is connected."""
 
-    def __init__(self, name: str, timeouts: Timeouts) -> None:
+    def __init__(self, name: str, timeouts: Timeouts, wire: CurrentWire) -> None:
         self.name = name
         self._timeouts = timeouts
+        self._wire = wire
         self._connection: Connection | None = None
         self._listener: PortListener | None = None
 
@@ -71,7 +74,9 @@ class _SocketPort(Port):
         self._listener = listener
         try:
             sock = await self._socket()
-            connection = Connection(listener, self._lost)
+            wire = self._wire()
+            tap = None if wire is None else wire.tap(f"usbredir at {self}")
+            connection = Connection(listener, self._lost, tap)
             self._connection = connection
             await start(sock, connection, tls=None, server_hostname="", timeout=self._timeouts.handshake)
         except BaseException:
@@ -140,10 +145,13 @@ class StreamPort(_SocketPort):
         address: where QEMU listens.
         name: the port's, for messages; empty: ``tcp`` or ``unix``.
         timeouts: for connecting and closing.
+        wire: taps the connections.
     """
 
-    def __init__(self, address: Address, *, name: str = "", timeouts: Timeouts | None = None) -> None:
-        super().__init__(name or ("unix" if isinstance(address, UnixAddress) else "tcp"), timeouts or Timeouts())
+    def __init__(
+        self, address: Address, *, name: str = "", timeouts: Timeouts | None = None, wire: CurrentWire = untapped
+    ) -> None:
+        super().__init__(name or ("unix" if isinstance(address, UnixAddress) else "tcp"), timeouts or Timeouts(), wire)
         self.address = address
 
     def __str__(self) -> str:
@@ -163,6 +171,7 @@ class ListenPort(_SocketPort):
         on_listening: called with the address each time that the port listens.
         name: the port's, for messages.
         timeouts: for closing.
+        wire: taps the connections.
     """
 
     def __init__(
@@ -172,8 +181,9 @@ class ListenPort(_SocketPort):
         on_listening: Callable[[TcpAddress], None] | None = None,
         name: str = "tcp-listen",
         timeouts: Timeouts | None = None,
+        wire: CurrentWire = untapped,
     ) -> None:
-        super().__init__(name, timeouts or Timeouts())
+        super().__init__(name, timeouts or Timeouts(), wire)
         self.address = address
         self._on_listening = on_listening
 

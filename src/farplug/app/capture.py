@@ -1,0 +1,142 @@
+"""The capture of a guest: what begins it, what it sees, and how it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from farplug.app.attachment import Attachment, AttachmentState
+from farplug.app.events import Event, Level
+from farplug.app.guest_port import GuestPort
+from farplug.app.settings import CaptureSettings
+from farplug.capture.descriptors import read_descriptors
+from farplug.capture.recording import CONTENTS, Recording
+from farplug.capture.writer import STANDARD_OUTPUT
+from farplug.errors import FarplugError
+from farplug.redirection.describe import device_connect
+from farplug.transport.connection import Wire
+
+if TYPE_CHECKING:
+    from farplug.app.guest import Guest
+
+_NOT_CAPTURED: Final = frozenset(("figures", "copying"))
+"""Events that repeat all the time, and that the packets show as well."""
+_PLUGGED: Final = (AttachmentState.ATTACHED, AttachmentState.CONFIGURED)
+
+
+class GuestCapture:
+    """A capture of a guest.
+
+    Args:
+        guest: whose events are captured, and which publishes those of the capture.
+        settings: where to, and how much.
+        on_failed: called when the file cannot be written any more; then call :meth:`close`.
+
+    Attributes:
+        is_open: whether the capture runs.
+        settings: as above.
+    """
+
+    def __init__(self, guest: Guest, settings: CaptureSettings, on_failed: Callable[[GuestCapture], None]) -> None:
+        self.is_open = False
+        self.settings = settings
+        self._guest = guest
+        self._on_failed = on_failed
+        self._error: FarplugError | None = None
+        self._recording = Recording(settings.path, settings.bytes, on_failed=self._failed)
+        self._ports: list[GuestPort] = []
+        self._unsubscribe: Callable[[], None] | None = None
+
+    @property
+    def wire(self) -> Wire | None:
+        """Return what taps new connections; None: nothing does."""
+        return self._recording if self.is_open and self._recording.has_wire else None
+
+    async def open(self) -> None:
+        """Open the file, and begin to capture events.
+
+        Raises:
+            UsageError: the file cannot be used.
+        """
+        await self._recording.open(self._waiting)
+        self.is_open = True
+        self._guest.capturing = self.settings.path
+        self._guest.publish(
+            "capture-started",
+            f"capturing to {self._name}: {CONTENTS}",
+            level=Level.DETAIL,
+            path=self.settings.path,
+            bytes=self.settings.bytes,
+        )
+        self._unsubscribe = self._guest.stream.subscribe(self._event)
+        if not self._recording.has_wire:
+            self._guest.note("the capture has no interface wire: Wireshark cannot decode parts of messages")
+
+    async def resume(self, attachment: Attachment) -> None:
+        """Capture an attachment that may be plugged in already: begin with the state of its device."""
+        if attachment.state in _PLUGGED:
+            device = attachment.device
+            descriptors = await read_descriptors(device)
+            if not self.is_open:
+                return
+            if attachment.state in _PLUGGED and attachment.port not in self._ports:
+                alternates = {interface.number: interface.alternate for interface in device.interfaces}
+                tap = self._recording.port(attachment.port.number)
+                tap.resume(device_connect(device), descriptors, device.configuration, alternates)
+        self.watch(attachment)
+
+    def watch(self, attachment: Attachment) -> None:
+        """Capture the packets of an attachment's port from now on."""
+        port = attachment.port
+        if port not in self._ports:
+            self._ports.append(port)
+            port.observe(self._recording.port(port.number))
+
+    async def close(self) -> FarplugError | None:
+        """End the capture, and publish that. Return why the file could not be written; None: it is complete."""
+        self.is_open = False
+        if self._unsubscribe is not None:
+            self._unsubscribe()
+        for port in self._ports:
+            port.observe(None)
+        recording = self._recording
+        await recording.close()
+        error = self._error
+        dropped, cut = sum(recording.dropped), recording.cut
+        text = f"the capture to {self._name} has ended"
+        if error is not None:
+            text = f"{text}: {error.message}"
+        elif dropped or cut:
+            text = f"{text}; it was written too slowly: {dropped} packets and the data of {cut} transfers are missing"
+        self._guest.capturing = None
+        self._guest.publish(
+            "capture-ended",
+            text,
+            level=Level.BAD if error is not None or dropped or cut else Level.INFO,
+            path=self.settings.path,
+            dropped=dropped,
+            cut=cut,
+            error=None if error is None else error.as_dict(),
+        )
+        return error
+
+    @property
+    def _name(self) -> str:
+        return "standard output" if self.settings.path == STANDARD_OUTPUT else self.settings.path
+
+    def _waiting(self) -> None:
+        self._guest.note(f"waiting for a program that reads from the pipe {self.settings.path}")
+
+    def _event(self, event: Event) -> None:
+        if event.guest != self._guest.id or event.name in _NOT_CAPTURED:
+            return
+        message = str(event)
+        if event.name == "stage":  # its address may hold a proxy's ticket
+            message = f"{event.fields['stage']}: {event.fields['state']}"
+        fields = {"FARPLUG_EVENT": event.name, "FARPLUG_DEVICE": event.device}
+        warning = event.level is Level.BAD
+        self._recording.event(message, {name: text for name, text in fields.items() if text}, warning=warning)
+
+    def _failed(self, error: FarplugError) -> None:
+        self._error = error
+        self._on_failed(self)
