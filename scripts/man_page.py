@@ -20,8 +20,14 @@ PAGE = Path(__file__).parents[1] / "docs/farplug.1"
 
 ENVIRONMENT = {
     "FARPLUG_PASSWORD": "The SPICE password, where neither TARGET nor an option has one.",
+    "FARPLUG_SESSION": "The session that commands use if --session is not given.",
+    "NOTIFY_SOCKET": "Set by systemd for a service of Type=notify: 'farplug connect' reports there that it is ready.",
     "TMPDIR": "The folder for the images that --usb-folder makes, and for other temporary files.",
     "XDG_CACHE_HOME": "The folder of caches, ~/.cache if it is not set: the kernel of the throw-away VM is kept there.",
+    "XDG_RUNTIME_DIR": (
+        "The folder farplug in it has the sockets of sessions; without it, /run/farplug (root) or /tmp/farplug-UID."
+    ),
+    "XDG_STATE_HOME": "The folder farplug in it has the logs of sessions in the background; ~/.local/state if not set.",
 }
 
 EXAMPLES = {
@@ -33,6 +39,8 @@ EXAMPLES = {
         "Plug in a disk, and discard what the VM writes to it."
     ),
     "farplug connect vm.vv --usb-device 1050:0407": "Plug a USB device of this machine into a VM.",
+    "farplug connect vm.vv --name web1 --detach": "Start a session in the background.",
+    "farplug attach -s web1 --usb-disk scratch.raw": "Plug a disk into the VM of that session.",
     "farplug doctor spice://vmhost:5900": "Check, stage by stage, how far a VM can be reached.",
 }
 
@@ -96,15 +104,19 @@ def visible(command: Any, kind: str) -> list[Any]:
 
 def argument_name(argument: Any) -> str:
     """Return the name of an argument, as roff. Typer adds brackets and dots to some."""
-    return italic((argument.metavar or argument.name).strip("[].").upper())
+    name = argument.metavar or argument.name
+    return italic(name if " " in name else name.strip("[].").upper())
 
 
 def synopsis(name: str, command: Any) -> str:
     """Return the line that a command is called with."""
     words = [bold(name)]
     for argument in visible(command, "argument"):
-        word = argument_name(argument) + (" ..." if argument.nargs == -1 else "")
-        words.append(word if argument.required else f"[{word}]")
+        word = argument_name(argument)
+        if " " not in (argument.metavar or ""):  # otherwise it has its own brackets
+            word += " ..." if argument.nargs == -1 else ""
+            word = word if argument.required else f"[{word}]"
+        words.append(word)
     if visible(command, "option"):
         words.append(f"[{italic('OPTION')} ...]")
     return " ".join(words)

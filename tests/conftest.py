@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import tempfile
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from xdist.scheduler import LoadFileScheduling
 from farplug import rate_limit
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Make the tests independent of the environment."""
     # In the background, or with nohup, these signals are ignored, and child processes would ignore them too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -20,6 +22,11 @@ def pytest_configure() -> None:
     # With one of these pytest prints the whole difference of two byte strings, which takes minutes for images.
     for name in ("CI", "BUILD_NUMBER"):
         os.environ.pop(name, None)
+    # Sockets and logs of sessions. Not below tmp_path: the path of a socket has at most 107 bytes.
+    folder = tempfile.mkdtemp(prefix="farplug-")
+    os.environ |= {"XDG_RUNTIME_DIR": folder, "XDG_STATE_HOME": folder}
+    os.environ.pop("FARPLUG_SESSION", None)
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 @pytest.fixture(autouse=True)

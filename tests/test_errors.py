@@ -184,6 +184,8 @@ def test_each_class_carries_only_reasons_that_are_documented_with_its_exit_code(
     wrong, checked = [], 0
     for class_name, reason_name in sorted(_raised()):
         kind = getattr(errors, class_name, None)
+        if kind is errors.SessionError:
+            continue  # its exit code is an argument
         if kind is not None and reason_name in Reason.__members__:
             error = kind("x", reason=Reason[reason_name])
             codes = DOCUMENTED[str(error.reason)]

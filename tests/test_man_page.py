@@ -42,4 +42,4 @@ def test_it_renders_without_a_warning() -> None:
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0
     assert run.stderr == ""
-    assert "farplug connect TARGET [OPTION ...]" in run.stdout
+    assert "farplug connect [TARGET] [OPTION ...]" in run.stdout

@@ -32,6 +32,7 @@ def test_events_are_numbered_without_a_gap_and_come_in_order() -> None:
         "id": 1,
         "time": 1.5,
         "event": "a",
+        "level": "bad",
         "guest": "g1",
         "attachment": "g1.a1",
         "device": "disk",
@@ -39,7 +40,9 @@ def test_events_are_numbered_without_a_gap_and_come_in_order() -> None:
         "name": "n",
         "message": "first",
     }
-    assert seen[1].to_json() == {"id": 2, "time": 2.25, "event": "b", "message": "second"}
+    assert seen[1].to_json() == {"id": 2, "time": 2.25, "event": "b", "level": "info", "message": "second"}
+    assert [Event.from_json(event.to_json()) for event in seen] == seen
+    assert Event.from_json({**seen[1].to_json(), "level": "of a later version"}) == seen[1]
     assert (str(seen[0]), str(seen[1])) == ("disk: first", "second")
 
 
@@ -243,6 +246,7 @@ async def test_a_slow_reader_loses_the_oldest_events_and_learns_how_many() -> No
         "id": 5,
         "time": dropped.to_json()["time"],
         "event": "events-dropped",
+        "level": "bad",
         "count": 5,
         "message": "5 events dropped: the reader is too slow",
     }

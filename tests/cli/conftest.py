@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,14 @@ def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> C
     monkeypatch.delenv("FARPLUG_PASSWORD", raising=False)
     monkeypatch.setenv("COLUMNS", "200")
     return Cli(capfd)
+
+
+@pytest.fixture(autouse=True)
+def _no_other_sessions(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Sessions that an earlier test left are not found."""
+    with tempfile.TemporaryDirectory(prefix="farplug-", ignore_cleanup_errors=True) as folder:  # short: for sockets
+        monkeypatch.setenv("XDG_RUNTIME_DIR", folder)
+        yield
 
 
 @pytest.fixture(autouse=True)

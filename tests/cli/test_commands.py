@@ -150,7 +150,7 @@ async def test_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     script.write_bytes(text.encode("latin-1"))
     with script.open() as file:
         monkeypatch.setattr("sys.stdin", file)
-        await serve(host, host.guest())
+        await serve(host, host.guest(), host._leave_now)
     assert one.medium is None
     assert ["no such file" in error for error in host.failures] == [False, True, False, False]
     assert len(host.failures) == 4
@@ -167,7 +167,7 @@ async def test_a_path_that_is_not_utf8(tmp_path: Path, monkeypatch: pytest.Monke
     script.write_bytes(os.fsencode(f"insert {iso}\ninsert {iso}"))
     with script.open() as file:
         monkeypatch.setattr("sys.stdin", file)
-        await serve(host, host.guest())
+        await serve(host, host.guest(), host._leave_now)
     assert (one.medium, host.failures) == (str(iso), [])
     await one.close()
 
@@ -177,4 +177,4 @@ async def test_no_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("sys.stdin", file)
         async with asyncio.timeout(10):
             host = Host(monkeypatch)
-            await serve(host, host.guest())
+            await serve(host, host.guest(), host._leave_now)

@@ -220,7 +220,7 @@ async def test_a_subscription_has_no_gap_and_no_duplicate(environment: dict[str,
             event = await client.next()
             assert event["event"] == "note"
             assert event["data"]["id"] == id
-            assert set(event["data"]) == {"id", "time", "message"}
+            assert set(event["data"]) == {"id", "time", "level", "message"}
         await publishing
 
 

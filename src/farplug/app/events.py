@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from farplug.redirection import events as port_events
 from farplug.redirection.events import DeviceReport, PortEvent
@@ -72,7 +72,12 @@ class Event:
 
     def to_json(self) -> dict[str, Any]:
         """Return the event as JSON's types. Ids and the label stand there if the event has them."""
-        data: dict[str, Any] = {"id": self.id, "time": round(self.time, 3), "event": self.name}
+        data: dict[str, Any] = {
+            "id": self.id,
+            "time": round(self.time, 3),
+            "event": self.name,
+            "level": str(self.level),
+        }
         if self.guest is not None:
             data["guest"] = self.guest
         if self.attachment is not None:
@@ -81,9 +86,33 @@ class Event:
             data["device"] = self.device
         return {**data, **self.fields, "message": self.message}
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Return the event that an object of JSON's types describes: what :meth:`to_json` returned.
+
+        A level that is not known counts as ``info``. Fields that every event has are not among ``fields``.
+
+        Raises:
+            KeyError: a field that every event has is missing.
+        """
+        level = data["level"]
+        return cls(
+            id=data["id"],
+            time=data["time"],
+            name=data["event"],
+            message=data["message"],
+            level=Level(level) if level in Level._value2member_map_ else Level.INFO,
+            guest=data.get("guest"),
+            attachment=data.get("attachment"),
+            device=data.get("device", ""),
+            fields={name: value for name, value in data.items() if name not in _OF_EVERY_EVENT},
+        )
+
     def __str__(self) -> str:
         return f"{self.device}: {self.message}" if self.device else self.message
 
+
+_OF_EVERY_EVENT: Final = ("id", "time", "event", "level", "guest", "attachment", "device", "message")
 
 Listener = Callable[[Event], None]
 

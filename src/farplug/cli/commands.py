@@ -7,11 +7,12 @@ import logging
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from threading import Thread
 
 from farplug.app.app import App
-from farplug.app.commands import Command, from_words, help_lines
+from farplug.app.commands import Command, Quit, from_words, help_lines
 from farplug.app.guest import Guest
 from farplug.errors import FarplugError, Reason, UsageError
 
@@ -39,8 +40,14 @@ def parse(line: str) -> Command | None:
     return command
 
 
-async def serve(app: App, guest: Guest) -> None:
-    """Read commands from standard input and carry them out, one after the other, until it ends."""
+async def serve(app: App, guest: Guest, leave: Callable[[], None]) -> None:
+    """Read commands from standard input and carry them out, one after the other, until it ends.
+
+    Args:
+        app: carries the commands out.
+        guest: publishes what was refused.
+        leave: called for the command ``quit``.
+    """
     lines: asyncio.Queue[str | None] = asyncio.Queue()
     loop = asyncio.get_running_loop()
     # Not an asyncio pipe: that would make the terminal non-blocking for everybody, and takes no file.
@@ -50,6 +57,9 @@ async def serve(app: App, guest: Guest) -> None:
             if not line.strip():
                 continue
             command = parse(line.strip())
+            if isinstance(command, Quit):
+                leave()
+                continue
             if command is not None:
                 await app.do(command)
                 continue

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from io import TextIOWrapper
 from typing import Annotated
 
 import typer
 
-from farplug.cli import capture, connect, demo, devices, doctor, image, log, writer
+from farplug.cli import capture, connect, demo, devices, doctor, image, log, sessions, writer
+from farplug.cli.failure import Failure
 from farplug.cli.options import Command, DebugOption, Group
 from farplug.errors import FarplugError, InternalError, Reason, Remedy
-from farplug.exit_codes import ExitCode, exit_code
+from farplug.exit_codes import ExitCode
 from farplug.rate_limit import release_logs
-from farplug.text import printable
 from farplug.version import __version__
 
 EXIT_CODES = {
@@ -51,7 +48,18 @@ app = typer.Typer(
 _EXIT_CODES_HELP = "\n".join(["Exit codes", *(f"{code:>3}  {what}" for code, what in EXIT_CODES.items())])
 app.command("connect", cls=Command, epilog=_EXIT_CODES_HELP)(connect.connect)
 app.command("devices", cls=Command)(devices.devices)
-app.command("capture", cls=Command)(capture.capture)
+for _command in (
+    sessions.ls,
+    sessions.status,
+    sessions.attach,
+    sessions.detach,
+    sessions.insert,
+    sessions.eject,
+    sessions.watch,
+    sessions.stop,
+    capture.capture,
+):
+    app.command(_command.__name__, cls=Command)(_command)
 app.command("doctor", cls=Command)(doctor.doctor)
 app.command("demo", cls=Command)(demo.demo)
 app.add_typer(image.app, name="image")
@@ -114,46 +122,16 @@ def run(arguments: Sequence[str]) -> int:
         writer.finish()
 
 
-def _report(failure: _Failure | int | None, *, as_json: bool) -> int:
+def _report(failure: Failure | int | None, *, as_json: bool) -> int:
     if failure is None:
         return ExitCode.OK
     if isinstance(failure, int):
         return failure
-    log.say(f"farplug: {printable(failure.message)}")
-    for line in log.remedy_lines(failure.remedy):
-        log.say(f"  {line}")
-    if as_json:
-        try:
-            print(json.dumps(failure.as_dict()), flush=True)  # noqa: T201
-        except OSError:
-            log.discard(sys.stdout)
+    failure.report(as_json=as_json)
     return failure.exit_code
 
 
-@dataclass(frozen=True, slots=True)
-class _Failure:
-    message: str
-    reason: Reason
-    exit_code: ExitCode
-    remedy: Remedy = field(default_factory=Remedy)
-
-    @classmethod
-    def of(cls, error: FarplugError) -> _Failure:
-        return cls(error.message, error.reason, exit_code(error), error.remedy)
-
-    def as_dict(self) -> dict[str, object]:
-        """Return the event ``failed``, as JSON types."""
-        return {
-            "time": round(time.time(), 3),
-            "event": "failed",
-            "reason": str(self.reason),
-            "message": self.message,
-            **self.remedy.as_dict(),
-            "exit_code": int(self.exit_code),
-        }
-
-
-def _run(arguments: Sequence[str]) -> _Failure | int | None:
+def _run(arguments: Sequence[str]) -> Failure | int | None:
     try:
         try:
             with typer.main.get_command(app).make_context("farplug", list(arguments)) as context:
@@ -165,19 +143,19 @@ def _run(arguments: Sequence[str]) -> _Failure | int | None:
     except FarplugError as error:
         if isinstance(error, InternalError):
             log.traceback(error.__cause__)
-        return _Failure.of(error)
+        return Failure.of(error)
     except (BrokenPipeError, SystemExit):  # the reader of the output closed the pipe (rich raises SystemExit)
         log.discard(sys.stdout)
     except (KeyboardInterrupt, typer.Abort):
-        return _Failure("interrupted", Reason.INTERRUPTED, ExitCode.INTERRUPTED, Remedy())
+        return Failure("interrupted", Reason.INTERRUPTED, ExitCode.INTERRUPTED, Remedy())
     except _BAD_ARGUMENTS as error:
         context_of_error = getattr(error, "ctx", None)
         command = "farplug" if context_of_error is None else context_of_error.command_path
         message = error.format_message()  # type: ignore[attr-defined]
         # Typer checks values with pydantic, whose messages contain this prefix.
         message = message.rstrip(".").replace(": Value error, ", ": ")
-        return _Failure(message, Reason.BAD_OPTION, ExitCode.USAGE, Remedy(f"see: {command} --help"))
+        return Failure(message, Reason.BAD_OPTION, ExitCode.USAGE, Remedy(f"see: {command} --help"))
     except Exception as error:
         log.traceback(error)
-        return _Failure.of(InternalError(error))
+        return Failure.of(InternalError(error))
     return None

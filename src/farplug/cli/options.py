@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import getpass
 import os
+import re
 import sys
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
@@ -12,12 +14,13 @@ from typing import Annotated, Any, TypeAlias
 import typer
 import typer.core
 
-from farplug.app.settings import TargetSettings
+from farplug.app.settings import ReconnectSettings, TargetSettings
 from farplug.cli import log
 from farplug.errors import Reason, UsageError
 from farplug.transport import TARGET_FORMS
 
 PASSWORD_VARIABLE = "FARPLUG_PASSWORD"
+SESSION_VARIABLE = "FARPLUG_SESSION"
 MAX_PASSWORD_LINE = 1024
 """Maximum length of the first line of a password file, in characters; a SPICE password has at most 60 bytes."""
 
@@ -26,6 +29,7 @@ IMAGES = "Images"
 TUNING = "How the VM sees images"
 DEVICES = "USB devices of this machine"
 CONNECTION = "Connection (SPICE)"
+SESSION = "Session"
 OUTPUT = "Output and commands"
 """Titles of panels in the help."""
 
@@ -53,6 +57,7 @@ class Command(typer.core.TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the command line twice: Click does not keep the order of different options."""
+        args = list(_with_values(args))
         try:
             _, _, order = self.make_parser(ctx).parse_args(args=[*args])
             ctx.meta[_ORDER] = [parameter.name for parameter in order]
@@ -61,6 +66,20 @@ class Command(typer.core.TyperCommand):
             if getattr(error, "ctx", ctx) is None:
                 error.ctx = ctx  # type: ignore[attr-defined]
             raise
+
+
+OPTIONAL_VALUES = {"--reconnect": "forever"}
+"""Options whose value may be missing, with the value that they have then. The value comes after "="."""
+
+
+def _with_values(arguments: Sequence[str]) -> Iterator[str]:
+    """Yield the arguments of a command; options whose value is missing get it."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    for position, argument in enumerate(arguments):
+        if argument in OPTIONAL_VALUES and position < end:
+            yield f"{argument}={OPTIONAL_VALUES[argument]}"
+        else:
+            yield argument
 
 
 _ORDER = "farplug.order"
@@ -81,6 +100,36 @@ class BlockSizeOption(StrEnum):
 
 TargetArgument: TypeAlias = Annotated[
     str, typer.Argument(metavar="TARGET", help=f"Where the VM is: {TARGET_FORMS}.", show_default=False)
+]
+OptionalTargetArgument: TypeAlias = Annotated[
+    str | None,
+    typer.Argument(metavar="TARGET", help=f"Where the VM is: {TARGET_FORMS}.", show_default=False),
+]
+TargetCommandOption: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--target-command",
+        metavar="COMMAND",
+        help="In place of TARGET: a shell command that prints a .vv file. It is run for each attempt to connect, for "
+        "tickets that expire.",
+        rich_help_panel=CONNECTION,
+        show_default=False,
+    ),
+]
+ReconnectOption: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--reconnect",
+        metavar="[DURATION]",
+        help="Connect again to a VM that restarts or is lost, and plug the devices in again. --reconnect=10m gives up "
+        "after 10 minutes (s, m, h). Default: with --detach forever, otherwise not.",
+        rich_help_panel=CONNECTION,
+        show_default=False,
+    ),
+]
+NoReconnectOption: TypeAlias = Annotated[
+    bool,
+    typer.Option("--no-reconnect", help="With --detach: end when the VM is lost.", rich_help_panel=CONNECTION),
 ]
 PasswordFileOption: TypeAlias = Annotated[
     Path | None,
@@ -143,31 +192,64 @@ PASSWORD_HELP = (
 )
 
 
+_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
+
+
+def reconnect_settings(reconnect: str | None, no_reconnect: bool, *, detach: bool) -> ReconnectSettings | None:
+    """Return the options as settings; None: the session ends when the VM is lost.
+
+    Raises:
+        UsageError: the duration is not valid, or the options contradict each other.
+    """
+    if no_reconnect and reconnect is not None:
+        raise UsageError("--reconnect and --no-reconnect contradict each other", reason=Reason.BAD_OPTION)
+    if reconnect is None:
+        return ReconnectSettings() if detach and not no_reconnect else None
+    if reconnect == OPTIONAL_VALUES["--reconnect"]:
+        return ReconnectSettings()
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,3})?)([smh]?)", reconnect, re.ASCII)
+    if match is None or not float(match[1]):
+        raise UsageError(
+            f"--reconnect={reconnect}: {reconnect!r} is not a valid duration",
+            reason=Reason.BAD_OPTION,
+            remedy="write it as --reconnect=30s, --reconnect=10m or --reconnect=2h, or without a duration",
+        )
+    return ReconnectSettings(limit=float(match[1]) * _UNITS[match[2]])
+
+
 def target_settings(
-    target: str,
+    target: str | None,
     password_file: Path | None,
     ask_password: bool,
     ca_file: Path | None,
     host_subject: str | None,
     proxy: str | None,
+    command: str | None = None,
 ) -> TargetSettings:
     """Return the options as settings. A password in the environment is used only if there is no other one.
 
     Raises:
-        UsageError: the password cannot be read.
+        UsageError: the password cannot be read, or there is no target, or there are two.
     """
+    if (target is None) is (command is None):
+        raise UsageError(
+            "TARGET and --target-command contradict each other" if command else "Missing argument 'TARGET'",
+            reason=Reason.BAD_OPTION,
+            remedy=f"name one of them; TARGET is {TARGET_FORMS}",
+        )
     password = None
     if ask_password:
         password = prompt_for_password()
     elif password_file is not None:
         password = _read_password(password_file)
     return TargetSettings(
-        target,
+        target or "",
         password=password,
         fallback_password=os.environ.get(PASSWORD_VARIABLE, ""),
         ca_file=None if ca_file is None else str(ca_file),
         host_subject=host_subject,
         proxy=proxy,
+        command=command,
     )
 
 

@@ -183,7 +183,7 @@ class PlainOutput(_TextOutput):
             self._more(f"{stage}: {event.message}")
 
 
-_STATE_STYLES = {
+_STATE_STYLES: Mapping[str, str] = {
     AttachmentState.OPENING: "yellow",
     AttachmentState.WAITING: "yellow",
     AttachmentState.ATTACHED: "cyan",
@@ -249,7 +249,7 @@ class TerminalOutput(_TextOutput):
             figures = self._figures.get(attachment, _NO_FIGURES)
             row = (
                 Text(printable(device["label"])),
-                Text(device["state"], _STATE_STYLES[AttachmentState(device["state"])]),
+                Text(device["state"], _STATE_STYLES.get(device["state"], "red")),
                 Text(device["speed"]),
                 Text(size(figures["read"])),
                 Text(size(figures["written"])),

@@ -14,11 +14,13 @@ from typing import Any, NoReturn
 
 from farplug.app.app import App
 from farplug.app.events import Event, Level
+from farplug.app.link import AskPassword
 from farplug.app.settings import GuestSettings
 from farplug.cli import log, writer
 from farplug.cli.commands import serve
 from farplug.cli.options import has_terminal, prompt_for_password
 from farplug.cli.output import Output, SilentOutput
+from farplug.cli.service import UNNAMED, Service, ServiceOptions, SystemdReporter
 from farplug.cli.writer import QueuedStream
 from farplug.errors import FarplugError, InternalError, Reason, SetupError
 from farplug.exit_codes import ExitCode
@@ -36,13 +38,22 @@ _AT_ONCE = 0.5
 """Seconds that the readers of the output have when a user wants to leave at once."""
 
 
-async def run(settings: GuestSettings, output: Output, *, commands: bool = False) -> ExitCode:
+async def run(
+    settings: GuestSettings,
+    output: Output,
+    *,
+    commands: bool = False,
+    service: ServiceOptions = UNNAMED,
+    ask_password: AskPassword | None = None,
+) -> ExitCode:
     """Run until a signal comes, or raise why the session ended.
 
     Args:
         settings: what to do.
         output: shows the events.
         commands: read commands from standard input.
+        service: the name and the control socket of the session.
+        ask_password: asks a user for a password; None: the user of the terminal is asked.
 
     Returns:
         OK; INTERRUPTED if the signal came before any device was plugged in.
@@ -52,11 +63,18 @@ async def run(settings: GuestSettings, output: Output, *, commands: bool = False
     """
     if sys.platform == "win32":
         raise SetupError("farplug connect does not run on Windows", reason=Reason.UNSUPPORTED_SYSTEM)
-    return await _Session(settings, output, commands).run()
+    return await _Session(settings, output, commands, service, ask_password).run()
 
 
 class _Session:
-    def __init__(self, settings: GuestSettings, output: Output, commands: bool) -> None:
+    def __init__(
+        self,
+        settings: GuestSettings,
+        output: Output,
+        commands: bool,
+        service: ServiceOptions = UNNAMED,
+        ask_password: AskPassword | None = None,
+    ) -> None:
         self._output = output
         self._force = settings.storage.force
         self._commands = commands
@@ -64,38 +82,56 @@ class _Session:
         self._interrupted = False
         self._signalled = False
         self._leaving = False
-        self._bug: InternalError | None = None
+        self._failed: FarplugError | None = None
+        """Why the session ends, if that is not an error of the application: a bug, or its control socket."""
         self._warned: dict[str, int] = {}
         """The disks of the last warning about unfinished writes, and the run of writes that it was about."""
         # The ticket of a .vv file is for one use: a user has no other one.
-        ask = self._ask_password if settings.target.target.startswith("spice") else None
-        self._app = App(ask, lambda: self._interrupt(signal.SIGINT))
+        ask = (ask_password or self._ask_password) if settings.target.target.startswith("spice") else None
+        self._app = App(ask, self._quit)
+        self._service_options = service
+        self._service = Service(service, settings, self._app)
+        self._systemd = SystemdReporter(self._app)
+        self._serving = False
+        """The control socket was made, or is being made, or could not be made."""
+        self._found = False
+        """Other commands find the session, or it cannot have a control socket and needs none."""
+        self._ready = False
         self._app.subscribe(self._show)
         self._guest = self._app.add(settings)
+        self._beside: list[asyncio.Task[None]] = []
+        """Tasks that end with the session."""
 
     async def run(self) -> ExitCode:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(self._callback_failed)
         if isinstance(sys.stdout, QueuedStream):
             sys.stdout.on_failure(partial(self._failed_in_thread, loop))
+        if self._service_options.name is not None:  # a name that is taken costs no ticket
+            self._serving = True
+            await self._service.start()
+            self._found = True
         self._work = loop.create_task(self._app.run(self._guest))
         for number in SIGNALS:
             if number not in _HANGUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
                 loop.add_signal_handler(number, self._interrupt, number)
-        beside = [loop.create_task(self._refresh())]
+        self._beside.append(loop.create_task(self._refresh()))
         if self._commands:
-            beside.append(loop.create_task(serve(self._app, self._guest)))
+            self._beside.append(loop.create_task(serve(self._app, self._guest, lambda: self._interrupt(signal.SIGINT))))
         try:
             self._write(self._output.start)
             await self._work
-            self._raise_bug()
+            self._raise_failure()
         except asyncio.CancelledError:
-            self._raise_bug()
+            self._raise_failure()
             if not self._interrupted:
                 raise
         finally:
-            for task in beside:
+            self._systemd.stopping()
+            for task in self._beside:
                 task.cancel()
+            await asyncio.gather(*self._beside, return_exceptions=True)
+            await self._service.close()
             self._write(self._output.stop)
         return ExitCode.INTERRUPTED if self._signalled and not self._guest.served else ExitCode.OK
 
@@ -105,6 +141,46 @@ class _Session:
         if event.name == "capture-started":
             log.say(f"farplug: warning: {printable(event.message)}")
         self._write(lambda: self._output.show(event))
+        self._systemd.show(event)
+        if event.name == "connected" and not self._serving and not self._leaving:  # comes again when the VM is back
+            self._serving = True
+            self._beside.append(asyncio.get_running_loop().create_task(self._serve(event.fields["name"])))
+        if event.name == "ready":
+            self._check_ready()
+
+    def _check_ready(self) -> None:
+        """Report that the session is ready, once its devices are plugged in, or wait for the VM, and it is found."""
+        if self._guest.is_ready and self._found and not self._ready and not self._leaving:
+            self._ready = True
+            self._systemd.ready()
+            self._service_options.ready(self._service.name)
+
+    # The control socket -------------------------------------------------------------------------------------------
+
+    async def _serve(self, vm: str) -> None:
+        """Begin to listen on the control socket. A failure ends the session only if the user asked for the socket."""
+        try:
+            await self._service.start(vm)
+        except FarplugError as error:
+            if self._service_options.required:
+                self._failed = error
+                self._leave()
+                return
+            log.say(f"farplug: warning: other commands cannot use this session: {printable(error.message)}")
+            for line in log.remedy_lines(error.remedy):
+                log.say(f"  {line}")
+        self._found = True
+        self._check_ready()
+
+    def _quit(self) -> None:
+        """Leave, as another command asks for; a second time changes nothing."""
+        if not self._interrupted:
+            unwarned = self._unfinished()
+            self._interrupted = self._signalled = True
+            self._leave()
+            if unwarned:
+                self._warn(list(unwarned), leaving=True)
+            self._guest.note("detaching: another command ends the session")
 
     async def _refresh(self) -> None:
         while True:
@@ -200,13 +276,13 @@ class _Session:
         error = context.get("exception")
         if not isinstance(error, Exception) or isinstance(error, (FarplugError, OSError)):
             loop.default_exception_handler(context)
-        elif self._bug is None:
-            self._bug = InternalError(error)
+        elif self._failed is None:
+            self._failed = InternalError(error)
             self._leave()
 
-    def _raise_bug(self) -> None:
-        if self._bug is not None:
-            raise self._bug
+    def _raise_failure(self) -> None:
+        if self._failed is not None:
+            raise self._failed
 
 
 def unfinished_writes(disks: list[str], *, leaving: bool) -> str:

@@ -104,6 +104,20 @@ class ErrorData:
         """Return what the protocol carries of an error."""
         return cls(str(error.reason), error.message, int(exit_code(error)), error.remedy)
 
+    @classmethod
+    def parse(cls, data: object) -> Self:
+        """Return the error that a JSON value is: what :meth:`to_json` returned. Unknown fields are ignored.
+
+        Raises:
+            RemoteProtocolError: it is not an error.
+        """
+        if not isinstance(data, dict):
+            raise RemoteProtocolError(f"error: {shown(data)} is not an object")
+        code, message, number = data.get("code"), data.get("message"), data.get("exit_code", 1)
+        if not isinstance(code, str) or not isinstance(message, str) or type(number) is not int:
+            raise RemoteProtocolError(f"error: {shown(data)} has no valid code, message and exit_code")
+        return cls(printable(code, MAX_METHOD), printable(message, MAX_MESSAGE), number, _remedy(data))
+
     def to_json(self) -> dict[str, Any]:
         """Return the error as JSON's types."""
         return {
@@ -286,7 +300,7 @@ def parse_reply(data: object) -> FromServer:
         return Reply(_id(data.get("id")), data.get("result"))
     if ok is False:
         id = data.get("id")
-        return Failure(None if id is None else _id(id), _error(data.get("error")))
+        return Failure(None if id is None else _id(id), ErrorData.parse(data.get("error")))
     raise RemoteProtocolError(f"{shown(data)} is neither a reply nor an event")
 
 
@@ -310,15 +324,6 @@ def _object(data: Mapping[str, Any], field: str) -> Mapping[str, Any]:
     if isinstance(value, dict):
         return value
     raise RemoteProtocolError(f"{field}: {shown(value)} is not an object")
-
-
-def _error(data: object) -> ErrorData:
-    if not isinstance(data, dict):
-        raise RemoteProtocolError(f"error: {shown(data)} is not an object")
-    code, message, number = data.get("code"), data.get("message"), data.get("exit_code", 1)
-    if not isinstance(code, str) or not isinstance(message, str) or type(number) is not int:
-        raise RemoteProtocolError(f"error: {shown(data)} has no valid code, message and exit_code")
-    return ErrorData(printable(code, MAX_METHOD), printable(message, MAX_MESSAGE), number, _remedy(data))
 
 
 def _remedy(data: object, depth: int = 0) -> Remedy:

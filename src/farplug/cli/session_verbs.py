@@ -1,0 +1,225 @@
+"""Carry out the commands of running sessions."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from json import dumps
+from pathlib import Path
+from typing import Any, Final
+
+import typer
+
+from farplug.app.codec import encode
+from farplug.app.events import Event, Level
+from farplug.cli import output, session_views
+from farplug.cli.device_options import Devices
+from farplug.cli.output import Output
+from farplug.cli.session_client import following, refreshing, run
+from farplug.control.names import list_sessions, open_session
+from farplug.errors import FarplugError, GuestGoneError, Reason, Remedy, SessionError
+from farplug.exit_codes import ExitCode
+from farplug.shell import shell_word
+
+GONE_INTERVAL: Final = 0.02
+"""Seconds between two looks whether a session that ended has removed its socket."""
+
+
+def ls(*, as_json: bool) -> None:
+    """Print the running sessions."""
+    entries = run(list_sessions())
+    if as_json:
+        typer.echo(dumps([session_views.list_json(entry) for entry in entries]))
+    else:
+        typer.echo("\n".join(session_views.list_lines(entries)))
+
+
+def status(session: str | None, *, as_json: bool) -> None:
+    """Print the state of a session."""
+
+    async def ask() -> dict[str, Any]:
+        async with open_session(session) as client:
+            return session_views.status_of(client.hello, await client.call("status"))
+
+    found = run(ask())
+    typer.echo(dumps(found) if as_json else "\n".join(session_views.status_lines(found)))
+
+
+def attach(session: str | None, devices: Devices, *, wait: bool, as_json: bool) -> None:
+    """Plug devices in, and show what happens to them.
+
+    Args:
+        session: the name of the session; None: the only one.
+        devices: what to plug in.
+        wait: wait until the VM has configured them.
+        as_json: print events as JSON.
+
+    Raises:
+        SessionError: a device cannot be plugged in, or the user interrupted the command.
+    """
+    params = {**encode(devices.absolute()), "wait": wait}
+    try:
+        run(_attach(session, params, output.choose(as_json=as_json)))
+    except KeyboardInterrupt:
+        raise _left_attaching(session, devices) from None
+
+
+def detach(session: str | None, names: Iterable[str], *, as_json: bool) -> None:
+    """Take devices out, and show what happens to them."""
+    run(_detach(session, names, output.choose(as_json=as_json)))
+
+
+def media(session: str | None, method: str, params: Mapping[str, Any], *, as_json: bool) -> None:
+    """Carry out the method ``insert`` or ``eject``, and show what happens to the medium."""
+    wanted = ("medium-ejected", "medium-inserted", "note")
+    run(_call(session, method, params, output.choose(as_json=as_json), wanted))
+
+
+def capture(session: str | None, method: str, params: Mapping[str, Any], *, as_json: bool) -> None:
+    """Carry out the method ``capture`` or ``stop-capture``, and show what happens to the capture."""
+    wanted = ("capture-started", "capture-ended", "note")
+    run(_call(session, method, params, output.choose(as_json=as_json), wanted))
+
+
+def watch(session: str | None, *, as_json: bool) -> None:
+    """Show a session, then its events, until it ends or the user interrupts the command."""
+    try:
+        run(_watch(session, output.choose(as_json=as_json), as_json=as_json))
+    except KeyboardInterrupt:
+        raise typer.Exit from None
+
+
+def stop(session: str | None, *, as_json: bool) -> None:
+    """End a session, and wait until it has ended.
+
+    Raises:
+        SessionError: written data of a device could not be made durable.
+    """
+    run(_stop(session, output.choose(as_json=as_json)))
+
+
+async def _attach(session: str | None, params: Mapping[str, Any], shown: Output) -> None:
+    known: set[str] = set()
+    """Devices that were there before."""
+    skipped: list[Event] = []
+
+    def show(event: Event) -> None:
+        if event.name == "skipped":
+            skipped.append(event)
+        elif event.attachment not in known:
+            shown.show(event)
+
+    async with following(session, show) as follower, refreshing(shown):
+        known.update(_attachments(follower.snapshot))
+        failed: FarplugError | None = None
+        try:
+            await follower.call("attach", params)
+        except FarplugError as error:
+            failed = error
+        for event in skipped:
+            if failed is None or event.message != failed.message:
+                shown.show(event)
+        if failed is not None:
+            raise failed
+
+
+def _left_attaching(session: str | None, devices: Devices) -> SessionError:
+    names = [Path(source.path).name for source in devices.sources]
+    option = f" -s {shell_word(session)}" if session else ""
+    return SessionError(
+        "interrupted: the session continues to plug the devices in",
+        reason=Reason.INTERRUPTED,
+        exit_code=ExitCode.INTERRUPTED,
+        remedy=Remedy(
+            "to see them, or to take them out:",
+            command="\n".join([f"farplug status{option}", *(f"farplug detach{option} {shell_word(n)}" for n in names)]),
+        ),
+    )
+
+
+async def _detach(session: str | None, names: Iterable[str], shown: Output) -> None:
+    wanted = ("detached", "removed", "note", "unfinished-writes")
+
+    async with following(session, _only(shown, wanted)) as follower:
+        _introduce(shown, follower.snapshot)
+        for name in names:
+            await follower.call("detach", {"device": name})
+
+
+async def _call(
+    session: str | None, method: str, params: Mapping[str, Any], shown: Output, wanted: Sequence[str]
+) -> None:
+    async with following(session, _only(shown, wanted)) as follower:
+        await follower.call(method, params)
+
+
+async def _watch(session: str | None, shown: Output, *, as_json: bool) -> None:
+    async with open_session(session) as client, refreshing(shown):
+        async for data in client.subscribe():
+            if as_json:
+                typer.echo(dumps(data))
+            elif data["event"] == "snapshot":
+                typer.echo("\n".join(session_views.status_lines(session_views.status_of(client.hello, data))))
+                _introduce(shown, data)
+            elif data["event"] == "dropped":
+                _inform(shown, f"{data['count']} events were dropped: this terminal is too slow")
+            else:
+                shown.show(Event.from_json(data))
+        if not as_json:
+            _inform(shown, f"the session {client.hello.session} has ended")
+
+
+async def _stop(session: str | None, shown: Output) -> None:
+    failed: list[Event] = []
+
+    def show(event: Event) -> None:
+        if event.name in ("detached", "unfinished-writes") or event.level is Level.BAD:
+            shown.show(event)
+        if event.name == "detached" and event.fields["error"] is not None:
+            failed.append(event)
+
+    async with following(session, show) as follower:
+        name, path = follower.client.hello.session, follower.client.path
+        _introduce(shown, follower.snapshot)
+        try:
+            await follower.call("quit")
+        except GuestGoneError:
+            pass  # it ended before it replied
+        await follower.ended()
+    while path.exists():  # noqa: ASYNC110  (another process removes it)
+        await asyncio.sleep(GONE_INTERVAL)
+    if failed:
+        error = failed[0].fields["error"]
+        raise SessionError(
+            f"{failed[0].device}: {error['message']}", reason=Reason(error["reason"]), exit_code=ExitCode.DEVICE
+        )
+    _inform(shown, f"the session {name} has ended")
+
+
+# Events -----------------------------------------------------------------------------------------------------------
+
+
+def _attachments(snapshot: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return the attachments of a snapshot, by their ids."""
+    return {id: one for guest in snapshot["guests"].values() for id, one in guest["attachments"].items()}
+
+
+def _only(shown: Output, names: Iterable[str]) -> Callable[[Event], None]:
+    """Return a function that shows events with these names."""
+    return lambda event: shown.show(event) if event.name in names else None
+
+
+def _introduce(shown: Output, snapshot: Mapping[str, Any]) -> None:
+    """Let an output know devices that were attached before."""
+    if isinstance(shown, output.JsonOutput):
+        return
+    for id, one in _attachments(snapshot).items():
+        for name in ("attaching", "figures"):
+            fields = {**one, "read": 0, "written": 0, "commands": 0, "rate": 0, **one.get("figures", {})}
+            shown.show(Event(0, 0.0, name, "", Level.DETAIL, attachment=id, device=one["label"], fields=fields))
+
+
+def _inform(shown: Output, text: str, remedy: Remedy | None = None) -> None:
+    """Show an information of this command, as an event ``note``."""
+    shown.show(Event(0, time.time(), "note", text, fields={} if remedy is None else remedy.as_dict()))

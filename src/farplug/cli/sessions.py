@@ -1,0 +1,181 @@
+"""Commands of running sessions: ``farplug ls``, ``status``, ``attach``, ``detach``, ``insert``, ``eject``, ``watch``,
+``stop``: their options. :mod:`farplug.cli.session_verbs` carries them out.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, TypeAlias
+
+import typer
+
+from farplug.cli import completion
+from farplug.cli.device_options import DeviceOptions, with_device_options
+from farplug.cli.options import OUTPUT, SESSION, SESSION_VARIABLE, DebugOption
+from farplug.errors import Reason, UsageError
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.", rich_help_panel=OUTPUT)]
+JsonEventsOption = Annotated[
+    bool, typer.Option("--json", help="Print events as JSON, one object a line.", rich_help_panel=OUTPUT)
+]
+ForceMediumOption = Annotated[
+    bool, typer.Option("--force", help="Also while the VM has the medium locked, and a file that is not an ISO image.")
+]
+SessionOption: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--session",
+        "-s",
+        metavar="NAME",
+        envvar=SESSION_VARIABLE,
+        show_envvar=False,
+        autocompletion=completion.sessions,
+        help=f"The name of the session; by default that in {SESSION_VARIABLE}, else the only one that is running.",
+        show_default=False,
+        rich_help_panel=SESSION,
+    ),
+]
+
+
+def ls(json: JsonOption = False, debug: DebugOption = False) -> None:
+    """List the running sessions."""
+    from farplug.cli import session_verbs
+
+    session_verbs.ls(as_json=json)
+
+
+def status(session: SessionOption = None, json: JsonOption = False, debug: DebugOption = False) -> None:
+    """Show a session: its VM, its ports with what is in them, its devices with their figures."""
+    from farplug.cli import session_verbs
+
+    session_verbs.status(session, as_json=json)
+
+
+# Devices ----------------------------------------------------------------------------------------------------------
+
+
+@with_device_options
+def attach(
+    context: typer.Context,
+    options: DeviceOptions,
+    session: SessionOption = None,
+    no_wait: Annotated[
+        bool,
+        typer.Option(
+            "--no-wait",
+            help="Return when the devices are accepted, not when the VM has configured them.",
+            rich_help_panel=SESSION,
+        ),
+    ] = False,
+    json: JsonEventsOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Plug devices into the VM of a running session.
+
+    The command returns when the VM has configured the devices, and shows meanwhile what it waits for. It ends with \
+the exit code that 'farplug connect' would have. Ctrl-C ends only the command: the session continues.
+    """
+    devices = options.devices(context)
+    devices.check_any()
+    from farplug.cli import session_verbs
+
+    session_verbs.attach(session, devices, wait=not no_wait, as_json=json)
+
+
+def detach(
+    device: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="DEVICE",
+            help="The label or the id of a device, as 'farplug status' shows it, or 'all'.",
+            autocompletion=completion.devices,
+            show_default=False,
+        ),
+    ],
+    session: SessionOption = None,
+    json: JsonEventsOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Take devices out of the VM of a running session, as one pulls a USB stick: unmount a disk in the VM first.
+
+    What the VM has written is kept. A device that is not plugged in is not an error.
+    """
+    from farplug.cli import session_verbs
+
+    session_verbs.detach(session, device, as_json=json)
+
+
+# Media ------------------------------------------------------------------------------------------------------------
+
+
+def insert(
+    drive_and_path: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[DRIVE] PATH",
+            help="The drive (cdrom0, or the medium in it; by default the only one), and the ISO image.",
+            autocompletion=completion.drives,
+            show_default=False,
+        ),
+    ],
+    session: SessionOption = None,
+    force: ForceMediumOption = False,
+    json: JsonEventsOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Insert an ISO image into a CD-ROM drive of a running session, in place of the one that is there."""
+    *drive, path = drive_and_path
+    if len(drive) > 1:
+        raise UsageError(
+            f"insert takes a drive and a path, not {len(drive_and_path)} values",
+            reason=Reason.BAD_OPTION,
+            remedy="quote a path with spaces",
+        )
+    from farplug.cli import session_verbs
+
+    params = {"path": os.path.abspath(path), "drive": drive[0] if drive else None, "force": force}
+    session_verbs.media(session, "insert", params, as_json=json)
+
+
+def eject(
+    drive: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[DRIVE]",
+            help="The drive (cdrom0, or the medium in it); by default the only one.",
+            autocompletion=completion.drives,
+            show_default=False,
+        ),
+    ] = None,
+    session: SessionOption = None,
+    force: ForceMediumOption = False,
+    json: JsonEventsOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Eject the medium of a CD-ROM drive of a running session."""
+    from farplug.cli import session_verbs
+
+    session_verbs.media(session, "eject", {"drive": drive, "force": force}, as_json=json)
+
+
+# The session ------------------------------------------------------------------------------------------------------
+
+
+def watch(session: SessionOption = None, json: JsonEventsOption = False, debug: DebugOption = False) -> None:
+    """Show a session, then everything that happens in it, until it ends or Ctrl-C.
+
+    With --json, the first line is a snapshot: an object with "event": "snapshot".
+    """
+    from farplug.cli import session_verbs
+
+    session_verbs.watch(session, as_json=json)
+
+
+def stop(session: SessionOption = None, json: JsonEventsOption = False, debug: DebugOption = False) -> None:
+    """End a session: take its devices out of the VM, and wait until the session has ended.
+
+    What the VM has written is kept; the command says if the VM may not have finished writing.
+    """
+    from farplug.cli import session_verbs
+
+    session_verbs.stop(session, as_json=json)
