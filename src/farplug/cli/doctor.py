@@ -29,6 +29,7 @@ from farplug.cli.options import (
 )
 from farplug.errors import FarplugError, Reason, Remedy, SetupError
 from farplug.exit_codes import ExitCode
+from farplug.shell import shell_word
 from farplug.text import printable
 from farplug.transport import TARGET_FORMS
 from farplug.version import __version__
@@ -174,7 +175,7 @@ def _check_machine(report: _Report, everything: bool) -> bool:
             report.check(Mark.OK, library, version(library))
         except PackageNotFoundError:
             broken = True
-            remedy = Remedy("install it", command=f"{sys.executable} -m pip install {library}")
+            remedy = Remedy("install it", command=f"{shell_word(sys.executable)} -m pip install {library}")
             report.check(Mark.MISSING, library, "not installed", remedy)
     report.section("usb", "USB devices of this machine (farplug connect --usb-device)")
     broken |= _check_usb(report)
