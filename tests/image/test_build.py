@@ -96,6 +96,22 @@ def test_empty_images_of_a_size(tmp_path: Path, format: Format) -> None:
     run(*(("fsck.vfat", "-n") if format is Format.FAT32 else ("e2fsck", "-fn")), str(inside))
 
 
+def test_settings_of_the_user_change_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / ".xorrisorc").write_text("-map /nothing/there /added\n-volid CHANGED\n")
+    (home / ".mtoolsrc").write_text("drive a:\n  what\n")
+    monkeypatch.setenv("HOME", str(home))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.txt").write_text("a")
+    create_iso(tmp_path / "disk.iso", folder, label="MINE")
+    listed = run("xorriso", "-no_rc", "-indev", str(tmp_path / "disk.iso"), "-find", "/").split("\n")
+    assert [line for line in listed if line.startswith("'/")] == ["'/'", "'/a.txt'"]
+    assert "Volume id    : 'MINE'" in listed
+    create_image(tmp_path / "disk.raw", folder=folder)
+
+
 def test_iso(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = make_folder(tmp_path / "folder", ISO, many=300)
     (folder / "link").symlink_to("/nowhere")

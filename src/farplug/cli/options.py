@@ -15,9 +15,9 @@ import typer.core
 from farplug.app.settings import TargetSettings
 from farplug.cli import log
 from farplug.errors import Reason, UsageError
+from farplug.programs import PASSWORD_VARIABLE
 from farplug.transport import TARGET_FORMS
 
-PASSWORD_VARIABLE = "FARPLUG_PASSWORD"
 MAX_PASSWORD_LINE = 1024
 """Maximum length of the first line of a password file, in characters; a SPICE password has at most 60 bytes."""
 

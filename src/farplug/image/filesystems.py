@@ -202,5 +202,6 @@ def make_iso(build: ImageBuild, label: str) -> None:
     assert build.tree is not None
     build.run_into(
         "xorrisofs",
+        "--no_rc",  # first: the user's ~/.xorrisorc could add files, or make xorriso fail
         *("-quiet", "-r", "-J", "-joliet-long", "-iso-level", "3", "-V", label, str(build.tree.root)),
     )

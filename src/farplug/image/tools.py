@@ -15,7 +15,7 @@ from pathlib import Path
 
 from farplug.errors import ImageError, Reason
 from farplug.image.tree import Tree
-from farplug.programs import find_program
+from farplug.programs import child_environment, find_program
 from farplug.store.base import ProgressCallback
 
 log = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ class ImageBuild:
                 stdin=subprocess.PIPE,
                 stdout=stdout,
                 stderr=subprocess.STDOUT if stdout == subprocess.PIPE else subprocess.PIPE,
-                env={**os.environ, "LC_ALL": "C.UTF-8", **environment},
+                env=child_environment(LC_ALL="C.UTF-8", **environment),
                 pass_fds=[self.fd],
             )
         except OSError as error:  # too many processes, no memory
