@@ -128,7 +128,7 @@ def copy_with_mtools(build: ImageBuild, tree: Tree) -> None:
 
 
 def _mtools(build: ImageBuild, program: str, *arguments: str) -> None:
-    # The settings of the user could select other drives and code pages.
+    # Besides ~/.mtoolsrc, mtools reads the file that the user's MTOOLSRC names.
     build.run(program, "-i", f"{build.path}@@{ALIGNMENT}", *arguments, MTOOLSRC="/dev/null", TZ="UTC0")
 
 
@@ -202,6 +202,6 @@ def make_iso(build: ImageBuild, label: str) -> None:
     assert build.tree is not None
     build.run_into(
         "xorrisofs",
-        "--no_rc",  # first: the user's ~/.xorrisorc could add files, or make xorriso fail
+        "--no_rc",  # first: startup files could add files, or make xorriso fail
         *("-quiet", "-r", "-J", "-joliet-long", "-iso-level", "3", "-V", label, str(build.tree.root)),
     )

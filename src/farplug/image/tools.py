@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 PROGRESS_INTERVAL = 0.1
 """Seconds between calls of the progress callback while a tool runs."""
 
+_NO_HOME = "/dev/null"
+"""HOME of the tools: settings of the user (~/.mtoolsrc, ~/.xorrisorc) must not change an image."""
+
 _NO_SPACE = "No space left on device"
 _FULL = ("Disk full", "No directory slots", "Could not allocate", "No free space")
 """Messages of mtools, mke2fs and tar for a full filesystem in the image."""
@@ -112,7 +115,7 @@ class ImageBuild:
                 stdin=subprocess.PIPE,
                 stdout=stdout,
                 stderr=subprocess.STDOUT if stdout == subprocess.PIPE else subprocess.PIPE,
-                env=child_environment(LC_ALL="C.UTF-8", **environment),
+                env=child_environment(LC_ALL="C.UTF-8", HOME=_NO_HOME, **environment),
                 pass_fds=[self.fd],
             )
         except OSError as error:  # too many processes, no memory
