@@ -45,6 +45,7 @@ def connect(
     ca_file: str | Path | None = None,
     host_subject: str | None = None,
     proxy: str | None = None,
+    allow_plain: bool = False,
     ask_password: AskPassword | None = None,
 ) -> Connecting:
     """Connect to a VM.
@@ -60,6 +61,7 @@ def connect(
         ca_file: certificates to trust, PEM.
         host_subject: the certificate's subject, checked instead of the host name.
         proxy: URL of an HTTP proxy.
+        allow_plain: use the plain port where the server has no TLS, although there is a CA or a host subject.
         ask_password: asks a user for a password when the server wants another one.
 
     Returns:
@@ -75,6 +77,7 @@ def connect(
         ca_file=None if ca_file is None else str(ca_file),
         host_subject=host_subject,
         proxy=proxy,
+        allow_plain=allow_plain,
     )
     return Connecting(Guest(GuestSettings(settings), ask_password=ask_password))
 

@@ -33,6 +33,7 @@ from farplug.cli.options import (
     OUTPUT,
     PASSWORD_HELP,
     TUNING,
+    AllowPlainOption,
     AskPasswordOption,
     BlockSizeOption,
     CaFileOption,
@@ -193,6 +194,7 @@ def connect(
     ca_file: CaFileOption = None,
     host_subject: HostSubjectOption = None,
     proxy: ProxyOption = None,
+    allow_plain: AllowPlainOption = False,
     commands: Annotated[
         bool,
         typer.Option(
@@ -247,7 +249,7 @@ ports, disks and CD-ROM drives are logical units of one device, in the same orde
     _check_snapshots(disks, snapshot, snapshot_file, read_only=bool(usb_disk_ro), real=real)
     named = {option: iter(sources) for option, sources in paths.items()}
     settings = GuestSettings(
-        target_settings(target, password_file, ask_password, ca_file, host_subject, proxy),
+        target_settings(target, password_file, ask_password, ca_file, host_subject, proxy, allow_plain),
         tuple(next(named[option]) for option in given_order(context) if option in named),
         StorageSettings(
             speed=usb_speed,

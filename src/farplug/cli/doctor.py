@@ -19,6 +19,7 @@ from farplug.cli.log import remedy_lines
 from farplug.cli.options import (
     OUTPUT,
     PASSWORD_HELP,
+    AllowPlainOption,
     AskPasswordOption,
     CaFileOption,
     DebugOption,
@@ -54,6 +55,7 @@ def doctor(
     ca_file: CaFileOption = None,
     host_subject: HostSubjectOption = None,
     proxy: ProxyOption = None,
+    allow_plain: AllowPlainOption = False,
     install_udev_rule: Annotated[
         bool,
         typer.Option(
@@ -77,7 +79,7 @@ def doctor(
     broken = _check_machine(report, all)
     paused = False
     if target is not None:
-        settings = target_settings(target, password_file, ask_password, ca_file, host_subject, proxy)
+        settings = target_settings(target, password_file, ask_password, ca_file, host_subject, proxy, allow_plain)
         report.section("target", "the target")
         paused = asyncio.run(_check_target(report, settings))
     if broken:

@@ -125,6 +125,15 @@ ProxyOption: TypeAlias = Annotated[
         rich_help_panel=CONNECTION,
     ),
 ]
+AllowPlainOption: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--allow-plain",
+        help="Use the plain port where the server has no TLS, although a CA, a host subject or secure-channels demands "
+        "TLS. Whoever answers there can read the password.",
+        rich_help_panel=CONNECTION,
+    ),
+]
 DebugOption: TypeAlias = Annotated[
     bool,
     typer.Option(
@@ -138,8 +147,8 @@ DebugOption: TypeAlias = Annotated[
 PASSWORD_HELP = (
     f"Passwords: --password-file, --ask-password, {PASSWORD_VARIABLE} in the environment and .vv files keep the SPICE "
     "password secret. Everybody who can list the processes of this machine can read a password in TARGET "
-    "(spice://:secret@host:port). If the server requires a password and none was given, farplug prompts for it on the "
-    "terminal."
+    f"(spice://:secret@host:port). {PASSWORD_VARIABLE} is not used for a .vv file. If the server requires a password "
+    "and none was given, farplug prompts for it on the terminal."
 )
 
 
@@ -150,6 +159,7 @@ def target_settings(
     ca_file: Path | None,
     host_subject: str | None,
     proxy: str | None,
+    allow_plain: bool,
 ) -> TargetSettings:
     """Return the options as settings. A password in the environment is used only if there is no other one.
 
@@ -168,6 +178,7 @@ def target_settings(
         ca_file=None if ca_file is None else str(ca_file),
         host_subject=host_subject,
         proxy=proxy,
+        allow_plain=allow_plain,
     )
 
 
