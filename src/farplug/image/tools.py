@@ -59,8 +59,10 @@ class ImageBuild:
         """Report the progress, measured by the space that the image uses: the tools themselves report none."""
         self.progress(min(os.fstat(self.fd).st_blocks * 512, self.total), self.total)
 
-    def run(self, program: str, *arguments: str, stdin: str = "", **environment: str) -> str:
-        """Run a tool that inherits the image; return its standard output and standard error.
+    def run(
+        self, program: str, *arguments: str, stdin: str = "", inherit: Sequence[int] = (), **environment: str
+    ) -> str:
+        """Run a tool that inherits the image and other descriptors; return its standard output and standard error.
 
         Raises:
             SetupError: the program is not installed.
@@ -68,12 +70,17 @@ class ImageBuild:
         """
         command = [str(find_program(program)), *arguments]
         log.debug("run %s", shlex.join(command))
-        output, code = self._execute(command, subprocess.PIPE, stdin, environment)
+        output, code = self._execute(command, subprocess.PIPE, stdin, environment, inherit)
         check(program, code, output)
         return output
 
-    def run_into(self, program: str, *arguments: str) -> None:
+    def run_into(self, program: str, *arguments: str, folder: int | None = None) -> None:
         """Run a tool that writes the image to its standard output.
+
+        Args:
+            program: the tool's name.
+            arguments: of the tool.
+            folder: descriptor of the working folder; None: that of this process.
 
         Raises:
             SetupError: the program is not installed.
@@ -81,15 +88,26 @@ class ImageBuild:
         """
         command = [str(find_program(program)), *arguments]
         log.debug("run %s", shlex.join(command))
-        output, code = self._execute(command, self.fd, "", {})
+        if folder is None:
+            output, code = self._execute(command, self.fd, "", {}, ())
+        else:
+            output, code = self._execute(command, self.fd, "", {}, (folder,), f"/proc/self/fd/{folder}")
         check(program, code, output)
 
-    def _execute(self, command: Sequence[str], stdout: int, stdin: str, environment: dict[str, str]) -> tuple[str, int]:
+    def _execute(
+        self,
+        command: Sequence[str],
+        stdout: int,
+        stdin: str,
+        environment: dict[str, str],
+        inherit: Sequence[int],
+        folder: str | None = None,
+    ) -> tuple[str, int]:
         data: bytes | None = stdin.encode(errors="surrogateescape")
         process: subprocess.Popen[bytes] | None = None
         try:
             with _deferred_signals():  # otherwise a signal could leave a tool running that was just started
-                process = self._start(command, stdout, environment)
+                process = self._start(command, stdout, environment, inherit, folder)
             while True:
                 try:
                     output, errors = process.communicate(data, timeout=PROGRESS_INTERVAL)
@@ -108,7 +126,14 @@ class ImageBuild:
                     if pipe is not None:
                         pipe.close()
 
-    def _start(self, command: Sequence[str], stdout: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    def _start(
+        self,
+        command: Sequence[str],
+        stdout: int,
+        environment: dict[str, str],
+        inherit: Sequence[int],
+        folder: str | None,
+    ) -> subprocess.Popen[bytes]:
         try:
             return subprocess.Popen(
                 command,
@@ -116,7 +141,8 @@ class ImageBuild:
                 stdout=stdout,
                 stderr=subprocess.STDOUT if stdout == subprocess.PIPE else subprocess.PIPE,
                 env=child_environment(LC_ALL="C.UTF-8", HOME=_NO_HOME, **environment),
-                pass_fds=[self.fd],
+                pass_fds=[self.fd, *inherit],
+                cwd=folder,
             )
         except OSError as error:  # too many processes, no memory
             raise ImageError(f"{command[0]} cannot be run: {error.strerror}", reason=Reason.IO_ERROR) from error
