@@ -204,8 +204,9 @@ def _entry(root: Path, root_fd: int, folder_fd: int, path: str, posix: bool) -> 
             if not target.is_relative_to(root):
                 return None, "a link out of the folder"
             source = str(target.relative_to(root))
-            with _opened(root_fd, source, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC) as fd:
-                status = os.fstat(fd)
+            parent, _, last = source.rpartition("/")
+            with _opened(root_fd, parent, _FOLDER) as fd:
+                status = os.stat(last, dir_fd=fd, follow_symlinks=False)
         except (OSError, RuntimeError):
             return None, "a link to nothing"
         if stat.S_ISDIR(status.st_mode):
