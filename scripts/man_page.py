@@ -19,7 +19,7 @@ from farplug.version import __version__
 PAGE = Path(__file__).parents[1] / "docs/farplug.1"
 
 ENVIRONMENT = {
-    "FARPLUG_PASSWORD": "The SPICE password, where neither TARGET nor an option has one.",
+    "FARPLUG_PASSWORD": "The SPICE password, where TARGET is a URL, and neither TARGET nor an option has one.",
     "TMPDIR": "The folder for the images that --usb-folder makes, and for other temporary files.",
     "XDG_CACHE_HOME": "The folder of caches, ~/.cache if it is not set: the kernel of the throw-away VM is kept there.",
 }
