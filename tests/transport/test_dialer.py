@@ -205,7 +205,7 @@ async def test_a_server_that_refuses_tls_after_the_ticket(
 async def test_nothing_is_sent_to_the_plain_port_if_tls_fails(
     certificates: Certificates, tmp_path: Path, what: str, allow_plain: bool
 ) -> None:
-    """Who can answer on the plain port can also make TLS fail."""
+    """An attacker who can answer on the plain port can also make TLS fail."""
     connections: list[object] = []
 
     async def count(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -188,7 +188,7 @@ class TargetSettings(_Settings):
         command: a command of the shell that prints a ``.vv`` file, run for each attempt to connect; None: the target
             says where the VM is. Not part of JSON.
         password: the SPICE password; wins over that of the target. Not part of JSON.
-        fallback_password: the SPICE password if neither ``password`` nor the target gives one, and the target is no
+        fallback_password: the SPICE password if neither ``password`` nor the target gives one; not used for a
             ``.vv`` file, which may name any server. Not part of JSON.
         ca_file: certificates to trust, PEM.
         host_subject: the certificate's subject, checked instead of the host name.

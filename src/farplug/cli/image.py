@@ -171,7 +171,7 @@ def commit(
     """Write the content of a snapshot to its image, and remove the snapshot.
 
     A snapshot records the path of its image, but farplug writes only to a path that you give or confirm: a snapshot
-    that somebody else made could record the path of any file.
+    that another user made could record the path of any file.
 
     An interrupted commit, even by a power cut, has to be repeated before the image is used.
     """

@@ -130,7 +130,7 @@ AllowPlainOption: TypeAlias = Annotated[
     typer.Option(
         "--allow-plain",
         help="Use the plain port where the server has no TLS, although a CA, a host subject or secure-channels demands "
-        "TLS. Whoever answers there can read the password.",
+        "TLS. Any server that answers there can read the password.",
         rich_help_panel=CONNECTION,
     ),
 ]

@@ -222,6 +222,8 @@ def copying(build: ImageBuild, *, posix: bool) -> Iterator[None]:
 
 
 def _check_path(path: Path, folder: str | os.PathLike[str] | None) -> None:
+    if sys.platform != "linux":
+        raise unsupported_error(path)
     if os.path.lexists(path):
         raise _exists_error(path)
     if folder is not None and path.parent.resolve().is_relative_to(Path(folder).resolve()):
@@ -243,7 +245,7 @@ def new_file(path: Path, *, private: bool = False) -> Iterator[int]:
 
     Args:
         path: of the file.
-        private: nobody but its owner may read the file, whatever the umask is.
+        private: only its owner may read the file, for any umask.
 
     Raises:
         ImageError: EXISTS, the file cannot be created, or not on this system (``UNSUPPORTED_SYSTEM``).

@@ -1,8 +1,8 @@
 """Scan a folder: the only place that decides what is copied into an image, and what is left out.
 
-Who may write to the folder may also swap a file or a folder for a link that leads out, while an image is made, and swap
-it back. So folders and files are opened below the descriptor of the folder, without following links, and
-:func:`check_unchanged` compares the time of change (ctime), which nobody can set: a rename changes it. :func:`settle`
+A user who may write to the folder may also swap a file or a folder for a link that leads out, while an image is made,
+and swap it back. So folders and files are opened below the descriptor of the folder, without following links, and
+:func:`check_unchanged` compares the time of change (ctime), which no user can set: a rename changes it. :func:`settle`
 waits until no change can have the same time as the scan. The tools that open files by name (mke2fs, xorriso) depend on
 this check alone.
 """
@@ -13,6 +13,7 @@ import errno
 import os
 import re
 import stat
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -165,8 +166,11 @@ def _scan(root: Path, root_fd: int, posix: bool, tick: Callable[[], None]) -> Tr
     return Tree(root, tuple(entries), tuple(left_out), (status.st_dev, status.st_ino))
 
 
-_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+if sys.platform == "win32":  # where no image of a folder can be made
+    _FOLDER = _FILE = os.O_RDONLY
+else:
+    _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _CHANGED = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 """Errors for a path whose parts were removed, or swapped for others, after they were seen."""
 

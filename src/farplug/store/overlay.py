@@ -197,8 +197,8 @@ def commit(
 
     Args:
         path: of the snapshot's file.
-        base_path: of the image. The path that the snapshot recorded is not used: the snapshot may come from somebody
-            else, and could name any file of the user.
+        base_path: of the image. The path that the snapshot recorded is not used: the snapshot may come from another
+            user, and could name any file.
         progress: called repeatedly, and at the end.
         force: write to the image although this machine uses it, or it is not a RAW image, or does not fit a commit
             that was interrupted.

@@ -294,7 +294,7 @@ def half_committed_error(message: str, path: Path, image: Path | None) -> ImageE
         message: what happened.
         path: of the snapshot.
         image: path of the image as the caller gave it; None: the caller gave none. Never the path in the snapshot,
-            which may come from somebody else.
+            which may come from another user.
     """
     remedy = Remedy("finish the commit", command=commit_command(path, image))
     return ImageError(message, reason=Reason.HALF_COMMITTED, remedy=remedy)

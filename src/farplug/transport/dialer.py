@@ -111,7 +111,7 @@ class SpiceTarget:
     def demands_tls(self) -> bool:
         """Return whether the target has certificates, a host subject, or channels that must use TLS.
 
-        Each channel sends the password. Whoever answers on a plain port can read it.
+        Each channel sends the password. Any server that answers on a plain port can read it.
         """
         return bool(self.ca or self.host_subject or (self.secure_channels and self.tls_port is not None))
 
@@ -406,7 +406,7 @@ class ChannelDialer:
 
 def _allow_plain_remedy(otherwise: str) -> Remedy:
     """Return the remedy for a target that demands TLS, and a server without it."""
-    plain = "or use the plain port, if nobody else can answer there: the password is sent to whoever does"
+    plain = "or use the plain port, if no other server can answer there and read the password"
     return Remedy(otherwise, alternative=Remedy(plain, setting="target.allow_plain", value=True))
 
 

@@ -30,7 +30,7 @@ def moved_target(target: SpiceTarget, where: SwitchHost) -> SpiceTarget:
     """Return the target of a VM that migrated: the new address, with the ticket, CA and proxy of the old target.
 
     The new certificate is checked against the subject that the server reported, otherwise as that of the old target. A
-    target with a TLS port never becomes one without, unless it has ``allow_plain``, and one without a plain port stays so.
+    target with a TLS port never becomes one without, unless it has ``allow_plain``; one without a plain port stays so.
 
     Args:
         target: the target of the old host.
