@@ -129,7 +129,7 @@ def parse_vv(data: bytes, options: TargetOptions = TargetOptions()) -> SpiceTarg
     """
     try:
         vv = VvFile.parse(data, path="the output of the target command")
-        return _with_options(SpiceTarget.from_vv(vv), options)
+        return _of_vv_file(vv, options)
     except UsageError as error:
         if error.reason is not Reason.BAD_VV_FILE:
             raise
@@ -177,11 +177,16 @@ def _spice_target(text: str, scheme: str, rest: str, options: TargetOptions, kee
     if not text.lower().endswith(".vv") and not os.path.isfile(text):
         raise _no_scheme(text)
     vv = read_vv_file(Path(text))
-    target = _with_options(SpiceTarget.from_vv(vv), replace(options, fallback_password=""))
+    target = _of_vv_file(vv, options)
     if vv.delete_this_file and not keep_file:
         ChannelDialer(target, Timeouts())  # raises UsageError for a malformed proxy, subject or CA
         delete_vv_file(Path(text))
     return target
+
+
+def _of_vv_file(vv: VvFile, options: TargetOptions) -> SpiceTarget:
+    """Return the target of a ``.vv`` file. The file may name any server, which gets no fallback password."""
+    return _with_options(SpiceTarget.from_vv(vv), replace(options, fallback_password=""))
 
 
 def _no_scheme(text: str) -> UsageError:

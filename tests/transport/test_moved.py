@@ -35,6 +35,14 @@ OLD = SpiceTarget(
         (OLD, SwitchHost(3, 4, ""), replace(OLD, port=3, tls_port=4)),
         (SpiceTarget(host="old", tls_port=2), SwitchHost(3, 4, "new"), SpiceTarget(host="new", tls_port=4)),
         (SpiceTarget(unix_path="/vm"), SwitchHost(3, None, "new"), SpiceTarget(host="new", port=3)),
+        (SpiceTarget(unix_path="/vm"), SwitchHost(3, 4, "new"), SpiceTarget(host="new", port=3, tls_port=4)),
+        (SpiceTarget(host="old", port=1), SwitchHost(3, 4, "new", "CN=new"), SpiceTarget(host="new", port=3)),
+        (SpiceTarget(host="old", port=1), SwitchHost(3, None, "new", "CN=new"), SpiceTarget(host="new", port=3)),
+        (
+            SpiceTarget(host="old", port=1),
+            SwitchHost(None, 4, "new", "CN=new"),
+            SpiceTarget(host="new", tls_port=4, host_subject="CN=new"),
+        ),
     ],
 )
 def test_the_target_of_the_new_host(old: SpiceTarget, where: SwitchHost, new: SpiceTarget) -> None:
