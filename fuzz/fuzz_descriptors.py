@@ -25,6 +25,8 @@ def garbage(source: random.Random) -> bytes:
         length = source.choice(LENGTHS)
         body = source.randbytes(max(0, length - 2 + source.choice((0, 0, 0, 0, -1, 1))))
         data += bytes((length, source.choice(TYPES))) + body
+    if source.random() < 0.001:  # more interfaces than bNumInterfaces can count
+        data += b"".join(bytes((9, 4, number, 0, 0, 255, 0, 0, 0)) for number in range(source.randrange(250, 257)))
     head = source.choice((b"", b"\x09\x02", b"\x05\x0f", b"\x12\x01"))
     total = source.choice((len(data) + 9, source.randrange(65536))).to_bytes(2, "little")
     return head + total + source.randbytes(5) + data if head else source.randbytes(source.randrange(300))
@@ -38,7 +40,12 @@ def one_case(source: random.Random) -> None:
     assert BosDescriptor.parse(bytes(bos)) == bos
     parse_string(string_descriptor(parse_string(data)))
     configuration = ConfigurationDescriptor.parse(data)
-    again = ConfigurationDescriptor.parse(bytes(configuration))
+    try:
+        built = bytes(configuration)
+    except ValueError:
+        assert len({interface.number for interface in configuration.interfaces}) > 255
+        return
+    again = ConfigurationDescriptor.parse(built)
     assert again.select() == configuration.select()
     for interface in configuration.interfaces:
         chosen = configuration.select({interface.number: interface.alternate})

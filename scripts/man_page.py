@@ -19,7 +19,7 @@ from farplug.version import __version__
 PAGE = Path(__file__).parents[1] / "docs/farplug.1"
 
 ENVIRONMENT = {
-    "FARPLUG_PASSWORD": "The SPICE password, where neither TARGET nor an option has one.",
+    "FARPLUG_PASSWORD": "The SPICE password, where TARGET is a URL, and neither TARGET nor an option has one.",
     "FARPLUG_SESSION": "The session that commands use if --session is not given.",
     "NOTIFY_SOCKET": "Set by systemd for a service of Type=notify: 'farplug connect' reports there that it is ready.",
     "TMPDIR": "The folder for the images that --usb-folder makes, and for other temporary files.",

@@ -116,7 +116,7 @@ def test_a_remedy_is_text_with_what_a_program_can_offer() -> None:
         (Remedy(setting="target.host_subject", value="O=A B,CN=x:y"), ["--host-subject 'O=A B,CN=x:y'"]),
         (
             Remedy("give one", setting="target.password"),
-            ["give one: --password-file FILE, --ask-password, or FARPLUG_PASSWORD in the environment"],
+            ["give one: --password-file FILE, --ask-password, or FARPLUG_PASSWORD in the environment (for URLs)"],
         ),
         (Remedy("use", setting="storage.usb_speed", value="high"), ["use: --usb-speed high"]),
         (Remedy("convert it", command="qemu-img convert -O raw a b"), ["convert it:", "  qemu-img convert -O raw a b"]),

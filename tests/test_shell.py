@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import ast
 import os
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
+import farplug
 from farplug.shell import shell_word
 
 
@@ -38,3 +41,40 @@ def test_bash_reads_the_path_back(name: str) -> None:
     output = subprocess.run(["bash", "-c", os.fsencode(words)], stdout=subprocess.PIPE, check=True).stdout
     start = b"./" if name.startswith("-") else b""
     assert output == start + os.fsencode(name) + b"/" + os.fsencode(name)
+
+
+COMMAND = re.compile(r"(sudo|farplug (connect|image|devices|doctor)|rm|touch|umount|losetup|swapoff|truncate|openssl) ")
+"""The beginning of the text of a command for users."""
+SAFE = {
+    *("use.end", "shlex.join(command)"),  # commands
+    *("packages", "' '.join(known)", "' '.join(sorted(packages))", "GROUP"),  # names in this program
+    *("seconds", "rest", "address.host", "address.port", "access"),  # numbers, the loopback address, "r", "rw"
+}
+
+
+def commands() -> list[tuple[str, ast.JoinedStr]]:
+    """Return the f-strings of the source that are commands, each with its place."""
+    found = []
+    for path in sorted(Path(farplug.__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.JoinedStr) or not isinstance(start := node.values[0], ast.Constant):
+                continue
+            if COMMAND.match(str(start.value)):
+                found.append((f"{path}:{node.lineno}", node))
+    return found
+
+
+def test_every_value_in_a_command_is_quoted() -> None:
+    found = commands()
+    assert len(found) > 8
+    values = [
+        (place, ast.unparse(part.value))
+        for place, node in found
+        for part in node.values
+        if isinstance(part, ast.FormattedValue)
+    ]
+    assert [
+        (place, value)
+        for place, value in values
+        if not re.match(r"(shell_word|shell_quote|shlex\.quote)\(", value) and value not in SAFE
+    ] == []

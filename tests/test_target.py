@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -214,6 +215,16 @@ def test_the_fallback_password_overrides_nothing() -> None:
     assert parse_target("tcp://vm:1", options) == StreamTarget(TcpAddress("vm", 1)), "the environment may have one"
 
 
+@pytest.mark.parametrize(("line", "own"), [("", ""), ("password=\n", ""), ("password=own\n", "own")])
+def test_the_fallback_password_is_not_for_the_server_of_a_file(tmp_path: Path, line: str, own: str) -> None:
+    path = tmp_path / "x.vv"
+    path.write_text(VV.replace("delete-this-file=1\n", line))
+    target = SpiceTarget(host="vm", port=1, tls_port=2, password=own)
+    assert parse_target(str(path), TargetOptions(fallback_password="last")) == target
+    options = TargetOptions(password="mine", fallback_password="last", allow_plain=True)
+    assert parse_target(str(path), options) == replace(target, password="mine", allow_plain=True)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -221,6 +232,7 @@ def test_the_fallback_password_overrides_nothing() -> None:
         TargetOptions(ca_file=Path("x")),
         TargetOptions(host_subject="CN=x"),
         TargetOptions(proxy="http://x"),
+        TargetOptions(allow_plain=True),
     ],
 )
 def test_plain_sockets_have_no_options(options: TargetOptions) -> None:

@@ -11,6 +11,9 @@ from farplug.errors import Reason, Remedy, SetupError
 
 QEMU = "qemu-system-x86_64"
 
+PASSWORD_VARIABLE = "FARPLUG_PASSWORD"
+"""Variable of the environment with a SPICE password, for this process only."""
+
 PACKAGE_OF_PROGRAM = {
     "aplay": "alsa-utils",
     "busybox": "busybox-static",
@@ -69,8 +72,16 @@ def install_remedy(*programs: str) -> Remedy:
     return Remedy("install it", command=f"sudo apt-get install {' '.join(known)}")
 
 
+def child_environment(**variables: str) -> dict[str, str]:
+    """Return the environment for a child process: that of this process without the password, and ``variables``.
+
+    Every child process gets this environment.
+    """
+    return {name: value for name, value in os.environ.items() if name != PASSWORD_VARIABLE} | variables
+
+
 def output_of(*command: str) -> str | None:
     """Return the standard output of a command in the C locale; None: the command failed."""
-    environment = {**os.environ, "LC_ALL": "C"}
+    environment = child_environment(LC_ALL="C")
     result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment)
     return result.stdout if result.returncode == 0 else None

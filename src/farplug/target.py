@@ -1,8 +1,8 @@
 """Targets: the text forms of a VM's address.
 
 ======================================  =============================================================================
-``spice://[:password@]host:port``       a SPICE server; switches to TLS only if there is a TLS port
-``spice://host?port=P&tls-port=T``      the same with both ports, as remote-viewer writes it (``password=`` too)
+``spice://[:password@]host:port``       a SPICE server, without TLS
+``spice://host?port=P&tls-port=T``      the same with both ports, as remote-viewer writes it (``password=`` too): TLS
 ``spice+tls://[:password@]host:port``   a SPICE server's TLS port
 ``spice+unix:///path``                  a SPICE server on a UNIX socket; never with TLS
 ``path.vv``                             a file from virt-manager, oVirt, Proxmox or kerbside
@@ -75,11 +75,13 @@ class TargetOptions:
 
     Attributes:
         password: the SPICE ticket.
-        fallback_password: the ticket if neither ``password`` nor the target has one; ignored for a plain socket.
+        fallback_password: the ticket if neither ``password`` nor the target has one; ignored for a plain socket, and
+            for a ``.vv`` file, which may name any server.
         ca_file: certificates to trust, PEM; only for a target with a TLS port.
         host_subject: the certificate's subject, which is checked instead of the host name; only for a target with a
             TLS port.
         proxy: URL of an HTTP proxy; only for a target with a host.
+        allow_plain: use the plain port although the target demands TLS, see :class:`SpiceTarget`.
     """
 
     password: str | None = field(default=None, repr=False)
@@ -87,6 +89,7 @@ class TargetOptions:
     ca_file: Path | None = None
     host_subject: str | None = None
     proxy: str | None = field(default=None, repr=False)
+    allow_plain: bool = False
 
 
 def parse_target(text: str, options: TargetOptions = TargetOptions(), *, keep_file: bool = False) -> Target:
@@ -103,10 +106,10 @@ def parse_target(text: str, options: TargetOptions = TargetOptions(), *, keep_fi
     scheme, separator, rest = text.partition(":")
     if not separator or scheme not in _STREAMS:
         return _spice_target(text, scheme if separator else "", rest, options, keep_file)
-    given = (options.password, options.ca_file, options.host_subject, options.proxy)
+    given = (options.password, options.ca_file, options.host_subject, options.proxy, options.allow_plain or None)
     if any(value is not None for value in given):
         raise UsageError(
-            f"{_shown(text)} is a plain socket: passwords, CA files, host subjects and proxies are for SPICE targets",
+            f"{_shown(text)} is a plain socket: passwords, proxies and settings of TLS are for SPICE targets",
             reason=Reason.BAD_OPTION,
         )
     match scheme:
@@ -126,7 +129,7 @@ def parse_vv(data: bytes, options: TargetOptions = TargetOptions()) -> SpiceTarg
     """
     try:
         vv = VvFile.parse(data, path="the output of the target command")
-        return _with_options(SpiceTarget.from_vv(vv), options)
+        return _of_vv_file(vv, options)
     except UsageError as error:
         if error.reason is not Reason.BAD_VV_FILE:
             raise
@@ -175,11 +178,16 @@ def _spice_target(text: str, scheme: str, rest: str, options: TargetOptions, kee
     if not text.lower().endswith(".vv") and not os.path.isfile(text):
         raise _no_scheme(text)
     vv = read_vv_file(Path(text))
-    target = _with_options(SpiceTarget.from_vv(vv), options)
+    target = _of_vv_file(vv, options)
     if vv.delete_this_file and not keep_file:
         ChannelDialer(target, Timeouts())  # raises UsageError for a malformed proxy, subject or CA
         delete_vv_file(Path(text))
     return target
+
+
+def _of_vv_file(vv: VvFile, options: TargetOptions) -> SpiceTarget:
+    """Return the target of a ``.vv`` file. The file may name any server, which gets no fallback password."""
+    return _with_options(SpiceTarget.from_vv(vv), replace(options, fallback_password=""))
 
 
 def _no_scheme(text: str) -> UsageError:
@@ -328,4 +336,5 @@ def _with_options(target: SpiceTarget, options: TargetOptions) -> SpiceTarget:
         ca=target.ca if ca is None else ca,
         host_subject=target.host_subject if options.host_subject is None else options.host_subject,
         proxy=target.proxy if options.proxy is None else options.proxy,
+        allow_plain=options.allow_plain,
     )

@@ -27,7 +27,7 @@ from farplug.text import without_credentials
 # The names of files of Linux: any bytes but NUL, as Python decodes them.
 NAMES = st.binary(max_size=50).map(lambda name: name.replace(b"\0", b"/").decode(errors="surrogateescape"))
 
-SECRETS = {"password": "hunter2", "fallback_password": "hunter3"}
+SECRETS: dict[str, Any] = {"password": "hunter2", "fallback_password": "hunter3"}
 
 
 def everything(kind: type[Any]) -> st.SearchStrategy[Any]:
@@ -157,6 +157,7 @@ def test_secrets_are_left_out() -> None:
         "ca_file": None,
         "host_subject": None,
         "proxy": "http://p",
+        "allow_plain": False,
     }
     assert TargetSettings.from_json({"target": "vm.vv", **SECRETS}) == TargetSettings("vm.vv", **SECRETS)
 

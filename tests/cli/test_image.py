@@ -2,21 +2,26 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pty
+import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from tests.cli.support import Cli
 from tests.image.support import MIB, make_folder, run
+from tests.store.support import make_snapshot
 
 from farplug.cli.image import parse_size
 from farplug.errors import UsageError
 from farplug.exit_codes import ExitCode
-from farplug.store import OverlayStore
+from farplug.store import OverlayStore, overlay
 
 
 @pytest.fixture
@@ -75,6 +80,83 @@ def test_names_that_steer_a_terminal_or_are_not_text(cli: Cli, here: Path) -> No
     assert (info.code, info.err) == (0, "")
     for out in (made.out, info.out):
         assert all(char.isprintable() for char in out.replace("\n", "")), out
+
+
+@pytest.fixture
+def snapshot(here: Path) -> Path:
+    """A snapshot of ``my disk.raw`` with a changed cluster."""
+    (here / "my disk.raw").write_bytes(bytes(MIB))
+    asyncio.run(make_snapshot(here / "my disk.raw", here / "changes"))
+    return here / "changes"
+
+
+def test_a_commit_to_the_image_that_was_named(cli: Cli, snapshot: Path) -> None:
+    result = cli("image", "commit", "changes", "--image", "my disk.raw")
+    assert (result.code, result.err) == (0, "")
+    assert result.out == "4.1 kB written to my disk.raw; changes removed\n"
+    assert (snapshot.parent / "my disk.raw").read_bytes()[:512] == b"x" * 512
+
+
+@pytest.mark.parametrize("options", [(), ("--force",)])
+def test_no_commit_to_an_image_that_was_not_named(cli: Cli, here: Path, snapshot: Path, options: tuple[str]) -> None:
+    result = cli("image", "commit", "changes", *options)
+    assert (result.code, result.out) == (ExitCode.USAGE, "")
+    message, _, command = result.err.strip().split("\n")
+    assert message == f"farplug: changes recorded {here}/my disk.raw as its image, which was not confirmed"
+    assert command.strip().split(" --force") == [
+        f"farplug image commit changes --image '{here}/my disk.raw'",
+        *([""] if options else []),
+    ]
+    assert not any((here / "my disk.raw").read_bytes())
+    assert cli(*shlex.split(command)[1:]).code == 0
+
+
+@pytest.mark.parametrize(("typed", "code"), [(b"y\n", 0), (b"n\n", 2), (b"\n", 2), (b"\x04", 130)])
+def test_a_commit_that_is_confirmed_on_the_terminal(here: Path, snapshot: Path, typed: bytes, code: int) -> None:
+    pid, terminal = pty.fork()
+    if pid == 0:
+        program = "from farplug.cli.main import main; main()"
+        os.execv(sys.executable, [sys.executable, "-c", program, "image", "commit", "changes"])
+    watchdog = threading.Timer(30, os.kill, [pid, signal.SIGKILL])
+    watchdog.start()
+    shown = b""
+    with suppress(OSError):  # it ended
+        while data := os.read(terminal, 4096):
+            shown += data
+            if shown.endswith(b"[y/N]: "):
+                os.write(terminal, typed)
+    watchdog.cancel()
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert f"Write 4.1 kB of changes to {here}/my disk.raw? [y/N]: " in shown.decode().replace("\r\n", "")
+    assert os.waitstatus_to_exitcode(status) == code
+    assert snapshot.exists() == bool(code)
+    assert any((here / "my disk.raw").read_bytes()) == (code == 0)
+
+
+def test_a_hostile_path_is_shown_without_control_characters(cli: Cli, here: Path) -> None:
+    disk = here / "\x1b]0;x\x07\u202edisk\n.raw"
+    disk.write_bytes(bytes(MIB))
+    asyncio.run(make_snapshot(disk, here / "changes"))
+    result = cli("image", "commit", "changes")
+    assert result.code == ExitCode.USAGE
+    assert all(char.isprintable() for char in result.err.replace("\n", ""))
+    command = result.err.strip().split("\n")[-1]
+    words = subprocess.run(["bash", "-c", f"printf '%s\\0' {command}"], capture_output=True, check=True).stdout
+    assert os.fsencode(disk) in words.split(b"\0")
+
+
+def test_info_of_a_half_committed_snapshot_names_no_image_of_its_own(cli: Cli, here: Path, snapshot: Path) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        overlay.commit(snapshot, here / "my disk.raw", progress=stop)
+    assert cli("image", "info", "changes").out.endswith(": farplug image commit changes --image IMAGE\n")
+    target = ("tcp://127.0.0.1:9",)
+    result = cli("connect", *target, "--usb-disk", "my disk.raw", "--snapshot-file", "changes")
+    assert "  farplug image commit changes --image 'my disk.raw'\n" in result.err
+    assert cli("image", "commit", "changes", "--image", "my disk.raw").code == 0
 
 
 def test_an_iso_image(cli: Cli, here: Path) -> None:

@@ -50,3 +50,15 @@ def test_debug(capsys: pytest.CaptureFixture[str]) -> None:
     logging.getLogger("farplug.usbredir").debug("tcp < hello")
     logging.getLogger("asyncio").debug("not ours")
     assert re.fullmatch(r"\d\d:\d\d:\d\d\.\d{3} usbredir tcp < hello\n", capsys.readouterr().err)
+
+
+def test_tracebacks_cannot_control_the_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    log.start()
+    log.debug(True)
+    try:
+        raise ValueError("\x1b]0;owned\x07 \u202e\nsecond line")
+    except ValueError as error:
+        log.LOGGER.warning("it broke", exc_info=error)
+    err = capfd.readouterr().err
+    assert "second line" in err.split("\n")
+    assert all(character.isprintable() for character in err.replace("\n", ""))

@@ -404,7 +404,7 @@ async def test_a_snapshot_is_continued_and_committed(guest: QemuGuest, tmp_path:
     assert not any(image.read_bytes())
     assert await run(read, "--snapshot-file", changes) == "snapshot"
     assert await run(read) == "\0" * 8
-    async with farplug("image", "commit", changes) as running:
+    async with farplug("image", "commit", changes, "--image", image) as running:
         code, out, err = await running.end()
     assert (code, err) == (0, "")
     assert "written to" in out

@@ -13,10 +13,10 @@ from tests.guest.plugging import GUEST_TIMEOUT, NO_SCAN_DELAY, blank, plugged
 from tests.transport.fake_spice import free_port
 
 from farplug.errors import GuestGoneError, Reason, TargetError
-from farplug.redirection import events
+from farplug.redirection import Redirection, events
 from farplug.spice.messages import SwitchHost
 from farplug.target import parse_target
-from farplug.testing import GuestConfig, QemuGuest, Spice, SpicePort
+from farplug.testing import GuestConfig, QemuGuest, Spice, SpicePort, SpiceTransport
 from farplug.transport.dialer import SpiceTarget
 from farplug.transport.moved import GuestMoved, moved_target
 from farplug.transport.spice_session import SpiceSession
@@ -46,6 +46,73 @@ async def test_passwords_at_the_limit(guests: GuestPool) -> None:
             assert caught.value.reason is Reason.WRONG_PASSWORD
         with pytest.raises(QmpError):  # QEMU does not accept a longer one
             await set_password("x" * 61)
+
+
+async def encrypted(guest: QemuGuest) -> dict[str, bool]:
+    """Return whether QEMU's channels use TLS, by the type of the channel."""
+    names = {1: "main", 9: "usbredir"}
+    channels = (await guest.qmp.execute("query-spice"))["channels"]
+    return {names[channel["channel-type"]]: channel["tls"] for channel in channels}
+
+
+async def open_first_port(target: SpiceTarget, guest: QemuGuest) -> dict[str, bool]:
+    """Open a session and its first port; return which channels use TLS."""
+    session = await SpiceSession.connect(target)
+    try:
+        redirection = Redirection(session.ports[0], lambda event: None)
+        try:
+            await redirection.open()
+            return await encrypted(guest)
+        finally:
+            await redirection.close()
+    finally:
+        await session.close()
+
+
+def tls_target(guest: QemuGuest, port: int | None) -> SpiceTarget:
+    ca_file = guest.spice.ca_file
+    assert ca_file is not None
+    return SpiceTarget(
+        host=guest.spice.host,
+        port=port,
+        tls_port=guest.spice.tls_port,
+        password=guest.spice.ticket,
+        ca=ca_file.read_text(),
+        host_subject=guest.spice.host_subject,
+    )
+
+
+async def test_tls_first_where_both_ports_serve_all_channels(guests: GuestPool, tmp_path: Path) -> None:
+    port = free_port()
+    spice = Spice(transport=SpiceTransport.TLS, ticket="secret")
+    config = GuestConfig(ports=(SpicePort(),), spice=spice, extra_arguments=("-spice", f"port={port}"), paused=True)
+    async with guests.fresh(config) as guest:
+        target = tls_target(guest, port)
+        assert await open_first_port(target, guest) == {"main": True, "usbredir": True}
+        vv = tmp_path / "console.vv"
+        vv.write_text(replace(guest.spice, port=port).vv + "secure-channels=main\n")
+        from_file = parse_target(str(vv))
+        assert isinstance(from_file, SpiceTarget)
+        assert (from_file.port, from_file.tls_port) == (port, guest.spice.tls_port)
+        assert await open_first_port(from_file, guest) == {"main": True, "usbredir": True}
+        plain = SpiceTarget(host=guest.spice.host, port=port, password=guest.spice.ticket)
+        assert await open_first_port(plain, guest) == {"main": False, "usbredir": False}
+
+
+async def test_a_channel_that_qemu_serves_only_without_tls(guests: GuestPool) -> None:
+    spice = Spice(transport=SpiceTransport.TLS_REQUIRED, ticket="secret")
+    config = GuestConfig(
+        ports=(SpicePort(),), spice=spice, extra_arguments=("-spice", "plaintext-channel=usbredir"), paused=True
+    )
+    async with guests.fresh(config) as guest:
+        target = tls_target(guest, guest.spice.port)
+        with pytest.raises(TargetError, match="does not serve the channel usbredir over TLS") as caught:
+            await open_first_port(target, guest)
+        assert caught.value.reason is Reason.NEEDS_TLS
+        mixed = {"main": True, "usbredir": False}
+        assert await open_first_port(replace(target, allow_plain=True), guest) == mixed
+        with pytest.raises(TargetError, match="as secure-channels requires"):
+            await open_first_port(replace(target, allow_plain=True, secure_channels=frozenset({"usbredir"})), guest)
 
 
 async def test_another_client_takes_the_session_over(guests: GuestPool, tmp_path: Path) -> None:

@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.image.support import ISO, MIB, ODD, PLAIN, TYPES, WHEN, contents, make_folder, partition, run, table
@@ -94,6 +97,22 @@ def test_empty_images_of_a_size(tmp_path: Path, format: Format) -> None:
     assert image.stat().st_size == 100 * MIB
     inside = partition(image, volume, tmp_path / "partition")
     run(*(("fsck.vfat", "-n") if format is Format.FAT32 else ("e2fsck", "-fn")), str(inside))
+
+
+def test_settings_of_the_user_change_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / ".xorrisorc").write_text("-map /nothing/there /added\n-volid CHANGED\n")
+    (home / ".mtoolsrc").write_text("drive a:\n  what\n")
+    monkeypatch.setenv("HOME", str(home))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.txt").write_text("a")
+    create_iso(tmp_path / "disk.iso", folder, label="MINE")
+    listed = run("xorriso", "-no_rc", "-indev", str(tmp_path / "disk.iso"), "-find", "/").split("\n")
+    assert [line for line in listed if line.startswith("'/")] == ["'/'", "'/a.txt'"]
+    assert "Volume id    : 'MINE'" in listed
+    create_image(tmp_path / "disk.raw", folder=folder)
 
 
 def test_iso(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -251,6 +270,66 @@ def test_a_cancelled_build(folder: Path, tmp_path: Path, format: Format) -> None
         make(tmp_path / "x", format, folder, progress)
     assert sorted(os.listdir(tmp_path)) == ["folder"]
     assert set(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("format", [Format.FAT32, Format.EXT4, Format.ISO9660])
+@pytest.mark.parametrize("what", ["lower.txt", "sub"])
+@pytest.mark.parametrize("back", [True, False])
+def test_a_link_out_that_is_swapped_in_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: Format, what: str, back: bool
+) -> None:
+    """Before the tool that copies runs, and back after it: the image never gets a name."""
+    folder = make_folder(tmp_path / "folder", {"lower.txt": b"mine", "sub/lower.txt": b"mine"})
+    outside = make_folder(tmp_path / "outside", {"lower.txt": b"SECRET"})
+    outputs: list[bytes] = []
+    start = ImageBuild._execute
+
+    def execute(self: ImageBuild, command: Sequence[str], *arguments: Any) -> tuple[str, int]:
+        copies = Path(command[0]).name in ("mcopy", "mke2fs", "xorrisofs")
+        if copies and not (tmp_path / "kept").exists():
+            (folder / what).rename(tmp_path / "kept")
+            (folder / what).symlink_to(outside if what == "sub" else outside / "lower.txt")
+        result = start(self, command, *arguments)
+        if copies and back:
+            (folder / what).unlink()
+            (tmp_path / "kept").rename(folder / what)
+        outputs.append(os.pread(self.fd, 4 << 20, 1 << 20))
+        return result
+
+    monkeypatch.setattr(ImageBuild, "_execute", execute)
+    with pytest.raises(ImageError, match="changed while it was copied") as caught:
+        make(tmp_path / "x", format, folder)
+    assert caught.value.reason is Reason.CHANGED
+    assert not (tmp_path / "x").exists()
+    if format is Format.FAT32:  # mcopy gets descriptors; the other tools open names
+        assert not any(b"SECRET" in output for output in outputs)
+        assert any(b"mine" in output for output in outputs)
+
+
+@pytest.mark.parametrize("format", [Format.FAT32, Format.EXT4, Format.ISO9660])
+def test_who_may_read_an_image(tmp_path: Path, format: Format, unnamed: bool) -> None:
+    """Files of the folder may be private; an empty image is not."""
+    folder = make_folder(tmp_path / "folder", {"x": b"1"})
+    before = os.umask(0o022)
+    try:
+        make(tmp_path / "image", format, folder)
+        create_image(tmp_path / "empty", size=64 << 20)
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir() if path.is_file()}
+    assert modes == {"image": 0o600, "empty": 0o644}
+
+
+def test_more_files_than_one_call_copies(tmp_path: Path) -> None:
+    files = {f"file {n:04}.txt": b"%d" % n for n in range(300)} | {"sub/[a] ü.txt": b"x"}
+    folder = make_folder(tmp_path / "folder", files)
+    (folder / "link.txt").symlink_to("file 0001.txt")
+    make(tmp_path / "x", Format.FAT32, folder)
+    copied = tmp_path / "copied"
+    copied.mkdir()
+    run("mcopy", "-s", "-m", "-i", f"{tmp_path}/x@@1M", "::/", str(copied))
+    found = {str(path.relative_to(copied)): path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    assert found == files | {"link.txt": b"1"}
 
 
 @pytest.mark.parametrize("format", [Format.FAT32, Format.EXT4, Format.ISO9660])

@@ -9,7 +9,17 @@ from tests.image.support import make_folder
 
 from farplug.errors import ImageError, Reason
 from farplug.image import tree as tree_module
-from farplug.image.tree import Entry, Tree, check_unchanged, describe_left_out, scan
+from farplug.image.tree import (
+    CLOCK_TICK,
+    Entry,
+    Tree,
+    check_unchanged,
+    describe_left_out,
+    open_file,
+    opened_root,
+    scan,
+    settle,
+)
 
 
 def test_everything_is_found_parents_first(tmp_path: Path) -> None:
@@ -98,7 +108,11 @@ def test_paths_that_are_not_a_folder(tmp_path: Path, name: str, reason: Reason, 
 def test_what_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     make_folder(tmp_path, {"secret": b"", "sub/x": b""})
     access = os.access
-    monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != name and access(path, mode))  # for root too
+
+    def refuse(path: str, mode: int, *, dir_fd: int | None = None) -> bool:  # for root too
+        return path != name and access(path, mode, dir_fd=dir_fd)
+
+    monkeypatch.setattr("os.access", refuse)
     with pytest.raises(ImageError, match=f"{name} cannot be read: permission denied") as caught:
         scan(tmp_path)
     assert caught.value.reason is Reason.NO_PERMISSION
@@ -151,6 +165,83 @@ def test_a_change_is_noticed(tmp_path: Path, change: str) -> None:
     with pytest.raises(ImageError, match=r"changed while it was copied: \S") as caught:
         check_unchanged(tree)
     assert caught.value.reason is Reason.CHANGED
+
+
+@pytest.mark.parametrize("what", ["sub/x", "sub", "link"])
+def test_swapped_and_swapped_back(tmp_path: Path, what: str) -> None:
+    """Nothing but the times of change shows it."""
+    folder = make_folder(tmp_path / "folder", {"sub/x": b"1", "y": b"2"})
+    (folder / "link").symlink_to("y")
+    tree = scan(folder, posix=what == "link")
+    settle(tree)
+    times = (folder / what).lstat(), (folder / what).parent.lstat()
+    (folder / what).rename(tmp_path / "kept")
+    (folder / what).symlink_to("/etc/passwd")
+    (folder / what).unlink()
+    (tmp_path / "kept").rename(folder / what)
+    for path, status in zip((folder / what, (folder / what).parent), times, strict=True):
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns), follow_symlinks=False)
+    with pytest.raises(ImageError, match=r"changed while it was copied: \S"):
+        check_unchanged(tree, posix=what == "link")
+
+
+def test_settle_waits_for_a_later_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    monkeypatch.setattr("time.time_ns", lambda: 1_000_000_000)
+    for changed in (990_000_000, 980_000_000, 5, 1_000_000_001):
+        settle(Tree(tmp_path, (Entry("a", False, 0, 0, stamp=(1, 2, changed)), Entry("b", False, 0, 0))))
+    settle(Tree(tmp_path, ()))
+    assert slept == [pytest.approx(CLOCK_TICK - 0.01)]
+
+
+@pytest.mark.parametrize("what", ["y", "sub/x", "sub"])
+@pytest.mark.parametrize("swap", ["a link out", "another file", "nothing"])
+def test_what_was_swapped_is_not_opened(tmp_path: Path, what: str, swap: str) -> None:
+    folder = make_folder(tmp_path / "folder", {"sub/x": b"1", "y": b"2"})
+    outside = make_folder(tmp_path / "outside", {"x": b"secret"})
+    tree = scan(folder)
+    entry = next(entry for entry in tree.entries if entry.path in (what, f"{what}/x") and not entry.is_folder)
+    with opened_root(tree) as root_fd:
+        os.close(open_file(tree, root_fd, entry))
+        (folder / what).rename(tmp_path / "kept")
+        match swap:
+            case "a link out":
+                (folder / what).symlink_to(outside if what == "sub" else outside / "x")
+            case "another file":
+                (outside if what == "sub" else outside / "x").rename(folder / what)
+        with pytest.raises(ImageError, match="changed while it was copied: ") as caught:
+            open_file(tree, root_fd, entry)
+    assert caught.value.reason is Reason.CHANGED
+
+
+@pytest.mark.parametrize("swap", ["link", "folder", "nothing"])
+def test_a_root_that_was_swapped(tmp_path: Path, swap: str) -> None:
+    folder = make_folder(tmp_path / "folder", {"x": b"1"})
+    tree = scan(folder)
+    folder.rename(tmp_path / "kept")
+    if swap == "link":
+        folder.symlink_to("kept")
+    elif swap == "folder":
+        make_folder(folder, {"x": b"1"})
+    with pytest.raises(ImageError, match="changed while it was copied"), opened_root(tree):
+        pass
+
+
+def test_a_folder_that_is_swapped_during_the_scan(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "folder", {"sub/x": b""})
+    make_folder(tmp_path / "outside", {"secret": b""})
+    calls = 0
+
+    def tick() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            (folder / "sub").rename(tmp_path / "kept")
+            (folder / "sub").symlink_to(tmp_path / "outside")
+
+    with pytest.raises(ImageError, match="changed while it was copied: sub"):
+        scan(folder, tick=tick)
 
 
 def test_names_that_are_not_utf8_can_be_shown(tmp_path: Path) -> None:

@@ -1,5 +1,11 @@
 from __future__ import annotations
 
+import errno
+import os
+import resource
+import signal
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -66,16 +72,71 @@ def test_install(tmp_path: Path, udevadm: Path) -> None:
 def test_other_rules_stay(tmp_path: Path, udevadm: Path) -> None:
     path = tmp_path / udev.RULES
     path.parent.mkdir(parents=True)
-    path.write_text("# mine\nSUBSYSTEM==...")
+    path.write_bytes("# mine\r\n# U+2028: \u2028, VT: \x0b\nSUBSYSTEM==...".encode())
+    path.chmod(0o640)
+    os.chown(path, os.getuid(), 54321) if not os.getuid() else None
+    before = path.stat()
     udev.install(RULE, tmp_path)
-    assert path.read_text() == f"# mine\nSUBSYSTEM==...\n{RULE}\n"
+    assert path.read_bytes().decode() == f"# mine\r\n# U+2028: \u2028, VT: \x0b\nSUBSYSTEM==...\n{RULE}\n"
+    after = path.stat()
+    assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
+
+
+def test_a_new_file_can_be_read_by_all(tmp_path: Path, udevadm: Path) -> None:
+    assert stat.S_IMODE(udev.install(RULE, tmp_path).stat().st_mode) == 0o644
+
+
+def test_a_link_stays_a_link(tmp_path: Path, udevadm: Path) -> None:
+    path = tmp_path / udev.RULES
+    path.parent.mkdir(parents=True)
+    (tmp_path / "elsewhere").write_text("# mine\n")
+    path.symlink_to(tmp_path / "elsewhere")
+    udev.install(RULE, tmp_path)
+    assert path.is_symlink()
+    assert (tmp_path / "elsewhere").read_text() == f"# mine\n{RULE}\n"
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """No file of this process can have more than 100 bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("failing", ["write", "fsync", "replace", "chmod"])
+def test_a_failure_leaves_the_rules_as_they_are(
+    tmp_path: Path, udevadm: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, failing: str
+) -> None:
+    path = tmp_path / udev.RULES
+    path.parent.mkdir(parents=True)
+    path.write_text(rules := "# mine\n" * 50)
+    if failing == "write":
+        request.getfixturevalue("full_disk")
+    else:
+
+        def fail(*_: object) -> None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        monkeypatch.setattr(os, failing, fail)
+    with pytest.raises(SetupError, match="cannot write") as caught:
+        udev.install(RULE, tmp_path)
+    assert caught.value.reason is Reason.IO_ERROR
+    assert path.read_text() == rules
+    assert list(path.parent.iterdir()) == [path]
+    assert not (udevadm / "calls").exists()
 
 
 def test_no_permission(tmp_path: Path, udevadm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> int:
+    def refuse(*_: object) -> None:
         raise PermissionError
 
-    monkeypatch.setattr(Path, "write_text", refuse)
+    monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(SetupError, match="no permission to write") as caught:
         udev.install(RULE, tmp_path)
     assert (caught.value.reason, exit_code(caught.value)) == (Reason.NO_PERMISSION, ExitCode.SETUP)

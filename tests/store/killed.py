@@ -57,19 +57,19 @@ async def write(base: Path, snapshot: Path | None, seed: int) -> None:
             await asyncio.sleep(0)
 
 
-def commit(snapshot: Path) -> None:
+def commit(base: Path, snapshot: Path) -> None:
     def progress(done: int, total: int) -> None:
         write_line(f"progress {done}")
         time.sleep(0.0002)
 
-    overlay.commit(snapshot, progress=progress)
+    overlay.commit(snapshot, base, progress=progress)
 
 
 def work(kind: str, base: str, snapshot: str, seed: str, reported: str) -> None:
     global left
     left = int(reported)
     if kind == "commit":
-        commit(Path(snapshot))
+        commit(Path(base), Path(snapshot))
     else:
         asyncio.run(write(Path(base), Path(snapshot) if kind == "snapshot" else None, int(seed)))
 

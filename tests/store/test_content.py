@@ -352,10 +352,10 @@ async def test_disks_and_snapshots(qcow2: Path, tmp_path: Path, caplog: pytest.L
         assert "a.qcow2 is a qcow2 image, not a RAW disk image: plugged as it is" in caplog.text
         assert store.block_count == qcow2.stat().st_size // 512
         await store.close()
-    error = refused(qcow2, lambda path: overlay.commit(snapshot))
+    error = refused(qcow2, lambda path: overlay.commit(snapshot, path))
     assert error.reason is Reason.NOT_RAW
     assert snapshot.exists()
-    assert overlay.commit(snapshot, force=True) == 0
+    assert overlay.commit(snapshot, qcow2, force=True) == 0
     assert not snapshot.exists()
 
 
@@ -375,9 +375,9 @@ async def test_a_commit_that_was_interrupted_goes_on(tmp_path: Path, monkeypatch
 
         patch.setattr("farplug.store.overlay_file.OverlayFile.remove", power_cut)
         with pytest.raises(ImageError, match="was interrupted"):
-            overlay.commit(snapshot)
+            overlay.commit(snapshot, base)
     assert refused(base).reason is Reason.NOT_RAW
-    assert overlay.commit(snapshot) == 4096
+    assert overlay.commit(snapshot, base) == 4096
 
 
 async def test_an_iso_as_a_disk(tmp_path: Path, iso: bytes, caplog: pytest.LogCaptureFixture) -> None:

@@ -105,7 +105,7 @@ def test_confirmed_writes_survive(tmp_path: Path, victims: Victims, kind: str) -
     assert current != before
     if kind == "snapshot":
         assert content(base) == before
-        overlay.commit(snapshot)
+        overlay.commit(snapshot, base)
         assert content(base) == current
 
 
@@ -135,7 +135,7 @@ def test_a_commit_can_be_repeated(tmp_path: Path, victims: Victims) -> None:
             halves += overlay.info(path).half_committed
             if chance.random() < 0.5:
                 continue  # kill the next one, too
-            overlay.commit(path)
+            overlay.commit(path, base)
         assert content(base) == after
         base.write_bytes(before)
         path.write_bytes(snapshot)

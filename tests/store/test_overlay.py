@@ -90,7 +90,7 @@ async def test_against_a_shadow(
     assert content(base) == CONTENT[:size]
     seen: list[tuple[int, int]] = []
     changed = overlay.info(path).changed
-    assert overlay.commit(path, progress=lambda done, total: seen.append((done, total))) == changed
+    assert overlay.commit(path, base, progress=lambda done, total: seen.append((done, total))) == changed
     assert content(base) == shadow + CONTENT[end:size]
     assert seen == sorted(seen)
     assert seen[-1] == (changed, changed)
@@ -179,7 +179,7 @@ async def test_a_large_image(tmp_path: Path, path: Path, size: int) -> None:
     assert await read(store, size - 1024, 1024) == bytes(512) + b"\xaa" * 512
     assert await read(store, (1 << 31) - 512, 1536) == bytes(512) + b"\xbb" * 512 + bytes(512)
     await store.close()
-    overlay.commit(path)
+    overlay.commit(path, base)
     with base.open("rb") as file:
         file.seek(size - 512)
         assert file.read() == b"\xaa" * 512
@@ -273,15 +273,15 @@ async def test_locks(base: Path, path: Path, tmp_path: Path) -> None:
     assert caught.value.reason is Reason.IN_USE
     with pytest.raises(ImageError, match=r"changes\.snapshot is in use"):
         OverlayStore.open(base, path)
-    for function in (overlay.commit, overlay.discard, overlay.info):
+    for function in (lambda path: overlay.commit(path, base), overlay.discard, overlay.info):
         with pytest.raises(ImageError, match=r"changes\.snapshot is in use"):
             function(path)
     await store.close()
     with pytest.raises(ImageError, match=r"base\.raw is in use"):  # by the other snapshot
-        overlay.commit(path)
+        overlay.commit(path, base)
     assert not overlay.info(path).half_committed
     await other.close()
-    overlay.commit(path)
+    overlay.commit(path, base)
 
 
 async def test_commit(base: Path, path: Path, tmp_path: Path) -> None:
@@ -295,7 +295,7 @@ async def test_commit(base: Path, path: Path, tmp_path: Path) -> None:
     assert (about.changed, about.half_committed) == (4 * 4096 + 1536, False)
     link = tmp_path / "link"
     link.symlink_to(path)
-    assert overlay.commit(link) == 4 * 4096 + 1536
+    assert overlay.commit(link, base) == 4 * 4096 + 1536
     expected = bytearray(CONTENT)
     expected[4096:12288] = b"x" * 8192
     expected[16384:24576] = bytes(8192)
@@ -316,13 +316,13 @@ async def test_the_image_is_locked_until_the_snapshot_is_gone(
         remove(file)
 
     monkeypatch.setattr(OverlayFile, "remove", removed)
-    overlay.commit(path)
+    overlay.commit(path, base)
     await FileStore.open(base).close()
 
 
 async def test_a_commit_of_nothing(base: Path, path: Path) -> None:
     await OverlayStore.open(base, path).close()
-    assert overlay.commit(path) == 0
+    assert overlay.commit(path, base) == 0
     assert content(base) == CONTENT
 
 
@@ -335,7 +335,7 @@ async def test_holes_stay_holes(tmp_path: Path, path: Path) -> None:
     await zero(store, 0, 8 << 20, unmap=True)
     await write(store, 4 << 20, b"x" * 4096)
     await store.close()
-    overlay.commit(path)
+    overlay.commit(path, base)
     assert content(base) == bytes(4 << 20) + b"x" * 4096 + bytes((4 << 20) - 4096)
     assert os.stat(base).st_blocks * 512 < 1 << 20
 
@@ -357,7 +357,7 @@ async def test_an_interrupted_commit(base: Path, path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(ImageError, match="was interrupted: no space left on device") as caught:
-        overlay.commit(path)
+        overlay.commit(path, base)
     assert caught.value.reason is Reason.NO_SPACE
     monkeypatch.undo()
     assert overlay.info(path).half_committed
@@ -367,7 +367,7 @@ async def test_an_interrupted_commit(base: Path, path: Path, monkeypatch: pytest
             call()
         assert caught.value.reason is Reason.HALF_COMMITTED
         assert caught.value.remedy.command.startswith("farplug image commit ")
-    overlay.commit(path)
+    overlay.commit(path, base)
     expected = bytearray(CONTENT)
     for begin in range(0, 32768, 8192):
         expected[begin : begin + 4096] = b"x" * 4096
@@ -378,7 +378,7 @@ async def test_a_commit_without_its_image(base: Path, path: Path) -> None:
     await make_snapshot(base, path)
     base.unlink()
     with pytest.raises(ImageError, match=r"base\.raw cannot be opened") as caught:
-        overlay.commit(path)
+        overlay.commit(path, base)
     assert caught.value.reason is Reason.NOT_FOUND
     overlay.discard(path)
     assert not path.exists()
@@ -387,7 +387,7 @@ async def test_a_commit_without_its_image(base: Path, path: Path) -> None:
 async def test_a_commit_to_an_image_that_was_moved(base: Path, path: Path, tmp_path: Path) -> None:
     await make_snapshot(base, path)
     moved = base.rename(tmp_path / "moved.raw")
-    overlay.commit(path, base_path=moved)
+    overlay.commit(path, moved)
     assert content(moved) == b"x" * 512 + CONTENT[512:]
 
 

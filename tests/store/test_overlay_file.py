@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import random
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -86,7 +88,7 @@ async def test_an_image_that_was_changed(base: Path, path: Path, change: Change,
     assert message in error.message
     assert str(base) in error.remedy
     with pytest.raises(ImageError, match=message[:20]):
-        overlay.commit(path)
+        overlay.commit(path, base)
     assert not overlay.info(path).half_committed
 
 
@@ -147,7 +149,10 @@ def _to(size: int) -> Change:
         (_flip(HEADER_SIZE + 511), Reason.DAMAGED, "the sector at byte 8192 does not match"),
         (_flip(HEADER_SIZE + 512), Reason.DAMAGED, "the sector at byte 8704 does not match"),
         (_sector(1, bytes(507) + b"\x80"), Reason.DAMAGED, "it has clusters after the end of the image"),
-        (_sector(0, b"\2" + bytes(507)), Reason.DAMAGED, "its sector 0 has no valid content"),
+        (_sector(0, b"\3" + bytes(507)), Reason.DAMAGED, "its sector 0 has no valid content"),
+        (_sector(0, b"\1\1" + bytes(506)), Reason.DAMAGED, "its sector 0 has no valid content"),
+        (_sector(0, bytes(507) + b"\1"), Reason.DAMAGED, "its sector 0 has no valid content"),
+        (_sector(0, b"\2" * 34 + bytes(474)), Reason.DAMAGED, "its sector 0 has no valid content"),
         (_to(3), Reason.WRONG_FORMAT, "is not a snapshot"),
         (_to(100), Reason.DAMAGED, "header does not match"),
         (_to(HEADER_SIZE), Reason.DAMAGED, "it has 8192 bytes of"),
@@ -160,7 +165,7 @@ async def test_a_damaged_snapshot(base: Path, path: Path, change: Change, reason
     error = refused(base, path)
     assert error.reason is reason
     assert message in error.message
-    for function in (overlay.commit, overlay.info):
+    for function in (lambda path: overlay.commit(path, base), overlay.info):
         with pytest.raises(ImageError) as caught:
             function(path)
         assert caught.value.reason is reason
@@ -185,7 +190,7 @@ def test_files_that_are_not_a_snapshot(base: Path, path: Path, tmp_path: Path, m
     with pytest.raises(ImageError, match="missing cannot be opened") as caught:
         OverlayStore.open(base)
     assert caught.value.reason is Reason.NOT_FOUND
-    for function in (overlay.commit, overlay.discard, overlay.info):
+    for function in (lambda path: overlay.commit(path, base), overlay.discard, overlay.info):
         with pytest.raises(ImageError) as caught:
             function(path)
         assert caught.value.reason is Reason.NOT_FOUND
@@ -238,16 +243,131 @@ async def test_an_empty_file_becomes_a_snapshot(base: Path, path: Path) -> None:
     assert overlay.info(path).changed == 4096
 
 
-@pytest.mark.parametrize("function", [overlay.commit, overlay.discard, None])
+@pytest.mark.parametrize("function", ["commit", "discard", "open"])
 async def test_a_snapshot_that_is_removed_while_it_is_opened(
-    base: Path, path: Path, monkeypatch: pytest.MonkeyPatch, function: Callable[[Path], object] | None
+    base: Path, path: Path, monkeypatch: pytest.MonkeyPatch, function: str
 ) -> None:
     await make_snapshot(base, path)
     monkeypatch.setattr(overlay_file, "lock", lambda fd, path, read_only: path.unlink())
+    functions: dict[str, Callable[[], object]] = {
+        "commit": lambda: overlay.commit(path, base),
+        "discard": lambda: overlay.discard(path),
+        "open": lambda: OverlayStore.open(base, path),
+    }
     with pytest.raises(ImageError, match="was just removed") as caught:
-        OverlayStore.open(base, path) if function is None else function(path)
+        functions[function]()
     assert caught.value.reason is Reason.IN_USE
     assert content(base) == CONTENT
+
+
+@pytest.fixture
+async def half(base: Path, path: Path) -> Path:
+    """A snapshot with clusters 0 and 40 of the image, whose commit ended after cluster 0."""
+    base.chmod(0o644)
+    await make_snapshot(base, path)
+    file = OverlayFile.open(path)
+    file.image.write(memoryview(b"y" * 1536), file.header.data_offset + 40 * 4096)
+    file.clusters.mark(40, 41)
+    file.flush()
+    file.close()
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        overlay.commit(path, base, progress=stop)
+    assert overlay.info(path).half_committed
+    return path
+
+
+def patch_file(path: Path, at: int, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(data)
+
+
+async def test_half_committed_to_its_image(base: Path, half: Path) -> None:
+    assert content(base) == b"x" * 512 + CONTENT[512:]
+    os.utime(base)
+    patch_file(base, 0, b"?" * 4096)  # of the snapshot: written anew
+    patch_file(base, SIZE - 1536, b"?" * 1536)
+    overlay.commit(half, base)
+    assert content(base) == b"x" * 512 + CONTENT[512:-1536] + b"y" * 1536
+
+
+@pytest.mark.parametrize("at", [4096, 20 * 4096, SIZE - 1537])
+async def test_half_committed_and_the_image_changed(
+    base: Path, half: Path, caplog: pytest.LogCaptureFixture, at: int
+) -> None:
+    patch_file(base, at, bytes((CONTENT[at] ^ 1,)))
+    before = content(base)
+    with pytest.raises(
+        ImageError, match=r"was changed after the commit of .* was interrupted, or is another"
+    ) as caught:
+        overlay.commit(half, base)
+    assert caught.value.reason is Reason.WRONG_IMAGE
+    assert content(base) == before
+    overlay.commit(half, base, force=True)
+    assert "was changed after the commit" in caplog.text
+    assert content(base)[:512] == b"x" * 512
+
+
+async def test_half_committed_to_another_image(half: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.raw"
+    other.write_bytes(before := random.Random(12).randbytes(SIZE))
+    with pytest.raises(ImageError, match=r"other\.raw was changed after") as caught:
+        overlay.commit(half, other)
+    assert caught.value.reason is Reason.WRONG_IMAGE
+    other.write_bytes(before + b"z" * 512)
+    with pytest.raises(ImageError, match=r"other\.raw has \d+ bytes, the image of the snapshot"):
+        overlay.commit(half, other, force=True)
+    assert content(other) == before + b"z" * 512
+
+
+async def test_half_committed_by_an_older_version(base: Path, half: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It recorded no digest, so nothing shows whether the image is the right one."""
+    _sector(0, b"\1" + bytes(507))(half)
+    assert overlay.info(half).half_committed
+    assert refused(base, half).reason is Reason.HALF_COMMITTED
+    with pytest.raises(ImageError, match="recorded no digest") as caught:
+        overlay.commit(half, base)
+    assert caught.value.remedy.command == f"farplug image commit {half} --image {base} --force"
+    overlay.commit(half, base, force=True)
+    assert "recorded no digest" in caplog.text
+    assert content(base) == b"x" * 512 + CONTENT[512:-1536] + b"y" * 1536
+
+
+async def test_the_remedy_of_half_committed_names_the_image_of_the_caller(
+    base: Path, half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = base.rename(tmp_path / "it's mine; ls.raw")
+    monkeypatch.chdir(tmp_path)
+    for image in (moved, Path(moved.name)):
+        error = refused(image, half)
+        assert error.reason is Reason.HALF_COMMITTED
+        assert shlex.split(error.remedy.command) == ["farplug", "image", "commit", str(half), "--image", str(image)]
+    with pytest.raises(ImageError) as caught:
+        overlay.discard(half)
+    assert caught.value.remedy.command == f"farplug image commit {half} --image IMAGE"
+
+
+@pytest.mark.parametrize("state", [b"\1", b"\2", b"\2" + hashlib.sha256().digest()])
+@pytest.mark.parametrize("block_size", [1, 512])
+def test_a_hostile_snapshot_of_a_file(path: Path, tmp_path: Path, state: bytes, block_size: int) -> None:
+    """It claims to be half committed, to a file whose size, but not whose content, is known."""
+    victim = tmp_path / "profile"
+    victim.write_bytes(before := b"# mine\n".ljust(807, b"#"))
+    header = Header(bytes(16), 807, block_size, 4096, 0, bytes(32), victim)
+    data = bytearray(header.file_size)
+    data[: len(bytes(header))] = bytes(header)
+    sectors = header.seal(0, state.ljust(508, b"\0")) + header.seal(1, bytes(508))
+    data[HEADER_SIZE : HEADER_SIZE + len(sectors)] = sectors
+    data[header.data_offset :] = b"#" * 807
+    path.write_bytes(data)
+    with pytest.raises(ImageError) as caught:
+        overlay.commit(path, victim)
+    assert caught.value.reason is (Reason.DAMAGED if block_size == 1 else Reason.WRONG_IMAGE)
+    assert victim.read_bytes() == before
 
 
 def test_headers_that_lie(tmp_path: Path) -> None:

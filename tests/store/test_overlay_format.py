@@ -74,7 +74,7 @@ def test_every_damaged_byte_is_detected() -> None:
         {"cluster_size": 0},
         {"size": 0},
         {"size": 511},
-        {"block_size": 0},
+        *({"block_size": size} for size in (0, 1, 256, 511, 513, 1024, 8192, 1 << 31)),
     ]
     + [{"size": 1 << 60}, {"size": (1 << 38) + 1}],
 )
@@ -94,6 +94,18 @@ def test_an_impossible_header(change: dict[str, int]) -> None:
 def _sealed(data: bytearray) -> bytes:
     data[12:16] = zlib.crc32(data[16:], zlib.crc32(data[:12])).to_bytes(4, "little")
     return bytes(data)
+
+
+@pytest.mark.parametrize("size", [512, 2048, 4096])
+def test_every_block_size(size: int) -> None:
+    assert Header.parse(bytes(replace(HEADER, block_size=size)), PATH).block_size == size
+
+
+@pytest.mark.parametrize("base", ["", ".", "profile", "../profile", "/a\0b"])
+def test_the_path_of_the_image_is_absolute(base: str) -> None:
+    with pytest.raises(ImageError, match="it has no absolute path of an image") as caught:
+        Header.parse(bytes(replace(HEADER, base=Path(base))), PATH)
+    assert caught.value.reason is Reason.DAMAGED
 
 
 def test_a_newer_version() -> None:

@@ -119,7 +119,7 @@ async def test_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     after = bytes(read_all(base, path, range(130)))
     with monkeypatch.context() as patch:
         log = record(patch)
-        overlay.commit(path)
+        overlay.commit(path, base)
     assert content(base) == after != before
 
     monkeypatch.setattr(os, "fdatasync", lambda fd: None)
@@ -140,7 +140,7 @@ async def test_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             half = overlay.info(path).half_committed
             seen.add(half)
             assert half or content(base) == before
-            overlay.commit(path)
+            overlay.commit(path, base)
             assert content(base) == after
     assert seen == {False, True}
     assert gone

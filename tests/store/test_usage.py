@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import pytest
 
 from farplug.errors import ImageError, Reason
+from farplug.shell import shell_word
 from farplug.store import FileStore, usage
-from farplug.store.usage import host_uses
+from farplug.store.usage import Use, host_uses
 
 # 8:0 sda with sda1 and sda2; 8:16 sdb; sda2 is a part of dm-0 (8:2 -> 253:0), which has dm-1 on it
 TREE = {
@@ -53,10 +54,10 @@ class Machine:
         self.swaps("")
 
     def mounts(self, *lines: str) -> None:
-        (self.folder / "mountinfo").write_text("\n".join(lines) + "\n")
+        (self.folder / "mountinfo").write_bytes(os.fsencode("\n".join(lines) + "\n"))
 
     def swaps(self, text: str) -> None:
-        (self.folder / "swaps").write_text(SWAP_HEAD + text)
+        (self.folder / "swaps").write_bytes(os.fsencode(SWAP_HEAD + text))
 
     def stat(self, path: str | Path) -> SimpleNamespace:
         number = self.numbers.get(str(path))
@@ -120,6 +121,22 @@ def test_swap_and_holders(machine: Machine) -> None:
     assert list(uses) == ["/dev/sda1 is swap space", "it is a part of /dev/dm-0", "it is a part of /dev/dm-1 (vg-home)"]
     assert [use.changes for use in uses.values()] == [True, False, True]
     assert [use.end for use in uses.values()] == ["swapoff /dev/sda1", "", ""]
+
+
+NAMES = ["st\u2028ick", "st\x0bick", "st\x85ick", "st\x1cick", "st\rick", "st\u3000ick", "st\xa0ick", "st\udcffick"]
+"""Names with characters that end a line, or separate words, for Python but not for the kernel."""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_mounts_and_swap_in_paths_with_any_character(machine: Machine, name: str) -> None:
+    where = f"/media/u/{name}"
+    machine.mounts(f"36 35 8:1 /{name} {where} ro,noatime shared:1 - fuse.{name} {name} ro")
+    use = Use(f"/dev/sda1 is mounted on {where}", f"umount {shell_word(where)}", changes=False)
+    assert use in host_uses(Path("/dev/sda"))
+    machine.mounts()
+    machine.numbers[where] = machine.numbers["/dev/sda1"]
+    machine.swaps(f"{where} partition\t\t2097148\t\t0\t\t-2\n")
+    assert Use(f"{where} is swap space", f"swapoff {shell_word(where)}", changes=True) in host_uses(Path("/dev/sda"))
 
 
 def test_a_machine_without_these_files(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,6 +91,10 @@ class FakeSpice:
     password: str = ""
     secured: frozenset[ChannelType] = frozenset()
     """The channels that answer error 5 on the plain port."""
+    unsecured: frozenset[ChannelType] = frozenset()
+    """The channels that answer error 6 on the TLS port."""
+    ticket_error: LinkError = LinkError.OK
+    """The result of every ticket."""
     link_error: LinkError = LinkError.OK
     common_caps: int = 0b1011
     vmc_caps: int = 1
@@ -127,6 +131,8 @@ class FakeSpice:
         error = self.link_error
         if not tls and mess.channel_type in self.secured:
             error = LinkError.NEED_SECURED
+        if tls and mess.channel_type in self.unsecured:
+            error = LinkError.NEED_UNSECURED
         if error:
             writer.write(bytes(LinkReply(error)))
             return
@@ -140,7 +146,9 @@ class FakeSpice:
         if TICKET_KEY.decrypt(ticket, oaep) != self.password.encode() + b"\0":
             writer.write(struct.pack("<I", LinkError.PERMISSION_DENIED))
             return
-        writer.write(struct.pack("<I", 0))
+        writer.write(struct.pack("<I", self.ticket_error))
+        if self.ticket_error:
+            return
         channel = Channel(mess, reader, writer, tls)
         self.linked.append(channel)
         if mess.channel_type is ChannelType.USBREDIR:

@@ -19,6 +19,7 @@ from farplug.spice.link import LinkFailure, LinkReply
 from farplug.spice.types import ChannelType, LinkError
 from farplug.spice.vv import VvFile
 from farplug.target import parse_target
+from farplug.transport import tls
 from farplug.transport.connection import Timeouts
 from farplug.transport.dialer import ChannelDialer, LinkedChannel, SpiceTarget, Stage
 
@@ -111,23 +112,157 @@ async def both(certificates: Certificates) -> AsyncIterator[tuple[FakeSpice, dic
         yield fake, {"host": "127.0.0.1", "port": port, "tls_port": tls_port, "password": "secret"}
 
 
-async def test_error_5_moves_to_tls(both: tuple[FakeSpice, dict[str, Any]], certificates: Certificates) -> None:
+SUBJECT = r"O=Test\, Inc.,CN=vmhost"
+MAIN = frozenset({ChannelType.MAIN})
+
+
+@pytest.fixture
+def trusted(certificates: Certificates, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system trusts the CA."""
+    made = tls.client_context
+
+    def client_context(*, ca: str | None, check_hostname: bool) -> ssl.SSLContext:
+        return made(ca=ca or certificates.ca, check_hostname=check_hostname)
+
+    monkeypatch.setattr(tls, "client_context", client_context)
+
+
+async def test_tls_comes_first(both: tuple[FakeSpice, dict[str, Any]], trusted: None) -> None:
     fake, target = both
-    fake.secured = frozenset({ChannelType.MAIN})
+    fake.secured = frozenset({ChannelType.USBREDIR})
+    fake.channels = ((9, 0),)
     stages: list[str] = []
-    await link(SpiceTarget(**target, ca=certificates.ca), stages)
-    assert [stage.split()[0] for stage in stages] == ["reach", "ticket", "reach", "tls", "ticket"]
-    assert [channel.tls for channel in fake.linked] == [True]
+    dialer = ChannelDialer(SpiceTarget(**target), Timeouts())
+    for channel_type in (ChannelType.MAIN, ChannelType.USBREDIR):
+        linked = await dialer.link(
+            channel_type,
+            0,
+            connection_id=channel_type - 1,
+            capabilities=[],
+            progress=lambda stage, where: stages.append(f"{stage} {where}"),
+        )
+        linked.connection.abort()
+    where = f"127.0.0.1:{target['tls_port']}"
+    assert stages == [f"{stage} {where}" for stage in ("reach", "tls", "ticket")] * 2
+    assert [channel.tls for channel in fake.linked] == [True, True]
+    assert str(SpiceTarget(**target)) == where
+
+
+@pytest.mark.parametrize(
+    ("options", "refusal"),
+    [
+        ({}, ""),
+        ({"ca": "ca"}, "does not serve the channel main over TLS"),
+        ({"host_subject": SUBJECT}, "does not serve the channel main over TLS"),
+        ({"secure_channels": frozenset({"usbredir"})}, "does not serve the channel main over TLS"),
+        ({"secure_channels": frozenset({"main"})}, "over TLS, as secure-channels requires"),
+        ({"secure_channels": frozenset({"all"})}, "over TLS, as secure-channels requires"),
+        ({"ca": "ca", "host_subject": SUBJECT, "allow_plain": True}, ""),
+        ({"secure_channels": frozenset({"usbredir"}), "allow_plain": True}, ""),
+        ({"secure_channels": frozenset({"main"}), "allow_plain": True}, "as secure-channels requires"),
+        ({"port": None}, "demands a connection without TLS"),
+    ],
+)
+async def test_a_channel_that_the_server_does_not_serve_over_tls(
+    both: tuple[FakeSpice, dict[str, Any]],
+    certificates: Certificates,
+    trusted: None,
+    options: dict[str, Any],
+    refusal: str,
+) -> None:
+    fake, target = both
+    fake.unsecured = MAIN
+    if "ca" in options:
+        options = {**options, "ca": certificates.ca}
+    stages: list[str] = []
+    if not refusal:
+        await link(SpiceTarget(**{**target, **options}), stages)
+        assert [stage.split()[0] for stage in stages] == ["reach", "tls", "ticket", "reach", "ticket"]
+        assert [channel.tls for channel in fake.linked] == [False]
+        return
+    with pytest.raises(TargetError, match=refusal) as caught:
+        await link(SpiceTarget(**{**target, **options}), stages)
+    assert not any(stage.endswith(f":{target['port']}") for stage in stages)
+    if "secure-channels requires" not in refusal and options.get("port", 1):
+        assert caught.value.reason is Reason.NEEDS_TLS
+        assert caught.value.remedy.alternative is not None
+        assert caught.value.remedy.alternative.setting == "target.allow_plain"
+
+
+async def test_a_server_that_refuses_tls_after_the_ticket(
+    both: tuple[FakeSpice, dict[str, Any]], trusted: None
+) -> None:
+    fake, target = both
+    fake.ticket_error = LinkError.NEED_UNSECURED
+    stages: list[str] = []
+    with pytest.raises(LinkFailure, match="demands a connection without TLS"):
+        await link(SpiceTarget(**target), stages)
+    assert [stage.split()[0] for stage in stages] == ["reach", "tls", "ticket"]
+
+
+@pytest.mark.parametrize("allow_plain", [False, True])
+@pytest.mark.parametrize("what", ["refused", "untrusted", "not TLS", "another host"])
+async def test_nothing_is_sent_to_the_plain_port_if_tls_fails(
+    certificates: Certificates, tmp_path: Path, what: str, allow_plain: bool
+) -> None:
+    """An attacker who can answer on the plain port can also make TLS fail."""
+    connections: list[object] = []
+
+    async def count(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(writer)
+        writer.close()
+
+    plain = await asyncio.start_server(count, "127.0.0.1", 0)
+    port = plain.sockets[0].getsockname()[1]
+    contexts = {
+        "refused": None,
+        "not TLS": None,
+        "untrusted": Certificates(tmp_path).server_context(),
+        "another host": certificates.server_context(["other.example"], []),
+    }
+    async with running(FakeSpice(greeting=b"REDQ"), tls=contexts[what]) as tls_port:
+        target = SpiceTarget(
+            host="127.0.0.1",
+            port=port,
+            tls_port=free_port() if what == "refused" else tls_port,
+            ca=certificates.ca,
+            password="secret",
+            allow_plain=allow_plain,
+        )
+        with pytest.raises(TargetError):
+            await link(target, handshake=2)
+    assert not connections
+    plain.close()
+
+
+@pytest.mark.parametrize("options", [{"ca": "ca"}, {"host_subject": SUBJECT}])
+async def test_what_demands_tls_without_a_tls_port(certificates: Certificates, options: dict[str, Any]) -> None:
+    """A .vv file may have a CA and no tls-port."""
+    options = {key: certificates.ca if key == "ca" else value for key, value in options.items()}
+    async with running(fake := FakeSpice()) as port:
+        with pytest.raises(TargetError, match="but no TLS port: nothing would be checked") as caught:
+            await link(SpiceTarget(host="127.0.0.1", port=port, **options))
+        assert caught.value.reason is Reason.NEEDS_TLS
+        assert not fake.linked
+        await link(SpiceTarget(host="127.0.0.1", port=port, **options, allow_plain=True))
+        assert len(fake.linked) == 1
+
+
+async def test_channels_that_are_not_used_may_have_no_tls() -> None:
+    async with running(FakeSpice()) as port:
+        await link(SpiceTarget(host="127.0.0.1", port=port, secure_channels=frozenset({"display"})))
 
 
 @pytest.mark.parametrize(
     ("options", "tls"),
     [
-        ({}, False),
+        ({}, True),
         ({"port": None}, True),
         ({"secure_channels": frozenset({"main", "inputs"})}, True),
         ({"secure_channels": frozenset({"all"})}, True),
-        ({"secure_channels": frozenset({"usbredir"})}, False),
+        ({"secure_channels": frozenset({"usbredir"})}, True),
+        ({"allow_plain": True}, True),
+        ({"tls_port": None, "ca": None}, False),
         ({"port": None, "host_subject": r"O=Test\, Inc.,CN=vmhost"}, True),
         ({"port": None, "host": "localhost"}, True),
     ],
@@ -368,19 +503,6 @@ async def test_a_link_reply_that_arrives_with_the_handshake(certificates: Certif
         await gone.wait()
     assert right or not received
     server.close()
-
-
-async def test_tls_for_all_channels_once_the_server_requires_it(
-    both: tuple[FakeSpice, dict[str, Any]], certificates: Certificates
-) -> None:
-    fake, target = both
-    fake.secured = frozenset({ChannelType.MAIN})
-    fake.channels = ((9, 0),)
-    dialer = ChannelDialer(SpiceTarget(**target, ca=certificates.ca), Timeouts())
-    for channel_type in (ChannelType.MAIN, ChannelType.USBREDIR):
-        linked = await dialer.link(channel_type, 0, connection_id=channel_type - 1, capabilities=[])
-        linked.connection.abort()
-    assert [channel.tls for channel in fake.linked] == [True, True]
 
 
 async def test_whatever_fails_after_the_handshake_closes_the_connection(

@@ -25,12 +25,24 @@ OLD = SpiceTarget(
     ("old", "where", "new"),
     [
         (OLD, SwitchHost(3, 4, "new"), replace(OLD, host="new", port=3, tls_port=4)),
-        (OLD, SwitchHost(3, None, "new"), replace(OLD, host="new", port=3, tls_port=None)),
+        (
+            replace(OLD, allow_plain=True),
+            SwitchHost(3, None, "new"),
+            replace(OLD, host="new", port=3, tls_port=None, allow_plain=True),
+        ),
         (OLD, SwitchHost(3, 4, "new", "CN=new"), replace(OLD, host="new", port=3, tls_port=4, host_subject="CN=new")),
         (OLD, SwitchHost(None, 4, "[::1]"), replace(OLD, host="::1", port=None, tls_port=4)),
-        (OLD, SwitchHost(3, None, ""), replace(OLD, port=3, tls_port=None)),
+        (OLD, SwitchHost(3, 4, ""), replace(OLD, port=3, tls_port=4)),
         (SpiceTarget(host="old", tls_port=2), SwitchHost(3, 4, "new"), SpiceTarget(host="new", tls_port=4)),
         (SpiceTarget(unix_path="/vm"), SwitchHost(3, None, "new"), SpiceTarget(host="new", port=3)),
+        (SpiceTarget(unix_path="/vm"), SwitchHost(3, 4, "new"), SpiceTarget(host="new", port=3, tls_port=4)),
+        (SpiceTarget(host="old", port=1), SwitchHost(3, 4, "new", "CN=new"), SpiceTarget(host="new", port=3)),
+        (SpiceTarget(host="old", port=1), SwitchHost(3, None, "new", "CN=new"), SpiceTarget(host="new", port=3)),
+        (
+            SpiceTarget(host="old", port=1),
+            SwitchHost(None, 4, "new", "CN=new"),
+            SpiceTarget(host="new", tls_port=4, host_subject="CN=new"),
+        ),
     ],
 )
 def test_the_target_of_the_new_host(old: SpiceTarget, where: SwitchHost, new: SpiceTarget) -> None:
@@ -48,6 +60,7 @@ def test_the_target_of_the_new_host(old: SpiceTarget, where: SwitchHost, new: Sp
         ),
         (SpiceTarget(host="old", tls_port=2), SwitchHost(None, None, "new"), Reason.UNREACHABLE, "no host and port"),
         (SpiceTarget(host="old", tls_port=2), SwitchHost(3, None, "new"), Reason.NEEDS_TLS, "no TLS port"),
+        (OLD, SwitchHost(3, None, "new"), Reason.NEEDS_TLS, "no TLS port, and this target has one"),
         (SpiceTarget(unix_path="/vm"), SwitchHost(3, None, ""), Reason.UNREACHABLE, "no host and port"),
     ],
 )

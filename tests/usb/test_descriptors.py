@@ -358,3 +358,40 @@ def test_damaged_configurations_never_raise_and_settle(seed: int) -> None:
         assert again.select() == kept.select()
         addresses = [endpoint.address for interface in kept.select() for endpoint in interface.endpoints]
         assert len(addresses) == len(set(addresses))
+
+
+def many_interfaces(count: int) -> bytes:
+    """Return a configuration with that many interface numbers."""
+    body = b"".join(bytes((9, 4, number, 0, 0, 255, 0, 0, 0)) for number in range(count))
+    return bytes((9, 2)) + (9 + len(body)).to_bytes(2, "little") + bytes((count & 0xFF, 1, 0, 0x80, 50)) + body
+
+
+def test_more_interfaces_than_the_configuration_can_count() -> None:
+    assert bytes(ConfigurationDescriptor.parse(many_interfaces(255))) == many_interfaces(255)
+    parsed = ConfigurationDescriptor.parse(many_interfaces(256))
+    assert len(parsed.select()) == 256
+    with pytest.raises(ValueError, match=r"256.* do not fit the fields of the configuration descriptor"):
+        bytes(parsed)
+
+
+@pytest.mark.parametrize(
+    ("descriptor", "name"),
+    [
+        (DeviceDescriptor(usb_version=0x10000, vendor_id=0, product_id=0), "device"),
+        (EndpointDescriptor(0x81, 2, 0x10000), "endpoint"),
+        (EndpointDescriptor(0x81, 2, 512, tail=bytes(300)), "endpoint"),
+        (SuperSpeedCompanion(max_burst=256), "superspeed endpoint companion"),
+        (InterfaceAssociation(0, 256, 0, 0, 0), "interface association"),
+        (BosDescriptor((OtherCapability(bytes(3)),) * 256), "bos"),
+        (Usb2Extension(1 << 32), "device capability"),
+        (SuperSpeedCapability(speeds=1 << 16), "device capability"),
+    ],
+)
+def test_values_that_do_not_fit(descriptor: object, name: str) -> None:
+    with pytest.raises(ValueError, match=f"do not fit the fields of the {name} descriptor"):
+        bytes(descriptor)  # type: ignore[call-overload]
+
+
+def test_too_many_languages() -> None:
+    with pytest.raises(ValueError, match="do not fit the fields of the string descriptor"):
+        language_ids(*range(127))

@@ -45,6 +45,7 @@ def connect(
     ca_file: str | Path | None = None,
     host_subject: str | None = None,
     proxy: str | None = None,
+    allow_plain: bool = False,
     capture: str | Path | CaptureSettings | None = None,
     ask_password: AskPassword | None = None,
 ) -> Connecting:
@@ -61,6 +62,7 @@ def connect(
         ca_file: certificates to trust, PEM.
         host_subject: the certificate's subject, checked instead of the host name.
         proxy: URL of an HTTP proxy.
+        allow_plain: use the plain port where the server has no TLS, although there is a CA or a host subject.
         capture: a pcapng file for Wireshark: it will hold everything that the VM reads from and writes to the devices.
         ask_password: asks a user for a password when the server wants another one.
 
@@ -77,6 +79,7 @@ def connect(
         ca_file=None if ca_file is None else str(ca_file),
         host_subject=host_subject,
         proxy=proxy,
+        allow_plain=allow_plain,
     )
     if isinstance(capture, (str, Path)):
         capture = CaptureSettings(str(capture))

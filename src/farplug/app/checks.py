@@ -12,6 +12,7 @@ from farplug.app.settings import TargetSettings
 from farplug.errors import FarplugError, Reason
 from farplug.redirection import Redirection
 from farplug.redirection.events import GuestReady
+from farplug.shell import shell_quote
 from farplug.target import ListenTarget, open_session
 from farplug.transport.dialer import Stage
 from farplug.transport.port import Port
@@ -54,8 +55,8 @@ async def check_target(settings: TargetSettings) -> AsyncIterator[Check]:
     """
     target = settings.parse(keep_file=True)
     if isinstance(target, ListenTarget):
-        connect = f"run 'farplug connect {settings.target}', then start the VM"
-        yield Check("reach", CheckState.NOTE, f"QEMU connects to {target.address}: {connect}")
+        connect = f"farplug connect {shell_quote(settings.target)}"
+        yield Check("reach", CheckState.NOTE, f"QEMU connects to {target.address}: run '{connect}', then start the VM")
         return
     begun: list[tuple[str, str]] = []
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes.util
+import ctypes
 import shutil
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from farplug.errors import Reason, SetupError
-from farplug.programs import PACKAGE_OF_PROGRAM, QEMU, search_path
+from farplug.programs import PACKAGE_OF_PROGRAM, QEMU, child_environment, search_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Need:
         if self.name == SPICE.name:
             return _qemu_with_spice()
         if self.name == PARSER.name:
-            return ctypes.util.find_library(self.name) or ""
+            return _loadable(PARSER_LIBRARY)
         return shutil.which(self.name, path=search_path()) or ""
 
 
@@ -45,6 +45,7 @@ def _program(name: str, purpose: str, *, vm: bool = True, images: bool = False) 
 
 EMULATOR = _program(QEMU, "runs the VM")
 SPICE = Need("SPICE in QEMU", "the VM's SPICE server", "qemu-system-modules-spice")
+PARSER_LIBRARY = "libusbredirparser.so.1"
 PARSER = Need("usbredirparser", "the reference that tests compare with", "libusbredirparser1", vm=False)
 NEEDS = (
     EMULATOR,
@@ -65,12 +66,23 @@ NEEDS = (
 )
 
 
+def _loadable(library: str) -> str:
+    """Return the file name of a shared library; empty if the library cannot be loaded."""
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return ""
+    return library
+
+
 def _qemu_with_spice() -> str:
     """The QEMU that has SPICE: since Debian 13 and Ubuntu 24.04 that is a package of its own."""
     qemu = shutil.which(QEMU)
     if qemu is None:
         return ""
-    answer = subprocess.run([qemu, "-spice", "help"], stdin=subprocess.DEVNULL, capture_output=True)
+    answer = subprocess.run(
+        [qemu, "-spice", "help"], stdin=subprocess.DEVNULL, capture_output=True, env=child_environment()
+    )
     return qemu if b"disable-ticketing" in answer.stdout else ""  # its exit code is 1 either way
 
 

@@ -188,10 +188,13 @@ class TargetSettings(_Settings):
         command: a command of the shell that prints a ``.vv`` file, run for each attempt to connect; None: the target
             says where the VM is. Not part of JSON.
         password: the SPICE password; wins over that of the target. Not part of JSON.
-        fallback_password: the SPICE password if neither ``password`` nor the target gives one. Not part of JSON.
+        fallback_password: the SPICE password if neither ``password`` nor the target gives one; not used for a
+            ``.vv`` file, which may name any server. Not part of JSON.
         ca_file: certificates to trust, PEM.
         host_subject: the certificate's subject, checked instead of the host name.
         proxy: URL of an HTTP proxy. JSON has it without user and password.
+        allow_plain: use the plain port where the server has no TLS, although there are certificates to trust, a host
+            subject, or channels that must use TLS.
     """
 
     target: str = field(repr=False, metadata={"public": without_credentials})
@@ -201,6 +204,7 @@ class TargetSettings(_Settings):
     host_subject: str | None = None
     proxy: str | None = field(default=None, repr=False, metadata={"public": _proxy_without_credentials})
     command: str | None = field(default=None, repr=False, metadata={"secret": True})
+    allow_plain: bool = False
 
     @property
     def public_target(self) -> str:
@@ -227,6 +231,7 @@ class TargetSettings(_Settings):
             ca_file=None if self.ca_file is None else Path(self.ca_file),
             host_subject=self.host_subject,
             proxy=self.proxy,
+            allow_plain=self.allow_plain,
         )
 
 

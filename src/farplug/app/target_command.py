@@ -12,6 +12,7 @@ import sys
 from typing import Final
 
 from farplug.errors import Reason, TargetError
+from farplug.programs import child_environment
 from farplug.spice.vv import MAX_VV_FILE
 from farplug.text import printable
 
@@ -37,8 +38,9 @@ async def run_target_command(command: str) -> bytes:
     if sys.platform == "win32":
         raise _failed("cannot run: Windows has no sh")
     loop = asyncio.get_running_loop()
-    nothing = subprocess.DEVNULL
-    transport, process = await loop.subprocess_shell(_Process, command, stdin=nothing, start_new_session=True)
+    transport, process = await loop.subprocess_shell(
+        _Process, command, stdin=subprocess.DEVNULL, start_new_session=True, env=child_environment()
+    )
     pid = transport.get_pid()
     try:
         async with asyncio.timeout(COMMAND_TIMEOUT):

@@ -15,6 +15,7 @@ from farplug.cli.options import (
     OUTPUT,
     PASSWORD_HELP,
     SESSION,
+    AllowPlainOption,
     AskPasswordOption,
     CaFileOption,
     DebugOption,
@@ -43,6 +44,7 @@ def connect(
     ca_file: CaFileOption = None,
     host_subject: HostSubjectOption = None,
     proxy: ProxyOption = None,
+    allow_plain: AllowPlainOption = False,
     target_command: TargetCommandOption = None,
     reconnect: ReconnectOption = None,
     no_reconnect: NoReconnectOption = False,
@@ -112,7 +114,9 @@ ports, disks and CD-ROM drives are logical units of one device, in the same orde
             reason=Reason.BAD_OPTION,
             remedy="name a file or a named pipe",
         )
-    where = target_settings(target, password_file, ask_password, ca_file, host_subject, proxy, target_command)
+    where = target_settings(
+        target, password_file, ask_password, ca_file, host_subject, proxy, allow_plain, target_command
+    )
     devices = options.devices(context)
     stay = name is not None or detach
     if not stay:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -13,7 +12,7 @@ import typer
 from farplug.app import requirements
 from farplug.errors import DeviceError, Reason, SetupError
 from farplug.exit_codes import ExitCode
-from farplug.programs import search_path
+from farplug.programs import child_environment, search_path
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -176,7 +175,7 @@ class _Demo:
         process = await asyncio.create_subprocess_exec(
             *command,
             cwd=self._folder,
-            env={**os.environ, "PATH": search_path()},  # mkfs.vfat is in /usr/sbin
+            env=child_environment(PATH=search_path()),  # mkfs.vfat is in /usr/sbin
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,

@@ -36,7 +36,7 @@ ImagesOption: TypeAlias = Annotated[
         "--usb-disk",
         metavar="PATH[,snapshot=FILE]",
         help="Plug in a RAW image as a USB disk. With snapshot=FILE the image stays as it is, and FILE keeps what the "
-        "VM writes ('farplug image commit FILE' applies it). May be repeated.",
+        "VM writes ('farplug image commit FILE --image PATH' applies it). May be repeated.",
         show_default=False,
         rich_help_panel=IMAGES,
     ),

@@ -19,6 +19,7 @@ from farplug.cli.log import remedy_lines
 from farplug.cli.options import (
     OUTPUT,
     PASSWORD_HELP,
+    AllowPlainOption,
     AskPasswordOption,
     CaFileOption,
     DebugOption,
@@ -29,6 +30,7 @@ from farplug.cli.options import (
 )
 from farplug.errors import FarplugError, Reason, Remedy, SetupError
 from farplug.exit_codes import ExitCode
+from farplug.shell import shell_word
 from farplug.text import printable
 from farplug.transport import TARGET_FORMS
 from farplug.version import __version__
@@ -53,6 +55,7 @@ def doctor(
     ca_file: CaFileOption = None,
     host_subject: HostSubjectOption = None,
     proxy: ProxyOption = None,
+    allow_plain: AllowPlainOption = False,
     install_udev_rule: Annotated[
         bool,
         typer.Option(
@@ -76,7 +79,7 @@ def doctor(
     broken = _check_machine(report, all)
     paused = False
     if target is not None:
-        settings = target_settings(target, password_file, ask_password, ca_file, host_subject, proxy)
+        settings = target_settings(target, password_file, ask_password, ca_file, host_subject, proxy, allow_plain)
         report.section("target", "the target")
         paused = asyncio.run(_check_target(report, settings))
     if broken:
@@ -174,7 +177,7 @@ def _check_machine(report: _Report, everything: bool) -> bool:
             report.check(Mark.OK, library, version(library))
         except PackageNotFoundError:
             broken = True
-            remedy = Remedy("install it", command=f"{sys.executable} -m pip install {library}")
+            remedy = Remedy("install it", command=f"{shell_word(sys.executable)} -m pip install {library}")
             report.check(Mark.MISSING, library, "not installed", remedy)
     report.section("usb", "USB devices of this machine (farplug connect --usb-device)")
     broken |= _check_usb(report)

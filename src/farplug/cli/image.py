@@ -13,10 +13,9 @@ from typing import Annotated, TypeAlias
 
 import typer
 
-from farplug.cli.options import OUTPUT, BlockSizeOption, Command, DebugOption, Group
+from farplug.cli.options import OUTPUT, BlockSizeOption, Command, DebugOption, Group, has_terminal
 from farplug.errors import Reason, Remedy, UsageError
 from farplug.image import Format, Partition
-from farplug.shell import shell_word
 from farplug.text import printable
 
 app = typer.Typer(cls=Group, help="Make disk images, and finish snapshots.")
@@ -80,7 +79,7 @@ def create(
     """Make a ready-to-use disk image: a partition table, a filesystem, and a copy of a folder.
 
     The image is RAW and sparse. FAT32, ext4 and ISO 9660 are made with programs of this machine; exFAT and NTFS (and
-    FAT32 with some names) in a throw-away VM, which needs QEMU.
+    FAT32 with some names) in a throw-away VM, which needs QEMU. Only you can read an image of a folder (mode 0600).
     """
     from farplug.cli.output import size as format_size
     from farplug.image import create_image, create_iso
@@ -129,6 +128,7 @@ def info(
     """Show the image of a snapshot, and how much data the snapshot has."""
     from farplug.cli.output import size as format_size
     from farplug.store import overlay
+    from farplug.store.overlay_file import commit_command
 
     snapshot = overlay.info(file)
     if json:
@@ -146,7 +146,8 @@ def info(
     _print(f"{file}: a snapshot of {snapshot.base} ({size}, blocks of {snapshot.block_size} bytes)")
     typer.echo(f"{format_size(snapshot.changed)} changed")
     if snapshot.half_committed:
-        _print(f"a commit was interrupted: finish it before the image is used: farplug image commit {shell_word(file)}")
+        command = commit_command(file, None)
+        _print(f"a commit was interrupted: finish it before the image is used: {command}")
 
 
 @app.command("commit", cls=Command)
@@ -154,26 +155,55 @@ def commit(
     file: SnapshotArgument,
     image: Annotated[
         Path | None,
-        typer.Option(metavar="PATH", help="The image, if it was moved.", show_default=False),
+        typer.Option(
+            metavar="PATH", help="The image. Without this option, farplug asks on the terminal.", show_default=False
+        ),
     ] = None,
     force: Annotated[
         bool,
         typer.Option(
-            "--force", help="Write also to a disk that this machine uses (mounted), or that is not a RAW image."
+            "--force",
+            help="Write also to a disk that this machine uses (mounted), that is not a RAW image, or that does not fit "
+            "a commit that was interrupted.",
         ),
     ] = False,
 ) -> None:
     """Write the content of a snapshot to its image, and remove the snapshot.
+
+    A snapshot records the path of its image, but farplug writes only to a path that you give or confirm: a snapshot
+    that another user made could record the path of any file.
 
     An interrupted commit, even by a power cut, has to be repeated before the image is used.
     """
     from farplug.cli.output import size as format_size
     from farplug.store import overlay
 
-    base = image or overlay.info(file).base
+    base = _confirmed_image(file, force) if image is None else image
     with _progress_bar() as progress:
         count = overlay.commit(file, base_path=base, progress=progress, force=force)
     _print(f"{format_size(count)} written to {base}; {file} removed")
+
+
+def _confirmed_image(file: Path, force: bool) -> Path:
+    """Return the image that a snapshot recorded, if the user confirms it on the terminal.
+
+    Raises:
+        UsageError: there is no terminal, or the user refused.
+    """
+    from farplug.cli.output import size as format_size
+    from farplug.store import overlay
+    from farplug.store.overlay_file import commit_command
+
+    snapshot = overlay.info(file)
+    question = f"Write {format_size(snapshot.changed)} of {file} to {snapshot.base}?"
+    if has_terminal() and typer.confirm(printable(question), err=True):
+        return snapshot.base
+    command = commit_command(file, snapshot.base)
+    raise UsageError(
+        f"{file} recorded {snapshot.base} as its image, which was not confirmed",
+        reason=Reason.BAD_OPTION,
+        remedy=Remedy("if that is the image, name it", command=f"{command} --force" if force else command),
+    )
 
 
 @app.command("discard", cls=Command)

@@ -36,7 +36,7 @@ def remedy_lines(remedy: str) -> list[str]:
 
 
 _METAVARS = {"ca_file": "FILE", "host_subject": "SUBJECT", "proxy": "URL", "usb_device": "DEVICE"}
-_PASSWORD_OPTIONS = "--password-file FILE, --ask-password, or FARPLUG_PASSWORD in the environment"
+_PASSWORD_OPTIONS = "--password-file FILE, --ask-password, or FARPLUG_PASSWORD in the environment (for URLs)"
 """The ways to give a password: none of them shows it in the list of processes."""
 _NOT_PATHS = ("host_subject", "usb_device")
 """Settings whose values may have a colon, which in a path would need ``./``."""

@@ -17,9 +17,9 @@ import typer.core
 from farplug.app.settings import ReconnectSettings, TargetSettings
 from farplug.cli import log
 from farplug.errors import Reason, UsageError
+from farplug.programs import PASSWORD_VARIABLE
 from farplug.transport import TARGET_FORMS
 
-PASSWORD_VARIABLE = "FARPLUG_PASSWORD"
 SESSION_VARIABLE = "FARPLUG_SESSION"
 MAX_PASSWORD_LINE = 1024
 """Maximum length of the first line of a password file, in characters; a SPICE password has at most 60 bytes."""
@@ -174,6 +174,15 @@ ProxyOption: TypeAlias = Annotated[
         rich_help_panel=CONNECTION,
     ),
 ]
+AllowPlainOption: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--allow-plain",
+        help="Use the plain port where the server has no TLS, although a CA, a host subject or secure-channels demands "
+        "TLS. Any server that answers there can read the password.",
+        rich_help_panel=CONNECTION,
+    ),
+]
 DebugOption: TypeAlias = Annotated[
     bool,
     typer.Option(
@@ -187,8 +196,8 @@ DebugOption: TypeAlias = Annotated[
 PASSWORD_HELP = (
     f"Passwords: --password-file, --ask-password, {PASSWORD_VARIABLE} in the environment and .vv files keep the SPICE "
     "password secret. Everybody who can list the processes of this machine can read a password in TARGET "
-    "(spice://:secret@host:port). If the server requires a password and none was given, farplug prompts for it on the "
-    "terminal."
+    f"(spice://:secret@host:port). {PASSWORD_VARIABLE} is not used for a .vv file. If the server requires a password "
+    "and none was given, farplug prompts for it on the terminal."
 )
 
 
@@ -224,6 +233,7 @@ def target_settings(
     ca_file: Path | None,
     host_subject: str | None,
     proxy: str | None,
+    allow_plain: bool,
     command: str | None = None,
 ) -> TargetSettings:
     """Return the options as settings. A password in the environment is used only if there is no other one.
@@ -249,6 +259,7 @@ def target_settings(
         ca_file=None if ca_file is None else str(ca_file),
         host_subject=host_subject,
         proxy=proxy,
+        allow_plain=allow_plain,
         command=command,
     )
 

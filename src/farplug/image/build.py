@@ -15,7 +15,7 @@ from farplug.image import filesystems
 from farplug.image.fill import fill_in_guest
 from farplug.image.names import check_label, check_names, joliet_changes, label_from_name
 from farplug.image.tools import ImageBuild, check_room, no_space_error, unsupported_error
-from farplug.image.tree import Tree, check_unchanged, describe_left_out, scan, summarize
+from farplug.image.tree import Tree, check_unchanged, describe_left_out, scan, settle, summarize
 from farplug.image.volume import BLOCK_SIZES, Format, Partition, Volume, plan
 from farplug.store.base import ProgressCallback
 
@@ -72,7 +72,7 @@ def create_image(
     volume = plan_volume(
         tree, format=format, partition=partition, label=label, block_size=block_size, size=size, free=0
     )
-    with new_file(path) as fd:
+    with new_file(path, private=folder is not None) as fd:
         build_disk(ImageBuild(fd, tree, progress), volume, str(path.parent))
     return volume
 
@@ -103,7 +103,7 @@ def create_iso(
     name = choose_label(label, tree, Format.ISO9660)
     if changes := joliet_changes(tree):
         log.warning("%s: Windows will show these with other names: %s", folder, summarize(changes))
-    with new_file(path) as fd:
+    with new_file(path, private=True) as fd:
         check_room(fd, tree.size + _METADATA_ROOM, str(path.parent))
         build = ImageBuild(fd, tree, progress)
         with copying(build, posix=True):
@@ -208,6 +208,8 @@ def copying(build: ImageBuild, *, posix: bool) -> Iterator[None]:
     Raises:
         ImageError: CHANGED.
     """
+    if build.tree is not None:
+        settle(build.tree)
     try:
         yield
     except ImageError:
@@ -220,6 +222,8 @@ def copying(build: ImageBuild, *, posix: bool) -> Iterator[None]:
 
 
 def _check_path(path: Path, folder: str | os.PathLike[str] | None) -> None:
+    if sys.platform != "linux":
+        raise unsupported_error(path)
     if os.path.lexists(path):
         raise _exists_error(path)
     if folder is not None and path.parent.resolve().is_relative_to(Path(folder).resolve()):
@@ -236,23 +240,27 @@ def _exists_error(path: Path) -> ImageError:
 
 
 @contextmanager
-def new_file(path: Path) -> Iterator[int]:
+def new_file(path: Path, *, private: bool = False) -> Iterator[int]:
     """Create a file, yield its descriptor, and name the file after the block; if the block raises, remove the file.
+
+    Args:
+        path: of the file.
+        private: only its owner may read the file, for any umask.
 
     Raises:
         ImageError: EXISTS, the file cannot be created, or not on this system (``UNSUPPORTED_SYSTEM``).
     """
     if sys.platform != "linux":
         raise unsupported_error(path)
-    flags = os.O_RDWR | os.O_CLOEXEC
+    flags, mode = os.O_RDWR | os.O_CLOEXEC, 0o600 if private else 0o666
     named = False
     try:
         try:
-            fd = os.open(path.parent, flags | os.O_TMPFILE, 0o666)
+            fd = os.open(path.parent, flags | os.O_TMPFILE, mode)
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
                 raise
-            fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)  # a file system without O_TMPFILE
+            fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, mode)  # a file system without O_TMPFILE
             named = True
     except OSError as error:
         raise _create_error(path, error) from error

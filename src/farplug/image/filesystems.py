@@ -6,11 +6,13 @@ import os
 import re
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
 
 from farplug.errors import ImageError, Reason
 from farplug.image.names import fat_slots, utf16_units
 from farplug.image.tools import ImageBuild
-from farplug.image.tree import Entry, Tree
+from farplug.image.tree import Entry, Tree, open_file, opened_root
 from farplug.image.volume import ALIGNMENT, MIB, Format, Partition, Volume, fat_length
 
 _BASIC_DATA, _LINUX = "EBD0A0A2-B9E5-4433-87C0-68B6B72699C7", "0FC63DAF-8483-4772-8E79-3D69D8477DE4"
@@ -26,6 +28,9 @@ _NO_PARTITION_NAME = re.compile(r'["\\]|[^\x20-\uffff]')
 
 ARGUMENT_BYTES = 64 * 1024
 """Maximum bytes of file names in one call of mtools."""
+
+MAX_BATCH = 128
+"""Maximum number of files in one call of mtools, each of which needs a descriptor."""
 
 MTOOLS_SIMILAR = 200
 """Maximum number of files in a folder whose short names differ only in their number."""
@@ -119,17 +124,32 @@ def _mtools_preserves(name: str) -> bool:
 
 def copy_with_mtools(build: ImageBuild, tree: Tree) -> None:
     """Copy a tree into an empty FAT32 filesystem. Times are written as UTC."""
-    for folder, entries in tree.folders.items():
-        where = f"::/{_escaped(folder)}".rstrip("/")
-        for group in _batches([entry for entry in entries if entry.is_folder]):
-            _mtools(build, "mmd", *(f"{where}/{entry.name}" for entry in group))  # mtools does not expand new names
-        for group in _batches([entry for entry in entries if not entry.is_folder]):
-            _mtools(build, "mcopy", "-Q", "-m", *(str(tree.root / entry.path) for entry in group), f"{where}/")
+    with opened_root(tree) as root_fd:
+        for folder, entries in tree.folders.items():
+            where = f"::/{_escaped(folder)}".rstrip("/")
+            for group in _batches([entry for entry in entries if entry.is_folder]):
+                _mtools(build, "mmd", *(f"{where}/{entry.name}" for entry in group))  # mtools does not expand new names
+            for group in _batches([entry for entry in entries if not entry.is_folder]):
+                _copy_files(build, tree, root_fd, group, where)
 
 
-def _mtools(build: ImageBuild, program: str, *arguments: str) -> None:
-    # The settings of the user could select other drives and code pages.
-    build.run(program, "-i", f"{build.path}@@{ALIGNMENT}", *arguments, MTOOLSRC="/dev/null", TZ="UTC0")
+def _copy_files(build: ImageBuild, tree: Tree, root_fd: int, group: list[Entry], where: str) -> None:
+    """Copy files into a folder. mcopy opens links, named like the files, to descriptors that it inherits."""
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="farplug-"))
+        names, descriptors = [], []
+        for entry in group:
+            fd = open_file(tree, root_fd, entry)
+            stack.callback(os.close, fd)
+            descriptors.append(fd)
+            names.append(os.path.join(folder, entry.name))
+            os.symlink(f"/proc/self/fd/{fd}", names[-1])
+        _mtools(build, "mcopy", "-Q", "-m", *names, f"{where}/", inherit=descriptors)
+
+
+def _mtools(build: ImageBuild, program: str, *arguments: str, inherit: Sequence[int] = ()) -> None:
+    # Besides ~/.mtoolsrc, mtools reads the file that the user's MTOOLSRC names.
+    build.run(program, "-i", f"{build.path}@@{ALIGNMENT}", *arguments, inherit=inherit, MTOOLSRC="/dev/null", TZ="UTC0")
 
 
 def _escaped(path: str) -> str:
@@ -143,7 +163,7 @@ def _batches(entries: list[Entry]) -> list[list[Entry]]:
     room = 0
     for entry in entries:
         length = len(os.fsencode(entry.path)) + 256
-        if length > room:
+        if length > room or len(groups[-1]) == MAX_BATCH:
             groups.append([])
             room = ARGUMENT_BYTES
         groups[-1].append(entry)
@@ -168,12 +188,15 @@ def make_ext4(build: ImageBuild, volume: Volume) -> None:
     """Make an ext4 filesystem with a tree in it: owners, links and special files as they are."""
     arguments = ["-q", "-F", "-t", "ext4", "-b", str(EXT4_BLOCK), "-m", "0", "-L", volume.label]
     arguments += ["-E", f"offset={ALIGNMENT},root_owner=0:0"]
-    if build.tree is not None:
-        arguments += ["-d", str(build.tree.root)]
-        inodes = len(build.tree.entries) + _EXT4_RESERVED_INODES
-        if inodes > volume.length // _EXT4_BYTES_PER_INODE:
-            arguments += ["-N", str(inodes)]
-    build.run("mke2fs", *arguments, build.path, str(volume.length // EXT4_BLOCK))
+    with ExitStack() as stack:
+        descriptors = []
+        if build.tree is not None:
+            descriptors.append(stack.enter_context(opened_root(build.tree)))
+            arguments += ["-d", f"/proc/self/fd/{descriptors[0]}/."]
+            inodes = len(build.tree.entries) + _EXT4_RESERVED_INODES
+            if inodes > volume.length // _EXT4_BYTES_PER_INODE:
+                arguments += ["-N", str(inodes)]
+        build.run("mke2fs", *arguments, build.path, str(volume.length // EXT4_BLOCK), inherit=descriptors)
 
 
 # Formats that the throw-away guest makes------------------------------------------------------------------------------
@@ -200,7 +223,10 @@ def ntfs_needs(tree: Tree, cluster: int) -> int:
 def make_iso(build: ImageBuild, label: str) -> None:
     """Make an ISO 9660 image of a tree, with Rock Ridge and Joliet names, and read permission for all users."""
     assert build.tree is not None
-    build.run_into(
-        "xorrisofs",
-        *("-quiet", "-r", "-J", "-joliet-long", "-iso-level", "3", "-V", label, str(build.tree.root)),
-    )
+    with opened_root(build.tree) as folder:
+        build.run_into(
+            "xorrisofs",
+            "--no_rc",  # first: startup files could add files, or make xorriso fail
+            *("-quiet", "-r", "-J", "-joliet-long", "-iso-level", "3", "-V", label, "."),
+            folder=folder,
+        )

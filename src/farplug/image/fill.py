@@ -14,12 +14,13 @@ import shutil
 import socket
 import tarfile
 from collections.abc import Coroutine
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from farplug.errors import ImageError, Reason, SetupError
 from farplug.image.tools import PROGRESS_INTERVAL, ImageBuild, check_room, no_space_error
-from farplug.image.tree import Entry, Tree, changed_error, show
+from farplug.image.tree import Entry, Tree, changed_error, open_file, opened_root, show
 from farplug.image.volume import ALIGNMENT, Format, Volume
 from farplug.programs import QEMU, install_remedy, search_path
 from farplug.vm.agent import CommandFailed
@@ -185,9 +186,11 @@ def _send(connection: socket.socket, tree: Tree | None) -> None:
         if tree is None:
             return
         with (
+            ExitStack() as stack,
             connection.makefile("wb", buffering=_BUFFER) as stream,
             tarfile.open(mode="w|", fileobj=stream, format=tarfile.GNU_FORMAT, bufsize=_BUFFER) as archive,
         ):
+            root_fd = stack.enter_context(opened_root(tree))
             for entry in tree.entries:
                 info = tarfile.TarInfo(entry.path)
                 info.mtime = entry.modified // 10**9
@@ -197,7 +200,7 @@ def _send(connection: socket.socket, tree: Tree | None) -> None:
                     continue
                 info.size = entry.size
                 try:
-                    with (tree.root / entry.path).open("rb") as file:
+                    with open(open_file(tree, root_fd, entry), "rb") as file:
                         archive.addfile(info, file)
                 except ConnectionError:
                     raise

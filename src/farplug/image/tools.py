@@ -15,13 +15,16 @@ from pathlib import Path
 
 from farplug.errors import ImageError, Reason
 from farplug.image.tree import Tree
-from farplug.programs import find_program
+from farplug.programs import child_environment, find_program
 from farplug.store.base import ProgressCallback
 
 log = logging.getLogger(__name__)
 
 PROGRESS_INTERVAL = 0.1
 """Seconds between calls of the progress callback while a tool runs."""
+
+_NO_HOME = "/dev/null"
+"""HOME of the tools: settings of the user (~/.mtoolsrc, ~/.xorrisorc) must not change an image."""
 
 _NO_SPACE = "No space left on device"
 _FULL = ("Disk full", "No directory slots", "Could not allocate", "No free space")
@@ -56,8 +59,10 @@ class ImageBuild:
         """Report the progress, measured by the space that the image uses: the tools themselves report none."""
         self.progress(min(os.fstat(self.fd).st_blocks * 512, self.total), self.total)
 
-    def run(self, program: str, *arguments: str, stdin: str = "", **environment: str) -> str:
-        """Run a tool that inherits the image; return its standard output and standard error.
+    def run(
+        self, program: str, *arguments: str, stdin: str = "", inherit: Sequence[int] = (), **environment: str
+    ) -> str:
+        """Run a tool that inherits the image and other descriptors; return its standard output and standard error.
 
         Raises:
             SetupError: the program is not installed.
@@ -65,12 +70,17 @@ class ImageBuild:
         """
         command = [str(find_program(program)), *arguments]
         log.debug("run %s", shlex.join(command))
-        output, code = self._execute(command, subprocess.PIPE, stdin, environment)
+        output, code = self._execute(command, subprocess.PIPE, stdin, environment, inherit)
         check(program, code, output)
         return output
 
-    def run_into(self, program: str, *arguments: str) -> None:
+    def run_into(self, program: str, *arguments: str, folder: int | None = None) -> None:
         """Run a tool that writes the image to its standard output.
+
+        Args:
+            program: the tool's name.
+            arguments: of the tool.
+            folder: descriptor of the working folder; None: that of this process.
 
         Raises:
             SetupError: the program is not installed.
@@ -78,15 +88,26 @@ class ImageBuild:
         """
         command = [str(find_program(program)), *arguments]
         log.debug("run %s", shlex.join(command))
-        output, code = self._execute(command, self.fd, "", {})
+        if folder is None:
+            output, code = self._execute(command, self.fd, "", {}, ())
+        else:
+            output, code = self._execute(command, self.fd, "", {}, (folder,), f"/proc/self/fd/{folder}")
         check(program, code, output)
 
-    def _execute(self, command: Sequence[str], stdout: int, stdin: str, environment: dict[str, str]) -> tuple[str, int]:
+    def _execute(
+        self,
+        command: Sequence[str],
+        stdout: int,
+        stdin: str,
+        environment: dict[str, str],
+        inherit: Sequence[int],
+        folder: str | None = None,
+    ) -> tuple[str, int]:
         data: bytes | None = stdin.encode(errors="surrogateescape")
         process: subprocess.Popen[bytes] | None = None
         try:
             with _deferred_signals():  # otherwise a signal could leave a tool running that was just started
-                process = self._start(command, stdout, environment)
+                process = self._start(command, stdout, environment, inherit, folder)
             while True:
                 try:
                     output, errors = process.communicate(data, timeout=PROGRESS_INTERVAL)
@@ -105,15 +126,23 @@ class ImageBuild:
                     if pipe is not None:
                         pipe.close()
 
-    def _start(self, command: Sequence[str], stdout: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    def _start(
+        self,
+        command: Sequence[str],
+        stdout: int,
+        environment: dict[str, str],
+        inherit: Sequence[int],
+        folder: str | None,
+    ) -> subprocess.Popen[bytes]:
         try:
             return subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
                 stdout=stdout,
                 stderr=subprocess.STDOUT if stdout == subprocess.PIPE else subprocess.PIPE,
-                env={**os.environ, "LC_ALL": "C.UTF-8", **environment},
-                pass_fds=[self.fd],
+                env=child_environment(LC_ALL="C.UTF-8", HOME=_NO_HOME, **environment),
+                pass_fds=[self.fd, *inherit],
+                cwd=folder,
             )
         except OSError as error:  # too many processes, no memory
             raise ImageError(f"{command[0]} cannot be run: {error.strerror}", reason=Reason.IO_ERROR) from error

@@ -13,6 +13,7 @@ from farplug.errors import DeviceError, Reason, Remedy, SetupError
 from farplug.machine.device_info import DeviceInfo, Obstacle
 from farplug.machine.sysfs import list_folder, raise_if_too_many_open, read, read_bytes
 from farplug.machine.udev import install_commands, udev_rule
+from farplug.shell import shell_quote, shell_word
 from farplug.text import printable
 
 MAX_FOLDERS = 4096
@@ -103,8 +104,8 @@ def _is_network_in_use(folder: Path) -> bool:
     """
     if any(entry.name.startswith("upper_") for entry in list_folder(folder)):
         return True
-    routes = [line.split() for line in read_bytes(ROUTES, MAX_ROUTES).decode(errors="replace").splitlines()]
-    routes6 = [line.split() for line in read_bytes(ROUTES6, MAX_ROUTES).decode(errors="replace").splitlines()]
+    routes = _table(ROUTES, MAX_ROUTES)
+    routes6 = _table(ROUTES6, MAX_ROUTES)
     return any(route[:1] == [folder.name] for route in routes) or any(
         route[-1:] == [folder.name] and not _EVERYWHERE.match(route[0]) for route in routes6
     )
@@ -116,15 +117,16 @@ def obstacles(device: DeviceInfo, root: Path, uses: Uses) -> Iterator[Obstacle]:
         yield IS_HUB
         return
     if read(device.path / "authorized") == "0":
+        file = shell_word(device.path / "authorized")
         yield Obstacle(
             Reason.NOT_AUTHORIZED,
             "this machine does not authorize it",
-            Remedy("allow it in USBGuard, or authorize it once", command=f"echo 1 | sudo tee {device.path}/authorized"),
+            Remedy("allow it in USBGuard, or authorize it once", command=f"echo 1 | sudo tee {file}"),
         )
     yield from _node_obstacles(device, root)
     driver = _link_name(device.path / "driver")
     if driver not in ("", "usb"):
-        command = f"sudo usbip unbind --busid {device.port}" if driver == "usbip-host" else ""
+        command = f"sudo usbip unbind --busid {shell_quote(device.port)}" if driver == "usbip-host" else ""
         yield Obstacle(
             Reason.KERNEL_DRIVER,
             f"the kernel driver {driver} is bound to the whole device, and farplug cannot unbind it",
@@ -209,7 +211,7 @@ def busy(node: Path, who: str = "another program") -> Obstacle:
     if programs:
         remedy = Remedy("end that program first")
     else:
-        remedy = Remedy("end that program first; lsof shows which it is", command=f"sudo lsof {node}")
+        remedy = Remedy("end that program first; lsof shows which it is", command=f"sudo lsof {shell_word(node)}")
     return Obstacle(Reason.BUSY, f"{who} uses it{f': {programs}' if programs else ''}", remedy)
 
 
@@ -252,8 +254,14 @@ def _is_locked(node: Path) -> bool:
     except OSError:
         return False
     file = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
-    locks = (line.split() for line in read_bytes(LOCKS, MAX_LOCKS).decode(errors="replace").splitlines())
+    locks = _table(LOCKS, MAX_LOCKS)
     return any(lock[1:2] == ["FLOCK"] and lock[5:6] == [file] and lock[4] != str(os.getpid()) for lock in locks)
+
+
+def _table(path: Path, limit: int) -> list[list[str]]:
+    """Return the fields of each line of a file of procfs. Names in it may have any white space but blanks."""
+    lines = os.fsdecode(read_bytes(path, limit)).split("\n")
+    return [re.split("[ \t]+", line.strip(" \t")) for line in lines]
 
 
 def holders(node: Path) -> list[str]:

@@ -97,7 +97,7 @@ def bus_and_address(folder: Path) -> tuple[int, int] | None:
     bus, address = number(folder / "busnum"), number(folder / "devnum")
     if bus is None or address is None:
         # Only then: this runs for each device at each look, and some kernels lock a device to show its uevent.
-        event = dict(line.partition("=")[::2] for line in read(folder / "uevent").splitlines())
+        event = dict(line.partition("=")[::2] for line in read(folder / "uevent").split("\n"))
         bus = parse_number(event.get("BUSNUM", "")) if bus is None else bus
         address = parse_number(event.get("DEVNUM", "")) if address is None else address
     if not address:

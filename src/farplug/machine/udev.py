@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import os
 import shlex
+import stat
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Final
 
 from farplug.errors import Reason, Remedy, SetupError
-from farplug.programs import find_program
+from farplug.programs import child_environment, find_program
 
 RULES: Final = Path("etc/udev/rules.d/70-farplug.rules")
 """Where the rules go, below the root: before 73-seat-late.rules, which acts on uaccess."""
 GROUP: Final = "plugdev"
 """The group of Debian and its derivatives for users of removable devices."""
+
+NEW_FILE_MODE: Final = 0o644
 
 UDEV_TIMEOUT = 60.0
 """Seconds that udev has to apply the rules. In a container with udev's socket, udevadm never gets an answer."""
@@ -84,10 +88,10 @@ def install(rule: str, root: Path = Path("/")) -> Path:
     """
     path = root / RULES
     try:
-        lines = path.read_text().splitlines() if path.exists() else []
-        if rule not in lines:
+        text = path.read_bytes().decode() if path.exists() else ""
+        if rule not in text.split("\n"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("\n".join([*lines, rule]) + "\n")
+            _replace(path, f"{text}\n{rule}\n" if text and not text.endswith("\n") else f"{text}{rule}\n")
     except PermissionError as error:
         raise SetupError(
             f"no permission to write {path}",
@@ -108,11 +112,46 @@ def install(rule: str, root: Path = Path("/")) -> Path:
     return path
 
 
+def _replace(path: Path, text: str) -> None:
+    """Replace the content of a file, or create it: after an error or a power cut, the file has the old or the new text.
+
+    The file keeps its owner and its mode; a link to it stays a link.
+    """
+    path = Path(os.path.realpath(path))
+    # The name does not end in .rules: udev does not read the file.
+    fd, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with open(fd, "wb") as file:
+            old = path.stat() if path.exists() else None
+            if old is not None and (old.st_uid, old.st_gid) != (os.geteuid(), os.getegid()):
+                os.chown(name, old.st_uid, old.st_gid)
+            os.chmod(name, NEW_FILE_MODE if old is None else stat.S_IMODE(old.st_mode))
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
 def _run(*command: str | Path) -> str:
     """Run a command; return why it failed, empty if it did not."""
     try:
-        result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=UDEV_TIMEOUT)
+        result = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=UDEV_TIMEOUT,
+            env=child_environment(),
+        )
     except subprocess.TimeoutExpired:
         return f"no answer within {UDEV_TIMEOUT:g} s"
-    lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
-    return lines[-1] if result.returncode else ""
+    why = result.stderr.strip() or f"exit code {result.returncode}"
+    return why.rpartition("\n")[2] if result.returncode else ""

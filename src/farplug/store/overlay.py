@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Self
 
 from farplug.errors import ImageError, Remedy, from_oserror
-from farplug.shell import shell_word
 from farplug.store import holes
 from farplug.store.base import BLOCK_SIZE, CacheMode, ProgressCallback, Stopped
 from farplug.store.content import Content
 from farplug.store.image import CHUNK, Image, check_raw, image_error, serial_number
-from farplug.store.overlay_file import OverlayFile, half_committed_error
+from farplug.store.overlay_file import OverlayFile, commit_command, half_committed_error
 from farplug.store.threaded import ThreadedStore
 
 log = logging.getLogger(__name__)
@@ -197,8 +196,8 @@ def info(path: str | os.PathLike[str]) -> OverlayInfo:
 
 def commit(
     path: str | os.PathLike[str],
+    base_path: str | os.PathLike[str],
     *,
-    base_path: str | os.PathLike[str] | None = None,
     progress: ProgressCallback | None = None,
     force: bool = False,
 ) -> int:
@@ -209,9 +208,11 @@ def commit(
 
     Args:
         path: of the snapshot's file.
-        base_path: of the image; None: its path when the snapshot was created.
+        base_path: of the image. The path that the snapshot recorded is not used: the snapshot may come from another
+            user, and could name any file.
         progress: called repeatedly, and at the end.
-        force: write to the image although this machine uses it, or although it is not a RAW image.
+        force: write to the image although this machine uses it, or it is not a RAW image, or does not fit a commit
+            that was interrupted.
 
     Returns:
         The number of bytes that were in the snapshot, whole clusters.
@@ -222,13 +223,13 @@ def commit(
     """
     file = OverlayFile.open(Path(path))
     header = file.header
-    where = Path(base_path or header.base)
+    where = Path(base_path)
     try:
         check = _check_nothing if file.half_committed else check_raw
         base = Image.open(where, block_size=header.block_size, force=force, check=check)
         try:
-            file.check_base(base, header.block_size)
-            file.begin_commit()
+            file.check_base(base, header.block_size, force=force)
+            file.begin_commit(base)
             done = _apply(base, file, progress)
             base.sync()
             file.remove()  # while the image is locked: a second commit would overwrite later changes of others
@@ -243,7 +244,7 @@ def commit(
             problem="was interrupted",
             remedy=Remedy(
                 "do not use the image; fix the problem, then finish the commit",
-                command=f"farplug image commit {shell_word(path)}",
+                command=commit_command(Path(path), where),
             ),
         ) from error
     finally:
@@ -264,7 +265,8 @@ def discard(path: str | os.PathLike[str]) -> None:
     file = OverlayFile.open(Path(path))
     try:
         if file.half_committed:
-            raise half_committed_error(f"a part of {path} is already in its image, which needs the rest", file.path)
+            what = f"a part of {path} is already in its image, which needs the rest"
+            raise half_committed_error(what, file.path, None)
         file.remove()
     except OSError as error:
         raise image_error(file.path, error, read_only=False) from error

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
@@ -18,6 +19,7 @@ from farplug.shell import shell_word
 from farplug.store.image import Image, image_error, lock, unsupported_error
 from farplug.store.overlay_format import (
     CONTENT_SIZE,
+    DIGEST_SIZE,
     HEADER_SIZE,
     SECTOR_SIZE,
     ClusterMap,
@@ -27,14 +29,19 @@ from farplug.store.overlay_format import (
     sector_offset,
 )
 
+log = logging.getLogger(__name__)
+
 TEMPORARY_FOLDER = Path("/var/tmp")
 """Folder of snapshots without a name, unless TMPDIR is set: /tmp is often in memory."""
 
 HEAD_SAMPLE, TAIL_SAMPLE, SAMPLE, SAMPLES = 4 << 20, 1 << 20, 4096, 32
 """The digest of an image covers these bytes at its start and its end, and samples of a page, evenly spread between."""
 
-_COMMITTING, _NOT_COMMITTING = b"\1".ljust(CONTENT_SIZE, b"\0"), bytes(CONTENT_SIZE)
-"""Contents of sector 0."""
+_NOT_COMMITTING = bytes(CONTENT_SIZE)
+"""Content of sector 0 before a commit."""
+_COMMITTING, _COMMITTING_UNCHECKED = b"\2", b"\1".ljust(CONTENT_SIZE, b"\0")
+"""First byte of sector 0 once a commit was started, before the digest of :meth:`OverlayFile.unchanged_digest`; and the
+content that older versions wrote, without a digest."""
 
 
 class OverlayFile:
@@ -47,11 +54,15 @@ class OverlayFile:
         half_committed: a commit was started and not completed.
     """
 
-    def __init__(self, image: Image, header: Header, clusters: ClusterMap, *, half_committed: bool = False) -> None:
+    def __init__(
+        self, image: Image, header: Header, clusters: ClusterMap, *, half_committed: bool = False, digest: bytes = b""
+    ) -> None:
         self.image = image
         self.header = header
         self.clusters = clusters
         self.half_committed = half_committed
+        self._recorded_digest = digest
+        """What :meth:`unchanged_digest` was when the commit was started; empty if it was not recorded."""
 
     @property
     def path(self) -> Path:
@@ -87,7 +98,7 @@ class OverlayFile:
                 return cls._create(image, base, block_size)
             file = cls._load(image)
             if file.half_committed:
-                raise half_committed_error(f"a commit of {path} was interrupted", path)
+                raise half_committed_error(f"a commit of {path} was interrupted", path, base.path)
             file.check_base(base, block_size)
             return file
 
@@ -141,18 +152,23 @@ class OverlayFile:
             header.unseal(number, bytes(data[number * SECTOR_SIZE : (number + 1) * SECTOR_SIZE]), image.path)
             for number in range(header.map_sectors + 1)
         ]
-        if contents[0] not in (_COMMITTING, _NOT_COMMITTING):
-            raise damaged_error(image.path, "its sector 0 has no valid content")
+        half_committed, digest = _parse_state(contents[0], image.path)
         clusters = ClusterMap(header.clusters, bytearray(b"".join(contents[1:])))
         if clusters.has_stray_bits:
             raise damaged_error(image.path, "it has clusters after the end of the image")
-        return cls(image, header, clusters, half_committed=contents[0] == _COMMITTING)
+        return cls(image, header, clusters, half_committed=half_committed, digest=digest)
 
-    def check_base(self, base: Image, block_size: int) -> None:
+    def check_base(self, base: Image, block_size: int, *, force: bool = False) -> None:
         """Check that an image is the image of the snapshot, and is unchanged.
 
         An image that was only copied or touched has another modification time, as one that was written to. Only the
-        user knows which, so both are refused. Changes by an interrupted commit are accepted.
+        user knows which, so both are refused. After an interrupted commit, the clusters that are not in the snapshot
+        are compared.
+
+        Args:
+            base: the image.
+            block_size: of the disk, in bytes.
+            force: only log a warning if a commit was interrupted and the image does not fit.
 
         Raises:
             ImageError: WRONG_IMAGE.
@@ -172,6 +188,7 @@ class OverlayFile:
                 remedy=other,
             )
         if self.half_committed:
+            self._check_half_committed(base, other, force)
             return
         mtime_ns, digest = _fingerprint(base, header.size)
         if digest != header.digest:
@@ -193,6 +210,32 @@ class OverlayFile:
                 ),
             )
 
+    def _check_half_committed(self, base: Image, remedy: str, force: bool) -> None:
+        if not self._recorded_digest:
+            what = f"an older version began the commit of {self.path} and recorded no digest of {base.path}"
+            remedy = Remedy(
+                "if it is the image of the snapshot, finish the commit without a check",
+                command=f"farplug image commit {shell_word(self.path)} --image {shell_word(base.path)} --force",
+            )
+        elif self._recorded_digest != self.unchanged_digest(base):
+            what = f"{base.path} was changed after the commit of {self.path} was interrupted, or is another image"
+        else:
+            return
+        if not force:
+            raise ImageError(what, reason=Reason.WRONG_IMAGE, remedy=remedy)
+        log.warning("%s: written as it is", what)
+
+    def unchanged_digest(self, base: Image) -> bytes:
+        """Return a digest of samples of the clusters that are not in the snapshot, which no commit writes."""
+        return _digest(base, self._unchanged_samples())
+
+    def _unchanged_samples(self) -> Iterator[tuple[int, int]]:
+        size = self.header.cluster_size
+        for begin, end in _samples(self.header.size):
+            for first, last, inside in self.clusters.runs(begin // size, -(-end // size)):
+                if not inside:
+                    yield max(first * size, begin), min(last * size, end)
+
     def flush(self, *, durable: bool = True) -> None:
         """Make new clusters durable, then write their bits and make these durable.
 
@@ -209,9 +252,9 @@ class OverlayFile:
             self.image.sync()
         self.clusters.changed.clear()
 
-    def begin_commit(self) -> None:
-        """Record durably that a commit was started."""
-        self._write_sector(0, _COMMITTING)
+    def begin_commit(self, base: Image) -> None:
+        """Record durably that a commit to an image was started, and what the rest of the image is."""
+        self._write_sector(0, (_COMMITTING + self.unchanged_digest(base)).ljust(CONTENT_SIZE, b"\0"))
         self.image.sync()
         self.half_committed = True
 
@@ -244,10 +287,38 @@ class OverlayFile:
         self.image.close()
 
 
-def half_committed_error(message: str, path: Path) -> ImageError:
-    """Return the error for a snapshot that can only be committed."""
-    remedy = Remedy("finish the commit", command=f"farplug image commit {shell_word(path)}")
+def half_committed_error(message: str, path: Path, image: Path | None) -> ImageError:
+    """Return the error for a snapshot that can only be committed.
+
+    Args:
+        message: what happened.
+        path: of the snapshot.
+        image: path of the image as the caller gave it; None: the caller gave none. Never the path in the snapshot,
+            which may come from another user.
+    """
+    remedy = Remedy("finish the commit", command=commit_command(path, image))
     return ImageError(message, reason=Reason.HALF_COMMITTED, remedy=remedy)
+
+
+def commit_command(path: Path, image: Path | None) -> str:
+    """Return the command that commits a snapshot to an image; ``IMAGE`` stands for an image that is not known."""
+    return f"farplug image commit {shell_word(path)} --image {shell_word(image or 'IMAGE')}"
+
+
+def _parse_state(content: bytes, path: Path) -> tuple[bool, bytes]:
+    """Return from sector 0 whether a commit was started, and the digest that it recorded, empty if it has none.
+
+    Raises:
+        ImageError: DAMAGED.
+    """
+    digest, rest = content[1 : 1 + DIGEST_SIZE], content[1 + DIGEST_SIZE :]
+    if content == _NOT_COMMITTING:
+        return False, b""
+    if content == _COMMITTING_UNCHECKED:
+        return True, b""
+    if not content.startswith(_COMMITTING) or any(rest):
+        raise damaged_error(path, "its sector 0 has no valid content")
+    return True, digest
 
 
 @contextmanager
@@ -302,17 +373,31 @@ def _no_clusters(header: Header) -> ClusterMap:
 def _fingerprint(base: Image, size: int) -> tuple[int, bytes]:
     """Return what identifies an image: its modification time (0: a block device), and a digest of samples."""
     status = os.fstat(base.fd)
-    digest = hashlib.sha256()
+    return (0 if stat.S_ISBLK(status.st_mode) else status.st_mtime_ns), _digest(base, _samples(size))
+
+
+def _samples(size: int) -> list[tuple[int, int]]:
+    """Return the ranges (begin, end), in bytes, of the samples of an image."""
     between = range(HEAD_SAMPLE, max(size - TAIL_SAMPLE, HEAD_SAMPLE), max(size // SAMPLES, SAMPLE))
     samples = [(0, HEAD_SAMPLE), *((begin, SAMPLE) for begin in between), (max(size - TAIL_SAMPLE, 0), TAIL_SAMPLE)]
-    for begin, length in samples:
-        data = bytearray(min(length, size - begin))
+    return [(begin, min(begin + length, size)) for begin, length in samples]
+
+
+def _digest(base: Image, ranges: Iterable[tuple[int, int]]) -> bytes:
+    """Return the SHA-256 of ranges (begin, end) of an image.
+
+    Raises:
+        ImageError: the image cannot be read.
+    """
+    digest = hashlib.sha256()
+    for begin, end in ranges:
+        data = bytearray(end - begin)
         try:
             base.read(memoryview(data), begin)
         except OSError as error:
             raise image_error(base.path, error, read_only=True) from error
         digest.update(data)
-    return (0 if stat.S_ISBLK(status.st_mode) else status.st_mtime_ns), digest.digest()
+    return digest.digest()
 
 
 def _sync_folder(path: Path) -> None:

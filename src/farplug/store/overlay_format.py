@@ -3,7 +3,7 @@
 ::
 
     0        header: identifies the image; written once
-    8192     sector 0: whether a commit was started
+    8192     sector 0: whether a commit was started; then also a digest of the image's other clusters
     8704     sectors 1 and up: a bit for each cluster of the image
     data     the clusters whose bit is set, each at its offset in the image; holes between them
 
@@ -35,6 +35,11 @@ HEADER_SIZE = 8192
 SECTOR_SIZE = 512
 CONTENT_SIZE = SECTOR_SIZE - 4
 DATA_ALIGNMENT = 1 << 20
+DIGEST_SIZE = 32
+"""Bytes of a SHA-256."""
+
+BLOCK_SIZES = (512, 2048, 4096)
+"""Block sizes of disks and CDs, in bytes: a smaller one would make any file an image."""
 
 MIN_CLUSTER_SIZE = 4096
 """The physical block size of our disks: guests hardly ever write less."""
@@ -96,9 +101,12 @@ class Header:
                 remedy="use the version of farplug that created it",
             )
         base = data[_HEADER.size : _HEADER.size + length]
+        if not base.startswith(b"/") or b"\0" in base:
+            raise damaged_error(path, "it has no absolute path of an image")
         header = cls(identity, size, block_size, cluster_size, mtime_ns, digest, Path(os.fsdecode(base)))
         valid_cluster = cluster_size >= MIN_CLUSTER_SIZE and not cluster_size & (cluster_size - 1)
-        if not (valid_cluster and block_size and size >= block_size and header.clusters <= MAX_CLUSTERS):
+        valid_size = block_size in BLOCK_SIZES and size >= block_size
+        if not (valid_cluster and valid_size and header.clusters <= MAX_CLUSTERS):
             raise damaged_error(path, f"{size} bytes cannot have clusters of {cluster_size} and blocks of {block_size}")
         return header
 

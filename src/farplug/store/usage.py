@@ -97,7 +97,7 @@ def _loop_uses(folder: Path) -> Iterator[Use]:
     for number in _numbered([folder]):
         yield from device_uses(number)
     name = f"/dev/{folder.name}"
-    yield Use(f"it is attached to {name}", f"losetup --detach {name}", changes=False)
+    yield Use(f"it is attached to {name}", f"losetup --detach {shell_word(name)}", changes=False)
 
 
 def _holder(folder: Path) -> Use:
@@ -110,7 +110,7 @@ def _mounts(devices: dict[int, Path]) -> Iterator[Use]:
     """Yield the mounts of devices (proc_pid_mountinfo(5))."""
     for line in _lines(MOUNTS):
         before, _, after = line.partition(" - ")
-        fields, last = before.split(), after.split()
+        fields, last = before.split(" "), after.split(" ")
         if len(fields) < 6 or len(last) < 3:
             continue
         source = _unescape(last[1])
@@ -125,7 +125,7 @@ def _mounts(devices: dict[int, Path]) -> Iterator[Use]:
 
 def _swaps(devices: dict[int, Path]) -> Iterator[Use]:
     for line in _lines(SWAPS):
-        name = _unescape(line.split()[0]) if line.split() else ""
+        name = _unescape(re.split("[ \t]", line, maxsplit=1)[0])
         if _device_number(name) in devices:
             yield Use(f"{name} is swap space", f"swapoff {shell_word(name)}", True)
 
@@ -176,8 +176,9 @@ def _read(path: Path) -> str:
 
 
 def _lines(path: Path) -> list[str]:
+    """Return the lines of a file of procfs, which escapes only blanks, line feeds and backslashes in paths."""
     try:
-        return path.read_text(errors="surrogateescape").splitlines()
+        return os.fsdecode(path.read_bytes()).split("\n")
     except OSError as error:
         _raise_too_many_open(error)
         return []

@@ -12,9 +12,9 @@ from typing import Self, TypeAlias
 
 from cryptography import x509
 
-from farplug.errors import FarplugError, InternalError, Reason, TargetError, UsageError
+from farplug.errors import FarplugError, InternalError, Reason, Remedy, TargetError, UsageError
 from farplug.spice.host import without_zone
-from farplug.spice.link import SERVER_LOG, LinkClient, LinkFailure, LinkResult, check_password
+from farplug.spice.link import SERVER_LOG, LinkClient, LinkFailure, LinkPhase, LinkResult, check_password
 from farplug.spice.types import CHANNEL_NAMES, ChannelType, LinkError
 from farplug.spice.vv import VvFile
 from farplug.transport import tls
@@ -55,15 +55,17 @@ class SpiceTarget:
 
     Attributes:
         host: name or address; with a proxy, a name for the proxy. Empty with ``unix_path``.
-        port: the plain port; None if there is none.
-        tls_port: the TLS port; None if there is none. It is used if there is no plain port, for the channels in
-            ``secure_channels``, and for all channels after the server has required TLS for one.
+        port: the plain port; None if there is none. It is used if there is no TLS port, and for a channel that the
+            server does not serve on its TLS port; not if :attr:`demands_tls`, unless ``allow_plain``.
+        tls_port: the TLS port; None if there is none.
         password: the ticket; empty if there is none.
         ca: certificates to trust, PEM; None: the system's.
         host_subject: the certificate's subject, which is checked instead of the host name; None: check the host name.
         proxy: URL of an HTTP proxy; None if there is none.
         unix_path: path of a UNIX socket, instead of host and ports; None if there is none.
         secure_channels: channels (``main``, ``usbredir``, …, or ``all``) that must use TLS.
+        allow_plain: use the plain port although the target demands TLS, except for the channels in
+            ``secure_channels``.
 
     Raises:
         UsageError: there is no address, ``secure_channels`` has an unknown name, or the password is not valid in SPICE.
@@ -78,6 +80,7 @@ class SpiceTarget:
     proxy: str | None = field(default=None, repr=False)
     unix_path: str | None = None
     secure_channels: frozenset[str] = frozenset()
+    allow_plain: bool = False
 
     def __post_init__(self) -> None:
         if self.unix_path is None and (not self.host or (self.port is None and self.tls_port is None)):
@@ -108,10 +111,22 @@ class SpiceTarget:
             secure_channels=vv.secure_channels,
         )
 
+    @property
+    def demands_tls(self) -> bool:
+        """Return whether the target has certificates, a host subject, or channels that must use TLS.
+
+        Each channel sends the password. Any server that answers on a plain port can read it.
+        """
+        return bool(self.ca or self.host_subject or (self.secure_channels and self.tls_port is not None))
+
+    def must_use_tls(self, channel_type: ChannelType) -> bool:
+        """Return whether ``secure_channels`` names a channel."""
+        return not self.secure_channels.isdisjoint({str(channel_type), "all"})
+
     def __str__(self) -> str:
         if self.unix_path is not None:
             return self.unix_path
-        port = self.tls_port if self.port is None else self.port
+        port = self.port if self.tls_port is None else self.tls_port
         return str(TcpAddress(self.host, port or 0))
 
 
@@ -196,7 +211,10 @@ class _LinkReader:
 
 
 class ChannelDialer:
-    """Links channels of one target, with or without TLS as target and server require.
+    """Links channels of one target, with TLS if there is a TLS port.
+
+    A server serves a channel without TLS only if it refuses the channel with NEED_UNSECURED (QEMU's
+    ``-spice plaintext-channel``) before any password is sent.
 
     Args:
         target: the server.
@@ -219,8 +237,6 @@ class ChannelDialer:
         self._context: ssl.SSLContext | None = None
         if target.tls_port is not None:
             self._context = tls.client_context(ca=target.ca, check_hostname=self._host_subject is None)
-        self._tls_required = False
-        """The server has required TLS for a channel: all further channels use it."""
 
     async def link(
         self,
@@ -254,29 +270,50 @@ class ChannelDialer:
             capabilities=[*capabilities],
             password=self._target.password,
         )
-        secured = self._needs_tls(channel_type)
+        secured = self._uses_tls(channel_type)
         try:
             return await self._link(client, secured, progress, wire)
         except LinkFailure as error:
-            if secured or error.error is not LinkError.NEED_SECURED or self._target.tls_port is None:
+            refused = error.error is LinkError.NEED_UNSECURED and error.phase is LinkPhase.REPLY
+            if not secured or not refused or self._target.port is None:
                 raise
-        # The server requires TLS for this channel, and says so as spice-gtk expects. No secret has been sent yet.
-        self._tls_required = True
+            self._check_plain(channel_type, error)
         client = LinkClient(client.mess, client.password, client.name)  # a link can be used once
-        return await self._link(client, True, progress, wire)
+        return await self._link(client, False, progress, wire)
 
-    def _needs_tls(self, channel_type: ChannelType) -> bool:
+    def _uses_tls(self, channel_type: ChannelType) -> bool:
         target = self._target
-        if target.unix_path is not None:
-            return False
-        must = not target.secure_channels.isdisjoint({str(channel_type), "all"})
-        if must and target.tls_port is None:
+        if target.unix_path is not None or target.tls_port is not None:
+            return target.unix_path is None
+        if target.must_use_tls(channel_type):
             raise TargetError(
                 f"{target}: secure-channels requires TLS for the channel {channel_type}, and there is no TLS port",
                 reason=Reason.NEEDS_TLS,
                 remedy="give the VM's SPICE server a TLS port, and the .vv file a tls-port",
             )
-        return must or target.port is None or self._tls_required
+        if target.demands_tls and not target.allow_plain:
+            raise TargetError(
+                f"{target}: it has a CA or a host subject, but no TLS port: nothing would be checked",
+                reason=Reason.NEEDS_TLS,
+                remedy=_allow_plain_remedy("give the VM's SPICE server a TLS port, and the .vv file a tls-port"),
+            )
+        return False
+
+    def _check_plain(self, channel_type: ChannelType, error: LinkFailure) -> None:
+        """Raise an error if the target forbids that a channel uses the plain port."""
+        target = self._target
+        if target.must_use_tls(channel_type):
+            raise TargetError(
+                f"{target}: the server does not serve the channel {channel_type} over TLS, as secure-channels requires",
+                reason=Reason.NEEDS_TLS,
+                remedy="remove the channel from the server's plain-text channels",
+            ) from error
+        if target.demands_tls and not target.allow_plain:
+            raise TargetError(
+                f"{target}: the server does not serve the channel {channel_type} over TLS",
+                reason=Reason.NEEDS_TLS,
+                remedy=_allow_plain_remedy("remove the channel from the server's plain-text channels"),
+            ) from error
 
     async def _link(
         self, client: LinkClient, secured: bool, progress: Progress | None, wire: Wire | None
@@ -380,6 +417,12 @@ class ChannelDialer:
             return None
         finally:
             connection.abort()
+
+
+def _allow_plain_remedy(otherwise: str) -> Remedy:
+    """Return the remedy for a target that demands TLS, and a server without it."""
+    plain = "or use the plain port, if no other server can answer there and read the password"
+    return Remedy(otherwise, alternative=Remedy(plain, setting="target.allow_plain", value=True))
 
 
 class _DiscardReader:

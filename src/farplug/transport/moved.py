@@ -30,7 +30,8 @@ def moved_target(target: SpiceTarget, where: SwitchHost) -> SpiceTarget:
     """Return the target of a VM that migrated: the new address, with the ticket, CA and proxy of the old target.
 
     The new certificate is checked against the subject that the server reported, otherwise as that of the old target. A
-    target with a TLS port only stays without a plain port.
+    target with a TLS port never becomes one without, unless it has ``allow_plain``. One without a plain port stays so,
+    and so does one without a TLS port, if the new host has a plain port.
 
     Args:
         target: the target of the old host.
@@ -38,21 +39,24 @@ def moved_target(target: SpiceTarget, where: SwitchHost) -> SpiceTarget:
 
     Raises:
         TargetError: the new host has no name or no SPICE port (``UNREACHABLE``), or it has only a plain port, and the
-            old target had only a TLS port (``NEEDS_TLS``).
+            old target had a TLS port (``NEEDS_TLS``).
     """
-    tls_only = target.port is None and target.unix_path is None
-    port = None if tls_only else where.port
+    has_plain = target.port is not None or target.unix_path is not None
+    keeps_tls = where.tls_port is not None or target.tls_port is None or target.allow_plain
+    port = where.port if has_plain and keeps_tls else None
+    stays_plain = target.port is not None and target.tls_port is None and port is not None
+    tls_port = None if stays_plain else where.tls_port
     host = plain_host(where.host) or target.host
-    if not host or (port is None and where.tls_port is None):
+    if not host or (port is None and tls_port is None):
         problem, reason = "the server reported no host and port", Reason.UNREACHABLE
         if host and where.port is not None:
-            problem, reason = "its SPICE server has no TLS port, and this target has only a TLS port", Reason.NEEDS_TLS
+            problem, reason = "its SPICE server has no TLS port, and this target has one", Reason.NEEDS_TLS
         raise TargetError(f"the VM moved to {where}: {problem}", reason=reason, remedy="find out its new address")
     return dataclasses.replace(
         target,
         host=host,
         port=port,
-        tls_port=where.tls_port,
-        host_subject=where.subject or target.host_subject,
+        tls_port=tls_port,
+        host_subject=target.host_subject if tls_port is None else where.subject or target.host_subject,
         unix_path=None,
     )

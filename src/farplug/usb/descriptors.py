@@ -1,7 +1,7 @@
 """USB descriptors, built and parsed.
 
-Building: ``bytes(descriptor)`` is the wire form, sub-descriptors included; a value that does not fit its field raises
-``struct.error``.
+Building: ``bytes(descriptor)`` is the wire form, sub-descriptors included; a value that does not fit its field, or more
+sub-descriptors than a field can count, raises ``ValueError``. Parsed bytes may have such a number of sub-descriptors.
 
 Parsing never raises, because a device, a guest or a file may contain any bytes. ``warnings`` lists what was skipped or
 is contradictory; it does not take part in comparisons.
@@ -51,6 +51,20 @@ _COMPANION = struct.Struct("<BBBBH")
 _QUALIFIER = struct.Struct("<BBHBBBBBB")
 _BOS = struct.Struct("<BBHB")
 _SUPERSPEED = struct.Struct("<BBBBHBBH")
+_USB2_EXTENSION = struct.Struct("<BBBI")
+
+
+def _pack(layout: struct.Struct, length: int, kind: int, *fields: int) -> bytes:
+    """Pack the fixed part of a descriptor.
+
+    Raises:
+        ValueError: a value does not fit its field.
+    """
+    try:
+        return layout.pack(length, kind, *fields)
+    except struct.error as error:
+        name = DescriptorType(kind).name.lower().replace("_", " ")
+        raise ValueError(f"{fields} do not fit the fields of the {name} descriptor: {error}") from error
 
 
 def _head(data: Buffer, layout: struct.Struct, kinds: tuple[int, ...], warnings: list[str]) -> tuple[int, ...]:
@@ -127,7 +141,8 @@ class DeviceDescriptor:
         )
 
     def __bytes__(self) -> bytes:
-        return _DEVICE.pack(
+        return _pack(
+            _DEVICE,
             _DEVICE.size,
             DescriptorType.DEVICE,
             self.usb_version,
@@ -167,7 +182,8 @@ class DeviceQualifier:
         return cls(usb, class_, subclass, protocol, size, count, tuple(warnings))
 
     def __bytes__(self) -> bytes:
-        return _QUALIFIER.pack(
+        return _pack(
+            _QUALIFIER,
             _QUALIFIER.size,
             DescriptorType.DEVICE_QUALIFIER,
             self.usb_version,
@@ -202,7 +218,7 @@ class SuperSpeedCompanion:
 
     def __bytes__(self) -> bytes:
         kind = DescriptorType.SUPERSPEED_ENDPOINT_COMPANION
-        return _COMPANION.pack(_COMPANION.size, kind, self.max_burst, self.attributes, self.bytes_per_interval)
+        return _pack(_COMPANION, _COMPANION.size, kind, self.max_burst, self.attributes, self.bytes_per_interval)
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +244,8 @@ class EndpointDescriptor:
     tail: bytes = b""
 
     def __bytes__(self) -> bytes:
-        head = _ENDPOINT.pack(
+        head = _pack(
+            _ENDPOINT,
             _ENDPOINT.size + len(self.tail),
             DescriptorType.ENDPOINT,
             self.address,
@@ -275,7 +292,8 @@ class InterfaceDescriptor:
     extra: bytes = b""
 
     def __bytes__(self) -> bytes:
-        head = _INTERFACE.pack(
+        head = _pack(
+            _INTERFACE,
             _INTERFACE.size,
             DescriptorType.INTERFACE,
             self.number,
@@ -301,7 +319,8 @@ class InterfaceAssociation:
     string_index: int = 0
 
     def __bytes__(self) -> bytes:
-        return _ASSOCIATION.pack(
+        return _pack(
+            _ASSOCIATION,
             _ASSOCIATION.size,
             DescriptorType.INTERFACE_ASSOCIATION,
             self.first_interface,
@@ -376,7 +395,8 @@ class ConfigurationDescriptor:
             body += bytes(interface)
         numbers = len({interface.number for interface in self.interfaces})
         return (
-            _CONFIGURATION.pack(
+            _pack(
+                _CONFIGURATION,
                 _CONFIGURATION.size,
                 kind,
                 _CONFIGURATION.size + len(body),
@@ -533,7 +553,7 @@ class Usb2Extension:
 
     def __bytes__(self) -> bytes:
         kind = CapabilityType.USB2_EXTENSION
-        return struct.pack("<BBBI", 7, DescriptorType.DEVICE_CAPABILITY, kind, self.attributes)
+        return _pack(_USB2_EXTENSION, _USB2_EXTENSION.size, DescriptorType.DEVICE_CAPABILITY, kind, self.attributes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -554,7 +574,8 @@ class SuperSpeedCapability:
     attributes: int = 0
 
     def __bytes__(self) -> bytes:
-        return _SUPERSPEED.pack(
+        return _pack(
+            _SUPERSPEED,
             _SUPERSPEED.size,
             DescriptorType.DEVICE_CAPABILITY,
             CapabilityType.SUPERSPEED,
@@ -630,7 +651,7 @@ class BosDescriptor:
 
     def __bytes__(self) -> bytes:
         body = b"".join(map(bytes, self.capabilities))
-        return _BOS.pack(_BOS.size, DescriptorType.BOS, _BOS.size + len(body), len(self.capabilities)) + body
+        return _pack(_BOS, _BOS.size, DescriptorType.BOS, _BOS.size + len(body), len(self.capabilities)) + body
 
 
 def string_descriptor(text: str) -> bytes:
@@ -642,7 +663,8 @@ def string_descriptor(text: str) -> bytes:
 
 def language_ids(*languages: int) -> bytes:
     """Build string descriptor zero: the supported languages (USB 2.0, table 9-15)."""
-    return struct.pack(f"<BB{len(languages)}H", 2 + 2 * len(languages), DescriptorType.STRING, *languages)
+    layout = struct.Struct(f"<BB{len(languages)}H")
+    return _pack(layout, layout.size, DescriptorType.STRING, *languages)
 
 
 def parse_string(data: Buffer) -> str:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import IO
 
 from farplug.errors import Reason, Remedy, SetupError
-from farplug.programs import find_program, output_of
+from farplug.programs import child_environment, find_program, output_of
 from farplug.shell import shell_word
 
 if sys.platform != "win32":
@@ -265,7 +265,12 @@ def _download_kernel(work: Path, folder: Path) -> None:
     packages = resolve_kernel_packages(_package_dependencies)
     log.info("fetching the guest's kernel: %s", " ".join(packages))
     result = subprocess.run(
-        ["apt-get", "download", "-q", *packages], cwd=work, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        ["apt-get", "download", "-q", *packages],
+        cwd=work,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env=child_environment(),
     )
     if result.returncode != 0:
         errors = [line for line in result.stderr.splitlines() if line.startswith("E:")]
@@ -323,7 +328,9 @@ def _unpack_kernel(package: Path, folder: Path) -> None:
     """
     command = ["dpkg-deb", "--fsys-tarfile", str(package)]
     try:
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=child_environment()
+        ) as process:
             assert process.stdout is not None
             with tarfile.open(fileobj=process.stdout, mode="r|") as archive:
                 for member in archive:
@@ -404,6 +411,7 @@ def decompress(content: bytes, suffix: str) -> bytes:
             return gzip.decompress(content)
         case ".zst":
             command = [str(find_program("zstd")), "-dcq"]
-            return subprocess.run(command, input=content, capture_output=True, check=True).stdout
+            result = subprocess.run(command, input=content, capture_output=True, check=True, env=child_environment())
+            return result.stdout
         case _:
             raise SetupError(f"unknown compression {suffix}", reason=Reason.NOT_FOUND)

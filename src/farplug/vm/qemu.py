@@ -31,7 +31,7 @@ from types import TracebackType
 from typing import Self
 
 from farplug.errors import FarplugError, GuestGoneError, Reason, Remedy, SetupError, StateError
-from farplug.programs import QEMU, find_program, output_of
+from farplug.programs import QEMU, child_environment, find_program, output_of
 from farplug.vm.agent import CHANNELS, INIT_FILES, MACHINE_FILES, Agent, CommandFailed, CommandResult, GuestTimeout
 from farplug.vm.certificates import write_certificates
 from farplug.vm.guest_image import build_initramfs
@@ -314,6 +314,7 @@ class QemuGuest:
                 self._process = await asyncio.create_subprocess_exec(
                     *(str(find_program("setpriv")), "--pdeathsig", "KILL", "--"),
                     *(str(find_program(QEMU)), *command_line(self.config, resources)),
+                    env=child_environment(),
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=output,
