@@ -103,6 +103,35 @@ def test_a_command_twice_is_not_an_error(cli: Cli, session: Session, image: Path
     assert (result.code, lines(result)) == (0, ["nothing is plugged in"])
 
 
+def test_a_capture(cli: Cli, session: Session, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "trace.pcapng"
+    result = cli("capture", "trace.pcapng")
+    assert result.code == 0
+    assert f"farplug: warning: capturing to {path}" in result.err
+    assert cli("capture", "other.pcapng").code == 2, "there is one already"
+    assert cli("attach", "--usb-disk", image).code == 0
+    result = cli("capture", "--stop")
+    assert (result.code, lines(result)) == (0, [f"the capture to {path} has ended"])
+    assert path.read_bytes()[:4] == b"\x0a\x0d\x0d\x0a"
+    result = cli("capture", "/no/folder/trace.pcapng", "--capture-bytes", 64, "--json")
+    assert (result.code, json.loads(result.out.splitlines()[-1])["reason"]) == (2, "not-found")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "give one of FILE, --stop and --install-dissector"),
+        (("a.pcapng", "--stop"), "give one of FILE, --stop and --install-dissector"),
+        (("--stop", "--capture-bytes", 5), "--capture-bytes has no effect without FILE"),
+        (("-",), "not to the standard output of this command"),
+    ],
+)
+def test_a_capture_that_is_not_possible(cli: Cli, arguments: tuple[object, ...], said: str) -> None:
+    result = cli("capture", *arguments)
+    assert (result.code, said in result.err) == (2, True)
+
+
 def test_all_devices_leave(cli: Cli, session: Session, tmp_path: Path) -> None:
     assert cli("attach", "--usb-disk", blank(tmp_path / "a"), "--usb-disk", blank(tmp_path / "b")).code == 0
     result = cli("detach", "all")

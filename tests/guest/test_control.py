@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from tests.control.support import RawClient, descriptors
@@ -20,52 +22,69 @@ from farplug.control.client import Client
 from farplug.control.server import Server
 from farplug.testing import QemuGuest
 
-ROUNDS = 5
+ROUNDS = 50
+"""Of each of two clients of each of two sessions: 200 in all."""
+READ_EACH = 10
+"""In each of these rounds the guest reads the disk."""
 
 
 async def use(path: Path, image: Path, guest: QemuGuest) -> None:
-    """Attach an image, read it in the guest, detach it, again and again; and follow the state meanwhile."""
+    """Attach an image and detach it, again and again; and follow the state meanwhile."""
     content = image.read_bytes()[:5].decode()
-    async with Client.connect(path) as client, asyncio.timeout(GUEST_TIMEOUT * 2):
+    async with Client.connect(path) as client, asyncio.timeout(GUEST_TIMEOUT * 6):
         events = client.subscribe()
         state = await anext(events)
-        for _ in range(ROUNDS):
+        for number in range(ROUNDS):
             result = await client.call("attach", {"sources": [{"kind": "disk", "path": str(image)}]})
-            id = result["attachments"][0]["id"]
-            while content not in await guest.check("head -qc 5 /dev/sd? 2>/dev/null; :"):
+            (attachment,) = result["attachments"]
+            assert attachment["state"] == "in use"
+            while number % READ_EACH == 0 and content not in await guest.check("head -qc 5 /dev/sd? 2>/dev/null; :"):
                 await asyncio.sleep(0.05)
-            await client.call("detach", {"device": image.name})
+            assert await client.call("detach", {"device": image.name}) == {"detached": [image.name]}
             while True:
                 event = await anext(events)
                 assert event["event"] != "dropped"
                 state = apply(state, event)
-                if event["event"] == "removed" and event["attachment"] == id:
+                if event["event"] == "removed" and event["attachment"] == attachment["id"]:
                     break
             ((guest_id, now),) = state["guests"].items()
-            assert id not in now["attachments"]
+            assert attachment["id"] not in now["attachments"]
         assert (await client.call("status"))["guests"].keys() == {guest_id}
 
 
-async def test_two_clients_attach_and_detach_while_a_third_one_reads_nothing(guests: GuestPool, tmp_path: Path) -> None:
-    guest = await guests.get(TWO_PORTS)
+async def test_two_sessions_with_two_clients_each_while_a_third_one_reads_nothing(
+    guests: GuestPool, tmp_path: Path
+) -> None:
+    vms = [await guests.get(config) for config in (TWO_PORTS, replace(TWO_PORTS, memory=192))]
     images = []
-    for name in ("alpha", "gamma"):
+    for name in ("alpha", "gamma", "delta", "kappa"):
         images.append(tmp_path / f"{name}.raw")
         images[-1].write_bytes(name.encode().ljust(1 << 20, b"\0"))
     (tmp_path / "runtime").mkdir(mode=0o700)
     environment = {"XDG_RUNTIME_DIR": str(tmp_path / "runtime")}
-    async with App() as app:
-        await app.connect(GuestSettings(TargetSettings(guest.targets[0])))
-        server = Server(app, names.reserve("web", environment=environment), target=guest.targets[0])
-        await server.start()
+    async with AsyncExitStack() as stack:
+        servers = []
+        for number, guest in enumerate(vms):
+            app = await stack.enter_async_context(App())
+            await app.connect(GuestSettings(TargetSettings(guest.targets[0])))
+            server = Server(app, names.reserve(f"web{number}", environment=environment), target=guest.targets[0])
+            await server.start()
+            servers.append(server)
         before = descriptors()
-        async with RawClient.connect(server.path) as silent:
+        clients = []
+        for number, (guest, server) in enumerate(zip(vms, servers, strict=True)):
+            silent = await stack.enter_async_context(RawClient.connect(server.path))
             silent.reader._transport.pause_reading()  # type: ignore[attr-defined]
             silent.send({"id": 1, "method": "subscribe"})
-            await asyncio.gather(*(use(server.path, image, guest) for image in images))
-        while server._clients:
-            await asyncio.sleep(0)
+            clients += [use(server.path, image, guest) for image in images[2 * number : 2 * number + 2]]
+        await asyncio.gather(*clients)
+        for server in servers:
+            while len(server._clients) > 1:
+                await asyncio.sleep(0)
+            ((_, state),) = server._app.snapshot()["guests"].items()
+            assert (state["attachments"], [port["state"] for port in state["ports"]]) == ({}, ["ready", "ready"])
         gc.collect()
-        assert descriptors() == before
-        await server.close()
-    assert os.listdir(server.path.parent) == []
+        assert descriptors() == before + 2 * len(vms), "both ends of the silent clients"
+        for server in servers:
+            await server.close()
+    assert os.listdir(servers[0].path.parent) == []

@@ -126,6 +126,8 @@ class _TextOutput(Output):
             case "detached":
                 figures = self._figures.get(event.attachment or "", _NO_FIGURES)
                 self._line(event.level, f"{event} ({figures_text(figures)})")
+            case "removed":
+                self._figures.pop(event.attachment or "", None)
             case _ if event.level is not Level.DETAIL:
                 self._line(event.level, str(event))
                 for line in remedy_lines(_remedy(event.fields)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from json import dumps
 from pathlib import Path
 from typing import Any, Final
@@ -13,7 +13,7 @@ import typer
 
 from farplug.app.codec import encode
 from farplug.app.events import Event, Level
-from farplug.cli import output, session_views
+from farplug.cli import log, output, session_views
 from farplug.cli.device_options import Devices
 from farplug.cli.output import Output
 from farplug.cli.session_client import following, refreshing, run
@@ -21,6 +21,7 @@ from farplug.control.names import list_sessions, open_session
 from farplug.errors import FarplugError, GuestGoneError, Reason, Remedy, SessionError
 from farplug.exit_codes import ExitCode
 from farplug.shell import shell_word
+from farplug.text import printable
 
 GONE_INTERVAL: Final = 0.02
 """Seconds between two looks whether a session that ended has removed its socket."""
@@ -72,14 +73,21 @@ def detach(session: str | None, names: Iterable[str], *, as_json: bool) -> None:
 
 def media(session: str | None, method: str, params: Mapping[str, Any], *, as_json: bool) -> None:
     """Carry out the method ``insert`` or ``eject``, and show what happens to the medium."""
-    wanted = ("medium-ejected", "medium-inserted", "note")
-    run(_call(session, method, params, output.choose(as_json=as_json), wanted))
+    show = _only(output.choose(as_json=as_json), ("medium-ejected", "medium-inserted", "note"))
+    run(_call(session, method, params, show))
 
 
 def capture(session: str | None, method: str, params: Mapping[str, Any], *, as_json: bool) -> None:
     """Carry out the method ``capture`` or ``stop-capture``, and show what happens to the capture."""
-    wanted = ("capture-started", "capture-ended", "note")
-    run(_call(session, method, params, output.choose(as_json=as_json), wanted))
+    shown = output.choose(as_json=as_json)
+    only = _only(shown, ("capture-started", "capture-ended", "note"))
+
+    def show(event: Event) -> None:
+        if event.name == "capture-started":
+            log.say(f"farplug: warning: {printable(event.message)}")
+        only(event)
+
+    run(_call(session, method, params, show))
 
 
 def watch(session: str | None, *, as_json: bool) -> None:
@@ -147,10 +155,8 @@ async def _detach(session: str | None, names: Iterable[str], shown: Output) -> N
             await follower.call("detach", {"device": name})
 
 
-async def _call(
-    session: str | None, method: str, params: Mapping[str, Any], shown: Output, wanted: Sequence[str]
-) -> None:
-    async with following(session, _only(shown, wanted)) as follower:
+async def _call(session: str | None, method: str, params: Mapping[str, Any], show: Callable[[Event], None]) -> None:
+    async with following(session, show) as follower:
         await follower.call(method, params)
 
 

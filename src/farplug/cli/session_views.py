@@ -10,7 +10,7 @@ from farplug.control.messages import Hello
 from farplug.control.names import SessionEntry, SessionState
 from farplug.text import printable
 
-_FIGURES: Final = ("read", "written", "commands", "rate")
+_FIGURES: Final = ("read", "written", "commands", "rate", "memory")
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -111,11 +111,11 @@ def status_lines(status: Mapping[str, Any]) -> list[str]:
     lines = [f"{status['name']}: {vm}, {status['state']}", f"process {status['pid']}"]
     if status["log"]:
         lines[-1] += f", log {status['log']}"
-    free = [(port["name"], "free") for port in status["ports"] if port["device"] is None]
-    rows = [
-        *(_row(device) for device in status["devices"]),
-        *((name, what, *[""] * (len(_HEADINGS) - 2)) for name, what in free),
-    ]
+    rows = []
+    for port in status["ports"]:
+        here = [device for device in status["devices"] if device["port"] == port["name"] and device["state"] != "lost"]
+        rows += [_row(device) for device in here] or [(port["name"], "free", *[""] * (len(_HEADINGS) - 2))]
+    rows += [_row(device) for device in status["devices"] if device["state"] == "lost"]
     lines += ["", *table(_HEADINGS, rows)] if rows else ["", "the ports of the VM are not known yet"]
     for device in status["devices"]:
         if device["message"]:
