@@ -5,7 +5,7 @@
 # make bench     ratios to QEMU's own disks, to spice-gtk's emulated CD and to usbredirect; figures of the parser; what
 #                TLS and the SPICE proxy kerbside cost
 # make fuzz      fuzz every parser for a limited time
-# make stress    a minute of parallel readers, writers and failing commands, over each transport
+# make stress    a minute of parallel readers, writers and failing commands, over each transport; 200 attaches by 4 clients
 # make picture   draw the picture of the demo in README.md again
 # make man       write docs/farplug.1, the man page, from the commands and their help
 # make docs      render docs/ and the docstrings to build/docs; a warning is an error
@@ -66,7 +66,7 @@ bench: setup
 	PYTHONPATH=. $(PYTHON) bench/proxy.py
 
 stress: setup
-	FARPLUG_STRESS_SECONDS=60 $(PYTHON) -m pytest tests/guest/test_stress.py
+	FARPLUG_STRESS_SECONDS=60 FARPLUG_ATTACH_ROUNDS=50 $(PYTHON) -m pytest tests/guest/test_stress.py tests/guest/test_control.py
 
 picture: setup
 	$(PYTHON) scripts/demo_picture.py

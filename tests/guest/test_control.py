@@ -22,8 +22,8 @@ from farplug.control.client import Client
 from farplug.control.server import Server
 from farplug.testing import QemuGuest
 
-ROUNDS = 50
-"""Of each of two clients of each of two sessions: 200 in all."""
+ROUNDS = int(os.environ.get("FARPLUG_ATTACH_ROUNDS", "4"))
+"""Attaches and detaches of each of two clients of each of two sessions; ``make stress`` has 50 of them: 200 in all."""
 READ_EACH = 10
 """In each of these rounds the guest reads the disk."""
 

@@ -36,6 +36,7 @@ from farplug.cli.service import ServiceOptions
 from farplug.control.messages import ErrorData
 from farplug.errors import FarplugError, InternalError, Reason, SessionError
 from farplug.exit_codes import ExitCode, exit_code
+from farplug.programs import child_environment
 from farplug.rate_limit import release_logs
 from farplug.text import printable
 
@@ -133,7 +134,7 @@ def start(request: Request) -> Ready:
                 stdout=subprocess.DEVNULL,
                 stderr=2,  # not None: it is inherited also if it was closed, and is /dev/null now
                 start_new_session=True,
-                env={name: value for name, value in os.environ.items() if name != notify.VARIABLE},
+                env=child_environment(**{notify.VARIABLE: ""}),  # systemd gets no message of this process
             )
         channel = _Channel(ours)
         channel.send(request.to_json())
