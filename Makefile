@@ -66,7 +66,8 @@ bench: setup
 	PYTHONPATH=. $(PYTHON) bench/proxy.py
 
 stress: setup
-	FARPLUG_STRESS_SECONDS=60 FARPLUG_ATTACH_ROUNDS=50 $(PYTHON) -m pytest tests/guest/test_stress.py tests/guest/test_control.py
+	FARPLUG_STRESS_SECONDS=60 FARPLUG_ATTACH_ROUNDS=50 FARPLUG_PAUSE_STEPS=4 $(PYTHON) -m pytest \
+		tests/guest/test_stress.py tests/guest/test_control.py tests/guest/test_paused.py
 
 picture: setup
 	$(PYTHON) scripts/demo_picture.py
