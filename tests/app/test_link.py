@@ -21,7 +21,7 @@ from farplug.app.commands import Attach, Detach
 from farplug.app.events import Event
 from farplug.app.guest import Guest
 from farplug.app.settings import GuestSettings, ReconnectSettings, Source, TargetSettings
-from farplug.errors import FarplugError, GuestGoneError, PortError, Reason, TargetError, UsageError
+from farplug.errors import FarplugError, GuestGoneError, PortError, Reason, RefusedError, TargetError, UsageError
 from farplug.store import FileStore
 from farplug.virtual.disk import disk_device
 
@@ -421,3 +421,10 @@ async def test_a_device_that_cannot_be_plugged_in_at_the_start_ends_a_session_th
         with pytest.raises(FarplugError, match="no such file"):
             await session.run
         assert one.spice.linked == [], "before the VM was contacted"
+
+
+async def test_a_device_that_the_vm_refuses_ends_the_start_of_a_session_that_stays(files: Path) -> None:
+    async with vm(1, rejects=True) as one, running(one.target, Source.disk(files / "a.raw")) as session:
+        with pytest.raises(RefusedError):
+            await session.run
+        assert "ready" not in [event.name for event in session.events]

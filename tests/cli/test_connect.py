@@ -623,8 +623,8 @@ def test_json(cli: Cli, image: Path) -> None:
             "opened",
             "guest-ready",
             "attached",
-            "ready",
             "configured",
+            "ready",
         ),
         *("note", "detached", "removed", "closed", "guest-removed"),
     ]

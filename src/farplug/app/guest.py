@@ -51,6 +51,8 @@ log = logging.getLogger(__name__)
 
 ALL = "all"
 """Names all devices, in a command."""
+REFUSAL_TIME = 2.0
+"""Seconds in which a guest refuses a device, if it does: an operating system that runs has configured it by then."""
 FIGURES_INTERVAL = 1.0
 """Seconds between two events ``figures`` of an attachment."""
 
@@ -189,8 +191,11 @@ class Guest:
             source=event,
             **fields,
         )
-        if isinstance(event, (port_events.Attached, port_events.WaitingForGuest)):
-            self._check_ready(attachment.id)
+        match event:
+            case port_events.Configured() | port_events.WaitingForGuest():
+                self._check_ready(attachment.id)
+            case port_events.Attached():
+                asyncio.get_running_loop().call_later(REFUSAL_TIME, self._check_ready, attachment.id)
 
     # Connecting ---------------------------------------------------------------------------------------------------
 
@@ -710,6 +715,8 @@ class Guest:
             self.skipped(error)
             return None
         why = await attachment.ended()
+        if stay and not self.is_ready and why is not None:
+            raise why
         self._places.remove(place)  # unlike a USB device of this machine, this one does not come back
         return why
 
@@ -729,13 +736,17 @@ class Guest:
 
     @property
     def is_ready(self) -> bool:
-        """Return whether :meth:`run` has done what it can: each device is plugged in, or waits for the guest."""
+        """Return whether :meth:`run` has done what it can: each device is plugged in, and not refused, or waits for the
+        guest.
+        """
         return self._expected is None
 
     def _check_ready(self, settled: str = "") -> None:
         """Publish ``ready`` once all devices of the settings are plugged in, or wait for the guest."""
         if settled:
             self._settled.add(settled)
+        if self._closing is not None:
+            return
         if self._expected is not None and (self._listening or len(self._settled) >= self._expected):
             self._expected = None
             if self.settings is not None and self.settings.stay:
