@@ -708,7 +708,8 @@ class Guest:
 
     async def _plug_and_wait(self, device: Device, place: Place, *, stay: bool) -> FarplugError | None:
         try:
-            attachment = await self._plug_group(device, place)
+            label, titles, units, sources = self._names_of_group(device)
+            attachment = await self.plug(device, place, label=label, titles=titles, units=units, sources=sources)
         except FarplugError as error:
             if not stay or not self.is_ready:
                 raise
@@ -720,17 +721,11 @@ class Guest:
         self._places.remove(place)  # unlike a USB device of this machine, this one does not come back
         return why
 
-    def _plug_group(self, device: Device, place: Place | None = None) -> Plugging:
-        """Plug a device that was made of sources."""
+    def _names_of_group(self, device: Device) -> tuple[str, list[str], list[str], list[str]]:
+        """Return the label, the titles, the units and the sources of a device that was made of sources."""
         group = self._owned[device]
-        return self.plug(
-            device,
-            place,
-            label=", ".join(one.label for one in group),
-            titles=[one.title for one in group],
-            units=[one.label for one in group],
-            sources=[one.source.path for one in group],
-        )
+        units = [one.label for one in group]
+        return ", ".join(units), [one.title for one in group], units, [one.source.path for one in group]
 
     # Readiness ----------------------------------------------------------------------------------------------------
 
@@ -848,11 +843,9 @@ class Guest:
 
     async def _plug_new(self, device: VirtualDevice) -> Attachment:
         """Plug a device of new sources; publish its error too, since perhaps no call waits."""
-        group = self._owned[device]
-        label = ", ".join(one.label for one in group)
-        units, paths = [one.label for one in group], [one.source.path for one in group]
+        label, titles, units, sources = self._names_of_group(device)
         try:
-            return await self._plug_device(device, None, label, [one.title for one in group], units, paths)
+            return await self._plug_device(device, None, label, titles, units, sources)
         except asyncio.CancelledError:
             await self._release(device)
             who = "the device was unplugged" if self._closing is None else "the guest was closed"
