@@ -242,10 +242,10 @@ class Guest:
         self._listening = True
         self._check_ready()
 
-    def was_lost(self) -> None:
-        """Take note that the VM is gone, and is contacted again. The link calls this."""
+    async def was_lost(self) -> None:
+        """Take note that the VM is gone, and is contacted again: the ports are closed. The link calls this."""
         if self._returning is not None:
-            self._returning.cancel()
+            await self._returning  # ends by itself: the ports are closed
 
     def is_gone(self, error: FarplugError) -> None:
         """Take the devices out that would have been plugged again. The link calls this."""

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from enum import StrEnum
 from typing import Any
 
-from farplug.errors import FarplugError
+from farplug.errors import FarplugError, GuestGoneError
 from farplug.redirection import Redirection, events
 from farplug.redirection.events import PortEvent
 from farplug.redirection.port_protocol import PacketObserver
@@ -104,13 +104,21 @@ class GuestPort:
         Raises:
             TargetError: the port cannot be reached.
             PortError: another client uses the port.
+            GuestGoneError: the port was closed meanwhile.
         """
         if self.state is not PortState.CLOSED:
             return
         if self._opening is None:
             self._opening = asyncio.ensure_future(self._open())
             self._opening.add_done_callback(_retrieve)
-        await asyncio.shield(self._opening)
+        opening = self._opening
+        try:
+            await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            caller = asyncio.current_task()
+            if opening.cancelled() and (caller is None or not caller.cancelling()):
+                raise GuestGoneError(f"{self.name} was closed before it was open") from None
+            raise
 
     async def _open(self) -> None:
         try:

@@ -59,7 +59,7 @@ class LinkOwner(Protocol):
     def listens(self) -> None:
         """Take note that the VM has to connect to this side."""
 
-    def was_lost(self) -> None:
+    async def was_lost(self) -> None:
         """Take note that the VM is gone, and is contacted again: the ports are closed."""
 
     def is_back(self) -> None:
@@ -337,7 +337,7 @@ class Link:
             lost = {"state": str(GuestState.LOST), "attempt": None}
             self._publish("lost", error.message, Level.BAD, lost, **error_fields(error))
             await self._leave()
-            self._owner.was_lost()
+            await self._owner.was_lost()
             while isinstance(step, Wait):
                 problem = await self._attempt(settings, step)
                 if problem is None:

@@ -38,20 +38,23 @@ async def run_target_command(command: str) -> bytes:
     if sys.platform == "win32":
         raise _failed("cannot run: Windows has no sh")
     loop = asyncio.get_running_loop()
-    transport, process = await loop.subprocess_shell(
-        _Process, command, stdin=subprocess.DEVNULL, start_new_session=True, env=child_environment()
+    starting = asyncio.ensure_future(
+        loop.subprocess_shell(
+            _Process, command, stdin=subprocess.DEVNULL, start_new_session=True, env=child_environment()
+        )
     )
-    pid = transport.get_pid()
+    try:
+        transport, process = await asyncio.shield(starting)
+    except asyncio.CancelledError:  # asyncio would kill the shell, and leave its children
+        await _end(*(await starting))
+        raise
     try:
         async with asyncio.timeout(COMMAND_TIMEOUT):
             await process.ended
     except TimeoutError:
         raise _failed(f"did not end within {COMMAND_TIMEOUT:g} s") from None
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)
-        transport.close()
-        await process.over
+        await _end(transport, process)
     code = transport.get_returncode() or 0
     last = printable(process.errors.decode("utf-8", "replace").strip().rpartition("\n")[2], 200)
     if code:
@@ -62,6 +65,15 @@ async def run_target_command(command: str) -> bytes:
     if last:
         log.info("target command: %s", last)
     return bytes(process.output)
+
+
+async def _end(transport: asyncio.SubprocessTransport, process: _Process) -> None:
+    """Kill the command and its children, and wait until it has ended."""
+    if sys.platform != "win32":
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(transport.get_pid(), signal.SIGKILL)
+    transport.close()
+    await process.over
 
 
 class _Process(asyncio.SubprocessProtocol):
