@@ -43,6 +43,7 @@ class Reason(StrEnum):
     BAD_SETTING = "bad-setting"
     BAD_OPTION = "bad-option"
     UNKNOWN_COMMAND = "unknown-command"
+    BAD_KEY = "bad-key"
     BAD_TARGET = "bad-target"
     BAD_VV_FILE = "bad-vv-file"
     # setup
@@ -84,6 +85,10 @@ class Reason(StrEnum):
     NO_PASSWORD = "no-password"
     CHANNEL_DENIED = "channel-denied"
     LINK_REFUSED = "link-refused"
+    # screen and inputs
+    NO_DISPLAY = "no-display"
+    NO_INPUTS = "no-inputs"
+    NO_TABLET = "no-tablet"
     # ports
     NO_USBREDIR_CHANNEL = "no-usbredir-channel"
     NO_FREE_PORT = "no-free-port"

@@ -28,7 +28,7 @@ from farplug.usb.types import Buffer
 log = logging.getLogger(__name__)
 
 MAX_MESSAGE = 16 << 20
-"""The largest message that we accept, stored or not, in bytes: as proxies do."""
+"""The largest message of most channels that we accept, stored or not, in bytes: as proxies do."""
 
 _MINI_HEADER = struct.Struct("<HI")
 _FULL_HEADER = struct.Struct("<QHII")
@@ -69,13 +69,23 @@ class Channel:
         mini_header: :attr:`LinkResult.mini_header`.
         stored: message types to return as a whole, and the largest body of each in bytes.
         streamed: the message type whose bytes are returned as they arrive; None: no type.
+        largest: the largest message that we accept, stored or not, in bytes.
     """
 
-    def __init__(self, name: str, *, mini_header: bool, stored: Mapping[int, int], streamed: int | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        mini_header: bool,
+        stored: Mapping[int, int],
+        streamed: int | None = None,
+        largest: int = MAX_MESSAGE,
+    ) -> None:
         self.name = name
         self._mini_header = mini_header
         self._limits = {**stored, **_COMMON_LIMITS}
         self._streamed = streamed
+        self._largest = largest
         self._debug = log.isEnabledFor(logging.DEBUG)
         self._view = memoryview(b"")
         self._position = 0
@@ -142,9 +152,9 @@ class Channel:
                 _, kind, size, sub_list = layout.unpack(header)
                 if sub_list:
                     raise RemoteProtocolError(f"{self.name}: a SPICE message with sub-messages is not supported")
-            if size > MAX_MESSAGE:
+            if size > self._largest:
                 raise RemoteProtocolError(
-                    f"{self.name}: SPICE message {kind} of {size} bytes, more than {MAX_MESSAGE} (MAX_MESSAGE)"
+                    f"{self.name}: SPICE message {kind} of {size} bytes, more than {self._largest} (MAX_MESSAGE)"
                 )
 
             if kind == streamed:
@@ -216,7 +226,7 @@ class Channel:
 
     def _describe(self, names: type[ServerMessage] | type[ClientMessage], kind: int) -> str:
         if kind > ServerMessage.NOTIFY:  # from 101 on the meaning depends on the channel
-            prefix = "MAIN_" if self.name == "main" else "VMC_"
+            prefix = {"main": "MAIN_", "usbredir": "VMC_"}.get(self.name.partition(" ")[0], "-")
             for member, value in names.__members__.items():
                 if value == kind and member.startswith(prefix):
                     return member.removeprefix(prefix)
