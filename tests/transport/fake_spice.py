@@ -105,6 +105,9 @@ class FakeSpice:
     main: Behaviour | None = None
     """Instead of INIT and the channel list."""
     usbredir: Behaviour = usbredir
+    side: dict[ChannelType, Behaviour] = field(default_factory=dict)
+    """What other channels do."""
+    side_caps: int = 0b1000001010011
     linked: list[Channel] = field(default_factory=list)
     pongs: list[int] = field(default_factory=list)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
@@ -138,7 +141,8 @@ class FakeSpice:
             return
         if mess.connection_id and (mess.channel_type, mess.channel_id) not in self.channels:
             return
-        writer.write(bytes(LinkReply(LinkError.OK, TICKET_KEY_DER, (self.common_caps,), (self.vmc_caps,))))
+        caps = self.side_caps if mess.channel_type in self.side else self.vmc_caps
+        writer.write(bytes(LinkReply(LinkError.OK, TICKET_KEY_DER, (self.common_caps,), (caps,))))
         if self.common_caps & 1:
             assert await reader.readexactly(4) == struct.pack("<I", 1)
         ticket = await reader.readexactly(128)
@@ -151,7 +155,9 @@ class FakeSpice:
             return
         channel = Channel(mess, reader, writer, tls)
         self.linked.append(channel)
-        if mess.channel_type is ChannelType.USBREDIR:
+        if mess.channel_type in self.side:
+            await self.side[mess.channel_type](channel)
+        elif mess.channel_type is ChannelType.USBREDIR:
             await self.usbredir(channel)
         elif self.main is not None:
             await self.main(channel)

@@ -382,7 +382,10 @@ class LinkClient:
 
     def receive_eof(self) -> LinkFailure:
         """Return the error of a connection that the server closed before the link was complete."""
-        if self.phase is LinkPhase.TICKET_RESULT:
+        if self.phase is LinkPhase.DONE:
+            message = "the server closed the connection after the link, without a message"
+            remedy = SERVER_LOG
+        elif self.phase is LinkPhase.TICKET_RESULT:
             message = "the server closed the connection after it received the ticket"
             remedy = SERVER_LOG
         elif self._received:

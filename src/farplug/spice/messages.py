@@ -1,4 +1,4 @@
-"""The SPICE messages that a usbredir client needs: those of every channel, and those of the main channel.
+"""The SPICE messages of every channel, and those of the main channel.
 
 Source: ``spice.proto`` of spice-common; spice-protocol 0.14.3, ``spice/enums.h``. Everything is little-endian, packed.
 """
@@ -38,6 +38,7 @@ class ServerMessage(IntEnum):
     MAIN_MIGRATE_CANCEL = 102
     MAIN_INIT = 103
     MAIN_CHANNELS_LIST = 104
+    MAIN_MOUSE_MODE = 105
     MAIN_MIGRATE_SWITCH_HOST = 111
     MAIN_NAME = 113
     MAIN_UUID = 114
@@ -56,6 +57,7 @@ class ClientMessage(IntEnum):
 
     MAIN_MIGRATE_CONNECT_ERROR = 103
     MAIN_ATTACH_CHANNELS = 104
+    MAIN_MOUSE_MODE_REQUEST = 105
 
     VMC_DATA = 101
     VMC_COMPRESSED_DATA = 102
@@ -179,6 +181,21 @@ class MainInit:
     def parse(cls, body: Buffer) -> Self:
         """Parse the body. Raises RemoteProtocolError."""
         return cls(*_unpack(cls._LAYOUT, body, "MAIN_INIT"))
+
+
+@dataclass(frozen=True, slots=True)
+class MouseModes:
+    """SPICE_MSG_MAIN_MOUSE_MODE: the modes of the mouse that the VM supports, a mask of SPICE_MOUSE_MODE_*."""
+
+    supported: int
+    current: int
+
+    _LAYOUT = struct.Struct("<HH")
+
+    @classmethod
+    def parse(cls, body: Buffer) -> Self:
+        """Parse the body. Raises RemoteProtocolError."""
+        return cls(*_unpack(cls._LAYOUT, body, "MAIN_MOUSE_MODE"))
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -6,7 +6,7 @@ import asyncio
 import socket
 import ssl
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Self, TypeAlias
 
@@ -33,6 +33,13 @@ from farplug.transport.connection import (
     untapped,
 )
 from farplug.transport.proxy import HttpProxy, open_tunnel
+from farplug.usb.types import Buffer
+
+FRAGILE_TIMEOUT = 40.0
+"""Seconds that the connection of an abandoned link stays open for the server's first message.
+
+QEMU waits for the client's first message of a display for up to 30 s.
+"""
 
 
 class Stage(StrEnum):
@@ -155,6 +162,43 @@ class LinkedChannel:
             on_lost(None)
 
 
+Opening: TypeAlias = Callable[[LinkResult], list[Buffer]]
+"""Returns the messages with which a channel begins, once it is linked."""
+
+
+class _Fragile:
+    """The links that must not be interrupted now: see :meth:`ChannelDialer.link`."""
+
+    def __init__(self) -> None:
+        self._pending: set[asyncio.Future[None]] = set()
+
+    def begin(self) -> asyncio.Future[None]:
+        """Return a future; the link must not be interrupted until it is resolved."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._pending.add(future)
+        future.add_done_callback(self._pending.discard)
+        return future
+
+    def call_after(self, callback: Callable[[], None]) -> None:
+        """Call a function once no link is fragile: at once, if none is."""
+        pending = [future for future in self._pending if not future.done()]
+        if not pending:
+            callback()
+            return
+        pending[0].add_done_callback(lambda _: self.call_after(callback))
+
+    async def settle(self) -> None:
+        """Wait until no link is fragile. A cancellation is raised only then."""
+        cancelled: asyncio.CancelledError | None = None
+        while pending := [future for future in self._pending if not future.done()]:
+            try:
+                await asyncio.wait(pending)
+            except asyncio.CancelledError as error:
+                cancelled = error
+        if cancelled is not None:
+            raise cancelled
+
+
 class _LinkReader:
     """The reader of a connection during the link.
 
@@ -162,10 +206,14 @@ class _LinkReader:
     whose subject is not checked yet.
     """
 
-    def __init__(self, client: LinkClient, tap: Tap | None) -> None:
+    def __init__(self, client: LinkClient, tap: Tap | None, opening: Opening | None, fragile: _Fragile) -> None:
         self.client = client
         self.connection = Connection(self, self.lost, tap)
         self.result: asyncio.Future[LinkResult] = asyncio.get_running_loop().create_future()
+        self._opening = opening
+        self._fragile = fragile
+        self._settled: asyncio.Future[None] | None = None
+        """Resolves when the connection may be closed; None: it may be closed, as no ticket was sent."""
         self._begun = False
         self._early = bytearray()
         """Bytes that arrived before :meth:`begin`: at most one read, which pauses reading."""
@@ -183,17 +231,47 @@ class _LinkReader:
             self._early += data
             self.connection.pause_reading()
             return
-        if self.result.done():
+        if self._settled is None and self.result.done():
+            return
+        if self.client.result is not None:
+            self._finish(self.client.result, bytes(data))
             return
         try:
             self.client.receive_data(data)
         except FarplugError as error:
+            self._settle()  # a refused ticket made no channel
             self._fail(error)
             return
+        if self._opening is not None and self._settled is None and self.client.phase is not LinkPhase.REPLY:
+            self._settled = self._fragile.begin()
         self.connection.write([*self.client.data_to_send()])
-        if self.client.result is not None:
-            self.connection.pause_reading()
-            self.result.set_result(self.client.result)
+        result = self.client.result
+        if result is not None:
+            if self._opening is not None:
+                self.connection.write(self._opening(result))
+            if self._opening is None or result.trailing:
+                self._finish(result, result.trailing)
+
+    def _finish(self, result: LinkResult, trailing: bytes) -> None:
+        self.connection.pause_reading()
+        self._settle()
+        if self.result.done():  # abandoned
+            self.connection.abort()
+        else:
+            self.result.set_result(replace(result, trailing=trailing))
+
+    def _settle(self) -> None:
+        if self._settled is not None and not self._settled.done():
+            self._settled.set_result(None)
+
+    def abandon(self) -> None:
+        """Close the connection: at once, or when the server has answered, if it must not be interrupted."""
+        if self._settled is None or self._settled.done():
+            self.connection.abort()
+            return
+        self.result.cancel()
+        timer = asyncio.get_running_loop().call_later(FRAGILE_TIMEOUT, self.connection.abort)
+        self._settled.add_done_callback(lambda _: timer.cancel())
 
     def pause_writing(self) -> None:
         """Do nothing: a link is shorter than the queue."""
@@ -202,6 +280,7 @@ class _LinkReader:
         """Do nothing: a link is shorter than the queue."""
 
     def lost(self, error: Exception | None) -> None:
+        self._settle()
         self._fail(error if isinstance(error, InternalError) else self.client.receive_eof())
 
     def _fail(self, error: FarplugError) -> None:
@@ -223,6 +302,7 @@ class ChannelDialer:
 
     Attributes:
         wire: as above.
+        fragile: the links that must not be interrupted now.
 
     Raises:
         UsageError: the target's proxy, CA or host subject is malformed.
@@ -230,6 +310,7 @@ class ChannelDialer:
 
     def __init__(self, target: SpiceTarget, timeouts: Timeouts, wire: CurrentWire = untapped) -> None:
         self.wire = wire
+        self.fragile = _Fragile()
         self._target = target
         self._timeouts = timeouts
         self._proxy = HttpProxy.parse(target.proxy) if target.proxy else None
@@ -247,8 +328,13 @@ class ChannelDialer:
         capabilities: Iterable[int],
         progress: Progress | None = None,
         wire: Wire | None = None,
+        opening: Opening | None = None,
     ) -> LinkedChannel:
         """Connect, link and authenticate one channel.
+
+        QEMU crashes if the connection of a display is closed between the ticket and the server's first message. So a
+        link with an ``opening`` ends with that message. If the caller is cancelled, or a timeout ends the call, the
+        connection is closed later, when the message has arrived; :attr:`fragile` waits for that.
 
         Args:
             channel_type: the type of the channel.
@@ -257,6 +343,7 @@ class ChannelDialer:
             capabilities: bit numbers of our capabilities of this channel type.
             progress: called at the start of each stage.
             wire: taps the connection; None: nothing does. (An argument, because ``capabilities`` depend on it.)
+            opening: returns the messages that the client must send at once after the link; None: there are none.
 
         Raises:
             TargetError: a stage failed; LinkFailure if the server refused the link.
@@ -272,14 +359,14 @@ class ChannelDialer:
         )
         secured = self._uses_tls(channel_type)
         try:
-            return await self._link(client, secured, progress, wire)
+            return await self._link(client, secured, progress, wire, opening)
         except LinkFailure as error:
             refused = error.error is LinkError.NEED_UNSECURED and error.phase is LinkPhase.REPLY
             if not secured or not refused or self._target.port is None:
                 raise
             self._check_plain(channel_type, error)
         client = LinkClient(client.mess, client.password, client.name)  # a link can be used once
-        return await self._link(client, False, progress, wire)
+        return await self._link(client, False, progress, wire, opening)
 
     def _uses_tls(self, channel_type: ChannelType) -> bool:
         target = self._target
@@ -316,13 +403,18 @@ class ChannelDialer:
             ) from error
 
     async def _link(
-        self, client: LinkClient, secured: bool, progress: Progress | None, wire: Wire | None
+        self,
+        client: LinkClient,
+        secured: bool,
+        progress: Progress | None,
+        wire: Wire | None,
+        opening: Opening | None,
     ) -> LinkedChannel:
         client.tls = secured
         address = self._address(secured)
         # Without the address: that of a proxy's target may hold a ticket.
         name = f"SPICE channel {client.name}{', below TLS' if secured else ''}"
-        linker = _LinkReader(client, None if wire is None else wire.tap(name))
+        linker = _LinkReader(client, None if wire is None else wire.tap(name), opening, self.fragile)
         if progress is not None:
             progress(
                 Stage.REACH,
@@ -339,7 +431,7 @@ class ChannelDialer:
             linker.begin()
             result = await self._result(linker)
         except BaseException:
-            linker.connection.abort()
+            linker.abandon()
             raise
         return LinkedChannel(linker.connection, result, local=isinstance(address, UnixAddress))
 

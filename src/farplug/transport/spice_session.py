@@ -1,4 +1,4 @@
-"""A SPICE session: the main channel. Its usbredir channels are ports.
+"""A SPICE session: the main channel. Its usbredir channels are ports; the others are linked while they are used.
 
 :mod:`farplug.transport.dialer` connects channels, :mod:`farplug.transport.spice_port` has the ports.
 """
@@ -10,6 +10,7 @@ from typing import Self
 
 from farplug.errors import FarplugError, GuestGoneError, InternalError, Reason, RemoteProtocolError, TargetError
 from farplug.spice.channel import Channel, Message
+from farplug.spice.inputs import MouseMode
 from farplug.spice.link import SERVER_LOG
 from farplug.spice.messages import (
     ChannelId,
@@ -17,6 +18,7 @@ from farplug.spice.messages import (
     Disconnecting,
     MainInit,
     Migrate,
+    MouseModes,
     Notify,
     ServerMessage,
     SwitchHost,
@@ -31,10 +33,12 @@ from farplug.transport.moved import GuestMoved
 from farplug.transport.port import Port
 from farplug.transport.session import Session
 from farplug.transport.spice_port import SpicePort, describe_broken, log_notice
+from farplug.transport.spice_side import SideChannel, SpiceCursor, SpiceDisplay, SpiceInputs
 
 _MAIN_MESSAGES: dict[int, int] = {
     ServerMessage.MAIN_INIT: 256,
     ServerMessage.MAIN_CHANNELS_LIST: 64 << 10,
+    ServerMessage.MAIN_MOUSE_MODE: 64,
     ServerMessage.MAIN_MIGRATE_BEGIN: 64 << 10,
     ServerMessage.MAIN_MIGRATE_CANCEL: 64,
     ServerMessage.MAIN_MIGRATE_SWITCH_HOST: 64 << 10,
@@ -43,6 +47,10 @@ _MAIN_MESSAGES: dict[int, int] = {
 }
 """The messages of the main channel that we read, and the largest body of each that we accept, in bytes."""
 
+
+_NOT_ENCRYPTED = "keyboard channel is insecure"
+"""A notice of servers when the inputs are linked without TLS: the target decides that, and other channels' passwords
+are no better protected."""
 
 NO_CHANNEL_REMEDY = """\
 add one to the VM, one for each device:
@@ -63,6 +71,9 @@ class SpiceSession(Session):
         channels: all channels of the server, sorted.
         ports: one for each usbredir channel, in the order of their numbers.
         ended: resolves when the session has ended: to None if we closed it, otherwise to the error. It never raises.
+        displays: one for each display channel, by its number; linked only while they are used.
+        cursors: one for each cursor channel, by its number.
+        inputs: the keyboard and the mouse; None: the VM has none.
     """
 
     exclusive = True
@@ -81,6 +92,10 @@ class SpiceSession(Session):
         self._dialer = dialer
         self._timeouts = timeouts
         self._usbredir_ports: list[SpicePort] = []
+        self.displays: dict[int, SpiceDisplay] = {}
+        self.cursors: dict[int, SpiceCursor] = {}
+        self.inputs: SpiceInputs | None = None
+        self._mouse = MouseModes(0, 0)
         self._listed: asyncio.Future[None] = loop.create_future()
         self._close_reason = ""
         self._destination: SwitchHost | None = None
@@ -143,10 +158,18 @@ class SpiceSession(Session):
         return await asyncio.shield(self.ended)
 
     async def close(self) -> None:
-        """Close all ports (their queued data is sent within a bounded time), then the session."""
+        """Close all ports (their queued data is sent within a bounded time), then the session.
+
+        The link of a display is never interrupted: closing waits for it, also when cancelled.
+        """
         try:
+            for channel in self._side_channels():
+                channel.session_closed()
+            await asyncio.gather(*(channel.finished() for channel in self._side_channels()))
+            await self._dialer.fragile.settle()
             await asyncio.gather(*(port.close() for port in self._usbredir_ports))
         except BaseException:  # cancelled: the ports have closed at once, and so does the session
+            await self._dialer.fragile.settle()
             self._connection.abort()
             raise
         await self._connection.close(self._timeouts.flush)
@@ -164,7 +187,8 @@ class SpiceSession(Session):
                     case Disconnecting(_, reason):
                         self._close_reason = f", with {reason}"
                     case Notify():
-                        log_notice("main", event)
+                        if _NOT_ENCRYPTED not in event.text:
+                            log_notice("main", event)
                     case Migrate():
                         self._connection.write(self._channel.data_to_send())  # the flush mark, if the server needs it
                         self.moved()
@@ -184,10 +208,14 @@ class SpiceSession(Session):
     def _main_message(self, kind: int, body: memoryview) -> None:
         match kind:
             case ServerMessage.MAIN_INIT:
-                self.session_id = MainInit.parse(body).session_id
+                init = MainInit.parse(body)
+                self.session_id = init.session_id
+                self._mouse = MouseModes(init.supported_mouse_modes, init.current_mouse_mode)
                 self._channel.send(ClientMessage.MAIN_ATTACH_CHANNELS)
             case ServerMessage.MAIN_CHANNELS_LIST:
                 self._list_channels(parse_channels_list(body))
+            case ServerMessage.MAIN_MOUSE_MODE:
+                self._set_mouse(MouseModes.parse(body))
             case ServerMessage.MAIN_NAME:
                 self.name = parse_name(body)
             case ServerMessage.MAIN_UUID:
@@ -210,8 +238,30 @@ class SpiceSession(Session):
                 port = SpicePort(channel.number, self, self._dialer, self._timeouts)
                 self._usbredir_ports.append(port)
                 self.ports.append(port)
+            elif channel.channel_type is ChannelType.DISPLAY and channel.number not in self.displays:
+                self.displays[channel.number] = SpiceDisplay(channel.number, self, self._dialer)
+            elif channel.channel_type is ChannelType.CURSOR and channel.number not in self.cursors:
+                self.cursors[channel.number] = SpiceCursor(channel.number, self, self._dialer)
+            elif channel.channel_type is ChannelType.INPUTS and self.inputs is None:
+                self.inputs = SpiceInputs(channel.number, self, self._dialer)
+                self.inputs.set_mouse_mode(self._mouse.supported, self._mouse.current)
         if not self._listed.done():
             self._listed.set_result(None)
+
+    def _side_channels(self) -> list[SideChannel]:
+        inputs = [] if self.inputs is None else [self.inputs]
+        return [*self.displays.values(), *self.cursors.values(), *inputs]
+
+    def _set_mouse(self, modes: MouseModes) -> None:
+        self._mouse = modes
+        if self.inputs is not None:
+            self.inputs.set_mouse_mode(modes.supported, modes.current)
+
+    def prefer_client_mouse(self) -> None:
+        """Ask for the mouse mode CLIENT, if the server supports it."""
+        if self._mouse.supported & MouseMode.CLIENT and self._mouse.current != MouseMode.CLIENT:
+            self._channel.send(ClientMessage.MAIN_MOUSE_MODE_REQUEST, MouseMode.CLIENT.to_bytes(2, "little"))
+            self._connection.write(self._channel.data_to_send())
 
     def moved(self, where: SwitchHost | None = None) -> None:
         """End the session: the VM migrated.
@@ -222,10 +272,10 @@ class SpiceSession(Session):
         self._fail(GuestMoved(where or self._destination))
 
     def _fail(self, error: FarplugError) -> None:
-        """End the session at once."""
+        """End the session at once; only the link of a display is not interrupted."""
         if not self.ended.done():
             self.ended.set_result(error)
-        self._connection.abort()
+        self._dialer.fragile.call_after(self._connection.abort)
 
     def _lost(self, error: Exception | None) -> None:
         if not self.ended.done():
@@ -256,3 +306,5 @@ class SpiceSession(Session):
             self._listed.exception()  # mark as retrieved: connect() may have been cancelled
         for port in self._usbredir_ports:
             port.session_ended(reason)
+        for channel in self._side_channels():
+            channel.session_closed()
