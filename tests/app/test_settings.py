@@ -101,14 +101,17 @@ def test_unknown_commands(name: object) -> None:
     assert caught.value.reason is Reason.UNKNOWN_COMMAND
     assert len(caught.value.message) < 120
     assert caught.value.message.isprintable()
-    assert caught.value.remedy == "commands: attach, detach, insert, eject, capture, stop-capture, list, status, quit"
+    assert caught.value.remedy == (
+        "commands: attach, detach, insert, eject, capture, stop-capture, screenshot, type, press, click, list, status, "
+        "quit"
+    )
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-@pytest.mark.parametrize("extra", ["name", "help", "x", "__class__"])
+@pytest.mark.parametrize("extra", ["name", "help", "z", "__class__"])
 def test_a_command_has_no_other_fields(name: str, extra: str) -> None:
     with pytest.raises(UsageError, match=f"^'{extra}' is not a known setting$") as caught:
-        commands.from_json(name, {extra: "x"})
+        commands.from_json(name, {extra: "z"})
     assert caught.value.reason is Reason.BAD_SETTING
     with pytest.raises(UsageError, match="is not an object"):
         commands.from_json(name, None)

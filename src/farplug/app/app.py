@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Awaitable, Callable
 from types import TracebackType
@@ -20,9 +21,13 @@ from farplug.app.commands import Command
 from farplug.app.events import EventReader, EventStream, Level, Listener
 from farplug.app.guest import Guest
 from farplug.app.link import AskPassword
-from farplug.app.settings import CaptureSettings, GuestSettings
+from farplug.app.png import check_path, write_png
+from farplug.app.settings import CaptureSettings, GuestSettings, TargetSettings
 from farplug.capture.writer import STANDARD_OUTPUT
 from farplug.errors import FarplugError, Reason, StateError, UsageError
+from farplug.spice.images import MAX_SIDE
+from farplug.spice.inputs import Button
+from farplug.target import open_session
 from farplug.text import shown
 from farplug.virtual.cdrom import CdromDrive
 
@@ -94,6 +99,19 @@ class App:
         except BaseException:
             await self.remove(guest)
             raise
+        return guest
+
+    async def connect_screen(self, settings: TargetSettings) -> Guest:
+        """Make a guest of which only the screen and the inputs are used: no port for a device is opened.
+
+        Raises:
+            UsageError: a setting is not valid.
+            TargetError: the VM cannot be reached.
+        """
+        session = await open_session(settings.parse())
+        self._count += 1
+        guest = Guest(session=session, stream=self.events, id=f"g{self._count}")
+        self.guests[guest.id] = guest
         return guest
 
     async def remove(self, guest: Guest) -> None:
@@ -184,6 +202,31 @@ class App:
     async def _stop_capture(self, command: commands.StopCapture) -> None:
         await self.guest(command.guest).stop_capture()
 
+    async def _screenshot(self, command: commands.Screenshot) -> Any:
+        check_path(command.path)
+        frame = await self.guest(command.guest).screen_of(command.display).frame()
+        png = await asyncio.to_thread(frame.png)
+        await asyncio.to_thread(write_png, command.path, png)
+        return {"path": command.path, "width": frame.width, "height": frame.height}
+
+    async def _type(self, command: commands.TypeText) -> None:
+        await self.guest(command.guest).inputs.type(command.text)
+
+    async def _press(self, command: commands.Press) -> None:
+        await self.guest(command.guest).inputs.press(command.keys)
+
+    async def _click(self, command: commands.Click) -> None:
+        inputs, button = self.guest(command.guest).inputs, Button[command.button.name]
+        for value in (command.x, command.y):
+            if abs(value) > MAX_SIDE:
+                raise UsageError(f"{value}: at most {MAX_SIDE} pixels", reason=Reason.BAD_SETTING)
+        if command.relative:
+            async with inputs.used():
+                await inputs.move_by(command.x, command.y)
+                await inputs.press_button(button)
+        else:
+            await inputs.click(command.x, command.y, button, display=command.display)
+
     async def _list(self, command: commands.ListDrives) -> Any:
         guest = self.guest(command.guest)
         drives = [
@@ -237,6 +280,10 @@ _DISPATCH: dict[type[Command], Callable[[App, Any], Awaitable[Any]]] = {
     commands.Eject: App._eject,
     commands.Capture: App._capture,
     commands.StopCapture: App._stop_capture,
+    commands.Screenshot: App._screenshot,
+    commands.TypeText: App._type,
+    commands.Press: App._press,
+    commands.Click: App._click,
     commands.ListDrives: App._list,
     commands.Status: App._status,
     commands.Quit: App._leave,

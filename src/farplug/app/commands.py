@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import ClassVar, Final
 
 from farplug.app.codec import decode
@@ -149,6 +150,88 @@ class StopCapture(Command):
     guest: str | None = None
 
 
+class ButtonName(StrEnum):
+    """A button of the mouse."""
+
+    LEFT = "left"
+    MIDDLE = "middle"
+    RIGHT = "right"
+
+
+@dataclass(frozen=True, slots=True)
+class Screenshot(Command):
+    """Write the picture of a display to a PNG file. The result has its ``path``, ``width`` and ``height``.
+
+    Attributes:
+        path: of the file. An existing PNG file is replaced; any other file is not.
+        display: the number of the display, from 0.
+        guest: the guest's id; None: the only one.
+    """
+
+    name = "screenshot"
+    help = ("screenshot PATH", "write the VM's screen to a PNG file")
+
+    path: str
+    display: int = 0
+    guest: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TypeText(Command):
+    """Type a text on the VM's keyboard, which has the US layout: see :meth:`farplug.app.screen.Inputs.type`.
+
+    Attributes:
+        text: what to type; a newline is the Return key.
+        guest: the guest's id; None: the only one.
+    """
+
+    name = "type"
+    help = ("type TEXT", "type a text on the VM's keyboard")
+
+    text: str
+    guest: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Press(Command):
+    """Press keys together, and release them: see :meth:`farplug.app.screen.Inputs.press`.
+
+    Attributes:
+        keys: names of X keysyms with ``+`` between them.
+        guest: the guest's id; None: the only one.
+    """
+
+    name = "press"
+    help = ("press KEYS", "press keys together, such as ctrl+alt+Delete")
+
+    keys: str
+    guest: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Click(Command):
+    """Click at a position on a display, or after the pointer was moved by a distance.
+
+    Attributes:
+        x: the column of the position, or the distance to the right.
+        y: the row of the position, or the distance down.
+        button: which one.
+        relative: ``x`` and ``y`` are a distance: for a VM without a tablet.
+        display: the number of the display, from 0.
+        guest: the guest's id; None: the only one.
+    """
+
+    name = "click"
+    help = ("click X Y", "click with the VM's mouse at a position")
+
+    x: int
+    y: int
+    button: ButtonName = ButtonName.LEFT
+    relative: bool = False
+    display: int = 0
+    guest: str | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Status(Command):
     """Return the state of the application: :meth:`farplug.app.app.App.snapshot`."""
@@ -165,7 +248,11 @@ class Quit(Command):
 
 
 COMMANDS: Final[Mapping[str, type[Command]]] = {
-    kind.name: kind for kind in (Attach, Detach, Insert, Eject, Capture, StopCapture, ListDrives, Status, Quit)
+    kind.name: kind
+    for kind in (
+        *(Attach, Detach, Insert, Eject, Capture, StopCapture),
+        *(Screenshot, TypeText, Press, Click, ListDrives, Status, Quit),
+    )
 }
 """All commands, by their names."""
 
@@ -211,11 +298,23 @@ def from_words(words: Sequence[str]) -> Command | None:
             return Capture(path)
         case ["stop-capture"] if not force:
             return StopCapture()
+        case ["screenshot", path] if not force:
+            return Screenshot(path)
+        case ["type", text] if not force:
+            return TypeText(text)
+        case ["press", keys] if not force:
+            return Press(keys)
+        case ["click", x, y] if not force and _is_number(x) and _is_number(y):
+            return Click(int(x), int(y))
         case ["list"] if not force:
             return ListDrives()
         case ["quit"] if not force:
             return Quit()
     return None
+
+
+def _is_number(word: str) -> bool:
+    return word.isascii() and word.isdecimal() and len(word) < 7
 
 
 def help_lines() -> list[str]:

@@ -19,6 +19,7 @@ from farplug.app.capture import GuestCapture
 from farplug.app.events import EventReader, EventStream, Level, level_of
 from farplug.app.guest_port import GuestPort
 from farplug.app.link import AskPassword, Link, error_fields
+from farplug.app.screen import Inputs, Screen
 from farplug.app.settings import CaptureSettings, DeviceRules, GuestSettings, Source, SourceKind, StorageSettings
 from farplug.app.sources import OpenSource, Sources, device_of, open_source
 from farplug.errors import (
@@ -83,6 +84,8 @@ class Guest:
             has left stays until its device is plugged again.
         served: a device was attached, or :meth:`run` waits for one as it was asked to.
         capturing: the path of the capture that runs; None: none does.
+        screen: the first display of the VM.
+        inputs: the keyboard and the mouse of the VM.
     """
 
     def __init__(
@@ -100,6 +103,8 @@ class Guest:
         self.attachments: list[Attachment] = []
         self.served = False
         self._link = Link(self, settings, session, ask_password, self._wire)
+        self.screen = self.screen_of(0)
+        self.inputs = Inputs(lambda: self.session, self.screen_of)
         self._sources = Sources()
         self._owned: dict[Device, Sequence[OpenSource]] = {}
         """Devices made of sources that :meth:`plug` opened: disposed of when the guest is closed, or before."""
@@ -207,6 +212,10 @@ class Guest:
             StateError: there is none yet.
         """
         return self._link.session
+
+    def screen_of(self, display: int) -> Screen:
+        """Return a display of the VM by its number, from 0."""
+        return Screen(lambda: self.session, display)
 
     async def connect(self) -> None:
         """Connect to the VM, and open its ports, which stay open until the guest is closed.

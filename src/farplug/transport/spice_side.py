@@ -86,6 +86,11 @@ class SideChannel(ABC):
         """Return whether the channel is linked."""
         return self._linked is not None
 
+    @property
+    def error(self) -> FarplugError | None:
+        """Return why the channel has ended; None: it is in use, or nobody uses it."""
+        return self._error
+
     @asynccontextmanager
     async def used(self) -> AsyncIterator[None]:
         """Return a context manager that keeps the channel linked.
