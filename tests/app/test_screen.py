@@ -51,13 +51,20 @@ class Machine:
         self.app = App()
 
     @asynccontextmanager
-    async def guest(self) -> AsyncIterator[Guest]:
+    async def serving(self) -> AsyncIterator[int]:
+        """Serve; the port."""
         side: dict[ChannelType, Behaviour] = {
             ChannelType.DISPLAY: self.screen.serve,
             ChannelType.INPUTS: self.inputs.serve,
         }
         fake = FakeSpice(main=self._main, channels=self.channels, side=side)
-        async with running(fake) as port, self.app:
+        async with running(fake) as port:
+            yield port
+
+    @asynccontextmanager
+    async def guest(self) -> AsyncIterator[Guest]:
+        """Serve, and connect; the guest."""
+        async with self.serving() as port, self.app:
             yield await self.app.connect_screen(TargetSettings(f"spice://127.0.0.1:{port}"))
         assert not self.screen.broken
 

@@ -401,7 +401,7 @@ async def test_the_mouse_mode_of_positions_is_preferred_while_inputs_are_used() 
         async with asyncio.timeout(60):
             while inputs.mouse_modes != 3:
                 await asyncio.sleep(0.001)
-            assert not requests, "nobody uses the inputs"
+            assert not requests, "the inputs are not used"
             async with inputs.used():
                 while not inputs.is_absolute:
                     await inputs.changed()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,15 +21,16 @@ from farplug.app import commands
 from farplug.app.commands import Command
 from farplug.app.events import EventReader, EventStream, Level, Listener
 from farplug.app.guest import Guest
-from farplug.app.link import AskPassword
+from farplug.app.link import PASSWORD_ATTEMPTS, AskPassword
 from farplug.app.png import check_path, write_png
 from farplug.app.settings import CaptureSettings, GuestSettings, TargetSettings
 from farplug.capture.writer import STANDARD_OUTPUT
-from farplug.errors import FarplugError, Reason, StateError, UsageError
+from farplug.errors import FarplugError, Reason, StateError, TargetError, UsageError
 from farplug.spice.images import MAX_SIDE
 from farplug.spice.inputs import Button
 from farplug.target import open_session
 from farplug.text import shown
+from farplug.transport.dialer import SpiceTarget
 from farplug.virtual.cdrom import CdromDrive
 
 
@@ -108,7 +110,18 @@ class App:
             UsageError: a setting is not valid.
             TargetError: the VM cannot be reached.
         """
-        session = await open_session(settings.parse())
+        target, attempts = settings.parse(), PASSWORD_ATTEMPTS
+        while True:
+            try:
+                session = await open_session(target)
+                break
+            except TargetError as error:
+                refused = error.reason in (Reason.WRONG_PASSWORD, Reason.NO_PASSWORD)
+                password = await self._ask_password(error) if refused and attempts and self._ask_password else None
+                if password is None or not isinstance(target, SpiceTarget):
+                    raise
+                attempts -= 1
+                target = replace(target, password=password)
         self._count += 1
         guest = Guest(session=session, stream=self.events, id=f"g{self._count}")
         self.guests[guest.id] = guest

@@ -251,7 +251,7 @@ class Inputs:
             TargetError: the VM has no inputs.
             GuestGoneError: the VM is gone.
         """
-        text_strokes(text)
+        check_text(text)
         inputs = self._inputs()
         async with inputs.used():
             locks = await self._locks(inputs)
@@ -396,6 +396,15 @@ class Inputs:
                 _channel(inputs).release_button(button)
                 inputs.flush()
         await asyncio.sleep(KEY_INTERVAL)
+
+
+def check_text(text: str) -> None:
+    """Check that a text can be typed.
+
+    Raises:
+        UsageError: the layout lacks a character (``BAD_KEY``).
+    """
+    text_strokes(text)
 
 
 def _channel(inputs: SpiceInputs) -> InputsChannel:

@@ -31,14 +31,13 @@ from farplug.app.settings import GuestSettings
 from farplug.cli import log, notify
 from farplug.cli.failure import Failure
 from farplug.cli.log_file import LogFile, log_path
-from farplug.cli.options import has_terminal, prompt_for_password
+from farplug.cli.options import ask_on_terminal
 from farplug.cli.service import ServiceOptions
 from farplug.control.messages import ErrorData
 from farplug.errors import FarplugError, InternalError, Reason, SessionError
 from farplug.exit_codes import ExitCode, exit_code
 from farplug.programs import child_environment
 from farplug.rate_limit import release_logs
-from farplug.text import printable
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,15 +161,8 @@ def _follow(channel: _Channel) -> Ready | None:
             case {"failed": error}:
                 raise ErrorData.parse(error).error()
             case {"ask": question}:
-                channel.send({"password": _ask(question)})
+                channel.send({"password": ask_on_terminal(question)})
     return None
-
-
-def _ask(question: str) -> str | None:
-    if not has_terminal():
-        return None
-    log.say(f"farplug: {printable(question)}")
-    return prompt_for_password()
 
 
 def _ended(process: subprocess.Popen[bytes]) -> NoReturn:

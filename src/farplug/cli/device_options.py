@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias, get_type_hints
+from typing import Annotated, TypeAlias
 
 import typer
 
@@ -22,7 +20,7 @@ from farplug.app.settings import (
     StorageSettings,
     UsbSpeed,
 )
-from farplug.cli.options import DEVICES, IMAGES, TUNING, BlockSizeOption, given_order
+from farplug.cli.options import DEVICES, IMAGES, TUNING, BlockSizeOption, given_order, with_fields
 from farplug.errors import Reason, UsageError
 from farplug.store.base import CacheMode
 from farplug.virtual.storage_transport import StorageTransport
@@ -336,29 +334,7 @@ class DeviceOptions:
 
 def with_device_options(command: Callable[..., None]) -> Callable[..., None]:
     """Replace a command's parameter ``options`` by the fields of :class:`DeviceOptions`."""
-    names = [field.name for field in fields(DeviceOptions)]
-
-    def with_options(**values: Any) -> None:
-        options = DeviceOptions(**{name: values.pop(name) for name in names})
-        command(options=options, **values)
-
-    hints = get_type_hints(DeviceOptions, include_extras=True)
-    own = get_type_hints(command, include_extras=True)
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    parameters: list[inspect.Parameter] = []
-    for parameter in inspect.signature(command).parameters.values():
-        if parameter.name == "options":
-            parameters += [
-                inspect.Parameter(field.name, keyword, default=field.default, annotation=hints[field.name])
-                for field in fields(DeviceOptions)
-            ]
-        else:
-            parameters.append(parameter.replace(kind=keyword, annotation=own[parameter.name]))
-    functools.update_wrapper(with_options, command)
-    del vars(with_options)["__wrapped__"]  # that one has other parameters
-    with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return with_options
+    return with_fields(command, "options", DeviceOptions)
 
 
 SNAPSHOT_KEY = ",snapshot="

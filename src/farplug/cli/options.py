@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import getpass
+import inspect
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, TypeAlias, get_type_hints
 
 import typer
 import typer.core
@@ -18,6 +21,7 @@ from farplug.app.settings import ReconnectSettings, TargetSettings
 from farplug.cli import log
 from farplug.errors import Reason, UsageError
 from farplug.programs import PASSWORD_VARIABLE
+from farplug.text import printable
 from farplug.transport import TARGET_FORMS
 
 SESSION_VARIABLE = "FARPLUG_SESSION"
@@ -89,6 +93,38 @@ def given_order(context: typer.Context) -> list[str]:
     """Return the names of the parameters that were given to a :class:`Command`, in order, with repetitions."""
     order: list[str] = context.meta[_ORDER]
     return order
+
+
+def with_fields(command: Callable[..., None], parameter: str, kind: type[Any]) -> Callable[..., None]:
+    """Return a command that has the fields of a dataclass as its options, in place of one parameter.
+
+    Args:
+        command: the command.
+        parameter: the name of the parameter, which gets an instance of the dataclass.
+        kind: the dataclass, whose fields are annotated as options.
+    """
+    names = [field.name for field in fields(kind)]
+
+    def with_options(**values: Any) -> None:
+        command(**{parameter: kind(**{name: values.pop(name) for name in names})}, **values)
+
+    hints = get_type_hints(kind, include_extras=True)
+    own = get_type_hints(command, include_extras=True)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters: list[inspect.Parameter] = []
+    for one in inspect.signature(command).parameters.values():
+        if one.name == parameter:
+            parameters += [
+                inspect.Parameter(field.name, keyword, default=field.default, annotation=hints[field.name])
+                for field in fields(kind)
+            ]
+        else:
+            parameters.append(one.replace(kind=keyword, annotation=own[one.name]))
+    functools.update_wrapper(with_options, command)
+    del vars(with_options)["__wrapped__"]  # that one has other parameters
+    with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    with_options.__annotations__ = {one.name: one.annotation for one in parameters}
+    return with_options
 
 
 class BlockSizeOption(StrEnum):
@@ -285,6 +321,14 @@ def prompt_for_password() -> str:
         return getpass.getpass("SPICE password: ")
     except EOFError:
         raise UsageError("no password was given", reason=Reason.BAD_OPTION) from None
+
+
+def ask_on_terminal(question: str) -> str | None:
+    """Show a refusal of the server, and prompt for another password; return None if there is no terminal."""
+    if not has_terminal():
+        return None
+    log.say(f"farplug: {printable(question)}")
+    return prompt_for_password()
 
 
 def _read_password(path: Path) -> str:

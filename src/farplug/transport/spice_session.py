@@ -49,8 +49,7 @@ _MAIN_MESSAGES: dict[int, int] = {
 
 
 _NOT_ENCRYPTED = "keyboard channel is insecure"
-"""A notice of servers when the inputs are linked without TLS: the target decides that, and other channels' passwords
-are no better protected."""
+"""Part of a notice of servers when the inputs are linked without TLS, which the target decides. It is not logged."""
 
 NO_CHANNEL_REMEDY = """\
 add one to the VM, one for each device:

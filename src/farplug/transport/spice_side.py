@@ -88,7 +88,7 @@ class SideChannel(ABC):
 
     @property
     def error(self) -> FarplugError | None:
-        """Return why the channel has ended; None: it is in use, or nobody uses it."""
+        """Return why the channel has ended; None: it is in use, or was closed."""
         return self._error
 
     @asynccontextmanager
@@ -113,7 +113,7 @@ class SideChannel(ABC):
                 self._linger = asyncio.get_running_loop().call_later(LINGER, self.close)
 
     def _unused(self) -> None:
-        """Take note that nobody uses the channel now."""
+        """Take note that the channel is not used now."""
 
     async def _link(self) -> None:
         if self._linked is None and self._linking is None:
@@ -195,7 +195,7 @@ class SideChannel(ABC):
         """Process a message."""
 
     def close(self) -> None:
-        """Close the channel, if it is linked; nobody uses it any more."""
+        """Close the channel, if it is linked. It must not be in use."""
         if self._linger is not None:
             self._linger.cancel()
             self._linger = None

@@ -1,0 +1,183 @@
+"""``farplug screenshot``, ``type``, ``press`` and ``click``: the screen, the keyboard and the mouse of a VM."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from json import dumps
+from typing import Annotated, Any
+
+import typer
+
+from farplug.app.commands import ButtonName, Click, Command, Press, Screenshot, TypeText
+from farplug.app.settings import TargetSettings
+from farplug.cli.options import (
+    PASSWORD_HELP,
+    AllowPlainOption,
+    AskPasswordOption,
+    CaFileOption,
+    DebugOption,
+    HostSubjectOption,
+    OptionalTargetArgument,
+    PasswordFileOption,
+    ProxyOption,
+    target_settings,
+    with_fields,
+)
+from farplug.cli.sessions import JsonOption, SessionOption
+from farplug.errors import Reason, UsageError
+
+PIECE = 100
+"""Characters that are typed with one request: after Ctrl-C no more than these follow."""
+STANDARD_INPUT = "-"
+
+DisplayOption = Annotated[
+    int, typer.Option("--display", metavar="N", min=0, help="The number of the display, for a VM with several.")
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a command is carried out: a running session, or a target."""
+
+    target: OptionalTargetArgument = None
+    session: SessionOption = None
+    password_file: PasswordFileOption = None
+    ask_password: AskPasswordOption = False
+    ca_file: CaFileOption = None
+    host_subject: HostSubjectOption = None
+    proxy: ProxyOption = None
+    allow_plain: AllowPlainOption = False
+
+    def settings(self, context: typer.Context) -> TargetSettings | None:
+        """Return the target as settings; None: a running session carries the command out.
+
+        Raises:
+            UsageError: the options contradict each other.
+        """
+        if self.target is None:
+            for name in ("password_file", "ask_password", "ca_file", "host_subject", "proxy", "allow_plain"):
+                if getattr(self, name):
+                    raise UsageError(
+                        f"--{name.replace('_', '-')} has no effect without TARGET", reason=Reason.BAD_OPTION
+                    )
+            return None
+        source = context.get_parameter_source("session")
+        if source is not None and source.name == "COMMANDLINE":
+            raise UsageError(
+                "TARGET and --session contradict each other",
+                reason=Reason.BAD_OPTION,
+                remedy="name the session, which serves the VM already, or the target of a VM without one",
+            )
+        return target_settings(
+            self.target,
+            self.password_file,
+            self.ask_password,
+            self.ca_file,
+            self.host_subject,
+            self.proxy,
+            self.allow_plain,
+        )
+
+
+def _with_place(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace a command's parameter ``place`` by the fields of :class:`Place`; add to its help what they mean."""
+    whole = with_fields(command, "place", Place)
+    whole.__doc__ = f"""{inspect.cleandoc(command.__doc__ or "")}
+
+A running session carries the command out. With TARGET, farplug connects alone: a SPICE server serves one client at a \
+time, so this ends the session of any other client of the VM, also one that has devices plugged in.
+
+{PASSWORD_HELP}
+"""
+    return whole
+
+
+@_with_place
+def screenshot(
+    context: typer.Context,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="The PNG file.", show_default=False)],
+    place: Place,
+    display: DisplayOption = 0,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Write the screen of a VM to a PNG file, in place of a PNG file that is there."""
+    if file == "-":
+        raise UsageError(
+            "a session writes to files, not to the standard output of this command",
+            reason=Reason.BAD_OPTION,
+            remedy="name a file",
+        )
+    (result,) = _carry_out(context, place, [Screenshot(os.path.abspath(file), display)])
+    typer.echo(dumps(result) if json else f"{file}: {result['width']}x{result['height']}")
+
+
+@_with_place
+def type_text(
+    context: typer.Context,
+    text: Annotated[
+        str,
+        typer.Argument(
+            metavar="TEXT",
+            help="What to type; '-' reads it from standard input, where passwords are not seen by other users.",
+            show_default=False,
+        ),
+    ],
+    place: Place,
+    debug: DebugOption = False,
+) -> None:
+    """Type a text on the keyboard of a VM, whose layout must be US. A newline is the Return key."""
+    if text == STANDARD_INPUT:
+        try:
+            text = sys.stdin.read()
+        except UnicodeDecodeError:
+            raise UsageError("standard input is not text", reason=Reason.BAD_OPTION) from None
+    from farplug.app.screen import check_text
+
+    check_text(text)
+    _carry_out(context, place, [TypeText(text[at : at + PIECE]) for at in range(0, len(text), PIECE)])
+
+
+@_with_place
+def press(
+    context: typer.Context,
+    keys: Annotated[
+        str,
+        typer.Argument(
+            metavar="KEYS", help="Keys that are pressed together, such as ctrl+alt+Delete, F1 or a.", show_default=False
+        ),
+    ],
+    place: Place,
+    debug: DebugOption = False,
+) -> None:
+    """Press keys of a VM's keyboard: the names of X keysyms, in any case, and the characters of a US keyboard."""
+    _carry_out(context, place, [Press(keys)])
+
+
+@_with_place
+def click(
+    context: typer.Context,
+    x: Annotated[int, typer.Argument(metavar="X", help="The column, in pixels from the left.", show_default=False)],
+    y: Annotated[int, typer.Argument(metavar="Y", help="The row, in pixels from the top.", show_default=False)],
+    place: Place,
+    button: Annotated[ButtonName, typer.Option("--button", help="The button.")] = ButtonName.LEFT,
+    relative: Annotated[
+        bool,
+        typer.Option("--relative", help="Move the pointer by X and Y, in a VM without a tablet. Write -5 after '--'."),
+    ] = False,
+    display: DisplayOption = 0,
+    debug: DebugOption = False,
+) -> None:
+    """Click with the mouse of a VM at a position of its screen."""
+    _carry_out(context, place, [Click(x, y, button, relative, display)])
+
+
+def _carry_out(context: typer.Context, place: Place, commands: list[Command]) -> list[Any]:
+    """Carry commands out, one after the other; return their results."""
+    from farplug.cli import screen_verbs
+
+    return screen_verbs.carry_out(place.session, place.settings(context), commands)
