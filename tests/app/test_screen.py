@@ -53,6 +53,7 @@ class Machine:
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[int]:
         """Serve; the port."""
+        self.loop = asyncio.get_running_loop()
         side: dict[ChannelType, Behaviour] = {
             ChannelType.DISPLAY: self.screen.serve,
             ChannelType.INPUTS: self.inputs.serve,

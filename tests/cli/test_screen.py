@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,6 +68,24 @@ def test_text_from_standard_input(cli: Cli, machine: Machine, target: str, monke
     monkeypatch.setattr(sys, "stdin", io.StringIO("x" * 101 + "\n"))
     assert cli("type", "-", target).code == 0
     assert keys(machine) == ["2dad"] * 101 + ["1c9c"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_signals_do_not_interrupt_the_link_of_a_display(machine: Machine, target: str, tmp_path: Path) -> None:
+    machine.screen.go.clear()
+    command = [sys.executable, "-c", "from farplug.cli.main import main; main()", "screenshot", "out.png", target]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        asyncio.run_coroutine_threadsafe(machine.screen.opened.wait(), machine.loop).result(60)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            process.send_signal(number)
+            time.sleep(0.1)
+        assert process.poll() is None
+        assert not machine.screen.broken
+        machine.loop.call_soon_threadsafe(machine.screen.go.set)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert "interrupted" in err
 
 
 @pytest.mark.parametrize(

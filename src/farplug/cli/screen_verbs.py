@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import signal
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import typer
@@ -33,7 +36,12 @@ def carry_out(session: str | None, target: TargetSettings | None, commands: Sequ
     Raises:
         FarplugError: a command cannot be carried out; those after it are not.
     """
-    return run(_through_session(session, commands) if target is None else _alone(target, commands))
+    if target is None:
+        return run(_through_session(session, commands))
+    try:
+        return run(_alone(target, commands))
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
 
 
 async def _through_session(session: str | None, commands: Sequence[Command]) -> list[Any]:
@@ -42,6 +50,12 @@ async def _through_session(session: str | None, commands: Sequence[Command]) -> 
 
 
 async def _alone(target: TargetSettings, commands: Sequence[Command]) -> list[Any]:
+    task = asyncio.current_task()
+    assert task is not None
+    # However often they come: the link of a display must not be interrupted, and closing the session waits for it.
+    for number in ("SIGINT", "SIGTERM", "SIGHUP"):
+        with suppress(NotImplementedError, AttributeError):  # on Windows
+            asyncio.get_running_loop().add_signal_handler(getattr(signal, number), task.cancel)
     # A .vv file has its own password, which expires: another one does not help.
     async with App(_ask if target.target.startswith("spice") else None) as app:
         guest = await app.connect_screen(target)
