@@ -6,10 +6,11 @@ import asyncio
 from collections.abc import Sequence
 
 from farplug.errors import DeviceError, Reason
-from farplug.usb.descriptors import EndpointDescriptor, InterfaceDescriptor, SuperSpeedCompanion
+from farplug.usb.descriptors import EndpointDescriptor, InterfaceDescriptor
+from farplug.usb.endpoints import bulk_endpoint, bulk_packet_size
 from farplug.usb.figures import Figures
 from farplug.usb.transfer import Transfer
-from farplug.usb.types import Speed, TransferType
+from farplug.usb.types import Speed
 from farplug.virtual.bot import BulkOnly
 from farplug.virtual.function import Function, FunctionHost
 from farplug.virtual.storage_transport import StorageTransport
@@ -33,7 +34,7 @@ MAX_UNITS = 16
 REFRESH_INTERVAL = 1.0
 """Seconds between two checks of the size of the stores."""
 
-_BULK_SIZES = {Speed.FULL: 64, Speed.HIGH: 512, Speed.SUPER: 1024}
+_MAX_BURST = 15
 
 _PIPES = ((COMMAND_PIPE, 1), (STATUS_PIPE, 2), (BULK_IN, 3), (BULK_OUT, 4))
 """The endpoints of USB Attached SCSI with the pipe ids of their pipe usage descriptors (UAS-2, table 10)."""
@@ -108,7 +109,7 @@ class MassStorage(Function):
     def configured(self, speed: Speed) -> None:
         self._active = self._settings(speed)[self._alternate]
         if self._active is self._uas:
-            self._uas.start(_BULK_SIZES[speed], streams=speed >= Speed.SUPER)
+            self._uas.start(bulk_packet_size(speed), streams=speed >= Speed.SUPER)
 
     def control(self, transfer: Transfer) -> bool:
         return self._active is self._bot and self._bot.control(transfer)
@@ -186,26 +187,18 @@ async def _make_durable(unit: LogicalUnit) -> DeviceError | None:
 
 
 def _bulk_only_endpoints(speed: Speed) -> tuple[EndpointDescriptor, ...]:
-    companion = SuperSpeedCompanion(max_burst=15) if speed >= Speed.SUPER else None
-    return tuple(
-        EndpointDescriptor(address, TransferType.BULK, _BULK_SIZES[speed], companion=companion)
-        for address in (BULK_IN, BULK_OUT)
-    )
+    return tuple(bulk_endpoint(address, speed, max_burst=_MAX_BURST) for address in (BULK_IN, BULK_OUT))
 
 
 def _uas_endpoints(speed: Speed) -> tuple[EndpointDescriptor, ...]:
+    """Return the pipes: all but the command pipe have streams (UASP, chapter 3.3)."""
     return tuple(
-        EndpointDescriptor(
+        bulk_endpoint(
             address,
-            TransferType.BULK,
-            _BULK_SIZES[speed],
-            companion=_companion(address) if speed >= Speed.SUPER else None,
+            speed,
+            max_burst=_MAX_BURST,
+            streams_exponent=0 if address == COMMAND_PIPE else STREAMS_EXPONENT,
             extra=bytes((4, _PIPE_USAGE, pipe, 0)),
         )
         for address, pipe in _PIPES
     )
-
-
-def _companion(address: int) -> SuperSpeedCompanion:
-    """Return the companion of a pipe: all pipes but the command pipe have streams (UASP, chapter 3.3)."""
-    return SuperSpeedCompanion(max_burst=15, attributes=0 if address == COMMAND_PIPE else STREAMS_EXPONENT)
