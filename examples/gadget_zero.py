@@ -18,7 +18,7 @@ from farplug.usb import Speed, Transfer
 from farplug.usb.descriptors import InterfaceDescriptor
 from farplug.usb.endpoints import bulk_endpoint
 from farplug.usb.types import Direction, RequestType
-from farplug.virtual import Function, FunctionHost, VirtualDevice
+from farplug.virtual import Function, FunctionHost, Numbers, VirtualDevice
 
 VENDOR_ID, PRODUCT_ID = 0x0525, 0xA4A0
 SOURCE, SINK = 0x81, 0x01
@@ -36,7 +36,7 @@ class SourceSink(Function):
         """Keep the device that this function belongs to: it can halt endpoints."""
         self._host = host
 
-    def interfaces(self, speed: Speed) -> Sequence[InterfaceDescriptor]:
+    def interfaces(self, speed: Speed, numbers: Numbers) -> Sequence[InterfaceDescriptor]:
         """Return one interface with two bulk endpoints."""
         endpoints = tuple(bulk_endpoint(address, speed) for address in (SOURCE, SINK))
         return (InterfaceDescriptor(0, 0, VENDOR_CLASS, 0, 0, endpoints),)

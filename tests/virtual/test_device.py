@@ -11,7 +11,7 @@ from farplug.rate_limit import BURST, release_logs
 from farplug.usb import Offer, Setup, Speed, Status, Transfer, TransferType
 from farplug.usb.descriptors import EndpointDescriptor, InterfaceDescriptor
 from farplug.usb.figures import Figures
-from farplug.virtual import Function, FunctionHost, VirtualDevice
+from farplug.virtual import Function, FunctionHost, Numbers, VirtualDevice
 from farplug.virtual.events import FunctionRaised
 
 BULK, INTERRUPT = TransferType.BULK, TransferType.INTERRUPT
@@ -30,7 +30,7 @@ class Echo(Function):
         self.open_error: Exception | None = None
         self.host: FunctionHost | None = None
 
-    def interfaces(self, speed: Speed) -> Sequence[InterfaceDescriptor]:
+    def interfaces(self, speed: Speed, numbers: Numbers) -> Sequence[InterfaceDescriptor]:
         bulk = (EndpointDescriptor(0x81, BULK, 512), EndpointDescriptor(0x01, BULK, 512))
         return (
             InterfaceDescriptor(0, 0, 255, 1, 2, bulk),
@@ -183,7 +183,7 @@ REQUESTS: list[tuple[str, bytes, bytes | None, bytes | None]] = [
     ("80 06 300 0 ff", b"", b"\4\3\x09\4", b"\4\3\x09\4"),
     ("80 06 302 409 6", b"", b"\x0a\3E\0c\0", b"\x0a\3E\0c\0"),
     ("80 06 305 409 ff", b"", None, None),
-    ("80 06 600 0 a", b"", None, b"\x0a\x06\0\2\0\0\0\x40\1\0"),
+    ("80 06 600 0 a", b"", None, b"\x0a\x06\0\2\xef\2\1\x40\1\0"),
     ("80 06 100 0 2", b"", b"\x12\1", b"\x12\1"),
     ("80 06 101 0 12", b"", None, None),
     ("80 06 2200 0 12", b"", None, None),

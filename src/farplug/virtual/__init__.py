@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from farplug.virtual.cdrom import CdromDrive, cdrom_device, drives_of
     from farplug.virtual.device import VirtualDevice
     from farplug.virtual.disk import Disk, disk_device
-    from farplug.virtual.function import Function, FunctionHost
+    from farplug.virtual.function import Function, FunctionHost, Numbers
     from farplug.virtual.storage import MassStorage
 from farplug.virtual.storage_transport import StorageTransport
 
@@ -18,6 +18,7 @@ __all__ = [
     "Function",
     "FunctionHost",
     "MassStorage",
+    "Numbers",
     "StorageTransport",
     "VirtualDevice",
     "cdrom_device",
@@ -33,6 +34,7 @@ lazy_import(
         "Function": ".function",
         "FunctionHost": ".function",
         "MassStorage": ".storage",
+        "Numbers": ".function",
         "StorageTransport": ".storage_transport",
         "VirtualDevice": ".device",
         "cdrom_device": ".cdrom",

@@ -27,7 +27,7 @@ from farplug.usb.types import (
     TransferType,
 )
 from farplug.virtual.events import FunctionRaised
-from farplug.virtual.function import Function, FunctionHost
+from farplug.virtual.function import Function, FunctionHost, Numbers
 from farplug.virtual.layout import CONFIGURATION, SPEEDS, Layout, Placement
 
 log = limited_logger(__name__)
@@ -39,14 +39,18 @@ class _Slot(FunctionHost):
     def __init__(self, function: Function, halted: set[int], report: Callable[[DeviceEvent], None]) -> None:
         self.function = function
         self._report = report
-        self.placement = Placement(0, 0, {}, {})
+        self.placement = Placement(Numbers(), 0, {})
         self._halted = halted
 
+    @property
+    def numbers(self) -> Numbers:
+        return self.placement.numbers
+
     def halt(self, endpoint: int) -> None:
-        self._halted.add(self.placement.addresses[endpoint])
+        self._halted.add(self.numbers.endpoint(endpoint))
 
     def is_halted(self, endpoint: int) -> bool:
-        return self.placement.addresses[endpoint] in self._halted
+        return self.numbers.endpoint(endpoint) in self._halted
 
     def report(self, event: DeviceEvent) -> None:
         self._report(event)
@@ -99,7 +103,8 @@ class VirtualDevice(Device):
     :class:`~farplug.virtual.events.FunctionRaised`; the device stays usable.
 
     Args:
-        functions: one or more. Several make a composite device with an interface association for each.
+        functions: one or more. Several make a composite device. Each function of several interfaces has an
+            interface association.
         vendor_id: 1d6b:0104 by default, the Linux Foundation's multifunction composite gadget.
         product_id: see ``vendor_id``.
         device_version: bcdDevice.
@@ -308,7 +313,7 @@ class VirtualDevice(Device):
         self._alternates[number] = alternate
         self._find_routes()
         with self._catch(slot.function):
-            slot.function.set_alternate(number - slot.placement.first_interface, alternate)
+            slot.function.set_alternate(number - slot.numbers.first_interface, alternate)
             slot.function.configured(self._speed)
         return Status.SUCCESS
 
@@ -327,7 +332,7 @@ class VirtualDevice(Device):
         """Return the slot of an interface; None if there is no such interface, or the device is not configured."""
         if self._configuration:
             for slot in self._slots:
-                if 0 <= number - slot.placement.first_interface < slot.placement.interface_count:
+                if 0 <= number - slot.numbers.first_interface < slot.placement.interface_count:
                     return slot
         return None
 
@@ -434,7 +439,7 @@ class VirtualDevice(Device):
             slot = self._slot_of_interface(setup.index & 0xFF)
             if slot is None:
                 return []
-            return [(slot, replace(setup, index=setup.index - slot.placement.first_interface))]
+            return [(slot, replace(setup, index=setup.index - slot.numbers.first_interface))]
         if setup.recipient is Recipient.ENDPOINT:
             route = self._routes.get(setup.index & 0xFF)
             return [] if route is None else [(route.slot, replace(setup, index=setup.index & 0xFF00 | route.own))]

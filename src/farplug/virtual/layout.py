@@ -20,7 +20,7 @@ from farplug.usb.descriptors import (
 )
 from farplug.usb.device import Identity
 from farplug.usb.types import DescriptorType, Direction, Speed
-from farplug.virtual.function import Function
+from farplug.virtual.function import Function, Numbers, Strings
 
 CONFIGURATION = 1
 """bConfigurationValue of the only configuration."""
@@ -42,31 +42,31 @@ class Placement:
     """The place of a function in the device.
 
     Attributes:
-        first_interface: the device's number of the function's interface 0.
+        numbers: the device's numbers by the function's own.
         interface_count: the number of interfaces.
-        addresses: the device's endpoint address by the function's own.
         own: the function's own endpoint address by the device's.
     """
 
-    first_interface: int
+    numbers: Numbers
     interface_count: int
-    addresses: Mapping[int, int]
     own: Mapping[int, int]
 
 
 def place(
-    interfaces: Sequence[InterfaceDescriptor], first: int, taken: set[int]
+    function: Function, speed: Speed, first: int, taken: set[int], strings: Strings
 ) -> tuple[tuple[InterfaceDescriptor, ...], Placement]:
     """Number a function's interfaces from ``first`` on, and assign endpoint addresses that are not in ``taken``.
 
-    An address that is free stays. Class-specific descriptors are not changed. The assigned addresses are added to
-    ``taken``.
+    An address that is free stays. Class-specific descriptors are not changed: the function receives the numbers for
+    them. The assigned addresses are added to ``taken``.
 
     Raises:
-        ValueError: more than fifteen endpoints in one direction.
+        ValueError: more than fifteen endpoints in one direction, or the function describes other interfaces once it has
+            its numbers.
     """
+    draft = function.interfaces(speed, Numbers(first, strings=strings))
     addresses: dict[int, int] = {}
-    for own in sorted({endpoint.address for interface in interfaces for endpoint in interface.endpoints}):
+    for own in _shape(draft)[1]:
         direction = own & Direction.IN
         candidates = (own, *(direction | number for number in range(1, 16)))
         address = next((candidate for candidate in candidates if candidate not in taken), None)
@@ -74,6 +74,10 @@ def place(
             raise ValueError(f"a device has at most 15 {Direction(direction).name} endpoints")
         addresses[own] = address
         taken.add(address)
+    numbers = Numbers(first, addresses, strings)
+    interfaces = function.interfaces(speed, numbers)
+    if _shape(interfaces) != _shape(draft):
+        raise ValueError(f"{type(function).__name__} describes other interfaces once it has its numbers")
     moved = tuple(
         replace(
             interface,
@@ -83,7 +87,13 @@ def place(
         for interface in sorted(interfaces, key=lambda interface: (interface.number, interface.alternate))
     )
     count = len({interface.number for interface in interfaces})
-    return moved, Placement(first, count, addresses, {address: own for own, address in addresses.items()})
+    return moved, Placement(numbers, count, {address: own for own, address in addresses.items()})
+
+
+def _shape(interfaces: Sequence[InterfaceDescriptor]) -> tuple[list[tuple[int, int]], list[int]]:
+    """Return the settings of a function, and its endpoint addresses."""
+    settings = sorted((interface.number, interface.alternate) for interface in interfaces)
+    return settings, sorted({endpoint.address for interface in interfaces for endpoint in interface.endpoints})
 
 
 class Layout:
@@ -106,10 +116,11 @@ class Layout:
     ) -> None:
         speed = identity.speed
         attributes = _SELF_POWERED | (_REMOTE_WAKEUP if remote_wakeup else 0)
-        class_, subclass, protocol = _ASSOCIATED if len(functions) > 1 else (0, 0, 0)
+        self._strings = strings = Strings()
+        indexes = [strings.index(text) for text in (identity.manufacturer, identity.product, identity.serial_number)]
+        self.configuration, self.placements = _configure(functions, speed, attributes, strings)
+        class_, subclass, protocol = _ASSOCIATED if self.configuration.associations else (0, 0, 0)
         self.identity = replace(identity, device_class=class_, device_subclass=subclass, device_protocol=protocol)
-        self.configuration, self.placements = _configure(functions, speed, attributes)
-        self._strings = (identity.manufacturer, identity.product, identity.serial_number)
         self._descriptors = {DescriptorType.CONFIGURATION: bytes(self.configuration)}
         version = _USB_2_0
         if Speed.SUPER in speeds:
@@ -117,7 +128,7 @@ class Layout:
             capability = SuperSpeedCapability(sum(1 << each for each in speeds), min(speeds))
             self._descriptors[DescriptorType.BOS] = bytes(BosDescriptor((Usb2Extension(), capability)))
         if speed is not Speed.SUPER:
-            other, _ = _configure(functions, Speed.FULL if speed is Speed.HIGH else Speed.HIGH, attributes)
+            other, _ = _configure(functions, Speed.FULL if speed is Speed.HIGH else Speed.HIGH, attributes, strings)
             kind = DescriptorType.OTHER_SPEED_CONFIGURATION
             self._descriptors[kind] = other.to_bytes(kind)
             qualifier = DeviceQualifier(version, class_, subclass, protocol)
@@ -131,9 +142,9 @@ class Layout:
             device_subclass=subclass,
             device_protocol=protocol,
             max_packet_size_0=_SUPERSPEED_MAX_PACKET_SIZE_0 if speed is Speed.SUPER else 64,
-            manufacturer_index=1 if identity.manufacturer else 0,
-            product_index=2 if identity.product else 0,
-            serial_number_index=3 if identity.serial_number else 0,
+            manufacturer_index=indexes[0],
+            product_index=indexes[1],
+            serial_number_index=indexes[2],
         )
         self._descriptors[DescriptorType.DEVICE] = bytes(device)
 
@@ -146,7 +157,7 @@ class Layout:
     def _string(self, index: int) -> bytes | None:
         if not index:
             return language_ids(ENGLISH)
-        text = self._strings[index - 1] if index <= len(self._strings) else ""
+        text = self._strings.text(index)
         return string_descriptor(text) if text else None
 
 
@@ -154,22 +165,22 @@ _KINDS = frozenset(DescriptorType)
 
 
 def _configure(
-    functions: Sequence[Function], speed: Speed, attributes: int
+    functions: Sequence[Function], speed: Speed, attributes: int, strings: Strings
 ) -> tuple[ConfigurationDescriptor, tuple[Placement, ...]]:
+    """Make the configuration. Functions of several interfaces have an association; others need none (IAD ECN, 9.X)."""
     interfaces: list[InterfaceDescriptor] = []
     associations: list[InterfaceAssociation] = []
     placements: list[Placement] = []
     taken: set[int] = set()
     first = 0
     for function in functions:
-        placed, placement = place(function.interfaces(speed), first, taken)
-        head = placed[0]
-        triple = head.interface_class, head.interface_subclass, head.interface_protocol
-        associations.append(InterfaceAssociation(first, placement.interface_count, *triple))
+        placed, placement = place(function, speed, first, taken, strings)
+        if placement.interface_count > 1:
+            head = placed[0]
+            triple = function.association or (head.interface_class, head.interface_subclass, head.interface_protocol)
+            associations.append(InterfaceAssociation(first, placement.interface_count, *triple))
         interfaces += placed
         placements.append(placement)
         first += placement.interface_count
-    if len(functions) == 1:
-        associations.clear()
     configuration = ConfigurationDescriptor(CONFIGURATION, tuple(interfaces), tuple(associations), attributes)
     return configuration, tuple(placements)

@@ -12,7 +12,7 @@ from farplug.usb.figures import Figures
 from farplug.usb.transfer import Transfer
 from farplug.usb.types import Speed
 from farplug.virtual.bot import BulkOnly
-from farplug.virtual.function import Function, FunctionHost
+from farplug.virtual.function import Function, FunctionHost, Numbers
 from farplug.virtual.storage_transport import StorageTransport
 from farplug.virtual.uas import STREAMS_EXPONENT, Uas
 from farplug.virtual.unit import LogicalUnit
@@ -86,7 +86,7 @@ class MassStorage(Function):
             return (self._bot,)
         return (self._uas,) if self._transport is StorageTransport.UAS else (self._bot, self._uas)
 
-    def interfaces(self, speed: Speed) -> Sequence[InterfaceDescriptor]:
+    def interfaces(self, speed: Speed, numbers: Numbers) -> Sequence[InterfaceDescriptor]:
         return tuple(
             InterfaceDescriptor(
                 0, alternate, CLASS_MASS_STORAGE, SUBCLASS_SCSI, PROTOCOL_BULK_ONLY, _bulk_only_endpoints(speed)
