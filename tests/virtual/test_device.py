@@ -1,20 +1,24 @@
 from __future__ import annotations
 
+import asyncio
 import struct
 from collections.abc import Sequence
+from unittest.mock import ANY
 
 import pytest
 from tests.virtual.bulk_only import Listener
 
 from farplug.errors import DeviceError, Reason, StateError
 from farplug.rate_limit import BURST, release_logs
-from farplug.usb import Offer, Setup, Speed, Status, Transfer, TransferType
+from farplug.testing.memory import MemoryGuest, TransferFailed
+from farplug.usb import Offer, Reception, Setup, Speed, Status, Transfer, TransferType
 from farplug.usb.descriptors import EndpointDescriptor, InterfaceDescriptor
+from farplug.usb.endpoints import bulk_endpoint, periodic_endpoint
 from farplug.usb.figures import Figures
 from farplug.virtual import Function, FunctionHost, Numbers, VirtualDevice
 from farplug.virtual.events import FunctionRaised
 
-BULK, INTERRUPT = TransferType.BULK, TransferType.INTERRUPT
+BULK, INTERRUPT, ISOCHRONOUS = TransferType.BULK, TransferType.INTERRUPT, TransferType.ISOCHRONOUS
 
 
 class Echo(Function):
@@ -45,6 +49,7 @@ class Echo(Function):
         self.log.append(f"configured {speed}")
 
     def set_alternate(self, interface: int, alternate: int) -> None:
+        super().set_alternate(interface, alternate)
         self.log.append(f"alternate {interface} {alternate}")
 
     def control(self, transfer: Transfer) -> bool:
@@ -278,7 +283,7 @@ async def test_alternate_settings() -> None:
     pending = driver.receive(0x81)
     assert await driver.device.set_interface(0, 2) is Status.SUCCESS
     assert pending.status is Status.CANCELLED
-    assert function.log == ["submit 81", "reset False", "alternate 0 2", "configured super"]
+    assert function.log == ["submit 81", "reset False", "alternate 0 2"]
     assert driver.control("81 0a 0 0 1").reply == b"\2"
     assert driver.device.interfaces[0].interface_protocol == 3
     waiting = driver.receive(0x82, type=INTERRUPT)
@@ -310,7 +315,8 @@ async def test_two_functions() -> None:
     assert driver.control("a2 5 0 8f 10").status is Status.STALL
     assert driver.device.figures == Figures(commands=2)
     assert await driver.device.set_interface(2, 2) is Status.SUCCESS
-    assert second.log[-2:] == ["alternate 0 2", "configured super"]
+    assert second.log[-1] == "alternate 0 2"
+    assert "alternate 0 2" not in first.log
     assert second.host is not None
     second.host.halt(0x81)
     assert driver.receive(0x83).status is Status.STALL
@@ -379,6 +385,130 @@ async def test_the_log_of_a_function_that_always_raises_is_limited(caplog: pytes
     release_logs()
     assert caplog.messages[BURST:] == ["Echo raised (9 more like this)"]
     assert "a defect of the function" in (caplog.records[-1].exc_text or caplog.text)
+
+
+class Meter(Function):
+    """Sends a reading on an interrupt endpoint, samples on an isochronous one, and takes samples."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.status = Status.SUCCESS
+        self.taken: list[bytes] = []
+
+    def interfaces(self, speed: Speed, numbers: Numbers) -> Sequence[InterfaceDescriptor]:
+        endpoints = (
+            periodic_endpoint(0x81, INTERRUPT, speed, packet_size=8, microseconds=1000),
+            periodic_endpoint(0x82, ISOCHRONOUS, speed, packet_size=64, microseconds=1000),
+            periodic_endpoint(0x01, ISOCHRONOUS, speed, packet_size=64, microseconds=1000),
+            bulk_endpoint(0x83, speed),
+        )
+        return (InterfaceDescriptor(0, 0, 255, 0, 0, endpoints), InterfaceDescriptor(0, 1, 255, 0, 0, endpoints[:1]))
+
+    def bind(self, host: FunctionHost) -> None:
+        self.host = host
+
+    def receiving(self, endpoint: int, reception: Reception) -> Status:
+        self.log.append(f"receiving {endpoint:02x}")
+        if self.status is Status.IO_ERROR:
+            raise RuntimeError("a defect of the function")
+        return self.status
+
+    def stopped(self, endpoint: int) -> None:
+        self.log.append(f"stopped {endpoint:02x}")
+
+    def submit(self, transfer: Transfer) -> None:
+        self.taken.append(bytes(transfer.data))
+        transfer.complete()
+
+    def cancel(self, transfer: Transfer) -> None:
+        raise AssertionError
+
+    def reset(self, *, port_reset: bool) -> None:
+        self.log.append("reset")
+
+
+async def test_receptions() -> None:
+    first, second = Meter(), Meter()
+    async with MemoryGuest(VirtualDevice(first, second)) as guest:
+        await guest.enumerate()
+        assert not second.host.send(0x81, b"before the start")
+        reading = asyncio.ensure_future(guest.interrupt_in(0x84))
+        await guest.wait(lambda: bool(second.log[1:]))
+        assert second.log[1:] == ["receiving 81"]
+        assert second.host.send(0x81, b"21.5 C")
+        assert second.host.send(0x81, b"21.6 C")
+        assert not first.host.send(0x81, b"another endpoint")
+        assert await reading == b"21.5 C"
+        assert await guest.interrupt_in(0x84) == b"21.6 C"
+        assert second.host.send(0x81, b"22", Status.IO_ERROR)
+        with pytest.raises(TransferFailed, match="io-error"):
+            await guest.interrupt_in(0x84)
+        await guest.stop_receiving(0x84)
+        assert second.log[-1] == "stopped 81"
+        assert not second.host.send(0x81, b"after the stop")
+        samples = asyncio.ensure_future(guest.iso_in(0x85))
+        await guest.wait(lambda: second.log[-1] == "receiving 82")
+        assert second.host.send(0x82, bytes(48))
+        assert await samples == bytes(48)
+        await guest.iso_out(0x02, b"sound")
+        await guest.iso_out(0x02, b"more")
+        assert second.log[-1] == "receiving 01"
+        while len(second.taken) < 2:
+            await asyncio.sleep(0)
+        assert second.taken == [b"sound", b"more"]
+        await guest.set_interface(1, 1)
+        assert not second.host.send(0x82, bytes(48))
+        assert not second.host.send(0x81, bytes(8))
+        with pytest.raises(TransferFailed, match="no such endpoint"):
+            await guest.iso_in(0x85)
+
+
+async def test_a_reception_of_a_halted_endpoint_ends() -> None:
+    async with MemoryGuest(VirtualDevice(meter := Meter())) as guest:
+        await guest.enumerate()
+        reading = asyncio.ensure_future(guest.interrupt_in(0x81))
+        await guest.wait(lambda: meter.log[-1] == "receiving 81")
+        meter.host.halt(0x81)
+        assert not meter.host.send(0x81, b"lost")
+        with pytest.raises(TransferFailed, match="stall"):
+            await reading
+        with pytest.raises(TransferFailed, match="stall"):
+            await guest.interrupt_in(0x81)
+        assert meter.log[-1] == "stopped 81"
+        await guest.clear_halt(0x81)
+        reading = asyncio.ensure_future(guest.interrupt_in(0x81))
+        await guest.wait(lambda: meter.log[-1] == "receiving 81")
+        assert meter.host.send(0x81, b"sent")
+        assert await reading == b"sent"
+
+
+async def test_receptions_that_cannot_start() -> None:
+    driver = await plugged(meter := Meter())
+    device = driver.device
+    for endpoint, type in ((0x83, BULK), (0x81, ISOCHRONOUS), (0x8F, INTERRUPT)):
+        assert device.start_receiving(Reception(endpoint, type)) is Status.STALL
+    assert meter.log == ["reset", "reset"]
+    for status in (Status.STALL, Status.IO_ERROR):
+        meter.status = status
+        assert device.start_receiving(Reception(0x81, INTERRUPT)) is Status.STALL
+    assert driver.listener.events == [FunctionRaised("Meter", ANY)]
+    meter.status = Status.SUCCESS
+    assert device.start_receiving(Reception(0x81, INTERRUPT)) is Status.SUCCESS
+    assert device.start_receiving(Reception(0x81, INTERRUPT)) is Status.INVALID
+    await device.reset()
+    assert device.stop_receiving(0x81) is Status.SUCCESS
+    assert "stopped 81" not in meter.log
+    echo = await plugged(Echo())
+    assert await echo.device.set_interface(0, 2) is Status.SUCCESS
+    assert echo.device.start_receiving(Reception(0x82, INTERRUPT)) is Status.STALL
+
+
+async def test_a_task_of_a_function_that_raises(caplog: pytest.LogCaptureFixture) -> None:
+    driver = await plugged(meter := Meter())
+    error = RuntimeError("a defect of the task")
+    meter.host.raised(error)
+    assert driver.listener.events == [FunctionRaised("Meter", error)]
+    assert "a defect of the task" in (caplog.records[-1].exc_text or caplog.text)
 
 
 async def test_open_and_close() -> None:

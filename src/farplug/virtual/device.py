@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from farplug.errors import StateError
 from farplug.rate_limit import limited_logger
-from farplug.usb.device import Device, DeviceEvent, DeviceListener, Identity, Offer
+from farplug.usb.device import Device, DeviceEvent, DeviceListener, Identity, Offer, Reception
 from farplug.usb.figures import Figures
 from farplug.usb.transfer import Status, Transfer
 from farplug.usb.types import (
@@ -36,24 +36,29 @@ log = limited_logger(__name__)
 class _Slot(FunctionHost):
     """A function of the device, and its place."""
 
-    def __init__(self, function: Function, halted: set[int], report: Callable[[DeviceEvent], None]) -> None:
+    def __init__(self, function: Function, device: VirtualDevice) -> None:
         self.function = function
-        self._report = report
         self.placement = Placement(Numbers(), 0, {})
-        self._halted = halted
+        self._device = device
 
     @property
     def numbers(self) -> Numbers:
         return self.placement.numbers
 
+    def send(self, endpoint: int, data: Buffer, status: Status = Status.SUCCESS) -> bool:
+        return self._device._send(self.numbers.endpoint(endpoint), data, status)
+
     def halt(self, endpoint: int) -> None:
-        self._halted.add(self.numbers.endpoint(endpoint))
+        self._device._halt(self.numbers.endpoint(endpoint))
 
     def is_halted(self, endpoint: int) -> bool:
-        return self.numbers.endpoint(endpoint) in self._halted
+        return self.numbers.endpoint(endpoint) in self._device._halted
 
     def report(self, event: DeviceEvent) -> None:
-        self._report(event)
+        self._device._report(event)
+
+    def raised(self, error: Exception) -> None:
+        self._device._function_raised(self.function, error, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +152,8 @@ class VirtualDevice(Device):
             serial_number=serial_number,
         )
         self._halted: set[int] = set()
-        self._slots = tuple(_Slot(function, self._halted, self._report) for function in functions)
+        self._receiving: set[int] = set()
+        self._slots = tuple(_Slot(function, self) for function in functions)
         self._listener: DeviceListener | None = None
         self._renumbered: dict[Transfer, tuple[_Slot, Transfer]] = {}
         """Pending transfers that the function sees with other numbers: the slot, and the function's transfer."""
@@ -283,6 +289,7 @@ class VirtualDevice(Device):
         self._routes: dict[int, _Route] = {}
         self._enabled: set[int] = set()
         self._halted.clear()
+        self._receiving.clear()
 
     def _choose_configuration(self, value: int) -> Status:
         if value not in (0, CONFIGURATION):
@@ -306,15 +313,14 @@ class VirtualDevice(Device):
         settings = self._layout.configuration.settings(number)
         if alternate not in settings:
             return Status.STALL
-        with self._catch(slot.function):
-            slot.function.reset(port_reset=False)
         for setting in settings.values():
-            self._halted.difference_update(endpoint.address for endpoint in setting.endpoints)
-        self._alternates[number] = alternate
-        self._find_routes()
+            addresses = {endpoint.address for endpoint in setting.endpoints}
+            self._halted -= addresses
+            self._receiving -= addresses
         with self._catch(slot.function):
             slot.function.set_alternate(number - slot.numbers.first_interface, alternate)
-            slot.function.configured(self._speed)
+        self._alternates[number] = alternate
+        self._find_routes()
         return Status.SUCCESS
 
     def _find_routes(self) -> None:
@@ -388,6 +394,46 @@ class VirtualDevice(Device):
             slot.function.cancel(transfer)
         except Exception as error:
             self._function_raised(slot.function, error, None)
+
+    # Receptions
+
+    def start_receiving(self, reception: Reception) -> Status:
+        endpoint = reception.endpoint
+        route = self._routes.get(endpoint)
+        if endpoint in self._receiving:
+            return Status.INVALID
+        if route is None or route.type is not reception.type or route.type is TransferType.BULK:
+            return Status.STALL
+        if endpoint in self._halted:
+            return Status.STALL
+        self._receiving.add(endpoint)
+        status = Status.STALL
+        with self._catch(route.slot.function):
+            status = route.slot.function.receiving(route.own, reception)
+        if status is not Status.SUCCESS:
+            self._receiving.discard(endpoint)
+        return status
+
+    def stop_receiving(self, endpoint: int) -> Status:
+        if endpoint in self._receiving:
+            self._receiving.discard(endpoint)
+            route = self._routes[endpoint]
+            with self._catch(route.slot.function):
+                route.slot.function.stopped(route.own)
+        return Status.SUCCESS
+
+    def _send(self, endpoint: int, data: Buffer, status: Status) -> bool:
+        if self._listener is None or endpoint not in self._receiving:
+            return False
+        return self._listener.received(endpoint, status, data)
+
+    def _halt(self, endpoint: int) -> None:
+        """Halt an endpoint. A reception ends, so that the guest learns of the halt, and starts it again afterwards."""
+        self._halted.add(endpoint)
+        if endpoint in self._receiving:
+            self.stop_receiving(endpoint)
+            if self._listener is not None:
+                self._listener.reception_ended(endpoint, Status.STALL)
 
     def _renumber(self, transfer: Transfer, slot: _Slot, endpoint: int, setup: Setup | None) -> Transfer:
         """Make the transfer that the function sees; its completion completes the guest's transfer."""
@@ -492,7 +538,7 @@ class VirtualDevice(Device):
         if route is None:
             return b"" if setup.index in (0x00, 0x80) and not enable else None
         if enable:
-            self._halted.add(setup.index)
+            self._halt(setup.index)
         else:
             self._halted.discard(setup.index)
             with self._catch(route.slot.function):

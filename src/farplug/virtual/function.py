@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from farplug.usb.device import DeviceEvent
+from farplug.usb.device import DeviceEvent, Reception
 from farplug.usb.figures import Figures
 from farplug.usb.share import NO_PORT, Share
-from farplug.usb.transfer import Transfer
-from farplug.usb.types import Speed
+from farplug.usb.transfer import Status, Transfer
+from farplug.usb.types import Buffer, Speed
 
 if TYPE_CHECKING:
     from farplug.usb.descriptors import InterfaceDescriptor
@@ -88,6 +88,14 @@ class FunctionHost(ABC):
         """Return the function's numbers at the current speed."""
 
     @abstractmethod
+    def send(self, endpoint: int, data: Buffer, status: Status = Status.SUCCESS) -> bool:
+        """Send one packet on an interrupt or isochronous IN endpoint, without a request for it.
+
+        Returns:
+            False if the packet was dropped: the guest does not receive from the endpoint, or does not take packets now.
+        """
+
+    @abstractmethod
     def halt(self, endpoint: int) -> None:
         """Halt an endpoint: every transfer on it stalls until the guest clears the halt or resets."""
 
@@ -98,6 +106,10 @@ class FunctionHost(ABC):
     @abstractmethod
     def report(self, event: DeviceEvent) -> None:
         """Report an event to the listener of the device; drop the event while the device is closed."""
+
+    @abstractmethod
+    def raised(self, error: Exception) -> None:
+        """Report an exception of a task of the function: in the log with its traceback, and as an event."""
 
 
 class Function(ABC):
@@ -143,10 +155,15 @@ class Function(ABC):
         """Keep the host for later. Called once, when the function becomes a part of a device."""
 
     def configured(self, speed: Speed) -> None:
-        """Start from the initial state: the guest selected the configuration, or an alternate setting."""
+        """Start from the initial state: the guest selected the configuration. Every interface has its setting 0."""
 
     def set_alternate(self, interface: int, alternate: int) -> None:
-        """Select an alternate setting of one of the function's interfaces."""
+        """Select an alternate setting of one of the function's interfaces.
+
+        Complete the pending transfers of this interface as ``CANCELLED``; its receptions have ended. The default resets
+        the whole function.
+        """
+        self.reset(port_reset=False)
 
     def control(self, transfer: Transfer) -> bool:
         """Complete a class or vendor request to the device, or to an interface or endpoint of the function.
@@ -163,6 +180,20 @@ class Function(ABC):
     @abstractmethod
     def cancel(self, transfer: Transfer) -> None:
         """Complete a transfer that is still pending as ``CANCELLED``; ignore a completed one."""
+
+    def receiving(self, endpoint: int, reception: Reception) -> Status:
+        """Begin to send on an interrupt or isochronous IN endpoint, or to receive on an isochronous OUT endpoint.
+
+        Until :meth:`stopped`, a reset, or a new setting of the interface, packets sent with :meth:`FunctionHost.send`
+        reach the guest. An isochronous OUT endpoint receives transfers, which have no answer.
+
+        Returns:
+            ``SUCCESS``, or ``STALL`` if the endpoint does not work now.
+        """
+        return Status.STALL
+
+    def stopped(self, endpoint: int) -> None:
+        """Stop what :meth:`receiving` began: the guest stopped it, or the endpoint was halted."""
 
     def halt_cleared(self, endpoint: int) -> None:
         """Resume an endpoint: the guest cleared its halt, or the endpoint was not halted."""

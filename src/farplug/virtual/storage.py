@@ -70,7 +70,7 @@ class MassStorage(Function):
         self._bot = BulkOnly(units, BULK_IN, BULK_OUT)
         self._uas = Uas(units, command=COMMAND_PIPE, status=STATUS_PIPE, data_in=BULK_IN, data_out=BULK_OUT)
         self._active: BulkOnly | Uas = self._bot
-        self._alternate = 0
+        self._speed = Speed.HIGH
         self._refreshing: asyncio.TimerHandle | None = None
 
     def optional(self, speed: Speed) -> str:
@@ -103,13 +103,18 @@ class MassStorage(Function):
         for unit in self.units:
             unit.report = host.report
 
-    def set_alternate(self, interface: int, alternate: int) -> None:
-        self._alternate = alternate
-
     def configured(self, speed: Speed) -> None:
-        self._active = self._settings(speed)[self._alternate]
+        self._speed = speed
+        self._start(0)
+
+    def set_alternate(self, interface: int, alternate: int) -> None:
+        self._active.reset()
+        self._start(alternate)
+
+    def _start(self, alternate: int) -> None:
+        self._active = self._settings(self._speed)[alternate]
         if self._active is self._uas:
-            self._uas.start(bulk_packet_size(speed), streams=speed >= Speed.SUPER)
+            self._uas.start(bulk_packet_size(self._speed), streams=self._speed >= Speed.SUPER)
 
     def control(self, transfer: Transfer) -> bool:
         return self._active is self._bot and self._bot.control(transfer)
@@ -126,7 +131,6 @@ class MassStorage(Function):
 
     def reset(self, *, port_reset: bool) -> None:
         self._active.reset()
-        self._alternate = 0
         if port_reset:
             for unit in self.units:
                 unit.scsi.reset()
