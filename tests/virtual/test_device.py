@@ -6,16 +6,26 @@ from collections.abc import Sequence
 from unittest.mock import ANY
 
 import pytest
-from tests.virtual.bulk_only import Listener
+from tests.virtual.bulk_only import Listener, Pattern
 
 from farplug.errors import DeviceError, Reason, StateError
 from farplug.rate_limit import BURST, release_logs
 from farplug.testing.memory import MemoryGuest, TransferFailed
 from farplug.usb import Offer, Reception, Setup, Speed, Status, Transfer, TransferType
-from farplug.usb.descriptors import EndpointDescriptor, InterfaceDescriptor
+from farplug.usb.descriptors import (
+    BosDescriptor,
+    ContainerId,
+    DeviceDescriptor,
+    EndpointDescriptor,
+    InterfaceDescriptor,
+    OtherCapability,
+    Usb2Extension,
+)
 from farplug.usb.endpoints import bulk_endpoint, periodic_endpoint
 from farplug.usb.figures import Figures
-from farplug.virtual import Function, FunctionHost, Numbers, VirtualDevice
+from farplug.usb.platform import WindowsDriver
+from farplug.usb.types import DescriptorType
+from farplug.virtual import Disk, Function, FunctionHost, Numbers, VirtualDevice
 from farplug.virtual.events import FunctionRaised
 
 BULK, INTERRUPT, ISOCHRONOUS = TransferType.BULK, TransferType.INTERRUPT, TransferType.ISOCHRONOUS
@@ -590,3 +600,43 @@ async def test_every_setup_packet_is_answered() -> None:
                     driver._submit(transfer)
                     count += 1
         assert len(driver.completed) == count
+
+
+class Tool(Echo):
+    """A function for which Windows has no driver of its own."""
+
+    windows_driver = WindowsDriver(interface_guids=("{01234567-89ab-cdef-0123-456789abcdef}",))
+
+
+async def test_drivers_for_windows_and_pages_for_browsers() -> None:
+    device = VirtualDevice(Disk(Pattern()), Tool(), speeds=(Speed.HIGH,), landing_page="https://example.org/")
+    async with MemoryGuest(device) as guest:
+        await guest.enumerate()
+        raw = await guest.get_descriptor(DescriptorType.DEVICE, length=18)
+        assert DeviceDescriptor.parse(raw).usb_version == 0x0210
+        bos = BosDescriptor.parse(await guest.get_descriptor(DescriptorType.BOS, length=255))
+        assert not bos.warnings
+        extension, windows, browser = bos.capabilities
+        assert extension == Usb2Extension()
+        assert isinstance(windows, OtherCapability)
+        assert isinstance(browser, OtherCapability)
+        size, request = int.from_bytes(windows.raw[24:26], "little"), windows.raw[26]
+        found = await guest.control_in(Setup(0xC0, request, 0, 7, 0xFFF))
+        assert len(found) == size
+        assert found[18:26] == bytes.fromhex("0800 0200 01 00 a000")  # the function begins at interface 1
+        assert await guest.control_in(Setup(0xC0, request, 0, 7, 10)) == found[:10]
+        url = await guest.control_in(Setup(0xC0, browser.raw[22], browser.raw[23], 2, 255))
+        assert url[3:] == b"example.org/"
+        assert await guest.control_in(Setup(0xC0, request, 0, 6, 255)) == b"echo"  # another index: the function's
+
+
+async def test_a_device_without_platform_capabilities_has_no_bos() -> None:
+    driver = await plugged(speed=Speed.HIGH)
+    assert driver.control("80 06 f00 0 ff").status is Status.STALL
+
+
+async def test_further_capabilities() -> None:
+    device = VirtualDevice(Echo(), speeds=(Speed.HIGH,), capabilities=(ContainerId(bytes(range(16))),))
+    async with MemoryGuest(device) as guest:
+        bos = BosDescriptor.parse(await guest.get_descriptor(DescriptorType.BOS, length=255))
+        assert bos.capabilities == (Usb2Extension(), ContainerId(bytes(range(16))))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from farplug.errors import StateError
 from farplug.rate_limit import limited_logger
+from farplug.usb.descriptors import Capability
 from farplug.usb.device import Device, DeviceEvent, DeviceListener, Identity, Offer, Reception
 from farplug.usb.figures import Figures
 from farplug.usb.transfer import Status, Transfer
@@ -29,6 +30,9 @@ from farplug.usb.types import (
 from farplug.virtual.events import FunctionRaised
 from farplug.virtual.function import Function, FunctionHost, Numbers
 from farplug.virtual.layout import CONFIGURATION, SPEEDS, Layout, Placement
+
+_VENDOR_IN = 0xC0
+"""bmRequestType of vendor requests to the device with an IN data stage."""
 
 log = limited_logger(__name__)
 
@@ -118,9 +122,12 @@ class VirtualDevice(Device):
         serial_number: iSerialNumber; for a disk 12 or more upper-case hex digits.
         speeds: the speeds that the device can run at, the best first: SUPER, HIGH, FULL.
         remote_wakeup: whether the device may wake a sleeping guest.
+        capabilities: further device capabilities.
+        landing_page: the http or https URL that a browser with WebUSB offers when the device is plugged in.
 
     Raises:
-        ValueError: there is no function, a speed is not supported, or there are more endpoints than a device can have.
+        ValueError: there is no function, a speed is not supported, there are more endpoints than a device can have, or
+            the landing page is not valid.
     """
 
     def __init__(
@@ -134,6 +141,8 @@ class VirtualDevice(Device):
         serial_number: str = "",
         speeds: Sequence[Speed] = (Speed.SUPER, Speed.HIGH),
         remote_wakeup: bool = False,
+        capabilities: Sequence[Capability] = (),
+        landing_page: str = "",
     ) -> None:
         if not functions:
             raise ValueError("a device has at least one function")
@@ -142,6 +151,8 @@ class VirtualDevice(Device):
         self.functions = functions
         self._speeds = tuple(speeds)
         self._remote_wakeup = remote_wakeup
+        self._capabilities = tuple(capabilities)
+        self._landing_page = landing_page
         self._identity = Identity(
             speeds[0],
             vendor_id,
@@ -216,7 +227,14 @@ class VirtualDevice(Device):
         for function in self.functions:
             function.leave_out(bool(offer.without))
         identity = replace(self._identity, speed=offer.speed)
-        self._layout = Layout(identity, self.functions, self._speeds, remote_wakeup=self._remote_wakeup)
+        self._layout = Layout(
+            identity,
+            self.functions,
+            self._speeds,
+            remote_wakeup=self._remote_wakeup,
+            capabilities=self._capabilities,
+            landing_page=self._landing_page,
+        )
         for slot, placement in zip(self._slots, self._layout.placements, strict=True):
             slot.placement = placement
         self._unconfigure()
@@ -461,6 +479,9 @@ class VirtualDevice(Device):
                 transfer.complete(Status.STALL)
             else:
                 transfer.complete(Status.SUCCESS, reply[: min(setup.length, transfer.length)])
+            return
+        if setup.request_type == _VENDOR_IN and (known := self._layout.vendor_reply(setup)) is not None:
+            transfer.complete(Status.SUCCESS, known[: min(setup.length, transfer.length)])
             return
         for slot, own in self._recipients(setup):
             inner = self._renumber(transfer, slot, transfer.endpoint, own)

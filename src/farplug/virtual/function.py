@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from farplug.usb.device import DeviceEvent, Reception
 from farplug.usb.figures import Figures
+from farplug.usb.platform import WindowsDriver
 from farplug.usb.share import NO_PORT, Share
 from farplug.usb.transfer import Status, Transfer
 from farplug.usb.types import Buffer, Speed
@@ -140,6 +141,9 @@ class Function(ABC):
 
     None: those of its first interface. A camera and a sound card have values of their own.
     """
+
+    windows_driver: WindowsDriver | None = None
+    """The driver that Windows uses for the function, without an INF file; None: that of its class, if there is one."""
 
     used_at_once: bool = False
     """See :attr:`farplug.usb.device.Device.used_at_once`."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from farplug.usb.descriptors import (
     ENGLISH,
     BosDescriptor,
+    Capability,
     ConfigurationDescriptor,
     DeviceDescriptor,
     DeviceQualifier,
@@ -19,11 +20,23 @@ from farplug.usb.descriptors import (
     string_descriptor,
 )
 from farplug.usb.device import Identity
-from farplug.usb.types import DescriptorType, Direction, Speed
+from farplug.usb.platform import (
+    MS_OS_20_INDEX,
+    WEBUSB_URL_INDEX,
+    ms_os_20_capability,
+    ms_os_20_set,
+    url_descriptor,
+    webusb_capability,
+)
+from farplug.usb.types import DescriptorType, Direction, Setup, Speed
 from farplug.virtual.function import Function, Numbers, Strings
 
 CONFIGURATION = 1
 """bConfigurationValue of the only configuration."""
+
+MS_OS_20_REQUEST, WEBUSB_REQUEST = 0x20, 0x21
+"""bRequest of the vendor requests that the device itself answers: for the Microsoft OS 2.0 descriptors (wIndex 7), and for
+the URL of the landing page (wIndex 2). Functions do not receive them if the device has these capabilities."""
 
 SPEEDS = (Speed.FULL, Speed.HIGH, Speed.SUPER)
 """The speeds that a virtual device can run at."""
@@ -104,6 +117,8 @@ class Layout:
         functions: the functions, in the order of their interfaces.
         speeds: all speeds that the device can run at.
         remote_wakeup: whether the device may wake a sleeping guest.
+        capabilities: further device capabilities for the BOS.
+        landing_page: the URL that a browser with WebUSB offers; empty for none.
 
     Attributes:
         identity: the complete identity.
@@ -112,7 +127,14 @@ class Layout:
     """
 
     def __init__(
-        self, identity: Identity, functions: Sequence[Function], speeds: Sequence[Speed], *, remote_wakeup: bool
+        self,
+        identity: Identity,
+        functions: Sequence[Function],
+        speeds: Sequence[Speed],
+        *,
+        remote_wakeup: bool = False,
+        capabilities: Sequence[Capability] = (),
+        landing_page: str = "",
     ) -> None:
         speed = identity.speed
         attributes = _SELF_POWERED | (_REMOTE_WAKEUP if remote_wakeup else 0)
@@ -122,11 +144,14 @@ class Layout:
         class_, subclass, protocol = _ASSOCIATED if self.configuration.associations else (0, 0, 0)
         self.identity = replace(identity, device_class=class_, device_subclass=subclass, device_protocol=protocol)
         self._descriptors = {DescriptorType.CONFIGURATION: bytes(self.configuration)}
-        version = _USB_2_0
+        self._vendor_replies: dict[tuple[int, int], bytes] = {}
+        announced: list[Capability] = [*capabilities, *self._platforms(functions, landing_page)]
         if Speed.SUPER in speeds:
+            announced.insert(0, SuperSpeedCapability(sum(1 << each for each in speeds), min(speeds)))
+        version = _USB_2_0
+        if announced:
             version = _USB_3_2 if speed is Speed.SUPER else _USB_2_1
-            capability = SuperSpeedCapability(sum(1 << each for each in speeds), min(speeds))
-            self._descriptors[DescriptorType.BOS] = bytes(BosDescriptor((Usb2Extension(), capability)))
+            self._descriptors[DescriptorType.BOS] = bytes(BosDescriptor((Usb2Extension(), *announced)))
         if speed is not Speed.SUPER:
             other, _ = _configure(functions, Speed.FULL if speed is Speed.HIGH else Speed.HIGH, attributes, strings)
             kind = DescriptorType.OTHER_SPEED_CONFIGURATION
@@ -153,6 +178,25 @@ class Layout:
         if kind == DescriptorType.STRING:
             return self._string(index)
         return self._descriptors.get(DescriptorType(kind)) if not index and kind in _KINDS else None
+
+    def vendor_reply(self, setup: Setup) -> bytes | None:
+        """Return the reply to a vendor request to the device about a platform capability; None for other requests."""
+        return self._vendor_replies.get((setup.request, setup.index))
+
+    def _platforms(self, functions: Sequence[Function], landing_page: str) -> Iterator[Capability]:
+        """Yield the capabilities for Windows and for browsers, and keep the replies to their requests."""
+        drivers = [
+            (placement.numbers.first_interface, function.windows_driver)
+            for function, placement in zip(functions, self.placements, strict=True)
+            if function.windows_driver is not None
+        ]
+        if drivers:
+            composite = len(self.configuration.select()) > 1
+            reply = self._vendor_replies[MS_OS_20_REQUEST, MS_OS_20_INDEX] = ms_os_20_set(drivers, composite=composite)
+            yield ms_os_20_capability(len(reply), MS_OS_20_REQUEST)
+        if landing_page:
+            self._vendor_replies[WEBUSB_REQUEST, WEBUSB_URL_INDEX] = url_descriptor(landing_page)
+            yield webusb_capability(WEBUSB_REQUEST)
 
     def _string(self, index: int) -> bytes | None:
         if not index:
