@@ -35,8 +35,8 @@ CONFIGURATION = 1
 """bConfigurationValue of the only configuration."""
 
 MS_OS_20_REQUEST, WEBUSB_REQUEST = 0x20, 0x21
-"""bRequest of the vendor requests that the device itself answers: for the Microsoft OS 2.0 descriptors (wIndex 7), and for
-the URL of the landing page (wIndex 2). Functions do not receive them if the device has these capabilities."""
+"""bRequest of the vendor requests that the device itself answers if it has these capabilities: for the Microsoft OS 2.0
+descriptors (wIndex 7), and for the URL of the landing page (wIndex 2)."""
 
 SPEEDS = (Speed.FULL, Speed.HIGH, Speed.SUPER)
 """The speeds that a virtual device can run at."""
