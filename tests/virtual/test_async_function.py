@@ -455,14 +455,14 @@ class Sound(AsyncFunction):
 
     def __init__(self) -> None:
         self.begun = 0
-        self.heard: list[bytes] = []
+        self.played: list[bytes] = []
 
     async def run(self) -> None:
         self.begun += 1
         async with asyncio.TaskGroup() as group:
             group.create_task(self.talk())
             async for data in self.speaker:
-                self.heard.append(data)
+                self.played.append(data)
 
     async def talk(self) -> None:
         for number in range(1000):
@@ -488,7 +488,7 @@ async def test_isochronous_endpoints_and_alternate_settings() -> None:
         assert numbers == list(range(50))
         for packet in (b"one", b"two"):
             await guest.iso_out(0x02, packet)
-        await until(lambda: function.heard == [b"one", b"two"])
+        await until(lambda: function.played == [b"one", b"two"])
         await guest.set_interface(1, 0)
         await guest.set_interface(1, 1)
         assert int.from_bytes(await guest.iso_in(0x82), "little") >= 50

@@ -236,6 +236,7 @@ class AsyncFunction(Function, EndpointOwner):
     _task: asyncio.Task[None] | None
     _answering: dict[Transfer, asyncio.Future[bytes | None]]
     _running: _Run
+    _notified: asyncio.Event
     _host: FunctionHost
     _speed: Speed
 
@@ -249,6 +250,7 @@ class AsyncFunction(Function, EndpointOwner):
         self._current = None
         self._task = None
         self._answering = {}
+        self._notified = asyncio.Event()
         counts = {Direction.IN: 0, Direction.OUT: 0}
         for name in {name: None for base in reversed(cls.__mro__) for name in vars(base)}:
             value = inspect.getattr_static(cls, name)
@@ -296,6 +298,25 @@ class AsyncFunction(Function, EndpointOwner):
         stale = run is not None and run.function is self and run is not self._current
         if self._current is None or stale:
             raise Detached(f"the guest has not configured the {type(self).__name__}, or has reset it")
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait until a condition is true that depends on what the guest does; :meth:`notify` checks it.
+
+        Raises:
+            Detached: the guest has not configured the device, or resets or unplugs it.
+        """
+        self.check()
+        current = self._current
+        while not condition():
+            self._notified.clear()
+            await self._notified.wait()
+            self.check()
+            if self._current is not current:
+                raise Detached(f"the guest has reset the {type(self).__name__}")
+
+    def notify(self) -> None:
+        """Check the conditions of :meth:`until`: a handler of a request has changed the state of the function."""
+        self._notified.set()
 
     # Function
 
@@ -358,6 +379,7 @@ class AsyncFunction(Function, EndpointOwner):
 
     def reset(self, *, port_reset: bool) -> None:
         self._current = None
+        self.notify()
         self._alternates.clear()
         for transfer in reversed(tuple(self._answering)):
             self.cancel(transfer)

@@ -277,6 +277,8 @@ class _Paced(AwaitedEndpoint):
         self._lock = asyncio.Lock()
         self._receiving = False
         self._due = 0.0
+        self.read_since = 0.0
+        """When the guest started to receive, in the time of the event loop."""
 
     @property
     def is_read(self) -> bool:
@@ -294,6 +296,7 @@ class _Paced(AwaitedEndpoint):
     def start(self) -> Status:
         self._receiving = True
         self._due = 0.0
+        self.read_since = asyncio.get_running_loop().time()
         self._wake()
         return Status.SUCCESS
 
