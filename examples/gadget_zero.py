@@ -14,14 +14,14 @@ import sys
 from collections.abc import Sequence
 
 import farplug
-from farplug.usb import Speed, Transfer, TransferType
-from farplug.usb.descriptors import EndpointDescriptor, InterfaceDescriptor, SuperSpeedCompanion
+from farplug.usb import Speed, Transfer
+from farplug.usb.descriptors import InterfaceDescriptor
+from farplug.usb.endpoints import bulk_endpoint
 from farplug.usb.types import Direction, RequestType
-from farplug.virtual import Function, FunctionHost, VirtualDevice
+from farplug.virtual import Function, FunctionHost, Numbers, VirtualDevice
 
 VENDOR_ID, PRODUCT_ID = 0x0525, 0xA4A0
 SOURCE, SINK = 0x81, 0x01
-MAX_PACKET_SIZE = {Speed.FULL: 64, Speed.HIGH: 512, Speed.SUPER: 1024}
 VENDOR_CLASS = 0xFF
 WRITE_BUFFER, READ_BUFFER = 0x5B, 0x5C
 
@@ -36,13 +36,9 @@ class SourceSink(Function):
         """Keep the device that this function belongs to: it can halt endpoints."""
         self._host = host
 
-    def interfaces(self, speed: Speed) -> Sequence[InterfaceDescriptor]:
+    def interfaces(self, speed: Speed, numbers: Numbers) -> Sequence[InterfaceDescriptor]:
         """Return one interface with two bulk endpoints."""
-        companion = SuperSpeedCompanion() if speed >= Speed.SUPER else None
-        endpoints = tuple(
-            EndpointDescriptor(address, TransferType.BULK, MAX_PACKET_SIZE[speed], companion=companion)
-            for address in (SOURCE, SINK)
-        )
+        endpoints = tuple(bulk_endpoint(address, speed) for address in (SOURCE, SINK))
         return (InterfaceDescriptor(0, 0, VENDOR_CLASS, 0, 0, endpoints),)
 
     def control(self, transfer: Transfer) -> bool:

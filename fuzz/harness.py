@@ -20,7 +20,7 @@ class Listener:
         if isinstance(event, FunctionRaised):
             raise event.error
 
-    def received(self, endpoint: int, status: Status, data: Buffer) -> None:
+    def received(self, endpoint: int, status: Status, data: Buffer) -> bool:
         raise AssertionError
 
     def reception_ended(self, endpoint: int, status: Status) -> None:

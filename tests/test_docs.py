@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import importlib
 import inspect
 import itertools
@@ -17,6 +18,7 @@ from xml.etree import ElementTree
 
 import pytest
 import typer.main
+from tests.cli.support import FakeGuest
 from tests.docs import PAGES, ROOT, snippets, write_project
 
 from farplug.app import app as app_module
@@ -26,9 +28,11 @@ from farplug.cli.main import app
 from farplug.redirection.events import PortEvent
 from farplug.transport import TARGET_FORMS
 from farplug.usb import DeviceEvent
+from farplug.usbredir import packets
 from farplug.virtual import events as _virtual_events  # noqa: F401  (their classes are counted)
 
 TESTING = ROOT / "docs/testing.md"
+KIT = ROOT / "docs/devices-of-your-own.md"
 
 
 def test_the_project_of_the_testing_page_runs_as_printed(tmp_path: Path) -> None:
@@ -42,6 +46,43 @@ def test_the_project_of_the_testing_page_runs_as_printed(tmp_path: Path) -> None
     )
     assert run.returncode == 0, run.stdout
     assert "3 passed" in run.stdout
+
+
+def test_the_project_of_the_page_about_devices_runs_as_printed(tmp_path: Path) -> None:
+    names = write_project(KIT, tmp_path)
+    assert names == [
+        *("loopback.py", "test_loopback.py", "pyproject.toml", "plug_loopback.py", "thermometer.py", "log_in.py"),
+        *("composite.py", "test_devices.py"),
+    ]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout
+    assert "3 passed" in run.stdout
+    devices = [name for name in names if name.endswith(".py") and not name.startswith("test_")]
+    check = [sys.executable, "-m", "mypy", "--strict", f"--cache-dir={tmp_path / 'cache'}", *devices]
+    types = subprocess.run(check, cwd=tmp_path, capture_output=True, text=True)
+    assert types.returncode == 0, types.stdout
+
+
+async def test_the_scripts_of_the_page_about_devices_plug_their_devices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_project(KIT, tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, products in (("plug_loopback", [0x0001]), ("log_in", [0x0104])):
+        configured = asyncio.Event()
+        guest = FakeGuest(configured.set)
+        async with asyncio.timeout(30), guest.listening() as target:
+            plugged = asyncio.create_task(importlib.import_module(name).main(target))
+            await configured.wait()
+            plugged.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await plugged
+        seen = [packet.product_id for packet in guest.seen if isinstance(packet, packets.DeviceConnect)]
+        assert seen == products
+    for name in ("loopback", "plug_loopback", "log_in"):
+        sys.modules.pop(name, None)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -83,8 +83,9 @@ class Listener:
     def happened(self, event: DeviceEvent) -> None:
         raise AssertionError
 
-    def received(self, endpoint: int, status: Status, data: Buffer) -> None:
+    def received(self, endpoint: int, status: Status, data: Buffer) -> bool:
         self.packets.append((endpoint, status, bytes(data)))
+        return True
 
     def reception_ended(self, endpoint: int, status: Status) -> None:
         self.ended.append((endpoint, status))

@@ -58,7 +58,12 @@ async def test_keys_are_received_without_a_request() -> None:
 async def test_what_was_received_is_not_overwritten_by_the_next() -> None:
     async with receiving(KEYBOARD) as bench:
         kept: list[object] = []
-        bench.listener.received = lambda endpoint, status, data: kept.append(data)  # type: ignore[method-assign]
+
+        def received(endpoint: int, status: Status, data: Buffer) -> bool:
+            kept.append(data)
+            return True
+
+        bench.listener.received = received  # type: ignore[method-assign]
         first = bench.in_flight[0]
         first.finish(b"one")
         await settle()
@@ -229,8 +234,9 @@ async def test_transfers_that_are_complete_long_after_the_stop() -> None:
 async def test_a_listener_that_stops_at_a_packet() -> None:
     async with receiving(KEYBOARD) as bench:
 
-        def received(endpoint: int, status: Status, data: Buffer) -> None:
+        def received(endpoint: int, status: Status, data: Buffer) -> bool:
             bench.device.stop_receiving(KEYS)
+            return True
 
         bench.listener.received = received  # type: ignore[method-assign]
         bench.in_flight[0].finish(b"key")
@@ -277,9 +283,10 @@ async def test_a_guest_that_stops_in_the_middle_of_a_transfer() -> None:
     async with receiving(Reception(CAMERA, ISO, 2, 3)) as bench:
         seen: list[bytes] = []
 
-        def received(endpoint: int, status: Status, data: Buffer) -> None:
+        def received(endpoint: int, status: Status, data: Buffer) -> bool:
             seen.append(bytes(data))
             bench.device.stop_receiving(CAMERA)
+            return True
 
         bench.listener.received = received  # type: ignore[method-assign]
         bench.in_flight[0].finish(packets=[(COMPLETED, b"a"), (COMPLETED, b"b"), (COMPLETED, b"c")])

@@ -34,7 +34,7 @@ async def test_interrupt_receiving() -> None:
         assert (await data()).id == 2
         guest.send(packets.StopInterruptReceiving(endpoint=INTERRUPT_IN))
         assert (await status()).status is Status.SUCCESS
-        device.listener.received(INTERRUPT_IN, Status.SUCCESS, b"unread")
+        assert not device.listener.received(INTERRUPT_IN, Status.SUCCESS, b"unread")
         device.listener.reception_ended(INTERRUPT_IN, Status.STALL)
         await settle()
         assert guest._streams[packets.InterruptPacket, INTERRUPT_IN].empty()
@@ -155,9 +155,9 @@ async def test_packets_are_bounded_while_the_port_does_not_accept_output(monkeyp
         await settle()
         assert device.listener is not None
         guest.redirection._protocol.pause_writing()
-        for _ in range(5):
-            device.listener.received(INTERRUPT_IN, Status.SUCCESS, b"k")
-        device.listener.received(ISO_IN, Status.SUCCESS, b"s")
+        sent = [device.listener.received(INTERRUPT_IN, Status.SUCCESS, b"k") for _ in range(5)]
+        assert sent == [True, True, True, False, False]
+        assert not device.listener.received(ISO_IN, Status.SUCCESS, b"s")
         figures = {f.endpoint: f for f in guest.redirection.figures}
         assert (figures[INTERRUPT_IN].transfers, figures[INTERRUPT_IN].dropped) == (3, 2)
         assert (figures[ISO_IN].transfers, figures[ISO_IN].dropped) == (0, 1)

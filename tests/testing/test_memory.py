@@ -12,7 +12,7 @@ from farplug.testing.memory import GuestTimeoutError, MemoryGuest, TransferFaile
 from farplug.usb import Setup, Speed, Status, Transfer, TransferType
 from farplug.usb.descriptors import EndpointDescriptor, InterfaceDescriptor, SuperSpeedCompanion
 from farplug.usbredir import packets
-from farplug.virtual import Function, VirtualDevice
+from farplug.virtual import Function, Numbers, VirtualDevice
 
 BULK = TransferType.BULK
 IN, OUT = 0x81, 0x01
@@ -26,7 +26,7 @@ class Scripted(Function):
         self._size = size
         self._companion = SuperSpeedCompanion() if companion else None
 
-    def interfaces(self, speed: Speed) -> Sequence[InterfaceDescriptor]:
+    def interfaces(self, speed: Speed, numbers: Numbers) -> Sequence[InterfaceDescriptor]:
         endpoints = tuple(EndpointDescriptor(one, BULK, self._size, companion=self._companion) for one in (IN, OUT))
         return (InterfaceDescriptor(0, 0, 0xFF, 0, 0, endpoints),)
 

@@ -10,7 +10,7 @@ from tests.virtual.bulk_only import IN, OUT, Guest, Listener, Pattern, pieces
 
 from farplug.store import Store
 from farplug.usb import Speed, Status, Transfer, TransferType
-from farplug.virtual import VirtualDevice, disk_device
+from farplug.virtual import Numbers, VirtualDevice, disk_device
 from farplug.virtual.iu import IuId, TaskFunction
 from farplug.virtual.storage_transport import StorageTransport
 from farplug.virtual.uas import Uas
@@ -110,7 +110,7 @@ class Initiator(Guest):
     def settings(self) -> list[int]:
         """Return the protocols of the alternate settings."""
         (function,) = self.device.functions
-        return [one.interface_protocol for one in function.interfaces(self.device.identity.speed)]
+        return [one.interface_protocol for one in function.interfaces(self.device.identity.speed, Numbers())]
 
     async def choose(self, alternate: int) -> None:
         """Select an alternate setting, and allocate streams if it has any. Earlier commands are forgotten."""

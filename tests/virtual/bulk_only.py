@@ -24,7 +24,7 @@ class Listener:
     def happened(self, event: DeviceEvent) -> None:
         self.events.append(event)
 
-    def received(self, endpoint: int, status: Status, data: Buffer) -> None:
+    def received(self, endpoint: int, status: Status, data: Buffer) -> bool:
         raise AssertionError
 
     def reception_ended(self, endpoint: int, status: Status) -> None:

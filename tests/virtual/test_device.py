@@ -1,20 +1,34 @@
 from __future__ import annotations
 
+import asyncio
 import struct
 from collections.abc import Sequence
+from unittest.mock import ANY
 
 import pytest
-from tests.virtual.bulk_only import Listener
+from tests.virtual.bulk_only import Listener, Pattern
 
 from farplug.errors import DeviceError, Reason, StateError
 from farplug.rate_limit import BURST, release_logs
-from farplug.usb import Offer, Setup, Speed, Status, Transfer, TransferType
-from farplug.usb.descriptors import EndpointDescriptor, InterfaceDescriptor
+from farplug.testing.memory import MemoryGuest, TransferFailed
+from farplug.usb import Offer, Reception, Setup, Speed, Status, Transfer, TransferType
+from farplug.usb.descriptors import (
+    BosDescriptor,
+    ContainerId,
+    DeviceDescriptor,
+    EndpointDescriptor,
+    InterfaceDescriptor,
+    OtherCapability,
+    Usb2Extension,
+)
+from farplug.usb.endpoints import bulk_endpoint, periodic_endpoint
 from farplug.usb.figures import Figures
-from farplug.virtual import Function, FunctionHost, VirtualDevice
+from farplug.usb.platform import WindowsDriver
+from farplug.usb.types import DescriptorType
+from farplug.virtual import Disk, Function, FunctionHost, Numbers, VirtualDevice
 from farplug.virtual.events import FunctionRaised
 
-BULK, INTERRUPT = TransferType.BULK, TransferType.INTERRUPT
+BULK, INTERRUPT, ISOCHRONOUS = TransferType.BULK, TransferType.INTERRUPT, TransferType.ISOCHRONOUS
 
 
 class Echo(Function):
@@ -30,7 +44,7 @@ class Echo(Function):
         self.open_error: Exception | None = None
         self.host: FunctionHost | None = None
 
-    def interfaces(self, speed: Speed) -> Sequence[InterfaceDescriptor]:
+    def interfaces(self, speed: Speed, numbers: Numbers) -> Sequence[InterfaceDescriptor]:
         bulk = (EndpointDescriptor(0x81, BULK, 512), EndpointDescriptor(0x01, BULK, 512))
         return (
             InterfaceDescriptor(0, 0, 255, 1, 2, bulk),
@@ -45,6 +59,7 @@ class Echo(Function):
         self.log.append(f"configured {speed}")
 
     def set_alternate(self, interface: int, alternate: int) -> None:
+        super().set_alternate(interface, alternate)
         self.log.append(f"alternate {interface} {alternate}")
 
     def control(self, transfer: Transfer) -> bool:
@@ -183,7 +198,7 @@ REQUESTS: list[tuple[str, bytes, bytes | None, bytes | None]] = [
     ("80 06 300 0 ff", b"", b"\4\3\x09\4", b"\4\3\x09\4"),
     ("80 06 302 409 6", b"", b"\x0a\3E\0c\0", b"\x0a\3E\0c\0"),
     ("80 06 305 409 ff", b"", None, None),
-    ("80 06 600 0 a", b"", None, b"\x0a\x06\0\2\0\0\0\x40\1\0"),
+    ("80 06 600 0 a", b"", None, b"\x0a\x06\0\2\xef\2\1\x40\1\0"),
     ("80 06 100 0 2", b"", b"\x12\1", b"\x12\1"),
     ("80 06 101 0 12", b"", None, None),
     ("80 06 2200 0 12", b"", None, None),
@@ -278,7 +293,7 @@ async def test_alternate_settings() -> None:
     pending = driver.receive(0x81)
     assert await driver.device.set_interface(0, 2) is Status.SUCCESS
     assert pending.status is Status.CANCELLED
-    assert function.log == ["submit 81", "reset False", "alternate 0 2", "configured super"]
+    assert function.log == ["submit 81", "reset False", "alternate 0 2"]
     assert driver.control("81 0a 0 0 1").reply == b"\2"
     assert driver.device.interfaces[0].interface_protocol == 3
     waiting = driver.receive(0x82, type=INTERRUPT)
@@ -310,7 +325,8 @@ async def test_two_functions() -> None:
     assert driver.control("a2 5 0 8f 10").status is Status.STALL
     assert driver.device.figures == Figures(commands=2)
     assert await driver.device.set_interface(2, 2) is Status.SUCCESS
-    assert second.log[-2:] == ["alternate 0 2", "configured super"]
+    assert second.log[-1] == "alternate 0 2"
+    assert "alternate 0 2" not in first.log
     assert second.host is not None
     second.host.halt(0x81)
     assert driver.receive(0x83).status is Status.STALL
@@ -379,6 +395,130 @@ async def test_the_log_of_a_function_that_always_raises_is_limited(caplog: pytes
     release_logs()
     assert caplog.messages[BURST:] == ["Echo raised (9 more like this)"]
     assert "a defect of the function" in (caplog.records[-1].exc_text or caplog.text)
+
+
+class Meter(Function):
+    """Sends a reading on an interrupt endpoint, samples on an isochronous one, and takes samples."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.status = Status.SUCCESS
+        self.taken: list[bytes] = []
+
+    def interfaces(self, speed: Speed, numbers: Numbers) -> Sequence[InterfaceDescriptor]:
+        endpoints = (
+            periodic_endpoint(0x81, INTERRUPT, speed, packet_size=8, microseconds=1000),
+            periodic_endpoint(0x82, ISOCHRONOUS, speed, packet_size=64, microseconds=1000),
+            periodic_endpoint(0x01, ISOCHRONOUS, speed, packet_size=64, microseconds=1000),
+            bulk_endpoint(0x83, speed),
+        )
+        return (InterfaceDescriptor(0, 0, 255, 0, 0, endpoints), InterfaceDescriptor(0, 1, 255, 0, 0, endpoints[:1]))
+
+    def bind(self, host: FunctionHost) -> None:
+        self.host = host
+
+    def receiving(self, endpoint: int, reception: Reception) -> Status:
+        self.log.append(f"receiving {endpoint:02x}")
+        if self.status is Status.IO_ERROR:
+            raise RuntimeError("a defect of the function")
+        return self.status
+
+    def stopped(self, endpoint: int) -> None:
+        self.log.append(f"stopped {endpoint:02x}")
+
+    def submit(self, transfer: Transfer) -> None:
+        self.taken.append(bytes(transfer.data))
+        transfer.complete()
+
+    def cancel(self, transfer: Transfer) -> None:
+        raise AssertionError
+
+    def reset(self, *, port_reset: bool) -> None:
+        self.log.append("reset")
+
+
+async def test_receptions() -> None:
+    first, second = Meter(), Meter()
+    async with MemoryGuest(VirtualDevice(first, second)) as guest:
+        await guest.enumerate()
+        assert not second.host.send(0x81, b"before the start")
+        reading = asyncio.ensure_future(guest.interrupt_in(0x84))
+        await guest.wait(lambda: bool(second.log[1:]))
+        assert second.log[1:] == ["receiving 81"]
+        assert second.host.send(0x81, b"21.5 C")
+        assert second.host.send(0x81, b"21.6 C")
+        assert not first.host.send(0x81, b"another endpoint")
+        assert await reading == b"21.5 C"
+        assert await guest.interrupt_in(0x84) == b"21.6 C"
+        assert second.host.send(0x81, b"22", Status.IO_ERROR)
+        with pytest.raises(TransferFailed, match="io-error"):
+            await guest.interrupt_in(0x84)
+        await guest.stop_receiving(0x84)
+        assert second.log[-1] == "stopped 81"
+        assert not second.host.send(0x81, b"after the stop")
+        samples = asyncio.ensure_future(guest.iso_in(0x85))
+        await guest.wait(lambda: second.log[-1] == "receiving 82")
+        assert second.host.send(0x82, bytes(48))
+        assert await samples == bytes(48)
+        await guest.iso_out(0x02, b"sound")
+        await guest.iso_out(0x02, b"more")
+        assert second.log[-1] == "receiving 01"
+        while len(second.taken) < 2:
+            await asyncio.sleep(0)
+        assert second.taken == [b"sound", b"more"]
+        await guest.set_interface(1, 1)
+        assert not second.host.send(0x82, bytes(48))
+        assert not second.host.send(0x81, bytes(8))
+        with pytest.raises(TransferFailed, match="no such endpoint"):
+            await guest.iso_in(0x85)
+
+
+async def test_a_reception_of_a_halted_endpoint_ends() -> None:
+    async with MemoryGuest(VirtualDevice(meter := Meter())) as guest:
+        await guest.enumerate()
+        reading = asyncio.ensure_future(guest.interrupt_in(0x81))
+        await guest.wait(lambda: meter.log[-1] == "receiving 81")
+        meter.host.halt(0x81)
+        assert not meter.host.send(0x81, b"lost")
+        with pytest.raises(TransferFailed, match="stall"):
+            await reading
+        with pytest.raises(TransferFailed, match="stall"):
+            await guest.interrupt_in(0x81)
+        assert meter.log[-1] == "stopped 81"
+        await guest.clear_halt(0x81)
+        reading = asyncio.ensure_future(guest.interrupt_in(0x81))
+        await guest.wait(lambda: meter.log[-1] == "receiving 81")
+        assert meter.host.send(0x81, b"sent")
+        assert await reading == b"sent"
+
+
+async def test_receptions_that_cannot_start() -> None:
+    driver = await plugged(meter := Meter())
+    device = driver.device
+    for endpoint, type in ((0x83, BULK), (0x81, ISOCHRONOUS), (0x8F, INTERRUPT)):
+        assert device.start_receiving(Reception(endpoint, type)) is Status.STALL
+    assert meter.log == ["reset", "reset"]
+    for status in (Status.STALL, Status.IO_ERROR):
+        meter.status = status
+        assert device.start_receiving(Reception(0x81, INTERRUPT)) is Status.STALL
+    assert driver.listener.events == [FunctionRaised("Meter", ANY)]
+    meter.status = Status.SUCCESS
+    assert device.start_receiving(Reception(0x81, INTERRUPT)) is Status.SUCCESS
+    assert device.start_receiving(Reception(0x81, INTERRUPT)) is Status.INVALID
+    await device.reset()
+    assert device.stop_receiving(0x81) is Status.SUCCESS
+    assert "stopped 81" not in meter.log
+    echo = await plugged(Echo())
+    assert await echo.device.set_interface(0, 2) is Status.SUCCESS
+    assert echo.device.start_receiving(Reception(0x82, INTERRUPT)) is Status.STALL
+
+
+async def test_a_task_of_a_function_that_raises(caplog: pytest.LogCaptureFixture) -> None:
+    driver = await plugged(meter := Meter())
+    error = RuntimeError("a defect of the task")
+    meter.host.raised(error)
+    assert driver.listener.events == [FunctionRaised("Meter", error)]
+    assert "a defect of the task" in (caplog.records[-1].exc_text or caplog.text)
 
 
 async def test_open_and_close() -> None:
@@ -460,3 +600,43 @@ async def test_every_setup_packet_is_answered() -> None:
                     driver._submit(transfer)
                     count += 1
         assert len(driver.completed) == count
+
+
+class Tool(Echo):
+    """A function for which Windows has no driver of its own."""
+
+    windows_driver = WindowsDriver(interface_guids=("{01234567-89ab-cdef-0123-456789abcdef}",))
+
+
+async def test_drivers_for_windows_and_pages_for_browsers() -> None:
+    device = VirtualDevice(Disk(Pattern()), Tool(), speeds=(Speed.HIGH,), landing_page="https://example.org/")
+    async with MemoryGuest(device) as guest:
+        await guest.enumerate()
+        raw = await guest.get_descriptor(DescriptorType.DEVICE, length=18)
+        assert DeviceDescriptor.parse(raw).usb_version == 0x0210
+        bos = BosDescriptor.parse(await guest.get_descriptor(DescriptorType.BOS, length=255))
+        assert not bos.warnings
+        extension, windows, browser = bos.capabilities
+        assert extension == Usb2Extension()
+        assert isinstance(windows, OtherCapability)
+        assert isinstance(browser, OtherCapability)
+        size, request = int.from_bytes(windows.raw[24:26], "little"), windows.raw[26]
+        found = await guest.control_in(Setup(0xC0, request, 0, 7, 0xFFF))
+        assert len(found) == size
+        assert found[18:26] == bytes.fromhex("0800 0200 01 00 a000")  # the function begins at interface 1
+        assert await guest.control_in(Setup(0xC0, request, 0, 7, 10)) == found[:10]
+        url = await guest.control_in(Setup(0xC0, browser.raw[22], browser.raw[23], 2, 255))
+        assert url[3:] == b"example.org/"
+        assert await guest.control_in(Setup(0xC0, request, 0, 6, 255)) == b"echo"  # another index: the function's
+
+
+async def test_a_device_without_platform_capabilities_has_no_bos() -> None:
+    driver = await plugged(speed=Speed.HIGH)
+    assert driver.control("80 06 f00 0 ff").status is Status.STALL
+
+
+async def test_further_capabilities() -> None:
+    device = VirtualDevice(Echo(), speeds=(Speed.HIGH,), capabilities=(ContainerId(bytes(range(16))),))
+    async with MemoryGuest(device) as guest:
+        bos = BosDescriptor.parse(await guest.get_descriptor(DescriptorType.BOS, length=255))
+        assert bos.capabilities == (Usb2Extension(), ContainerId(bytes(range(16))))

@@ -14,7 +14,7 @@ from farplug.errors import DeviceError, ImageError, Reason
 from farplug.store import FileStore
 from farplug.usb import Interface, Offer, Speed, TransferType
 from farplug.usb.figures import Figures
-from farplug.virtual import Disk, StorageTransport, VirtualDevice, disk_device
+from farplug.virtual import Disk, Numbers, StorageTransport, VirtualDevice, disk_device
 
 
 def content(path: Path) -> bytes:
@@ -46,7 +46,7 @@ def test_interface(speed: Speed, size: int) -> None:
         (0x81, TransferType.BULK, size),
         (0x02, TransferType.BULK, size),
     ]
-    descriptor = Disk(Pattern()).interfaces(speed)[0]
+    descriptor = Disk(Pattern()).interfaces(speed, Numbers())[0]
     bursts = [one.companion and one.companion.max_burst for one in descriptor.endpoints]
     assert bursts == ([15, 15] if speed is Speed.SUPER else [None, None])
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -19,9 +20,11 @@ from farplug.usb.descriptors import (
     Usb2Extension,
     parse_string,
 )
+from farplug.usb.endpoints import bulk_endpoint
 from farplug.usb.types import DescriptorType
-from farplug.virtual import Disk, Function, StorageTransport
-from farplug.virtual.layout import Layout, place
+from farplug.virtual import Disk, Function, Numbers, StorageTransport
+from farplug.virtual.function import Strings
+from farplug.virtual.layout import Layout
 
 BOTH = (Speed.SUPER, Speed.HIGH)
 
@@ -29,7 +32,7 @@ BOTH = (Speed.SUPER, Speed.HIGH)
 class Wide(Function):
     """Two interfaces, the second with two settings."""
 
-    def interfaces(self, speed: Speed) -> Sequence[InterfaceDescriptor]:
+    def interfaces(self, speed: Speed, numbers: Numbers) -> Sequence[InterfaceDescriptor]:
         def endpoint(address: int) -> EndpointDescriptor:
             return EndpointDescriptor(address, TransferType.BULK, 512)
 
@@ -58,7 +61,7 @@ def test_superspeed() -> None:
     one = layout(Speed.SUPER)
     device = DeviceDescriptor.parse(one.descriptor(DescriptorType.DEVICE, 0) or b"")
     assert device == DeviceDescriptor(
-        0x0320, 0x1D6B, 0x0104, 0x0100, max_packet_size_0=9, manufacturer_index=1, serial_number_index=3
+        0x0320, 0x1D6B, 0x0104, 0x0100, max_packet_size_0=9, manufacturer_index=1, serial_number_index=2
     )
     assert not device.warnings
     configuration = ConfigurationDescriptor.parse(one.descriptor(DescriptorType.CONFIGURATION, 0) or b"")
@@ -98,8 +101,8 @@ def test_strings() -> None:
     one = layout(Speed.SUPER)
     assert one.descriptor(DescriptorType.STRING, 0) == bytes.fromhex("04 03 09 04")
     assert parse_string(one.descriptor(DescriptorType.STRING, 1) or b"") == "farplug"
-    assert parse_string(one.descriptor(DescriptorType.STRING, 3) or b"") == "ABC"
-    assert [one.descriptor(DescriptorType.STRING, index) for index in (2, 4, 0xEE)] == [None] * 3
+    assert parse_string(one.descriptor(DescriptorType.STRING, 2) or b"") == "ABC"
+    assert [one.descriptor(DescriptorType.STRING, index) for index in (3, 4, 0xEE)] == [None] * 3
 
 
 @pytest.mark.parametrize("kind", [0, 4, 5, 8, 11, 16, 0x21, 0x22, 48, 255])
@@ -119,11 +122,7 @@ def test_functions_do_not_collide() -> None:
     assert (one.identity.device_class, one.identity.device_subclass, one.identity.device_protocol) == (0xEF, 2, 1)
     configuration = ConfigurationDescriptor.parse(bytes(one.configuration))
     assert not configuration.warnings
-    assert configuration.associations == (
-        InterfaceAssociation(0, 1, 8, 6, 0x50),
-        InterfaceAssociation(1, 2, 2, 2, 1),
-        InterfaceAssociation(3, 1, 8, 6, 0x50),
-    )
+    assert configuration.associations == (InterfaceAssociation(1, 2, 2, 2, 1),)
     assert [(i.number, i.alternate, [e.address for e in i.endpoints]) for i in configuration.interfaces] == [
         (0, 0, [0x81, 0x02]),
         (1, 0, [0x83]),
@@ -131,14 +130,74 @@ def test_functions_do_not_collide() -> None:
         (2, 1, [0x82, 0x01]),
         (3, 0, [0x84, 0x03]),
     ]
-    assert [placement.first_interface for placement in one.placements] == [0, 1, 3]
-    assert one.placements[1].addresses == {0x81: 0x82, 0x02: 0x01, 0x83: 0x83}
+    assert [placement.numbers.first_interface for placement in one.placements] == [0, 1, 3]
+    assert one.placements[1].numbers.addresses == {0x81: 0x82, 0x02: 0x01, 0x83: 0x83}
     assert one.placements[2].own == {0x84: 0x81, 0x03: 0x02}
 
 
+def test_a_lone_function_of_several_interfaces_has_an_association() -> None:
+    one = layout(Speed.HIGH, Wide())
+    assert one.configuration.associations == (InterfaceAssociation(0, 2, 2, 2, 1),)
+    assert one.identity.device_class == 0xEF
+
+
+def test_functions_of_one_interface_have_no_association() -> None:
+    one = layout(Speed.HIGH, Disk(Pattern()), Disk(Pattern()))
+    assert one.configuration.associations == ()
+    assert one.identity.device_class == 0
+
+
+class Camera(Wide):
+    """Writes its numbers into class-specific descriptors."""
+
+    association = (0x0E, 3, 0)
+
+    def interfaces(self, speed: Speed, numbers: Numbers) -> Sequence[InterfaceDescriptor]:
+        first, second, third = super().interfaces(speed, numbers)
+        extra = bytes((4, 0x24, numbers.interface(1), numbers.endpoint(0x81)))
+        return replace(first, extra=extra, string_index=numbers.string("a camera")), second, third
+
+
+def test_a_function_writes_the_numbers_of_the_device() -> None:
+    one = layout(Speed.HIGH, Wide(), Camera(), Camera())
+    settings = {(each.number, each.alternate): each for each in one.configuration.interfaces}
+    assert settings[2, 0].extra == bytes((4, 0x24, 3, settings[3, 1].endpoints[0].address))
+    assert settings[4, 0].extra == bytes((4, 0x24, 5, settings[5, 1].endpoints[0].address))
+    assert [association.function_class for association in one.configuration.associations] == [2, 0x0E, 0x0E]
+    index = settings[2, 0].string_index
+    assert settings[4, 0].string_index == index
+    assert parse_string(one.descriptor(DescriptorType.STRING, index) or b"") == "a camera"
+    other = ConfigurationDescriptor.parse(one.descriptor(DescriptorType.OTHER_SPEED_CONFIGURATION, 0) or b"")
+    assert other.interfaces[3].string_index == index
+
+
+def test_a_function_that_changes_its_mind() -> None:
+    class Fickle(Wide):
+        def interfaces(self, speed: Speed, numbers: Numbers) -> Sequence[InterfaceDescriptor]:
+            return super().interfaces(speed, numbers)[: 1 if numbers.addresses is None else 3]
+
+    with pytest.raises(ValueError, match="Fickle describes other interfaces"):
+        layout(Speed.HIGH, Fickle())
+
+
+def test_strings_are_bounded() -> None:
+    strings = Strings()
+    assert strings.index("") == 0
+    assert strings.text(0) == strings.text(1) == ""
+    assert [strings.index(str(number)) for number in (*range(255), 7)] == [*range(1, 256), 8]
+    with pytest.raises(ValueError, match="255 strings"):
+        strings.index("one more")
+
+
 def test_too_many_endpoints() -> None:
-    endpoints = tuple(EndpointDescriptor(0x80 | number, 2, 512) for number in range(1, 16))
-    taken: set[int] = set()
-    place((InterfaceDescriptor(0, 0, 255, 0, 0, endpoints),), 0, taken)
+    class Many(Wide):
+        def __init__(self, count: int) -> None:
+            self.count = count
+
+        def interfaces(self, speed: Speed, numbers: Numbers) -> Sequence[InterfaceDescriptor]:
+            endpoints = tuple(bulk_endpoint(0x81 + number, speed) for number in range(self.count))
+            return (InterfaceDescriptor(0, 0, 255, 0, 0, endpoints),)
+
+    layout(Speed.HIGH, Many(15))
     with pytest.raises(ValueError, match="15 IN endpoints"):
-        place((InterfaceDescriptor(0, 0, 255, 0, 0, endpoints[:1]),), 1, taken)
+        layout(Speed.HIGH, Many(15), Many(1))

@@ -16,7 +16,7 @@ from farplug.testing.memory import MemoryGuest
 from farplug.usb import Offer, Setup, Speed, Status, Transfer, TransferType
 from farplug.usb.descriptors import ConfigurationDescriptor
 from farplug.usb.types import DescriptorType
-from farplug.virtual import CdromDrive, Disk, VirtualDevice, cdrom_device, disk_device
+from farplug.virtual import CdromDrive, Disk, Numbers, VirtualDevice, cdrom_device, disk_device
 from farplug.virtual.storage import MassStorage
 from farplug.virtual.storage_transport import StorageTransport
 from farplug.virtual.uas import STREAMS_EXPONENT
@@ -121,7 +121,7 @@ async def test_every_command_is_the_same_over_both_transports(speed: Speed) -> N
     ],
 )
 def test_alternate_settings(transport: StorageTransport, speed: Speed, protocols: list[int]) -> None:
-    interfaces = Disk(Pattern(), transport=transport).interfaces(speed)
+    interfaces = Disk(Pattern(), transport=transport).interfaces(speed, Numbers())
     assert [(one.number, one.alternate) for one in interfaces] == [(0, number) for number in range(len(protocols))]
     assert [one.interface_protocol for one in interfaces] == protocols
     for one in interfaces:

@@ -421,10 +421,11 @@ class Redirection:
         """Emit an event of the device."""
         self._emit(events.DeviceReport(self.port.name, event))
 
-    def received(self, endpoint: int, status: Status, data: Buffer) -> None:
-        """Send one packet of a running reception to the guest."""
-        self._receptions.received(endpoint, status, data)
+    def received(self, endpoint: int, status: Status, data: Buffer) -> bool:
+        """Send one packet of a running reception to the guest; return False if it was dropped."""
+        sent = self._receptions.received(endpoint, status, data)
         self._protocol.schedule_flush()
+        return sent
 
     def reception_ended(self, endpoint: int, status: Status) -> None:
         """Send the status of a reception that ended by itself (``STALL``), or continues after an error (any other)."""

@@ -94,26 +94,28 @@ class Receptions:
                 self._protocol.fault(error)
         self._send_status(_reception(packet), Status.SUCCESS, packet.id)
 
-    def received(self, endpoint: int, status: Status, data: Buffer) -> None:
-        """Send a packet of the device, with its number, to the guest."""
+    def received(self, endpoint: int, status: Status, data: Buffer) -> bool:
+        """Send a packet of the device, with its number, to the guest; return False if it was dropped."""
         running = self._running.get(endpoint)
         if running is None:
-            return
+            return False
         counter, size = self._figures[endpoint], len(data)
         if self._protocol.writing_paused:
             admitted = self._protocol.admit(size)
             if not admitted or running.reception.type is TransferType.ISOCHRONOUS:
                 counter.dropped += 1
-                return
+                return False
         id, running.next_id = running.next_id, (running.next_id + 1) & 0xFFFFFFFF
         counter.count(status, size)
         match running.reception.type:
             case TransferType.ISOCHRONOUS:
-                self._send(packets.IsoPacket(id=id, endpoint=endpoint, status=status, length=size, data=data))
+                return self._send(packets.IsoPacket(id=id, endpoint=endpoint, status=status, length=size, data=data))
             case TransferType.INTERRUPT:
-                self._send(packets.InterruptPacket(id=id, endpoint=endpoint, status=status, length=size, data=data))
+                return self._send(
+                    packets.InterruptPacket(id=id, endpoint=endpoint, status=status, length=size, data=data)
+                )
             case _:
-                self._send(
+                return self._send(
                     packets.BufferedBulkPacket(
                         id=id,
                         stream_id=running.reception.stream_id,

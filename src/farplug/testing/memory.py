@@ -28,7 +28,7 @@ from farplug.usb.conformance import configuration_faults
 from farplug.usb.descriptors import ConfigurationDescriptor, DeviceDescriptor
 from farplug.usb.device import Device
 from farplug.usb.transfer import Status
-from farplug.usb.types import Buffer, DescriptorType, Direction, Feature, Setup, Speed, StandardRequest
+from farplug.usb.types import Buffer, DescriptorType, Direction, Feature, Setup, Speed, StandardRequest, TransferType
 from farplug.usbredir import packets
 from farplug.usbredir.caps import ALL_CAPS, Cap
 from farplug.usbredir.protocol import Connection, Role, Violation
@@ -54,6 +54,17 @@ _REPLIES = (
 )
 _NO_ENDPOINT = 0xFF
 """The type of an endpoint that does not exist in the current setting (usb_redir_type_invalid)."""
+
+
+_RECEPTION_STATUS = (packets.InterruptReceivingStatus, packets.IsoStreamStatus)
+
+
+class _Reception:
+    """A reception that the guest started: what arrived and was not read yet, statuses included."""
+
+    def __init__(self, type: TransferType) -> None:
+        self.type = type
+        self.packets: asyncio.Queue[packets.Packet] = asyncio.Queue()
 
 
 class TransferFailed(Exception):
@@ -179,6 +190,7 @@ class MemoryGuest:
         self._unanswered: Counter[int] = Counter()
         self._changed = asyncio.Event()
         self._streams: dict[tuple[type, int], asyncio.Queue[packets.Packet]] = {}
+        self._receptions: dict[int, _Reception] = {}
         self.closed = False
 
     async def __aenter__(self) -> Self:
@@ -321,6 +333,7 @@ class MemoryGuest:
     def reset(self) -> None:
         """Reset the port. A reset has no reply."""
         self._configuration = 0
+        self._receptions.clear()
         self.send(packets.Reset())
 
     async def set_configuration(self, value: int) -> None:
@@ -329,11 +342,16 @@ class MemoryGuest:
         reply = await _reply(request, packets.ConfigurationStatus)
         self._check(request, reply.status)
         self._configuration = reply.configuration
+        self._receptions.clear()
 
     async def set_interface(self, number: int, alternate: int) -> None:
         """Set the alternate setting of an interface. Raises :class:`TransferFailed`."""
         request = self.request(packets.SetAltSetting(id=self.new_id(), interface=number, alt=alternate))
         self._check(request, (await _reply(request, packets.AltSettingStatus)).status)
+        entries = self.endpoints.endpoints if self.endpoints is not None else ()
+        for index, entry in enumerate(entries):
+            if entry.interface == number or entry.type == _NO_ENDPOINT:
+                self._receptions.pop(packets.endpoint_address(index), None)
 
     async def allocate_streams(self, endpoints: Iterable[int], count: int) -> None:
         """Allocate the streams 1 to ``count`` of bulk endpoints; 0 frees them. Raises :class:`TransferFailed`."""
@@ -415,6 +433,86 @@ class MemoryGuest:
         reply = await _reply(request, packets.InterruptPacket)
         self._check(request, reply.status, actual=reply.length)
 
+    async def interrupt_in(self, endpoint: int) -> bytes:
+        """Return the next packet of an interrupt IN endpoint, and start to receive from it if that has not begun.
+
+        A device sends such packets without a request for each; between two calls they are queued.
+
+        Raises:
+            TransferFailed: the device does not send on the endpoint, it reported an error, or the reception ended.
+        """
+        return await self._next_packet(endpoint, TransferType.INTERRUPT)
+
+    async def iso_in(self, endpoint: int) -> bytes:
+        """Return the next packet of an isochronous IN endpoint, as :meth:`interrupt_in` does."""
+        return await self._next_packet(endpoint, TransferType.ISOCHRONOUS)
+
+    async def iso_out(self, endpoint: int, data: Buffer) -> None:
+        """Send one packet to an isochronous OUT endpoint, and start the stream if that has not begun. It has no answer.
+
+        Raises :class:`TransferFailed` if the stream cannot be started.
+        """
+        await self.start_receiving(endpoint, TransferType.ISOCHRONOUS)
+        id = self.new_id()
+        self.send(
+            packets.IsoPacket(id=id, endpoint=endpoint, status=Status.SUCCESS, length=len(data), data=bytes(data))
+        )
+
+    async def stop_receiving(self, endpoint: int) -> None:
+        """Stop to receive from an interrupt IN or isochronous endpoint; drop the packets that were not read."""
+        reception = self._receptions.get(endpoint)
+        if reception is None:
+            return
+        isochronous = reception.type is TransferType.ISOCHRONOUS
+        self.send(
+            packets.StopIsoStream(endpoint=endpoint)
+            if isochronous
+            else packets.StopInterruptReceiving(endpoint=endpoint)
+        )
+        while not isinstance(await self._from(reception.packets, endpoint), _RECEPTION_STATUS):
+            pass
+        self._receptions.pop(endpoint, None)
+
+    async def _next_packet(self, endpoint: int, type: TransferType) -> bytes:
+        await self.start_receiving(endpoint, type)
+        packet = await self._from(self._receptions[endpoint].packets, endpoint)
+        assert isinstance(packet, (packets.InterruptPacket, packets.IsoPacket, *_RECEPTION_STATUS))
+        if isinstance(packet, _RECEPTION_STATUS):
+            if packet.status == Status.STALL:
+                self._receptions.pop(endpoint, None)
+            raise TransferFailed(f"reception on endpoint {endpoint:02x}", Status(packet.status))
+        if packet.status != Status.SUCCESS:
+            raise TransferFailed(f"packet of endpoint {endpoint:02x}", Status(packet.status), bytes(packet.data))
+        return bytes(packet.data)
+
+    async def start_receiving(self, endpoint: int, type: TransferType = TransferType.INTERRUPT) -> None:
+        """Start to receive from an endpoint that does not receive, without waiting for a packet.
+
+        Raises :class:`TransferFailed`.
+        """
+        if endpoint in self._receptions:
+            return
+        reception = self._receptions[endpoint] = _Reception(type)
+        start: packets.Packet
+        if type is TransferType.ISOCHRONOUS:
+            start = packets.StartIsoStream(endpoint=endpoint, packets_per_urb=8, urbs=2)
+        else:
+            start = packets.StartInterruptReceiving(endpoint=endpoint)
+        self.send(start)
+        status = await self._from(reception.packets, endpoint)
+        assert isinstance(status, _RECEPTION_STATUS)
+        if status.status != Status.SUCCESS:
+            self._receptions.pop(endpoint, None)
+            name = f"start of the reception on endpoint {endpoint:02x}"
+            raise TransferFailed(name, Status(status.status), hint=self._endpoint_hint(endpoint))
+
+    async def _from(self, queue: asyncio.Queue[packets.Packet], endpoint: int) -> packets.Packet:
+        try:
+            async with asyncio.timeout(self.timeout):
+                return await queue.get()
+        except TimeoutError:
+            raise self._timed_out(f"no packet arrived on endpoint {endpoint:02x}") from None
+
     def stream(self, kind: type[_Reply], endpoint: int) -> Callable[[], Awaitable[_Reply]]:
         """Return a coroutine function for the packets about an endpoint that are not replies, in order.
 
@@ -461,11 +559,14 @@ class MemoryGuest:
         """Return why a transfer is invalid, as far as the guest knows; an empty text otherwise."""
         if not isinstance(packet, (packets.BulkPacket, packets.InterruptPacket)):
             return ""
+        return self._endpoint_hint(packet.endpoint)
+
+    def _endpoint_hint(self, endpoint: int) -> str:
         if not self._configuration:
             return "the device is not configured: call enumerate() first"
         entries = self.endpoints.endpoints if self.endpoints is not None else ()
         there = [packets.endpoint_address(index) for index, entry in enumerate(entries) if entry.type != _NO_ENDPOINT]
-        if packet.endpoint not in there:
+        if endpoint not in there:
             names = ", ".join(f"{address:02x}" for address in there if address & 0x0F)
             return f"the current setting has no such endpoint, only {names or 'endpoint 0'}"
         return ""
@@ -498,6 +599,7 @@ class MemoryGuest:
             case packets.DeviceDisconnect():
                 # As QEMU does: reset the state, then acknowledge.
                 self.connected = self.interfaces = self.endpoints = None
+                self._receptions.clear()
                 self._configuration = 0
                 for pending in self._pending.values():
                     pending._future.cancel()
@@ -508,7 +610,10 @@ class MemoryGuest:
             case _ if isinstance(packet, _REPLIES) and not _streamed(packet):
                 self._reply_received(packet)
             case _:
-                self._stream(type(packet), getattr(packet, "endpoint", 0)).put_nowait(packet)
+                endpoint: int = getattr(packet, "endpoint", 0)
+                reception = self._receptions.get(endpoint)
+                queue = self._stream(type(packet), endpoint) if reception is None else reception.packets
+                queue.put_nowait(packet)
 
     def _reply_received(self, packet: packets.Packet) -> None:
         self._unanswered[packet.id] -= 1

@@ -106,8 +106,12 @@ class DeviceListener(Protocol):
     def happened(self, event: DeviceEvent) -> None:
         """Pass on an event of the device."""
 
-    def received(self, endpoint: int, status: Status, data: Buffer) -> None:
-        """Take a packet (or a buffered bulk transfer) of a reception. On an error ``data`` is what arrived."""
+    def received(self, endpoint: int, status: Status, data: Buffer) -> bool:
+        """Take a packet (or a buffered bulk transfer) of a reception. On an error ``data`` is what arrived.
+
+        Returns:
+            False if the packet was dropped: the endpoint does not receive, or the guest does not take packets now.
+        """
 
     def reception_ended(self, endpoint: int, status: Status) -> None:
         """Note that a reception ended (``STALL``), or that it goes on after an error (any other status)."""

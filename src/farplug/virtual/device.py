@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 
 from farplug.errors import StateError
 from farplug.rate_limit import limited_logger
-from farplug.usb.device import Device, DeviceEvent, DeviceListener, Identity, Offer
+from farplug.usb.descriptors import Capability
+from farplug.usb.device import Device, DeviceEvent, DeviceListener, Identity, Offer, Reception
 from farplug.usb.figures import Figures
 from farplug.usb.transfer import Status, Transfer
 from farplug.usb.types import (
@@ -27,8 +28,11 @@ from farplug.usb.types import (
     TransferType,
 )
 from farplug.virtual.events import FunctionRaised
-from farplug.virtual.function import Function, FunctionHost
+from farplug.virtual.function import Function, FunctionHost, Numbers
 from farplug.virtual.layout import CONFIGURATION, SPEEDS, Layout, Placement
+
+_VENDOR_IN = 0xC0
+"""bmRequestType of vendor requests to the device with an IN data stage."""
 
 log = limited_logger(__name__)
 
@@ -36,20 +40,29 @@ log = limited_logger(__name__)
 class _Slot(FunctionHost):
     """A function of the device, and its place."""
 
-    def __init__(self, function: Function, halted: set[int], report: Callable[[DeviceEvent], None]) -> None:
+    def __init__(self, function: Function, device: VirtualDevice) -> None:
         self.function = function
-        self._report = report
-        self.placement = Placement(0, 0, {}, {})
-        self._halted = halted
+        self.placement = Placement(Numbers(), 0, {})
+        self._device = device
+
+    @property
+    def numbers(self) -> Numbers:
+        return self.placement.numbers
+
+    def send(self, endpoint: int, data: Buffer, status: Status = Status.SUCCESS) -> bool:
+        return self._device._send(self.numbers.endpoint(endpoint), data, status)
 
     def halt(self, endpoint: int) -> None:
-        self._halted.add(self.placement.addresses[endpoint])
+        self._device._halt(self.numbers.endpoint(endpoint))
 
     def is_halted(self, endpoint: int) -> bool:
-        return self.placement.addresses[endpoint] in self._halted
+        return self.numbers.endpoint(endpoint) in self._device._halted
 
     def report(self, event: DeviceEvent) -> None:
-        self._report(event)
+        self._device._report(event)
+
+    def raised(self, error: Exception) -> None:
+        self._device._function_raised(self.function, error, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +112,8 @@ class VirtualDevice(Device):
     :class:`~farplug.virtual.events.FunctionRaised`; the device stays usable.
 
     Args:
-        functions: one or more. Several make a composite device with an interface association for each.
+        functions: one or more. Several make a composite device. Each function of several interfaces has an
+            interface association.
         vendor_id: 1d6b:0104 by default, the Linux Foundation's multifunction composite gadget.
         product_id: see ``vendor_id``.
         device_version: bcdDevice.
@@ -108,9 +122,12 @@ class VirtualDevice(Device):
         serial_number: iSerialNumber; for a disk 12 or more upper-case hex digits.
         speeds: the speeds that the device can run at, the best first: SUPER, HIGH, FULL.
         remote_wakeup: whether the device may wake a sleeping guest.
+        capabilities: further device capabilities.
+        landing_page: the http or https URL that a browser with WebUSB offers when the device is plugged in.
 
     Raises:
-        ValueError: there is no function, a speed is not supported, or there are more endpoints than a device can have.
+        ValueError: there is no function, a speed is not supported, there are more endpoints than a device can have, or
+            the landing page is not valid.
     """
 
     def __init__(
@@ -124,6 +141,8 @@ class VirtualDevice(Device):
         serial_number: str = "",
         speeds: Sequence[Speed] = (Speed.SUPER, Speed.HIGH),
         remote_wakeup: bool = False,
+        capabilities: Sequence[Capability] = (),
+        landing_page: str = "",
     ) -> None:
         if not functions:
             raise ValueError("a device has at least one function")
@@ -132,6 +151,8 @@ class VirtualDevice(Device):
         self.functions = functions
         self._speeds = tuple(speeds)
         self._remote_wakeup = remote_wakeup
+        self._capabilities = tuple(capabilities)
+        self._landing_page = landing_page
         self._identity = Identity(
             speeds[0],
             vendor_id,
@@ -142,7 +163,8 @@ class VirtualDevice(Device):
             serial_number=serial_number,
         )
         self._halted: set[int] = set()
-        self._slots = tuple(_Slot(function, self._halted, self._report) for function in functions)
+        self._receiving: set[int] = set()
+        self._slots = tuple(_Slot(function, self) for function in functions)
         self._listener: DeviceListener | None = None
         self._renumbered: dict[Transfer, tuple[_Slot, Transfer]] = {}
         """Pending transfers that the function sees with other numbers: the slot, and the function's transfer."""
@@ -205,7 +227,14 @@ class VirtualDevice(Device):
         for function in self.functions:
             function.leave_out(bool(offer.without))
         identity = replace(self._identity, speed=offer.speed)
-        self._layout = Layout(identity, self.functions, self._speeds, remote_wakeup=self._remote_wakeup)
+        self._layout = Layout(
+            identity,
+            self.functions,
+            self._speeds,
+            remote_wakeup=self._remote_wakeup,
+            capabilities=self._capabilities,
+            landing_page=self._landing_page,
+        )
         for slot, placement in zip(self._slots, self._layout.placements, strict=True):
             slot.placement = placement
         self._unconfigure()
@@ -278,6 +307,7 @@ class VirtualDevice(Device):
         self._routes: dict[int, _Route] = {}
         self._enabled: set[int] = set()
         self._halted.clear()
+        self._receiving.clear()
 
     def _choose_configuration(self, value: int) -> Status:
         if value not in (0, CONFIGURATION):
@@ -301,15 +331,14 @@ class VirtualDevice(Device):
         settings = self._layout.configuration.settings(number)
         if alternate not in settings:
             return Status.STALL
-        with self._catch(slot.function):
-            slot.function.reset(port_reset=False)
         for setting in settings.values():
-            self._halted.difference_update(endpoint.address for endpoint in setting.endpoints)
+            addresses = {endpoint.address for endpoint in setting.endpoints}
+            self._halted -= addresses
+            self._receiving -= addresses
+        with self._catch(slot.function):
+            slot.function.set_alternate(number - slot.numbers.first_interface, alternate)
         self._alternates[number] = alternate
         self._find_routes()
-        with self._catch(slot.function):
-            slot.function.set_alternate(number - slot.placement.first_interface, alternate)
-            slot.function.configured(self._speed)
         return Status.SUCCESS
 
     def _find_routes(self) -> None:
@@ -327,7 +356,7 @@ class VirtualDevice(Device):
         """Return the slot of an interface; None if there is no such interface, or the device is not configured."""
         if self._configuration:
             for slot in self._slots:
-                if 0 <= number - slot.placement.first_interface < slot.placement.interface_count:
+                if 0 <= number - slot.numbers.first_interface < slot.placement.interface_count:
                     return slot
         return None
 
@@ -384,6 +413,46 @@ class VirtualDevice(Device):
         except Exception as error:
             self._function_raised(slot.function, error, None)
 
+    # Receptions
+
+    def start_receiving(self, reception: Reception) -> Status:
+        endpoint = reception.endpoint
+        route = self._routes.get(endpoint)
+        if endpoint in self._receiving:
+            return Status.INVALID
+        if route is None or route.type is not reception.type or route.type is TransferType.BULK:
+            return Status.STALL
+        if endpoint in self._halted:
+            return Status.STALL
+        self._receiving.add(endpoint)
+        status = Status.STALL
+        with self._catch(route.slot.function):
+            status = route.slot.function.receiving(route.own, reception)
+        if status is not Status.SUCCESS:
+            self._receiving.discard(endpoint)
+        return status
+
+    def stop_receiving(self, endpoint: int) -> Status:
+        if endpoint in self._receiving:
+            self._receiving.discard(endpoint)
+            route = self._routes[endpoint]
+            with self._catch(route.slot.function):
+                route.slot.function.stopped(route.own)
+        return Status.SUCCESS
+
+    def _send(self, endpoint: int, data: Buffer, status: Status) -> bool:
+        if self._listener is None or endpoint not in self._receiving:
+            return False
+        return self._listener.received(endpoint, status, data)
+
+    def _halt(self, endpoint: int) -> None:
+        """Halt an endpoint. A reception ends, so that the guest learns of the halt, and starts it again afterwards."""
+        self._halted.add(endpoint)
+        if endpoint in self._receiving:
+            self.stop_receiving(endpoint)
+            if self._listener is not None:
+                self._listener.reception_ended(endpoint, Status.STALL)
+
     def _renumber(self, transfer: Transfer, slot: _Slot, endpoint: int, setup: Setup | None) -> Transfer:
         """Make the transfer that the function sees; its completion completes the guest's transfer."""
 
@@ -411,6 +480,9 @@ class VirtualDevice(Device):
             else:
                 transfer.complete(Status.SUCCESS, reply[: min(setup.length, transfer.length)])
             return
+        if setup.request_type == _VENDOR_IN and (known := self._layout.vendor_reply(setup)) is not None:
+            transfer.complete(Status.SUCCESS, known[: min(setup.length, transfer.length)])
+            return
         for slot, own in self._recipients(setup):
             inner = self._renumber(transfer, slot, transfer.endpoint, own)
             with self._catch(slot.function, inner):
@@ -434,7 +506,7 @@ class VirtualDevice(Device):
             slot = self._slot_of_interface(setup.index & 0xFF)
             if slot is None:
                 return []
-            return [(slot, replace(setup, index=setup.index - slot.placement.first_interface))]
+            return [(slot, replace(setup, index=setup.index - slot.numbers.first_interface))]
         if setup.recipient is Recipient.ENDPOINT:
             route = self._routes.get(setup.index & 0xFF)
             return [] if route is None else [(route.slot, replace(setup, index=setup.index & 0xFF00 | route.own))]
@@ -487,7 +559,7 @@ class VirtualDevice(Device):
         if route is None:
             return b"" if setup.index in (0x00, 0x80) and not enable else None
         if enable:
-            self._halted.add(setup.index)
+            self._halt(setup.index)
         else:
             self._halted.discard(setup.index)
             with self._catch(route.slot.function):

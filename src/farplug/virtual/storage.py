@@ -6,12 +6,13 @@ import asyncio
 from collections.abc import Sequence
 
 from farplug.errors import DeviceError, Reason
-from farplug.usb.descriptors import EndpointDescriptor, InterfaceDescriptor, SuperSpeedCompanion
+from farplug.usb.descriptors import EndpointDescriptor, InterfaceDescriptor
+from farplug.usb.endpoints import bulk_endpoint, bulk_packet_size
 from farplug.usb.figures import Figures
 from farplug.usb.transfer import Transfer
-from farplug.usb.types import Speed, TransferType
+from farplug.usb.types import Speed
 from farplug.virtual.bot import BulkOnly
-from farplug.virtual.function import Function, FunctionHost
+from farplug.virtual.function import Function, FunctionHost, Numbers
 from farplug.virtual.storage_transport import StorageTransport
 from farplug.virtual.uas import STREAMS_EXPONENT, Uas
 from farplug.virtual.unit import LogicalUnit
@@ -33,7 +34,7 @@ MAX_UNITS = 16
 REFRESH_INTERVAL = 1.0
 """Seconds between two checks of the size of the stores."""
 
-_BULK_SIZES = {Speed.FULL: 64, Speed.HIGH: 512, Speed.SUPER: 1024}
+_MAX_BURST = 15
 
 _PIPES = ((COMMAND_PIPE, 1), (STATUS_PIPE, 2), (BULK_IN, 3), (BULK_OUT, 4))
 """The endpoints of USB Attached SCSI with the pipe ids of their pipe usage descriptors (UAS-2, table 10)."""
@@ -69,7 +70,7 @@ class MassStorage(Function):
         self._bot = BulkOnly(units, BULK_IN, BULK_OUT)
         self._uas = Uas(units, command=COMMAND_PIPE, status=STATUS_PIPE, data_in=BULK_IN, data_out=BULK_OUT)
         self._active: BulkOnly | Uas = self._bot
-        self._alternate = 0
+        self._speed = Speed.HIGH
         self._refreshing: asyncio.TimerHandle | None = None
 
     def optional(self, speed: Speed) -> str:
@@ -85,7 +86,7 @@ class MassStorage(Function):
             return (self._bot,)
         return (self._uas,) if self._transport is StorageTransport.UAS else (self._bot, self._uas)
 
-    def interfaces(self, speed: Speed) -> Sequence[InterfaceDescriptor]:
+    def interfaces(self, speed: Speed, numbers: Numbers) -> Sequence[InterfaceDescriptor]:
         return tuple(
             InterfaceDescriptor(
                 0, alternate, CLASS_MASS_STORAGE, SUBCLASS_SCSI, PROTOCOL_BULK_ONLY, _bulk_only_endpoints(speed)
@@ -102,13 +103,18 @@ class MassStorage(Function):
         for unit in self.units:
             unit.report = host.report
 
-    def set_alternate(self, interface: int, alternate: int) -> None:
-        self._alternate = alternate
-
     def configured(self, speed: Speed) -> None:
-        self._active = self._settings(speed)[self._alternate]
+        self._speed = speed
+        self._start(0)
+
+    def set_alternate(self, interface: int, alternate: int) -> None:
+        self._active.reset()
+        self._start(alternate)
+
+    def _start(self, alternate: int) -> None:
+        self._active = self._settings(self._speed)[alternate]
         if self._active is self._uas:
-            self._uas.start(_BULK_SIZES[speed], streams=speed >= Speed.SUPER)
+            self._uas.start(bulk_packet_size(self._speed), streams=self._speed >= Speed.SUPER)
 
     def control(self, transfer: Transfer) -> bool:
         return self._active is self._bot and self._bot.control(transfer)
@@ -125,7 +131,6 @@ class MassStorage(Function):
 
     def reset(self, *, port_reset: bool) -> None:
         self._active.reset()
-        self._alternate = 0
         if port_reset:
             for unit in self.units:
                 unit.scsi.reset()
@@ -186,26 +191,18 @@ async def _make_durable(unit: LogicalUnit) -> DeviceError | None:
 
 
 def _bulk_only_endpoints(speed: Speed) -> tuple[EndpointDescriptor, ...]:
-    companion = SuperSpeedCompanion(max_burst=15) if speed >= Speed.SUPER else None
-    return tuple(
-        EndpointDescriptor(address, TransferType.BULK, _BULK_SIZES[speed], companion=companion)
-        for address in (BULK_IN, BULK_OUT)
-    )
+    return tuple(bulk_endpoint(address, speed, max_burst=_MAX_BURST) for address in (BULK_IN, BULK_OUT))
 
 
 def _uas_endpoints(speed: Speed) -> tuple[EndpointDescriptor, ...]:
+    """Return the pipes: all but the command pipe have streams (UASP, chapter 3.3)."""
     return tuple(
-        EndpointDescriptor(
+        bulk_endpoint(
             address,
-            TransferType.BULK,
-            _BULK_SIZES[speed],
-            companion=_companion(address) if speed >= Speed.SUPER else None,
+            speed,
+            max_burst=_MAX_BURST,
+            streams_exponent=0 if address == COMMAND_PIPE else STREAMS_EXPONENT,
             extra=bytes((4, _PIPE_USAGE, pipe, 0)),
         )
         for address, pipe in _PIPES
     )
-
-
-def _companion(address: int) -> SuperSpeedCompanion:
-    """Return the companion of a pipe: all pipes but the command pipe have streams (UASP, chapter 3.3)."""
-    return SuperSpeedCompanion(max_burst=15, attributes=0 if address == COMMAND_PIPE else STREAMS_EXPONENT)

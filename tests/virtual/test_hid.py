@@ -1,0 +1,244 @@
+"""The keyboard, the tablet and the mouse, driven by a guest in memory."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from farplug.testing.memory import MemoryGuest, TransferFailed
+from farplug.usb import Setup, Speed
+from farplug.usb.descriptors import ConfigurationDescriptor
+from farplug.usb.types import DescriptorType
+from farplug.virtual import Detached, VirtualDevice
+from farplug.virtual.hid import Button, HidFunction, Key, Keyboard, Led, Mouse, ReportsLost, Tablet
+from farplug.virtual.hid import function as hid_function
+from farplug.virtual.hid import keyboard as hid_keyboard
+from farplug.virtual.hid.keys import US_LAYOUT
+
+IN, OUT = 0x81, 0x01
+
+
+@pytest.fixture(autouse=True)
+def _no_delay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hid_function, "OPEN_DELAY", 0.0)
+
+
+@asynccontextmanager
+async def plugged(function: HidFunction) -> AsyncIterator[MemoryGuest]:
+    async with MemoryGuest(VirtualDevice(function, speeds=(Speed.HIGH,))) as guest:
+        await guest.enumerate()
+        await guest.start_receiving(IN)
+        yield guest
+
+
+async def reports(guest: MemoryGuest, count: int) -> list[str]:
+    return [(await guest.interrupt_in(IN)).hex() for _ in range(count)]
+
+
+async def reflect(guest: MemoryGuest, keyboard: Keyboard, seen: list[bytes], *, drop: int = 0) -> None:
+    """Take reports as Linux does: reflect the locks, after dropping the first reports."""
+    leds = 0
+    while True:
+        report = await guest.interrupt_in(IN)
+        if drop:
+            drop -= 1
+            continue
+        seen.append(report)
+        bit = {Key.NUM_LOCK: 1, Key.CAPS_LOCK: 2}.get(Key(report[2])) if report[2] else None
+        if bit is not None:
+            leds ^= bit
+            await guest.interrupt_out(OUT, bytes((leds,)))
+
+
+def text_of(seen: list[bytes]) -> str:
+    characters = {(key, shift): character for character, (key, shift) in US_LAYOUT.items()}
+    keys = [(Key(report[2]), bool(report[0] & 2)) for report in seen if report[2] not in (0, Key.NUM_LOCK)]
+    return "".join(characters[key] for key in keys)
+
+
+@pytest.mark.parametrize(
+    ("function", "size", "triple"),
+    [(Keyboard, 64, (3, 1, 1)), (Tablet, 74, (3, 0, 0)), (Mouse, 52, (3, 1, 2))],
+)
+async def test_descriptors(function: type[HidFunction], size: int, triple: tuple[int, int, int]) -> None:
+    async with plugged(function()) as guest:
+        raw = await guest.get_descriptor(DescriptorType.CONFIGURATION, length=255)
+        (interface,) = ConfigurationDescriptor.parse(raw).interfaces
+        assert (interface.interface_class, interface.interface_subclass, interface.interface_protocol) == triple
+        assert interface.extra == bytes((9, 0x21, 0x11, 1, 0, 1, 0x22, size, 0))
+        assert interface.endpoints[0].address == IN
+        assert (interface.endpoints[0].max_packet_size, interface.endpoints[0].interval) == (8, 4)
+        assert await guest.control_in(Setup(0x81, 6, 0x2100, 0, 255)) == interface.extra
+        descriptor = await guest.control_in(Setup(0x81, 6, 0x2200, 0, 255))
+        assert len(descriptor) == size
+        assert descriptor[-1] == 0xC0
+        with pytest.raises(TransferFailed, match="stall"):
+            await guest.control_in(Setup(0x81, 6, 0x2300, 0, 255))
+
+
+async def test_requests_of_the_class() -> None:
+    async with plugged(keyboard := Keyboard()) as guest:
+        assert await guest.control_in(Setup(0xA1, 3, 0, 0, 1)) == b"\1"
+        await guest.control_out(Setup(0x21, 0x0B, 0, 0, 0))
+        assert keyboard.boot_protocol
+        assert await guest.control_in(Setup(0xA1, 3, 0, 0, 1)) == b"\0"
+        await guest.control_out(Setup(0x21, 0x0A, 8 << 8, 0, 0))
+        assert await guest.control_in(Setup(0xA1, 2, 0, 0, 1)) == b"\x08"
+        assert await guest.control_in(Setup(0xA1, 1, 0x100, 0, 8)) == bytes(8)
+        await keyboard.press(Key.A)
+        assert await guest.control_in(Setup(0xA1, 1, 0x100, 0, 8)) == bytes.fromhex("0000040000000000")
+        await guest.control_out(Setup(0x21, 9, 0x200, 0, 1), b"\xe3")
+        assert keyboard.leds == Led.NUM_LOCK | Led.CAPS_LOCK
+        await guest.interrupt_out(OUT, b"\4")
+        await keyboard.until(lambda: keyboard.leds == Led.SCROLL_LOCK)
+        await guest.control_out(Setup(0x21, 9, 0x200, 0, 0))
+        assert keyboard.leds == Led(0)
+        with pytest.raises(TransferFailed, match="stall"):
+            await guest.control_in(Setup(0xA1, 1, 0x300, 0, 8))
+        for setup, data in ((Setup(0x21, 9, 0x300, 0, 1), b"x"), (Setup(0x21, 0x0B, 2, 0, 0), b"")):
+            with pytest.raises(TransferFailed, match="stall"):
+                await guest.control_out(setup, data)
+        await guest.set_configuration(1)
+        assert not keyboard.boot_protocol
+    async with plugged(Tablet()) as guest:
+        with pytest.raises(TransferFailed, match="stall"):
+            await guest.control_out(Setup(0x21, 9, 0x200, 0, 1), b"x")
+
+
+async def test_keys() -> None:
+    async with plugged(keyboard := Keyboard()) as guest:
+        await keyboard.press(Key.LEFT_SHIFT, Key.A)
+        await keyboard.press(Key.B, Key.A)
+        await keyboard.tap(Key.C)
+        await keyboard.release(Key.A)
+        await keyboard.release()
+        assert await reports(guest, 6) == [
+            "0200040000000000",
+            "0200040500000000",
+            "0200040506000000",
+            "0200040500000000",
+            "0200050000000000",
+            "0000000000000000",
+        ]
+        await keyboard.tap(Key.LEFT_CTRL, Key.RIGHT_ALT, Key.DELETE)
+        assert await reports(guest, 2) == ["41004c0000000000", "0000000000000000"]
+        await keyboard.press(*(Key(Key.A + number) for number in range(6)))
+        with pytest.raises(ValueError, match="7 keys are pressed"):
+            await keyboard.press(Key.Z)
+        await keyboard.release(Key.A)
+        assert (await reports(guest, 2))[1] == "0000050607080900"
+
+
+async def test_a_text_that_is_confirmed() -> None:
+    text = "".join(US_LAYOUT) * 3
+    async with plugged(keyboard := Keyboard()) as guest:
+        seen: list[bytes] = []
+        reflecting = asyncio.ensure_future(reflect(guest, keyboard, seen, drop=2))
+        await keyboard.type_text(text)
+        assert text_of(seen) == text
+        assert keyboard.leds == Led(0)
+        await keyboard.tap(Key.CAPS_LOCK)
+        await keyboard.until(lambda: keyboard.leds == Led.CAPS_LOCK)
+        seen.clear()
+        await keyboard.type_text("Ab1!")
+        assert text_of(seen) == "aB1!"
+        reflecting.cancel()
+
+
+async def test_a_text_that_is_not_confirmed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hid_keyboard, "_ATTEMPT_TIMEOUT", 0.01)
+    async with plugged(keyboard := Keyboard()) as guest:
+        with pytest.raises(ReportsLost, match="0 of 5 characters are certain"):
+            await keyboard.type_text("hello")
+        attempts = await reports(guest, 2 * hid_keyboard._ATTEMPTS)
+        assert set(attempts) == {"0000530000000000", "0000000000000000"}
+        await keyboard.type_text("hi", confirm=False)
+        typed = [bytes.fromhex(report) for report in await reports(guest, 4)]
+        assert text_of(typed) == "hi"
+        await keyboard.type_text("")
+
+
+async def test_a_guest_that_stops_to_receive() -> None:
+    async with plugged(keyboard := Keyboard()) as guest:
+        typing = asyncio.ensure_future(keyboard.type_text("x" * 200, confirm=False))
+        await guest.interrupt_in(IN)
+        await guest.stop_receiving(IN)
+        await guest.start_receiving(IN)
+        with pytest.raises(ReportsLost, match="0 of 200"):
+            await typing
+
+
+async def test_firmware(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hid_keyboard, "FIRMWARE_PACE", 0.001)
+    async with plugged(keyboard := Keyboard()) as guest:
+        await guest.control_out(Setup(0x21, 0x0B, 0, 0, 0))
+        await keyboard.type_text("A\n")
+        assert text_of([bytes.fromhex(report) for report in await reports(guest, 4)]) == "A\n"
+
+
+async def test_a_character_that_the_keyboard_does_not_have() -> None:
+    async with plugged(keyboard := Keyboard()) as guest:
+        with pytest.raises(ValueError, match=r"'\\xe4' \(character 2 of the text\)"):
+            await keyboard.type_text("xä")
+        await keyboard.tap(Key.Z)
+        assert (await reports(guest, 1))[0] == "00001d0000000000"
+
+
+async def test_detach_while_a_confirmation_is_awaited() -> None:
+    async with plugged(keyboard := Keyboard()) as guest:
+        confirming = asyncio.ensure_future(keyboard.confirm(60))
+        await guest.interrupt_in(IN)
+        guest.reset()
+        with pytest.raises(Detached):
+            await confirming
+        with pytest.raises(Detached):
+            await keyboard.until(lambda: True)
+
+
+async def test_tablet() -> None:
+    async with plugged(tablet := Tablet()) as guest:
+        await tablet.move_to(1, 0x7FFF)
+        await tablet.press()
+        await tablet.click(Button.RIGHT)
+        await tablet.release()
+        await tablet.scroll(-200)
+        assert await reports(guest, 8) == [
+            "000100ff7f00",
+            "010100ff7f00",
+            "030100ff7f00",
+            "010100ff7f00",
+            "000100ff7f00",
+            "000100ff7f81",
+            "000100ff7fb7",
+            "000100ff7f00",
+        ]
+        for place in ((-1, 0), (0, 0x8000)):
+            with pytest.raises(ValueError, match="not a valid position"):
+                await tablet.move_to(*place)
+
+
+async def test_mouse() -> None:
+    async with plugged(mouse := Mouse()) as guest:
+        await mouse.press(Button.MIDDLE)
+        await mouse.move(-300, 5)
+        await mouse.scroll(1)
+        moved = [bytes.fromhex(report) for report in await reports(guest, 7)]
+        signed = [tuple(value - 256 if value > 127 else value for value in report[1:]) for report in moved]
+        assert {report[0] for report in moved} == {4}
+        assert [sum(values) for values in zip(*signed, strict=True)] == [-300, 5, 1]
+        assert signed[-1] == (0, 0, 0)
+        await guest.set_configuration(1)
+        await guest.start_receiving(IN)
+        await mouse.move(0, 0)
+        assert await reports(guest, 2) == ["00000000"] * 2  # the button was released
+
+
+async def test_the_first_report_waits_for_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hid_function, "OPEN_DELAY", 0.05)
+    async with plugged(keyboard := Keyboard()):
+        begun = keyboard.reports.read_since
+        await keyboard.tap(Key.A)
+        assert asyncio.get_running_loop().time() - begun >= 0.05
