@@ -246,7 +246,8 @@ class AttachedGuest(Guest):
         """The tag of the last READY IU."""
         self._tags: dict[Transfer, int] = {}
         """The tags of data transfers, and of status transfers with streams."""
-        self._offsets: dict[Transfer, int] = {}
+        self._origins: dict[Transfer, tuple[Write, int]] = {}
+        """The command and the offset of each data transfer: its tag may belong to another command by now."""
 
     def _read_status(self, tag: int) -> None:
         if self._streams:
@@ -277,7 +278,7 @@ class AttachedGuest(Guest):
         transfer = Transfer(
             TransferType.BULK, DATA_OUT, self.completed.append, length=len(data), data=data, stream_id=stream
         )
-        self._tags[transfer], self._offsets[transfer] = tag, offset
+        self._tags[transfer], self._origins[transfer] = tag, (self._by_tag[tag], offset)
         self.submitted.append(transfer)
         self.device.submit(transfer)
 
@@ -289,8 +290,9 @@ class AttachedGuest(Guest):
     def handle(self, transfer: Transfer) -> None:
         tag = self._tags.get(transfer, 0)
         if transfer.endpoint == DATA_OUT and transfer.status is Status.CANCELLED:
-            if not self._streams and tag in self._by_tag:  # else the data is never sent: the command fails
-                insort(self._unsent[tag], (self._offsets[transfer], bytes(transfer.data)))
+            write, offset = self._origins[transfer]
+            if not self._streams and self._by_tag.get(tag) is write:  # else the data is never sent: the command fails
+                insort(self._unsent[tag], (offset, bytes(transfer.data)))
         elif transfer.endpoint == STATUS and transfer.status is Status.CANCELLED:
             self._read_status(tag)
         elif transfer.endpoint == STATUS and transfer.reply:
