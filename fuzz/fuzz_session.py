@@ -168,6 +168,7 @@ class HostileServer:
         channel.send(first)
         reading = asyncio.ensure_future(idle(channel)) if rng.random() < 0.9 else None
         try:
+            await asyncio.sleep(rng.choice((0, 0.1, 0.2)))  # a session that began follows a move
             for _ in range(rng.randrange(30)):
                 channel.send(self._message(is_main))
                 if rng.random() < 0.3:
@@ -306,7 +307,7 @@ class Fuzzer:
         app.subscribe(_check_event)
         guest = app.add(settings)
         session = asyncio.ensure_future(app.run(guest))
-        await asyncio.wait([session], timeout=rng.choice((0.05, 0.3, 0.6)))
+        await asyncio.wait([session], timeout=rng.choice((0.05, 0.3, 0.6, 1.0)))
         assert PASSWORD not in json.dumps(app.snapshot())
         session.cancel()
         try:
