@@ -4,7 +4,9 @@
 # make lint      ruff, mypy --strict (also for macOS and Windows), import contracts, words, shellcheck, docs
 # make bench     ratios to QEMU's own disks, to spice-gtk's emulated CD and to usbredirect; figures of the parser; what
 #                TLS and the SPICE proxy kerbside cost
-# make fuzz      fuzz every parser for a limited time
+# make fuzz      run every fuzzer, SECONDS each
+# make fuzz-guided   fuzz every parser guided by coverage, with atheris, SECONDS each
+# make fuzz-nightly  all fuzzers for an hour in all
 # make stress    a minute of parallel readers, writers and failing commands, over each transport; 200 attaches by 4 clients
 # make picture   draw the picture of the demo in README.md again
 # make man       write docs/farplug.1, the man page, from the commands and their help
@@ -16,7 +18,7 @@ CUTS := 60
 PROCESSES := 3
 SITE := -q -W --keep-going -j 2 -b html -d build/doctrees docs build/docs
 
-.PHONY: demo test test-unit test-guest test-kerbside coverage lint format bench fuzz stress picture man docs powercut setup clean
+.PHONY: demo test test-unit test-guest test-kerbside coverage lint format bench fuzz fuzz-guided fuzz-nightly stress picture man docs powercut setup clean
 
 setup:
 	@scripts/setup dev
@@ -82,7 +84,18 @@ powercut: setup
 	FARPLUG_POWER_CUTS=$(CUTS) $(PYTHON) -m pytest -n 2 --dist loadfile tests/guest/test_killed.py tests/guest/test_power_loss.py
 
 fuzz: setup
-	@for target in fuzz/fuzz_*.py; do $(PYTHON) $$target --seconds $(SECONDS) || exit 1; done
+	@for target in fuzz/fuzz_*.py; do PYTHONPATH=. $(PYTHON) $$target --seconds $(SECONDS) || exit 1; done
+
+fuzz-guided: setup
+	@$(PYTHON) fuzz/guided.py --seconds $(SECONDS)
+
+# The fuzzers and the 10 parsers of fuzz/guided.py share an hour. All of them run, also after a failure.
+FUZZERS := $(wildcard fuzz/fuzz_*.py)
+fuzz-nightly: setup
+	@$(MAKE) --no-print-directory --keep-going SECONDS=$$((3600 / ($(words $(FUZZERS)) + 10))) $(FUZZERS:%=fuzz/.run-%) fuzz-guided
+
+fuzz/.run-%:
+	@PYTHONPATH=. $(PYTHON) $* --seconds $(SECONDS)
 
 clean:
 	rm -rf .venv .venv-kerbside .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist htmlcov .coverage*

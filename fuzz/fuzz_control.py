@@ -31,17 +31,13 @@ from farplug.control.messages import (
 )
 from farplug.control.server import METHODS, Server
 from farplug.errors import FarplugError, Reason, Remedy, RemoteProtocolError, UsageError
-from harness import run
+from harness import check, run
 
 WORDS = (
     *METHODS,
     *("path", "sources", "kind", "disk", "device", "events", "guest", "protocol_version", "1.0", "note", "ok", "id"),
 )
 HELLO = encode(Request(0, "hello", {"protocol_version": "1.0"}))
-
-
-def check(holds: bool) -> None:
-    assert holds
 
 
 def value(rng: random.Random, depth: int = 0) -> Any:

@@ -20,7 +20,7 @@ from farplug.spice.messages import MainInit, SwitchHost, parse_channels_list, pa
 from farplug.spice.types import ChannelType, LinkError
 from farplug.spice.vmc import VmcChannel
 from farplug.spice.vv import VvFile
-from harness import run
+from harness import check, run
 
 PUBLIC_KEY = (
     rsa.generate_private_key(65537, 1024).public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
@@ -31,10 +31,6 @@ VV = (
     b"ca=-----BEGIN CERTIFICATE-----\\nAA\\n\nhost-subject=O=a\\, b,CN=c\nproxy=http://p:3128\ndelete-this-file=1\n"
     b"secure-channels=main;inputs\n# comment\n[other]\nx=y\n"
 )
-
-
-def check(holds: bool) -> None:
-    assert holds
 
 
 def damage(rng: random.Random, data: bytes) -> bytes:

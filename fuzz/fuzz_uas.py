@@ -7,69 +7,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import random
 import struct
-from collections.abc import Callable
 
 from farplug.errors import DeviceError
 from farplug.scsi.disk import COMMANDS
-from farplug.store import MemoryStore, ReadDone, WriteDone
-from farplug.usb import Buffer, Speed, Transfer, TransferType
+from farplug.usb import Speed, Transfer, TransferType
 from farplug.virtual import VirtualDevice, disk_device
-from harness import Listener, run
+from harness import Listener, raise_logged, run
+from late_store import LateStore
 
 BLOCKS = 64
 COMMAND, STATUS, DATA_IN, DATA_OUT = 0x04, 0x83, 0x81, 0x02
 LENGTHS = (0, 1, 16, 96, 512, 1024, 4096, 32768, 2**31, 2**32 - 1)
 KNOWN = [bytes((row.opcode, row.service_action or 0)) for row in COMMANDS]
-
-
-class Raised(logging.Handler):
-    """Raises logged exceptions: a device catches and logs the exceptions of its functions."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.exc_info is not None and record.exc_info[1] is not None:
-            raise record.exc_info[1]
-
-
-class LateStore(MemoryStore):
-    """A store that completes its operations in :meth:`go`, in any order."""
-
-    late = True
-
-    def __init__(self, source: random.Random, *, read_only: bool) -> None:
-        super().__init__(BLOCKS * 512, read_only=read_only)
-        self.unmaps = source.random() < 0.5
-        self._source = source
-        self._answers: list[Callable[[], None]] = []
-
-    def read(self, offset: int, length: int, done: ReadDone) -> None:
-        assert 0 <= offset <= offset + length <= len(self.content)
-        super().read(offset, length, lambda data, error: self._answer(lambda: done(data, error)))
-
-    def write(self, offset: int, data: Buffer, done: WriteDone) -> None:
-        assert 0 <= offset <= offset + len(data) <= len(self.content)
-        assert not len(data) % 512
-        super().write(offset, data, lambda error: self._answer(lambda: done(error)))
-
-    def flush(self, done: WriteDone) -> None:
-        self._answer(lambda: done(OSError(5, "broken") if self.late and self._source.random() < 0.1 else None))
-
-    def _answer(self, answer: Callable[[], None]) -> None:
-        if self.late:
-            self._answers.append(answer)
-        else:
-            answer()
-
-    def go(self, count: int = 1) -> None:
-        for _ in range(min(count, len(self._answers))):
-            self._answers.pop(self._source.randrange(len(self._answers)))()
-
-    def go_all(self) -> None:
-        self.late = False
-        while self._answers:
-            self.go()
 
 
 def lun(source: random.Random) -> bytes:
@@ -137,7 +88,7 @@ async def attack(device: VirtualDevice, store: LateStore, source: random.Random)
 
 
 def one_case(source: random.Random) -> None:
-    store = LateStore(source, read_only=source.random() < 0.2)
+    store = LateStore(source, BLOCKS, read_only=source.random() < 0.2, failing=0.1)
     before = bytes(store.content)
     device = disk_device(store, speeds=(source.choice((Speed.SUPER, Speed.HIGH)),))
 
@@ -168,5 +119,5 @@ def one_case(source: random.Random) -> None:
 
 
 if __name__ == "__main__":
-    logging.getLogger("farplug").addHandler(Raised(logging.ERROR))
+    raise_logged()
     run("uas", one_case)

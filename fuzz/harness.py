@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
+import contextlib
+import logging
 import random
+import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
 
 from farplug.usb import Buffer, DeviceEvent, Status
 from farplug.virtual.events import FunctionRaised
+
+CASE_LIMIT = 60
+"""Seconds after which a case has failed: a part of farplug waits forever, or loops."""
+
+counts: Counter[str] = Counter()
+"""What the cases did, by name; printed at the end."""
 
 
 class Listener:
@@ -30,11 +44,27 @@ class Listener:
         raise AssertionError
 
 
+class _RaiseLogged(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info is not None and record.exc_info[1] is not None:
+            raise record.exc_info[1]
+
+
+def raise_logged() -> None:
+    """Raise the exceptions that farplug logs: a device catches and logs those of its functions."""
+    logging.getLogger("farplug").addHandler(_RaiseLogged(logging.ERROR))
+
+
+def check(holds: bool, what: str = "") -> None:
+    """Raise AssertionError, in an ``except`` clause for example."""
+    assert holds, what
+
+
 def run(name: str, one_case: Callable[[random.Random], None]) -> None:
     """Run cases until the time is over. If a case raises an exception, print how to repeat it, and raise the exception.
 
     Args:
-        name: the name of the fuzzer, for messages.
+        name: the name of the fuzzer, that of its file without ``fuzz_``.
         one_case: runs one case with its own random source; an exception that it raises is a bug.
     """
     parser = argparse.ArgumentParser(description=f"Fuzz {name}.")
@@ -44,14 +74,40 @@ def run(name: str, one_case: Callable[[random.Random], None]) -> None:
     arguments = parser.parse_args()
     first = random.SystemRandom().randrange(1 << 32) if arguments.seed is None else arguments.seed
     seed = first
+    logging.getLogger("farplug").addHandler(logging.NullHandler())
+    logging.getLogger("farplug").propagate = False
+    signal.signal(signal.SIGALRM, _too_long)
     start = time.monotonic()
     try:
         while time.monotonic() - start < arguments.seconds and (not arguments.cases or seed - first < arguments.cases):
+            signal.alarm(CASE_LIMIT)
             one_case(random.Random(seed))
             seed += 1
-    except Exception:
-        print(f"{name}: failed; repeat with --cases 1 --seed {seed}", file=sys.stderr)  # noqa: T201
+    except BaseException as error:
+        if not isinstance(error, KeyboardInterrupt):
+            command = f"PYTHONPATH=. {Path(sys.executable).name} {sys.argv[0]} --cases 1 --seed {seed}"
+            print(f"{name}: failed; repeat with: {command}", file=sys.stderr)  # noqa: T201
         raise
+    finally:
+        signal.alarm(0)
     elapsed = time.monotonic() - start
     cases = seed - first
     print(f"{name}: {cases} cases from seed {first} in {elapsed:.1f} s, {cases / elapsed:.0f} a second, no failure")  # noqa: T201
+    if counts:
+        print(f"    {', '.join(f'{number} {what}' for what, number in sorted(counts.items()))}")  # noqa: T201
+
+
+def _too_long(number: int, frame: FrameType | None) -> None:
+    with contextlib.suppress(RuntimeError):  # no event loop runs
+        for task in asyncio.all_tasks():
+            _print_waiting(task)
+    raise TimeoutError(f"the case takes more than {CASE_LIMIT} s")
+
+
+def _print_waiting(task: asyncio.Task[Any]) -> None:
+    """Print where each coroutine of a task waits: the stack that asyncio prints has only the outermost one."""
+    print(f"{task.get_name()} waits:", file=sys.stderr)  # noqa: T201
+    coroutine: Any = task.get_coro()
+    while (frame := getattr(coroutine, "cr_frame", None)) is not None:
+        print(f"    {frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}", file=sys.stderr)  # noqa: T201
+        coroutine = coroutine.cr_await

@@ -199,6 +199,7 @@ class FakeHandle:
             raise usb1.USBErrorNoDevice
         failures = device.failures.get(device.calls[-1], device.failures.get(name))
         if failures is not None:
+            device.failed.add(name)
             raise failures
 
     def getConfiguration(self) -> int:
@@ -212,7 +213,9 @@ class FakeHandle:
         self.device.drivers = dict(self.device.bound_by_kernel.get(self.device.configuration, {}))
 
     def setInterfaceAltSetting(self, interface: int, alt_setting: int) -> None:
-        assert interface in self.claimed
+        if interface not in self.claimed:  # a claim failed
+            assert "claim" in self.device.failed
+            raise usb1.USBErrorNotFound
         self._call("set_interface", interface, alt_setting)
 
     def claimInterface(self, interface: int) -> None:
@@ -342,6 +345,8 @@ class FakeDevice:
         self.unplugged = False
         self.calls: list[str] = []
         self.failures: dict[str, Exception] = {}
+        self.failed: set[str] = set()
+        """Names of calls that have failed."""
         self.hang: dict[str, threading.Event] = {}
         self.hanging = threading.Event()
         self.caller: int | None = None

@@ -124,6 +124,11 @@ def test_parse(text: str, expected: VvFile) -> None:
             "x.vv, line 5: tls-port=n/a is not a port number from 1 to 65535: ignored",
         ),
         (
+            MINIMAL + "delete-this-file=\x1b]0;x\n",
+            BASE,
+            "x.vv, line 5: delete-this-file=\ufffd]0;x is neither 0 nor 1: ignored",
+        ),
+        (
             MINIMAL + "tls-port=65536\n",
             BASE,
             "x.vv, line 5: tls-port=65536 is not a port number from 1 to 65535: ignored",
@@ -161,6 +166,7 @@ def test_bytes_of_a_title_that_are_not_text_are_replaced() -> None:
         (b"[virt-viewer]\ntype=spice\nhost=x\nport=99999999999999999999\n", "line 4: port="),
         (b"[virt-viewer]\ntype=spice\nhost=x\ntls-port=5901x\n", "line 4: tls-port=5901x is not a port number"),
         ("[virt-viewer]\ntype=spice\nhost=x\nport=\u0665\n".encode(), "line 4: port=\u0665 is not a port number"),
+        (b"[virt-viewer]\ntype=spice\nhost=x\nport=1\x1b7\n", "line 4: port=1\ufffd7 is not a port number"),
         (b"[virt-viewer]\ntype=spice\nhost=x\nport=None\ntls-port=-1\n", "line 4: port=None is not a port number"),
         (MINIMAL.replace("vmhost", "vm\\n\x1b[31m").encode(), "line 3: host contains control characters"),
         (MINIMAL.replace("=spice", "=\x1b]0;x\x07").encode(), "line 2: type contains control characters"),

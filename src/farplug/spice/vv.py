@@ -15,6 +15,7 @@ from typing import Self
 from farplug.errors import Reason, UsageError
 from farplug.spice.host import plain_host
 from farplug.spice.types import CHANNEL_NAMES
+from farplug.text import printable
 
 MAX_VV_FILE = 1 << 20
 """The largest ``.vv`` file that we read, in bytes."""
@@ -162,7 +163,7 @@ class _Values:
             ports[key] = number if number is not None and number > 0 else None
         usable = any(port is not None for port in ports.values())
         for key in wrong:
-            what = f"{key}={self.text(key)[:40]} is not a port number from 1 to 65535"
+            what = f"{key}={printable(self.text(key), 40)} is not a port number from 1 to 65535"
             if not usable:
                 raise self.error(what, self.line(key), _NEW_FILE_OF_RUNNING_VM)
             self._warn(f"{what}: ignored", self.line(key))
@@ -174,7 +175,7 @@ class _Values:
         """Return whether a number is not 0; a value that is not a number is ignored."""
         number = self._integer(key)
         if number is None and self.text(key):
-            self._warn(f"{key}={self.text(key)[:40]} is neither 0 nor 1: ignored", self.line(key))
+            self._warn(f"{key}={printable(self.text(key), 40)} is neither 0 nor 1: ignored", self.line(key))
         return bool(number)
 
     def secure_channels(self, has_tls: bool) -> frozenset[str]:
