@@ -197,9 +197,12 @@ async def test_speaker_plays_without_underrun(desk: Desk) -> None:
     assert "underrun" not in output
     assert "usb" not in output
     async with asyncio.timeout(GUEST_TIMEOUT):  # what is still on its way counts when it arrives
-        while (figures := await desk.figures("speaker", 0x01))["transfers"] < 0.95 * 5000:
-            await asyncio.sleep(0.1)
-    assert 0.95 < figures["transfers"] / 5000 < 1.1, figures
+        figures, before = await desk.figures("speaker", 0x01), None
+        while figures != before:
+            await asyncio.sleep(1)
+            figures, before = await desk.figures("speaker", 0x01), figures
+    # QEMU drops packets of a guest that is too far ahead, which happens on a machine with little time.
+    assert 0.5 < figures["transfers"] / 5000 < 1.1, figures
     assert figures["errors"] == 0, figures
     # Packets that come too late for the device's clock are dropped, as cancelled: on a quiet machine some 2 %, on one
     # that has little time for two emulated ones most of them. Those in flight when the sound ends are cancelled too,
