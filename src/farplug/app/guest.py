@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from farplug.app.attachment import Attachment, AttachmentState, Place
 from farplug.app.capture import GuestCapture
 from farplug.app.events import EventReader, EventStream, Level, level_of
-from farplug.app.guest_port import GuestPort
+from farplug.app.guest_port import GuestPort, retrieve
 from farplug.app.link import AskPassword, Link, error_fields
 from farplug.app.screen import Inputs, Screen
 from farplug.app.settings import CaptureSettings, DeviceRules, GuestSettings, Source, SourceKind, StorageSettings
@@ -328,7 +328,21 @@ class Guest:
         self._places = [Place(port.number) for port in self._link.ports[:count]]
         return tuple(self._places)
 
+    def _ports_not_kept(self) -> list[GuestPort]:
+        """Return the ports that are not kept for a named device."""
+        kept = [place.number for place in self._places]
+        return [port for port in self._link.ports if port.number not in kept]
+
     # Plugging -----------------------------------------------------------------------------------------------------
+
+    def _current(self) -> list[Attachment]:
+        """Return the attachments that are not over."""
+        return [attachment for attachment in self.attachments if not attachment.over]
+
+    @property
+    def _storage(self) -> StorageSettings:
+        """Return how a source becomes a device, where a call does not say that."""
+        return StorageSettings() if self.settings is None else self.settings.storage
 
     def plug(
         self,
@@ -400,7 +414,7 @@ class Guest:
         self, source: Source, place: Place | None, storage: StorageSettings | None, label: str
     ) -> Attachment:
         if storage is None:
-            storage = StorageSettings() if self.settings is None else self.settings.storage
+            storage = self._storage
         if source.kind is SourceKind.USB_DEVICE:
             from farplug.app.auto import choose_device
 
@@ -431,14 +445,13 @@ class Guest:
         units: Sequence[str],
         sources: Sequence[str] = (),
     ) -> Attachment:
-        if any(attachment.device is device and not attachment.over for attachment in self.attachments):
+        if any(attachment.device is device for attachment in self._current()):
             raise StateError(f"{device.identity} is plugged in already")
         self.attachments = [attachment for attachment in self.attachments if attachment.device is not device]
         await self._link.connected()
         self.check_room(1)
         in_use: PortError | None = None
-        kept = [other.number for other in self._places]
-        ports = [port for port in self._link.ports if port.number not in kept]
+        ports = self._ports_not_kept()
         if place is not None and place.number < len(self._link.ports):
             ports.insert(0, self._link.ports[place.number])
         earlier = self._places if place is None else self._places[: self._places.index(place)]
@@ -575,7 +588,7 @@ class Guest:
         Raises:
             UsageError: the name fits several devices (``AMBIGUOUS``), or is one of several disks of a device.
         """
-        current = [attachment for attachment in self.attachments if not attachment.over]
+        current = self._current()
         for attachment in current:
             if name in (attachment.label, attachment.id):
                 return attachment
@@ -711,7 +724,7 @@ class Guest:
         errors = await asyncio.gather(*plugging)
         if stay:
             await asyncio.Event().wait()
-        while current := [attachment for attachment in self.attachments if not attachment.over]:
+        while current := self._current():
             await current[0].ended()
         return next((error for error in errors if error is not None), None)
 
@@ -797,7 +810,7 @@ class Guest:
         self, sources: Sequence[Source], storage: StorageSettings | None, rules: DeviceRules, wait: bool
     ) -> list[Attachment]:
         if storage is None:
-            storage = StorageSettings() if self.settings is None else self.settings.storage
+            storage = self._storage
         plugged = {source: self._plugged(source) for source in sources}
         already = [attachment for attachment in plugged.values() if attachment is not None]
         for source, attachment in plugged.items():
@@ -812,8 +825,7 @@ class Guest:
                 opened += [await open_source(source, storage, self._sources, self._copying)]
             await self._link.connected()
             named = 0 if auto is None else auto.present
-            kept = [place.number for place in self._places]
-            free = sum(not port.in_use and port.number not in kept for port in self._link.ports)
+            free = sum(not port.in_use for port in self._ports_not_kept())
             if free < named + self._least_ports(len(opened)):
                 raise self._no_free_port(f"{len(wanted)} devices" if len(wanted) > 1 else shown(wanted[0].path))
             groups = self._groups(opened, free - named)
@@ -845,10 +857,7 @@ class Guest:
         """Return the attachment that a source has; None: it has none."""
         if source.kind in (SourceKind.READ_ONLY_DISK, SourceKind.CDROM, SourceKind.FOLDER):
             return None  # the same image or folder twice is two devices
-        for attachment in self.attachments:
-            if source.path in attachment.sources and not attachment.over:
-                return attachment
-        return None
+        return next((one for one in self._current() if source.path in one.sources), None)
 
     async def _plug_new(self, device: VirtualDevice) -> Attachment:
         """Plug a device of new sources; publish its error too, since perhaps no call waits."""
@@ -857,8 +866,7 @@ class Guest:
             return await self._plug_device(device, None, label, titles, units, sources)
         except asyncio.CancelledError:
             await self._release(device)
-            who = "the device was unplugged" if self._closing is None else "the guest was closed"
-            raise GuestGoneError(f"{who} before {label} was plugged in") from None
+            raise self._cancelled(f"{label} was plugged in") from None
         except FarplugError as error:
             await self._release(device)
             self.skipped(error)
@@ -885,13 +893,8 @@ class Guest:
         """Start a call that :meth:`close` cancels. Its errors are published, or raised by who waits for it."""
         task = asyncio.ensure_future(call)
         self._calls.add(task)
-
-        def done(task: asyncio.Task[T]) -> None:
-            self._calls.discard(task)
-            if not task.cancelled():
-                task.exception()  # retrieved
-
-        task.add_done_callback(done)
+        task.add_done_callback(self._calls.discard)
+        task.add_done_callback(retrieve)
         return task
 
     async def detach(self, name: str) -> list[str]:
@@ -904,14 +907,13 @@ class Guest:
             UsageError: the name fits several devices.
             DeviceError: written data of a device could not be made durable (the first one that failed).
         """
-        if name == ALL:
-            found = [attachment for attachment in self.attachments if not attachment.over]
-        else:
-            found = [attachment for attachment in (self.find(name),) if attachment is not None]
+        current = self._current()
+        found = current if name == ALL else [one for one in (self.find(name),) if one is not None]
         if not found:
-            labels = ", ".join(one.label for one in self.attachments if not one.over) or "nothing"
-            what = "nothing" if name == ALL else shown(name)
-            self.note(f"{what} is plugged in" if name == ALL else f"{what} is not plugged in; plugged in: {labels}")
+            labels = ", ".join(one.label for one in current) or "nothing"
+            self.note(
+                "nothing is plugged in" if name == ALL else f"{shown(name)} is not plugged in; plugged in: {labels}"
+            )
         await _all(self.unplug(attachment) for attachment in found)
         return [attachment.label for attachment in found]
 
@@ -1008,15 +1010,14 @@ class Guest:
             "target": None if self.settings is None else self.settings.target.public_target,
             **self._link.snapshot(),
             "capture": self.capturing,
-            "attachments": {one.id: one.snapshot() for one in self.attachments if not one.over},
+            "attachments": {one.id: one.snapshot() for one in self._current()},
         }
 
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(FIGURES_INTERVAL)
-            for attachment in self.attachments:
-                if not attachment.over:
-                    self._figures(attachment)
+            for attachment in self._current():
+                self._figures(attachment)
 
     def _figures(self, attachment: Attachment) -> None:
         """Publish what an attachment has moved, if that has changed."""
@@ -1070,7 +1071,7 @@ class Guest:
         await asyncio.gather(*calls, return_exceptions=True)
 
     async def _unplug_all(self) -> None:
-        await _all(attachment.unplug() for attachment in self.attachments if not attachment.over)
+        await _all(attachment.unplug() for attachment in self._current())
 
     async def _close_images(self) -> None:
         devices = {*self._owned, *self._releasing}
@@ -1083,6 +1084,11 @@ class Guest:
     def _check_open(self) -> None:
         if self._closing is not None:
             raise GuestGoneError("the guest is closed")
+
+    def _cancelled(self, what: str) -> GuestGoneError:
+        """Return the error for a call that was cancelled before something happened."""
+        who = "the device was unplugged" if self._closing is None else "the guest was closed"
+        return GuestGoneError(f"{who} before {what}")
 
     async def _until_closed(
         self, call: Coroutine[Any, Any, T], what: str, undo: Callable[[T], Awaitable[object]] | None = None
@@ -1107,8 +1113,7 @@ class Guest:
         except asyncio.CancelledError:
             caller = asyncio.current_task()
             if caller is None or not caller.cancelling():
-                who = "the device was unplugged" if self._closing is None else "the guest was closed"
-                raise GuestGoneError(f"{who} before {what}") from None
+                raise self._cancelled(what) from None
             if undo is not None and not task.cancelled() and task.exception() is None:
                 await undo(task.result())
             raise

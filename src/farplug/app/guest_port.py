@@ -110,7 +110,7 @@ class GuestPort:
             return
         if self._opening is None:
             self._opening = asyncio.ensure_future(self._open())
-            self._opening.add_done_callback(_retrieve)
+            self._opening.add_done_callback(retrieve)
         opening = self._opening
         try:
             await asyncio.shield(opening)
@@ -189,7 +189,7 @@ class GuestPort:
             self._changed(self)
 
 
-def _retrieve(opening: asyncio.Task[None]) -> None:
-    """Mark the error of an attempt as retrieved: the port has it, also if no caller waits any more."""
-    if not opening.cancelled():
-        opening.exception()
+def retrieve(call: asyncio.Future[Any]) -> None:
+    """Mark the error of a call as retrieved, as a done callback: it is reported otherwise; perhaps no caller waits."""
+    if not call.cancelled():
+        call.exception()

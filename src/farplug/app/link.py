@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Any, Protocol, TypeAlias
 
 from farplug.app.events import Level
-from farplug.app.guest_port import GuestPort, PortState
+from farplug.app.guest_port import GuestPort, PortState, retrieve
 from farplug.app.retry import Retry, Wait
 from farplug.app.settings import GuestSettings, TargetSettings
 from farplug.app.target_command import run_target_command
@@ -198,7 +198,7 @@ class Link:
                 raise
         self._use(session)
         self._opening = asyncio.ensure_future(self._open_ports())
-        self._opening.add_done_callback(_retrieve)
+        self._opening.add_done_callback(retrieve)
         if session.reached:
             self._stages.reached()
             try:
@@ -251,7 +251,7 @@ class Link:
         opening = [asyncio.ensure_future(port.open()) for port in self.ports]
         error: BaseException | None = None
         for call in opening:
-            call.add_done_callback(_retrieve)
+            call.add_done_callback(retrieve)
         for done in asyncio.as_completed(opening):
             try:
                 await done
@@ -423,12 +423,6 @@ def _parse(where: TargetSettings) -> tuple[Target, bool]:
     is_file = os.path.isfile(where.target)
     target = where.parse()
     return target, is_file and not os.path.exists(where.target)
-
-
-def _retrieve(call: asyncio.Future[None]) -> None:
-    """Mark the error of opening a port as retrieved: the port has it."""
-    if not call.cancelled():
-        call.exception()
 
 
 class Stages:

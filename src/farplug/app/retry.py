@@ -151,12 +151,11 @@ class Retry:
         Args:
             error: why it failed.
         """
-        moved = isinstance(self._loss, GuestMoved)
         if error.reason in _NEVER or not isinstance(error, (TargetError, GuestGoneError, PortError)):
             return GiveUp(error)
         if self._settings is not None:
             return self._next()
-        assert moved
+        assert isinstance(self._loss, GuestMoved)
         if self._clock() + MOVED_DELAY - self._lost_at > MOVED_LIMIT:
             return GiveUp(error)
         self._attempt += 1
