@@ -85,7 +85,8 @@ def option(command: Any, parameter: Any) -> Iterator[str]:
     """Yield the lines of one option."""
     names = ", ".join(bold(name) for name in (*parameter.opts, *parameter.secondary_opts))
     values = choices(command, parameter)
-    value = "" if parameter.is_flag else f" {italic(parameter.metavar or '|'.join(values) or parameter.name.upper())}"
+    bare = parameter.is_flag or parameter.count
+    value = "" if bare else f" {italic(parameter.metavar or '|'.join(values) or parameter.name.upper())}"
     yield from (".TP", names + value)
     default = parameter.default.value if isinstance(parameter.default, Enum) else None
     yield escape(parameter.help) + (f" The default is {bold(str(default))}." if default is not None else "")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from farplug.lazy import lazy_import
 
 if TYPE_CHECKING:
-    from farplug.app.api import cdrom, connect, disk, folder, usb_device
+    from farplug.app.api import cdrom, connect, disk, folder, keyboard, tablet, usb_device
     from farplug.app.app import App
     from farplug.app.attachment import Attachment, AttachmentState
     from farplug.app.events import Event
@@ -93,7 +93,9 @@ __all__ = [
     "connect",
     "disk",
     "folder",
+    "keyboard",
     "list_devices",
+    "tablet",
     "usb_device",
 ]
 
@@ -138,7 +140,9 @@ lazy_import(
         "connect": ".app.api",
         "disk": ".app.api",
         "folder": ".app.api",
+        "keyboard": ".app.api",
         "list_devices": ".machine.listing",
+        "tablet": ".app.api",
         "usb_device": ".app.api",
     },
 )

@@ -390,7 +390,7 @@ async def test_several_disks_of_one_device_leave_together(files: Path) -> None:
         await session.named("ready")
         (attached,) = (await session.app.do(Attach(sources)))["attachments"]
         assert attached["units"] == ["a.raw", "b.raw"]
-        with pytest.raises(UsageError, match="a logical unit of a device with 2 of them"):
+        with pytest.raises(UsageError, match="one of 2 parts of a device"):
             await session.app.do(Detach("a.raw"))
         assert await session.app.do(Detach("a.raw, b.raw")) == {"detached": ["a.raw, b.raw"]}
 

@@ -26,7 +26,7 @@ from tests.transport.fake_spice import Channel, FakeSpice, idle, running
 
 import farplug
 from farplug import image as image_package
-from farplug.app import auto, sources
+from farplug.app import auto, kinds
 from farplug.app import commands as c
 from farplug.app.app import App
 from farplug.app.events import Event
@@ -100,7 +100,7 @@ class Log:
         record(DeviceLock, "release", "lock")
         self._count(monkeypatch, image_package, "folder_store")
         self._count(monkeypatch, auto, "DeviceLock")
-        self._count(monkeypatch, sources, "open_iso")
+        self._count(monkeypatch, kinds, "open_iso")
 
     def _count(self, monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> None:
         inner = getattr(module, name)

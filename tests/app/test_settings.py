@@ -16,6 +16,7 @@ from farplug.app.commands import COMMANDS, Attach, Command, Eject, Insert, Quit,
 from farplug.app.settings import (
     DeviceRules,
     GuestSettings,
+    Names,
     Source,
     SourceKind,
     StorageSettings,
@@ -27,11 +28,17 @@ from farplug.text import without_credentials
 # The names of files of Linux: any bytes but NUL, as Python decodes them.
 NAMES = st.binary(max_size=50).map(lambda name: name.replace(b"\0", b"/").decode(errors="surrogateescape"))
 
+_PATHS = {Names.NOTHING: st.just(""), Names.FILE: NAMES.filter(bool), Names.OTHER: NAMES}
+
 SECRETS: dict[str, Any] = {"password": "hunter2", "fallback_password": "hunter3"}
 
 
 def everything(kind: type[Any]) -> st.SearchStrategy[Any]:
     """All values of a dataclass."""
+    if kind is Source:
+        return st.sampled_from(SourceKind).flatmap(
+            lambda kind: st.builds(Source, st.just(kind), _PATHS[kind.names], st.none() | NAMES)
+        )
     hints = get_type_hints(kind)
     return st.builds(kind, **{field.name: _values(hints[field.name]) for field in fields(kind)})
 
@@ -130,7 +137,7 @@ def test_a_command_has_no_other_fields(name: str, extra: str) -> None:
         ({"target": {"target": "a"}, "sources": [{"kind": "disk"}]}, "sources[0].path is missing"),
         (
             {"target": {"target": "a"}, "sources": [{"kind": "disk", "path": "a"}, {"kind": "floppy", "path": ""}]},
-            "sources[1].kind: 'floppy' is not one of disk, read-only-disk, cdrom, folder, usb-device",
+            "sources[1].kind: 'floppy' is not one of disk, read-only-disk, cdrom, folder, usb-device, keyboard, tablet",
         ),
         (
             {"target": {"target": "a"}, "storage": {"block_size": True}},

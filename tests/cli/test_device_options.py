@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 from tests.cli.support import Cli, FakeGuest, in_thread, interrupt
@@ -15,6 +15,7 @@ from tests.machine.windows import windows_machine
 
 from farplug.app import auto
 from farplug.app.attachment import Place
+from farplug.app.settings import Source
 from farplug.errors import DeviceError, Reason
 from farplug.machine import hotplug
 from farplug.machine.hotplug import Watch
@@ -220,3 +221,11 @@ def test_on_windows_it_does_not_run(cli: Cli, monkeypatch: pytest.MonkeyPatch) -
     result = cli("connect", NOWHERE, "--usb-device", "1234:0003")
     assert result.code == 11
     assert result.err == "farplug: farplug connect does not run on Windows\n"
+
+
+def test_order_of_sources(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("farplug.cli.session_verbs.attach", lambda session, devices, **_: seen.append(devices.sources))
+    result = cli("attach", "--usb-tablet", "--usb-cdrom", "x.iso", "--usb-keyboard", "--usb-keyboard")
+    assert (result.code, result.err) == (0, "")
+    assert seen == [(Source.tablet(), Source.cdrom("x.iso"), Source.keyboard(), Source.keyboard())]

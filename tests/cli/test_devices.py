@@ -63,7 +63,15 @@ def test_json(cli: Cli, image: Path, tmp_path: Path) -> None:
     assert result.code == 3
     answer = json.loads(result.out)
     options = [kind["option"].split()[0] for kind in answer["kinds"]]
-    assert options == ["--usb-disk", "--usb-disk-ro", "--usb-cdrom", "--usb-folder", "--usb-device"]
+    assert options == [
+        "--usb-disk",
+        "--usb-disk-ro",
+        "--usb-cdrom",
+        "--usb-folder",
+        "--usb-keyboard",
+        "--usb-tablet",
+        "--usb-device",
+    ]
     good, bad = answer["images"]
     assert (good["path"], good["size"], len(good["serial_number"])) == (str(image), 1 << 20, 16)
     assert (bad["error"]["reason"], sorted(bad["error"])) == (
@@ -81,7 +89,7 @@ def test_devices_of_this_machine(cli: Cli, machine: Machine) -> None:
     machine.add("1-7", 9, 0x1209, 1, authorized="0", speed="unknown")
     result = cli("devices")
     assert (result.code, result.err) == (0, "")
-    assert result.out.splitlines()[6:] == [
+    assert result.out.splitlines()[8:] == [
         "PORT  ADDRESS  VID:PID    SPEED    CLASS            NAME",
         "1-5   1-7      1050:0407  full     hid, smart-card  Yubi\N{REPLACEMENT CHARACTER}Key (serial:9)",
         "1-6   1-8      046d:c31c  high     hid",

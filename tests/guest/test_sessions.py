@@ -146,6 +146,14 @@ async def test_a_session(guest: QemuGuest, installed: Installed) -> None:
         assert "is empty" in await farplug("eject", "-s", "web1")
 
         await farplug("detach", "all")
+        await farplug("attach", "--usb-keyboard", "--usb-tablet")
+        assert await _products(guest) == ["Virtual Keyboard 03/01/01", "Virtual Tablet 03/00/00"]
+        await farplug("detach", "all")
+        await farplug("attach", "--usb-disk", "drivers.raw")
+        await farplug("attach", "--usb-keyboard", "--usb-tablet")  # in the port that is left
+        interfaces = ["Virtual Devices 03/00/00", "Virtual Devices 03/01/01"]
+        assert [line for line in await _products(guest) if "Devices" in line] == interfaces
+        await farplug("detach", "all")
         assert (await farplug.json("status"))["devices"] == []
         assert "the session web1 has ended" in await farplug("stop", "-s", "web1")
         events = [json.loads(line)["event"] async for line in watching.stdout]
@@ -153,6 +161,19 @@ async def test_a_session(guest: QemuGuest, installed: Installed) -> None:
     assert events.count("attached") == events.count("detached") >= 3
     assert {"medium-inserted", "medium-ejected"} <= set(events)
     assert await farplug.json("ls") == []
+
+
+async def _products(guest: QemuGuest) -> list[str]:
+    """Return the products of farplug's devices, each with class, subclass and protocol of an interface."""
+    script = """
+    for interface in /sys/bus/usb/devices/*:*; do
+        device=${interface%%:*}
+        grep -q farplug $device/manufacturer 2>/dev/null || continue
+        cd $interface
+        echo $(cat $device/product) $(cat bInterfaceClass)/$(cat bInterfaceSubClass)/$(cat bInterfaceProtocol)
+    done | sort
+    """
+    return (await guest.check(script)).splitlines()
 
 
 async def _text_on_cdrom(guest: QemuGuest) -> str:

@@ -90,3 +90,5 @@ disk = Source.disk
 cdrom = Source.cdrom
 folder = Source.folder
 usb_device = Source.usb_device
+keyboard = Source.keyboard
+tablet = Source.tablet

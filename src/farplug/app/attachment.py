@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
@@ -93,17 +94,38 @@ class Owner(Protocol):
         """Return an iterator over the attachment's events."""
 
 
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a device is for people.
+
+    Attributes:
+        label: the name of a file, ``cdrom0``, a device's name.
+        titles: its parts, such as logical units, with what is in them: ``cdrom0 (installer.iso)``; empty: the label.
+        units: the labels of its parts; empty: the label.
+        details: for each part what a user must know to use its other end here, such as the path of a terminal, or
+            nothing; empty: nothing for any.
+        sources: what the device was made of, as users name it: paths, ids; empty: unknown.
+    """
+
+    label: str
+    titles: Sequence[str] = ()
+    units: Sequence[str] = ()
+    details: Sequence[str] = ()
+    sources: Sequence[str] = ()
+
+
 class Attachment:
     """A device plugged into a port of a guest, as a user sees it. Made by :meth:`farplug.app.guest.Guest.plug`.
 
     Attributes:
         id: unique in the application: ``a1``.
-        label: unique in its guest: the name of a file, ``cdrom0``, a device's name.
-        titles: its logical units with what is in them: ``cdrom0 (installer.iso)``; the label if it has none.
-        units: the labels of its logical units; the label if it has none.
+        label: unique in its guest.
+        titles: see :class:`Description`.
+        units: see :class:`Description`.
+        details: see :class:`Description`; as many as units.
         device: what is plugged.
         port: where.
-        sources: what the device was made of, as users name it: paths, ids; empty: unknown.
+        sources: see :class:`Description`.
         identity: of the device, as it was last offered to the guest.
         state: how far it has come.
         error: why the guest refused the device, or why the device left, if no user asked for that.
@@ -113,21 +135,19 @@ class Attachment:
         self,
         owner: Owner,
         id: str,
-        label: str,
-        titles: Sequence[str],
-        units: Sequence[str],
+        description: Description,
         device: Device,
         port: GuestPort,
-        sources: Sequence[str] = (),
     ) -> None:
         self.id = id
-        self.label = label
-        self.titles = tuple(titles) or (label,)
-        self.units = tuple(units) or (label,)
+        self.label = description.label
+        self.titles = tuple(description.titles) or (self.label,)
+        self.units = tuple(description.units) or (self.label,)
+        self.details = tuple(description.details) or ("",) * len(self.units)
         self.device = device
         self.identity = device.identity
         self.port = port
-        self.sources = tuple(sources)
+        self.sources = tuple(description.sources)
         self.state = AttachmentState.OPENING
         self.error: FarplugError | None = None
         self._owner = owner
@@ -244,6 +264,7 @@ class Attachment:
             "id": self.id,
             "label": self.label,
             "units": list(self.units),
+            "details": list(self.details),
             "port": self.port.name,
             "state": str(self.state),
             "error": None if self.error is None else self.error.as_dict(),

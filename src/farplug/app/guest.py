@@ -11,13 +11,15 @@ import logging
 import os
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from farplug.app.attachment import Attachment, AttachmentState, Place
+from farplug.app.attachment import Attachment, AttachmentState, Description, Place
 from farplug.app.capture import GuestCapture
 from farplug.app.events import EventReader, EventStream, Level, level_of
 from farplug.app.guest_port import GuestPort, retrieve
+from farplug.app.kinds import KINDS, Medium
 from farplug.app.link import AskPassword, Link, error_fields
 from farplug.app.screen import Inputs, Screen
 from farplug.app.settings import CaptureSettings, DeviceRules, GuestSettings, Source, SourceKind, StorageSettings
@@ -181,7 +183,7 @@ class Guest:
         match event.last if isinstance(event, port_events.Repeated) else event:
             case port_events.Opened(number=number):
                 fields["units"] = list(attachment.titles)
-                message = _port_line(number, attachment.titles)
+                message = _port_line(number, attachment.titles, self._media(attachment))
             case port_events.DeviceReport(event=MediumEvent(lun=lun)) if lun < len(attachment.units):
                 device = attachment.units[lun]
             case port_events.Attached(identity=identity):
@@ -371,9 +373,9 @@ class Guest:
             place: its port. If something else uses the port, and without a place: the first free port that is not kept.
             storage: how a source becomes a device; None: the guest's settings, or the defaults.
             label: for people; empty: the source's or the device's name. A number is added if the label is in use.
-            titles: the logical units of the device with what is in them; empty: its label.
-            units: the labels of the logical units; empty: its label.
-            sources: what the device was made of, as users name it; empty: the source.
+            titles: see :class:`~farplug.app.attachment.Description`.
+            units: see :class:`~farplug.app.attachment.Description`.
+            sources: see :class:`~farplug.app.attachment.Description`.
 
         Raises:
             ImageError: the source cannot be used.
@@ -383,23 +385,22 @@ class Guest:
             DeviceError: the device cannot be taken.
             GuestGoneError: the guest went away, or was closed meanwhile.
         """
-        return Plugging(self, lambda: self._plug(what, place, storage, label, titles, units, sources))
+        description = Description(label, titles, units, sources=sources)
+        return Plugging(self, lambda: self._plug(what, place, storage, description))
 
     async def _plug(
         self,
         what: Source | Device,
         place: Place | None,
         storage: StorageSettings | None,
-        label: str,
-        titles: Sequence[str],
-        units: Sequence[str],
-        sources: Sequence[str],
+        description: Description,
     ) -> Attachment:
         if isinstance(what, Source):
-            name, call = what.path, self._plug_source(what, place, storage, label)
+            name, call = what.name, self._plug_source(what, place, storage, description.label)
         else:
             name = str(what.identity)
-            call = self._plug_device(what, place, label or _name_of(what), titles, units, sources)
+            description = replace(description, label=description.label or _name_of(what))
+            call = self._plug_device(what, place, description)
         try:
             return await self._until_closed(call, f"{name} was plugged in", self.unplug)
         finally:
@@ -421,17 +422,21 @@ class Guest:
             device, lock = await choose_device(source.path, force=storage.force)
             self._locks[device] = lock
             try:
-                return await self._plug_device(device, place, label or _name_of(device), (), (), [source.path])
+                description = Description(label or _name_of(device), sources=[source.name])
+                return await self._plug_device(device, place, description)
             except BaseException:
                 await self._release(device)
                 raise
         opened = await open_source(source, storage, self._sources, self._copying)
-        virtual = device_of([opened], storage)
+        try:
+            virtual = device_of([opened], storage)
+        except BaseException:
+            await self._close_opened([opened])
+            raise
         self._owned[virtual] = [opened]
         try:
-            return await self._plug_device(
-                virtual, place, label or opened.label, [opened.title], [opened.label], [source.path]
-            )
+            description = self._describe_group(virtual)
+            return await self._plug_device(virtual, place, replace(description, label=label or description.label))
         except BaseException:
             await self._release(virtual)
             raise
@@ -440,10 +445,7 @@ class Guest:
         self,
         device: Device,
         place: Place | None,
-        label: str,
-        titles: Sequence[str],
-        units: Sequence[str],
-        sources: Sequence[str] = (),
+        description: Description,
     ) -> Attachment:
         if any(attachment.device is device for attachment in self._current()):
             raise StateError(f"{device.identity} is plugged in already")
@@ -458,7 +460,7 @@ class Guest:
         for port in ports:
             if port.in_use:
                 continue
-            attachment = self._attachment(device, port, label, titles, units, sources)
+            attachment = self._attachment(device, port, description)
             try:
                 await attachment.plug(earlier)
             except PortError as error:  # another client uses this port: the next one may be free
@@ -478,14 +480,12 @@ class Guest:
         self,
         device: Device,
         port: GuestPort,
-        label: str,
-        titles: Sequence[str],
-        units: Sequence[str],
-        sources: Sequence[str],
+        description: Description,
     ) -> Attachment:
         self._count += 1
-        label = unique(label, [attachment.label for attachment in self.attachments])
-        attachment = Attachment(self, f"{self.id}.a{self._count}", label, titles, units, device, port, sources)
+        label = unique(description.label, [attachment.label for attachment in self.attachments])
+        id = f"{self.id}.a{self._count}"
+        attachment = Attachment(self, id, replace(description, label=label), device, port)
         self.attachments.append(attachment)
         self._publish_attaching(attachment)
         if self._ticker is None:
@@ -569,14 +569,14 @@ class Guest:
         task.add_done_callback(released)
 
     async def _release_now(self, device: Device, sources: Sequence[OpenSource], lock: DeviceLock | None) -> None:
-        try:
-            if sources and isinstance(device, VirtualDevice):
-                await device.dispose()
-        finally:
-            for opened in sources:
-                self._sources.release(opened)
+        async with AsyncExitStack() as steps:  # from the last one to the first one, each in any case
             if lock is not None:
-                await asyncio.to_thread(lock.release)
+                steps.push_async_callback(asyncio.to_thread, lock.release)
+            for opened in sources:
+                steps.callback(self._sources.release, opened)
+                steps.push_async_callback(opened.close)
+            if sources and isinstance(device, VirtualDevice):
+                steps.push_async_callback(device.dispose)
 
     def find(self, name: str) -> Attachment | None:
         """Return the attachment that a user names; None if nothing is plugged in under this name.
@@ -602,8 +602,7 @@ class Guest:
         for attachment in fitting:
             if len(attachment.units) > 1:
                 raise UsageError(
-                    f"{shown(name)} is a logical unit of a device with {len(attachment.units)} of them, which leave "
-                    "together",
+                    f"{shown(name)} is one of {len(attachment.units)} parts of a device, which leave together",
                     reason=Reason.AMBIGUOUS,
                     remedy=f"to detach all of them, name the device: {shown(attachment.label)}",
                 )
@@ -665,11 +664,13 @@ class Guest:
     async def _stay(self, settings: GuestSettings, auto: AutoPlugger | None) -> None:
         """Plug everything in, side by side, and stay until all devices have left, or the guest is gone."""
         count, named = len(self._sources.opened), 0 if auto is None else auto.named
-        self.check_room(max(1 if count or named or not settings.stay else 0, named + self._least_ports(count)))
+        self.check_room(
+            max(1 if count or named or not settings.stay else 0, named + _least_ports(self._sources.opened))
+        )
         groups = self._groups(self._sources.opened, len(self._link.ports) - named)
         devices: dict[Device, Sequence[OpenSource]] = {device_of(group, settings.storage): group for group in groups}
         self._owned |= devices
-        first = {device: group[0].place for device, group in devices.items()}
+        first = {device: min(one.place for one in group) for device, group in devices.items()}
         usb = [place for place, source in enumerate(settings.sources) if source.kind is SourceKind.USB_DEVICE]
         order = sorted([*first.values(), *usb])
         places = dict(zip(order, self.reserve(len(order)), strict=True))
@@ -698,18 +699,19 @@ class Guest:
         if error is not None:
             raise error
 
-    def _least_ports(self, count: int) -> int:
-        """Return the ports that a number of disks and CD-ROM drives needs at least."""
-        return min(count, 1) if count <= MAX_UNITS else count
-
     def _groups(self, opened: Sequence[OpenSource], ports: int) -> list[list[OpenSource]]:
-        """Return the sources in groups of one device each: one source each, or all of them if there are fewer ports."""
+        """Return the sources in groups of one device each: one source each, or all of them if there are fewer ports.
+
+        In a group images come first, in the order of their logical unit numbers.
+        """
         count = len(opened)
         if count <= ports:
             return [[one] for one in opened]
         has = "1 port" if ports == 1 else f"{ports} ports"
-        self.note(f"the VM has {has} for {count} devices: they are plugged as {count} logical units of one device")
-        return [[*opened]]
+        media = [one for one in opened if isinstance(one.content, Medium)]
+        parts = "logical units" if len(media) == count else "parts"
+        self.note(f"the VM has {has} for {count} devices: they are plugged as {count} {parts} of one device")
+        return [[*media, *(one for one in opened if one not in media)]]
 
     async def _plug_all(self, devices: Mapping[Device, Place], *, stay: bool) -> FarplugError | None:
         """Plug devices in, and wait until all devices have left; return why, if no user asked for that.
@@ -730,8 +732,7 @@ class Guest:
 
     async def _plug_and_wait(self, device: Device, place: Place, *, stay: bool) -> FarplugError | None:
         try:
-            label, titles, units, sources = self._names_of_group(device)
-            attachment = await self.plug(device, place, label=label, titles=titles, units=units, sources=sources)
+            attachment = await self._plug(device, place, None, self._describe_group(device))
         except FarplugError as error:
             if not stay or not self.is_ready:
                 raise
@@ -743,11 +744,17 @@ class Guest:
         self._places.remove(place)  # unlike a USB device of this machine, this one does not come back
         return why
 
-    def _names_of_group(self, device: Device) -> tuple[str, list[str], list[str], list[str]]:
-        """Return the label, the titles, the units and the sources of a device that was made of sources."""
+    def _describe_group(self, device: Device) -> Description:
+        """Return what a device that was made of sources is for people."""
         group = self._owned[device]
         units = [one.label for one in group]
-        return ", ".join(units), [one.title for one in group], units, [one.source.path for one in group]
+        return Description(
+            ", ".join(units),
+            [one.title for one in group],
+            units,
+            [one.content.detail for one in group],
+            [one.source.name for one in group],
+        )
 
     # Readiness ----------------------------------------------------------------------------------------------------
 
@@ -803,7 +810,7 @@ class Guest:
         rules = rules or DeviceRules()
         if not sources and rules.auto_connect is None and rules.redirect_on_connect is None:
             raise UsageError("no device to attach is named", reason=Reason.BAD_SETTING)
-        what = ", ".join(source.path for source in sources) or "everything"
+        what = ", ".join(source.name for source in sources) or "everything"
         return await self._until_closed(self._attach(sources, storage, rules, wait), f"{shown(what)} was plugged in")
 
     async def _attach(
@@ -811,12 +818,12 @@ class Guest:
     ) -> list[Attachment]:
         if storage is None:
             storage = self._storage
-        plugged = {source: self._plugged(source) for source in sources}
-        already = [attachment for attachment in plugged.values() if attachment is not None]
-        for source, attachment in plugged.items():
+        plugged = [(source, self._plugged(source)) for source in sources]
+        already = list(dict.fromkeys(attachment for _, attachment in plugged if attachment is not None))
+        for source, attachment in plugged:
             if attachment is not None:
-                self.note(f"{shown(source.path)} is plugged in already, as {attachment.label}")
-        wanted = [source for source, attachment in plugged.items() if attachment is None]
+                self.note(f"{shown(source.name)} is plugged in already, as {attachment.label}")
+        wanted = [source for source, attachment in plugged if attachment is None]
         await asyncio.gather(*map(asyncio.shield, self._releasing.values()), return_exceptions=True)
         auto = await self._choose_devices(wanted, rules)
         opened: list[OpenSource] = []
@@ -826,8 +833,8 @@ class Guest:
             await self._link.connected()
             named = 0 if auto is None else auto.present
             free = sum(not port.in_use for port in self._ports_not_kept())
-            if free < named + self._least_ports(len(opened)):
-                raise self._no_free_port(f"{len(wanted)} devices" if len(wanted) > 1 else shown(wanted[0].path))
+            if free < named + _least_ports(opened):
+                raise self._no_free_port(f"{len(wanted)} devices" if len(wanted) > 1 else shown(wanted[0].name))
             groups = self._groups(opened, free - named)
             devices = [device_of(group, storage) for group in groups]
         except BaseException:
@@ -855,18 +862,18 @@ class Guest:
 
     def _plugged(self, source: Source) -> Attachment | None:
         """Return the attachment that a source has; None: it has none."""
-        if source.kind in (SourceKind.READ_ONLY_DISK, SourceKind.CDROM, SourceKind.FOLDER):
-            return None  # the same image or folder twice is two devices
-        return next((one for one in self._current() if source.path in one.sources), None)
+        if source.kind is not SourceKind.USB_DEVICE and KINDS[source.kind].repeatable:
+            return None
+        return next((one for one in self._current() if source.name in one.sources), None)
 
     async def _plug_new(self, device: VirtualDevice) -> Attachment:
         """Plug a device of new sources; publish its error too, since perhaps no call waits."""
-        label, titles, units, sources = self._names_of_group(device)
+        description = self._describe_group(device)
         try:
-            return await self._plug_device(device, None, label, titles, units, sources)
+            return await self._plug_device(device, None, description)
         except asyncio.CancelledError:
             await self._release(device)
-            raise self._cancelled(f"{label} was plugged in") from None
+            raise self._cancelled(f"{description.label} was plugged in") from None
         except FarplugError as error:
             await self._release(device)
             self.skipped(error)
@@ -875,7 +882,7 @@ class Guest:
     async def _close_opened(self, opened: Sequence[OpenSource]) -> None:
         for one in opened:
             self._sources.release(one)
-        await _all(one.store.close() for one in opened)
+        await _all(one.close() for one in opened)
 
     async def _run_auto(self, auto: AutoPlugger) -> None:
         """Keep USB devices of this machine plugged in, until the guest is closed or one that was named fails."""
@@ -940,6 +947,13 @@ class Guest:
         The value differs for each run of writes (:attr:`farplug.virtual.unit.LogicalUnit.unfinished`).
         """
         return {label: run for label, unit in self._units() if (run := unit.unfinished)}
+
+    def _media(self, attachment: Attachment) -> int:
+        """Return how many of the parts of an attachment are images; all of them, if a caller made the device."""
+        group = self._owned.get(attachment.device)
+        if group is None:
+            return len(attachment.titles)
+        return sum(isinstance(one.content, Medium) for one in group)
 
     def _units(self) -> list[tuple[str, Any]]:
         return [(one.label, one.unit) for group in self._owned.values() for one in group if one.unit is not None]
@@ -1171,9 +1185,17 @@ def _name_of(device: Device) -> str:
     return identity.product or f"{identity.vendor_id:04x}:{identity.product_id:04x}"
 
 
-def _port_line(number: int, titles: Sequence[str]) -> str:
-    units = titles if len(titles) == 1 else [f"LUN {lun} {title}" for lun, title in enumerate(titles)]
-    return f"port {number}: {', '.join(units)}"
+def _port_line(number: int, titles: Sequence[str], media: int) -> str:
+    """Return what is in a port: the first titles, if they are several media, with their logical unit numbers."""
+    numbered = media if media > 1 else 0
+    units = [f"LUN {lun} {title}" for lun, title in enumerate(titles[:numbered])]
+    return f"port {number}: {', '.join([*units, *titles[numbered:]])}"
+
+
+def _least_ports(opened: Sequence[OpenSource]) -> int:
+    """Return the ports that sources need at least: one has room for all of them, but for 16 logical units only."""
+    media = sum(isinstance(one.content, Medium) for one in opened)
+    return min(len(opened), 1) if media <= MAX_UNITS else len(opened)
 
 
 def _names_of(attachment: Attachment) -> set[str]:

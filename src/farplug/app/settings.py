@@ -6,10 +6,11 @@ Nothing here opens a file or knows a command line. Enums come from the leaf modu
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from enum import IntEnum, StrEnum
+from dataclasses import dataclass, field, replace
+from enum import Enum, IntEnum, StrEnum, auto
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -49,21 +50,72 @@ class SourceKind(StrEnum):
     CDROM = "cdrom"
     FOLDER = "folder"
     USB_DEVICE = "usb-device"
+    KEYBOARD = "keyboard"
+    TABLET = "tablet"
+
+    @property
+    def names(self) -> Names:
+        """Return what the path of a source of this kind names."""
+        return _NAMES[self]
+
+
+class Names(Enum):
+    """What the path of a source names."""
+
+    NOTHING = auto()
+    """There is no path: the kind is all."""
+    FILE = auto()
+    """A file, a block device or a folder of this machine."""
+    OTHER = auto()
+    """Something else; relative paths have no meaning in it."""
+
+
+_NAMES = {
+    SourceKind.DISK: Names.FILE,
+    SourceKind.READ_ONLY_DISK: Names.FILE,
+    SourceKind.CDROM: Names.FILE,
+    SourceKind.FOLDER: Names.FILE,
+    SourceKind.USB_DEVICE: Names.OTHER,
+    SourceKind.KEYBOARD: Names.NOTHING,
+    SourceKind.TABLET: Names.NOTHING,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Source(_Settings):
-    """Something of this machine that can be plugged.
+    """Something that can be plugged.
 
     Attributes:
         kind: what it becomes in the guest.
-        path: of the image or the folder; for a USB device how it is chosen (``1050:0407``, ``1-5``, ``serial:…``).
+        path: of the image or the folder; for a USB device how it is chosen (``1050:0407``, ``1-5``, ``serial:…``);
+            empty for kinds that need none, such as a keyboard.
         snapshot: a disk only: the file that takes what the guest writes, so that the image stays as it is.
+
+    Raises:
+        ValueError: the path of a file is missing, or the kind has no path.
     """
 
     kind: SourceKind
-    path: str
+    path: str = ""
     snapshot: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind.names is Names.FILE and not self.path:
+            raise ValueError("path is missing")
+        if self.kind.names is Names.NOTHING and self.path:
+            raise ValueError(f"path has no meaning for a {self.kind}")
+
+    @property
+    def name(self) -> str:
+        """Return how users name the source: its path; without one its kind."""
+        return self.path or str(self.kind)
+
+    def absolute(self) -> Self:
+        """Return the same source with absolute paths, for a process with another working directory."""
+        if self.kind.names is not Names.FILE:
+            return self
+        snapshot = None if self.snapshot is None else os.path.abspath(self.snapshot)
+        return replace(self, path=os.path.abspath(self.path), snapshot=snapshot)
 
     @classmethod
     def disk(cls, path: str | Path, *, read_only: bool = False, snapshot: str | Path | None = None) -> Self:
@@ -85,6 +137,16 @@ class Source(_Settings):
     def usb_device(cls, device: str) -> Self:
         """Return a USB device of this machine, by ids, port, serial number or name."""
         return cls(SourceKind.USB_DEVICE, device)
+
+    @classmethod
+    def keyboard(cls) -> Self:
+        """Return a USB keyboard, on which programs type."""
+        return cls(SourceKind.KEYBOARD)
+
+    @classmethod
+    def tablet(cls) -> Self:
+        """Return a USB tablet: a pointer with absolute positions."""
+        return cls(SourceKind.TABLET)
 
 
 class UsbSpeed(StrEnum):

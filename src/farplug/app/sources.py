@@ -1,4 +1,4 @@
-"""Sources: images, ISOs and folders of this machine, opened, and made into USB devices."""
+"""Sources: images and folders of this machine, keyboards and so on, opened, and made into USB devices."""
 
 from __future__ import annotations
 
@@ -7,26 +7,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from threading import Event
 from typing import TypeAlias
 
-from farplug.app.settings import FolderFormat, Source, SourceKind, StorageSettings
-from farplug.errors import ImageError, Reason, Remedy
-from farplug.scsi.disk import DiskUnit
-from farplug.scsi.inquiry import CDROM_PRODUCT, PRODUCT
-from farplug.store import FileStore, OverlayStore, Store, open_iso
+from farplug.app.kinds import KINDS, Medium, Opening, Parts
+from farplug.app.settings import Names, Source, SourceKind, StorageSettings
+from farplug.errors import ImageError, PortError, Reason, Remedy
 from farplug.store.content import Content
-from farplug.virtual.cdrom import CdromDrive
+from farplug.usb.types import Speed
 from farplug.virtual.device import VirtualDevice
+from farplug.virtual.function import Function
 from farplug.virtual.storage import MassStorage
 from farplug.virtual.unit import LogicalUnit
 
 Copying: TypeAlias = Callable[[str, int, int], None]
 """Called on the event loop while a folder is copied: its label, bytes copied, bytes in all."""
-
-
-class _Abandoned(Exception):
-    """The copy was cancelled."""
 
 
 @dataclass(slots=True, eq=False)
@@ -36,31 +30,25 @@ class OpenSource:
     Attributes:
         source: what was opened.
         label: what it is called: the name of the file, or ``cdrom0``.
-        title: the label, and what is in it: ``cdrom0 (installer.iso)``.
-        store: its blocks.
+        title: the label, and what is in it, or what a user must know of it: ``cdrom0 (installer.iso)``.
+        content: what it becomes.
         place: its position among all sources.
-        unit: the logical unit that it became; None: none yet.
     """
 
     source: Source
     label: str
     title: str
-    store: Store
+    content: Medium | Parts
     place: int = 0
-    unit: LogicalUnit | None = None
 
     @property
-    def product(self) -> str:
-        """Return the product name that the guest sees."""
-        return CDROM_PRODUCT if self.source.kind is SourceKind.CDROM else PRODUCT
+    def unit(self) -> LogicalUnit | None:
+        """Return the logical unit that it became; None: it is none, or none yet."""
+        return self.content.unit if isinstance(self.content, Medium) else None
 
-    def make_unit(self, luns: int) -> LogicalUnit:
-        """Make the source one of ``luns`` logical units."""
-        if self.source.kind is SourceKind.CDROM:
-            self.unit = CdromDrive(self.store, luns=luns)
-        else:
-            self.unit = LogicalUnit(DiskUnit(self.store, luns=luns), self.store)
-        return self.unit
+    async def close(self) -> None:
+        """Release what was opened; a second call has no effect."""
+        await self.content.close()
 
 
 @dataclass(slots=True, eq=False)
@@ -106,9 +94,10 @@ class Sources:
         """Return a label that is not in use, and a title for a source."""
         path = Path(source.path)
         name = path.name or str(path)
-        if source.kind is SourceKind.CDROM:
-            number = next(n for n in range(len(self._labels) + 1) if f"cdrom{n}" not in self._labels)
-            label, title = f"cdrom{number}", f"cdrom{number} ({name})"
+        if prefix := KINDS[source.kind].label:
+            number = next(n for n in range(len(self._labels) + 1) if f"{prefix}{n}" not in self._labels)
+            label = f"{prefix}{number}"
+            title = f"{label} ({name})" if source.kind.names is Names.FILE else label
         else:
             numbers = range(2, len(self._labels) + 3)
             labels = [name, *(f"{name}-{number}" for number in numbers)]
@@ -127,9 +116,9 @@ class Sources:
         self._labels.discard(label)
 
     async def close(self) -> None:
-        """Close the stores of all sources; closing a store twice does nothing."""
+        """Release all sources; releasing one twice has no effect."""
         opened, self.opened = self.opened, []
-        results = await asyncio.gather(*(one.store.close() for one in opened), return_exceptions=True)
+        results = await asyncio.gather(*(one.close() for one in opened), return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):
                 raise result
@@ -139,21 +128,18 @@ async def open_source(source: Source, storage: StorageSettings, sources: Sources
     """Open a source. A folder is copied first.
 
     Raises:
-        ImageError: the source cannot be used.
+        FarplugError: the source cannot be used; for an image ``ImageError``.
     """
     label, title = sources.name(source)
     try:
-        if source.kind is SourceKind.FOLDER:
-            store = await _open_folder(Path(source.path), storage, partial(copying, label))
-        else:
-            store = _open(source, storage)
+        content = await KINDS[source.kind].open(source, Opening(storage, partial(copying, label)))
     except ImageError as error:
         sources.free(label)
         raise _explained(source, error, sources) from error
     except BaseException:
         sources.free(label)
         raise
-    return OpenSource(source, label, title, store)
+    return OpenSource(source, label, f"{label} ({content.detail})" if content.detail else title, content)
 
 
 def _explained(source: Source, error: ImageError, sources: Sources) -> ImageError:
@@ -168,66 +154,32 @@ def _explained(source: Source, error: ImageError, sources: Sources) -> ImageErro
     return error
 
 
-def _open(source: Source, storage: StorageSettings) -> Store:
-    if source.kind is SourceKind.CDROM:
-        return open_iso(source.path, force=storage.force)
-    if source.kind is SourceKind.DISK and (storage.snapshot or source.snapshot is not None):
-        return OverlayStore.open(
-            source.path,
-            source.snapshot,
-            block_size=int(storage.block_size),
-            cache=storage.cache,
-            force=storage.force,
-        )
-    return FileStore.open(
-        source.path,
-        read_only=source.kind is SourceKind.READ_ONLY_DISK,
-        block_size=int(storage.block_size),
-        cache=storage.cache,
-        force=storage.force,
-    )
-
-
-async def _open_folder(path: Path, storage: StorageSettings, copying: Callable[[int, int], None]) -> Store:
-    """Copy a folder in a thread. When the call is cancelled, the thread ends soon."""
-    from farplug.image import Format, folder_store
-
-    loop = asyncio.get_running_loop()
-    abandoned = Event()
-
-    def report(done: int, total: int) -> None:
-        if abandoned.is_set():
-            raise _Abandoned
-        loop.call_soon_threadsafe(copying, done, total)
-
-    copy = asyncio.ensure_future(
-        asyncio.to_thread(
-            folder_store,
-            path,
-            format=None if storage.folder_format is FolderFormat.AUTO else Format(storage.folder_format),
-            block_size=int(storage.block_size),
-            progress=report,
-        )
-    )
-    try:
-        return await asyncio.shield(copy)
-    except asyncio.CancelledError:
-        abandoned.set()
-        await asyncio.wait([copy])
-        if copy.exception() is None:
-            await copy.result().close()
-        raise
-
-
 def device_of(group: Sequence[OpenSource], storage: StorageSettings) -> VirtualDevice:
-    """Make one device of sources, which become its logical units."""
-    units = [one.make_unit(len(group)) for one in group]
-    return VirtualDevice(
-        MassStorage(*units, transport=storage.transport),
-        product=group[0].product,
-        serial_number=group[0].store.serial_number,
-        speeds=storage.speed.speeds,
-    )
+    """Make one device of sources: images become its logical units, other sources functions of their own.
+
+    Raises:
+        PortError: the sources have more endpoints than a device can have.
+    """
+    media = [one.content for one in group if isinstance(one.content, Medium)]
+    functions: list[Function] = []
+    if media:
+        functions.append(MassStorage(*(medium.make_unit(len(media)) for medium in media), transport=storage.transport))
+    functions += (part for one in group if isinstance(one.content, Parts) for part in one.content.functions)
+    products = {one.content.product for one in group}
+    several = media[0].product if len(media) == len(group) else "Virtual Devices"
+    try:
+        return VirtualDevice(
+            *functions,
+            product=products.pop() if len(products) == 1 else several,
+            serial_number=media[0].store.serial_number if media else "",
+            speeds=storage.speed.speeds if media else (Speed.HIGH,),
+        )
+    except ValueError as error:
+        raise PortError(
+            f"{', '.join(one.label for one in group)} cannot share one port: {error}",
+            reason=Reason.NO_FREE_PORT,
+            remedy="plug fewer, or give the VM more ports",
+        ) from error
 
 
 def _same_file(one: str, other: str) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from farplug.app.events import DROPPED
 
 _OF_CONNECTION = ("state", "attempt", "name", "uuid", "ports")
-_OF_ATTACHMENT = ("label", "units", "port", "state", "error", "identity", "speed", "figures")
+_OF_ATTACHMENT = ("label", "units", "details", "port", "state", "error", "identity", "speed", "figures")
 _OF_FIGURES = ("read", "written", "commands", "rate", "memory")
 
 

@@ -104,7 +104,7 @@ def connect(
     """Plug devices into the VM at TARGET, and keep them there until Ctrl-C.
 
     Devices get the VM's ports in the order of the command line: the first one gets port 0. Where the VM has too few \
-ports, disks and CD-ROM drives are logical units of one device, in the same order.
+ports, all but USB devices of this machine share one: disks and CD-ROM drives as logical units, in the same order.
     """
     if capture is None and capture_bytes is not None:
         raise UsageError("--capture-bytes has no effect without --capture", reason=Reason.BAD_OPTION)

@@ -16,11 +16,10 @@ from farplug.app.settings import (
     FolderFormat,
     Follow,
     Source,
-    SourceKind,
     StorageSettings,
     UsbSpeed,
 )
-from farplug.cli.options import DEVICES, IMAGES, TUNING, BlockSizeOption, given_order, with_fields
+from farplug.cli.options import DEVICES, IMAGES, SOFTWARE, TUNING, BlockSizeOption, given_order, with_fields
 from farplug.errors import Reason, UsageError
 from farplug.store.base import CacheMode
 from farplug.virtual.storage_transport import StorageTransport
@@ -151,6 +150,26 @@ RedirectOption: TypeAlias = Annotated[
         rich_help_panel=DEVICES,
     ),
 ]
+KeyboardOption: TypeAlias = Annotated[
+    int,
+    typer.Option(
+        "--usb-keyboard",
+        count=True,
+        help="Plug in a USB keyboard, on which 'farplug type' and 'farplug press' type. May be repeated.",
+        show_default=False,
+        rich_help_panel=SOFTWARE,
+    ),
+]
+TabletOption: TypeAlias = Annotated[
+    int,
+    typer.Option(
+        "--usb-tablet",
+        count=True,
+        help="Plug in a USB tablet, a pointer with absolute positions for 'farplug click'. May be repeated.",
+        show_default=False,
+        rich_help_panel=SOFTWARE,
+    ),
+]
 FolderFormatOption: TypeAlias = Annotated[
     FolderFormat,
     typer.Option(
@@ -215,17 +234,7 @@ class Devices:
 
     def absolute(self) -> Devices:
         """Return the same with absolute paths, for a process with another working directory."""
-        sources = (
-            source
-            if source.kind is SourceKind.USB_DEVICE
-            else replace(
-                source,
-                path=os.path.abspath(source.path),
-                snapshot=None if source.snapshot is None else os.path.abspath(source.snapshot),
-            )
-            for source in self.sources
-        )
-        return replace(self, sources=tuple(sources))
+        return replace(self, sources=tuple(source.absolute() for source in self.sources))
 
     def check_any(self) -> None:
         """Check that there is something to plug in.
@@ -256,6 +265,8 @@ class DeviceOptions:
     snapshot: SnapshotOption = False
     snapshot_file: SnapshotFileOption = None
     force: ForceOption = False
+    usb_keyboard: KeyboardOption = 0
+    usb_tablet: TabletOption = 0
     usb_device: DevicesOption = None
     wait: WaitOption = False
     follow: FollowOption = Follow.DEVICE
@@ -292,6 +303,8 @@ class DeviceOptions:
             "usb_cdrom": [Source.cdrom(path) for path in self.usb_cdrom or []],
             "usb_folder": [Source.folder(path) for path in self.usb_folder or []],
             "usb_device": [Source.usb_device(device) for device in self.usb_device or []],
+            "usb_keyboard": [Source.keyboard()] * self.usb_keyboard,
+            "usb_tablet": [Source.tablet()] * self.usb_tablet,
         }
         real = bool(self.usb_device) or self.auto_connect is not None or self.redirect_on_connect is not None
         _check_snapshots(disks, self.snapshot, self.snapshot_file, read_only=bool(self.usb_disk_ro), real=real)

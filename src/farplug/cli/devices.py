@@ -43,6 +43,16 @@ KINDS = (
         "description": "a copy of a folder, as a read-only disk",
     },
     {
+        "kind": "USB keyboard",
+        "option": "--usb-keyboard",
+        "description": "a keyboard on which 'farplug type' types; it works in firmware, too",
+    },
+    {
+        "kind": "USB tablet",
+        "option": "--usb-tablet",
+        "description": "a pointer with absolute positions, for 'farplug click'",
+    },
+    {
         "kind": "real device",
         "option": "--usb-device DEVICE",
         "description": "a USB device of this machine: VID:PID, BUS-ADDRESS, BUS-PORT.PORT, serial:..., or its name",

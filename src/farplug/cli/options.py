@@ -30,6 +30,7 @@ MAX_PASSWORD_LINE = 1024
 
 
 IMAGES = "Images"
+SOFTWARE = "Devices made of software"
 TUNING = "How the VM sees images"
 DEVICES = "USB devices of this machine"
 CONNECTION = "Connection (SPICE)"
@@ -41,7 +42,7 @@ OUTPUT = "Output and commands"
 def _without_type(parameters: list[Any]) -> list[Any]:
     """Return the parameters, with an empty metavar for flags: Typer shows ``<bool>`` in the help."""
     for parameter in parameters:
-        if getattr(parameter, "is_flag", False):
+        if getattr(parameter, "is_flag", False) or getattr(parameter, "count", False):
             parameter.metavar = ""
     return parameters
 

@@ -67,6 +67,7 @@ def _device(attachment: Mapping[str, Any]) -> dict[str, Any]:
         "reason": error["reason"] if error else None,
         "message": error["message"] if error else None,
         "units": attachment["units"],
+        "details": attachment.get("details", [""] * len(attachment["units"])),
         "port": attachment["port"],
         "identity": attachment["identity"],
         "speed": attachment["speed"],
@@ -123,14 +124,24 @@ def status_lines(status: Mapping[str, Any]) -> list[str]:
     return [printable(line) for line in lines]
 
 
+def _name(device: Mapping[str, Any]) -> str:
+    """Return the label of a device, with its parts and what a user must know of them."""
+    label = device["label"]
+    units, details = device["units"], device["details"]
+    if units in ([label], []):
+        parts = [detail for detail in details if detail]
+    else:
+        parts = [f"{unit}: {detail}" if detail else unit for unit, detail in zip(units, details, strict=False)]
+    return f"{label} ({', '.join(parts)})" if parts else label
+
+
 _HEADINGS: Final = ("PORT", "DEVICE", "STATE", "SPEED", "READ", "WRITTEN", "RATE", "COMMANDS")
 
 
 def _row(device: Mapping[str, Any]) -> tuple[str, ...]:
-    label = device["label"]
     return (
         "" if device["state"] == "lost" else device["port"],
-        label if device["units"] in ([label], []) else f"{label} ({', '.join(device['units'])})",
+        _name(device),
         device["state"],
         device["speed"],
         size(device["read"]),

@@ -7,7 +7,7 @@ and passes all other requests and transfers to their function.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 from farplug.errors import StateError
@@ -274,8 +274,9 @@ class VirtualDevice(Device):
 
     async def dispose(self) -> None:
         """Release what the functions acquired in their constructors. The device cannot be plugged again."""
-        for function in self.functions:
-            await function.dispose()
+        async with AsyncExitStack() as steps:  # each in any case
+            for function in reversed(self.functions):
+                steps.push_async_callback(function.dispose)
 
     async def reset(self) -> Status:
         self._reset_functions(port_reset=True)

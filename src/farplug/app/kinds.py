@@ -1,0 +1,208 @@
+"""Kinds of sources: how each is opened, and what it becomes.
+
+To add a kind: a member of :class:`~farplug.app.settings.SourceKind` (and what its path names), an opener, a row of
+:data:`KINDS`, and an option in ``cli/device_options.py``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+from typing import Final, TypeAlias
+
+from farplug.app.settings import FolderFormat, Source, SourceKind, StorageSettings
+from farplug.scsi.disk import DiskUnit
+from farplug.scsi.inquiry import CDROM_PRODUCT, PRODUCT
+from farplug.store import FileStore, OverlayStore, Store, open_iso
+from farplug.virtual.cdrom import CdromDrive
+from farplug.virtual.function import Function
+from farplug.virtual.unit import LogicalUnit
+
+
+@dataclass(slots=True, eq=False)
+class Medium:
+    """A source of blocks that is open: it becomes a logical unit, alone or beside others.
+
+    Attributes:
+        store: its blocks.
+        cdrom: it is in a CD-ROM drive.
+        unit: the logical unit that it became; None: none yet.
+    """
+
+    store: Store
+    cdrom: bool = False
+    unit: LogicalUnit | None = None
+
+    @property
+    def product(self) -> str:
+        """Return the product name that the guest sees."""
+        return CDROM_PRODUCT if self.cdrom else PRODUCT
+
+    @property
+    def detail(self) -> str:
+        """Return nothing: its label names the image."""
+        return ""
+
+    def make_unit(self, luns: int) -> LogicalUnit:
+        """Make the source one of ``luns`` logical units."""
+        if self.cdrom:
+            self.unit = CdromDrive(self.store, luns=luns)
+        else:
+            self.unit = LogicalUnit(DiskUnit(self.store, luns=luns), self.store)
+        return self.unit
+
+    async def close(self) -> None:
+        """Close the store; a second call has no effect."""
+        await self.store.close()
+
+
+async def _nothing_to_close() -> None: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Parts:
+    """A source of another kind that is open: functions of a virtual device.
+
+    Attributes:
+        functions: what the guest sees; each releases what it uses in its ``dispose``.
+        product: the product name that the guest sees, if nothing else is in the device.
+        detail: what a user must know to use the other end, such as the path of a terminal; empty: nothing.
+        close: releases what the functions share, after them; a second call has no effect.
+    """
+
+    functions: Sequence[Function]
+    product: str
+    detail: str = ""
+    close: Callable[[], Awaitable[None]] = _nothing_to_close
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """What an opener may need besides the source.
+
+    Attributes:
+        storage: how images and folders are opened.
+        copying: called on the event loop while a folder is copied: bytes copied, bytes in all.
+    """
+
+    storage: StorageSettings
+    copying: Callable[[int, int], None]
+
+
+Opener: TypeAlias = Callable[[Source, Opening], Awaitable[Medium | Parts]]
+"""Opens a source. Raises a :class:`~farplug.errors.FarplugError` if the source cannot be used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of source.
+
+    Attributes:
+        open: opens a source of this kind.
+        label: its sources are named ``label0``, ``label1`` and so on; empty: after the file.
+        repeatable: the same source twice is two devices; otherwise the second one is plugged in already.
+    """
+
+    open: Opener
+    label: str = ""
+    repeatable: bool = False
+
+
+# Images and folders -----------------------------------------------------------------------------------------------
+
+
+async def _open_disk(source: Source, opening: Opening) -> Medium:
+    storage = opening.storage
+    if storage.snapshot or source.snapshot is not None:
+        return Medium(
+            OverlayStore.open(
+                source.path,
+                source.snapshot,
+                block_size=int(storage.block_size),
+                cache=storage.cache,
+                force=storage.force,
+            )
+        )
+    return _open_image(source, storage, read_only=False)
+
+
+async def _open_read_only_disk(source: Source, opening: Opening) -> Medium:
+    return _open_image(source, opening.storage, read_only=True)
+
+
+def _open_image(source: Source, storage: StorageSettings, *, read_only: bool) -> Medium:
+    block_size = int(storage.block_size)
+    return Medium(
+        FileStore.open(
+            source.path, read_only=read_only, block_size=block_size, cache=storage.cache, force=storage.force
+        )
+    )
+
+
+async def _open_cdrom(source: Source, opening: Opening) -> Medium:
+    return Medium(open_iso(source.path, force=opening.storage.force), cdrom=True)
+
+
+class _Abandoned(Exception):
+    """The copy was cancelled."""
+
+
+async def _open_folder(source: Source, opening: Opening) -> Medium:
+    """Copy a folder in a thread. When the call is cancelled, the thread ends soon."""
+    from farplug.image import Format, folder_store
+
+    loop = asyncio.get_running_loop()
+    abandoned = Event()
+    storage = opening.storage
+
+    def report(done: int, total: int) -> None:
+        if abandoned.is_set():
+            raise _Abandoned
+        loop.call_soon_threadsafe(opening.copying, done, total)
+
+    copy = asyncio.ensure_future(
+        asyncio.to_thread(
+            folder_store,
+            Path(source.path),
+            format=None if storage.folder_format is FolderFormat.AUTO else Format(storage.folder_format),
+            block_size=int(storage.block_size),
+            progress=report,
+        )
+    )
+    try:
+        return Medium(await asyncio.shield(copy))
+    except asyncio.CancelledError:
+        abandoned.set()
+        await asyncio.wait([copy])
+        if copy.exception() is None:
+            await copy.result().close()
+        raise
+
+
+# Input devices ----------------------------------------------------------------------------------------------------
+
+
+async def _open_keyboard(source: Source, opening: Opening) -> Parts:
+    from farplug.virtual.hid import Keyboard
+
+    return Parts([Keyboard()], "Virtual Keyboard")
+
+
+async def _open_tablet(source: Source, opening: Opening) -> Parts:
+    from farplug.virtual.hid import Tablet
+
+    return Parts([Tablet()], "Virtual Tablet")
+
+
+KINDS: Final[dict[SourceKind, Kind]] = {
+    SourceKind.DISK: Kind(_open_disk),
+    SourceKind.READ_ONLY_DISK: Kind(_open_read_only_disk, repeatable=True),
+    SourceKind.CDROM: Kind(_open_cdrom, "cdrom", repeatable=True),
+    SourceKind.FOLDER: Kind(_open_folder, repeatable=True),
+    SourceKind.KEYBOARD: Kind(_open_keyboard, "keyboard", repeatable=True),
+    SourceKind.TABLET: Kind(_open_tablet, "tablet", repeatable=True),
+}
+"""How sources are opened; USB devices of this machine are chosen instead (:mod:`farplug.app.auto`)."""
