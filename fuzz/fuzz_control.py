@@ -16,7 +16,9 @@ from farplug.app.app import App
 from farplug.control import names
 from farplug.control.client import Client
 from farplug.control.messages import (
+    MAX_CLIENT_PAYLOAD,
     MAX_LINE,
+    MAX_PAYLOAD,
     ErrorData,
     Failure,
     Hello,
@@ -36,6 +38,7 @@ from harness import check, run
 WORDS = (
     *METHODS,
     *("path", "sources", "kind", "disk", "device", "events", "guest", "protocol_version", "1.0", "note", "ok", "id"),
+    *("bytes", "display", "serial"),
 )
 HELLO = encode(Request(0, "hello", {"protocol_version": "1.0"}))
 
@@ -88,23 +91,29 @@ def pieces(rng: random.Random, data: bytes) -> list[bytes]:
     return [data[at : at + step] for at in range(0, len(data), step)]
 
 
+def payload(rng: random.Random) -> bytes | None:
+    return rng.choice((None, None, b"", rng.randbytes(rng.randrange(2000)), bytes(MAX_CLIENT_PAYLOAD)))
+
+
 def receive(rng: random.Random, receiver: Receiver[Any], data: bytes) -> list[Message]:
     messages = []
     for piece in pieces(rng, data):
         receiver.receive_data(piece)
         while (message := receiver.next_message()) is not None:
             messages.append(message)
-        assert len(receiver._buffer) <= MAX_LINE + len(piece)
+        assert len(receiver._buffer) <= MAX_LINE + MAX_PAYLOAD + len(piece)
     receiver.receive_eof()
     return messages
 
 
 def fuzz_requests(rng: random.Random) -> None:
-    sent = [Request(rng.choice((1, -5, "é")), rng.choice(WORDS), fields(rng)) for _ in range(rng.randrange(6))]
+    sent = [
+        Request(rng.choice((1, -5, "é")), rng.choice(WORDS), fields(rng), payload(rng)) for _ in range(rng.randrange(6))
+    ]
     stream = b"".join(map(encode, sent))
     damaged = damage(rng, stream)
     try:
-        received = receive(rng, Receiver(parse_request), damaged)
+        received = receive(rng, Receiver(parse_request, MAX_CLIENT_PAYLOAD), damaged)
     except RemoteProtocolError as refused:
         check(damaged != stream)
         check(len(str(refused)) < 500 and str(refused).isprintable())
@@ -120,12 +129,14 @@ def fuzz_replies(rng: random.Random) -> None:
         Reply("a", Hello("a", "b", 1, 2.0, None, "c", "1.0", METHODS, ()).to_json()),
         Failure(rng.choice((None, 1)), ErrorData.of(error)),
         Notification("note", fields(rng)),
+        Notification("screen", fields(rng), payload(rng)),
+        Reply(2, value(rng), payload(rng)),
     )
     sent = [rng.choice(choices) for _ in range(rng.randrange(6))]
     stream = b"".join(map(encode, sent))
     damaged = damage(rng, stream)
     try:
-        received = receive(rng, Receiver(parse_reply), damaged)
+        received = receive(rng, Receiver(parse_reply, MAX_PAYLOAD), damaged)
     except RemoteProtocolError as refused:
         check(damaged != stream and str(refused).isprintable())
         return
@@ -148,7 +159,9 @@ async def session(rng: random.Random, folder: str) -> None:
     await server.start()
     async with asyncio.timeout(60), Client.connect(server.path) as other:
         for _ in range(rng.randrange(1, 6)):
-            requests = [Request(number, rng.choice(WORDS), fields(rng)) for number in range(1, rng.randrange(30))]
+            requests = [
+                Request(number, rng.choice(WORDS), fields(rng), payload(rng)) for number in range(1, rng.randrange(30))
+            ]
             stream = HELLO + damage(rng, b"".join(map(encode, requests)))
             reader, writer = await asyncio.open_unix_connection(server.path, limit=2 * MAX_LINE)
             try:

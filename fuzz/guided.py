@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 Parse: TypeAlias = Callable[[bytes], None]
 """Parses one input; an exception is a bug."""
@@ -172,12 +172,12 @@ def snapshot_header() -> Parse:
 
 
 def control_messages() -> Parse:
-    from farplug.control.messages import MAX_LINE, Hello, Receiver, Reply, parse_reply, parse_request
+    from farplug.control.messages import MAX_LINE, MAX_PAYLOAD, Hello, Receiver, Reply, parse_reply, parse_request
     from farplug.errors import RemoteProtocolError
 
     def parse(data: bytes) -> None:
         for parser in (parse_request, parse_reply):
-            receiver: Receiver[object] = Receiver(parser)
+            receiver: Receiver[Any] = Receiver(parser, MAX_PAYLOAD)
             try:
                 receiver.receive_data(data)
                 while (message := receiver.next_message()) is not None:
@@ -186,7 +186,7 @@ def control_messages() -> Parse:
                 receiver.receive_eof()
             except RemoteProtocolError as refused:
                 _check(len(str(refused)) < 500 and str(refused).isprintable())
-            assert len(receiver._buffer) <= MAX_LINE + len(data)
+            assert len(receiver._buffer) <= MAX_LINE + MAX_PAYLOAD + len(data)
 
     return parse
 

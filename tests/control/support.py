@@ -99,6 +99,21 @@ class RawClient:
         line = await self.line()
         assert line.endswith(b"\n"), line[:1000]
         message: dict[str, Any] = json.loads(line)
+        if "bytes" in message:
+            message["payload"] = await self.reader.readexactly(message["bytes"])
+        return message
+
+    async def event(self, name: str, **fields: Any) -> dict[str, Any]:
+        """Return the next event with a name and these fields of its data; skip other messages."""
+        while True:
+            message = await self.next()
+            if message.get("event") == name and fields.items() <= message["data"].items():
+                return message
+
+    async def reply(self, id: Any) -> dict[str, Any]:
+        """Return the reply to a request; skip other messages."""
+        while (message := await self.next()).get("id") != id:
+            pass
         return message
 
     async def ask(self, message: Any) -> dict[str, Any]:

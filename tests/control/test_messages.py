@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 
 from farplug import errors
 from farplug.control.messages import (
+    MAX_CLIENT_PAYLOAD,
     MAX_ID,
     MAX_LINE,
     MAX_METHOD,
+    MAX_PAYLOAD,
     ErrorData,
     Failure,
     Hello,
@@ -42,13 +44,16 @@ LINES: list[tuple[Message, bytes]] = [
         b'{"id": null, "ok": false, "error": {"code": "protocol", "message": "x", "remedy": "", "exit_code": 10}}\n',
     ),
     (Notification("note", {"id": 1}), b'{"event": "note", "data": {"id": 1}}\n'),
+    (Notification("screen", {}, b"a\n{"), b'{"event": "screen", "data": {}, "bytes": 3}\na\n{'),
+    (Reply(1, None, b""), b'{"id": 1, "ok": true, "result": null, "bytes": 0}\n'),
+    (Request(1, "x", {}, b"\n\n"), b'{"id": 1, "method": "x", "params": {}, "bytes": 2}\n\n\n'),
 ]
 
 
 @pytest.mark.parametrize(("message", "line"), LINES, ids=lambda value: type(value).__name__)
 def test_bytes(message: Message, line: bytes) -> None:
     assert encode(message) == line
-    receiver: Receiver[Any] = Receiver(parse_request if isinstance(message, Request) else parse_reply)
+    receiver: Receiver[Any] = Receiver(parse_request if isinstance(message, Request) else parse_reply, MAX_PAYLOAD)
     receiver.receive_data(line)
     received = receiver.next_message()
     assert received == message
@@ -60,7 +65,7 @@ def test_bytes(message: Message, line: bytes) -> None:
 
 
 def receive(data: bytes, step: int = 1 << 16) -> list[Request]:
-    receiver = Receiver(parse_request)
+    receiver = Receiver(parse_request, MAX_CLIENT_PAYLOAD)
     messages = []
     for at in range(0, len(data), step):
         receiver.receive_data(data[at : at + step])
@@ -74,6 +79,34 @@ def receive(data: bytes, step: int = 1 << 16) -> list[Request]:
 def test_a_stream_may_be_cut_anywhere(step: int) -> None:
     requests = [Request(number, "status", {"a": "é" * number}) for number in range(20)]
     assert receive(b"".join(map(encode, requests)), step) == requests
+
+
+@pytest.mark.parametrize("step", [1, 2, 7, 1000])
+def test_payloads_may_be_cut_anywhere(step: int) -> None:
+    requests = [Request(number, "x", {}, None if number % 3 == 2 else b"\n{}" * number) for number in range(20)]
+    assert receive(b"".join(map(encode, requests)), step) == requests
+
+
+def test_payloads_are_bounded() -> None:
+    encode(Request(1, "x", {}, bytes(MAX_CLIENT_PAYLOAD)))
+    encode(Notification("x", {}, bytes(MAX_PAYLOAD)))
+    with pytest.raises(ValueError, match="a payload of 1048577 bytes is longer than 1048576 bytes"):
+        encode(Request(1, "x", {}, bytes(MAX_CLIENT_PAYLOAD + 1)))
+    with pytest.raises(ValueError, match="a payload of 4194305 bytes"):
+        encode(Notification("x", {}, bytes(MAX_PAYLOAD + 1)))
+    for line, text in (
+        (b'{"event": "x", "bytes": 4194305}\n', "bytes: 4194305 is not an integer from 0 to 4194304"),
+        (b'{"event": "x", "bytes": false}\n', "bytes: False is not an integer"),
+        (
+            b'{"id": 1, "ok": false, "error": {"code": "x", "message": "y"}, "bytes": 1}\n',
+            "an error has no payload",
+        ),
+    ):
+        receiver = Receiver(parse_reply, MAX_PAYLOAD)
+        receiver.receive_data(line)
+        for _ in range(2):
+            with pytest.raises(RemoteProtocolError, match=text):
+                receiver.next_message()
 
 
 def test_what_is_ignored() -> None:
@@ -90,7 +123,7 @@ def test_the_longest_line() -> None:
 
 
 def test_bytes_without_a_newline_are_bounded() -> None:
-    receiver = Receiver(parse_request)
+    receiver = Receiver(parse_request, MAX_CLIENT_PAYLOAD)
     for _ in range(MAX_LINE // 4096):
         receiver.receive_data(bytes(4096))
         assert receiver.next_message() is None
@@ -175,7 +208,7 @@ def test_half_a_line() -> None:
     ],
 )
 def test_what_is_not_from_a_server(line: bytes, problem: str) -> None:
-    receiver = Receiver(parse_reply)
+    receiver = Receiver(parse_reply, MAX_PAYLOAD)
     receiver.receive_data(line + b"\n")
     with pytest.raises(RemoteProtocolError) as caught:
         receiver.next_message()
@@ -184,7 +217,7 @@ def test_what_is_not_from_a_server(line: bytes, problem: str) -> None:
 
 def failure(**fields: Any) -> ErrorData:
     line = json.dumps({"id": 1, "ok": False, "error": {"code": "not-found", "message": "m", **fields}})
-    receiver = Receiver(parse_reply)
+    receiver = Receiver(parse_reply, MAX_PAYLOAD)
     receiver.receive_data(line.encode() + b"\n")
     message = receiver.next_message()
     assert isinstance(message, Failure)
@@ -195,7 +228,7 @@ def test_an_error_arrives_as_it_was_raised() -> None:
     alternative = Remedy("or", setting="storage.force", value=True)
     remedy = Remedy("do this", command="a b", alternative=alternative)
     raised = errors.ImageError("a.raw is in use", reason=Reason.IN_USE, remedy=remedy)
-    receiver = Receiver(parse_reply)
+    receiver = Receiver(parse_reply, MAX_PAYLOAD)
     receiver.receive_data(encode(Failure(1, ErrorData.of(raised))))
     message = receiver.next_message()
     assert isinstance(message, Failure)
@@ -241,8 +274,8 @@ def test_hello() -> None:
     ("change", "problem"),
     [
         ({"server_name": "ryll"}, "the peer is not a farplug session"),
-        ({"protocol_version": "2.0"}, "the session has version '2.0' of the control protocol, not 1.0"),
-        ({"protocol_version": 1}, "the session has version 1 of the control protocol, not 1.0"),
+        ({"protocol_version": "2.0"}, "the session has version '2.0' of the control protocol, not 1.1"),
+        ({"protocol_version": 1}, "the session has version 1 of the control protocol, not 1.1"),
         *(({field: []}, "is not a valid hello") for field in ("session", "target", "pid", "started", "log")),
         ({"farplug_version": None}, "is not a valid hello"),
         ({"pid": True}, "is not a valid hello"),

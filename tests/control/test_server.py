@@ -16,7 +16,7 @@ import pytest
 from tests.control.support import BlockingApp, RawClient, descriptors, session
 from tests.docs import ROOT
 
-from farplug.app.commands import COMMANDS
+from farplug.app.commands import CLIENT_COMMANDS, COMMANDS
 from farplug.control import server as server_module
 from farplug.control.messages import MAX_LINE
 from farplug.control.server import EVENTS, MAX_CLIENTS, MAX_EVENTS, MAX_PENDING
@@ -38,7 +38,7 @@ async def test_hello_comes_first(environment: dict[str, str], folder: Path) -> N
         }
         other = await client.ask(request(2, "hello", protocol_version="2.0", client_name="x"))
         assert (other["id"], other["error"]["code"], other["error"]["exit_code"]) == (2, "protocol", 10)
-        assert "has version 1.0 of the control protocol, the client has '2.0'" in other["error"]["message"]
+        assert "has version 1.1 of the control protocol, the client has '2.0'" in other["error"]["message"]
         assert (await client.ask(request(3, "subscribe")))["error"]["code"] == "wrong-state"
         missing = await client.ask(request(4, "hello"))
         assert missing["error"]["message"] == "protocol_version is missing"
@@ -46,8 +46,8 @@ async def test_hello_comes_first(environment: dict[str, str], folder: Path) -> N
         assert hello["id"] == "five"
         result = hello["result"]
         assert (result["server_name"], result["session"], result["target"]) == ("farplug", "web", "spice://vmhost:5900")
-        assert (result["pid"], result["log"], result["protocol_version"]) == (os.getpid(), None, "1.0")
-        assert result["supported_methods"] == ["hello", "subscribe", "unsubscribe", *COMMANDS]
+        assert (result["pid"], result["log"], result["protocol_version"]) == (os.getpid(), None, "1.1")
+        assert result["supported_methods"] == ["hello", "subscribe", "unsubscribe", *COMMANDS, *CLIENT_COMMANDS]
         assert {"attached", "dropped", "session-ended"} <= set(result["supported_events"])
         assert (await client.ask(request(6, "status")))["result"] == {"last_event": 0, "guests": {}}
 

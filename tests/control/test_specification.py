@@ -16,9 +16,9 @@ from tests.cli.support import blank
 from tests.control.support import RawClient
 from tests.docs import ROOT, snippets
 
-from farplug.app import codec
+from farplug.app import client, codec, watch
 from farplug.app.app import App
-from farplug.app.commands import COMMANDS
+from farplug.app.commands import CLIENT_COMMANDS, COMMANDS
 from farplug.app.settings import DeviceRules, GuestSettings, Source, SourceKind, StorageSettings, TargetSettings
 from farplug.control import messages, names, server
 from farplug.control.messages import Hello
@@ -70,12 +70,12 @@ async def test_the_transcript(environment: dict[str, str], tmp_path: Path) -> No
         await app.connect(GuestSettings(TargetSettings(one.target)))
         serving = Server(app, names.reserve("web1", environment=environment), target=one.target)
         await serving.start()
-        async with RawClient.connect(serving.path, hello=False) as client:
+        async with RawClient.connect(serving.path, hello=False) as raw:
             for sent, expected in turns:
-                client.send(sent.replace("/home/me", str(tmp_path)).encode() + b"\n")
+                raw.send(sent.replace("/home/me", str(tmp_path)).encode() + b"\n")
                 received = []
                 for _ in expected:
-                    line = (await client.line()).decode().strip().replace(str(tmp_path), "/home/me")
+                    line = (await raw.line()).decode().strip().replace(str(tmp_path), "/home/me")
                     line = line.replace(one.target, "spice://vmhost:5900")
                     received.append(f"S: {line}" if line else "S: (end of the connection)")
                 documented = [_parsed(line) for line in expected]
@@ -92,6 +92,7 @@ def test_every_method_and_parameter_is_documented() -> None:
     assert list(sections) == list(METHODS)
     kinds: dict[str, Any] = {
         **COMMANDS,
+        **CLIENT_COMMANDS,
         "hello": server._HelloParams,
         "subscribe": server._SubscribeParams,
         "unsubscribe": server._SubscribeParams,
@@ -114,6 +115,9 @@ def test_the_limits_are_documented() -> None:
         server.MAX_EVENTS,
         server.MAX_EVENT_BYTES,
         server.MAX_CLIENTS,
+        messages.MAX_PAYLOAD,
+        messages.MAX_CLIENT_PAYLOAD,
+        client.MAX_WATCHES,
         codec.MAX_STRING,
         codec.MAX_ITEMS,
     ):
@@ -123,7 +127,10 @@ def test_the_limits_are_documented() -> None:
     assert f"1 to {names.MAX_NAME} of the characters" in _section("Names and files")
     assert f"{names.MAX_PATH} bytes" in _section("Names and files").replace("\n", " ")
     assert f"version {messages.PROTOCOL_VERSION}." in PAGE.read_text()
-    assert {"dropped", "session-ended"} == set(re.findall(r"^\| `([\w-]+)` \|", _section("Events"), re.MULTILINE))
+    of_connections = {"dropped", "session-ended", *messages.CLIENT_EVENTS}
+    assert of_connections == set(re.findall(r"^\| `([\w-]+)` \|", _section("Events"), re.MULTILINE))
+    assert f"at most {watch.MAX_UNACKNOWLEDGED} events `screen`" in PAGE.read_text()
+    assert f"in {watch.FRAME_INTERVAL * 1000:.0f} ms" in _section("Events")
 
 
 async def test_the_client_of_the_page(environment: dict[str, str], tmp_path: Path) -> None:

@@ -376,6 +376,13 @@ def test_changed_cells_hold_all_changes() -> None:
         assert not [*framebuffer.changed_since(framebuffer.serial)]
 
 
+def test_rows_of_a_rectangle() -> None:
+    framebuffer = Framebuffer(3, 3)
+    framebuffer.pixels[:] = bytes(range(36))
+    assert [*map(bytes, framebuffer.rows(Rect(1, 1, 3, 3)))] == [bytes(range(16, 24)), bytes(range(28, 36))]
+    assert [*map(bytes, framebuffer.rows(Rect(0, 1, 3, 3)))] == [bytes(range(12, 36))]
+
+
 def test_a_picture_of_full_width_is_copied_at_once() -> None:
     framebuffer = Framebuffer(4, 4)
     framebuffer.put(Rect(0, 1, 4, 3), Picture(4, 3, 16, True, bytes(range(48))), 0, 1)

@@ -18,12 +18,14 @@ from types import TracebackType
 from typing import Any, Self
 
 from farplug.app import commands
+from farplug.app.client import AppClient
 from farplug.app.commands import Command
 from farplug.app.events import EventReader, EventStream, Level, Listener
 from farplug.app.guest import Guest
 from farplug.app.link import PASSWORD_ATTEMPTS, AskPassword
 from farplug.app.png import check_path, write_png
 from farplug.app.settings import CaptureSettings, GuestSettings, TargetSettings
+from farplug.app.watch import Outlet
 from farplug.capture.writer import STANDARD_OUTPUT
 from farplug.errors import FarplugError, Reason, StateError, TargetError, UsageError
 from farplug.spice.images import MAX_SIDE
@@ -162,6 +164,14 @@ class App:
             raise failed
 
     # Commands -----------------------------------------------------------------------------------------------------
+
+    def client(self, outlet: Outlet) -> AppClient:
+        """Return a client of the application, whose watched screens end with it.
+
+        Args:
+            outlet: takes the events for this client alone.
+        """
+        return AppClient(self, outlet)
 
     async def do(self, command: Command) -> Any:
         """Carry out a command; return its result as JSON's types.

@@ -24,10 +24,12 @@ class Command:
     Attributes:
         name: of this kind of command; stable.
         help: how it is written in words, and what it does; empty: it cannot be written in words.
+        takes_payload: a client sends raw bytes with it.
     """
 
     name: ClassVar[str]
     help: ClassVar[tuple[str, str]] = ("", "")
+    takes_payload: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +234,54 @@ class Click(Command):
     guest: str | None = None
 
 
+# Commands of one client: what they do belongs to its connection, and ends with it.
+
+
+@dataclass(frozen=True, slots=True)
+class WatchScreen(Command):
+    """Send the picture of a display, its pointer and the state of the inputs to this client, and each change of them.
+
+    The result has ``width``, ``height`` and ``serial``: zeros while there is no picture.
+
+    Attributes:
+        display: the number of the display, from 0.
+        guest: the guest's id; None: the only one.
+    """
+
+    name = "watch-screen"
+
+    display: int = 0
+    guest: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UnwatchScreen(Command):
+    """Send a display to this client no more.
+
+    Attributes:
+        display: the number of the display, from 0.
+        guest: the guest's id; None: the only one.
+    """
+
+    name = "unwatch-screen"
+
+    display: int = 0
+    guest: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ScreenAck(Command):
+    """Acknowledge one event ``screen``.
+
+    Attributes:
+        serial: of the event.
+    """
+
+    name = "screen-ack"
+
+    serial: int
+
+
 @dataclass(frozen=True, slots=True)
 class Status(Command):
     """Return the state of the application: :meth:`farplug.app.app.App.snapshot`."""
@@ -254,7 +304,11 @@ COMMANDS: Final[Mapping[str, type[Command]]] = {
         *(Screenshot, TypeText, Press, Click, ListDrives, Status, Quit),
     )
 }
-"""All commands, by their names."""
+"""All commands of the application, by their names."""
+CLIENT_COMMANDS: Final[Mapping[str, type[Command]]] = {
+    kind.name: kind for kind in (WatchScreen, UnwatchScreen, ScreenAck)
+}
+"""The commands of one client, by their names: see :class:`farplug.app.client.AppClient`."""
 
 FORCED: Final = (
     ("force insert ...", "also in place of a medium that the guest has locked, and a file that is not an ISO image"),
@@ -263,21 +317,28 @@ FORCED: Final = (
 HELP: Final = ("help", "show this")
 
 
-def from_json(name: object, data: object, *, ignore_unknown: bool = False) -> Command:
+def from_json(
+    name: object,
+    data: object,
+    known: Mapping[str, type[Command]] = COMMANDS,
+    *,
+    ignore_unknown: bool = False,
+) -> Command:
     """Return the command with a name and its fields.
 
     Args:
         name: of the command, as the JSON parser returned it.
         data: an object of JSON's types with the fields.
+        known: the commands that there are.
         ignore_unknown: ignore fields that the command does not have; see :func:`~farplug.app.codec.decode`.
 
     Raises:
         UsageError: there is no such command, or a field is not valid.
     """
-    kind = COMMANDS.get(name) if isinstance(name, str) else None
+    kind = known.get(name) if isinstance(name, str) else None
     if kind is None:
         raise UsageError(
-            f"{shown(name)} is not a command", reason=Reason.UNKNOWN_COMMAND, remedy=f"commands: {', '.join(COMMANDS)}"
+            f"{shown(name)} is not a command", reason=Reason.UNKNOWN_COMMAND, remedy=f"commands: {', '.join(known)}"
         )
     return decode(kind, data, ignore_unknown=ignore_unknown)
 

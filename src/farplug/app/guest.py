@@ -215,6 +215,11 @@ class Guest:
         """
         return self._link.session
 
+    @property
+    def reached(self) -> bool:
+        """Return whether there is, or was, a connection to the VM."""
+        return self._link.is_connected
+
     def screen_of(self, display: int) -> Screen:
         """Return a display of the VM by its number, from 0."""
         return Screen(lambda: self.session, display)

@@ -6,16 +6,17 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 from farplug.app.png import encode_png
-from farplug.errors import Reason, RefusedError, StateError, TargetError, UsageError
+from farplug.errors import FarplugError, Reason, RefusedError, StateError, TargetError, UsageError
 from farplug.spice.cursor import Cursor
 from farplug.spice.framebuffer import Framebuffer, Rect
 from farplug.spice.inputs import MAX_STEP, Button, InputsChannel, Locks, MouseMode
 from farplug.spice.keys import chord_codes, key_code, stroke, text_strokes
 from farplug.transport.session import Session
 from farplug.transport.spice_session import SpiceSession
-from farplug.transport.spice_side import SpiceDisplay, SpiceInputs
+from farplug.transport.spice_side import SpiceCursor, SpiceDisplay, SpiceInputs
 
 KEY_INTERVAL = 0.02
 """Seconds from one key to the next: at 10 ms a USB keyboard of QEMU loses keys."""
@@ -162,6 +163,33 @@ class Screen:
                     serial, since = picture.serial, loop.time()
             return _frame(picture)
 
+    def shown(self) -> Framebuffer | None:
+        """Return the picture as far as the VM has sent it; None: the display is not linked, or has none yet.
+
+        Raises:
+            TargetError: the VM has no such display (``NO_DISPLAY``).
+            StateError: the VM was not reached yet.
+        """
+        return self._display().display.shown
+
+    async def follow(self, changed: Callable[[Framebuffer | None, FarplugError | None], None]) -> NoReturn:
+        """Call a function with the picture at once and after each change, until the VM is gone.
+
+        The picture is complete, and is drawn on afterwards. None and an error: the VM has sent no picture for a time.
+
+        Raises as :meth:`frame`.
+        """
+        display = self._display()
+        async with display.used():
+            while True:
+                try:
+                    changed(await display.picture(), None)
+                except TargetError as error:
+                    if error.reason is not Reason.TIMED_OUT:
+                        raise
+                    changed(None, error)
+                await display.changed()
+
     @asynccontextmanager
     async def pointer(self) -> AsyncIterator[Cursor]:
         """Return a context manager for the pointer of the display, which is kept current.
@@ -170,14 +198,29 @@ class Screen:
             TargetError: the VM has no such display, or its channel cannot be linked.
             GuestGoneError: the VM is gone.
         """
+        cursor = self._cursor()
+        async with cursor.used():
+            yield cursor.cursor
+
+    async def follow_pointer(self, changed: Callable[[Cursor], None]) -> NoReturn:
+        """Call a function with the pointer at once and after each change, until the VM is gone.
+
+        Raises as :meth:`pointer`.
+        """
+        cursor = self._cursor()
+        async with cursor.used():
+            while True:
+                changed(cursor.cursor)
+                await cursor.changed()
+
+    def _cursor(self) -> SpiceCursor:
         self._display()
         session = self._session()
         assert isinstance(session, SpiceSession)
         cursor = session.cursors.get(self.number)
         if cursor is None:
             raise TargetError(f"the VM's display {self.number} has no pointer", reason=Reason.NO_DISPLAY)
-        async with cursor.used():
-            yield cursor.cursor
+        return cursor
 
 
 def _frame(picture: Framebuffer) -> Frame:
@@ -298,6 +341,18 @@ class Inputs:
         inputs = self._inputs()
         async with inputs.used():
             return await self._locks(inputs)
+
+    async def follow(self, changed: Callable[[Locks, bool], None]) -> NoReturn:
+        """Call a function at once and after each change, until the VM is gone. Raises as :meth:`press`.
+
+        Args:
+            changed: gets the lock keys whose light is on, and whether the pointer is moved to positions.
+        """
+        inputs = self._inputs()
+        async with inputs.used():
+            while True:
+                changed(_channel(inputs).locks or Locks(0), inputs.is_absolute)
+                await inputs.changed()
 
     async def set_locks(self, locks: Locks) -> None:
         """Turn the lights of lock keys on, and the others off. Raises as :meth:`press`."""

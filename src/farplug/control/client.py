@@ -16,18 +16,21 @@ import os
 import socket
 import sys
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeAlias
 
 from farplug.control.messages import (
+    CLIENT_EVENTS,
     DROPPED,
     ENDED,
     HELLO,
+    MAX_PAYLOAD,
     PROTOCOL_VERSION,
     SUBSCRIBE,
     UNSUBSCRIBE,
+    Buffer,
     Failure,
     FromServer,
     Hello,
@@ -56,6 +59,7 @@ CONNECT_TIMEOUT: Final = 10.0
 """Seconds until a session has answered ``hello``."""
 RETRY_INTERVAL: Final = 0.05
 """Seconds between attempts to connect while too many clients wait for the session."""
+Listener: TypeAlias = Callable[[Notification], None]
 MAX_EVENTS: Final = 1000
 """Events that wait for the reader of a subscription; of more the oldest are dropped."""
 
@@ -76,8 +80,21 @@ class Client:
 
     @classmethod
     @asynccontextmanager
-    async def connect(cls, path: str | os.PathLike[str], *, timeout: float = CONNECT_TIMEOUT) -> AsyncIterator[Self]:
+    async def connect(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        timeout: float = CONNECT_TIMEOUT,
+        name: str = "farplug",
+        listener: Listener | None = None,
+    ) -> AsyncIterator[Self]:
         """Return a context manager that connects to the session at a socket.
+
+        Args:
+            path: of the socket.
+            timeout: seconds until the session has answered.
+            name: of this client, for people.
+            listener: called with each event for this client alone, such as ``screen``; None: they are ignored.
 
         Raises:
             UsageError: ``no-session``: no session listens there.
@@ -86,13 +103,13 @@ class Client:
             RemoteProtocolError: the peer is not a session, or has another version of the protocol.
             GuestGoneError: ``session-gone``: the session ended meanwhile.
         """
-        connection = _Connection(Path(path))
+        connection = _Connection(Path(path), listener)
         client = cls(Path(path), connection)
         try:
             try:
                 async with asyncio.timeout(timeout):
                     await _open(connection, os.fspath(path))
-                    params = {"client_name": "farplug", "protocol_version": PROTOCOL_VERSION}
+                    params = {"client_name": name, "protocol_version": PROTOCOL_VERSION}
                     client.hello = Hello.parse(await client.call(HELLO, params))
             except TimeoutError:
                 raise TargetError(f"the session at {path} does not answer", reason=Reason.TIMED_OUT) from None
@@ -100,7 +117,7 @@ class Client:
         finally:
             connection.abort()
 
-    async def call(self, method: str, params: Mapping[str, Any] | None = None) -> Any:
+    async def call(self, method: str, params: Mapping[str, Any] | None = None, payload: Buffer | None = None) -> Any:
         """Call a method of the session; return its result, of JSON's types.
 
         If the caller is cancelled, the session carries the request out nevertheless.
@@ -110,8 +127,13 @@ class Client:
             GuestGoneError: ``session-gone``: the session ended before it replied.
             RemoteProtocolError: the session violated the protocol.
             LocalProtocolError: the parameters are too large for a message.
+
+        Args:
+            method: the name of the method.
+            params: its parameters.
+            payload: raw bytes beside them, for a method that takes some.
         """
-        return await self._connection.call(method, params or {})
+        return await self._connection.call(method, params or {}, payload)
 
     def subscribe(self, events: Sequence[str] | None = None) -> Subscription:
         """Return an asynchronous iterator over what happens in the session.
@@ -246,11 +268,12 @@ async def _connect(end: socket.socket, path: str) -> None:
 class _Connection(asyncio.Protocol):
     """The client's end of the socket: requests with their replies, and the subscription."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, listener: Listener | None) -> None:
+        self._listener = listener
         self.subscription: Subscription | None = None
         self.over = False
         self._path = path
-        self._receiver: Receiver[FromServer] = Receiver(parse_reply)
+        self._receiver: Receiver[FromServer] = Receiver(parse_reply, MAX_PAYLOAD)
         self._pending: dict[Id, asyncio.Future[Any]] = {}
         self._ids = itertools.count(1)
         self._error: FarplugError | None = None
@@ -260,13 +283,13 @@ class _Connection(asyncio.Protocol):
         """Return why there is no connection any more."""
         return self._error or GuestGoneError(f"the session at {self._path} has ended", reason=Reason.SESSION_GONE)
 
-    async def call(self, method: str, params: Mapping[str, Any]) -> Any:
+    async def call(self, method: str, params: Mapping[str, Any], payload: Buffer | None) -> Any:
         """Send a request, and wait for its reply."""
         if self.over or self.transport is None:
             raise self.gone()
         id = next(self._ids)
         try:
-            line = encode(Request(id, method, params))
+            line = encode(Request(id, method, params, payload))
         except ValueError as error:
             raise LocalProtocolError(f"the request {method} cannot be sent: {error}") from error
         self._pending[id] = future = asyncio.get_running_loop().create_future()
@@ -298,6 +321,9 @@ class _Connection(asyncio.Protocol):
 
     def _received(self, message: FromServer) -> None:
         match message:
+            case Notification() if message.event in CLIENT_EVENTS:
+                if self._listener is not None:
+                    self._listener(message)
             case Notification():
                 if self.subscription is not None:
                     self.subscription.put(message)

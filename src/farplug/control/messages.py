@@ -6,6 +6,8 @@ A message is a JSON object on a line of its own::
     {"id": 1, "ok": true, "result": {...}}                               Reply
     {"id": 1, "ok": false, "error": {"code": "not-found", ...}}          Failure
     {"event": "attached", "data": {...}}                                 Notification
+
+A message with the member ``bytes`` is followed by that number of raw bytes, its payload.
 """
 
 from __future__ import annotations
@@ -13,18 +15,22 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Generic, NoReturn, Self, TypeAlias, TypeVar
 
 from farplug.errors import FarplugError, Reason, Remedy, RemoteProtocolError, SessionError
 from farplug.exit_codes import exit_code
 from farplug.text import printable, shown
 
-PROTOCOL_VERSION: Final = "1.0"
+PROTOCOL_VERSION: Final = "1.1"
 """Major and minor version. Peers of the same major version understand each other."""
 VERSION_REMEDY: Final = "use the version of farplug that started the session"
 MAX_LINE: Final = 1 << 20
-"""Bytes of a message, without its newline."""
+"""Bytes of a message, without its newline and its payload."""
+MAX_PAYLOAD: Final = 4 << 20
+"""Bytes of a payload that a session sends."""
+MAX_CLIENT_PAYLOAD: Final = 1 << 20
+"""Bytes of a payload that a client sends."""
 MAX_ID: Final = 64
 """Characters of an id that is a string. An integer id is below 2^53, which every JSON parser represents."""
 MAX_METHOD: Final = 64
@@ -43,8 +49,12 @@ DROPPED: Final = "dropped"
 """The event that stands in the place of events that a slow client lost."""
 ENDED: Final = "session-ended"
 """The last event of a session that ends in order."""
+CLIENT_EVENTS: Final = ("cursor", "inputs", "screen", "screen-state")
+"""The events for one client, which it does not subscribe to: they follow methods that say so."""
 
 Id: TypeAlias = int | str
+Buffer: TypeAlias = bytes | bytearray | memoryview
+"""Bytes of a payload."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +65,13 @@ class Request:
         id: chosen by the client; unique among its pending requests.
         method: the name of the method.
         params: the method's parameters.
+        payload: raw bytes beside the parameters; None: there are none.
     """
 
     id: Id
     method: str
     params: Mapping[str, Any] = field(default_factory=dict)
+    payload: Buffer | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the message as JSON's types."""
@@ -73,10 +85,12 @@ class Reply:
     Attributes:
         id: of the request.
         result: JSON's types.
+        payload: raw bytes beside the result; None: there are none.
     """
 
     id: Id
     result: Any = None
+    payload: Buffer | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the message as JSON's types."""
@@ -144,10 +158,12 @@ class Failure:
     Attributes:
         id: of the request; None: the error concerns the connection, which is closed after it.
         error: why.
+        payload: an error has none.
     """
 
     id: Id | None
     error: ErrorData
+    payload: None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the message as JSON's types."""
@@ -161,10 +177,12 @@ class Notification:
     Attributes:
         event: the name of the event.
         data: its fields.
+        payload: raw bytes beside the fields; None: there are none.
     """
 
     event: str
     data: Mapping[str, Any] = field(default_factory=dict)
+    payload: Buffer | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the message as JSON's types."""
@@ -173,19 +191,26 @@ class Notification:
 
 FromServer: TypeAlias = Reply | Failure | Notification
 Message: TypeAlias = Request | FromServer
-MessageT = TypeVar("MessageT")
+MessageT = TypeVar("MessageT", bound=Message)
 
 
 def encode(message: Message) -> bytes:
-    """Return a message as a line, in ASCII.
+    """Return a message as a line, in ASCII, and its payload behind the line.
 
     Raises:
-        ValueError: the line is longer than :data:`MAX_LINE`, or a value is not one of JSON's types.
+        ValueError: the line is longer than :data:`MAX_LINE`, the payload is longer than the peer accepts, or a value is
+            not one of JSON's types.
     """
-    line = json.dumps(message.to_json(), allow_nan=False, separators=(", ", ": ")).encode("ascii")
+    data, payload = message.to_json(), message.payload
+    if payload is not None:
+        most = MAX_CLIENT_PAYLOAD if isinstance(message, Request) else MAX_PAYLOAD
+        if len(payload) > most:
+            raise ValueError(f"a payload of {len(payload)} bytes is longer than {most} bytes")
+        data["bytes"] = len(payload)
+    line = json.dumps(data, allow_nan=False, separators=(", ", ": ")).encode("ascii")
     if len(line) > MAX_LINE:
         raise ValueError(f"a message of {len(line)} bytes is longer than {MAX_LINE} bytes")
-    return line + b"\n"
+    return line + b"\n" if payload is None else b"".join((line, b"\n", payload))
 
 
 class Receiver(Generic[MessageT]):
@@ -196,13 +221,17 @@ class Receiver(Generic[MessageT]):
 
     Args:
         parse: :func:`parse_request` in a server, :func:`parse_reply` in a client.
+        max_payload: bytes of the longest payload that is accepted.
     """
 
-    def __init__(self, parse: Callable[[Any], MessageT]) -> None:
+    def __init__(self, parse: Callable[[Any], MessageT], max_payload: int) -> None:
         self._parse = parse
+        self._max_payload = max_payload
         self._buffer = bytearray()
         self._searched = 0
         """Bytes of the buffer without a newline."""
+        self._waiting: tuple[MessageT, int] | None = None
+        """A message whose payload, of this length, is not there yet."""
         self._error: RemoteProtocolError | None = None
 
     def receive_data(self, data: bytes) -> None:
@@ -214,23 +243,35 @@ class Receiver(Generic[MessageT]):
         """Return the next message; None: more bytes are needed.
 
         Raises:
-            RemoteProtocolError: the peer sent a line that is too long, or is not a message.
+            RemoteProtocolError: the peer sent a line that is too long, or is not a message, or has a payload that is
+                too long.
         """
-        while True:
+        while self._waiting is None:
             line = self._next_line()
             if line is None:
                 return None
             if line.strip():  # an empty line has no effect
-                return self._message(line)
+                message, size = self._message(line)
+                if size is None:
+                    return message
+                self._waiting = message, size
+        message, size = self._waiting
+        if len(self._buffer) < size:
+            return None
+        self._waiting = None
+        payload = bytes(memoryview(self._buffer)[:size])
+        del self._buffer[:size]
+        return replace(message, payload=payload)  # type: ignore[arg-type]  # _message() refused a failure with one
 
     def receive_eof(self) -> None:
         """Take note that the peer sends nothing more.
 
         Raises:
-            RemoteProtocolError: the stream ends within a line.
+            RemoteProtocolError: the stream ends within a message.
         """
-        if self._buffer and self._error is None:
-            self._fail(f"the stream ends within a line, after {len(self._buffer)} bytes")
+        if (self._buffer or self._waiting) and self._error is None:
+            where = "line" if self._waiting is None else "payload"
+            self._fail(f"the stream ends within a {where}, after {len(self._buffer)} bytes")
 
     def _next_line(self) -> bytes | None:
         if self._error is not None:
@@ -246,16 +287,25 @@ class Receiver(Generic[MessageT]):
         self._searched = 0
         return line
 
-    def _message(self, line: bytes) -> MessageT:
+    def _message(self, line: bytes) -> tuple[MessageT, int | None]:
+        """Return the message of a line, and the length of its payload; None: it has none."""
         try:
             data = json.loads(line.decode(), parse_constant=_no_constant, parse_float=_finite)
         except (ValueError, RecursionError) as error:
             reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
             self._fail(f"{shown(line)} is not JSON: {printable(reason, 200)}")
         try:
-            return self._parse(data)
+            message = self._parse(data)
         except RemoteProtocolError as error:
             self._fail(error.message)
+        size = data.get("bytes")
+        if size is None:
+            return message, None
+        if type(size) is not int or not 0 <= size <= self._max_payload:
+            self._fail(f"bytes: {shown(size)} is not an integer from 0 to {self._max_payload}")
+        if isinstance(message, Failure):
+            self._fail("an error has no payload")
+        return message, size
 
     def _fail(self, message: str) -> NoReturn:
         self._buffer.clear()

@@ -18,18 +18,22 @@ import struct
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Final
 
 from farplug.app import commands
 from farplug.app.app import App
+from farplug.app.client import AppClient
 from farplug.app.codec import decode
 from farplug.app.events import Event
+from farplug.app.watch import ClientEvent, Outlet
 from farplug.control.messages import (
+    CLIENT_EVENTS,
     DROPPED,
     ENDED,
     HELLO,
+    MAX_CLIENT_PAYLOAD,
     PROTOCOL_VERSION,
     SUBSCRIBE,
     UNSUBSCRIBE,
@@ -60,7 +64,7 @@ from farplug.errors import (
     from_oserror,
 )
 from farplug.rate_limit import limited_logger
-from farplug.text import shown, without_credentials
+from farplug.text import printable, shown, without_credentials
 from farplug.version import __version__
 
 log = limited_logger(__name__)
@@ -81,13 +85,16 @@ WRITE_AT_ONCE: Final = 1 << 16
 """Bytes passed to the transport at a time, and above which the transport accepts no more."""
 CLOSE_TIMEOUT: Final = 2.0
 """Seconds in which clients read what is left for them when the session ends."""
+MAX_CLIENT_NAME: Final = 64
+"""Characters of the name of a client that others see."""
 BACKLOG: Final = 64
 """Clients that connected and wait to be accepted."""
 
 _SOL_LOCAL, _LOCAL_PEERCRED, _XUCRED_SIZE = 0, 1, 76
 """macOS: the socket option, and ``struct xucred`` of <sys/ucred.h>, which begins with its version and the user."""
 
-METHODS: Final = (HELLO, SUBSCRIBE, UNSUBSCRIBE, *commands.COMMANDS)
+_COMMANDS: Final = {**commands.COMMANDS, **commands.CLIENT_COMMANDS}
+METHODS: Final = (HELLO, SUBSCRIBE, UNSUBSCRIBE, *_COMMANDS)
 """The names of all methods."""
 EVENTS: Final = (
     *("attached", "attaching", "back", "capture-ended", "capture-started", "closed", "command-refused", "configured"),
@@ -135,13 +142,15 @@ class Server:
             farplug_version=__version__,
             protocol_version=PROTOCOL_VERSION,
             supported_methods=METHODS,
-            supported_events=(*EVENTS, DROPPED, ENDED),
+            supported_events=(*EVENTS, *CLIENT_EVENTS, DROPPED, ENDED),
         )
         self.path = reservation.path
         self._app = app
         self._reservation = reservation
         self._clients: set[_Client] = set()
         self._requests: set[asyncio.Task[None]] = set()
+        self._ending: set[asyncio.Future[None]] = set()
+        """What clients that have left had begun, and is ending."""
         self._listener: asyncio.AbstractServer | None = None
         self._unsubscribe: Callable[[], None] | None = None
         self._closing = False
@@ -190,6 +199,8 @@ class Server:
             for client in clients:
                 client.abort()
             await _closed(clients, None)
+            if self._ending:
+                await asyncio.wait(self._ending)
         finally:
             self._reservation.release()
 
@@ -212,6 +223,13 @@ class Server:
     def left(self, client: _Client) -> None:
         """Forget a client. Its requests are carried out nevertheless."""
         self._clients.discard(client)
+        client.user.close()
+        self._ending.add(ending := asyncio.ensure_future(client.user.closed()))
+        ending.add_done_callback(self._ending.discard)
+
+    def user(self, outlet: Outlet) -> AppClient:
+        """Return a client of the application."""
+        return self._app.client(outlet)
 
     def begin(self, client: _Client, request: Request) -> None:
         """Begin to carry out a request."""
@@ -245,13 +263,14 @@ class Server:
                 removed = client.events if wanted is None else client.events.intersection(wanted)
                 client.events -= removed
                 return {"unsubscribed": sorted(removed)}
-        if request.method not in commands.COMMANDS:
+        if request.method not in _COMMANDS:
             raise UsageError(
                 f"{shown(request.method)} is not a method",
                 reason=Reason.UNKNOWN_COMMAND,
                 remedy=f"methods: {', '.join(METHODS)}",
             )
-        return await self._app.do(commands.from_json(request.method, request.params, ignore_unknown=True))
+        command = commands.from_json(request.method, request.params, _COMMANDS, ignore_unknown=True)
+        return await client.user.do(command, request.payload)
 
     def _greet(self, client: _Client, request: Request) -> Any:
         params = decode(_HelloParams, request.params, ignore_unknown=True)
@@ -262,6 +281,7 @@ class Server:
                 remedy=VERSION_REMEDY,
             )
         client.greeted = True
+        client.user.name = printable(params.client_name, MAX_CLIENT_NAME)
         return self.hello.to_json()
 
     def _subscribe(self, client: _Client, params: _SubscribeParams) -> Any:
@@ -308,23 +328,28 @@ class _Client(asyncio.Protocol):
         greeted: ``hello`` was successful.
         events: the names of the events that the client subscribed to.
         last_event: the id of the last event in the snapshot that the client got.
+        user: the client as the application has it.
         closed: is done when the connection is closed.
     """
 
     def __init__(self, server: Server) -> None:
         self.greeted = False
+        self.user = server.user(self)
         self.events: frozenset[str] = frozenset()
         self.last_event = 0
         self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._server = server
-        self._receiver: Receiver[Request] = Receiver(parse_request)
+        self._receiver: Receiver[Request] = Receiver(parse_request, MAX_CLIENT_PAYLOAD)
         self._transport: asyncio.Transport | None = None
         self._pending: set[Id] = set()
         """Ids of the requests whose replies were not passed to the transport yet."""
         self._output: deque[_Line] = deque()
+        self._posted: dict[Hashable, Callable[[], ClientEvent | None]] = {}
+        """Events for this client alone, which are made when the transport accepts them."""
         self._event_count = self._event_bytes = self._dropped = self._last_dropped = 0
         self._full = False
         """The transport accepts no more."""
+        self._writing = False
         self._eof = False
         self._finishing = False
         """Nothing more is read; the connection is closed when the output is written."""
@@ -358,6 +383,7 @@ class _Client(asyncio.Protocol):
         self._finishing = True
         self._transport = None
         self._output.clear()
+        self._posted.clear()
         self._server.left(self)
         if not self.closed.done():
             self.closed.set_result(None)
@@ -428,6 +454,15 @@ class _Client(asyncio.Protocol):
             self._dropped, self._last_dropped = self._dropped + 1, oldest.event
             del self._output[index]
 
+    def post(self, key: Hashable, make: Callable[[], ClientEvent | None]) -> None:
+        """Send an event when the transport accepts it; see :meth:`farplug.app.watch.Outlet.post`."""
+        if self._transport is None or self._finishing:
+            return
+        waits = key in self._posted
+        self._posted[key] = make
+        if not waits:
+            self._queue(_Line(posted=key))
+
     def end_session(self) -> None:
         """Send the last event to a client that subscribed, and close the connection."""
         if self.events and not self._finishing:
@@ -450,24 +485,41 @@ class _Client(asyncio.Protocol):
         transport = self._transport
         if transport is None or transport.is_closing():
             return
-        while (self._output or self._dropped) and not self._full and not transport.is_closing():
-            batch: list[bytes] = []
-            size = 0
-            if self._dropped and (not self._output or self._output[0].event):
-                batch.append(encode(Notification(DROPPED, {"id": self._last_dropped, "count": self._dropped})))
-                self._dropped = 0
-            while self._output and size < WRITE_AT_ONCE and not (self._dropped and self._output[0].event):
-                line = self._output.popleft()
-                if line.event:
-                    self._event_count -= 1
-                    self._event_bytes -= len(line.data)
-                elif line.id is not None:
-                    self._pending.discard(line.id)
-                batch.append(line.data)
-                size += len(line.data)
-            transport.write(b"".join(batch))
+        if self._writing:
+            return  # an event that is being made posts another one
+        self._writing = True
+        try:
+            while (self._output or self._dropped) and not self._full and not transport.is_closing():
+                batch = self._batch()
+                transport.write(batch[0] if len(batch) == 1 else b"".join(batch))
+        finally:
+            self._writing = False
         if self._finishing and not self._output:
             transport.close()
+
+    def _batch(self) -> list[bytes]:
+        """Take lines that are written together from the output."""
+        batch: list[bytes] = []
+        size = 0
+        if self._dropped and (not self._output or self._output[0].event):
+            batch.append(encode(Notification(DROPPED, {"id": self._last_dropped, "count": self._dropped})))
+            self._dropped = 0
+        while self._output and size < WRITE_AT_ONCE and not (self._dropped and self._output[0].event):
+            line = self._output.popleft()
+            if line.event:
+                self._event_count -= 1
+                self._event_bytes -= len(line.data)
+            elif line.id is not None:
+                self._pending.discard(line.id)
+            data = line.data if line.posted is None else self._made(line.posted)
+            batch.append(data)
+            size += len(data)
+        return batch
+
+    def _made(self, key: Hashable) -> bytes:
+        """Return an event for this client alone; empty: there is none any more."""
+        event = self._posted.pop(key)()
+        return b"" if event is None else encode(Notification(event.name, event.data, event.payload))
 
     def _finish(self) -> None:
         """Read nothing more, and close the connection when the output is written."""
@@ -487,11 +539,13 @@ class _Line:
         data: the line.
         event: the id of the event, which may be dropped; 0: it is not an event.
         id: of the request that it is the reply to.
+        posted: the key of an event for this client alone, whose line is made when it is sent; None: it is not such.
     """
 
-    data: bytes
+    data: bytes = b""
     event: int = 0
     id: Id | None = None
+    posted: Hashable = None
 
 
 def _peer_uid(connection: socket.socket) -> int:

@@ -116,6 +116,17 @@ class Framebuffer:
         """Return the number of cells with a change after a number."""
         return sum(changed > serial for changed in self._cells)
 
+    def rows(self, box: Rect) -> Iterator[memoryview]:
+        """Yield the pixels of a rectangle from its top: parts of the picture, which change with it."""
+        pitch = self.width * PIXEL
+        size = (box.right - box.left) * PIXEL
+        start = box.top * pitch + box.left * PIXEL
+        if size == pitch:
+            yield self.pixels[start : start + (box.bottom - box.top) * pitch]
+            return
+        for at in range(start, start + (box.bottom - box.top) * pitch, pitch):
+            yield self.pixels[at : at + size]
+
     def touch_all(self) -> None:
         """Count the whole surface as changed: it takes the place of another one."""
         self._touch(self.bounds)
