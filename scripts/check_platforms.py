@@ -46,6 +46,7 @@ POSIX_ONLY = (
     "transport/connection.py",
     "vm/guest_kernel.py",
     "vm/qemu.py",
+    "web/uploads.py",
 )
 """Modules that call what Windows does not have; they import there. ``docs/platforms.md`` describes what is missing."""
 

@@ -114,6 +114,9 @@ class Reason(StrEnum):
     NAME_TAKEN = "name-taken"
     SESSION_GONE = "session-gone"
     SESSION_ERROR = "session-error"
+    # the page
+    VIEW_ONLY = "view-only"
+    OUTSIDE_WEB_ROOT = "outside-web-root"
     # while running
     GUEST_GONE = "guest-gone"
     GUEST_MOVED = "guest-moved"

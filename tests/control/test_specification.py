@@ -148,7 +148,7 @@ async def test_the_client_of_the_page(environment: dict[str, str], tmp_path: Pat
         )
         assert process.stdout is not None
         printed = b""
-        while b"'attached'" not in printed:
+        while b"'label': 'a.raw'" not in printed:  # the reply
             line = await process.stdout.readline()
             assert line, printed
             printed += line

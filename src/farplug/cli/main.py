@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from farplug.cli import capture, connect, demo, devices, doctor, image, log, screen, sessions, writer
+from farplug.cli import capture, connect, demo, devices, doctor, image, log, page, screen, sessions, writer
 from farplug.cli.failure import Failure
 from farplug.cli.options import Command, DebugOption, Group
 from farplug.errors import FarplugError, InternalError, Reason, Remedy
@@ -64,6 +64,7 @@ app.command("screenshot", cls=Command)(screen.screenshot)
 app.command("type", cls=Command)(screen.type_text)
 app.command("press", cls=Command)(screen.press)
 app.command("click", cls=Command)(screen.click)
+app.command("page", cls=Command)(page.page)
 app.command("doctor", cls=Command)(doctor.doctor)
 app.command("demo", cls=Command)(demo.demo)
 app.add_typer(image.app, name="image")

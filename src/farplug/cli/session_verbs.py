@@ -17,6 +17,7 @@ from farplug.cli import log, output, session_views
 from farplug.cli.device_options import Devices
 from farplug.cli.output import Output
 from farplug.cli.session_client import following, refreshing, run
+from farplug.control import views
 from farplug.control.names import list_sessions, open_session
 from farplug.errors import FarplugError, GuestGoneError, Reason, Remedy, SessionError
 from farplug.exit_codes import ExitCode
@@ -31,7 +32,7 @@ def ls(*, as_json: bool) -> None:
     """Print the running sessions."""
     entries = run(list_sessions())
     if as_json:
-        typer.echo(dumps([session_views.list_json(entry) for entry in entries]))
+        typer.echo(dumps([views.list_json(entry) for entry in entries]))
     else:
         typer.echo("\n".join(session_views.list_lines(entries)))
 
@@ -41,7 +42,7 @@ def status(session: str | None, *, as_json: bool) -> None:
 
     async def ask() -> dict[str, Any]:
         async with open_session(session) as client:
-            return session_views.status_of(client.hello, await client.call("status"))
+            return views.status_of(client.hello, await client.call("status"))
 
     found = run(ask())
     typer.echo(dumps(found) if as_json else "\n".join(session_views.status_lines(found)))
@@ -166,7 +167,7 @@ async def _watch(session: str | None, shown: Output, *, as_json: bool) -> None:
             if as_json:
                 typer.echo(dumps(data))
             elif data["event"] == "snapshot":
-                typer.echo("\n".join(session_views.status_lines(session_views.status_of(client.hello, data))))
+                typer.echo("\n".join(session_views.status_lines(views.status_of(client.hello, data))))
                 _introduce(shown, data)
             elif data["event"] == "dropped":
                 _inform(shown, f"{data['count']} events were dropped: this terminal is too slow")

@@ -1,4 +1,4 @@
-"""What commands print of running sessions: tables for people, objects for programs. Pure."""
+"""What commands print of running sessions for people: tables. Pure."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from farplug.cli.output import size
-from farplug.control.messages import Hello
 from farplug.control.names import SessionEntry, SessionState
+from farplug.control.views import status_of
 from farplug.text import printable
-
-_FIGURES: Final = ("read", "written", "commands", "rate", "memory")
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -18,69 +16,6 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     cells = [list(headings), *([printable(cell) for cell in row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(headings))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-
-
-def status_of(hello: Hello, snapshot: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what ``farplug status --json`` prints of a session.
-
-    Args:
-        hello: what the session is.
-        snapshot: of its application.
-    """
-    guest: Mapping[str, Any] = next(iter(snapshot["guests"].values()), {})
-    attachments = list(guest.get("attachments", {}).values())
-    devices = [_device(attachment) for attachment in attachments]
-    in_ports = {device["port"]: device["label"] for device in devices if device["state"] != "lost"}
-    ports = [
-        {
-            "number": number,
-            "name": port["name"],
-            "state": port["state"],
-            "device": in_ports.get(port["name"]),
-            "reason": port["error"]["reason"] if port["error"] else None,
-        }
-        for number, port in enumerate(guest.get("ports", ()))
-    ]
-    return {
-        "name": hello.session,
-        "target": hello.target,
-        "vm": guest.get("name", ""),
-        "uuid": guest.get("uuid", ""),
-        "state": guest.get("state", "ending"),
-        "attempt": guest.get("attempt"),
-        "ports": ports,
-        "devices": devices,
-        "pid": hello.pid,
-        "started": hello.started,
-        "log": hello.log,
-        "version": hello.farplug_version,
-    }
-
-
-def _device(attachment: Mapping[str, Any]) -> dict[str, Any]:
-    error = attachment.get("error")
-    figures = attachment.get("figures", {})
-    return {
-        "id": attachment["id"],
-        "label": attachment["label"],
-        "state": attachment["state"],
-        "reason": error["reason"] if error else None,
-        "message": error["message"] if error else None,
-        "units": attachment["units"],
-        "details": attachment.get("details", [""] * len(attachment["units"])),
-        "port": attachment["port"],
-        "identity": attachment["identity"],
-        "speed": attachment["speed"],
-        **{name: figures.get(name, 0) for name in _FIGURES},
-    }
-
-
-def list_json(entry: SessionEntry) -> dict[str, Any]:
-    """Return the object of a session in ``farplug ls --json``."""
-    if entry.hello is None or entry.snapshot is None:
-        reason, message = (None, None) if entry.error is None else (str(entry.error.reason), entry.error.message)
-        return {"name": entry.name, "state": str(entry.state), "reason": reason, "message": message}
-    return status_of(entry.hello, entry.snapshot)
 
 
 def list_lines(entries: Sequence[SessionEntry]) -> list[str]:
@@ -106,7 +41,7 @@ def status_lines(status: Mapping[str, Any]) -> list[str]:
     """Return the lines of ``farplug status``.
 
     Args:
-        status: the result of :func:`status_of`.
+        status: the result of :func:`farplug.control.views.status_of`.
     """
     vm = f"{status['vm']} at {status['target']}" if status["vm"] else status["target"]
     lines = [f"{status['name']}: {vm}, {status['state']}", f"process {status['pid']}"]

@@ -1,0 +1,117 @@
+"""Run ``farplug page``: the web server, and the session of its target."""
+
+from __future__ import annotations
+
+import asyncio
+import html
+import webbrowser
+from contextlib import suppress
+from json import dumps
+from pathlib import Path
+
+import typer
+
+from farplug.app.settings import GuestSettings, ReconnectSettings
+from farplug.cli import background, log, session_verbs
+from farplug.cli.page import PageOptions
+from farplug.cli.session import SIGNALS
+from farplug.cli.session_client import run as run_client
+from farplug.control.client import Client
+from farplug.control.names import open_session
+from farplug.errors import FarplugError, Reason
+from farplug.web.server import Page, PageSettings
+
+
+def run(options: PageOptions, *, debug: bool) -> None:
+    """Serve the page until a signal comes, or the session that was started for it ends.
+
+    Raises:
+        FarplugError: the page or the session cannot be started.
+    """
+    if options.target is None:
+        run_client(_serve(options, options.session, own=False))
+        return
+    settings = GuestSettings(options.target, stay=True, reconnect=ReconnectSettings())
+    name = background.start(background.Request(settings, debug=debug)).name
+    log.say(f"farplug: connected to {options.target.public_target} as the session {name}, which ends with the page")
+    try:
+        run_client(_serve(options, name, own=True))
+    finally:
+        try:
+            session_verbs.stop(name, as_json=False)
+        except FarplugError as error:
+            if error.reason is not Reason.NO_SESSION:  # it has ended already
+                raise
+
+
+async def _serve(options: PageOptions, name: str | None, *, own: bool) -> None:
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in SIGNALS:
+        with suppress(NotImplementedError):  # on Windows
+            loop.add_signal_handler(number, ended.set)
+    settings = PageSettings(
+        name,
+        options.address,
+        options.port,
+        options.web_root,
+        options.upload_quota,
+        options.view_only,
+        options.certificate,
+        options.key,
+    )
+    if name is not None:
+        async with open_session(name):
+            pass  # it runs
+    following = asyncio.ensure_future(_follow(name, ended)) if own and name is not None else None
+    try:
+        async with Page.serve(settings) as page:
+            _show(page, options, name)
+            if options.open:
+                await asyncio.to_thread(_open, page)
+            await ended.wait()
+    finally:
+        if following is not None:
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
+
+
+async def _follow(name: str, ended: asyncio.Event) -> None:
+    """Wait until a session ends."""
+    try:
+        async with open_session(name) as client:
+            await _until_end(client)
+    except FarplugError:
+        pass  # it has ended
+    ended.set()
+
+
+async def _until_end(client: Client) -> None:
+    async for _ in client.subscribe([]):
+        pass
+
+
+def _show(page: Page, options: PageOptions, name: str | None) -> None:
+    if options.json:
+        typer.echo(dumps({"url": page.url, "view_url": page.view_url, "port": page.port, "session": name}))
+        return
+    typer.echo(page.url)
+    if page.view_url is not None:
+        typer.echo(f"to watch only: {page.view_url}")
+
+
+def _open(page: Page) -> None:
+    """Show the page in the browser.
+
+    Other users can read the arguments of the browser's process, so these name a file with the link, not the link.
+    """
+    path = Path(page.private) / "open.html"
+    link = html.escape(page.url)
+    path.write_text(f'<!doctype html><meta http-equiv="refresh" content="0; url={link}"><a href="{link}">farplug</a>')
+    path.chmod(0o600)
+    try:
+        started = webbrowser.open(path.as_uri())
+    except webbrowser.Error:
+        started = False
+    if not started:
+        log.say("farplug: warning: no browser could be started: copy the link into one")

@@ -1,0 +1,532 @@
+"""The web server of the page: files of the page, uploads, pictures of screens, and the websocket.
+
+::
+
+    async with Page.serve(PageSettings(session="web1")) as page:
+        print(page.url)
+        ...
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import getpass
+import importlib.resources
+import ipaddress
+import logging
+import os
+import re
+import socket
+import ssl
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import quote
+
+import uvicorn
+from cryptography import x509
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route, WebSocketRoute
+from starlette.websockets import WebSocket, WebSocketDisconnect
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+
+from farplug.control.messages import ErrorData
+from farplug.errors import FarplugError, Reason, Remedy, SetupError, UsageError, from_oserror
+from farplug.web.board import Board
+from farplug.web.files import WebRoot, private_folder
+from farplug.web.messages import MAX_TEXT
+from farplug.web.relay import BrowserGone, Relay, Site
+from farplug.web.security import Origins, Role, Shield, Tokens
+from farplug.web.uploads import DEFAULT_QUOTA, Piece, Uploads, WrongOffset, temporary_folder
+
+MAX_WEBSOCKETS: Final = 32
+"""Browsers that use the page."""
+MAX_GREETINGS: Final = 32
+"""Websockets that sent no valid token yet."""
+MAX_CONNECTIONS: Final = 256
+"""Connections; further requests get the status 503."""
+BACKLOG: Final = 128
+"""Connections that wait to be accepted."""
+MAX_FRAGMENTS: Final = 1024
+"""Frames of one message of a websocket."""
+PING_INTERVAL: Final = 20.0
+PING_TIMEOUT: Final = 120.0
+"""Seconds between pings of a websocket, and in which it answers: a large picture may be in its way."""
+STOP_TIMEOUT: Final = 2
+"""Seconds in which requests end when the page ends."""
+SWEEP_INTERVAL: Final = 60.0
+"""Seconds between two looks for uploads that nobody continues."""
+
+_PART: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}", re.ASCII)
+TYPES: Final[Mapping[str, str]] = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".json": "application/json",
+    ".svg": "image/svg+xml",
+    ".png": "image/png",
+    ".ico": "image/vnd.microsoft.icon",
+    ".woff2": "font/woff2",
+}
+"""Media types of files of the page; other files are not served."""
+_STATUS: Final[Mapping[Reason, int]] = {
+    Reason.VIEW_ONLY: 403,
+    Reason.NO_SESSION: 404,
+    Reason.NOT_FOUND: 404,
+    Reason.EXISTS: 409,
+    Reason.IN_USE: 409,
+    Reason.TOO_LARGE: 413,
+    Reason.BUSY: 503,
+    Reason.TIMED_OUT: 504,
+    Reason.NO_SPACE: 507,
+}
+"""Statuses of errors; that of others is 400 for an error of the caller, else 502."""
+
+
+@dataclass(frozen=True, slots=True)
+class PageSettings:
+    """What a page is for, and where it listens.
+
+    Attributes:
+        session: the name of the only session; None: all sessions of this user.
+        address: where the page listens: an address or a name of this machine.
+        port: 0: any.
+        web_root: the folder below which browsers may name files; None: none.
+        upload_quota: bytes of all uploads.
+        view_only: make a second link, with which one can only watch.
+        certificate: PEM file with the server's certificate, and those that lead to its authority; None: no TLS.
+        key: PEM file with its private key.
+    """
+
+    session: str | None = None
+    address: str = "127.0.0.1"
+    port: int = 0
+    web_root: str | None = None
+    upload_quota: int = DEFAULT_QUOTA
+    view_only: bool = False
+    certificate: str | None = None
+    key: str | None = None
+
+
+class Page:
+    """A page that is served. Made by :meth:`serve`.
+
+    Attributes:
+        url: with the token, for the browser of the user.
+        view_url: with the token with which one can only watch; None: there is none.
+        port: where it listens.
+        tokens: who may use it.
+        private: a folder that only this user can read, which is removed with the page.
+    """
+
+    def __init__(self, settings: PageSettings, site: Site, port: int, host: str, private: Path) -> None:
+        self.port = port
+        self.tokens = site.tokens
+        self.private = private
+        scheme = "https" if settings.certificate else "http"
+        self._base = f"{scheme}://{host}:{port}/#token="
+        self._named = f"&session={quote(settings.session)}" if settings.session else ""
+        self._site = site
+        self._websockets = self._greetings = 0
+
+    @property
+    def url(self) -> str:
+        """Return the address of the page with its token."""
+        return f"{self._base}{self.tokens.full}{self._named}"
+
+    @property
+    def view_url(self) -> str | None:
+        """Return the address of the page with the token for watching; None: there is none."""
+        return None if self.tokens.view is None else f"{self._base}{self.tokens.view}{self._named}"
+
+    @classmethod
+    @asynccontextmanager
+    async def serve(cls, settings: PageSettings, environment: Mapping[str, str] | None = None) -> AsyncIterator[Page]:
+        """Return a context manager that serves a page.
+
+        Args:
+            settings: what it is for.
+            environment: the environment variables; None: those of this process.
+
+        Raises:
+            UsageError: the web root, the certificate or the key cannot be used; or the page would be reachable from
+                other machines without TLS.
+            SetupError: the address or the port cannot be used, or a folder cannot be made.
+        """
+        root = None if settings.web_root is None else WebRoot.of(settings.web_root)
+        context = _tls(settings)
+        with _listener(settings) as listener, tempfile.TemporaryDirectory(prefix="farplug-page-") as private:
+            async with AsyncExitStack() as stack:
+                board = Board(Path(private), settings.session, environment)
+                if root is None:
+                    parent = private_folder(None if environment is None else dict(environment))
+                    folder = stack.enter_context(temporary_folder(parent))
+                else:
+                    folder = Path(root.path) / "uploads"
+                uploads = Uploads(folder, settings.upload_quota)
+                stack.callback(uploads.close)
+                tokens = Tokens.make(view=settings.view_only)
+                site = Site(tokens, board, uploads, root, settings.session, socket.gethostname(), getpass.getuser())
+                port = listener.getsockname()[1]
+                names = [] if context is None else _names(settings)
+                page = cls(settings, site, port, _host(settings, names), Path(private))
+                origins = Origins.of([*names, _in_url(settings.address)], port, tls=context is not None)
+                sweeping = asyncio.ensure_future(_sweep(uploads))
+                stack.callback(sweeping.cancel)
+                await stack.enter_async_context(_served(Shield(page._app(), origins), listener, context))
+                yield page
+
+    def _app(self) -> Starlette:
+        return Starlette(
+            routes=[
+                Route("/", _index),
+                Route("/static/{path:path}", _static),
+                Route("/screenshot.png", self._screenshot),
+                Route("/media/{name}", self._put, methods=["PUT"]),
+                WebSocketRoute("/ws", self._websocket),
+            ],
+            exception_handlers={FarplugError: _failed},
+        )
+
+    # Requests -----------------------------------------------------------------------------------------------------
+
+    def _role(self, request: Request) -> Role | Response:
+        """Return the role of a request; or the answer, if its token is not valid."""
+        role = self.tokens.bearer(request.headers.get("authorization"))
+        if role is not None:
+            return role
+        if self.tokens.limited:
+            return PlainTextResponse("too many wrong tokens\n", 429, {"Retry-After": "10"})
+        return PlainTextResponse("the token is not valid\n", 401, {"WWW-Authenticate": "Bearer"})
+
+    async def _screenshot(self, request: Request) -> Response:
+        role = self._role(request)
+        if isinstance(role, Response):
+            return role
+        name, display = request.query_params.get("session"), request.query_params.get("display", "0")
+        if name is None or not re.fullmatch(r"\d{1,4}", display, re.ASCII):
+            raise UsageError("session or display is not valid", reason=Reason.BAD_SETTING)
+        board = self._site.board
+        make = board.thumbnail if "thumbnail" in request.query_params else board.screenshot
+        return Response(await make(name, int(display)), media_type="image/png")
+
+    async def _put(self, request: Request) -> Response:
+        role = self._role(request)
+        if isinstance(role, Response):
+            return role
+        if role is Role.VIEW:
+            raise UsageError("this link only lets you watch", reason=Reason.VIEW_ONLY)
+        headers = request.headers
+        piece = Piece.parse(headers.get("content-range"), headers.get("content-length"))
+        try:
+            return JSONResponse(await self._site.uploads.put(request.path_params["name"], piece, request.stream()))
+        except WrongOffset as error:
+            return JSONResponse(error.status, 409)
+        except (ClientDisconnect, TimeoutError):
+            return PlainTextResponse("the upload was interrupted\n", 408)
+
+    # The websocket ------------------------------------------------------------------------------------------------
+
+    async def _websocket(self, websocket: WebSocket) -> None:
+        if self._greetings >= MAX_GREETINGS:
+            await websocket.send_denial_response(PlainTextResponse("too many websockets\n", 503))
+            return
+        greeting = True
+
+        def left_greeting() -> None:
+            nonlocal greeting
+            if greeting:
+                greeting = False
+                self._greetings -= 1
+
+        def admitted() -> None:
+            if self._websockets >= MAX_WEBSOCKETS:
+                raise SetupError(
+                    f"{MAX_WEBSOCKETS} browsers use this page", reason=Reason.BUSY, remedy="close one, and try again"
+                )
+            self._websockets += 1
+            left_greeting()
+
+        self._greetings += 1
+        try:
+            await websocket.accept()
+            await Relay(self._site, _Browser(websocket), admitted).run()
+        finally:
+            if greeting:
+                left_greeting()
+            else:
+                self._websockets -= 1
+            with contextlib.suppress(RuntimeError, OSError, WebSocketDisconnect):  # it is closed
+                await websocket.close()
+
+
+class _Browser:
+    """The browser's end of a websocket of Starlette."""
+
+    def __init__(self, websocket: WebSocket) -> None:
+        self._websocket = websocket
+
+    async def receive(self) -> str | bytes:
+        try:
+            message = await self._websocket.receive()
+        except (RuntimeError, OSError):
+            raise BrowserGone from None
+        if message["type"] != "websocket.receive":
+            raise BrowserGone
+        text = message.get("text")
+        return text if isinstance(text, str) else bytes(message.get("bytes") or b"")
+
+    async def send(self, text: str, payload: bytes | None = None) -> None:
+        try:
+            await self._websocket.send_text(text)
+            if payload is not None:
+                await self._websocket.send_bytes(payload)
+        except (WebSocketDisconnect, RuntimeError, OSError):
+            raise BrowserGone from None
+
+    async def close(self, code: int, reason: str) -> None:
+        try:
+            await self._websocket.close(code, reason)
+        except (WebSocketDisconnect, RuntimeError, OSError):
+            raise BrowserGone from None
+
+
+# Files of the page ------------------------------------------------------------------------------------------------
+
+
+async def _index(request: Request) -> Response:
+    return _file("index.html")
+
+
+async def _static(request: Request) -> Response:
+    return _file(request.path_params["path"])
+
+
+def static_folder() -> Traversable:
+    """Return the folder of the package with the files of the page."""
+    return importlib.resources.files("farplug.web").joinpath("static")
+
+
+def _file(path: str) -> Response:
+    parts = path.split("/")
+    kind = TYPES.get(os.path.splitext(parts[-1])[1])
+    found = static_folder()
+    if kind is not None and len(parts) <= 4 and all(map(_PART.fullmatch, parts)):
+        for part in parts:
+            found = found.joinpath(part)
+        if found.is_file():
+            return Response(found.read_bytes(), media_type=kind)
+    return PlainTextResponse("not found\n", 404)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    assert isinstance(error, FarplugError)
+    status = _STATUS.get(error.reason, 400 if isinstance(error, UsageError) else 502)
+    return JSONResponse({"error": ErrorData.of(error).to_json()}, status)
+
+
+# The server -------------------------------------------------------------------------------------------------------
+
+
+class _WebSocketProtocol(WebSocketsSansIOProtocol):
+    """The websocket protocol of uvicorn, with bounds for what a peer can make it keep."""
+
+    def handle_cont(self, event: Any) -> None:
+        if len(self.frames) >= MAX_FRAGMENTS:
+            self.transport.abort()
+        else:
+            super().handle_cont(event)
+
+    def handle_ping(self) -> None:
+        if self.writable.is_set():
+            super().handle_ping()
+        else:
+            self.transport.abort()  # the peer reads no answers
+
+
+class _Server(uvicorn.Server):
+    """A server that leaves signals to its caller."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.listening = asyncio.Event()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.listening.set()
+
+
+@asynccontextmanager
+async def _served(app: Any, listener: socket.socket, context: ssl.SSLContext | None) -> AsyncIterator[None]:
+    for name in ("uvicorn", "uvicorn.error"):  # lines about invalid requests, which any peer can cause
+        logger = logging.getLogger(name)
+        logger.propagate = False
+        logger.handlers = [logging.NullHandler()]
+
+    def tls(config: uvicorn.Config, default: Callable[[], ssl.SSLContext]) -> ssl.SSLContext:
+        assert context is not None
+        return context
+
+    config = uvicorn.Config(
+        app,
+        http="h11",
+        ws=_WebSocketProtocol,
+        ws_max_size=MAX_TEXT,
+        ws_per_message_deflate=False,
+        ws_ping_interval=PING_INTERVAL,
+        ws_ping_timeout=PING_TIMEOUT,
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_graceful_shutdown=STOP_TIMEOUT,
+        ssl_context_factory=None if context is None else tls,
+    )
+    server = _Server(config)
+    serving = asyncio.ensure_future(server.serve([listener]))
+    started = asyncio.ensure_future(server.listening.wait())
+    try:
+        await asyncio.wait([serving, started], return_when=asyncio.FIRST_COMPLETED)
+        if serving.done():
+            await serving
+        yield
+    finally:
+        started.cancel()
+        server.should_exit = True
+        await asyncio.wait([serving])
+
+
+async def _sweep(uploads: Uploads) -> None:
+    while True:
+        await asyncio.sleep(SWEEP_INTERVAL)
+        uploads.sweep()
+
+
+# Where the page listens -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _listener(settings: PageSettings) -> Iterator[socket.socket]:
+    """Return a context manager with the socket on which the page listens."""
+    address, port = settings.address, settings.port
+    try:
+        family, kind, _, _, where = socket.getaddrinfo(
+            address.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except (OSError, UnicodeError) as error:
+        raise SetupError(f"{address} cannot be resolved: {error}", reason=Reason.UNRESOLVABLE) from error
+    if settings.certificate is None and not ipaddress.ip_address(str(where[0]).partition("%")[0]).is_loopback:
+        raise UsageError(
+            f"{address} is reached from other machines, and without TLS everybody in between can read the token",
+            reason=Reason.NEEDS_TLS,
+            remedy=Remedy(
+                "give a certificate and its key; or let the page listen on 127.0.0.1, and reach it through ssh:",
+                command=f"ssh -L {port or 8000}:127.0.0.1:{port or 8000} {socket.gethostname()}",
+            ),
+        )
+    listener = socket.socket(family, kind)
+    try:
+        if os.name == "posix":
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setblocking(False)
+        try:
+            listener.bind(where)
+            listener.listen(BACKLOG)
+        except OSError as error:
+            raise _not_listening(f"{_in_url(address)}:{port}", error) from error
+        yield listener
+    finally:
+        listener.close()
+
+
+def _not_listening(where: str, error: OSError) -> SetupError:
+    if error.errno == errno.EADDRINUSE:
+        return SetupError(
+            f"another program listens on {where}",
+            reason=Reason.IN_USE,
+            remedy=Remedy("choose another port; 0 takes any that is free", setting="port", value=0),
+        )
+    return from_oserror(where, error, as_=SetupError, problem="cannot be listened on", remedy="choose another one")
+
+
+def _in_url(address: str) -> str:
+    """Return an address as it stands in a URL."""
+    return f"[{address.strip('[]')}]" if ":" in address else address
+
+
+def _host(settings: PageSettings, names: list[str]) -> str:
+    """Return the host of the page's URL."""
+    if settings.address.strip("[]") not in ("", "0.0.0.0", "::"):
+        return _in_url(settings.address)
+    return next((name for name in names if "*" not in name), socket.gethostname())
+
+
+# TLS --------------------------------------------------------------------------------------------------------------
+
+
+def _tls(settings: PageSettings) -> ssl.SSLContext | None:
+    """Return the context of the server's TLS; None: there is none.
+
+    Raises:
+        UsageError: one of the two files is missing, or they cannot be used.
+    """
+    certificate, key = settings.certificate, settings.key
+    if certificate is None and key is None:
+        return None
+    if certificate is None or key is None:
+        raise UsageError(
+            f"TLS needs a certificate and its key, and the {'key' if key is None else 'certificate'} is missing",
+            reason=Reason.BAD_OPTION,
+            remedy="name both files",
+        )
+    for path in (certificate, key):
+        try:
+            with open(path, "rb") as file:
+                file.read(1)
+        except (OSError, ValueError) as error:
+            raise from_oserror(path, error, as_=UsageError) from error
+
+    def no_password() -> str:
+        raise UsageError(
+            f"{key} is encrypted",
+            reason=Reason.BAD_OPTION,
+            remedy=Remedy("decrypt it first:", command=f"openssl pkey -in {key} -out plain-key.pem"),
+        )
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(certificate, key, no_password)
+    except ssl.SSLError as error:
+        raise UsageError(
+            f"{certificate} and {key} are not a certificate and its key: {error.reason or error}",
+            reason=Reason.BAD_OPTION,
+            remedy="name PEM files that belong together",
+        ) from error
+    return context
+
+
+def _names(settings: PageSettings) -> list[str]:
+    """Return the hosts for which the certificate is: its subject alternative names."""
+    assert settings.certificate is not None
+    certificate = x509.load_pem_x509_certificate(Path(settings.certificate).read_bytes())
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return [socket.gethostname(), socket.getfqdn()]
+    addresses = [_in_url(str(address)) for address in names.get_values_for_type(x509.IPAddress)]
+    return [*names.get_values_for_type(x509.DNSName), *addresses]

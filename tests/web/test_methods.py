@@ -1,0 +1,141 @@
+"""Who may use which method, and what becomes of the paths in parameters."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.docs import ROOT
+
+from farplug.control.server import METHODS
+from farplug.errors import Reason, UsageError
+from farplug.web import methods
+from farplug.web.files import NoFiles, WebRoot
+from farplug.web.security import Role
+
+ALLOWED_TO_WATCHERS = {
+    *("hello", "sessions", "watch-sessions", "unwatch-sessions", "open", "close"),
+    *("subscribe", "unsubscribe", "status", "list", "layouts", "watch-screen", "unwatch-screen", "screen-ack"),
+}
+
+
+def test_every_method_of_sessions_is_passed_on_or_left_out_on_purpose() -> None:
+    assert set(METHODS) - methods.RELAYED == {"hello", "screenshot"}
+
+
+def test_methods_with_paths_are_those_that_take_them() -> None:
+    page = (ROOT / "docs/control.md").read_text()
+    sections = re.split(r"^### ", page.partition("\n## Methods\n")[2].partition("\n## ")[0], flags=re.MULTILINE)
+    with_paths = {text.split("\n")[0] for text in sections if re.search(r"^\| `(path|sources)`", text, re.MULTILINE)}
+    assert with_paths - {"screenshot"} == methods.WITH_PATHS
+
+
+@pytest.mark.parametrize("method", sorted({*methods.OWN, *methods.RELAYED}))
+def test_what_a_watcher_may_do(method: str) -> None:
+    methods.check(Role.FULL, method)
+    if method in ALLOWED_TO_WATCHERS:
+        methods.check(Role.VIEW, method)
+    else:
+        with pytest.raises(UsageError) as caught:
+            methods.check(Role.VIEW, method)
+        assert caught.value.reason is Reason.VIEW_ONLY
+        assert method not in methods.methods(Role.VIEW)
+
+
+@pytest.mark.parametrize("method", ["screenshot", "", "Attach", "__init__", "x" * 64])
+@pytest.mark.parametrize("role", Role)
+def test_other_methods_do_not_exist(role: Role, method: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        methods.check(role, method)
+    assert caught.value.reason is Reason.UNKNOWN_COMMAND
+
+
+def sources(*items: dict[str, Any]) -> dict[str, Any]:
+    return {"sources": list(items), "wait": False}
+
+
+def test_paths_become_absolute(root: Path) -> None:
+    places = WebRoot.of(root)
+    asked = sources(
+        {"kind": "cdrom", "path": "iso/debian.iso"},
+        {"kind": "disk", "path": "disk.raw", "snapshot": "disk.snap"},
+        {"kind": "folder", "path": "iso"},
+        {"kind": "read-only-disk", "path": "client:m1"},
+        {"kind": "usb-device", "path": "1-4"},
+        {"kind": "keyboard"},
+    )
+    assert methods.with_absolute_paths("attach", asked, places) == sources(
+        {"kind": "cdrom", "path": f"{root}/iso/debian.iso"},
+        {"kind": "disk", "path": f"{root}/disk.raw", "snapshot": f"{root}/disk.snap"},
+        {"kind": "folder", "path": f"{root}/iso"},
+        {"kind": "read-only-disk", "path": "client:m1"},
+        {"kind": "usb-device", "path": "1-4"},
+        {"kind": "keyboard"},
+    )
+    assert asked["sources"][0]["path"] == "iso/debian.iso"  # the request itself does not change
+    insert = {"path": "iso/debian.iso", "drive": "cdrom0"}
+    changed = {"path": f"{root}/iso/debian.iso", "drive": "cdrom0"}
+    assert methods.with_absolute_paths("insert", insert, places) == changed
+    assert methods.with_absolute_paths("insert", {"path": "client:m1"}, places) == {"path": "client:m1"}
+    capture = {"path": "new.pcapng", "bytes": 3}
+    assert methods.with_absolute_paths("capture", capture, places) == {"path": f"{root}/new.pcapng", "bytes": 3}
+
+
+ESCAPES = ("../secret.img", "iso/../../secret.img", "/etc/passwd", "out", "..\\secret.img", "a\0b", "C:\\x", "", ".")
+
+
+@pytest.mark.parametrize("path", ESCAPES)
+@pytest.mark.parametrize("kind", ["disk", "read-only-disk", "cdrom"])
+def test_a_source_is_below_the_web_root(root: Path, kind: str, path: str) -> None:
+    (root / "out").symlink_to(root.parent / "secret.img")
+    with pytest.raises(UsageError) as caught:
+        methods.with_absolute_paths("attach", sources({"kind": kind, "path": path}), WebRoot.of(root))
+    assert caught.value.reason in (Reason.OUTSIDE_WEB_ROOT, Reason.BAD_SETTING)
+
+
+@pytest.mark.parametrize("path", [*ESCAPES[:-1], "none/new.snap"])
+def test_what_is_written_is_below_the_web_root(root: Path, path: str) -> None:
+    (root / "out").symlink_to(root.parent / "secret.img")
+    disk = {"kind": "disk", "path": "disk.raw", "snapshot": path}
+    for method, params in (("attach", sources(disk)), ("capture", {"path": path})):
+        with pytest.raises(UsageError):
+            methods.with_absolute_paths(method, params, WebRoot.of(root))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        None,
+        "disk",
+        {},
+        {"kind": "disk"},
+        {"kind": ["disk"], "path": "disk.raw"},
+        {"kind": "serial", "path": "/etc/passwd"},
+        {"kind": "disk", "path": ["disk.raw"]},
+        {"kind": "disk", "path": "client:m1"},
+        {"kind": "folder", "path": "client:m1"},
+        {"kind": "cdrom", "path": "iso/debian.iso", "snapshot": "/etc/new"},
+        {"kind": "usb-device", "path": "1-4", "snapshot": "/etc/new"},
+        {"kind": "disk", "path": "disk.raw", "snapshot": 3},
+    ],
+)
+def test_a_source_that_is_not_valid(root: Path, source: object) -> None:
+    with pytest.raises(UsageError) as caught:
+        methods.with_absolute_paths("attach", {"sources": [source]}, WebRoot.of(root))
+    assert caught.value.reason is Reason.BAD_SETTING
+
+
+@pytest.mark.parametrize("value", [None, {}, "disk", [{}] * 1001])
+def test_sources_are_an_array(root: Path, value: object) -> None:
+    with pytest.raises(UsageError) as caught:
+        methods.with_absolute_paths("attach", {"sources": value}, WebRoot.of(root))
+    assert caught.value.reason is Reason.BAD_SETTING
+
+
+def test_without_a_web_root_there_are_no_files() -> None:
+    with pytest.raises(UsageError) as caught:
+        methods.with_absolute_paths("insert", {"path": "a.iso"}, NoFiles())
+    assert caught.value.reason is Reason.OUTSIDE_WEB_ROOT
+    assert caught.value.remedy.setting == "web_root"
