@@ -89,6 +89,7 @@ class Reason(StrEnum):
     NO_DISPLAY = "no-display"
     NO_INPUTS = "no-inputs"
     NO_TABLET = "no-tablet"
+    NOT_DRIVING = "not-driving"
     # ports
     NO_USBREDIR_CHANNEL = "no-usbredir-channel"
     NO_FREE_PORT = "no-free-port"

@@ -56,6 +56,7 @@ _BY_REASON: Mapping[Reason, ExitCode] = {
     Reason.CHANNEL_DENIED: ExitCode.DENIED,
     Reason.NOT_SPICE: ExitCode.PROTOCOL,
     Reason.PAUSED: ExitCode.PAUSED,
+    Reason.INTERRUPTED: ExitCode.INTERRUPTED,
 }
 _BY_CLASS: Mapping[type[FarplugError], ExitCode] = {
     UsageError: ExitCode.USAGE,

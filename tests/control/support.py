@@ -29,7 +29,7 @@ class BlockingApp(App):
         self.done: list[str] = []
         self.changed = asyncio.Event()
 
-    async def do(self, command: Command) -> Any:
+    async def do(self, command: Command, client: str = "") -> Any:
         match command:
             case Detach(device=device):
                 self.begun.append(device)
@@ -42,7 +42,7 @@ class BlockingApp(App):
                 return path * 1000
             case Eject(drive=drive):
                 raise ZeroDivisionError(f"a bug{drive or ''}")
-        return await super().do(command)
+        return await super().do(command, client)
 
     async def until(self, begun: int = 0, done: int = 0) -> None:
         """Wait until these numbers of calls of ``detach`` have begun, and are done."""
@@ -72,6 +72,7 @@ class RawClient:
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader, self.writer = reader, writer
+        self._replies: dict[Any, dict[str, Any]] = {}
 
     @classmethod
     @asynccontextmanager
@@ -104,17 +105,21 @@ class RawClient:
         return message
 
     async def event(self, name: str, **fields: Any) -> dict[str, Any]:
-        """Return the next event with a name and these fields of its data; skip other messages."""
+        """Return the next event with a name and these fields of its data; skip other events."""
         while True:
             message = await self.next()
-            if message.get("event") == name and fields.items() <= message["data"].items():
+            if "id" in message:
+                self._replies[message["id"]] = message
+            elif message.get("event") == name and fields.items() <= message["data"].items():
                 return message
 
     async def reply(self, id: Any) -> dict[str, Any]:
-        """Return the reply to a request; skip other messages."""
-        while (message := await self.next()).get("id") != id:
-            pass
-        return message
+        """Return the reply to a request; skip events."""
+        while id not in self._replies:
+            message = await self.next()
+            if "id" in message:
+                self._replies[message["id"]] = message
+        return self._replies.pop(id)
 
     async def ask(self, message: Any) -> dict[str, Any]:
         """Send a message; return the next one."""

@@ -13,7 +13,7 @@ from tests.app.test_link import running as running_guest
 from tests.app.test_run import Vm, vm
 from tests.control.support import RawClient, session
 from tests.spice.test_display import bitmap, copy, create, fill
-from tests.transport.fake_spice import Channel, message, ping
+from tests.transport.fake_spice import SESSION_ID, Channel, channels_list, message, ping
 from tests.transport.test_spice_side import Inputs as FakeInputs
 from tests.transport.test_spice_side import Screen as FakeScreen
 
@@ -46,8 +46,10 @@ class Console:
 
     server: Server
 
-    def __init__(self, one: Vm, *pictures: bytes) -> None:
+    def __init__(self, one: Vm, *pictures: bytes, mice: int = 1) -> None:
         self.one = one
+        self.mice = mice
+        one.spice.main = self._main
         self.screen = FakeScreen(*(pictures or (PICTURE,)))
         self.inputs = FakeInputs()
         self.pointer: list[Channel] = []
@@ -57,6 +59,15 @@ class Console:
             ChannelType.INPUTS: self.inputs.serve,
             ChannelType.CURSOR: self._pointer,
         }
+
+    async def _main(self, channel: Channel) -> None:
+        channel.send(message(103, struct.pack("<8I", SESSION_ID, 0, self.mice, 1, 0, 10, 0, 0)))
+        while True:
+            kind, _ = await channel.receive()
+            if kind == 104:
+                channel.send(channels_list(self.one.spice.channels))
+            elif kind == 105:
+                channel.send(message(105, struct.pack("<HH", self.mice, 2)))
 
     async def _pointer(self, channel: Channel) -> None:
         self.pointer.append(channel)
@@ -81,10 +92,10 @@ class Console:
 
 
 @asynccontextmanager
-async def console(environment: dict[str, str], *pictures: bytes) -> AsyncIterator[Console]:
+async def console(environment: dict[str, str], *pictures: bytes, mice: int = 1) -> AsyncIterator[Console]:
     app = App()
     async with vm(1) as one:
-        made = Console(one, *pictures)
+        made = Console(one, *pictures, mice=mice)
         made.app = app
         await app.connect(GuestSettings(TargetSettings(one.target)))
         async with session(app, environment) as made.server:
@@ -127,7 +138,10 @@ async def test_a_picture_its_changes_its_pointer_and_the_inputs(environment: dic
         }
         viewer = Viewer()
         events: dict[str, dict[str, Any]] = {}
-        while len(events) < 4 or not events["cursor"]["data"]["visible"]:
+        while (
+            not {"screen", "screen-state", "cursor", "inputs"} <= events.keys()
+            or not events["cursor"]["data"]["visible"]
+        ):
             event = await client.next()
             events[event["event"]] = event
         while events["inputs"]["data"]["locks"] != ["num"]:
@@ -243,7 +257,7 @@ def test_a_band_holds_a_row_of_cells_of_the_widest_picture() -> None:
     assert MAX_SIDE * CELL * PIXEL <= watch.MAX_BAND == MAX_PAYLOAD
 
 
-async def test_a_client_that_reads_nothing_costs_little_and_delays_nobody(environment: dict[str, str]) -> None:
+async def test_a_client_that_reads_nothing_costs_little_and_delays_no_other(environment: dict[str, str]) -> None:
     side = 1024  # a whole picture is one band of 4 MiB
     picture = message(314, create(side, side)) + message(302, fill(Rect(0, 0, side, side), 1)) + message(102)
     async with console(environment, picture) as one, RawClient.connect(one.server.path) as other:

@@ -16,7 +16,7 @@ from tests.cli.support import blank
 from tests.control.support import RawClient
 from tests.docs import ROOT, snippets
 
-from farplug.app import client, codec, watch
+from farplug.app import client, codec, seat, watch
 from farplug.app.app import App
 from farplug.app.commands import CLIENT_COMMANDS, COMMANDS
 from farplug.app.settings import DeviceRules, GuestSettings, Source, SourceKind, StorageSettings, TargetSettings
@@ -118,6 +118,8 @@ def test_the_limits_are_documented() -> None:
         messages.MAX_PAYLOAD,
         messages.MAX_CLIENT_PAYLOAD,
         client.MAX_WATCHES,
+        seat.MAX_HELD,
+        seat.MAX_WHEEL,
         codec.MAX_STRING,
         codec.MAX_ITEMS,
     ):

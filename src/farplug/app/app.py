@@ -15,7 +15,7 @@ import os
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from farplug.app import commands
 from farplug.app.client import AppClient
@@ -24,16 +24,19 @@ from farplug.app.events import EventReader, EventStream, Level, Listener
 from farplug.app.guest import Guest
 from farplug.app.link import PASSWORD_ATTEMPTS, AskPassword
 from farplug.app.png import check_path, write_png
+from farplug.app.screen import Progress, check_distances
 from farplug.app.settings import CaptureSettings, GuestSettings, TargetSettings
 from farplug.app.watch import Outlet
 from farplug.capture.writer import STANDARD_OUTPUT
 from farplug.errors import FarplugError, Reason, StateError, TargetError, UsageError
-from farplug.spice.images import MAX_SIDE
 from farplug.spice.inputs import Button
 from farplug.target import open_session
-from farplug.text import shown
+from farplug.text import printable, shown
 from farplug.transport.dialer import SpiceTarget
 from farplug.virtual.cdrom import CdromDrive
+
+MAX_INPUT_TEXT: Final = 200
+"""Characters of a typed text in the event ``input``."""
 
 
 class App:
@@ -173,13 +176,22 @@ class App:
         """
         return AppClient(self, outlet)
 
-    async def do(self, command: Command) -> Any:
+    async def do(self, command: Command, client: str = "") -> Any:
         """Carry out a command; return its result as JSON's types.
+
+        Args:
+            command: what to do.
+            client: the name of the client that asks, for people; empty: it has none.
 
         Raises:
             FarplugError: the command cannot be carried out.
         """
-        return await _DISPATCH[type(command)](self, command)
+        if isinstance(command, commands.TypeText):
+            return await self.type(command, client)
+        result = await _DISPATCH[type(command)](self, command)
+        if isinstance(command, (commands.Press, commands.Click)):
+            self._publish_input(command, client)
+        return result
 
     def guest(self, id: str | None = None) -> Guest:
         """Return a guest by its id; None: the only one.
@@ -232,17 +244,42 @@ class App:
         await asyncio.to_thread(write_png, command.path, png)
         return {"path": command.path, "width": frame.width, "height": frame.height}
 
-    async def _type(self, command: commands.TypeText) -> None:
-        await self.guest(command.guest).inputs.type(command.text)
+    async def type(self, command: commands.TypeText, client: str = "", progress: Progress = lambda done: None) -> None:
+        """Type a text.
+
+        Args:
+            command: the text.
+            client: as in :meth:`do`.
+            progress: called with the number of characters that were typed.
+
+        Raises as :meth:`farplug.app.screen.Inputs.type`.
+        """
+        await self.guest(command.guest).inputs.type(command.text, progress)
+        self._publish_input(command, client)
+
+    def _publish_input(self, command: commands.TypeText | commands.Press | commands.Click, client: str) -> None:
+        """Publish that a client used the keyboard or the mouse."""
+        fields: dict[str, Any]
+        match command:
+            case commands.TypeText(text=text, hidden=False):
+                fields = {"text": text[:MAX_INPUT_TEXT], "characters": len(text)}
+                what = f"typed {len(text)} character{'' if len(text) == 1 else 's'}"
+            case commands.TypeText():
+                fields, what = {}, "typed a text"
+            case commands.Press(keys=keys):
+                fields, what = {"keys": keys}, f"pressed {printable(keys)}"
+            case commands.Click(x=x, y=y, button=button):
+                fields, what = {"x": x, "y": y, "button": str(button)}, f"clicked with the {button} button"
+        message = f"{client or 'a client'} {what}"
+        guest = self.guest(command.guest)
+        guest.publish("input", message, level=Level.DETAIL, action=command.name, client=client, **fields)
 
     async def _press(self, command: commands.Press) -> None:
         await self.guest(command.guest).inputs.press(command.keys)
 
     async def _click(self, command: commands.Click) -> None:
         inputs, button = self.guest(command.guest).inputs, Button[command.button.name]
-        for value in (command.x, command.y):
-            if abs(value) > MAX_SIDE:
-                raise UsageError(f"{value}: at most {MAX_SIDE} pixels", reason=Reason.BAD_SETTING)
+        check_distances(command.x, command.y)
         if command.relative:
             async with inputs.used():
                 await inputs.move_by(command.x, command.y)
@@ -262,6 +299,11 @@ class App:
         if not drives:
             guest.note("no drive is plugged in")
         return drives
+
+    async def _devices(self, command: commands.Devices) -> Any:
+        from farplug.app.usb_devices import list_usb_devices  # which images do not need
+
+        return await list_usb_devices(self.guests.values())
 
     async def _status(self, command: commands.Status) -> Any:
         return self.snapshot()
@@ -304,10 +346,10 @@ _DISPATCH: dict[type[Command], Callable[[App, Any], Awaitable[Any]]] = {
     commands.Capture: App._capture,
     commands.StopCapture: App._stop_capture,
     commands.Screenshot: App._screenshot,
-    commands.TypeText: App._type,
     commands.Press: App._press,
     commands.Click: App._click,
     commands.ListDrives: App._list,
+    commands.Devices: App._devices,
     commands.Status: App._status,
     commands.Quit: App._leave,
 }

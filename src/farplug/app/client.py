@@ -1,4 +1,4 @@
-"""A client of the application: what one connection watches. It ends with the connection.
+"""A client of the application: what one connection watches, holds down and types. It ends with the connection.
 
 ::
 
@@ -18,8 +18,13 @@ from typing import TYPE_CHECKING, Any, Final
 from farplug.app import commands
 from farplug.app.commands import Command
 from farplug.app.guest import Guest
-from farplug.app.watch import InputsWatch, Outlet, Pacing, ScreenWatch
-from farplug.errors import GuestGoneError, Reason, UsageError
+from farplug.app.screen import check_distances
+from farplug.app.seat import Hands, not_driving
+from farplug.app.watch import ClientEvent, InputsWatch, Outlet, Pacing, ScreenWatch
+from farplug.errors import GuestGoneError, Reason, StateError, UsageError
+from farplug.spice.inputs import Button
+from farplug.spice.physical_keys import physical_key
+from farplug.text import printable
 from farplug.usb.types import Buffer
 
 if TYPE_CHECKING:
@@ -27,6 +32,10 @@ if TYPE_CHECKING:
 
 MAX_WATCHES: Final = 16
 """Displays that a client watches at a time."""
+MAX_NAME: Final = 64
+"""Characters of the name of a client."""
+TYPING_INTERVAL: Final = 0.2
+"""Seconds from one event ``typing`` to the next, at least."""
 
 
 class AppClient:
@@ -38,15 +47,19 @@ class AppClient:
 
     Attributes:
         name: of the client, for people; empty: unknown.
+        outlet: as above.
     """
 
     def __init__(self, app: App, outlet: Outlet) -> None:
         self.name = ""
+        self.outlet = outlet
         self._app = app
-        self._outlet = outlet
         self._pacing = Pacing()
         self._screens: dict[tuple[Guest, int], ScreenWatch] = {}
         self._inputs: dict[Guest, InputsWatch] = {}
+        self._hands: dict[Guest, Hands] = {}
+        """Those of the guests whose keyboard and mouse this client has asked for."""
+        self._typing: dict[asyncio.Task[None], Guest] = {}
         self._ending: set[asyncio.Task[None]] = set()
         self._is_closed = False
 
@@ -64,14 +77,16 @@ class AppClient:
             raise UsageError(f"{command.name} takes no raw bytes", reason=Reason.BAD_SETTING)
         handler = _DISPATCH.get(type(command))
         if handler is None:
-            return await self._app.do(command)
-        if self._is_closed:
+            return await self._app.do(command, self.name)
+        if self._is_closed and command.name in commands.CLIENT_COMMANDS:
             raise GuestGoneError("the client has gone", reason=Reason.SESSION_GONE)
         return await handler(self, command)
 
     def close(self) -> None:
         """End all that belongs to this client. A second call has no effect."""
         self._is_closed = True
+        for guest in {*self._hands, *(guest for guest, _ in self._screens)}:
+            guest.seat.leave(self)  # and what is held down is released, before the channel is not used any more
         for screen in self._screens.values():
             self._end(screen.close())
         for inputs in self._inputs.values():
@@ -98,8 +113,9 @@ class AppClient:
             self._end(self._screens.pop(key).close())
         elif len(self._screens) >= MAX_WATCHES:
             raise UsageError(f"a client watches {MAX_WATCHES} displays at most", reason=Reason.BAD_SETTING)
-        watch = self._screens[key] = ScreenWatch(guest, command.display, self._outlet, self._pacing)
+        watch = self._screens[key] = ScreenWatch(guest, command.display, self.outlet, self._pacing)
         self._follow_inputs(guest)
+        guest.seat.join(self)
         return watch.result
 
     async def _unwatch_screen(self, command: commands.UnwatchScreen) -> None:
@@ -108,24 +124,135 @@ class AppClient:
         if watch is not None:
             self._end(watch.close())
             self._follow_inputs(guest)
+            if guest in self._hands or self.watches(guest):
+                guest.seat.changed()
+            else:
+                guest.seat.leave(self)
 
     async def _screen_ack(self, command: commands.ScreenAck) -> None:
         self._pacing.acknowledge(command.serial)
 
-    def _watches(self, guest: Guest) -> bool:
+    def watches(self, guest: Guest) -> bool:
+        """Return whether the client watches a screen of a guest."""
         return any(watched is guest for watched, _ in self._screens)
 
     def _follow_inputs(self, guest: Guest) -> None:
-        """Follow the inputs of a guest whose screen is watched, and no others."""
-        if self._watches(guest):
+        """Follow the inputs of a guest whose screen the client watches, or whose keyboard it holds, and no others."""
+        if self.watches(guest) or guest.seat.holder is self:
             if guest not in self._inputs:
-                self._inputs[guest] = InputsWatch(guest, self._outlet)
+                self._inputs[guest] = InputsWatch(guest, self.outlet)
         elif guest in self._inputs:
             self._end(self._inputs.pop(guest).close())
+
+    # Keyboard and mouse -------------------------------------------------------------------------------------------
+
+    async def _drive(self, command: commands.Drive) -> Any:
+        guest = self._app.guest(command.guest)
+        if command.client:
+            self.name = printable(command.client, MAX_NAME)
+        self._hands.setdefault(guest, Hands(guest))
+        if command.take:
+            guest.seat.take(self)
+        else:
+            guest.seat.release(self)
+            guest.seat.join(self)
+        self._follow_inputs(guest)
+        return {"holder": None if guest.seat.holder is None else guest.seat.holder.name}
+
+    def unseated(self, guest: Guest) -> None:
+        """Release what the client holds down, and interrupt what it types: it holds the keyboard no more."""
+        self._end(self._hands[guest].release())
+        self._interrupt(guest)
+        self._follow_inputs(guest)
+
+    def _driven(self, guest: Guest) -> Hands:
+        if guest.seat.holder is not self:
+            raise not_driving()
+        return self._hands[guest]
+
+    async def _key(self, command: commands.Key) -> None:
+        code = physical_key(command.code)
+        await self._driven(self._app.guest(command.guest)).key(code, down=command.down)
+
+    async def _keys_up(self, command: commands.KeysUp) -> None:
+        hands = self._hands.get(self._app.guest(command.guest))
+        if hands is not None:
+            await hands.release()
+
+    async def _pointer(self, command: commands.Pointer) -> None:
+        hands = self._driven(self._app.guest(command.guest))
+        x, y, dx, dy = command.x, command.y, command.dx, command.dy
+        if (x is None) != (y is None):
+            raise UsageError("x and y belong together", reason=Reason.BAD_SETTING)
+        check_distances(*(value for value in (x, y, dx, dy) if value is not None))
+        position = None if x is None or y is None else (x, y)
+        distance = None if dx is None and dy is None else (dx or 0, dy or 0)
+        buttons = None if command.buttons is None else [Button[one.name] for one in dict.fromkeys(command.buttons)]
+        await hands.point(position, distance, buttons, command.wheel, command.display)
+
+    def _check_may_type(self, guest: Guest) -> None:
+        if guest in self._hands and guest.seat.holder is not self:
+            raise not_driving()
+
+    async def _type(self, command: commands.TypeText) -> None:
+        guest = self._app.guest(command.guest)
+        self._check_may_type(guest)
+        task = asyncio.ensure_future(self._app.type(command, self.name, _Progress(self.outlet, guest, command.text)))
+        self._typing[task] = guest
+        try:
+            await asyncio.wait([task])
+            if task.cancelled():
+                raise StateError("the typing was interrupted", reason=Reason.INTERRUPTED)
+            task.result()
+        finally:
+            task.cancel()  # if this call was cancelled
+            del self._typing[task]
+
+    async def _stop_typing(self, command: commands.StopTyping) -> None:
+        self._interrupt(None)
+
+    def _interrupt(self, guest: Guest | None) -> None:
+        """Interrupt what the client types; in one guest, or in all (None)."""
+        for task, typing in self._typing.items():
+            if guest is None or typing is guest:
+                task.cancel()
+
+    async def _press_or_click(self, command: commands.Press | commands.Click) -> Any:
+        self._check_may_type(self._app.guest(command.guest))
+        return await self._app.do(command, self.name)
+
+
+class _Progress:
+    """Reports to a client how much of a text was typed, at most once in TYPING_INTERVAL, and when all was."""
+
+    def __init__(self, outlet: Outlet, guest: Guest, text: str) -> None:
+        self._outlet = outlet
+        self._guest = guest
+        self._done, self._total = 0, len(text.replace("\r\n", "\n"))
+        self._next_at = 0.0
+
+    def __call__(self, done: int) -> None:
+        """Take the number of characters that were typed."""
+        self._done = done
+        now = asyncio.get_running_loop().time()
+        if now >= self._next_at or done == self._total:
+            self._next_at = now + TYPING_INTERVAL
+            self._outlet.post(("typing", self), self._event)
+
+    def _event(self) -> ClientEvent:
+        return ClientEvent("typing", {"guest": self._guest.id, "done": self._done, "total": self._total})
 
 
 _DISPATCH: dict[type[Command], Callable[[AppClient, Any], Awaitable[Any]]] = {
     commands.WatchScreen: AppClient._watch_screen,
     commands.UnwatchScreen: AppClient._unwatch_screen,
     commands.ScreenAck: AppClient._screen_ack,
+    commands.Drive: AppClient._drive,
+    commands.Key: AppClient._key,
+    commands.KeysUp: AppClient._keys_up,
+    commands.Pointer: AppClient._pointer,
+    commands.TypeText: AppClient._type,
+    commands.StopTyping: AppClient._stop_typing,
+    commands.Press: AppClient._press_or_click,
+    commands.Click: AppClient._press_or_click,
 }

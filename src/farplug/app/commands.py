@@ -184,6 +184,7 @@ class TypeText(Command):
 
     Attributes:
         text: what to type; a newline is the Return key.
+        hidden: the text is in no event.
         guest: the guest's id; None: the only one.
     """
 
@@ -191,6 +192,7 @@ class TypeText(Command):
     help = ("type TEXT", "type a text on the VM's keyboard")
 
     text: str
+    hidden: bool = False
     guest: str | None = None
 
 
@@ -283,6 +285,94 @@ class ScreenAck(Command):
 
 
 @dataclass(frozen=True, slots=True)
+class Drive(Command):
+    """Take the keyboard and the mouse, or release them. The result has the name of the ``holder``, or null.
+
+    Attributes:
+        take: take them, from any client that holds them; otherwise release them.
+        name: of this client, for the others; empty: as it was.
+        guest: the guest's id; None: the only one.
+    """
+
+    name = "drive"
+
+    take: bool
+    client: str = ""
+    guest: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Key(Command):
+    """Press a physical key, and hold it, or release it.
+
+    Attributes:
+        code: of the key, see :func:`farplug.spice.physical_keys.physical_key`.
+        down: press it; otherwise release it.
+        guest: the guest's id; None: the only one.
+    """
+
+    name = "key"
+
+    code: str
+    down: bool
+    guest: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KeysUp(Command):
+    """Release all keys and buttons of this client.
+
+    Attributes:
+        guest: the guest's id; None: the only one.
+    """
+
+    name = "keys-up"
+
+    guest: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pointer(Command):
+    """Move the pointer, hold its buttons, and turn its wheel.
+
+    Attributes:
+        x: the column of a position on the display; None: the pointer is not moved to a position.
+        y: its row.
+        dx: the distance to the right; None: the pointer is not moved by a distance.
+        dy: the distance down.
+        buttons: those that are down now; None: as before.
+        wheel: its steps, away from the user if the number is negative.
+        display: the number of the display, from 0.
+        guest: the guest's id; None: the only one.
+    """
+
+    name = "pointer"
+
+    x: int | None = None
+    y: int | None = None
+    dx: int | None = None
+    dy: int | None = None
+    buttons: tuple[ButtonName, ...] | None = None
+    wheel: int = 0
+    display: int = 0
+    guest: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StopTyping(Command):
+    """Interrupt what this client types."""
+
+    name = "stop-typing"
+
+
+@dataclass(frozen=True, slots=True)
+class Devices(Command):
+    """List the USB devices of this machine. The result has the name of the ``machine`` and the ``devices``."""
+
+    name = "devices"
+
+
+@dataclass(frozen=True, slots=True)
 class Status(Command):
     """Return the state of the application: :meth:`farplug.app.app.App.snapshot`."""
 
@@ -301,12 +391,12 @@ COMMANDS: Final[Mapping[str, type[Command]]] = {
     kind.name: kind
     for kind in (
         *(Attach, Detach, Insert, Eject, Capture, StopCapture),
-        *(Screenshot, TypeText, Press, Click, ListDrives, Status, Quit),
+        *(Screenshot, TypeText, Press, Click, ListDrives, Devices, Status, Quit),
     )
 }
 """All commands of the application, by their names."""
 CLIENT_COMMANDS: Final[Mapping[str, type[Command]]] = {
-    kind.name: kind for kind in (WatchScreen, UnwatchScreen, ScreenAck)
+    kind.name: kind for kind in (WatchScreen, UnwatchScreen, ScreenAck, Drive, Key, KeysUp, Pointer, StopTyping)
 }
 """The commands of one client, by their names: see :class:`farplug.app.client.AppClient`."""
 

@@ -22,6 +22,7 @@ from farplug.app.guest_port import GuestPort, retrieve
 from farplug.app.kinds import KINDS, Medium
 from farplug.app.link import AskPassword, Link, error_fields
 from farplug.app.screen import Inputs, Screen
+from farplug.app.seat import Seat
 from farplug.app.settings import CaptureSettings, DeviceRules, GuestSettings, Source, SourceKind, StorageSettings
 from farplug.app.sources import OpenSource, Sources, device_of, open_source
 from farplug.errors import (
@@ -88,6 +89,7 @@ class Guest:
         capturing: the path of the capture that runs; None: none does.
         screen: the first display of the VM.
         inputs: the keyboard and the mouse of the VM.
+        seat: which client holds them.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class Guest:
         self._link = Link(self, settings, session, ask_password, self._wire)
         self.screen = self.screen_of(0)
         self.inputs = Inputs(lambda: self.session, self.screen_of)
+        self.seat = Seat(self)
         self._sources = Sources()
         self._owned: dict[Device, Sequence[OpenSource]] = {}
         """Devices made of sources that :meth:`plug` opened: disposed of when the guest is closed, or before."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import NoReturn, TypeAlias
 
 from farplug.app.png import encode_png
 from farplug.errors import FarplugError, Reason, RefusedError, StateError, TargetError, UsageError
 from farplug.spice.cursor import Cursor
 from farplug.spice.framebuffer import Framebuffer, Rect
+from farplug.spice.images import MAX_SIDE
 from farplug.spice.inputs import MAX_STEP, Button, InputsChannel, Locks, MouseMode
 from farplug.spice.keys import chord_codes, key_code, stroke, text_strokes
 from farplug.transport.session import Session
@@ -24,6 +25,9 @@ STILL_TIME = 0.5
 """Seconds without a change after which a picture is still, by default."""
 INPUTS_TIMEOUT = 5.0
 """Seconds for the first report of the lock keys, for a change of the mouse mode, and for acknowledgements."""
+
+Progress: TypeAlias = Callable[[int], None]
+"""Called with the number of characters that were typed."""
 
 _NO_SPICE = "connect to the VM's SPICE server: spice://HOST:PORT, or a .vv file"
 
@@ -242,7 +246,9 @@ class Inputs:
         self._session = session
         self._screen = screen
         self._turn = asyncio.Lock()
-        """One call types at a time: the VM loses keys that come faster than KEY_INTERVAL."""
+        """Held while keys are sent, and KEY_INTERVAL afterwards: the VM loses keys that come faster."""
+        self._text = asyncio.Lock()
+        """One call types at a time. Keys of others come between its characters."""
 
     @asynccontextmanager
     async def used(self) -> AsyncIterator[None]:
@@ -280,7 +286,7 @@ class Inputs:
         """
         await self._send([stroke(chord_codes(keys))])
 
-    async def type(self, text: str, progress: Callable[[int], None] = lambda _: None) -> None:
+    async def type(self, text: str, progress: Progress = lambda done: None) -> None:
         """Type a text on a keyboard with the US layout; a newline is the Return key.
 
         The lock key for capitals is taken into account. Each character takes 20 ms.
@@ -300,14 +306,15 @@ class Inputs:
             locks = await self._locks(inputs)
             await self._send(text_strokes(text, caps_lock=Locks.CAPS in locks), progress)
 
-    async def _send(self, strokes: list[bytes], progress: Callable[[int], None] = lambda _: None) -> None:
+    async def _send(self, strokes: list[bytes], progress: Progress = lambda done: None) -> None:
         inputs = self._inputs()
-        async with inputs.used(), self._turn:
+        async with inputs.used(), self._text:
             for number, scancodes in enumerate(strokes, start=1):
-                _channel(inputs).stroke(scancodes)
-                inputs.flush()
-                progress(number)
-                await asyncio.sleep(KEY_INTERVAL)
+                async with self._turn:
+                    _channel(inputs).stroke(scancodes)
+                    inputs.flush()
+                    progress(number)
+                    await asyncio.sleep(KEY_INTERVAL)
 
     @asynccontextmanager
     async def hold(self, *keys: str) -> AsyncIterator[None]:
@@ -335,6 +342,44 @@ class Inputs:
                     for code in reversed(pressed):
                         _channel(inputs).release(code)
                     inputs.flush()
+
+    @property
+    def held(self) -> list[bytes]:
+        """Return the scancodes of the keys that are held down; none if the channel is not linked."""
+        try:
+            return [*_channel(self._inputs()).held]
+        except FarplugError:
+            return []
+
+    async def hold_down(self, code: bytes) -> None:
+        """Press a key, and hold it, until :meth:`release`, or until the channel is not used any more.
+
+        Args:
+            code: the key's scancode.
+
+        Raises as :meth:`press`.
+        """
+        inputs = self._inputs()
+        async with inputs.used(), self._turn:
+            _channel(inputs).press(code)
+            inputs.flush()
+            await asyncio.sleep(KEY_INTERVAL)
+
+    async def release(self, codes: Sequence[bytes]) -> None:
+        """Release keys that are held, the last one first. Does nothing if the channel is not linked.
+
+        Raises:
+            GuestGoneError: the VM is gone.
+        """
+        inputs = self._inputs()
+        if not codes or not inputs.is_linked:  # the server has released them
+            return
+        async with inputs.used():
+            for code in reversed(codes):
+                async with self._turn:
+                    _channel(inputs).release(code)
+                    inputs.flush()
+                    await asyncio.sleep(KEY_INTERVAL)
 
     async def locks(self) -> Locks:
         """Return the lock keys whose light is on. Raises as :meth:`press`."""
@@ -416,6 +461,18 @@ class Inputs:
         async with inputs.used(), self._turn:
             await self._click(inputs, button)
 
+    async def change_buttons(self, pressed: Sequence[Button], released: Sequence[Button]) -> None:
+        """Release buttons, and press others, where the pointer is, and hold them. Raises as :meth:`press`."""
+        inputs = self._inputs()
+        if not pressed and (not released or not inputs.is_linked):
+            return
+        async with inputs.used(), self._turn:
+            for button in released:
+                _channel(inputs).release_button(button)
+            for button in pressed:
+                _channel(inputs).press_button(button)
+            inputs.flush()
+
     async def wheel(self, steps: int) -> None:
         """Turn the wheel: away from the user if the number is negative, towards the user otherwise.
 
@@ -451,6 +508,17 @@ class Inputs:
                 _channel(inputs).release_button(button)
                 inputs.flush()
         await asyncio.sleep(KEY_INTERVAL)
+
+
+def check_distances(*values: int) -> None:
+    """Check positions and distances of the pointer.
+
+    Raises:
+        UsageError: one has more pixels than a display (``BAD_SETTING``).
+    """
+    for value in values:
+        if abs(value) > MAX_SIDE:
+            raise UsageError(f"{value}: at most {MAX_SIDE} pixels", reason=Reason.BAD_SETTING)
 
 
 def check_text(text: str) -> None:

@@ -19,7 +19,7 @@ from farplug.exit_codes import exit_code
 from farplug.text import printable
 
 if TYPE_CHECKING:
-    from farplug.machine.device_info import DeviceInfo, Obstacle
+    from farplug.machine.device_info import DeviceInfo
 
 KINDS = (
     {
@@ -85,7 +85,7 @@ def devices(
             no_usb = error
     if json:
         plain = [{**e, "error": _error(e["error"])} if "error" in e else e for e in checks]
-        usb = {"devices": [_as_dict(device) for device in found], "error": None if no_usb is None else _error(no_usb)}
+        usb = {"devices": [device.to_json() for device in found], "error": None if no_usb is None else _error(no_usb)}
         typer.echo(jsonlib.dumps({"kinds": KINDS, "usb": usb, "images": plain}))
     else:
         for line in _image_lines(checks) if checks else [*_kind_lines(), "", *_device_lines(found, no_usb)]:
@@ -122,42 +122,6 @@ def _check_image(path: Path) -> dict[str, Any]:
 
 def _error(error: FarplugError) -> dict[str, str]:
     return error.as_dict()
-
-
-def _as_dict(found: DeviceInfo) -> dict[str, Any]:
-    """Return a device as JSON's types. IDs are text, as lsusb writes them."""
-    return {
-        "bus": found.bus,
-        "address": found.address,
-        "port": found.port,
-        "vendor_id": f"{found.vendor_id:04x}",
-        "product_id": f"{found.product_id:04x}",
-        "device_version": f"{found.device_version:04x}",
-        "manufacturer": found.manufacturer,
-        "product": found.product,
-        "serial_number": found.serial_number,
-        "speed": None if found.speed is None else str(found.speed),
-        "class": list(found.codes),
-        "classes": list(found.classes),
-        "configuration": found.configuration,
-        "interfaces": [
-            {"number": one.number, "class": list(one.codes), "driver": one.driver or None} for one in found.interfaces
-        ],
-        "node": str(found.node),
-        "can_be_plugged": found.obstacle is None,
-        "obstacles": [_obstacle(obstacle) for obstacle in found.obstacles],
-        "caution": None if found.in_use_as is None else _obstacle(found.in_use_as),
-        "warnings": list(found.warnings),
-    }
-
-
-def _obstacle(obstacle: Obstacle) -> dict[str, Any]:
-    return {
-        "reason": str(obstacle.reason),
-        "message": obstacle.message,
-        **obstacle.remedy.as_dict(),
-        "forceable": obstacle.forceable,
-    }
 
 
 def _kind_lines() -> Iterator[str]:

@@ -24,7 +24,7 @@ from typing import Any, Final
 
 from farplug.app import commands
 from farplug.app.app import App
-from farplug.app.client import AppClient
+from farplug.app.client import MAX_NAME, AppClient
 from farplug.app.codec import decode
 from farplug.app.events import Event
 from farplug.app.watch import ClientEvent, Outlet
@@ -85,8 +85,6 @@ WRITE_AT_ONCE: Final = 1 << 16
 """Bytes passed to the transport at a time, and above which the transport accepts no more."""
 CLOSE_TIMEOUT: Final = 2.0
 """Seconds in which clients read what is left for them when the session ends."""
-MAX_CLIENT_NAME: Final = 64
-"""Characters of the name of a client that others see."""
 BACKLOG: Final = 64
 """Clients that connected and wait to be accepted."""
 
@@ -99,7 +97,7 @@ METHODS: Final = (HELLO, SUBSCRIBE, UNSUBSCRIBE, *_COMMANDS)
 EVENTS: Final = (
     *("attached", "attaching", "back", "capture-ended", "capture-started", "closed", "command-refused", "configured"),
     *("connected", "copying", "detached"),
-    *("device-fault", "drive", "figures", "function-raised", "guest", "guest-ready", "guest-removed"),
+    *("device-fault", "drive", "figures", "function-raised", "guest", "guest-ready", "guest-removed", "input"),
     *("listener-failed", "lost", "medium-ejected", "medium-inserted", "medium-locked", "note", "offer-changed"),
     *("opened", "peer-violation", "port", "port-reset", "ready", "reconnecting", "refused", "removed"),
     *("repeated", "skipped", "stage", "unfinished-writes", "unused", "waiting-for-guest"),
@@ -281,7 +279,7 @@ class Server:
                 remedy=VERSION_REMEDY,
             )
         client.greeted = True
-        client.user.name = printable(params.client_name, MAX_CLIENT_NAME)
+        client.user.name = printable(params.client_name, MAX_NAME)
         return self.hello.to_json()
 
     def _subscribe(self, client: _Client, params: _SubscribeParams) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from farplug.errors import DeviceError, Reason, Remedy
 from farplug.usb.classes import HUB, class_name
@@ -39,6 +39,15 @@ class Obstacle:
 
     def __str__(self) -> str:
         return self.message
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the obstacle as JSON's types."""
+        return {
+            "reason": str(self.reason),
+            "message": self.message,
+            **self.remedy.as_dict(),
+            "forceable": self.forceable,
+        }
 
     def error(self, device: object) -> DeviceError:
         """Return the obstacle as an error about a device."""
@@ -138,6 +147,33 @@ class DeviceInfo:
         """Return the names of the device's classes, each once."""
         codes = [self.codes[0]] if self.codes[0] not in SEE_INTERFACES else [i.codes[0] for i in self.interfaces]
         return tuple(dict.fromkeys(map(class_name, codes)))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the device as JSON's types. IDs are text, as lsusb writes them."""
+        return {
+            "bus": self.bus,
+            "address": self.address,
+            "port": self.port,
+            "vendor_id": f"{self.vendor_id:04x}",
+            "product_id": f"{self.product_id:04x}",
+            "device_version": f"{self.device_version:04x}",
+            "manufacturer": self.manufacturer,
+            "product": self.product,
+            "serial_number": self.serial_number,
+            "speed": None if self.speed is None else str(self.speed),
+            "class": list(self.codes),
+            "classes": list(self.classes),
+            "configuration": self.configuration,
+            "interfaces": [
+                {"number": one.number, "class": list(one.codes), "driver": one.driver or None}
+                for one in self.interfaces
+            ],
+            "node": str(self.node),
+            "can_be_plugged": self.obstacle is None,
+            "obstacles": [obstacle.to_json() for obstacle in self.obstacles],
+            "caution": None if self.in_use_as is None else self.in_use_as.to_json(),
+            "warnings": list(self.warnings),
+        }
 
     def __str__(self) -> str:
         return f"{self.id}{' ' if self.name else ''}{self.name} (port {self.port})"
