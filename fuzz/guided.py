@@ -52,6 +52,31 @@ def usbredir() -> Parse:
     return parse
 
 
+def usbip() -> Parse:
+    from farplug.errors import RemoteProtocolError
+    from farplug.usbip import messages
+
+    urbs = (messages.Submit(0, 1, 0x81, 4096), messages.Submit(1, 1, 0x02, 64, packets=(messages.IsoPacket(0, 64),)))
+    parsers: tuple[Callable[[], messages.Parser[Any]], ...] = (
+        messages.RequestParser,
+        messages.ListParser,
+        messages.ImportParser,
+        messages.CommandParser,
+        lambda: messages.ReplyParser(lambda number: urbs[number % 2]),
+    )
+
+    def parse(data: bytes) -> None:
+        for make in parsers:
+            parser = make()
+            with contextlib.suppress(RemoteProtocolError):
+                for at in range(0, len(data), 100):
+                    parser.receive_data(data[at : at + 100])
+                    while parser.next_message() is not None:
+                        pass
+
+    return parse
+
+
 def spice_link() -> Parse:
     from farplug.errors import FarplugError
     from farplug.spice.link import LinkClient
@@ -249,6 +274,21 @@ PARSERS = {
             _HELLO + bytes.fromhex("64000000 0a000000 0100000000000000 80060001 00001200 1200"),
             _HELLO + bytes.fromhex("65000000 0a000000 0200000000000000 8100 0002 00000000 0000"),
             _HELLO + bytes.fromhex("17000000 10000000 0300000000000000") + b"-1,-1,-1,-1,1|\0\0",
+        ),
+    ),
+    "usbip": Parser(
+        usbip,
+        (
+            bytes.fromhex("0111 8005 00000000"),
+            bytes.fromhex("0111 8003 00000000") + b"1-1".ljust(32, b"\0"),
+            bytes.fromhex("0111 0005 00000000 00000001")
+            + bytes(299)
+            + bytes.fromhex("03")
+            + bytes(11)
+            + b"\1\xff\0\0\0",
+            bytes.fromhex("00000001 00000001 00010001 00000000 00000001 00000000 00000004") + bytes(20) + b"data",
+            bytes.fromhex("00000003 00000000 00000000 00000000 00000000 00000000 00000004") + bytes(20) + b"data",
+            bytes.fromhex("00000002 00000002 00010001 00000000 00000000 00000001") + bytes(24),
         ),
     ),
     "spice-link": Parser(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from farplug.errors import Reason, UsageError
-from farplug.target import ListenTarget, StreamTarget, TargetOptions, parse_target
+from farplug.target import ListenTarget, StreamTarget, TargetOptions, UsbipTarget, parse_target
 from farplug.transport.connection import TcpAddress, UnixAddress
 from farplug.transport.dialer import SpiceTarget
 
@@ -48,6 +48,8 @@ from farplug.transport.dialer import SpiceTarget
         ("tcp://[fe80::1%25eth0]:4000", StreamTarget(TcpAddress("fe80::1%eth0", 4000))),
         ("tcp://fe80::1%eth0:4000", StreamTarget(TcpAddress("fe80::1%eth0", 4000))),
         ("tcp://::1:4000", StreamTarget(TcpAddress("::1", 4000))),
+        ("usbip-listen://127.0.0.1:3240", UsbipTarget(TcpAddress("127.0.0.1", 3240))),
+        ("usbip-listen://:0", UsbipTarget(TcpAddress("127.0.0.1", 0))),
         ("tcp-listen://[::]:0", ListenTarget(TcpAddress("::", 0))),
         ("tcp-listen://:::4000", ListenTarget(TcpAddress("::", 4000))),
         ("tcp-listen://[fe80::1%25eth0]:4000", ListenTarget(TcpAddress("fe80::1%eth0", 4000))),
@@ -65,6 +67,7 @@ def test_targets(text: str, target: object) -> None:
 def test_targets_print_as_they_are_written() -> None:
     assert str(parse_target("tcp://[::1]:4000")) == "[::1]:4000"
     assert str(parse_target("tcp-listen://vm:4000")) == "tcp-listen://vm:4000"
+    assert str(parse_target("usbip-listen://vm:3240")) == "usbip-listen://vm:3240"
     assert "secret" not in str(parse_target("spice://:secret@vm:1")) + repr(parse_target("spice://:secret@vm:1"))
 
 

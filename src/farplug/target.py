@@ -8,6 +8,7 @@
 ``path.vv``                             a file from virt-manager, oVirt, Proxmox or kerbside
 ``tcp://host:port``                     a usbredir chardev that listens (QEMU ``-chardev socket,server=on``, KubeVirt)
 ``tcp-listen://[host]:port``            we listen, QEMU connects (``-chardev socket,reconnect=1``)
+``usbip-listen://[host]:port``          we serve devices to USB/IP clients, such as Linux's ``usbip attach``
 ``unix:/path``                          a usbredir chardev on a UNIX socket
 ======================================  =============================================================================
 
@@ -37,6 +38,7 @@ from farplug.transport.dialer import ChannelDialer, Progress, SpiceTarget, Stage
 from farplug.transport.session import Session
 from farplug.transport.spice_session import SpiceSession
 from farplug.transport.stream import ListenPort, SocketSession, StreamPort
+from farplug.transport.usbip_session import Note, UsbipSession
 from farplug.transport.vv_file import delete_vv_file, read_vv_file
 
 LOOPBACK = "127.0.0.1"
@@ -66,7 +68,17 @@ class ListenTarget:
         return f"tcp-listen://{self.address}"
 
 
-Target: TypeAlias = SpiceTarget | StreamTarget | ListenTarget
+@dataclass(frozen=True, slots=True)
+class UsbipTarget:
+    """An address on which we serve devices to USB/IP clients."""
+
+    address: TcpAddress
+
+    def __str__(self) -> str:
+        return f"usbip-listen://{self.address}"
+
+
+Target: TypeAlias = SpiceTarget | StreamTarget | ListenTarget | UsbipTarget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +129,8 @@ def parse_target(text: str, options: TargetOptions = TargetOptions(), *, keep_fi
             return StreamTarget(_tcp(text, scheme, rest))
         case "tcp-listen":
             return ListenTarget(_tcp(text, scheme, rest, listen=True))
+        case "usbip-listen":
+            return UsbipTarget(_tcp(text, scheme, rest, listen=True))
     return StreamTarget(UnixAddress(_path(text, rest)))
 
 
@@ -136,13 +150,20 @@ def parse_vv(data: bytes, options: TargetOptions = TargetOptions()) -> SpiceTarg
         raise TargetError(error.message, reason=Reason.TARGET_COMMAND, remedy=error.remedy) from error
 
 
-async def open_session(target: Target, progress: Progress | None = None, *, wire: CurrentWire = untapped) -> Session:
+async def open_session(
+    target: Target,
+    progress: Progress | None = None,
+    *,
+    wire: CurrentWire = untapped,
+    note: Note = lambda text: None,
+) -> Session:
     """Connect to the VM of a target. A plain socket is connected when its port is opened.
 
     Args:
         target: see :func:`parse_target`.
         progress: called at the start of each stage, with its address.
         wire: taps the connections that are made, now or later.
+        note: called with what users may want to know: USB/IP clients that come and go.
 
     Raises:
         TargetError: the VM cannot be reached; the reason says at which stage.
@@ -159,11 +180,13 @@ async def open_session(target: Target, progress: Progress | None = None, *, wire
                     progress(Stage.LISTEN, f"listening on {where}: waiting for QEMU to connect")
 
             return SocketSession(ListenPort(address, on_listening=listening, wire=wire))
+        case UsbipTarget(address):
+            return await UsbipSession.listen(address, note, wire=wire)
         case _:
             return await SpiceSession.connect(target, progress=progress, wire=wire)
 
 
-_STREAMS = ("tcp", "tcp-listen", "unix")
+_STREAMS = ("tcp", "tcp-listen", "unix", "usbip-listen")
 
 
 def _spice_target(text: str, scheme: str, rest: str, options: TargetOptions, keep_file: bool) -> SpiceTarget:

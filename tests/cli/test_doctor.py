@@ -176,6 +176,8 @@ def test_plain_sockets(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (result.code, "FAILED  reach               127.0.0.1:1" in result.out) == (4, True)
     result = cli("doctor", "tcp-listen://127.0.0.1:4000")
     assert (result.code, "QEMU connects to 127.0.0.1:4000" in result.out) == (0, True)
+    result = cli("doctor", "usbip-listen://127.0.0.1:4000")
+    assert (result.code, "run 'farplug serve --listen 127.0.0.1:4000'" in result.out) == (0, True)
     monkeypatch.setattr(checks, "HELLO_SECONDS", 0.2)
     with in_thread(FakeGuest(silent=True).listening) as target:
         result = cli("doctor", target)

@@ -13,7 +13,7 @@ from farplug.errors import FarplugError, Reason
 from farplug.redirection import Redirection
 from farplug.redirection.events import GuestReady
 from farplug.shell import shell_quote
-from farplug.target import ListenTarget, open_session
+from farplug.target import ListenTarget, UsbipTarget, open_session
 from farplug.transport.dialer import Stage
 from farplug.transport.port import Port
 
@@ -57,6 +57,10 @@ async def check_target(settings: TargetSettings) -> AsyncIterator[Check]:
     if isinstance(target, ListenTarget):
         connect = f"farplug connect {shell_quote(settings.target)}"
         yield Check("reach", CheckState.NOTE, f"QEMU connects to {target.address}: run '{connect}', then start the VM")
+        return
+    if isinstance(target, UsbipTarget):
+        serve = f"farplug serve --listen {shell_quote(str(target.address))}"
+        yield Check("reach", CheckState.NOTE, f"USB/IP clients connect to {target.address}: run '{serve}'")
         return
     begun: list[tuple[str, str]] = []
 

@@ -205,6 +205,8 @@ class Guest:
             case port_events.Configured() | port_events.WaitingForGuest():
                 self._check_ready(attachment.id)
             case port_events.Attached():
+                if use := attachment.port.port.use:
+                    self.note(f"{attachment.label} waits for a client", Remedy("to attach it there", command=use))
                 asyncio.get_running_loop().call_later(REFUSAL_TIME, self._check_ready, attachment.id)
 
     # Connecting ---------------------------------------------------------------------------------------------------

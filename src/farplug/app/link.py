@@ -184,7 +184,7 @@ class Link:
         attempts = PASSWORD_ATTEMPTS
         while True:
             try:
-                session = await open_session(target, self._begin, wire=self._wire)
+                session = await open_session(target, self._begin, wire=self._wire, note=self._owner.note)
                 break
             except TargetError as error:
                 password = await self._password(error) if attempts else None
@@ -378,7 +378,7 @@ class Link:
         await asyncio.sleep(step.delay)
         try:
             target = await self._next_target(settings, step)
-            self._use(await open_session(target, wire=self._wire))
+            self._use(await open_session(target, wire=self._wire, note=self._owner.note))
             try:
                 await self._open_ports()
             except BaseException:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from farplug.cli import capture, connect, demo, devices, doctor, image, log, page, screen, sessions, writer
+from farplug.cli import capture, connect, demo, devices, doctor, image, log, page, screen, serve, sessions, writer
 from farplug.cli.failure import Failure
 from farplug.cli.options import Command, DebugOption, Group
 from farplug.errors import FarplugError, InternalError, Reason, Remedy
@@ -47,6 +47,7 @@ app = typer.Typer(
 )
 _EXIT_CODES_HELP = "\n".join(["Exit codes", *(f"{code:>3}  {what}" for code, what in EXIT_CODES.items())])
 app.command("connect", cls=Command, epilog=_EXIT_CODES_HELP)(connect.connect)
+app.command("serve", cls=Command)(serve.serve)
 app.command("devices", cls=Command)(devices.devices)
 for _command in (
     sessions.ls,

@@ -236,7 +236,8 @@ class Redirection:
                 raise self._loss
             check_filter(self._guest_filter, device)  # the guest may have sent its filter only now
             self._figures.clear()
-            self._unused = asyncio.get_running_loop().call_later(UNUSED_AFTER, self._report_unused)
+            if self.port.offers_again:
+                self._unused = asyncio.get_running_loop().call_later(UNUSED_AFTER, self._report_unused)
             self._offer(device)
         except BaseException:
             self._cancel_unused()
@@ -300,7 +301,8 @@ class Redirection:
         self.state = State.ATTACHED
         self._offered = True
         self._current.offer(device)
-        self._watch.start(device)
+        if self.port.offers_again:
+            self._watch.start(device)
         self._protocol.flush()
         if self.port.loses_wakeups:
             self._protocol.reminder.start()

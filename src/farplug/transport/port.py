@@ -36,12 +36,17 @@ class Port(ABC):
         loses_wakeups: data that is sent while the VM is paused stays unread after the pause, until more data is sent.
         keeps_unread: the first message that is sent while the VM is paused stays in the transport when the port is
             closed, and the guest reads it at the start of the next connection.
+        offers_again: a device that the guest does not use may be disconnected and offered in another way. Otherwise a
+            guest that has lost the device does not take it again.
+        use: a command that makes the guest use an attached device; empty: the guest does that by itself.
     """
 
     name: str
     compress: bool = True
     loses_wakeups: bool = False
     keeps_unread: bool = False
+    offers_again: bool = True
+    use: str = ""
 
     def __str__(self) -> str:
         """Return the port for messages: its address, if it has its own, or its name."""

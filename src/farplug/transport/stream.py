@@ -191,31 +191,13 @@ class ListenPort(_SocketPort):
         return str(self.address)
 
     async def _socket(self) -> socket.socket:
-        loop = asyncio.get_running_loop()
-        address = self.address
-        try:
-            found = await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        except (OSError, UnicodeError) as error:
-            raise TargetError(
-                f"cannot listen on {address}: {zone_fault(address.host) or 'the name cannot be resolved'}",
-                reason=Reason.UNRESOLVABLE,
-                remedy="give an address of this machine",
-            ) from error
-        family, _, _, _, sockaddr = found[0]
-        try:
-            server = _listen(family, sockaddr)
-        except OSError as error:
-            raise TargetError(
-                f"cannot listen on {address}: {zone_fault(address.host) or os.strerror(error.errno or 0)}",
-                reason=Reason.NO_PERMISSION if isinstance(error, PermissionError) else Reason.UNREACHABLE,
-                remedy="give an address of this machine and a free port above 1023 (0: any)",
-            ) from error
+        server = await listening_socket(self.address, 1)
         with server:
-            self.address = TcpAddress(address.host, server.getsockname()[1])
+            self.address = TcpAddress(self.address.host, server.getsockname()[1])
             if self._on_listening is not None:
                 self._on_listening(self.address)
             try:
-                sock, _ = await loop.sock_accept(server)
+                sock, _ = await asyncio.get_running_loop().sock_accept(server)
             except OSError as error:
                 raise TargetError(
                     f"cannot accept a connection on {self.address}: {os.strerror(error.errno or 0)}",
@@ -224,13 +206,43 @@ class ListenPort(_SocketPort):
         return sock
 
 
-def _listen(family: socket.AddressFamily, sockaddr: tuple[Any, ...]) -> socket.socket:
+async def listening_socket(address: TcpAddress, backlog: int) -> socket.socket:
+    """Return a socket that listens, non-blocking.
+
+    Args:
+        address: of this machine. Port 0: any free port.
+        backlog: connections that the kernel queues.
+
+    Raises:
+        TargetError: the address cannot be used.
+    """
+    loop = asyncio.get_running_loop()
+    try:
+        found = await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        raise TargetError(
+            f"cannot listen on {address}: {zone_fault(address.host) or 'the name cannot be resolved'}",
+            reason=Reason.UNRESOLVABLE,
+            remedy="give an address of this machine",
+        ) from error
+    family, _, _, _, sockaddr = found[0]
+    try:
+        return _listen(family, sockaddr, backlog)
+    except OSError as error:
+        raise TargetError(
+            f"cannot listen on {address}: {zone_fault(address.host) or os.strerror(error.errno or 0)}",
+            reason=Reason.NO_PERMISSION if isinstance(error, PermissionError) else Reason.UNREACHABLE,
+            remedy="give an address of this machine and a free port above 1023 (0: any)",
+        ) from error
+
+
+def _listen(family: socket.AddressFamily, sockaddr: tuple[Any, ...], backlog: int) -> socket.socket:
     server = socket.socket(family, socket.SOCK_STREAM)
     try:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         server.setblocking(False)
         server.bind(sockaddr)
-        server.listen(1)
+        server.listen(backlog)
     except BaseException:
         server.close()
         raise

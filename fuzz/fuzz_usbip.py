@@ -1,0 +1,275 @@
+"""Fuzz USB/IP: the parsers of both sides, and the server with a hostile client and a device that does anything.
+
+Parsers raise only RemoteProtocolError, whatever the pieces are, and return what was encoded. The server replies to each
+URB exactly once (a reply, or the success of an unlink command), with no more data than was requested; when the client
+has left, nothing is pending, and the next client is served.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tests.redirection.scripted import BULK_IN, BULK_OUT, INTERRUPT_IN, INTERRUPT_OUT, ISO_IN, ISO_OUT
+
+from farplug.errors import FarplugError, RemoteProtocolError
+from farplug.redirection import Redirection
+from farplug.transport.usbip_session import UsbipPort
+from farplug.usb import Buffer, Speed
+from farplug.usb.share import MAX_MEMORY
+from farplug.usbip import messages as m
+from fuzz_engine import RestlessDevice
+from harness import check, counts, run
+
+ENDPOINTS = (0, 0x80, BULK_IN, BULK_OUT, INTERRUPT_IN, INTERRUPT_OUT, ISO_IN, ISO_OUT, 0x8F)
+
+
+# Parsers --------------------------------------------------------------------------------------------------------------
+
+
+def some_packets(rng: random.Random, length: int) -> tuple[m.IsoPacket, ...]:
+    """Return packets of an isochronous URB; most of them fit into its buffer."""
+    if rng.random() < 0.6:
+        return ()
+    count = rng.choice((1, 2, 8, 33, 1024, 1025 if rng.random() < 0.1 else 3))
+    each = length // count
+    extra = rng.random() < 0.05
+    return tuple(m.IsoPacket(number * each, each + extra, rng.randrange(each + 1), 0) for number in range(count))
+
+
+def some_command(rng: random.Random) -> m.ClientCommand:
+    number, device = rng.getrandbits(32), rng.getrandbits(32)
+    if rng.random() < 0.2:
+        return m.Unlink(number, device, rng.getrandbits(32))
+    endpoint = rng.choice(ENDPOINTS)
+    length = rng.choice((0, 1, 8, 512, 5000))
+    data = b"" if endpoint & 0x80 else rng.randbytes(length)
+    packets = some_packets(rng, length)
+    return m.Submit(number, device, endpoint, length, data, rng.randbytes(8), packets, rng.getrandbits(32), 4)
+
+
+def some_device(rng: random.Random) -> m.ExportedDevice:
+    interfaces = tuple((rng.randrange(256), 6, 80) for _ in range(rng.choice((0, 1, 2, 32))))
+    vendor, product, version = (rng.randrange(65536) for _ in range(3))
+    name = f"{rng.randrange(99)}-{rng.randrange(99)}"
+    speed = rng.choice(list(Speed))
+    return m.ExportedDevice(name, 1, 2, speed, vendor, product, version, interfaces=interfaces, path=f"/sys/{name}")
+
+
+def parsed(rng: random.Random, parser: m.Parser[Any], stream: Buffer) -> list[Any] | None:
+    """Return the messages of a stream that arrives in pieces; None if the parser refuses it."""
+    found: list[Any] = []
+    at = 0
+    while at < len(stream):
+        size = rng.choice((1, 48, 100, 4096, len(stream)))
+        parser.receive_data(memoryview(stream)[at : at + size])
+        at += size
+        try:
+            while (message := parser.next_message()) is not None:
+                found.append(message)
+        except RemoteProtocolError:
+            return None
+    return found
+
+
+def damaged(rng: random.Random, stream: bytes) -> bytearray:
+    data = bytearray(stream)
+    for _ in range(rng.choice((1, 3, 10)) if data else 0):
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    return data
+
+
+def commands(rng: random.Random) -> None:
+    sent = [some_command(rng) for _ in range(rng.randrange(6))]
+    stream = b"".join(bytes(part) for command in sent for part in command.encode())
+    received = parsed(rng, m.CommandParser(), stream)
+    bad = any(
+        isinstance(one, m.Submit)
+        and (len(one.packets) > m.MAX_ISO_PACKETS or any(p.offset + p.length > one.length for p in one.packets))
+        for one in sent
+    )
+    assert received is None if bad else received == sent
+    parsed(rng, m.CommandParser(), damaged(rng, stream))
+
+
+def replies(rng: random.Random) -> None:
+    pending: dict[int, m.Submit] = {}
+    sent: list[m.ServerReply] = []
+    for number in range(rng.randrange(6)):
+        endpoint = rng.choice(ENDPOINTS)
+        length = rng.choice((0, 1, 8, 512, 5000))
+        packets = some_packets(rng, length)[: m.MAX_ISO_PACKETS]
+        pending[number] = m.Submit(number, 1, endpoint, length, packets=packets)
+        actual = sum(packet.actual for packet in packets) if packets else rng.randrange(length + 1)
+        data = rng.randbytes(actual) if endpoint & 0x80 and actual <= length else b""
+        if actual <= length:
+            sent.append(m.Submitted(number, rng.choice((0, -32)), actual, data, packets))
+        sent.append(m.Unlinked(rng.getrandbits(32), rng.choice((0, -104))))
+    stream = b"".join(bytes(part) for one in sent for part in one.encode())
+    assert parsed(rng, m.ReplyParser(pending.get), stream) == sent
+    parsed(rng, m.ReplyParser(pending.get), damaged(rng, stream))
+
+
+def operations(rng: random.Random) -> None:
+    device = some_device(rng)
+    devices = tuple(some_device(rng) for _ in range(rng.randrange(4)))
+    cases: list[tuple[Callable[[], m.Parser[Any]], bytes, object]] = [
+        (m.RequestParser, m.encode_request(m.ListRequest()), m.ListRequest()),
+        (m.RequestParser, m.encode_request(m.ImportRequest("1-1")), m.ImportRequest("1-1")),
+        (m.ListParser, m.encode_list(devices), devices),
+    ]
+    for parser, stream, message in cases:
+        assert parsed(rng, parser(), stream) == [message]
+        parsed(rng, parser(), damaged(rng, stream))
+        parsed(rng, parser(), rng.randbytes(rng.randrange(400)))
+    (imported,) = parsed(rng, m.ImportParser(), m.encode_import(device)) or [None]
+    assert imported is not None
+    assert (imported.busid, imported.speed) == (device.busid, device.speed)
+    for refusal in m.Refusal:
+        assert parsed(rng, m.ImportParser(), m.encode_import(refusal)) == [refusal]
+    parsed(rng, m.ImportParser(), damaged(rng, m.encode_import(device)))
+
+
+# The server -----------------------------------------------------------------------------------------------------------
+
+
+class Client:
+    """A client, which the port serves without a socket."""
+
+    def __init__(self, rng: random.Random, port: UsbipPort) -> None:
+        self.pending: dict[int, m.Submit] = {}
+        self.unlinks: dict[int, int] = {}
+        self.gone = self.violated = False
+        self._rng = rng
+        self._port = port
+        self._number = 0
+
+    # What the port needs of a connection
+
+    def reply(self, message: m.ServerReply) -> None:
+        assert not self.gone, "a reply without a client"
+        counts["replies"] += 1
+        if isinstance(message, m.Unlinked):
+            unlinked = self.unlinks.pop(message.number)
+            if message.status:
+                del self.pending[unlinked]
+            return
+        urb = self.pending.pop(message.number)
+        assert 0 <= message.actual <= urb.length
+        assert len(message.packets) == len(urb.packets)
+        if urb.endpoint & 0x80:
+            assert len(message.data) == message.actual
+        else:
+            assert not len(message.data)
+
+    def device_gone(self) -> None:
+        self.gone = True
+
+    def flush(self) -> None:
+        pass
+
+    def resume(self) -> None:
+        pass
+
+    # What it does
+
+    def act(self) -> None:
+        rng = self._rng
+        self._number += 1
+        command: m.ClientCommand
+        if rng.random() < 0.25:
+            number = rng.choice([*self.pending, self._number + 7, 0])
+            self.unlinks[self._number] = number
+            command = m.Unlink(self._number, 1, number)
+        else:
+            command = self._urb()
+            if command.number in self.pending:
+                self.violated = True
+            else:
+                self.pending[command.number] = command
+        try:
+            self._port.exporter.handle(command)
+            check(not self.violated, "a number that is in use")
+        except RemoteProtocolError:
+            check(self.violated)
+        if rng.random() < 0.7:
+            self._port.deliver()
+
+    def _urb(self) -> m.Submit:
+        rng = self._rng
+        number = rng.choice([*self.pending]) if self.pending and rng.random() < 0.003 else self._number
+        endpoint = rng.choice(ENDPOINTS)
+        length = rng.choice((0, 1, 8, 18, 512, 5000, 1 << 20, (1 << 24) + 1))
+        packets: Sequence[m.IsoPacket] = ()
+        setup = bytes(8)
+        if not endpoint & 0x0F:
+            request = rng.choice(((0x80, 6, 0x100, 0), (0, 9, 1, 0), (1, 11, 1, 0), (1, 11, 0, 0), (0, 5, 3, 0)))
+            if rng.random() < 0.2:
+                request = tuple(rng.randrange(256) for _ in range(4))  # type: ignore[assignment]
+            length = rng.choice((0, 18)) if request[0] & 0x80 else 0
+            setup = struct.pack("<BBHHH", *request, length)
+        elif (endpoint in (ISO_IN, ISO_OUT)) is (rng.random() < 0.95):
+            length = min(length, 5000)
+            each = length // 4
+            packets = tuple(m.IsoPacket(place * each, each) for place in range(4))
+        data = b"" if endpoint & 0x80 or length > m.MAX_TRANSFER else bytes(length)
+        flags = rng.choice((0, m.ZERO_PACKET))
+        return m.Submit(number, 1, endpoint, length, data, setup, packets, flags)
+
+
+async def server(rng: random.Random) -> None:
+    device = RestlessDevice(rng)
+    port = UsbipPort(1, "")
+    redirection = Redirection(port)
+    await redirection.open()
+    await redirection.attach(device)
+    for _ in range(rng.choice((1, 2, 5))):
+        for _ in range(200):
+            device.act()
+            await asyncio.sleep(0)
+            if port.exporter.device is not None or redirection.device is None:
+                break
+        if port.exporter.device is None:
+            break
+        client = Client(rng, port)
+        port.serve(client)  # type: ignore[arg-type]
+        for _ in range(rng.choice((1, 20, 200))):
+            if client.gone or client.violated:
+                break
+            client.act()
+            if rng.random() < 0.3:
+                device.act()
+            if rng.random() < 0.3:
+                await asyncio.sleep(0)
+            assert redirection.memory <= MAX_MEMORY + (1 << 24)
+        counts["clients"] += 1
+        if client.gone:
+            break
+        port.end(client)  # type: ignore[arg-type]
+        client.gone = True
+        assert not port.exporter.in_use
+        for _ in range(50):
+            await asyncio.sleep(0)
+    try:
+        await redirection.close()
+    except FarplugError:
+        counts["not closed"] += 1
+    for transfer in device.submitted:
+        if transfer.status is None:
+            transfer.complete()
+    assert not redirection.memory, f"{redirection.memory} bytes are still counted"
+
+
+def one_case(rng: random.Random) -> None:
+    for _ in range(5):
+        commands(rng)
+        replies(rng)
+        operations(rng)
+    asyncio.run(server(rng))
+
+
+if __name__ == "__main__":
+    run("usbip", one_case)

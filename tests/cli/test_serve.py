@@ -1,0 +1,83 @@
+"""``farplug serve``, run as users run it, with a client on another thread's event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import threading
+from pathlib import Path
+
+import pytest
+from tests.cli.support import Cli, interrupted_after
+from tests.transport.fake_spice import free_port
+from tests.usbip.client import Client
+
+
+def attach_soon(port: int) -> threading.Thread:
+    """Attach the device from another thread, and leave."""
+
+    async def attach() -> None:
+        while True:
+            try:
+                client = await Client.connect(port)
+            except ConnectionRefusedError:
+                await asyncio.sleep(0.05)
+                continue
+            if await client.import_() == 0:
+                await client.close()
+                return
+            await client.close()
+
+    thread = threading.Thread(target=lambda: asyncio.run(attach()))
+    thread.start()
+    return thread
+
+
+def test_a_client_comes_and_goes(cli: Cli, image: Path) -> None:
+    port = free_port()
+    thread = attach_soon(port)
+    with interrupted_after(2):
+        result = cli("serve", "--listen", f"127.0.0.1:{port}", "--usb-disk", image)
+    thread.join()
+    assert (result.code, result.err) == (0, "")
+    assert f"listening on 127.0.0.1:{port} for USB/IP clients" in result.out
+    assert f"usbip --tcp-port {port} attach -r 127.0.0.1 -b 1-1\n" in result.out
+    assert re.search(r"1-1: attached by the client 127\.0\.0\.1:\d+\n", result.out)
+    assert re.search(r"1-1: the client 127\.0\.0\.1:\d+ has left\n", result.out)
+
+
+def test_events_for_programs(cli: Cli, image: Path) -> None:
+    with interrupted_after(1.5):
+        result = cli("serve", "--listen", "127.0.0.1:0", "--usb-disk-ro", image, "--json")
+    events = [json.loads(line) for line in result.out.splitlines()]
+    assert result.code == 0
+    command = next(event["command"] for event in events if event["event"] == "note" and "command" in event)
+    assert command.endswith("attach -r 127.0.0.1 -b 1-1")
+    assert {"attached", "detached", "closed"} <= {event["event"] for event in events}
+
+
+def test_others_reach_it(cli: Cli, image: Path) -> None:
+    with interrupted_after(1.5):
+        result = cli("serve", "--listen", "0.0.0.0:0", "--usb-disk", image)
+    assert result.code == 0
+    assert "warning: USB/IP has no passwords and no encryption: anyone who reaches 0.0.0.0:" in result.out
+
+
+@pytest.mark.parametrize(
+    ("listen", "code", "message"),
+    [
+        ("127.0.0.1", 2, "'usbip-listen://127.0.0.1' is not a valid target: it has no port"),
+        ("127.0.0.1:x", 2, "is not a valid target"),
+        ("203.0.113.1:3240", 4, "cannot listen on 203.0.113.1:3240"),
+    ],
+)
+def test_addresses_that_are_refused(cli: Cli, image: Path, listen: str, code: int, message: str) -> None:
+    result = cli("serve", "--listen", listen, "--usb-disk", image)
+    assert result.code == code
+    assert message in result.err
+
+
+def test_nothing_to_serve(cli: Cli) -> None:
+    result = cli("serve")
+    assert (result.code, "nothing to plug in" in result.err) == (2, True)
