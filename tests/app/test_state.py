@@ -101,7 +101,12 @@ class World:
         monkeypatch.setattr(link_module, "open_session", self._open_session)
 
     async def _open_session(
-        self, target: object, begin: Callable[[Stage, str], None] = lambda stage, text: None, *, wire: object
+        self,
+        target: object,
+        begin: Callable[[Stage, str], None] = lambda stage, text: None,
+        *,
+        wire: object,
+        note: object = None,
     ) -> Session:
         begin(Stage.REACH, "connecting")
         await asyncio.sleep(0)
