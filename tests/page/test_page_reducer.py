@@ -147,7 +147,8 @@ def test_a_queue_merges_positions_and_keeps_buttons_keys_and_notches(scripts: Pa
         "input_queue.js",
         """async () => {
           const sent = [], open = [];
-          const queue = new m.InputQueue((...one) => { sent.push(one); return new Promise((done) => open.push(done)); });
+          const later = (...one) => { sent.push(one); return new Promise((done) => open.push(done)); };
+          const queue = new m.InputQueue(later);
           for (let x = 0; x < 4; x++) queue.put("key", { code: `Key${x}`, down: true });
           for (let x = 0; x < 50; x++) queue.put("pointer", { x, y: 0, buttons: [], wheel: 1 });
           queue.put("pointer", { x: 50, y: 0, buttons: ["left"] });
