@@ -119,9 +119,9 @@ export class App {
     this.chooser.addEventListener("change", () => this.chosen());
     /** @type {{port: number | null, upload: boolean, insert: any}} */
     this.choice = { port: null, upload: false, insert: null };
-    const skip = /** @type {HTMLElement} */ (document.getElementById("skip"));
-    skip.textContent = T.skip;
-    skip.addEventListener("click", (event) => { event.preventDefault(); document.getElementById("usb")?.focus(); });
+    this.skip = /** @type {HTMLElement} */ (document.getElementById("skip"));
+    this.skip.textContent = T.skip;
+    this.skip.addEventListener("click", (event) => { event.preventDefault(); document.getElementById("usb")?.focus(); });
     setInterval(() => this.second(), 1000);
   }
 
@@ -162,8 +162,11 @@ export class App {
     if (this.ui.dialog === null && this.dialog.open) this.dialog.close();
     const title = state.session === null ? "farplug" : `${state.session} · farplug`;
     if (document.title !== title) document.title = title;
+    this.skip.hidden = state.session === null;
     this.picture.setOwnPointer(drives(state) && state.inputs.mouse === "absolute" && over === null);
     this.picture.placePointer();
+    const paper = document.querySelector(".paper textarea");
+    if (paper?.previousElementSibling) paper.previousElementSibling.scrollTop = paper.scrollTop;
     for (const run of this.after.splice(0)) run();
   }
 
@@ -284,6 +287,7 @@ export class App {
       if (data.holder === null) this.takeDrive();
     }
     if (name === "configured") this.plugged(before, data.attachment);
+    if (name === "attached") this.fetchDrives().catch(ignore);
     if (["attached", "detached", "removed"].includes(name)) this.refresh(true);
     if (name === "removed") for (const [media, attachment] of this.mediaOf) if (attachment === data.attachment) this.withdraw(media);
     if (name === "medium-ejected" && String(data.medium ?? "").startsWith("client:")) this.withdraw(data.medium.slice("client:".length));
@@ -341,6 +345,11 @@ export class App {
   async subscribe() {
     const { snapshot } = await this.request("subscribe");
     this.dispatch({ type: "snapshot", snapshot });
+    await this.fetchDrives();
+  }
+
+  /** Fetch what is in the CD-ROM drives. */
+  async fetchDrives() {
     this.dispatch({ type: "drives", drives: await this.request("list").catch(() => []) });
   }
 
@@ -404,7 +413,7 @@ export class App {
     this.thumbnailsAt = performance.now();
     for (const one of this.state.sessions ?? []) {
       if (!one.thumbnail) continue;
-      const response = await fetch(`screenshot.png?session=${encodeURIComponent(one.name)}&display=0`, { headers: { Authorization: `Bearer ${this.token}` } });
+      const response = await fetch(`screenshot.png?session=${encodeURIComponent(one.name)}&display=0&thumbnail=1`, { headers: { Authorization: `Bearer ${this.token}` } });
       if (!response.ok) continue;
       const url = URL.createObjectURL(await response.blob());
       URL.revokeObjectURL(this.thumbnails.get(one.name) ?? "");
@@ -451,6 +460,11 @@ export class App {
       this.draw();
     }, (error) => { if (error.code === "gone") this.commands.delete(key); });
     return "";
+  }
+
+  /** @param {string} method @param {any} params of which the shell command is copied */
+  copyCommand(method, params) {
+    this.request("command", { method, params }).then(({ command }) => this.copy(String(command)), (error) => this.say(message(error)));
   }
 
   // Plugging in and out

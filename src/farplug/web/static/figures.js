@@ -22,7 +22,7 @@ export function rate(count) {
 /** @param {number | string} number @returns {string} with narrow spaces between thousands */
 export function grouped(number) {
   const [whole, part] = String(number).split(".");
-  const text = whole.length > 4 ? whole.replace(/\B(?=(\d{3})+$)/g, "\u202f") : whole;
+  const text = whole.replace(/\B(?=(\d{3})+$)/g, "\u202f");
   return part === undefined ? text : `${text}.${part}`;
 }
 
@@ -43,9 +43,10 @@ export function clock(seconds) {
   return [when.getHours(), when.getMinutes(), when.getSeconds()].map((part) => String(part).padStart(2, "0")).join(":");
 }
 
-/** @param {number} seconds since 1970 @param {number} now @returns {string} `09:14`, or `24 Nov 2026` of another day */
+/** @param {number} seconds since 1970 @param {number} now @returns {string} `09:14`, `24 Nov` of another day, `Nov 2024` of long ago */
 export function day(seconds, now) {
   const when = new Date(seconds * 1000);
   if (when.toDateString() === new Date(now * 1000).toDateString()) return clock(seconds).slice(0, 5);
-  return when.toLocaleDateString("en-GB", { day: "numeric", month: "short", year: "numeric" });
+  if (Math.abs(now - seconds) < 300 * 86400) return when.toLocaleDateString("en-GB", { day: "numeric", month: "short" });
+  return when.toLocaleDateString("en-GB", { month: "short", year: "numeric" });
 }

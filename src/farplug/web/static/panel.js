@@ -113,7 +113,7 @@ export function title(app, attachment, what) {
   }
   if (!what.cd) return attachment.label;
   const drive = attachment.units[0] ?? attachment.label;
-  const medium = drive in app.state.drives ? app.state.drives[drive] : attachment.sources?.[0]?.path;
+  const medium = drive in app.state.drives ? app.state.drives[drive] : attachment.sources?.[0]?.path ?? attachment.label;
   return medium ? String(medium).split("/").at(-1) || medium : T.emptyDrive;
 }
 
@@ -201,10 +201,10 @@ function menu(app, attachment, what, name) {
     items.push({ text: T.insertAnother, act: () => app.openDialog({ insert: attachment }) });
     items.push({ text: T.unplugDrive, act: () => app.unplug(attachment, false) });
   }
-  const plug = plugCommand(attachment) && app.commandFor("attach", plugCommand(attachment));
-  const unplug = app.commandFor("detach", { device: attachment.label });
-  if (plug) items.push({ text: T.copyPlug, code: plug, act: () => app.copy(plug) });
-  if (unplug) items.push({ text: T.copyUnplug, code: unplug, act: () => app.copy(unplug) });
+  const plug = plugCommand(attachment);
+  if (plug) items.push({ text: T.copyPlug, code: app.commandFor("attach", plug), act: () => app.copyCommand("attach", plug) });
+  const unplug = { device: attachment.label };
+  items.push({ text: T.copyUnplug, code: app.commandFor("detach", unplug), act: () => app.copyCommand("detach", unplug) });
   return h("div", { class: "menu", role: "menu", "aria-label": name, key: "menu", onkeydown: (/** @type {KeyboardEvent} */ event) => app.menuKey(event) },
     items.map((item) => h("button", {
       role: "menuitem", type: "button", tabindex: "-1", onclick: () => { app.openMenu(null); item.act(); },
@@ -327,9 +327,9 @@ function refusalParts(app, refusal) {
     h("div", { class: "head" }, h("h3", null, mid(refusal.title)),
       h("button", { class: "b icon quiet act", type: "button", "aria-label": T.putRefusalAway, onclick: () => app.dispatch({ type: "put-away", id: refusal.id }) }, icon("i-close"))),
     h("div", { role: "alert" }, h("p", { class: "state stop" }, stateWords("s-stop", T.refused), refusal.what && ` · ${refusal.what}`),
-      h("p", { class: "reason" }, plain(sentence(error.message))), error.remedy && h("p", { class: "remedy" }, plain(error.remedy))),
+      h("p", { class: "reason" }, plain(sentence(error.message))), error.remedy && h("p", { class: "remedy" }, plain(advice(error)))),
     error.command && command(app, error.command),
-    error.alternative?.remedy && h("p", { class: "remedy" }, plain(error.alternative.remedy)),
+    error.alternative?.remedy && h("p", { class: "remedy" }, plain(advice(error.alternative))),
     error.alternative?.command && command(app, error.alternative.command),
     sure && force !== null && h("p", { class: "remedy" }, T.anyway),
     act && refusal.retry !== null && h("p", { class: "row" },
@@ -342,10 +342,16 @@ function refusalParts(app, refusal) {
 }
 
 /** @param {unknown} text @returns {string} with a capital and a full stop: a message has neither */
-function sentence(text) {
+export function sentence(text) {
   const words = String(text ?? "");
   if (words === "") return words;
   return `${words[0].toUpperCase()}${words.slice(1)}${/[.!?:]$/.test(words) ? "" : "."}`;
+}
+
+/** @param {any} remedy @returns {string} its text, before its command if it has one */
+function advice(remedy) {
+  const words = sentence(remedy.remedy);
+  return remedy.command ? words.replace(/[.:]$/, ":") : words;
 }
 
 /**
@@ -432,7 +438,7 @@ function deviceRow(app, one) {
     h("h3", null, plain(one.name)),
     h("p", { class: "ids" }, h("code", null, `${hex(one.vendor_id)}:${hex(one.product_id)}`), ` ${T.port(plain(one.port))}`, speedWords(one.speed) && [" · ", speedWords(one.speed)]),
     one.state === "refused" && h("p", { class: "reason" }, icon("s-stop", "s"), plain(sentence(one.message)), one.remedy && !one.command && ` ${plain(sentence(one.remedy))}`),
-    one.state === "refused" && one.command && h("p", { class: "remedy" }, plain(one.remedy)),
+    one.state === "refused" && one.command && one.remedy && h("p", { class: "remedy" }, plain(advice(one))),
     free && one.message && h("p", { class: "note" }, icon("s-warn", "s"), h("span", null, plain(sentence(one.message))))),
   free && act && h("button", { class: "b act", type: "button", disabled: busy, "aria-label": `${T.plugIn} ${plain(one.name)}`, onclick: plug }, busy ? T.pluggingIn : T.plugIn),
   one.state === "attached" && h("span", { class: "dim small" }, T.inVm),

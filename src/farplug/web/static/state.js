@@ -359,6 +359,7 @@ export function overlay(state) {
 /** @param {State} state @returns {boolean} whether this page may change something */
 export function mayAct(state) {
   if (state.server?.role !== "full" || state.link.state !== "open" || state.ended !== null) return false;
+  if (["lost", "reconnecting", "closed"].includes(guest(state)?.state)) return false;
   return state.driver === null || state.driver.holder === null || state.driver.holder.you;
 }
 

@@ -338,7 +338,7 @@ export const T = {
   missing: (/** @type {number} */ count) => `${count} character${count === 1 ? " is" : "s are"} not on this layout: `,
   missingAt: (/** @type {string} */ char, /** @type {number} */ line, /** @type {number} */ column) => `${char} (line ${line}, column ${column})`,
   missingMore: (/** @type {number} */ count) => ` and ${count} more`,
-  hasAll: (/** @type {string} */ title) => `. ${title} has ${"all of them"}.`,
+  hasAll: (/** @type {string} */ title) => `. ${title} has all of them.`,
   use: (/** @type {string} */ title) => `Use ${title}`,
   typeRefused: "Nothing was typed: ",
   typeStopped: "Stopped.",

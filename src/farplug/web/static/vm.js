@@ -4,7 +4,7 @@ import { h, icon, mid, plain } from "./dom.js";
 import { clock, duration } from "./figures.js";
 import { command, port } from "./parts.js";
 import { dock } from "./dock.js";
-import { count, panel } from "./panel.js";
+import { count, panel, sentence } from "./panel.js";
 import { attachments, drives, guest, mayAct, overlay } from "./state.js";
 import { T } from "./texts.js";
 
@@ -208,7 +208,7 @@ function lost(app) {
     alert: true, mark: "s-wait", title: T.noAnswer, content: [
       h("p", null, loss?.time && [T.since(clock(loss.time)), why(app), " "], app.state.screen.width > 0 && T.lastPicture, " ", T.returns(returning)),
       attempt && countdown(app, { at: attempt.time + app.wall() - app.now(), tries: attempt.number, span: app.spanOf(attempt) }, null),
-      loss?.remedy && h("p", null, plain(loss.remedy)),
+      loss?.remedy && h("p", null, plain(sentence(loss.remedy))),
       h("div", null, h("p", { class: "why" }, T.doctor), command(app, `farplug doctor ${shellWord(app.state.hello?.target ?? "")}`)),
     ],
   };
@@ -220,7 +220,7 @@ function gone(app) {
   const spice = /^spice/.test(app.state.hello?.target ?? "") || /\.vv$/.test(app.state.hello?.target ?? "");
   return {
     alert: true, mark: "s-stop", title: T.gone, content: [
-      h("p", null, loss?.time && T.goneAt(clock(loss.time)), why(app), loss?.remedy && [" ", plain(loss.remedy)]),
+      h("p", null, loss?.time && T.goneAt(clock(loss.time)), why(app), loss?.remedy && [" ", plain(sentence(loss.remedy))]),
       spice && h("p", null, T.anotherClient), again(app),
     ],
   };
@@ -250,8 +250,8 @@ function noDisplay(app) {
   const words = scheme ? T.noScreenTcp(scheme[0]) : null;
   return {
     alert: false, mark: null, title: T.noScreen, content: [
-      words ? h("p", null, words[0], h("code", null, `${words[2]}//`), words[1]) : h("p", null, message && [plain(message), ". "], T.noScreenText),
-      remedy?.remedy && !words && h("p", null, plain(remedy.remedy)),
+      words ? h("p", null, words[0], h("code", null, `${words[2]}//`), words[1]) : h("p", null, message && [plain(sentence(message)), " "], T.noScreenText),
+      remedy?.remedy && !words && h("p", null, plain(sentence(remedy.remedy))),
       words && [h("p", null, T.connectSpice), command(app, "farplug connect spice://vmhost:5900 --name web1")],
     ],
   };
@@ -260,7 +260,7 @@ function noDisplay(app) {
 /** @param {App} app */
 function noPicture(app) {
   const { message, remedy } = app.state.screen;
-  return { alert: false, mark: "s-wait", title: T.noPictureTitle, content: [h("p", null, message ? [plain(message), ". "] : null, T.noPictureText), remedy?.remedy && h("p", null, plain(remedy.remedy))] };
+  return { alert: false, mark: "s-wait", title: T.noPictureTitle, content: [h("p", null, message ? [plain(sentence(message)), " "] : null, T.noPictureText), remedy?.remedy && h("p", null, plain(sentence(remedy.remedy)))] };
 }
 
 /** @param {string} text @returns {string} quoted for a shell */

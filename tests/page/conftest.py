@@ -1,0 +1,75 @@
+"""Fixtures for tests of the page in a real browser."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+from tests.page.fake_page import FakePage
+
+TIMEOUT = 20_000
+WIDE = (1280, 800)
+
+Opened = Callable[..., Page]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Return Debian's Chromium.
+
+    For each module: while Playwright runs, no other event loop can run in this thread.
+    """
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        if os.environ.get("FARPLUG_REQUIRE_ALL") == "1":
+            pytest.fail("chromium is not installed")
+        pytest.skip("chromium is not installed")
+    expect.set_options(timeout=TIMEOUT)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def fake() -> Iterator[FakePage]:
+    with FakePage() as fake:
+        yield fake
+
+
+@pytest.fixture
+def opened(browser: Browser) -> Iterator[Opened]:
+    """Return a function that opens a page. A script that raises, or violates the security policy, fails the test."""
+    problems: list[str] = []
+    pages: list[Page] = []
+
+    def open(fake: FakePage, size: tuple[int, int] = WIDE, **options: object) -> Page:
+        width, height = size
+        context = browser.new_context(viewport={"width": width, "height": height}, **options)  # type: ignore[arg-type]
+        page = context.new_page()
+        page.set_default_timeout(TIMEOUT)
+        page.on("pageerror", lambda error: problems.append(f"{error.message} {error.stack}"))
+        page.on(
+            "console",
+            lambda message: problems.append(message.text) if "Content Security Policy" in message.text else None,
+        )
+        page.goto(fake.url)
+        pages.append(page)
+        return page
+
+    yield open
+    for page in pages:
+        page.context.close()
+    assert problems == []
+
+
+@pytest.fixture
+def page(fake: FakePage, opened: Opened) -> Page:
+    """Return the page of a VM that this page drives."""
+    page = opened(fake)
+    expect(page.get_by_text("You drive")).to_be_visible()
+    expect(page.locator(".info .size")).to_have_text("320 × 200\u00a0px")
+    return page
