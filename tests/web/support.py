@@ -169,6 +169,11 @@ class Browser:
         code: str = message["error"]["code"]
         return code
 
+    async def ask_anything(self, frame: Any) -> dict[str, Any]:
+        """Send a frame, a value as JSON; return the next message."""
+        await self.websocket.send(frame if isinstance(frame, str | bytes) else json.dumps(frame))
+        return (await self.next())[0]
+
     async def event(self, name: str) -> tuple[dict[str, Any], bytes | None]:
         """Return the next event with a name."""
         while True:

@@ -20,7 +20,7 @@ Seen = list[tuple[Any, ...]]
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
-    """What the command line would have done."""
+    """Return what the command line would have done."""
     calls: Seen = []
 
     def record(name: str) -> Callable[..., Any]:

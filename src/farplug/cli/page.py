@@ -172,7 +172,11 @@ continues; one that the page started ends with it.
     if session is not None and _is_target(session):
         target = target_settings(session, password_file, ask_password, ca_file, host_subject, proxy, allow_plain)
     elif option := next((name for name, value in given.items() if value), None):
-        raise UsageError(f"{option} has no effect without a TARGET in --session", reason=Reason.BAD_OPTION)
+        raise UsageError(
+            f"{option} has no effect without a TARGET in --session",
+            reason=Reason.BAD_OPTION,
+            remedy=f"write a target as one of {TARGET_FORMS}",
+        )
     options = PageOptions(
         None if target is not None else session,
         target,

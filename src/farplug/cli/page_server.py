@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import html
+import sys
 import webbrowser
 from contextlib import suppress
 from json import dumps
@@ -13,6 +14,7 @@ import typer
 
 from farplug.app.settings import GuestSettings, ReconnectSettings
 from farplug.cli import background, log, session_verbs
+from farplug.cli.output import PlainOutput
 from farplug.cli.page import PageOptions
 from farplug.cli.session import SIGNALS
 from farplug.cli.session_client import run as run_client
@@ -38,7 +40,7 @@ def run(options: PageOptions, *, debug: bool) -> None:
         run_client(_serve(options, name, own=True))
     finally:
         try:
-            session_verbs.stop(name, as_json=False)
+            session_verbs.stop(name, PlainOutput(sys.stderr))
         except FarplugError as error:
             if error.reason is not Reason.NO_SESSION:  # it has ended already
                 raise

@@ -99,13 +99,17 @@ def watch(session: str | None, *, as_json: bool) -> None:
         raise typer.Exit from None
 
 
-def stop(session: str | None, *, as_json: bool) -> None:
+def stop(session: str | None, shown: Output) -> None:
     """End a session, and wait until it has ended.
+
+    Args:
+        session: the name of the session; None: the only one.
+        shown: shows what happens.
 
     Raises:
         SessionError: written data of a device could not be made durable.
     """
-    run(_stop(session, output.choose(as_json=as_json)))
+    run(_stop(session, shown))
 
 
 async def _attach(session: str | None, params: Mapping[str, Any], shown: Output) -> None:

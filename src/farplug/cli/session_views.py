@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from farplug.cli.output import size
 from farplug.control.names import SessionEntry, SessionState
-from farplug.control.views import status_of
+from farplug.control.views import list_json
 from farplug.text import printable
 
 
@@ -24,10 +24,10 @@ def list_lines(entries: Sequence[SessionEntry]) -> list[str]:
         return ["no session is running"]
     rows = []
     for entry in entries:
-        if entry.hello is None or entry.snapshot is None:
-            rows.append((entry.name, "", "", str(entry.state), "", ""))
+        status = list_json(entry)
+        if "ports" not in status:
+            rows.append((entry.name, "", "", status["state"], "", ""))
             continue
-        status = status_of(entry.hello, entry.snapshot)
         used = sum(port["device"] is not None for port in status["ports"])
         labels = ", ".join(device["label"] for device in status["devices"])
         ports = f"{used} of {len(status['ports'])}"

@@ -176,6 +176,6 @@ def stop(session: SessionOption = None, json: JsonEventsOption = False, debug: D
 
     What the VM has written is kept; the command says if the VM may not have finished writing.
     """
-    from farplug.cli import session_verbs
+    from farplug.cli import output, session_verbs
 
-    session_verbs.stop(session, as_json=json)
+    session_verbs.stop(session, output.choose(as_json=json))

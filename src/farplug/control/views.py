@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from farplug.control.messages import Hello
-from farplug.control.names import SessionEntry
+from farplug.control.names import SessionEntry, SessionState
+from farplug.errors import RemoteProtocolError
+from farplug.text import shown
 
 _FIGURES: Final = ("read", "written", "commands", "rate", "memory")
 
@@ -68,7 +70,12 @@ def _device(attachment: Mapping[str, Any]) -> dict[str, Any]:
 
 def list_json(entry: SessionEntry) -> dict[str, Any]:
     """Return the object of a session in ``farplug ls --json``."""
-    if entry.hello is None or entry.snapshot is None:
-        reason, message = (None, None) if entry.error is None else (str(entry.error.reason), entry.error.message)
-        return {"name": entry.name, "state": str(entry.state), "reason": reason, "message": message}
-    return status_of(entry.hello, entry.snapshot)
+    state, error = entry.state, entry.error
+    if entry.hello is not None and entry.snapshot is not None:
+        try:
+            return status_of(entry.hello, entry.snapshot)
+        except (AttributeError, KeyError, TypeError):
+            state = SessionState.NOT_RESPONDING
+            error = RemoteProtocolError(f"{shown(entry.snapshot)} is not a status")
+    reason, message = (None, None) if error is None else (str(error.reason), error.message)
+    return {"name": entry.name, "state": str(state), "reason": reason, "message": message}

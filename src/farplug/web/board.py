@@ -14,7 +14,7 @@ from typing import Any, Final
 from farplug.control.client import Client
 from farplug.control.names import list_sessions, socket_path
 from farplug.control.views import list_json
-from farplug.errors import Reason, TargetError, UsageError
+from farplug.errors import Reason, RemoteProtocolError, TargetError, UsageError
 from farplug.text import shown
 from farplug.web.thumbnail import scaled
 
@@ -101,7 +101,7 @@ class Board:
             FarplugError: the session cannot write it.
         """
         if not self.watched[self.check(name)]:
-            raise UsageError(f"nobody watches the screen of {shown(name)}", reason=Reason.NO_SESSION)
+            raise UsageError(f"no browser watches the screen of {shown(name)}", reason=Reason.NO_SESSION)
         key = (name, display)
         async with self._picturing:
             kept = self._pictures.get(key)
@@ -146,4 +146,4 @@ def _small(picture: bytes) -> bytes:
     try:
         return scaled(picture, THUMBNAIL_WIDTH)
     except ValueError as error:
-        raise TargetError(f"the session wrote a picture that cannot be used: {error}", reason=Reason.PROTOCOL) from None
+        raise RemoteProtocolError(f"the session wrote a picture that cannot be used: {error}") from None

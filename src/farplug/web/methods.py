@@ -91,7 +91,7 @@ def check(role: Role, method: str) -> None:
         raise UsageError(
             "this link only lets you watch",
             reason=Reason.VIEW_ONLY,
-            remedy="ask whoever gave you the link for one with which you can also drive",
+            remedy="to drive, you need a link with all rights from the person who gave you this one",
         )
 
 

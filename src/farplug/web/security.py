@@ -6,7 +6,6 @@ A page of the Internet that runs in the browser of this machine can send request
 
 from __future__ import annotations
 
-import fnmatch
 import secrets
 import time
 from collections import deque
@@ -135,14 +134,8 @@ class Origins:
         return bool(mark) and scheme == ("https" if self.tls else "http") and self.allows_host(host)
 
     def _is_host(self, host: str) -> bool:
-        if host in self.hosts:
-            return "*" not in host
         first, _, rest = host.partition(".")
-        return bool(rest) and any(
-            fnmatch.fnmatchcase(first, own.partition(".")[0]) and own.partition(".")[2] == rest
-            for own in self.hosts
-            if own.startswith("*.")
-        )
+        return "*" not in host and (host in self.hosts or (bool(first) and f"*.{rest}" in self.hosts))
 
 
 class Shield:

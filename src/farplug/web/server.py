@@ -40,6 +40,7 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 
 from farplug.control.messages import ErrorData
 from farplug.errors import FarplugError, Reason, Remedy, SetupError, UsageError, from_oserror
+from farplug.text import shown
 from farplug.web.board import Board
 from farplug.web.files import WebRoot, private_folder
 from farplug.web.messages import MAX_TEXT
@@ -63,7 +64,7 @@ PING_TIMEOUT: Final = 120.0
 STOP_TIMEOUT: Final = 2
 """Seconds in which requests end when the page ends."""
 SWEEP_INTERVAL: Final = 60.0
-"""Seconds between two looks for uploads that nobody continues."""
+"""Seconds between two looks for abandoned uploads."""
 
 _PART: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}", re.ASCII)
 TYPES: Final[Mapping[str, str]] = {
@@ -179,8 +180,7 @@ class Page:
                 names = [] if context is None else _names(settings)
                 page = cls(settings, site, port, _host(settings, names), Path(private))
                 origins = Origins.of([*names, _in_url(settings.address)], port, tls=context is not None)
-                sweeping = asyncio.ensure_future(_sweep(uploads))
-                stack.callback(sweeping.cancel)
+                await stack.enter_async_context(_swept(uploads))
                 await stack.enter_async_context(_served(Shield(page._app(), origins), listener, context))
                 yield page
 
@@ -410,6 +410,17 @@ async def _served(app: Any, listener: socket.socket, context: ssl.SSLContext | N
         await asyncio.wait([serving])
 
 
+@asynccontextmanager
+async def _swept(uploads: Uploads) -> AsyncIterator[None]:
+    """Return a context manager that removes abandoned uploads."""
+    task = asyncio.ensure_future(_sweep(uploads))
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
 async def _sweep(uploads: Uploads) -> None:
     while True:
         await asyncio.sleep(SWEEP_INTERVAL)
@@ -425,10 +436,14 @@ def _listener(settings: PageSettings) -> Iterator[socket.socket]:
     address, port = settings.address, settings.port
     try:
         family, kind, _, _, where = socket.getaddrinfo(
-            address.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            address.strip("[]") or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-    except (OSError, UnicodeError) as error:
-        raise SetupError(f"{address} cannot be resolved: {error}", reason=Reason.UNRESOLVABLE) from error
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{shown(address)} cannot be resolved: {error}",
+            reason=Reason.UNRESOLVABLE,
+            remedy="name an address of this machine, such as 127.0.0.1",
+        ) from error
     if settings.certificate is None and not ipaddress.ip_address(str(where[0]).partition("%")[0]).is_loopback:
         raise UsageError(
             f"{address} is reached from other machines, and without TLS everybody in between can read the token",
@@ -498,7 +513,7 @@ def _tls(settings: PageSettings) -> ssl.SSLContext | None:
             with open(path, "rb") as file:
                 file.read(1)
         except (OSError, ValueError) as error:
-            raise from_oserror(path, error, as_=UsageError) from error
+            raise from_oserror(path, error, as_=UsageError, remedy="name a file in PEM form") from error
 
     def no_password() -> str:
         raise UsageError(
@@ -523,10 +538,16 @@ def _tls(settings: PageSettings) -> ssl.SSLContext | None:
 def _names(settings: PageSettings) -> list[str]:
     """Return the hosts for which the certificate is: its subject alternative names."""
     assert settings.certificate is not None
-    certificate = x509.load_pem_x509_certificate(Path(settings.certificate).read_bytes())
     try:
+        certificate = x509.load_pem_x509_certificate(Path(settings.certificate).read_bytes())
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
         return [socket.gethostname(), socket.getfqdn()]
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{settings.certificate} cannot be read: {error}",
+            reason=Reason.BAD_OPTION,
+            remedy="name a certificate in PEM form",
+        ) from error
     addresses = [_in_url(str(address)) for address in names.get_values_for_type(x509.IPAddress)]
     return [*names.get_values_for_type(x509.DNSName), *addresses]

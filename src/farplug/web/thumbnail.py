@@ -26,8 +26,10 @@ def scaled(png: bytes, width: int) -> bytes:
     if step <= 1:
         return png
     stride = 3 * columns + 1
-    unpacker = zlib.decompressobj()
-    pixels = unpacker.decompress(packed, stride * rows + 1)
+    try:
+        pixels = zlib.decompressobj().decompress(packed, stride * rows + 1)
+    except zlib.error as error:
+        raise ValueError(f"the pixels cannot be decompressed: {error}") from None
     if len(pixels) != stride * rows or any(pixels[::stride]):
         raise ValueError("the picture has other rows than its header says, or rows with a filter")
     new_columns, new_rows = columns // step, max(1, rows // step)

@@ -1,6 +1,6 @@
 """Files that browsers upload: pieces that become a file when all of them are there.
 
-Nothing of an upload is visible under its name before it is complete. An upload that nobody continues is removed.
+Nothing of an upload is visible under its name before it is complete. An abandoned upload is removed.
 """
 
 from __future__ import annotations
@@ -183,7 +183,8 @@ class Uploads:
         Raises:
             WrongOffset: the piece does not begin where the upload ends.
             UsageError: ``bad-name``, ``exists``, ``too-large`` (the quota), ``no-space``, ``empty``; ``in-use``:
-                another request writes to it; ``busy``: too many uploads; or the file cannot be written.
+                another request writes to it; or the file cannot be written.
+            SetupError: ``busy``: too many uploads are not complete.
             TimeoutError: no bytes came for :data:`IDLE_TIMEOUT` seconds.
         """
         check_name(name)
@@ -214,7 +215,7 @@ class Uploads:
         return self._status(name, upload)
 
     def sweep(self) -> None:
-        """Remove uploads that nobody continues."""
+        """Remove abandoned uploads."""
         now = self._clock()
         for name, upload in list(self._open.items()):
             if not upload.busy and now - upload.used > ABANDONED:
@@ -243,7 +244,7 @@ class Uploads:
         if not piece.total:
             raise UsageError(f"{shown(name)} is empty", reason=Reason.EMPTY)
         if len(self._open) >= MAX_UPLOADS:
-            raise UsageError(
+            raise SetupError(
                 f"{MAX_UPLOADS} uploads are not complete", reason=Reason.BUSY, remedy="wait until one of them is done"
             )
         if os.path.lexists(self.folder / name):
