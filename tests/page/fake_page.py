@@ -281,7 +281,7 @@ class FakePage:
         ]
 
     def _watch(self, params: Json, data: bytes | None) -> Json:
-        self._later("drive", self.driver)
+        self._later("driving", self.driver)
         self._later("inputs", {"locks": ["num"], "mouse": "absolute"})
         self._later("screen-state", {"display": 0, "state": "shown"})
         width, height = self.screen
@@ -301,7 +301,7 @@ class FakePage:
 
     def _drive(self, params: Json, data: bytes | None) -> Json:
         self.driver = {"holder": {"name": "mia", "you": True} if params["take"] else None, "watchers": 1}
-        self._later("drive", self.driver)
+        self._later("driving", self.driver)
         return {"holder": self.driver["holder"]}
 
     def _check_text(self, params: Json, data: bytes | None) -> Json:
@@ -492,6 +492,7 @@ def attachment(id: str, port: str, **fields: Any) -> Json:
         "id": id,
         "label": "scratch.raw",
         "units": ["scratch.raw"],
+        "details": {},
         "port": port,
         "state": "in use",
         "error": None,

@@ -83,7 +83,7 @@ def paused(fake: FakePage, page: Page) -> None:
 
 
 def watched(fake: FakePage, page: Page) -> None:
-    fake.emit("drive", {"holder": {"name": "Mia", "you": False}, "watchers": 2})
+    fake.emit("driving", {"holder": {"name": "Mia", "you": False}, "watchers": 2})
     expect(page.get_by_role("button", name="Take over")).to_be_visible()
 
 

@@ -150,7 +150,8 @@ def test_a_queue_merges_positions_and_keeps_buttons_keys_and_notches(scripts: Pa
           const later = (...one) => { sent.push(one); return new Promise((done) => open.push(done)); };
           const queue = new m.InputQueue(later);
           for (let x = 0; x < 4; x++) queue.put("key", { code: `Key${x}`, down: true });
-          for (let x = 0; x < 50; x++) queue.put("pointer", { x, y: 0, buttons: [], wheel: 1 });
+          for (let x = 0; x < 50; x++) queue.put("pointer", { x, y: 0, buttons: [] });
+          for (let x = 0; x < 17; x++) queue.put("pointer", { x: 50, y: 0, buttons: [], wheel: 1 });
           queue.put("pointer", { x: 50, y: 0, buttons: ["left"] });
           queue.put("pointer", { x: 51, y: 0, buttons: [] });
           for (let x = 0; x < 9; x++) { open.splice(0).forEach((done) => done()); await null; await null; await null; }
@@ -158,7 +159,8 @@ def test_a_queue_merges_positions_and_keeps_buttons_keys_and_notches(scripts: Pa
         }""",
     )
     assert sent[4:] == [
-        ["pointer", {"x": 49, "y": 0, "buttons": [], "wheel": 50}],
+        ["pointer", {"x": 50, "y": 0, "buttons": [], "wheel": 15}],
+        ["pointer", {"x": 50, "y": 0, "buttons": [], "wheel": 2}],
         ["pointer", {"x": 50, "y": 0, "buttons": ["left"]}],
         ["pointer", {"x": 51, "y": 0, "buttons": []}],
     ]

@@ -98,7 +98,7 @@ class TestCursor:
         page.wait_for_function("() => document.querySelector('.held').style.cursor === 'none'")
 
     def test_who_watches_sees_it_where_the_vm_has_it(self, fake: FakePage, page: Page) -> None:
-        fake.emit("drive", {"holder": {"name": "Mia", "you": False}, "watchers": 1})
+        fake.emit("driving", {"holder": {"name": "Mia", "you": False}, "watchers": 1})
         self.cursor(fake)
         expect(page.locator(".vmpointer")).to_be_visible()
         box = page.locator(".vmpointer").bounding_box()
@@ -363,7 +363,7 @@ class TestWhatStopsIt:
 class TestWhoDrives:
     def test_another_one_takes_over_and_back(self, fake: FakePage, page: Page) -> None:
         page.locator(".picture").click()
-        fake.emit("drive", {"holder": {"name": "Mia Kowalski", "you": False}, "watchers": 1})
+        fake.emit("driving", {"holder": {"name": "Mia Kowalski", "you": False}, "watchers": 1})
         expect(page.locator(".driver")).to_contain_text("Mia Kowalski drives")
         expect(page.get_by_text("You watch: keys and clicks stay here")).to_be_visible()
         expect(page.get_by_role("button", name="Plug in…")).to_have_count(0)

@@ -282,7 +282,7 @@ export class App {
     }
     const before = attachments(this.state);
     this.dispatch({ type: "event", name, data, now: this.wall() });
-    if (name === "drive" && "holder" in data && !this.triedDrive && this.state.server?.role === "full") {
+    if (name === "driving" && !this.triedDrive && this.state.server?.role === "full") {
       this.triedDrive = true;
       if (data.holder === null) this.takeDrive();
     }
@@ -811,8 +811,8 @@ export class App {
   }
 
   takeDrive() {
-    this.request("drive", { take: true, name: String(this.state.server?.user ?? "") }).then(
-      ({ holder }) => { if (holder !== undefined) this.dispatch({ type: "event", name: "drive", data: { holder, watchers: this.state.driver?.watchers ?? 0 }, now: this.wall() }); },
+    this.request("drive", { take: true, client: String(this.state.server?.user ?? "") }).then(
+      ({ holder }) => { if (holder !== undefined) this.dispatch({ type: "event", name: "driving", data: { holder, watchers: this.state.driver?.watchers ?? 0 }, now: this.wall() }); },
       (error) => this.say(message(error)));
   }
 

@@ -4,6 +4,8 @@
  */
 
 const UNDER_WAY = 4;
+/** Notches of the wheel in one request. */
+const MAX_WHEEL = 15;
 
 /** @typedef {{method: string, params: any}} Input */
 
@@ -47,6 +49,7 @@ export class InputQueue {
 
 /** @param {any} before @param {any} after */
 function mergeable(before, after) {
+  if (Math.abs((before.wheel ?? 0) + (after.wheel ?? 0)) > MAX_WHEEL) return false;
   return String(before.buttons) === String(after.buttons) && ("x" in before) === ("x" in after) && ("dx" in before) === ("dx" in after);
 }
 

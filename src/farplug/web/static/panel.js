@@ -439,7 +439,7 @@ function deviceRow(app, one) {
     h("p", { class: "ids" }, h("code", null, `${hex(one.vendor_id)}:${hex(one.product_id)}`), ` ${T.port(plain(one.port))}`, speedWords(one.speed) && [" · ", speedWords(one.speed)]),
     one.state === "refused" && h("p", { class: "reason" }, icon("s-stop", "s"), plain(sentence(one.message)), one.remedy && !one.command && ` ${plain(sentence(one.remedy))}`),
     one.state === "refused" && one.command && one.remedy && h("p", { class: "remedy" }, plain(advice(one))),
-    free && one.message && h("p", { class: "note" }, icon("s-warn", "s"), h("span", null, plain(sentence(one.message))))),
+    free && one.caution && h("p", { class: "note" }, icon("s-warn", "s"), h("span", null, plain(sentence(one.caution.message))))),
   free && act && h("button", { class: "b act", type: "button", disabled: busy, "aria-label": `${T.plugIn} ${plain(one.name)}`, onclick: plug }, busy ? T.pluggingIn : T.plugIn),
   one.state === "attached" && h("span", { class: "dim small" }, T.inVm),
   one.state === "refused" && one.command && act && copyButton(app, one.command, "b act"),

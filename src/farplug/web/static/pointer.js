@@ -11,6 +11,8 @@ const SLACK = 8;
 /** Pixels of a wheel event, or of two fingers, for one notch. */
 const NOTCH = 53;
 const FINGER_NOTCH = 24;
+/** Notches in one request; a wheel that turns faster turns no further. */
+const MAX_WHEEL = 15;
 
 export class Pointer {
   /**
@@ -102,9 +104,9 @@ export class Pointer {
 
   /** @param {{clientX: number, clientY: number}} at @param {string[]} buttons */
   notches(at, buttons) {
-    const whole = Math.trunc(this.wheel);
+    const whole = Math.max(-MAX_WHEEL, Math.min(MAX_WHEEL, Math.trunc(this.wheel)));
     if (whole === 0) return;
-    this.wheel -= whole;
+    this.wheel = Math.abs(this.wheel) > MAX_WHEEL ? 0 : this.wheel - whole;
     this.place(at, buttons, whole);
   }
 

@@ -5,7 +5,7 @@
  */
 
 const OF_CONNECTION = ["state", "attempt", "name", "uuid", "ports"];
-const OF_ATTACHMENT = ["label", "units", "port", "state", "error", "identity", "speed", "figures", "sources"];
+const OF_ATTACHMENT = ["label", "units", "details", "port", "state", "error", "identity", "speed", "figures", "sources"];
 const OF_FIGURES = ["read", "written", "commands", "rate", "memory", "errors", "endpoints"];
 /** Messages that are kept; of more the oldest go. */
 export const MAX_LOG = 500;
@@ -228,8 +228,8 @@ function afterEvent(state, name, data, now) {
       return { ...state, typing: data.done >= data.total ? null : { done: data.done, total: data.total } };
     case "media-progress":
       return { ...state, media: { ...state.media, [data.media]: progress(state.media[data.media], data, now) } };
-    case "drive":
-      if ("holder" in data) return { ...state, driver: { holder: data.holder, watchers: data.watchers } };
+    case "driving":
+      return { ...state, driver: { holder: data.holder, watchers: data.watchers } };
   }
   if (typeof data.id !== "number" || state.snapshot === null) return state;
   if (data.id <= state.snapshot.last_event) return state;
