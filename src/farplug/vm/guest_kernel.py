@@ -34,7 +34,7 @@ if sys.platform != "win32":
 
 log = logging.getLogger(__name__)
 
-LAYOUT = "3-x86_64"
+LAYOUT = "4-x86_64"
 """Name of the cache folder: it changes when the set of files that are kept changes."""
 
 KERNEL_PACKAGES = ("linux-image-amd64", "linux-image-generic")
@@ -44,9 +44,15 @@ KEPT_TREES = (
     "arch/x86/crypto/",
     "crypto/",
     "drivers/cdrom/",
+    "drivers/gpu/drm/tiny/",
+    "drivers/gpu/drm/ttm/",
+    "drivers/gpu/drm/virtio/",
     "drivers/hid/",
     "drivers/input/",
+    "drivers/media/common/videobuf2/",
     "drivers/media/mc/",
+    "drivers/media/usb/uvc/",
+    "drivers/media/v4l2-core/",
     "drivers/net/usb/",
     "drivers/usb/",
     "drivers/virtio/",
@@ -70,7 +76,10 @@ KEPT_TREES = (
 )
 """Folders of modules that are kept, with their subfolders."""
 
-KEPT_FOLDERS = ("block", "drivers/block", "drivers/char", "drivers/net", "drivers/scsi", "fs", "net/core", "sound")
+KEPT_FOLDERS = (
+    *("block", "drivers/block", "drivers/char", "drivers/gpu/drm", "drivers/media/common", "drivers/net"),
+    *("drivers/scsi", "fs", "net/core", "sound"),
+)
 """Folders of modules that are kept, without their subfolders."""
 
 _CONCRETE_KERNEL_PACKAGE = re.compile(r"linux-(image|binary|modules|modules-extra)-\d")
