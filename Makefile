@@ -1,4 +1,4 @@
-# make demo      set up, then plug an image into a real guest, step by step
+# make demo      set up, then plug an image into a real guest, step by step, and show the guest in the browser
 # make test      set up, then run every test (guests included)
 # make test-kerbside  the whole of kerbside, the SPICE proxy, with its database, in front of a guest
 # make lint      ruff, mypy --strict (also for macOS and Windows), import contracts, words, shellcheck, docs
@@ -8,7 +8,7 @@
 # make fuzz-guided   fuzz every parser guided by coverage, with atheris, SECONDS each
 # make fuzz-nightly  all fuzzers for an hour in all
 # make stress    a minute of parallel readers, writers and failing commands, over each transport; 200 attaches by 4 clients
-# make picture   draw the picture of the demo in README.md again
+# make picture   draw the pictures of the demo and of its page in README.md again
 # make man       write docs/farplug.1, the man page, from the commands and their help
 # make docs      render docs/ and the docstrings to build/docs; a warning is an error
 # make powercut  kill farplug or QEMU, or cut the power, hundreds of times while a guest writes
@@ -73,6 +73,7 @@ stress: setup
 
 picture: setup
 	$(PYTHON) scripts/demo_picture.py
+	$(PYTHON) scripts/page_picture.py
 
 docs: setup
 	.venv/bin/sphinx-build $(SITE)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 from tests.guest.command import farplug, farplug_on_terminal
@@ -330,12 +331,18 @@ async def test_doctor(guest: QemuGuest) -> None:
         assert f"ok      {port:<20}ready: qemu usb-redir guest" in out
 
 
-async def test_demo(tmp_path: Path) -> None:
-    async with farplug("demo") as running:
+async def test_demo_with_its_page() -> None:
+    async with farplug("demo", "--page") as running:
+        link = (await running.until("#token=")).strip()
+        before = "".join(running.lines)
+        for text in ("$ mkfs.vfat", "SuperSpeed", 'TYPE="vfat"', "Hello from the image", "the same 56 bytes"):
+            assert text in before
+        page = await asyncio.to_thread(lambda: urlopen(link.partition("#")[0]).read())
+        assert b"<title>farplug" in page
+        running.process.send_signal(signal.SIGINT)
         code, out, err = await running.end()
     assert (code, err) == (0, "")
-    for text in ("$ mkfs.vfat", "SuperSpeed", 'TYPE="vfat"', "Hello from the image", "the same 56 bytes"):
-        assert text in out
+    assert "farplug page -s vm.vv" in out
 
 
 async def test_demo_interrupted() -> None:

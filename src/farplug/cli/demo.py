@@ -1,11 +1,12 @@
-"""``farplug demo``: plug an image file into a throw-away VM as a USB disk, step by step."""
+"""``farplug demo``: plug an image file into a throw-away VM as a USB disk, step by step; show the VM in a browser."""
 
 from __future__ import annotations
 
 import asyncio
 import signal
+import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -25,26 +26,39 @@ if TYPE_CHECKING:
 IMAGE_SIZE = 64_000_000
 GREETING = "Hello from the image on the host.\n"
 ANSWER = "Written by the VM through a USB disk that farplug made.\n"
+SHELL = "while true; do setsid -c sh </dev/tty1 >/dev/tty1 2>&1; sleep 1; done"
+"""A shell on the VM's screen."""
 DISK_TIMEOUT = 20.0
 """Seconds until the VM must show the disk."""
 
 
-def demo() -> None:
-    """Demo: boot a small VM, plug in an image, read and write a file.
+def demo(
+    page: Annotated[
+        bool | None,
+        typer.Option(
+            "--page/--no-page",
+            help="At the end, serve the page of the VM until Ctrl-C. By default on a terminal.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Demo: boot a small VM, plug in an image, read and write a file; then show the VM in the browser.
 
     Needs QEMU and a few small programs, and downloads a kernel the first time. Leaves nothing behind.
     """
     requirements.check_demo()
+    if page is None:
+        page = sys.stdin.isatty() and sys.stdout.isatty()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the VM ends with this process
-    raise typer.Exit(asyncio.run(_demo()))
+    raise typer.Exit(asyncio.run(_demo(page=page)))
 
 
-async def _demo() -> ExitCode:
+async def _demo(*, page: bool) -> ExitCode:
     import tempfile
     from pathlib import Path
 
     with tempfile.TemporaryDirectory(prefix="farplug-demo-") as folder:
-        return await _Demo(Path(folder)).run()
+        return await _Demo(Path(folder)).run(page=page)
 
 
 class _Demo:
@@ -55,11 +69,23 @@ class _Demo:
         self._folder = folder
         self._step = 0
 
-    async def run(self) -> ExitCode:
+    async def run(self, *, page: bool) -> ExitCode:
         self._print("An image file on this machine becomes a USB disk in a virtual machine.")
         await self._make_image()
         async with self._boot() as guest:
             await self._plug_in(guest)
+            await self._check_image()
+            if page:
+                await self._show_page(guest)
+        self._print(
+            "\nNow with a VM of your own, from its .vv file or its SPICE address:\n"
+            "  farplug connect vm.vv --usb-disk drivers.raw\n"
+            "  farplug connect spice://vmhost:5900 --usb-disk-ro installer.raw --usb-disk scratch.raw\n"
+            "  farplug page -s vm.vv"
+        )
+        return ExitCode.OK
+
+    async def _check_image(self) -> None:
         written = ANSWER.encode()
         self._print_step("What the VM wrote is in the image on this machine")
         read = await self._run_here("mtype", "-i", "demo.raw", "::answer.txt")
@@ -70,12 +96,6 @@ class _Demo:
             )
         self._print("")
         self._print_success(f"the same {len(read)} bytes that the VM wrote. It works.")
-        self._print(
-            "\nNow with a VM of your own, from its .vv file or its SPICE address:\n"
-            "  farplug connect vm.vv --usb-disk drivers.raw\n"
-            "  farplug connect spice://vmhost:5900 --usb-disk-ro installer.raw --usb-disk scratch.raw"
-        )
-        return ExitCode.OK
 
     async def _make_image(self) -> None:
         self._print_step("A RAW image with a filesystem and a file on it")
@@ -97,7 +117,14 @@ class _Demo:
             megabytes = (await asyncio.to_thread(download_size)) / 1e6
             if megabytes:
                 self._print(f"  downloading its kernel, {megabytes:.0f} MB, only the first time (apt-get download) ...")
-            config = GuestConfig(ports=(SpicePort(),), spice=Spice(ticket="sesame"), programs=("blkid",))
+            config = GuestConfig(
+                ports=(SpicePort(), SpicePort(), SpicePort()),
+                spice=Spice(ticket="sesame"),
+                programs=("blkid",),
+                modules=("bochs", "usbhid", "hid_generic"),
+                kernel_arguments=("console=tty0",),
+                extra_arguments=("-name", "demo", "-device", "VGA", "-device", "usb-tablet,bus=usb.0"),
+            )
             async with QemuGuest(config) as guest:
                 self._print_command(
                     "qemu-system-x86_64 ... -device qemu-xhci -chardev spicevmc,name=usbredir,id=redir0 "
@@ -130,13 +157,49 @@ class _Demo:
         disk = await _disk(guest, serial_number)
         self._print_step("What the VM sees")
         await self._run_in_vm(
-            guest, f"dmesg | grep -E 'usb [0-9]+-.*(new|Product|Manu)|[[]{disk}[]].*(blocks|disk)' | cut -c 16-"
+            guest, f"dmesg | grep -E 'usb 2-.*(new|Product|Manu)|[[]{disk}[]].*(blocks|disk)' | cut -c 16-"
         )
         await self._run_in_vm(guest, f"blkid /dev/{disk}")
         self._print_step("The VM reads a file and writes one")
         await self._run_in_vm(guest, f"mount -t vfat /dev/{disk} /mnt && cat /mnt/hello.txt")
         await self._run_in_vm(guest, f"echo '{ANSWER.rstrip()}' >/mnt/answer.txt && sync && ls -l /mnt")
         await self._run_in_vm(guest, "umount /mnt")
+
+    async def _show_page(self, guest: QemuGuest) -> None:
+        """Plug the image in once more, and serve the page of the VM until a signal comes."""
+        from farplug.app.app import App
+        from farplug.app.settings import GuestSettings, Source, TargetSettings
+        from farplug.control import names
+        from farplug.control.server import Server
+        from farplug.web.server import Page, PageSettings
+
+        self._print_step("The VM in your browser")
+        ended = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, ended.set)
+        shell = asyncio.ensure_future(guest.check(SHELL))
+        try:
+            async with App() as app:
+                vm = await app.connect(GuestSettings(TargetSettings(guest.targets[0])))
+                server = Server(app, names.reserve(None, "demo"), target=guest.targets[0])
+                await server.start()
+                try:
+                    async with (
+                        vm.plug(Source.disk(self._folder / "demo.raw")),
+                        Page.serve(PageSettings(server.hello.session)) as page,
+                    ):
+                        self._print_command(f"farplug page -s {server.hello.session}")
+                        self._print(f"  {page.url}")
+                        self._print_success("click the picture to type into the VM; Ctrl-C here ends the demo")
+                        await ended.wait()
+                finally:
+                    await server.close()
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+            shell.cancel()
+            await asyncio.gather(shell, return_exceptions=True)
 
     def _happened(self, event: Event) -> None:
         shown = event.attachment is not None and event.level in ("good", "info")
