@@ -488,11 +488,12 @@ def _listener(settings: PageSettings) -> Iterator[socket.socket]:
         ) from error
     if settings.certificate is None and not ipaddress.ip_address(str(where[0]).partition("%")[0]).is_loopback:
         raise UsageError(
-            f"{address} is reached from other machines, and without TLS everybody in between can read the token",
+            f"{shown(address)} is reached from other machines, and without TLS the network between can read the token",
             reason=Reason.NEEDS_TLS,
             remedy=Remedy(
-                "give a certificate and its key; or let the page listen on 127.0.0.1, and reach it through ssh:",
+                "let the page listen on this machine only, and reach it through ssh:",
                 command=f"ssh -L {port or 8000}:127.0.0.1:{port or 8000} {socket.gethostname()}",
+                alternative=Remedy("or serve it over TLS, with a certificate and its key", setting="tls_cert"),
             ),
         )
     listener = socket.socket(family, kind)
@@ -548,7 +549,7 @@ def _tls(settings: PageSettings) -> ssl.SSLContext | None:
         raise UsageError(
             f"TLS needs a certificate and its key, and the {'key' if key is None else 'certificate'} is missing",
             reason=Reason.BAD_OPTION,
-            remedy="name both files",
+            remedy=Remedy("name both files", setting="tls_key" if key is None else "tls_cert"),
         )
     for path in (certificate, key):
         try:
