@@ -109,7 +109,20 @@ def test_a_folder_beside_the_root_with_its_name_as_a_prefix(root: Path) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["/", "/etc", "..", "iso/..", "./iso", "../root/iso", "iso\\..", "C:\\", "\\\\host\\share", "a\0", "x/" * 3000],
+    [
+        "/",
+        "/etc",
+        "..",
+        "iso/..",
+        "./iso",
+        "../root/iso",
+        "iso\\..",
+        "C:\\",
+        "\\\\host\\share",
+        "a\0",
+        "x/" * 3000,
+        "\ud800",
+    ],
 )
 def test_paths_that_leave(root: Path, path: str) -> None:
     for take in (WebRoot.of(root).existing, WebRoot.of(root).new, WebRoot.of(root).list):
@@ -119,7 +132,7 @@ def test_paths_that_leave(root: Path, path: str) -> None:
         assert len(caught.value.message) < 200
 
 
-@pytest.mark.parametrize("path", ["none", "none/none", "disk.raw/x", "%2e%2e", "%2f", "…", "\ud800", "x" * 300])
+@pytest.mark.parametrize("path", ["none", "none/none", "disk.raw/x", "%2e%2e", "%2f", "…", "x" * 300])
 def test_paths_that_are_not_there(root: Path, path: str) -> None:
     with pytest.raises(UsageError) as caught:
         WebRoot.of(root).existing(path)

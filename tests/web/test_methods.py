@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 from tests.docs import ROOT
+from typer.main import get_command
 
+from farplug.app.settings import Names, SourceKind
+from farplug.cli.main import app
 from farplug.control.server import METHODS
 from farplug.errors import Reason, UsageError
 from farplug.web import methods
 from farplug.web.files import NoFiles, WebRoot
 from farplug.web.security import Role
+from farplug.web.shell import SOURCES
 
 ALLOWED_TO_WATCHERS = {
     *("hello", "sessions", "watch-sessions", "unwatch-sessions", "open", "close"),
@@ -81,6 +85,14 @@ def test_paths_become_absolute(root: Path) -> None:
     assert methods.with_absolute_paths("insert", {"path": "client:m1"}, places) == {"path": "client:m1"}
     capture = {"path": "new.pcapng", "bytes": 3}
     assert methods.with_absolute_paths("capture", capture, places) == {"path": f"{root}/new.pcapng", "bytes": 3}
+
+
+def test_every_kind_of_source_is_known_with_its_option() -> None:
+    assert {*methods.OF_FILES, *methods.WITHOUT_FILES} == set(SourceKind)
+    assert set(methods.OF_FILES) == {kind for kind in SourceKind if kind.names is Names.FILE}
+    assert set(SOURCES) == set(SourceKind)
+    options = {option for parameter in get_command(app).commands["attach"].params for option in parameter.opts}  # type: ignore[attr-defined]
+    assert set(SOURCES.values()) <= options
 
 
 ESCAPES = ("../secret.img", "iso/../../secret.img", "/etc/passwd", "out", "..\\secret.img", "a\0b", "C:\\x", "", ".")

@@ -7,6 +7,7 @@ import socket
 import ssl
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from websockets.typing import Origin
 from farplug.errors import FarplugError, Reason, SetupError, UsageError
 from farplug.exit_codes import ExitCode, exit_code
 from farplug.vm.certificates import write_certificates
+from farplug.web import server
 from farplug.web.server import Page, PageSettings
 
 
@@ -83,8 +85,8 @@ async def test_the_page_over_tls(environment: dict[str, str], certificates: Path
     trusting = ssl.create_default_context(cafile=certificates / "ca-cert.pem")
     async with Page.serve(PageSettings(address="0.0.0.0", **tls(certificates)), environment) as page:
         assert page.url.startswith(f"https://vm.example:{page.port}/#token=")
-        for origin, server in (("https://127.0.0.1", "127.0.0.1"), ("https://vm.example", "vm.example")):
-            uri = f"wss://{server}:{page.port}/ws"
+        for origin, host in (("https://127.0.0.1", "127.0.0.1"), ("https://vm.example", "vm.example")):
+            uri = f"wss://{host}:{page.port}/ws"
             own = Origin(f"{origin}:{page.port}")
             async with connect(uri, ssl=trusting, origin=own, host="127.0.0.1", proxy=None) as websocket:
                 token = page.tokens.full
@@ -162,3 +164,60 @@ def test_other_commands_do_not_import_a_web_server() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"
+
+
+async def test_connections_without_a_request(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "REQUEST_TIMEOUT", 0.1)
+    async with Served.serve(environment) as served:
+        half = served.request("GET", "/x")[:20]
+        whole = served.request("GET", "/x", {"Connection": "keep-alive"})
+        for data in (b"", half, whole + half):
+            reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+            writer.write(data)
+            answer = await _all(reader)
+            assert answer.count(b"HTTP/1.1 404") == data.count(whole)
+            writer.close()
+        async with served.browser() as browser:  # a websocket stays
+            await asyncio.sleep(0.3)
+            assert await browser.call("sessions") == []
+
+
+async def test_an_upload_takes_longer_than_a_request(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "REQUEST_TIMEOUT", 0.1)
+    async with Served.serve(environment) as served:
+        reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+        head = served.request("PUT", "/media/a", {"Content-Length": "4"}, token=served.page.tokens.full)
+        writer.write(head)
+        for byte in b"abcd":
+            await asyncio.sleep(0.1)
+            writer.write(bytes([byte]))
+        assert b'"complete":true' in await _all(reader)
+        writer.close()
+
+
+async def test_too_many_connections(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 5)
+    async with Served.serve(environment) as served:
+        opened = [await asyncio.open_connection("127.0.0.1", served.port) for _ in range(5)]
+        reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+        writer.write(served.request("GET", "/x"))
+        assert await _all(reader) == b""
+        for _, one in [*opened, (reader, writer)]:
+            one.close()
+        while True:
+            try:
+                if (await served.http("GET", "/x")).status == 404:
+                    break
+            except ConnectionError:
+                pass
+
+
+async def _all(reader: asyncio.StreamReader) -> bytes:
+    """Return what comes until the connection is closed, in whatever way."""
+    received = b""
+    with suppress(ConnectionError):
+        while data := await reader.read(1 << 16):
+            received += data
+    return received

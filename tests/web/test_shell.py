@@ -159,6 +159,7 @@ def test_a_file_of_the_browser_has_no_command(method: str, params: dict[str, Any
         ("click", {"x": "a", "y": 1}),
         ("detach", {}),
         ("capture", {"path": "/a", "bytes": "x"}),
+        ("detach", {"device": "\ud800"}),
     ],
 )
 def test_parameters_that_are_not_valid(method: str, params: dict[str, Any]) -> None:

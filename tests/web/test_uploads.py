@@ -229,7 +229,7 @@ async def test_a_body_that_is_longer_than_its_piece(tmp_path: Path) -> None:
     assert (await one.put("a", Piece(6, 3, 3), body(b"def")))["sha256"] == hashlib.sha256(b"abcdef").hexdigest()
 
 
-async def test_an_upload_that_nobody_continues(tmp_path: Path) -> None:
+async def test_an_abandoned_upload(tmp_path: Path) -> None:
     clock = Clock()
     one = Uploads(tmp_path, clock=clock)
     await one.put("a", Piece(6, 0, 3), body(b"abc"))

@@ -35,7 +35,15 @@ def remedy_lines(remedy: str) -> list[str]:
     return [printable(line) for line in lines]
 
 
-_METAVARS = {"ca_file": "FILE", "host_subject": "SUBJECT", "proxy": "URL", "usb_device": "DEVICE"}
+_METAVARS = {
+    "ca_file": "FILE",
+    "host_subject": "SUBJECT",
+    "proxy": "URL",
+    "usb_device": "DEVICE",
+    "tls_cert": "FILE",
+    "tls_key": "FILE",
+    "web_root": "DIR",
+}
 _PASSWORD_OPTIONS = "--password-file FILE, --ask-password, or FARPLUG_PASSWORD in the environment (for URLs)"
 """The ways to give a password: none of them shows it in the list of processes."""
 _NOT_PATHS = ("host_subject", "usb_device")

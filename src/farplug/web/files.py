@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from farplug.errors import Reason, Remedy, SetupError, UsageError, from_oserror
-from farplug.text import shown
+from farplug.text import MAX_SHOWN, printable, shown
 
 MAX_PATH: Final = 4096
 """Characters of a path."""
@@ -79,7 +79,7 @@ class WebRoot:
         try:
             real = os.path.realpath(os.path.join(self.path, *parts), strict=True)
         except (OSError, ValueError) as error:
-            raise from_oserror(path, error, as_=UsageError) from error
+            raise from_oserror(printable(path, MAX_SHOWN), error, as_=UsageError) from error
         self._check_below(path, real)
         return real
 
@@ -117,7 +117,9 @@ class WebRoot:
                     entries.append(self._entry(entry))
             free = shutil.disk_usage(folder).free
         except OSError as error:
-            raise from_oserror(path or "the folder", error, as_=UsageError, problem="cannot be read") from error
+            raise from_oserror(
+                printable(path, MAX_SHOWN) or "the folder", error, as_=UsageError, problem="cannot be read"
+            ) from error
         entries.sort(key=lambda one: (one["kind"] != "folder", one["name"].casefold(), one["name"]))
         size = 0
         for index, one in enumerate(entries):
@@ -209,6 +211,10 @@ def _parts(path: str) -> list[str]:
         UsageError: it is absolute, leaves the folder, or cannot be a path.
     """
     parts = [part for part in path.split("/") if part]
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        raise _outside(path) from None
     if (
         path.startswith("/")
         or len(path) > MAX_PATH

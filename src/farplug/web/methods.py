@@ -44,10 +44,13 @@ RELAYED: Final = frozenset(
 WITH_PATHS: Final = frozenset({"attach", "insert", "capture"})
 """The methods whose parameters have paths of this machine."""
 
-_OF_FILES: Final = ("disk", "read-only-disk", "cdrom", "folder")
-_OF_BROWSER: Final = ("read-only-disk", "cdrom")
-_WITHOUT_FILES: Final = ("usb-device", "keyboard", "tablet")
-_KINDS: Final = (*_OF_FILES, *_WITHOUT_FILES)
+OF_FILES: Final = ("disk", "read-only-disk", "cdrom", "folder")
+"""Kinds of sources whose path is that of a file or a folder."""
+OF_BROWSER: Final = ("read-only-disk", "cdrom")
+"""Kinds that a file of the browser can become."""
+WITHOUT_FILES: Final = ("usb-device", "keyboard", "tablet")
+"""Kinds that need no file of this machine."""
+_KINDS: Final = (*OF_FILES, *WITHOUT_FILES)
 
 
 class Places(Protocol):
@@ -124,11 +127,11 @@ def _source(source: object, places: Places) -> dict[str, Any]:
     if kind not in _KINDS:
         raise _bad("kind", kind, f"one of {', '.join(_KINDS)}")
     changed = dict(source)
-    if kind in _OF_FILES:
+    if kind in OF_FILES:
         path = _text(source, "path")
         if not path.startswith(BROWSER_FILE):
             changed["path"] = places.existing(path)
-        elif kind not in _OF_BROWSER:
+        elif kind not in OF_BROWSER:
             raise UsageError(
                 f"a file of the browser can only be read, and a {kind} needs more",
                 reason=Reason.BAD_SETTING,

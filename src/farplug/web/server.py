@@ -36,6 +36,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
+from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from farplug.control.messages import ErrorData
@@ -53,7 +54,9 @@ MAX_WEBSOCKETS: Final = 32
 MAX_GREETINGS: Final = 32
 """Websockets that sent no valid token yet."""
 MAX_CONNECTIONS: Final = 256
-"""Connections; further requests get the status 503."""
+"""Connections; further ones are closed."""
+REQUEST_TIMEOUT: Final = 10.0
+"""Seconds in which the header of a request comes."""
 BACKLOG: Final = 128
 """Connections that wait to be accepted."""
 MAX_FRAGMENTS: Final = 1024
@@ -336,6 +339,46 @@ async def _failed(request: Request, error: Exception) -> Response:
 # The server -------------------------------------------------------------------------------------------------------
 
 
+class _HttpProtocol(H11Protocol):
+    """The HTTP protocol of uvicorn, with bounds for peers that connect and send no request."""
+
+    _waiting: asyncio.TimerHandle | None = None
+    """Closes the connection; None: a request is being answered, or the connection is a websocket."""
+    _upgraded = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)  # type: ignore[arg-type]
+        if len(self.connections) > MAX_CONNECTIONS:
+            self.transport.abort()
+        else:
+            self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop_waiting()
+        elif not self._upgraded:
+            self._wait()
+
+    def handle_websocket_upgrade(self, event: Any) -> None:
+        self._upgraded = True
+        self._stop_waiting()
+        super().handle_websocket_upgrade(event)
+
+    def _wait(self) -> None:
+        if self._waiting is None:
+            self._waiting = asyncio.get_running_loop().call_later(REQUEST_TIMEOUT, self.transport.abort)
+
+    def _stop_waiting(self) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
+            self._waiting = None
+
+
 class _WebSocketProtocol(WebSocketsSansIOProtocol):
     """The websocket protocol of uvicorn, with bounds for what a peer can make it keep."""
 
@@ -381,7 +424,7 @@ async def _served(app: Any, listener: socket.socket, context: ssl.SSLContext | N
 
     config = uvicorn.Config(
         app,
-        http="h11",
+        http=_HttpProtocol,
         ws=_WebSocketProtocol,
         ws_max_size=MAX_TEXT,
         ws_per_message_deflate=False,
@@ -392,7 +435,6 @@ async def _served(app: Any, listener: socket.socket, context: ssl.SSLContext | N
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        limit_concurrency=MAX_CONNECTIONS,
         timeout_graceful_shutdown=STOP_TIMEOUT,
         ssl_context_factory=None if context is None else tls,
     )
@@ -446,11 +488,12 @@ def _listener(settings: PageSettings) -> Iterator[socket.socket]:
         ) from error
     if settings.certificate is None and not ipaddress.ip_address(str(where[0]).partition("%")[0]).is_loopback:
         raise UsageError(
-            f"{address} is reached from other machines, and without TLS everybody in between can read the token",
+            f"{shown(address)} is reached from other machines, and without TLS the network between can read the token",
             reason=Reason.NEEDS_TLS,
             remedy=Remedy(
-                "give a certificate and its key; or let the page listen on 127.0.0.1, and reach it through ssh:",
+                "let the page listen on this machine only, and reach it through ssh:",
                 command=f"ssh -L {port or 8000}:127.0.0.1:{port or 8000} {socket.gethostname()}",
+                alternative=Remedy("or serve it over TLS, with a certificate and its key", setting="tls_cert"),
             ),
         )
     listener = socket.socket(family, kind)
@@ -506,7 +549,7 @@ def _tls(settings: PageSettings) -> ssl.SSLContext | None:
         raise UsageError(
             f"TLS needs a certificate and its key, and the {'key' if key is None else 'certificate'} is missing",
             reason=Reason.BAD_OPTION,
-            remedy="name both files",
+            remedy=Remedy("name both files", setting="tls_key" if key is None else "tls_cert"),
         )
     for path in (certificate, key):
         try:

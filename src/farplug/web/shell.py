@@ -7,9 +7,10 @@ from typing import Any, Final
 
 from farplug.errors import Reason, UsageError
 from farplug.shell import shell_quote
+from farplug.text import shown
 from farplug.web.methods import BROWSER_FILE
 
-_SOURCES: Final = {
+SOURCES: Final = {
     "disk": "--usb-disk",
     "read-only-disk": "--usb-disk-ro",
     "cdrom": "--usb-cdrom",
@@ -65,11 +66,11 @@ def command(session: str, method: str, params: Mapping[str, Any]) -> str:
         return f"{source}farplug type {' '.join(name)} -"
     try:
         options, arguments = _words(method, params)
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise UsageError(f"{method} has parameters that are not valid", reason=Reason.BAD_SETTING) from None
-    dashes = ["--"] if any(argument.startswith("-") for argument in arguments) else []
-    words = (*options, *dashes, *arguments)
-    return " ".join(("farplug", method, *name, *map(shell_quote, words)))
+        dashes = ["--"] if any(argument.startswith("-") for argument in arguments) else []
+        words = [shell_quote(word) for word in (*options, *dashes, *arguments)]
+    except (KeyError, TypeError, ValueError, AttributeError):  # ValueError: also half of a surrogate pair
+        raise UsageError(f"{shown(method)} has parameters that are not valid", reason=Reason.BAD_SETTING) from None
+    return " ".join(("farplug", method, *name, *words))
 
 
 def _words(method: str, params: Mapping[str, Any]) -> tuple[list[str], list[str]]:
@@ -98,12 +99,12 @@ def _words(method: str, params: Mapping[str, Any]) -> tuple[list[str], list[str]
             options += ["--relative"] if params.get("relative") else []
             options += _option("--display", params.get("display") or None)
             return options, [str(int(params["x"])), str(int(params["y"]))]
-    raise UsageError(f"no shell command does what {method} does", reason=Reason.UNKNOWN_COMMAND)
+    raise UsageError(f"no shell command does what {shown(method)} does", reason=Reason.UNKNOWN_COMMAND)
 
 
 def _attach(params: Mapping[str, Any]) -> Iterator[str]:
     for source in params["sources"]:
-        option = _SOURCES[source["kind"]]
+        option = SOURCES[source["kind"]]
         path = str(source.get("path") or "")
         _check_here(path)
         snapshot = source.get("snapshot")
