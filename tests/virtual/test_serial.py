@@ -274,3 +274,30 @@ async def test_events() -> None:
         "break sent by the guest",
         "serial line: a test is not connected any more: it broke",
     ]
+
+
+async def test_a_program_that_opens_the_line_later_sees_the_state_of_now() -> None:
+    """Show no drop of carrier for a peer that left and returned meanwhile: Linux would hang up."""
+    shown: list[bool] = []
+
+    class Line(SerialLine):
+        async def show_connected(self, connected: bool) -> None:
+            await super().show_connected(connected)
+            shown.append(connected)
+
+    line = Line(end := ScriptedEnd())
+    end.came(first := ScriptedPeer())
+    async with plugged(line) as guest:
+        assert await guest.interrupt_in(STATE) == state(3)
+        await guest.stop_receiving(STATE)
+        end.left(first)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        end.came(ScriptedPeer())
+        await guest.start_receiving(STATE)
+        assert await guest.interrupt_in(STATE) == state(3)  # again, as to each program that opens the line
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert shown == [True]
+        end.left(end.peer or first)
+        assert await guest.interrupt_in(STATE) == state(0)

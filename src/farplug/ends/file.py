@@ -6,12 +6,11 @@ import asyncio
 import os
 import stat
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
-from farplug.ends.base import End, Peer
+from farplug.ends.base import End
+from farplug.ends.threaded import ThreadedPeer
 from farplug.errors import DeviceError, Reason, from_oserror
-from farplug.usb.types import Buffer
 
 
 class FileEnd(End):
@@ -42,30 +41,13 @@ class FileEnd(End):
         """Do nothing: the peer has the file."""
 
 
-class _FilePeer(Peer):
-    def __init__(self, descriptor: int, name: str) -> None:
-        self.name = name
-        self._descriptor = descriptor
-        self._writing: asyncio.Future[None] | None = None
-
+class _FilePeer(ThreadedPeer):
     async def read(self) -> Sequence[bytes]:
         never: asyncio.Future[Sequence[bytes]] = asyncio.get_running_loop().create_future()
         return await never
 
-    async def write(self, items: Sequence[Buffer]) -> None:
-        if self._writing is not None:  # of a call that was cancelled
-            await asyncio.wait([self._writing])
-        self._writing = asyncio.ensure_future(asyncio.to_thread(partial(_append, self._descriptor, b"".join(items))))
-        await asyncio.shield(self._writing)
-
     def close(self) -> None:
-        if self._writing is None or self._writing.done():
+        if self.writing is None or self.writing.done():
             os.close(self._descriptor)
         else:
-            self._writing.add_done_callback(lambda written: os.close(self._descriptor))
-
-
-def _append(descriptor: int, data: bytes) -> None:
-    rest = memoryview(data)
-    while rest:
-        rest = rest[os.write(descriptor, rest) :]
+            self.writing.add_done_callback(lambda written: os.close(self._descriptor))

@@ -190,7 +190,10 @@ class TcpListenEnd(_ListenEnd):
         self._host, self._port = host, port
 
     async def _listen(self) -> asyncio.Server:
-        server = await asyncio.start_server(self.accept, self._host, self._port, limit=CHUNK, backlog=1)
+        loop = asyncio.get_running_loop()
+        found = await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        host = found[0][4][0]  # a name may have several addresses, and port 0 would be another one on each
+        server = await asyncio.start_server(self.accept, str(host), self._port, limit=CHUNK, backlog=1)
         if not self._port:
             self._port = server.sockets[0].getsockname()[1]
             self.address = f"{self.address.rpartition(':')[0]}:{self._port}"

@@ -11,9 +11,9 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Final
 
-from farplug.ends.base import CHUNK, End, Peer
+from farplug.ends.base import CHUNK, End
+from farplug.ends.threaded import ThreadedPeer
 from farplug.threads import run_in_daemon_thread
-from farplug.usb.types import Buffer
 
 if sys.platform != "win32":
     import termios
@@ -45,10 +45,9 @@ class StdioEnd(End):
         restore()
 
 
-class _StdioPeer(Peer):
-    name = "standard input and output"
-
+class _StdioPeer(ThreadedPeer):
     def __init__(self) -> None:
+        super().__init__(1, "standard input and output")
         self._reading: asyncio.Task[bytes] | None = None
 
     async def read(self) -> Sequence[bytes]:
@@ -60,9 +59,6 @@ class _StdioPeer(Peer):
             await asyncio.get_running_loop().create_future()  # until the function is reset
         self._reading = None
         return (data,)
-
-    async def write(self, items: Sequence[Buffer]) -> None:
-        await run_in_daemon_thread(partial(_write, b"".join(items)))
 
     def close(self) -> None:
         if self._reading is not None:
@@ -90,9 +86,3 @@ def restore() -> None:
             termios.tcsetattr(0, termios.TCSADRAIN, _before)
         _before.clear()
         atexit.unregister(restore)
-
-
-def _write(data: bytes) -> None:
-    rest = memoryview(data)
-    while rest:
-        rest = rest[os.write(1, rest) :]

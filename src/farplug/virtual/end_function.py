@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from farplug.ends.base import End
 from farplug.virtual.async_function import AsyncFunction
+from farplug.virtual.endpoints import InterruptIn
 from farplug.virtual.events import EndChanged
 
 
@@ -20,10 +21,12 @@ class EndFunction(AsyncFunction):
     Attributes:
         end: what is at the other end; None: nothing, the program uses the endpoints itself.
         kind: for messages.
+        states: the endpoint that shows the guest whether a peer is there.
         dropped: bytes of the guest that were lost, because no peer was there.
     """
 
     kind: ClassVar[str]
+    states: InterruptIn
 
     def __init__(self, end: End | None = None) -> None:
         self.end = end
@@ -59,6 +62,7 @@ class EndFunction(AsyncFunction):
         """Show the guest whether a peer is there."""
         shown: bool | None = None
         while True:
+            await self.states.read_by_guest()
             if shown is (now := end.peer is not None):
                 await end.changed()
             else:
@@ -67,7 +71,7 @@ class EndFunction(AsyncFunction):
 
     @abstractmethod
     async def show_connected(self, connected: bool) -> None:
-        """Show the guest whether a peer is there. Returns when the guest has seen it."""
+        """Show the guest whether a peer is there. Waits while the guest does not receive states."""
 
     @abstractmethod
     async def to_guest(self, end: End) -> None:

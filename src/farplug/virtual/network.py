@@ -174,7 +174,6 @@ class NetworkAdapter(EndFunction):
             Detached: the guest has reset or unplugged the device.
         """
         control = self.host.numbers.interface(0)
-        await self.states.read_by_guest()
         if connected:
             rates = struct.pack("<II", RATE, RATE)
             await self.states.write(cdc.notification(cdc.CONNECTION_SPEED_CHANGE, 0, control, rates))

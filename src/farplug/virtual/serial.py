@@ -167,7 +167,6 @@ class SerialLine(EndFunction):
     # The end
 
     async def show_connected(self, connected: bool) -> None:
-        await self.states.read_by_guest()
         await self.set_state(STEADY if connected else LineState(0))
 
     async def to_guest(self, end: End) -> None:
