@@ -140,6 +140,36 @@ def vv_file() -> Parse:
     return parse
 
 
+def transfer_blocks() -> Parse:
+    from farplug.virtual.ntb import BlockReader, BlockWriter
+
+    def parse(data: bytes) -> None:
+        try:
+            frames = BlockReader(1514).frames(data)
+        except ValueError:
+            return
+        assert sum(map(len, frames)) <= len(data)
+        assert all(14 <= len(frame) <= 1514 for frame in frames)
+        again = [frame for block in BlockWriter().blocks(frames, 16384) for frame in BlockReader(1514).frames(block)]
+        assert again == frames
+
+    return parse
+
+
+def frame_stream() -> Parse:
+    from farplug.ends.frames import FrameReader
+
+    def parse(data: bytes) -> None:
+        reader = FrameReader()
+        size = 0
+        with contextlib.suppress(ValueError):
+            for at in range(0, len(data), 7):
+                size += sum(4 + len(frame) for frame in reader.feed(data[at : at + 7]))
+        assert size <= len(data)
+
+    return parse
+
+
 def descriptors() -> Parse:
     from farplug.usb.descriptors import (
         BosDescriptor,
@@ -315,6 +345,16 @@ PARSERS = {
             b"[virt-viewer]\r\ntype=spice\nhost=::1\ntls-port=1\nproxy=http://p:3128\nsecure-channels=main;usbredir\n",
         ),
     ),
+    "transfer-blocks": Parser(
+        transfer_blocks,
+        (
+            bytes.fromhex("4e434d48 0c000000 2a000c00 4e434d30 10000000 1c000e00 00000000") + bytes(14),
+            bytes.fromhex("4e434d48 0c000000 00001c00")
+            + bytes(16)
+            + bytes.fromhex("4e434d30 10000c00 0c000e00 00000000"),
+        ),
+    ),
+    "frame-stream": Parser(frame_stream, (bytes.fromhex("0000000e") + bytes(14) + bytes.fromhex("00000000 0000ffff"),)),
     "descriptors": Parser(
         descriptors,
         (

@@ -38,6 +38,7 @@ PACKAGE_OF_PROGRAM = {
     "ntfs-3g": "ntfs-3g",
     "xorrisofs": "xorriso",
     "zstd": "zstd",
+    "passt": "passt",
     "setpriv": "util-linux",
     "tar": "tar",
     QEMU: "qemu-system-x86",

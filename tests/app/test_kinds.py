@@ -101,7 +101,7 @@ class _Failing(Keyboard):
 
 
 async def test_a_kind_is_a_row(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """What an opener returns is plugged, shown and released; its functions share a port if they fit."""
+    """Plug, show and release what an opener returns; its functions share a port if they fit."""
     released: list[str] = []
 
     def kind(*functions: Function, detail: str = "") -> Kind:

@@ -229,3 +229,40 @@ def test_order_of_sources(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     result = cli("attach", "--usb-tablet", "--usb-cdrom", "x.iso", "--usb-keyboard", "--usb-keyboard")
     assert (result.code, result.err) == (0, "")
     assert seen == [(Source.tablet(), Source.cdrom("x.iso"), Source.keyboard(), Source.keyboard())]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--usb-serial", "-", "--detach"), "--detach and --usb-serial - contradict each other"),
+        (("--usb-serial", "-", "--commands"), "--commands and --usb-serial - contradict each other"),
+        (("--usb-serial", "-", "--capture", "-"), "--capture - and --usb-serial - contradict each other"),
+        (("--usb-serial", "-", "--usb-serial", "-"), "two serial lines cannot have the same standard input"),
+        (("--usb-serial", "tty"), "'tty' is not a valid end: write it as pty, pty:LINK, -"),
+        (("--usb-network", "slirp"), "'slirp' is not a valid end: write it as passt"),
+        (("--usb-network", "passt", "--network-mac", "1"), "'1' is not a valid MAC address"),
+        (("--usb-network", "passt", "--network-mac", "01:00:00:00:00:00"), "is the MAC address of a group"),
+        (("--network-mac", "020000000001"), "--network-mac has no effect without a --usb-network of its own"),
+    ],
+)
+def test_ends_that_are_refused(cli: Cli, arguments: tuple[str, ...], message: str) -> None:
+    result = cli("connect", NOWHERE, *arguments)
+    assert result.code == 2
+    assert message in result.err
+
+
+def test_order_of_ends(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("farplug.cli.session_verbs.attach", lambda session, devices, **_: seen.append(devices.sources))
+    options = (
+        "--usb-network",
+        "passt",
+        "--usb-serial",
+        "pty",
+        "--usb-network",
+        "tap:t",
+        "--network-mac",
+        "020000000001",
+    )
+    assert cli("attach", *options).code == 0
+    assert seen == [(Source.network("passt", mac="020000000001"), Source.serial("pty"), Source.network("tap:t"))]

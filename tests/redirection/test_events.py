@@ -11,7 +11,15 @@ from farplug.redirection.events import OfferProblem
 from farplug.usb.device import Identity, Offer
 from farplug.usb.figures import EndpointFigures
 from farplug.usb.types import Speed
-from farplug.virtual.events import FunctionRaised, MediumEjected, MediumInserted, MediumLocked
+from farplug.virtual.events import (
+    EndChanged,
+    FunctionRaised,
+    LineBreak,
+    LineChanged,
+    MediumEjected,
+    MediumInserted,
+    MediumLocked,
+)
 
 IDENTITY = Identity(speed=Speed.SUPER, vendor_id=0x1D6B, product_id=0x0104, manufacturer="farplug", product="Disk")
 ERROR = DeviceError("it is gone", reason=Reason.DEVICE_LOST, remedy="wait")
@@ -47,6 +55,15 @@ EVENTS: dict[str, tuple[events.PortEvent, str]] = {
         events.DeviceReport("tcp", FunctionRaised("Keyboard", ValueError("x"))),
         "Keyboard raised ValueError: x",
     ),
+    "end-changed": (
+        events.DeviceReport("tcp", EndChanged("serial line", "/dev/pts/5", True, "a program is connected")),
+        "serial line: a program is connected",
+    ),
+    "line-changed": (
+        events.DeviceReport("tcp", LineChanged("115200 8N1", dtr=False, rts=True)),
+        "line set to 115200 8N1, RTS on",
+    ),
+    "line-break": (events.DeviceReport("tcp", LineBreak()), "break sent by the guest"),
     "repeated": (events.Repeated("tcp", events.Configured("tcp", 1), 7), "7 more like this"),
     "detached": (events.Detached("tcp", ERROR, (EndpointFigures(0x81, 2, 512),)), "detached: it is gone"),
 }

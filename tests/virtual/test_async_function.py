@@ -205,6 +205,42 @@ async def test_a_waiting_method_does_not_outlive_a_configuration() -> None:
         assert await guest.bulk_in(0x81, 10) == b"new"
 
 
+async def test_a_reset_ends_the_tasks_of_a_task_group_silently() -> None:
+    class Grouped(AsyncFunction):
+        received = bulk_out()
+        sent = bulk_in()
+        fails = False
+
+        async def run(self) -> None:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self.received.read())
+                group.create_task(self.sent.write(b"x"))
+                if self.fails:
+                    group.create_task(self.fail())
+
+        async def fail(self) -> None:
+            try:
+                await self.received.read()
+            finally:
+                raise ValueError("also at the end")
+
+    async with MemoryGuest(VirtualDevice(function := Grouped())) as guest:
+        for _ in range(3):
+            await guest.set_configuration(1)
+        function.fails = True
+        await guest.set_configuration(1)
+        assert not guest.faults
+        await guest.set_configuration(1)
+        await guest.wait(lambda: bool(guest.faults))
+        (group,) = guest.faults
+        assert isinstance(group, ExceptionGroup)
+        assert group.subgroup(ValueError) is not None
+        function.fails = False
+        await guest.set_configuration(1)
+        await guest.wait(lambda: len(guest.faults) == 2)
+        guest.faults.clear()
+
+
 async def test_a_run_that_raises(caplog: pytest.LogCaptureFixture) -> None:
     class Broken(Loopback):
         async def run(self) -> None:

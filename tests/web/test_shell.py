@@ -70,7 +70,7 @@ def test_attach(seen: Seen, storage: dict[str, Any] | None, rules: dict[str, Any
     name, arguments, named = executed(seen, command("web-1", "attach", params))
     assert (name, arguments[0], named["wait"]) == ("attach", "web-1", wait)
     devices = encode(arguments[1])
-    assert devices["sources"] == sources
+    assert devices["sources"] == [{**source, "mac": None} for source in sources]
     assert devices["storage"] == {**encode(StorageSettings()), **(storage or {})}
     assert devices["rules"] == {**encode(DeviceRules()), **(rules or {})}
 

@@ -18,7 +18,7 @@ from typing import Any, Final, Self
 from farplug.redirection import events as port_events
 from farplug.redirection.events import DeviceReport, PortEvent
 from farplug.text import printable
-from farplug.virtual.events import FunctionRaised, MediumLocked
+from farplug.virtual.events import FunctionRaised, LineChanged, MediumLocked
 
 log = logging.getLogger(__name__)
 
@@ -302,8 +302,8 @@ def level_of(event: PortEvent) -> Level:
     match event:
         case port_events.Repeated(last=last):
             return level_of(last)
-        case DeviceReport(event=MediumLocked()):
-            return Level.DETAIL  # systems lock a drive each time they look into it
+        case DeviceReport(event=MediumLocked() | LineChanged()):
+            return Level.DETAIL  # systems lock a drive, and set a line, each time they look into it
         case DeviceReport(event=FunctionRaised()):
             return Level.BAD
         case port_events.Detached(error=error):

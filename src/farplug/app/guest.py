@@ -110,7 +110,7 @@ class Guest:
         self.screen = self.screen_of(0)
         self.inputs = Inputs(lambda: self.session, self.screen_of)
         self.seat = Seat(self)
-        self._sources = Sources()
+        self._sources = Sources("" if settings is None else settings.target.public_target)
         self._owned: dict[Device, Sequence[OpenSource]] = {}
         """Devices made of sources that :meth:`plug` opened: disposed of when the guest is closed, or before."""
         self._locks: dict[Device, DeviceLock] = {}
@@ -820,6 +820,12 @@ class Guest:
         rules = rules or DeviceRules()
         if not sources and rules.auto_connect is None and rules.redirect_on_connect is None:
             raise UsageError("no device to attach is named", reason=Reason.BAD_SETTING)
+        if any(source.uses_stdio for source in sources):
+            raise UsageError(
+                "standard input and output belong to the command that started the session",
+                reason=Reason.BAD_SETTING,
+                remedy="name another end, such as pty",
+            )
         what = ", ".join(source.name for source in sources) or "everything"
         return await self._until_closed(self._attach(sources, storage, rules, wait), f"{shown(what)} was plugged in")
 

@@ -14,6 +14,7 @@ from threading import Event
 from typing import Final, TypeAlias
 
 from farplug.app.settings import FolderFormat, Source, SourceKind, StorageSettings
+from farplug.errors import Reason, UsageError
 from farplug.scsi.disk import DiskUnit
 from farplug.scsi.inquiry import CDROM_PRODUCT, PRODUCT
 from farplug.store import FileStore, OverlayStore, Store, open_iso
@@ -86,10 +87,12 @@ class Opening:
     Attributes:
         storage: how images and folders are opened.
         copying: called on the event loop while a folder is copied: bytes copied, bytes in all.
+        identity: the same each time that the source is opened, and another one for each source of each guest.
     """
 
     storage: StorageSettings
     copying: Callable[[int, int], None]
+    identity: str = ""
 
 
 Opener: TypeAlias = Callable[[Source, Opening], Awaitable[Medium | Parts]]
@@ -197,6 +200,31 @@ async def _open_tablet(source: Source, opening: Opening) -> Parts:
     return Parts([Tablet()], "Virtual Tablet")
 
 
+# Ends on this machine -----------------------------------------------------------------------------------------------
+
+
+async def _open_serial(source: Source, opening: Opening) -> Parts:
+    from farplug.ends import parse_serial_end
+    from farplug.virtual.serial import SerialLine
+
+    end = parse_serial_end(source.path)
+    await end.open()
+    return Parts([SerialLine(end)], "Virtual Serial Port", end.address)
+
+
+async def _open_network(source: Source, opening: Opening) -> Parts:
+    from farplug.ends import parse_network_end
+    from farplug.virtual.network import NetworkAdapter, parse_mac, stable_mac
+
+    try:
+        mac = stable_mac(opening.identity) if source.mac is None else parse_mac(source.mac)
+    except ValueError as error:
+        raise UsageError(str(error), reason=Reason.BAD_SETTING) from error
+    end = parse_network_end(source.path)
+    await end.open()
+    return Parts([NetworkAdapter(end, mac=mac)], "Virtual Network Adapter", f"{end.address}, {mac.hex(':')}")
+
+
 KINDS: Final[dict[SourceKind, Kind]] = {
     SourceKind.DISK: Kind(_open_disk),
     SourceKind.READ_ONLY_DISK: Kind(_open_read_only_disk, repeatable=True),
@@ -204,5 +232,7 @@ KINDS: Final[dict[SourceKind, Kind]] = {
     SourceKind.FOLDER: Kind(_open_folder, repeatable=True),
     SourceKind.KEYBOARD: Kind(_open_keyboard, "keyboard", repeatable=True),
     SourceKind.TABLET: Kind(_open_tablet, "tablet", repeatable=True),
+    SourceKind.SERIAL: Kind(_open_serial, "serial", repeatable=True),
+    SourceKind.NETWORK: Kind(_open_network, "network", repeatable=True),
 }
 """How sources are opened; USB devices of this machine are chosen instead (:mod:`farplug.app.auto`)."""

@@ -52,6 +52,8 @@ class SourceKind(StrEnum):
     USB_DEVICE = "usb-device"
     KEYBOARD = "keyboard"
     TABLET = "tablet"
+    SERIAL = "serial"
+    NETWORK = "network"
 
     @property
     def names(self) -> Names:
@@ -78,6 +80,8 @@ _NAMES = {
     SourceKind.USB_DEVICE: Names.OTHER,
     SourceKind.KEYBOARD: Names.NOTHING,
     SourceKind.TABLET: Names.NOTHING,
+    SourceKind.SERIAL: Names.OTHER,
+    SourceKind.NETWORK: Names.OTHER,
 }
 
 
@@ -88,22 +92,32 @@ class Source(_Settings):
     Attributes:
         kind: what it becomes in the guest.
         path: of the image or the folder; for a USB device how it is chosen (``1050:0407``, ``1-5``, ``serial:…``);
-            empty for kinds that need none, such as a keyboard.
+            for a serial line or a network adapter its end (``pty``, ``passt``, ``tcp-listen://:4000``); empty for kinds
+            that need none, such as a keyboard.
         snapshot: a disk only: the file that takes what the guest writes, so that the image stays as it is.
+        mac: a network adapter only: its MAC address; None: one that is the same each time.
 
     Raises:
-        ValueError: the path of a file is missing, or the kind has no path.
+        ValueError: the path of a file is missing, or the kind has no path or no MAC address.
     """
 
     kind: SourceKind
     path: str = ""
     snapshot: str | None = None
+    mac: str | None = None
 
     def __post_init__(self) -> None:
+        if self.mac is not None and self.kind is not SourceKind.NETWORK:
+            raise ValueError(f"mac has no meaning for a {self.kind}")
         if self.kind.names is Names.FILE and not self.path:
             raise ValueError("path is missing")
         if self.kind.names is Names.NOTHING and self.path:
             raise ValueError(f"path has no meaning for a {self.kind}")
+
+    @property
+    def uses_stdio(self) -> bool:
+        """Return whether the source uses the standard input and output of the process that opens it."""
+        return self.kind is SourceKind.SERIAL and self.path == "-"
 
     @property
     def name(self) -> str:
@@ -112,6 +126,10 @@ class Source(_Settings):
 
     def absolute(self) -> Self:
         """Return the same source with absolute paths, for a process with another working directory."""
+        if self.kind in (SourceKind.SERIAL, SourceKind.NETWORK):
+            from farplug.ends.address import absolute
+
+            return replace(self, path=absolute(self.path))
         if self.kind.names is not Names.FILE:
             return self
         snapshot = None if self.snapshot is None else os.path.abspath(self.snapshot)
@@ -147,6 +165,16 @@ class Source(_Settings):
     def tablet(cls) -> Self:
         """Return a USB tablet: a pointer with absolute positions."""
         return cls(SourceKind.TABLET)
+
+    @classmethod
+    def serial(cls, end: str) -> Self:
+        """Return a USB serial line with its end on this machine: :data:`farplug.ends.SERIAL_ENDS`."""
+        return cls(SourceKind.SERIAL, end)
+
+    @classmethod
+    def network(cls, end: str, *, mac: str | None = None) -> Self:
+        """Return a USB network adapter with its end on this machine: :data:`farplug.ends.NETWORK_ENDS`."""
+        return cls(SourceKind.NETWORK, end, mac=mac)
 
 
 class UsbSpeed(StrEnum):

@@ -56,9 +56,11 @@ class Sources:
     """The sources of a guest that are open.
 
     Attributes:
+        guest: the name of the guest, which no other one has.
         opened: those of its settings, in their order.
     """
 
+    guest: str = ""
     opened: list[OpenSource] = field(default_factory=list)
     _labels: set[str] = field(default_factory=set)
 
@@ -132,7 +134,9 @@ async def open_source(source: Source, storage: StorageSettings, sources: Sources
     """
     label, title = sources.name(source)
     try:
-        content = await KINDS[source.kind].open(source, Opening(storage, partial(copying, label)))
+        content = await KINDS[source.kind].open(
+            source, Opening(storage, partial(copying, label), f"{sources.guest} {label}")
+        )
     except ImageError as error:
         sources.free(label)
         raise _explained(source, error, sources) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
@@ -170,6 +171,40 @@ TabletOption: TypeAlias = Annotated[
         rich_help_panel=SOFTWARE,
     ),
 ]
+SerialOption: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--usb-serial",
+        metavar="END",
+        help="Plug in a USB serial line, whose other end is END on this machine: a new terminal whose path is printed "
+        "(pty, pty:LINK), this terminal (-, Ctrl-] leaves), a socket (tcp-listen://, tcp://, unix-listen:, unix:) or a "
+        "file:PATH. May be repeated.",
+        show_default=False,
+        rich_help_panel=SOFTWARE,
+    ),
+]
+NetworkOption: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--usb-network",
+        metavar="END",
+        help="Plug in a USB network adapter, whose cable leads to END: this user's network (passt), a socket that "
+        "carries frames as QEMU, gvproxy and socket_vmnet do (unix:, unix-listen:, tcp://, tcp-listen://), or an "
+        "interface of this machine (tap:NAME). May be repeated.",
+        show_default=False,
+        rich_help_panel=SOFTWARE,
+    ),
+]
+MacOption: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--network-mac",
+        metavar="MAC",
+        help="The MAC address of the --usb-network in the same place. By default it follows from the target.",
+        show_default=False,
+        rich_help_panel=SOFTWARE,
+    ),
+]
 FolderFormatOption: TypeAlias = Annotated[
     FolderFormat,
     typer.Option(
@@ -236,6 +271,11 @@ class Devices:
         """Return the same with absolute paths, for a process with another working directory."""
         return replace(self, sources=tuple(source.absolute() for source in self.sources))
 
+    @property
+    def uses_stdio(self) -> bool:
+        """Return whether standard input and output are the end of a serial line."""
+        return any(source.uses_stdio for source in self.sources)
+
     def check_any(self) -> None:
         """Check that there is something to plug in.
 
@@ -267,6 +307,9 @@ class DeviceOptions:
     force: ForceOption = False
     usb_keyboard: KeyboardOption = 0
     usb_tablet: TabletOption = 0
+    usb_serial: SerialOption = None
+    usb_network: NetworkOption = None
+    network_mac: MacOption = None
     usb_device: DevicesOption = None
     wait: WaitOption = False
     follow: FollowOption = Follow.DEVICE
@@ -296,6 +339,10 @@ class DeviceOptions:
                     reason=Reason.BAD_OPTION,
                     remedy=f"to let it write to the snapshot: --usb-disk {path}",
                 )
+        if len(self.network_mac or []) > len(self.usb_network or []):
+            raise UsageError("--network-mac has no effect without a --usb-network of its own", reason=Reason.BAD_OPTION)
+        if (self.usb_serial or []).count("-") > 1:
+            raise UsageError("two serial lines cannot have the same standard input", reason=Reason.BAD_OPTION)
         rules = self._rules()
         sources = {
             "usb_disk": [Source.disk(path, snapshot=file or self.snapshot_file) for path, file in disks],
@@ -305,6 +352,10 @@ class DeviceOptions:
             "usb_device": [Source.usb_device(device) for device in self.usb_device or []],
             "usb_keyboard": [Source.keyboard()] * self.usb_keyboard,
             "usb_tablet": [Source.tablet()] * self.usb_tablet,
+            "usb_serial": [Source.serial(end) for end in self.usb_serial or []],
+            "usb_network": [
+                Source.network(end, mac=mac) for end, mac in zip_longest(self.usb_network or [], self.network_mac or [])
+            ],
         }
         real = bool(self.usb_device) or self.auto_connect is not None or self.redirect_on_connect is not None
         _check_snapshots(disks, self.snapshot, self.snapshot_file, read_only=bool(self.usb_disk_ro), real=real)

@@ -53,6 +53,16 @@ KINDS = (
         "description": "a pointer with absolute positions, for 'farplug click'",
     },
     {
+        "kind": "USB serial line",
+        "option": "--usb-serial END",
+        "description": "a serial line to a terminal, a socket or a file of this machine",
+    },
+    {
+        "kind": "USB network adapter",
+        "option": "--usb-network END",
+        "description": "a network adapter in this user's network (passt), or in another one",
+    },
+    {
         "kind": "real device",
         "option": "--usb-device DEVICE",
         "description": "a USB device of this machine: VID:PID, BUS-ADDRESS, BUS-PORT.PORT, serial:..., or its name",

@@ -150,13 +150,19 @@ class _TextOutput(Output):
 
 
 class PlainOutput(_TextOutput):
-    """Log lines, for files and pipes."""
+    """Log lines, for files and pipes.
+
+    Args:
+        stream: takes the lines.
+        figures: write what the devices have moved, too.
+    """
 
     interval = 10.0
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, *, figures: bool = True) -> None:
         super().__init__()
         self._stream = stream
+        self._with_figures = figures
         self._shown: dict[str, Mapping[str, Any]] = {}
         self._labels: dict[str, str] = {}
 
@@ -166,7 +172,7 @@ class PlainOutput(_TextOutput):
         super().show(event)
 
     def refresh(self) -> None:
-        for attachment, figures in self._figures.items():
+        for attachment, figures in self._figures.items() if self._with_figures else ():
             text = figures_text(figures)
             if figures_text(self._shown.get(attachment, _NO_FIGURES)) != text:
                 self._shown[attachment] = figures
@@ -351,9 +357,15 @@ def _remedy(fields: Mapping[str, Any]) -> Remedy:
     )
 
 
-def choose(*, as_json: bool, commands: bool = False) -> Output:
+def choose(*, as_json: bool, commands: bool = False, between: bool = False, stream: TextIO | None = None) -> Output:
     """Return the output that fits: JSON if it is asked for, a live table on a terminal, log lines elsewhere and between
     the lines of ``--debug`` and the commands that the user types.
+
+    Args:
+        as_json: the user asked for JSON.
+        commands: the user types commands on the terminal.
+        between: the lines appear between what a guest sends to the terminal.
+        stream: takes log lines; None: standard output.
     """
     if as_json:
         return JsonOutput(sys.stdout)
@@ -364,6 +376,7 @@ def choose(*, as_json: bool, commands: bool = False) -> Output:
         and console.encoding.startswith("utf")
         and not log.debugging()
         and not commands
+        and not between
     ):
         return TerminalOutput(console)
-    return PlainOutput(sys.stdout)
+    return PlainOutput(stream or sys.stdout, figures=not between)

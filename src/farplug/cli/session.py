@@ -77,6 +77,7 @@ class _Session:
     ) -> None:
         self._output = output
         self._force = settings.storage.force
+        self._uses_stdio = any(source.uses_stdio for source in settings.sources)
         self._commands = commands
         self._work: asyncio.Task[None] | None = None
         self._interrupted = False
@@ -252,13 +253,17 @@ class _Session:
             from farplug.physical.device_thread import finish
 
             finish()  # this machine's devices get their drivers again
+        if self._uses_stdio:
+            from farplug.ends.stdio import restore
+
+            restore()
         os._exit(ExitCode.INTERRUPTED)
 
     # Passwords and bugs -------------------------------------------------------------------------------------------
 
     async def _ask_password(self, error: FarplugError) -> str | None:
         """Ask on the terminal, if there is one. Ctrl-C at the prompt ends the command."""
-        if not has_terminal():
+        if not has_terminal() or (self._uses_stdio and self._guest.served):  # the guest gets what the user types
             return None
         self._write(self._output.stop)
         log.say(f"farplug: {error.message}")

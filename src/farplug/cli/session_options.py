@@ -99,6 +99,8 @@ class SessionOptions:
                 reason=Reason.BAD_OPTION,
                 remedy="leave --commands out: other commands, such as 'farplug insert', reach the session",
             )
+        if devices.uses_stdio:
+            self._check_stdio()
         settings = GuestSettings(
             target,
             devices.sources,
@@ -118,10 +120,12 @@ class SessionOptions:
         from farplug.cli import output, session, writer
         from farplug.cli.service import ServiceOptions
 
-        if self.capture == "-":
-            sys.stdout = sys.stderr  # standard output is the capture
+        if self.capture == "-" or devices.uses_stdio:
+            sys.stdout = sys.stderr  # standard output is the capture, or what the guest sends
         writer.install()
-        shown = output.choose(as_json=self.json, commands=self.commands)
+        if devices.uses_stdio:
+            writer.use_carriage_returns()
+        shown = output.choose(as_json=self.json, commands=self.commands, between=devices.uses_stdio)
         service = ServiceOptions(self.name, required=self.name is not None)
         code = asyncio.run(session.run(settings, shown, commands=self.commands, service=service))
         if code is ExitCode.INTERRUPTED:
@@ -142,6 +146,17 @@ class SessionOptions:
                 reason=Reason.BAD_OPTION,
                 remedy="name a file or a named pipe",
             )
+
+    def _check_stdio(self) -> None:
+        """Raise ``UsageError`` if an option contradicts a serial line to standard input and output."""
+        options = {"--detach": self.detach, "--commands": self.commands, "--capture -": self.capture == "-"}
+        for option, given in options.items():
+            if given:
+                raise UsageError(
+                    f"{option} and --usb-serial - contradict each other: both are about standard input and output",
+                    reason=Reason.BAD_OPTION,
+                    remedy="choose another end, such as --usb-serial pty",
+                )
 
     def _start_in_background(self, settings: GuestSettings) -> None:
         from farplug.cli import background

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from json import dumps
 from pathlib import Path
 from typing import Any, Final
@@ -60,6 +62,9 @@ def attach(session: str | None, devices: Devices, *, wait: bool, as_json: bool) 
     Raises:
         SessionError: a device cannot be plugged in, or the user interrupted the command.
     """
+    if devices.uses_stdio:
+        run(_attach_console(session, devices))
+        return
     params = {**encode(devices.absolute()), "wait": wait}
     try:
         run(_attach(session, params, output.choose(as_json=as_json)))
@@ -112,7 +117,25 @@ def stop(session: str | None, shown: Output) -> None:
     run(_stop(session, shown))
 
 
-async def _attach(session: str | None, params: Mapping[str, Any], shown: Output) -> None:
+async def _attach_console(session: str | None, devices: Devices) -> None:
+    """Plug devices in, of which one is a serial line to this terminal. Take them out when the user leaves."""
+    from farplug.cli.console import console
+
+    shown = output.choose(as_json=False, between=True, stream=sys.stderr)
+    async with console() as terminal:
+        sources = [
+            replace(source, path=terminal.end) if source.uses_stdio else source for source in devices.absolute().sources
+        ]
+        attached = await _attach(session, {**encode(replace(devices, sources=tuple(sources))), "wait": True}, shown)
+        log.say("the serial line is connected to this terminal; Ctrl-] leaves, and takes it out of the VM")
+        await terminal.relay()
+        async with open_session(session) as client:
+            for one in attached["attachments"]:
+                await client.call("detach", {"device": one["id"]})
+
+
+async def _attach(session: str | None, params: Mapping[str, Any], shown: Output) -> Any:
+    """Plug devices in; return the result of the method ``attach``."""
     known: set[str] = set()
     """Devices that were there before."""
     skipped: list[Event] = []
@@ -127,7 +150,7 @@ async def _attach(session: str | None, params: Mapping[str, Any], shown: Output)
         known.update(_attachments(follower.snapshot))
         failed: FarplugError | None = None
         try:
-            await follower.call("attach", params)
+            result = await follower.call("attach", params)
         except FarplugError as error:
             failed = error
         for event in skipped:
@@ -135,6 +158,7 @@ async def _attach(session: str | None, params: Mapping[str, Any], shown: Output)
                 shown.show(event)
         if failed is not None:
             raise failed
+        return result
 
 
 def _left_attaching(session: str | None, devices: Devices) -> SessionError:

@@ -146,6 +146,7 @@ class QueuedStream(io.TextIOBase):
         writer: writes to its file.
 
     Attributes:
+        newline: ends a line.
         note: returns the text that stands in the place of a number of units that were left out; called when one is.
     """
 
@@ -157,6 +158,7 @@ class QueuedStream(io.TextIOBase):
         self._writer = writer
         self._text = ""
         self._lock = threading.Lock()
+        self.newline = "\n"
         writer.streams.append(self)
 
     @property
@@ -210,7 +212,7 @@ class QueuedStream(io.TextIOBase):
         return note
 
     def _encoded(self, text: str) -> bytes:
-        return text.encode(self.encoding, self.errors or "strict")
+        return text.replace("\n", self.newline).encode(self.encoding, self.errors or "strict")
 
     def on_failure(self, failed: Callable[[OSError], None]) -> None:
         """Call ``failed``, in another thread, with the error that ends the output: its reader is gone, for example."""
@@ -242,6 +244,13 @@ def install() -> None:
             _writers.append(shared := _Writer(descriptor))
         _replaced.append((name, stream))
         setattr(sys, name, cast(TextIO, QueuedStream(stream, shared)))
+
+
+def use_carriage_returns() -> None:
+    """End lines on terminals with a carriage return, too: a guest uses the terminal, which does not add it then."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, QueuedStream) and stream.isatty():
+            stream.newline = "\r\n"
 
 
 def _same_file(one: int, other: int) -> bool:

@@ -1,4 +1,4 @@
-"""Devices made of software: the kit for functions, disks and CD-ROM drives."""
+"""Devices made of software: the kit for functions, disks, CD-ROM drives and serial lines."""
 
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
         IsochronousOut,
     )
     from farplug.virtual.function import Function, FunctionHost, Numbers
+    from farplug.virtual.network import NetworkAdapter, network_device, parse_mac
+    from farplug.virtual.serial import LineCoding, LineState, Parity, SerialLine, serial_device
     from farplug.virtual.storage import MassStorage
 from farplug.virtual.storage_transport import StorageTransport
 
@@ -48,8 +50,13 @@ __all__ = [
     "InterruptOut",
     "IsochronousIn",
     "IsochronousOut",
+    "LineCoding",
+    "LineState",
     "MassStorage",
+    "NetworkAdapter",
     "Numbers",
+    "Parity",
+    "SerialLine",
     "Setting",
     "Stall",
     "StorageTransport",
@@ -66,6 +73,9 @@ __all__ = [
     "interrupt_out",
     "isochronous_in",
     "isochronous_out",
+    "network_device",
+    "parse_mac",
+    "serial_device",
 ]
 
 lazy_import(
@@ -94,12 +104,20 @@ lazy_import(
         "Disk": ".disk",
         "Function": ".function",
         "FunctionHost": ".function",
+        "LineCoding": ".serial",
+        "LineState": ".serial",
         "MassStorage": ".storage",
+        "NetworkAdapter": ".network",
         "Numbers": ".function",
+        "Parity": ".serial",
+        "SerialLine": ".serial",
         "StorageTransport": ".storage_transport",
         "VirtualDevice": ".device",
         "cdrom_device": ".cdrom",
         "disk_device": ".disk",
         "drives_of": ".cdrom",
+        "network_device": ".network",
+        "parse_mac": ".network",
+        "serial_device": ".serial",
     },
 )

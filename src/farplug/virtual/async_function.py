@@ -411,6 +411,10 @@ class AsyncFunction(Function, EndpointOwner):
         except Detached:
             if run is self._current:
                 raise  # of another function, perhaps
+        except ExceptionGroup as group:  # of the tasks of a TaskGroup
+            _, rest = group.split(Detached)
+            if run is self._current or rest is not None:
+                raise
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and isinstance(error := task.exception(), Exception):

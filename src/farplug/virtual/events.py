@@ -1,4 +1,4 @@
-"""Events of virtual devices: media, and functions that raise an exception."""
+"""Events of virtual devices: media, ends on this machine, serial lines, and functions that raise an exception."""
 
 from __future__ import annotations
 
@@ -58,6 +58,61 @@ class MediumLocked(MediumEvent):
 
     def __str__(self) -> str:
         return "locked by the guest" if self.locked else "unlocked by the guest"
+
+
+@dataclass(frozen=True, slots=True)
+class EndChanged(DeviceEvent):
+    """A peer came to an end, or left it.
+
+    Attributes:
+        function: what is connected to the end.
+        end: what a user needs to reach the end, such as the path of a terminal.
+        connected: whether a peer is there now.
+        text: what happened.
+    """
+
+    name: ClassVar[str] = "end-changed"
+    function: str
+    end: str
+    connected: bool
+    text: str
+
+    @property
+    def kind(self) -> Hashable:
+        return self.name, self.end
+
+    def __str__(self) -> str:
+        return f"{self.function}: {self.text}"
+
+
+@dataclass(frozen=True, slots=True)
+class LineChanged(DeviceEvent):
+    """The guest changed a serial line.
+
+    Attributes:
+        coding: rate, data bits, parity and stop bits: ``115200 8N1``.
+        dtr: whether Data Terminal Ready is on: a program of the guest has the line open.
+        rts: whether Request To Send is on.
+    """
+
+    name: ClassVar[str] = "line-changed"
+    coding: str
+    dtr: bool
+    rts: bool
+
+    def __str__(self) -> str:
+        signals = [name for name, on in (("DTR", self.dtr), ("RTS", self.rts)) if on]
+        return f"line set to {self.coding}, {' and '.join(signals) or 'neither DTR nor RTS'} on"
+
+
+@dataclass(frozen=True, slots=True)
+class LineBreak(DeviceEvent):
+    """The guest sent a break on a serial line."""
+
+    name: ClassVar[str] = "line-break"
+
+    def __str__(self) -> str:
+        return "break sent by the guest"
 
 
 @dataclass(frozen=True, slots=True)
