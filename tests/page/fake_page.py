@@ -302,7 +302,7 @@ class FakePage:
     def _drive(self, params: Json, data: bytes | None) -> Json:
         self.driver = {"holder": {"name": "mia", "you": True} if params["take"] else None, "watchers": 1}
         self._later("driving", self.driver)
-        return {"holder": self.driver["holder"]}
+        return {"holder": "mia" if params["take"] else None}
 
     def _check_text(self, params: Json, data: bytes | None) -> Json:
         lacking = "öß€" if params.get("layout", "us") == "us" else ""
@@ -492,7 +492,7 @@ def attachment(id: str, port: str, **fields: Any) -> Json:
         "id": id,
         "label": "scratch.raw",
         "units": ["scratch.raw"],
-        "details": {},
+        "details": [""],
         "port": port,
         "state": "in use",
         "error": None,

@@ -262,7 +262,7 @@ export class App {
 
   /** @param {string} method */
   supports(method) {
-    return (this.state.hello?.supported_methods ?? []).includes(method) || (this.state.server?.supported_methods ?? []).includes(method);
+    return (this.state.hello?.supported_methods ?? []).includes(method);
   }
 
   /** @param {string} name @param {any} data @param {ArrayBuffer | null} bytes */
@@ -350,6 +350,7 @@ export class App {
 
   /** Fetch what is in the CD-ROM drives. */
   async fetchDrives() {
+    if (!attachments(this.state).some(hasDrive)) return;
     this.dispatch({ type: "drives", drives: await this.request("list").catch(() => []) });
   }
 
@@ -811,9 +812,7 @@ export class App {
   }
 
   takeDrive() {
-    this.request("drive", { take: true, client: String(this.state.server?.user ?? "") }).then(
-      ({ holder }) => { if (holder !== undefined) this.dispatch({ type: "event", name: "driving", data: { holder, watchers: this.state.driver?.watchers ?? 0 }, now: this.wall() }); },
-      (error) => this.say(message(error)));
+    this.request("drive", { take: true, client: String(this.state.server?.user ?? "") }).catch((error) => this.say(message(error)));
   }
 
   phoneKeyboard() {
@@ -1058,6 +1057,11 @@ export class App {
     if (this.spans.key !== key) this.spans = { key, span: Math.max(1, attempt.time - this.now()) };
     return this.spans.span;
   }
+}
+
+/** @param {any} attachment @returns {boolean} whether it has a CD-ROM drive */
+function hasDrive(attachment) {
+  return attachment.units.some((/** @type {string} */ unit) => unit.startsWith("cdrom")) || /Virtual CD-ROM$/.test(String(attachment.identity ?? ""));
 }
 
 /** @param {any} error @returns {any} what is shown of it */

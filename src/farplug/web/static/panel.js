@@ -169,6 +169,7 @@ function device(app, port, number, attachment, reached) {
       const medium = app.state.drives[unit];
       return h("li", { key: unit }, icon(medium === undefined ? "i-disk" : "i-cd"), mid(medium ? medium.split("/").at(-1) : unit));
     })),
+    [attachment.details].flat().filter(Boolean).map((/** @type {string} */ detail) => h("p", { class: "detail" }, h("code", null, plain(detail)), copyButton(app, detail, "b link"))),
     what.client !== null && inUse ? streamed(app, attachment, what) : inUse && measures(app, attachment, what),
     app.ui.endpoints.has(attachment.id) && endpoints(attachment),
   ], app.ui.just.has(attachment.id) ? { "data-just": "plugged" } : {});
