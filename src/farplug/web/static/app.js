@@ -764,7 +764,7 @@ export class App {
   /** @param {HTMLElement} card */
   overlayMade(card) {
     const within = this.screen?.contains(document.activeElement) || document.activeElement === document.body;
-    if (within) this.after.push(() => (card.querySelector(".row .b") ?? card).focus());
+    if (within) this.after.push(() => /** @type {HTMLElement} */ (card.querySelector(".row .b") ?? card).focus());
   }
 
   /** @param {KeyboardEvent} event @param {boolean} down */

@@ -127,7 +127,7 @@ export const initial = Object.freeze({
   inputs: { locks: /** @type {string[]} */ ([]), mouse: "none" },
   /** @type {any[]} newest first */
   log: [],
-  logged: 0,
+  logged: /** @type {number} */ (0),
   /** @type {Record<string, any>} by id of the attachment */
   rates: {},
   /** @type {Record<string, number>} since when an attachment is in its state, by its id */
@@ -142,7 +142,7 @@ export const initial = Object.freeze({
   pending: [],
   /** @type {Refusal[]} */
   refusals: [],
-  refused: 0,
+  refused: /** @type {number} */ (0),
   /** @type {any} */
   devices: null,
   /** @type {{done: number, total: number} | null} */
