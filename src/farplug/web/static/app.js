@@ -493,6 +493,7 @@ export class App {
   async plug(params, about) {
     const port = about.port ?? this.firstFree();
     const refuse = (/** @type {any} */ error) => {
+      this.closeDialog();
       this.dispatch({ type: "refusal", refusal: { ...about, port, error: fields(error), retry: { method: "attach", params } } });
       this.showSockets();
       return null;
@@ -503,6 +504,7 @@ export class App {
     }
     if (!this.isFree(port)) return refuse(refusal("no-free-port", T.socketTaken, T.socketTakenRemedy));
     const id = ++this.requests;
+    this.closeDialog();
     this.dispatch({ type: "pending", pending: { ...about, id, port, what: "attach" } });
     this.showSockets();
     try {
@@ -581,6 +583,11 @@ export class App {
     this.setUi({ sure: null });
     if (request.method === "attach") this.plug(request.params, { port: refused.port, title: refused.title, what: refused.what, icon: refused.icon, device: refused.device });
     else this.change(request.method, request.params, refused.attachment, refused.word);
+  }
+
+  /** @param {any} attachment a security key @param {any} question @param {"allow" | "refuse"} answer */
+  answer(attachment, question, answer) {
+    this.request("presence", { answer, attachment: attachment.id, request: question.request }).catch((error) => this.say(message(error)));
   }
 
   // Files of this browser

@@ -13,7 +13,7 @@ import { T } from "./texts.js";
 const PACE = 50;
 /** Characters that one request types: a session accepts 8192 in a string. */
 export const PIECE = 4000;
-const MARKS = /** @type {Record<string, string>} */ ({ good: "s-on", progress: "s-wait", bad: "s-stop", info: "s-off" });
+const MARKS = /** @type {Record<string, string>} */ ({ good: "s-on", progress: "s-wait", bad: "s-stop", info: "s-off", asks: "s-ask" });
 
 /** @param {App} app */
 export function dock(app) {
