@@ -240,6 +240,10 @@ function menu(app, attachment, what, name) {
   if (what.cd && attachment.units.length <= 1) {
     items.push({ text: T.insertAnother, act: () => app.openDialog({ insert: attachment }) });
     items.push({ text: T.unplugDrive, act: () => app.unplug(attachment, false) });
+    if (!driveEmpty(app, attachment, what)) {
+      const eject = { drive: attachment.units[0] ?? attachment.label };
+      items.push({ text: T.copyEject, code: app.commandFor("eject", eject), act: () => app.copyCommand("eject", eject) });
+    }
   }
   const plug = plugCommand(attachment);
   if (plug) items.push({ text: T.copyPlug, code: app.commandFor("attach", plug), act: () => app.copyCommand("attach", plug) });
@@ -480,7 +484,8 @@ function deviceRow(app, one) {
     one.state === "refused" && h("p", { class: "reason" }, icon("s-stop", "s"), plain(sentence(one.message)), one.remedy && !one.command && ` ${plain(sentence(one.remedy))}`),
     one.state === "refused" && one.command && one.remedy && h("p", { class: "remedy" }, plain(advice(one))),
     free && one.caution && h("p", { class: "note" }, icon("s-warn", "s"), h("span", null, plain(sentence(one.caution.message))))),
-  free && act && h("button", { class: "b act", type: "button", disabled: busy, "aria-label": `${T.plugIn} ${plain(one.name)}`, onclick: plug }, busy ? T.pluggingIn : T.plugIn),
+  free && act && h("div", { class: "acts" }, copyIcon(app, { sources: [{ kind: "usb-device", path: one.id }] }, plain(one.name)),
+    h("button", { class: "b act", type: "button", disabled: busy, "aria-label": `${T.plugIn} ${plain(one.name)}`, onclick: plug }, busy ? T.pluggingIn : T.plugIn)),
   one.state === "attached" && h("span", { class: "dim small" }, T.inVm),
   one.state === "refused" && one.command && act && copyButton(app, one.command, "b act"),
   force && act && h("button", { class: "b act danger", type: "button", onclick: plug }, T.plugAnyway));
@@ -527,13 +532,20 @@ export function pathNav(app, path, go) {
   }));
 }
 
+/** @param {App} app @param {any} params of the request that plugs it in @param {string} name */
+function copyIcon(app, params, name) {
+  const shell = app.commandFor("attach", params);
+  return shell && h("button", { class: "b icon quiet", type: "button", title: shell, "aria-label": `${T.copyPlugOf} ${name}`, onclick: () => app.copy(shell) }, icon(app.ui.copied === shell ? "i-check" : "i-terminal"));
+}
+
 /** @param {App} app */
 export function virtualList(app) {
   return [
     h("p", { class: "source" }, T.virtualText),
     h("ul", { class: "devices" }, T.virtualKinds.map(([kind, symbol, name, about]) => h("li", { key: kind }, icon(symbol),
       h("div", null, h("h3", null, name), h("p", { class: "ids" }, about)),
-      mayAct(app.state) && h("button", { class: "b act", type: "button", "aria-label": `${T.plugIn} ${name}`, onclick: () => app.plug({ sources: [{ kind }] }, { port: app.ui.dialog?.port ?? null, title: name, what: T.kinds[kind], icon: symbol }) }, T.plugIn)))),
+      mayAct(app.state) && h("div", { class: "acts" }, copyIcon(app, { sources: [{ kind }] }, name),
+        h("button", { class: "b act", type: "button", "aria-label": `${T.plugIn} ${name}`, onclick: () => app.plug({ sources: [{ kind }] }, { port: app.ui.dialog?.port ?? null, title: name, what: T.kinds[kind], icon: symbol }) }, T.plugIn))))),
   ];
 }
 

@@ -212,6 +212,8 @@ export const T = {
   endpointWay: (/** @type {number} */ address) => (address === 0 ? "both" : address & 0x80 ? "to the VM" : "from the VM"),
   copyPlug: "Copy the command that plugs it in",
   copyUnplug: "Copy the command that unplugs it",
+  copyEject: "Copy the command that ejects it",
+  copyPlugOf: "Copy the command that plugs in",
   wroteJustNow: (/** @type {number} */ seconds) => `The VM wrote ${seconds.toFixed(1)}${N}s ago.`,
   unplugAnyway: "Unplug anyway",
   wait: "Wait",
