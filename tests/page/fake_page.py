@@ -302,7 +302,7 @@ class FakePage:
     def _drive(self, params: Json, data: bytes | None) -> Json:
         self.driver = {"holder": {"name": "mia", "you": True} if params["take"] else None, "watchers": 1}
         self._later("driving", self.driver)
-        return {"holder": self.driver["holder"]}
+        return {"holder": "mia" if params["take"] else None}
 
     def _check_text(self, params: Json, data: bytes | None) -> Json:
         lacking = "öß€" if params.get("layout", "us") == "us" else ""
@@ -329,7 +329,7 @@ class FakePage:
                 "folder": "--usb-folder",
                 "usb-device": "--usb-device",
             }
-            words = " ".join(f"{options[one['kind']]} {one['path']}" for one in fields["sources"])
+            words = " ".join(f"{options.get(one['kind'])} {one.get('path')}" for one in fields["sources"])
             return {"command": f"farplug attach -s web1 {words}"}
         words = " ".join(str(value) for value in fields.values())
         return {"command": f"farplug {method} -s web1 {words}"}
@@ -338,7 +338,8 @@ class FakePage:
         source = params["sources"][0]
         number = params.get("port", 0)
         id = f"g1.a{self.snapshot['last_event']}"
-        name = self.offered.get(source["path"].removeprefix("client:"), source["path"].rpartition("/")[2])
+        path = source.get("path", source["kind"])
+        name = self.offered.get(path.removeprefix("client:"), path.rpartition("/")[2])
         identity = f"1d6b:0104 farplug Virtual {'CD-ROM' if source['kind'] == 'cdrom' else 'Disk'}"
         label = "cdrom0" if source["kind"] == "cdrom" else name
         self._on_loop(
@@ -492,7 +493,7 @@ def attachment(id: str, port: str, **fields: Any) -> Json:
         "id": id,
         "label": "scratch.raw",
         "units": ["scratch.raw"],
-        "details": {},
+        "details": [""],
         "port": port,
         "state": "in use",
         "error": None,

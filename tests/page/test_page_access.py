@@ -202,6 +202,7 @@ ORDER = [
     "Plug in… Socket 2",
     "Plug in… Socket 3",
     "Devices2",
+    "Copy the command that plugs in YubiKey 5 NFC",
     "Plug in YubiKey 5 NFC",
     "Plug in anyway…",
 ]

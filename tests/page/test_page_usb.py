@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import time
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +301,53 @@ class TestPlugging:
         page.keyboard.press("Escape")
         expect(page.get_by_role("menu")).to_have_count(0)
         expect(page.get_by_role("button", name="More about scratch.raw")).to_be_focused()
+
+
+class TestSecurityKey:
+    def ask(self, fake: FakePage) -> None:
+        fake.attachment("g1.a1", "usbredir 0", label="keys.json", units=["keys.json"], identity="farplug Security Key")
+        fake.event(
+            "presence-asked",
+            attachment="g1.a1",
+            device="keys.json",
+            port="usbredir 0",
+            state="in use",
+            interface=0,
+            request=7,
+            use="sign-in",
+            site="login.example.org",
+            user="mia",
+            seconds=30,
+            until=time.time() + 25,
+            message="login.example.org asks for a touch",
+        )
+
+    def test_a_touch(self, fake: FakePage, page: Page) -> None:
+        fake.handlers["presence"] = lambda params, data: None
+        self.ask(fake)
+        row = page.get_by_role("alertdialog", name="Asks for a touch: keys.json")
+        expect(row).to_contain_text("login.example.org wants to sign you in as mia.")
+        expect(row).to_contain_text("s left")
+        expect(page.locator(".log .asks")).to_contain_text("login.example.org asks for a touch")
+        assert page.evaluate("document.activeElement === document.body")
+        row.get_by_role("button", name="Touch").click()
+        assert fake.wait("presence").params == {"answer": "allow", "attachment": "g1.a1", "request": 7}
+        common = {"attachment": "g1.a1", "device": "keys.json", "port": "usbredir 0", "state": "in use"}
+        fake.event("presence-answered", **common, interface=0, request=7, answer="allow")
+        expect(row).to_have_count(0)
+
+    def test_over_the_picture_while_the_panel_is_folded_away(self, fake: FakePage, page: Page) -> None:
+        fake.handlers["presence"] = lambda params, data: None
+        page.get_by_role("button", name="USB panel").click()
+        self.ask(fake)
+        page.locator(".floating").get_by_role("button", name="Refuse").click()
+        assert fake.wait("presence").params["answer"] == "refuse"
+
+
+def test_a_virtual_device(fake: FakePage, page: Page) -> None:
+    page.get_by_role("tab", name="Virtual").click()
+    page.get_by_role("button", name="Plug in USB keyboard").click()
+    assert fake.wait("attach").params == {"sources": [{"kind": "keyboard"}], "port": 0, "wait": False}
 
 
 class TestDialog:

@@ -262,7 +262,7 @@ export class App {
 
   /** @param {string} method */
   supports(method) {
-    return (this.state.hello?.supported_methods ?? []).includes(method) || (this.state.server?.supported_methods ?? []).includes(method);
+    return (this.state.hello?.supported_methods ?? []).includes(method);
   }
 
   /** @param {string} name @param {any} data @param {ArrayBuffer | null} bytes */
@@ -350,6 +350,7 @@ export class App {
 
   /** Fetch what is in the CD-ROM drives. */
   async fetchDrives() {
+    if (!attachments(this.state).some(hasDrive)) return;
     this.dispatch({ type: "drives", drives: await this.request("list").catch(() => []) });
   }
 
@@ -492,6 +493,7 @@ export class App {
   async plug(params, about) {
     const port = about.port ?? this.firstFree();
     const refuse = (/** @type {any} */ error) => {
+      this.closeDialog();
       this.dispatch({ type: "refusal", refusal: { ...about, port, error: fields(error), retry: { method: "attach", params } } });
       this.showSockets();
       return null;
@@ -502,6 +504,7 @@ export class App {
     }
     if (!this.isFree(port)) return refuse(refusal("no-free-port", T.socketTaken, T.socketTakenRemedy));
     const id = ++this.requests;
+    this.closeDialog();
     this.dispatch({ type: "pending", pending: { ...about, id, port, what: "attach" } });
     this.showSockets();
     try {
@@ -580,6 +583,11 @@ export class App {
     this.setUi({ sure: null });
     if (request.method === "attach") this.plug(request.params, { port: refused.port, title: refused.title, what: refused.what, icon: refused.icon, device: refused.device });
     else this.change(request.method, request.params, refused.attachment, refused.word);
+  }
+
+  /** @param {any} attachment a security key @param {any} question @param {"allow" | "refuse"} answer */
+  answer(attachment, question, answer) {
+    this.request("presence", { answer, attachment: attachment.id, request: question.request }).catch((error) => this.say(message(error)));
   }
 
   // Files of this browser
@@ -763,7 +771,7 @@ export class App {
   /** @param {HTMLElement} card */
   overlayMade(card) {
     const within = this.screen?.contains(document.activeElement) || document.activeElement === document.body;
-    if (within) this.after.push(() => (card.querySelector(".row .b") ?? card).focus());
+    if (within) this.after.push(() => /** @type {HTMLElement} */ (card.querySelector(".row .b") ?? card).focus());
   }
 
   /** @param {KeyboardEvent} event @param {boolean} down */
@@ -811,9 +819,7 @@ export class App {
   }
 
   takeDrive() {
-    this.request("drive", { take: true, client: String(this.state.server?.user ?? "") }).then(
-      ({ holder }) => { if (holder !== undefined) this.dispatch({ type: "event", name: "driving", data: { holder, watchers: this.state.driver?.watchers ?? 0 }, now: this.wall() }); },
-      (error) => this.say(message(error)));
+    this.request("drive", { take: true, client: String(this.state.server?.user ?? "") }).catch((error) => this.say(message(error)));
   }
 
   phoneKeyboard() {
@@ -1058,6 +1064,11 @@ export class App {
     if (this.spans.key !== key) this.spans = { key, span: Math.max(1, attempt.time - this.now()) };
     return this.spans.span;
   }
+}
+
+/** @param {any} attachment @returns {boolean} whether it has a CD-ROM drive */
+function hasDrive(attachment) {
+  return attachment.units.some((/** @type {string} */ unit) => unit.startsWith("cdrom")) || /Virtual CD-ROM$/.test(String(attachment.identity ?? ""));
 }
 
 /** @param {any} error @returns {any} what is shown of it */

@@ -2,7 +2,7 @@
 
 import { h, icon, mid, plain } from "./dom.js";
 import { bytes, day } from "./figures.js";
-import { deviceList, pathNav, problemText } from "./panel.js";
+import { deviceList, pathNav, problemText, virtualList } from "./panel.js";
 import { command, tabs } from "./parts.js";
 import { T } from "./texts.js";
 
@@ -18,16 +18,16 @@ export function dialog(app) {
   const change = (/** @type {any} */ fields) => app.setUi({ dialog: { ...app.ui.dialog, ...fields } });
   const request = wanted(app);
   const shell = request === null ? "" : app.commandFor(request.method, request.params);
-  const choices = chosen.insert ? ["image", "browser"] : ["image", "folder", "device", "browser"];
-  const icons = /** @type {Record<string, string>} */ ({ image: "i-disk", folder: "i-folder", device: "i-device", browser: "i-up" });
-  const words = /** @type {Record<string, string>} */ ({ image: T.image, folder: T.folder, device: T.device, browser: T.thisBrowser });
+  const choices = chosen.insert ? ["image", "browser"] : ["image", "folder", "device", "browser", "virtual"];
+  const icons = /** @type {Record<string, string>} */ ({ image: "i-disk", folder: "i-folder", device: "i-device", browser: "i-up", virtual: "i-keyboard" });
+  const words = /** @type {Record<string, string>} */ ({ image: T.image, folder: T.folder, device: T.device, browser: T.thisBrowser, virtual: T.virtual });
   const files = chosen.tab === "image" || chosen.tab === "folder";
   return [h("form", { method: "dialog", onsubmit: (/** @type {Event} */ event) => { event.preventDefault(); submit(app, request); } },
     h("header", null, h("h2", { id: "attach-t" }, chosen.insert ? T.insertInto(plain(chosen.insert.units[0] ?? chosen.insert.label)) : T.plugIntoSocket(chosen.port)),
       h("button", { class: "b icon quiet", type: "button", "aria-label": T.close, onclick: () => app.closeDialog() }, icon("i-close"))),
     tabs(T.whatToPlug, choices.map((name) => ({ name, content: [icon(icons[name]), words[name]] })), chosen.tab, (tab) => change({ tab, selected: null }), { panel: "attach-p" }),
     h("div", { class: "pick", id: "attach-p", role: "tabpanel", "aria-label": words[chosen.tab] },
-      files ? [fileList(app, chosen, change), how(app, chosen, change)] : chosen.tab === "device" ? h("div", { class: "files one" }, deviceList(app))
+      files ? [fileList(app, chosen, change), how(app, chosen, change)] : chosen.tab === "device" ? h("div", { class: "files one" }, deviceList(app)) : chosen.tab === "virtual" ? h("div", { class: "files one" }, virtualList(app))
         : h("div", { class: "files one frombrowser" }, h("p", null, T.browserText),
           h("p", { class: "row" }, h("button", { class: "b", type: "button", onclick: () => { app.chooseFile(chosen.insert ? null : chosen.port, false, chosen.insert); app.closeDialog(); } }, T.choose),
             app.canUpload() && h("button", { class: "b", type: "button", onclick: () => { app.chooseFile(chosen.insert ? null : chosen.port, true, chosen.insert); app.closeDialog(); } }, T.uploadFirst)))),

@@ -11,9 +11,11 @@ import { T } from "./texts.js";
 
 /** Characters that a session types in a second, see docs/screen.md. */
 const PACE = 50;
+/** Characters of a text whose command is shown. */
+const MAX_COMMAND = 60;
 /** Characters that one request types: a session accepts 8192 in a string. */
 export const PIECE = 4000;
-const MARKS = /** @type {Record<string, string>} */ ({ good: "s-on", progress: "s-wait", bad: "s-stop", info: "s-off" });
+const MARKS = /** @type {Record<string, string>} */ ({ good: "s-on", progress: "s-wait", bad: "s-stop", info: "s-off", asks: "s-ask" });
 
 /** @param {App} app */
 export function dock(app) {
@@ -86,6 +88,7 @@ function typeBox(app) {
   const missing = type.missing;
   const full = missing.length === 0 ? null : layouts.find((/** @type {any} */ one) => one.name !== type.layout && missing.every((/** @type {any} */ miss) => miss.layouts?.includes(one.name)));
   const progress = type.progress;
+  const shell = !busy && !type.hidden && count > 0 && count <= MAX_COMMAND && missing.length === 0 ? app.commandFor("type", { text: type.text, ...(type.layout && layouts.length > 1 ? { layout: type.layout } : {}) }) : "";
   return h("form", { key: "type", class: "typebox", onsubmit: (/** @type {Event} */ event) => { event.preventDefault(); app.typeText(); } },
     h("div", { class: "typing" },
       h("label", { for: "type-text" }, type.hidden ? T.hiddenText : T.text),
@@ -112,7 +115,8 @@ function typeBox(app) {
           h("span", { class: "n dim" }, T.typingNow(Math.min(progress.total, progress.done + (typing?.done ?? 0)), progress.total, (progress.total - progress.done - (typing?.done ?? 0)) / PACE)))
         : h("p", { class: "row", key: "idle" }, h("button", { class: "b main", type: "submit", disabled: count === 0 || missing.length > 0 }, T.typeIt),
           missing.length > 0 && h("button", { class: "b", type: "button", onclick: () => app.leaveOut() }, T.leaveOut(missing.length)),
-          count > 0 && h("span", { class: "n dim" }, T.characters(count, count / PACE)))));
+          count > 0 && h("span", { class: "n dim" }, T.characters(count, count / PACE))),
+      shell && h("div", { key: "shell", class: "wholerow" }, command(app, shell))));
 }
 
 /** @param {string} text @param {any[]} missing `index` counts characters */

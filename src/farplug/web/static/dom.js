@@ -10,7 +10,7 @@ const PROPERTIES = new Set(["value", "checked", "disabled", "hidden", "open"]);
 
 /**
  * @typedef {{tag: string, key: string | undefined, props: Record<string, any>, children: (Described | string)[]}} Described
- * @typedef {Described | string | number | null | undefined | false | Content[]} Content
+ * @typedef {any} Content a description, text, a number, an array of them; null, undefined, false: nothing
  */
 
 /**

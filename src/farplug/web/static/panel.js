@@ -95,7 +95,8 @@ export function kind(app, attachment) {
   const client = String(media ?? "").startsWith("client:") ? String(media).slice("client:".length) : null;
   let words = T.kinds[first ? (first.kind === "disk" && first.snapshot ? "disk-snapshot" : first.kind) : cd ? "cdrom" : disk ? "plain" : "device"] ?? T.kinds.device;
   if (client !== null) words = `${words} ${app.media.has(client) ? T.fromBrowser : T.fromAnotherBrowser}`;
-  const symbol = cd ? "i-cd" : first?.kind === "folder" ? "i-folder" : disk ? "i-disk" : deviceIcon([identity, attachment.label].join(" "));
+  const virtual = /** @type {Record<string, string>} */ ({ keyboard: "i-keyboard", tablet: "i-drive", serial: "i-serial", network: "i-network", fido: "i-key" });
+  const symbol = cd ? "i-cd" : first?.kind === "folder" ? "i-folder" : disk ? "i-disk" : first && virtual[first.kind] ? virtual[first.kind] : deviceIcon([identity, attachment.label].join(" "));
   return { words, icon: symbol, cd, disk, client };
 }
 
@@ -156,7 +157,13 @@ function device(app, port, number, attachment, reached) {
   const words = inUse ? stateWords("s-on", T.inUseState) : stateWords("s-wait", T.attached);
   const waits = inUse ? speed : attachment.state === "attached" ? T.waits(seconds) : attachment.state === "waiting" ? T.waitsForVm(seconds) : T.openingPort;
   const about = attachment.units.length > 1 ? T.shareSocket : what.words;
+  const question = inUse ? (attachment.questions ?? [])[0] : undefined;
   const asking = app.ui.confirm?.attachment === attachment.id ? app.ui.confirm : null;
+  if (question !== undefined) return row(app, port, number, "asks", portPicture("p-plugged", "i-key"), [
+    h("div", { class: "head" }, h("h3", null, mid(name)), act && actions(app, attachment, what, name, busy)),
+    app.ui.menu === attachment.id && act && menu(app, attachment, what, name),
+    ...ask(app, attachment, question, "row"),
+  ], { role: "alertdialog", "aria-label": `${T.asksTouch}: ${plain(name)}` });
   return row(app, port, number, inUse ? "in-use" : "waiting", portPicture(inUse ? "p-plugged" : "p-wait", what.icon), [
     h("div", { class: "head" }, h("h3", null, mid(name)), act && actions(app, attachment, what, name, busy)),
     app.ui.menu === attachment.id && act && menu(app, attachment, what, name),
@@ -169,9 +176,42 @@ function device(app, port, number, attachment, reached) {
       const medium = app.state.drives[unit];
       return h("li", { key: unit }, icon(medium === undefined ? "i-disk" : "i-cd"), mid(medium ? medium.split("/").at(-1) : unit));
     })),
+    [attachment.details].flat().filter(Boolean).map((/** @type {string} */ detail) => h("p", { class: "detail" }, h("code", null, plain(detail)), copyButton(app, detail, "b link"))),
     what.client !== null && inUse ? streamed(app, attachment, what) : inUse && measures(app, attachment, what),
     app.ui.endpoints.has(attachment.id) && endpoints(attachment),
   ], app.ui.just.has(attachment.id) ? { "data-just": "plugged" } : {});
+}
+
+/**
+ * Return the words and buttons of what a program in the VM asks the user of a security key.
+ *
+ * @param {App} app @param {any} attachment @param {any} question @param {string} place
+ */
+function ask(app, attachment, question, place) {
+  const left = Math.max(0, Math.ceil(question.until - app.now()));
+  const act = mayAct(app.state);
+  const words = T.asks[question.use];
+  const site = h("b", null, plain(question.site || "?"));
+  return [
+    h("p", { class: "state ask" }, stateWords("s-ask", T.asksTouch), ` · ${T.securityKey}`),
+    h("div", { class: "askbox" },
+      act && h("button", { key: "touch", class: "touchkey", type: "button", id: `touch-${place}`, onclick: () => app.answer(attachment, question, "allow") }, h("svg", { viewBox: "0 0 32 32", "aria-hidden": "true" }, h("use", { href: "static/icons.svg#i-touch" })), T.touch),
+      h("div", null,
+        h("p", null, words ? [site, words[0], question.user && [words[1], h("b", null, plain(question.user))], "."] : question.use === "select" ? T.asksSelect : question.use === "reset" ? T.asksReset : T.asksOther),
+        h("p", { class: "n dim" }, T.secondsLeft(left)),
+        h("progress", { max: String(Math.max(1, question.seconds)), value: Math.min(left, question.seconds), "aria-label": T.secondsLabel }),
+        act && h("p", { class: "row" }, h("button", { class: "b", type: "button", onclick: () => app.answer(attachment, question, "refuse") }, T.refuse)))),
+  ];
+}
+
+/** Return the question over the picture, where the panel is not to be seen. @param {App} app */
+export function floatingAsk(app) {
+  if (app.ui.panel && !app.ui.full && !app.narrow) return null;
+  if (app.narrow && !app.ui.full && app.ui.tab === "usb") return null;
+  const attachment = attachments(app.state).find((one) => one.state === "in use" && (one.questions ?? []).length > 0);
+  if (attachment === undefined) return null;
+  return h("div", { key: "ask", class: "floating asks", role: "alertdialog", "aria-label": `${T.asksTouch}: ${plain(attachment.label)}` },
+    h("h3", null, mid(attachment.label)), ask(app, attachment, attachment.questions[0], "float"));
 }
 
 /** @param {App} app @param {any} attachment @param {any} what @param {string} name @param {any} busy */
@@ -200,6 +240,10 @@ function menu(app, attachment, what, name) {
   if (what.cd && attachment.units.length <= 1) {
     items.push({ text: T.insertAnother, act: () => app.openDialog({ insert: attachment }) });
     items.push({ text: T.unplugDrive, act: () => app.unplug(attachment, false) });
+    if (!driveEmpty(app, attachment, what)) {
+      const eject = { drive: attachment.units[0] ?? attachment.label };
+      items.push({ text: T.copyEject, code: app.commandFor("eject", eject), act: () => app.copyCommand("eject", eject) });
+    }
   }
   const plug = plugCommand(attachment);
   if (plug) items.push({ text: T.copyPlug, code: app.commandFor("attach", plug), act: () => app.copyCommand("attach", plug) });
@@ -390,14 +434,14 @@ function plugin(app) {
   const when = over === "lost" || over === "gone" || over === "ended" ? T.whenBack : !mayAct(state) && state.driver?.holder ? T.whenDrive : null;
   const devices = state.devices?.devices;
   const shown = app.ui.source;
-  const source = { devices: deviceList, images: imageList, browser: browserPart }[shown] ?? deviceList;
+  const source = { devices: deviceList, images: imageList, browser: browserPart, virtual: virtualList }[shown] ?? deviceList;
   return h("section", { class: "plugin", "aria-labelledby": "plugin-t" },
     h("header", null, h("h2", { id: "plugin-t" }, T.plugIn), when && h("p", null, when)),
     tabs(T.whatToPlug, [
       { name: "devices", content: [T.devices, devices && h("b", { class: "n" }, devices.filter(isPlain).length)] },
-      { name: "images", content: T.images }, { name: "browser", content: T.thisBrowser },
+      { name: "images", content: T.images }, { name: "browser", content: T.thisBrowser }, { name: "virtual", content: T.virtual },
     ], shown, (name) => app.setUi({ source: name }), { panel: "plugin-p" }),
-    h("div", { role: "tabpanel", id: "plugin-p", "aria-label": { devices: T.devices, images: T.images, browser: T.thisBrowser }[shown] }, source(app)));
+    h("div", { role: "tabpanel", id: "plugin-p", "aria-label": { devices: T.devices, images: T.images, browser: T.thisBrowser, virtual: T.virtual }[shown] }, source(app)));
 }
 
 /** @param {any} device root hubs are a part of the machine */
@@ -429,7 +473,7 @@ function deviceRow(app, one) {
   const free = one.state === "free";
   const busy = app.state.pending.some((pending) => pending.device === one.id);
   const symbol = deviceIcon(`${(one.classes ?? []).join(" ")} ${one.name}`);
-  const plug = () => app.plugDevice(one, null);
+  const plug = () => app.plugDevice(one, app.ui.dialog?.port ?? null);
   const force = !free && one.state === "refused" && (one.forceable || one.setting === "rules.force");
   return h("li", {
     key: `device-${one.id}`, class: free ? undefined : "no", draggable: free && act ? "true" : undefined,
@@ -440,7 +484,8 @@ function deviceRow(app, one) {
     one.state === "refused" && h("p", { class: "reason" }, icon("s-stop", "s"), plain(sentence(one.message)), one.remedy && !one.command && ` ${plain(sentence(one.remedy))}`),
     one.state === "refused" && one.command && one.remedy && h("p", { class: "remedy" }, plain(advice(one))),
     free && one.caution && h("p", { class: "note" }, icon("s-warn", "s"), h("span", null, plain(sentence(one.caution.message))))),
-  free && act && h("button", { class: "b act", type: "button", disabled: busy, "aria-label": `${T.plugIn} ${plain(one.name)}`, onclick: plug }, busy ? T.pluggingIn : T.plugIn),
+  free && act && h("div", { class: "acts" }, copyIcon(app, { sources: [{ kind: "usb-device", path: one.id }] }, plain(one.name)),
+    h("button", { class: "b act", type: "button", disabled: busy, "aria-label": `${T.plugIn} ${plain(one.name)}`, onclick: plug }, busy ? T.pluggingIn : T.plugIn)),
   one.state === "attached" && h("span", { class: "dim small" }, T.inVm),
   one.state === "refused" && one.command && act && copyButton(app, one.command, "b act"),
   force && act && h("button", { class: "b act danger", type: "button", onclick: plug }, T.plugAnyway));
@@ -485,6 +530,23 @@ export function pathNav(app, path, go) {
     const last = index === parts.length;
     return [index > 0 && icon("i-right"), last ? h("b", null, plain(name)) : h("button", { class: "b link", type: "button", onclick: () => go(parts.slice(0, index).join("/")) }, plain(name))];
   }));
+}
+
+/** @param {App} app @param {any} params of the request that plugs it in @param {string} name */
+function copyIcon(app, params, name) {
+  const shell = app.commandFor("attach", params);
+  return shell && h("button", { class: "b icon quiet", type: "button", title: shell, "aria-label": `${T.copyPlugOf} ${name}`, onclick: () => app.copy(shell) }, icon(app.ui.copied === shell ? "i-check" : "i-terminal"));
+}
+
+/** @param {App} app */
+export function virtualList(app) {
+  return [
+    h("p", { class: "source" }, T.virtualText),
+    h("ul", { class: "devices" }, T.virtualKinds.map(([kind, symbol, name, about]) => h("li", { key: kind }, icon(symbol),
+      h("div", null, h("h3", null, name), h("p", { class: "ids" }, about)),
+      mayAct(app.state) && h("div", { class: "acts" }, copyIcon(app, { sources: [{ kind }] }, name),
+        h("button", { class: "b act", type: "button", "aria-label": `${T.plugIn} ${name}`, onclick: () => app.plug({ sources: [{ kind }] }, { port: app.ui.dialog?.port ?? null, title: name, what: T.kinds[kind], icon: symbol }) }, T.plugIn))))),
+  ];
 }
 
 /** @param {App} app */

@@ -5,8 +5,9 @@
  */
 
 const OF_CONNECTION = ["state", "attempt", "name", "uuid", "ports"];
-const OF_ATTACHMENT = ["label", "units", "details", "port", "state", "error", "identity", "speed", "figures", "sources"];
+const OF_ATTACHMENT = ["label", "units", "details", "port", "state", "error", "identity", "speed", "figures", "sources", "questions"];
 const OF_FIGURES = ["read", "written", "commands", "rate", "memory", "errors", "endpoints"];
+const OF_QUESTION = ["interface", "request", "use", "site", "user", "seconds", "until"];
 /** Messages that are kept; of more the oldest go. */
 export const MAX_LOG = 500;
 /** Seconds of the rates that a chart shows. */
@@ -80,7 +81,12 @@ function attachmentAfter(attachment, event) {
       return { ...changed, port: event.port, error: null };
     case "refused":
     case "detached":
-      return { ...changed, error: changed.error ?? event.error };
+      return { ...changed, error: changed.error ?? event.error, ...("questions" in changed ? { questions: [] } : {}) };
+    case "presence-asked":
+    case "presence-answered": {
+      const others = (changed.questions ?? []).filter((/** @type {any} */ one) => one.interface !== event.interface);
+      return { ...changed, questions: event.event === "presence-asked" ? [...others, pick(event, OF_QUESTION)] : others };
+    }
     case "figures":
       return { ...changed, figures: pick(event, OF_FIGURES) };
   }
@@ -127,7 +133,7 @@ export const initial = Object.freeze({
   inputs: { locks: /** @type {string[]} */ ([]), mouse: "none" },
   /** @type {any[]} newest first */
   log: [],
-  logged: 0,
+  logged: /** @type {number} */ (0),
   /** @type {Record<string, any>} by id of the attachment */
   rates: {},
   /** @type {Record<string, number>} since when an attachment is in its state, by its id */
@@ -142,7 +148,7 @@ export const initial = Object.freeze({
   pending: [],
   /** @type {Refusal[]} */
   refusals: [],
-  refused: 0,
+  refused: /** @type {number} */ (0),
   /** @type {any} */
   devices: null,
   /** @type {{done: number, total: number} | null} */
@@ -263,7 +269,7 @@ const QUIET = new Set(["figures", "drive", "copying", "port", "removed", "listen
 function logged(state, name, data) {
   if (data.level === "detail" || QUIET.has(name) || !data.message) return state;
   const entry = {
-    key: state.logged + 1, time: data.time, level: data.level ?? "info", device: data.device ?? "", message: data.message,
+    key: state.logged + 1, time: data.time, level: name === "presence-asked" ? "asks" : data.level ?? "info", device: data.device ?? "", message: data.message,
     remedy: data.remedy ?? "", fix: data.command ?? "", name, attachment: data.attachment ?? null,
   };
   return { ...state, logged: entry.key, log: [entry, ...state.log].slice(0, MAX_LOG) };

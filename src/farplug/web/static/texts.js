@@ -186,6 +186,7 @@ export const T = {
   kinds: /** @type {Record<string, string>} */ ({
     disk: "disk, writable", "disk-snapshot": "disk, writes to a snapshot", "read-only-disk": "disk, read-only", cdrom: "CD-ROM",
     folder: "folder as a disk", "usb-device": "device of this machine", device: "device", plain: "disk",
+    keyboard: "keyboard", tablet: "tablet", serial: "serial line", network: "network adapter", fido: "security key",
   }),
   fromBrowser: "from this browser",
   fromAnotherBrowser: "from a browser",
@@ -211,6 +212,8 @@ export const T = {
   endpointWay: (/** @type {number} */ address) => (address === 0 ? "both" : address & 0x80 ? "to the VM" : "from the VM"),
   copyPlug: "Copy the command that plugs it in",
   copyUnplug: "Copy the command that unplugs it",
+  copyEject: "Copy the command that ejects it",
+  copyPlugOf: "Copy the command that plugs in",
   wroteJustNow: (/** @type {number} */ seconds) => `The VM wrote ${seconds.toFixed(1)}${N}s ago.`,
   unplugAnyway: "Unplug anyway",
   wait: "Wait",
@@ -229,6 +232,21 @@ export const T = {
   uploadInstead: "Upload it instead",
   tabFrozen: "A phone may freeze a tab that is not in front.",
 
+  // Security keys
+  asksTouch: "Asks for a touch",
+  securityKey: "security key",
+  touch: "Touch",
+  refuse: "Refuse",
+  secondsLeft: (/** @type {number} */ seconds) => `${duration(seconds)} left`,
+  secondsLabel: "Seconds left",
+  /** What a program in the VM asks for: words before the site, between site and user, after it. */
+  asks: /** @type {Record<string, [string, string]>} */ ({
+    "sign-in": [" wants to sign you in", " as "], register: [" wants to register this key", " for "],
+  }),
+  asksSelect: "A program in the VM wants to know which key to use.",
+  asksReset: "A program in the VM wants to reset the key: all its credentials are lost.",
+  asksOther: "A program in the VM waits for this key.",
+
   // Plug in
   whenDrive: "when you drive",
   whenBack: "when the VM is back",
@@ -236,6 +254,12 @@ export const T = {
   devices: "Devices",
   images: "Images",
   thisBrowser: "This browser",
+  virtual: "Virtual",
+  virtualText: "USB devices that farplug is itself, beside the keyboard and the mouse of the VM’s screen.",
+  virtualKinds: [
+    ["keyboard", "i-keyboard", "USB keyboard", "for firmware and systems that see no other"],
+    ["tablet", "i-drive", "USB tablet", "a pointer that goes to positions, for VMs whose mouse lags behind"],
+  ],
   image: "Image",
   folder: "Folder",
   device: "Device",

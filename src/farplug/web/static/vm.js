@@ -4,7 +4,7 @@ import { h, icon, mid, plain } from "./dom.js";
 import { clock, duration } from "./figures.js";
 import { command, port } from "./parts.js";
 import { dock } from "./dock.js";
-import { count, panel, sentence } from "./panel.js";
+import { count, floatingAsk, panel, sentence } from "./panel.js";
 import { attachments, drives, guest, mayAct, overlay } from "./state.js";
 import { T } from "./texts.js";
 
@@ -105,7 +105,8 @@ function stage(app, over) {
     // The canvases and the field for a phone's keyboard are the picture's own.
     h("div", { key: "held", class: "held", opaque: true, ref: (/** @type {HTMLElement} */ node) => app.pictureMade(node) }),
     overlayCard(app, over),
-    ui.drag?.files && over === null && dropZones(app))),
+    ui.drag?.files && over === null && dropZones(app)),
+    over === null && floatingAsk(app)),
     h("footer", { key: "info", class: "info" },
       h("p", { class: "n size" }, some && over !== "no-display" ? T.pixels(width, height) : T.noPicture),
       some && h("div", { class: "seg", role: "group", "aria-label": T.scale },
