@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from typing import Any
 
@@ -22,6 +23,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # With one of these pytest prints the whole difference of two byte strings, which takes minutes for images.
     for name in ("CI", "BUILD_NUMBER"):
         os.environ.pop(name, None)
+    # Many tests start Python, also in guests that read the files of this machine: let it find compiled modules.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
     # Sockets and logs of sessions. Not below tmp_path: the path of a socket has at most 107 bytes.
     folder = tempfile.mkdtemp(prefix="farplug-")
     os.environ |= {"XDG_RUNTIME_DIR": folder, "XDG_STATE_HOME": folder}
