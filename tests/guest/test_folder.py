@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.guest.plugging import NO_SCAN_DELAY, disk_of, gone, plugged
+from tests.guest.plugging import NO_SCAN_DELAY, disk_of, gone, plugged, until
 from tests.image.support import ISO, MIB, ODD, PLAIN, SIMILAR, WHEN, alike, contents, make_folder, partition, run
 
 from farplug.errors import ImageError, Reason
@@ -130,9 +130,7 @@ async def test_the_guest_sees_the_folder(
     device = disk_device(store)
     async with plugged(guest.targets[0], device):
         disk = await disk_of(guest, device)
-        async with asyncio.timeout(30):
-            while (await guest.run(f"test -b {disk}1")).exit_code != 0:
-                await asyncio.sleep(0.1)
+        await until(guest, f"[ -b {disk}1 ]")
         name = disk.removeprefix("/dev/")
         facts = await guest.check(f"cat /sys/block/{name}/queue/logical_block_size /sys/block/{name}/ro")
         assert facts.split() == [str(case.block_size), "1"]
