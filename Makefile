@@ -16,9 +16,10 @@ PYTHON := .venv/bin/python
 SECONDS := 20
 CUTS := 60
 PROCESSES := 3
+COVERED := tests/usbredir tests/scsi
 SITE := -q -W --keep-going -j 2 -b html -d build/doctrees docs build/docs
 
-.PHONY: demo test test-unit test-guest test-kerbside coverage lint format bench fuzz fuzz-guided fuzz-nightly stress picture man docs powercut setup clean
+.PHONY: demo test test-others test-unit test-guest test-kerbside coverage lint format bench fuzz fuzz-guided fuzz-nightly stress picture man docs powercut setup clean
 
 setup:
 	@scripts/setup dev
@@ -28,8 +29,10 @@ demo:
 	@.venv/bin/farplug demo
 
 test: setup
-	$(PYTHON) -m pytest -n $(PROCESSES) --dist loadfile
-	@$(MAKE) --no-print-directory coverage
+	@$(MAKE) --no-print-directory -j 2 test-others coverage
+
+test-others: setup
+	$(PYTHON) -m pytest -n $(PROCESSES) --dist loadfile $(COVERED:%=--ignore=%)
 
 test-unit: setup
 	$(PYTHON) -m pytest -n 2 -m "not guest"
@@ -41,10 +44,10 @@ test-kerbside:
 	@scripts/setup kerbside
 	FARPLUG_REQUIRE_ALL=1 FARPLUG_WHOLE_KERBSIDE=1 $(PYTHON) -m pytest tests/guest/test_kerbside_service.py
 
-# The tests of the protocol and of the SCSI commands must cover every branch of these packages.
+# The tests of the protocol and of the SCSI commands must cover every branch of these packages. They run once, here.
 coverage: setup
 	@$(PYTHON) -m coverage erase
-	@$(PYTHON) -m coverage run --source=farplug.usbredir,farplug.scsi -m pytest -q tests/usbredir tests/scsi
+	@$(PYTHON) -m coverage run --source=farplug.usbredir,farplug.scsi -m pytest -q $(COVERED)
 	@$(PYTHON) -m coverage report --fail-under=100
 
 lint: setup

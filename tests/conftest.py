@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from typing import Any
 
@@ -22,6 +23,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # With one of these pytest prints the whole difference of two byte strings, which takes minutes for images.
     for name in ("CI", "BUILD_NUMBER"):
         os.environ.pop(name, None)
+    # Many tests start Python, also in guests that read the files of this machine: let it find compiled modules.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
     # Sockets and logs of sessions. Not below tmp_path: the path of a socket has at most 107 bytes.
     folder = tempfile.mkdtemp(prefix="farplug-")
     os.environ |= {"XDG_RUNTIME_DIR": folder, "XDG_STATE_HOME": folder}
@@ -37,15 +41,49 @@ def _log_limits() -> None:
         limit._limit._kinds.clear()
 
 
-class Files(LoadFileScheduling):  # type: ignore[misc]  # xdist has no types
-    """Runs each file in one process, and all tests with nested guests in the same one: their guests are slow."""
+GROUPS = (
+    ("tests/guest/test_nested_",),
+    (
+        "tests/guest/test_integrity",
+        "tests/guest/test_bulk_only",
+        "tests/guest/test_chapter9",
+        "tests/guest/test_killed",
+        "tests/guest/test_power_loss",
+        "tests/guest/test_stress",
+        "tests/guest/test_usbtest",
+    ),
+    ("tests/guest/test_survival", "tests/guest/test_disk", "tests/guest/test_cli"),
+    ("tests/guest/",),
+)
+"""Beginnings of the names of files whose tests use the same guests: nested ones, the one of the long tests, the usual
+one. Of other files with guests each is a group of its own. The group that takes longest comes first."""
+
+
+class Groups(LoadFileScheduling):  # type: ignore[misc]  # xdist has no types
+    """Runs the tests of a group of files in one process, so that it boots their guests once; other files one by one.
+
+    The groups begin in the order of :data:`GROUPS`, and what takes seconds last: no process is left alone with a group.
+    """
 
     def _split_scope(self, nodeid: str) -> str:
         scope = str(super()._split_scope(nodeid))
-        return "nested" if scope.startswith("tests/guest/test_nested_") else scope
+        return scope if (index := group_of(nodeid)) >= len(GROUPS) - 1 else str(index)
+
+
+def group_of(nodeid: str) -> int:
+    """Return the index of a test's group; the number of groups for a test without a guest."""
+    return next((index for index, group in enumerate(GROUPS) if nodeid.startswith(group)), len(GROUPS))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort the tests by their groups: the scheduler takes them in this order."""
+    items.sort(key=lambda item: group_of(item.nodeid))
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Files | None:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Groups | None:
     """For ``--dist loadfile``."""
-    return Files(config, log) if config.getoption("dist") == "loadfile" else None
+    if config.getoption("dist") != "loadfile":
+        return None
+    config.option.loadscopereorder = False
+    return Groups(config, log)

@@ -274,8 +274,18 @@ def full(stream: IO[bytes] | None) -> bool:
     return int.from_bytes(held, sys.byteorder) > 32 << 10
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-@pytest.mark.parametrize("options", [("--json",), (), ("--debug",), ("--debug", "--json")], ids=" ".join)
+@pytest.mark.parametrize(
+    ("options", "number"),
+    [
+        (("--json",), signal.SIGTERM),
+        (("--json",), signal.SIGINT),
+        (("--json",), signal.SIGHUP),
+        ((), signal.SIGINT),
+        (("--debug",), signal.SIGHUP),
+        (("--debug", "--json"), signal.SIGTERM),
+    ],
+    ids=str,
+)
 def test_a_session_whose_output_is_not_read(image: Path, options: tuple[str, ...], number: signal.Signals) -> None:
     with busy_session(image, *options) as (process, guest):
         wait_for(lambda: full(process.stderr if "--debug" in options else process.stdout))

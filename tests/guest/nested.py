@@ -12,6 +12,7 @@ import atexit
 import itertools
 import json
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
-from tests.guest.plugging import GUEST_TIMEOUT, NO_SCAN_DELAY, SCRIPTS, usb_folder_by_name
+from tests.guest.plugging import GUEST_TIMEOUT, NO_SCAN_DELAY, SCRIPTS, until, usb_folder_by_name
 
 import farplug
 from farplug.testing import GATEWAY, CommandResult, GuestConfig, QemuGuest, SpicePort, TcpPort
@@ -103,24 +104,23 @@ class Job:
 
         Raises:
             AssertionError: the command ended before.
-            TimeoutError: the text did not appear in time.
+            CommandFailed: the text did not appear in time.
         """
-        async with asyncio.timeout(GUEST_TIMEOUT):
-            while True:
-                ended = self._task.done()
-                output = await self.output()
-                if output.count(text) >= times:
-                    return output
-                assert not ended, f"no {text!r} in the output of a command that ended: {output}"
-                await asyncio.sleep(0.1)
+        count = f"$(busybox grep -oF -e {shlex.quote(text)} {self._name}.out | busybox wc -l)"
+        await until(self._guest, f"[ {count} -ge {times} ] || ! kill -0 {await self.pid()} 2>/dev/null")
+        output = await self.output()
+        assert output.count(text) >= times, f"no {text!r} in the output of a command that ended: {output}"
+        return output
 
     async def pid(self) -> int:
         """Return the process id in the guest."""
-        return int(await self._guest.check(f"until cat {self._name}.pid 2>/dev/null; do sleep 0.05; done"))
+        return int(
+            await self._guest.check(f"until busybox cat {self._name}.pid 2>/dev/null; do busybox sleep 0.05; done")
+        )
 
     async def opened(self, node: str) -> None:
         """Wait until the command has opened a file."""
-        script = f"until ls -l /proc/{await self.pid()}/fd | grep -q {node}; do sleep 0.05; done"
+        script = f"until ls -l /proc/{await self.pid()}/fd | grep -q {node}; do busybox sleep 0.05; done"
         await self._guest.check(script)
 
     async def kill(self, signal: str = "INT") -> None:
@@ -229,9 +229,7 @@ class Machine:
         await self.qmp.execute("device_del", {"id": real.id})
         while (await self.qmp.event("DEVICE_DELETED"))["data"].get("device") != real.id:
             pass
-        async with asyncio.timeout(GUEST_TIMEOUT):
-            while (await self.guest.run(f"cat {real.folder}/dev 2>/dev/null")).output.strip() == real.node:
-                await asyncio.sleep(0.1)
+        await until(self.guest, f'[ "$(busybox cat {real.folder}/dev 2>/dev/null)" != {real.node} ]')
 
     async def drivers(self, real: RealDevice) -> dict[str, str]:
         """Return the driver of each interface: empty for none, ``usbfs`` for a program."""

@@ -93,6 +93,24 @@ async def plugged(
         await hub.close()
 
 
+async def until(guest: QemuGuest, condition: str) -> str:
+    """Wait in a guest until a shell command succeeds; return the output of its last execution.
+
+    This is a loop in the guest, because an emulated guest needs 50 ms of processor time to begin a command.
+
+    Raises:
+        CommandFailed: the command did not succeed in time.
+    """
+    script = f"""
+        tries=0
+        until {condition}; do
+            tries=$((tries + 1))
+            [ $tries -lt {GUEST_TIMEOUT * 20} ] || exit 1
+            busybox sleep 0.05
+        done"""
+    return await guest.check(script, timeout=2 * GUEST_TIMEOUT)
+
+
 async def disk_of(guest: QemuGuest, device: Device) -> str:
     """Return the guest's block device for a disk, once it is readable."""
     return await disk_with(guest, device.identity.serial_number)
@@ -101,20 +119,17 @@ async def disk_of(guest: QemuGuest, device: Device) -> str:
 async def disk_with(guest: QemuGuest, serial: str) -> str:
     """Return the guest's block device with a USB serial number, once it is readable."""
     # /sys/block/sdX -> …/usbN/N-P/N-P:1.0/hostN/targetN/N:0:0:0/block/sdX
-    script = f"""
-        for block in /sys/block/sd*; do
-            usb=$(readlink -f $block/device/../../../..)
-            [ "$(cat $usb/serial 2>/dev/null)" = {serial} ] && basename $block
-        done
-        :"""
-    async with asyncio.timeout(GUEST_TIMEOUT):
-        while True:
-            name = (await guest.check(script)).strip()
-            if name:
-                size = (await guest.run(f"cat /sys/block/{name}/size")).output.strip()
-                if size not in ("", "0") and (await guest.run(f"test -b /dev/{name}")).exit_code == 0:
-                    return f"/dev/{name}"
-            await asyncio.sleep(0.1)
+    condition = f"""
+        (
+            for block in /sys/block/sd*; do
+                read -r serial <$block/device/../../../../serial && [ "$serial" = {serial} ] || continue
+                read -r size <$block/size && [ "$size" != 0 ] && [ -b /dev/${{block##*/}} ] || continue
+                echo /dev/${{block##*/}}
+                exit 0
+            done 2>/dev/null
+            exit 1
+        )"""
+    return (await until(guest, condition)).strip()
 
 
 async def enable_unmap(guest: QemuGuest, disk: str, storage: str) -> None:
@@ -134,18 +149,17 @@ async def usb_folder_by_name(guest: QemuGuest, name: str) -> str:
     ``name`` is a pattern for its ids and product name, such as ``0627:0001 *Keyboard``.
     """
     pattern = name.replace(" ", "\\ ")
-    script = f"""
-        for usb in /sys/bus/usb/devices/*; do
-            read vendor <$usb/idVendor && read id <$usb/idProduct || continue
-            product=
-            read product <$usb/product
-            case "$vendor:$id $product" in {pattern}) echo $usb ;; esac
-        done 2>/dev/null
-        :"""
-    async with asyncio.timeout(GUEST_TIMEOUT):
-        while not (folder := (await guest.check(script)).strip()):
-            await asyncio.sleep(0.1)
-    return folder
+    condition = f"""
+        (
+            for usb in /sys/bus/usb/devices/*; do
+                read -r vendor <$usb/idVendor && read -r id <$usb/idProduct || continue
+                product=
+                read -r product <$usb/product
+                case "$vendor:$id $product" in {pattern}) echo $usb; exit 0 ;; esac
+            done 2>/dev/null
+            exit 1
+        )"""
+    return (await until(guest, condition)).strip()
 
 
 async def usb_node(guest: QemuGuest, folder: str) -> str:
@@ -166,9 +180,7 @@ async def raw(guest: QemuGuest, node: str, *operations: Operation, timeout: floa
 
 async def gone(guest: QemuGuest, disk: str) -> None:
     """Wait until a disk has disappeared in the guest."""
-    async with asyncio.timeout(GUEST_TIMEOUT):
-        while (await guest.run(f"test -e {disk}")).exit_code == 0:
-            await asyncio.sleep(0.05)
+    await until(guest, f"[ ! -e {disk} ]")
 
 
 def blank(path: Path, size: int = 32 * MIB) -> Path:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import pytest_asyncio
 from tests.guest.firmware import lacking, machine, program
 from tests.guest.plugging import GUEST_TIMEOUT, MIB, NO_SCAN_DELAY, Plugged, blank, disk_of, plugged, usb_folder
 from tests.guest.test_boot import FAR_BLOCK
@@ -16,7 +18,7 @@ from tests.guest.test_cdrom import drive_of, make_iso
 from farplug.redirection import engine, offers
 from farplug.redirection.events import Attached, Configured, OfferChanged, OfferProblem, PortReset
 from farplug.target import open_session, parse_target
-from farplug.testing import GuestConfig, QemuGuest, SpicePort, TcpPort
+from farplug.testing import GuestConfig, QemuGuest, TcpPort
 from farplug.usb import Device, Offer, Speed
 from farplug.virtual import cdrom_device, disk_device
 
@@ -24,10 +26,14 @@ if TYPE_CHECKING:
     from tests.guest.conftest import GuestPool
 
 UAS = "USB Attached SCSI"
-WITHOUT_UAS = GuestConfig(
-    ports=(TcpPort(), SpicePort()), kernel_arguments=(*NO_SCAN_DELAY, "module_blacklist=uas"), programs=("usbreset",)
-)
-"""Linux that has USB Attached SCSI as a module, and not the module: initramfs of installers, OpenWrt, NixOS."""
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def without_uas(guest: QemuGuest) -> AsyncIterator[QemuGuest]:
+    """Linux that has USB Attached SCSI as a module, and not the module: initramfs of installers, OpenWrt, NixOS."""
+    await guest.check("rmmod uas && mv /lib/modules/*/uas.ko /tmp")
+    yield guest
+    await guest.check("mv /tmp/uas.ko /lib/modules/* && modprobe uas")
 
 
 async def until(hub: Plugged, kind: type, count: int = 1) -> None:
@@ -47,20 +53,20 @@ async def driver_of(guest: QemuGuest, device: Device) -> str:
     return (await guest.check(f"basename $(readlink -f {folder}/*:1.0/driver)")).strip()
 
 
-async def test_linux_without_uas_has_the_cdrom_drive_at_once(guests: GuestPool, tmp_path: Path) -> None:
-    guest = await guests.get(WITHOUT_UAS)
+async def test_linux_without_uas_has_the_cdrom_drive_at_once(without_uas: QemuGuest, tmp_path: Path) -> None:
+    guest = without_uas
     device = cdrom_device(make_iso(tmp_path / "cd.iso", hello=b"hello"))
-    async with plugged(guest.targets[0], device) as hub:
+    async with plugged(guest.targets[2], device) as hub:
         drive = await drive_of(guest, device)
         assert await guest.check(f"mount -t iso9660 -o ro {drive} /mnt && cat /mnt/hello && umount /mnt") == "hello"
         assert steps(hub) == []
     await device.dispose()
 
 
-async def test_linux_without_uas_has_the_disk_after_some_seconds(guests: GuestPool, tmp_path: Path) -> None:
-    guest = await guests.get(WITHOUT_UAS)
+async def test_linux_without_uas_has_the_disk_after_some_seconds(without_uas: QemuGuest, tmp_path: Path) -> None:
+    guest = without_uas
     device = disk_device(image := blank(tmp_path / "disk.raw"))
-    async with plugged(guest.targets[0], device) as hub:
+    async with plugged(guest.targets[2], device) as hub:
         disk = await disk_of(guest, device)
         assert steps(hub) == [(OfferProblem.NOT_USED, Offer(Speed.SUPER, UAS))]
         assert await driver_of(guest, device) == "usb-storage"
@@ -71,7 +77,7 @@ async def test_linux_without_uas_has_the_disk_after_some_seconds(guests: GuestPo
 
 async def test_linux_without_uas_has_the_disk_that_firmware_used_before(guests: GuestPool, tmp_path: Path) -> None:
     """SeaBIOS finds the disk, over Bulk-Only Transport, before Linux starts."""
-    config = GuestConfig(ports=(TcpPort(),), kernel_arguments=WITHOUT_UAS.kernel_arguments, paused=True)
+    config = GuestConfig(ports=(TcpPort(),), kernel_arguments=(*NO_SCAN_DELAY, "module_blacklist=uas"), paused=True)
     device = disk_device(blank(tmp_path / "disk.raw"))
     async with guests.fresh(config) as guest:
         hub = Plugged(await open_session(parse_target(guest.targets[0])))
@@ -90,13 +96,13 @@ async def test_linux_without_uas_has_the_disk_that_firmware_used_before(guests: 
     await device.dispose()
 
 
-@pytest.mark.parametrize("port", [0, 1], ids=["tcp", "spice"])
+@pytest.mark.parametrize("port", [2, 0], ids=["tcp", "spice"])
 async def test_a_vm_that_is_paused_gets_the_other_offer_when_it_goes_on(
-    guests: GuestPool, tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch
+    without_uas: QemuGuest, tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(offers, "IDLE_TIMEOUT", 3.0)
     monkeypatch.setattr(engine, "ACK_TIMEOUT", 0.5)
-    guest = await guests.get(WITHOUT_UAS)
+    guest = without_uas
     device = disk_device(blank(tmp_path / "disk.raw"))
     async with plugged(guest.targets[port], device) as hub:
         await guest.qmp.execute("stop")
@@ -110,17 +116,23 @@ async def test_a_vm_that_is_paused_gets_the_other_offer_when_it_goes_on(
     await device.dispose()
 
 
+@pytest_asyncio.fixture(loop_scope="session")
+async def prefers_bulk_only(guest: QemuGuest) -> AsyncIterator[QemuGuest]:
+    """Linux with a quirk: usb-storage takes farplug's devices, not uas."""
+    quirks = "/sys/module/usb_storage/parameters/quirks"
+    await guest.check(f"echo 1d6b:0104:u >{quirks}")
+    yield guest
+    await guest.check(f"echo >{quirks}")
+
+
 async def test_a_mounted_disk_stays_whatever_the_guest_does_not_do(
-    guests: GuestPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prefers_bulk_only: QemuGuest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A driver for Bulk-Only Transport sends no request after a reset, nor without reads and writes."""
     monkeypatch.setattr(offers, "IDLE_TIMEOUT", 3.0)
-    quirk = "usb_storage.quirks=1d6b:0104:u"
-    guest = await guests.get(
-        GuestConfig(ports=(TcpPort(),), kernel_arguments=(*NO_SCAN_DELAY, quirk), programs=("usbreset", "lsusb"))
-    )
+    guest = prefers_bulk_only
     device = disk_device(blank(tmp_path / "disk.raw"))
-    async with plugged(guest.targets[0], device) as hub:
+    async with plugged(guest.targets[2], device) as hub:
         disk = await disk_of(guest, device)
         assert await driver_of(guest, device) == "usb-storage"
         await guest.check(f"mke2fs -q -t ext2 {disk} && mount {disk} /mnt && echo hello >/mnt/hello && sync")
@@ -138,14 +150,24 @@ async def test_a_mounted_disk_stays_whatever_the_guest_does_not_do(
     await device.dispose()
 
 
+LOAD_DRIVERS = "modprobe usb-storage; modprobe uas"
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def without_drivers(guest: QemuGuest) -> AsyncIterator[QemuGuest]:
+    """Linux without a driver for disks."""
+    await guest.check("rmmod uas usb-storage")
+    yield guest
+    await guest.check(LOAD_DRIVERS)
+
+
 async def test_linux_without_any_driver_gets_the_best_back(
-    guests: GuestPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    without_drivers: QemuGuest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(offers, "IDLE_TIMEOUT", 1.0)
-    guest = await guests.get(GuestConfig(ports=(TcpPort(),), kernel_arguments=NO_SCAN_DELAY))
-    await guest.check("rmmod uas usb-storage")
+    guest = without_drivers
     device = disk_device(blank(tmp_path / "disk.raw"))
-    async with plugged(guest.targets[0], device) as hub:
+    async with plugged(guest.targets[2], device) as hub:
         await until(hub, Configured, 4)
         await asyncio.sleep(3 * offers.IDLE_TIMEOUT)
         assert steps(hub) == [
@@ -153,7 +175,7 @@ async def test_linux_without_any_driver_gets_the_best_back(
             (OfferProblem.NOT_USED, Offer(Speed.HIGH, UAS)),
             (OfferProblem.ALL, Offer(Speed.SUPER)),
         ]
-        await guest.check("modprobe usb-storage; modprobe uas")
+        await guest.check(LOAD_DRIVERS)
         await disk_of(guest, device)
         assert await driver_of(guest, device) == "uas"
     await device.dispose()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import os
 import struct
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.guest.plugging import MIB, NO_SCAN_DELAY, Plugged, plugged
+from tests.guest.plugging import MIB, NO_SCAN_DELAY, Plugged, plugged, until
 from tests.guest.test_boot import BOOTED, CODE, PROOF, plug_and_run, tool
 
 from farplug.errors import DeviceError, Reason
@@ -43,18 +42,17 @@ def make_iso(path: Path, *arguments: str, **files: bytes) -> Path:
 
 async def drive_of(guest: QemuGuest, device: Device) -> str:
     """The guest's block device for our drive."""
-    script = f"""
-        for block in /sys/block/sr*; do
-            name=/dev/${{block##*/}}
-            serial=$(cat $(readlink -f $block/device/../../../..)/serial 2>/dev/null)
-            [ "$serial" = {device.identity.serial_number} ] && test -b $name && echo $name
-        done
-        :"""
-    for _ in range(150):
-        if name := (await guest.check(script)).strip():
-            return name
-        await asyncio.sleep(0.1)
-    raise AssertionError(f"no drive\n{await guest.check('dmesg | tail -40')}")
+    serial = device.identity.serial_number
+    condition = f"""
+        (
+            for block in /sys/block/sr*; do
+                name=/dev/${{block##*/}}
+                read -r serial <$block/device/../../../../serial && [ "$serial" = {serial} ] || continue
+                [ -b $name ] && echo $name && exit 0
+            done 2>/dev/null
+            exit 1
+        )"""
+    return (await until(guest, condition)).strip()
 
 
 async def checksum(guest: QemuGuest, drive: str) -> str:

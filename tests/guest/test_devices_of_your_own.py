@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, TypeAlias
 
 import pytest
-from tests.guest.plugging import GUEST_TIMEOUT, SCRIPTS, descriptors, plugged, raw, usb_folder, usb_node
+from tests.guest.plugging import GUEST_TIMEOUT, SCRIPTS, descriptors, plugged, raw, until, usb_folder, usb_node
 
 from farplug.testing import GuestConfig, QemuGuest, SpicePort, TcpPort
 from farplug.usb import Setup, Speed
@@ -135,10 +135,8 @@ async def reading(guest: QemuGuest, interface: int, last: int) -> AsyncIterator[
 
 async def shows(guest: QemuGuest, path: str, lines: int) -> list[str]:
     """Return the lines of a file once it has them."""
-    async with asyncio.timeout(GUEST_TIMEOUT):
-        while len(found := (await guest.check(f"cat {path}")).splitlines()) < lines:
-            await asyncio.sleep(0.05)
-    return found
+    await until(guest, f"[ $(wc -l <{path}) -ge {lines} ]")
+    return (await guest.check(f"cat {path}")).splitlines()
 
 
 async def bound(guest: QemuGuest) -> None:
@@ -147,16 +145,12 @@ async def bound(guest: QemuGuest) -> None:
     Linux reads their descriptors on the thread of its hubs. QEMU's xHCI does not complete a request of a device that
     was unplugged, so a device that is unplugged meanwhile blocks the hubs until the requests time out, 5 s each.
     """
-    async with asyncio.timeout(GUEST_TIMEOUT):
-        while (await guest.check("ls -d /sys/bus/hid/devices/*:1209:0001.*/input/input*; :")).count("\n") < 3:
-            await asyncio.sleep(0.05)
+    await until(guest, "[ $(ls -d /sys/bus/hid/devices/*:1209:0001.*/input/input* 2>/dev/null | wc -l) -ge 3 ]")
 
 
 async def unbound(guest: QemuGuest) -> None:
     """Wait until Linux has taken note that the device was unplugged."""
-    async with asyncio.timeout(GUEST_TIMEOUT):
-        while await guest.check("ls /sys/bus/hid/devices | grep 1209:0001; :"):
-            await asyncio.sleep(0.05)
+    await until(guest, "! ls /sys/bus/hid/devices | grep -q 1209:0001")
 
 
 def text_of(events: list[Event]) -> str:

@@ -27,7 +27,8 @@ LIFE = """
 set -e
 {mkfs} {disk} >/dev/null 2>&1
 mount {disk} /mnt
-head -c 3000000 /dev/urandom >/mnt/random
+head -c 1000000 /dev/urandom >/tmp/random
+cat /tmp/random /tmp/random /tmp/random >/mnt/random
 printf '{text}' >/mnt/hello
 md5sum </mnt/random
 sync /mnt/random /mnt/hello

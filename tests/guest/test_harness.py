@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.guest.nested import REAL_DEVICES
 
 from farplug.testing import (
-    GATEWAY,
     Boot,
     CommandFailed,
     Controller,
@@ -32,7 +30,6 @@ from farplug.testing import (
     UnixPort,
     UsbDisk,
 )
-from farplug.vm.qemu_config import LOOPBACK
 
 if TYPE_CHECKING:
     from tests.guest.conftest import GuestPool
@@ -61,26 +58,6 @@ async def test_output_and_exit_code_are_exact(guest: QemuGuest) -> None:
     assert result.data == b"one\r\n\xff\0twothree\n"
     with pytest.raises(CommandFailed, match="the guest's command 'echo no; exit 3' failed with exit code 3: no"):
         await guest.check("echo no; exit 3")
-
-
-async def test_commands_on_this_machine_s_file_system(guests: GuestPool, tmp_path: Path) -> None:
-    (tmp_path / "note").write_text("kept\n")
-    server = await asyncio.start_server(lambda _, writer: writer.close(), LOOPBACK, 0)
-    port = server.sockets[0].getsockname()[1]
-    machine = await guests.get(REAL_DEVICES)
-    async with server:
-        output = await machine.check(
-            f"""
-            echo changed >>{tmp_path}/note
-            cat {tmp_path}/note
-            cat /proc/version
-            {sys.executable} -c 'import socket, farplug; print(socket.create_connection(("{GATEWAY}", {port})).recv(1))'
-            """,
-        )
-    kept, changed, version, received = output.splitlines()
-    assert (kept, changed, received) == ("kept", "changed", "b''")
-    assert version != Path("/proc/version").read_text().strip()
-    assert (tmp_path / "note").read_text() == "kept\n"
 
 
 async def test_megabytes_go_in_and_out(guest: QemuGuest) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import pytest
 import pytest_asyncio
 from tests.guest.nested import FAR, SPEAKER, WAV_HEADER, Plugger, RealDevice, running
-from tests.guest.plugging import GUEST_TIMEOUT, MIB, raw, usb_folder_by_name, usb_node
+from tests.guest.plugging import GUEST_TIMEOUT, MIB, raw, until, usb_folder_by_name, usb_node
 
 if TYPE_CHECKING:
     from tests.guest.conftest import GuestPool
@@ -112,10 +112,8 @@ async def desk(plugger: Plugger, guests: GuestPool, tmp_path_factory: pytest.Tem
 
 async def first(guest: QemuGuest, pattern: str) -> str:
     """The name of the first file that matches a pattern; waits until there is one."""
-    async with asyncio.timeout(GUEST_TIMEOUT):
-        while not (found := (await guest.check(f"ls -d {pattern} 2>/dev/null; :")).split()):
-            await asyncio.sleep(0.1)
-    return found[0].rpartition("/")[2]
+    found = await until(guest, f"busybox ls -d {pattern} 2>/dev/null")
+    return found.split()[0].rpartition("/")[2]
 
 
 def decoded(data: bytes, kind: int) -> list[tuple[int, int]]:

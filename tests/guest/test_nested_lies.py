@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
 from tests.guest.nested import FAR, Plugger, from_inside
-from tests.guest.plugging import GUEST_TIMEOUT, usb_folder_by_name
+from tests.guest.plugging import until, usb_folder_by_name
 from tests.guest.usbip import UsbipDevice, configuration, device_descriptor, endpoint, interface
 
 if TYPE_CHECKING:
@@ -107,7 +106,5 @@ async def test_what_makes_sense_is_plugged(plugger: Plugger, guests: GuestPool, 
         for name, device in devices.items():
             if not LIES[name].refused:
                 folder = await usb_folder_by_name(far, f"{device.ids} *")
-                async with asyncio.timeout(GUEST_TIMEOUT):
-                    while not (await far.check(f"cat {folder}/bConfigurationValue")).strip():
-                        await asyncio.sleep(0.1)
+                await until(far, f"busybox grep -q . {folder}/bConfigurationValue")
     assert far.alive

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 import pytest_asyncio
 from tests.guest.nested import FAR, Plugger, RealDevice, from_inside, running
-from tests.guest.plugging import GUEST_TIMEOUT, MIB, NO_SCAN_DELAY, usb_folder_by_name
+from tests.guest.plugging import GUEST_TIMEOUT, MIB, NO_SCAN_DELAY, gone, until, usb_folder_by_name
 
 from farplug.testing import GuestConfig, QemuGuest, TcpPort
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from tests.guest.conftest import GuestPool
 
 BOT, UAS = "46f4:0001 *", "46f4:0003 *"
-SIZE = 16 * MIB
+SIZE = 8 * MIB
 READER = "08e6:4433 *"
 
 LIFE_CYCLE = """
 set -e
 mke2fs -q -t ext4 {disk}
 mount -t ext4 {disk} /mnt
-head -c 3000000 /dev/urandom >/tmp/file
+head -c 1000000 /dev/urandom >/tmp/file
 cp /tmp/file /mnt/file
 umount /mnt
 echo 3 >/proc/sys/vm/drop_caches
@@ -53,17 +53,15 @@ async def disk(plugger: Plugger, kind: str, image: Path) -> AsyncIterator[RealDe
 
 async def far_disk(guest: QemuGuest, name: str) -> str:
     """The far guest's block device; it can be read."""
-    async with asyncio.timeout(GUEST_TIMEOUT):
-        while True:
-            folder = await usb_folder_by_name(guest, name)
-            script = f"""
-                for block in /sys/block/sd*; do
-                    case $(readlink -f $block) in */{Path(folder).name}/*) basename $block ;; esac
-                done"""
-            block = (await guest.check(script)).strip()
-            if block and (await guest.run(f"head -c 512 /dev/{block} | grep -q ''")).exit_code == 0:
-                return f"/dev/{block}"
-            await asyncio.sleep(0.1)
+    folder = Path(await usb_folder_by_name(guest, name)).name
+    condition = f"""
+        (
+            for block in $(busybox find /sys/devices -path '*/{folder}/*/block/sd*' -prune); do
+                busybox head -c 512 /dev/${{block##*/}} | busybox grep -q '' && echo /dev/${{block##*/}} && exit 0
+            done 2>/dev/null
+            exit 1
+        )"""
+    return (await until(guest, condition)).strip()
 
 
 @pytest.fixture
@@ -108,9 +106,7 @@ async def test_unplugged_while_it_is_read(plugger: Plugger, far: QemuGuest, imag
                 await machine.unplug(real)
                 assert "the device is gone" in await plugger.happened("Detached")
                 await job.end()
-            async with asyncio.timeout(GUEST_TIMEOUT):
-                while (await far.run(f"test -e {block}")).exit_code == 0:
-                    await asyncio.sleep(0.1)
+            await gone(far, block)
     async with disk(plugger, BOT, image) as real, plugger.plugged(far.targets[0], real):
         there = await far.check(f"sha256sum <{await far_disk(far, BOT)}")
         assert there.split()[0] == hashlib.sha256(image.read_bytes()).hexdigest()

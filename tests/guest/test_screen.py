@@ -11,6 +11,7 @@ import pytest
 from tests.app.test_screen import decode_png
 from tests.guest.conftest import GuestPool
 from tests.guest.plugging import NO_SCAN_DELAY
+from tests.guest.plugging import until as until_in
 
 from farplug.app.guest import Guest
 from farplug.app.png import write_png
@@ -139,9 +140,7 @@ def events(dump: str) -> list[tuple[int, int, int]]:
 async def typed(guest: QemuGuest, farplug: Guest, text: str) -> str:
     """Type a line on the guest's console, which has no shell; return what a program there reads."""
     reading = asyncio.ensure_future(guest.check("echo $$ > /tmp/reader; exec head -n 1 < /dev/tty1"))
-    async with asyncio.timeout(60):
-        while "tty1" not in await guest.check("ls -l /proc/$(cat /tmp/reader)/fd 2> /dev/null || true"):
-            await asyncio.sleep(0.1)
+    await until_in(guest, "ls -l /proc/$(cat /tmp/reader)/fd 2>/dev/null | grep -q tty1")
     await farplug.inputs.type(text + "\n")
     return (await reading).strip()
 
@@ -164,8 +163,7 @@ async def test_keys_and_clicks_arrive_while_a_disk_is_plugged_in(guests: GuestPo
         node = (await guest.check("grep -l 'QEMU USB Tablet' /sys/class/input/event*/device/name")).split("/")[4]
         width, height = await farplug.screen.size()
         await guest.check(f"cat /dev/input/{node} > /tmp/events 2> /dev/null & echo $! > /tmp/reader")
-        while node not in await guest.check("ls -l /proc/$(cat /tmp/reader)/fd"):
-            await asyncio.sleep(0.1)
+        await until_in(guest, f"ls -l /proc/$(cat /tmp/reader)/fd 2>/dev/null | grep -q {node}")
         await farplug.inputs.click(width // 2, height // 4)
         async with asyncio.timeout(60):
             while (found := events(await guest.check("od -An -v -tx1 /tmp/events")))[-2:-1] != [(KEY, BTN_LEFT, 0)]:

@@ -350,7 +350,10 @@ def command_line(config: GuestConfig, resources: Resources) -> list[str]:
 def _boot_arguments(config: GuestConfig, resources: Resources) -> list[str]:
     match config.boot:
         case Boot.KERNEL:
-            words = ["console=ttyS0", "panic=-1", "rdinit=/init", "cryptomgr.notests", *config.kernel_arguments]
+            # norandmaps: QEMU translates the code of a program again for each new address. At the same addresses the
+            # shell starts in a quarter of the time.
+            words = ["console=ttyS0", "panic=-1", "rdinit=/init", "cryptomgr.notests", "norandmaps"]
+            words += config.kernel_arguments
             arguments = ["-kernel", str(resources.kernel), "-initrd", f"/proc/self/fd/{resources.initramfs}"]
             arguments += [
                 "-append",
