@@ -1,24 +1,29 @@
-"""Fuzz USB/IP: the parsers of both sides, and the server with a hostile client and a device that does anything.
+"""Fuzz USB/IP: the parsers of both sides, the server with a hostile client and a device that does anything, and the
+client with a hostile server.
 
 Parsers raise only RemoteProtocolError, whatever the pieces are, and return what was encoded. The server replies to each
 URB exactly once (a reply, or the success of an unlink command), with no more data than was requested; when the client
-has left, nothing is pending, and the next client is served.
+has left, nothing is pending, and the next client is served. The client completes each transfer exactly once, whatever
+the server replies, and raises only DeviceError.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from tests.redirection.scripted import BULK_IN, BULK_OUT, INTERRUPT_IN, INTERRUPT_OUT, ISO_IN, ISO_OUT
 
-from farplug.errors import FarplugError, RemoteProtocolError
+from farplug.errors import DeviceError, FarplugError, RemoteProtocolError
 from farplug.redirection import Redirection
+from farplug.remote import RemoteDevice, connection, device
+from farplug.transport.connection import TcpAddress
 from farplug.transport.usbip_session import UsbipPort
-from farplug.usb import Buffer, Speed
+from farplug.usb import Buffer, Reception, Setup, Speed, Status, Transfer, TransferType
 from farplug.usb.share import MAX_MEMORY
 from farplug.usbip import messages as m
 from fuzz_engine import RestlessDevice
@@ -263,13 +268,175 @@ async def server(rng: random.Random) -> None:
     assert not redirection.memory, f"{redirection.memory} bytes are still counted"
 
 
+# The client -----------------------------------------------------------------------------------------------------------
+
+CONFIGURATION = bytes.fromhex(
+    "09023200 01010080 32  09040000 05ff0000 00"
+    "07058102 000200 07050202 000200 07058303 080004 07058505 000401 07050605 000401"
+)
+DESCRIPTORS = {
+    1: bytes.fromhex("12010002 00000040 09120100 00010102 0001"),
+    2: CONFIGURATION[:2] + len(CONFIGURATION).to_bytes(2, "little") + CONFIGURATION[4:],
+    3: b"\x04\x03\x09\x04",
+}
+
+
+class HostileServer:
+    """A server that exports a device, and soon replies with anything."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+        self._honest = rng.choice((0, 3, 8, 8, 8, 8))
+        self.writers: list[asyncio.StreamWriter] = []
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.writers.append(writer)
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            await self._serve(reader, writer)
+        writer.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        rng = self._rng
+        await reader.readexactly(40)
+        imported = m.encode_import(rng.choice((*[m.ExportedDevice("1-1", 1, 2, Speed.HIGH, 1, 2)] * 20, *m.Refusal)))
+        writer.write(damaged(rng, imported) if rng.random() < 0.05 else imported)
+        parser, pending = m.CommandParser(), list[m.Submit]()
+        while data := await reader.read(1 << 16):
+            parser.receive_data(data)
+            while (command := parser.next_message()) is not None:
+                if isinstance(command, m.Unlink):
+                    found = [urb for urb in pending if urb.number == command.unlinked]
+                    pending = [urb for urb in pending if urb not in found]
+                    lie = rng.random() < 0.05
+                    status = -104 if bool(found) is not lie else 0
+                    self._send(writer, m.Unlinked(command.number, status).encode())
+                else:
+                    pending.append(command)
+            rng.shuffle(pending)
+            while pending and (self._honest > 0 or rng.random() < 0.8):
+                self._send(writer, self._reply(pending.pop()).encode())
+                self._honest -= 1
+
+    def _reply(self, urb: m.Submit) -> m.Submitted:
+        rng = self._rng
+        inwards = bool(urb.endpoint & 0x80)
+        known = DESCRIPTORS.get(urb.setup[3], b"")[: urb.length]
+        if not urb.endpoint & 0x0F and urb.setup[1] == 6 and self._honest > 0:
+            return m.Submitted(urb.number, 0, len(known), known)
+        actual = rng.choice((0, urb.length, rng.randrange(urb.length + 1)))
+        packets = [m.IsoPacket(p.offset, p.length, p.length, rng.choice((0, -32))) for p in urb.packets]
+        if packets:
+            actual = sum(packet.actual for packet in packets)
+        if rng.random() < 0.01:
+            actual += 1
+        status = rng.choice((0, 0, 0, -32, -75, -104, -108, 7))
+        return m.Submitted(urb.number, status, actual, bytes(actual) if inwards else b"", packets)
+
+    def _send(self, writer: asyncio.StreamWriter, buffers: list[Buffer]) -> None:
+        rng = self._rng
+        data = b"".join(map(bytes, buffers))
+        if self._honest <= 0 and rng.random() < 0.01:
+            data = bytes(damaged(rng, data)) if rng.random() < 0.7 else data[:20]
+        writer.write(data)
+        if self._honest <= 0 and rng.random() < 0.005:
+            writer.close()
+
+
+class Reports:
+    """The listener of a remote device."""
+
+    def __init__(self) -> None:
+        self.losses = 0
+
+    def happened(self, event: object) -> None:
+        raise AssertionError
+
+    def received(self, endpoint: int, status: Status, data: Buffer) -> bool:
+        counts["packets"] += 1
+        return True
+
+    def reception_ended(self, endpoint: int, status: Status) -> None:
+        counts["receptions ended"] += 1
+
+    def lost(self, error: Exception | None) -> None:
+        self.losses += 1
+        assert self.losses == 1
+
+
+async def remote(rng: random.Random) -> None:
+    failures: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: failures.append(context))
+    hostile = HostileServer(rng)
+    server = await asyncio.start_server(hostile.serve, "127.0.0.1", 0)
+    where = TcpAddress("127.0.0.1", server.sockets[0].getsockname()[1])
+    transfers: list[Transfer] = []
+    try:
+        device = await RemoteDevice.connect(where, "1-1")
+        reports = Reports()
+        await device.open(reports)
+        counts["remote devices"] += 1
+        try:
+            await use(rng, device, transfers)
+        finally:
+            await device.close()
+        assert all(transfer.status is not None for transfer in transfers), "a transfer was not completed"
+    except DeviceError:
+        counts["refused"] += 1
+    finally:
+        server.close()
+        for writer in hostile.writers:
+            writer.close()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
+    assert not failures, failures
+
+
+async def use(rng: random.Random, device: RemoteDevice, transfers: list[Transfer]) -> None:
+    async def operation(call: Coroutine[Any, Any, Status]) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await call
+
+    await operation(device.set_configuration(1))
+    for _ in range(rng.choice((5, 50))):
+        match rng.randrange(12):
+            case 0:
+                await operation(rng.choice((device.reset, lambda: device.set_interface(0, 0)))())
+                await operation(device.set_configuration(1))
+            case 1 | 2:
+                kind = rng.choice((TransferType.INTERRUPT, TransferType.ISOCHRONOUS, TransferType.BULK))
+                endpoint = rng.choice((BULK_IN, INTERRUPT_IN, ISO_IN, ISO_OUT))
+                size = 512 if kind is TransferType.BULK else 0
+                device.start_receiving(Reception(endpoint, kind, 4, rng.choice((1, 8)), size))
+            case 3:
+                device.stop_receiving(rng.choice((BULK_IN, INTERRUPT_IN, ISO_IN, ISO_OUT)))
+            case 4 if transfers:
+                device.cancel(rng.choice(transfers))
+            case 5:
+                await asyncio.sleep(0.001)
+            case 6:
+                transfers.append(Transfer(TransferType.ISOCHRONOUS, ISO_OUT, lambda done: None, data=bytes(100)))
+                device.submit(transfers[-1])
+            case _:
+                endpoint = rng.choice((BULK_IN, BULK_OUT, 0x80))
+                length = rng.choice((0, 8, 512, 5000))
+                setup = Setup(0x80, 6, 0x100, 0, length) if endpoint == 0x80 else None
+                kind = TransferType.BULK if setup is None else TransferType.CONTROL
+                data = b"" if endpoint & 0x80 else bytes(length)
+                transfers.append(Transfer(kind, endpoint, lambda done: None, length=length, data=data, setup=setup))
+                device.submit(transfers[-1])
+        await asyncio.sleep(0)
+
+
 def one_case(rng: random.Random) -> None:
     for _ in range(5):
         commands(rng)
         replies(rng)
         operations(rng)
     asyncio.run(server(rng))
+    asyncio.run(remote(rng))
 
 
 if __name__ == "__main__":
+    connection.IMPORT_TIMEOUT = device.DESCRIPTORS_TIMEOUT = 0.1
     run("usbip", one_case)

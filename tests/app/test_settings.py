@@ -137,8 +137,8 @@ def test_a_command_has_no_other_fields(name: str, extra: str) -> None:
         ({"target": {"target": "a"}, "sources": [{"kind": "disk"}]}, "sources[0].path is missing"),
         (
             {"target": {"target": "a"}, "sources": [{"kind": "disk", "path": "a"}, {"kind": "floppy", "path": ""}]},
-            "sources[1].kind: 'floppy' is not one of disk, read-only-disk, cdrom, folder, usb-device, keyboard, "
-            "tablet, serial, network",
+            "sources[1].kind: 'floppy' is not one of disk, read-only-disk, cdrom, folder, usb-device, "
+            "remote-device, keyboard, tablet, serial, network",
         ),
         (
             {"target": {"target": "a"}, "storage": {"block_size": True}},

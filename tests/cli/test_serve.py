@@ -1,4 +1,4 @@
-"""``farplug serve``, run as users run it, with a client on another thread's event loop."""
+"""``farplug serve`` and ``--usb-device usbip://``, run as users run them; the peer is on another event loop."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ import threading
 from pathlib import Path
 
 import pytest
-from tests.cli.support import Cli, interrupted_after
+from tests.cli.support import Cli, FakeGuest, in_thread, interrupted_after
 from tests.transport.fake_spice import free_port
-from tests.usbip.client import Client
+from tests.usbip.client import Client, serving
+
+from farplug.store import MemoryStore
+from farplug.usb import Speed
+from farplug.virtual import VirtualDevice, disk_device
 
 
 def attach_soon(port: int) -> threading.Thread:
@@ -81,3 +85,39 @@ def test_addresses_that_are_refused(cli: Cli, image: Path, listen: str, code: in
 def test_nothing_to_serve(cli: Cli) -> None:
     result = cli("serve")
     assert (result.code, "nothing to plug in" in result.err) == (2, True)
+
+
+def remote_disk() -> VirtualDevice:
+    return disk_device(MemoryStore(1 << 20), speeds=(Speed.HIGH,))
+
+
+def test_a_device_of_another_machine(cli: Cli) -> None:
+    with in_thread(lambda: serving(remote_disk())) as server, in_thread(FakeGuest().listening) as target:
+        result = cli("connect", target, "--usb-device", f"usbip://127.0.0.1:{server.port}/1-1")
+        assert (result.code, result.err) == (0, "")
+        assert "port 0: 1-1 (1d6b:0104 farplug Virtual Disk)" in result.out
+        assert "1-1: attached as 1d6b:0104 farplug Virtual Disk at High Speed" in result.out
+        assert "1-1: configured by the guest (configuration 1)" in result.out
+
+
+def test_a_device_of_another_machine_shares_no_port(cli: Cli, image: Path) -> None:
+    with in_thread(lambda: serving(remote_disk())) as server, in_thread(FakeGuest().listening) as target:
+        result = cli("connect", target, "--usb-device", f"usbip://127.0.0.1:{server.port}/1-1", "--usb-disk", image)
+    assert result.code == 7
+    assert "2 devices, but the VM has 1 port for them" in result.err
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "code", "message"),
+    [
+        ("usbip://127.0.0.1", [], 2, "'usbip://127.0.0.1' is not a valid USB/IP device: it has no valid bus id"),
+        ("usbip://127.0.0.1:1/1-1", [], 12, "the USB/IP server of 1-1: cannot connect to 127.0.0.1:1"),
+        ("usbip://127.0.0.1:1/1-1", ["--wait"], 2, "--wait has no effect without --usb-device"),
+    ],
+)
+def test_devices_of_other_machines_that_are_refused(
+    cli: Cli, device: str, options: list[str], code: int, message: str
+) -> None:
+    result = cli("connect", "tcp://127.0.0.1:1", "--usb-device", device, *options)
+    assert result.code == code
+    assert message in result.err

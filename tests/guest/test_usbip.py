@@ -1,4 +1,4 @@
-"""Devices of farplug used over USB/IP: the stock ``usbip`` and vhci_hcd of a real Linux, ``farplug serve`` here."""
+"""USB/IP with a real Linux at the other end: its stock ``usbip`` and vhci_hcd, and its usbipd and usbip-host."""
 
 from __future__ import annotations
 
@@ -7,16 +7,36 @@ import os
 import random
 import re
 import signal
+import string
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from tests.guest.command import Running, farplug
-from tests.guest.plugging import GUEST_TIMEOUT, MIB, NO_SCAN_DELAY, STORAGE, blank
+from tests.guest.plugging import (
+    GUEST_TIMEOUT,
+    MIB,
+    NO_SCAN_DELAY,
+    SCRIPTS,
+    STORAGE,
+    Plugged,
+    blank,
+    disk_with,
+    gone,
+    plugged,
+)
+from tests.guest.test_devices_of_your_own import KEY_ESC, KEYBOARD, Everything, bound, reading, text_of, unbound
+from tests.transport.fake_spice import free_port
 
-from farplug.testing import GATEWAY, GuestConfig, QemuGuest
+from farplug.app.settings import Source
+from farplug.errors import Reason
+from farplug.target import open_session, parse_target
+from farplug.testing import GATEWAY, GuestConfig, QemuGuest, UsbDisk
+from farplug.transport.usbip_session import UsbipSession
+from farplug.virtual.hid import Key, Led
 
 if TYPE_CHECKING:
     from tests.guest.conftest import GuestPool
@@ -25,10 +45,17 @@ CLIENT = GuestConfig(network=True, kernel_arguments=NO_SCAN_DELAY, programs=("us
 
 SIZE = 4 * MIB
 
+HID_CLIENT = replace(
+    CLIENT,
+    modules=("usbhid", "hid_generic", "evdev"),
+    python=True,
+    files=tuple((f"/scripts/{name}", SCRIPTS / name) for name in ("usbfs.py", "input_events.py")),
+)
 
-async def usbip_client(guests: GuestPool) -> QemuGuest:
+
+async def usbip_client(guests: GuestPool, config: GuestConfig = CLIENT) -> QemuGuest:
     """Return a guest whose kernel has vhci_hcd."""
-    guest = await guests.get(CLIENT)
+    guest = await guests.get(config)
     if (await guest.run("busybox modprobe vhci_hcd")).exit_code != 0:
         pytest.skip("the kernel of this distribution has no vhci_hcd")
     await guest.check("mkdir -p /var/run")  # where usbip notes what is attached
@@ -62,7 +89,9 @@ async def the_disk(guest: QemuGuest) -> str:
     """Return the block device of the only disk, once it is readable."""
     async with asyncio.timeout(GUEST_TIMEOUT):
         while True:
-            found = await guest.run("for b in /sys/block/sd*; do [ $(cat $b/size) -gt 0 ] && basename $b; done")
+            found = await guest.run(
+                "for b in /sys/block/sd*; do [ -e $b ] && grep -qv '^0$' $b/size && basename $b; done"
+            )
             if name := found.output.strip():
                 return f"/dev/{name}"
             await asyncio.sleep(0.1)
@@ -136,7 +165,7 @@ async def test_the_client_is_killed(guests: GuestPool, tmp_path: Path) -> None:
         await attach(guest, port, "1-2")
         await attach(guest, port)
         async with asyncio.timeout(GUEST_TIMEOUT):
-            while int(await guest.check("ls -d /sys/block/sd* | wc -l")) < 2:
+            while int(await guest.check("ls -d /sys/block/sd* 2>/dev/null | wc -l")) < 2:
                 await asyncio.sleep(0.1)
         await detach(guest)
         await without_disk(guest)
@@ -150,3 +179,101 @@ async def test_the_device_is_unplugged_at_the_server(guests: GuestPool, tmp_path
         command.process.terminate()
         await without_disk(guest)
         assert await command.exit_code() == 0
+
+
+async def test_a_keyboard_types_and_its_lights_come_back(guests: GuestPool) -> None:
+    guest = await usbip_client(guests, HID_CLIENT)
+    everything = Everything()
+    keyboard = everything.keyboard
+    text = "".join(random.Random(1).choices(string.ascii_letters + string.digits + " \n", k=300))
+    async with plugged("usbip-listen://127.0.0.1:0", everything.device, configured=False) as hub:
+        session = hub.session
+        assert isinstance(session, UsbipSession)
+        async with asyncio.timeout(GUEST_TIMEOUT):
+            while session.ports[0].exporter.device is None:
+                await asyncio.sleep(0.01)
+        await attach(guest, session.address.port)
+        await bound(guest)
+        async with reading(guest, KEYBOARD, KEY_ESC) as events:
+            await keyboard.type_text(text)
+            await keyboard.tap(Key.ESCAPE)
+        assert text_of(events) == text
+        before = keyboard.leds
+        await keyboard.tap(Key.CAPS_LOCK)
+        async with asyncio.timeout(GUEST_TIMEOUT):
+            while keyboard.leds == before:
+                await asyncio.sleep(0.01)
+        assert keyboard.leds ^ before == Led.CAPS_LOCK
+        await keyboard.tap(Key.CAPS_LOCK)
+        await detach(guest)
+        await unbound(guest)
+
+
+# The client: a disk of QEMU, which usbip-host of a real Linux exports, in another VM
+
+HOST_SCRIPT = """
+    set -e
+    busybox modprobe virtio_net
+    busybox modprobe usbip-host
+    busybox ip link set lo up
+    busybox ip address add 10.0.2.15/24 dev eth0
+    busybox ip link set eth0 up
+    mkdir -p /var/run
+    usbipd -D
+    until busid=$(usbip list -l 2>/dev/null | sed -n 's/.*busid \\([0-9.-]*\\) (46f4:0001).*/\\1/p'); test "$busid"; do
+        sleep 0.1
+    done
+    usbip bind -b $busid >&2
+    echo $busid"""
+"""Exports the disk, and writes its bus id."""
+
+
+@asynccontextmanager
+async def exported(guests: GuestPool, image: Path) -> AsyncIterator[tuple[QemuGuest, str]]:
+    """Run a Linux that exports a disk for the block; yield it and the address of the disk."""
+    port = free_port()
+    config = GuestConfig(
+        disks=(UsbDisk(image=image),),
+        memory=512,
+        programs=("usbip", "usbipd"),
+        modules=("virtio_net",),
+        kernel_arguments=NO_SCAN_DELAY,
+        extra_arguments=(
+            *("-netdev", f"user,id=forwarded,hostfwd=tcp:127.0.0.1:{port}-10.0.2.15:3240"),
+            *("-device", "virtio-net-pci,netdev=forwarded"),
+        ),
+    )
+    async with guests.fresh(config) as host:
+        if (await host.run("busybox modprobe usbip-host")).exit_code != 0:
+            pytest.skip("the kernel of this distribution has no usbip-host")
+        busid = (await host.check(HOST_SCRIPT)).split()[-1]
+        yield host, f"usbip://127.0.0.1:{port}/{busid}"
+
+
+async def test_a_disk_of_another_machine(guests: GuestPool, guest: QemuGuest, tmp_path: Path) -> None:
+    image = tmp_path / "remote.raw"
+    content = random.Random(7).randbytes(SIZE)
+    image.write_bytes(content + bytes(SIZE))
+    async with exported(guests, image) as (host, address):
+        hub = Plugged(await open_session(parse_target(guest.targets[0])))
+        async with hub:
+            for _ in range(2):  # after a detach it can be attached again
+                async with asyncio.timeout(GUEST_TIMEOUT):
+                    attachment = await hub.plug(Source.remote_device(address))
+                    await attachment.configured()
+                disk = await disk_with(guest, attachment.device.identity.serial_number)
+                await guest.check(f"dd if={disk} of=/tmp/copy bs=1M count=4 iflag=direct 2>/dev/null")
+                assert (await guest.run("cat /tmp/copy")).data == content
+                await guest.check(f"dd if=/tmp/copy of={disk} bs=1M seek=4 oflag=direct conv=fsync 2>/dev/null")
+                assert image.read_bytes() == content + content
+                image.write_bytes(content + bytes(SIZE))
+                await hub.unplug(attachment)
+                await gone(guest, disk)
+            async with asyncio.timeout(GUEST_TIMEOUT):
+                attachment = await hub.plug(Source.remote_device(address))
+                await attachment.configured()
+            os.kill(host.pid, signal.SIGKILL)
+            async with asyncio.timeout(GUEST_TIMEOUT):
+                error = await attachment.ended()
+            assert error is not None
+            assert error.reason is Reason.DEVICE_LOST

@@ -19,7 +19,7 @@ from farplug.app.attachment import Attachment, AttachmentState, Description, Pla
 from farplug.app.capture import GuestCapture
 from farplug.app.events import EventReader, EventStream, Level, level_of
 from farplug.app.guest_port import GuestPort, retrieve
-from farplug.app.kinds import KINDS, Medium
+from farplug.app.kinds import KINDS, Medium, Whole
 from farplug.app.link import AskPassword, Link, error_fields
 from farplug.app.screen import Inputs, Screen
 from farplug.app.seat import Seat
@@ -712,16 +712,19 @@ class Guest:
     def _groups(self, opened: Sequence[OpenSource], ports: int) -> list[list[OpenSource]]:
         """Return the sources in groups of one device each: one source each, or all of them if there are fewer ports.
 
-        In a group images come first, in the order of their logical unit numbers.
+        What is a device of its own is alone in its group. In another group images come first, in the order of their
+        logical unit numbers.
         """
-        count = len(opened)
-        if count <= ports:
+        if len(opened) <= ports:
             return [[one] for one in opened]
+        alone = [[one] for one in opened if isinstance(one.content, Whole)]
+        opened = [one for one in opened if not isinstance(one.content, Whole)]
+        count, ports = len(opened), ports - len(alone)
         has = "1 port" if ports == 1 else f"{ports} ports"
         media = [one for one in opened if isinstance(one.content, Medium)]
         parts = "logical units" if len(media) == count else "parts"
         self.note(f"the VM has {has} for {count} devices: they are plugged as {count} {parts} of one device")
-        return [[*media, *(one for one in opened if one not in media)]]
+        return [*alone, [*media, *(one for one in opened if one not in media)]]
 
     async def _plug_all(self, devices: Mapping[Device, Place], *, stay: bool) -> FarplugError | None:
         """Plug devices in, and wait until all devices have left; return why, if no user asked for that.
@@ -882,7 +885,7 @@ class Guest:
             return None
         return next((one for one in self._current() if source.name in one.sources), None)
 
-    async def _plug_new(self, device: VirtualDevice) -> Attachment:
+    async def _plug_new(self, device: Device) -> Attachment:
         """Plug a device of new sources; publish its error too, since perhaps no call waits."""
         description = self._describe_group(device)
         try:
@@ -1211,7 +1214,8 @@ def _port_line(number: int, titles: Sequence[str], media: int) -> str:
 def _least_ports(opened: Sequence[OpenSource]) -> int:
     """Return the ports that sources need at least: one has room for all of them, but for 16 logical units only."""
     media = sum(isinstance(one.content, Medium) for one in opened)
-    return min(len(opened), 1) if media <= MAX_UNITS else len(opened)
+    alone = sum(isinstance(one.content, Whole) for one in opened)
+    return alone + min(len(opened) - alone, 1) if media <= MAX_UNITS else len(opened)
 
 
 def _names_of(attachment: Attachment) -> set[str]:

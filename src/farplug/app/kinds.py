@@ -18,6 +18,7 @@ from farplug.errors import Reason, UsageError
 from farplug.scsi.disk import DiskUnit
 from farplug.scsi.inquiry import CDROM_PRODUCT, PRODUCT
 from farplug.store import FileStore, OverlayStore, Store, open_iso
+from farplug.usb.device import Device
 from farplug.virtual.cdrom import CdromDrive
 from farplug.virtual.function import Function
 from farplug.virtual.unit import LogicalUnit
@@ -80,6 +81,33 @@ class Parts:
     close: Callable[[], Awaitable[None]] = _nothing_to_close
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Whole:
+    """A source that is a device of its own, and shares no port.
+
+    Attributes:
+        device: what the guest sees.
+        close: releases the device; a second call has no effect.
+    """
+
+    device: Device
+    close: Callable[[], Awaitable[None]]
+
+    @property
+    def product(self) -> str:
+        """Return the product name that the guest sees."""
+        return self.device.identity.product
+
+    @property
+    def detail(self) -> str:
+        """Return the identity: the label is only the device's place."""
+        return str(self.device.identity)
+
+
+SourceContent: TypeAlias = Medium | Parts | Whole
+"""What a source becomes."""
+
+
 @dataclass(frozen=True, slots=True)
 class Opening:
     """What an opener may need besides the source.
@@ -95,7 +123,7 @@ class Opening:
     identity: str = ""
 
 
-Opener: TypeAlias = Callable[[Source, Opening], Awaitable[Medium | Parts]]
+Opener: TypeAlias = Callable[[Source, Opening], Awaitable[SourceContent]]
 """Opens a source. Raises a :class:`~farplug.errors.FarplugError` if the source cannot be used."""
 
 
@@ -225,11 +253,22 @@ async def _open_network(source: Source, opening: Opening) -> Parts:
     return Parts([NetworkAdapter(end, mac=mac)], "Virtual Network Adapter", f"{end.address}, {mac.hex(':')}")
 
 
+# Devices of other machines ----------------------------------------------------------------------------------------
+
+
+async def _open_remote(source: Source, opening: Opening) -> Whole:
+    from farplug.remote import RemoteDevice, parse_remote
+
+    device = await RemoteDevice.connect(*parse_remote(source.path))
+    return Whole(device, device.dispose)
+
+
 KINDS: Final[dict[SourceKind, Kind]] = {
     SourceKind.DISK: Kind(_open_disk),
     SourceKind.READ_ONLY_DISK: Kind(_open_read_only_disk, repeatable=True),
     SourceKind.CDROM: Kind(_open_cdrom, "cdrom", repeatable=True),
     SourceKind.FOLDER: Kind(_open_folder, repeatable=True),
+    SourceKind.REMOTE_DEVICE: Kind(_open_remote),
     SourceKind.KEYBOARD: Kind(_open_keyboard, "keyboard", repeatable=True),
     SourceKind.TABLET: Kind(_open_tablet, "tablet", repeatable=True),
     SourceKind.SERIAL: Kind(_open_serial, "serial", repeatable=True),

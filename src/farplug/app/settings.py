@@ -50,6 +50,8 @@ class SourceKind(StrEnum):
     CDROM = "cdrom"
     FOLDER = "folder"
     USB_DEVICE = "usb-device"
+    REMOTE_DEVICE = "remote-device"
+    """A USB device of another machine, over USB/IP."""
     KEYBOARD = "keyboard"
     TABLET = "tablet"
     SERIAL = "serial"
@@ -78,6 +80,7 @@ _NAMES = {
     SourceKind.CDROM: Names.FILE,
     SourceKind.FOLDER: Names.FILE,
     SourceKind.USB_DEVICE: Names.OTHER,
+    SourceKind.REMOTE_DEVICE: Names.OTHER,
     SourceKind.KEYBOARD: Names.NOTHING,
     SourceKind.TABLET: Names.NOTHING,
     SourceKind.SERIAL: Names.OTHER,
@@ -91,8 +94,8 @@ class Source(_Settings):
 
     Attributes:
         kind: what it becomes in the guest.
-        path: of the image or the folder; for a USB device how it is chosen (``1050:0407``, ``1-5``, ``serial:…``);
-            for a serial line or a network adapter its end (``pty``, ``passt``, ``tcp-listen://:4000``); empty for kinds
+        path: of the image or the folder; for a USB device how it is chosen (``1050:0407``, ``1-5``, ``serial:…``),
+            for one of another machine ``usbip://HOST/BUSID``; for a serial line or a network adapter its end (``pty``, ``passt``, ``tcp-listen://:4000``); empty for kinds
             that need none, such as a keyboard.
         snapshot: a disk only: the file that takes what the guest writes, so that the image stays as it is.
         mac: a network adapter only: its MAC address; None: one that is the same each time.
@@ -155,6 +158,11 @@ class Source(_Settings):
     def usb_device(cls, device: str) -> Self:
         """Return a USB device of this machine, by ids, port, serial number or name."""
         return cls(SourceKind.USB_DEVICE, device)
+
+    @classmethod
+    def remote_device(cls, address: str) -> Self:
+        """Return a USB device of another machine, by ``usbip://HOST[:PORT]/BUSID``."""
+        return cls(SourceKind.REMOTE_DEVICE, address)
 
     @classmethod
     def keyboard(cls) -> Self:

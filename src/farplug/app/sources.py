@@ -9,10 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
-from farplug.app.kinds import KINDS, Medium, Opening, Parts
+from farplug.app.kinds import KINDS, Medium, Opening, Parts, SourceContent, Whole
 from farplug.app.settings import Names, Source, SourceKind, StorageSettings
 from farplug.errors import ImageError, PortError, Reason, Remedy
 from farplug.store.content import Content
+from farplug.usb.device import Device
 from farplug.usb.types import Speed
 from farplug.virtual.device import VirtualDevice
 from farplug.virtual.function import Function
@@ -38,7 +39,7 @@ class OpenSource:
     source: Source
     label: str
     title: str
-    content: Medium | Parts
+    content: SourceContent
     place: int = 0
 
     @property
@@ -158,12 +159,16 @@ def _explained(source: Source, error: ImageError, sources: Sources) -> ImageErro
     return error
 
 
-def device_of(group: Sequence[OpenSource], storage: StorageSettings) -> VirtualDevice:
+def device_of(group: Sequence[OpenSource], storage: StorageSettings) -> Device:
     """Make one device of sources: images become its logical units, other sources functions of their own.
+
+    A source that is a device of its own is alone in its group.
 
     Raises:
         PortError: the sources have more endpoints than a device can have.
     """
+    if isinstance(whole := group[0].content, Whole):
+        return whole.device
     media = [one.content for one in group if isinstance(one.content, Medium)]
     functions: list[Function] = []
     if media:

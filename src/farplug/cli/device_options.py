@@ -103,7 +103,7 @@ DevicesOption: TypeAlias = Annotated[
         "--usb-device",
         metavar="DEVICE",
         help="Plug in a USB device of this machine: VID:PID, BUS-ADDRESS, BUS-PORT.PORT, serial:NUMBER, or part of "
-        "its name. May be repeated.",
+        "its name; or usbip://HOST/BUSID, a device of another machine. May be repeated.",
         show_default=False,
         rich_help_panel=DEVICES,
     ),
@@ -349,7 +349,10 @@ class DeviceOptions:
             "usb_disk_ro": [Source.disk(path, read_only=True) for path in self.usb_disk_ro or []],
             "usb_cdrom": [Source.cdrom(path) for path in self.usb_cdrom or []],
             "usb_folder": [Source.folder(path) for path in self.usb_folder or []],
-            "usb_device": [Source.usb_device(device) for device in self.usb_device or []],
+            "usb_device": [
+                Source.remote_device(device) if _is_remote(device) else Source.usb_device(device)
+                for device in self.usb_device or []
+            ],
             "usb_keyboard": [Source.keyboard()] * self.usb_keyboard,
             "usb_tablet": [Source.tablet()] * self.usb_tablet,
             "usb_serial": [Source.serial(end) for end in self.usb_serial or []],
@@ -376,7 +379,7 @@ class DeviceOptions:
 
     def _rules(self) -> DeviceRules:
         """Return the rules for USB devices; raise ``UsageError`` if an option of them has no effect."""
-        devices = self.usb_device or []
+        devices = [device for device in self.usb_device or [] if not _is_remote(device)]
         if self.wait and not devices:
             raise _alone("--wait", "--usb-device")
         if not devices and self.auto_connect is None and self.redirect_on_connect is None:
@@ -394,6 +397,10 @@ class DeviceOptions:
             redirect_on_connect=self.redirect_on_connect,
             force=self.force,
         )
+
+
+def _is_remote(device: str) -> bool:
+    return device.startswith("usbip://")
 
 
 def with_device_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -21,17 +21,6 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
-from errno import (
-    ECONNRESET,
-    EINVAL,
-    EMSGSIZE,
-    ENOMEM,
-    EOVERFLOW,
-    EPIPE,
-    EPROTO,
-    ESHUTDOWN,
-    ETIME,
-)
 from typing import Final, Protocol, TypeAlias
 
 from farplug.errors import RemoteProtocolError
@@ -40,6 +29,7 @@ from farplug.usb.transfer import Status
 from farplug.usb.types import Buffer, DescriptorType, Setup, Speed, StandardRequest, TransferType
 from farplug.usbip.messages import (
     ZERO_PACKET,
+    Errno,
     ExportedDevice,
     IsoPacket,
     ServerReply,
@@ -68,15 +58,17 @@ _ISO_TRANSFERS: Final = 8
 _ISO_PACKETS: Final = 32
 """The most packets of such a transfer."""
 _DEVICE_DESCRIPTOR_SIZE: Final = 18
+_PORT_RESET: Final = 4
+"""The feature of a hub's port that resets the device."""
 
 _ERRORS: Final = {
     Status.SUCCESS: 0,
-    Status.CANCELLED: -ECONNRESET,
-    Status.INVALID: -EPIPE,
-    Status.IO_ERROR: -EPROTO,
-    Status.STALL: -EPIPE,
-    Status.TIMEOUT: -ETIME,
-    Status.BABBLE: -EOVERFLOW,
+    Status.CANCELLED: -Errno.ECONNRESET,
+    Status.INVALID: -Errno.EPIPE,
+    Status.IO_ERROR: -Errno.EPROTO,
+    Status.STALL: -Errno.EPIPE,
+    Status.TIMEOUT: -Errno.ETIME,
+    Status.BABBLE: -Errno.EOVERFLOW,
 }
 
 
@@ -235,7 +227,7 @@ class Exporter:
         urb = _Urb(command)
         self._urbs[command.number] = urb
         if not command.stored:
-            self._end(urb, -EMSGSIZE)
+            self._end(urb, -Errno.EMSGSIZE)
         elif not command.endpoint & 0x0F:
             self._control(urb)
         else:
@@ -245,9 +237,9 @@ class Exporter:
         submit = urb.submit
         entry = self._endpoints.get(submit.endpoint)
         if entry is None:
-            self._end(urb, -EPIPE)
+            self._end(urb, -Errno.EPIPE)
         elif (entry.type == TransferType.ISOCHRONOUS) is not bool(submit.packets):
-            self._end(urb, -EINVAL)
+            self._end(urb, -Errno.EINVAL)
         elif entry.type == TransferType.BULK:
             self._bulk(urb, entry)
         elif entry.type == TransferType.ISOCHRONOUS or submit.endpoint & 0x80:
@@ -274,7 +266,7 @@ class Exporter:
         size = max(1, entry.max_packet_size)
         count = max(1, -(-submit.length // size))
         if count > MAX_PARTS:
-            self._end(urb, -EMSGSIZE)
+            self._end(urb, -Errno.EMSGSIZE)
             return
         data, submit.data = memoryview(submit.data), b""
         for number in range(count):
@@ -293,10 +285,14 @@ class Exporter:
         submit = urb.submit
         setup = Setup.parse(submit.setup)
         if setup.length != submit.length or (submit.length and setup.direction != submit.endpoint & 0x80):
-            self._end(urb, -EINVAL)
+            self._end(urb, -Errno.EINVAL)
             return
         match setup.request_type, setup.request:
             case 0x00, StandardRequest.SET_ADDRESS:  # the client's host controller has addressed the device
+                self._end(urb, 0)
+            case 0x23, StandardRequest.SET_FEATURE if setup.value == _PORT_RESET:  # as Linux's stub_rx.c
+                self._stop_receiving(self._receivers)
+                self._send(packets.Reset())
                 self._end(urb, 0)
             case 0x00, StandardRequest.SET_CONFIGURATION if setup.value < 256:
                 self._stop_receiving(self._receivers)
@@ -322,7 +318,7 @@ class Exporter:
                 if not receiver.waiting and urb.submit.endpoint & 0x80:
                     self._stop(urb.submit.endpoint, receiver)
         assert self._reply is not None
-        self._reply(Unlinked(command.number, 0 if urb is None else -ECONNRESET))
+        self._reply(Unlinked(command.number, 0 if urb is None else -Errno.ECONNRESET))
 
     def _new_id(self, urb: _Urb) -> int:
         id = next(self._ids)
@@ -346,7 +342,7 @@ class Exporter:
         submit = urb.submit
         endpoint, count = submit.endpoint, len(submit.packets)
         if self._waiting >= MAX_WAITING or self._waiting_packets + count > MAX_WAITING_PACKETS:
-            self._end(urb, -ENOMEM)
+            self._end(urb, -Errno.ENOMEM)
             return
         receiver = self._receivers.get(endpoint)
         if receiver is None:
@@ -389,14 +385,14 @@ class Exporter:
         if submit.packets:
             packet = submit.packets[len(urb.filled)]
             if len(data) > packet.length:
-                status, data = -EOVERFLOW, memoryview(data)[: packet.length]
+                status, data = -Errno.EOVERFLOW, memoryview(data)[: packet.length]
             urb.filled.append(replace(packet, actual=len(data), status=status))
             urb.received += data
             urb.actual += len(data)
             return len(urb.filled) == len(submit.packets)
         room = submit.length - len(urb.received)
         if len(data) > room:
-            status, data = -EOVERFLOW, memoryview(data)[:room]
+            status, data = -Errno.EOVERFLOW, memoryview(data)[:room]
         urb.received += data
         urb.status = status
         urb.actual = len(urb.received)
@@ -444,7 +440,7 @@ class Exporter:
     def _stop_receiving(self, endpoints: Collection[int]) -> None:
         """End receptions that the engine ends as well: the settings change."""
         for endpoint in [e for e in self._receivers if e in endpoints]:
-            self._drop_receiver(endpoint, -ESHUTDOWN)
+            self._drop_receiver(endpoint, -Errno.ESHUTDOWN)
 
     def _drop_receiver(self, endpoint: int, status: int) -> None:
         receiver = self._receivers.pop(endpoint)
@@ -467,13 +463,13 @@ class Exporter:
                 self._arrived(packet)
             case packets.InterruptReceivingStatus() | packets.IsoStreamStatus():
                 if packet.status is Status.STALL and packet.endpoint in self._receivers:
-                    self._drop_receiver(packet.endpoint, -EPIPE)
+                    self._drop_receiver(packet.endpoint, -Errno.EPIPE)
             case packets.ConfigurationStatus():
                 if packet.status is Status.SUCCESS and self.device is not None:
                     self.device = replace(self.device, configuration=packet.configuration)
-                self._answered(packet.id, packet.status, 0)
+                self._operation_ended(packet.id, packet.status)
             case packets.AltSettingStatus():
-                self._answered(packet.id, packet.status, 0)
+                self._operation_ended(packet.id, packet.status)
             case packets.InterfaceInfo():
                 self._interfaces = packet.interfaces
             case packets.EndpointInfo():
@@ -501,6 +497,10 @@ class Exporter:
         urb.reply = data
         if not urb.ids:
             self._end(urb, urb.status)
+
+    def _operation_ended(self, id: int, status: Status) -> None:
+        """Reply to a request that sets something: for a stall usbredir has only other errors."""
+        self._answered(id, status if status is Status.SUCCESS else Status.STALL, 0)
 
     def _arrived(self, packet: packets.InterruptPacket | packets.IsoPacket) -> None:
         receiver = self._receivers.get(packet.endpoint)

@@ -45,6 +45,23 @@ _HEADER = 48
 _OUT, _IN = 0, 1
 
 
+class Errno(IntEnum):
+    """Linux's error numbers, which replies have with a minus sign (include/uapi/asm-generic/errno.h)."""
+
+    ENOENT = 2
+    ENOMEM = 12
+    EINVAL = 22
+    EPIPE = 32
+    ETIME = 62
+    EPROTO = 71
+    EOVERFLOW = 75
+    EMSGSIZE = 90
+    ECONNRESET = 104
+    ESHUTDOWN = 108
+    ETIMEDOUT = 110
+    EREMOTEIO = 121
+
+
 class Operation(IntEnum):
     """The code of an operation, bit 15 set in requests."""
 
