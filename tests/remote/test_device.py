@@ -247,7 +247,7 @@ async def test_replies_to_an_import(reply: bytes, reason: Reason, text: str) -> 
     assert raised.value.reason is reason
 
 
-async def test_a_server_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_server_without_a_reply(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "IMPORT_TIMEOUT", 0.05)
 
     async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

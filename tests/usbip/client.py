@@ -157,7 +157,7 @@ class Server:
     Attributes:
         guest: the application's model.
         session: the server.
-        notes: what it tells the user.
+        notes: its lines for the user.
     """
 
     def __init__(self, guest: Guest, session: UsbipSession, notes: list[str]) -> None:

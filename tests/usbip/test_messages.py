@@ -105,7 +105,7 @@ def test_replies_that_are_refused(urb: m.Submit | None, reply: m.Submitted, mess
         parser.next_message()
 
 
-def test_a_reply_that_is_no_reply() -> None:
+def test_a_message_that_is_not_a_reply() -> None:
     parser = m.ReplyParser(lambda number: URB)
     parser.receive_data(bytes(48))
     with pytest.raises(RemoteProtocolError, match="0 is not a USB/IP reply"):

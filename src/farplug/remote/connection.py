@@ -41,7 +41,7 @@ _STATUSES: Final = {
     -Errno.ETIMEDOUT: Status.TIMEOUT,
     -Errno.EREMOTEIO: Status.SUCCESS,
 }
-"""EREMOTEIO: the URB is shorter than requested, which is no error for usbredir."""
+"""EREMOTEIO: the URB is shorter than requested, which is not an error for usbredir."""
 
 Done: TypeAlias = Callable[[Submitted], None]
 """Called once with the reply to an URB; one with ECONNRESET if the URB was unlinked, with ESHUTDOWN if the connection
@@ -231,7 +231,7 @@ class UrbConnection:
 
 
 def _ignore(error: Exception | None) -> None:
-    """Do nothing: nobody uses the connection."""
+    """Do nothing: the connection has no user."""
 
 
 def _refused(address: TcpAddress, busid: str, refusal: Refusal) -> FarplugError:

@@ -168,7 +168,7 @@ class RemoteDevice(Device):
         self._unconfigure()
         if self._connection is None or not self._connection.is_open:
             return Status.IO_ERROR
-        await self._connection.control(_PORT_RESET)  # carried out, and then refused by the device, which is no hub
+        await self._connection.control(_PORT_RESET)  # carried out, and then refused by the device, which is not a hub
         return Status.SUCCESS if self._connection is not None and self._connection.is_open else Status.IO_ERROR
 
     async def set_configuration(self, value: int) -> Status:
