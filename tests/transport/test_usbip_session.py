@@ -6,11 +6,13 @@ import asyncio
 import random
 import struct
 from errno import ECONNRESET, EINVAL, EMSGSIZE, ENOMEM, EOVERFLOW, EPIPE, ESHUTDOWN
+from pathlib import Path
 
 import pytest
 from tests.usbip.client import SET_CONFIGURATION, TIMEOUT, get_descriptor, serving, set_interface
 
 from farplug.app.events import Event
+from farplug.app.settings import Source
 from farplug.errors import Reason, TargetError
 from farplug.target import open_session, parse_target
 from farplug.transport import usbip_session
@@ -121,6 +123,14 @@ async def test_the_user_gets_the_command_of_each_device() -> None:
         port = server.port
         command = f"usbip --tcp-port {port} attach -r 127.0.0.1 -b 1-1"
         assert [event.fields["command"] for event in events if event.name == "note"] == [command]
+
+
+async def test_a_later_attach_does_not_wait_for_a_client(tmp_path: Path) -> None:
+    image = tmp_path / "a.raw"
+    image.write_bytes(bytes(MIB))
+    async with serving() as server, asyncio.timeout(TIMEOUT):
+        (attachment,) = await server.guest.attach([Source.disk(image, read_only=True)])
+        assert (attachment.label, attachment.state) == ("a.raw", "attached")
 
 
 async def test_transfers_move_data_and_end_in_order() -> None:

@@ -815,7 +815,8 @@ class Guest:
             sources: what to plug, in this order.
             storage: how images and folders are plugged; None: as those of the settings.
             rules: which USB devices of this machine are plugged besides the sources, and how they come back.
-            wait: wait until the guest has configured the devices; otherwise only until they are being plugged in.
+            wait: wait until the guest has configured the devices, or until USB/IP clients can attach them; otherwise
+                only until they are being plugged in.
 
         Raises:
             FarplugError: a source cannot be plugged; the others of the call stay plugged in.
@@ -876,7 +877,10 @@ class Guest:
                 raise result
         new = [result for result in results if isinstance(result, Attachment)]
         for attachment in new:
-            await attachment.configured()
+            if attachment.port.port.use:  # a client may attach it much later
+                await attachment.attached()
+            else:
+                await attachment.configured()
         return [*already, *new]
 
     def _plugged(self, source: Source) -> Attachment | None:

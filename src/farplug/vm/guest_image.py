@@ -43,6 +43,7 @@ ON_DEMAND_MODULES = (
     "usb_f_mass_storage",
     "usb_f_ncm",
     "usb_f_ss_lb",
+    "usbip_host",
     "vhci_hcd",
     # Requested by sd_mod and ext4 through an alias, which "depends" does not list.
     "crc64_rocksoft_generic",
