@@ -88,9 +88,9 @@ def test_paths_become_absolute(root: Path) -> None:
 
 
 def test_every_kind_of_source_is_known_with_its_option() -> None:
-    assert {*methods.OF_FILES, *methods.WITHOUT_FILES} == set(SourceKind)
+    assert {*methods.OF_FILES, *methods.WITHOUT_FILES, *methods.NOT_FROM_BROWSERS} == set(SourceKind)
     assert set(methods.OF_FILES) == {kind for kind in SourceKind if kind.names is Names.FILE}
-    assert set(SOURCES) == set(SourceKind)
+    assert set(SOURCES) == {*methods.OF_FILES, *methods.WITHOUT_FILES}
     options = {option for parameter in get_command(app).commands["attach"].params for option in parameter.opts}  # type: ignore[attr-defined]
     assert set(SOURCES.values()) <= options
 
@@ -124,7 +124,9 @@ def test_what_is_written_is_below_the_web_root(root: Path, path: str) -> None:
         {},
         {"kind": "disk"},
         {"kind": ["disk"], "path": "disk.raw"},
-        {"kind": "serial", "path": "/etc/passwd"},
+        {"kind": "serial", "path": "unix:/run/x"},
+        {"kind": "network", "path": "passt"},
+        {"kind": "x", "path": "/etc/passwd"},
         {"kind": "disk", "path": ["disk.raw"]},
         {"kind": "disk", "path": "client:m1"},
         {"kind": "folder", "path": "client:m1"},

@@ -50,6 +50,8 @@ OF_BROWSER: Final = ("read-only-disk", "cdrom")
 """Kinds that a file of the browser can become."""
 WITHOUT_FILES: Final = ("usb-device", "keyboard", "tablet")
 """Kinds that need no file of this machine."""
+NOT_FROM_BROWSERS: Final = ("serial", "network")
+"""Kinds whose other end is a socket, a terminal or the network of this machine, which no browser may choose."""
 _KINDS: Final = (*OF_FILES, *WITHOUT_FILES)
 
 
@@ -124,6 +126,12 @@ def _source(source: object, places: Places) -> dict[str, Any]:
     if not isinstance(source, dict):
         raise _bad("sources", source, "an object")
     kind = source.get("kind")
+    if kind in NOT_FROM_BROWSERS:
+        raise UsageError(
+            f"a page plugs in no {kind}: its other end would be a socket, a terminal or the network of this machine",
+            reason=Reason.BAD_SETTING,
+            remedy="plug it in from the command line of this machine",
+        )
     if kind not in _KINDS:
         raise _bad("kind", kind, f"one of {', '.join(_KINDS)}")
     changed = dict(source)
