@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import ssl
 import subprocess
@@ -145,6 +146,28 @@ async def test_tls_files_that_are_wrong(environment: dict[str, str], certificate
 async def test_a_web_root_that_does_not_exist(environment: dict[str, str], tmp_path: Path) -> None:
     error = await refused(environment, web_root=str(tmp_path / "none"))
     assert (error.reason, exit_code(error)) == (Reason.NOT_FOUND, ExitCode.USAGE)
+
+
+async def test_a_user_without_a_name(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs with any number of a user."""
+
+    def unknown() -> str:
+        raise KeyError("getpwuid(): uid not found: 12345")
+
+    monkeypatch.setattr("getpass.getuser", unknown)
+    async with Served.serve(environment) as served, served.websocket() as browser:
+        hello = {"protocol_version": "1.1", "token": served.page.tokens.full}
+        assert (await browser.call("hello", hello))["user"] == str(os.geteuid())
+
+
+async def test_a_user_without_a_home(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nowhere)
+    del environment["XDG_CACHE_HOME"]
+    error = await refused(environment)
+    assert (error.reason, exit_code(error)) == (Reason.NOT_FOUND, ExitCode.SETUP)
 
 
 async def test_nothing_is_left(environment: dict[str, str]) -> None:

@@ -240,7 +240,14 @@ def private_folder(environment: dict[str, str] | None = None) -> Path:
     """
     variables = os.environ if environment is None else environment
     cache = variables.get("XDG_CACHE_HOME", "")
-    path = (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "farplug"
+    try:
+        path = (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "farplug"
+    except RuntimeError as error:
+        raise SetupError(
+            "this user has no home folder",
+            reason=Reason.NOT_FOUND,
+            remedy="set XDG_CACHE_HOME to a folder for uploads, or name a web root",
+        ) from error
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:

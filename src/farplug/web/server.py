@@ -20,6 +20,7 @@ import os
 import re
 import socket
 import ssl
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -178,7 +179,7 @@ class Page:
                 uploads = Uploads(folder, settings.upload_quota)
                 stack.callback(uploads.close)
                 tokens = Tokens.make(view=settings.view_only)
-                site = Site(tokens, board, uploads, root, settings.session, socket.gethostname(), getpass.getuser())
+                site = Site(tokens, board, uploads, root, settings.session, socket.gethostname(), _user())
                 port = listener.getsockname()[1]
                 names = [] if context is None else _names(settings)
                 page = cls(settings, site, port, _host(settings, names), Path(private))
@@ -519,6 +520,14 @@ def _not_listening(where: str, error: OSError) -> SetupError:
             remedy=Remedy("choose another port; 0 takes any that is free", setting="port", value=0),
         )
     return from_oserror(where, error, as_=SetupError, problem="cannot be listened on", remedy="choose another one")
+
+
+def _user() -> str:
+    """Return the name of this user; its number in a container that knows no name for it."""
+    try:
+        return getpass.getuser()
+    except (ImportError, KeyError, OSError):
+        return str(os.geteuid()) if sys.platform != "win32" else ""
 
 
 def _in_url(address: str) -> str:
