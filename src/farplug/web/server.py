@@ -527,7 +527,9 @@ def _user() -> str:
     try:
         return getpass.getuser()
     except (ImportError, KeyError, OSError):
-        return str(os.geteuid()) if sys.platform != "win32" else ""
+        if sys.platform == "win32":
+            return ""
+        return str(os.geteuid())
 
 
 def _in_url(address: str) -> str:
