@@ -339,7 +339,9 @@ class FakePage:
         number = params.get("port", 0)
         id = f"g1.a{self.snapshot['last_event']}"
         path = source.get("path", source["kind"])
-        name = self.offered.get(path.removeprefix("client:"), path.rpartition("/")[2])
+        if path.startswith("client:"):
+            path = f"{path}/{self.offered[path.removeprefix('client:')]}"
+        name = path if path.startswith("client:") else path.rpartition("/")[2]
         identity = f"1d6b:0104 farplug Virtual {'CD-ROM' if source['kind'] == 'cdrom' else 'Disk'}"
         label = "cdrom0" if source["kind"] == "cdrom" else name
         self._on_loop(
@@ -349,7 +351,7 @@ class FakePage:
                 label=label,
                 units=[label],
                 identity=identity,
-                sources=[{**source, "label": name}],
+                sources=[{**source, "path": path}],
             )
         )
         return {"attachments": [{**attachment(id, f"usbredir {number}"), "label": label}]}
@@ -363,7 +365,7 @@ class FakePage:
 
     def _offer(self, params: Json, data: bytes | None) -> Json:
         self.medium += 1
-        self.offered = {**self.offered, f"m{self.medium}": params["name"]}
+        self.offered = {**self.offered, f"m{self.medium}": params["file"]}
         return {"media": f"m{self.medium}"}
 
     # The wire

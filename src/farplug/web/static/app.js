@@ -11,7 +11,7 @@ import { Upload, answer, droppedFile, droppedName, kindOf, refusal } from "./med
 import { RECENT_WRITE } from "./panel.js";
 import { Pointer } from "./pointer.js";
 import { Picture } from "./screen.js";
-import { attachments, drives, initial, mayAct, overlay, portOf, ports, reduce } from "./state.js";
+import { attachments, drives, initial, mayAct, offered, overlay, portOf, ports, reduce, shortName } from "./state.js";
 import { T } from "./texts.js";
 import { lone, vm } from "./vm.js";
 
@@ -290,7 +290,8 @@ export class App {
     if (name === "attached") this.fetchDrives().catch(ignore);
     if (["attached", "detached", "removed"].includes(name)) this.refresh(true);
     if (name === "removed") for (const [media, attachment] of this.mediaOf) if (attachment === data.attachment) this.withdraw(media);
-    if (name === "medium-ejected" && String(data.medium ?? "").startsWith("client:")) this.withdraw(data.medium.slice("client:".length));
+    const ejected = name === "medium-ejected" ? offered(data.medium) : null;
+    if (ejected !== null) this.withdraw(ejected.media);
     if (name === "capture-started" || name === "capture-ended") this.setUi({ recording: false });
   }
 
@@ -548,7 +549,7 @@ export class App {
       await this.request(method, params);
       return true;
     } catch (error) {
-      this.dispatch({ type: "refusal", refusal: { port: portOf(this.state, attachment), title: attachment.label, what: "", error: fields(error), retry: { method, params }, attachment, word } });
+      this.dispatch({ type: "refusal", refusal: { port: portOf(this.state, attachment), title: shortName(attachment.label), what: "", error: fields(error), retry: { method, params }, attachment, word } });
       return false;
     } finally {
       this.dispatch({ type: "settled", id });
@@ -628,7 +629,7 @@ export class App {
       kind = await kindOf(file);
       if (!insert && port !== null && !this.isFree(port)) throw refusal("no-free-port", T.socketTaken, T.socketTakenRemedy);
       if (!insert && port === null) throw refusal("no-free-port", T.allTaken(ports(this.state).length), T.allTakenRemedy);
-      ({ media } = await this.request("media-offer", { name: file.name, size: file.size, modified: Math.floor(file.lastModified / 1000) }));
+      ({ media } = await this.request("media-offer", { file: file.name, size: file.size, modified: file.lastModified }));
     } catch (error) {
       this.refuse(port, file.name, error);
       return;

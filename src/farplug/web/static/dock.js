@@ -4,7 +4,7 @@ import { h, icon, plain } from "./dom.js";
 import { clock } from "./figures.js";
 import { HOLD, PRESS, TOGETHER } from "./keyboard.js";
 import { command, tabs } from "./parts.js";
-import { drives, guest, mayAct } from "./state.js";
+import { drives, guest, mayAct, shortName } from "./state.js";
 import { T } from "./texts.js";
 
 /** @typedef {import("./app.js").App} App */
@@ -43,7 +43,7 @@ function log(app) {
     state.log.length === 0 && h("p", { class: "small" }, T.noMessages, state.hello?.log && [" ", T.earlier(plain(state.hello.log))]),
     h("ol", null, state.log.map((one) => h("li", { key: String(one.key), class: { bad: "bad", asks: "asks" }[/** @type {string} */ (one.level)] },
       h("time", null, clock(one.time)), icon(MARKS[one.level] ?? "s-off", "s"),
-      h("p", null, one.device && `${plain(one.device)}: `, plain(one.message),
+      h("p", null, one.device && `${plain(shortName(one.device))}: `, plain(one.message),
         one.name === "attached" && shellOf(app, one),
         (one.remedy || one.fix) && h("span", { class: "fix" }, plain([one.remedy, one.fix].filter(Boolean).join(": "))))))));
 }

@@ -257,7 +257,7 @@ function afterEvent(state, name, data, now) {
   if (name === "connected") after = { ...after, loss: null };
   if (name === "refused" && before !== undefined) {
     const error = data.error !== null && typeof data.error === "object" ? data.error : { message: data.message, ...pick(data, ["remedy", "command", "setting", "value"]) };
-    after = withRefusal(after, { port: portOf(after, before), title: before.label, what: "", error, retry: null });
+    after = withRefusal(after, { port: portOf(after, before), title: shortName(before.label), what: "", error, retry: null });
   }
   return logged(after, name, data);
 }
@@ -284,6 +284,21 @@ function logged(state, name, data) {
 export function portOf(state, attachment) {
   const number = ports(state).findIndex((/** @type {any} */ one) => one.name === attachment?.port);
   return number < 0 ? null : number;
+}
+
+/**
+ * Return the id and the name of a file that a browser offers: `client:ID/NAME`; null: the path is another one.
+ *
+ * @param {unknown} path
+ */
+export function offered(path) {
+  const found = /^client:([^/]*)(?:\/(.*))?$/s.exec(String(path ?? ""));
+  return found === null ? null : { media: found[1], name: found[2] ?? "" };
+}
+
+/** @param {unknown} label of a device or a medium @returns {string} without the id of a browser's file */
+export function shortName(label) {
+  return offered(label)?.name || String(label ?? "");
 }
 
 /** @param {State} state @returns {any} the guest of the session; null: not known */
