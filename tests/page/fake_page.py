@@ -252,6 +252,8 @@ class FakePage:
         about = {name: value for name, value in shown.items() if name != "id"}
         self.event("attaching", attachment=id, device=shown["label"], **{**about, "state": "connecting"})
         common = {"attachment": id, "device": shown["label"], "port": port}
+        titles = [f"{unit} ({self.medium_of(shown)})" if unit.startswith("cdrom") else unit for unit in shown["units"]]
+        self.event("opened", **common, state="waiting", number=0, units=titles, message="opened")
         self.event(
             "attached",
             **common,
@@ -269,6 +271,11 @@ class FakePage:
             configuration=1,
             message="configured by the guest (configuration 1)",
         )
+
+    def medium_of(self, shown: Json) -> str:
+        """Return the name of the medium in the drive of an attachment."""
+        path: str = next((one["path"] for one in shown.get("sources", ()) if one["kind"] == "cdrom"), "a.iso")
+        return path.rpartition("/")[2]
 
     # Its replies
 

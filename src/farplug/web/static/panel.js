@@ -3,7 +3,7 @@
 import { h, icon, mid, plain } from "./dom.js";
 import { bytes, day, grouped, rate } from "./figures.js";
 import { command, copyButton, port as portPicture, state as stateWords, tabs } from "./parts.js";
-import { attachments, guest, lastMinute, mayAct, offered, overlay, portOf, ports, shortName } from "./state.js";
+import { attachments, guest, lastMinute, mayAct, offered, overlay, portOf, ports, shortName, withoutIds } from "./state.js";
 import { T } from "./texts.js";
 
 /** @typedef {import("./app.js").App} App */
@@ -92,7 +92,8 @@ export function kind(app, attachment) {
   const disk = first ? ["disk", "read-only-disk", "folder"].includes(first.kind) : /Virtual Disk$/.test(identity);
   const paths = [attachment.label, ...sources.map((/** @type {any} */ one) => one.path), cd ? medium(app, attachment) : null];
   const file = paths.map(offered).find((/** @type {any} */ one) => one !== null) ?? null;
-  const client = file === null ? null : file.media;
+  const mine = [...app.mediaOf].find(([, id]) => id === attachment.id);
+  const client = mine !== undefined ? mine[0] : file === null ? null : file.media;
   let words = T.kinds[first ? (first.kind === "disk" && first.snapshot ? "disk-snapshot" : first.kind) : cd ? "cdrom" : disk ? "plain" : "device"] ?? T.kinds.device;
   if (client !== null) words = `${words} ${app.media.has(client) ? T.fromBrowser : T.fromAnotherBrowser}`;
   const virtual = /** @type {Record<string, string>} */ ({ keyboard: "i-keyboard", tablet: "i-drive", serial: "i-serial", network: "i-network", fido: "i-key" });
@@ -383,11 +384,12 @@ function refusalParts(app, refusal) {
   ];
 }
 
-/** @param {unknown} text @returns {string} with a capital and a full stop: a message has neither */
+/** @param {unknown} text @returns {string} with a capital, unless a name is first, and a full stop: a message has neither */
 export function sentence(text) {
-  const words = String(text ?? "");
+  const words = withoutIds(text);
   if (words === "") return words;
-  return `${words[0].toUpperCase()}${words.slice(1)}${/[.!?:]$/.test(words) ? "" : "."}`;
+  const first = /^[a-z'’-]+(?=[ ,]|$)/.test(words) ? `${words[0].toUpperCase()}${words.slice(1)}` : words;
+  return `${first}${/[.!?:]$/.test(words) ? "" : "."}`;
 }
 
 /** @param {any} remedy @returns {string} its text, before its command if it has one */

@@ -247,6 +247,7 @@ function afterEvent(state, name, data, now) {
   else if (changed.state !== before?.state) after = { ...after, since: { ...after.since, [data.attachment]: data.time } };
   if (name === "figures") after = { ...after, rates: { ...after.rates, [data.attachment]: measured(after.rates[data.attachment], data, before?.figures) } };
   if (name === "removed") after = { ...after, rates: without(after.rates, data.attachment) };
+  if (name === "opened") after = { ...after, drives: { ...after.drives, ...inDrives(data.units ?? []) } };
   if (name === "medium-inserted") after = { ...after, drives: { ...after.drives, [data.device]: data.medium } };
   if (name === "medium-ejected") after = { ...after, drives: { ...after.drives, [data.device]: null } };
   if (name === "attached") {
@@ -260,6 +261,11 @@ function afterEvent(state, name, data, now) {
     after = withRefusal(after, { port: portOf(after, before), title: shortName(before.label), what: "", error, retry: null });
   }
   return logged(after, name, data);
+}
+
+/** @param {string[]} titles of units, such as `cdrom0 (installer.iso)` @returns {Record<string, string>} the media by the labels of their drives */
+function inDrives(titles) {
+  return Object.fromEntries(titles.map((title) => /^(cdrom\d+) \((.*)\)$/s.exec(title)).filter((one) => one !== null).map((one) => [one[1], one[2]]));
 }
 
 /** Events of which only programs take note. */
@@ -294,6 +300,11 @@ export function portOf(state, attachment) {
 export function offered(path) {
   const found = /^client:([^/]*)(?:\/(.*))?$/s.exec(String(path ?? ""));
   return found === null ? null : { media: found[1], name: found[2] ?? "" };
+}
+
+/** @param {unknown} message @returns {string} without the ids of files of browsers */
+export function withoutIds(message) {
+  return String(message ?? "").replaceAll(/\bclient:[^/\s]*\//g, "");
 }
 
 /** @param {unknown} label of a device or a medium @returns {string} without the id of a browser's file */
