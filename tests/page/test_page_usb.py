@@ -344,16 +344,6 @@ class TestSecurityKey:
         assert fake.wait("presence").params["answer"] == "refuse"
 
 
-def test_virtual_devices_that_the_server_takes(opened: Opened) -> None:
-    with FakePage() as fake:
-        fake.server["kinds"] = ["disk", "keyboard", "serial"]
-        page = opened(fake)
-        page.get_by_role("tab", name="Virtual").click()
-        expect(page.locator(".devices h3")).to_have_text(["USB keyboard", "Serial line"])
-        page.get_by_role("button", name="Plug in Serial line").click()
-        assert fake.wait("attach").params["sources"] == [{"kind": "serial", "path": "pty"}]
-
-
 def test_a_virtual_device(fake: FakePage, page: Page) -> None:
     page.get_by_role("tab", name="Virtual").click()
     page.get_by_role("button", name="Plug in USB keyboard").click()

@@ -540,10 +540,9 @@ function copyIcon(app, params, name) {
 
 /** @param {App} app */
 export function virtualList(app) {
-  const kinds = app.state.server?.kinds ?? ["keyboard", "tablet"];
   return [
     h("p", { class: "source" }, T.virtualText),
-    h("ul", { class: "devices" }, T.virtualKinds.filter(({ source }) => kinds.includes(source.kind)).map(({ source, icon: symbol, name, about }) => h("li", { key: source.kind }, icon(symbol),
+    h("ul", { class: "devices" }, T.virtualKinds.map(({ source, icon: symbol, name, about }) => h("li", { key: source.kind }, icon(symbol),
       h("div", null, h("h3", null, name), h("p", { class: "ids" }, about)),
       mayAct(app.state) && h("div", { class: "acts" }, copyIcon(app, { sources: [source] }, name),
         h("button", { class: "b act", type: "button", "aria-label": `${T.plugIn} ${name}`, onclick: () => app.plug({ sources: [source] }, { port: app.ui.dialog?.port ?? null, title: name, what: T.kinds[source.kind], icon: symbol }) }, T.plugIn))))),

@@ -259,8 +259,6 @@ export const T = {
   virtualKinds: [
     { source: { kind: "keyboard" }, icon: "i-keyboard", name: "USB keyboard", about: "for firmware and systems that see no other" },
     { source: { kind: "tablet" }, icon: "i-drive", name: "USB tablet", about: "a pointer that goes to positions, for VMs whose mouse lags behind" },
-    { source: { kind: "serial", path: "pty" }, icon: "i-serial", name: "Serial line", about: "its other end is a new terminal on the machine where farplug runs" },
-    { source: { kind: "network", path: "passt" }, icon: "i-network", name: "Network adapter", about: "to the network of the machine where farplug runs, as this user reaches it" },
   ],
   image: "Image",
   folder: "Folder",
