@@ -132,3 +132,25 @@ async def test_a_kind_is_a_row(monkeypatch: pytest.MonkeyPatch, caplog: pytest.L
             await session.app.do(Attach((Source.keyboard(), Source.tablet())))
         assert caught.value.reason is Reason.NO_FREE_PORT
         assert sorted(released) == ["keyboard", "keyboard", "tablet"]
+
+
+async def test_a_port_is_chosen(tmp_path: Path) -> None:
+    image = blank(tmp_path / "a.raw")
+    async with vm(3) as one, running(one.target) as session:
+        await session.named("ready")
+        (keyboard,) = (await session.app.do(Attach((Source.keyboard(),), port=2)))["attachments"]
+        (disk,) = (await session.app.do(Attach((Source.disk(image),), port=1)))["attachments"]
+        (tablet,) = (await session.app.do(Attach((Source.tablet(),))))["attachments"]
+        ports = [port["name"] for port in next(iter(session.app.snapshot()["guests"].values()))["ports"]]
+        assert [keyboard["port"], disk["port"], tablet["port"]] == [ports[2], ports[1], ports[0]]
+        await session.app.do(Detach(disk["id"]))
+        with pytest.raises(PortError, match="port 2 is in use") as busy:
+            await session.app.do(Attach((Source.disk(image),), port=2))
+        assert busy.value.reason is Reason.NO_FREE_PORT
+        with pytest.raises(UsageError, match="port 3 does not exist") as unknown:
+            await session.app.do(Attach((Source.disk(image),), port=3))
+        assert (unknown.value.reason, unknown.value.remedy) == (Reason.BAD_SETTING, "ports: 0 to 2")
+        with pytest.raises(UsageError, match="a port is chosen for one source"):
+            await session.app.do(Attach((Source.keyboard(), Source.tablet()), port=1))
+        (again,) = (await session.app.do(Attach((Source.disk(image),), port=1)))["attachments"]
+        assert again["port"] == ports[1]

@@ -252,6 +252,8 @@ class FakePage:
         about = {name: value for name, value in shown.items() if name != "id"}
         self.event("attaching", attachment=id, device=shown["label"], **{**about, "state": "connecting"})
         common = {"attachment": id, "device": shown["label"], "port": port}
+        titles = [f"{unit} ({self.medium_of(shown)})" if unit.startswith("cdrom") else unit for unit in shown["units"]]
+        self.event("opened", **common, state="waiting", number=0, units=titles, message="opened")
         self.event(
             "attached",
             **common,
@@ -269,6 +271,11 @@ class FakePage:
             configuration=1,
             message="configured by the guest (configuration 1)",
         )
+
+    def medium_of(self, shown: Json) -> str:
+        """Return the name of the medium in the drive of an attachment."""
+        path: str = next((one["path"] for one in shown.get("sources", ()) if one["kind"] == "cdrom"), "a.iso")
+        return path.rpartition("/")[2]
 
     # Its replies
 
@@ -339,7 +346,9 @@ class FakePage:
         number = params.get("port", 0)
         id = f"g1.a{self.snapshot['last_event']}"
         path = source.get("path", source["kind"])
-        name = self.offered.get(path.removeprefix("client:"), path.rpartition("/")[2])
+        if path.startswith("client:"):
+            path = f"{path}/{self.offered[path.removeprefix('client:')]}"
+        name = path if path.startswith("client:") else path.rpartition("/")[2]
         identity = f"1d6b:0104 farplug Virtual {'CD-ROM' if source['kind'] == 'cdrom' else 'Disk'}"
         label = "cdrom0" if source["kind"] == "cdrom" else name
         self._on_loop(
@@ -349,7 +358,7 @@ class FakePage:
                 label=label,
                 units=[label],
                 identity=identity,
-                sources=[{**source, "label": name}],
+                sources=[{**source, "path": path}],
             )
         )
         return {"attachments": [{**attachment(id, f"usbredir {number}"), "label": label}]}
@@ -363,7 +372,7 @@ class FakePage:
 
     def _offer(self, params: Json, data: bytes | None) -> Json:
         self.medium += 1
-        self.offered = {**self.offered, f"m{self.medium}": params["name"]}
+        self.offered = {**self.offered, f"m{self.medium}": params["file"]}
         return {"media": f"m{self.medium}"}
 
     # The wire

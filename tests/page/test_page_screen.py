@@ -163,6 +163,17 @@ class TestKeys:
         page.keyboard.up("a")
         assert self.codes(fake) == [("KeyA", True)]
 
+    def test_keys_that_were_pressed_before_it_lets_go_are_sent(self, fake: FakePage, page: Page) -> None:
+        self.enter(page)
+        page.evaluate(
+            "() => { const screen = document.querySelector('.screen'); for (const type of ['keydown', 'keyup'])"
+            " for (let key = 0; key < 10; key++) screen.dispatchEvent(new KeyboardEvent(type, {code: `Digit${key}`}));"
+            " screen.blur(); }"
+        )
+        fake.wait("keys-up")
+        assert [code for code, down in self.codes(fake) if down] == [f"Digit{key}" for key in range(10)]
+        assert fake.calls.index(fake.of("keys-up")[0]) > fake.calls.index(fake.of("key")[-1])
+
     def test_a_modifier_is_held_for_the_next_key(self, fake: FakePage, page: Page) -> None:
         page.get_by_role("toolbar").get_by_role("button", name="Keys").click()
         page.get_by_role("button", name="Super").click()

@@ -414,7 +414,7 @@ class TestFilesOfTheBrowser:
         data = iso()
         drop(page, ".bench", file("debian.iso", data))
         offer = fake.wait("media-offer").params
-        assert (offer["name"], offer["size"]) == ("debian.iso", len(data))
+        assert (offer["file"], offer["size"]) == ("debian.iso", len(data))
         assert fake.wait("attach").params["sources"] == [{"kind": "cdrom", "path": "client:m1"}]
         expect(socket(page, 0).locator("h3")).to_have_text("debian.iso")
         expect(socket(page, 0)).to_contain_text("CD-ROM from this browser")
@@ -423,7 +423,7 @@ class TestFilesOfTheBrowser:
         answer = fake.wait("media-data")
         assert answer.params == {"media": "m1", "read": 7}
         assert answer.data == data[32_768 : 32_768 + 4096]
-        touched = base64.b64encode(bytes([3]) + bytes(30) + bytes([128])).decode()
+        touched = base64.b64encode(bytes([0b1100_0000]) + bytes(30) + bytes([1])).decode()
         fake.emit("media-progress", {"media": "m1", "read": 4096, "last": 100_000, "touched": touched})
         expect(socket(page, 0).locator(".touched rect")).to_have_count(3)
         expect(socket(page, 0).locator("figcaption")).to_contain_text(

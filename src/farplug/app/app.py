@@ -209,7 +209,9 @@ class App:
 
     async def _attach(self, command: commands.Attach) -> Any:
         guest = self.guest(command.guest)
-        attachments = await guest.attach(command.sources, command.storage, command.rules, wait=command.wait)
+        attachments = await guest.attach(
+            command.sources, command.storage, command.rules, wait=command.wait, port=command.port
+        )
         return {"attachments": [attachment.snapshot() for attachment in attachments]}
 
     async def _detach(self, command: commands.Detach) -> Any:

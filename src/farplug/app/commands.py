@@ -41,6 +41,7 @@ class Attach(Command):
         storage: how images and folders are plugged; None: as the guest's settings say.
         rules: which USB devices of this machine are plugged besides the sources; None: no others.
         wait: wait until the guest has configured the devices; otherwise only until they are being plugged in.
+        port: the number of the port for the only source, from 0; None: the first free one.
         guest: the guest's id; None: the only one.
     """
 
@@ -50,6 +51,7 @@ class Attach(Command):
     storage: StorageSettings | None = None
     rules: DeviceRules | None = None
     wait: bool = True
+    port: int | None = None
     guest: str | None = None
 
 

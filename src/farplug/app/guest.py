@@ -466,7 +466,7 @@ class Guest:
         ports = self._ports_not_kept()
         if place is not None and place.number < len(self._link.ports):
             ports.insert(0, self._link.ports[place.number])
-        earlier = self._places if place is None else self._places[: self._places.index(place)]
+        earlier = self._places[: self._places.index(place)] if place in self._places else self._places
         for port in ports:
             if port.in_use:
                 continue
@@ -805,6 +805,7 @@ class Guest:
         rules: DeviceRules | None = None,
         *,
         wait: bool = True,
+        port: int | None = None,
     ) -> list[Attachment]:
         """Plug sources in, as those of the settings; return their attachments.
 
@@ -817,6 +818,7 @@ class Guest:
             rules: which USB devices of this machine are plugged besides the sources, and how they come back.
             wait: wait until the guest has configured the devices, or until USB/IP clients can attach them; otherwise
                 only until they are being plugged in.
+            port: the number of the port for the only source, from 0; None: the first free one.
 
         Raises:
             FarplugError: a source cannot be plugged; the others of the call stay plugged in.
@@ -830,11 +832,19 @@ class Guest:
                 reason=Reason.BAD_SETTING,
                 remedy="name another end, such as pty",
             )
+        if port is not None and len(sources) != 1:
+            raise UsageError(f"port {port}: a port is chosen for one source", reason=Reason.BAD_SETTING)
         what = ", ".join(source.name for source in sources) or "everything"
-        return await self._until_closed(self._attach(sources, storage, rules, wait), f"{shown(what)} was plugged in")
+        call = self._attach(sources, storage, rules, wait, port)
+        return await self._until_closed(call, f"{shown(what)} was plugged in")
 
     async def _attach(
-        self, sources: Sequence[Source], storage: StorageSettings | None, rules: DeviceRules, wait: bool
+        self,
+        sources: Sequence[Source],
+        storage: StorageSettings | None,
+        rules: DeviceRules,
+        wait: bool,
+        port: int | None,
     ) -> list[Attachment]:
         if storage is None:
             storage = self._storage
@@ -851,6 +861,7 @@ class Guest:
             for source in [one for one in wanted if one.kind is not SourceKind.USB_DEVICE]:
                 opened += [await open_source(source, storage, self._sources, self._copying)]
             await self._link.connected()
+            places = () if port is None or not wanted else (self._chosen(port),)
             named = 0 if auto is None else auto.present
             free = sum(not port.in_use for port in self._ports_not_kept())
             if free < named + _least_ports(opened):
@@ -863,10 +874,11 @@ class Guest:
                 await self._end_auto(auto)
             raise
         self._owned.update(zip(devices, groups, strict=True))
-        plugging = [self._keep_call(self._plug_new(device)) for device in devices]
+        plugging = [self._keep_call(self._plug_new(device, *places)) for device in devices]
         if auto is not None:
             auto.lenient = lambda: True
-            running = self._keep_call(self._run_auto(auto))
+            named_places = places if wanted and wanted[0].kind is SourceKind.USB_DEVICE else ()
+            running = self._keep_call(self._run_auto(auto, named_places))
             plugging += [self._keep_call(_first_of(call, running)) for call in auto.initial]
         if not wait:
             await asyncio.sleep(0)  # the attachments exist now, unless the VM is lost
@@ -889,11 +901,28 @@ class Guest:
             return None
         return next((one for one in self._current() if source.name in one.sources), None)
 
-    async def _plug_new(self, device: Device) -> Attachment:
+    def _chosen(self, number: int) -> Place:
+        """Return the place that a user chose for a device.
+
+        Raises:
+            UsageError: the guest has no such port.
+            PortError: the port is in use.
+        """
+        ports = self._link.ports
+        if not 0 <= number < len(ports):
+            last = f"0 to {len(ports) - 1}" if ports else "none"
+            raise UsageError(f"port {number} does not exist", reason=Reason.BAD_SETTING, remedy=f"ports: {last}")
+        if ports[number].in_use:
+            raise PortError(
+                f"port {number} is in use", reason=Reason.NO_FREE_PORT, remedy="detach its device, or use another port"
+            )
+        return Place(number)
+
+    async def _plug_new(self, device: Device, place: Place | None = None) -> Attachment:
         """Plug a device of new sources; publish its error too, since perhaps no call waits."""
         description = self._describe_group(device)
         try:
-            return await self._plug_device(device, None, description)
+            return await self._plug_device(device, place, description)
         except asyncio.CancelledError:
             await self._release(device)
             raise self._cancelled(f"{description.label} was plugged in") from None
@@ -907,10 +936,10 @@ class Guest:
             self._sources.release(one)
         await _all(one.close() for one in opened)
 
-    async def _run_auto(self, auto: AutoPlugger) -> None:
+    async def _run_auto(self, auto: AutoPlugger, places: Sequence[Place]) -> None:
         """Keep USB devices of this machine plugged in, until the guest is closed or one that was named fails."""
         try:
-            await auto.run(self)
+            await auto.run(self, places)
         finally:
             await self._end_auto(auto)
 

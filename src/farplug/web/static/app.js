@@ -8,10 +8,10 @@ import { patch } from "./dom.js";
 import { InputQueue } from "./input_queue.js";
 import { HOLD, Keyboard, PHONE_KEYS } from "./keyboard.js";
 import { Upload, answer, droppedFile, droppedName, kindOf, refusal } from "./media.js";
-import { RECENT_WRITE } from "./panel.js";
+import { RECENT_WRITE, kind, title } from "./panel.js";
 import { Pointer } from "./pointer.js";
 import { Picture } from "./screen.js";
-import { attachments, drives, initial, mayAct, overlay, portOf, ports, reduce } from "./state.js";
+import { attachments, drives, initial, mayAct, offered, overlay, portOf, ports, reduce } from "./state.js";
 import { T } from "./texts.js";
 import { lone, vm } from "./vm.js";
 
@@ -235,6 +235,7 @@ export class App {
   /** @param {number} code */
   disconnected(code) {
     this.leavePicture();
+    this.queue.clear();
     this.media.clear();
     this.mediaOf.clear();
     if (code === BAD_TOKEN) {
@@ -287,10 +288,10 @@ export class App {
       if (data.holder === null) this.takeDrive();
     }
     if (name === "configured") this.plugged(before, data.attachment);
-    if (name === "attached") this.fetchDrives().catch(ignore);
     if (["attached", "detached", "removed"].includes(name)) this.refresh(true);
     if (name === "removed") for (const [media, attachment] of this.mediaOf) if (attachment === data.attachment) this.withdraw(media);
-    if (name === "medium-ejected" && String(data.medium ?? "").startsWith("client:")) this.withdraw(data.medium.slice("client:".length));
+    const ejected = name === "medium-ejected" ? offered(data.medium) : null;
+    if (ejected !== null) this.withdraw(ejected.media);
     if (name === "capture-started" || name === "capture-ended") this.setUi({ recording: false });
   }
 
@@ -348,7 +349,7 @@ export class App {
     await this.fetchDrives();
   }
 
-  /** Fetch what is in the CD-ROM drives. */
+  /** Fetch what is in the CD-ROM drives. Only once: the session prints a line for each drive. */
   async fetchDrives() {
     if (!attachments(this.state).some(hasDrive)) return;
     this.dispatch({ type: "drives", drives: await this.request("list").catch(() => []) });
@@ -548,7 +549,7 @@ export class App {
       await this.request(method, params);
       return true;
     } catch (error) {
-      this.dispatch({ type: "refusal", refusal: { port: portOf(this.state, attachment), title: attachment.label, what: "", error: fields(error), retry: { method, params }, attachment, word } });
+      this.dispatch({ type: "refusal", refusal: { port: portOf(this.state, attachment), title: title(this, attachment, kind(this, attachment)), what: "", error: fields(error), retry: { method, params }, attachment, word } });
       return false;
     } finally {
       this.dispatch({ type: "settled", id });
@@ -628,7 +629,7 @@ export class App {
       kind = await kindOf(file);
       if (!insert && port !== null && !this.isFree(port)) throw refusal("no-free-port", T.socketTaken, T.socketTakenRemedy);
       if (!insert && port === null) throw refusal("no-free-port", T.allTaken(ports(this.state).length), T.allTakenRemedy);
-      ({ media } = await this.request("media-offer", { name: file.name, size: file.size, modified: Math.floor(file.lastModified / 1000) }));
+      ({ media } = await this.request("media-offer", { file: file.name, size: file.size, modified: String(file.lastModified) }));
     } catch (error) {
       this.refuse(port, file.name, error);
       return;
@@ -803,7 +804,7 @@ export class App {
   /** Take the keys back: everything is released in the VM. */
   leavePicture() {
     if (!this.ui.active) return;
-    this.queue.clear();
+    this.queue.leave();
     this.keyboard.releaseAll();
     this.pointer.reset();
     this.setUi({ active: false });

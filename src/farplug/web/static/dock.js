@@ -4,7 +4,7 @@ import { h, icon, plain } from "./dom.js";
 import { clock } from "./figures.js";
 import { HOLD, PRESS, TOGETHER } from "./keyboard.js";
 import { command, tabs } from "./parts.js";
-import { drives, guest, mayAct } from "./state.js";
+import { drives, guest, mayAct, shortName, withoutIds } from "./state.js";
 import { T } from "./texts.js";
 
 /** @typedef {import("./app.js").App} App */
@@ -43,7 +43,7 @@ function log(app) {
     state.log.length === 0 && h("p", { class: "small" }, T.noMessages, state.hello?.log && [" ", T.earlier(plain(state.hello.log))]),
     h("ol", null, state.log.map((one) => h("li", { key: String(one.key), class: { bad: "bad", asks: "asks" }[/** @type {string} */ (one.level)] },
       h("time", null, clock(one.time)), icon(MARKS[one.level] ?? "s-off", "s"),
-      h("p", null, one.device && `${plain(one.device)}: `, plain(one.message),
+      h("p", null, one.device && `${plain(shortName(one.device))}: `, plain(withoutIds(one.message)),
         one.name === "attached" && shellOf(app, one),
         (one.remedy || one.fix) && h("span", { class: "fix" }, plain([one.remedy, one.fix].filter(Boolean).join(": "))))))));
 }
@@ -95,7 +95,8 @@ function typeBox(app) {
       h("div", { class: "paper" },
         !type.hidden && h("div", { key: "mirror", class: "mirror", "aria-hidden": "true" }, underlined(type.text, missing), "\n"),
         type.hidden
-          ? h("input", { key: "secret", id: "type-text", type: "password", autocomplete: "off", value: type.text, disabled: busy, "aria-describedby": "type-problem", oninput: (/** @type {any} */ event) => app.setText(event.target.value) })
+          ? h("input", { key: "secret", id: "type-text", type: "password", autocomplete: "off", value: type.text, disabled: busy, "aria-describedby": "type-problem", oninput: (/** @type {any} */ event) => app.setText(event.target.value),
+            onkeydown: (/** @type {KeyboardEvent} */ event) => { if (event.key === "Enter") { event.preventDefault(); app.typeText(); } } })
           : h("textarea", {
             key: "text", id: "type-text", spellcheck: "false", autocomplete: "off", autocapitalize: "off", value: type.text, disabled: busy, "aria-describedby": "type-problem",
             oninput: (/** @type {any} */ event) => app.setText(event.target.value), onscroll: (/** @type {any} */ event) => { event.target.previousElementSibling.scrollTop = event.target.scrollTop; },

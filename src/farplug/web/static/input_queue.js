@@ -29,7 +29,12 @@ export class InputQueue {
     this.pump();
   }
 
-  /** Drop what waits: the picture was left. */
+  /** Drop positions that wait: the picture was left. Keys that were pressed before are still sent. */
+  leave() {
+    this.waiting = this.waiting.filter((one) => one.method !== "pointer");
+  }
+
+  /** Drop all that waits: the connection ended. */
   clear() {
     this.waiting = [];
   }

@@ -3,7 +3,7 @@
 import { h, icon, mid, plain } from "./dom.js";
 import { bytes, day, grouped, rate } from "./figures.js";
 import { command, copyButton, port as portPicture, state as stateWords, tabs } from "./parts.js";
-import { attachments, guest, lastMinute, mayAct, overlay, portOf, ports } from "./state.js";
+import { attachments, guest, lastMinute, mayAct, offered, overlay, portOf, ports, shortName, withoutIds } from "./state.js";
 import { T } from "./texts.js";
 
 /** @typedef {import("./app.js").App} App */
@@ -90,9 +90,10 @@ export function kind(app, attachment) {
   const identity = String(attachment.identity ?? "");
   const cd = first ? first.kind === "cdrom" : /Virtual CD-ROM$/.test(identity);
   const disk = first ? ["disk", "read-only-disk", "folder"].includes(first.kind) : /Virtual Disk$/.test(identity);
-  const media = sources.map((/** @type {any} */ one) => one.path).find((/** @type {any} */ path) => String(path).startsWith("client:"))
-    ?? (cd ? state_medium(app, attachment) : undefined);
-  const client = String(media ?? "").startsWith("client:") ? String(media).slice("client:".length) : null;
+  const paths = [attachment.label, ...sources.map((/** @type {any} */ one) => one.path), cd ? medium(app, attachment) : null];
+  const file = paths.map(offered).find((/** @type {any} */ one) => one !== null) ?? null;
+  const mine = [...app.mediaOf].find(([, id]) => id === attachment.id);
+  const client = mine !== undefined ? mine[0] : file === null ? null : file.media;
   let words = T.kinds[first ? (first.kind === "disk" && first.snapshot ? "disk-snapshot" : first.kind) : cd ? "cdrom" : disk ? "plain" : "device"] ?? T.kinds.device;
   if (client !== null) words = `${words} ${app.media.has(client) ? T.fromBrowser : T.fromAnotherBrowser}`;
   const virtual = /** @type {Record<string, string>} */ ({ keyboard: "i-keyboard", tablet: "i-drive", serial: "i-serial", network: "i-network", fido: "i-key" });
@@ -100,28 +101,26 @@ export function kind(app, attachment) {
   return { words, icon: symbol, cd, disk, client };
 }
 
-/** @param {App} app @param {any} attachment */
-function state_medium(app, attachment) {
-  return app.state.drives[attachment.units[0] ?? attachment.label] ?? undefined;
+/** @param {App} app @param {any} attachment @returns {string | null | undefined} what is in its drive; null: nothing; undefined: not known */
+function medium(app, attachment) {
+  return app.state.drives[attachment.units[0] ?? attachment.label];
 }
 
-/** @param {App} app @param {any} attachment @param {{cd: boolean, client: string | null}} what */
+/** @param {App} app @param {any} attachment @param {{cd: boolean, client: string | null}} what @returns {string} */
 export function title(app, attachment, what) {
   if (attachment.units.length > 1) return T.drivesShare(attachment.units.length);
-  if (what.client !== null) {
-    const source = (attachment.sources ?? []).find((/** @type {any} */ one) => one.path === `client:${what.client}`);
-    return app.media.get(what.client)?.name ?? source?.label ?? attachment.label;
-  }
-  if (!what.cd) return attachment.label;
-  const drive = attachment.units[0] ?? attachment.label;
-  const medium = drive in app.state.drives ? app.state.drives[drive] : attachment.sources?.[0]?.path ?? attachment.label;
-  return medium ? String(medium).split("/").at(-1) || medium : T.emptyDrive;
+  const source = attachment.sources?.[0];
+  if (what.client !== null && app.media.has(what.client)) return app.media.get(what.client)?.name ?? "";
+  if (!what.cd) return shortName(attachment.label);
+  const inside = medium(app, attachment);
+  if (inside === null) return T.emptyDrive;
+  const path = String(inside ?? source?.path ?? attachment.label);
+  return offered(path)?.name || path.split("/").at(-1) || path;
 }
 
 /** @param {App} app @param {any} attachment @param {{cd: boolean}} what */
 function driveEmpty(app, attachment, what) {
-  const drive = attachment.units[0] ?? attachment.label;
-  return what.cd && attachment.units.length <= 1 && drive in app.state.drives && app.state.drives[drive] === null;
+  return what.cd && attachment.units.length <= 1 && medium(app, attachment) === null;
 }
 
 /** @param {string} text words about a device @returns {string} its icon */
@@ -173,8 +172,8 @@ function device(app, port, number, attachment, reached) {
         h("button", { class: "b danger", type: "button", onclick: () => app.unplug(attachment, true) }, T.unplugAnyway),
         h("button", { class: "b", type: "button", onclick: () => app.setUi({ confirm: null }) }, T.wait))),
     attachment.units.length > 1 && h("ul", { class: "units" }, attachment.units.map((/** @type {string} */ unit) => {
-      const medium = app.state.drives[unit];
-      return h("li", { key: unit }, icon(medium === undefined ? "i-disk" : "i-cd"), mid(medium ? medium.split("/").at(-1) : unit));
+      const inside = app.state.drives[unit];
+      return h("li", { key: unit }, icon(inside === undefined ? "i-disk" : "i-cd"), mid(inside ? inside.split("/").at(-1) : shortName(unit)));
     })),
     [attachment.details].flat().filter(Boolean).map((/** @type {string} */ detail) => h("p", { class: "detail" }, h("code", null, plain(detail)), copyButton(app, detail, "b link"))),
     what.client !== null && inUse ? streamed(app, attachment, what) : inUse && measures(app, attachment, what),
@@ -210,8 +209,8 @@ export function floatingAsk(app) {
   if (app.narrow && !app.ui.full && app.ui.tab === "usb") return null;
   const attachment = attachments(app.state).find((one) => one.state === "in use" && (one.questions ?? []).length > 0);
   if (attachment === undefined) return null;
-  return h("div", { key: "ask", class: "floating asks", role: "alertdialog", "aria-label": `${T.asksTouch}: ${plain(attachment.label)}` },
-    h("h3", null, mid(attachment.label)), ask(app, attachment, attachment.questions[0], "float"));
+  return h("div", { key: "ask", class: "floating asks", role: "alertdialog", "aria-label": `${T.asksTouch}: ${plain(shortName(attachment.label))}` },
+    h("h3", null, mid(shortName(attachment.label))), ask(app, attachment, attachment.questions[0], "float"));
 }
 
 /** @param {App} app @param {any} attachment @param {any} what @param {string} name @param {any} busy */
@@ -320,7 +319,7 @@ function streamed(app, attachment, what) {
   ];
 }
 
-/** @param {string} text base64 of 256 bits, the first slice in the lowest bit @returns {boolean[]} */
+/** @param {string} text base64 of 256 bits, the first slice in the highest bit of the first byte @returns {boolean[]} */
 export function touchedSlices(text) {
   let packed = "";
   try {
@@ -328,7 +327,7 @@ export function touchedSlices(text) {
   } catch {
     // A bitmap that is not valid shows nothing.
   }
-  return Array.from({ length: 256 }, (_, index) => Boolean((packed.charCodeAt(index >> 3) || 0) >> (index & 7) & 1));
+  return Array.from({ length: 256 }, (_, index) => Boolean((packed.charCodeAt(index >> 3) || 0) >> (7 - (index & 7)) & 1));
 }
 
 /** @param {boolean[]} slices @returns {[number, number][]} from and to of the runs that are set */
@@ -385,11 +384,12 @@ function refusalParts(app, refusal) {
   ];
 }
 
-/** @param {unknown} text @returns {string} with a capital and a full stop: a message has neither */
+/** @param {unknown} text @returns {string} with a capital, unless a name is first, and a full stop: a message has neither */
 export function sentence(text) {
-  const words = String(text ?? "");
+  const words = withoutIds(text);
   if (words === "") return words;
-  return `${words[0].toUpperCase()}${words.slice(1)}${/[.!?:]$/.test(words) ? "" : "."}`;
+  const first = /^[a-z'’-]+(?=[ ,]|$)/.test(words) ? `${words[0].toUpperCase()}${words.slice(1)}` : words;
+  return `${first}${/[.!?:]$/.test(words) ? "" : "."}`;
 }
 
 /** @param {any} remedy @returns {string} its text, before its command if it has one */
@@ -542,10 +542,10 @@ function copyIcon(app, params, name) {
 export function virtualList(app) {
   return [
     h("p", { class: "source" }, T.virtualText),
-    h("ul", { class: "devices" }, T.virtualKinds.map(([kind, symbol, name, about]) => h("li", { key: kind }, icon(symbol),
+    h("ul", { class: "devices" }, T.virtualKinds.map(({ source, icon: symbol, name, about }) => h("li", { key: source.kind }, icon(symbol),
       h("div", null, h("h3", null, name), h("p", { class: "ids" }, about)),
-      mayAct(app.state) && h("div", { class: "acts" }, copyIcon(app, { sources: [{ kind }] }, name),
-        h("button", { class: "b act", type: "button", "aria-label": `${T.plugIn} ${name}`, onclick: () => app.plug({ sources: [{ kind }] }, { port: app.ui.dialog?.port ?? null, title: name, what: T.kinds[kind], icon: symbol }) }, T.plugIn))))),
+      mayAct(app.state) && h("div", { class: "acts" }, copyIcon(app, { sources: [source] }, name),
+        h("button", { class: "b act", type: "button", "aria-label": `${T.plugIn} ${name}`, onclick: () => app.plug({ sources: [source] }, { port: app.ui.dialog?.port ?? null, title: name, what: T.kinds[source.kind], icon: symbol }) }, T.plugIn))))),
   ];
 }
 

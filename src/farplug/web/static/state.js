@@ -247,6 +247,7 @@ function afterEvent(state, name, data, now) {
   else if (changed.state !== before?.state) after = { ...after, since: { ...after.since, [data.attachment]: data.time } };
   if (name === "figures") after = { ...after, rates: { ...after.rates, [data.attachment]: measured(after.rates[data.attachment], data, before?.figures) } };
   if (name === "removed") after = { ...after, rates: without(after.rates, data.attachment) };
+  if (name === "opened") after = { ...after, drives: { ...after.drives, ...inDrives(data.units ?? []) } };
   if (name === "medium-inserted") after = { ...after, drives: { ...after.drives, [data.device]: data.medium } };
   if (name === "medium-ejected") after = { ...after, drives: { ...after.drives, [data.device]: null } };
   if (name === "attached") {
@@ -257,9 +258,14 @@ function afterEvent(state, name, data, now) {
   if (name === "connected") after = { ...after, loss: null };
   if (name === "refused" && before !== undefined) {
     const error = data.error !== null && typeof data.error === "object" ? data.error : { message: data.message, ...pick(data, ["remedy", "command", "setting", "value"]) };
-    after = withRefusal(after, { port: portOf(after, before), title: before.label, what: "", error, retry: null });
+    after = withRefusal(after, { port: portOf(after, before), title: shortName(before.label), what: "", error, retry: null });
   }
   return logged(after, name, data);
+}
+
+/** @param {string[]} titles of units, such as `cdrom0 (installer.iso)` @returns {Record<string, string>} the media by the labels of their drives */
+function inDrives(titles) {
+  return Object.fromEntries(titles.map((title) => /^(cdrom\d+) \((.*)\)$/s.exec(title)).filter((one) => one !== null).map((one) => [one[1], one[2]]));
 }
 
 /** Events of which only programs take note. */
@@ -284,6 +290,26 @@ function logged(state, name, data) {
 export function portOf(state, attachment) {
   const number = ports(state).findIndex((/** @type {any} */ one) => one.name === attachment?.port);
   return number < 0 ? null : number;
+}
+
+/**
+ * Return the id and the name of a file that a browser offers: `client:ID/NAME`; null: the path is another one.
+ *
+ * @param {unknown} path
+ */
+export function offered(path) {
+  const found = /^client:([^/]*)(?:\/(.*))?$/s.exec(String(path ?? ""));
+  return found === null ? null : { media: found[1], name: found[2] ?? "" };
+}
+
+/** @param {unknown} message @returns {string} without the ids of files of browsers */
+export function withoutIds(message) {
+  return String(message ?? "").replaceAll(/\bclient:[^/\s]*\//g, "");
+}
+
+/** @param {unknown} label of a device or a medium @returns {string} without the id of a browser's file */
+export function shortName(label) {
+  return offered(label)?.name || String(label ?? "");
 }
 
 /** @param {State} state @returns {any} the guest of the session; null: not known */

@@ -257,8 +257,8 @@ export const T = {
   virtual: "Virtual",
   virtualText: "USB devices that farplug is itself, beside the keyboard and the mouse of the VM’s screen.",
   virtualKinds: [
-    ["keyboard", "i-keyboard", "USB keyboard", "for firmware and systems that see no other"],
-    ["tablet", "i-drive", "USB tablet", "a pointer that goes to positions, for VMs whose mouse lags behind"],
+    { source: { kind: "keyboard" }, icon: "i-keyboard", name: "USB keyboard", about: "for firmware and systems that see no other" },
+    { source: { kind: "tablet" }, icon: "i-drive", name: "USB tablet", about: "a pointer that goes to positions, for VMs whose mouse lags behind" },
   ],
   image: "Image",
   folder: "Folder",
