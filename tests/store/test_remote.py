@@ -28,7 +28,7 @@ from farplug.usb.types import Buffer
 
 
 class Peer:
-    """A peer that answers when it is told to, or at once."""
+    """A peer that answers at once, or when the test calls :meth:`answer`."""
 
     def __init__(self, content: bytes, cache: ChunkCache | None = None, *, answers: bool = True) -> None:
         self.content = content
