@@ -99,6 +99,8 @@ async def test_errors(
             patch.setattr(os, call, failing(number))
             assert await run(guest, cdb) == 1
             assert await sense(guest) == expected
+        assert disk.figures is not None
+        assert disk.figures.errors == 1
         for again in (READ, WRITE) if cdb == FLUSH else (READ, WRITE, FLUSH):
             assert await run(guest, again) == 0
         if cdb == FLUSH:  # lost data stays lost

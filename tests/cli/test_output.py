@@ -42,6 +42,7 @@ def test_size(count: int, text: str) -> None:
 
 
 def test_figures() -> None:
+    assert figures_text({"read": 0, "written": 0, "commands": 2, "errors": 1}).endswith("2 commands, 1 error")
     assert figures_text({"read": 0, "written": 0, "commands": 0}) == "0 B read, 0 B written, 0 commands"
     assert figures_text({"read": 1000, "written": 20, "commands": 1}) == "1.0 kB read, 20 B written, 1 command"
 

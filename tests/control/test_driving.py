@@ -71,6 +71,18 @@ async def test_keys_are_pressed_repeated_and_released_on_every_way_out(environme
         assert (await received(one, 17))[15:] == [(104, "e05b"), (104, "e0db")]
         event = await first.event("driving", holder=None)
         assert event["data"] == {"guest": "g1", "holder": None, "watchers": 0}
+        # A client ends its output, while the session still types for it.
+        await done(first, "drive", take=True)
+        await done(first, "key", code="AltLeft", down=True)
+        first.send(request("long", "type", text="q" * 8000))
+        await first.event("typing")
+        first.writer.write_eof()
+        assert (await first.reply("long"))["error"]["code"] == "interrupted"
+        assert await first.line() == b""
+        keys = [body for _, body in one.inputs.received[17:] if body != "1090"]
+        assert keys == ["38", "b8"]
+        del one.inputs.received[17:]
+        first = await stack.enter_async_context(RawClient.connect(one.server.path))
         # The session ends.
         await done(first, "drive", take=True)
         await done(first, "key", code="KeyZ", down=True)

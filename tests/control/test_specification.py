@@ -23,6 +23,7 @@ from farplug.app.settings import DeviceRules, GuestSettings, Source, SourceKind,
 from farplug.control import messages, names, server
 from farplug.control.messages import Hello
 from farplug.control.server import METHODS, Server
+from farplug.store import remote
 
 PAGE = ROOT / "docs/control.md"
 
@@ -119,6 +120,9 @@ def test_the_limits_are_documented() -> None:
         messages.MAX_CLIENT_PAYLOAD,
         client.MAX_WATCHES,
         seat.MAX_HELD,
+        client.MAX_OFFERS,
+        remote.MAX_ASKED,
+        remote.CHUNK * remote.CACHE_CHUNKS,
         seat.MAX_WHEEL,
         codec.MAX_STRING,
         codec.MAX_ITEMS,
@@ -132,6 +136,12 @@ def test_the_limits_are_documented() -> None:
     of_connections = {"dropped", "session-ended", *messages.CLIENT_EVENTS}
     assert of_connections == set(re.findall(r"^\| `([\w-]+)` \|", _section("Events"), re.MULTILINE))
     assert f"at most {watch.MAX_UNACKNOWLEDGED} events `screen`" in PAGE.read_text()
+    page = PAGE.read_text()
+    assert f"at most {client.MAX_OFFERS} files" in page
+    assert f"not\nwithin {remote.TIMEOUT:.0f} seconds" in page
+    assert f"in the {remote.FAILURE_TIME:.0f} seconds after" in page
+    assert f"{remote.SLICES} equal parts" in page
+    assert f"asks for {remote.CHUNK} bytes at a time, with at most {remote.MAX_ASKED} questions" in page
     assert f"in {watch.FRAME_INTERVAL * 1000:.0f} ms" in _section("Events")
 
 

@@ -23,6 +23,7 @@ from farplug.app.commands import Command
 from farplug.app.events import EventReader, EventStream, Level, Listener
 from farplug.app.guest import Guest
 from farplug.app.link import PASSWORD_ATTEMPTS, AskPassword
+from farplug.app.media import Media, eject_with_client
 from farplug.app.png import check_path, write_png
 from farplug.app.screen import Progress, check_distances
 from farplug.app.settings import CaptureSettings, GuestSettings, TargetSettings
@@ -30,6 +31,7 @@ from farplug.app.watch import Outlet
 from farplug.capture.writer import STANDARD_OUTPUT
 from farplug.errors import FarplugError, Reason, StateError, TargetError, UsageError
 from farplug.spice.inputs import Button
+from farplug.store.remote import open_remote_iso
 from farplug.target import open_session
 from farplug.text import printable, shown
 from farplug.transport.dialer import SpiceTarget
@@ -49,11 +51,13 @@ class App:
     Attributes:
         events: the stream of everything that happens.
         guests: the guests, by their ids.
+        media: the files that clients offer.
     """
 
     def __init__(self, ask_password: AskPassword | None = None, quit: Callable[[], None] | None = None) -> None:
         self.events = EventStream()
         self.guests: dict[str, Guest] = {}
+        self.media = Media(self.events)
         self._ask_password = ask_password
         self._quit = quit
         self._count = 0
@@ -87,7 +91,13 @@ class App:
     def add(self, settings: GuestSettings) -> Guest:
         """Make a guest. It is connected by its :meth:`~Guest.run` or :meth:`~Guest.connect`."""
         self._count += 1
-        guest = Guest(settings, stream=self.events, id=f"g{self._count}", ask_password=self._ask_password)
+        guest = Guest(
+            settings,
+            stream=self.events,
+            id=f"g{self._count}",
+            ask_password=self._ask_password,
+            media=self.media,
+        )
         self.guests[guest.id] = guest
         target = settings.target.public_target
         guest.publish("guest", f"the VM at {target}", level=Level.DETAIL, target=target)
@@ -219,7 +229,17 @@ class App:
 
     async def _insert(self, command: commands.Insert) -> None:
         _, drive = self._drive(command)
-        await drive.insert(command.path, force=command.force)
+        offer = self.media.find(command.path)
+        if offer is None:
+            await drive.insert(command.path, force=command.force)
+            return
+        store = await open_remote_iso(offer.file, offer.path, force=command.force)
+        try:
+            await drive.insert(store, force=command.force)
+        except FarplugError:
+            await store.close()
+            raise
+        eject_with_client(drive, store)
 
     async def _eject(self, command: commands.Eject) -> None:
         label, drive = self._drive(command)

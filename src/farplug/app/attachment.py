@@ -159,7 +159,7 @@ class Attachment:
         self._unplugged = False
         self._rate = Rate()
         self._measured: tuple[str, Figures, int] | None = None
-        self._published: dict[str, int] = {"read": 0, "written": 0, "commands": 0, "rate": 0, "memory": 0}
+        self._published: dict[str, int] = {"read": 0, "written": 0, "commands": 0, "errors": 0, "rate": 0, "memory": 0}
         """The figures of the last event ``figures``."""
 
     @property
@@ -173,6 +173,7 @@ class Attachment:
             read=sum(one.bytes for one in data if one.endpoint & 0x80),
             written=sum(one.bytes for one in data if not one.endpoint & 0x80),
             commands=sum(one.transfers for one in data),
+            errors=sum(one.errors for one in data),
         )
 
     @property
@@ -290,6 +291,7 @@ class Attachment:
             "read": figures.read,
             "written": figures.written,
             "commands": figures.commands,
+            "errors": figures.errors,
             "rate": round(rate),
             "memory": memory,
         }

@@ -13,18 +13,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from farplug.app import commands
 from farplug.app.commands import Command
 from farplug.app.guest import Guest
+from farplug.app.media import PREFIX, Offer
 from farplug.app.screen import check_distances
 from farplug.app.seat import Hands, not_driving
+from farplug.app.settings import Names, Source
 from farplug.app.watch import ClientEvent, InputsWatch, Outlet, Pacing, ScreenWatch
 from farplug.errors import GuestGoneError, Reason, StateError, UsageError
 from farplug.spice.inputs import Button
 from farplug.spice.physical_keys import physical_key
-from farplug.text import printable
+from farplug.text import printable, shown
 from farplug.usb.types import Buffer
 
 if TYPE_CHECKING:
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
 
 MAX_WATCHES: Final = 16
 """Displays that a client watches at a time."""
+MAX_OFFERS: Final = 8
+"""Files that a client offers at a time."""
 MAX_NAME: Final = 64
 """Characters of the name of a client."""
 TYPING_INTERVAL: Final = 0.2
@@ -60,6 +65,7 @@ class AppClient:
         self._hands: dict[Guest, Hands] = {}
         """Those of the guests whose keyboard and mouse this client has asked for."""
         self._typing: dict[asyncio.Task[None], Guest] = {}
+        self._offers: dict[str, Offer] = {}
         self._ending: set[asyncio.Task[None]] = set()
         self._is_closed = False
 
@@ -75,11 +81,14 @@ class AppClient:
         """
         if payload is not None and not command.takes_payload:
             raise UsageError(f"{command.name} takes no raw bytes", reason=Reason.BAD_SETTING)
-        handler = _DISPATCH.get(type(command))
-        if handler is None:
-            return await self._app.do(command, self.name)
         if self._is_closed and command.name in commands.CLIENT_COMMANDS:
             raise GuestGoneError("the client has gone", reason=Reason.SESSION_GONE)
+        if isinstance(command, commands.MediaData):
+            self._media_data(command, payload)
+            return None
+        handler = _DISPATCH.get(type(command))
+        if handler is None:
+            return await self._app.do(self._with_offers(command), self.name)
         return await handler(self, command)
 
     def close(self) -> None:
@@ -93,6 +102,9 @@ class AppClient:
             self._end(inputs.close())
         self._screens.clear()
         self._inputs.clear()
+        for offer in self._offers.values():
+            self._app.media.withdraw(offer)
+        self._offers.clear()
 
     async def closed(self) -> None:
         """Wait until all that was ended has ended."""
@@ -221,6 +233,53 @@ class AppClient:
         self._check_may_type(self._app.guest(command.guest))
         return await self._app.do(command, self.name)
 
+    # Files of this client -----------------------------------------------------------------------------------------
+
+    async def _media_offer(self, command: commands.MediaOffer) -> Any:
+        if len(self._offers) >= MAX_OFFERS:
+            raise UsageError(f"a client offers {MAX_OFFERS} files at most", reason=Reason.BAD_SETTING)
+        offer = self._app.media.offer(command.file, command.size, command.modified, self.outlet)
+        self._offers[offer.id] = offer
+        return {"media": offer.id}
+
+    def _media_data(self, command: commands.MediaData, payload: Buffer | None) -> None:
+        offer = self._offer(command.media)
+        if payload is None and command.error is None:
+            raise UsageError("media-data needs raw bytes, or an error", reason=Reason.BAD_SETTING)
+        try:
+            offer.file.answer(command.read, payload or b"", command.error)
+        except ValueError as error:
+            raise UsageError(str(error), reason=Reason.BAD_SETTING) from error
+
+    async def _media_withdraw(self, command: commands.MediaWithdraw) -> None:
+        offer = self._offer(command.media)
+        del self._offers[offer.id]
+        self._app.media.withdraw(offer)
+
+    def _offer(self, id: str) -> Offer:
+        """Return the file with an id, which may be followed by a slash and the name."""
+        id = id.partition("/")[0]
+        if id not in self._offers:
+            known = ", ".join(self._offers) or "none"
+            raise UsageError(
+                f"this client offers no file {shown(id)}", reason=Reason.NOT_FOUND, remedy=f"files: {known}"
+            )
+        return self._offers[id]
+
+    def _with_offers(self, command: Command) -> Command:
+        """Return a command in which files of this client have their full path. Those of others cannot be used."""
+        match command:
+            case commands.Insert(path=path) if path.startswith(PREFIX):
+                return replace(command, path=self._offer(path.removeprefix(PREFIX)).path)
+            case commands.Attach(sources=sources):
+                return replace(command, sources=tuple(map(self._with_offer, sources)))
+        return command
+
+    def _with_offer(self, source: Source) -> Source:
+        if source.kind.names is not Names.FILE or not source.path.startswith(PREFIX):
+            return source
+        return replace(source, path=self._offer(source.path.removeprefix(PREFIX)).path)
+
 
 class _Progress:
     """Reports to a client how much of a text was typed, at most once in TYPING_INTERVAL, and when all was."""
@@ -253,6 +312,8 @@ _DISPATCH: dict[type[Command], Callable[[AppClient, Any], Awaitable[Any]]] = {
     commands.Pointer: AppClient._pointer,
     commands.TypeText: AppClient._type,
     commands.StopTyping: AppClient._stop_typing,
+    commands.MediaOffer: AppClient._media_offer,
+    commands.MediaWithdraw: AppClient._media_withdraw,
     commands.Press: AppClient._press_or_click,
     commands.Click: AppClient._press_or_click,
 }

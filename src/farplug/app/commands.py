@@ -368,6 +368,56 @@ class StopTyping(Command):
 
 
 @dataclass(frozen=True, slots=True)
+class MediaOffer(Command):
+    """Offer a file of this client, read-only. The result has ``media``, its id.
+
+    It is plugged as a CD-ROM or a read-only disk with the path ``client:ID``.
+
+    Attributes:
+        file: its name.
+        size: in bytes.
+        modified: when it was changed last, in any form; empty: unknown.
+    """
+
+    name = "media-offer"
+
+    file: str
+    size: int
+    modified: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class MediaData(Command):
+    """Answer an event ``media-read``. The payload has the bytes that were asked for.
+
+    Attributes:
+        media: the id of the file.
+        read: the number of the question.
+        error: why the bytes cannot be read, for people; None: they are there.
+    """
+
+    name = "media-data"
+    takes_payload = True
+
+    media: str
+    read: int
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MediaWithdraw(Command):
+    """End an offer: drives eject the medium, and reads of a disk fail.
+
+    Attributes:
+        media: the id of the file.
+    """
+
+    name = "media-withdraw"
+
+    media: str
+
+
+@dataclass(frozen=True, slots=True)
 class Devices(Command):
     """List the USB devices of this machine. The result has the name of the ``machine`` and the ``devices``."""
 
@@ -398,7 +448,11 @@ COMMANDS: Final[Mapping[str, type[Command]]] = {
 }
 """All commands of the application, by their names."""
 CLIENT_COMMANDS: Final[Mapping[str, type[Command]]] = {
-    kind.name: kind for kind in (WatchScreen, UnwatchScreen, ScreenAck, Drive, Key, KeysUp, Pointer, StopTyping)
+    kind.name: kind
+    for kind in (
+        *(WatchScreen, UnwatchScreen, ScreenAck, Drive, Key, KeysUp, Pointer, StopTyping),
+        *(MediaOffer, MediaData, MediaWithdraw),
+    )
 }
 """The commands of one client, by their names: see :class:`farplug.app.client.AppClient`."""
 

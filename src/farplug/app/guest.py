@@ -21,6 +21,7 @@ from farplug.app.events import EventReader, EventStream, Level, level_of
 from farplug.app.guest_port import GuestPort, retrieve
 from farplug.app.kinds import KINDS, Medium, Whole
 from farplug.app.link import AskPassword, Link, error_fields
+from farplug.app.media import Media
 from farplug.app.screen import Inputs, Screen
 from farplug.app.seat import Seat
 from farplug.app.settings import CaptureSettings, DeviceRules, GuestSettings, Source, SourceKind, StorageSettings
@@ -78,6 +79,7 @@ class Guest:
         stream: takes the events; None: a stream of the guest's own.
         id: unique in the application.
         ask_password: asks a user for a password; None: there is no user.
+        media: the files that clients offer; None: there are no clients.
 
     Attributes:
         id: as above.
@@ -100,6 +102,7 @@ class Guest:
         stream: EventStream | None = None,
         id: str = "g1",
         ask_password: AskPassword | None = None,
+        media: Media | None = None,
     ) -> None:
         self.id = id
         self.settings = settings
@@ -110,7 +113,7 @@ class Guest:
         self.screen = self.screen_of(0)
         self.inputs = Inputs(lambda: self.session, self.screen_of)
         self.seat = Seat(self)
-        self._sources = Sources("" if settings is None else settings.target.public_target)
+        self._sources = Sources("" if settings is None else settings.target.public_target, media=media)
         self._owned: dict[Device, Sequence[OpenSource]] = {}
         """Devices made of sources that :meth:`plug` opened: disposed of when the guest is closed, or before."""
         self._locks: dict[Device, DeviceLock] = {}

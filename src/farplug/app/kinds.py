@@ -13,11 +13,13 @@ from pathlib import Path
 from threading import Event
 from typing import Final, TypeAlias
 
+from farplug.app.media import Media, Offer, eject_with_client
 from farplug.app.settings import FolderFormat, Source, SourceKind, StorageSettings
-from farplug.errors import Reason, UsageError
+from farplug.errors import Reason, Remedy, UsageError
 from farplug.scsi.disk import DiskUnit
 from farplug.scsi.inquiry import CDROM_PRODUCT, PRODUCT
 from farplug.store import FileStore, OverlayStore, Store, open_iso
+from farplug.store.remote import open_remote_disk, open_remote_iso
 from farplug.usb.device import Device
 from farplug.virtual.cdrom import CdromDrive
 from farplug.virtual.function import Function
@@ -51,7 +53,8 @@ class Medium:
     def make_unit(self, luns: int) -> LogicalUnit:
         """Make the source one of ``luns`` logical units."""
         if self.cdrom:
-            self.unit = CdromDrive(self.store, luns=luns)
+            self.unit = drive = CdromDrive(self.store, luns=luns)
+            eject_with_client(drive, self.store)
         else:
             self.unit = LogicalUnit(DiskUnit(self.store, luns=luns), self.store)
         return self.unit
@@ -116,11 +119,17 @@ class Opening:
         storage: how images and folders are opened.
         copying: called on the event loop while a folder is copied: bytes copied, bytes in all.
         identity: the same each time that the source is opened, and another one for each source of each guest.
+        media: the files that clients offer; None: there are no clients.
     """
 
     storage: StorageSettings
     copying: Callable[[int, int], None]
     identity: str = ""
+    media: Media | None = None
+
+    def offered(self, source: Source) -> Offer | None:
+        """Return the file of a client that a source is; None: it is one of this machine."""
+        return None if self.media is None else self.media.find(source.path)
 
 
 Opener: TypeAlias = Callable[[Source, Opening], Awaitable[SourceContent]]
@@ -147,6 +156,12 @@ class Kind:
 
 async def _open_disk(source: Source, opening: Opening) -> Medium:
     storage = opening.storage
+    if (offer := opening.offered(source)) is not None:
+        raise UsageError(
+            f"{offer.file.name} is a file of a client, which is read-only",
+            reason=Reason.BAD_SETTING,
+            remedy=Remedy("plug it in read-only", setting="usb_disk_ro", value=source.path),
+        )
     if storage.snapshot or source.snapshot is not None:
         return Medium(
             OverlayStore.open(
@@ -161,6 +176,11 @@ async def _open_disk(source: Source, opening: Opening) -> Medium:
 
 
 async def _open_read_only_disk(source: Source, opening: Opening) -> Medium:
+    if (offer := opening.offered(source)) is not None:
+        storage = opening.storage
+        return Medium(
+            await open_remote_disk(offer.file, offer.path, block_size=int(storage.block_size), force=storage.force)
+        )
     return _open_image(source, opening.storage, read_only=True)
 
 
@@ -174,6 +194,8 @@ def _open_image(source: Source, storage: StorageSettings, *, read_only: bool) ->
 
 
 async def _open_cdrom(source: Source, opening: Opening) -> Medium:
+    if (offer := opening.offered(source)) is not None:
+        return Medium(await open_remote_iso(offer.file, offer.path, force=opening.storage.force), cdrom=True)
     return Medium(open_iso(source.path, force=opening.storage.force), cdrom=True)
 
 

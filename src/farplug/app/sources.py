@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from farplug.app.kinds import KINDS, Medium, Opening, Parts, SourceContent, Whole
+from farplug.app.media import Media
 from farplug.app.settings import Names, Source, SourceKind, StorageSettings
 from farplug.errors import ImageError, PortError, Reason, Remedy
 from farplug.store.content import Content
@@ -59,10 +60,12 @@ class Sources:
     Attributes:
         guest: the name of the guest, which no other one has.
         opened: those of its settings, in their order.
+        media: the files that clients offer; None: there are no clients.
     """
 
     guest: str = ""
     opened: list[OpenSource] = field(default_factory=list)
+    media: Media | None = None
     _labels: set[str] = field(default_factory=set)
 
     async def open(
@@ -136,7 +139,7 @@ async def open_source(source: Source, storage: StorageSettings, sources: Sources
     label, title = sources.name(source)
     try:
         content = await KINDS[source.kind].open(
-            source, Opening(storage, partial(copying, label), f"{sources.guest} {label}")
+            source, Opening(storage, partial(copying, label), f"{sources.guest} {label}", sources.media)
         )
     except ImageError as error:
         sources.free(label)

@@ -12,7 +12,7 @@ from farplug.app.events import DROPPED
 
 _OF_CONNECTION = ("state", "attempt", "name", "uuid", "ports")
 _OF_ATTACHMENT = ("label", "units", "details", "port", "state", "error", "identity", "speed", "figures")
-_OF_FIGURES = ("read", "written", "commands", "rate", "memory")
+_OF_FIGURES = ("read", "written", "commands", "errors", "rate", "memory")
 
 
 def apply(snapshot: Mapping[str, Any], event: Mapping[str, Any]) -> dict[str, Any]:

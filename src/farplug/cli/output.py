@@ -37,10 +37,11 @@ def size(count: float) -> str:
 
 
 def figures_text(figures: Mapping[str, Any]) -> str:
-    """Return the fields of an event ``figures`` for people: ``1.4 MB read, 0 B written, 12 commands``."""
-    count = figures["commands"]
+    """Return the fields of an event ``figures`` for people: ``1.4 MB read, 0 B written, 12 commands``, and errors."""
+    count, errors = figures["commands"], figures.get("errors", 0)
     commands = f"{count} command{'' if count == 1 else 's'}"
-    return f"{size(figures['read'])} read, {size(figures['written'])} written, {commands}"
+    failed = f", {errors} error{'' if errors == 1 else 's'}" if errors else ""
+    return f"{size(figures['read'])} read, {size(figures['written'])} written, {commands}{failed}"
 
 
 _NO_FIGURES = {"read": 0, "written": 0, "commands": 0, "rate": 0}

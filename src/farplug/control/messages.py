@@ -49,7 +49,9 @@ DROPPED: Final = "dropped"
 """The event that stands in the place of events that a slow client lost."""
 ENDED: Final = "session-ended"
 """The last event of a session that ends in order."""
-CLIENT_EVENTS: Final = ("cursor", "driving", "inputs", "screen", "screen-state", "typing")
+CLIENT_EVENTS: Final = (
+    *("cursor", "driving", "inputs", "media-progress", "media-read", "screen", "screen-state", "typing"),
+)
 """The events for one client, which it does not subscribe to: they follow methods that say so."""
 
 Id: TypeAlias = int | str

@@ -95,12 +95,12 @@ _COMMANDS: Final = {**commands.COMMANDS, **commands.CLIENT_COMMANDS}
 METHODS: Final = (HELLO, SUBSCRIBE, UNSUBSCRIBE, *_COMMANDS)
 """The names of all methods."""
 EVENTS: Final = (
-    *("attached", "attaching", "back", "capture-ended", "capture-started", "closed", "command-refused", "configured"),
-    *("connected", "copying", "detached"),
-    *("device-fault", "drive", "figures", "function-raised", "guest", "guest-ready", "guest-removed", "input"),
-    *("listener-failed", "lost", "medium-ejected", "medium-inserted", "medium-locked", "note", "offer-changed"),
-    *("opened", "peer-violation", "port", "port-reset", "ready", "reconnecting", "refused", "removed"),
-    *("repeated", "skipped", "stage", "unfinished-writes", "unused", "waiting-for-guest"),
+    *("attached", "attaching", "back", "capture-ended", "capture-started", "closed", "command-refused"),
+    *("configured", "connected", "copying", "detached", "device-fault", "drive", "end-changed", "figures"),
+    *("function-raised", "guest", "guest-ready", "guest-removed", "input", "line-break", "line-changed"),
+    *("listener-failed", "lost", "medium-ejected", "medium-failed", "medium-inserted", "medium-locked", "note"),
+    *("offer-changed", "opened", "peer-violation", "port", "port-reset", "ready", "reconnecting", "refused"),
+    *("removed", "repeated", "skipped", "stage", "unfinished-writes", "unused", "waiting-for-guest"),
 )
 """The names of the application's events."""
 
@@ -413,6 +413,8 @@ class _Client(asyncio.Protocol):
                 return
             if self._eof:
                 self._receiver.receive_eof()
+                # The client cannot acknowledge, answer or release anything. Requests that have begun come first.
+                asyncio.get_running_loop().call_soon(self.user.close)
                 if not self._pending:
                     self._finish()
             elif self._transport is not None:

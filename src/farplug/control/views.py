@@ -10,7 +10,7 @@ from farplug.control.names import SessionEntry, SessionState
 from farplug.errors import RemoteProtocolError
 from farplug.text import shown
 
-_FIGURES: Final = ("read", "written", "commands", "rate", "memory")
+_FIGURES: Final = ("read", "written", "commands", "errors", "rate", "memory")
 
 
 def status_of(hello: Hello, snapshot: Mapping[str, Any]) -> dict[str, Any]:

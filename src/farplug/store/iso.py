@@ -34,18 +34,16 @@ def open_iso(path: str | os.PathLike[str], *, force: bool = False) -> FileStore:
 
     def check(path: Path, content: Content) -> None:
         nonlocal volume_blocks
-        _check_iso(path, content)
+        check_iso(path, content)
         volume_blocks = _volume_size(content)
 
     path = Path(path)
     store = FileStore.open(path, read_only=True, block_size=CD_BLOCK_SIZE, force=force, check=check)
-    if store.block_count > MAX_ISO_BLOCKS:
+    try:
+        check_iso_size(path, store.block_count)
+    except ImageError:
         store.abandon()
-        raise ImageError(
-            f"{path} has {store.block_count} blocks, a CD-ROM drive {MAX_ISO_BLOCKS} at most",
-            reason=Reason.TOO_LARGE,
-            remedy=Remedy("plug it in as a disk", setting="usb_disk_ro", value=str(path)),
-        )
+        raise
     if volume_blocks > store.block_count:
         log.warning("%s is truncated: it has %d of the %d blocks of its volume", path, store.block_count, volume_blocks)
     return store
@@ -57,7 +55,26 @@ def _volume_size(content: Content) -> int:
     return content.little_endian(_PRIMARY_DESCRIPTOR + 80, 4) if has_volume else 0
 
 
-def _check_iso(path: Path, content: Content) -> None:
+def check_iso_size(path: Path, block_count: int) -> None:
+    """Check that a CD-ROM drive has enough blocks for an image.
+
+    Raises:
+        ImageError: TOO_LARGE.
+    """
+    if block_count > MAX_ISO_BLOCKS:
+        raise ImageError(
+            f"{path} has {block_count} blocks, a CD-ROM drive {MAX_ISO_BLOCKS} at most",
+            reason=Reason.TOO_LARGE,
+            remedy=Remedy("plug it in as a disk", setting="usb_disk_ro", value=str(path)),
+        )
+
+
+def check_iso(path: Path, content: Content) -> None:
+    """Check that a file is an image of a CD.
+
+    Raises:
+        ImageError: NOT_AN_ISO.
+    """
     if content.is_cd:
         return
     force = force_remedy("to plug its bytes as a CD")

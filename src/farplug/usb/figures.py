@@ -13,14 +13,22 @@ class Figures:
         read: bytes that the guest read.
         written: bytes that the guest wrote.
         commands: the commands of a disk; the transfers of a device that does not count commands.
+        errors: those of the commands that failed because of the medium or the device (sense keys MEDIUM ERROR and
+            HARDWARE ERROR, or no space is left), not because of the guest; the transfers that ended with an error.
     """
 
     read: int = 0
     written: int = 0
     commands: int = 0
+    errors: int = 0
 
     def __add__(self, other: Figures) -> Figures:
-        return Figures(self.read + other.read, self.written + other.written, self.commands + other.commands)
+        return Figures(
+            self.read + other.read,
+            self.written + other.written,
+            self.commands + other.commands,
+            self.errors + other.errors,
+        )
 
 
 @dataclass(frozen=True, slots=True)

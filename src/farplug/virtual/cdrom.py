@@ -172,18 +172,33 @@ class CdromDrive(LogicalUnit):
         await super().close()
         await asyncio.gather(*self._closing)
 
+    def take_out(self, why: str) -> None:
+        """Eject the medium, if there is one, also if the guest has locked it: it cannot be read any more.
+
+        Args:
+            why: for people.
+        """
+        disc = self._disc
+        if disc is not None:
+            self._scsi.eject(force=True)
+            self._take_out(disc, by_guest=False, why=why)
+            self._close_later(disc)
+
     def _ejected_by_guest(self) -> None:
         assert self._disc is not None
         disc = self._disc
         self._take_out(disc, by_guest=True)
+        self._close_later(disc)
+
+    def _close_later(self, disc: _Disc) -> None:
         closing = asyncio.ensure_future(disc.close())
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
 
-    def _take_out(self, disc: _Disc, *, by_guest: bool) -> None:
+    def _take_out(self, disc: _Disc, *, by_guest: bool, why: str = "") -> None:
         disc.remove()
         self.store = None
-        self.report(MediumEjected(disc.name, by_guest, lun=self.number))
+        self.report(MediumEjected(disc.name, by_guest, why, lun=self.number))
 
 
 def _disc(iso: Iso, *, force: bool = False) -> _Disc:

@@ -38,15 +38,23 @@ class MediumInserted(MediumEvent):
 
 @dataclass(frozen=True, slots=True)
 class MediumEjected(MediumEvent):
-    """The medium was ejected from a drive of the device, by the guest or by farplug. Only a user inserts the next."""
+    """The medium was ejected from a drive of the device, by the guest or by farplug. Only a user inserts the next.
+
+    Attributes:
+        medium: its name.
+        by_guest: the guest ejected it.
+        why: why farplug ejected it by itself; empty: a user asked for that, or the guest did.
+    """
 
     name: ClassVar[str] = "medium-ejected"
     bounded: ClassVar[bool] = True
     medium: str
     by_guest: bool
+    why: str = ""
 
     def __str__(self) -> str:
-        return f"{self.medium} ejected{' by the guest' if self.by_guest else ''}"
+        why = f": {self.why}" if self.why else ""
+        return f"{self.medium} ejected{' by the guest' if self.by_guest else ''}{why}"
 
 
 @dataclass(frozen=True, slots=True)

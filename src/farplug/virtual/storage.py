@@ -141,6 +141,7 @@ class MassStorage(Function):
             read=sum(unit.bytes_read for unit in self.units),
             written=sum(unit.bytes_written for unit in self.units),
             commands=sum(unit.commands for unit in self.units),
+            errors=sum(unit.errors for unit in self.units),
         )
 
     async def open(self) -> None:

@@ -28,7 +28,14 @@ from farplug.scsi.cdb import (
     Write,
     Zero,
 )
-from farplug.scsi.sense import INVALID_FIELD_IN_CDB, MISCOMPARE, UNRECOVERED_READ_ERROR, Sense
+from farplug.scsi.sense import (
+    INVALID_FIELD_IN_CDB,
+    MISCOMPARE,
+    SPACE_ALLOCATION_FAILED,
+    UNRECOVERED_READ_ERROR,
+    Sense,
+    SenseKey,
+)
 from farplug.store.base import Store
 from farplug.usb.share import STORE_WORK
 from farplug.usb.types import Buffer, Direction
@@ -187,6 +194,8 @@ class Task:
         """Fail the command with this sense, unless it has already failed."""
         if self.sense is None:
             self.sense = sense
+            if sense.key in (SenseKey.MEDIUM_ERROR, SenseKey.HARDWARE_ERROR) or sense == SPACE_ALLOCATION_FAILED:
+                self._unit.errors += 1
 
     # Data-in
 

@@ -73,6 +73,7 @@ class LogicalUnit:
         store: holds the blocks; None while there is no medium.
         queues: whether several commands at a time are faster than one after the other.
         commands: the number of commands received.
+        errors: the number of commands that failed because of the store.
         bytes_read: bytes read from the store and sent to the guest.
         bytes_written: bytes written to the store.
         share: what the guest may use; :meth:`use` sets it.
@@ -87,6 +88,7 @@ class LogicalUnit:
     store: Store | None
     queues: bool = field(default=True, init=False)
     commands: int = field(default=0, init=False)
+    errors: int = field(default=0, init=False)
     bytes_read: int = field(default=0, init=False)
     bytes_written: int = field(default=0, init=False)
     share: Share = field(default=NO_PORT, init=False)
