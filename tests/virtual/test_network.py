@@ -126,7 +126,7 @@ async def test_frames_of_a_program() -> None:
         await sent
         await guest.control_out(Setup(0x21, 0x86, 0, 0, 4), bytes.fromhex("00080000"))
         many = [bytes([number]) * 1200 for number in range(4)]
-        writing = asyncio.ensure_future(adapter.write_frames([b"short", *many, bytes(1515)]))
+        writing = asyncio.ensure_future(adapter.write_frames([b"short", *many, bytes(1519)]))
         blocks = [await guest.bulk_in(IN, 2048) for _ in range(4)]
         await writing
         assert [frame for one in blocks for frame in unpacked(one)] == many
