@@ -160,7 +160,7 @@ def test_addresses(text: str) -> None:
         ("02:fa:71:00:00:0g", "not a valid MAC"),
         ("01:00:5e:00:00:01", "address of a group"),
         ("ff:ff:ff:ff:ff:ff", "address of a group"),
-        ("00:00:00:00:00:00", "no MAC address of an adapter"),
+        ("00:00:00:00:00:00", "not the MAC address of an adapter"),
     ],
 )
 def test_addresses_that_are_not_valid(text: str, why: str) -> None:

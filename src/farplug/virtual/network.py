@@ -62,7 +62,7 @@ def parse_mac(text: str) -> bytes:
     if address[0] & 1:
         raise ValueError(f"{text} is the MAC address of a group, not of one adapter: the first byte must be even")
     if not any(address):
-        raise ValueError(f"{text} is no MAC address of an adapter")
+        raise ValueError(f"{text} is not the MAC address of an adapter")
     return address
 
 
