@@ -22,7 +22,7 @@ from farplug.ends.passt import PasstEnd
 from farplug.ends.sockets import TcpEnd, TcpListenEnd, UnixEnd, UnixListenEnd
 from farplug.ends.tap import TapEnd
 from farplug.errors import DeviceError, FarplugError, Reason, SetupError, UsageError
-from farplug.programs import find_program
+from farplug.programs import QEMU, find_program
 
 TIMEOUT = 20
 FRAMES = [bytes([number]) * (60 + number) for number in range(5)]
@@ -192,6 +192,38 @@ async def test_passt_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> N
         await parse_network_end("passt").open()
     assert caught.value.reason is Reason.MISSING_PROGRAM
     assert caught.value.remedy.command == "sudo apt-get install passt"
+
+
+# QEMU
+
+
+async def test_qemu_is_the_other_end_of_a_socket(tmp_path: Path) -> None:
+    """A QEMU without a VM: a stream socket on a hub with its user network, which offers an address."""
+    try:
+        program = find_program(QEMU)
+    except SetupError as error:
+        if os.environ.get("FARPLUG_REQUIRE_ALL") == "1":
+            raise
+        pytest.skip(error.message)
+    path = tmp_path / "socket"
+    stream = f"stream,id=stream,server=on,addr.type=unix,addr.path={path}"
+    hub = ("-netdev", "user,id=user", "-netdev", "hubport,hubid=0,id=h1,netdev=user")
+    process = await asyncio.create_subprocess_exec(
+        *(str(program), "-machine", "none", "-display", "none", "-nodefaults", "-netdev", stream),
+        *(*hub, "-netdev", "hubport,hubid=0,id=h2,netdev=stream"),
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(TIMEOUT):
+            while not path.exists():
+                assert process.returncode is None
+                await asyncio.sleep(0.02)
+        async with opened(f"unix:{path}") as end:
+            assert await offered(end)
+    finally:
+        process.kill()
+        await process.communicate()
 
 
 # TAP interfaces

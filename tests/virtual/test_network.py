@@ -126,7 +126,7 @@ async def test_frames_of_a_program() -> None:
         await sent
         await guest.control_out(Setup(0x21, 0x86, 0, 0, 4), bytes.fromhex("00080000"))
         many = [bytes([number]) * 1200 for number in range(4)]
-        writing = asyncio.ensure_future(adapter.write_frames([b"short", *many, bytes(1515)]))
+        writing = asyncio.ensure_future(adapter.write_frames([b"short", *many, bytes(1519)]))
         blocks = [await guest.bulk_in(IN, 2048) for _ in range(4)]
         await writing
         assert [frame for one in blocks for frame in unpacked(one)] == many
@@ -160,7 +160,7 @@ def test_addresses(text: str) -> None:
         ("02:fa:71:00:00:0g", "not a valid MAC"),
         ("01:00:5e:00:00:01", "address of a group"),
         ("ff:ff:ff:ff:ff:ff", "address of a group"),
-        ("00:00:00:00:00:00", "no MAC address of an adapter"),
+        ("00:00:00:00:00:00", "not the MAC address of an adapter"),
     ],
 )
 def test_addresses_that_are_not_valid(text: str, why: str) -> None:

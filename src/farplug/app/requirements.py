@@ -62,6 +62,7 @@ NEEDS = (
     _program("mkfs.exfat", "exFAT on images", vm=False, images=True),
     _program("mkntfs", "NTFS on images", vm=False, images=True),
     _program("xorrisofs", "ISO images", vm=False, images=True),
+    _program("passt", "the network of this user for VMs", vm=False),
     PARSER,
 )
 

@@ -224,15 +224,19 @@ class UnixListenEnd(_ListenEnd):
                 sock.bind(self._path)
             finally:
                 os.umask(mask)
-            server = await asyncio.start_unix_server(self.accept, sock=sock, limit=CHUNK, backlog=1)
+            self._created = _inode(self._path)
+            return await asyncio.start_unix_server(self.accept, sock=sock, limit=CHUNK, backlog=1)
         except BaseException:
             sock.close()
+            self._remove()
             raise
-        self._created = _inode(self._path)
-        return server
 
     async def _close(self) -> None:
         await super()._close()
+        self._remove()
+
+    def _remove(self) -> None:
+        """Remove the socket, if it is the one that was made here."""
         if self._created is not None and _inode(self._path) == self._created:
             with suppress(OSError):
                 os.unlink(self._path)

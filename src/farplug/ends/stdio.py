@@ -47,7 +47,7 @@ class StdioEnd(End):
 
 class _StdioPeer(ThreadedPeer):
     def __init__(self) -> None:
-        super().__init__(1, "standard input and output")
+        super().__init__(1, "standard input")
         self._reading: asyncio.Task[bytes] | None = None
 
     async def read(self) -> Sequence[bytes]:

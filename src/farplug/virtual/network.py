@@ -30,6 +30,9 @@ log = limited_logger(__name__)
 MAX_FRAME: Final = 1514
 """Bytes of a frame: 1500, and the Ethernet header."""
 
+MAX_TAGGED: Final = MAX_FRAME + 4
+"""The same with a VLAN tag, which is not counted."""
+
 BLOCK_SIZE: Final = 16384
 """Bytes of a transfer block, at most, in both directions."""
 
@@ -59,7 +62,7 @@ def parse_mac(text: str) -> bytes:
     if address[0] & 1:
         raise ValueError(f"{text} is the MAC address of a group, not of one adapter: the first byte must be even")
     if not any(address):
-        raise ValueError(f"{text} is no MAC address of an adapter")
+        raise ValueError(f"{text} is not the MAC address of an adapter")
     return address
 
 
@@ -112,7 +115,7 @@ class NetworkAdapter(EndFunction):
         if len(self.mac) != 6 or self.mac[0] & 1:
             raise ValueError(f"{self.mac.hex(':')} is not a MAC address of an adapter")
         self.refused = self.too_long = 0
-        self._reader = BlockReader(MAX_FRAME)
+        self._reader = BlockReader(MAX_TAGGED)
         self._reset_blocks()
 
     def _reset_blocks(self) -> None:
@@ -162,7 +165,7 @@ class NetworkAdapter(EndFunction):
         Raises:
             Detached: the guest has reset or unplugged the device.
         """
-        fitting = [frame for frame in frames if MIN_FRAME <= len(frame) <= MAX_FRAME]
+        fitting = [frame for frame in frames if MIN_FRAME <= len(frame) <= MAX_TAGGED]
         self.too_long += len(frames) - len(fitting)
         for block in self._writer.blocks(fitting, self._block_size):
             await self.sent.write(block)
