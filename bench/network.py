@@ -91,8 +91,7 @@ async def measure(port: int, size: int, pairs: int, transport: str) -> None:
                 theirs = await download(guest, QEMU_MAC, port, size)
                 ours = await download(guest, MAC, port, size)
                 print(
-                    f"{pair or 'warm-up'}: usb-net {size / theirs / 1e6:.1f} MB/s, "
-                    f"farplug {size / ours / 1e6:.1f} MB/s"
+                    f"{pair or 'warm-up'}: usb-net {size / theirs / 1e6:.1f} MB/s, farplug {size / ours / 1e6:.1f} MB/s"
                 )
                 if pair:
                     ratios.append(theirs / ours)

@@ -30,7 +30,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
 
         return called
 
-    for name in ("attach", "detach", "media", "capture", "stop", "status", "watch", "ls"):
+    for name in ("attach", "detach", "media", "capture", "stop", "status", "touch", "watch", "ls"):
         monkeypatch.setattr(session_verbs, name, record(name))
     monkeypatch.setattr(screen_verbs, "carry_out", record("screen"))
     return calls
@@ -70,7 +70,7 @@ def test_attach(seen: Seen, storage: dict[str, Any] | None, rules: dict[str, Any
     name, arguments, named = executed(seen, command("web-1", "attach", params))
     assert (name, arguments[0], named["wait"]) == ("attach", "web-1", wait)
     devices = encode(arguments[1])
-    assert devices["sources"] == [{**source, "mac": None} for source in sources]
+    assert devices["sources"] == [{**source, "mac": None, "presence": None} for source in sources]
     assert devices["storage"] == {**encode(StorageSettings()), **(storage or {})}
     assert devices["rules"] == {**encode(DeviceRules()), **(rules or {})}
 
@@ -94,6 +94,8 @@ def test_attach(seen: Seen, storage: dict[str, Any] | None, rules: dict[str, Any
             {"x": -3, "y": 4, "button": "right", "relative": True, "display": 1},
             ("click", -3, 4, "right", True, 1),
         ),
+        ("presence", {"answer": "refuse", "attachment": "fido0"}, ("touch", "fido0", True)),
+        ("presence", {"request": 1}, ("touch", None, False)),
         ("quit", {}, ("stop",)),
         ("status", {}, ("status",)),
         ("subscribe", {"events": ["attached"]}, ("watch",)),
@@ -101,7 +103,7 @@ def test_attach(seen: Seen, storage: dict[str, Any] | None, rules: dict[str, Any
 )
 def test_other_methods(seen: Seen, method: str, params: dict[str, Any], expected: tuple[Any, ...]) -> None:
     line = command("web1", method, params).replace("$'-rf \\'x\\'\\x0a$HOME'", shlex.quote("-rf 'x'\n$HOME"))
-    name, arguments, _ = executed(seen, line)
+    name, arguments, named = executed(seen, line)
     assert arguments[0] == "web1"
     found: tuple[Any, ...]
     match name:
@@ -114,6 +116,8 @@ def test_other_methods(seen: Seen, method: str, params: dict[str, Any], expected
         case "screen":
             (asked,) = arguments[2]
             found = (asked.name, *encode(asked).values())[: len(expected)]
+        case "touch":
+            found = (name, arguments[1], named["refuse"])
         case _:
             found = (name,)
     assert found == expected

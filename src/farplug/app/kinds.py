@@ -20,6 +20,7 @@ from farplug.scsi.inquiry import CDROM_PRODUCT, PRODUCT
 from farplug.store import FileStore, OverlayStore, Store, open_iso
 from farplug.usb.device import Device
 from farplug.virtual.cdrom import CdromDrive
+from farplug.virtual.fido.presence import Presence
 from farplug.virtual.function import Function
 from farplug.virtual.unit import LogicalUnit
 
@@ -263,6 +264,19 @@ async def _open_remote(source: Source, opening: Opening) -> Whole:
     return Whole(device, device.dispose)
 
 
+# Security keys ----------------------------------------------------------------------------------------------------
+
+
+async def _open_fido(source: Source, opening: Opening) -> Parts:
+    from farplug.virtual.fido.key import PRODUCT as KEY_PRODUCT
+    from farplug.virtual.fido.key import SecurityKey
+    from farplug.virtual.fido.key_file import KeyFile
+
+    presence = source.presence or Presence.AUTO
+    detail = f"{Path(source.path).name}, presence: {presence}"
+    return Parts([SecurityKey(KeyFile.open(source.path), presence)], KEY_PRODUCT, detail)
+
+
 KINDS: Final[dict[SourceKind, Kind]] = {
     SourceKind.DISK: Kind(_open_disk),
     SourceKind.READ_ONLY_DISK: Kind(_open_read_only_disk, repeatable=True),
@@ -273,5 +287,6 @@ KINDS: Final[dict[SourceKind, Kind]] = {
     SourceKind.TABLET: Kind(_open_tablet, "tablet", repeatable=True),
     SourceKind.SERIAL: Kind(_open_serial, "serial", repeatable=True),
     SourceKind.NETWORK: Kind(_open_network, "network", repeatable=True),
+    SourceKind.FIDO: Kind(_open_fido, "fido"),
 }
 """How sources are opened; USB devices of this machine are chosen instead (:mod:`farplug.app.auto`)."""

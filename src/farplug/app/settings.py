@@ -18,6 +18,7 @@ from farplug.app.codec import decode, encode
 from farplug.store.base import CacheMode
 from farplug.text import without_credentials
 from farplug.usb.types import Speed
+from farplug.virtual.fido.presence import Presence
 from farplug.virtual.storage_transport import StorageTransport
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class SourceKind(StrEnum):
     TABLET = "tablet"
     SERIAL = "serial"
     NETWORK = "network"
+    FIDO = "fido"
 
     @property
     def names(self) -> Names:
@@ -85,6 +87,7 @@ _NAMES = {
     SourceKind.TABLET: Names.NOTHING,
     SourceKind.SERIAL: Names.OTHER,
     SourceKind.NETWORK: Names.OTHER,
+    SourceKind.FIDO: Names.FILE,
 }
 
 
@@ -94,22 +97,26 @@ class Source(_Settings):
 
     Attributes:
         kind: what it becomes in the guest.
-        path: of the image or the folder; for a USB device how it is chosen (``1050:0407``, ``1-5``, ``serial:…``), for
-            one of another machine ``usbip://HOST/BUSID``; for a serial line or a network adapter its end (``pty``,
+        path: of the image, the folder or the file of a security key; for a USB device how it is chosen
+            (``1050:0407``, ``1-5``, ``serial:…``), for one of another machine ``usbip://HOST/BUSID``; for a serial line or a network adapter its end (``pty``,
             ``passt``, ``tcp-listen://:4000``); empty for kinds that need none, such as a keyboard.
         snapshot: a disk only: the file that takes what the guest writes, so that the image stays as it is.
+        presence: a security key only: who touches it; None: each request is allowed.
         mac: a network adapter only: its MAC address; None: one that is the same each time.
 
     Raises:
-        ValueError: the path of a file is missing, or the kind has no path or no MAC address.
+        ValueError: the path of a file is missing, or the kind has no path, no MAC address or no presence.
     """
 
     kind: SourceKind
     path: str = ""
     snapshot: str | None = None
     mac: str | None = None
+    presence: Presence | None = None
 
     def __post_init__(self) -> None:
+        if self.presence is not None and self.kind is not SourceKind.FIDO:
+            raise ValueError(f"presence has no meaning for a {self.kind}")
         if self.mac is not None and self.kind is not SourceKind.NETWORK:
             raise ValueError(f"mac has no meaning for a {self.kind}")
         if self.kind.names is Names.FILE and not self.path:
@@ -183,6 +190,11 @@ class Source(_Settings):
     def network(cls, end: str, *, mac: str | None = None) -> Self:
         """Return a USB network adapter with its end on this machine: :data:`farplug.ends.NETWORK_ENDS`."""
         return cls(SourceKind.NETWORK, end, mac=mac)
+
+    @classmethod
+    def fido(cls, path: str | Path, presence: Presence = Presence.AUTO) -> Self:
+        """Return a security key for tests, in a file that is made if it does not exist."""
+        return cls(SourceKind.FIDO, str(path), presence=presence)
 
 
 class UsbSpeed(StrEnum):

@@ -63,6 +63,11 @@ KINDS = (
         "description": "a network adapter in this user's network (passt), or in another one",
     },
     {
+        "kind": "security key",
+        "option": "--usb-fido FILE",
+        "description": "a FIDO2 and U2F security key for tests, whose keys are in a file",
+    },
+    {
         "kind": "real device",
         "option": "--usb-device DEVICE",
         "description": "a USB device of this machine: VID:PID, BUS-ADDRESS, BUS-PORT.PORT, serial:..., or its name",

@@ -98,6 +98,7 @@ EVENTS: Final = (
     *("attached", "attaching", "back", "capture-ended", "capture-started", "closed", "command-refused", "configured"),
     *("connected", "copying", "detached"),
     *("device-fault", "drive", "figures", "function-raised", "guest", "guest-ready", "guest-removed", "input"),
+    *("key-used", "presence-answered", "presence-asked"),
     *("listener-failed", "lost", "medium-ejected", "medium-inserted", "medium-locked", "note", "offer-changed"),
     *("opened", "peer-violation", "port", "port-reset", "ready", "reconnecting", "refused", "removed"),
     *("repeated", "skipped", "stage", "unfinished-writes", "unused", "waiting-for-guest"),

@@ -36,7 +36,7 @@ RELAYED: Final = frozenset(
         *("subscribe", "unsubscribe", "status", "list", "layouts", "check-text", "devices"),
         *("watch-screen", "unwatch-screen", "screen-ack"),
         *("attach", "detach", "insert", "eject", "capture", "stop-capture", "reconnect", "quit"),
-        *("drive", "key", "keys-up", "pointer", "type", "stop-typing", "press", "click"),
+        *("drive", "key", "keys-up", "pointer", "type", "stop-typing", "press", "click", "presence"),
         *("media-offer", "media-data", "media-withdraw"),
     }
 )

@@ -19,6 +19,8 @@ SOURCES: Final = {
     "keyboard": "--usb-keyboard",
     "tablet": "--usb-tablet",
 }
+_COMMANDS: Final = {"presence": "touch"}
+"""The commands whose names are not those of their methods."""
 _STORAGE: Final = {
     "speed": ("--usb-speed", "auto"),
     "transport": ("--usb-storage", "auto"),
@@ -70,7 +72,7 @@ def command(session: str, method: str, params: Mapping[str, Any]) -> str:
         words = [shell_quote(word) for word in (*options, *dashes, *arguments)]
     except (KeyError, TypeError, ValueError, AttributeError):  # ValueError: also half of a surrogate pair
         raise UsageError(f"{shown(method)} has parameters that are not valid", reason=Reason.BAD_SETTING) from None
-    return " ".join(("farplug", method, *name, *words))
+    return " ".join(("farplug", _COMMANDS.get(method, method), *name, *words))
 
 
 def _words(method: str, params: Mapping[str, Any]) -> tuple[list[str], list[str]]:
@@ -93,6 +95,8 @@ def _words(method: str, params: Mapping[str, Any]) -> tuple[list[str], list[str]
             return _option("--layout", params.get("layout")), [str(params["text"])]
         case "press":
             return [], [str(params["keys"])]
+        case "presence":
+            return ["--refuse"] if params.get("answer") == "refuse" else [], _given(params.get("attachment"))
         case "click":
             button = params.get("button", "left")
             options = [] if button == "left" else ["--button", str(button)]
