@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import Event
 from typing import Final, TypeAlias
 
-from farplug.app.settings import FolderFormat, Source, SourceKind, StorageSettings
+from farplug.app.settings import PATTERN, FolderFormat, Source, SourceKind, StorageSettings
 from farplug.errors import Reason, UsageError
 from farplug.scsi.disk import DiskUnit
 from farplug.scsi.inquiry import CDROM_PRODUCT, PRODUCT
@@ -277,6 +277,19 @@ async def _open_fido(source: Source, opening: Opening) -> Parts:
     return Parts([SecurityKey(KeyFile.open(source.path), presence)], KEY_PRODUCT, detail)
 
 
+# Cameras ----------------------------------------------------------------------------------------------------------
+
+
+async def _open_camera(source: Source, opening: Opening) -> Parts:
+    from farplug.virtual.video.camera import PRODUCT as CAMERA_PRODUCT
+    from farplug.virtual.video.camera import Camera
+    from farplug.virtual.video.frames import open_frames
+    from farplug.virtual.video.pattern import Pattern
+
+    frames = Pattern() if source.path == PATTERN else await asyncio.to_thread(open_frames, source.path)
+    return Parts([Camera(frames)], CAMERA_PRODUCT)
+
+
 KINDS: Final[dict[SourceKind, Kind]] = {
     SourceKind.DISK: Kind(_open_disk),
     SourceKind.READ_ONLY_DISK: Kind(_open_read_only_disk, repeatable=True),
@@ -288,5 +301,6 @@ KINDS: Final[dict[SourceKind, Kind]] = {
     SourceKind.SERIAL: Kind(_open_serial, "serial", repeatable=True),
     SourceKind.NETWORK: Kind(_open_network, "network", repeatable=True),
     SourceKind.FIDO: Kind(_open_fido, "fido"),
+    SourceKind.CAMERA: Kind(_open_camera, "camera", repeatable=True),
 }
 """How sources are opened; USB devices of this machine are chosen instead (:mod:`farplug.app.auto`)."""

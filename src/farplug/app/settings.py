@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum, IntEnum, StrEnum, auto
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from farplug.app.codec import decode, encode
 from farplug.store.base import CacheMode
@@ -58,11 +58,16 @@ class SourceKind(StrEnum):
     SERIAL = "serial"
     NETWORK = "network"
     FIDO = "fido"
+    CAMERA = "camera"
 
     @property
     def names(self) -> Names:
         """Return what the path of a source of this kind names."""
         return _NAMES[self]
+
+
+PATTERN: Final = "pattern"
+"""The path of a camera that shows a test picture; a file of this name is ``./pattern``."""
 
 
 class Names(Enum):
@@ -88,6 +93,7 @@ _NAMES = {
     SourceKind.SERIAL: Names.OTHER,
     SourceKind.NETWORK: Names.OTHER,
     SourceKind.FIDO: Names.FILE,
+    SourceKind.CAMERA: Names.FILE,
 }
 
 
@@ -97,9 +103,10 @@ class Source(_Settings):
 
     Attributes:
         kind: what it becomes in the guest.
-        path: of the image, the folder or the file of a security key; for a USB device how it is chosen
-            (``1050:0407``, ``1-5``, ``serial:…``), for one of another machine ``usbip://HOST/BUSID``; for a serial line or a network adapter its end (``pty``,
-            ``passt``, ``tcp-listen://:4000``); empty for kinds that need none, such as a keyboard.
+        path: of the image, the folder, the file of a security key or the clip of a camera; for a USB device how it is
+            chosen (``1050:0407``, ``1-5``, ``serial:…``), for one of another machine ``usbip://HOST/BUSID``; for a serial
+            line or a network adapter its end (``pty``, ``passt``, ``tcp-listen://:4000``); empty for kinds that need none,
+            such as a keyboard.
         snapshot: a disk only: the file that takes what the guest writes, so that the image stays as it is.
         presence: a security key only: who touches it; None: each request is allowed.
         mac: a network adapter only: its MAC address; None: one that is the same each time.
@@ -140,7 +147,7 @@ class Source(_Settings):
             from farplug.ends.address import absolute
 
             return replace(self, path=absolute(self.path))
-        if self.kind.names is not Names.FILE:
+        if self.kind.names is not Names.FILE or (self.kind is SourceKind.CAMERA and self.path == PATTERN):
             return self
         snapshot = None if self.snapshot is None else os.path.abspath(self.snapshot)
         return replace(self, path=os.path.abspath(self.path), snapshot=snapshot)
@@ -190,6 +197,11 @@ class Source(_Settings):
     def network(cls, end: str, *, mac: str | None = None) -> Self:
         """Return a USB network adapter with its end on this machine: :data:`farplug.ends.NETWORK_ENDS`."""
         return cls(SourceKind.NETWORK, end, mac=mac)
+
+    @classmethod
+    def camera(cls, path: str | Path = PATTERN) -> Self:
+        """Return a camera that shows a clip, the images of a folder, or a test picture."""
+        return cls(SourceKind.CAMERA, str(path))
 
     @classmethod
     def fido(cls, path: str | Path, presence: Presence = Presence.AUTO) -> Self:

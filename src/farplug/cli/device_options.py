@@ -226,6 +226,17 @@ FidoPresenceOption: TypeAlias = Annotated[
         rich_help_panel=SOFTWARE,
     ),
 ]
+CameraOption: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--usb-camera",
+        metavar="CLIP",
+        help="Plug in a camera that shows CLIP again and again: a file of JPEG images one after the other (.mjpeg), a "
+        "folder of JPEG images, or 'pattern', a test picture with a counter. May be repeated.",
+        show_default=False,
+        rich_help_panel=SOFTWARE,
+    ),
+]
 FolderFormatOption: TypeAlias = Annotated[
     FolderFormat,
     typer.Option(
@@ -333,6 +344,7 @@ class DeviceOptions:
     network_mac: MacOption = None
     usb_fido: FidoOption = None
     fido_presence: FidoPresenceOption = Presence.AUTO
+    usb_camera: CameraOption = None
     usb_device: DevicesOption = None
     wait: WaitOption = False
     follow: FollowOption = Follow.DEVICE
@@ -385,6 +397,7 @@ class DeviceOptions:
             "usb_network": [
                 Source.network(end, mac=mac) for end, mac in zip_longest(self.usb_network or [], self.network_mac or [])
             ],
+            "usb_camera": [Source.camera(path) for path in self.usb_camera or []],
         }
         real = bool(self.usb_device) or self.auto_connect is not None or self.redirect_on_connect is not None
         _check_snapshots(disks, self.snapshot, self.snapshot_file, read_only=bool(self.usb_disk_ro), real=real)
