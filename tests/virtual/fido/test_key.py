@@ -522,6 +522,20 @@ async def test_a_client_that_cancels() -> None:
         assert (await client(guest, lambda device: Ctap2(device).info)).versions
 
 
+async def test_a_request_that_is_cancelled_at_once() -> None:
+    """The user is not asked, whatever the key does first."""
+    key = SecurityKey(presence=Presence.ASK)
+    async with plugged(key) as guest:
+        await guest.interrupt_out(0x01, bytes.fromhex("ffffffff860008") + bytes(8))
+        channel = (await guest.interrupt_in(0x81))[15:19]
+        sending = [guest.interrupt_out(0x01, channel + rest) for rest in (b"\x90\0\1\x0b", b"\x91\0\0")]
+        await asyncio.gather(*sending)
+        while (reply := await guest.interrupt_in(0x81))[4] != 0x90:
+            assert reply[4] == 0xBB
+        assert reply[:8] == channel + b"\x90\0\1\x2d"
+        assert key.question is None
+
+
 async def test_a_guest_that_resets_while_a_user_is_asked() -> None:
     key = SecurityKey(presence=Presence.ASK)
     async with plugged(key) as guest:

@@ -128,6 +128,11 @@ class CtapHid:
         """Return whether the client still waits for the reply to a request."""
         return self._current is request
 
+    @property
+    def has_reports(self) -> bool:
+        """Return whether there are reports to send."""
+        return bool(self._reports)
+
     def take_reports(self) -> list[bytes]:
         """Return the reports to send, and forget them."""
         reports = list(self._reports)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -205,7 +205,7 @@ class SecurityKey(HidFunction, AsksPresence):
     async def run(self) -> None:
         """Process the reports of the guest."""
         loop = asyncio.get_running_loop()
-        serving = _Serving(self, Authenticator(self.store, self._ask, self._used, loop.time))
+        serving = _Serving(self, loop.time)
         try:
             await serving.receive()
         finally:
@@ -239,14 +239,18 @@ class SecurityKey(HidFunction, AsksPresence):
 class _Serving:
     """One run of a key: from a configuration to the next reset."""
 
-    def __init__(self, key: SecurityKey, authenticator: Authenticator) -> None:
+    def __init__(self, key: SecurityKey, clock: Callable[[], float]) -> None:
         self._key = key
-        self._authenticator = authenticator
+        self._authenticator = Authenticator(key.store, self._ask, key._used, clock)
         self._u2f = U2f(key.store, key._touched, key._used)
         self._hid = CtapHid(WINK_CAPABILITY | CBOR_CAPABILITY)
         self._flushing = asyncio.Lock()
         self._executing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._request: Request | None = None
+        """The request that is being executed."""
+        self._cancelled: Request | None = None
+        """The last one that its client cancelled, perhaps before it was executed."""
 
     async def receive(self) -> None:
         """Take reports until the run is cancelled."""
@@ -263,8 +267,10 @@ class _Serving:
                         task = asyncio.create_task(self._process(request))
                         self._tasks.add(task)
                         task.add_done_callback(self._ended)
-                    case Cancelled():
-                        self._key._cancel_question()
+                    case Cancelled(request=request):
+                        self._cancelled = request
+                        if self._request is request:
+                            self._key._cancel_question()
             await self._flush()
 
     def _ended(self, task: asyncio.Task[None]) -> None:
@@ -298,11 +304,22 @@ class _Serving:
 
     async def _execute(self, request: Request) -> bytes:
         async with self._executing:  # one that its client abandoned may still end
-            return await self._key._reply_to(request, self._authenticator, self._u2f)
+            self._request = request
+            try:
+                return await self._key._reply_to(request, self._authenticator, self._u2f)
+            finally:
+                self._request = None
+
+    async def _ask(self, question: Question) -> Answer:
+        if self._cancelled is self._request:
+            return Answer.CANCELLED
+        return await self._key._ask(question)
 
     async def _flush(self) -> None:
         """Send the reports that are queued, and no others between those of a message."""
         async with self._flushing:
+            if not self._hid.has_reports:
+                return
             try:
                 async with asyncio.timeout(READER_TIMEOUT):
                     await self._key.reports.read_by_guest()
