@@ -65,12 +65,14 @@ def test_attach(seen: Seen, storage: dict[str, Any] | None, rules: dict[str, Any
         {"kind": "read-only-disk", "path": "/srv/<img src=x>.raw", "snapshot": None},
         {"kind": "folder", "path": "/srv/folder", "snapshot": None},
         {"kind": "usb-device", "path": "1050:0407", "snapshot": None},
+        {"kind": "fido", "path": "/srv/my keys.json", "snapshot": None, "presence": "ask"},
+        {"kind": "camera", "path": "pattern", "snapshot": None},
     ]
     params = {"sources": sources, "storage": storage, "rules": rules, "wait": wait}
     name, arguments, named = executed(seen, command("web-1", "attach", params))
     assert (name, arguments[0], named["wait"]) == ("attach", "web-1", wait)
     devices = encode(arguments[1])
-    assert devices["sources"] == [{**source, "mac": None, "presence": None} for source in sources]
+    assert devices["sources"] == [{"mac": None, "presence": None, **source} for source in sources]
     assert devices["storage"] == {**encode(StorageSettings()), **(storage or {})}
     assert devices["rules"] == {**encode(DeviceRules()), **(rules or {})}
 
@@ -170,3 +172,9 @@ def test_parameters_that_are_not_valid(method: str, params: dict[str, Any]) -> N
     with pytest.raises(UsageError) as caught:
         command("web1", method, params)
     assert caught.value.reason is Reason.BAD_SETTING
+
+
+def test_security_keys_of_which_only_some_ask() -> None:
+    keys = [{"kind": "fido", "path": "/a", "presence": "ask"}, {"kind": "fido", "path": "/b"}]
+    with pytest.raises(UsageError, match="only some ask"):
+        command("web1", "attach", {"sources": keys})

@@ -44,12 +44,14 @@ RELAYED: Final = frozenset(
 WITH_PATHS: Final = frozenset({"attach", "insert", "capture"})
 """The methods whose parameters have paths of this machine."""
 
-OF_FILES: Final = ("disk", "read-only-disk", "cdrom", "folder")
+OF_FILES: Final = ("disk", "read-only-disk", "cdrom", "folder", "fido", "camera")
 """Kinds of sources whose path is that of a file or a folder."""
 OF_BROWSER: Final = ("read-only-disk", "cdrom")
 """Kinds that a file of the browser can become."""
 WITHOUT_FILES: Final = ("usb-device", "keyboard", "tablet")
 """Kinds that need no file of this machine."""
+TEST_PICTURE: Final = ("camera", "pattern")
+"""The kind and the path of a camera that shows no file."""
 _KINDS: Final = (*OF_FILES, *WITHOUT_FILES)
 
 
@@ -127,7 +129,7 @@ def _source(source: object, places: Places) -> dict[str, Any]:
     if kind not in _KINDS:
         raise _bad("kind", kind, f"one of {', '.join(_KINDS)}")
     changed = dict(source)
-    if kind in OF_FILES:
+    if kind in OF_FILES and (kind, source.get("path")) != TEST_PICTURE:
         path = _text(source, "path")
         if not path.startswith(BROWSER_FILE):
             changed["path"] = places.existing(path)

@@ -18,6 +18,8 @@ SOURCES: Final = {
     "usb-device": "--usb-device",
     "keyboard": "--usb-keyboard",
     "tablet": "--usb-tablet",
+    "fido": "--usb-fido",
+    "camera": "--usb-camera",
 }
 _COMMANDS: Final = {"presence": "touch"}
 """The commands whose names are not those of their methods."""
@@ -115,6 +117,13 @@ def _attach(params: Mapping[str, Any]) -> Iterator[str]:
         yield option
         if path:
             yield path if snapshot is None else f"{path},snapshot={snapshot}"
+    presences = {source.get("presence") or "auto" for source in params["sources"] if source["kind"] == "fido"}
+    if len(presences) > 1:
+        raise UsageError(
+            "no shell command plugs in security keys of which only some ask", reason=Reason.UNKNOWN_COMMAND
+        )
+    if presences - {"auto"}:
+        yield from ("--fido-presence", str(*presences))
     storage, rules = params.get("storage") or {}, params.get("rules") or {}
     yield from _settings(storage, _STORAGE)
     yield from _settings(rules, _RULES)
