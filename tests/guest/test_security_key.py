@@ -56,7 +56,7 @@ def register(node: str, options: str = "", name: str = "cred", pin: str = "") ->
     return (
         write("/tmp/new", HASH, SITE, "alice", USER_ID)
         + f"{typed}fido2-cred -M {options} -i /tmp/new -o /tmp/made {node}\n"
-        + f"fido2-cred -V {'-v ' if pin else ''}-i /tmp/made -o /tmp/{name}\n"
+        + f"fido2-cred -V {' '.join(set(options.split()) & {'-v', '-h'})} -i /tmp/made -o /tmp/{name}\n"
         + f"head -n 1 /tmp/{name} >/tmp/{name}.id; tail -n +2 /tmp/{name} >/tmp/{name}.pem\n"
     )
 
@@ -67,7 +67,7 @@ def sign_in(node: str, options: str = "", name: str = "cred", *, listed: bool = 
     return (
         write("/tmp/ask", HASH, SITE)
         + (f"cat /tmp/{name}.id >>/tmp/ask\n" if listed else "")
-        + f"{typed}fido2-assert -G {options} -i /tmp/ask -o /tmp/proof {node}\n"
+        + f"{typed}fido2-assert -G {options} {'' if listed else '-r'} -i /tmp/ask -o /tmp/proof {node}\n"
         + f"fido2-assert -V -p {'-v ' if pin else ''}-i /tmp/proof /tmp/{name}.pem"
     )
 
@@ -167,9 +167,9 @@ async def test_a_user_who_is_asked(guests: GuestPool) -> None:
         await old
         # A program that is killed: the question is withdrawn when the next one begins.
         await guest.check(write("/tmp/ask", HASH, SITE) + "cat /tmp/cred.id >>/tmp/ask")
-        await guest.check(f"fido2-assert -G -i /tmp/ask {node} >/dev/null 2>&1 &")
+        await guest.check(f"fido2-assert -G -i /tmp/ask {node} >/dev/null 2>&1 & echo $! >/tmp/pid")
         await asked()
-        await guest.check("killall fido2-assert")
+        await guest.check("kill $(cat /tmp/pid)")
         assert key.question is not None
         key.answer(False)
         again = asyncio.ensure_future(guest.check("set -e; cd /tmp\n" + sign_in(node)))

@@ -104,9 +104,9 @@ class Source(_Settings):
     Attributes:
         kind: what it becomes in the guest.
         path: of the image, the folder, the file of a security key or the clip of a camera; for a USB device how it is
-            chosen (``1050:0407``, ``1-5``, ``serial:…``), for one of another machine ``usbip://HOST/BUSID``; for a serial
-            line or a network adapter its end (``pty``, ``passt``, ``tcp-listen://:4000``); empty for kinds that need none,
-            such as a keyboard.
+            chosen (``1050:0407``, ``1-5``, ``serial:…``), for one of another machine ``usbip://HOST/BUSID``; for a
+            serial line or a network adapter its end (``pty``, ``passt``, ``tcp-listen://:4000``); empty for kinds that
+            need none, such as a keyboard.
         snapshot: a disk only: the file that takes what the guest writes, so that the image stays as it is.
         presence: a security key only: who touches it; None: each request is allowed.
         mac: a network adapter only: its MAC address; None: one that is the same each time.
