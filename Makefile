@@ -93,10 +93,10 @@ fuzz: setup
 fuzz-guided: setup
 	@$(PYTHON) fuzz/guided.py --seconds $(SECONDS)
 
-# The fuzzers and the 10 parsers of fuzz/guided.py share an hour. All of them run, also after a failure.
+# The fuzzers and the 12 parsers of fuzz/guided.py share an hour. All of them run, also after a failure.
 FUZZERS := $(wildcard fuzz/fuzz_*.py)
 fuzz-nightly: setup
-	@$(MAKE) --no-print-directory --keep-going SECONDS=$$((3600 / ($(words $(FUZZERS)) + 10))) $(FUZZERS:%=fuzz/.run-%) fuzz-guided
+	@$(MAKE) --no-print-directory --keep-going SECONDS=$$((3600 / ($(words $(FUZZERS)) + 12))) $(FUZZERS:%=fuzz/.run-%) fuzz-guided
 
 fuzz/.run-%:
 	@PYTHONPATH=. $(PYTHON) $* --seconds $(SECONDS)

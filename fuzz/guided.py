@@ -282,6 +282,34 @@ def target_text() -> Parse:
     return parse
 
 
+def fido_cbor() -> Parse:
+    from farplug.virtual.fido import cbor
+
+    def parse(data: bytes) -> None:
+        try:
+            value = cbor.decode(data)
+        except cbor.CborError as refused:
+            _check(len(str(refused)) < 200)
+        else:
+            assert cbor.encode(value) == data
+
+    return parse
+
+
+def jpeg() -> Parse:
+    from farplug.virtual.video.jpeg import Finder, JpegError
+
+    def parse(data: bytes) -> None:
+        try:
+            found = Finder(data).image(0)
+        except JpegError as refused:
+            _check(str(refused).isprintable())
+        else:
+            assert found.end <= len(data)
+
+    return parse
+
+
 def _check(holds: bool) -> None:
     assert holds
 
@@ -393,6 +421,17 @@ PARSERS = {
     "device-filter": Parser(
         device_filter,
         (b"0x03,-1,-1,-1,0|-1,-1,-1,-1,1", b"allow class=storage; deny vendor=0x1d6b product=0x0104", b"3,,,,1"),
+    ),
+    "fido-cbor": Parser(
+        fido_cbor,
+        (
+            bytes.fromhex("a3 01 44 00010203 02 a1 62 6964 6b 6578616d706c652e636f6d 03 83 20 f5 19 0100"),
+            bytes.fromhex("a1 04 a2 62 726b f5 64 706c6174 f4"),
+        ),
+    ),
+    "jpeg": Parser(
+        jpeg,
+        (bytes.fromhex("ffd8 fffe000468 69 ffc0000b08 0010 0010 01 011100 ffda0008 01 0100 003f00 1fff00ffd012 ffd9"),),
     ),
     "target-text": Parser(
         target_text,

@@ -48,6 +48,8 @@ POSIX_ONLY = (
     "store/overlay_file.py",
     "store/usage.py",
     "transport/connection.py",
+    "virtual/fido/key_file.py",
+    "virtual/video/frames.py",
     "vm/guest_kernel.py",
     "vm/qemu.py",
     "web/uploads.py",

@@ -30,6 +30,7 @@ from farplug.transport import TARGET_FORMS
 from farplug.usb import DeviceEvent
 from farplug.usbredir import packets
 from farplug.virtual import events as _virtual_events  # noqa: F401  (their classes are counted)
+from farplug.virtual.fido import events as _fido_events  # noqa: F401
 
 TESTING = ROOT / "docs/testing.md"
 KIT = ROOT / "docs/devices-of-your-own.md"

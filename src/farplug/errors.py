@@ -111,6 +111,7 @@ class Reason(StrEnum):
     DEVICE_LOST = "device-lost"
     DEVICE_FAULT = "device-fault"
     MEDIUM_LOCKED = "medium-locked"
+    NOT_ASKED = "not-asked"
     # sessions
     NO_SESSION = "no-session"
     NAME_TAKEN = "name-taken"

@@ -20,6 +20,8 @@ from farplug.virtual.events import (
     MediumInserted,
     MediumLocked,
 )
+from farplug.virtual.fido.events import KeyUsed, PresenceAnswered, PresenceAsked
+from farplug.virtual.fido.presence import Answer
 
 IDENTITY = Identity(speed=Speed.SUPER, vendor_id=0x1D6B, product_id=0x0104, manufacturer="farplug", product="Disk")
 ERROR = DeviceError("it is gone", reason=Reason.DEVICE_LOST, remedy="wait")
@@ -64,6 +66,21 @@ EVENTS: dict[str, tuple[events.PortEvent, str]] = {
         "line set to 115200 8N1, RTS on",
     ),
     "line-break": (events.DeviceReport("tcp", LineBreak()), "break sent by the guest"),
+    "presence-asked": (
+        events.DeviceReport(
+            "tcp",
+            PresenceAsked(request=1, use="sign-in", site="example.com", user="alice", seconds=30, until=1800000000.5),
+        ),
+        "the VM waits for your answer: sign in at example.com as alice (30 s)",
+    ),
+    "presence-answered": (
+        events.DeviceReport("tcp", PresenceAnswered(request=1, answer=Answer.TIMED_OUT)),
+        "no answer in time: refused",
+    ),
+    "key-used": (
+        events.DeviceReport("tcp", KeyUsed("register", "example.com", "", "operation-denied")),
+        "register the key at example.com: operation denied",
+    ),
     "repeated": (events.Repeated("tcp", events.Configured("tcp", 1), 7), "7 more like this"),
     "detached": (events.Detached("tcp", ERROR, (EndpointFigures(0x81, 2, 512),)), "detached: it is gone"),
 }

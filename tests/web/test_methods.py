@@ -99,12 +99,17 @@ ESCAPES = ("../secret.img", "iso/../../secret.img", "/etc/passwd", "out", "..\\s
 
 
 @pytest.mark.parametrize("path", ESCAPES)
-@pytest.mark.parametrize("kind", ["disk", "read-only-disk", "cdrom"])
+@pytest.mark.parametrize("kind", ["disk", "read-only-disk", "cdrom", "fido", "camera"])
 def test_a_source_is_below_the_web_root(root: Path, kind: str, path: str) -> None:
     (root / "out").symlink_to(root.parent / "secret.img")
     with pytest.raises(UsageError) as caught:
         methods.with_absolute_paths("attach", sources({"kind": kind, "path": path}), WebRoot.of(root))
     assert caught.value.reason in (Reason.OUTSIDE_WEB_ROOT, Reason.BAD_SETTING)
+
+
+def test_the_test_picture_of_a_camera_is_not_a_file(root: Path) -> None:
+    params = sources({"kind": "camera", "path": "pattern"})
+    assert methods.with_absolute_paths("attach", params, WebRoot.of(root)) == params
 
 
 @pytest.mark.parametrize("path", [*ESCAPES[:-1], "none/new.snap"])

@@ -30,7 +30,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
 
         return called
 
-    for name in ("attach", "detach", "media", "capture", "stop", "status", "watch", "ls"):
+    for name in ("attach", "detach", "media", "capture", "stop", "status", "touch", "watch", "ls"):
         monkeypatch.setattr(session_verbs, name, record(name))
     monkeypatch.setattr(screen_verbs, "carry_out", record("screen"))
     return calls
@@ -65,12 +65,14 @@ def test_attach(seen: Seen, storage: dict[str, Any] | None, rules: dict[str, Any
         {"kind": "read-only-disk", "path": "/srv/<img src=x>.raw", "snapshot": None},
         {"kind": "folder", "path": "/srv/folder", "snapshot": None},
         {"kind": "usb-device", "path": "1050:0407", "snapshot": None},
+        {"kind": "fido", "path": "/srv/my keys.json", "snapshot": None, "presence": "ask"},
+        {"kind": "camera", "path": "pattern", "snapshot": None},
     ]
     params = {"sources": sources, "storage": storage, "rules": rules, "wait": wait}
     name, arguments, named = executed(seen, command("web-1", "attach", params))
     assert (name, arguments[0], named["wait"]) == ("attach", "web-1", wait)
     devices = encode(arguments[1])
-    assert devices["sources"] == [{**source, "mac": None} for source in sources]
+    assert devices["sources"] == [{"mac": None, "presence": None, **source} for source in sources]
     assert devices["storage"] == {**encode(StorageSettings()), **(storage or {})}
     assert devices["rules"] == {**encode(DeviceRules()), **(rules or {})}
 
@@ -94,6 +96,8 @@ def test_attach(seen: Seen, storage: dict[str, Any] | None, rules: dict[str, Any
             {"x": -3, "y": 4, "button": "right", "relative": True, "display": 1},
             ("click", -3, 4, "right", True, 1),
         ),
+        ("presence", {"answer": "refuse", "attachment": "fido0"}, ("touch", "fido0", True)),
+        ("presence", {"request": 1}, ("touch", None, False)),
         ("quit", {}, ("stop",)),
         ("status", {}, ("status",)),
         ("subscribe", {"events": ["attached"]}, ("watch",)),
@@ -101,7 +105,7 @@ def test_attach(seen: Seen, storage: dict[str, Any] | None, rules: dict[str, Any
 )
 def test_other_methods(seen: Seen, method: str, params: dict[str, Any], expected: tuple[Any, ...]) -> None:
     line = command("web1", method, params).replace("$'-rf \\'x\\'\\x0a$HOME'", shlex.quote("-rf 'x'\n$HOME"))
-    name, arguments, _ = executed(seen, line)
+    name, arguments, named = executed(seen, line)
     assert arguments[0] == "web1"
     found: tuple[Any, ...]
     match name:
@@ -114,6 +118,8 @@ def test_other_methods(seen: Seen, method: str, params: dict[str, Any], expected
         case "screen":
             (asked,) = arguments[2]
             found = (asked.name, *encode(asked).values())[: len(expected)]
+        case "touch":
+            found = (name, arguments[1], named["refuse"])
         case _:
             found = (name,)
     assert found == expected
@@ -166,3 +172,9 @@ def test_parameters_that_are_not_valid(method: str, params: dict[str, Any]) -> N
     with pytest.raises(UsageError) as caught:
         command("web1", method, params)
     assert caught.value.reason is Reason.BAD_SETTING
+
+
+def test_security_keys_of_which_only_some_ask() -> None:
+    keys = [{"kind": "fido", "path": "/a", "presence": "ask"}, {"kind": "fido", "path": "/b"}]
+    with pytest.raises(UsageError, match="only some ask"):
+        command("web1", "attach", {"sources": keys})

@@ -309,6 +309,17 @@ class App:
         else:
             await inputs.click(command.x, command.y, button, display=command.display)
 
+    async def _presence(self, command: commands.Presence) -> Any:
+        allow = command.answer is commands.PresenceAnswer.ALLOW
+        attachment, question = self.guest(command.guest).answer(allow, command.attachment, command.request)
+        return {
+            "attachment": attachment.label,
+            "answer": str(command.answer),
+            "use": str(question.use),
+            "site": question.site,
+            "user": question.user,
+        }
+
     async def _list(self, command: commands.ListDrives) -> Any:
         guest = self.guest(command.guest)
         drives = [
@@ -370,6 +381,7 @@ _DISPATCH: dict[type[Command], Callable[[App, Any], Awaitable[Any]]] = {
     commands.Screenshot: App._screenshot,
     commands.Press: App._press,
     commands.Click: App._click,
+    commands.Presence: App._presence,
     commands.ListDrives: App._list,
     commands.Devices: App._devices,
     commands.Status: App._status,

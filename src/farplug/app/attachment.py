@@ -13,9 +13,10 @@ from farplug.app.events import EventReader
 from farplug.app.guest_port import GuestPort
 from farplug.errors import DeviceError, FarplugError, PortError, Reason, RefusedError
 from farplug.redirection import events
-from farplug.redirection.events import PortEvent
+from farplug.redirection.events import DeviceReport, PortEvent, plain_fields
 from farplug.usb.device import Device
 from farplug.usb.figures import EndpointFigures, Figures
+from farplug.virtual.fido.events import PresenceAnswered, PresenceAsked
 
 TURN_TIMEOUT = 1.5
 """Seconds that a device whose port is ready waits for the devices of earlier places to be offered."""
@@ -129,6 +130,7 @@ class Attachment:
         identity: of the device, as it was last offered to the guest.
         state: how far it has come.
         error: why the guest refused the device, or why the device left, if no user asked for that.
+        questions: what programs in the guest ask the user of the device: the touch of a security key.
     """
 
     def __init__(
@@ -150,6 +152,7 @@ class Attachment:
         self.sources = tuple(description.sources)
         self.state = AttachmentState.OPENING
         self.error: FarplugError | None = None
+        self.questions: list[PresenceAsked] = []
         self._owner = owner
         self._ready = asyncio.Event()
         self._attached = asyncio.Event()
@@ -272,6 +275,7 @@ class Attachment:
             "identity": str(self.identity),
             "speed": str(self.identity.speed),
             "figures": dict(self._published),
+            "questions": [plain_fields(question) for question in self.questions],
         }
 
     def measure(self) -> dict[str, int] | None:
@@ -389,12 +393,21 @@ class Attachment:
                 self.error = self.error or error
             case events.Detached(error=error):
                 self._detached(error)
+            case DeviceReport(event=PresenceAsked() as asked):
+                self.questions = [*self._others(asked.interface), asked]
+            case DeviceReport(event=PresenceAnswered(interface=interface)):
+                self.questions = self._others(interface)
         self._owner.happened(self, event)
         if isinstance(event, events.Detached) and self.state is not AttachmentState.LOST:
             self._finish()
             self._owner.left(self)
 
+    def _others(self, interface: int) -> list[PresenceAsked]:
+        """Return the questions of the device's other interfaces."""
+        return [one for one in self.questions if one.interface != interface]
+
     def _detached(self, error: FarplugError | None) -> None:
+        self.questions = []
         self.error = self.error or error
         if self.state is AttachmentState.REFUSED:
             return

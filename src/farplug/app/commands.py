@@ -238,6 +238,33 @@ class Click(Command):
     guest: str | None = None
 
 
+class PresenceAnswer(StrEnum):
+    """What a user answers to a security key."""
+
+    ALLOW = "allow"
+    REFUSE = "refuse"
+
+
+@dataclass(frozen=True, slots=True)
+class Presence(Command):
+    """Answer for the user of a security key, which a program in the VM waits for. The result has the question.
+
+    Attributes:
+        answer: allow what the program asks for, as a touch of the key does, or refuse it.
+        attachment: the key, by its label, id or path; None: the one that asks.
+        request: the number of the question; None: the one that waits.
+        guest: the guest's id; None: the only one.
+    """
+
+    name = "presence"
+    help = ("touch [KEY]", "touch a security key: allow what a program in the VM asks for")
+
+    answer: PresenceAnswer = PresenceAnswer.ALLOW
+    attachment: str | None = None
+    request: int | None = None
+    guest: str | None = None
+
+
 # Commands of one client: what they do belongs to its connection, and ends with it.
 
 
@@ -443,7 +470,7 @@ COMMANDS: Final[Mapping[str, type[Command]]] = {
     kind.name: kind
     for kind in (
         *(Attach, Detach, Insert, Eject, Capture, StopCapture),
-        *(Screenshot, TypeText, Press, Click, ListDrives, Devices, Status, Quit),
+        *(Screenshot, TypeText, Press, Click, Presence, ListDrives, Devices, Status, Quit),
     )
 }
 """All commands of the application, by their names."""
@@ -456,9 +483,10 @@ CLIENT_COMMANDS: Final[Mapping[str, type[Command]]] = {
 }
 """The commands of one client, by their names: see :class:`farplug.app.client.AppClient`."""
 
-FORCED: Final = (
+MORE: Final = (
     ("force insert ...", "also in place of a medium that the guest has locked, and a file that is not an ISO image"),
     ("force eject ...", "also while the guest has the medium locked"),
+    ("refuse [KEY]", "refuse what a program in the VM asks a security key for"),
 )
 HELP: Final = ("help", "show this")
 
@@ -513,6 +541,10 @@ def from_words(words: Sequence[str]) -> Command | None:
             return Press(keys)
         case ["click", x, y] if not force and _is_number(x) and _is_number(y):
             return Click(int(x), int(y))
+        case ["touch", *key] if not force and len(key) < 2:
+            return Presence(attachment=key[0] if key else None)
+        case ["refuse", *key] if not force and len(key) < 2:
+            return Presence(PresenceAnswer.REFUSE, key[0] if key else None)
         case ["list"] if not force:
             return ListDrives()
         case ["quit"] if not force:
@@ -527,4 +559,4 @@ def _is_number(word: str) -> bool:
 def help_lines() -> list[str]:
     """Return a line for each command that can be written in words."""
     written = [kind.help for kind in COMMANDS.values() if kind.help[0]]
-    return [f"{usage:<21} {text}" for usage, text in (*written[:-2], *FORCED, *written[-2:], HELP)]
+    return [f"{usage:<21} {text}" for usage, text in (*written[:-2], *MORE, *written[-2:], HELP)]

@@ -19,6 +19,8 @@ from farplug.redirection import events as port_events
 from farplug.redirection.events import DeviceReport, PortEvent
 from farplug.text import printable
 from farplug.virtual.events import FunctionRaised, LineChanged, MediumLocked
+from farplug.virtual.fido.events import KeyUsed, PresenceAsked
+from farplug.virtual.fido.presence import Use
 
 log = logging.getLogger(__name__)
 
@@ -306,6 +308,10 @@ def level_of(event: PortEvent) -> Level:
             return Level.DETAIL  # systems lock a drive, and set a line, each time they look into it
         case DeviceReport(event=FunctionRaised()):
             return Level.BAD
+        case DeviceReport(event=PresenceAsked()):
+            return Level.PROGRESS
+        case DeviceReport(event=KeyUsed(use=Use.LOOK_UP)):
+            return Level.DETAIL  # browsers look for credentials before they ask for a touch
         case port_events.Detached(error=error):
             return Level.GOOD if error is None else Level.BAD
     return _LEVELS.get(type(event), Level.INFO)

@@ -44,6 +44,7 @@ from farplug.usb.device import Device
 from farplug.virtual.cdrom import CdromDrive
 from farplug.virtual.device import VirtualDevice
 from farplug.virtual.events import MediumEvent
+from farplug.virtual.fido.presence import AsksPresence, Question
 from farplug.virtual.storage import MAX_UNITS
 
 if TYPE_CHECKING:
@@ -995,6 +996,40 @@ class Guest:
     def drives(self) -> Mapping[str, CdromDrive]:
         """Return the CD-ROM drives, by their labels: ``cdrom0``, ``cdrom1`` and so on."""
         return {label: unit for label, unit in self._units() if isinstance(unit, CdromDrive)}
+
+    def answer(self, allow: bool, name: str | None = None, request: int | None = None) -> tuple[Attachment, Question]:
+        """Answer for the user of a security key that a program in the VM waits for.
+
+        Args:
+            allow: allow what the program asks for.
+            name: the key, by its label, id or path; None: the one that asks.
+            request: the number of the question; None: the one that waits.
+
+        Returns:
+            The attachment of the key, and the question.
+
+        Raises:
+            UsageError: there is no such key, several ask, or (``not-asked``) no question waits, or another one.
+        """
+        keys = [
+            (attachment, function)
+            for attachment in self._current()
+            if name is None or name in (attachment.label, attachment.id, *attachment.units, *_names_of(attachment))
+            if isinstance(attachment.device, VirtualDevice)
+            for function in attachment.device.functions
+            if isinstance(function, AsksPresence)
+        ]
+        if not keys:
+            what = "no security key is plugged in" if name is None else f"{shown(name)} is not a security key"
+            raise UsageError(what, reason=Reason.NOT_FOUND, remedy="plug one in" if name is None else "")
+        asking = [key for key in keys if key[1].asks is not None]
+        if len(asking) > 1:
+            labels = ", ".join(attachment.label for attachment, _ in asking)
+            raise UsageError(
+                f"{len(asking)} security keys ask", reason=Reason.AMBIGUOUS, remedy=f"name one of: {labels}"
+            )
+        attachment, function = (asking or keys)[0]
+        return attachment, function.answer(allow, request)
 
     def unfinished(self) -> dict[str, int]:
         """Return the labels of the disks that the VM may not have finished writing to.

@@ -14,7 +14,7 @@ from threading import Event
 from typing import Final, TypeAlias
 
 from farplug.app.media import Media, Offer, eject_with_client
-from farplug.app.settings import FolderFormat, Source, SourceKind, StorageSettings
+from farplug.app.settings import PATTERN, FolderFormat, Source, SourceKind, StorageSettings
 from farplug.errors import Reason, Remedy, UsageError
 from farplug.scsi.disk import DiskUnit
 from farplug.scsi.inquiry import CDROM_PRODUCT, PRODUCT
@@ -22,6 +22,7 @@ from farplug.store import FileStore, OverlayStore, Store, open_iso
 from farplug.store.remote import open_remote_disk, open_remote_iso
 from farplug.usb.device import Device
 from farplug.virtual.cdrom import CdromDrive
+from farplug.virtual.fido.presence import Presence
 from farplug.virtual.function import Function
 from farplug.virtual.unit import LogicalUnit
 
@@ -285,6 +286,32 @@ async def _open_remote(source: Source, opening: Opening) -> Whole:
     return Whole(device, device.dispose)
 
 
+# Security keys ----------------------------------------------------------------------------------------------------
+
+
+async def _open_fido(source: Source, opening: Opening) -> Parts:
+    from farplug.virtual.fido.key import PRODUCT as KEY_PRODUCT
+    from farplug.virtual.fido.key import SecurityKey
+    from farplug.virtual.fido.key_file import KeyFile
+
+    presence = source.presence or Presence.AUTO
+    detail = f"{Path(source.path).name}, presence: {presence}"
+    return Parts([SecurityKey(KeyFile.open(source.path), presence)], KEY_PRODUCT, detail)
+
+
+# Cameras ----------------------------------------------------------------------------------------------------------
+
+
+async def _open_camera(source: Source, opening: Opening) -> Parts:
+    from farplug.virtual.video.camera import PRODUCT as CAMERA_PRODUCT
+    from farplug.virtual.video.camera import Camera
+    from farplug.virtual.video.frames import open_frames
+    from farplug.virtual.video.pattern import Pattern
+
+    frames = Pattern() if source.path == PATTERN else await asyncio.to_thread(open_frames, source.path)
+    return Parts([Camera(frames)], CAMERA_PRODUCT)
+
+
 KINDS: Final[dict[SourceKind, Kind]] = {
     SourceKind.DISK: Kind(_open_disk),
     SourceKind.READ_ONLY_DISK: Kind(_open_read_only_disk, repeatable=True),
@@ -295,5 +322,7 @@ KINDS: Final[dict[SourceKind, Kind]] = {
     SourceKind.TABLET: Kind(_open_tablet, "tablet", repeatable=True),
     SourceKind.SERIAL: Kind(_open_serial, "serial", repeatable=True),
     SourceKind.NETWORK: Kind(_open_network, "network", repeatable=True),
+    SourceKind.FIDO: Kind(_open_fido, "fido"),
+    SourceKind.CAMERA: Kind(_open_camera, "camera", repeatable=True),
 }
 """How sources are opened; USB devices of this machine are chosen instead (:mod:`farplug.app.auto`)."""

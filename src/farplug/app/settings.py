@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum, IntEnum, StrEnum, auto
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from farplug.app.codec import decode, encode
 from farplug.store.base import CacheMode
 from farplug.text import without_credentials
 from farplug.usb.types import Speed
+from farplug.virtual.fido.presence import Presence
 from farplug.virtual.storage_transport import StorageTransport
 
 if TYPE_CHECKING:
@@ -56,11 +57,17 @@ class SourceKind(StrEnum):
     TABLET = "tablet"
     SERIAL = "serial"
     NETWORK = "network"
+    FIDO = "fido"
+    CAMERA = "camera"
 
     @property
     def names(self) -> Names:
         """Return what the path of a source of this kind names."""
         return _NAMES[self]
+
+
+PATTERN: Final = "pattern"
+"""The path of a camera that shows a test picture; a file of this name is ``./pattern``."""
 
 
 class Names(Enum):
@@ -85,6 +92,8 @@ _NAMES = {
     SourceKind.TABLET: Names.NOTHING,
     SourceKind.SERIAL: Names.OTHER,
     SourceKind.NETWORK: Names.OTHER,
+    SourceKind.FIDO: Names.FILE,
+    SourceKind.CAMERA: Names.FILE,
 }
 
 
@@ -94,22 +103,27 @@ class Source(_Settings):
 
     Attributes:
         kind: what it becomes in the guest.
-        path: of the image or the folder; for a USB device how it is chosen (``1050:0407``, ``1-5``, ``serial:…``), for
-            one of another machine ``usbip://HOST/BUSID``; for a serial line or a network adapter its end (``pty``,
-            ``passt``, ``tcp-listen://:4000``); empty for kinds that need none, such as a keyboard.
+        path: of the image, the folder, the file of a security key or the clip of a camera; for a USB device how it is
+            chosen (``1050:0407``, ``1-5``, ``serial:…``), for one of another machine ``usbip://HOST/BUSID``; for a
+            serial line or a network adapter its end (``pty``, ``passt``, ``tcp-listen://:4000``); empty for kinds that
+            need none, such as a keyboard.
         snapshot: a disk only: the file that takes what the guest writes, so that the image stays as it is.
+        presence: a security key only: who touches it; None: each request is allowed.
         mac: a network adapter only: its MAC address; None: one that is the same each time.
 
     Raises:
-        ValueError: the path of a file is missing, or the kind has no path or no MAC address.
+        ValueError: the path of a file is missing, or the kind has no path, no MAC address or no presence.
     """
 
     kind: SourceKind
     path: str = ""
     snapshot: str | None = None
     mac: str | None = None
+    presence: Presence | None = None
 
     def __post_init__(self) -> None:
+        if self.presence is not None and self.kind is not SourceKind.FIDO:
+            raise ValueError(f"presence has no meaning for a {self.kind}")
         if self.mac is not None and self.kind is not SourceKind.NETWORK:
             raise ValueError(f"mac has no meaning for a {self.kind}")
         if self.kind.names is Names.FILE and not self.path:
@@ -133,7 +147,7 @@ class Source(_Settings):
             from farplug.ends.address import absolute
 
             return replace(self, path=absolute(self.path))
-        if self.kind.names is not Names.FILE:
+        if self.kind.names is not Names.FILE or (self.kind is SourceKind.CAMERA and self.path == PATTERN):
             return self
         snapshot = None if self.snapshot is None else os.path.abspath(self.snapshot)
         return replace(self, path=os.path.abspath(self.path), snapshot=snapshot)
@@ -183,6 +197,16 @@ class Source(_Settings):
     def network(cls, end: str, *, mac: str | None = None) -> Self:
         """Return a USB network adapter with its end on this machine: :data:`farplug.ends.NETWORK_ENDS`."""
         return cls(SourceKind.NETWORK, end, mac=mac)
+
+    @classmethod
+    def camera(cls, path: str | Path = PATTERN) -> Self:
+        """Return a camera that shows a clip, the images of a folder, or a test picture."""
+        return cls(SourceKind.CAMERA, str(path))
+
+    @classmethod
+    def fido(cls, path: str | Path, presence: Presence = Presence.AUTO) -> Self:
+        """Return a security key for tests, in a file that is made if it does not exist."""
+        return cls(SourceKind.FIDO, str(path), presence=presence)
 
 
 class UsbSpeed(StrEnum):

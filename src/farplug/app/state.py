@@ -11,7 +11,8 @@ from typing import Any
 from farplug.app.events import DROPPED
 
 _OF_CONNECTION = ("state", "attempt", "name", "uuid", "ports")
-_OF_ATTACHMENT = ("label", "units", "details", "port", "state", "error", "identity", "speed", "figures")
+_OF_ATTACHMENT = ("label", "units", "details", "port", "state", "error", "identity", "speed", "figures", "questions")
+_OF_QUESTION = ("interface", "request", "use", "site", "user", "seconds", "until")
 _OF_FIGURES = ("read", "written", "commands", "errors", "rate", "memory")
 
 
@@ -92,6 +93,11 @@ def _attachment(attachment: Mapping[str, Any], event: Mapping[str, Any]) -> dict
             changed |= {"port": event["port"], "error": None}
         case "refused" | "detached":
             changed["error"] = changed["error"] or event["error"]
+            changed["questions"] = []
+        case "presence-asked" | "presence-answered":
+            others = [one for one in changed["questions"] if one["interface"] != event["interface"]]
+            asked = event["event"] == "presence-asked"
+            changed["questions"] = [*others, {name: event[name] for name in _OF_QUESTION}] if asked else others
         case "figures":
             changed["figures"] = {name: event[name] for name in _OF_FIGURES}
     return changed

@@ -10,9 +10,10 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from threading import Thread
+from typing import Final
 
 from farplug.app.app import App
-from farplug.app.commands import Command, Quit, from_words, help_lines
+from farplug.app.commands import Command, Presence, PresenceAnswer, Quit, from_words, help_lines
 from farplug.app.guest import Guest
 from farplug.errors import FarplugError, Reason, UsageError
 
@@ -40,6 +41,32 @@ def parse(line: str) -> Command | None:
     return command
 
 
+ANSWERS: Final = {
+    "y": PresenceAnswer.ALLOW,
+    "yes": PresenceAnswer.ALLOW,
+    "n": PresenceAnswer.REFUSE,
+    "no": PresenceAnswer.REFUSE,
+}
+"""Lines that answer what a security key asks, where the user types no commands."""
+
+
+async def answer(app: App, guest: Guest) -> None:
+    """Read answers to the questions of security keys from standard input, until it ends. Ignore other lines.
+
+    Args:
+        app: carries the answers out.
+        guest: publishes what was refused.
+    """
+    lines = _lines()
+    while (line := await lines.get()) is not None:
+        given = ANSWERS.get(line.strip().lower())
+        if given is not None:
+            try:
+                await app.do(Presence(given, guest=guest.id))
+            except FarplugError as error:
+                guest.refused(error)
+
+
 async def serve(app: App, guest: Guest, leave: Callable[[], None]) -> None:
     """Read commands from standard input and carry them out, one after the other, until it ends.
 
@@ -48,10 +75,7 @@ async def serve(app: App, guest: Guest, leave: Callable[[], None]) -> None:
         guest: publishes what was refused.
         leave: called for the command ``quit``.
     """
-    lines: asyncio.Queue[str | None] = asyncio.Queue()
-    loop = asyncio.get_running_loop()
-    # Not an asyncio pipe: that would make the terminal non-blocking for everybody, and takes no file.
-    Thread(target=_read_lines, args=(loop, lines), name="farplug-commands", daemon=True).start()
+    lines = _lines()
     while (line := await lines.get()) is not None:
         try:
             if not line.strip():
@@ -67,6 +91,15 @@ async def serve(app: App, guest: Guest, leave: Callable[[], None]) -> None:
                 guest.note(text)
         except FarplugError as error:
             guest.refused(error)
+
+
+def _lines() -> asyncio.Queue[str | None]:
+    """Return a queue of the lines of standard input, from now on; None: the end."""
+    lines: asyncio.Queue[str | None] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+    # Not an asyncio pipe: that would make the terminal non-blocking for everybody, and takes no file.
+    Thread(target=_read_lines, args=(loop, lines), name="farplug-commands", daemon=True).start()
+    return lines
 
 
 def _read_lines(loop: asyncio.AbstractEventLoop, lines: asyncio.Queue[str | None]) -> None:

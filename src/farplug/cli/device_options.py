@@ -23,6 +23,7 @@ from farplug.app.settings import (
 from farplug.cli.options import DEVICES, IMAGES, SOFTWARE, TUNING, BlockSizeOption, given_order, with_fields
 from farplug.errors import Reason, UsageError
 from farplug.store.base import CacheMode
+from farplug.virtual.fido.presence import Presence
 from farplug.virtual.storage_transport import StorageTransport
 
 RULES_HELP = "Rules such as 'deny class=hid; allow': the first match decides."
@@ -205,6 +206,37 @@ MacOption: TypeAlias = Annotated[
         rich_help_panel=SOFTWARE,
     ),
 ]
+FidoOption: TypeAlias = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--usb-fido",
+        metavar="FILE",
+        help="Plug in a security key for tests (FIDO2, U2F), which keeps its keys in FILE; a new FILE is a new key. "
+        "May be repeated.",
+        show_default=False,
+        rich_help_panel=SOFTWARE,
+    ),
+]
+FidoPresenceOption: TypeAlias = Annotated[
+    Presence,
+    typer.Option(
+        "--fido-presence",
+        help="Who touches the security key: each request is allowed (auto), you are asked (ask: 'farplug touch' "
+        "answers), or each request is refused (deny).",
+        rich_help_panel=SOFTWARE,
+    ),
+]
+CameraOption: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--usb-camera",
+        metavar="CLIP",
+        help="Plug in a camera that shows CLIP again and again: a file of JPEG images one after the other (.mjpeg), a "
+        "folder of JPEG images, or 'pattern', a test picture with a counter. May be repeated.",
+        show_default=False,
+        rich_help_panel=SOFTWARE,
+    ),
+]
 FolderFormatOption: TypeAlias = Annotated[
     FolderFormat,
     typer.Option(
@@ -310,6 +342,9 @@ class DeviceOptions:
     usb_serial: SerialOption = None
     usb_network: NetworkOption = None
     network_mac: MacOption = None
+    usb_fido: FidoOption = None
+    fido_presence: FidoPresenceOption = Presence.AUTO
+    usb_camera: CameraOption = None
     usb_device: DevicesOption = None
     wait: WaitOption = False
     follow: FollowOption = Follow.DEVICE
@@ -343,6 +378,8 @@ class DeviceOptions:
             raise UsageError("--network-mac has no effect without a --usb-network of its own", reason=Reason.BAD_OPTION)
         if (self.usb_serial or []).count("-") > 1:
             raise UsageError("two serial lines cannot have the same standard input", reason=Reason.BAD_OPTION)
+        if self.fido_presence is not Presence.AUTO and not self.usb_fido:
+            raise _alone("--fido-presence", "--usb-fido")
         rules = self._rules()
         sources = {
             "usb_disk": [Source.disk(path, snapshot=file or self.snapshot_file) for path, file in disks],
@@ -355,10 +392,12 @@ class DeviceOptions:
             ],
             "usb_keyboard": [Source.keyboard()] * self.usb_keyboard,
             "usb_tablet": [Source.tablet()] * self.usb_tablet,
+            "usb_fido": [Source.fido(path, self.fido_presence) for path in self.usb_fido or []],
             "usb_serial": [Source.serial(end) for end in self.usb_serial or []],
             "usb_network": [
                 Source.network(end, mac=mac) for end, mac in zip_longest(self.usb_network or [], self.network_mac or [])
             ],
+            "usb_camera": [Source.camera(path) for path in self.usb_camera or []],
         }
         real = bool(self.usb_device) or self.auto_connect is not None or self.redirect_on_connect is not None
         _check_snapshots(disks, self.snapshot, self.snapshot_file, read_only=bool(self.usb_disk_ro), real=real)

@@ -63,6 +63,16 @@ KINDS = (
         "description": "a network adapter in this user's network (passt), or in another one",
     },
     {
+        "kind": "security key",
+        "option": "--usb-fido FILE",
+        "description": "a FIDO2 and U2F security key for tests, whose keys are in a file",
+    },
+    {
+        "kind": "camera",
+        "option": "--usb-camera CLIP",
+        "description": "a camera that shows a clip, the images of a folder, or a test picture ('pattern')",
+    },
+    {
         "kind": "real device",
         "option": "--usb-device DEVICE",
         "description": "a USB device of this machine: VID:PID, BUS-ADDRESS, BUS-PORT.PORT, serial:..., or its name",

@@ -56,6 +56,7 @@ for _command in (
     sessions.detach,
     sessions.insert,
     sessions.eject,
+    sessions.touch,
     sessions.watch,
     sessions.stop,
     capture.capture,

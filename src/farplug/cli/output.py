@@ -52,9 +52,11 @@ class Output(ABC):
 
     Attributes:
         interval: seconds between two calls of :meth:`refresh`.
+        answers: how a user answers what a security key asks.
     """
 
     interval = 1.0
+    answers = "'farplug touch' allows it, 'farplug touch --refuse' refuses it"
 
     def start(self) -> None:
         """Begin."""
@@ -131,6 +133,8 @@ class _TextOutput(Output):
                 self._figures.pop(event.attachment or "", None)
             case _ if event.level is not Level.DETAIL:
                 self._line(event.level, str(event))
+                if event.name == "presence-asked":
+                    self._more(self.answers)
                 for line in remedy_lines(_remedy(event.fields)):
                     self._more(line)
 

@@ -17,7 +17,7 @@ from farplug.app.events import Event, Level
 from farplug.app.link import AskPassword
 from farplug.app.settings import GuestSettings
 from farplug.cli import log, writer
-from farplug.cli.commands import serve
+from farplug.cli.commands import answer, serve
 from farplug.cli.options import has_terminal, prompt_for_password
 from farplug.cli.output import Output, SilentOutput
 from farplug.cli.service import UNNAMED, Service, ServiceOptions, SystemdReporter
@@ -34,6 +34,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, *_HANGUP)
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What writing to a file fails with that is full."""
+_COMMAND_ANSWERS = "type touch to allow it, or refuse"
+_LINE_ANSWERS = "type y and Enter to allow it, or n and Enter to refuse it"
+"""How the user answers what a security key asks: with a command, and on the terminal without commands."""
 _AT_ONCE = 0.5
 """Seconds that the readers of the output have when a user wants to leave at once."""
 
@@ -102,6 +105,13 @@ class _Session:
         self._guest = self._app.add(settings)
         self._beside: list[asyncio.Task[None]] = []
         """Tasks that end with the session."""
+        self._may_answer = not commands and not self._uses_stdio and _on_terminal()
+        """The user of the terminal can answer what a security key asks."""
+        self._answering = False
+        if commands:
+            output.answers = _COMMAND_ANSWERS
+        elif self._may_answer:
+            output.answers = _LINE_ANSWERS
 
     async def run(self) -> ExitCode:
         loop = asyncio.get_running_loop()
@@ -141,6 +151,9 @@ class _Session:
     def _show(self, event: Event) -> None:
         if event.name == "capture-started":
             log.say(f"farplug: warning: {printable(event.message)}")
+        if event.name == "presence-asked" and self._may_answer and not self._answering:
+            self._answering = True  # not before: the lines that the user types may be for the next program
+            self._beside.append(asyncio.get_running_loop().create_task(answer(self._app, self._guest)))
         self._write(lambda: self._output.show(event))
         self._systemd.show(event)
         if event.name == "connected" and not self._serving and not self._leaving:  # comes again when the VM is back

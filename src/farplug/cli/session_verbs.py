@@ -83,6 +83,20 @@ def media(session: str | None, method: str, params: Mapping[str, Any], *, as_jso
     run(_call(session, method, params, show))
 
 
+def touch(session: str | None, key: str | None, *, refuse: bool, as_json: bool) -> None:
+    """Answer what a program in the VM asks a security key for, and print what it was."""
+
+    async def answer() -> dict[str, Any]:
+        async with open_session(session) as client:
+            params = {"answer": "refuse" if refuse else "allow", "attachment": key}
+            result: dict[str, Any] = await client.call("presence", params)
+            return result
+
+    answered = run(answer())
+    question = session_views.question_text(answered)
+    typer.echo(dumps(answered) if as_json else f"{'refused' if refuse else 'allowed'}: {question}")
+
+
 def capture(session: str | None, method: str, params: Mapping[str, Any], *, as_json: bool) -> None:
     """Carry out the method ``capture`` or ``stop-capture``, and show what happens to the capture."""
     shown = output.choose(as_json=as_json)

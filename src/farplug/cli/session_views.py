@@ -9,6 +9,7 @@ from farplug.cli.output import size
 from farplug.control.names import SessionEntry, SessionState
 from farplug.control.views import list_json
 from farplug.text import printable
+from farplug.virtual.fido.presence import Question, Use
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -56,7 +57,20 @@ def status_lines(status: Mapping[str, Any]) -> list[str]:
     for device in status["devices"]:
         if device["message"]:
             lines.append(f"{device['label']}: {device['message']}")
+        lines += (f"{device['label']} asks: {question_text(question)}" for question in device["questions"])
     return [printable(line) for line in lines]
+
+
+def question_text(question: Mapping[str, Any]) -> str:
+    """Return what a program in the VM asks a security key for.
+
+    Args:
+        question: its ``use``, ``site`` and ``user``.
+    """
+    try:
+        return str(Question(Use(question["use"]), question["site"], question["user"]))
+    except ValueError:  # of a later farplug
+        return " ".join(filter(None, (question["use"], question["site"], question["user"])))
 
 
 def _name(device: Mapping[str, Any]) -> str:

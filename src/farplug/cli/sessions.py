@@ -1,5 +1,5 @@
 """Commands of running sessions: ``farplug ls``, ``status``, ``attach``, ``detach``, ``insert``, ``eject``, ``watch``,
-``stop``: their options. :mod:`farplug.cli.session_verbs` carries them out.
+``stop``, ``touch``: their options. :mod:`farplug.cli.session_verbs` carries them out.
 """
 
 from __future__ import annotations
@@ -156,6 +156,34 @@ def eject(
     from farplug.cli import session_verbs
 
     session_verbs.media(session, "eject", {"drive": drive, "force": force}, as_json=json)
+
+
+# Security keys ----------------------------------------------------------------------------------------------------
+
+
+def touch(
+    key: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[KEY]",
+            help="The label or the id of a security key, as 'farplug status' shows it; by default the one that asks.",
+            autocompletion=completion.devices,
+            show_default=False,
+        ),
+    ] = None,
+    session: SessionOption = None,
+    refuse: Annotated[bool, typer.Option("--refuse", help="Refuse what the program asks for.")] = False,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Touch a security key of a running session: allow what a program in the VM asks for.
+
+    The session asks with the event presence-asked, if the key was plugged in with --fido-presence ask. 'farplug \
+status' shows the question while it waits.
+    """
+    from farplug.cli import session_verbs
+
+    session_verbs.touch(session, key, refuse=refuse, as_json=json)
 
 
 # The session ------------------------------------------------------------------------------------------------------

@@ -97,10 +97,11 @@ METHODS: Final = (HELLO, SUBSCRIBE, UNSUBSCRIBE, *_COMMANDS)
 EVENTS: Final = (
     *("attached", "attaching", "back", "capture-ended", "capture-started", "closed", "command-refused"),
     *("configured", "connected", "copying", "detached", "device-fault", "drive", "end-changed", "figures"),
-    *("function-raised", "guest", "guest-ready", "guest-removed", "input", "line-break", "line-changed"),
-    *("listener-failed", "lost", "medium-ejected", "medium-failed", "medium-inserted", "medium-locked", "note"),
-    *("offer-changed", "opened", "peer-violation", "port", "port-reset", "ready", "reconnecting", "refused"),
-    *("removed", "repeated", "skipped", "stage", "unfinished-writes", "unused", "waiting-for-guest"),
+    *("function-raised", "guest", "guest-ready", "guest-removed", "input", "key-used", "line-break"),
+    *("line-changed", "listener-failed", "lost", "medium-ejected", "medium-failed", "medium-inserted"),
+    *("medium-locked", "note", "offer-changed", "opened", "peer-violation", "port", "port-reset"),
+    *("presence-answered", "presence-asked", "ready", "reconnecting", "refused", "removed", "repeated"),
+    *("skipped", "stage", "unfinished-writes", "unused", "waiting-for-guest"),
 )
 """The names of the application's events."""
 

@@ -61,6 +61,7 @@ def _device(attachment: Mapping[str, Any]) -> dict[str, Any]:
         "message": error["message"] if error else None,
         "units": attachment["units"],
         "details": attachment.get("details", [""] * len(attachment["units"])),
+        "questions": attachment.get("questions", []),
         "port": attachment["port"],
         "identity": attachment["identity"],
         "speed": attachment["speed"],

@@ -332,10 +332,11 @@ def fields_of(event: PortEvent) -> dict[str, Any]:
     if isinstance(event, Repeated):
         return {"port": event.port, "of": event.last.name, "count": event.count}
     inner = event.event if isinstance(event, DeviceReport) else event
-    return {"port": event.port, **_fields(inner)}
+    return {"port": event.port, **plain_fields(inner)}
 
 
-def _fields(value: DataclassInstance) -> dict[str, Any]:
+def plain_fields(value: DataclassInstance) -> dict[str, Any]:
+    """Return the fields of a dataclass as JSON's types."""
     return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
 
 
@@ -350,5 +351,5 @@ def _plain(value: object) -> Any:
         case tuple():
             return [_plain(item) for item in value]
         case _ if is_dataclass(value) and not isinstance(value, type):
-            return _fields(value)
+            return plain_fields(value)
     return value

@@ -36,7 +36,7 @@ RELAYED: Final = frozenset(
         *("subscribe", "unsubscribe", "status", "list", "layouts", "check-text", "devices"),
         *("watch-screen", "unwatch-screen", "screen-ack"),
         *("attach", "detach", "insert", "eject", "capture", "stop-capture", "reconnect", "quit"),
-        *("drive", "key", "keys-up", "pointer", "type", "stop-typing", "press", "click"),
+        *("drive", "key", "keys-up", "pointer", "type", "stop-typing", "press", "click", "presence"),
         *("media-offer", "media-data", "media-withdraw"),
     }
 )
@@ -44,14 +44,16 @@ RELAYED: Final = frozenset(
 WITH_PATHS: Final = frozenset({"attach", "insert", "capture"})
 """The methods whose parameters have paths of this machine."""
 
-OF_FILES: Final = ("disk", "read-only-disk", "cdrom", "folder")
+OF_FILES: Final = ("disk", "read-only-disk", "cdrom", "folder", "fido", "camera")
 """Kinds of sources whose path is that of a file or a folder."""
 OF_BROWSER: Final = ("read-only-disk", "cdrom")
 """Kinds that a file of the browser can become."""
 WITHOUT_FILES: Final = ("usb-device", "keyboard", "tablet")
 """Kinds that need no file of this machine."""
-NOT_FROM_BROWSERS: Final = ("serial", "network")
-"""Kinds whose other end is a socket, a terminal or the network of this machine, which no browser may choose."""
+NOT_FROM_BROWSERS: Final = ("serial", "network", "remote-device")
+"""Kinds whose other end is a socket, a terminal or a network of this machine, which no browser may choose."""
+TEST_PICTURE: Final = ("camera", "pattern")
+"""The kind and the path of a camera that shows no file."""
 _KINDS: Final = (*OF_FILES, *WITHOUT_FILES)
 
 
@@ -128,14 +130,14 @@ def _source(source: object, places: Places) -> dict[str, Any]:
     kind = source.get("kind")
     if kind in NOT_FROM_BROWSERS:
         raise UsageError(
-            f"a page plugs in no {kind}: its other end would be a socket, a terminal or the network of this machine",
+            f"a page plugs in no {kind}: its other end would be a socket, a terminal or a network of this machine",
             reason=Reason.BAD_SETTING,
             remedy="plug it in from the command line of this machine",
         )
     if kind not in _KINDS:
         raise _bad("kind", kind, f"one of {', '.join(_KINDS)}")
     changed = dict(source)
-    if kind in OF_FILES:
+    if kind in OF_FILES and (kind, source.get("path")) != TEST_PICTURE:
         path = _text(source, "path")
         if not path.startswith(BROWSER_FILE):
             changed["path"] = places.existing(path)

@@ -18,7 +18,11 @@ SOURCES: Final = {
     "usb-device": "--usb-device",
     "keyboard": "--usb-keyboard",
     "tablet": "--usb-tablet",
+    "fido": "--usb-fido",
+    "camera": "--usb-camera",
 }
+_COMMANDS: Final = {"presence": "touch"}
+"""The commands whose names are not those of their methods."""
 _STORAGE: Final = {
     "speed": ("--usb-speed", "auto"),
     "transport": ("--usb-storage", "auto"),
@@ -70,7 +74,7 @@ def command(session: str, method: str, params: Mapping[str, Any]) -> str:
         words = [shell_quote(word) for word in (*options, *dashes, *arguments)]
     except (KeyError, TypeError, ValueError, AttributeError):  # ValueError: also half of a surrogate pair
         raise UsageError(f"{shown(method)} has parameters that are not valid", reason=Reason.BAD_SETTING) from None
-    return " ".join(("farplug", method, *name, *words))
+    return " ".join(("farplug", _COMMANDS.get(method, method), *name, *words))
 
 
 def _words(method: str, params: Mapping[str, Any]) -> tuple[list[str], list[str]]:
@@ -93,6 +97,8 @@ def _words(method: str, params: Mapping[str, Any]) -> tuple[list[str], list[str]
             return _option("--layout", params.get("layout")), [str(params["text"])]
         case "press":
             return [], [str(params["keys"])]
+        case "presence":
+            return ["--refuse"] if params.get("answer") == "refuse" else [], _given(params.get("attachment"))
         case "click":
             button = params.get("button", "left")
             options = [] if button == "left" else ["--button", str(button)]
@@ -111,6 +117,13 @@ def _attach(params: Mapping[str, Any]) -> Iterator[str]:
         yield option
         if path:
             yield path if snapshot is None else f"{path},snapshot={snapshot}"
+    presences = {source.get("presence") or "auto" for source in params["sources"] if source["kind"] == "fido"}
+    if len(presences) > 1:
+        raise UsageError(
+            "no shell command plugs in security keys of which only some ask", reason=Reason.UNKNOWN_COMMAND
+        )
+    if presences - {"auto"}:
+        yield from ("--fido-presence", str(*presences))
     storage, rules = params.get("storage") or {}, params.get("rules") or {}
     yield from _settings(storage, _STORAGE)
     yield from _settings(rules, _RULES)
