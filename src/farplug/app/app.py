@@ -19,16 +19,17 @@ from typing import Any, Final, Self
 
 from farplug.app import commands
 from farplug.app.client import AppClient
-from farplug.app.commands import Command
+from farplug.app.commands import Command, Via
 from farplug.app.events import EventReader, EventStream, Level, Listener
 from farplug.app.guest import Guest
 from farplug.app.link import PASSWORD_ATTEMPTS, AskPassword
 from farplug.app.png import check_path, write_png
-from farplug.app.screen import Progress, check_distances
+from farplug.app.screen import Progress, check_distances, check_text
 from farplug.app.settings import CaptureSettings, GuestSettings, TargetSettings
 from farplug.app.watch import Outlet
 from farplug.capture.writer import STANDARD_OUTPUT
 from farplug.errors import FarplugError, Reason, StateError, TargetError, UsageError
+from farplug.keymap import find_layout, packaged_layouts
 from farplug.spice.inputs import Button
 from farplug.target import open_session
 from farplug.text import printable, shown
@@ -244,18 +245,21 @@ class App:
         await asyncio.to_thread(write_png, command.path, png)
         return {"path": command.path, "width": frame.width, "height": frame.height}
 
-    async def type(self, command: commands.TypeText, client: str = "", progress: Progress = lambda done: None) -> None:
-        """Type a text.
+    async def type(self, command: commands.TypeText, client: str = "", progress: Progress = lambda done: None) -> Any:
+        """Type a text; return the result of the command.
 
         Args:
             command: the text.
             client: as in :meth:`do`.
             progress: called with the number of characters that were typed.
 
-        Raises as :meth:`farplug.app.screen.Inputs.type`.
+        Raises as :meth:`farplug.app.typing.Typing.type`.
         """
-        await self.guest(command.guest).inputs.type(command.text, progress)
+        check_text(command.text, command.layout, secret=command.hidden)
+        typing = self.guest(command.guest).typing
+        typed = await typing.type(command.text, command.layout, command.via, progress)
         self._publish_input(command, client)
+        return {"confirmed": typed.confirmed, "via": str(typed.via)}
 
     def _publish_input(self, command: commands.TypeText | commands.Press | commands.Click, client: str) -> None:
         """Publish that a client used the keyboard or the mouse."""
@@ -274,18 +278,35 @@ class App:
         guest = self.guest(command.guest)
         guest.publish("input", message, level=Level.DETAIL, action=command.name, client=client, **fields)
 
-    async def _press(self, command: commands.Press) -> None:
-        await self.guest(command.guest).inputs.press(command.keys)
+    async def _press(self, command: commands.Press) -> Any:
+        typed = await self.guest(command.guest).typing.press(command.keys, command.via)
+        return {"confirmed": typed.confirmed, "via": str(typed.via)}
 
-    async def _click(self, command: commands.Click) -> None:
-        inputs, button = self.guest(command.guest).inputs, Button[command.button.name]
+    async def _click(self, command: commands.Click) -> Any:
+        guest, button = self.guest(command.guest), Button[command.button.name]
         check_distances(command.x, command.y)
-        if command.relative:
-            async with inputs.used():
-                await inputs.move_by(command.x, command.y)
-                await inputs.press_button(button)
-        else:
-            await inputs.click(command.x, command.y, button, display=command.display)
+        if not command.relative:
+            clicked = await guest.typing.click(command.x, command.y, button, display=command.display, via=command.via)
+            return {"via": str(clicked.via)}
+        if command.via is Via.USB:
+            raise UsageError("a USB tablet is moved to positions, not by distances", reason=Reason.BAD_SETTING)
+        async with guest.inputs.used():
+            await guest.inputs.move_by(command.x, command.y)
+            await guest.inputs.press_button(button)
+        return {"via": str(Via.SPICE)}
+
+    async def _layouts(self, command: commands.Layouts) -> Any:
+        titles = packaged_layouts()
+        return {
+            "layouts": [{"name": name, "title": title} for name, title in titles.items()],
+            "current": self.guest(command.guest).typing.layout,
+        }
+
+    async def _check_text(self, command: commands.CheckText) -> Any:
+        missing = find_layout(command.layout).missing(command.text)
+        return {
+            "missing": [{"index": one.index, "char": one.character, "layouts": list(one.layouts)} for one in missing]
+        }
 
     async def _list(self, command: commands.ListDrives) -> Any:
         guest = self.guest(command.guest)
@@ -348,6 +369,8 @@ _DISPATCH: dict[type[Command], Callable[[App, Any], Awaitable[Any]]] = {
     commands.Screenshot: App._screenshot,
     commands.Press: App._press,
     commands.Click: App._click,
+    commands.Layouts: App._layouts,
+    commands.CheckText: App._check_text,
     commands.ListDrives: App._list,
     commands.Devices: App._devices,
     commands.Status: App._status,

@@ -22,6 +22,7 @@ from farplug.app.screen import check_distances
 from farplug.app.seat import Hands, not_driving
 from farplug.app.watch import ClientEvent, InputsWatch, Outlet, Pacing, ScreenWatch
 from farplug.errors import GuestGoneError, Reason, StateError, UsageError
+from farplug.keymap.layout import characters
 from farplug.spice.inputs import Button
 from farplug.spice.physical_keys import physical_key
 from farplug.text import printable
@@ -194,7 +195,7 @@ class AppClient:
         if guest in self._hands and guest.seat.holder is not self:
             raise not_driving()
 
-    async def _type(self, command: commands.TypeText) -> None:
+    async def _type(self, command: commands.TypeText) -> Any:
         guest = self._app.guest(command.guest)
         self._check_may_type(guest)
         task = asyncio.ensure_future(self._app.type(command, self.name, _Progress(self.outlet, guest, command.text)))
@@ -203,7 +204,7 @@ class AppClient:
             await asyncio.wait([task])
             if task.cancelled():
                 raise StateError("the typing was interrupted", reason=Reason.INTERRUPTED)
-            task.result()
+            return task.result()
         finally:
             task.cancel()  # if this call was cancelled
             del self._typing[task]
@@ -228,7 +229,7 @@ class _Progress:
     def __init__(self, outlet: Outlet, guest: Guest, text: str) -> None:
         self._outlet = outlet
         self._guest = guest
-        self._done, self._total = 0, len(text.replace("\r\n", "\n"))
+        self._done, self._total = 0, sum(1 for _ in characters(text))
         self._next_at = 0.0
 
     def __call__(self, done: int) -> None:
