@@ -138,7 +138,7 @@ def test_a_command_has_no_other_fields(name: str, extra: str) -> None:
         (
             {"target": {"target": "a"}, "sources": [{"kind": "disk", "path": "a"}, {"kind": "floppy", "path": ""}]},
             "sources[1].kind: 'floppy' is not one of disk, read-only-disk, cdrom, folder, usb-device, "
-            "remote-device, keyboard, tablet, serial, network",
+            "remote-device, keyboard, tablet, mouse, touchscreen, gamepad, serial, network",
         ),
         (
             {"target": {"target": "a"}, "storage": {"block_size": True}},

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from tests.guest.conftest import GuestPool
-from tests.guest.plugging import SCRIPTS, disk_with
+from tests.guest.plugging import SCRIPTS, disk_with, plugged
 from tests.guest.test_devices_of_your_own import KEY_ESC, reading, text_of, trouble
 
 from farplug.app.commands import Via
@@ -24,9 +24,12 @@ from farplug.errors import DeviceError
 from farplug.store.image import serial_number
 from farplug.target import open_session, parse_target
 from farplug.testing import GuestConfig, SpicePort, TcpPort
+from farplug.usb import Speed
+from farplug.virtual import VirtualDevice
+from farplug.virtual.hid import Gamepad, Hat, MediaKey, MediaKeys, Touchscreen
 from farplug.vm.qemu_config import Controller
 
-MODULES = ("usbhid", "hid_generic", "evdev")
+MODULES = ("usbhid", "hid_generic", "hid_multitouch", "evdev")
 FILES = (("/scripts/input_events.py", SCRIPTS / "input_events.py"),)
 GUEST = GuestConfig(
     ports=(TcpPort(), SpicePort()),
@@ -164,3 +167,25 @@ async def test_a_guest_that_reboots(guests: GuestPool) -> None:
             await typing
         await guest.check("echo 1 > $(ls -d /sys/bus/usb/devices/*/authorized | tail -1)")
         assert (await farplug.typing.type("again", via=Via.USB)).confirmed
+
+
+async def test_other_input_devices(guests: GuestPool) -> None:
+    """Linux binds a driver to each, and gets what they do."""
+    guest = await guests.get(GUEST)
+    gamepad, touchscreen, media = Gamepad(), Touchscreen(), MediaKeys()
+    device = VirtualDevice(gamepad, touchscreen, media, product="Controls", speeds=(Speed.HIGH,))
+    async with plugged(guest.targets[0], device):
+        async with reading(guest, 0, 0x130) as events:  # BTN_SOUTH
+            await gamepad.move(left=(-127, 127), hat=Hat.RIGHT)
+            await gamepad.press(1)
+            await gamepad.release(1)
+        assert {(code, value) for kind, code, value in events if kind == 3} >= {(0, -127), (1, 127), (16, 1)}
+        async with reading(guest, 1, 0x14A) as events:  # BTN_TOUCH
+            await touchscreen.tap(16384, 8192)
+        places = {code: value for kind, code, value in events if kind == 3}
+        assert (places[0], places[1]) == (16384, 8192)
+        async with reading(guest, 2, 140) as events:  # KEY_CALC
+            await media.press(MediaKey.VOLUME_UP)
+            await media.press(MediaKey.CALCULATOR)
+        assert [code for kind, code, value in events if kind == 1 and value] == [115, 140]
+    assert await trouble(guest) == ""

@@ -15,7 +15,21 @@ from farplug.usb import Setup, Speed
 from farplug.usb.descriptors import ConfigurationDescriptor
 from farplug.usb.types import DescriptorType
 from farplug.virtual import Detached, VirtualDevice
-from farplug.virtual.hid import Button, HidFunction, Key, Keyboard, Led, Mouse, ReportsLost, Tablet
+from farplug.virtual.hid import (
+    Button,
+    Gamepad,
+    Hat,
+    HidFunction,
+    Key,
+    Keyboard,
+    Led,
+    MediaKey,
+    MediaKeys,
+    Mouse,
+    ReportsLost,
+    Tablet,
+    Touchscreen,
+)
 from farplug.virtual.hid import function as hid_function
 from farplug.virtual.hid import keyboard as hid_keyboard
 
@@ -83,7 +97,14 @@ def text_of(seen: list[bytes], layout: str = "us") -> str:
 
 @pytest.mark.parametrize(
     ("function", "size", "triple"),
-    [(Keyboard, 64, (3, 1, 1)), (Tablet, 74, (3, 0, 0)), (Mouse, 52, (3, 1, 2))],
+    [
+        (Keyboard, 64, (3, 1, 1)),
+        (Tablet, 74, (3, 0, 0)),
+        (Mouse, 52, (3, 1, 2)),
+        (Gamepad, 71, (3, 0, 0)),
+        (Touchscreen, 80, (3, 0, 0)),
+        (MediaKeys, 23, (3, 0, 0)),
+    ],
 )
 async def test_descriptors(function: type[HidFunction], size: int, triple: tuple[int, int, int]) -> None:
     async with plugged(function()) as guest:
@@ -382,3 +403,53 @@ async def test_the_first_report_waits_for_the_driver(monkeypatch: pytest.MonkeyP
         begun = keyboard.reports.read_since
         await keyboard.tap(Key.A)
         assert asyncio.get_running_loop().time() - begun >= 0.05
+
+
+async def test_gamepad() -> None:
+    async with plugged(gamepad := Gamepad()) as guest:
+        await gamepad.press(1, 16)
+        await gamepad.move(left=(-127, 127), right=(1, -1), hat=Hat.UP)
+        await gamepad.move(hat=Hat.CENTRED)
+        await gamepad.release(1)
+        await gamepad.release()
+        assert await reports(guest, 5) == ["01800000000008", "0180817f01ff00", "0180817f01ff08", "0080817f01ff08"] + [
+            "0000817f01ff08"
+        ]
+        for button in (0, 17):
+            with pytest.raises(ValueError, match="is not a button"):
+                await gamepad.press(button)
+        with pytest.raises(ValueError, match="128 is not a valid position"):
+            await gamepad.move(right=(0, 128))
+        await guest.set_configuration(1)
+        await guest.start_receiving(IN)
+        await gamepad.press(2)
+        assert await reports(guest, 1) == ["02000000000008"]
+
+
+async def test_touchscreen() -> None:
+    async with plugged(touchscreen := Touchscreen()) as guest:
+        assert await guest.control_in(Setup(0xA1, 1, 0x301, 0, 64)) == b"\1\x0a"
+        assert await guest.control_in(Setup(0xA1, 1, 0x101, 0, 64)) == bytes.fromhex("0100000000000001")
+        with pytest.raises(TransferFailed, match="stall"):
+            await guest.control_in(Setup(0xA1, 1, 0x100, 0, 64))
+        await touchscreen.touch(1, 0x7FFF)
+        await touchscreen.lift()
+        await touchscreen.tap(2, 3)
+        assert await reports(guest, 4) == [
+            "010100" + "0100ff7f" + "01",
+            "010000" + "0100ff7f" + "01",
+            "010100" + "02000300" + "01",
+            "010000" + "02000300" + "01",
+        ]
+        with pytest.raises(ValueError, match="not a valid position"):
+            await touchscreen.tap(0, 0x8000)
+
+
+async def test_media_keys() -> None:
+    async with plugged(media := MediaKeys()) as guest:
+        await media.press(MediaKey.VOLUME_UP)
+        await media.press(0x3FF)
+        assert await reports(guest, 4) == ["e900", "0000", "ff03", "0000"]
+        for key in (0, 0x400):
+            with pytest.raises(ValueError, match="is not a usage"):
+                await media.press(key)

@@ -19,7 +19,7 @@ from typing import Any, Final, Self
 
 from farplug.app import commands
 from farplug.app.client import AppClient
-from farplug.app.commands import Command, Via
+from farplug.app.commands import Command
 from farplug.app.events import EventReader, EventStream, Level, Listener
 from farplug.app.guest import Guest
 from farplug.app.link import PASSWORD_ATTEMPTS, AskPassword
@@ -288,12 +288,8 @@ class App:
         if not command.relative:
             clicked = await guest.typing.click(command.x, command.y, button, display=command.display, via=command.via)
             return {"via": str(clicked.via)}
-        if command.via is Via.USB:
-            raise UsageError("a USB tablet is moved to positions, not by distances", reason=Reason.BAD_SETTING)
-        async with guest.inputs.used():
-            await guest.inputs.move_by(command.x, command.y)
-            await guest.inputs.press_button(button)
-        return {"via": str(Via.SPICE)}
+        clicked = await guest.typing.click_at_distance(command.x, command.y, button, via=command.via)
+        return {"via": str(clicked.via)}
 
     async def _layouts(self, command: commands.Layouts) -> Any:
         titles = packaged_layouts()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from farplug.app.commands import Via
-from farplug.app.settings import Source
+from farplug.app.settings import Source, SourceKind
 from farplug.errors import DeviceError, FarplugError, GuestGoneError, Reason, RefusedError, TargetError, UsageError
 from farplug.keymap import chord, find_layout
 from farplug.keymap.layout import DEFAULT
@@ -20,7 +20,7 @@ from farplug.spice.inputs import Button
 from farplug.virtual.device import VirtualDevice
 from farplug.virtual.endpoints import Detached
 from farplug.virtual.hid import Button as UsbButton
-from farplug.virtual.hid import HidFunction, Keyboard, ReportsLost, Tablet
+from farplug.virtual.hid import HidFunction, Keyboard, Mouse, ReportsLost, Tablet
 from farplug.virtual.hid.pointer import MAX_POSITION
 
 if TYPE_CHECKING:
@@ -223,10 +223,31 @@ class Typing:
             await tablet.move_to(_scaled(x, width), _scaled(y, height))
             await tablet.click(_BUTTONS[button])
         except Detached as error:
-            raise DeviceError(
-                "the VM has reset or unplugged the tablet before the click", reason=Reason.UNCONFIRMED
-            ) from error
+            raise _reset("tablet") from error
         return Typed(Via.USB, False)
+
+    async def click_at_distance(self, x: int, y: int, button: Button = Button.LEFT, *, via: Via = Via.AUTO) -> Typed:
+        """Move the pointer by a distance, which the guest may scale, and click.
+
+        Through SPICE where it reaches a mouse, otherwise on a USB mouse. Raises as :meth:`type`.
+        """
+        if via is Via.SPICE or (via is Via.AUTO and self._guest.inputs.are_there):
+            async with self._guest.inputs.used():
+                await self._guest.inputs.move_by(x, y)
+                await self._guest.inputs.press_button(button)
+            return Typed(Via.SPICE, False)
+        mouse = await self._devices.choose(Mouse, Source(SourceKind.MOUSE), Via.USB)
+        assert mouse is not None
+        try:
+            await mouse.move(x, y)
+            await mouse.click(_BUTTONS[button])
+        except Detached as error:
+            raise _reset("mouse") from error
+        return Typed(Via.USB, False)
+
+
+def _reset(device: str) -> DeviceError:
+    return DeviceError(f"the VM has reset or unplugged the {device} before the click", reason=Reason.UNCONFIRMED)
 
 
 def _lost(what: str, certain: int, total: int) -> DeviceError:
