@@ -254,12 +254,14 @@ class Dropping:
     """A guest on an EHCI controller: it stops to receive now and then, and drops what waits.
 
     Args:
-        at: the numbers of the reports with which it stops, from 0; a report is taken before it, if ``taken``.
+        at: the numbers of the reports with which it stops, from 0.
+        taken: it takes that report before.
+        late: seconds after which it shows that.
     """
 
-    def __init__(self, guest: MemoryGuest, at: set[int], *, taken: bool) -> None:
+    def __init__(self, guest: MemoryGuest, at: set[int], *, taken: bool, late: float = 0) -> None:
         self.seen: list[bytes] = []
-        self._guest, self._at, self._taken = guest, at, taken
+        self._guest, self._at, self._taken, self._late = guest, at, taken, late
         self._leds, self._held = 0, set[int]()
 
     async def run(self) -> None:
@@ -272,6 +274,8 @@ class Dropping:
             if stops:
                 await self._guest.stop_receiving(IN)
                 await self._guest.start_receiving(IN)
+                if self._late:
+                    await asyncio.sleep(self._late)
                 if self._taken:
                     await self._guest.interrupt_out(OUT, bytes((self._leds,)))
             number += 1
@@ -279,18 +283,20 @@ class Dropping:
     async def _take(self, report: bytes, *, silent: bool) -> None:
         self.seen.append(report)
         before, self._held = self._held, {*report[2:]}
-        if Key.NUM_LOCK in self._held - before:
-            self._leds ^= 1
+        for key in (self._held - before) & {Key.NUM_LOCK, Key.CAPS_LOCK}:
+            self._leds ^= 1 if key == Key.NUM_LOCK else 2
             if not silent:
                 await self._guest.interrupt_out(OUT, bytes((self._leds,)))
 
 
-@pytest.mark.parametrize("taken", [False, True])
-async def test_keys_that_were_dropped_are_typed_again(monkeypatch: pytest.MonkeyPatch, taken: bool) -> None:
+@pytest.mark.parametrize(("taken", "late"), [(False, 0), (True, 0), (True, 0.1)])
+async def test_keys_that_were_dropped_are_typed_again(
+    monkeypatch: pytest.MonkeyPatch, taken: bool, late: float
+) -> None:
     monkeypatch.setattr(hid_keyboard, "_SETTLE_TIME", 0.02)
     text = "the quick brown fox"
     async with plugged(keyboard := Keyboard()) as guest:
-        dropping = Dropping(guest, {6, 19, 34}, taken=taken)
+        dropping = Dropping(guest, {6, 19, 34}, taken=taken, late=late)
         running = asyncio.ensure_future(dropping.run())
         assert await keyboard.type_text(text)
         assert text_of(dropping.seen) == text

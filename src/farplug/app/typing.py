@@ -154,7 +154,7 @@ class Typing:
             TargetError: the guest does not use the keyboard, or has no inputs that SPICE reaches.
             GuestGoneError: the guest is gone.
         """
-        find_layout(layout).type(text)  # before anything is plugged in
+        total = len(find_layout(layout).type(text))  # before anything is plugged in
         self.layout = layout
         keyboard = await self._devices.choose(Keyboard, Source.keyboard(), via)
         if keyboard is None:
@@ -170,10 +170,10 @@ class Typing:
         try:
             return Typed(Via.USB, await keyboard.type_text(text, layout, progress=proceed))
         except ReportsLost as error:
-            raise _lost("the VM may have lost keys", error.confirmed, len(text)) from error
+            raise _lost("the VM may have lost keys", error.confirmed, error.total) from error
         except Detached as error:
             certain = 0 if keyboard.boot_protocol else done
-            raise _lost("the VM has reset or unplugged the keyboard", certain, len(text)) from error
+            raise _lost("the VM has reset or unplugged the keyboard", certain, total) from error
 
     async def press(self, keys: str, via: Via = Via.AUTO) -> Typed:
         """Press keys together, and release them. The arguments and errors are those of :meth:`type`.

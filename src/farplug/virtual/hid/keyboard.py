@@ -243,7 +243,7 @@ class Keyboard(HidFunction):
     async def _type_key(self, stroke: Stroke) -> None:
         """Type a key together with Num Lock, and wait until the guest has taken both; again if it has not."""
         while True:
-            restarts = self.reports.restarts
+            before, restarts = self.leds, self.reports.restarts
             echo = await self._toggle(stroke)
             taken = await echo.comes(_TAKEN_TIMEOUT, restarts)
             self._is_reliable &= self.reports.restarts == restarts
@@ -252,17 +252,30 @@ class Keyboard(HidFunction):
                 return
             if self.reports.restarts == restarts:
                 raise _Uncertain
-            # Whether the guest has taken the key shows in Num Lock after it was pressed once more.
-            before, restarts = self.leds, self.reports.restarts
-            echo = await self._toggle()
-            if not await echo.comes(_TAKEN_TIMEOUT):
-                raise _Uncertain
-            await self._settle()
-            if self.reports.restarts != restarts:
-                raise _Uncertain
-            if not (self.leds ^ before) & Led.NUM_LOCK:
+            if await self._has_taken_num_lock(before):
                 return
             self._toggled = not self._toggled
+
+    async def _has_taken_num_lock(self, before: Led) -> bool:
+        """Return whether the guest has taken Num Lock before it restarted to receive, although it has not shown that.
+
+        Once it shows another lock, which is pressed after the restart, it shows all that came before.
+        """
+        locks = self.leds & Led.CAPS_LOCK
+        for attempt in range(_ATTEMPTS):
+            if await self._toggle_caps_lock():
+                if attempt:
+                    await self._settle()
+                break
+        else:
+            raise _Uncertain
+        taken = bool((self.leds ^ before) & Led.NUM_LOCK)
+        for _ in range(_ATTEMPTS):
+            if self.leds & Led.CAPS_LOCK == locks:
+                return taken
+            if not await self._toggle_caps_lock():
+                await self._settle()
+        raise _Uncertain
 
     async def _type_slowly(self, characters: Sequence[Sequence[Stroke]], progress: Progress) -> None:
         restarts = self.reports.restarts
@@ -324,11 +337,11 @@ class Keyboard(HidFunction):
         await self._emit(pressed, _report(self._pressed))
         return _Echo(self, before)
 
-    async def _toggle_caps_lock(self) -> None:
-        """Press Caps Lock, and wait until the guest shows it, if it does."""
+    async def _toggle_caps_lock(self) -> bool:
+        """Press Caps Lock, and wait until the guest shows it; return whether it does."""
         before = self.leds & Led.CAPS_LOCK
         await self._emit(_report([*self._pressed, Key.CAPS_LOCK]), _report(self._pressed))
-        await self.within(_ATTEMPT_TIMEOUT, lambda: self.leds & Led.CAPS_LOCK != before)
+        return await self.within(_ATTEMPT_TIMEOUT, lambda: self.leds & Led.CAPS_LOCK != before)
 
     async def _settle(self) -> None:
         """Wait until the guest has set no LEDs for :data:`_SETTLE_TIME`."""
