@@ -91,6 +91,7 @@ class Reason(StrEnum):
     NO_INPUTS = "no-inputs"
     NO_TABLET = "no-tablet"
     NOT_DRIVING = "not-driving"
+    UNCONFIRMED = "unconfirmed"
     # ports
     NO_USBREDIR_CHANNEL = "no-usbredir-channel"
     NO_FREE_PORT = "no-free-port"

@@ -109,8 +109,8 @@ def test_unknown_commands(name: object) -> None:
     assert len(caught.value.message) < 120
     assert caught.value.message.isprintable()
     assert caught.value.remedy == (
-        "commands: attach, detach, insert, eject, capture, stop-capture, screenshot, type, press, click, "
-        "presence, list, devices, status, quit"
+        "commands: attach, detach, insert, eject, capture, stop-capture, screenshot, type, press, click, layouts, "
+        "check-text, presence, list, devices, status, quit"
     )
 
 
@@ -138,7 +138,7 @@ def test_a_command_has_no_other_fields(name: str, extra: str) -> None:
         (
             {"target": {"target": "a"}, "sources": [{"kind": "disk", "path": "a"}, {"kind": "floppy", "path": ""}]},
             "sources[1].kind: 'floppy' is not one of disk, read-only-disk, cdrom, folder, usb-device, "
-            "remote-device, keyboard, tablet, serial, network, fido, camera",
+            "remote-device, keyboard, tablet, mouse, touchscreen, gamepad, serial, network, fido, camera",
         ),
         (
             {"target": {"target": "a"}, "storage": {"block_size": True}},

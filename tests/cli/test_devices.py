@@ -70,6 +70,9 @@ def test_json(cli: Cli, image: Path, tmp_path: Path) -> None:
         "--usb-folder",
         "--usb-keyboard",
         "--usb-tablet",
+        "--usb-mouse",
+        "--usb-touchscreen",
+        "--usb-gamepad",
         "--usb-serial",
         "--usb-network",
         "--usb-fido",
@@ -93,7 +96,7 @@ def test_devices_of_this_machine(cli: Cli, machine: Machine) -> None:
     machine.add("1-7", 9, 0x1209, 1, authorized="0", speed="unknown")
     result = cli("devices")
     assert (result.code, result.err) == (0, "")
-    assert result.out.splitlines()[12:] == [
+    assert result.out.splitlines()[15:] == [
         "PORT  ADDRESS  VID:PID    SPEED    CLASS            NAME",
         "1-5   1-7      1050:0407  full     hid, smart-card  Yubi\N{REPLACEMENT CHARACTER}Key (serial:9)",
         "1-6   1-8      046d:c31c  high     hid",

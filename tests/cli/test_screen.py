@@ -17,6 +17,13 @@ from tests.app.test_screen import PIXELS, Machine, decode_png, rgb
 from tests.cli.sessions import background
 from tests.cli.support import Cli, in_thread
 
+from farplug.app import typing
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(typing, "READ_TIMEOUT", 0.3)
+
 
 @pytest.fixture
 def machine() -> Machine:
@@ -43,10 +50,18 @@ def test_through_a_session(cli: Cli, machine: Machine, target: str, tmp_path: Pa
         result = cli("screenshot", path, "--json", "-s", "web1")
         assert json.loads(result.out) == {"path": str(path), "width": 128, "height": 64}
         assert len(machine.screen.links) == 1, "the display stays linked for a while"
-        for arguments in (("type", "aB"), ("press", "ctrl+alt+Delete"), ("click", 5, 6, "--button", "right")):
+        result = cli("type", "aB")
+        assert (result.code, "through SPICE, which confirms nothing" in result.err) == (12, True)
+        for arguments in (
+            ("type", "c", "--via", "spice"),
+            ("press", "ctrl+alt+Delete"),
+            ("click", 5, 6, "--button", "right"),
+        ):
             result = cli(*arguments)
             assert (result.code, result.out, result.err) == (0, "", "")
-        assert keys(machine) == ["1e9e", "2a30b0aa", "1d38e053e0d3b89d"]
+        assert keys(machine) == ["1e9e", "2a30b0aa", "2eae", "1d38e053e0d3b89d"]
+        while machine.inputs.received[-1][0] != 114:  # the server receives it in its own time
+            time.sleep(0.01)
         assert [kind for kind, _ in machine.inputs.received[-3:]] == [112, 113, 114]
         result = cli("press", "nokey")
         assert (result.code, "'nokey' is not a key" in result.err) == (2, True)
@@ -60,14 +75,33 @@ def test_alone(cli: Cli, machine: Machine, target: str, tmp_path: Path) -> None:
     assert (result.code, result.out) == (0, f"{path}: 128x64\n")
     assert "has ended the session of any other client" in result.err
     assert decode_png(path.read_bytes()) == (128, 64, rgb(PIXELS))
-    assert cli("type", "a", target).code == 0
+    assert cli("type", "a", target, "--via", "spice").code == 0
     assert keys(machine) == ["1e9e"]
 
 
 def test_text_from_standard_input(cli: Cli, machine: Machine, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("x" * 101 + "\n"))
-    assert cli("type", "-", target).code == 0
-    assert keys(machine) == ["2dad"] * 101 + ["1c9c"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("x" * 251 + "\n"))
+    assert cli("type", "-", target, "--via", "spice").code == 0
+    assert keys(machine) == ["2dad"] * 251 + ["1c9c"]
+
+
+def test_texts_from_files(cli: Cli, machine: Machine, target: str, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("z\r\n", "utf-8")
+    (tmp_path / "secret").write_text("y\n", "utf-8")
+    (tmp_path / "ducky").write_text("STRING a\nDELAY 1\nCTRL-ALT DELETE\n", "utf-8")
+    assert cli("type", target, "--layout", "de", "--file", tmp_path / "text", "--via", "spice").code == 0
+    assert cli("type", "--secret-file", tmp_path / "secret", "--layout", "de", target, "--via", "spice").code == 0
+    assert cli("type", target, "--ducky", tmp_path / "ducky", "--via", "spice").code == 0
+    assert keys(machine) == ["1595", "1c9c", "2cac", "1e9e", "1d38e053e0d3b89d"]
+    (tmp_path / "secret").write_text("xß", "utf-8")
+    result = cli("type", "--secret-file", tmp_path / "secret", target)
+    assert (result.code, "ß" in result.err, "character 2 of the secret" in result.err) == (2, False, True)
+    (tmp_path / "text").write_bytes(b"\xff")
+    result = cli("type", "--file", tmp_path / "text", target)
+    assert (result.code, "is not text in UTF-8" in result.err) == (2, True)
+    (tmp_path / "text").write_bytes(b"x" * (10 << 20))
+    result = cli("type", "--file", tmp_path / "text", target)
+    assert (result.code, "has more than 1048576 characters" in result.err) == (2, True)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
@@ -95,7 +129,14 @@ def test_signals_do_not_interrupt_the_link_of_a_display(machine: Machine, target
         (("screenshot", "a.png", "spice://h:1", "-s", "web1"), 2, "contradict"),
         (("screenshot", "a.png", "--ca-file", "x"), 2, "--ca-file has no effect without TARGET"),
         (("press", "a", "--ask-password"), 2, "--ask-password has no effect"),
-        (("type", "ß"), 2, "US keyboard layout has no key for 'ß'"),
+        (("type", "ß"), 2, "keyboard layout us has no key for 'ß'"),
+        (("type", "a\nb\x07"), 2, "no key for '\\x07' (U+0007, line 2, character 2)"),
+        (("type", "a", "--layout", "klingon"), 2, "'klingon' is not a keyboard layout"),
+        (("type",), 2, "nothing to type"),
+        (("type", "--file", "/nowhere"), 2, "/nowhere cannot be read: no such file or directory"),
+        (("type", "--file", "x", "--ducky", "y"), 2, "exclude each other"),
+        (("type", "a", "vm.vv", "--file", "x"), 2, "exclude each other"),
+        (("press", "a", "--via", "pigeon"), 2, "'pigeon' is not one of"),
         (("screenshot", "a.png"), 2, "no session"),
         (("click", "1"), 2, "Missing argument 'Y'"),
         (("click", "1", "1", "spice://127.0.0.1:1"), 4, "cannot connect"),
@@ -108,6 +149,8 @@ def test_refused(cli: Cli, arguments: tuple[str, ...], code: int, text: str, tmp
 
 
 def test_a_usbredir_socket_has_no_screen(cli: Cli) -> None:
-    result = cli("press", "a", "unix:/nowhere")
+    result = cli("press", "a", "unix:/nowhere", "--via", "spice")
     assert (result.code, "note:" in result.err) == (4, False)
     assert "SPICE" in result.err
+    result = cli("press", "a", "unix:/nowhere")
+    assert (result.code, "cannot connect to /nowhere" in result.err) == (4, True)

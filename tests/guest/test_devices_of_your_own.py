@@ -179,7 +179,7 @@ async def test_a_text_arrives_and_is_confirmed(guests: GuestPool, port: int) -> 
     )
     async with plugged(guest.targets[port], everything.device):
         async with reading(guest, KEYBOARD, KEY_ESC) as events:
-            await keyboard.type_text(text)
+            assert await keyboard.type_text(text)
             await keyboard.tap(Key.ESCAPE)
         assert text_of(events) == text
         assert not keyboard.boot_protocol
@@ -190,10 +190,14 @@ async def test_a_text_arrives_and_is_confirmed(guests: GuestPool, port: int) -> 
                 await asyncio.sleep(0.01)
         assert keyboard.leds ^ before == Led.CAPS_LOCK
         async with reading(guest, KEYBOARD, KEY_ESC) as events:
-            await keyboard.type_text("Caps Lock is on")
-            await keyboard.tap(Key.CAPS_LOCK)
+            assert await keyboard.type_text("Caps Lock is on")
             await keyboard.tap(Key.ESCAPE)
-        assert text_of(events) == "cAPS lOCK IS ON"  # the keys, which the guest's Caps Lock turns round
+        assert text_of(events) == "Caps Lock is on"  # it was off meanwhile
+        assert keyboard.leds ^ before == Led.CAPS_LOCK
+        await keyboard.tap(Key.CAPS_LOCK)
+        async with asyncio.timeout(GUEST_TIMEOUT):
+            while keyboard.leds != before:
+                await asyncio.sleep(0.01)
     assert await trouble(guest) == ""
 
 

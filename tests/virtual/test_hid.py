@@ -8,15 +8,30 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from farplug.errors import Reason, UsageError
+from farplug.keymap import Stroke, find_layout
 from farplug.testing.memory import MemoryGuest, TransferFailed
 from farplug.usb import Setup, Speed
 from farplug.usb.descriptors import ConfigurationDescriptor
 from farplug.usb.types import DescriptorType
 from farplug.virtual import Detached, VirtualDevice
-from farplug.virtual.hid import Button, HidFunction, Key, Keyboard, Led, Mouse, ReportsLost, Tablet
+from farplug.virtual.hid import (
+    Button,
+    Gamepad,
+    Hat,
+    HidFunction,
+    Key,
+    Keyboard,
+    Led,
+    MediaKey,
+    MediaKeys,
+    Mouse,
+    ReportsLost,
+    Tablet,
+    Touchscreen,
+)
 from farplug.virtual.hid import function as hid_function
 from farplug.virtual.hid import keyboard as hid_keyboard
-from farplug.virtual.hid.keys import US_LAYOUT
 
 IN, OUT = 0x81, 0x01
 
@@ -38,30 +53,58 @@ async def reports(guest: MemoryGuest, count: int) -> list[str]:
     return [(await guest.interrupt_in(IN)).hex() for _ in range(count)]
 
 
-async def reflect(guest: MemoryGuest, keyboard: Keyboard, seen: list[bytes], *, drop: int = 0) -> None:
+async def reflect(guest: MemoryGuest, seen: list[bytes], *, drop: int = 0) -> None:
     """Take reports as Linux does: reflect the locks, after dropping the first reports."""
-    leds = 0
+    leds, held = 0, set[int]()
     while True:
         report = await guest.interrupt_in(IN)
         if drop:
             drop -= 1
             continue
         seen.append(report)
-        bit = {Key.NUM_LOCK: 1, Key.CAPS_LOCK: 2}.get(Key(report[2])) if report[2] else None
-        if bit is not None:
-            leds ^= bit
-            await guest.interrupt_out(OUT, bytes((leds,)))
+        before, held = held, {*report[2:]}
+        for key, bit in ((Key.NUM_LOCK, 1), (Key.CAPS_LOCK, 2)):
+            if key in held - before:
+                leds ^= bit
+                await guest.interrupt_out(OUT, bytes((leds,)))
 
 
-def text_of(seen: list[bytes]) -> str:
-    characters = {(key, shift): character for character, (key, shift) in US_LAYOUT.items()}
-    keys = [(Key(report[2]), bool(report[0] & 2)) for report in seen if report[2] not in (0, Key.NUM_LOCK)]
-    return "".join(characters[key] for key in keys)
+@asynccontextmanager
+async def reflecting(guest: MemoryGuest, *, drop: int = 0) -> AsyncIterator[list[bytes]]:
+    """Reflect the locks; the value has the reports."""
+    seen: list[bytes] = []
+    task = asyncio.ensure_future(reflect(guest, seen, drop=drop))
+    try:
+        yield seen
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+def text_of(seen: list[bytes], layout: str = "us") -> str:
+    """Return what was typed; each key that is pressed counts."""
+    characters = {strokes: character for character, strokes in find_layout(layout).strokes.items()}
+    typed, held = "", set[int]()
+    dead: tuple[Stroke, ...] = ()
+    for report in seen:
+        before, held = held, {*report[2:]} - {0, Key.NUM_LOCK, Key.CAPS_LOCK}
+        for key in held - before:
+            strokes = (*dead, Stroke(key, report[0]))
+            typed, dead = (typed + characters[strokes], ()) if strokes in characters else (typed, strokes)
+    assert not dead
+    return typed
 
 
 @pytest.mark.parametrize(
     ("function", "size", "triple"),
-    [(Keyboard, 64, (3, 1, 1)), (Tablet, 74, (3, 0, 0)), (Mouse, 52, (3, 1, 2))],
+    [
+        (Keyboard, 64, (3, 1, 1)),
+        (Tablet, 74, (3, 0, 0)),
+        (Mouse, 52, (3, 1, 2)),
+        (Gamepad, 71, (3, 0, 0)),
+        (Touchscreen, 80, (3, 0, 0)),
+        (MediaKeys, 23, (3, 0, 0)),
+    ],
 )
 async def test_descriptors(function: type[HidFunction], size: int, triple: tuple[int, int, int]) -> None:
     async with plugged(function()) as guest:
@@ -132,36 +175,72 @@ async def test_keys() -> None:
         assert (await reports(guest, 2))[1] == "0000050607080900"
 
 
-async def test_a_text_that_is_confirmed() -> None:
-    text = "".join(US_LAYOUT) * 3
-    async with plugged(keyboard := Keyboard()) as guest:
-        seen: list[bytes] = []
-        reflecting = asyncio.ensure_future(reflect(guest, keyboard, seen, drop=2))
-        await keyboard.type_text(text)
+ASCII = "".join(map(chr, range(32, 127))) + "\n\t"
+
+
+async def test_a_text_that_is_confirmed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One by one at first, then many keys at a time; Num Lock and Caps Lock are as before at the end."""
+    monkeypatch.setattr(hid_keyboard, "TRUSTED_AFTER", 50)
+    monkeypatch.setattr(hid_keyboard, "_ATTEMPT_TIMEOUT", 0.2)
+    text = ASCII * 4
+    counts: list[int] = []
+    async with plugged(keyboard := Keyboard()) as guest, reflecting(guest, drop=2) as seen:
+        assert await keyboard.type_text(text, progress=counts.append)
         assert text_of(seen) == text
+        assert counts[-1] == len(text)
+        assert counts[: hid_keyboard.TRUSTED_AFTER] == [*range(1, hid_keyboard.TRUSTED_AFTER + 1)]
+        assert counts[hid_keyboard.TRUSTED_AFTER] == hid_keyboard.TRUSTED_AFTER + hid_keyboard.CONFIRM_EVERY
         assert keyboard.leds == Led(0)
         await keyboard.tap(Key.CAPS_LOCK)
-        await keyboard.until(lambda: keyboard.leds == Led.CAPS_LOCK)
+        await keyboard.tap(Key.NUM_LOCK)
+        await keyboard.until(lambda: keyboard.leds == Led.CAPS_LOCK | Led.NUM_LOCK)
         seen.clear()
-        await keyboard.type_text("Ab1!")
-        assert text_of(seen) == "aB1!"
-        reflecting.cancel()
+        assert await keyboard.type_text("Ab1!x")
+        assert text_of(seen) == "Ab1!x"
+        await keyboard.until(lambda: keyboard.leds == Led.CAPS_LOCK | Led.NUM_LOCK)
+        seen.clear()
+        assert await keyboard.type_text("Grüße, \u0065\u0301\r\n^", "de")
+        assert text_of(seen, "de") == "Grüße, é\n^"
+
+
+async def test_two_texts_do_not_mix() -> None:
+    async with plugged(keyboard := Keyboard()) as guest, reflecting(guest) as seen:
+        await asyncio.gather(keyboard.type_text("a" * 50), keyboard.type_text("b" * 50))
+        assert text_of(seen) == "a" * 50 + "b" * 50
 
 
 async def test_a_text_that_is_not_confirmed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hid_keyboard, "_ATTEMPT_TIMEOUT", 0.01)
+    monkeypatch.setattr(hid_keyboard, "FIRMWARE_PACE", 0.001)
     async with plugged(keyboard := Keyboard()) as guest:
         with pytest.raises(ReportsLost, match="0 of 5 characters are certain"):
-            await keyboard.type_text("hello")
+            await keyboard.type_text("hello", confirm=True)
         attempts = await reports(guest, 2 * hid_keyboard._ATTEMPTS)
         assert set(attempts) == {"0000530000000000", "0000000000000000"}
-        await keyboard.type_text("hi", confirm=False)
-        typed = [bytes.fromhex(report) for report in await reports(guest, 4)]
+        assert not await keyboard.type_text("hi")  # the guest is asked once more only
+        typed = [bytes.fromhex(report) for report in await reports(guest, 8)]
         assert text_of(typed) == "hi"
-        await keyboard.type_text("")
+        assert sum(report[2] == Key.NUM_LOCK for report in typed) == 2, "Num Lock is as before"
+        assert await keyboard.type_text("", confirm=True)
 
 
-async def test_a_guest_that_stops_to_receive() -> None:
+async def test_a_guest_that_ends_to_confirm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hid_keyboard, "_TAKEN_TIMEOUT", 0.05)
+    async with plugged(keyboard := Keyboard()) as guest:
+        async with reflecting(guest):
+            assert await keyboard.type_text("before")
+        with pytest.raises(ReportsLost, match="0 of 5 characters are certain"):
+            await asyncio.gather(keyboard.type_text("hello", confirm=True), _answer_twice(guest))
+
+
+async def _answer_twice(guest: MemoryGuest) -> None:
+    for leds in (b"\1", b"\0"):
+        await reports(guest, 2)
+        await guest.interrupt_out(OUT, leds)
+
+
+async def test_a_guest_that_stops_to_receive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hid_keyboard, "FIRMWARE_PACE", 0.001)
     async with plugged(keyboard := Keyboard()) as guest:
         typing = asyncio.ensure_future(keyboard.type_text("x" * 200, confirm=False))
         await guest.interrupt_in(IN)
@@ -171,18 +250,106 @@ async def test_a_guest_that_stops_to_receive() -> None:
             await typing
 
 
+class Dropping:
+    """A guest on an EHCI controller: it stops to receive now and then, and drops what waits.
+
+    Args:
+        at: the numbers of the reports with which it stops, from 0.
+        taken: it takes that report before.
+        late: seconds after which it shows that.
+    """
+
+    def __init__(self, guest: MemoryGuest, at: set[int], *, taken: bool, late: float = 0) -> None:
+        self.seen: list[bytes] = []
+        self._guest, self._at, self._taken, self._late = guest, at, taken, late
+        self._leds, self._held = 0, set[int]()
+
+    async def run(self) -> None:
+        number = 0
+        while True:
+            report = await self._guest.interrupt_in(IN)
+            stops = number in self._at
+            if not stops or self._taken:
+                await self._take(report, silent=stops)
+            if stops:
+                await self._guest.stop_receiving(IN)
+                await self._guest.start_receiving(IN)
+                if self._late:
+                    await asyncio.sleep(self._late)
+                if self._taken:
+                    await self._guest.interrupt_out(OUT, bytes((self._leds,)))
+            number += 1
+
+    async def _take(self, report: bytes, *, silent: bool) -> None:
+        self.seen.append(report)
+        before, self._held = self._held, {*report[2:]}
+        for key in (self._held - before) & {Key.NUM_LOCK, Key.CAPS_LOCK}:
+            self._leds ^= 1 if key == Key.NUM_LOCK else 2
+            if not silent:
+                await self._guest.interrupt_out(OUT, bytes((self._leds,)))
+
+
+@pytest.mark.parametrize(("taken", "late"), [(False, 0), (True, 0), (True, 0.1)])
+async def test_keys_that_were_dropped_are_typed_again(
+    monkeypatch: pytest.MonkeyPatch, taken: bool, late: float
+) -> None:
+    monkeypatch.setattr(hid_keyboard, "_SETTLE_TIME", 0.02)
+    text = "the quick brown fox"
+    async with plugged(keyboard := Keyboard()) as guest:
+        dropping = Dropping(guest, {6, 19, 34}, taken=taken, late=late)
+        running = asyncio.ensure_future(dropping.run())
+        assert await keyboard.type_text(text)
+        assert text_of(dropping.seen) == text
+        assert keyboard.reports.restarts == 3
+        assert not keyboard._is_reliable
+        running.cancel()
+
+
+async def test_many_keys_that_were_dropped_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lose some of many keys: which of them the guest has taken cannot be determined."""
+    monkeypatch.setattr(hid_keyboard, "_TAKEN_TIMEOUT", 0.2)
+    monkeypatch.setattr(hid_keyboard, "TRUSTED_AFTER", 10)
+    monkeypatch.setattr(hid_keyboard, "CONFIRM_EVERY", 20)
+    async with plugged(keyboard := Keyboard()) as guest:
+        dropping = Dropping(guest, {4 + 20 + 40 + 2 + 12}, taken=True)
+        running = asyncio.ensure_future(dropping.run())
+        with pytest.raises(ReportsLost) as caught:
+            await keyboard.type_text("x" * 100)
+        assert (caught.value.confirmed, caught.value.total) == (30, 100)
+        while dropping.seen[-1] != bytes(8):  # no key remains pressed
+            await asyncio.sleep(0.001)
+        running.cancel()
+
+
+async def test_a_reset_in_the_middle_of_a_text() -> None:
+    async with plugged(keyboard := Keyboard()) as guest:
+        async with reflecting(guest) as seen:
+            typing = asyncio.ensure_future(keyboard.type_text("x" * 100))
+            await keyboard.until(lambda: len(seen) > 50)
+        await guest.set_configuration(1)
+        await guest.start_receiving(IN)
+        async with reflecting(guest) as seen:
+            with pytest.raises(Detached):
+                await typing
+            assert await keyboard.type_text("again")
+            assert text_of(seen) == "again"
+
+
 async def test_firmware(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hid_keyboard, "FIRMWARE_PACE", 0.001)
     async with plugged(keyboard := Keyboard()) as guest:
         await guest.control_out(Setup(0x21, 0x0B, 0, 0, 0))
-        await keyboard.type_text("A\n")
+        assert not await keyboard.type_text("A\n")
         assert text_of([bytes.fromhex(report) for report in await reports(guest, 4)]) == "A\n"
 
 
-async def test_a_character_that_the_keyboard_does_not_have() -> None:
+async def test_what_the_layout_lacks_is_refused_before_any_key() -> None:
     async with plugged(keyboard := Keyboard()) as guest:
-        with pytest.raises(ValueError, match=r"'\\xe4' \(character 2 of the text\)"):
+        with pytest.raises(UsageError, match=r"'ä' \(U\+00E4, character 2 of the text\)") as caught:
             await keyboard.type_text("xä")
+        assert caught.value.reason is Reason.BAD_KEY
+        with pytest.raises(UsageError, match="'klingon' is not a keyboard layout"):
+            await keyboard.type_text("x", "klingon")
         await keyboard.tap(Key.Z)
         assert (await reports(guest, 1))[0] == "00001d0000000000"
 
@@ -242,3 +409,53 @@ async def test_the_first_report_waits_for_the_driver(monkeypatch: pytest.MonkeyP
         begun = keyboard.reports.read_since
         await keyboard.tap(Key.A)
         assert asyncio.get_running_loop().time() - begun >= 0.05
+
+
+async def test_gamepad() -> None:
+    async with plugged(gamepad := Gamepad()) as guest:
+        await gamepad.press(1, 16)
+        await gamepad.move(left=(-127, 127), right=(1, -1), hat=Hat.UP)
+        await gamepad.move(hat=Hat.CENTRED)
+        await gamepad.release(1)
+        await gamepad.release()
+        assert await reports(guest, 5) == ["01800000000008", "0180817f01ff00", "0180817f01ff08", "0080817f01ff08"] + [
+            "0000817f01ff08"
+        ]
+        for button in (0, 17):
+            with pytest.raises(ValueError, match="is not a button"):
+                await gamepad.press(button)
+        with pytest.raises(ValueError, match="128 is not a valid position"):
+            await gamepad.move(right=(0, 128))
+        await guest.set_configuration(1)
+        await guest.start_receiving(IN)
+        await gamepad.press(2)
+        assert await reports(guest, 1) == ["02000000000008"]
+
+
+async def test_touchscreen() -> None:
+    async with plugged(touchscreen := Touchscreen()) as guest:
+        assert await guest.control_in(Setup(0xA1, 1, 0x301, 0, 64)) == b"\1\x0a"
+        assert await guest.control_in(Setup(0xA1, 1, 0x101, 0, 64)) == bytes.fromhex("0100000000000001")
+        with pytest.raises(TransferFailed, match="stall"):
+            await guest.control_in(Setup(0xA1, 1, 0x100, 0, 64))
+        await touchscreen.touch(1, 0x7FFF)
+        await touchscreen.lift()
+        await touchscreen.tap(2, 3)
+        assert await reports(guest, 4) == [
+            "010100" + "0100ff7f" + "01",
+            "010000" + "0100ff7f" + "01",
+            "010100" + "02000300" + "01",
+            "010000" + "02000300" + "01",
+        ]
+        with pytest.raises(ValueError, match="not a valid position"):
+            await touchscreen.tap(0, 0x8000)
+
+
+async def test_media_keys() -> None:
+    async with plugged(media := MediaKeys()) as guest:
+        await media.press(MediaKey.VOLUME_UP)
+        await media.press(0x3FF)
+        assert await reports(guest, 4) == ["e900", "0000", "ff03", "0000"]
+        for key in (0, 0x400):
+            with pytest.raises(ValueError, match="is not a usage"):
+                await media.press(key)

@@ -25,11 +25,12 @@ from farplug.app.guest import Guest
 from farplug.app.link import PASSWORD_ATTEMPTS, AskPassword
 from farplug.app.media import Media, eject_with_client
 from farplug.app.png import check_path, write_png
-from farplug.app.screen import Progress, check_distances
+from farplug.app.screen import Progress, check_distances, check_text
 from farplug.app.settings import CaptureSettings, GuestSettings, TargetSettings
 from farplug.app.watch import Outlet
 from farplug.capture.writer import STANDARD_OUTPUT
 from farplug.errors import FarplugError, Reason, StateError, TargetError, UsageError
+from farplug.keymap import find_layout, packaged_layouts
 from farplug.spice.inputs import Button
 from farplug.store.remote import open_remote_iso
 from farplug.target import open_session
@@ -266,18 +267,21 @@ class App:
         await asyncio.to_thread(write_png, command.path, png)
         return {"path": command.path, "width": frame.width, "height": frame.height}
 
-    async def type(self, command: commands.TypeText, client: str = "", progress: Progress = lambda done: None) -> None:
-        """Type a text.
+    async def type(self, command: commands.TypeText, client: str = "", progress: Progress = lambda done: None) -> Any:
+        """Type a text; return the result of the command.
 
         Args:
             command: the text.
             client: as in :meth:`do`.
             progress: called with the number of characters that were typed.
 
-        Raises as :meth:`farplug.app.screen.Inputs.type`.
+        Raises as :meth:`farplug.app.typing.Typing.type`.
         """
-        await self.guest(command.guest).inputs.type(command.text, progress)
+        check_text(command.text, command.layout, secret=command.hidden)
+        typing = self.guest(command.guest).typing
+        typed = await typing.type(command.text, command.layout, command.via, progress)
         self._publish_input(command, client)
+        return {"confirmed": typed.confirmed, "via": str(typed.via)}
 
     def _publish_input(self, command: commands.TypeText | commands.Press | commands.Click, client: str) -> None:
         """Publish that a client used the keyboard or the mouse."""
@@ -296,18 +300,31 @@ class App:
         guest = self.guest(command.guest)
         guest.publish("input", message, level=Level.DETAIL, action=command.name, client=client, **fields)
 
-    async def _press(self, command: commands.Press) -> None:
-        await self.guest(command.guest).inputs.press(command.keys)
+    async def _press(self, command: commands.Press) -> Any:
+        typed = await self.guest(command.guest).typing.press(command.keys, command.via)
+        return {"confirmed": typed.confirmed, "via": str(typed.via)}
 
-    async def _click(self, command: commands.Click) -> None:
-        inputs, button = self.guest(command.guest).inputs, Button[command.button.name]
+    async def _click(self, command: commands.Click) -> Any:
+        guest, button = self.guest(command.guest), Button[command.button.name]
         check_distances(command.x, command.y)
-        if command.relative:
-            async with inputs.used():
-                await inputs.move_by(command.x, command.y)
-                await inputs.press_button(button)
-        else:
-            await inputs.click(command.x, command.y, button, display=command.display)
+        if not command.relative:
+            clicked = await guest.typing.click(command.x, command.y, button, display=command.display, via=command.via)
+            return {"via": str(clicked.via)}
+        clicked = await guest.typing.click_at_distance(command.x, command.y, button, via=command.via)
+        return {"via": str(clicked.via)}
+
+    async def _layouts(self, command: commands.Layouts) -> Any:
+        titles = packaged_layouts()
+        return {
+            "layouts": [{"name": name, "title": title} for name, title in titles.items()],
+            "current": self.guest(command.guest).typing.layout,
+        }
+
+    async def _check_text(self, command: commands.CheckText) -> Any:
+        missing = find_layout(command.layout).missing(command.text)
+        return {
+            "missing": [{"index": one.index, "char": one.character, "layouts": list(one.layouts)} for one in missing]
+        }
 
     async def _presence(self, command: commands.Presence) -> Any:
         allow = command.answer is commands.PresenceAnswer.ALLOW
@@ -382,6 +399,8 @@ _DISPATCH: dict[type[Command], Callable[[App, Any], Awaitable[Any]]] = {
     commands.Press: App._press,
     commands.Click: App._click,
     commands.Presence: App._presence,
+    commands.Layouts: App._layouts,
+    commands.CheckText: App._check_text,
     commands.ListDrives: App._list,
     commands.Devices: App._devices,
     commands.Status: App._status,

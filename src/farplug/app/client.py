@@ -25,6 +25,7 @@ from farplug.app.seat import Hands, not_driving
 from farplug.app.settings import Names, Source
 from farplug.app.watch import ClientEvent, InputsWatch, Outlet, Pacing, ScreenWatch
 from farplug.errors import GuestGoneError, Reason, StateError, UsageError
+from farplug.keymap.layout import characters
 from farplug.spice.inputs import Button
 from farplug.spice.physical_keys import physical_key
 from farplug.text import printable, shown
@@ -206,7 +207,7 @@ class AppClient:
         if guest in self._hands and guest.seat.holder is not self:
             raise not_driving()
 
-    async def _type(self, command: commands.TypeText) -> None:
+    async def _type(self, command: commands.TypeText) -> Any:
         guest = self._app.guest(command.guest)
         self._check_may_type(guest)
         task = asyncio.ensure_future(self._app.type(command, self.name, _Progress(self.outlet, guest, command.text)))
@@ -215,7 +216,7 @@ class AppClient:
             await asyncio.wait([task])
             if task.cancelled():
                 raise StateError("the typing was interrupted", reason=Reason.INTERRUPTED)
-            task.result()
+            return task.result()
         finally:
             task.cancel()  # if this call was cancelled
             del self._typing[task]
@@ -287,7 +288,7 @@ class _Progress:
     def __init__(self, outlet: Outlet, guest: Guest, text: str) -> None:
         self._outlet = outlet
         self._guest = guest
-        self._done, self._total = 0, len(text.replace("\r\n", "\n"))
+        self._done, self._total = 0, sum(1 for _ in characters(text))
         self._next_at = 0.0
 
     def __call__(self, done: int) -> None:

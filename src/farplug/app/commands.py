@@ -7,13 +7,14 @@ it out. Each has a stable name.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import ClassVar, Final
 
 from farplug.app.codec import decode
 from farplug.app.settings import DeviceRules, Source, StorageSettings
 from farplug.errors import Reason, UsageError
+from farplug.keymap.layout import DEFAULT
 from farplug.text import shown
 
 
@@ -154,6 +155,15 @@ class StopCapture(Command):
     guest: str | None = None
 
 
+class Via(StrEnum):
+    """How keys and clicks reach the guest."""
+
+    AUTO = "auto"
+    """on a USB keyboard if the guest uses one, or a port is free for it; otherwise through SPICE"""
+    USB = "usb"
+    SPICE = "spice"
+
+
 class ButtonName(StrEnum):
     """A button of the mouse."""
 
@@ -182,28 +192,71 @@ class Screenshot(Command):
 
 @dataclass(frozen=True, slots=True)
 class TypeText(Command):
-    """Type a text on the VM's keyboard, which has the US layout: see :meth:`farplug.app.screen.Inputs.type`.
+    """Type a text: see :meth:`farplug.app.typing.Typing.type`.
+
+    The result has ``confirmed``, whether the guest has confirmed that it took all of the text, and ``via``.
 
     Attributes:
         text: what to type; a newline is the Return key.
-        hidden: the text is in no event.
+        layout: the keyboard layout of the guest: ``us``, ``de``, or another one of ``layouts``.
+        via: how.
+        hidden: the text is in no event, and errors do not quote it.
         guest: the guest's id; None: the only one.
     """
 
     name = "type"
     help = ("type TEXT", "type a text on the VM's keyboard")
 
-    text: str
+    text: str = field(repr=False)
+    layout: str = DEFAULT
+    via: Via = Via.AUTO
     hidden: bool = False
     guest: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
+class Layouts(Command):
+    """Report the keyboard layouts.
+
+    The result has ``layouts``, an array, each with ``name`` and ``title``, and ``current``, the name of the last one
+    that was used. Those of this machine that the package does not have are not in the array.
+
+    Attributes:
+        guest: the guest's id; None: the only one.
+    """
+
+    name = "layouts"
+
+    guest: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CheckText(Command):
+    """Report what of a text a keyboard layout lacks.
+
+    The result has ``missing``, an array: each with ``index`` in the text, from 0, ``char``, the character, and
+    ``layouts``, the names of those that have it.
+
+    Attributes:
+        text: what would be typed.
+        layout: the keyboard layout.
+    """
+
+    name = "check-text"
+
+    text: str = field(repr=False)
+    layout: str = DEFAULT
+
+
+@dataclass(frozen=True, slots=True)
 class Press(Command):
-    """Press keys together, and release them: see :meth:`farplug.app.screen.Inputs.press`.
+    """Press keys together, and release them: see :meth:`farplug.app.typing.Typing.press`.
+
+    The result has ``confirmed`` and ``via``, as that of ``type``.
 
     Attributes:
         keys: names of X keysyms with ``+`` between them.
+        via: how.
         guest: the guest's id; None: the only one.
     """
 
@@ -211,12 +264,13 @@ class Press(Command):
     help = ("press KEYS", "press keys together, such as ctrl+alt+Delete")
 
     keys: str
+    via: Via = Via.AUTO
     guest: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Click(Command):
-    """Click at a position on a display, or after the pointer was moved by a distance.
+    """Click at a position on a display, or after the pointer was moved by a distance. The result has ``via``.
 
     Attributes:
         x: the column of the position, or the distance to the right.
@@ -224,6 +278,7 @@ class Click(Command):
         button: which one.
         relative: ``x`` and ``y`` are a distance: for a VM without a tablet.
         display: the number of the display, from 0.
+        via: how; a USB tablet clicks at positions of a single display.
         guest: the guest's id; None: the only one.
     """
 
@@ -235,6 +290,7 @@ class Click(Command):
     button: ButtonName = ButtonName.LEFT
     relative: bool = False
     display: int = 0
+    via: Via = Via.AUTO
     guest: str | None = None
 
 
@@ -470,7 +526,7 @@ COMMANDS: Final[Mapping[str, type[Command]]] = {
     kind.name: kind
     for kind in (
         *(Attach, Detach, Insert, Eject, Capture, StopCapture),
-        *(Screenshot, TypeText, Press, Click, Presence, ListDrives, Devices, Status, Quit),
+        *(Screenshot, TypeText, Press, Click, Layouts, CheckText, Presence, ListDrives, Devices, Status, Quit),
     )
 }
 """All commands of the application, by their names."""

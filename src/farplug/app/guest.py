@@ -26,6 +26,7 @@ from farplug.app.screen import Inputs, Screen
 from farplug.app.seat import Seat
 from farplug.app.settings import CaptureSettings, DeviceRules, GuestSettings, Source, SourceKind, StorageSettings
 from farplug.app.sources import OpenSource, Sources, device_of, open_source
+from farplug.app.typing import Typing
 from farplug.errors import (
     FarplugError,
     GuestGoneError,
@@ -91,7 +92,8 @@ class Guest:
         served: a device was attached, or :meth:`run` waits for one as it was asked to.
         capturing: the path of the capture that runs; None: none does.
         screen: the first display of the VM.
-        inputs: the keyboard and the mouse of the VM.
+        inputs: the keyboard and the mouse of the VM, through SPICE.
+        typing: types and clicks, on USB devices where that is better.
         seat: which client holds them.
     """
 
@@ -114,6 +116,7 @@ class Guest:
         self.screen = self.screen_of(0)
         self.inputs = Inputs(lambda: self.session, self.screen_of)
         self.seat = Seat(self)
+        self.typing = Typing(self)
         self._sources = Sources("" if settings is None else settings.target.public_target, media=media)
         self._owned: dict[Device, Sequence[OpenSource]] = {}
         """Devices made of sources that :meth:`plug` opened: disposed of when the guest is closed, or before."""
@@ -128,6 +131,8 @@ class Guest:
         self._capture: GuestCapture | None = None
         self._capture_ending: asyncio.Future[FarplugError | None] | None = None
         self._places: list[Place] = []
+        self._on_demand: list[Attachment] = []
+        """What is unplugged when something else needs its port."""
         self._count = 0
         self._expected: int | None = None
         """Devices that must be plugged in, or wait for the guest, before :meth:`run` is ready; None: it is."""
@@ -349,6 +354,9 @@ class Guest:
         kept = [place.number for place in self._places]
         return [port for port in self._link.ports if port.number not in kept]
 
+    def _free_ports(self) -> int:
+        return sum(not port.in_use for port in self._ports_not_kept())
+
     # Plugging -----------------------------------------------------------------------------------------------------
 
     def _current(self) -> list[Attachment]:
@@ -421,6 +429,22 @@ class Guest:
             if place is not None:
                 place.give_way()
 
+    async def plug_on_demand(self, source: Source) -> Attachment:
+        """Plug a source that is unplugged when something else needs its port. Raises as :meth:`plug`."""
+        attachment = await self.plug(source)
+        self._on_demand.append(attachment)
+        return attachment
+
+    async def _make_room(self) -> bool:
+        """Unplug something that was plugged on demand; return False if there is nothing."""
+        self._on_demand = [attachment for attachment in self._on_demand if not attachment.over]
+        if not self._on_demand:
+            return False
+        attachment = self._on_demand.pop(0)
+        self.note(f"{attachment.label} is unplugged: its port is needed")
+        await self.unplug(attachment)
+        return True
+
     async def plug_usb(self, device: Device, label: str, place: Place | None) -> Attachment:
         """Plug a USB device of this machine; see :meth:`plug`."""
         return await self.plug(device, place, label=label)
@@ -488,6 +512,8 @@ class Guest:
             else:
                 return attachment
             self._remove(attachment)
+        if await self._make_room():
+            return await self._plug_device(device, place, description)
         raise in_use or self._no_free_port(str(device.identity))
 
     def _attachment(
@@ -743,7 +769,7 @@ class Guest:
         errors = await asyncio.gather(*plugging)
         if stay:
             await asyncio.Event().wait()
-        while current := self._current():
+        while current := [attachment for attachment in self._current() if attachment not in self._on_demand]:
             await current[0].ended()
         return next((error for error in errors if error is not None), None)
 
@@ -867,7 +893,8 @@ class Guest:
             await self._link.connected()
             places = () if port is None or not wanted else (self._chosen(port),)
             named = 0 if auto is None else auto.present
-            free = sum(not port.in_use for port in self._ports_not_kept())
+            while (free := self._free_ports()) < named + len(opened) and await self._make_room():
+                pass
             if free < named + _least_ports(opened):
                 raise self._no_free_port(f"{len(wanted)} devices" if len(wanted) > 1 else shown(wanted[0].name))
             groups = self._groups(opened, free - named)

@@ -239,16 +239,20 @@ async def _open_folder(source: Source, opening: Opening) -> Medium:
 # Input devices ----------------------------------------------------------------------------------------------------
 
 
-async def _open_keyboard(source: Source, opening: Opening) -> Parts:
-    from farplug.virtual.hid import Keyboard
+def _input(name: str) -> Kind:
+    """Return the kind of a human interface device.
 
-    return Parts([Keyboard()], "Virtual Keyboard")
+    Args:
+        name: of its class in :mod:`farplug.virtual.hid`.
+    """
 
+    async def open(source: Source, opening: Opening) -> Parts:
+        from farplug.virtual import hid
 
-async def _open_tablet(source: Source, opening: Opening) -> Parts:
-    from farplug.virtual.hid import Tablet
+        function: type[Function] = getattr(hid, name)
+        return Parts([function()], f"Virtual {name}")
 
-    return Parts([Tablet()], "Virtual Tablet")
+    return Kind(open, name.lower(), repeatable=True)
 
 
 # Ends on this machine -----------------------------------------------------------------------------------------------
@@ -318,8 +322,11 @@ KINDS: Final[dict[SourceKind, Kind]] = {
     SourceKind.CDROM: Kind(_open_cdrom, "cdrom", repeatable=True),
     SourceKind.FOLDER: Kind(_open_folder, repeatable=True),
     SourceKind.REMOTE_DEVICE: Kind(_open_remote),
-    SourceKind.KEYBOARD: Kind(_open_keyboard, "keyboard", repeatable=True),
-    SourceKind.TABLET: Kind(_open_tablet, "tablet", repeatable=True),
+    SourceKind.KEYBOARD: _input("Keyboard"),
+    SourceKind.TABLET: _input("Tablet"),
+    SourceKind.MOUSE: _input("Mouse"),
+    SourceKind.TOUCHSCREEN: _input("Touchscreen"),
+    SourceKind.GAMEPAD: _input("Gamepad"),
     SourceKind.SERIAL: Kind(_open_serial, "serial", repeatable=True),
     SourceKind.NETWORK: Kind(_open_network, "network", repeatable=True),
     SourceKind.FIDO: Kind(_open_fido, "fido"),

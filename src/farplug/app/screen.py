@@ -10,6 +10,8 @@ from typing import NoReturn, TypeAlias
 
 from farplug.app.png import encode_png
 from farplug.errors import FarplugError, Reason, RefusedError, StateError, TargetError, UsageError
+from farplug.keymap import find_layout
+from farplug.keymap.layout import DEFAULT
 from farplug.spice.cursor import Cursor
 from farplug.spice.framebuffer import Framebuffer, Rect
 from farplug.spice.images import MAX_SIDE
@@ -261,6 +263,12 @@ class Inputs:
         async with self._inputs().used():
             yield
 
+    @property
+    def are_there(self) -> bool:
+        """Return whether SPICE reaches a keyboard and a mouse of the VM."""
+        session = self._session()
+        return isinstance(session, SpiceSession) and session.inputs is not None
+
     def _inputs(self) -> SpiceInputs:
         session = self._session()
         if not isinstance(session, SpiceSession) or session.inputs is None:
@@ -286,25 +294,34 @@ class Inputs:
         """
         await self._send([stroke(chord_codes(keys))])
 
-    async def type(self, text: str, progress: Progress = lambda done: None) -> None:
-        """Type a text on a keyboard with the US layout; a newline is the Return key.
+    async def type(self, text: str, progress: Progress = lambda done: None, *, layout: str = DEFAULT) -> None:
+        """Type a text on the keyboard of the VM; a newline is the Return key. Nothing is confirmed.
 
-        The lock key for capitals is taken into account. Each character takes 20 ms.
+        The lock key for capitals is turned off meanwhile. Each character takes 20 ms.
 
         Args:
             text: what to type.
+            layout: the keyboard layout of the guest: see :func:`farplug.keymap.find_layout`.
             progress: called with the number of characters that were typed.
 
         Raises:
-            UsageError: the layout lacks a character (``BAD_KEY``); nothing was typed.
+            UsageError: the layout lacks a character (``BAD_KEY``), or there is no such layout; nothing was typed.
             TargetError: the VM has no inputs.
             GuestGoneError: the VM is gone.
         """
-        check_text(text)
+        strokes = text_strokes(text, find_layout(layout))
         inputs = self._inputs()
         async with inputs.used():
             locks = await self._locks(inputs)
-            await self._send(text_strokes(text, caps_lock=Locks.CAPS in locks), progress)
+            if Locks.CAPS not in locks:
+                await self._send(strokes, progress)
+                return
+            await self.set_locks(locks & ~Locks.CAPS)
+            try:
+                await self._send(strokes, progress)
+            finally:
+                if inputs.is_linked:
+                    await self.set_locks(locks)
 
     async def _send(self, strokes: list[bytes], progress: Progress = lambda done: None) -> None:
         inputs = self._inputs()
@@ -521,13 +538,25 @@ def check_distances(*values: int) -> None:
             raise UsageError(f"{value}: at most {MAX_SIDE} pixels", reason=Reason.BAD_SETTING)
 
 
-def check_text(text: str) -> None:
+def check_text(text: str, layout: str = DEFAULT, *, secret: bool = False) -> None:
     """Check that a text can be typed.
 
+    Args:
+        text: the text.
+        layout: the name of the keyboard layout.
+        secret: the error does not quote the text.
+
     Raises:
-        UsageError: the layout lacks a character (``BAD_KEY``).
+        UsageError: there is no such layout, it lacks a character (``BAD_KEY``), or the text is too long.
     """
-    text_strokes(text)
+    found = find_layout(layout)
+    if secret and (missing := found.missing(text)):
+        raise UsageError(
+            f"the keyboard layout {found.name} has no key for character {missing[0].index + 1} of the secret",
+            reason=Reason.BAD_KEY,
+            remedy="choose the layout that the VM uses, if it has the character",
+        )
+    found.type(text)
 
 
 def _channel(inputs: SpiceInputs) -> InputsChannel:

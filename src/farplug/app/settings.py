@@ -55,6 +55,9 @@ class SourceKind(StrEnum):
     """A USB device of another machine, over USB/IP."""
     KEYBOARD = "keyboard"
     TABLET = "tablet"
+    MOUSE = "mouse"
+    TOUCHSCREEN = "touchscreen"
+    GAMEPAD = "gamepad"
     SERIAL = "serial"
     NETWORK = "network"
     FIDO = "fido"
@@ -90,6 +93,9 @@ _NAMES = {
     SourceKind.REMOTE_DEVICE: Names.OTHER,
     SourceKind.KEYBOARD: Names.NOTHING,
     SourceKind.TABLET: Names.NOTHING,
+    SourceKind.MOUSE: Names.NOTHING,
+    SourceKind.TOUCHSCREEN: Names.NOTHING,
+    SourceKind.GAMEPAD: Names.NOTHING,
     SourceKind.SERIAL: Names.OTHER,
     SourceKind.NETWORK: Names.OTHER,
     SourceKind.FIDO: Names.FILE,

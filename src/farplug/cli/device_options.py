@@ -17,6 +17,7 @@ from farplug.app.settings import (
     FolderFormat,
     Follow,
     Source,
+    SourceKind,
     StorageSettings,
     UsbSpeed,
 )
@@ -168,6 +169,36 @@ TabletOption: TypeAlias = Annotated[
         "--usb-tablet",
         count=True,
         help="Plug in a USB tablet, a pointer with absolute positions for 'farplug click'. May be repeated.",
+        show_default=False,
+        rich_help_panel=SOFTWARE,
+    ),
+]
+MouseOption: TypeAlias = Annotated[
+    int,
+    typer.Option(
+        "--usb-mouse",
+        count=True,
+        help="Plug in a USB mouse, for 'farplug click --relative'. May be repeated.",
+        show_default=False,
+        rich_help_panel=SOFTWARE,
+    ),
+]
+TouchscreenOption: TypeAlias = Annotated[
+    int,
+    typer.Option(
+        "--usb-touchscreen",
+        count=True,
+        help="Plug in a USB touchscreen, which programs touch (see the documentation). May be repeated.",
+        show_default=False,
+        rich_help_panel=SOFTWARE,
+    ),
+]
+GamepadOption: TypeAlias = Annotated[
+    int,
+    typer.Option(
+        "--usb-gamepad",
+        count=True,
+        help="Plug in a USB gamepad, which programs use (see the documentation). May be repeated.",
         show_default=False,
         rich_help_panel=SOFTWARE,
     ),
@@ -339,6 +370,9 @@ class DeviceOptions:
     force: ForceOption = False
     usb_keyboard: KeyboardOption = 0
     usb_tablet: TabletOption = 0
+    usb_mouse: MouseOption = 0
+    usb_touchscreen: TouchscreenOption = 0
+    usb_gamepad: GamepadOption = 0
     usb_serial: SerialOption = None
     usb_network: NetworkOption = None
     network_mac: MacOption = None
@@ -392,6 +426,9 @@ class DeviceOptions:
             ],
             "usb_keyboard": [Source.keyboard()] * self.usb_keyboard,
             "usb_tablet": [Source.tablet()] * self.usb_tablet,
+            "usb_mouse": [Source(SourceKind.MOUSE)] * self.usb_mouse,
+            "usb_touchscreen": [Source(SourceKind.TOUCHSCREEN)] * self.usb_touchscreen,
+            "usb_gamepad": [Source(SourceKind.GAMEPAD)] * self.usb_gamepad,
             "usb_fido": [Source.fido(path, self.fido_presence) for path in self.usb_fido or []],
             "usb_serial": [Source.serial(end) for end in self.usb_serial or []],
             "usb_network": [

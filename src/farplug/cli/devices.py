@@ -53,6 +53,21 @@ KINDS = (
         "description": "a pointer with absolute positions, for 'farplug click'",
     },
     {
+        "kind": "USB mouse",
+        "option": "--usb-mouse",
+        "description": "a pointer that is moved by distances, for 'farplug click --relative'",
+    },
+    {
+        "kind": "USB touchscreen",
+        "option": "--usb-touchscreen",
+        "description": "a touchscreen for one finger, for programs in Python",
+    },
+    {
+        "kind": "USB gamepad",
+        "option": "--usb-gamepad",
+        "description": "two sticks, a hat switch and 16 buttons, for programs in Python",
+    },
+    {
         "kind": "USB serial line",
         "option": "--usb-serial END",
         "description": "a serial line to a terminal, a socket or a file of this machine",

@@ -5,14 +5,15 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from json import dumps
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from farplug.app.commands import ButtonName, Click, Command, Press, Screenshot, TypeText
+from farplug.app.commands import ButtonName, Click, Command, Press, Screenshot, TypeText, Via
 from farplug.app.settings import TargetSettings
 from farplug.cli.options import (
     PASSWORD_HELP,
@@ -28,12 +29,25 @@ from farplug.cli.options import (
     with_fields,
 )
 from farplug.cli.sessions import JsonOption, SessionOption
-from farplug.errors import Reason, UsageError
+from farplug.errors import Reason, UsageError, from_oserror
 
-PIECE = 100
+if TYPE_CHECKING:
+    from farplug.app.ducky import Delay
+
+PIECE = 250
 """Characters that are typed with one request: after Ctrl-C no more than these follow."""
+MAX_FILE = 1 << 20
+"""Characters of a file that is typed."""
 STANDARD_INPUT = "-"
 
+ViaOption = Annotated[
+    Via,
+    typer.Option(
+        "--via",
+        help="On a USB device (usb), through SPICE (spice), or on a USB device if the VM uses one or has a free port "
+        "for it (auto).",
+    ),
+]
 DisplayOption = Annotated[
     int, typer.Option("--display", metavar="N", min=0, help="The number of the display, for a VM with several.")
 ]
@@ -119,27 +133,97 @@ def screenshot(
 @_with_place
 def type_text(
     context: typer.Context,
+    *,
     text: Annotated[
-        str,
+        str | None,
         typer.Argument(
-            metavar="TEXT",
+            metavar="[TEXT]",
             help="What to type; '-' reads it from standard input, where passwords are not seen by other users.",
             show_default=False,
         ),
-    ],
+    ] = None,
     place: Place,
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", metavar="FILE", help="Type the text of a file, in UTF-8.", show_default=False),
+    ] = None,
+    secret_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--secret-file",
+            metavar="FILE",
+            help="Type the text of a file without its last newline, and quote no character of it in errors.",
+            show_default=False,
+        ),
+    ] = None,
+    ducky: Annotated[
+        Path | None,
+        typer.Option(
+            "--ducky",
+            metavar="FILE",
+            help="Carry out a script in DuckyScript 1: STRING, DELAY, keys, REPEAT.",
+            show_default=False,
+        ),
+    ] = None,
+    layout: Annotated[
+        str,
+        typer.Option(
+            "--layout",
+            metavar="NAME",
+            help="The keyboard layout that the VM uses: us, de, fr, ... or with a variant us-intl.",
+        ),
+    ] = "us",
+    via: ViaOption = Via.AUTO,
     debug: DebugOption = False,
 ) -> None:
-    """Type a text on the keyboard of a VM, whose layout must be US. A newline is the Return key."""
-    if text == STANDARD_INPUT:
+    """Type a text in a VM, on a USB keyboard that is plugged in for it, and have the VM confirm it.
+
+    A newline is the Return key. The exit code is 0 if the VM has confirmed that it took all of the text, or if SPICE \
+was asked for (--via spice), which confirms nothing.
+    """
+    from farplug.app.ducky import parse_ducky
+    from farplug.app.screen import check_text
+
+    named = [option for option in (file, secret_file, ducky) if option is not None]
+    if len(named) > 1 or (named and text is not None and place.target is not None):
+        raise UsageError(
+            "a text, --file, --secret-file and --ducky exclude each other",
+            reason=Reason.BAD_OPTION,
+            remedy="leave all but one of them out",
+        )
+    if named:
+        place, text = replace(place, target=text), _text_of(named[0])
+    elif text is None:
+        raise UsageError(
+            "nothing to type", reason=Reason.BAD_OPTION, remedy="give a text, --file, --secret-file or --ducky"
+        )
+    elif text == STANDARD_INPUT:
         try:
             text = sys.stdin.read()
         except UnicodeDecodeError:
             raise UsageError("standard input is not text", reason=Reason.BAD_OPTION) from None
-    from farplug.app.screen import check_text
+    if ducky is not None:
+        _carry_out(context, place, parse_ducky(text, layout, via))
+        return
+    if secret_file is not None:
+        text = text.removesuffix("\n").removesuffix("\r")
+    check_text(text, layout, secret=secret_file is not None)
+    pieces = (text[at : at + PIECE] for at in range(0, len(text), PIECE))
+    _carry_out(context, place, [TypeText(piece, layout, via, secret_file is not None) for piece in pieces])
 
-    check_text(text)
-    _carry_out(context, place, [TypeText(text[at : at + PIECE]) for at in range(0, len(text), PIECE)])
+
+def _text_of(path: Path) -> str:
+    """Return the text of a file."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            text = file.read(MAX_FILE + 1)
+    except OSError as error:
+        raise from_oserror(path, error, as_=UsageError, problem="cannot be read") from error
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is not text in UTF-8", reason=Reason.BAD_OPTION) from None
+    if len(text) > MAX_FILE:
+        raise UsageError(f"{path} has more than {MAX_FILE} characters", reason=Reason.BAD_OPTION)
+    return text
 
 
 @_with_place
@@ -152,10 +236,11 @@ def press(
         ),
     ],
     place: Place,
+    via: ViaOption = Via.AUTO,
     debug: DebugOption = False,
 ) -> None:
     """Press keys of a VM's keyboard: the names of X keysyms, in any case, and the characters of a US keyboard."""
-    _carry_out(context, place, [Press(keys)])
+    _carry_out(context, place, [Press(keys, via)])
 
 
 @_with_place
@@ -170,14 +255,15 @@ def click(
         typer.Option("--relative", help="Move the pointer by X and Y, in a VM without a tablet. Write -5 after '--'."),
     ] = False,
     display: DisplayOption = 0,
+    via: ViaOption = Via.AUTO,
     debug: DebugOption = False,
 ) -> None:
-    """Click with the mouse of a VM at a position of its screen."""
-    _carry_out(context, place, [Click(x, y, button, relative, display)])
+    """Click with the mouse of a VM at a position of its screen, or on a USB tablet that is plugged in for it."""
+    _carry_out(context, place, [Click(x, y, button, relative, display, via)])
 
 
-def _carry_out(context: typer.Context, place: Place, commands: list[Command]) -> list[Any]:
+def _carry_out(context: typer.Context, place: Place, steps: Sequence[Command | Delay]) -> list[Any]:
     """Carry commands out, one after the other; return their results."""
     from farplug.cli import screen_verbs
 
-    return screen_verbs.carry_out(place.session, place.settings(context), commands)
+    return screen_verbs.carry_out(place.session, place.settings(context), steps)

@@ -1,141 +1,84 @@
-"""Keys: X keysym names and characters as scancodes of a PC keyboard with the US layout. No I/O.
+"""Keys and characters as scancodes of a PC keyboard. No I/O.
 
-Sources: the scancodes of set 1 (IBM PC AT); the names of X11's ``keysymdef.h``, without ``XK_``.
+Sources: the scancodes of set 1 (IBM PC AT); "USB HID to PS/2 Scan Code Translation Table" (Microsoft, 2004).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from farplug.errors import Reason, UsageError
+from farplug.keymap import Key, Layout, Stroke, chord, key_named
+from farplug.keymap.table import ALTGR, SHIFT
 from farplug.text import shown
 
 MAX_CHORD: Final = 4
 """The most keys that are pressed together: with their releases they fill the 16 bytes of QEMU's PS/2 queue."""
 _BREAK: Final = 0x80
 
-_ROWS: Final = (
-    (0x02, "1234567890-="),
-    (0x10, "qwertyuiop[]"),
-    (0x1E, "asdfghjkl;'`"),
-    (0x2B, "\\zxcvbnm,./"),
-)
-_SHIFTED: Final = dict(zip('~!@#$%^&*()_+{}:"|<>?', "`1234567890-=[];'\\,./", strict=True))
-_PLAIN: Final = {char: bytes([first + at]) for first, row in _ROWS for at, char in enumerate(row)} | {
-    " ": b"\x39",
-    "\n": b"\x1c",
-    "\t": b"\x0f",
-    "\b": b"\x0e",
-    "\x1b": b"\x01",
+_PLAIN: Final[Mapping[int, str]] = {
+    Key.A: "1e302e2012212223172425263231181910131f14162f112d152c",
+    Key.DIGIT_1: "02030405060708090a0b",
+    Key.ENTER: "1c010e0f390c0d1a1b2b2b272829333435",  # up to SLASH
+    Key.CAPS_LOCK: "3a",
+    Key.F1: "3b3c3d3e3f40414243445758",
+    Key.SCROLL_LOCK: "46",
+    Key.NUM_LOCK: "45",
+    Key.KEYPAD_MULTIPLY: "374a4e",
+    Key.KEYPAD_1: "4f50514b4c4d47484952535659",
+    Key.KEYPAD_EQUAL: "59",
+    Key.F13: "6465666768696a6b6c6d6e76",
+    Key.KEYPAD_COMMA: "7e",
+    Key.INTERNATIONAL_1: "73707d797b5c",
+    Key.LEFT_CTRL: "1d2a38",
+    Key.RIGHT_SHIFT: "36",
+}
+_EXTENDED: Final[Mapping[int, str]] = {
+    Key.PRINT_SCREEN: "37",
+    Key.PAUSE: "46",  # Break, which is Pause together with Ctrl
+    Key.INSERT: "524749534f514d4b5048",  # up to UP
+    Key.KEYPAD_DIVIDE: "35",
+    Key.KEYPAD_ENTER: "1c",
+    Key.MENU: "5d5e",
+    Key.MUTE: "20302e",
+    Key.LEFT_META: "5b1d",  # and the right Ctrl key
+    Key.RIGHT_ALT: "385c",
 }
 
-_NAMES: Final[dict[str, bytes]] = {
-    "Escape": b"\x01",
-    "BackSpace": b"\x0e",
-    "Tab": b"\x0f",
-    "Return": b"\x1c",
-    "Control_L": b"\x1d",
-    "Shift_L": b"\x2a",
-    "Shift_R": b"\x36",
-    "KP_Multiply": b"\x37",
-    "Alt_L": b"\x38",
-    "space": b"\x39",
-    "Caps_Lock": b"\x3a",
-    **{f"F{number}": bytes([0x3A + number]) for number in range(1, 11)},
-    "Num_Lock": b"\x45",
-    "Scroll_Lock": b"\x46",
-    "KP_7": b"\x47",
-    "KP_8": b"\x48",
-    "KP_9": b"\x49",
-    "KP_Subtract": b"\x4a",
-    "KP_4": b"\x4b",
-    "KP_5": b"\x4c",
-    "KP_6": b"\x4d",
-    "KP_Add": b"\x4e",
-    "KP_1": b"\x4f",
-    "KP_2": b"\x50",
-    "KP_3": b"\x51",
-    "KP_0": b"\x52",
-    "KP_Decimal": b"\x53",
-    "Sys_Req": b"\x54",
-    "less": b"\x56",
-    "F11": b"\x57",
-    "F12": b"\x58",
-    "KP_Enter": b"\xe0\x1c",
-    "Control_R": b"\xe0\x1d",
-    "KP_Divide": b"\xe0\x35",
-    "Print": b"\xe0\x37",
-    "Alt_R": b"\xe0\x38",
-    "Break": b"\xe0\x46",
-    "Home": b"\xe0\x47",
-    "Up": b"\xe0\x48",
-    "Prior": b"\xe0\x49",
-    "Left": b"\xe0\x4b",
-    "Right": b"\xe0\x4d",
-    "End": b"\xe0\x4f",
-    "Down": b"\xe0\x50",
-    "Next": b"\xe0\x51",
-    "Insert": b"\xe0\x52",
-    "Delete": b"\xe0\x53",
-    "Super_L": b"\xe0\x5b",
-    "Super_R": b"\xe0\x5c",
-    "Menu": b"\xe0\x5d",
-    # Names of characters
-    "minus": b"\x0c",
-    "equal": b"\x0d",
-    "bracketleft": b"\x1a",
-    "bracketright": b"\x1b",
-    "semicolon": b"\x27",
-    "apostrophe": b"\x28",
-    "grave": b"\x29",
-    "backslash": b"\x2b",
-    "comma": b"\x33",
-    "period": b"\x34",
-    "slash": b"\x35",
-}
-_OTHER_NAMES: Final = {
-    "ctrl": "Control_L",
-    "control": "Control_L",
-    "alt": "Alt_L",
-    "altgr": "Alt_R",
-    "iso_level3_shift": "Alt_R",
-    "shift": "Shift_L",
-    "super": "Super_L",
-    "win": "Super_L",
-    "meta": "Super_L",
-    "enter": "Return",
-    "esc": "Escape",
-    "del": "Delete",
-    "ins": "Insert",
-    "page_up": "Prior",
-    "pageup": "Prior",
-    "page_down": "Next",
-    "pagedown": "Next",
-    "plus": "KP_Add",
-}
-_BY_LOWER_NAME: Final = {name.lower(): code for name, code in _NAMES.items()} | {
-    name: _NAMES[target] for name, target in _OTHER_NAMES.items()
-}
-_SHIFT: Final = _NAMES["Shift_L"]
+
+def _codes() -> dict[int, bytes]:
+    codes: dict[int, bytes] = {}
+    for prefix, rows in ((b"", _PLAIN), (b"\xe0", _EXTENDED)):
+        for first, row in rows.items():
+            codes |= {first + number: prefix + bytes([code]) for number, code in enumerate(bytes.fromhex(row))}
+    return codes
+
+
+_SCANCODES: Final = _codes()
+_SYS_REQ: Final = b"\x54"
+"""What the key Print sends together with Alt."""
+_MODIFIERS: Final = ((SHIFT, _SCANCODES[Key.LEFT_SHIFT]), (ALTGR, _SCANCODES[Key.RIGHT_ALT]))
 
 
 def key_code(name: str) -> bytes:
     """Return the scancode of a key, 1 or 2 bytes.
 
     Args:
-        name: the name of an X keysym in any case (``Delete``, ``F1``, ``Page_Up``), a modifier (``ctrl``, ``alt``,
-            ``shift``, ``super``), or the character on the key (``a``).
+        name: of the key, as :func:`farplug.keymap.key_named` takes it.
 
     Raises:
-        UsageError: there is no such key (``BAD_KEY``).
+        UsageError: there is no such key, or it has no scancode (``BAD_KEY``).
     """
-    code = _PLAIN.get(name.lower()) if len(name) == 1 else _BY_LOWER_NAME.get(name.lower())
+    key = key_named(name)
+    if name.lower() == "sys_req":
+        return _SYS_REQ
+    code = _SCANCODES.get(key)
     if code is None:
         raise UsageError(
-            f"{shown(name)} is not a key",
+            f"{shown(name)} has no scancode of a PC keyboard, which SPICE needs",
             reason=Reason.BAD_KEY,
-            remedy="name it as X does (Return, Delete, F1, Page_Up), or by the character on a US keyboard (a, 1, /)",
+            remedy="press it on a USB keyboard",
         )
     return code
 
@@ -146,45 +89,22 @@ def chord_codes(keys: str) -> list[bytes]:
     Raises:
         UsageError: a key does not exist, or there are none, or too many (``BAD_KEY``).
     """
-    names = keys.split("+")
-    if len(names) > MAX_CHORD:
-        raise UsageError(
-            f"{shown(keys)}: {len(names)} keys at a time, more than {MAX_CHORD}",
-            reason=Reason.BAD_KEY,
-            remedy="press fewer keys together",
-        )
-    return [key_code(name) for name in names]
+    chord(keys, MAX_CHORD)
+    return [key_code(name) for name in keys.split("+")]
 
 
-def text_strokes(text: str, *, caps_lock: bool = False) -> list[bytes]:
+def text_strokes(text: str, layout: Layout) -> list[bytes]:
     """Return the scancodes that type a text, for each character the presses and releases of its keys.
 
-    Args:
-        text: characters of the US layout; a newline is the Return key. ``\\r\\n`` is one newline.
-        caps_lock: the lock key for capitals is on.
-
     Raises:
-        UsageError: a character is on no key of the layout (``BAD_KEY``); the message lists them.
+        UsageError: the layout lacks a character (``BAD_KEY``), or the text is too long.
     """
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    missing = sorted(
-        {char for char in text if (char.lower() not in _PLAIN and char not in _SHIFTED) or not char.isascii()}
-    )
-    if missing:
-        some = ", ".join(shown(char) for char in missing[:8])
-        raise UsageError(
-            f"the US keyboard layout has no key for {some}{' and others' if len(missing) > 8 else ''}",
-            reason=Reason.BAD_KEY,
-            remedy="leave these characters out; the VM must use the US layout, too",
-        )
-    strokes = []
-    for char in text:
-        shifted = char in _SHIFTED or char.isupper()
-        if caps_lock and char.isalpha():
-            shifted = not shifted
-        code = _PLAIN[_SHIFTED.get(char, char.lower())]
-        strokes.append(stroke([_SHIFT, code] if shifted else [code]))
-    return strokes
+    return [b"".join(map(_stroke_codes, strokes)) for strokes in layout.type(text)]
+
+
+def _stroke_codes(one: Stroke) -> bytes:
+    modifiers = [code for modifier, code in _MODIFIERS if one.modifiers & modifier]
+    return stroke([*modifiers, _SCANCODES[one.key]])
 
 
 def stroke(codes: Sequence[bytes]) -> bytes:

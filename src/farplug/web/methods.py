@@ -48,7 +48,7 @@ OF_FILES: Final = ("disk", "read-only-disk", "cdrom", "folder", "fido", "camera"
 """Kinds of sources whose path is that of a file or a folder."""
 OF_BROWSER: Final = ("read-only-disk", "cdrom")
 """Kinds that a file of the browser can become."""
-WITHOUT_FILES: Final = ("usb-device", "keyboard", "tablet")
+WITHOUT_FILES: Final = ("usb-device", "keyboard", "tablet", "mouse", "touchscreen", "gamepad")
 """Kinds that need no file of this machine."""
 NOT_FROM_BROWSERS: Final = ("serial", "network", "remote-device")
 """Kinds whose other end is a socket, a terminal or a network of this machine, which no browser may choose."""

@@ -18,6 +18,9 @@ SOURCES: Final = {
     "usb-device": "--usb-device",
     "keyboard": "--usb-keyboard",
     "tablet": "--usb-tablet",
+    "mouse": "--usb-mouse",
+    "touchscreen": "--usb-touchscreen",
+    "gamepad": "--usb-gamepad",
     "fido": "--usb-fido",
     "camera": "--usb-camera",
 }

@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 from typing import ClassVar, Final
 
+from farplug.usb.device import Reception
+from farplug.usb.transfer import Status
 from farplug.usb.types import Recipient, RequestType, Setup, Speed, StandardRequest
 from farplug.virtual.async_function import AsyncFunction, Setting, Stall, control_in, control_out, interrupt_in
 from farplug.virtual.function import Numbers
@@ -79,6 +81,11 @@ class HidFunction(AsyncFunction):
         self._idle_rate = 0
         self._input_report = b""
         super().configured(speed)
+
+    def receiving(self, endpoint: int, reception: Reception) -> Status:
+        status = super().receiving(endpoint, reception)
+        self.notify()  # conditions may depend on restarts
+        return status
 
     @control_in(StandardRequest.GET_DESCRIPTOR, RequestType.STANDARD, Recipient.INTERFACE)
     def _get_descriptor(self, setup: Setup) -> bytes:

@@ -6,25 +6,39 @@ Source: HID 1.11, appendices B.1 and F.3.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Sequence
 from enum import IntFlag
-from typing import Final
+from typing import Final, TypeAlias
 
+from farplug.keymap import Key, Stroke, find_layout
+from farplug.keymap.layout import DEFAULT
 from farplug.usb.types import Speed
 from farplug.virtual.async_function import Setting, interrupt_out
+from farplug.virtual.endpoints import Detached
 from farplug.virtual.hid.function import CLASS_HID, PROTOCOL_KEYBOARD, REPORT_SIZE, SUBCLASS_BOOT, HidFunction
-from farplug.virtual.hid.keys import US_LAYOUT, Key
 
 MAX_KEYS: Final = 6
 """Keys in a report besides the modifiers."""
 
 FIRMWARE_PACE: Final = 0.06
-"""Seconds for a report while the guest uses the boot protocol: SeaBIOS takes one at each tick of its timer (55 ms)."""
+"""Seconds for a report while the guest confirms nothing: SeaBIOS takes one at each tick of its timer (55 ms), and a
+report a time is what OVMF needs on an EHCI controller."""
 
-CONFIRM_EVERY: Final = 100
-"""Characters after which :meth:`Keyboard.type_text` waits until the guest has processed them, where it can."""
+CONFIRM_EVERY: Final = 250
+"""Keys after which a text waits for a confirmation, once the guest is trusted. QEMU queues 2000 reports at most."""
 
+TRUSTED_AFTER: Final = 300
+"""Keys that are confirmed one by one, before more are sent at a time."""
 
-_ATTEMPTS, _ATTEMPT_TIMEOUT = 5, 2.0
+_ATTEMPTS, _ATTEMPT_TIMEOUT = 5, 1.0
+"""How often, and for how many seconds each, a guest is asked whether it confirms what it takes."""
+_TAKEN_TIMEOUT = 5.0
+"""Seconds in which a guest confirms what it has taken."""
+_SETTLE_TIME = 0.3
+"""Seconds without LEDs after which no answer to earlier reports is expected any more."""
+
+Progress: TypeAlias = Callable[[int], None]
+"""Called with the number of characters that were typed, and confirmed if the guest confirms them."""
 
 
 class Led(IntFlag):
@@ -38,15 +52,18 @@ class Led(IntFlag):
 
 
 class ReportsLost(Exception):
-    """The guest may have lost reports: it stopped to receive, and QEMU then drops what it has queued.
+    """The guest may have lost reports: it stopped to receive, and QEMU then drops what it has queued; or it does not
+    confirm them.
 
     Attributes:
-        confirmed: the number of characters that the guest has certainly processed.
+        confirmed: the number of characters that the guest has certainly taken, each once.
+        total: the number of characters of the text.
     """
 
     def __init__(self, confirmed: int, total: int) -> None:
         super().__init__(f"the guest may have lost keys: {confirmed} of {total} characters are certain")
         self.confirmed = confirmed
+        self.total = total
 
 
 class Keyboard(HidFunction):
@@ -74,6 +91,17 @@ class Keyboard(HidFunction):
         self.leds = Led(0)
         self._pressed: list[Key] = []
         self._leds_set = 0
+        self._turn = asyncio.Lock()
+        self._configurations = self._typing_in = 0
+        """How often the guest has configured the device, and when the text began that is being typed."""
+        self._confirmed_alone = 0
+        """Keys that were confirmed one by one."""
+        self._is_reliable = True
+        """The guest has not stopped to receive while something was typed."""
+        self._is_silent = False
+        """The guest did not confirm anything."""
+        self._toggled = False
+        """Num Lock was pressed an odd number of times since the text began."""
 
     async def run(self) -> None:
         """Take the LEDs that the guest sets by interrupt transfer."""
@@ -83,6 +111,8 @@ class Keyboard(HidFunction):
     def configured(self, speed: Speed) -> None:
         self.leds = Led(0)
         self._pressed.clear()
+        self._configurations += 1
+        self._confirmed_alone, self._is_reliable, self._is_silent = 0, True, False
         super().configured(speed)
 
     def output_report(self, data: bytes) -> None:
@@ -118,73 +148,249 @@ class Keyboard(HidFunction):
         """
         await self.report(_report([*self._pressed, *keys]), _report(self._pressed))
 
-    async def type_text(self, text: str, *, confirm: bool | None = None) -> None:
-        """Type a text on a US keyboard. The guest's layout must be US, too.
+    # Text
 
-        A guest that reflects Num Lock (Linux, Windows) confirms what it has processed, from time to time and at the
-        end: see :meth:`confirm`. Firmware does not; reports are then sent slowly.
+    async def type_text(
+        self,
+        text: str,
+        layout: str = DEFAULT,
+        *,
+        confirm: bool | None = None,
+        progress: Progress = lambda _: None,
+    ) -> bool:
+        """Type a text; return whether the guest has confirmed that it took all of it.
+
+        The keyboard sends keys, not characters: the guest's layout must be the same. A guest that reflects Num Lock
+        (Linux, Windows) confirms what it has taken, and sets the pace. Firmware does not: reports are then sent slowly.
+        Caps Lock is turned off meanwhile; the locks are as before at the end. Several texts are typed one after the
+        other.
+
+        Until :data:`TRUSTED_AFTER` keys have arrived without an interruption, each key is pressed together with Num
+        Lock, in one report, so that the guest confirms each alone. If the guest stops to receive, as it does now and
+        then on EHCI and UHCI controllers, a key that was not taken is typed again.
 
         Args:
-            text: letters, digits and signs of ASCII, newlines and tabs.
-            confirm: whether to wait for confirmations; None: unless the guest uses the boot protocol.
+            text: what to type; a newline is the Enter key.
+            layout: the name of the guest's keyboard layout: see :func:`farplug.keymap.find_layout`.
+            confirm: whether to wait for confirmations; None: where the guest confirms, unless it uses the boot
+                protocol, with which firmware confirms what its driver has taken, and loses it later.
+            progress: called as the text proceeds.
 
         Raises:
-            ValueError: a US keyboard does not have one of the characters. No key was pressed.
-            ReportsLost: the guest may have lost keys, or does not confirm them.
+            UsageError: there is no such layout, or it lacks a character (``BAD_KEY``). No key was pressed.
+            ReportsLost: the guest may have lost keys, or does not confirm them although ``confirm`` is true.
             Detached: the guest has not configured the device, or resets or unplugs it.
         """
-        for place, character in enumerate(text):
-            if character not in US_LAYOUT:
-                raise ValueError(f"a US keyboard does not have {character!a} (character {place + 1} of the text)")
-        await self.reports.read_by_guest()
-        confirm = not self.boot_protocol if confirm is None else confirm
-        confirmed, restarts = 0, self.reports.restarts
-        if confirm and text and not await self._is_taken():
-            raise ReportsLost(0, len(text))
-        for place, character in enumerate(text, 1):
-            key, shift = US_LAYOUT[character]
-            if character.isalpha() and Led.CAPS_LOCK in self.leds:
-                shift = not shift
-            if self.boot_protocol:
-                for report in (_report([Key.LEFT_SHIFT, key] if shift else [key]), _report([])):
-                    await self.report(report)
-                    await asyncio.sleep(FIRMWARE_PACE)
-            else:
-                await self.tap(*((Key.LEFT_SHIFT, key) if shift else (key,)))
-            if confirm and (place == len(text) or place % CONFIRM_EVERY == 0):
-                if not await self.confirm() or self.reports.restarts != restarts:
-                    raise ReportsLost(confirmed, len(text))
-                confirmed = place
-        if self.reports.restarts != restarts:
-            raise ReportsLost(confirmed, len(text))
+        characters = find_layout(layout).type(text)
+        if not characters:
+            return True
+        async with self._turn:
+            self._typing_in = self._configurations
+            await self.reports.read_by_guest()
+            wanted = not self.boot_protocol if confirm is None else confirm
+            self._toggled = False
+            answers = wanted and await self._answers()
+            if confirm and not answers:
+                raise ReportsLost(0, len(characters))
+            before = self.leds
+            try:
+                if Led.CAPS_LOCK in before:
+                    await self._toggle_caps_lock()
+                if answers:
+                    await self._type_confirmed(characters, progress)
+                else:
+                    await self._type_slowly(characters, progress)
+            finally:
+                if self._is_same_configuration:
+                    if Led.CAPS_LOCK in before:
+                        await self._toggle_caps_lock()
+                    if self._toggled:
+                        await self._toggle()
+            return answers
 
-    async def _is_taken(self) -> bool:
-        """Return whether the guest takes reports. A driver that has just begun may drop the first ones."""
+    async def _type_confirmed(self, characters: Sequence[Sequence[Stroke]], progress: Progress) -> None:
+        done, total = 0, len(characters)
+        try:
+            while done < total:
+                if self._is_reliable and self._confirmed_alone >= TRUSTED_AFTER:
+                    done += await self._type_run(characters[done : done + CONFIRM_EVERY])
+                else:
+                    for stroke in characters[done]:
+                        await self._type_key(stroke)
+                    done += 1
+                progress(done)
+        except _Uncertain:
+            self._is_reliable = False
+            raise ReportsLost(done, total) from None
+
+    async def _type_run(self, characters: Sequence[Sequence[Stroke]]) -> int:
+        """Type characters, and wait until the guest has taken them; return how many.
+
+        The guest takes reports in their order. If it has taken the last one, and nothing was dropped between the first
+        and the last one, it has taken all of them.
+        """
+        restarts, keys, count = self.reports.restarts, 0, 0
+        while count < len(characters) and keys < CONFIRM_EVERY:
+            for stroke in characters[count]:
+                await self._emit(self._report_of(stroke), _report(self._pressed))
+            keys += len(characters[count])
+            count += 1
+        echo = await self._toggle()
+        if self.reports.restarts != restarts or not await echo.comes(_TAKEN_TIMEOUT):
+            raise _Uncertain
+        return count
+
+    async def _type_key(self, stroke: Stroke) -> None:
+        """Type a key together with Num Lock, and wait until the guest has taken both; again if it has not."""
+        while True:
+            before, restarts = self.leds, self.reports.restarts
+            echo = await self._toggle(stroke)
+            taken = await echo.comes(_TAKEN_TIMEOUT, restarts)
+            self._is_reliable &= self.reports.restarts == restarts
+            if taken:
+                self._confirmed_alone += 1
+                return
+            if self.reports.restarts == restarts:
+                raise _Uncertain
+            if await self._has_taken_num_lock(before):
+                return
+            self._toggled = not self._toggled
+
+    async def _has_taken_num_lock(self, before: Led) -> bool:
+        """Return whether the guest has taken Num Lock before it restarted to receive, although it has not shown that.
+
+        Once it shows another lock, which is pressed after the restart, it shows all that came before.
+        """
+        locks = self.leds & Led.CAPS_LOCK
+        for attempt in range(_ATTEMPTS):
+            if await self._toggle_caps_lock():
+                if attempt:
+                    await self._settle()
+                break
+        else:
+            raise _Uncertain
+        taken = bool((self.leds ^ before) & Led.NUM_LOCK)
         for _ in range(_ATTEMPTS):
-            if await self.confirm(_ATTEMPT_TIMEOUT):
-                return True
-        return False
+            if self.leds & Led.CAPS_LOCK == locks:
+                return taken
+            if not await self._toggle_caps_lock():
+                await self._settle()
+        raise _Uncertain
 
-    async def confirm(self, timeout: float = 5) -> bool:
-        """Wait until the guest has processed all reports. Return False if it does not confirm that.
+    async def _type_slowly(self, characters: Sequence[Sequence[Stroke]], progress: Progress) -> None:
+        restarts = self.reports.restarts
+        for number, strokes in enumerate(characters, 1):
+            for stroke in strokes:
+                for report in (self._report_of(stroke), _report(self._pressed)):
+                    await self._emit(report)
+                    await asyncio.sleep(FIRMWARE_PACE)
+            progress(number)
+        if self.reports.restarts != restarts and not self.boot_protocol:  # OVMF restarts after each report
+            raise ReportsLost(0, len(characters))
+
+    def _report_of(self, stroke: Stroke, *others: Key) -> bytes:
+        report = _report([*self._pressed, Key(stroke.key), *others])
+        return bytes((report[0] | stroke.modifiers,)) + report[1:]
+
+    async def _emit(self, *reports: bytes) -> None:
+        """Send reports of a text, unless the guest has reset the device since the text began."""
+        if not self._is_same_configuration:
+            raise Detached("the guest has reset the keyboard while a text was typed")
+        await self.report(*reports)
+
+    @property
+    def _is_same_configuration(self) -> bool:
+        return self._configurations == self._typing_in and self._current is not None
+
+    # Confirmations
+
+    async def confirm(self, timeout: float = _TAKEN_TIMEOUT) -> bool:
+        """Wait until the guest has taken all reports. Return False if it does not confirm that.
 
         Num Lock is pressed twice: a guest that reflects the lock sets the LEDs each time, after all that came before.
 
         Raises:
             Detached: the guest has not configured the device, or resets or unplugs it.
         """
-        return await self._answers(timeout) and await self._answers(timeout)
+        async with self._turn:
+            self._typing_in = self._configurations
+            first = await (await self._toggle()).comes(timeout)
+            return await (await self._toggle()).comes(timeout) and first
 
-    async def _answers(self, timeout: float) -> bool:
-        """Press Num Lock, and return whether the guest sets the LEDs within ``timeout`` seconds."""
-        before = self._leds_set
-        await self.tap(Key.NUM_LOCK)
+    async def _answers(self) -> bool:
+        """Return whether the guest confirms what it takes. A driver that has just begun may drop the first reports."""
+        for attempt in range(1 if self._is_silent else _ATTEMPTS):
+            if await (await self._toggle()).comes(_ATTEMPT_TIMEOUT):
+                if attempt:
+                    await self._settle()  # answers to earlier attempts
+                self._is_silent = not await (await self._toggle()).comes(_TAKEN_TIMEOUT)
+                self._toggled = False
+                return not self._is_silent
+        self._is_silent = True
+        return False
+
+    async def _toggle(self, stroke: Stroke | None = None) -> _Echo:
+        """Press Num Lock, with another key in the same report if there is one; return what waits for the answer."""
+        before = self.leds & Led.NUM_LOCK
+        pressed = _report([*self._pressed, Key.NUM_LOCK]) if stroke is None else self._report_of(stroke, Key.NUM_LOCK)
+        self._toggled = not self._toggled
+        await self._emit(pressed, _report(self._pressed))
+        return _Echo(self, before)
+
+    async def _toggle_caps_lock(self) -> bool:
+        """Press Caps Lock, and wait until the guest shows it; return whether it does."""
+        before = self.leds & Led.CAPS_LOCK
+        await self._emit(_report([*self._pressed, Key.CAPS_LOCK]), _report(self._pressed))
+        return await self.within(_ATTEMPT_TIMEOUT, lambda: self.leds & Led.CAPS_LOCK != before)
+
+    async def _settle(self) -> None:
+        """Wait until the guest has set no LEDs for :data:`_SETTLE_TIME`."""
+        before = -1
+        while before != self._leds_set:
+            before = self._leds_set
+            await asyncio.sleep(_SETTLE_TIME)
+
+    async def within(self, seconds: float, condition: Callable[[], bool]) -> bool:
+        """Wait until a condition is true, as :meth:`until`, for some seconds at most; return whether it is."""
         try:
-            async with asyncio.timeout(timeout):
-                await self.until(lambda: self._leds_set != before)
+            async with asyncio.timeout(seconds):
+                await self.until(condition)
         except TimeoutError:
             return False
         return True
+
+
+class _Echo:
+    """What a guest does when it has taken Num Lock: it changes the LED."""
+
+    def __init__(self, keyboard: Keyboard, before: Led) -> None:
+        self._keyboard = keyboard
+        self._before = before
+
+    @property
+    def _is_there(self) -> bool:
+        return self._keyboard.leds & Led.NUM_LOCK != self._before
+
+    async def comes(self, timeout: float, restarts: int | None = None) -> bool:
+        """Return whether the answer comes in time.
+
+        Args:
+            timeout: in seconds.
+            restarts: wait no longer than :data:`_SETTLE_TIME` once the guest has restarted to receive more often.
+        """
+        keyboard = self._keyboard
+
+        def has_restarted() -> bool:
+            return restarts is not None and keyboard.reports.restarts != restarts
+
+        await keyboard.within(timeout, lambda: self._is_there or has_restarted())
+        if has_restarted():
+            await keyboard.within(_SETTLE_TIME, lambda: self._is_there)
+        return self._is_there
+
+
+class _Uncertain(Exception):
+    """It cannot be determined whether the guest has taken a key."""
 
 
 def _report(keys: list[Key]) -> bytes:

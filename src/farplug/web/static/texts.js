@@ -186,7 +186,7 @@ export const T = {
   kinds: /** @type {Record<string, string>} */ ({
     disk: "disk, writable", "disk-snapshot": "disk, writes to a snapshot", "read-only-disk": "disk, read-only", cdrom: "CD-ROM",
     folder: "folder as a disk", "usb-device": "device of this machine", device: "device", plain: "disk",
-    keyboard: "keyboard", tablet: "tablet", serial: "serial line", network: "network adapter", fido: "security key",
+    keyboard: "keyboard", tablet: "tablet", mouse: "mouse", touchscreen: "touchscreen", gamepad: "gamepad", serial: "serial line", network: "network adapter", fido: "security key",
   }),
   fromBrowser: "from this browser",
   fromAnotherBrowser: "from a browser",

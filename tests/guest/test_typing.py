@@ -1,0 +1,191 @@
+"""Text that is typed on a USB keyboard in a real guest: whole, once, and confirmed; or an error that says how far."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import string
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+
+import pytest
+from tests.guest.conftest import GuestPool
+from tests.guest.plugging import SCRIPTS, disk_with, plugged
+from tests.guest.test_devices_of_your_own import KEY_ESC, reading, text_of, trouble
+
+from farplug.app.commands import Via
+from farplug.app.guest import Guest
+from farplug.app.settings import Source
+from farplug.errors import DeviceError
+from farplug.store.image import serial_number
+from farplug.target import open_session, parse_target
+from farplug.testing import GuestConfig, SpicePort, TcpPort
+from farplug.usb import Speed
+from farplug.virtual import VirtualDevice
+from farplug.virtual.hid import Gamepad, Hat, MediaKey, MediaKeys, Touchscreen
+from farplug.vm.qemu_config import Controller
+
+MODULES = ("usbhid", "hid_generic", "hid_multitouch", "evdev")
+FILES = (("/scripts/input_events.py", SCRIPTS / "input_events.py"),)
+GUEST = GuestConfig(
+    ports=(TcpPort(), SpicePort()),
+    modules=MODULES,
+    memory=512,
+    python=True,
+    files=FILES,
+    extra_arguments=("-device", "VGA"),
+)
+ALPHABET = string.ascii_letters + string.digits + string.punctuation + " \n\t"
+
+
+def with_controller(controller: Controller) -> GuestConfig:
+    return GuestConfig(ports=(TcpPort(),), controller=controller, modules=MODULES, memory=512, python=True, files=FILES)
+
+
+def random_text(seed: int, count: int) -> str:
+    return "".join(random.Random(seed).choices(ALPHABET, k=count))
+
+
+@asynccontextmanager
+async def connected(target: str) -> AsyncIterator[Guest]:
+    guest = Guest(session=await open_session(parse_target(target)))
+    try:
+        yield guest
+    finally:
+        await guest.close()
+
+
+@contextmanager
+def busy(count: int) -> Iterator[None]:
+    """Keep processors of this machine busy."""
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.parametrize("port", [0, 1], ids=["tcp", "spice"])
+async def test_a_keyboard_is_plugged_in_for_a_text(guests: GuestPool, port: int, tmp_path: Path) -> None:
+    """It stays for the next one, and leaves when its port is needed."""
+    guest = await guests.get(GUEST)
+    async with connected(guest.targets[port]) as farplug:
+        typed = await farplug.typing.type("x", via=Via.AUTO)
+        assert (typed.via, typed.confirmed) == (Via.USB, True)
+        (attachment,) = farplug.attachments
+        assert attachment.label == "keyboard0"
+        text = random_text(port, 700)
+        async with reading(guest, 0, KEY_ESC) as events:
+            typed = await farplug.typing.type(text)
+            assert (typed.via, typed.confirmed) == (Via.USB, True)
+            pressed = await farplug.typing.press("Escape")
+            assert (pressed.via, pressed.confirmed) == (Via.USB, True)
+        assert text_of(events) == text
+        async with reading(guest, 0, KEY_ESC) as events:
+            assert (await farplug.typing.type("Grüße äöü", "de")).confirmed
+            await farplug.typing.press("Escape")
+        assert text_of(events) == "Gr[-e ';[", "the same keys on a US keyboard"
+        assert farplug.attachments == [attachment]
+        image = tmp_path / f"{port}.raw"
+        image.write_bytes(bytes(1 << 20))
+        (disk,) = await farplug.attach([Source.disk(image)])
+        await disk_with(guest, serial_number(image))
+        assert attachment.over
+        await farplug.unplug(disk)
+    assert await trouble(guest) == ""
+
+
+async def test_a_click_on_a_tablet_that_is_plugged_in_for_it(guests: GuestPool) -> None:
+    guest = await guests.get(GUEST)
+    async with connected(guest.targets[1]) as farplug:
+        width, height = await farplug.screen.size()
+        clicked = await farplug.typing.click(width - 1, 0)
+        assert clicked.via is Via.USB
+        async with reading(guest, 0, 0x110) as events:  # BTN_LEFT
+            await farplug.typing.click(width // 2, height + 1000)
+        assert [(code, value) for kind, code, value in events if kind == 1] == [(0x110, 1), (0x110, 0)]
+        places = {code: value for kind, code, value in events if kind == 3}
+        assert abs(places[0] - 16384) < 100
+        assert places[1] == 32767
+
+
+@pytest.mark.parametrize("port", [0, 1], ids=["tcp", "spice"])
+async def test_a_busy_machine_loses_nothing(guests: GuestPool, port: int) -> None:
+    """Two thousand characters, with two busy processes beside the guest."""
+    guest = await guests.get(GUEST)
+    text = random_text(7 + port, 2000)
+    async with connected(guest.targets[port]) as farplug:
+        await farplug.typing.type("x", via=Via.USB)
+        with busy(2):
+            async with reading(guest, 0, KEY_ESC) as events:
+                time.monotonic()
+                assert (await farplug.typing.type(text, via=Via.USB)).confirmed
+                await farplug.typing.press("Escape")
+        assert text_of(events) == text
+
+
+@pytest.mark.parametrize("controller", [Controller.EHCI, Controller.UHCI], ids=str)
+async def test_controllers_that_lose_reports(guests: GuestPool, controller: Controller) -> None:
+    """The text arrives whole, or what has certainly arrived is a part of it, which the error says."""
+    guest = await guests.get(with_controller(controller))
+    text = random_text(3, 1000)
+    async with connected(guest.targets[0]) as farplug:
+        await farplug.typing.type("x", via=Via.USB)
+        with busy(2):
+            async with reading(guest, 0, KEY_ESC) as events:
+                certain = await _typed(farplug, text)
+                await farplug.typing.press("Escape")
+        assert text_of(events)[:certain] == text[:certain]
+        if certain == len(text):
+            assert text_of(events) == text
+
+
+async def _typed(farplug: Guest, text: str) -> int:
+    try:
+        typed = await farplug.typing.type(text, via=Via.USB)
+    except DeviceError as error:
+        return int(error.message.split(": ")[1].split()[0])
+    return len(text) if typed.confirmed else 0
+
+
+async def test_a_guest_that_reboots(guests: GuestPool) -> None:
+    """The keyboard works again, untouched, and a text that was interrupted says how far it is certain."""
+    guest = await guests.get(GUEST)
+    async with connected(guest.targets[0]) as farplug:
+        await farplug.typing.type("x", via=Via.USB)
+        typing = asyncio.ensure_future(farplug.typing.type("y" * 50_000, via=Via.USB))
+        async with reading(guest, 0, 21):  # KEY_Y
+            pass
+        await guest.check("echo 0 > $(ls -d /sys/bus/usb/devices/*/authorized | tail -1)")
+        with pytest.raises(DeviceError, match="of 50000 characters are certain"):
+            await typing
+        await guest.check("echo 1 > $(ls -d /sys/bus/usb/devices/*/authorized | tail -1)")
+        assert (await farplug.typing.type("again", via=Via.USB)).confirmed
+
+
+async def test_other_input_devices(guests: GuestPool) -> None:
+    """Linux binds a driver to each, and gets what they do."""
+    guest = await guests.get(GUEST)
+    gamepad, touchscreen, media = Gamepad(), Touchscreen(), MediaKeys()
+    device = VirtualDevice(gamepad, touchscreen, media, product="Controls", speeds=(Speed.HIGH,))
+    async with plugged(guest.targets[0], device):
+        async with reading(guest, 0, 0x130) as events:  # BTN_SOUTH
+            await gamepad.move(left=(-127, 127), hat=Hat.RIGHT)
+            await gamepad.press(1)
+            await gamepad.release(1)
+        assert {(code, value) for kind, code, value in events if kind == 3} >= {(0, -127), (1, 127), (16, 1)}
+        async with reading(guest, 1, 0x14A) as events:  # BTN_TOUCH
+            await touchscreen.tap(16384, 8192)
+        places = {code: value for kind, code, value in events if kind == 3}
+        assert (places[0], places[1]) == (16384, 8192)
+        async with reading(guest, 2, 140) as events:  # KEY_CALC
+            await media.press(MediaKey.VOLUME_UP)
+            await media.press(MediaKey.CALCULATOR)
+        assert [code for kind, code, value in events if kind == 1 and value] == [115, 140]
+    assert await trouble(guest) == ""
