@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.control.support import RawClient, descriptors
 from tests.guest.conftest import GuestPool
-from tests.guest.plugging import GUEST_TIMEOUT, until
+from tests.guest.plugging import GUEST_TIMEOUT
 from tests.guest.test_spice_session import TWO_PORTS
 
 from farplug.app.app import App
@@ -39,7 +39,8 @@ async def use(path: Path, image: Path, guest: QemuGuest) -> None:
             result = await client.call("attach", {"sources": [{"kind": "disk", "path": str(image)}]})
             (attachment,) = result["attachments"]
             assert attachment["state"] == "in use"
-            await until(guest, f"head -qc 5 /dev/sd? 2>/dev/null | grep -q {content}")
+            while content not in await guest.check("head -qc 5 /dev/sd? 2>/dev/null; :"):
+                await asyncio.sleep(0.05)
             assert await client.call("detach", {"device": image.name}) == {"detached": [image.name]}
             while True:
                 event = await anext(events)

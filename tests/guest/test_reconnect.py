@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tests.app.test_link import Running, running
 from tests.guest.conftest import GuestPool
-from tests.guest.plugging import GUEST_TIMEOUT, until
+from tests.guest.plugging import GUEST_TIMEOUT
 from tests.transport.fake_spice import free_port
 
 from farplug.app.commands import Attach, Detach
@@ -33,8 +33,9 @@ def images(folder: Path) -> list[Path]:
 
 async def read(guest: QemuGuest, *names: str) -> None:
     """Wait until the guest has read the names of disks."""
-    for name in names:
-        await until(guest, f"head -qc 5 /dev/sd? 2>/dev/null | grep -q {name}")
+    command = "for disk in /dev/sd?; do head -c 5 $disk; echo; done 2>/dev/null; :"
+    while not set(names) <= set((await guest.check(command)).split()):
+        await asyncio.sleep(0.1)
 
 
 async def in_use(session: Running, *labels: str) -> None:
