@@ -1,7 +1,8 @@
 """Fuzz the control protocol: what a client and a session receive, and a session with clients that send damaged streams.
 
 RemoteProtocolError is expected. Any other exception is a bug. A stream without damage must be decoded completely,
-however it is cut. After a damaged stream the session must serve other clients, and no request may remain pending.
+however it is cut. Each read of a file that a client offers is done once. After a damaged stream the session must serve
+other clients, and no request may remain pending.
 """
 
 from __future__ import annotations
@@ -33,12 +34,14 @@ from farplug.control.messages import (
 )
 from farplug.control.server import METHODS, Server
 from farplug.errors import FarplugError, Reason, Remedy, RemoteProtocolError, UsageError
+from farplug.store.remote import CHUNK, MAX_ASKED, ChunkCache, RemoteFile
+from farplug.usb.types import Buffer
 from harness import check, run
 
 WORDS = (
     *METHODS,
     *("path", "sources", "kind", "disk", "device", "events", "guest", "protocol_version", "1.0", "note", "ok", "id"),
-    *("bytes", "display", "serial"),
+    *("bytes", "display", "serial", "file", "size", "media", "read", "m1", "take", "code", "down", "text"),
 )
 HELLO = encode(Request(0, "hello", {"protocol_version": "1.0"}))
 
@@ -197,8 +200,52 @@ def fuzz_session(rng: random.Random) -> None:
             raise AssertionError from error
 
 
+async def remote_file(rng: random.Random) -> None:
+    """Read a file of a client that answers as it likes: each read is done once, with the right bytes or an error."""
+    content = rng.randbytes(rng.randrange(1, 5 * CHUNK))
+    asked: list[tuple[int, int, int]] = []
+    file = RemoteFile("x", len(content), "", lambda *question: asked.append(question), ChunkCache(rng.randrange(1, 5)))
+    reads: list[tuple[int, int, list[bytes | OSError]]] = []
+    for _ in range(rng.randrange(60)):
+        if rng.random() < 0.5:
+            offset = rng.randrange(len(content))
+            length = rng.randrange(1, min(3 * CHUNK, len(content) - offset) + 1)
+            results: list[bytes | OSError] = []
+
+            def done(data: Buffer, error: OSError | None, results: list[bytes | OSError] = results) -> None:
+                results.append(bytes(data) if error is None else error)
+
+            file.read(offset, length, done)
+            reads.append((offset, length, results))
+        elif asked:
+            question, offset, length = asked[-1 - rng.randrange(min(6, len(asked)))]
+            data, error = (
+                rng.choice(
+                    ((content[offset : offset + length],) * 5 + (b"", content[: length + 1])) if length else (b"",)
+                ),
+                rng.choice((None,) * 9 + ("it has changed",)),
+            )
+            try:
+                file.answer(question + rng.choice((0,) * 9 + (1, -1, 99)), data, error)
+            except ValueError as refused:
+                check(str(refused).isprintable())
+        check(len(file._asked) <= MAX_ASKED)
+        if rng.random() < 0.02:
+            file.close()
+    file.close()
+    for _, length, results in reads:
+        (result,) = results
+        check(isinstance(result, OSError) or len(result) == length)
+    check(not file._timers and not file._waiting)
+
+
+def fuzz_remote_file(rng: random.Random) -> None:
+    asyncio.run(remote_file(rng))
+
+
 def one_case(rng: random.Random) -> None:
-    rng.choice((fuzz_requests, fuzz_requests, fuzz_replies, fuzz_replies, fuzz_session))(rng)
+    fuzzers = (fuzz_requests, fuzz_requests, fuzz_replies, fuzz_replies, fuzz_session, fuzz_remote_file)
+    rng.choice(fuzzers)(rng)
 
 
 if __name__ == "__main__":
