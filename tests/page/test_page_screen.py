@@ -386,7 +386,7 @@ class TestWhoDrives:
         expect(page.get_by_text("You drive")).to_be_visible()
         assert len(fake.of("key")) == before
 
-    def test_nobody_is_pushed_aside_when_the_page_opens(self, fake: FakePage, opened: Opened) -> None:
+    def test_a_page_that_opens_leaves_the_drive_to_its_holder(self, fake: FakePage, opened: Opened) -> None:
         fake.driver = {"holder": {"name": "Mia", "you": False}, "watchers": 1}
         page = opened(fake)
         expect(page.locator(".driver")).to_contain_text("Mia drives")
