@@ -51,10 +51,11 @@ def write(name: str, *lines: str) -> str:
 
 
 def register(node: str, options: str = "", name: str = "cred", pin: str = "") -> str:
-    """Return commands that make and verify a credential."""
+    """Return commands that make and verify a credential. The tools do not cut a file that is longer."""
     typed = f"printf '%s\\n' {pin} | " if pin else ""
     return (
         write("/tmp/new", HASH, SITE, "alice", USER_ID)
+        + f"rm -f /tmp/made /tmp/{name}\n"
         + f"{typed}fido2-cred -M {options} -i /tmp/new -o /tmp/made {node}\n"
         + f"fido2-cred -V {' '.join(set(options.split()) & {'-v', '-h'})} -i /tmp/made -o /tmp/{name}\n"
         + f"head -n 1 /tmp/{name} >/tmp/{name}.id; tail -n +2 /tmp/{name} >/tmp/{name}.pem\n"
@@ -67,6 +68,7 @@ def sign_in(node: str, options: str = "", name: str = "cred", *, listed: bool = 
     return (
         write("/tmp/ask", HASH, SITE)
         + (f"cat /tmp/{name}.id >>/tmp/ask\n" if listed else "")
+        + "rm -f /tmp/proof\n"
         + f"{typed}fido2-assert -G {options} {'' if listed else '-r'} -i /tmp/ask -o /tmp/proof {node}\n"
         + f"fido2-assert -V -p {'-v ' if pin else ''}-i /tmp/proof /tmp/{name}.pem"
     )
