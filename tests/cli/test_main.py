@@ -164,7 +164,8 @@ def test_ctrl_c_while_it_starts(tmp_path: Path) -> None:
 def test_ctrl_c_once_it_has_started(ignored: bool) -> None:
     code = (
         "import os, signal, sys; from farplug.cli import script; from farplug.cli import main, devices;"
-        "main.app.registered_commands[1].callback = lambda: (os.kill(os.getpid(), signal.SIGINT), print('alive'));"
+        "command = next(one for one in main.app.registered_commands if one.callback is devices.devices);"
+        "command.callback = lambda: (os.kill(os.getpid(), signal.SIGINT), print('alive'));"
         "sys.argv = ['farplug', 'devices']; script.main()"
     )
     command = [sys.executable, "-c", code]

@@ -22,7 +22,7 @@ EXIT_CODES = {
     ExitCode.OK: "success",
     ExitCode.INTERNAL_ERROR: "internal error: please report it",
     ExitCode.USAGE: "an option, an argument or a .vv file is not valid",
-    ExitCode.IMAGE: "an image cannot be used",
+    ExitCode.IMAGE: "an image, or another file of which a device is made, cannot be used",
     ExitCode.UNREACHABLE: "the VM cannot be reached",
     ExitCode.TLS: "TLS is required, or failed: the certificate is not trusted, or belongs to another host",
     ExitCode.DENIED: (
