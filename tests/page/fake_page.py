@@ -197,6 +197,8 @@ class FakePage:
         """Send an event of the session; the snapshot follows."""
         data = {"id": self.snapshot["last_event"] + 1, "time": time.time(), "level": "info", "guest": "g1", **fields}
         data.setdefault("message", name)
+        if name == "figures":
+            data.setdefault("errors", 0)
         self.snapshot = apply(self.snapshot, {"event": name, **data})
         if "sources" in fields and name == "attaching":
             self.snapshot["guests"]["g1"]["attachments"][fields["attachment"]]["sources"] = fields["sources"]

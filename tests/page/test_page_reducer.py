@@ -92,7 +92,7 @@ def random_event(chance: random.Random, id: int) -> Json:
         "speed": "high",
         "count": 3,
     }
-    event |= {figure: chance.randrange(99) for figure in ("read", "written", "commands", "rate", "memory")}
+    event |= {figure: chance.randrange(99) for figure in ("read", "written", "commands", "rate", "memory", "errors")}
     if name == "attaching":
         about = attachment("x", port)
         event |= {field: about[field] for field in about if field not in ("id", "state")}

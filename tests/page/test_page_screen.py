@@ -278,7 +278,6 @@ class TestFingers:
         assert all("left" not in call.params["buttons"] for call in fake.of("pointer"))
 
     def test_two_fingers_turn_the_wheel(self, fake: FakePage, phone: Page) -> None:
-        self.touch("touchStart", at(phone, 100, 50))
         self.touch("touchStart", at(phone, 100, 50), at(phone, 150, 50))
         for step in range(1, 9):
             self.touch("touchMove", at(phone, 100, 50 + 10 * step), at(phone, 150, 50 + 10 * step))
