@@ -86,7 +86,7 @@ class LossyGuest:
         self.lost = 0
         self._held: set[int] = set()
         self._leds = source.choice((0, 1, 2, 3))
-        self._told: asyncio.TimerHandle | None = None
+        self._showing: asyncio.TimerHandle | None = None
 
     async def run(self) -> None:
         await self.device.open(self.receiver)
@@ -115,12 +115,12 @@ class LossyGuest:
         for key in self._held - before:
             if key in LOCKS:
                 self._leds ^= LOCKS[key]
-                if self._told is None:  # as Linux: changes that are close together are one
+                if self._showing is None:  # as Linux: changes that are close together are one
                     delay = self.source.choice((0, 0, 0.002, self.source.random() * LED_DELAY))
-                    self._told = asyncio.get_running_loop().call_later(delay, self._set_leds)
+                    self._showing = asyncio.get_running_loop().call_later(delay, self._set_leds)
 
     def _set_leds(self) -> None:
-        self._told = None
+        self._showing = None
         data = bytes((self._leds,))
         setup = Setup(0x21, 9, 0x200, 0, 1)
         self.device.submit(Transfer(TransferType.CONTROL, 0, lambda transfer: None, length=1, data=data, setup=setup))
@@ -187,7 +187,7 @@ def some_setup(source: random.Random, interfaces: int) -> tuple[Setup, bytes]:
 
 
 async def use(source: random.Random, function: HidFunction) -> None:
-    """Use a device for ever, as a program does."""
+    """Use a device forever, as a program does."""
     while True:
         try:
             match function:

@@ -204,7 +204,7 @@ def complete(tmp_path: Path, *words: str) -> list[str]:
 
 
 def test_completion(tmp_path: Path) -> None:
-    assert complete(tmp_path, "d") == ["devices", "detach", "doctor", "demo"]
+    assert complete(tmp_path, "d") == ["devices", "detach", "doctor", "demo", "device"]
     assert complete(tmp_path, "connect", "vm.vv", "--usb-d") == ["--usb-disk", "--usb-disk-ro", "--usb-device"]
     assert complete(tmp_path, "connect", "vm.vv", "--cache", "write") == ["writeback", "writethrough"]
     assert complete(tmp_path, "connect", "vm.vv", "--usb-disk", "x") == [], "files: bash does that by itself"

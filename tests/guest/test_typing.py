@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from tests.guest.conftest import GuestPool
 from tests.guest.plugging import SCRIPTS, disk_with, plugged
+from tests.guest.test_auto import grub_image
 from tests.guest.test_devices_of_your_own import KEY_ESC, reading, text_of, trouble
 
 from farplug.app.commands import Via
@@ -23,7 +24,7 @@ from farplug.app.settings import Source
 from farplug.errors import DeviceError
 from farplug.store.image import serial_number
 from farplug.target import open_session, parse_target
-from farplug.testing import GuestConfig, SpicePort, TcpPort
+from farplug.testing import Boot, GuestConfig, SpicePort, TcpPort
 from farplug.usb import Speed
 from farplug.virtual import VirtualDevice
 from farplug.virtual.hid import Gamepad, Hat, MediaKey, MediaKeys, Touchscreen
@@ -105,10 +106,9 @@ async def test_a_click_on_a_tablet_that_is_plugged_in_for_it(guests: GuestPool) 
     guest = await guests.get(GUEST)
     async with connected(guest.targets[1]) as farplug:
         width, height = await farplug.screen.size()
-        clicked = await farplug.typing.click(width - 1, 0)
-        assert clicked.via is Via.USB
-        async with reading(guest, 0, 0x110) as events:  # BTN_LEFT
-            await farplug.typing.click(width // 2, height + 1000)
+        clicking = asyncio.ensure_future(farplug.typing.click(width // 2, height + 1000))
+        async with reading(guest, 0, 0x110) as events:  # BTN_LEFT; Linux reads a tablet only while a program does
+            assert (await clicking).via is Via.USB
         assert [(code, value) for kind, code, value in events if kind == 1] == [(0x110, 1), (0x110, 0)]
         places = {code: value for kind, code, value in events if kind == 3}
         assert abs(places[0] - 16384) < 100
@@ -154,18 +154,19 @@ async def _typed(farplug: Guest, text: str) -> int:
     return len(text) if typed.confirmed else 0
 
 
-async def test_a_guest_that_reboots(guests: GuestPool) -> None:
-    """The keyboard works again, untouched, and a text that was interrupted says how far it is certain."""
+async def test_a_guest_that_configures_the_keyboard_again(guests: GuestPool) -> None:
+    """Interrupt a text; the error says how far it is certain, and the keyboard works again, untouched."""
     guest = await guests.get(GUEST)
     async with connected(guest.targets[0]) as farplug:
         await farplug.typing.type("x", via=Via.USB)
         typing = asyncio.ensure_future(farplug.typing.type("y" * 50_000, via=Via.USB))
         async with reading(guest, 0, 21):  # KEY_Y
             pass
-        await guest.check("echo 0 > $(ls -d /sys/bus/usb/devices/*/authorized | tail -1)")
+        device = "$(dirname $(grep -l farplug /sys/bus/usb/devices/*/manufacturer))"
+        await guest.check(f"echo 0 > {device}/bConfigurationValue")
         with pytest.raises(DeviceError, match="of 50000 characters are certain"):
             await typing
-        await guest.check("echo 1 > $(ls -d /sys/bus/usb/devices/*/authorized | tail -1)")
+        await guest.check(f"echo 1 > {device}/bConfigurationValue")
         assert (await farplug.typing.type("again", via=Via.USB)).confirmed
 
 
@@ -189,3 +190,34 @@ async def test_other_input_devices(guests: GuestPool) -> None:
             await media.press(MediaKey.CALCULATOR)
         assert [code for kind, code, value in events if kind == 1 and value] == [115, 140]
     assert await trouble(guest) == ""
+
+
+LINES = (
+    "The quick brown fox jumps 0123456789",
+    "over the lazy dog ABCDEFGHIJKLMNOPQR",
+    "stuvwxyz and again 9876543210 STUVWXYZ",
+)
+"""More than a hundred characters. GRUB and the shell of UEFI print them as they are."""
+
+
+@pytest.mark.parametrize("firmware", ["seabios", "ovmf"])
+async def test_firmware(guests: GuestPool, firmware: str, tmp_path: Path) -> None:
+    """The keyboard is there before the machine starts; what is typed arrives, and nothing confirms it."""
+    if firmware == "ovmf":
+        config, prompt = GuestConfig(ports=(TcpPort(),), boot=Boot.UEFI, paused=True), "Shell>"
+    else:
+        image = grub_image(tmp_path, "serial normal echo", "console")
+        drive = ("-drive", f"file={image},format=raw,if=ide,snapshot=on")
+        config = GuestConfig(ports=(TcpPort(),), boot=Boot.BIOS, paused=True, extra_arguments=drive)
+        prompt = "grub> "
+    async with guests.fresh(config) as guest, connected(guest.targets[0]) as farplug:
+        await farplug.plug(Source.keyboard())
+        await guest.qmp.execute("cont")
+        await guest.wait_for_console(prompt)
+        for line in LINES:
+            typed = await farplug.typing.type(f"echo {line}\n", via=Via.USB)
+            assert (typed.via, typed.confirmed) == (Via.USB, False)
+        await guest.wait_for_console("STUVWXYZ\r\n")
+        async with asyncio.timeout(60):
+            while not all(f"\n{line}" in guest.console.replace("\r", "") for line in LINES):
+                await asyncio.sleep(0.1)

@@ -10,7 +10,21 @@ from typing import Annotated
 
 import typer
 
-from farplug.cli import capture, connect, demo, devices, doctor, image, log, page, screen, serve, sessions, writer
+from farplug.cli import (
+    capture,
+    connect,
+    demo,
+    device,
+    devices,
+    doctor,
+    image,
+    log,
+    page,
+    screen,
+    serve,
+    sessions,
+    writer,
+)
 from farplug.cli.failure import Failure
 from farplug.cli.options import Command, DebugOption, Group
 from farplug.errors import FarplugError, InternalError, Reason, Remedy
@@ -70,6 +84,7 @@ app.command("page", cls=Command)(page.page)
 app.command("doctor", cls=Command)(doctor.doctor)
 app.command("demo", cls=Command)(demo.demo)
 app.add_typer(image.app, name="image")
+app.add_typer(device.app, name="device")
 
 
 def _version(value: bool) -> None:

@@ -32,7 +32,7 @@ TRUSTED_AFTER: Final = 300
 
 _ATTEMPTS, _ATTEMPT_TIMEOUT = 5, 1.0
 """How often, and for how many seconds each, a guest is asked whether it confirms what it takes."""
-_TAKEN_TIMEOUT = 5.0
+_TAKEN_TIMEOUT = 15.0
 """Seconds in which a guest confirms what it has taken."""
 _SETTLE_TIME = 0.3
 """Seconds without LEDs after which no answer to earlier reports is expected any more."""
