@@ -95,7 +95,7 @@ async def test_a_cd_of_a_client_is_read_and_its_client_is_killed(guests: GuestPo
             second.kill()
             result = await reading
             assert result.exit_code != 0
-            assert "I/O error" in result.output
+            assert "Input/output error" in result.output
         assert "its client has gone" in (await client.event("medium-ejected"))["data"]["message"]
         await guest.check("umount /mnt || :")
         # And the drive works with the next medium.
