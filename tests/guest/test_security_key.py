@@ -126,7 +126,7 @@ async def test_pin_and_credential_management(guests: GuestPool) -> None:
         await guest.check("set -e; cd /tmp\n" + sign_in(node, "-v", listed=False, pin="56789"))
         assert "existing rk(s): 1" in await guest.check(f"printf '56789\\n' | fido2-token -I -c {node}")
         assert SITE in await guest.check(f"printf '56789\\n' | fido2-token -L -r {node}")
-        listed = await guest.check(f"printf '56789\\n' | fido2-token -L -k {SITE} {node}")
+        listed = await guest.check(f"printf '56789\\n' | fido2-token -L -k {SITE} {node} 2>/dev/null")
         (line,) = [line for line in listed.splitlines() if line.startswith("00: ")]
         id = line.split()[1]
         assert (await guest.check("cat /tmp/cred.id")).strip() == id
