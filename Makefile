@@ -67,6 +67,7 @@ format: setup
 bench: setup
 	$(PYTHON) bench/micro.py
 	$(PYTHON) bench/disk.py
+	$(PYTHON) bench/network.py
 	$(PYTHON) bench/nested.py
 	PYTHONPATH=. $(PYTHON) bench/proxy.py
 
