@@ -147,19 +147,23 @@ async def type_with_losses(source: random.Random) -> None:
         if unicodedata.normalize("NFC", character) == character and not unicodedata.combining(character)
     ]
     text = "".join(source.choices(known, k=source.choice((1, 5, 40, 700))))
+    cut = source.choice((0, 0, 1, len(text) // 2))  # two texts, one right after the other
     keyboard = Keyboard()
     guest = LossyGuest(source, keyboard, source.choice((0, 0, 0.0005, 0.005, 0.05)))
     running = asyncio.ensure_future(guest.run())
     while not keyboard.reports.is_read:  # noqa: ASYNC110  (in simulated time)
         await asyncio.sleep(INTERVAL)
     await asyncio.sleep(2 * LED_DELAY)
-    before = keyboard.leds
+    before, done = keyboard.leds, 0
     try:
-        confirmed = await keyboard.type_text(text, layout, confirm=True)
+        confirmed = await keyboard.type_text(text[:cut], layout, confirm=True)
+        done = cut
+        confirmed = await keyboard.type_text(text[cut:], layout, confirm=True) and confirmed
     except ReportsLost as error:
         counts["texts uncertain"] += 1
         check(guest.lost > 0, "nothing was lost")
-        check(text_of(guest.seen, layout)[: error.confirmed] == text[: error.confirmed])
+        done += error.confirmed
+        check(text_of(guest.seen, layout)[:done] == text[:done])
     else:
         counts["texts with losses" if guest.lost else "texts"] += 1
         assert confirmed

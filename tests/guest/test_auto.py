@@ -208,20 +208,15 @@ async def test_slof(tmp_path: Path) -> None:
     await cdrom.dispose()
 
 
-def grub_image(folder: Path, modules: str = "ehci usbms serial normal ls cat", keys: str = "serial") -> Path:
-    """A hard disk with GRUB on it, which by default has drivers of its own for EHCI and mass storage.
-
-    Args:
-        folder: for the image.
-        modules: of GRUB.
-        keys: the terminal from which it reads: ``console`` for the keyboard of the firmware.
-    """
+def grub_image(folder: Path) -> Path:
+    """A hard disk with GRUB on it, which has drivers of its own for EHCI and mass storage, and nothing else."""
     boot = Path("/usr/lib/grub/i386-pc/boot.img")
     if not boot.exists():
         lacking("GRUB for a PC's BIOS is not installed (Debian: grub-pc-bin)")
     settings = folder / "grub.cfg"
-    settings.write_text(f"serial --unit=0\nterminal_input {keys}\nterminal_output serial\n")
+    settings.write_text("serial --unit=0\nterminal_input serial\nterminal_output serial\n")
     core = folder / "core.img"
+    modules = "ehci usbms serial normal ls cat"
     subprocess.run(
         [
             *(

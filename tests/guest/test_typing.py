@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 from tests.guest.conftest import GuestPool
 from tests.guest.plugging import SCRIPTS, disk_with, plugged
-from tests.guest.test_auto import grub_image
 from tests.guest.test_devices_of_your_own import KEY_ESC, reading, text_of, trouble
 
 from farplug.app.commands import Via
@@ -24,7 +23,7 @@ from farplug.app.settings import Source
 from farplug.errors import DeviceError
 from farplug.store.image import serial_number
 from farplug.target import open_session, parse_target
-from farplug.testing import Boot, GuestConfig, SpicePort, TcpPort
+from farplug.testing import GuestConfig, SpicePort, TcpPort
 from farplug.usb import Speed
 from farplug.virtual import VirtualDevice
 from farplug.virtual.hid import Gamepad, Hat, MediaKey, MediaKeys, Touchscreen
@@ -190,34 +189,3 @@ async def test_other_input_devices(guests: GuestPool) -> None:
             await media.press(MediaKey.CALCULATOR)
         assert [code for kind, code, value in events if kind == 1 and value] == [115, 140]
     assert await trouble(guest) == ""
-
-
-LINES = (
-    "The quick brown fox jumps 0123456789",
-    "over the lazy dog ABCDEFGHIJKLMNOPQR",
-    "stuvwxyz and again 9876543210 STUVWXYZ",
-)
-"""More than a hundred characters. GRUB and the shell of UEFI print them as they are."""
-
-
-@pytest.mark.parametrize("firmware", ["seabios", "ovmf"])
-async def test_firmware(guests: GuestPool, firmware: str, tmp_path: Path) -> None:
-    """The keyboard is there before the machine starts; what is typed arrives, and nothing confirms it."""
-    if firmware == "ovmf":
-        config, prompt = GuestConfig(ports=(TcpPort(),), boot=Boot.UEFI, paused=True), "Shell>"
-    else:
-        image = grub_image(tmp_path, "serial normal echo", "console")
-        drive = ("-drive", f"file={image},format=raw,if=ide,snapshot=on")
-        config = GuestConfig(ports=(TcpPort(),), boot=Boot.BIOS, paused=True, extra_arguments=drive)
-        prompt = "grub> "
-    async with guests.fresh(config) as guest, connected(guest.targets[0]) as farplug:
-        await farplug.plug(Source.keyboard())
-        await guest.qmp.execute("cont")
-        await guest.wait_for_console(prompt)
-        for line in LINES:
-            typed = await farplug.typing.type(f"echo {line}\n", via=Via.USB)
-            assert (typed.via, typed.confirmed) == (Via.USB, False)
-        await guest.wait_for_console("STUVWXYZ\r\n")
-        async with asyncio.timeout(60):
-            while not all(f"\n{line}" in guest.console.replace("\r", "") for line in LINES):
-                await asyncio.sleep(0.1)

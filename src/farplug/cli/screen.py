@@ -137,7 +137,7 @@ def type_text(
     text: Annotated[
         str | None,
         typer.Argument(
-            metavar="[TEXT]",
+            metavar="TEXT",
             help="What to type; '-' reads it from standard input, where passwords are not seen by other users.",
             show_default=False,
         ),

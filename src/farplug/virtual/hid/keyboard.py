@@ -204,8 +204,8 @@ class Keyboard(HidFunction):
                 if self._is_same_configuration:
                     if Led.CAPS_LOCK in before:
                         await self._toggle_caps_lock()
-                    if self._toggled:
-                        await self._toggle()
+                    if self._toggled:  # the answer must not be taken for that to the next text
+                        await (await self._toggle()).comes(_ATTEMPT_TIMEOUT)
             return answers
 
     async def _type_confirmed(self, characters: Sequence[Sequence[Stroke]], progress: Progress) -> None:
@@ -321,7 +321,7 @@ class Keyboard(HidFunction):
         """Return whether the guest confirms what it takes. A driver that has just begun may drop the first reports."""
         for attempt in range(1 if self._is_silent else _ATTEMPTS):
             if await (await self._toggle()).comes(_ATTEMPT_TIMEOUT):
-                if attempt:
+                if attempt or self._is_silent:
                     await self._settle()  # answers to earlier attempts
                 self._is_silent = not await (await self._toggle()).comes(_TAKEN_TIMEOUT)
                 self._toggled = False
