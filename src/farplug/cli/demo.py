@@ -187,9 +187,9 @@ class _Demo:
                 try:
                     async with (
                         vm.plug(Source.disk(self._folder / "demo.raw")),
-                        Page.serve(PageSettings(server.hello.session)) as page,
+                        Page.serve(PageSettings(server.hello.session, web_root=str(self._folder))) as page,
                     ):
-                        self._print_command(f"farplug page -s {server.hello.session}")
+                        self._print_command(f"farplug page -s {server.hello.session} --web-root .")
                         self._print(f"  {page.url}")
                         self._print_success("click the picture to type into the VM; Ctrl-C here ends the demo")
                         await ended.wait()
