@@ -510,7 +510,8 @@ def attachment(id: str, port: str, **fields: Any) -> Json:
         "error": None,
         "identity": "1d6b:0104 farplug Virtual Disk",
         "speed": "super",
-        "figures": {"read": 0, "written": 0, "commands": 0, "rate": 0, "memory": 0},
+        "figures": {"read": 0, "written": 0, "commands": 0, "errors": 0, "rate": 0, "memory": 0},
+        "questions": [],
         **fields,
     }
 
