@@ -64,13 +64,13 @@ class TapEnd(End):
                 f"{what} is in use by another program", reason=Reason.IN_USE, remedy="choose another interface"
             )
         if error.errno in (errno.EPERM, errno.EACCES):
-            name = shell_word(self._name)
             return DeviceError(
                 f"this user may not use {what}",
                 reason=Reason.NO_PERMISSION,
                 remedy=Remedy(
                     "make the interface for this user",
-                    command=f"sudo ip tuntap add dev {name} mode tap user $USER\nsudo ip link set dev {name} up",
+                    command=f"sudo ip tuntap add dev {shell_word(self._name)} mode tap user $USER\n"
+                    f"sudo ip link set dev {shell_word(self._name)} up",
                 ),
             )
         reason = Reason.NOT_FOUND if error.errno in (errno.ENOENT, errno.ENODEV) else Reason.IO_ERROR

@@ -42,6 +42,7 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 
 from farplug.control.messages import ErrorData
 from farplug.errors import FarplugError, Reason, Remedy, SetupError, UsageError, from_oserror
+from farplug.shell import shell_word
 from farplug.text import shown
 from farplug.web.board import Board
 from farplug.web.files import WebRoot, private_folder
@@ -573,7 +574,7 @@ def _tls(settings: PageSettings) -> ssl.SSLContext | None:
         raise UsageError(
             f"{key} is encrypted",
             reason=Reason.BAD_OPTION,
-            remedy=Remedy("decrypt it first:", command=f"openssl pkey -in {key} -out plain-key.pem"),
+            remedy=Remedy("decrypt it first:", command=f"openssl pkey -in {shell_word(key)} -out plain-key.pem"),
         )
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
