@@ -85,6 +85,12 @@ async def test_what_has_one_port_shares_it(tmp_path: Path) -> None:
         )["attachments"]
         assert attached["units"] == ["a.raw", "a.raw-2", "keyboard0", "tablet0"]
         assert attached["details"] == ["", "", "", ""]
+        assert attached["sources"] == [
+            {"kind": "read-only-disk", "snapshot": False},
+            {"kind": "disk", "snapshot": True},
+            {"kind": "keyboard", "snapshot": False},
+            {"kind": "tablet", "snapshot": False},
+        ]
         message = [event for event in session.events if event.name == "opened"][-1].message
         assert message == "port 0: LUN 0 a.raw, LUN 1 a.raw-2, keyboard0, tablet0"
 

@@ -111,6 +111,7 @@ class FakePage:
         self.devices: list[Json] = []
         self.files: dict[str, list[Json]] = {"": []}
         self.medium = 0
+        self.sources: dict[str, list[Json]] = {}
         self.handlers: dict[str, Handler] = {
             "hello": lambda params, data: self.server,
             "sessions": lambda params, data: self.rows,
@@ -200,8 +201,6 @@ class FakePage:
         if name == "figures":
             data.setdefault("errors", 0)
         self.snapshot = apply(self.snapshot, {"event": name, **data})
-        if "sources" in fields and name == "attaching":
-            self.snapshot["guests"]["g1"]["attachments"][fields["attachment"]]["sources"] = fields["sources"]
         self.emit(name, data)
 
     def picture(
@@ -251,8 +250,12 @@ class FakePage:
     def attachment(self, id: str, port: str, **fields: Any) -> None:
         """Let a device be attached, and be in use."""
         shown = {**attachment(id, port), **fields}
+        self.sources[id] = shown["sources"]
+        origins = [{"kind": one["kind"], "snapshot": one.get("snapshot", False)} for one in shown["sources"]]
         about = {name: value for name, value in shown.items() if name != "id"}
-        self.event("attaching", attachment=id, device=shown["label"], **{**about, "state": "connecting"})
+        self.event(
+            "attaching", attachment=id, device=shown["label"], **{**about, "state": "connecting", "sources": origins}
+        )
         common = {"attachment": id, "device": shown["label"], "port": port}
         titles = [f"{unit} ({self.medium_of(shown)})" if unit.startswith("cdrom") else unit for unit in shown["units"]]
         self.event("opened", **common, state="waiting", number=0, units=titles, message="opened")
@@ -276,7 +279,7 @@ class FakePage:
 
     def medium_of(self, shown: Json) -> str:
         """Return the name of the medium in the drive of an attachment."""
-        path: str = next((one["path"] for one in shown.get("sources", ()) if one["kind"] == "cdrom"), "a.iso")
+        path: str = next((one["path"] for one in shown["sources"] if one["kind"] == "cdrom"), "a.iso")
         return path.rpartition("/")[2]
 
     # Its replies
@@ -285,7 +288,7 @@ class FakePage:
         return [
             {"label": one["units"][0], "medium": source["path"], "locked": False}
             for one in self.snapshot["guests"]["g1"]["attachments"].values()
-            for source in one.get("sources", ())
+            for source in self.sources[one["id"]]
             if source["kind"] == "cdrom"
         ]
 
@@ -510,7 +513,8 @@ def attachment(id: str, port: str, **fields: Any) -> Json:
         "error": None,
         "identity": "1d6b:0104 farplug Virtual Disk",
         "speed": "super",
-        "figures": {"read": 0, "written": 0, "commands": 0, "errors": 0, "rate": 0, "memory": 0},
+        "figures": {"read": 0, "written": 0, "commands": 0, "rate": 0, "memory": 0},
+        "sources": [],
         "questions": [],
         **fields,
     }
@@ -539,9 +543,7 @@ def main() -> None:
                 "state": "free",
             },
         ]
-        page.attachment(
-            "g1.a1", "usbredir 0", sources=[{"kind": "disk", "path": "/srv/scratch.raw", "label": "scratch.raw"}]
-        )
+        page.attachment("g1.a1", "usbredir 0", sources=[{"kind": "disk", "path": "/srv/scratch.raw"}])
         print(page.url, flush=True)  # noqa: T201
         threading.Event().wait()
 

@@ -98,6 +98,19 @@ class TestSockets:
         expect(socket(page, 1).locator(".state")).to_have_text("In use · disk, writable · SuperSpeed 5\u00a0Gb/s")
         expect(page.get_by_text("1 of 4 in use")).to_be_visible()
 
+    @pytest.mark.parametrize(
+        ("source", "words"),
+        [
+            ({"kind": "disk", "snapshot": True}, "disk, writes to a snapshot"),
+            ({"kind": "read-only-disk"}, "disk, read-only"),
+            ({"kind": "gamepad"}, "gamepad"),
+            ({"kind": "usb-device"}, "device of this machine"),
+        ],
+    )
+    def test_what_a_device_was_made_of(self, fake: FakePage, page: Page, source: Json, words: str) -> None:
+        fake.attachment("g1.a1", "usbredir 0", sources=[source])
+        expect(socket(page, 0).locator(".state")).to_contain_text(f"In use · {words} · ")
+
     def test_figures_and_the_chart(self, fake: FakePage, page: Page) -> None:
         fake.attachment(
             "g1.a1", "usbredir 0", figures={"read": 0, "written": 0, "commands": 0, "rate": 0, "memory": 0, "errors": 0}
@@ -126,6 +139,7 @@ class TestSockets:
 
     def test_a_device_that_waits(self, fake: FakePage, page: Page) -> None:
         about = {name: value for name, value in attachment("g1.a1", "usbredir 0").items() if name != "id"}
+        fake.sources["g1.a1"] = []
         fake.event("attaching", attachment="g1.a1", device="scratch.raw", **{**about, "state": "attached"})
         expect(socket(page, 0).locator(".state")).to_contain_text("Attached · disk · waits for the VM’s driver")
 
@@ -291,16 +305,19 @@ class TestPlugging:
         assert fake.wait("attach").params["port"] == 2
 
     def test_the_menu_copies_commands(self, fake: FakePage, page: Page) -> None:
-        fake.attachment("g1.a1", "usbredir 0", sources=[{"kind": "disk", "path": "/srv/scratch.raw"}])
-        page.get_by_role("button", name="More about scratch.raw").click()
+        fake.files = {"": IMAGES}
+        page.get_by_role("button", name="Plug in… Socket 0").click()
+        page.get_by_role("radio", name="drivers.raw").check()
+        page.get_by_role("dialog").get_by_role("button", name="Plug in", exact=True).click()
+        page.get_by_role("button", name="More about drivers.raw").click()
         expect(page.get_by_role("menuitem")).to_have_count(2)
-        expect(page.get_by_role("menuitem").first).to_contain_text("farplug attach -s web1 --usb-disk /srv/scratch.raw")
+        expect(page.get_by_role("menuitem").first).to_contain_text("farplug attach -s web1 --usb-disk-ro drivers.raw")
         expect(page.get_by_role("menuitem").first).to_be_focused()
         page.keyboard.press("ArrowDown")
         expect(page.get_by_role("menuitem").nth(1)).to_be_focused()
         page.keyboard.press("Escape")
         expect(page.get_by_role("menu")).to_have_count(0)
-        expect(page.get_by_role("button", name="More about scratch.raw")).to_be_focused()
+        expect(page.get_by_role("button", name="More about drivers.raw")).to_be_focused()
 
 
 class TestSecurityKey:
@@ -344,10 +361,82 @@ class TestSecurityKey:
         assert fake.wait("presence").params["answer"] == "refuse"
 
 
-def test_a_virtual_device(fake: FakePage, page: Page) -> None:
-    page.get_by_role("tab", name="Virtual").click()
-    page.get_by_role("button", name="Plug in USB keyboard").click()
-    assert fake.wait("attach").params == {"sources": [{"kind": "keyboard"}], "port": 0, "wait": False}
+class TestVirtual:
+    @pytest.mark.parametrize(
+        ("name", "source"),
+        [
+            ("USB keyboard", {"kind": "keyboard"}),
+            ("USB tablet", {"kind": "tablet"}),
+            ("USB mouse", {"kind": "mouse"}),
+            ("USB touchscreen", {"kind": "touchscreen"}),
+            ("USB gamepad", {"kind": "gamepad"}),
+            ("USB camera", {"kind": "camera", "path": "pattern"}),
+            ("USB serial line", {"kind": "serial", "path": "pty"}),
+            ("USB security key", {"kind": "fido", "path": "keys.json", "presence": "ask"}),
+        ],
+    )
+    def test_it_is_plugged_in(self, fake: FakePage, page: Page, name: str, source: Json) -> None:
+        page.get_by_role("tab", name="Virtual").click()
+        page.get_by_role("button", name=f"Plug in {name}", exact=True).click()
+        assert fake.wait("attach").params == {"sources": [source], "port": 0, "wait": False}
+        assert fake.wait("command").params["method"] == "attach"
+
+    def test_the_file_of_a_security_key_is_chosen(self, fake: FakePage, page: Page) -> None:
+        page.get_by_role("tab", name="Virtual").click()
+        page.get_by_label("File of the security key").fill("tests/mia.json")
+        page.get_by_role("button", name="Plug in USB security key").click()
+        assert fake.wait("attach").params["sources"] == [{"kind": "fido", "path": "tests/mia.json", "presence": "ask"}]
+
+    def test_without_a_folder_there_is_no_file(self, opened: Opened) -> None:
+        with FakePage(web_root=False) as fake:
+            page = opened(fake)
+            page.get_by_role("tab", name="Virtual").click()
+            expect(page.locator(".plugin")).to_contain_text("Its file needs a folder")
+            expect(page.get_by_role("button", name="Plug in USB camera")).to_be_visible()
+            expect(page.get_by_role("button", name="Plug in USB security key")).to_have_count(0)
+            expect(page.get_by_role("button", name="Show a clip")).to_have_count(0)
+
+    @pytest.mark.parametrize(("chosen", "path"), [("a.mjpeg", "a.mjpeg"), ("pattern", "pattern/")])
+    def test_a_clip_and_a_folder_of_images(self, fake: FakePage, page: Page, chosen: str, path: str) -> None:
+        clip = {**IMAGES[1], "name": "a.mjpeg", "as": "clip"}
+        fake.files = {"": [{**IMAGES[0], "name": "pattern"}, clip, *IMAGES[1:]]}
+        page.get_by_role("tab", name="Virtual").click()
+        page.get_by_role("button", name="Show a clip with USB camera").click()
+        dialog = page.get_by_role("dialog", name="Plug in a camera")
+        expect(dialog.get_by_role("radio")).to_have_count(2)
+        dialog.get_by_role("radio", name=chosen).check()
+        dialog.get_by_role("button", name="Plug in", exact=True).click()
+        assert fake.wait("attach").params == {
+            "sources": [{"kind": "camera", "path": path}],
+            "port": 0,
+            "wait": False,
+        }
+
+    def test_a_clip_among_the_images(self, fake: FakePage, opened: Opened) -> None:
+        fake.files = {"": [{**IMAGES[1], "name": "a.mjpeg", "as": "clip"}]}
+        page = opened(fake)
+        page.get_by_role("button", name="Plug in… Socket 0").click()
+        expect(page.get_by_role("dialog").locator("tr.no")).to_contain_text("A clip: a camera shows it.")
+        page.keyboard.press("Escape")
+        page.get_by_role("tab", name="Images").click()
+        page.get_by_role("button", name="Plug in… a.mjpeg").click()
+        expect(page.get_by_role("dialog", name="Plug in a camera").get_by_role("radio")).to_be_checked()
+
+    def test_a_network_adapter_has_its_command_only(self, fake: FakePage, page: Page) -> None:
+        page.get_by_role("tab", name="Virtual").click()
+        row = page.locator(".devices li", has_text="USB network adapter")
+        expect(row.get_by_role("button", name="Plug in")).to_have_count(0)
+        row.get_by_role("button", name="Copy command").click()
+        expect(page.locator("#said")).to_have_text("Copied")
+
+    def test_the_path_of_a_terminal(self, fake: FakePage, page: Page) -> None:
+        fake.attachment("g1.a1", "usbredir 0", label="serial0", units=["serial0"], details=["/dev/pts/5"])
+        expect(socket(page, 0).locator(".detail code")).to_have_text("/dev/pts/5")
+        socket(page, 0).locator(".detail").get_by_role("button", name="Copy").click()
+        expect(page.locator("#said")).to_have_text("Copied")
+        fake.attachment("g1.a2", "usbredir 1", label="fido0", units=["fido0"], details=["keys.json, presence: ask"])
+        expect(socket(page, 1).locator(".detail")).to_have_text("keys.json, presence: ask")
+        expect(socket(page, 1).locator(".detail button")).to_have_count(0)
 
 
 class TestDialog:

@@ -45,12 +45,13 @@ def test_a_listing(root: Path) -> None:
         ("a.img.xz", b"\xfd7zXZ\0" + bytes(506), "compressed"),
         ("a.iso.gz", b"\x1f\x8b" + bytes(510), "compressed"),
         ("notes.txt", bytes(512), "not an image"),
+        ("a.mjpeg", b"\xff\xd8\xff\xe0", "clip"),
     ],
 )
 def test_what_a_file_can_be_plugged_in_as(tmp_path: Path, name: str, content: bytes, expected: str) -> None:
     (tmp_path / name).write_bytes(content)
     (entry,) = WebRoot.of(tmp_path).list("")["entries"]
-    if expected in ("cdrom", "disk"):
+    if expected in ("cdrom", "disk", "clip"):
         assert entry["as"] == expected
         assert "problem" not in entry
     else:

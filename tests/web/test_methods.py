@@ -88,9 +88,10 @@ def test_paths_become_absolute(root: Path) -> None:
 
 
 def test_every_kind_of_source_is_known_with_its_option() -> None:
-    assert {*methods.OF_FILES, *methods.WITHOUT_FILES, *methods.NOT_FROM_BROWSERS} == set(SourceKind)
+    kinds = {*methods.OF_FILES, *methods.WITHOUT_FILES, *methods.OF_ENDS}
+    assert {*kinds, *methods.NOT_FROM_BROWSERS} == set(SourceKind)
     assert set(methods.OF_FILES) == {kind for kind in SourceKind if kind.names is Names.FILE}
-    assert set(SOURCES) == {*methods.OF_FILES, *methods.WITHOUT_FILES}
+    assert set(SOURCES) == kinds
     options = {option for parameter in get_command(app).commands["attach"].params for option in parameter.opts}  # type: ignore[attr-defined]
     assert set(SOURCES.values()) <= options
 
@@ -110,6 +111,56 @@ def test_a_source_is_below_the_web_root(root: Path, kind: str, path: str) -> Non
 def test_the_test_picture_of_a_camera_is_not_a_file(root: Path) -> None:
     params = sources({"kind": "camera", "path": "pattern"})
     assert methods.with_absolute_paths("attach", params, WebRoot.of(root)) == params
+
+
+def test_the_file_of_a_security_key_may_be_new(root: Path) -> None:
+    for path in ("keys.json", "iso/keys.json", "disk.raw"):
+        params = sources({"kind": "fido", "path": path, "presence": "ask"})
+        changed = sources({"kind": "fido", "path": f"{root}/{path}", "presence": "ask"})
+        assert methods.with_absolute_paths("attach", params, WebRoot.of(root)) == changed
+
+
+def test_a_folder_of_the_name_of_the_test_picture(root: Path) -> None:
+    (root / "pattern").mkdir()
+    params = sources({"kind": "camera", "path": "pattern/"})
+    changed = sources({"kind": "camera", "path": f"{root}/pattern"})
+    assert methods.with_absolute_paths("attach", params, WebRoot.of(root)) == changed
+
+
+ENDS = (
+    "pty:/tmp/link",
+    "PTY",
+    "pty ",
+    "pty\0",
+    "-",
+    "tcp-listen://:4000",
+    "unix:/run/x",
+    "file:/etc/x",
+    "passt",
+    "",
+    None,
+)
+
+
+def test_a_serial_line_has_a_new_terminal_for_its_end(root: Path) -> None:
+    params = sources({"kind": "serial", "path": "pty"})
+    assert methods.with_absolute_paths("attach", params, WebRoot.of(root)) == params
+    assert methods.with_absolute_paths("attach", params, NoFiles()) == params
+
+
+@pytest.mark.parametrize("path", [*ENDS, ["pty"]])
+def test_other_ends_are_not_for_browsers(root: Path, path: object) -> None:
+    with pytest.raises(UsageError) as caught:
+        methods.with_absolute_paths("attach", sources({"kind": "serial", "path": path}), WebRoot.of(root))
+    assert caught.value.reason is Reason.BAD_SETTING
+
+
+@pytest.mark.parametrize("kind", methods.NOT_FROM_BROWSERS)
+@pytest.mark.parametrize("path", ["passt", "pty", "usbip://host/1-2", "tap:tap0", ""])
+def test_networks_and_remote_devices_are_not_for_browsers(root: Path, kind: str, path: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        methods.with_absolute_paths("attach", sources({"kind": kind, "path": path}), WebRoot.of(root))
+    assert caught.value.reason is Reason.BAD_SETTING
 
 
 @pytest.mark.parametrize("path", [*ESCAPES[:-1], "none/new.snap"])

@@ -67,6 +67,7 @@ def test_attach(seen: Seen, storage: dict[str, Any] | None, rules: dict[str, Any
         {"kind": "usb-device", "path": "1050:0407", "snapshot": None},
         {"kind": "fido", "path": "/srv/my keys.json", "snapshot": None, "presence": "ask"},
         {"kind": "camera", "path": "pattern", "snapshot": None},
+        {"kind": "serial", "path": "pty", "snapshot": None},
     ]
     params = {"sources": sources, "storage": storage, "rules": rules, "wait": wait}
     name, arguments, named = executed(seen, command("web-1", "attach", params))

@@ -96,6 +96,19 @@ class Owner(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """What a part of a device was made of, without its path.
+
+    Attributes:
+        kind: a :class:`~farplug.app.settings.SourceKind`.
+        snapshot: what the guest writes goes to a snapshot: the image stays as it is.
+    """
+
+    kind: str
+    snapshot: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Description:
     """What a device is for people.
 
@@ -106,6 +119,7 @@ class Description:
         details: for each part what a user must know to use its other end here, such as the path of a terminal, or
             nothing; empty: nothing for any.
         sources: what the device was made of, as users name it: paths, ids; empty: unknown.
+        origins: for each part what it was made of; empty: unknown.
     """
 
     label: str
@@ -113,6 +127,7 @@ class Description:
     units: Sequence[str] = ()
     details: Sequence[str] = ()
     sources: Sequence[str] = ()
+    origins: Sequence[Origin] = ()
 
 
 class Attachment:
@@ -127,6 +142,7 @@ class Attachment:
         device: what is plugged.
         port: where.
         sources: see :class:`Description`.
+        origins: see :class:`Description`.
         identity: of the device, as it was last offered to the guest.
         state: how far it has come.
         error: why the guest refused the device, or why the device left, if no user asked for that.
@@ -150,6 +166,7 @@ class Attachment:
         self.identity = device.identity
         self.port = port
         self.sources = tuple(description.sources)
+        self.origins = tuple(description.origins)
         self.state = AttachmentState.OPENING
         self.error: FarplugError | None = None
         self.questions: list[PresenceAsked] = []
@@ -269,6 +286,7 @@ class Attachment:
             "label": self.label,
             "units": list(self.units),
             "details": list(self.details),
+            "sources": [{"kind": one.kind, "snapshot": one.snapshot} for one in self.origins],
             "port": self.port.name,
             "state": str(self.state),
             "error": None if self.error is None else self.error.as_dict(),

@@ -15,7 +15,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from farplug.app.attachment import Attachment, AttachmentState, Description, Place
+from farplug.app.attachment import Attachment, AttachmentState, Description, Origin, Place
 from farplug.app.capture import GuestCapture
 from farplug.app.events import EventReader, EventStream, Level, level_of
 from farplug.app.guest_port import GuestPort, retrieve
@@ -58,6 +58,7 @@ log = logging.getLogger(__name__)
 
 ALL = "all"
 """Names all devices, in a command."""
+_USB_DEVICE = Origin(str(SourceKind.USB_DEVICE))
 REFUSAL_TIME = 2.0
 """Seconds in which a guest refuses a device, if it does: an operating system that runs has configured it by then."""
 FIGURES_INTERVAL = 1.0
@@ -447,7 +448,7 @@ class Guest:
 
     async def plug_usb(self, device: Device, label: str, place: Place | None) -> Attachment:
         """Plug a USB device of this machine; see :meth:`plug`."""
-        return await self.plug(device, place, label=label)
+        return await self._plug(device, place, None, Description(label, origins=[_USB_DEVICE]))
 
     async def _plug_source(
         self, source: Source, place: Place | None, storage: StorageSettings | None, label: str
@@ -460,7 +461,7 @@ class Guest:
             device, lock = await choose_device(source.path, force=storage.force)
             self._locks[device] = lock
             try:
-                description = Description(label or _name_of(device), sources=[source.name])
+                description = Description(label or _name_of(device), sources=[source.name], origins=[_USB_DEVICE])
                 return await self._plug_device(device, place, description)
             except BaseException:
                 await self._release(device)
@@ -797,6 +798,7 @@ class Guest:
             units,
             [one.content.detail for one in group],
             [one.source.name for one in group],
+            [Origin(str(one.source.kind), one.is_snapshot) for one in group],
         )
 
     # Readiness ----------------------------------------------------------------------------------------------------

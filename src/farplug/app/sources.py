@@ -13,6 +13,7 @@ from farplug.app.kinds import KINDS, Medium, Opening, Parts, SourceContent, Whol
 from farplug.app.media import Media
 from farplug.app.settings import Names, Source, SourceKind, StorageSettings
 from farplug.errors import ImageError, PortError, Reason, Remedy
+from farplug.store import OverlayStore
 from farplug.store.content import Content
 from farplug.usb.device import Device
 from farplug.usb.types import Speed
@@ -47,6 +48,11 @@ class OpenSource:
     def unit(self) -> LogicalUnit | None:
         """Return the logical unit that it became; None: it is none, or none yet."""
         return self.content.unit if isinstance(self.content, Medium) else None
+
+    @property
+    def is_snapshot(self) -> bool:
+        """Return whether what the guest writes goes to a snapshot."""
+        return isinstance(self.content, Medium) and isinstance(self.content.store, OverlayStore)
 
     async def close(self) -> None:
         """Release what was opened; a second call has no effect."""

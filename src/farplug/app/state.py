@@ -11,7 +11,9 @@ from typing import Any
 from farplug.app.events import DROPPED
 
 _OF_CONNECTION = ("state", "attempt", "name", "uuid", "ports")
-_OF_ATTACHMENT = ("label", "units", "details", "port", "state", "error", "identity", "speed", "figures", "questions")
+_OF_ATTACHMENT = (
+    *("label", "units", "details", "sources", "port", "state", "error", "identity", "speed", "figures", "questions"),
+)
 _OF_QUESTION = ("interface", "request", "use", "site", "user", "seconds", "until")
 _OF_FIGURES = ("read", "written", "commands", "errors", "rate", "memory")
 

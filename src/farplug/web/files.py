@@ -39,6 +39,7 @@ _FORMATS: Final = (
     (b"\x28\xb5\x2f\xfd", "zstd"),
     (b"PK\x03\x04", "ZIP"),
 )
+_JPEG: Final = b"\xff\xd8\xff"
 _COMPRESSED: Final = ("gzip", "xz", "bzip2", "zstd", "ZIP")
 
 
@@ -186,6 +187,8 @@ def _judged(path: str, name: str, size: int) -> dict[str, Any]:
         return {"problem": _problem("it is empty")}
     with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb", buffering=0) as file:
         first = file.read(16)
+        if first.startswith(_JPEG):
+            return {"as": "clip"}
         file.seek(_ISO_IDENTIFIER)
         if file.read(5) in (b"CD001", b"BEA01"):
             return {"as": "cdrom"}

@@ -50,11 +50,25 @@ OF_BROWSER: Final = ("read-only-disk", "cdrom")
 """Kinds that a file of the browser can become."""
 WITHOUT_FILES: Final = ("usb-device", "keyboard", "tablet", "mouse", "touchscreen", "gamepad")
 """Kinds that need no file of this machine."""
-NOT_FROM_BROWSERS: Final = ("serial", "network", "remote-device")
-"""Kinds whose other end is a socket, a terminal or a network of this machine, which no browser may choose."""
+NEW_FILES: Final = ("fido",)
+"""Kinds whose file is made if it does not exist."""
+OF_ENDS: Final = {"serial": ("pty",)}
+"""Kinds with an end on this machine, and the ends that a browser may choose, character by character.
+
+``pty`` is a new terminal, which only this user and root can open: the browser names no file and no socket, and until a
+program of this user opens the terminal, it leads nowhere. All other ends are files, sockets and ports of this machine.
+"""
+NOT_FROM_BROWSERS: Final = ("network", "remote-device")
+"""Kinds that no browser may choose.
+
+The ends of a network adapter are sockets and interfaces of this machine; ``passt``, which names none, would bring the
+VM into every network that this user reaches: a right that the link of a page does not give, and that a VM without a
+network must not get from it. A remote device is a connection to a machine of the browser's choice.
+"""
 TEST_PICTURE: Final = ("camera", "pattern")
 """The kind and the path of a camera that shows no file."""
-_KINDS: Final = (*OF_FILES, *WITHOUT_FILES)
+_FROM_THE_COMMAND_LINE: Final = "plug it in from the command line of this machine"
+_KINDS: Final = (*OF_FILES, *WITHOUT_FILES, *OF_ENDS)
 
 
 class Places(Protocol):
@@ -130,17 +144,24 @@ def _source(source: object, places: Places) -> dict[str, Any]:
     kind = source.get("kind")
     if kind in NOT_FROM_BROWSERS:
         raise UsageError(
-            f"a page plugs in no {kind}: its other end would be a socket, a terminal or a network of this machine",
+            f"a page plugs in no {kind}: its other end would be a socket or a network of this machine",
             reason=Reason.BAD_SETTING,
-            remedy="plug it in from the command line of this machine",
+            remedy=_FROM_THE_COMMAND_LINE,
         )
     if kind not in _KINDS:
         raise _bad("kind", kind, f"one of {', '.join(_KINDS)}")
     changed = dict(source)
+    if kind in OF_ENDS and source.get("path") not in OF_ENDS[kind]:
+        raise UsageError(
+            f"a page plugs in a {kind} with the end {' or '.join(OF_ENDS[kind])} only:"
+            " others are files, sockets and ports of this machine",
+            reason=Reason.BAD_SETTING,
+            remedy=_FROM_THE_COMMAND_LINE,
+        )
     if kind in OF_FILES and (kind, source.get("path")) != TEST_PICTURE:
         path = _text(source, "path")
         if not path.startswith(BROWSER_FILE):
-            changed["path"] = places.existing(path)
+            changed["path"] = places.new(path) if kind in NEW_FILES else places.existing(path)
         elif kind not in OF_BROWSER:
             raise UsageError(
                 f"a file of the browser can only be read, and a {kind} needs more",

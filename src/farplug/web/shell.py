@@ -21,6 +21,7 @@ SOURCES: Final = {
     "mouse": "--usb-mouse",
     "touchscreen": "--usb-touchscreen",
     "gamepad": "--usb-gamepad",
+    "serial": "--usb-serial",
     "fido": "--usb-fido",
     "camera": "--usb-camera",
 }

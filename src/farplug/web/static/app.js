@@ -34,7 +34,7 @@ export class App {
       dialog: /** @type {typeof FRESH | null} */ (null), confirm: /** @type {any} */ (null), sure: /** @type {number | null} */ (null),
       drag: /** @type {any} */ (null), copied: "", find: "", path: "", openError: /** @type {any} */ (null),
       hold: /** @type {Set<string>} */ (new Set()), lastKeys: "ctrl+alt+Delete", keyError: /** @type {string | null} */ (null),
-      recording: false, recordPath: /** @type {string | null} */ (null),
+      recording: false, recordPath: /** @type {string | null} */ (null), keyPath: "keys.json",
       type: { text: "", layout: "", hidden: false, missing: /** @type {any[]} */ ([]), busy: false, error: /** @type {any} */ (null), note: "", progress: { done: 0, total: 0 } },
     };
     this.token = takeToken();
@@ -968,6 +968,7 @@ export class App {
     if (rest.port === undefined && !rest.insert) chosen.port = this.firstFree();
     if (path !== undefined) chosen.path = path;
     if (entry?.kind === "folder") Object.assign(chosen, { tab: "folder", selected: entry.name });
+    else if (entry?.as === "clip") Object.assign(chosen, { tab: "camera", selected: entry.name });
     else if (entry) Object.assign(chosen, { selected: entry.name, as: entry.as === "cdrom" ? "cdrom" : "disk" });
     if (this.state.server?.web_root === null && !entry) chosen.tab = rest.insert ? "browser" : "device";
     this.leavePicture();

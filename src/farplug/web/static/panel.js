@@ -90,13 +90,13 @@ export function kind(app, attachment) {
   const identity = String(attachment.identity ?? "");
   const cd = first ? first.kind === "cdrom" : /Virtual CD-ROM$/.test(identity);
   const disk = first ? ["disk", "read-only-disk", "folder"].includes(first.kind) : /Virtual Disk$/.test(identity);
-  const paths = [attachment.label, ...sources.map((/** @type {any} */ one) => one.path), cd ? medium(app, attachment) : null];
+  const paths = [attachment.label, cd ? medium(app, attachment) : null];
   const file = paths.map(offered).find((/** @type {any} */ one) => one !== null) ?? null;
   const mine = [...app.mediaOf].find(([, id]) => id === attachment.id);
   const client = mine !== undefined ? mine[0] : file === null ? null : file.media;
   let words = T.kinds[first ? (first.kind === "disk" && first.snapshot ? "disk-snapshot" : first.kind) : cd ? "cdrom" : disk ? "plain" : "device"] ?? T.kinds.device;
   if (client !== null) words = `${words} ${app.media.has(client) ? T.fromBrowser : T.fromAnotherBrowser}`;
-  const virtual = /** @type {Record<string, string>} */ ({ keyboard: "i-keyboard", tablet: "i-drive", serial: "i-serial", network: "i-network", fido: "i-key" });
+  const virtual = /** @type {Record<string, string>} */ ({ keyboard: "i-keyboard", tablet: "i-drive", mouse: "i-mouse", touchscreen: "i-touch", gamepad: "i-gamepad", camera: "i-camera", serial: "i-serial", network: "i-network", fido: "i-key" });
   const symbol = cd ? "i-cd" : first?.kind === "folder" ? "i-folder" : disk ? "i-disk" : first && virtual[first.kind] ? virtual[first.kind] : deviceIcon([identity, attachment.label].join(" "));
   return { words, icon: symbol, cd, disk, client };
 }
@@ -109,12 +109,11 @@ function medium(app, attachment) {
 /** @param {App} app @param {any} attachment @param {{cd: boolean, client: string | null}} what @returns {string} */
 export function title(app, attachment, what) {
   if (attachment.units.length > 1) return T.drivesShare(attachment.units.length);
-  const source = attachment.sources?.[0];
   if (what.client !== null && app.media.has(what.client)) return app.media.get(what.client)?.name ?? "";
   if (!what.cd) return shortName(attachment.label);
   const inside = medium(app, attachment);
   if (inside === null) return T.emptyDrive;
-  const path = String(inside ?? source?.path ?? attachment.label);
+  const path = String(inside ?? attachment.label);
   return offered(path)?.name || path.split("/").at(-1) || path;
 }
 
@@ -126,7 +125,7 @@ function driveEmpty(app, attachment, what) {
 /** @param {string} text words about a device @returns {string} its icon */
 function deviceIcon(text) {
   const kinds = [
-    [/storage|disk|drive|traveler|ssd|flash/i, "i-disk"], [/key|smart ?card|fido|yubi/i, "i-key"], [/hid|keyboard|mouse|input/i, "i-keyboard"],
+    [/storage|disk|drive|traveler|ssd|flash/i, "i-disk"], [/keyboard/i, "i-keyboard"], [/key|smart ?card|fido|yubi/i, "i-key"], [/hid|mouse|input/i, "i-keyboard"],
     [/video|cam/i, "i-camera"], [/serial|uart|comm/i, "i-serial"], [/ethernet|network|rndis/i, "i-network"], [/wireless|bluetooth|radio/i, "i-radio"], [/hub/i, "i-hub"],
   ];
   return String(kinds.find(([pattern]) => /** @type {RegExp} */ (pattern).test(text))?.[1] ?? "i-device");
@@ -175,7 +174,7 @@ function device(app, port, number, attachment, reached) {
       const inside = app.state.drives[unit];
       return h("li", { key: unit }, icon(inside === undefined ? "i-disk" : "i-cd"), mid(inside ? inside.split("/").at(-1) : shortName(unit)));
     })),
-    [attachment.details].flat().filter(Boolean).map((/** @type {string} */ detail) => h("p", { class: "detail" }, h("code", null, plain(detail)), copyButton(app, detail, "b link"))),
+    [attachment.details].flat().filter(Boolean).map((/** @type {string} */ detail) => h("p", { class: "detail" }, h("code", null, plain(detail)), detail.startsWith("/") && copyButton(app, detail, "b link"))),
     what.client !== null && inUse ? streamed(app, attachment, what) : inUse && measures(app, attachment, what),
     app.ui.endpoints.has(attachment.id) && endpoints(attachment),
   ], app.ui.just.has(attachment.id) ? { "data-just": "plugged" } : {});
@@ -190,7 +189,7 @@ function ask(app, attachment, question, place) {
   const left = Math.max(0, Math.ceil(question.until - app.now()));
   const act = mayAct(app.state);
   const words = T.asks[question.use];
-  const site = h("b", null, plain(question.site || "?"));
+  const site = question.site ? h("b", null, plain(question.site)) : T.aProgram;
   return [
     h("p", { class: "state ask" }, stateWords("s-ask", T.asksTouch), ` · ${T.securityKey}`),
     h("div", { class: "askbox" },
@@ -244,20 +243,14 @@ function menu(app, attachment, what, name) {
       items.push({ text: T.copyEject, code: app.commandFor("eject", eject), act: () => app.copyCommand("eject", eject) });
     }
   }
-  const plug = plugCommand(attachment);
-  if (plug) items.push({ text: T.copyPlug, code: app.commandFor("attach", plug), act: () => app.copyCommand("attach", plug) });
+  const plug = app.state.commands[attachment.id];
+  if (plug) items.push({ text: T.copyPlug, code: plug, act: () => app.copy(plug) });
   const unplug = { device: attachment.label };
   items.push({ text: T.copyUnplug, code: app.commandFor("detach", unplug), act: () => app.copyCommand("detach", unplug) });
   return h("div", { class: "menu", role: "menu", "aria-label": name, key: "menu", onkeydown: (/** @type {KeyboardEvent} */ event) => app.menuKey(event) },
     items.map((item) => h("button", {
       role: "menuitem", type: "button", tabindex: "-1", onclick: () => { app.openMenu(null); item.act(); },
     }, item.text, item.code && h("code", { title: item.code }, plain(item.code)))));
-}
-
-/** @param {any} attachment @returns {any} the parameters of the request that plugs it in; null: not known */
-function plugCommand(attachment) {
-  const sources = (attachment.sources ?? []).filter((/** @type {any} */ one) => !String(one.path).startsWith("client:"));
-  return sources.length === 0 ? null : { sources: sources.map((/** @type {any} */ one) => ({ kind: one.kind, path: one.path })) };
 }
 
 /** @param {any} figures */
@@ -510,11 +503,16 @@ function imageRow(app, entry) {
   const folder = entry.kind === "folder";
   const plugged = mayAct(app.state) && !entry.problem && (entry.as !== null || folder);
   const name = h("h3", null, mid(entry.name));
-  return h("li", { key: `file-${entry.name}`, class: entry.problem ? "no" : undefined }, icon(folder ? "i-folder" : entry.as === "cdrom" ? "i-cd" : "i-disk"),
+  return h("li", { key: `file-${entry.name}`, class: entry.problem ? "no" : undefined }, icon(fileIcon(entry)),
     h("div", null, folder ? h("button", { class: "b link name", type: "button", "aria-label": T.openFolder(plain(entry.name)), onclick: () => app.setUi({ path }) }, mid(entry.name)) : name,
-      h("p", { class: "ids" }, [entry.what && plain(entry.what), !folder && bytes(entry.size ?? 0), entry.modified && day(entry.modified, app.now())].filter(Boolean).join(" · ")),
+      h("p", { class: "ids" }, [entry.as === "clip" && T.clip, entry.what && plain(entry.what), !folder && bytes(entry.size ?? 0), entry.modified && day(entry.modified, app.now())].filter(Boolean).join(" · ")),
       entry.problem && h("p", { class: "reason" }, icon("s-stop", "s"), plain(sentence(problemText(entry.problem))))),
     plugged && h("button", { class: "b act", type: "button", "aria-label": `${T.plugInto} ${plain(entry.name)}`, onclick: () => app.openDialog({ entry, path: app.ui.path }) }, T.plugInto));
+}
+
+/** @param {any} entry of a listing @returns {string} its icon */
+export function fileIcon(entry) {
+  return entry.kind === "folder" ? "i-folder" : entry.as === "cdrom" ? "i-cd" : entry.as === "clip" ? "i-camera" : "i-disk";
 }
 
 /** @param {any} problem */
@@ -542,11 +540,43 @@ function copyIcon(app, params, name) {
 export function virtualList(app) {
   return [
     h("p", { class: "source" }, T.virtualText),
-    h("ul", { class: "devices" }, T.virtualKinds.map(({ source, icon: symbol, name, about }) => h("li", { key: source.kind }, icon(symbol),
-      h("div", null, h("h3", null, name), h("p", { class: "ids" }, about)),
-      mayAct(app.state) && h("div", { class: "acts" }, copyIcon(app, { sources: [source] }, name),
-        h("button", { class: "b act", type: "button", "aria-label": `${T.plugIn} ${name}`, onclick: () => app.plug({ sources: [source] }, { port: app.ui.dialog?.port ?? null, title: name, what: T.kinds[source.kind], icon: symbol }) }, T.plugIn))))),
+    h("ul", { class: "devices" }, T.virtualKinds.map((one) => virtualRow(app, one)), keyRow(app), networkRow(app)),
   ];
+}
+
+/** @param {App} app @param {{source: any, icon: string, name: string, about: string}} one */
+function virtualRow(app, { source, icon: symbol, name, about }) {
+  const port = app.ui.dialog?.port ?? undefined;
+  return h("li", { key: source.kind }, icon(symbol),
+    h("div", null, h("h3", null, name), h("p", { class: "ids" }, about)),
+    mayAct(app.state) && h("div", { class: "acts" },
+      source.kind === "camera" && app.state.server?.web_root !== null && h("button", { class: "b quiet act", type: "button", "aria-label": `${T.showClipOf} ${name}`, onclick: () => app.openDialog({ tab: "camera", port }) }, T.showClip),
+      copyIcon(app, { sources: [source] }, name), plugButton(app, source, name, symbol)));
+}
+
+/** @param {App} app @param {any} source @param {string} name @param {string} symbol */
+function plugButton(app, source, name, symbol) {
+  return h("button", { class: "b act", type: "button", "aria-label": `${T.plugIn} ${name}`, onclick: () => app.plug({ sources: [source] }, { port: app.ui.dialog?.port ?? null, title: name, what: T.kinds[source.kind], icon: symbol }) }, T.plugIn);
+}
+
+/** @param {App} app */
+function keyRow(app) {
+  const path = app.ui.keyPath;
+  const source = { kind: "fido", path, presence: "ask" };
+  const root = app.state.server?.web_root !== null;
+  const act = mayAct(app.state) && root;
+  return h("li", { key: "fido" }, icon("i-key"),
+    h("div", null, h("h3", null, T.keyName), h("p", { class: "ids" }, T.keyAbout, ". ", root ? T.keyAsks : T.keyNoRoot),
+      act && h("input", { class: "keypath", type: "text", value: path, "aria-label": T.keyFile, spellcheck: "false", oninput: (/** @type {any} */ event) => app.setUi({ keyPath: event.target.value }) })),
+    act && path.trim() !== "" && h("div", { class: "acts" }, copyIcon(app, { sources: [source] }, T.keyName), plugButton(app, source, T.keyName, "i-key")));
+}
+
+/** @param {App} app */
+function networkRow(app) {
+  const shell = T.networkCommand(app.state.session ?? "");
+  return h("li", { key: "network" }, icon("i-network"),
+    h("div", null, h("h3", null, T.networkName), h("p", { class: "ids" }, T.networkAbout)),
+    mayAct(app.state) && copyButton(app, shell, "b act", T.copyCommand));
 }
 
 /** @param {App} app */
