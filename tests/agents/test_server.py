@@ -8,6 +8,7 @@ import zlib
 from contextlib import AsyncExitStack
 from typing import Any
 
+import anyio
 import pytest
 from tests.agents.support import Agent, agent, console
 from tests.control.support import RawClient
@@ -17,7 +18,7 @@ from tests.docs import ROOT
 
 from farplug.agents import server as server_module
 from farplug.agents.policy import Policy
-from farplug.agents.server import ACTING, LOOKING
+from farplug.agents.server import ACTING, LOOKING, Tools
 
 TRAINED = {
     "screenshot": set(),
@@ -249,6 +250,35 @@ async def test_the_session_ends_in_the_middle_of_a_call_and_another_one_begins(e
         async with console(environment):
             text, _ = await acting.call("screenshot")
             assert text == f"look 2: {WIDTH}x{HEIGHT} pixels"
+
+
+async def test_a_call_that_is_cancelled_leaves_nothing_pressed(environment: dict[str, str]) -> None:
+    async with console(environment, mice=2) as one, agent(one) as acting:
+        await acting.call("screenshot")
+        tools = Tools(acting.server.machine, Policy())
+        sent = one.inputs.received
+        for begin, tool, end in (
+            ("1e", lambda: tools.hold_key("shift+a", 60), ["9e", "aa"]),
+            ("1d", lambda: tools.left_click_drag([0, 0], [90, 90], text="ctrl"), ["9d"]),
+        ):
+            sent.clear()
+            with anyio.CancelScope() as scope:  # as the SDK cancels a call
+                async with anyio.create_task_group() as group:
+                    group.start_soon(tool)
+                    while begin not in [body for _, body in sent]:
+                        await asyncio.sleep(0.001)
+                    scope.cancel()
+            while [body for kind, body in sent if kind == 104][-len(end) :] != end:
+                await asyncio.sleep(0.001)
+            assert [kind for kind, _ in sent].count(113) == [kind for kind, _ in sent].count(114)
+        sent.clear()
+        with anyio.CancelScope() as scope:
+            async with anyio.create_task_group() as group:
+                group.start_soon(tools.type, "x" * 3000)
+                await one.inputs.until(3)
+                scope.cancel()
+        await acting.call("key", text="Escape")  # as soon as nothing is typed any more
+        assert len(sent) < 1000
 
 
 @pytest.mark.parametrize(

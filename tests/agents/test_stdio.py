@@ -15,6 +15,7 @@ from mcp import Client, StdioServerParameters
 from mcp.client.stdio import stdio_client
 from mcp_types import ImageContent, TextContent
 from tests.agents.support import console
+from tests.cli.sessions import vm
 from tests.control.test_screens import HEIGHT, WIDTH
 from tests.docs import ROOT
 
@@ -69,6 +70,22 @@ async def test_a_signal_ends_the_server_in_order(environment: dict[str, str], nu
         process.send_signal(number)
         out, err = await process.communicate()
         assert (process.returncode, out, err) == (0, b"", b"")
+
+
+def test_the_session_of_a_target_ends_with_the_server(environment: dict[str, str]) -> None:
+    with vm() as target:
+        run = subprocess.run(
+            [*COMMAND, target],
+            input=json.dumps(INITIALIZE) + "\n",
+            capture_output=True,
+            text=True,
+            env={**os.environ, **environment},
+        )
+    assert run.returncode == 0
+    (reply,) = map(json.loads, run.stdout.splitlines())
+    assert reply["result"]["instructions"]
+    assert f"connected to {target} as the session testvm, which ends with the server" in run.stderr
+    assert "the session testvm has ended" in run.stderr
 
 
 def refused(environment: dict[str, str], *arguments: object, code: str = COMMAND[2]) -> tuple[int, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
@@ -388,8 +388,10 @@ class Machine:
     async def click(self, client: Client, button: str, count: int) -> None:
         """Click where the pointer is, once or several times."""
         for _ in range(count):
-            await self.button(client, button, down=True)
-            await self.button(client, button, down=False)
+            try:
+                await self.button(client, button, down=True)
+            finally:
+                await _surely(self.button(client, button, down=False))
 
     async def drag(self, client: Client, start: tuple[int, int], end: tuple[int, int]) -> None:
         """Move the pointer to a position, press the left button, move to the other one, and release the button."""
@@ -401,7 +403,15 @@ class Machine:
                 await self.move(client, x, y)
                 await asyncio.sleep(0.02)
         finally:
-            await self.button(client, _LEFT_BUTTON, down=False)
+            await _surely(self.button(client, _LEFT_BUTTON, down=False))
+
+    async def type(self, client: Client, params: Mapping[str, Any]) -> Any:
+        """Type a text; return what the session reports. If the caller is cancelled, the typing ends."""
+        try:
+            return await client.call("type", params)
+        except asyncio.CancelledError:
+            await _surely(client.call("stop-typing"))
+            raise
 
     async def wheel(self, client: Client, steps: int) -> None:
         """Turn the wheel: away from the user if the number is negative."""
@@ -420,9 +430,12 @@ class Machine:
                 await client.call("key", {"code": code, "down": True})
             yield
         finally:
-            for code in reversed(pressed):
-                with suppress(FarplugError):  # the session releases the keys of a client that lost the keyboard
-                    await client.call("key", {"code": code, "down": False})
+            await _surely(self._release(client, pressed))
+
+    async def _release(self, client: Client, codes: list[str]) -> None:
+        for code in reversed(codes):
+            with suppress(FarplugError):  # the session releases the keys of a client that lost the keyboard
+                await client.call("key", {"code": code, "down": False})
 
     async def hold(self, client: Client, codes: list[str], seconds: float) -> None:
         """Hold physical keys down for a time; the last one repeats, as that of a PC keyboard does."""
@@ -433,6 +446,13 @@ class Machine:
             while (left := end - loop.time()) > 0:
                 await client.call("key", {"code": codes[-1], "down": True})
                 await asyncio.sleep(min(left, REPEAT_INTERVAL))
+
+
+async def _surely(call: Coroutine[Any, Any, None]) -> None:
+    """Carry a call out to its end, also if the caller is cancelled: the agent's program may cancel a tool."""
+    task = asyncio.ensure_future(call)
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())
+    await asyncio.shield(task)
 
 
 def _counts(changed: Box | None, *, small: bool) -> bool:

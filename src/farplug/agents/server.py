@@ -536,7 +536,7 @@ class Tools:
     ) -> Content:
         """Type a text on the VM's keyboard. The answer says whether the VM has confirmed it; otherwise look."""
         async with self._machine.hands() as client:
-            result = await client.call("type", {"text": text, **_given(layout=layout)})
+            result = await self._machine.type(client, {"text": text, **_given(layout=layout)})
         return await self._after(f"typed {len(text)} characters; {_confirmed(result)}", screenshot_after)
 
     async def type_secret(
@@ -549,7 +549,7 @@ class Tools:
         secret = self._policy.secret(name)
         async with self._machine.hands() as client:
             try:
-                result = await client.call("type", {"text": secret, "hidden": True, **_given(layout=layout)})
+                result = await self._machine.type(client, {"text": secret, "hidden": True, **_given(layout=layout)})
             except FarplugError as error:
                 if error.reason is Reason.BAD_KEY:  # its message may quote characters
                     raise UsageError(
