@@ -121,6 +121,9 @@ class Reason(StrEnum):
     # the page
     VIEW_ONLY = "view-only"
     OUTSIDE_WEB_ROOT = "outside-web-root"
+    # agents
+    NOT_ALLOWED = "not-allowed"
+    SCREEN_CHANGED = "screen-changed"
     # while running
     GUEST_GONE = "guest-gone"
     GUEST_MOVED = "guest-moved"

@@ -21,7 +21,7 @@ from farplug.app.commands import Command
 from farplug.app.guest import Guest
 from farplug.app.media import PREFIX, Offer
 from farplug.app.screen import check_distances
-from farplug.app.seat import Hands, not_driving
+from farplug.app.seat import Hands, not_driving, taken
 from farplug.app.settings import Names, Source
 from farplug.app.watch import ClientEvent, InputsWatch, Outlet, Pacing, ScreenWatch
 from farplug.errors import GuestGoneError, Reason, StateError, UsageError
@@ -164,6 +164,10 @@ class AppClient:
         if command.client:
             self.name = printable(command.client, MAX_NAME)
         self._hands.setdefault(guest, Hands(guest))
+        holder = guest.seat.holder
+        if command.take and command.if_free and holder is not None and holder is not self:
+            guest.seat.join(self)
+            raise taken(holder.name)
         if command.take:
             guest.seat.take(self)
         else:

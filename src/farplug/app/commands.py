@@ -375,7 +375,8 @@ class Drive(Command):
 
     Attributes:
         take: take them, from any client that holds them; otherwise release them.
-        name: of this client, for the others; empty: as it was.
+        client: the name of this client, for the others; empty: as it was.
+        if_free: do not take them from another client.
         guest: the guest's id; None: the only one.
     """
 
@@ -383,6 +384,7 @@ class Drive(Command):
 
     take: bool
     client: str = ""
+    if_free: bool = False
     guest: str | None = None
 
 

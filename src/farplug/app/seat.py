@@ -181,3 +181,12 @@ def not_driving() -> StateError:
         reason=Reason.NOT_DRIVING,
         remedy="take them first",
     )
+
+
+def taken(holder: str) -> StateError:
+    """Return the error for a client that takes the keyboard and the mouse only if no other client holds them."""
+    return StateError(
+        f"{holder or 'another client'} holds the keyboard and the mouse",
+        reason=Reason.NOT_DRIVING,
+        remedy="wait until they are released",
+    )

@@ -19,6 +19,7 @@ from farplug.cli import (
     doctor,
     image,
     log,
+    mcp,
     page,
     screen,
     serve,
@@ -81,6 +82,7 @@ app.command("type", cls=Command)(screen.type_text)
 app.command("press", cls=Command)(screen.press)
 app.command("click", cls=Command)(screen.click)
 app.command("page", cls=Command)(page.page)
+app.command("mcp", cls=Command)(mcp.mcp)
 app.command("doctor", cls=Command)(doctor.doctor)
 app.command("demo", cls=Command)(demo.demo)
 app.add_typer(image.app, name="image")

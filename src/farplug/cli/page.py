@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,8 +167,10 @@ continues; one that the page started ends with it.
         "--proxy": proxy,
         "--allow-plain": allow_plain,
     }
+    from farplug.cli.joining import is_target
+
     target = None
-    if session is not None and _is_target(session):
+    if session is not None and is_target(session):
         target = target_settings(session, password_file, ask_password, ca_file, host_subject, proxy, allow_plain)
     elif option := next((name for name, value in given.items() if value), None):
         raise UsageError(
@@ -196,19 +197,6 @@ continues; one that the page started ends with it.
 
 
 page.__doc__ = f"{page.__doc__}\n{PASSWORD_HELP}\n"
-
-
-def _is_target(text: str) -> bool:
-    """Return whether ``--session`` has a target: a running session with this name comes first."""
-    from farplug.control.names import socket_path
-    from farplug.errors import FarplugError
-
-    try:
-        if socket_path(text).exists():
-            return False
-    except FarplugError:
-        pass  # it is not a name
-    return "://" in text or text.startswith("unix:") or text.endswith(".vv") or os.path.isfile(text)
 
 
 def _bytes(text: str) -> int:

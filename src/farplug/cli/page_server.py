@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import html
-import sys
 import webbrowser
 from contextlib import suppress
 from json import dumps
@@ -12,15 +11,14 @@ from pathlib import Path
 
 import typer
 
-from farplug.app.settings import GuestSettings, ReconnectSettings
-from farplug.cli import background, log, session_verbs
-from farplug.cli.output import PlainOutput
+from farplug.cli import log
+from farplug.cli.joining import own_session
 from farplug.cli.page import PageOptions
 from farplug.cli.session import SIGNALS
 from farplug.cli.session_client import run as run_client
 from farplug.control.client import Client
 from farplug.control.names import open_session
-from farplug.errors import FarplugError, Reason
+from farplug.errors import FarplugError
 from farplug.web.server import Page, PageSettings
 
 
@@ -33,17 +31,8 @@ def run(options: PageOptions, *, debug: bool) -> None:
     if options.target is None:
         run_client(_serve(options, options.session, own=False))
         return
-    settings = GuestSettings(options.target, stay=True, reconnect=ReconnectSettings())
-    name = background.start(background.Request(settings, debug=debug)).name
-    log.say(f"farplug: connected to {options.target.public_target} as the session {name}, which ends with the page")
-    try:
+    with own_session(options.target, "the page", debug=debug) as name:
         run_client(_serve(options, name, own=True))
-    finally:
-        try:
-            session_verbs.stop(name, PlainOutput(sys.stderr))
-        except FarplugError as error:
-            if error.reason is not Reason.NO_SESSION:  # it has ended already
-                raise
 
 
 async def _serve(options: PageOptions, name: str | None, *, own: bool) -> None:

@@ -1,0 +1,95 @@
+"""Run ``farplug mcp``: the MCP server, and the session of its target."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import select
+from collections.abc import Callable
+from contextlib import suppress
+from threading import Thread
+
+from farplug.agents.audit import Audit
+from farplug.agents.machine import Machine
+from farplug.agents.policy import Folders, Policy, read_secrets
+from farplug.cli.joining import own_session
+from farplug.cli.mcp import ServerOptions
+from farplug.cli.session import SIGNALS
+from farplug.cli.session_client import run as run_client
+from farplug.control.names import open_session, socket_path
+from farplug.errors import Reason, Remedy, SetupError
+
+CLIENT_NAME = "an agent (MCP)"
+"""The name of this client, for people who watch."""
+_PIECE = 1 << 16
+
+
+def run(options: ServerOptions, *, debug: bool) -> None:
+    """Serve on standard input and output until the input ends, or a signal comes.
+
+    Raises:
+        FarplugError: the server or the session cannot be started.
+    """
+    try:
+        import farplug.agents.server  # noqa: F401  (the SDK is an extra)
+    except ImportError as error:
+        raise SetupError(
+            f"farplug mcp needs the Python package mcp, version 2.3 or later: {error}",
+            reason=Reason.MISSING_PROGRAM,
+            remedy=Remedy("install it:", command="pip install 'farplug[mcp]'"),
+        ) from error
+    policy = Policy(
+        options.read_only,
+        Folders.of(options.allow),
+        options.allow_write,
+        options.allow_devices,
+        {} if options.secrets is None else read_secrets(options.secrets),
+    )
+    with Audit(options.audit) as audit:
+        if options.target is None:
+            run_client(_serve(options, options.session, policy, audit))
+            return
+        with own_session(options.target, "the server", debug=debug) as name:
+            run_client(_serve(options, name, policy, audit))
+
+
+async def _serve(options: ServerOptions, name: str | None, policy: Policy, audit: Audit) -> None:
+    from farplug.agents.server import AgentServer
+
+    logging.getLogger().addHandler(logging.NullHandler())  # else the SDK adds its own to all loggers
+    async with open_session(name) as client:
+        name = client.hello.session  # it runs, and is the only one if it was not named
+    end_input = _endable_input()
+    loop = asyncio.get_running_loop()
+    for number in SIGNALS:
+        with suppress(NotImplementedError):  # on Windows
+            loop.add_signal_handler(number, end_input)
+    server = AgentServer(Machine(socket_path(name), CLIENT_NAME, options.display), policy, audit)
+    await server.run_stdio_async()
+
+
+def _endable_input() -> Callable[[], None]:
+    """Put a pipe in the place of standard input, and return a function that ends it: a read cannot be interrupted."""
+    source = os.dup(0)
+    reader, writer = os.pipe()
+    os.dup2(reader, 0)
+    os.close(reader)
+    wake_reader, wake_writer = os.pipe()
+
+    def copy() -> None:
+        with suppress(OSError):  # the server has ended
+            while wake_reader not in select.select([source, wake_reader], [], [])[0]:
+                data = os.read(source, _PIECE)
+                if not data:
+                    break
+                while data:
+                    data = data[os.write(writer, data) :]
+        os.close(writer)
+
+    Thread(target=copy, name="standard input", daemon=True).start()
+
+    def end() -> None:
+        os.write(wake_writer, b"\0")
+
+    return end
