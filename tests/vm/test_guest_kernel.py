@@ -134,7 +134,8 @@ def test_unknown_compression_is_refused() -> None:
         ("net/core/failover", True),
         ("sound/usb/snd-usb-audio", True),
         ("sound/pci/hda/snd-hda-intel", False),
-        ("drivers/gpu/drm/drm", False),
+        ("drivers/gpu/drm/drm", True),
+        ("drivers/gpu/drm/amd/amdgpu/amdgpu", False),
         ("drivers/usbx/x", False),
     ],
 )
