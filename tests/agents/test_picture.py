@@ -77,7 +77,7 @@ def test_a_screen_and_its_changes() -> None:
     later = screen.mark()
     part = whole.cut(Box(5, 6, 15, 16))
     screen.apply(event(40, 30, [5, 6, 10, 10]), part.pixels)
-    assert later.changed is None, "the same pixels again are no change"
+    assert later.changed is None, "equal pixels do not count"
     screen.apply(event(40, 30, [5, 6, 1, 1], [20, 20, 2, 2]), b"\1\2\3\4" * 5)
     assert later.changed == Box(5, 6, 22, 22)
     assert screen.same(whole, Box(0, 0, 5, 30))

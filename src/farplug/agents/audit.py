@@ -30,7 +30,7 @@ class Audit:
         self._last = 0
         if path is not None:
             try:
-                self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+                self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
             except (OSError, ValueError) as error:
                 raise from_oserror(path, error, as_=SetupError) from error
 

@@ -621,7 +621,7 @@ class Tools:
         real = await asyncio.to_thread(self._policy.folders.existing, path)
         client = await self._machine.session()
         await client.call("insert", {"path": real, "force": force, **_given(drive=drive)})
-        return f"inserted {printable(real, MAX_SHOWN)}"
+        return f"inserted {printable(real)}"
 
     async def cdrom_eject(self, drive: Drive = None, force: bool = False) -> str:
         """Take the medium out of a CD-ROM drive. force: also if the VM has locked it."""
