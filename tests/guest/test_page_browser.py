@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -44,12 +44,11 @@ async def page_of(guest: QemuGuest, root: Path, name: str) -> AsyncIterator[Page
             pytest.fail("chromium is not installed")
         pytest.skip("chromium is not installed")
     expect.set_options(timeout=GUEST_TIMEOUT * 1000)
-    async with (
-        farplug("connect", guest.spice.target, "--name", name, "--json") as session,
-        farplug("page", "-s", name, "--web-root", root, "--json") as server,
-        async_playwright() as playwright,
-    ):
+    async with AsyncExitStack() as stack:
+        session = await stack.enter_async_context(farplug("connect", guest.spice.target, "--name", name, "--json"))
         await session.until('"ready"')
+        server = await stack.enter_async_context(farplug("page", "-s", name, "--web-root", root, "--json"))
+        playwright = await stack.enter_async_context(async_playwright())
         url = json.loads(await server.until('"url"'))["url"]
         browser = await playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = await browser.new_page()

@@ -216,7 +216,7 @@ HOST_SCRIPT = """
     busybox modprobe virtio_net
     busybox modprobe usbip-host
     busybox ip link set lo up
-    busybox ip address add 10.0.2.15/24 dev eth0
+    busybox ip address add 10.0.2.15/24 dev eth0 2>/dev/null || busybox ip address show dev eth0 | grep -q 10.0.2.15
     busybox ip link set eth0 up
     mkdir -p /var/run
     usbipd -D
