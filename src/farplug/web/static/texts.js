@@ -387,8 +387,10 @@ export const T = {
   hasAll: (/** @type {string} */ title) => `. ${title} has all of them.`,
   use: (/** @type {string} */ title) => `Use ${title}`,
   typeRefused: "Nothing was typed: ",
+  typeFailed: "Not all of it is certain: ",
   typeStopped: "Stopped.",
-  typed: (/** @type {number} */ count) => `Typed ${grouped(count)} character${count === 1 ? "" : "s"}.`,
+  typed: (/** @type {number} */ count, /** @type {boolean} */ confirmed) =>
+    `Typed ${grouped(count)} character${count === 1 ? "" : "s"}. ${confirmed ? "The VM confirmed all of them." : "The VM did not confirm them: look at its screen."}`,
   shellNote: "A hidden text is in no message and in no command.",
   hideOneLine: "A hidden text has one line.",
 
