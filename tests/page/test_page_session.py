@@ -107,7 +107,7 @@ def plug_in_key(page: Page) -> None:
 def test_a_security_key_asks(
     session: Session, page: Page, browser: Browser, tmp_path: Path, button: str, status: int, words: str
 ) -> None:
-    """Who may only watch sees the question, and has no button to answer it."""
+    """Check what becomes of the answer, and that a page that may only watch shows the question without buttons."""
     watcher = browser.new_page()
     watcher.goto(session.view_url)
     plug_in_key(page)
