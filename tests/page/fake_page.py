@@ -127,8 +127,8 @@ class FakePage:
             "key": lambda params, data: None,
             "keys-up": lambda params, data: None,
             "pointer": lambda params, data: None,
-            "press": lambda params, data: None,
-            "type": lambda params, data: None,
+            "press": lambda params, data: {"via": "usb", "confirmed": True},
+            "type": lambda params, data: {"via": "usb", "confirmed": True},
             "stop-typing": lambda params, data: None,
             "layouts": lambda params, data: {
                 "layouts": [{"name": "us", "title": "English (US)"}, {"name": "de", "title": "German"}],

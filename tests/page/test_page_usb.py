@@ -663,7 +663,54 @@ class TestText:
         page.get_by_label("Text", exact=True).fill("root\nsecret 1")
         page.get_by_role("button", name="Type it").click()
         assert fake.wait("type").params == {"text": "root\nsecret 1", "hidden": False, "layout": "us"}
-        expect(page.get_by_text("Typed 13 characters.")).to_be_visible()
+        expect(page.get_by_text("Typed 13 characters. The VM confirmed all of them.")).to_be_visible()
+
+    def test_what_the_vm_did_not_confirm(self, fake: FakePage, page: Page) -> None:
+        replies = iter([{"via": "usb", "confirmed": True}, {"via": "spice", "confirmed": False}])
+        fake.handlers["type"] = lambda params, data: next(replies)
+        page.get_by_role("button", name="Type text").click()
+        page.get_by_label("Text", exact=True).fill("a" * 5000)
+        page.get_by_role("button", name="Type it").click()
+        expect(page.get_by_text("The VM did not confirm them: look at its screen.")).to_be_visible()
+
+    @pytest.mark.parametrize(
+        ("code", "words"), [("no-free-port", "Nothing was typed: "), ("unconfirmed", "Not all of it is certain: ")]
+    )
+    def test_it_fails(self, fake: FakePage, page: Page, code: str, words: str) -> None:
+        def fail(params: Json, data: bytes | None) -> Any:
+            raise Refused(code, "the keyboard is gone")
+
+        fake.handlers["type"] = fail
+        page.get_by_role("button", name="Type text").click()
+        page.get_by_label("Text", exact=True).fill("root")
+        page.get_by_role("button", name="Type it").click()
+        expect(page.locator(".problem")).to_contain_text(f"{words}the keyboard is gone")
+        expect(page.get_by_label("Text", exact=True)).to_have_value("root")
+
+    def test_a_layout_that_is_not_in_the_package(self, fake: FakePage, opened: Opened) -> None:
+        layouts = [{"name": "us", "title": "English (US)"}]
+        fake.handlers["layouts"] = lambda params, data: {"layouts": layouts, "current": "de(neo)"}
+        page = opened(fake)
+        page.get_by_role("button", name="Type text").click()
+        expect(page.get_by_label("Keyboard layout of the VM")).to_have_value("de(neo)")
+        page.get_by_label("Text", exact=True).fill("root")
+        page.get_by_role("button", name="Type it").click()
+        assert fake.wait("type").params["layout"] == "de(neo)"
+
+    def test_the_end_of_a_long_text_is_checked(self, fake: FakePage, page: Page) -> None:
+        page.get_by_role("button", name="Type text").click()
+        page.get_by_label("Text", exact=True).fill("a" * 9000 + "ö")
+        expect(page.locator(".problem")).to_contain_text("1 character is not on this layout: ö (line 1, column 9001)")
+        expect(page.get_by_role("button", name="Type it")).to_be_disabled()
+
+    def test_a_letter_is_left_out_with_its_marks(self, fake: FakePage, page: Page) -> None:
+        fake.handlers["check-text"] = lambda params, data: {
+            "missing": [{"index": 1, "char": "ö", "layouts": ["de"]}] if "\u0308" in params["text"] else []
+        }
+        page.get_by_role("button", name="Type text").click()
+        page.get_by_label("Text", exact=True).fill("go\u0308e")
+        page.get_by_role("button", name="Leave out the 1").click()
+        expect(page.get_by_label("Text", exact=True)).to_have_value("ge")
 
     def test_what_the_layout_lacks_is_underlined(self, fake: FakePage, page: Page) -> None:
         page.get_by_role("button", name="Type text").click()

@@ -24,6 +24,8 @@ const DEVICE_TYPE = "application/x-farplug-device";
 const STALE = 5;
 const COPIED = 2000;
 const MAX_COMMANDS = 500;
+/** Characters that a layout lacks, of which the page takes note. */
+const MAX_MISSING = 1000;
 
 export class App {
   constructor() {
@@ -336,7 +338,9 @@ export class App {
       ({ width, height }) => { if (width > 0) this.dispatch({ type: "event", name: "screen", data: { width, height }, now: this.wall() }); },
       (error) => this.dispatch({ type: "event", name: "screen-state", data: { ...fields(error), state: "no-display" }, now: this.wall() }));
     this.request("layouts").then((layouts) => {
-      this.layouts = layouts;
+      // The last one may be of XKB, and not be in the package.
+      const known = layouts.layouts.some((/** @type {any} */ one) => one.name === layouts.current);
+      this.layouts = known ? layouts : { ...layouts, layouts: [{ name: layouts.current, title: layouts.current }, ...layouts.layouts] };
       this.ui.type.layout = layouts.current;
       this.draw();
     }, ignore);
@@ -902,17 +906,29 @@ export class App {
     this.setType({ hidden, text: hidden ? this.ui.type.text.replaceAll("\n", "") : this.ui.type.text });
   }
 
-  checkText() {
+  /** Ask for what the layout lacks, in the pieces in which the text is typed. */
+  async checkText() {
     const { text, layout } = this.ui.type;
     if (text === "" || !this.supports("check-text")) return;
-    this.request("check-text", { text: text.slice(0, 8192), ...(layout ? { layout } : {}) }).then(({ missing }) => {
-      if (text === this.ui.type.text && layout === this.ui.type.layout) this.setType({ missing });
-    }, ignore);
+    const letters = [...text];
+    /** @type {any[]} */
+    const found = [];
+    for (let at = 0; at < letters.length && found.length < MAX_MISSING; at += PIECE) {
+      const piece = letters.slice(at, at + PIECE).join("");
+      const answer = await this.request("check-text", { text: piece, ...(layout ? { layout } : {}) }).catch(() => null);
+      if (answer === null || text !== this.ui.type.text || layout !== this.ui.type.layout) return;
+      found.push(...answer.missing.map((/** @type {any} */ one) => ({ ...one, index: at + one.index })));
+    }
+    this.setType({ missing: found });
   }
 
   leaveOut() {
     const lacking = new Set(this.ui.type.missing.map((one) => one.index));
-    this.setText([...this.ui.type.text].filter((_, index) => !lacking.has(index)).join(""));
+    let leaves = false;
+    this.setText([...this.ui.type.text].filter((char, index) => {
+      leaves = lacking.has(index) || leaves && /\p{M}/u.test(char);
+      return !leaves;
+    }).join(""));
   }
 
   async typeText() {
@@ -920,18 +936,20 @@ export class App {
     const letters = [...text];
     if (letters.length === 0 || this.ui.type.busy) return;
     this.stopped = false;
+    let confirmed = true;
     this.setType({ busy: true, error: null, note: "", progress: { done: 0, total: letters.length } });
     try {
       for (let at = 0; at < letters.length && !this.stopped; at += PIECE) {
         const piece = letters.slice(at, at + PIECE);
-        await this.request("type", { text: piece.join(""), hidden, ...(layout && this.layouts && this.layouts.layouts.length > 1 ? { layout } : {}) });
+        const typed = await this.request("type", { text: piece.join(""), hidden, ...(layout && this.layouts && this.layouts.layouts.length > 1 ? { layout } : {}) });
+        confirmed &&= typed?.confirmed === true;
         this.state = { ...this.state, typing: null };
         this.setType({ progress: { done: at + piece.length, total: letters.length } });
       }
-      this.setType({ note: this.stopped ? T.typeStopped : T.typed(letters.length), ...(this.stopped ? {} : { text: "", missing: [] }) });
+      this.setType({ note: this.stopped ? T.typeStopped : T.typed(letters.length, confirmed), ...(this.stopped ? {} : { text: "", missing: [] }) });
     } catch (error) {
       if (this.stopped) this.setType({ note: T.typeStopped });
-      else this.setType({ error: fields(error) });
+      else this.setType({ error: { ...fields(error), began: this.ui.type.progress.done + (this.state.typing?.done ?? 0) > 0 } });
     }
     this.state = { ...this.state, typing: null };
     this.setType({ busy: false });

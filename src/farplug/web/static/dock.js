@@ -104,7 +104,7 @@ function typeBox(app) {
       h("p", { class: "problem", id: "type-problem", role: "status" },
         missing.length > 0 ? [icon("s-warn", "s"), h("span", null, h("b", null, T.missing(missing.length)), where(type.text, missing), full ? T.hasAll(plain(full.title)) : "."),
           full && h("button", { class: "b", type: "button", onclick: () => app.setLayout(full.name) }, T.use(plain(full.title)))]
-          : type.error ? [icon("s-stop", "s"), h("span", null, h("b", null, T.typeRefused), plain([type.error.message, type.error.remedy].filter(Boolean).join("; ")))]
+          : type.error ? [icon("s-stop", "s"), h("span", null, h("b", null, type.error.began || type.error.code === "unconfirmed" ? T.typeFailed : T.typeRefused), plain([type.error.message, type.error.remedy].filter(Boolean).join("; ")))]
             : type.note ? h("span", null, type.note) : type.hidden ? h("span", null, T.shellNote) : null)),
     h("div", { class: "opts" },
       layouts.length > 0 && h("label", null, T.layoutOfVm, h("select", { value: type.layout, disabled: busy, onchange: (/** @type {any} */ event) => app.setLayout(event.target.value) },

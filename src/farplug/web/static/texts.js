@@ -262,8 +262,8 @@ export const T = {
     { source: { kind: "keyboard" }, icon: "i-keyboard", name: "USB keyboard", about: "for firmware and systems that see no other" },
     { source: { kind: "tablet" }, icon: "i-drive", name: "USB tablet", about: "a pointer that goes to positions, for VMs whose mouse lags behind" },
     { source: { kind: "mouse" }, icon: "i-mouse", name: "USB mouse", about: "a pointer that moves by distances" },
-    { source: { kind: "touchscreen" }, icon: "i-touch", name: "USB touchscreen", about: "fingers, for programs that drive the session" },
-    { source: { kind: "gamepad" }, icon: "i-gamepad", name: "USB gamepad", about: "sticks and buttons, for programs that drive the session" },
+    { source: { kind: "touchscreen" }, icon: "i-touch", name: "USB touchscreen", about: "for the finger of a Python program that runs the session" },
+    { source: { kind: "gamepad" }, icon: "i-gamepad", name: "USB gamepad", about: "for a Python program that runs the session" },
     { source: { kind: "camera", path: "pattern" }, icon: "i-camera", name: "USB camera", about: "shows a test picture, or a clip of JPEG images" },
     { source: { kind: "serial", path: "pty" }, icon: "i-serial", name: "USB serial line", about: "ends in a new terminal of the machine where farplug runs" },
   ],
@@ -387,8 +387,10 @@ export const T = {
   hasAll: (/** @type {string} */ title) => `. ${title} has all of them.`,
   use: (/** @type {string} */ title) => `Use ${title}`,
   typeRefused: "Nothing was typed: ",
+  typeFailed: "Not all of it is certain: ",
   typeStopped: "Stopped.",
-  typed: (/** @type {number} */ count) => `Typed ${grouped(count)} character${count === 1 ? "" : "s"}.`,
+  typed: (/** @type {number} */ count, /** @type {boolean} */ confirmed) =>
+    `Typed ${grouped(count)} character${count === 1 ? "" : "s"}. ${confirmed ? "The VM confirmed all of them." : "The VM did not confirm them: look at its screen."}`,
   shellNote: "A hidden text is in no message and in no command.",
   hideOneLine: "A hidden text has one line.",
 
