@@ -637,10 +637,10 @@ def table(figures: Figures) -> str:
 
 
 def compared(speeds: Mapping[str, list[float]], ours: str, theirs: str) -> tuple[str, str, str]:
-    """Return two speeds, and the median of their ratios."""
-    ratio = statistics.median(one / other for one, other in zip(speeds[ours], speeds[theirs], strict=True))
+    """Return two speeds, and the median of their ratios, with the smallest and the largest one."""
+    ratios = [one / other for one, other in zip(speeds[ours], speeds[theirs], strict=True)]
     first, second = (f"{statistics.median(speeds[way]) / 1e6:.1f} MB/s" for way in (ours, theirs))
-    return first, second, f"{ratio:.2f}"
+    return first, second, f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
 
 
 def main() -> None:
