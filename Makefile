@@ -3,7 +3,7 @@
 # make test-kerbside  the whole of kerbside, the SPICE proxy, with its database, in front of a guest
 # make lint      ruff, mypy --strict (also for macOS and Windows), import contracts, words, shellcheck, docs
 # make bench     ratios to QEMU's own disks, to spice-gtk's emulated CD and to usbredirect; figures of the parser; what
-#                TLS and the SPICE proxy kerbside cost
+#                TLS and the SPICE proxy kerbside cost; what the page costs
 # make fuzz      run every fuzzer, SECONDS each
 # make fuzz-guided   fuzz every parser guided by coverage, with atheris, SECONDS each
 # make fuzz-nightly  all fuzzers for an hour in all
@@ -70,6 +70,7 @@ bench: setup
 	$(PYTHON) bench/network.py
 	$(PYTHON) bench/nested.py
 	PYTHONPATH=. $(PYTHON) bench/proxy.py
+	$(PYTHON) bench/page.py --seconds 10 --keys 20 --rounds 2
 
 stress: setup
 	FARPLUG_STRESS_SECONDS=60 FARPLUG_ATTACH_ROUNDS=50 FARPLUG_PAUSE_STEPS=4 $(PYTHON) -m pytest \
