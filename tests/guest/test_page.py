@@ -127,5 +127,5 @@ async def test_a_vm_in_the_browser(guests: GuestPool, folder: Path) -> None:
             assert list((folder / "run" / "farplug").glob("*.sock")) == []
         finally:
             if process.returncode is None:
-                process.kill()
+                process.terminate()  # not kill: the session that it started would stay
                 await process.wait()
