@@ -48,7 +48,8 @@ async def test_a_client_over_stdio(environment: dict[str, str], tmp_path: Path, 
             refused = await client.call_tool("key", {"text": "Return", "times": 3})
             assert refused.is_error
     records = [json.loads(line) for line in audit.read_text().splitlines()]
-    assert [record.get("tool") for record in records] == ["screenshot", None, "key", None]
+    assert [record.get("tool") for record in records] == ["screenshot", None, "key", None, "key", None]
+    assert (records[4]["arguments"]["times"], records[5]["outcome"]) == (3, "refused")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from tests.control.test_screens import HEIGHT, PIXELS, WIDTH, Viewer, console
 from tests.web.support import Browser, Served
@@ -32,6 +34,19 @@ async def test_the_picture_and_its_changes(served: Served, environment: dict[str
         whole = await served.http("GET", "/screenshot.png?session=web", token=tokens.view)
         assert small.body == whole.body  # it is small enough
         assert whole.body[16:24] == WIDTH.to_bytes(4, "big") + HEIGHT.to_bytes(4, "big")
+
+
+async def test_who_watches_is_not_shown_what_others_type(served: Served, environment: dict[str, str]) -> None:
+    tokens = served.page.tokens
+    async with console(environment), served.browser(tokens.view) as watcher, served.browser() as browser:
+        for one in (watcher, browser):
+            await one.call("open", {"session": "web"})
+            await one.call("subscribe", {"events": ["input"]})
+        await browser.call("type", {"text": "sesame", "via": "spice"})
+        assert (await browser.event("input"))[0]["text"] == "sesame"
+        data, _ = await watcher.event("input")
+        assert "sesame" not in json.dumps(data)
+        assert data["characters"] == 6
 
 
 async def test_keys_of_a_browser_that_leaves_are_released(served: Served, environment: dict[str, str]) -> None:

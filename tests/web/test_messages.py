@@ -87,7 +87,7 @@ def test_frames_in_a_wrong_order() -> None:
 def test_a_payload_of_another_size(size: int) -> None:
     receiver = FrameReceiver()
     receiver.receive_text('{"id": 1, "method": "x", "bytes": 2}')
-    with pytest.raises(RemoteProtocolError, match="its message said 2"):
+    with pytest.raises(RemoteProtocolError, match="its message has bytes: 2"):
         receiver.receive_binary(bytes(size))
 
 

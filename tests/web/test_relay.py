@@ -295,7 +295,7 @@ async def test_text_that_is_not_utf8(served: Served) -> None:
 async def test_a_binary_frame_of_another_size(served: Served) -> None:
     async with served.browser() as browser:
         await browser.websocket.send('{"id": 1, "method": "media-data", "bytes": 2}')
-        assert "its message said 2" in (await browser.ask_anything(b"abc"))["error"]["message"]
+        assert "its message has bytes: 2" in (await browser.ask_anything(b"abc"))["error"]["message"]
         assert await browser.closed() == 4400
 
 

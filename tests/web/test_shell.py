@@ -164,6 +164,7 @@ def test_a_file_of_the_browser_has_no_command(method: str, params: dict[str, Any
         ("attach", {"sources": [], "storage": 3}),
         ("insert", {"path": 3}),
         ("click", {"x": "a", "y": 1}),
+        ("click", {"x": float("inf"), "y": 1}),
         ("detach", {}),
         ("capture", {"path": "/a", "bytes": "x"}),
         ("detach", {"device": "\ud800"}),

@@ -304,3 +304,17 @@ def test_folders_of_processes_that_were_killed_are_removed(tmp_path: Path) -> No
         assert one.is_dir()
         assert two.is_dir()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("what", ["file", "link"])
+async def test_a_web_root_whose_uploads_cannot_be_used(environment: dict[str, str], tmp_path: Path, what: str) -> None:
+    """It is an error at the start, not in each browser."""
+    (tmp_path / "root").mkdir()
+    uploads = tmp_path / "root" / "uploads"
+    if what == "file":
+        uploads.write_bytes(b"")
+    else:
+        uploads.symlink_to(tmp_path, target_is_directory=True)
+    with pytest.raises((SetupError, UsageError), match=f"^{uploads} "):
+        async with Served.serve(environment, web_root=str(tmp_path / "root")):
+            pass

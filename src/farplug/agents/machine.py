@@ -332,6 +332,24 @@ class Machine:
         """Return whether this client holds the keyboard and the mouse."""
         return self._holder is not None and self._holder.get("you") is True
 
+    async def unheld(self) -> Client:
+        """Return the connection for an act that uses neither the keyboard nor the mouse.
+
+        Raises:
+            StateError: ``NOT_DRIVING``: another client holds the keyboard and the mouse.
+            FarplugError: the session is gone.
+        """
+        client = await self.session()
+        try:
+            async with asyncio.timeout(PICTURE_TIMEOUT):
+                while not self._holder_is_known:
+                    await self._change()
+        except TimeoutError:
+            raise RemoteProtocolError("the session does not report who holds the keyboard") from None
+        if self.holder is not None:
+            raise self._taken()
+        return client
+
     @asynccontextmanager
     async def hands(self) -> AsyncIterator[Client]:
         """Return a context manager for one act with the keyboard and the mouse, which are taken if they are free.
@@ -341,15 +359,7 @@ class Machine:
             FarplugError: the session is gone.
         """
         async with self._turn:
-            client = await self.session()
-            try:
-                async with asyncio.timeout(PICTURE_TIMEOUT):
-                    while not self._holder_is_known:
-                        await self._change()
-            except TimeoutError:
-                raise RemoteProtocolError("the session does not report who holds the keyboard") from None
-            if self.holder is not None:
-                raise self._taken()
+            client = await self.unheld()
             if not self.drives:
                 self._buttons = []
                 try:

@@ -7,10 +7,10 @@ import re
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
 from farplug.errors import Reason, Remedy, SetupError, UsageError, from_oserror
+from farplug.shell import shell_word
 from farplug.text import MAX_SHOWN, printable, shown
 
 MAX_PATH: Final = 4096
@@ -204,7 +204,7 @@ def read_secrets(path: str | os.PathLike[str]) -> dict[str, str]:
         raise SetupError(
             f"{os.fspath(path)} may be read by other users (mode {stat.S_IMODE(mode):04o})",
             reason=Reason.NO_PERMISSION,
-            remedy=Remedy("make it private:", command=f"chmod 600 {Path(path)}"),
+            remedy=Remedy("make it private:", command=f"chmod 600 {shell_word(os.fspath(path))}"),
         )
     if len(data) > MAX_SECRETS:
         raise UsageError(f"{os.fspath(path)} has more than {MAX_SECRETS} bytes", reason=Reason.TOO_LARGE)

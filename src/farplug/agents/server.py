@@ -139,17 +139,16 @@ class AgentServer(MCPServer[None]):
         """
         tool = self._tool_manager.get_tool(name)
         properties = {} if tool is None else tool.parameters.get("properties", {})
-        if tool is not None and (unknown := sorted(set(arguments) - set(properties))):
-            names = ", ".join(printable(one, 40) for one in unknown[:8])
-            raise ToolError(
-                f"{name} has no argument {names}. Arguments: {', '.join(properties) or 'none'} [{Reason.BAD_SETTING}]"
-            )
         try:
             call = self.audit.begin(printable(name, MAX_SHOWN), arguments)
         except FarplugError as error:
             raise ToolError(_text(error)) from error
         outcome, message = "interrupted", ""
         try:
+            if tool is not None and (unknown := sorted(set(arguments) - set(properties))):
+                names = ", ".join(printable(one, 40) for one in unknown[:8])
+                known = ", ".join(properties) or "none"
+                raise ToolError(f"{name} has no argument {names}. Arguments: {known} [{Reason.BAD_SETTING}]")
             result = await super().call_tool(name, arguments, context)
             outcome = "asked" if isinstance(result, InputRequiredResult) else "done"
         except UnexpectedToolError as error:
@@ -200,7 +199,9 @@ async def _confirm_attach(
     if not (writable or kind == "usb-device") or capabilities is None or capabilities.elicitation is None:
         return Confirmation(allow=True)
     what = (
-        f"the disk {path}, to which the VM then writes" if writable else f"the USB device {shown(path)} of this machine"
+        f"the disk {printable(path)}, to which the VM then writes"
+        if writable
+        else f"the USB device {shown(path)} of this machine"
     )
     return Elicit(f"An agent wants to plug into the VM: {what}. Allow it?", Confirmation)
 
@@ -600,7 +601,7 @@ class Tools:
         params: dict[str, Any] = {"sources": [source]}
         if kind == "disk" and not writable:
             params["storage"] = {"snapshot": True}
-        client = await self._machine.session()
+        client = await self._machine.unheld()
         result = await client.call("attach", params)
         attached = result.get("attachments", []) if isinstance(result, dict) else []
         return _json(
@@ -611,7 +612,7 @@ class Tools:
         self, device: Annotated[str, Field(min_length=1, max_length=4096, description="its label; see usb_list")]
     ) -> str:
         """Unplug a device from the VM. The VM should not be writing to it."""
-        client = await self._machine.session()
+        client = await self._machine.unheld()
         result = await client.call("detach", {"device": device})
         gone = result.get("detached") if isinstance(result, dict) else None
         return f"detached {', '.join(map(str, gone))}" if gone else "nothing was detached: see usb_list for the labels"
@@ -619,13 +620,13 @@ class Tools:
     async def cdrom_insert(self, path: Path, drive: Drive = None, force: bool = False) -> str:
         """Insert an ISO image into a CD-ROM drive, in place of the one in it. force: also if the VM has locked it."""
         real = await asyncio.to_thread(self._policy.folders.existing, path)
-        client = await self._machine.session()
+        client = await self._machine.unheld()
         await client.call("insert", {"path": real, "force": force, **_given(drive=drive)})
         return f"inserted {printable(real)}"
 
     async def cdrom_eject(self, drive: Drive = None, force: bool = False) -> str:
         """Take the medium out of a CD-ROM drive. force: also if the VM has locked it."""
-        client = await self._machine.session()
+        client = await self._machine.unheld()
         await client.call("eject", {"force": force, **_given(drive=drive)})
         return "ejected"
 

@@ -156,7 +156,7 @@ def page(
     """Serve a page with the screen of a VM, its keyboard and mouse, and its USB sockets.
 
     The link has a secret token: who has the link can use the VM, and plug in what this user can. The page is reached \
-from this machine only, unless --listen says otherwise. Ctrl-C ends the page. A session that was running before \
+from this machine only, unless --listen names another address. Ctrl-C ends the page. A session that was running before \
 continues; one that the page started ends with it.
     """
     given = {

@@ -106,7 +106,7 @@ class FrameReceiver:
         if call is None:
             raise RemoteProtocolError("a binary frame without a message before it")
         if len(data) != self._expected:
-            raise RemoteProtocolError(f"a binary frame has {len(data)} bytes, its message said {self._expected}")
+            raise RemoteProtocolError(f"a binary frame has {len(data)} bytes, its message has bytes: {self._expected}")
         self._call, self.waiting = None, False
         return replace(call, payload=bytes(data), size=call.size + len(data))
 

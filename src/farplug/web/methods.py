@@ -26,16 +26,16 @@ OWN: Final = (
 VIEW: Final = frozenset(
     {
         *("hello", "sessions", "watch-sessions", "unwatch-sessions", "open", "close"),
-        *("subscribe", "unsubscribe", "status", "list", "layouts"),
+        *("subscribe", "unsubscribe", "status", "layouts"),
         *("watch-screen", "unwatch-screen", "screen-ack"),
     }
 )
-"""The methods of :attr:`Role.VIEW`."""
+"""The methods of :attr:`Role.VIEW`. ``list`` is not among them: it shows the drives to everybody."""
 RELAYED: Final = frozenset(
     {
         *("subscribe", "unsubscribe", "status", "list", "layouts", "check-text", "devices"),
         *("watch-screen", "unwatch-screen", "screen-ack"),
-        *("attach", "detach", "insert", "eject", "capture", "stop-capture", "reconnect", "quit"),
+        *("attach", "detach", "insert", "eject", "capture", "stop-capture", "quit"),
         *("drive", "key", "keys-up", "pointer", "type", "stop-typing", "press", "click", "presence"),
         *("media-offer", "media-data", "media-withdraw"),
     }

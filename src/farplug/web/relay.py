@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
@@ -193,7 +194,12 @@ class Relay:
         self._role = role
         name = params.get("client_name")
         self._client = printable(name, MAX_CLIENT_NAME) if isinstance(name, str) else ""
-        await self._send(reply_text(call.request.id, await asyncio.to_thread(self._hello)))
+        try:
+            hello = await asyncio.to_thread(self._hello)
+        except FarplugError as error:  # the folder of uploads cannot be used any more
+            await self._close(INTERNAL_ERROR, error)
+            return False
+        await self._send(reply_text(call.request.id, hello))
         return True
 
     def _hello(self) -> dict[str, Any]:
@@ -346,7 +352,8 @@ class Relay:
     async def _relay(self, link: SessionLink) -> None:
         """Pass on what a session sends. Its end is an event."""
         try:
-            reason = await link.relay(self._send, partial(self._replied, link))
+            deliver = self._send if self._role is Role.FULL else self._send_to_viewer
+            reason = await link.relay(deliver, partial(self._replied, link))
         except RemoteProtocolError as error:
             log.warning("%s", error)
             reason = "lost"
@@ -355,6 +362,15 @@ class Relay:
         self._link = self._relaying = None
         await self._drop(link)
         await self._send(event_text("session-ended", {"reason": reason, "session": link.name}))
+
+    async def _send_to_viewer(self, text: str, payload: bytes | None = None) -> None:
+        """Send a message of the session without what others type: it may be a password."""
+        if '"input"' in text:
+            message = json.loads(text)
+            if message.get("event") == "input":
+                message["data"] = {name: value for name, value in message["data"].items() if name != "text"}
+                text = json.dumps(message)
+        await self._send(text, payload)
 
     async def _leave(self) -> None:
         """Close the connection to the session, if there is one."""

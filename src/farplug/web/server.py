@@ -177,7 +177,12 @@ class Page:
                     folder = stack.enter_context(temporary_folder(parent))
                 else:
                     folder = Path(root.path) / "uploads"
+                    if folder.is_symlink():
+                        raise UsageError(
+                            f"{folder} is a symbolic link", reason=Reason.OUTSIDE_WEB_ROOT, remedy="make it a folder"
+                        )
                 uploads = Uploads(folder, settings.upload_quota)
+                uploads.to_json()  # raises now, and not for each browser, if the folder cannot be used
                 stack.callback(uploads.close)
                 tokens = Tokens.make(view=settings.view_only)
                 site = Site(tokens, board, uploads, root, settings.session, socket.gethostname(), _user())
@@ -347,6 +352,8 @@ class _HttpProtocol(H11Protocol):
     _waiting: asyncio.TimerHandle | None = None
     """Closes the connection; None: a request is being answered, or the connection is a websocket."""
     _upgraded = False
+    _unsent = 0
+    """Bytes of an answer that the peer had not taken at the last look."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)  # type: ignore[arg-type]
@@ -365,6 +372,19 @@ class _HttpProtocol(H11Protocol):
             self._stop_waiting()
         elif not self._upgraded:
             self._wait()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Close a connection that is idle; abort one whose peer does not take the answer."""
+        left = self.transport.get_write_buffer_size()
+        if left == 0:
+            super().timeout_keep_alive_handler()
+        elif left == self._unsent:
+            self.transport.abort()
+        else:
+            self._unsent = left
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
     def handle_websocket_upgrade(self, event: Any) -> None:
         self._upgraded = True

@@ -76,7 +76,13 @@ def command(session: str, method: str, params: Mapping[str, Any]) -> str:
         options, arguments = _words(method, params)
         dashes = ["--"] if any(argument.startswith("-") for argument in arguments) else []
         words = [shell_quote(word) for word in (*options, *dashes, *arguments)]
-    except (KeyError, TypeError, ValueError, AttributeError):  # ValueError: also half of a surrogate pair
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        OverflowError,
+        AttributeError,
+    ):  # ValueError: also half of a surrogate pair
         raise UsageError(f"{shown(method)} has parameters that are not valid", reason=Reason.BAD_SETTING) from None
     return " ".join(("farplug", _COMMANDS.get(method, method), *name, *words))
 

@@ -142,8 +142,16 @@ class Uploads:
     def used(self) -> int:
         """Return the bytes of all uploads; those that are not complete count whole."""
         found = 0
-        with suppress(FileNotFoundError), os.scandir(self.folder) as entries:
-            found = sum(entry.stat(follow_symlinks=False).st_size for entry in entries if entry.name[0] != ".")
+        try:
+            with os.scandir(self.folder) as entries:
+                for entry in entries:
+                    if entry.name[0] != ".":
+                        with suppress(FileNotFoundError):  # it was removed meanwhile
+                            found += entry.stat(follow_symlinks=False).st_size
+        except FileNotFoundError:
+            pass  # there is no upload yet
+        except OSError as error:
+            raise from_oserror(self.folder, error, as_=SetupError, problem="cannot be used for uploads") from error
         return found + sum(upload.total for upload in self._open.values())
 
     def to_json(self) -> dict[str, int]:

@@ -152,6 +152,9 @@ async def test_a_folder(tmp_path: Path) -> None:
     images = [jpeg(colour=n) for n in range(3)]
     for name, image in zip(("b.jpg", "a.JPEG", "c.jpeg"), images, strict=True):
         (tmp_path / name).write_bytes(image)
+    outside = tmp_path.with_name("outside.jpg")
+    outside.write_bytes(jpeg(colour=9))
+    (tmp_path / "aa.jpg").symlink_to(outside)
     source = MjpegFolder.open(tmp_path)
     (mode,) = source.modes
     assert [await source.frame(mode, n) for n in range(4)] == [images[1], images[0], images[2], images[1]]

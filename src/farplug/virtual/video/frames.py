@@ -111,7 +111,12 @@ class MjpegFolder(FrameSource):
         """
         folder = Path(path)
         try:
-            images = sorted(one for one in folder.iterdir() if one.suffix.lower() in _SUFFIXES)
+            real = folder.resolve()
+            images = [  # a link out of the folder would show what the folder does not have
+                image
+                for one in sorted(folder.iterdir())
+                if one.suffix.lower() in _SUFFIXES and (image := one.resolve()).is_relative_to(real)
+            ]
         except (OSError, ValueError) as error:
             raise from_oserror(path, error, as_=ImageError, problem="cannot be read") from error
         if not images:

@@ -2,7 +2,7 @@
 
 import { FRESH, dialog } from "./attach.js";
 import { board } from "./board.js";
-import { BAD_TOKEN, Connection, RequestError } from "./connection.js";
+import { BAD_TOKEN, Connection, RequestError, TOO_MANY_BAD_TOKENS } from "./connection.js";
 import { PIECE } from "./dock.js";
 import { patch } from "./dom.js";
 import { InputQueue } from "./input_queue.js";
@@ -214,7 +214,7 @@ export class App {
     this.dispatch({ type: "link", link: { state: this.state.link.tries === 0 ? "connecting" : "gone", retryAt: 0 } });
     const connection = new Connection(url.href, {
       onevent: (name, data, bytes) => { if (connection === this.connection) this.event(name, data, bytes); },
-      onclose: (code) => { if (connection === this.connection) this.disconnected(code); },
+      onclose: (code, reason) => { if (connection === this.connection) this.disconnected(code, reason); },
       onroundtrip: (milliseconds) => {
         const before = this.state.stats.roundTrip;
         this.state = reduce(this.state, { type: "stats", stats: { roundTrip: before === 0 ? milliseconds : 0.8 * before + 0.2 * milliseconds } });
@@ -234,19 +234,19 @@ export class App {
     else await this.showBoard();
   }
 
-  /** @param {number} code */
-  disconnected(code) {
+  /** @param {number} code @param {string} reason */
+  disconnected(code, reason) {
     this.leavePicture();
     this.queue.clear();
     this.media.clear();
     this.mediaOf.clear();
-    if (code === BAD_TOKEN) {
+    if (code === BAD_TOKEN || code === TOO_MANY_BAD_TOKENS) {
       this.dispatch({ type: "link", link: { state: "refused" } });
       return;
     }
     const { tries } = this.state.link;
     this.retrySpan = DELAYS[Math.min(tries, DELAYS.length - 1)];
-    this.dispatch({ type: "link", link: { state: "gone", tries: tries + 1, retryAt: this.wall() + this.retrySpan } });
+    this.dispatch({ type: "link", link: { state: "gone", reason: code >= 4000 ? reason : "", tries: tries + 1, retryAt: this.wall() + this.retrySpan } });
     this.retryTimer = setTimeout(() => this.connect(), 1000 * this.retrySpan);
   }
 
@@ -353,9 +353,9 @@ export class App {
     await this.fetchDrives();
   }
 
-  /** Fetch what is in the CD-ROM drives. Only once: the session prints a line for each drive. */
+  /** Fetch what is in the CD-ROM drives. Only once, and not to watch: the session prints a line for each drive. */
   async fetchDrives() {
-    if (!attachments(this.state).some(hasDrive)) return;
+    if (this.state.server?.role !== "full" || !attachments(this.state).some(hasDrive)) return;
     this.dispatch({ type: "drives", drives: await this.request("list").catch(() => []) });
   }
 

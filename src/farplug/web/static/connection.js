@@ -6,6 +6,7 @@
 const MAX_PENDING = 12;
 /** The close code for a token that is not valid. */
 export const BAD_TOKEN = 4401;
+export const TOO_MANY_BAD_TOKENS = 4429;
 
 /** An error that the server or the session sent: the fields of its remedy are fields here, too. */
 export class RequestError extends Error {

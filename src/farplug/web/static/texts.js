@@ -25,6 +25,7 @@ export const T = {
   badToken: "The token is not valid",
   badTokenText: "The page’s server was started again, or the address is incomplete. Open the address that it printed last.",
   serverGone: "The page’s server does not answer",
+  serverRefused: "The page’s server refused the connection",
   serverGoneText: "The session goes on without this page: its devices stay plugged in. The picture is the last one that came.",
   serverGoneMedia: "What streams from this browser cannot be read until then.",
   nextTry: (/** @type {number} */ seconds, /** @type {number} */ tries) => [`${seconds}${N}s`, ` to try ${tries}`],
@@ -56,7 +57,7 @@ export const T = {
   noSessionText: "A session connects this machine with one VM. Start one in a shell; it appears here by itself, with the VM’s screen and its USB sockets.",
   firstSteps: [
     ["A VM that is reached through a .vv file or SPICE", "farplug connect vm.vv --name web1 --detach"],
-    ["No VM at hand: a small Linux that farplug boots", "make demo"],
+    ["No VM at hand: a small Linux that farplug boots", "farplug demo"],
     ["Something does not work: what stands in the way, stage by stage", "farplug doctor spice://vmhost:5900"],
   ],
   waitingForSession: "Waiting for the first session",
@@ -391,7 +392,7 @@ export const T = {
   typeStopped: "Stopped.",
   typed: (/** @type {number} */ count, /** @type {boolean} */ confirmed) =>
     `Typed ${grouped(count)} character${count === 1 ? "" : "s"}. ${confirmed ? "The VM confirmed all of them." : "The VM did not confirm them: look at its screen."}`,
-  shellNote: "A hidden text is in no message and in no command.",
+  shellNote: "A hidden text is in no message and in no command. A recording of USB has its keys.",
   hideOneLine: "A hidden text has one line.",
 
   // Keys

@@ -181,7 +181,8 @@ function serverGone(app) {
   if (link.state === "connecting" && link.tries === 0) return { alert: false, mark: "s-wait", title: T.connecting, content: h("p", { role: "status" }, T.openingText) };
   const left = attachments(app.state).length > 0;
   return {
-    alert: true, mark: "s-wait", title: T.serverGone, content: [
+    alert: true, mark: "s-wait", title: link.reason === "" ? T.serverGone : T.serverRefused, content: [
+      link.reason !== "" && h("p", null, plain(link.reason)),
       h("p", null, app.state.session !== null && T.serverGoneText, left && app.media.size > 0 && [" ", T.serverGoneMedia]),
       countdown(app, { at: link.retryAt, tries: link.tries + 1, span: app.retrySpan }, () => app.tryNow()),
       h("div", null, h("p", { class: "why" }, T.startServer), command(app, "farplug page")),
