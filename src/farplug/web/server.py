@@ -449,7 +449,7 @@ async def _served(app: Any, listener: socket.socket, context: ssl.SSLContext | N
         http=_HttpProtocol,
         ws=_WebSocketProtocol,
         ws_max_size=MAX_TEXT,
-        ws_per_message_deflate=False,
+        ws_per_message_deflate=context is not None,  # for slow lines; on this machine it only costs time
         ws_ping_interval=PING_INTERVAL,
         ws_ping_timeout=PING_TIMEOUT,
         lifespan="off",
