@@ -536,6 +536,41 @@ async def test_a_request_that_is_cancelled_at_once() -> None:
         assert key.question is None
 
 
+async def test_a_client_that_begins_again_while_the_key_saves() -> None:
+    """Requests that it abandoned before they were executed are forgotten, and the user is not asked for them."""
+
+    class SlowStore(MemoryKeyStore):
+        saved = asyncio.Event()
+
+        async def save(self, state: KeyState) -> None:
+            await self.saved.wait()
+            await super().save(state)
+
+    store = SlowStore()
+    key = SecurityKey(store, Presence.ASK)
+    async with plugged(key) as guest:
+        await guest.interrupt_out(0x01, bytes.fromhex("ffffffff860008") + bytes(8))
+        channel = (await guest.interrupt_in(0x81))[15:19]
+        await guest.interrupt_out(0x01, channel + b"\x90\0\1\x07")  # authenticatorReset
+        await asked(key)
+        key.answer(True)
+        counts = []
+        for number in range(30):
+            await guest.interrupt_out(0x01, channel + b"\x86\0\x08" + bytes((number,)) * 8)
+            while (reply := await guest.interrupt_in(0x81))[4] != 0x86:
+                assert reply[4] == 0xBB
+            assert reply[7] == number
+            await guest.interrupt_out(0x01, channel + b"\x90\0\1\x0b")  # authenticatorSelection
+            counts.append(len(asyncio.all_tasks()))
+        assert counts[-1] <= counts[0] + 4
+        await guest.interrupt_out(0x01, channel + b"\x91\0\0")
+        store.saved.set()
+        while (reply := await guest.interrupt_in(0x81))[4] != 0x90:
+            assert reply[4] == 0xBB
+        assert reply[:8] == channel + b"\x90\0\1\x2d"
+        assert [event.use for event in events_of(guest) if isinstance(event, PresenceAsked)] == ["reset"]
+
+
 async def test_a_guest_that_resets_while_a_user_is_asked() -> None:
     key = SecurityKey(presence=Presence.ASK)
     async with plugged(key) as guest:

@@ -247,6 +247,8 @@ class _Serving:
         self._flushing = asyncio.Lock()
         self._executing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._executions: dict[Request, asyncio.Task[bytes]] = {}
+        """The requests that are being executed or wait until another one ends."""
         self._request: Request | None = None
         """The request that is being executed."""
         self._cancelled: Request | None = None
@@ -264,14 +266,21 @@ class _Serving:
             else:
                 match self._hid.receive(report, loop.time()):
                     case Request() as request:
-                        task = asyncio.create_task(self._process(request))
-                        self._tasks.add(task)
-                        task.add_done_callback(self._ended)
+                        self._start(request)
                     case Cancelled(request=request):
                         self._cancelled = request
                         if self._request is request:
                             self._key._cancel_question()
+                        elif request in self._executions and not self._hid.is_current(request):
+                            self._executions[request].cancel()
             await self._flush()
+
+    def _start(self, request: Request) -> None:
+        executing = self._executions[request] = asyncio.create_task(self._execute(request))
+        executing.add_done_callback(lambda _: self._executions.pop(request))
+        task = asyncio.create_task(self._process(request, executing))
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -280,15 +289,14 @@ class _Serving:
 
     async def end(self) -> None:
         """Cancel the requests, and wait until what is being saved is saved."""
-        tasks = tuple(self._tasks)
+        tasks = (*self._tasks, *self._executions.values())
         for task in tasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
 
-    async def _process(self, request: Request) -> None:
-        """Execute a request, and send its reply; meanwhile a CTAP2 client gets keepalives."""
-        executing = asyncio.create_task(self._execute(request))
+    async def _process(self, request: Request, executing: asyncio.Task[bytes]) -> None:
+        """Send the reply to a request when it is executed; meanwhile a CTAP2 client gets keepalives."""
         try:
             while not (await asyncio.wait([executing], timeout=KEEPALIVE_INTERVAL))[0]:
                 if request.command is HidCommand.CBOR:
@@ -296,8 +304,9 @@ class _Serving:
                     status = KeepaliveStatus.USER_PRESENCE if waits else KeepaliveStatus.PROCESSING
                     self._hid.keep_alive(request, status)
                     await self._flush()
-            self._hid.reply(request, executing.result())
-            await self._flush()
+            if not executing.cancelled():
+                self._hid.reply(request, executing.result())
+                await self._flush()
         finally:
             executing.cancel()
             await asyncio.wait([executing])
@@ -311,7 +320,7 @@ class _Serving:
                 self._request = None
 
     async def _ask(self, question: Question) -> Answer:
-        if self._cancelled is self._request:
+        if self._request is None or self._cancelled is self._request or not self._hid.is_current(self._request):
             return Answer.CANCELLED
         return await self._key._ask(question)
 
