@@ -19,6 +19,7 @@ from farplug.testing.memory import MemoryGuest, TransferFailed
 from farplug.transport.connection import TcpAddress
 from farplug.usb import Reception, Setup, Status
 from farplug.usb.types import TransferType
+from farplug.usbip.messages import Errno, Submitted
 from farplug.virtual import VirtualDevice
 
 
@@ -121,6 +122,19 @@ async def test_isochronous_endpoints_of_an_alternate_setting() -> None:
         assert remote.interfaces[0].alternate == 0
         assert not remote._receivers
         assert not remote._iso_out
+
+
+async def test_an_isochronous_transfer_that_failed_as_a_whole_has_no_data() -> None:
+    """Its data are those of several packets: together they do not fit one packet of the guest."""
+    periodic = Periodic()
+    async with redirected(device(periodic)) as (guest, remote, _):
+        await guest.enumerate()
+        await guest.set_interface(0, 1)
+        await guest.iso_in(0x82)
+        receiver, seen = remote._receivers[0x82], list[tuple[Status, bytes]]()
+        receiver._received = lambda endpoint, status, data: seen.append((status, bytes(data)))
+        receiver._done(Submitted(0, -Errno.EPROTO, 100_000, bytes(100_000)))
+        assert seen == [(Status.IO_ERROR, b"")]
 
 
 async def test_a_reset_unconfigures_the_device() -> None:

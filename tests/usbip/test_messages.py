@@ -95,11 +95,31 @@ ISO = m.Submit(1, 1, 0x81, 64, packets=(m.IsoPacket(0, 32), m.IsoPacket(32, 32))
         (URB, m.Submitted(1, 0, -1), "has -1 bytes"),
         (URB, m.Submitted(1, 0, 0, b"", ISO.packets), "2 packets, the URB 64 and 0"),
         (ISO, m.Submitted(1, 0, 4, bytes(4), ISO.packets), "do not have the 4 bytes"),
+        (ISO, m.Submitted(1, 0, 64, bytes(64), (m.IsoPacket(0, 32, 64), ISO.packets[1])), "more bytes than were"),
+        (ISO, m.Submitted(1, 0, 0, b"", (m.IsoPacket(0, 64, 33), ISO.packets[1])), "more bytes than were"),
     ],
 )
 def test_replies_that_are_refused(urb: m.Submit | None, reply: m.Submitted, message: str) -> None:
     parser = m.ReplyParser(lambda number: urb)
     for part in reply.encode():
+        parser.receive_data(part)
+    with pytest.raises(RemoteProtocolError, match=message):
+        parser.next_message()
+
+
+@pytest.mark.parametrize(
+    ("packets", "message"),
+    [
+        ([m.IsoPacket(0, 32), m.IsoPacket(33, 32)], "exceeds its 64 bytes"),
+        ([m.IsoPacket(0, 64)] * 1024, "have more than its 64 bytes"),
+        ([m.IsoPacket(0, 33), m.IsoPacket(32, 32)], "have more than its 64 bytes"),
+    ],
+)
+@pytest.mark.parametrize("endpoint", [0x01, 0x81])
+def test_isochronous_packets_that_are_refused(endpoint: int, packets: list[m.IsoPacket], message: str) -> None:
+    """Packets that overlap would multiply the memory of the URB."""
+    parser = m.CommandParser()
+    for part in m.Submit(1, 1, endpoint, 64, bytes(64), packets=packets).encode():
         parser.receive_data(part)
     with pytest.raises(RemoteProtocolError, match=message):
         parser.next_message()

@@ -85,7 +85,8 @@ class Receiver:
                 at += packet.actual
                 self._received(self._address, status_of(packet.status), part)
         elif status is not Status.CANCELLED:
-            self._received(self._address, status, reply.data)
+            # The data of an isochronous URB are those of several packets, which do not fit one packet of the guest.
+            self._received(self._address, status, b"" if self._packets else reply.data)
         if status is Status.SUCCESS:
             self._send()
         else:

@@ -514,6 +514,8 @@ class CommandParser(Parser[ClientCommand]):
         urb.packets = _packets(self._take(count * _PACKET.size)) if count else ()
         if any(packet.offset + packet.length > length for packet in urb.packets):
             raise RemoteProtocolError(f"a packet of an isochronous URB exceeds its {length} bytes")
+        if sum(packet.length for packet in urb.packets) > length:
+            raise RemoteProtocolError(f"the packets of an isochronous URB have more than its {length} bytes")
         return urb
 
 
@@ -555,6 +557,8 @@ class ReplyParser(Parser[ServerReply]):
         self._take(_HEADER)
         data = self._take(payload) if payload else b""
         packets = _packets(self._take(count * _PACKET.size)) if count else ()
+        if any(packet.actual > asked.length for packet, asked in zip(packets, urb.packets, strict=False)):
+            raise RemoteProtocolError(f"a packet of URB {number} has more bytes than were requested")
         if payload and packets and sum(packet.actual for packet in packets) != actual:
             raise RemoteProtocolError(f"the packets of URB {number} do not have the {actual} bytes of the URB")
         return Submitted(number, status, actual, data, packets)
