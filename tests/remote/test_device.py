@@ -175,6 +175,41 @@ async def test_after_a_close_another_client_has_the_device_and_it_can_be_opened_
         assert store.items == [b"again"]
 
 
+async def test_a_bus_id_that_has_become_another_device_is_not_opened() -> None:
+    imports = 0
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            writer.write(data)
+        writer.close()
+
+    async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Relay the connection to the server; in the reply to a later import the product is another one."""
+        nonlocal imports
+        imports += 1
+        theirs, to_server = await asyncio.open_connection("127.0.0.1", server.port)
+        sending = asyncio.ensure_future(relay(reader, to_server))
+        reply = bytearray(await theirs.readexactly(320))
+        if imports > 1:
+            reply[310] ^= 1
+        writer.write(reply)
+        await relay(theirs, writer)
+        await sending
+
+    async with serving(device(Store())) as server, playing(play) as where:
+        remote = await RemoteDevice.connect(where, "1-1")
+        await remote.close()
+        for _ in range(2):
+            async with asyncio.timeout(TIMEOUT):
+                while server.session.ports[0].exporter.in_use:
+                    await asyncio.sleep(0.01)
+            with pytest.raises(DeviceError, match="is another device now") as raised:
+                async with MemoryGuest(remote):
+                    pass
+            assert raised.value.reason is Reason.DEVICE_LOST
+        assert imports == 3
+
+
 async def test_the_server_leaves() -> None:
     async with redirected(device(Store())) as (guest, _, server):
         await guest.enumerate()

@@ -21,7 +21,7 @@ from farplug.usb.descriptors import ConfigurationDescriptor, DeviceDescriptor, p
 from farplug.usb.device import Device, DeviceListener, Identity, Reception
 from farplug.usb.transfer import Status, Transfer
 from farplug.usb.types import Buffer, DescriptorType, Endpoint, Interface, Setup, StandardRequest, TransferType
-from farplug.usbip.messages import PORT, Submit, Submitted
+from farplug.usbip.messages import PORT, ExportedDevice, Submit, Submitted
 
 DESCRIPTORS_TIMEOUT = 10.0
 """Seconds until all descriptors of a device are read."""
@@ -76,6 +76,7 @@ class RemoteDevice(Device):
         self._address = address
         self._busid = busid
         self._connection: UrbConnection | None = connection
+        self._exported = connection.device
         self._description = description
         self._listener: DeviceListener | None = None
         self._configuration = 0
@@ -134,11 +135,24 @@ class RemoteDevice(Device):
         try:
             if self._connection is None or not self._connection.is_open:
                 self._connection = await UrbConnection.open(self._address, self._busid)
+                self._check_is_same(self._connection.device)
             self._connection.on_lost = self._lost
             self._unconfigure()
         except BaseException:
             self._listener = None
+            await self.dispose()
             raise
+
+    def _check_is_same(self, found: ExportedDevice) -> None:
+        """Raise ``DeviceError`` if the bus id has become that of another device, whose descriptors are not known."""
+        known = self._exported
+        ids = known.vendor_id, known.product_id, known.device_version, known.speed
+        if (found.vendor_id, found.product_id, found.device_version, found.speed) != ids:
+            raise DeviceError(
+                f"{self._busid} at {self._address} is another device now, {found.vendor_id:04x}:{found.product_id:04x}",
+                reason=Reason.DEVICE_LOST,
+                remedy="attach it again",
+            )
 
     async def close(self) -> None:
         self._listener = None
