@@ -225,6 +225,39 @@ async def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call
     assert list(tmp_path.iterdir()) == [path]
 
 
+async def test_a_folder_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder may permit to make files, but not to be read."""
+    file, real = KeyFile.open(tmp_path / "keys.json"), os.open
+
+    def refuse(path: str | Path, flags: int, mode: int = 0o777) -> int:
+        if path == tmp_path:
+            raise PermissionError(13, "Permission denied")
+        return real(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", refuse)
+    await file.save(replace(file.state, counter=5))
+    await file.close()
+    assert file.state.counter == 5
+
+
+async def test_what_a_killed_program_left_is_removed(tmp_path: Path) -> None:
+    """It has the private keys. The files of other keys, and other files, stay."""
+    path = tmp_path / "keys.json"
+    kept = [
+        tmp_path / name for name in (".keys.json.0123456", ".keys.json.0123456g", ".other.01234567", "keys.json.bak")
+    ]
+    left = [tmp_path / ".keys.json.01234567", tmp_path / ".keys.json.89abcdef"]
+    file = KeyFile.open(path)
+    for one in (*kept, *left):
+        one.write_text("keys")
+    with pytest.raises(ImageError, match="is in use"):
+        KeyFile.open(path)
+    assert left[0].exists()  # another program has the lock
+    await file.close()
+    KeyFile.open(path).abandon()
+    assert sorted(tmp_path.iterdir()) == sorted([path, *kept])
+
+
 async def test_a_save_that_is_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = KeyFile.open(tmp_path / "keys.json")
     go, fsync = threading.Event(), os.fsync

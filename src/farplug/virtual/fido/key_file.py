@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import secrets
 import stat
 import sys
@@ -41,6 +42,8 @@ MAX_FILE: Final = 1 << 20
 """Bytes of a file that is read. A key with all its credentials has 100 kB."""
 _WARNING: Final = "For tests. A program or a person that reads this file can sign in with it."
 _PIN_HASH_SIZE = 16
+_SUFFIX_SIZE: Final = 4
+"""Random bytes in the name of a file that is to replace another."""
 _OTHERS: Final = stat.S_IRWXG | stat.S_IRWXO
 
 
@@ -81,6 +84,7 @@ class KeyFile(KeyStore):
         except BaseException:
             os.close(descriptor)
             raise
+        _remove_left_overs(target)
         file = cls(target, descriptor, state)
         if not raw:
             try:
@@ -122,7 +126,7 @@ class KeyFile(KeyStore):
         """Write another file, lock it, and give it the name of the old one: a reader finds the one or the other."""
         if sys.platform == "win32":
             raise AssertionError
-        name = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}")
+        name = self.path.with_name(f"{_prefix(self.path)}{secrets.token_hex(_SUFFIX_SIZE)}")
         new = -1
         try:
             new = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -215,8 +219,31 @@ def _read(path: Path, descriptor: int) -> bytes:
     raise _damaged(path, f"it has more than {MAX_FILE >> 20} MiB")
 
 
+def _prefix(path: Path) -> str:
+    """Return the beginning of the names of the files that are to replace a file."""
+    return f".{path.name}."
+
+
+def _remove_left_overs(path: Path) -> None:
+    """Remove the files that were to replace a file when farplug was killed: they have its keys, and perhaps older ones.
+
+    The caller has locked the file, so no other program is about to replace it.
+    """
+    prefix = _prefix(path)
+    with suppress(OSError):
+        for name in os.listdir(path.parent):
+            suffix = name.removeprefix(prefix)
+            if name.startswith(prefix) and re.fullmatch(f"[0-9a-f]{{{2 * _SUFFIX_SIZE}}}", suffix):
+                with suppress(OSError):
+                    os.unlink(path.with_name(name))
+
+
 def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    """Write the names in a folder to the disk, if this user may read the folder and its file system has such a call."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return
     try:
         os.fsync(descriptor)
     except OSError:
