@@ -192,6 +192,14 @@ async def test_a_link_replaces_nothing_else(tmp_path: Path, kind: str) -> None:
     assert caught.value.reason is Reason.NOT_FOUND
 
 
+@pytest.mark.parametrize("path", ["x" * 300, "loop/vm1"])
+async def test_a_link_that_cannot_be_made(tmp_path: Path, path: str) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(DeviceError, match="cannot be made a link") as caught:
+        await parse_serial_end(f"pty:{tmp_path}/{path}").open()
+    assert caught.value.remedy
+
+
 STDIO = """
 import asyncio, os, sys
 from farplug.ends import parse_serial_end
@@ -397,8 +405,13 @@ async def test_tcp_ports_that_cannot_be_used() -> None:
     with pytest.raises(DeviceError, match="cannot be reached") as caught:
         await parse_serial_end(address).open()
     assert caught.value.reason is Reason.CONNECTION_REFUSED
+
+
+@pytest.mark.parametrize("scheme", ["tcp", "tcp-listen"])
+@pytest.mark.parametrize("host", ["nowhere.invalid", "a..b", "x" * 64, "\udc80.example"])
+async def test_host_names_that_cannot_be_resolved(scheme: str, host: str) -> None:
     with pytest.raises(DeviceError, match="the name cannot be resolved") as caught:
-        await parse_serial_end("tcp://nowhere.invalid:4000").open()
+        await parse_serial_end(f"{scheme}://{host}:4000").open()
     assert caught.value.reason is Reason.UNRESOLVABLE
 
 

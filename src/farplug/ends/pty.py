@@ -87,7 +87,7 @@ class PtyEnd(End):
         if self._link is None:
             return
         old = _target(self._link)
-        if self._link.exists() if old is None else not old.startswith(_TERMINALS):
+        if os.path.lexists(self._link) if old is None else not old.startswith(_TERMINALS):
             raise DeviceError(
                 f"{self._link} exists, and is not a link to a pseudoterminal",
                 reason=Reason.EXISTS,

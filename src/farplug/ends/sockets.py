@@ -90,12 +90,12 @@ class _ConnectEnd(End):
 
     @abstractmethod
     def _connect(self) -> Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-        """Connect once. Raises OSError."""
+        """Connect once. Raises OSError, or UnicodeError for a host name that is not valid."""
 
     async def _open(self) -> None:
         try:
             await self._reach()
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             raise _fault(self.address, "cannot be reached", error, "start the program that listens there") from error
 
     async def _close(self) -> None:
@@ -154,7 +154,7 @@ class _ListenEnd(End):
 
     @abstractmethod
     async def _listen(self) -> asyncio.Server:
-        """Listen. Raises OSError."""
+        """Listen. Raises OSError, or UnicodeError for a host name that is not valid."""
 
     @abstractmethod
     def _name(self, writer: asyncio.StreamWriter) -> str:
@@ -163,7 +163,7 @@ class _ListenEnd(End):
     async def _open(self) -> None:
         try:
             self._server = await self._listen()
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             raise _fault(self.address, "cannot be listened on", error, "choose another address") from error
 
     async def _close(self) -> None:
@@ -272,8 +272,8 @@ def _inode(path: str) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
-def _fault(address: str, problem: str, error: OSError, remedy: str) -> DeviceError:
-    if isinstance(error, socket.gaierror):
+def _fault(address: str, problem: str, error: OSError | UnicodeError, remedy: str) -> DeviceError:
+    if isinstance(error, socket.gaierror | UnicodeError):
         return DeviceError(
             f"{address} {problem}: the name cannot be resolved", reason=Reason.UNRESOLVABLE, remedy="check the name"
         )
