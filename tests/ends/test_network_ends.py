@@ -180,6 +180,21 @@ async def test_passt_offers_an_address_and_is_started_again(monkeypatch: pytest.
 
 
 @pytest.mark.usefixtures("passt")
+async def test_passt_ends_if_its_opening_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("farplug.ends.passt.START_TIME", 60.0)
+    end = PasstEnd()
+    opening = asyncio.ensure_future(end.open())
+    async with asyncio.timeout(TIMEOUT):
+        while end._process is None:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.05)
+        opening.cancel()
+        await asyncio.wait([opening])
+        assert opening.cancelled()
+        await end._process.wait()
+
+
+@pytest.mark.usefixtures("passt")
 async def test_passt_that_cannot_work() -> None:
     with pytest.raises(DeviceError, match=r"passt cannot work: .*nowhere") as caught:
         await parse_network_end("passt:--interface nowhere0").open()

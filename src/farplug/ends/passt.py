@@ -47,9 +47,13 @@ class PasstEnd(End):
         program = find_program("passt")
         peer = await self._start(str(program))
         assert self._process is not None
-        with suppress(TimeoutError):
-            async with asyncio.timeout(START_TIME):
-                await self._process.wait()
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(START_TIME):
+                    await self._process.wait()
+        except BaseException:
+            peer.close()  # passt ends when its socket is closed
+            raise
         if self._process.returncode is not None:
             peer.close()
             await self._read_output()
@@ -92,12 +96,12 @@ class PasstEnd(End):
                 env=child_environment(),
                 start_new_session=True,  # Ctrl-C is for farplug
             )
+            reader, writer = await asyncio.open_unix_connection(sock=ours, limit=CHUNK)
         except BaseException:
             ours.close()
             raise
         finally:
             theirs.close()
-        reader, writer = await asyncio.open_unix_connection(sock=ours, limit=CHUNK)
         return FramePeer(reader, writer, "passt")
 
     async def _watch(self, program: str) -> None:
