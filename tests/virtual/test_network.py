@@ -83,6 +83,7 @@ async def test_requests() -> None:
             (Setup(0x21, 0x86, 0, 0, 4), "ff070000"),
             (Setup(0x21, 0x86, 0, 0, 4), "01400000"),
             (Setup(0x21, 0x86, 0, 0, 2), "0008"),
+            (Setup(0x21, 0x86, 0, 0, 8), "0008000000000000"),
             (Setup(0x21, 0x86, 0, 0, 0), ""),
             (Setup(0x21, 0x84, 1, 0, 0), ""),
             (Setup(0x21, 0x8A, 1, 0, 0), ""),
@@ -136,13 +137,14 @@ async def test_frames_of_a_program() -> None:
 async def test_blocks_that_are_not_valid_are_dropped(caplog: pytest.LogCaptureFixture) -> None:
     async with plugged(adapter := NetworkAdapter()) as guest:
         reading = asyncio.ensure_future(adapter.read_frames())
-        for bad in (b"", b"NCMH", block(*FRAMES)[:-1], bytes(16384)):
+        for bad in (b"NCMH", block(*FRAMES)[:-1], bytes(16384)):
             await guest.bulk_out(OUT, bad)
+        await guest.bulk_out(OUT, b"")
         await guest.bulk_out(OUT, bytes.fromhex("4e434d480c00000000000000"))  # valid, without a frame
         await guest.bulk_out(OUT, block(FRAMES[0]))
         assert [bytes(frame) for frame in await reading] == [FRAMES[0]]
-        assert adapter.refused == 4
-    assert "a block of the guest is not valid and is dropped: it has 0 bytes" in caplog.text
+        assert adapter.refused == 3
+    assert "a block of the guest is not valid and is dropped: it has 4 bytes" in caplog.text
 
 
 @pytest.mark.parametrize("text", ["02fa71000001", "02:FA:71:00:00:01", "02-fa-71-00-00-01"])

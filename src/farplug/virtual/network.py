@@ -150,6 +150,8 @@ class NetworkAdapter(EndFunction):
         """
         while True:
             block = await self.received.read()
+            if not block:
+                continue  # the end of a transfer whose last packet was full, which may follow a block
             try:
                 frames = self._reader.frames(block)
             except ValueError as error:
@@ -207,8 +209,8 @@ class NetworkAdapter(EndFunction):
 
     @control_out(0x86, _CLASS, _INTERFACE)
     def _set_ntb_input_size(self, setup: Setup, data: bytes) -> None:
-        size = int.from_bytes(data[:4], "little")
-        if len(data) not in (4, 8) or not MIN_BLOCK_SIZE <= size <= BLOCK_SIZE:
+        size = int.from_bytes(data, "little")
+        if len(data) != 4 or not MIN_BLOCK_SIZE <= size <= BLOCK_SIZE:
             raise Stall
         self._block_size = size
 
