@@ -211,7 +211,8 @@ async def test_the_pin(kind: type[PinProtocol]) -> None:
         permissions = ClientPin.PERMISSION
         token = pin.get_pin_token("pässwörd", permissions.MAKE_CREDENTIAL, "example.com")
         code = pin.protocol.authenticate(token, HASH)
-        made = make(ctap, pin_uv_param=code, pin_uv_protocol=kind.VERSION)
+        options = {"rk": True, "uv": True}  # uv has no effect together with a code
+        made = make(ctap, options=options, pin_uv_param=code, pin_uv_protocol=kind.VERSION)
         assert made.auth_data.flags & 4  # user verified
         assert failure(make, ctap, BOB, pin_uv_param=code, pin_uv_protocol=kind.VERSION) == "PIN_AUTH_INVALID"
         token = pin.get_pin_token("pässwörd", permissions.MAKE_CREDENTIAL, "other.example")
@@ -223,7 +224,10 @@ async def test_the_pin(kind: type[PinProtocol]) -> None:
         )
         token = pin.get_pin_token("pässwörd")  # that of CTAP 2.0
         code = pin.protocol.authenticate(token, HASH)
-        found = ctap.get_assertion("example.com", HASH, pin_uv_param=code, pin_uv_protocol=kind.VERSION)
+        options = {"uv": True}
+        found = ctap.get_assertion(
+            "example.com", HASH, options=options, pin_uv_param=code, pin_uv_protocol=kind.VERSION
+        )
         assert found.auth_data.flags & 4
         assert failure(pin.get_pin_token, "pässwörd", permissions.BIO_ENROLL) == "UNAUTHORIZED_PERMISSION"
         assert failure(pin.get_pin_token, "pässwörd", permissions.MAKE_CREDENTIAL) == "MISSING_PARAMETER"

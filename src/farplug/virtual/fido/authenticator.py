@@ -327,7 +327,8 @@ class Authenticator:
         protection = _protection(extensions.get("credProtect", int))
         hmac_secret = extensions.option("hmac-secret")
         code = await self._code(parameters, 8)
-        if options.option("uv") or options.option("up") is False:
+        _check_uv(options, code)
+        if options.option("up") is False:
             raise CtapError(Status.INVALID_OPTION)
         if parameters.get(0x0A, int) is not None:
             raise CtapError(Status.INVALID_PARAMETER)  # enterprise attestation
@@ -378,8 +379,7 @@ class Authenticator:
         code = await self._code(parameters, 6)
         if options.option("rk") is not None:
             raise CtapError(Status.UNSUPPORTED_OPTION)
-        if options.option("uv"):
-            raise CtapError(Status.INVALID_OPTION)
+        _check_uv(options, code)
         present = options.option("up") is not False
         if not present:
             self._question = replace(self._question, use=Use.LOOK_UP)
@@ -801,6 +801,12 @@ def _algorithm(offered: Sequence[Value]) -> Algorithm:
     if chosen is None:
         raise CtapError(Status.UNSUPPORTED_ALGORITHM)
     return chosen
+
+
+def _check_uv(options: Parameters, code: bytes | None) -> None:
+    """Refuse the option ``uv``, which the key does not have, unless pinUvAuthParam makes it false (6.1.2, step 5)."""
+    if options.option("uv") and code is None:
+        raise CtapError(Status.INVALID_OPTION)
 
 
 def _ids(listed: Sequence[Value] | None) -> list[bytes]:
