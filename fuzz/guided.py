@@ -59,7 +59,6 @@ def usbip() -> Parse:
     urbs = (messages.Submit(0, 1, 0x81, 4096), messages.Submit(1, 1, 0x02, 64, packets=(messages.IsoPacket(0, 64),)))
     parsers: tuple[Callable[[], messages.Parser[Any]], ...] = (
         messages.RequestParser,
-        messages.ListParser,
         messages.ImportParser,
         messages.CommandParser,
         lambda: messages.ReplyParser(lambda number: urbs[number % 2]),

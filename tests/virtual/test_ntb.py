@@ -60,8 +60,6 @@ def test_blocks_hold_what_fits(size: int) -> None:
     assert [frame for one in made for frame in frames(one)] == sent
     assert max(map(len, made)) <= size
     assert sum(map(len, made)) < sum(map(len, sent)) + len(sent) * 7 + len(made) * 24
-    by_count = list(BlockWriter().blocks(sent, size, max_frames=1))
-    assert len(by_count) == 200
 
 
 def test_a_table_after_the_frames_as_windows_writes_it() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final, Generic, TypeAlias, TypeVar
 
@@ -24,10 +24,8 @@ MAX_TRANSFER: Final = 16 << 20
 """Bytes of one URB that are stored; those of a longer one are skipped."""
 MAX_ISO_PACKETS: Final = 1024
 """Packets of an isochronous URB (USBIP_MAX_ISO_PACKETS)."""
-MAX_DEVICES: Final = 256
-"""Devices in a list that is read."""
 MAX_INTERFACES: Final = 32
-"""Interfaces of a device in a list that is read."""
+"""Interfaces of an imported device."""
 
 ZERO_PACKET: Final = 0x0040
 """URB_ZERO_PACKET: an OUT transfer of whole packets ends with an empty one."""
@@ -305,10 +303,8 @@ def _buffers(head: bytes, data: Buffer, packets: Sequence[IsoPacket]) -> list[Bu
 # Operations -----------------------------------------------------------------------------------------------------------
 
 
-def encode_request(request: ListRequest | ImportRequest) -> bytes:
+def encode_request(request: ImportRequest) -> bytes:
     """Return the message of a request."""
-    if isinstance(request, ListRequest):
-        return _OPERATION.pack(VERSION, Operation.REQUEST_LIST, 0)
     name = request.busid.encode()[: _BUSID_SIZE - 1].ljust(_BUSID_SIZE, b"\0")
     return _OPERATION.pack(VERSION, Operation.REQUEST_IMPORT, 0) + name
 
@@ -392,34 +388,6 @@ class RequestParser(Parser[ListRequest | ImportRequest]):
         return ImportRequest(_text(self._take(_OPERATION.size + _BUSID_SIZE)[_OPERATION.size :]))
 
 
-class ListParser(Parser[tuple[ExportedDevice, ...]]):
-    """Parses the reply to a :class:`ListRequest`."""
-
-    def next_message(self) -> tuple[ExportedDevice, ...] | None:
-        at = _OPERATION.size + _COUNT.size
-        status = _reply(self._buffer, Operation.REPLY_LIST)
-        if status:
-            raise RemoteProtocolError(f"the USB/IP server refused to list its devices (status {int(status)})")
-        if len(self._buffer) < at:
-            return None
-        (count,) = _COUNT.unpack_from(self._buffer, _OPERATION.size)
-        if count > MAX_DEVICES:
-            raise RemoteProtocolError(f"a list of {count} USB/IP devices, at most {MAX_DEVICES} are read")
-        devices = []
-        for _ in range(count):
-            if len(self._buffer) < at + _DEVICE.size:
-                return None
-            device, interfaces = _device(self._buffer, at)
-            at += _DEVICE.size
-            if len(self._buffer) < at + interfaces * _INTERFACE.size:
-                return None
-            found = tuple(_INTERFACE.unpack_from(self._buffer, at + i * _INTERFACE.size) for i in range(interfaces))
-            at += interfaces * _INTERFACE.size
-            devices.append(replace(device, interfaces=found))
-        self._take(at)
-        return tuple(devices)
-
-
 class ImportParser(Parser["ExportedDevice | Refusal"]):
     """Parses the reply to an :class:`ImportRequest`."""
 
@@ -430,8 +398,7 @@ class ImportParser(Parser["ExportedDevice | Refusal"]):
             return Refusal(status)
         if len(self._buffer) < _OPERATION.size + _DEVICE.size:
             return None
-        device, _ = _device(self._take(_OPERATION.size + _DEVICE.size), _OPERATION.size)
-        return device
+        return _device(self._take(_OPERATION.size + _DEVICE.size)[_OPERATION.size :])
 
 
 def _reply(buffer: Buffer, expected: Operation) -> int:
@@ -444,16 +411,15 @@ def _reply(buffer: Buffer, expected: Operation) -> int:
     return int(status)
 
 
-def _device(buffer: Buffer, at: int) -> tuple[ExportedDevice, int]:
-    """Return a device and the number of its interfaces."""
-    path, busid, bus, address, speed, *ids, configuration, configurations, interfaces = _DEVICE.unpack_from(buffer, at)
+def _device(data: bytes) -> ExportedDevice:
+    path, busid, bus, address, speed, *ids, configuration, configurations, interfaces = _DEVICE.unpack(data)
     found = next((known for known, code in SPEEDS.items() if code == speed), None)
     if found is None:
         raise RemoteProtocolError(f"{speed} is not a USB/IP speed")
     if interfaces > MAX_INTERFACES:
         raise RemoteProtocolError(f"a device with {interfaces} interfaces, at most {MAX_INTERFACES} are possible")
     vendor, product, version, class_, subclass, protocol = ids
-    device = ExportedDevice(
+    return ExportedDevice(
         _text(busid),
         bus,
         address,
@@ -468,7 +434,6 @@ def _device(buffer: Buffer, at: int) -> tuple[ExportedDevice, int]:
         configurations,
         path=_text(path),
     )
-    return device, interfaces
 
 
 def _text(data: bytes) -> str:

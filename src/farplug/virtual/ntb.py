@@ -89,19 +89,18 @@ class BlockWriter:
     def __init__(self) -> None:
         self._sequence = 0
 
-    def blocks(self, frames: Sequence[Buffer], max_size: int, max_frames: int = 0) -> Iterator[bytes]:
+    def blocks(self, frames: Sequence[Buffer], max_size: int) -> Iterator[bytes]:
         """Yield as few blocks as the frames need.
 
         Args:
             frames: each fits a block.
             max_size: bytes of a block, at most 65535.
-            max_frames: frames of a block; 0: as many as fit.
         """
         part: list[Buffer] = []
         size = 0
         for frame in frames:
             needed = _ENTRY.size + _aligned(len(frame))
-            if part and (size + needed > max_size or len(part) == max_frames):
+            if part and size + needed > max_size:
                 yield self._block(part)
                 part = []
             if not part:
