@@ -150,6 +150,7 @@ class FakePage:
         self._tasks: set[asyncio.Future[Any]] = set()
         self.offered: dict[str, str] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._running = threading.Event()
         routes = [
             Route("/", self._index),
             Route("/static/{name}", self._static),
@@ -171,6 +172,7 @@ class FakePage:
 
     def __enter__(self) -> Self:
         self._thread.start()
+        assert self._running.wait(TIMEOUT)
         return self
 
     def __exit__(self, *args: object) -> None:
@@ -181,6 +183,7 @@ class FakePage:
     def _run(self) -> None:
         async def serve() -> None:
             self._loop = asyncio.get_running_loop()
+            self._running.set()
             await self._server.serve(sockets=[self._listener])
 
         asyncio.run(serve())
