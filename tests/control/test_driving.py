@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from contextlib import AsyncExitStack
@@ -182,6 +183,21 @@ async def test_typing_is_reported_and_can_be_stopped(
         async with RawClient.connect(one.server.path) as other:
             await done(other, "drive", take=True)
             assert (await client.reply(4))["error"]["code"] == "interrupted"
+
+
+async def test_typing_ends_with_the_connection(environment: dict[str, str]) -> None:
+    async with console(environment) as one, RawClient.connect(one.server.path) as other:
+        await done(other, "subscribe", events=["input"])
+        async with RawClient.connect(one.server.path) as client:
+            client.send(request(1, "type", text="z" * 100, hidden=True))
+            await one.inputs.until(1)
+        async with asyncio.timeout(20):
+            while len(one.server._clients) > 1:
+                await asyncio.sleep(0.01)
+        await done(other, "type", text="a")
+        bodies = [body for _, body in await received(one, 2)]
+        assert bodies.count("2cac") < 100
+        assert bodies[-1] == "1e9e"
 
 
 async def test_keys_of_others_come_between_the_characters_of_a_text(environment: dict[str, str]) -> None:
