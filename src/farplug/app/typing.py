@@ -75,8 +75,9 @@ class _Devices:
             if used is None and (is_needed or (not plugged and kind not in self._not_used)):
                 try:
                     used = await self._use(kind, source, plugged)
-                except FarplugError:
-                    self._not_used.add(kind)
+                except FarplugError as error:
+                    if error.reason is Reason.TIMED_OUT:
+                        self._not_used.add(kind)
                     if is_needed:
                         raise
             if used is not None:
