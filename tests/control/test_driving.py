@@ -132,6 +132,15 @@ async def test_bounds_of_keys_and_pointers(environment: dict[str, str]) -> None:
         assert sent == ["010000009cffffff0000", "020000009cffffff0000"] + ["040800", "040000"] * 2
 
 
+async def test_buttons_are_released_if_the_pointer_cannot_be_moved(environment: dict[str, str]) -> None:
+    async with console(environment) as one, RawClient.connect(one.server.path) as client:
+        await done(client, "drive", take=True)
+        await done(client, "pointer", buttons=["left", "middle"])
+        assert await code(client, "pointer", x=1, y=1, buttons=["middle", "right"]) == "no-tablet"
+        await done(client, "key", code="KeyA", down=True)
+        assert await received(one, 4) == [(113, "010100"), (113, "020300"), (114, "010200"), (104, "1e")]
+
+
 async def test_positions_are_limited_to_the_display(environment: dict[str, str]) -> None:
     async with console(environment, mice=3) as one, RawClient.connect(one.server.path) as client:
         await done(client, "drive", take=True)
