@@ -14,6 +14,7 @@ from tests.control.test_screens import Console, console, request
 from tests.docs import ROOT
 
 from farplug.app import client as client_module
+from farplug.app.events import Event
 from farplug.app.seat import MAX_HELD
 from farplug.errors import Reason, UsageError
 from farplug.spice.physical_keys import PHYSICAL_KEYS, physical_key
@@ -170,11 +171,15 @@ async def test_typing_is_reported_and_can_be_stopped(
         event = await client.event("input")
         assert event["data"]["message"] == "a client typed 2 characters"
         assert (event["data"]["action"], event["data"]["text"], event["data"]["characters"]) == ("type", "cd", 2)
+        events: list[Event] = []
+        unsubscribe = one.app.subscribe(events.append)
         client.send(request(2, "type", text="x" * 8000), request(3, "type", text="y" * 8000))
         await client.event("typing", total=8000)
         await done(client, "stop-typing")
         errors = [await client.reply(2), await client.reply(3)]
         assert {(error["error"]["code"], error["error"]["exit_code"]) for error in errors} == {("interrupted", 130)}
+        assert [event.message for event in events if event.name == "input"] == ["a client typed 8000 characters, or a part"] * 2
+        unsubscribe()
         client.send(request(5, "type", text="secret", hidden=True))
         hidden = await client.event("input")
         assert hidden["data"]["message"] == "a client typed a text"
