@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import random
+import weakref
 from collections.abc import AsyncIterator, Callable, Hashable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -156,6 +158,20 @@ async def test_insert_withdraw_and_a_disk(environment: dict[str, str]) -> None:
         failed = (await client.event("medium-failed"))["data"]
         assert failed["message"] == f"disk.raw: {media.GONE}"
         assert await code(client, "insert", path="client:m3") == "not-found"
+
+
+async def test_a_medium_that_is_inserted_often_is_kept_once(environment: dict[str, str]) -> None:
+    async with offering(environment) as (app, server), RawClient.connect(server.path) as client:
+        await done(client, "media-offer", file="a.iso", size=len(CONTENT))
+        assert (await answering(client, "attach", sources=[{"kind": "cdrom", "path": "client:m1"}]))["ok"] is True
+        drives: list[weakref.ref[Store]] = []
+        file = app.media._offers["m1"].file
+        for _ in range(5):
+            drives += map(weakref.ref, file.users)
+            assert (await answering(client, "insert", path="client:m1"))["ok"] is True
+        assert len(file.users) == 1
+        gc.collect()
+        assert [ref() for ref in drives[1:]] == [None] * 4, "the first one belongs to the source"
 
 
 async def test_a_client_that_goes_while_its_image_is_checked(environment: dict[str, str]) -> None:

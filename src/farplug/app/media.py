@@ -167,4 +167,6 @@ def eject_with_client(drive: CdromDrive, store: Store) -> None:
         if drive.medium == store.name:
             drive.take_out(GONE)
 
-    store.file.call_when_closed(gone)
+    store.lost = gone
+    if not store.file.is_open:
+        asyncio.get_running_loop().call_soon(gone)
