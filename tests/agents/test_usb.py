@@ -12,6 +12,7 @@ from mcp_types import ElicitRequestParams, ElicitResult
 from tests.agents.support import agent, console
 
 from farplug.agents.policy import Folders, Policy
+from farplug.errors import DeviceError, Reason
 
 
 @pytest.fixture
@@ -116,6 +117,22 @@ async def test_a_client_that_cannot_ask_uses_what_the_user_allowed(environment: 
     async with console(environment) as one, agent(one, policy) as acting:
         assert await acting.json("usb_attach", kind="disk", path="disk.raw", writable=True)
         assert "usb_devices" in await acting.json("usb_list")
+
+
+async def test_errors_have_nothing_of_a_secret(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = Policy(secrets={"nul": "hunter2\0", "long": "hunter2" * 2000, "lost": "hunter2"})
+    async with console(environment) as one, agent(one, policy) as acting:
+        for name in ("nul", "long"):
+            error = await acting.refused("type_secret", name=name)
+            assert error == f"the secret {name} is not a text that can be typed; nothing was typed [bad-setting]"
+
+        async def lose(*arguments: object) -> None:
+            raise DeviceError("the VM may have lost keys: 2 of 7 characters are certain", reason=Reason.UNCONFIRMED)
+
+        monkeypatch.setattr("farplug.app.typing.Typing.type", lose)
+        error = await acting.refused("type_secret", name="lost")
+        assert "the VM may have lost a part of the secret lost" in error
+        assert "7" not in error
 
 
 async def test_secrets_are_typed_and_not_shown(environment: dict[str, str], tmp_path: Path) -> None:

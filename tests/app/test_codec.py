@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farplug.app.codec import MAX_ITEMS, MAX_STRING, decode, encode
+from farplug.app.commands import CheckText, TypeText
+from farplug.app.settings import TargetSettings
 from farplug.errors import Reason, UsageError
 
 
@@ -80,6 +82,27 @@ def test_json_in() -> None:
     assert value == Outer("n", inner, (Colour.RED, Colour.BLUE), -(10**30), Inner(flag=True), None, "k")
     assert type(value.inner.ratio) is float
     assert type(value.inner.size) is Size
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("hunter2\0", "a string without NUL characters and surrogates"),
+        ("hunter2\ud800", "a string without NUL characters and surrogates"),
+        (["hunter2"], "a string"),
+    ],
+)
+def test_errors_quote_no_secret(value: object, expected: str) -> None:
+    for kind, field_name in ((TypeText, "text"), (CheckText, "text"), (TargetSettings, "password")):
+        settings = {"target": "spice://a", field_name: value} if kind is TargetSettings else {field_name: value}
+        with pytest.raises(UsageError) as caught:
+            decode(kind, settings, "params")
+        assert caught.value.message == f"params.{field_name}: the value is not {expected}"
+
+
+def test_errors_do_not_quote_what_is_too_long() -> None:
+    error = refuse({**GOOD, "name": "x" * (MAX_STRING + 1)})
+    assert error.message == "name: a string of 8193 characters is not a string of at most 8192 characters"
 
 
 def test_json_out_has_no_secret() -> None:

@@ -223,6 +223,30 @@ async def test_two_texts_are_not_mixed() -> None:
         assert bodies in (["1e9e"] * 4 + ["30b0"] * 4, ["30b0"] * 4 + ["1e9e"] * 4)
 
 
+class LockedInputs(FakeInputs):
+    """An inputs channel of a VM with Caps Lock on, which reports each change of the lock keys."""
+
+    async def serve(self, channel: Channel) -> None:
+        channel.send(message(101, struct.pack("<H", Locks.CAPS)))
+        while True:
+            kind, body = await channel.receive()
+            self.received.append((kind, body.hex()))
+            self.changed.set()
+            if kind == 103:
+                channel.send(message(102, body))
+
+
+async def test_two_texts_with_caps_lock_on() -> None:
+    machine = Machine()
+    machine.inputs = LockedInputs()
+    async with asyncio.timeout(60), machine.guest() as guest, guest.inputs.used():
+        await asyncio.gather(guest.inputs.type("aa"), guest.inputs.type("bb"), guest.inputs.press("ctrl+c"))
+        await machine.inputs.until(9)
+        off, on = (103, "0000"), (103, "0400")
+        a, b = (104, "1e9e"), (104, "30b0")
+        assert machine.inputs.received == [off, a, a, on, off, b, b, on, (104, "1d2eae9d")]
+
+
 async def test_held_keys_are_released_when_the_block_is_cancelled() -> None:
     machine = Machine()
     async with asyncio.timeout(60), machine.guest() as guest, guest.inputs.used():

@@ -18,6 +18,7 @@ from farplug.app.app import App
 from farplug.app.commands import Attach, CheckText, Layouts, Press, TypeText, Via
 from farplug.app.ducky import MAX_STEPS, Delay, parse_ducky
 from farplug.app.guest import Guest
+from farplug.app.screen import Inputs
 from farplug.app.settings import Source
 from farplug.errors import DeviceError, FarplugError, PortError, Reason, TargetError, UsageError
 from farplug.target import open_session, parse_target
@@ -75,6 +76,24 @@ async def test_a_keyboard_is_plugged_in_and_stays_until_its_port_is_needed(
         assert caught.value.reason is Reason.NO_FREE_PORT
 
 
+async def test_a_keyboard_makes_room_in_the_port_that_is_chosen(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    Reading(monkeypatch)
+    async with vm(2) as one, running(one.target) as session:
+        await session.named("ready")
+        await session.app.do(TypeText("x"))
+        (keyboard,) = session.guest.attachments
+        port = keyboard.port.number
+        sources = (Source.disk(blank(tmp_path / "a.raw")),)
+        await session.app.do(Attach(sources, port=1 - port))
+        assert not keyboard.over
+        await session.guest.detach("a.raw")
+        (disk,) = (await session.app.do(Attach(sources, port=port)))["attachments"]
+        assert keyboard.over
+        assert disk["port"] == keyboard.port.name
+
+
 async def test_a_keyboard_of_the_user_is_used_and_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     reading = Reading(monkeypatch)
     async with vm(1) as one, running(one.target, Source.keyboard()) as session:
@@ -118,6 +137,30 @@ async def test_an_uncertain_text(monkeypatch: pytest.MonkeyPatch, error: Excepti
         with pytest.raises(DeviceError, match=f"{certain} of 5 characters are certain") as caught:
             await session.app.do(TypeText("hello"))
         assert caught.value.reason is Reason.UNCONFIRMED
+        assert session.events[-1].message == "a client typed 5 characters, or a part"
+        count = len(session.events)
+        with pytest.raises(UsageError):
+            await session.app.do(TypeText("\N{SNOWMAN}"))
+        assert len(session.events) == count
+
+
+async def test_a_keyboard_is_plugged_in_again_once_a_port_is_free(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    Reading(monkeypatch)
+    typed: list[str] = []
+
+    async def type_through_spice(self: object, text: str, *arguments: object, **options: object) -> None:
+        typed.append(text)
+
+    monkeypatch.setattr(Inputs, "are_there", True)
+    monkeypatch.setattr(Inputs, "type", type_through_spice)
+    async with vm(1) as one, running(one.target, Source.disk(blank(tmp_path / "a.raw"))) as session:
+        await session.named("ready")
+        assert (await session.app.do(TypeText("a")))["via"] == "spice"
+        await session.guest.detach("a.raw")
+        assert (await session.app.do(TypeText("b")))["via"] == "usb"
+    assert typed == ["a"]
 
 
 async def test_a_guest_that_never_reads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,8 @@ from tests.cli.sessions import background
 from tests.cli.support import Cli, in_thread
 
 from farplug.app import typing
+from farplug.app.commands import TypeText
+from farplug.cli import screen_verbs
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +85,23 @@ def test_text_from_standard_input(cli: Cli, machine: Machine, target: str, monke
     monkeypatch.setattr(sys, "stdin", io.StringIO("x" * 251 + "\n"))
     assert cli("type", "-", target, "--via", "spice").code == 0
     assert keys(machine) == ["2dad"] * 251 + ["1c9c"]
+
+
+def test_what_is_hidden(cli: Cli, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden: list[bool] = []
+
+    def carry_out(session: object, settings: object, steps: list[TypeText]) -> None:
+        hidden.extend(step.hidden for step in steps)
+
+    monkeypatch.setattr(screen_verbs, "carry_out", carry_out)
+    (tmp_path / "text").write_text("z", "utf-8")
+    for arguments in (("-",), ("--secret-file", tmp_path / "text"), ("a",), ("--file", tmp_path / "text")):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("x"))
+        assert cli("type", *arguments, target).code == 0
+    assert hidden == [True, True, False, False]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("xß"))
+    result = cli("type", "-", target)
+    assert (result.code, "ß" in result.err, "character 2 of the secret" in result.err) == (2, False, True)
 
 
 def test_texts_from_files(cli: Cli, machine: Machine, target: str, tmp_path: Path) -> None:

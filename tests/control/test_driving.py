@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from contextlib import AsyncExitStack
@@ -13,6 +14,7 @@ from tests.control.test_screens import Console, console, request
 from tests.docs import ROOT
 
 from farplug.app import client as client_module
+from farplug.app.events import Event
 from farplug.app.seat import MAX_HELD
 from farplug.errors import Reason, UsageError
 from farplug.spice.physical_keys import PHYSICAL_KEYS, physical_key
@@ -131,6 +133,15 @@ async def test_bounds_of_keys_and_pointers(environment: dict[str, str]) -> None:
         assert sent == ["010000009cffffff0000", "020000009cffffff0000"] + ["040800", "040000"] * 2
 
 
+async def test_buttons_are_released_if_the_pointer_cannot_be_moved(environment: dict[str, str]) -> None:
+    async with console(environment) as one, RawClient.connect(one.server.path) as client:
+        await done(client, "drive", take=True)
+        await done(client, "pointer", buttons=["left", "middle"])
+        assert await code(client, "pointer", x=1, y=1, buttons=["middle", "right"]) == "no-tablet"
+        await done(client, "key", code="KeyA", down=True)
+        assert await received(one, 4) == [(113, "010100"), (113, "020300"), (114, "010200"), (104, "1e")]
+
+
 async def test_positions_are_limited_to_the_display(environment: dict[str, str]) -> None:
     async with console(environment, mice=3) as one, RawClient.connect(one.server.path) as client:
         await done(client, "drive", take=True)
@@ -160,11 +171,15 @@ async def test_typing_is_reported_and_can_be_stopped(
         event = await client.event("input")
         assert event["data"]["message"] == "a client typed 2 characters"
         assert (event["data"]["action"], event["data"]["text"], event["data"]["characters"]) == ("type", "cd", 2)
+        events: list[Event] = []
+        unsubscribe = one.app.subscribe(events.append)
         client.send(request(2, "type", text="x" * 8000), request(3, "type", text="y" * 8000))
         await client.event("typing", total=8000)
         await done(client, "stop-typing")
         errors = [await client.reply(2), await client.reply(3)]
         assert {(error["error"]["code"], error["error"]["exit_code"]) for error in errors} == {("interrupted", 130)}
+        assert [event.message for event in events if event.name == "input"] == ["a client typed 8000 characters, or a part"] * 2
+        unsubscribe()
         client.send(request(5, "type", text="secret", hidden=True))
         hidden = await client.event("input")
         assert hidden["data"]["message"] == "a client typed a text"
@@ -182,6 +197,21 @@ async def test_typing_is_reported_and_can_be_stopped(
         async with RawClient.connect(one.server.path) as other:
             await done(other, "drive", take=True)
             assert (await client.reply(4))["error"]["code"] == "interrupted"
+
+
+async def test_typing_ends_with_the_connection(environment: dict[str, str]) -> None:
+    async with console(environment) as one, RawClient.connect(one.server.path) as other:
+        await done(other, "subscribe", events=["input"])
+        async with RawClient.connect(one.server.path) as client:
+            client.send(request(1, "type", text="z" * 100, hidden=True))
+            await one.inputs.until(1)
+        async with asyncio.timeout(20):
+            while len(one.server._clients) > 1:
+                await asyncio.sleep(0.01)
+        await done(other, "type", text="a")
+        bodies = [body for _, body in await received(one, 2)]
+        assert bodies.count("2cac") < 100
+        assert bodies[-1] == "1e9e"
 
 
 async def test_keys_of_others_come_between_the_characters_of_a_text(environment: dict[str, str]) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import random
-from collections.abc import AsyncIterator
+import weakref
+from collections.abc import AsyncIterator, Callable, Hashable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,8 +21,12 @@ from tests.control.test_screens import request
 from farplug.app import media
 from farplug.app.app import App
 from farplug.app.client import MAX_OFFERS
-from farplug.app.settings import GuestSettings, TargetSettings
+from farplug.app.commands import Attach, Insert
+from farplug.app.events import EventStream
+from farplug.app.settings import GuestSettings, Source, TargetSettings
+from farplug.app.watch import ClientEvent
 from farplug.control.server import Server
+from farplug.errors import Reason, UsageError
 from farplug.store import remote
 from farplug.store.base import Store
 from farplug.usb.types import Buffer
@@ -153,6 +160,20 @@ async def test_insert_withdraw_and_a_disk(environment: dict[str, str]) -> None:
         assert await code(client, "insert", path="client:m3") == "not-found"
 
 
+async def test_a_medium_that_is_inserted_often_is_kept_once(environment: dict[str, str]) -> None:
+    async with offering(environment) as (app, server), RawClient.connect(server.path) as client:
+        await done(client, "media-offer", file="a.iso", size=len(CONTENT))
+        assert (await answering(client, "attach", sources=[{"kind": "cdrom", "path": "client:m1"}]))["ok"] is True
+        drives: list[weakref.ref[Store]] = []
+        file = app.media._offers["m1"].file
+        for _ in range(5):
+            drives += map(weakref.ref, file.users)
+            assert (await answering(client, "insert", path="client:m1"))["ok"] is True
+        assert len(file.users) == 1
+        gc.collect()
+        assert [ref() for ref in drives[1:]] == [None] * 4, "the first one belongs to the source"
+
+
 async def test_a_client_that_goes_while_its_image_is_checked(environment: dict[str, str]) -> None:
     async with offering(environment) as (app, server), RawClient.connect(server.path) as other:
         await done(other, "subscribe", events=["medium-ejected", "attached"])
@@ -171,6 +192,52 @@ async def test_a_client_that_goes_while_its_image_is_checked(environment: dict[s
                     await asyncio.sleep(0.001)
             await done(other, "detach", device="all")
         assert not app.media._offers
+
+
+async def test_a_file_that_is_offered_no_more_is_no_file_of_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "client:m1").mkdir()
+    (tmp_path / "client:m1/x.iso").write_bytes(CONTENT)
+    monkeypatch.chdir(tmp_path)
+    async with vm(2) as one, App() as app:
+        await app.connect(GuestSettings(TargetSettings(one.target)))
+        await app.do(Attach((Source.cdrom("./client:m1/x.iso"),)))
+        for command in (
+            Attach((Source.cdrom("client:m1/x.iso"),)),
+            Attach((Source.disk("client:m1/x.iso"),)),
+            Insert("client:m1/x.iso"),
+        ):
+            with pytest.raises(UsageError, match=media.GONE) as caught:
+                await app.do(command)
+            assert caught.value.reason is Reason.NOT_FOUND
+
+
+async def test_questions_to_a_client_that_reads_nothing_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "TIMEOUT", 0.001)
+    posted: dict[Hashable, Callable[[], ClientEvent | None]] = {}
+
+    class Full:
+        """A connection that accepts no output."""
+
+        def post(self, key: Hashable, make: Callable[[], ClientEvent | None]) -> None:
+            posted[key] = make
+
+    file = media.Media(EventStream()).offer("a.iso", 200 * remote.CHUNK, "", Full()).file
+    for number in range(0, 100, 2):
+        failed = asyncio.Event()
+        file.read(number * remote.CHUNK, 1, lambda data, error, failed=failed: failed.set())  # type: ignore[misc]
+        await failed.wait()
+    monkeypatch.setattr(remote, "TIMEOUT", 60.0)
+    for number in range(101, 200, 2):
+        file.read(number * remote.CHUNK, 1, lambda data, error: None)
+    events = []
+    while posted:
+        ((key, make),) = posted.items()
+        del posted[key]
+        events.append(make())
+    assert [event.data["offset"] // remote.CHUNK for event in events if event] == [101, 103, 105, 107]
+    file.close()
 
 
 async def test_offers_and_answers_that_are_not_valid(environment: dict[str, str]) -> None:

@@ -58,6 +58,17 @@ def test_every_event_is_listed() -> None:
     assert set(EVENTS) == documented - {"check", "failed", "events-dropped"}  # of the lines of a command
 
 
+async def test_what_a_client_sent_is_not_in_the_log(
+    environment: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    async with session(BlockingApp(), environment) as server, RawClient.connect(server.path) as client:
+        client.send({"id": 1, "method": "type", "params": "hunter2"})
+        assert "hunter2" in await client.refused()
+    assert "is refused: protocol" in caplog.text
+    assert "hunter2" not in caplog.text
+
+
 async def test_errors_of_a_request(environment: dict[str, str]) -> None:
     async with session(BlockingApp(), environment) as server, RawClient.connect(server.path) as client:
         for method, params, code, number in [

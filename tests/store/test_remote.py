@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import random
+from functools import partial
 from typing import Any
 
 import pytest
@@ -180,16 +181,17 @@ async def test_a_peer_that_goes() -> None:
     reading = asyncio.ensure_future(read(peer.file, 0, 10))
     await asyncio.sleep(0)
     closed: list[str] = []
-    peer.file.call_when_closed(lambda: closed.append("before"))
+    for name in ("open", "closed"):
+        store = RemoteStore(peer.file, name, 512)
+        store.lost = partial(closed.append, name)
+    await store.close()
     peer.file.close()
     peer.file.close()
     with pytest.raises(OSError, match="is not offered any more"):
         await reading
     with pytest.raises(OSError, match="is not offered any more"):
         await read(peer.file, 0, 10)
-    peer.file.call_when_closed(lambda: closed.append("after"))
-    await asyncio.sleep(0)
-    assert closed == ["before", "after"]
+    assert closed == ["open"]
     assert not peer.file._timers
 
 

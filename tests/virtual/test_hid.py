@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 
 import pytest
@@ -215,7 +215,7 @@ async def test_a_text_that_is_not_confirmed(monkeypatch: pytest.MonkeyPatch) -> 
     async with plugged(keyboard := Keyboard()) as guest:
         with pytest.raises(ReportsLost, match="0 of 5 characters are certain"):
             await keyboard.type_text("hello", confirm=True)
-        attempts = await reports(guest, 2 * hid_keyboard._ATTEMPTS)
+        attempts = await reports(guest, 2 * (hid_keyboard._ATTEMPTS + 1))  # an even number: Num Lock is as before
         assert set(attempts) == {"0000530000000000", "0000000000000000"}
         assert not await keyboard.type_text("hi")  # the guest is asked once more only
         typed = [bytes.fromhex(report) for report in await reports(guest, 8)]
@@ -341,6 +341,44 @@ async def test_firmware(monkeypatch: pytest.MonkeyPatch) -> None:
         await guest.control_out(Setup(0x21, 0x0B, 0, 0, 0))
         assert not await keyboard.type_text("A\n")
         assert text_of([bytes.fromhex(report) for report in await reports(guest, 4)]) == "A\n"
+
+
+async def test_a_text_for_firmware_that_is_cancelled_leaves_no_key_pressed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hid_keyboard, "FIRMWARE_PACE", 60)
+    async with plugged(keyboard := Keyboard()) as guest:
+        await guest.control_out(Setup(0x21, 0x0B, 0, 0, 0))
+        typing = asyncio.ensure_future(keyboard.type_text("A"))
+        assert await reports(guest, 1) == ["0200040000000000"]
+        typing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await typing
+        assert await reports(guest, 1) == ["0000000000000000"]
+
+
+@pytest.mark.parametrize("call", [lambda keyboard: keyboard.type_text("a"), Keyboard.confirm])
+async def test_num_lock_is_as_before_if_a_question_is_cancelled(
+    monkeypatch: pytest.MonkeyPatch, call: Callable[[Keyboard], Coroutine[object, object, bool]]
+) -> None:
+    async with plugged(keyboard := Keyboard()) as guest:
+        asking = asyncio.ensure_future(call(keyboard))
+        assert await reports(guest, 2) == ["0000530000000000", "0000000000000000"]
+        monkeypatch.setattr(hid_keyboard, "_ATTEMPT_TIMEOUT", 0.01)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        async with asyncio.timeout(10):
+            assert await reports(guest, 2) == ["0000530000000000", "0000000000000000"]
+
+
+async def test_num_lock_is_not_pressed_if_no_question_was_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with MemoryGuest(VirtualDevice(keyboard := Keyboard(), speeds=(Speed.HIGH,))) as guest:
+        await guest.enumerate()
+        asking = asyncio.ensure_future(keyboard.confirm())
+        await asyncio.sleep(0)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            async with asyncio.timeout(10):
+                await asking
 
 
 async def test_what_the_layout_lacks_is_refused_before_any_key() -> None:

@@ -20,7 +20,7 @@ from farplug.agents.keys import physical_codes
 from farplug.agents.machine import Machine
 from farplug.agents.picture import Box, Picture
 from farplug.agents.policy import Policy
-from farplug.errors import FarplugError, Reason, UsageError
+from farplug.errors import DeviceError, FarplugError, Reason, UsageError
 from farplug.text import MAX_SHOWN, printable, shown
 from farplug.version import __version__
 
@@ -552,11 +552,24 @@ class Tools:
             try:
                 result = await self._machine.type(client, {"text": secret, "hidden": True, **_given(layout=layout)})
             except FarplugError as error:
-                if error.reason is Reason.BAD_KEY:  # its message may quote characters
-                    raise UsageError(
-                        f"the VM's keyboard layout lacks a character of the secret {name}; nothing was typed",
-                        reason=Reason.BAD_KEY,
-                    ) from None
+                # Messages may quote characters, or have the length.
+                match error.reason:
+                    case Reason.BAD_KEY:
+                        raise UsageError(
+                            f"the VM's keyboard layout lacks a character of the secret {name}; nothing was typed",
+                            reason=error.reason,
+                        ) from None
+                    case Reason.BAD_SETTING:
+                        raise UsageError(
+                            f"the secret {name} is not a text that can be typed; nothing was typed",
+                            reason=error.reason,
+                        ) from None
+                    case Reason.UNCONFIRMED:
+                        raise DeviceError(
+                            f"the VM may have lost a part of the secret {name}",
+                            reason=error.reason,
+                            remedy="look at the screen of the VM before it is typed again",
+                        ) from None
                 raise
         return await self._after(f"typed the secret {name}; {_confirmed(result)}", screenshot_after)
 

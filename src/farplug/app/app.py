@@ -201,7 +201,7 @@ class App:
             return await self.type(command, client)
         result = await _DISPATCH[type(command)](self, command)
         if isinstance(command, (commands.Press, commands.Click)):
-            self._publish_input(command, client)
+            self._publish_input(self.guest(command.guest), command, client)
         return result
 
     def guest(self, id: str | None = None) -> Guest:
@@ -278,13 +278,31 @@ class App:
         Raises as :meth:`farplug.app.typing.Typing.type`.
         """
         check_text(command.text, command.layout, secret=command.hidden)
-        typing = self.guest(command.guest).typing
-        typed = await typing.type(command.text, command.layout, command.via, progress)
-        self._publish_input(command, client)
+        guest, has_begun, part = self.guest(command.guest), False, ", or a part"
+
+        def begin() -> None:
+            nonlocal has_begun
+            has_begun = True
+
+        try:
+            typed = await guest.typing.type(command.text, command.layout, command.via, progress, begin)
+            part = ""
+        finally:
+            if has_begun:
+                self._publish_input(guest, command, client, part)
         return {"confirmed": typed.confirmed, "via": str(typed.via)}
 
-    def _publish_input(self, command: commands.TypeText | commands.Press | commands.Click, client: str) -> None:
-        """Publish that a client used the keyboard or the mouse."""
+    def _publish_input(
+        self, guest: Guest, command: commands.TypeText | commands.Press | commands.Click, client: str, part: str = ""
+    ) -> None:
+        """Publish that a client used the keyboard or the mouse of a guest.
+
+        Args:
+            guest: the guest.
+            command: what the client did.
+            client: its name.
+            part: what the message adds if perhaps not all of the command was carried out.
+        """
         fields: dict[str, Any]
         match command:
             case commands.TypeText(text=text, hidden=False):
@@ -296,8 +314,7 @@ class App:
                 fields, what = {"keys": keys}, f"pressed {printable(keys)}"
             case commands.Click(x=x, y=y, button=button):
                 fields, what = {"x": x, "y": y, "button": str(button)}, f"clicked with the {button} button"
-        message = f"{client or 'a client'} {what}"
-        guest = self.guest(command.guest)
+        message = f"{client or 'a client'} {what}{part}"
         guest.publish("input", message, level=Level.DETAIL, action=command.name, client=client, **fields)
 
     async def _press(self, command: commands.Press) -> Any:

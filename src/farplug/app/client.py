@@ -95,6 +95,7 @@ class AppClient:
     def close(self) -> None:
         """End all that belongs to this client. A second call has no effect."""
         self._is_closed = True
+        self._interrupt(None)
         for guest in {*self._hands, *(guest for guest, _ in self._screens)}:
             guest.seat.leave(self)  # and what is held down is released, before the channel is not used any more
         for screen in self._screens.values():

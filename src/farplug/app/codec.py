@@ -64,7 +64,8 @@ def decode(kind: type[T], data: object, name: str = "", *, ignore_unknown: bool 
 
     Raises:
         UsageError: ``bad-setting``: a field is unknown, is missing, or has a value of the wrong type or none of those
-            allowed. The message names the field.
+            allowed. The message names the field. It quotes the value, unless the ``repr`` of the dataclass leaves the
+            field out: a password, a text that is typed.
     """
     if ignore_unknown and isinstance(data, Mapping):
         known: Any = kind
@@ -97,7 +98,7 @@ def _decode(kind: Any, data: object, name: str) -> Any:
 def _check_string(data: str, name: str) -> None:
     """Refuse a string that cannot be the name of a file: what a path or a target is, no system call takes then."""
     if len(data) > MAX_STRING:
-        raise _bad(name, data, f"a string of at most {MAX_STRING} characters")
+        raise _BadValue(name, f"a string of {len(data)} characters", f"a string of at most {MAX_STRING} characters")
     try:
         valid = b"\0" not in os.fsencode(data)
     except UnicodeEncodeError:
@@ -138,7 +139,13 @@ def _object(kind: Any, data: object, name: str) -> Any:
     values = {}
     for field in fields(kind):
         if field.name in data:
-            values[field.name] = _decode(hints[field.name], data[field.name], f"{prefix}{field.name}")
+            value_name = f"{prefix}{field.name}"
+            try:
+                values[field.name] = _decode(hints[field.name], data[field.name], value_name)
+            except _BadValue as error:
+                if field.repr:
+                    raise
+                raise _BadValue(value_name, "the value", error.expected) from None
         elif field.default is MISSING and field.default_factory is MISSING:
             raise UsageError(f"{prefix}{field.name} is missing", reason=Reason.BAD_SETTING)
     try:
@@ -153,6 +160,14 @@ def _hints(kind: Any) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in fields(kind)}
 
 
-def _bad(name: str, data: object, expected: str) -> UsageError:
-    subject = f"{name}: " if name else ""
-    return UsageError(f"{subject}{shown(data)} is not {expected}", reason=Reason.BAD_SETTING)
+class _BadValue(UsageError):
+    """A value is not what a field takes."""
+
+    def __init__(self, name: str, value: str, expected: str) -> None:
+        subject = f"{name}: " if name else ""
+        super().__init__(f"{subject}{value} is not {expected}", reason=Reason.BAD_SETTING)
+        self.expected = expected
+
+
+def _bad(name: str, data: object, expected: str) -> _BadValue:
+    return _BadValue(name, shown(data), expected)

@@ -436,12 +436,18 @@ class Guest:
         self._on_demand.append(attachment)
         return attachment
 
-    async def _make_room(self) -> bool:
-        """Unplug something that was plugged on demand; return False if there is nothing."""
+    async def _make_room(self, number: int | None = None) -> bool:
+        """Unplug something that was plugged on demand; return False if there is nothing.
+
+        Args:
+            number: of the port that is needed; None: any.
+        """
         self._on_demand = [attachment for attachment in self._on_demand if not attachment.over]
-        if not self._on_demand:
+        found = [attachment for attachment in self._on_demand if number in (None, attachment.port.number)]
+        if not found:
             return False
-        attachment = self._on_demand.pop(0)
+        attachment = found[0]
+        self._on_demand.remove(attachment)
         self.note(f"{attachment.label} is unplugged: its port is needed")
         await self.unplug(attachment)
         return True
@@ -893,6 +899,8 @@ class Guest:
             for source in [one for one in wanted if one.kind is not SourceKind.USB_DEVICE]:
                 opened += [await open_source(source, storage, self._sources, self._copying)]
             await self._link.connected()
+            if port is not None and wanted:
+                await self._make_room(port)
             places = () if port is None or not wanted else (self._chosen(port),)
             named = 0 if auto is None else auto.present
             while (free := self._free_ports()) < named + len(opened) and await self._make_room():

@@ -7,7 +7,7 @@ import base64
 import re
 from collections.abc import Callable
 from itertools import count
-from typing import Final
+from typing import Any, Final
 
 from farplug.app.events import EventStream, Level
 from farplug.app.watch import ClientEvent, Outlet
@@ -61,6 +61,8 @@ class Offer:
         self._outlet = outlet
         self._failed = failed
         self._timer: asyncio.TimerHandle | None = None
+        self._questions: dict[int, dict[str, Any]] = {}
+        """Those that were not sent yet, by their numbers."""
         self.file = RemoteFile(
             name,
             size,
@@ -72,11 +74,17 @@ class Offer:
         )
 
     def _ask(self, read: int, offset: int, length: int) -> None:
-        data = {"media": self.id, "read": read, "offset": offset, "length": length}
-        self._outlet.post(
-            ("media-read", self.id, read),
-            lambda: ClientEvent("media-read", data) if self.file.is_asked(read) else None,
-        )
+        self._questions = {one: data for one, data in self._questions.items() if self.file.is_asked(one)}
+        self._questions[read] = {"media": self.id, "read": read, "offset": offset, "length": length}
+        self._outlet.post(("media-read", self.id), self._question)
+
+    def _question(self) -> ClientEvent | None:
+        """Return the oldest question that an answer is awaited to, and post the event for the others."""
+        questions = [data for one, data in self._questions.items() if self.file.is_asked(one)]
+        self._questions = {data["read"]: data for data in questions[1:]}
+        if self._questions:
+            self._outlet.post(("media-read", self.id), self._question)
+        return ClientEvent("media-read", questions[0]) if questions else None
 
     def _progress(self) -> None:
         if self._timer is None and self.file.is_open:
@@ -133,9 +141,17 @@ class Media:
         offer.close()
 
     def find(self, path: str) -> Offer | None:
-        """Return the file with this path, which has the name; None: it is a path of this machine."""
+        """Return the file with this path, which has the name; None: it is a path of this machine.
+
+        Raises:
+            UsageError: the file is not offered any more (``NOT_FOUND``).
+        """
         match = _PATH.fullmatch(path)
-        return None if match is None else self._offers.get(match[1])
+        if match is None:
+            return None
+        if match[1] not in self._offers:
+            raise UsageError(f"{shown(path)}: {GONE}", reason=Reason.NOT_FOUND)
+        return self._offers[match[1]]
 
     def _failed(self, offer: Offer, message: str) -> None:
         self._events.publish("medium-failed", message, level=Level.BAD, media=offer.id, medium=offer.path)
@@ -151,4 +167,6 @@ def eject_with_client(drive: CdromDrive, store: Store) -> None:
         if drive.medium == store.name:
             drive.take_out(GONE)
 
-    store.file.call_when_closed(gone)
+    store.lost = gone
+    if not store.file.is_open:
+        asyncio.get_running_loop().call_soon(gone)

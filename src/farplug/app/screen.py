@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import NoReturn, TypeAlias
 
@@ -25,6 +25,8 @@ KEY_INTERVAL = 0.02
 """Seconds from one key to the next: at 10 ms a USB keyboard of QEMU loses keys."""
 STILL_TIME = 0.5
 """Seconds without a change after which a picture is still, by default."""
+LOCKS_TIMEOUT = 1.0
+"""Seconds in which a VM reports the lights of lock keys that were changed. A system that ignores the keys never does."""
 INPUTS_TIMEOUT = 5.0
 """Seconds for the first report of the lock keys, for a change of the mouse mode, and for acknowledgements."""
 
@@ -292,7 +294,9 @@ class Inputs:
             TargetError: the VM has no inputs.
             GuestGoneError: the VM is gone.
         """
-        await self._send([stroke(chord_codes(keys))])
+        strokes = [stroke(chord_codes(keys))]
+        async with self._text:
+            await self._send(strokes)
 
     async def type(self, text: str, progress: Progress = lambda done: None, *, layout: str = DEFAULT) -> None:
         """Type a text on the keyboard of the VM; a newline is the Return key. Nothing is confirmed.
@@ -311,21 +315,21 @@ class Inputs:
         """
         strokes = text_strokes(text, find_layout(layout))
         inputs = self._inputs()
-        async with inputs.used():
+        async with inputs.used(), self._text:
             locks = await self._locks(inputs)
             if Locks.CAPS not in locks:
                 await self._send(strokes, progress)
                 return
-            await self.set_locks(locks & ~Locks.CAPS)
             try:
+                await self._change_locks(inputs, locks & ~Locks.CAPS)
                 await self._send(strokes, progress)
             finally:
                 if inputs.is_linked:
-                    await self.set_locks(locks)
+                    await self._change_locks(inputs, locks)
 
     async def _send(self, strokes: list[bytes], progress: Progress = lambda done: None) -> None:
         inputs = self._inputs()
-        async with inputs.used(), self._text:
+        async with inputs.used():
             for number, scancodes in enumerate(strokes, start=1):
                 async with self._turn:
                     _channel(inputs).stroke(scancodes)
@@ -427,6 +431,14 @@ class Inputs:
     async def _locks(self, inputs: SpiceInputs) -> Locks:
         await _until(inputs, lambda: _channel(inputs).locks is not None, "the server did not report the lock keys")
         return _channel(inputs).locks or Locks(0)
+
+    async def _change_locks(self, inputs: SpiceInputs, locks: Locks) -> None:
+        """Change the lights of lock keys, and wait until the VM reports that, for LOCKS_TIMEOUT at most."""
+        await self.set_locks(locks)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LOCKS_TIMEOUT):
+                while inputs.is_linked and _channel(inputs).locks != locks:
+                    await inputs.changed()
 
     # The mouse
 

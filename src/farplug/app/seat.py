@@ -141,6 +141,8 @@ class Hands:
     ) -> None:
         """Move the pointer, hold the buttons and no others, and turn the wheel, in this order.
 
+        If the pointer cannot be moved, buttons are released and none is pressed.
+
         Raises:
             UsageError: the pointer of the VM is moved to positions, or the wheel is turned too far (``BAD_SETTING``).
             RefusedError: the VM has no pointer that can be moved to a position (``NO_TABLET``).
@@ -150,17 +152,26 @@ class Hands:
         if abs(wheel) > MAX_WHEEL:
             raise UsageError(f"{wheel} steps of the wheel: at most {MAX_WHEEL}", reason=Reason.BAD_SETTING)
         async with self._turn:
-            if position is not None:
-                await self._inputs.move(*position, display=display)
-            if distance is not None:
-                await self._inputs.move_by(*distance)
+            try:
+                if position is not None:
+                    await self._inputs.move(*position, display=display)
+                if distance is not None:
+                    await self._inputs.move_by(*distance)
+            except BaseException:
+                if buttons is not None:
+                    await self._hold([one for one in self._buttons if one in buttons])
+                raise
             if buttons is not None:
-                released = [one for one in self._buttons if one not in buttons]
-                pressed = [one for one in buttons if one not in self._buttons]
-                self._buttons = [*buttons]
-                await self._inputs.change_buttons(pressed, released)
+                await self._hold(buttons)
             if wheel:
                 await self._inputs.wheel(wheel)
+
+    async def _hold(self, buttons: Collection[Button]) -> None:
+        """Hold these buttons, and no others."""
+        released = [one for one in self._buttons if one not in buttons]
+        pressed = [one for one in buttons if one not in self._buttons]
+        self._buttons = [*buttons]
+        await self._inputs.change_buttons(pressed, released)
 
     async def release(self) -> None:
         """Release all keys and buttons. If the VM is gone, they are released already."""

@@ -75,8 +75,9 @@ class _Devices:
             if used is None and (is_needed or (not plugged and kind not in self._not_used)):
                 try:
                     used = await self._use(kind, source, plugged)
-                except FarplugError:
-                    self._not_used.add(kind)
+                except FarplugError as error:
+                    if error.reason is Reason.TIMED_OUT:
+                        self._not_used.add(kind)
                     if is_needed:
                         raise
             if used is not None:
@@ -137,6 +138,7 @@ class Typing:
         layout: str = DEFAULT,
         via: Via = Via.AUTO,
         progress: Callable[[int], None] = lambda _: None,
+        begin: Callable[[], None] = lambda: None,
     ) -> Typed:
         """Type a text.
 
@@ -145,6 +147,7 @@ class Typing:
             layout: the name of the guest's keyboard layout: see :func:`farplug.keymap.find_layout`.
             via: on a USB keyboard, through SPICE, or on the keyboard if the guest uses one.
             progress: called with the number of characters that were typed.
+            begin: called before the first key.
 
         Raises:
             UsageError: there is no such layout, or it lacks a character (``BAD_KEY``). Nothing was typed.
@@ -157,6 +160,7 @@ class Typing:
         total = len(find_layout(layout).type(text))  # before anything is plugged in
         self.layout = layout
         keyboard = await self._devices.choose(Keyboard, Source.keyboard(), via)
+        begin()
         if keyboard is None:
             await self._guest.inputs.type(text, progress, layout=layout)
             return Typed(Via.SPICE, False)

@@ -185,6 +185,7 @@ was asked for (--via spice), which confirms nothing.
     from farplug.app.screen import check_text
 
     named = [option for option in (file, secret_file, ducky) if option is not None]
+    hidden = secret_file is not None or (not named and text == STANDARD_INPUT)
     if len(named) > 1 or (named and text is not None and place.target is not None):
         raise UsageError(
             "a text, --file, --secret-file and --ducky exclude each other",
@@ -207,9 +208,9 @@ was asked for (--via spice), which confirms nothing.
         return
     if secret_file is not None:
         text = text.removesuffix("\n").removesuffix("\r")
-    check_text(text, layout, secret=secret_file is not None)
+    check_text(text, layout, secret=hidden)
     pieces = (text[at : at + PIECE] for at in range(0, len(text), PIECE))
-    _carry_out(context, place, [TypeText(piece, layout, via, secret_file is not None) for piece in pieces])
+    _carry_out(context, place, [TypeText(piece, layout, via, hidden) for piece in pieces])
 
 
 def _text_of(path: Path) -> str:

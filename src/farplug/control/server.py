@@ -425,7 +425,7 @@ class _Client(asyncio.Protocol):
 
     def _refuse(self, error: FarplugError) -> None:
         """Send an error that concerns the connection, and close it."""
-        log.info("a client of the control socket is refused: %s", error)
+        log.info("a client of the control socket is refused: %s", error.reason)  # the message quotes what it sent
         self._queue(_Line(encode(Failure(None, ErrorData.of(error)))))
         self._finish()
         asyncio.get_running_loop().call_later(CLOSE_TIMEOUT, self.abort)  # a client that does not read it

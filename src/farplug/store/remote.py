@@ -160,7 +160,6 @@ class RemoteFile:
         self._next_offset = 0
         """Where a sequential read would begin."""
         self._touched = bytearray(SLICES // 8)
-        self._close_callbacks: list[Callable[[], None]] = []
 
     @property
     def touched(self) -> bytes:
@@ -305,13 +304,6 @@ class RemoteFile:
 
     # Users and the end
 
-    def call_when_closed(self, callback: Callable[[], None]) -> None:
-        """Call ``callback`` when the file is closed; soon, if it is already."""
-        if self.is_open:
-            self._close_callbacks.append(callback)
-        else:
-            asyncio.get_running_loop().call_soon(callback)
-
     def forget(self) -> None:
         """Drop the chunks that are cached: no store uses the file now."""
         self._cache.drop(self)
@@ -327,9 +319,8 @@ class RemoteFile:
         for number in list(self._waiting):
             for read in self._no_longer_wanted(number):
                 read.fail(OSError(errno.ENODEV, f"{self.name} is not offered any more"))
-        callbacks, self._close_callbacks = self._close_callbacks, []
-        for callback in callbacks:
-            callback()
+        for store in list(self.users):
+            store.lost()
 
 
 class RemoteStore(Store):
@@ -343,6 +334,7 @@ class RemoteStore(Store):
     Attributes:
         file: as above.
         removable: the medium is ejected when the peer has gone.
+        lost: called when the file is closed, unless the store is before.
     """
 
     read_only = True
@@ -356,6 +348,7 @@ class RemoteStore(Store):
         what = f"{file.name}\0{file.size}\0{file.version}"
         self.serial_number = hashlib.sha256(b"farplug file\0" + what.encode(errors="replace")).hexdigest()[:16].upper()
         self.removable = False
+        self.lost: Callable[[], None] = lambda: None
         file.users.add(self)
 
     def read(self, offset: int, length: int, done: ReadDone) -> None:

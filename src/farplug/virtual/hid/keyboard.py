@@ -188,24 +188,22 @@ class Keyboard(HidFunction):
             self._typing_in = self._configurations
             await self.reports.read_by_guest()
             wanted = not self.boot_protocol if confirm is None else confirm
-            self._toggled = False
-            answers = wanted and await self._answers()
-            if confirm and not answers:
-                raise ReportsLost(0, len(characters))
-            before = self.leds
+            self._toggled = capitals = False
             try:
-                if Led.CAPS_LOCK in before:
+                answers = wanted and await self._answers()
+                if confirm and not answers:
+                    raise ReportsLost(0, len(characters))
+                capitals = Led.CAPS_LOCK in self.leds
+                if capitals:
                     await self._toggle_caps_lock()
                 if answers:
                     await self._type_confirmed(characters, progress)
                 else:
                     await self._type_slowly(characters, progress)
             finally:
-                if self._is_same_configuration:
-                    if Led.CAPS_LOCK in before:
-                        await self._toggle_caps_lock()
-                    if self._toggled:  # the answer must not be taken for that to the next text
-                        await (await self._toggle()).comes(_ATTEMPT_TIMEOUT)
+                if capitals and self._is_same_configuration:
+                    await self._toggle_caps_lock()
+                await self._restore_num_lock()
             return answers
 
     async def _type_confirmed(self, characters: Sequence[Sequence[Stroke]], progress: Progress) -> None:
@@ -281,9 +279,15 @@ class Keyboard(HidFunction):
         restarts = self.reports.restarts
         for number, strokes in enumerate(characters, 1):
             for stroke in strokes:
-                for report in (self._report_of(stroke), _report(self._pressed)):
-                    await self._emit(report)
+                try:
+                    await self._emit(self._report_of(stroke))
                     await asyncio.sleep(FIRMWARE_PACE)
+                except asyncio.CancelledError:
+                    if self._is_same_configuration:
+                        await self._emit(_report(self._pressed))  # no key stays pressed
+                    raise
+                await self._emit(_report(self._pressed))
+                await asyncio.sleep(FIRMWARE_PACE)
             progress(number)
         if self.reports.restarts != restarts and not self.boot_protocol:  # OVMF restarts after each report
             raise ReportsLost(0, len(characters))
@@ -314,13 +318,18 @@ class Keyboard(HidFunction):
         """
         async with self._turn:
             self._typing_in = self._configurations
-            first = await (await self._toggle()).comes(timeout)
-            return await (await self._toggle()).comes(timeout) and first
+            self._toggled = False
+            try:
+                first = await (await self._toggle()).comes(timeout)
+                return await (await self._toggle()).comes(timeout) and first
+            finally:
+                await self._restore_num_lock()
 
     async def _answers(self) -> bool:
         """Return whether the guest confirms what it takes. A driver that has just begun may drop the first reports."""
         for attempt in range(1 if self._is_silent else _ATTEMPTS):
             if await (await self._toggle()).comes(_ATTEMPT_TIMEOUT):
+                self._toggled = True  # whatever became of earlier attempts
                 if attempt or self._is_silent:
                     await self._settle()  # answers to earlier attempts
                 self._is_silent = not await (await self._toggle()).comes(_TAKEN_TIMEOUT)
@@ -333,9 +342,14 @@ class Keyboard(HidFunction):
         """Press Num Lock, with another key in the same report if there is one; return what waits for the answer."""
         before = self.leds & Led.NUM_LOCK
         pressed = _report([*self._pressed, Key.NUM_LOCK]) if stroke is None else self._report_of(stroke, Key.NUM_LOCK)
-        self._toggled = not self._toggled
         await self._emit(pressed, _report(self._pressed))
+        self._toggled = not self._toggled
         return _Echo(self, before)
+
+    async def _restore_num_lock(self) -> None:
+        """Press Num Lock if it was pressed an odd number of times, unless the guest has reset the device."""
+        if self._toggled and self._is_same_configuration:
+            await (await self._toggle()).comes(_ATTEMPT_TIMEOUT)  # no answer to the next text
 
     async def _toggle_caps_lock(self) -> bool:
         """Press Caps Lock, and wait until the guest shows it; return whether it does."""
