@@ -178,7 +178,9 @@ async def test_typing_is_reported_and_can_be_stopped(
         await done(client, "stop-typing")
         errors = [await client.reply(2), await client.reply(3)]
         assert {(error["error"]["code"], error["error"]["exit_code"]) for error in errors} == {("interrupted", 130)}
-        assert [event.message for event in events if event.name == "input"] == ["a client typed 8000 characters, or a part"] * 2
+        assert [event.message for event in events if event.name == "input"] == [
+            "a client typed 8000 characters, or a part"
+        ] * 2
         unsubscribe()
         client.send(request(5, "type", text="secret", hidden=True))
         hidden = await client.event("input")

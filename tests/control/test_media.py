@@ -194,9 +194,7 @@ async def test_a_client_that_goes_while_its_image_is_checked(environment: dict[s
         assert not app.media._offers
 
 
-async def test_a_file_that_is_offered_no_more_is_no_file_of_this_machine(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_withdrawn_file_is_not_opened_as_a_local_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "client:m1").mkdir()
     (tmp_path / "client:m1/x.iso").write_bytes(CONTENT)
     monkeypatch.chdir(tmp_path)

@@ -26,7 +26,7 @@ KEY_INTERVAL = 0.02
 STILL_TIME = 0.5
 """Seconds without a change after which a picture is still, by default."""
 LOCKS_TIMEOUT = 1.0
-"""Seconds in which a VM reports the lights of lock keys that were changed. A system that ignores the keys never does."""
+"""Seconds in which a VM reports lights of lock keys that were changed. A system that ignores the keys never does."""
 INPUTS_TIMEOUT = 5.0
 """Seconds for the first report of the lock keys, for a change of the mouse mode, and for acknowledgements."""
 
