@@ -4,7 +4,8 @@
 
     FarplugError
     ├── UsageError              an option, a path or a target is not valid
-    │   └── WrongOffset         a piece of an upload begins at a wrong place (farplug.web.uploads)
+    │   ├── WrongOffset         a piece of an upload begins at a wrong place (farplug.web.uploads)
+    │   └── BadValue            a value of JSON is not what a field takes (farplug.app.codec)
     ├── SetupError              a program, a package or a permission is missing on this machine
     ├── ImageError              a disk image cannot be used
     ├── DeviceError             a device cannot be used, or violated the contract of a device

@@ -98,7 +98,7 @@ def _decode(kind: Any, data: object, name: str) -> Any:
 def _check_string(data: str, name: str) -> None:
     """Refuse a string that cannot be the name of a file: what a path or a target is, no system call takes then."""
     if len(data) > MAX_STRING:
-        raise _BadValue(name, f"a string of {len(data)} characters", f"a string of at most {MAX_STRING} characters")
+        raise BadValue(name, f"a string of {len(data)} characters", f"a string of at most {MAX_STRING} characters")
     try:
         valid = b"\0" not in os.fsencode(data)
     except UnicodeEncodeError:
@@ -142,10 +142,10 @@ def _object(kind: Any, data: object, name: str) -> Any:
             value_name = f"{prefix}{field.name}"
             try:
                 values[field.name] = _decode(hints[field.name], data[field.name], value_name)
-            except _BadValue as error:
+            except BadValue as error:
                 if field.repr:
                     raise
-                raise _BadValue(value_name, "the value", error.expected) from None
+                raise BadValue(value_name, "the value", error.expected) from None
         elif field.default is MISSING and field.default_factory is MISSING:
             raise UsageError(f"{prefix}{field.name} is missing", reason=Reason.BAD_SETTING)
     try:
@@ -160,7 +160,7 @@ def _hints(kind: Any) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in fields(kind)}
 
 
-class _BadValue(UsageError):
+class BadValue(UsageError):
     """A value is not what a field takes."""
 
     def __init__(self, name: str, value: str, expected: str) -> None:
@@ -169,5 +169,5 @@ class _BadValue(UsageError):
         self.expected = expected
 
 
-def _bad(name: str, data: object, expected: str) -> _BadValue:
-    return _BadValue(name, shown(data), expected)
+def _bad(name: str, data: object, expected: str) -> BadValue:
+    return BadValue(name, shown(data), expected)
