@@ -132,7 +132,7 @@ def test_a_command_has_no_other_fields(name: str, extra: str) -> None:
         ({"target": {}}, "target.target is missing"),
         (
             {"target": {"target": "a\0"}},
-            r"target.target: 'a\x00' is not a string without NUL characters and surrogates",
+            r"target.target: the value is not a string without NUL characters and surrogates",
         ),
         ({"target": {"target": "a"}, "sources": [{"kind": "disk"}]}, "sources[0].path is missing"),
         (
