@@ -144,6 +144,13 @@ def test_files_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         camera_device(clip(tmp_path / "long.mjpeg", *[jpeg()] * 3))
 
 
+@pytest.mark.parametrize("path", ["x" * 300, "nul\0", "missing"])
+def test_paths_that_cannot_be_used(tmp_path: Path, path: str) -> None:
+    with pytest.raises(ImageError) as caught:
+        module.open_frames(tmp_path / path)
+    assert caught.value.reason is Reason.NOT_FOUND
+
+
 async def test_a_folder(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no image")
     with pytest.raises(ImageError, match="has no JPEG images") as caught:

@@ -165,7 +165,7 @@ def open_frames(path: str | os.PathLike[str]) -> FrameSource:
     Raises:
         ImageError: it cannot be used.
     """
-    return MjpegFolder.open(path) if Path(path).is_dir() else MjpegFile.open(path)
+    return MjpegFolder.open(path) if os.path.isdir(path) else MjpegFile.open(path)
 
 
 def _open(path: Path) -> IO[bytes]:
