@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any, Final, Self
@@ -32,7 +33,7 @@ class Audit:
         if path is not None:
             try:
                 self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-                if os.name == "posix" and stat.S_ISREG(os.fstat(self._file).st_mode):
+                if sys.platform != "win32" and stat.S_ISREG(os.fstat(self._file).st_mode):
                     os.fchmod(self._file, 0o600)  # what an agent types is in it
             except (OSError, ValueError) as error:
                 raise from_oserror(path, error, as_=SetupError) from error
