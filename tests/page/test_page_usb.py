@@ -242,8 +242,9 @@ class TestPlugging:
         assert fake.wait("detach").params == {"device": "g1.a1"}
         expect(socket(page, 0)).to_contain_text("Empty")
 
-    def test_unplug_asks_after_a_write(self, fake: FakePage, page: Page) -> None:
-        fake.attachment("g1.a1", "usbredir 0")
+    @staticmethod
+    def written(fake: FakePage) -> None:
+        """Report that the guest sent 4096 bytes to the device."""
         fake.event(
             "figures",
             attachment="g1.a1",
@@ -257,12 +258,27 @@ class TestPlugging:
             rate=4096,
             memory=0,
         )
+
+    @pytest.mark.parametrize(
+        "sources", [[], [{"kind": "disk"}], [{"kind": "usb-device"}], [{"kind": "serial"}, {"kind": "disk"}]]
+    )
+    def test_unplug_asks_after_a_write(self, fake: FakePage, page: Page, sources: list[dict[str, str]]) -> None:
+        fake.attachment("g1.a1", "usbredir 0", sources=sources)
+        self.written(fake)
         expect(socket(page, 0).locator(".figures")).to_contain_text("4.10\u00a0kB")
         page.get_by_role("button", name="Unplug scratch.raw").click()
         expect(socket(page, 0)).to_contain_text("The VM wrote")
         assert fake.of("detach") == []
         page.get_by_role("button", name="Unplug anyway").click()
         fake.wait("detach")
+
+    @pytest.mark.parametrize("kind", ["fido", "keyboard", "serial", "network"])
+    def test_what_holds_no_data_leaves_at_once(self, fake: FakePage, page: Page, kind: str) -> None:
+        fake.attachment("g1.a1", "usbredir 0", sources=[{"kind": kind}])
+        self.written(fake)
+        expect(socket(page, 0).locator(".figures")).to_contain_text("4.10\u00a0kB")
+        page.get_by_role("button", name="Unplug scratch.raw").click()
+        assert fake.wait("detach").params == {"device": "g1.a1"}
 
     def test_eject_and_insert(self, fake: FakePage, opened: Opened) -> None:
         def locked(params: Json, data: bytes | None) -> Any:

@@ -563,7 +563,7 @@ export class App {
   /** @param {any} attachment @param {boolean} sure */
   async unplug(attachment, sure) {
     const wrote = this.state.rates[attachment.id]?.lastWrite ?? 0;
-    if (!sure && this.now() - wrote < RECENT_WRITE) {
+    if (!sure && kind(this, attachment).holdsData && this.now() - wrote < RECENT_WRITE) {
       this.setUi({ confirm: { attachment: attachment.id, wrote } });
       setTimeout(() => { if (this.ui.confirm?.attachment === attachment.id && this.ui.confirm.wrote === wrote) this.draw(); }, 1000);
       return false;

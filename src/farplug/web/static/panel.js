@@ -98,7 +98,9 @@ export function kind(app, attachment) {
   if (client !== null) words = `${words} ${app.media.has(client) ? T.fromBrowser : T.fromAnotherBrowser}`;
   const virtual = /** @type {Record<string, string>} */ ({ keyboard: "i-keyboard", tablet: "i-drive", mouse: "i-mouse", touchscreen: "i-touch", gamepad: "i-gamepad", camera: "i-camera", serial: "i-serial", network: "i-network", fido: "i-key" });
   const symbol = cd ? "i-cd" : first?.kind === "folder" ? "i-folder" : disk ? "i-disk" : first && virtual[first.kind] ? virtual[first.kind] : deviceIcon([identity, attachment.label].join(" "));
-  return { words, icon: symbol, cd, disk, client };
+  // What a keyboard or a security key receives is no write to a medium; a real device may be a disk.
+  const holdsData = sources.length === 0 || sources.some((/** @type {any} */ one) => ["disk", "usb-device", "remote-device"].includes(one.kind));
+  return { words, icon: symbol, cd, disk, client, holdsData };
 }
 
 /** @param {App} app @param {any} attachment @returns {string | null | undefined} what is in its drive; null: nothing; undefined: not known */
