@@ -173,7 +173,7 @@ class User:
                 request_type = rng.choice((0xC0, 0x40, 0x80, 0x02, 0x00))
                 setup = Setup(request_type, rng.choice((0, 1, 6, 9, 11)), rng.choice((0, 1, 0x100)), BULK_IN, 18)
                 data = b"" if request_type & 0x80 else bytes(18)
-                self.pending.append(guest.request(guest._control_packet(setup, data)))
+                self.pending.append(guest.request(p.ControlPacket.of(guest.new_id(), setup, data)))
             case _:
                 packet = p.InterruptPacket(
                     id=guest.new_id(), endpoint=LIGHTS, status=Status.SUCCESS, length=3, data=b"abc"

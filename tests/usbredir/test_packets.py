@@ -10,6 +10,7 @@ from tests.usbredir.support import OTHER, connect, drain, each_way, hello, writt
 
 from farplug.errors import LocalProtocolError
 from farplug.usb.transfer import Status
+from farplug.usb.types import Setup
 from farplug.usbredir.caps import ALL_CAPS, Cap
 from farplug.usbredir.packets import (
     PACKETS,
@@ -147,6 +148,26 @@ def test_the_golden_file_has_every_type_but_one() -> None:
     seen = {int.from_bytes(data[:4], "little") for *_, data in ROWS}
     assert seen == set(PacketType) - {PacketType.DEVICE_DISCONNECT_ACK}
     assert [packet.TYPE for packet in PACKETS] == list(PACKET_FORMATS) == list(PacketType)
+
+
+@pytest.mark.parametrize(
+    ("request_type", "endpoint", "length", "data"), [(0x80, 0x80, 18, b""), (0x21, 0x00, 5, b"hello")]
+)
+def test_a_control_transfer_begins_with_its_setup_packet(
+    request_type: int, endpoint: int, length: int, data: bytes
+) -> None:
+    setup = Setup(request_type, 6, 0x0100, 0x0409, length)
+    assert ControlPacket.of(7, setup, data) == ControlPacket(
+        id=7,
+        endpoint=endpoint,
+        request=6,
+        request_type=request_type,
+        status=Status.SUCCESS,
+        value=0x0100,
+        index=0x0409,
+        length=length,
+        data=data,
+    )
 
 
 @pytest.mark.parametrize(("name", "role", "full", "data"), ROWS, ids=IDS)

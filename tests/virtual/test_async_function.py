@@ -376,7 +376,7 @@ async def test_handlers_that_wait() -> None:
         await guest.enumerate()
 
         def request(value: int) -> packets.ControlPacket:
-            return guest._control_packet(Setup(VENDOR_IN, 2, value, 0, 64), b"")
+            return packets.ControlPacket.of(guest.new_id(), Setup(VENDOR_IN, 2, value, 0, 64), b"")
 
         at_once = guest.request(request(0))
         at_once.cancel()

@@ -9,38 +9,29 @@ import typer
 from farplug.cli.device_options import DeviceOptions, with_device_options
 from farplug.cli.options import (
     PASSWORD_HELP,
-    AllowPlainOption,
-    AskPasswordOption,
-    CaFileOption,
-    HostSubjectOption,
     NoReconnectOption,
     OptionalTargetArgument,
-    PasswordFileOption,
-    ProxyOption,
     ReconnectOption,
     TargetCommandOption,
+    TargetOptions,
     reconnect_settings,
-    target_settings,
+    with_target_options,
 )
 from farplug.cli.session_options import SessionOptions, with_session_options
 
 
 @with_session_options
+@with_target_options
 @with_device_options
 def connect(
     context: typer.Context,
     options: DeviceOptions,
     target: OptionalTargetArgument = None,
-    password_file: PasswordFileOption = None,
-    ask_password: AskPasswordOption = False,
-    ca_file: CaFileOption = None,
-    host_subject: HostSubjectOption = None,
-    proxy: ProxyOption = None,
-    allow_plain: AllowPlainOption = False,
+    *,
+    access: TargetOptions,
     target_command: TargetCommandOption = None,
     reconnect: ReconnectOption = None,
     no_reconnect: NoReconnectOption = False,
-    *,
     session: SessionOptions,
 ) -> None:
     """Plug devices into the VM at TARGET, and keep them there until Ctrl-C.
@@ -49,9 +40,7 @@ def connect(
 ports, all but USB devices of this machine share one: disks and CD-ROM drives as logical units, in the same order.
     """
     session.check_capture()
-    where = target_settings(
-        target, password_file, ask_password, ca_file, host_subject, proxy, allow_plain, target_command
-    )
+    where = access.settings(target, target_command)
     devices = options.devices(context)
     session.run(where, devices, reconnect_settings(reconnect, no_reconnect, detach=session.detach))
 

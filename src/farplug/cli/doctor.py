@@ -19,14 +19,9 @@ from farplug.cli.log import remedy_lines
 from farplug.cli.options import (
     OUTPUT,
     PASSWORD_HELP,
-    AllowPlainOption,
-    AskPasswordOption,
-    CaFileOption,
     DebugOption,
-    HostSubjectOption,
-    PasswordFileOption,
-    ProxyOption,
-    target_settings,
+    TargetOptions,
+    with_target_options,
 )
 from farplug.errors import FarplugError, Reason, Remedy, SetupError
 from farplug.exit_codes import ExitCode
@@ -43,6 +38,7 @@ NO_REMEDY = Remedy()
 LIBRARIES = ("cryptography", "lz4", "rich", "typer")
 
 
+@with_target_options
 def doctor(
     target: Annotated[
         str | None,
@@ -50,12 +46,8 @@ def doctor(
             metavar="[TARGET]", help=f"Check this target, stage by stage: {TARGET_FORMS}.", show_default=False
         ),
     ] = None,
-    password_file: PasswordFileOption = None,
-    ask_password: AskPasswordOption = False,
-    ca_file: CaFileOption = None,
-    host_subject: HostSubjectOption = None,
-    proxy: ProxyOption = None,
-    allow_plain: AllowPlainOption = False,
+    *,
+    access: TargetOptions,
     install_udev_rule: Annotated[
         bool,
         typer.Option(
@@ -79,7 +71,7 @@ def doctor(
     broken = _check_machine(report, all)
     paused = False
     if target is not None:
-        settings = target_settings(target, password_file, ask_password, ca_file, host_subject, proxy, allow_plain)
+        settings = access.settings(target)
         report.section("target", "the target")
         paused = asyncio.run(_check_target(report, settings))
     if broken:

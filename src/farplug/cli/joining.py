@@ -9,8 +9,10 @@ from contextlib import contextmanager
 
 from farplug.app.settings import GuestSettings, ReconnectSettings, TargetSettings
 from farplug.cli import background, log, session_verbs
+from farplug.cli.options import TargetOptions
 from farplug.cli.output import PlainOutput
 from farplug.errors import FarplugError, Reason
+from farplug.transport import TARGET_FORMS
 
 
 def is_target(text: str) -> bool:
@@ -23,6 +25,18 @@ def is_target(text: str) -> bool:
     except FarplugError:
         pass  # it is not a name
     return "://" in text or text.startswith("unix:") or text.endswith(".vv") or os.path.isfile(text)
+
+
+def target_of(session: str | None, access: TargetOptions, needed: str) -> TargetSettings | None:
+    """Return the target that ``--session``, or the argument in its place, names; None: it names a session, or nothing.
+
+    Raises:
+        UsageError: the password cannot be read, or an option for a target is given without one; ``needed`` names it.
+    """
+    if session is not None and is_target(session):
+        return access.settings(session)
+    access.check_unused(needed, f"write a target as one of {TARGET_FORMS}")
+    return None
 
 
 @contextmanager

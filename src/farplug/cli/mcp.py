@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -12,13 +13,9 @@ from farplug.app.settings import TargetSettings
 from farplug.cli import completion
 from farplug.cli.options import (
     SESSION_VARIABLE,
-    AllowPlainOption,
-    CaFileOption,
     DebugOption,
-    HostSubjectOption,
-    PasswordFileOption,
-    ProxyOption,
-    target_settings,
+    TargetOptions,
+    with_fields,
 )
 from farplug.cli.screen import DisplayOption
 from farplug.errors import Reason, UsageError
@@ -55,6 +52,12 @@ class ServerOptions:
     audit: Path | None
 
 
+def _with_access(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace the parameter ``access``, without the prompt for a password: standard input carries the protocol."""
+    return with_fields(command, "access", TargetOptions, without=("ask_password",))
+
+
+@_with_access
 def mcp(
     session: Annotated[
         str | None,
@@ -121,11 +124,8 @@ def mcp(
         ),
     ] = None,
     display: DisplayOption = 0,
-    password_file: PasswordFileOption = None,
-    ca_file: CaFileOption = None,
-    host_subject: HostSubjectOption = None,
-    proxy: ProxyOption = None,
-    allow_plain: AllowPlainOption = False,
+    *,
+    access: TargetOptions,
     debug: DebugOption = False,
 ) -> None:
     """Let an agent use a VM: serve its screen, keyboard, mouse and USB sockets over MCP, on standard input and output.
@@ -137,24 +137,9 @@ open sees each act, and takes the keyboard and the mouse with one click. farplug
 Everybody who can list the processes of this machine can read a password in TARGET. FARPLUG_PASSWORD is not used for a \
 .vv file.
     """
-    from farplug.cli.joining import is_target
+    from farplug.cli.joining import target_of
 
-    given = {
-        "--password-file": password_file,
-        "--ca-file": ca_file,
-        "--host-subject": host_subject,
-        "--proxy": proxy,
-        "--allow-plain": allow_plain,
-    }
-    target = None
-    if session is not None and is_target(session):
-        target = target_settings(session, password_file, False, ca_file, host_subject, proxy, allow_plain)
-    elif option := next((name for name, value in given.items() if value), None):
-        raise UsageError(
-            f"{option} has no effect without a TARGET",
-            reason=Reason.BAD_OPTION,
-            remedy=f"write a target as one of {TARGET_FORMS}",
-        )
+    target = target_of(session, access, "a TARGET")
     rights = {"--allow": allow, "--allow-write": allow_write, "--allow-devices": allow_devices, "--secrets": secrets}
     if read_only and (option := next((name for name, value in rights.items() if value), None)):
         raise UsageError(f"--read-only and {option} contradict each other", reason=Reason.BAD_OPTION)

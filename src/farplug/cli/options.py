@@ -8,8 +8,8 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias, get_type_hints
@@ -97,29 +97,28 @@ def given_order(context: typer.Context) -> list[str]:
     return order
 
 
-def with_fields(command: Callable[..., None], parameter: str, kind: type[Any]) -> Callable[..., None]:
+def with_fields(
+    command: Callable[..., None], parameter: str, kind: type[Any], *, without: Collection[str] = ()
+) -> Callable[..., None]:
     """Return a command that has the fields of a dataclass as its options, in place of one parameter.
 
     Args:
         command: the command.
         parameter: the name of the parameter, which gets an instance of the dataclass.
-        kind: the dataclass, whose fields are annotated as options.
+        kind: the dataclass, whose fields are annotated as options, or are such dataclasses.
+        without: names of fields that the command has no option for: they keep their defaults.
     """
-    names = [field.name for field in fields(kind)]
 
     def with_options(**values: Any) -> None:
-        command(**{parameter: kind(**{name: values.pop(name) for name in names})}, **values)
+        made = _from_options(kind, values)
+        command(**{parameter: made}, **values)
 
-    hints = get_type_hints(kind, include_extras=True)
     own = get_type_hints(command, include_extras=True)
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters: list[inspect.Parameter] = []
     for one in inspect.signature(command).parameters.values():
         if one.name == parameter:
-            parameters += [
-                inspect.Parameter(field.name, keyword, default=field.default, annotation=hints[field.name])
-                for field in fields(kind)
-            ]
+            parameters += [option for option in _options_of(kind) if option.name not in without]
         else:
             parameters.append(one.replace(kind=keyword, annotation=own[one.name]))
     functools.update_wrapper(with_options, command)
@@ -127,6 +126,30 @@ def with_fields(command: Callable[..., None], parameter: str, kind: type[Any]) -
     with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     with_options.__annotations__ = {one.name: one.annotation for one in parameters}
     return with_options
+
+
+def _options_of(kind: type[Any]) -> Iterator[inspect.Parameter]:
+    """Yield the fields of a dataclass, and of the dataclasses in it, as parameters of a command."""
+    hints = get_type_hints(kind, include_extras=True)
+    for field in fields(kind):
+        hint = hints[field.name]
+        if is_dataclass(hint):
+            yield from _options_of(hint)  # type: ignore[arg-type]  # a class
+        else:
+            yield inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hint)
+
+
+def _from_options(kind: type[Any], values: dict[str, Any]) -> Any:
+    """Return an instance of a dataclass, and of the dataclasses in it; take its fields out of the values."""
+    hints = get_type_hints(kind)
+    given: dict[str, Any] = {}
+    for field in fields(kind):
+        hint = hints[field.name]
+        if is_dataclass(hint):
+            given[field.name] = _from_options(hint, values)  # type: ignore[arg-type]  # a class
+        elif field.name in values:
+            given[field.name] = values.pop(field.name)
+    return kind(**given)
 
 
 class BlockSizeOption(StrEnum):
@@ -264,42 +287,64 @@ def reconnect_settings(reconnect: str | None, no_reconnect: bool, *, detach: boo
     return ReconnectSettings(limit=float(match[1]) * _UNITS[match[2]])
 
 
-def target_settings(
-    target: str | None,
-    password_file: Path | None,
-    ask_password: bool,
-    ca_file: Path | None,
-    host_subject: str | None,
-    proxy: str | None,
-    allow_plain: bool,
-    command: str | None = None,
-) -> TargetSettings:
-    """Return the options as settings. A password in the environment is used only if there is no other one.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetOptions:
+    """How the VM at a target is reached. Each field is an option, in the order of the help."""
 
-    Raises:
-        UsageError: the password cannot be read, or there is no target, or there are two.
-    """
-    if (target is None) is (command is None):
-        raise UsageError(
-            "TARGET and --target-command contradict each other" if command else "Missing argument 'TARGET'",
-            reason=Reason.BAD_OPTION,
-            remedy=f"name one of them; TARGET is {TARGET_FORMS}",
+    password_file: PasswordFileOption = None
+    ask_password: AskPasswordOption = False
+    ca_file: CaFileOption = None
+    host_subject: HostSubjectOption = None
+    proxy: ProxyOption = None
+    allow_plain: AllowPlainOption = False
+
+    def settings(self, target: str | None, command: str | None = None) -> TargetSettings:
+        """Return the options as settings. A password in the environment is used only if there is no other one.
+
+        Raises:
+            UsageError: the password cannot be read, or there is no target, or there are two.
+        """
+        if (target is None) is (command is None):
+            raise UsageError(
+                "TARGET and --target-command contradict each other" if command else "Missing argument 'TARGET'",
+                reason=Reason.BAD_OPTION,
+                remedy=f"name one of them; TARGET is {TARGET_FORMS}",
+            )
+        password = None
+        if self.ask_password:
+            password = prompt_for_password()
+        elif self.password_file is not None:
+            password = _read_password(self.password_file)
+        return TargetSettings(
+            target or "",
+            password=password,
+            fallback_password=os.environ.get(PASSWORD_VARIABLE, ""),
+            ca_file=None if self.ca_file is None else str(self.ca_file),
+            host_subject=self.host_subject,
+            proxy=self.proxy,
+            allow_plain=self.allow_plain,
+            command=command,
         )
-    password = None
-    if ask_password:
-        password = prompt_for_password()
-    elif password_file is not None:
-        password = _read_password(password_file)
-    return TargetSettings(
-        target or "",
-        password=password,
-        fallback_password=os.environ.get(PASSWORD_VARIABLE, ""),
-        ca_file=None if ca_file is None else str(ca_file),
-        host_subject=host_subject,
-        proxy=proxy,
-        allow_plain=allow_plain,
-        command=command,
-    )
+
+    def check_unused(self, needed: str, remedy: str = "") -> None:
+        """Raise ``UsageError`` if an option was given, which has no effect without a target.
+
+        Args:
+            needed: what is missing, for the message.
+            remedy: what to do.
+        """
+        for field in fields(self):
+            if getattr(self, field.name):
+                raise UsageError(
+                    f"--{field.name.replace('_', '-')} has no effect without {needed}",
+                    reason=Reason.BAD_OPTION,
+                    remedy=remedy,
+                )
+
+
+def with_target_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace a command's parameter ``access`` by the fields of :class:`TargetOptions`."""
+    return with_fields(command, "access", TargetOptions)
 
 
 def has_terminal() -> bool:

@@ -16,14 +16,9 @@ from farplug.cli.options import (
     PASSWORD_HELP,
     SESSION,
     SESSION_VARIABLE,
-    AllowPlainOption,
-    AskPasswordOption,
-    CaFileOption,
     DebugOption,
-    HostSubjectOption,
-    PasswordFileOption,
-    ProxyOption,
-    target_settings,
+    TargetOptions,
+    with_target_options,
 )
 from farplug.errors import Reason, UsageError
 from farplug.transport import TARGET_FORMS
@@ -65,6 +60,7 @@ class PageOptions:
     json: bool
 
 
+@with_target_options
 def page(
     context: typer.Context,
     session: Annotated[
@@ -142,12 +138,8 @@ def page(
             rich_help_panel=PAGE,
         ),
     ] = DEFAULT_QUOTA,
-    password_file: PasswordFileOption = None,
-    ask_password: AskPasswordOption = False,
-    ca_file: CaFileOption = None,
-    host_subject: HostSubjectOption = None,
-    proxy: ProxyOption = None,
-    allow_plain: AllowPlainOption = False,
+    *,
+    access: TargetOptions,
     json: Annotated[
         bool, typer.Option("--json", help="Print one object with the links as JSON.", rich_help_panel=OUTPUT)
     ] = False,
@@ -159,25 +151,9 @@ def page(
 from this machine only, unless --listen names another address. Ctrl-C ends the page. A session that was running before \
 continues; one that the page started ends with it.
     """
-    given = {
-        "--password-file": password_file,
-        "--ask-password": ask_password,
-        "--ca-file": ca_file,
-        "--host-subject": host_subject,
-        "--proxy": proxy,
-        "--allow-plain": allow_plain,
-    }
-    from farplug.cli.joining import is_target
+    from farplug.cli.joining import target_of
 
-    target = None
-    if session is not None and is_target(session):
-        target = target_settings(session, password_file, ask_password, ca_file, host_subject, proxy, allow_plain)
-    elif option := next((name for name, value in given.items() if value), None):
-        raise UsageError(
-            f"{option} has no effect without a TARGET in --session",
-            reason=Reason.BAD_OPTION,
-            remedy=f"write a target as one of {TARGET_FORMS}",
-        )
+    target = target_of(session, access, "a TARGET in --session")
     options = PageOptions(
         None if target is not None else session,
         target,

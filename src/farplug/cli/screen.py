@@ -17,15 +17,9 @@ from farplug.app.commands import ButtonName, Click, Command, Press, Screenshot, 
 from farplug.app.settings import TargetSettings
 from farplug.cli.options import (
     PASSWORD_HELP,
-    AllowPlainOption,
-    AskPasswordOption,
-    CaFileOption,
     DebugOption,
-    HostSubjectOption,
     OptionalTargetArgument,
-    PasswordFileOption,
-    ProxyOption,
-    target_settings,
+    TargetOptions,
     with_fields,
 )
 from farplug.cli.sessions import JsonOption, SessionOption
@@ -59,12 +53,7 @@ class Place:
 
     target: OptionalTargetArgument = None
     session: SessionOption = None
-    password_file: PasswordFileOption = None
-    ask_password: AskPasswordOption = False
-    ca_file: CaFileOption = None
-    host_subject: HostSubjectOption = None
-    proxy: ProxyOption = None
-    allow_plain: AllowPlainOption = False
+    access: TargetOptions
 
     def settings(self, context: typer.Context) -> TargetSettings | None:
         """Return the target as settings; None: a running session carries the command out.
@@ -73,11 +62,7 @@ class Place:
             UsageError: the options contradict each other.
         """
         if self.target is None:
-            for name in ("password_file", "ask_password", "ca_file", "host_subject", "proxy", "allow_plain"):
-                if getattr(self, name):
-                    raise UsageError(
-                        f"--{name.replace('_', '-')} has no effect without TARGET", reason=Reason.BAD_OPTION
-                    )
+            self.access.check_unused("TARGET")
             return None
         source = context.get_parameter_source("session")
         if source is not None and source.name == "COMMANDLINE":
@@ -86,15 +71,7 @@ class Place:
                 reason=Reason.BAD_OPTION,
                 remedy="name the session, which serves the VM already, or the target of a VM without one",
             )
-        return target_settings(
-            self.target,
-            self.password_file,
-            self.ask_password,
-            self.ca_file,
-            self.host_subject,
-            self.proxy,
-            self.allow_plain,
-        )
+        return self.access.settings(self.target)
 
 
 def _with_place(command: Callable[..., None]) -> Callable[..., None]:

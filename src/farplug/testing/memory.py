@@ -368,14 +368,14 @@ class MemoryGuest:
 
     async def control_in(self, setup: Setup) -> bytes:
         """Make a control transfer with an IN data stage, and return the data. Raises :class:`TransferFailed`."""
-        request = self.request(self._control_packet(setup, b""))
+        request = self.request(packets.ControlPacket.of(self.new_id(), setup, b""))
         reply = await _reply(request, packets.ControlPacket)
         self._check(request, reply.status, reply.data)
         return bytes(reply.data)
 
     async def control_out(self, setup: Setup, data: Buffer = b"") -> None:
         """Make a control transfer with an OUT data stage, or none. Raises :class:`TransferFailed`."""
-        request = self.request(self._control_packet(setup, data))
+        request = self.request(packets.ControlPacket.of(self.new_id(), setup, data))
         reply = await _reply(request, packets.ControlPacket)
         self._check(request, reply.status, actual=reply.length)
 
@@ -534,19 +534,6 @@ class MemoryGuest:
 
     def _stream(self, kind: type, endpoint: int) -> asyncio.Queue[packets.Packet]:
         return self._streams.setdefault((kind, endpoint), asyncio.Queue())
-
-    def _control_packet(self, setup: Setup, data: Buffer) -> packets.ControlPacket:
-        return packets.ControlPacket(
-            id=self.new_id(),
-            endpoint=setup.direction,
-            request=setup.request,
-            request_type=setup.request_type,
-            status=Status.SUCCESS,
-            value=setup.value,
-            index=setup.index,
-            length=setup.length,
-            data=data,
-        )
 
     def _check(self, request: Pending, status: int, data: Buffer = b"", actual: int | None = None) -> None:
         if status == Status.SUCCESS:

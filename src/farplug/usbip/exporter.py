@@ -302,7 +302,7 @@ class Exporter:
                 self._stop_receiving([e for e in self._receivers if e in known and known[e].interface == setup.index])
                 self._send(packets.SetAltSetting(id=self._new_id(urb), interface=setup.index, alt=setup.value))
             case _:
-                self._send(_control_packet(self._new_id(urb), setup, submit.data))
+                self._send(packets.ControlPacket.of(self._new_id(urb), setup, submit.data))
         submit.data = b""
 
     def _unlink(self, command: Unlink) -> None:
@@ -513,7 +513,7 @@ class Exporter:
         self._connected = packet
         self._descriptor = next(self._ids)
         setup = Setup(0x80, StandardRequest.GET_DESCRIPTOR, DescriptorType.DEVICE << 8, length=_DEVICE_DESCRIPTOR_SIZE)
-        self._send(_control_packet(self._descriptor, setup, b""))
+        self._send(packets.ControlPacket.of(self._descriptor, setup, b""))
 
     def _describe(self, descriptor: bytes) -> None:
         connected = self._connected
@@ -557,17 +557,3 @@ class Exporter:
 
 def _ignore() -> None:
     """Do nothing: there is no client."""
-
-
-def _control_packet(id: int, setup: Setup, data: Buffer) -> packets.ControlPacket:
-    return packets.ControlPacket(
-        id=id,
-        endpoint=setup.direction,
-        request=setup.request,
-        request_type=setup.request_type,
-        status=Status.SUCCESS,
-        value=setup.value,
-        index=setup.index,
-        length=setup.length,
-        data=data,
-    )

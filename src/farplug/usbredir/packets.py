@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Final, Self
 
 from farplug.errors import RemoteProtocolError
 from farplug.usb.transfer import Status
-from farplug.usb.types import Buffer
+from farplug.usb.types import Buffer, Setup
 from farplug.usbredir.caps import Cap
 from farplug.usbredir.filter import Filter
 from farplug.usbredir.wire import MAX_LENGTH, MAX_TRANSFER, TABLE_SIZE, VERSION_SIZE, PacketType
@@ -588,6 +588,27 @@ class ControlPacket(DataPacket):
     request_type: int
     value: int
     index: int
+
+    @classmethod
+    def of(cls, id: int, setup: Setup, data: Buffer) -> Self:
+        """Return the packet with which a guest begins a control transfer.
+
+        Args:
+            id: of the transfer.
+            setup: its setup packet.
+            data: what the guest sends; empty if the device does.
+        """
+        return cls(
+            id=id,
+            endpoint=setup.direction,
+            request=setup.request,
+            request_type=setup.request_type,
+            status=Status.SUCCESS,
+            value=setup.value,
+            index=setup.index,
+            length=setup.length,
+            data=data,
+        )
 
     @classmethod
     def decode(cls, id: int, values: tuple[Any, ...], payload: Buffer) -> Self:
