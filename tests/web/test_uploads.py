@@ -245,6 +245,20 @@ async def test_an_abandoned_upload(tmp_path: Path) -> None:
     assert here(tmp_path) == []
 
 
+async def test_incomplete_files_of_a_killed_process_are_removed(tmp_path: Path) -> None:
+    """A folder below the web root is kept: the locked file of another page, and what has another name, stay."""
+    names = [".0123456789abcdef.part", ".notes.part", "whole.part"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"x")
+    other = Uploads(tmp_path)
+    assert here(tmp_path) == names[1:]
+    await other.put("a.iso", Piece(10, 0, 5), body(b"12345"))
+    Uploads(tmp_path)
+    assert len(here(tmp_path)) == 3
+    other.close()
+    assert here(tmp_path) == names[1:]
+
+
 async def test_too_many_uploads(tmp_path: Path) -> None:
     one = Uploads(tmp_path)
     for number in range(MAX_UPLOADS):

@@ -123,8 +123,14 @@ class _Upload:
             self.path.unlink()
 
 
+_INCOMPLETE: Final = ".part"
+_INCOMPLETE_NAME: Final = re.compile(rf"\.[0-9a-f]{{16}}{re.escape(_INCOMPLETE)}")
+
+
 class Uploads:
     """The uploads of a page.
+
+    Incomplete files that a killed process left in the folder are removed.
 
     Args:
         folder: where the files are kept; it is made with the first upload.
@@ -137,6 +143,7 @@ class Uploads:
         self._clock = clock
         self._open: dict[str, _Upload] = {}
         self._complete: dict[str, dict[str, Any]] = {}
+        _remove_abandoned(folder)
 
     @property
     def used(self) -> int:
@@ -276,8 +283,10 @@ class Uploads:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if shutil.disk_usage(self.folder).free < piece.total:
                 raise UsageError(f"there is no space for {piece.total} bytes", reason=Reason.NO_SPACE)
-            path = self.folder / f".{secrets.token_hex(8)}.part"
+            path = self.folder / f".{secrets.token_hex(8)}{_INCOMPLETE}"
             file = open(path, "xb", buffering=0, opener=_private)  # noqa: SIM115  (open until the upload is complete)
+            if sys.platform != "win32":
+                fcntl.flock(file, fcntl.LOCK_EX)  # _remove_abandoned of another process leaves it alone
         except OSError as error:
             raise from_oserror(name, error, as_=UsageError, problem="cannot be written") from error
         upload = self._open[name] = _Upload(piece.total, path, file, self._clock())
@@ -353,6 +362,22 @@ def check_name(name: str) -> str:
             remedy=f"use a name of at most {MAX_NAME} bytes without slashes, not a dot first",
         )
     return name
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove the incomplete files of processes that have ended: those that no process has locked."""
+    if sys.platform == "win32":
+        return
+    for path in folder.glob(f".*{_INCOMPLETE}"):
+        if not _INCOMPLETE_NAME.fullmatch(path.name):
+            continue
+        with suppress(OSError):  # it is complete meanwhile, locked, or not ours
+            file = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+            finally:
+                os.close(file)
 
 
 def _private(path: str, flags: int) -> int:
