@@ -13,6 +13,7 @@ import pytest
 from xdist.scheduler import LoadFileScheduling
 
 from farplug import rate_limit
+from farplug.app import typing as typing_module
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -39,6 +40,13 @@ def _log_limits() -> None:
     for limit in rate_limit._log_limits.values():
         limit.release()
         limit._limit._kinds.clear()
+
+
+@pytest.fixture(autouse=True)
+def _input_devices_that_nobody_reads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a real guest reads from a keyboard that is plugged in for it: with others the wait is short."""
+    if request.node.get_closest_marker("guest") is None:
+        monkeypatch.setattr(typing_module, "READ_TIMEOUT", 0.3)
 
 
 GROUPS = (

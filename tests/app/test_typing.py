@@ -13,7 +13,6 @@ from tests.app.test_run import vm
 from tests.app.test_screen import Machine
 from tests.cli.support import blank
 
-from farplug.app import typing as typing_module
 from farplug.app.app import App
 from farplug.app.commands import Attach, CheckText, Layouts, Press, TypeText, Via
 from farplug.app.ducky import MAX_STEPS, Delay, parse_ducky
@@ -24,11 +23,6 @@ from farplug.errors import DeviceError, FarplugError, PortError, Reason, TargetE
 from farplug.target import open_session, parse_target
 from farplug.virtual import Detached
 from farplug.virtual.hid import Keyboard, ReportsLost
-
-
-@pytest.fixture(autouse=True)
-def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(typing_module, "READ_TIMEOUT", 0.3)
 
 
 class Reading:

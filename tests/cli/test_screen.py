@@ -17,14 +17,8 @@ from tests.app.test_screen import PIXELS, Machine, decode_png, rgb
 from tests.cli.sessions import background
 from tests.cli.support import Cli, in_thread
 
-from farplug.app import typing
 from farplug.app.commands import TypeText
 from farplug.cli import screen_verbs
-
-
-@pytest.fixture(autouse=True)
-def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(typing, "READ_TIMEOUT", 0.3)
 
 
 @pytest.fixture

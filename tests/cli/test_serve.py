@@ -6,10 +6,12 @@ import asyncio
 import json
 import re
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from tests.cli.support import Cli, FakeGuest, in_thread, interrupted_after
+from tests.cli.support import Cli, FakeGuest, in_thread, interrupt
 from tests.transport.fake_spice import free_port
 from tests.usbip.client import Client, serving
 
@@ -18,42 +20,44 @@ from farplug.usb import Speed
 from farplug.virtual import VirtualDevice, disk_device
 
 
-def attach_soon(port: int) -> threading.Thread:
-    """Attach the device from another thread, and leave."""
+@contextmanager
+def interrupted_when_used(port: int, *, attaches: int) -> Iterator[None]:
+    """Attach the device from another thread and leave, again and again; interrupt the server during the last attach."""
 
-    async def attach() -> None:
-        while True:
+    async def use() -> None:
+        count = 0
+        while count < attaches:
             try:
                 client = await Client.connect(port)
             except ConnectionRefusedError:
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(0.02)
                 continue
-            if await client.import_() == 0:
-                await client.close()
-                return
+            count += await client.import_() == 0
+            if count == attaches:
+                interrupt()
             await client.close()
 
-    thread = threading.Thread(target=lambda: asyncio.run(attach()))
+    thread = threading.Thread(target=lambda: asyncio.run(use()))
     thread.start()
-    return thread
+    yield
+    thread.join()
 
 
 def test_a_client_comes_and_goes(cli: Cli, image: Path) -> None:
     port = free_port()
-    thread = attach_soon(port)
-    with interrupted_after(5):
+    with interrupted_when_used(port, attaches=2):
         result = cli("serve", "--listen", f"127.0.0.1:{port}", "--usb-disk", image)
-    thread.join()
     assert (result.code, result.err) == (0, "")
     assert f"listening on 127.0.0.1:{port} for USB/IP clients" in result.out
     assert f"usbip --tcp-port {port} attach -r 127.0.0.1 -b 1-1\n" in result.out
-    assert re.search(r"1-1: attached by the client 127\.0\.0\.1:\d+\n", result.out)
+    assert len(re.findall(r"1-1: attached by the client 127\.0\.0\.1:\d+\n", result.out)) == 2
     assert re.search(r"1-1: the client 127\.0\.0\.1:\d+ has left\n", result.out)
 
 
 def test_events_for_programs(cli: Cli, image: Path) -> None:
-    with interrupted_after(4):
-        result = cli("serve", "--listen", "127.0.0.1:0", "--usb-disk-ro", image, "--json")
+    port = free_port()
+    with interrupted_when_used(port, attaches=1):
+        result = cli("serve", "--listen", f"127.0.0.1:{port}", "--usb-disk-ro", image, "--json")
     events = [json.loads(line) for line in result.out.splitlines()]
     assert result.code == 0
     command = next(event["command"] for event in events if event["event"] == "note" and "command" in event)
@@ -62,8 +66,9 @@ def test_events_for_programs(cli: Cli, image: Path) -> None:
 
 
 def test_others_reach_it(cli: Cli, image: Path) -> None:
-    with interrupted_after(4):
-        result = cli("serve", "--listen", "0.0.0.0:0", "--usb-disk", image)
+    port = free_port()
+    with interrupted_when_used(port, attaches=1):
+        result = cli("serve", "--listen", f"0.0.0.0:{port}", "--usb-disk", image)
     assert result.code == 0
     assert "warning: USB/IP has no passwords and no encryption: anyone who reaches 0.0.0.0:" in result.out
 

@@ -6,6 +6,7 @@ import resource
 import signal
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -96,9 +97,9 @@ def test_a_link_stays_a_link(tmp_path: Path, udevadm: Path) -> None:
     assert (tmp_path / "elsewhere").read_text() == f"# mine\n{RULE}\n"
 
 
-@pytest.fixture
+@contextmanager
 def full_disk() -> Iterator[None]:
-    """No file of this process can have more than 100 bytes."""
+    """No file of this process can have more than 100 bytes, the output of pytest included."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
@@ -111,20 +112,21 @@ def full_disk() -> Iterator[None]:
 
 @pytest.mark.parametrize("failing", ["write", "fsync", "replace", "chmod"])
 def test_a_failure_leaves_the_rules_as_they_are(
-    tmp_path: Path, udevadm: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, failing: str
+    tmp_path: Path, udevadm: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
     path = tmp_path / udev.RULES
     path.parent.mkdir(parents=True)
     path.write_text(rules := "# mine\n" * 50)
-    if failing == "write":
-        request.getfixturevalue("full_disk")
-    else:
 
-        def fail(*_: object) -> None:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
+    if failing != "write":
         monkeypatch.setattr(os, failing, fail)
-    with pytest.raises(SetupError, match="cannot write") as caught:
+    with (
+        pytest.raises(SetupError, match="cannot write") as caught,
+        full_disk() if failing == "write" else nullcontext(),
+    ):
         udev.install(RULE, tmp_path)
     assert caught.value.reason is Reason.IO_ERROR
     assert path.read_text() == rules
