@@ -13,12 +13,12 @@ from collections.abc import Sequence
 
 from farplug.ends.base import End, Peer
 from farplug.ends.frames import FrameReader
-from farplug.usb import Buffer, Setup, Speed, Transfer, TransferType
+from farplug.usb import Buffer, Setup, Speed, TransferType
 from farplug.usb.device import Reception
 from farplug.virtual import NetworkAdapter, SerialLine, VirtualDevice
 from farplug.virtual.endpoints import InterruptIn
 from farplug.virtual.ntb import BlockReader, BlockWriter
-from harness import Listener, counts, raise_logged, run
+from harness import Listener, Transfers, counts, raise_logged, run
 
 MAX_FRAME, MAX_BLOCK = 1514, 16384
 
@@ -130,15 +130,8 @@ async def attack(source: random.Random) -> None:
     line, adapter = SerialLine(ends[0]), NetworkAdapter(ends[1])
     device = VirtualDevice(line, adapter, speeds=(Speed.HIGH,))
     await device.open(FuzzListener())
-    submitted: list[Transfer] = []
-    completed: list[Transfer] = []
-
-    def submit(
-        type: TransferType, endpoint: int, *, length: int = 0, data: bytes = b"", setup: Setup | None = None
-    ) -> None:
-        transfer = Transfer(type, endpoint, completed.append, length=length, data=data, setup=setup)
-        submitted.append(transfer)
-        device.submit(transfer)
+    transfers = Transfers(device)
+    submit = transfers.submit
 
     async def plug() -> None:
         await device.reset()
@@ -170,8 +163,7 @@ async def attack(source: random.Random) -> None:
                 endpoint = 0x80 if setup.request_type & 0x80 else 0
                 submit(TransferType.CONTROL, endpoint, length=setup.length, data=data, setup=setup)
             case 8:
-                if submitted:
-                    device.cancel(source.choice(submitted))
+                transfers.cancel_one(source)
             case 9:
                 end = source.choice(ends)
                 if end.peer is None:
@@ -199,8 +191,7 @@ async def attack(source: random.Random) -> None:
     submit(TransferType.BULK, line.received.address_in_device, data=b"it works")
     await asyncio.gather(peers[0].has([b"it works"]), peers[1].has(frames))
     await device.close()
-    assert len(completed) == len(submitted) == len(set(completed))
-    assert all(transfer.status is not None for transfer in submitted)
+    transfers.check()
     for end in ends:
         await end.close()
 

@@ -20,7 +20,7 @@ from farplug.usb import Buffer, Setup, Speed, Transfer, TransferType
 from farplug.usb.device import Reception
 from farplug.virtual import Detached, VirtualDevice
 from farplug.virtual.hid import Gamepad, HidFunction, Keyboard, Led, MediaKeys, Mouse, ReportsLost, Tablet, Touchscreen
-from harness import Listener, check, counts, raise_logged, run
+from harness import Listener, Transfers, check, counts, raise_logged, run
 
 LAYOUTS = [*packaged_layouts()]
 KINDS: tuple[type[HidFunction], ...] = (Keyboard, Tablet, Mouse, Touchscreen, Gamepad, MediaKeys)
@@ -217,15 +217,8 @@ async def attack(source: random.Random) -> None:
     device = VirtualDevice(*functions, speeds=(Speed.HIGH,))
     await device.open(Receiver())
     users = [asyncio.ensure_future(use(source, function)) for function in functions]
-    submitted: list[Transfer] = []
-    completed: list[Transfer] = []
-
-    def submit(
-        type: TransferType, endpoint: int, *, length: int = 0, data: bytes = b"", setup: Setup | None = None
-    ) -> None:
-        transfer = Transfer(type, endpoint, completed.append, length=length, data=data, setup=setup)
-        submitted.append(transfer)
-        device.submit(transfer)
+    transfers = Transfers(device)
+    submit = transfers.submit
 
     for _ in range(source.randrange(100)):
         function = source.choice(functions)
@@ -256,8 +249,7 @@ async def attack(source: random.Random) -> None:
     results = await asyncio.gather(*users, return_exceptions=True)
     assert all(isinstance(result, asyncio.CancelledError) for result in results), results
     await device.close()
-    assert len(completed) == len(submitted) == len(set(completed))
-    counts["transfers"] += len(submitted)
+    transfers.check()
 
 
 def one_case(source: random.Random) -> None:

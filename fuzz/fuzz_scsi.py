@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 import struct
+from functools import partial
 
 from farplug.errors import DeviceError
 from farplug.scsi.cdrom import COMMANDS as CDROM_COMMANDS
@@ -15,7 +16,7 @@ from farplug.scsi.disk import COMMANDS as DISK_COMMANDS
 from farplug.store import MemoryStore
 from farplug.usb import Setup, Transfer, TransferType
 from farplug.virtual import CdromDrive, VirtualDevice, cdrom_device, disk_device, drives_of
-from harness import Listener, run
+from harness import Listener, Transfers, run
 
 BLOCKS = 64
 KNOWN = [bytes((row.opcode, row.service_action or 0)) for row in (*DISK_COMMANDS, *CDROM_COMMANDS)]
@@ -47,15 +48,9 @@ async def swap(drive: CdromDrive, source: random.Random) -> None:
         assert drive.locked
 
 
-async def attack(device: VirtualDevice, source: random.Random, submitted: list[Transfer]) -> None:
-    completed: list[Transfer] = []
-
-    def submit(transfer: Transfer) -> None:
-        submitted.append(transfer)
-        device.submit(transfer)
-
-    def bulk(endpoint: int, *, length: int = 0, data: bytes = b"") -> None:
-        submit(Transfer(TransferType.BULK, endpoint, completed.append, length=length, data=data))
+async def attack(device: VirtualDevice, source: random.Random) -> None:
+    transfers = Transfers(device)
+    bulk, control = partial(transfers.submit, TransferType.BULK), partial(transfers.submit, TransferType.CONTROL)
 
     for _ in range(source.randrange(60)):
         if drives_of(device) and source.random() < 0.1:
@@ -69,18 +64,16 @@ async def attack(device: VirtualDevice, source: random.Random, submitted: list[T
                 bulk(0x02, data=bytes(source.choice((0, 1, 30, 31, 32, 512, 700, 32768))))
             case 8:
                 setup = Setup(source.choice((0x02, 0x21, 0xA1, source.randrange(256))), source.choice((1, 0xFE, 0xFF)))
-                submit(Transfer(TransferType.CONTROL, setup.request_type & 0x80, completed.append, setup=setup))
+                control(setup.request_type & 0x80, setup=setup)
             case 9:
-                if submitted:
-                    device.cancel(source.choice(submitted))
+                transfers.cancel_one(source)
             case 10:
                 await (device.reset() if source.random() < 0.3 else device.set_configuration(source.randrange(2)))
             case 11:
-                setup = Setup(0x02, 1, 0, source.choice((0x81, 0x02)))
-                submit(Transfer(TransferType.CONTROL, 0, completed.append, setup=setup))
-                submit(Transfer(TransferType.CONTROL, 0, completed.append, setup=Setup(0x21, 0xFF)))
+                control(0, setup=Setup(0x02, 1, 0, source.choice((0x81, 0x02))))
+                control(0, setup=Setup(0x21, 0xFF))
     await device.close()
-    assert len(completed) == len(submitted) == len(set(completed))
+    transfers.check()
 
 
 def one_case(source: random.Random) -> None:
@@ -94,7 +87,7 @@ def one_case(source: random.Random) -> None:
         await device.open(Listener())
         await device.reset()
         await device.set_configuration(1)
-        await attack(device, source, [])
+        await attack(device, source)
         assert len(store.content) == len(before)
         assert (is_disk and not store.read_only) or store.content == before
         # the device still works for a correct guest

@@ -14,7 +14,7 @@ from farplug.errors import DeviceError
 from farplug.scsi.disk import COMMANDS
 from farplug.usb import Speed, Transfer, TransferType
 from farplug.virtual import VirtualDevice, disk_device
-from harness import Listener, raise_logged, run
+from harness import Listener, Transfers, raise_logged, run
 from late_store import LateStore
 
 BLOCKS = 64
@@ -50,15 +50,12 @@ def information_unit(source: random.Random) -> bytes:
 
 
 async def attack(device: VirtualDevice, store: LateStore, source: random.Random) -> None:
-    submitted: list[Transfer] = []
-    completed: list[Transfer] = []
+    transfers = Transfers(device)
     streams = device.identity.speed is Speed.SUPER and source.random() < 0.95
 
     def submit(endpoint: int, *, length: int = 0, data: bytes = b"") -> None:
         stream = source.randrange(1, 9) if streams and endpoint != COMMAND else 0
-        transfer = Transfer(TransferType.BULK, endpoint, completed.append, length=length, data=data, stream_id=stream)
-        submitted.append(transfer)
-        device.submit(transfer)
+        transfers.submit(TransferType.BULK, endpoint, length=length, data=data, stream_id=stream)
 
     for _ in range(source.randrange(150)):
         match source.randrange(20):
@@ -73,8 +70,7 @@ async def attack(device: VirtualDevice, store: LateStore, source: random.Random)
             case 14 | 15 | 16:
                 store.go(source.randrange(4))
             case 17 | 18:
-                if submitted:
-                    device.cancel(source.choice(submitted))
+                transfers.cancel_one(source)
             case 19 if source.random() < 0.2:
                 await device.set_interface(0, source.choice((0, 1, 1, 2)))
                 if source.random() < 0.3:
@@ -83,8 +79,7 @@ async def attack(device: VirtualDevice, store: LateStore, source: random.Random)
     store.go_all()
     with contextlib.suppress(DeviceError):  # a deferred error
         await device.close()
-    assert len(completed) == len(submitted) == len(set(completed))
-    assert all(transfer.status is not None for transfer in submitted)
+    transfers.check()
 
 
 def one_case(source: random.Random) -> None:

@@ -16,7 +16,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from farplug.usb import Buffer, DeviceEvent, Status
+from farplug.usb import Buffer, DeviceEvent, Setup, Status, Transfer, TransferType
+from farplug.virtual import VirtualDevice
 from farplug.virtual.events import FunctionRaised
 
 CASE_LIMIT = 60
@@ -42,6 +43,46 @@ class Listener:
 
     def lost(self, error: Exception | None) -> None:
         raise AssertionError
+
+
+class Transfers:
+    """Submits transfers to a device, each of which must be completed once.
+
+    Args:
+        device: the device.
+    """
+
+    def __init__(self, device: VirtualDevice) -> None:
+        self._device = device
+        self._submitted: list[Transfer] = []
+        self._completed: list[Transfer] = []
+
+    def submit(
+        self,
+        type: TransferType,
+        endpoint: int,
+        *,
+        length: int = 0,
+        data: bytes = b"",
+        setup: Setup | None = None,
+        stream_id: int = 0,
+    ) -> None:
+        transfer = Transfer(
+            type, endpoint, self._completed.append, length=length, data=data, setup=setup, stream_id=stream_id
+        )
+        self._submitted.append(transfer)
+        self._device.submit(transfer)
+
+    def cancel_one(self, source: random.Random) -> None:
+        """Cancel a transfer, which may have ended."""
+        if self._submitted:
+            self._device.cancel(source.choice(self._submitted))
+
+    def check(self) -> None:
+        """Check that each has been completed once, and count them."""
+        assert len(self._completed) == len(self._submitted) == len(set(self._completed))
+        assert all(transfer.status is not None for transfer in self._submitted)
+        counts["transfers"] += len(self._submitted)
 
 
 class _RaiseLogged(logging.Handler):

@@ -95,6 +95,26 @@ async def test_what_has_one_port_shares_it(tmp_path: Path) -> None:
         assert message == "port 0: LUN 0 a.raw, LUN 1 a.raw-2, keyboard0, tablet0"
 
 
+async def test_separate_devices_share_no_port(tmp_path: Path) -> None:
+    sources = (Source.keyboard(), Source.disk(blank(tmp_path / "a.raw")))
+    async with vm(2) as one:
+        async with running(one.target, *sources, Source.tablet(), separate=True) as session:
+            with pytest.raises(PortError, match="3 devices need a port each, but the VM has 2 for them") as caught:
+                await session.run
+            assert caught.value.reason is Reason.NO_FREE_PORT
+            assert caught.value.remedy.startswith("let them share a port, plug fewer, or ")
+            assert session.guest.attachments == []
+        async with running(one.target, *sources, separate=True) as session:
+            await session.named("ready")
+            assert sorted(session.places) == ["a.raw", "keyboard0"]
+            await session.app.do(Detach("a.raw"))
+            with pytest.raises(PortError, match="2 devices need a port each, but the VM has 1 for them"):
+                await session.app.do(Attach((sources[1], Source.tablet()), separate=True))
+            assert sorted(session.places) == ["keyboard0"]
+            (shared,) = (await session.app.do(Attach((sources[1], Source.tablet()))))["attachments"]
+            assert shared["units"] == ["a.raw", "tablet0"]
+
+
 class _Many(AsyncFunction):
     """More endpoints than fit twice."""
 

@@ -539,6 +539,8 @@ def test_two_disks_for_one_socket(cli: Cli, tmp_path: Path) -> None:
         result = cli("connect", target, *options)
         assert result.code == 0
         assert "the VM has 1 port for 2 devices: they are plugged as 2 logical units of one device" in result.out
+        result = cli("connect", target, *options, "--separate")
+        assert (result.code, "2 devices need a port each, but the VM has 1 for them" in result.err) == (7, True)
         options += [word for number in range(15) for word in ("--usb-disk", str(blank(tmp_path / str(number))))]
         result = cli("connect", target, *options)
     assert (result.code, "17 devices, but the VM has 1 port" in result.err) == (7, True)

@@ -221,7 +221,12 @@ class App:
     async def _attach(self, command: commands.Attach) -> Any:
         guest = self.guest(command.guest)
         attachments = await guest.attach(
-            command.sources, command.storage, command.rules, wait=command.wait, port=command.port
+            command.sources,
+            command.storage,
+            command.rules,
+            separate=command.separate,
+            wait=command.wait,
+            port=command.port,
         )
         return {"attachments": [attachment.snapshot() for attachment in attachments]}
 

@@ -41,6 +41,7 @@ class Attach(Command):
         sources: what to plug, in this order.
         storage: how images and folders are plugged; None: as the guest's settings say.
         rules: which USB devices of this machine are plugged besides the sources; None: no others.
+        separate: each source has a port of its own; otherwise they share one if there are too few.
         wait: wait until the guest has configured the devices; otherwise only until they are being plugged in.
         port: the number of the port for the only source, from 0; None: the first free one.
         guest: the guest's id; None: the only one.
@@ -51,6 +52,7 @@ class Attach(Command):
     sources: tuple[Source, ...] = ()
     storage: StorageSettings | None = None
     rules: DeviceRules | None = None
+    separate: bool = False
     wait: bool = True
     port: int | None = None
     guest: str | None = None

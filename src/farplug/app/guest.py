@@ -714,7 +714,7 @@ class Guest:
         self.check_room(
             max(1 if count or named or not settings.stay else 0, named + _least_ports(self._sources.opened))
         )
-        groups = self._groups(self._sources.opened, len(self._link.ports) - named)
+        groups = self._groups(self._sources.opened, len(self._link.ports) - named, separate=settings.separate)
         devices: dict[Device, Sequence[OpenSource]] = {device_of(group, settings.storage): group for group in groups}
         self._owned |= devices
         first = {device: min(one.place for one in group) for device, group in devices.items()}
@@ -746,14 +746,23 @@ class Guest:
         if error is not None:
             raise error
 
-    def _groups(self, opened: Sequence[OpenSource], ports: int) -> list[list[OpenSource]]:
+    def _groups(self, opened: Sequence[OpenSource], ports: int, *, separate: bool) -> list[list[OpenSource]]:
         """Return the sources in groups of one device each: one source each, or all of them if there are fewer ports.
 
         What is a device of its own is alone in its group. In another group images come first, in the order of their
         logical unit numbers.
+
+        Raises:
+            PortError: there are fewer ports, and each source must be ``separate``.
         """
         if len(opened) <= ports:
             return [[one] for one in opened]
+        if separate:
+            raise PortError(
+                f"{len(opened)} devices need a port each, but the VM has {ports} for them",
+                reason=Reason.NO_FREE_PORT,
+                remedy=f"let them share a port, plug fewer, or {self.session.no_port_remedy}",
+            )
         alone = [[one] for one in opened if isinstance(one.content, Whole)]
         opened = [one for one in opened if not isinstance(one.content, Whole)]
         count, ports = len(opened), ports - len(alone)
@@ -842,6 +851,7 @@ class Guest:
         storage: StorageSettings | None = None,
         rules: DeviceRules | None = None,
         *,
+        separate: bool = False,
         wait: bool = True,
         port: int | None = None,
     ) -> list[Attachment]:
@@ -854,6 +864,7 @@ class Guest:
             sources: what to plug, in this order.
             storage: how images and folders are plugged; None: as those of the settings.
             rules: which USB devices of this machine are plugged besides the sources, and how they come back.
+            separate: each source has a port of its own; otherwise they share one if there are too few.
             wait: wait until the guest has configured the devices, or until USB/IP clients can attach them; otherwise
                 only until they are being plugged in.
             port: the number of the port for the only source, from 0; None: the first free one.
@@ -873,7 +884,7 @@ class Guest:
         if port is not None and len(sources) != 1:
             raise UsageError(f"port {port}: a port is chosen for one source", reason=Reason.BAD_SETTING)
         what = ", ".join(source.name for source in sources) or "everything"
-        call = self._attach(sources, storage, rules, wait, port)
+        call = self._attach(sources, storage, rules, separate, wait, port)
         return await self._until_closed(call, f"{shown(what)} was plugged in")
 
     async def _attach(
@@ -881,6 +892,7 @@ class Guest:
         sources: Sequence[Source],
         storage: StorageSettings | None,
         rules: DeviceRules,
+        separate: bool,
         wait: bool,
         port: int | None,
     ) -> list[Attachment]:
@@ -907,7 +919,7 @@ class Guest:
                 pass
             if free < named + _least_ports(opened):
                 raise self._no_free_port(f"{len(wanted)} devices" if len(wanted) > 1 else shown(wanted[0].name))
-            groups = self._groups(opened, free - named)
+            groups = self._groups(opened, free - named, separate=separate)
             devices = [device_of(group, storage) for group in groups]
         except BaseException:
             await self._close_opened(opened)

@@ -403,6 +403,7 @@ class GuestSettings(_Settings):
         sources: what to plug, in this order.
         storage: how images and folders are plugged.
         rules: which USB devices of this machine are plugged besides the sources.
+        separate: each source has a port of its own; otherwise they share one if there are too few.
         stay: stay connected when no device is plugged in; a device that leaves does not end the session.
         reconnect: connect again to a VM that was lost; None: only to one that moved to another host.
         capture: where what moves is captured; None: it is not.
@@ -412,6 +413,7 @@ class GuestSettings(_Settings):
     sources: tuple[Source, ...] = ()
     storage: StorageSettings = StorageSettings()
     rules: DeviceRules = DeviceRules()
+    separate: bool = False
     stay: bool = False
     reconnect: ReconnectSettings | None = None
     capture: CaptureSettings | None = None

@@ -37,7 +37,8 @@ def connect(
     """Plug devices into the VM at TARGET, and keep them there until Ctrl-C.
 
     Devices get the VM's ports in the order of the command line: the first one gets port 0. Where the VM has too few \
-ports, all but USB devices of this machine share one: disks and CD-ROM drives as logical units, in the same order.
+ports, all but USB devices of this machine share one: disks and CD-ROM drives as logical units, in the same order. \
+With --separate that is an error.
     """
     session.check_capture()
     where = access.settings(target, target_command)

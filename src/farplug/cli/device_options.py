@@ -268,6 +268,15 @@ CameraOption: TypeAlias = Annotated[
         rich_help_panel=SOFTWARE,
     ),
 ]
+SeparateOption: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--separate",
+        help="Give each device a port of the VM. By default images and devices made of software share one where the VM "
+        "has too few.",
+        rich_help_panel=SOFTWARE,
+    ),
+]
 FolderFormatOption: TypeAlias = Annotated[
     FolderFormat,
     typer.Option(
@@ -320,11 +329,13 @@ class Devices:
         sources: what is plugged in, in the order of the command line.
         storage: how images and folders are plugged in.
         rules: which USB devices of this machine are plugged in besides the sources.
+        separate: each source has a port of its own.
     """
 
     sources: tuple[Source, ...]
     storage: StorageSettings
     rules: DeviceRules
+    separate: bool = False
 
     def __bool__(self) -> bool:
         rules = self.rules
@@ -379,6 +390,7 @@ class DeviceOptions:
     usb_fido: FidoOption = None
     fido_presence: FidoPresenceOption = Presence.AUTO
     usb_camera: CameraOption = None
+    separate: SeparateOption = False
     usb_device: DevicesOption = None
     wait: WaitOption = False
     follow: FollowOption = Follow.DEVICE
@@ -451,6 +463,7 @@ class DeviceOptions:
                 folder_format=self.folder_format,
             ),
             rules,
+            self.separate,
         )
 
     def _rules(self) -> DeviceRules:

@@ -106,6 +106,7 @@ class SessionOptions:
             devices.sources,
             devices.storage,
             devices.rules,
+            separate=devices.separate,
             stay=stay,
             capture=None if self.capture is None else CaptureSettings(self.capture, self.capture_bytes),
             reconnect=reconnect,
