@@ -81,7 +81,7 @@ class Peer:
             self._connection.start()
         self._flush()
 
-    def data_received(self, data: memoryview) -> None:
+    def data_received(self, data: memoryview, more: bool = False) -> None:
         if self._filter is not None and self._connection.peer_caps is None:
             self._connection.start()  # so that its filter comes together with its hello
         self._connection.receive_data(data)

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tests.store.support import CONTENT, content, read, settle
+from tests.store.support import CONTENT, content, read, settle, write, zero
 
-from farplug.store import FileStore
+from farplug.store import CacheMode, FileStore
+from farplug.store.threaded import FREE_SPACE, MAX_BEHIND, MAX_BYTES_BEHIND
 from farplug.usb import Buffer
 
 Preadv = Callable[..., int]
@@ -75,6 +76,131 @@ async def test_overlapping_writes_keep_their_order(image: Path) -> None:
     assert set(writes) == {None}
     await store.close()
     assert content(image) == shadow
+
+
+class Pwrite:
+    """Replaces os.pwrite; records what was written, and waits for ``open``."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.written: list[int] = []
+        self.open = threading.Event()
+        self.open.set()
+        self.error: OSError | ValueError | None = None
+        self._real = os.pwrite
+        monkeypatch.setattr(os, "pwrite", self)
+
+    def __call__(self, fd: int, data: Buffer, offset: int) -> int:
+        assert threading.current_thread() is not threading.main_thread()
+        assert self.open.wait(10)
+        if self.error is not None:
+            raise self.error
+        self.written.append(offset)
+        return self._real(fd, data, offset)
+
+
+@pytest.fixture
+def pwrite(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pwrite]:
+    pwrite = Pwrite(monkeypatch)
+    yield pwrite
+    pwrite.open.set()
+
+
+async def roomy(image: Path) -> FileStore:
+    """Return a store that has found free space."""
+    store = FileStore.open(image)
+    await write(store, 0, CONTENT[:512])
+    assert store._room_until > 0
+    store._room_until = float("inf")
+    return store
+
+
+async def test_a_small_write_is_done_before_it_is_made(image: Path, pwrite: Pwrite) -> None:
+    """Reads, large writes and flushes that are called later come after it."""
+    store = await roomy(image)
+    pwrite.open.clear()
+    results: list[OSError | None] = []
+    for block in range(1, 5):
+        store.write(block * 512, b"a" * 512, results.append)
+    assert results == [None] * 4
+    later = [
+        asyncio.ensure_future(read(store, 0, 2560)),
+        asyncio.ensure_future(zero(store, 512, 512, unmap=False)),
+        asyncio.ensure_future(read(store, 512, 1024)),
+        asyncio.ensure_future(settle(store.flush)),
+    ]
+    assert await read(store, 8192, 512) == CONTENT[8192:8704]  # not overlapping: not delayed
+    assert pwrite.written == [0]
+    assert not any(task.done() for task in later)
+    pwrite.open.set()
+    before, _, after, _ = await asyncio.gather(*later)
+    assert before == CONTENT[:512] + b"a" * 2048
+    assert after == bytes(512) + b"a" * 512
+    assert pwrite.written[:5] == [0, 512, 1024, 1536, 2048]
+    await store.close()
+
+
+async def test_small_writes_that_are_done_are_made_by_close(image: Path) -> None:
+    store = await roomy(image)
+    store.write(512, b"b" * 512, lambda error: None)
+    await store.close()
+    assert content(image)[512:1024] == b"b" * 512
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), ValueError("a bug")])
+async def test_the_error_of_a_write_that_is_done_is_that_of_the_next_flush(
+    image: Path, pwrite: Pwrite, error: OSError | ValueError
+) -> None:
+    store = await roomy(image)
+    pwrite.error = error
+    for _ in range(2):
+        await write(store, 512, bytes(512))
+    with pytest.raises(OSError, match=str(error).rpartition("] ")[2]):
+        await settle(store.flush)
+    with pytest.raises(OSError, match=str(error).rpartition("] ")[2]):
+        await write(store, 512, bytes(512))  # errors are those of the write itself now
+    pwrite.error = None
+    await settle(store.flush)
+    await write(store, 512, bytes(512))
+    assert store._room_until > 0
+    await store.close()
+
+
+async def test_writes_wait_for_the_thread_without_free_space(
+    image: Path, pwrite: Pwrite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FileStore, "_free_space", lambda store: FREE_SPACE - 1)
+    store = FileStore.open(image)
+    await write(store, 0, bytes(512))
+    pwrite.error = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(OSError, match="No space left"):
+        await write(store, 512, bytes(512))
+    await store.close()
+
+
+async def test_the_bytes_that_are_not_made_are_bounded(tmp_path: Path, pwrite: Pwrite) -> None:
+    path = tmp_path / "large.raw"
+    path.write_bytes(bytes(4 << 20))
+    store = await roomy(path)
+    pwrite.open.clear()
+    results: list[OSError | None] = []
+    for number in range(32):
+        store.write(number * MAX_BEHIND, bytes(MAX_BEHIND), results.append)
+    assert len(results) == MAX_BYTES_BEHIND // MAX_BEHIND
+    pwrite.open.set()
+    await settle(store.flush)
+    assert results == [None] * 32
+    assert not store._overlaps(0, 4 << 20)
+    assert not store._bytes_behind
+    await store.close()
+
+
+async def test_a_store_without_a_write_cache_makes_writes_first(image: Path, pwrite: Pwrite) -> None:
+    store = FileStore.open(image, cache=CacheMode.WRITETHROUGH)
+    store._room_until = float("inf")
+    pwrite.error = OSError(errno.EIO, "Input/output error")
+    with pytest.raises(OSError, match="Input/output"):
+        await write(store, 0, bytes(512))
+    await store.close()
 
 
 async def test_a_flush_comes_after_the_writes_before_it(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -277,7 +277,7 @@ class Recorder:
         self.closed: list[FarplugError | None] = []
         self._changed = asyncio.Event()
 
-    def data_received(self, data: memoryview) -> None:
+    def data_received(self, data: memoryview, more: bool = False) -> None:
         assert not self.closed
         self.data += data
         self._changed.set()

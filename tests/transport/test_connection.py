@@ -85,7 +85,7 @@ async def test_data_without_an_answer_is_acknowledged_at_once() -> None:
     """QEMU's small writes wait for our ACK (Nagle); an answer carries the ACK."""
 
     class Answering(Recorder):
-        def data_received(self, data: memoryview) -> None:
+        def data_received(self, data: memoryview, more: bool = False) -> None:
             super().data_received(data)
             if bytes(data) == b"question":
                 connection.write([b"answer"])
@@ -113,7 +113,7 @@ async def test_data_without_an_answer_is_acknowledged_at_once() -> None:
 
 async def test_an_exception_of_the_reader_ends_the_connection_as_an_internal_error() -> None:
     class Broken(Recorder):
-        def data_received(self, data: memoryview) -> None:
+        def data_received(self, data: memoryview, more: bool = False) -> None:
             super().data_received(data)
             raise ZeroDivisionError
 
@@ -158,7 +158,7 @@ async def test_reads_are_bounded_by_one_buffer() -> None:
     sizes: list[int] = []
 
     class Sizes(Recorder):
-        def data_received(self, data: memoryview) -> None:
+        def data_received(self, data: memoryview, more: bool = False) -> None:
             sizes.append(len(data))
             super().data_received(data)
 

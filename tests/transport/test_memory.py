@@ -33,7 +33,7 @@ async def test_views_do_not_outlive_the_call() -> None:
     kept: list[memoryview] = []
 
     class Keeper(Recorder):
-        def data_received(self, data: memoryview) -> None:
+        def data_received(self, data: memoryview, more: bool = False) -> None:
             super().data_received(data)
             kept.append(data)
 

@@ -65,7 +65,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 async def test_an_exception_of_the_listener_is_not_the_servers_fault() -> None:
     class Broken(Recorder):
-        def data_received(self, data: memoryview) -> None:
+        def data_received(self, data: memoryview, more: bool = False) -> None:
             raise ZeroDivisionError("our bug")
 
     async def speaks(channel: Channel) -> None:
@@ -603,6 +603,29 @@ async def test_a_flood_of_notices_is_limited(channel: str, caplog: pytest.LogCap
         await session.close()
 
 
+async def test_messages_that_arrive_together_are_announced() -> None:
+    """The listener learns what more follows, and gets an empty call if no data did."""
+    fake = FakeSpice()
+    async with running(fake) as number:
+        session = await connect(number)
+        port = session.ports[0]
+        calls: list[tuple[bytes, bool]] = []
+
+        class Listener(Recorder):
+            def data_received(self, data: memoryview, more: bool = False) -> None:
+                super().data_received(data)
+                calls.append((bytes(data), more))
+
+        recorder = Listener()
+        await port.open(recorder)
+        fake.of(0).send(message(DATA, b"0") + message(DATA, b"1"))
+        await recorder.until(lambda: bytes(recorder.data) == b"01")
+        fake.of(0).send(message(DATA, b"2") + message(DATA, b"3") + ping(1))
+        await recorder.until(lambda: len(calls) == 5)
+        assert calls == [(b"0", True), (b"1", False), (b"2", True), (b"3", True), (b"", False)]
+        await session.close()
+
+
 async def test_reading_can_be_paused_in_the_middle() -> None:
     """Nothing is delivered after a pause, not even bytes that arrived before it."""
     fake = FakeSpice()
@@ -611,7 +634,7 @@ async def test_reading_can_be_paused_in_the_middle() -> None:
         port = session.ports[0]
 
         class Pauser(Recorder):
-            def data_received(self, data: memoryview) -> None:
+            def data_received(self, data: memoryview, more: bool = False) -> None:
                 super().data_received(data)
                 port.pause_reading()
 
@@ -644,7 +667,7 @@ async def test_reading_can_be_paused_by_bytes_of_the_link(monkeypatch: pytest.Mo
         monkeypatch.setattr(port._dialer, "link", link_with_trailing)
 
         class Pauser(Recorder):
-            def data_received(self, data: memoryview) -> None:
+            def data_received(self, data: memoryview, more: bool = False) -> None:
                 super().data_received(data)
                 port.pause_reading()
 

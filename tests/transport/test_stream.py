@@ -110,7 +110,7 @@ async def test_errors_of_broken_connections(sent: bytes, kind: type[FarplugError
 
 async def test_an_exception_of_the_listener_is_an_internal_error() -> None:
     class Broken(Recorder):
-        def data_received(self, data: memoryview) -> None:
+        def data_received(self, data: memoryview, more: bool = False) -> None:
             raise AttributeError("no such thing\nat all")
 
     failures: list[object] = []

@@ -165,12 +165,13 @@ class PortProtocol:
 
     # PortListener -------------------------------------------------------------------------------------------------
 
-    def data_received(self, data: memoryview) -> None:
-        """Handle bytes from the guest."""
+    def data_received(self, data: memoryview, more: bool = False) -> None:
+        """Handle bytes from the guest; if ``more`` follow, together with those."""
         self.reminder.received = True
         self.share.turn.spend(len(data))
         self._connection.receive_data(data)
-        self.pump()
+        if not more:
+            self.pump()
 
     def pause_writing(self) -> None:
         """Stop handling the guest's packets: the port does not accept output."""

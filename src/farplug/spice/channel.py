@@ -101,7 +101,7 @@ class Channel:
         Raises:
             LocalProtocolError: not all of the last bytes have been processed.
         """
-        if self._position < len(self._view):
+        if self.has_more:
             raise LocalProtocolError(f"{self.name}: {len(self._view) - self._position} bytes are not processed yet")
         self._view = data
         self._position = 0
@@ -114,6 +114,11 @@ class Channel:
                 returns None.
         """
         return next(self._events, None)
+
+    @property
+    def has_more(self) -> bool:
+        """Return whether some of the received bytes are not processed yet."""
+        return self._position < len(self._view)
 
     def send(self, kind: int, *body: Buffer) -> None:
         """Queue a message."""

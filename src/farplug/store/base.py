@@ -54,7 +54,7 @@ class Store(ABC):
 
     Offsets and lengths are in bytes and inside the store: callers check the range. ``done`` may be called before the
     method returns (the blocks are in memory) or later, always on the event loop's thread, in any order. The caller does
-    not change ``data`` until ``done`` is called.
+    not change ``data``, also after ``done`` was called.
 
     Writes that overlap happen in the order of the calls, and a read returns the data of all writes that were called
     before it, completed or not.
@@ -85,7 +85,10 @@ class Store(ABC):
 
     @abstractmethod
     def write(self, offset: int, data: Buffer, done: WriteDone) -> None:
-        """Write ``data``. With a write cache, the data may not be durable yet when ``done`` is called."""
+        """Write ``data``. With a write cache, the data may not be durable yet when ``done`` is called.
+
+        If it cannot be written later, the next flush fails.
+        """
 
     @abstractmethod
     def zero(self, offset: int, length: int, done: WriteDone, *, unmap: bool, stopped: Stopped = never_stopped) -> None:

@@ -111,5 +111,8 @@ class FileStore(ThreadedStore):
         if not self._unsafe:
             self._image.sync()
 
+    def _free_space(self) -> int:
+        return self._image.free_space
+
     def _close_files(self) -> None:
         self._image.close()

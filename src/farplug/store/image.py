@@ -164,6 +164,16 @@ class Image:
         """Return the current size in bytes."""
         return os.lseek(self.fd, 0, os.SEEK_END)
 
+    @property
+    def free_space(self) -> int:
+        """Return how many bytes the file system of the image has for its holes; a block device has none."""
+        if sys.platform == "win32":
+            raise unsupported_error(self.path)
+        if stat.S_ISBLK(os.fstat(self.fd).st_mode):
+            return sys.maxsize
+        found = os.fstatvfs(self.fd)
+        return found.f_bavail * found.f_frsize
+
     def read_cached(self, data: memoryview, offset: int) -> int:
         """Read what the page cache has (preadv2 with RWF_NOWAIT); return the number of bytes, from the start."""
         if self._nowait:

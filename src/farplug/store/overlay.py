@@ -29,8 +29,8 @@ class OverlayStore(ThreadedStore):
 
     The first write to a part of a cluster copies the rest of the cluster from the image.
 
-    A flush makes writes durable, as for a RAW image. When farplug is killed between flushes, a RAW image keeps all
-    writes (the kernel has them); a snapshot keeps only writes to clusters that it already had.
+    A flush makes writes durable, as for a RAW image. When farplug is killed between flushes, a RAW image keeps nearly
+    all writes (those that the kernel has); a snapshot keeps of those only writes to clusters that it already had.
     """
 
     def __init__(self, base: Image, file: OverlayFile, *, cache: CacheMode, temporary: bool) -> None:
@@ -153,6 +153,9 @@ class OverlayStore(ThreadedStore):
 
     def _flush_blocking(self) -> None:
         self._file.flush(durable=not self._unsafe)
+
+    def _free_space(self) -> int:
+        return self._file.image.free_space
 
     def _close_files(self) -> None:
         try:

@@ -14,7 +14,7 @@ from farplug.store.base import WriteDone
 
 log = limited_logger(__name__)
 
-_Call: TypeAlias = tuple[Callable[[], None], WriteDone, asyncio.AbstractEventLoop]
+_Call: TypeAlias = tuple[Callable[[], None], WriteDone | None, asyncio.AbstractEventLoop]
 
 
 class ThreadPool:
@@ -48,6 +48,10 @@ class ThreadPool:
                 return
         self._calls.put((work, finish, loop))
 
+    def post(self, work: Callable[[], None]) -> None:
+        """Call ``work``, which must not raise, in a thread. :meth:`run` was called before."""
+        self._calls.put((work, None, asyncio.get_running_loop()))
+
     def stop(self) -> None:
         """Wait for all calls, then end the threads. Blocks."""
         for _ in self._threads:
@@ -58,16 +62,22 @@ class ThreadPool:
     def _work(self) -> None:
         while (call := self._calls.get()) is not None:
             work, finish, loop = call
-            error: OSError | None = None
-            try:
-                work()
-            except OSError as raised:
-                error = raised
-            except Exception as raised:  # a bug: an I/O error for the disk, a traceback for the log
-                log.exception("%s failed", work)
-                error = OSError(errno.EIO, repr(raised))
-            try:
-                loop.call_soon_threadsafe(finish, error)
-            except RuntimeError:
-                pass  # the event loop is closed: no caller is left
+            error = attempt(work)
+            if finish is not None:
+                try:
+                    loop.call_soon_threadsafe(finish, error)
+                except RuntimeError:
+                    pass  # the event loop is closed: no caller is left
             del call, work, finish, loop, error  # they refer to buffers
+
+
+def attempt(work: Callable[[], None]) -> OSError | None:
+    """Call ``work``. Returns its error; an I/O error, with a record in the log, for an exception that is a bug."""
+    try:
+        work()
+    except OSError as error:
+        return error
+    except Exception as error:
+        log.exception("%s failed", work)
+        return OSError(errno.EIO, repr(error))
+    return None

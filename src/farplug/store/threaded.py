@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import time
 from abc import abstractmethod
+from collections import deque
 from collections.abc import Callable
+from functools import partial
 
+from farplug.rate_limit import limited_logger
 from farplug.store.base import CompareDone, ReadDone, Stopped, Store, WriteDone, never_stopped
-from farplug.store.thread_pool import ThreadPool
+from farplug.store.thread_pool import ThreadPool, attempt
 from farplug.usb.types import Buffer
 
 READER_THREADS = 4
@@ -17,8 +21,22 @@ READER_THREADS = 4
 MAX_INLINE = 1 << 20
 """Bytes of a read that may complete in the call."""
 
+MAX_BEHIND = 64 << 10
+"""Bytes of a write that may be done before it is in the page cache."""
+
+MAX_BYTES_BEHIND = 1 << 20
+"""Bytes of all writes that may be done before they are in the page cache."""
+
+FREE_SPACE = 1 << 30
+"""Free bytes of the file system below which each write is done when it is in the page cache."""
+
+ROOM_CHECKED_FOR = 1.0
+"""Seconds in which a file system with FREE_SPACE will not become so full that MAX_BYTES_BEHIND fail."""
+
 PIECE = 256 << 10
 """Bytes of the buffer that a thread uses where no data goes to or comes from the caller."""
+
+log = limited_logger(__name__)
 
 
 class ThreadedStore(Store):
@@ -29,6 +47,9 @@ class ThreadedStore(Store):
     order: on most file systems a write may block for long (dirty throttling, a journal). So a flush covers every write
     before it, and overlapping writes keep their order. A read that overlaps a pending write is queued behind it.
 
+    With a write cache, a small write is done before it is made, as a real disk does; the next flush reports its error.
+    So that a full file system remains an error of the write itself, this needs FREE_SPACE.
+
     A subclass implements the methods that block; they are called in the threads.
     """
 
@@ -38,6 +59,16 @@ class ThreadedStore(Store):
         self._writing: dict[int, tuple[int, int]] = {}
         """Ranges (start, end) of the pending writes, by an arbitrary key."""
         self._next_key = 0
+        self._behind: list[tuple[int, int, Buffer]] = []
+        """Writes that are done, and that the thread gets after this turn of the event loop: key, offset, data."""
+        self._bytes_behind = 0
+        """Bytes of all writes that are done and not made."""
+        self._made: deque[int] = deque()
+        """Keys of writes that were done before, which the thread has made."""
+        self._room_until = 0.0
+        """The time, of time.monotonic, until which the file system has room. Set by the thread for writes."""
+        self._late_error: OSError | None = None
+        """The first error of a write that was done before. Set by the thread for writes; a flush reports it."""
         self._closing: asyncio.Future[None] | None = None
 
     @abstractmethod
@@ -62,6 +93,13 @@ class ThreadedStore(Store):
     @abstractmethod
     def _flush_blocking(self) -> None:
         """Flush the completed writes. Called in the thread for writes."""
+
+    def _free_space(self) -> int:
+        """Return the free bytes of the file system that grows with writes; 0: each write is made before it is done.
+
+        Called in the thread for writes.
+        """
+        return 0
 
     @abstractmethod
     def _close_files(self) -> None:
@@ -114,7 +152,55 @@ class ThreadedStore(Store):
         self._read_pool(offset, length).run(compare, lambda error: done(equal, error))
 
     def write(self, offset: int, data: Buffer, done: WriteDone) -> None:
-        self._change(offset, len(data), lambda: self._write_blocking(memoryview(data), offset), done)
+        length = len(data)
+        if length > MAX_BEHIND or not self.write_cache:
+            self._change(offset, length, lambda: self._write_blocking(memoryview(data), offset), done)
+            return
+        self._forget_made()
+        if self._bytes_behind + length > MAX_BYTES_BEHIND or time.monotonic() >= self._room_until:
+            self._change(offset, length, lambda: self._write_small(data, offset), done)
+            return
+        if not self._behind:
+            # Not at once: the thread would compete with this one for the interpreter before the answer is sent.
+            asyncio.get_running_loop().call_soon(self._post_behind)
+        self._behind.append((self._pending_write(offset, length), offset, data))
+        self._bytes_behind += length
+        done(None)
+
+    def _pending_write(self, offset: int, length: int) -> int:
+        """Note a write of a range as pending. Returns its key."""
+        key = self._next_key
+        self._next_key += 1
+        self._writing[key] = (offset, offset + length)
+        return key
+
+    def _forget_made(self) -> None:
+        """Forget the writes that were done before the thread has made them."""
+        while self._made:
+            start, end = self._writing.pop(self._made.popleft())
+            self._bytes_behind -= end - start
+
+    def _post_behind(self) -> None:
+        """Pass the writes that are done to the thread: before anything that was called after them."""
+        if self._behind and self._writer is not None:
+            behind, self._behind = self._behind, []
+            self._writer.post(lambda: self._write_behind(behind))
+
+    def _write_behind(self, writes: list[tuple[int, int, Buffer]]) -> None:
+        for key, offset, data in writes:
+            error = attempt(partial(self._write_small, data, offset))
+            if error is not None:
+                log.warning("%s: writing failed: %s", self.name, error)
+                self._room_until = 0.0
+                self._late_error = self._late_error or error
+            self._made.append(key)
+
+    def _write_small(self, data: Buffer, offset: int) -> None:
+        """Write, and check once in a while whether later writes may be done before they are made."""
+        self._write_blocking(memoryview(data), offset)
+        now = time.monotonic()
+        if now >= self._room_until and self._late_error is None and self._free_space() >= FREE_SPACE:
+            self._room_until = now + ROOM_CHECKED_FOR
 
     def zero(self, offset: int, length: int, done: WriteDone, *, unmap: bool, stopped: Stopped = never_stopped) -> None:
         self._change(offset, length, lambda: self._zero_blocking(offset, length, unmap, stopped), done)
@@ -134,9 +220,7 @@ class ThreadedStore(Store):
         if self.read_only:
             done(OSError(errno.EROFS, f"{self.name} is read-only"))
             return
-        key = self._next_key
-        self._next_key += 1
-        self._writing[key] = (offset, offset + length)
+        key = self._pending_write(offset, length)
 
         def durable_change() -> None:
             change()
@@ -154,7 +238,14 @@ class ThreadedStore(Store):
             done(None)
             return
         # Without a write cache, each write before this flush was made durable by itself.
-        self._write_pool().run(self._flush_blocking if self.write_cache else lambda: None, done)
+        self._write_pool().run(self._flush_all if self.write_cache else lambda: None, done)
+
+    def _flush_all(self) -> None:
+        """Flush, and report the error of a write that was done before."""
+        self._flush_blocking()
+        if self._late_error is not None:
+            error, self._late_error = self._late_error, None
+            raise error
 
     async def close(self) -> None:
         if self._closing is None:
@@ -163,6 +254,7 @@ class ThreadedStore(Store):
         await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
+        self._post_behind()
         running = [pool for pool in (self._writer, self._readers) if pool is not None]
         self._writer = self._readers = None
         for pool in running:
@@ -170,6 +262,7 @@ class ThreadedStore(Store):
         await asyncio.to_thread(self._close_files)
 
     def _overlaps(self, start: int, end: int) -> bool:
+        self._forget_made()
         return any(start < other_end and other_start < end for other_start, other_end in self._writing.values())
 
     def _read_pool(self, offset: int, length: int) -> ThreadPool:
@@ -183,4 +276,5 @@ class ThreadedStore(Store):
     def _write_pool(self) -> ThreadPool:
         if self._writer is None:
             self._writer = ThreadPool(1, "farplug-write")
+        self._post_behind()
         return self._writer

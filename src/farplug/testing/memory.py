@@ -560,7 +560,7 @@ class MemoryGuest:
 
     # PortListener -------------------------------------------------------------------------------------------------
 
-    def data_received(self, data: memoryview) -> None:
+    def data_received(self, data: memoryview, more: bool = False) -> None:
         """Parse the engine's data, and reply to its packets as QEMU does."""
         self._connection.receive_data(data)
         while (event := self._connection.next_event()) is not None:

@@ -23,6 +23,8 @@ from farplug.usb.types import Buffer
 
 RECEIVE_BUFFER = 256 << 10
 """The most bytes of one read."""
+SEND_BUFFER = 2 << 20
+"""Bytes that the kernel queues on a UNIX socket, as far as net.core.wmem_max permits it. TCP adapts its own."""
 WRITE_CHUNK = 256 << 10
 """The most bytes that are passed to asyncio at once."""
 JOIN_LIMIT = 16 << 10
@@ -293,7 +295,9 @@ class Connection(asyncio.BufferedProtocol):
         # Paused as soon as the kernel does not accept all data. Not 0: asyncio's TLS would pause forever.
         self._transport.set_write_buffer_limits(high=0 if self._plain_socket is not None else 1, low=0)
         sock = transport.get_extra_info("socket")
-        if sock is not None and sock.family != socket.AF_UNIX:
+        if sock is not None and sock.family == socket.AF_UNIX:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        elif sock is not None:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             # A VM's host that vanishes is noticed within 30 seconds; with unacknowledged data, at the kernel's timeout
             # for retransmissions. The host of a paused VM still answers probes.

@@ -12,8 +12,14 @@ from farplug.usb.types import Buffer
 class PortListener(Protocol):
     """The receiver of a port's bytes. Its methods are called on the event loop, as in :class:`asyncio.Protocol`."""
 
-    def data_received(self, data: memoryview) -> None:
-        """Process received bytes. The view is valid only during the call."""
+    def data_received(self, data: memoryview, more: bool = False) -> None:
+        """Process received bytes. The view is valid only during the call.
+
+        Args:
+            data: the bytes; may be empty after a call with ``more``.
+            more: a call with the next bytes follows at once: process these together with them. Unless the listener
+                pauses reading during the call.
+        """
 
     def pause_writing(self) -> None:
         """Stop writing: the output queue is above its high-water mark."""

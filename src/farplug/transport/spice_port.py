@@ -277,6 +277,7 @@ class SpicePort(Port):
         if channel is None or linked is None or listener is None or self._draining:
             return
         self._draining = True
+        more = False
         try:
             while not self._listener_paused and linked.connection.is_open:
                 event = channel.next_event()
@@ -284,7 +285,8 @@ class SpicePort(Port):
                     break
                 match event:
                     case memoryview():
-                        listener.data_received(event)
+                        more = channel.has_more
+                        listener.data_received(event, more)
                     case Disconnecting(_, reason):
                         self._close_reason = f", with {reason}"
                     case Notify():
@@ -292,6 +294,8 @@ class SpicePort(Port):
                     case Migrate():
                         linked.connection.write(channel.data_to_send())
                         self._session.moved()
+            if more and not self._listener_paused:  # no data followed
+                listener.data_received(memoryview(b""))
         except RemoteProtocolError as error:
             self._fail(error)
         finally:
