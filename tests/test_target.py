@@ -9,6 +9,7 @@ from farplug.errors import Reason, UsageError
 from farplug.target import ListenTarget, StreamTarget, TargetOptions, UsbipTarget, parse_target
 from farplug.transport.connection import TcpAddress, UnixAddress
 from farplug.transport.dialer import SpiceTarget
+from farplug.transport.kubevirt_target import KubevirtTarget
 
 
 @pytest.mark.parametrize(
@@ -55,6 +56,11 @@ from farplug.transport.dialer import SpiceTarget
         ("tcp-listen://[fe80::1%25eth0]:4000", ListenTarget(TcpAddress("fe80::1%eth0", 4000))),
         ("tcp-listen://:4000", ListenTarget(TcpAddress("127.0.0.1", 4000))),
         ("tcp-listen://0.0.0.0:0", ListenTarget(TcpAddress("0.0.0.0", 0))),
+        ("kubevirt://lab/vm1", KubevirtTarget("lab", "vm1")),
+        ("kubevirt://lab/vm.1-x", KubevirtTarget("lab", "vm.1-x")),
+        ("kubevirt://admin@k:6443/lab/vm1", KubevirtTarget("lab", "vm1", "admin@k:6443")),
+        ("kubevirt://default/api:6443/me/lab/vm1", KubevirtTarget("lab", "vm1", "default/api:6443/me")),
+        ("kubevirt://a%20b%2f/lab/vm1", KubevirtTarget("lab", "vm1", "a b/")),
         ("unix:/run/vm", StreamTarget(UnixAddress("/run/vm"))),
         ("unix:///run/vm", StreamTarget(UnixAddress("/run/vm"))),
         ("unix:vm", StreamTarget(UnixAddress("vm"))),
@@ -129,6 +135,25 @@ def test_targets_print_as_they_are_written() -> None:
         ("tcp://:secret@vm:4000", "has no password"),
         ("tcp://vm:4000?x=secret", "nothing may follow the port"),
         ("tcp-listen://vm", "it has no port"),
+        *(
+            (text, "write it as kubevirt://NAMESPACE/VM")
+            for text in (
+                "kubevirt:lab/vm",
+                "kubevirt://vm",
+                "kubevirt:///vm",
+                "kubevirt://lab/",
+                "kubevirt://Lab/vm",
+                "kubevirt://lab/vm/",
+                "kubevirt://lab/-vm",
+                "kubevirt://lab/vm?x=secret",
+                "kubevirt://lab/vm..x",
+                "kubevirt://l.b/vm",
+                f"kubevirt://{'x' * 64}/vm",
+                f"kubevirt://lab/{'x' * 254}",
+            )
+        ),
+        ("kubevirt://a%0ab/lab/vm", "all of them printable"),
+        (f"kubevirt://{'x' * 1025}/lab/vm", "at most 1024 characters"),
         ("unix:", "it has no path"),
         ("unix:///", "it has no path"),
         ("unix:/" + "x" * 107, "at most 107 bytes"),
@@ -244,3 +269,5 @@ def test_plain_sockets_have_no_options(options: TargetOptions) -> None:
             parse_target(text, options)
     with pytest.raises(UsageError, match=r"^vm:1 is a plain socket"):
         parse_target("tcp://:secret@vm:1", options)
+    with pytest.raises(UsageError, match="is a VM of KubeVirt: passwords, proxies and settings of TLS are for SPICE"):
+        parse_target("kubevirt://lab/vm1", options)

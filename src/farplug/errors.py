@@ -87,6 +87,10 @@ class Reason(StrEnum):
     NO_PASSWORD = "no-password"
     CHANNEL_DENIED = "channel-denied"
     LINK_REFUSED = "link-refused"
+    KUBECONFIG = "kubeconfig"
+    CREDENTIALS = "credentials"
+    FORBIDDEN = "forbidden"
+    API_ERROR = "api-error"
     # screen and inputs
     NO_DISPLAY = "no-display"
     NO_INPUTS = "no-inputs"

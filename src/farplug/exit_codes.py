@@ -54,6 +54,8 @@ _BY_REASON: Mapping[Reason, ExitCode] = {
     Reason.WRONG_PASSWORD: ExitCode.DENIED,
     Reason.NO_PASSWORD: ExitCode.DENIED,
     Reason.CHANNEL_DENIED: ExitCode.DENIED,
+    Reason.CREDENTIALS: ExitCode.DENIED,
+    Reason.FORBIDDEN: ExitCode.DENIED,
     Reason.NOT_SPICE: ExitCode.PROTOCOL,
     Reason.PAUSED: ExitCode.PAUSED,
     Reason.INTERRUPTED: ExitCode.INTERRUPTED,

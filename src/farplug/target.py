@@ -9,6 +9,7 @@
 ``tcp://host:port``                     a usbredir chardev that listens (QEMU ``-chardev socket,server=on``, KubeVirt)
 ``tcp-listen://[host]:port``            we listen, QEMU connects (``-chardev socket,reconnect=1``)
 ``usbip-listen://[host]:port``          we serve devices to USB/IP clients, such as Linux's ``usbip attach``
+``kubevirt://[CONTEXT/]NAMESPACE/VM``   a VM of KubeVirt, through the Kubernetes API; CONTEXT is one of the kubeconfig
 ``unix:/path``                          a usbredir chardev on a UNIX socket
 ======================================  =============================================================================
 
@@ -35,6 +36,7 @@ from farplug.spice.vv import VvFile
 from farplug.transport import TARGET_FORMS
 from farplug.transport.connection import CurrentWire, TcpAddress, Timeouts, UnixAddress, untapped
 from farplug.transport.dialer import ChannelDialer, Progress, SpiceTarget, Stage
+from farplug.transport.kubevirt_target import KubevirtTarget
 from farplug.transport.session import Session
 from farplug.transport.spice_session import SpiceSession
 from farplug.transport.stream import ListenPort, SocketSession, StreamPort
@@ -44,6 +46,12 @@ from farplug.transport.vv_file import delete_vv_file, read_vv_file
 LOOPBACK = "127.0.0.1"
 SPICE_PORT = 5900
 """The port of a suggestion: the first port of QEMU and libvirt."""
+MAX_CONTEXT = 1024
+"""The most characters of a context of a kubeconfig."""
+_LABEL = re.compile("[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+"""The name of a namespace (RFC 1123, a label)."""
+_SUBDOMAIN = re.compile(r"(?=.{1,253}$)[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*")
+"""The name of a VM (RFC 1123, a subdomain)."""
 MAX_CA_FILE = 1 << 20
 """The largest file of certificates that we read, in bytes."""
 
@@ -78,7 +86,7 @@ class UsbipTarget:
         return f"usbip-listen://{self.address}"
 
 
-Target: TypeAlias = SpiceTarget | StreamTarget | ListenTarget | UsbipTarget
+Target: TypeAlias = SpiceTarget | StreamTarget | ListenTarget | UsbipTarget | KubevirtTarget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,8 +128,9 @@ def parse_target(text: str, options: TargetOptions = TargetOptions(), *, keep_fi
         return _spice_target(text, scheme if separator else "", rest, options, keep_file)
     given = (options.password, options.ca_file, options.host_subject, options.proxy, options.allow_plain or None)
     if any(value is not None for value in given):
+        kind = "a VM of KubeVirt" if scheme == "kubevirt" else "a plain socket"
         raise UsageError(
-            f"{_shown(text)} is a plain socket: passwords, proxies and settings of TLS are for SPICE targets",
+            f"{_shown(text)} is {kind}: passwords, proxies and settings of TLS are for SPICE targets",
             reason=Reason.BAD_OPTION,
         )
     match scheme:
@@ -131,6 +140,8 @@ def parse_target(text: str, options: TargetOptions = TargetOptions(), *, keep_fi
             return ListenTarget(_tcp(text, scheme, rest, listen=True))
         case "usbip-listen":
             return UsbipTarget(_tcp(text, scheme, rest, listen=True))
+        case "kubevirt":
+            return _kubevirt(text, rest)
     return StreamTarget(UnixAddress(_path(text, rest)))
 
 
@@ -182,11 +193,15 @@ async def open_session(
             return SocketSession(ListenPort(address, on_listening=listening, wire=wire))
         case UsbipTarget(address):
             return await UsbipSession.listen(address, note, wire=wire)
+        case KubevirtTarget():
+            from farplug.transport.kubevirt import KubevirtSession  # imports a websocket library
+
+            return await KubevirtSession.connect(target, progress, wire=wire)
         case _:
             return await SpiceSession.connect(target, progress=progress, wire=wire)
 
 
-_STREAMS = ("tcp", "tcp-listen", "unix", "usbip-listen")
+_STREAMS = ("tcp", "tcp-listen", "unix", "usbip-listen", "kubevirt")
 
 
 def _spice_target(text: str, scheme: str, rest: str, options: TargetOptions, keep_file: bool) -> SpiceTarget:
@@ -311,6 +326,18 @@ def _tcp(text: str, scheme: str, rest: str, *, listen: bool = False) -> TcpAddre
     if port == 0 and not listen:
         raise _bad(text, "a port is a number from 1 to 65535")
     return TcpAddress(host or LOOPBACK, port)
+
+
+def _kubevirt(text: str, rest: str) -> KubevirtTarget:
+    """Return the target of ``//[CONTEXT/]NAMESPACE/VM``. A context may contain slashes, as those of OpenShift do."""
+    context, _, address = rest.removeprefix("//").rpartition("/")
+    context, _, namespace = context.rpartition("/")
+    if not rest.startswith("//") or not _LABEL.fullmatch(namespace) or not _SUBDOMAIN.fullmatch(address):
+        raise _bad(text, "write it as kubevirt://NAMESPACE/VM or kubevirt://CONTEXT/NAMESPACE/VM")
+    context = unquote(context)
+    if not context.isprintable() or len(context) > MAX_CONTEXT:
+        raise _bad(text, f"a context has at most {MAX_CONTEXT} characters, all of them printable")
+    return KubevirtTarget(namespace, address, context)
 
 
 def _path(text: str, rest: str) -> str:

@@ -48,10 +48,10 @@ def shown(value: object) -> str:
 def without_credentials(url: str) -> str:
     """Return a URL without its user, its password and its ``password=`` parameter; any other text is not changed.
 
-    ``spice+unix://`` holds the path of a socket, in which an ``@`` is part of a name.
+    An ``@`` is part of a name in the path of a socket (``spice+unix://``), and in a context (``kubevirt://``).
     """
     scheme, mark, rest = url.partition("://")
-    if not mark or scheme == "spice+unix":
+    if not mark or scheme in ("spice+unix", "kubevirt"):
         return url
     head, mark, query = rest.partition("?")
     query, found = re.subn("(^|[&;])password=[^&]*", "", query, flags=re.IGNORECASE)

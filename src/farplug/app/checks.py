@@ -87,7 +87,7 @@ async def check_target(settings: TargetSettings) -> AsyncIterator[Check]:
             Guest(session=session).check_room(1)
             devices = f"{count} (up to {count} devices)" if count > 1 else "1 (1 device)"
             yield Check("usbredir channels", CheckState.OK, devices)
-        for port in session.ports:
+        for port in session.ports[:1] if session.shares_ports else session.ports:
             try:
                 check = await _check_port(port)
             except FarplugError as error:

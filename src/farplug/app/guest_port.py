@@ -1,7 +1,8 @@
 """A port of a guest, with the engine on it: opened once, and used by one device after another.
 
 The port stays open while no device uses it. A SPICE server checks the life of its ticket whenever a channel is linked,
-so a port that is opened only for a later device may be refused.
+so a port that is opened only for a later device may be refused. A port that other clients can use, too, is opened when
+the first device needs it (:attr:`farplug.transport.session.Session.shares_ports`).
 """
 
 from __future__ import annotations

@@ -242,13 +242,14 @@ class Link:
         ]
 
     async def _open_ports(self) -> None:
-        """Open all ports, side by side, until one is open; the others go on.
+        """Open all ports, side by side, until one is open; the others go on. Of shared ports open the first one.
 
         Raises:
             TargetError: no port can be reached.
             PortError: all ports are in use by other clients.
         """
-        opening = [asyncio.ensure_future(port.open()) for port in self.ports]
+        ports = self.ports[:1] if self.session.shares_ports else self.ports
+        opening = [asyncio.ensure_future(port.open()) for port in ports]
         error: BaseException | None = None
         for call in opening:
             call.add_done_callback(retrieve)

@@ -39,6 +39,7 @@ _NEVER: Final = (
     Reason.TLS_WRONG_HOST,
     Reason.TLS_FAILED,
     Reason.NOT_SPICE,
+    Reason.FORBIDDEN,
 )
 """Reasons that a further attempt does not change."""
 

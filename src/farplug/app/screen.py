@@ -33,8 +33,6 @@ INPUTS_TIMEOUT = 5.0
 Progress: TypeAlias = Callable[[int], None]
 """Called with the number of characters that were typed."""
 
-_NO_SPICE = "connect to the VM's SPICE server: spice://HOST:PORT, or a .vv file"
-
 
 @dataclass(frozen=True, slots=True)
 class Frame:
@@ -83,7 +81,8 @@ class Screen:
         if self.number in displays:
             return displays[self.number]
         if not isinstance(session, SpiceSession):
-            message, remedy = "only SPICE shows a screen, and this target is a usbredir socket", _NO_SPICE
+            message = "only SPICE shows a screen, and this target carries USB and nothing else"
+            remedy = session.no_screen_remedy
         elif not displays:
             message = "the VM has no display"
             remedy = "add one to the VM (QEMU: -device virtio-vga); a SPICE proxy may not permit the channel"
@@ -277,7 +276,9 @@ class Inputs:
             raise TargetError(
                 "the VM has no keyboard and mouse that SPICE reaches",
                 reason=Reason.NO_INPUTS,
-                remedy="a SPICE proxy may not permit the channel" if isinstance(session, SpiceSession) else _NO_SPICE,
+                remedy="a SPICE proxy may not permit the channel"
+                if isinstance(session, SpiceSession)
+                else session.no_screen_remedy,
             )
         return session.inputs
 

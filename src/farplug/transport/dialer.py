@@ -46,6 +46,7 @@ class Stage(StrEnum):
     """The stages of a connection attempt."""
 
     LISTEN = "listen"
+    ACCESS = "access"
     REACH = "reach"
     TLS = "tls"
     TICKET = "ticket"

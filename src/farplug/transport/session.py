@@ -20,7 +20,9 @@ class Session(ABC):
         exclusive: the server serves one client at a time: this session has ended the session of another client.
         reached: the server has answered. Otherwise the first contact is when a port is opened.
         ends_with_port: the VM is gone when its port is closed, and :meth:`closed` does not report that.
+        shares_ports: other clients use the same ports: only the first one is opened at the start.
         no_port_remedy: how to give the VM more ports.
+        no_screen_remedy: how to see the screen and to use the keyboard and the mouse, if the session is not SPICE.
     """
 
     ports: Sequence[Port]
@@ -29,7 +31,9 @@ class Session(ABC):
     exclusive: ClassVar[bool]
     reached: ClassVar[bool]
     ends_with_port: ClassVar[bool] = False
+    shares_ports: ClassVar[bool] = False
     no_port_remedy: ClassVar[str]
+    no_screen_remedy: ClassVar[str] = "connect to the VM's SPICE server: spice://HOST:PORT, or a .vv file"
 
     @property
     @abstractmethod
