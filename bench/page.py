@@ -96,9 +96,11 @@ class Viewer:
         received: bytes of pixels that came.
         size: width and height of the picture.
         lost: the events of a VM that was lost, or of a session that ended.
+        slow: the line is slow.
     """
 
     def __init__(self, websocket: ClientConnection) -> None:
+        self.slow = False
         self.frames = 0
         self.received = 0
         self.size = (0, 0)
@@ -263,6 +265,10 @@ class Program:
         assert found
         return int(found[1]) * 1024
 
+    def files(self) -> int:
+        """Return the number of open files."""
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
 
 @dataclass(slots=True)
 class Scrolled:
@@ -346,7 +352,7 @@ class Bench:
         self._page = page
 
     async def run(self, parts: tuple[str, ...]) -> None:
-        before = await self._channels()
+        before = await channels(self._guest)
         async with Viewer.open(self._url) as viewer:
             await viewer.call("subscribe", {"events": ["lost", "reconnecting"]})
             await viewer.watch()
@@ -355,18 +361,7 @@ class Bench:
                 await getattr(self, f"_measure_{part}")(viewer)
                 print(f"  {part}: done", file=sys.stderr, flush=True)
             self.figures.lost = viewer.lost
-        self.figures.channels = before, await self._channels()
-
-    async def _channels(self) -> list[str]:
-        """Return the SPICE connections that QEMU has, of channels that stay: those of screens come and go."""
-        result = await self._guest.qmp.execute("query-spice")
-        assert isinstance(result, dict)
-        main, usbredir = 1, 9  # spice-protocol, enums.h: SPICE_CHANNEL_MAIN, SPICE_CHANNEL_USBREDIR
-        return sorted(
-            f"{one['connection-id']}/{one['channel-type']}/{one['channel-id']}/{one['port']}"
-            for one in result.get("channels", [])
-            if one["channel-type"] in (main, usbredir)
-        )
+        self.figures.channels = before, await channels(self._guest)
 
     # Parts --------------------------------------------------------------------------------------------------------
 
@@ -508,6 +503,18 @@ class Bench:
     async def _readable(self, names: set[str]) -> bool:
         command = " && ".join(f"dd if=/dev/{name} of=/dev/null bs=4k count=1 2>/dev/null" for name in names)
         return (await self._guest.run(command, timeout=TIMEOUT)).exit_code == 0
+
+
+async def channels(guest: QemuGuest) -> list[str]:
+    """Return the SPICE connections that QEMU has, of channels that stay: those of screens come and go."""
+    result = await guest.qmp.execute("query-spice")
+    assert isinstance(result, dict)
+    main, usbredir = 1, 9  # spice-protocol, enums.h: SPICE_CHANNEL_MAIN, SPICE_CHANNEL_USBREDIR
+    return sorted(
+        f"{one['connection-id']}/{one['channel-type']}/{one['channel-id']}/{one['port']}"
+        for one in result.get("channels", [])
+        if one["channel-type"] in (main, usbredir)
+    )
 
 
 # Processes ------------------------------------------------------------------------------------------------------------
