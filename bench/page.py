@@ -22,6 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
@@ -94,6 +95,7 @@ class Viewer:
     Attributes:
         frames: complete pictures that came.
         received: bytes of pixels that came.
+        wire: the bytes that these had on the line.
         size: width and height of the picture.
         lost: the events of a VM that was lost, or of a session that ended.
         slow: the line is slow.
@@ -102,7 +104,7 @@ class Viewer:
     def __init__(self, websocket: ClientConnection) -> None:
         self.slow = False
         self.frames = 0
-        self.received = 0
+        self.received = self.wire = 0
         self.size = (0, 0)
         self.lost: list[str] = []
         self.picture: Picture | None = None
@@ -134,7 +136,12 @@ class Viewer:
         ) as websocket:
             viewer = cls(websocket)
             try:
-                hello = {"protocol_version": "1.1", "client_name": "bench", "token": token.partition("&")[0]}
+                hello: dict[str, Any] = {
+                    "protocol_version": "1.1",
+                    "client_name": "bench",
+                    "token": token.partition("&")[0],
+                    "encodings": ["deflate"],
+                }
                 await viewer.call("hello", hello)
                 await viewer.call("open", {"session": NAME})
                 yield viewer
@@ -188,8 +195,11 @@ class Viewer:
                     self.announced.set()
                 payload = await self._websocket.recv() if "bytes" in message else b""
                 assert isinstance(payload, bytes)
+                wire = len(payload)
+                if "encoding" in message:
+                    payload = zlib.decompress(payload)
                 if "event" in message:
-                    await self._take(message["event"], message["data"], payload)
+                    await self._take(message["event"], message["data"], payload, wire)
                 elif (reply := self._replies.pop(message["id"], None)) is not None and not reply.done():
                     if message["ok"]:
                         reply.set_result(message["result"])
@@ -199,9 +209,10 @@ class Viewer:
             if not reply.done():
                 reply.set_exception(RuntimeError("the page closed the websocket"))
 
-    async def _take(self, event: str, data: dict[str, Any], payload: bytes) -> None:
+    async def _take(self, event: str, data: dict[str, Any], payload: bytes, wire: int) -> None:
         if event == "screen":
             now = time.perf_counter()
+            self.wire += wire
             self.frames += data["last"]
             self.received += len(payload)
             self.size = data["width"], data["height"]

@@ -38,8 +38,8 @@ MEMORY_GROWTH = 6 * MIB
 """Bytes of resident memory. The allocator of Python and of the C library reach their level in the first cycles."""
 FILE_GROWTH = 2
 """Open files of a process."""
-WARM_UP = 3
-"""Cycles at the beginning that are not compared: modules are imported, caches are filled."""
+WARM_UP = 240.0
+"""Seconds at the beginning that are not compared: modules are imported, caches are filled."""
 MODES = ("defx=1024 defy=768", "defx=800 defy=600", "defx=640 defy=480")
 SCROLL = "while :; do seq -s ' ' 300 >/dev/tty1; sleep 0.05; done 2>/dev/null"
 SWITCH = (
@@ -105,7 +105,7 @@ class Soak:
         begin = time.monotonic()
         switching = asyncio.ensure_future(self._switch())
         try:
-            while (now := time.monotonic() - begin) < seconds or len(self.samples) < WARM_UP + 3:
+            while (now := time.monotonic() - begin) < seconds:
                 if switching.done():
                     break
                 await self._cycle()
@@ -196,8 +196,10 @@ class Soak:
 
     def growth(self) -> list[str]:
         """Return what grew."""
-        samples = self.samples[WARM_UP:]
-        third = max(1, len(samples) // 3)
+        samples = [one for one in self.samples if one.seconds > WARM_UP]
+        third = len(samples) // 3
+        if not third:
+            return ["too short: the run has nothing to compare"]
         limits = {
             "session": MEMORY_GROWTH,
             "page": MEMORY_GROWTH,
@@ -245,7 +247,7 @@ async def soak(seconds: float, seed: int) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=3600, help="for how long (default: 3600)")
+    parser.add_argument("--seconds", type=float, default=3600, help="for how long (default: 3600); at least 300")
     parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default: 0)")
     options = parser.parse_args()
     print(machine(), flush=True)
