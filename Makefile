@@ -8,6 +8,7 @@
 # make fuzz-guided   fuzz every parser guided by coverage, with atheris, SECONDS each
 # make fuzz-nightly  all fuzzers for an hour in all
 # make stress    a minute of parallel readers, writers and failing commands, over each transport; 200 attaches by 4 clients
+# make soak      browsers come and go for SOAK seconds while a guest's screen scrolls and changes its size; nothing may grow
 # make picture   draw the pictures of the demo and of its page in README.md again
 # make man       write docs/farplug.1, the man page, from the commands and their help
 # make docs      render docs/ and the docstrings to build/docs; a warning is an error
@@ -15,11 +16,12 @@
 PYTHON := .venv/bin/python
 SECONDS := 20
 CUTS := 60
+SOAK := 3600
 PROCESSES := 3
 COVERED := tests/usbredir tests/scsi
 SITE := -q -W --keep-going -j 2 -b html -d build/doctrees docs build/docs
 
-.PHONY: demo test test-others test-unit test-guest test-kerbside coverage lint format bench fuzz fuzz-guided fuzz-nightly stress picture man docs powercut setup clean
+.PHONY: demo test test-others test-unit test-guest test-kerbside coverage lint format bench fuzz fuzz-guided fuzz-nightly stress soak picture man docs powercut setup clean
 
 setup:
 	@scripts/setup dev
@@ -76,6 +78,9 @@ bench: setup
 stress: setup
 	FARPLUG_STRESS_SECONDS=60 FARPLUG_ATTACH_ROUNDS=50 FARPLUG_PAUSE_STEPS=4 $(PYTHON) -m pytest \
 		tests/guest/test_stress.py tests/guest/test_control.py tests/guest/test_paused.py
+
+soak: setup
+	$(PYTHON) bench/soak.py --seconds $(SOAK)
 
 picture: setup
 	$(PYTHON) scripts/demo_picture.py

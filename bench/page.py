@@ -22,6 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
@@ -94,13 +95,16 @@ class Viewer:
     Attributes:
         frames: complete pictures that came.
         received: bytes of pixels that came.
+        wire: the bytes that these had on the line.
         size: width and height of the picture.
         lost: the events of a VM that was lost, or of a session that ended.
+        slow: the line is slow.
     """
 
     def __init__(self, websocket: ClientConnection) -> None:
+        self.slow = False
         self.frames = 0
-        self.received = 0
+        self.received = self.wire = 0
         self.size = (0, 0)
         self.lost: list[str] = []
         self.picture: Picture | None = None
@@ -132,7 +136,12 @@ class Viewer:
         ) as websocket:
             viewer = cls(websocket)
             try:
-                hello = {"protocol_version": "1.1", "client_name": "bench", "token": token.partition("&")[0]}
+                hello: dict[str, Any] = {
+                    "protocol_version": "1.1",
+                    "client_name": "bench",
+                    "token": token.partition("&")[0],
+                    "encodings": ["deflate"],
+                }
                 await viewer.call("hello", hello)
                 await viewer.call("open", {"session": NAME})
                 yield viewer
@@ -186,8 +195,11 @@ class Viewer:
                     self.announced.set()
                 payload = await self._websocket.recv() if "bytes" in message else b""
                 assert isinstance(payload, bytes)
+                wire = len(payload)
+                if "encoding" in message:
+                    payload = zlib.decompress(payload)
                 if "event" in message:
-                    await self._take(message["event"], message["data"], payload)
+                    await self._take(message["event"], message["data"], payload, wire)
                 elif (reply := self._replies.pop(message["id"], None)) is not None and not reply.done():
                     if message["ok"]:
                         reply.set_result(message["result"])
@@ -197,9 +209,10 @@ class Viewer:
             if not reply.done():
                 reply.set_exception(RuntimeError("the page closed the websocket"))
 
-    async def _take(self, event: str, data: dict[str, Any], payload: bytes) -> None:
+    async def _take(self, event: str, data: dict[str, Any], payload: bytes, wire: int) -> None:
         if event == "screen":
             now = time.perf_counter()
+            self.wire += wire
             self.frames += data["last"]
             self.received += len(payload)
             self.size = data["width"], data["height"]
@@ -262,6 +275,10 @@ class Program:
         found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{self.pid}/status").read_text())
         assert found
         return int(found[1]) * 1024
+
+    def files(self) -> int:
+        """Return the number of open files."""
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
 
 
 @dataclass(slots=True)
@@ -346,7 +363,7 @@ class Bench:
         self._page = page
 
     async def run(self, parts: tuple[str, ...]) -> None:
-        before = await self._channels()
+        before = await channels(self._guest)
         async with Viewer.open(self._url) as viewer:
             await viewer.call("subscribe", {"events": ["lost", "reconnecting"]})
             await viewer.watch()
@@ -355,18 +372,7 @@ class Bench:
                 await getattr(self, f"_measure_{part}")(viewer)
                 print(f"  {part}: done", file=sys.stderr, flush=True)
             self.figures.lost = viewer.lost
-        self.figures.channels = before, await self._channels()
-
-    async def _channels(self) -> list[str]:
-        """Return the SPICE connections that QEMU has, of channels that stay: those of screens come and go."""
-        result = await self._guest.qmp.execute("query-spice")
-        assert isinstance(result, dict)
-        main, usbredir = 1, 9  # spice-protocol, enums.h: SPICE_CHANNEL_MAIN, SPICE_CHANNEL_USBREDIR
-        return sorted(
-            f"{one['connection-id']}/{one['channel-type']}/{one['channel-id']}/{one['port']}"
-            for one in result.get("channels", [])
-            if one["channel-type"] in (main, usbredir)
-        )
+        self.figures.channels = before, await channels(self._guest)
 
     # Parts --------------------------------------------------------------------------------------------------------
 
@@ -508,6 +514,18 @@ class Bench:
     async def _readable(self, names: set[str]) -> bool:
         command = " && ".join(f"dd if=/dev/{name} of=/dev/null bs=4k count=1 2>/dev/null" for name in names)
         return (await self._guest.run(command, timeout=TIMEOUT)).exit_code == 0
+
+
+async def channels(guest: QemuGuest) -> list[str]:
+    """Return the SPICE connections that QEMU has, of channels that stay: those of screens come and go."""
+    result = await guest.qmp.execute("query-spice")
+    assert isinstance(result, dict)
+    main, usbredir = 1, 9  # spice-protocol, enums.h: SPICE_CHANNEL_MAIN, SPICE_CHANNEL_USBREDIR
+    return sorted(
+        f"{one['connection-id']}/{one['channel-type']}/{one['channel-id']}/{one['port']}"
+        for one in result.get("channels", [])
+        if one["channel-type"] in (main, usbredir)
+    )
 
 
 # Processes ------------------------------------------------------------------------------------------------------------

@@ -190,9 +190,11 @@ class FakePage:
 
     # What a test does
 
-    def emit(self, name: str, data: Json, payload: bytes | None = None) -> None:
+    def emit(self, name: str, data: Json, payload: bytes | None = None, encoding: str | None = None) -> None:
         """Send an event that belongs to the connection, to all."""
         message: Json = {"event": name, "data": data}
+        if encoding is not None:
+            message["encoding"] = encoding
         if payload is not None:
             message["bytes"] = len(payload)
         self._send(message, payload)
@@ -207,7 +209,13 @@ class FakePage:
         self.emit(name, data)
 
     def picture(
-        self, width: int, height: int, pixels: bytes, *rects: tuple[int, int, int, int], last: bool = True
+        self,
+        width: int,
+        height: int,
+        pixels: bytes,
+        *rects: tuple[int, int, int, int],
+        last: bool = True,
+        encoding: str | None = None,
     ) -> None:
         """Send a message ``screen``."""
         data = {
@@ -218,7 +226,7 @@ class FakePage:
             "rects": rects or [(0, 0, width, height)],
             "last": last,
         }
-        self.emit("screen", data, pixels)
+        self.emit("screen", data, pixels, encoding)
 
     def of(self, method: str) -> list[Call]:
         """Return the requests of a method so far."""

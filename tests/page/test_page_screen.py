@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import time
+import zlib
 
 import pytest
 from playwright.sync_api import Page, expect
@@ -57,6 +58,21 @@ class TestRectangles:
         fake.wait("screen-ack")
         for last in (False, False, True):
             fake.picture(320, 200, GREEN, (5, 5, 1, 1), last=last)
+        fake.wait("screen-ack", 4)
+
+    def test_pictures_of_a_slow_line(self, fake: FakePage, page: Page) -> None:
+        assert fake.of("hello")[0].params["encodings"] == ["deflate"]
+        fake.picture(320, 200, zlib.compress(RED * (320 * 200)), encoding="deflate")
+        fake.picture(320, 200, GREEN, (5, 5, 1, 1))  # comes while the first one is decoded, and is drawn after it
+        fake.picture(320, 200, zlib.compress(BLUE * 2), (6, 5, 2, 1), encoding="deflate")
+        wait_for_pixel(page, 7, 5, [0, 0, 255, 255])
+        assert [pixel(page, x, 5)[:3] for x in range(4, 9)] == [
+            [255, 0, 0],
+            [0, 255, 0],
+            [0, 0, 255],
+            [0, 0, 255],
+            [255, 0, 0],
+        ]
         fake.wait("screen-ack", 4)
 
     def test_a_hidden_tab_acknowledges_too(self, fake: FakePage, page: Page) -> None:

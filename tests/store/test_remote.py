@@ -48,6 +48,15 @@ class Peer:
     def answer(self, question: int, offset: int, length: int) -> None:
         self.file.answer(question, self.content[offset : offset + length], None)
 
+    async def settled(self) -> list[int]:
+        """Return the chunks that were asked for when nothing more is."""
+        count = -1
+        while count != len(self.asked):
+            count = len(self.asked)
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        return self.offsets
+
     @property
     def offsets(self) -> list[int]:
         return [offset // CHUNK for _, offset, _ in self.asked]
@@ -84,19 +93,57 @@ async def test_any_range_is_read() -> None:
     assert results == [CONTENT[at * 1000 : at * 1000 + 5000] for at in range(50)]
 
 
-async def test_sequential_reads_are_read_ahead_by_one_chunk() -> None:
-    peer = Peer(CONTENT)
+async def test_sequential_reads_are_read_ahead() -> None:
+    peer = Peer(bytes(40 * CHUNK + 5))
     await read(peer.file, 0, 2048)
-    assert peer.offsets == [0, 1]
+    assert await peer.settled() == [0, 1]
     await read(peer.file, 2048, 2048)
-    assert peer.offsets == [0, 1]
-    await read(peer.file, 5 * CHUNK, 2048)
-    assert peer.offsets == [0, 1, 5], "not sequential"
-    await read(peer.file, 5 * CHUNK + 2048, 2048)
-    assert peer.offsets == [0, 1, 5, 6]
-    await read(peer.file, 5 * CHUNK + 4096, 2048)
-    await read(peer.file, 6 * CHUNK, 12345)
-    assert peer.offsets == [0, 1, 5, 6], "there is nothing behind the end"
+    assert await peer.settled() == [0, 1], "it does not go on to another chunk"
+    await read(peer.file, CHUNK, 2048)
+    assert await peer.settled() == [0, 1, 2, 3], "a few blocks were left out"
+    await read(peer.file, 2 * CHUNK, 2048)
+    assert await peer.settled() == [*range(7)]
+    await read(peer.file, 2 * CHUNK - 4096, 2048)
+    await read(peer.file, 3 * CHUNK, 2048)
+    assert await peer.settled() == [*range(12)], "an earlier block does not end it"
+    await read(peer.file, 30 * CHUNK, 2048)
+    assert await peer.settled() == [*range(12), 30], "not sequential"
+    for at in range(5, 2048 * 50, 2048):
+        await read(peer.file, 30 * CHUNK + at, 2048)
+    assert await peer.settled() == [*range(12), 30, 31], "one chunk, once"
+    for at in range(31, 40):
+        await read(peer.file, at * CHUNK, CHUNK)
+    await read(peer.file, 40 * CHUNK, 5)
+    assert await peer.settled() == [*range(12), *range(30, 41)], "there is nothing behind the end"
+
+
+async def test_reads_of_a_guest_come_before_those_ahead_of_it() -> None:
+    peer = Peer(bytes(40 * CHUNK), answers=False)
+
+    async def answered(*numbers: int) -> None:
+        for number in numbers:
+            peer.answer(*peer.asked[peer.offsets.index(number)])
+        await asyncio.sleep(0)
+
+    reading = [asyncio.ensure_future(read(peer.file, at * CHUNK, CHUNK)) for at in range(3)]
+    await asyncio.sleep(0)
+    assert peer.offsets == [0, 1, 2, 3], "no more than MAX_ASKED"
+    far = asyncio.ensure_future(read(peer.file, 30 * CHUNK, 10))
+    await asyncio.sleep(0)
+    await answered(0)
+    assert peer.offsets[4:] == [30]
+    await answered(1, 2, 3)
+    assert peer.offsets[5:] == [], "what is far from the last read is not read ahead any more"
+    await answered(30)
+    await asyncio.gather(*reading, far)
+
+
+async def test_a_chunk_that_was_dropped_is_not_read_ahead_again() -> None:
+    peer = Peer(bytes(40 * CHUNK), ChunkCache(2))
+    for at in range(20):
+        await read(peer.file, at * CHUNK, CHUNK)
+    for at in range(40):
+        assert peer.offsets.count(at) <= 2, "once ahead, once when it is read"
 
 
 async def test_few_questions_are_open() -> None:

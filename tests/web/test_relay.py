@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import socket
+import zlib
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import pytest
 from tests.control.support import BlockingApp, RawClient
 from tests.control.support import session as real_session
 from tests.web.support import Browser, FakeSession, Served, fake_session, obedient, reply, send
+from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.typing import Origin
 
 from farplug.app.app import App
 from farplug.web import relay, server
@@ -387,6 +390,105 @@ async def test_a_browser_that_reads_nothing(served: Served) -> None:
             assert data["serial"] == serial
             assert payload is not None
             assert len(payload) == 1 << 20
+
+
+class TestSlowLines:
+    """Pictures for a browser that takes compressed ones."""
+
+    PICTURE = b"".join(bytes((line % 7, column % 11, 90, 0)) for line in range(800) for column in range(1280))
+
+    async def show(self, session: FakeSession, message: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        """Send a picture, and the next one after each acknowledgement."""
+        reply(writer, message["id"], None)
+        if message["method"] in ("watch-screen", "screen-ack"):
+            serial = message["params"].get("serial", 0) + 1
+            send(writer, {"event": "screen", "data": {"serial": serial}}, self.PICTURE)
+        await writer.drain()
+
+    async def hello(self, browser: Browser, served: Served, encodings: Any) -> None:
+        params = {"protocol_version": "1.1", "token": served.page.tokens.full, "encodings": encodings}
+        await browser.call("hello", params)
+        await browser.call("open", {"session": "web1"})
+
+    async def picture(self, browser: Browser) -> tuple[str | None, bytes]:
+        """Return the encoding of the next picture, and its bytes."""
+        while True:
+            message, payload = await browser.next()
+            if message.get("event") == "screen":
+                assert payload is not None
+                return message.get("encoding"), payload
+
+    async def test_a_picture_through_a_slow_line(self, served: Served) -> None:
+        """4 MB come through 10 kB/s, in seconds; another browser has its pictures meanwhile."""
+        received = 0
+
+        async def slowly(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal received
+            with suppress(OSError):
+                while data := await reader.read(500):
+                    received += len(data)
+                    writer.write(data)
+                    await writer.drain()
+                    await asyncio.sleep(len(data) / 10_000)
+            writer.close()
+
+        async def line(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            with socket.socket() as end:
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                end.setblocking(False)
+                await asyncio.get_running_loop().sock_connect(end, ("127.0.0.1", served.port))
+                from_page, to_page = await asyncio.open_connection(sock=end.dup(), limit=500)
+                down = asyncio.ensure_future(slowly(from_page, writer))
+                with suppress(OSError):
+                    while data := await reader.read(4096):
+                        to_page.write(data)
+                        await to_page.drain()
+                to_page.close()
+                down.cancel()
+
+        proxy = await asyncio.start_server(line, "127.0.0.1", 0, limit=4096)
+        uri = f"ws://127.0.0.1:{served.port}/ws"
+        port = proxy.sockets[0].getsockname()[1]
+        origin = Origin(served.origin)
+        async with (
+            fake_session(served.folder, self.show),
+            connect(uri, origin=origin, port=port, compression=None, max_size=None, proxy=None) as websocket,
+            served.websocket() as other,
+        ):
+            browser = Browser(websocket)
+            await self.hello(browser, served, ["x", "deflate"])
+            await browser.send("watch-screen")
+            await self.hello(other, served, None)
+            await other.send("watch-screen")
+            for serial in range(1, 4):
+                assert await self.picture(other) == (None, self.PICTURE)
+                await other.send("screen-ack", {"serial": serial})
+            encoding, payload = await self.picture(browser)
+            assert encoding == "deflate"
+            assert zlib.decompress(payload) == self.PICTURE
+            assert received < len(self.PICTURE) / 50
+        proxy.close()
+
+    async def test_a_fast_line(self, served: Served) -> None:
+        async with fake_session(served.folder, self.show), served.websocket() as browser:
+            await self.hello(browser, served, ["deflate"])
+            await browser.send("watch-screen")
+            encoding, payload = await self.picture(browser)
+            assert encoding == "deflate", "what the line is like is not known"
+            serial = 1
+            while encoding is not None:
+                assert zlib.decompress(payload) == self.PICTURE
+                await browser.send("screen-ack", {"serial": serial})
+                encoding, payload = await self.picture(browser)
+                serial += 1
+            assert payload == self.PICTURE
+
+    @pytest.mark.parametrize("encodings", [None, [], "deflate", ["gzip"], {"deflate": 1}, [["deflate"]]])
+    async def test_a_browser_that_takes_none(self, served: Served, encodings: Any) -> None:
+        async with fake_session(served.folder, self.show), served.websocket() as browser:
+            await self.hello(browser, served, encodings)
+            await browser.send("watch-screen")
+            assert await self.picture(browser) == (None, self.PICTURE)
 
 
 async def test_as_many_browsers_as_a_page_serves(served: Served) -> None:

@@ -29,6 +29,9 @@ CACHE_CHUNKS: Final = 64
 """Chunks of all files of a cache; of more, those that were not used for the longest time are dropped."""
 MAX_ASKED: Final = 4
 """Questions about a file that are not answered."""
+MAX_AHEAD: Final = 8
+"""Chunks behind sequential reads that are asked for, at most. The first read asks for one, and each chunk that a guest
+reaches doubles the number. They wait until fewer than MAX_ASKED questions are open, and no read of a guest waits."""
 TIMEOUT: Final = 20.0
 """Seconds from the read of a guest until it fails without an answer."""
 FAILURE_TIME: Final = 5.0
@@ -150,7 +153,7 @@ class RemoteFile:
         self._waiting: dict[int, list[_Read]] = {}
         """The reads that wait for a chunk; none: it is read ahead."""
         self._queue: deque[int] = deque()
-        """The chunks that were not asked for yet."""
+        """The chunks that reads wait for, and that were not asked for yet."""
         self._asked: dict[int, int] = {}
         """The chunks that were asked for, by the number of the question."""
         self._expired: OrderedDict[int, int] = OrderedDict()
@@ -159,6 +162,12 @@ class RemoteFile:
         self._next_question = 1
         self._next_offset = 0
         """Where a sequential read would begin."""
+        self._following = 0
+        """The chunk behind the last read."""
+        self._window = 0
+        """Chunks that are asked for behind sequential reads."""
+        self._ahead = range(0)
+        """Those of them that were not asked for yet."""
         self._touched = bytearray(SLICES // 8)
 
     @property
@@ -188,11 +197,23 @@ class RemoteFile:
                 break
             else:
                 self._want(number).append(read)
-        following = read.numbers[-1] + 1
-        if offset == self._next_offset and following * CHUNK < self.size and not self._knows(following):
-            self._want(following)
-        self._next_offset = offset + length
+        self._look_ahead(offset, length)
         self._ask_next()
+
+    def _look_ahead(self, offset: int, length: int) -> None:
+        """Determine which chunks are asked for before a guest reads them."""
+        gap = offset - self._next_offset
+        if -CHUNK <= gap < 0:
+            return  # the guest reads a block again, or has changed the order of its reads
+        self._next_offset = offset + length
+        following = (offset + length - 1) // CHUNK + 1
+        if not 0 <= gap <= CHUNK:  # a file system leaves out a few blocks
+            self._window, self._ahead = 0, range(0)
+        elif following > self._following or not self._window:
+            self._window = min(max(2 * self._window, 1), MAX_AHEAD)
+            end = min(following + self._window, -(-self.size // CHUNK))
+            self._ahead = range(max(following, self._ahead.start), end)
+        self._following = following
 
     def _failure(self, number: int) -> OSError | None:
         error, until = self._failures.get(number, (None, 0.0))
@@ -213,7 +234,14 @@ class RemoteFile:
         return self._waiting[number]
 
     def _ask_next(self) -> None:
-        while self._queue and len(self._asked) < MAX_ASKED:
+        while len(self._asked) < MAX_ASKED:
+            if not self._queue:
+                if not self._ahead:
+                    break
+                following, self._ahead = self._ahead.start, self._ahead[1:]
+                if self._knows(following):
+                    continue
+                self._want(following)
             number = self._queue.popleft()
             question = self._next_question
             self._next_question += 1
@@ -315,6 +343,7 @@ class RemoteFile:
         self.is_open = False
         self._asked.clear()
         self._queue.clear()
+        self._ahead = range(0)
         self._cache.drop(self)
         for number in list(self._waiting):
             for read in self._no_longer_wanted(number):

@@ -107,14 +107,16 @@ class SessionLink:
                 raise self.gone() from None
 
     async def relay(
-        self, deliver: Callable[[str, bytes | None], Awaitable[None]], replied: Callable[[Call, bool], None]
+        self,
+        deliver: Callable[[str, dict[str, Any], bytes | None], Awaitable[None]],
+        replied: Callable[[Call, bool], None],
     ) -> str:
         """Deliver what the session sends until it ends; return how: ``ended`` in order, or ``lost``.
 
         The next message is read when the one before was delivered: a slow browser costs no memory.
 
         Args:
-            deliver: takes a text frame, and what follows it.
+            deliver: takes a message as a text frame, the same parsed, and what follows it.
             replied: is called after the reply to a request was delivered, with whether that was a result.
         """
         try:
@@ -123,7 +125,7 @@ class SessionLink:
                 if message.get("event") == ENDED:
                     self.announced = True
                     continue
-                await deliver(line, payload)
+                await deliver(line, message, payload)
                 call = self.pending.pop(message.get("id") or 0, None) if "ok" in message else None
                 if call is not None:
                     replied(call, message["ok"] is True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import zlib
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from farplug.version import __version__
 from farplug.web import methods, shell
 from farplug.web.board import INTERVAL, Board
 from farplug.web.files import NoFiles, WebRoot
+from farplug.web.line import ScreenLine
 from farplug.web.link import SessionLink
 from farplug.web.messages import Call, FrameReceiver, event_text, failure_text, reply_text
 from farplug.web.security import Role, Tokens
@@ -36,6 +38,8 @@ HELLO_TIMEOUT: Final = 10.0
 """Seconds in which a browser sends ``hello``."""
 BINARY_TIMEOUT: Final = 10.0
 """Seconds in which the binary frame follows its message."""
+DEFLATE: Final = "deflate"
+"""The encoding of pictures for slow lines: the format of RFC 1950, which HTTP names so."""
 MAX_CLIENT_NAME: Final = 64
 """Characters of the name of a client."""
 
@@ -131,6 +135,8 @@ class Relay:
         self._admitted = admitted
         self._role = Role.VIEW
         self._client = ""
+        self._line: ScreenLine | None = None
+        """Whether pictures are compressed; None: the browser takes none that are."""
         self._frames = FrameReceiver()
         self._waiting: deque[Call] = deque()
         self._pending: set[Id] = set()
@@ -192,6 +198,9 @@ class Relay:
             await self._close(TOO_MANY, error)
             return False
         self._role = role
+        encodings = params.get("encodings")
+        if isinstance(encodings, list) and DEFLATE in encodings:
+            self._line = ScreenLine()
         name = params.get("client_name")
         self._client = printable(name, MAX_CLIENT_NAME) if isinstance(name, str) else ""
         try:
@@ -352,8 +361,7 @@ class Relay:
     async def _relay(self, link: SessionLink) -> None:
         """Pass on what a session sends. Its end is an event."""
         try:
-            deliver = self._send if self._role is Role.FULL else self._send_to_viewer
-            reason = await link.relay(deliver, partial(self._replied, link))
+            reason = await link.relay(self._deliver, partial(self._replied, link))
         except RemoteProtocolError as error:
             log.warning("%s", error)
             reason = "lost"
@@ -363,13 +371,19 @@ class Relay:
         await self._drop(link)
         await self._send(event_text("session-ended", {"reason": reason, "session": link.name}))
 
-    async def _send_to_viewer(self, text: str, payload: bytes | None = None) -> None:
-        """Send a message of the session without what others type: it may be a password."""
-        if '"input"' in text:
-            message = json.loads(text)
-            if message.get("event") == "input":
-                message["data"] = {name: value for name, value in message["data"].items() if name != "text"}
-                text = json.dumps(message)
+    async def _deliver(self, text: str, message: dict[str, Any], payload: bytes | None) -> None:
+        """Send a message of the session: what others type not to those who only watch, pictures in fewer bytes."""
+        event = message.get("event")
+        if event == "input" and self._role is Role.VIEW:
+            data = {name: value for name, value in message["data"].items() if name != "text"}  # it may be a password
+            text = json.dumps({**message, "data": data})
+        elif event == "screen" and payload and self._line is not None:
+            if self._line.level:
+                encoded = await asyncio.to_thread(zlib.compress, payload, self._line.level)
+                if len(encoded) < len(payload):
+                    payload = encoded
+                    text = json.dumps({**message, "bytes": len(payload), "encoding": DEFLATE})
+            self._line.sent(message["data"]["serial"], len(payload), asyncio.get_running_loop().time())
         await self._send(text, payload)
 
     async def _leave(self) -> None:
@@ -398,6 +412,8 @@ class Relay:
         link = self._link
         if link is None:
             raise _not_open()
+        if call.request.method == "screen-ack" and self._line is not None:
+            self._line.acknowledged(call.request.params.get("serial"), asyncio.get_running_loop().time())
         await link.send(call)
 
     async def _pass_with_paths(self, call: Call) -> None:

@@ -64,8 +64,8 @@ BACKLOG: Final = 128
 MAX_FRAGMENTS: Final = 1024
 """Frames of one message of a websocket."""
 PING_INTERVAL: Final = 20.0
-PING_TIMEOUT: Final = 120.0
-"""Seconds between pings of a websocket, and in which it answers: a large picture may be in its way."""
+PING_TIMEOUT: Final = 600.0
+"""Seconds between pings of a websocket, and in which it answers: on a slow line a picture may be in its way."""
 STOP_TIMEOUT: Final = 2
 """Seconds in which requests end when the page ends."""
 SWEEP_INTERVAL: Final = 60.0
@@ -449,7 +449,7 @@ async def _served(app: Any, listener: socket.socket, context: ssl.SSLContext | N
         http=_HttpProtocol,
         ws=_WebSocketProtocol,
         ws_max_size=MAX_TEXT,
-        ws_per_message_deflate=context is not None,  # for slow lines; on this machine it only costs time
+        ws_per_message_deflate=False,  # it would compress files of browsers, too
         ws_ping_interval=PING_INTERVAL,
         ws_ping_timeout=PING_TIMEOUT,
         lifespan="off",

@@ -2,7 +2,7 @@
 
 import { FRESH, dialog } from "./attach.js";
 import { board } from "./board.js";
-import { BAD_TOKEN, Connection, RequestError, TOO_MANY_BAD_TOKENS } from "./connection.js";
+import { BAD_TOKEN, Connection, ENCODINGS, RequestError, TOO_MANY_BAD_TOKENS } from "./connection.js";
 import { PIECE } from "./dock.js";
 import { patch } from "./dom.js";
 import { InputQueue } from "./input_queue.js";
@@ -227,7 +227,7 @@ export class App {
   /** @param {Connection} connection */
   async greet(connection) {
     await connection.opened;
-    const server = await connection.request("hello", { protocol_version: VERSION, client_name: "farplug page", token: this.token });
+    const server = await connection.request("hello", { protocol_version: VERSION, client_name: "farplug page", token: this.token, encodings: ENCODINGS });
     this.dispatch({ type: "server", server });
     const session = this.state.session ?? this.wanted ?? server.session ?? null;
     if (session !== null) await this.open(session);

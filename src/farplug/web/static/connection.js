@@ -37,6 +37,8 @@ export class Connection {
     this.lastId = 0;
     /** @type {any} the message whose bytes come next */
     this.header = null;
+    /** @type {Promise<void> | null} messages before those that come now, which are being decoded */
+    this.decoding = null;
     this.closed = false;
     this.socket = new WebSocket(url);
     this.socket.binaryType = "arraybuffer";
@@ -83,13 +85,40 @@ export class Connection {
       const header = this.header;
       this.header = null;
       if (header === null || header.bytes !== frame.byteLength) this.socket.close(4400, "unexpected binary frame");
-      else this.handle(header, frame);
+      else this.deliver(header, frame);
       return;
     }
     const message = JSON.parse(frame);
     if (this.header !== null) this.socket.close(4400, "a binary frame is missing");
     else if (typeof message.bytes === "number") this.header = message;
-    else this.handle(message, null);
+    else this.deliver(message, null);
+  }
+
+  /**
+   * Handle a message, decoded, and after those before it.
+   *
+   * @param {any} message @param {ArrayBuffer | null} bytes
+   */
+  deliver(message, bytes) {
+    const encoded = bytes !== null && message.encoding !== undefined;
+    if (!encoded && this.decoding === null) {
+      this.handle(message, bytes);
+      return;
+    }
+    const decoding = this.decode(this.decoding, message, encoded ? decoded(/** @type {ArrayBuffer} */ (bytes), message.encoding) : bytes)
+      .finally(() => { if (this.decoding === decoding) this.decoding = null; });
+    this.decoding = decoding;
+  }
+
+  /** @param {Promise<void> | null} before @param {any} message @param {ArrayBuffer | null | Promise<ArrayBuffer>} bytes */
+  async decode(before, message, bytes) {
+    try {
+      const [plain] = await Promise.all([bytes, before]);
+      this.handle(message, plain);
+    } catch (error) {
+      this.socket.close(4400, "a message cannot be decoded");
+      reportError(error);
+    }
   }
 
   /** @param {any} message @param {ArrayBuffer | null} bytes */
@@ -118,6 +147,14 @@ export class Connection {
     this.pending.clear();
     this.listeners.onclose(code, reason);
   }
+}
+
+/** How the bytes of a message may be encoded: names that DecompressionStream has. */
+export const ENCODINGS = typeof DecompressionStream === "function" ? ["deflate"] : [];
+
+/** @param {ArrayBuffer} bytes @param {CompressionFormat} encoding */
+async function decoded(bytes, encoding) {
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream(encoding))).arrayBuffer();
 }
 
 /** Methods that are answered at once: the time that they take is the way there and back. */
