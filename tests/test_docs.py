@@ -26,6 +26,7 @@ from farplug.app import events, guest
 from farplug.cli import session
 from farplug.cli.main import app
 from farplug.redirection.events import PortEvent
+from farplug.testing.project import __main__ as project
 from farplug.transport import TARGET_FORMS
 from farplug.usb import DeviceEvent
 from farplug.usbredir import packets
@@ -64,6 +65,25 @@ def test_the_project_of_the_page_about_devices_runs_as_printed(tmp_path: Path) -
     check = [sys.executable, "-m", "mypy", "--strict", f"--cache-dir={tmp_path / 'cache'}", *devices]
     types = subprocess.run(check, cwd=tmp_path, capture_output=True, text=True)
     assert types.returncode == 0, types.stdout
+
+
+def test_the_page_about_pytest_has_the_project_that_the_plugin_writes(tmp_path: Path) -> None:
+    names = write_project(ROOT / "docs/pytest.md", tmp_path)
+    assert sorted(names) == sorted(project.NAMES)
+    for name in names:
+        assert (tmp_path / name).read_text() == (ROOT / "src/farplug/testing/project" / name).read_text()
+
+
+def test_every_option_and_fixture_of_the_pytest_plugin_is_documented() -> None:
+    page = (ROOT / "docs/pytest.md").read_text()
+    source = (ROOT / "src/farplug/testing/plugin.py").read_text()
+    fixtures = re.findall(r"^@pytest.fixture\ndef (farplug_\w+)", source, re.MULTILINE)
+    entries = re.findall(r'addini\("(farplug_\w+)"', source)
+    assert (len(fixtures), len(entries)) == (7, 4)
+    for name in (*fixtures, *entries, "farplug_accel", "farplug_capture"):
+        assert f"`{name}`" in page
+        if name not in fixtures:
+            assert f"`--{name.replace('_', '-')}" in page
 
 
 async def test_the_scripts_of_the_page_about_devices_plug_their_devices(

@@ -8,7 +8,7 @@ from importlib import import_module
 
 import pytest
 
-LAZY = ("farplug.image", "farplug.physical", "farplug.store", "farplug.virtual")
+LAZY = ("farplug.image", "farplug.physical", "farplug.store", "farplug.testing", "farplug.virtual")
 
 
 @pytest.mark.parametrize("package", LAZY)

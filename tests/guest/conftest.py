@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from collections.abc import AsyncIterator, Generator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -49,8 +50,10 @@ class LongTimeoutGuest(QemuGuest):
     async def check(self, command: str, *, stdin: bytes = b"", timeout: float = GUEST_TIMEOUT) -> str:
         return await super().check(command, stdin=stdin, timeout=timeout)
 
-    async def wait_for_console(self, text: str, timeout: float = GUEST_TIMEOUT) -> None:
-        await super().wait_for_console(text, timeout)
+    async def wait_for_console(
+        self, text: str | re.Pattern[str], timeout: float = GUEST_TIMEOUT, *, since: int = 0
+    ) -> re.Match[str]:
+        return await super().wait_for_console(text, timeout, since=since)
 
 
 class GuestPool:

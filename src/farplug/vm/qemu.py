@@ -210,22 +210,32 @@ class QemuGuest:
             raise CommandFailed(command, result)
         return result.output
 
-    async def wait_for_console(self, text: str, timeout: float = 60) -> None:
-        """Wait until the console or the firmware's debug log contains a text.
+    async def wait_for_console(
+        self, text: str | re.Pattern[str], timeout: float = 60, *, since: int = 0
+    ) -> re.Match[str]:
+        """Wait until the console or the firmware's debug log contains a text, and return where it was found.
+
+        Args:
+            text: the text, or a pattern that is searched for.
+            timeout: seconds.
+            since: characters of the console that are not searched.
 
         Raises:
             GuestTimeout: the text did not appear within ``timeout`` seconds.
             GuestCrashed: QEMU ended.
         """
+        pattern = re.compile(re.escape(text)) if isinstance(text, str) else text
         deadline = time.monotonic() + timeout
-        while text not in self.console and text not in self.firmware_log:
+        while not (found := pattern.search(self.console, since) or pattern.search(self.firmware_log)):
             if not self.alive:
                 raise await self._crashed()
             if time.monotonic() > deadline:
-                error = GuestTimeout(f"the guest's console did not show {text!r} within {timeout:g} s")
+                shown = text if isinstance(text, str) else text.pattern
+                error = GuestTimeout(f"the guest's console did not show {shown!r} within {timeout:g} s")
                 self._note_console(error)
                 raise error
             await asyncio.sleep(0.05)
+        return found
 
     async def close(self) -> None:
         """Stop QEMU and remove its files. The logs remain readable. A second call does nothing."""

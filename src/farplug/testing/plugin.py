@@ -1,0 +1,181 @@
+"""The pytest plugin: throw-away VMs as fixtures.
+
+pytest loads this module in every run of an environment that has farplug: it imports nothing but pytest, and the rest
+when the first test asks for a guest. :mod:`farplug.testing.lending` is that rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from farplug.testing.fixtures import (
+        GuestFactory,
+        GuestFixture,
+        KeyboardFixture,
+        PlugFixture,
+        ScreenFixture,
+        SerialFixture,
+    )
+    from farplug.testing.lending import Lender, Loans
+    from farplug.vm.qemu_config import GuestConfig
+
+LENDER: pytest.StashKey[Lender] = pytest.StashKey()
+LOANS: pytest.StashKey[Loans] = pytest.StashKey()
+"""The guests that a test has."""
+SLOW: pytest.StashKey[set[str]] = pytest.StashKey()
+"""Why guests of this run, and of its other processes, had no KVM."""
+
+_WORKER_KEY = "farplug_slow"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options, and an entry of the configuration file for each."""
+    group = parser.getgroup("farplug", "farplug: throw-away VMs")
+    choices: dict[str, tuple[list[str], str, str]] = {
+        "accel": (["auto", "kvm", "tcg"], "auto", "what runs the VMs: KVM if this machine has it (auto), KVM, or TCG"),
+        "capture": (
+            ["off", "on", "retain-on-failure"],
+            "retain-on-failure",
+            "which tests leave a capture of the USB traffic in --farplug-artifacts",
+        ),
+    }
+    for name, (values, default, text) in choices.items():
+        group.addoption(f"--farplug-{name}", choices=values, default=None, help=f"{text} (default: {default})")
+        parser.addini(f"farplug_{name}", f"as --farplug-{name}", default=default)
+    group.addoption(
+        "--farplug-artifacts",
+        metavar="DIR",
+        default=None,
+        help="write console, QEMU's standard error, last screens and USB capture of tests that fail below this folder",
+    )
+    parser.addini("farplug_artifacts", "as --farplug-artifacts", default="")
+    group.addoption(
+        "--farplug-timeout",
+        metavar="SECONDS",
+        type=float,
+        default=None,
+        help="what a guest may take for what a test waits for (default: 60)",
+    )
+    parser.addini("farplug_timeout", "as --farplug-timeout", default="60")
+    group.addoption(
+        "--farplug-keep",
+        action="store_true",
+        default=None,
+        help="after a test that fails keep its VM, print how to reach it, and wait for Enter",
+    )
+    parser.addini("farplug_keep", "as --farplug-keep", type="bool", default=False)
+    group.addoption(
+        "--farplug-require",
+        action="store_true",
+        default=None,
+        help="fail, not skip, tests with VMs where QEMU or another program is missing",
+    )
+    parser.addini("farplug_require", "as --farplug-require", type="bool", default=False)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the marker."""
+    config.addinivalue_line(
+        "markers",
+        "farplug(fresh=False, **fields): the VM of the fixture farplug_guest: fields of farplug.testing.GuestConfig, "
+        "such as boot='uefi', paused=True, memory=512; ports may be a number. fresh: no other test uses it.",
+    )
+    slow: set[str] = set()
+    config.stash[SLOW] = slow
+
+
+@pytest.fixture
+def farplug_guest_config() -> GuestConfig:
+    """Return the configuration of guests: a Linux with four ports and a screen. Override the fixture for another."""
+    from farplug.testing.lending import USUAL
+
+    return USUAL
+
+
+@pytest.fixture
+def farplug_guest_factory(request: pytest.FixtureRequest, farplug_guest_config: GuestConfig) -> Iterator[GuestFactory]:
+    """Return a function that lends guests to the test: ``farplug_guest_factory(boot="uefi", paused=True)``."""
+    from farplug.testing.lending import Lender, Loans
+
+    config, item = request.config, request.node
+    lender = config.stash.get(LENDER, None)
+    if lender is None:
+        lender = config.stash[LENDER] = Lender(config)
+    loans = item.stash[LOANS] = Loans(lender, item, farplug_guest_config)
+    yield loans.lend
+    loans.end()
+
+
+@pytest.fixture
+def farplug_guest(request: pytest.FixtureRequest, farplug_guest_factory: GuestFactory) -> GuestFixture:
+    """Return a guest that has booted. Other tests have used it, unless it is fresh; nothing is plugged into it."""
+    fields: dict[str, Any] = {}
+    for marker in reversed([*request.node.iter_markers("farplug")]):  # the closest one wins
+        if marker.args:
+            raise pytest.UsageError("the marker farplug takes fields by name: farplug(ports=2, memory=512)")
+        fields |= marker.kwargs
+    return farplug_guest_factory(**fields)
+
+
+@pytest.fixture
+def farplug_plug(farplug_guest: GuestFixture) -> PlugFixture:
+    """Return a function that plugs a device, an image, a folder or a kind of device into ``farplug_guest``."""
+    return farplug_guest.plug
+
+
+@pytest.fixture
+def farplug_keyboard(farplug_guest: GuestFixture) -> KeyboardFixture:
+    """Return the keyboard of ``farplug_guest``."""
+    return farplug_guest.keyboard
+
+
+@pytest.fixture
+def farplug_screen(farplug_guest: GuestFixture) -> ScreenFixture:
+    """Return the screen of ``farplug_guest``."""
+    return farplug_guest.screen
+
+
+@pytest.fixture
+def farplug_serial(farplug_guest: GuestFixture) -> SerialFixture:
+    """Plug a USB serial line into ``farplug_guest``, and return it."""
+    return farplug_guest.serial()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Add what the guests of a failed test show to its report."""
+    report = yield
+    loans = item.stash.get(LOANS, None)
+    if loans is not None and report.failed:
+        loans.failed(report)
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Stop all guests."""
+    config = session.config
+    lender = config.stash.get(LENDER, None)
+    if lender is not None:
+        config.stash[SLOW].update(lender.slow)
+        lender.close()
+        del config.stash[LENDER]
+    if hasattr(config, "workeroutput"):  # a process of pytest-xdist
+        slow = config.stash[SLOW]
+        config.workeroutput[_WORKER_KEY] = sorted(slow)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take over what a process of pytest-xdist has found."""
+    node.config.stash[SLOW].update(getattr(node, "workeroutput", {}).get(_WORKER_KEY, ()))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Print once that guests were emulated."""
+    slow = config.stash[SLOW]
+    for why in sorted(slow):
+        terminalreporter.write_line(f"farplug: the VMs ran without KVM, which is slower: {why}")
