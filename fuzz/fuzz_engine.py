@@ -96,7 +96,7 @@ class Guest:
 
     # the listener of the port
 
-    def data_received(self, data: memoryview) -> None:
+    def data_received(self, data: memoryview, more: bool = False) -> None:
         try:
             if self._oracle is not None:
                 self._oracle.receive(data)

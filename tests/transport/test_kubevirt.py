@@ -181,7 +181,7 @@ async def test_the_session_ends_with_the_first_websocket_that_is_lost(home: Kube
 
 async def test_an_exception_of_the_listener_is_an_internal_error(home: Kubeconfig) -> None:
     class Broken(Recorder):
-        def data_received(self, data: memoryview) -> None:
+        def data_received(self, data: memoryview, more: bool = False) -> None:
             raise AttributeError("no such thing")
 
     async with kubevirt(home):
