@@ -43,7 +43,7 @@ def _log_limits() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _input_devices_that_nobody_reads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def _unread_input_devices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only a real guest reads from a keyboard that is plugged in for it: with others the wait is short."""
     if request.node.get_closest_marker("guest") is None:
         monkeypatch.setattr(typing_module, "READ_TIMEOUT", 0.3)

@@ -116,7 +116,7 @@ async def test_the_screen_is_not_ours(home: Kubeconfig) -> None:
 
 def test_names() -> None:
     context = "kubevirt://admin@lab/lab/vm1"
-    assert TargetSettings(context).public_target == context, "a context is no password"
+    assert TargetSettings(context).public_target == context, "a context is not a password"
     assert default_name("", context) == "admin-lab-lab-vm1"
 
 

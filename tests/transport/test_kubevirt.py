@@ -746,7 +746,7 @@ async def test_without_tls_no_credentials_are_sent(home: Kubeconfig) -> None:
         (None, TargetError, "did not answer within 0.3 s"),
     ],
 )
-async def test_a_peer_that_is_no_api_server(
+async def test_a_peer_that_is_not_an_api_server(
     home: Kubeconfig, answer: bytes | None, kind: type[FarplugError], message: str
 ) -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -53,14 +53,14 @@ def test_a_line_that_seems_fast_is_tried_less_and_less() -> None:
     assert len(tries) < 12
 
 
-def test_two_pictures_under_way() -> None:
+def test_two_pictures_in_flight() -> None:
     line = ScreenLine()
     line.sent(1, 100_000, 0.0)
     line.sent(1, 100_000, 0.0)
     line.acknowledged(1, 0.02)
     assert line.level == 0
     line.acknowledged(1, 0.04)
-    assert line.level == 0, "the second one was under way for half of the time"
+    assert line.level == 0, "the second one was in flight for half of the time"
     for unknown in (1, 99, None, "x", 0.5):
         line.acknowledged(unknown, 100.0)
     assert line.level == 0

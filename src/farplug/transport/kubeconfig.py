@@ -171,7 +171,7 @@ class Access:
             kept = self._kept = await self._fetch()
         if not kept.empty and not self.cluster.secure:
             raise UsageError(
-                f"{self.where}: the server {self.cluster} is reached without TLS: nobody may read the credentials",
+                f"{self.where}: the server {self.cluster} is reached without TLS: the credentials would be readable on the network",
                 reason=Reason.KUBECONFIG,
                 remedy="use https:// in the kubeconfig's cluster",
             )

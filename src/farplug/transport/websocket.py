@@ -31,7 +31,7 @@ PING_INTERVAL: Final = 20.0
 No answer is awaited: a relay whose pipe to a paused VM is full does not read the ping.
 """
 CLOSE_LINGER: Final = 1.0
-"""Seconds for the server's answer to our close frame: a relay drops what is under way when the connection ends."""
+"""Seconds for the server's answer to our close frame: a relay drops what is in flight when the connection ends."""
 MAX_REASON: Final = 200
 """Characters of the server's reason for a close that a message quotes."""
 
