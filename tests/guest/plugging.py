@@ -96,7 +96,8 @@ async def plugged(
 async def until(guest: QemuGuest, condition: str) -> str:
     """Wait in a guest until a shell command succeeds; return the output of its last execution.
 
-    This is a loop in the guest, because an emulated guest needs 50 ms of processor time to begin a command.
+    This is a loop in the guest, because an emulated guest needs 50 ms of processor time to begin a command. The first
+    half second is looked at closely: later each look takes time from the program that is waited for.
 
     Raises:
         CommandFailed: the command did not succeed in time.
@@ -105,8 +106,8 @@ async def until(guest: QemuGuest, condition: str) -> str:
         tries=0
         until {condition}; do
             tries=$((tries + 1))
-            [ $tries -lt {GUEST_TIMEOUT * 20} ] || exit 1
-            busybox sleep 0.05
+            [ $tries -lt {10 + GUEST_TIMEOUT * 5} ] || exit 1
+            if [ $tries -lt 10 ]; then busybox sleep 0.05; else busybox sleep 0.2; fi
         done"""
     return await guest.check(script, timeout=2 * GUEST_TIMEOUT)
 

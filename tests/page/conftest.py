@@ -12,26 +12,44 @@ from tests.page.fake_page import FakePage
 
 TIMEOUT = 20_000
 WIDE = (1280, 800)
+CHROMIUM = "chromium"
+SHELL = "chromium-headless-shell"
 
 Opened = Callable[..., Page]
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """Return Debian's Chromium.
+def browsers() -> Iterator[Callable[[str], Browser]]:
+    """Return a function that returns a browser by the name of its program, started once.
 
     For each module: while Playwright runs, no other event loop can run in this thread.
     """
-    chromium = shutil.which("chromium")
-    if chromium is None:
+    if shutil.which(CHROMIUM) is None:
         if os.environ.get("FARPLUG_REQUIRE_ALL") == "1":
             pytest.fail("chromium is not installed")
         pytest.skip("chromium is not installed")
     expect.set_options(timeout=TIMEOUT)
+    running: dict[str, Browser] = {}
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+
+        def started(program: str) -> Browser:
+            if program not in running:
+                path = shutil.which(program) or shutil.which(CHROMIUM)
+                running[program] = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+            return running[program]
+
+        yield started
+        for browser in running.values():
+            browser.close()
+
+
+@pytest.fixture
+def browser(browsers: Callable[[str], Browser], request: pytest.FixtureRequest) -> Browser:
+    """Return Debian's Chromium without its user interface, where it is installed: a page costs a third in it.
+
+    A test of what the shell lacks, such as pointer lock, is parametrized with :data:`CHROMIUM`.
+    """
+    return browsers(getattr(request, "param", SHELL))
 
 
 @pytest.fixture

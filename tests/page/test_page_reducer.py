@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import Page
-from tests.page.conftest import Opened
+from tests.page.conftest import SHELL, Opened
 from tests.page.fake_page import FakePage, Json, attachment, guest
 
 from farplug.app.state import apply
@@ -23,9 +23,9 @@ REDUCE = """async ([snapshot, events]) => {
 
 
 @pytest.fixture(scope="module")
-def scripts(browser: Any) -> Any:
+def scripts(browsers: Any) -> Any:
     with FakePage() as fake:
-        page = browser.new_page()
+        page = browsers(SHELL).new_page()
         page.goto(fake.url)
         yield page
         page.close()

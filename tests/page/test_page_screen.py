@@ -8,7 +8,7 @@ import zlib
 
 import pytest
 from playwright.sync_api import Page, expect
-from tests.page.conftest import Opened
+from tests.page.conftest import CHROMIUM, Opened
 from tests.page.fake_page import FakePage
 
 RED, GREEN, BLUE = bytes((0, 0, 255, 9)), bytes((0, 255, 0, 9)), bytes((255, 0, 0, 9))
@@ -245,6 +245,7 @@ class TestPointer:
         page.mouse.up()
         fake.wait("pointer", matching=lambda params: params == {"x": 319, "y": 0, "buttons": ["left"]})
 
+    @pytest.mark.parametrize("browser", [CHROMIUM], indirect=True)
     def test_without_a_tablet_the_pointer_is_locked_and_moves_by_distances(self, fake: FakePage, page: Page) -> None:
         fake.emit("inputs", {"locks": [], "mouse": "relative"})
         expect(page.locator(".leds .lit")).to_have_count(0)
@@ -439,6 +440,7 @@ def test_a_screenshot_is_saved(page: Page) -> None:
     assert size == [320, 200]
 
 
+@pytest.mark.parametrize("browser", [CHROMIUM], indirect=True)
 def test_full_screen(fake: FakePage, page: Page) -> None:
     page.get_by_role("button", name="Full screen").click()
     page.wait_for_function("() => document.fullscreenElement !== null")
