@@ -17,6 +17,7 @@ from farplug.transport.connection import (
     KEEPALIVE_IDLE,
     KEEPALIVE_INTERVAL,
     RECEIVE_BUFFER,
+    SEND_BUFFER,
     Address,
     Connection,
     TcpAddress,
@@ -69,13 +70,13 @@ async def test_writer_is_paused_and_asyncio_holds_one_chunk() -> None:
     recorder = Recorder()
     connection, theirs = await connected(recorder, [])
     with theirs:
-        connection.write([bytes(HIGH_WATER + (4 << 20))])
+        connection.write([bytes(HIGH_WATER + 4 * SEND_BUFFER)])
         assert (recorder.pauses, recorder.resumes) == (1, 0)
         connection.write([b"more"])
         assert recorder.pauses == 1
         transport: Any = connection._transport
         assert transport.get_write_buffer_size() <= 256 << 10
-        assert len(await receive(theirs, HIGH_WATER + (4 << 20) + 4)) == HIGH_WATER + (4 << 20) + 4
+        assert len(await receive(theirs, HIGH_WATER + 4 * SEND_BUFFER + 4)) == HIGH_WATER + 4 * SEND_BUFFER + 4
         assert (recorder.pauses, recorder.resumes) == (1, 1)
         await connection.close(1)
 
@@ -129,8 +130,8 @@ async def test_an_exception_of_the_reader_ends_the_connection_as_an_internal_err
             if callback == "data_received":
                 theirs.send(b"x")
             else:
-                connection.write([bytes(HIGH_WATER + (4 << 20))])
-                await receive(theirs, HIGH_WATER + (3 << 20))
+                connection.write([bytes(HIGH_WATER + 4 * SEND_BUFFER)])
+                await receive(theirs, HIGH_WATER + 3 * SEND_BUFFER)
             async with asyncio.timeout(10):
                 while not lost:
                     await asyncio.sleep(0.01)
@@ -152,6 +153,33 @@ async def test_reading_can_be_paused() -> None:
         connection.resume_reading()
         await recorder.until(lambda: bytes(recorder.data) == b"early")
         await connection.close(1)
+
+
+async def test_connections_share_a_buffer_that_no_reader_keeps() -> None:
+    """A reader that pauses keeps the bytes until it resumes."""
+
+    class Keeping(Recorder):
+        view = memoryview(b"")
+
+        def data_received(self, data: memoryview, more: bool = False) -> None:
+            super().data_received(data)
+            self.view = data
+            keeping.pause_reading()
+
+    keeper, recorder = Keeping(), Recorder()
+    keeping, to_keeping = await connected(keeper, [])
+    other, to_other = await connected(recorder, [])
+    with to_keeping, to_other:
+        to_keeping.send(b"kept")
+        await keeper.until(lambda: bytes(keeper.data) == b"kept")
+        to_other.send(b"something else")
+        await recorder.until(lambda: bytes(recorder.data) == b"something else")
+        assert bytes(keeper.view) == b"kept"
+        assert other._receive_buffer is None
+        keeping.resume_reading()
+        assert keeping._receive_buffer is None
+        await keeping.close(1)
+        await other.close(1)
 
 
 async def test_reads_are_bounded_by_one_buffer() -> None:

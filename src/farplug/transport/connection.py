@@ -62,6 +62,8 @@ _KEEPALIVE_OPTIONS = tuple(
 )
 _NO_SUCH_NETWORK = (errno.ENETUNREACH, errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
 """The errors for an IPv6 address on a machine without IPv6: the host may be reachable at another address."""
+_spare_buffers: list[memoryview] = []
+"""A receive buffer that no connection uses, if there is one: most connections only use one during a call."""
 _TCP_QUICKACK: int = getattr(socket, "TCP_QUICKACK", 0)
 
 
@@ -175,7 +177,9 @@ class Connection(asyncio.BufferedProtocol):
         self.on_lost = on_lost
         self._tap = tap
         self.received = 0
-        self._receive_buffer = memoryview(bytearray(RECEIVE_BUFFER))
+        self._receive_buffer: memoryview | None = None
+        """In use: from the time that it is asked for until the reader has processed it, or resumes after a pause."""
+        self._reading_paused = False
         self._transport: asyncio.Transport | None = None
         self._quick_ack_socket: socket.socket | None = None
         self._plain_socket: socket.socket | None = None
@@ -244,11 +248,14 @@ class Connection(asyncio.BufferedProtocol):
 
     def pause_reading(self) -> None:
         """Stop reading from the socket until :meth:`resume_reading`."""
+        self._reading_paused = True
         if self.is_open and self._transport is not None:
             self._transport.pause_reading()
 
     def resume_reading(self) -> None:
         """Read from the socket again."""
+        self._reading_paused = False
+        self._release_buffer()
         if self.is_open and self._transport is not None:
             self._transport.resume_reading()
 
@@ -316,16 +323,22 @@ class Connection(asyncio.BufferedProtocol):
         self._plain_socket = sock
 
     def get_buffer(self, sizehint: int) -> memoryview:
+        if self._receive_buffer is None:
+            self._receive_buffer = _spare_buffers.pop() if _spare_buffers else memoryview(bytearray(RECEIVE_BUFFER))
         return self._receive_buffer
 
     def buffer_updated(self, nbytes: int) -> None:
         if self._closing or self._internal_error is not None:
             return
+        buffer = self._receive_buffer
+        assert buffer is not None
         self._answered = False
         self.received += nbytes
         if self._tap is not None:
-            self._tap.received(self._receive_buffer[:nbytes])
-        self.deliver(self._receive_buffer[:nbytes])
+            self._tap.received(buffer[:nbytes])
+        self.deliver(buffer[:nbytes])
+        if not self._reading_paused:
+            self._release_buffer()
         if self._quick_ack_socket is not None and not self._answered:
             # QEMU writes a transfer as several small messages. With Nagle's algorithm at QEMU and a delayed ACK here,
             # each transfer without an answer that carries the ACK would take 40 ms. The kernel resets the option: set
@@ -334,6 +347,11 @@ class Connection(asyncio.BufferedProtocol):
                 self._quick_ack_socket.setsockopt(socket.IPPROTO_TCP, _TCP_QUICKACK, 1)
             except OSError:  # the socket is being closed
                 self._quick_ack_socket = None
+
+    def _release_buffer(self) -> None:
+        if self._receive_buffer is not None and not _spare_buffers:
+            _spare_buffers.append(self._receive_buffer)
+        self._receive_buffer = None
 
     def eof_received(self) -> None:
         # The peer has closed: asyncio would first wait, perhaps forever, until the peer has read what we sent.

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, IntEnum
+from functools import cache
 from struct import Struct
 from typing import Final
 
@@ -96,11 +97,11 @@ class PacketFormat:
 
     def type_header(self, shared: Cap) -> Struct:
         """Return the layout of the type header. ``shared``: the capabilities that both sides have."""
-        return Struct("<" + self._layout(shared))
+        return _struct("<" + self._layout(shared))
 
     def packet(self, shared: Cap) -> Struct:
         """Return the layout of header and type header together. ``shared``: the capabilities that both sides have."""
-        return Struct(header(shared).format + self._layout(shared))
+        return _struct(header(shared).format + self._layout(shared))
 
     def _layout(self, shared: Cap) -> str:
         return next((layout for cap, layout in self.extended if cap in shared), self.layout)
@@ -108,7 +109,13 @@ class PacketFormat:
 
 def header(shared: Cap) -> Struct:
     """Return the layout of the header: type, length of what follows, id. ``shared``: what both sides have."""
-    return Struct("<IIQ" if Cap.IDS_64_BITS in shared else "<III")
+    return _struct("<IIQ" if Cap.IDS_64_BITS in shared else "<III")
+
+
+@cache
+def _struct(layout: str) -> Struct:
+    """Return one object for all connections: the few layouts of all packets take 20 KiB."""
+    return Struct(layout)
 
 
 PACKET_FORMATS: Final[Mapping[int, PacketFormat]] = {
