@@ -18,7 +18,6 @@ PACKAGE_OF_PROGRAM = {
     "aplay": "alsa-utils",
     "busybox": "busybox-static",
     "dash": "dash",
-    "kubectl": "kubernetes-client",
     "mke2fs": "e2fsprogs",
     "e2fsck": "e2fsprogs",
     "mkfs.vfat": "dosfstools",

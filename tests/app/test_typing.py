@@ -22,7 +22,7 @@ from farplug.app.settings import Source
 from farplug.errors import DeviceError, FarplugError, PortError, Reason, TargetError, UsageError
 from farplug.target import open_session, parse_target
 from farplug.virtual import Detached
-from farplug.virtual.hid import Keyboard, ReportsLost
+from farplug.virtual.hid import Keyboard, Mouse, ReportsLost
 
 
 class Reading:
@@ -32,6 +32,8 @@ class Reading:
         self.texts: list[str] = []
         self.layouts: list[str] = []
         self.error: Exception | None = None
+        self.begun = asyncio.Event()
+        self.gate: asyncio.Event | None = None
         reading = self
 
         async def read_by_guest(endpoint: object) -> None: ...
@@ -39,6 +41,9 @@ class Reading:
         async def type_text(keyboard: Keyboard, text: str, layout: str, progress: object) -> bool:
             assert callable(progress)
             progress(1)
+            reading.begun.set()
+            if reading.gate is not None:
+                await reading.gate.wait()
             if reading.error is not None:
                 raise reading.error
             reading.texts.append(text)
@@ -117,6 +122,56 @@ async def test_two_calls_share_a_keyboard(monkeypatch: pytest.MonkeyPatch) -> No
         await asyncio.gather(*(session.app.do(TypeText(text)) for text in "ab"))
         assert sorted(reading.texts) == ["a", "b"]
         assert len(session.guest.attachments) == 1
+
+
+async def test_a_call_waits_until_the_device_in_the_only_port_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading = Reading(monkeypatch)
+    done: list[str] = []
+
+    async def move(mouse: Mouse, x: int, y: int) -> None:
+        done.append("moved")
+
+    async def click(mouse: Mouse, button: object) -> None:
+        done.append("clicked")
+
+    monkeypatch.setattr(Mouse, "move", move)
+    monkeypatch.setattr(Mouse, "click", click)
+    reading.gate = asyncio.Event()
+    async with vm(1) as one, running(one.target) as session:
+        await session.named("ready")
+        typing = asyncio.ensure_future(session.app.do(TypeText("text")))
+        await reading.begun.wait()
+        clicking = asyncio.ensure_future(session.guest.typing.click_at_distance(1, 1))
+        second = asyncio.ensure_future(session.app.do(TypeText("more")))
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert not clicking.done()
+        assert [one.label for one in session.guest.attachments] == ["keyboard0"]
+        reading.gate.set()
+        assert await typing == {"confirmed": True, "via": "usb"}
+        await clicking
+        await second
+        assert (done, reading.texts) == (["moved", "clicked"], ["text", "more"])
+
+
+async def test_a_device_that_a_user_wants_in_the_port_comes_first_and_the_text_has_the_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    reading = Reading(monkeypatch)
+    reading.gate = asyncio.Event()
+    reading.error = Detached("gone")
+    async with vm(1) as one, running(one.target) as session:
+        await session.named("ready")
+        typing = asyncio.ensure_future(session.app.do(TypeText("text")))
+        await reading.begun.wait()
+        await session.app.do(Attach((Source.disk(blank(tmp_path / "a.raw")),)))
+        reading.gate.set()
+        with pytest.raises(DeviceError) as caught:
+            await typing
+        assert caught.value.message == (
+            "the keyboard was unplugged on this side: something else needed its port, or a user unplugged it: "
+            "1 of 4 characters are certain"
+        )
 
 
 @pytest.mark.parametrize(

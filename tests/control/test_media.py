@@ -149,9 +149,11 @@ async def test_insert_withdraw_and_a_disk(environment: dict[str, str]) -> None:
         not_an_iso = await answering(client, "insert", bytes(len(CONTENT)), path="client:m3")
         assert not_an_iso["error"]["code"] == "not-an-iso"
         assert not_an_iso["error"]["message"].startswith("disk.raw is not an ISO image")
-        writable = await answering(client, "attach", sources=[{"kind": "disk", "path": "client:m3"}])
-        assert writable["error"]["code"] == "bad-setting"
-        assert writable["error"]["setting"] == "usb_disk_ro"
+        for kind in ("disk", "folder", "fido", "camera"):
+            writable = await answering(client, "attach", sources=[{"kind": kind, "path": "client:m3"}])
+            assert writable["error"]["code"] == "bad-setting"
+            assert writable["error"]["message"].startswith("disk.raw is a file of a client: only CD-ROM drives and")
+            assert writable["error"]["setting"] == "usb_disk_ro"
         reply = await answering(client, "attach", sources=[{"kind": "read-only-disk", "path": "client:m3"}])
         assert reply["result"]["attachments"][0]["label"] == "disk.raw"
         client.send(request(2, "media-withdraw", media="m3"))

@@ -255,6 +255,11 @@ class Attachment:
             events.close()
         return events
 
+    @property
+    def unplugged(self) -> bool:
+        """Return whether :meth:`unplug` was called."""
+        return self._unplugged
+
     async def unplug(self) -> None:
         """Take the device out of the guest; give up while it is being plugged in. Its port stays open.
 

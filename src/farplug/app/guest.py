@@ -436,8 +436,14 @@ class Guest:
         self._on_demand.append(attachment)
         return attachment
 
+    @property
+    def only_used_make_room(self) -> bool:
+        """Return whether a free port would cost the device of a call that runs: one that was plugged in on demand."""
+        left = [attachment for attachment in self._on_demand if not attachment.over]
+        return not self._free_ports() and bool(left) and all(map(self.typing.uses, left))
+
     async def _make_room(self, number: int | None = None) -> bool:
-        """Unplug something that was plugged on demand; return False if there is nothing.
+        """Unplug something that was plugged on demand, first what no call uses; return False if there is nothing.
 
         Args:
             number: of the port that is needed; None: any.
@@ -446,7 +452,7 @@ class Guest:
         found = [attachment for attachment in self._on_demand if number in (None, attachment.port.number)]
         if not found:
             return False
-        attachment = found[0]
+        attachment = min(found, key=self.typing.uses)
         self._on_demand.remove(attachment)
         self.note(f"{attachment.label} is unplugged: its port is needed")
         await self.unplug(attachment)

@@ -14,7 +14,7 @@ from threading import Event
 from typing import Final, TypeAlias
 
 from farplug.app.media import Media, Offer, eject_with_client
-from farplug.app.settings import PATTERN, FolderFormat, Source, SourceKind, StorageSettings
+from farplug.app.settings import PATTERN, FolderFormat, Names, Source, SourceKind, StorageSettings
 from farplug.errors import Reason, Remedy, UsageError
 from farplug.scsi.disk import DiskUnit
 from farplug.scsi.inquiry import CDROM_PRODUCT, PRODUCT
@@ -145,11 +145,28 @@ class Kind:
         open: opens a source of this kind.
         label: its sources are named ``label0``, ``label1`` and so on; empty: after the file.
         repeatable: the same source twice is two devices; otherwise the second one is plugged in already.
+        of_clients: its sources may be files that clients offer.
     """
 
     open: Opener
     label: str = ""
     repeatable: bool = False
+    of_clients: bool = False
+
+    def check(self, source: Source, opening: Opening) -> None:
+        """Check that a source is not a file of a client, if the kind makes nothing of these.
+
+        Raises:
+            UsageError: it is one, or one that is not offered any more.
+        """
+        if self.of_clients or source.kind.names is not Names.FILE:
+            return
+        if (offer := opening.offered(source)) is not None:
+            raise UsageError(
+                f"{offer.file.name} is a file of a client: only CD-ROM drives and read-only disks are made of these",
+                reason=Reason.BAD_SETTING,
+                remedy=Remedy("plug it in read-only", setting="usb_disk_ro", value=source.path),
+            )
 
 
 # Images and folders -----------------------------------------------------------------------------------------------
@@ -157,12 +174,6 @@ class Kind:
 
 async def _open_disk(source: Source, opening: Opening) -> Medium:
     storage = opening.storage
-    if (offer := opening.offered(source)) is not None:
-        raise UsageError(
-            f"{offer.file.name} is a file of a client, which is read-only",
-            reason=Reason.BAD_SETTING,
-            remedy=Remedy("plug it in read-only", setting="usb_disk_ro", value=source.path),
-        )
     if storage.snapshot or source.snapshot is not None:
         return Medium(
             OverlayStore.open(
@@ -318,8 +329,8 @@ async def _open_camera(source: Source, opening: Opening) -> Parts:
 
 KINDS: Final[dict[SourceKind, Kind]] = {
     SourceKind.DISK: Kind(_open_disk),
-    SourceKind.READ_ONLY_DISK: Kind(_open_read_only_disk, repeatable=True),
-    SourceKind.CDROM: Kind(_open_cdrom, "cdrom", repeatable=True),
+    SourceKind.READ_ONLY_DISK: Kind(_open_read_only_disk, repeatable=True, of_clients=True),
+    SourceKind.CDROM: Kind(_open_cdrom, "cdrom", repeatable=True, of_clients=True),
     SourceKind.FOLDER: Kind(_open_folder, repeatable=True),
     SourceKind.REMOTE_DEVICE: Kind(_open_remote),
     SourceKind.KEYBOARD: _input("Keyboard"),

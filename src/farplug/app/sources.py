@@ -144,9 +144,9 @@ async def open_source(source: Source, storage: StorageSettings, sources: Sources
     """
     label, title = sources.name(source)
     try:
-        content = await KINDS[source.kind].open(
-            source, Opening(storage, partial(copying, label), f"{sources.guest} {label}", sources.media)
-        )
+        opening = Opening(storage, partial(copying, label), f"{sources.guest} {label}", sources.media)
+        KINDS[source.kind].check(source, opening)
+        content = await KINDS[source.kind].open(source, opening)
     except ImageError as error:
         sources.free(label)
         raise _explained(source, error, sources) from error

@@ -1,15 +1,17 @@
 """Typing and clicking in a guest: on a USB keyboard and a USB tablet, or through SPICE.
 
 A USB keyboard confirms what the guest has taken. Where none is plugged in, one is plugged into a free port, and stays
-there until something else needs the port.
+there until something else needs the port. While a call uses it, another call waits for the port.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
 from farplug.app.commands import Via
 from farplug.app.settings import Source, SourceKind
@@ -24,6 +26,7 @@ from farplug.virtual.hid import HidFunction, Keyboard, Mouse, ReportsLost, Table
 from farplug.virtual.hid.pointer import MAX_POSITION
 
 if TYPE_CHECKING:
+    from farplug.app.attachment import Attachment
     from farplug.app.guest import Guest
 
 HidT = TypeVar("HidT", bound=HidFunction)
@@ -51,27 +54,68 @@ class Typed:
     confirmed: bool
 
 
+@dataclass(frozen=True, slots=True)
+class _Usable(Generic[HidT]):
+    """A function of a device that is plugged in.
+
+    Attributes:
+        function: the function.
+        attachment: its device.
+    """
+
+    function: HidT
+    attachment: Attachment
+
+    def cause(self, name: str) -> str:
+        """Return why the guest has lost the device, of which ``name`` is the kind."""
+        if self.attachment.unplugged:
+            return f"the {name} was unplugged on this side: something else needed its port, or a user unplugged it"
+        return f"the VM has reset or unplugged the {name}"
+
+
 class _Devices:
-    """Finds the USB devices that the guest uses, and plugs in those that are missing."""
+    """Finds the USB devices that the guest uses, and plugs in those that are missing.
+
+    Attributes:
+        in_use: the devices that calls use now, once for each call.
+    """
 
     def __init__(self, guest: Guest) -> None:
+        self.in_use: Counter[Attachment] = Counter()
+        self._released = asyncio.Event()
         self._guest = guest
         self._turn = asyncio.Lock()
         """One call plugs a device at a time: another one uses it then."""
         self._not_used: set[type[HidFunction]] = set()
         """Kinds of devices that the guest did not use: SPICE is asked first, until the guest uses one."""
 
-    async def choose(self, kind: type[HidT], source: Source, via: Via) -> HidT | None:
-        """Return the function to use; None: SPICE.
+    @asynccontextmanager
+    async def use(self, kind: type[HidT], source: Source, via: Via) -> AsyncIterator[_Usable[HidT] | None]:
+        """Return a context manager with the device to use; None: SPICE.
+
+        A device that was plugged in for a call stays during the block, unless a user unplugs it or needs its port.
 
         Raises as :meth:`Typing.type`.
         """
+        used = await self._choose(kind, source, via)
+        if used is None:
+            yield None
+            return
+        attachment = used.attachment
+        self.in_use[attachment] += 1
+        try:
+            yield used
+        finally:
+            self.in_use -= Counter({attachment: 1})
+            self._released.set()
+
+    async def _choose(self, kind: type[HidT], source: Source, via: Via) -> _Usable[HidT] | None:
         if via is Via.SPICE:
             return None
         is_needed = via is Via.USB or not self._guest.inputs.are_there
         async with self._turn:
             plugged = self._plugged(kind)
-            used = next((one for one in plugged if one.reports.is_read), None)
+            used = next((one for one in plugged if one.function.reports.is_read), None)
             if used is None and (is_needed or (not plugged and kind not in self._not_used)):
                 try:
                     used = await self._use(kind, source, plugged)
@@ -84,17 +128,20 @@ class _Devices:
                 self._not_used.discard(kind)
             return used
 
-    def _plugged(self, kind: type[HidT]) -> list[HidT]:
+    def _plugged(self, kind: type[HidT]) -> list[_Usable[HidT]]:
         return [
-            function
+            _Usable(function, attachment)
             for attachment in self._guest.attachments
             if not attachment.over and isinstance(attachment.device, VirtualDevice)
             for function in attachment.device.functions
             if isinstance(function, kind)
         ]
 
-    async def _use(self, kind: type[HidT], source: Source, plugged: Sequence[HidT]) -> HidT:
+    async def _use(self, kind: type[HidT], source: Source, plugged: Sequence[_Usable[HidT]]) -> _Usable[HidT]:
         """Plug a device in unless one is, and wait until the guest reads from it."""
+        while not plugged and self._guest.only_used_make_room:
+            self._released.clear()
+            await self._released.wait()
         try:
             async with asyncio.timeout(READ_TIMEOUT):
                 if not plugged:
@@ -102,7 +149,7 @@ class _Devices:
                     plugged = self._plugged(kind)
                 while plugged:
                     try:
-                        await plugged[0].reports.read_by_guest()
+                        await plugged[0].function.reports.read_by_guest()
                         return plugged[0]
                     except Detached:  # it is not configured yet
                         await asyncio.sleep(_CONFIGURED_INTERVAL)
@@ -132,6 +179,10 @@ class Typing:
         self._guest = guest
         self._devices = _Devices(guest)
 
+    def uses(self, attachment: Attachment) -> bool:
+        """Return whether a call uses a device now."""
+        return attachment in self._devices.in_use
+
     async def type(
         self,
         text: str,
@@ -159,11 +210,17 @@ class Typing:
         """
         total = len(find_layout(layout).type(text))  # before anything is plugged in
         self.layout = layout
-        keyboard = await self._devices.choose(Keyboard, Source.keyboard(), via)
-        begin()
-        if keyboard is None:
-            await self._guest.inputs.type(text, progress, layout=layout)
-            return Typed(Via.SPICE, False)
+        async with self._devices.use(Keyboard, Source.keyboard(), via) as keyboard:
+            begin()
+            if keyboard is not None:
+                return Typed(Via.USB, await self._type_by_usb(keyboard, text, layout, total, progress))
+        await self._guest.inputs.type(text, progress, layout=layout)
+        return Typed(Via.SPICE, False)
+
+    async def _type_by_usb(
+        self, device: _Usable[Keyboard], text: str, layout: str, total: int, progress: Callable[[int], None]
+    ) -> bool:
+        keyboard = device.function
         done = 0
 
         def proceed(count: int) -> None:
@@ -172,12 +229,12 @@ class Typing:
             progress(count)
 
         try:
-            return Typed(Via.USB, await keyboard.type_text(text, layout, progress=proceed))
+            return await keyboard.type_text(text, layout, progress=proceed)
         except ReportsLost as error:
             raise _lost("the VM may have lost keys", error.confirmed, error.total) from error
         except Detached as error:
             certain = 0 if keyboard.boot_protocol else done
-            raise _lost("the VM has reset or unplugged the keyboard", certain, total) from error
+            raise _lost(device.cause("keyboard"), certain, total) from error
 
     async def press(self, keys: str, via: Via = Via.AUTO) -> Typed:
         """Press keys together, and release them. The arguments and errors are those of :meth:`type`.
@@ -187,16 +244,17 @@ class Typing:
             via: as above.
         """
         pressed = chord(keys)
-        keyboard = await self._devices.choose(Keyboard, Source.keyboard(), via)
-        if keyboard is None:
-            await self._guest.inputs.press(keys)
-            return Typed(Via.SPICE, False)
-        try:
-            await keyboard.tap(*pressed)
-            confirmed = not keyboard.boot_protocol and await keyboard.confirm(CONFIRM_TIMEOUT)
-        except Detached:
-            confirmed = False  # the keys may have been those for a restart
-        return Typed(Via.USB, confirmed)
+        async with self._devices.use(Keyboard, Source.keyboard(), via) as device:
+            if device is not None:
+                keyboard = device.function
+                try:
+                    await keyboard.tap(*pressed)
+                    confirmed = not keyboard.boot_protocol and await keyboard.confirm(CONFIRM_TIMEOUT)
+                except Detached:
+                    confirmed = False  # the keys may have been those for a restart
+                return Typed(Via.USB, confirmed)
+        await self._guest.inputs.press(keys)
+        return Typed(Via.SPICE, False)
 
     async def click(
         self, x: int, y: int, button: Button = Button.LEFT, *, display: int = 0, via: Via = Via.AUTO
@@ -221,13 +279,13 @@ class Typing:
                 reason=Reason.BAD_SETTING,
             )
         width, height = await self._guest.screen_of(display).size()
-        tablet = await self._devices.choose(Tablet, Source.tablet(), Via.USB)
-        assert tablet is not None
-        try:
-            await tablet.move_to(_scaled(x, width), _scaled(y, height))
-            await tablet.click(_BUTTONS[button])
-        except Detached as error:
-            raise _reset("tablet") from error
+        async with self._devices.use(Tablet, Source.tablet(), Via.USB) as device:
+            assert device is not None
+            try:
+                await device.function.move_to(_scaled(x, width), _scaled(y, height))
+                await device.function.click(_BUTTONS[button])
+            except Detached as error:
+                raise _not_clicked(device.cause("tablet")) from error
         return Typed(Via.USB, False)
 
     async def click_at_distance(self, x: int, y: int, button: Button = Button.LEFT, *, via: Via = Via.AUTO) -> Typed:
@@ -240,18 +298,18 @@ class Typing:
                 await self._guest.inputs.move_by(x, y)
                 await self._guest.inputs.press_button(button)
             return Typed(Via.SPICE, False)
-        mouse = await self._devices.choose(Mouse, Source(SourceKind.MOUSE), Via.USB)
-        assert mouse is not None
-        try:
-            await mouse.move(x, y)
-            await mouse.click(_BUTTONS[button])
-        except Detached as error:
-            raise _reset("mouse") from error
+        async with self._devices.use(Mouse, Source(SourceKind.MOUSE), Via.USB) as device:
+            assert device is not None
+            try:
+                await device.function.move(x, y)
+                await device.function.click(_BUTTONS[button])
+            except Detached as error:
+                raise _not_clicked(device.cause("mouse")) from error
         return Typed(Via.USB, False)
 
 
-def _reset(device: str) -> DeviceError:
-    return DeviceError(f"the VM has reset or unplugged the {device} before the click", reason=Reason.UNCONFIRMED)
+def _not_clicked(why: str) -> DeviceError:
+    return DeviceError(f"{why}: the click may be lost", reason=Reason.UNCONFIRMED)
 
 
 def _lost(what: str, certain: int, total: int) -> DeviceError:

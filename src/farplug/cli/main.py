@@ -24,6 +24,7 @@ from farplug.cli import (
     screen,
     serve,
     sessions,
+    usbredirect,
     writer,
 )
 from farplug.cli.failure import Failure
@@ -41,7 +42,8 @@ EXIT_CODES = {
     ExitCode.UNREACHABLE: "the VM cannot be reached",
     ExitCode.TLS: "TLS is required, or failed: the certificate is not trusted, or belongs to another host",
     ExitCode.DENIED: (
-        "the password is wrong or missing, or the ticket expired; or a SPICE proxy does not permit the channel"
+        "the password is wrong or missing, or the ticket expired; or a SPICE proxy does not permit the channel; or a "
+        "Kubernetes API does not accept or permit this user"
     ),
     ExitCode.NO_PORT: "the VM has no free port: no usbredir channel, or all are in use",
     ExitCode.REFUSED: "the VM refused the device: its filter, its USB controller",
@@ -83,6 +85,7 @@ app.command("press", cls=Command)(screen.press)
 app.command("click", cls=Command)(screen.click)
 app.command("page", cls=Command)(page.page)
 app.command("mcp", cls=Command)(mcp.mcp)
+app.command("usbredirect", cls=Command)(usbredirect.usbredirect)
 app.command("doctor", cls=Command)(doctor.doctor)
 app.command("demo", cls=Command)(demo.demo)
 app.add_typer(image.app, name="image")
