@@ -37,7 +37,7 @@ def spice_ports(count: int) -> tuple[SpicePort, ...]:
 USUAL: Final = GuestConfig(
     ports=spice_ports(4),
     kernel_arguments=("usb_storage.delay_use=0", "console=tty0"),
-    modules=("usbhid", "hid_generic", "evdev", "cdc_acm"),
+    modules=("bochs", "usbhid", "hid_generic", "evdev", "cdc_acm"),
     extra_arguments=("-device", "VGA,id=screen"),
 )
 """A Linux with a screen, disks that are scanned at once, and drivers of keyboards, pointers and serial lines."""
