@@ -19,6 +19,7 @@ from farplug.testing.fixtures import GuestFixture
 from farplug.testing.guest_pool import GuestPool
 from farplug.testing.loop_thread import LoopThread
 from farplug.testing.running_guest import Evidence, RunningGuest
+from farplug.vm.agent import GuestTimeout
 from farplug.vm.qemu import GuestCrashed, QemuGuest
 from farplug.vm.qemu_config import Boot, Controller, GuestConfig, SpicePort
 
@@ -113,7 +114,7 @@ class Lender:
         chosen = replace(config, accelerator=self._accelerator)
         try:
             guest = self.thread.call(self.pool.get(chosen, fresh=fresh))
-        except GuestCrashed as error:
+        except (GuestCrashed, GuestTimeout) as error:
             if not self._may_fall_back or self._missing_kvm:
                 raise
             guest = self.thread.call(self.pool.get(config, fresh=fresh))
