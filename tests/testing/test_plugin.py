@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 from tests.app.test_screen import decode_png
-from tests.testing.fake_vm import DIES, MISSING, NO_KVM, FakeVm
+from tests.testing.fake_vm import DIES, MISSING, NO_KVM, STUCK, FakeVm
 
 from farplug.testing import lending
 from farplug.testing.running_guest import FRAME_INTERVAL
@@ -238,6 +238,7 @@ def test_kvm_that_is_missing_or_does_not_work_is_reported_once(
     line = "farplug: the VMs ran without KVM, which is slower: QEMU was killed by SIGABRT: an assertion failed"
     assert result.stdout.str().count(line) == 1
     assert [vm.config.accelerator for vm in FakeVm.made] == ["kvm", "tcg"]
+    run(pytester, MARKED % STUCK).stdout.fnmatch_lines(["*without KVM, which is slower: the guest did not boot"])
     result = run(pytester, two, "--farplug-accel=kvm")
     result.assert_outcomes(errors=2)
     monkeypatch.setattr(lending, "missing_kvm", lambda: "/dev/kvm: permission denied")

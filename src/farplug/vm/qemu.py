@@ -97,6 +97,7 @@ class QemuGuest:
         self._targets: tuple[str, ...] = ()
         self._spice: SpiceAddress | None = None
         self._states: set[str] = set()
+        self._has_state_file = False
         self._kept = {"console": "", "firmware": "", "stderr": ""}
 
     async def __aenter__(self) -> Self:
@@ -249,8 +250,9 @@ class QemuGuest:
             QmpError: QEMU cannot save the state, as with ``machine``.
             GuestCrashed: QEMU ended.
         """
-        if not self._states:
+        if not self._has_state_file:
             await self._make_state_file()
+            self._has_state_file = True
         if name in self._states:
             await self._change_state("snapshot-delete", name)
             self._states.remove(name)
