@@ -18,13 +18,14 @@ from farplug.errors import FarplugError, Reason, Remedy, SetupError
 from farplug.spice.framebuffer import Rect
 from farplug.spice.types import ChannelType
 from farplug.testing import lending
-from farplug.vm.agent import CommandResult
+from farplug.vm.agent import CommandResult, GuestTimeout
 from farplug.vm.qemu import GuestCrashed, QemuGuest
 from farplug.vm.qemu_config import GuestConfig, SpiceAddress
 from farplug.vm.qmp import Qmp
 
-MISSING, DIES, NO_KVM = "missing", "dies", "no-kvm"
-"""Words in the kernel's command line: QEMU is not installed; it crashes at the start; it does so with KVM."""
+MISSING, DIES, NO_KVM, STUCK = "missing", "dies", "no-kvm", "stuck"
+"""Words in the kernel's command line: QEMU is not installed; it crashes at the start; it does so with KVM; with KVM the
+guest does not boot."""
 
 
 class FakeQmp(Qmp):
@@ -64,6 +65,8 @@ class FakeVm(QemuGuest):
         if DIES in words or (NO_KVM in words and self.config.accelerator == "kvm"):
             self._dead = True
             raise await self._crashed()
+        if STUCK in words and self.config.accelerator == "kvm":
+            raise GuestTimeout("the guest did not boot")
         if not self.config.paused:
             self.runs.set()
         if self.config.spice_server is not None:
@@ -118,6 +121,12 @@ class FakeVm(QemuGuest):
             self.text += output.decode()
         assert shell.returncode is not None
         return CommandResult(shell.returncode, output)
+
+    async def save_state(self, name: str) -> None:
+        self._states.add(name)
+
+    async def load_state(self, name: str) -> bool:
+        return name in self._states
 
     async def _crashed(self) -> FarplugError:
         return GuestCrashed("QEMU was killed by SIGABRT: an assertion failed")

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 from tests.app.test_screen import decode_png
-from tests.testing.fake_vm import DIES, MISSING, NO_KVM, FakeVm
+from tests.testing.fake_vm import DIES, MISSING, NO_KVM, STUCK, FakeVm
 
 from farplug.testing import lending
 from farplug.testing.running_guest import FRAME_INTERVAL
@@ -238,6 +238,7 @@ def test_kvm_that_is_missing_or_does_not_work_is_reported_once(
     line = "farplug: the VMs ran without KVM, which is slower: QEMU was killed by SIGABRT: an assertion failed"
     assert result.stdout.str().count(line) == 1
     assert [vm.config.accelerator for vm in FakeVm.made] == ["kvm", "tcg"]
+    run(pytester, MARKED % STUCK).stdout.fnmatch_lines(["*without KVM, which is slower: the guest did not boot"])
     result = run(pytester, two, "--farplug-accel=kvm")
     result.assert_outcomes(errors=2)
     monkeypatch.setattr(lending, "missing_kvm", lambda: "/dev/kvm: permission denied")
@@ -333,6 +334,38 @@ def test_a_paused_guest_finds_what_was_plugged_in_before(pytester: pytest.Pytest
     result.assert_outcomes(passed=2)
     assert [vm.config.memory for vm in FakeVm.made] == [256, 256, 512]
     assert all(vm.closed for vm in FakeVm.made)
+
+
+def test_the_state_of_a_guest_is_for_later_tests(pytester: pytest.Pytester) -> None:
+    result = run(
+        pytester,
+        """
+        import pytest
+        from farplug.errors import StateError
+
+        def test_first(farplug_guest, farplug_plug):
+            assert not farplug_guest.restore("ready")
+            with farplug_plug(kind="tablet"):
+                with pytest.raises(StateError, match="tablet: plugged in, and QEMU aborts"):
+                    farplug_guest.save("ready")
+                with pytest.raises(StateError, match="tablet: plugged in"):
+                    farplug_guest.restore("ready")
+            farplug_guest.save("ready")
+            farplug_plug(kind="tablet")
+
+        def test_second(farplug_guest, farplug_plug):
+            farplug_guest.succeed("echo old")
+            assert farplug_guest.restore("ready")
+            assert farplug_guest.console == ""
+            farplug_plug(kind="tablet")
+
+        def test_fresh(farplug_guest_factory):
+            assert not farplug_guest_factory(fresh=True).restore("ready")
+        """,
+        *("--farplug-artifacts=out", "--farplug-capture=on"),
+    )
+    result.assert_outcomes(passed=3)
+    assert len(list((pytester.path / "out").glob("*test_first/usb*.pcapng"))) == 2, "one for each connection"
 
 
 def test_ports_on_sockets(pytester: pytest.Pytester) -> None:

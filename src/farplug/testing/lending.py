@@ -19,6 +19,7 @@ from farplug.testing.fixtures import GuestFixture
 from farplug.testing.guest_pool import GuestPool
 from farplug.testing.loop_thread import LoopThread
 from farplug.testing.running_guest import Evidence, RunningGuest
+from farplug.vm.agent import GuestTimeout
 from farplug.vm.qemu import GuestCrashed, QemuGuest
 from farplug.vm.qemu_config import Boot, Controller, GuestConfig, SpicePort
 
@@ -37,7 +38,7 @@ def spice_ports(count: int) -> tuple[SpicePort, ...]:
 USUAL: Final = GuestConfig(
     ports=spice_ports(4),
     kernel_arguments=("usb_storage.delay_use=0", "console=tty0"),
-    modules=("usbhid", "hid_generic", "evdev", "cdc_acm"),
+    modules=("bochs", "usbhid", "hid_generic", "evdev", "cdc_acm"),
     extra_arguments=("-device", "VGA,id=screen"),
 )
 """A Linux with a screen, disks that are scanned at once, and drivers of keyboards, pointers and serial lines."""
@@ -113,7 +114,7 @@ class Lender:
         chosen = replace(config, accelerator=self._accelerator)
         try:
             guest = self.thread.call(self.pool.get(chosen, fresh=fresh))
-        except GuestCrashed as error:
+        except (GuestCrashed, GuestTimeout) as error:
             if not self._may_fall_back or self._missing_kvm:
                 raise
             guest = self.thread.call(self.pool.get(config, fresh=fresh))
