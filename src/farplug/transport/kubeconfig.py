@@ -171,7 +171,7 @@ class Access:
             kept = self._kept = await self._fetch()
         if not kept.empty and not self.cluster.secure:
             raise UsageError(
-                f"{self.where}: the server {self.cluster} is reached without TLS: the credentials would be readable on the network",
+                f"{self.where}: the server {self.cluster} is reached without TLS: the credentials would be readable",
                 reason=Reason.KUBECONFIG,
                 remedy="use https:// in the kubeconfig's cluster",
             )
