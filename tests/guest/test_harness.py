@@ -204,25 +204,6 @@ async def test_qemu_that_crashes_says_so(guests: GuestPool) -> None:
         assert not guest.alive
 
 
-async def test_states_are_saved_and_loaded(guests: GuestPool) -> None:
-    async with guests.fresh(GuestConfig(ports=(SpicePort(),), boot=Boot.BIOS)) as guest:
-        await guest.wait_for_console("SeaBIOS")
-        assert not await guest.load_state("one")
-        for name in ("one", "two", "one"):
-            await guest.save_state(name)
-        assert await guest.load_state("two")
-        assert await guest.load_state("one")
-        assert (await guest.qmp.execute("query-status"))["status"] == "running"
-        assert await guest.qmp.execute("query-jobs") == []
-    refused = GuestConfig(boot=Boot.BIOS, extra_arguments=("-device", "nvme,serial=1"))
-    async with guests.fresh(refused) as guest:
-        for _ in range(2):  # and the next attempt is not in the way
-            with pytest.raises(QmpError, match="nvme"):
-                await guest.save_state("one")
-        assert not await guest.load_state("one")
-        assert (await guest.qmp.execute("query-status"))["status"] == "running"
-
-
 async def test_configuration_that_qemu_refuses() -> None:
     with pytest.raises(GuestCrashed, match=r"ended with exit code 1: .*Property 'usb-redir.nonsense' not found"):
         await QemuGuest(GuestConfig(ports=(UnixPort(properties=("nonsense=1",)),))).__aenter__()

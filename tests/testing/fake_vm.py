@@ -122,12 +122,6 @@ class FakeVm(QemuGuest):
         assert shell.returncode is not None
         return CommandResult(shell.returncode, output)
 
-    async def save_state(self, name: str) -> None:
-        self._states.add(name)
-
-    async def load_state(self, name: str) -> bool:
-        return name in self._states
-
     async def _crashed(self) -> FarplugError:
         return GuestCrashed("QEMU was killed by SIGABRT: an assertion failed")
 

@@ -336,38 +336,6 @@ def test_a_paused_guest_finds_what_was_plugged_in_before(pytester: pytest.Pytest
     assert all(vm.closed for vm in FakeVm.made)
 
 
-def test_the_state_of_a_guest_is_for_later_tests(pytester: pytest.Pytester) -> None:
-    result = run(
-        pytester,
-        """
-        import pytest
-        from farplug.errors import StateError
-
-        def test_first(farplug_guest, farplug_plug):
-            assert not farplug_guest.restore("ready")
-            with farplug_plug(kind="tablet"):
-                with pytest.raises(StateError, match="tablet: plugged in, and QEMU aborts"):
-                    farplug_guest.save("ready")
-                with pytest.raises(StateError, match="tablet: plugged in"):
-                    farplug_guest.restore("ready")
-            farplug_guest.save("ready")
-            farplug_plug(kind="tablet")
-
-        def test_second(farplug_guest, farplug_plug):
-            farplug_guest.succeed("echo old")
-            assert farplug_guest.restore("ready")
-            assert farplug_guest.console == ""
-            farplug_plug(kind="tablet")
-
-        def test_fresh(farplug_guest_factory):
-            assert not farplug_guest_factory(fresh=True).restore("ready")
-        """,
-        *("--farplug-artifacts=out", "--farplug-capture=on"),
-    )
-    result.assert_outcomes(passed=3)
-    assert len(list((pytester.path / "out").glob("*test_first/usb*.pcapng"))) == 2, "one for each connection"
-
-
 def test_ports_on_sockets(pytester: pytest.Pytester) -> None:
     result = run(
         pytester,

@@ -634,30 +634,6 @@ class GuestFixture:
         compiled = re.compile(pattern)
         return self._caller.call(self._running.wait_for_text(compiled, self._caller.seconds(timeout)))[0]
 
-    # The state
-
-    def save(self, name: str = "test", timeout: float | None = None) -> None:
-        """Save the state of the guest under a name, for later tests that get the same guest.
-
-        Raises:
-            StateError: something is plugged in: QEMU aborts when it loads the state of a redirected device.
-            QmpError: QEMU cannot save the state, as with ``machine=True``.
-        """
-        __tracebackhide__ = True
-        self._caller.call(self._running.save(name), timeout, "QEMU did not save the state")
-
-    def restore(self, name: str = "test", timeout: float | None = None) -> bool:
-        """Return to a state that was saved; return False if this guest has none of this name. Raises as :meth:`save`.
-
-        ::
-
-            if not farplug_guest.restore("installed"):
-                ...  # install
-                farplug_guest.save("installed")
-        """
-        __tracebackhide__ = True
-        return self._caller.call(self._running.restore(name), timeout, "QEMU did not load the state")
-
     # Keys and screen
 
     def send_keys(self, *keys: str) -> None:

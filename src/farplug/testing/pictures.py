@@ -12,7 +12,7 @@ from farplug.app.screen import Frame
 from farplug.errors import ImageError, Reason, from_oserror
 
 PIXEL: Final = 4
-STRIP_SIDE: Final = 1024
+STRIP_SIDE: Final = 1280
 """Pixels of a picture in a strip, in each direction, at most: larger ones lose rows and columns."""
 GAP: Final = 4
 """White rows between two pictures of a strip."""

@@ -94,7 +94,6 @@ class RunningGuest:
         self._links: list[Guest] = []
         self._connecting = asyncio.Lock()
         self._pending: list[asyncio.Task[Attachment]] = []
-        self._plugged: list[asyncio.Task[Attachment]] = []
         self._devices: list[VirtualDevice] = []
         self._frames: deque[Frame] = deque(maxlen=FRAMES)
         self._recording: asyncio.Task[None] | None = None
@@ -181,8 +180,7 @@ class RunningGuest:
             link = Guest(GuestSettings(address), stream=self._stream, id=f"g{number + 1}")
             self._links.append(link)
             if self._captures is not None:
-                count = len(self._captured)
-                path = self._captures / (f"usb-{count + 1}.pcapng" if count else "usb.pcapng")
+                path = self._captures / (f"usb-{number + 1}.pcapng" if number else "usb.pcapng")
                 await link.start_capture(CaptureSettings(str(path)))
                 self._captured.append(path)
             await link.connect()
@@ -219,9 +217,7 @@ class RunningGuest:
         await self.links()
         if isinstance(what, VirtualDevice) and what not in self._devices:
             self._devices.append(what)
-        name = what.name if isinstance(what, Source) else str(what.identity)
-        plugging = asyncio.create_task(self._plug(what, storage), name=name)
-        self._plugged.append(plugging)
+        plugging = asyncio.create_task(self._plug(what, storage))
         if self.is_paused:
             self._pending.append(plugging)
         else:
@@ -245,7 +241,6 @@ class RunningGuest:
         """
         if not plugging.done():
             self._pending = [one for one in self._pending if one is not plugging]
-            self._plugged.remove(plugging)
             plugging.cancel()
             await asyncio.wait([plugging])
             return
@@ -255,39 +250,6 @@ class RunningGuest:
         for link in self._links:
             if attachment in link.attachments:
                 await link.unplug(attachment)
-
-    # The state
-
-    async def save(self, name: str) -> None:
-        """Save the state of the guest; see :meth:`~farplug.vm.qemu.QemuGuest.save_state`.
-
-        Raises:
-            StateError: something is plugged in, or a command runs.
-        """
-        await self._let_go()
-        await self.vm.save_state(name)
-
-    async def restore(self, name: str) -> bool:
-        """Return to a state that was saved; return False if there is none of this name. Raises as :meth:`save`."""
-        await self._let_go()
-        if not await self.vm.load_state(name):
-            return False
-        self._console_start = len(self.vm.console)
-        return True
-
-    async def _let_go(self) -> None:
-        """Disconnect, also from devices that were plugged in for a click or a text."""
-        self.check_open()
-        plugged = [one for one in self._plugged if not one.done() or not (one.exception() or one.result().over)]
-        if plugged:
-            names = ", ".join(one.get_name() for one in plugged)
-            raise StateError(
-                f"{names}: plugged in, and QEMU aborts when it loads the state of a redirected device",
-                remedy="unplug everything first",
-            )
-        errors = await self._disconnect()
-        if errors:
-            raise errors[0]
 
     # The screen
 

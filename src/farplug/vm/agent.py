@@ -146,11 +146,6 @@ class Agent:
         self._idle: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Queue()
         self._exchanges: set[asyncio.Task[CommandResult]] = set()
 
-    @property
-    def is_idle(self) -> bool:
-        """Return whether no command runs, also none whose caller has given up."""
-        return not self._exchanges
-
     async def connect(self, sockets: list[socket.socket]) -> None:
         """Use these connected sockets, the host's ends of the channels."""
         for sock in sockets:

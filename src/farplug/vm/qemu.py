@@ -50,7 +50,7 @@ from farplug.vm.qemu_config import (
     UsbPort,
     command_line,
 )
-from farplug.vm.qmp import Qmp, QmpError
+from farplug.vm.qmp import Qmp
 
 SPICE_PORT_ATTEMPTS = 5
 """Attempts to start QEMU with a free SPICE port: QEMU does not accept a listening socket for SPICE, so another program
@@ -96,8 +96,6 @@ class QemuGuest:
         self._started = 0.0
         self._targets: tuple[str, ...] = ()
         self._spice: SpiceAddress | None = None
-        self._states: set[str] = set()
-        self._has_state_file = False
         self._kept = {"console": "", "firmware": "", "stderr": ""}
 
     async def __aenter__(self) -> Self:
@@ -238,69 +236,6 @@ class QemuGuest:
                 raise error
             await asyncio.sleep(0.05)
         return found
-
-    async def save_state(self, name: str) -> None:
-        """Save the state of the guest, its memory included, under a name; one that has the name is replaced.
-
-        The guest stands still meanwhile. Disks of the guest are not part of the state. What is connected to a usb-redir
-        device must be disconnected: QEMU aborts when it loads the state of a USB device that was redirected.
-
-        Raises:
-            StateError: a command runs.
-            QmpError: QEMU cannot save the state, as with ``machine``.
-            GuestCrashed: QEMU ended.
-        """
-        if not self._has_state_file:
-            await self._make_state_file()
-            self._has_state_file = True
-        if name in self._states:
-            await self._change_state("snapshot-delete", name)
-            self._states.remove(name)
-        await self._change_state("snapshot-save", name)
-        self._states.add(name)
-
-    async def load_state(self, name: str) -> bool:
-        """Return to a state that :meth:`save_state` has saved; return False if there is none of this name.
-
-        Raises as :meth:`save_state`.
-        """
-        if name not in self._states:
-            return False
-        await self._change_state("snapshot-load", name)
-        return True
-
-    async def _make_state_file(self) -> None:
-        """Add a node ``states`` to QEMU, an image that no device of the guest has."""
-        assert self._folder is not None
-        path = str(self._folder / "states")
-        await self._job("blockdev-create", {"options": {"driver": "file", "filename": path, "size": 0}})
-        await self.qmp.execute("blockdev-add", {"driver": "file", "node-name": "states-file", "filename": path})
-        options = {"driver": "qcow2", "file": "states-file", "size": 1 << 20}
-        await self._job("blockdev-create", {"options": options})
-        await self.qmp.execute("blockdev-add", {"driver": "qcow2", "node-name": "states", "file": "states-file"})
-
-    async def _change_state(self, command: str, name: str) -> None:
-        if not self._agent.is_idle:
-            raise StateError("a command runs in the guest: its reply would be lost")
-        arguments: dict[str, object] = {"tag": name, "devices": ["states"]}
-        if command != "snapshot-delete":
-            arguments["vmstate"] = "states"
-        await self._job(command, arguments)
-
-    async def _job(self, command: str, arguments: dict[str, object]) -> None:
-        """Run a job of QEMU to its end (QEMU, qapi/job.json)."""
-        try:
-            await self.qmp.execute(command, {"job-id": command, **arguments})
-            while True:
-                (job,) = [one for one in await self.qmp.execute("query-jobs") if one["id"] == command]
-                if job["status"] == "concluded":
-                    break
-                await asyncio.sleep(0.05)
-            await self.qmp.execute("job-dismiss", {"id": command})
-        except GuestGoneError as error:
-            raise await self._crashed() from error
-        if "error" in job:
-            raise QmpError(command, "GenericError", job["error"])
 
     async def close(self) -> None:
         """Stop QEMU and remove its files. The logs remain readable. A second call does nothing."""
