@@ -238,7 +238,12 @@ async def soak(seconds: float, seed: int) -> list[str]:
             try:
                 async with served(guest, folder) as (url, session, page):
                     run = Soak(guest, folder, url, session, page, random.Random(seed))
-                    await run.run(seconds)
+                    try:
+                        await run.run(seconds)
+                    except BaseException:
+                        for log in folder.rglob("*.log"):
+                            print(f"the log {log.name} ends:\n{log.read_text()[-4000:]}", file=sys.stderr)
+                        raise
                     return run.faults + run.growth()
             finally:
                 shell.cancel()

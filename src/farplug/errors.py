@@ -93,6 +93,7 @@ class Reason(StrEnum):
     API_ERROR = "api-error"
     # screen and inputs
     NO_DISPLAY = "no-display"
+    NO_TEXT = "no-text"
     NO_INPUTS = "no-inputs"
     NO_TABLET = "no-tablet"
     NOT_DRIVING = "not-driving"

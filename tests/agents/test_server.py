@@ -15,10 +15,12 @@ from tests.control.support import RawClient
 from tests.control.test_driving import done
 from tests.control.test_screens import HEIGHT, PIXELS, WIDTH, Console
 from tests.docs import ROOT
+from tests.spice.console_pictures import runs
 
 from farplug.agents import server as server_module
 from farplug.agents.policy import Policy
 from farplug.agents.server import ACTING, LOOKING, Tools
+from farplug.app.console_fonts import console_glyphs
 
 TRAINED = {
     "screenshot": set(),
@@ -199,6 +201,20 @@ async def test_waiting_for_the_screen(environment: dict[str, str], monkeypatch: 
             "the screen has ch"
         )
         assert (await acting.text("wait_for_screen", state="still")).startswith("the screen is still\nlook 4")
+
+
+async def test_text_on_a_console(environment: dict[str, str]) -> None:
+    async with console(environment) as one, agent(one) as acting:
+        await acting.call("screenshot")
+        assert (await acting.refused("screen_text")).endswith("[no-text]")
+        answer = await acting.text("wait_for_text", text="login:", timeout=0.01)
+        assert answer == "timeout: after 0.01 seconds no line of a text console has this text: call screenshot"
+        waiting = asyncio.ensure_future(acting.text("wait_for_text", text="login:"))
+        one.draw(0, 0, WIDTH, HEIGHT, 0)
+        for left, row, right in runs(("tty1", "vm login: "), console_glyphs()):
+            one.draw(left, row, right, row + 1, 0xAAAAAA)
+        assert await waiting == "tty1\nvm login:"
+        assert await acting.text("screen_text") == "tty1\nvm login:"
 
 
 async def test_one_party_holds_the_keyboard(environment: dict[str, str]) -> None:

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from tests.spice.console_pictures import console_picture
 from tests.spice.test_display import bitmap, copy, create, fill
 from tests.transport.fake_spice import SESSION_ID, Behaviour, Channel, FakeSpice, message, running
 from tests.transport.test_spice_side import Inputs as FakeInputs
@@ -19,11 +20,12 @@ from tests.transport.test_spice_side import Screen as FakeScreen
 
 from farplug.app import screen as screen_module
 from farplug.app.app import App
-from farplug.app.commands import ButtonName, Click, Press, Screenshot, TypeText, from_words
+from farplug.app.commands import ButtonName, Click, Press, Screenshot, ScreenText, TypeText, from_words
+from farplug.app.console_fonts import console_glyphs
 from farplug.app.guest import Guest
 from farplug.app.png import encode_png, write_png
 from farplug.app.settings import TargetSettings
-from farplug.errors import FarplugError, Reason, RefusedError, TargetError, UsageError
+from farplug.errors import FarplugError, Reason, RefusedError, SetupError, TargetError, UsageError
 from farplug.spice.framebuffer import Rect
 from farplug.spice.inputs import Button, Locks
 from farplug.spice.types import ChannelType
@@ -308,7 +310,29 @@ async def test_commands(tmp_path: Path) -> None:
                 await machine.app.do(command)
 
 
+async def test_the_text_of_a_console(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine()
+    async with asyncio.timeout(60), machine.guest() as guest:
+        with pytest.raises(TargetError) as caught:
+            await guest.screen.text()
+        assert caught.value.reason is Reason.NO_TEXT
+        lines = ["login: root", "# _"]
+        picture = guest.screen.shown()
+        assert picture is not None
+        pixels, *size = console_picture((*lines, "", ""), console_glyphs(), columns=16)
+        assert size == [picture.width, picture.height]
+        picture.pixels[:] = pixels
+        result = await machine.app.do(ScreenText())
+        assert result == {"lines": [*lines, "", ""], "columns": 16, "unknown": 0}
+        monkeypatch.setattr("farplug.app.console_fonts.VGA_FOLDERS", ())
+        monkeypatch.setattr("farplug.app.console_fonts.PSF_FOLDERS", ())
+        with pytest.raises(SetupError) as missing:
+            await machine.app.do(ScreenText())
+        assert missing.value.reason is Reason.MISSING_PROGRAM
+
+
 def test_commands_in_words() -> None:
+    assert from_words(["screen-text"]) == ScreenText()
     assert from_words(["screenshot", "a.png"]) == Screenshot("a.png")
     assert from_words(["type", "a b"]) == TypeText("a b")
     assert from_words(["press", "F1"]) == Press("F1")

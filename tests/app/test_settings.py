@@ -109,8 +109,8 @@ def test_unknown_commands(name: object) -> None:
     assert len(caught.value.message) < 120
     assert caught.value.message.isprintable()
     assert caught.value.remedy == (
-        "commands: attach, detach, insert, eject, capture, stop-capture, screenshot, type, press, click, layouts, "
-        "check-text, presence, list, devices, status, quit"
+        "commands: attach, detach, insert, eject, capture, stop-capture, screenshot, screen-text, type, press, click, "
+        "layouts, check-text, presence, list, devices, status, quit"
     )
 
 

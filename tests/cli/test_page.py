@@ -65,6 +65,33 @@ def test_a_session_that_is_joined_continues(cli: Cli, number: signal.Signals) ->
         assert session.status["state"] == "connected"
 
 
+def test_an_mcp_server_below_the_page(cli: Cli, tmp_path: Path) -> None:
+    audit = tmp_path / "audit"
+    with vm() as target, page("-s", target, "--mcp", "--audit", audit) as (process, printed):
+        assert printed["mcp_url"] == f"http://127.0.0.1:{printed['port']}/mcp"
+        connection = http.client.HTTPConnection("127.0.0.1", printed["port"], timeout=60)
+        call = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": "nothing", "arguments": {}}}
+        fields = {
+            "Authorization": f"Bearer {printed['mcp_token']}",
+            "Content-Type": "application/json",
+            "Accept": "application/json, text/event-stream",
+            "Mcp-Method": "tools/call",
+            "Mcp-Name": "nothing",
+            "MCP-Protocol-Version": "2026-07-28",
+        }
+        about = {
+            "io.modelcontextprotocol/protocolVersion": "2026-07-28",
+            "io.modelcontextprotocol/clientInfo": {"name": "t", "version": "1"},
+            "io.modelcontextprotocol/clientCapabilities": {},
+        }
+        call["params"]["_meta"] = about  # type: ignore[index]
+        connection.request("POST", "/mcp", json.dumps(call), fields)
+        assert b"nothing" in connection.getresponse().read()
+        connection.close()
+        end(process)
+    assert json.loads(audit.read_text().splitlines()[0])["tool"] == "nothing"
+
+
 def test_a_session_of_a_target_ends_with_the_page(cli: Cli) -> None:
     with vm() as target, page("-s", target, "--view-only") as (process, printed):
         assert printed["view_url"] not in (None, printed["url"])
@@ -153,6 +180,10 @@ def test_a_browser_that_cannot_be_started(cli: Cli, monkeypatch: pytest.MonkeyPa
         (["--tls-cert", "/none"], 2, "the key is missing"),
         (["--tls-cert", "/none", "--tls-key", "/none"], 2, "/none cannot be opened"),
         (["--web-root", "/none"], 2, "/none cannot be opened"),
+        (["--mcp"], 2, "--mcp needs a session"),
+        (["-s", "none", "--audit", "x"], 2, "--audit has no effect without --mcp"),
+        (["-s", "none", "--mcp", "--read-only", "--allow", "/"], 2, "--read-only and --allow contradict each other"),
+        (["-s", "none", "--mcp", "--allow-write"], 2, "--allow-write has no effect without --allow"),
         (["--upload-quota", "x"], 2, "is not a valid size"),
         (["--upload-quota", "-1"], 2, "is not a valid size"),
         (["--port", "65536"], 2, "65535"),

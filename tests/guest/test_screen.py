@@ -43,6 +43,14 @@ def colours(frame: Frame) -> int:
     return len({frame.pixels[at : at + 3] for at in range(0, len(frame.pixels), 4)})
 
 
+def shown_text(frame: Frame) -> str:
+    """Return the text of the console; none if there is none."""
+    try:
+        return str(frame.text())
+    except TargetError:
+        return ""
+
+
 async def until(farplug: Guest, condition: Callable[[Frame], bool], display: int = 0) -> Frame:
     """Return the first frame that is as wanted."""
     screen = farplug.screen_of(display)
@@ -63,6 +71,8 @@ async def test_screenshots_equal_those_of_qemu(guests: GuestPool, device: str, b
         # The firmware prints text: in text mode, or in a graphics mode.
         frame = await until(farplug, lambda frame: colours(frame) > 1)
         assert frame.width >= 640
+        if boot is Boot.BIOS:
+            await until(farplug, lambda frame: "SeaBIOS" in shown_text(frame))
         await guest.qmp.execute("stop")
         # QEMU draws what the VM has written before the stop some time later.
         async with asyncio.timeout(300):

@@ -35,6 +35,10 @@ DRAG_STEPS: Final = 8
 REPEAT_DELAY: Final = 0.5
 REPEAT_INTERVAL: Final = 0.05
 """Seconds until a key that is held repeats, and from then on."""
+TEXT_INTERVAL: Final = 0.2
+"""Seconds from one look for a text to the next, at least."""
+MAX_COLUMNS: Final = 2048
+"""Characters of a line of a text console."""
 MAX_NAME: Final = 64
 _LEFT_BUTTON: Final = "left"
 
@@ -287,6 +291,38 @@ class Machine:
                 await self._change()
         finally:
             self.screen.drop(mark)
+
+    async def text(self) -> list[str]:
+        """Return the lines of the text console that the screen shows.
+
+        Raises:
+            TargetError: ``NO_TEXT``: it shows none.
+            FarplugError: the session is gone, or cannot read text.
+        """
+        await self.see()
+        client = await self.session()
+        result = await client.call("screen-text", {"display": self.display})
+        lines = result.get("lines") if isinstance(result, dict) else None
+        if not isinstance(lines, list):
+            raise RemoteProtocolError("the session sent no lines of text")
+        return [printable(str(line), MAX_COLUMNS) for line in lines]
+
+    async def wait_for_text(self, text: str) -> list[str]:
+        """Wait until a line of the text console has a text; return the lines. Raises as :meth:`text`, not NO_TEXT."""
+        while True:
+            await self.see()
+            changed = self._changed
+            try:
+                lines = await self.text()
+            except FarplugError as error:
+                if error.reason is not Reason.NO_TEXT:
+                    raise
+                lines = []
+            if any(text in line for line in lines):
+                return lines
+            if self._changed is changed:
+                await self._change()
+            await asyncio.sleep(TEXT_INTERVAL)
 
     async def wait_until_still(self, seconds: float, *, small: bool) -> None:
         """Wait until the screen has not changed for a time.

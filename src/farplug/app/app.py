@@ -272,6 +272,10 @@ class App:
         await asyncio.to_thread(write_png, command.path, png)
         return {"path": command.path, "width": frame.width, "height": frame.height}
 
+    async def _screen_text(self, command: commands.ScreenText) -> Any:
+        text = await self.guest(command.guest).screen_of(command.display).text()
+        return {"lines": [*text.lines], "columns": text.columns, "unknown": text.unknown}
+
     async def type(self, command: commands.TypeText, client: str = "", progress: Progress = lambda done: None) -> Any:
         """Type a text; return the result of the command.
 
@@ -418,6 +422,7 @@ _DISPATCH: dict[type[Command], Callable[[App, Any], Awaitable[Any]]] = {
     commands.Capture: App._capture,
     commands.StopCapture: App._stop_capture,
     commands.Screenshot: App._screenshot,
+    commands.ScreenText: App._screen_text,
     commands.Press: App._press,
     commands.Click: App._click,
     commands.Presence: App._presence,

@@ -193,6 +193,25 @@ class Screenshot(Command):
 
 
 @dataclass(frozen=True, slots=True)
+class ScreenText(Command):
+    """Read the text console that a display shows: see :meth:`farplug.app.screen.Screen.text`.
+
+    The result has ``lines`` from the top, ``columns``, and ``unknown``: the number of cells with something else than a
+    character, each of which is U+FFFD in the lines.
+
+    Attributes:
+        display: the number of the display, from 0.
+        guest: the guest's id; None: the only one.
+    """
+
+    name = "screen-text"
+    help = ("screen-text", "read the text console on the VM's screen")
+
+    display: int = 0
+    guest: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class TypeText(Command):
     """Type a text: see :meth:`farplug.app.typing.Typing.type`.
 
@@ -530,7 +549,20 @@ COMMANDS: Final[Mapping[str, type[Command]]] = {
     kind.name: kind
     for kind in (
         *(Attach, Detach, Insert, Eject, Capture, StopCapture),
-        *(Screenshot, TypeText, Press, Click, Layouts, CheckText, Presence, ListDrives, Devices, Status, Quit),
+        *(
+            Screenshot,
+            ScreenText,
+            TypeText,
+            Press,
+            Click,
+            Layouts,
+            CheckText,
+            Presence,
+            ListDrives,
+            Devices,
+            Status,
+            Quit,
+        ),
     )
 }
 """All commands of the application, by their names."""
@@ -595,6 +627,8 @@ def from_words(words: Sequence[str]) -> Command | None:
             return StopCapture()
         case ["screenshot", path] if not force:
             return Screenshot(path)
+        case ["screen-text"] if not force:
+            return ScreenText()
         case ["type", text] if not force:
             return TypeText(text)
         case ["press", keys] if not force:

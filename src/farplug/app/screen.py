@@ -8,10 +8,12 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import NoReturn, TypeAlias
 
+from farplug.app.console_fonts import console_glyphs
 from farplug.app.png import encode_png
 from farplug.errors import FarplugError, Reason, RefusedError, StateError, TargetError, UsageError
 from farplug.keymap import find_layout
 from farplug.keymap.layout import DEFAULT
+from farplug.spice.console import ConsoleText, read_console
 from farplug.spice.cursor import Cursor
 from farplug.spice.framebuffer import Framebuffer, Rect
 from farplug.spice.images import MAX_SIDE
@@ -58,6 +60,22 @@ class Frame:
     def png(self) -> bytes:
         """Return the picture as a PNG file. This takes tens of milliseconds."""
         return encode_png(self.width, self.height, self.pixels)
+
+    def text(self) -> ConsoleText:
+        """Return the text of the console in the picture, each cell compared with fonts. Takes tens of milliseconds.
+
+        Raises:
+            TargetError: it is not that of a text console in a font that is installed here (``NO_TEXT``).
+            SetupError: no such font is installed here (``MISSING_PROGRAM``).
+        """
+        text = read_console(self.pixels, self.width, self.height, console_glyphs())
+        if text is None:
+            raise TargetError(
+                "the screen shows no text console, or one in a font that is not installed here",
+                reason=Reason.NO_TEXT,
+                remedy="use its picture; fonts of Linux consoles are in the packages console-setup-linux and kbd",
+            )
+        return text
 
 
 class Screen:
@@ -112,6 +130,10 @@ class Screen:
         display = self._display()
         async with display.used():
             return _frame(await display.picture())
+
+    async def text(self) -> ConsoleText:
+        """Return the text of the console that is shown now. Raises as :meth:`frame` and :meth:`Frame.text`."""
+        return await asyncio.to_thread((await self.frame()).text)
 
     async def size(self) -> tuple[int, int]:
         """Return the width and the height of the picture, in pixels. Raises as :meth:`frame`."""

@@ -13,6 +13,7 @@ from threading import Thread
 from farplug.agents.audit import Audit
 from farplug.agents.machine import Machine
 from farplug.agents.policy import Folders, Policy, read_secrets
+from farplug.cli.agent_options import AgentOptions
 from farplug.cli.joining import own_session
 from farplug.cli.mcp import ServerOptions
 from farplug.cli.session import SIGNALS
@@ -31,22 +32,9 @@ def run(options: ServerOptions, *, debug: bool) -> None:
     Raises:
         FarplugError: the server or the session cannot be started.
     """
-    try:
-        import farplug.agents.server  # noqa: F401  (the SDK is an extra)
-    except ImportError as error:
-        raise SetupError(
-            f"farplug mcp needs the Python package mcp, version 2.3 or later: {error}",
-            reason=Reason.MISSING_PROGRAM,
-            remedy=Remedy("install it:", command="pip install 'farplug[mcp]'"),
-        ) from error
-    policy = Policy(
-        options.read_only,
-        Folders.of(options.allow),
-        options.allow_write,
-        options.allow_devices,
-        {} if options.secrets is None else read_secrets(options.secrets),
-    )
-    with Audit(options.audit) as audit:
+    check_sdk("farplug mcp")
+    with Audit(options.agents.audit) as audit:
+        policy = policy_of(options.agents)
         if options.target is None:
             run_client(_serve(options, options.session, policy, audit))
             return
@@ -54,10 +42,41 @@ def run(options: ServerOptions, *, debug: bool) -> None:
             run_client(_serve(options, name, policy, audit))
 
 
+def check_sdk(user: str) -> None:
+    """Raise ``SetupError`` if the SDK, which is an extra, is missing.
+
+    Args:
+        user: what needs it.
+    """
+    try:
+        import farplug.agents.server  # noqa: F401
+    except ImportError as error:
+        raise SetupError(
+            f"{user} needs the Python package mcp, version 2.3 or later: {error}",
+            reason=Reason.MISSING_PROGRAM,
+            remedy=Remedy("install it:", command="pip install 'farplug[mcp]'"),
+        ) from error
+    logging.getLogger().addHandler(logging.NullHandler())  # else the SDK adds its own to all loggers
+
+
+def policy_of(options: AgentOptions) -> Policy:
+    """Return what an agent may do.
+
+    Raises:
+        UsageError: a folder or a file cannot be used.
+    """
+    return Policy(
+        options.read_only,
+        Folders.of(options.allow or ()),
+        options.allow_write,
+        options.allow_devices,
+        {} if options.secrets is None else read_secrets(options.secrets),
+    )
+
+
 async def _serve(options: ServerOptions, name: str | None, policy: Policy, audit: Audit) -> None:
     from farplug.agents.server import AgentServer
 
-    logging.getLogger().addHandler(logging.NullHandler())  # else the SDK adds its own to all loggers
     async with open_session(name) as client:
         name = client.hello.session  # it runs, and is the only one if it was not named
     end_input = _endable_input()

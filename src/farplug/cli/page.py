@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,7 @@ import typer
 
 from farplug.app.settings import TargetSettings
 from farplug.cli import completion
+from farplug.cli.agent_options import RIGHTS, AgentOptions
 from farplug.cli.options import (
     OUTPUT,
     PASSWORD_HELP,
@@ -18,6 +20,7 @@ from farplug.cli.options import (
     SESSION_VARIABLE,
     DebugOption,
     TargetOptions,
+    with_fields,
     with_target_options,
 )
 from farplug.errors import Reason, UsageError
@@ -43,6 +46,7 @@ class PageOptions:
         web_root: the folder below which browsers may name files; None: none.
         upload_quota: bytes of uploads.
         view_only: print a second link, for watching.
+        agents: what agents may do; None: there is no MCP server.
         open: start the browser.
         json: print an object.
     """
@@ -56,11 +60,16 @@ class PageOptions:
     web_root: str | None
     upload_quota: int
     view_only: bool
+    agents: AgentOptions | None
     open: bool
     json: bool
 
 
-@with_target_options
+def _with_groups(command: Callable[..., None]) -> Callable[..., None]:
+    return with_target_options(with_fields(command, "agents", AgentOptions))
+
+
+@_with_groups
 def page(
     context: typer.Context,
     session: Annotated[
@@ -138,7 +147,17 @@ def page(
             rich_help_panel=PAGE,
         ),
     ] = DEFAULT_QUOTA,
+    mcp: Annotated[
+        bool,
+        typer.Option(
+            "--mcp",
+            help="Let an agent use the VM, too: serve MCP over HTTP below the page, with a token of its own. Needs a "
+            "session.",
+            rich_help_panel=RIGHTS,
+        ),
+    ] = False,
     *,
+    agents: AgentOptions,
     access: TargetOptions,
     json: Annotated[
         bool, typer.Option("--json", help="Print one object with the links as JSON.", rich_help_panel=OUTPUT)
@@ -154,6 +173,13 @@ continues; one that the page started ends with it.
     from farplug.cli.joining import target_of
 
     target = target_of(session, access, "a TARGET in --session")
+    if not mcp:
+        agents.check_unused("--mcp")
+    elif session is None:
+        raise UsageError(
+            "--mcp needs a session", reason=Reason.BAD_OPTION, remedy="name it: --session NAME; farplug ls lists them"
+        )
+    agents.check()
     options = PageOptions(
         None if target is not None else session,
         target,
@@ -164,6 +190,7 @@ continues; one that the page started ends with it.
         None if web_root is None else str(web_root),
         _bytes(upload_quota),
         view_only,
+        agents if mcp else None,
         open,
         json,
     )

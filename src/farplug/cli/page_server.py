@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import html
 import webbrowser
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from json import dumps
 from pathlib import Path
 
 import typer
 
 from farplug.cli import log
+from farplug.cli.agent_options import AgentOptions
 from farplug.cli.joining import own_session
 from farplug.cli.page import PageOptions
 from farplug.cli.session import SIGNALS
@@ -19,7 +20,7 @@ from farplug.cli.session_client import run as run_client
 from farplug.control.client import Client
 from farplug.control.names import open_session
 from farplug.errors import FarplugError
-from farplug.web.server import Page, PageSettings
+from farplug.web.server import Agents, Page, PageSettings
 
 
 def run(options: PageOptions, *, debug: bool) -> None:
@@ -56,7 +57,12 @@ async def _serve(options: PageOptions, name: str | None, *, own: bool) -> None:
             pass  # it runs
     following = asyncio.ensure_future(_follow(name, ended)) if own and name is not None else None
     try:
-        async with Page.serve(settings) as page:
+        async with AsyncExitStack() as stack:
+            agents = None
+            if options.agents is not None:
+                assert name is not None
+                agents = _agents(options.agents, name, stack)
+            page = await stack.enter_async_context(Page.serve(settings, agents=agents))
             _show(page, options, name)
             if options.open:
                 await asyncio.to_thread(_open, page)
@@ -65,6 +71,21 @@ async def _serve(options: PageOptions, name: str | None, *, own: bool) -> None:
         if following is not None:
             following.cancel()
             await asyncio.gather(following, return_exceptions=True)
+
+
+def _agents(options: AgentOptions, name: str, stack: AsyncExitStack) -> Agents:
+    """Return the MCP server of a session, which records until the stack ends."""
+    from farplug.agents.audit import Audit
+    from farplug.agents.machine import Machine
+    from farplug.cli.mcp_server import CLIENT_NAME, check_sdk, policy_of
+    from farplug.control.names import socket_path
+
+    check_sdk("farplug page --mcp")
+    from farplug.agents.http import http_app
+    from farplug.agents.server import AgentServer
+
+    audit = stack.enter_context(Audit(options.audit))
+    return http_app(AgentServer(Machine(socket_path(name), CLIENT_NAME), policy_of(options), audit))
 
 
 async def _follow(name: str, ended: asyncio.Event) -> None:
@@ -84,11 +105,14 @@ async def _until_end(client: Client) -> None:
 
 def _show(page: Page, options: PageOptions, name: str | None) -> None:
     if options.json:
-        typer.echo(dumps({"url": page.url, "view_url": page.view_url, "port": page.port, "session": name}))
+        links = {"url": page.url, "view_url": page.view_url, "port": page.port, "session": name}
+        typer.echo(dumps({**links, "mcp_url": page.mcp_url, "mcp_token": page.tokens.agent}))
         return
     typer.echo(page.url)
     if page.view_url is not None:
         typer.echo(f"to watch only: {page.view_url}")
+    if page.mcp_url is not None:
+        typer.echo(f"for agents: {page.mcp_url}\n  with the header Authorization: Bearer {page.tokens.agent}")
 
 
 def _open(page: Page) -> None:

@@ -34,7 +34,7 @@ VIEW: Final = frozenset(
 RELAYED: Final = frozenset(
     {
         *("subscribe", "unsubscribe", "status", "list", "layouts", "check-text", "devices"),
-        *("watch-screen", "unwatch-screen", "screen-ack"),
+        *("watch-screen", "unwatch-screen", "screen-ack", "screen-text"),
         *("attach", "detach", "insert", "eject", "capture", "stop-capture", "quit"),
         *("drive", "key", "keys-up", "pointer", "type", "stop-typing", "press", "click", "presence"),
         *("media-offer", "media-data", "media-withdraw"),

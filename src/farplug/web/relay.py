@@ -181,7 +181,7 @@ class Relay:
         if call.request.method != methods.HELLO:
             raise RemoteProtocolError("the first request must be hello")
         role = self._site.tokens.role(params.get("token"))
-        if role is None:
+        if role is None or role is Role.AGENT:
             limited = self._site.tokens.limited
             log.warning("a browser sent a wrong token")
             await self._browser.close(

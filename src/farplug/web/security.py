@@ -51,6 +51,12 @@ class Role(StrEnum):
     FULL = "full"
     VIEW = "view"
     """See sessions and screens, and change nothing."""
+    AGENT = "agent"
+    """Use the MCP server, and nothing else."""
+
+
+def _new() -> str:
+    return secrets.token_urlsafe(TOKEN_BYTES)
 
 
 @dataclass(slots=True)
@@ -63,25 +69,26 @@ class Tokens:
     Attributes:
         full: gives all rights.
         view: gives the rights of :attr:`Role.VIEW`; None: there is none.
+        agent: gives the rights of :attr:`Role.AGENT`; None: there is none.
     """
 
     full: str
     view: str | None = None
+    agent: str | None = field(default=None, kw_only=True)
     _clock: Callable[[], float] = time.monotonic
     _bad: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_BAD_TOKENS))
 
     @classmethod
-    def make(cls, *, view: bool = False) -> Tokens:
+    def make(cls, *, view: bool = False, agent: bool = False) -> Tokens:
         """Return new tokens."""
-        return cls(secrets.token_urlsafe(TOKEN_BYTES), secrets.token_urlsafe(TOKEN_BYTES) if view else None)
+        return cls(_new(), _new() if view else None, agent=_new() if agent else None)
 
     def role(self, token: object) -> Role | None:
         """Return the role of a token; None: it is not valid, and counts as a wrong one."""
         text = token.encode("utf-8", "replace") if isinstance(token, str) and len(token) <= MAX_TOKEN else b""
-        full = compare_digest(text, self.full.encode())
-        view = compare_digest(text, (self.view or secrets.token_urlsafe(TOKEN_BYTES)).encode())
-        if full or view:
-            return Role.FULL if full else Role.VIEW
+        tokens = ((Role.FULL, self.full), (Role.VIEW, self.view or _new()), (Role.AGENT, self.agent or _new()))
+        for role in [role for role, one in tokens if compare_digest(text, one.encode())]:
+            return role
         self._bad.append(self._clock())
         return None
 

@@ -23,11 +23,11 @@ import ssl
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from urllib.parse import quote
 
 import uvicorn
@@ -51,6 +51,13 @@ from farplug.web.relay import BrowserGone, Relay, Site
 from farplug.web.security import Origins, Role, Shield, Tokens
 from farplug.web.uploads import DEFAULT_QUOTA, Piece, Uploads, WrongOffset, temporary_folder
 
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+Agents: TypeAlias = "AbstractAsyncContextManager[ASGIApp]"
+"""Serves ``/mcp`` while it is entered."""
+MCP: Final = "/mcp"
+"""The path of the MCP server."""
 MAX_WEBSOCKETS: Final = 32
 """Browsers that use the page."""
 MAX_GREETINGS: Final = 32
@@ -130,6 +137,7 @@ class Page:
         view_url: with the token with which one can only watch; None: there is none.
         port: where it listens.
         tokens: who may use it.
+        mcp_url: the address of the MCP server, which takes the token for agents; None: there is none.
         private: a folder that only this user can read, which is removed with the page.
     """
 
@@ -140,6 +148,7 @@ class Page:
         scheme = "https" if settings.certificate else "http"
         self._base = f"{scheme}://{host}:{port}/#token="
         self._named = f"&session={quote(settings.session)}" if settings.session else ""
+        self._agents: ASGIApp | None = None
         self._site = site
         self._websockets = self._greetings = 0
 
@@ -153,14 +162,22 @@ class Page:
         """Return the address of the page with the token for watching; None: there is none."""
         return None if self.tokens.view is None else f"{self._base}{self.tokens.view}{self._named}"
 
+    @property
+    def mcp_url(self) -> str | None:
+        """Return the address of the MCP server; None: there is none."""
+        return None if self.tokens.agent is None else self._base.partition("/#")[0] + MCP
+
     @classmethod
     @asynccontextmanager
-    async def serve(cls, settings: PageSettings, environment: Mapping[str, str] | None = None) -> AsyncIterator[Page]:
+    async def serve(
+        cls, settings: PageSettings, environment: Mapping[str, str] | None = None, agents: Agents | None = None
+    ) -> AsyncIterator[Page]:
         """Return a context manager that serves a page.
 
         Args:
             settings: what it is for.
             environment: the environment variables; None: those of this process.
+            agents: an MCP server, for clients with the token for agents.
 
         Raises:
             UsageError: the web root, the certificate or the key cannot be used; or the page would be reachable from
@@ -184,7 +201,7 @@ class Page:
                 uploads = Uploads(folder, settings.upload_quota)
                 uploads.to_json()  # raises now, and not for each browser, if the folder cannot be used
                 stack.callback(uploads.close)
-                tokens = Tokens.make(view=settings.view_only)
+                tokens = Tokens.make(view=settings.view_only, agent=agents is not None)
                 site = Site(tokens, board, uploads, root, settings.session, socket.gethostname(), _user())
                 port = listener.getsockname()[1]
                 names = [] if context is None else _names(settings)
@@ -192,6 +209,8 @@ class Page:
                 origins = Origins.of([*names, _in_url(settings.address)], port, tls=context is not None)
                 await stack.enter_async_context(_swept(uploads))
                 await stack.enter_async_context(_served(Shield(page._app(), origins), listener, context))
+                if agents is not None:
+                    page._agents = await stack.enter_async_context(agents)
                 yield page
 
     def _app(self) -> Starlette:
@@ -201,6 +220,7 @@ class Page:
                 Route("/static/{path:path}", _static),
                 Route("/screenshot.png", self._screenshot),
                 Route("/media/{name}", self._put, methods=["PUT"]),
+                Route(MCP, _Endpoint(self._mcp)),
                 WebSocketRoute("/ws", self._websocket),
             ],
             exception_handlers={FarplugError: _failed},
@@ -208,11 +228,13 @@ class Page:
 
     # Requests -----------------------------------------------------------------------------------------------------
 
-    def _role(self, request: Request) -> Role | Response:
-        """Return the role of a request; or the answer, if its token is not valid."""
+    def _role(self, request: Request, *, agent: bool = False) -> Role | Response:
+        """Return the role of a request; or the answer, if its token is not valid here."""
         role = self.tokens.bearer(request.headers.get("authorization"))
-        if role is not None:
+        if role is not None and (role is Role.AGENT) is agent:
             return role
+        if role is not None:
+            return PlainTextResponse("this token is for another address of the page\n", 403)
         if self.tokens.limited:
             return PlainTextResponse("too many wrong tokens\n", 429, {"Retry-After": "10"})
         return PlainTextResponse("the token is not valid\n", 401, {"WWW-Authenticate": "Bearer"})
@@ -227,6 +249,13 @@ class Page:
         board = self._site.board
         make = board.thumbnail if "thumbnail" in request.query_params else board.screenshot
         return Response(await make(name, int(display)), media_type="image/png")
+
+    async def _mcp(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on to the MCP server."""
+        app: ASGIApp | Response | None = self._agents
+        if app is not None and isinstance(role := self._role(Request(scope), agent=True), Response):
+            app = role
+        await (app or PlainTextResponse("not found\n", 404))(scope, receive, send)
 
     async def _put(self, request: Request) -> Response:
         role = self._role(request)
@@ -307,6 +336,16 @@ class _Browser:
             await self._websocket.close(code, reason)
         except (WebSocketDisconnect, RuntimeError, OSError):
             raise BrowserGone from None
+
+
+class _Endpoint:
+    """An ASGI application as the endpoint of a route, which takes functions for something else."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app(scope, receive, send)
 
 
 # Files of the page ------------------------------------------------------------------------------------------------
