@@ -483,6 +483,36 @@ async def test_a_packet_that_the_guest_does_not_take_is_sent_later(monkeypatch: 
         assert [await guest.interrupt_in(0x81) for _ in range(5)] == [b"0", b"1", b"2", b"3", b"4"]
 
 
+@pytest.mark.parametrize("end", ["sent", "detached"])
+async def test_a_cancelled_call_does_not_leave_a_key_pressed(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("farplug.redirection.port_protocol.MAX_UNREQUESTED", 1)
+    function = Sensor()
+    async with MemoryGuest(VirtualDevice(function)) as guest:
+        await guest.enumerate()
+        await guest.start_receiving(0x81)
+        guest.redirection._protocol.pause_writing()
+        writing = asyncio.ensure_future(function.readings.write_together(b"down", b"up"))
+        await until(lambda: function.readings._last == b"down")
+        writing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await writing
+        later = asyncio.ensure_future(function.readings.write(b"later"))
+        never = asyncio.ensure_future(function.readings.write_together(b"never", b"never"))
+        await asyncio.sleep(0)
+        never.cancel()
+        if end == "sent":
+            guest.redirection._protocol.resume_writing()
+            await later
+            assert [await guest.interrupt_in(0x81) for _ in range(3)] == [b"down", b"up", b"later"]
+        else:
+            function.readings.detach()  # as a reset does
+            with pytest.raises(Detached):
+                await later
+            guest.redirection._protocol.resume_writing()
+        await asyncio.gather(never, return_exceptions=True)
+        assert not function.readings._lock.locked()
+
+
 class Sound(AsyncFunction):
     settings = (Setting(0, 0), Setting(0, 1), Setting(1, 0, 10, name="control"))
     microphone = isochronous_in(64, alternate=1)

@@ -344,6 +344,8 @@ class InterruptIn(_Paced):
         super().__init__(owner, address, declaration)
         self._last: bytes | None = None
         self._starts = 0
+        self._ending: asyncio.Task[None] | None = None
+        """Sends the rest of a cancelled call, and has the lock."""
 
     @property
     def restarts(self) -> int:
@@ -364,7 +366,8 @@ class InterruptIn(_Paced):
     async def write_together(self, *packets: Buffer) -> None:
         """Send packets at once, so that nothing can delay one of them: a key that is pressed and released.
 
-        The guest takes one in each interval; as many intervals pass before the next packet is sent.
+        The guest takes one in each interval; as many intervals pass before the next packet is sent. If the call is
+        cancelled when the first packet was sent, the others are sent nevertheless, before anything else.
 
         Raises:
             Detached: the guest has reset or unplugged the device.
@@ -372,14 +375,34 @@ class InterruptIn(_Paced):
         """
         session = self._begin()
         rest = deque(map(self._fits, packets))
-        async with self._lock:
-            while rest:
-                await self._turn(session)
-                sent = 0
-                while rest and self._owner.host.send(self.address, rest[0]):
-                    self._last = rest.popleft()
-                    sent += 1
-                self._sent(max(1, sent))  # after a refusal the rest is sent in the next interval
+        await self._lock.acquire()
+        try:
+            await self._send_all(session, rest)
+        except asyncio.CancelledError:
+            if 0 < len(rest) < len(packets):
+                self._ending = asyncio.ensure_future(self._send_all(session, rest))
+                self._ending.add_done_callback(self._ended)
+            raise
+        finally:
+            if self._ending is None:
+                self._lock.release()
+
+    async def _send_all(self, session: int, rest: deque[bytes]) -> None:
+        """Send packets, and remove them from ``rest``."""
+        while rest:
+            await self._turn(session)
+            sent = 0
+            while rest and self._owner.host.send(self.address, rest[0]):
+                self._last = rest.popleft()
+                sent += 1
+            self._sent(max(1, sent))  # after a refusal the rest is sent in the next interval
+
+    def _ended(self, ending: asyncio.Task[None]) -> None:
+        """Let others send: the rest of a cancelled call was sent, or the device is detached."""
+        self._ending = None
+        self._lock.release()
+        if not ending.cancelled():
+            ending.exception()  # mark it as retrieved: it is Detached, and nobody waits
 
     def enable(self, speed: Speed) -> None:
         super().enable(speed)
