@@ -7,7 +7,6 @@ import random
 import string
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -123,7 +122,6 @@ async def test_a_busy_machine_loses_nothing(guests: GuestPool, port: int) -> Non
         await farplug.typing.type("x", via=Via.USB)
         with busy(2):
             async with reading(guest, 0, KEY_ESC) as events:
-                time.monotonic()
                 assert (await farplug.typing.type(text, via=Via.USB)).confirmed
                 await farplug.typing.press("Escape")
         assert text_of(events) == text
