@@ -3,7 +3,8 @@
 # make test-kerbside  the whole of kerbside, the SPICE proxy, with its database, in front of a guest
 # make lint      ruff, mypy --strict (also for macOS and Windows), import contracts, words, shellcheck, docs
 # make bench     ratios to QEMU's own disks, to spice-gtk's emulated CD and to usbredirect; figures of the parser; what
-#                a command costs without QEMU; what TLS and the SPICE proxy kerbside cost; what the page costs
+#                a command costs without QEMU; what TLS and the SPICE proxy kerbside cost; what the page costs;
+#                how fast the USB keyboard types
 # make fuzz      run every fuzzer, SECONDS each
 # make fuzz-guided   fuzz every parser guided by coverage, with atheris, SECONDS each
 # make fuzz-nightly  all fuzzers for an hour in all
@@ -71,6 +72,7 @@ bench: setup
 	$(PYTHON) bench/socketpair.py
 	$(PYTHON) bench/disk.py
 	$(PYTHON) bench/network.py
+	PYTHONPATH=. $(PYTHON) bench/keyboard.py
 	$(PYTHON) bench/nested.py
 	PYTHONPATH=. $(PYTHON) bench/proxy.py
 	$(PYTHON) bench/page.py --seconds 10 --keys 20 --rounds 2

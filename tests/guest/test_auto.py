@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -208,15 +209,20 @@ async def test_slof(tmp_path: Path) -> None:
     await cdrom.dispose()
 
 
-def grub_image(folder: Path) -> Path:
-    """A hard disk with GRUB on it, which has drivers of its own for EHCI and mass storage, and nothing else."""
+def grub_image(folder: Path, modules: str, settings: str) -> Path:
+    """Make a hard disk with GRUB and nothing else on it.
+
+    Args:
+        folder: for its files.
+        modules: names of GRUB's modules, with spaces between them.
+        settings: the lines of its configuration file.
+    """
     boot = Path("/usr/lib/grub/i386-pc/boot.img")
     if not boot.exists():
         lacking("GRUB for a PC's BIOS is not installed (Debian: grub-pc-bin)")
-    settings = folder / "grub.cfg"
-    settings.write_text("serial --unit=0\nterminal_input serial\nterminal_output serial\n")
+    file = folder / "grub.cfg"
+    file.write_text(settings)
     core = folder / "core.img"
-    modules = "ehci usbms serial normal ls cat"
     subprocess.run(
         [
             *(
@@ -230,7 +236,7 @@ def grub_image(folder: Path) -> Path:
                 "--install-modules",
                 modules,
             ),
-            *("--locales=", "--fonts=", "--themes=", f"boot/grub/grub.cfg={settings}"),
+            *("--locales=", "--fonts=", "--themes=", f"boot/grub/grub.cfg={file}"),
         ],
         check=True,
         capture_output=True,
@@ -238,14 +244,18 @@ def grub_image(folder: Path) -> Path:
     )
     image = folder / "grub.raw"
     image.write_bytes(boot.read_bytes() + core.read_bytes())
-    with image.open("r+b") as file:
-        file.truncate(MIB * (image.stat().st_size // MIB + 1))
+    os.truncate(image, MIB * (image.stat().st_size // MIB + 1))
     return image
 
 
 async def test_grub(tmp_path: Path) -> None:
     """GRUB takes SuperSpeed's companion descriptors for endpoints. At High Speed there are none."""
-    drive = f"file={grub_image(tmp_path)},format=raw,if=ide,snapshot=on"
+    grub_disk = grub_image(
+        tmp_path,
+        "ehci usbms serial normal ls cat",  # drivers of its own for EHCI and mass storage
+        "serial --unit=0\nterminal_input serial\nterminal_output serial\n",
+    )
+    drive = f"file={grub_disk},format=raw,if=ide,snapshot=on"
     grub = ("-machine", "pc,usb=off", "-m", "128", "-device", "usb-ehci,id=usb", "-drive", drive)
     image = blank(tmp_path / "disk.raw")
     with image.open("r+b") as file:

@@ -7,7 +7,6 @@ import random
 import string
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -123,7 +122,6 @@ async def test_a_busy_machine_loses_nothing(guests: GuestPool, port: int) -> Non
         await farplug.typing.type("x", via=Via.USB)
         with busy(2):
             async with reading(guest, 0, KEY_ESC) as events:
-                time.monotonic()
                 assert (await farplug.typing.type(text, via=Via.USB)).confirmed
                 await farplug.typing.press("Escape")
         assert text_of(events) == text
@@ -188,4 +186,38 @@ async def test_other_input_devices(guests: GuestPool) -> None:
             await media.press(MediaKey.VOLUME_UP)
             await media.press(MediaKey.CALCULATOR)
         assert [code for kind, code, value in events if kind == 1 and value] == [115, 140]
+    assert await trouble(guest) == ""
+
+
+async def test_resets_during_a_text(guests: GuestPool) -> None:
+    """Reset the port again and again: each interrupted text is an error, and the keyboard works afterwards."""
+    guest = await guests.get(GUEST)
+    async with connected(guest.targets[0]) as farplug:
+        await farplug.typing.type("x", via=Via.USB)
+        device = "$(dirname $(grep -l farplug /sys/bus/usb/devices/*/manufacturer))"
+        for _ in range(5):
+            typing = asyncio.ensure_future(farplug.typing.type("y" * 50_000, via=Via.USB))
+            async with reading(guest, 0, 21):  # KEY_Y
+                pass
+            await guest.check(f"for i in 1 2 3; do echo 0 >{device}/authorized; echo 1 >{device}/authorized; done")
+            with pytest.raises(DeviceError, match="of 50000 characters are certain"):
+                await typing
+        text = random_text(11, 300)
+        async with reading(guest, 0, KEY_ESC) as events:
+            assert (await farplug.typing.type(text, via=Via.USB)).confirmed
+            await farplug.typing.press("Escape")
+        assert text_of(events) == text
+
+
+async def test_two_texts_at_once_on_two_keyboards(guests: GuestPool) -> None:
+    """A session types one text after the other, on one of its keyboards: Linux shows its locks on all of them."""
+    guest = await guests.get(GUEST)
+    texts = ["a" + random_text(seed, 400) for seed in (12, 13)]
+    async with connected(guest.targets[0]) as farplug:
+        await farplug.attach([Source.keyboard(), Source.keyboard()])
+        async with reading(guest, 0, KEY_ESC) as events:
+            typed = await asyncio.gather(*(farplug.typing.type(text, via=Via.USB) for text in texts))
+            assert all(one.confirmed for one in typed)
+            await farplug.typing.press("Escape")
+        assert text_of(events) in ("".join(texts), "".join(reversed(texts)))
     assert await trouble(guest) == ""

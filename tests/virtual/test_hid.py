@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from itertools import pairwise
 
 import pytest
 
@@ -201,6 +202,33 @@ async def test_a_text_that_is_confirmed(monkeypatch: pytest.MonkeyPatch) -> None
         seen.clear()
         assert await keyboard.type_text("Grüße, \u0065\u0301\r\n^", "de")
         assert text_of(seen, "de") == "Grüße, é\n^"
+
+
+@pytest.mark.parametrize("pressed", [(), (Key.LEFT_CTRL, Key.F1), (Key.F1, Key.F2, Key.F3, Key.F4, Key.F5)])
+def test_a_key_of_a_run_ends_the_repetition_of_the_next_one(pressed: tuple[Key, ...]) -> None:
+    """Take reports as Linux does: place by place, first a release, then a press. A release ends the repetition."""
+    keyboard = Keyboard()
+    keyboard._pressed = list(pressed)
+    strokes = [stroke for one in find_layout("us").type("The quick brown fox: 01 Aa bookkeeper") for stroke in one]
+    before = bytes((0, 0, *(key for key in pressed if not key.modifier))).ljust(8, b"\0")
+    typed: list[Stroke] = []
+    repeated: list[int] = []
+    reports = [before, *keyboard._reports_of(strokes)]
+    for last, report in pairwise(reports):
+        is_release_last = True
+        for old, new in zip(last[2:], report[2:], strict=True):
+            if old and old not in report[2:]:
+                is_release_last = True
+            if new and new not in last[2:]:
+                typed.append(Stroke(new, report[0] & 2))
+                is_release_last = False
+        if not is_release_last:
+            repeated.append(typed[-1].key)
+    assert typed == strokes
+    assert reports[-1][2:] == before[2:]
+    if len(pressed) < 5:
+        assert repeated == [strokes[0].key, *(one.key for last, one in pairwise(strokes) if last.key == one.key)]
+        assert len(reports) < 1.4 * len(strokes)
 
 
 async def test_two_texts_do_not_mix() -> None:

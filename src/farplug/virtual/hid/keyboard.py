@@ -6,7 +6,7 @@ Source: HID 1.11, appendices B.1 and F.3.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import IntFlag
 from typing import Final, TypeAlias
 
@@ -227,12 +227,12 @@ class Keyboard(HidFunction):
         The guest takes reports in their order. If it has taken the last one, and nothing was dropped between the first
         and the last one, it has taken all of them.
         """
-        restarts, keys, count = self.reports.restarts, 0, 0
-        while count < len(characters) and keys < CONFIRM_EVERY:
-            for stroke in characters[count]:
-                await self._emit(self._report_of(stroke), _report(self._pressed))
-            keys += len(characters[count])
+        restarts, count = self.reports.restarts, 0
+        strokes: list[Stroke] = []
+        while count < len(characters) and len(strokes) < CONFIRM_EVERY:
+            strokes += characters[count]
             count += 1
+        await self._emit(*self._reports_of(strokes))
         echo = await self._toggle()
         if self.reports.restarts != restarts or not await echo.comes(_TAKEN_TIMEOUT):
             raise _Uncertain
@@ -291,6 +291,38 @@ class Keyboard(HidFunction):
             progress(number)
         if self.reports.restarts != restarts and not self.boot_protocol:  # OVMF restarts after each report
             raise ReportsLost(0, len(characters))
+
+    def _reports_of(self, strokes: Sequence[Stroke]) -> Iterator[bytes]:
+        """Make reports that press keys one after the other, and release the last one.
+
+        A report with another key releases the one before. That halves the number of reports, which set the pace. The
+        other key has an earlier place in the array, so Linux sees its press before the release, and the release of any
+        key ends the repetition of keys there: the other key is not repeated, however late the next report is. A key
+        that follows itself, and the first one, have no such release.
+        """
+        others = [key for key in self._pressed if not key.modifier]
+        last = MAX_KEYS - len(others) - 1
+
+        def placed(stroke: Stroke, place: int) -> bytes:
+            report = bytearray(self._report_of(stroke))
+            report[2:] = bytes((*bytes(place), stroke.key, *bytes(last - place), *others))
+            return bytes(report)
+
+        held, place = None, last
+        for stroke in strokes:
+            if held is None:
+                pass
+            elif held.key == stroke.key or not last:
+                yield _report(self._pressed)
+                place = last
+            else:
+                if not place:
+                    place = last
+                    yield placed(held, place)
+                place -= 1
+            yield placed(stroke, place)
+            held = stroke
+        yield _report(self._pressed)
 
     def _report_of(self, stroke: Stroke, *others: Key) -> bytes:
         report = _report([*self._pressed, Key(stroke.key), *others])

@@ -1,0 +1,54 @@
+"""Devices made of software that come and go a hundred times leave nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from pathlib import Path
+
+import pytest
+from tests.app.test_link import running
+from tests.app.test_run import vm
+
+from farplug.app.attachment import Attachment
+from farplug.app.commands import Attach, Detach
+from farplug.app.settings import Source
+from farplug.usb import Transfer
+from farplug.virtual import Function, VirtualDevice
+
+ROUNDS, WARM_UP = 100, 5
+
+
+def left() -> tuple[int, int]:
+    """Return the numbers of descriptors and of tasks."""
+    return len(list(Path("/proc/self/fd").iterdir())), len(asyncio.all_tasks())
+
+
+def objects() -> int:
+    """Return the number of objects that belong to devices."""
+    gc.collect()
+    return sum(isinstance(one, (Attachment, Function, Transfer, VirtualDevice)) for one in gc.get_objects())
+
+
+@pytest.mark.parametrize("is_composite", [False, True])
+async def test_rounds_of_attach_and_detach(tmp_path: Path, *, is_composite: bool) -> None:
+    sources = [Source.keyboard()]
+    if is_composite:
+        sources += [
+            Source.serial("pty"),
+            Source.network(f"unix-listen:{tmp_path}/frames"),
+            Source.fido(tmp_path / "keys.json"),
+            Source.camera(),
+        ]
+    async with vm(1) as one, running(one.target) as session:
+        await session.named("ready")
+        for number in range(ROUNDS):
+            (attached,) = (await session.app.do(Attach(tuple(sources))))["attachments"]
+            assert len(attached["units"]) == len(sources)
+            await session.app.do(Detach("all"))
+            if number == WARM_UP:
+                before = left()
+        assert left() == before
+        assert objects() <= 2 + len(sources), "more than the last device, its functions and its attachment are left"
+        (port,) = next(iter(session.app.snapshot()["guests"].values()))["ports"]
+        assert port["state"] == "ready"
