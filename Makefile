@@ -8,6 +8,7 @@
 # make fuzz      run every fuzzer, SECONDS each
 # make fuzz-guided   fuzz every parser guided by coverage, with atheris, SECONDS each
 # make fuzz-nightly  all fuzzers for an hour in all
+# make load      200 sessions through kerbside, by two Locust workers, and the figures of docs/load.md
 # make stress    a minute of parallel readers, writers and failing commands, over each transport; 200 attaches by 4 clients
 # make soak      browsers come and go for SOAK seconds while a guest's screen scrolls and changes its size; nothing may grow
 # make picture   draw the pictures of the demo and of its page in README.md again
@@ -22,7 +23,7 @@ PROCESSES := 3
 COVERED := tests/usbredir tests/scsi
 SITE := -q -W --keep-going -j 2 -b html -d build/doctrees docs build/docs
 
-.PHONY: demo test test-others test-unit test-guest test-kerbside coverage lint format bench fuzz fuzz-guided fuzz-nightly stress soak picture man docs powercut setup clean
+.PHONY: demo test test-others test-unit test-guest test-kerbside coverage lint format bench load fuzz fuzz-guided fuzz-nightly stress soak picture man docs powercut setup clean
 
 setup:
 	@scripts/setup dev
@@ -76,6 +77,10 @@ bench: setup
 	$(PYTHON) bench/nested.py
 	PYTHONPATH=. $(PYTHON) bench/proxy.py
 	$(PYTHON) bench/page.py --seconds 10 --keys 20 --rounds 2
+
+load: setup
+	FARPLUG_LOAD_SESSIONS=200 $(PYTHON) -m pytest tests/load
+	PYTHONPATH=. $(PYTHON) bench/load.py
 
 stress: setup
 	FARPLUG_STRESS_SECONDS=60 FARPLUG_ATTACH_ROUNDS=50 FARPLUG_PAUSE_STEPS=4 $(PYTHON) -m pytest \

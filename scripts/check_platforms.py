@@ -36,6 +36,7 @@ POSIX_ONLY = (
     "image/build.py",
     "image/fill.py",
     "image/tools.py",
+    "load/client.py",
     "machine/hotplug.py",
     "machine/lock.py",
     "machine/obstacles.py",
@@ -55,6 +56,9 @@ POSIX_ONLY = (
     "web/uploads.py",
 )
 """Modules that call what Windows does not have; they import there. ``docs/platforms.md`` describes what is missing."""
+
+LOCUST_ONLY = SOURCES / "load/user.py"
+"""Imported by locustfiles: it needs a process in which Locust has replaced the sockets."""
 
 _NOT_ON_MACOS: dict[Any, tuple[str, ...]] = {
     errno: ("ENOMEDIUM",),
@@ -87,8 +91,9 @@ _MODULES_NOT_ON_WINDOWS = (
 
 
 def modules() -> list[str]:
-    """Return the name of every module of farplug."""
-    paths = (path.relative_to(SOURCES.parent).with_suffix("") for path in SOURCES.rglob("*.py"))
+    """Return the name of every module of farplug, without the one that only Locust can import."""
+    files = (path for path in SOURCES.rglob("*.py") if path != LOCUST_ONLY)
+    paths = (path.relative_to(SOURCES.parent).with_suffix("") for path in files)
     return sorted(".".join(path.parts).removesuffix(".__init__") for path in paths)
 
 

@@ -299,7 +299,15 @@ class RemoteProtocolError(ProtocolError):
 
 
 TOO_MANY_OPEN_FILES = (errno.EMFILE, errno.ENFILE)
-"""Errors about limits of this process and this machine, not about the file that was to be opened."""
+"""Errors about limits of this process and this machine, not about what was to be opened."""
+
+
+def open_files_remedy(error: OSError) -> Remedy:
+    """Return the remedy for one of :data:`TOO_MANY_OPEN_FILES`."""
+    if error.errno == errno.EMFILE:
+        return Remedy("close some files, or allow more", command="ulimit -n 4096")
+    return Remedy("close some files")
+
 
 _REASON_OF_ERRNO = {
     errno.ENOENT: Reason.NOT_FOUND,

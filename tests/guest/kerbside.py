@@ -130,35 +130,38 @@ class Kerbside:
             await self._reader
             self._control = None
 
-    async def allow(self, spice: SpiceAddress, *, host: str = LOOPBACK) -> Path:
-        """Accept the token for a SPICE server, which needs a plain port. Return a ``.vv`` file; ``host``: the proxy."""
+    async def allow(
+        self, spice: SpiceAddress, *, host: str = LOOPBACK, token: str = TOKEN, session: str = SESSION
+    ) -> Path:
+        """Accept a token for a SPICE server, which needs a plain port. Return a ``.vv`` file; ``host``: the proxy."""
         target: dict[str, object] = {
             "hypervisor": LOOPBACK,
             "hypervisor_ip": LOOPBACK,
             "insecure_port": spice.port,
             "ticket": spice.ticket,
-            "session_id": SESSION,
+            "session_id": session,
         }
         if spice.ca_file is not None:
             target |= {"secure_port": spice.tls_port, "host_subject": spice.host_subject}
             target["ca_cert"] = spice.ca_file.read_text()
-        await self.request("allow", token=TOKEN, target=target)
-        return self.vv(host=host)
+        await self.request("allow", token=token, target=target)
+        return self.vv(host=host, token=token, name=f"{session}.vv")
 
-    async def revoke(self) -> None:
-        """Refuse the token from now on: its life is over."""
-        await self.request("revoke", token=TOKEN)
+    async def revoke(self, token: str = TOKEN) -> None:
+        """Refuse a token from now on: its life is over."""
+        await self.request("revoke", token=token)
 
-    def vv(self, *, host: str = LOOPBACK, token: str = TOKEN, subject: str = "") -> Path:
+    def vv(self, *, host: str = LOOPBACK, token: str = TOKEN, subject: str = "", name: str = "console.vv") -> Path:
         """Write a ``.vv`` file as kerbside's REST API returns it.
 
         Args:
             host: the proxy's address.
             token: the console token.
             subject: ``host-subject``; empty: that of the proxy's certificate.
+            name: of the file.
         """
         ca = (self.folder / "ca-cert.pem").read_text().replace("\n", "\\n")
-        path = self.folder / "console.vv"
+        path = self.folder / name
         path.write_text(
             f"[virt-viewer]\ntype=spice\nhost={host}\nport={self.plain_port}\ntls-port={self.port}\n"
             f"password={token}\nhost-subject={subject or self.subject}\nca={ca}\ndelete-this-file=0\n"

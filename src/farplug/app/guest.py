@@ -317,6 +317,11 @@ class Guest:
 
     # Ports --------------------------------------------------------------------------------------------------------
 
+    @property
+    def ports(self) -> Sequence[GuestPort]:
+        """Return the ports of the VM, in their order; none before the VM is connected."""
+        return self._link.ports
+
     def check_room(self, count: int) -> None:
         """Check that the guest has ports for ``count`` devices, also those in use.
 

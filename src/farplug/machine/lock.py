@@ -9,10 +9,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from farplug.errors import TOO_MANY_OPEN_FILES, DeviceError, Reason, Remedy
+from farplug.errors import TOO_MANY_OPEN_FILES, DeviceError, Reason, Remedy, open_files_remedy
 from farplug.machine.device_info import DeviceInfo
 from farplug.machine.obstacles import busy, device_lost, no_permission
-from farplug.machine.sysfs import open_files_remedy
 
 
 class DeviceLock:

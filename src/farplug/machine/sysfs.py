@@ -14,7 +14,7 @@ import os
 import sys
 from pathlib import Path
 
-from farplug.errors import TOO_MANY_OPEN_FILES, Reason, Remedy, SetupError
+from farplug.errors import TOO_MANY_OPEN_FILES, Reason, SetupError, open_files_remedy
 
 MAX_ATTRIBUTE = 4096
 """Bytes of an attribute in sysfs, apart from binary files."""
@@ -74,13 +74,6 @@ def raise_if_too_many_open(error: OSError) -> None:
             reason=Reason.IO_ERROR,
             remedy=open_files_remedy(error),
         ) from error
-
-
-def open_files_remedy(error: OSError) -> Remedy:
-    """Return the remedy for one of :data:`TOO_MANY_OPEN_FILES`."""
-    if error.errno == errno.EMFILE:
-        return Remedy("close some files, or allow more", command="ulimit -n 4096")
-    return Remedy("close some files")
 
 
 def on_windows() -> bool:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol, TypeAlias, cast
 
-from farplug.errors import InternalError, Reason, Remedy, TargetError
+from farplug.errors import TOO_MANY_OPEN_FILES, InternalError, Reason, Remedy, TargetError, open_files_remedy
 from farplug.usb.types import Buffer
 
 RECEIVE_BUFFER = 256 << 10
@@ -538,6 +538,10 @@ def _dial_error(address: Address, error: OSError | ValueError, timeout: float) -
             reason = Reason.NO_PERMISSION
             if isinstance(address, UnixAddress):
                 remedy = "a client needs write permission on the socket, and search permission on its folders"
+        case OSError() if error.errno in TOO_MANY_OPEN_FILES:
+            reason, remedy = Reason.IO_ERROR, open_files_remedy(error)
+        case OSError() if error.errno == errno.EADDRNOTAVAIL:
+            remedy = "close other connections to this address: this machine may have no port left for another one"
     return TargetError(f"cannot connect to {address}: {why}", reason=reason, remedy=remedy)
 
 

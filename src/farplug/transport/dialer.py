@@ -442,8 +442,9 @@ class ChannelDialer:
             async with asyncio.timeout(self._timeouts.handshake):
                 return await linker.result
         except TimeoutError:
+            missing = client.phase.removeprefix("a ").removeprefix("the ")
             raise LinkFailure(
-                f"{client.name}: no {client.phase.removeprefix('a ')} within {self._timeouts.handshake:g} s",
+                f"{client.name}: no {missing} within {self._timeouts.handshake:g} s",
                 reason=Reason.TIMED_OUT,
                 remedy=f"check that the port is the VM's SPICE port; {SERVER_LOG}",
                 error=None,
