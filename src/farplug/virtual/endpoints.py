@@ -402,7 +402,7 @@ class InterruptIn(_Paced):
         self._ending = None
         self._lock.release()
         if not ending.cancelled():
-            ending.exception()  # mark it as retrieved: it is Detached, and nobody waits
+            ending.exception()  # mark it as retrieved: no caller waits for it
 
     def enable(self, speed: Speed) -> None:
         super().enable(speed)
