@@ -85,7 +85,7 @@ def test_cells_with_something_else() -> None:
     assert text.unknown == 1
 
 
-def test_what_is_no_console() -> None:
+def test_what_is_not_a_console() -> None:
     assert read_console(random.Random(1).randbytes(4 * 640 * 480), 640, 480, VGA) is None
     assert read_console(bytes(4 * 640 * 480), 640, 480, VGA) is None, "an empty screen"
     assert read_console(b"", 0, 0, VGA) is None
@@ -123,7 +123,7 @@ def test_psf_fonts(version: int) -> None:
         b"PNG" * 100,
     ],
 )
-def test_what_is_no_psf_font(data: bytes) -> None:
+def test_what_is_not_a_psf_font(data: bytes) -> None:
     with pytest.raises(ValueError, match=r"its|it is not"):
         psf_glyphs(data)
 

@@ -23,7 +23,7 @@ MAX_GLYPHS: Final = 512
 MAX_SIZE: Final = 1 << 20
 """Glyphs of a font, and bytes of the file."""
 UNKNOWN: Final = "\N{REPLACEMENT CHARACTER}"
-"""Stands for a cell with something that is no glyph."""
+"""Stands for a cell with something that is not a glyph."""
 KNOWN_PART: Final = 0.9
 """Of the cells that are not empty: with fewer known ones the picture is not a text console."""
 CURSOR_ROWS: Final = 3
@@ -111,7 +111,7 @@ class ConsoleText:
     Attributes:
         lines: from the top; without spaces at their ends.
         columns: characters of a line.
-        unknown: cells with something that is no glyph; they are :data:`UNKNOWN` in the lines.
+        unknown: cells with something that is not a glyph; they are :data:`UNKNOWN` in the lines.
     """
 
     lines: tuple[str, ...]
