@@ -76,6 +76,13 @@ def test_a_cursor(rows: tuple[int, ...]) -> None:
     assert text.lines == lines
 
 
+def test_a_cursor_that_is_a_glyph_too() -> None:
+    glyphs = {**VGA, bytes(14) + b"\xff\xff": "⎽"}
+    text = read_console(*console_picture(("$ ⎽",), glyphs), glyphs)
+    assert text is not None
+    assert text.lines == ("$",)
+
+
 def test_cells_with_something_else() -> None:
     pixels, width, height = console_picture(("boot: linux", "a" * 40), VGA)
     pixels[4 * 8 : 4 * 8 + 12] = bytes(range(12))

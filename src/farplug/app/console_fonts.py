@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from farplug.errors import Reason, SetupError
-from farplug.spice.console import MAX_SIZE, Glyph, psf_glyphs, vga_glyphs
+from farplug.spice.console import MAX_SIZE, Glyph, best_character, psf_glyphs, vga_glyphs
 
 log = logging.getLogger(__name__)
 
@@ -21,12 +21,12 @@ VGA_FOLDERS: Final = ("/usr/share/seabios", "/usr/share/qemu", "/usr/local/share
 """Where packages of SeaBIOS and QEMU have the images of VGA BIOSes."""
 PSF_FOLDERS: Final = ("/usr/share/consolefonts", "/usr/share/kbd/consolefonts", "/usr/lib/kbd/consolefonts")
 """Where packages of console-setup and kbd have fonts."""
-MAX_FILES: Final = 32
-_PSF: Final = re.compile(r"(default8x16|eurlatgr|\w+-(VGA|Fixed|Terminus|TerminusBold)\d+)\.psfu?(\.gz)?")
+MAX_FILES: Final = 512
+_PSF: Final = re.compile(r"[\w.-]+\.psfu?(\.gz)?", re.ASCII)
 
 
 def console_glyphs() -> Mapping[Glyph, str]:
-    """Return the characters of all fonts that are installed, by their glyphs. Takes some tens of milliseconds once.
+    """Return the characters of all fonts that are installed, by their glyphs. Takes up to a second, once.
 
     Raises:
         SetupError: none is installed (``MISSING_PROGRAM``).
@@ -43,12 +43,12 @@ def console_glyphs() -> Mapping[Glyph, str]:
 
 @cache
 def load_glyphs(vga_folders: tuple[str, ...], psf_folders: tuple[str, ...]) -> Mapping[Glyph, str]:
-    """Return the characters of the fonts in folders, by their glyphs. Where two fonts differ, the VGA BIOS is right."""
+    """Return the characters of the fonts in folders, by their glyphs. Of several, an ASCII one is taken."""
     found: dict[Glyph, str] = {}
     for path in _files(psf_folders, lambda name: _PSF.fullmatch(name) is not None):
         try:
             for glyph, name in psf_glyphs(_content(path)).items():
-                found.setdefault(glyph, name)
+                found[glyph] = best_character(found.get(glyph, "") + name)
         except (OSError, EOFError, ValueError, zlib.error) as error:
             log.debug("%s is not used as a console font: %s", path, error)
     for path in _files(vga_folders, lambda name: name.startswith("vgabios") and name.endswith(".bin")):
@@ -58,7 +58,7 @@ def load_glyphs(vga_folders: tuple[str, ...], psf_folders: tuple[str, ...]) -> M
             log.debug("%s is not used as a console font: %s", path, error)
             continue
         if glyphs:
-            found.update(glyphs)
+            found |= {glyph: best_character(found.get(glyph, "") + name) for glyph, name in glyphs.items()}
             break
     return found
 

@@ -26,6 +26,10 @@ UNKNOWN: Final = "\N{REPLACEMENT CHARACTER}"
 """Stands for a cell with something that is not a glyph."""
 KNOWN_PART: Final = 0.9
 """Of the cells that are not empty: with fewer known ones the picture is not a text console."""
+MAX_UNKNOWN: Final = 100
+"""Cells without a glyph, after which the rest of a picture is not read if they are more than the others."""
+USUAL_HEIGHT: Final = 16
+"""Pixels of a glyph; other heights are tried later, the nearest one first."""
 CURSOR_ROWS: Final = 3
 """Rows at the bottom of a cell in which a console draws its cursor, or a part of them."""
 
@@ -83,15 +87,15 @@ def _psf1_names(table: bytes) -> list[str]:
             own = ""
         else:
             own += chr(code)
-    return [_best(name) for name in names]
+    return [best_character(name) for name in names]
 
 
 def _psf2_names(table: bytes) -> list[str]:
     """Return a character for each glyph: UTF-8, 0xFE begins sequences, 0xFF ends a glyph."""
-    return [_best(one.partition(b"\xfe")[0].decode("utf-8", "ignore")) for one in table.split(b"\xff")]
+    return [best_character(one.partition(b"\xfe")[0].decode("utf-8", "ignore")) for one in table.split(b"\xff")]
 
 
-def _best(characters: str) -> str:
+def best_character(characters: str) -> str:
     """Return the character that stands for a glyph which several have."""
     return min(characters, key=lambda one: (not " " <= one <= "~", ord(one)), default="")
 
@@ -100,7 +104,7 @@ def _by_glyph(pairs: Iterable[tuple[Glyph, str]]) -> dict[Glyph, str]:
     found: dict[Glyph, str] = {}
     for glyph, name in pairs:
         if any(glyph):
-            found[glyph] = _best(name + found.get(glyph, ""))
+            found[glyph] = best_character(name + found.get(glyph, ""))
     return found
 
 
@@ -134,20 +138,19 @@ def read_console(pixels: bytes | bytearray, width: int, height: int, glyphs: Map
     Returns:
         the text; None: the picture is not that of a text console in one of these fonts, or is empty.
     """
-    best: tuple[int, ConsoleText] | None = None
-    for rows in sorted({len(glyph) for glyph in glyphs}):
+    heights = {len(glyph) for glyph in glyphs}
+    for rows in sorted(heights, key=lambda rows: abs(rows - USUAL_HEIGHT)):
         for columns in (WIDTH, WIDTH + 1) if width == 720 else (WIDTH,):  # VGA has a column between the glyphs
-            known, text = _read(pixels, width, height, columns, rows, glyphs)
-            filled = known + text.unknown
-            if known and known >= KNOWN_PART * filled and (best is None or known > best[0]):
-                best = known, text
-    return None if best is None else best[1]
+            text = _read(pixels, width, height, columns, rows, glyphs)
+            if text is not None:
+                return text
+    return None
 
 
 def _read(
     pixels: bytes | bytearray, width: int, height: int, columns: int, rows: int, glyphs: Mapping[Glyph, str]
-) -> tuple[int, ConsoleText]:
-    """Return the number of cells with a glyph, and the text, for cells of a size."""
+) -> ConsoleText | None:
+    """Return the text, for cells of a size; None: too few cells have glyphs."""
     cells: dict[bytes, str] = {}
     lines: list[str] = []
     known = unknown = 0
@@ -165,7 +168,11 @@ def _read(
         unknown += text.count(UNKNOWN)
         known += len(text) - text.count(UNKNOWN) - text.count(" ")
         lines.append(text.rstrip())
-    return known, ConsoleText(tuple(lines), width // columns, unknown)
+        if unknown > MAX_UNKNOWN and unknown > known:
+            return None
+    if known == 0 or known < KNOWN_PART * (known + unknown):
+        return None
+    return ConsoleText(tuple(lines), width // columns, unknown)
 
 
 def _character(cell: bytes, columns: int, glyphs: Mapping[Glyph, str]) -> str:
@@ -183,7 +190,8 @@ def _character(cell: bytes, columns: int, glyphs: Mapping[Glyph, str]) -> str:
             for start in range(0, len(bits), columns)
         )
         if (character := glyphs.get(glyph) or _under_cursor(glyph, glyphs)) is not None:
-            return character
+            is_cursor = character > "~" and not any(glyph[:-CURSOR_ROWS])
+            return " " if is_cursor else character
     return UNKNOWN
 
 
@@ -201,4 +209,4 @@ def _under_cursor(glyph: Glyph, glyphs: Mapping[Glyph, str]) -> str | None:
         for other, name in glyphs.items()
         if len(other) == rows and all(bits == without[row] for row, bits in enumerate(other) if row not in full)
     ]
-    return _best("".join(found)) or None
+    return best_character("".join(found)) or None
