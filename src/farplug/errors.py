@@ -98,6 +98,7 @@ class Reason(StrEnum):
     NO_TABLET = "no-tablet"
     NOT_DRIVING = "not-driving"
     UNCONFIRMED = "unconfirmed"
+    NO_PROMPT = "no-prompt"
     # ports
     NO_USBREDIR_CHANNEL = "no-usbredir-channel"
     NO_FREE_PORT = "no-free-port"

@@ -42,6 +42,12 @@ class ExitCode(IntEnum):
     DEVICE = 12
     PAUSED = 13
     """``farplug doctor`` reached the VM, and a port of it does not answer."""
+    NO_PROMPT = 123
+    """``farplug run``: no shell in the guest answered."""
+    COMMAND_TIMED_OUT = 124
+    """``farplug run``: the command did not end in time."""
+    COMMAND_FAILED = 125
+    """``farplug run`` failed itself. Other codes are those of the command in the guest."""
     INTERRUPTED = 130
     """Interrupted before a device was plugged in, or left at once, at a Ctrl-C while farplug was leaving."""
 
@@ -58,6 +64,7 @@ _BY_REASON: Mapping[Reason, ExitCode] = {
     Reason.FORBIDDEN: ExitCode.DENIED,
     Reason.NOT_SPICE: ExitCode.PROTOCOL,
     Reason.PAUSED: ExitCode.PAUSED,
+    Reason.NO_PROMPT: ExitCode.NO_PROMPT,
     Reason.INTERRUPTED: ExitCode.INTERRUPTED,
 }
 _BY_CLASS: Mapping[type[FarplugError], ExitCode] = {

@@ -11,6 +11,7 @@ from typing import Any, Final
 from farplug.agents.picture import Box, Mark, Picture, Screen, fitted_size
 from farplug.control.client import Client
 from farplug.control.messages import Notification
+from farplug.control.shell import Shell, open_shell
 from farplug.errors import (
     FarplugError,
     GuestGoneError,
@@ -136,6 +137,23 @@ class Machine:
                     await self._disconnect()
                     raise
             return self._client
+
+    @asynccontextmanager
+    async def shell(self, **options: Any) -> AsyncIterator[Shell]:
+        """Return a context manager that opens a shell in the VM, on a connection of its own.
+
+        Args:
+            options: those of :func:`~farplug.control.shell.open_shell`.
+
+        Raises:
+            FarplugError: as :meth:`hands`, and as that function.
+        """
+        async with (
+            self.hands() as typist,
+            Client.connect(self._path, name=self.name) as client,
+            open_shell(client, typist=typist, **options) as shell,
+        ):
+            yield shell
 
     async def close(self) -> None:
         """Close the connection: the session releases the keyboard and the mouse. A second call has no effect."""

@@ -28,6 +28,10 @@ log = logging.getLogger(__name__)
 
 MAX_TEXT: Final = 4000
 """Characters of one ``type``."""
+MAX_STDIN: Final = 65_536
+"""Characters of the standard input of a program that ``run`` runs."""
+MAX_OUTPUT: Final = 32_768
+"""Bytes of each output of such a program that are returned."""
 MAX_SECONDS: Final = 100.0
 """Of a wait, and of a key that is held."""
 SETTLE_TIME: Final = 0.5
@@ -557,6 +561,36 @@ class Tools:
             result = await self._machine.type(client, {"text": text, **_given(layout=layout)})
         return await self._after(f"typed {len(text)} characters; {_confirmed(result)}", screenshot_after)
 
+    async def run(
+        self,
+        command: Annotated[
+            list[str],
+            Field(
+                min_length=1,
+                max_length=100,
+                description='the program and its arguments, without a shell: ["sh", "-c", "dmesg | tail"] for a pipe',
+            ),
+        ],
+        stdin: Annotated[str, Field(max_length=MAX_STDIN)] = "",
+        timeout: Seconds = 30.0,
+        layout: Layout = None,
+    ) -> str:
+        """Run a program in a Linux VM whose screen shows the prompt of a shell; return its exit code and its outputs.
+
+        It needs no network in the VM. If no shell answers, look at the screen: log in first.
+        """
+        out, err = _Kept(), _Kept()
+        sent = stdin.encode("utf-8", "surrogateescape")
+
+        async def read() -> bytes:
+            nonlocal sent
+            data, sent = sent, b""
+            return data
+
+        async with self._machine.shell(**_given(layout=layout)) as shell:
+            code = await shell.run(command, stdin=read, stdout=out.write, stderr=err.write, timeout=timeout)
+        return _json({"exit_code": code, "stdout": out.text, "stderr": err.text})
+
     async def type_secret(
         self,
         name: Annotated[str, Field(max_length=64, description="the name of the secret; see vm_status")],
@@ -677,11 +711,29 @@ ACTING: Final[Mapping[str, bool]] = {
     **dict.fromkeys(("left_click", "right_click", "middle_click", "double_click", "triple_click"), True),
     **dict.fromkeys(("left_click_drag", "left_mouse_down", "left_mouse_up"), True),
     **dict.fromkeys(("mouse_move", "scroll"), False),
-    **dict.fromkeys(("key", "hold_key", "type", "type_secret"), True),
+    **dict.fromkeys(("key", "hold_key", "type", "type_secret", "run"), True),
     **dict.fromkeys(("usb_attach", "cdrom_insert", "cdrom_eject"), False),
     "usb_detach": True,
 }
 """The other tools, and whether they can destroy something in the VM."""
+
+
+class _Kept:
+    """Keeps the first bytes of an output, and counts the rest."""
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+        self._left_out = 0
+
+    async def write(self, data: bytes) -> None:
+        kept = data[: MAX_OUTPUT - len(self._data)]
+        self._data += kept
+        self._left_out += len(data) - len(kept)
+
+    @property
+    def text(self) -> str:
+        text = self._data.decode("utf-8", "replace")
+        return f"{text}\n[{self._left_out} bytes more were left out]" if self._left_out else text
 
 
 def _codes(text: str | None) -> list[str]:

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from farplug.app import commands
+from farplug.app.attachment import Attachment
 from farplug.app.commands import Command
 from farplug.app.guest import Guest
 from farplug.app.media import PREFIX, Offer
@@ -24,7 +26,7 @@ from farplug.app.screen import check_distances
 from farplug.app.seat import Hands, not_driving, taken
 from farplug.app.settings import Names, Source
 from farplug.app.watch import ClientEvent, InputsWatch, Outlet, Pacing, ScreenWatch
-from farplug.errors import GuestGoneError, Reason, StateError, UsageError
+from farplug.errors import FarplugError, GuestGoneError, Reason, StateError, UsageError
 from farplug.keymap.layout import characters
 from farplug.spice.inputs import Button
 from farplug.spice.physical_keys import physical_key
@@ -38,6 +40,8 @@ MAX_WATCHES: Final = 16
 """Displays that a client watches at a time."""
 MAX_OFFERS: Final = 8
 """Files that a client offers at a time."""
+MAX_SHELLS: Final = 4
+"""Devices for commands in guests that a client has plugged in at a time."""
 MAX_NAME: Final = 64
 """Characters of the name of a client."""
 TYPING_INTERVAL: Final = 0.2
@@ -67,6 +71,7 @@ class AppClient:
         """Those of the guests whose keyboard and mouse this client has asked for."""
         self._typing: dict[asyncio.Task[None], Guest] = {}
         self._offers: dict[str, Offer] = {}
+        self._shells: dict[Attachment, Guest] = {}
         self._ending: set[asyncio.Task[None]] = set()
         self._is_closed = False
 
@@ -107,6 +112,10 @@ class AppClient:
         for offer in self._offers.values():
             self._app.media.withdraw(offer)
         self._offers.clear()
+        for attachment, guest in self._shells.items():
+            if not attachment.over:
+                self._end(self._unplug(guest, attachment))
+        self._shells.clear()
 
     async def closed(self) -> None:
         """Wait until all that was ended has ended."""
@@ -286,6 +295,25 @@ class AppClient:
             return source
         return replace(source, path=self._offer(source.path.removeprefix(PREFIX)).path)
 
+    # Commands in the guest ----------------------------------------------------------------------------------------
+
+    async def _plug_shell(self, command: commands.PlugShell) -> Any:
+        guest = self._app.guest(command.guest)
+        self._shells = {one: where for one, where in self._shells.items() if not one.over}
+        if len(self._shells) >= MAX_SHELLS:
+            raise UsageError(f"a client plugs {MAX_SHELLS} shells in at most", reason=Reason.BAD_SETTING)
+        attachment = await guest.plug_shell(command.lines, command.serial_number)
+        if self._is_closed:
+            await self._unplug(guest, attachment)
+            raise GuestGoneError("the client has gone", reason=Reason.SESSION_GONE)
+        self._shells[attachment] = guest
+        return {"attachment": attachment.id, "label": attachment.label}
+
+    @staticmethod
+    async def _unplug(guest: Guest, attachment: Attachment) -> None:
+        with suppress(FarplugError):  # the guest is gone
+            await guest.unplug(attachment)
+
 
 class _Progress:
     """Reports to a client how much of a text was typed, at most once in TYPING_INTERVAL, and when all was."""
@@ -320,6 +348,7 @@ _DISPATCH: dict[type[Command], Callable[[AppClient, Any], Awaitable[Any]]] = {
     commands.StopTyping: AppClient._stop_typing,
     commands.MediaOffer: AppClient._media_offer,
     commands.MediaWithdraw: AppClient._media_withdraw,
+    commands.PlugShell: AppClient._plug_shell,
     commands.Press: AppClient._press_or_click,
     commands.Click: AppClient._press_or_click,
 }

@@ -524,6 +524,23 @@ class MediaWithdraw(Command):
 
 
 @dataclass(frozen=True, slots=True)
+class PlugShell(Command):
+    """Plug in a keyboard and three serial lines, as one device, for commands in the guest. It goes with the client.
+
+    Attributes:
+        lines: the path of UNIX sockets without its last digit: ``0`` is the end of the first line, up to ``2``.
+        serial_number: of the device, by which the guest finds it.
+        guest: the guest's id; None: the only one.
+    """
+
+    name = "plug-shell"
+
+    lines: str
+    serial_number: str
+    guest: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Devices(Command):
     """List the USB devices of this machine. The result has the name of the ``machine`` and the ``devices``."""
 
@@ -570,7 +587,7 @@ CLIENT_COMMANDS: Final[Mapping[str, type[Command]]] = {
     kind.name: kind
     for kind in (
         *(WatchScreen, UnwatchScreen, ScreenAck, Drive, Key, KeysUp, Pointer, StopTyping),
-        *(MediaOffer, MediaData, MediaWithdraw),
+        *(MediaOffer, MediaData, MediaWithdraw, PlugShell),
     )
 }
 """The commands of one client, by their names: see :class:`farplug.app.client.AppClient`."""

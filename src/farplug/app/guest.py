@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -42,6 +43,7 @@ from farplug.text import shown
 from farplug.transport.connection import Wire
 from farplug.transport.session import Session
 from farplug.usb.device import Device
+from farplug.usb.types import Speed
 from farplug.virtual.cdrom import CdromDrive
 from farplug.virtual.device import VirtualDevice
 from farplug.virtual.events import MediumEvent
@@ -61,6 +63,8 @@ ALL = "all"
 _USB_DEVICE = Origin(str(SourceKind.USB_DEVICE))
 REFUSAL_TIME = 2.0
 """Seconds in which a guest refuses a device, if it does: an operating system that runs has configured it by then."""
+SHELL_LINES = 3
+"""Serial lines of a device for commands in the guest."""
 FIGURES_INTERVAL = 1.0
 """Seconds between two events ``figures`` of an attachment."""
 
@@ -447,6 +451,54 @@ class Guest:
         left = [attachment for attachment in self._on_demand if not attachment.over]
         return not self._free_ports() and bool(left) and all(map(self.typing.uses, left))
 
+    async def plug_shell(self, lines: str, serial_number: str) -> Attachment:
+        """Plug in three serial lines and a keyboard, as one device; return when the guest has configured it.
+
+        The control interfaces of the lines have the numbers 0, 2 and 4.
+
+        Args:
+            lines: the absolute path of UNIX sockets without its last digit: ``0`` is the end of the first line.
+            serial_number: of the device: letters and digits.
+
+        Raises:
+            UsageError: the path or the serial number is not valid.
+            FarplugError: as :meth:`plug`.
+        """
+        if not os.path.isabs(lines) or not re.fullmatch(r"[0-9A-Za-z]{1,32}", serial_number):
+            raise UsageError(
+                "plug-shell needs an absolute path, and a serial number of 1 to 32 letters and digits",
+                reason=Reason.BAD_SETTING,
+            )
+        return await self._until_closed(self._plug_shell(lines, serial_number), "the shell was plugged in", self.unplug)
+
+    async def _plug_shell(self, lines: str, serial_number: str) -> Attachment:
+        from farplug.ends import parse_serial_end
+        from farplug.virtual.hid import Keyboard
+        from farplug.virtual.serial import SerialLine
+
+        await self._link.connected()
+        while not self._free_ports() and await self._make_room():
+            pass
+        device = VirtualDevice(
+            *(SerialLine(parse_serial_end(f"unix:{lines}{number}")) for number in range(SHELL_LINES)),
+            Keyboard(),
+            product="Keyboard and Serial Lines",
+            serial_number=serial_number,
+            speeds=(Speed.HIGH,),
+        )
+        self._owned[device] = ()
+        try:
+            attachment = await self._plug_device(device, None, Description("shell"))
+        except BaseException:
+            await self._release(device)
+            raise
+        try:
+            await attachment.configured()
+        except BaseException:
+            await self.unplug(attachment)
+            raise
+        return attachment
+
     async def _make_room(self, number: int | None = None) -> bool:
         """Unplug something that was plugged on demand, first what no call uses; return False if there is nothing.
 
@@ -633,7 +685,7 @@ class Guest:
             for opened in sources:
                 steps.callback(self._sources.release, opened)
                 steps.push_async_callback(opened.close)
-            if sources and isinstance(device, VirtualDevice):
+            if isinstance(device, VirtualDevice):
                 steps.push_async_callback(device.dispose)
 
     def find(self, name: str) -> Attachment | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from farplug.cli import (
     log,
     mcp,
     page,
+    run_command,
     screen,
     serve,
     sessions,
@@ -52,6 +54,9 @@ EXIT_CODES = {
     ExitCode.SETUP: "a program, a package or a permission is missing on this machine",
     ExitCode.DEVICE: "a device cannot be plugged in, or failed: written data may not be on stable storage",
     ExitCode.PAUSED: "farplug doctor: the VM does not answer: it is paused, or the port serves another client",
+    ExitCode.NO_PROMPT: "farplug run: no shell in the VM answered",
+    ExitCode.COMMAND_TIMED_OUT: "farplug run: the command in the VM did not end in time",
+    ExitCode.COMMAND_FAILED: "farplug run failed; its other codes are those of the command in the VM",
     ExitCode.INTERRUPTED: "interrupted before a device was plugged in, or by a second Ctrl-C",
 }
 
@@ -83,6 +88,7 @@ app.command("screenshot", cls=Command)(screen.screenshot)
 app.command("type", cls=Command)(screen.type_text)
 app.command("press", cls=Command)(screen.press)
 app.command("click", cls=Command)(screen.click)
+app.command("run", cls=run_command.RunCommand)(run_command.run)
 app.command("page", cls=Command)(page.page)
 app.command("mcp", cls=Command)(mcp.mcp)
 app.command("usbredirect", cls=Command)(usbredirect.usbredirect)
@@ -144,7 +150,8 @@ def run(arguments: Sequence[str]) -> int:
         failure = _run(arguments)
         release_logs()
         writer.lift_bound()  # what follows is the reason of the end
-        return _report(failure, as_json="--json" in arguments)  # not parsed: errors of the parser are reported too
+        options = itertools.takewhile(lambda one: one != "--", arguments)
+        return _report(failure, as_json="--json" in options)  # not parsed: errors of the parser are reported too
     finally:
         writer.finish()
 
