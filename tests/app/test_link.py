@@ -15,13 +15,22 @@ from tests.cli.support import FakeGuest, blank
 from tests.transport.fake_spice import free_port
 from tests.transport.test_spice_session import SWITCH_HOST, destination
 
-from farplug.app import retry, target_command
+from farplug.app import link, retry, target_command
 from farplug.app.app import App
-from farplug.app.commands import Attach, Detach
+from farplug.app.commands import Attach, Detach, Reconnect
 from farplug.app.events import Event
 from farplug.app.guest import Guest
 from farplug.app.settings import GuestSettings, ReconnectSettings, Source, TargetSettings
-from farplug.errors import FarplugError, GuestGoneError, PortError, Reason, RefusedError, TargetError, UsageError
+from farplug.errors import (
+    FarplugError,
+    GuestGoneError,
+    PortError,
+    Reason,
+    RefusedError,
+    StateError,
+    TargetError,
+    UsageError,
+)
 from farplug.store import FileStore
 from farplug.virtual.disk import disk_device
 
@@ -229,6 +238,43 @@ async def test_where_the_new_host_cannot_be_reached_the_vm_is_found_at_the_old_t
         one.spice.main_channel.send(destination(SWITCH_HOST, free_port()).replace(b"other\0", b"\0\0\0\0\0\0"))
         await session.named("back")
         await session.in_use()
+
+
+async def test_a_user_does_not_wait_for_the_next_attempt(monkeypatch: pytest.MonkeyPatch, files: Path) -> None:
+    monkeypatch.setattr(retry, "DELAYS", (3600,))
+    async with vm() as one, running(one.target, Source.disk(str(files / "a.raw"))) as session:
+        await session.in_use()
+        with pytest.raises(StateError, match="the VM is not lost"):
+            await session.app.do(Reconnect())
+        await lose(one)
+        await session.named("reconnecting")
+        await session.app.do(Reconnect())
+        await session.named("back")
+        await session.in_use()
+
+
+@pytest.mark.parametrize("when", ["lost", "reconnecting", "connecting"])
+async def test_a_user_gives_up(monkeypatch: pytest.MonkeyPatch, files: Path, when: str) -> None:
+    """Check it before the first attempt, in the delay before an attempt, and in an attempt that hangs."""
+    monkeypatch.setattr(retry, "DELAYS", (0 if when == "connecting" else 3600,))
+    hanging = asyncio.Event()
+
+    async def hang(*_: Any, **__: Any) -> None:
+        hanging.set()
+        await asyncio.Event().wait()
+
+    async with vm() as one, running(one.target, Source.disk(str(files / "a.raw"))) as session:
+        await session.in_use()
+        monkeypatch.setattr(link, "open_session", hang)
+        await lose(one)
+        await session.named("lost" if when == "lost" else "reconnecting")
+        if when == "connecting":
+            await hanging.wait()
+        await session.app.do(Reconnect(give_up=True))
+        with pytest.raises(GuestGoneError, match="a user stopped the attempts to connect again"):
+            await session.run
+        assert [event.name for event in session.events][-2:] == ["closed", "guest-removed"]
+        await FileStore.open(files / "a.raw").close()
 
 
 async def test_a_loss_without_the_setting_ends_the_session(files: Path) -> None:

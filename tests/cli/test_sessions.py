@@ -154,6 +154,11 @@ def test_paths_are_those_of_the_command(
     assert session.devices == {}
 
 
+def test_reconnecting_to_a_vm_that_is_there(cli: Cli, session: Session) -> None:
+    result = cli("reconnect")
+    assert (result.code, result.err) == (1, "farplug: the VM is not lost\n")
+
+
 def test_media(cli: Cli, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("one.iso", "two.iso"):

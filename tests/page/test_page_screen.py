@@ -348,6 +348,10 @@ class TestWhatStopsIt:
         expect(page.get_by_text("Keys go nowhere")).to_be_visible()
         fake.wait("keys-up")
         expect(page.get_by_role("button", name="Plug in…")).to_have_count(0)
+        card.get_by_role("button", name="Try now").click()
+        assert fake.wait("reconnect").params == {}
+        card.get_by_role("button", name="Stop trying").click()
+        assert fake.wait("reconnect", 2).params == {"give_up": True}
 
     def test_another_client_took_over(self, fake: FakePage, page: Page) -> None:
         self.lose(fake)

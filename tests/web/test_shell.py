@@ -30,7 +30,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
 
         return called
 
-    for name in ("attach", "detach", "media", "capture", "stop", "status", "touch", "watch", "ls"):
+    for name in ("attach", "detach", "media", "capture", "stop", "status", "touch", "watch", "ls", "reconnect"):
         monkeypatch.setattr(session_verbs, name, record(name))
     monkeypatch.setattr(screen_verbs, "carry_out", record("screen"))
     return calls
@@ -99,6 +99,8 @@ def test_attach(seen: Seen, storage: dict[str, Any] | None, rules: dict[str, Any
         ),
         ("presence", {"answer": "refuse", "attachment": "fido0"}, ("touch", "fido0", True)),
         ("presence", {"request": 1}, ("touch", None, False)),
+        ("reconnect", {}, ("reconnect", False)),
+        ("reconnect", {"give_up": True}, ("reconnect", True)),
         ("quit", {}, ("stop",)),
         ("status", {}, ("status",)),
         ("subscribe", {"events": ["attached"]}, ("watch",)),
@@ -121,6 +123,8 @@ def test_other_methods(seen: Seen, method: str, params: dict[str, Any], expected
             found = (asked.name, *encode(asked).values())[: len(expected)]
         case "touch":
             found = (name, arguments[1], named["refuse"])
+        case "reconnect":
+            found = (name, named["give_up"])
         case _:
             found = (name,)
     assert found == expected

@@ -253,6 +253,9 @@ class App:
             self.guest(command.guest).note(f"{label} is empty")
         await drive.eject(force=command.force)
 
+    async def _reconnect(self, command: commands.Reconnect) -> None:
+        self.guest(command.guest).reconnect(give_up=command.give_up)
+
     async def _capture(self, command: commands.Capture) -> None:
         if command.path == STANDARD_OUTPUT:
             raise UsageError(
@@ -431,5 +434,6 @@ _DISPATCH: dict[type[Command], Callable[[App, Any], Awaitable[Any]]] = {
     commands.ListDrives: App._list,
     commands.Devices: App._devices,
     commands.Status: App._status,
+    commands.Reconnect: App._reconnect,
     commands.Quit: App._leave,
 }

@@ -555,6 +555,21 @@ class Status(Command):
 
 
 @dataclass(frozen=True, slots=True)
+class Reconnect(Command):
+    """Connect to a VM that is lost at once, without the delay before the next attempt; or make no more attempts.
+
+    Attributes:
+        give_up: make no more attempts: the guest is gone.
+        guest: the guest's id; None: the only one.
+    """
+
+    name = "reconnect"
+
+    give_up: bool = False
+    guest: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Quit(Command):
     """Detach everything and leave."""
 
@@ -578,6 +593,7 @@ COMMANDS: Final[Mapping[str, type[Command]]] = {
             ListDrives,
             Devices,
             Status,
+            Reconnect,
             Quit,
         ),
     )

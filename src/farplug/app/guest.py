@@ -268,6 +268,17 @@ class Guest:
         self._link.session  # noqa: B018  (raises StateError)
         return await self._link.closed()
 
+    def reconnect(self, *, give_up: bool = False) -> None:
+        """Connect to a VM that is lost at once, without the delay before the next attempt; or make no more attempts.
+
+        Args:
+            give_up: make no more attempts: the guest is gone.
+
+        Raises:
+            StateError: the VM is not lost.
+        """
+        self._link.reconnect(give_up=give_up)
+
     def comes_back(self, error: FarplugError | None) -> bool:
         """Return whether the VM is gone with this error, and will be contacted again."""
         return self._closing is None and self._link.comes_back(error)

@@ -6,13 +6,14 @@ import asyncio
 import os
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from enum import StrEnum
 from typing import Any, Protocol, TypeAlias
 
 from farplug.app.events import Level
 from farplug.app.guest_port import GuestPort, PortState, retrieve
-from farplug.app.retry import Retry, Wait
+from farplug.app.retry import GiveUp, Retry, Wait
 from farplug.app.settings import GuestSettings, TargetSettings
 from farplug.app.target_command import run_target_command
 from farplug.errors import FarplugError, GuestGoneError, Reason, Remedy, StateError, TargetError
@@ -104,6 +105,11 @@ class Link:
         self._retry = Retry(None if settings is None else settings.reconnect, time.monotonic)
         self._opening: asyncio.Task[None] | None = None
         self._keeping: asyncio.Task[FarplugError | None] | None = None
+        self._at_once = asyncio.Event()
+        """A user does not wait for the delay before an attempt."""
+        self._attempting: asyncio.Task[FarplugError | None] | None = None
+        self._given_up = False
+        """A user wants no more attempts."""
         self._connected = asyncio.Event()
         self._connecting = False
         self._status: dict[str, Any] = {
@@ -317,6 +323,21 @@ class Link:
             error = None if self._keeping.cancelled() else self._keeping.result()
             raise error or GuestGoneError("the guest is closed")
 
+    def reconnect(self, *, give_up: bool) -> None:
+        """Make the next attempt at once, or no more attempts.
+
+        Raises:
+            StateError: the VM is not lost.
+        """
+        if self._status["state"] not in (GuestState.LOST, GuestState.RECONNECTING):
+            raise StateError("the VM is not lost")
+        if give_up:
+            self._given_up = True
+            if self._attempting is not None:
+                self._attempting.cancel()
+        else:
+            self._at_once.set()
+
     async def closed(self) -> FarplugError | None:
         """Wait until the guest is gone for good; return why, or None if :meth:`close` closed the connection."""
         if self._keeping is None:
@@ -334,16 +355,21 @@ class Link:
             return failed
         while (error := await self._ended()) is not None:
             self._connected.clear()
+            self._at_once.clear()
+            self._given_up = False
             step = self._retry.lost(error)
             lost = {"state": str(GuestState.LOST), "attempt": None}
             self._publish("lost", error.message, Level.BAD, lost, **error_fields(error))
             await self._leave()
             await self._owner.was_lost()
             while isinstance(step, Wait):
-                problem = await self._attempt(settings, step)
+                problem = await self._attempt_unless_given_up(settings, step)
                 if problem is None:
                     break
-                step = self._retry.failed(problem)
+                if self._given_up:
+                    step = GiveUp(GuestGoneError(f"{error.message}; a user stopped the attempts to connect again"))
+                else:
+                    step = self._retry.failed(problem)
             else:
                 self._owner.is_gone(step.error)
                 return step.error
@@ -365,6 +391,21 @@ class Link:
                 end.cancel()
         return next(iter(done)).result()
 
+    async def _attempt_unless_given_up(self, settings: GuestSettings, step: Wait) -> FarplugError | None:
+        """Try to connect again, until a user gives up; return why there is no connection."""
+        interrupted = GuestGoneError("the attempt was interrupted")
+        if self._given_up:
+            return interrupted
+        self._attempting = asyncio.ensure_future(self._attempt(settings, step))
+        try:
+            return await self._attempting
+        except asyncio.CancelledError:
+            if not self._given_up:
+                raise  # the guest is closed
+            return interrupted
+        finally:
+            self._attempting = None
+
     async def _attempt(self, settings: GuestSettings, step: Wait) -> FarplugError | None:
         """Try to connect again; return why that failed."""
         when = f"in {step.delay:.1f} s" if step.delay else "now"
@@ -376,7 +417,10 @@ class Link:
             Level.PROGRESS,
             {"state": str(GuestState.RECONNECTING), "attempt": attempt},
         )
-        await asyncio.sleep(step.delay)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(step.delay):
+                await self._at_once.wait()
+        self._at_once.clear()
         try:
             target = await self._next_target(settings, step)
             self._use(await open_session(target, wire=self._wire, note=self._owner.note))

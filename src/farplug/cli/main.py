@@ -78,6 +78,7 @@ for _command in (
     sessions.detach,
     sessions.insert,
     sessions.eject,
+    sessions.reconnect,
     sessions.touch,
     sessions.watch,
     sessions.stop,

@@ -83,6 +83,16 @@ def media(session: str | None, method: str, params: Mapping[str, Any], *, as_jso
     run(_call(session, method, params, show))
 
 
+def reconnect(session: str | None, *, give_up: bool) -> None:
+    """Make a session connect to its lost VM at once, or not any more."""
+
+    async def call() -> None:
+        async with open_session(session) as client:
+            await client.call("reconnect", {"give_up": give_up})
+
+    run(call())
+
+
 def touch(session: str | None, key: str | None, *, refuse: bool, as_json: bool) -> None:
     """Answer what a program in the VM asks a security key for, and print what it was."""
 

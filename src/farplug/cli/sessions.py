@@ -158,6 +158,17 @@ def eject(
     session_verbs.media(session, "eject", {"drive": drive, "force": force}, as_json=json)
 
 
+def reconnect(
+    session: SessionOption = None,
+    give_up: Annotated[bool, typer.Option("--give-up", help="Make no more attempts: the session ends.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Connect a running session to its VM, which is lost, at once: without the delay before the next attempt."""
+    from farplug.cli import session_verbs
+
+    session_verbs.reconnect(session, give_up=give_up)
+
+
 # Security keys ----------------------------------------------------------------------------------------------------
 
 

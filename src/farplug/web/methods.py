@@ -35,7 +35,7 @@ RELAYED: Final = frozenset(
     {
         *("subscribe", "unsubscribe", "status", "list", "layouts", "check-text", "devices"),
         *("watch-screen", "unwatch-screen", "screen-ack", "screen-text"),
-        *("attach", "detach", "insert", "eject", "capture", "stop-capture", "quit"),
+        *("attach", "detach", "insert", "eject", "capture", "stop-capture", "reconnect", "quit"),
         *("drive", "key", "keys-up", "pointer", "type", "stop-typing", "press", "click", "presence"),
         *("media-offer", "media-data", "media-withdraw"),
     }

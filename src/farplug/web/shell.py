@@ -107,6 +107,8 @@ def _words(method: str, params: Mapping[str, Any]) -> tuple[list[str], list[str]
             return _option("--layout", params.get("layout")), [str(params["text"])]
         case "press":
             return [], [str(params["keys"])]
+        case "reconnect":
+            return ["--give-up"] if params.get("give_up") else [], []
         case "presence":
             return ["--refuse"] if params.get("answer") == "refuse" else [], _given(params.get("attachment"))
         case "click":

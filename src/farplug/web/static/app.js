@@ -590,6 +590,11 @@ export class App {
     else this.change(request.method, request.params, refused.attachment, refused.word);
   }
 
+  /** @param {boolean} giveUp */
+  reconnect(giveUp) {
+    this.request("reconnect", giveUp ? { give_up: true } : {}).catch((error) => this.say(message(error)));
+  }
+
   /** @param {any} attachment a security key @param {any} question @param {"allow" | "refuse"} answer */
   answer(attachment, question, answer) {
     this.request("presence", { answer, attachment: attachment.id, request: question.request }).catch((error) => this.say(message(error)));

@@ -32,6 +32,7 @@ export const T = {
   secondsToTry: "Seconds until the next try",
   trying: "Trying now",
   tryNow: "Try now",
+  stopTrying: "Stop trying",
   startServer: "If it was ended, start it again and open the address that it prints:",
 
   // Board

@@ -162,15 +162,17 @@ function overlayCard(app, over) {
       h("h2", { id: "over-t" }, mark && icon(mark, "s"), title), content));
 }
 
-/** @param {App} app @param {{at: number, tries: number, span: number}} when @param {(() => void) | null} act */
-function countdown(app, when, act) {
+/** @param {App} app @param {{at: number, tries: number, span: number}} when @param {(() => void) | null} now @param {(() => void) | null} stop */
+function countdown(app, when, now, stop = null) {
   const left = Math.max(0, Math.ceil(when.at - app.wall()));
   const words = T.nextTry(left, when.tries);
   return [
     left > 0 ? h("div", { class: "count" }, h("p", null, h("b", { class: "big n" }, words[0]), words[1]),
       h("progress", { max: String(Math.max(1, when.span)), value: Math.min(left, when.span), "aria-label": T.secondsToTry }))
       : h("p", { role: "status" }, T.trying, "…"),
-    act && h("p", { class: "row" }, h("button", { class: "b main", type: "button", disabled: left === 0, onclick: act }, T.tryNow)),
+    now && h("p", { class: "row" },
+      h("button", { class: "b main", type: "button", disabled: left === 0, onclick: now }, T.tryNow),
+      stop && h("button", { class: "b", type: "button", onclick: stop }, T.stopTrying)),
   ];
 }
 
@@ -206,10 +208,11 @@ function lost(app) {
   const { loss } = app.state;
   const attempt = guest(app.state)?.attempt ?? null;
   const returning = attachments(app.state).filter((one) => one.state === "lost").length;
+  const act = app.state.server?.role === "full";
   return {
     alert: true, mark: "s-wait", title: T.noAnswer, content: [
       h("p", null, loss?.time && [T.since(clock(loss.time)), why(app), " "], app.state.screen.width > 0 && T.lastPicture, " ", T.returns(returning)),
-      attempt && countdown(app, { at: attempt.time + app.wall() - app.now(), tries: attempt.number, span: app.spanOf(attempt) }, null),
+      attempt && countdown(app, { at: attempt.time + app.wall() - app.now(), tries: attempt.number, span: app.spanOf(attempt) }, act ? () => app.reconnect(false) : null, act ? () => app.reconnect(true) : null),
       loss?.remedy && h("p", null, plain(sentence(loss.remedy))),
       h("div", null, h("p", { class: "why" }, T.doctor), command(app, `farplug doctor ${shellWord(app.state.hello?.target ?? "")}`)),
     ],
