@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -39,8 +40,11 @@ class Collected:
 
     async def until(self, text: bytes) -> None:
         while text not in self.data:
-            self.more.clear()
-            await self.more.wait()
+            await self.until_more()
+
+    async def until_more(self) -> None:
+        self.more.clear()
+        await self.more.wait()
 
 
 class Input:
@@ -217,10 +221,13 @@ async def test_a_terminal(shell: Shell) -> None:
     async with asyncio.timeout(TIMEOUT):
         typed.put_nowait(b"stty size; echo $TERM $((40+2)); test -t 0 && tty </dev/tty\r")
         await out.until(b"33 99\r\nvt220 42\r\n/dev/")
-        typed.put_nowait(b"sleep 600\r")
-        await out.until(b"sleep 600\r\n")
-        await asyncio.sleep(0.3)
+        typed.put_nowait(b"while read x; do echo $x$x; done\r")
+        await out.until(b"; done")
+        typed.put_nowait(b"some text\r")
+        await out.until(b"some textsome text\r\n")
         typed.put_nowait(b"\x03")
+        while not re.search(rb"\^C.*[#$] ", out.data, re.DOTALL):  # what is typed before the prompt may be dropped
+            await out.until_more()
         typed.put_nowait(b"exit 7\r")
         assert await running == 7
 

@@ -157,6 +157,45 @@ async def test_ctrl_c_and_a_command_that_is_killed(farplug: Runner, guest: QemuG
     assert b"shell" not in status, "nothing stays plugged in"
 
 
+async def test_a_terminal(farplug: Runner) -> None:
+    master, slave = os.openpty()
+    process = await asyncio.create_subprocess_exec(
+        *(*COMMAND, "run", "-s", "vm", "--shell"),
+        env={**farplug.environment, "TERM": "vt220"},
+        stdin=slave,
+        stdout=slave,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    os.close(slave)
+    shown = b""
+
+    async def until(text: bytes) -> None:
+        nonlocal shown
+        while text not in shown:
+            shown += await asyncio.to_thread(os.read, master, 4096)
+
+    try:
+        async with asyncio.timeout(GUEST_TIMEOUT):
+            await until(b"# ")
+            os.write(master, b"echo $TERM $((40+2)) $(tty </dev/tty)\r")
+            await until(b"vt220 42 /dev/tty")
+            os.write(master, b"while read x; do echo $x$x; done\r")
+            os.write(master, b"some text\r")
+            await until(b"some textsome text\r\n")
+            os.write(master, b"\x03")
+            await until(b"^C\r\n# ")
+            os.write(master, b"exit 7\r")
+            _, err = await process.communicate()
+        assert (process.returncode, err) == (7, b""), shown
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+        os.close(master)
+    assert await farplug("run", "-s", "vm", "-n", "--", "echo", "prompt") == (0, b"prompt\n", b"")
+
+
 async def test_no_shell_answers(farplug: Runner) -> None:
     running = await farplug.start("type", "-s", "vm", "sleep 8\n")
     await running.communicate()

@@ -49,6 +49,10 @@ CONNECT_TIMEOUT: Final = 30.0
 """Seconds in which the session connects the lines."""
 KILL_DELAY: Final = 2.0
 """Seconds from SIGTERM to SIGKILL after a timeout, and from SIGKILL to the end."""
+ECHOES: Final = 6
+ECHO_TIMEOUT: Final = 0.02
+"""Bytes that are typed on a terminal at once, and seconds for their echo. Linux's driver sends each echoed character as
+a transfer of its own, and drops those after the 16th that waits: text that is pasted would not be shown."""
 MAX_DIGITS: Final = 10
 """Of a number in a line of the guest on the control line."""
 LINES: Final = 3
@@ -224,14 +228,25 @@ class Shell:
         self._send_script(shell_script.terminal(rows, columns, kind))
         await self._message(shell_script.BEGUN)  # the line is a terminal now
 
+        echoed = asyncio.Event()
+
         async def relay() -> None:
             while data := await stdin():
-                self._streams.writer.write(data)
-                await self._streams.writer.drain()
+                for start in range(0, len(data), ECHOES):
+                    echoed.clear()
+                    self._streams.writer.write(data[start : start + ECHOES])
+                    await self._streams.writer.drain()
+                    if start + ECHOES < len(data):
+                        with suppress(TimeoutError):
+                            await asyncio.wait_for(echoed.wait(), ECHO_TIMEOUT)
+
+        async def show(data: bytes) -> None:
+            echoed.set()
+            await stdout(data)
 
         typing = asyncio.ensure_future(relay())
         try:
-            await self._read(self._streams, stdout)
+            await self._read(self._streams, show)
             return await self._message(shell_script.EXIT)
         finally:
             typing.cancel()
