@@ -117,8 +117,10 @@ async def test_files_that_shrink(tmp_path: Path, snapshot: bool) -> None:
     async with detached(MemoryGuest(disk), lossy=snapshot) as guest:
         assert await run(guest, WRITE) == 0
         os.truncate(changes if snapshot else path, 0)
-        for cdb, expected in ((READ, UNRECOVERED_READ_ERROR), (WRITE, WRITE_ERROR)):
-            assert await run(guest, cdb) == 1
-            assert await sense(guest) == expected
+        assert await run(guest, READ) == 1
+        assert await sense(guest) == UNRECOVERED_READ_ERROR
+        if await run(guest, WRITE) == 0:  # in the cache of the disk
+            assert await run(guest, FLUSH) == 1
+        assert await sense(guest) == WRITE_ERROR
         assert (await command(guest, "00 00 00 00 00 00"))[0] == 0
     await disk.dispose()

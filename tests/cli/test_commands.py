@@ -124,7 +124,7 @@ async def test_list_help_and_quit(monkeypatch: pytest.MonkeyPatch) -> None:
     await empty.obey("list")
     assert empty.notes == ["no drive is plugged in"]
     assert [line.split()[0] for line in help_lines()] == [
-        *("insert", "eject", "capture", "stop-capture", "screenshot", "type", "press", "click", "touch"),
+        *("insert", "eject", "capture", "stop-capture", "screenshot", "screen-text", "type", "press", "click", "touch"),
         *("force", "force", "refuse", "list", "quit", "help"),
     ]
     assert host.left == 0

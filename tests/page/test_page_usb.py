@@ -460,7 +460,9 @@ class TestDialog:
     def dialog(self, fake: FakePage, page: Page) -> Locator:
         fake.files = {"": IMAGES, "archive": IMAGES[1:2]}
         page.get_by_role("button", name="Plug in… Socket 2").click()
-        return page.get_by_role("dialog", name="Plug into socket 2")
+        dialog = page.get_by_role("dialog", name="Plug into socket 2")
+        expect(dialog).to_be_visible()
+        return dialog
 
     def test_a_disk_with_a_snapshot(self, fake: FakePage, dialog: Locator) -> None:
         expect(dialog.get_by_role("button", name="Plug in", exact=True)).to_be_disabled()
