@@ -110,7 +110,7 @@ def test_unknown_commands(name: object) -> None:
     assert caught.value.message.isprintable()
     assert caught.value.remedy == (
         "commands: attach, detach, insert, eject, capture, stop-capture, screenshot, screen-text, type, press, click, "
-        "layouts, check-text, presence, list, devices, status, quit"
+        "layouts, check-text, presence, list, devices, status, reconnect, quit"
     )
 
 
