@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
 import sys
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -35,11 +37,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _log_limits() -> None:
-    """Let no test have log lines counted that an earlier one caused."""
+def _log() -> Iterator[None]:
+    """Let no test have log lines counted that an earlier one caused, or the level that a command has set."""
     for limit in rate_limit._log_limits.values():
         limit.release()
         limit._limit._kinds.clear()
+    logger = logging.getLogger("farplug")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture(autouse=True)

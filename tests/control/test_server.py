@@ -61,7 +61,7 @@ def test_every_event_is_listed() -> None:
 async def test_what_a_client_sent_is_not_in_the_log(
     environment: dict[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO", "farplug")
+    caplog.set_level("INFO")
     async with session(BlockingApp(), environment) as server, RawClient.connect(server.path) as client:
         client.send({"id": 1, "method": "type", "params": "hunter2"})
         assert "hunter2" in await client.refused()
