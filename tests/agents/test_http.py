@@ -22,7 +22,7 @@ from farplug.agents.http import http_app
 from farplug.agents.machine import Machine
 from farplug.agents.policy import Policy
 from farplug.agents.server import AgentServer
-from farplug.web.server import Page, PageSettings
+from farplug.web.server import MCP, Page, PageSettings
 
 INITIALIZE = {
     "jsonrpc": "2.0",
@@ -37,7 +37,7 @@ FIELDS = {"Content-Type": "application/json", "Accept": "application/json, text/
 async def page(environment: dict[str, str], one: Console) -> AsyncIterator[Served]:
     server = AgentServer(Machine(one.server.path, "an agent"), Policy(), Audit(None))
     settings = PageSettings(one.server.path.stem, view_only=True)
-    async with asyncio.timeout(60), Page.serve(settings, environment, http_app(server)) as served:
+    async with asyncio.timeout(60), Page.serve(settings, environment, http_app(server, MCP)) as served:
         yield Served(served, served.port, Path(environment["XDG_RUNTIME_DIR"]) / "farplug")
 
 

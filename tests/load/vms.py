@@ -10,12 +10,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import socket
 import struct
 import sys
 from collections.abc import AsyncIterator, Iterator
 
-from tests.transport.fake_spice import Channel, FakeSpice, message
+from tests.transport.fake_spice import Channel, FakeSpice, message, running
 
 from farplug.testing.memory import MemoryGuest, TransferFailed
 from farplug.usbredir import packets
@@ -109,20 +108,10 @@ async def serving(pause: float = 60.0, *, ports: int = 1, password: str = "", wo
         fake.linked.clear()  # it would hold all channels
         await LoadedGuest(channel, pause, works).serve()
 
-    async def linked(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await fake.serve(reader, writer, False)
-
     channels = tuple((9, number) for number in range(ports))
     fake = FakeSpice(vmc_caps=0, usbredir=usbredir, channels=channels, password=password)
-    server = await asyncio.start_server(linked, sock=socket.create_server(("0.0.0.0", 0), backlog=4096))
-    try:
-        yield server.sockets[0].getsockname()[1]
-    finally:
-        server.close()
-        tasks = [*fake.tasks]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    async with running(fake, host="0.0.0.0", backlog=4096) as port:
+        yield port
 
 
 async def serve(pause: float, ports: int) -> None:

@@ -186,7 +186,12 @@ class FakeSpice:
 
 @contextlib.asynccontextmanager
 async def running(
-    fake: FakeSpice, *, tls: ssl.SSLContext | None = None, path: Path | None = None, host: str = "127.0.0.1"
+    fake: FakeSpice,
+    *,
+    tls: ssl.SSLContext | None = None,
+    path: Path | None = None,
+    host: str = "127.0.0.1",
+    backlog: int = 100,
 ) -> AsyncIterator[int]:
     """Serve on an address (or on a UNIX socket). Returns the port."""
 
@@ -196,7 +201,7 @@ async def running(
     if path is not None:
         server = await asyncio.start_unix_server(serve, path)
     else:
-        server = await asyncio.start_server(serve, host, 0, ssl=tls)
+        server = await asyncio.start_server(serve, host, 0, ssl=tls, backlog=backlog)
     port = 0 if path is not None else server.sockets[0].getsockname()[1]
     try:
         yield port

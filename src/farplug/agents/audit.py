@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, Final, Self
 
+from farplug.descriptors import write_all
 from farplug.errors import SetupError, from_oserror
 
 MAX_TEXT: Final = 8192
@@ -78,8 +79,7 @@ class Audit:
             return
         line = json.dumps({"time": round(time.time(), 3), **record}, allow_nan=False).encode() + b"\n"
         try:
-            while line:
-                line = line[os.write(self._file, line) :]
+            write_all(self._file, line)
         except OSError as error:
             assert self._path is not None
             raise from_oserror(

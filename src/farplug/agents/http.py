@@ -13,8 +13,6 @@ from farplug.agents.server import AgentServer
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
-PATH: Final = "/mcp"
-"""The path of the only endpoint."""
 MAX_SESSIONS: Final = 16
 """Clients at a time; a client that goes without a word counts for half an hour."""
 MAX_REQUEST: Final = 1 << 20
@@ -22,15 +20,19 @@ MAX_REQUEST: Final = 1 << 20
 
 
 @asynccontextmanager
-async def http_app(server: AgentServer) -> AsyncIterator[ASGIApp]:
+async def http_app(server: AgentServer, path: str) -> AsyncIterator[ASGIApp]:
     """Return a context manager for the server as an ASGI application ("streamable HTTP"); at its end all clients leave.
 
     All clients are one party: they share the last image, the keyboard and the mouse.
 
+    Args:
+        server: the MCP server.
+        path: of the only endpoint.
+
     The application checks neither ``Host`` nor ``Origin`` nor a token.
     """
     app = server.streamable_http_app(
-        streamable_http_path=PATH,
+        streamable_http_path=path,
         max_sessions=MAX_SESSIONS,
         max_request_body_size=MAX_REQUEST,
         transport_security=TransportSecuritySettings(enable_dns_rebinding_protection=False),

@@ -357,20 +357,14 @@ class Link:
             self._connected.clear()
             self._at_once.clear()
             self._given_up = False
-            step = self._retry.lost(error)
+            step: Wait | GiveUp | None = self._retry.lost(error)
             lost = {"state": str(GuestState.LOST), "attempt": None}
             self._publish("lost", error.message, Level.BAD, lost, **error_fields(error))
             await self._leave()
             await self._owner.was_lost()
             while isinstance(step, Wait):
-                problem = await self._attempt_unless_given_up(settings, step)
-                if problem is None:
-                    break
-                if self._given_up:
-                    step = GiveUp(GuestGoneError(f"{error.message}; a user stopped the attempts to connect again"))
-                else:
-                    step = self._retry.failed(problem)
-            else:
+                step = await self._try_again(settings, step, error)
+            if step is not None:
                 self._owner.is_gone(step.error)
                 return step.error
             self._retry.connected()
@@ -391,20 +385,19 @@ class Link:
                 end.cancel()
         return next(iter(done)).result()
 
-    async def _attempt_unless_given_up(self, settings: GuestSettings, step: Wait) -> FarplugError | None:
-        """Try to connect again, until a user gives up; return why there is no connection."""
-        interrupted = GuestGoneError("the attempt was interrupted")
-        if self._given_up:
-            return interrupted
-        self._attempting = asyncio.ensure_future(self._attempt(settings, step))
-        try:
-            return await self._attempting
-        except asyncio.CancelledError:
-            if not self._given_up:
-                raise  # the guest is closed
-            return interrupted
-        finally:
-            self._attempting = None
+    async def _try_again(self, settings: GuestSettings, step: Wait, loss: FarplugError) -> Wait | GiveUp | None:
+        """Try to connect again, unless a user gives up; return what is to be done next, None after a success."""
+        if not self._given_up:
+            self._attempting = asyncio.ensure_future(self._attempt(settings, step))
+            try:
+                problem = await self._attempting
+                return None if problem is None else self._retry.failed(problem)
+            except asyncio.CancelledError:
+                if not self._given_up:
+                    raise  # the guest is closed
+            finally:
+                self._attempting = None
+        return GiveUp(GuestGoneError(f"{loss.message}; a user stopped the attempts to connect again"))
 
     async def _attempt(self, settings: GuestSettings, step: Wait) -> FarplugError | None:
         """Try to connect again; return why that failed."""

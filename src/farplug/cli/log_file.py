@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 from typing import Final
 
+from farplug.descriptors import write_all
 from farplug.errors import SetupError, from_oserror
 
 LIMIT: Final = 4 << 20
@@ -69,9 +70,7 @@ class LogFile(io.TextIOBase):
         if self._path is not None and size and size + len(data) > LIMIT:
             os.replace(self._path, f"{self._path}.1")
             self._open(self._path)
-        view = memoryview(data)
-        while view:
-            view = view[os.write(self._file, view) :]
+        write_all(self._file, data)
 
     def take_over(self, *descriptors: int) -> None:
         """Make descriptors of the process, such as that of standard error, the file that is open."""

@@ -19,6 +19,7 @@ from farplug.cli.mcp import ServerOptions
 from farplug.cli.session import SIGNALS
 from farplug.cli.session_client import run as run_client
 from farplug.control.names import open_session, socket_path
+from farplug.descriptors import write_all
 from farplug.errors import Reason, Remedy, SetupError
 
 CLIENT_NAME = "an agent (MCP)"
@@ -102,8 +103,7 @@ def _endable_input() -> Callable[[], None]:
                 data = os.read(source, _PIECE)
                 if not data:
                     break
-                while data:
-                    data = data[os.write(writer, data) :]
+                write_all(writer, data)
         os.close(writer)
 
     Thread(target=copy, name="standard input", daemon=True).start()

@@ -20,7 +20,7 @@ from farplug.cli.session_client import run as run_client
 from farplug.control.client import Client
 from farplug.control.names import open_session
 from farplug.errors import FarplugError
-from farplug.web.server import Agents, Page, PageSettings
+from farplug.web.server import MCP, Agents, Page, PageSettings
 
 
 def run(options: PageOptions, *, debug: bool) -> None:
@@ -85,7 +85,7 @@ def _agents(options: AgentOptions, name: str, stack: AsyncExitStack) -> Agents:
     from farplug.agents.server import AgentServer
 
     audit = stack.enter_context(Audit(options.audit))
-    return http_app(AgentServer(Machine(socket_path(name), CLIENT_NAME), policy_of(options), audit))
+    return http_app(AgentServer(Machine(socket_path(name), CLIENT_NAME), policy_of(options), audit), MCP)
 
 
 async def _follow(name: str, ended: asyncio.Event) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from farplug.app.commands import Via
 from farplug.cli.options import Command, DebugOption, with_fields
-from farplug.cli.screen import Place, ViaOption
+from farplug.cli.screen import LayoutOption, Place, ViaOption
 from farplug.errors import Reason, UsageError
 
 LOGIN = "Login"
@@ -156,10 +156,7 @@ def run(
             rich_help_panel=LOGIN,
         ),
     ] = 3,
-    layout: Annotated[
-        str,
-        typer.Option("--layout", metavar="NAME", help="The keyboard layout that the VM uses: us, de, fr, ..."),
-    ] = "us",
+    layout: LayoutOption = "us",
     via: ViaOption = Via.AUTO,
     *,
     debug: DebugOption = False,

@@ -14,16 +14,18 @@ from farplug.app.settings import TargetSettings
 from farplug.cli import session_client
 from farplug.cli.joining import own_session
 from farplug.cli.run_command import RunOptions
+from farplug.cli.screen import text_of, without_newline
 from farplug.control.names import open_session
 from farplug.control.shell import Login, Shell, nothing, open_shell
+from farplug.descriptors import write_all
 from farplug.ends.stdio import StdioEnd
-from farplug.errors import FarplugError, Reason, SessionError, UsageError, from_oserror
+from farplug.errors import FarplugError, Reason, SessionError, UsageError
 from farplug.exit_codes import ExitCode
 from farplug.threads import run_in_daemon_thread
 
 CHUNK: Final = 64 << 10
 MAX_SECRET: Final = 4096
-"""Bytes of a file with a password."""
+"""Characters of a password."""
 
 
 def run(session: str | None, target: TargetSettings | None, options: RunOptions, *, debug: bool) -> int:
@@ -66,14 +68,7 @@ def _exit_code(error: FarplugError) -> ExitCode:
 def _secret(path: Path | None) -> str | None:
     if path is None:
         return None
-    try:
-        with path.open("rb") as file:
-            text = file.read(MAX_SECRET + 1).decode()
-    except OSError as error:
-        raise from_oserror(path, error, as_=UsageError, problem="cannot be read") from error
-    except UnicodeDecodeError:
-        raise UsageError(f"{path} is not text in UTF-8", reason=Reason.BAD_OPTION) from None
-    text = text.removesuffix("\n").removesuffix("\r")
+    text = without_newline(text_of(path))
     if not text.isprintable() or len(text) > MAX_SECRET:
         raise UsageError(f"{path} is not one line with a password", reason=Reason.BAD_OPTION)
     return text
@@ -185,10 +180,4 @@ async def _read() -> bytes:
 
 
 async def _write(descriptor: int, data: bytes) -> None:
-    await run_in_daemon_thread(partial(_write_all, descriptor, data))
-
-
-def _write_all(descriptor: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
+    await run_in_daemon_thread(partial(write_all, descriptor, data))

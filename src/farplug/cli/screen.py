@@ -42,6 +42,14 @@ ViaOption = Annotated[
         "for it (auto).",
     ),
 ]
+LayoutOption = Annotated[
+    str,
+    typer.Option(
+        "--layout",
+        metavar="NAME",
+        help="The keyboard layout that the VM uses: us, de, fr, ... or with a variant us-intl.",
+    ),
+]
 DisplayOption = Annotated[
     int, typer.Option("--display", metavar="N", min=0, help="The number of the display, for a VM with several.")
 ]
@@ -142,14 +150,7 @@ def type_text(
             show_default=False,
         ),
     ] = None,
-    layout: Annotated[
-        str,
-        typer.Option(
-            "--layout",
-            metavar="NAME",
-            help="The keyboard layout that the VM uses: us, de, fr, ... or with a variant us-intl.",
-        ),
-    ] = "us",
+    layout: LayoutOption = "us",
     via: ViaOption = Via.AUTO,
     debug: DebugOption = False,
 ) -> None:
@@ -170,7 +171,7 @@ was asked for (--via spice), which confirms nothing.
             remedy="leave all but one of them out",
         )
     if named:
-        place, text = replace(place, target=text), _text_of(named[0])
+        place, text = replace(place, target=text), text_of(named[0])
     elif text is None:
         raise UsageError(
             "nothing to type", reason=Reason.BAD_OPTION, remedy="give a text, --file, --secret-file or --ducky"
@@ -184,14 +185,23 @@ was asked for (--via spice), which confirms nothing.
         _carry_out(context, place, parse_ducky(text, layout, via))
         return
     if secret_file is not None:
-        text = text.removesuffix("\n").removesuffix("\r")
+        text = without_newline(text)
     check_text(text, layout, secret=hidden)
     pieces = (text[at : at + PIECE] for at in range(0, len(text), PIECE))
     _carry_out(context, place, [TypeText(piece, layout, via, hidden) for piece in pieces])
 
 
-def _text_of(path: Path) -> str:
-    """Return the text of a file."""
+def without_newline(text: str) -> str:
+    """Return the text of a file with a secret, without the last newline, which an editor has added."""
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def text_of(path: Path) -> str:
+    """Return the text of a file.
+
+    Raises:
+        UsageError: the file cannot be read, is too long, or is not UTF-8.
+    """
     try:
         with path.open(encoding="utf-8", newline="") as file:
             text = file.read(MAX_FILE + 1)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Sequence
 from functools import partial
 
+from farplug.descriptors import write_all
 from farplug.ends.base import Peer
 from farplug.threads import run_in_daemon_thread
 from farplug.usb.types import Buffer
@@ -28,11 +28,5 @@ class ThreadedPeer(Peer):
         if self.writing is not None:  # the order stays
             await asyncio.wait([self.writing])
         data = b"".join(items)
-        self.writing = asyncio.ensure_future(run_in_daemon_thread(partial(_write, self._descriptor, data)))
+        self.writing = asyncio.ensure_future(run_in_daemon_thread(partial(write_all, self._descriptor, data)))
         await asyncio.shield(self.writing)
-
-
-def _write(descriptor: int, data: bytes) -> None:
-    rest = memoryview(data)
-    while rest:
-        rest = rest[os.write(descriptor, rest) :]

@@ -18,6 +18,7 @@ from farplug.errors import SetupError
 from farplug.testing.fixtures import GuestFixture
 from farplug.testing.guest_pool import GuestPool
 from farplug.testing.loop_thread import LoopThread
+from farplug.testing.plugin import CHOICES
 from farplug.testing.running_guest import Evidence, RunningGuest
 from farplug.vm.agent import GuestTimeout
 from farplug.vm.qemu import GuestCrashed, QemuGuest
@@ -98,7 +99,7 @@ class Lender:
 
     def _choice(self, name: str) -> str:
         value = str(self._option(name))
-        known = {"accel": ("auto", "kvm", "tcg"), "capture": ("off", "on", "retain-on-failure")}[name]
+        known = CHOICES[name]
         if value not in known:
             raise pytest.UsageError(f"farplug_{name} is {value!r}, not one of {', '.join(known)}")
         return value

@@ -7,7 +7,7 @@ when the first test asks for a guest. :mod:`farplug.testing.lending` is that res
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
@@ -29,52 +29,52 @@ LOANS: pytest.StashKey[Loans] = pytest.StashKey()
 SLOW: pytest.StashKey[set[str]] = pytest.StashKey()
 """Why guests of this run, and of its other processes, had no KVM."""
 
+CHOICES = {"accel": ("auto", "kvm", "tcg"), "capture": ("off", "on", "retain-on-failure")}
+"""The values of the options that have few."""
+DEFAULTS = {"accel": "auto", "capture": "retain-on-failure"}
+
 _WORKER_KEY = "farplug_slow"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options, and an entry of the configuration file for each."""
     group = parser.getgroup("farplug", "farplug: throw-away VMs")
-    choices: dict[str, tuple[list[str], str, str]] = {
-        "accel": (["auto", "kvm", "tcg"], "auto", "what runs the VMs: KVM if this machine has it (auto), KVM, or TCG"),
-        "capture": (
-            ["off", "on", "retain-on-failure"],
-            "retain-on-failure",
-            "which tests leave a capture of the USB traffic in --farplug-artifacts",
-        ),
-    }
-    for name, (values, default, text) in choices.items():
-        group.addoption(f"--farplug-{name}", choices=values, default=None, help=f"{text} (default: {default})")
-        parser.addini(f"farplug_{name}", f"as --farplug-{name}", default=default)
-    group.addoption(
-        "--farplug-artifacts",
+
+    def add(name: str, text: str, default: str | bool, **options: Any) -> None:
+        group.addoption(f"--farplug-{name}", default=None, help=text, **options)
+        kind: Literal["bool", "string"] = "bool" if isinstance(default, bool) else "string"
+        parser.addini(f"farplug_{name}", f"as --farplug-{name}", type=kind, default=default)
+
+    for name, text in (
+        ("accel", "what runs the VMs: KVM if this machine has it (auto), KVM, or TCG"),
+        ("capture", "which tests leave a capture of the USB traffic in --farplug-artifacts"),
+    ):
+        add(name, f"{text} (default: {DEFAULTS[name]})", DEFAULTS[name], choices=CHOICES[name])
+    add(
+        "artifacts",
+        "write console, QEMU's standard error, last screens and USB capture of tests that fail below this folder",
+        default="",
         metavar="DIR",
-        default=None,
-        help="write console, QEMU's standard error, last screens and USB capture of tests that fail below this folder",
     )
-    parser.addini("farplug_artifacts", "as --farplug-artifacts", default="")
-    group.addoption(
-        "--farplug-timeout",
+    add(
+        "timeout",
+        "what a guest may take for what a test waits for (default: 60)",
+        default="60",
         metavar="SECONDS",
         type=float,
-        default=None,
-        help="what a guest may take for what a test waits for (default: 60)",
     )
-    parser.addini("farplug_timeout", "as --farplug-timeout", default="60")
-    group.addoption(
-        "--farplug-keep",
+    add(
+        "keep",
+        "after a test that fails keep its VM, print how to reach it, and wait for Enter",
+        default=False,
         action="store_true",
-        default=None,
-        help="after a test that fails keep its VM, print how to reach it, and wait for Enter",
     )
-    parser.addini("farplug_keep", "as --farplug-keep", type="bool", default=False)
-    group.addoption(
-        "--farplug-require",
+    add(
+        "require",
+        "fail, not skip, tests with VMs where QEMU or another program is missing",
+        default=False,
         action="store_true",
-        default=None,
-        help="fail, not skip, tests with VMs where QEMU or another program is missing",
     )
-    parser.addini("farplug_require", "as --farplug-require", type="bool", default=False)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
+from farplug.descriptors import write_all
 from farplug.errors import ImageError, Reason, Remedy, from_oserror
 from farplug.shell import shell_word
 from farplug.text import shown
@@ -131,9 +132,7 @@ class KeyFile(KeyStore):
         try:
             new = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             _lock(new)
-            data = serialize(state)
-            while data:
-                data = data[os.write(new, data) :]
+            write_all(new, serialize(state))
             os.fsync(new)
             if not os.path.samestat(os.fstat(self._descriptor), os.stat(self.path)):
                 raise ImageError(
