@@ -207,8 +207,7 @@ async def test_a_vm_with_fewer_ports_when_it_is_back(files: Path) -> None:
         assert "no free port" in skipped.message
         await session.in_use()
         assert list(session.places) == ["a.raw"]
-        while session.guest._releasing:
-            await asyncio.sleep(0.01)
+        await session.guest._holdings.settle()
         await FileStore.open(files / "b.raw").close()
 
 

@@ -470,8 +470,7 @@ async def test_an_image_is_free_when_its_device_has_left_by_itself(
         await one.spice.of(first.port.number).close()
         assert isinstance(await first.ended(), GuestGoneError)
         await log.until("removed")
-        while guest._releasing:
-            await asyncio.sleep(0.01)
+        await guest._holdings.settle()
         assert open_files(files) == []
         assert guest.attachments == []
         second = await guest.plug(Source.disk(files / "a.raw"))

@@ -177,7 +177,7 @@ async def opened(*paths: Path) -> AsyncIterator[tuple[_Session, Recorder, dict[s
     guest = run._guest
     await guest._sources.open(settings.sources, settings.storage, lambda *_: None)
     group = guest._sources.opened
-    guest._owned[device_of(group, settings.storage)] = group
+    guest._holdings.hold(device_of(group, settings.storage), group)
     yield run, output, {one.label: one.unit for one in group if one.unit is not None}
     await guest.close()
 

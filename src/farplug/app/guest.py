@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import re
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from types import TracebackType
@@ -20,6 +20,7 @@ from farplug.app.attachment import Attachment, AttachmentState, Description, Ori
 from farplug.app.capture import GuestCapture
 from farplug.app.events import EventReader, EventStream, Level, level_of
 from farplug.app.guest_port import GuestPort, retrieve
+from farplug.app.holdings import Holdings, wait_for_all
 from farplug.app.kinds import KINDS, Medium, Whole
 from farplug.app.link import AskPassword, Link, error_fields
 from farplug.app.media import Media
@@ -52,7 +53,6 @@ from farplug.virtual.storage import MAX_UNITS
 
 if TYPE_CHECKING:
     from farplug.app.auto import AutoPlugger
-    from farplug.machine.lock import DeviceLock
 
 T = TypeVar("T")
 
@@ -123,10 +123,7 @@ class Guest:
         self.seat = Seat(self)
         self.typing = Typing(self)
         self._sources = Sources("" if settings is None else settings.target.public_target, media=media)
-        self._owned: dict[Device, Sequence[OpenSource]] = {}
-        """Devices made of sources that :meth:`plug` opened: disposed of when the guest is closed, or before."""
-        self._locks: dict[Device, DeviceLock] = {}
-        self._releasing: dict[Device, asyncio.Task[None]] = {}
+        self._holdings = Holdings(self._sources)
         self._autos: list[AutoPlugger] = []
         self._calls: set[asyncio.Task[Any]] = set()
         """Running calls that :meth:`close` cancels."""
@@ -200,7 +197,7 @@ class Guest:
         match event.last if isinstance(event, port_events.Repeated) else event:
             case port_events.Opened(number=number):
                 fields["units"] = list(attachment.titles)
-                message = _port_line(number, attachment.titles, self._media(attachment))
+                message = _port_line(number, attachment.titles, self._holdings.media(attachment))
             case port_events.DeviceReport(event=MediumEvent(lun=lun)) if lun < len(attachment.units):
                 device = attachment.units[lun]
             case port_events.Attached(identity=identity):
@@ -497,11 +494,11 @@ class Guest:
             serial_number=serial_number,
             speeds=(Speed.HIGH,),
         )
-        self._owned[device] = ()
+        self._holdings.hold(device, ())
         try:
             attachment = await self._plug_device(device, None, Description("shell"))
         except BaseException:
-            await self._release(device)
+            await self._holdings.release(device)
             raise
         try:
             await attachment.configured()
@@ -539,25 +536,25 @@ class Guest:
             from farplug.app.auto import choose_device
 
             device, lock = await choose_device(source.path, force=storage.force)
-            self._locks[device] = lock
+            self._holdings.hold_lock(device, lock)
             try:
                 description = Description(label or _name_of(device), sources=[source.name], origins=[_USB_DEVICE])
                 return await self._plug_device(device, place, description)
             except BaseException:
-                await self._release(device)
+                await self._holdings.release(device)
                 raise
         opened = await open_source(source, storage, self._sources, self._copying)
         try:
             virtual = device_of([opened], storage)
         except BaseException:
-            await self._close_opened([opened])
+            await self._holdings.close_sources([opened])
             raise
-        self._owned[virtual] = [opened]
+        self._holdings.hold(virtual, [opened])
         try:
-            description = self._describe_group(virtual)
+            description = self._holdings.describe(virtual)
             return await self._plug_device(virtual, place, replace(description, label=label or description.label))
         except BaseException:
-            await self._release(virtual)
+            await self._holdings.release(virtual)
             raise
 
     async def _plug_device(
@@ -657,47 +654,16 @@ class Guest:
                 await attachment.unplug()
         finally:
             self.forget(attachment)
-            await self._release(attachment.device)
+            await self._holdings.release(attachment.device)
 
     def left(self, attachment: Attachment) -> None:
         """Close what :meth:`plug` opened for a device that has left the guest. The attachment calls this.
 
         While the guest is closed, :meth:`close` does that, after the session.
         """
-        if self._closing is None and self._opened_here(attachment.device):
+        if self._closing is None and attachment.device in self._holdings:
             self.forget(attachment)
-            self._start_release(attachment.device)
-
-    def _opened_here(self, device: Device) -> bool:
-        return device in self._owned or device in self._locks
-
-    async def _release(self, device: Device) -> None:
-        """Close what :meth:`plug` opened for a device: images, or a lock."""
-        if self._opened_here(device):
-            self._start_release(device)
-        if device in self._releasing:
-            await asyncio.shield(self._releasing[device])
-
-    def _start_release(self, device: Device) -> None:
-        sources, lock = self._owned.pop(device, ()), self._locks.pop(device, None)
-        task = self._releasing[device] = asyncio.ensure_future(self._release_now(device, sources, lock))
-
-        def released(task: asyncio.Task[None]) -> None:
-            del self._releasing[device]
-            if not task.cancelled() and (error := task.exception()) is not None:
-                log.error("what was opened for %s cannot be closed", device.identity, exc_info=error)
-
-        task.add_done_callback(released)
-
-    async def _release_now(self, device: Device, sources: Sequence[OpenSource], lock: DeviceLock | None) -> None:
-        async with AsyncExitStack() as steps:  # from the last one to the first one, each in any case
-            if lock is not None:
-                steps.push_async_callback(asyncio.to_thread, lock.release)
-            for opened in sources:
-                steps.callback(self._sources.release, opened)
-                steps.push_async_callback(opened.close)
-            if isinstance(device, VirtualDevice):
-                steps.push_async_callback(device.dispose)
+            self._holdings.start_release(attachment.device)
 
     def find(self, name: str) -> Attachment | None:
         """Return the attachment that a user names; None if nothing is plugged in under this name.
@@ -790,7 +756,8 @@ class Guest:
         )
         groups = self._groups(self._sources.opened, len(self._link.ports) - named, separate=settings.separate)
         devices: dict[Device, Sequence[OpenSource]] = {device_of(group, settings.storage): group for group in groups}
-        self._owned |= devices
+        for device, group in devices.items():
+            self._holdings.hold(device, group)
         first = {device: min(one.place for one in group) for device, group in devices.items()}
         usb = [place for place, source in enumerate(settings.sources) if source.kind is SourceKind.USB_DEVICE]
         order = sorted([*first.values(), *usb])
@@ -865,7 +832,7 @@ class Guest:
 
     async def _plug_and_wait(self, device: Device, place: Place, *, stay: bool) -> FarplugError | None:
         try:
-            attachment = await self._plug(device, place, None, self._describe_group(device))
+            attachment = await self._plug(device, place, None, self._holdings.describe(device))
         except FarplugError as error:
             if not stay or not self.is_ready:
                 raise
@@ -876,19 +843,6 @@ class Guest:
             raise why
         self._places.remove(place)  # unlike a USB device of this machine, this one does not come back
         return why
-
-    def _describe_group(self, device: Device) -> Description:
-        """Return what a device that was made of sources is for people."""
-        group = self._owned[device]
-        units = [one.label for one in group]
-        return Description(
-            ", ".join(units),
-            [one.title for one in group],
-            units,
-            [one.content.detail for one in group],
-            [one.source.name for one in group],
-            [Origin(str(one.source.kind), one.is_snapshot) for one in group],
-        )
 
     # Readiness ----------------------------------------------------------------------------------------------------
 
@@ -978,7 +932,7 @@ class Guest:
             if attachment is not None:
                 self.note(f"{shown(source.name)} is plugged in already, as {attachment.label}")
         wanted = [source for source, attachment in plugged if attachment is None]
-        await asyncio.gather(*map(asyncio.shield, self._releasing.values()), return_exceptions=True)
+        await self._holdings.settle()
         auto = await self._choose_devices(wanted, rules)
         opened: list[OpenSource] = []
         try:
@@ -996,11 +950,12 @@ class Guest:
             groups = self._groups(opened, free - named, separate=separate)
             devices = [device_of(group, storage) for group in groups]
         except BaseException:
-            await self._close_opened(opened)
+            await self._holdings.close_sources(opened)
             if auto is not None:
                 await self._end_auto(auto)
             raise
-        self._owned.update(zip(devices, groups, strict=True))
+        for device, group in zip(devices, groups, strict=True):
+            self._holdings.hold(device, group)
         plugging = [self._keep_call(self._plug_new(device, *places)) for device in devices]
         if auto is not None:
             auto.lenient = lambda: True
@@ -1047,21 +1002,16 @@ class Guest:
 
     async def _plug_new(self, device: Device, place: Place | None = None) -> Attachment:
         """Plug a device of new sources; publish its error too, since perhaps no call waits."""
-        description = self._describe_group(device)
+        description = self._holdings.describe(device)
         try:
             return await self._plug_device(device, place, description)
         except asyncio.CancelledError:
-            await self._release(device)
+            await self._holdings.release(device)
             raise self._cancelled(f"{description.label} was plugged in") from None
         except FarplugError as error:
-            await self._release(device)
+            await self._holdings.release(device)
             self.skipped(error)
             raise
-
-    async def _close_opened(self, opened: Sequence[OpenSource]) -> None:
-        for one in opened:
-            self._sources.release(one)
-        await _all(one.close() for one in opened)
 
     async def _run_auto(self, auto: AutoPlugger, places: Sequence[Place]) -> None:
         """Keep USB devices of this machine plugged in, until the guest is closed or one that was named fails."""
@@ -1100,7 +1050,7 @@ class Guest:
             self.note(
                 "nothing is plugged in" if name == ALL else f"{shown(name)} is not plugged in; plugged in: {labels}"
             )
-        await _all(self.unplug(attachment) for attachment in found)
+        await wait_for_all(self.unplug(attachment) for attachment in found)
         return [attachment.label for attachment in found]
 
     def _copying(self, label: str, done: int, total: int) -> None:
@@ -1114,11 +1064,11 @@ class Guest:
     @property
     def uses_usb(self) -> bool:
         """Return whether USB devices of this machine may be in use."""
-        return bool(self._autos or self._locks)
+        return bool(self._autos) or self._holdings.has_locks
 
     def drives(self) -> Mapping[str, CdromDrive]:
         """Return the CD-ROM drives, by their labels: ``cdrom0``, ``cdrom1`` and so on."""
-        return {label: unit for label, unit in self._units() if isinstance(unit, CdromDrive)}
+        return {label: unit for label, unit in self._holdings.units() if isinstance(unit, CdromDrive)}
 
     def answer(self, allow: bool, name: str | None = None, request: int | None = None) -> tuple[Attachment, Question]:
         """Answer for the user of a security key that a program in the VM waits for.
@@ -1159,17 +1109,7 @@ class Guest:
 
         The value differs for each run of writes (:attr:`farplug.virtual.unit.LogicalUnit.unfinished`).
         """
-        return {label: run for label, unit in self._units() if (run := unit.unfinished)}
-
-    def _media(self, attachment: Attachment) -> int:
-        """Return how many of the parts of an attachment are images; all of them, if a caller made the device."""
-        group = self._owned.get(attachment.device)
-        if group is None:
-            return len(attachment.titles)
-        return sum(isinstance(one.content, Medium) for one in group)
-
-    def _units(self) -> list[tuple[str, Any]]:
-        return [(one.label, one.unit) for group in self._owned.values() for one in group if one.unit is not None]
+        return {label: run for label, unit in self._holdings.units() if (run := unit.unfinished)}
 
     # Capture ------------------------------------------------------------------------------------------------------
 
@@ -1279,8 +1219,8 @@ class Guest:
             async with AsyncExitStack() as steps:  # from the last one to the first one, each in any case
                 steps.callback(self._link.publish_closed)
                 steps.push_async_callback(self._end_capture)
-                steps.push_async_callback(self._release_devices)
-                steps.push_async_callback(self._close_images)
+                steps.push_async_callback(self._release_usb)
+                steps.push_async_callback(self._holdings.close_images)
                 steps.push_async_callback(self._link.close)
                 steps.push_async_callback(self._unplug_all)
                 steps.push_async_callback(self._cancel_calls)
@@ -1298,15 +1238,11 @@ class Guest:
         await asyncio.gather(*calls, return_exceptions=True)
 
     async def _unplug_all(self) -> None:
-        await _all(attachment.unplug() for attachment in self._current())
+        await wait_for_all(attachment.unplug() for attachment in self._current())
 
-    async def _close_images(self) -> None:
-        devices = {*self._owned, *self._releasing}
-        await _all([*(self._release(device) for device in devices), self._sources.close()])
-
-    async def _release_devices(self) -> None:
-        await _all(self._release(device) for device in list(self._locks))
-        await _all(auto.close() for auto in self._autos)
+    async def _release_usb(self) -> None:
+        await self._holdings.release_locks()
+        await wait_for_all(auto.close() for auto in self._autos)
 
     def _check_open(self) -> None:
         if self._closing is not None:
@@ -1346,13 +1282,6 @@ class Guest:
             raise
         finally:
             self._calls.discard(task)
-
-
-async def _all(calls: Iterable[Awaitable[object]]) -> None:
-    """Wait for all calls, side by side; raise the first error when all have ended."""
-    for result in await asyncio.gather(*calls, return_exceptions=True):
-        if isinstance(result, BaseException):
-            raise result
 
 
 async def _first_of(wanted: asyncio.Future[T], running: asyncio.Future[None]) -> T:
