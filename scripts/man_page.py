@@ -13,7 +13,7 @@ from typing import Any
 
 import typer.main
 
-from farplug.cli.main import EXIT_CODES, app
+from farplug.cli.tree import EXIT_CODES, app
 from farplug.version import __version__
 
 PAGE = Path(__file__).parents[1] / "docs/farplug.1"

@@ -24,7 +24,7 @@ from tests.docs import PAGES, ROOT, snippets, write_project
 from farplug.app import app as app_module
 from farplug.app import events, guest
 from farplug.cli import session
-from farplug.cli.main import app
+from farplug.cli.tree import app
 from farplug.redirection.events import PortEvent
 from farplug.testing.project import __main__ as project
 from farplug.transport import TARGET_FORMS

@@ -14,7 +14,8 @@ from tests.cli.support import Cli
 
 from farplug import __version__
 from farplug.cli import devices, main
-from farplug.cli.main import EXIT_CODES, run
+from farplug.cli.main import run
+from farplug.cli.tree import EXIT_CODES
 from farplug.errors import Reason
 from farplug.exit_codes import ExitCode
 from farplug.rate_limit import BURST, limited_logger
@@ -163,9 +164,8 @@ def test_ctrl_c_while_it_starts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ignored", [False, True])
 def test_ctrl_c_once_it_has_started(ignored: bool) -> None:
     code = (
-        "import os, signal, sys; from farplug.cli import script; from farplug.cli import main, devices;"
-        "command = next(one for one in main.app.registered_commands if one.callback is devices.devices);"
-        "command.callback = lambda: (os.kill(os.getpid(), signal.SIGINT), print('alive'));"
+        "import os, signal, sys; from farplug.cli import script; from farplug.cli import devices;"
+        "devices.devices = lambda: (os.kill(os.getpid(), signal.SIGINT), print('alive'));"
         "sys.argv = ['farplug', 'devices']; script.main()"
     )
     command = [sys.executable, "-c", code]
@@ -220,11 +220,11 @@ def test_ctrl_c_before_anything_was_done(capsys: pytest.CaptureFixture[str], mon
 
 
 def test_without_a_reader() -> None:
-    for arguments in ("devices", "--help"):
+    for arguments in ("devices", "--help", "--version"):
         read, write = os.pipe()
         os.close(read)
         result = subprocess.run(
-            [sys.executable, "-c", "from farplug.cli.main import main; main()", arguments],
+            [sys.executable, "-c", "from farplug.cli.script import main; main()", arguments],
             stdout=write,
             stderr=subprocess.PIPE,
             timeout=30,

@@ -11,7 +11,7 @@ from tests.docs import ROOT
 from typer.main import get_command
 
 from farplug.app.settings import Names, SourceKind
-from farplug.cli.main import app
+from farplug.cli.tree import app
 from farplug.control.server import METHODS
 from farplug.errors import Reason, UsageError
 from farplug.web import methods

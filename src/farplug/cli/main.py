@@ -7,115 +7,16 @@ import os
 import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
-from typing import Annotated
 
 import typer
+import typer.main
 
-from farplug.cli import (
-    capture,
-    connect,
-    demo,
-    device,
-    devices,
-    doctor,
-    image,
-    log,
-    mcp,
-    page,
-    run_command,
-    screen,
-    serve,
-    sessions,
-    usbredirect,
-    writer,
-)
+from farplug.cli import log, writer
 from farplug.cli.failure import Failure
-from farplug.cli.options import Command, DebugOption, Group
+from farplug.cli.tree import app
 from farplug.errors import FarplugError, InternalError, Reason, Remedy
 from farplug.exit_codes import ExitCode
 from farplug.rate_limit import release_logs
-from farplug.version import __version__
-
-EXIT_CODES = {
-    ExitCode.OK: "success",
-    ExitCode.INTERNAL_ERROR: "internal error: please report it",
-    ExitCode.USAGE: "an option, an argument or a .vv file is not valid",
-    ExitCode.IMAGE: "an image, or another file of which a device is made, cannot be used",
-    ExitCode.UNREACHABLE: "the VM cannot be reached",
-    ExitCode.TLS: "TLS is required, or failed: the certificate is not trusted, or belongs to another host",
-    ExitCode.DENIED: (
-        "the password is wrong or missing, or the ticket expired; or a SPICE proxy does not permit the channel; or a "
-        "Kubernetes API does not accept or permit this user"
-    ),
-    ExitCode.NO_PORT: "the VM has no free port: no usbredir channel, or all are in use",
-    ExitCode.REFUSED: "the VM refused the device: its filter, its USB controller",
-    ExitCode.GUEST_GONE: "the connection to the VM, or to a session, ended while it was in use",
-    ExitCode.PROTOCOL: "the peer is not a SPICE or usbredir server, or violates the protocol",
-    ExitCode.SETUP: "a program, a package or a permission is missing on this machine",
-    ExitCode.DEVICE: "a device cannot be plugged in, or failed: written data may not be on stable storage",
-    ExitCode.PAUSED: "farplug doctor: the VM does not answer: it is paused, or the port serves another client",
-    ExitCode.NO_PROMPT: "farplug run: no shell in the VM answered",
-    ExitCode.COMMAND_TIMED_OUT: "farplug run: the command in the VM did not end in time",
-    ExitCode.COMMAND_FAILED: "farplug run failed; its other codes are those of the command in the VM",
-    ExitCode.INTERRUPTED: "interrupted before a device was plugged in, or by a second Ctrl-C",
-}
-
-app = typer.Typer(
-    name="farplug",
-    cls=Group,
-    help="Plug disk images, ISOs, folders and USB devices of this machine into a VM.",
-    epilog="'farplug connect --help' ends with the exit codes.",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-_EXIT_CODES_HELP = "\n".join(["Exit codes", *(f"{code:>3}  {what}" for code, what in EXIT_CODES.items())])
-app.command("connect", cls=Command, epilog=_EXIT_CODES_HELP)(connect.connect)
-app.command("serve", cls=Command)(serve.serve)
-app.command("devices", cls=Command)(devices.devices)
-for _command in (
-    sessions.ls,
-    sessions.status,
-    sessions.attach,
-    sessions.detach,
-    sessions.insert,
-    sessions.eject,
-    sessions.reconnect,
-    sessions.touch,
-    sessions.watch,
-    sessions.stop,
-    capture.capture,
-):
-    app.command(_command.__name__, cls=Command)(_command)
-app.command("screenshot", cls=Command)(screen.screenshot)
-app.command("type", cls=Command)(screen.type_text)
-app.command("press", cls=Command)(screen.press)
-app.command("click", cls=Command)(screen.click)
-app.command("run", cls=run_command.RunCommand)(run_command.run)
-app.command("page", cls=Command)(page.page)
-app.command("mcp", cls=Command)(mcp.mcp)
-app.command("usbredirect", cls=Command)(usbredirect.usbredirect)
-app.command("doctor", cls=Command)(doctor.doctor)
-app.command("demo", cls=Command)(demo.demo)
-app.add_typer(image.app, name="image")
-app.add_typer(device.app, name="device")
-
-
-def _version(value: bool) -> None:
-    if value:
-        typer.echo(f"farplug {__version__}")
-        raise typer.Exit
-
-
-@app.callback(invoke_without_command=True)
-def _root(
-    context: typer.Context,
-    debug: DebugOption = False,
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
-    ] = False,
-) -> None:
-    if context.invoked_subcommand is None:
-        typer.echo(context.get_help(), nl=False)
-
 
 _BAD_ARGUMENTS: type[Exception] = typer.BadParameter.__bases__[0]
 """Base class of the errors of the command line's parser: Click's, or that of the copy of Click in Typer."""

@@ -12,17 +12,19 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias, get_type_hints
 
 import typer
 import typer.core
 
-from farplug.app.settings import ReconnectSettings, TargetSettings
 from farplug.cli import log
 from farplug.errors import Reason, UsageError
 from farplug.programs import PASSWORD_VARIABLE
 from farplug.text import printable
 from farplug.transport import TARGET_FORMS
+
+if TYPE_CHECKING:
+    from farplug.app.settings import ReconnectSettings, TargetSettings
 
 SESSION_VARIABLE = "FARPLUG_SESSION"
 MAX_PASSWORD_LINE = 1024
@@ -74,6 +76,21 @@ class Command(typer.core.TyperCommand):
             raise
 
 
+class RunCommand(Command):
+    """A command of which everything after ``--`` is a command for the VM."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Keep what follows ``--``, and parse the rest."""
+        args = list(args)
+        place = args.index("--") if "--" in args else len(args)
+        ctx.meta[_FOR_VM] = args[place + 1 :]
+        return super().parse_args(ctx, args[:place])
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Return what the usage shows, with the command."""
+        return [*super().collect_usage_pieces(ctx), "[-- COMMAND [ARGUMENT]...]"]
+
+
 OPTIONAL_VALUES = {"--reconnect": "forever"}
 """Options whose value may be missing, with the value that they have then. The value comes after "="."""
 
@@ -95,6 +112,15 @@ def given_order(context: typer.Context) -> list[str]:
     """Return the names of the parameters that were given to a :class:`Command`, in order, with repetitions."""
     order: list[str] = context.meta[_ORDER]
     return order
+
+
+_FOR_VM: Final = "farplug.command"
+
+
+def given_command(context: typer.Context) -> list[str]:
+    """Return the command for the VM that a :class:`RunCommand` was given, after ``--``."""
+    command: list[str] = context.meta[_FOR_VM]
+    return command
 
 
 def with_fields(
@@ -271,6 +297,8 @@ def reconnect_settings(reconnect: str | None, no_reconnect: bool, *, detach: boo
     Raises:
         UsageError: the duration is not valid, or the options contradict each other.
     """
+    from farplug.app.settings import ReconnectSettings
+
     if no_reconnect and reconnect is not None:
         raise UsageError("--reconnect and --no-reconnect contradict each other", reason=Reason.BAD_OPTION)
     if reconnect is None:
@@ -304,6 +332,8 @@ class TargetOptions:
         Raises:
             UsageError: the password cannot be read, or there is no target, or there are two.
         """
+        from farplug.app.settings import TargetSettings
+
         if (target is None) is (command is None):
             raise UsageError(
                 "TARGET and --target-command contradict each other" if command else "Missing argument 'TARGET'",

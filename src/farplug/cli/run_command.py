@@ -4,33 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
 import typer
 
 from farplug.app.commands import Via
-from farplug.cli.options import Command, DebugOption, with_fields
+from farplug.cli.options import DebugOption, given_command, with_fields
 from farplug.cli.screen import LayoutOption, Place, ViaOption
 from farplug.errors import Reason, UsageError
 
 LOGIN = "Login"
 FILES = "Files"
-_COMMAND: Final = "farplug.command"
-
-
-class RunCommand(Command):
-    """A command of which everything after ``--`` is a command for the VM."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Keep what follows ``--``, and parse the rest."""
-        args = list(args)
-        place = args.index("--") if "--" in args else len(args)
-        ctx.meta[_COMMAND] = args[place + 1 :]
-        return super().parse_args(ctx, args[:place])
-
-    def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """Return what the usage shows, with the command."""
-        return [*super().collect_usage_pieces(ctx), "[-- COMMAND [ARGUMENT]...]"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +157,7 @@ shell answered, 124: --timeout, 125: farplug failed. docs/run.md describes the r
     A running session carries the command out. With TARGET, farplug starts a session that ends with the command: a \
 SPICE server serves one client at a time, so this ends the session of any other client of the VM.
     """
-    command: list[str] = context.meta[_COMMAND]
+    command = given_command(context)
     if shell and command:
         raise UsageError("--shell and a command contradict each other", reason=Reason.BAD_OPTION)
     if not (shell or command or copy_in or copy_out):
