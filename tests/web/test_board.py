@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import struct
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from tests.web.support import FakeSession, Served, fake_session, reply
 
 from farplug.app.app import App
 from farplug.app.png import encode_png
+from farplug.web import server
 from farplug.web.thumbnail import scaled
 
 
@@ -97,6 +100,30 @@ async def test_a_screenshot(served: Served) -> None:
             assert (answer.status, answer.headers["content-type"], answer.body) == (200, "image/png", png)
         assert session.requests[0][0]["params"]["display"] == 2
         assert [path.name for path in served.page.private.iterdir()] == []
+
+
+async def test_browsers_that_do_not_take_their_pictures(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their pictures have a bound, and a time: others get theirs afterwards."""
+    png = os.urandom(16 << 20)  # more than the buffers of the sockets have
+    monkeypatch.setattr(server, "MAX_PICTURE_BYTES", 2 * len(png))
+    monkeypatch.setattr(server, "SEND_TIMEOUT", 0.5)
+    async with Served.serve(environment) as served, fake_session(served.folder, pictured(png)):
+        path, token = "/screenshot.png?session=web1", served.page.tokens.full
+        slow = [await asyncio.open_connection("127.0.0.1", served.port, limit=1 << 12) for _ in range(2)]
+        for reader, writer in slow:
+            writer.write(served.request("GET", path, token=token))
+            assert await reader.readline() == b"HTTP/1.1 200 OK\r\n"
+        answer = await served.http("GET", path, token=token)
+        assert (answer.status, answer.json["error"]["code"]) == (503, "busy")
+        while (answer := await served.http("GET", path, token=token)).status == 503:
+            await asyncio.sleep(0.05)
+        assert (answer.status, answer.body, answer.headers["content-length"]) == (200, png, str(len(png)))
+        for reader, writer in slow:
+            with suppress(ConnectionResetError):
+                assert len(await reader.read()) < len(png)
+            writer.close()
 
 
 @pytest.mark.parametrize(

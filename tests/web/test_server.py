@@ -245,3 +245,55 @@ async def _all(reader: asyncio.StreamReader) -> bytes:
         while data := await reader.read(1 << 16):
             received += data
     return received
+
+
+async def test_tls_handshakes_count_as_connections(
+    environment: dict[str, str], certificates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 5)
+    trusting = ssl.create_default_context(cafile=certificates / "ca-cert.pem")
+    async with asyncio.timeout(60), Page.serve(PageSettings(**tls(certificates)), environment) as page:
+        whole = await asyncio.open_connection("127.0.0.1", page.port, ssl=trusting)
+        half = [await _half_open(page.port) for _ in range(4)]
+        reader, writer = await asyncio.open_connection("127.0.0.1", page.port)
+        assert await _all(reader) == b""
+        assert not any(reader.at_eof() for reader, _ in half)
+        for _, one in [*half, (reader, writer)]:
+            one.close()
+        while True:
+            with suppress(OSError):
+                again = await asyncio.open_connection("127.0.0.1", page.port, ssl=trusting)
+                break
+        for reader, writer in (whole, again):
+            writer.write(f"GET /x HTTP/1.1\r\nHost: 127.0.0.1:{page.port}\r\nConnection: close\r\n\r\n".encode())
+            assert (await reader.read()).startswith(b"HTTP/1.1 404")
+            writer.close()
+
+
+async def test_a_tls_handshake_that_is_not_completed(
+    environment: dict[str, str], certificates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "HANDSHAKE_TIMEOUT", 0.1)
+    async with asyncio.timeout(30), Page.serve(PageSettings(**tls(certificates)), environment) as page:
+        reader, writer = await _half_open(page.port)
+        assert await _all(reader) == b""
+        writer.close()
+
+
+async def _half_open(port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Connect, and begin a TLS handshake."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"\x16\x03\x01\x02\x00\x01")
+    return reader, writer
+
+
+async def test_the_page_ends_during_a_tls_handshake(environment: dict[str, str], certificates: Path) -> None:
+    before = asyncio.all_tasks()
+    async with asyncio.timeout(60):
+        async with Page.serve(PageSettings(**tls(certificates)), environment) as page:
+            reader, writer = await _half_open(page.port)
+            with pytest.raises(ssl.SSLCertVerificationError):  # by then, the server has accepted both
+                await asyncio.open_connection("127.0.0.1", page.port, ssl=ssl.create_default_context())
+        assert await _all(reader) == b""
+        writer.close()
+    assert asyncio.all_tasks() == before

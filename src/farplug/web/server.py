@@ -23,11 +23,17 @@ import ssl
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    contextmanager,
+)
 from dataclasses import dataclass
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 from urllib.parse import quote
 
 import uvicorn
@@ -63,9 +69,17 @@ MAX_WEBSOCKETS: Final = 32
 MAX_GREETINGS: Final = 32
 """Websockets that sent no valid token yet."""
 MAX_CONNECTIONS: Final = 256
-"""Connections; further ones are closed."""
+"""Connections, also those whose TLS handshake is not complete; further ones are closed."""
+HANDSHAKE_TIMEOUT: Final = 10.0
+"""Seconds of a TLS handshake."""
 REQUEST_TIMEOUT: Final = 10.0
 """Seconds in which the header of a request comes."""
+SEND_TIMEOUT: Final = 10.0
+"""Seconds in which a peer takes a part of an answer that waits for it."""
+MAX_PICTURE_BYTES: Final = 128 << 20
+"""Bytes of the pictures that are being sent; further ones are refused."""
+PICTURE_PIECE: Final = 64 << 10
+"""Bytes of a picture that are passed on at a time."""
 BACKLOG: Final = 128
 """Connections that wait to be accepted."""
 MAX_FRAGMENTS: Final = 1024
@@ -151,6 +165,7 @@ class Page:
         self._agents: ASGIApp | None = None
         self._site = site
         self._websockets = self._greetings = 0
+        self._picture_bytes = 0
 
     @property
     def url(self) -> str:
@@ -248,7 +263,26 @@ class Page:
             raise UsageError("session or display is not valid", reason=Reason.BAD_SETTING)
         board = self._site.board
         make = board.thumbnail if "thumbnail" in request.query_params else board.screenshot
-        return Response(await make(name, int(display)), media_type="image/png")
+        return _Picture(await make(name, int(display)), self._sending_picture)
+
+    @contextmanager
+    def _sending_picture(self, size: int) -> Iterator[None]:
+        """Return a context manager that counts the bytes of a picture that is being sent.
+
+        Raises:
+            SetupError: ``busy``: there are too many.
+        """
+        if self._picture_bytes + size > MAX_PICTURE_BYTES:
+            raise SetupError(
+                f"other browsers still take {self._picture_bytes >> 20} MiB of pictures",
+                reason=Reason.BUSY,
+                remedy="try again when their downloads have ended",
+            )
+        self._picture_bytes += size
+        try:
+            yield
+        finally:
+            self._picture_bytes -= size
 
     async def _mcp(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on to the MCP server."""
@@ -338,6 +372,31 @@ class _Browser:
             raise BrowserGone from None
 
 
+class _Picture(Response):
+    """A PNG file, of which the connection gets as much as the peer takes.
+
+    Args:
+        picture: the file.
+        sending: counts its bytes while it is being sent.
+    """
+
+    media_type = "image/png"
+
+    def __init__(self, picture: bytes, sending: Callable[[int], AbstractContextManager[None]]) -> None:
+        super().__init__(picture)
+        self._picture = memoryview(picture)
+        self._sending = sending
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        picture = self._picture
+        with self._sending(len(picture)):
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            for start in range(0, len(picture), PICTURE_PIECE):
+                piece = bytes(picture[start : start + PICTURE_PIECE])
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+
+
 class _Endpoint:
     """An ASGI application as the endpoint of a route, which takes functions for something else."""
 
@@ -386,11 +445,13 @@ async def _failed(request: Request, error: Exception) -> Response:
 
 
 class _HttpProtocol(H11Protocol):
-    """The HTTP protocol of uvicorn, with bounds for peers that connect and send no request."""
+    """The HTTP protocol of uvicorn, with bounds for peers that send no request, or do not take the answer."""
 
     _waiting: asyncio.TimerHandle | None = None
     """Closes the connection; None: a request is being answered, or the connection is a websocket."""
     _upgraded = False
+    _taking: asyncio.TimerHandle | None = None
+    """Looks whether the peer takes the answer that waits for it; None: no answer waits."""
     _unsent = 0
     """Bytes of an answer that the peer had not taken at the last look."""
 
@@ -403,7 +464,32 @@ class _HttpProtocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
+        self._stop_looking()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unsent = self.transport.get_write_buffer_size()
+        self._taking = self.loop.call_later(SEND_TIMEOUT, self._look)
+
+    def resume_writing(self) -> None:
+        self._stop_looking()
+        super().resume_writing()
+
+    def _look(self) -> None:
+        """Abort the connection if the peer has taken nothing since the last look."""
+        self._taking = None
+        left = self.transport.get_write_buffer_size()
+        if left == self._unsent:
+            self.transport.abort()
+        else:
+            self._unsent = left
+            self._taking = self.loop.call_later(SEND_TIMEOUT, self._look)
+
+    def _stop_looking(self) -> None:
+        if self._taking is not None:
+            self._taking.cancel()
+            self._taking = None
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -438,6 +524,87 @@ class _HttpProtocol(H11Protocol):
         if self._waiting is not None:
             self._waiting.cancel()
             self._waiting = None
+
+
+class _Handshakes:
+    """The TLS handshakes of a server, which count as connections.
+
+    The event loop would shake hands before uvicorn has the connection: without a bound, and for a minute.
+
+    Args:
+        context: of the server's TLS.
+    """
+
+    def __init__(self, context: ssl.SSLContext) -> None:
+        self._context = context
+        self._pending: dict[asyncio.Transport, asyncio.Task[None]] = {}
+
+    def protocol(self, **arguments: Any) -> asyncio.Protocol:
+        """Return the protocol of a new connection, without TLS yet; the arguments are those of uvicorn."""
+        return _Handshake(self, _HttpProtocol(**arguments))
+
+    def begin(self, transport: asyncio.Transport, handshake: _Handshake) -> None:
+        """Begin the handshake of a connection."""
+        transport.pause_reading()
+        if len(self._pending) + len(handshake.http.connections) >= MAX_CONNECTIONS:
+            transport.abort()
+        else:
+            self._pending[transport] = asyncio.ensure_future(self._shake(transport, handshake))
+
+    async def _shake(self, transport: asyncio.Transport, handshake: _Handshake) -> None:
+        try:
+            encrypted = await asyncio.get_running_loop().start_tls(
+                transport, handshake, self._context, server_side=True, ssl_handshake_timeout=HANDSHAKE_TIMEOUT
+            )
+        except (OSError, asyncio.CancelledError):
+            transport.abort()
+        else:
+            handshake.end(encrypted)
+        finally:
+            del self._pending[transport]
+
+    async def close(self) -> None:
+        """End all handshakes."""
+        tasks = [*self._pending.values()]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+
+class _Handshake(asyncio.Protocol):
+    """A connection until its TLS handshake is complete.
+
+    Args:
+        handshakes: those of the server.
+        http: the protocol of the connection afterwards.
+    """
+
+    def __init__(self, handshakes: _Handshakes, http: _HttpProtocol) -> None:
+        self.http = http
+        self._handshakes = handshakes
+        self._received = b""
+        """What came with the end of the handshake."""
+        self._lost = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._handshakes.begin(transport, self)
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._lost = True
+
+    def end(self, transport: asyncio.Transport | None) -> None:
+        """Pass the connection on, unless it is lost."""
+        if transport is None or self._lost:
+            return
+        transport.set_protocol(self.http)
+        self.http.connection_made(transport)
+        if self._received:
+            self.http.data_received(self._received)
 
 
 class _WebSocketProtocol(WebSocketsSansIOProtocol):
@@ -479,13 +646,10 @@ async def _served(app: Any, listener: socket.socket, context: ssl.SSLContext | N
         logger.propagate = False
         logger.handlers = [logging.NullHandler()]
 
-    def tls(config: uvicorn.Config, default: Callable[[], ssl.SSLContext]) -> ssl.SSLContext:
-        assert context is not None
-        return context
-
+    handshakes = None if context is None else _Handshakes(context)
     config = uvicorn.Config(
         app,
-        http=_HttpProtocol,
+        http=_HttpProtocol if handshakes is None else cast("type[asyncio.Protocol]", handshakes.protocol),
         ws=_WebSocketProtocol,
         ws_max_size=MAX_TEXT,
         ws_per_message_deflate=False,  # it would compress files of browsers, too
@@ -497,7 +661,6 @@ async def _served(app: Any, listener: socket.socket, context: ssl.SSLContext | N
         proxy_headers=False,
         server_header=False,
         timeout_graceful_shutdown=STOP_TIMEOUT,
-        ssl_context_factory=None if context is None else tls,
     )
     server = _Server(config)
     serving = asyncio.ensure_future(server.serve([listener]))
@@ -510,6 +673,8 @@ async def _served(app: Any, listener: socket.socket, context: ssl.SSLContext | N
     finally:
         started.cancel()
         server.should_exit = True
+        if handshakes is not None:
+            await handshakes.close()
         await asyncio.wait([serving])
 
 
