@@ -243,8 +243,10 @@ async def test_a_user_does_not_wait_for_the_next_attempt(monkeypatch: pytest.Mon
     monkeypatch.setattr(retry, "DELAYS", (3600,))
     async with vm() as one, running(one.target, Source.disk(str(files / "a.raw"))) as session:
         await session.in_use()
-        with pytest.raises(StateError, match="the VM is not lost"):
-            await session.app.do(Reconnect())
+        await session.app.do(Reconnect())
+        await session.until(lambda: "the VM is not lost: it is connected" in [one.message for one in session.events])
+        with pytest.raises(StateError, match="no attempt to give up"):
+            await session.app.do(Reconnect(give_up=True))
         await lose(one)
         await session.named("reconnecting")
         await session.app.do(Reconnect())

@@ -156,7 +156,11 @@ def test_paths_are_those_of_the_command(
 
 def test_reconnecting_to_a_vm_that_is_there(cli: Cli, session: Session) -> None:
     result = cli("reconnect")
-    assert (result.code, result.err) == (1, "farplug: the VM is not lost\n")
+    assert (result.code, result.out, result.err) == (0, "", "the VM is not lost: it is connected\n")
+    result = cli("reconnect", "--give-up")
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith("farplug: the VM is not lost: there is no attempt to give up")
+    assert session.status["state"] == "connected"
 
 
 def test_media(cli: Cli, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -268,11 +268,13 @@ class Guest:
     def reconnect(self, *, give_up: bool = False) -> None:
         """Connect to a VM that is lost at once, without the delay before the next attempt; or make no more attempts.
 
+        If the VM is not lost, there is nothing to do: the event ``note`` has its state.
+
         Args:
             give_up: make no more attempts: the guest is gone.
 
         Raises:
-            StateError: the VM is not lost.
+            StateError: the attempts are to end, and there are none: the VM is not lost.
         """
         self._link.reconnect(give_up=give_up)
 

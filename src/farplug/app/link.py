@@ -324,14 +324,17 @@ class Link:
             raise error or GuestGoneError("the guest is closed")
 
     def reconnect(self, *, give_up: bool) -> None:
-        """Make the next attempt at once, or no more attempts.
+        """Make the next attempt at once, or no more attempts. If the VM is not lost, a ``note`` is published.
 
         Raises:
-            StateError: the VM is not lost.
+            StateError: the attempts are to end, and there are none.
         """
-        if self._status["state"] not in (GuestState.LOST, GuestState.RECONNECTING):
-            raise StateError("the VM is not lost")
-        if give_up:
+        state = self._status["state"]
+        if state not in (GuestState.LOST, GuestState.RECONNECTING):
+            if give_up:
+                raise StateError("the VM is not lost: there is no attempt to give up", remedy="end the session instead")
+            self._owner.note(f"the VM is not lost: it is {state}")
+        elif give_up:
             self._given_up = True
             if self._attempting is not None:
                 self._attempting.cancel()

@@ -86,11 +86,11 @@ def media(session: str | None, method: str, params: Mapping[str, Any], *, as_jso
 def reconnect(session: str | None, *, give_up: bool) -> None:
     """Make a session connect to its lost VM at once, or not any more."""
 
-    async def call() -> None:
-        async with open_session(session) as client:
-            await client.call("reconnect", {"give_up": give_up})
+    def show(event: Event) -> None:
+        if event.name == "note":
+            log.say(printable(event.message))
 
-    run(call())
+    run(_call(session, "reconnect", {"give_up": give_up}, show))
 
 
 def touch(session: str | None, key: str | None, *, refuse: bool, as_json: bool) -> None:
