@@ -18,7 +18,8 @@ from rich.console import Console
 from tests.cli.support import Cli, FakeGuest, in_thread
 
 from farplug.app.events import Event, EventStream, Level
-from farplug.cli.output import JsonOutput, Output, PlainOutput, SilentOutput, TerminalOutput, choose, figures_text, size
+from farplug.cli.output import JsonOutput, Output, PlainOutput, SilentOutput, choose, figures_text, size
+from farplug.cli.terminal import TerminalOutput
 from farplug.errors import Remedy
 
 

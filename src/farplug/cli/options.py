@@ -18,6 +18,7 @@ import typer
 import typer.core
 
 from farplug.cli import log
+from farplug.cli.values import without_pydantic
 from farplug.errors import Reason, UsageError
 from farplug.programs import PASSWORD_VARIABLE
 from farplug.text import printable
@@ -42,9 +43,10 @@ OUTPUT = "Output and commands"
 """Titles of panels in the help."""
 
 
-def _without_type(parameters: list[Any]) -> list[Any]:
+def _prepared(parameters: list[Any]) -> list[Any]:
     """Return the parameters, with an empty metavar for flags: Typer shows ``<bool>`` in the help."""
     for parameter in parameters:
+        without_pydantic(parameter)
         if getattr(parameter, "is_flag", False) or getattr(parameter, "count", False):
             parameter.metavar = ""
     return parameters
@@ -54,14 +56,14 @@ class Group(typer.core.TyperGroup):
     """A group of commands."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        return _without_type(super().get_params(ctx))
+        return _prepared(super().get_params(ctx))
 
 
 class Command(typer.core.TyperCommand):
     """A command that records the order of its options, and whose errors have its context."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        return _without_type(super().get_params(ctx))
+        return _prepared(super().get_params(ctx))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the command line twice: Click does not keep the order of different options."""

@@ -107,9 +107,7 @@ ENTRIES: Final = {
     "touch": Entry(
         "sessions", "touch", "Touch a security key of a running session: allow what a program in the VM asks for."
     ),
-    "watch": Entry(
-        "sessions", "watch", "Show a session, then everything that happens in it, until it ends or Ctrl-C."
-    ),
+    "watch": Entry("sessions", "watch", "Show a session, then everything that happens in it, until it ends or Ctrl-C."),
     "stop": Entry(
         "sessions", "stop", "End a session: take its devices out of the VM, and wait until the session has ended."
     ),
@@ -140,9 +138,7 @@ ENTRIES: Final = {
         "Run a command in a VM that has no network, no agent and no SSH server, with its input, output and exit code.",
         kind=RunCommand,
     ),
-    "page": Entry(
-        "page", "page", "Serve a page with the screen of a VM, its keyboard and mouse, and its USB sockets."
-    ),
+    "page": Entry("page", "page", "Serve a page with the screen of a VM, its keyboard and mouse, and its USB sockets."),
     "mcp": Entry(
         "mcp",
         "mcp",
@@ -203,8 +199,8 @@ class Root(Group):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Import the command that is used."""
-        name, command, rest = super().resolve_command(ctx, args)
-        return name, command and self.commands[command.name], rest
+        name, _, rest = super().resolve_command(ctx, args)
+        return name, self.commands[name] if name else None, rest
 
 
 app = typer.Typer(

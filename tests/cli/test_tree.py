@@ -1,0 +1,82 @@
+"""The commands of farplug are imported when they are used. What is known of them before is true."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+
+import pytest
+import typer.main
+
+from farplug.cli.tree import ENTRIES, Root, app
+
+ROOT: Root = typer.main.get_command(app)  # type: ignore[assignment]
+
+
+def first_paragraph(text: str | None) -> str:
+    return " ".join((text or "").split("\n\n")[0].split())
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_the_summary_of_a_command_is_the_beginning_of_its_help(name: str) -> None:
+    command = ROOT.commands[name]
+    assert command.name == name
+    assert ENTRIES[name].summary == first_paragraph(command.help)
+
+
+def test_the_help_knows_no_other_commands() -> None:
+    assert list(ROOT.commands) == ROOT.list_commands(None) == list(ENTRIES)
+    assert len(ROOT.commands) == len(ENTRIES)
+    assert ROOT.get_command(None, "nothing") is None
+
+
+MAIN = (
+    "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr));"
+    "from farplug.cli.script import main; main()"
+)
+
+
+def imported(*arguments: str, environment: Mapping[str, str] | None = None) -> set[str]:
+    """Run a command, and return the names of the modules that it has imported at its end."""
+    result = subprocess.run(
+        [sys.executable, "-c", MAIN, *arguments],
+        env={**os.environ, **(environment or {})},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    return set(result.stderr.split("\n")[-2].split())
+
+
+def packages(modules: set[str]) -> set[str]:
+    """Return the packages of farplug that modules belong to."""
+    return {".".join(name.split(".")[:2]) for name in modules if name.startswith("farplug.")}
+
+
+def test_the_version_imports_nothing() -> None:
+    modules = imported("--version")
+    assert packages(modules) == {"farplug.cli", "farplug.lazy", "farplug.version"}
+    assert modules & {"asyncio", "dataclasses", "inspect", "logging", "typer"} == set()
+
+
+def test_the_help_imports_no_command() -> None:
+    modules = imported("--help")
+    assert {name for name in modules if name.startswith("farplug.cli.")} == {
+        f"farplug.cli.{name}" for name in ("failure", "log", "main", "options", "script", "tree", "values", "writer")
+    }
+    assert modules & {"asyncio", "farplug.app", "farplug.control", "pydantic", "ssl"} == set()
+
+
+def test_a_command_imports_itself_only() -> None:
+    modules = imported("ls")
+    assert modules & {"pydantic", "rich", "farplug.app.app", "farplug.cli.page", "farplug.cli.doctor"} == set()
+    assert "farplug.cli.sessions" in modules
+
+
+def test_completion_of_a_name_imports_no_command() -> None:
+    environment = {"_FARPLUG_COMPLETE": "complete_bash", "COMP_WORDS": "farplug st", "COMP_CWORD": "1"}
+    modules = imported(environment=environment)
+    assert modules & {"farplug.app", "farplug.cli.sessions", "farplug.cli.connect", "pydantic"} == set()
