@@ -350,3 +350,36 @@ async def test_a_source_without_a_first_frame() -> None:
 
     with pytest.raises((RuntimeError, ExceptionGroup)):
         await use()
+
+
+class Slow(Made):
+    """A program that makes no frame, and takes a while to stop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.making = self.most = 0
+        self.begun = asyncio.Event()
+
+    async def frame(self, mode: Mode, number: int) -> Buffer:
+        self.making += 1
+        self.begun.set()
+        self.most = max(self.most, self.making)
+        try:
+            await asyncio.Event().wait()
+            return b""
+        finally:
+            for _ in range(10):
+                await asyncio.sleep(0)
+            self.making -= 1
+
+
+async def test_one_frame_is_made_at_a_time_whatever_is_reset() -> None:
+    async with plugged(source := Slow()) as (guest, _):
+        for _ in range(3):
+            await start(guest, 1, 1)
+            await source.begun.wait()
+            source.begun.clear()
+            await guest.set_configuration(1)
+        await start(guest, 1, 1)
+        await source.begun.wait()
+    assert (source.making, source.most) == (0, 1)

@@ -97,9 +97,12 @@ class Camera(AsyncFunction):
     def _start(self, stream: Stream | None) -> None:
         """Begin to send frames, or stop: with None."""
         self._stream = stream
-        if self._sending is not None:
-            self._sending.cancel()
+        self._stop_sending()
         self.notify()
+
+    def _stop_sending(self) -> None:
+        if self._sending is not None and not self._sending.cancelling():  # a second one would interrupt a cleanup
+            self._sending.cancel()
 
     def halt_cleared(self, endpoint: int) -> None:
         super().halt_cleared(endpoint)
@@ -114,7 +117,7 @@ class Camera(AsyncFunction):
         super().configured(speed)
 
     async def run(self) -> None:
-        """Send the frames of one stream after the other."""
+        """Send the frames of one stream after the other. It ends when the source makes no frame any more."""
         try:
             while True:
                 await self.until(lambda: self._stream is not None)
@@ -127,7 +130,9 @@ class Camera(AsyncFunction):
                     sending.result()
         finally:
             if self._sending is not None:
-                self._sending.cancel()
+                self._stop_sending()
+                await asyncio.wait([self._sending])
+                self._sending = None
 
     async def _send(self, stream: Stream) -> None:
         """Send frames at the rate of a stream, until the task is cancelled."""
