@@ -46,8 +46,19 @@ async def test_a_program_with_its_outputs_and_exit_code(
         assert opened[0]["layout"] == "de"
         result = await acting.json("run", command=["head", "-c", "100000", "/dev/zero"])
         assert result["stdout"] == "\0" * MAX_OUTPUT + f"\n[{100_000 - MAX_OUTPUT} bytes more were left out]"
-        assert "timed-out" in await acting.refused("run", command=["sleep", "600"], timeout=0.1)
         assert "NUL" in await acting.refused("run", command=["a\0"])
+
+
+async def test_an_output_that_never_ends(environment: dict[str, str], opened: list[dict[str, Any]]) -> None:
+    """Return what has arrived, and no more than a part of it."""
+    async with console(environment) as one, agent(one) as acting:
+        result = await acting.json("run", command=["sh", "-c", "printf '\\376' >&2; exec yes"], timeout=0.5)
+        assert (result["exit_code"], result["stderr"]) == (None, "\N{REPLACEMENT CHARACTER}")
+        assert result["timeout"].startswith("the command did not end within 0.5 s, and was terminated.")
+        kept, _, left_out = result["stdout"].rpartition("\n[")
+        assert kept == ("y\n" * MAX_OUTPUT)[:MAX_OUTPUT]
+        assert left_out.endswith(" bytes more were left out]")
+        assert (await acting.json("run", command=["echo", "still there"]))["stdout"] == "still there\n"
 
 
 async def test_while_a_person_holds_the_keyboard_nothing_is_run(

@@ -253,13 +253,26 @@ async def test_the_keyboard_is_not_taken_from_another_client(environment: dict[s
         await done(first, "drive", take=True, if_free=True)  # it holds them already
 
 
-async def test_the_session_ends_in_the_middle_of_a_call_and_another_one_begins(environment: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("tool", "arguments"),
+    [
+        ("wait_for_screen", {"state": "changed"}),
+        ("wait_for_text", {"text": "login:"}),
+        ("type", {"text": "x" * 4000}),
+        ("hold_key", {"text": "shift+a", "duration": 60}),
+        ("usb_attach", {"kind": "tablet"}),
+    ],
+)
+async def test_the_session_ends_in_the_middle_of_a_call_and_another_one_begins(
+    environment: dict[str, str], tool: str, arguments: dict[str, Any]
+) -> None:
     async with AsyncExitStack() as stack:
-        async with console(environment) as one:
+        async with console(environment, silent=True) as one:
             acting = await stack.enter_async_context(agent(one))
             await acting.call("screenshot")
-            waiting = asyncio.ensure_future(acting.refused("wait_for_screen", state="changed"))
-            await asyncio.sleep(0)
+            waiting = asyncio.ensure_future(acting.refused(tool, **arguments))
+            await asyncio.sleep(0.1)
+            assert not waiting.done()
             await one.server.close()
             assert "[session-gone]" in await waiting
         assert "[no-session]" in await acting.refused("key", text="a")

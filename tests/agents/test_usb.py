@@ -11,6 +11,7 @@ from mcp.client.context import ClientRequestContext
 from mcp_types import ElicitRequestParams, ElicitResult
 from tests.agents.support import agent, console
 
+from farplug.agents import machine as machine_module
 from farplug.agents.policy import Folders, Policy
 from farplug.errors import DeviceError, Reason
 
@@ -62,6 +63,20 @@ async def test_a_disk_and_a_cdrom_drive(environment: dict[str, str], images: Pat
         assert await acting.text("cdrom_eject") == "ejected"
         assert "[not-found]" in await acting.refused("cdrom_eject", drive="cdrom7")
         assert guest.attachments
+
+
+async def test_a_vm_that_does_not_use_what_is_plugged_in(
+    environment: dict[str, str], images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Firmware: the agent goes on, and restarts it."""
+    monkeypatch.setattr(machine_module, "USE_TIMEOUT", 0.1)
+    policy = Policy(folders=Folders.of([images]))
+    async with console(environment, silent=True) as one, agent(one, policy) as acting:
+        (attached,) = await acting.json("usb_attach", kind="cdrom", path="a.iso")
+        assert (attached["label"], attached["error"]) == ("cdrom0", None)
+        assert attached["note"] == "the VM does not use it yet: firmware looks for devices only when it starts"
+        assert [one["label"] for one in (await acting.json("usb_list"))["attached"]] == ["cdrom0"]
+        assert await acting.text("usb_detach", device="cdrom0") == "detached cdrom0"
 
 
 @pytest.mark.parametrize(

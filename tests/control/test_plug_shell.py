@@ -15,7 +15,8 @@ from farplug.app.client import MAX_SHELLS
 from farplug.app.guest import SHELL_LINES
 from farplug.control import shell as shell_module
 from farplug.control.client import Client
-from farplug.control.shell import LINES, Login, open_shell
+from farplug.control.login import Login
+from farplug.control.shell import LINES, open_shell
 from farplug.errors import FarplugError, GuestGoneError, Reason
 
 

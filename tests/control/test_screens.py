@@ -92,9 +92,11 @@ class Console:
 
 
 @asynccontextmanager
-async def console(environment: dict[str, str], *pictures: bytes, mice: int = 1) -> AsyncIterator[Console]:
+async def console(
+    environment: dict[str, str], *pictures: bytes, mice: int = 1, silent: bool = False
+) -> AsyncIterator[Console]:
     app = App()
-    async with vm(1) as one:
+    async with vm(1, silent=silent) as one:
         made = Console(one, *pictures, mice=mice)
         made.app = app
         await app.connect(GuestSettings(TargetSettings(one.target)))

@@ -25,6 +25,8 @@ from farplug.text import printable
 
 PICTURE_TIMEOUT: Final = 15.0
 """Seconds for the first picture of a screen, and for the first report of who holds the keyboard."""
+USE_TIMEOUT: Final = 10.0
+"""Seconds in which the VM uses a device that was plugged in. Firmware looks for devices only when it starts."""
 MAX_WHEEL: Final = 15
 """Steps of the wheel in one request."""
 POINT: Final = 16
@@ -370,6 +372,34 @@ class Machine:
             return self.position
         x, y = self._cursor.get("x"), self._cursor.get("y")
         return (x, y) if type(x) is int and type(y) is int and self._cursor.get("visible") is True else None
+
+    # USB ----------------------------------------------------------------------------------------------------------
+
+    async def attachments(self) -> dict[str, Mapping[str, Any]]:
+        """Return what is plugged in, by ids."""
+        client = await self.session()
+        status = await client.call("status")
+        guests = status.get("guests", {}) if isinstance(status, dict) else {}
+        return {id: one for guest in guests.values() for id, one in guest.get("attachments", {}).items()}
+
+    async def attach(self, params: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Plug sources in; return their attachments when the VM uses them, or has not used them in USE_TIMEOUT.
+
+        Args:
+            params: those of the method ``attach``.
+
+        Raises:
+            FarplugError: as :meth:`unheld`; or something cannot be plugged in.
+        """
+        client = await self.unheld()
+        before = await self.attachments()
+        try:
+            async with asyncio.timeout(USE_TIMEOUT):
+                result = await client.call("attach", params)
+        except TimeoutError:
+            note = "the VM does not use it yet: firmware looks for devices only when it starts"
+            return [{**one, "note": note} for id, one in (await self.attachments()).items() if id not in before]
+        return [*result["attachments"]] if isinstance(result, dict) else []
 
     # Keyboard and mouse -------------------------------------------------------------------------------------------
 

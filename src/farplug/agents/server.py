@@ -345,8 +345,7 @@ class Tools:
         guests = status.get("guests", {}) if isinstance(status, dict) else {}
         attached = [
             {name: one.get(name) for name in ("label", "state", "identity", "speed", "error")}
-            for guest in guests.values()
-            for one in guest.get("attachments", {}).values()
+            for one in (await self._machine.attachments()).values()
         ]
         result: dict[str, Any] = {
             "attached": attached,
@@ -587,9 +586,15 @@ class Tools:
             data, sent = sent, b""
             return data
 
+        code, late = None, {}
         async with self._machine.shell(**_given(layout=layout)) as shell:
-            code = await shell.run(command, stdin=read, stdout=out.write, stderr=err.write, timeout=timeout)
-        return _json({"exit_code": code, "stdout": out.text, "stderr": err.text})
+            try:
+                code = await shell.run(command, stdin=read, stdout=out.write, stderr=err.write, timeout=timeout)
+            except FarplugError as error:
+                if error.reason is not Reason.TIMED_OUT:
+                    raise
+                late = {"timeout": _text(error)}
+        return _json({"exit_code": code, "stdout": out.text, "stderr": err.text, **late})
 
     async def type_secret(
         self,
@@ -653,7 +658,10 @@ class Tools:
             bool, Field(description="a disk: let the VM change the file; otherwise what it writes is discarded")
         ] = False,
     ) -> str:
-        """Plug a disk image, an ISO image, a folder, or a USB device of this machine into the VM. See usb_list."""
+        """Plug a disk image, an ISO image, a folder, or a USB device of this machine into the VM. See usb_list.
+
+        A VM in its firmware uses it after a restart: press ctrl+alt+Delete.
+        """
         if not confirmation.allow:
             raise UsageError("the person did not allow it", reason=Reason.NOT_ALLOWED)
         self._policy.check_source(kind, writable=writable)
@@ -665,9 +673,7 @@ class Tools:
         params: dict[str, Any] = {"sources": [source]}
         if kind == "disk" and not writable:
             params["storage"] = {"snapshot": True}
-        client = await self._machine.unheld()
-        result = await client.call("attach", params)
-        attached = result.get("attachments", []) if isinstance(result, dict) else []
+        attached = await self._machine.attach(params)
         return _json(
             [{name: one.get(name) for name in ("label", "state", "identity", "note", "error")} for one in attached]
         )

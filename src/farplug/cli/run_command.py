@@ -115,7 +115,7 @@ def run(
         typer.Option(
             "--user",
             metavar="NAME",
-            help="Log in as NAME first: the screen shows the prompt of a login.",
+            help="Log in as NAME first, when the VM asks for it.",
             show_default=False,
             rich_help_panel=LOGIN,
         ),
@@ -136,7 +136,7 @@ def run(
             "--login-delay",
             metavar="SECONDS",
             min=0,
-            help="How long the VM needs to ask for the password, and then to start a shell.",
+            help="How long the VM needs to ask for the password, and to start a shell, if its screen cannot be read.",
             rich_help_panel=LOGIN,
         ),
     ] = 3,

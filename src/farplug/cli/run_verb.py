@@ -15,8 +15,9 @@ from farplug.cli import session_client
 from farplug.cli.joining import own_session
 from farplug.cli.run_command import RunOptions
 from farplug.cli.screen import text_of, without_newline
+from farplug.control.login import Login
 from farplug.control.names import open_session
-from farplug.control.shell import Login, Shell, nothing, open_shell
+from farplug.control.shell import Shell, nothing, open_shell
 from farplug.descriptors import write_all
 from farplug.ends.stdio import StdioEnd
 from farplug.errors import FarplugError, Reason, SessionError, UsageError

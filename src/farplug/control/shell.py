@@ -25,6 +25,7 @@ from typing import BinaryIO, Final, TypeAlias
 
 from farplug.control import shell_script
 from farplug.control.client import Client
+from farplug.control.login import Login, log_in
 from farplug.control.shell_script import CHUNK, END_OF_INPUT, UntilMarker
 from farplug.errors import (
     DeviceError,
@@ -42,7 +43,7 @@ from farplug.text import printable
 PROMPT_TIMEOUT: Final = 30.0
 """Seconds in which a shell answers to the typed line."""
 LOGIN_DELAY: Final = 3.0
-"""Seconds that a guest needs to ask for the password, and to start a shell."""
+"""Seconds that a guest needs to ask for the password, and to start a shell, if its screen cannot be read."""
 RETYPE_INTERVAL: Final = 10.0
 """Seconds after which the line is typed again after a login, which may have discarded it."""
 CONNECT_TIMEOUT: Final = 30.0
@@ -82,19 +83,6 @@ class Line:
 
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
-
-
-@dataclass(frozen=True, slots=True)
-class Login:
-    """Who logs in before the line is typed.
-
-    Attributes:
-        user: the name.
-        secret: the password; None: none is asked for.
-    """
-
-    user: str
-    secret: str | None = None
 
 
 class Shell:
@@ -429,14 +417,16 @@ async def open_shell(
     Args:
         client: the connection to the session, without a subscription.
         typist: the connection that types, as it holds the keyboard; None: ``client``.
-        login: who logs in first; None: a shell runs.
+        login: who logs in first (:func:`~farplug.control.login.log_in`); None: a shell runs.
         via: as for the method ``type``.
         layout: the guest's keyboard layout.
-        prompt_timeout: seconds in which a shell answers to the typed line.
-        login_delay: seconds that the guest needs to ask for the password, and to start a shell.
+        prompt_timeout: seconds in which a shell answers to the typed line, and in which the guest asks for the name and
+            for the password.
+        login_delay: seconds that the guest needs to ask for the password, and to start a shell, if its screen cannot be
+            read.
 
     Raises:
-        TargetError: ``no-prompt``: no shell answered.
+        TargetError: ``no-prompt``: no shell answered, or the guest refused the login.
         GuestGoneError: the guest or the session is gone.
         FarplugError: the device cannot be plugged in, or the line cannot be typed.
     """
@@ -463,7 +453,7 @@ async def open_shell(
         stack.push_async_callback(_cancelled, watching)
         typing = _Typist(typist or client, via, layout)
         if login is not None:
-            await typing.log_in(login, login_delay)
+            await log_in(client, typing.type, login, delay=login_delay, timeout=prompt_timeout)
         await typing.begin(
             shell, shell_script.bootstrap(serial_number), prompt_timeout, None if login is None else RETYPE_INTERVAL
         )
@@ -507,14 +497,6 @@ class _Typist:
     via: str
     layout: str
 
-    async def log_in(self, login: Login, delay: float) -> None:
-        """Type the name and the password."""
-        await self.type(f"{login.user}\n")
-        await asyncio.sleep(delay)
-        if login.secret is not None:
-            await self.type(f"{login.secret}\n", hidden=True)
-            await asyncio.sleep(delay)
-
     async def begin(self, shell: Shell, line: str, timeout: float, again: float | None) -> None:
         """Type the line, and wait until the shell answers.
 
@@ -543,8 +525,8 @@ class _Typist:
         finally:
             await _cancelled(answer)
 
-    async def type(self, text: str, *, hidden: bool = False) -> None:
-        """Type a text."""
+    async def type(self, text: str, hidden: bool = False) -> None:
+        """Type a text, which is a secret or not."""
         await self.client.call("type", {"text": text, "layout": self.layout, "via": self.via, "hidden": hidden})
 
 
