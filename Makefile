@@ -74,6 +74,7 @@ bench: setup
 	$(PYTHON) bench/disk.py
 	$(PYTHON) bench/network.py
 	PYTHONPATH=. $(PYTHON) bench/keyboard.py
+	$(PYTHON) bench/native.py
 	$(PYTHON) bench/nested.py
 	PYTHONPATH=. $(PYTHON) bench/proxy.py
 	$(PYTHON) bench/page.py --seconds 10 --keys 20 --rounds 2

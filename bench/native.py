@@ -1,7 +1,7 @@
 """Compare farplug with ``usbredirect``, the C program, on a real device, without QEMU and without hardware.
 
-Both programs load a libusb of the bench (``stub_libusb.c``, built with gcc), which has one SuperSpeed disk over a file in
-the page cache. A guest that costs little drives both over TCP, one transfer at a time as Linux does over Bulk-Only
+Both programs load a libusb of the bench (``stub_libusb.c``, built with gcc), which has one SuperSpeed disk over a file
+in the page cache. A guest that costs little drives both over TCP, one transfer at a time as Linux does over Bulk-Only
 Transport: READ(10) and WRITE(10) of 4 KiB and 1 MiB. What is compared is everything between libusb and the socket.
 
 The programs are measured in turns; the one that does not have its turn is stopped, since usbredirect uses a processor
@@ -30,9 +30,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import socketpair
-from socketpair import BULK, BULK_HEADER, BULK_SIZE, CSW_STATUS, HEADER, IMAGE_SIZE, KIB, MIB, default_python
-
 from farplug.usb.transfer import Status
+from socketpair import BULK, BULK_HEADER, BULK_SIZE, CSW_STATUS, HEADER, IMAGE_SIZE, KIB, MIB, default_python
 
 TREE = Path(__file__).parents[1]
 SERVER = Path(__file__).with_name("served_device.py")

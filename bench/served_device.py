@@ -1,7 +1,7 @@
 """Redirect the first USB device that libusb lists: farplug's side of ``bench/native.py``, in a process of its own.
 
-``python bench/served_device.py PORT``: the port of 127.0.0.1 where the guest listens. libusb is loaded as ever; the bench
-puts its own first.
+``python bench/served_device.py PORT``: the port of 127.0.0.1 where the guest listens. libusb is loaded as always: the
+bench puts its own first.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ class FakeTransfer:
         self._callback, self._user_data = callback, user_data
         self.stream_id, self.setup = 0, None
 
-    def setBuffer(self, buffer: Any) -> None:
+    def set_buffer(self, buffer: Any) -> None:
         assert not self.submitted, "a transfer in flight was changed"
         assert not self.closed
         assert self.kind in ("bulk", "interrupt")
@@ -513,6 +513,11 @@ class FakeStreams:
         transfer.stream_id = stream_id
 
 
+def set_buffer(transfer: Any, buffer: Any) -> None:
+    """:func:`farplug.libusb.direct.set_buffer`."""
+    transfer.set_buffer(buffer)
+
+
 class FakeLibrary(Library):
     """:class:`farplug.libusb.library.Library` for a machine with these devices."""
 
@@ -521,6 +526,7 @@ class FakeLibrary(Library):
         self.contexts: list[FakeContext] = []
         self.fake_streams = FakeStreams()
         self.bulk_streams = cast(BulkStreams, self.fake_streams)
+        self.set_buffer = set_buffer
         self.polls_nothing = False
         self.event_errors: list[Exception] = []
 

@@ -10,9 +10,8 @@ import ctypes
 from collections.abc import Sequence
 from typing import Any, Final
 
-import usb1
-
 from farplug.libusb.binding import UsbHandle, UsbTransfer
+from farplug.libusb.direct import check, pointer
 
 _TYPE_BULK_STREAM: Final = 4
 """LIBUSB_TRANSFER_TYPE_BULK_STREAM"""
@@ -44,28 +43,16 @@ class BulkStreams:
         Raises:
             UsbError: no streams can be allocated.
         """
-        return _check(
-            self._allocate(_pointer(handle), count, (ctypes.c_ubyte * len(endpoints))(*endpoints), len(endpoints))
+        return check(
+            self._allocate(pointer(handle), count, (ctypes.c_ubyte * len(endpoints))(*endpoints), len(endpoints))
         )
 
     def free(self, handle: UsbHandle, endpoints: Sequence[int]) -> None:
         """Free the streams of the endpoints. Blocks. Raises ``UsbError`` if there are none."""
-        _check(self._free(_pointer(handle), (ctypes.c_ubyte * len(endpoints))(*endpoints), len(endpoints)))
+        check(self._free(pointer(handle), (ctypes.c_ubyte * len(endpoints))(*endpoints), len(endpoints)))
 
     def assign(self, transfer: UsbTransfer, stream_id: int) -> None:
         """Assign a bulk transfer that is not submitted yet to a stream."""
-        pointer = _pointer(transfer)
-        pointer.contents.type = _TYPE_BULK_STREAM
-        self._set_stream_id(pointer, stream_id)
-
-
-def _pointer(wrapper: UsbHandle | UsbTransfer) -> Any:
-    """Return the C pointer in a USBDeviceHandle or a USBTransfer: a private attribute of python-libusb1."""
-    names = {usb1.USBDeviceHandle: "_USBDeviceHandle__handle", usb1.USBTransfer: "_USBTransfer__transfer"}
-    return getattr(wrapper, names[type(wrapper)])
-
-
-def _check(result: int) -> int:
-    if result < 0:
-        raise usb1.STATUS_TO_EXCEPTION_DICT.get(result, usb1.USBError)(result)
-    return result
+        structure = pointer(transfer)
+        structure.contents.type = _TYPE_BULK_STREAM
+        self._set_stream_id(structure, stream_id)

@@ -21,6 +21,7 @@ import usb1
 from farplug.errors import Reason, Remedy, SetupError
 from farplug.libusb.binding import UsbContext, UsbDevice
 from farplug.libusb.bulk_streams import BulkStreams
+from farplug.libusb.direct import Context, set_buffer
 from farplug.usb.transfer import Status
 from farplug.usb.types import Speed
 
@@ -105,13 +106,16 @@ class Library:
 
     Attributes:
         bulk_streams: libusb's functions for bulk streams.
+        set_buffer: sets the buffer of a bulk or interrupt transfer, see :func:`~farplug.libusb.direct.set_buffer`.
 
     Raises:
         SetupError: neither the system nor the package libusb-package has libusb (``NO_LIBUSB``).
     """
 
     def __init__(self) -> None:
-        self.bulk_streams = BulkStreams(_load())
+        self._functions = _load()
+        self.bulk_streams = BulkStreams(self._functions)
+        self.set_buffer = set_buffer
 
     def open_context(self) -> UsbContext:
         """Return a new context of libusb; the caller closes it. libusb lists the devices, which may block.
@@ -119,7 +123,7 @@ class Library:
         Raises:
             SetupError: libusb cannot work on this machine (``NO_LIBUSB``).
         """
-        context = usb1.USBContext()
+        context = Context(self._functions)
         try:
             context.open()
         except UsbError as error:

@@ -62,6 +62,7 @@ class DeviceSession:
             self._gate,
             self._event_handler.completed,
             self._library.bulk_streams.assign,
+            self._library.set_buffer,
             self.lost,
         )
 

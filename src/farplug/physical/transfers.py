@@ -16,7 +16,7 @@ from farplug.libusb.binding import UsbHandle, UsbTransfer
 from farplug.libusb.library import TRANSFER_NO_DEVICE, InvalidParameter, NoDevice, NoMemory, UsbError, transfer_status
 from farplug.physical.gate import Gate
 from farplug.usb.transfer import Status, Transfer
-from farplug.usb.types import TransferType
+from farplug.usb.types import Buffer, TransferType
 
 CONTROL_TIMEOUT = 5.0
 """Seconds that a control transfer may take. Others have no timeout: a keyboard sends a key when one is pressed."""
@@ -97,6 +97,7 @@ class Transfers:
         gate: while it is shut, nothing is submitted or cancelled.
         completed: the callback of libusb's transfers; it passes each to its :class:`Owner`.
         assign_stream: assigns one of libusb's bulk transfers to a bulk stream.
+        set_buffer: sets the buffer of one of libusb's bulk or interrupt transfers.
         lost: called when the device was unplugged.
     """
 
@@ -106,12 +107,14 @@ class Transfers:
         gate: Gate,
         completed: Callable[[UsbTransfer], None],
         assign_stream: Callable[[UsbTransfer, int], None],
+        set_buffer: Callable[[UsbTransfer, Buffer], None],
         lost: Callable[[], None],
     ) -> None:
         self._handle = handle
         self._gate = gate
         self._completed = completed
         self._assign_stream = assign_stream
+        self._set_buffer = set_buffer
         self._lost = lost
         self._pending: dict[Transfer, _PendingTransfer] = {}
         self._waiting: dict[_Key, deque[_PendingTransfer]] = {}
@@ -231,7 +234,7 @@ class Transfers:
             usb = idle.pop()
             self._idle_count -= 1
             if transfer.setup is None:
-                usb.setBuffer(piece)
+                self._set_buffer(usb, piece)
                 usb.setUserData(pending)
                 return usb
         else:
@@ -241,11 +244,13 @@ class Transfers:
             stage = pending.length if transfer.endpoint & 0x80 else bytes(transfer.data)
             usb.setControl(setup.request_type, setup.request, setup.value, setup.index, stage, self._completed, pending)
         elif transfer.type is TransferType.BULK:
-            usb.setBulk(transfer.endpoint, piece, self._completed, pending)
+            usb.setBulk(transfer.endpoint, b"", self._completed, pending)
+            self._set_buffer(usb, piece)
             if transfer.stream_id:
                 self._assign_stream(usb, transfer.stream_id)
         else:
-            usb.setInterrupt(transfer.endpoint, piece, self._completed, pending)
+            usb.setInterrupt(transfer.endpoint, b"", self._completed, pending)
+            self._set_buffer(usb, piece)
         return usb
 
     def handle_completion(self, pending: _PendingTransfer, usb: UsbTransfer) -> None:
@@ -347,7 +352,7 @@ class Transfers:
             usb.close()
             return
         if pending.transfer.setup is None and length > MAX_IDLE_BUFFER:
-            usb.setBuffer(bytearray())
+            self._set_buffer(usb, b"")
         self._idle.setdefault(pending.key, []).append(usb)
         self._idle_count += 1
 
