@@ -134,6 +134,7 @@ class Reason(StrEnum):
     # while running
     GUEST_GONE = "guest-gone"
     GUEST_MOVED = "guest-moved"
+    TAKEN_OVER = "taken-over"
     PROTOCOL = "protocol"
     WRONG_STATE = "wrong-state"
     PAUSED = "paused"

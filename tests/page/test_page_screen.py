@@ -353,12 +353,23 @@ class TestWhatStopsIt:
         card.get_by_role("button", name="Stop trying").click()
         assert fake.wait("reconnect", 2).params == {"give_up": True}
 
-    def test_another_client_took_over(self, fake: FakePage, page: Page) -> None:
+    def test_the_connection_ended(self, fake: FakePage, page: Page) -> None:
         self.lose(fake)
         fake.event("closed", state="closed", attempt=None)
         card = page.get_by_role("alertdialog", name="The connection to the VM ended")
-        expect(card).to_contain_text("SPICE serves one client at a time")
+        expect(card).to_contain_text("the connection was closed. Check the VM.")
         expect(card).to_contain_text("farplug connect spice+tls://vmhost.lab:5901 --name web1 --detach")
+
+    def test_another_client_took_over(self, fake: FakePage, page: Page) -> None:
+        """While the session connects again, and when it does not."""
+        fake.event("lost", state="lost", attempt=None, message="closed", remedy="", reason="taken-over", level="bad")
+        fake.event(
+            "reconnecting", state="reconnecting", attempt={"number": 1, "time": time.time() + 60}, level="progress"
+        )
+        card = page.get_by_role("alertdialog", name="Another client has probably taken the VM")
+        expect(card).to_contain_text("If this session connects again, it ends the other client.")
+        fake.event("closed", state="closed", attempt=None)
+        expect(card).to_contain_text("To connect again:")
 
     def test_the_session_ended(self, fake: FakePage, page: Page) -> None:
         fake.emit("session-ended", {"reason": "", "session": "web1"})

@@ -36,10 +36,12 @@ from farplug.errors import (
     StateError,
     TargetError,
 )
+from farplug.exit_codes import ExitCode, exit_code
 from farplug.rate_limit import BURST, release_logs
 from farplug.spice.messages import SwitchHost
+from farplug.spice.types import LinkError
 from farplug.store import MemoryStore
-from farplug.transport import spice_port
+from farplug.transport import spice_port, spice_session
 from farplug.transport.connection import HIGH_WATER, Timeouts
 from farplug.transport.dialer import LinkedChannel, SpiceTarget, Stage
 from farplug.transport.moved import GuestMoved
@@ -200,6 +202,72 @@ async def test_port() -> None:
                 await port.close()
             await recorder.until(lambda r=recorder: bool(r.closed))  # type: ignore[misc]
             assert recorder.closed == [None]
+        await session.close()
+
+
+async def loss(session: SpiceSession) -> FarplugError:
+    """Return the error with which a session ended."""
+    error = await session.closed()
+    assert error is not None
+    return error
+
+
+@pytest.mark.parametrize("refused", [False, True])
+async def test_a_server_that_ended_the_session_and_answers(refused: bool) -> None:
+    fake = FakeSpice()
+    async with running(fake) as number:
+        session = await connect(number)
+        await fake.main_channel.close()
+        if refused:  # another TLS setting, for example: it is a SPICE server
+            fake.link_error = LinkError.NEED_SECURED
+        error = await session.explain(await loss(session))
+        assert error.reason is Reason.TAKEN_OVER
+        assert exit_code(error) is ExitCode.GUEST_GONE
+        assert str(error).endswith("closed the session, and still answers: another SPICE client has probably connected")
+        assert len(fake.linked) == 1  # no ticket was sent
+        await session.close()
+
+
+async def test_a_server_that_is_gone() -> None:
+    fake = FakeSpice()
+    async with running(fake) as number:
+        session = await connect(number)
+    error = await session.explain(await loss(session))
+    assert error.reason is Reason.GUEST_GONE
+    assert str(error).endswith("closed the session, and answers no more")
+    await session.close()
+
+
+@pytest.mark.parametrize("greeting", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"REDQ" + bytes(5)])
+async def test_something_else_that_answers_instead_of_the_server(greeting: bytes) -> None:
+    fake = FakeSpice()
+    async with running(fake) as number:
+        session = await connect(number)
+        fake.greeting = greeting
+        await fake.main_channel.close()
+        assert (await session.explain(await loss(session))).reason is Reason.GUEST_GONE
+        await session.close()
+
+
+async def test_a_server_that_accepts_and_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spice_session, "EXPLAIN_TIMEOUT", 0.1)
+    fake = FakeSpice()
+    async with running(fake) as number:
+        session = await connect(number)
+        fake.serve = lambda *_: asyncio.sleep(1000)  # type: ignore[method-assign,assignment]
+        await fake.main_channel.close()
+        error = await loss(session)
+        assert await session.explain(error) is error
+        await session.close()
+
+
+async def test_other_ends_of_a_session_are_not_explained() -> None:
+    fake = FakeSpice()
+    async with running(fake) as number:
+        session = await connect(number)
+        fake.main_channel.send(message(103, b"too short"))
+        error = await loss(session)
+        assert await session.explain(error) is error
         await session.close()
 
 

@@ -356,8 +356,9 @@ class Link:
             self._stages.failed(failed)  # of a plain socket, which is connected only now
             self._owner.is_gone(failed)
             return failed
-        while (error := await self._ended()) is not None:
+        while (loss := await self._ended()) is not None:
             self._connected.clear()
+            error = await self.session.explain(loss)
             self._at_once.clear()
             self._given_up = False
             step: Wait | GiveUp | None = self._retry.lost(error)

@@ -130,6 +130,7 @@ class Retry:
             return GiveUp(
                 GuestGoneError(
                     f"{error.message}; the .vv file of the VM was for one connection",
+                    reason=_reason(error),
                     remedy=Remedy(
                         "fetch a new file; a command that prints one is run for each attempt", setting="target.command"
                     ),
@@ -141,6 +142,7 @@ class Retry:
                 GuestGoneError(
                     f"the connection was lost {FLAPS} times within {FLAP_TIME:g} s of being made: another client takes "
                     "the VM each time, or the VM restarts again and again",
+                    reason=_reason(error),
                     remedy="close the other client (a console, another farplug), then connect again",
                 )
             )
@@ -173,6 +175,7 @@ class Retry:
                 return GiveUp(
                     GuestGoneError(
                         f"{self._loss.message}; no attempt to connect again succeeded within {limit:g} s",
+                        reason=_reason(self._loss),
                         remedy=self._loss.remedy,
                     )
                 )
@@ -180,3 +183,8 @@ class Retry:
         self._delays += 1
         self._attempt += 1
         return Wait(self._attempt, delay)
+
+
+def _reason(loss: FarplugError) -> Reason:
+    """Return the reason of giving up after a loss."""
+    return Reason.TAKEN_OVER if loss.reason is Reason.TAKEN_OVER else Reason.GUEST_GONE

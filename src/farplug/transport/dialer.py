@@ -290,6 +290,46 @@ class _LinkReader:
             self.result.exception()  # mark as retrieved: the caller may have been cancelled
 
 
+class _ReplyReader:
+    """The reader of a link that ends with the server's reply.
+
+    Attributes:
+        connection: to the server.
+        replied: resolves to whether the server has replied.
+    """
+
+    def __init__(self, client: LinkClient) -> None:
+        self.connection = Connection(self, self._lost)
+        self.replied: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._client = client
+
+    def data_received(self, data: memoryview) -> None:
+        if self.replied.done():
+            return
+        try:
+            self._client.receive_data(data)
+        except LinkFailure as error:
+            self._resolve(error.error is not None)  # it refuses the link, for example without TLS
+        except FarplugError:
+            self._resolve(False)
+        else:
+            if self._client.phase is not LinkPhase.REPLY:
+                self._resolve(True)
+
+    def pause_writing(self) -> None:
+        """Do nothing: a link is shorter than the queue."""
+
+    def resume_writing(self) -> None:
+        """Do nothing: a link is shorter than the queue."""
+
+    def _lost(self, error: Exception | None) -> None:
+        self._resolve(False)
+
+    def _resolve(self, replied: bool) -> None:
+        if not self.replied.done():
+            self.replied.set_result(replied)
+
+
 class ChannelDialer:
     """Links channels of one target, with TLS if there is a TLS port.
 
@@ -368,6 +408,25 @@ class ChannelDialer:
             self._check_plain(channel_type, error)
         client = LinkClient(client.mess, client.password, client.name)  # a link can be used once
         return await self._link(client, False, progress, wire, opening)
+
+    async def answers(self) -> bool:
+        """Return whether the server replies to a link of the main channel. No ticket is sent, so it ends no session."""
+        client = LinkClient.for_channel(ChannelType.MAIN, 0, connection_id=0, capabilities=(), password="")
+        reader = _ReplyReader(client)
+        try:
+            secured = self._uses_tls(ChannelType.MAIN)
+            address = self._address(secured)
+            if secured:
+                await self._start_tls(reader.connection, address, None)
+            else:
+                sock = await self._reach(address)
+                await start(sock, reader.connection, tls=None, server_hostname="", timeout=self._timeouts.handshake)
+            reader.connection.write([*client.data_to_send()])
+            return await reader.replied
+        except FarplugError:
+            return False
+        finally:
+            reader.connection.abort()
 
     def _uses_tls(self, channel_type: ChannelType) -> bool:
         target = self._target

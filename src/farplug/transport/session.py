@@ -44,6 +44,13 @@ class Session(ABC):
     async def closed(self) -> FarplugError | None:
         """Wait until the session has ended. Returns the error, or None if :meth:`close` ended the session."""
 
+    async def explain(self, error: FarplugError) -> FarplugError:
+        """Return a more exact error for the end of the session, if the server can be asked for it; else the same one.
+
+        Takes 2 s at most.
+        """
+        return error
+
     @abstractmethod
     async def close(self) -> None:
         """Close the ports, then the session. Detach the devices before."""

@@ -51,6 +51,9 @@ _MAIN_MESSAGES: dict[int, int] = {
 _NOT_ENCRYPTED = "keyboard channel is insecure"
 """Part of a notice of servers when the inputs are linked without TLS, which the target decides. It is not logged."""
 
+EXPLAIN_TIMEOUT = 2.0
+"""Seconds in which a server that closed the session answers, if it still runs."""
+
 NO_CHANNEL_REMEDY = """\
 add one to the VM, one for each device:
   QEMU:    -device qemu-xhci -chardev spicevmc,name=usbredir,id=usb0 -device usb-redir,chardev=usb0
@@ -97,6 +100,8 @@ class SpiceSession(Session):
         self._mouse = MouseModes(0, 0)
         self._listed: asyncio.Future[None] = loop.create_future()
         self._close_reason = ""
+        self._closed_by_server: GuestGoneError | None = None
+        """The error with which the session ended, if the server closed it."""
         self._destination: SwitchHost | None = None
         """Where the VM migrates, while it does, if the server announced it."""
         self._channel = Channel("main", mini_header=main.link.mini_header, stored=_MAIN_MESSAGES)
@@ -172,6 +177,30 @@ class SpiceSession(Session):
             self._connection.abort()
             raise
         await self._connection.close(self._timeouts.flush)
+
+    async def explain(self, error: FarplugError) -> FarplugError:
+        """Return whether the server that closed the session still answers: then another client has probably connected.
+
+        The protocol has no message for that: libspice-server closes the connections, as the end of QEMU does.
+        """
+        if error is not self._closed_by_server:
+            return error
+        try:
+            async with asyncio.timeout(EXPLAIN_TIMEOUT):
+                answers = await self._dialer.answers()
+        except TimeoutError:
+            return error
+        if not answers:
+            return GuestGoneError(
+                f"{error.message}, and answers no more",
+                remedy="check that the VM still runs, and that its host can be reached",
+            )
+        return GuestGoneError(
+            f"{error.message}, and still answers: another SPICE client has probably connected",
+            reason=Reason.TAKEN_OVER,
+            remedy="a SPICE server serves one client at a time: end the other client before you connect again, or "
+            "farplug ends its session; a SPICE proxy may have ended the session, too: read its log",
+        )
 
     # the main channel
 
@@ -285,14 +314,16 @@ class SpiceSession(Session):
             elif self._destination is not None:
                 self.ended.set_result(GuestMoved(self._destination))
             else:
-                how = "the SPICE server closed the session" if error is None else describe_broken(error)
-                self.ended.set_result(
-                    GuestGoneError(
-                        f"{self.target}: {how}{self._close_reason}",
-                        remedy="check that the VM still runs; another client may have taken over the session: a SPICE "
-                        "server serves one client at a time; a SPICE proxy may have ended the session: read its log",
-                    )
+                # A server that has not read all that we sent resets the connection.
+                closed = error is None or isinstance(error, ConnectionResetError | BrokenPipeError)
+                how = "the SPICE server closed the session" if closed else describe_broken(error)
+                gone = GuestGoneError(
+                    f"{self.target}: {how}{self._close_reason}",
+                    remedy="check that the VM still runs; another client may have taken over the session: a SPICE "
+                    "server serves one client at a time; a SPICE proxy may have ended the session: read its log",
                 )
+                self._closed_by_server = gone if closed else None
+                self.ended.set_result(gone)
         reason = self.ended.result()
         if not self._listed.done():
             if isinstance(reason, GuestGoneError) and not self.session_id:

@@ -203,6 +203,11 @@ function why(app) {
   return loss?.message ? [h("code", null, plain(loss.message)), "."] : null;
 }
 
+/** @param {App} app @returns {boolean} the SPICE server ended the session, and still answers */
+function takenOver(app) {
+  return app.state.loss?.reason === "taken-over";
+}
+
 /** @param {App} app */
 function lost(app) {
   const { loss } = app.state;
@@ -210,8 +215,9 @@ function lost(app) {
   const returning = attachments(app.state).filter((one) => one.state === "lost").length;
   const act = app.state.server?.role === "full";
   return {
-    alert: true, mark: "s-wait", title: T.noAnswer, content: [
+    alert: true, mark: "s-wait", title: takenOver(app) ? T.takenOver : T.noAnswer, content: [
       h("p", null, loss?.time && [T.since(clock(loss.time)), why(app), " "], app.state.screen.width > 0 && T.lastPicture, " ", T.returns(returning)),
+      takenOver(app) && h("p", null, T.fights),
       attempt && countdown(app, { at: attempt.time + app.wall() - app.now(), tries: attempt.number, span: app.spanOf(attempt) }, act ? () => app.reconnect(false) : null, act ? () => app.reconnect(true) : null),
       loss?.remedy && h("p", null, plain(sentence(loss.remedy))),
       h("div", null, h("p", { class: "why" }, T.doctor), command(app, `farplug doctor ${shellWord(app.state.hello?.target ?? "")}`)),
@@ -222,11 +228,10 @@ function lost(app) {
 /** @param {App} app */
 function gone(app) {
   const { loss } = app.state;
-  const spice = /^spice/.test(app.state.hello?.target ?? "") || /\.vv$/.test(app.state.hello?.target ?? "");
   return {
-    alert: true, mark: "s-stop", title: T.gone, content: [
+    alert: true, mark: "s-stop", title: takenOver(app) ? T.takenOver : T.gone, content: [
       h("p", null, loss?.time && T.goneAt(clock(loss.time)), why(app), loss?.remedy && [" ", plain(sentence(loss.remedy))]),
-      spice && h("p", null, T.anotherClient), again(app),
+      again(app),
     ],
   };
 }
