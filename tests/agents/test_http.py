@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,7 +15,10 @@ import pytest
 from mcp import Client
 from mcp.client.streamable_http import streamable_http_client
 from mcp_types import TextContent
+from playwright.async_api import async_playwright, expect
 from tests.control.test_screens import HEIGHT, WIDTH, Console, console
+from tests.guest.firmware import lacking
+from tests.page.conftest import CHROMIUM, SHELL
 from tests.web.support import Answer, Served
 
 from farplug.agents.audit import Audit
@@ -90,6 +94,41 @@ async def test_a_person_sees_each_act_and_takes_over(environment: dict[str, str]
             assert (await typing).startswith("Mia holds the keyboard and the mouse of the VM: nothing more was done")
             assert "[not-driving]" in await text(client, "key", text="a")
             assert (await text(client, "screenshot")).startswith("look 1"), "it can look"
+
+
+async def test_a_person_takes_over_with_one_click(environment: dict[str, str]) -> None:
+    """See in Chromium what an agent does, who drives, and take the keyboard from it in the middle of a text."""
+    program = shutil.which(SHELL) or shutil.which(CHROMIUM)
+    if program is None:
+        lacking("chromium is not installed")
+    async with (
+        console(environment, mice=2) as one,
+        page(environment, one) as served,
+        agent(served) as client,
+        async_playwright() as playwright,
+    ):
+        await text(client, "screenshot")
+        assert await text(client, "key", text="ctrl+alt+Delete") == "pressed ctrl+alt+Delete"
+        browser = await playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        shown = await browser.new_page()
+        await shown.goto(served.page.url)
+        await expect(shown.locator(".driver")).to_contain_text("an agent drives")
+        await shown.get_by_role("tab", name="Messages").click()
+        log = shown.get_by_role("log")
+        assert await text(client, "type", text="ls /root") != ""
+        await expect(log).to_contain_text("an agent typed 8 characters: ls /root")
+        await text(client, "key", text="Return")
+        await expect(log).to_contain_text("an agent pressed Return")
+        await text(client, "left_click", coordinate=[10, 20])
+        await expect(log).to_contain_text("an agent clicked with the left button")
+        typing = asyncio.ensure_future(text(client, "type", text="x" * 2000))
+        await one.inputs.until(len(one.inputs.received) + 3)
+        await shown.get_by_role("button", name="Take over").click()
+        await expect(shown.locator(".driver")).to_contain_text("You drive")
+        for refused in (await typing, await text(client, "key", text="a"), await text(client, "left_click")):
+            assert "holds the keyboard and the mouse of the VM: nothing more was done" in refused
+            assert "a person took over" in refused
+        await browser.close()
 
 
 async def test_who_may_use_it(environment: dict[str, str]) -> None:

@@ -134,7 +134,7 @@ async def test_clicks_keys_and_text_reach_the_vm(environment: dict[str, str]) ->
         assert await acting.text("cursor_position") == "[10, 20]"
         sent.clear()
         await acting.call("double_click")
-        assert [kind for kind, _ in sent] == [113, 114, 113, 114]
+        assert [kind for kind, _ in sent if kind != 112] == [113, 114, 113, 114]
         sent.clear()
         await acting.call("left_click_drag", start_coordinate=[0, 0], coordinate=[80, 40])
         moves = [struct.unpack_from("<II", bytes.fromhex(body)) for kind, body in sent if kind == 112]

@@ -187,3 +187,32 @@ def test_the_drawing_keeps_elements(opened: Opened, fake: FakePage) -> None:
         }""",
     )
     assert found == [["c", "new", "a"], True, True]
+
+
+ACTS = """async (events) => {
+  const { initial, reduce } = await import(`${location.origin}/static/state.js`);
+  let state = reduce(initial, { type: "snapshot", snapshot: { last_event: 0, guests: {} } });
+  for (const [name, data] of events) state = reduce(state, { type: "event", name, data, now: 0 });
+  return state.log.map((one) => one.message).reverse();
+}"""
+
+
+def test_the_messages_have_what_others_type_and_press(scripts: Page) -> None:
+    def act(id: int, client: str, text: str | None = None) -> tuple[str, Json]:
+        fields = {} if text is None else {"text": text}
+        return "input", {
+            "id": id,
+            "time": 1,
+            "level": "detail",
+            "client": client,
+            "message": f"{client} acted",
+            **fields,
+        }
+
+    def driving(name: str, you: bool) -> tuple[str, Json]:
+        return "driving", {"holder": {"name": name, "you": you}, "watchers": 1}
+
+    events = [driving("agent", False), act(1, "agent"), act(2, "agent", "ls"), act(3, "mia")]
+    events += [driving("mia", True), act(4, "mia"), act(5, "agent", "a\n")]
+    shown = scripts.evaluate(ACTS, events)
+    assert shown == ["agent acted", "agent acted: ls", "mia acted", "agent acted: a\n"]

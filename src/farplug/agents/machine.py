@@ -479,9 +479,22 @@ class Machine:
         self._buttons = [one for one in self._buttons if one != button] + ([button] if down else [])
         await client.call("pointer", {"buttons": self._buttons, "display": self.display})
 
-    async def click(self, client: Client, button: str, count: int) -> None:
-        """Click where the pointer is, once or several times."""
+    async def click(self, client: Client, button: str, count: int, place: tuple[int, int] | None) -> None:
+        """Click once or several times.
+
+        Args:
+            client: that of :meth:`hands`.
+            button: the name of the button.
+            count: how often.
+            place: the position on the screen; None: where the pointer is, which is not known.
+        """
         for _ in range(count):
+            if place is not None:
+                # Watchers get an event; and a VM without a tablet gets a USB tablet.
+                x, y = place
+                await client.call("click", {"x": x, "y": y, "button": button, "display": self.display})
+                self.position = place
+                continue
             try:
                 await self.button(client, button, down=True)
             finally:

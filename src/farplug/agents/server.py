@@ -497,12 +497,12 @@ class Tools:
         codes = _codes(text)
         async with self._machine.hands() as client:
             if coordinate is not None:
-                place = await self._place(coordinate, force, look)
-                await self._machine.move(client, *place)
+                place: tuple[int, int] | None = await self._place(coordinate, force, look)
             else:
                 await self._check_pointer(force)
+                place = self._machine.pointer
             async with self._machine.held(client, codes):
-                await self._machine.click(client, button, count)
+                await self._machine.click(client, button, count, place)
         times = {1: "clicked", 2: "double-clicked", 3: "triple-clicked"}[count]
         return await self._after(f"{times} with the {button} button", after)
 

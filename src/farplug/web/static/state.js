@@ -273,9 +273,12 @@ const QUIET = new Set(["figures", "drive", "copying", "port", "removed", "listen
 
 /** @param {State} state @param {string} name @param {any} data @returns {State} */
 function logged(state, name, data) {
-  if (data.level === "detail" || QUIET.has(name) || !data.message) return state;
+  // Watchers see what whoever drives types, presses and clicks.
+  const acts = name === "input" && !(state.driver?.holder?.you && state.driver.holder.name === data.client);
+  if ((data.level === "detail" && !acts) || QUIET.has(name) || !data.message) return state;
   const entry = {
-    key: state.logged + 1, time: data.time, level: name === "presence-asked" ? "asks" : data.level ?? "info", device: data.device ?? "", message: data.message,
+    key: state.logged + 1, time: data.time, level: name === "presence-asked" ? "asks" : data.level ?? "info", device: data.device ?? "",
+    message: acts && data.text ? `${data.message}: ${data.text}` : data.message,
     remedy: data.remedy ?? "", fix: data.command ?? "", name, attachment: data.attachment ?? null,
   };
   return { ...state, logged: entry.key, log: [entry, ...state.log].slice(0, MAX_LOG) };
