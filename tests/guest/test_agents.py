@@ -17,7 +17,7 @@ from mcp import Client, StdioServerParameters
 from mcp.client.stdio import stdio_client
 from mcp_types import ImageContent, TextContent
 from tests.app.test_screen import decode_png
-from tests.guest.conftest import GuestPool
+from tests.guest.conftest import Guests
 from tests.guest.plugging import GUEST_TIMEOUT, MIB, NO_SCAN_DELAY
 from tests.guest.test_screen import dump
 
@@ -58,7 +58,7 @@ async def typed(guest: QemuGuest, action: Callable[[], Awaitable[object]]) -> st
     return (await reading).strip()
 
 
-async def test_an_agent_looks_types_and_plugs_a_disk_in(guests: GuestPool, tmp_path: Path) -> None:
+async def test_an_agent_looks_types_and_plugs_a_disk_in(guests: Guests, tmp_path: Path) -> None:
     guest = await guests.get(CONFIG)
     content = os.urandom(MIB)
     (tmp_path / "disk.raw").write_bytes(content)

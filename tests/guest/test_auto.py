@@ -24,7 +24,7 @@ from farplug.usb import Device, Offer, Speed
 from farplug.virtual import cdrom_device, disk_device
 
 if TYPE_CHECKING:
-    from tests.guest.conftest import GuestPool
+    from tests.guest.conftest import Guests
 
 UAS = "USB Attached SCSI"
 
@@ -76,7 +76,7 @@ async def test_linux_without_uas_has_the_disk_after_some_seconds(without_uas: Qe
     assert image.read_bytes()[:6] == b"hello\n"
 
 
-async def test_linux_without_uas_has_the_disk_that_firmware_used_before(guests: GuestPool, tmp_path: Path) -> None:
+async def test_linux_without_uas_has_the_disk_that_firmware_used_before(guests: Guests, tmp_path: Path) -> None:
     """SeaBIOS finds the disk, over Bulk-Only Transport, before Linux starts."""
     config = GuestConfig(ports=(TcpPort(),), kernel_arguments=(*NO_SCAN_DELAY, "module_blacklist=uas"), paused=True)
     device = disk_device(blank(tmp_path / "disk.raw"))

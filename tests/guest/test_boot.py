@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
+import re
 import struct
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
-from tests.guest.plugging import MIB, Plugged, blank
+from tests.guest.plugging import MIB, blank
 
-from farplug.target import open_session, parse_target
-from farplug.testing import Boot, Controller, GuestConfig, QemuGuest, SpicePort, TcpPort, UsbPort
+from farplug.testing import Boot, Controller, GuestConfig, GuestFactory, GuestFixture, SpicePort, TcpPort, UsbPort
 from farplug.virtual.device import VirtualDevice
-from farplug.virtual.disk import disk_device
-
-if TYPE_CHECKING:
-    from tests.guest.conftest import GuestPool
 
 BOOTED = "farplug: read by the boot sector\r\n"
 PROOF = "farplug: read by the shell"
@@ -70,17 +64,12 @@ def tool(*command: str, stdin: bytes = b"") -> bytes:
     return subprocess.run(command, input=stdin, check=True, capture_output=True, timeout=30).stdout
 
 
-async def plug_and_run(guest: QemuGuest, device: VirtualDevice, console: str) -> None:
-    """Plug the device into a guest that stands still, let it run, and wait for a text on its console."""
-    hub = Plugged(await open_session(parse_target(guest.targets[0])))
-    try:
-        plugging = asyncio.ensure_future(hub.plug(device))
-        await guest.qmp.execute("cont")
-        await plugging
-        await guest.wait_for_console(console)
-        assert guest.alive
-    finally:
-        await hub.close()
+def plug_and_run(guest: GuestFixture, device: VirtualDevice | Path, console: str) -> None:
+    """Plug a device or an image into a guest that is paused, start it, and wait for a text on its console."""
+    guest.plug(device)
+    guest.start()
+    guest.wait_for_text(re.escape(console))
+    assert guest.vm.alive
 
 
 @pytest.mark.parametrize(
@@ -88,17 +77,14 @@ async def plug_and_run(guest: QemuGuest, device: VirtualDevice, console: str) ->
     [(SpicePort(bootindex=0), Controller.XHCI), (TcpPort(bootindex=0), Controller.EHCI)],
     ids=["spice-xhci", "tcp-ehci"],
 )
-async def test_seabios_boots_a_boot_sector(
-    guests: GuestPool, tmp_path: Path, port: UsbPort, controller: Controller
+def test_seabios_boots_a_boot_sector(
+    farplug_guest_factory: GuestFactory, tmp_path: Path, port: UsbPort, controller: Controller
 ) -> None:
-    device = disk_device(bootable(tmp_path / "boot.raw"))
     config = GuestConfig(ports=(port,), controller=controller, boot=Boot.BIOS, paused=True)
-    async with guests.fresh(config) as guest:
-        await plug_and_run(guest, device, BOOTED.strip())
-    await device.dispose()
+    plug_and_run(farplug_guest_factory(config), bootable(tmp_path / "boot.raw"), BOOTED.strip())
 
 
-async def test_ovmf_runs_a_script(guests: GuestPool, tmp_path: Path) -> None:
+def test_ovmf_runs_a_script(farplug_guest_factory: GuestFactory, tmp_path: Path) -> None:
     image = blank(tmp_path / "boot.raw", 64 * MIB)
     content = os.urandom(3 * MIB)
     files = {
@@ -109,9 +95,6 @@ async def test_ovmf_runs_a_script(guests: GuestPool, tmp_path: Path) -> None:
     tool("/usr/sbin/mkfs.vfat", str(image))
     for name, data in files.items():
         tool("mcopy", "-i", str(image), "-", f"::{name}", stdin=data)
-    device = disk_device(image)
-    config = GuestConfig(ports=(SpicePort(bootindex=0),), boot=Boot.UEFI, paused=True)
-    async with guests.fresh(config) as guest:
-        await plug_and_run(guest, device, PROOF)
-    await device.dispose()
+    with farplug_guest_factory(GuestConfig(ports=(SpicePort(bootindex=0),), boot=Boot.UEFI, paused=True)) as guest:
+        plug_and_run(guest, image, PROOF)
     assert tool("mtype", "-i", str(image), "::copy") == content

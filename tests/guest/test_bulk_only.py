@@ -21,7 +21,7 @@ from farplug.testing import QemuGuest
 from farplug.virtual import disk_device
 
 if TYPE_CHECKING:
-    from tests.guest.conftest import GuestPool
+    from tests.guest.conftest import Guests
 
 BLOCKS = 2048
 KIB = 1024
@@ -117,12 +117,11 @@ class RawDisk:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def taken(guests: GuestPool) -> AsyncIterator[RawDisk]:
+async def taken(session_guests: Guests) -> AsyncIterator[RawDisk]:
     """A disk taken from its driver; afterwards it has one again, and what the guest reads is what is in the store."""
-    guest = await guests.get(LABORATORY)
     store = Pattern(BLOCKS)
     device = disk_device(store)
-    async with plugged(guest.targets[0], device):
+    async with session_guests.lent(LABORATORY) as guest, plugged(guest.targets[0], device):
         await disk_of(guest, device)
         node = await usb_node(guest, await usb_folder(guest, device))
         await raw(guest, node, ("detach", 0))

@@ -19,7 +19,7 @@ from farplug.virtual.video import Camera, Encoding, Mode, Pattern, camera_device
 from farplug.virtual.video.pattern import picture
 
 if TYPE_CHECKING:
-    from tests.guest.conftest import GuestPool
+    from tests.guest.conftest import Guests
 
 SPLIT = """
 import hashlib, json, sys
@@ -80,7 +80,7 @@ async def read(guest: QemuGuest, device: str, width: int, height: int, encoding:
 
 @pytest.mark.parametrize("mode", CHOSEN, ids=str)
 @pytest.mark.parametrize("port", [0, 1], ids=["tcp", "spice"])
-async def test_every_frame_is_whole_and_in_order(guests: GuestPool, mode: Mode, port: int) -> None:
+async def test_every_frame_is_whole_and_in_order(guests: Guests, mode: Mode, port: int) -> None:
     guest = await guests.get(GUEST)
     camera = Camera(Pattern())
     async with plugged(guest.targets[port], VirtualDevice(camera, product="Virtual Camera")) as hub:
@@ -95,7 +95,7 @@ async def test_every_frame_is_whole_and_in_order(guests: GuestPool, mode: Mode, 
     await unplugged(guest)
 
 
-async def test_what_the_guest_can_choose(guests: GuestPool) -> None:
+async def test_what_the_guest_can_choose(guests: Guests) -> None:
     guest = await guests.get(GUEST)
     async with plugged(guest.targets[0], camera_device()):
         listed = await guest.check(f"v4l2-ctl -d {await node(guest)} --list-formats-ext")
@@ -105,7 +105,7 @@ async def test_what_the_guest_can_choose(guests: GuestPool) -> None:
     await unplugged(guest)
 
 
-async def test_a_clip(guests: GuestPool, tmp_path: Path) -> None:
+async def test_a_clip(guests: Guests, tmp_path: Path) -> None:
     guest = await guests.get(GUEST)
     images = []
     for number in range(7):
@@ -124,7 +124,7 @@ async def test_a_clip(guests: GuestPool, tmp_path: Path) -> None:
         await device.dispose()
 
 
-async def test_unplugged_while_it_is_read(guests: GuestPool) -> None:
+async def test_unplugged_while_it_is_read(guests: Guests) -> None:
     guest = await guests.get(GUEST)
     camera = Camera(Pattern())
     async with plugged(guest.targets[0], VirtualDevice(camera)):

@@ -18,7 +18,7 @@ from farplug.testing import GuestConfig, QemuGuest, Spice, SpicePort, SpiceTrans
 from farplug.virtual.disk import disk_device
 
 if TYPE_CHECKING:
-    from tests.guest.conftest import GuestPool
+    from tests.guest.conftest import Guests
 
 TICKET = "only Alice knows it"
 TLS = GuestConfig(
@@ -55,7 +55,7 @@ async def captured(guest: QemuGuest, target: str, storage: str, path: Path) -> t
 @pytest.mark.parametrize("storage", STORAGE)
 @pytest.mark.parametrize("transport", ["spice", "spice+tls", "tcp", "unix"])
 async def test_wireshark_decodes_a_session(
-    guests: GuestPool, guest: QemuGuest, transport: str, storage: str, tmp_path: Path
+    guests: Guests, guest: QemuGuest, transport: str, storage: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "trace.pcapng"
     if transport == "spice+tls":

@@ -14,13 +14,13 @@ from tests.guest.test_boot import BOOTED, CODE, PROOF, plug_and_run, tool
 
 from farplug.errors import DeviceError, Reason
 from farplug.redirection import events
-from farplug.testing import Boot, GuestConfig, QemuGuest, SpicePort, TcpPort
+from farplug.testing import Boot, GuestConfig, GuestFactory, QemuGuest, SpicePort, TcpPort
 from farplug.usb import Device
 from farplug.virtual import StorageTransport, cdrom_device, drives_of
 from farplug.virtual.events import MediumEjected, MediumInserted, MediumLocked
 
 if TYPE_CHECKING:
-    from tests.guest.conftest import GuestPool
+    from tests.guest.conftest import Guests
 
 CONFIG = GuestConfig(
     ports=(SpicePort(), TcpPort()),
@@ -93,7 +93,7 @@ def no_reset(hub: Plugged) -> None:
     ("transport", "driver"), [(StorageTransport.AUTO, "usb-storage"), (StorageTransport.UAS, "uas")], ids=str
 )
 async def test_mounted_ejected_and_replaced(
-    guests: GuestPool, tmp_path: Path, transport: StorageTransport, driver: str
+    guests: Guests, tmp_path: Path, transport: StorageTransport, driver: str
 ) -> None:
     guest = await guests.get(CONFIG)
     contents = [os.urandom(8 * MIB), os.urandom(3 * MIB)]
@@ -133,7 +133,7 @@ async def test_mounted_ejected_and_replaced(
     await device.dispose()
 
 
-async def test_a_mounted_medium_is_locked_and_can_be_taken_by_force(guests: GuestPool, tmp_path: Path) -> None:
+async def test_a_mounted_medium_is_locked_and_can_be_taken_by_force(guests: Guests, tmp_path: Path) -> None:
     guest = await guests.get(CONFIG)
     content = os.urandom(16 * MIB)
     iso = make_iso(tmp_path / "one.iso", random=content)
@@ -188,14 +188,12 @@ def bootable_iso(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(("boot", "console"), [(Boot.BIOS, BOOTED.strip()), (Boot.UEFI, PROOF)], ids=str)
-async def test_firmware_boots(guests: GuestPool, tmp_path: Path, boot: Boot, console: str) -> None:
-    device = cdrom_device(bootable_iso(tmp_path))
-    async with guests.fresh(GuestConfig(ports=(SpicePort(bootindex=0),), boot=boot, paused=True)) as guest:
-        await plug_and_run(guest, device, console)
-    await device.dispose()
+def test_firmware_boots(farplug_guest_factory: GuestFactory, tmp_path: Path, boot: Boot, console: str) -> None:
+    config = GuestConfig(ports=(SpicePort(bootindex=0),), boot=boot, paused=True)
+    plug_and_run(farplug_guest_factory(config), bootable_iso(tmp_path), console)
 
 
-async def test_the_format_before_iso_9660(guests: GuestPool, tmp_path: Path) -> None:
+async def test_the_format_before_iso_9660(guests: Guests, tmp_path: Path) -> None:
     content = os.urandom(100_000)
     path = tmp_path / "1986.iso"
     path.write_bytes(high_sierra(content))

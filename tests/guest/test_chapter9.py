@@ -21,7 +21,7 @@ from farplug.usb.types import DescriptorType, Feature, StandardRequest
 from farplug.virtual import VirtualDevice, disk_device
 
 if TYPE_CHECKING:
-    from tests.guest.conftest import GuestPool
+    from tests.guest.conftest import Guests
 
 STALL = "EPIPE"
 REFUSED = "EPROTO"
@@ -56,7 +56,7 @@ def feature(recipient: int, request: StandardRequest, value: int, index: int) ->
 
 @pytest.mark.parametrize("speed", [Speed.SUPER, Speed.HIGH], ids=str)
 @pytest.mark.parametrize("kind", DEVICES)
-async def test_chapter_9(guests: GuestPool, kind: str, speed: Speed) -> None:
+async def test_chapter_9(guests: Guests, kind: str, speed: Speed) -> None:
     guest = await guests.get(LABORATORY)
     device = DEVICES[kind](speed)
     async with plugged(guest.targets[0], device):

@@ -14,7 +14,7 @@ from urllib.request import urlopen
 
 import pytest
 from tests.guest.command import farplug, farplug_on_terminal
-from tests.guest.conftest import GuestPool
+from tests.guest.conftest import Guests
 from tests.guest.plugging import MIB, blank, disk_with, gone, until
 
 from farplug.store.image import serial_number
@@ -130,7 +130,7 @@ async def test_an_unmounted_journaling_file_system_is_left_without_a_question(gu
     assert not any("may not have finished" in line for line in running.lines)
 
 
-async def test_a_paused_vm_has_an_exit_code(guests: GuestPool, tmp_path: Path) -> None:
+async def test_a_paused_vm_has_an_exit_code(guests: Guests, tmp_path: Path) -> None:
     async with guests.fresh(GuestConfig(ports=(SpicePort(),), paused=True)) as guest:
         async with farplug("doctor", guest.targets[0]) as running:
             code, out, err = await running.end()
@@ -145,9 +145,7 @@ async def test_a_paused_vm_has_an_exit_code(guests: GuestPool, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("paused", [False, True])
-async def test_ports_and_disks_have_the_order_of_the_command_line(
-    guests: GuestPool, tmp_path: Path, paused: bool
-) -> None:
+async def test_ports_and_disks_have_the_order_of_the_command_line(guests: Guests, tmp_path: Path, paused: bool) -> None:
     (tmp_path / "content").mkdir()
     (tmp_path / "content" / "x").write_text("x")
     async with farplug(
@@ -199,7 +197,7 @@ async def test_a_plain_target_that_is_the_spice_server(guest: QemuGuest, tmp_pat
     assert err.startswith(f"farplug: a SPICE server answers at {target.removeprefix('tcp://')}, not a usbredir chardev")
 
 
-async def test_a_vm_without_an_operating_system_does_not_use_the_disk(guests: GuestPool, tmp_path: Path) -> None:
+async def test_a_vm_without_an_operating_system_does_not_use_the_disk(guests: Guests, tmp_path: Path) -> None:
     async with guests.fresh(GuestConfig(ports=(SpicePort(),), boot=Boot.BIOS)) as guest:
         await guest.wait_for_console("No bootable device")
         async with farplug("connect", guest.targets[0], "--usb-disk", blank(tmp_path / "disk.raw")) as running:
@@ -210,7 +208,7 @@ async def test_a_vm_without_an_operating_system_does_not_use_the_disk(guests: Gu
     assert not any("configured" in line for line in running.lines)
 
 
-async def test_refused_by_the_vms_filter(guests: GuestPool, tmp_path: Path) -> None:
+async def test_refused_by_the_vms_filter(guests: Guests, tmp_path: Path) -> None:
     config = GuestConfig(ports=(SpicePort(filter="0x08:-1:-1:-1:0|-1:-1:-1:-1:1"),), boot=Boot.BIOS)
     async with (
         guests.fresh(config) as guest,
@@ -221,7 +219,7 @@ async def test_refused_by_the_vms_filter(guests: GuestPool, tmp_path: Path) -> N
     assert "filter" in err
 
 
-async def test_no_usbredir_channel(guests: GuestPool, tmp_path: Path) -> None:
+async def test_no_usbredir_channel(guests: Guests, tmp_path: Path) -> None:
     async with guests.fresh(GuestConfig(spice=Spice(), boot=Boot.BIOS)) as guest:
         for command in (
             ("connect", guest.spice.target, "--usb-disk", blank(tmp_path / "disk.raw")),

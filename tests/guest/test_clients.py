@@ -16,7 +16,7 @@ from typing import Any
 from tests.control.support import RawClient
 from tests.control.test_driving import done
 from tests.control.test_screens import Viewer, request
-from tests.guest.conftest import GuestPool
+from tests.guest.conftest import Guests
 from tests.guest.plugging import GUEST_TIMEOUT
 from tests.guest.test_cdrom import make_iso
 from tests.guest.test_screen import KEYBOARD, dump
@@ -65,7 +65,7 @@ async def printed(process: asyncio.subprocess.Process) -> str:
         return (await process.stdout.readline()).decode().strip()
 
 
-async def test_a_cd_of_a_client_is_read_and_its_client_is_killed(guests: GuestPool, tmp_path: Path) -> None:
+async def test_a_cd_of_a_client_is_read_and_its_client_is_killed(guests: Guests, tmp_path: Path) -> None:
     guest = await guests.get(TWO_PORTS)
     content = random.Random(1).randbytes(24 * CHUNK)
     iso = make_iso(tmp_path / "a.iso", random=content)
@@ -107,7 +107,7 @@ async def test_a_cd_of_a_client_is_read_and_its_client_is_killed(guests: GuestPo
         await done(client, "detach", device="all")
 
 
-async def test_a_screen_is_watched_while_keys_are_pressed(guests: GuestPool, tmp_path: Path) -> None:
+async def test_a_screen_is_watched_while_keys_are_pressed(guests: Guests, tmp_path: Path) -> None:
     guest = await guests.get(KEYBOARD)
     async with serving(guest.targets[0], tmp_path) as server, RawClient.connect(server.path) as client:
         client.send(request("watch", "watch-screen"), request("drive", "drive", take=True))

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tests.control.support import RawClient, descriptors
-from tests.guest.conftest import GuestPool
+from tests.guest.conftest import Guests
 from tests.guest.plugging import GUEST_TIMEOUT, disk_with, until
 from tests.guest.test_spice_session import TWO_PORTS
 
@@ -58,7 +58,7 @@ async def use(path: Path, image: Path, guest: QemuGuest) -> None:
 
 
 async def test_two_sessions_with_two_clients_each_while_a_third_one_reads_nothing(
-    guests: GuestPool, tmp_path: Path
+    guests: Guests, tmp_path: Path
 ) -> None:
     vms = [await guests.get(config) for config in (TWO_PORTS, replace(TWO_PORTS, memory=192))]
     images = []

@@ -31,7 +31,7 @@ from farplug.virtual import (
 from farplug.virtual.hid import Button, Key, Keyboard, Led, Mouse, Tablet
 
 if TYPE_CHECKING:
-    from tests.guest.conftest import GuestPool
+    from tests.guest.conftest import Guests
 
 GUEST = GuestConfig(
     ports=(TcpPort(), SpicePort()),
@@ -170,7 +170,7 @@ async def trouble(guest: QemuGuest) -> str:
 
 
 @pytest.mark.parametrize("port", [0, 1], ids=["tcp", "spice"])
-async def test_a_text_arrives_and_is_confirmed(guests: GuestPool, port: int) -> None:
+async def test_a_text_arrives_and_is_confirmed(guests: Guests, port: int) -> None:
     guest = await guests.get(GUEST)
     everything = Everything()
     keyboard = everything.keyboard
@@ -201,7 +201,7 @@ async def test_a_text_arrives_and_is_confirmed(guests: GuestPool, port: int) -> 
     assert await trouble(guest) == ""
 
 
-async def test_pointers(guests: GuestPool) -> None:
+async def test_pointers(guests: Guests) -> None:
     guest = await guests.get(GUEST)
     everything = Everything()
     async with plugged(guest.targets[0], everything.device):
@@ -226,7 +226,7 @@ async def test_pointers(guests: GuestPool) -> None:
 
 
 @pytest.mark.parametrize("speed", [Speed.HIGH, Speed.SUPER], ids=str)
-async def test_endpoints_of_every_type(guests: GuestPool, speed: Speed) -> None:
+async def test_endpoints_of_every_type(guests: Guests, speed: Speed) -> None:
     guest = await guests.get(GUEST)
     everything = Everything(speed)
     sampler = everything.sampler
@@ -268,7 +268,7 @@ async def test_endpoints_of_every_type(guests: GuestPool, speed: Speed) -> None:
     assert await trouble(guest) == ""
 
 
-async def test_detach_in_the_middle_of_a_text(guests: GuestPool) -> None:
+async def test_detach_in_the_middle_of_a_text(guests: Guests) -> None:
     guest = await guests.get(GUEST)
     everything = Everything()
     keyboard = everything.keyboard
@@ -291,7 +291,7 @@ async def test_detach_in_the_middle_of_a_text(guests: GuestPool) -> None:
     assert await trouble(guest) == ""
 
 
-async def test_rounds_of_attach_and_detach_leak_nothing(guests: GuestPool) -> None:
+async def test_rounds_of_attach_and_detach_leak_nothing(guests: Guests) -> None:
     guest = await guests.get(GUEST)
     everything = Everything()
     tasks = files = 0

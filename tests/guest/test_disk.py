@@ -19,7 +19,7 @@ from farplug.usb import Speed
 from farplug.virtual import StorageTransport, disk_device
 
 if TYPE_CHECKING:
-    from tests.guest.conftest import GuestPool
+    from tests.guest.conftest import Guests
 
 TEXT = "written by the guest"
 
@@ -100,7 +100,7 @@ async def test_the_same_disk_over_plain_sockets(guest: QemuGuest, tmp_path: Path
     assert read_back(image, "ext4", "hello") == TEXT.encode()
 
 
-async def test_over_tls_with_a_ticket(guests: GuestPool, tmp_path: Path) -> None:
+async def test_over_tls_with_a_ticket(guests: Guests, tmp_path: Path) -> None:
     spice = Spice(transport=SpiceTransport.TLS, ticket="pass word/1")
     config = GuestConfig(ports=(SpicePort(),), spice=spice, kernel_arguments=NO_SCAN_DELAY)
     guest = await guests.get(config)
@@ -121,7 +121,7 @@ async def test_over_tls_with_a_ticket(guests: GuestPool, tmp_path: Path) -> None
     assert read_back(image, "ext4", "hello") == TEXT.encode()
 
 
-async def test_a_guest_with_nothing_but_ehci_gets_high_speed_by_itself(guests: GuestPool, tmp_path: Path) -> None:
+async def test_a_guest_with_nothing_but_ehci_gets_high_speed_by_itself(guests: Guests, tmp_path: Path) -> None:
     guest = await guests.get(
         GuestConfig(ports=(TcpPort(),), controller=Controller.EHCI, kernel_arguments=NO_SCAN_DELAY)
     )
@@ -206,7 +206,7 @@ async def test_two_disks_on_two_channels_at_once(guest: QemuGuest, tmp_path: Pat
         await device.dispose()
 
 
-async def test_attached_before_the_vm_runs(guests: GuestPool, tmp_path: Path) -> None:
+async def test_attached_before_the_vm_runs(guests: Guests, tmp_path: Path) -> None:
     image = blank(tmp_path / "disk.raw")
     device = disk_device(image)
     async with guests.fresh(GuestConfig(ports=(SpicePort(),), paused=True, kernel_arguments=NO_SCAN_DELAY)) as guest:

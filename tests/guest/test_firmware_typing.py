@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from tests.guest.conftest import GuestPool
+from tests.guest.conftest import Guests
 from tests.guest.plugging import GUEST_TIMEOUT, until
 from tests.guest.test_auto import grub_image
 from tests.guest.test_typing import connected
@@ -56,7 +56,7 @@ def plain(console: str) -> str:
     return console.replace("\r", "")
 
 
-async def test_a_text_in_the_shell_of_uefi(guests: GuestPool) -> None:
+async def test_a_text_in_the_shell_of_uefi(guests: Guests) -> None:
     config = GuestConfig(ports=(TcpPort(),), boot=Boot.UEFI, paused=True)
     async with guests.fresh(config) as guest, with_keyboard(guest) as farplug:
         await guest.wait_for_console("seconds to skip")  # its script
@@ -66,7 +66,7 @@ async def test_a_text_in_the_shell_of_uefi(guests: GuestPool) -> None:
         await comes(lambda: f"\n{LINE}" in plain(guest.console))
 
 
-async def test_seabios_grub_and_linux_twice(guests: GuestPool, tmp_path: Path) -> None:
+async def test_seabios_grub_and_linux_twice(guests: Guests, tmp_path: Path) -> None:
     """Choose from the menus of SeaBIOS and GRUB, type in GRUB and in Linux, restart, and do it again."""
     disk = grub_image(tmp_path, "serial normal echo minicmd", GRUB_SETTINGS)
     log = tmp_path / "firmware"

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
-from tests.guest.plugging import NO_SCAN_DELAY, disk_of, gone, plugged, until
+from tests.guest.plugging import NO_SCAN_DELAY, disk_of
 from tests.image.support import ISO, MIB, ODD, PLAIN, SIMILAR, WHEN, alike, contents, make_folder, partition, run
 
 from farplug.errors import ImageError, Reason
@@ -18,11 +18,9 @@ from farplug.image import Format, Partition, Volume, build, create_image, create
 from farplug.image.fill import fill_in_guest
 from farplug.image.tools import ImageBuild
 from farplug.image.tree import scan
-from farplug.testing import GuestConfig, QemuGuest, TcpPort
+from farplug.testing import GuestConfig, GuestFixture, TcpPort
+from farplug.usb import Device
 from farplug.virtual.disk import disk_device
-
-if TYPE_CHECKING:
-    from tests.guest.conftest import GuestPool
 
 CONFIG = GuestConfig(
     ports=(TcpPort(),),
@@ -84,27 +82,39 @@ CASES = [
 ]
 
 
-async def look(guest: QemuGuest, mount: str, disk: str) -> tuple[dict[str, str], str]:
+@pytest.fixture(scope="module")
+def farplug_guest_config() -> GuestConfig:
+    return CONFIG
+
+
+@contextmanager
+def disk_in(guest: GuestFixture, device: Device) -> Iterator[str]:
+    """Plug a disk in; return the guest's block device."""
+    with guest.plug(device):
+        disk = guest.call(disk_of(guest.vm, device))
+        yield disk
+    guest.wait_until_fails(f"test -e {disk}")
+
+
+def look(guest: GuestFixture, mount: str, disk: str) -> tuple[dict[str, str], str]:
     """Mount a partition: MD5 of every file by its path, and the time of one."""
-    output = await guest.check(
+    output = guest.succeed(
         f"""set -e
         {mount} {disk} /mnt
         cd /mnt
         find . -type f -exec md5sum {{}} +
         stat -c %Y big.bin
         cd /
-        umount /mnt""",
-        timeout=120,
+        umount /mnt"""
     )
     *lines, when = output.splitlines()
     return {line[36:]: line[:32] for line in lines}, when
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-async def test_the_guest_sees_the_folder(
-    guests: GuestPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: Case
+def test_the_guest_sees_the_folder(
+    farplug_guest: GuestFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: Case
 ) -> None:
-    guest = await guests.get(CONFIG)
     files = {**PLAIN, **ODD} if case.odd else dict(PLAIN)
     if case.odd and case.format is Format.FAT32:
         files |= SIMILAR
@@ -119,24 +129,14 @@ async def test_the_guest_sees_the_folder(
         filled.append(volume)
 
     monkeypatch.setattr(build, "fill_in_guest", fill)
-    store = await asyncio.to_thread(
-        folder_store,
-        folder,
-        format=case.format,
-        partition=case.partition,
-        block_size=case.block_size,
-    )
+    store = folder_store(folder, format=case.format, partition=case.partition, block_size=case.block_size)
     assert bool(filled) is (case.odd and case.format is not Format.EXT4)
-    device = disk_device(store)
-    async with plugged(guest.targets[0], device):
-        disk = await disk_of(guest, device)
-        await until(guest, f"[ -b {disk}1 ]")
+    with disk_in(farplug_guest, disk_device(store)) as disk:
+        farplug_guest.wait_until_succeeds(f"test -b {disk}1")
         name = disk.removeprefix("/dev/")
-        facts = await guest.check(f"cat /sys/block/{name}/queue/logical_block_size /sys/block/{name}/ro")
+        facts = farplug_guest.succeed(f"cat /sys/block/{name}/queue/logical_block_size /sys/block/{name}/ro")
         assert facts.split() == [str(case.block_size), "1"]
-        seen, when = await look(guest, MOUNT[case.format], f"{disk}1")
-    await device.dispose()
-    await gone(guest, disk)
+        seen, when = look(farplug_guest, MOUNT[case.format], f"{disk}1")
     expected = {path: hashlib.md5(content).hexdigest() for path, content in contents(folder).items()}
     seen.pop("lost+found", None)
     assert seen == expected
@@ -144,15 +144,13 @@ async def test_the_guest_sees_the_folder(
 
 
 @pytest.mark.parametrize("format", LOOKUP)
-async def test_images_are_in_order_and_names_equal_by_the_table_of_the_file_system(
-    guests: GuestPool, tmp_path: Path, format: Format
+def test_images_are_in_order_and_names_equal_by_the_table_of_the_file_system(
+    farplug_guest: GuestFixture, tmp_path: Path, format: Format
 ) -> None:
     """Each character is written to a file with its name: characters that are in one file are equal."""
     folder = make_folder(tmp_path / "a folder", {**PLAIN, **ODD})
     image = tmp_path / "disk.raw"
-    volume = await asyncio.to_thread(
-        create_image, image, size=100 * MIB, format=format, folder=folder, label="Größe 😀"
-    )
+    volume = create_image(image, size=100 * MIB, format=format, folder=folder, label="Größe 😀")
     assert image.stat().st_size == 100 * MIB
     assert image.stat().st_blocks * 512 < 30 * MIB
     inside = partition(image, volume, tmp_path / "partition")
@@ -164,11 +162,8 @@ async def test_images_are_in_order_and_names_equal_by_the_table_of_the_file_syst
     expected: dict[str, set[str]] = defaultdict(set)
     for character in characters:
         expected[table.get(character, character)].add(character)
-    guest = await guests.get(CONFIG)
-    device = disk_device(image)
-    async with plugged(guest.targets[0], device):
-        disk = await disk_of(guest, device)
-        output = await guest.check(
+    with disk_in(farplug_guest, disk_device(image)) as disk:
+        result = farplug_guest.execute(
             f"""set -e
             until [ -b {disk}1 ]; do sleep 0.1; done
             {LOOKUP[format]} {disk}1 /mnt
@@ -182,40 +177,29 @@ async def test_images_are_in_order_and_names_equal_by_the_table_of_the_file_syst
             umount /mnt""",
             stdin="".join(f"{character}\n" for character in sorted(characters)).encode(),
         )
-    await device.dispose()
-    await gone(guest, disk)
+    assert not result.exit_code
     seen: dict[str, set[str]] = defaultdict(set)
-    for line in output.splitlines():
+    for line in result.output.splitlines():
         name, _, character = line.rpartition(":")
         seen[name].add(character)
     assert sorted(map(sorted, seen.values())) == sorted(map(sorted, expected.values()))
 
 
-async def test_an_empty_image(guests: GuestPool, tmp_path: Path) -> None:
-    guest = await guests.get(CONFIG)
-    await asyncio.to_thread(create_image, tmp_path / "disk.raw", size=64 * MIB, format=Format.EXFAT)
-    device = disk_device(tmp_path / "disk.raw")
-    async with plugged(guest.targets[0], device):
-        disk = await disk_of(guest, device)
-        mount = f"until [ -b {disk}1 ]; do sleep 0.1; done; mount -t exfat {disk}1 /mnt"
-        assert await guest.check(f"{mount}; ls -A /mnt; umount /mnt") == ""
-    await device.dispose()
-    await gone(guest, disk)
+def test_an_empty_image(farplug_guest: GuestFixture, tmp_path: Path) -> None:
+    create_image(tmp_path / "disk.raw", size=64 * MIB, format=Format.EXFAT)
+    with disk_in(farplug_guest, disk_device(tmp_path / "disk.raw")) as disk:
+        farplug_guest.wait_until_succeeds(f"test -b {disk}1")
+        assert farplug_guest.succeed(f"mount -t exfat {disk}1 /mnt", "ls -A /mnt", "umount /mnt") == ""
 
 
-async def test_an_iso_image(guests: GuestPool, tmp_path: Path) -> None:
-    guest = await guests.get(CONFIG)
+def test_an_iso_image(farplug_guest: GuestFixture, tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "a folder", ISO, many=300)
-    await asyncio.to_thread(create_iso, tmp_path / "disk.iso", folder)
-    device = disk_device(tmp_path / "disk.iso", read_only=True)
-    async with plugged(guest.targets[0], device):
-        disk = await disk_of(guest, device)
-        seen, when = await look(guest, MOUNT[Format.ISO9660], disk)
-        joliet = await guest.check(
+    create_iso(tmp_path / "disk.iso", folder)
+    with disk_in(farplug_guest, disk_device(tmp_path / "disk.iso", read_only=True)) as disk:
+        seen, when = look(farplug_guest, MOUNT[Format.ISO9660], disk)
+        joliet = farplug_guest.succeed(
             f"mount -t iso9660 -o ro,norock,iocharset=utf8 {disk} /mnt && cd /mnt && find . && cd / && umount /mnt"
         )
-    await device.dispose()
-    await gone(guest, disk)
     assert seen == {path: hashlib.md5(content).hexdigest() for path, content in contents(folder).items()}
     assert when == str(WHEN)
     assert {"./Größe der Dateien.txt", "./中文 name.txt", "./longfilename1.txt", "./d[1]/x[y]/z"} <= set(
@@ -223,7 +207,7 @@ async def test_an_iso_image(guests: GuestPool, tmp_path: Path) -> None:
     )
 
 
-async def test_the_guest_reports_a_folder_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_guest_reports_a_folder_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_folder(tmp_path / "a folder", {"😀": bytes(8 * MIB), "big.bin": bytes(30 * MIB)})
     before = set(tmp_path.iterdir())
 
@@ -238,6 +222,6 @@ async def test_the_guest_reports_a_folder_that_does_not_fit(tmp_path: Path, monk
 
     monkeypatch.setattr(build, "fill_in_guest", too_small)
     with pytest.raises(ImageError, match=r"changed while it was copied: big\.bin") as caught:  # and that is why
-        await asyncio.to_thread(create_image, tmp_path / "x", folder=folder)
+        create_image(tmp_path / "x", folder=folder)
     assert caught.value.reason is Reason.CHANGED
     assert set(tmp_path.iterdir()) == before

@@ -32,7 +32,7 @@ from farplug.testing import (
 )
 
 if TYPE_CHECKING:
-    from tests.guest.conftest import GuestPool
+    from tests.guest.conftest import Guests
 
 HELLO = b"qemu usb-redir guest"
 
@@ -114,9 +114,7 @@ async def test_kernel_messages_are_kept(guest: QemuGuest) -> None:
     await guest.wait_for_console("marked\n", timeout=5)
 
 
-async def test_paused_guest_with_a_disk_on_ehci_and_a_port_that_connects_to_us(
-    guests: GuestPool, tmp_path: Path
-) -> None:
+async def test_paused_guest_with_a_disk_on_ehci_and_a_port_that_connects_to_us(guests: Guests, tmp_path: Path) -> None:
     hello: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -157,7 +155,7 @@ async def test_paused_guest_with_a_disk_on_ehci_and_a_port_that_connects_to_us(
                 assert output.endswith("kept\n")
 
 
-async def test_spice_over_tls_asks_for_our_authority(guests: GuestPool) -> None:
+async def test_spice_over_tls_asks_for_our_authority(guests: Guests) -> None:
     spice = Spice(transport=SpiceTransport.TLS_REQUIRED, ticket="a,b/c")
     async with guests.fresh(GuestConfig(ports=(SpicePort(),), spice=spice, paused=True)) as guest:
         address = guest.spice
@@ -174,12 +172,12 @@ async def test_spice_over_tls_asks_for_our_authority(guests: GuestPool) -> None:
 @pytest.mark.parametrize(
     ("boot", "sign"), [(Boot.BIOS, "No bootable device."), (Boot.UEFI, "Shell>")], ids=lambda value: str(value)
 )
-async def test_firmware_boots(guests: GuestPool, boot: Boot, sign: str) -> None:
+async def test_firmware_boots(guests: Guests, boot: Boot, sign: str) -> None:
     async with guests.fresh(GuestConfig(boot=boot)) as guest:
         await guest.wait_for_console(sign)
 
 
-async def test_two_guests_side_by_side_and_nothing_left_afterwards(guests: GuestPool) -> None:
+async def test_two_guests_side_by_side_and_nothing_left_afterwards(guests: Guests) -> None:
     before = set(os.listdir("/proc/self/fd"))
     config = GuestConfig(ports=(UnixPort(), SpicePort()))
     async with guests.fresh(config) as first, guests.fresh(config) as second:
@@ -192,7 +190,7 @@ async def test_two_guests_side_by_side_and_nothing_left_afterwards(guests: Guest
     assert set(os.listdir("/proc/self/fd")) == before
 
 
-async def test_qemu_that_crashes_says_so(guests: GuestPool) -> None:
+async def test_qemu_that_crashes_says_so(guests: Guests) -> None:
     async with guests.fresh(GuestConfig(ports=(UnixPort(),))) as guest:
         stuck = asyncio.create_task(guest.run("sleep 60"))
         await asyncio.sleep(0.2)

@@ -23,7 +23,7 @@ from farplug.testing import QemuGuest
 from farplug.virtual import disk_device
 
 if TYPE_CHECKING:
-    from tests.guest.conftest import GuestPool
+    from tests.guest.conftest import Guests
 
 TEBIBYTE = 1 << 40
 
@@ -53,7 +53,7 @@ class Drive:
 
 @asynccontextmanager
 async def drive(
-    pool: GuestPool, storage: str, image: Path, *, block_size: int = 512, port: int = 0
+    pool: Guests, storage: str, image: Path, *, block_size: int = 512, port: int = 0
 ) -> AsyncIterator[Drive]:
     """Plug an image; the guest's kernel has nothing to complain about while it is there."""
     guest = await pool.get(LABORATORY)
@@ -90,7 +90,7 @@ BUFFERED = "--direct=0 --ioengine=psync --fsync=64"
     ids=["queued", "buffered", "large-blocks", "across-2-tib"],
 )
 async def test_fio_verifies_random_sizes_and_alignments(
-    guests: GuestPool, tmp_path: Path, storage: str, size: int, offset: int, block_size: int, pattern: str, mode: str
+    guests: Guests, tmp_path: Path, storage: str, size: int, offset: int, block_size: int, pattern: str, mode: str
 ) -> None:
     try:
         image = blank(tmp_path / "disk.raw", size)
@@ -113,14 +113,14 @@ async def test_fio_verifies_random_sizes_and_alignments(
     assert hashlib.md5(content).hexdigest() == output
 
 
-async def test_f3probe_finds_the_capacity_real(guests: GuestPool, tmp_path: Path, storage: str) -> None:
+async def test_f3probe_finds_the_capacity_real(guests: Guests, tmp_path: Path, storage: str) -> None:
     async with drive(guests, storage, blank(tmp_path / "disk.raw", 64 * MIB)) as plug:
         output = await plug.run("f3probe --destructive --time-ops {d}")
     assert "is the real thing" in output, output
     assert "Announced size: 64.00 MB (131072 blocks)" in output, output
 
 
-async def test_badblocks_writes_and_reads_every_byte(guests: GuestPool, tmp_path: Path, storage: str) -> None:
+async def test_badblocks_writes_and_reads_every_byte(guests: Guests, tmp_path: Path, storage: str) -> None:
     async with drive(guests, storage, image := blank(tmp_path / "disk.raw", 32 * MIB)) as plug:
         assert await plug.run("badblocks -w -b 65536 -c 16 {d}") == ""  # AA, 55, FF, 00, each written and read
         assert image.read_bytes() == bytes(32 * MIB)
@@ -181,7 +181,7 @@ def sound(image: Path, filesystem: str) -> None:
 
 @pytest.mark.parametrize(("filesystem", "block_size"), [("ext4", 512), ("vfat", 512), ("exfat", 512), ("exfat", 4096)])
 async def test_life_of_a_file_system(
-    guests: GuestPool, tmp_path: Path, storage: str, filesystem: str, block_size: int
+    guests: Guests, tmp_path: Path, storage: str, filesystem: str, block_size: int
 ) -> None:
     """Made, filled, checked, unplugged, plugged again, changed, checked."""
     image = blank(tmp_path / "disk.raw", 64 * MIB)
@@ -219,7 +219,7 @@ umount /mnt
 
 
 @pytest.mark.parametrize("filesystem", MAKE)
-async def test_fstrim_makes_the_image_smaller(guests: GuestPool, tmp_path: Path, storage: str, filesystem: str) -> None:
+async def test_fstrim_makes_the_image_smaller(guests: Guests, tmp_path: Path, storage: str, filesystem: str) -> None:
     image = blank(tmp_path / "disk.raw", 64 * MIB)
     async with drive(guests, storage, image) as plug:
         await enable_unmap(plug.guest, plug.disk, storage)
@@ -231,7 +231,7 @@ async def test_fstrim_makes_the_image_smaller(guests: GuestPool, tmp_path: Path,
     sound(image, filesystem)
 
 
-async def test_discard_and_zero_out(guests: GuestPool, tmp_path: Path, storage: str) -> None:
+async def test_discard_and_zero_out(guests: Guests, tmp_path: Path, storage: str) -> None:
     image = tmp_path / "disk.raw"
     image.write_bytes(b"\xaa" * (32 * MIB))
     expected = bytearray(image.read_bytes())

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from tests.guest import command
-from tests.guest.conftest import GuestPool
+from tests.guest.conftest import Guests
 from tests.guest.kerbside import SESSION, Kerbside, require_kerbside
 from tests.guest.plugging import GUEST_TIMEOUT, MIB, NO_SCAN_DELAY, STORAGE, Plugged, blank, disk_of, gone
 from tests.transport.fake_spice import Recorder
@@ -42,7 +42,7 @@ LATER_CHANNELS = 2, 3
 
 
 @pytest_asyncio.fixture(loop_scope="session")
-async def guest(guests: GuestPool) -> QemuGuest:
+async def guest(guests: Guests) -> QemuGuest:
     """Return a guest with a ticket and two SPICE ports."""
     require_kerbside()
     return await guests.get(CONFIG)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from tests.guest import command
-from tests.guest.conftest import GuestPool
+from tests.guest.conftest import Guests
 from tests.guest.kerbside_service import TOKEN_MINUTES, Service, missing, service
 from tests.guest.plugging import GUEST_TIMEOUT, MIB, NO_SCAN_DELAY, disk_of, gone
 
@@ -36,17 +36,17 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest_asyncio.fixture(loop_scope="session")
-async def guest(guests: GuestPool) -> QemuGuest:
+async def guest(guests: Guests) -> QemuGuest:
     """Return a guest that requires TLS and a ticket."""
     return await guests.get(CONFIG)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def kerbside(guests: GuestPool) -> AsyncIterator[Service]:
+async def kerbside(session_guests: Guests) -> AsyncIterator[Service]:
     """Return kerbside in front of the guest, which the tests share."""
     if reason := missing():
         pytest.fail(reason)
-    async with service((await guests.get(CONFIG, keep=True)).spice) as running:
+    async with session_guests.lent(CONFIG) as guest, service(guest.spice) as running:
         yield running
 
 

@@ -32,7 +32,7 @@ from farplug.testing import GuestConfig, QemuGuest, SpicePort, TcpPort
 from farplug.usb import Buffer
 
 if TYPE_CHECKING:
-    from tests.guest.conftest import GuestPool
+    from tests.guest.conftest import Guests
 
 CUTS = int(os.environ.get("FARPLUG_POWER_CUTS", "3"))
 """How often farplug is killed in each test."""
@@ -170,7 +170,7 @@ async def cut(guest: QemuGuest, console: Callable[[], str], running: Running, pi
 @pytest.mark.parametrize("image", [Raw, Snapshot])
 @pytest.mark.parametrize("kind", writer.KINDS)
 @pytest.mark.parametrize("storage", STORAGE)
-async def test_farplug_is_killed(guests: GuestPool, tmp_path: Path, storage: str, kind: str, image: type[Raw]) -> None:
+async def test_farplug_is_killed(guests: Guests, tmp_path: Path, storage: str, kind: str, image: type[Raw]) -> None:
     guest = await guests.get(LABORATORY)
     disk = image(tmp_path, kind)
     options = ("--usb-storage", STORAGE[storage].transport, *disk.options)
@@ -194,7 +194,7 @@ async def test_farplug_is_killed(guests: GuestPool, tmp_path: Path, storage: str
 @pytest.mark.parametrize(
     ("storage", "kind", "image"), [("bot", "files", Raw), ("uas", "blocks", Raw), ("uas", "files", Snapshot)]
 )
-async def test_qemu_is_killed(guests: GuestPool, tmp_path: Path, storage: str, kind: str, image: type[Raw]) -> None:
+async def test_qemu_is_killed(guests: Guests, tmp_path: Path, storage: str, kind: str, image: type[Raw]) -> None:
     disk = image(tmp_path, kind)
     options = ("--usb-storage", STORAGE[storage].transport, *disk.options)
     config = GuestConfig(

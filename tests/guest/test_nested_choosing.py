@@ -11,7 +11,7 @@ import pytest_asyncio
 from tests.guest.nested import FAR, FARPLUG, Job, Machine, Plugger, from_inside, running
 
 if TYPE_CHECKING:
-    from tests.guest.conftest import GuestPool
+    from tests.guest.conftest import Guests
 
 KEYBOARD, HUB, DISK, NETWORK = "0627:0001 *Keyboard", "0409:55aa *", "46f4:0001 *", "0525:a4a2 *"
 STICK = "46f4:0001"
@@ -81,7 +81,7 @@ async def test_what_is_there_and_why_it_cannot_be_plugged(machine: Machine, driv
         assert (code, "/dev/sda is mounted on /run/stick" in refusal) == (12, True), refusal
 
 
-async def test_rules_take_what_comes_but_not_the_keyboard(machine: Machine, drive: str, guests: GuestPool) -> None:
+async def test_rules_take_what_comes_but_not_the_keyboard(machine: Machine, drive: str, guests: Guests) -> None:
     target = from_inside((await guests.get(FAR)).targets[0])
     async with running(machine.guest, f"{FARPLUG} connect {target} --auto-connect allow --json") as job:
         await job.until("from now on")

@@ -12,10 +12,10 @@ from tests.guest.plugging import MIB
 from tests.guest.test_nested_storage import BOT, far_disk
 
 if TYPE_CHECKING:
-    from tests.guest.conftest import GuestPool
+    from tests.guest.conftest import Guests
 
 
-async def test_disk_that_is_pulled_out_and_comes_back(plugger: Plugger, guests: GuestPool, tmp_path: Path) -> None:
+async def test_disk_that_is_pulled_out_and_comes_back(plugger: Plugger, guests: Guests, tmp_path: Path) -> None:
     machine, far = plugger.machine, await guests.get(FAR)
     image = tmp_path / "disk.raw"
     image.write_bytes(os.urandom(8 * MIB))

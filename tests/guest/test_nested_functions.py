@@ -15,7 +15,7 @@ from tests.guest.nested import FAR, SPEAKER, WAV_HEADER, Plugger, RealDevice, ru
 from tests.guest.plugging import GUEST_TIMEOUT, MIB, raw, until, usb_folder_by_name, usb_node
 
 if TYPE_CHECKING:
-    from tests.guest.conftest import GuestPool
+    from tests.guest.conftest import Guests
 
     from farplug.testing import QemuGuest
 
@@ -83,13 +83,16 @@ class Desk:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def desk(plugger: Plugger, guests: GuestPool, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Desk]:
+async def desk(
+    plugger: Plugger, session_guests: Guests, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Desk]:
     """One of each, all plugged in."""
-    machine, far = plugger.machine, await guests.get(FAR)
+    machine = plugger.machine
     folder = tmp_path_factory.mktemp("desk")
     (folder / "songs").mkdir()
     (folder / "songs" / "note.txt").write_text("la")
     async with AsyncExitStack() as stack:
+        far = await stack.enter_async_context(session_guests.lent(FAR))
         line = await stack.enter_async_context(machine.line(folder / "line"))
         await machine.qmp.execute("netdev_add", {"type": "user", "id": "lan", "net": "10.9.0.0/24"})
         properties: dict[str, tuple[str, dict[str, object]]] = {
@@ -256,7 +259,7 @@ KEYBOARD_REPORT = (
 """The report descriptor of a boot keyboard (USB HID 1.11, appendix E.6)."""
 
 
-async def test_gadget_of_many_interfaces(plugger: Plugger, guests: GuestPool) -> None:
+async def test_gadget_of_many_interfaces(plugger: Plugger, guests: Guests) -> None:
     machine, far = plugger.machine, await guests.get(FAR)
     descriptor = "".join(f"\\0{byte:o}" for byte in bytes.fromhex(KEYBOARD_REPORT))
     functions = "acm.0 hid.0 mass_storage.0 ncm.0"

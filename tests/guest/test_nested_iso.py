@@ -19,7 +19,7 @@ from tests.guest.test_nested_functions import ECHOED, first
 from tests.guest.usbip import Urb, UsbipDevice, configuration, device_descriptor, endpoint, interface
 
 if TYPE_CHECKING:
-    from tests.guest.conftest import GuestPool
+    from tests.guest.conftest import Guests
 
     from farplug.testing import QemuGuest
 
@@ -127,7 +127,7 @@ async def failing(guest: QemuGuest, folder: str) -> dict[int, bytes | str]:
 
 
 @pytest_asyncio.fixture(loop_scope="session")
-async def far(guests: GuestPool) -> QemuGuest:
+async def far(guests: Guests) -> QemuGuest:
     return await guests.get(FAR)
 
 

@@ -16,11 +16,11 @@ from tests.guest.test_nested_storage import BOT, LIFE_CYCLE, UAS, disk, far_disk
 from farplug.testing import GATEWAY
 
 if TYPE_CHECKING:
-    from tests.guest.conftest import GuestPool
+    from tests.guest.conftest import Guests
 
 
 @pytest.mark.parametrize("kind", [BOT, UAS], ids=["bot", "uas"])
-async def test_a_real_disk(kind: str, plugger: Plugger, guests: GuestPool, tmp_path: Path) -> None:
+async def test_a_real_disk(kind: str, plugger: Plugger, guests: Guests, tmp_path: Path) -> None:
     require_kerbside()
     image = tmp_path / "disk.raw"
     image.write_bytes(os.urandom(16 * MIB))

@@ -12,7 +12,7 @@ from tests.guest.plugging import until, usb_folder_by_name
 from tests.guest.usbip import UsbipDevice, configuration, device_descriptor, endpoint, interface
 
 if TYPE_CHECKING:
-    from tests.guest.conftest import GuestPool
+    from tests.guest.conftest import Guests
 
 ISOCHRONOUS, BULK, INTERRUPT = 1, 2, 3
 OUT, IN = 0x01, 0x81
@@ -81,7 +81,7 @@ TOGETHER = 8
 
 
 @pytest.mark.parametrize("first", range(0, len(LIES), TOGETHER))
-async def test_what_makes_sense_is_plugged(plugger: Plugger, guests: GuestPool, first: int) -> None:
+async def test_what_makes_sense_is_plugged(plugger: Plugger, guests: Guests, first: int) -> None:
     machine, far = plugger.machine, await guests.get(FAR)
     target = from_inside(far.targets[-1])
     async with AsyncExitStack() as stack:

@@ -24,7 +24,7 @@ from tests.guest.test_nested_storage import disk as real_disk
 from tests.guest.usbip import UsbipDevice, configuration, device_descriptor, endpoint, interface
 
 if TYPE_CHECKING:
-    from tests.guest.conftest import GuestPool
+    from tests.guest.conftest import Guests
 
     from farplug.testing import QemuGuest
 
@@ -35,7 +35,7 @@ OUT, IN = 0x01, 0x81
 
 
 @pytest_asyncio.fixture(loop_scope="session")
-async def far(guests: GuestPool) -> QemuGuest:
+async def far(guests: Guests) -> QemuGuest:
     return await guests.get(FAR)
 
 
@@ -224,7 +224,7 @@ class Paused:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def paused(
-    plugger: Plugger, guests: GuestPool, tmp_path_factory: pytest.TempPathFactory
+    plugger: Plugger, session_guests: Guests, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Paused]:
     """A VM with a disk, a camera that sends 768 kB/s, and a tablet; it pauses."""
     machine = plugger.machine
@@ -234,7 +234,7 @@ async def paused(
     camera = Clocked(device_descriptor(CAMERA), [configuration(interface(0), setting)], packet=picture)
     async with AsyncExitStack() as stack:
         enter = stack.enter_async_context
-        far = await enter(guests.fresh(FAR))
+        far = await enter(session_guests.fresh(FAR))
         disk = await enter(real_disk(plugger, BOT, image))
         await enter(camera.attached(machine.guest))
         devices = [disk, await machine.find(f"{CAMERA} *"), await enter(machine.device("usb-tablet", TABLET))]

@@ -18,7 +18,7 @@ from tests.guest.plugging import GUEST_TIMEOUT, MIB, NO_SCAN_DELAY, gone, until,
 from farplug.testing import GuestConfig, QemuGuest, TcpPort
 
 if TYPE_CHECKING:
-    from tests.guest.conftest import GuestPool
+    from tests.guest.conftest import Guests
 
 BOT, UAS = "46f4:0001 *", "46f4:0003 *"
 SIZE = 8 * MIB
@@ -73,7 +73,7 @@ def image(tmp_path: Path) -> Path:
 
 
 @pytest_asyncio.fixture(loop_scope="session")
-async def far(guests: GuestPool) -> QemuGuest:
+async def far(guests: Guests) -> QemuGuest:
     return await guests.get(FAR)
 
 
@@ -115,7 +115,7 @@ async def test_unplugged_while_it_is_read(plugger: Plugger, far: QemuGuest, imag
 SMALL = GuestConfig(ports=(TcpPort(),), kernel_arguments=NO_SCAN_DELAY)
 
 
-async def test_guest_is_reset_paused_and_killed(plugger: Plugger, guests: GuestPool, image: Path) -> None:
+async def test_guest_is_reset_paused_and_killed(plugger: Plugger, guests: Guests, image: Path) -> None:
     async with guests.fresh(SMALL) as far, disk(plugger, BOT, image) as real:
         async with plugger.plugged(far.targets[0], real):
             await far_disk(far, BOT)

@@ -12,7 +12,7 @@ from tests.guest.nested import FAR, FARPLUG, Machine, Plugger, RealDevice, from_
 from tests.guest.plugging import usb_folder_by_name, usb_node
 
 if TYPE_CHECKING:
-    from tests.guest.conftest import GuestPool
+    from tests.guest.conftest import Guests
 
 KEYBOARD = "0627:0001 *Keyboard"
 USER = "tester"
@@ -87,7 +87,7 @@ async def desk(plugger: Plugger) -> AsyncIterator[Desk]:
         await machine.check(f"userdel {USER}; rm -rf {RULES} /run/bin /run/udev /run/systemd")
 
 
-async def test_the_commands_that_are_printed(desk: Desk, guests: GuestPool) -> None:
+async def test_the_commands_that_are_printed(desk: Desk, guests: Guests) -> None:
     machine, far = desk.machine, await guests.get(FAR)
     connect = f"connect {from_inside(far.targets[0])} --usb-device 0627:0001"
     real = await machine.plug("usb-kbd", KEYBOARD)

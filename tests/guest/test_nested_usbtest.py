@@ -9,13 +9,13 @@ from tests.guest.plugging import usb_folder_by_name, usb_node
 from tests.guest.test_usbtest import BULK, CONTROL, HALT, UNLINK, failing
 
 if TYPE_CHECKING:
-    from tests.guest.conftest import GuestPool
+    from tests.guest.conftest import Guests
 
 ZERO = "0525:a4a0"
 CASES = (*CONTROL, *BULK, *UNLINK, *HALT)
 
 
-async def test_gadget_zero(plugger: Plugger, guests: GuestPool) -> None:
+async def test_gadget_zero(plugger: Plugger, guests: Guests) -> None:
     machine, far = plugger.machine, await guests.get(FAR)
     async with machine.gadget(ZERO, "SourceSink.0", "Loopback.0") as real:
         await machine.check("busybox modprobe usbtest")

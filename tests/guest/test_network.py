@@ -23,7 +23,7 @@ from farplug.programs import find_program
 from farplug.testing import GuestConfig, QemuGuest, SpicePort, TcpPort
 
 if TYPE_CHECKING:
-    from tests.guest.conftest import GuestPool
+    from tests.guest.conftest import Guests
 
 GUEST = GuestConfig(
     ports=(TcpPort(), SpicePort()),
@@ -110,7 +110,7 @@ async def leased(guest: QemuGuest, target: str, end: str) -> AsyncIterator[str]:
 
 @pytest.mark.usefixtures("passt")
 @pytest.mark.parametrize("port", [0, 1], ids=["tcp", "spice"])
-async def test_a_lease_and_a_download_through_passt(guests: GuestPool, port: int, tmp_path: Path) -> None:
+async def test_a_lease_and_a_download_through_passt(guests: Guests, port: int, tmp_path: Path) -> None:
     guest = await guests.get(GUEST)
     data = random.Random(port).randbytes(DOWNLOAD if not port else DOWNLOAD // 10)
     (tmp_path / "data").write_bytes(data)
@@ -125,7 +125,7 @@ async def test_a_lease_and_a_download_through_passt(guests: GuestPool, port: int
             assert refused.exit_code != 0, "services of this machine's loopback address can be reached"
 
 
-async def test_a_carrier_follows_the_peer_and_all_share_a_port(guests: GuestPool, tmp_path: Path) -> None:
+async def test_a_carrier_follows_the_peer_and_all_share_a_port(guests: Guests, tmp_path: Path) -> None:
     """A keyboard, a serial line and a network adapter in one device; the two ends are UNIX sockets."""
     guest = await guests.get(GUEST)
     options = ["--usb-keyboard", "--usb-serial", f"unix-listen:{tmp_path}/serial"]
@@ -157,7 +157,7 @@ async def test_a_carrier_follows_the_peer_and_all_share_a_port(guests: GuestPool
     assert (await guest.run(f"test -e {TTY}")).exit_code != 0
 
 
-async def test_an_interface_of_this_machine(guests: GuestPool) -> None:
+async def test_an_interface_of_this_machine(guests: Guests) -> None:
     tap = f"farplug{os.getpid() % 1000}"
     made = subprocess.run(
         ["ip", "tuntap", "add", "dev", tap, "mode", "tap"], capture_output=True, text=True, check=False

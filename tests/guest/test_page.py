@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.guest.conftest import GuestPool
+from tests.guest.conftest import Guests
 from tests.guest.plugging import GUEST_TIMEOUT, NO_SCAN_DELAY, gone
 from tests.web.support import Browser, Served
 
@@ -81,7 +81,7 @@ async def read_cdrom(guest: QemuGuest, size: int) -> str:
     return digest
 
 
-async def test_a_vm_in_the_browser(guests: GuestPool, folder: Path) -> None:
+async def test_a_vm_in_the_browser(guests: Guests, folder: Path) -> None:
     environment = {
         **os.environ,
         "XDG_RUNTIME_DIR": str(folder / "run"),

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from playwright.async_api import Page, async_playwright, expect
 from tests.guest.command import farplug
-from tests.guest.conftest import GuestPool
+from tests.guest.conftest import Guests
 from tests.guest.plugging import GUEST_TIMEOUT, MIB, NO_SCAN_DELAY
 from tests.guest.test_screen import dump
 
@@ -79,7 +79,7 @@ async def typed(guest: QemuGuest, page: Page, action: Callable[[], Awaitable[obj
     return (await reading).strip()
 
 
-async def test_picture_keys_and_sockets(guests: GuestPool, tmp_path: Path) -> None:
+async def test_picture_keys_and_sockets(guests: Guests, tmp_path: Path) -> None:
     guest = await guests.get(CONFIG)
     root = tmp_path / "images"
     root.mkdir()
@@ -129,7 +129,7 @@ async def test_picture_keys_and_sockets(guests: GuestPool, tmp_path: Path) -> No
         await expect(page.locator(".socket[data-port='1'] h3")).to_have_text("Empty")
 
 
-async def test_an_iso_of_the_browser(guests: GuestPool, tmp_path: Path) -> None:
+async def test_an_iso_of_the_browser(guests: Guests, tmp_path: Path) -> None:
     guest = await guests.get(CONFIG)
     image = bytearray(os.urandom(3 * MIB))
     image[32768:32774] = b"\x01CD001"

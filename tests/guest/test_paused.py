@@ -31,7 +31,7 @@ from farplug.transport.spice_session import SpiceSession
 from farplug.virtual.disk import disk_device
 
 if TYPE_CHECKING:
-    from tests.guest.conftest import GuestPool
+    from tests.guest.conftest import Guests
 
 ORDER = int(os.environ.get("FARPLUG_PAUSE_STEPS", "3"))
 """Steps of which every order is tried; ``make stress`` tries four."""
@@ -204,7 +204,7 @@ def _short_times(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @asynccontextmanager
-async def operator(guests: GuestPool, config: GuestConfig, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Operator]:
+async def operator(guests: Guests, config: GuestConfig, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Operator]:
     async with guests.fresh(config) as guest:
         one = Operator(guest)
         send_reminder = port_protocol.PortProtocol._send_reminder
@@ -237,9 +237,7 @@ async def run(one: Operator, todo: list[Step]) -> None:
 
 
 @pytest.mark.parametrize(("config", "length"), [(SPICE, ORDER), (UNIX, ORDER - 1)], ids=["spice", "unix"])
-async def test_every_order(
-    guests: GuestPool, config: GuestConfig, length: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_every_order(guests: Guests, config: GuestConfig, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     async with operator(guests, config, monkeypatch) as one:
         await run(one, walk((False, False), length))
 
@@ -249,14 +247,14 @@ BEFORE = [order for length in range(1, ORDER) for order in orders((True, False),
 
 @pytest.mark.parametrize("config", [SPICE, UNIX], ids=["spice", "unix"])
 async def test_every_order_before_a_vm_runs_for_the_first_time(
-    guests: GuestPool, config: GuestConfig, monkeypatch: pytest.MonkeyPatch
+    guests: Guests, config: GuestConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for order in BEFORE:
         async with operator(guests, replace(config, paused=True), monkeypatch) as one:
             await run(one, [*order, Step.CONT])
 
 
-async def test_the_commands_themselves(guests: GuestPool, tmp_path: Path) -> None:
+async def test_the_commands_themselves(guests: Guests, tmp_path: Path) -> None:
     """The orders in which people met the fault."""
     image = blank(tmp_path / "disk.raw")
     async with guests.fresh(replace(SPICE, paused=True)) as guest:

@@ -30,7 +30,7 @@ from farplug.usb import Buffer
 from farplug.virtual import disk_device
 
 if TYPE_CHECKING:
-    from tests.guest.conftest import GuestPool
+    from tests.guest.conftest import Guests
 
 POINTS = 10 * int(os.environ.get("FARPLUG_POWER_CUTS", "12"))
 """How often the power is cut (make powercut: thousands of times)."""
@@ -171,7 +171,7 @@ class Marks(MemoryStore):
 
 @pytest.mark.timeout(400 + POINTS)
 @pytest.mark.parametrize("storage", STORAGE)
-async def test_what_fsync_confirmed_survives(guests: GuestPool, tmp_path: Path, storage: str) -> None:
+async def test_what_fsync_confirmed_survives(guests: Guests, tmp_path: Path, storage: str) -> None:
     guest = await guests.get(LABORATORY)
     image = blank(tmp_path / "disk.raw", 24 * MIB)
     subprocess.run([find_program("mke2fs"), "-q", "-F", "-t", "ext4", image], check=True, timeout=30)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from tests.app.test_link import Running, running
-from tests.guest.conftest import GuestPool
+from tests.guest.conftest import Guests
 from tests.guest.plugging import GUEST_TIMEOUT
 from tests.transport.fake_spice import free_port
 
@@ -44,7 +44,7 @@ async def in_use(session: Running, *labels: str) -> None:
     assert [label for label, _ in sorted(session.places.items(), key=lambda item: item[1][1])] == list(labels)
 
 
-async def test_devices_come_and_go_after_the_ticket_has_expired(guests: GuestPool, tmp_path: Path) -> None:
+async def test_devices_come_and_go_after_the_ticket_has_expired(guests: Guests, tmp_path: Path) -> None:
     guest = await guests.get(GuestConfig(ports=TWO, spice=Spice(ticket="once")))
     await guest.booted()
     target = guest.targets[0]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from tests.guest.conftest import GuestPool
+from tests.guest.conftest import Guests
 from tests.guest.plugging import GUEST_TIMEOUT
 
 from farplug.testing import GuestConfig, QemuGuest, TcpPort
@@ -68,16 +68,16 @@ def runtime() -> Iterator[str]:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def guest(guests: GuestPool) -> QemuGuest:
+async def guest(session_guests: Guests) -> AsyncIterator[QemuGuest]:
     """Return a guest whose screen asks for a name."""
-    guest = await guests.get(CONFIG)
-    await guest.check(
-        f"hash=$(openssl passwd -1 -salt abc '{SECRET}'); mkdir -p /etc /home/user; "
-        "printf '%s\n' \"root:$hash:0:0:root:/root:/bin/sh\" >/etc/passwd; echo 'root:x:0:' >/etc/group; "
-        "cat >/tmp/getty.sh <<'END'\nwhile :; do busybox getty 38400 tty1 linux; sleep 0.2; done\nEND\n"
-        "setsid sh /tmp/getty.sh </dev/null >/dev/null 2>&1 &"
-    )
-    return guest
+    async with session_guests.lent(CONFIG) as guest:
+        await guest.check(
+            f"hash=$(openssl passwd -1 -salt abc '{SECRET}'); mkdir -p /etc /home/user; "
+            "printf '%s\n' \"root:$hash:0:0:root:/root:/bin/sh\" >/etc/passwd; echo 'root:x:0:' >/etc/group; "
+            "cat >/tmp/getty.sh <<'END'\nwhile :; do busybox getty 38400 tty1 linux; sleep 0.2; done\nEND\n"
+            "setsid sh /tmp/getty.sh </dev/null >/dev/null 2>&1 &"
+        )
+        yield guest
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")

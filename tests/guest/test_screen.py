@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from tests.app.test_screen import decode_png
-from tests.guest.conftest import GuestPool
+from tests.guest.conftest import Guests
 from tests.guest.plugging import NO_SCAN_DELAY
 from tests.guest.plugging import until as until_in
 
@@ -63,7 +63,7 @@ async def until(farplug: Guest, condition: Callable[[Frame], bool], display: int
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("boot", [Boot.BIOS, Boot.UEFI])
-async def test_screenshots_equal_those_of_qemu(guests: GuestPool, device: str, boot: Boot, tmp_path: Path) -> None:
+async def test_screenshots_equal_those_of_qemu(guests: Guests, device: str, boot: Boot, tmp_path: Path) -> None:
     config = GuestConfig(
         spice=Spice(), boot=boot, extra_arguments=("-device", f"{device},id=screen", "-boot", "menu=on")
     )
@@ -91,7 +91,7 @@ async def test_screenshots_equal_those_of_qemu(guests: GuestPool, device: str, b
         await guest.qmp.execute("cont")
 
 
-async def test_interrupted_links_do_not_crash_qemu(guests: GuestPool) -> None:
+async def test_interrupted_links_do_not_crash_qemu(guests: Guests) -> None:
     config = GuestConfig(spice=Spice(), boot=Boot.BIOS, extra_arguments=("-device", "VGA,id=screen"))
     async with guests.fresh(config) as guest:
         for number in range(60):
@@ -106,7 +106,7 @@ async def test_interrupted_links_do_not_crash_qemu(guests: GuestPool) -> None:
             await farplug.screen.frame()
 
 
-async def test_two_displays(guests: GuestPool, tmp_path: Path) -> None:
+async def test_two_displays(guests: Guests, tmp_path: Path) -> None:
     config = GuestConfig(
         spice=Spice(),
         boot=Boot.BIOS,
@@ -121,7 +121,7 @@ async def test_two_displays(guests: GuestPool, tmp_path: Path) -> None:
         assert caught.value.reason is Reason.NO_DISPLAY
 
 
-async def test_a_vm_without_a_display(guests: GuestPool) -> None:
+async def test_a_vm_without_a_display(guests: Guests) -> None:
     config = GuestConfig(spice=Spice(), boot=Boot.BIOS)
     async with guests.fresh(config) as guest, await connect(guest) as farplug:
         with pytest.raises(TargetError) as caught:
@@ -155,7 +155,7 @@ async def typed(guest: QemuGuest, farplug: Guest, text: str) -> str:
     return (await reading).strip()
 
 
-async def test_keys_and_clicks_arrive_while_a_disk_is_plugged_in(guests: GuestPool, tmp_path: Path) -> None:
+async def test_keys_and_clicks_arrive_while_a_disk_is_plugged_in(guests: Guests, tmp_path: Path) -> None:
     guest = await guests.get(KEYBOARD)
     image = tmp_path / "a.raw"
     image.write_bytes(b"x" * (1 << 20))
@@ -185,7 +185,7 @@ async def test_keys_and_clicks_arrive_while_a_disk_is_plugged_in(guests: GuestPo
         assert [value for kind, code, value in found if (kind, code) == (KEY, BTN_LEFT)] == [1, 0]
 
 
-async def test_firmware_has_no_tablet(guests: GuestPool) -> None:
+async def test_firmware_has_no_tablet(guests: Guests) -> None:
     config = GuestConfig(spice=Spice(), boot=Boot.BIOS, extra_arguments=("-device", "VGA,id=screen"))
     async with guests.fresh(config) as guest, await connect(guest) as farplug:
         with pytest.raises(RefusedError) as caught:

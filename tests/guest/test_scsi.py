@@ -18,7 +18,7 @@ from farplug.testing import GuestConfig, QemuGuest, TcpPort
 from farplug.virtual import VirtualDevice, disk_device
 
 if TYPE_CHECKING:
-    from tests.guest.conftest import GuestPool
+    from tests.guest.conftest import Guests
 
 TOOLS = (
     "sg_inq", "sg_luns", "sg_modes", "sg_opcodes", "sg_raw", "sg_readcap", "sg_requests", "sg_sync", "sg_turs",
@@ -55,7 +55,7 @@ class Plug:
 
 
 @pytest_asyncio.fixture(loop_scope="session")
-async def plug(guests: GuestPool, tmp_path: Path) -> AsyncIterator[Plug]:
+async def plug(guests: Guests, tmp_path: Path) -> AsyncIterator[Plug]:
     guest = await guests.get(CONFIG)
     image = tmp_path / "disk.raw"
     image.write_bytes(b"\xaa" * (32 * MIB))
@@ -222,7 +222,7 @@ e2fsck -fn {disk} >/tmp/fsck 2>&1 || {{ cat /tmp/fsck; exit 1; }}
 """
 
 
-async def test_large_blocks(guests: GuestPool, tmp_path: Path) -> None:
+async def test_large_blocks(guests: Guests, tmp_path: Path) -> None:
     guest = await guests.get(CONFIG)
     device = disk_device(blank(tmp_path / "disk.raw", 64 * MIB), block_size=4096)
     async with plugged(guest.targets[0], device):
@@ -235,7 +235,7 @@ async def test_large_blocks(guests: GuestPool, tmp_path: Path) -> None:
     await device.dispose()
 
 
-async def test_three_tebibytes(guests: GuestPool, tmp_path: Path) -> None:
+async def test_three_tebibytes(guests: Guests, tmp_path: Path) -> None:
     """Past 2 TiB Linux uses the 16-byte commands, and WRITE SAME(16) to give space back, without asking for limits."""
     guest = await guests.get(CONFIG)
     size = 3 << 40
@@ -262,7 +262,7 @@ async def test_three_tebibytes(guests: GuestPool, tmp_path: Path) -> None:
     await device.dispose()
 
 
-async def test_one_sector(guests: GuestPool, tmp_path: Path) -> None:
+async def test_one_sector(guests: Guests, tmp_path: Path) -> None:
     guest = await guests.get(CONFIG)
     device = disk_device(blank(tmp_path / "disk.raw", 512))
     async with plugged(guest.targets[0], device):

@@ -15,7 +15,7 @@ from farplug.virtual.fido import Answer, Presence, SecurityKey, security_key_dev
 from farplug.virtual.fido.events import KeyUsed, PresenceAnswered
 
 if TYPE_CHECKING:
-    from tests.guest.conftest import GuestPool
+    from tests.guest.conftest import Guests
 
 GUEST = GuestConfig(
     ports=(TcpPort(), SpicePort()),
@@ -79,7 +79,7 @@ def used(reports: list[object]) -> list[tuple[str, str, str]]:
 
 
 @pytest.mark.parametrize("port", [0, 1], ids=["tcp", "spice"])
-async def test_register_and_sign_in(guests: GuestPool, tmp_path: Path, port: int) -> None:
+async def test_register_and_sign_in(guests: Guests, tmp_path: Path, port: int) -> None:
     guest = await guests.get(GUEST)
     device = security_key_device(tmp_path / "keys.json")
     try:
@@ -111,7 +111,7 @@ async def test_register_and_sign_in(guests: GuestPool, tmp_path: Path, port: int
         await again.dispose()
 
 
-async def test_pin_and_credential_management(guests: GuestPool) -> None:
+async def test_pin_and_credential_management(guests: Guests) -> None:
     guest = await guests.get(GUEST)
     device = security_key_device()
     async with plugged(guest.targets[0], device):
@@ -140,7 +140,7 @@ async def test_pin_and_credential_management(guests: GuestPool) -> None:
     await unplugged(guest)
 
 
-async def test_a_user_who_is_asked(guests: GuestPool) -> None:
+async def test_a_user_who_is_asked(guests: Guests) -> None:
     guest = await guests.get(GUEST)
     device = security_key_device(presence=Presence.ASK)
     (key,) = device.functions

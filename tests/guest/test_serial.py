@@ -27,7 +27,7 @@ from farplug.usb import Speed
 from farplug.virtual import LineState, SerialLine, VirtualDevice
 
 if TYPE_CHECKING:
-    from tests.guest.conftest import GuestPool
+    from tests.guest.conftest import Guests
 
 GUEST = GuestConfig(
     ports=(TcpPort(), SpicePort()),
@@ -76,7 +76,7 @@ async def line_in(guest: QemuGuest, line: SerialLine, port: int = 0) -> AsyncIte
 
 
 @pytest.mark.parametrize("port", [0, 1], ids=["tcp", "spice"])
-async def test_a_megabyte_comes_back(guests: GuestPool, port: int) -> None:
+async def test_a_megabyte_comes_back(guests: Guests, port: int) -> None:
     """A program of the guest sends back what comes from a socket."""
     guest = await guests.get(GUEST)
     data = random.Random(port).randbytes(1_000_000)
@@ -93,7 +93,7 @@ async def test_a_megabyte_comes_back(guests: GuestPool, port: int) -> None:
         writer.close()
 
 
-async def test_line_coding_signals_and_breaks(guests: GuestPool) -> None:
+async def test_line_coding_signals_and_breaks(guests: Guests) -> None:
     guest = await guests.get(GUEST)
     async with line_in(guest, line := SerialLine()):
         assert str(line.coding) == "9600 8N1"
@@ -118,7 +118,7 @@ async def test_line_coding_signals_and_breaks(guests: GuestPool) -> None:
         await until(lambda: not line.dtr)
 
 
-async def test_a_login_that_ends_with_its_peer(guests: GuestPool) -> None:
+async def test_a_login_that_ends_with_its_peer(guests: Guests) -> None:
     """A getty asks for a name on the line; when the peer leaves, carrier is lost, and the shell gets a hangup."""
     guest = await guests.get(GUEST)
     end = parse_serial_end("pty")
@@ -217,7 +217,7 @@ async def no_line_in(guest: QemuGuest) -> None:
             await asyncio.sleep(0.1)
 
 
-async def test_the_path_of_a_terminal_is_printed(guests: GuestPool, tmp_path: Path) -> None:
+async def test_the_path_of_a_terminal_is_printed(guests: Guests, tmp_path: Path) -> None:
     guest = await guests.get(GUEST)
     link = tmp_path / "line"
     ends = ("--usb-serial", f"pty:{link}", "--usb-serial", "pty")
@@ -239,7 +239,7 @@ async def test_the_path_of_a_terminal_is_printed(guests: GuestPool, tmp_path: Pa
     await no_line_in(guest)
 
 
-async def test_this_terminal(guests: GuestPool) -> None:
+async def test_this_terminal(guests: Guests) -> None:
     guest = await guests.get(GUEST)
     async with on_terminal("connect", guest.targets[0], "--usb-serial", "-") as command:
         await command.until(b"serial0 (this terminal; Ctrl-] leaves)")
@@ -254,7 +254,7 @@ async def test_this_terminal(guests: GuestPool) -> None:
     await no_line_in(guest)
 
 
-async def test_the_terminal_of_attach(guests: GuestPool, tmp_path: Path) -> None:
+async def test_the_terminal_of_attach(guests: Guests, tmp_path: Path) -> None:
     guest = await guests.get(GUEST)
     here = {"XDG_RUNTIME_DIR": str(tmp_path)}
     with pytest.MonkeyPatch.context() as patch:

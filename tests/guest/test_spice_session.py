@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from tests.guest.command import farplug
-from tests.guest.conftest import GuestPool
+from tests.guest.conftest import Guests
 from tests.guest.plugging import GUEST_TIMEOUT, NO_SCAN_DELAY, blank, plugged
 from tests.transport.fake_spice import free_port
 
@@ -26,7 +26,7 @@ from farplug.vm.qmp import QmpError
 TWO_PORTS = GuestConfig(ports=(SpicePort(), SpicePort()), kernel_arguments=NO_SCAN_DELAY)
 
 
-async def test_passwords_at_the_limit(guests: GuestPool) -> None:
+async def test_passwords_at_the_limit(guests: Guests) -> None:
     async with guests.fresh(GuestConfig(spice=Spice(ticket="secret"), paused=True)) as guest:
 
         async def set_password(password: str) -> None:
@@ -82,7 +82,7 @@ def tls_target(guest: QemuGuest, port: int | None) -> SpiceTarget:
     )
 
 
-async def test_tls_first_where_both_ports_serve_all_channels(guests: GuestPool, tmp_path: Path) -> None:
+async def test_tls_first_where_both_ports_serve_all_channels(guests: Guests, tmp_path: Path) -> None:
     port = free_port()
     spice = Spice(transport=SpiceTransport.TLS, ticket="secret")
     config = GuestConfig(ports=(SpicePort(),), spice=spice, extra_arguments=("-spice", f"port={port}"), paused=True)
@@ -99,7 +99,7 @@ async def test_tls_first_where_both_ports_serve_all_channels(guests: GuestPool, 
         assert await open_first_port(plain, guest) == {"main": False, "usbredir": False}
 
 
-async def test_a_channel_that_qemu_serves_only_without_tls(guests: GuestPool) -> None:
+async def test_a_channel_that_qemu_serves_only_without_tls(guests: Guests) -> None:
     spice = Spice(transport=SpiceTransport.TLS_REQUIRED, ticket="secret")
     config = GuestConfig(
         ports=(SpicePort(),), spice=spice, extra_arguments=("-spice", "plaintext-channel=usbredir"), paused=True
@@ -115,7 +115,7 @@ async def test_a_channel_that_qemu_serves_only_without_tls(guests: GuestPool) ->
             await open_first_port(replace(target, allow_plain=True, secure_channels=frozenset({"usbredir"})), guest)
 
 
-async def test_another_client_takes_the_session_over(guests: GuestPool, tmp_path: Path) -> None:
+async def test_another_client_takes_the_session_over(guests: Guests, tmp_path: Path) -> None:
     guest = await guests.get(TWO_PORTS)
     images = [blank(tmp_path / f"{name}.raw") for name in "abc"]
     arguments = ("--usb-disk", images[0], "--usb-disk", images[1])
@@ -130,7 +130,7 @@ async def test_another_client_takes_the_session_over(guests: GuestPool, tmp_path
             await second.until("configured by the guest")
 
 
-async def test_each_port_names_the_other_client(guests: GuestPool, tmp_path: Path) -> None:
+async def test_each_port_names_the_other_client(guests: Guests, tmp_path: Path) -> None:
     guest = await guests.get(TWO_PORTS)
     devices = [disk_device(blank(tmp_path / f"{name}.raw")) for name in "ab"]
     async with plugged(guest.targets[0], *devices) as hub:
@@ -151,7 +151,7 @@ async def test_each_port_names_the_other_client(guests: GuestPool, tmp_path: Pat
         await device.dispose()
 
 
-async def test_a_channel_that_is_taken_out_of_the_vm(guests: GuestPool, tmp_path: Path) -> None:
+async def test_a_channel_that_is_taken_out_of_the_vm(guests: Guests, tmp_path: Path) -> None:
     async with (
         guests.fresh(TWO_PORTS) as guest,
         farplug("connect", guest.targets[0], "--usb-disk", blank(tmp_path / "disk.raw")) as running,
@@ -165,7 +165,7 @@ async def test_a_channel_that_is_taken_out_of_the_vm(guests: GuestPool, tmp_path
     assert "still runs and has the channel" in err
 
 
-async def test_a_vm_that_migrates(guests: GuestPool) -> None:
+async def test_a_vm_that_migrates(guests: Guests) -> None:
     """The client follows. QEMU's client_migrate_info without a TLS port sends -1 for it."""
     config = GuestConfig(spice=Spice(), paused=True)
     incoming = replace(config, extra_arguments=("-incoming", f"tcp:127.0.0.1:{(number := free_port())}"))

@@ -24,7 +24,7 @@ from farplug.usb import Speed
 from farplug.virtual import disk_device
 
 if TYPE_CHECKING:
-    from tests.guest.conftest import GuestPool
+    from tests.guest.conftest import Guests
 
 SECONDS = float(os.environ.get("FARPLUG_STRESS_SECONDS", "3"))
 
@@ -66,7 +66,7 @@ async def strain(guest: QemuGuest, disk: str) -> None:
     ],
     ids=["uas-tcp", "uas-spice", "uas-slow-tcp", "uas-high", "bot-spice"],
 )
-async def test_everything_at_once(guests: GuestPool, storage: str, port: int, speed: Speed) -> None:
+async def test_everything_at_once(guests: Guests, storage: str, port: int, speed: Speed) -> None:
     guest = await guests.get(LABORATORY)
     device = disk_device(numbered(), speeds=(speed,), transport=STORAGE[storage].transport)
     async with plugged(guest.targets[port], device) as hub:
@@ -82,7 +82,7 @@ async def test_everything_at_once(guests: GuestPool, storage: str, port: int, sp
 
 
 @pytest.mark.parametrize("port", [TCP, SPICE], ids=["tcp", "spice"])
-async def test_usb_resets_in_the_middle(guests: GuestPool, port: int) -> None:
+async def test_usb_resets_in_the_middle(guests: Guests, port: int) -> None:
     guest = await guests.get(LABORATORY)
     device = disk_device(numbered(), transport=STORAGE["uas"].transport)
     async with plugged(guest.targets[port], device) as hub:
@@ -102,7 +102,7 @@ async def test_usb_resets_in_the_middle(guests: GuestPool, port: int) -> None:
     await device.dispose()
 
 
-async def test_qemu_that_collects_small_messages_is_not_waited_for(guests: GuestPool) -> None:
+async def test_qemu_that_collects_small_messages_is_not_waited_for(guests: Guests) -> None:
     """It answers a command with several, and Nagle's algorithm holds them back until ours is acknowledged."""
     guest = await guests.get(LABORATORY)
     device = disk_device(numbered())

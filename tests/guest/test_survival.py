@@ -35,7 +35,7 @@ from farplug.usb import (
 from farplug.virtual.disk import disk_device
 
 if TYPE_CHECKING:
-    from tests.guest.conftest import GuestPool
+    from tests.guest.conftest import Guests
 
 MAX_MEMORY = 80 * 1024
 """KiB that ``farplug connect`` may occupy at its peak."""
@@ -79,7 +79,7 @@ async def test_farplug_killed_in_the_middle_of_a_write(guest: QemuGuest, tmp_pat
         assert await second.exit_code() == ExitCode.OK, second.stderr
 
 
-async def test_qemu_that_vanishes(guests: GuestPool, tmp_path: Path) -> None:
+async def test_qemu_that_vanishes(guests: Guests, tmp_path: Path) -> None:
     images = [blank(tmp_path / name) for name in ("one", "two")]
     async with guests.fresh(GuestConfig(ports=(SpicePort(), TcpPort()), kernel_arguments=NO_SCAN_DELAY)) as guest:
         commands = [
@@ -429,7 +429,7 @@ class Misbehaving(Device):
             finish()
 
 
-async def test_a_device_that_answers_late_and_out_of_order(guests: GuestPool) -> None:
+async def test_a_device_that_answers_late_and_out_of_order(guests: Guests) -> None:
     # EHCI cuts what it writes into many transfers, and queues them all.
     guest = await guests.get(
         GuestConfig(ports=(TcpPort(),), controller=Controller.EHCI, kernel_arguments=NO_SCAN_DELAY)

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import pytest
-from tests.guest.conftest import GuestPool
+from tests.guest.conftest import Guests
 from tests.guest.plugging import SCRIPTS, disk_with, plugged
 from tests.guest.test_devices_of_your_own import KEY_ESC, reading, text_of, trouble
 
@@ -71,7 +71,7 @@ def busy(count: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("port", [0, 1], ids=["tcp", "spice"])
-async def test_a_keyboard_is_plugged_in_for_a_text(guests: GuestPool, port: int, tmp_path: Path) -> None:
+async def test_a_keyboard_is_plugged_in_for_a_text(guests: Guests, port: int, tmp_path: Path) -> None:
     """It stays for the next one, and leaves when its port is needed."""
     guest = await guests.get(GUEST)
     async with connected(guest.targets[port]) as farplug:
@@ -100,7 +100,7 @@ async def test_a_keyboard_is_plugged_in_for_a_text(guests: GuestPool, port: int,
     assert await trouble(guest) == ""
 
 
-async def test_a_click_on_a_tablet_that_is_plugged_in_for_it(guests: GuestPool) -> None:
+async def test_a_click_on_a_tablet_that_is_plugged_in_for_it(guests: Guests) -> None:
     guest = await guests.get(GUEST)
     async with connected(guest.targets[1]) as farplug:
         width, height = await farplug.screen.size()
@@ -114,7 +114,7 @@ async def test_a_click_on_a_tablet_that_is_plugged_in_for_it(guests: GuestPool) 
 
 
 @pytest.mark.parametrize("port", [0, 1], ids=["tcp", "spice"])
-async def test_a_busy_machine_loses_nothing(guests: GuestPool, port: int) -> None:
+async def test_a_busy_machine_loses_nothing(guests: Guests, port: int) -> None:
     """Two thousand characters, with two busy processes beside the guest."""
     guest = await guests.get(GUEST)
     text = random_text(7 + port, 2000)
@@ -128,7 +128,7 @@ async def test_a_busy_machine_loses_nothing(guests: GuestPool, port: int) -> Non
 
 
 @pytest.mark.parametrize("controller", [Controller.EHCI, Controller.UHCI], ids=str)
-async def test_controllers_that_lose_reports(guests: GuestPool, controller: Controller) -> None:
+async def test_controllers_that_lose_reports(guests: Guests, controller: Controller) -> None:
     """The text arrives whole, or what has certainly arrived is a part of it, which the error says."""
     guest = await guests.get(with_controller(controller))
     text = random_text(3, 1000)
@@ -151,7 +151,7 @@ async def _typed(farplug: Guest, text: str) -> int:
     return len(text) if typed.confirmed else 0
 
 
-async def test_a_guest_that_configures_the_keyboard_again(guests: GuestPool) -> None:
+async def test_a_guest_that_configures_the_keyboard_again(guests: Guests) -> None:
     """Interrupt a text; the error says how far it is certain, and the keyboard works again, untouched."""
     guest = await guests.get(GUEST)
     async with connected(guest.targets[0]) as farplug:
@@ -167,7 +167,7 @@ async def test_a_guest_that_configures_the_keyboard_again(guests: GuestPool) -> 
         assert (await farplug.typing.type("again", via=Via.USB)).confirmed
 
 
-async def test_other_input_devices(guests: GuestPool) -> None:
+async def test_other_input_devices(guests: Guests) -> None:
     """Linux binds a driver to each, and gets what they do."""
     guest = await guests.get(GUEST)
     gamepad, touchscreen, media = Gamepad(), Touchscreen(), MediaKeys()
@@ -189,7 +189,7 @@ async def test_other_input_devices(guests: GuestPool) -> None:
     assert await trouble(guest) == ""
 
 
-async def test_resets_during_a_text(guests: GuestPool) -> None:
+async def test_resets_during_a_text(guests: Guests) -> None:
     """Reset the port again and again: each interrupted text is an error, and the keyboard works afterwards."""
     guest = await guests.get(GUEST)
     async with connected(guest.targets[0]) as farplug:
@@ -209,7 +209,7 @@ async def test_resets_during_a_text(guests: GuestPool) -> None:
         assert text_of(events) == text
 
 
-async def test_two_texts_at_once_on_two_keyboards(guests: GuestPool) -> None:
+async def test_two_texts_at_once_on_two_keyboards(guests: Guests) -> None:
     """A session types one text after the other, on one of its keyboards: Linux shows its locks on all of them."""
     guest = await guests.get(GUEST)
     texts = ["a" + random_text(seed, 400) for seed in (12, 13)]

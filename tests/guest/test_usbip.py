@@ -39,7 +39,7 @@ from farplug.transport.usbip_session import UsbipSession
 from farplug.virtual.hid import Key, Led
 
 if TYPE_CHECKING:
-    from tests.guest.conftest import GuestPool
+    from tests.guest.conftest import Guests
 
 CLIENT = GuestConfig(network=True, kernel_arguments=NO_SCAN_DELAY, programs=("usbip",), memory=512)
 
@@ -53,7 +53,7 @@ HID_CLIENT = replace(
 )
 
 
-async def usbip_client(guests: GuestPool, config: GuestConfig = CLIENT) -> QemuGuest:
+async def usbip_client(guests: Guests, config: GuestConfig = CLIENT) -> QemuGuest:
     """Return a guest whose kernel has vhci_hcd."""
     guest = await guests.get(config)
     if (await guest.run("busybox modprobe vhci_hcd")).exit_code != 0:
@@ -105,7 +105,7 @@ async def without_disk(guest: QemuGuest) -> None:
 
 
 @pytest.mark.parametrize("storage", list(STORAGE))
-async def test_a_disk(guests: GuestPool, tmp_path: Path, storage: str) -> None:
+async def test_a_disk(guests: Guests, tmp_path: Path, storage: str) -> None:
     guest = await usbip_client(guests)
     image = tmp_path / "a.raw"
     content = random.Random(storage).randbytes(SIZE)
@@ -137,7 +137,7 @@ async def test_a_disk(guests: GuestPool, tmp_path: Path, storage: str) -> None:
             image.write_bytes(content + bytes(SIZE))
 
 
-async def test_the_server_is_killed(guests: GuestPool, tmp_path: Path) -> None:
+async def test_the_server_is_killed(guests: Guests, tmp_path: Path) -> None:
     guest = await usbip_client(guests)
     async with serving("--usb-disk", blank(tmp_path / "a.raw")) as (command, port):
         await attach(guest, port)
@@ -147,7 +147,7 @@ async def test_the_server_is_killed(guests: GuestPool, tmp_path: Path) -> None:
     await detach(guest)
 
 
-async def test_the_client_is_killed(guests: GuestPool, tmp_path: Path) -> None:
+async def test_the_client_is_killed(guests: Guests, tmp_path: Path) -> None:
     guest = await usbip_client(guests)
     async with serving("--usb-disk", blank(tmp_path / "a.raw"), "--usb-disk-ro", blank(tmp_path / "b.raw")) as (
         command,
@@ -171,7 +171,7 @@ async def test_the_client_is_killed(guests: GuestPool, tmp_path: Path) -> None:
         await without_disk(guest)
 
 
-async def test_the_device_is_unplugged_at_the_server(guests: GuestPool, tmp_path: Path) -> None:
+async def test_the_device_is_unplugged_at_the_server(guests: Guests, tmp_path: Path) -> None:
     guest = await usbip_client(guests)
     async with serving("--usb-disk", blank(tmp_path / "a.raw")) as (command, port):
         await attach(guest, port)
@@ -181,7 +181,7 @@ async def test_the_device_is_unplugged_at_the_server(guests: GuestPool, tmp_path
         assert await command.exit_code() == 0
 
 
-async def test_a_keyboard_types_and_its_lights_come_back(guests: GuestPool) -> None:
+async def test_a_keyboard_types_and_its_lights_come_back(guests: Guests) -> None:
     guest = await usbip_client(guests, HID_CLIENT)
     everything = Everything()
     keyboard = everything.keyboard
@@ -229,7 +229,7 @@ HOST_SCRIPT = """
 
 
 @asynccontextmanager
-async def exported(guests: GuestPool, image: Path) -> AsyncIterator[tuple[QemuGuest, str]]:
+async def exported(guests: Guests, image: Path) -> AsyncIterator[tuple[QemuGuest, str]]:
     """Run a Linux that exports a disk for the block; yield it and the address of the disk."""
     port = free_port()
     config = GuestConfig(
@@ -250,7 +250,7 @@ async def exported(guests: GuestPool, image: Path) -> AsyncIterator[tuple[QemuGu
         yield host, f"usbip://127.0.0.1:{port}/{busid}"
 
 
-async def test_a_disk_of_another_machine(guests: GuestPool, guest: QemuGuest, tmp_path: Path) -> None:
+async def test_a_disk_of_another_machine(guests: Guests, guest: QemuGuest, tmp_path: Path) -> None:
     image = tmp_path / "remote.raw"
     content = random.Random(7).randbytes(SIZE)
     image.write_bytes(content + bytes(SIZE))

@@ -20,7 +20,7 @@ from farplug.usb import Device, Speed, Status, Transfer
 from farplug.virtual import VirtualDevice, disk_device
 
 if TYPE_CHECKING:
-    from tests.guest.conftest import GuestPool
+    from tests.guest.conftest import Guests
 
 CONTROL = (0, 9, 10, 14, 21)
 BULK = (*range(1, 9), *range(17, 21), 27, 28)
@@ -32,7 +32,7 @@ LENGTH, VARY = 16384, 1024
 CONTROL_LENGTH, CONTROL_VARY = 1024, 33
 
 
-async def cases(pool: GuestPool, device: Device, interface: int, *numbers: int) -> dict[int, bytes | str]:
+async def cases(pool: Guests, device: Device, interface: int, *numbers: int) -> dict[int, bytes | str]:
     """The cases that fail with one of our devices, and the error of each."""
     guest = await pool.get(LABORATORY)
     return await failing(guest, await usb_node(guest, await usb_folder(guest, device)), interface, *numbers)
@@ -50,7 +50,7 @@ async def failing(guest: QemuGuest, node: str, interface: int, *numbers: int) ->
 
 
 @pytest.mark.parametrize("speed", [Speed.SUPER, Speed.HIGH], ids=str)
-async def test_gadget_zero(guests: GuestPool, speed: Speed) -> None:
+async def test_gadget_zero(guests: Guests, speed: Speed) -> None:
     guest = await guests.get(LABORATORY)
     device = gadget_zero(speeds=(speed,))
     await guest.check("dmesg -c >/dev/null; modprobe usbtest")
@@ -84,7 +84,7 @@ class Slow(SourceSink):
             self.cancel(transfer)
 
 
-async def test_transfers_of_a_slow_device_that_are_cancelled(guests: GuestPool) -> None:
+async def test_transfers_of_a_slow_device_that_are_cancelled(guests: Guests) -> None:
     guest = await guests.get(LABORATORY)
     device = VirtualDevice(Slow(), vendor_id=VENDOR_ID, product_id=PRODUCT_ID)
     await guest.check("dmesg -c >/dev/null; modprobe usbtest")
@@ -100,7 +100,7 @@ async def test_transfers_of_a_slow_device_that_are_cancelled(guests: GuestPool) 
 
 @pytest.mark.parametrize("speed", [Speed.SUPER, Speed.HIGH], ids=str)
 @pytest.mark.parametrize("storage", STORAGE)
-async def test_the_disk(guests: GuestPool, storage: str, speed: Speed) -> None:
+async def test_the_disk(guests: Guests, storage: str, speed: Speed) -> None:
     guest = await guests.get(LABORATORY)
     device = disk_device(MemoryStore(16 * MIB), speeds=(speed,), transport=STORAGE[storage].transport)
     async with plugged(guest.targets[0], device):

@@ -19,7 +19,7 @@ from farplug.spice.framebuffer import Rect
 from farplug.spice.types import ChannelType
 from farplug.testing import lending
 from farplug.vm.agent import CommandResult, GuestTimeout
-from farplug.vm.qemu import GuestCrashed, QemuGuest
+from farplug.vm.qemu import TIMEOUT, GuestCrashed, QemuGuest
 from farplug.vm.qemu_config import GuestConfig, SpiceAddress
 from farplug.vm.qmp import Qmp
 
@@ -45,8 +45,8 @@ class FakeVm(QemuGuest):
 
     made: ClassVar[list[FakeVm]] = []
 
-    def __init__(self, config: GuestConfig | None = None) -> None:
-        super().__init__(config)
+    def __init__(self, config: GuestConfig | None = None, *, timeout: float = TIMEOUT) -> None:
+        super().__init__(config, timeout=timeout)
         self.made.append(self)
         self.text = "booted\n"
         self.runs = asyncio.Event()
@@ -108,7 +108,7 @@ class FakeVm(QemuGuest):
     def stderr(self) -> str:
         return "qemu: a warning\n"
 
-    async def run(self, command: str, *, stdin: bytes = b"", timeout: float = 30) -> CommandResult:
+    async def run(self, command: str, *, stdin: bytes = b"", timeout: float | None = None) -> CommandResult:
         if command == "die":
             self._dead = True
         if self._dead:

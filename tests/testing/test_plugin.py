@@ -79,7 +79,7 @@ def test_plain_asyncio_and_anyio_tests_share_a_guest(pytester: pytest.Pytester) 
         def test_a_guest_of_an_earlier_test_is_refused():
             for call in (lambda: last[0].succeed("true"), lambda: last[0].plug(kind="keyboard"),
                          lambda: last[0].screen.frame(), lambda: last[0].wait_for_text("x")):
-                with pytest.raises(StateError, match="a test that has ended"):
+                with pytest.raises(StateError, match="this guest was released"):
                     call()
         """,
         "--farplug-accel=tcg",
@@ -169,6 +169,105 @@ def test_a_failure_has_what_shows_why(pytester: pytest.Pytester) -> None:
     assert links["farplug_guest_screens"] == str(folder / "screens.png")
     assert len(links) == len(files), "each once"
     assert f"[[ATTACHMENT|{folder / 'screens.png'}]]" in failed.findtext("system-out", "")
+
+
+def test_a_guest_that_is_released_before_the_failure(pytester: pytest.Pytester) -> None:
+    result = run(
+        pytester,
+        """
+        from farplug.spice.framebuffer import Rect
+
+        async def draw(vm):
+            vm.draw(Rect(0, 0, 64, 64), 0xFF0000)
+
+        def test_fails(farplug_guest_factory):
+            with farplug_guest_factory(fresh=True) as first:
+                first.plug(kind="keyboard")
+            assert first.vm.closed
+            with farplug_guest_factory(fresh=True) as second:
+                second.plug(kind="tablet")
+                with second.screen.changed():
+                    second.call(draw(second.vm))
+                second.succeed("echo the last words of the kernel")
+                assert 0
+
+        def test_passes(farplug_guest_factory):
+            with farplug_guest_factory() as guest:
+                guest.close()
+        """,
+        "--farplug-artifacts=out",
+    )
+    result.assert_outcomes(passed=1, failed=1)
+    result.stdout.fnmatch_lines(["*- guest 2: console -*", "the last words of the kernel"])
+    (folder,) = (pytester.path / "out").iterdir()
+    assert (folder / "usb.pcapng").exists()
+    assert {path.name for path in (folder / "guest-2").iterdir()} > {"console.txt", "screen.png", "usb.pcapng"}
+    assert decode_png((folder / "guest-2" / "screen.png").read_bytes())[2][:3] == b"\xff\0\0"
+    assert [vm.closed for vm in FakeVm.made] == [True] * 3
+
+
+SESSION = """
+    import pytest
+
+    @pytest.fixture(scope="module")
+    def installed(farplug_session_guest_factory):
+        with farplug_session_guest_factory(memory=512) as guest:
+            guest.succeed("echo installed")
+            yield guest
+        assert guest.vm.closed == %s
+
+    def test_one(installed, farplug_guest_factory):
+        installed.plug(kind="keyboard")
+        for memory in (128, 129, 130, 131):
+            farplug_guest_factory(memory=memory).close()
+        assert installed.vm.alive
+
+    def test_other(installed):
+        installed.succeed("echo other")
+        assert %s
+
+    def test_of_no_interest():
+        assert %s
+"""
+
+
+def test_guests_of_fixtures_of_a_module(pytester: pytest.Pytester) -> None:
+    options = ("--farplug-artifacts=out", "--farplug-capture=on")
+    result = run(pytester, SESSION % (False, 1, 1), *options)
+    result.assert_outcomes(passed=3)
+    assert [path.relative_to(pytester.path) for path in pytester.path.rglob("*.pcapng")] == [
+        Path("out", "session", "usb.pcapng")
+    ]
+
+
+def test_a_failure_with_the_guest_of_a_module(pytester: pytest.Pytester) -> None:
+    result = run(pytester, SESSION % (True, 0, 0), "--farplug-artifacts=out")
+    result.assert_outcomes(passed=1, failed=2)
+    result.stdout.fnmatch_lines(["*- guest: console -*", "installed", "other"])
+    folders = [path.name.rpartition("-")[2] for path in (pytester.path / "out").iterdir()]
+    assert folders == ["test_other"]
+
+
+def test_an_interrupted_run_ends_the_fixtures_of_the_session(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        """
+        from pathlib import Path
+        import pytest
+
+        @pytest.fixture(scope="session")
+        def installed(farplug_session_guest_factory):
+            guest = farplug_session_guest_factory()
+            yield guest
+            guest.close()
+            Path("ended").touch()
+
+        def test_it(installed):
+            raise KeyboardInterrupt
+        """
+    )
+    pytester.inline_run(*QUIET, no_reraise_ctrlc=True)
+    assert (pytester.path / "ended").exists()
+    assert FakeVm.made[0].closed
 
 
 def test_without_a_folder_nothing_is_written(pytester: pytest.Pytester) -> None:

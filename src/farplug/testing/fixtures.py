@@ -490,19 +490,29 @@ class SerialFixture:
         return data
 
 
+class Release(Protocol):
+    """Releases a guest."""
+
+    def __call__(self, *, failed: bool = ...) -> None:
+        """Unplug all its devices before."""
+
+
 class GuestFixture:
     """The fixture ``farplug_guest``: a throw-away VM, for the time of one test.
 
-    Every method waits, ``timeout`` seconds at most: None is the plugin's timeout.
+    Every method waits, ``timeout`` seconds at most: None is the plugin's timeout. With ``with`` the VM is released
+    at the end of the block, not of the test.
 
     Attributes:
-        vm: the guest below: its configuration, targets, QMP monitor and logs. Its coroutines run with :meth:`call`.
+        vm: the guest below: its configuration, targets, QMP monitor and logs. Its coroutines may be awaited on any
+            event loop, which runs meanwhile.
         keyboard: types in the guest.
         screen: the first display of the guest.
     """
 
-    def __init__(self, thread: LoopThread, running: RunningGuest, timeout: float) -> None:
+    def __init__(self, thread: LoopThread, running: RunningGuest, timeout: float, release: Release) -> None:
         self._running = running
+        self._release = release
         self._caller = _Caller(thread, running, timeout)
         self.keyboard = KeyboardFixture(self._caller)
         self.screen = ScreenFixture(self._caller)
@@ -537,6 +547,24 @@ class GuestFixture:
         """
         __tracebackhide__ = True
         return self._caller.call(coroutine, timeout, "the coroutine did not end")
+
+    def close(self) -> None:
+        """Unplug all devices, and release the VM. The end of the test does it too; a second call has no effect.
+
+        Raises:
+            Exception: a device failed, or could not be closed.
+        """
+        __tracebackhide__ = True
+        self._release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        __tracebackhide__ = True
+        self._release(failed=error is not None)
 
     # Commands
 
@@ -729,7 +757,10 @@ def _source(what: Device | Source | str | Path, kind: SourceKind | str | None) -
 
 
 class GuestFactory(Protocol):
-    """The fixture ``farplug_guest_factory``: lends guests to a test, until its end."""
+    """The fixtures ``farplug_guest_factory`` and ``farplug_session_guest_factory``: they lend guests.
+
+    Each guest is lent until the end of the test, or of the session, or until :meth:`GuestFixture.close`.
+    """
 
     def __call__(self, config: GuestConfig | None = None, *, fresh: bool = False, **fields: Any) -> GuestFixture:
         """Return a guest that has booted; one that boots firmware, or that is paused, was only started.

@@ -7,8 +7,9 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -90,7 +91,7 @@ class Lender:
         self._missing_kvm = missing_kvm() if accelerator == "auto" else ""
         self._accelerator = _EMULATED if self._missing_kvm or accelerator == "tcg" else "kvm"
         self.thread = LoopThread()
-        self.pool = GuestPool(lambda config: QemuGuest(config))
+        self.pool = GuestPool(lambda config: QemuGuest(config, timeout=self.timeout))
         self.scratch = Path(tempfile.mkdtemp(prefix="farplug-"))
 
     def _option(self, name: str) -> Any:
@@ -138,23 +139,85 @@ def _has_terminal() -> bool:
     return sys.__stdin__ is not None and sys.__stdin__.isatty()
 
 
+class Record:
+    """The files and properties of one test, or of the fixtures of a session.
+
+    Args:
+        lender: has the options.
+        name: the test's id.
+        properties: those of the test, which reports have.
+    """
+
+    def __init__(self, lender: Lender, name: str, properties: list[tuple[str, object]]) -> None:
+        self.properties = properties
+        self._lender = lender
+        self._name = name
+        self._guests = 0
+        self._folder: Path | None = None
+
+    def folder(self, guest: str) -> Path:
+        """Make the folder of a guest. Those of an earlier run are removed."""
+        if self._folder is None:
+            assert self._lender.artifacts is not None
+            name = re.sub(r"[^\w.=-]+", "-", self._name.replace("::", "-").replace("/", "-")).strip("-.")
+            self._folder = self._lender.artifacts / name[-_MAX_NAME:]
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.mkdir(parents=True)
+        folder = self._folder / ("" if guest == "guest" else guest)
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def keep(self, captures: list[Path]) -> None:
+        """Move the captures of the next guest to its folder."""
+        self._guests += 1
+        if captures:
+            name = guest_name(self._guests)
+            self.properties += _links(name, _moved(captures, self.folder(name)))
+
+    def write(self, guest: str, evidence: Evidence) -> list[Path]:
+        """Write what a guest shows; return the paths of the files.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        texts = {
+            "console.txt": evidence.console,
+            "qemu-stderr.txt": evidence.stderr,
+            "firmware.txt": evidence.firmware,
+            "devices.txt": "".join(f"{line}\n" for line in evidence.events),
+        }
+        contents = {file: text.encode() for file, text in texts.items()}
+        contents |= {"screen.png": evidence.screen, "screens.png": evidence.screens}
+        folder = self.folder(guest)
+        paths = []
+        for file, content in contents.items():
+            if content:
+                (folder / file).write_bytes(content)
+                paths.append(folder / file)
+        return paths + _moved(evidence.captures, folder)
+
+
 class Loans:
-    """The guests of one test.
+    """The guests of one test, or of the fixtures of a session.
 
     Args:
         lender: lends them.
-        item: the test.
+        record: the files of the test.
         config: the configuration of guests whose call gives none.
+        forgets: a guest that was released is not in the reports of later failures, unless an exception ended its use.
+
+    Attributes:
+        running: the guests that are in reports.
+        has_failed: a test with these guests has failed.
     """
 
-    def __init__(self, lender: Lender, item: pytest.Item, config: GuestConfig) -> None:
+    def __init__(self, lender: Lender, record: Record, config: GuestConfig, *, forgets: bool = False) -> None:
+        self.running: list[RunningGuest] = []
+        self.has_failed = False
         self._lender = lender
-        self._item = item
+        self._record = record
         self._config = config
-        self._running: list[RunningGuest] = []
-        self._has_failed = False
-        self._has_evidence = False
-        self._folder: Path | None = None
+        self._forgets = forgets
 
     def lend(self, config: GuestConfig | None = None, *, fresh: bool = False, **values: Any) -> GuestFixture:
         """Return a guest; see :class:`~farplug.testing.fixtures.GuestFactory`."""
@@ -173,131 +236,126 @@ class Loans:
         if lender.artifacts is not None and lender.capture != "off":
             captures = Path(tempfile.mkdtemp(dir=lender.scratch))
         running = lender.thread.call(_run(vm, captures))
-        self._running.append(running)
-        return GuestFixture(lender.thread, running, lender.timeout)
+        self.running.append(running)
+        return GuestFixture(lender.thread, running, lender.timeout, partial(self.release, running))
 
-    def failed(self, report: pytest.TestReport) -> None:
-        """Add what the guests show to the report of the test. pytest calls this for each phase that fails."""
-        self._has_failed = True
-        if self._has_evidence:
-            return
-        self._has_evidence = True
-        for number, running in enumerate(self._running, start=1):
-            name = "guest" if len(self._running) == 1 else f"guest {number}"
-            try:
-                evidence = self._lender.thread.call(running.evidence())
-            except Exception as error:
-                report.sections.append((f"{name}: what shows why", f"cannot be collected: {error!r}"))
-                continue
-            self._add_sections(report, name, evidence)
-            if self._lender.artifacts is not None:
-                self._write(report, name.replace(" ", "-"), evidence)
+    def release(self, running: RunningGuest, *, failed: bool = False) -> None:
+        """Unplug all devices of a guest, and release the guest. A second call has no effect.
 
-    def end(self) -> None:
-        """Unplug all devices, and return the guests.
+        Args:
+            running: the guest.
+            failed: an exception ends the use: what shows why is kept for the report. With ``--farplug-keep`` the guest
+                stays until :meth:`end`.
 
         Raises:
             Exception: a device failed, or could not be closed.
         """
         __tracebackhide__ = True
         lender = self._lender
-        if self._has_failed and lender.keep:
-            self._wait_for_user()
-        faults: list[Exception] = []
-        for running in self._running:
-            if lender.capture == "on" and not self._has_evidence:
-                captures = lender.thread.call(running.end_captures())
-                self._keep(captures, None if len(self._running) == 1 else self._running.index(running) + 1)
-            if not self._has_failed:  # otherwise these exceptions are in the events of the report
-                faults += running.faults
-            faults += lender.thread.call(running.close())
-            # The next test must not get a system that this one has broken.
-            if self._has_failed or not lender.pool.keeps(running.vm) or not running.vm.alive:
-                lender.thread.call(lender.pool.discard(running.vm))
+        if running.is_closed or (failed and lender.keep):
+            return
+        if failed:
+            lender.thread.call(running.keep_evidence())
+        elif lender.capture == "on" and not self.has_failed:
+            self._record.keep(lender.thread.call(running.end_captures()))
+        if self._forgets and not failed:
+            self.running.remove(running)
+        failed |= self.has_failed
+        # The exceptions of devices are in the events of the report of a test that has failed.
+        faults = [] if failed else [*running.faults]
+        faults += lender.thread.call(running.close())
+        # The next test must not get a system that this one has broken.
+        lender.thread.call(lender.pool.release(running.vm, broken=failed))
         if len(faults) == 1:
             faults[0].add_note("a device that was plugged into the guest raised this, or could not be closed")
             raise faults[0]
         if faults:
             raise ExceptionGroup("devices that were plugged into the guest raised, or could not be closed", faults)
 
-    # What shows why
+    def end(self) -> None:
+        """Release all guests.
 
-    @staticmethod
-    def _add_sections(report: pytest.TestReport, name: str, evidence: Evidence) -> None:
-        for title, text in (
-            (f"{name}: console", evidence.console[-TAIL:]),
-            (f"{name}: standard error of QEMU", evidence.stderr[-TAIL:]),
-            (f"{name}: devices", "\n".join(evidence.events[-EVENTS_TAIL:])),
+        Raises:
+            Exception: a device failed, or could not be closed.
+        """
+        __tracebackhide__ = True
+        faults: list[Exception] = []
+        for running in [*self.running]:
+            try:
+                self.release(running)
+            except Exception as error:
+                faults.append(error)
+        if len(faults) == 1:
+            raise faults[0]
+        if faults:
+            raise ExceptionGroup("devices that were plugged into several guests failed", faults)
+
+
+def guest_name(number: int) -> str:
+    """Return the name of a guest in reports. Most tests have only the first one."""
+    return "guest" if number == 1 else f"guest-{number}"
+
+
+def add_evidence(
+    lender: Lender, record: Record, loans: Sequence[Loans], item: pytest.Item, report: pytest.TestReport
+) -> None:
+    """Add what the guests of a test show to its report, which is that of the first phase that failed."""
+    for one in loans:
+        one.has_failed = True
+    for number, running in enumerate([running for one in loans for running in one.running], start=1):
+        name, title = guest_name(number), guest_name(number).replace("-", " ")
+        try:
+            evidence = lender.thread.call(running.evidence())
+        except Exception as error:
+            report.sections.append((f"{title}: what shows why", f"cannot be collected: {error!r}"))
+            continue
+        for part, text in (
+            ("console", evidence.console[-TAIL:]),
+            ("standard error of QEMU", evidence.stderr[-TAIL:]),
+            ("devices", "\n".join(evidence.events[-EVENTS_TAIL:])),
         ):
             if text.strip():
-                report.sections.append((title, text))
-
-    def _write(self, report: pytest.TestReport, name: str, evidence: Evidence) -> None:
-        texts = {
-            "console.txt": evidence.console,
-            "qemu-stderr.txt": evidence.stderr,
-            "firmware.txt": evidence.firmware,
-            "devices.txt": "".join(f"{line}\n" for line in evidence.events),
-        }
-        contents = {file: text.encode() for file, text in texts.items()}
-        contents |= {"screen.png": evidence.screen, "screens.png": evidence.screens}
+                report.sections.append((f"{title}: {part}", text))
+        if lender.artifacts is None:
+            continue
         try:
-            folder = self._artifacts() / ("" if name == "guest" else name)
-            folder.mkdir(exist_ok=True)
-            paths = []
-            for file, content in contents.items():
-                if content:
-                    (folder / file).write_bytes(content)
-                    paths.append(folder / file)
-            paths += _moved(evidence.captures, folder)
+            paths = record.write(name, evidence)
         except OSError as error:
-            report.sections.append((f"{name}: files", f"cannot be written: {error}"))
-            return
-        report.sections.append((f"{name}: files", "\n".join(map(str, paths))))
-        links = [(f"farplug_{name.replace('-', '_')}_{path.stem.replace('-', '_')}", str(path)) for path in paths]
-        report.user_properties += links
-        self._item.user_properties += links  # for the report of the teardown, which junit reads
-        if self._lender.writes_junit:
+            report.sections.append((f"{title}: files", f"cannot be written: {error}"))
+            continue
+        report.sections.append((f"{title}: files", "\n".join(map(str, paths))))
+        report.user_properties += _links(name, paths)
+        record.properties += _links(name, paths)  # for the report of the teardown, which junit reads
+        if lender.writes_junit:
             # What Jenkins and GitLab attach to a test; junit has it with junit_logging=system-out.
             lines = "".join(f"[[ATTACHMENT|{path}]]\n" for path in paths)
-            self._item.add_report_section(report.when or "call", "stdout", lines)
+            item.add_report_section(report.when or "call", "stdout", lines)
             if report.when == "teardown":
                 report.sections.append(("Captured stdout teardown", lines))
 
-    def _keep(self, captures: list[Path], number: int | None) -> None:
-        if captures:
-            folder = self._artifacts() / ("" if number is None else f"guest-{number}")
-            folder.mkdir(exist_ok=True)
-            for path in _moved(captures, folder):
-                self._item.user_properties.append((f"farplug_guest_{path.stem.replace('-', '_')}", str(path)))
 
-    def _artifacts(self) -> Path:
-        """Make the folder of the test, which replaces that of an earlier run."""
-        if self._folder is None:
-            assert self._lender.artifacts is not None
-            name = re.sub(r"[^\w.=-]+", "-", self._item.nodeid.replace("::", "-").replace("/", "-")).strip("-.")
-            self._folder = self._lender.artifacts / name[-_MAX_NAME:]
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder.mkdir(parents=True)
-        return self._folder
-
-    def _wait_for_user(self) -> None:
-        """Print how to reach the guests, and wait for Enter."""
-        lines = [f"\n{self._item.nodeid} failed; its VM runs until you press Enter:"]
-        for running in self._running:
-            if running.vm.alive:
-                lines += [f"  QEMU {running.vm.pid}: {target}" for target in dict.fromkeys(running.vm.targets)]
-        lines.append("A SPICE console that connects takes the VM from the test, which has failed already.")
-        manager = self._lender.capture_manager
+def wait_for_user(lender: Lender, item: pytest.Item, loans: Sequence[Loans]) -> None:
+    """Print how to reach the guests of a test that has failed, and wait for Enter."""
+    lines = [f"\n{item.nodeid} failed; its VM runs until you press Enter:"]
+    for running in (running for one in loans for running in one.running):
+        if running.vm.alive:
+            lines += [f"  QEMU {running.vm.pid}: {target}" for target in dict.fromkeys(running.vm.targets)]
+    lines.append("A SPICE console that connects takes the VM from the test, which has failed already.")
+    manager = lender.capture_manager
+    if manager is not None:
+        manager.suspend_global_capture(in_=True)
+    try:
+        print("\n".join(lines), file=sys.__stdout__, flush=True)
+        assert sys.__stdin__ is not None
+        sys.__stdin__.readline()
+    finally:
         if manager is not None:
-            manager.suspend_global_capture(in_=True)
-        try:
-            print("\n".join(lines), file=sys.__stdout__, flush=True)
-            assert sys.__stdin__ is not None
-            sys.__stdin__.readline()
-        finally:
-            if manager is not None:
-                manager.resume_global_capture()
+            manager.resume_global_capture()
+
+
+def _links(guest: str, paths: Sequence[Path]) -> list[tuple[str, object]]:
+    """Return the properties of a test that has these files."""
+    return [(f"farplug_{guest}_{path.stem}".replace("-", "_"), str(path)) for path in paths]
 
 
 async def _run(vm: QemuGuest, captures: Path | None) -> RunningGuest:

@@ -20,12 +20,16 @@ if TYPE_CHECKING:
         ScreenFixture,
         SerialFixture,
     )
-    from farplug.testing.lending import Lender, Loans
+    from farplug.testing.lending import Lender, Loans, Record
     from farplug.vm.qemu_config import GuestConfig
 
 LENDER: pytest.StashKey[Lender] = pytest.StashKey()
 LOANS: pytest.StashKey[Loans] = pytest.StashKey()
-"""The guests that a test has."""
+"""The guests that a test has, or the fixtures of the session."""
+RECORD: pytest.StashKey[Record] = pytest.StashKey()
+"""The files of a test that has guests."""
+FAILED: pytest.StashKey[bool] = pytest.StashKey()
+"""A test that has guests has failed."""
 SLOW: pytest.StashKey[set[str]] = pytest.StashKey()
 """Why guests of this run, and of its other processes, had no KVM."""
 
@@ -88,7 +92,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[SLOW] = slow
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def farplug_guest_config() -> GuestConfig:
     """Return the configuration of guests: a Linux with four ports and a screen. Override the fixture for another."""
     from farplug.testing.lending import USUAL
@@ -99,15 +103,51 @@ def farplug_guest_config() -> GuestConfig:
 @pytest.fixture
 def farplug_guest_factory(request: pytest.FixtureRequest, farplug_guest_config: GuestConfig) -> Iterator[GuestFactory]:
     """Return a function that lends guests to the test: ``farplug_guest_factory(boot="uefi", paused=True)``."""
-    from farplug.testing.lending import Lender, Loans
+    from farplug.testing.lending import Loans
 
-    config, item = request.config, request.node
-    lender = config.stash.get(LENDER, None)
-    if lender is None:
-        lender = config.stash[LENDER] = Lender(config)
-    loans = item.stash[LOANS] = Loans(lender, item, farplug_guest_config)
+    item = request.node
+    loans = item.stash[LOANS] = Loans(_lender(item.config), _record(item), farplug_guest_config)
     yield loans.lend
     loans.end()
+
+
+@pytest.fixture(scope="session")
+def farplug_session_guest_factory(
+    request: pytest.FixtureRequest, farplug_guest_config: GuestConfig
+) -> Iterator[GuestFactory]:
+    """Return a function that lends guests to fixtures of a module or of the session, until its end or ``close()``."""
+    from farplug.testing.lending import Loans, Record
+
+    lender = _lender(request.config)
+    loans = request.config.stash[LOANS] = Loans(
+        lender, Record(lender, "session", []), farplug_guest_config, forgets=True
+    )
+    yield loans.lend
+    loans.end()
+
+
+def _lender(config: pytest.Config) -> Lender:
+    from farplug.testing.lending import Lender
+
+    if LENDER not in config.stash:
+        config.stash[LENDER] = Lender(config)
+    return config.stash[LENDER]
+
+
+def _record(item: pytest.Item) -> Record:
+    from farplug.testing.lending import Record
+
+    if RECORD not in item.stash:
+        item.stash[RECORD] = Record(_lender(item.config), item.nodeid, item.user_properties)
+    return item.stash[RECORD]
+
+
+def _loans_of(item: pytest.Item) -> list[Loans]:
+    """Return what was lent to a test, and to the fixtures that it uses."""
+    stashes = [item.stash]
+    if "farplug_session_guest_factory" in getattr(item, "fixturenames", ()):
+        stashes.append(item.config.stash)
+    return [loans for stash in stashes if (loans := stash.get(LOANS, None)) is not None and loans.running]
 
 
 @pytest.fixture
@@ -145,16 +185,34 @@ def farplug_serial(farplug_guest: GuestFixture) -> SerialFixture:
     return farplug_guest.serial()
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Begin anew: pytest-rerunfailures runs a test again."""
+    if FAILED in item.stash:
+        del item.stash[FAILED]
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Add what the guests of a failed test show to its report."""
     report = yield
-    loans = item.stash.get(LOANS, None)
-    if loans is not None and report.failed:
-        loans.failed(report)
+    if report.failed and FAILED not in item.stash and (loans := _loans_of(item)):
+        from farplug.testing.lending import add_evidence
+
+        item.stash[FAILED] = True
+        add_evidence(_lender(item.config), _record(item), loans, item, report)
     return report
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Keep the guests of a failed test until the user presses Enter."""
+    if FAILED in item.stash and (lender := _lender(item.config)).keep:
+        from farplug.testing.lending import wait_for_user
+
+        wait_for_user(lender, item, _loans_of(item))
+
+
+@pytest.hookimpl(trylast=True)  # after the end of the session's fixtures
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Stop all guests."""
     config = session.config

@@ -77,6 +77,7 @@ class RunningGuest:
     Attributes:
         vm: as above.
         is_paused: the guest was started with stopped processors, and :meth:`start` was not called yet.
+        is_closed: the guest was released.
         faults: exceptions of devices.
     """
 
@@ -97,7 +98,8 @@ class RunningGuest:
         self._devices: list[VirtualDevice] = []
         self._frames: deque[Frame] = deque(maxlen=FRAMES)
         self._recording: asyncio.Task[None] | None = None
-        self._closed = False
+        self.is_closed = False
+        self._kept_evidence: Evidence | None = None
 
     # State
 
@@ -112,9 +114,9 @@ class RunningGuest:
         return [*self._events]
 
     def check_open(self) -> None:
-        """Raise ``StateError`` if the test has ended."""
-        if self._closed:
-            raise StateError("this guest was lent to a test that has ended")
+        """Raise ``StateError`` if the guest was released."""
+        if self.is_closed:
+            raise StateError("this guest was released: its test has ended, or its with block")
 
     def _happened(self, event: Event) -> None:
         source = event.source
@@ -166,15 +168,18 @@ class RunningGuest:
         async with self._connecting:
             if not self._links:
                 try:
-                    await self._connect()
+                    await self._connect(self._targets())
                 except BaseException:
                     await self._disconnect()
                     raise
         return self._links
 
-    async def _connect(self) -> None:
+    def _targets(self) -> list[str]:
+        """Return the targets that farplug connects to; that of the SPICE server is the first one."""
         targets = [self.vm.spice.target] if self.vm.config.spice_server is not None else []
-        targets = [*dict.fromkeys([*targets, *self.vm.targets])]
+        return [*dict.fromkeys([*targets, *self.vm.targets])]
+
+    async def _connect(self, targets: Sequence[str]) -> None:
         for number, target in enumerate(targets):
             address = TargetSettings(target, ca_file=self._ca_file(target))
             link = Guest(GuestSettings(address), stream=self._stream, id=f"g{number + 1}")
@@ -287,12 +292,14 @@ class RunningGuest:
     # The end
 
     async def evidence(self) -> Evidence:
-        """Return what shows why the test failed. Captures end here."""
+        """Return what shows why the test failed: that which was kept, if it was. Captures end here."""
+        if self._kept_evidence is not None:
+            return self._kept_evidence
         evidence = Evidence(self.console, self.vm.stderr, self.vm.firmware_log, self.events)
-        if self.vm.alive and self.vm.config.spice_server is not None and not self._closed:
+        if self.vm.alive and self.vm.config.spice_server is not None and not self.is_closed:
             with suppress(FarplugError, TimeoutError):
                 async with asyncio.timeout(EVIDENCE_TIMEOUT):
-                    frame = await (await self.spice()).screen.frame()
+                    frame = await self._last_frame()
                     self._keep(frame)
                     evidence.screen = frame.png()
         if self._frames:
@@ -300,6 +307,17 @@ class RunningGuest:
         evidence.captures = await self.end_captures()
         evidence.events = self.events
         return evidence
+
+    async def _last_frame(self) -> Frame:
+        """Return the screen. A test that used the ports itself may still use those on sockets: they stay with it."""
+        async with self._connecting:
+            if not self._links:
+                await self._connect(self._targets()[:1])
+        return await self._links[0].screen.frame()
+
+    async def keep_evidence(self) -> None:
+        """Keep what shows why a test failed, for the report: the guest is released before."""
+        self._kept_evidence = await self.evidence()
 
     async def end_captures(self) -> list[Path]:
         """End the captures; return their files, which are complete."""
@@ -314,9 +332,9 @@ class RunningGuest:
 
         A second call has no effect. The QEMU guest keeps running.
         """
-        if self._closed:
+        if self.is_closed:
             return []
-        self._closed = True
+        self.is_closed = True
         errors = await self._disconnect()
         for device in self._devices:
             await _collect(errors, device.dispose)

@@ -36,6 +36,7 @@ from farplug.vm.agent import CHANNELS, INIT_FILES, MACHINE_FILES, Agent, Command
 from farplug.vm.certificates import write_certificates
 from farplug.vm.guest_image import build_initramfs
 from farplug.vm.guest_kernel import fetch_kernel
+from farplug.vm.own_loop import OwnLoop, on_own_loop
 from farplug.vm.qemu_config import (
     LOOPBACK,
     Boot,
@@ -59,6 +60,9 @@ may take the port first."""
 STOP_TIMEOUT = 3.0
 """Seconds until QEMU is killed if it does not end by itself."""
 
+TIMEOUT = 60.0
+"""Seconds for an operation of a guest, unless the guest or the call has another timeout."""
+
 CONSOLE_TAIL = 2000
 """Characters of the console that are added to an exception."""
 _CONSOLE_ENDS = "the guest's console ends:"
@@ -77,17 +81,25 @@ class GuestCrashed(GuestGoneError):
     """QEMU ended by itself. The message contains its standard error."""
 
 
-class QemuGuest:
-    """A throw-away guest. Use it with ``async with``, on one event loop.
+class QemuGuest(OwnLoop):
+    """A throw-away guest. Use it with ``async with``.
+
+    The event loop that starts the guest must run as long as the guest is used. Coroutines of the guest and of its
+    monitor may be awaited on other loops too, in other threads: they run on the guest's.
+
+    Args:
+        config: the configuration; None: that of a Linux without ports.
+        timeout: seconds for an operation whose call gives none.
 
     Attributes:
-        config: the configuration.
+        config, timeout: as above.
         qmp: QEMU's monitor.
         boot_seconds: time from QEMU's start to the end of the first command; None until :meth:`booted` returned.
     """
 
-    def __init__(self, config: GuestConfig | None = None) -> None:
+    def __init__(self, config: GuestConfig | None = None, *, timeout: float = TIMEOUT) -> None:
         self.config = config or GuestConfig()
+        self.timeout = timeout
         self.qmp = Qmp()
         self.boot_seconds: float | None = None
         self._agent = Agent()
@@ -105,6 +117,7 @@ class QemuGuest:
             SetupError: a program, a package or a file is missing on this machine.
             GuestCrashed: QEMU does not accept this configuration.
         """
+        self._loop = asyncio.get_running_loop()
         try:
             await self._start()
         except BaseException:
@@ -164,44 +177,46 @@ class QemuGuest:
 
     # --- operations ---------------------------------------------------------------------------------------------------
 
-    async def booted(self, timeout: float = 60) -> None:
+    @on_own_loop
+    async def booted(self, timeout: float | None = None) -> None:
         """Wait until all modules are loaded and commands can run.
 
         Raises:
-            GuestTimeout: the guest did not boot within ``timeout`` seconds.
+            GuestTimeout: the guest did not boot in time.
             GuestCrashed: QEMU ended.
         """
         await self.run(":", timeout=timeout)
         if self.boot_seconds is None:
             self.boot_seconds = time.monotonic() - self._started
 
-    async def run(self, command: str, *, stdin: bytes = b"", timeout: float = 30) -> CommandResult:
+    @on_own_loop
+    async def run(self, command: str, *, stdin: bytes = b"", timeout: float | None = None) -> CommandResult:
         """Run a script with the guest's ``sh`` (dash, as root), and return its result.
 
         Up to eight commands run in parallel. After a timeout the command keeps running in the guest; it does not
         affect the others.
 
         Raises:
-            GuestTimeout: the command did not end within ``timeout`` seconds.
+            GuestTimeout: the command did not end within ``timeout`` seconds, or those of the guest.
             GuestCrashed: QEMU ended.
             StateError: the guest boots firmware, not a kernel.
         """
         if self.config.boot is not Boot.KERNEL:
             raise StateError(f"a guest that boots with {self.config.boot} cannot run commands")
         try:
-            return await self._agent.run(command, stdin=stdin, timeout=timeout)
+            return await self._agent.run(command, stdin=stdin, timeout=self._seconds(timeout))
         except GuestTimeout as error:
             self._note_console(error)
             raise
         except GuestGoneError as error:
             raise await self._crashed() from error
 
-    async def check(self, command: str, *, stdin: bytes = b"", timeout: float = 30) -> str:
+    async def check(self, command: str, *, stdin: bytes = b"", timeout: float | None = None) -> str:
         """Run a command that must succeed, and return its output.
 
         Raises:
             CommandFailed: the exit code is not 0.
-            GuestTimeout: the command did not end within ``timeout`` seconds.
+            GuestTimeout: the command did not end within ``timeout`` seconds, or those of the guest.
             GuestCrashed: QEMU ended.
             StateError: the guest boots firmware, not a kernel.
         """
@@ -210,33 +225,36 @@ class QemuGuest:
             raise CommandFailed(command, result)
         return result.output
 
+    @on_own_loop
     async def wait_for_console(
-        self, text: str | re.Pattern[str], timeout: float = 60, *, since: int = 0
+        self, text: str | re.Pattern[str], timeout: float | None = None, *, since: int = 0
     ) -> re.Match[str]:
         """Wait until the console or the firmware's debug log contains a text, and return where it was found.
 
         Args:
             text: the text, or a pattern that is searched for.
-            timeout: seconds.
+            timeout: seconds; None: those of the guest.
             since: characters of the console that are not searched.
 
         Raises:
-            GuestTimeout: the text did not appear within ``timeout`` seconds.
+            GuestTimeout: the text did not appear in time.
             GuestCrashed: QEMU ended.
         """
         pattern = re.compile(re.escape(text)) if isinstance(text, str) else text
-        deadline = time.monotonic() + timeout
+        seconds = self._seconds(timeout)
+        deadline = time.monotonic() + seconds
         while not (found := pattern.search(self.console, since) or pattern.search(self.firmware_log)):
             if not self.alive:
                 raise await self._crashed()
             if time.monotonic() > deadline:
                 shown = text if isinstance(text, str) else text.pattern
-                error = GuestTimeout(f"the guest's console did not show {shown!r} within {timeout:g} s")
+                error = GuestTimeout(f"the guest's console did not show {shown!r} within {seconds:g} s")
                 self._note_console(error)
                 raise error
             await asyncio.sleep(0.05)
         return found
 
+    @on_own_loop
     async def close(self) -> None:
         """Stop QEMU and remove its files. The logs remain readable. A second call does nothing."""
         await self._stop()
@@ -244,6 +262,9 @@ class QemuGuest:
             self._kept = {name: self._read(name) for name in self._kept}
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
+
+    def _seconds(self, timeout: float | None) -> float:
+        return self.timeout if timeout is None else timeout
 
     # --- starting -----------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from farplug.errors import GuestGoneError, Reason, RefusedError, RemoteProtocolError
+from farplug.vm.own_loop import OwnLoop, on_own_loop
 
 MAX_LINE = 16 << 20
 """Maximum size of a message, in bytes."""
@@ -30,8 +31,11 @@ class QmpError(RefusedError):
         self.error_class = error_class
 
 
-class Qmp:
-    """A connection to QEMU's monitor. Several commands may be in flight; replies are matched by id."""
+class Qmp(OwnLoop):
+    """A connection to QEMU's monitor. Several commands may be in flight; replies are matched by id.
+
+    Its coroutines run on the event loop that connected it, whichever loop awaits them.
+    """
 
     def __init__(self) -> None:
         self._writer: asyncio.StreamWriter | None = None
@@ -49,6 +53,7 @@ class Qmp:
             GuestGoneError: QEMU closed the connection.
             RemoteProtocolError: the peer is not a QMP server.
         """
+        self._loop = asyncio.get_running_loop()
         reader, self._writer = await asyncio.open_connection(sock=sock, limit=MAX_LINE)
         greeting = await _read_message(reader)
         if greeting is None:
@@ -58,6 +63,7 @@ class Qmp:
         self._reading = asyncio.create_task(self._read(reader))
         await self.execute("qmp_capabilities")
 
+    @on_own_loop
     async def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
         """Run a command, and return its ``return`` value.
 
@@ -80,6 +86,7 @@ class Qmp:
         """Run a command of the human monitor, such as ``info usb``, and return its output."""
         return str(await self.execute("human-monitor-command", {"command-line": command_line}))
 
+    @on_own_loop
     async def event(self, name: str, timeout: float = 30) -> dict[str, Any]:
         """Return the oldest event of this name that was not returned yet; wait for one if there is none.
 
