@@ -71,6 +71,7 @@ format: setup
 bench: setup
 	$(PYTHON) bench/micro.py
 	$(PYTHON) bench/socketpair.py
+	$(PYTHON) bench/start.py
 	$(PYTHON) bench/disk.py
 	$(PYTHON) bench/network.py
 	PYTHONPATH=. $(PYTHON) bench/keyboard.py

@@ -32,7 +32,8 @@ from farplug.control.messages import (
     parse_reply,
     parse_request,
 )
-from farplug.control.server import METHODS, Server
+from farplug.control.methods import METHODS
+from farplug.control.server import Server
 from farplug.errors import FarplugError, Reason, Remedy, RemoteProtocolError, UsageError
 from farplug.store.remote import CHUNK, MAX_ASKED, ChunkCache, RemoteFile
 from farplug.usb.types import Buffer

@@ -14,8 +14,8 @@ from tests.test_slow_store import SpiceGuest
 from tests.transport.fake_spice import Channel, FakeSpice, ping, running
 
 from farplug.redirection import Redirection
-from farplug.transport.dialer import SpiceTarget
 from farplug.transport.spice_session import SpiceSession
+from farplug.transport.spice_target import SpiceTarget
 from farplug.usb import Reception, Status, Transfer
 from farplug.usbredir import packets
 

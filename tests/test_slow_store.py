@@ -22,8 +22,8 @@ from farplug.redirection import Redirection
 from farplug.redirection.events import PortEvent
 from farplug.store import FileStore, MemoryStore, OverlayStore, Store
 from farplug.testing.memory import MemoryGuest, Pending
-from farplug.transport.dialer import SpiceTarget
 from farplug.transport.spice_session import SpiceSession
+from farplug.transport.spice_target import SpiceTarget
 from farplug.usb import Buffer, Status
 from farplug.usb.types import DescriptorType
 from farplug.usbredir import packets

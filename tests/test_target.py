@@ -8,8 +8,8 @@ import pytest
 from farplug.errors import Reason, UsageError
 from farplug.target import ListenTarget, StreamTarget, TargetOptions, UsbipTarget, parse_target
 from farplug.transport.connection import TcpAddress, UnixAddress
-from farplug.transport.dialer import SpiceTarget
 from farplug.transport.kubevirt_target import KubevirtTarget
+from farplug.transport.spice_target import SpiceTarget
 
 
 @pytest.mark.parametrize(

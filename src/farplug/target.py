@@ -26,7 +26,7 @@ import os
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 from urllib.parse import unquote
 
 from farplug.errors import Reason, Remedy, TargetError, UsageError
@@ -35,13 +35,14 @@ from farplug.spice.host import split_host_and_port
 from farplug.spice.vv import VvFile
 from farplug.transport import TARGET_FORMS
 from farplug.transport.connection import CurrentWire, TcpAddress, Timeouts, UnixAddress, untapped
-from farplug.transport.dialer import ChannelDialer, Progress, SpiceTarget, Stage
 from farplug.transport.kubevirt_target import KubevirtTarget
 from farplug.transport.session import Session
-from farplug.transport.spice_session import SpiceSession
+from farplug.transport.spice_target import Progress, SpiceTarget, Stage
 from farplug.transport.stream import ListenPort, SocketSession, StreamPort
-from farplug.transport.usbip_session import Note, UsbipSession
 from farplug.transport.vv_file import delete_vv_file, read_vv_file
+
+if TYPE_CHECKING:
+    from farplug.transport.usbip_session import Note
 
 LOOPBACK = "127.0.0.1"
 SPICE_PORT = 5900
@@ -170,6 +171,8 @@ async def open_session(
 ) -> Session:
     """Connect to the VM of a target. A plain socket is connected when its port is opened.
 
+    Only what connects to this kind of target is imported: SPICE, USB/IP and KubeVirt are large imports.
+
     Args:
         target: see :func:`parse_target`.
         progress: called at the start of each stage, with its address.
@@ -192,12 +195,16 @@ async def open_session(
 
             return SocketSession(ListenPort(address, on_listening=listening, wire=wire))
         case UsbipTarget(address):
+            from farplug.transport.usbip_session import UsbipSession
+
             return await UsbipSession.listen(address, note, wire=wire)
         case KubevirtTarget():
-            from farplug.transport.kubevirt import KubevirtSession  # imports a websocket library
+            from farplug.transport.kubevirt import KubevirtSession
 
             return await KubevirtSession.connect(target, progress, wire=wire)
         case _:
+            from farplug.transport.spice_session import SpiceSession
+
             return await SpiceSession.connect(target, progress=progress, wire=wire)
 
 
@@ -218,6 +225,8 @@ def _spice_target(text: str, scheme: str, rest: str, options: TargetOptions, kee
     vv = read_vv_file(Path(text))
     target = _of_vv_file(vv, options)
     if vv.delete_this_file and not keep_file:
+        from farplug.transport.dialer import ChannelDialer
+
         ChannelDialer(target, Timeouts())  # raises UsageError for a malformed proxy, subject or CA
         delete_vv_file(Path(text))
     return target

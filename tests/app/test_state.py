@@ -28,9 +28,9 @@ from farplug.rate_limit import BURST, INTERVAL
 from farplug.redirection import engine
 from farplug.spice.messages import SwitchHost
 from farplug.store import MemoryStore
-from farplug.transport.dialer import Stage
 from farplug.transport.moved import GuestMoved
 from farplug.transport.session import Session
+from farplug.transport.spice_target import Stage
 from farplug.usb.device import Device
 from farplug.usb.transfer import Status
 from farplug.usbredir import packets as p

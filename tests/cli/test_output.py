@@ -189,8 +189,13 @@ def test_the_one_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(choose(as_json=True), JsonOutput)
     assert isinstance(choose(as_json=False), PlainOutput)
     monkeypatch.setenv("FORCE_COLOR", "1")
+    assert isinstance(choose(as_json=False), PlainOutput)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("TERM", "dumb")
     assert isinstance(choose(as_json=False), PlainOutput)
+    monkeypatch.setenv("TERM", "xterm")
+    assert isinstance(choose(as_json=False), TerminalOutput)
+    assert isinstance(choose(as_json=False, commands=True), PlainOutput)
 
 
 def test_on_a_terminal(image: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import typer.main
@@ -80,3 +82,30 @@ def test_completion_of_a_name_imports_no_command() -> None:
     environment = {"_FARPLUG_COMPLETE": "complete_bash", "COMP_WORDS": "farplug st", "COMP_CWORD": "1"}
     modules = imported(environment=environment)
     assert modules & {"farplug.app", "farplug.cli.sessions", "farplug.cli.connect", "pydantic"} == set()
+
+
+def test_connect_imports_what_its_target_and_its_devices_need(tmp_path: Path) -> None:
+    image = tmp_path / "disk.raw"
+    image.write_bytes(bytes(4096))
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "vm"))
+        listener.listen()
+        listener.settimeout(60)
+        command = [sys.executable, "-c", MAIN, "connect", f"unix:{tmp_path / 'vm'}", "--usb-disk", str(image)]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+            guest, _ = listener.accept()
+            with guest:
+                guest.settimeout(60)
+                assert guest.recv(1)
+                process.terminate()
+                _, shown = process.communicate(timeout=60)
+    modules = set(shown.split("\n")[-2].split())
+    assert {"farplug.usbredir.packets", "farplug.virtual.uas", "farplug.control.server"} <= modules
+    for unused in (
+        *("cryptography", "lz4", "pydantic", "rich", "usb1", "websockets", "pygments"),
+        *("farplug.agents", "farplug.image", "farplug.libusb", "farplug.machine", "farplug.physical", "farplug.vm"),
+        *("farplug.remote", "farplug.usbip", "farplug.web", "farplug.virtual.hid", "farplug.virtual.fido.key"),
+        *("farplug.app.client", "farplug.app.commands", "farplug.app.executor", "farplug.app.screen"),
+        *("farplug.spice.channel", "farplug.spice.link", "farplug.transport.dialer", "farplug.transport.tls"),
+    ):
+        assert unused not in modules

@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from farplug.app.app import App
 from farplug.app.commands import Command, Detach, Eject, Insert
+from farplug.app.screen import Progress
 from farplug.control import names
 from farplug.control.server import Server
 
@@ -29,7 +30,7 @@ class BlockingApp(App):
         self.done: list[str] = []
         self.changed = asyncio.Event()
 
-    async def do(self, command: Command, client: str = "") -> Any:
+    async def do(self, command: Command, client: str = "", progress: Progress = lambda done: None) -> Any:
         match command:
             case Detach(device=device):
                 self.begun.append(device)
@@ -42,7 +43,7 @@ class BlockingApp(App):
                 return path * 1000
             case Eject(drive=drive):
                 raise ZeroDivisionError(f"a bug{drive or ''}")
-        return await super().do(command, client)
+        return await super().do(command, client, progress)
 
     async def until(self, begun: int = 0, done: int = 0) -> None:
         """Wait until these numbers of calls of ``detach`` have begun, and are done."""

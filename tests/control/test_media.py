@@ -23,8 +23,8 @@ from farplug.app.app import App
 from farplug.app.client import MAX_OFFERS
 from farplug.app.commands import Attach, Insert
 from farplug.app.events import EventStream
+from farplug.app.outlet import ClientEvent
 from farplug.app.settings import GuestSettings, Source, TargetSettings
-from farplug.app.watch import ClientEvent
 from farplug.control.server import Server
 from farplug.errors import Reason, UsageError
 from farplug.store import remote

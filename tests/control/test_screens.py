@@ -253,8 +253,7 @@ async def test_a_large_change_comes_in_bands(environment: dict[str, str], monkey
 
 
 def test_a_band_holds_a_row_of_cells_of_the_widest_picture() -> None:
-    from farplug.spice.framebuffer import CELL, PIXEL
-    from farplug.spice.images import MAX_SIDE
+    from farplug.spice.framebuffer import CELL, MAX_SIDE, PIXEL
 
     assert MAX_SIDE * CELL * PIXEL <= watch.MAX_BAND == MAX_PAYLOAD
 

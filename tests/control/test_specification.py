@@ -22,7 +22,8 @@ from farplug.app.commands import CLIENT_COMMANDS, COMMANDS
 from farplug.app.settings import DeviceRules, GuestSettings, Source, SourceKind, StorageSettings, TargetSettings
 from farplug.control import messages, names, server
 from farplug.control.messages import Hello
-from farplug.control.server import METHODS, Server
+from farplug.control.methods import METHODS
+from farplug.control.server import Server
 from farplug.store import remote
 
 PAGE = ROOT / "docs/control.md"

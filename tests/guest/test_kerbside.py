@@ -26,8 +26,8 @@ from farplug.target import open_session, parse_target
 from farplug.testing import GuestConfig, QemuGuest, Spice, SpicePort
 from farplug.transport import spice_port
 from farplug.transport.connection import Timeouts
-from farplug.transport.dialer import SpiceTarget
 from farplug.transport.spice_session import SpiceSession
+from farplug.transport.spice_target import SpiceTarget
 from farplug.usb import Device
 from farplug.virtual.device import VirtualDevice
 from farplug.virtual.disk import disk_device

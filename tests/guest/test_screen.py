@@ -84,7 +84,7 @@ async def test_screenshots_equal_those_of_qemu(guests: Guests, device: str, boot
                     break
                 await farplug.screen.wait_for_change(frame.serial)
         # A new link while the VM is paused.
-        display = farplug.session.displays[0]  # type: ignore[attr-defined]
+        display = farplug.session.displays[0]
         display.close()
         again = await farplug.screen.frame()
         assert decode_png(again.png()) == expected

@@ -17,9 +17,9 @@ from farplug.redirection import Redirection, events
 from farplug.spice.messages import SwitchHost
 from farplug.target import parse_target
 from farplug.testing import GuestConfig, QemuGuest, Spice, SpicePort, SpiceTransport
-from farplug.transport.dialer import SpiceTarget
 from farplug.transport.moved import GuestMoved, moved_target
 from farplug.transport.spice_session import SpiceSession
+from farplug.transport.spice_target import SpiceTarget
 from farplug.virtual.disk import disk_device
 from farplug.vm.qmp import QmpError
 

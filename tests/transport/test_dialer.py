@@ -21,7 +21,8 @@ from farplug.spice.vv import VvFile
 from farplug.target import parse_target
 from farplug.transport import tls
 from farplug.transport.connection import Timeouts
-from farplug.transport.dialer import ChannelDialer, LinkedChannel, SpiceTarget, Stage
+from farplug.transport.dialer import ChannelDialer, LinkedChannel
+from farplug.transport.spice_target import SpiceTarget, Stage
 
 
 async def link(target: SpiceTarget, stages: list[str] | None = None, **timeouts: float) -> LinkedChannel:

@@ -33,10 +33,10 @@ from farplug.exit_codes import exit_code
 from farplug.transport import kubeconfig as kubeconfig_module
 from farplug.transport import websocket
 from farplug.transport.connection import Timeouts
-from farplug.transport.dialer import Stage
 from farplug.transport.kubeconfig import Cluster, parse_cluster
 from farplug.transport.kubevirt import KubevirtSession
 from farplug.transport.kubevirt_target import KubevirtTarget
+from farplug.transport.spice_target import Stage
 
 TARGET = KubevirtTarget("lab", "vm1")
 

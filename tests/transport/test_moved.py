@@ -6,8 +6,8 @@ import pytest
 
 from farplug.errors import Reason, TargetError
 from farplug.spice.messages import SwitchHost
-from farplug.transport.dialer import SpiceTarget
 from farplug.transport.moved import moved_target
+from farplug.transport.spice_target import SpiceTarget
 
 OLD = SpiceTarget(
     host="old",

@@ -7,7 +7,7 @@ from tests.transport.fake_spice import FakeSpice, Recorder, running
 
 from farplug.errors import GuestGoneError, TargetError
 from farplug.target import open_session, parse_target
-from farplug.transport.dialer import Stage
+from farplug.transport.spice_target import Stage
 
 
 async def test_a_spice_session() -> None:

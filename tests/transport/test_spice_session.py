@@ -43,10 +43,11 @@ from farplug.spice.types import LinkError
 from farplug.store import MemoryStore
 from farplug.transport import spice_port, spice_session
 from farplug.transport.connection import HIGH_WATER, Timeouts
-from farplug.transport.dialer import LinkedChannel, SpiceTarget, Stage
+from farplug.transport.dialer import LinkedChannel
 from farplug.transport.moved import GuestMoved
 from farplug.transport.spice_port import SpicePort
 from farplug.transport.spice_session import SpiceSession
+from farplug.transport.spice_target import SpiceTarget, Stage
 from farplug.usbredir.caps import Cap
 from farplug.usbredir.protocol import Connection, Role
 from farplug.virtual.disk import disk_device

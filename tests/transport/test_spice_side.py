@@ -19,9 +19,9 @@ from farplug.spice.messages import MouseModes
 from farplug.spice.types import ChannelType
 from farplug.transport import dialer, spice_side
 from farplug.transport.connection import Timeouts
-from farplug.transport.dialer import SpiceTarget
 from farplug.transport.spice_session import SpiceSession
 from farplug.transport.spice_side import SpiceDisplay
+from farplug.transport.spice_target import SpiceTarget
 
 CHANNELS = ((2, 0), (3, 0), (4, 0), (9, 0))
 SET_ACK = message(3, struct.pack("<II", 1, 2))

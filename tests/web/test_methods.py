@@ -12,7 +12,7 @@ from typer.main import get_command
 
 from farplug.app.settings import Names, SourceKind
 from farplug.cli.tree import app
-from farplug.control.server import METHODS
+from farplug.control.methods import METHODS
 from farplug.errors import Reason, UsageError
 from farplug.web import methods
 from farplug.web.files import NoFiles, WebRoot

@@ -14,8 +14,8 @@ from farplug.redirection import Redirection
 from farplug.redirection.events import GuestReady
 from farplug.shell import shell_quote
 from farplug.target import ListenTarget, UsbipTarget, open_session
-from farplug.transport.dialer import Stage
 from farplug.transport.port import Port
+from farplug.transport.spice_target import Stage
 
 HELLO_SECONDS = 3.0
 """Seconds that a port may take to send its hello before it counts as paused."""

@@ -22,10 +22,11 @@ from farplug.app.attachment import Attachment
 from farplug.app.commands import Command
 from farplug.app.guest import Guest
 from farplug.app.media import PREFIX, Offer
+from farplug.app.outlet import ClientEvent, Outlet
 from farplug.app.screen import check_distances
 from farplug.app.seat import Hands, not_driving, taken
 from farplug.app.settings import Names, Source
-from farplug.app.watch import ClientEvent, InputsWatch, Outlet, Pacing, ScreenWatch
+from farplug.app.watch import InputsWatch, Pacing, ScreenWatch
 from farplug.errors import FarplugError, GuestGoneError, Reason, StateError, UsageError
 from farplug.keymap.layout import characters
 from farplug.spice.inputs import Button
@@ -224,7 +225,7 @@ class AppClient:
     async def _type(self, command: commands.TypeText) -> Any:
         guest = self._app.guest(command.guest)
         self._check_may_type(guest)
-        task = asyncio.ensure_future(self._app.type(command, self.name, _Progress(self.outlet, guest, command.text)))
+        task = asyncio.ensure_future(self._app.do(command, self.name, _Progress(self.outlet, guest, command.text)))
         self._typing[task] = guest
         try:
             await asyncio.wait([task])

@@ -13,6 +13,7 @@ import re
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -24,11 +25,9 @@ from farplug.app.holdings import Holdings, wait_for_all
 from farplug.app.kinds import KINDS, Medium, Whole
 from farplug.app.link import AskPassword, Link, error_fields
 from farplug.app.media import Media
-from farplug.app.screen import Inputs, Screen
 from farplug.app.seat import Seat
 from farplug.app.settings import CaptureSettings, DeviceRules, GuestSettings, Source, SourceKind, StorageSettings
 from farplug.app.sources import OpenSource, Sources, device_of, open_source
-from farplug.app.typing import Typing
 from farplug.errors import (
     FarplugError,
     GuestGoneError,
@@ -53,6 +52,8 @@ from farplug.virtual.storage import MAX_UNITS
 
 if TYPE_CHECKING:
     from farplug.app.auto import AutoPlugger
+    from farplug.app.screen import Inputs, Screen
+    from farplug.app.typing import Typing
 
 T = TypeVar("T")
 
@@ -96,10 +97,7 @@ class Guest:
             has left stays until its device is plugged again.
         served: a device was attached, or :meth:`run` waits for one as it was asked to.
         capturing: the path of the capture that runs; None: none does.
-        screen: the first display of the VM.
-        inputs: the keyboard and the mouse of the VM, through SPICE.
-        typing: types and clicks, on USB devices where that is better.
-        seat: which client holds them.
+        seat: which client holds the keyboard and the mouse.
     """
 
     def __init__(
@@ -118,10 +116,7 @@ class Guest:
         self.attachments: list[Attachment] = []
         self.served = False
         self._link = Link(self, settings, session, ask_password, self._wire)
-        self.screen = self.screen_of(0)
-        self.inputs = Inputs(lambda: self.session, self.screen_of)
         self.seat = Seat(self)
-        self.typing = Typing(self)
         self._sources = Sources("" if settings is None else settings.target.public_target, media=media)
         self._holdings = Holdings(self._sources)
         self._autos: list[AutoPlugger] = []
@@ -238,7 +233,28 @@ class Guest:
 
     def screen_of(self, display: int) -> Screen:
         """Return a display of the VM by its number, from 0."""
+        from farplug.app.screen import Screen  # screens and input devices are large imports
+
         return Screen(lambda: self.session, display)
+
+    @cached_property
+    def screen(self) -> Screen:
+        """Return the first display of the VM."""
+        return self.screen_of(0)
+
+    @cached_property
+    def inputs(self) -> Inputs:
+        """Return the keyboard and the mouse of the VM, through SPICE."""
+        from farplug.app.screen import Inputs
+
+        return Inputs(lambda: self.session, self.screen_of)
+
+    @cached_property
+    def typing(self) -> Typing:
+        """Return what types and clicks, on USB devices where that is better."""
+        from farplug.app.typing import Typing
+
+        return Typing(self)
 
     async def connect(self) -> None:
         """Connect to the VM, and open its ports, which stay open until the guest is closed.

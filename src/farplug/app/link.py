@@ -20,9 +20,9 @@ from farplug.errors import FarplugError, GuestGoneError, Reason, Remedy, StateEr
 from farplug.redirection.events import PortEvent, fields_of
 from farplug.target import Target, open_session, parse_vv
 from farplug.transport.connection import CurrentWire, untapped
-from farplug.transport.dialer import SpiceTarget, Stage
 from farplug.transport.moved import moved_target
 from farplug.transport.session import Session
+from farplug.transport.spice_target import SpiceTarget, Stage
 
 PASSWORD_ATTEMPTS = 3
 """Passwords that a user is asked for when the server does not accept the one that it was given."""

@@ -10,7 +10,7 @@ from itertools import count
 from typing import Any, Final
 
 from farplug.app.events import EventStream, Level
-from farplug.app.watch import ClientEvent, Outlet
+from farplug.app.outlet import ClientEvent, Outlet
 from farplug.errors import Reason, UsageError
 from farplug.store.base import Store
 from farplug.store.remote import ChunkCache, RemoteFile, RemoteStore

@@ -6,22 +6,25 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import NoReturn, TypeAlias
+from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
 from farplug.app.console_fonts import console_glyphs
 from farplug.app.png import encode_png
 from farplug.errors import FarplugError, Reason, RefusedError, StateError, TargetError, UsageError
 from farplug.keymap import find_layout
 from farplug.keymap.layout import DEFAULT
-from farplug.spice.console import ConsoleText, read_console
-from farplug.spice.cursor import Cursor
-from farplug.spice.framebuffer import Framebuffer, Rect
-from farplug.spice.images import MAX_SIDE
-from farplug.spice.inputs import MAX_STEP, Button, InputsChannel, Locks, MouseMode
+from farplug.spice.console import read_console
+from farplug.spice.framebuffer import MAX_SIDE
+from farplug.spice.inputs import MAX_STEP, Button, Locks, MouseMode
 from farplug.spice.keys import chord_codes, key_code, stroke, text_strokes
 from farplug.transport.session import Session
-from farplug.transport.spice_session import SpiceSession
-from farplug.transport.spice_side import SpiceCursor, SpiceDisplay, SpiceInputs
+
+if TYPE_CHECKING:
+    from farplug.spice.console import ConsoleText
+    from farplug.spice.cursor import Cursor
+    from farplug.spice.framebuffer import Framebuffer, Rect
+    from farplug.spice.inputs import InputsChannel
+    from farplug.transport.spice_side import SpiceCursor, SpiceDisplay, SpiceInputs
 
 KEY_INTERVAL = 0.02
 """Seconds from one key to the next: at 10 ms a USB keyboard of QEMU loses keys."""
@@ -95,10 +98,10 @@ class Screen:
 
     def _display(self) -> SpiceDisplay:
         session = self._session()
-        displays = session.displays if isinstance(session, SpiceSession) else {}
+        displays = session.displays
         if self.number in displays:
             return displays[self.number]
-        if not isinstance(session, SpiceSession):
+        if not session.carries_screen:
             message = "only SPICE shows a screen, and this target carries USB and nothing else"
             remedy = session.no_screen_remedy
         elif not displays:
@@ -244,9 +247,7 @@ class Screen:
 
     def _cursor(self) -> SpiceCursor:
         self._display()
-        session = self._session()
-        assert isinstance(session, SpiceSession)
-        cursor = session.cursors.get(self.number)
+        cursor = self._session().cursors.get(self.number)
         if cursor is None:
             raise TargetError(f"the VM's display {self.number} has no pointer", reason=Reason.NO_DISPLAY)
         return cursor
@@ -289,17 +290,16 @@ class Inputs:
     @property
     def are_there(self) -> bool:
         """Return whether SPICE reaches a keyboard and a mouse of the VM."""
-        session = self._session()
-        return isinstance(session, SpiceSession) and session.inputs is not None
+        return self._session().inputs is not None
 
     def _inputs(self) -> SpiceInputs:
         session = self._session()
-        if not isinstance(session, SpiceSession) or session.inputs is None:
+        if session.inputs is None:
             raise TargetError(
                 "the VM has no keyboard and mouse that SPICE reaches",
                 reason=Reason.NO_INPUTS,
                 remedy="a SPICE proxy may not permit the channel"
-                if isinstance(session, SpiceSession)
+                if session.carries_screen
                 else session.no_screen_remedy,
             )
         return session.inputs

@@ -6,12 +6,13 @@ import asyncio
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Final, Protocol
 
-from farplug.app.watch import ClientEvent, Outlet
+from farplug.app.outlet import ClientEvent
 from farplug.errors import FarplugError, Reason, StateError, UsageError
-from farplug.spice.inputs import Button
 
 if TYPE_CHECKING:
     from farplug.app.guest import Guest
+    from farplug.app.outlet import Outlet
+    from farplug.spice.inputs import Button
 
 MAX_HELD: Final = 16
 """Keys that a client holds down at a time."""

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Hashable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Final
 
+from farplug.app.outlet import ClientEvent, Outlet
 from farplug.errors import FarplugError, GuestGoneError, Reason, UsageError
 from farplug.spice.cursor import Cursor, Shape
 from farplug.spice.framebuffer import PIXEL, Framebuffer, Rect
 from farplug.spice.inputs import Locks
-from farplug.usb.types import Buffer
 
 if TYPE_CHECKING:
     from farplug.app.events import Event
@@ -30,31 +29,6 @@ FRAME_INTERVAL: Final = 0.033
 """Seconds from the begin of one update of a picture to the next, at least."""
 RETRY_INTERVAL: Final = 5.0
 """Seconds until a channel that failed, of a VM that is there, is linked again."""
-
-
-@dataclass(frozen=True, slots=True)
-class ClientEvent:
-    """An event for one client.
-
-    Attributes:
-        name: of the event.
-        data: its fields, of JSON's types.
-        payload: raw bytes beside the fields; None: there are none.
-    """
-
-    name: str
-    data: Mapping[str, Any]
-    payload: Buffer | None = field(default=None, repr=False)
-
-
-class Outlet(Protocol):
-    """The connection of a client, as far as events for this client alone need it."""
-
-    def post(self, key: Hashable, make: Callable[[], ClientEvent | None]) -> None:
-        """Call ``make`` when the connection accepts output, and send what it returns.
-
-        Does nothing but replace ``make`` if an event with the same key waits already.
-        """
 
 
 class Pacing:

@@ -15,7 +15,7 @@ from farplug.cli.log import remedy_lines
 from farplug.cli.writer import QueuedStream
 from farplug.errors import Remedy
 from farplug.text import printable
-from farplug.transport.dialer import Stage
+from farplug.transport.spice_target import Stage
 
 _DECIMAL_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 

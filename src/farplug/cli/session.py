@@ -17,7 +17,6 @@ from farplug.app.events import Event, Level
 from farplug.app.link import AskPassword
 from farplug.app.settings import GuestSettings
 from farplug.cli import log, writer
-from farplug.cli.commands import answer, serve
 from farplug.cli.options import has_terminal, prompt_for_password
 from farplug.cli.output import Output, SilentOutput
 from farplug.cli.service import UNNAMED, Service, ServiceOptions, SystemdReporter
@@ -128,6 +127,8 @@ class _Session:
                 loop.add_signal_handler(number, self._interrupt, number)
         self._beside.append(loop.create_task(self._refresh()))
         if self._commands:
+            from farplug.cli.commands import serve  # a large import
+
             self._beside.append(loop.create_task(serve(self._app, self._guest, lambda: self._interrupt(signal.SIGINT))))
         try:
             self._write(self._output.start)
@@ -152,6 +153,8 @@ class _Session:
         if event.name == "capture-started":
             log.say(f"farplug: warning: {printable(event.message)}")
         if event.name == "presence-asked" and self._may_answer and not self._answering:
+            from farplug.cli.commands import answer
+
             self._answering = True  # not before: the lines that the user types may be for the next program
             self._beside.append(asyncio.get_running_loop().create_task(answer(self._app, self._guest)))
         self._write(lambda: self._output.show(event))

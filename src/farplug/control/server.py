@@ -20,14 +20,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, Final
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Final
 
-from farplug.app import commands
 from farplug.app.app import App
-from farplug.app.client import MAX_NAME, AppClient
 from farplug.app.codec import decode
 from farplug.app.events import Event
-from farplug.app.watch import ClientEvent, Outlet
+from farplug.app.outlet import ClientEvent, Outlet
 from farplug.control.messages import (
     CLIENT_EVENTS,
     DROPPED,
@@ -35,8 +34,6 @@ from farplug.control.messages import (
     HELLO,
     MAX_CLIENT_PAYLOAD,
     PROTOCOL_VERSION,
-    SUBSCRIBE,
-    UNSUBSCRIBE,
     VERSION_REMEDY,
     ErrorData,
     Failure,
@@ -60,12 +57,14 @@ from farplug.errors import (
     RemoteProtocolError,
     SetupError,
     StateError,
-    UsageError,
     from_oserror,
 )
 from farplug.rate_limit import limited_logger
 from farplug.text import printable, shown, without_credentials
 from farplug.version import __version__
+
+if TYPE_CHECKING:
+    from farplug.app.client import AppClient
 
 log = limited_logger(__name__)
 
@@ -91,9 +90,6 @@ BACKLOG: Final = 64
 _SOL_LOCAL, _LOCAL_PEERCRED, _XUCRED_SIZE = 0, 1, 76
 """macOS: the socket option, and ``struct xucred`` of <sys/ucred.h>, which begins with its version and the user."""
 
-_COMMANDS: Final = {**commands.COMMANDS, **commands.CLIENT_COMMANDS}
-METHODS: Final = (HELLO, SUBSCRIBE, UNSUBSCRIBE, *_COMMANDS)
-"""The names of all methods."""
 EVENTS: Final = (
     *("attached", "attaching", "back", "capture-ended", "capture-started", "closed", "command-refused"),
     *("configured", "connected", "copying", "detached", "device-fault", "drive", "end-changed", "figures"),
@@ -127,22 +123,13 @@ class Server:
         log: path of the session's log file; None: there is none.
 
     Attributes:
-        hello: what the session is.
         path: of the socket.
     """
 
     def __init__(self, app: App, reservation: Reservation, *, target: str, log: str | None = None) -> None:
-        self.hello = Hello(
-            session=reservation.name,
-            target=without_credentials(target),
-            pid=os.getpid(),
-            started=round(time.time(), 3),
-            log=log,
-            farplug_version=__version__,
-            protocol_version=PROTOCOL_VERSION,
-            supported_methods=METHODS,
-            supported_events=(*EVENTS, *CLIENT_EVENTS, DROPPED, ENDED),
-        )
+        self._target = without_credentials(target)
+        self._started = round(time.time(), 3)
+        self._log = log
         self.path = reservation.path
         self._app = app
         self._reservation = reservation
@@ -153,6 +140,23 @@ class Server:
         self._listener: asyncio.AbstractServer | None = None
         self._unsubscribe: Callable[[], None] | None = None
         self._closing = False
+
+    @cached_property
+    def hello(self) -> Hello:
+        """Return what the session is."""
+        from farplug.control.methods import METHODS  # the commands, which a session without clients does not need
+
+        return Hello(
+            session=self._reservation.name,
+            target=self._target,
+            pid=os.getpid(),
+            started=self._started,
+            log=self._log,
+            farplug_version=__version__,
+            protocol_version=PROTOCOL_VERSION,
+            supported_methods=METHODS,
+            supported_events=(*EVENTS, *CLIENT_EVENTS, DROPPED, ENDED),
+        )
 
     async def start(self) -> None:
         """Listen on the session's socket.
@@ -262,13 +266,9 @@ class Server:
                 removed = client.events if wanted is None else client.events.intersection(wanted)
                 client.events -= removed
                 return {"unsubscribed": sorted(removed)}
-        if request.method not in _COMMANDS:
-            raise UsageError(
-                f"{shown(request.method)} is not a method",
-                reason=Reason.UNKNOWN_COMMAND,
-                remedy=f"methods: {', '.join(METHODS)}",
-            )
-        command = commands.from_json(request.method, request.params, _COMMANDS, ignore_unknown=True)
+        from farplug.control.methods import parse_command
+
+        command = parse_command(request.method, request.params)
         return await client.user.do(command, request.payload)
 
     def _greet(self, client: _Client, request: Request) -> Any:
@@ -279,6 +279,8 @@ class Server:
                 f"{shown(params.protocol_version)}",
                 remedy=VERSION_REMEDY,
             )
+        from farplug.app.client import MAX_NAME
+
         client.greeted = True
         client.user.name = printable(params.client_name, MAX_NAME)
         return self.hello.to_json()

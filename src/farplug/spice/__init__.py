@@ -3,11 +3,16 @@
 Sources: spice-protocol 0.14.3 (headers), ``spice.proto`` of spice-common, and libspice-server 0.15.1.
 """
 
-from farplug.spice.channel import Channel, Message
-from farplug.spice.link import LinkClient, LinkFailure, LinkResult
-from farplug.spice.types import ChannelType, LinkError
-from farplug.spice.vmc import VmcChannel
-from farplug.spice.vv import VvFile
+from typing import TYPE_CHECKING
+
+from farplug.lazy import lazy_import
+
+if TYPE_CHECKING:
+    from farplug.spice.channel import Channel, Message
+    from farplug.spice.link import LinkClient, LinkFailure, LinkResult
+    from farplug.spice.types import ChannelType, LinkError
+    from farplug.spice.vmc import VmcChannel
+    from farplug.spice.vv import VvFile
 
 __all__ = [
     "Channel",
@@ -20,3 +25,18 @@ __all__ = [
     "VmcChannel",
     "VvFile",
 ]
+
+lazy_import(
+    globals(),
+    {
+        "Channel": ".channel",
+        "ChannelType": ".types",
+        "LinkClient": ".link",
+        "LinkError": ".types",
+        "LinkFailure": ".link",
+        "LinkResult": ".link",
+        "Message": ".channel",
+        "VmcChannel": ".vmc",
+        "VvFile": ".vv",
+    },
+)

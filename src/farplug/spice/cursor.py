@@ -8,10 +8,13 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
 from farplug.errors import RemoteProtocolError
 from farplug.spice.channel import Channel, Message
-from farplug.spice.link import LinkResult
+
+if TYPE_CHECKING:
+    from farplug.spice.link import LinkResult
 
 MAX_SIDE = 512
 """The largest width and height of a pointer that we accept, in pixels."""

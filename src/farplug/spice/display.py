@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import struct
 from enum import IntEnum
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from farplug.errors import RemoteProtocolError
 from farplug.spice.channel import Channel, Message
 from farplug.spice.framebuffer import PIXEL, Framebuffer, Rect
 from farplug.spice.images import Unsupported, check_size, decode_image
-from farplug.spice.link import LinkResult
 from farplug.spice.types import has_capability
+
+if TYPE_CHECKING:
+    from farplug.spice.link import LinkResult
 
 MAX_DISPLAY_MESSAGE = (64 << 20) + (64 << 10)
 """The largest message of a display channel that we accept, in bytes: an image of MAX_PIXELS, uncompressed."""

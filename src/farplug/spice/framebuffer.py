@@ -13,6 +13,8 @@ CELL = 64
 """The width and height of a cell, in pixels: changes are counted for each cell."""
 PIXEL = 4
 """The bytes of a pixel: blue, green, red, and one that has no meaning."""
+MAX_SIDE = 16384
+"""The largest width and height of a surface or an image that we accept, in pixels."""
 
 _serials = count(1)
 """Numbers of changes. All pictures of this process share them, so that the number of one is never valid in another."""

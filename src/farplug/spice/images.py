@@ -14,10 +14,8 @@ import struct
 import lz4.block
 
 from farplug.errors import RemoteProtocolError
-from farplug.spice.framebuffer import PIXEL, Picture
+from farplug.spice.framebuffer import MAX_SIDE, PIXEL, Picture
 
-MAX_SIDE = 16384
-"""The largest width and height of a surface or an image that we accept, in pixels."""
 MAX_PIXELS = 16 << 20
 """The most pixels of a surface or an image that we accept."""
 

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import struct
 from enum import IntEnum, IntFlag
+from typing import TYPE_CHECKING
 
 from farplug.errors import LocalProtocolError, RemoteProtocolError
 from farplug.spice.channel import Channel, Event, Message
-from farplug.spice.link import LinkResult
 from farplug.spice.types import has_capability
+
+if TYPE_CHECKING:
+    from farplug.spice.link import LinkResult
 
 MAX_UNACKNOWLEDGED = 8
 """The most messages about the pointer that the server has not acknowledged; later positions wait, and only the newest

@@ -22,7 +22,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 
-from farplug.errors import Reason, Remedy, RemoteProtocolError, TargetError, UsageError
+from farplug.errors import Reason, Remedy, RemoteProtocolError, TargetError
+from farplug.spice.password import check_password
 from farplug.spice.types import (
     ChannelType,
     CommonCapability,
@@ -42,13 +43,6 @@ MAX_LINK_REPLY = 4096
 """The largest SpiceLinkReply that we accept, in bytes: 178 bytes and a few capability words."""
 MAX_CAPABILITY_WORDS = 256
 """The most capability words in one set that we accept."""
-MAX_PASSWORD = 60
-"""SPICE_MAX_PASSWORD_LENGTH: the longest password that QEMU accepts for its SPICE server, in UTF-8 bytes."""
-MAX_TICKET = 59
-"""The bytes of a password that libspice-server stores: its array of SPICE_MAX_PASSWORD_LENGTH includes the NUL.
-
-Source: spice 0.15.1, ``server/reds.cpp``, ``spice_server_set_ticket``.
-"""
 PUBLIC_KEY_SIZE = 162
 """SPICE_TICKET_PUBKEY_BYTES: an RSA-1024 key as SubjectPublicKeyInfo."""
 TICKET_KEY_BITS = 1024
@@ -244,28 +238,6 @@ def _parse_capabilities(
         )
     words = struct.unpack_from(f"<{total}I", body, offset) if total else ()
     return words[:common], words[common:]
-
-
-def check_password(password: str) -> bytes:
-    """Return a password as the ticket contains it: UTF-8, of a password of 60 bytes the 59 that the server compares.
-
-    Raises:
-        UsageError: the password is too long for SPICE, or contains a NUL character (``BAD_OPTION``).
-    """
-    encoded = password.encode("utf-8", "surrogateescape")
-    if len(encoded) > MAX_PASSWORD:
-        raise UsageError(
-            f"the password has {len(encoded)} bytes in UTF-8: a SPICE password has at most {MAX_PASSWORD}",
-            reason=Reason.BAD_OPTION,
-            remedy="check that nothing but the password was given",
-        )
-    if b"\0" in encoded:
-        raise UsageError(
-            "the password contains a NUL character, which a SPICE password cannot contain",
-            reason=Reason.BAD_OPTION,
-            remedy="check that nothing but the password was given",
-        )
-    return encoded[:MAX_TICKET]
 
 
 def encrypt_ticket(public_key: bytes, password: bytes) -> bytes:

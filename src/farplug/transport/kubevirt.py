@@ -31,12 +31,12 @@ from farplug.errors import (
 from farplug.shell import shell_word
 from farplug.text import printable
 from farplug.transport.connection import CurrentWire, Timeouts, dial, untapped
-from farplug.transport.dialer import Progress, Stage
 from farplug.transport.kubeconfig import Access, load_access
 from farplug.transport.kubevirt_target import KubevirtTarget
 from farplug.transport.port import Port, PortListener
 from farplug.transport.proxy import open_tunnel
 from farplug.transport.session import Session
+from farplug.transport.spice_target import Progress, Stage
 from farplug.transport.websocket import NotWebSocket, Refused, WebSocket
 from farplug.usb.types import Buffer
 from farplug.version import __version__

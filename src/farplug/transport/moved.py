@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from farplug.errors import GuestGoneError, Reason, TargetError
 from farplug.spice.host import plain_host
-from farplug.spice.messages import SwitchHost
-from farplug.transport.dialer import SpiceTarget
+
+if TYPE_CHECKING:
+    from farplug.spice.messages import SwitchHost
+    from farplug.transport.spice_target import SpiceTarget
 
 
 class GuestMoved(GuestGoneError):

@@ -28,12 +28,13 @@ from farplug.spice.messages import (
 )
 from farplug.spice.types import ChannelType, MainCapability
 from farplug.transport.connection import CurrentWire, Timeouts, untapped
-from farplug.transport.dialer import ChannelDialer, LinkedChannel, Progress, SpiceTarget, Stage
+from farplug.transport.dialer import ChannelDialer, LinkedChannel
 from farplug.transport.moved import GuestMoved
 from farplug.transport.port import Port
 from farplug.transport.session import Session
 from farplug.transport.spice_port import SpicePort, describe_broken, log_notice
 from farplug.transport.spice_side import SideChannel, SpiceCursor, SpiceDisplay, SpiceInputs
+from farplug.transport.spice_target import Progress, SpiceTarget, Stage
 
 _MAIN_MESSAGES: dict[int, int] = {
     ServerMessage.MAIN_INIT: 256,
@@ -75,11 +76,12 @@ class SpiceSession(Session):
         ended: resolves when the session has ended: to None if we closed it, otherwise to the error. It never raises.
         displays: one for each display channel, by its number; linked only while they are used.
         cursors: one for each cursor channel, by its number.
-        inputs: the keyboard and the mouse; None: the VM has none.
+        inputs: None: the server has no such channel.
     """
 
     exclusive = True
     reached = True
+    carries_screen = True
     no_port_remedy = NO_CHANNEL_REMEDY
 
     def __init__(self, target: SpiceTarget, dialer: ChannelDialer, main: LinkedChannel, timeouts: Timeouts) -> None:
