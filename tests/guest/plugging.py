@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from farplug.app.attachment import Attachment
 from farplug.app.guest import Guest
@@ -26,6 +26,7 @@ GUEST_TIMEOUT = 120
 
 Operation: TypeAlias = tuple[str | int | bytes, ...]
 Result: TypeAlias = bytes | str
+T = TypeVar("T")
 
 NO_SCAN_DELAY = ("usb_storage.delay_use=0",)
 """Words for the kernel's command line: disks are scanned at once, not after a second."""
@@ -91,6 +92,22 @@ async def plugged(
         yield hub
     finally:
         await hub.close()
+
+
+async def beside(task: asyncio.Future[Any], waiting: Coroutine[Any, Any, T]) -> T:
+    """Wait for what a task causes, and return the result of ``waiting``; if the task fails before, raise its error.
+
+    Without this a test waits for the guest until a timeout, whose message has nothing of the cause.
+    """
+    waiter = asyncio.ensure_future(waiting)
+    try:
+        await asyncio.wait((waiter, task), return_when=asyncio.FIRST_COMPLETED)
+        if not waiter.done():
+            task.result()
+        return await waiter
+    finally:
+        waiter.cancel()
+        await asyncio.gather(waiter, return_exceptions=True)
 
 
 async def until(guest: QemuGuest, condition: str) -> str:

@@ -18,7 +18,7 @@ from mcp.client.stdio import stdio_client
 from mcp_types import ImageContent, TextContent
 from tests.app.test_screen import decode_png
 from tests.guest.conftest import Guests
-from tests.guest.plugging import GUEST_TIMEOUT, MIB, NO_SCAN_DELAY
+from tests.guest.plugging import GUEST_TIMEOUT, MIB, NO_SCAN_DELAY, beside
 from tests.guest.test_screen import dump
 
 from farplug.testing import GuestConfig, QemuGuest, SpicePort
@@ -53,7 +53,7 @@ async def typed(guest: QemuGuest, action: Callable[[], Awaitable[object]]) -> st
     async def there() -> bool:
         return "tty1" in await guest.check("ls -l /proc/$(cat /tmp/reader)/fd 2> /dev/null || true")
 
-    await until(there)
+    await beside(reading, until(there))
     await action()
     return (await reading).strip()
 

@@ -9,10 +9,10 @@ import random
 import string
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pytest
-from tests.guest.plugging import GUEST_TIMEOUT, SCRIPTS, descriptors, plugged, raw, until, usb_folder, usb_node
+from tests.guest.plugging import GUEST_TIMEOUT, SCRIPTS, beside, descriptors, plugged, raw, until, usb_folder, usb_node
 
 from farplug.testing import GuestConfig, QemuGuest, SpicePort, TcpPort
 from farplug.usb import Setup, Speed
@@ -123,19 +123,26 @@ class Everything:
 
 
 @asynccontextmanager
-async def reading(guest: QemuGuest, interface: int, last: int) -> AsyncIterator[list[Event]]:
-    """Collect the events of an input device, from when it is open until the key with the code ``last`` is released."""
+async def reading(
+    guest: QemuGuest, interface: int, last: int, task: asyncio.Future[Any] | None = None
+) -> AsyncIterator[list[Event]]:
+    """Collect the events of an input device, from when it is open until the key with the code ``last`` is released.
+
+    If ``task``, which causes the events, fails before, its error is raised.
+    """
     output = f"/tmp/events-{interface}"
-    await guest.check(f"python3 /scripts/input_events.py :1.{interface}/ {last} >{output} 2>&1 &")
-    await shows(guest, output, 1)
+    # The shell may return before the program behind it has opened the file: an earlier one must not be there.
+    await guest.check(f"rm -f {output}; python3 /scripts/input_events.py :1.{interface}/ {last} >{output} 2>&1 &")
+    await shows(guest, output, 1, task)
     events: list[Event] = []
     yield events
-    events += [tuple(event) for event in json.loads((await shows(guest, output, 2))[1])]
+    events += [tuple(event) for event in json.loads((await shows(guest, output, 2, task))[1])]
 
 
-async def shows(guest: QemuGuest, path: str, lines: int) -> list[str]:
+async def shows(guest: QemuGuest, path: str, lines: int, task: asyncio.Future[Any] | None = None) -> list[str]:
     """Return the lines of a file once it has them."""
-    await until(guest, f"[ $(wc -l <{path}) -ge {lines} ]")
+    waiting = until(guest, f"[ -e {path} ] && [ $(wc -l <{path}) -ge {lines} ]")
+    await (waiting if task is None else beside(task, waiting))
     return (await guest.check(f"cat {path}")).splitlines()
 
 
@@ -276,7 +283,7 @@ async def test_detach_in_the_middle_of_a_text(guests: Guests) -> None:
         async with plugged(guest.targets[0], everything.device):
             await bound(guest)
             typing = asyncio.ensure_future(keyboard.type_text("x" * 100_000))
-            async with reading(guest, KEYBOARD, 45):  # KEY_X
+            async with reading(guest, KEYBOARD, 45, typing):  # KEY_X
                 pass
             assert not typing.done()
         with pytest.raises(Detached):

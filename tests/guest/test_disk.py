@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.guest.plugging import MIB, NO_SCAN_DELAY, Plugged, blank, descriptors, disk_of, gone, plugged
+from tests.guest.plugging import MIB, NO_SCAN_DELAY, Plugged, beside, blank, descriptors, disk_of, gone, plugged
 
 from farplug.redirection import events
 from farplug.target import TargetOptions, open_session, parse_target
@@ -218,7 +218,7 @@ async def test_attached_before_the_vm_runs(guests: Guests, tmp_path: Path) -> No
                     await asyncio.sleep(0.05)
             assert not plugging.done()
             await guest.qmp.execute("cont")
-            await guest.booted()
+            await beside(plugging, guest.booted())
             attachment = await plugging
             await attachment.configured()
             await live(guest, await disk_of(guest, device), "ext4")

@@ -16,7 +16,7 @@ import pytest
 from playwright.async_api import Page, async_playwright, expect
 from tests.guest.command import farplug
 from tests.guest.conftest import Guests
-from tests.guest.plugging import GUEST_TIMEOUT, MIB, NO_SCAN_DELAY
+from tests.guest.plugging import GUEST_TIMEOUT, MIB, NO_SCAN_DELAY, beside
 from tests.guest.test_screen import dump
 
 from farplug.testing import GuestConfig, QemuGuest, SpicePort
@@ -74,7 +74,7 @@ async def typed(guest: QemuGuest, page: Page, action: Callable[[], Awaitable[obj
     async def there() -> bool:
         return "tty1" in await guest.check("ls -l /proc/$(cat /tmp/reader)/fd 2> /dev/null || true")
 
-    await until(there)
+    await beside(reading, until(there))
     await action()
     return (await reading).strip()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tests.app.test_screen import decode_png
 from tests.guest.conftest import Guests
-from tests.guest.plugging import NO_SCAN_DELAY
+from tests.guest.plugging import NO_SCAN_DELAY, beside
 from tests.guest.plugging import until as until_in
 
 from farplug.app.guest import Guest
@@ -150,7 +150,7 @@ def events(dump: str) -> list[tuple[int, int, int]]:
 async def typed(guest: QemuGuest, farplug: Guest, text: str) -> str:
     """Type a line on the guest's console, which has no shell; return what a program there reads."""
     reading = asyncio.ensure_future(guest.check("echo $$ > /tmp/reader; exec head -n 1 < /dev/tty1"))
-    await until_in(guest, "ls -l /proc/$(cat /tmp/reader)/fd 2>/dev/null | grep -q tty1")
+    await beside(reading, until_in(guest, "ls -l /proc/$(cat /tmp/reader)/fd 2>/dev/null | grep -q tty1"))
     await farplug.inputs.type(text + "\n")
     return (await reading).strip()
 

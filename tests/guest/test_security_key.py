@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.guest.plugging import GUEST_TIMEOUT, plugged
+from tests.guest.plugging import GUEST_TIMEOUT, beside, plugged
 
 from farplug.testing import GuestConfig, QemuGuest, SpicePort, TcpPort
 from farplug.virtual.fido import Answer, Presence, SecurityKey, security_key_device
@@ -155,16 +155,16 @@ async def test_a_user_who_is_asked(guests: Guests) -> None:
     async with plugged(guest.targets[0], device) as hub:
         node = await key_node(guest)
         registering = asyncio.ensure_future(guest.check("set -e; cd /tmp\n" + register(node)))
-        assert await asked() == "register the key at example.com as alice"
+        assert await beside(registering, asked()) == "register the key at example.com as alice"
         key.answer(True)
         await registering
         refused = asyncio.ensure_future(guest.run("set -e; cd /tmp\n" + sign_in(node)))
-        assert await asked() == "sign in at example.com"
+        assert await beside(refused, asked()) == "sign in at example.com"
         key.answer(False)
         assert "FIDO_ERR_OPERATION_DENIED" in (await refused).output
         # U2F: the tool repeats the request until the user has answered
         old = asyncio.ensure_future(guest.check("set -e; cd /tmp\n" + register(node, "-u", "old")))
-        assert "register the key at the site with the hash" in await asked()
+        assert "register the key at the site with the hash" in await beside(old, asked())
         key.answer(True)
         await old
         # A program that is killed: the question is withdrawn when the next one begins.
@@ -175,12 +175,12 @@ async def test_a_user_who_is_asked(guests: Guests) -> None:
         assert key.question is not None
         key.answer(False)
         again = asyncio.ensure_future(guest.check("set -e; cd /tmp\n" + sign_in(node)))
-        await asked()
+        await beside(again, asked())
         key.answer(True)
         await again
         # The key is unplugged while its user is asked.
         leaving = asyncio.ensure_future(guest.run("set -e; cd /tmp\n" + sign_in(node)))
-        await asked()
+        await beside(leaving, asked())
         answers = [event.answer for event in hub.reports() if isinstance(event, PresenceAnswered)]
     assert (await leaving).exit_code != 0
     assert key.question is None

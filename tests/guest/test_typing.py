@@ -105,7 +105,8 @@ async def test_a_click_on_a_tablet_that_is_plugged_in_for_it(guests: Guests) -> 
     async with connected(guest.targets[1]) as farplug:
         width, height = await farplug.screen.size()
         clicking = asyncio.ensure_future(farplug.typing.click(width // 2, height + 1000))
-        async with reading(guest, 0, 0x110) as events:  # BTN_LEFT; Linux reads a tablet only while a program does
+        # BTN_LEFT; Linux reads a tablet only while a program does
+        async with reading(guest, 0, 0x110, clicking) as events:
             assert (await clicking).via is Via.USB
         assert [(code, value) for kind, code, value in events if kind == 1] == [(0x110, 1), (0x110, 0)]
         places = {code: value for kind, code, value in events if kind == 3}
@@ -157,7 +158,7 @@ async def test_a_guest_that_configures_the_keyboard_again(guests: Guests) -> Non
     async with connected(guest.targets[0]) as farplug:
         await farplug.typing.type("x", via=Via.USB)
         typing = asyncio.ensure_future(farplug.typing.type("y" * 50_000, via=Via.USB))
-        async with reading(guest, 0, 21):  # KEY_Y
+        async with reading(guest, 0, 21, typing):  # KEY_Y
             pass
         device = "$(dirname $(grep -l farplug /sys/bus/usb/devices/*/manufacturer))"
         await guest.check(f"echo 0 > {device}/bConfigurationValue")
@@ -197,7 +198,7 @@ async def test_resets_during_a_text(guests: Guests) -> None:
         device = "$(dirname $(grep -l farplug /sys/bus/usb/devices/*/manufacturer))"
         for _ in range(5):
             typing = asyncio.ensure_future(farplug.typing.type("y" * 50_000, via=Via.USB))
-            async with reading(guest, 0, 21):  # KEY_Y
+            async with reading(guest, 0, 21, typing):  # KEY_Y
                 pass
             await guest.check(f"for i in 1 2 3; do echo 0 >{device}/authorized; echo 1 >{device}/authorized; done")
             with pytest.raises(DeviceError, match="of 50000 characters are certain"):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+import itertools
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine
 from contextlib import asynccontextmanager
 from itertools import pairwise
 
@@ -40,6 +41,7 @@ IN, OUT = 0x81, 0x01
 @pytest.fixture(autouse=True)
 def _no_delay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hid_function, "OPEN_DELAY", 0.0)
+    monkeypatch.setattr(hid_keyboard, "_SETTLE_TIME", 0.01)
 
 
 @asynccontextmanager
@@ -231,6 +233,133 @@ def test_a_key_of_a_run_ends_the_repetition_of_the_next_one(pressed: tuple[Key, 
         assert len(reports) < 1.4 * len(strokes)
 
 
+class Busy:
+    """A guest in which Num Lock is on, and which shows the locks late, as they are then.
+
+    Args:
+        begin: seconds from when it receives until it shows the locks for the first time.
+        late: seconds from a change to when it shows the locks.
+        presses: the numbers of reports with which a user presses Num Lock, too.
+    """
+
+    def __init__(self, guest: MemoryGuest, begin: float, late: float, presses: Collection[int]) -> None:
+        self.seen: list[bytes] = []
+        self.leds = 1
+        self._guest, self._begin, self._late, self._presses = guest, begin, late, presses
+        self._changed = asyncio.Event()
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._show())
+            held = set[int]()
+            while True:
+                report = await self._guest.interrupt_in(IN)
+                self.seen.append(report)
+                before, held = held, {*report[2:]}
+                if Key.NUM_LOCK in held - before:
+                    self.toggle()
+                if len(self.seen) in self._presses:
+                    self.toggle()
+
+    def toggle(self) -> None:
+        self.leds ^= 1
+        self._changed.set()
+
+    async def _show(self) -> None:
+        shown = 0
+        await asyncio.sleep(self._begin)
+        while True:
+            self._changed.clear()
+            if shown != self.leds:
+                shown = self.leds
+                await self._guest.interrupt_out(OUT, bytes((shown,)))
+            await self._changed.wait()
+            await asyncio.sleep(self._late)
+
+
+@asynccontextmanager
+async def busy(
+    guest: MemoryGuest, begin: float = 0, late: float = 0, presses: Collection[int] = ()
+) -> AsyncIterator[Busy]:
+    one = Busy(guest, begin, late, presses)
+    running = asyncio.ensure_future(one.run())
+    try:
+        yield one
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
+@pytest.mark.parametrize("late", [0, 0.002])
+@pytest.mark.parametrize("begin", [0, 0.03])
+async def test_a_guest_that_shows_its_locks_late(monkeypatch: pytest.MonkeyPatch, begin: float, late: float) -> None:
+    """Take nothing that a driver shows when it begins for an answer."""
+    monkeypatch.setattr(hid_keyboard, "_SETTLE_TIME", 0.1)
+    monkeypatch.setattr(hid_keyboard, "_TAKEN_TIMEOUT", 1.0)
+    async with plugged(keyboard := Keyboard()) as guest, busy(guest, begin, late) as one:
+        assert await keyboard.type_text("hello")
+        assert await keyboard.confirm()
+        assert text_of(one.seen) == "hello"
+        await keyboard.until(lambda: keyboard.leds == Led(one.leds) == Led.NUM_LOCK)
+
+
+@pytest.mark.parametrize("at", [11, 12, 60])
+async def test_a_user_who_presses_num_lock_during_a_text(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """The text is whole, or the error has what is certain; the next text is typed as ever."""
+    monkeypatch.setattr(hid_keyboard, "TRUSTED_AFTER", 5)
+    monkeypatch.setattr(hid_keyboard, "CONFIRM_EVERY", 10)
+    monkeypatch.setattr(hid_keyboard, "_TAKEN_TIMEOUT", 0.2)
+    text = "the quick brown fox jumps over the lazy dog"
+    async with plugged(keyboard := Keyboard()) as guest, busy(guest, presses=(at,)) as one:
+        certain = len(text)
+        try:
+            assert await keyboard.type_text(text)
+        except ReportsLost as error:
+            certain = error.confirmed
+        assert text_of(one.seen)[:certain] == text[:certain]
+        first = len(one.seen)
+        assert await keyboard.type_text(text)
+        assert text_of(one.seen[first:]) == text
+
+
+async def test_locks_that_change_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They answer nothing: the text is not confirmed."""
+    monkeypatch.setattr(hid_keyboard, "FIRMWARE_PACE", 0.001)
+    monkeypatch.setattr(hid_keyboard, "_SETTLE_TIME", 0.05)
+
+    async def blink(guest: MemoryGuest) -> None:
+        for number in itertools.count():
+            await guest.interrupt_out(OUT, bytes((number & 1,)))
+            await asyncio.sleep(0.001)
+
+    async with plugged(keyboard := Keyboard()) as guest:
+        blinking = asyncio.ensure_future(blink(guest))
+        await keyboard.until(lambda: bool(keyboard.leds))
+        with pytest.raises(ReportsLost, match="0 of 2"):
+            await keyboard.type_text("ab", confirm=True)
+        assert not await keyboard.type_text("ab")
+        assert not await keyboard.confirm()
+        blinking.cancel()
+
+
+async def test_a_guest_that_stops_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hid_keyboard, "_TAKEN_TIMEOUT", 1.0)
+    async with plugged(keyboard := Keyboard()) as guest:
+        async with reflecting(guest) as seen:
+            typing = asyncio.ensure_future(keyboard.type_text("x" * 200))
+            await keyboard.until(lambda: len(seen) > 100 or typing.done())
+        await guest.stop_receiving(IN)
+        with pytest.raises(ReportsLost) as caught:
+            await typing
+        assert text_of(seen)[: caught.value.confirmed] == "x" * caught.value.confirmed
+        assert caught.value.confirmed > 40
+        assert not await keyboard.confirm(0.1)
+        await guest.start_receiving(IN)
+        async with reflecting(guest) as seen:
+            assert await keyboard.type_text("y")
+            assert text_of(seen) == "y"
+
+
 async def test_two_texts_do_not_mix() -> None:
     async with plugged(keyboard := Keyboard()) as guest, reflecting(guest) as seen:
         await asyncio.gather(keyboard.type_text("a" * 50), keyboard.type_text("b" * 50))
@@ -258,13 +387,12 @@ async def test_a_guest_that_ends_to_confirm(monkeypatch: pytest.MonkeyPatch) -> 
         async with reflecting(guest):
             assert await keyboard.type_text("before")
         with pytest.raises(ReportsLost, match="0 of 5 characters are certain"):
-            await asyncio.gather(keyboard.type_text("hello", confirm=True), _answer_twice(guest))
+            await asyncio.gather(keyboard.type_text("hello", confirm=True), _answer_once(guest))
 
 
-async def _answer_twice(guest: MemoryGuest) -> None:
-    for leds in (b"\1", b"\0"):
-        await reports(guest, 2)
-        await guest.interrupt_out(OUT, leds)
+async def _answer_once(guest: MemoryGuest) -> None:
+    await reports(guest, 2)
+    await guest.interrupt_out(OUT, b"\1")
 
 
 async def test_a_guest_that_stops_to_receive(monkeypatch: pytest.MonkeyPatch) -> None:

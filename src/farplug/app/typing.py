@@ -33,7 +33,7 @@ HidT = TypeVar("HidT", bound=HidFunction)
 
 READ_TIMEOUT: Final = 10.0
 """Seconds in which a guest reads from a device that was plugged in for it. Firmware does only while it starts."""
-CONFIRM_TIMEOUT: Final = 1.0
+CONFIRM_TIMEOUT: Final = 2.0
 """Seconds in which a guest confirms a chord, if it does."""
 
 _CONFIGURED_INTERVAL: Final = 0.05

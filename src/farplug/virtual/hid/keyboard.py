@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from enum import IntFlag
 from typing import Final, TypeAlias
 
@@ -35,7 +36,9 @@ _ATTEMPTS, _ATTEMPT_TIMEOUT = 5, 1.0
 _TAKEN_TIMEOUT = 15.0
 """Seconds in which a guest confirms what it has taken."""
 _SETTLE_TIME = 0.3
-"""Seconds without LEDs after which no answer to earlier reports is expected any more."""
+"""Seconds without a change of the locks after which no answer to earlier reports is expected any more."""
+_LOCKS = 0x03
+"""Num Lock and Caps Lock, as LEDs."""
 
 Progress: TypeAlias = Callable[[int], None]
 """Called with the number of characters that were typed, and confirmed if the guest confirms them."""
@@ -90,7 +93,8 @@ class Keyboard(HidFunction):
     def __init__(self) -> None:
         self.leds = Led(0)
         self._pressed: list[Key] = []
-        self._leds_set = 0
+        self._changed_at = 0.0
+        """When the guest has changed a lock, in the time of the event loop."""
         self._turn = asyncio.Lock()
         self._configurations = self._typing_in = 0
         """How often the guest has configured the device, and when the text began that is being typed."""
@@ -100,6 +104,10 @@ class Keyboard(HidFunction):
         """The guest has not stopped to receive while something was typed."""
         self._is_silent = False
         """The guest did not confirm anything."""
+        self._is_asked = False
+        """Num Lock was pressed, and the guest has not changed its LED since."""
+        self._is_in_step = False
+        """The LEDs show all that the guest has taken: their next change is the answer to the next question."""
         self._toggled = False
         """Num Lock was pressed an odd number of times since the text began."""
 
@@ -113,11 +121,17 @@ class Keyboard(HidFunction):
         self._pressed.clear()
         self._configurations += 1
         self._confirmed_alone, self._is_reliable, self._is_silent = 0, True, False
+        self._is_asked = self._is_in_step = False
         super().configured(speed)
 
     def output_report(self, data: bytes) -> None:
-        self.leds = Led(data[0] & 0x1F) if data else Led(0)
-        self._leds_set += 1
+        before, self.leds = self.leds, Led(data[0] & 0x1F) if data else Led(0)
+        changed = (self.leds ^ before) & _LOCKS
+        if changed:
+            self._changed_at = asyncio.get_running_loop().time()
+        if changed & Led.NUM_LOCK:
+            self._is_in_step &= self._is_asked  # otherwise a user, or another keyboard, has pressed it
+            self._is_asked = False
         self.notify()
 
     async def press(self, *keys: Key) -> None:
@@ -188,7 +202,14 @@ class Keyboard(HidFunction):
             self._typing_in = self._configurations
             await self.reports.read_by_guest()
             wanted = not self.boot_protocol if confirm is None else confirm
-            self._toggled = capitals = False
+            self._toggled = capitals = answers = False
+            done = 0
+
+            def proceed(count: int) -> None:
+                nonlocal done
+                done = count
+                progress(count)
+
             try:
                 answers = wanted and await self._answers()
                 if confirm and not answers:
@@ -197,29 +218,30 @@ class Keyboard(HidFunction):
                 if capitals:
                     await self._toggle_caps_lock()
                 if answers:
-                    await self._type_confirmed(characters, progress)
+                    await self._type_confirmed(characters, proceed)
                 else:
-                    await self._type_slowly(characters, progress)
+                    await self._type_slowly(characters, proceed)
+            except _Uncertain:
+                self._is_reliable = False
+                raise ReportsLost(done if answers else 0, len(characters)) from None
             finally:
-                if capitals and self._is_same_configuration:
-                    await self._toggle_caps_lock()
-                await self._restore_num_lock()
+                await self._restore_locks(capitals)
             return answers
 
     async def _type_confirmed(self, characters: Sequence[Sequence[Stroke]], progress: Progress) -> None:
         done, total = 0, len(characters)
-        try:
-            while done < total:
-                if self._is_reliable and self._confirmed_alone >= TRUSTED_AFTER:
-                    done += await self._type_run(characters[done : done + CONFIRM_EVERY])
-                else:
-                    for stroke in characters[done]:
-                        await self._type_key(stroke)
-                    done += 1
-                progress(done)
-        except _Uncertain:
-            self._is_reliable = False
-            raise ReportsLost(done, total) from None
+        while done < total:
+            if not self._is_in_step:
+                if not await self._settle():
+                    raise _Uncertain
+                self._is_in_step = True
+            if self._is_reliable and self._confirmed_alone >= TRUSTED_AFTER:
+                done += await self._type_run(characters[done : done + CONFIRM_EVERY])
+            else:
+                for stroke in characters[done]:
+                    await self._type_key(stroke)
+                done += 1
+            progress(done)
 
     async def _type_run(self, characters: Sequence[Sequence[Stroke]]) -> int:
         """Type characters, and wait until the guest has taken them; return how many.
@@ -243,14 +265,17 @@ class Keyboard(HidFunction):
         while True:
             before, restarts = self.leds, self.reports.restarts
             echo = await self._toggle(stroke)
+            in_step = self._is_in_step
             taken = await echo.comes(_TAKEN_TIMEOUT, restarts)
             self._is_reliable &= self.reports.restarts == restarts
             if taken:
                 self._confirmed_alone += 1
                 return
-            if self.reports.restarts == restarts:
+            if self.reports.restarts == restarts or not in_step:
                 raise _Uncertain
-            if await self._has_taken_num_lock(before):
+            taken = await self._has_taken_num_lock(before)
+            self._is_in_step = True
+            if taken:
                 return
             self._toggled = not self._toggled
 
@@ -330,20 +355,32 @@ class Keyboard(HidFunction):
 
     async def _emit(self, *reports: bytes) -> None:
         """Send reports of a text, unless the guest has reset the device since the text began."""
+        self._check_configuration()
+        try:
+            async with asyncio.timeout(_TAKEN_TIMEOUT):
+                await self.report(*reports)
+        except TimeoutError:
+            raise _Uncertain from None
+
+    def _check_configuration(self) -> None:
+        """Raise :class:`Detached` if the guest has reset the device since the text began."""
         if not self._is_same_configuration:
             raise Detached("the guest has reset the keyboard while a text was typed")
-        await self.report(*reports)
 
     @property
     def _is_same_configuration(self) -> bool:
         return self._configurations == self._typing_in and self._current is not None
+
+    @property
+    def _is_listened_to(self) -> bool:
+        return self._is_same_configuration and self.reports.is_read
 
     # Confirmations
 
     async def confirm(self, timeout: float = _TAKEN_TIMEOUT) -> bool:
         """Wait until the guest has taken all reports. Return False if it does not confirm that.
 
-        Num Lock is pressed twice: a guest that reflects the lock sets the LEDs each time, after all that came before.
+        Num Lock is pressed, twice: a guest that reflects the lock sets the LED after all that came before.
 
         Raises:
             Detached: the guest has not configured the device, or resets or unplugs it.
@@ -352,36 +389,54 @@ class Keyboard(HidFunction):
             self._typing_in = self._configurations
             self._toggled = False
             try:
-                first = await (await self._toggle()).comes(timeout)
-                return await (await self._toggle()).comes(timeout) and first
+                async with asyncio.timeout(timeout):
+                    return await (await self._toggle()).comes(timeout) if self._is_in_step else await self._answers()
+            except (TimeoutError, _Uncertain):
+                return False
             finally:
-                await self._restore_num_lock()
+                await self._restore_locks()
 
     async def _answers(self) -> bool:
-        """Return whether the guest confirms what it takes. A driver that has just begun may drop the first reports."""
-        for attempt in range(1 if self._is_silent else _ATTEMPTS):
-            if await (await self._toggle()).comes(_ATTEMPT_TIMEOUT):
-                self._toggled = True  # whatever became of earlier attempts
-                if attempt or self._is_silent:
-                    await self._settle()  # answers to earlier attempts
-                self._is_silent = not await (await self._toggle()).comes(_TAKEN_TIMEOUT)
-                self._toggled = False
-                return not self._is_silent
+        """Return whether the guest confirms what it takes.
+
+        A driver that has just begun may drop the first reports, and it shows the locks of the guest once, late if the
+        guest is busy, which answers nothing. So the locks must be at rest before a question, and after the answer.
+        """
+        before = None
+        for _ in range(1 if self._is_silent else _ATTEMPTS):
+            if not self._is_in_step and not await self._settle():
+                break
+            if before is None:
+                before = self.leds & Led.NUM_LOCK
+            echo = await self._toggle()
+            if await echo.comes(_ATTEMPT_TIMEOUT):
+                if self._is_in_step or (await self._settle() and echo.is_there):
+                    self._toggled = self.leds & Led.NUM_LOCK != before  # whatever became of earlier questions
+                    self._is_silent, self._is_in_step = False, True
+                    return True
+                before ^= Led.NUM_LOCK  # the first change was the guest's own, the second one the answer
+            self._is_in_step = False
         self._is_silent = True
         return False
 
     async def _toggle(self, stroke: Stroke | None = None) -> _Echo:
         """Press Num Lock, with another key in the same report if there is one; return what waits for the answer."""
-        before = self.leds & Led.NUM_LOCK
         pressed = _report([*self._pressed, Key.NUM_LOCK]) if stroke is None else self._report_of(stroke, Key.NUM_LOCK)
         await self._emit(pressed, _report(self._pressed))
         self._toggled = not self._toggled
-        return _Echo(self, before)
+        self._is_asked = True
+        return _Echo(self, self.leds & Led.NUM_LOCK)
 
-    async def _restore_num_lock(self) -> None:
-        """Press Num Lock if it was pressed an odd number of times, unless the guest has reset the device."""
-        if self._toggled and self._is_same_configuration:
-            await (await self._toggle()).comes(_ATTEMPT_TIMEOUT)  # no answer to the next text
+    async def _restore_locks(self, capitals: bool = False) -> None:
+        """Press Num Lock if it was pressed an odd number of times, and Caps Lock if it was turned off.
+
+        Do nothing if the guest has reset the device, or does not receive.
+        """
+        with suppress(_Uncertain):
+            if capitals and self._is_listened_to:
+                await self._toggle_caps_lock()
+            if self._toggled and self._is_listened_to:
+                await (await self._toggle()).comes(_ATTEMPT_TIMEOUT)  # no answer to the next text
 
     async def _toggle_caps_lock(self) -> bool:
         """Press Caps Lock, and wait until the guest shows it; return whether it does."""
@@ -389,12 +444,20 @@ class Keyboard(HidFunction):
         await self._emit(_report([*self._pressed, Key.CAPS_LOCK]), _report(self._pressed))
         return await self.within(_ATTEMPT_TIMEOUT, lambda: self.leds & Led.CAPS_LOCK != before)
 
-    async def _settle(self) -> None:
-        """Wait until the guest has set no LEDs for :data:`_SETTLE_TIME`."""
-        before = -1
-        while before != self._leds_set:
-            before = self._leds_set
-            await asyncio.sleep(_SETTLE_TIME)
+    async def _settle(self) -> bool:
+        """Wait until the locks have not changed for :data:`_SETTLE_TIME`; return False if they change again and again.
+
+        Raises:
+            Detached: the guest has reset the device.
+        """
+        loop = asyncio.get_running_loop()
+        for _ in range(_ATTEMPTS):
+            rest = max(self._changed_at, self.reports.read_since) + _SETTLE_TIME - loop.time()
+            if rest <= 0:
+                return True
+            await asyncio.sleep(rest)
+            self._check_configuration()
+        return False
 
     async def within(self, seconds: float, condition: Callable[[], bool]) -> bool:
         """Wait until a condition is true, as :meth:`until`, for some seconds at most; return whether it is."""
@@ -414,7 +477,7 @@ class _Echo:
         self._before = before
 
     @property
-    def _is_there(self) -> bool:
+    def is_there(self) -> bool:
         return self._keyboard.leds & Led.NUM_LOCK != self._before
 
     async def comes(self, timeout: float, restarts: int | None = None) -> bool:
@@ -429,10 +492,12 @@ class _Echo:
         def has_restarted() -> bool:
             return restarts is not None and keyboard.reports.restarts != restarts
 
-        await keyboard.within(timeout, lambda: self._is_there or has_restarted())
+        await keyboard.within(timeout, lambda: self.is_there or has_restarted())
         if has_restarted():
-            await keyboard.within(_SETTLE_TIME, lambda: self._is_there)
-        return self._is_there
+            await keyboard.within(_SETTLE_TIME, lambda: self.is_there)
+        if not self.is_there:
+            keyboard._is_in_step = False
+        return self.is_there
 
 
 class _Uncertain(Exception):
