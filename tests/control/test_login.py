@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -141,11 +142,32 @@ async def test_the_name_is_asked_for_again() -> None:
     assert terminal.typed == [NAME]
 
 
-@pytest.mark.parametrize("reason", [Reason.NO_TEXT, Reason.NO_DISPLAY, Reason.MISSING_PROGRAM])
-async def test_a_screen_that_cannot_be_read(reason: Reason) -> None:
+async def test_a_screen_that_cannot_be_read() -> None:
     terminal = Terminal()
-    terminal.error = StateError("no text", reason=reason)
+    terminal.error = StateError("no text", reason=Reason.NO_TEXT)
     assert await logged_in(terminal, Login("root", "pw"), delay=0.01) == [NAME, SECRET]
+
+
+@pytest.mark.parametrize("reason", [Reason.NO_DISPLAY, Reason.MISSING_PROGRAM])
+async def test_no_screen_is_waited_for(monkeypatch: pytest.MonkeyPatch, reason: Reason) -> None:
+    """Type at once, and wait only for what the VM needs after the name and after the password."""
+    terminal, waits = Terminal(), []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    terminal.error = StateError("no screen", reason=reason)
+    assert await logged_in(terminal, Login("root", "pw"), delay=7.0) == [NAME, SECRET]
+    assert waits == [7.0, 7.0]
+
+
+async def test_text_appears_later() -> None:
+    terminal = Terminal()
+    terminal.error = StateError("no text", reason=Reason.NO_TEXT)
+    asyncio.get_running_loop().call_later(0.05, setattr, terminal, "error", None)
+    assert await logged_in(terminal, Login("root", "pw"), delay=20) == [NAME, SECRET]
+    assert terminal.lines[-1] == terminal.prompt
 
 
 async def test_the_session_ends() -> None:

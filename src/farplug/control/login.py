@@ -93,6 +93,7 @@ class _Screen:
 
     def __init__(self, client: Client) -> None:
         self._client = client
+        self._is_there = True
 
     async def asks_for_name(
         self, press_return: Callable[[], Awaitable[object]], delay: float, timeout: float
@@ -113,7 +114,7 @@ class _Screen:
             now = loop.time()
             if line is not None and line.endswith(ASKS):
                 return line
-            if not was_text and now - begin >= delay:
+            if not was_text and (not self._is_there or now - begin >= delay):
                 return None
             if now - begin >= timeout:
                 raise _refused("the VM does not ask for a name")
@@ -150,7 +151,9 @@ class _Screen:
             result: Any = await self._client.call("screen-text", {})
         except (GuestGoneError, RemoteProtocolError):
             raise
-        except FarplugError:
+        except FarplugError as error:
+            # A screen may show text soon, when firmware or a splash screen is over.
+            self._is_there = error.reason is Reason.NO_TEXT
             return None
         lines = result.get("lines") if isinstance(result, dict) else None
         if not isinstance(lines, list):
