@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from farplug.agents.picture import Box, Mark, Picture, Screen, fitted_size
+from farplug.agents.serial import SerialLine
 from farplug.control.client import Client
 from farplug.control.messages import Notification
 from farplug.control.shell import Shell, open_shell
@@ -112,6 +113,8 @@ class Machine:
         self._holder_is_known = False
         self._cursor: Mapping[str, Any] = {}
         self._buttons: list[str] = []
+        self._line: SerialLine | None = None
+        self._plugging = asyncio.Lock()
         self._changed = asyncio.Event()
 
     # The session --------------------------------------------------------------------------------------------------
@@ -163,7 +166,13 @@ class Machine:
             await self._disconnect()
 
     async def _disconnect(self) -> None:
-        self._client = None
+        client, self._client = self._client, None
+        line, self._line = self._line, None
+        if line is not None:
+            await line.close()
+            if client is not None and line.label:
+                with suppress(FarplugError):  # the session has ended
+                    await client.call("detach", {"device": line.label})
         self.screen.clear()
         self.state, self.inputs, self._cursor = {}, {}, {}
         self._holder, self._holder_is_known = None, False
@@ -400,6 +409,22 @@ class Machine:
             note = "the VM does not use it yet: firmware looks for devices only when it starts"
             return [{**one, "note": note} for id, one in (await self.attachments()).items() if id not in before]
         return [*result["attachments"]] if isinstance(result, dict) else []
+
+    async def serial(self) -> SerialLine:
+        """Return the serial line of this client, which is plugged in at the first use, and again if it was unplugged.
+
+        Raises:
+            FarplugError: as :meth:`attach`.
+        """
+        async with self._plugging:
+            await self.session()
+            if self._line is None or not self._line.is_of_use:
+                if self._line is not None:
+                    await self._line.close()
+                self._line, line = None, SerialLine()
+                await line.open(self._path.parent, self.attach)
+                self._line = line
+            return self._line
 
     # Keyboard and mouse -------------------------------------------------------------------------------------------
 

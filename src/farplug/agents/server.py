@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Any, Final, Literal, TypeAlias
 
 from mcp.server.mcpserver import Context, Image, MCPServer
@@ -32,6 +32,8 @@ MAX_STDIN: Final = 65_536
 """Characters of the standard input of a program that ``run`` runs."""
 MAX_OUTPUT: Final = 32_768
 """Bytes of each output of such a program that are returned."""
+MAX_TAIL: Final = 2000
+"""Bytes of what a serial line has that are shown after a timeout."""
 MAX_SECONDS: Final = 100.0
 """Of a wait, and of a key that is held."""
 SETTLE_TIME: Final = 0.5
@@ -629,6 +631,51 @@ class Tools:
                 raise
         return await self._after(f"typed the secret {name}; {_confirmed(result)}", screenshot_after)
 
+    # Serial line
+
+    async def serial_read(self, timeout: Seconds = 0.0) -> str:
+        """Return what the VM wrote to a USB serial line since the last read; wait for it if there is nothing.
+
+        The first use of a serial tool plugs the line in. In Linux it is /dev/ttyACM0, in Windows a COM port; there a
+        program must use it, such as dmesg >/dev/ttyACM0, or a shell or a login on it.
+        """
+        line = await self._machine.serial()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                await line.wait()
+        lost = f"[{line.lost} bytes before were lost]\n" if line.lost else ""
+        return lost + _console(line.read(MAX_OUTPUT))
+
+    async def serial_write(
+        self,
+        text: Annotated[str, Field(max_length=MAX_TEXT, description="what the VM reads from the line")] = "",
+        secret: Annotated[
+            str | None, Field(max_length=64, description="the name of a secret, which is sent after the text")
+        ] = None,
+    ) -> str:
+        """Write to the USB serial line; see serial_read. A line ends with a newline, of which terminals make Return."""
+        data = text.encode("utf-8", "surrogateescape")
+        hidden = b"" if secret is None else self._policy.secret(secret).encode()
+        line = await self._machine.serial()
+        await self._machine.unheld()
+        line.write(data + hidden)
+        return f"sent {len(data)} bytes{'' if secret is None else f' and the secret {secret}'}"
+
+    async def serial_expect(
+        self,
+        text: Annotated[str, Field(min_length=1, max_length=200, description="exactly")],
+        timeout: Seconds = 30.0,
+    ) -> str:
+        """Wait until the VM has written a text to the USB serial line; return what it wrote up to the text."""
+        line = await self._machine.serial()
+        try:
+            async with asyncio.timeout(timeout):
+                count = await line.wait_for(text.encode("utf-8", "surrogateescape"))
+        except TimeoutError:
+            last = _console(line.peek()[-MAX_TAIL:])
+            return f"timeout: after {timeout:g} seconds the VM has not written this. Its last output is kept:\n{last}"
+        return _console(line.read(count)[-MAX_OUTPUT:])
+
     async def _after(self, text: str, look: bool) -> Content:
         """Return what an act returns: a line, and an image if it is wanted."""
         if not look:
@@ -717,7 +764,8 @@ ACTING: Final[Mapping[str, bool]] = {
     **dict.fromkeys(("left_click", "right_click", "middle_click", "double_click", "triple_click"), True),
     **dict.fromkeys(("left_click_drag", "left_mouse_down", "left_mouse_up"), True),
     **dict.fromkeys(("mouse_move", "scroll"), False),
-    **dict.fromkeys(("key", "hold_key", "type", "type_secret", "run"), True),
+    **dict.fromkeys(("key", "hold_key", "type", "type_secret", "run", "serial_write"), True),
+    **dict.fromkeys(("serial_read", "serial_expect"), False),
     **dict.fromkeys(("usb_attach", "cdrom_insert", "cdrom_eject"), False),
     "usb_detach": True,
 }
@@ -740,6 +788,12 @@ class _Kept:
     def text(self) -> str:
         text = self._data.decode("utf-8", "replace")
         return f"{text}\n[{self._left_out} bytes more were left out]" if self._left_out else text
+
+
+def _console(data: bytes) -> str:
+    """Return the output of a terminal as text, with U+FFFD in place of what controls one."""
+    text = data.decode("utf-8", "replace").replace("\r\n", "\n")
+    return "".join(char if char in "\n\t" or char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 def _codes(text: str | None) -> list[str]:
