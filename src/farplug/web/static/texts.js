@@ -66,7 +66,7 @@ export const T = {
 
   // State of a guest
   state: /** @type {Record<string, string>} */ ({
-    connecting: "Connecting", connected: "Connected", lost: "Lost", reconnecting: "Reconnecting", closed: "Closed", ended: "Ended",
+    connecting: "Connecting", connected: "Connected", lost: "Lost", reconnecting: "Reconnecting", closed: "Closed", taken: "Taken over", ended: "Ended",
     ending: "Ending", gone: "No server", paused: "Paused", "not responding": "Does not respond",
   }),
 
@@ -106,7 +106,7 @@ export const T = {
   keysGoPhone: "You type into the VM",
   tapBelow: "· tap below to stop",
   clickToType: "Click the picture to type into the VM",
-  tapToType: "Tap the picture to type into the VM",
+  tapToType: "Tap the picture to type",
   watchHint: "You watch: keys and clicks stay here",
   nowhere: "Keys go nowhere",
   nobodyHint: "Click the picture to drive",
@@ -128,7 +128,7 @@ export const T = {
   gone: "The connection to the VM ended",
   goneAt: (/** @type {string} */ time) => `At ${time}: `,
   takenOver: "Another client has probably taken the VM",
-  fights: "If this session connects again, it ends the other client. Leave the VM to it, or close it first.",
+  fights: "SPICE serves one client at a time: connecting again ends the session of the other client. To leave the VM to it, stop trying.",
   connectAgain: "To connect again:",
   ended: "The session has ended",
   endedText: "Its devices are unplugged, and what the VM wrote is on stable storage, unless a message below states otherwise.",

@@ -46,7 +46,7 @@ function statusWords(app, over) {
     h("span", { class: kind }, icon(mark, "s"), h("b", null, word), more && h("span", { class: "opt" }, " ", more));
   if (over === "server") return words("s-wait", state.link.state === "connecting" ? T.state.connecting : T.state.gone, "warn", "");
   if (over === "ended") return words("s-stop", T.state.ended, "stop", "");
-  if (over === "gone") return words("s-stop", T.state.closed, "stop", "");
+  if (over === "gone") return words("s-stop", takenOver(app) ? T.state.taken : T.state.closed, "stop", "");
   if (over === "lost") return words("s-wait", T.state.reconnecting, "warn", "");
   if (over === "connecting") return words("s-wait", T.state.connecting, "warn", "");
   if (paused(app)) return words("s-pause", T.state.paused, "", "");
@@ -141,7 +141,7 @@ function tabbar(app) {
   const words = { usb: [T.socketsShort, " ", h("b", { class: "n" }, `${used}/${all}`)], plug: T.plugIn, messages: T.messages };
   return h("nav", { key: "tabbar", class: "tabbar", "aria-label": T.tabs }, Object.entries(words)
     .filter(([name]) => name !== "plug" || app.state.server?.role === "full")
-    .map(([name, content]) => h("button", { key: name, type: "button", "aria-pressed": String(app.ui.tab === name), onclick: () => app.setUi({ tab: name, dock: "messages", dockOpen: true }) }, content)));
+    .map(([name, content]) => h("button", { key: name, type: "button", "aria-pressed": String(app.ui.tab === name && (name !== "messages" || app.ui.dock === name)), onclick: () => app.setUi({ tab: name, dock: "messages", dockOpen: true }) }, content)));
 }
 
 /** The page without a VM: its server does not answer, or does not know the token. @param {App} app */
@@ -199,8 +199,10 @@ function connecting(app) {
 
 /** @param {App} app */
 function why(app) {
-  const { loss } = app.state;
-  return loss?.message ? [h("code", null, plain(loss.message)), "."] : null;
+  const { loss, hello } = app.state;
+  if (!loss?.message) return null;
+  const target = `${hello?.target}: `;  // the bar has it
+  return plain(sentence(loss.message.startsWith(target) ? loss.message.slice(target.length) : loss.message));
 }
 
 /** @param {App} app @returns {boolean} the SPICE server ended the session, and still answers */
@@ -219,8 +221,10 @@ function lost(app) {
       h("p", null, loss?.time && [T.since(clock(loss.time)), why(app), " "], app.state.screen.width > 0 && T.lastPicture, " ", T.returns(returning)),
       takenOver(app) && h("p", null, T.fights),
       attempt && countdown(app, { at: attempt.time + app.wall() - app.now(), tries: attempt.number, span: app.spanOf(attempt) }, act ? () => app.reconnect(false) : null, act ? () => app.reconnect(true) : null),
-      loss?.remedy && h("p", null, plain(sentence(loss.remedy))),
-      h("div", null, h("p", { class: "why" }, T.doctor), command(app, `farplug doctor ${shellWord(app.state.hello?.target ?? "")}`)),
+      !takenOver(app) && [  // farplug doctor would end the other client, too
+        loss?.remedy && h("p", null, plain(sentence(loss.remedy))),
+        h("div", null, h("p", { class: "why" }, T.doctor), command(app, `farplug doctor ${shellWord(app.state.hello?.target ?? "")}`)),
+      ],
     ],
   };
 }
