@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -58,7 +59,7 @@ async def test_a_conversation(environment: dict[str, str]) -> None:
     assert all(one.over for one in guest.attachments), "it is unplugged at the end"
 
 
-async def test_what_nobody_reads_is_bounded(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_is_not_read_is_bounded(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serial_module, "MAX_KEPT", 10)
     async with console(environment, silent=True) as one, agent(one) as acting:
         await acting.text("serial_read")

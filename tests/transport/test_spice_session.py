@@ -255,7 +255,7 @@ async def test_a_server_that_accepts_and_does_not_answer(monkeypatch: pytest.Mon
     fake = FakeSpice()
     async with running(fake) as number:
         session = await connect(number)
-        fake.serve = lambda *_: asyncio.sleep(1000)  # type: ignore[method-assign,assignment]
+        fake.serve = lambda *_: asyncio.sleep(1000)  # type: ignore[method-assign]
         await fake.main_channel.close()
         error = await loss(session)
         assert await session.explain(error) is error

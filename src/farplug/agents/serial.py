@@ -78,7 +78,7 @@ class SerialLine:
         return self._transport is not None or bool(self._kept)
 
     def read(self, count: int) -> bytes:
-        """Return at most so many bytes that have arrived, the oldest ones."""
+        """Return the oldest ``count`` bytes that have arrived, or fewer."""
         data = bytes(self._kept[:count])
         del self._kept[:count]
         self.lost = 0

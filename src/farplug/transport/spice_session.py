@@ -317,8 +317,10 @@ class SpiceSession(Session):
                 self.ended.set_result(GuestMoved(self._destination))
             else:
                 # A server that has not read all that we sent resets the connection.
-                closed = error is None or isinstance(error, ConnectionResetError | BrokenPipeError)
-                how = "the SPICE server closed the session" if closed else describe_broken(error)
+                if error is None or isinstance(error, ConnectionResetError | BrokenPipeError):
+                    closed, how = True, "the SPICE server closed the session"
+                else:
+                    closed, how = False, describe_broken(error)
                 gone = GuestGoneError(
                     f"{self.target}: {how}{self._close_reason}",
                     remedy="check that the VM still runs; another client may have taken over the session: a SPICE "
