@@ -6,6 +6,7 @@ import asyncio
 import os
 import re
 import sys
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -66,18 +67,19 @@ class Contender:
         """Start the program and wait for its disk; at the end, stop the program and wait until the disk is gone."""
         before = await _disks(guest)
         environment = os.environ | ({"PYTHONPATH": str(self.source)} if self.source else {})
-        process = await asyncio.create_subprocess_exec(
-            *self.command, stdout=asyncio.subprocess.DEVNULL, env=environment
-        )
-        try:
-            yield Plugged(await self._new_disk(guest, before, process), process.pid)
-        finally:
-            if process.returncode is None:
-                process.terminate()
-            await process.wait()
-            async with asyncio.timeout(TIMEOUT):
-                while await _disks(guest) - before:
-                    await asyncio.sleep(0.05)
+        with tempfile.TemporaryDirectory(prefix="farplug-bench-") as runtime:  # no other program sees the session
+            process = await asyncio.create_subprocess_exec(
+                *self.command, stdout=asyncio.subprocess.DEVNULL, env=environment | {"XDG_RUNTIME_DIR": runtime}
+            )
+            try:
+                yield Plugged(await self._new_disk(guest, before, process), process.pid)
+            finally:
+                if process.returncode is None:
+                    process.terminate()
+                await process.wait()
+                async with asyncio.timeout(TIMEOUT):
+                    while await _disks(guest) - before:
+                        await asyncio.sleep(0.05)
 
     async def _new_disk(self, guest: QemuGuest, before: set[str], process: asyncio.subprocess.Process) -> str:
         async with asyncio.timeout(TIMEOUT):

@@ -189,6 +189,7 @@ class ScreenWatch:
             self._converting.cancel()
         self._pacing.forget([*self._sent])
         await asyncio.gather(*(follower.close() for follower in self._followers))
+        self._picture = None  # its memory: the cancelled followers and the watch hold each other
 
     # The state
 

@@ -14,6 +14,7 @@ import typer
 from farplug.cli import log
 from farplug.cli.agent_options import AgentOptions
 from farplug.cli.joining import own_session
+from farplug.cli.memory import collect_garbage
 from farplug.cli.page import PageOptions
 from farplug.cli.session import SIGNALS
 from farplug.cli.session_client import run as run_client
@@ -55,7 +56,9 @@ async def _serve(options: PageOptions, name: str | None, *, own: bool) -> None:
     if name is not None:
         async with open_session(name):
             pass  # it runs
-    following = asyncio.ensure_future(_follow(name, ended)) if own and name is not None else None
+    beside: list[asyncio.Future[None]] = [asyncio.ensure_future(collect_garbage())]
+    if own and name is not None:
+        beside.append(asyncio.ensure_future(_follow(name, ended)))
     try:
         async with AsyncExitStack() as stack:
             agents = None
@@ -68,9 +71,9 @@ async def _serve(options: PageOptions, name: str | None, *, own: bool) -> None:
                 await asyncio.to_thread(_open, page)
             await ended.wait()
     finally:
-        if following is not None:
-            following.cancel()
-            await asyncio.gather(following, return_exceptions=True)
+        for task in beside:
+            task.cancel()
+        await asyncio.gather(*beside, return_exceptions=True)
 
 
 def _agents(options: AgentOptions, name: str, stack: AsyncExitStack) -> Agents:

@@ -17,6 +17,7 @@ from farplug.app.events import Event, Level
 from farplug.app.link import AskPassword
 from farplug.app.settings import GuestSettings
 from farplug.cli import log, writer
+from farplug.cli.memory import collect_garbage
 from farplug.cli.options import has_terminal, prompt_for_password
 from farplug.cli.output import Output, SilentOutput
 from farplug.cli.service import UNNAMED, Service, ServiceOptions, SystemdReporter
@@ -126,6 +127,7 @@ class _Session:
             if number not in _HANGUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
                 loop.add_signal_handler(number, self._interrupt, number)
         self._beside.append(loop.create_task(self._refresh()))
+        self._beside.append(loop.create_task(collect_garbage()))
         if self._commands:
             from farplug.cli.commands import serve  # a large import
 

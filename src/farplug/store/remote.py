@@ -342,6 +342,7 @@ class RemoteFile:
             return
         self.is_open = False
         self._asked.clear()
+        self._expired.clear()
         self._queue.clear()
         self._ahead = range(0)
         self._cache.drop(self)

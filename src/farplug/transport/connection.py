@@ -374,6 +374,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._drop_queue()
+        self._receive_buffer = None
         if not self._lost.done():
             self._lost.set_result(None)
         if self._tap is not None:
