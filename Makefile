@@ -2,9 +2,9 @@
 # make test      set up, then run every test (guests included)
 # make test-kerbside  the whole of kerbside, the SPICE proxy, with its database, in front of a guest
 # make lint      ruff, mypy --strict (also for macOS and Windows), import contracts, words, shellcheck, docs
-# make bench     ratios to QEMU's own disks, to spice-gtk's emulated CD and to usbredirect; figures of the parser; what
-#                a command costs without QEMU; what TLS and the SPICE proxy kerbside cost; what the page costs;
-#                how fast the USB keyboard types
+# make bench     one table: ratios to QEMU's own disks, to spice-gtk's emulated CD and to usbredirect; figures of the
+#                parser; what a command costs without QEMU, and a start; what TLS and the SPICE proxy kerbside cost; what the page
+#                costs; how fast the USB keyboard types. It draws the chart of README.md.
 # make fuzz      run every fuzzer, SECONDS each
 # make fuzz-guided   fuzz every parser guided by coverage, with atheris, SECONDS each
 # make fuzz-nightly  all fuzzers for an hour in all
@@ -69,16 +69,7 @@ format: setup
 	.venv/bin/ruff format .
 
 bench: setup
-	$(PYTHON) bench/micro.py
-	$(PYTHON) bench/socketpair.py
-	$(PYTHON) bench/start.py
-	$(PYTHON) bench/disk.py
-	$(PYTHON) bench/network.py
-	PYTHONPATH=. $(PYTHON) bench/keyboard.py
-	$(PYTHON) bench/native.py
-	$(PYTHON) bench/nested.py
-	PYTHONPATH=. $(PYTHON) bench/proxy.py
-	$(PYTHON) bench/page.py --seconds 10 --keys 20 --rounds 2
+	$(PYTHON) bench/table.py
 
 load: setup
 	FARPLUG_LOAD_SESSIONS=200 $(PYTHON) -m pytest tests/load

@@ -66,10 +66,12 @@ class Contender:
     async def plug(self, guest: QemuGuest) -> AsyncIterator[Plugged]:
         """Start the program and wait for its disk; at the end, stop the program and wait until the disk is gone."""
         before = await _disks(guest)
-        environment = os.environ | ({"PYTHONPATH": str(self.source)} if self.source else {})
+        # Before all else: the path also leads to packages.
+        path = os.pathsep.join(filter(None, (str(self.source or ""), os.environ.get("PYTHONPATH", ""))))
         with tempfile.TemporaryDirectory(prefix="farplug-bench-") as runtime:  # no other program sees the session
+            environment = {**os.environ, "PYTHONPATH": path, "XDG_RUNTIME_DIR": runtime}
             process = await asyncio.create_subprocess_exec(
-                *self.command, stdout=asyncio.subprocess.DEVNULL, env=environment | {"XDG_RUNTIME_DIR": runtime}
+                *self.command, stdout=asyncio.subprocess.DEVNULL, env=environment
             )
             try:
                 yield Plugged(await self._new_disk(guest, before, process), process.pid)

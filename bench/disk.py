@@ -35,6 +35,7 @@ from farplug.vm.qemu import QemuGuest
 from farplug.vm.qemu_config import GuestConfig, SpicePort, TcpPort, UnixPort, UsbDisk
 from jobs import JOBS, LINE_BUFFERED_GOAL, LINE_JOBS, MIB, Job, measure, prepare
 from relay import Relay
+from rows import Row, add_rows_option, write_rows
 
 SIZE = 256 * MIB
 VOLUME_DESCRIPTOR = 16 * 2048
@@ -76,12 +77,13 @@ class Setup:
 
 
 MAIN_SETUP = Setup("spice", "super")
-"""The setup for the goals, and for the comparison with the other SPICE client."""
+"""The setup for the comparison with the other SPICE client."""
+UNIX_SETUP = Setup("unix", "super")
 SETUPS = (
     MAIN_SETUP,
     Setup("spice", "super", "bot"),
     Setup("tcp", "super"),
-    Setup("unix", "super"),
+    UNIX_SETUP,
     Setup("spice", "high"),
 )
 
@@ -201,7 +203,7 @@ class Bench:
             disk = farplug(str(setup), self._targets[setup.transport], *setup.options, "--usb-disk", self._images[0])
             async with disk.plug(guest) as ours:
                 for job in self.jobs:
-                    goal = job.goal if setup == MAIN_SETUP else None
+                    goal = {MAIN_SETUP: job.goal, UNIX_SETUP: job.unix_goal}.get(setup)
                     figure = Figure("qemu", "QEMU usb-storage", disk.name, job.name, goal)
                     self.figures.append(await compare(guest, figure, job, storage, ours, self.options.rounds))
                 self._remember(disk.name, ours)
@@ -278,14 +280,18 @@ def usb_uas(image: Path) -> tuple[str, ...]:
 # --- the tables -------------------------------------------------------------------------------------------------------
 
 
-def machine() -> str:
-    """Return a description of the machine."""
+def machine(python: str = platform.python_version()) -> str:
+    """Return a description of the machine.
+
+    Args:
+        python: the version of the Python that is measured.
+    """
     processor = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
     qemu = re.search(r"version (\S+)", output_of(QEMU, "--version") or "")
     return (
         f"{processor[1] if processor else platform.machine()}, {os.cpu_count()} cores; "
         f"Linux {platform.release()}; QEMU {qemu[1] if qemu else '?'} (tcg); "
-        f"Python {platform.python_version()}; farplug {__version__}{commit()}"
+        f"Python {python}; farplug {__version__}{commit()}"
     )
 
 
@@ -367,6 +373,25 @@ def pairs(figures: Sequence[Figure], jobs: dict[str, Job]) -> list[str]:
     return lines
 
 
+def table_rows(figures: Sequence[Figure]) -> list[Row]:
+    """Return the rows of make bench's table."""
+    parts = {"cd": "a CD over {}", "line": f"the same, {2000 * DELAY:.0f} ms round trip"}
+    jobs = {job.name: job for job in (*JOBS, *LINE_JOBS)}
+    return [
+        Row(
+            f"{parts.get(figure.part, 'a disk over {}').format(figure.column)}; beside {figure.peer}",
+            figure.job,
+            jobs[figure.job].show(statistics.median(figure.ours)),
+            jobs[figure.job].show(statistics.median(figure.theirs)),
+            figure.ratio,
+            figure.goal,
+            chart=True,
+        )
+        for figure in figures
+        if figure.column != "QEMU usb-uas"
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=PARTS, action="append", help="measure this part (may be repeated)")
@@ -380,6 +405,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="pairs after the warm-up (default: 3)")
     parser.add_argument("--against", type=Path, metavar="SRC", help="compare with another source tree of farplug")
     parser.add_argument("--json", type=Path, help="also write all figures to this file")
+    add_rows_option(parser)
     options = parser.parse_args()
     print(machine(), flush=True)
     load = os.getloadavg()[0]
@@ -393,6 +419,7 @@ def main() -> None:
         sys.exit(f"bench: {error}")
     print(tables(bench))
     print(f"\n{time.monotonic() - started:.0f} s, load {load:.1f} before and {os.getloadavg()[0]:.1f} after")
+    write_rows(options.rows, table_rows(bench.figures))
     if options.json:
         options.json.write_text(
             json.dumps({"machine": machine(), "figures": [asdict(figure) for figure in bench.figures]}, indent=1) + "\n"

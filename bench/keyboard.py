@@ -18,12 +18,14 @@ from tests.guest.test_typing import GUEST, busy, connected, random_text
 
 from farplug.app.commands import Via
 from farplug.vm.qemu import QemuGuest
+from rows import Row, add_rows_option, write_rows
 
 TRANSPORTS = ("tcp", "spice")
 TIMEOUT = 300
 
 
-async def measure(texts: int, size: int, load: int) -> None:
+async def measure(texts: int, size: int, load: int) -> list[Row]:
+    results = []
     async with QemuGuest(GUEST) as guest:
         await guest.booted(TIMEOUT)
         for port, transport in enumerate(TRANSPORTS):
@@ -41,11 +43,15 @@ async def measure(texts: int, size: int, load: int) -> None:
                     if not typed.confirmed or text_of(events) != text:
                         raise SystemExit(f"text {number} over {transport} did not arrive as it was typed")
             shown = ", ".join(f"{rate:.0f}" for rate in rates)
+            results.append(
+                Row("typing on the USB keyboard", f"over {transport}", f"{statistics.median(rates):.0f} characters/s")
+            )
             print(f"{transport}: {shown} characters a second, median {statistics.median(rates):.0f}; all are equal")
     print(
         f"texts of {size} characters beside {load} busy processes; {os.cpu_count()} processors, "
         f"load {os.getloadavg()[0]:.1f}, Linux {platform.release()}"
     )
+    return results
 
 
 def main() -> None:
@@ -53,8 +59,9 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=5, help="texts over each transport")
     parser.add_argument("--size", type=int, default=2000, help="characters of a text")
     parser.add_argument("--busy", type=int, default=2, help="busy processes beside the guest")
+    add_rows_option(parser)
     arguments = parser.parse_args()
-    asyncio.run(measure(arguments.texts, arguments.size, arguments.busy))
+    write_rows(arguments.rows, asyncio.run(measure(arguments.texts, arguments.size, arguments.busy)))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ captures costs while there is none is the difference of the first of these lines
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import ctypes
 import struct
@@ -36,6 +37,7 @@ from farplug.usbredir.caps import ALL_CAPS
 from farplug.usbredir.packets import BulkPacket, Packet
 from farplug.virtual.disk import disk_device
 from farplug.virtual.storage_transport import StorageTransport
+from rows import Row, add_rows_option, write_rows
 
 COMMANDS = 2000
 CHUNK = 65536
@@ -255,14 +257,36 @@ def capture_figures() -> list[Figure]:
         ]
 
 
-def table(rows: Sequence[Figure]) -> str:
+def table(results: Sequence[Figure]) -> str:
     """Return the figures as text."""
     lines = [f"{'':34}{'farplug':>10}{'C + ctypes':>12}{'ratio':>8}"]
-    for row in rows:
+    for row in results:
         theirs = f"{row.theirs:12.0f}{row.ratio:8.2f}" if row.theirs and row.ratio else f"{'-':>12}{'-':>8}"
         lines.append(f"{row.name:34}{row.ours:10.0f}{theirs}  {row.unit}")
     return "\n".join(lines)
 
 
+def main() -> None:
+    """Measure, and print a line for each figure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_rows_option(parser)
+    options = parser.parse_args()
+    results = [*figures(), *capture_figures()]
+    print(table(results))
+    write_rows(
+        options.rows,
+        [
+            Row(
+                "packets; beside libusbredirparser through ctypes",
+                one.name,
+                f"{one.ours:.0f} {one.unit}",
+                f"{one.theirs:.0f} {one.unit}" if one.theirs else "",
+                one.ratio,
+            )
+            for one in results
+        ],
+    )
+
+
 if __name__ == "__main__":
-    print(table([*figures(), *capture_figures()]))
+    main()

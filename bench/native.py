@@ -31,6 +31,7 @@ from pathlib import Path
 
 import socketpair
 from farplug.usb.transfer import Status
+from rows import Row, add_rows_option, write_rows
 from socketpair import BULK, BULK_HEADER, BULK_SIZE, CSW_STATUS, HEADER, IMAGE_SIZE, KIB, MIB, default_python
 
 TREE = Path(__file__).parents[1]
@@ -158,15 +159,15 @@ class Program:
         command: the program and its arguments, which are followed by the address of the guest.
         image: the file of the disk.
         library: the folder of the bench's libusb.
-        by_port: the address is a port of 127.0.0.1 instead of ``host:port``.
+        tree: the checkout of farplug to run; None: the program is usbredirect.
     """
 
-    def __init__(self, command: Sequence[str], image: Path, library: Path, *, by_port: bool) -> None:
-        path = os.pathsep.join((str(TREE / "src"), sysconfig.get_path("purelib")))
+    def __init__(self, command: Sequence[str], image: Path, library: Path, tree: Path | None) -> None:
+        path = os.pathsep.join((str((tree or TREE) / "src"), sysconfig.get_path("purelib")))
         environment = {**os.environ, "PYTHONPATH": path, "LD_LIBRARY_PATH": str(library), "STUB_IMAGE": str(image)}
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
-            address = str(port) if by_port else f"127.0.0.1:{port}"
+            address = str(port) if tree else f"127.0.0.1:{port}"
             self._process = subprocess.Popen([*command, address], env=environment, stdout=subprocess.DEVNULL)
             try:
                 listener.settimeout(TIMEOUT)
@@ -204,7 +205,7 @@ class Program:
 
 @dataclass(slots=True)
 class Result:
-    """What was measured of one case: pairs of turns, usbredirect's and farplug's, in microseconds of a command.
+    """What was measured of one case: pairs of turns, the peer's and farplug's, in microseconds of a command.
 
     Attributes:
         wall: on the clock.
@@ -216,12 +217,12 @@ class Result:
 
     @property
     def speed_ratio(self) -> float:
-        """Return farplug's speed divided by usbredirect's."""
+        """Return farplug's speed divided by the peer's."""
         return statistics.median(theirs / ours for theirs, ours in self.wall)
 
     @property
     def cpu_ratio(self) -> float:
-        """Return farplug's processor time divided by usbredirect's."""
+        """Return farplug's processor time divided by the peer's."""
         return statistics.median(ours / theirs for theirs, ours in self.cpu)
 
 
@@ -233,19 +234,18 @@ def build(folder: Path) -> None:
 
 def measure(options: argparse.Namespace, usbredirect: str, folder: Path) -> dict[Case, Result]:
     """Measure in rounds; each round has new processes."""
+    farplug = [options.python, str(SERVER)]
+    peer = farplug if options.against else [usbredirect, "--device", DEVICE, "--to"]
     build(folder)
-    images = [folder / name for name in ("usbredirect.raw", "farplug.raw")]
+    images = [folder / name for name in ("peer.raw", "farplug.raw")]
     for image in images:
         image.write_bytes(os.urandom(IMAGE_SIZE))
     results = {case: Result() for case in CASES}
     for _ in range(options.rounds):
         with ExitStack() as stack:
             programs = []
-            for command, image, by_port in (
-                ([usbredirect, "--device", DEVICE, "--to"], images[0], False),
-                ([options.python, str(SERVER)], images[1], True),
-            ):
-                programs.append(Program(command, image, folder, by_port=by_port))
+            for command, image, tree in ((peer, images[0], options.against), (farplug, images[1], TREE)):
+                programs.append(Program(command, image, folder, tree))
                 stack.callback(programs[-1].close)
             for case, result in results.items():
                 for number in range(options.turns + 1):
@@ -256,20 +256,38 @@ def measure(options: argparse.Namespace, usbredirect: str, folder: Path) -> dict
     return results
 
 
-def table(results: dict[Case, Result]) -> str:
-    """Return the results as text."""
-    lines = [f"{'':16}{'usbredirect':^22}{'farplug':^22}{'speed':>8}{'goal':>6}{'':8}{'CPU':>8}{'goal':>6}"]
+def table(results: dict[Case, Result], peer: str) -> str:
+    """Return the results as text; the goals are those beside usbredirect."""
+    lines = [f"{'':16}{peer:^22}{'farplug':^22}{'speed':>8}{'goal':>14}{'CPU':>8}{'goal':>14}"]
     lines.append(f"{'one command':16}" + 2 * f"{'wall, µs':>11}{'CPU, µs':>11}")
     for case, result in results.items():
         their_wall, our_wall = map(statistics.median, zip(*result.wall, strict=True))
         their_cpu, our_cpu = map(statistics.median, zip(*result.cpu, strict=True))
         goal = SPEED_GOALS[case.size]
+        goals = ["", ""]
+        if peer == "usbredirect":
+            met = result.speed_ratio >= goal, result.cpu_ratio <= CPU_GOAL
+            goals = [
+                f"{value:.2f}  {'met' if one else 'MISSED'}" for value, one in zip((goal, CPU_GOAL), met, strict=True)
+            ]
         lines.append(
             f"{case!s:16}{their_wall:11.0f}{their_cpu:11.0f}{our_wall:11.0f}{our_cpu:11.0f}"
-            f"{result.speed_ratio:8.2f}{goal:6.2f}{'  met' if result.speed_ratio >= goal else '  MISSED':8}"
-            f"{result.cpu_ratio:8.2f}{CPU_GOAL:6.2f}{'  met' if result.cpu_ratio <= CPU_GOAL else '  MISSED'}"
+            f"{result.speed_ratio:8.2f}{goals[0]:>14}{result.cpu_ratio:8.2f}{goals[1]:>14}".rstrip()
         )
     return "\n".join(lines)
+
+
+def table_rows(results: dict[Case, Result]) -> list[Row]:
+    """Return the rows of make bench's table; a ratio of processor time is inverted there."""
+    part, lines = "a real device over TCP; beside usbredirect", []
+    for case, result in results.items():
+        theirs, ours = (f"{statistics.median(values):.0f} µs" for values in zip(*result.wall, strict=True))
+        lines.append(Row(part, str(case), ours, theirs, result.speed_ratio, SPEED_GOALS[case.size], chart=True))
+    for case, result in results.items():
+        theirs, ours = (f"{statistics.median(values):.0f} µs" for values in zip(*result.cpu, strict=True))
+        what = f"{case}, processor time"
+        lines.append(Row(part, what, ours, theirs, 1 / result.cpu_ratio, round(1 / CPU_GOAL, 2)))
+    return lines
 
 
 def main() -> None:
@@ -277,7 +295,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="rounds, each with new processes (default: %(default)s)")
     parser.add_argument("--turns", type=int, default=10, help="pairs of turns in a round (default: %(default)s)")
+    parser.add_argument("--against", type=Path, metavar="TREE", help="another checkout of farplug is the peer")
     parser.add_argument("--python", default=default_python(), help="the interpreter to measure (default: %(default)s)")
+    add_rows_option(parser)
     options = parser.parse_args()
     usbredirect = shutil.which("usbredirect")
     if usbredirect is None or shutil.which("gcc") is None:
@@ -286,7 +306,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="farplug-bench-", dir="/var/tmp") as folder:
         results = measure(options, usbredirect, Path(folder))
     print(f"{options.python}, {version}, {os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}")
-    print(table(results))
+    print(table(results, "other checkout" if options.against else "usbredirect"))
+    write_rows(options.rows, table_rows(results))
 
 
 if __name__ == "__main__":

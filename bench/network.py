@@ -25,6 +25,7 @@ from farplug.app.settings import Source
 from farplug.target import open_session, parse_target
 from farplug.vm.qemu import QemuGuest
 from farplug.vm.qemu_config import GuestConfig, TcpPort, UnixPort
+from rows import Row, add_rows_option, write_rows
 
 MAC = "02:fa:71:00:00:01"
 QEMU_MAC = "52:54:00:12:34:57"
@@ -72,7 +73,7 @@ async def plugged(target: str) -> AsyncIterator[None]:
         yield
 
 
-async def measure(port: int, size: int, pairs: int, transport: str) -> None:
+async def measure(port: int, size: int, pairs: int, transport: str) -> Row:
     config = GuestConfig(
         ports=(TcpPort() if transport == "tcp" else UnixPort(),),
         modules=("cdc_ncm", "cdc_ether", "rndis_host"),
@@ -82,7 +83,7 @@ async def measure(port: int, size: int, pairs: int, transport: str) -> None:
             *("-device", f"usb-net,netdev=user,mac={QEMU_MAC},bus=usb.0"),
         ),
     )
-    ratios, rates = [], []
+    ratios, rates, their_rates = [], [], []
     async with QemuGuest(config) as guest:
         await guest.booted(TIMEOUT)
         await guest.check("cat >/tmp/lease.sh; chmod +x /tmp/lease.sh; ip link set lo up", stdin=SCRIPT.encode())
@@ -96,11 +97,15 @@ async def measure(port: int, size: int, pairs: int, transport: str) -> None:
                 if pair:
                     ratios.append(theirs / ours)
                     rates.append(size / ours / 1e6)
+                    their_rates.append(size / theirs / 1e6)
     print(
         f"median of {pairs} pairs over {transport}: {statistics.median(ratios):.2f} times usb-net, "
         f"{statistics.median(rates):.1f} MB/s; "
         f"{os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}, Linux {platform.release()}"
     )
+    our_speed, their_speed = (f"{statistics.median(values):.1f} MB/s" for values in (rates, their_rates))
+    part = f"a network adapter over {transport}; beside QEMU's usb-net"
+    return Row(part, "download", our_speed, their_speed, statistics.median(ratios), chart=True)
 
 
 def main() -> None:
@@ -108,6 +113,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=20_000_000, help="bytes of a download")
     parser.add_argument("--pairs", type=int, default=5, help="pairs of downloads after the warm-up")
     parser.add_argument("--transport", choices=("tcp", "unix"), default="unix")
+    add_rows_option(parser)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "data").write_bytes(os.urandom(arguments.size))
@@ -120,7 +126,8 @@ def main() -> None:
         try:
             assert server.stdout is not None
             port = int(server.stdout.readline().split("port ")[1].split()[0])
-            asyncio.run(measure(port, arguments.size, arguments.pairs, arguments.transport))
+            row = asyncio.run(measure(port, arguments.size, arguments.pairs, arguments.transport))
+            write_rows(arguments.rows, [row])
         finally:
             server.kill()
             server.communicate()

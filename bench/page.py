@@ -39,6 +39,7 @@ from farplug.errors import FarplugError
 from farplug.vm.qemu import QemuGuest
 from farplug.vm.qemu_config import LOOPBACK, GuestConfig, SpicePort
 from jobs import MIB, Job, measure
+from rows import Row, add_rows_option, write_rows
 
 PARTS = ("scroll", "key", "iso", "slow")
 PROGRAM = (sys.executable, "-c", "from farplug.cli.script import main; main()")
@@ -654,6 +655,23 @@ def table(figures: Figures) -> str:
     return "\n".join(lines)
 
 
+def table_rows(figures: Figures) -> list[Row]:
+    """Return the rows of make bench's table."""
+    part, lines = "the page", []
+    if scrolled := figures.scrolled:
+        lines.append(Row(part, "frames while text scrolls", f"{scrolled.frames / scrolled.seconds:.1f} frames/s"))
+        for name, cpu in (("session", scrolled.session_cpu), ("page", scrolled.page_cpu)):
+            lines.append(Row(part, f"{name}, a frame", f"{1000 * cpu / max(scrolled.frames, 1):.1f} ms CPU"))
+    if figures.keys:
+        lines.append(Row(part, "key to changed pixel", f"{1000 * statistics.median(figures.keys):.0f} ms"))
+    if figures.iso:
+        ours, theirs, _ = compared(figures.iso, "browser", "machine")
+        pairs = zip(figures.iso["browser"], figures.iso["machine"], strict=True)
+        ratio = statistics.median(one / other for one, other in pairs)
+        lines.append(Row(f"{part}: an ISO of the browser; beside one of this machine", "read", ours, theirs, ratio))
+    return lines
+
+
 def compared(speeds: Mapping[str, list[float]], ours: str, theirs: str) -> tuple[str, str, str]:
     """Return two speeds, and the median of their ratios, with the smallest and the largest one."""
     ratios = [one / other for one, other in zip(speeds[ours], speeds[theirs], strict=True)]
@@ -668,6 +686,7 @@ def main() -> None:
     parser.add_argument("--keys", type=int, default=50, help="keys after the warm-up (default: 50)")
     parser.add_argument("--rounds", type=int, default=3, help="pairs after the warm-up (default: 3)")
     parser.add_argument("--json", type=Path, help="also write all figures to this file")
+    add_rows_option(parser)
     options = parser.parse_args()
     parts = tuple(part for part in PARTS if not options.part or part in options.part)
     load = os.getloadavg()[0]
@@ -681,6 +700,7 @@ def main() -> None:
         sys.exit(f"bench: {error}")
     print(table(figures))
     print(f"\n{time.monotonic() - started:.0f} s, load {load:.1f} before and {os.getloadavg()[0]:.1f} after")
+    write_rows(options.rows, table_rows(figures))
     if options.json:
         options.json.write_text(json.dumps({"machine": machine(), "figures": asdict(figures)}, indent=1) + "\n")
 

@@ -33,6 +33,7 @@ from farplug.spice.types import LinkError
 from farplug.vm.qemu import QemuGuest
 from farplug.vm.qemu_config import LOOPBACK, GuestConfig, Spice, SpiceAddress, SpicePort, SpiceTransport
 from jobs import JOBS, Job, measure, prepare
+from rows import Row, add_rows_option, write_rows
 
 NAMES = ("sequential read 1 MiB", "4 KiB read", "4 KiB random read, depth 16", "sequential write 1 MiB")
 WAYS = ("plain", "TLS", "proxy, plain", "proxy, TLS")
@@ -138,10 +139,26 @@ def table(figures: Figures, jobs: list[Job]) -> str:
     return "\n".join(lines)
 
 
+def table_rows(figures: Figures, jobs: list[Job]) -> list[Row]:
+    """Return the rows of make bench's table: what TLS costs, and the proxy."""
+    lines = []
+    for way, other, part in (
+        ("TLS", "plain", "a disk over SPICE with TLS; beside SPICE without it"),
+        ("proxy, TLS", "TLS", "a disk through kerbside; beside the same server direct"),
+    ):
+        for job in jobs:
+            speeds, others = (figures.speeds[job.name, one][1:] for one in (way, other))
+            ours, theirs = (job.show(statistics.median(values)) for values in (speeds, others))
+            ratio = statistics.median(one / two for one, two in zip(speeds, others, strict=True))
+            lines.append(Row(part, job.name, ours, theirs, ratio))
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--job", metavar="REGEX", help="measure the jobs whose names match")
     parser.add_argument("--rounds", type=int, default=3, help="rounds after the warm-up (default: 3)")
+    add_rows_option(parser)
     options = parser.parse_args()
     if not PROXY.exists():
         sys.exit("bench: kerbside is not installed in .venv-kerbside: scripts/setup dev")
@@ -155,6 +172,7 @@ def main() -> None:
     except FarplugError as error:
         sys.exit(f"bench: {error}")
     print(table(figures, jobs))
+    write_rows(options.rows, table_rows(figures, jobs))
     print(f"\nload {load:.1f} before and {os.getloadavg()[0]:.1f} after")
 
 

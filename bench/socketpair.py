@@ -34,6 +34,7 @@ from pathlib import Path
 
 from farplug.usb.transfer import Status
 from farplug.usbredir import Connection, Role, packets
+from rows import Row, add_rows_option, write_rows
 
 KIB, MIB = 2**10, 2**20
 IMAGE_SIZE = 64 * MIB
@@ -412,6 +413,7 @@ def main() -> None:
     parser.add_argument("--no-calls", dest="calls", action="store_false", help="do not count system calls")
     parser.add_argument("--python", default=default_python(), help="the interpreter to measure (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="also write all figures to this file")
+    add_rows_option(parser)
     options = parser.parse_args()
     if options.calls and shutil.which("strace") is None:
         print("strace is not installed: system calls are not counted")
@@ -422,6 +424,10 @@ def main() -> None:
         results = measure(cases, options, Path(folder))
     print(f"{options.python}, {version}, {os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}")
     print(table(results))
+    part = "what a command of a disk costs, without QEMU"
+    write_rows(
+        options.rows, [Row(part, str(case), f"{min(result.ours):.0f} µs CPU") for case, result in results.items()]
+    )
     if options.json:
         figures = {
             str(case): {"us": min(result.ours), "calls": result.calls, "turns": result.turns}

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from farplug.usbredir import Connection, Role, packets
+from rows import Row, add_rows_option, write_rows
 from socketpair import TREE, default_python
 
 PORTS = 64
@@ -179,6 +180,7 @@ def main() -> None:
     parser.add_argument("--against", type=Path, metavar="TREE", help="compare with another checkout of farplug")
     parser.add_argument("--rounds", type=int, default=11, help="starts of each command (default: %(default)s)")
     parser.add_argument("--python", default=default_python(), help="the interpreter to measure (default: %(default)s)")
+    add_rows_option(parser)
     options = parser.parse_args()
     trees = [TREE, *([options.against] if options.against else [])]
     version = subprocess.run([options.python, "--version"], capture_output=True, text=True, check=True).stdout.strip()
@@ -186,6 +188,11 @@ def main() -> None:
         results = measure([Started(tree, options.python, Path(folder)) for tree in trees], options.rounds)
     print(f"{options.python}, {version}, {os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}")
     print(table(results))
+    part, lines = "processor time of a start, and memory", []
+    for name, value in results[0].rows().items():
+        what, _, unit = name.rpartition(", ")
+        lines.append(Row(part, what, f"{value:.0f} {unit}"))
+    write_rows(options.rows, lines)
 
 
 if __name__ == "__main__":
