@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import signal
 import string
 import subprocess
 import sys
@@ -125,6 +127,33 @@ async def test_a_busy_machine_loses_nothing(guests: Guests, port: int) -> None:
             async with reading(guest, 0, KEY_ESC) as events:
                 assert (await farplug.typing.type(text, via=Via.USB)).confirmed
                 await farplug.typing.press("Escape")
+        assert text_of(events) == text
+
+
+async def test_a_vm_that_stands_still_repeats_nothing(guests: GuestPool) -> None:
+    """Stop QEMU again and again, for longer than Linux waits before it repeats a key that is pressed."""
+    guest = await guests.get(GUEST)
+    text = random_text(5, 250) + "bookkeeper  aA\n\n" * 20
+
+    async def stop() -> None:
+        while True:
+            os.kill(guest.pid, signal.SIGSTOP)
+            try:
+                await asyncio.sleep(0.4)
+            finally:
+                os.kill(guest.pid, signal.SIGCONT)
+            await asyncio.sleep(0.2)
+
+    async with connected(guest.targets[0]) as farplug:
+        await farplug.typing.type("x", via=Via.USB)
+        async with reading(guest, 0, KEY_ESC) as events:
+            stopping = asyncio.ensure_future(stop())
+            try:
+                assert (await farplug.typing.type(text, via=Via.USB)).confirmed
+            finally:
+                stopping.cancel()
+                await asyncio.gather(stopping, return_exceptions=True)
+            await farplug.typing.press("Escape")
         assert text_of(events) == text
 
 

@@ -192,7 +192,8 @@ async def test_a_text_that_is_confirmed(monkeypatch: pytest.MonkeyPatch) -> None
         assert text_of(seen) == text
         assert counts[-1] == len(text)
         assert counts[: hid_keyboard.TRUSTED_AFTER] == [*range(1, hid_keyboard.TRUSTED_AFTER + 1)]
-        assert counts[hid_keyboard.TRUSTED_AFTER] == hid_keyboard.TRUSTED_AFTER + hid_keyboard.CONFIRM_EVERY
+        assert counts == sorted(counts)
+        assert len(counts) < hid_keyboard.TRUSTED_AFTER + 20
         assert keyboard.leds == Led(0)
         await keyboard.tap(Key.CAPS_LOCK)
         await keyboard.tap(Key.NUM_LOCK)
@@ -206,31 +207,61 @@ async def test_a_text_that_is_confirmed(monkeypatch: pytest.MonkeyPatch) -> None
         assert text_of(seen, "de") == "Grüße, é\n^"
 
 
-@pytest.mark.parametrize("pressed", [(), (Key.LEFT_CTRL, Key.F1), (Key.F1, Key.F2, Key.F3, Key.F4, Key.F5)])
-def test_a_key_of_a_run_ends_the_repetition_of_the_next_one(pressed: tuple[Key, ...]) -> None:
-    """Take reports as Linux does: place by place, first a release, then a press. A release ends the repetition."""
+class Repeating:
+    """Takes reports as Linux does: the places one after the other, first a release, then a press.
+
+    A press begins the repetition of its key, which ends the one of another key; the release of any key ends it, too
+    (drivers/hid/hid-core.c, hid_input_array_field; drivers/input/input.c). Linux ignores that Num Lock is repeated.
+    """
+
+    def __init__(self, pressed: Collection[Key] = ()) -> None:
+        self.typed: list[Stroke] = []
+        self.repeated: int | None = None
+        self.before = bytes((0, 0, *(key for key in pressed if not key.modifier))).ljust(8, b"\0")
+
+    def take(self, report: bytes) -> None:
+        for old, new in zip(self.before[2:], report[2:], strict=True):
+            if old and old not in report[2:]:
+                self.repeated = None
+            if new and new not in self.before[2:]:
+                self.repeated = new
+                self.typed.append(Stroke(new, report[0] & 2))
+        self.before = report
+
+
+@pytest.mark.parametrize("pressed", [(), (Key.LEFT_CTRL, Key.F1), (Key.F1, Key.F2, Key.F3, Key.F4)])
+def test_no_key_of_a_run_is_repeated(pressed: tuple[Key, ...]) -> None:
+    """Let the guest stand still after each report: it repeats Num Lock, or nothing."""
     keyboard = Keyboard()
     keyboard._pressed = list(pressed)
-    strokes = [stroke for one in find_layout("us").type("The quick brown fox: 01 Aa bookkeeper") for stroke in one]
-    before = bytes((0, 0, *(key for key in pressed if not key.modifier))).ljust(8, b"\0")
-    typed: list[Stroke] = []
-    repeated: list[int] = []
-    reports = [before, *keyboard._reports_of(strokes)]
-    for last, report in pairwise(reports):
-        is_release_last = True
-        for old, new in zip(last[2:], report[2:], strict=True):
-            if old and old not in report[2:]:
-                is_release_last = True
-            if new and new not in last[2:]:
-                typed.append(Stroke(new, report[0] & 2))
-                is_release_last = False
-        if not is_release_last:
-            repeated.append(typed[-1].key)
-    assert typed == strokes
-    assert reports[-1][2:] == before[2:]
-    if len(pressed) < 5:
-        assert repeated == [strokes[0].key, *(one.key for last, one in pairwise(strokes) if last.key == one.key)]
+    strokes = [stroke for one in find_layout("us").type("The quick brown fox: 01 Aa bokeper") for stroke in one]
+    strokes = [stroke for last, stroke in pairwise([Stroke(0, 0), *strokes]) if last.key != stroke.key]
+    linux = Repeating(pressed)
+    reports = list(keyboard._reports_of(strokes))
+    for report in reports:
+        linux.take(report)
+        assert linux.repeated in (None, Key.NUM_LOCK)
+    assert [one for one in linux.typed if one.key != Key.NUM_LOCK] == strokes
+    assert linux.before[2:] == Repeating(pressed).before[2:]
+    if len(pressed) < 4:
         assert len(reports) < 1.4 * len(strokes)
+
+
+async def test_a_guest_that_stands_still_repeats_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Type a text with keys that follow themselves, one by one and many at a time."""
+    monkeypatch.setattr(hid_keyboard, "TRUSTED_AFTER", 10)
+    monkeypatch.setattr(hid_keyboard, "CONFIRM_EVERY", 20)
+    text = "aAa  bookkeeper, \n\n\tthe quick brown fox jumps over the lazy dog " * 3
+    async with plugged(keyboard := Keyboard()) as guest, reflecting(guest) as seen:
+        assert await keyboard.type_text(text)
+        assert text_of(seen) == text
+        linux = Repeating()
+        for report in seen:
+            linux.take(report)
+            assert linux.repeated in (None, Key.NUM_LOCK)
+        await keyboard.press(Key.A, Key.B, Key.C, Key.D, Key.E)
+        with pytest.raises(ValueError, match="at most 4 keys"):
+            await keyboard.type_text(text)
 
 
 class Busy:
@@ -466,12 +497,16 @@ async def test_many_keys_that_were_dropped_are_an_error(monkeypatch: pytest.Monk
     monkeypatch.setattr(hid_keyboard, "_TAKEN_TIMEOUT", 0.2)
     monkeypatch.setattr(hid_keyboard, "TRUSTED_AFTER", 10)
     monkeypatch.setattr(hid_keyboard, "CONFIRM_EVERY", 20)
+    text = "abcdefghij" * 10
+    run = [stroke for one in find_layout("us").type(text[10:30]) for stroke in one]
+    second_run = 2 + 2 * 10 + len(list(Keyboard()._reports_of(run)))
     async with plugged(keyboard := Keyboard()) as guest:
-        dropping = Dropping(guest, {4 + 20 + 40 + 2 + 12}, taken=True)
+        dropping = Dropping(guest, {second_run + 12}, taken=True)
         running = asyncio.ensure_future(dropping.run())
         with pytest.raises(ReportsLost) as caught:
-            await keyboard.type_text("x" * 100)
-        assert (caught.value.confirmed, caught.value.total) == (30, 100)
+            await keyboard.type_text(text)
+        assert (caught.value.confirmed, caught.value.total) == (31, 100)
+        assert text_of(dropping.seen)[:31] == text[:31]
         while dropping.seen[-1] != bytes(8):  # no key remains pressed
             await asyncio.sleep(0.001)
         running.cancel()
@@ -535,6 +570,91 @@ async def test_num_lock_is_not_pressed_if_no_question_was_sent(monkeypatch: pyte
         with pytest.raises(asyncio.CancelledError):
             async with asyncio.timeout(10):
                 await asking
+
+
+class Sharing:
+    """A guest with several keyboards: it shows its locks on all of them, as Linux does."""
+
+    def __init__(self, *guests: MemoryGuest) -> None:
+        self.guests = guests
+        self.seen: list[list[bytes]] = [[] for _ in guests]
+        self._leds = 0
+        self._changed = [asyncio.Event() for _ in guests]
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[list[list[bytes]]]:
+        tasks = [asyncio.ensure_future(run(number)) for run in (self._take, self._show) for number in range(2)]
+        try:
+            yield self.seen
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _take(self, number: int) -> None:
+        held = set[int]()
+        while True:
+            report = await self.guests[number].interrupt_in(IN)
+            self.seen[number].append(report)
+            before, held = held, {*report[2:]}
+            if Key.NUM_LOCK in held - before:
+                self._leds ^= 1
+                for changed in self._changed:
+                    changed.set()
+
+    async def _show(self, number: int) -> None:
+        while True:
+            await self._changed[number].wait()
+            self._changed[number].clear()
+            await self.guests[number].interrupt_out(OUT, bytes((self._leds,)))
+
+
+@pytest.mark.parametrize("later", [0, 60])
+async def test_two_keyboards_that_type_at_once(monkeypatch: pytest.MonkeyPatch, later: int) -> None:
+    """The second one begins after a number of reports of the first one.
+
+    Each text is whole, or its error has what is certain: neither takes the answers to the other for its own."""
+    monkeypatch.setattr(hid_keyboard, "_TAKEN_TIMEOUT", 0.3)
+    monkeypatch.setattr(hid_keyboard, "_ATTEMPT_TIMEOUT", 0.2)
+    monkeypatch.setattr(hid_keyboard, "TRUSTED_AFTER", 20)
+    monkeypatch.setattr(hid_keyboard, "FIRMWARE_PACE", 0.001)
+    texts = "the quick brown fox jumps" * 3, "over the lazy dog" * 3
+    keyboards = Keyboard(), Keyboard()
+    async with plugged(keyboards[0]) as one, plugged(keyboards[1]) as other, Sharing(one, other).running() as seen:
+        first = asyncio.ensure_future(keyboards[0].type_text(texts[0]))
+        await keyboards[0].until(lambda: len(seen[0]) >= later or first.done())
+        results = await asyncio.gather(first, keyboards[1].type_text(texts[1]), return_exceptions=True)
+        for result, reports_seen, text in zip(results, seen, texts, strict=True):
+            assert isinstance(result, (bool, ReportsLost)), result
+            certain = result.confirmed if isinstance(result, ReportsLost) else len(text) * result
+            assert text_of(reports_seen)[:certain] == text[:certain]
+            assert result is not True or text_of(reports_seen) == text
+        for keyboard, reports_seen, text in zip(keyboards, seen, texts, strict=True):
+            before = len(reports_seen)
+            assert await keyboard.type_text(text)
+            assert text_of(reports_seen[before:]) == text
+
+
+@pytest.mark.parametrize("answers", [b"", b"\x02", b"\xff", b"\1\0\1"])
+async def test_answers_that_are_wrong(monkeypatch: pytest.MonkeyPatch, answers: bytes) -> None:
+    """The guest sets other LEDs, in the middle of a text and at its start: nothing is confirmed."""
+    monkeypatch.setattr(hid_keyboard, "_TAKEN_TIMEOUT", 0.1)
+    monkeypatch.setattr(hid_keyboard, "_ATTEMPT_TIMEOUT", 0.05)
+    monkeypatch.setattr(hid_keyboard, "FIRMWARE_PACE", 0.001)
+
+    async def answer(guest: MemoryGuest, right: int) -> None:
+        for number in itertools.count():
+            await guest.interrupt_in(IN)
+            await guest.interrupt_in(IN)
+            await guest.interrupt_out(OUT, bytes(((number + 1) & 1,)) if number < right else answers)
+
+    for right in (0, 6):
+        async with plugged(keyboard := Keyboard()) as guest:
+            answering = asyncio.ensure_future(answer(guest, right))
+            with pytest.raises(ReportsLost) as caught:
+                await keyboard.type_text("x" * 20, confirm=True)
+            assert caught.value.confirmed <= right
+            answering.cancel()
 
 
 async def test_what_the_layout_lacks_is_refused_before_any_key() -> None:

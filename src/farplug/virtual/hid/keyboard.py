@@ -37,6 +37,8 @@ _TAKEN_TIMEOUT = 15.0
 """Seconds in which a guest confirms what it has taken."""
 _SETTLE_TIME = 0.3
 """Seconds without a change of the locks after which no answer to earlier reports is expected any more."""
+_ARRIVAL_TIME = 0.01
+"""Seconds in which this process takes what has arrived while it stood still."""
 _LOCKS = 0x03
 """Num Lock and Caps Lock, as LEDs."""
 
@@ -194,10 +196,13 @@ class Keyboard(HidFunction):
             UsageError: there is no such layout, or it lacks a character (``BAD_KEY``). No key was pressed.
             ReportsLost: the guest may have lost keys, or does not confirm them although ``confirm`` is true.
             Detached: the guest has not configured the device, or resets or unplugs it.
+            ValueError: more than four keys are pressed, besides modifiers.
         """
         characters = find_layout(layout).type(text)
         if not characters:
             return True
+        if sum(not key.modifier for key in self._pressed) > MAX_KEYS - 2:
+            raise ValueError(f"a text is typed with at most {MAX_KEYS - 2} keys that are pressed, besides modifiers")
         async with self._turn:
             self._typing_in = self._configurations
             await self.reports.read_by_guest()
@@ -229,36 +234,51 @@ class Keyboard(HidFunction):
             return answers
 
     async def _type_confirmed(self, characters: Sequence[Sequence[Stroke]], progress: Progress) -> None:
-        done, total = 0, len(characters)
-        while done < total:
-            if not self._is_in_step:
-                if not await self._settle():
-                    raise _Uncertain
-                self._is_in_step = True
+        for done, strokes in enumerate(characters):
             if self._is_reliable and self._confirmed_alone >= TRUSTED_AFTER:
-                done += await self._type_run(characters[done : done + CONFIRM_EVERY])
-            else:
-                for stroke in characters[done]:
-                    await self._type_key(stroke)
-                done += 1
-            progress(done)
+                await self._type_runs(characters, done, progress)
+                return
+            for stroke in strokes:
+                await self._be_in_step()
+                await self._type_key(stroke)
+            progress(done + 1)
 
-    async def _type_run(self, characters: Sequence[Sequence[Stroke]]) -> int:
-        """Type characters, and wait until the guest has taken them; return how many.
+    async def _be_in_step(self) -> None:
+        """Wait until the locks are at rest, if one has changed without a question."""
+        if not self._is_in_step:
+            if not await self._settle():
+                raise _Uncertain
+            self._is_in_step = True
 
-        The guest takes reports in their order. If it has taken the last one, and nothing was dropped between the first
-        and the last one, it has taken all of them.
+    async def _type_runs(self, characters: Sequence[Sequence[Stroke]], done: int, progress: Progress) -> None:
+        """Type the characters from the number ``done`` on, many keys before each confirmation.
+
+        The first key of each run is pressed together with Num Lock, as in :meth:`_type_key`: the answer confirms it and
+        all that came before, because the guest takes reports in their order, and nothing was dropped. The next run is
+        sent then, while the guest takes the rest of this one. A run ends before a key that follows itself.
         """
-        restarts, count = self.reports.restarts, 0
-        strokes: list[Stroke] = []
-        while count < len(characters) and len(strokes) < CONFIRM_EVERY:
-            strokes += characters[count]
-            count += 1
-        await self._emit(*self._reports_of(strokes))
-        echo = await self._toggle()
-        if self.reports.restarts != restarts or not await echo.comes(_TAKEN_TIMEOUT):
+        restarts = self.reports.restarts
+        strokes = [(stroke, number) for number in range(done, len(characters)) for stroke in characters[number]]
+        begin = 0
+        while begin < len(strokes):
+            end = begin + 1
+            while end < min(begin + CONFIRM_EVERY, len(strokes)) and strokes[end][0].key != strokes[end - 1][0].key:
+                end += 1
+            await self._be_in_step()
+            echo = self._ask()
+            await self._emit(*self._reports_of([stroke for stroke, _ in strokes[begin:end]]))
+            self._toggled = not self._toggled
+            await self._is_taken(echo, restarts)
+            progress(strokes[begin + 1][1] if begin + 1 < len(strokes) else len(characters))
+            begin = end
+        await self._be_in_step()
+        await self._is_taken(await self._toggle(), restarts)
+        progress(len(characters))
+
+    async def _is_taken(self, echo: _Echo, restarts: int) -> None:
+        """Wait for an answer. Raise :class:`_Uncertain` if it does not come, or the guest has restarted to receive."""
+        if not await echo.comes(_TAKEN_TIMEOUT) or self.reports.restarts != restarts:
             raise _Uncertain
-        return count
 
     async def _type_key(self, stroke: Stroke) -> None:
         """Type a key together with Num Lock, and wait until the guest has taken both; again if it has not."""
@@ -318,33 +338,31 @@ class Keyboard(HidFunction):
             raise ReportsLost(0, len(characters))
 
     def _reports_of(self, strokes: Sequence[Stroke]) -> Iterator[bytes]:
-        """Make reports that press keys one after the other, and release the last one.
+        """Make reports that press keys one after the other, the first one with Num Lock, and release the last one.
+
+        No key follows itself.
 
         A report with another key releases the one before. That halves the number of reports, which set the pace. The
         other key has an earlier place in the array, so Linux sees its press before the release, and the release of any
-        key ends the repetition of keys there: the other key is not repeated, however late the next report is. A key
-        that follows itself, and the first one, have no such release.
+        key ends the repetition of keys there: the other key is not repeated, however late the next report is. The first
+        key has no such release: Linux sees the press of Num Lock after it, repeats that, and ignores it.
         """
         others = [key for key in self._pressed if not key.modifier]
-        last = MAX_KEYS - len(others) - 1
+        room = MAX_KEYS - len(others)
 
-        def placed(stroke: Stroke, place: int) -> bytes:
+        def placed(stroke: Stroke, place: int, *with_it: int) -> bytes:
+            keys = (*bytes(place), stroke.key, *with_it)
             report = bytearray(self._report_of(stroke))
-            report[2:] = bytes((*bytes(place), stroke.key, *bytes(last - place), *others))
+            report[2:] = bytes((*keys, *bytes(room - len(keys)), *others))
             return bytes(report)
 
-        held, place = None, last
-        for stroke in strokes:
-            if held is None:
-                pass
-            elif held.key == stroke.key or not last:
-                yield _report(self._pressed)
-                place = last
-            else:
-                if not place:
-                    place = last
-                    yield placed(held, place)
-                place -= 1
+        held, place = strokes[0], room - 2
+        yield placed(held, place, Key.NUM_LOCK)
+        for stroke in strokes[1:]:
+            if not place:
+                place = room - 1
+                yield placed(held, place)
+            place -= 1
             yield placed(stroke, place)
             held = stroke
         yield _report(self._pressed)
@@ -422,8 +440,13 @@ class Keyboard(HidFunction):
     async def _toggle(self, stroke: Stroke | None = None) -> _Echo:
         """Press Num Lock, with another key in the same report if there is one; return what waits for the answer."""
         pressed = _report([*self._pressed, Key.NUM_LOCK]) if stroke is None else self._report_of(stroke, Key.NUM_LOCK)
+        echo = self._ask()
         await self._emit(pressed, _report(self._pressed))
         self._toggled = not self._toggled
+        return echo
+
+    def _ask(self) -> _Echo:
+        """Return what waits for the answer to Num Lock, which is pressed next."""
         self._is_asked = True
         return _Echo(self, self.leds & Led.NUM_LOCK)
 
@@ -456,6 +479,7 @@ class Keyboard(HidFunction):
             if rest <= 0:
                 return True
             await asyncio.sleep(rest)
+            await asyncio.sleep(_ARRIVAL_TIME)
             self._check_configuration()
         return False
 
