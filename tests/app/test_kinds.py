@@ -17,6 +17,7 @@ from farplug.app.settings import DeviceRules, Names, Source, SourceKind, Storage
 from farplug.cli.device_options import DeviceOptions, Devices
 from farplug.errors import PortError, Reason, UsageError
 from farplug.virtual import AsyncFunction, Function, bulk_in
+from farplug.virtual.fido.key_file import KeyFile
 from farplug.virtual.hid import Keyboard
 
 SOFTWARE = [kind for kind in SourceKind if kind.names is not Names.FILE and kind is not SourceKind.USB_DEVICE]
@@ -113,6 +114,31 @@ async def test_separate_devices_share_no_port(tmp_path: Path) -> None:
             assert sorted(session.places) == ["keyboard0"]
             (shared,) = (await session.app.do(Attach((sources[1], Source.tablet()))))["attachments"]
             assert shared["units"] == ["a.raw", "tablet0"]
+
+
+@pytest.mark.parametrize("separate", [False, True])
+async def test_what_is_refused_is_released(tmp_path: Path, separate: bool) -> None:
+    """A socket, a key file, a link to a terminal: each is free again after a refusal, of the start or of a command."""
+    key, link = tmp_path / "keys.json", tmp_path / "link"
+    sources = (Source.serial(f"unix-listen:{tmp_path}/line"), Source.fido(key), Source.serial(f"pty:{link}"))
+
+    async def check() -> None:
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["keys.json"]
+        await KeyFile.open(key).close()
+
+    async with vm(1) as one:
+        if separate:
+            async with running(one.target, *sources, separate=True) as session:
+                with pytest.raises(PortError, match="3 devices need a port each"):
+                    await session.run
+            await check()
+        async with running(one.target, Source.keyboard()) as session:
+            await session.named("ready")
+            with pytest.raises(PortError, match="no free port"):
+                await session.app.do(Attach(sources, separate=separate))
+            await check()
+            await session.app.do(Detach("all"))
+            await session.app.do(Attach(sources))
 
 
 class _Many(AsyncFunction):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -65,7 +66,7 @@ class Medium:
         await self.store.close()
 
 
-async def _nothing_to_close() -> None: ...
+async def _nothing_shared() -> None: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,16 +74,24 @@ class Parts:
     """A source of another kind that is open: functions of a virtual device.
 
     Attributes:
-        functions: what the guest sees; each releases what it uses in its ``dispose``.
+        functions: what the guest sees; each releases what it uses in its ``dispose``, of which a second call has no
+            effect: the device that they become calls it, too.
         product: the product name that the guest sees, if nothing else is in the device.
         detail: what a user must know to use the other end, such as the path of a terminal; empty: nothing.
-        close: releases what the functions share, after them; a second call has no effect.
+        release: releases what the functions share, after them; a second call has no effect.
     """
 
     functions: Sequence[Function]
     product: str
     detail: str = ""
-    close: Callable[[], Awaitable[None]] = _nothing_to_close
+    release: Callable[[], Awaitable[None]] = _nothing_shared
+
+    async def close(self) -> None:
+        """Release what the functions use, also if they became no device; a second call has no effect."""
+        async with AsyncExitStack() as steps:  # from the last one to the first one, each in any case
+            steps.push_async_callback(self.release)
+            for function in self.functions:
+                steps.push_async_callback(function.dispose)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -231,4 +231,4 @@ class Function(ABC):
         """
 
     async def dispose(self) -> None:
-        """Release what the constructor acquired, such as files: the device will not be plugged again."""
+        """Release what the constructor acquired, such as files: the device will not be plugged again. Twice is once."""
