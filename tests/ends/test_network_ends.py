@@ -120,6 +120,19 @@ async def test_frames_over_a_socket(tmp_path: Path) -> None:
         writer.close()
 
 
+async def test_a_queue_of_frames_for_a_guest_that_is_slower_than_its_peer(tmp_path: Path) -> None:
+    """passt drops frames that its socket does not take: a window of TCP must fit."""
+    sent = on_wire(bytes(1514)) * (3 * 2**20 // 1518)
+    async with opened(f"unix-listen:{tmp_path}/socket") as end:
+        with socket.socket(socket.AF_UNIX) as peer:
+            peer.connect(f"{tmp_path}/socket")
+            peer.setblocking(False)
+            await asyncio.get_running_loop().sock_sendall(peer, sent)  # nothing reads meanwhile
+            got = 0
+            while got < len(sent) // 1518:
+                got += len(await end.read())
+
+
 # passt
 
 

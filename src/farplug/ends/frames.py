@@ -17,6 +17,13 @@ from farplug.usb.types import Buffer
 MAX_FRAME: Final = 64 << 10
 """The longest frame in bytes that a peer may send: above that it does not use this framing."""
 
+READ_AHEAD: Final = 2 << 20
+"""Bytes of frames that are received before the guest takes them; with twice that the peer waits.
+
+passt does not wait: it drops frames when its socket is full. For the gap, and for each duplicate acknowledgement that
+follows from it, it sends all again that was not acknowledged. So its window should fit: Linux offers up to 3 MiB.
+"""
+
 _LENGTH: Final = struct.Struct(">I")
 
 
@@ -50,6 +57,8 @@ class FrameReader:
 
 class FramePeer(SocketPeer):
     """A connected stream socket that carries frames."""
+
+    read_ahead = READ_AHEAD
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, name: str) -> None:
         super().__init__(reader, writer, name)

@@ -9,7 +9,7 @@ import subprocess
 from contextlib import suppress
 from typing import Final
 
-from farplug.ends.base import CHUNK, End, Peer
+from farplug.ends.base import End, Peer
 from farplug.ends.frames import FramePeer
 from farplug.errors import DeviceError, Reason
 from farplug.programs import child_environment, find_program
@@ -23,6 +23,9 @@ START_TIME: Final = 0.5
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 """Seconds before passt is started again when it has ended; each time twice as long, until it has worked for longer."""
+
+SOCKET_BUFFER: Final = 4 << 20
+"""Bytes of frames that passt's socket is to hold; Linux grants up to net.core.wmem_max, which is 212992 by default."""
 
 _END_TIMEOUT: Final = 2.0
 _MAX_OUTPUT: Final = 4096
@@ -85,6 +88,7 @@ class PasstEnd(End):
 
     async def _start(self, program: str) -> Peer:
         ours, theirs = socket.socketpair()
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER)
         try:
             self._process = await asyncio.create_subprocess_exec(
                 program,
@@ -96,7 +100,7 @@ class PasstEnd(End):
                 env=child_environment(),
                 start_new_session=True,  # Ctrl-C is for farplug
             )
-            reader, writer = await asyncio.open_unix_connection(sock=ours, limit=CHUNK)
+            reader, writer = await asyncio.open_unix_connection(sock=ours, limit=FramePeer.read_ahead)
         except BaseException:
             ours.close()
             raise

@@ -10,9 +10,9 @@ import socket
 import stat
 import sys
 from abc import abstractmethod
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Sequence
 from contextlib import suppress
-from typing import Final, TypeAlias
+from typing import ClassVar, Final, TypeAlias
 
 from farplug.ends.base import CHUNK, MAX_UNSENT, RETRY_INTERVAL, End, Peer
 from farplug.errors import DeviceError, Reason
@@ -38,7 +38,13 @@ _REASONS: Final = {
 
 
 class SocketPeer(Peer):
-    """A connected stream socket that carries bytes."""
+    """A connected stream socket that carries bytes.
+
+    Attributes:
+        read_ahead: bytes that are received before the guest takes them; with twice that the peer waits.
+    """
+
+    read_ahead: ClassVar[int] = CHUNK
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, name: str) -> None:
         self.name = name
@@ -71,8 +77,8 @@ class SocketPeer(Peer):
         self._writer.transport.abort()
 
 
-PeerType: TypeAlias = Callable[[asyncio.StreamReader, asyncio.StreamWriter, str], Peer]
-"""Makes the peer of a connection, from its name for messages: :class:`SocketPeer`, or one with frames."""
+PeerType: TypeAlias = type[SocketPeer]
+"""What travels over a connection: :class:`SocketPeer`, or one with frames."""
 
 
 class _ConnectEnd(End):
@@ -130,7 +136,7 @@ class TcpEnd(_ConnectEnd):
         self._host, self._port = host, port
 
     def _connect(self) -> Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-        return asyncio.open_connection(self._host, self._port, limit=CHUNK)
+        return asyncio.open_connection(self._host, self._port, limit=self._peer_type.read_ahead)
 
 
 class UnixEnd(_ConnectEnd):
@@ -141,7 +147,7 @@ class UnixEnd(_ConnectEnd):
         self._path = path
 
     def _connect(self) -> Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-        return asyncio.open_unix_connection(self._path, limit=CHUNK)
+        return asyncio.open_unix_connection(self._path, limit=self._peer_type.read_ahead)
 
 
 class _ListenEnd(End):
@@ -193,7 +199,9 @@ class TcpListenEnd(_ListenEnd):
         loop = asyncio.get_running_loop()
         found = await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         host = found[0][4][0]  # a name may have several addresses, and port 0 would be another one on each
-        server = await asyncio.start_server(self.accept, str(host), self._port, limit=CHUNK, backlog=1)
+        server = await asyncio.start_server(
+            self.accept, str(host), self._port, limit=self._peer_type.read_ahead, backlog=1
+        )
         if not self._port:
             self._port = server.sockets[0].getsockname()[1]
             self.address = f"{self.address.rpartition(':')[0]}:{self._port}"
@@ -225,7 +233,7 @@ class UnixListenEnd(_ListenEnd):
             finally:
                 os.umask(mask)
             self._created = _inode(self._path)
-            return await asyncio.start_unix_server(self.accept, sock=sock, limit=CHUNK, backlog=1)
+            return await asyncio.start_unix_server(self.accept, sock=sock, limit=self._peer_type.read_ahead, backlog=1)
         except BaseException:
             sock.close()
             self._remove()
