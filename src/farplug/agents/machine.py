@@ -168,11 +168,8 @@ class Machine:
     async def _disconnect(self) -> None:
         client, self._client = self._client, None
         line, self._line = self._line, None
-        if line is not None:
-            await line.close()
-            if client is not None and line.label:
-                with suppress(FarplugError):  # the session has ended
-                    await client.call("detach", {"device": line.label})
+        if client is not None and line is not None:
+            await _unplug(client, line)
         self.screen.clear()
         self.state, self.inputs, self._cursor = {}, {}, {}
         self._holder, self._holder_is_known = None, False
@@ -407,7 +404,9 @@ class Machine:
                 result = await client.call("attach", params)
         except TimeoutError:
             note = "the VM does not use it yet: firmware looks for devices only when it starts"
-            return [{**one, "note": note} for id, one in (await self.attachments()).items() if id not in before]
+            return [
+                {**one, "id": id, "note": note} for id, one in (await self.attachments()).items() if id not in before
+            ]
         return [*result["attachments"]] if isinstance(result, dict) else []
 
     async def serial(self) -> SerialLine:
@@ -417,12 +416,16 @@ class Machine:
             FarplugError: as :meth:`attach`.
         """
         async with self._plugging:
-            await self.session()
+            client = await self.session()
             if self._line is None or not self._line.is_of_use:
                 if self._line is not None:
-                    await self._line.close()
+                    await _unplug(client, self._line)
                 self._line, line = None, SerialLine()
-                await line.open(self._path.parent, self.attach)
+                try:
+                    await line.open(self._path.parent, self.attach)
+                except BaseException:
+                    await _unplug(client, line)
+                    raise
                 self._line = line
             return self._line
 
@@ -578,6 +581,13 @@ class Machine:
             while (left := end - loop.time()) > 0:
                 await client.call("key", {"code": codes[-1], "down": True})
                 await asyncio.sleep(min(left, REPEAT_INTERVAL))
+
+
+async def _unplug(client: Client, line: SerialLine) -> None:
+    await line.close()
+    if line.attachment:
+        with suppress(FarplugError):  # it was unplugged, or the session has ended
+            await client.call("detach", {"device": line.attachment})
 
 
 async def _surely(call: Coroutine[Any, Any, None]) -> None:

@@ -26,12 +26,12 @@ class SerialLine:
     """A serial line, from :meth:`open` to :meth:`close`.
 
     Attributes:
-        label: of its device; empty: it is not plugged in.
+        attachment: the id of its device; empty: it is not plugged in.
         lost: bytes that were dropped since the last read.
     """
 
     def __init__(self) -> None:
-        self.label = ""
+        self.attachment = ""
         self.lost = 0
         self._kept = bytearray()
         self._transport: asyncio.Transport | None = None
@@ -39,7 +39,7 @@ class SerialLine:
         self._stack = AsyncExitStack()
 
     async def open(self, folder: Path, attach: Attach) -> None:
-        """Plug the device in, and wait until the line is connected.
+        """Plug the device in, and wait until the line is connected. Also after an error the line must be closed.
 
         Args:
             folder: a private folder with a short path, for a socket.
@@ -54,16 +54,12 @@ class SerialLine:
             server = await asyncio.get_running_loop().create_unix_server(lambda: _End(self), path)
             self._stack.callback(server.close)
             plugged = await attach({"sources": [{"kind": "serial", "path": f"unix:{path}"}]})
-            self.label = str(plugged[0].get("label", "")) if plugged else ""
+            self.attachment = str(plugged[0].get("id", "")) if plugged else ""
             async with asyncio.timeout(CONNECT_TIMEOUT):
                 while self._transport is None:
                     await self._change()
         except TimeoutError:
-            await self.close()
             raise DeviceError("the session did not connect the serial line", reason=Reason.TIMED_OUT) from None
-        except BaseException:
-            await self.close()
-            raise
 
     async def close(self) -> None:
         """End the line here. The device is the caller's to unplug. A second call has no effect."""
