@@ -130,7 +130,7 @@ async def test_a_busy_machine_loses_nothing(guests: Guests, port: int) -> None:
         assert text_of(events) == text
 
 
-async def test_a_vm_that_stands_still_repeats_nothing(guests: GuestPool) -> None:
+async def test_a_vm_that_stands_still_repeats_nothing(guests: Guests) -> None:
     """Stop QEMU again and again, for longer than Linux waits before it repeats a key that is pressed."""
     guest = await guests.get(GUEST)
     text = random_text(5, 250) + "bookkeeper  aA\n\n" * 20
