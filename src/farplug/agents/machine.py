@@ -346,9 +346,9 @@ class Machine:
                 lines = []
             if any(text in line for line in lines):
                 return lines
-            if self._changed is changed:
-                await self._change()
             await asyncio.sleep(TEXT_INTERVAL)
+            if self._changed is changed or self._over is not None:
+                await self._change()
 
     async def wait_until_still(self, seconds: float, *, small: bool) -> None:
         """Wait until the screen has not changed for a time.
