@@ -57,6 +57,7 @@ class Started:
             [self.python, "-c", f"import sys; sys.path[:0] = {path!r}; {code}", *map(str, arguments)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            env={**os.environ, "XDG_RUNTIME_DIR": str(self.folder)},  # no sessions but those of this measurement
         )
 
     def milliseconds(self, code: str, *arguments: object) -> float:
@@ -152,6 +153,7 @@ def measure(started: Sequence[Started], rounds: int) -> list[Figures]:
                 "python": one.milliseconds("pass"),
                 "farplug --version": one.milliseconds(COMMAND, "--version"),
                 "farplug --help": one.milliseconds(COMMAND, "--help"),
+                "farplug ls": one.milliseconds(COMMAND, "ls"),
                 "farplug connect, to its hello": one.connect(),
             }
             if number == 0:

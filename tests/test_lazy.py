@@ -8,7 +8,10 @@ from importlib import import_module
 
 import pytest
 
-LAZY = ("farplug.image", "farplug.physical", "farplug.store", "farplug.testing", "farplug.virtual")
+LAZY = (
+    *("farplug.image", "farplug.physical", "farplug.redirection", "farplug.spice", "farplug.store", "farplug.testing"),
+    *("farplug.usbredir", "farplug.virtual"),
+)
 
 
 @pytest.mark.parametrize("package", LAZY)

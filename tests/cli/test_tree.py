@@ -75,6 +75,7 @@ def test_the_help_imports_no_command() -> None:
 def test_a_command_imports_itself_only() -> None:
     modules = imported("ls")
     assert modules & {"pydantic", "rich", "farplug.app.app", "farplug.cli.page", "farplug.cli.doctor"} == set()
+    assert modules & {"farplug.redirection.engine", "farplug.usbredir.packets"} == set()
     assert "farplug.cli.sessions" in modules
 
 

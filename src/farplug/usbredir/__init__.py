@@ -3,9 +3,25 @@
 :class:`Connection` is one end of a connection, :mod:`~farplug.usbredir.packets` has a class for each packet type.
 """
 
-from farplug.usbredir import packets
-from farplug.usbredir.caps import Cap
-from farplug.usbredir.filter import Filter
-from farplug.usbredir.protocol import Connection, Oversized, Role, Violation
+from typing import TYPE_CHECKING
 
-__all__ = ["Cap", "Connection", "Filter", "Oversized", "Role", "Violation", "packets"]
+from farplug.lazy import lazy_import
+
+if TYPE_CHECKING:
+    from farplug.usbredir.caps import Cap
+    from farplug.usbredir.filter import Filter
+    from farplug.usbredir.protocol import Connection, Oversized, Role, Violation
+
+__all__ = ["Cap", "Connection", "Filter", "Oversized", "Role", "Violation"]
+
+lazy_import(
+    globals(),
+    {
+        "Cap": ".caps",
+        "Connection": ".protocol",
+        "Filter": ".filter",
+        "Oversized": ".protocol",
+        "Role": ".protocol",
+        "Violation": ".protocol",
+    },
+)
