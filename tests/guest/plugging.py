@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +108,26 @@ async def beside(task: asyncio.Future[Any], waiting: Coroutine[Any, Any, T]) -> 
     finally:
         waiter.cancel()
         await asyncio.gather(waiter, return_exceptions=True)
+
+
+async def comes(condition: Callable[[], bool]) -> None:
+    """Wait until something is true of this process."""
+    async with asyncio.timeout(GUEST_TIMEOUT):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def read_line(guest: QemuGuest, action: Callable[[], Awaitable[object]]) -> str:
+    """Return the line that a program on the guest's console, which has no shell, reads while something is typed."""
+    program = "/tmp/reader"
+    script = f"echo $$ >{program}.new; mv {program}.new {program}; exec head -n 1 </dev/tty1"
+    reading = asyncio.ensure_future(guest.check(script))
+    try:
+        await beside(reading, until(guest, f"ls -l /proc/$(cat {program})/fd 2>/dev/null | grep -q tty1"))
+        await action()
+        return (await reading).strip()
+    finally:
+        reading.cancel()
 
 
 async def until(guest: QemuGuest, condition: str) -> str:

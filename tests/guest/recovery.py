@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+from tests.guest.plugging import GUEST_TIMEOUT
+
 from farplug.programs import find_program
 
 
@@ -13,9 +15,11 @@ def recovered(image: Path, folder: Path) -> dict[str, bytes]:
 
     The image is modified. ``folder`` must not exist; the files are extracted to it.
     """
-    check = subprocess.run([str(find_program("e2fsck")), "-fy", str(image)], capture_output=True, text=True, timeout=60)
+    check = subprocess.run(
+        [str(find_program("e2fsck")), "-fy", str(image)], capture_output=True, text=True, timeout=GUEST_TIMEOUT
+    )
     assert check.returncode in (0, 1), check  # sound, or made sound
     folder.mkdir()
     command = [str(find_program("debugfs")), "-R", f'rdump "/" "{folder}"', str(image)]
-    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    subprocess.run(command, check=True, capture_output=True, timeout=GUEST_TIMEOUT)
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}

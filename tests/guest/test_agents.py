@@ -18,10 +18,10 @@ from mcp.client.stdio import stdio_client
 from mcp_types import ImageContent, TextContent
 from tests.app.test_screen import decode_png
 from tests.guest.conftest import Guests
-from tests.guest.plugging import GUEST_TIMEOUT, MIB, NO_SCAN_DELAY, beside
+from tests.guest.plugging import GUEST_TIMEOUT, MIB, NO_SCAN_DELAY, read_line
 from tests.guest.test_screen import dump
 
-from farplug.testing import GuestConfig, QemuGuest, SpicePort
+from farplug.testing import GuestConfig, SpicePort
 
 CONFIG = GuestConfig(
     ports=(SpicePort(), SpicePort()),
@@ -44,18 +44,6 @@ async def call(client: Client, tool: str, **arguments: Any) -> tuple[str, bytes]
     assert not result.is_error, result.content
     image = b"".join(base64.b64decode(one.data) for one in result.content if isinstance(one, ImageContent))
     return "\n".join(one.text for one in result.content if isinstance(one, TextContent)), image
-
-
-async def typed(guest: QemuGuest, action: Callable[[], Awaitable[object]]) -> str:
-    """Return the line that a program on the guest's console reads while something is typed."""
-    reading = asyncio.ensure_future(guest.check("echo $$ > /tmp/reader; exec head -n 1 < /dev/tty1"))
-
-    async def there() -> bool:
-        return "tty1" in await guest.check("ls -l /proc/$(cat /tmp/reader)/fd 2> /dev/null || true")
-
-    await beside(reading, until(there))
-    await action()
-    return (await reading).strip()
 
 
 async def test_an_agent_looks_types_and_plugs_a_disk_in(guests: Guests, tmp_path: Path) -> None:
@@ -88,7 +76,7 @@ async def test_an_agent_looks_types_and_plugs_a_disk_in(guests: Guests, tmp_path
                 await call(client, "wait_for_screen", state="still", small_changes=False)
                 await call(client, "key", text="Return")
 
-            assert await typed(guest, text) == "agent: | ~ \\ #1A"
+            assert await read_line(guest, text) == "agent: | ~ \\ #1A"
             assert answers == ["typed 15 characters; confirmed: the VM took all of it"]
 
             # A disk, which the VM reads and writes; the image stays as it is.

@@ -130,7 +130,6 @@ async def test_a_mounted_disk_stays_whatever_the_guest_does_not_do(
     prefers_bulk_only: QemuGuest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A driver for Bulk-Only Transport sends no request after a reset, nor without reads and writes."""
-    monkeypatch.setattr(offers, "IDLE_TIMEOUT", 3.0)
     guest = prefers_bulk_only
     device = disk_device(blank(tmp_path / "disk.raw"))
     async with plugged(guest.targets[2], device) as hub:
@@ -138,6 +137,7 @@ async def test_a_mounted_disk_stays_whatever_the_guest_does_not_do(
         assert await driver_of(guest, device) == "usb-storage"
         await guest.check(f"mke2fs -q -t ext2 {disk} && mount {disk} /mnt && echo hello >/mnt/hello && sync")
         before = hub.kinds().count(Configured)
+        monkeypatch.setattr(offers, "IDLE_TIMEOUT", 3.0)
         await guest.check("usbreset 1d6b:0104")
         await until(hub, Configured, before + 1)
         assert PortReset in hub.kinds()
@@ -165,7 +165,7 @@ async def without_drivers(guest: QemuGuest) -> AsyncIterator[QemuGuest]:
 async def test_linux_without_any_driver_gets_the_best_back(
     without_drivers: QemuGuest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(offers, "IDLE_TIMEOUT", 1.0)
+    monkeypatch.setattr(offers, "IDLE_TIMEOUT", 2.0)  # Linux needs that on no machine to configure a device
     guest = without_drivers
     device = disk_device(blank(tmp_path / "disk.raw"))
     async with plugged(guest.targets[2], device) as hub:
@@ -240,7 +240,7 @@ def grub_image(folder: Path, modules: str, settings: str) -> Path:
         ],
         check=True,
         capture_output=True,
-        timeout=60,
+        timeout=GUEST_TIMEOUT,
     )
     image = folder / "grub.raw"
     image.write_bytes(boot.read_bytes() + core.read_bytes())

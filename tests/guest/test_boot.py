@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tests.guest.plugging import MIB, blank
+from tests.guest.plugging import GUEST_TIMEOUT, MIB, blank
 
 from farplug.testing import Boot, Controller, GuestConfig, GuestFactory, GuestFixture, SpicePort, TcpPort, UsbPort
 from farplug.virtual.device import VirtualDevice
@@ -61,7 +61,7 @@ def bootable(path: Path) -> Path:
 
 def tool(*command: str, stdin: bytes = b"") -> bytes:
     """Run a tool; what it printed."""
-    return subprocess.run(command, input=stdin, check=True, capture_output=True, timeout=30).stdout
+    return subprocess.run(command, input=stdin, check=True, capture_output=True, timeout=GUEST_TIMEOUT).stdout
 
 
 def plug_and_run(guest: GuestFixture, device: VirtualDevice | Path, console: str) -> None:

@@ -15,7 +15,7 @@ from urllib.request import urlopen
 import pytest
 from tests.guest.command import farplug, farplug_on_terminal
 from tests.guest.conftest import Guests
-from tests.guest.plugging import MIB, blank, disk_with, gone, until
+from tests.guest.plugging import GUEST_TIMEOUT, MIB, blank, disk_with, gone, until
 
 from farplug.store.image import serial_number
 from farplug.target import open_session, parse_target
@@ -402,7 +402,7 @@ async def test_a_folder_and_a_cd_that_is_swapped(guest: QemuGuest, tmp_path: Pat
         await running.until("port 0: LUN 0 one, LUN 1 cdrom0 (one.iso)")
         await running.until("configured by the guest")
         read = "mount -o ro {} /mnt && cat '/mnt/A long name.txt'; umount /mnt 2>/dev/null"
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(GUEST_TIMEOUT):
             while await guest.check(f"{read.format('-t vfat /dev/sda1')}; :") != "This is one.":
                 await asyncio.sleep(0.1)
         assert await guest.check(read.format("-t iso9660 /dev/sr0")) == "This is one."

@@ -17,7 +17,7 @@ from tests.control.support import RawClient
 from tests.control.test_driving import done
 from tests.control.test_screens import Viewer, request
 from tests.guest.conftest import Guests
-from tests.guest.plugging import GUEST_TIMEOUT
+from tests.guest.plugging import GUEST_TIMEOUT, read_line, until
 from tests.guest.test_cdrom import make_iso
 from tests.guest.test_screen import KEYBOARD, dump
 from tests.guest.test_spice_session import TWO_PORTS
@@ -74,8 +74,7 @@ async def test_a_cd_of_a_client_is_read_and_its_client_is_killed(guests: Guests,
         await done(client, "subscribe", events=["medium-ejected", "medium-failed"])
         async with offerer(server.path, iso, "attach") as first:
             assert await printed(first) == "ready"
-            while not (drive := (await guest.check("ls /dev/sr* 2> /dev/null; :")).strip()):
-                await asyncio.sleep(0.1)
+            drive = (await until(guest, "busybox ls /dev/sr* 2> /dev/null")).strip()
             read = f"head -c {iso.stat().st_size} {drive} | sha256sum"
             assert (await guest.run(read, timeout=GUEST_TIMEOUT)).output.split()[0] == whole
             mounted = await guest.run(
@@ -113,17 +112,14 @@ async def test_a_screen_is_watched_while_keys_are_pressed(guests: Guests, tmp_pa
         client.send(request("watch", "watch-screen"), request("drive", "drive", take=True))
         viewer = Viewer()
         await guest.check("dmesg -n 1; echo watched-screen > /dev/tty1")
-        reading = asyncio.ensure_future(
-            guest.run("echo $$ > /tmp/reader; exec head -n 1 < /dev/tty1", timeout=GUEST_TIMEOUT)
-        )
-        async with asyncio.timeout(60):
-            while "tty1" not in await guest.check("ls -l /proc/$(cat /tmp/reader)/fd 2> /dev/null || true"):
-                await asyncio.sleep(0.1)
-        for number, key in enumerate(("ShiftLeft", "KeyV", "ShiftLeft", "KeyM", "Digit7", "NumpadEnter")):
-            client.send(request(f"a{number}", "key", code=key, down=key != "ShiftLeft" or number == 0))
-            if key != "ShiftLeft":
-                client.send(request(f"b{number}", "key", code=key, down=False))
-        assert (await reading).output.strip() == "Vm7"
+
+        async def press() -> None:
+            for number, key in enumerate(("ShiftLeft", "KeyV", "ShiftLeft", "KeyM", "Digit7", "NumpadEnter")):
+                client.send(request(f"a{number}", "key", code=key, down=key != "ShiftLeft" or number == 0))
+                if key != "ShiftLeft":
+                    client.send(request(f"b{number}", "key", code=key, down=False))
+
+        assert await read_line(guest, press) == "Vm7"
         await guest.qmp.execute("stop")
         try:
             expected = await dump(guest, tmp_path)

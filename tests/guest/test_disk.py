@@ -10,7 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.guest.plugging import MIB, NO_SCAN_DELAY, Plugged, beside, blank, descriptors, disk_of, gone, plugged
+from tests.guest.plugging import (
+    GUEST_TIMEOUT,
+    MIB,
+    NO_SCAN_DELAY,
+    Plugged,
+    beside,
+    blank,
+    comes,
+    descriptors,
+    disk_of,
+    gone,
+    plugged,
+)
 
 from farplug.redirection import events
 from farplug.target import TargetOptions, open_session, parse_target
@@ -50,7 +62,7 @@ def read_back(image: Path, filesystem: str, name: str) -> bytes:
         command = ["mtype", "-i", str(image), f"::{name}"]
     else:
         command = ["/usr/sbin/debugfs", "-R", f"cat /{name}", str(image)]
-    return subprocess.run(command, check=True, capture_output=True, timeout=30).stdout
+    return subprocess.run(command, check=True, capture_output=True, timeout=GUEST_TIMEOUT).stdout
 
 
 async def live(guest: QemuGuest, disk: str, filesystem: str) -> None:
@@ -161,7 +173,7 @@ async def test_high_speed_on_xhci_when_it_is_asked_for(guest: QemuGuest, tmp_pat
 
 async def test_read_only(guest: QemuGuest, tmp_path: Path) -> None:
     image = blank(tmp_path / "disk.raw")
-    subprocess.run(["/usr/sbin/mke2fs", "-q", "-F", "-t", "ext4", image], check=True, timeout=30)
+    subprocess.run(["/usr/sbin/mke2fs", "-q", "-F", "-t", "ext4", image], check=True, timeout=GUEST_TIMEOUT)
     content, before = image.read_bytes(), image.stat()
     device = disk_device(image, read_only=True)
     async with plugged(guest.targets[3], device):
@@ -213,9 +225,7 @@ async def test_attached_before_the_vm_runs(guests: Guests, tmp_path: Path) -> No
         hub = Plugged(await open_session(parse_target(guest.targets[0])))
         try:
             plugging = asyncio.ensure_future(hub.plug(device))
-            async with asyncio.timeout(10):
-                while events.WaitingForGuest not in hub.kinds():
-                    await asyncio.sleep(0.05)
+            await beside(plugging, comes(lambda: events.WaitingForGuest in hub.kinds()))
             assert not plugging.done()
             await guest.qmp.execute("cont")
             await beside(plugging, guest.booted())
@@ -230,7 +240,7 @@ async def test_attached_before_the_vm_runs(guests: Guests, tmp_path: Path) -> No
 
 async def test_detached_while_mounted_and_attached_again_six_times(guest: QemuGuest, tmp_path: Path) -> None:
     image = blank(tmp_path / "disk.raw")
-    subprocess.run(["/usr/sbin/mke2fs", "-q", "-F", "-t", "ext4", image], check=True, timeout=30)
+    subprocess.run(["/usr/sbin/mke2fs", "-q", "-F", "-t", "ext4", image], check=True, timeout=GUEST_TIMEOUT)
     device = disk_device(image)
     held = 0
     for number in range(6):
@@ -250,7 +260,7 @@ async def test_detached_while_mounted_and_attached_again_six_times(guest: QemuGu
         assert sorted(map(int, filter(re.compile(r"\d+$").match, names))) == list(range(6))
         await guest.check("umount /mnt")
     await device.dispose()
-    fsck = subprocess.run(["/usr/sbin/e2fsck", "-fp", image], capture_output=True, timeout=30)
+    fsck = subprocess.run(["/usr/sbin/e2fsck", "-fp", image], capture_output=True, timeout=GUEST_TIMEOUT)
     assert fsck.returncode in (0, 1), fsck.stdout
 
 

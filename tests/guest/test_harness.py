@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from tests.guest.plugging import GUEST_TIMEOUT
 
 from farplug.testing import (
     Boot,
@@ -45,7 +46,7 @@ async def read_hello(target: str) -> bytes:
     else:
         host, _, port = address.removeprefix("//").rpartition(":")
         reader, writer = await asyncio.open_connection(host, int(port))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(GUEST_TIMEOUT):
         hello = await reader.readexactly(80)
     writer.close()
     await writer.wait_closed()
@@ -111,7 +112,7 @@ async def test_monitor(guest: QemuGuest) -> None:
 async def test_kernel_messages_are_kept(guest: QemuGuest) -> None:
     assert guest.console.startswith("[    0.000000] Linux version")
     await guest.check("echo marked >/dev/ttyS0")
-    await guest.wait_for_console("marked\n", timeout=5)
+    await guest.wait_for_console("marked\n")
 
 
 async def test_paused_guest_with_a_disk_on_ehci_and_a_port_that_connects_to_us(guests: Guests, tmp_path: Path) -> None:
@@ -140,7 +141,7 @@ async def test_paused_guest_with_a_disk_on_ehci_and_a_port_that_connects_to_us(g
             assert not hello.done(), "a paused guest sends nothing"
             await guest.qmp.execute("cont")
             await guest.booted()
-            assert HELLO in await asyncio.wait_for(hello, 10)
+            assert HELLO in await asyncio.wait_for(hello, GUEST_TIMEOUT)
             script = "while [ ! -b /dev/sda ]; do sleep 0.1; done; head -c 13 /dev/sda; lsusb"
             assert "from the host" in (output := await guest.check(script))
             assert "EHCI Host Controller" in output
@@ -223,11 +224,8 @@ asyncio.run(main())
         assert process.stdout is not None
         pid, target = process.stdout.readline().split()
         process.kill()
-    for _ in range(100):
-        if not is_running(int(pid)):
-            break
+    while is_running(int(pid)):  # until the limit of the test
         time.sleep(0.05)
-    assert not is_running(int(pid))
     # After a SIGKILL the folder remains: only small files and sockets may be in it.
     folder = Path(target.removeprefix("unix:")).parent
     files = list(folder.iterdir())

@@ -281,7 +281,7 @@ async def test_a_vm_that_sends_nothing(kerbside: Kerbside) -> None:
         target = parse_target(str(await kerbside.allow(_address_of(server))))
         assert isinstance(target, SpiceTarget)
         with pytest.raises(TargetError) as caught:
-            await SpiceSession.connect(target, timeouts=Timeouts(handshake=1))
+            await SpiceSession.connect(target, timeouts=Timeouts(handshake=5))
     assert caught.value.reason is Reason.TIMED_OUT
     assert "SPICE proxy" in caught.value.remedy
 
@@ -291,10 +291,11 @@ async def test_a_channel_in_use_behind_a_slow_way(
 ) -> None:
     """The proxy reports success before it has asked QEMU, whose refusal arrives when open() has returned."""
     monkeypatch.setattr(spice_port, "SETTLE_TIME", 0.05)
-    delay = 0.0
+    is_open = asyncio.Event()
+    is_open.set()
 
     async def slow_way(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await asyncio.sleep(delay)
+        await is_open.wait()
         onward_reader, onward = await asyncio.open_connection("127.0.0.1", guest.spice.port)
         await asyncio.gather(_copy(reader, onward), _copy(onward_reader, writer))
 
@@ -307,9 +308,10 @@ async def test_a_channel_in_use_behind_a_slow_way(
         mine, other = Recorder(), Recorder()
         await port.open(mine)
         await mine.until(lambda: bool(mine.data))
-        delay = 0.3
+        is_open.clear()
         again = spice_port.SpicePort(port.number, session, port._dialer, port._timeouts)
         await again.open(other)
+        is_open.set()
         await other.until(lambda: bool(other.closed))
         (error,) = other.closed
         assert isinstance(error, PortError)

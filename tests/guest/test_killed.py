@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests.guest.command import Running, farplug
-from tests.guest.plugging import LABORATORY, MIB, NO_SCAN_DELAY, STORAGE, blank, disk_with, gone
+from tests.guest.plugging import GUEST_TIMEOUT, LABORATORY, MIB, NO_SCAN_DELAY, STORAGE, blank, disk_with, gone
 from tests.guest.recovery import recovered
 from tests.guest.scripts import writer
 
@@ -60,7 +60,9 @@ class Raw:
         self._check = {"blocks": self._check_blocks, "files": self._check_files}[kind]
         self._copies = 0
         if kind == "files":
-            subprocess.run([find_program("mke2fs"), "-q", "-F", "-t", "ext4", self.image], check=True, timeout=30)
+            subprocess.run(
+                [find_program("mke2fs"), "-q", "-F", "-t", "ext4", self.image], check=True, timeout=GUEST_TIMEOUT
+            )
 
     @property
     def options(self) -> tuple[str | Path, ...]:
@@ -148,7 +150,7 @@ async def writing(guest: QemuGuest, kind: str, disk: Raw) -> AsyncIterator[Calla
 async def wait_for_count(guest: QemuGuest, console: Callable[[], str], text: str, count: int) -> None:
     """Wait until the guest's writer has printed a text ``count`` times."""
     try:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(GUEST_TIMEOUT):
             while console().count(text) < count:
                 await asyncio.sleep(0.002)
     except TimeoutError:

@@ -32,8 +32,9 @@ WRITE = """
 
 async def digest(guest: QemuGuest, name: str) -> str:
     """Wait until the guest has a disk whose first bytes are a name; return what it reads of the disk."""
-    while not (printed := await guest.check(READ.format(name=name))):
-        await asyncio.sleep(0.1)
+    async with asyncio.timeout(GUEST_TIMEOUT):
+        while not (printed := await guest.check(READ.format(name=name))):
+            await asyncio.sleep(0.1)
     return printed.split()[0]
 
 

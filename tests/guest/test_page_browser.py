@@ -16,7 +16,7 @@ import pytest
 from playwright.async_api import Page, async_playwright, expect
 from tests.guest.command import farplug
 from tests.guest.conftest import Guests
-from tests.guest.plugging import GUEST_TIMEOUT, MIB, NO_SCAN_DELAY, beside
+from tests.guest.plugging import GUEST_TIMEOUT, MIB, NO_SCAN_DELAY, read_line
 from tests.guest.test_screen import dump
 
 from farplug.testing import GuestConfig, QemuGuest, SpicePort
@@ -67,18 +67,6 @@ async def until(condition: Callable[[], Awaitable[bool]]) -> None:
             await asyncio.sleep(0.2)
 
 
-async def typed(guest: QemuGuest, page: Page, action: Callable[[], Awaitable[object]]) -> str:
-    """Return the line that a program on the guest's console reads while something is typed."""
-    reading = asyncio.ensure_future(guest.check("echo $$ > /tmp/reader; exec head -n 1 < /dev/tty1"))
-
-    async def there() -> bool:
-        return "tty1" in await guest.check("ls -l /proc/$(cat /tmp/reader)/fd 2> /dev/null || true")
-
-    await beside(reading, until(there))
-    await action()
-    return (await reading).strip()
-
-
 async def test_picture_keys_and_sockets(guests: Guests, tmp_path: Path) -> None:
     guest = await guests.get(CONFIG)
     root = tmp_path / "images"
@@ -102,14 +90,14 @@ async def test_picture_keys_and_sockets(guests: Guests, tmp_path: Path) -> None:
             await page.keyboard.press("Enter")
             await page.keyboard.press("Control+Alt")
 
-        assert await typed(guest, page, keys) == "keys az9 A"
+        assert await read_line(guest, keys) == "keys az9 A"
 
         async def text() -> None:
             await page.get_by_role("button", name="Type text").click()
             await page.get_by_label("Text", exact=True).fill("Text: | ~ \\ #1\n")
             await page.get_by_role("button", name="Type it").click()
 
-        assert await typed(guest, page, text) == "Text: | ~ \\ #1"
+        assert await read_line(guest, text) == "Text: | ~ \\ #1"
 
         # A disk from the page's folder.
         await page.get_by_role("button", name="Plug in… Socket 1").click()

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests.guest.command import farplug
-from tests.guest.plugging import GUEST_TIMEOUT, MIB, Plugged, blank, disk_of, disk_with, plugged
+from tests.guest.plugging import GUEST_TIMEOUT, MIB, Plugged, beside, blank, disk_of, disk_with, plugged
 
 from farplug.exit_codes import ExitCode
 from farplug.redirection import Redirection, engine, events, port_protocol, reminder
@@ -152,7 +152,7 @@ class Operator:
         opened = asyncio.Event()
         hub.stream.subscribe(lambda event: opened.set() if event.name == "opened" else None)
         self._plugging = asyncio.ensure_future(hub.plug(disk_device(MemoryStore(8 * MIB))))
-        await opened.wait()
+        await beside(self._plugging, opened.wait())
 
     async def _settled(self) -> None:
         """A connected client has a device in a VM that runs; into a pause it has sent a reminder, if it ever does."""
@@ -162,7 +162,7 @@ class Operator:
             await self._plugging
         if self._plugging.done() and self._hub.session.exclusive:
             self.reminded.clear()
-            await self.reminded.wait()
+            await beside(self._plugging, self.reminded.wait())
 
     async def _doctor(self) -> None:
         session = await open_session(parse_target(self.guest.targets[0]))

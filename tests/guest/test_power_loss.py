@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.guest.plugging import LABORATORY, MIB, STORAGE, blank, disk_of, enable_unmap, plugged
+from tests.guest.plugging import GUEST_TIMEOUT, LABORATORY, MIB, STORAGE, blank, disk_of, enable_unmap, plugged
 from tests.guest.recovery import recovered
 from tests.guest.scripts import worker
 
@@ -174,7 +174,7 @@ class Marks(MemoryStore):
 async def test_what_fsync_confirmed_survives(guests: Guests, tmp_path: Path, storage: str) -> None:
     guest = await guests.get(LABORATORY)
     image = blank(tmp_path / "disk.raw", 24 * MIB)
-    subprocess.run([find_program("mke2fs"), "-q", "-F", "-t", "ext4", image], check=True, timeout=30)
+    subprocess.run([find_program("mke2fs"), "-q", "-F", "-t", "ext4", image], check=True, timeout=GUEST_TIMEOUT)
     first = image.read_bytes()
     store = VolatileStore(first)
     marks = Marks(store.log)

@@ -34,8 +34,9 @@ def images(folder: Path) -> list[Path]:
 async def read(guest: QemuGuest, *names: str) -> None:
     """Wait until the guest has read the names of disks."""
     command = "for disk in /dev/sd?; do head -c 5 $disk; echo; done 2>/dev/null; :"
-    while not set(names) <= set((await guest.check(command)).split()):
-        await asyncio.sleep(0.1)
+    async with asyncio.timeout(GUEST_TIMEOUT):
+        while not set(names) <= set((await guest.check(command)).split()):
+            await asyncio.sleep(0.1)
 
 
 async def in_use(session: Running, *labels: str) -> None:
@@ -48,7 +49,7 @@ async def test_devices_come_and_go_after_the_ticket_has_expired(guests: Guests, 
     guest = await guests.get(GuestConfig(ports=TWO, spice=Spice(ticket="once")))
     await guest.booted()
     target = guest.targets[0]
-    async with asyncio.timeout(GUEST_TIMEOUT), running(target, reconnect=None) as session:
+    async with asyncio.timeout(4 * GUEST_TIMEOUT), running(target, reconnect=None) as session:
         await session.named("ready")
         await guest.qmp.execute("expire_password", {"protocol": "spice", "time": "now"})
         with pytest.raises(TargetError) as refused:

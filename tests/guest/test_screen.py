@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tests.app.test_screen import decode_png
 from tests.guest.conftest import Guests
-from tests.guest.plugging import NO_SCAN_DELAY, beside
+from tests.guest.plugging import GUEST_TIMEOUT, NO_SCAN_DELAY, read_line
 from tests.guest.plugging import until as until_in
 
 from farplug.app.guest import Guest
@@ -149,10 +149,7 @@ def events(dump: str) -> list[tuple[int, int, int]]:
 
 async def typed(guest: QemuGuest, farplug: Guest, text: str) -> str:
     """Type a line on the guest's console, which has no shell; return what a program there reads."""
-    reading = asyncio.ensure_future(guest.check("echo $$ > /tmp/reader; exec head -n 1 < /dev/tty1"))
-    await beside(reading, until_in(guest, "ls -l /proc/$(cat /tmp/reader)/fd 2>/dev/null | grep -q tty1"))
-    await farplug.inputs.type(text + "\n")
-    return (await reading).strip()
+    return await read_line(guest, lambda: farplug.inputs.type(text + "\n"))
 
 
 async def test_keys_and_clicks_arrive_while_a_disk_is_plugged_in(guests: Guests, tmp_path: Path) -> None:
@@ -164,7 +161,7 @@ async def test_keys_and_clicks_arrive_while_a_disk_is_plugged_in(guests: Guests,
         assert await typed(guest, farplug, TEXT) == TEXT
 
         await farplug.inputs.press("Caps_Lock")
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(GUEST_TIMEOUT):
             while Locks.CAPS not in await farplug.inputs.locks():
                 await asyncio.sleep(0.1)
         assert await typed(guest, farplug, "Caps Lock") == "Caps Lock"
@@ -175,7 +172,7 @@ async def test_keys_and_clicks_arrive_while_a_disk_is_plugged_in(guests: Guests,
         await guest.check(f"cat /dev/input/{node} > /tmp/events 2> /dev/null & echo $! > /tmp/reader")
         await until_in(guest, f"ls -l /proc/$(cat /tmp/reader)/fd 2>/dev/null | grep -q {node}")
         await farplug.inputs.click(width // 2, height // 4)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(GUEST_TIMEOUT):
             while (found := events(await guest.check("od -An -v -tx1 /tmp/events")))[-2:-1] != [(KEY, BTN_LEFT, 0)]:
                 await asyncio.sleep(0.1)
         await guest.check("kill $(cat /tmp/reader)")

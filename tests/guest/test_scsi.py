@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
 from collections.abc import AsyncIterator
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import pytest_asyncio
-from tests.guest.plugging import MIB, NO_SCAN_DELAY, blank, disk_of, plugged
+from tests.guest.plugging import MIB, NO_SCAN_DELAY, blank, disk_of, plugged, until
 
 from farplug.testing import GuestConfig, QemuGuest, TcpPort
 from farplug.virtual import VirtualDevice, disk_device
@@ -198,10 +197,10 @@ async def test_the_write_cache_can_be_turned_off(plug: Plug) -> None:
 
 
 async def test_a_new_size(plug: Plug) -> None:
+    await plug.run("dmesg -c >/dev/null")
     os.truncate(plug.image, NEW_SIZE)
-    await asyncio.sleep(1.5)  # the disk looks every second
-    await plug.run("dmesg -c >/dev/null; echo 1 > /sys/block/$(basename {d})/device/rescan")
-    assert int(await plug.run("cat /sys/block/$(basename {d})/size")) == NEW_SIZE // 512
+    block = f"/sys/block/{plug.disk.removeprefix('/dev/')}"  # the disk looks at its size every second
+    await until(plug.guest, f"{{ echo 1 >{block}/device/rescan; grep -qx {NEW_SIZE // 512} {block}/size; }}")
     assert "Capacity data has changed" in await plug.run("dmesg")
     await plug.run(f"printf end | dd of={{d}} bs=512 seek={NEW_SIZE // 512 - 1} conv=fsync 2>/dev/null")
     assert plug.bytes_at(NEW_SIZE - 512, 3) == b"end"

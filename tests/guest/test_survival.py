@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests.guest.command import farplug
-from tests.guest.plugging import GUEST_TIMEOUT, MIB, NO_SCAN_DELAY, blank, disk_of, disk_with, gone, plugged
+from tests.guest.plugging import (
+    GUEST_TIMEOUT,
+    MIB,
+    NO_SCAN_DELAY,
+    beside,
+    blank,
+    comes,
+    disk_of,
+    disk_with,
+    gone,
+    plugged,
+)
 
 from farplug.errors import Reason
 from farplug.exit_codes import ExitCode
@@ -63,9 +74,7 @@ async def test_farplug_killed_in_the_middle_of_a_write(guest: QemuGuest, tmp_pat
     async with farplug(*command) as first:
         disk = await disk_with(guest, serial_number(image))
         writing = asyncio.ensure_future(guest.run(f"dd if=/dev/zero of={disk} bs=1M oflag=direct"))
-        async with asyncio.timeout(20):
-            while image.stat().st_blocks * 512 < 8 * MIB:
-                await asyncio.sleep(0.01)
+        await beside(writing, comes(lambda: image.stat().st_blocks * 512 >= 8 * MIB))
         assert not writing.done()
         first.process.kill()
         result = await writing
@@ -214,12 +223,12 @@ async def test_an_answer_given_while_the_vm_is_paused_arrives(guest: QemuGuest, 
     device = disk_device(store)
     async with plugged(guest.targets[port], device):
         disk = await disk_of(guest, device)
+        # The driver does not ask again: a reply that did not arrive would leave the command without an end.
+        await guest.check(f"echo 3600 >/sys/block/{disk.removeprefix('/dev/')}/device/timeout")
         store.holds = True
         command = f"dd if={disk} bs=4k count=1 skip=999 iflag=direct 2>/dev/null | wc -c"
-        reading = asyncio.ensure_future(guest.check(command, timeout=25))  # the driver gives up after 30 s
-        async with asyncio.timeout(20):
-            while not store.held:
-                await asyncio.sleep(0.05)
+        reading = asyncio.ensure_future(guest.check(command))
+        await beside(reading, comes(lambda: bool(store.held)))
         await guest.qmp.execute("stop")
         store.release()
         await asyncio.sleep(0.2)  # it is on its way
@@ -247,9 +256,7 @@ async def test_a_guest_that_gives_up_and_a_store_that_answers_late(guest: QemuGu
         store.holds = True
         resets = hub.kinds().count(events.PortReset)
         working = asyncio.ensure_future(guest.run(f"dd bs=64k count=4 {work.format(disk=disk)}"))
-        async with asyncio.timeout(40):
-            while len(store.held) < attempts:
-                await asyncio.sleep(0.05)
+        await beside(working, comes(lambda: len(store.held) >= attempts))
         assert hub.kinds().count(events.PortReset) >= resets + attempts - 1
         assert any(figures.cancelled for figures in hub.attachments[0].endpoints)
         store.release()

@@ -10,7 +10,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from tests.page.fake_page import FakePage
 
-TIMEOUT = 20_000
+TIMEOUT = 60_000
 WIDE = (1280, 800)
 CHROMIUM = "chromium"
 SHELL = "chromium-headless-shell"

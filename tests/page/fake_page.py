@@ -29,7 +29,7 @@ from farplug.app.state import apply
 
 STATIC = Path(__file__).parents[2] / "src/farplug/web/static"
 TOKEN = "secret"
-TIMEOUT = 20.0
+TIMEOUT = 60.0
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",

@@ -307,6 +307,28 @@ def test_without_qemu_a_test_is_skipped_or_fails(pytester: pytest.Pytester) -> N
         result.stdout.fnmatch_lines(["QEMU is not installed (sudo apt-get install qemu-system-x86)"])
 
 
+def test_guests_for_a_test_whose_loop_runs_meanwhile(pytester: pytest.Pytester) -> None:
+    result = run(
+        pytester,
+        f"""
+        import asyncio
+        import pytest
+
+        @pytest.mark.asyncio
+        async def test_boots(farplug_guest_factory):
+            first, second = await asyncio.gather(*(asyncio.to_thread(farplug_guest_factory, fresh=True) for _ in "ab"))
+            assert first.vm is not second.vm
+            assert (await first.vm.run("echo one")).output == "one\\n"
+
+        @pytest.mark.asyncio
+        async def test_skips(farplug_guest_factory):
+            await asyncio.to_thread(farplug_guest_factory, kernel_arguments=["{MISSING}"])
+        """,
+    )
+    result.assert_outcomes(passed=1, skipped=1)
+    assert all(vm.closed for vm in FakeVm.made[:2])
+
+
 def test_a_guest_that_dies_says_so(pytester: pytest.Pytester) -> None:
     result = run(pytester, MARKED % DIES)
     result.assert_outcomes(errors=1)
