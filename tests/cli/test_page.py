@@ -173,8 +173,9 @@ def test_a_browser_that_cannot_be_started(cli: Cli, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("options", "code", "text"),
     [
-        (["-s", "none"], 2, "no session is running at"),
+        (["-s", "none"], 2, "the session none is not running"),
         (["-s", "a b"], 2, "is not a valid name"),
+        (["spice://h:1"], 2, "name a session or a VM with an option:\n    farplug page -s spice://h:1\n"),
         (["-s", "none", "--ca-file", "x"], 2, "--ca-file has no effect without a TARGET"),
         (["--listen", "0.0.0.0"], 5, "without TLS"),
         (["--tls-cert", "/none"], 2, "the key is missing"),

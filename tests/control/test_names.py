@@ -354,7 +354,7 @@ async def test_kill_9_and_reuse_of_the_name(environment: dict[str, str], folder:
     first.kill()
     first.wait()
     assert sorted(os.listdir(folder)) == ["web-2.lock", "web-2.sock", "web.lock", "web.sock"]
-    with pytest.raises(UsageError, match="no session is running at") as caught:
+    with pytest.raises(UsageError, match="the session web is not running") as caught:
         async with open_session("web", environment):
             pass
     assert (caught.value.reason, exit_code(caught.value)) == (Reason.NO_SESSION, ExitCode.USAGE)

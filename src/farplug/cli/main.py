@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
@@ -17,7 +18,9 @@ from farplug.cli.tree import app
 from farplug.errors import FarplugError, InternalError, Reason, Remedy
 from farplug.exit_codes import ExitCode
 from farplug.rate_limit import release_logs
+from farplug.shell import shell_quote, shell_word
 
+_EXTRA = re.compile(r"Got unexpected extra argument(?:\(s\)|s)? \((\S+)\)")
 _BAD_ARGUMENTS: type[Exception] = typer.BadParameter.__bases__[0]
 """Base class of the errors of the command line's parser: Click's, or that of the copy of Click in Typer."""
 
@@ -90,8 +93,24 @@ def _run(arguments: Sequence[str]) -> Failure | int | None:
         message = error.format_message()  # type: ignore[attr-defined]
         # Typer checks values with pydantic, whose messages contain this prefix.
         message = message.rstrip(".").replace(": Value error, ", ": ")
-        return Failure(message, Reason.BAD_OPTION, ExitCode.USAGE, Remedy(f"see: {command} --help"))
+        return Failure(message, Reason.BAD_OPTION, ExitCode.USAGE, _advice(command, message))
     except Exception as error:
         log.traceback(error)
         return Failure.of(InternalError(error))
     return None
+
+
+def _advice(command: str, message: str) -> Remedy:
+    """Return the remedy for wrong arguments: the option for an image, a folder or a VM that has none before it."""
+    see = f"see: {command} --help"
+    extra = _EXTRA.fullmatch(message)
+    name = command.partition(" ")[2]
+    if extra is None or name not in ("connect", "attach", "serve", "page"):
+        return Remedy(see)
+    argument = extra[1]
+    if name == "page":
+        return Remedy("name a session or a VM with an option:", command=f"farplug page -s {shell_quote(argument)}")
+    option = "--usb-cdrom" if argument.lower().endswith(".iso") else "--usb-disk"
+    if os.path.isdir(argument):
+        option = "--usb-folder"
+    return Remedy(f"to plug it in: {option} {shell_word(argument)}", alternative=Remedy(see))

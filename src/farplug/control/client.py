@@ -245,7 +245,7 @@ async def _open(connection: _Connection, path: str) -> None:
         await _connect(end, path)
         await asyncio.get_running_loop().create_unix_connection(lambda: connection, sock=end)
     except (FileNotFoundError, ConnectionRefusedError) as error:
-        raise UsageError(f"no session is running at {path}", reason=Reason.NO_SESSION) from error
+        raise UsageError(f"the session {Path(path).stem} is not running", reason=Reason.NO_SESSION) from error
     except TimeoutError:
         raise
     except (OSError, ValueError) as error:
