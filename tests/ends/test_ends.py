@@ -18,6 +18,7 @@ import pytest
 
 from farplug.ends import SERIAL_ENDS, parse_serial_end
 from farplug.ends.base import End
+from farplug.ends.client import ClientEnd
 from farplug.ends.file import FileEnd
 from farplug.ends.pty import PtyEnd
 from farplug.ends.sockets import TcpEnd, TcpListenEnd, UnixEnd, UnixListenEnd
@@ -67,6 +68,7 @@ async def received(end: End, size: int) -> bytes:
         ("unix:x", UnixEnd),
         ("unix-listen:/run/x", UnixListenEnd),
         ("file:log", FileEnd),
+        ("client", ClientEnd),
     ],
 )
 def test_addresses(text: str, kind: type) -> None:
@@ -81,6 +83,7 @@ def test_addresses(text: str, kind: type) -> None:
         "-x",
         "pty:",
         "serial",
+        "client:",
         "/dev/ttyS0",
         "tcp:localhost:4000",
         "tcp://",

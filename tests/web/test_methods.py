@@ -133,6 +133,7 @@ ENDS = (
     "PTY",
     "pty ",
     "pty\0",
+    "client:m1",
     "-",
     "tcp-listen://:4000",
     "unix:/run/x",
@@ -143,8 +144,9 @@ ENDS = (
 )
 
 
-def test_a_serial_line_has_a_new_terminal_for_its_end(root: Path) -> None:
-    params = sources({"kind": "serial", "path": "pty"})
+@pytest.mark.parametrize("end", ["pty", "client"])
+def test_a_serial_line_has_a_new_terminal_or_the_page_for_its_end(root: Path, end: str) -> None:
+    params = sources({"kind": "serial", "path": end})
     assert methods.with_absolute_paths("attach", params, WebRoot.of(root)) == params
     assert methods.with_absolute_paths("attach", params, NoFiles()) == params
 

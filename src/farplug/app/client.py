@@ -21,6 +21,7 @@ from farplug.app import commands
 from farplug.app.attachment import Attachment
 from farplug.app.commands import Command
 from farplug.app.guest import Guest
+from farplug.app.lines import OpenLine
 from farplug.app.media import PREFIX, Offer
 from farplug.app.outlet import ClientEvent, Outlet
 from farplug.app.screen import check_distances
@@ -43,6 +44,8 @@ MAX_OFFERS: Final = 8
 """Files that a client offers at a time."""
 MAX_SHELLS: Final = 4
 """Devices for commands in guests that a client has plugged in at a time."""
+MAX_LINES: Final = 8
+"""Serial lines that a client has open at a time."""
 MAX_NAME: Final = 64
 """Characters of the name of a client."""
 TYPING_INTERVAL: Final = 0.2
@@ -73,6 +76,8 @@ class AppClient:
         self._typing: dict[asyncio.Task[None], Guest] = {}
         self._offers: dict[str, Offer] = {}
         self._shells: dict[Attachment, Guest] = {}
+        self._lines: dict[int, OpenLine] = {}
+        self._last_line = 0
         self._ending: set[asyncio.Task[None]] = set()
         self._is_closed = False
 
@@ -92,6 +97,9 @@ class AppClient:
             raise GuestGoneError("the client has gone", reason=Reason.SESSION_GONE)
         if isinstance(command, commands.MediaData):
             self._media_data(command, payload)
+            return None
+        if isinstance(command, commands.SerialWrite):
+            await self._line(command.line).write(bytes(payload or b""))
             return None
         handler = _DISPATCH.get(type(command))
         if handler is None:
@@ -117,6 +125,9 @@ class AppClient:
             if not attachment.over:
                 self._end(self._unplug(guest, attachment))
         self._shells.clear()
+        for line in self._lines.values():
+            line.close()
+        self._lines.clear()
 
     async def closed(self) -> None:
         """Wait until all that was ended has ended."""
@@ -315,6 +326,28 @@ class AppClient:
         with suppress(FarplugError):  # the guest is gone
             await guest.unplug(attachment)
 
+    # Serial lines -------------------------------------------------------------------------------------------------
+
+    async def _serial_open(self, command: commands.SerialOpen) -> Any:
+        if len(self._lines) >= MAX_LINES:
+            raise UsageError(f"a client has {MAX_LINES} serial lines open at most", reason=Reason.BAD_SETTING)
+        end = self._app.guest(command.guest).line(command.device)
+        self._last_line += 1
+        line = self._lines[self._last_line] = OpenLine(self._last_line, end, self.outlet)
+        return {"line": self._last_line, "position": line.position}
+
+    async def _serial_ack(self, command: commands.SerialAck) -> None:
+        self._line(command.line).acknowledge(command.position)
+
+    async def _serial_close(self, command: commands.SerialClose) -> None:
+        self._line(command.line).close()
+        del self._lines[command.line]
+
+    def _line(self, number: int) -> OpenLine:
+        if number not in self._lines:
+            raise UsageError(f"this client has no serial line {number} open", reason=Reason.NOT_FOUND)
+        return self._lines[number]
+
 
 class _Progress:
     """Reports to a client how much of a text was typed, at most once in TYPING_INTERVAL, and when all was."""
@@ -350,6 +383,9 @@ _DISPATCH: dict[type[Command], Callable[[AppClient, Any], Awaitable[Any]]] = {
     commands.MediaOffer: AppClient._media_offer,
     commands.MediaWithdraw: AppClient._media_withdraw,
     commands.PlugShell: AppClient._plug_shell,
+    commands.SerialOpen: AppClient._serial_open,
+    commands.SerialAck: AppClient._serial_ack,
+    commands.SerialClose: AppClient._serial_close,
     commands.Press: AppClient._press_or_click,
     commands.Click: AppClient._press_or_click,
 }

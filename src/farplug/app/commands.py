@@ -541,6 +541,65 @@ class PlugShell(Command):
 
 
 @dataclass(frozen=True, slots=True)
+class SerialOpen(Command):
+    """Open a serial line with the end ``client``: events ``serial`` follow.
+
+    The result has the number of the ``line``, for the other methods, and the ``position`` of the next byte.
+
+    Attributes:
+        device: the label of the serial line.
+        guest: the guest's id; None: the only one.
+    """
+
+    name = "serial-open"
+
+    device: str
+    guest: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SerialWrite(Command):
+    """Send the raw bytes of the request to the guest. The reply comes when the line takes more.
+
+    Attributes:
+        line: its number.
+    """
+
+    name = "serial-write"
+    takes_payload = True
+
+    line: int
+
+
+@dataclass(frozen=True, slots=True)
+class SerialAck(Command):
+    """Acknowledge what the guest has sent: without acknowledgements it waits.
+
+    Attributes:
+        line: its number.
+        position: of the first byte that is not acknowledged.
+    """
+
+    name = "serial-ack"
+
+    line: int
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class SerialClose(Command):
+    """Close a serial line. The guest does not see that.
+
+    Attributes:
+        line: its number.
+    """
+
+    name = "serial-close"
+
+    line: int
+
+
+@dataclass(frozen=True, slots=True)
 class Devices(Command):
     """List the USB devices of this machine. The result has the name of the ``machine`` and the ``devices``."""
 
@@ -604,6 +663,7 @@ CLIENT_COMMANDS: Final[Mapping[str, type[Command]]] = {
     for kind in (
         *(WatchScreen, UnwatchScreen, ScreenAck, Drive, Key, KeysUp, Pointer, StopTyping),
         *(MediaOffer, MediaData, MediaWithdraw, PlugShell),
+        *(SerialOpen, SerialWrite, SerialAck, SerialClose),
     )
 }
 """The commands of one client, by their names: see :class:`farplug.app.client.AppClient`."""

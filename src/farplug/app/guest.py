@@ -22,7 +22,7 @@ from farplug.app.capture import GuestCapture
 from farplug.app.events import EventReader, EventStream, Level, level_of
 from farplug.app.guest_port import GuestPort, retrieve
 from farplug.app.holdings import Holdings, wait_for_all
-from farplug.app.kinds import KINDS, Medium, Whole
+from farplug.app.kinds import KINDS, Medium, Parts, Whole
 from farplug.app.link import AskPassword, Link, error_fields
 from farplug.app.media import Media
 from farplug.app.seat import Seat
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from farplug.app.auto import AutoPlugger
     from farplug.app.screen import Inputs, Screen
     from farplug.app.typing import Typing
+    from farplug.ends.client import ClientEnd
 
 T = TypeVar("T")
 
@@ -1078,6 +1079,30 @@ class Guest:
         )
 
     # Media --------------------------------------------------------------------------------------------------------
+
+    def line(self, name: str) -> ClientEnd:
+        """Return the end of a serial line that clients open.
+
+        Args:
+            name: the label of the serial line.
+
+        Raises:
+            UsageError: there is no such line, or its end is another one.
+        """
+        from farplug.ends.client import ClientEnd
+
+        lines: dict[str, ClientEnd] = {}
+        for one in self._holdings.sources():
+            for function in one.content.functions if isinstance(one.content, Parts) else ():
+                if isinstance(end := getattr(function, "end", None), ClientEnd):
+                    lines[one.label] = end
+        if name not in lines:
+            raise UsageError(
+                f"{shown(name)} is not a serial line with the end client",
+                reason=Reason.NOT_FOUND,
+                remedy=f"lines: {', '.join(lines) or 'none'}",
+            )
+        return lines[name]
 
     @property
     def uses_usb(self) -> bool:

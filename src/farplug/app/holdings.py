@@ -67,9 +67,13 @@ class Holdings:
         group = self._groups.get(attachment.device)
         return len(attachment.titles) if group is None else sum(isinstance(one.content, Medium) for one in group)
 
+    def sources(self) -> Iterator[OpenSource]:
+        """Iterate over the sources of all devices."""
+        return (one for group in self._groups.values() for one in group)
+
     def units(self) -> Iterator[tuple[str, Any]]:
         """Iterate over the labels and the logical units of all sources that have one."""
-        return ((one.label, one.unit) for group in self._groups.values() for one in group if one.unit is not None)
+        return ((one.label, one.unit) for one in self.sources() if one.unit is not None)
 
     # Releasing ----------------------------------------------------------------------------------------------------
 

@@ -209,8 +209,8 @@ SerialOption: TypeAlias = Annotated[
         "--usb-serial",
         metavar="END",
         help="Plug in a USB serial line, whose other end is END on this machine: a new terminal whose path is printed "
-        "(pty, pty:LINK), this terminal (-, Ctrl-] leaves), a socket (tcp-listen://, tcp://, unix-listen:, unix:) or a "
-        "file:PATH. May be repeated.",
+        "(pty, pty:LINK), this terminal (-, Ctrl-] leaves), the page and other clients (client), a socket "
+        "(tcp-listen://, tcp://, unix-listen:, unix:) or a file:PATH. May be repeated.",
         show_default=False,
         rich_help_panel=SOFTWARE,
     ),

@@ -50,7 +50,7 @@ DROPPED: Final = "dropped"
 ENDED: Final = "session-ended"
 """The last event of a session that ends in order."""
 CLIENT_EVENTS: Final = (
-    *("cursor", "driving", "inputs", "media-progress", "media-read", "screen", "screen-state", "typing"),
+    *("cursor", "driving", "inputs", "media-progress", "media-read", "screen", "screen-state", "serial", "typing"),
 )
 """The events for one client, which it does not subscribe to: they follow methods that say so."""
 

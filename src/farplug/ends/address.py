@@ -14,7 +14,7 @@ from farplug.errors import Reason, SetupError, UsageError
 from farplug.spice.host import split_host_and_port
 
 SERIAL_ENDS: Final = (
-    "pty, pty:LINK, -, tcp-listen://host:port, tcp://host:port, unix-listen:/path, unix:/path or file:/path"
+    "pty, pty:LINK, -, client, tcp-listen://host:port, tcp://host:port, unix-listen:/path, unix:/path or file:/path"
 )
 """The forms of the end of a serial line, for messages and help."""
 
@@ -37,13 +37,15 @@ def parse_serial_end(text: str) -> End:
         UsageError: ``bad-option``: the text has none of these forms.
         SetupError: ``unsupported-system``: this system has no such ends.
     """
-    from farplug.ends import file, pty, stdio
+    from farplug.ends import client, file, pty, stdio
 
     scheme, _, rest = text.partition(":")
     _check_system(text, scheme)
     match scheme:
         case "-" if text == "-":
             return stdio.StdioEnd()
+        case "client" if text == "client":
+            return client.ClientEnd()
         case "pty":
             if text == "pty:":
                 raise _bad(text, "the path of the link is missing")

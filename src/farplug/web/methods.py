@@ -38,6 +38,7 @@ RELAYED: Final = frozenset(
         *("attach", "detach", "insert", "eject", "capture", "stop-capture", "reconnect", "quit"),
         *("drive", "key", "keys-up", "pointer", "type", "stop-typing", "press", "click", "presence"),
         *("media-offer", "media-data", "media-withdraw"),
+        *("serial-open", "serial-write", "serial-ack", "serial-close"),
     }
 )
 """The methods that are passed on to the session."""
@@ -52,11 +53,12 @@ WITHOUT_FILES: Final = ("usb-device", "keyboard", "tablet", "mouse", "touchscree
 """Kinds that need no file of this machine."""
 NEW_FILES: Final = ("fido",)
 """Kinds whose file is made if it does not exist."""
-OF_ENDS: Final = {"serial": ("pty",)}
+OF_ENDS: Final = {"serial": ("client", "pty")}
 """Kinds with an end on this machine, and the ends that a browser may choose, character by character.
 
-``pty`` is a new terminal, which only this user and root can open: the browser names no file and no socket, and until a
-program of this user opens the terminal, it leads nowhere. All other ends are files, sockets and ports of this machine.
+``client`` leads to the clients of the session, browsers with all rights among them. ``pty`` is a new terminal, which
+only this user and root can open: the browser names no file and no socket, and until a program of this user opens the
+terminal, it leads nowhere. All other ends are files, sockets and ports of this machine.
 """
 NOT_FROM_BROWSERS: Final = ("network", "remote-device")
 """Kinds that no browser may choose.
