@@ -153,7 +153,7 @@ class FakePage:
         self._running = threading.Event()
         routes = [
             Route("/", self._index),
-            Route("/static/{name}", self._static),
+            Route("/static/{name:path}", self._static),
             Route("/screenshot.png", self._picture),
             Route("/media/{name}", self._media, methods=["PUT"]),
             WebSocketRoute("/ws", self._websocket),

@@ -11,7 +11,8 @@ import { Upload, answer, droppedFile, droppedName, kindOf, refusal } from "./med
 import { RECENT_WRITE, kind, title } from "./panel.js";
 import { Pointer } from "./pointer.js";
 import { Picture } from "./screen.js";
-import { attachments, drives, initial, mayAct, offered, overlay, portOf, ports, reduce } from "./state.js";
+import { attachments, drives, initial, lines, mayAct, offered, overlay, portOf, ports, reduce } from "./state.js";
+import { LineTerminal } from "./terminal.js";
 import { T } from "./texts.js";
 import { lone, vm } from "./vm.js";
 
@@ -19,6 +20,8 @@ const VERSION = "1.1";
 /** Seconds before each attempt to reach the page's server again; the last one is that before all further ones. */
 const DELAYS = [0.5, 1, 2, 4, 8, 15];
 const TOKEN = "farplug-token";
+/** Where the name of the serial line is whose terminal is shown, so that it is shown again when the page is loaded again. */
+const TERMINAL = "farplug-terminal";
 const DEVICE_TYPE = "application/x-farplug-device";
 /** Seconds after which the lists of devices and files are fetched again. */
 const STALE = 5;
@@ -63,6 +66,8 @@ export class App {
     this.commands = new Map();
     /** @type {Map<string, {at: number, listing: any}>} */
     this.listings = new Map();
+    /** @type {Map<string, LineTerminal>} by the label of the serial line */
+    this.terminals = new Map();
     this.devicesAt = 0;
     /** @type {Map<string, string>} addresses of pictures of the board */
     this.thumbnails = new Map();
@@ -156,6 +161,7 @@ export class App {
   drawNow() {
     const { state } = this;
     const over = overlay(state);
+    this.keepTerminals();
     if (this.ui.active && (over !== null && over !== "no-picture" || !drives(state))) this.leavePicture();
     const view = state.session !== null ? vm(this) : state.link.state !== "open" ? lone(this) : board(this);
     patch(this.page, [view]);
@@ -240,6 +246,7 @@ export class App {
     this.queue.clear();
     this.media.clear();
     this.mediaOf.clear();
+    for (const terminal of this.terminals.values()) terminal.lost();
     if (code === BAD_TOKEN || code === TOO_MANY_BAD_TOKENS) {
       this.dispatch({ type: "link", link: { state: "refused" } });
       return;
@@ -277,6 +284,9 @@ export class App {
       return;
     } else if (name === "media-read" && this.connection !== null) {
       answer(this.connection, data, this.media.get(data.media)).catch(ignore);
+      return;
+    } else if (name === "serial" && bytes !== null) {
+      for (const terminal of this.terminals.values()) terminal.received(data, bytes);
       return;
     }
     if (name === "dropped") {
@@ -334,6 +344,9 @@ export class App {
     this.dispatch({ type: "opened", session: name, hello });
     this.ui = { ...this.ui, openError: null, menu: null, dialog: null, confirm: null, drag: null };
     await this.subscribe();
+    for (const terminal of this.terminals.values()) terminal.open();
+    const shown = sessionStorage.getItem(TERMINAL);
+    if (lines(this.state).some((one) => `${name} ${one.label}` === shown)) this.showTerminal(String(shown).slice(name.length + 1));
     this.request("watch-screen", { display: 0 }).then(
       ({ width, height }) => { if (width > 0) this.dispatch({ type: "event", name: "screen", data: { width, height }, now: this.wall() }); },
       (error) => this.dispatch({ type: "event", name: "screen-state", data: { ...fields(error), state: "no-display" }, now: this.wall() }));
@@ -515,6 +528,8 @@ export class App {
     try {
       const { attachments } = await this.request("attach", { ...params, port, wait: false });
       this.remember(params, attachments);
+      const line = lines(this.state).find((one) => attachments.some((/** @type {any} */ made) => made.id === one.attachment));
+      if (line !== undefined) this.showTerminal(line.label);
       return attachments;
     } catch (error) {
       return refuse(error);
@@ -529,6 +544,46 @@ export class App {
     this.request("command", { method: "attach", params }).then(({ command }) => {
       this.dispatch({ type: "commands", commands: Object.fromEntries(attachments.map((one) => [one.id, String(command)])) });
     }, ignore);
+  }
+
+  // Terminals of serial lines
+
+  /** @param {string} label of the serial line */
+  showTerminal(label) {
+    this.setUi({ dock: `serial:${label}`, dockOpen: true, tab: "messages" });
+    this.after.push(() => this.terminals.get(label)?.focus());
+  }
+
+  /**
+   * Return the terminal of a serial line; it is opened when it is shown first.
+   *
+   * @param {string} label
+   */
+  terminalOf(label) {
+    let terminal = this.terminals.get(label);
+    if (terminal === undefined) {
+      terminal = new LineTerminal(label, {
+        request: (method, params, bytes) => this.request(method, params, bytes ?? null), changed: () => this.draw(),
+        leave: () => /** @type {HTMLElement | null} */ (document.querySelector(".docktabs [aria-selected=true]"))?.focus(),
+      });
+      this.terminals.set(label, terminal);
+      terminal.open().then(() => { if (this.ui.dock === `serial:${label}`) terminal?.focus(); });
+    }
+    return terminal;
+  }
+
+  /** Close the terminals of lines that are not plugged in any more, and remember which one is shown. */
+  keepTerminals() {
+    if (this.state.link.state !== "open") return;
+    const labels = lines(this.state).map((one) => one.label);
+    for (const [label, terminal] of this.terminals) {
+      if (labels.includes(label)) continue;
+      this.terminals.delete(label);
+      terminal.close();
+    }
+    const [, shown] = /^serial:(.*)$/.exec(this.ui.dock) ?? [];
+    if (shown !== undefined && !labels.includes(shown)) this.ui = { ...this.ui, dock: "messages" };
+    else if (this.state.snapshot !== null) sessionStorage.setItem(TERMINAL, shown === undefined ? "" : `${this.state.session} ${shown}`);
   }
 
   showSockets() {
@@ -1050,7 +1105,7 @@ export class App {
 
   /** @param {KeyboardEvent} event */
   dockKey(event) {
-    if (event.key !== "Escape") return;
+    if (event.key !== "Escape" || /** @type {HTMLElement} */ (event.target).closest(".tty") !== null) return;
     event.preventDefault();
     if (this.ui.type.busy) this.stopTyping();
     else if (this.ui.dock !== "messages") {

@@ -1,10 +1,10 @@
-/** Below the picture: messages, text to type, keys. */
+/** Below the picture: messages, text to type, keys, terminals of serial lines. */
 
 import { h, icon, plain } from "./dom.js";
 import { clock } from "./figures.js";
 import { HOLD, PRESS, TOGETHER } from "./keyboard.js";
 import { command, tabs } from "./parts.js";
-import { drives, guest, mayAct, shortName, withoutIds } from "./state.js";
+import { drives, guest, lines, mayAct, shortName, withoutIds } from "./state.js";
 import { T } from "./texts.js";
 
 /** @typedef {import("./app.js").App} App */
@@ -21,17 +21,42 @@ const MARKS = /** @type {Record<string, string>} */ ({ good: "s-on", progress: "
 export function dock(app) {
   const { ui, state } = app;
   const may = drives(state);
-  const shown = may || ui.dock === "messages" ? ui.dock : "messages";
+  const serial = lines(state).map((one) => one.label);
+  const line = serial.find((label) => ui.dock === `serial:${label}`);
+  const shown = may || line !== undefined ? ui.dock : "messages";
+  /** @type {{name: string, content: any}[]} */
   const choices = [{ name: "messages", content: T.messages }];
   if (may) choices.push({ name: "type", content: T.typeText }, { name: "keys", content: T.keys });
-  return h("section", { key: "dock", class: `dock${ui.dockOpen ? "" : " folded"}`, "aria-label": T.below, onkeydown: (/** @type {KeyboardEvent} */ event) => app.dockKey(event) },
+  choices.push(...serial.map((label) => ({ name: `serial:${label}`, content: plain(label) })));
+  return h("section", { key: "dock", class: `dock${ui.dockOpen ? "" : " folded"}${line !== undefined && ui.dockOpen ? " tall" : ""}`, "aria-label": T.below, onkeydown: (/** @type {KeyboardEvent} */ event) => app.dockKey(event) },
     h("div", { class: "docktabs" },
       tabs(T.below, choices, shown, (name) => app.setUi({ dock: name, dockOpen: true }), { class: "docktablist", panel: "dock-p" }),
       h("span", { class: "grow" }),
       ui.dockOpen && shown === "messages" && record(app),
+      ui.dockOpen && line !== undefined && terminalTools(app, line),
       h("button", { class: "b quiet icon", type: "button", "aria-label": ui.dockOpen ? T.fold : T.unfold, "aria-expanded": String(ui.dockOpen), onclick: () => app.setUi({ dockOpen: !ui.dockOpen }) }, icon("i-down"))),
-    h("div", { class: "dockbody", id: "dock-p", role: "tabpanel", "aria-label": { messages: T.messages, type: T.typeText, keys: T.keys }[shown], hidden: !ui.dockOpen },
-      shown === "messages" ? [ui.recording && recordForm(app), log(app)] : shown === "type" ? typeBox(app) : keypad(app)));
+    h("div", { class: "dockbody", id: "dock-p", role: "tabpanel", "aria-label": { messages: T.messages, type: T.typeText, keys: T.keys }[shown] ?? plain(line), hidden: !ui.dockOpen },
+      line !== undefined ? terminal(app, line) : shown === "messages" ? [ui.recording && recordForm(app), log(app)] : shown === "type" ? typeBox(app) : keypad(app)));
+}
+
+// Terminals
+
+/** @param {App} app @param {string} label */
+function terminal(app, label) {
+  const { element, problem } = app.terminalOf(label);
+  return [
+    problem && h("p", { key: "problem", class: "problem", role: "status" }, icon("s-stop", "s"), h("span", null, plain(problem))),
+    h("div", { key: `tty-${label}`, class: "ttybox", opaque: true, ref: (/** @type {HTMLElement} */ node) => node.append(element) }),
+  ];
+}
+
+/** @param {App} app @param {string} label */
+function terminalTools(app, label) {
+  const one = app.terminalOf(label);
+  return [
+    h("span", { class: "dim small letgo" }, h("kbd", null, "Ctrl"), "+", h("kbd", null, "Alt"), " ", T.letsGo),
+    one.size && h("button", { class: "b quiet act", type: "button", title: T.sendSizeTitle, disabled: one.line === null, onclick: () => one.sendSize() }, T.sendSize(one.size)),
+  ];
 }
 
 // Messages

@@ -3,7 +3,7 @@
 import { h, icon, mid, plain } from "./dom.js";
 import { bytes, day, grouped, rate } from "./figures.js";
 import { command, copyButton, port as portPicture, state as stateWords, tabs } from "./parts.js";
-import { attachments, guest, lastMinute, mayAct, offered, overlay, portOf, ports, shortName, withoutIds } from "./state.js";
+import { attachments, guest, lastMinute, lines, mayAct, offered, overlay, portOf, ports, shortName, withoutIds } from "./state.js";
 import { T } from "./texts.js";
 
 /** @typedef {import("./app.js").App} App */
@@ -176,7 +176,9 @@ function device(app, port, number, attachment, reached) {
       const inside = app.state.drives[unit];
       return h("li", { key: unit }, icon(inside === undefined ? "i-disk" : "i-cd"), mid(inside ? inside.split("/").at(-1) : shortName(unit)));
     })),
-    [attachment.details].flat().filter(Boolean).map((/** @type {string} */ detail) => h("p", { class: "detail" }, h("code", null, plain(detail)), detail.startsWith("/") && copyButton(app, detail, "b link"))),
+    lines(app.state).filter((one) => one.attachment === attachment.id).map(({ label }) => h("p", { key: `tty-${label}`, class: "detail" },
+      h("button", { class: "b", type: "button", onclick: () => app.showTerminal(label) }, attachment.units.length > 1 ? T.terminalOf(plain(label)) : T.terminal))),
+    [attachment.details].flat().filter((detail) => detail && detail !== "client").map((/** @type {string} */ detail) => h("p", { class: "detail" }, h("code", null, plain(detail)), detail.startsWith("/") && copyButton(app, detail, "b link"))),
     what.client !== null && inUse ? streamed(app, attachment, what) : inUse && measures(app, attachment, what),
     app.ui.endpoints.has(attachment.id) && endpoints(attachment),
   ], app.ui.just.has(attachment.id) ? { "data-just": "plugged" } : {});
@@ -549,7 +551,7 @@ export function virtualList(app) {
 /** @param {App} app @param {{source: any, icon: string, name: string, about: string}} one */
 function virtualRow(app, { source, icon: symbol, name, about }) {
   const port = app.ui.dialog?.port ?? undefined;
-  return h("li", { key: source.kind }, icon(symbol),
+  return h("li", { key: `${source.kind} ${source.path ?? ""}` }, icon(symbol),
     h("div", null, h("h3", null, name), h("p", { class: "ids" }, about)),
     mayAct(app.state) && h("div", { class: "acts" },
       source.kind === "camera" && app.state.server?.web_root !== null && h("button", { class: "b quiet act", type: "button", "aria-label": `${T.showClipOf} ${name}`, onclick: () => app.openDialog({ tab: "camera", port }) }, T.showClip),

@@ -402,3 +402,16 @@ export function mayAct(state) {
 export function drives(state) {
   return state.server?.role === "full" && state.driver?.holder?.you === true;
 }
+
+/**
+ * Return the serial lines whose terminals the page has.
+ *
+ * @param {any} state
+ * @returns {{label: string, attachment: string}[]}
+ */
+export function lines(state) {
+  if (!mayAct(state)) return [];
+  return attachments(state).flatMap((/** @type {any} */ one) => one.units
+    .map((/** @type {string} */ label, /** @type {number} */ at) => ({ label, attachment: one.id, at }))
+    .filter((/** @type {any} */ { at }) => one.sources?.[at]?.kind === "serial" && [one.details].flat()[at] === "client"));
+}
