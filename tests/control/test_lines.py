@@ -75,7 +75,7 @@ async def test_a_client_that_does_not_read_makes_the_guest_wait(environment: dic
         await done(client, "attach", sources=SOURCES[:1])
         end = await line_of(app)
         sent = bytes(range(256)) * 4096
-        assert await end.write([sent])  # nobody has it open: the last bytes are kept
+        assert await end.write([sent])  # no client has it open: the last bytes are kept
         opened = await done(client, "serial-open", device="serial0")
         assert opened["position"] == len(sent) - BACKLOG
         kept = await read(client, 1, MAX_UNACKNOWLEDGED, acknowledge=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Final
 
-from farplug.app.watch import ClientEvent, Outlet
+from farplug.app.outlet import ClientEvent, Outlet
 from farplug.errors import Reason, UsageError
 
 if TYPE_CHECKING:
