@@ -375,11 +375,22 @@ def pairs(figures: Sequence[Figure], jobs: dict[str, Job]) -> list[str]:
 
 def table_rows(figures: Sequence[Figure]) -> list[Row]:
     """Return the rows of make bench's table."""
-    parts = {"cd": "a CD over {}", "line": f"the same, {2000 * DELAY:.0f} ms round trip"}
+    parts = {"cd": "a CD over {}", "line": f"the same over {{}}, {2000 * DELAY:.0f} ms round trip"}
+    words = {
+        "spice": "SPICE",
+        "unix": "a UNIX socket",
+        "tcp": "TCP",
+        "super": "",
+        "high": ", high speed",
+        "bot": ", Bulk-Only",
+    }
     jobs = {job.name: job for job in (*JOBS, *LINE_JOBS)}
     return [
         Row(
-            f"{parts.get(figure.part, 'a disk over {}').format(figure.column)}; beside {figure.peer}",
+            parts.get(figure.part, "a disk over {}").format(
+                "".join(words.get(one, one) for one in figure.column.split())
+            )
+            + f"; beside {figure.peer}",
             figure.job,
             jobs[figure.job].show(statistics.median(figure.ours)),
             jobs[figure.job].show(statistics.median(figure.theirs)),

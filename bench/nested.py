@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -24,6 +25,7 @@ from farplug.programs import find_program
 from farplug.vm.qemu import QemuGuest
 from farplug.vm.qemu_config import GATEWAY, LOOPBACK, GuestConfig, TcpPort, UsbDisk
 from jobs import JOBS, MIB, Job, measure, prepare
+from rows import Row, add_rows_option, write_rows
 
 SIZE = 256 * MIB
 TIMEOUT = 120.0
@@ -90,13 +92,13 @@ async def bench(rounds: int) -> list[Figure]:
             await prepare(far)
             await until(near, f"lsusb -d {DEVICE}")
             target = far.targets[0].replace(LOOPBACK, GATEWAY)
-            source = Path(farplug.__file__).parents[1]
+            path = os.environ.get("PYTHONPATH") or Path(farplug.__file__).parents[1]
             peer = Program(
                 "usbredirect", f"{find_program('usbredirect')} --device {DEVICE} --to {target.removeprefix('tcp://')}"
             )
             ours = Program(
                 "farplug",
-                f"PYTHONPATH={source} {sys.executable} -c 'from farplug.cli.main import main; main()' "
+                f"PYTHONPATH={path} {sys.executable} -c 'from farplug.cli.main import main; main()' "
                 f"connect {target} --usb-device {DEVICE}",
             )
             for _ in range(rounds + 1):
@@ -122,6 +124,7 @@ async def take(near: QemuGuest, far: QemuGuest, pid: str, job: Job, figure: Figu
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="pairs after the warm-up (default: 3)")
+    add_rows_option(parser)
     options = parser.parse_args()
     print(machine(), flush=True)
     started = time.monotonic()
@@ -130,7 +133,13 @@ def main() -> None:
     except FarplugError as error:
         sys.exit(f"bench: {error}")
     print(f"Compared with usbredirect (C): usb-storage in nested guests over TCP, median of {options.rounds} pairs")
-    print("\n".join(pairs(figures, {job.name: job for job in JOBS})))
+    jobs = {job.name: job for job in JOBS}
+    print("\n".join(pairs(figures, jobs)))
+    part, lines = "a real device of an emulated machine over TCP; beside usbredirect", []
+    for figure in figures:
+        ours, theirs = (jobs[figure.job].show(statistics.median(values)) for values in (figure.ours, figure.theirs))
+        lines.append(Row(part, figure.job, ours, theirs, figure.ratio, figure.goal))
+    write_rows(options.rows, lines)
     print(f"\n{time.monotonic() - started:.0f} s")
 
 

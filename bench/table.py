@@ -27,8 +27,8 @@ from socketpair import TREE, default_python
 
 OUTPUT = TREE / "build" / "bench"
 CHART = TREE / "docs" / "bench.svg"
-TIMEOUT = 300
-"""Seconds that a program may take."""
+TIMEOUT, LONG_TIMEOUT = 600, 1800
+"""Seconds that a program may take: one that always runs, one of ``--long``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +74,7 @@ def run(program: Program, python: str) -> list[Row]:
         *("--rows", str(result)),
     ]
     path = os.pathsep.join((str(TREE / "src"), str(TREE), sysconfig.get_path("purelib")))
+    timeout = LONG_TIMEOUT if program.long else TIMEOUT
     with log.open("w") as output:
         process = subprocess.Popen(
             command,
@@ -83,7 +84,7 @@ def run(program: Program, python: str) -> list[Row]:
             start_new_session=True,
         )
         try:
-            code = process.wait(TIMEOUT)
+            code = process.wait(timeout)
             failure = f"exit code {code}"
         except BaseException as error:
             for number in (signal.SIGTERM, signal.SIGKILL):
@@ -94,7 +95,7 @@ def run(program: Program, python: str) -> list[Row]:
                     pass
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise
-            failure = f"no end within {TIMEOUT} s"
+            failure = f"no end within {timeout} s"
     if result.exists():
         return read_rows(result)
     last = (log.read_text().strip().splitlines() or [""])[-1]
