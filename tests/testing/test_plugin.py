@@ -12,7 +12,9 @@ from tests.app.test_screen import decode_png
 from tests.testing.fake_vm import DIES, MISSING, NO_KVM, STUCK, FakeVm
 
 from farplug.testing import lending
+from farplug.testing.project import __main__ as project
 from farplug.testing.running_guest import FRAME_INTERVAL
+from farplug.vm.qemu import QemuGuest
 
 QUIET = ("-p", "no:cacheprovider", "-o", "asyncio_default_fixture_loop_scope=function")
 
@@ -307,6 +309,16 @@ def test_without_qemu_a_test_is_skipped_or_fails(pytester: pytest.Pytester) -> N
         result.stdout.fnmatch_lines(["QEMU is not installed (sudo apt-get install qemu-system-x86)"])
 
 
+def test_the_project_is_skipped_where_nothing_is_installed(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lending, "QemuGuest", QemuGuest)
+    monkeypatch.chdir(pytester.path)
+    assert project.main() == 0
+    monkeypatch.setenv("PATH", str(pytester.path))
+    pytester.runpytest_inprocess(*QUIET).assert_outcomes(skipped=4)
+
+
 def test_guests_for_a_test_whose_loop_runs_meanwhile(pytester: pytest.Pytester) -> None:
     result = run(
         pytester,
@@ -590,6 +602,7 @@ def test_processes_of_xdist_have_guests_of_their_own(pytester: pytest.Pytester) 
         """
         from tests.testing.fake_vm import install
         from farplug.testing import lending
+from farplug.testing.project import __main__ as project
         install()
         lending.missing_kvm = lambda: ""
         """

@@ -18,6 +18,7 @@ dd if=/mnt/system.raw of=/dev/sda bs=64k conv=fsync && echo Done. >/tmp/installe
 
 def test_installation(farplug_guest_factory: GuestFactory, bootable: Callable[[str], Path], tmp_path: Path) -> None:
     """The installer runs on the screen of one VM, and another VM boots what was installed."""
+    installer = farplug_guest_factory()
     medium = tmp_path / "medium"
     medium.mkdir()
     (medium / "install.sh").write_text(INSTALLER)
@@ -26,7 +27,6 @@ def test_installation(farplug_guest_factory: GuestFactory, bootable: Callable[[s
     disk = tmp_path / "disk.raw"
     disk.write_bytes(bytes(1 << 20))
 
-    installer = farplug_guest_factory()
     installer.plug(tmp_path / "installer.iso")
     with installer.plug(disk):
         installer.wait_until_succeeds("mount -o ro /dev/sr0 /mnt && test -b /dev/sda")
