@@ -4,6 +4,10 @@ Four parts: ``scroll`` (the processor time of a frame, while text scrolls on the
 the first pixel that it changes), ``iso`` (an ISO image of the browser, beside the same file on this machine), ``slow``
 (a second viewer on a line of 10 kB/s: what it costs the other viewer, the memory, the disk and the SPICE connection).
 
+The disk is measured in three ways: nobody watches (the session has closed the channel of the display), one viewer, one
+viewer beside a slow one. Meanwhile a client of the session's socket measures how soon the session replies: PINGs of
+the SPICE server are answered by the same event loop.
+
 The session and the page are processes of their own, as users have them; this process is the browser. Where two ways
 are compared they take turns, the first pair is a warm-up and is dropped, and a ratio is the median of the other pairs.
 """
@@ -35,6 +39,7 @@ from websockets.typing import Origin
 
 from disk import QUIET_LOAD, VOLUME_DESCRIPTOR, machine
 from farplug.cli.demo import SHELL
+from farplug.control.client import Client
 from farplug.errors import FarplugError
 from farplug.vm.qemu import QemuGuest
 from farplug.vm.qemu_config import LOOPBACK, GuestConfig, SpicePort
@@ -42,6 +47,8 @@ from jobs import MIB, Job, measure
 from rows import Row, add_rows_option, write_rows
 
 PARTS = ("scroll", "key", "iso", "slow")
+NOBODY, VIEWER, SLOW = WATCHING = ("nobody", "one viewer", "and a slow one")
+"""Who watches while a disk is measured."""
 PROGRAM = (sys.executable, "-c", "from farplug.cli.script import main; main()")
 NAME = "bench"
 """The name of the session."""
@@ -321,7 +328,9 @@ class Figures:
         slow: with the slow viewer as the second one.
         slow_frames: complete pictures of the slow viewer.
         slow_received: bytes of pixels that the slow viewer acknowledged.
-        disk: bytes per second of a disk, without and with the slow viewer; one value for each round.
+        disk: bytes per second of a disk, by who watches; one value for each round.
+        waits: seconds from requests on the session's socket to the replies, while the disk is read, by who watches.
+        memory: the largest resident memory of the session and of the page meanwhile, in bytes, by who watches.
         channels: ids of the SPICE connections, before and after.
         lost: the events of a VM that was lost.
     """
@@ -336,6 +345,8 @@ class Figures:
     slow_frames: int = 0
     slow_received: int = 0
     disk: dict[str, list[float]] = field(default_factory=dict)
+    waits: dict[str, list[float]] = field(default_factory=dict)
+    memory: dict[str, tuple[int, int]] = field(default_factory=dict)
     channels: tuple[list[str], list[str]] = field(default_factory=lambda: ([], []))
     lost: list[str] = field(default_factory=list)
 
@@ -436,11 +447,54 @@ class Bench:
             self.figures.slow_frames, self.figures.slow_received = slow.frames, slow.received
         async with self._plugged(viewer, "read-only-disk", "image.iso") as disk, self._in_guest(SCROLL_GENTLY):
             for number in range(self._options.rounds + 1):
-                for way in ("without", "with"):
-                    async with self._slow_viewer() if way == "with" else contextlib.nullcontext():
+                for way in WATCHING:
+                    async with self._watched(viewer, way), self._waiting(way if number else None):
                         speed, _ = await measure(self._guest, READ_AGAIN, disk)
                     if number:
                         self.figures.disk.setdefault(way, []).append(speed)
+
+    @asynccontextmanager
+    async def _watched(self, viewer: Viewer, way: str) -> AsyncIterator[None]:
+        """Let nobody, the viewer, or a slow one beside it, watch the screen; at the end, the viewer watches."""
+        if way == SLOW:
+            async with self._slow_viewer():
+                yield
+            return
+        if way == NOBODY:
+            await viewer.call("unwatch-screen")
+            async with asyncio.timeout(TIMEOUT):
+                while await channels(self._guest, DISPLAY):
+                    await asyncio.sleep(0.5)
+        yield
+        if way == NOBODY:
+            await viewer.watch()
+
+    @asynccontextmanager
+    async def _waiting(self, way: str | None) -> AsyncIterator[None]:
+        """Measure how soon the session replies, and the memory; for a way of None, nothing is kept."""
+        waits: list[float] = []
+        session = page = 0
+
+        async def ask(client: Client) -> None:
+            nonlocal session, page
+            while True:
+                begin = time.perf_counter()
+                await client.call("layouts")
+                waits.append(time.perf_counter() - begin)
+                session, page = max(session, self._session.memory()), max(page, self._page.memory())
+                await asyncio.sleep(0.05)
+
+        async with Client.connect(self._folder / "run" / "farplug" / f"{NAME}.sock") as client:
+            asking = asyncio.ensure_future(ask(client))
+            try:
+                yield
+            finally:
+                asking.cancel()
+                await asyncio.gather(asking, return_exceptions=True)
+        if way is not None:
+            self.figures.waits.setdefault(way, []).extend(waits)
+            before = self.figures.memory.get(way, (0, 0))
+            self.figures.memory[way] = max(before[0], session), max(before[1], page)
 
     # What they have in common -------------------------------------------------------------------------------------
 
@@ -517,15 +571,18 @@ class Bench:
         return (await self._guest.run(command, timeout=TIMEOUT)).exit_code == 0
 
 
-async def channels(guest: QemuGuest) -> list[str]:
-    """Return the SPICE connections that QEMU has, of channels that stay: those of screens come and go."""
+MAIN, DISPLAY, USBREDIR = 1, 2, 9
+"""Types of channels. Source: spice-protocol, enums.h, SPICE_CHANNEL_*."""
+
+
+async def channels(guest: QemuGuest, *types: int) -> list[str]:
+    """Return the SPICE connections that QEMU has, of types of channels; without types, of those that stay."""
     result = await guest.qmp.execute("query-spice")
     assert isinstance(result, dict)
-    main, usbredir = 1, 9  # spice-protocol, enums.h: SPICE_CHANNEL_MAIN, SPICE_CHANNEL_USBREDIR
     return sorted(
         f"{one['connection-id']}/{one['channel-type']}/{one['channel-id']}/{one['port']}"
         for one in result.get("channels", [])
-        if one["channel-type"] in (main, usbredir)
+        if one["channel-type"] in (types or (MAIN, USBREDIR))
     )
 
 
@@ -649,7 +706,22 @@ def table(figures: Figures) -> str:
             str(figures.slow_frames),
             f"{figures.slow_received / 1e6:.2f} MB",
         )
-        row("disk with it, without it, ratio", *compared(figures.disk, "with", "without"))
+    if figures.disk:
+        row("while a disk is read, and who watches", *WATCHING)
+        row("bytes per second", *(f"{statistics.median(figures.disk[way]) / 1e6:.1f} MB/s" for way in WATCHING))
+        row("to one viewer: ratio of the rounds", *(compared(figures.disk, way, VIEWER)[2] for way in WATCHING))
+        row(
+            "reply of the session, median",
+            *(f"{1000 * statistics.median(figures.waits[way]):.1f} ms" for way in WATCHING),
+        )
+        row(
+            "reply of the session, 99 %", *(f"{1000 * percentile(figures.waits[way], 0.99):.1f} ms" for way in WATCHING)
+        )
+        for number, name in enumerate(("session", "page")):
+            row(
+                f"{name}, largest resident memory",
+                *(f"{figures.memory[way][number] / MIB:.0f} MiB" for way in WATCHING),
+            )
     same = figures.channels[0] == figures.channels[1] and not figures.lost
     row("SPICE connections of the session", f"{len(figures.channels[0])}, {'all stayed' if same else 'NOT the same'}")
     return "\n".join(lines)
