@@ -387,7 +387,8 @@ class TestVirtual:
             ("USB touchscreen", {"kind": "touchscreen"}),
             ("USB gamepad", {"kind": "gamepad"}),
             ("USB camera", {"kind": "camera", "path": "pattern"}),
-            ("USB serial line", {"kind": "serial", "path": "pty"}),
+            ("USB serial line", {"kind": "serial", "path": "client"}),
+            ("USB serial line to a program", {"kind": "serial", "path": "pty"}),
             ("USB security key", {"kind": "fido", "path": "keys.json", "presence": "ask"}),
         ],
     )
