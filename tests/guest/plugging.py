@@ -45,6 +45,17 @@ LABORATORY = GuestConfig(
 """The guest of the long tests: programs that test disks, Python, and the scripts of this folder."""
 
 
+FUNCTIONS = GuestConfig(
+    ports=(TcpPort(), SpicePort(), SpicePort()),
+    modules=("cdc_acm", "cdc_ncm", "usbhid", "hid_generic", "uvcvideo"),
+    programs=("fido2-token", "fido2-cred", "fido2-assert", "usbreset", "v4l2-ctl"),
+    memory=1024,
+    python=True,
+    files=(("/scripts/serial_line.py", SCRIPTS / "serial_line.py"),),
+)
+"""The guest of the tests of serial lines, network adapters, security keys and cameras: a TCP port, two SPICE ports."""
+
+
 @dataclass(frozen=True)
 class Storage:
     """A transport of a disk.

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 from PIL import Image
-from tests.guest.plugging import GUEST_TIMEOUT, plugged
+from tests.guest.plugging import FUNCTIONS, GUEST_TIMEOUT, plugged
 
-from farplug.testing import GuestConfig, QemuGuest, SpicePort, TcpPort
+from farplug.testing import QemuGuest
 from farplug.virtual import VirtualDevice
 from farplug.virtual.video import Camera, Encoding, Mode, Pattern, camera_device
 from farplug.virtual.video.pattern import picture
@@ -32,13 +32,6 @@ print(json.dumps([hashlib.sha256(frame).hexdigest()[:16] for frame in frames]))
 """
 """Prints the digests of the frames of a file: frames of one size, or JPEG images without a thumbnail."""
 
-GUEST = GuestConfig(
-    ports=(TcpPort(), SpicePort()),
-    modules=("uvcvideo",),
-    programs=("v4l2-ctl",),
-    python=True,
-    memory=1024,
-)
 FRAMES = 300
 MODES = {mode: place for place, mode in enumerate(Pattern().modes)}
 CHOSEN = [
@@ -81,7 +74,7 @@ async def read(guest: QemuGuest, device: str, width: int, height: int, encoding:
 @pytest.mark.parametrize("mode", CHOSEN, ids=str)
 @pytest.mark.parametrize("port", [0, 1], ids=["tcp", "spice"])
 async def test_every_frame_is_whole_and_in_order(guests: Guests, mode: Mode, port: int) -> None:
-    guest = await guests.get(GUEST)
+    guest = await guests.get(FUNCTIONS)
     camera = Camera(Pattern())
     async with plugged(guest.targets[port], VirtualDevice(camera, product="Virtual Camera")) as hub:
         device = await node(guest)
@@ -96,7 +89,7 @@ async def test_every_frame_is_whole_and_in_order(guests: Guests, mode: Mode, por
 
 
 async def test_what_the_guest_can_choose(guests: Guests) -> None:
-    guest = await guests.get(GUEST)
+    guest = await guests.get(FUNCTIONS)
     async with plugged(guest.targets[0], camera_device()):
         listed = await guest.check(f"v4l2-ctl -d {await node(guest)} --list-formats-ext")
         assert listed.count("Size: Discrete") == 6
@@ -106,7 +99,7 @@ async def test_what_the_guest_can_choose(guests: Guests) -> None:
 
 
 async def test_a_clip(guests: Guests, tmp_path: Path) -> None:
-    guest = await guests.get(GUEST)
+    guest = await guests.get(FUNCTIONS)
     images = []
     for number in range(7):
         data = io.BytesIO()
@@ -125,7 +118,7 @@ async def test_a_clip(guests: Guests, tmp_path: Path) -> None:
 
 
 async def test_unplugged_while_it_is_read(guests: Guests) -> None:
-    guest = await guests.get(GUEST)
+    guest = await guests.get(FUNCTIONS)
     camera = Camera(Pattern())
     async with plugged(guest.targets[0], VirtualDevice(camera)):
         await guest.check(f"v4l2-ctl -d {await node(guest)} --stream-mmap --stream-to=/dev/null >/dev/null 2>&1 &")

@@ -8,21 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.guest.plugging import GUEST_TIMEOUT, beside, plugged
+from tests.guest.plugging import FUNCTIONS, GUEST_TIMEOUT, beside, plugged
 
-from farplug.testing import GuestConfig, QemuGuest, SpicePort, TcpPort
+from farplug.testing import QemuGuest
 from farplug.virtual.fido import Answer, Presence, SecurityKey, security_key_device
 from farplug.virtual.fido.events import KeyUsed, PresenceAnswered
 
 if TYPE_CHECKING:
     from tests.guest.conftest import Guests
 
-GUEST = GuestConfig(
-    ports=(TcpPort(), SpicePort()),
-    modules=("usbhid", "hid_generic"),
-    programs=("fido2-token", "fido2-cred", "fido2-assert"),
-    memory=512,
-)
 
 HASH = base64.b64encode(b"client data hash of 32 bytes ...").decode()
 SITE = "example.com"
@@ -80,7 +74,7 @@ def used(reports: list[object]) -> list[tuple[str, str, str]]:
 
 @pytest.mark.parametrize("port", [0, 1], ids=["tcp", "spice"])
 async def test_register_and_sign_in(guests: Guests, tmp_path: Path, port: int) -> None:
-    guest = await guests.get(GUEST)
+    guest = await guests.get(FUNCTIONS)
     device = security_key_device(tmp_path / "keys.json")
     try:
         async with plugged(guest.targets[port], device) as hub:
@@ -112,7 +106,7 @@ async def test_register_and_sign_in(guests: Guests, tmp_path: Path, port: int) -
 
 
 async def test_pin_and_credential_management(guests: Guests) -> None:
-    guest = await guests.get(GUEST)
+    guest = await guests.get(FUNCTIONS)
     device = security_key_device()
     async with plugged(guest.targets[0], device):
         node = await key_node(guest)
@@ -141,7 +135,7 @@ async def test_pin_and_credential_management(guests: Guests) -> None:
 
 
 async def test_a_user_who_is_asked(guests: Guests) -> None:
-    guest = await guests.get(GUEST)
+    guest = await guests.get(FUNCTIONS)
     device = security_key_device(presence=Presence.ASK)
     (key,) = device.functions
     assert isinstance(key, SecurityKey)

@@ -19,23 +19,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests.guest.command import farplug
-from tests.guest.plugging import GUEST_TIMEOUT, SCRIPTS, plugged
+from tests.guest.plugging import FUNCTIONS, GUEST_TIMEOUT, plugged
 
 from farplug.ends import parse_serial_end
-from farplug.testing import GuestConfig, QemuGuest, SpicePort, TcpPort
+from farplug.testing import QemuGuest
 from farplug.usb import Speed
 from farplug.virtual import LineState, SerialLine, VirtualDevice
 
 if TYPE_CHECKING:
     from tests.guest.conftest import Guests
 
-GUEST = GuestConfig(
-    ports=(TcpPort(), SpicePort()),
-    modules=("cdc_acm",),
-    memory=512,
-    python=True,
-    files=(("/scripts/serial_line.py", SCRIPTS / "serial_line.py"),),
-)
 
 TTY = "/dev/ttyACM0"
 
@@ -78,7 +71,7 @@ async def line_in(guest: QemuGuest, line: SerialLine, port: int = 0) -> AsyncIte
 @pytest.mark.parametrize("port", [0, 1], ids=["tcp", "spice"])
 async def test_a_megabyte_comes_back(guests: Guests, port: int) -> None:
     """A program of the guest sends back what comes from a socket."""
-    guest = await guests.get(GUEST)
+    guest = await guests.get(FUNCTIONS)
     data = random.Random(port).randbytes(1_000_000)
     end = parse_serial_end("tcp-listen://127.0.0.1:0")
     async with line_in(guest, SerialLine(end), port):
@@ -94,7 +87,7 @@ async def test_a_megabyte_comes_back(guests: Guests, port: int) -> None:
 
 
 async def test_line_coding_signals_and_breaks(guests: Guests) -> None:
-    guest = await guests.get(GUEST)
+    guest = await guests.get(FUNCTIONS)
     async with line_in(guest, line := SerialLine()):
         assert str(line.coding) == "9600 8N1"
         assert not line.dtr
@@ -120,7 +113,7 @@ async def test_line_coding_signals_and_breaks(guests: Guests) -> None:
 
 async def test_a_login_that_ends_with_its_peer(guests: Guests) -> None:
     """A getty asks for a name on the line; when the peer leaves, carrier is lost, and the shell gets a hangup."""
-    guest = await guests.get(GUEST)
+    guest = await guests.get(FUNCTIONS)
     end = parse_serial_end("pty")
     async with line_in(guest, SerialLine(end)):
         await guest.check(
@@ -218,7 +211,7 @@ async def no_line_in(guest: QemuGuest) -> None:
 
 
 async def test_the_path_of_a_terminal_is_printed(guests: Guests, tmp_path: Path) -> None:
-    guest = await guests.get(GUEST)
+    guest = await guests.get(FUNCTIONS)
     link = tmp_path / "line"
     ends = ("--usb-serial", f"pty:{link}", "--usb-serial", "pty")
     async with farplug("connect", guest.targets[0], *ends, "--json") as running:
@@ -240,7 +233,7 @@ async def test_the_path_of_a_terminal_is_printed(guests: Guests, tmp_path: Path)
 
 
 async def test_this_terminal(guests: Guests) -> None:
-    guest = await guests.get(GUEST)
+    guest = await guests.get(FUNCTIONS)
     async with on_terminal("connect", guest.targets[0], "--usb-serial", "-") as command:
         await command.until(b"serial0 (this terminal; Ctrl-] leaves)")
         await command.until(b"configured by the guest")
@@ -255,7 +248,7 @@ async def test_this_terminal(guests: Guests) -> None:
 
 
 async def test_the_terminal_of_attach(guests: Guests, tmp_path: Path) -> None:
-    guest = await guests.get(GUEST)
+    guest = await guests.get(FUNCTIONS)
     here = {"XDG_RUNTIME_DIR": str(tmp_path)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
