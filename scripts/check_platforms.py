@@ -53,6 +53,7 @@ POSIX_ONLY = (
     "virtual/video/frames.py",
     "vm/guest_kernel.py",
     "vm/qemu.py",
+    "vm/snapshots.py",
     "web/uploads.py",
 )
 """Modules that call what Windows does not have; they import there. ``docs/platforms.md`` describes what is missing."""

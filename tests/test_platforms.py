@@ -88,7 +88,7 @@ from farplug.store import overlay
 from farplug.store.image import Image
 from farplug.testing import GuestConfig, QemuGuest
 folder, image = Path(sys.argv[1]), Path(sys.argv[1]) / "x.raw"
-launch = {"kernel": None, "initramfs": b"", "firmware": None, "version": (1, 0)}
+launch = {"kernel": None, "initramfs": b"", "firmware": None, "version": (1, 0), "snapshot": None}
 common = {
     "folder": lambda: folder_store(folder),
     "create": lambda: create_image(folder / "new.raw", size=1 << 26),

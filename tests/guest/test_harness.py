@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -31,6 +32,7 @@ from farplug.testing import (
     UnixPort,
     UsbDisk,
 )
+from farplug.vm import qemu
 
 if TYPE_CHECKING:
     from tests.guest.conftest import Guests
@@ -189,6 +191,13 @@ async def test_two_guests_side_by_side_and_nothing_left_afterwards(guests: Guest
     assert "Linux version" in first.console
     assert not any(folder.exists() for folder in folders)
     assert set(os.listdir("/proc/self/fd")) == before
+
+
+async def test_clock_of_a_guest_that_starts_from_a_snapshot(guests: Guests, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 2_000_000_000
+    monkeypatch.setattr(qemu, "time", SimpleNamespace(time=lambda: now, monotonic=time.monotonic))
+    async with guests.fresh(GuestConfig()) as guest:
+        assert now <= int(await guest.check("date +%s")) < now + 1000
 
 
 async def test_qemu_that_crashes_says_so(guests: Guests) -> None:

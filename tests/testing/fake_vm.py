@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from tests.app.test_screen import PICTURE
@@ -45,8 +46,10 @@ class FakeVm(QemuGuest):
 
     made: ClassVar[list[FakeVm]] = []
 
-    def __init__(self, config: GuestConfig | None = None, *, timeout: float = TIMEOUT) -> None:
-        super().__init__(config, timeout=timeout)
+    def __init__(
+        self, config: GuestConfig | None = None, *, timeout: float = TIMEOUT, snapshots: Path | None = None
+    ) -> None:
+        super().__init__(config, timeout=timeout, snapshots=snapshots)
         self.made.append(self)
         self.text = "booted\n"
         self.runs = asyncio.Event()

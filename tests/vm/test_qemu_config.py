@@ -100,6 +100,16 @@ def test_kernel_boot() -> None:
     assert "-accel kvm -m 256 -smp 1 -cpu host" in arguments(GuestConfig(accelerator="kvm"))
 
 
+def test_snapshot() -> None:
+    saved = arguments(GuestConfig(), kernel=Path("/k"), initramfs=9, memory=Path("/m"))
+    assert "-object memory-backend-file,id=memory,size=256M,mem-path=/m,share=on" in saved
+    assert "-machine memory-backend=memory" in saved
+    assert "-incoming" not in saved
+    restored = arguments(GuestConfig(), kernel=Path("/k"), memory=Path("/m"), restores=True)
+    assert "mem-path=/m,share=off -machine memory-backend=memory -incoming defer" in restored
+    assert "-kernel /k -append" in restored
+
+
 def test_machine_and_network() -> None:
     plain = GuestConfig(modules=("evdev",))
     assert plain.boot_modules == ("evdev",)

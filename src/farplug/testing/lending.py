@@ -19,7 +19,7 @@ from farplug.errors import SetupError
 from farplug.testing.fixtures import GuestFixture
 from farplug.testing.guest_pool import GuestPool
 from farplug.testing.loop_thread import LoopThread
-from farplug.testing.plugin import CHOICES
+from farplug.testing.plugin import CHOICES, SNAPSHOTS
 from farplug.testing.running_guest import Evidence, RunningGuest
 from farplug.vm.agent import GuestTimeout
 from farplug.vm.qemu import GuestCrashed, QemuGuest
@@ -91,8 +91,9 @@ class Lender:
         self._missing_kvm = missing_kvm() if accelerator == "auto" else ""
         self._accelerator = _EMULATED if self._missing_kvm or accelerator == "tcg" else "kvm"
         self.thread = LoopThread()
-        self.pool = GuestPool(lambda config: QemuGuest(config, timeout=self.timeout))
         self.scratch = Path(tempfile.mkdtemp(prefix="farplug-"))
+        snapshots = Path(getattr(config, "workerinput", {}).get(SNAPSHOTS, self.scratch))
+        self.pool = GuestPool(lambda config: QemuGuest(config, timeout=self.timeout, snapshots=snapshots))
 
     def _option(self, name: str) -> Any:
         value = self._config.getoption(f"farplug_{name}")

@@ -6,6 +6,8 @@ when the first test asks for a guest. :mod:`farplug.testing.lending` is that res
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,6 +38,10 @@ SLOW: pytest.StashKey[set[str]] = pytest.StashKey()
 CHOICES = {"accel": ("auto", "kvm", "tcg"), "capture": ("off", "on", "retain-on-failure")}
 """The values of the options that have few."""
 DEFAULTS = {"accel": "auto", "capture": "retain-on-failure"}
+
+SNAPSHOTS = "farplug_snapshots"
+"""The folder for snapshots of guests that all processes of pytest-xdist share, in what a process is started with."""
+_SHARED: pytest.StashKey[str] = pytest.StashKey()
 
 _WORKER_KEY = "farplug_slow"
 
@@ -224,6 +230,16 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(config, "workeroutput"):  # a process of pytest-xdist
         slow = config.stash[SLOW]
         config.workeroutput[_WORKER_KEY] = sorted(slow)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Give the processes of pytest-xdist one folder for snapshots of guests."""
+    config = node.config
+    if _SHARED not in config.stash:
+        config.stash[_SHARED] = folder = tempfile.mkdtemp(prefix="farplug-snapshots-")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    node.workerinput[SNAPSHOTS] = config.stash[_SHARED]
 
 
 @pytest.hookimpl(optionalhook=True)

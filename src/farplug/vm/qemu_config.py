@@ -265,10 +265,12 @@ class Resources:
         channels: descriptors of the agent's channels.
         listeners: descriptor of the listening socket, by index of a :class:`TcpPort`.
         kernel: the kernel's image (:attr:`Boot.KERNEL` only).
-        initramfs: descriptor of the initramfs (:attr:`Boot.KERNEL` only).
+        initramfs: descriptor of the initramfs (:attr:`Boot.KERNEL` only); None: the memory has it already.
         spice: the address for the SPICE server, if there is one.
         firmware: OVMF's code, and a private copy of its variables (:attr:`Boot.UEFI` only).
         qemu_version: major and minor version.
+        memory: the file of the memory, for a guest that is saved or restored (:mod:`farplug.vm.snapshots`).
+        restores: the guest starts from a snapshot: it maps the file privately, and waits for ``migrate-incoming``.
     """
 
     folder: Path
@@ -280,6 +282,8 @@ class Resources:
     spice: SpiceAddress | None = None
     firmware: tuple[Path, Path] | None = None
     qemu_version: tuple[int, int] = (7, 2)
+    memory: Path | None = None
+    restores: bool = False
 
     @property
     def console(self) -> Path:
@@ -320,7 +324,14 @@ def command_line(config: GuestConfig, resources: Resources) -> list[str]:
         "-mon",
         "chardev=monitor,mode=control",
     ]
-    arguments += ["-chardev", option("file", id="console", path=resources.console), "-serial", "chardev:console"]
+    console = option("file", id="console", path=resources.console, append=True)
+    arguments += ["-chardev", console, "-serial", "chardev:console"]
+    if resources.memory is not None:
+        file = {"size": f"{config.memory}M", "mem-path": resources.memory, "share": not resources.restores}
+        arguments += ["-object", option("memory-backend-file", id="memory", **file)]
+        arguments += ["-machine", "memory-backend=memory"]
+    if resources.restores:
+        arguments += ["-incoming", "defer"]
     if config.paused:
         arguments.append("-S")
     arguments += _boot_arguments(config, resources)
@@ -354,7 +365,9 @@ def _boot_arguments(config: GuestConfig, resources: Resources) -> list[str]:
             # shell starts in a quarter of the time.
             words = ["console=ttyS0", "panic=-1", "rdinit=/init", "cryptomgr.notests", "norandmaps"]
             words += config.kernel_arguments
-            arguments = ["-kernel", str(resources.kernel), "-initrd", f"/proc/self/fd/{resources.initramfs}"]
+            arguments = ["-kernel", str(resources.kernel)]
+            if resources.initramfs is not None:
+                arguments += ["-initrd", f"/proc/self/fd/{resources.initramfs}"]
             arguments += [
                 "-append",
                 " ".join(words),
