@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
@@ -87,6 +88,17 @@ class Groups(LoadFileScheduling):  # type: ignore[misc]  # xdist has no types
 def group_of(nodeid: str) -> int:
     """Return the index of a test's group; the number of groups for a test without a guest."""
     return next((index for index, group in enumerate(GROUPS) if nodeid.startswith(group)), len(GROUPS))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Keep the garbage collector from the tests themselves: it looks at millions of objects that stay until the end."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
