@@ -4,12 +4,9 @@ Four parts: ``scroll`` (the processor time of a frame, while text scrolls on the
 the first pixel that it changes), ``iso`` (an ISO image of the browser, beside the same file on this machine), ``slow``
 (a second viewer on a line of 10 kB/s: what it costs the other viewer, the memory, the disk and the SPICE connection).
 
-The disk is measured in three ways: nobody watches (the session has closed the channel of the display), one viewer, one
-viewer beside a slow one. Meanwhile a client of the session's socket measures how soon the session replies: PINGs of
+The disk is measured in three ways: without a viewer (the session has closed the channel of the display), with one, and
+with one beside a slow one. Meanwhile a client of the session's socket measures how soon the session replies: PINGs of
 the SPICE server are answered by the same event loop.
-
-The session and the page are processes of their own, as users have them; this process is the browser. Where two ways
-are compared they take turns, the first pair is a warm-up and is dropped, and a ratio is the median of the other pairs.
 """
 
 from __future__ import annotations
@@ -47,7 +44,7 @@ from jobs import MIB, Job, measure
 from rows import Row, add_rows_option, write_rows
 
 PARTS = ("scroll", "key", "iso", "slow")
-NOBODY, VIEWER, SLOW = WATCHING = ("nobody", "one viewer", "and a slow one")
+NO_VIEWER, VIEWER, SLOW = WATCHING = ("no viewer", "one viewer", "and a slow one")
 """Who watches while a disk is measured."""
 PROGRAM = (sys.executable, "-c", "from farplug.cli.script import main; main()")
 NAME = "bench"
@@ -455,18 +452,18 @@ class Bench:
 
     @asynccontextmanager
     async def _watched(self, viewer: Viewer, way: str) -> AsyncIterator[None]:
-        """Let nobody, the viewer, or a slow one beside it, watch the screen; at the end, the viewer watches."""
+        """Let no viewer, one, or a slow one beside it, watch the screen; at the end, the viewer watches."""
         if way == SLOW:
             async with self._slow_viewer():
                 yield
             return
-        if way == NOBODY:
+        if way == NO_VIEWER:
             await viewer.call("unwatch-screen")
             async with asyncio.timeout(TIMEOUT):
                 while await channels(self._guest, DISPLAY):
                     await asyncio.sleep(0.5)
         yield
-        if way == NOBODY:
+        if way == NO_VIEWER:
             await viewer.watch()
 
     @asynccontextmanager
