@@ -255,10 +255,18 @@ async def test_a_server_that_accepts_and_does_not_answer(monkeypatch: pytest.Mon
     fake = FakeSpice()
     async with running(fake) as number:
         session = await connect(number)
-        fake.serve = lambda *_: asyncio.sleep(1000)  # type: ignore[method-assign]
+        left = asyncio.Event()
+
+        async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, tls: bool) -> None:
+            await reader.read()
+            writer.close()
+            left.set()
+
+        fake.serve = silent  # type: ignore[method-assign]
         await fake.main_channel.close()
         error = await loss(session)
         assert await session.explain(error) is error
+        await left.wait()
         await session.close()
 
 
