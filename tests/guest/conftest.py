@@ -13,12 +13,13 @@ import os
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 from tests.guest.nested import REAL_DEVICES, Machine, Plugger
-from tests.guest.plugging import NO_SCAN_DELAY, SCRIPTS
+from tests.guest.plugging import LABORATORY, SCRIPTS
 
 from farplug.errors import SetupError
 from farplug.programs import find_program
@@ -29,10 +30,8 @@ HERE = Path(__file__).parent
 TEST_TIMEOUT = 600
 """Seconds for a test in this folder: the first one may have to download the kernel."""
 
-USUAL = GuestConfig(
-    ports=(SpicePort(), SpicePort(), TcpPort(), UnixPort(), TcpPort(properties=("streams=off",))),
-    kernel_arguments=NO_SCAN_DELAY,
-    programs=("usbreset",),
+USUAL = replace(
+    LABORATORY, ports=(SpicePort(), SpicePort(), TcpPort(), UnixPort(), TcpPort(properties=("streams=off",)))
 )
 
 

@@ -42,7 +42,10 @@ LABORATORY = GuestConfig(
     python=True,
     files=tuple((f"/scripts/{path.name}", path) for path in sorted(SCRIPTS.glob("*.py"))),
 )
-"""The guest of the long tests: programs that test disks, Python, and the scripts of this folder."""
+"""The guest of most tests: programs that test disks, Python, and the scripts of this folder.
+
+Guests that differ in ports and SPICE server only start from one snapshot: a boot takes ten times as long.
+"""
 
 
 FUNCTIONS = GuestConfig(

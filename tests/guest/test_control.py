@@ -21,7 +21,7 @@ from farplug.control import names
 from farplug.control.client import Client
 from farplug.control.server import Server
 from farplug.store.image import serial_number
-from farplug.testing import QemuGuest
+from farplug.testing import QemuGuest, Spice
 
 ROUNDS = int(os.environ.get("FARPLUG_ATTACH_ROUNDS", "50"))
 """Attaches and detaches of each of two clients of each of two sessions: 200 in all."""
@@ -60,7 +60,7 @@ async def use(path: Path, image: Path, guest: QemuGuest) -> None:
 async def test_two_sessions_with_two_clients_each_while_a_third_one_reads_nothing(
     guests: Guests, tmp_path: Path
 ) -> None:
-    vms = [await guests.get(config) for config in (TWO_PORTS, replace(TWO_PORTS, memory=192))]
+    vms = [await guests.get(config) for config in (TWO_PORTS, replace(TWO_PORTS, spice=Spice()))]
     images = []
     for name in ("alpha", "gamma", "delta", "kappa"):
         images.append(tmp_path / f"{name}.raw")

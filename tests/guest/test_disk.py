@@ -6,12 +6,14 @@ import asyncio
 import os
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from tests.guest.plugging import (
     GUEST_TIMEOUT,
+    LABORATORY,
     MIB,
     NO_SCAN_DELAY,
     Plugged,
@@ -114,8 +116,7 @@ async def test_the_same_disk_over_plain_sockets(guest: QemuGuest, tmp_path: Path
 
 async def test_over_tls_with_a_ticket(guests: Guests, tmp_path: Path) -> None:
     spice = Spice(transport=SpiceTransport.TLS, ticket="pass word/1")
-    config = GuestConfig(ports=(SpicePort(),), spice=spice, kernel_arguments=NO_SCAN_DELAY)
-    guest = await guests.get(config)
+    guest = await guests.get(replace(LABORATORY, ports=(SpicePort(),), spice=spice))
     image = blank(tmp_path / "disk.raw")
     device = disk_device(image)
     vv = tmp_path / "console.vv"

@@ -8,6 +8,7 @@ import hashlib
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import pytest_asyncio
 from tests.guest import command
 from tests.guest.conftest import Guests
 from tests.guest.kerbside import SESSION, Kerbside, require_kerbside
-from tests.guest.plugging import GUEST_TIMEOUT, MIB, NO_SCAN_DELAY, STORAGE, Plugged, blank, disk_of, gone
+from tests.guest.plugging import GUEST_TIMEOUT, LABORATORY, MIB, STORAGE, Plugged, blank, disk_of, gone
 from tests.transport.fake_spice import Recorder
 
 import farplug
@@ -23,7 +24,7 @@ from farplug.app.guest import Guest
 from farplug.app.settings import GuestSettings, ReconnectSettings, TargetSettings
 from farplug.errors import GuestGoneError, PortError, Reason, TargetError
 from farplug.target import open_session, parse_target
-from farplug.testing import GuestConfig, QemuGuest, Spice, SpicePort
+from farplug.testing import QemuGuest, Spice, SpicePort
 from farplug.transport import spice_port
 from farplug.transport.connection import Timeouts
 from farplug.transport.spice_session import SpiceSession
@@ -35,9 +36,7 @@ from farplug.virtual.storage_transport import StorageTransport
 from farplug.vm.qemu_config import SpiceAddress
 
 TICKET = "ticket-of-qemu"
-CONFIG = GuestConfig(
-    ports=(SpicePort(), SpicePort()), spice=Spice(ticket=TICKET), kernel_arguments=NO_SCAN_DELAY, memory=512
-)
+CONFIG = replace(LABORATORY, ports=(SpicePort(), SpicePort()), spice=Spice(ticket=TICKET))
 LATER_CHANNELS = 2, 3
 
 

@@ -15,12 +15,13 @@ import signal
 import subprocess
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from tests.guest.command import Running, farplug
-from tests.guest.plugging import GUEST_TIMEOUT, LABORATORY, MIB, NO_SCAN_DELAY, STORAGE, blank, disk_with, gone
+from tests.guest.plugging import GUEST_TIMEOUT, LABORATORY, MIB, STORAGE, blank, disk_with, gone
 from tests.guest.recovery import recovered
 from tests.guest.scripts import writer
 
@@ -28,7 +29,7 @@ from farplug.exit_codes import ExitCode
 from farplug.programs import find_program
 from farplug.store import OverlayStore
 from farplug.store.image import serial_number
-from farplug.testing import GuestConfig, QemuGuest, SpicePort, TcpPort
+from farplug.testing import QemuGuest, SpicePort, TcpPort
 from farplug.usb import Buffer
 
 if TYPE_CHECKING:
@@ -199,9 +200,7 @@ async def test_farplug_is_killed(guests: Guests, tmp_path: Path, storage: str, k
 async def test_qemu_is_killed(guests: Guests, tmp_path: Path, storage: str, kind: str, image: type[Raw]) -> None:
     disk = image(tmp_path, kind)
     options = ("--usb-storage", STORAGE[storage].transport, *disk.options)
-    config = GuestConfig(
-        ports=(TcpPort(), SpicePort()), kernel_arguments=NO_SCAN_DELAY, python=True, files=LABORATORY.files
-    )
+    config = replace(LABORATORY, ports=(TcpPort(), SpicePort()))
     records = 0
     for number in range(QEMU_CUTS):
         async with guests.fresh(config) as guest, writing(guest, kind, disk) as console:

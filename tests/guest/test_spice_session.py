@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tests.guest.command import farplug
 from tests.guest.conftest import Guests
-from tests.guest.plugging import GUEST_TIMEOUT, NO_SCAN_DELAY, blank, plugged
+from tests.guest.plugging import GUEST_TIMEOUT, LABORATORY, blank, plugged
 from tests.transport.fake_spice import free_port
 
 from farplug.errors import GuestGoneError, Reason, TargetError
@@ -23,7 +23,7 @@ from farplug.transport.spice_target import SpiceTarget
 from farplug.virtual.disk import disk_device
 from farplug.vm.qmp import QmpError
 
-TWO_PORTS = GuestConfig(ports=(SpicePort(), SpicePort()), kernel_arguments=NO_SCAN_DELAY)
+TWO_PORTS = replace(LABORATORY, ports=(SpicePort(), SpicePort()))
 
 
 async def test_passwords_at_the_limit(guests: Guests) -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ import pytest
 from tests.guest.command import farplug
 from tests.guest.plugging import (
     GUEST_TIMEOUT,
+    LABORATORY,
     MIB,
     NO_SCAN_DELAY,
     beside,
@@ -90,7 +92,7 @@ async def test_farplug_killed_in_the_middle_of_a_write(guest: QemuGuest, tmp_pat
 
 async def test_qemu_that_vanishes(guests: Guests, tmp_path: Path) -> None:
     images = [blank(tmp_path / name) for name in ("one", "two")]
-    async with guests.fresh(GuestConfig(ports=(SpicePort(), TcpPort()), kernel_arguments=NO_SCAN_DELAY)) as guest:
+    async with guests.fresh(replace(LABORATORY, ports=(SpicePort(), TcpPort()))) as guest:
         commands = [
             ("connect", target, "--usb-disk", image) for target, image in zip(guest.targets, images, strict=True)
         ]
