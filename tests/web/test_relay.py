@@ -395,7 +395,8 @@ async def test_a_browser_that_reads_nothing(served: Served) -> None:
 class TestSlowLines:
     """Pictures for a browser that takes compressed ones."""
 
-    PICTURE = b"".join(bytes((line % 7, column % 11, 90, 0)) for line in range(800) for column in range(1280))
+    ROWS = b"".join(bytes((line, column % 11, 90, 0)) for line in range(7) for column in range(1280))
+    PICTURE = (ROWS * (800 // 7 + 1))[: 800 * 1280 * 4]
 
     async def show(self, session: FakeSession, message: dict[str, Any], writer: asyncio.StreamWriter) -> None:
         """Send a picture, and the next one after each acknowledgement."""
