@@ -48,6 +48,7 @@ POSIX_ONLY = (
     "store/overlay.py",
     "store/overlay_file.py",
     "store/usage.py",
+    "testing/scratch.py",
     "transport/connection.py",
     "virtual/fido/key_file.py",
     "virtual/video/frames.py",

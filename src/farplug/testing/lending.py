@@ -21,6 +21,7 @@ from farplug.testing.guest_pool import GuestPool
 from farplug.testing.loop_thread import LoopThread
 from farplug.testing.plugin import CHOICES, SNAPSHOTS
 from farplug.testing.running_guest import Evidence, RunningGuest
+from farplug.testing.scratch import Scratch
 from farplug.vm.agent import GuestTimeout
 from farplug.vm.qemu import GuestCrashed, QemuGuest
 from farplug.vm.qemu_config import Boot, Controller, GuestConfig, SpicePort
@@ -91,8 +92,8 @@ class Lender:
         self._missing_kvm = missing_kvm() if accelerator == "auto" else ""
         self._accelerator = _EMULATED if self._missing_kvm or accelerator == "tcg" else "kvm"
         self.thread = LoopThread()
-        self.scratch = Path(tempfile.mkdtemp(prefix="farplug-"))
-        snapshots = Path(getattr(config, "workerinput", {}).get(SNAPSHOTS, self.scratch))
+        self.scratch = Scratch()
+        snapshots = Path(getattr(config, "workerinput", {}).get(SNAPSHOTS, self.scratch.path))
         self.pool = GuestPool(lambda config: QemuGuest(config, timeout=self.timeout, snapshots=snapshots))
 
     def _option(self, name: str) -> Any:
@@ -133,7 +134,7 @@ class Lender:
             self.thread.call(self.pool.close())
         finally:
             self.thread.close()
-            shutil.rmtree(self.scratch, ignore_errors=True)
+            self.scratch.close()
 
 
 def _has_terminal() -> bool:
@@ -235,7 +236,7 @@ class Loans:
             pytest.skip(message)
         captures = None
         if lender.artifacts is not None and lender.capture != "off":
-            captures = Path(tempfile.mkdtemp(dir=lender.scratch))
+            captures = Path(tempfile.mkdtemp(dir=lender.scratch.path))
         running = lender.thread.call(_run(vm, captures))
         self.running.append(running)
         return GuestFixture(lender.thread, running, lender.timeout, partial(self.release, running))

@@ -6,8 +6,6 @@ when the first test asks for a guest. :mod:`farplug.testing.lending` is that res
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +21,7 @@ if TYPE_CHECKING:
         SerialFixture,
     )
     from farplug.testing.lending import Lender, Loans, Record
+    from farplug.testing.scratch import Scratch
     from farplug.vm.qemu_config import GuestConfig
 
 LENDER: pytest.StashKey[Lender] = pytest.StashKey()
@@ -41,7 +40,7 @@ DEFAULTS = {"accel": "auto", "capture": "retain-on-failure"}
 
 SNAPSHOTS = "farplug_snapshots"
 """The folder for snapshots of guests that all processes of pytest-xdist share, in what a process is started with."""
-_SHARED: pytest.StashKey[str] = pytest.StashKey()
+_SHARED: pytest.StashKey[Scratch] = pytest.StashKey()
 
 _WORKER_KEY = "farplug_slow"
 
@@ -237,9 +236,11 @@ def pytest_configure_node(node: Any) -> None:
     """Give the processes of pytest-xdist one folder for snapshots of guests."""
     config = node.config
     if _SHARED not in config.stash:
-        config.stash[_SHARED] = folder = tempfile.mkdtemp(prefix="farplug-snapshots-")
-        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
-    node.workerinput[SNAPSHOTS] = config.stash[_SHARED]
+        from farplug.testing.scratch import Scratch
+
+        config.stash[_SHARED] = scratch = Scratch()
+        config.add_cleanup(scratch.close)
+    node.workerinput[SNAPSHOTS] = str(config.stash[_SHARED].path)
 
 
 @pytest.hookimpl(optionalhook=True)
