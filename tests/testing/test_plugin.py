@@ -602,7 +602,6 @@ def test_processes_of_xdist_have_guests_of_their_own(pytester: pytest.Pytester) 
         """
         from tests.testing.fake_vm import install
         from farplug.testing import lending
-from farplug.testing.project import __main__ as project
         install()
         lending.missing_kvm = lambda: ""
         """
