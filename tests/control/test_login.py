@@ -45,7 +45,8 @@ class Terminal:
         self._answers = [(left - 1, answer) for left, answer in self._answers]
         while self._answers and self._answers[0][0] < 0:
             self._answers.pop(0)[1]()
-        return {"lines": [*self.lines, "", ""], "columns": 80, "unknown": 0}
+        lines = [*self.lines[:-1], f"{self.lines[-1]} \N{REPLACEMENT CHARACTER}"]  # the cursor
+        return {"lines": [*lines, "", ""], "columns": 80, "unknown": 1}
 
     async def type(self, text: str, secret: bool) -> None:
         self.typed.append((text, secret))

@@ -20,6 +20,8 @@ LOOK_INTERVAL: Final = 0.2
 PROMPT_INTERVAL: Final = 5.0
 """Seconds without a prompt after which the Return key is pressed, so that the guest asks again."""
 
+CURSOR: Final = " \N{REPLACEMENT CHARACTER}"
+"""What the cursor is at the end of a line of text: a space, or a cell that is no character."""
 ASKS: Final = (":", "\uff1a")
 """Ends of a question for a name or a password, in any language."""
 SHELLS: Final = ("$", "#", ">", "%")
@@ -146,7 +148,7 @@ class _Screen:
         return None
 
     async def _last_line(self) -> str | None:
-        """Return the last line that is not empty; None: the screen cannot be read."""
+        """Return the last line that is not empty, without the cursor; None: the screen cannot be read."""
         try:
             result: Any = await self._client.call("screen-text", {})
         except (GuestGoneError, RemoteProtocolError):
@@ -158,7 +160,7 @@ class _Screen:
         lines = result.get("lines") if isinstance(result, dict) else None
         if not isinstance(lines, list):
             raise RemoteProtocolError("the session sent no lines of text")
-        return next((text for one in reversed(lines) if (text := str(one).strip())), "")
+        return next((text for one in reversed(lines) if (text := str(one).rstrip(CURSOR).strip())), "")
 
 
 def _refused(message: str) -> TargetError:
