@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from farplug.app.attachment import Attachment
+from farplug.app.console_fonts import VGA_FOLDERS, load_glyphs
 from farplug.app.guest import Guest
 from farplug.redirection.events import DeviceReport, PortEvent
 from farplug.target import TargetOptions, open_session, parse_target
@@ -21,6 +22,7 @@ from farplug.usb import Device, DeviceEvent
 from farplug.virtual.storage_transport import StorageTransport
 
 MIB = 2**20
+CELL_HEIGHT = 16
 GUEST_TIMEOUT = 120
 """Seconds for an operation in a guest: more than a slow operation on a busy machine needs."""
 
@@ -245,3 +247,10 @@ def blank(path: Path, size: int = 32 * MIB) -> Path:
 def descriptors() -> int:
     """Return the number of open file descriptors of this process."""
     return len(os.listdir("/proc/self/fd"))
+
+
+def console_font() -> bytes:
+    """Return the font of the VGA BIOS as a PSF file, for loadfont: that of Linux has other forms of some letters."""
+    glyphs = {name: glyph for glyph, name in load_glyphs(VGA_FOLDERS, ()).items() if len(glyph) == CELL_HEIGHT}
+    rows = [glyphs.get(bytes([code]).decode("cp437"), bytes(CELL_HEIGHT)) for code in range(256)]
+    return bytes([0x36, 0x04, 0, CELL_HEIGHT]) + b"".join(rows)
