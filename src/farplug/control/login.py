@@ -21,7 +21,7 @@ PROMPT_INTERVAL: Final = 5.0
 """Seconds without a prompt after which the Return key is pressed, so that the guest asks again."""
 
 CURSOR: Final = " \N{REPLACEMENT CHARACTER}"
-"""What the cursor is at the end of a line of text: a space, or a cell that is no character."""
+"""What the cursor is at the end of a line of text: a space, or a cell without a character."""
 ASKS: Final = (":", "\uff1a")
 """Ends of a question for a name or a password, in any language."""
 SHELLS: Final = ("$", "#", ">", "%")
@@ -47,8 +47,8 @@ class Login:
 async def log_in(client: Client, type_text: Type, login: Login, *, delay: float, timeout: float) -> None:
     """Type the name when the guest asks for it, and the password when it asks for that.
 
-    The password is typed only when the guest asks for something else than a name. If a shell begins without a password,
-    none is typed.
+    A name that is not shown was typed as a password: it is typed again. The password is typed only after a name that
+    was shown, and only when the guest asks for something else then. If a shell begins at once, none is typed.
 
     Args:
         client: the connection to the session.
@@ -63,15 +63,26 @@ async def log_in(client: Client, type_text: Type, login: Login, *, delay: float,
         FarplugError: the guest or the session is gone, or the text cannot be typed.
     """
     screen = _Screen(client)
-    question = await screen.asks_for_name(lambda: type_text("\n", False), delay, timeout)
-    await type_text(f"{login.user}\n", False)
-    if question is None:
-        await asyncio.sleep(delay)
-        if login.secret is not None:
-            await type_text(f"{login.secret}\n", True)
-            await asyncio.sleep(delay)
-        return
     user = printable(login.user, MAX_SHOWN)
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout
+    while True:
+        question = await screen.asks(lambda: type_text("\n", False), delay, deadline - loop.time())
+        if question is None:
+            await type_text(f"{login.user}\n", False)
+            await asyncio.sleep(delay)
+            if login.secret is not None:
+                await type_text(f"{login.secret}\n", True)
+                await asyncio.sleep(delay)
+            return
+        await type_text(login.user, False)
+        is_shown = await screen.shows_answer(question, delay)
+        await type_text("\n", False)
+        if is_shown:
+            break
+        # It was a question for a password, which an earlier login left: the guest refuses the name, and asks again.
+        if await screen.changed(question, ASKS, deadline - loop.time(), None) is None:
+            raise _refused("the VM does not show what is typed as the name")
     line = await screen.changed(question, (*ASKS, *SHELLS), timeout, delay if login.secret is None else None)
     if login.secret is None:
         if line is not None and line.endswith(ASKS):
@@ -97,12 +108,11 @@ class _Screen:
         self._client = client
         self._is_there = True
 
-    async def asks_for_name(
-        self, press_return: Callable[[], Awaitable[object]], delay: float, timeout: float
-    ) -> str | None:
+    async def asks(self, press_return: Callable[[], Awaitable[object]], delay: float, timeout: float) -> str | None:
         """Wait until the last line of the screen is a question; return the line, or None: the screen cannot be read.
 
-        Messages of the kernel may follow the question: after the Return key the guest asks once more.
+        Messages of the kernel may follow the question: after the Return key the guest asks once more, perhaps for the
+        password of an empty name.
 
         Raises:
             TargetError: ``no-prompt``: there is no question.
@@ -124,6 +134,21 @@ class _Screen:
                 again = now + PROMPT_INTERVAL
                 await press_return()
             await asyncio.sleep(LOOK_INTERVAL)
+
+    async def shows_answer(self, question: str, timeout: float) -> bool:
+        """Wait until what was typed is shown after a question; return whether it is: that of a password is not.
+
+        Args:
+            question: the line.
+            timeout: in seconds.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout
+        while not any(line.startswith(question) and line != question for line in await self._lines() or ()):
+            if loop.time() >= deadline:
+                return False
+            await asyncio.sleep(LOOK_INTERVAL)
+        return True
 
     async def changed(self, before: str, ends: tuple[str, ...], timeout: float, delay: float | None) -> str | None:
         """Wait until the last line is another one, with one of these ends; return the line, or None: timeout.
@@ -148,7 +173,12 @@ class _Screen:
         return None
 
     async def _last_line(self) -> str | None:
-        """Return the last line that is not empty, without the cursor; None: the screen cannot be read."""
+        """Return the last line that is not empty; None: the screen cannot be read."""
+        lines = await self._lines()
+        return None if lines is None else next((line for line in reversed(lines) if line), "")
+
+    async def _lines(self) -> list[str] | None:
+        """Return the lines of the screen, without the cursor; None: the screen cannot be read."""
         try:
             result: Any = await self._client.call("screen-text", {})
         except (GuestGoneError, RemoteProtocolError):
@@ -160,7 +190,7 @@ class _Screen:
         lines = result.get("lines") if isinstance(result, dict) else None
         if not isinstance(lines, list):
             raise RemoteProtocolError("the session sent no lines of text")
-        return next((text for one in reversed(lines) if (text := str(one).rstrip(CURSOR).strip())), "")
+        return [str(one).rstrip(CURSOR).strip() for one in lines]
 
 
 def _refused(message: str) -> TargetError:
