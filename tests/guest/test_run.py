@@ -1,4 +1,6 @@
-"""``farplug run`` in a real guest that has nothing but a port of usbredir and a login on its screen."""
+"""``farplug run`` in a real guest: the userland is Debian's, with the login of its packages on the screen, and farplug
+has nothing of it but ports for USB devices.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +18,15 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from tests.guest.conftest import Guests
-from tests.guest.plugging import GUEST_TIMEOUT
+from tests.guest.plugging import GUEST_TIMEOUT, console_font
 
-from farplug.testing import GuestConfig, QemuGuest, TcpPort
+from farplug.testing import GuestConfig, QemuGuest, SpicePort, TcpPort
 
 CONFIG = GuestConfig(
-    ports=(TcpPort(),),
+    ports=(TcpPort(), SpicePort()),
     kernel_arguments=("console=tty0",),
-    modules=("usbhid", "hid_generic", "evdev", "cdc_acm"),
-    programs=("bash", "openssl"),
+    modules=("bochs", "usbhid", "hid_generic", "evdev", "cdc_acm"),
+    machine=True,
     memory=512,
     extra_arguments=("-device", "VGA"),
 )
@@ -69,13 +71,15 @@ def runtime() -> Iterator[str]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def guest(session_guests: Guests) -> AsyncIterator[QemuGuest]:
-    """Return a guest whose screen asks for a name."""
+    """Return a guest whose screen asks for a name: agetty, login with PAM, bash, of the packages of this machine."""
     async with session_guests.lent(CONFIG) as guest:
+        await guest.check("busybox loadfont", stdin=console_font())
         await guest.check(
-            f"hash=$(openssl passwd -1 -salt abc '{SECRET}'); mkdir -p /etc /home/user; "
-            "printf '%s\n' \"root:$hash:0:0:root:/root:/bin/sh\" >/etc/passwd; echo 'root:x:0:' >/etc/group; "
-            "cat >/tmp/getty.sh <<'END'\nwhile :; do busybox getty 38400 tty1 linux; sleep 0.2; done\nEND\n"
-            "setsid sh /tmp/getty.sh </dev/null >/dev/null 2>&1 &"
+            "mkdir -p /home/user; hash=$(openssl passwd -6 -stdin)\n"
+            'sed -i "s|^root:.*|root:$hash:0:0:root:/home/user:/bin/bash|" /etc/passwd\n'
+            "cat >/tmp/getty.sh <<'END'\nwhile :; do agetty tty1 linux; sleep 0.2; done\nEND\n"
+            "setsid sh /tmp/getty.sh </dev/null >/dev/null 2>&1 &",
+            stdin=SECRET.encode(),
         )
         yield guest
 
@@ -92,12 +96,33 @@ async def farplug(guest: QemuGuest, runtime: str) -> AsyncIterator[Runner]:
         await runner("stop", "-s", "vm")
 
 
-async def test_from_the_prompt_of_a_login(farplug: Runner, tmp_path: Path) -> None:
+@pytest.fixture
+def login(tmp_path: Path) -> tuple[object, ...]:
+    """Return the options of a login."""
     secret = tmp_path / "secret"
     secret.write_text(f"{SECRET}\n")
-    code, out, err = await farplug(
-        *("run", "-s", "vm", "--user", "root", "--secret-file", secret, "-n", "--", "uname", "-a")
-    )
+    return "--user", "root", "--secret-file", secret
+
+
+async def test_from_a_login_that_is_found_on_the_screen(
+    guest: QemuGuest, runtime: str, login: tuple[object, ...], tmp_path: Path
+) -> None:
+    run = Runner(runtime)
+    vv, wrong = tmp_path / "vm.vv", tmp_path / "wrong"
+    vv.write_text(guest.spice.vv)
+    wrong.write_text("wrong")
+    code, out, err = await run("run", vv, "--user", "root", "--secret-file", wrong, "-n", "--", "true")
+    assert (code, out) == (123, b"")
+    assert b"the VM refused the login of root" in err
+    code, out, err = await run("run", vv, *login, "--via", "spice", "--", "sh", "-c", "uname; cat", stdin=b"input")
+    assert (code, out) == (0, b"Linux\ninput"), err
+    code, _, err = await run("type", "exit\n", vv, "--via", "spice")  # the next test logs in again
+    assert code == 0, err
+
+
+async def test_from_the_prompt_of_a_login(farplug: Runner, login: tuple[object, ...]) -> None:
+    delay = ("--login-delay", 8)  # this target has no screen
+    code, out, err = await farplug("run", "-s", "vm", *login, *delay, "-n", "--", "uname", "-a")
     assert (code, err) == (0, b"")
     assert out.startswith(b"Linux ")
     code, out, err = await farplug("run", "-s", "vm", "-n", "--", "id", "-u")
@@ -184,7 +209,9 @@ async def test_a_terminal(farplug: Runner) -> None:
             os.write(master, b"some text\r")
             await until(b"some textsome text\r\n")
             os.write(master, b"\x03")
-            await until(b"^C\r\n# ")
+            await until(b"^C\r\n")
+            shown = shown.rpartition(b"^C")[2]
+            await until(b"# ")
             os.write(master, b"exit 7\r")
             _, err = await process.communicate()
         assert (process.returncode, err) == (7, b""), shown
