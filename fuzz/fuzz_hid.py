@@ -161,7 +161,7 @@ async def type_with_losses(source: random.Random) -> None:
         confirmed = await keyboard.type_text(text[cut:], layout, confirm=True) and confirmed
     except ReportsLost as error:
         counts["texts uncertain"] += 1
-        check(guest.lost > 0, "nothing was lost")
+        check(keyboard.reports.restarts > 0, "the guest did not stop to receive")
         done += error.confirmed
         check(text_of(guest.seen, layout)[:done] == text[:done])
     else:
@@ -175,7 +175,7 @@ async def type_with_losses(source: random.Random) -> None:
             assert keyboard.leds == before
     guest.loss = 0
     await asyncio.sleep(1)
-    assert guest.seen[-1] == bytes(8), "a key remains pressed"
+    assert not guest.seen or guest.seen[-1] == bytes(8), "a key remains pressed"
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
     await guest.device.close()

@@ -109,7 +109,7 @@ def test_options_that_contradict_each_other(environment: dict[str, str], tmp_pat
         (["web", "--allow-write"], "--allow-write has no effect without --allow"),
         (["web", "--proxy", "http://x"], "--proxy has no effect without a TARGET"),
         (["web", "--allow", tmp_path / "none"], "no such file or directory"),
-        (["web"], "no session"),
+        (["web"], "the session web is not running"),
         ([], "no session is running"),
     ):
         number, error = refused(environment, *options)

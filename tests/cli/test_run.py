@@ -52,7 +52,7 @@ def test_arguments_that_are_not_valid(cli: Cli, arguments: tuple[str, ...], erro
 def test_failures_of_farplug_have_a_code_of_their_own(cli: Cli, tmp_path: Path) -> None:
     result = cli("run", "-s", "none", "--", "ls", "--json", "--help")
     assert (result.code, result.out) == (125, ""), "the options are the command's"
-    assert "no session" in result.err
+    assert "the session none is not running" in result.err
     secret = tmp_path / "secret"
     for content, error in (
         (None, "no such file"),

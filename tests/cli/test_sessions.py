@@ -428,7 +428,7 @@ def test_a_killed_session_is_gone_and_its_name_is_free(cli: Cli) -> None:
             os.kill(pid, signal.SIGKILL)
             wait_for(lambda: not is_running(pid))
             result = cli("status", "-s", "web1")
-            assert (result.code, "no session is running" in result.err) == (2, True)
+            assert (result.code, "the session web1 is not running" in result.err) == (2, True)
             with background(cli, target) as again:
                 assert again.status["state"] == "connected"
 

@@ -105,9 +105,9 @@ def test_snapshot() -> None:
     assert "-object memory-backend-file,id=memory,size=256M,mem-path=/m,share=on" in saved
     assert "-machine memory-backend=memory" in saved
     assert "-incoming" not in saved
-    restored = arguments(GuestConfig(), kernel=Path("/k"), memory=Path("/m"), restores=True)
+    restored = arguments(GuestConfig(), kernel=Path("/k"), initramfs=9, memory=Path("/m"), restores=True)
     assert "mem-path=/m,share=off -machine memory-backend=memory -incoming defer" in restored
-    assert "-kernel /k -append" in restored
+    assert "-initrd /proc/self/fd/9" in restored, "for a reset"
 
 
 def test_machine_and_network() -> None:

@@ -798,6 +798,8 @@ class Guest:
         try:
             await asyncio.wait((gone, *staying), return_when=asyncio.FIRST_COMPLETED)
             error = next((future for future in staying if future.done()), gone).result()
+            if isinstance(error, GuestGoneError) and self.session.over:
+                error = await gone or error  # devices report that the session ended, the guest why
         finally:
             gone.cancel()
             for future in staying:

@@ -60,7 +60,7 @@ class Session(ABC):
     async def explain(self, error: FarplugError) -> FarplugError:
         """Return a more exact error for the end of the session, if the server can be asked for it; else the same one.
 
-        Takes 2 s at most.
+        Takes 5 s at most.
         """
         return error
 

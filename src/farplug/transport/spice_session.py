@@ -52,7 +52,7 @@ _MAIN_MESSAGES: dict[int, int] = {
 _NOT_ENCRYPTED = "keyboard channel is insecure"
 """Part of a notice of servers when the inputs are linked without TLS, which the target decides. It is not logged."""
 
-EXPLAIN_TIMEOUT = 2.0
+EXPLAIN_TIMEOUT = 5.0
 """Seconds in which a server that closed the session answers, if it still runs."""
 
 NO_CHANNEL_REMEDY = """\

@@ -28,7 +28,7 @@ import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import IO, Self
 
 from farplug.errors import FarplugError, GuestGoneError, Reason, Remedy, SetupError, StateError
 from farplug.programs import QEMU, child_environment, find_program, output_of
@@ -300,6 +300,8 @@ class QemuGuest(OwnLoop):
                 python=config.python,
                 files=config.files,
             )
+            if self._saves is not None:
+                await asyncio.to_thread(self._saves.initramfs.write_bytes, initramfs)
         elif config.boot is Boot.UEFI:
             firmware = copy_firmware(self._folder)
         if any(isinstance(port, TcpClientPort) for port in config.ports):
@@ -369,7 +371,10 @@ class QemuGuest(OwnLoop):
             for index, port in enumerate(self.config.ports):
                 if isinstance(port, TcpPort):
                     listeners[index] = theirs.enter_context(socket.create_server((LOOPBACK, 0)))
-            if initramfs is not None:
+            image: IO[bytes] | None = None
+            if snapshot is not None:
+                image = theirs.enter_context(snapshot.initramfs.open("rb"))
+            elif initramfs is not None:
                 image = theirs.enter_context(os.fdopen(os.memfd_create("initramfs"), "wb", buffering=0))
                 image.write(initramfs)
             memory = snapshot or self._saves
@@ -379,7 +384,7 @@ class QemuGuest(OwnLoop):
                 channels=tuple(other.fileno() for _, other in pairs[1:]),
                 listeners={index: listener.fileno() for index, listener in listeners.items()},
                 kernel=kernel,
-                initramfs=image.fileno() if initramfs is not None else None,
+                initramfs=None if image is None else image.fileno(),
                 spice=self._spice,
                 firmware=firmware,
                 qemu_version=version,

@@ -265,7 +265,7 @@ class Resources:
         channels: descriptors of the agent's channels.
         listeners: descriptor of the listening socket, by index of a :class:`TcpPort`.
         kernel: the kernel's image (:attr:`Boot.KERNEL` only).
-        initramfs: descriptor of the initramfs (:attr:`Boot.KERNEL` only); None: the memory has it already.
+        initramfs: descriptor of the initramfs (:attr:`Boot.KERNEL` only).
         spice: the address for the SPICE server, if there is one.
         firmware: OVMF's code, and a private copy of its variables (:attr:`Boot.UEFI` only).
         qemu_version: major and minor version.
@@ -365,10 +365,11 @@ def _boot_arguments(config: GuestConfig, resources: Resources) -> list[str]:
             # shell starts in a quarter of the time.
             words = ["console=ttyS0", "panic=-1", "rdinit=/init", "cryptomgr.notests", "norandmaps"]
             words += config.kernel_arguments
-            arguments = ["-kernel", str(resources.kernel)]
-            if resources.initramfs is not None:
-                arguments += ["-initrd", f"/proc/self/fd/{resources.initramfs}"]
-            arguments += [
+            arguments = [
+                "-kernel",
+                str(resources.kernel),
+                "-initrd",
+                f"/proc/self/fd/{resources.initramfs}",
                 "-append",
                 " ".join(words),
                 "-device",

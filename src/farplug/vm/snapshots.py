@@ -1,8 +1,8 @@
 """Save a guest that has booted, and start other guests from its memory.
 
-Under emulation a boot takes 3 s of processor time, a start from a snapshot 0.3 s. A snapshot is three files: the memory
+Under emulation a boot takes 3 s of processor time, a start from a snapshot 0.3 s. A snapshot is four files: the memory
 of the guest, QEMU's migration stream without that memory (QEMU, qapi/migration.json, capability ``x-ignore-shared``),
-and the console. Guests map the memory privately: a page is copied when a guest writes to it.
+the console, and the initramfs. Guests map the memory privately: a page is copied when a guest writes to it.
 
 A snapshot has no port: QEMU accepts a stream that lacks devices of the guest, and these begin as after a reset. That is
 right for a port, which nothing is plugged into yet.
@@ -60,11 +60,13 @@ class Snapshot:
         memory: the file of the guest's memory.
         state: the state of its devices.
         console: the output of its first serial port until it was saved.
+        initramfs: with it a guest boots again after a reset.
     """
 
     memory: Path
     state: Path
     console: Path
+    initramfs: Path
 
     @classmethod
     def of(cls, config: GuestConfig, folder: Path) -> Self:
@@ -72,7 +74,7 @@ class Snapshot:
         stats = [source.stat() for _, source in config.files if source.exists()]
         files = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
         name = hashlib.sha256(repr((config, files)).encode()).hexdigest()[:16]
-        return cls(folder / f"{name}.memory", folder / f"{name}.state", folder / f"{name}.console")
+        return cls(*(folder / f"{name}.{kind}" for kind in ("memory", "state", "console", "initramfs")))
 
     @asynccontextmanager
     async def locked(self) -> AsyncIterator[None]:

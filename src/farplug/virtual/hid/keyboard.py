@@ -428,11 +428,13 @@ class Keyboard(HidFunction):
                 before = self.leds & Led.NUM_LOCK
             echo = await self._toggle()
             if await echo.comes(_ATTEMPT_TIMEOUT):
-                if self._is_in_step or (await self._settle() and echo.is_there):
+                at_rest = self._is_in_step or await self._settle()
+                if at_rest and echo.is_there:
                     self._toggled = self.leds & Led.NUM_LOCK != before  # whatever became of earlier questions
                     self._is_silent, self._is_in_step = False, True
                     return True
-                before ^= Led.NUM_LOCK  # the first change was the guest's own, the second one the answer
+                if at_rest:
+                    before ^= Led.NUM_LOCK  # the first change was the guest's own, the second one the answer
             self._is_in_step = False
         self._is_silent = True
         return False
