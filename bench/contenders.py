@@ -66,10 +66,8 @@ class Contender:
     async def plug(self, guest: QemuGuest) -> AsyncIterator[Plugged]:
         """Start the program and wait for its disk; at the end, stop the program and wait until the disk is gone."""
         before = await _disks(guest)
-        # Before all else: the path also leads to packages.
-        path = os.pathsep.join(filter(None, (str(self.source or ""), os.environ.get("PYTHONPATH", ""))))
         with tempfile.TemporaryDirectory(prefix="farplug-bench-") as runtime:  # no other program sees the session
-            environment = {**os.environ, "PYTHONPATH": path, "XDG_RUNTIME_DIR": runtime}
+            environment = {**environment_of(self.source), "XDG_RUNTIME_DIR": runtime}
             process = await asyncio.create_subprocess_exec(
                 *self.command, stdout=asyncio.subprocess.DEVNULL, env=environment
             )
@@ -115,3 +113,10 @@ async def qemu_disk(guest: QemuGuest, model: str) -> Plugged:
         while not (name := (await guest.check(script)).strip()):
             await asyncio.sleep(0.05)
     return Plugged(f"/dev/{name}")
+
+
+def environment_of(source: Path | None) -> dict[str, str]:
+    """Return the environment of a process that runs farplug of another tree; None: of this one."""
+    # Before all else: the path also leads to packages.
+    path = os.pathsep.join(filter(None, (str(source or ""), os.environ.get("PYTHONPATH", ""))))
+    return {**os.environ, "PYTHONPATH": path}

@@ -32,7 +32,18 @@ from pathlib import Path
 import socketpair
 from farplug.usb.transfer import Status
 from rows import Row, add_rows_option, write_rows
-from socketpair import BULK, BULK_HEADER, BULK_SIZE, CSW_STATUS, HEADER, IMAGE_SIZE, KIB, MIB, default_python
+from socketpair import (
+    BULK,
+    BULK_HEADER,
+    BULK_SIZE,
+    CSW_STATUS,
+    HEADER,
+    IMAGE_SIZE,
+    KIB,
+    MIB,
+    command_text,
+    default_python,
+)
 
 TREE = Path(__file__).parents[1]
 SERVER = Path(__file__).with_name("served_device.py")
@@ -64,8 +75,7 @@ class Case:
         return 200 if self.size < MIB else 20
 
     def __str__(self) -> str:
-        size = f"{self.size // KIB} KiB" if self.size < MIB else f"{self.size // MIB} MiB"
-        return f"{size} {'write' if self.write else 'read'}"
+        return command_text(self.size, write=self.write)
 
 
 CASES = [Case(size, write) for size in (4 * KIB, MIB) for write in (False, True)]

@@ -23,6 +23,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from contenders import environment_of
 from farplug.vm.qemu import QemuGuest
 from farplug.vm.qemu_config import GuestConfig, TcpPort, UnixPort
 from rows import Row, add_rows_option, write_rows
@@ -92,13 +93,11 @@ async def download(guest: QemuGuest, adapter: Adapter, port: int, size: int) -> 
 @contextlib.asynccontextmanager
 async def plugged(target: str, name: str, mac: str, source: Path | None) -> AsyncIterator[Adapter]:
     """Plug farplug's adapter in, in a process of its own."""
-    # Before all else: the path also leads to packages.
-    path = os.pathsep.join(filter(None, (str(source or ""), os.environ.get("PYTHONPATH", ""))))
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", "from farplug.cli.main import main; main()", "connect", target),
         *("--usb-network", "passt:", "--network-mac", mac),
         stdout=asyncio.subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": path},
+        env=environment_of(source),
     )
     try:
         yield Adapter(name, mac, process.pid)

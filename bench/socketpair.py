@@ -55,6 +55,12 @@ CSW_STATUS = 12
 """The offset of the status in a command status wrapper."""
 
 
+def command_text(size: int, *, write: bool) -> str:
+    """Return what a command does, as text: ``4 KiB read``."""
+    count = f"{size // KIB} KiB" if size < MIB else f"{size // MIB} MiB"
+    return f"{count} {'write' if write else 'read'}"
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """A kind of command.
@@ -79,8 +85,7 @@ class Case:
         return 480 if self.size < MIB else 32
 
     def __str__(self) -> str:
-        size = f"{self.size // KIB} KiB" if self.size < MIB else f"{self.size // MIB} MiB"
-        return f"{self.framing} {self.storage} {size} {'write' if self.write else 'read'}, depth {self.depth}"
+        return f"{self.framing} {self.storage} {command_text(self.size, write=self.write)}, depth {self.depth}"
 
 
 CASES = [

@@ -17,6 +17,8 @@ from xdist.scheduler import LoadFileScheduling
 
 from farplug import rate_limit
 from farplug.app import typing as typing_module
+from farplug.errors import SetupError
+from farplug.programs import find_program
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -113,3 +115,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Groups | Non
         return None
     config.option.loadscopereorder = False
     return Groups(config, log)
+
+
+@pytest.fixture
+def passt() -> None:
+    """Skip the test where passt is missing."""
+    try:
+        find_program("passt")
+    except SetupError as error:
+        if os.environ.get("FARPLUG_REQUIRE_ALL") == "1":
+            raise
+        pytest.skip(error.message)

@@ -150,16 +150,6 @@ def dhcp_discover() -> bytes:
     return BROADCAST + GUEST + b"\x08\x00" + header + udp
 
 
-@pytest.fixture
-def passt() -> None:
-    try:
-        find_program("passt")
-    except SetupError as error:
-        if os.environ.get("FARPLUG_REQUIRE_ALL") == "1":
-            raise
-        pytest.skip(error.message)
-
-
 async def offered(end: End) -> bool:
     """Ask for an address; return whether one is offered."""
     assert await end.write([dhcp_discover()])

@@ -21,8 +21,6 @@ import pytest_asyncio
 from tests.guest.nested import REAL_DEVICES, Machine, Plugger
 from tests.guest.plugging import LABORATORY, SCRIPTS
 
-from farplug.errors import SetupError
-from farplug.programs import find_program
 from farplug.testing import GuestConfig, GuestFactory, GuestFixture, QemuGuest, SpicePort, TcpPort, UnixPort
 
 HERE = Path(__file__).parent
@@ -90,17 +88,6 @@ async def plugger(session_guests: Guests) -> AsyncIterator[Plugger]:
     await machine.check(f"ln -sfn {SCRIPTS} /scripts")
     async with Plugger.started(machine) as plugger:
         yield plugger
-
-
-@pytest.fixture
-def passt() -> None:
-    """Skip the test where passt is missing."""
-    try:
-        find_program("passt")
-    except SetupError as error:
-        if os.environ.get("FARPLUG_REQUIRE_ALL") == "1":
-            raise
-        pytest.skip(error.message)
 
 
 def pytest_configure(config: pytest.Config) -> None:

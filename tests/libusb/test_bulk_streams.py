@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 import usb1
 
-from farplug.libusb.binding import UsbHandle, UsbTransfer
+from farplug.libusb.binding import UsbHandle
 from farplug.libusb.bulk_streams import BulkStreams
 from farplug.libusb.library import Library
 
@@ -60,22 +60,11 @@ def test_errors_are_libusbs(code: int, error: type[Exception]) -> None:
         streams.free(handle(), [0x81])
 
 
-def test_a_transfer_becomes_one_of_a_stream_until_it_is_set_again() -> None:
+def test_a_transfer_becomes_one_of_a_stream_until_it_is_set_again(transfer: Any) -> None:
     """With the real libusb: that the pointers which python-libusb1 hides are where we look for them."""
     library = Library()
-    context = cast(Any, library.open_context())
-    transfer = usb1.USBTransfer(
-        context=context,
-        handle=None,
-        iso_packets=0,
-        before_submit=None,
-        after_completion=None,
-        getFinalizer=context._getFinalizer,
-        short_is_error=False,
-        add_zero_packet=False,
-    )
     transfer.setBulk(0x81, bytearray(8))
-    library.bulk_streams.assign(cast(UsbTransfer, transfer), 7)
+    library.bulk_streams.assign(transfer, 7)
     get = library.bulk_streams._set_stream_id.__class__(("libusb_transfer_get_stream_id", _library()))
     get.argtypes = [ctypes.c_void_p]
     get.restype = ctypes.c_uint32
@@ -83,8 +72,6 @@ def test_a_transfer_becomes_one_of_a_stream_until_it_is_set_again() -> None:
     assert get(transfer._USBTransfer__transfer) == 7
     transfer.setBulk(0x81, bytearray(8))
     assert transfer.getType() == usb1.TRANSFER_TYPE_BULK
-    transfer.close()
-    context.close()
 
 
 def _library() -> ctypes.CDLL:

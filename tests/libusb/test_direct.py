@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import weakref
-from collections.abc import Iterator
 from typing import Any, cast
 
 import pytest
@@ -17,30 +16,6 @@ from farplug.libusb.library import Library
 
 class Buffer(bytearray):
     """A buffer that a weak reference can watch."""
-
-
-@pytest.fixture
-def context() -> Iterator[Any]:
-    context = cast(Any, Library().open_context())
-    yield context
-    context.close()
-
-
-@pytest.fixture
-def transfer(context: Any) -> Iterator[Any]:
-    transfer = usb1.USBTransfer(
-        context=context,
-        handle=None,
-        iso_packets=0,
-        before_submit=None,
-        after_completion=None,
-        getFinalizer=context._getFinalizer,
-        short_is_error=False,
-        add_zero_packet=False,
-    )
-    transfer.setBulk(0x81, b"")
-    yield transfer
-    transfer.close()
 
 
 def memory(transfer: Any) -> bytes:

@@ -21,13 +21,13 @@ from farplug.app.attachment import Attachment, AttachmentState, Description, Ori
 from farplug.app.capture import GuestCapture
 from farplug.app.events import EventReader, EventStream, Level, level_of
 from farplug.app.guest_port import GuestPort, retrieve
-from farplug.app.holdings import Holdings, wait_for_all
+from farplug.app.holdings import Holdings
 from farplug.app.kinds import KINDS, Medium, Parts, Whole
 from farplug.app.link import AskPassword, Link, error_fields
 from farplug.app.media import Media
 from farplug.app.seat import Seat
 from farplug.app.settings import CaptureSettings, DeviceRules, GuestSettings, Source, SourceKind, StorageSettings
-from farplug.app.sources import OpenSource, Sources, device_of, open_source
+from farplug.app.sources import OpenSource, Sources, device_of, open_source, wait_for_all
 from farplug.errors import (
     FarplugError,
     GuestGoneError,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
 from farplug.app.attachment import Attachment, Description, Origin
 from farplug.app.kinds import Medium
-from farplug.app.sources import OpenSource, Sources
+from farplug.app.sources import OpenSource, Sources, wait_for_all
 from farplug.usb.device import Device
 from farplug.virtual.device import VirtualDevice
 
@@ -132,10 +132,3 @@ class Holdings:
                 steps.push_async_callback(opened.close)
             if isinstance(device, VirtualDevice):
                 steps.push_async_callback(device.dispose)
-
-
-async def wait_for_all(calls: Iterable[Awaitable[object]]) -> None:
-    """Wait for all calls, side by side; raise the first error when all have ended."""
-    for result in await asyncio.gather(*calls, return_exceptions=True):
-        if isinstance(result, BaseException):
-            raise result

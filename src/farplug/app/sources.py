@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -130,10 +130,7 @@ class Sources:
     async def close(self) -> None:
         """Release all sources; releasing one twice has no effect."""
         opened, self.opened = self.opened, []
-        results = await asyncio.gather(*(one.close() for one in opened), return_exceptions=True)
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
+        await wait_for_all(one.close() for one in opened)
 
 
 async def open_source(source: Source, storage: StorageSettings, sources: Sources, copying: Copying) -> OpenSource:
@@ -215,3 +212,10 @@ def _looks_like_iso(path: Path) -> bool:
     except OSError:
         return False
     return content.is_cd and not content.has_mbr
+
+
+async def wait_for_all(calls: Iterable[Awaitable[object]]) -> None:
+    """Wait for all calls, side by side; raise the first error when all have ended."""
+    for result in await asyncio.gather(*calls, return_exceptions=True):
+        if isinstance(result, BaseException):
+            raise result
