@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
 from pathlib import Path
 
 import pytest
 from tests.app.test_link import running
 from tests.app.test_run import vm
+from tests.leaks import Left, no_more_than
 
 from farplug.app.attachment import Attachment
 from farplug.app.commands import Attach, Detach
@@ -17,11 +17,6 @@ from farplug.usb import Transfer
 from farplug.virtual import Function, VirtualDevice
 
 ROUNDS, WARM_UP = 100, 5
-
-
-def left() -> tuple[int, int]:
-    """Return the numbers of descriptors and of tasks."""
-    return len(list(Path("/proc/self/fd").iterdir())), len(asyncio.all_tasks())
 
 
 def objects() -> int:
@@ -48,8 +43,8 @@ async def test_rounds_of_attach_and_detach(tmp_path: Path, *, is_composite: bool
             assert len(attached["units"]) == len(sources)
             await session.app.do(Detach("all"))
             if number == WARM_UP:
-                before = left()
-        assert left() == before
+                before = Left.now()
+        await no_more_than(before)
         assert objects() <= others + 2 + len(sources), (
             "more than the last device, its functions and its attachment are left"
         )

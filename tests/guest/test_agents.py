@@ -209,9 +209,11 @@ async def test_from_the_firmware_to_a_file_on_a_disk(guests: Guests, tmp_path: P
         assert await acting.text("usb_detach", device=disk["label"]) == f"detached {disk['label']}"
         assert (allowed / "disk.raw").read_bytes() == content
 
-        # A serial line, with a shell on it.
+        # A serial line, with a shell on it. It speaks first: Linux forgets what comes while nothing has the line open.
         assert await acting.text("serial_read") == ""
         wait = "until stty -F /dev/ttyACM0 -echo; do sleep 0.1; done"
-        await acting.text("type", text=f"{wait}; exec sh </dev/ttyACM0 >/dev/ttyACM0\n")
+        shell = "{ echo ready; exec sh; } </dev/ttyACM0 >/dev/ttyACM0"
+        await acting.text("type", text=f"{wait}; {shell}\n")
+        assert "ready" in await acting.text("serial_expect", text="ready", timeout=100)
         await acting.text("serial_write", text="echo sum: $((40+2))\n")
         assert "sum: 42" in await acting.text("serial_expect", text="42", timeout=100)

@@ -14,7 +14,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pytest
-from tests.guest.plugging import GUEST_TIMEOUT, SCRIPTS, beside, descriptors, plugged, raw, until, usb_folder, usb_node
+from tests.guest.plugging import GUEST_TIMEOUT, SCRIPTS, beside, plugged, raw, until, usb_folder, usb_node
+from tests.leaks import Left, no_more_than
 
 from farplug.testing import GuestConfig, QemuGuest, SpicePort, TcpPort
 from farplug.usb import Setup, Speed
@@ -321,7 +322,7 @@ async def test_a_hundred_rounds_of_attach_and_detach_leak_nothing(guests: Guests
         )
         for keyboard, speed in zip(keyboards, (Speed.HIGH, Speed.SUPER), strict=True)
     ]
-    before: tuple[int, int, Counter[str]] | None = None
+    before: tuple[Left, Counter[str]] | None = None
     for number in range(50):
         async with AsyncExitStack() as stack:
             targets = guest.targets if number % 2 else reversed(guest.targets)
@@ -332,15 +333,17 @@ async def test_a_hundred_rounds_of_attach_and_detach_leak_nothing(guests: Guests
                 assert await keyboards[0].confirm()
         await has_inputs(guest, 0)
         if number == 1:  # each device once over each port
-            before = len(asyncio.all_tasks()), descriptors(), objects()
-    assert (len(asyncio.all_tasks()), descriptors(), objects()) == before
+            before = Left.now(), objects()
+    assert before is not None
+    await no_more_than(before[0])
+    assert not objects() - before[1]
     assert await trouble(guest) == ""
 
 
 async def test_rounds_of_functions_that_run_leak_nothing(guests: Guests) -> None:
     guest = await guests.get(GUEST)
     everything = Everything()
-    tasks = files = 0
+    before: Left | None = None
     for number in range(6):
         async with plugged(guest.targets[number % 2], everything.device):
             await bound(guest)
@@ -349,6 +352,7 @@ async def test_rounds_of_functions_that_run_leak_nothing(guests: Guests) -> None
         await has_inputs(guest, 0)
         assert everything.loopback.alive == 0
         if number == 1:  # once over each port
-            tasks, files = len(asyncio.all_tasks()), descriptors()
-    assert (len(asyncio.all_tasks()), descriptors()) == (tasks, files)
+            before = Left.now()
+    assert before is not None
+    await no_more_than(before)
     assert await trouble(guest) == ""

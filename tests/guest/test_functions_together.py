@@ -4,7 +4,6 @@ work, are reset again and again, and come back."""
 from __future__ import annotations
 
 import asyncio
-import gc
 import hashlib
 import logging
 import os
@@ -23,7 +22,6 @@ from tests.guest.plugging import (
     GUEST_TIMEOUT,
     MIB,
     Plugged,
-    descriptors,
     until,
     usb_folder_by_name,
     usb_node,
@@ -32,6 +30,7 @@ from tests.guest.test_camera import CHOSEN, digest, read
 from tests.guest.test_network import LEASE, MAC, served
 from tests.guest.test_security_key import HASH, SITE, USER_ID, register, write
 from tests.guest.test_serial import TTY, echo_in, has
+from tests.leaks import Left, children, no_more_than
 
 from farplug.app.settings import Source
 from farplug.target import open_session, parse_target
@@ -240,39 +239,6 @@ async def _move(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> i
     return count
 
 
-def children(name: str) -> int:
-    """Return the number of child processes with a name, of this process."""
-    found = 0
-    for task in Path("/proc/self/task").iterdir():
-        for child in (task / "children").read_text().split():
-            found += Path(f"/proc/{child}/comm").read_text().startswith(name)
-    return found
-
-
-@dataclass(frozen=True)
-class Left:
-    """What a leak would change: tasks, open files, child processes."""
-
-    tasks: int
-    files: int
-    children: int
-
-    @classmethod
-    def now(cls) -> Left:
-        gc.collect()
-        return cls(len(asyncio.all_tasks()), descriptors(), children(""))
-
-
-async def same(before: Left) -> None:
-    """Check that nothing has leaked. A child process and a transport need a turn of the event loop to end."""
-    for _ in range(50):
-        if Left.now() == before:
-            return
-        await asyncio.sleep(0.02)
-    now = Left.now()
-    assert now == before, asyncio.all_tasks()
-
-
 @asynccontextmanager
 async def together(guest: QemuGuest, port: int, folder: Path, network: str = "passt:") -> AsyncIterator[Together]:
     hub = Plugged(await open_session(parse_target(guest.targets[port])))
@@ -354,7 +320,7 @@ async def test_detached_and_reset_in_the_middle(
                 assert one.key.question is None
                 await one.stop()
                 await one.check_released()
-                await same(before)
+                await no_more_than(before)
                 assert complaints(caplog, one.hub) == []
             await one.attach()
             await one.busy(http)
@@ -366,7 +332,7 @@ async def test_detached_and_reset_in_the_middle(
             await one.each_works(http, files[1])
             await one.detach()
             await one.check_released()
-            await same(before)
+            await no_more_than(before)
     assert complaints(caplog, one.hub) == []
     assert await trouble(guest) == ""
 
@@ -395,7 +361,7 @@ async def test_rounds_of_attach_and_detach_leak_nothing(
             if number == 1:  # once over each port
                 before = Left.now()
         assert before is not None
-        await same(before)
+        await no_more_than(before)
     assert complaints(caplog, *(one.hub for one in each)) == []
     assert await trouble(guest) == ""
 

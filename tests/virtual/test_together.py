@@ -6,8 +6,6 @@ The guest is in memory.
 from __future__ import annotations
 
 import asyncio
-import gc
-import os
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from tests.cli.key_guest import INIT, SELECT
+from tests.leaks import Left, no_more_than
 
 from farplug.ends import parse_network_end, parse_serial_end
 from farplug.testing.memory import MemoryGuest, Pending
@@ -153,16 +152,8 @@ async def plugged(folder: Path) -> AsyncIterator[Together]:
     one.leave()
 
 
-async def left() -> tuple[int, int]:
-    """Return the number of tasks and of open files, when connections that were closed are over."""
-    for _ in range(10):
-        await asyncio.sleep(0)
-    gc.collect()
-    return len(asyncio.all_tasks()), len(os.listdir("/proc/self/fd"))
-
-
 async def test_a_detach_in_the_middle_leaves_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    before = None
+    before: Left | None = None
     for number in range(ROUNDS):
         async with plugged(tmp_path) as one:
             if number % 10 == 1:
@@ -170,8 +161,9 @@ async def test_a_detach_in_the_middle_leaves_nothing(tmp_path: Path, caplog: pyt
             await one.begin()
         await one.forget()
         if number == 1:
-            before = await left()
-    assert await left() == before
+            before = Left.now()
+    assert before is not None
+    await no_more_than(before)
     assert caplog.records == []
 
 
