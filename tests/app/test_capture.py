@@ -180,7 +180,7 @@ async def test_a_full_disk_ends_the_capture_and_not_the_session(
     async with plugged() as (guest, peers):
         seen = watch(guest)
         await guest.start_capture(CaptureSettings("a.pcapng"))
-        while guest.capturing is not None:
+        while guest.captures.path is not None:
             await asyncio.sleep(0)
         ended = next(event for event in seen if event.name == "capture-ended")
         assert (ended.level, ended.fields["error"]["reason"]) == (Level.BAD, "no-space")
@@ -200,7 +200,7 @@ async def test_a_disk_that_is_full_at_the_end_is_an_error_of_the_stop(monkeypatc
     monkeypatch.setattr("farplug.capture.recording.open_capture", full_disk)
     async with plugged() as (guest, _):
         await guest.start_capture(CaptureSettings("a.pcapng"))
-        assert guest._capture is not None
+        assert guest.captures.has_begun
         with pytest.raises(UsageError) as raised:
             await guest.stop_capture()
         assert raised.value.reason is Reason.NO_SPACE
@@ -214,7 +214,7 @@ async def test_a_reader_that_leaves_ends_the_capture_and_not_the_session(tmp_pat
         seen = watch(guest)
         await guest.start_capture(CaptureSettings(str(pipe)))
         os.close(reader)
-        while guest.capturing is not None:
+        while guest.captures.path is not None:
             peers[0].configure(1)
             await asyncio.sleep(0)
         assert [event.message for event in seen if event.name == "capture-ended"] == [
@@ -273,7 +273,7 @@ async def test_a_device_that_leaves_while_its_descriptors_are_read(
         answered.clear()
         async with plugged() as (guest, _):
             starting = asyncio.ensure_future(guest.start_capture(CaptureSettings(str(path))))
-            while guest.capturing is None:
+            while guest.captures.path is None:
                 await asyncio.sleep(0)
             if stop:
                 await guest.stop_capture()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
@@ -12,7 +13,7 @@ from farplug.app.settings import CaptureSettings
 from farplug.capture.descriptors import read_descriptors
 from farplug.capture.recording import CONTENTS, Recording
 from farplug.capture.writer import STANDARD_OUTPUT
-from farplug.errors import FarplugError
+from farplug.errors import FarplugError, Reason, UsageError
 from farplug.redirection.describe import device_connect
 from farplug.transport.connection import Wire
 
@@ -22,6 +23,88 @@ if TYPE_CHECKING:
 _NOT_CAPTURED: Final = frozenset(("figures", "copying"))
 """Events that repeat all the time, and that the packets show as well."""
 _PLUGGED: Final = (AttachmentState.ATTACHED, AttachmentState.CONFIGURED)
+
+
+class Captures:
+    """The capture of a guest: there is one at a time.
+
+    Args:
+        guest: whose events are captured, and which publishes those of the capture.
+
+    Attributes:
+        path: of the capture that runs, until its file is complete; None: none does.
+    """
+
+    def __init__(self, guest: Guest) -> None:
+        self.path: str | None = None
+        self._guest = guest
+        self._capture: GuestCapture | None = None
+        self._ending: asyncio.Future[FarplugError | None] | None = None
+        """A capture whose file could not be written is being closed."""
+
+    @property
+    def has_begun(self) -> bool:
+        """Return whether a capture runs, or its file is being opened."""
+        return self._capture is not None
+
+    @property
+    def wire(self) -> Wire | None:
+        """Return what taps new connections; None: nothing does."""
+        return None if self._capture is None else self._capture.wire
+
+    def watch(self, attachment: Attachment) -> None:
+        """Capture the packets of an attachment's port from now on, if a capture runs."""
+        if self._capture is not None and self._capture.is_open:
+            self._capture.watch(attachment)
+
+    async def start(self, settings: CaptureSettings) -> None:
+        """Begin a capture, also of what is plugged in already.
+
+        Raises:
+            UsageError: a capture runs already (``IN_USE``); the settings are not valid (``BAD_SETTING``); the file
+                cannot be used, or holds something else.
+        """
+        if self._capture is not None:
+            raise UsageError(
+                f"a capture to {self._capture.settings.path} runs already", reason=Reason.IN_USE, remedy="end it first"
+            )
+        if settings.bytes is not None and settings.bytes < 0:
+            raise UsageError(f"{settings.bytes} bytes of each transfer: less than 0", reason=Reason.BAD_SETTING)
+        capture = self._capture = GuestCapture(self._guest, settings, self._failed)
+        try:
+            await capture.open()
+        except BaseException:
+            self._capture = None
+            raise
+        for attachment in list(self._guest.attachments):
+            if not attachment.over:
+                await capture.resume(attachment)
+
+    async def stop(self) -> None:
+        """End the capture: the file is complete then.
+
+        Raises:
+            UsageError: no capture runs (``NOT_FOUND``); the file could not be written to its end.
+        """
+        capture, self._capture = self._capture, None
+        if capture is None:
+            raise UsageError("no capture runs", reason=Reason.NOT_FOUND)
+        error = await capture.close()
+        if error is not None:
+            raise error
+
+    async def end(self) -> None:
+        """End the capture, if there is one, whether its file is complete or not."""
+        capture, self._capture = self._capture, None
+        if capture is not None:
+            await capture.close()
+        if self._ending is not None:
+            await self._ending
+
+    def _failed(self, capture: GuestCapture) -> None:
+        if self._capture is capture:
+            self._capture = None
+            self._ending = asyncio.ensure_future(capture.close())
 
 
 class GuestCapture:
@@ -60,7 +143,7 @@ class GuestCapture:
         """
         await self._recording.open(self._waiting)
         self.is_open = True
-        self._guest.capturing = self.settings.path
+        self._guest.captures.path = self.settings.path
         self._guest.publish(
             "capture-started",
             f"capturing to {self._name}: {CONTENTS}",
@@ -108,7 +191,7 @@ class GuestCapture:
             text = f"{text}: {error.message}"
         elif dropped or cut:
             text = f"{text}; it was written too slowly: {dropped} packets and the data of {cut} transfers are missing"
-        self._guest.capturing = None
+        self._guest.captures.path = None
         self._guest.publish(
             "capture-ended",
             text,

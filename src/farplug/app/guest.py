@@ -18,15 +18,17 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from farplug.app.attachment import Attachment, AttachmentState, Description, Origin, Place
-from farplug.app.capture import GuestCapture
+from farplug.app.capture import Captures
 from farplug.app.events import EventReader, EventStream, Level, level_of
+from farplug.app.finding import find, find_key
 from farplug.app.guest_port import GuestPort, retrieve
 from farplug.app.holdings import Holdings
-from farplug.app.kinds import KINDS, Medium, Parts, Whole
+from farplug.app.kinds import KINDS, Parts
 from farplug.app.link import AskPassword, Link, error_fields
 from farplug.app.media import Media
 from farplug.app.seat import Seat
 from farplug.app.settings import CaptureSettings, DeviceRules, GuestSettings, Source, SourceKind, StorageSettings
+from farplug.app.sharing import least_ports, share
 from farplug.app.sources import OpenSource, Sources, device_of, open_source, wait_for_all
 from farplug.errors import (
     FarplugError,
@@ -40,15 +42,13 @@ from farplug.errors import (
 from farplug.redirection import events as port_events
 from farplug.redirection.events import PortEvent, fields_of
 from farplug.text import shown
-from farplug.transport.connection import Wire
 from farplug.transport.session import Session
 from farplug.usb.device import Device
 from farplug.usb.types import Speed
 from farplug.virtual.cdrom import CdromDrive
 from farplug.virtual.device import VirtualDevice
 from farplug.virtual.events import MediumEvent
-from farplug.virtual.fido.presence import AsksPresence, Question
-from farplug.virtual.storage import MAX_UNITS
+from farplug.virtual.fido.presence import Question
 
 if TYPE_CHECKING:
     from farplug.app.auto import AutoPlugger
@@ -97,7 +97,7 @@ class Guest:
         attachments: what is plugged in, or being plugged in, or has left by itself, in the order of plugging. One that
             has left stays until its device is plugged again.
         served: a device was attached, or :meth:`run` waits for one as it was asked to.
-        capturing: the path of the capture that runs; None: none does.
+        captures: the capture of what moves between the guest and its devices.
         seat: which client holds the keyboard and the mouse.
     """
 
@@ -116,7 +116,8 @@ class Guest:
         self.stream = EventStream() if stream is None else stream
         self.attachments: list[Attachment] = []
         self.served = False
-        self._link = Link(self, settings, session, ask_password, self._wire)
+        self.captures = Captures(self)
+        self._link = Link(self, settings, session, ask_password, lambda: self.captures.wire)
         self.seat = Seat(self)
         self._sources = Sources("" if settings is None else settings.target.public_target, media=media)
         self._holdings = Holdings(self._sources)
@@ -125,9 +126,6 @@ class Guest:
         """Running calls that :meth:`close` cancels."""
         self._returning: asyncio.Future[Any] | None = None
         """Devices are being plugged again: the VM is back."""
-        self.capturing: str | None = None
-        self._capture: GuestCapture | None = None
-        self._capture_ending: asyncio.Future[FarplugError | None] | None = None
         self._places: list[Place] = []
         self._on_demand: list[Attachment] = []
         """What is unplugged when something else needs its port."""
@@ -273,7 +271,7 @@ class Guest:
         """
         self._check_open()
         capture = None if self.settings is None or self._link.is_connected else self.settings.capture
-        if capture is not None and self._capture is None:
+        if capture is not None and not self.captures.has_begun:
             await self.start_capture(capture)
         await self._until_closed(self._link.connect(), "the VM was reached")
 
@@ -630,8 +628,7 @@ class Guest:
         return attachment
 
     def _publish_attaching(self, attachment: Attachment) -> None:
-        if self._capture is not None and self._capture.is_open:
-            self._capture.watch(attachment)
+        self.captures.watch(attachment)
         snapshot = {name: value for name, value in attachment.snapshot().items() if name != "id"}
         self.publish(
             "attaching",
@@ -685,34 +682,8 @@ class Guest:
             self._holdings.start_release(attachment.device)
 
     def find(self, name: str) -> Attachment | None:
-        """Return the attachment that a user names; None if nothing is plugged in under this name.
-
-        Args:
-            name: an id or a label; the path or the name of an image; the ids of a USB device (``1050:0407``), or how it
-                was chosen.
-
-        Raises:
-            UsageError: the name fits several devices (``AMBIGUOUS``), or is one of several disks of a device.
-        """
-        current = self._current()
-        for attachment in current:
-            if name in (attachment.label, attachment.id):
-                return attachment
-        fitting = [attachment for attachment in current if name in _names_of(attachment)]
-        if len(fitting) > 1:
-            raise UsageError(
-                f"{shown(name)} fits several devices",
-                reason=Reason.AMBIGUOUS,
-                remedy=f"name one of: {', '.join(attachment.label for attachment in fitting)}",
-            )
-        for attachment in fitting:
-            if len(attachment.units) > 1:
-                raise UsageError(
-                    f"{shown(name)} is one of {len(attachment.units)} parts of a device, which leave together",
-                    reason=Reason.AMBIGUOUS,
-                    remedy=f"to detach all of them, name the device: {shown(attachment.label)}",
-                )
-        return fitting[0] if fitting else None
+        """Return the attachment that a user names, or None; see :func:`farplug.app.finding.find`."""
+        return find(self._current(), name)
 
     def _no_free_port(self, device: str) -> PortError:
         session = self.session
@@ -770,9 +741,7 @@ class Guest:
     async def _stay(self, settings: GuestSettings, auto: AutoPlugger | None) -> None:
         """Plug everything in, side by side, and stay until all devices have left, or the guest is gone."""
         count, named = len(self._sources.opened), 0 if auto is None else auto.named
-        self.check_room(
-            max(1 if count or named or not settings.stay else 0, named + _least_ports(self._sources.opened))
-        )
+        self.check_room(max(1 if count or named or not settings.stay else 0, named + least_ports(self._sources.opened)))
         groups = self._groups(self._sources.opened, len(self._link.ports) - named, separate=settings.separate)
         devices: dict[Device, Sequence[OpenSource]] = {device_of(group, settings.storage): group for group in groups}
         for device, group in devices.items():
@@ -809,30 +778,15 @@ class Guest:
             raise error
 
     def _groups(self, opened: Sequence[OpenSource], ports: int, *, separate: bool) -> list[list[OpenSource]]:
-        """Return the sources in groups of one device each: one source each, or all of them if there are fewer ports.
-
-        What is a device of its own is alone in its group. In another group images come first, in the order of their
-        logical unit numbers.
+        """Return the sources in groups of one device each, and note it if they share a port.
 
         Raises:
             PortError: there are fewer ports, and each source must be ``separate``.
         """
-        if len(opened) <= ports:
-            return [[one] for one in opened]
-        if separate:
-            raise PortError(
-                f"{len(opened)} devices need a port each, but the VM has {ports} for them",
-                reason=Reason.NO_FREE_PORT,
-                remedy=f"let them share a port, plug fewer, or {self.session.no_port_remedy}",
-            )
-        alone = [[one] for one in opened if isinstance(one.content, Whole)]
-        opened = [one for one in opened if not isinstance(one.content, Whole)]
-        count, ports = len(opened), ports - len(alone)
-        has = "1 port" if ports == 1 else f"{ports} ports"
-        media = [one for one in opened if isinstance(one.content, Medium)]
-        parts = "logical units" if len(media) == count else "parts"
-        self.note(f"the VM has {has} for {count} devices: they are plugged as {count} {parts} of one device")
-        return [*alone, [*media, *(one for one in opened if one not in media)]]
+        groups, note = share(opened, ports, separate=separate, remedy=self.session.no_port_remedy)
+        if note:
+            self.note(note)
+        return groups
 
     async def _plug_all(self, devices: Mapping[Device, Place], *, stay: bool) -> FarplugError | None:
         """Plug devices in, and wait until all devices have left; return why, if no user asked for that.
@@ -966,7 +920,7 @@ class Guest:
             named = 0 if auto is None else auto.present
             while (free := self._free_ports()) < named + len(opened) and await self._make_room():
                 pass
-            if free < named + _least_ports(opened):
+            if free < named + least_ports(opened):
                 raise self._no_free_port(f"{len(wanted)} devices" if len(wanted) > 1 else shown(wanted[0].name))
             groups = self._groups(opened, free - named, separate=separate)
             devices = [device_of(group, storage) for group in groups]
@@ -1129,25 +1083,8 @@ class Guest:
         Raises:
             UsageError: there is no such key, several ask, or (``not-asked``) no question waits, or another one.
         """
-        keys = [
-            (attachment, function)
-            for attachment in self._current()
-            if name is None or name in (attachment.label, attachment.id, *attachment.units, *_names_of(attachment))
-            if isinstance(attachment.device, VirtualDevice)
-            for function in attachment.device.functions
-            if isinstance(function, AsksPresence)
-        ]
-        if not keys:
-            what = "no security key is plugged in" if name is None else f"{shown(name)} is not a security key"
-            raise UsageError(what, reason=Reason.NOT_FOUND, remedy="plug one in" if name is None else "")
-        asking = [key for key in keys if key[1].asks is not None]
-        if len(asking) > 1:
-            labels = ", ".join(attachment.label for attachment, _ in asking)
-            raise UsageError(
-                f"{len(asking)} security keys ask", reason=Reason.AMBIGUOUS, remedy=f"name one of: {labels}"
-            )
-        attachment, function = (asking or keys)[0]
-        return attachment, function.answer(allow, request)
+        attachment, key = find_key(self._current(), name)
+        return attachment, key.answer(allow, request)
 
     def unfinished(self) -> dict[str, int]:
         """Return the labels of the disks that the VM may not have finished writing to.
@@ -1169,21 +1106,7 @@ class Guest:
             GuestGoneError: the guest is closed, or was closed meanwhile.
         """
         self._check_open()
-        if self._capture is not None:
-            raise UsageError(
-                f"a capture to {self._capture.settings.path} runs already", reason=Reason.IN_USE, remedy="end it first"
-            )
-        if settings.bytes is not None and settings.bytes < 0:
-            raise UsageError(f"{settings.bytes} bytes of each transfer: less than 0", reason=Reason.BAD_SETTING)
-        capture = self._capture = GuestCapture(self, settings, self._capture_failed)
-        try:
-            await self._until_closed(capture.open(), "the capture began", lambda _: capture.close())
-        except BaseException:
-            self._capture = None
-            raise
-        for attachment in list(self.attachments):
-            if not attachment.over:
-                await capture.resume(attachment)
+        await self._until_closed(self.captures.start(settings), "the capture began", lambda _: self.captures.end())
 
     async def stop_capture(self) -> None:
         """End the capture: the file is complete then.
@@ -1191,27 +1114,7 @@ class Guest:
         Raises:
             UsageError: no capture runs (``NOT_FOUND``); the file could not be written to its end.
         """
-        capture, self._capture = self._capture, None
-        if capture is None:
-            raise UsageError("no capture runs", reason=Reason.NOT_FOUND)
-        error = await capture.close()
-        if error is not None:
-            raise error
-
-    def _wire(self) -> Wire | None:
-        return None if self._capture is None else self._capture.wire
-
-    def _capture_failed(self, capture: GuestCapture) -> None:
-        if self._capture is capture:
-            self._capture = None
-            self._capture_ending = asyncio.ensure_future(capture.close())
-
-    async def _end_capture(self) -> None:
-        capture, self._capture = self._capture, None
-        if capture is not None:
-            await capture.close()
-        if self._capture_ending is not None:
-            await self._capture_ending
+        await self.captures.stop()
 
     # State --------------------------------------------------------------------------------------------------------
 
@@ -1221,7 +1124,7 @@ class Guest:
             "id": self.id,
             "target": None if self.settings is None else self.settings.target.public_target,
             **self._link.snapshot(),
-            "capture": self.capturing,
+            "capture": self.captures.path,
             "attachments": {one.id: one.snapshot() for one in self._current()},
         }
 
@@ -1263,7 +1166,7 @@ class Guest:
         try:
             async with AsyncExitStack() as steps:  # from the last one to the first one, each in any case
                 steps.callback(self._link.publish_closed)
-                steps.push_async_callback(self._end_capture)
+                steps.push_async_callback(self.captures.end)
                 steps.push_async_callback(self._release_usb)
                 steps.push_async_callback(self._holdings.close_images)
                 steps.push_async_callback(self._link.close)
@@ -1377,17 +1280,3 @@ def _port_line(number: int, titles: Sequence[str], media: int) -> str:
     numbered = media if media > 1 else 0
     units = [f"LUN {lun} {title}" for lun, title in enumerate(titles[:numbered])]
     return f"port {number}: {', '.join([*units, *titles[numbered:]])}"
-
-
-def _least_ports(opened: Sequence[OpenSource]) -> int:
-    """Return the ports that sources need at least: one has room for all of them, but for 16 logical units only."""
-    media = sum(isinstance(one.content, Medium) for one in opened)
-    alone = sum(isinstance(one.content, Whole) for one in opened)
-    return alone + min(len(opened) - alone, 1) if media <= MAX_UNITS else len(opened)
-
-
-def _names_of(attachment: Attachment) -> set[str]:
-    """Return the names, beside label and id, by which a user may mean an attachment."""
-    identity = attachment.device.identity
-    paths = {name for source in attachment.sources for name in (source, os.path.basename(source))}
-    return {f"{identity.vendor_id:04x}:{identity.product_id:04x}"} | paths | {*attachment.units}

@@ -322,7 +322,7 @@ class RunningGuest:
     async def end_captures(self) -> list[Path]:
         """End the captures; return their files, which are complete."""
         for link in self._links:
-            if link.capturing is not None:
+            if link.captures.path is not None:
                 with suppress(FarplugError):
                     await link.stop_capture()
         return [path for path in self._captured if path.exists()]
