@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import datetime
 import ipaddress
+import itertools
+import random
 import socket
 import ssl
 import struct
@@ -307,5 +309,17 @@ class Recorder:
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+    """Return a TCP port on which nothing listens.
+
+    The kernel gives none below its own range to another program meanwhile, and each process draws its own ones.
+    """
+    while True:
+        try:
+            with socket.create_server(("127.0.0.1", next(_ports))) as server:
+                return int(server.getsockname()[1])
+        except OSError:
+            continue
+
+
+_ports = itertools.cycle(random.sample(range(10_000, 32_768), 1000))
+"""Below the default of net.ipv4.ip_local_port_range."""
