@@ -28,7 +28,7 @@ GREETING = "Hello from the image on the host.\n"
 ANSWER = "Written by the VM through a USB disk that farplug made.\n"
 SHELL = "while true; do setsid -c sh </dev/tty1 >/dev/tty1 2>&1; sleep 1; done"
 """A shell on the VM's screen."""
-DISK_TIMEOUT = 20.0
+DISK_TIMEOUT = 60.0
 """Seconds until the VM must show the disk."""
 
 
@@ -262,7 +262,7 @@ async def _disk(guest: QemuGuest, serial_number: str) -> str:
     script = (
         "for block in /sys/block/sd*; do"
         f' [ "$(cat $block/device/../../../../serial 2>/dev/null)" = {serial_number} ] &&'
-        " [ -b /dev/${block##*/} ] && [ $(cat $block/size) != 0 ] && echo ${block##*/}; done; :"
+        " head -c 1 /dev/${block##*/} >/dev/null 2>&1 && echo ${block##*/}; done; :"
     )
     deadline = asyncio.get_running_loop().time() + DISK_TIMEOUT
     while asyncio.get_running_loop().time() < deadline:
