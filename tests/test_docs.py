@@ -94,7 +94,7 @@ async def test_the_scripts_of_the_page_about_devices_plug_their_devices(
     for name, products in (("plug_loopback", [0x0001]), ("log_in", [0x0104])):
         configured = asyncio.Event()
         guest = FakeGuest(configured.set)
-        async with asyncio.timeout(30), guest.listening() as target:
+        async with asyncio.timeout(100), guest.listening() as target:
             plugged = asyncio.create_task(importlib.import_module(name).main(target))
             await configured.wait()
             plugged.cancel()

@@ -24,7 +24,7 @@ async def run_until_configured(name: str, *arguments: object, shown: bytes = b"c
     """Run an example, its target first, until the guest has configured its device; then press Ctrl-C. Its output."""
     configured = asyncio.Event()
     guest = FakeGuest(configured.set)
-    async with asyncio.timeout(30), guest.listening() as target:
+    async with asyncio.timeout(100), guest.listening() as target:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, str(EXAMPLES / name), target, *map(str, arguments)), stdout=asyncio.subprocess.PIPE
         )
@@ -65,7 +65,7 @@ async def test_a_real_device_is_plugged_and_released(
 
     monkeypatch.setattr(auto, "choose_device", choose_device)
     configured = asyncio.Event()
-    async with asyncio.timeout(30), FakeGuest(configured.set).listening() as target:
+    async with asyncio.timeout(100), FakeGuest(configured.set).listening() as target:
         plugged = asyncio.create_task(real_device.main("1050:0407", target))
         await configured.wait()
         assert fake.drivers == {}

@@ -111,7 +111,7 @@ async def status(guest: MemoryGuest, cdb: str) -> int:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(100):
         while not condition():
             await asyncio.sleep(0.002)
 

@@ -149,7 +149,7 @@ class Scene:
             await self.keeper.close()
 
     async def until(self, condition: Callable[[], object]) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(100):
             while not condition():
                 await asyncio.sleep(0.01)
 
@@ -159,7 +159,7 @@ class Scene:
 
     async def failed(self) -> BaseException | None:
         assert self.running is not None
-        await asyncio.wait([self.running], timeout=20)
+        await asyncio.wait([self.running], timeout=100)
         return self.running.exception()
 
 

@@ -50,6 +50,7 @@ class Reading:
             reading.layouts.append(layout)
             return True
 
+        monkeypatch.setattr("farplug.app.typing.READ_TIMEOUT", 100)
         monkeypatch.setattr("farplug.virtual.endpoints.InterruptIn.read_by_guest", read_by_guest)
         monkeypatch.setattr("farplug.virtual.endpoints.InterruptIn.is_read", property(lambda self: True))
         monkeypatch.setattr(Keyboard, "type_text", type_text)

@@ -212,7 +212,7 @@ def test_systemd(tmp_path: Path, image: Path) -> None:
     """A service of ``Type=notify`` sends one datagram when it is ready, its status, and one when it ends."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver, vm() as target:
         receiver.bind(str(tmp_path / "n"))
-        receiver.settimeout(30)
+        receiver.settimeout(100)
         environment = {**os.environ, notify.VARIABLE: str(tmp_path / "n")}
         with subprocess.Popen(
             [*COMMAND, target, "--name", "unit", "--usb-disk", image], env=environment, stdout=subprocess.DEVNULL

@@ -143,7 +143,7 @@ def test_standard_output_holds_the_capture_and_nothing_else(image: Path) -> None
         )
         assert configured.wait(30)
         farplug.send_signal(signal.SIGINT)
-        out, err = farplug.communicate(timeout=30)
+        out, err = farplug.communicate(timeout=100)
         assert farplug.returncode == 0, err
     kinds = [block.kind for block in blocks.parse(out)]
     assert kinds[:3] == [blocks.SECTION, blocks.INTERFACE, blocks.INTERFACE]
@@ -184,7 +184,7 @@ def test_wireshark_reads_a_live_pipe(tmp_path: Path, image: Path) -> None:
                 assert tshark.stdout.readline() == b"9\n", "SET_CONFIGURATION, while the session goes on"
                 assert farplug.poll() is None
                 farplug.send_signal(signal.SIGINT)
-                _, err = farplug.communicate(timeout=30)
+                _, err = farplug.communicate(timeout=100)
                 assert farplug.returncode == 0, err
             finally:
                 farplug.kill()
@@ -211,7 +211,7 @@ def test_a_reader_that_leaves_does_not_end_the_session(tmp_path: Path, image: Pa
         assert configured.wait(30)
         os.close(reader)
         farplug.send_signal(signal.SIGINT)  # its events have no reader any more
-        out, _ = farplug.communicate(timeout=30)
+        out, _ = farplug.communicate(timeout=100)
         assert farplug.returncode == 0
     ended = [event for event in map(json.loads, out.splitlines()) if event["event"] == "capture-ended"]
     assert [event["error"]["message"] for event in ended] == [f"the reader of {pipe} has left"]

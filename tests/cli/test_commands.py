@@ -176,6 +176,6 @@ async def test_a_path_that_is_not_utf8(tmp_path: Path, monkeypatch: pytest.Monke
 async def test_no_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     with Path(os.devnull).open("w") as file:  # noqa: ASYNC230  (it cannot be read)
         monkeypatch.setattr("sys.stdin", file)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(100):
             host = Host(monkeypatch)
             await serve(host, host.guest(), host._leave_now)

@@ -219,7 +219,7 @@ def test_ended_by_a_signal(here: Path, number: signal.Signals) -> None:
             time.sleep(0.02)
         tool_pid = int((here / "pid").read_text())
         process.send_signal(number)
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=100)
     finally:
         process.kill()
         process.wait()

@@ -157,7 +157,7 @@ def test_ctrl_c_while_it_starts(tmp_path: Path) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == b"importing\n"
         process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=30) == (b"", b"")
+        assert process.communicate(timeout=100) == (b"", b"")
     assert process.returncode == -signal.SIGINT, "130 in a shell"
 
 
@@ -171,7 +171,7 @@ def test_ctrl_c_once_it_has_started(ignored: bool) -> None:
     command = [sys.executable, "-c", code]
     if ignored:  # as a shell does it for what runs in the background
         command = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *command]
-    result = subprocess.run(command, capture_output=True, timeout=30)
+    result = subprocess.run(command, capture_output=True, timeout=100)
     if ignored:
         assert (result.returncode, result.stdout, result.stderr) == (0, b"alive\n", b"")
     else:
@@ -227,7 +227,7 @@ def test_without_a_reader() -> None:
             [sys.executable, "-c", "from farplug.cli.script import main; main()", arguments],
             stdout=write,
             stderr=subprocess.PIPE,
-            timeout=30,
+            timeout=100,
         )
         os.close(write)
         assert (result.returncode, result.stderr) == (0, b"")
@@ -259,7 +259,7 @@ def test_closed_standard_streams_are_not_used_as_an_image(image: Path) -> None:
         "import os; from farplug.cli.main import _prepare_standard_streams as prepare; prepare();"
         f"assert os.open({str(image)!r}, os.O_RDWR) > 2"
     )
-    result = subprocess.run(["bash", "-c", '"$@" <&- >&- 2>&-', "bash", sys.executable, "-c", code], timeout=30)
+    result = subprocess.run(["bash", "-c", '"$@" <&- >&- 2>&-', "bash", sys.executable, "-c", code], timeout=100)
     assert result.returncode == 0
 
 
@@ -270,7 +270,7 @@ def test_characters_that_the_encoding_lacks(tmp_path: Path) -> None:
         cwd=tmp_path,
         env={**os.environ, "PYTHONIOENCODING": "latin-1"},
         capture_output=True,
-        timeout=30,
+        timeout=100,
     )
     assert (result.returncode, result.stderr) == (0, b"")
     assert rb"\u65e5\u672c.raw" in result.stdout
@@ -281,7 +281,7 @@ def test_help_loads_no_more_than_it_needs() -> None:
         "import sys; from farplug.cli.main import run; run(['--help']);"
         "print([m for m in ('cryptography', 'farplug.app.guest', 'farplug.testing', 'farplug.vm') if m in sys.modules])"
     )
-    result = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=30, check=True)
+    result = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=100, check=True)
     assert result.stdout.splitlines()[-1] == "[]"
 
 

@@ -244,7 +244,7 @@ def test_a_reader_that_leaves_ends_the_session(image: Path) -> None:
             stderr=asyncio.subprocess.PIPE,
         )
         os.close(write)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(100):
             _, errors = await process.communicate()
         assert process.returncode is not None
         return process.returncode, errors

@@ -46,7 +46,7 @@ def end(process: subprocess.Popen[str], number: signal.Signals = signal.SIGINT) 
 
 
 def status(port: int) -> int:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=100)
     try:
         connection.request("GET", "/nothing")
         return connection.getresponse().status

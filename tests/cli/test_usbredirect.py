@@ -33,7 +33,7 @@ def test_a_program_that_starts_usbredirect_gets_an_image_plugged_in(tmp_path: Pa
         ) as process:
             assert configured.wait(30)
             process.send_signal(signal.SIGTERM)
-            output, _ = process.communicate(timeout=30)
+            output, _ = process.communicate(timeout=100)
     assert process.returncode == 0, output
     assert any(isinstance(packet, packets.DeviceConnect) for packet in guest.seen)
 

@@ -14,7 +14,7 @@ from farplug.control import shell_script
 from farplug.control.shell import LINES, Line, Shell
 from farplug.control.shell_script import CHUNK
 
-TIMEOUT = 15
+TIMEOUT = 100
 SERIAL_NUMBER = "abc123"
 SHELLS = {"dash": ["dash"], "bash": ["bash", "--posix"], "busybox": ["busybox", "ash"]}
 TOOLS = ("stty", "dd", "grep", "ls", "sleep", "cat", "sha256sum", "chmod", "mv", "rm", "setsid")

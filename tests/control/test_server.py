@@ -457,7 +457,7 @@ FOREIGN = """
 import os, socket, sys
 os.setgid(65534); os.setuid(65534)
 client = socket.socket(socket.AF_UNIX)
-client.settimeout(30)
+client.settimeout(100)
 client.connect(sys.argv[1])
 try:
     client.sendall(b'{"id": 1, "method": "hello", "params": {"protocol_version": "1.0"}}\\n')

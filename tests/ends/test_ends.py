@@ -25,7 +25,7 @@ from farplug.ends.sockets import TcpEnd, TcpListenEnd, UnixEnd, UnixListenEnd
 from farplug.ends.stdio import StdioEnd
 from farplug.errors import DeviceError, Reason, UsageError
 
-TIMEOUT = 20
+TIMEOUT = 100
 
 
 @asynccontextmanager

@@ -24,7 +24,7 @@ from farplug.ends.tap import TapEnd
 from farplug.errors import DeviceError, FarplugError, Reason, SetupError, UsageError
 from farplug.programs import QEMU, find_program
 
-TIMEOUT = 20
+TIMEOUT = 100
 FRAMES = [bytes([number]) * (60 + number) for number in range(5)]
 
 GUEST, BROADCAST = bytes.fromhex("02fa71000001"), b"\xff" * 6

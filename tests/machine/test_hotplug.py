@@ -74,7 +74,7 @@ async def test_a_device_is_reported_when_udev_is_done(machine: Machine, monkeypa
         await asyncio.sleep(0.2)
         assert not waiting.done()
         allowed = True
-        change = await asyncio.wait_for(waiting, 20)
+        change = await asyncio.wait_for(waiting, 100)
         assert isinstance(change, Arrived)
         assert change.device.obstacle is None
 
@@ -125,7 +125,7 @@ async def test_permission_that_is_given_late_is_reported(machine: Machine, monke
         await asyncio.sleep(0.2)
         assert not waiting.done(), "it was reported twice"
         allowed = True
-        second = await asyncio.wait_for(waiting, 20)
+        second = await asyncio.wait_for(waiting, 100)
         assert isinstance(second, Arrived)
         assert second.device.obstacle is None
         assert watch.present == [second.device]
@@ -161,7 +161,7 @@ async def test_a_keyboard_or_mouse_is_not_reported_before_the_kernel_reads_it(
         await asyncio.sleep(0.2)
         assert not waiting.done()
         machine.input(folder, "1-1:1.0", key=KEYBOARD_KEYS)
-        change = await asyncio.wait_for(waiting, 20)
+        change = await asyncio.wait_for(waiting, 100)
         assert change.device.in_use_as is not None
 
 
@@ -176,7 +176,7 @@ async def test_a_keyboard_is_reported_when_the_kernel_knows_it(
         assert not waiting.done()
         machine.input(folder, "1-1:1.0", key=KEYBOARD_KEYS)
         machine.link(folder / "1-1:1.0/driver", "usbhid")
-        change = await asyncio.wait_for(waiting, 20)
+        change = await asyncio.wait_for(waiting, 100)
         assert change.device.in_use_as is not None
 
 
@@ -192,7 +192,7 @@ async def test_a_device_that_is_unplugged_before_its_report_is_never_reported(
         machine.remove("1-1")
         await asyncio.sleep(0.2)
         machine.add("1-2", 3)
-        assert _brief(await asyncio.wait_for(waiting, 20)) == ("Arrived", "1-2")
+        assert _brief(await asyncio.wait_for(waiting, 100)) == ("Arrived", "1-2")
 
 
 async def test_usb_that_is_unloaded(machine: Machine) -> None:
@@ -261,7 +261,7 @@ async def test_the_kernels_messages_trigger_a_look(machine: Machine, monkeypatch
         await asyncio.sleep(0.2)
         assert not waiting.done()
         uevents.kernel.send(b"add@/devices/y\0ACTION=add\0SUBSYSTEM=usb\0")
-        assert _brief(await asyncio.wait_for(waiting, 20)) == ("Arrived", "1-1")
+        assert _brief(await asyncio.wait_for(waiting, 100)) == ("Arrived", "1-1")
 
 
 async def test_messages_that_were_lost(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,7 +277,7 @@ async def test_messages_that_were_lost(machine: Machine, monkeypatch: pytest.Mon
         waiting = asyncio.ensure_future(anext(aiter(watch)))
         machine.add("1-1", 2)
         uevents.kernel.send(b"anything")
-        assert isinstance(await asyncio.wait_for(waiting, 20), Arrived)
+        assert isinstance(await asyncio.wait_for(waiting, 100), Arrived)
 
 
 @pytest.mark.parametrize("where", ["socket", "bind"])
@@ -311,7 +311,7 @@ async def test_too_many_open_files(
     async with Watch(machine.root) as watch:
         monkeypatch.setattr(os, "open", full)
         change = asyncio.ensure_future(anext(aiter(watch)))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(100):
             while "too many open files" not in caplog.text:
                 await asyncio.sleep(0.01)
         with pytest.raises(SetupError, match="this process has too many open files") as caught:
@@ -321,5 +321,5 @@ async def test_too_many_open_files(
         assert caplog.text.count("too many open files") == 1
         monkeypatch.setattr(os, "open", real)
         machine.add("1-2", 3)
-        assert _brief(await asyncio.wait_for(change, 20)) == ("Arrived", "1-2")
+        assert _brief(await asyncio.wait_for(change, 100)) == ("Arrived", "1-2")
         assert [device.port for device in watch.present] == ["1-1", "1-2"]

@@ -25,7 +25,7 @@ from farplug.usbredir import packets
 from farplug.web.server import Page as ServedPage
 from farplug.web.server import PageSettings
 
-TIMEOUT = 20.0
+TIMEOUT = 100.0
 
 
 class LineGuest(FakeGuest):

@@ -149,7 +149,7 @@ async def settle(turns: int = 6) -> None:
 
 async def until(condition: Callable[[], object]) -> None:
     """Wait until a condition is true."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(100):
         while not condition():
             await asyncio.sleep(0.002)
 

@@ -114,7 +114,7 @@ class Chaos:
         while self._hangs:
             self.answer()
         await asyncio.gather(*self._calls)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(100):
             while len(self.ended) < len(self.submitted):
                 while self.bench.in_flight:
                     usb = self.bench.in_flight[0]

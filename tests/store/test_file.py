@@ -163,7 +163,7 @@ async def test_a_real_block_device(image: Path, sector: int) -> None:
     image.write_bytes(b"\xaa" * 65536)
     command = ["losetup", "--find", "--show", "--sector-size", str(sector), str(image)]
     try:
-        device = subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+        device = subprocess.run(command, check=True, capture_output=True, text=True, timeout=100).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("loop devices are not available here")
     try:
@@ -178,13 +178,13 @@ async def test_a_real_block_device(image: Path, sector: int) -> None:
             expected[begin : begin + length] = bytes(length)
         assert await read(store, 0, 65536) == expected
         os.truncate(image, 131072)
-        subprocess.run(["losetup", "--set-capacity", device], check=True, timeout=10)
+        subprocess.run(["losetup", "--set-capacity", device], check=True, timeout=100)
         store.refresh()
         await settle(store.flush)
         assert store.block_count == 256
         await store.close()
     finally:
-        subprocess.run(["losetup", "--detach", device], check=True, timeout=10)
+        subprocess.run(["losetup", "--detach", device], check=True, timeout=100)
     assert content(image)[:65536] == expected
 
 

@@ -59,7 +59,7 @@ class Victims:
         raise AssertionError("the helper process ended")
 
     def end(self) -> None:
-        self._process.communicate(timeout=10)
+        self._process.communicate(timeout=100)
 
 
 @pytest.fixture

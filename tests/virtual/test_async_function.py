@@ -36,7 +36,7 @@ VENDOR_OUT, VENDOR_IN = 0x40, 0xC0
 
 async def until(condition: Callable[[], bool]) -> None:
     """Wait for something that happens in this event loop."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(100):
         while not condition():
             await asyncio.sleep(0)
 

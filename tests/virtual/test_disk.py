@@ -129,7 +129,7 @@ async def test_a_new_size_is_noticed(image: Path, monkeypatch: pytest.MonkeyPatc
     device = disk_device(store)
     guest = await Guest.plug(device)
     os.truncate(image, size)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(100):
         while guest.command("00 00 00 00 00 00").status == 0:
             await asyncio.sleep(0.01)
     assert guest.sense() == (6, 0x2A, 9)

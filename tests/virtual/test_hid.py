@@ -557,7 +557,7 @@ async def test_num_lock_is_as_before_if_a_question_is_cancelled(
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asking
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(100):
             assert await reports(guest, 2) == ["0000530000000000", "0000000000000000"]
 
 
@@ -568,7 +568,7 @@ async def test_num_lock_is_not_pressed_if_no_question_was_sent(monkeypatch: pyte
         await asyncio.sleep(0)
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(100):
                 await asking
 
 

@@ -65,7 +65,7 @@ class Together:
         await self.guest.start_receiving(self.key.reports.address_in_device)
         for report in (INIT, SELECT):
             await self.guest.interrupt_out(self.key.received.address_in_device, report.ljust(64, b"\0"))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(100):
             while self.key.question is None:
                 await asyncio.sleep(0)
 

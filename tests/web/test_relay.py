@@ -381,7 +381,7 @@ async def test_a_browser_that_reads_nothing(served: Served) -> None:
         await browser.call("open", {"session": "web1"})
         browser.websocket.transport.pause_reading()
         await browser.send("watch-screen", {"display": 0})
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(100):
             while not stopped.is_set():
                 await asyncio.sleep(0.05)
         browser.websocket.transport.resume_reading()

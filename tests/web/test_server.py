@@ -274,7 +274,7 @@ async def test_a_tls_handshake_that_is_not_completed(
     environment: dict[str, str], certificates: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server, "HANDSHAKE_TIMEOUT", 0.1)
-    async with asyncio.timeout(30), Page.serve(PageSettings(**tls(certificates)), environment) as page:
+    async with asyncio.timeout(100), Page.serve(PageSettings(**tls(certificates)), environment) as page:
         reader, writer = await _half_open(page.port)
         assert await _all(reader) == b""
         writer.close()

@@ -448,7 +448,7 @@ async def test_u2f() -> None:
 
 async def asked(key: SecurityKey) -> fido_key.PendingQuestion:
     """Wait until the key asks its user."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(100):
         while key.question is None:
             await asyncio.sleep(0.001)
     return key.question
@@ -584,7 +584,7 @@ async def test_a_guest_that_resets_while_a_user_is_asked() -> None:
         await guest.interrupt_out(0x01, channel + b"\x90\0\1\x0b")
         await asked(key)
         await guest.set_configuration(1)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(100):
             while key.question is not None:
                 await asyncio.sleep(0.001)
         assert PresenceAnswered(request=1, answer=Answer.CANCELLED) in events_of(guest)
@@ -626,7 +626,7 @@ async def test_u2f_asks_until_the_client_leaves(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(fido_key, "REPEAT_TIMEOUT", 0.01)
         await asyncio.sleep(0.02)
         assert await client(guest, register_once) == 0x6985
-        async with asyncio.timeout(30):  # the client does not repeat it
+        async with asyncio.timeout(100):  # the client does not repeat it
             while PresenceAnswered(request=3, answer=Answer.CANCELLED) not in events_of(guest):
                 await asyncio.sleep(0.001)
         assert key.question is None
