@@ -177,7 +177,8 @@ async def disk_with(guest: QemuGuest, serial: str) -> str:
         (
             for block in /sys/block/sd*; do
                 read -r serial <$block/device/../../../../serial && [ "$serial" = {serial} ] || continue
-                read -r size <$block/size && [ "$size" != 0 ] && [ -b /dev/${{block##*/}} ] || continue
+                # Its node comes a moment after its folder, and can be opened a moment later still.
+                read -r size <$block/size && [ "$size" != 0 ] && true </dev/${{block##*/}} || continue
                 echo /dev/${{block##*/}}
                 exit 0
             done 2>/dev/null

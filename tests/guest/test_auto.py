@@ -101,7 +101,7 @@ async def test_linux_without_uas_has_the_disk_that_firmware_used_before(guests: 
 async def test_a_vm_that_is_paused_gets_the_other_offer_when_it_goes_on(
     without_uas: QemuGuest, tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(offers, "IDLE_TIMEOUT", 3.0)
+    monkeypatch.setattr(offers, "IDLE_TIMEOUT", 5.0)  # the VM is stopped before
     monkeypatch.setattr(engine, "ACK_TIMEOUT", 0.5)
     guest = without_uas
     device = disk_device(blank(tmp_path / "disk.raw"))
@@ -165,12 +165,12 @@ async def without_drivers(guest: QemuGuest) -> AsyncIterator[QemuGuest]:
 async def test_linux_without_any_driver_gets_the_best_back(
     without_drivers: QemuGuest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(offers, "IDLE_TIMEOUT", 2.0)  # Linux needs that on no machine to configure a device
+    monkeypatch.setattr(offers, "IDLE_TIMEOUT", 4.0)  # Linux needs that on no machine to configure a device
     guest = without_drivers
     device = disk_device(blank(tmp_path / "disk.raw"))
     async with plugged(guest.targets[2], device) as hub:
         await until(hub, Configured, 4)
-        await asyncio.sleep(3 * offers.IDLE_TIMEOUT)
+        await asyncio.sleep(1.5 * offers.IDLE_TIMEOUT)
         assert steps(hub) == [
             (OfferProblem.NOT_USED, Offer(Speed.SUPER, UAS)),
             (OfferProblem.NOT_USED, Offer(Speed.HIGH, UAS)),

@@ -405,7 +405,8 @@ async def test_a_folder_and_a_cd_that_is_swapped(guest: QemuGuest, tmp_path: Pat
         async with asyncio.timeout(GUEST_TIMEOUT):
             while await guest.check(f"{read.format('-t vfat /dev/sda1')}; :") != "This is one.":
                 await asyncio.sleep(0.1)
-        assert await guest.check(read.format("-t iso9660 /dev/sr0")) == "This is one."
+            while await guest.check(f"{read.format('-t iso9660 /dev/sr0')}; :") != "This is one.":
+                await asyncio.sleep(0.1)
         # Ubuntu's kernel does not lock the tray by default.
         await guest.check("echo 1 >/proc/sys/dev/cdrom/lock && mount -t iso9660 -o ro /dev/sr0 /mnt")
         stdin.write(b"eject\n")

@@ -74,7 +74,8 @@ async def test_a_cd_of_a_client_is_read_and_its_client_is_killed(guests: Guests,
         await done(client, "subscribe", events=["medium-ejected", "medium-failed"])
         async with offerer(server.path, iso, "attach") as first:
             assert await printed(first) == "ready"
-            drive = (await until(guest, "busybox ls /dev/sr* 2> /dev/null")).strip()
+            is_readable = "busybox head -c 1 /dev/sr* >/dev/null 2>&1"
+            drive = (await until(guest, f"{{ {is_readable} && busybox ls /dev/sr*; }}")).strip()
             read = f"head -c {iso.stat().st_size} {drive} | sha256sum"
             assert (await guest.run(read, timeout=GUEST_TIMEOUT)).output.split()[0] == whole
             mounted = await guest.run(

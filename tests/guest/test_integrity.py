@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.guest.plugging import LABORATORY, MIB, STORAGE, blank, disk_of, enable_unmap, plugged
+from tests.guest.plugging import LABORATORY, MIB, STORAGE, blank, disk_of, enable_unmap, gone, plugged
 
 from farplug.programs import find_program
 from farplug.testing import QemuGuest
@@ -66,6 +66,7 @@ async def drive(
         yield plug
         log = await guest.check("dmesg")
         assert not TROUBLE.search(log), log
+    await gone(guest, disk)  # what Linux writes when it leaves belongs to no other disk
     await device.dispose()
 
 

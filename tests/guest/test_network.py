@@ -55,8 +55,10 @@ async def without_interface(guest: QemuGuest) -> None:
 
 
 async def carrier(guest: QemuGuest, name: str, on: bool) -> None:
-    """Wait until the guest sees a carrier, or none."""
+    """Wait until the guest sees a carrier, or none. Linux drops what is sent before the state of the link follows."""
     await has(guest, f"cat /sys/class/net/{name}/carrier", str(int(on)))
+    if on:
+        await has(guest, f"ip link show dev {name}", "state UP")
 
 
 @contextmanager

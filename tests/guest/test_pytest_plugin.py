@@ -11,7 +11,8 @@ from farplug.testing.project import __main__ as project
 
 FAILS = """
     def test_typed_text_is_on_the_screen(farplug_guest, farplug_plug, farplug_screen, farplug_keyboard, tmp_path):
-        farplug_guest.succeed("echo $PPID >/tmp/reader; head -n 1 </dev/tty1 >/tmp/line 2>&1 &")
+        farplug_guest.succeed("head -n 1 </dev/tty1 >/tmp/line 2>&1 & echo $! >/tmp/reader")
+        farplug_guest.wait_until_succeeds("ls -l /proc/$(cat /tmp/reader)/fd | grep -q tty1")
         before = farplug_screen.still()
         farplug_keyboard.type("x")  # plugs the keyboard in, which the kernel writes on the screen
         with farplug_screen.changed():

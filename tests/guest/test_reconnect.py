@@ -47,7 +47,7 @@ async def in_use(session: Running, *labels: str) -> None:
 
 async def test_devices_come_and_go_after_the_ticket_has_expired(guests: Guests, tmp_path: Path) -> None:
     guest = await guests.get(GuestConfig(ports=TWO, spice=Spice(ticket="once")))
-    await guest.booted()
+    await guest.booted(GUEST_TIMEOUT)
     target = guest.targets[0]
     async with asyncio.timeout(4 * GUEST_TIMEOUT), running(target, reconnect=None) as session:
         await session.named("ready")
@@ -68,13 +68,13 @@ async def test_a_vm_that_is_killed_and_started_again_has_its_devices_back(tmp_pa
     async with asyncio.timeout(4 * GUEST_TIMEOUT), AsyncExitStack() as stack:
         async with QemuGuest(config) as guest:
             session = await stack.enter_async_context(running(guest.targets[0], *sources))
-            await guest.booted()
+            await guest.booted(GUEST_TIMEOUT)
             await read(guest, "alpha", "gamma")
             os.kill(guest.pid, signal.SIGKILL)
         await session.named("reconnecting", 2)
         async with QemuGuest(config) as guest:
             await session.named("back")
-            await guest.booted()
+            await guest.booted(GUEST_TIMEOUT)
             await in_use(session, "alpha.raw", "gamma.raw")
             await read(guest, "alpha", "gamma")
 
@@ -89,7 +89,7 @@ async def test_a_vm_that_migrates_has_its_devices_back(tmp_path: Path) -> None:
         QemuGuest(incoming) as other,
         running(guest.targets[0], *sources, reconnect=None) as session,
     ):
-        await guest.booted()
+        await guest.booted(GUEST_TIMEOUT)
         await read(guest, "alpha", "gamma")
         where = f"tcp:127.0.0.1:{free_port()}"
         await other.qmp.execute("migrate-incoming", {"uri": where})

@@ -121,7 +121,7 @@ async def test_from_a_login_that_is_found_on_the_screen(
 
 
 async def test_from_the_prompt_of_a_login(farplug: Runner, login: tuple[object, ...]) -> None:
-    delay = ("--login-delay", 8)  # this target has no screen
+    delay = ("--login-delay", 15)  # this target has no screen
     code, out, err = await farplug("run", "-s", "vm", *login, *delay, "-n", "--", "uname", "-a")
     assert (code, err) == (0, b"")
     assert out.startswith(b"Linux ")
@@ -223,9 +223,11 @@ async def test_a_terminal(farplug: Runner) -> None:
     assert await farplug("run", "-s", "vm", "-n", "--", "echo", "prompt") == (0, b"prompt\n", b"")
 
 
-async def test_no_shell_answers(farplug: Runner) -> None:
-    running = await farplug.start("type", "-s", "vm", "sleep 8\n")
-    await running.communicate()
-    code, out, err = await farplug("run", "-s", "vm", "-n", "--prompt-timeout", "1", "--", "true")
-    assert (code, out) == (123, b"")
-    assert b"no shell in the VM answered" in err
+async def test_no_shell_answers(farplug: Runner, guest: QemuGuest) -> None:
+    assert (await farplug("type", "-s", "vm", "exec tail -f /dev/null\n"))[0] == 0
+    try:
+        code, out, err = await farplug("run", "-s", "vm", "-n", "--prompt-timeout", "1", "--", "true")
+        assert (code, out) == (123, b"")
+        assert b"no shell in the VM answered" in err
+    finally:
+        await guest.check("until kill $(pidof tail); do sleep 0.1; done")

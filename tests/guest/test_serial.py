@@ -76,8 +76,7 @@ async def test_a_megabyte_comes_back(guests: Guests, port: int) -> None:
     end = parse_serial_end("tcp-listen://127.0.0.1:0")
     async with line_in(guest, SerialLine(end), port):
         reader, writer = await asyncio.open_connection("127.0.0.1", int(end.address.rpartition(":")[2]))
-        await guest.check(f"python3 /scripts/serial_line.py echo {TTY} {len(data)} >/tmp/echo 2>&1 &")
-        await has(guest, "cat /tmp/echo", "ready")
+        await echo_in(guest, len(data))
         writer.write(data)
         async with asyncio.timeout(GUEST_TIMEOUT):
             back = await reader.readexactly(len(data))
@@ -91,7 +90,7 @@ async def test_line_coding_signals_and_breaks(guests: Guests) -> None:
     async with line_in(guest, line := SerialLine()):
         assert str(line.coding) == "9600 8N1"
         assert not line.dtr
-        await guest.check(f"python3 /scripts/serial_line.py hold {TTY} >/tmp/held 2>&1 &")
+        await guest.check(f"rm -f /tmp/held; python3 /scripts/serial_line.py hold {TTY} >/tmp/held 2>&1 &")
         await until(lambda: line.dtr and line.rts)
         await guest.check(f"stty -F {TTY} 115200 cs7 parenb -parodd cstopb")
         await until(lambda: str(line.coding) == "115200 7E2")
@@ -199,6 +198,7 @@ async def on_terminal(*arguments: object, **environment: str) -> AsyncIterator[T
 async def echo_in(guest: QemuGuest, size: int) -> None:
     """Begin to send bytes back, in the guest."""
     await has(guest, f"ls {TTY}", TTY)
+    # The shell may return before the program behind it has opened the file: an earlier one must not be there.
     await guest.check(f"rm -f /tmp/echo; python3 /scripts/serial_line.py echo {TTY} {size} >/tmp/echo 2>&1 &")
     await has(guest, "cat /tmp/echo", "ready")
 

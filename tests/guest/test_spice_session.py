@@ -67,6 +67,9 @@ async def open_first_port(target: SpiceTarget, guest: QemuGuest) -> dict[str, bo
             await redirection.close()
     finally:
         await session.close()
+        async with asyncio.timeout(GUEST_TIMEOUT):
+            while await encrypted(guest):  # QEMU lists a channel until its own thread has closed it
+                await asyncio.sleep(0.05)
 
 
 def tls_target(guest: QemuGuest, port: int | None) -> SpiceTarget:

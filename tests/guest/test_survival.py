@@ -263,6 +263,7 @@ async def test_a_guest_that_gives_up_and_a_store_that_answers_late(guest: QemuGu
         assert any(figures.cancelled for figures in hub.attachments[0].endpoints)
         store.release()
         assert (await working).exit_code == 0, "the retry went through"
+        await guest.check(f"echo 30 >{settings}/timeout; echo 10 >{settings}/eh_timeout")
         await still_works(guest, disk)
     await device.dispose()
 
@@ -318,6 +319,7 @@ class Misbehaving(Device):
         spoils: how, in turn; empty: it behaves.
         every: which of n transfers: the first, second, …
         spoilt: number of spoilt transfers.
+        seen: number of bulk transfers that came.
         overtaken: how often it answered a transfer before an earlier one on the same endpoint.
         listener: who has it open.
     """
@@ -329,7 +331,7 @@ class Misbehaving(Device):
         self.overtaken = 0
         self.listener: DeviceListener | None = None
         self._inner = inner
-        self._seen = 0
+        self.seen = 0
         self._pairs: dict[Transfer, Transfer] = {}
         self._late: list[tuple[int, Callable[[], None]]] = []
 
@@ -423,8 +425,8 @@ class Misbehaving(Device):
             self._inner.cancel(inner)
 
     def _choose(self) -> str:
-        self._seen += 1
-        if not self.spoils or self._seen % self.every:
+        self.seen += 1
+        if not self.spoils or self.seen % self.every:
             return ""
         self.spoilt += 1
         return self.spoils[self.spoilt % len(self.spoils)]
@@ -479,7 +481,8 @@ async def test_a_device_that_is_lost_in_the_middle_of_a_read(guest: QemuGuest) -
     async with plugged(guest.targets[0], device) as hub:
         disk = await disk_of(guest, device)
         reading = asyncio.ensure_future(guest.run(f"while dd if={disk} of=/dev/null bs=64k iflag=direct; do :; done"))
-        await asyncio.sleep(0.3)
+        seen = device.seen
+        await beside(reading, comes(lambda: device.seen > seen + 20))
         assert device.listener is not None
         device.listener.lost(OSError("pulled out"))
         error = await hub.attachments[0].ended()

@@ -90,7 +90,9 @@ async def the_disk(guest: QemuGuest) -> str:
     async with asyncio.timeout(GUEST_TIMEOUT):
         while True:
             found = await guest.run(
-                "for b in /sys/block/sd*; do [ -e $b ] && grep -qv '^0$' $b/size && basename $b; done"
+                "for b in /sys/block/sd*; do"
+                " [ -e $b ] && grep -qv '^0$' $b/size && head -c 1 /dev/${b##*/} >/dev/null && basename $b; done"
+                " 2>/dev/null"
             )
             if name := found.output.strip():
                 return f"/dev/{name}"

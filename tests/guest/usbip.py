@@ -71,6 +71,7 @@ class UsbipDevice:
         bos: the binary object store.
         configured: SET_CONFIGURATION requests that came, and SET_INTERFACE ones as pairs.
         pending: transfers that are not completed yet.
+        submitted: number of transfers on other endpoints than 0 that came.
     """
 
     device: bytes
@@ -80,6 +81,7 @@ class UsbipDevice:
     bos: bytes | None = None
     configured: list[int | tuple[int, int]] = field(default_factory=list)
     pending: dict[int, Urb] = field(default_factory=dict)
+    submitted: int = 0
     _writer: StreamWriter | None = None
 
     @property
@@ -166,6 +168,7 @@ class UsbipDevice:
                 urb = Urb(number, endpoint | inwards << 7, length, data, packets, setup)
                 self.pending[number] = urb
                 if endpoint:
+                    self.submitted += 1
                     self.submit(urb)
                 else:
                     reply = self.control(setup, data)

@@ -19,8 +19,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import Any
 
-TIMEOUT = 5000
-"""Milliseconds."""
+TIMEOUT = 60_000
+"""Milliseconds for a transfer, unless the operation ``timeout`` chose another number: a busy machine needs seconds."""
 
 _WRITE, _READ = 1, 2
 _USBDEVFS = ord("U")
@@ -99,13 +99,19 @@ class Device:
         self._file = os.open(node, os.O_RDWR)
         self._threads = ThreadPoolExecutor()
         self._begun: list[Future[str]] = []
+        self._timeout = TIMEOUT
+
+    def timeout(self, milliseconds: int) -> bytes:
+        """Choose the timeout of the transfers that follow."""
+        self._timeout = milliseconds
+        return b""
 
     def control(self, setup: str, data: str = "") -> bytes:
         """A control transfer: the setup packet, and the data stage if it goes out."""
         packet, sent = bytes.fromhex(setup), bytes.fromhex(data)
         length = int.from_bytes(packet[6:8], "little")
         buffer = ctypes.create_string_buffer(sent, max(length, len(sent), 1))
-        request = struct.pack("<8sIxxxxQ", packet, TIMEOUT, ctypes.addressof(buffer))
+        request = struct.pack("<8sIxxxxQ", packet, self._timeout, ctypes.addressof(buffer))
         moved = fcntl.ioctl(self._file, CONTROL, bytearray(request))
         return buffer.raw[:moved] if packet[0] & 0x80 else b""
 
@@ -219,7 +225,7 @@ class Device:
         return self._of_interface(interface, USBTEST_REQUEST, ctypes.addressof(buffer))
 
     def _bulk(self, endpoint: int, buffer: ctypes.Array[ctypes.c_char], length: int) -> int:
-        request = struct.pack("<IIIxxxxQ", endpoint, length, TIMEOUT, ctypes.addressof(buffer))
+        request = struct.pack("<IIIxxxxQ", endpoint, length, self._timeout, ctypes.addressof(buffer))
         return int(fcntl.ioctl(self._file, BULK, bytearray(request)))
 
     def _of_interface(self, interface: int, number: int, data: int = 0) -> bytes:
