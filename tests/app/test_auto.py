@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn, cast
 
 import pytest
+from tests.leaks import Left, no_more_than
 from tests.machine.trees import Machine
 
 from farplug.app import auto as module
@@ -462,19 +463,15 @@ async def test_a_defect_is_not_hidden(machine: Machine) -> None:
 
 
 async def test_it_leaves_nothing_behind(machine: Machine) -> None:
-    def count() -> int:
-        return len(list(Path("/proc/self/fd").iterdir()))
-
     machine.add("1-1", 2)
     async with Scene(machine, "1-1").running_keeper():
         pass
-    before = count()
+    before = Left.now()
     for _ in range(3):
         scene = Scene(machine, "1-1")
         async with scene.running_keeper():
             await scene.plugged("1-1")
-    assert count() == before
-    assert len(asyncio.all_tasks()) == 1
+    await no_more_than(before)
 
 
 async def test_pulled_out_while_it_is_plugged_in_and_reports_nothing(

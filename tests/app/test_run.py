@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from tests.cli.support import FakeGuest, blank
 from tests.docs import ROOT, snippets
+from tests.leaks import comes
 from tests.libusb.fake_libusb import FakeDevice
 from tests.machine.trees import Machine
 from tests.physical.support import EVERYTHING, on_bench
@@ -174,11 +175,12 @@ def open_files(folder: Path) -> list[str]:
 
 
 async def nothing_left(files: Path, before: list[str]) -> None:
-    for _ in range(50):
-        await asyncio.sleep(0)
-    assert open_files(files) == before
-    names = [str(task.get_coro()) for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-    assert [name for name in names if "farplug" in name or "Guest" in name or "App." in name] == []
+    def is_gone() -> bool:
+        names = [str(task.get_coro()) for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        is_ours = ["farplug" in name or "Guest" in name or "App." in name for name in names]
+        return open_files(files) == before and not any(is_ours)
+
+    await comes(is_gone)
 
 
 async def cancelled(task: asyncio.Task[Any]) -> None:

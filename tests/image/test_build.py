@@ -269,7 +269,7 @@ def test_a_cancelled_build(folder: Path, tmp_path: Path, format: Format) -> None
     with pytest.raises(GivenUp):
         make(tmp_path / "x", format, folder, progress)
     assert sorted(os.listdir(tmp_path)) == ["folder"]
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert set(os.listdir("/proc/self/fd")) <= before
 
 
 @pytest.mark.parametrize("format", [Format.FAT32, Format.EXT4, Format.ISO9660])

@@ -101,4 +101,4 @@ def test_no_descriptor_is_left_behind(device: DeviceInfo) -> None:
         with pytest.raises(DeviceError):
             DeviceLock(device)
         lock.release()
-    assert count() == before
+    assert count() <= before

@@ -280,4 +280,4 @@ def test_an_image_that_fails_while_it_is_opened(image: Path, monkeypatch: pytest
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(ImageError, match=r"disk\.raw cannot be opened: input/output error"):
         OverlayStore.open(image) if snapshot else FileStore.open(image)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before

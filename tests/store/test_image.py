@@ -105,7 +105,7 @@ def test_paths_that_are_not_an_image(tmp_path: Path, kind: str, reason: Reason, 
     assert caught.value.reason is reason
     assert caught.value.message.endswith(message)
     assert "\n" not in caught.value.message
-    assert open_descriptors() == before
+    assert open_descriptors() <= before
 
 
 @pytest.mark.parametrize("read_only", [False, True])
@@ -156,7 +156,7 @@ def test_an_error_while_opening(image: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(ImageError, match="cannot be opened: input/output error") as caught:
         Image.open(image)
     assert caught.value.reason is Reason.IO_ERROR
-    assert open_descriptors() == before
+    assert open_descriptors() <= before
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def refused(base: Path, path: Path, *, block_size: int = BLOCK_SIZE) -> ImageErr
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(ImageError) as caught:
         OverlayStore.open(base, path, block_size=block_size)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
     assert "\n" not in caught.value.message
     assert caught.value.remedy
     return caught.value
@@ -223,7 +223,7 @@ def test_a_snapshot_that_cannot_be_created(
         OverlayStore.open(base, path if named else None)
     assert message in caught.value.message
     assert caught.value.reason is reason
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
     assert not path.exists()
 
 

@@ -228,7 +228,7 @@ def test_images_are_closed_when_another_cannot_be_used(image: Path, tmp_path: Pa
         disk_device(image, tmp_path / "missing.raw")
     with pytest.raises(ValueError, match="not 17"):
         disk_device(*(Pattern() for _ in range(16)), image)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
     FileStore.open(image).abandon()  # it is not locked
 
 

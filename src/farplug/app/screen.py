@@ -30,6 +30,8 @@ KEY_INTERVAL = 0.02
 """Seconds from one key to the next: at 10 ms a USB keyboard of QEMU loses keys."""
 STILL_TIME = 0.5
 """Seconds without a change after which a picture is still, by default."""
+ARRIVAL_TIME = 0.01
+"""Seconds in which this process takes what has arrived while it stood still."""
 LOCKS_TIMEOUT = 1.0
 """Seconds in which a VM reports lights of lock keys that were changed. A system that ignores the keys never does."""
 INPUTS_TIMEOUT = 5.0
@@ -184,16 +186,16 @@ class Screen:
         async with display.used():
             picture = await display.picture()
             serial, since = picture.serial, loop.time()
-            while (left := since + seconds - loop.time()) > 0:
-                try:
-                    async with asyncio.timeout(left):
+            while True:
+                left = since + seconds - loop.time()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(max(left, ARRIVAL_TIME)):
                         await display.changed()
-                except TimeoutError:
-                    continue
                 picture = await display.picture()
                 if picture.cells_changed_since(serial) > cells:
                     serial, since = picture.serial, loop.time()
-            return _frame(picture)
+                elif left <= 0:
+                    return _frame(picture)
 
     def shown(self) -> Framebuffer | None:
         """Return the picture as far as the VM has sent it; None: the display is not linked, or has none yet.
