@@ -62,7 +62,7 @@ class Gate:
         def wait(*args: Any) -> Any:
             assert threading.current_thread() is not threading.main_thread(), "the event loop would be blocked"
             self.reached.set()
-            assert self.opened.wait(30)
+            assert self.opened.wait(100)
             return call(*args)
 
         return wait

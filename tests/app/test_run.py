@@ -341,7 +341,7 @@ async def test_the_end_in_each_phase(
 
     def copy(path: Path, *, progress: Callable[[int, int], None], **options: Any) -> Any:
         loop.call_soon_threadsafe(arrived.set)
-        go_on.wait(30)
+        go_on.wait(100)
         progress(0, 1)  # where a copy that was abandoned ends
         return real_copy(path, progress=progress, **options)
 
@@ -393,7 +393,7 @@ async def test_closing_while_a_command_copies_a_folder(files: Path, monkeypatch:
 
     def copy(path: Path, *, progress: Callable[[int, int], None], **options: Any) -> Any:
         loop.call_soon_threadsafe(started.set)
-        go_on.wait(30)
+        go_on.wait(100)
         progress(0, 1)
 
     monkeypatch.setattr(image_package, "folder_store", copy)

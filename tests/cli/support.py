@@ -70,14 +70,14 @@ def in_thread(serve: Callable[[], AbstractAsyncContextManager[_T]]) -> Iterator[
 
     thread = threading.Thread(target=loop.run_until_complete, args=[main()])
     thread.start()
-    ready.wait(10)
+    ready.wait(100)
     try:
         if failed:
             raise failed[0]
         yield entered[0]
     finally:
         loop.call_soon_threadsafe(leave.set)
-        thread.join(10)
+        thread.join(100)
         loop.close()
     if failed:
         raise failed[0]

@@ -119,12 +119,12 @@ def test_commands_begin_and_end_a_capture(tmp_path: Path, image: Path) -> None:
         )
         assert farplug.stdin is not None
         assert farplug.stdout is not None
-        assert configured.wait(30)
+        assert configured.wait(100)
         farplug.stdin.write(f"capture '{path}'\ncapture other\nstop-capture\nstop-capture\nquit\n")
         farplug.stdin.close()
         output = farplug.stdout.read()
         farplug.stdout.close()
-        assert farplug.wait(30) == 0, output
+        assert farplug.wait(100) == 0, output
     assert "a trace.pcapng runs already" in output
     assert "no capture runs" in output
     assert WARNING in output
@@ -141,7 +141,7 @@ def test_standard_output_holds_the_capture_and_nothing_else(image: Path) -> None
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
-        assert configured.wait(30)
+        assert configured.wait(100)
         farplug.send_signal(signal.SIGINT)
         out, err = farplug.communicate(timeout=100)
         assert farplug.returncode == 0, err
@@ -189,7 +189,7 @@ def test_wireshark_reads_a_live_pipe(tmp_path: Path, image: Path) -> None:
             finally:
                 farplug.kill()
                 farplug.wait()
-        assert tshark.wait(30) == 0
+        assert tshark.wait(100) == 0
     finally:
         tshark.kill()
         tshark.communicate()
@@ -208,7 +208,7 @@ def test_a_reader_that_leaves_does_not_end_the_session(tmp_path: Path, image: Pa
             text=True,
         )
         reader = os.open(pipe, os.O_RDONLY)
-        assert configured.wait(30)
+        assert configured.wait(100)
         os.close(reader)
         farplug.send_signal(signal.SIGINT)  # its events have no reader any more
         out, _ = farplug.communicate(timeout=100)
@@ -228,10 +228,10 @@ def test_a_killed_farplug_leaves_a_capture_that_can_be_read(tmp_path: Path, imag
             stdout=subprocess.DEVNULL,
             env=os.environ | {"FARPLUG_PASSWORD": "only Alice knows it"},
         )
-        assert configured.wait(30)
+        assert configured.wait(100)
         wait_for(lambda: b"CONFIGURED" in path.read_bytes() or b"configured" in path.read_bytes())
         farplug.kill()
-        farplug.wait(30)
+        farplug.wait(100)
     assert wireshark.count(path, "usbredir.type == 8", incomplete=True) == 1
     assert wireshark.count(path, "usb.setup.bRequest == 9", incomplete=True) == 1
     assert list(blocks.parse(path.read_bytes(), incomplete=True))

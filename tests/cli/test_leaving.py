@@ -121,7 +121,7 @@ def test_a_reader_that_leaves_is_reported_on_standard_error(image: Path) -> None
         with process:
             assert process.stdout is not None
             assert process.stderr is not None
-            assert written.wait(30)
+            assert written.wait(100)
             process.stdout.close()
             assert process.stderr.read().decode() == f"farplug: warning: {LEAVING}\n"
     assert process.returncode == 0

@@ -270,7 +270,7 @@ def test_a_full_disk_does_not_end_the_session(image: Path) -> None:
         with process:
             assert process.stderr is not None
             warning = process.stderr.readline()
-            assert configured.wait(30)
+            assert configured.wait(100)
             process.send_signal(signal.SIGINT)
             assert process.stderr.read() == b""
     assert warning == b"farplug: warning: output stopped: No space left on device\n"
@@ -300,7 +300,7 @@ def test_the_second_interrupt_counts_although_its_reader_is_gone(image: Path) ->
         os.close(write)
         with process:
             assert process.stdout is not None
-            assert configured.wait(30)
+            assert configured.wait(100)
             process.send_signal(signal.SIGINT)
             for line in process.stdout:
                 if b"Ctrl-C again" in line:

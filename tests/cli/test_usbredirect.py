@@ -31,7 +31,7 @@ def test_a_program_that_starts_usbredirect_gets_an_image_plugged_in(tmp_path: Pa
         with subprocess.Popen(
             [script, "--device", image, "--to", address], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         ) as process:
-            assert configured.wait(30)
+            assert configured.wait(100)
             process.send_signal(signal.SIGTERM)
             output, _ = process.communicate(timeout=100)
     assert process.returncode == 0, output

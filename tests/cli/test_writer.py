@@ -290,7 +290,7 @@ def test_a_session_whose_output_is_not_read(image: Path, options: tuple[str, ...
     with busy_session(image, *options) as (process, guest):
         wait_for(lambda: full(process.stderr if "--debug" in options else process.stdout))
         process.send_signal(number)
-        assert process.wait(30) == 0
+        assert process.wait(100) == 0
         assert any(isinstance(packet, packets.DeviceDisconnect) for packet in guest.seen), "the device was detached"
 
 

@@ -192,7 +192,7 @@ class FakeHandle:
         try:
             if name in device.hang:
                 device.hanging.set()
-                assert device.hang[name].wait(30)
+                assert device.hang[name].wait(100)
         finally:
             device.caller = None
         if device.unplugged:

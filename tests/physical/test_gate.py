@@ -37,7 +37,7 @@ class Bench:
 
     def call(self) -> asyncio.Task[None]:
         """Have the thread make a call until ``done`` is set."""
-        return asyncio.create_task(self.gate.call(lambda: cast(None, self.done.wait(10))))
+        return asyncio.create_task(self.gate.call(lambda: cast(None, self.done.wait(100))))
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ async def test_an_action_may_shut_the_gate_again(bench: Bench) -> None:
     tasks: list[asyncio.Task[None]] = []
 
     def reset() -> None:
-        tasks.append(asyncio.ensure_future(bench.gate.call(lambda: cast(None, again.wait(10)))))
+        tasks.append(asyncio.ensure_future(bench.gate.call(lambda: cast(None, again.wait(100)))))
 
     await asyncio.sleep(0)
     bench.gate.run_or_defer("reset", reset)

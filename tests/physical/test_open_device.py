@@ -241,6 +241,6 @@ def test_a_device_stays_open_until_its_transfers_are_complete(
     releasing.join(0.2)
     assert releasing.is_alive()
     transfer.finish(status=usb1.TRANSFER_CANCELLED)
-    releasing.join(10)
+    releasing.join(100)
     assert device.handle.closed
     assert device.drivers == {0: "storage"}

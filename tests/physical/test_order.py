@@ -27,7 +27,7 @@ AT_ONCE = 3
 
 
 def _wait(answer: threading.Event) -> None:
-    answer.wait(10)
+    answer.wait(100)
 
 
 class Chaos:

@@ -391,7 +391,7 @@ async def test_control_transfers_keep_their_order_in_both_directions() -> None:
         answer = threading.Event()
         session = bench.device._session
         assert session is not None
-        call = asyncio.ensure_future(session.gate.call(lambda: cast(None, answer.wait(10))))
+        call = asyncio.ensure_future(session.gate.call(lambda: cast(None, answer.wait(100))))
         await settle()
         for request in (1, 2, 3):
             bench.control(Setup(0xC0 if request == 2 else 0x40, request))

@@ -91,7 +91,7 @@ class Pwrite:
 
     def __call__(self, fd: int, data: Buffer, offset: int) -> int:
         assert threading.current_thread() is not threading.main_thread()
-        assert self.open.wait(10)
+        assert self.open.wait(100)
         if self.error is not None:
             raise self.error
         self.written.append(offset)
@@ -226,7 +226,7 @@ def test_the_loop_may_be_gone_before_the_write(image: Path, monkeypatch: pytest.
     real = os.pwrite
 
     def pwrite(fd: int, data: Buffer, offset: int) -> int:
-        gone.wait(10)
+        gone.wait(100)
         return real(fd, data, offset)
 
     monkeypatch.setattr(os, "pwrite", pwrite)
@@ -249,7 +249,7 @@ async def test_a_cancelled_close_does_not_close_the_file_during_a_write(tmp_path
     gate = threading.Event()
 
     def wait() -> None:
-        gate.wait(5)
+        gate.wait(100)
 
     store._write_pool().run(wait, lambda error: None)
     results: list[OSError | None] = []

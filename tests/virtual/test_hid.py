@@ -339,7 +339,7 @@ async def test_a_user_who_presses_num_lock_during_a_text(monkeypatch: pytest.Mon
     """The text is whole, or the error has what is certain; the next text is typed as ever."""
     monkeypatch.setattr(hid_keyboard, "TRUSTED_AFTER", 5)
     monkeypatch.setattr(hid_keyboard, "CONFIRM_EVERY", 10)
-    monkeypatch.setattr(hid_keyboard, "_TAKEN_TIMEOUT", 0.2)
+    monkeypatch.setattr(hid_keyboard, "_TAKEN_TIMEOUT", 1.0)
     text = "the quick brown fox jumps over the lazy dog"
     async with plugged(keyboard := Keyboard()) as guest, busy(guest, presses=(at,)) as one:
         certain = len(text)
@@ -356,7 +356,7 @@ async def test_a_user_who_presses_num_lock_during_a_text(monkeypatch: pytest.Mon
 async def test_locks_that_change_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """They answer nothing: the text is not confirmed."""
     monkeypatch.setattr(hid_keyboard, "FIRMWARE_PACE", 0.001)
-    monkeypatch.setattr(hid_keyboard, "_SETTLE_TIME", 0.05)
+    monkeypatch.setattr(hid_keyboard, "_SETTLE_TIME", 0.2)
 
     async def blink(guest: MemoryGuest) -> None:
         for number in itertools.count():
@@ -413,10 +413,10 @@ async def test_a_text_that_is_not_confirmed(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 async def test_a_guest_that_ends_to_confirm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hid_keyboard, "_TAKEN_TIMEOUT", 0.05)
     async with plugged(keyboard := Keyboard()) as guest:
         async with reflecting(guest):
             assert await keyboard.type_text("before")
+        monkeypatch.setattr(hid_keyboard, "_TAKEN_TIMEOUT", 0.05)
         with pytest.raises(ReportsLost, match="0 of 5 characters are certain"):
             await asyncio.gather(keyboard.type_text("hello", confirm=True), _answer_once(guest))
 
@@ -494,7 +494,7 @@ async def test_keys_that_were_dropped_are_typed_again(
 
 async def test_many_keys_that_were_dropped_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lose some of many keys: which of them the guest has taken cannot be determined."""
-    monkeypatch.setattr(hid_keyboard, "_TAKEN_TIMEOUT", 0.2)
+    monkeypatch.setattr(hid_keyboard, "_TAKEN_TIMEOUT", 1.0)
     monkeypatch.setattr(hid_keyboard, "TRUSTED_AFTER", 10)
     monkeypatch.setattr(hid_keyboard, "CONFIRM_EVERY", 20)
     text = "abcdefghij" * 10
@@ -614,8 +614,7 @@ async def test_two_keyboards_that_type_at_once(monkeypatch: pytest.MonkeyPatch, 
     """The second one begins after a number of reports of the first one.
 
     Each text is whole, or its error has what is certain: neither takes the answers to the other for its own."""
-    monkeypatch.setattr(hid_keyboard, "_TAKEN_TIMEOUT", 0.3)
-    monkeypatch.setattr(hid_keyboard, "_ATTEMPT_TIMEOUT", 0.2)
+    monkeypatch.setattr(hid_keyboard, "_TAKEN_TIMEOUT", 1.0)
     monkeypatch.setattr(hid_keyboard, "TRUSTED_AFTER", 20)
     monkeypatch.setattr(hid_keyboard, "FIRMWARE_PACE", 0.001)
     texts = "the quick brown fox jumps" * 3, "over the lazy dog" * 3

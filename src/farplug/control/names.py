@@ -47,7 +47,7 @@ MAX_NAME: Final = 64
 """Characters of the name of a session."""
 MAX_PATH: Final = 103 if sys.platform == "darwin" else 107
 """Bytes of the path of a UNIX socket: ``sun_path`` of unix(7), without the NUL."""
-LIST_TIMEOUT: Final = 2.0
+LIST_TIMEOUT: Final = 5.0
 """Seconds in which a session answers when sessions are listed."""
 MAX_PARALLEL: Final = 32
 """Sessions that are asked at a time when sessions are listed."""

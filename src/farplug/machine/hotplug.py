@@ -29,7 +29,7 @@ INTERVAL: Final = 1.0
 """Seconds between two looks at sysfs when the kernel sends no message."""
 PAUSE: Final = 0.05
 """Seconds between two looks at sysfs while a new device is being set up."""
-SETUP_TIMEOUT: Final = 1.0
+SETUP_TIMEOUT: Final = 5.0
 """Seconds in which udev has to give permission, and the kernel to find out what a device is."""
 
 HID: Final = 3

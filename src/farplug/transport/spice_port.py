@@ -36,7 +36,7 @@ A server links a channel that is in use, too, and then closes the connection wit
 a PING, show that the channel is ours. A server on a UNIX socket sends none while the VM is paused, and a slow proxy
 delays the end: after this time the port is open, and an end before the first bytes still is ``CHANNEL_IN_USE``.
 """
-SESSION_END_TIMEOUT = 0.3
+SESSION_END_TIMEOUT = 1.0
 """Seconds from the end of a channel in which the session may end, too, and give the cause.
 
 When another client takes over a server, the server closes the usbredir channels first, and the main channel later.

@@ -31,10 +31,10 @@ class MemoryConnection(CtapHidConnection):  # type: ignore[misc]
         self._loop = asyncio.get_running_loop()
 
     def read_packet(self) -> bytes:
-        return asyncio.run_coroutine_threadsafe(self._guest.interrupt_in(IN), self._loop).result(30)
+        return asyncio.run_coroutine_threadsafe(self._guest.interrupt_in(IN), self._loop).result(100)
 
     def write_packet(self, data: bytes) -> None:
-        asyncio.run_coroutine_threadsafe(self._guest.interrupt_out(OUT, data), self._loop).result(30)
+        asyncio.run_coroutine_threadsafe(self._guest.interrupt_out(OUT, data), self._loop).result(100)
 
     def close(self) -> None:
         pass

@@ -477,12 +477,12 @@ class Keyboard(HidFunction):
         """
         loop = asyncio.get_running_loop()
         for _ in range(_ATTEMPTS):
+            await asyncio.sleep(_ARRIVAL_TIME)
+            self._check_configuration()
             rest = max(self._changed_at, self.reports.read_since) + _SETTLE_TIME - loop.time()
             if rest <= 0:
                 return True
             await asyncio.sleep(rest)
-            await asyncio.sleep(_ARRIVAL_TIME)
-            self._check_configuration()
         return False
 
     async def within(self, seconds: float, condition: Callable[[], bool]) -> bool:
@@ -491,7 +491,8 @@ class Keyboard(HidFunction):
             async with asyncio.timeout(seconds):
                 await self.until(condition)
         except TimeoutError:
-            return False
+            await asyncio.sleep(_ARRIVAL_TIME)
+            return condition()
         return True
 
 
