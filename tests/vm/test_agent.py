@@ -31,8 +31,9 @@ class Peer:
 
     async def request(self, index: int = 0) -> tuple[int, bytes, bytes]:
         reader = self.streams[index][0]
-        number, script_size, input_size = map(int, (await reader.readline()).split())
-        return number, await reader.readexactly(script_size), await reader.readexactly(input_size)
+        number, lines, input_size = map(int, (await reader.readline()).split())
+        script = b"".join([await reader.readline() for _ in range(lines)])
+        return number, script.removesuffix(b"\n"), await reader.readexactly(input_size)
 
     def reply(self, data: bytes, index: int = 0) -> None:
         self.streams[index][1].write(data)
