@@ -244,7 +244,6 @@ def test_the_terminal_of_a_serial_line(browser: Browser, tmp_path: Path) -> None
         page.get_by_role("button", name="Send the size").click()
         size = page.get_by_role("button", name="Send the size").inner_text().rpartition(": ")[2].split("\u00a0")
         expect(terminal).to_contain_text(f"stty rows {size[2]} cols {size[0]}")
-        page.screenshot(path="/tmp/xt/terminal.png")
         page.keyboard.press("Control+Alt")
         expect(page.get_by_role("tab", name="serial0")).to_be_focused()
         page.reload()
