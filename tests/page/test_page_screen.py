@@ -42,23 +42,31 @@ def at(page: Page, x: float, y: float) -> tuple[float, float]:
 
 class TestRectangles:
     def test_pixels_are_where_and_what_they_are(self, fake: FakePage, page: Page) -> None:
+        """Rectangles that do not fit their bytes are left out; each message is acknowledged."""
+        fake.wait("screen-ack")
         fake.picture(320, 200, RED * 6 + GREEN, (10, 20, 2, 3), (319, 199, 1, 1))
         wait_for_pixel(page, 319, 199, [0, 255, 0, 255])
         assert pixel(page, 10, 20) == pixel(page, 11, 22) == [255, 0, 0, 255]
         assert pixel(page, 12, 20) == pixel(page, 12, 22) == [*sample_at(12), 255]
+        fake.wait("screen-ack", 2)
+        fake.picture(320, 200, RED, (0, 0, 1, 1), (1, 0, 100, 100))
+        fake.wait("screen-ack", 3)
+        wait_for_pixel(page, 0, 0, [255, 0, 0, 255])
+        assert pixel(page, 1, 0) == [*sample_at(1), 255]
+        for last in (False, False, True):
+            fake.picture(320, 200, GREEN, (5, 5, 1, 1), last=last)
+        fake.wait("screen-ack", 6)
 
-    def test_a_new_size(self, fake: FakePage, page: Page) -> None:
+    def test_one_to_one_and_a_new_size(self, fake: FakePage, page: Page) -> None:
+        page.get_by_role("button", name="1:1").click()
+        page.wait_for_function("() => document.querySelector('.picture').clientWidth === 320")
+        page.get_by_role("button", name="Fit").click()
+        page.wait_for_function("() => document.querySelector('.picture').clientWidth > 320")
         fake.picture(64, 48, BLUE * (64 * 48))
         expect(page.locator(".info .size")).to_have_text("64 × 48\u00a0px")
         wait_for_pixel(page, 63, 47, [0, 0, 255, 255])
         box = screen(page)
         assert box["width"] / box["height"] == pytest.approx(64 / 48, rel=0.01)
-
-    def test_each_message_is_acknowledged(self, fake: FakePage, page: Page) -> None:
-        fake.wait("screen-ack")
-        for last in (False, False, True):
-            fake.picture(320, 200, GREEN, (5, 5, 1, 1), last=last)
-        fake.wait("screen-ack", 4)
 
     def test_pictures_of_a_slow_line(self, fake: FakePage, page: Page) -> None:
         assert fake.of("hello")[0].params["encodings"] == ["deflate"]
@@ -84,16 +92,6 @@ class TestRectangles:
         fake.picture(320, 200, GREEN, (5, 5, 1, 1))
         fake.wait("screen-ack", 2)
 
-    def test_rectangles_that_do_not_fit_their_bytes_are_left_out(self, fake: FakePage, page: Page) -> None:
-        fake.picture(320, 200, RED, (0, 0, 1, 1), (1, 0, 100, 100))
-        fake.wait("screen-ack", 2)
-        wait_for_pixel(page, 0, 0, [255, 0, 0, 255])
-        assert pixel(page, 1, 0) == [*sample_at(1), 255]
-
-    def test_one_to_one(self, page: Page) -> None:
-        page.get_by_role("button", name="1:1").click()
-        page.wait_for_function("() => document.querySelector('.picture').clientWidth === 320")
-
 
 def sample_at(x: int) -> list[int]:
     return [20 + x * 30 // 320, 30 + x * 60 // 320, 60 + x * 120 // 320]
@@ -106,14 +104,12 @@ class TestCursor:
         data = {"display": 0, "visible": True, "x": 100, "y": 50, "width": 2, "height": 2, "hot_x": 1, "hot_y": 0}
         fake.emit("cursor", {**data, **fields}, self.SHAPE)
 
-    def test_it_is_the_pointer_of_the_browser(self, fake: FakePage, page: Page) -> None:
+    def test_it_is_the_pointer_of_the_browser_and_drawn_for_who_watches(self, fake: FakePage, page: Page) -> None:
         self.cursor(fake)
         page.wait_for_function("() => document.querySelector('.held').style.cursor.startsWith('url(\"blob:')")
         assert page.locator(".held").evaluate("node => node.style.cursor").endswith("1 0, default")
         self.cursor(fake, visible=False)
         page.wait_for_function("() => document.querySelector('.held').style.cursor === 'none'")
-
-    def test_who_watches_sees_it_where_the_vm_has_it(self, fake: FakePage, page: Page) -> None:
         fake.emit("driving", {"holder": {"name": "Mia", "you": False}, "watchers": 1})
         self.cursor(fake)
         expect(page.locator(".vmpointer")).to_be_visible()
@@ -134,6 +130,12 @@ class TestKeys:
         return [(call.params["code"], call.params["down"]) for call in fake.of("key")]
 
     def test_physical_keys(self, fake: FakePage, page: Page) -> None:
+        """The page sends them only from the picture, and a repeated key once."""
+        page.keyboard.press("a")
+        page.locator(".screen").focus()
+        page.keyboard.press("b")
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.className") != "screen"
         self.enter(page)
         page.keyboard.press("Shift+A")
         page.keyboard.press("Tab")
@@ -146,17 +148,11 @@ class TestKeys:
             ("Tab", True),
             ("Tab", False),
         ]
-
-    def test_only_the_picture_has_them(self, fake: FakePage, page: Page) -> None:
-        page.keyboard.press("a")
-        page.locator(".screen").focus()
-        page.keyboard.press("b")
-        page.keyboard.press("Tab")
-        assert page.evaluate("document.activeElement.className") != "screen"
-        self.enter(page)
-        page.keyboard.press("c")
-        fake.wait("key", 2)
-        assert self.codes(fake) == [("KeyC", True), ("KeyC", False)]
+        for _ in range(3):
+            page.keyboard.down("x")
+        page.keyboard.up("x")
+        fake.wait("key", 8)
+        assert self.codes(fake)[6:] == [("KeyX", True), ("KeyX", False)]
 
     def test_ctrl_alt_alone_lets_go(self, fake: FakePage, page: Page) -> None:
         self.enter(page)
@@ -170,14 +166,21 @@ class TestKeys:
         expect(page.get_by_text("Click the picture to type into the VM")).to_be_visible()
         fake.wait("keys-up")
 
-    def test_all_keys_are_released_when_the_focus_leaves(self, fake: FakePage, page: Page) -> None:
+    def test_a_modifier_is_held_for_the_next_key_and_all_keys_are_released_when_the_focus_leaves(
+        self, fake: FakePage, page: Page
+    ) -> None:
+        page.get_by_role("toolbar").get_by_role("button", name="Keys").click()
+        page.get_by_role("button", name="Super").click()
         self.enter(page)
+        page.keyboard.press("e")
+        fake.wait("key", 4)
+        assert self.codes(fake) == [("MetaLeft", True), ("KeyE", True), ("KeyE", False), ("MetaLeft", False)]
         page.keyboard.down("a")
-        fake.wait("key")
+        fake.wait("key", 5)
         page.get_by_role("tab", name="Messages").focus()
         fake.wait("keys-up")
         page.keyboard.up("a")
-        assert self.codes(fake) == [("KeyA", True)]
+        assert self.codes(fake)[4:] == [("KeyA", True)]
 
     def test_keys_that_were_pressed_before_it_lets_go_are_sent(self, fake: FakePage, page: Page) -> None:
         self.enter(page)
@@ -189,22 +192,6 @@ class TestKeys:
         fake.wait("keys-up")
         assert [code for code, down in self.codes(fake) if down] == [f"Digit{key}" for key in range(10)]
         assert fake.calls.index(fake.of("keys-up")[0]) > fake.calls.index(fake.of("key")[-1])
-
-    def test_a_modifier_is_held_for_the_next_key(self, fake: FakePage, page: Page) -> None:
-        page.get_by_role("toolbar").get_by_role("button", name="Keys").click()
-        page.get_by_role("button", name="Super").click()
-        self.enter(page)
-        page.keyboard.press("e")
-        fake.wait("key", 4)
-        assert self.codes(fake) == [("MetaLeft", True), ("KeyE", True), ("KeyE", False), ("MetaLeft", False)]
-
-    def test_a_repeated_key_is_pressed_once(self, fake: FakePage, page: Page) -> None:
-        self.enter(page)
-        for _ in range(3):
-            page.keyboard.down("x")
-        page.keyboard.up("x")
-        fake.wait("key", 2)
-        assert self.codes(fake) == [("KeyX", True), ("KeyX", False)]
 
 
 class TestPointer:
@@ -220,8 +207,6 @@ class TestPointer:
         page.mouse.wheel(0, 120)
         turned = fake.wait("pointer", matching=lambda params: "wheel" in params)
         assert turned.params["wheel"] > 0
-
-    def test_buttons(self, fake: FakePage, page: Page) -> None:
         page.mouse.move(*at(page, 10, 10))
         page.mouse.down(button="right")
         page.mouse.down(button="middle")
@@ -229,15 +214,13 @@ class TestPointer:
         page.mouse.up(button="middle")
         page.mouse.up(button="right")
 
-    def test_nothing_without_the_keys(self, fake: FakePage, page: Page) -> None:
+    def test_nothing_without_the_keys_and_positions_stay_on_the_display(self, fake: FakePage, page: Page) -> None:
         page.mouse.move(*at(page, 10, 10))
         page.mouse.move(*at(page, 20, 10))
         page.mouse.down()
         page.mouse.up()
         fake.wait("pointer", 2)
         assert fake.of("pointer")[0].params["buttons"] == ["left"]
-
-    def test_positions_stay_on_the_display(self, fake: FakePage, page: Page) -> None:
         page.mouse.move(*at(page, 300, 100))
         page.mouse.down()
         box = screen(page)
@@ -247,8 +230,8 @@ class TestPointer:
 
     @pytest.mark.parametrize("browser", [CHROMIUM], indirect=True)
     def test_without_a_tablet_the_pointer_is_locked_and_moves_by_distances(self, fake: FakePage, page: Page) -> None:
-        fake.emit("inputs", {"locks": [], "mouse": "relative"})
-        expect(page.locator(".leds .lit")).to_have_count(0)
+        fake.emit("inputs", {"locks": ["num"], "mouse": "relative"})
+        expect(page.locator(".leds .lit")).to_have_count(1)
         page.mouse.move(*at(page, 100, 50))
         page.mouse.down()
         page.mouse.up()
@@ -326,23 +309,19 @@ class TestWhatStopsIt:
             "lost", state="lost", attempt=None, message="the connection was closed", remedy="check the VM", level="bad"
         )
 
-    def test_no_display(self, fake: FakePage, page: Page) -> None:
+    def test_no_display_no_picture_or_paused(self, fake: FakePage, page: Page) -> None:
         fake.emit("screen-state", {"display": 0, "state": "no-display", "message": "the target is not SPICE"})
         expect(page.get_by_role("heading", name="This VM has no screen here")).to_be_visible()
         expect(page.locator(".card")).to_contain_text("The target is not SPICE.")
-
-    def test_no_picture(self, fake: FakePage, page: Page) -> None:
         fake.emit("screen-state", {"display": 0, "state": "no-picture"})
         expect(page.locator(".card")).to_contain_text("nothing was drawn on it yet")
-
-    def test_paused(self, fake: FakePage, page: Page) -> None:
         fake.emit("screen-state", {"display": 0, "state": "paused"})
         expect(page.locator(".banner")).to_contain_text(
             "The VM is paused. Its picture stands still; what you type waits."
         )
         expect(page.locator(".banner code")).to_contain_text("virsh resume testvm")
 
-    def test_lost_and_reconnecting(self, fake: FakePage, page: Page) -> None:
+    def test_lost_and_reconnecting_and_the_connection_ended(self, fake: FakePage, page: Page) -> None:
         page.locator(".picture").click()
         expect(page.get_by_text("Keys go to the VM.")).to_be_visible()
         self.lose(fake)
@@ -360,9 +339,6 @@ class TestWhatStopsIt:
         assert fake.wait("reconnect").params == {}
         card.get_by_role("button", name="Stop trying").click()
         assert fake.wait("reconnect", 2).params == {"give_up": True}
-
-    def test_the_connection_ended(self, fake: FakePage, page: Page) -> None:
-        self.lose(fake)
         fake.event("closed", state="closed", attempt=None)
         card = page.get_by_role("alertdialog", name="The connection to the VM ended")
         expect(card).to_contain_text("The connection was closed. Check the VM.")
@@ -398,17 +374,14 @@ class TestWhatStopsIt:
         fake.wait("open", 2)
         expect(page.get_by_text("You drive")).to_be_visible()
 
-    def test_a_wrong_token(self, fake: FakePage, opened: Opened) -> None:
-        page = opened(fake)
+    def test_the_token_leaves_the_address_and_a_wrong_token(self, page: Page) -> None:
+        assert "secret" not in page.url
         page.evaluate("sessionStorage.setItem('farplug-token', 'wrong')")
         page.reload()
         expect(page.get_by_role("alertdialog", name="The token is not valid")).to_be_visible()
         page.evaluate("sessionStorage.clear()")
         page.reload()
         expect(page.get_by_role("alertdialog", name="This address has no token")).to_be_visible()
-
-    def test_the_token_leaves_the_address(self, page: Page) -> None:
-        assert "secret" not in page.url
 
 
 class TestWhoDrives:
