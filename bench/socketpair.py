@@ -1,10 +1,11 @@
 """Measure what one command of a disk costs farplug, without QEMU: CPU time, system calls, turns of the event loop.
 
-A minimal guest at one end of a socketpair sends the commands of a Linux guest: READ(10) and WRITE(10) of 4 KiB and
-512 KiB over USB Attached SCSI (with streams; Linux makes two commands of a megabyte), of 4 KiB and 1 MiB over Bulk-Only
-Transport, in usbredir's own framing (``unix``) and in that of a SPICE channel (``spice``). At the other end a process (``bench/served_disk.py``) has the real engine and a disk in a
-file that the page cache holds. At depth 16 the guest sends 16 commands at once and waits for all of them, so that
-batches do not depend on how the system schedules the processes.
+A minimal guest at one end of a socketpair sends the commands of a Linux guest: READ(10) and WRITE(10) of 4 KiB and 512
+KiB over USB Attached SCSI (with streams; Linux makes two commands of a megabyte), of 4 KiB and 1 MiB over Bulk-Only
+Transport, in usbredir's own framing (``unix``) and in that of a SPICE channel (``spice``). At the other end a process
+(``bench/served_disk.py``) has the real engine and a disk in a file that the page cache holds. At depth 16 the guest
+sends 16 commands at once and waits for all of them, so that batches do not depend on how the system schedules the
+processes.
 
 The processor time is that of farplug's process. Other programs change it less than the time on the clock, but do change
 it: the figure is the minimum of all rounds. ``--against TREE`` measures another checkout in turns with this one; the

@@ -49,7 +49,7 @@ def _read(path: Path) -> str:
 async def no_more_than(before: Left) -> None:
     """Check that nothing has leaked. A child process and a transport need turns of the event loop to end.
 
-    A task or a file that was counted before may have been about to end: less than before is no leak.
+    A task or a file that was counted before may have been about to end: less than before is not a leak.
     """
     now = before
 

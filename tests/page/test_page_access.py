@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ TRANSITIONS_END = (
 """Waits: buttons change their colour, which axe-core measures, in 80 ms."""
 
 
-def faults(page: Page, rules: dict[str, object] = RULES) -> list[Any]:
+def faults(page: Page, rules: Mapping[str, object] = RULES) -> list[Any]:
     """Return what axe-core finds."""
     page.evaluate(TRANSITIONS_END)
     if not page.evaluate("() => 'axe' in window"):
