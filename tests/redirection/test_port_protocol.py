@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import platform
+import subprocess
+import sys
 
 import pytest
 from tests.redirection.scripted import BULK_IN, BULK_OUT, INTERRUPT_IN, ScriptedDevice, kinds, settle
@@ -172,3 +175,33 @@ async def test_on_a_port_that_keeps_unread_data_a_new_parser_skips_all_messages(
         prefix, suffix = envelope.enclose([], max(len(message) - envelope.OVERHEAD, 0))
         assert (message.startswith(prefix) and message.endswith(suffix)) is (missing is Cap.NONE)
     assert hello.startswith(bytes(4)), "a hello"
+
+
+PAGE_FAULTS = """
+import asyncio, resource
+from farplug.testing.memory import MemoryGuest
+
+def page_faults_of_large_writes():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        payloads = [bytearray(512 << 10) for _ in range(4)]
+        del payloads
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+async def main():
+    page_faults_of_large_writes()
+    before = page_faults_of_large_writes()
+    async with MemoryGuest():
+        page_faults_of_large_writes()
+        print(before, page_faults_of_large_writes())
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have rules of their own")
+def test_the_memory_of_large_writes_is_kept_for_the_next() -> None:
+    output = subprocess.run([sys.executable, "-c", PAGE_FAULTS], check=True, capture_output=True, text=True).stdout
+    before, after = map(int, output.split())
+    assert before > 20 * 4 * 64, "the rules of this C library are others"
+    assert after < 20 * 4
