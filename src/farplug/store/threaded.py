@@ -21,10 +21,10 @@ READER_THREADS = 4
 MAX_INLINE = 1 << 20
 """Bytes of a read that may complete in the call."""
 
-MAX_BEHIND = 64 << 10
+MAX_BEHIND = 1 << 20
 """Bytes of a write that may be done before it is in the page cache."""
 
-MAX_BYTES_BEHIND = 1 << 20
+MAX_BYTES_BEHIND = 4 << 20
 """Bytes of all writes that may be done before they are in the page cache."""
 
 FREE_SPACE = 1 << 30
@@ -47,8 +47,8 @@ class ThreadedStore(Store):
     order: on most file systems a write may block for long (dirty throttling, a journal). So a flush covers every write
     before it, and overlapping writes keep their order. A read that overlaps a pending write is queued behind it.
 
-    With a write cache, a small write is done before it is made, as a real disk does; the next flush reports its error.
-    So that a full file system remains an error of the write itself, this needs FREE_SPACE.
+    With a write cache, a write of up to MAX_BEHIND is done before it is made, as in a real disk; the next flush reports
+    its error. So that a full file system remains an error of the write itself, this needs FREE_SPACE.
 
     A subclass implements the methods that block; they are called in the threads.
     """
@@ -158,7 +158,7 @@ class ThreadedStore(Store):
             return
         self._forget_made()
         if self._bytes_behind + length > MAX_BYTES_BEHIND or time.monotonic() >= self._room_until:
-            self._change(offset, length, lambda: self._write_small(data, offset), done)
+            self._change(offset, length, lambda: self._write_checked(data, offset), done)
             return
         if not self._behind:
             # Not at once: the thread would compete with this one for the interpreter before the answer is sent.
@@ -188,14 +188,14 @@ class ThreadedStore(Store):
 
     def _write_behind(self, writes: list[tuple[int, int, Buffer]]) -> None:
         for key, offset, data in writes:
-            error = attempt(partial(self._write_small, data, offset))
+            error = attempt(partial(self._write_checked, data, offset))
             if error is not None:
                 log.warning("%s: writing failed: %s", self.name, error)
                 self._room_until = 0.0
                 self._late_error = self._late_error or error
             self._made.append(key)
 
-    def _write_small(self, data: Buffer, offset: int) -> None:
+    def _write_checked(self, data: Buffer, offset: int) -> None:
         """Write, and check once in a while whether later writes may be done before they are made."""
         self._write_blocking(memoryview(data), offset)
         now = time.monotonic()
