@@ -16,6 +16,7 @@ from mcp.client.stdio import stdio_client
 from mcp_types import ImageContent, TextContent
 from tests.agents.support import console
 from tests.cli.sessions import vm
+from tests.cli.support import Cli
 from tests.control.test_screens import HEIGHT, WIDTH
 from tests.docs import ROOT
 
@@ -103,18 +104,28 @@ def refused(environment: dict[str, str], *arguments: object, code: str = COMMAND
     return run.returncode, run.stderr
 
 
-def test_options_that_contradict_each_other(environment: dict[str, str], tmp_path: Path) -> None:
+def test_options_that_contradict_each_other(
+    environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    cli = Cli(capfd)
     for options, message in (
         (["web", "--read-only", "--allow", tmp_path], "--read-only and --allow contradict each other"),
         (["web", "--allow-write"], "--allow-write has no effect without --allow"),
         (["web", "--proxy", "http://x"], "--proxy has no effect without a TARGET"),
         (["web", "--allow", tmp_path / "none"], "no such file or directory"),
-        (["web"], "the session web is not running"),
         ([], "no session is running"),
     ):
-        number, error = refused(environment, *options)
-        assert number == 2
-        assert message in error, error
+        result = cli("mcp", *options)
+        assert (result.code, result.out) == (2, "")
+        assert message in result.err
+
+
+def test_a_session_that_is_not_running(environment: dict[str, str]) -> None:
+    number, error = refused(environment, "web")
+    assert number == 2
+    assert "the session web is not running" in error
 
 
 def test_the_extra_is_missing(environment: dict[str, str]) -> None:
