@@ -917,7 +917,9 @@ async def test_session_that_ends_while_a_port_opens(when: str, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("waits", [0, 0.1])
-async def test_session_that_we_close_while_a_port_opens(waits: float) -> None:
+async def test_session_that_we_close_while_a_port_opens(monkeypatch: pytest.MonkeyPatch, waits: float) -> None:
+    monkeypatch.setattr(spice_port, "SETTLE_TIME", 60)
+
     async def silent(channel: Channel) -> None:
         await channel.reader.read()
 
@@ -933,7 +935,9 @@ async def test_session_that_we_close_while_a_port_opens(waits: float) -> None:
 
 
 @pytest.mark.parametrize("waits", [0, 0.1])
-async def test_port_that_is_closed_while_it_opens(waits: float) -> None:
+async def test_port_that_is_closed_while_it_opens(monkeypatch: pytest.MonkeyPatch, waits: float) -> None:
+    monkeypatch.setattr(spice_port, "SETTLE_TIME", 2)
+
     async def silent(channel: Channel) -> None:
         await channel.reader.read()
 
