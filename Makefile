@@ -76,8 +76,8 @@ load: setup
 	PYTHONPATH=. $(PYTHON) bench/load.py
 
 stress: setup
-	FARPLUG_STRESS_SECONDS=60 FARPLUG_PAUSE_STEPS=4 $(PYTHON) -m pytest \
-		tests/guest/test_stress.py tests/guest/test_paused.py
+	FARPLUG_STRESS_SECONDS=60 FARPLUG_PAUSE_STEPS=4 FARPLUG_PAUSE_SECONDS=30 $(PYTHON) -m pytest \
+		tests/guest/test_stress.py tests/guest/test_paused.py tests/guest/test_nested_lifecycle.py
 
 soak: setup
 	$(PYTHON) bench/soak.py --seconds $(SOAK)

@@ -106,8 +106,20 @@ class Job:
             AssertionError: the command ended before.
             CommandFailed: the text did not appear in time.
         """
-        count = f"$(busybox grep -oF -e {shlex.quote(text)} {self._name}.out | busybox wc -l)"
-        await until(self._guest, f"[ {count} -ge {times} ] || ! kill -0 {await self.pid()} 2>/dev/null")
+        setup = f"exec 3<{self._name}.out; text={shlex.quote(text)} count=0 line="
+        # Commands of the shell only, and each line read once: this waits for programs that need the processor.
+        condition = f"""{{
+            kill -0 {await self.pid()} 2>/dev/null && over= || over=yes
+            while IFS= read -r part <&3; do
+                line=$line$part
+                while [ "${{line#*"$text"}}" != "$line" ]; do count=$((count + 1)) line=${{line#*"$text"}}; done
+                line=
+            done
+            line=$line$part
+            [ "${{line#*"$text"}}" = "$line" ] || [ $((count + 1)) -lt {times} ] || over=yes
+            [ -n "$over" ] || [ $count -ge {times} ]
+        }}"""
+        await until(self._guest, condition, setup=setup)
         output = await self.output()
         assert output.count(text) >= times, f"no {text!r} in the output of a command that ended: {output}"
         return output
@@ -138,7 +150,7 @@ class Job:
 async def running(guest: QemuGuest, command: str) -> AsyncIterator[Job]:
     """Start a command in a guest; at the end interrupt it, and kill it if it does not end."""
     name = f"/run/job{next(_numbers)}"
-    script = f"echo $$ >{name}.new; mv {name}.new {name}.pid; exec env {command} >{name}.out 2>&1"
+    script = f": >{name}.out; echo $$ >{name}.new; mv {name}.new {name}.pid; exec env {command} >{name}.out 2>&1"
     task = asyncio.create_task(guest.run(script, timeout=600))
     job = Job(guest, task, name)
     try:

@@ -146,8 +146,10 @@ async def read_line(guest: QemuGuest, action: Callable[[], Awaitable[object]]) -
         reading.cancel()
 
 
-async def until(guest: QemuGuest, condition: str) -> str:
+async def until(guest: QemuGuest, condition: str, *, setup: str = ":") -> str:
     """Wait in a guest until a shell command succeeds; return the output of its last execution.
+
+    ``setup`` is executed once, before.
 
     This is a loop in the guest, because an emulated guest needs 50 ms of processor time to begin a command. The first
     half second is looked at closely: later each look takes time from the program that is waited for.
@@ -156,6 +158,7 @@ async def until(guest: QemuGuest, condition: str) -> str:
         CommandFailed: the command did not succeed in time.
     """
     script = f"""
+        {setup}
         tries=0
         until {condition}; do
             tries=$((tries + 1))

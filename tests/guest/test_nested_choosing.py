@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from tests.guest.conftest import Guests
 
 KEYBOARD, HUB, DISK, NETWORK = "0627:0001 *Keyboard", "0409:55aa *", "46f4:0001 *", "0525:a4a2 *"
-STICK = "46f4:0001"
 
 
 @pytest_asyncio.fixture(loop_scope="session")
@@ -31,12 +30,6 @@ async def drive(machine: Machine, tmp_path: Path) -> AsyncIterator[str]:
         file.truncate(8 << 20)
     async with machine.drive(image) as name:
         yield name
-
-
-async def farplug(machine: Machine, *arguments: str) -> tuple[int, str]:
-    """Run farplug in the near guest: its exit code and output."""
-    result = await machine.guest.run(f"{FARPLUG} {' '.join(arguments)} 2>&1")
-    return result.exit_code, result.data.decode()
 
 
 async def events(job: Job, name: str) -> list[dict[str, Any]]:
@@ -60,8 +53,7 @@ async def test_what_is_there_and_why_it_cannot_be_plugged(machine: Machine, driv
         await machine.check("until head -c 1 /dev/sda >/dev/null 2>&1; do sleep 0.1; done; mke2fs -q /dev/sda")
         await machine.check("mkdir -p /run/stick; mount -t ext2 /dev/sda /run/stick")
         try:
-            _, output = await farplug(machine, "devices", "--json")
-            code, refusal = await farplug(machine, "connect tcp://127.0.0.1:1 --usb-device", STICK)
+            output = await machine.check(f"{FARPLUG} devices --json 2>&1")
         finally:
             await machine.check("umount /run/stick")
         found = {f"{one['bus']}-{one['address']}": one for one in json.loads(output)["usb"]["devices"]}
@@ -78,7 +70,6 @@ async def test_what_is_there_and_why_it_cannot_be_plugged(machine: Machine, driv
         (mounted,) = found[disk.bus]["obstacles"]
         assert (mounted["reason"], found[disk.bus]["interfaces"][0]["driver"]) == ("in-use", "usb-storage")
         assert "/dev/sda is mounted on /run/stick" in mounted["message"]
-        assert (code, "/dev/sda is mounted on /run/stick" in refusal) == (12, True), refusal
 
 
 async def test_rules_take_what_comes_but_not_the_keyboard(machine: Machine, drive: str, guests: Guests) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import os
 import re
 import struct
@@ -75,11 +76,13 @@ class Clocked(UsbipDevice):
     Attributes:
         played: the packets that came.
         given: how many it gave.
+        limit: how many it gives; then its transfers wait.
         packet: what it gives.
     """
 
     played: list[bytes] = field(default_factory=list)
     given: int = 0
+    limit: float = math.inf
     packet: Callable[[int], bytes] = packet
     _free: dict[int, float] = field(default_factory=dict)
 
@@ -98,6 +101,8 @@ class Clocked(UsbipDevice):
                 self.played.append(urb.data[offset : offset + length])
                 offset += length
             self.complete(urb)
+        elif urb.endpoint == SOURCE and self.given + len(urb.packets) > self.limit:
+            asyncio.get_running_loop().call_later(PERIOD, self._answer, urb)
         elif urb.endpoint == SOURCE:
             packets = [self.packet(self.given + number) for number in range(len(urb.packets))]
             self.given += len(packets)

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 from tests.guest.kerbside import Kerbside, require_kerbside
 from tests.guest.nested import FAR, Plugger
-from tests.guest.plugging import MIB
-from tests.guest.test_nested_storage import BOT, LIFE_CYCLE, UAS, disk, far_disk
+from tests.guest.test_nested_storage import BOT, LIFE_CYCLE, SIZE, UAS, disk, far_disk
 
 from farplug.testing import GATEWAY
 
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 async def test_a_real_disk(kind: str, plugger: Plugger, guests: Guests, tmp_path: Path) -> None:
     require_kerbside()
     image = tmp_path / "disk.raw"
-    image.write_bytes(os.urandom(16 * MIB))
+    image.write_bytes(os.urandom(SIZE))
     far = await guests.get(FAR)
     async with Kerbside() as kerbside:
         vv = await kerbside.allow(far.spice, host=GATEWAY)

@@ -8,15 +8,16 @@ import os
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import pytest_asyncio
 from tests.guest.nested import FAR, Plugger, RealDevice, from_inside, running
-from tests.guest.plugging import GUEST_TIMEOUT, MIB, NO_SCAN_DELAY, gone, until, usb_folder_by_name
+from tests.guest.plugging import GUEST_TIMEOUT, MIB, gone, until, usb_folder_by_name
 
-from farplug.testing import GuestConfig, QemuGuest, TcpPort
+from farplug.testing import QemuGuest, TcpPort
 
 if TYPE_CHECKING:
     from tests.guest.conftest import Guests
@@ -57,8 +58,10 @@ async def far_disk(guest: QemuGuest, name: str) -> str:
     folder = Path(await usb_folder_by_name(guest, name)).name
     condition = f"""
         (
-            for block in $(busybox find /sys/devices -path '*/{folder}/*/block/sd*' -prune); do
-                busybox head -c 512 /dev/${{block##*/}} | busybox grep -q '' && echo /dev/${{block##*/}} && exit 0
+            for block in /sys/block/sd*; do
+                cd -P $block && case $PWD in */{folder}/*) ;; *) continue ;; esac
+                read -r size <size && [ "$size" != 0 ] || continue
+                busybox dd if=/dev/${{block##*/}} of=/dev/null bs=512 count=1 && echo /dev/${{block##*/}} && exit 0
             done 2>/dev/null
             exit 1
         )"""
@@ -113,11 +116,8 @@ async def test_unplugged_while_it_is_read(plugger: Plugger, far: QemuGuest, imag
         assert there.split()[0] == hashlib.sha256(image.read_bytes()).hexdigest()
 
 
-SMALL = GuestConfig(ports=(TcpPort(),), kernel_arguments=NO_SCAN_DELAY)
-
-
 async def test_guest_is_reset_paused_and_killed(plugger: Plugger, guests: Guests, image: Path) -> None:
-    async with guests.fresh(SMALL) as far, disk(plugger, BOT, image) as real:
+    async with guests.fresh(replace(FAR, ports=(TcpPort(),))) as far, disk(plugger, BOT, image) as real:
         async with plugger.plugged(far.targets[0], real):
             await far_disk(far, BOT)
             plugger.events.clear()
