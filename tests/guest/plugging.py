@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -16,7 +16,7 @@ from farplug.app.console_fonts import VGA_FOLDERS, load_glyphs
 from farplug.app.guest import Guest
 from farplug.redirection.events import DeviceReport, PortEvent
 from farplug.target import TargetOptions, open_session, parse_target
-from farplug.testing import GuestConfig, QemuGuest, SpicePort, TcpPort
+from farplug.testing import Controller, GuestConfig, QemuGuest, SpicePort, TcpPort
 from farplug.transport.session import Session
 from farplug.usb import Device, DeviceEvent
 from farplug.virtual.storage_transport import StorageTransport
@@ -36,15 +36,25 @@ NO_SCAN_DELAY = ("usb_storage.delay_use=0",)
 
 SCRIPTS = Path(__file__).parent / "scripts"
 
+SG_TOOLS = (
+    "sg_get_config", "sg_inq", "sg_luns", "sg_modes", "sg_opcodes", "sg_raw", "sg_readcap", "sg_requests", "sg_start",
+    "sg_sync", "sg_turs", "sg_unmap", "sg_verify", "sg_vpd", "sg_write_same",
+)  # fmt: skip
+DISK_TOOLS = (
+    "badblocks", "blkdiscard", "f3probe", "fallocate", "fio", "fsck.exfat", "lowntfs-3g", "mkfs.exfat", "ntfs-3g",
+    "usbreset",
+)  # fmt: skip
+
 LABORATORY = GuestConfig(
     ports=(TcpPort(), SpicePort(), TcpPort(nodelay=False)),
     kernel_arguments=NO_SCAN_DELAY,
     memory=512,
-    programs=("badblocks", "blkdiscard", "f3probe", "fallocate", "fio", "fsck.exfat", "mkfs.exfat", "usbreset"),
+    modules=("fuse", "sg"),
+    programs=(*DISK_TOOLS, *SG_TOOLS),
     python=True,
     files=tuple((f"/scripts/{path.name}", path) for path in sorted(SCRIPTS.glob("*.py"))),
 )
-"""The guest of most tests: programs that test disks, Python, and the scripts of this folder.
+"""The guest of tests of disks: programs that test disks, Python, and the scripts of this folder.
 
 Guests that differ in ports and SPICE server only start from one snapshot: a boot takes ten times as long.
 """
@@ -52,13 +62,29 @@ Guests that differ in ports and SPICE server only start from one snapshot: a boo
 
 FUNCTIONS = GuestConfig(
     ports=(TcpPort(), SpicePort(), SpicePort()),
-    modules=("cdc_acm", "cdc_ncm", "usbhid", "hid_generic", "uvcvideo"),
+    kernel_arguments=NO_SCAN_DELAY,
+    modules=("cdc_acm", "cdc_ncm", "evdev", "hid_generic", "hid_multitouch", "usbhid", "uvcvideo"),
     programs=("fido2-token", "fido2-cred", "fido2-assert", "usbreset", "v4l2-ctl"),
     memory=1024,
     python=True,
-    files=(("/scripts/serial_line.py", SCRIPTS / "serial_line.py"),),
+    files=LABORATORY.files,
+    extra_arguments=("-device", "VGA"),
 )
-"""The guest of the tests of serial lines, network adapters, security keys and cameras: a TCP port, two SPICE ports."""
+"""The guest of tests of other devices: their drivers, programs, Python, the scripts. A TCP port, two SPICE ports."""
+
+SCREEN = replace(
+    FUNCTIONS,
+    ports=(SpicePort(), SpicePort()),
+    kernel_arguments=(*NO_SCAN_DELAY, "console=tty0"),
+    memory=512,
+    extra_arguments=("-device", "VGA,id=screen", "-device", "usb-tablet,bus=usb.0"),
+)
+"""The guest of tests of the screen: a text console on it, a tablet, and two SPICE ports."""
+
+
+def with_controller(controller: Controller) -> GuestConfig:
+    """Return the guest of tests of other USB controllers: a TCP port."""
+    return replace(FUNCTIONS, ports=(TcpPort(),), controller=controller, extra_arguments=())
 
 
 @dataclass(frozen=True)
@@ -73,6 +99,9 @@ class Storage:
     transport: StorageTransport
     driver: str
 
+
+TCP, SPICE = 0, 1
+"""The places of these ports in LABORATORY and FUNCTIONS."""
 
 STORAGE = {"bot": Storage(StorageTransport.BOT, "usb-storage"), "uas": Storage(StorageTransport.AUTO, "uas")}
 """Values of the parameter ``storage``."""

@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from tests.capture import blocks, wireshark
-from tests.guest.plugging import MIB, STORAGE, disk_of
+from tests.guest.plugging import LABORATORY, MIB, STORAGE, disk_of
 
 import farplug
 from farplug.app.settings import CaptureSettings
 from farplug.store import MemoryStore
-from farplug.testing import GuestConfig, QemuGuest, Spice, SpicePort, SpiceTransport
+from farplug.testing import QemuGuest, Spice, SpicePort, SpiceTransport
 from farplug.virtual.disk import disk_device
 
 if TYPE_CHECKING:
     from tests.guest.conftest import Guests
 
 TICKET = "only Alice knows it"
-TLS = GuestConfig(
-    ports=(SpicePort(),),
-    spice=Spice(transport=SpiceTransport.TLS, ticket=TICKET),
-    kernel_arguments=("usb_storage.delay_use=0",),
-)
+TLS = replace(LABORATORY, ports=(SpicePort(),), spice=Spice(transport=SpiceTransport.TLS, ticket=TICKET))
 PORTS = {"spice": 0, "tcp": 2, "unix": 3}
 SPICE = ("spice", "spice+tls")
 

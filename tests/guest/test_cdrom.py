@@ -9,25 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.guest.plugging import MIB, NO_SCAN_DELAY, Plugged, plugged, until
+from tests.guest.plugging import LABORATORY, MIB, SPICE, TCP, Plugged, plugged, until
 from tests.guest.test_boot import BOOTED, CODE, PROOF, plug_and_run, tool
 
 from farplug.errors import DeviceError, Reason
 from farplug.redirection import events
-from farplug.testing import Boot, GuestConfig, GuestFactory, QemuGuest, SpicePort, TcpPort
+from farplug.testing import Boot, GuestConfig, GuestFactory, QemuGuest, SpicePort
 from farplug.usb import Device
 from farplug.virtual import StorageTransport, cdrom_device, drives_of
 from farplug.virtual.events import MediumEjected, MediumInserted, MediumLocked
 
 if TYPE_CHECKING:
     from tests.guest.conftest import Guests
-
-CONFIG = GuestConfig(
-    ports=(SpicePort(), TcpPort()),
-    kernel_arguments=NO_SCAN_DELAY,
-    modules=("sg",),
-    programs=("sg_start", "sg_get_config"),
-)
 
 
 def make_iso(path: Path, *arguments: str, **files: bytes) -> Path:
@@ -95,14 +88,14 @@ def no_reset(hub: Plugged) -> None:
 async def test_mounted_ejected_and_replaced(
     guests: Guests, tmp_path: Path, transport: StorageTransport, driver: str
 ) -> None:
-    guest = await guests.get(CONFIG)
+    guest = await guests.get(LABORATORY)
     contents = [os.urandom(8 * MIB), os.urandom(3 * MIB)]
     digests = [hashlib.sha256(content).hexdigest() for content in contents]
     first, second = (
         make_iso(tmp_path / f"{number}.iso", random=content) for number, content in enumerate(contents, start=1)
     )
     device = cdrom_device(first, transport=transport)
-    async with plugged(guest.targets[0], device) as hub:
+    async with plugged(guest.targets[SPICE], device) as hub:
         drive = await drive_of(guest, device)
         name = drive.removeprefix("/dev/")
         usb = f"$(readlink -f /sys/block/{name}/device/../../../..)"
@@ -134,11 +127,11 @@ async def test_mounted_ejected_and_replaced(
 
 
 async def test_a_mounted_medium_is_locked_and_can_be_taken_by_force(guests: Guests, tmp_path: Path) -> None:
-    guest = await guests.get(CONFIG)
+    guest = await guests.get(LABORATORY)
     content = os.urandom(16 * MIB)
     iso = make_iso(tmp_path / "one.iso", random=content)
     device = cdrom_device(iso)
-    async with plugged(guest.targets[1], device) as hub:
+    async with plugged(guest.targets[TCP], device) as hub:
         drive = await drive_of(guest, device)
         # Ubuntu's kernel does not lock the tray by default.
         await guest.check(f"echo 1 >/proc/sys/dev/cdrom/lock && mount -t iso9660 -o ro {drive} /mnt")
@@ -197,9 +190,9 @@ async def test_the_format_before_iso_9660(guests: Guests, tmp_path: Path) -> Non
     content = os.urandom(100_000)
     path = tmp_path / "1986.iso"
     path.write_bytes(high_sierra(content))
-    guest = await guests.get(CONFIG)
+    guest = await guests.get(LABORATORY)
     device = cdrom_device(path)
-    async with plugged(guest.targets[1], device):
+    async with plugged(guest.targets[TCP], device):
         drive = await drive_of(guest, device)
         assert await checksum(guest, drive) == hashlib.sha256(content).hexdigest()
     await device.dispose()

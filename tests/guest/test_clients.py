@@ -17,9 +17,9 @@ from tests.control.support import RawClient
 from tests.control.test_driving import done
 from tests.control.test_screens import Viewer, request
 from tests.guest.conftest import Guests
-from tests.guest.plugging import GUEST_TIMEOUT, read_line, until
+from tests.guest.plugging import GUEST_TIMEOUT, SCREEN, read_line, until
 from tests.guest.test_cdrom import make_iso
-from tests.guest.test_screen import KEYBOARD, dump
+from tests.guest.test_screen import dump
 from tests.guest.test_spice_session import TWO_PORTS
 
 from farplug.app.app import App
@@ -108,7 +108,7 @@ async def test_a_cd_of_a_client_is_read_and_its_client_is_killed(guests: Guests,
 
 
 async def test_a_screen_is_watched_while_keys_are_pressed(guests: Guests, tmp_path: Path) -> None:
-    guest = await guests.get(KEYBOARD)
+    guest = await guests.get(SCREEN)
     async with serving(guest.targets[0], tmp_path) as server, RawClient.connect(server.path) as client:
         client.send(request("watch", "watch-screen"), request("drive", "drive", take=True))
         viewer = Viewer()

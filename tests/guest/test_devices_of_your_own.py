@@ -14,10 +14,10 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pytest
-from tests.guest.plugging import GUEST_TIMEOUT, SCRIPTS, beside, comes, plugged, raw, until, usb_folder, usb_node
+from tests.guest.plugging import FUNCTIONS, GUEST_TIMEOUT, beside, comes, plugged, raw, until, usb_folder, usb_node
 from tests.leaks import Left, no_more_than
 
-from farplug.testing import GuestConfig, QemuGuest, SpicePort, TcpPort
+from farplug.testing import QemuGuest
 from farplug.usb import Setup, Speed
 from farplug.virtual import (
     AsyncFunction,
@@ -35,14 +35,6 @@ from farplug.virtual.hid import Button, Gamepad, Key, Keyboard, Led, Mouse, Tabl
 
 if TYPE_CHECKING:
     from tests.guest.conftest import Guests
-
-GUEST = GuestConfig(
-    ports=(TcpPort(), SpicePort()),
-    modules=("usbhid", "hid_generic", "evdev"),
-    memory=512,
-    python=True,
-    files=tuple((f"/scripts/{name}", SCRIPTS / name) for name in ("usbfs.py", "input_events.py")),
-)
 
 Event: TypeAlias = tuple[int, int, int]
 
@@ -185,7 +177,7 @@ async def trouble(guest: QemuGuest) -> str:
 
 @pytest.mark.parametrize("port", [0, 1], ids=["tcp", "spice"])
 async def test_a_text_arrives_and_is_confirmed(guests: Guests, port: int) -> None:
-    guest = await guests.get(GUEST)
+    guest = await guests.get(FUNCTIONS)
     everything = Everything()
     keyboard = everything.keyboard
     text = "".join(
@@ -216,7 +208,7 @@ async def test_a_text_arrives_and_is_confirmed(guests: Guests, port: int) -> Non
 
 
 async def test_pointers(guests: Guests) -> None:
-    guest = await guests.get(GUEST)
+    guest = await guests.get(FUNCTIONS)
     everything = Everything()
     async with plugged(guest.targets[0], everything.device):
         tablet, mouse = everything.tablet, everything.mouse
@@ -241,7 +233,7 @@ async def test_pointers(guests: Guests) -> None:
 
 @pytest.mark.parametrize("speed", [Speed.HIGH, Speed.SUPER], ids=str)
 async def test_endpoints_of_every_type(guests: Guests, speed: Speed) -> None:
-    guest = await guests.get(GUEST)
+    guest = await guests.get(FUNCTIONS)
     everything = Everything(speed)
     sampler = everything.sampler
     async with plugged(guest.targets[0], everything.device):
@@ -283,7 +275,7 @@ async def test_endpoints_of_every_type(guests: Guests, speed: Speed) -> None:
 
 
 async def test_detach_in_the_middle_of_a_text(guests: Guests) -> None:
-    guest = await guests.get(GUEST)
+    guest = await guests.get(FUNCTIONS)
     everything = Everything()
     keyboard = everything.keyboard
     for _ in range(2):  # the same device is plugged in again
@@ -314,7 +306,7 @@ def objects() -> Counter[str]:
 
 async def test_a_hundred_rounds_of_attach_and_detach_leak_nothing(guests: Guests) -> None:
     """Plug two devices in and out, fifty times: Linux serves the hub of each speed on its own, so both at a time."""
-    guest = await guests.get(GUEST)
+    guest = await guests.get(FUNCTIONS)
     keyboards = Keyboard(), Keyboard()
     devices = [
         VirtualDevice(
@@ -341,7 +333,7 @@ async def test_a_hundred_rounds_of_attach_and_detach_leak_nothing(guests: Guests
 
 
 async def test_rounds_of_functions_that_run_leak_nothing(guests: Guests) -> None:
-    guest = await guests.get(GUEST)
+    guest = await guests.get(FUNCTIONS)
     everything = Everything()
     before: Left | None = None
     for number in range(6):

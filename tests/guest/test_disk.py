@@ -24,11 +24,12 @@ from tests.guest.plugging import (
     disk_of,
     gone,
     plugged,
+    with_controller,
 )
 
 from farplug.redirection import events
 from farplug.target import TargetOptions, open_session, parse_target
-from farplug.testing import Controller, GuestConfig, QemuGuest, Spice, SpicePort, SpiceTransport, TcpPort
+from farplug.testing import Controller, GuestConfig, QemuGuest, Spice, SpicePort, SpiceTransport
 from farplug.usb import Speed
 from farplug.virtual import StorageTransport, disk_device
 
@@ -135,9 +136,7 @@ async def test_over_tls_with_a_ticket(guests: Guests, tmp_path: Path) -> None:
 
 
 async def test_a_guest_with_nothing_but_ehci_gets_high_speed_by_itself(guests: Guests, tmp_path: Path) -> None:
-    guest = await guests.get(
-        GuestConfig(ports=(TcpPort(),), controller=Controller.EHCI, kernel_arguments=NO_SCAN_DELAY)
-    )
+    guest = await guests.get(with_controller(Controller.EHCI))
     image = blank(tmp_path / "disk.raw")
     device = disk_device(image)
     async with plugged(guest.targets[0], device) as hub:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tests.guest.plugging import NO_SCAN_DELAY, disk_of
+from tests.guest.plugging import LABORATORY, disk_of
 from tests.image.support import ISO, MIB, ODD, PLAIN, SIMILAR, WHEN, alike, contents, make_folder, partition, run
 
 from farplug.errors import ImageError, Reason
@@ -18,17 +18,9 @@ from farplug.image import Format, Partition, Volume, build, create_image, create
 from farplug.image.fill import fill_in_guest
 from farplug.image.tools import ImageBuild
 from farplug.image.tree import scan
-from farplug.testing import GuestConfig, GuestFixture, TcpPort
+from farplug.testing import GuestConfig, GuestFixture
 from farplug.usb import Device
 from farplug.virtual.disk import disk_device
-
-CONFIG = GuestConfig(
-    ports=(TcpPort(),),
-    kernel_arguments=NO_SCAN_DELAY,
-    modules=("fuse",),
-    programs=("ntfs-3g", "lowntfs-3g"),
-    memory=320,
-)
 
 MOUNT = {
     Format.FAT32: "mount -t vfat -o ro,utf8=1,tz=UTC",
@@ -84,7 +76,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def farplug_guest_config() -> GuestConfig:
-    return CONFIG
+    return LABORATORY
 
 
 @contextmanager

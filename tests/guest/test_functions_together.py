@@ -17,15 +17,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests.guest.command import farplug
-from tests.guest.plugging import (
-    FUNCTIONS,
-    GUEST_TIMEOUT,
-    MIB,
-    Plugged,
-    until,
-    usb_folder_by_name,
-    usb_node,
-)
+from tests.guest.plugging import FUNCTIONS, GUEST_TIMEOUT, MIB, SPICE, TCP, Plugged, until, usb_folder_by_name, usb_node
 from tests.guest.test_camera import CHOSEN, digest, read
 from tests.guest.test_network import LEASE, MAC, served
 from tests.guest.test_security_key import HASH, SITE, USER_ID, register, write
@@ -45,7 +37,6 @@ from farplug.virtual.video.pattern import picture
 if TYPE_CHECKING:
     from tests.guest.conftest import Guests
 
-TCP, SPICE = 0, 1
 ROUNDS = int(os.environ.get("FARPLUG_ATTACH_ROUNDS", "50"))
 """Rounds of all four; tests/virtual/test_together.py has a hundred in memory."""
 RESETS = 10

@@ -17,7 +17,6 @@ import pytest
 from tests.guest.plugging import GUEST_TIMEOUT, comes
 
 from farplug.testing import (
-    Boot,
     CommandFailed,
     Controller,
     GuestConfig,
@@ -171,14 +170,6 @@ async def test_spice_over_tls_asks_for_our_authority(guests: Guests) -> None:
         text = await guest.qmp.human("info spice")
         assert f"{address.tls_port} [tls]" in text
         assert "auth: spice" in text
-
-
-@pytest.mark.parametrize(
-    ("boot", "sign"), [(Boot.BIOS, "No bootable device."), (Boot.UEFI, "Shell>")], ids=lambda value: str(value)
-)
-async def test_firmware_boots(guests: Guests, boot: Boot, sign: str) -> None:
-    async with guests.fresh(GuestConfig(boot=boot)) as guest:
-        await guest.wait_for_console(sign)
 
 
 async def test_two_guests_side_by_side_and_nothing_left_afterwards(guests: Guests) -> None:

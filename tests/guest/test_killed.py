@@ -35,8 +35,8 @@ from farplug.usb import Buffer
 if TYPE_CHECKING:
     from tests.guest.conftest import Guests
 
-CUTS = int(os.environ.get("FARPLUG_POWER_CUTS", "3"))
-"""How often farplug is killed in each test."""
+CUTS = int(os.environ.get("FARPLUG_POWER_CUTS", "2"))
+"""How often farplug is killed in each test, over each transport in turn."""
 QEMU_CUTS = max(1, CUTS // 6)
 """How often QEMU is: each time a guest has to boot."""
 

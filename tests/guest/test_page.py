@@ -16,17 +16,12 @@ from typing import Any
 
 import pytest
 from tests.guest.conftest import Guests
-from tests.guest.plugging import GUEST_TIMEOUT, NO_SCAN_DELAY, gone
+from tests.guest.plugging import GUEST_TIMEOUT, SCREEN, gone
 from tests.web.support import Browser, Served
 
-from farplug.testing import GuestConfig, QemuGuest, SpicePort
+from farplug.testing import QemuGuest
 
 COMMAND = (sys.executable, "-c", "from farplug.cli.script import main; main()", "page", "--json", "--view-only")
-CONFIG = GuestConfig(
-    ports=(SpicePort(),),
-    kernel_arguments=(*NO_SCAN_DELAY, "console=tty0"),
-    extra_arguments=("-device", "VGA,id=screen"),
-)
 
 
 @pytest.fixture
@@ -89,7 +84,7 @@ async def test_a_vm_in_the_browser(guests: Guests, folder: Path) -> None:
         "XDG_CACHE_HOME": str(folder),
     }
     iso = bytes(32768) + b"\1CD001\1" + os.urandom(3_000_000 - 32775 - 3_000_000 % 2048)
-    async with guests.fresh(CONFIG) as guest, asyncio.timeout(2 * GUEST_TIMEOUT):
+    async with guests.fresh(SCREEN) as guest, asyncio.timeout(2 * GUEST_TIMEOUT):
         process = await asyncio.create_subprocess_exec(
             *COMMAND, "-s", guest.targets[0], env=environment, stdout=asyncio.subprocess.PIPE
         )
@@ -98,7 +93,7 @@ async def test_a_vm_in_the_browser(guests: Guests, folder: Path) -> None:
             page = Remote(json.loads(await process.stdout.readline()))
             async with page.browser(page.token) as driver, page.browser(page.view_token) as watcher:
                 (row,) = await driver.call("sessions")
-                assert (row["state"], len(row["ports"])) == ("connected", 1)
+                assert (row["state"], len(row["ports"])) == ("connected", 2)
                 for browser in (driver, watcher):
                     await browser.call("open", {"session": row["name"]})
                     width, height, pixels = await picture(browser)

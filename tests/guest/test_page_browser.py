@@ -16,17 +16,11 @@ import pytest
 from playwright.async_api import Page, async_playwright, expect
 from tests.guest.command import farplug
 from tests.guest.conftest import Guests
-from tests.guest.plugging import GUEST_TIMEOUT, MIB, NO_SCAN_DELAY, read_line
+from tests.guest.plugging import GUEST_TIMEOUT, MIB, SCREEN, read_line
 from tests.guest.test_screen import dump
 
-from farplug.testing import GuestConfig, QemuGuest, SpicePort
+from farplug.testing import QemuGuest
 
-CONFIG = GuestConfig(
-    ports=(SpicePort(), SpicePort()),
-    kernel_arguments=(*NO_SCAN_DELAY, "console=tty0"),
-    modules=("usbhid", "hid_generic", "evdev"),
-    extra_arguments=("-device", "VGA,id=screen", "-device", "usb-tablet,bus=usb.0"),
-)
 PIXELS = (
     "() => { const picture = document.querySelector('.picture');"
     " const data = picture.getContext('2d').getImageData(0, 0, picture.width, picture.height).data;"
@@ -68,7 +62,7 @@ async def until(condition: Callable[[], Awaitable[bool]]) -> None:
 
 
 async def test_picture_keys_and_sockets(guests: Guests, tmp_path: Path) -> None:
-    guest = await guests.get(CONFIG)
+    guest = await guests.get(SCREEN)
     root = tmp_path / "images"
     root.mkdir()
     content = os.urandom(MIB)
@@ -118,7 +112,7 @@ async def test_picture_keys_and_sockets(guests: Guests, tmp_path: Path) -> None:
 
 
 async def test_an_iso_of_the_browser(guests: Guests, tmp_path: Path) -> None:
-    guest = await guests.get(CONFIG)
+    guest = await guests.get(SCREEN)
     image = bytearray(os.urandom(3 * MIB))
     image[32768:32774] = b"\x01CD001"
     path = tmp_path / "debian.iso"

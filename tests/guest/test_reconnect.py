@@ -62,19 +62,17 @@ async def test_devices_come_and_go_after_the_ticket_has_expired(guests: Guests, 
     await guest.qmp.execute("expire_password", {"protocol": "spice", "time": "never"})
 
 
-async def test_a_vm_that_is_killed_and_started_again_has_its_devices_back(tmp_path: Path) -> None:
+async def test_a_vm_that_is_killed_and_started_again_has_its_devices_back(guests: Guests, tmp_path: Path) -> None:
     config = GuestConfig(ports=TWO, spice=Spice(port=free_port()))
     sources = [Source.disk(path) for path in images(tmp_path)]
     async with asyncio.timeout(4 * GUEST_TIMEOUT), AsyncExitStack() as stack:
-        async with QemuGuest(config) as guest:
+        async with guests.fresh(config) as guest:
             session = await stack.enter_async_context(running(guest.targets[0], *sources))
-            await guest.booted(GUEST_TIMEOUT)
             await read(guest, "alpha", "gamma")
             os.kill(guest.pid, signal.SIGKILL)
         await session.named("reconnecting", 2)
-        async with QemuGuest(config) as guest:
+        async with guests.fresh(config) as guest:
             await session.named("back")
-            await guest.booted(GUEST_TIMEOUT)
             await in_use(session, "alpha.raw", "gamma.raw")
             await read(guest, "alpha", "gamma")
 

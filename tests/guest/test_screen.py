@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tests.app.test_screen import decode_png
 from tests.guest.conftest import Guests
-from tests.guest.plugging import GUEST_TIMEOUT, NO_SCAN_DELAY, read_line
+from tests.guest.plugging import GUEST_TIMEOUT, SCREEN, read_line
 from tests.guest.plugging import until as until_in
 
 from farplug.app.guest import Guest
@@ -20,7 +20,7 @@ from farplug.app.settings import Source
 from farplug.errors import Reason, RefusedError, TargetError
 from farplug.spice.inputs import Locks
 from farplug.target import open_session, parse_target
-from farplug.testing import Boot, GuestConfig, QemuGuest, Spice, SpicePort
+from farplug.testing import Boot, GuestConfig, QemuGuest, Spice
 
 DEVICES = ("VGA", "qxl-vga", "virtio-vga")
 
@@ -129,12 +129,6 @@ async def test_a_vm_without_a_display(guests: Guests) -> None:
         assert caught.value.reason is Reason.NO_DISPLAY
 
 
-KEYBOARD = GuestConfig(
-    ports=(SpicePort(),),
-    kernel_arguments=(*NO_SCAN_DELAY, "console=tty0"),
-    modules=("usbhid", "hid_generic", "evdev"),
-    extra_arguments=("-device", "VGA,id=screen", "-device", "usb-tablet,bus=usb.0"),
-)
 TEXT = 'The quick (brown) fox; jumps over {13} lazy~dogs & "cats" @ $5.00 = 100% #1!'
 
 
@@ -153,7 +147,7 @@ async def typed(guest: QemuGuest, farplug: Guest, text: str) -> str:
 
 
 async def test_keys_and_clicks_arrive_while_a_disk_is_plugged_in(guests: Guests, tmp_path: Path) -> None:
-    guest = await guests.get(KEYBOARD)
+    guest = await guests.get(SCREEN)
     image = tmp_path / "a.raw"
     image.write_bytes(b"x" * (1 << 20))
     async with await connect(guest) as farplug, farplug.plug(Source.disk(str(image))) as attachment:

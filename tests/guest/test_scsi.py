@@ -11,20 +11,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 import pytest_asyncio
-from tests.guest.plugging import MIB, NO_SCAN_DELAY, blank, disk_of, plugged, until
+from tests.guest.plugging import LABORATORY, MIB, blank, disk_of, plugged, until
 
-from farplug.testing import GuestConfig, QemuGuest, TcpPort
+from farplug.testing import QemuGuest
 from farplug.virtual import VirtualDevice, disk_device
 
 if TYPE_CHECKING:
     from tests.guest.conftest import Guests
-
-TOOLS = (
-    "sg_inq", "sg_luns", "sg_modes", "sg_opcodes", "sg_raw", "sg_readcap", "sg_requests", "sg_sync", "sg_turs",
-    "sg_unmap", "sg_verify", "sg_vpd", "sg_write_same",
-)  # fmt: skip
-
-CONFIG = GuestConfig(ports=(TcpPort(),), kernel_arguments=NO_SCAN_DELAY, modules=("sg",), programs=TOOLS)
 
 NEW_SIZE = 40 * MIB
 
@@ -55,7 +48,7 @@ class Plug:
 
 @pytest_asyncio.fixture(loop_scope="session")
 async def plug(guests: Guests, tmp_path: Path) -> AsyncIterator[Plug]:
-    guest = await guests.get(CONFIG)
+    guest = await guests.get(LABORATORY)
     image = tmp_path / "disk.raw"
     image.write_bytes(b"\xaa" * (32 * MIB))
     device = disk_device(image)
@@ -222,7 +215,7 @@ e2fsck -fn {disk} >/tmp/fsck 2>&1 || {{ cat /tmp/fsck; exit 1; }}
 
 
 async def test_large_blocks(guests: Guests, tmp_path: Path) -> None:
-    guest = await guests.get(CONFIG)
+    guest = await guests.get(LABORATORY)
     device = disk_device(blank(tmp_path / "disk.raw", 64 * MIB), block_size=4096)
     async with plugged(guest.targets[0], device):
         disk = await disk_of(guest, device)
@@ -236,7 +229,7 @@ async def test_large_blocks(guests: Guests, tmp_path: Path) -> None:
 
 async def test_three_tebibytes(guests: Guests, tmp_path: Path) -> None:
     """Past 2 TiB Linux uses the 16-byte commands, and WRITE SAME(16) to give space back, without asking for limits."""
-    guest = await guests.get(CONFIG)
+    guest = await guests.get(LABORATORY)
     size = 3 << 40
     try:
         image = blank(tmp_path / "disk.raw", size)
@@ -262,7 +255,7 @@ async def test_three_tebibytes(guests: Guests, tmp_path: Path) -> None:
 
 
 async def test_one_sector(guests: Guests, tmp_path: Path) -> None:
-    guest = await guests.get(CONFIG)
+    guest = await guests.get(LABORATORY)
     device = disk_device(blank(tmp_path / "disk.raw", 512))
     async with plugged(guest.targets[0], device):
         disk = await disk_of(guest, device)

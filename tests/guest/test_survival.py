@@ -17,7 +17,6 @@ from tests.guest.plugging import (
     GUEST_TIMEOUT,
     LABORATORY,
     MIB,
-    NO_SCAN_DELAY,
     beside,
     blank,
     comes,
@@ -25,6 +24,7 @@ from tests.guest.plugging import (
     disk_with,
     gone,
     plugged,
+    with_controller,
 )
 
 from farplug.errors import Reason
@@ -32,7 +32,7 @@ from farplug.exit_codes import ExitCode
 from farplug.redirection import events
 from farplug.store import MemoryStore, ReadDone, WriteDone
 from farplug.store.image import serial_number
-from farplug.testing import Controller, GuestConfig, QemuGuest, SpicePort, TcpPort
+from farplug.testing import Controller, QemuGuest, SpicePort, TcpPort
 from farplug.usb import (
     Buffer,
     Device,
@@ -442,9 +442,7 @@ class Misbehaving(Device):
 
 async def test_a_device_that_answers_late_and_out_of_order(guests: Guests) -> None:
     # EHCI cuts what it writes into many transfers, and queues them all.
-    guest = await guests.get(
-        GuestConfig(ports=(TcpPort(),), controller=Controller.EHCI, kernel_arguments=NO_SCAN_DELAY)
-    )
+    guest = await guests.get(with_controller(Controller.EHCI))
     good = disk_device(MemoryStore(16 * MIB), speeds=(Speed.HIGH,))
     device = Misbehaving(good, "late")
     async with plugged(guest.targets[0], device):

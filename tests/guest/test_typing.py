@@ -11,11 +11,12 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tests.guest.conftest import Guests
-from tests.guest.plugging import SCRIPTS, disk_with, plugged
+from tests.guest.plugging import FUNCTIONS, disk_with, plugged, with_controller
 from tests.guest.test_devices_of_your_own import KEY_ESC, reading, text_of, trouble
 
 from farplug.app.commands import Via
@@ -24,27 +25,14 @@ from farplug.app.settings import Source
 from farplug.errors import DeviceError
 from farplug.store.image import serial_number
 from farplug.target import open_session, parse_target
-from farplug.testing import GuestConfig, SpicePort, TcpPort
+from farplug.testing import SpicePort, TcpPort
 from farplug.usb import Speed
 from farplug.virtual import VirtualDevice
 from farplug.virtual.hid import Gamepad, Hat, MediaKey, MediaKeys, Touchscreen
 from farplug.vm.qemu_config import Controller
 
-MODULES = ("usbhid", "hid_generic", "hid_multitouch", "evdev")
-FILES = (("/scripts/input_events.py", SCRIPTS / "input_events.py"),)
-GUEST = GuestConfig(
-    ports=(TcpPort(), SpicePort()),
-    modules=MODULES,
-    memory=512,
-    python=True,
-    files=FILES,
-    extra_arguments=("-device", "VGA"),
-)
+GUEST = replace(FUNCTIONS, ports=(TcpPort(), SpicePort()))
 ALPHABET = string.ascii_letters + string.digits + string.punctuation + " \n\t"
-
-
-def with_controller(controller: Controller) -> GuestConfig:
-    return GuestConfig(ports=(TcpPort(),), controller=controller, modules=MODULES, memory=512, python=True, files=FILES)
 
 
 def random_text(seed: int, count: int) -> str:

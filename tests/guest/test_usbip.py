@@ -10,7 +10,6 @@ import signal
 import string
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,21 +40,22 @@ from farplug.virtual.hid import Key, Led
 if TYPE_CHECKING:
     from tests.guest.conftest import Guests
 
-CLIENT = GuestConfig(network=True, kernel_arguments=NO_SCAN_DELAY, programs=("usbip",), memory=512)
-
-SIZE = 4 * MIB
-
-HID_CLIENT = replace(
-    CLIENT,
+CLIENT = GuestConfig(
+    network=True,
+    kernel_arguments=NO_SCAN_DELAY,
+    memory=512,
     modules=("usbhid", "hid_generic", "evdev"),
+    programs=("usbip",),
     python=True,
     files=tuple((f"/scripts/{name}", SCRIPTS / name) for name in ("usbfs.py", "input_events.py")),
 )
 
+SIZE = 4 * MIB
 
-async def usbip_client(guests: Guests, config: GuestConfig = CLIENT) -> QemuGuest:
+
+async def usbip_client(guests: Guests) -> QemuGuest:
     """Return a guest whose kernel has vhci_hcd."""
-    guest = await guests.get(config)
+    guest = await guests.get(CLIENT)
     if (await guest.run("busybox modprobe vhci_hcd")).exit_code != 0:
         pytest.skip("the kernel of this distribution has no vhci_hcd")
     await guest.check("mkdir -p /var/run")  # where usbip notes what is attached
@@ -184,7 +184,7 @@ async def test_the_device_is_unplugged_at_the_server(guests: Guests, tmp_path: P
 
 
 async def test_a_keyboard_types_and_its_lights_come_back(guests: Guests) -> None:
-    guest = await usbip_client(guests, HID_CLIENT)
+    guest = await usbip_client(guests)
     everything = Everything()
     keyboard = everything.keyboard
     text = "".join(random.Random(1).choices(string.ascii_letters + string.digits + " \n", k=300))

@@ -49,7 +49,8 @@ def saved_config(config: GuestConfig) -> GuestConfig:
 
     USB devices in ``extra_arguments`` get the numbers after the ports: then the snapshot needs as many ports.
     """
-    return replace(config, ports=(UnixPort(),) * len(config.ports) if config.extra_arguments else (), spice=None)
+    has_devices = any("usb" in argument for argument in config.extra_arguments)
+    return replace(config, ports=(UnixPort(),) * len(config.ports) if has_devices else (), spice=None)
 
 
 @dataclass(frozen=True, slots=True)
