@@ -9,7 +9,8 @@
 # make fuzz-guided   fuzz every parser guided by coverage, with atheris, SECONDS each
 # make fuzz-nightly  all fuzzers for an hour in all
 # make load      200 sessions through kerbside, by two Locust workers, and the figures of docs/load.md
-# make stress    a minute of parallel readers, writers and failing commands, over each transport; pauses
+# make stress    a minute of parallel readers, writers and failing commands, over each transport; long pauses,
+#                texts, files and downloads; hundreds of rounds of attach and detach
 # make soak      browsers come and go for SOAK seconds while a guest's screen scrolls and changes its size; nothing may grow
 # make picture   draw the pictures of the demo and of its page in README.md again
 # make man       write docs/farplug.1, the man page, from the commands and their help
@@ -21,6 +22,7 @@ CUTS := 60
 SOAK := 3600
 PROCESSES := 3
 COVERED := tests/usbredir tests/scsi
+STRESSED := stress paused nested_lifecycle typing control functions_together devices_of_your_own network run serial
 SITE := -q -W --keep-going -j 2 -b html -d build/doctrees docs build/docs
 
 .PHONY: demo test test-others test-unit test-guest test-kerbside coverage lint format bench load fuzz fuzz-guided fuzz-nightly stress soak picture man docs powercut setup clean
@@ -76,8 +78,7 @@ load: setup
 	PYTHONPATH=. $(PYTHON) bench/load.py
 
 stress: setup
-	FARPLUG_STRESS_SECONDS=60 FARPLUG_PAUSE_STEPS=4 FARPLUG_PAUSE_SECONDS=30 $(PYTHON) -m pytest \
-		tests/guest/test_stress.py tests/guest/test_paused.py tests/guest/test_nested_lifecycle.py
+	FARPLUG_STRESS_SECONDS=60 FARPLUG_PAUSE_STEPS=4 FARPLUG_LONG=1 $(PYTHON) -m pytest $(STRESSED:%=tests/guest/test_%.py)
 
 soak: setup
 	$(PYTHON) bench/soak.py --seconds $(SOAK)

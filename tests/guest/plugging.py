@@ -26,6 +26,11 @@ CELL_HEIGHT = 16
 GUEST_TIMEOUT = 120
 """Seconds for an operation in a guest: more than a slow operation on a busy machine needs."""
 
+LONG = os.environ.get("FARPLUG_LONG") == "1"
+"""Whether the tests of ``make stress`` run, with longer texts, files, downloads and pauses, and more rounds."""
+ATTACH_ROUNDS = int(os.environ.get("FARPLUG_ATTACH_ROUNDS", "50" if LONG else "10"))
+"""Rounds of attach and detach in which nothing leaks."""
+
 Operation: TypeAlias = tuple[str | int | bytes, ...]
 Result: TypeAlias = bytes | str
 T = TypeVar("T")

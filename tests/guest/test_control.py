@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.control.support import RawClient, descriptors
 from tests.guest.conftest import Guests
-from tests.guest.plugging import GUEST_TIMEOUT, comes, disk_with, until
+from tests.guest.plugging import ATTACH_ROUNDS, GUEST_TIMEOUT, comes, disk_with, until
 from tests.guest.test_spice_session import TWO_PORTS
 
 from farplug.app.app import App
@@ -23,12 +23,11 @@ from farplug.control.server import Server
 from farplug.store.image import serial_number
 from farplug.testing import QemuGuest, Spice
 
-ROUNDS = int(os.environ.get("FARPLUG_ATTACH_ROUNDS", "50"))
-"""Attaches and detaches of each of two clients of each of two sessions: 200 in all."""
-
 
 async def use(path: Path, image: Path, guest: QemuGuest) -> None:
     """Attach an image, read it in the guest, detach it, again and again; and follow the state meanwhile.
+
+    Two clients of each of two sessions do so: in ``make stress`` they attach 200 times in all.
 
     The next device comes when Linux has removed this one. Linux asks a device that is there in place of one that it has
     not removed yet whether it is the same (hub_port_connect_change in drivers/usb/core/hub.c), gets no reply, and waits
@@ -38,7 +37,7 @@ async def use(path: Path, image: Path, guest: QemuGuest) -> None:
     async with Client.connect(path) as client, asyncio.timeout(GUEST_TIMEOUT * 6):
         events = client.subscribe()
         state = await anext(events)
-        for _ in range(ROUNDS):
+        for _ in range(ATTACH_ROUNDS):
             result = await client.call("attach", {"sources": [{"kind": "disk", "path": str(image)}]})
             (attachment,) = result["attachments"]
             assert attachment["state"] == "in use"

@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import os
 import random
 import signal
 from collections.abc import AsyncIterator
@@ -17,7 +16,18 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests.guest.command import farplug
-from tests.guest.plugging import FUNCTIONS, GUEST_TIMEOUT, MIB, SPICE, TCP, Plugged, until, usb_folder_by_name, usb_node
+from tests.guest.plugging import (
+    ATTACH_ROUNDS,
+    FUNCTIONS,
+    GUEST_TIMEOUT,
+    MIB,
+    SPICE,
+    TCP,
+    Plugged,
+    until,
+    usb_folder_by_name,
+    usb_node,
+)
 from tests.guest.test_camera import CHOSEN, digest, read
 from tests.guest.test_network import LEASE, MAC, served
 from tests.guest.test_security_key import HASH, SITE, USER_ID, register, write
@@ -37,8 +47,6 @@ from farplug.virtual.video.pattern import picture
 if TYPE_CHECKING:
     from tests.guest.conftest import Guests
 
-ROUNDS = int(os.environ.get("FARPLUG_ATTACH_ROUNDS", "50"))
-"""Rounds of all four; tests/virtual/test_together.py has a hundred in memory."""
 RESETS = 10
 """Resets of each kind of a storm."""
 
@@ -331,6 +339,7 @@ async def test_detached_and_reset_in_the_middle(
 async def test_rounds_of_attach_and_detach_leak_nothing(
     guests: Guests, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Rounds of all four; tests/virtual/test_together.py has a hundred in memory."""
     guest = await guests.get(FUNCTIONS)
     async with AsyncExitStack() as stack:
         each = []
@@ -340,7 +349,7 @@ async def test_rounds_of_attach_and_detach_leak_nothing(
                 await stack.enter_async_context(together(guest, port, folder, f"unix-listen:{folder}/net.sock"))
             )
         before = None
-        for number in range(ROUNDS):
+        for number in range(ATTACH_ROUNDS):
             one = each[number % 2]
             await one.attach()
             peers = [await asyncio.open_unix_connection(one.folder / f"{name}.sock") for name in ("line", "net")]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import pytest
 import pytest_asyncio
 from tests.guest.nested import FAR, Job, Plugger, RealDevice, from_inside, running
-from tests.guest.plugging import GUEST_TIMEOUT, MIB, Result, raw, usb_folder_by_name, usb_node
+from tests.guest.plugging import GUEST_TIMEOUT, LONG, MIB, Result, raw, usb_folder_by_name, usb_node
 from tests.guest.test_nested_functions import EV_ABS, EV_KEY, KEYS, PRESSES, decoded, events, first
 from tests.guest.test_nested_iso import INTERVAL, ISOCHRONOUS, PER_URB, SOURCE, URBS, Clocked, rises, split
 from tests.guest.test_nested_storage import BOT, far_disk
@@ -183,8 +183,8 @@ async def test_firmware_makes_it_another_device(plugger: Plugger, far: QemuGuest
         await plugger.ask("leave", target)
 
 
-PAUSE = int(os.environ.get("FARPLUG_PAUSE_SECONDS", "0"))
-"""Seconds of the pause at least; the other tests here run meanwhile. ``make stress`` takes 30."""
+PAUSE = 30 if LONG else 0
+"""Seconds of the pause at least; the other tests here run meanwhile."""
 CAMERA = "1d6b:0108"
 HIGH_BANDWIDTH, PICTURE = 0x1400, 3 * 1024
 """wMaxPacketSize of an endpoint that has three packets of 1024 bytes in one interval (USB 2.0, 5.9.1)."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests.guest.command import farplug
-from tests.guest.plugging import FUNCTIONS, GUEST_TIMEOUT
+from tests.guest.plugging import FUNCTIONS, GUEST_TIMEOUT, LONG
 from tests.guest.test_serial import TTY, echo_in, has
 
 from farplug.testing import QemuGuest
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 MAC = "02:fa:71:00:00:01"
-DOWNLOAD = 100_000_000
+DOWNLOAD = 100_000_000 if LONG else 20_000_000
 """Bytes."""
 
 LEASE = """#!/bin/sh

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from tests.guest.conftest import Guests
-from tests.guest.plugging import GUEST_TIMEOUT, console_font
+from tests.guest.plugging import GUEST_TIMEOUT, LONG, console_font
 
 from farplug.testing import GuestConfig, QemuGuest, SpicePort, TcpPort
 
@@ -145,7 +145,7 @@ async def test_exit_codes_signals_and_outputs(farplug: Runner) -> None:
 
 
 async def test_files(farplug: Runner, guest: QemuGuest, tmp_path: Path) -> None:
-    data = random.Random(2).randbytes(10 * MIB)
+    data = random.Random(2).randbytes((10 if LONG else 2) * MIB)
     path, back = tmp_path / "in.bin", tmp_path / "out.bin"
     path.write_bytes(data)
     path.chmod(0o640)

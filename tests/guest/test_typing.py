@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from tests.guest.conftest import Guests
-from tests.guest.plugging import FUNCTIONS, disk_with, plugged, with_controller
+from tests.guest.plugging import FUNCTIONS, LONG, disk_with, plugged, with_controller
 from tests.guest.test_devices_of_your_own import KEY_ESC, reading, text_of, trouble
 
 from farplug.app.commands import Via
@@ -32,6 +32,8 @@ from farplug.virtual.hid import Gamepad, Hat, MediaKey, MediaKeys, Touchscreen
 from farplug.vm.qemu_config import Controller
 
 GUEST = replace(FUNCTIONS, ports=(TcpPort(), SpicePort()))
+CHARACTERS = 2000 if LONG else 500
+"""Characters that are typed beside two busy processes."""
 ALPHABET = string.ascii_letters + string.digits + string.punctuation + " \n\t"
 
 
@@ -106,9 +108,9 @@ async def test_a_click_on_a_tablet_that_is_plugged_in_for_it(guests: Guests) -> 
 
 @pytest.mark.parametrize("port", [0, 1], ids=["tcp", "spice"])
 async def test_a_busy_machine_loses_nothing(guests: Guests, port: int) -> None:
-    """Two thousand characters, with two busy processes beside the guest."""
+    """Many characters, with two busy processes beside the guest."""
     guest = await guests.get(GUEST)
-    text = random_text(7 + port, 2000)
+    text = random_text(7 + port, CHARACTERS)
     async with connected(guest.targets[port]) as farplug:
         await farplug.typing.type("x", via=Via.USB)
         with busy(2):
@@ -149,7 +151,7 @@ async def test_a_vm_that_stands_still_repeats_nothing(guests: Guests) -> None:
 async def test_controllers_that_lose_reports(guests: Guests, controller: Controller) -> None:
     """The text arrives whole, or what has certainly arrived is a part of it, which the error says."""
     guest = await guests.get(with_controller(controller))
-    text = random_text(3, 1000)
+    text = random_text(3, CHARACTERS // 2)
     async with connected(guest.targets[0]) as farplug:
         await farplug.typing.type("x", via=Via.USB)
         with busy(2):
