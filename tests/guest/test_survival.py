@@ -111,12 +111,12 @@ async def test_memory_stays_bounded_while_the_guest_does_what_it_can(guest: Qemu
     async with farplug("connect", guest.targets[0], "--usb-disk", image) as running:
         disk = await disk_with(guest, serial_number(image))
         for work in (
-            f"dd if=/dev/zero of={disk} bs=1M",
-            f"dd if=/dev/zero of={disk} bs=1M oflag=direct",
-            f"dd if={disk} of=/dev/null bs=1M",
-            f"dd if={disk} of=/dev/null bs=1M iflag=direct",
+            f"timeout 2 dd if=/dev/zero of={disk} bs=1M",
+            f"timeout 2 dd if={disk} of=/dev/null bs=1M",
+            f"timeout 2 dd if=/dev/zero of={disk} bs=1M oflag=direct &"
+            f" timeout 2 dd if={disk} of=/dev/null bs=1M iflag=direct; wait",
         ):
-            await guest.run(f"timeout 2 {work}")
+            await guest.run(work)
         assert running.peak_memory < MAX_MEMORY
         await still_works(guest, disk)
 
