@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -183,17 +184,25 @@ def test_the_installed_command_begins_with_the_script() -> None:
     assert entry.value == "farplug.cli.script:main"
 
 
+@cache
+def completion_script() -> str:
+    """Return the script that --show-completion prints."""
+    command = [sys.executable, "-c", "from farplug.cli.script import main; main()", "--show-completion", "bash"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
 def complete(tmp_path: Path, *words: str) -> list[str]:
-    """Return what bash offers after these words, by the script that --show-completion prints."""
+    """Return what bash offers after these words."""
+    (tmp_path / "completion").write_text(completion_script())
     command = tmp_path / "farplug"
     command.write_text(f"#!/bin/sh\nexec {sys.executable} -c 'from farplug.cli.script import main; main()' \"$@\"\n")
     command.chmod(0o755)
     script = (
-        'source <(farplug --show-completion bash); COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1));'
+        'source "$1"; shift; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1));'
         'complete -p farplug >&2; _farplug_completion farplug; printf "%s\\n" "${COMPREPLY[@]}"'
     )
     result = subprocess.run(
-        ["bash", "-c", script, "bash", "farplug", *words],
+        ["bash", "-c", script, "bash", tmp_path / "completion", "farplug", *words],
         env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,

@@ -18,7 +18,7 @@ from farplug.errors import ImageError
 from farplug.store import CacheMode, FileStore, OverlayStore, Store, overlay, overlay_file, overlay_format
 from farplug.store.image import Image
 
-TURNS = 200
+TURNS = 120
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from typing import TypeAlias
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import padding, rsa
+from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from cryptography.x509.oid import NameOID
 
@@ -220,7 +220,7 @@ class Certificates:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._key = rsa.generate_private_key(65537, 2048)
+        self._key = ec.generate_private_key(ec.SECP256R1())
         self._name = _name([(NameOID.ORGANIZATION_NAME, "Test, Inc."), (NameOID.COMMON_NAME, "test CA")])
         self.ca = self._issue(self._name, self._key, None, ca=True).public_bytes(Encoding.PEM).decode()
 
@@ -235,7 +235,7 @@ class Certificates:
         ),
         days: int = 10,
     ) -> ssl.SSLContext:
-        key = rsa.generate_private_key(65537, 2048)
+        key = ec.generate_private_key(ec.SECP256R1())
         alternatives: list[x509.GeneralName] = [x509.DNSName(name) for name in names]
         alternatives += [x509.IPAddress(ipaddress.ip_address(address)) for address in addresses]
         certificate = self._issue(_name(subject), key, x509.SubjectAlternativeName(alternatives), days=days)
@@ -249,7 +249,7 @@ class Certificates:
     def _issue(
         self,
         subject: x509.Name,
-        key: rsa.RSAPrivateKey,
+        key: ec.EllipticCurvePrivateKey,
         alternatives: x509.SubjectAlternativeName | None,
         *,
         ca: bool = False,
