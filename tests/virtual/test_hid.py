@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import pytest
 
-from farplug.errors import Reason, UsageError
+from farplug.errors import Reason, TargetError, UsageError
 from farplug.keymap import Stroke, find_layout
 from farplug.testing.memory import MemoryGuest, TransferFailed
 from farplug.usb import Setup, Speed
@@ -559,6 +559,20 @@ async def test_num_lock_is_as_before_if_a_question_is_cancelled(
             await asking
         async with asyncio.timeout(100):
             assert await reports(guest, 2) == ["0000530000000000", "0000000000000000"]
+
+
+async def test_a_guest_that_reads_late_or_never() -> None:
+    async with MemoryGuest(VirtualDevice(keyboard := Keyboard(), speeds=(Speed.HIGH,))) as guest:
+        await guest.enumerate()
+        with pytest.raises(TargetError, match=r"did not read from the keyboard within 0\.05 s") as caught:
+            await keyboard.type_text("a", timeout=0.05)
+        assert caught.value.reason is Reason.TIMED_OUT
+        typing = asyncio.ensure_future(keyboard.type_text("b"))
+        await asyncio.sleep(0)
+        await guest.start_receiving(IN)
+        async with reflecting(guest) as seen:
+            assert await typing
+            assert text_of(seen) == "b", "nothing of the first text"
 
 
 async def test_num_lock_is_not_pressed_if_no_question_was_sent(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from contextlib import suppress
 from enum import IntFlag
 from typing import Final, TypeAlias
 
+from farplug.errors import Reason, TargetError
 from farplug.keymap import Key, Stroke, find_layout
 from farplug.keymap.layout import DEFAULT
 from farplug.usb.types import Speed
@@ -30,6 +31,9 @@ CONFIRM_EVERY: Final = 250
 
 TRUSTED_AFTER: Final = 300
 """Keys that are confirmed one by one, before more are sent at a time."""
+
+READ_TIMEOUT: Final = 10.0
+"""Seconds in which a guest begins to read from the keyboard for a text. Firmware does only while it starts."""
 
 _ATTEMPTS, _ATTEMPT_TIMEOUT = 5, 1.0
 """How often, and for how many seconds each, a guest is asked whether it confirms what it takes."""
@@ -173,6 +177,7 @@ class Keyboard(HidFunction):
         *,
         confirm: bool | None = None,
         progress: Progress = lambda _: None,
+        timeout: float = READ_TIMEOUT,
     ) -> bool:
         """Type a text; return whether the guest has confirmed that it took all of it.
 
@@ -191,9 +196,11 @@ class Keyboard(HidFunction):
             confirm: whether to wait for confirmations; None: where the guest confirms, unless it uses the boot
                 protocol, with which firmware confirms what its driver has taken, and loses it later.
             progress: called as the text proceeds.
+            timeout: seconds in which the guest must begin to read from the keyboard, if it does not yet.
 
         Raises:
             UsageError: there is no such layout, or it lacks a character (``BAD_KEY``). No key was pressed.
+            TargetError: the guest does not read from the keyboard (``TIMED_OUT``). No key was pressed.
             ReportsLost: the guest may have lost keys, or does not confirm them although ``confirm`` is true.
             Detached: the guest has not configured the device, or resets or unplugs it.
             ValueError: more than four keys are pressed, besides modifiers.
@@ -205,7 +212,7 @@ class Keyboard(HidFunction):
             raise ValueError(f"a text is typed with at most {MAX_KEYS - 2} keys that are pressed, besides modifiers")
         async with self._turn:
             self._typing_in = self._configurations
-            await self.reports.read_by_guest()
+            await self._read_by_guest(timeout)
             wanted = not self.boot_protocol if confirm is None else confirm
             self._toggled = capitals = answers = False
             done = 0
@@ -232,6 +239,18 @@ class Keyboard(HidFunction):
             finally:
                 await self._restore_locks(capitals)
             return answers
+
+    async def _read_by_guest(self, timeout: float) -> None:
+        try:
+            async with asyncio.timeout(timeout):
+                await self.reports.read_by_guest()
+        except TimeoutError:
+            raise TargetError(
+                f"the guest did not read from the keyboard within {timeout:g} s",
+                reason=Reason.TIMED_OUT,
+                remedy="plug the keyboard in before the guest starts: firmware looks for it only then; a guest that is "
+                "paused reads from none",
+            ) from None
 
     async def _type_confirmed(self, characters: Sequence[Sequence[Stroke]], progress: Progress) -> None:
         for done, strokes in enumerate(characters):
