@@ -163,10 +163,11 @@ class FakeKubevirt:
             with suppress(ConnectionClosed):
                 await self.slots[slot](websocket)
         finally:
-            del self.open[slot]
             self._taken.discard(slot)
             await websocket.close()
             self.closed.append(websocket.close_code)
+            if self.open.get(slot) is websocket:  # not the next one in this slot
+                del self.open[slot]
 
     async def stop(self, code: int = 1006) -> None:
         """End all websockets, as a migration does."""
