@@ -9,8 +9,7 @@ from __future__ import annotations
 import logging
 import struct
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from farplug.errors import LocalProtocolError, RemoteProtocolError
 from farplug.spice.messages import (
@@ -45,8 +44,7 @@ _COMMON_LIMITS: dict[int, int] = {
 """The messages that we store on every channel, and the largest body of each that we accept, in bytes."""
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(NamedTuple):
     """A complete message that the caller asked for. ``body`` is valid until the next ``receive_data``."""
 
     kind: int
@@ -197,6 +195,10 @@ class Channel:
                     self.send(ClientMessage.ACK)
 
     def _handle(self, kind: int, body: memoryview) -> Event | None:
+        if kind not in _COMMON_LIMITS:
+            if self._debug:
+                log.debug("< %s: %s, %d bytes", self.name, self._describe(ServerMessage, kind), len(body))
+            return Message(kind, body)
         event: SetAck | WaitForChannels | Event
         match kind:
             case ServerMessage.SET_ACK:
@@ -207,12 +209,8 @@ class Channel:
                 event = Notify.parse(body)
             case ServerMessage.DISCONNECTING:
                 event = Disconnecting.parse(body)
-            case ServerMessage.MIGRATE:
-                event = Migrate.parse(body)
             case _:
-                if self._debug:
-                    log.debug("< %s: %s, %d bytes", self.name, self._describe(ServerMessage, kind), len(body))
-                return Message(kind, body)
+                event = Migrate.parse(body)
         if self._debug:
             log.debug("< %s: %s", self.name, event)
         match event:

@@ -33,6 +33,8 @@ MAX_MONITORS = 16
 """The most monitors of a MONITORS_CONFIG that we accept."""
 
 PREF_COMPRESSION_CAPABILITY: Final = 6
+MESSAGE_WORK: Final = 16 << 10
+"""What drawing a message takes besides its pixels, as bytes of pixels that are drawn in that time."""
 CAPABILITIES: Final = (1, 5, 6, 8)
 """SPICE_DISPLAY_CAP_* that a client has: MONITORS_CONFIG, LZ4_COMPRESSION, PREF_COMPRESSION, MULTI_CODEC.
 
@@ -114,7 +116,8 @@ class Display:
         shown: the picture; None before the first one. While the VM changes its mode, it is the last one.
         complete: the server has sent the whole picture since the link.
         monitors: the rectangles of the monitors on the picture; empty: it is one monitor.
-        work: bytes of pixels that were drawn, for the caller, who may set it to 0.
+        work: bytes of pixels that were decoded and drawn, and MESSAGE_WORK for each message, for the caller, who may
+            set it to 0.
     """
 
     def __init__(self) -> None:
@@ -138,6 +141,7 @@ class Display:
             Unsupported: we do not have the operation: link the channel again.
         """
         kind, body = message.kind, message.body
+        self.work += MESSAGE_WORK
         try:
             match kind:
                 case DisplayMessage.DRAW_COPY:
@@ -221,9 +225,9 @@ class Display:
         if drawn is None or surface != self._primary:
             return position, box, []
         inside = box.intersection(drawn.bounds)
-        visible = [inside] if clips is None else [inside.intersection(rect) for rect in clips]
-        visible = [rect for rect in visible if not rect.is_empty]
-        area = sum(rect.area for rect in visible)
+        parts = [inside] if clips is None else [inside.intersection(rect) for rect in clips]
+        visible = [rect for rect in parts if not rect.is_empty]
+        area = sum([rect.area for rect in visible])
         if area > MAX_REPAINT * drawn.width * drawn.height:
             raise Unsupported("a clip region that overlaps itself")
         self.work += area * PIXEL

@@ -40,12 +40,11 @@ class Rect(NamedTuple):
 
     def intersection(self, other: Rect) -> Rect:
         """Return the pixels of both rectangles; the result may be empty."""
-        return Rect(
-            max(self.left, other.left),
-            max(self.top, other.top),
-            min(self.right, other.right),
-            min(self.bottom, other.bottom),
-        )
+        left, top, right, bottom = self
+        first, upper, last, lower = other
+        if left >= first and top >= upper and right <= last and bottom <= lower:
+            return self
+        return Rect(max(left, first), max(top, upper), min(right, last), min(bottom, lower))
 
 
 class Picture(NamedTuple):
@@ -78,6 +77,7 @@ class Framebuffer:
     Attributes:
         width: as above.
         height: as above.
+        bounds: the rectangle of the whole surface.
         serial: the number of the last change.
         pixels: ``width * height`` BGRX pixels, the top row first.
     """
@@ -85,15 +85,11 @@ class Framebuffer:
     def __init__(self, width: int, height: int) -> None:
         self.width = width
         self.height = height
+        self.bounds = Rect(0, 0, width, height)
         self.serial = next(_serials)
         self.pixels = memoryview(bytearray(width * height * PIXEL))
         self._columns = -(-width // CELL)
         self._cells = array("Q", [self.serial]) * (self._columns * -(-height // CELL))
-
-    @property
-    def bounds(self) -> Rect:
-        """Return the rectangle of the whole surface."""
-        return Rect(0, 0, self.width, self.height)
 
     def changed_since(self, serial: int) -> Iterator[Rect]:
         """Yield rectangles that hold all changes after a number, which may be that of another surface.
@@ -142,7 +138,7 @@ class Framebuffer:
             left: the column of the picture that comes to the left side of the box.
             top: the row of the picture that comes to the top of the box.
         """
-        target, source = self.pixels, memoryview(picture.pixels)
+        target, source = self.pixels, picture.pixels
         size = (box.right - box.left) * PIXEL
         pitch, stride = self.width * PIXEL, picture.stride
         at = box.top * pitch + box.left * PIXEL
@@ -154,9 +150,8 @@ class Framebuffer:
         if size == pitch == stride:
             target[at : at + rows * size] = source[position : position + rows * size]
         else:
-            for _ in range(rows):
-                target[at : at + size] = source[position : position + size]
-                at += pitch
+            for start in range(at, at + rows * pitch, pitch):
+                target[start : start + size] = source[position : position + size]
                 position += stride
         self._touch(box)
 

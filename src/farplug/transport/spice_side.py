@@ -33,8 +33,8 @@ LINGER = 30.0
 """Seconds from the last use of a channel until it is closed."""
 RELINK_INTERVAL = 1.0
 """Seconds from one link of a display to the next, at least."""
-TURN_WORK = 8 << 20
-"""Bytes of pixels that are drawn in one turn of the event loop."""
+TURN_WORK = 2 << 20
+"""Work of drawing, in bytes of pixels, in one turn of the event loop: devices and PONGs wait for it."""
 PICTURE_TIMEOUT = 10.0
 """Seconds from the link of a display until its picture is complete."""
 
