@@ -228,6 +228,7 @@ async def test_changes_are_merged_until_the_client_acknowledges(environment: dic
 
 
 async def test_a_large_change_comes_in_bands(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "MIN_BAND", 4 * WIDTH * 64)
     monkeypatch.setattr(watch, "MAX_BAND", 4 * WIDTH * 64)
     async with console(environment) as one, RawClient.connect(one.server.path) as client:
         client.send(request(1, "watch-screen"))
@@ -252,6 +253,29 @@ async def test_a_large_change_comes_in_bands(environment: dict[str, str], monkey
             await client.reply("x")
 
 
+def test_a_client_gets_as_much_at_a_time_as_it_takes_soon() -> None:
+    now = 0.0
+    pacing = watch.Pacing(lambda: now)
+
+    def acknowledged_after(seconds: float) -> int:
+        nonlocal now
+        pacing.sent(1)
+        now += seconds
+        pacing.acknowledge(1)
+        return pacing.band
+
+    assert pacing.band == watch.MIN_BAND
+    assert acknowledged_after(10.0) == watch.MIN_BAND
+    bands = [acknowledged_after(0.01) for _ in range(8)]
+    assert bands == sorted(bands)
+    assert bands[-1] == watch.MAX_BAND
+    bands = [acknowledged_after(1.0) for _ in range(8)]
+    assert bands == sorted(bands, reverse=True)
+    assert bands[-1] == watch.MIN_BAND
+    pacing.acknowledge(1)
+    assert pacing.band == watch.MIN_BAND, "it was acknowledged before"
+
+
 def test_a_band_holds_a_row_of_cells_of_the_widest_picture() -> None:
     from farplug.spice.framebuffer import CELL, MAX_SIDE, PIXEL
 
@@ -259,7 +283,7 @@ def test_a_band_holds_a_row_of_cells_of_the_widest_picture() -> None:
 
 
 async def test_a_client_that_reads_nothing_costs_little_and_delays_no_other(environment: dict[str, str]) -> None:
-    side = 1024  # a whole picture is one band of 4 MiB
+    side = 512  # a whole picture is more than a connection takes whose client does not read
     picture = message(314, create(side, side)) + message(302, fill(Rect(0, 0, side, side), 1)) + message(102)
     async with console(environment, picture) as one, RawClient.connect(one.server.path) as other:
         async with RawClient.connect(one.server.path) as slow:
@@ -268,23 +292,41 @@ async def test_a_client_that_reads_nothing_costs_little_and_delays_no_other(envi
             while not (watching := [peer for peer in one.server._clients if peer.user._screens]):
                 await asyncio.sleep(0.001)
             (client,) = watching
-            other.send(request(1, "watch-screen"))
-            event = await other.event("screen")
-            other.send(request(2, "screen-ack", serial=event["data"]["serial"]))
-            await other.reply(2)
-            for colour in range(2, 30):
-                one.screen.links[0].send(message(302, fill(Rect(0, 0, side, side), colour)) + ping(colour))
+            other.send(request(0, "watch-screen"))
+            number = 0
+
+            async def shown() -> bytes:
+                """Return the last pixel of the next event of the other client, which acknowledges the event."""
+                nonlocal number
                 event = await other.event("screen")
-                while event["payload"][-4:] != struct.pack("<I", colour):
-                    other.send(request(2, "screen-ack", serial=event["data"]["serial"]))
-                    event = await other.event("screen")
-                other.send(request(2, "screen-ack", serial=event["data"]["serial"]), request(3, "status"))
-                assert (await other.reply(3))["ok"] is True
-            assert client._transport is not None
-            assert client._transport.get_write_buffer_size() <= MAX_PAYLOAD + 2 * WRITE_AT_ONCE
-            assert len(client._output) <= 4
-        other.send(request(4, "unwatch-screen"))
-        await other.reply(4)
+                number += 1
+                other.send(request(number, "screen-ack", serial=event["data"]["serial"]))
+                return bytes(event["payload"][-4:])
+
+            await shown()
+            while not client._full:
+                one.draw(0, 0, side, side, 1)
+                await asyncio.sleep(0.001)
+            channels = [
+                channel
+                for channel in one.one.spice.linked
+                if channel.mess.channel_type in (ChannelType.MAIN, ChannelType.DISPLAY, ChannelType.USBREDIR)
+            ]
+            assert len(channels) == 3
+            for colour in range(100, 128):
+                one.draw(0, 0, side, side, colour)
+                for channel in channels:
+                    channel.send(ping(colour))
+                while await shown() != struct.pack("<I", colour):
+                    pass
+                while any(colour not in channel.pongs for channel in channels):
+                    await asyncio.sleep(0.001)
+                assert client._full, "the PONGs came although it has read nothing"
+                assert client._transport is not None
+                assert client._transport.get_write_buffer_size() <= watch.MIN_BAND + 2 * WRITE_AT_ONCE
+                assert len(client._output) <= 4
+        other.send(request("end", "unwatch-screen"))
+        await other.reply("end")
         display = one.app.guests["g1"].screen._display()
         while display._users:
             await asyncio.sleep(0.001)

@@ -46,16 +46,24 @@ def channels_list(channels: Iterable[tuple[int, int]]) -> bytes:
 
 @dataclass
 class Channel:
-    """One linked channel, from the server's side."""
+    """One linked channel, from the server's side.
+
+    Attributes:
+        pongs: the numbers of the PINGs that the client has answered.
+    """
 
     mess: LinkMess
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
     tls: bool
+    pongs: list[int] = field(default_factory=list)
 
     async def receive(self) -> tuple[int, bytes]:
         kind, size = struct.unpack("<HI", await self.reader.readexactly(6))
-        return kind, await self.reader.readexactly(size)
+        body = await self.reader.readexactly(size)
+        if kind == 3:
+            self.pongs.append(struct.unpack("<IQ", body)[0])
+        return kind, body
 
     async def receive_other_than_pong(self) -> tuple[int, bytes]:
         while (received := await self.receive())[0] == 3:

@@ -71,8 +71,10 @@ class Screen:
             while first:
                 rest = await channel.reader.readexactly(5)
                 kind, size = struct.unpack("<HI", first + rest)
-                await channel.reader.readexactly(size)
+                body = await channel.reader.readexactly(size)
                 self.acks += kind == 2
+                if kind == 3:
+                    channel.pongs.append(struct.unpack("<IQ", body)[0])
                 first = await channel.reader.read(1)
         finally:
             self.gone.set()

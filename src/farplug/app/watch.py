@@ -1,12 +1,14 @@
 """A display that a client watches: its changes, its pointer and the inputs, sent no faster than the client takes them.
 
 What is sent is made when the connection accepts it, of the picture as it is then. So a slow client costs frames, never
-memory: of each kind of event at most one waits, without its data.
+memory: of each kind of event at most one waits, without its data. Events for it have few pixels: little is made, and
+compressed by the page, that the client does not take soon.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Final
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
 
 MAX_BAND: Final = 4 << 20
 """Bytes of pixels in one event ``screen``: a row of cells of any picture fits. A larger change is several events."""
+MIN_BAND: Final = 256 << 10
+"""The same for a client whose acknowledgements take long, and for the first event; but at least one rectangle."""
+SOON: Final = 0.5
+"""Seconds in which an acknowledgement shows that a client takes twice the bytes; after a later one it gets half."""
 MAX_UNACKNOWLEDGED: Final = 2
 """Events ``screen`` of a client that it has not acknowledged; later changes are merged."""
 FRAME_INTERVAL: Final = 0.033
@@ -32,10 +38,19 @@ RETRY_INTERVAL: Final = 5.0
 
 
 class Pacing:
-    """Counts the events ``screen`` that a client has not acknowledged."""
+    """Counts the events ``screen`` that a client has not acknowledged, and determines their size.
 
-    def __init__(self) -> None:
-        self._unacknowledged: deque[int] = deque()
+    Args:
+        clock: returns the time in seconds.
+
+    Attributes:
+        band: bytes of pixels of the next event: from :data:`MIN_BAND` to :data:`MAX_BAND`.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.band = MIN_BAND
+        self._clock = clock
+        self._unacknowledged: deque[tuple[int, float]] = deque()
         self._newest = 0
         self._waiting: dict[Callable[[], None], None] = {}
 
@@ -46,7 +61,7 @@ class Pacing:
 
     def sent(self, serial: int) -> None:
         """Take note that an event was sent."""
-        self._unacknowledged.append(serial)
+        self._unacknowledged.append((serial, self._clock()))
         self._newest = max(self._newest, serial)
 
     def wait(self, resume: Callable[[], None]) -> None:
@@ -59,8 +74,10 @@ class Pacing:
         Raises:
             UsageError: no event had this serial.
         """
-        if serial in self._unacknowledged:
-            self._unacknowledged.remove(serial)
+        sent_at = self._take(serial)
+        if sent_at is not None:
+            late = self._clock() - sent_at > SOON
+            self.band = max(self.band // 2, MIN_BAND) if late else min(self.band * 2, MAX_BAND)
         elif not 0 < serial <= self._newest:
             raise UsageError(f"no screen with the serial {serial} was sent", reason=Reason.BAD_SETTING)
         self._resume()
@@ -68,9 +85,16 @@ class Pacing:
     def forget(self, serials: list[int]) -> None:
         """Do not wait for the acknowledgements of events of a display that is not watched any more."""
         for serial in serials:
-            if serial in self._unacknowledged:
-                self._unacknowledged.remove(serial)
+            self._take(serial)
         self._resume()
+
+    def _take(self, serial: int) -> float | None:
+        """Remove the oldest event with a serial; return when it was sent, or None: there is none."""
+        for index, (one, sent_at) in enumerate(self._unacknowledged):
+            if one == serial:
+                del self._unacknowledged[index]
+                return sent_at
+        return None
 
     def _resume(self) -> None:
         waiting, self._waiting = self._waiting, {}
@@ -255,8 +279,8 @@ class ScreenWatch:
             self._target = picture.serial
             if not self._rects:
                 return None
-        rects: list[Rect] = []
-        room = MAX_BAND
+        rects = [self._rects.popleft()]
+        room = self._pacing.band - rects[0].area * PIXEL
         while self._rects and self._rects[0].area * PIXEL <= room:
             rects.append(self._rects.popleft())
             room -= rects[-1].area * PIXEL
