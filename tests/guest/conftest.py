@@ -8,6 +8,7 @@ in.
 from __future__ import annotations
 
 import asyncio
+import compileall
 import inspect
 import os
 import sys
@@ -21,6 +22,7 @@ import pytest_asyncio
 from tests.guest.nested import REAL_DEVICES, Machine, Plugger
 from tests.guest.plugging import LABORATORY, SCRIPTS
 
+import farplug
 from farplug.testing import GuestConfig, GuestFactory, GuestFixture, QemuGuest, SpicePort, TcpPort, UnixPort
 
 HERE = Path(__file__).parent
@@ -84,6 +86,8 @@ def session_guests(farplug_session_guest_factory: GuestFactory) -> Guests:
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def plugger(session_guests: Guests) -> AsyncIterator[Plugger]:
     """Run farplug in the near guest, a machine with real devices (``plugger.machine``)."""
+    # Else the near guest, which is emulated, compiles the modules that have changed.
+    await asyncio.to_thread(compileall.compile_dir, str(Path(farplug.__file__).parent), quiet=1)
     machine = Machine(await session_guests.get(REAL_DEVICES))
     await machine.check(f"ln -sfn {SCRIPTS} /scripts")
     async with Plugger.started(machine) as plugger:
