@@ -108,7 +108,7 @@ class _Demo:
         from contextlib import asynccontextmanager
 
         from farplug.vm.guest_kernel import download_size
-        from farplug.vm.qemu import QemuGuest
+        from farplug.vm.qemu import BOOT_TIMEOUT, QemuGuest
         from farplug.vm.qemu_config import GuestConfig, Spice, SpicePort
 
         @asynccontextmanager
@@ -130,7 +130,7 @@ class _Demo:
                     "qemu-system-x86_64 ... -device qemu-xhci -chardev spicevmc,name=usbredir,id=redir0 "
                     "-device usb-redir,chardev=redir0"
                 )
-                await guest.booted()
+                await guest.booted(BOOT_TIMEOUT)
                 release = (await guest.check("uname -r")).strip()
                 self._print_success(f"Linux {release} booted in {guest.boot_seconds:.1f} s")
                 yield guest
