@@ -19,6 +19,7 @@ from pathlib import Path
 from tests.docs import ROOT
 from tests.guest.kerbside import Kerbside, require_kerbside
 from tests.load.vms import serving, target
+from tests.transport.fake_spice import free_port
 
 from farplug.vm.qemu_config import SpiceAddress
 
@@ -87,7 +88,21 @@ async def locust(
     """Run the example, with two workers."""
     listed = folder / "targets"
     listed.write_text("".join(f"{one}\n" for one in targets))
-    words = ["--processes", "2", "--csv", folder / "run", "--farplug-targets", listed, "--farplug-sessions", sessions]
+    port = free_port()  # not Locust's usual one, which another run on this machine may have
+    words = [
+        "--processes",
+        "2",
+        "--master-bind-port",
+        port,
+        "--master-port",
+        port,
+        "--csv",
+        folder / "run",
+        "--farplug-targets",
+        listed,
+        "--farplug-sessions",
+        sessions,
+    ]
     process = await asyncio.create_subprocess_exec(
         *LOCUST,
         *map(str, [*words, *options]),
