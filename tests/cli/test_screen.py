@@ -98,6 +98,26 @@ def test_what_is_hidden(cli: Cli, target: str, tmp_path: Path, monkeypatch: pyte
     assert (result.code, "ß" in result.err, "character 2 of the secret" in result.err) == (2, False, True)
 
 
+def test_a_target_in_place_of_a_session(
+    cli: Cli, machine: Machine, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli("screenshot", tmp_path / "out.png", "-s", target).code == 0
+    monkeypatch.setenv("FARPLUG_SESSION", target)
+    assert cli("press", "a", "--via", "spice").code == 0
+    assert cli("click", "1", "1", target, "--via", "spice").code != 2, "the argument comes before the environment"
+    assert keys(machine) == ["1e9e"]
+
+
+@pytest.mark.parametrize("command", [("status",), ("stop",), ("detach", "all"), ("insert", "x.iso"), ("capture", "x")])
+@pytest.mark.parametrize("where", ["vm.vv", "spice://vmhost:5900?password=secret", "unix:/run/vm.sock"])
+def test_other_commands_take_no_target_in_place_of_a_session(cli: Cli, command: tuple[str, ...], where: str) -> None:
+    result = cli(*command, "-s", where)
+    assert result.code == 2
+    assert "takes no target in its place" in result.err
+    assert "farplug connect TARGET --detach" in result.err
+    assert "secret" not in result.err
+
+
 def test_texts_from_files(cli: Cli, machine: Machine, target: str, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("z\r\n", "utf-8")
     (tmp_path / "secret").write_text("y\n", "utf-8")

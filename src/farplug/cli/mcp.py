@@ -15,6 +15,7 @@ from farplug.cli.options import (
     SESSION_VARIABLE,
     DebugOption,
     TargetOptions,
+    target_of,
     with_fields,
 )
 from farplug.cli.screen import DisplayOption
@@ -72,8 +73,6 @@ open sees each act, and takes the keyboard and the mouse with one click. farplug
 Everybody who can list the processes of this machine can read a password in TARGET. FARPLUG_PASSWORD is not used for a \
 .vv file.
     """
-    from farplug.cli.joining import target_of
-
     target = target_of(session, access, "a TARGET")
     agents.check()
     from farplug.cli import mcp_server

@@ -20,6 +20,7 @@ from farplug.cli.options import (
     SESSION_VARIABLE,
     DebugOption,
     TargetOptions,
+    target_of,
     with_fields,
     with_target_options,
 )
@@ -170,8 +171,6 @@ def page(
 from this machine only, unless --listen names another address. Ctrl-C ends the page. A session that was running before \
 continues; one that the page started ends with it.
     """
-    from farplug.cli.joining import target_of
-
     target = target_of(session, access, "a TARGET in --session")
     if not mcp:
         agents.check_unused("--mcp")

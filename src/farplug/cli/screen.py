@@ -15,14 +15,18 @@ import typer
 
 from farplug.app.commands import ButtonName, Click, Command, Press, Screenshot, TypeText, Via
 from farplug.app.settings import TargetSettings
+from farplug.cli import completion
 from farplug.cli.options import (
     PASSWORD_HELP,
+    SESSION,
+    SESSION_VARIABLE,
     DebugOption,
     OptionalTargetArgument,
     TargetOptions,
+    target_of,
     with_fields,
 )
-from farplug.cli.sessions import JsonOption, SessionOption
+from farplug.cli.sessions import JsonOption
 from farplug.errors import Reason, UsageError, from_oserror
 
 if TYPE_CHECKING:
@@ -53,6 +57,21 @@ LayoutOption = Annotated[
 DisplayOption = Annotated[
     int, typer.Option("--display", metavar="N", min=0, help="The number of the display, for a VM with several.")
 ]
+SessionOrTargetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--session",
+        "-s",
+        metavar="NAME|TARGET",
+        envvar=SESSION_VARIABLE,
+        show_envvar=False,
+        autocompletion=completion.sessions,
+        help=f"The name of a running session, or a TARGET; by default that in {SESSION_VARIABLE}, else the only "
+        "session that is running.",
+        show_default=False,
+        rich_help_panel=SESSION,
+    ),
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +79,7 @@ class Place:
     """Where a command is carried out: a running session, or a target."""
 
     target: OptionalTargetArgument = None
-    session: SessionOption = None
+    session: SessionOrTargetOption = None
     access: TargetOptions
 
     def settings(self, context: typer.Context) -> TargetSettings | None:
@@ -70,8 +89,7 @@ class Place:
             UsageError: the options contradict each other.
         """
         if self.target is None:
-            self.access.check_unused("TARGET")
-            return None
+            return target_of(self.session, self.access, "TARGET")
         source = context.get_parameter_source("session")
         if source is not None and source.name == "COMMANDLINE":
             raise UsageError(
@@ -87,8 +105,9 @@ def _with_place(command: Callable[..., None]) -> Callable[..., None]:
     whole = with_fields(command, "place", Place)
     whole.__doc__ = f"""{inspect.cleandoc(command.__doc__ or "")}
 
-A running session carries the command out. With TARGET, farplug connects alone: a SPICE server serves one client at a \
-time, so this ends the session of any other client of the VM, also one that has devices plugged in.
+A running session carries the command out. With TARGET, also as the value of --session, farplug connects alone: a \
+SPICE server serves one client at a time, so this ends the session of any other client of the VM, also one that has \
+devices plugged in.
 
 {PASSWORD_HELP}
 """

@@ -11,8 +11,9 @@ import typer
 
 from farplug.cli import completion
 from farplug.cli.device_options import DeviceOptions, with_device_options
-from farplug.cli.options import OUTPUT, SESSION, SESSION_VARIABLE, DebugOption
-from farplug.errors import Reason, UsageError
+from farplug.cli.options import OUTPUT, SESSION, SESSION_VARIABLE, DebugOption, is_target
+from farplug.errors import Reason, Remedy, UsageError
+from farplug.text import shown, without_credentials
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.", rich_help_panel=OUTPUT)]
 JsonEventsOption = Annotated[
@@ -21,6 +22,25 @@ JsonEventsOption = Annotated[
 ForceMediumOption = Annotated[
     bool, typer.Option("--force", help="Also while the VM has the medium locked, and a file that is not an ISO image.")
 ]
+
+
+def _session(text: str | None) -> str | None:
+    """Return the name of a session as it was given.
+
+    Raises:
+        UsageError: ``no-session``: it is a target.
+    """
+    if text is not None and is_target(text):
+        raise UsageError(
+            f"no session {shown(without_credentials(text))} is running, and this command takes no target in its place",
+            reason=Reason.NO_SESSION,
+            remedy=Remedy(
+                "connect first; the command prints the name of the session:", command="farplug connect TARGET --detach"
+            ),
+        )
+    return text
+
+
 SessionOption: TypeAlias = Annotated[
     str | None,
     typer.Option(
@@ -29,6 +49,7 @@ SessionOption: TypeAlias = Annotated[
         metavar="NAME",
         envvar=SESSION_VARIABLE,
         show_envvar=False,
+        callback=_session,
         autocompletion=completion.sessions,
         help=f"The name of the session; by default that in {SESSION_VARIABLE}, else the only one that is running.",
         show_default=False,
