@@ -61,6 +61,8 @@ SCROLL_GENTLY = "while :; do seq -s ' ' 100; sleep 0.1; done"
 """Leaves the VM's only processor time for the disk."""
 SLOW_RATE = 10_000
 """Bytes per second of the slow viewer."""
+SLOW_GOAL = 0.95
+"""The goal for a disk with a slow viewer, to one without."""
 QUIET = 0.3
 """Seconds without a change of the screen, between two keys."""
 WARM_UP_KEYS = 3
@@ -587,8 +589,8 @@ async def channels(guest: QemuGuest, *types: int) -> list[str]:
 
 
 @asynccontextmanager
-async def served(guest: QemuGuest, folder: Path) -> AsyncIterator[tuple[str, Program, Program]]:
-    """Start a session of the guest, and the page; yield the page's link, the session and the page."""
+async def served(target: str, folder: Path) -> AsyncIterator[tuple[str, Program, Program]]:
+    """Start a session of a target, and the page; yield the page's link, the session and the page."""
     run = folder / "run"
     run.mkdir(mode=0o700)
     environment = {
@@ -602,7 +604,7 @@ async def served(guest: QemuGuest, folder: Path) -> AsyncIterator[tuple[str, Pro
             *PROGRAM, *arguments, env=environment, stdout=asyncio.subprocess.PIPE
         )
 
-    connecting = await start("connect", guest.targets[0], "--name", NAME, "--detach")
+    connecting = await start("connect", target, "--name", NAME, "--detach")
     await connecting.communicate()
     if connecting.returncode:
         sys.exit("bench: farplug connect --detach failed")
@@ -641,7 +643,7 @@ async def measured(options: argparse.Namespace, parts: tuple[str, ...]) -> Figur
             await guest.check("dmesg -n 1; echo 0 >/sys/class/graphics/fbcon/cursor_blink")
             shell = asyncio.ensure_future(guest.run(SHELL, timeout=100_000))
             try:
-                async with served(guest, folder) as (url, session, page):
+                async with served(guest.targets[0], folder) as (url, session, page):
                     bench = Bench(options, guest, folder, url, session, page)
                     await bench.run(parts)
                     return bench.figures
@@ -738,6 +740,12 @@ def table_rows(figures: Figures) -> list[Row]:
         pairs = zip(figures.iso["browser"], figures.iso["machine"], strict=True)
         ratio = statistics.median(one / other for one, other in pairs)
         lines.append(Row(f"{part}: an ISO of the browser; beside one of this machine", "read", ours, theirs, ratio))
+    for way, goal in ((NO_VIEWER, None), (SLOW, SLOW_GOAL)) if figures.disk else ():
+        ours, theirs, _ = compared(figures.disk, way, VIEWER)
+        pairs = zip(figures.disk[way], figures.disk[VIEWER], strict=True)
+        ratio = statistics.median(one / other for one, other in pairs)
+        what = "a slow viewer, too" if way == SLOW else way
+        lines.append(Row(f"{part}: a disk at full speed; beside that with one viewer", what, ours, theirs, ratio, goal))
     return lines
 
 

@@ -236,7 +236,7 @@ async def soak(seconds: float, seed: int) -> list[str]:
             await guest.check("dmesg -n 1")
             shell = asyncio.ensure_future(guest.run(SHELL, timeout=seconds + 1000))
             try:
-                async with served(guest, folder) as (url, session, page):
+                async with served(guest.targets[0], folder) as (url, session, page):
                     run = Soak(guest, folder, url, session, page, random.Random(seed))
                     try:
                         await run.run(seconds)

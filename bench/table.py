@@ -57,6 +57,7 @@ PROGRAMS = (
     Program("network", ("--pairs", "3")),
     Program("proxy", ("--rounds", "2")),
     Program("page", ("--seconds", "10", "--keys", "20", "--rounds", "2")),
+    Program("pongs", ("--rounds", "2")),
     Program("keyboard", ("--texts", "3")),
     Program("nested", long=True),
 )
