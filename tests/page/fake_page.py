@@ -111,6 +111,7 @@ class FakePage:
         self.devices: list[Json] = []
         self.files: dict[str, list[Json]] = {"": []}
         self.medium = 0
+        self.plugged = 0
         self.sources: dict[str, list[Json]] = {}
         self.handlers: dict[str, Handler] = {
             "hello": lambda params, data: self.server,
@@ -360,7 +361,8 @@ class FakePage:
     def _attach(self, params: Json, data: bytes | None) -> Json:
         source = params["sources"][0]
         number = params.get("port", 0)
-        id = f"g1.a{self.snapshot['last_event']}"
+        self.plugged += 1
+        id = f"g1.a{100 + self.plugged}"
         path = source.get("path", source["kind"])
         if path.startswith("client:"):
             path = f"{path}/{self.offered[path.removeprefix('client:')]}"

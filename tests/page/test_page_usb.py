@@ -576,6 +576,17 @@ class TestFilesOfTheBrowser:
         expect(socket(page, 0).get_by_role("alert")).to_contain_text("The file is compressed.")
         fake.wait("media-withdraw")
 
+    def test_two_drops_one_right_after_the_other_go_to_two_sockets(self, fake: FakePage, page: Page) -> None:
+        page.evaluate(
+            "() => { for (const name of ['a.raw', 'b.raw']) { const dataTransfer = new DataTransfer();"
+            " dataTransfer.items.add(new File(['disk'.repeat(512)], name)); document.querySelector('.bench')"
+            ".dispatchEvent(new DragEvent('drop', { dataTransfer, bubbles: true, cancelable: true })); } }"
+        )
+        expect(page.get_by_role("button", name="Unplug a.raw")).to_be_visible()
+        expect(page.get_by_role("button", name="Unplug b.raw")).to_be_visible()
+        assert sorted(call.params["port"] for call in fake.of("attach")) == [0, 1]
+        assert fake.of("media-withdraw") == []
+
     def test_all_sockets_are_taken(self, fake: FakePage, page: Page) -> None:
         for number in range(4):
             fake.attachment(f"g1.a{number}", f"usbredir {number}", label=f"{number}.raw")

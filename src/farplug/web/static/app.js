@@ -687,15 +687,14 @@ export class App {
 
   /** Offer a file to the VM, and plug it in. @param {File} file @param {number | null} wanted @param {any} insert */
   async offer(file, wanted, insert) {
-    const port = insert ? portOf(this.state, insert) : wanted ?? this.firstFree();
     let kind, media;
     try {
       kind = await kindOf(file);
-      if (!insert && port !== null && !this.isFree(port)) throw refusal("no-free-port", T.socketTaken, T.socketTakenRemedy);
-      if (!insert && port === null) throw refusal("no-free-port", T.allTaken(ports(this.state).length), T.allTakenRemedy);
+      if (!insert && wanted !== null && !this.isFree(wanted)) throw refusal("no-free-port", T.socketTaken, T.socketTakenRemedy);
+      if (!insert && wanted === null && this.firstFree() === null) throw refusal("no-free-port", T.allTaken(ports(this.state).length), T.allTakenRemedy);
       ({ media } = await this.request("media-offer", { file: file.name, size: file.size, modified: String(file.lastModified) }));
     } catch (error) {
-      this.refuse(port, file.name, error);
+      this.refuse(insert ? portOf(this.state, insert) : wanted ?? this.firstFree(), file.name, error);
       return;
     }
     this.media.set(media, file);
@@ -706,7 +705,7 @@ export class App {
       else this.withdraw(media);
       return;
     }
-    const made = await this.plug({ sources: [{ kind, path }] }, { port, title: file.name, what: `${T.kinds[kind]} ${T.fromBrowser}`, icon: kind === "cdrom" ? "i-cd" : "i-disk" });
+    const made = await this.plug({ sources: [{ kind, path }] }, { port: wanted, title: file.name, what: `${T.kinds[kind]} ${T.fromBrowser}`, icon: kind === "cdrom" ? "i-cd" : "i-disk" });
     if (made === null) this.withdraw(media);
     else for (const one of made) this.mediaOf.set(media, one.id);
   }
