@@ -327,7 +327,7 @@ async def test_what_cannot_be_reached_leaves_nothing() -> None:
         with pytest.raises(TargetError, match="no"):
             await guest.plug(disk())
     assert guest.attachments == []
-    await asyncio.wait_for(guest.close(), 20)
+    await asyncio.wait_for(guest.close(), 100)
 
 
 async def test_refused() -> None:
@@ -353,7 +353,7 @@ async def test_closed_while_plugging(hangs: bool) -> None:
     await asyncio.sleep(0.01)
     expected = AttachmentState.OPENING if hangs else AttachmentState.WAITING
     assert [attachment.state for attachment in guest.attachments] == [expected]
-    await asyncio.wait_for(guest.close(), 20)
+    await asyncio.wait_for(guest.close(), 100)
     with pytest.raises(GuestGoneError, match="closed before"):
         await plugging
 
@@ -367,7 +367,7 @@ async def test_plugging_can_be_cancelled(hangs: bool) -> None:
     with pytest.raises(asyncio.CancelledError):
         await plugging
     assert guest.attachments == []
-    await asyncio.wait_for(guest.close(), 20)
+    await asyncio.wait_for(guest.close(), 100)
 
 
 async def test_the_guest_leaves() -> None:

@@ -414,7 +414,7 @@ async def test_many_sessions_are_asked_in_parallel(environment: dict[str, str], 
     servers = [session(app, environment, f"s{number:02}") for number in range(40)]
     for server in servers:
         await server.__aenter__()
-    listed = await asyncio.wait_for(list_sessions(environment), 30)
+    listed = await asyncio.wait_for(list_sessions(environment), 100)
     assert [entry.name for entry in listed] == [f"s{number:02}" for number in range(40)]
     for server in servers:
         await server.__aexit__(None, None, None)

@@ -25,7 +25,7 @@ def _short_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def take(changes: AsyncIterator[Change], count: int = 1) -> list[tuple[str, str]]:
     """The next changes: what happened, and in which port."""
-    return [_brief(await asyncio.wait_for(anext(changes), 20)) for _ in range(count)]
+    return [_brief(await asyncio.wait_for(anext(changes), 100)) for _ in range(count)]
 
 
 def _brief(change: Change) -> tuple[str, str]:
@@ -86,7 +86,7 @@ async def test_a_device_that_never_becomes_usable_is_reported_with_its_obstacle(
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     async with Watch(machine.root) as watch:
         machine.add("1-1", 2)
-        change = await asyncio.wait_for(anext(aiter(watch)), 20)
+        change = await asyncio.wait_for(anext(aiter(watch)), 100)
         assert change.device.obstacle is not None
         assert change.device.obstacle.reason is Reason.NO_PERMISSION
 
@@ -119,7 +119,7 @@ async def test_permission_that_is_given_late_is_reported(machine: Machine, monke
     async with Watch(machine.root) as watch:
         changes = aiter(watch)
         machine.add("1-1", 2)
-        first = await asyncio.wait_for(anext(changes), 20)
+        first = await asyncio.wait_for(anext(changes), 100)
         assert first.device.obstacle is not None
         waiting = asyncio.ensure_future(anext(changes))
         await asyncio.sleep(0.2)
@@ -293,7 +293,7 @@ async def test_without_the_kernels_messages(machine: Machine, monkeypatch: pytes
     machine.add("1-1", 2)
     async with Watch(machine.root) as watch:
         machine.remove("1-1")
-        assert isinstance(await asyncio.wait_for(anext(aiter(watch)), 20), Departed)
+        assert isinstance(await asyncio.wait_for(anext(aiter(watch)), 100), Departed)
 
 
 async def test_too_many_open_files(
