@@ -36,13 +36,20 @@ def test_a_tool_gets_image_input_and_environment(fd: int) -> None:
     assert os.pread(fd, 9, 0) == b"4567"
 
 
-def test_progress_follows_the_image(fd: int) -> None:
+def test_progress_follows_the_image(fd: int, tmp_path: Path) -> None:
     tree = Tree(Path("/"), (Entry("a", False, 3 * MIB, 0),))
     reported: list[tuple[int, int]] = []
-    build = ImageBuild(fd, tree, lambda done, total: reported.append((done, total)))
-    build.run("dash", "-c", f'head -c {2 * MIB} /dev/zero >"$1"; sleep 0.3', "-", build.path)
+    enough = tmp_path / "enough"
+
+    def report(done: int, total: int) -> None:
+        reported.append((done, total))
+        if len(reported) > 2:
+            enough.touch()
+
+    build = ImageBuild(fd, tree, report)
+    script = f'head -c {2 * MIB} /dev/zero >"$1"; until [ -e {enough} ]; do sleep 0.01; done'
+    build.run("dash", "-c", script, "-", build.path)
     assert reported[-1] == (2 * MIB, 3 * MIB)
-    assert len(reported) > 2
     build.run("dash", "-c", f'head -c {5 * MIB} /dev/zero >"$1"', "-", build.path)
     assert reported[-1] == (3 * MIB, 3 * MIB)
 

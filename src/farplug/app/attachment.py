@@ -18,7 +18,7 @@ from farplug.usb.device import Device
 from farplug.usb.figures import EndpointFigures, Figures
 from farplug.virtual.fido.events import PresenceAnswered, PresenceAsked
 
-TURN_TIMEOUT = 1.5
+TURN_TIMEOUT = 5.0
 """Seconds that a device whose port is ready waits for the devices of earlier places to be offered."""
 
 
