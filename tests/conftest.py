@@ -13,12 +13,17 @@ from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadFileScheduling
 
 from farplug import rate_limit
 from farplug.app import typing as typing_module
 from farplug.errors import SetupError
 from farplug.programs import find_program
+
+# A busy machine takes longer than Hypothesis permits an example, and its making, by default.
+settings.register_profile("farplug", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("farplug")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from farplug import errors
@@ -306,7 +306,6 @@ JSON = st.recursive(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.sampled_from(["id", "method", "params", "event", "data", "ok", "result", "error"]), JSON))
 def test_any_json_is_a_message_or_refused(data: dict[str, Any]) -> None:
     for parse in (parse_request, parse_reply):

@@ -32,7 +32,7 @@ from farplug.usbredir.packets import (
 from farplug.usbredir.protocol import Connection, Event, Role, Violation
 from farplug.usbredir.wire import PACKET_FORMATS, PacketType, header
 
-MANY = settings(max_examples=200, deadline=None)
+MANY = settings(max_examples=200)
 
 CAPS = st.sampled_from([ALL_CAPS, Cap.NONE]) | st.builds(Cap, st.integers(0, 0xFF))
 ROLES = st.sampled_from(list(Role))
@@ -206,7 +206,7 @@ def chunked(draw: st.DrawFn, stream: bytes) -> list[bytes]:
     return [stream[a:b] for a, b in pairwise(at)]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(role=ROLES, own=CAPS, peer=CAPS, data=st.data())
 def test_what_we_receive(library: CDLL, role: Role, own: Cap, peer: Cap, data: st.DataObject) -> None:
     """Packets of every type and size, valid and invalid."""
@@ -216,7 +216,7 @@ def test_what_we_receive(library: CDLL, role: Role, own: Cap, peer: Cap, data: s
     pair.theirs.close()
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(
     role=ROLES,
     caps=CAPS,
