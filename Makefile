@@ -20,6 +20,7 @@ PYTHON := .venv/bin/python
 SECONDS := 20
 CUTS := 60
 SOAK := 3600
+# Processes whose tests have guests. One more runs the other tests.
 PROCESSES := 3
 COVERED := tests/usbredir tests/scsi
 STRESSED := stress paused nested_lifecycle typing control functions_together devices_of_your_own network run serial
@@ -38,10 +39,10 @@ test: setup
 	@$(MAKE) --no-print-directory -j 2 test-others coverage
 
 test-others: setup
-	$(PYTHON) -m pytest -n $(PROCESSES) --dist loadfile $(COVERED:%=--ignore=%)
+	$(PYTHON) -m pytest -n $$(($(PROCESSES) + 1)) --dist loadfile $(COVERED:%=--ignore=%)
 
 test-unit: setup
-	$(PYTHON) -m pytest -n 2 -m "not guest"
+	$(PYTHON) -m pytest -n 2 --dist loadfile -m "not guest"
 
 test-guest: setup
 	$(PYTHON) -m pytest -n $(PROCESSES) --dist loadfile -m guest

@@ -10,6 +10,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Generator, Iterator
+from functools import cached_property
 from typing import Any
 
 import pytest
@@ -85,11 +86,32 @@ class Groups(LoadFileScheduling):  # type: ignore[misc]  # xdist has no types
     """Runs the tests of a group of files in one process, so that it boots their guests once; other files one by one.
 
     The groups begin in the order of :data:`GROUPS`, and what takes seconds last: no process is left alone with a group.
+    One process begins at the end and runs tests without guests only: they use the processor while guests wait.
     """
 
     def _split_scope(self, nodeid: str) -> str:
         scope = str(super()._split_scope(nodeid))
         return scope if (index := group_of(nodeid)) >= len(GROUPS) - 1 else str(index)
+
+    @cached_property
+    def _without_guests(self) -> Any:
+        """The process that runs no test with a guest; None if all tests are of one kind."""
+        kinds = {group_of(nodeid) == len(GROUPS) for nodeid in self.collection}
+        return self.nodes[-1] if len(kinds) == 2 and len(self.nodes) > 1 else None
+
+    def _assign_work_unit(self, node: Any) -> None:
+        if node is self._without_guests:
+            self.workqueue.move_to_end(next(reversed(self.workqueue)), last=False)
+        super()._assign_work_unit(node)
+
+    def _reschedule(self, node: Any) -> None:
+        if self.workqueue and node is self._without_guests:
+            last = next(iter(self.workqueue[next(reversed(self.workqueue))]))
+            if group_of(last) < len(GROUPS):
+                if not node.shutting_down:
+                    node.shutdown()
+                return
+        super()._reschedule(node)
 
 
 def group_of(nodeid: str) -> int:
