@@ -165,6 +165,12 @@ DRAWN = "() => new Promise(done => requestAnimationFrame(() => requestAnimationF
 """Waits until the page was drawn for the size of its window: it may ask for a frame when the size changes."""
 
 
+def resize(page: Page, width: int, height: int) -> None:
+    page.set_viewport_size({"width": width, "height": height})
+    page.wait_for_function("([width, height]) => innerWidth === width && innerHeight === height", arg=[width, height])
+    page.evaluate(DRAWN)
+
+
 @pytest.mark.parametrize("label", ["a.raw", "results-of-the-night-run-2026-11-28-second-attempt-" * 4 + ".raw"])
 def test_nothing_scrolls_sideways(fake: FakePage, opened: Opened, label: str) -> None:
     page = opened(fake, SIZES[0])
@@ -176,9 +182,7 @@ def test_nothing_scrolls_sideways(fake: FakePage, opened: Opened, label: str) ->
     expect(page.locator(".socket .state").first).to_contain_text("In use")
     expect(page.locator(".log li").filter(has_text="x" * 400)).to_have_count(1)
     for width, height in SIZES:
-        page.set_viewport_size({"width": width, "height": height})
-        page.evaluate(DRAWN)
-        assert page.evaluate("[innerWidth, innerHeight]") == [width, height]
+        resize(page, width, height)
         assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
         assert page.evaluate("document.documentElement.scrollHeight - innerHeight") <= 0
         for part in (".usb", ".tools", ".info"):
@@ -195,8 +199,7 @@ def test_the_board_has_no_fault(opened: Opened) -> None:
         page = opened(fake, SIZES[0])
         expect(page.get_by_role("link", name="web1")).to_be_visible()
         for width, height in (SIZES[0], (1440, 900)):
-            page.set_viewport_size({"width": width, "height": height})
-            page.evaluate(DRAWN)
+            resize(page, width, height)
             assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
             assert faults(page) == []
 

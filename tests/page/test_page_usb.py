@@ -185,6 +185,7 @@ class TestPlugging:
         expect(socket(page, 0)).to_contain_text("In use")
         page.locator(".devices li", has_text="YubiKey 5 NFC").drag_to(socket(page, 2))
         assert fake.wait("attach", 2).params["port"] == 2
+        expect(socket(page, 2)).to_contain_text("In use")  # no more messages come and move the others
         page.locator(".log li", has_text="attached as").last.hover()
         page.locator(".log li", has_text="attached as").last.get_by_role("button", name="Copy command").click()
         expect(page.locator("#said")).to_have_text("Copied")
