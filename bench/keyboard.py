@@ -13,8 +13,8 @@ import platform
 import statistics
 import time
 
-from tests.guest.test_devices_of_your_own import KEY_ESC, reading, text_of
-from tests.guest.test_typing import GUEST, busy, connected, random_text
+from tests.guest.test_devices_of_your_own import GUEST, KEY_ESC, reading, text_of
+from tests.guest.test_typing import busy, connected, random_text
 
 from farplug.app.commands import Via
 from farplug.vm.qemu import QemuGuest

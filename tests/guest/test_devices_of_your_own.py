@@ -11,6 +11,7 @@ import string
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pytest
@@ -28,7 +29,7 @@ from tests.guest.plugging import (
 )
 from tests.leaks import Left, no_more_than
 
-from farplug.testing import QemuGuest
+from farplug.testing import QemuGuest, SpicePort, TcpPort
 from farplug.usb import Setup, Speed
 from farplug.virtual import (
     AsyncFunction,
@@ -46,6 +47,9 @@ from farplug.virtual.hid import Button, Gamepad, Key, Keyboard, Led, Mouse, Tabl
 
 if TYPE_CHECKING:
     from tests.guest.conftest import Guests
+
+GUEST = replace(FUNCTIONS, ports=(TcpPort(), SpicePort()))
+"""A guest that has only input devices, here and in ``test_typing.py``."""
 
 Event: TypeAlias = tuple[int, int, int]
 
@@ -181,14 +185,22 @@ def text_of(events: list[Event]) -> str:
     return typed
 
 
+async def quiet_guest(guests: Guests) -> QemuGuest:
+    """Return the guest without devices and kernel messages of earlier tests, some of which provoke complaints."""
+    guest = await guests.get(GUEST)
+    await until(guest, "! busybox grep -qsx farplug /sys/bus/usb/devices/*/manufacturer")
+    await guest.check("dmesg -c >/dev/null")
+    return guest
+
+
 async def trouble(guest: QemuGuest) -> str:
-    """Return the kernel's complaints."""
+    """Return the kernel's complaints since :func:`quiet_guest`."""
     return await guest.check("dmesg | grep -E 'BUG|WARNING|Oops|Call Trace|usb.*(error|failed|timed out)'; :")
 
 
 @pytest.mark.parametrize("port", [0, 1], ids=["tcp", "spice"])
 async def test_a_text_arrives_and_is_confirmed(guests: Guests, port: int) -> None:
-    guest = await guests.get(FUNCTIONS)
+    guest = await quiet_guest(guests)
     everything = Everything()
     keyboard = everything.keyboard
     text = "".join(
@@ -219,7 +231,7 @@ async def test_a_text_arrives_and_is_confirmed(guests: Guests, port: int) -> Non
 
 
 async def test_pointers(guests: Guests) -> None:
-    guest = await guests.get(FUNCTIONS)
+    guest = await quiet_guest(guests)
     everything = Everything()
     async with plugged(guest.targets[0], everything.device):
         tablet, mouse = everything.tablet, everything.mouse
@@ -244,7 +256,7 @@ async def test_pointers(guests: Guests) -> None:
 
 @pytest.mark.parametrize("speed", [Speed.HIGH, Speed.SUPER], ids=str)
 async def test_endpoints_of_every_type(guests: Guests, speed: Speed) -> None:
-    guest = await guests.get(FUNCTIONS)
+    guest = await quiet_guest(guests)
     everything = Everything(speed)
     sampler = everything.sampler
     async with plugged(guest.targets[0], everything.device):
@@ -286,7 +298,7 @@ async def test_endpoints_of_every_type(guests: Guests, speed: Speed) -> None:
 
 
 async def test_detach_in_the_middle_of_a_text(guests: Guests) -> None:
-    guest = await guests.get(FUNCTIONS)
+    guest = await quiet_guest(guests)
     everything = Everything()
     keyboard = everything.keyboard
     for _ in range(2):  # the same device is plugged in again
@@ -317,7 +329,7 @@ def objects() -> Counter[str]:
 
 async def test_rounds_of_attach_and_detach_leak_nothing(guests: Guests) -> None:
     """Plug two devices in and out: Linux serves the hub of each speed on its own, so both at a time."""
-    guest = await guests.get(FUNCTIONS)
+    guest = await quiet_guest(guests)
     keyboards = Keyboard(), Keyboard()
     devices = [
         VirtualDevice(
@@ -328,7 +340,7 @@ async def test_rounds_of_attach_and_detach_leak_nothing(guests: Guests) -> None:
     before: tuple[Left, Counter[str]] | None = None
     for number in range(ATTACH_ROUNDS):
         async with AsyncExitStack() as stack:
-            targets = guest.targets[:2] if number % 2 else guest.targets[1::-1]
+            targets = guest.targets if number % 2 else reversed(guest.targets)
             places = zip(targets, devices, strict=True)
             await asyncio.gather(*(stack.enter_async_context(plugged(*place)) for place in places))
             await has_inputs(guest, 6)
@@ -344,7 +356,7 @@ async def test_rounds_of_attach_and_detach_leak_nothing(guests: Guests) -> None:
 
 
 async def test_rounds_of_functions_that_run_leak_nothing(guests: Guests) -> None:
-    guest = await guests.get(FUNCTIONS)
+    guest = await quiet_guest(guests)
     everything = Everything()
     before: Left | None = None
     for number in range(6):

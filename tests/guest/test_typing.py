@@ -11,13 +11,12 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tests.guest.conftest import Guests
-from tests.guest.plugging import FUNCTIONS, LONG, disk_with, plugged, with_controller
-from tests.guest.test_devices_of_your_own import KEY_ESC, reading, text_of, trouble
+from tests.guest.plugging import LONG, disk_with, plugged, with_controller
+from tests.guest.test_devices_of_your_own import KEY_ESC, quiet_guest, reading, text_of, trouble
 
 from farplug.app.commands import Via
 from farplug.app.guest import Guest
@@ -25,13 +24,11 @@ from farplug.app.settings import Source
 from farplug.errors import DeviceError
 from farplug.store.image import serial_number
 from farplug.target import open_session, parse_target
-from farplug.testing import SpicePort, TcpPort
 from farplug.usb import Speed
 from farplug.virtual import VirtualDevice
 from farplug.virtual.hid import Gamepad, Hat, MediaKey, MediaKeys, Touchscreen
 from farplug.vm.qemu_config import Controller
 
-GUEST = replace(FUNCTIONS, ports=(TcpPort(), SpicePort()))
 CHARACTERS = 2000 if LONG else 500
 """Characters that are typed beside two busy processes."""
 ALPHABET = string.ascii_letters + string.digits + string.punctuation + " \n\t"
@@ -65,7 +62,7 @@ def busy(count: int) -> Iterator[None]:
 @pytest.mark.parametrize("port", [0, 1], ids=["tcp", "spice"])
 async def test_a_keyboard_is_plugged_in_for_a_text(guests: Guests, port: int, tmp_path: Path) -> None:
     """It stays for the next one, and leaves when its port is needed."""
-    guest = await guests.get(GUEST)
+    guest = await quiet_guest(guests)
     async with connected(guest.targets[port]) as farplug:
         typed = await farplug.typing.type("x", via=Via.AUTO)
         assert (typed.via, typed.confirmed) == (Via.USB, True)
@@ -93,7 +90,7 @@ async def test_a_keyboard_is_plugged_in_for_a_text(guests: Guests, port: int, tm
 
 
 async def test_a_click_on_a_tablet_that_is_plugged_in_for_it(guests: Guests) -> None:
-    guest = await guests.get(GUEST)
+    guest = await quiet_guest(guests)
     async with connected(guest.targets[1]) as farplug:
         width, height = await farplug.screen.size()
         clicking = asyncio.ensure_future(farplug.typing.click(width // 2, height + 1000))
@@ -109,7 +106,7 @@ async def test_a_click_on_a_tablet_that_is_plugged_in_for_it(guests: Guests) -> 
 @pytest.mark.parametrize("port", [0, 1], ids=["tcp", "spice"])
 async def test_a_busy_machine_loses_nothing(guests: Guests, port: int) -> None:
     """Many characters, with two busy processes beside the guest."""
-    guest = await guests.get(GUEST)
+    guest = await quiet_guest(guests)
     text = random_text(7 + port, CHARACTERS)
     async with connected(guest.targets[port]) as farplug:
         await farplug.typing.type("x", via=Via.USB)
@@ -122,7 +119,7 @@ async def test_a_busy_machine_loses_nothing(guests: Guests, port: int) -> None:
 
 async def test_a_vm_that_stands_still_repeats_nothing(guests: Guests) -> None:
     """Stop QEMU again and again, for longer than Linux waits before it repeats a key that is pressed."""
-    guest = await guests.get(GUEST)
+    guest = await quiet_guest(guests)
     text = random_text(5, 250) + "bookkeeper  aA\n\n" * 20
 
     async def stop() -> None:
@@ -173,7 +170,7 @@ async def _typed(farplug: Guest, text: str) -> int:
 
 async def test_a_guest_that_configures_the_keyboard_again(guests: Guests) -> None:
     """Interrupt a text; the error says how far it is certain, and the keyboard works again, untouched."""
-    guest = await guests.get(GUEST)
+    guest = await quiet_guest(guests)
     async with connected(guest.targets[0]) as farplug:
         await farplug.typing.type("x", via=Via.USB)
         typing = asyncio.ensure_future(farplug.typing.type("y" * 50_000, via=Via.USB))
@@ -189,7 +186,7 @@ async def test_a_guest_that_configures_the_keyboard_again(guests: Guests) -> Non
 
 async def test_other_input_devices(guests: Guests) -> None:
     """Linux binds a driver to each, and gets what they do."""
-    guest = await guests.get(GUEST)
+    guest = await quiet_guest(guests)
     gamepad, touchscreen, media = Gamepad(), Touchscreen(), MediaKeys()
     device = VirtualDevice(gamepad, touchscreen, media, product="Controls", speeds=(Speed.HIGH,))
     async with plugged(guest.targets[0], device):
@@ -211,7 +208,7 @@ async def test_other_input_devices(guests: Guests) -> None:
 
 async def test_resets_during_a_text(guests: Guests) -> None:
     """Reset the port again and again: each interrupted text is an error, and the keyboard works afterwards."""
-    guest = await guests.get(GUEST)
+    guest = await quiet_guest(guests)
     async with connected(guest.targets[0]) as farplug:
         await farplug.typing.type("x", via=Via.USB)
         device = "$(dirname $(grep -l farplug /sys/bus/usb/devices/*/manufacturer))"
@@ -231,7 +228,7 @@ async def test_resets_during_a_text(guests: Guests) -> None:
 
 async def test_two_texts_at_once_on_two_keyboards(guests: Guests) -> None:
     """A session types one text after the other, on one of its keyboards: Linux shows its locks on all of them."""
-    guest = await guests.get(GUEST)
+    guest = await quiet_guest(guests)
     texts = ["a" + random_text(seed, 400) for seed in (12, 13)]
     async with connected(guest.targets[0]) as farplug:
         await farplug.attach([Source.keyboard(), Source.keyboard()])
