@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from tests.guest.conftest import Guests
-from tests.guest.plugging import LONG, disk_with, plugged, with_controller
+from tests.guest.plugging import GUEST_TIMEOUT, LONG, disk_with, plugged, with_controller
 from tests.guest.test_devices_of_your_own import KEY_ESC, quiet_guest, reading, text_of, trouble
 
 from farplug.app.commands import Via
@@ -89,7 +89,8 @@ async def test_a_keyboard_is_plugged_in_for_a_text(guests: Guests, port: int, tm
     assert await trouble(guest) == ""
 
 
-async def test_a_click_on_a_tablet_that_is_plugged_in_for_it(guests: Guests) -> None:
+async def test_a_click_on_a_tablet_that_is_plugged_in_for_it(guests: Guests, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("farplug.app.typing.READ_TIMEOUT", GUEST_TIMEOUT)  # Python in the guest needs seconds to start
     guest = await quiet_guest(guests)
     async with connected(guest.targets[1]) as farplug:
         width, height = await farplug.screen.size()
