@@ -108,7 +108,7 @@ async def test_browsers_that_do_not_take_their_pictures(
     """Their pictures have a bound, and a time: others get theirs afterwards."""
     png = os.urandom(16 << 20)  # more than the buffers of the sockets have
     monkeypatch.setattr(server, "MAX_PICTURE_BYTES", 2 * len(png))
-    monkeypatch.setattr(server, "SEND_TIMEOUT", 2.0)
+    monkeypatch.setattr(server, "SEND_TIMEOUT", 5.0)
     async with Served.serve(environment) as served, fake_session(served.folder, pictured(png)):
         path, token = "/screenshot.png?session=web1", served.page.tokens.full
         slow = [await asyncio.open_connection("127.0.0.1", served.port, limit=1 << 12) for _ in range(2)]
