@@ -234,6 +234,7 @@ ORDER = [
 def test_the_order_of_the_keyboard(fake: FakePage, opened: Opened) -> None:
     page = opened(fake, (1440, 900))
     expect(page.get_by_role("button", name="Plug in YubiKey")).to_be_visible()
+    expect(page.get_by_text("You drive")).to_be_visible()
     script = "() => { const one = document.activeElement; return one.getAttribute('aria-label') || one.textContent; }"
     found = []
     for _ in ORDER:
