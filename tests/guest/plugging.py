@@ -53,7 +53,7 @@ DISK_TOOLS = (
 LABORATORY = GuestConfig(
     ports=(TcpPort(), SpicePort(), TcpPort(nodelay=False)),
     kernel_arguments=NO_SCAN_DELAY,
-    memory=512,
+    memory=1024,
     modules=("fuse", "sg"),
     programs=(*DISK_TOOLS, *SG_TOOLS),
     python=True,
@@ -81,7 +81,6 @@ SCREEN = replace(
     FUNCTIONS,
     ports=(SpicePort(), SpicePort()),
     kernel_arguments=(*NO_SCAN_DELAY, "console=tty0"),
-    memory=512,
     extra_arguments=("-device", "VGA,id=screen", "-device", "usb-tablet,bus=usb.0"),
 )
 """The guest of tests of the screen: a text console on it, a tablet, and two SPICE ports."""
