@@ -69,6 +69,15 @@ async def test_megabytes_go_in_and_out(guest: QemuGuest) -> None:
     assert result.data == content
 
 
+async def test_a_full_root_file_system_leaves_room_for_commands(guest: QemuGuest) -> None:
+    full = await guest.run("cat /dev/zero >/tmp/full")
+    assert full.exit_code == 1
+    assert "No space left on device" in full.output
+    result = await guest.run("echo here; exit 3")
+    assert (result.exit_code, result.output) == (3, "here\n")
+    await guest.check("rm /tmp/full")
+
+
 async def test_commands_run_side_by_side_and_a_stuck_one_holds_up_no_other(guest: QemuGuest) -> None:
     # Each of the two ends only if the other runs at the same time.
     write = guest.check("mkfifo /tmp/a 2>/dev/null; echo ping >/tmp/a")

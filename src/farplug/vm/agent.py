@@ -70,6 +70,8 @@ mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
 mkdir -p /dev/pts
 mount -t devpts devpts /dev/pts
+# The agents keep commands and their output here: a full root file system does them no harm.
+mount -t tmpfs tmpfs /run
 modprobe -a $(cat /etc/modules)
 ip link set lo up
 if [ -e /sys/class/net/eth0 ]; then
