@@ -186,9 +186,10 @@ def test_the_installed_command_begins_with_the_script() -> None:
 
 @cache
 def completion_script() -> str:
-    """Return the script that --show-completion prints."""
-    command = [sys.executable, "-c", "from farplug.cli.script import main; main()", "--show-completion", "bash"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    """Return the script that --show-completion prints. It detects the shell that runs the command."""
+    command = [sys.executable, "-c", "from farplug.cli.script import main; main()", "--show-completion"]
+    shell = ["bash", "-c", '"$@"; exit', "bash"]  # stays the parent of the command
+    return subprocess.run([*shell, *command], capture_output=True, text=True, timeout=60, check=True).stdout
 
 
 def complete(tmp_path: Path, *words: str) -> list[str]:

@@ -156,9 +156,11 @@ class Together:
         writer.write(data)
         async with asyncio.timeout(GUEST_TIMEOUT):
             assert await reader.readexactly(len(data)) == data
-            self.moving = asyncio.ensure_future(_move(reader, writer))
+            moved = asyncio.Event()
+            self.moving = asyncio.ensure_future(_move(reader, writer, moved))
             while self.camera.frames < 3 or self.key.question is None:
                 await asyncio.sleep(0.01)
+            await moved.wait()
         await until(self.guest, f"[ $(cat {INTERFACE}/statistics/rx_bytes) -gt 3000000 ]")
 
     async def moved(self) -> int:
@@ -215,8 +217,11 @@ class Together:
         await KeyFile.open(self.folder / "keys.json").close()
 
 
-async def _move(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> int:
-    """Send data, as much as is taken, until the connection is lost; return the number of bytes that came back."""
+async def _move(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, moved: asyncio.Event) -> int:
+    """Send data, as much as is taken, until the connection is lost; return the number of bytes that came back.
+
+    ``moved`` is set when the first of them have.
+    """
 
     async def send() -> None:
         data = random.Random(2).randbytes(4096)
@@ -231,6 +236,7 @@ async def _move(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> i
         with suppress(ConnectionError):
             while data := await reader.read(65536):
                 count += len(data)
+                moved.set()
     finally:
         sending.cancel()
         await asyncio.wait([sending])
