@@ -206,7 +206,7 @@ async def test_a_terminal(farplug: Runner) -> None:
             os.write(master, b"echo $TERM $((40+2)) $(tty </dev/tty)\r")
             await until(b"vt220 42 /dev/tty")
             os.write(master, b"echo begun; while read x; do echo $x$x; done\r")
-            await until(b"\r\nbegun\r\n")  # a line for a shell that still edits its own has another end
+            await until(b"\rbegun\r\n")  # a line for a shell that still edits its own has another end
             os.write(master, b"some text\r")
             await until(b"some textsome text\r\n")
             os.write(master, b"\x03")
