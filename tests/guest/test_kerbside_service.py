@@ -97,7 +97,9 @@ async def test_a_token_expires(kerbside: Service, guest: QemuGuest, tmp_path: Pa
         attachment = await connection.plug(first)
         await asyncio.sleep(expired - time.monotonic())
         await connection.plug(second)
+        disk = await disk_of(guest, first)
         await attachment.unplug()
+        await gone(guest, disk)  # Linux may still be reading from it: the disk that comes back is another one
         await connection.plug(first)
         for device, image in zip((first, second), images, strict=True):
             digest = (await guest.check(f"sha256sum <{await disk_of(guest, device)}")).split()[0]
