@@ -168,7 +168,9 @@ async def test_attach_and_detach_after_the_life_of_the_token(
         await connection.plug(second)
         for device, image in zip((first, second), images, strict=True):
             assert await digest(guest, await disk_of(guest, device)) == digest_of(image)
+        disk = await disk_of(guest, first)
         await attachment.unplug()
+        await gone(guest, disk)
         await connection.plug(first)
         assert await digest(guest, await disk_of(guest, first)) == digest_of(images[0])
         assert len(kerbside.authorized(since)) == 3
