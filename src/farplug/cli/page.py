@@ -11,12 +11,10 @@ from typing import Annotated
 import typer
 
 from farplug.app.settings import TargetSettings
-from farplug.cli import completion
 from farplug.cli.agent_options import RIGHTS, AgentOptions
 from farplug.cli.options import (
     OUTPUT,
     PASSWORD_HELP,
-    SESSION,
     SESSION_VARIABLE,
     DebugOption,
     TargetOptions,
@@ -24,6 +22,7 @@ from farplug.cli.options import (
     with_fields,
     with_target_options,
 )
+from farplug.cli.sessions import session_option
 from farplug.errors import Reason, UsageError
 from farplug.transport import TARGET_FORMS
 
@@ -75,17 +74,10 @@ def page(
     context: typer.Context,
     session: Annotated[
         str | None,
-        typer.Option(
-            "--session",
-            "-s",
-            metavar="NAME|TARGET",
-            envvar=SESSION_VARIABLE,
-            show_envvar=False,
-            autocompletion=completion.sessions,
-            help=f"The name of a running session; or where a VM is, {TARGET_FORMS}: farplug connects to it, and leaves "
-            f"it with the page. By default the session in {SESSION_VARIABLE}, else all sessions.",
-            show_default=False,
-            rich_help_panel=SESSION,
+        session_option(
+            "NAME|TARGET",
+            f"The name of a running session; or where a VM is, {TARGET_FORMS}: farplug connects to it, and leaves it "
+            f"with the page. By default the session in {SESSION_VARIABLE}, else all sessions.",
         ),
     ] = None,
     port: Annotated[

@@ -15,10 +15,8 @@ import typer
 
 from farplug.app.commands import ButtonName, Click, Command, Press, Screenshot, TypeText, Via
 from farplug.app.settings import TargetSettings
-from farplug.cli import completion
 from farplug.cli.options import (
     PASSWORD_HELP,
-    SESSION,
     SESSION_VARIABLE,
     DebugOption,
     OptionalTargetArgument,
@@ -26,7 +24,7 @@ from farplug.cli.options import (
     target_of,
     with_fields,
 )
-from farplug.cli.sessions import JsonOption
+from farplug.cli.sessions import JsonOption, session_option
 from farplug.errors import Reason, UsageError, from_oserror
 
 if TYPE_CHECKING:
@@ -59,17 +57,10 @@ DisplayOption = Annotated[
 ]
 SessionOrTargetOption = Annotated[
     str | None,
-    typer.Option(
-        "--session",
-        "-s",
-        metavar="NAME|TARGET",
-        envvar=SESSION_VARIABLE,
-        show_envvar=False,
-        autocompletion=completion.sessions,
-        help=f"The name of a running session, or a TARGET; by default that in {SESSION_VARIABLE}, else the only "
-        "session that is running.",
-        show_default=False,
-        rich_help_panel=SESSION,
+    session_option(
+        "NAME|TARGET",
+        f"The name of a running session, or a TARGET; by default that in {SESSION_VARIABLE}, else the only session "
+        "that is running.",
     ),
 ]
 

@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, TypeAlias
+from collections.abc import Callable
+from typing import Annotated, Any, TypeAlias
 
 import typer
 
@@ -41,19 +42,28 @@ def _session(text: str | None) -> str | None:
     return text
 
 
-SessionOption: TypeAlias = Annotated[
-    str | None,
-    typer.Option(
+def session_option(metavar: str, help: str, callback: Callable[[str | None], str | None] | None = None) -> Any:
+    """Return the option ``--session`` of a command, whose value may also come from :data:`SESSION_VARIABLE`."""
+    return typer.Option(
         "--session",
         "-s",
-        metavar="NAME",
+        metavar=metavar,
         envvar=SESSION_VARIABLE,
         show_envvar=False,
-        callback=_session,
+        callback=callback,
         autocompletion=completion.sessions,
-        help=f"The name of the session; by default that in {SESSION_VARIABLE}, else the only one that is running.",
+        help=help,
         show_default=False,
         rich_help_panel=SESSION,
+    )
+
+
+SessionOption: TypeAlias = Annotated[
+    str | None,
+    session_option(
+        "NAME",
+        f"The name of the session; by default that in {SESSION_VARIABLE}, else the only one that is running.",
+        _session,
     ),
 ]
 
