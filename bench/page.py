@@ -441,7 +441,7 @@ class Bench:
                         self.figures.iso_cpu.append(cpu)
 
     async def _measure_slow(self, viewer: Viewer) -> None:
-        async with self._slow_viewer() as slow:
+        async with slow_viewer(self._url) as slow:
             self.figures.slow = await self._scroll(viewer)
             self.figures.slow_frames, self.figures.slow_received = slow.frames, slow.received
         async with self._plugged(viewer, "read-only-disk", "image.iso") as disk, self._in_guest(SCROLL_GENTLY):
@@ -456,7 +456,7 @@ class Bench:
     async def _watched(self, viewer: Viewer, way: str) -> AsyncIterator[None]:
         """Let no viewer, one, or a slow one beside it, watch the screen; at the end, the viewer watches."""
         if way == SLOW:
-            async with self._slow_viewer():
+            async with slow_viewer(self._url):
                 yield
             return
         if way == NO_VIEWER:
@@ -536,16 +536,6 @@ class Bench:
             await self._guest.check("kill $(cat /tmp/screen.pid); pkill -x seq; :", timeout=TIMEOUT)
 
     @asynccontextmanager
-    async def _slow_viewer(self) -> AsyncIterator[Viewer]:
-        """Let a slow viewer watch, too, with a picture on its way."""
-        port = int(self._url.partition("/#")[0].rpartition(":")[2])
-        async with slow_line(port) as line, Viewer.open(self._url, line) as viewer:
-            await viewer.send("watch-screen")
-            async with asyncio.timeout(TIMEOUT):
-                await viewer.announced.wait()
-            yield viewer
-
-    @asynccontextmanager
     async def _plugged(self, viewer: Viewer, kind: str, path: str) -> AsyncIterator[str]:
         """Plug a file in; yield the guest's disk."""
         before = await self._disks()
@@ -586,6 +576,17 @@ async def channels(guest: QemuGuest, *types: int) -> list[str]:
 
 
 # Processes ------------------------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def slow_viewer(url: str) -> AsyncIterator[Viewer]:
+    """Let a slow viewer watch, with a picture on its way."""
+    port = int(url.partition("/#")[0].rpartition(":")[2])
+    async with slow_line(port) as line, Viewer.open(url, line) as viewer:
+        await viewer.send("watch-screen")
+        async with asyncio.timeout(TIMEOUT):
+            await viewer.announced.wait()
+        yield viewer
 
 
 @asynccontextmanager

@@ -28,7 +28,7 @@ from disk import QUIET_LOAD, machine
 from farplug.spice.framebuffer import Rect
 from farplug.spice.types import ChannelType
 from jobs import MIB
-from page import NO_VIEWER, SLOW, TIMEOUT, VIEWER, WATCHING, Program, Viewer, percentile, served, slow_line
+from page import NO_VIEWER, SLOW, TIMEOUT, VIEWER, WATCHING, Program, Viewer, percentile, served, slow_viewer
 from rows import Row, add_rows_option, write_rows
 
 MAIN, USB = CHANNELS = ("main", "usbredir")
@@ -174,7 +174,7 @@ async def measured(seconds: float, rounds: int) -> tuple[Waits, Memory]:
                         if way == VIEWER:
                             await viewer.watch()
                         elif way == SLOW:
-                            await slow_viewer(url, stack)
+                            await stack.enter_async_context(slow_viewer(url))
                         vm.waits = {name: [] for name in CHANNELS}
                         used = await largest(seconds, session, page)
                         found = vm.waits
@@ -187,16 +187,6 @@ async def measured(seconds: float, rounds: int) -> tuple[Waits, Memory]:
                     while vm.linked:
                         await asyncio.sleep(0.1)
     return waits, memory
-
-
-async def slow_viewer(url: str, stack: AsyncExitStack) -> None:
-    """Let a slow viewer watch, with a picture on its way."""
-    port = int(url.partition("/#")[0].rpartition(":")[2])
-    line = await stack.enter_async_context(slow_line(port))
-    slow = await stack.enter_async_context(Viewer.open(url, line))
-    await slow.send("watch-screen")
-    async with asyncio.timeout(TIMEOUT):
-        await slow.announced.wait()
 
 
 async def largest(seconds: float, session: Program, page: Program) -> tuple[int, int]:

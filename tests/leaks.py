@@ -64,12 +64,12 @@ async def no_more_than(before: Left) -> None:
         pytest.fail(f"{now} after {before}: {asyncio.all_tasks()}")
 
 
-async def comes(condition: Callable[[], bool]) -> None:
+async def comes(condition: Callable[[], bool], timeout: float = TIMEOUT) -> None:
     """Wait until something is true of this process.
 
     Raises:
         TimeoutError: it is not true in time.
     """
-    async with asyncio.timeout(TIMEOUT):
+    async with asyncio.timeout(timeout):
         while not condition():
             await asyncio.sleep(0.02)

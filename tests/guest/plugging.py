@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
+from tests import leaks
+
 from farplug.app.attachment import Attachment
 from farplug.app.console_fonts import VGA_FOLDERS, load_glyphs
 from farplug.app.guest import Guest
@@ -160,10 +162,8 @@ async def beside(task: asyncio.Future[Any], waiting: Coroutine[Any, Any, T]) -> 
 
 
 async def comes(condition: Callable[[], bool]) -> None:
-    """Wait until something is true of this process."""
-    async with asyncio.timeout(GUEST_TIMEOUT):
-        while not condition():
-            await asyncio.sleep(0.01)
+    """Wait until something is true of this process, as long as for an operation in a guest."""
+    await leaks.comes(condition, GUEST_TIMEOUT)
 
 
 async def read_line(guest: QemuGuest, action: Callable[[], Awaitable[object]]) -> str:

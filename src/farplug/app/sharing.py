@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from farplug.app.kinds import Medium, Whole
 from farplug.app.sources import OpenSource
-from farplug.errors import PortError, Reason, Remedy
+from farplug.errors import PortError, Reason
 from farplug.virtual.storage import MAX_UNITS
 
 
 def share(
-    opened: Sequence[OpenSource], ports: int, *, separate: bool, remedy: Remedy | str
+    opened: Sequence[OpenSource], ports: int, *, separate: bool, remedy: str
 ) -> tuple[list[list[OpenSource]], str]:
     """Return sources in groups of one device each: one source each, or all of them if there are fewer ports.
 
