@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection
-from dataclasses import replace
 from typing import TypeAlias
 
 from farplug.redirection.current_device import CurrentDevice
@@ -240,4 +239,5 @@ class PendingRequests:
         else:
             packet = packets.InterruptPacket(id=id, endpoint=endpoint, status=status, length=actual)
         if not self._send(packet):  # the reply cannot be encoded: send an I/O error instead
-            self._send(replace(packet, status=Status.IO_ERROR, length=0, data=b""))
+            packet.status, packet.length, packet.data = Status.IO_ERROR, 0, b""
+            self._send(packet)

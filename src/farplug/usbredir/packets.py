@@ -12,7 +12,7 @@ The file is long because the protocol has 33 packet types.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from struct import unpack_from
 from typing import Any, ClassVar, Final, Self
@@ -56,7 +56,6 @@ def endpoint_address(index: int) -> int:
     return (index & 0x0F) | ((index & 0x10) << 3)
 
 
-@dataclass(slots=True, kw_only=True)
 class Packet:
     """A usbredir packet. The guest chooses the ``id`` of a request, and its answer has the same; otherwise it is 0."""
 
@@ -64,7 +63,12 @@ class Packet:
     MAX_PAYLOAD: ClassVar[int] = 0
     """The most bytes of payload."""
 
-    id: int = 0
+    FIELDS: ClassVar[tuple[str, ...]] = ()
+    """The names of the fields without ``id``, in wire order where :meth:`decode` is not overridden."""
+    __slots__ = ("id",)
+
+    def __init__(self, *, id: int = 0) -> None:
+        self.id = id
 
     @classmethod
     def decode(cls, id: int, values: tuple[Any, ...], payload: Buffer) -> Self:
@@ -73,11 +77,14 @@ class Packet:
         Raises:
             RemoteProtocolError: the C parser would drop the packet, and this class cannot represent it.
         """
-        return cls(id=id, **dict(zip(_names(cls), values, strict=True)))
+        fields = dict(zip(cls.FIELDS, values, strict=True))
+        if "status" in fields:
+            fields["status"] = _STATUSES[fields["status"]]
+        return cls(id=id, **fields)
 
     def values(self) -> tuple[Any, ...]:
         """Return the fields of the longest type header, in wire order."""
-        return tuple(getattr(self, name) for name in _names(type(self)))
+        return tuple(getattr(self, name) for name in self.FIELDS)
 
     def payload(self) -> Buffer:
         """Return the payload: what follows the type header."""
@@ -92,37 +99,29 @@ class Packet:
         """
         return ""
 
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return all(getattr(self, name) == getattr(other, name) for name in ("id", *self.FIELDS))
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name}={getattr(self, name)!r}" for name in ("id", *self.FIELDS))
+        return f"{type(self).__name__}({fields})"
+
     def __str__(self) -> str:
         return " ".join((str(self.TYPE), *(f"{label}={text}" for label, text in self._details())))
 
     def _details(self) -> list[tuple[str, str]]:
         details = []
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in ("data", "stream_id") and not value:
+        for name in ("id", *self.FIELDS):
+            value = getattr(self, name)
+            if name in ("data", "stream_id") and not value:
                 continue
-            label, show = _LABELS.get(field.name, (field.name, str))
+            label, show = _LABELS.get(name, (name, str))
             details.append((label, show(value)))
         return details
 
 
-def _names(cls: type[Packet]) -> list[str]:
-    return [field.name for field in fields(cls) if field.name != "id"]
-
-
-class _StatusPacket(Packet):
-    """An answer that consists of numbers, one of which is a status."""
-
-    __slots__ = ()
-
-    @classmethod
-    def decode(cls, id: int, values: tuple[Any, ...], payload: Buffer) -> Self:
-        numbers = dict(zip(_names(cls), values, strict=True))
-        numbers["status"] = _STATUSES[numbers["status"]]
-        return cls(id=id, **numbers)
-
-
-@dataclass(slots=True, kw_only=True)
 class Hello(Packet):
     """The first packet of each side. :meth:`Connection.start` sends ours.
 
@@ -136,8 +135,13 @@ class Hello(Packet):
     MAX_CAPS_WORDS: ClassVar[int] = 32
     """The most words that are stored. Protocol 0.7 defines only the first one."""
 
-    version: str
-    caps: tuple[int, ...] = ()
+    FIELDS = ("version", "caps")
+    __slots__ = FIELDS
+
+    def __init__(self, *, id: int = 0, version: str, caps: tuple[int, ...] = ()) -> None:
+        self.id = id
+        self.version = version
+        self.caps = caps
 
     @property
     def capabilities(self) -> Cap:
@@ -160,37 +164,59 @@ class Hello(Packet):
         return [("id", f"{self.id:x}"), ("version", repr(self.version)), ("caps", words)]
 
 
-@dataclass(slots=True, kw_only=True)
 class DeviceConnect(Packet):
     """A device is connected. ``speed``: 0 low, 1 full, 2 high, 3 super, 255 unknown. ``device_version``: bcdDevice."""
 
     TYPE = PacketType.DEVICE_CONNECT
+    FIELDS = (
+        "speed",
+        "device_class",
+        "device_subclass",
+        "device_protocol",
+        "vendor_id",
+        "product_id",
+        "device_version",
+    )
+    __slots__ = FIELDS
 
-    speed: int
-    device_class: int
-    device_subclass: int
-    device_protocol: int
-    vendor_id: int
-    product_id: int
-    device_version: int = 0
+    def __init__(
+        self,
+        *,
+        id: int = 0,
+        speed: int,
+        device_class: int,
+        device_subclass: int,
+        device_protocol: int,
+        vendor_id: int,
+        product_id: int,
+        device_version: int = 0,
+    ) -> None:
+        self.id = id
+        self.speed = speed
+        self.device_class = device_class
+        self.device_subclass = device_subclass
+        self.device_protocol = device_protocol
+        self.vendor_id = vendor_id
+        self.product_id = product_id
+        self.device_version = device_version
 
     @classmethod
     def decode(cls, id: int, values: tuple[Any, ...], payload: Buffer) -> Self:
-        return cls(id=id, **dict(zip(_names(cls), values, strict=False)))
+        return cls(id=id, **dict(zip(cls.FIELDS, values, strict=False)))
 
 
-@dataclass(slots=True, kw_only=True)
 class DeviceDisconnect(Packet):
     """The device is disconnected."""
 
     TYPE = PacketType.DEVICE_DISCONNECT
+    __slots__ = ()
 
 
-@dataclass(slots=True, kw_only=True)
 class Reset(Packet):
     """Reset the device. There is no answer."""
 
     TYPE = PacketType.RESET
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,13 +233,16 @@ class InterfaceEntry:
         return f"{self.number}:{codes}"
 
 
-@dataclass(slots=True, kw_only=True)
 class InterfaceInfo(Packet):
     """The interfaces of the current configuration, 32 at most."""
 
     TYPE = PacketType.INTERFACE_INFO
+    FIELDS = ("interfaces",)
+    __slots__ = FIELDS
 
-    interfaces: tuple[InterfaceEntry, ...]
+    def __init__(self, *, id: int = 0, interfaces: tuple[InterfaceEntry, ...]) -> None:
+        self.id = id
+        self.interfaces = interfaces
 
     @classmethod
     def decode(cls, id: int, values: tuple[Any, ...], payload: Buffer) -> Self:
@@ -258,13 +287,16 @@ class EndpointEntry:
     max_streams: int = 0
 
 
-@dataclass(slots=True, kw_only=True)
 class EndpointInfo(Packet):
     """The endpoints, as a table of 32 by :func:`endpoint_index`."""
 
     TYPE = PacketType.EP_INFO
+    FIELDS = ("endpoints",)
+    __slots__ = FIELDS
 
-    endpoints: tuple[EndpointEntry, ...]
+    def __init__(self, *, id: int = 0, endpoints: tuple[EndpointEntry, ...]) -> None:
+        self.id = id
+        self.endpoints = endpoints
 
     @classmethod
     def decode(cls, id: int, values: tuple[Any, ...], payload: Buffer) -> Self:
@@ -289,93 +321,117 @@ class EndpointInfo(Packet):
         return [("id", f"{self.id:x}"), ("endpoints", ",".join(present))]
 
 
-@dataclass(slots=True, kw_only=True)
 class SetConfiguration(Packet):
     """Set the configuration, by bConfigurationValue."""
 
     TYPE = PacketType.SET_CONFIGURATION
+    FIELDS = ("configuration",)
+    __slots__ = FIELDS
 
-    configuration: int
+    def __init__(self, *, id: int = 0, configuration: int) -> None:
+        self.id = id
+        self.configuration = configuration
 
 
-@dataclass(slots=True, kw_only=True)
 class GetConfiguration(Packet):
     """Get the configuration."""
 
     TYPE = PacketType.GET_CONFIGURATION
+    __slots__ = ()
 
 
-@dataclass(slots=True, kw_only=True)
-class ConfigurationStatus(_StatusPacket):
+class ConfigurationStatus(Packet):
     """Answers set_configuration and get_configuration."""
 
     TYPE = PacketType.CONFIGURATION_STATUS
+    FIELDS = ("status", "configuration")
+    __slots__ = FIELDS
 
-    status: Status
-    configuration: int
+    def __init__(self, *, id: int = 0, status: Status, configuration: int) -> None:
+        self.id = id
+        self.status = status
+        self.configuration = configuration
 
 
-@dataclass(slots=True, kw_only=True)
 class SetAltSetting(Packet):
     """Set the alternate setting of an interface."""
 
     TYPE = PacketType.SET_ALT_SETTING
+    FIELDS = ("interface", "alt")
+    __slots__ = FIELDS
 
-    interface: int
-    alt: int
+    def __init__(self, *, id: int = 0, interface: int, alt: int) -> None:
+        self.id = id
+        self.interface = interface
+        self.alt = alt
 
 
-@dataclass(slots=True, kw_only=True)
 class GetAltSetting(Packet):
     """Get the alternate setting of an interface."""
 
     TYPE = PacketType.GET_ALT_SETTING
+    FIELDS = ("interface",)
+    __slots__ = FIELDS
 
-    interface: int
+    def __init__(self, *, id: int = 0, interface: int) -> None:
+        self.id = id
+        self.interface = interface
 
 
-@dataclass(slots=True, kw_only=True)
-class AltSettingStatus(_StatusPacket):
+class AltSettingStatus(Packet):
     """Answers set_alt_setting and get_alt_setting."""
 
     TYPE = PacketType.ALT_SETTING_STATUS
+    FIELDS = ("status", "interface", "alt")
+    __slots__ = FIELDS
 
-    status: Status
-    interface: int
-    alt: int
+    def __init__(self, *, id: int = 0, status: Status, interface: int, alt: int) -> None:
+        self.id = id
+        self.status = status
+        self.interface = interface
+        self.alt = alt
 
 
-@dataclass(slots=True, kw_only=True)
 class StartIsoStream(Packet):
     """Start an isochronous stream."""
 
     TYPE = PacketType.START_ISO_STREAM
+    FIELDS = ("endpoint", "packets_per_urb", "urbs")
+    __slots__ = FIELDS
 
-    endpoint: int
-    packets_per_urb: int
-    urbs: int
+    def __init__(self, *, id: int = 0, endpoint: int, packets_per_urb: int, urbs: int) -> None:
+        self.id = id
+        self.endpoint = endpoint
+        self.packets_per_urb = packets_per_urb
+        self.urbs = urbs
 
 
-@dataclass(slots=True, kw_only=True)
 class StopIsoStream(Packet):
     """Stop an isochronous stream."""
 
     TYPE = PacketType.STOP_ISO_STREAM
+    FIELDS = ("endpoint",)
+    __slots__ = FIELDS
 
-    endpoint: int
+    def __init__(self, *, id: int = 0, endpoint: int) -> None:
+        self.id = id
+        self.endpoint = endpoint
 
 
-@dataclass(slots=True, kw_only=True)
-class IsoStreamStatus(_StatusPacket):
+class IsoStreamStatus(Packet):
     """Answers start and stop of a stream.
 
     Sent without a request: ``STALL`` if the stream ended, others if it continues.
     """
 
     TYPE = PacketType.ISO_STREAM_STATUS
+    FIELDS = ("status", "endpoint")
+    __slots__ = FIELDS
 
-    status: Status
-    endpoint: int
+    def __init__(self, *, id: int = 0, status: Status, endpoint: int) -> None:
+        self.id = id
+        self.status = status
+        self.endpoint = endpoint
 
 
 class _InEndpointPacket(Packet):
@@ -388,90 +444,111 @@ class _InEndpointPacket(Packet):
         return "" if self.endpoint & 0x80 else f"{self.TYPE} for endpoint {self.endpoint:02x}, which is not IN"
 
 
-@dataclass(slots=True, kw_only=True)
 class StartInterruptReceiving(_InEndpointPacket):
     """Start receiving from an interrupt IN endpoint."""
 
     TYPE = PacketType.START_INTERRUPT_RECEIVING
+    FIELDS = ("endpoint",)
+    __slots__ = FIELDS
 
-    endpoint: int
+    def __init__(self, *, id: int = 0, endpoint: int) -> None:
+        self.id = id
+        self.endpoint = endpoint
 
 
-@dataclass(slots=True, kw_only=True)
 class StopInterruptReceiving(_InEndpointPacket):
     """Stop receiving from an interrupt IN endpoint."""
 
     TYPE = PacketType.STOP_INTERRUPT_RECEIVING
+    FIELDS = ("endpoint",)
+    __slots__ = FIELDS
 
-    endpoint: int
+    def __init__(self, *, id: int = 0, endpoint: int) -> None:
+        self.id = id
+        self.endpoint = endpoint
 
 
-@dataclass(slots=True, kw_only=True)
-class InterruptReceivingStatus(_InEndpointPacket, _StatusPacket):
+class InterruptReceivingStatus(_InEndpointPacket):
     """Answers start and stop of receiving. Sent without a request: ``STALL`` if it ended, others if it continues."""
 
     TYPE = PacketType.INTERRUPT_RECEIVING_STATUS
+    FIELDS = ("status", "endpoint")
+    __slots__ = FIELDS
 
-    status: Status
-    endpoint: int
+    def __init__(self, *, id: int = 0, status: Status, endpoint: int) -> None:
+        self.id = id
+        self.status = status
+        self.endpoint = endpoint
 
 
-@dataclass(slots=True, kw_only=True)
 class AllocBulkStreams(Packet):
     """Allocate streams on the endpoints of a mask (bit n: :func:`endpoint_index` n)."""
 
     TYPE = PacketType.ALLOC_BULK_STREAMS
+    FIELDS = ("endpoints", "streams")
+    __slots__ = FIELDS
 
-    endpoints: int
-    streams: int
+    def __init__(self, *, id: int = 0, endpoints: int, streams: int) -> None:
+        self.id = id
+        self.endpoints = endpoints
+        self.streams = streams
 
 
-@dataclass(slots=True, kw_only=True)
 class FreeBulkStreams(Packet):
     """Free the streams on the endpoints of a mask."""
 
     TYPE = PacketType.FREE_BULK_STREAMS
+    FIELDS = ("endpoints",)
+    __slots__ = FIELDS
 
-    endpoints: int
+    def __init__(self, *, id: int = 0, endpoints: int) -> None:
+        self.id = id
+        self.endpoints = endpoints
 
 
-@dataclass(slots=True, kw_only=True)
-class BulkStreamsStatus(_StatusPacket):
+class BulkStreamsStatus(Packet):
     """Answers alloc_bulk_streams and free_bulk_streams (``streams`` 0)."""
 
     TYPE = PacketType.BULK_STREAMS_STATUS
+    FIELDS = ("endpoints", "streams", "status")
+    __slots__ = FIELDS
 
-    endpoints: int
-    streams: int
-    status: Status
+    def __init__(self, *, id: int = 0, endpoints: int, streams: int, status: Status) -> None:
+        self.id = id
+        self.endpoints = endpoints
+        self.streams = streams
+        self.status = status
 
 
-@dataclass(slots=True, kw_only=True)
 class CancelDataPacket(Packet):
     """Cancel the data packet that has this packet's id."""
 
     TYPE = PacketType.CANCEL_DATA_PACKET
+    __slots__ = ()
 
 
-@dataclass(slots=True, kw_only=True)
 class FilterReject(Packet):
     """The guest refuses the device."""
 
     TYPE = PacketType.FILTER_REJECT
+    __slots__ = ()
 
 
 _parse_filter = lru_cache(maxsize=8)(Filter.parse)
 """Parse a filter, or return that of the same text: guests send their filter again with each device."""
 
 
-@dataclass(slots=True, kw_only=True)
 class FilterFilter(Packet):
     """Which devices the sender accepts: see :class:`~farplug.usbredir.filter.Filter`."""
 
     TYPE = PacketType.FILTER_FILTER
     MAX_PAYLOAD = 4 * 1024
+    FIELDS = ("filter",)
+    __slots__ = FIELDS
 
-    filter: str
+    def __init__(self, *, id: int = 0, filter: str) -> None:
+        self.id = id
+        self.filter = filter
 
     @property
     def rules(self) -> Filter:
@@ -504,23 +581,26 @@ class FilterFilter(Packet):
         return ""
 
 
-@dataclass(slots=True, kw_only=True)
 class DeviceDisconnectAck(Packet):
     """The guest acknowledges device_disconnect."""
 
     TYPE = PacketType.DEVICE_DISCONNECT_ACK
+    __slots__ = ()
 
 
-@dataclass(slots=True, kw_only=True)
 class StartBulkReceiving(_InEndpointPacket):
     """Start buffered receiving from a bulk IN endpoint: ``transfers`` transfers of ``bytes_per_transfer`` in flight."""
 
     TYPE = PacketType.START_BULK_RECEIVING
+    FIELDS = ("stream_id", "bytes_per_transfer", "endpoint", "transfers")
+    __slots__ = FIELDS
 
-    stream_id: int
-    bytes_per_transfer: int
-    endpoint: int
-    transfers: int
+    def __init__(self, *, id: int = 0, stream_id: int, bytes_per_transfer: int, endpoint: int, transfers: int) -> None:
+        self.id = id
+        self.stream_id = stream_id
+        self.bytes_per_transfer = bytes_per_transfer
+        self.endpoint = endpoint
+        self.transfers = transfers
 
     def fault(self, to_host: bool, size: int) -> str:
         if self.bytes_per_transfer > MAX_TRANSFER:
@@ -528,31 +608,36 @@ class StartBulkReceiving(_InEndpointPacket):
         return _InEndpointPacket.fault(self, to_host, size)
 
 
-@dataclass(slots=True, kw_only=True)
 class StopBulkReceiving(_InEndpointPacket):
     """Stop buffered receiving from a bulk IN endpoint."""
 
     TYPE = PacketType.STOP_BULK_RECEIVING
+    FIELDS = ("stream_id", "endpoint")
+    __slots__ = FIELDS
 
-    stream_id: int
-    endpoint: int
+    def __init__(self, *, id: int = 0, stream_id: int, endpoint: int) -> None:
+        self.id = id
+        self.stream_id = stream_id
+        self.endpoint = endpoint
 
 
-@dataclass(slots=True, kw_only=True)
-class BulkReceivingStatus(_InEndpointPacket, _StatusPacket):
+class BulkReceivingStatus(_InEndpointPacket):
     """Answers start and stop of buffered receiving.
 
     Sent without a request: ``STALL`` if it ended, others if it continues.
     """
 
     TYPE = PacketType.BULK_RECEIVING_STATUS
+    FIELDS = ("stream_id", "endpoint", "status")
+    __slots__ = FIELDS
 
-    stream_id: int
-    endpoint: int
-    status: Status
+    def __init__(self, *, id: int = 0, stream_id: int, endpoint: int, status: Status) -> None:
+        self.id = id
+        self.stream_id = stream_id
+        self.endpoint = endpoint
+        self.status = status
 
 
-@dataclass(slots=True, kw_only=True)
 class DataPacket(Packet):
     """The common part of data packets.
 
@@ -560,11 +645,15 @@ class DataPacket(Packet):
     """
 
     MAX_PAYLOAD = MAX_LENGTH
+    FIELDS: ClassVar[tuple[str, ...]] = ("endpoint", "status", "length", "data")
+    __slots__ = FIELDS
 
-    endpoint: int
-    status: Status
-    length: int
-    data: Buffer = b""
+    def __init__(self, *, id: int = 0, endpoint: int, status: Status, length: int, data: Buffer = b"") -> None:
+        self.id = id
+        self.endpoint = endpoint
+        self.status = status
+        self.length = length
+        self.data = data
 
     def payload(self) -> Buffer:
         return self.data
@@ -578,16 +667,35 @@ class DataPacket(Packet):
         return ""
 
 
-@dataclass(slots=True, kw_only=True)
 class ControlPacket(DataPacket):
     """A control transfer: the setup packet's fields. Bit 7 of ``endpoint`` is the direction of the data stage."""
 
     TYPE = PacketType.CONTROL_PACKET
+    FIELDS = (*DataPacket.FIELDS, "request", "request_type", "value", "index")
+    __slots__ = ("index", "request", "request_type", "value")
 
-    request: int
-    request_type: int
-    value: int
-    index: int
+    def __init__(
+        self,
+        *,
+        id: int = 0,
+        endpoint: int,
+        status: Status,
+        length: int,
+        data: Buffer = b"",
+        request: int,
+        request_type: int,
+        value: int,
+        index: int,
+    ) -> None:
+        self.id = id
+        self.endpoint = endpoint
+        self.status = status
+        self.length = length
+        self.data = data
+        self.request = request
+        self.request_type = request_type
+        self.value = value
+        self.index = index
 
     @classmethod
     def of(cls, id: int, setup: Setup, data: Buffer) -> Self:
@@ -629,13 +737,22 @@ class ControlPacket(DataPacket):
         return self.endpoint, self.request, self.request_type, self.status, self.value, self.index, self.length
 
 
-@dataclass(slots=True, kw_only=True)
 class BulkPacket(DataPacket):
     """A bulk transfer. ``stream_id`` 0: no stream."""
 
     TYPE = PacketType.BULK_PACKET
+    FIELDS = (*DataPacket.FIELDS, "stream_id")
+    __slots__ = ("stream_id",)
 
-    stream_id: int = 0
+    def __init__(
+        self, *, id: int = 0, endpoint: int, status: Status, length: int, data: Buffer = b"", stream_id: int = 0
+    ) -> None:
+        self.id = id
+        self.endpoint = endpoint
+        self.status = status
+        self.length = length
+        self.data = data
+        self.stream_id = stream_id
 
     @classmethod
     def decode(cls, id: int, values: tuple[Any, ...], payload: Buffer) -> Self:
@@ -666,9 +783,10 @@ class BulkPacket(DataPacket):
         return DataPacket.fault(self, to_host, size)
 
 
-@dataclass(slots=True, kw_only=True)
 class _FramePacket(DataPacket):
     """A data packet without further fields."""
+
+    __slots__ = ()
 
     @classmethod
     def decode(cls, id: int, values: tuple[Any, ...], payload: Buffer) -> Self:
@@ -679,11 +797,11 @@ class _FramePacket(DataPacket):
         return self.endpoint, self.status, self.length
 
 
-@dataclass(slots=True, kw_only=True)
 class IsoPacket(_FramePacket):
     """One packet of an isochronous stream: OUT to the host, IN to the guest."""
 
     TYPE = PacketType.ISO_PACKET
+    __slots__ = ()
 
     def fault(self, to_host: bool, size: int) -> str:
         if (self.endpoint < 0x80) is not to_host:
@@ -691,11 +809,11 @@ class IsoPacket(_FramePacket):
         return DataPacket.fault(self, to_host, size)
 
 
-@dataclass(slots=True, kw_only=True)
 class InterruptPacket(_FramePacket):
     """Interrupt IN: received data. Interrupt OUT: a request, and its answer."""
 
     TYPE = PacketType.INTERRUPT_PACKET
+    __slots__ = ()
 
     def fault(self, to_host: bool, size: int) -> str:
         if self.endpoint & 0x80 and to_host:
@@ -703,13 +821,22 @@ class InterruptPacket(_FramePacket):
         return DataPacket.fault(self, to_host, size)
 
 
-@dataclass(slots=True, kw_only=True)
 class BufferedBulkPacket(DataPacket):
     """Data of buffered bulk receiving."""
 
     TYPE = PacketType.BUFFERED_BULK_PACKET
+    FIELDS = (*DataPacket.FIELDS, "stream_id")
+    __slots__ = ("stream_id",)
 
-    stream_id: int
+    def __init__(
+        self, *, id: int = 0, endpoint: int, status: Status, length: int, data: Buffer = b"", stream_id: int
+    ) -> None:
+        self.id = id
+        self.endpoint = endpoint
+        self.status = status
+        self.length = length
+        self.data = data
+        self.stream_id = stream_id
 
     @classmethod
     def decode(cls, id: int, values: tuple[Any, ...], payload: Buffer) -> Self:
