@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from tests import starter
 from tests.cli.support import Cli, blank
 
 from farplug.cli.log import LOGGER
@@ -32,6 +35,13 @@ def _logs_as_before() -> Iterator[None]:
     for handler in list(LOGGER.handlers):
         LOGGER.removeHandler(handler)
     LOGGER.setLevel(0)
+
+
+@pytest.fixture
+def quick_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sessions in the background start as copies of a process: the test is not about their start."""
+    programs = SimpleNamespace(Popen=starter.Popen, DEVNULL=subprocess.DEVNULL)
+    monkeypatch.setattr("farplug.cli.background.subprocess", programs)
 
 
 @pytest.fixture

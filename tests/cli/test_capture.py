@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from tests import starter
 from tests.capture import blocks, wireshark
 from tests.cli.support import Cli, FakeGuest, blank, in_thread, wait_for
 from tests.transport.fake_spice import FakeSpice, running
@@ -110,7 +111,7 @@ def test_commands_begin_and_end_a_capture(tmp_path: Path, image: Path) -> None:
     path = tmp_path / "a trace.pcapng"
     configured = threading.Event()
     with in_thread(FakeGuest(configured.set).listening) as target:
-        farplug = subprocess.Popen(
+        farplug = starter.Popen(
             [*FARPLUG, "connect", target, "--usb-disk", str(image), "--commands"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -136,7 +137,7 @@ def test_commands_begin_and_end_a_capture(tmp_path: Path, image: Path) -> None:
 def test_standard_output_holds_the_capture_and_nothing_else(image: Path) -> None:
     configured = threading.Event()
     with in_thread(FakeGuest(configured.set).listening) as target:
-        farplug = subprocess.Popen(
+        farplug = starter.Popen(
             [*FARPLUG, "connect", target, "--usb-disk", str(image), "--capture", "-"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -175,7 +176,7 @@ def test_wireshark_reads_a_live_pipe(tmp_path: Path, image: Path) -> None:
     assert tshark.stdout is not None
     try:
         with in_thread(FakeGuest(lambda: None).listening) as target:
-            farplug = subprocess.Popen(
+            farplug = starter.Popen(
                 [*FARPLUG, "connect", target, "--usb-disk", str(image), "--capture", str(pipe)],
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
@@ -201,7 +202,7 @@ def test_a_reader_that_leaves_does_not_end_the_session(tmp_path: Path, image: Pa
     configured = threading.Event()
     fake = FakeGuest(configured.set)
     with in_thread(fake.listening) as target:
-        farplug = subprocess.Popen(
+        farplug = starter.Popen(
             [*FARPLUG, "connect", target, "--usb-disk", str(image), "--capture", str(pipe), "--json"],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -223,7 +224,7 @@ def test_a_killed_farplug_leaves_a_capture_that_can_be_read(tmp_path: Path, imag
     fake = FakeSpice(password="only Alice knows it")
     fake.usbredir = FakeGuest(configured.set).behave
     with in_thread(lambda: running(fake)) as port:
-        farplug = subprocess.Popen(
+        farplug = starter.Popen(
             [*FARPLUG, "connect", f"spice://127.0.0.1:{port}", "--usb-disk", str(image), "--capture", str(path)],
             stdout=subprocess.DEVNULL,
             env=os.environ | {"FARPLUG_PASSWORD": "only Alice knows it"},

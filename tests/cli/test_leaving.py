@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from tests import starter
 from tests.cli.support import Cli, FakeGuest, blank, in_thread, interrupt
 
 from farplug.app.events import Event
@@ -115,7 +116,7 @@ def test_what_is_warned_about(
 def test_a_reader_that_leaves_is_reported_on_standard_error(image: Path) -> None:
     written = threading.Event()
     with in_thread(WritingGuest(WRITE, when_done=written.set).listening) as target:
-        process = subprocess.Popen(
+        process = starter.Popen(
             [*COMMAND, target, "--usb-disk", str(image), "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
         with process:

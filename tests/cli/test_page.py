@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests import starter
 from tests.cli.sessions import background, vm
 from tests.cli.support import Cli, wait_for
 
 from farplug.control.names import folder
+
+pytestmark = pytest.mark.usefixtures("quick_start")
 
 COMMAND = (sys.executable, "-c", "from farplug.cli.script import main; main()", "page")
 
@@ -26,7 +29,7 @@ COMMAND = (sys.executable, "-c", "from farplug.cli.script import main; main()", 
 def page(*options: object) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
     """Run a page; the process, and what it printed."""
     words = [*COMMAND, "--json", *map(str, options)]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with starter.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             line = process.stdout.readline()

@@ -13,12 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests import starter
 from tests.app.test_screen import PIXELS, Machine, decode_png, rgb
 from tests.cli.sessions import background
 from tests.cli.support import Cli, in_thread
 
 from farplug.app.commands import TypeText
 from farplug.cli import screen_verbs
+
+pytestmark = pytest.mark.usefixtures("quick_start")
 
 
 @pytest.fixture
@@ -141,7 +144,7 @@ def test_texts_from_files(cli: Cli, machine: Machine, target: str, tmp_path: Pat
 def test_signals_do_not_interrupt_the_link_of_a_display(machine: Machine, target: str, tmp_path: Path) -> None:
     machine.screen.go.clear()
     command = [sys.executable, "-c", "from farplug.cli.main import main; main()", "screenshot", "out.png", target]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+    with starter.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
         asyncio.run_coroutine_threadsafe(machine.screen.opened.wait(), machine.loop).result(60)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             process.send_signal(number)

@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from tests import starter
 from tests.cli.sessions import Session, background, is_running, nothing, vm
 from tests.cli.support import Cli, FakeGuest, Result, blank, in_thread, interrupt, wait_for
 from tests.cli.test_leaving import WRITE, WritingGuest
@@ -27,6 +28,8 @@ from farplug.cli.options import reconnect_settings
 from farplug.control import names
 from farplug.control.names import folder
 from farplug.control.server import Server
+
+pytestmark = pytest.mark.usefixtures("quick_start")
 
 COMMAND = (sys.executable, "-c", "from farplug.cli.main import main; main()")
 ISO = bytes(32768) + b"\x01CD001\x01" + bytes(1 << 16)
@@ -266,7 +269,7 @@ def test_interrupted_while_the_vm_does_not_answer(cli: Cli, image: Path) -> None
 def test_detached_while_it_is_attached(cli: Cli, image: Path) -> None:
     with vm(make=lambda: FakeGuest(silent=True)) as target, background(cli, target) as session:
         command = [*COMMAND, "attach", "--usb-disk", str(image)]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        with starter.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
             wait_for(lambda: session.devices == {"disk.raw": "waiting"})
             assert cli("detach", "disk.raw").code == 0
             assert process.stderr is not None
@@ -377,7 +380,7 @@ def test_a_session_in_the_foreground_is_found(cli: Cli, image: Path) -> None:
     command = [sys.executable, "-c", "from farplug.cli.main import main; main()", "connect"]
     with (
         vm() as target,
-        subprocess.Popen([*command, target, "--usb-disk", image], stdout=subprocess.DEVNULL) as process,
+        starter.Popen([*command, target, "--usb-disk", image], stdout=subprocess.DEVNULL) as process,
     ):
         wait_for(lambda: (folder() / "testvm.sock").exists())
         wait_for(lambda: Session(cli, "testvm").devices == {"disk.raw": "in use"})
@@ -448,8 +451,8 @@ def test_a_session_that_does_not_respond(cli: Cli, monkeypatch: pytest.MonkeyPat
             path.unlink()
 
 
-def watching(*options: str) -> subprocess.Popen[str]:
-    return subprocess.Popen([*COMMAND, "watch", *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def watching(*options: str) -> starter.Popen:
+    return starter.Popen([*COMMAND, "watch", *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_watch_as_json(cli: Cli, session: Session, image: Path) -> None:

@@ -22,6 +22,8 @@ from farplug.app.events import Event, Level
 from farplug.cli.commands import parse
 from farplug.cli.output import PlainOutput
 
+pytestmark = pytest.mark.usefixtures("quick_start")
+
 
 def test_touch(cli: Cli, tmp_path: Path) -> None:
     guest = KeyGuest()

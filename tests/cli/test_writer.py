@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO
 
 import pytest
+from tests import starter
 from tests.cli.support import FakeGuest, in_thread, wait_for
 
 from farplug.app.events import EventStream, Level
@@ -248,7 +249,7 @@ def busy_session(image: Path, *options: str) -> Iterator[tuple[subprocess.Popen[
     """A session that a guest floods, and whose output has filled the pipes, which are not read."""
     guest = BusyGuest()
     with in_thread(guest.listening) as target:
-        process = subprocess.Popen(
+        process = starter.Popen(
             [*COMMAND, target, "--usb-disk", str(image), "--commands", *options],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -321,7 +322,7 @@ def test_the_reason_of_the_end_comes_last(image: Path, reads: bool) -> None:
     """The guest goes away while the output is not read; the exit code is right, and a late reader gets all."""
     guest = BusyGuest(leaves=True)
     with in_thread(guest.listening) as target:
-        process = subprocess.Popen(
+        process = starter.Popen(
             [*COMMAND, target, "--usb-disk", str(image), "--json", "--commands"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
