@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import pytest
 
@@ -15,8 +16,9 @@ import farplug.capture
 DISSECTOR = Path(farplug.capture.__file__).parent / "usbredir.lua"
 ENVIRONMENT = {**os.environ, "HOME": "/nonexistent"}
 """Without the settings and the plugins of this user."""
-VPD_PEEK = "usb.urb_len == 4"
-"""Linux reads the first 4 bytes of VPD pages, and Wireshark's dissector of VPD pages reads beyond them."""
+
+Frame: TypeAlias = dict[str, str]
+"""The value of each field of a frame: several values have commas between; empty: the frame does not have the field."""
 
 
 def program(name: str) -> str:
@@ -60,3 +62,18 @@ def rows(path: Path, filter: str, *fields: str, incomplete: bool = False) -> lis
 def count(path: Path, filter: str = "frame", *, incomplete: bool = False) -> int:
     """Return the number of frames that a display filter selects."""
     return len(rows(path, filter, "frame.number", incomplete=incomplete))
+
+
+def frames(path: Path, *fields: str, statistics: str) -> tuple[list[Frame], str]:
+    """Return fields of all frames, and a table of statistics (option ``-z`` of tshark): one run of tshark for all."""
+    options = [option for field in fields for option in ("-e", field)]
+    rows, _, table = run("-r", str(path), "-T", "fields", *options, "-z", statistics).partition("\n\n=====")
+    return [dict(zip(fields, line.split("\t"), strict=True)) for line in rows.splitlines()], table
+
+
+def having(frames: list[Frame], field: str, value: int | None = None) -> list[Frame]:
+    """Return the frames that have a field, or have it with a value."""
+    found = [frame for frame in frames if frame[field]]
+    if value is not None:
+        found = [frame for frame in found if value in (int(one, 0) for one in frame[field].split(","))]
+    return found

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests.capture import blocks, wireshark
+from tests.capture.wireshark import Frame, having
 from tests.guest.plugging import LABORATORY, MIB, STORAGE, disk_of
 
 import farplug
@@ -25,6 +26,23 @@ TICKET = "only Alice knows it"
 TLS = replace(LABORATORY, ports=(SpicePort(),), spice=Spice(transport=SpiceTransport.TLS, ticket=TICKET))
 PORTS = {"spice": 0, "tcp": 2, "unix": 3}
 SPICE = ("spice", "spice+tls")
+
+USB_FIELDS = (
+    "frame.number", "frame.protocols", "_ws.malformed", "usb.urb_len", "usb.data_len", "usb.bDescriptorType",
+    "usb.idVendor", "usb.idProduct", "usb.setup.bRequest", "usbms", "uasp", "scsi.inquiry.vendor_id",
+    "scsi.inquiry.product_id", "scsi_sbc.opcode", "scsi_sbc.rdwr10.lba", "scsi_sbc.rdwr10.xferlen",
+)  # fmt: skip
+WIRE_FIELDS = (
+    "_ws.expert.severity", "_ws.expert.message", "_ws.col.Info", "tcp.stream", "spice", "spice.ticket_client",
+    "usbredir", "usbredir.type", "usbredir.vendor", "usbredir.product", "usbredir.version", "usbredir.request",
+    "usbredir.request_type", "usbredir.endpoint", "usbredir.value", "usbredir.wlength",
+)  # fmt: skip
+TIMES = "scsi,srt,0"
+"""The table of the response times of SCSI block commands."""
+ERROR, WARNING = 0x800000, 0x600000
+"""Severities of Wireshark's expert information."""
+OVER = {"bot": "usbms", "uas": "uasp"}
+READ, WRITE = 0x28, 0x2A
 
 
 async def captured(guest: QemuGuest, target: str, storage: str, path: Path) -> tuple[bytes, bytes]:
@@ -58,8 +76,11 @@ async def test_wireshark_decodes_a_session(
     if transport == "spice+tls":
         guest = await guests.get(TLS)
     read, written = await captured(guest, guest.targets[PORTS.get(transport, 0)], storage, path)
-    check_usb(path, storage, read, written)
-    check_wire(path, transport)
+    frames, table = wireshark.frames(path, *USB_FIELDS, *WIRE_FIELDS, statistics=TIMES)
+    check_usb(path, frames, storage, read, written)
+    assert "Read(10)" in table
+    assert "Write(10)" in table
+    check_wire(frames, transport)
     assert TICKET.encode() not in path.read_bytes()
 
 
@@ -78,72 +99,72 @@ async def test_wireshark_decodes_what_follows_the_beginning_on_a_running_session
         await hub.stop_capture()
     expected = content[3 * 65536 : 4 * 65536]
     assert digest.split()[0] == hashlib.sha256(expected).hexdigest()
-    assert expected in payloads(path, "scsi_sbc.opcode == 0x28")
-    assert wireshark.count(path, {"bot": "usbms", "uas": "uasp"}[storage])
-    assert not wireshark.count(path, "_ws.malformed")
-    assert not wireshark.count(path, "tcp"), "a connection that exists already cannot be decoded"
+    frames, _ = wireshark.frames(path, *USB_FIELDS, "tcp", statistics=TIMES)
+    assert expected in payloads(path, frames, READ)
+    assert having(frames, OVER[storage])
+    assert not having(frames, "_ws.malformed")
+    assert not having(frames, "tcp"), "a connection that exists already cannot be decoded"
 
 
-def check_usb(path: Path, storage: str, read: bytes, written: bytes) -> None:
-    malformed = wireshark.count(path, f"_ws.malformed && !({wireshark.VPD_PEEK})")
-    assert malformed == 0
-    (identity, *_) = wireshark.rows(path, "usb.bDescriptorType == 1 && usb.idVendor", "usb.idVendor", "usb.idProduct")
-    assert identity == ["0x1d6b", "0x0104"]
-    assert wireshark.count(path, "usb.bDescriptorType == 5")
-    assert wireshark.count(path, "usb.setup.bRequest == 9")  # SET_CONFIGURATION
-    (vendor, *_) = wireshark.rows(path, "scsi.inquiry.vendor_id", "scsi.inquiry.vendor_id", "scsi.inquiry.product_id")
-    assert [text.strip() for text in vendor] == ["farplug", "Virtual Disk"]
-    over = {"bot": "usbms", "uas": "uasp"}
-    assert wireshark.count(path, over[storage])
-    assert not wireshark.count(path, over["uas" if storage == "bot" else "bot"])
+def check_usb(path: Path, frames: list[Frame], storage: str, read: bytes, written: bytes) -> None:
+    # Linux reads the first 4 bytes of VPD pages, and Wireshark's dissector of VPD pages reads beyond them.
+    assert {frame["usb.urb_len"] for frame in having(frames, "_ws.malformed")} <= {"4"}
+    identity, *_ = having(having(frames, "usb.bDescriptorType", 1), "usb.idVendor")
+    assert (identity["usb.idVendor"], identity["usb.idProduct"]) == ("0x1d6b", "0x0104")
+    assert having(frames, "usb.bDescriptorType", 5)
+    assert having(frames, "usb.setup.bRequest", 9)  # SET_CONFIGURATION
+    inquiry, *_ = having(frames, "scsi.inquiry.vendor_id")
+    assert inquiry["scsi.inquiry.vendor_id"].strip() == "farplug"
+    assert inquiry["scsi.inquiry.product_id"].strip() == "Virtual Disk"
+    assert having(frames, OVER[storage])
+    assert not having(frames, OVER["uas" if storage == "bot" else "bot"])
     first = 8 * 64 * 1024 // 512
-    commands = "usb && scsi_sbc.opcode == 0x28 && scsi_sbc.rdwr10.lba >= %d && scsi_sbc.rdwr10.lba < %d"
-    reads = wireshark.rows(path, commands % (first, first + 512), "scsi_sbc.rdwr10.lba", "scsi_sbc.rdwr10.xferlen")
-    assert sum(int(length) for _, length in reads) == len(read) // 512
-    writes = wireshark.rows(
-        path, "usb && scsi_sbc.opcode == 0x2a && scsi_sbc.rdwr10.lba", "scsi_sbc.rdwr10.lba", "scsi_sbc.rdwr10.xferlen"
-    )
-    assert sum(int(length) for lba, length in writes if int(lba) >= 2048) == len(written) // 512
-    assert read in payloads(path, "scsi_sbc.opcode == 0x28")
-    assert written in payloads(path, "scsi_sbc.opcode == 0x2a")
-    table = wireshark.run("-q", "-r", str(path), "-z", "scsi,srt,0")
-    assert "Read(10)" in table
-    assert "Write(10)" in table
+    assert sum(length for lba, length in transfers(frames, READ) if first <= lba < first + 512) == len(read) // 512
+    assert sum(length for lba, length in transfers(frames, WRITE) if lba >= 2048) == len(written) // 512
+    assert read in payloads(path, frames, READ)
+    assert written in payloads(path, frames, WRITE)
 
 
-def payloads(path: Path, filter: str) -> bytes:
+def on_the_bus(frames: list[Frame], opcode: int) -> list[Frame]:
+    """Return the USB transfers that belong to commands with an operation code."""
+    return [frame for frame in having(frames, "scsi_sbc.opcode", opcode) if frame["frame.protocols"].startswith("usb")]
+
+
+def transfers(frames: list[Frame], opcode: int) -> list[tuple[int, int]]:
+    """Return the first block and the number of blocks of each command."""
+    commands = having(on_the_bus(frames, opcode), "scsi_sbc.rdwr10.lba")
+    return [(int(frame["scsi_sbc.rdwr10.lba"]), int(frame["scsi_sbc.rdwr10.xferlen"])) for frame in commands]
+
+
+def payloads(path: Path, frames: list[Frame], opcode: int) -> bytes:
     """Return the data of the transfers of commands, one after the other."""
-    frames = blocks.frames(path)
-    numbers = wireshark.rows(path, f"usb && usb.data_len >= 4096 && {filter}", "frame.number")
-    return b"".join(frames[int(number)].data[64:] for (number,) in numbers)
+    captured = blocks.frames(path)
+    large = [frame for frame in on_the_bus(frames, opcode) if int(frame["usb.data_len"]) >= 4096]
+    return b"".join(captured[int(frame["frame.number"])].data[64:] for frame in large)
 
 
-def check_wire(path: Path, transport: str) -> None:
-    assert not wireshark.count(path, "_ws.expert.severity == 0x800000 && !_ws.malformed")
-    types = {row[0] for row in wireshark.rows(path, "usbredir.type", "usbredir.type")}
-    seen = {int(number) for values in types for number in values.split(",")}
+def check_wire(frames: list[Frame], transport: str) -> None:
+    assert not [frame for frame in having(frames, "_ws.expert.severity", ERROR) if not frame["_ws.malformed"]]
+    seen = {int(number) for frame in having(frames, "usbredir.type") for number in frame["usbredir.type"].split(",")}
     assert {0, 1, 4, 5, 6, 8, 100, 101} <= seen  # 0 hello, 1 device_connect, ... 100 control, 101 bulk
-    products = wireshark.rows(path, "usbredir.type == 1", "usbredir.vendor", "usbredir.product")
-    assert products == [["0x1d6b", "0x0104"]]
-    hellos = [row[0] for row in wireshark.rows(path, "usbredir.version", "usbredir.version")]
+    connects = having(frames, "usbredir.type", 1)
+    assert [(frame["usbredir.vendor"], frame["usbredir.product"]) for frame in connects] == [("0x1d6b", "0x0104")]
+    hellos = [frame["usbredir.version"] for frame in having(frames, "usbredir.version")]
     ports = 2 if transport == "spice" else 1  # those of the guest: SPICE channels are all linked
     assert sorted(text.split()[0] for text in hellos) == ["farplug"] * ports + ["qemu"] * ports
-    (descriptor, *_) = wireshark.rows(
-        path,
-        "usbredir.type == 100 && usbredir.request == 6 && usbredir.value == 0x100 && usbredir.wlength == 18",
-        "usbredir.request_type",
-        "usbredir.endpoint",
-    )
-    assert descriptor == ["0x80", "0x80"]
-    warnings = [row[0] for row in wireshark.rows(path, "_ws.expert.severity == 0x600000", "_ws.expert.message")]
+    reads = having(having(having(frames, "usbredir.type", 100), "usbredir.request", 6), "usbredir.value", 0x100)
+    descriptor, *_ = having(reads, "usbredir.wlength", 18)
+    assert (descriptor["usbredir.request_type"], descriptor["usbredir.endpoint"]) == ("0x80", "0x80")
+    warnings = [frame["_ws.expert.message"] for frame in having(frames, "_ws.expert.severity", WARNING)]
     if transport not in SPICE:
         assert not warnings
         return
     # The dissector knows no capabilities of a usbredir channel.
     assert warnings == ["Unknown channel - cannot dissect"] * ports
     said: dict[str, list[str]] = {}
-    for stream, text in wireshark.rows(path, "spice && !usbredir", "tcp.stream", "_ws.col.Info"):
-        said.setdefault(stream, []).append(text)
+    for frame in having(frames, "spice"):
+        if not frame["usbredir"]:
+            said.setdefault(frame["tcp.stream"], []).append(frame["_ws.col.Info"])
     assert len(said) == 1 + ports
     for texts in said.values():
         assert texts[:5] == [
@@ -156,5 +177,4 @@ def check_wire(path: Path, transport: str) -> None:
     main = ", ".join(said["0"])
     assert "Server INIT" in main
     assert "Server CHANNELS_LIST" in main
-    tickets = {row[0] for row in wireshark.rows(path, "spice.ticket_client", "spice.ticket_client")}
-    assert tickets == {"00" * 128}
+    assert {frame["spice.ticket_client"] for frame in having(frames, "spice.ticket_client")} == {"00" * 128}
