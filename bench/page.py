@@ -697,7 +697,7 @@ def table(figures: Figures) -> str:
             f"{1000 * percentile(figures.keys, 0.95):.0f} ms",
         )
     if figures.iso:
-        row("ISO of the browser, of this machine, ratio", *compared(figures.iso, "browser", "machine"))
+        row("ISO of the browser, of this machine, ratio", *compared(figures.iso, "browser", "machine").shown())
         session, page = (statistics.median(values) for values in zip(*figures.iso_cpu, strict=True))
         row("ISO of the browser: session, page", f"{session:.1f} s/GiB", f"{page:.1f} s/GiB")
     if figures.slow:
@@ -709,7 +709,7 @@ def table(figures: Figures) -> str:
     if figures.disk:
         row("while a disk is read, and who watches", *WATCHING)
         row("bytes per second", *(f"{statistics.median(figures.disk[way]) / 1e6:.1f} MB/s" for way in WATCHING))
-        row("to one viewer: ratio of the rounds", *(compared(figures.disk, way, VIEWER)[2] for way in WATCHING))
+        row("to one viewer: ratio of the rounds", *(compared(figures.disk, way, VIEWER).shown()[2] for way in WATCHING))
         row(
             "reply of the session, median",
             *(f"{1000 * statistics.median(figures.waits[way]):.1f} ms" for way in WATCHING),
@@ -737,24 +737,41 @@ def table_rows(figures: Figures) -> list[Row]:
     if figures.keys:
         lines.append(Row(part, "key to changed pixel", f"{1000 * statistics.median(figures.keys):.0f} ms"))
     if figures.iso:
-        ours, theirs, _ = compared(figures.iso, "browser", "machine")
-        pairs = zip(figures.iso["browser"], figures.iso["machine"], strict=True)
-        ratio = statistics.median(one / other for one, other in pairs)
-        lines.append(Row(f"{part}: an ISO of the browser; beside one of this machine", "read", ours, theirs, ratio))
+        iso = compared(figures.iso, "browser", "machine")
+        lines.append(
+            Row(f"{part}: an ISO of the browser; beside one of this machine", "read", iso.ours, iso.theirs, iso.ratio)
+        )
     for way, goal in ((NO_VIEWER, None), (SLOW, SLOW_GOAL)) if figures.disk else ():
-        ours, theirs, _ = compared(figures.disk, way, VIEWER)
-        pairs = zip(figures.disk[way], figures.disk[VIEWER], strict=True)
-        ratio = statistics.median(one / other for one, other in pairs)
+        disk = compared(figures.disk, way, VIEWER)
         what = "a slow viewer, too" if way == SLOW else way
-        lines.append(Row(f"{part}: a disk at full speed; beside that with one viewer", what, ours, theirs, ratio, goal))
+        group = f"{part}: a disk at full speed; beside that with one viewer"
+        lines.append(Row(group, what, disk.ours, disk.theirs, disk.ratio, goal))
     return lines
 
 
-def compared(speeds: Mapping[str, list[float]], ours: str, theirs: str) -> tuple[str, str, str]:
-    """Return two speeds, and the median of their ratios, with the smallest and the largest one."""
-    ratios = [one / other for one, other in zip(speeds[ours], speeds[theirs], strict=True)]
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two speeds, as text, and the ratios of the rounds."""
+
+    ours: str
+    theirs: str
+    ratios: tuple[float, ...]
+
+    @property
+    def ratio(self) -> float:
+        """Return the median of the ratios."""
+        return statistics.median(self.ratios)
+
+    def shown(self) -> tuple[str, str, str]:
+        """Return the speeds, and the median of the ratios with the smallest and the largest one."""
+        return self.ours, self.theirs, f"{self.ratio:.2f} ({min(self.ratios):.2f}-{max(self.ratios):.2f})"
+
+
+def compared(speeds: Mapping[str, list[float]], ours: str, theirs: str) -> Comparison:
+    """Return two speeds and their ratios."""
+    ratios = tuple(one / other for one, other in zip(speeds[ours], speeds[theirs], strict=True))
     first, second = (f"{statistics.median(speeds[way]) / 1e6:.1f} MB/s" for way in (ours, theirs))
-    return first, second, f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+    return Comparison(first, second, ratios)
 
 
 def main() -> None:

@@ -26,7 +26,12 @@ class Left:
     @classmethod
     def now(cls) -> Left:
         gc.collect()
-        return cls(len(asyncio.all_tasks()), len(os.listdir("/proc/self/fd")), children())
+        return cls(len(asyncio.all_tasks()), len(descriptors()), children())
+
+
+def descriptors() -> set[str]:
+    """Return the numbers of the open file descriptors of this process."""
+    return set(os.listdir("/proc/self/fd"))
 
 
 def children(name: str = "") -> int:

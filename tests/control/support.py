@@ -144,8 +144,3 @@ def silent_socket(path: Path) -> Iterator[socket.socket]:
         listener.bind(os.fspath(path))
         listener.listen(8)
         yield listener
-
-
-def descriptors() -> int:
-    """Return the number of open file descriptors of this process."""
-    return len(os.listdir("/proc/self/fd"))

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.control.support import BlockingApp, RawClient, descriptors, session
+from tests.control.support import BlockingApp, RawClient, session
 from tests.docs import ROOT
-from tests.leaks import comes
+from tests.leaks import comes, descriptors
 
 from farplug.app.commands import CLIENT_COMMANDS, COMMANDS
 from farplug.control import server as server_module
@@ -424,7 +424,7 @@ async def test_no_descriptor_is_left_after_500_connects(environment: dict[str, s
     app = BlockingApp()
     app.go.set()
     async with session(app, environment) as server:
-        before = descriptors()
+        before = len(descriptors())
         for number in range(500):
             async with RawClient.connect(server.path, hello=number % 2 == 0) as client:
                 match number % 5:
@@ -440,7 +440,7 @@ async def test_no_descriptor_is_left_after_500_connects(environment: dict[str, s
         while server._clients or server._requests:
             await asyncio.sleep(0)
         gc.collect()
-        await comes(lambda: descriptors() <= before)
+        await comes(lambda: len(descriptors()) <= before)
 
 
 # Who may connect --------------------------------------------------------------------------------------------------

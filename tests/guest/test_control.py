@@ -9,10 +9,11 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from tests.control.support import RawClient, descriptors
+from tests.control.support import RawClient
 from tests.guest.conftest import Guests
 from tests.guest.plugging import ATTACH_ROUNDS, GUEST_TIMEOUT, comes, disk_with, until
 from tests.guest.test_spice_session import TWO_PORTS
+from tests.leaks import descriptors
 
 from farplug.app.app import App
 from farplug.app.settings import GuestSettings, TargetSettings
@@ -77,7 +78,7 @@ async def test_two_sessions_with_two_clients_each_while_a_third_one_reads_nothin
             (guest_id,) = app.snapshot()["guests"]
             while {port["state"] for port in app.snapshot()["guests"][guest_id]["ports"]} != {"ready"}:
                 await asyncio.sleep(0.01)  # the second port is linked later
-        before = descriptors()
+        before = len(descriptors())
         clients = []
         for number, (guest, server) in enumerate(zip(vms, servers, strict=True)):
             silent = await stack.enter_async_context(RawClient.connect(server.path))
@@ -91,7 +92,7 @@ async def test_two_sessions_with_two_clients_each_while_a_third_one_reads_nothin
             ((_, state),) = server._app.snapshot()["guests"].items()
             assert (state["attachments"], [port["state"] for port in state["ports"]]) == ({}, ["ready", "ready"])
         gc.collect()
-        await comes(lambda: descriptors() <= before + 2 * len(vms))  # both ends of the silent clients
+        await comes(lambda: len(descriptors()) <= before + 2 * len(vms))  # both ends of the silent clients
         for server in servers:
             await server.close()
     assert os.listdir(servers[0].path.parent) == []

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from tests.image.support import MIB, ODD, PLAIN, WHEN, contents, make_folder
+from tests.leaks import descriptors
 
 from farplug.errors import ImageError, Reason, SetupError
 from farplug.image import fill
@@ -106,11 +107,11 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeGuest]:
 
 @pytest.fixture
 def fd(tmp_path: Path) -> Iterator[int]:
-    before = set(os.listdir("/proc/self/fd"))
+    before = descriptors()
     descriptor = os.open(tmp_path, os.O_RDWR | os.O_TMPFILE)
     yield descriptor
     os.close(descriptor)
-    assert set(os.listdir("/proc/self/fd")) <= before
+    assert descriptors() <= before
 
 
 def build_of(fd: int, tree: Tree | None) -> ImageBuild:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from tests.image.support import MIB, PLAIN, make_folder, run
+from tests.leaks import descriptors
 
 from farplug.errors import ImageError, Reason, UsageError
 from farplug.image import build
@@ -93,7 +94,7 @@ async def test_a_file_too_large_for_fat32_makes_it_exfat(
 
 
 def test_a_failure_leaves_nothing(tmp_path: Path, temporary: Path) -> None:
-    before = set(os.listdir("/proc/self/fd"))
+    before = descriptors()
     folder = make_folder(tmp_path / "a", {"x": b"1"})
 
     def stop(done: int, total: int) -> None:
@@ -112,7 +113,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path, temporary: Path) -> None:
     with pytest.raises(ImageError, match=r"a \(equal to A except for case\)"):
         folder_store(folder)
     assert not os.listdir(temporary)
-    assert set(os.listdir("/proc/self/fd")) <= before
+    assert descriptors() <= before
 
 
 def test_no_place_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.leaks import descriptors
 from tests.machine.trees import Machine
 
 from farplug.errors import DeviceError, Reason
@@ -92,13 +93,10 @@ def test_with_too_many_open_files_no_program_is_named(device: DeviceInfo, monkey
 
 
 def test_no_descriptor_is_left_behind(device: DeviceInfo) -> None:
-    def count() -> int:
-        return len(list(Path("/proc/self/fd").iterdir()))
-
-    before = count()
+    before = len(descriptors())
     for _ in range(5):
         lock = DeviceLock(device)
         with pytest.raises(DeviceError):
             DeviceLock(device)
         lock.release()
-    assert count() <= before
+    assert len(descriptors()) <= before

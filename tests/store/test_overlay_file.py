@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.leaks import descriptors
 from tests.store.support import content, make_snapshot
 
 from farplug.errors import ImageError, Reason
@@ -35,10 +36,10 @@ def path(tmp_path: Path) -> Path:
 
 
 def refused(base: Path, path: Path, *, block_size: int = BLOCK_SIZE) -> ImageError:
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(descriptors())
     with pytest.raises(ImageError) as caught:
         OverlayStore.open(base, path, block_size=block_size)
-    assert len(os.listdir("/proc/self/fd")) <= before
+    assert len(descriptors()) <= before
     assert "\n" not in caught.value.message
     assert caught.value.remedy
     return caught.value
@@ -218,12 +219,12 @@ def test_a_snapshot_that_cannot_be_created(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "ftruncate", refuse)
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(descriptors())
     with pytest.raises(ImageError) as caught:
         OverlayStore.open(base, path if named else None)
     assert message in caught.value.message
     assert caught.value.reason is reason
-    assert len(os.listdir("/proc/self/fd")) <= before
+    assert len(descriptors()) <= before
     assert not path.exists()
 
 

@@ -8,6 +8,7 @@ import struct
 from pathlib import Path
 
 import pytest
+from tests.leaks import descriptors
 from tests.virtual.bulk_only import Guest, Pattern, make, read10, settle, write10
 
 from farplug.errors import DeviceError, ImageError, Reason
@@ -223,12 +224,12 @@ async def test_random_work_on_a_file_matches_a_shadow(image: Path, seed: int) ->
 
 
 def test_images_are_closed_when_another_cannot_be_used(image: Path, tmp_path: Path) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(descriptors())
     with pytest.raises(ImageError, match="no such file"):
         disk_device(image, tmp_path / "missing.raw")
     with pytest.raises(ValueError, match="not 17"):
         disk_device(*(Pattern() for _ in range(16)), image)
-    assert len(os.listdir("/proc/self/fd")) <= before
+    assert len(descriptors()) <= before
     FileStore.open(image).abandon()  # it is not locked
 
 

@@ -23,6 +23,7 @@ from farplug.virtual.device import VirtualDevice
 from farplug.virtual.endpoints import Detached
 from farplug.virtual.hid import Button as UsbButton
 from farplug.virtual.hid import HidFunction, Keyboard, Mouse, ReportsLost, Tablet
+from farplug.virtual.hid.keyboard import READ_TIMEOUT
 from farplug.virtual.hid.pointer import MAX_POSITION
 
 if TYPE_CHECKING:
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 
 HidT = TypeVar("HidT", bound=HidFunction)
 
-READ_TIMEOUT: Final = 10.0
-"""Seconds in which a guest reads from a device that was plugged in for it. Firmware does only while it starts."""
 CONFIRM_TIMEOUT: Final = 2.0
 """Seconds in which a guest confirms a chord, if it does."""
 

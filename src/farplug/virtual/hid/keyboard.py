@@ -33,7 +33,7 @@ TRUSTED_AFTER: Final = 300
 """Keys that are confirmed one by one, before more are sent at a time."""
 
 READ_TIMEOUT: Final = 10.0
-"""Seconds in which a guest begins to read from the keyboard for a text. Firmware does only while it starts."""
+"""Seconds in which a guest begins to read from a keyboard or a pointer. Firmware does only while it starts."""
 
 _ATTEMPTS, _ATTEMPT_TIMEOUT = 5, 1.0
 """How often, and for how many seconds each, a guest is asked whether it confirms what it takes."""
