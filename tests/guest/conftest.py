@@ -25,8 +25,6 @@ from tests.guest.plugging import LABORATORY, SCRIPTS
 import farplug
 from farplug.testing import GuestConfig, GuestFactory, GuestFixture, QemuGuest, SpicePort, TcpPort, UnixPort
 
-HERE = Path(__file__).parent
-
 TEST_TIMEOUT = 600
 """Seconds for a test in this folder: the first one may have to download the kernel."""
 
@@ -99,12 +97,10 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.farplug_require = True
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if HERE not in item.path.parents:
-            continue
-        item.add_marker(pytest.mark.guest)
-        if item.get_closest_marker("timeout") is None:
-            item.add_marker(pytest.mark.timeout(TEST_TIMEOUT))
-        if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(item.function):
-            item.add_marker(pytest.mark.asyncio(loop_scope="session"), append=False)
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark a test in this folder."""
+    item.add_marker(pytest.mark.guest)
+    if item.get_closest_marker("timeout") is None:
+        item.add_marker(pytest.mark.timeout(TEST_TIMEOUT))
+    if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(item.function):
+        item.add_marker(pytest.mark.asyncio(loop_scope="session"), append=False)
