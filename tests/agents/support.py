@@ -46,7 +46,7 @@ class Agent:
     async def refused(self, tool: str, /, **arguments: Any) -> str:
         """Return the text of an error."""
         result = await self.client.call_tool(tool, arguments)
-        assert result.is_error, result.content
+        assert result.is_error, (tool, arguments, result.content)
         (one,) = result.content
         assert isinstance(one, TextContent)
         return one.text
