@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -95,6 +96,15 @@ class Machine:
         self._writer.write(command.encode() + b"\r")
         await self.wait_for(f"\n{prompt}", since=start)
         return self.console[start:]
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Stop QEMU for the block: a firmware that waits for a key keeps a processor busy."""
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         while data := await reader.read(4096):

@@ -198,6 +198,8 @@ async def test_slof(tmp_path: Path) -> None:
         aliases = await pseries.run("devalias", SLOF_PROMPT)
         assert "cdrom :" in aliases
         assert "disk :" not in aliases
+        with pseries.stopped():
+            await until(hub, OfferChanged)
         await until(hub, Attached, 2)
         assert steps(hub) == [(OfferProblem.NOT_USED, Offer(Speed.SUPER, UAS))]
         await pseries.run("reset-all", SLOF_PROMPT)
@@ -267,6 +269,8 @@ async def test_grub(tmp_path: Path) -> None:
         plugged(pc.targets[0], device, configured=False) as hub,
     ):
         await pc.wait_for("grub> ")
+        with pc.stopped():
+            await until(hub, OfferChanged)
         await until(hub, Attached, 2)
         assert steps(hub) == [(OfferProblem.NOT_CONFIGURED, Offer(Speed.HIGH))]
         name = ""
@@ -276,6 +280,7 @@ async def test_grub(tmp_path: Path) -> None:
                 name = next((word for word in words if word.startswith("(usb")), "")
         await pc.run(f"cat {name}{FAR_BLOCK}+1", "grub> ")
         await pc.wait_for("farplug: read by GRUB")
-        await asyncio.sleep(offers.IDLE_TIMEOUT)  # a boot menu that waits for the user
+        with pc.stopped():
+            await asyncio.sleep(offers.IDLE_TIMEOUT)  # a boot menu that waits for the user
         assert len(steps(hub)) == 1
     await device.dispose()
