@@ -26,6 +26,7 @@ from tests.guest.plugging import (
     disk_with,
     gone,
     plugged,
+    until,
 )
 from tests.guest.test_devices_of_your_own import KEY_ESC, KEYBOARD, Everything, bound, has_inputs, reading, text_of
 from tests.transport.fake_spice import free_port
@@ -50,7 +51,7 @@ CLIENT = GuestConfig(
     files=tuple((f"/scripts/{name}", SCRIPTS / name) for name in ("usbfs.py", "input_events.py")),
 )
 
-SIZE = 4 * MIB
+SIZE = MIB
 
 
 async def usbip_client(guests: Guests) -> QemuGuest:
@@ -87,23 +88,20 @@ async def detach(guest: QemuGuest) -> None:
 
 async def the_disk(guest: QemuGuest) -> str:
     """Return the block device of the only disk, once it is readable."""
-    async with asyncio.timeout(GUEST_TIMEOUT):
-        while True:
-            found = await guest.run(
-                "for b in /sys/block/sd*; do"
-                " [ -e $b ] && grep -qv '^0$' $b/size && head -c 1 /dev/${b##*/} >/dev/null && basename $b; done"
-                " 2>/dev/null"
-            )
-            if name := found.output.strip():
-                return f"/dev/{name}"
-            await asyncio.sleep(0.1)
+    condition = """
+        (
+            for block in /sys/block/sd*; do
+                [ -e $block ] && grep -qv '^0$' $block/size && head -c 1 /dev/${block##*/} >/dev/null || continue
+                echo /dev/${block##*/} && exit 0
+            done 2>/dev/null
+            exit 1
+        )"""
+    return (await until(guest, condition)).strip()
 
 
 async def without_disk(guest: QemuGuest) -> None:
     """Wait until the guest has no disk."""
-    async with asyncio.timeout(GUEST_TIMEOUT):
-        while (await guest.run("ls -d /sys/block/sd*")).exit_code == 0:
-            await asyncio.sleep(0.1)
+    await until(guest, "! ls -d /sys/block/sd* >/dev/null 2>&1")
 
 
 @pytest.mark.parametrize("storage", list(STORAGE))
@@ -127,10 +125,10 @@ async def test_a_disk(guests: Guests, tmp_path: Path, storage: str) -> None:
             disk = await the_disk(guest)
             driver = await guest.check(f"readlink -f /sys/block/{disk[5:]}/device/../../../driver")
             assert driver.strip().endswith(f"/{STORAGE[storage].driver}")
-            await guest.check(f"dd if={disk} of=/tmp/copy bs=1M count=4 iflag=direct 2>/dev/null")
+            await guest.check(f"dd if={disk} of=/tmp/copy bs=1M count=1 iflag=direct 2>/dev/null")
             assert (await guest.run("cat /tmp/copy")).data == content
             await guest.check(
-                f"dd if=/tmp/copy of={disk} bs=1M seek=4 oflag=direct conv=fsync 2>/dev/null; rm /tmp/copy"
+                f"dd if=/tmp/copy of={disk} bs=1M seek=1 oflag=direct conv=fsync 2>/dev/null; rm /tmp/copy"
             )
             await detach(guest)
             await command.until("has left")
@@ -166,9 +164,7 @@ async def test_the_client_is_killed(guests: Guests, tmp_path: Path) -> None:
         await command.until("has left")
         await attach(guest, port, "1-2")
         await attach(guest, port)
-        async with asyncio.timeout(GUEST_TIMEOUT):
-            while int(await guest.check("ls -d /sys/block/sd* 2>/dev/null | wc -l")) < 2:
-                await asyncio.sleep(0.1)
+        await until(guest, "[ $(ls -d /sys/block/sd* 2>/dev/null | wc -l) -ge 2 ]")
         await detach(guest)
         await without_disk(guest)
 
@@ -264,9 +260,9 @@ async def test_a_disk_of_another_machine(guests: Guests, guest: QemuGuest, tmp_p
                     attachment = await hub.plug(Source.remote_device(address))
                     await attachment.configured()
                 disk = await disk_with(guest, attachment.device.identity.serial_number)
-                await guest.check(f"dd if={disk} of=/tmp/copy bs=1M count=4 iflag=direct 2>/dev/null")
+                await guest.check(f"dd if={disk} of=/tmp/copy bs=1M count=1 iflag=direct 2>/dev/null")
                 assert (await guest.run("cat /tmp/copy")).data == content
-                await guest.check(f"dd if=/tmp/copy of={disk} bs=1M seek=4 oflag=direct conv=fsync 2>/dev/null")
+                await guest.check(f"dd if=/tmp/copy of={disk} bs=1M seek=1 oflag=direct conv=fsync 2>/dev/null")
                 assert image.read_bytes() == content + content
                 image.write_bytes(content + bytes(SIZE))
                 await hub.unplug(attachment)
