@@ -136,7 +136,7 @@ async def test_exit_codes_signals_and_outputs(farplug: Runner) -> None:
         ("cat; printf .", (0, bytes(range(256)) + b".", b"")),
     ):
         assert await farplug("run", "-s", "vm", "--", "sh", "-c", script, stdin=bytes(range(256))) == expected
-    data = random.Random(1).randbytes(MIB)
+    data = random.Random(1).randbytes(MIB if LONG else MIB // 4)
     code, out, err = await farplug("run", "-s", "vm", "--", "sh", "-c", "tee /proc/self/fd/2", stdin=data)
     assert (code, out == data, err == data) == (0, True, True)
     code, out, err = await farplug("run", "-s", "vm", "-n", "--timeout", "1", "--", "sleep", "600")
@@ -145,7 +145,7 @@ async def test_exit_codes_signals_and_outputs(farplug: Runner) -> None:
 
 
 async def test_files(farplug: Runner, guest: QemuGuest, tmp_path: Path) -> None:
-    data = random.Random(2).randbytes((10 if LONG else 2) * MIB)
+    data = random.Random(2).randbytes(10 * MIB if LONG else MIB // 2)
     path, back = tmp_path / "in.bin", tmp_path / "out.bin"
     path.write_bytes(data)
     path.chmod(0o640)
