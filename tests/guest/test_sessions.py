@@ -91,9 +91,10 @@ def installed() -> Iterator[Installed]:
             if os.environ.get("FARPLUG_REQUIRE_ALL") == "1":
                 pytest.fail(build.stderr)
             pytest.skip("no wheel can be built: is the package index reachable?")
-        subprocess.run([sys.executable, "-m", "venv", root / "venv"], check=True)
+        # An own copy of pip would cost as much as the wheel does.
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", root / "venv"], check=True)
         (wheel,) = (root / "dist").glob("*.whl")
-        install = [str(root / "venv/bin/python"), *pip[1:], "install", str(wheel)]
+        install = [*pip, "--python", str(root / "venv/bin/python"), "install", str(wheel)]
         subprocess.run(install, check=True, stdout=subprocess.DEVNULL)
         yield Installed(root)
     finally:
