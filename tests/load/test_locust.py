@@ -23,7 +23,7 @@ from tests.transport.fake_spice import free_port
 
 from farplug.vm.qemu_config import SpiceAddress
 
-SESSIONS = int(os.environ.get("FARPLUG_LOAD_SESSIONS", "60"))
+SESSIONS = int(os.environ.get("FARPLUG_LOAD_SESSIONS", "30"))
 USERS = SESSIONS // 5
 TIMEOUT = 240
 LOCUST = (sys.executable, "-m", "locust", "-f", str(ROOT / "examples/locustfile.py"), "--headless", "--only-summary")
@@ -135,7 +135,7 @@ async def test_many_sessions_through_kerbside(tmp_path: Path) -> None:
             assert await run.end() == 0, run.output
         assert run.failures == []
         assert run.counts == dict.fromkeys(REQUESTS, SESSIONS)
-        assert len(re.findall(r"load agent \d+: \d\d+ sessions", run.output)) == 2, "both workers take part"
+        assert len(re.findall(r"load agent \d+: [1-9]\d* sessions", run.output)) == 2, "both workers take part"
         channels = [tuple(channel) for channel, accepted in kerbside.authorized() if accepted]
         assert channels.count(("main", 0)) == channels.count(("usbredir", 0)) == SESSIONS
 
