@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tests.guest.conftest import Guests
 
 BOT, UAS = "46f4:0001 *", "46f4:0003 *"
-SIZE = 8 * MIB
+SIZE = 4 * MIB
 READER = "08e6:4433 *"
 
 LIFE_CYCLE = """
