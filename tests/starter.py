@@ -24,6 +24,10 @@ from typing import Any
 
 _PR_SET_CHILD_SUBREAPER = 36
 """prctl(2): orphans below this process become its children."""
+_PR_SET_KEEPCAPS = 8
+"""prctl(2): a change of the user does not take the permitted capabilities."""
+_CAPABILITY_VERSION = 0x20080522
+_CAP_DAC_READ_SEARCH = 2
 _MAX_REQUEST = 1 << 17
 _PACKAGES = ("farplug.app", "farplug.cli", "farplug.control", "farplug.physical", "farplug.transport", "farplug.web")
 """Their modules are imported before the first start."""
@@ -37,7 +41,7 @@ class Popen(subprocess.Popen[Any]):
     def _execute_child(self, args: Sequence[object], executable: object, preexec_fn: object, *others: Any) -> None:
         """Start the process. :class:`subprocess.Popen` has made the pipes, and waits for the process."""
         _, _, cwd, env, _, _, _, *pipes = others[:13]
-        start_new_session = others[18]
+        _, group, groups, user, _, start_new_session = others[13:19]
         program, *words = map(str, args)
         assert program == sys.executable
         assert preexec_fn is None
@@ -46,6 +50,7 @@ class Popen(subprocess.Popen[Any]):
             "folder": str(cwd or os.getcwd()),
             "environment": {**(os.environ if env is None else env)},
             "session": start_new_session,
+            "user": None if user is None else (user, group, groups),
         }
         streams = [number if pipe == -1 else pipe for number, pipe in enumerate((pipes[0], pipes[3], pipes[5]))]
         try:
@@ -58,25 +63,44 @@ class Popen(subprocess.Popen[Any]):
 def _start(request: bytes, streams: Sequence[int]) -> int:
     """Start a process; return its id."""
     requests = _starter()
-    prctl = ctypes.CDLL(None).prctl
     # The parent of the process ends before the answer comes.
-    prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     try:
         socket.send_fds(requests, [request], streams)
         return int(requests.recv(32))
     finally:
-        prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+        _prctl(_PR_SET_CHILD_SUBREAPER, 0)
 
 
-@functools.cache
-def _starter() -> socket.socket:
-    """Return the connection to the process that is copied. It ends with this process."""
+def prepare() -> None:
+    """Copy this process in the future, with what it has imported by now. It must have no thread and no event loop."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs:
-        command = [sys.executable, "-P", __file__, str(theirs.fileno())]
-        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
-    process.returncode = 0  # no warning about a child that still runs
-    return ours
+    if os.fork() == 0:
+        ours.close()
+        _run(theirs)
+        sys.exit()
+    theirs.close()
+    _connections.append(ours)
+
+
+_connections: list[socket.socket] = []
+"""The connection to the process that is copied, from the first start on."""
+
+
+def _starter() -> socket.socket:
+    """Return the connection to the process that is copied, which ends with this process."""
+    if not _connections:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            command = [sys.executable, "-P", __file__, str(theirs.fileno())]
+            process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        process.returncode = 0  # no warning about a child that still runs
+        _connections.append(ours)
+    return _connections[0]
+
+
+def _prctl(option: int, value: int) -> None:
+    assert ctypes.CDLL(None).prctl(option, value, 0, 0, 0) == 0
 
 
 # The process that is copied -------------------------------------------------------------------------------------------
@@ -87,8 +111,6 @@ def _import_farplug() -> None:
         for module in pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}."):
             if module.name != _FIRST:
                 importlib.import_module(module.name)
-    gc.collect()
-    gc.freeze()
 
 
 def _serve(requests: socket.socket) -> Callable[[], object] | None:
@@ -113,7 +135,12 @@ def _serve(requests: socket.socket) -> Callable[[], object] | None:
 
 
 def _become(
-    streams: Sequence[int], words: Sequence[str], folder: str, environment: dict[str, str], session: bool
+    streams: Sequence[int],
+    words: Sequence[str],
+    folder: str,
+    environment: dict[str, str],
+    session: bool,
+    user: tuple[int, int, Sequence[int]] | None,
 ) -> Callable[[], object]:
     """Make this process what a new one would be; return what it is to run."""
     for number, stream in enumerate(streams):
@@ -126,6 +153,8 @@ def _become(
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if session:
         os.setsid()
+    if user is not None:
+        _change_user(*user)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
@@ -141,9 +170,26 @@ def _become(
     return functools.partial(exec, compile(source, name, "exec"), {"__name__": "__main__"})
 
 
-if __name__ == "__main__":
+def _change_user(user: int, group: int, groups: Sequence[int]) -> None:
+    """Give up all of root's rights but one: to read all files, such as modules of farplug in a home."""
+    _prctl(_PR_SET_KEEPCAPS, 1)
+    os.setgroups(groups)
+    os.setgid(group)
+    os.setuid(user)
+    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0)
+    effective = permitted = 1 << _CAP_DAC_READ_SEARCH
+    assert ctypes.CDLL(None).capset(header, (ctypes.c_uint32 * 6)(effective, permitted, 0, 0, 0, 0)) == 0
+
+
+def _run(requests: socket.socket) -> None:
+    """Start processes until the connection ends; in a process, run its program."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _requests = socket.socket(fileno=int(sys.argv[1]))
+    gc.collect()
+    gc.freeze()
+    if (program := _serve(requests)) is not None:
+        program()
+
+
+if __name__ == "__main__":
     _import_farplug()
-    if (_program := _serve(_requests)) is not None:
-        _program()
+    _run(socket.socket(fileno=int(sys.argv[1])))

@@ -16,7 +16,7 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ import pytest
 from tests.guest.plugging import GUEST_TIMEOUT, NO_SCAN_DELAY, SCRIPTS, until, usb_folder_by_name
 
 import farplug
-from farplug.testing import GATEWAY, CommandResult, GuestConfig, QemuGuest, SpicePort, TcpPort
+from farplug.testing import GATEWAY, GuestConfig, QemuGuest, SpicePort, TcpPort
 from farplug.vm.qemu_config import LOOPBACK
 
 DRIVERS = (
@@ -72,7 +72,9 @@ FAR = GuestConfig(
 )
 """The far guest."""
 
-PYTHON = f"PYTHONPATH={Path(farplug.__file__).parents[1]} PYTHONUNBUFFERED=1 {sys.executable}"
+PYTHON = (
+    f"PYTHONPATH={Path(farplug.__file__).parents[1]}:{Path(__file__).parents[2]} PYTHONUNBUFFERED=1 {sys.executable}"
+)
 FARPLUG = f"{PYTHON} -c 'from farplug.cli.main import main; main()'"
 
 _numbers = itertools.count(1)
@@ -86,7 +88,7 @@ def from_inside(target: str) -> str:
 class Job:
     """A command that runs in a guest."""
 
-    def __init__(self, guest: QemuGuest, task: asyncio.Task[CommandResult], name: str) -> None:
+    def __init__(self, guest: QemuGuest, task: asyncio.Task[int], name: str) -> None:
         self._guest = guest
         self._task = task
         self._name = name
@@ -142,8 +144,8 @@ class Job:
     async def end(self) -> tuple[int, str]:
         """Wait for the end, and return the exit code and the output."""
         async with asyncio.timeout(GUEST_TIMEOUT):
-            result = await asyncio.shield(self._task)
-        return result.exit_code, await self.output()
+            code = await asyncio.shield(self._task)
+        return code, await self.output()
 
 
 @asynccontextmanager
@@ -151,7 +153,18 @@ async def running(guest: QemuGuest, command: str) -> AsyncIterator[Job]:
     """Start a command in a guest; at the end interrupt it, and kill it if it does not end."""
     name = f"/run/job{next(_numbers)}"
     script = f": >{name}.out; echo $$ >{name}.new; mv {name}.new {name}.pid; exec env {command} >{name}.out 2>&1"
-    task = asyncio.create_task(guest.run(script, timeout=600))
+
+    async def run() -> int:
+        return (await guest.run(script, timeout=600)).exit_code
+
+    async with _job(guest, name, run()) as job:
+        yield job
+
+
+@asynccontextmanager
+async def _job(guest: QemuGuest, name: str, run: Coroutine[Any, Any, int]) -> AsyncIterator[Job]:
+    """Run a command, which writes its output to NAME.out and its process id to NAME.pid, for the block."""
+    task = asyncio.create_task(run)
     job = Job(guest, task, name)
     try:
         yield job
@@ -403,6 +416,17 @@ class Plugger:
         self._writer.write(json.dumps([number, method, *arguments]).encode() + b"\n")
         async with asyncio.timeout(timeout):
             return await answer
+
+    @asynccontextmanager
+    async def farplug(self, arguments: str, user: str | None = None) -> AsyncIterator[Job]:
+        """Run the command line in the near guest for the block, with the rights of a user or root's.
+
+        The process is a copy of one that has imported farplug, which takes Python seconds there.
+        """
+        name = f"/run/job{next(_numbers)}"
+        run = self.ask("run", name, shlex.split(arguments), user, timeout=600)
+        async with _job(self.machine.guest, name, run) as job:
+            yield job
 
     @asynccontextmanager
     async def plugged(self, target: str, *devices: RealDevice) -> AsyncIterator[list[int]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest_asyncio
-from tests.guest.nested import FAR, FARPLUG, Job, Machine, Plugger, from_inside, running
+from tests.guest.nested import FAR, Job, Machine, Plugger, from_inside
 
 if TYPE_CHECKING:
     from tests.guest.conftest import Guests
@@ -38,7 +38,7 @@ async def events(job: Job, name: str) -> list[dict[str, Any]]:
     return [line for line in lines if line["event"] == name]
 
 
-async def test_what_is_there_and_why_it_cannot_be_plugged(machine: Machine, drive: str) -> None:
+async def test_what_is_there_and_why_it_cannot_be_plugged(plugger: Plugger, machine: Machine, drive: str) -> None:
     async with (
         machine.device("usb-kbd", KEYBOARD) as keyboard,
         machine.device("usb-hub", HUB) as hub,
@@ -53,7 +53,9 @@ async def test_what_is_there_and_why_it_cannot_be_plugged(machine: Machine, driv
         await machine.check("until head -c 1 /dev/sda >/dev/null 2>&1; do sleep 0.1; done; mke2fs -q /dev/sda")
         await machine.check("mkdir -p /run/stick; mount -t ext2 /dev/sda /run/stick")
         try:
-            output = await machine.check(f"{FARPLUG} devices --json 2>&1")
+            async with plugger.farplug("devices --json") as job:
+                code, output = await job.end()
+            assert code == 0, output
         finally:
             await machine.check("umount /run/stick")
         found = {f"{one['bus']}-{one['address']}": one for one in json.loads(output)["usb"]["devices"]}
@@ -72,9 +74,11 @@ async def test_what_is_there_and_why_it_cannot_be_plugged(machine: Machine, driv
         assert "/dev/sda is mounted on /run/stick" in mounted["message"]
 
 
-async def test_rules_take_what_comes_but_not_the_keyboard(machine: Machine, drive: str, guests: Guests) -> None:
+async def test_rules_take_what_comes_but_not_the_keyboard(
+    plugger: Plugger, machine: Machine, drive: str, guests: Guests
+) -> None:
     target = from_inside((await guests.get(FAR)).targets[0])
-    async with running(machine.guest, f"{FARPLUG} connect {target} --auto-connect allow --json") as job:
+    async with plugger.farplug(f"connect {target} --auto-connect allow --json") as job:
         await job.until("from now on")
         async with machine.device("usb-kbd", KEYBOARD) as keyboard:
             await job.until("is left alone: it is a keyboard of this machine")

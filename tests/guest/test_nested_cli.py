@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.guest.nested import FAR, FARPLUG, Plugger, from_inside, running
+from tests.guest.nested import FAR, Plugger, from_inside
 from tests.guest.plugging import MIB
 from tests.guest.test_nested_storage import BOT, far_disk
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 async def test_disk_that_is_pulled_out_and_comes_back(plugger: Plugger, guests: Guests, tmp_path: Path) -> None:
     machine, far = plugger.machine, await guests.get(FAR)
     image = tmp_path / "disk.raw"
-    image.write_bytes(os.urandom(8 * MIB))
+    image.write_bytes(os.urandom(4 * MIB))
     content = hashlib.sha256(image.read_bytes()).hexdigest()
-    command = f"{FARPLUG} connect {from_inside(far.targets[0])} --usb-device 46f4:0001 --wait"
-    async with machine.drive(image) as drive, running(machine.guest, command) as job:
+    arguments = f"connect {from_inside(far.targets[0])} --usb-device 46f4:0001 --wait"
+    async with machine.drive(image) as drive, plugger.farplug(arguments) as job:
         await job.until("waiting for 46f4:0001")
         async with machine.device("usb-storage", BOT, drive=drive):
             await job.until("configured by the guest")

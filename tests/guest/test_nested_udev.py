@@ -32,16 +32,18 @@ class Desk:
 
     Attributes:
         machine: the near guest.
+        plugger: runs farplug in it.
         user: the number of the user.
     """
 
     machine: Machine
+    plugger: Plugger
     user: int
 
     async def farplug(self, arguments: str) -> tuple[int, str]:
         """Run farplug for the user: exit code and output."""
-        result = await self.machine.guest.run(f"{AS_USER} env {FARPLUG} {arguments} 2>&1")
-        return result.exit_code, result.output
+        async with self.plugger.farplug(arguments, USER) as job:
+            return await job.end()
 
     async def obstacles(self, real: RealDevice) -> list[dict[str, Any]]:
         """Return the obstacles to plugging in a device, for the user."""
@@ -80,7 +82,7 @@ async def desk(plugger: Plugger) -> AsyncIterator[Desk]:
     try:
         async with running(machine.guest, f"{NOT_A_CHROOT} /lib/systemd/systemd-udevd") as udevd:
             await machine.check("until [ -S /run/udev/control ]; do sleep 0.05; done")
-            yield Desk(machine, int(await machine.check(f"id -u {USER}")))
+            yield Desk(machine, plugger, int(await machine.check(f"id -u {USER}")))
             # It says here which lines of a rule it does not understand, and which groups it does not know.
             assert "70-farplug.rules" not in await udevd.output()
     finally:
@@ -100,7 +102,7 @@ async def test_the_commands_that_are_printed(desk: Desk, guests: Guests) -> None
 
     await desk.root("\n".join(commands))
     assert await desk.node(real) == "660 root plugdev"
-    async with running(machine.guest, f"{AS_USER} env {FARPLUG} {connect} --wait") as job:
+    async with desk.plugger.farplug(f"{connect} --wait", USER) as job:
         await job.until("configured by the guest")
         await usb_folder_by_name(far, KEYBOARD)
         assert await machine.drivers(real) == {"1.0": "usbfs"}

@@ -11,11 +11,15 @@ import asyncio
 import json
 import logging
 import os
+import pwd
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from tests import starter
 
 from farplug.app.attachment import Attachment
 from farplug.app.auto import AutoListener, AutoPlugger
@@ -23,6 +27,7 @@ from farplug.app.events import Event
 from farplug.app.guest import Guest
 from farplug.app.policy import Policy, Rules
 from farplug.app.settings import Follow
+from farplug.cli import connect, devices, main, session  # noqa: F401  (what copies of this process run)
 from farplug.errors import FarplugError
 from farplug.machine.choose import Choice
 from farplug.physical import find_device
@@ -141,6 +146,32 @@ class Plugger:
                 pass  # the descriptor of the listing
         return sorted(links)
 
+    async def run(self, name: str, words: list[str], user: str | None) -> int:
+        """Run the command line; its output is NAME.out, its process id NAME.pid. Return the exit code.
+
+        With the rights of a user it has those of the groups that the user is in by now.
+        """
+        rights: dict[str, Any] = {}
+        if user is not None:
+            group = pwd.getpwnam(user).pw_gid
+            rights = {"user": user, "group": group, "extra_groups": os.getgrouplist(user, group)}
+        output = os.open(f"{name}.out", os.O_WRONLY | os.O_CREAT)
+        try:
+            process = starter.Popen(
+                [sys.executable, "-c", "from farplug.cli.main import main; main()", *words],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                **rights,
+            )
+        finally:
+            os.close(output)
+        new = Path(f"{name}.new")
+        new.write_text(f"{process.pid}\n")
+        new.rename(f"{name}.pid")
+        return int(await asyncio.to_thread(process.wait))
+
     async def do(self, line: bytes) -> None:
         """Execute a request, and send the reply."""
         number, name, *arguments = json.loads(line)
@@ -157,7 +188,7 @@ class Plugger:
         self._writer.write(json.dumps(words).encode() + b"\n")
 
 
-async def main() -> None:
+async def serve() -> None:
     reader, writer = await asyncio.open_connection(sys.argv[1], int(sys.argv[2]))
     plugger = Plugger(writer)
     tasks = set()
@@ -168,4 +199,5 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    starter.prepare()
+    asyncio.run(serve())
