@@ -177,7 +177,7 @@ async def test_ports_and_disks_have_the_order_of_the_command_line(guests: Guests
             "for b in /sys/block/sd*; do"
             " echo $(tail -c 16 $b/device/vpd_pg80) $(realpath $b/device | grep -o 'usb[0-9].*/[0-9]-[0-9]:'); done"
         )
-        # By the ports of the controller: Linux probes disks at the same time, and names the first one that is ready sda.
+        # By the ports of the controller: Linux probes disks at the same time, and the first one that is ready is sda.
         rows = sorted((line.split() for line in listed.splitlines()), key=lambda row: row[1])
         assert [row[0] for row in rows] == [serial_number(image) for image in images]
         running.process.send_signal(signal.SIGINT)

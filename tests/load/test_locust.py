@@ -144,7 +144,7 @@ async def test_tokens_that_run_out_in_the_middle_of_a_ramp(tmp_path: Path) -> No
     require_kerbside()
     async with serving() as port, Kerbside() as kerbside:
         targets = await consoles(kerbside, port, 10)
-        # Two users take the targets in their order. These tokens are over before their turn, however fast the users are.
+        # Two users take the targets in their order. These tokens are over before their turn, however fast users are.
         for number in (6, 7, 8):
             await kerbside.revoke(f"token-of-{number}")
         async with locust(tmp_path, targets, "-u", 2, "-r", 2, sessions=10) as run:
