@@ -23,7 +23,8 @@ SOAK := 3600
 # Processes whose tests have guests. One more runs the other tests.
 PROCESSES := 3
 COVERED := tests/usbredir tests/scsi
-STRESSED := stress paused nested_lifecycle typing control functions_together devices_of_your_own network run serial
+STRESSED := stress paused nested_lifecycle typing control functions_together devices_of_your_own network run serial camera \
+	integrity disk
 SITE := -q -W --keep-going -j 2 -b html -d build/doctrees docs build/docs
 
 .PHONY: demo test test-others test-unit test-guest test-kerbside coverage lint format bench load fuzz fuzz-guided fuzz-nightly stress soak picture man docs powercut setup clean

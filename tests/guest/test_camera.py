@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from PIL import Image
-from tests.guest.plugging import FUNCTIONS, GUEST_TIMEOUT, plugged
+from tests.guest.plugging import FUNCTIONS, GUEST_TIMEOUT, LONG, plugged
 
 from farplug.testing import QemuGuest
 from farplug.virtual import VirtualDevice
@@ -32,7 +32,7 @@ print(json.dumps([hashlib.sha256(frame).hexdigest()[:16] for frame in frames]))
 """
 """Prints the digests of the frames of a file: frames of one size, or JPEG images without a thumbnail."""
 
-FRAMES = 300
+FRAMES = 300 if LONG else 60
 MODES = {mode: place for place, mode in enumerate(Pattern().modes)}
 CHOSEN = [
     Mode(Encoding.YUY2, 320, 240),

@@ -14,6 +14,7 @@ import pytest
 from tests.guest.plugging import (
     GUEST_TIMEOUT,
     LABORATORY,
+    LONG,
     MIB,
     NO_SCAN_DELAY,
     Plugged,
@@ -203,7 +204,7 @@ async def test_two_disks_on_two_channels_at_once(guest: QemuGuest, tmp_path: Pat
             dd if={disk} bs=64k count={count} iflag=direct 2>/dev/null | md5sum
             rm /tmp/{number}
         """
-        size, count = 16 * MIB, 256
+        size, count = (16 * MIB, 256) if LONG else (4 * MIB, 64)
         patterns = await asyncio.gather(
             *(
                 guest.check(script.format(size=size, count=count, number=number, disk=disk))

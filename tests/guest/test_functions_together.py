@@ -20,6 +20,7 @@ from tests.guest.plugging import (
     ATTACH_ROUNDS,
     FUNCTIONS,
     GUEST_TIMEOUT,
+    LONG,
     MIB,
     SPICE,
     TCP,
@@ -47,7 +48,7 @@ from farplug.virtual.video.pattern import picture
 if TYPE_CHECKING:
     from tests.guest.conftest import Guests
 
-RESETS = 10
+RESETS = 10 if LONG else 5
 """Resets of each kind of a storm."""
 
 LOOPS = f"""

@@ -32,7 +32,7 @@ from farplug.virtual import disk_device
 if TYPE_CHECKING:
     from tests.guest.conftest import Guests
 
-POINTS = 10 * int(os.environ.get("FARPLUG_POWER_CUTS", "6"))
+POINTS = 10 * int(os.environ.get("FARPLUG_POWER_CUTS", "4"))
 """How often the power is cut (make powercut: thousands of times)."""
 
 SECTOR = 512
