@@ -60,8 +60,9 @@ LOOKUP = {
 """Mounts that compare names as the format does, without regard to case. (ntfs-3g itself compares bytes.)"""
 
 UPCASE = {Format.EXFAT: upcase.EXFAT, Format.NTFS: upcase.NTFS}
-UNICODE = (Format.FAT32, *LOOKUP)
-"""Formats that compare names without regard to case."""
+BLOCK_SIZE = {Format.EXFAT: 4096, Format.NTFS: 512}
+ROOM = {"room.bin": bytes(16 * MIB)}
+"""The guest removes this file before it writes: an image has hardly more space than its folder needs."""
 
 CASES = [
     Case(Format.FAT32, odd=False),
@@ -69,8 +70,6 @@ CASES = [
     Case(Format.FAT32, Partition.GPT),
     Case(Format.EXT4, Partition.GPT),
     Case(Format.EXT4, Partition.MBR, 4096),
-    Case(Format.EXFAT, Partition.GPT, 4096),
-    Case(Format.NTFS, Partition.GPT),
 ]
 
 
@@ -103,6 +102,12 @@ def look(guest: GuestFixture, mount: str, disk: str) -> tuple[dict[str, str], st
     return {line[36:]: line[:32] for line in lines}, when
 
 
+def check_contents(folder: Path, seen: dict[str, str], when: str) -> None:
+    """Check what the guest has seen: every file of a folder, and nothing else."""
+    assert seen == {path: hashlib.md5(content).hexdigest() for path, content in contents(folder).items()}
+    assert when == str(WHEN)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_guest_sees_the_folder(
     farplug_guest: GuestFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: Case
@@ -110,7 +115,6 @@ def test_the_guest_sees_the_folder(
     files = {**PLAIN, **ODD} if case.odd else dict(PLAIN)
     if case.odd and case.format is Format.FAT32:
         files |= SIMILAR
-    if case.odd and case.format in UNICODE:
         files |= alike(case.format)
     folder = make_folder(tmp_path / "a folder", files, many=300)
     (folder / "nothing").symlink_to("nowhere")
@@ -129,10 +133,7 @@ def test_the_guest_sees_the_folder(
         facts = farplug_guest.succeed(f"cat /sys/block/{name}/queue/logical_block_size /sys/block/{name}/ro")
         assert facts.split() == [str(case.block_size), "1"]
         seen, when = look(farplug_guest, MOUNT[case.format], f"{disk}1")
-    expected = {path: hashlib.md5(content).hexdigest() for path, content in contents(folder).items()}
-    seen.pop("lost+found", None)
-    assert seen == expected
-    assert when == str(WHEN)
+    check_contents(folder, seen, when)
 
 
 @pytest.mark.parametrize("format", LOOKUP)
@@ -140,11 +141,17 @@ def test_images_are_in_order_and_names_equal_by_the_table_of_the_file_system(
     farplug_guest: GuestFixture, tmp_path: Path, format: Format
 ) -> None:
     """Each character is written to a file with its name: characters that are in one file are equal."""
-    folder = make_folder(tmp_path / "a folder", {**PLAIN, **ODD})
+    folder = make_folder(tmp_path / "a folder", {**PLAIN, **ODD, **alike(format), **ROOM}, many=300)
+    (folder / "nothing").symlink_to("nowhere")
     image = tmp_path / "disk.raw"
-    volume = create_image(image, size=100 * MIB, format=format, folder=folder, label="Größe 😀")
-    assert image.stat().st_size == 100 * MIB
-    assert image.stat().st_blocks * 512 < 30 * MIB
+    volume = create_image(
+        image,
+        format=format,
+        partition=Partition.GPT,
+        block_size=BLOCK_SIZE[format],
+        folder=folder,
+        label="Größe 😀",
+    )
     inside = partition(image, volume, tmp_path / "partition")
     run(*FSCK[format], str(inside))
     assert run("blkid", "-p", "-o", "value", "-s", "LABEL", str(inside)) == "Größe 😀\n"
@@ -154,11 +161,13 @@ def test_images_are_in_order_and_names_equal_by_the_table_of_the_file_system(
     expected: dict[str, set[str]] = defaultdict(set)
     for character in characters:
         expected[table.get(character, character)].add(character)
-    with disk_in(farplug_guest, disk_device(image)) as disk:
+    with disk_in(farplug_guest, disk_device(image, block_size=BLOCK_SIZE[format])) as disk:
+        farplug_guest.wait_until_succeeds(f"head -c 1 {disk}1")
+        check_contents(folder, *look(farplug_guest, MOUNT[format], f"{disk}1"))
         result = farplug_guest.execute(
             f"""set -e
-            until head -c 1 {disk}1 >/dev/null 2>&1; do sleep 0.1; done
             {LOOKUP[format]} {disk}1 /mnt
+            rm /mnt/room.bin
             mkdir /mnt/characters
             cd /mnt/characters
             while read -r character; do
@@ -178,8 +187,11 @@ def test_images_are_in_order_and_names_equal_by_the_table_of_the_file_system(
 
 
 def test_an_empty_image(farplug_guest: GuestFixture, tmp_path: Path) -> None:
-    create_image(tmp_path / "disk.raw", size=64 * MIB, format=Format.EXFAT)
-    with disk_in(farplug_guest, disk_device(tmp_path / "disk.raw")) as disk:
+    image = tmp_path / "disk.raw"
+    create_image(image, size=64 * MIB, format=Format.EXFAT)
+    assert image.stat().st_size == 64 * MIB
+    assert image.stat().st_blocks * 512 < 8 * MIB
+    with disk_in(farplug_guest, disk_device(image)) as disk:
         farplug_guest.wait_until_succeeds(f"head -c 1 {disk}1")
         assert farplug_guest.succeed(f"mount -t exfat {disk}1 /mnt", "ls -A /mnt", "umount /mnt") == ""
 
@@ -192,8 +204,7 @@ def test_an_iso_image(farplug_guest: GuestFixture, tmp_path: Path) -> None:
         joliet = farplug_guest.succeed(
             f"mount -t iso9660 -o ro,norock,iocharset=utf8 {disk} /mnt && cd /mnt && find . && cd / && umount /mnt"
         )
-    assert seen == {path: hashlib.md5(content).hexdigest() for path, content in contents(folder).items()}
-    assert when == str(WHEN)
+    check_contents(folder, seen, when)
     assert {"./Größe der Dateien.txt", "./中文 name.txt", "./longfilename1.txt", "./d[1]/x[y]/z"} <= set(
         joliet.splitlines()
     )
