@@ -11,14 +11,17 @@ import asyncio
 import compileall
 import inspect
 import os
+import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import pytest_asyncio
+from tests.guest import command
 from tests.guest.nested import REAL_DEVICES, Machine, Plugger
 from tests.guest.plugging import LABORATORY, SCRIPTS
 
@@ -31,6 +34,15 @@ TEST_TIMEOUT = 600
 USUAL = replace(
     LABORATORY, ports=(SpicePort(), SpicePort(), TcpPort(), UnixPort(), TcpPort(properties=("streams=off",)))
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_start() -> Iterator[None]:
+    """``farplug`` commands that asyncio starts are copies of a process: these tests are not about their start."""
+    with pytest.MonkeyPatch.context() as patch:
+        programs = SimpleNamespace(Popen=command.start, PIPE=subprocess.PIPE)
+        patch.setattr("asyncio.unix_events.subprocess", programs)
+        yield
 
 
 class Guests:
