@@ -21,7 +21,8 @@ _COMMAND = (sys.executable, "-c", "from farplug.cli.main import main; main()")
 
 def start(arguments: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
     """Start a program: a ``farplug`` command as a copy of a process that has imported it, which takes less time."""
-    program = starter.Popen if tuple(arguments[:3]) == _COMMAND else subprocess.Popen
+    quick = tuple(arguments[:3]) == _COMMAND and options["stdin"] in (subprocess.PIPE, subprocess.DEVNULL)
+    program = starter.Popen if quick else subprocess.Popen  # a terminal needs a process of its own
     return program(arguments, **options)
 
 
