@@ -298,3 +298,12 @@ def test_endpoint_tables() -> None:
 )
 def test_packets_print_as_one_line(packet: Packet, text: str) -> None:
     assert str(packet) == text
+
+
+def test_a_packet_is_equal_to_one_of_its_type_with_the_same_fields() -> None:
+    packet = SetAltSetting(id=3, interface=1, alt=2)
+    assert repr(packet) == "SetAltSetting(id=3, interface=1, alt=2)"
+    assert packet == SetAltSetting(id=3, interface=1, alt=2)
+    assert packet != SetAltSetting(id=4, interface=1, alt=2)
+    assert packet != SetAltSetting(id=3, interface=1, alt=0)
+    assert StopIsoStream(endpoint=1) != StopInterruptReceiving(endpoint=1)
