@@ -60,11 +60,14 @@ def fake() -> Iterator[FakePage]:
 
 @pytest.fixture
 def opened(browser: Browser) -> Iterator[Opened]:
-    """Return a function that opens a page. A script that raises, or violates the security policy, fails the test."""
+    """Return a function that opens a page, after a script of the test.
+
+    A script of the page that raises, is not loaded, or violates the security policy fails the test.
+    """
     problems: list[str] = []
     pages: list[Page] = []
 
-    def open(fake: FakePage, size: tuple[int, int] = WIDE, **options: object) -> Page:
+    def open(fake: FakePage, size: tuple[int, int] = WIDE, script: str = "", **options: object) -> Page:
         width, height = size
         context = browser.new_context(viewport={"width": width, "height": height}, **options)  # type: ignore[arg-type]
         page = context.new_page()
@@ -74,6 +77,14 @@ def opened(browser: Browser) -> Iterator[Opened]:
             "console",
             lambda message: problems.append(message.text) if "Content Security Policy" in message.text else None,
         )
+        page.on(
+            "requestfailed",
+            lambda request: (
+                problems.append(f"{request.url}: {request.failure}") if request.resource_type == "script" else None
+            ),
+        )
+        if script:
+            page.add_init_script(script)
         page.goto(fake.url)
         pages.append(page)
         return page

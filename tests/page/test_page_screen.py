@@ -92,6 +92,11 @@ class TestRectangles:
         fake.picture(320, 200, GREEN, (5, 5, 1, 1))
         fake.wait("screen-ack", 2)
 
+    def test_a_tab_that_gets_no_frames_is_drawn(self, fake: FakePage, opened: Opened) -> None:
+        page = opened(fake, script="window.requestAnimationFrame = () => 1")
+        expect(page.get_by_text("You drive")).to_be_visible()
+        fake.wait("screen-ack")
+
 
 def sample_at(x: int) -> list[int]:
     return [20 + x * 30 // 320, 30 + x * 60 // 320, 60 + x * 120 // 320]

@@ -4,7 +4,7 @@ import { FRESH, dialog } from "./attach.js";
 import { board } from "./board.js";
 import { BAD_TOKEN, Connection, ENCODINGS, RequestError, TOO_MANY_BAD_TOKENS } from "./connection.js";
 import { PIECE } from "./dock.js";
-import { patch } from "./dom.js";
+import { atNextFrame, patch } from "./dom.js";
 import { InputQueue } from "./input_queue.js";
 import { HOLD, Keyboard, PHONE_KEYS } from "./keyboard.js";
 import { Upload, answer, droppedFile, droppedName, kindOf, refusal } from "./media.js";
@@ -51,7 +51,7 @@ export class App {
     this.retrySpan = 1;
     this.offset = 0;
     this.frames = 0;
-    this.drawing = 0;
+    this.drawing = false;
     this.requests = 0;
     this.triedDrive = false;
     /** @type {{layouts: any[], current: string} | null} */
@@ -146,16 +146,14 @@ export class App {
     this.draw();
   }
 
-  /** Draw the state at the next frame; in a hidden tab a little later. */
+  /** Draw the state at the next frame. */
   draw() {
-    if (this.drawing !== 0) return;
-    this.drawing = 1;
-    const run = () => {
-      this.drawing = 0;
+    if (this.drawing) return;
+    this.drawing = true;
+    atNextFrame(() => {
+      this.drawing = false;
       this.drawNow();
-    };
-    if (document.hidden) setTimeout(run, 250);
-    else requestAnimationFrame(run);
+    });
   }
 
   drawNow() {

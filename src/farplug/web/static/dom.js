@@ -13,6 +13,29 @@ const PROPERTIES = new Set(["value", "checked", "disabled", "hidden", "open"]);
  * @typedef {any} Content a description, text, a number, an array of them; null, undefined, false: nothing
  */
 
+/** Milliseconds after which what waits for a frame is done without one: hidden and starved tabs have none. */
+const NO_FRAME = 250;
+
+/**
+ * Call a function once, at the next frame; where none comes soon, without one.
+ *
+ * @param {() => void} run
+ * @returns {() => void} a function that cancels the call
+ */
+export function atNextFrame(run) {
+  const cancel = () => {
+    cancelAnimationFrame(frame);
+    clearTimeout(timer);
+  };
+  const once = () => {
+    cancel();
+    run();
+  };
+  const frame = requestAnimationFrame(once);
+  const timer = setTimeout(once, NO_FRAME);
+  return cancel;
+}
+
 /**
  * Return the description of an element.
  *

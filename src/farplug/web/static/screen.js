@@ -1,5 +1,7 @@
 /** The picture of the VM: dirty rectangles of B G R X pixels on a canvas, and the VM's pointer. */
 
+import { atNextFrame } from "./dom.js";
+
 const MAX_SIDE = 16384;
 /** Chromium shows no larger pictures as the pointer, and near the edge of its window only those up to 32 pixels. */
 const MAX_CSS_CURSOR = 64;
@@ -55,7 +57,8 @@ export class Picture {
     this.pointer.hidden = true;
     /** @type {{data: any, bytes: ArrayBuffer}[]} */
     this.queue = [];
-    this.request = 0;
+    /** @type {(() => void) | null} cancels the drawing of what waits */
+    this.cancel = null;
     this.shape = { width: 0, height: 0, x: 0, y: 0, url: "" };
     this.at = { visible: false, x: 0, y: 0 };
     /** The pointer is this browser's own, in the shape of the VM's; otherwise it is drawn where the VM has it. */
@@ -80,13 +83,13 @@ export class Picture {
   update(data, bytes) {
     this.queue.push({ data, bytes });
     if (document.hidden) this.flush();
-    else if (this.request === 0) this.request = requestAnimationFrame(() => this.flush());
+    else if (this.cancel === null) this.cancel = atNextFrame(() => this.flush());
   }
 
   /** Draw what waits. */
   flush() {
-    cancelAnimationFrame(this.request);
-    this.request = 0;
+    this.cancel?.();
+    this.cancel = null;
     for (const { data, bytes } of this.queue.splice(0)) {
       this.draw(data, bytes);
       this.owner.acknowledge(data.serial);
