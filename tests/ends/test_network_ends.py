@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import random
 import signal
 import socket
 import struct
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from farplug.errors import DeviceError, FarplugError, Reason, SetupError, UsageE
 from farplug.programs import QEMU, find_program
 
 TIMEOUT = 100
+CLONE_NEWNET = 0x40000000
+"""unshare(2): a network namespace."""
 FRAMES = [bytes([number]) * (60 + number) for number in range(5)]
 
 GUEST, BROADCAST = bytes.fromhex("02fa71000001"), b"\xff" * 6
@@ -254,15 +257,22 @@ async def test_qemu_is_the_other_end_of_a_socket(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def tap() -> str:
-    """Return the name of a TAP interface that this user may make; there is none for most."""
-    name = f"farplug{os.getpid() % 1000}"
-    try:
-        end = TapEnd(name, f"tap:{name}")
-        asyncio.run(_try(end))
-    except FarplugError as error:
-        pytest.skip(error.message)
-    return name
+def tap() -> Iterator[str]:
+    """Return the name of a TAP interface that this user may make; there is none for most.
+
+    It is in a network of its own, in which this thread is meanwhile: browsers stop loading when the machine gets one.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open("/proc/thread-self/ns/net") as machine:
+        if libc.unshare(CLONE_NEWNET):
+            pytest.skip(f"no network of its own can be made: {os.strerror(ctypes.get_errno())}")
+        try:
+            asyncio.run(_try(TapEnd("tap7", "tap:tap7")))
+            yield "tap7"
+        except FarplugError as error:
+            pytest.skip(error.message)
+        finally:
+            assert libc.setns(machine.fileno(), CLONE_NEWNET) == 0
 
 
 async def _try(end: End) -> None:

@@ -94,9 +94,12 @@ async def farplug_on_terminal(*arguments: object) -> AsyncIterator[Running]:
 
 
 @asynccontextmanager
-async def farplug(*arguments: object, stdin: int = subprocess.DEVNULL) -> AsyncIterator[Running]:
-    """Run a ``farplug`` command; kill it at the end if it still runs."""
+async def farplug(
+    *arguments: object, stdin: int = subprocess.DEVNULL, by: Sequence[str] = ()
+) -> AsyncIterator[Running]:
+    """Run a ``farplug`` command, perhaps by another program; kill it at the end if it still runs."""
     process = await asyncio.create_subprocess_exec(
+        *by,
         *_COMMAND,
         *map(str, arguments),
         stdin=stdin,

@@ -18,7 +18,7 @@ from farplug.app.console_fonts import VGA_FOLDERS, load_glyphs
 from farplug.app.guest import Guest
 from farplug.redirection.events import DeviceReport, PortEvent
 from farplug.target import TargetOptions, open_session, parse_target
-from farplug.testing import Controller, GuestConfig, QemuGuest, SpicePort, TcpPort
+from farplug.testing import Controller, GuestConfig, QemuGuest, SpicePort, TcpPort, UnixPort
 from farplug.transport.session import Session
 from farplug.usb import Device, DeviceEvent
 from farplug.virtual.storage_transport import StorageTransport
@@ -68,7 +68,7 @@ Guests that differ in ports and SPICE server only start from one snapshot: a boo
 
 
 FUNCTIONS = GuestConfig(
-    ports=(TcpPort(), SpicePort(), SpicePort()),
+    ports=(TcpPort(), SpicePort(), SpicePort(), UnixPort()),
     kernel_arguments=NO_SCAN_DELAY,
     modules=("cdc_acm", "cdc_ncm", "evdev", "hid_generic", "hid_multitouch", "usbhid", "uvcvideo"),
     programs=("fido2-token", "fido2-cred", "fido2-assert", "usbreset", "v4l2-ctl"),
@@ -77,7 +77,8 @@ FUNCTIONS = GuestConfig(
     files=LABORATORY.files,
     extra_arguments=("-device", "VGA"),
 )
-"""The guest of tests of other devices: their drivers, programs, Python, the scripts. A TCP port, two SPICE ports."""
+"""The guest of tests of other devices: their drivers, programs, Python, the scripts. A TCP port, two SPICE ports, a
+UNIX socket."""
 
 SCREEN = replace(
     FUNCTIONS,
