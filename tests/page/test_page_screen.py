@@ -7,7 +7,7 @@ import time
 import zlib
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Browser, Page, expect
 from tests.page.conftest import CHROMIUM, Opened
 from tests.page.fake_page import FakePage
 
@@ -96,6 +96,20 @@ class TestRectangles:
         page = opened(fake, script="window.requestAnimationFrame = () => 1")
         expect(page.get_by_text("You drive")).to_be_visible()
         fake.wait("screen-ack")
+
+
+def test_a_page_that_lacks_a_script_says_what_to_do(fake: FakePage, browser: Browser) -> None:
+    """A network that changes while a page loads makes Chromium give up what it has not loaded."""
+    page = browser.new_page()
+    page.route("**/parts.js", lambda route: route.abort())
+    page.goto(fake.url)
+    text = page.get_by_text("load the page again")
+    expect(text).to_be_visible()
+    page.unroute("**/parts.js")
+    page.reload()
+    expect(page.get_by_text("You drive")).to_be_visible()
+    expect(text).to_have_count(0)
+    page.close()
 
 
 def sample_at(x: int) -> list[int]:
