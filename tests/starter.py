@@ -22,6 +22,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+COMMAND = (sys.executable, "-c", "from farplug.cli.main import main; main()")
+"""The command line, without arguments."""
 _PR_SET_CHILD_SUBREAPER = 36
 """prctl(2): orphans below this process become its children."""
 _PR_SET_KEEPCAPS = 8

@@ -35,7 +35,7 @@ FLUSH = "35 00 00 00 00 00 00 00 00 00"
 STOP = "1b 00 00 00 02 00"
 LEAVING = "the VM may not have finished writing to disk.raw: unmount it there before farplug leaves"
 ASKING = "the VM may not have finished writing to disk.raw: unmount it there first; interrupt again to leave"
-COMMAND = (sys.executable, "-c", "from farplug.cli.main import main; main()", "connect")
+COMMAND = (*starter.COMMAND, "connect")
 
 
 class WritingGuest(FakeGuest):

@@ -143,7 +143,7 @@ def test_texts_from_files(cli: Cli, machine: Machine, target: str, tmp_path: Pat
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 def test_signals_do_not_interrupt_the_link_of_a_display(machine: Machine, target: str, tmp_path: Path) -> None:
     machine.screen.go.clear()
-    command = [sys.executable, "-c", "from farplug.cli.main import main; main()", "screenshot", "out.png", target]
+    command = [*starter.COMMAND, "screenshot", "out.png", target]
     with starter.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
         asyncio.run_coroutine_threadsafe(machine.screen.opened.wait(), machine.loop).result(60)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -31,7 +30,6 @@ from farplug.control.server import Server
 
 pytestmark = pytest.mark.usefixtures("quick_start")
 
-COMMAND = (sys.executable, "-c", "from farplug.cli.main import main; main()")
 ISO = bytes(32768) + b"\x01CD001\x01" + bytes(1 << 16)
 
 
@@ -268,7 +266,7 @@ def test_interrupted_while_the_vm_does_not_answer(cli: Cli, image: Path) -> None
 
 def test_detached_while_it_is_attached(cli: Cli, image: Path) -> None:
     with vm(make=lambda: FakeGuest(silent=True)) as target, background(cli, target) as session:
-        command = [*COMMAND, "attach", "--usb-disk", str(image)]
+        command = [*starter.COMMAND, "attach", "--usb-disk", str(image)]
         with starter.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
             wait_for(lambda: session.devices == {"disk.raw": "waiting"})
             assert cli("detach", "disk.raw").code == 0
@@ -321,7 +319,7 @@ def test_stop_fails_if_data_is_not_on_stable_storage(cli: Cli) -> None:
 
 def _labels(session: Session) -> str:
     """Return what a client in another process is shown: the test's own process runs a command."""
-    return subprocess.run([*COMMAND, "status", "-s", session.name], capture_output=True, text=True).stdout
+    return subprocess.run([*starter.COMMAND, "status", "-s", session.name], capture_output=True, text=True).stdout
 
 
 def test_which_session(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,7 +375,7 @@ def test_the_name_is_that_of_the_vm_and_gets_a_number(cli: Cli) -> None:
 
 
 def test_a_session_in_the_foreground_is_found(cli: Cli, image: Path) -> None:
-    command = [sys.executable, "-c", "from farplug.cli.main import main; main()", "connect"]
+    command = [*starter.COMMAND, "connect"]
     with (
         vm() as target,
         starter.Popen([*command, target, "--usb-disk", image], stdout=subprocess.DEVNULL) as process,
@@ -452,7 +450,9 @@ def test_a_session_that_does_not_respond(cli: Cli, monkeypatch: pytest.MonkeyPat
 
 
 def watching(*options: str) -> starter.Popen:
-    return starter.Popen([*COMMAND, "watch", *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return starter.Popen(
+        [*starter.COMMAND, "watch", *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def test_watch_as_json(cli: Cli, session: Session, image: Path) -> None:

@@ -30,7 +30,7 @@ from farplug.usb import Status
 from farplug.usbredir import packets
 
 SMALL_PIPE = 4096
-COMMAND = (sys.executable, "-c", "from farplug.cli.main import main; main()", "connect")
+COMMAND = (*starter.COMMAND, "connect")
 
 
 class Pipe:

@@ -7,7 +7,6 @@ import os
 import pty
 import re
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,12 +15,10 @@ from typing import Any
 from tests import starter
 from tests.guest.plugging import GUEST_TIMEOUT
 
-_COMMAND = (sys.executable, "-c", "from farplug.cli.main import main; main()")
-
 
 def start(arguments: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
     """Start a program: a ``farplug`` command as a copy of a process that has imported it, which takes less time."""
-    quick = tuple(arguments[:3]) == _COMMAND and options["stdin"] in (subprocess.PIPE, subprocess.DEVNULL)
+    quick = tuple(arguments[:3]) == starter.COMMAND and options["stdin"] in (subprocess.PIPE, subprocess.DEVNULL)
     program = starter.Popen if quick else subprocess.Popen  # a terminal needs a process of its own
     return program(arguments, **options)
 
@@ -72,7 +69,7 @@ async def farplug_on_terminal(*arguments: object) -> AsyncIterator[Running]:
     """Run a ``farplug`` command on a terminal without a live table; kill it at the end if it still runs."""
     terminal, end = pty.openpty()
     process = await asyncio.create_subprocess_exec(
-        *_COMMAND,
+        *starter.COMMAND,
         *map(str, arguments),
         stdin=end,
         stdout=end,
@@ -100,7 +97,7 @@ async def farplug(
     """Run a ``farplug`` command, perhaps by another program; kill it at the end if it still runs."""
     process = await asyncio.create_subprocess_exec(
         *by,
-        *_COMMAND,
+        *starter.COMMAND,
         *map(str, arguments),
         stdin=stdin,
         stdout=subprocess.PIPE,

@@ -8,11 +8,11 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
+from tests import starter
 from tests.guest.command import farplug, farplug_on_terminal
 from tests.guest.conftest import Guests
 from tests.guest.plugging import GUEST_TIMEOUT, MIB, blank, disk_with, gone, until
@@ -44,7 +44,8 @@ async def test_unread_output_stops_neither_the_disk_nor_a_signal(
     image = blank(tmp_path / "disk.raw")
     read, write = os.pipe()
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", "from farplug.cli.main import main; main()", "--debug", "connect", "--json"),
+        *starter.COMMAND,
+        *("--debug", "connect", "--json"),
         *(guest.targets[0], "--usb-disk", image),
         stdout=write,
         stderr=write,

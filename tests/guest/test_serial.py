@@ -10,7 +10,6 @@ import os
 import pty
 import random
 import signal
-import sys
 import termios
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from tests import starter
 from tests.guest.command import farplug
 from tests.guest.plugging import FUNCTIONS, GUEST_TIMEOUT, LONG, plugged
 
@@ -177,7 +177,7 @@ async def on_terminal(*arguments: object, **environment: str) -> AsyncIterator[T
 
     master, slave = pty.openpty()
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", "from farplug.cli.main import main; main()"),
+        *starter.COMMAND,
         *map(str, arguments),
         stdin=slave,
         stdout=slave,

@@ -158,7 +158,7 @@ class Plugger:
         output = os.open(f"{name}.out", os.O_WRONLY | os.O_CREAT)
         try:
             process = starter.Popen(
-                [sys.executable, "-c", "from farplug.cli.main import main; main()", *words],
+                [*starter.COMMAND, *words],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
