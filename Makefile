@@ -36,9 +36,7 @@ demo:
 	@scripts/setup runtime
 	@.venv/bin/farplug demo
 
-# In a fresh clone the tests are compiled first: otherwise each process compiles all of them.
 test: setup
-	@test -d tests/__pycache__ || $(PYTHON) -m pytest --collect-only -qq >/dev/null
 	@$(MAKE) --no-print-directory -j 2 test-others coverage
 
 test-others: setup

@@ -448,7 +448,7 @@ async def test_a_device_that_answers_late_and_out_of_order(guests: Guests) -> No
     async with plugged(guest.targets[0], device):
         disk = await disk_of(guest, device)
         await still_works(guest, disk)
-        assert device.overtaken
+        assert device.overtaken > 20
     await good.dispose()
 
 
