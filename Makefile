@@ -9,8 +9,9 @@
 # make fuzz-guided   fuzz every parser guided by coverage, with atheris, SECONDS each
 # make fuzz-nightly  all fuzzers for an hour in all
 # make load      200 sessions through kerbside, by two Locust workers, and the figures of docs/load.md
-# make stress    a minute of parallel readers, writers and failing commands, over each transport; long pauses,
-#                texts, files and downloads; hundreds of rounds of attach and detach
+# make stress    what make test shortens, in full: a minute of parallel readers, writers and failing commands, over each
+#                transport; all combinations of disks, ports and file systems; long pauses, texts, files and downloads;
+#                hundreds of rounds of attach and detach
 # make soak      browsers come and go for SOAK seconds while a guest's screen scrolls and changes its size; nothing may grow
 # make picture   draw the pictures of the demo and of its page in README.md again
 # make man       write docs/farplug.1, the man page, from the commands and their help
@@ -23,8 +24,8 @@ SOAK := 3600
 # Processes whose tests have guests. One more runs the other tests.
 PROCESSES := 4
 COVERED := tests/usbredir tests/scsi
-STRESSED := stress paused nested_lifecycle typing control functions_together devices_of_your_own network run serial camera \
-	integrity disk
+# The files that make test runs in a short form (tests/long.py).
+STRESSED = $(sort $(shell grep -rl --include='test_*.py' '^from tests.long import' tests))
 SITE := -q -W --keep-going -j 2 -b html -d build/doctrees docs build/docs
 
 .PHONY: demo test test-others test-unit test-guest test-kerbside coverage lint format bench load fuzz fuzz-guided fuzz-nightly stress soak picture man docs powercut setup clean
@@ -80,7 +81,7 @@ load: setup
 	PYTHONPATH=. $(PYTHON) bench/load.py
 
 stress: setup
-	FARPLUG_STRESS_SECONDS=60 FARPLUG_PAUSE_STEPS=4 FARPLUG_LONG=1 $(PYTHON) -m pytest $(STRESSED:%=tests/guest/test_%.py)
+	FARPLUG_LONG=1 $(PYTHON) -m pytest $(STRESSED)
 
 soak: setup
 	$(PYTHON) bench/soak.py --seconds $(SOAK)
@@ -96,7 +97,7 @@ man: setup
 	$(PYTHON) scripts/man_page.py
 
 powercut: setup
-	FARPLUG_POWER_CUTS=$(CUTS) $(PYTHON) -m pytest -n 2 --dist loadfile tests/guest/test_killed.py tests/guest/test_power_loss.py
+	FARPLUG_LONG=1 FARPLUG_POWER_CUTS=$(CUTS) $(PYTHON) -m pytest -n 2 --dist loadfile tests/guest/test_killed.py tests/guest/test_power_loss.py
 
 fuzz: setup
 	@for target in fuzz/fuzz_*.py; do PYTHONPATH=. $(PYTHON) $$target --seconds $(SECONDS) || exit 1; done

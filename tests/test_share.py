@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from tests.long import every_pair
 from tests.redirection.scripted import BULK_IN, ScriptedDevice
 from tests.turns import TurnMeter
 
@@ -130,9 +131,7 @@ def bulk(
     )
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-@pytest.mark.parametrize("transport", [StorageTransport.UAS, StorageTransport.BOT])
-@pytest.mark.parametrize("make", [raw, fragmented, memory])
+@every_pair(make=[raw, fragmented, memory], transport=[StorageTransport.UAS, StorageTransport.BOT], name=COMMANDS)
 async def test_no_command_works_long_in_one_turn(
     make: Callable[[Path], Store],
     transport: StorageTransport,

@@ -8,6 +8,7 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from enum import IntEnum
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -28,10 +29,6 @@ CELL_HEIGHT = 16
 GUEST_TIMEOUT = 120
 """Seconds for an operation in a guest: more than a slow operation on a busy machine needs."""
 
-LONG = os.environ.get("FARPLUG_LONG") == "1"
-"""Whether the tests of ``make stress`` run, with longer texts, files, downloads and pauses, and more rounds."""
-ATTACH_ROUNDS = int(os.environ.get("FARPLUG_ATTACH_ROUNDS", "50" if LONG else "10"))
-"""Rounds of attach and detach in which nothing leaks."""
 
 Operation: TypeAlias = tuple[str | int | bytes, ...]
 Result: TypeAlias = bytes | str
@@ -107,8 +104,17 @@ class Storage:
     driver: str
 
 
-TCP, SPICE = 0, 1
-"""The places of these ports in LABORATORY and FUNCTIONS."""
+class Port(IntEnum):
+    """The place of a port in LABORATORY and FUNCTIONS."""
+
+    TCP = 0
+    SPICE = 1
+
+    def __str__(self) -> str:
+        return self.name.lower()
+
+
+TCP, SPICE = Port
 
 STORAGE = {"bot": Storage(StorageTransport.BOT, "usb-storage"), "uas": Storage(StorageTransport.AUTO, "uas")}
 """Values of the parameter ``storage``."""

@@ -9,9 +9,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pytest
 from PIL import Image
-from tests.guest.plugging import FUNCTIONS, GUEST_TIMEOUT, LONG, plugged
+from tests.guest.plugging import FUNCTIONS, GUEST_TIMEOUT, Port, plugged
+from tests.long import LONG, every_value
 
 from farplug.testing import QemuGuest
 from farplug.virtual import VirtualDevice
@@ -71,9 +71,8 @@ async def read(guest: QemuGuest, device: str, width: int, height: int, encoding:
     return found
 
 
-@pytest.mark.parametrize("mode", CHOSEN, ids=str)
-@pytest.mark.parametrize("port", [0, 1], ids=["tcp", "spice"])
-async def test_every_frame_is_whole_and_in_order(guests: Guests, mode: Mode, port: int) -> None:
+@every_value(mode=CHOSEN, port=Port)
+async def test_every_frame_is_whole_and_in_order(guests: Guests, mode: Mode, port: Port) -> None:
     guest = await guests.get(FUNCTIONS)
     camera = Camera(Pattern())
     async with plugged(guest.targets[port], VirtualDevice(camera, product="Virtual Camera")) as hub:

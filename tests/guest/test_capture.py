@@ -12,6 +12,7 @@ import pytest
 from tests.capture import blocks, wireshark
 from tests.capture.wireshark import Frame, having
 from tests.guest.plugging import LABORATORY, MIB, STORAGE, disk_of
+from tests.long import every_value
 
 import farplug
 from farplug.app.settings import CaptureSettings
@@ -67,8 +68,7 @@ async def captured(guest: QemuGuest, target: str, storage: str, path: Path) -> t
     return before[8 * size : 12 * size], written
 
 
-@pytest.mark.parametrize("storage", STORAGE)
-@pytest.mark.parametrize("transport", ["spice", "spice+tls", "tcp", "unix"])
+@every_value(transport=["spice", "spice+tls", "tcp", "unix"], storage=STORAGE)
 async def test_wireshark_decodes_a_session(
     guests: Guests, guest: QemuGuest, transport: str, storage: str, tmp_path: Path
 ) -> None:

@@ -11,9 +11,9 @@ import struct
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TypeAlias
 
-import pytest
 from examples.gadget_zero import gadget_zero
 from tests.guest.plugging import LABORATORY, MIB, Operation, Result, plugged, raw, usb_folder, usb_node
+from tests.long import every_value
 
 from farplug.store import MemoryStore
 from farplug.usb import Speed
@@ -54,8 +54,7 @@ def feature(recipient: int, request: StandardRequest, value: int, index: int) ->
     return control(recipient, request, value, index)
 
 
-@pytest.mark.parametrize("speed", [Speed.SUPER, Speed.HIGH], ids=str)
-@pytest.mark.parametrize("kind", DEVICES)
+@every_value(kind=DEVICES, speed=[Speed.SUPER, Speed.HIGH])
 async def test_chapter_9(guests: Guests, kind: str, speed: Speed) -> None:
     guest = await guests.get(LABORATORY)
     device = DEVICES[kind](speed)

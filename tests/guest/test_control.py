@@ -11,9 +11,10 @@ from pathlib import Path
 
 from tests.control.support import RawClient
 from tests.guest.conftest import Guests
-from tests.guest.plugging import ATTACH_ROUNDS, GUEST_TIMEOUT, comes, disk_with, until
+from tests.guest.plugging import GUEST_TIMEOUT, comes, disk_with, until
 from tests.guest.test_spice_session import TWO_PORTS
 from tests.leaks import descriptors
+from tests.long import ATTACH_ROUNDS
 
 from farplug.app.app import App
 from farplug.app.settings import GuestSettings, TargetSettings

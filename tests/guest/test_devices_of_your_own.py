@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pytest
 from tests.guest.plugging import (
-    ATTACH_ROUNDS,
     FUNCTIONS,
     GUEST_TIMEOUT,
     beside,
@@ -28,6 +27,7 @@ from tests.guest.plugging import (
     usb_node,
 )
 from tests.leaks import Left, no_more_than
+from tests.long import ATTACH_ROUNDS
 
 from farplug.testing import QemuGuest, SpicePort, TcpPort
 from farplug.usb import Setup, Speed

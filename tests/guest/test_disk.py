@@ -14,7 +14,6 @@ import pytest
 from tests.guest.plugging import (
     GUEST_TIMEOUT,
     LABORATORY,
-    LONG,
     MIB,
     NO_SCAN_DELAY,
     Plugged,
@@ -27,6 +26,7 @@ from tests.guest.plugging import (
     plugged,
     with_controller,
 )
+from tests.long import LONG
 
 from farplug.redirection import events
 from farplug.target import TargetOptions, open_session, parse_target

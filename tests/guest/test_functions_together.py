@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING
 import pytest
 from tests.guest.command import farplug
 from tests.guest.plugging import (
-    ATTACH_ROUNDS,
     FUNCTIONS,
     GUEST_TIMEOUT,
-    LONG,
     MIB,
     SPICE,
     TCP,
     Plugged,
+    Port,
     until,
     usb_folder_by_name,
     usb_node,
@@ -34,6 +33,7 @@ from tests.guest.test_network import LEASE, MAC, served
 from tests.guest.test_security_key import HASH, SITE, USER_ID, register, write
 from tests.guest.test_serial import TTY, echo_in, has
 from tests.leaks import Left, children, no_more_than
+from tests.long import ATTACH_ROUNDS, LONG, in_full
 
 from farplug.app.settings import Source
 from farplug.target import open_session, parse_target
@@ -307,17 +307,30 @@ def files(tmp_path: Path) -> tuple[Path, str]:
     return folder, hashlib.sha256(data).hexdigest()
 
 
+@asynccontextmanager
+async def used(
+    guest: QemuGuest, port: int, folder: Path, caplog: pytest.LogCaptureFixture
+) -> AsyncIterator[tuple[Together, Left]]:
+    """Yield the four functions, not plugged in, and the numbers with an open port; then check for leaks."""
+    async with together(guest, port, folder) as one:
+        await one.attach()
+        await one.detach()
+        before = Left.now()  # with an open port
+        yield one, before
+        await one.check_released()
+        await no_more_than(before)
+    assert complaints(caplog, one.hub) == []
+    assert await trouble(guest) == ""
+
+
 @pytest.mark.usefixtures("passt")
-@pytest.mark.parametrize("port", [TCP, SPICE], ids=["tcp", "spice"])
-async def test_detached_and_reset_in_the_middle(
-    guests: Guests, tmp_path: Path, port: int, files: tuple[Path, str], caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("port", [TCP, *in_full(SPICE)], ids=str)
+async def test_detached_in_the_middle(
+    guests: Guests, tmp_path: Path, port: Port, files: tuple[Path, str], caplog: pytest.LogCaptureFixture
 ) -> None:
     guest = await guests.get(FUNCTIONS)
     with served(files[0]) as http:
-        async with together(guest, port, tmp_path) as one:
-            await one.attach()
-            await one.detach()
-            before = Left.now()  # with an open port
+        async with used(guest, port, tmp_path, caplog) as (one, before):
             for _ in range(2):
                 await one.attach()
                 await one.busy(http)
@@ -328,6 +341,16 @@ async def test_detached_and_reset_in_the_middle(
                 await one.check_released()
                 await no_more_than(before)
                 assert complaints(caplog, one.hub) == []
+
+
+@pytest.mark.usefixtures("passt")
+@pytest.mark.parametrize("port", [SPICE, *in_full(TCP)], ids=str)
+async def test_reset_in_the_middle(
+    guests: Guests, tmp_path: Path, port: Port, files: tuple[Path, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    guest = await guests.get(FUNCTIONS)
+    with served(files[0]) as http:
+        async with used(guest, port, tmp_path, caplog) as (one, _):
             await one.attach()
             await one.busy(http)
             await storm(guest)
@@ -337,10 +360,6 @@ async def test_detached_and_reset_in_the_middle(
             await forbid(guest)  # the numbers of the guest's devices begin with 0 again
             await one.each_works(http, files[1])
             await one.detach()
-            await one.check_released()
-            await no_more_than(before)
-    assert complaints(caplog, one.hub) == []
-    assert await trouble(guest) == ""
 
 
 async def test_rounds_of_attach_and_detach_leak_nothing(

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.guest.plugging import LABORATORY, LONG, MIB, STORAGE, blank, disk_of, enable_unmap, gone, plugged
+from tests.guest.plugging import LABORATORY, MIB, STORAGE, blank, disk_of, enable_unmap, gone, plugged
+from tests.long import LONG, every_value
 
 from farplug.programs import find_program
 from farplug.testing import QemuGuest
@@ -29,8 +30,6 @@ TEBIBYTE = 1 << 40
 
 TROUBLE = re.compile(r"reset |rror|timed out|Sense Key|offline|corrupt", re.IGNORECASE)
 """What the guest's kernel must not say about a disk that works."""
-
-pytestmark = pytest.mark.parametrize("storage", STORAGE)
 
 
 @dataclass(frozen=True)
@@ -78,21 +77,18 @@ dd if={{d}} bs=1M skip={offset_mib} count=6 iflag=direct 2>/dev/null | md5sum
 """
 QUEUED = "--direct=1 --ioengine=libaio --iodepth=16"
 BUFFERED = "--direct=0 --ioengine=psync --fsync=64"
+JOBS = {
+    "buffered": (64 * MIB, 0, 512, "randrw", BUFFERED),
+    "queued": (64 * MIB, 0, 512, "randwrite", QUEUED),
+    "large-blocks": (64 * MIB, 0, 4096, "randrw", QUEUED),
+    "across-2-tib": (3 * TEBIBYTE, 2 * TEBIBYTE - 3 * MIB, 512, "randrw", QUEUED),
+}
+"""The size of the image, the offset of the job, the size of the disk's blocks, what is read and written, and how."""
 
 
-@pytest.mark.parametrize(
-    ("size", "offset", "block_size", "pattern", "mode"),
-    [
-        (64 * MIB, 0, 512, "randwrite", QUEUED),
-        (64 * MIB, 0, 512, "randrw", BUFFERED),
-        (64 * MIB, 0, 4096, "randrw", QUEUED),
-        (3 * TEBIBYTE, 2 * TEBIBYTE - 3 * MIB, 512, "randrw", QUEUED),
-    ],
-    ids=["queued", "buffered", "large-blocks", "across-2-tib"],
-)
-async def test_fio_verifies_random_sizes_and_alignments(
-    guests: Guests, tmp_path: Path, storage: str, size: int, offset: int, block_size: int, pattern: str, mode: str
-) -> None:
+@every_value(storage=STORAGE, job=JOBS)
+async def test_fio_verifies_random_sizes_and_alignments(guests: Guests, tmp_path: Path, storage: str, job: str) -> None:
+    size, offset, block_size, pattern, mode = JOBS[job]
     try:
         image = blank(tmp_path / "disk.raw", size)
     except OSError:
@@ -114,6 +110,7 @@ async def test_fio_verifies_random_sizes_and_alignments(
     assert hashlib.md5(content).hexdigest() == output
 
 
+@pytest.mark.parametrize("storage", STORAGE)
 async def test_f3probe_finds_the_capacity_real(guests: Guests, tmp_path: Path, storage: str) -> None:
     async with drive(guests, storage, blank(tmp_path / "disk.raw", 64 * MIB)) as plug:
         output = await plug.run("f3probe --destructive --time-ops {d}")
@@ -121,6 +118,7 @@ async def test_f3probe_finds_the_capacity_real(guests: Guests, tmp_path: Path, s
     assert "Announced size: 64.00 MB (131072 blocks)" in output, output
 
 
+@pytest.mark.parametrize("storage", STORAGE)
 async def test_badblocks_writes_and_reads_every_byte(guests: Guests, tmp_path: Path, storage: str) -> None:
     async with drive(guests, storage, image := blank(tmp_path / "disk.raw", 16 * MIB)) as plug:
         assert await plug.run("badblocks -w -b 65536 -c 16 {d}") == ""  # AA, 55, FF, 00, each written and read
@@ -180,10 +178,7 @@ def sound(image: Path, filesystem: str) -> None:
     assert result.returncode == 0, result
 
 
-@pytest.mark.parametrize(
-    ("filesystem", "block_size"),
-    [("ext4", 512), ("vfat", 512), ("exfat", 4096), *([("exfat", 512), ("ext4", 4096)] if LONG else [])],
-)
+@every_value(storage=STORAGE, filesystem=MAKE, block_size=[512, 4096])
 async def test_life_of_a_file_system(
     guests: Guests, tmp_path: Path, storage: str, filesystem: str, block_size: int
 ) -> None:
@@ -222,7 +217,7 @@ umount /mnt
 """
 
 
-@pytest.mark.parametrize("filesystem", MAKE)
+@every_value(storage=STORAGE, filesystem=MAKE)
 async def test_fstrim_makes_the_image_smaller(guests: Guests, tmp_path: Path, storage: str, filesystem: str) -> None:
     image = blank(tmp_path / "disk.raw", 64 * MIB)
     async with drive(guests, storage, image) as plug:
@@ -235,6 +230,7 @@ async def test_fstrim_makes_the_image_smaller(guests: Guests, tmp_path: Path, st
     sound(image, filesystem)
 
 
+@pytest.mark.parametrize("storage", STORAGE)
 async def test_discard_and_zero_out(guests: Guests, tmp_path: Path, storage: str) -> None:
     image = tmp_path / "disk.raw"
     image.write_bytes(b"\xaa" * (16 * MIB))

@@ -17,6 +17,7 @@ from tests.guest import command
 from tests.guest.conftest import Guests
 from tests.guest.kerbside import SESSION, Kerbside, require_kerbside
 from tests.guest.plugging import GUEST_TIMEOUT, LABORATORY, MIB, STORAGE, Plugged, blank, disk_of, gone
+from tests.long import in_full
 from tests.transport.fake_spice import Recorder
 
 import farplug
@@ -96,7 +97,7 @@ def digest_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("storage", STORAGE)
+@pytest.mark.parametrize("storage", ["uas", *in_full("bot")])  # a real disk has the other
 async def test_a_disk(
     storage: str, kerbside: Kerbside, guest: QemuGuest, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -24,6 +24,7 @@ from tests.guest.command import Running, farplug
 from tests.guest.plugging import GUEST_TIMEOUT, LABORATORY, MIB, STORAGE, blank, disk_with, gone
 from tests.guest.recovery import recovered
 from tests.guest.scripts import writer
+from tests.long import every_pair
 
 from farplug.exit_codes import ExitCode
 from farplug.programs import find_program
@@ -170,9 +171,7 @@ async def cut(guest: QemuGuest, console: Callable[[], str], running: Running, pi
     return records
 
 
-@pytest.mark.parametrize("image", [Raw, Snapshot])
-@pytest.mark.parametrize("kind", writer.KINDS)
-@pytest.mark.parametrize("storage", STORAGE)
+@every_pair(storage=STORAGE, kind=writer.KINDS, image=[Raw, Snapshot])
 async def test_farplug_is_killed(guests: Guests, tmp_path: Path, storage: str, kind: str, image: type[Raw]) -> None:
     guest = await guests.get(LABORATORY)
     disk = image(tmp_path, kind)

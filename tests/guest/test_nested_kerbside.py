@@ -11,6 +11,7 @@ import pytest
 from tests.guest.kerbside import Kerbside, require_kerbside
 from tests.guest.nested import FAR, Plugger
 from tests.guest.test_nested_storage import BOT, LIFE_CYCLE, SIZE, UAS, disk, far_disk
+from tests.long import in_full
 
 from farplug.testing import GATEWAY
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from tests.guest.conftest import Guests
 
 
-@pytest.mark.parametrize("kind", [BOT, UAS], ids=["bot", "uas"])
+@pytest.mark.parametrize("kind", [BOT, *in_full(UAS)])  # a virtual disk has the other
 async def test_a_real_disk(kind: str, plugger: Plugger, guests: Guests, tmp_path: Path) -> None:
     require_kerbside()
     image = tmp_path / "disk.raw"

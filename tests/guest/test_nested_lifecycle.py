@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING
 import pytest
 import pytest_asyncio
 from tests.guest.nested import FAR, Job, Plugger, RealDevice, from_inside, running
-from tests.guest.plugging import GUEST_TIMEOUT, LONG, MIB, Result, raw, usb_folder_by_name, usb_node
+from tests.guest.plugging import GUEST_TIMEOUT, MIB, Result, raw, usb_folder_by_name, usb_node
 from tests.guest.test_nested_functions import EV_ABS, EV_KEY, KEYS, PRESSES, decoded, events, first
 from tests.guest.test_nested_iso import INTERVAL, ISOCHRONOUS, PER_URB, SOURCE, URBS, Clocked, rises, split
 from tests.guest.test_nested_storage import BOT, far_disk
 from tests.guest.test_nested_storage import disk as real_disk
 from tests.guest.usbip import UsbipDevice, configuration, device_descriptor, endpoint, interface
+from tests.long import LONG
 
 if TYPE_CHECKING:
     from tests.guest.conftest import Guests

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests.guest.command import farplug
-from tests.guest.plugging import FUNCTIONS, GUEST_TIMEOUT, LONG
+from tests.guest.plugging import FUNCTIONS, GUEST_TIMEOUT
 from tests.guest.test_serial import TTY, echo_in, has
+from tests.long import LONG
 
 from farplug.testing import QemuGuest
 

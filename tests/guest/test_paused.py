@@ -7,7 +7,6 @@ does not understand the message. The VM here has no operating system: QEMU's sid
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING
 import pytest
 from tests.guest.command import farplug
 from tests.guest.plugging import GUEST_TIMEOUT, MIB, Plugged, beside, blank, disk_of, disk_with, plugged
+from tests.long import LONG
 
 from farplug.exit_codes import ExitCode
 from farplug.redirection import Redirection, engine, events, port_protocol, reminder
@@ -33,8 +33,8 @@ from farplug.virtual.disk import disk_device
 if TYPE_CHECKING:
     from tests.guest.conftest import Guests
 
-ORDER = int(os.environ.get("FARPLUG_PAUSE_STEPS", "3"))
-"""Steps of which every order is tried; ``make stress`` tries four."""
+ORDER = 4 if LONG else 3
+"""Steps of which every order is tried."""
 
 SPICE = GuestConfig(ports=(SpicePort(),), boot=Boot.BIOS, memory=64)
 UNIX = replace(SPICE, ports=(UnixPort(),))

@@ -22,6 +22,7 @@ import pytest
 from tests.guest.plugging import GUEST_TIMEOUT, LABORATORY, MIB, STORAGE, blank, disk_of, enable_unmap, plugged
 from tests.guest.recovery import recovered
 from tests.guest.scripts import worker
+from tests.long import in_full
 
 from farplug.programs import find_program
 from farplug.store import MemoryStore, WriteDone
@@ -170,7 +171,7 @@ class Marks(MemoryStore):
 
 
 @pytest.mark.timeout(400 + POINTS)
-@pytest.mark.parametrize("storage", STORAGE)
+@pytest.mark.parametrize("storage", ["uas", *in_full("bot")])
 async def test_what_fsync_confirmed_survives(guests: Guests, tmp_path: Path, storage: str) -> None:
     guest = await guests.get(LABORATORY)
     image = blank(tmp_path / "disk.raw", 24 * MIB)

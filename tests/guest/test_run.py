@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from tests.guest.conftest import Guests
-from tests.guest.plugging import GUEST_TIMEOUT, LONG, console_font
+from tests.guest.plugging import GUEST_TIMEOUT, console_font
+from tests.long import LONG
 
 from farplug.testing import GuestConfig, QemuGuest, SpicePort, TcpPort
 

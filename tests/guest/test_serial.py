@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 import pytest
 from tests import starter
 from tests.guest.command import farplug
-from tests.guest.plugging import FUNCTIONS, GUEST_TIMEOUT, LONG, plugged
+from tests.guest.plugging import FUNCTIONS, GUEST_TIMEOUT, plugged
+from tests.long import LONG
 
 from farplug.ends import parse_serial_end
 from farplug.testing import QemuGuest

@@ -1,4 +1,4 @@
-"""Readers, writers and a stream of failing commands side by side, for FARPLUG_STRESS_SECONDS (make stress: a minute).
+"""Readers, writers and a stream of failing commands side by side, for 3 seconds (make stress: a minute).
 
 Linux cancels the pending data transfers of a failed command, and QEMU then loses those of all commands on the endpoint.
 These commands hang for 30 s, until Linux resets the device, which its log shows. The disk must not let this happen.
@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
 import struct
+from enum import IntEnum
 from typing import TYPE_CHECKING
 
 import pytest
 from tests.guest.plugging import GUEST_TIMEOUT, LABORATORY, STORAGE, disk_of, plugged, usb_folder, usb_node
 from tests.guest.scripts import stress
+from tests.long import LONG, every_value
 
 from farplug.redirection import events
 from farplug.store import MemoryStore
@@ -26,10 +27,24 @@ from farplug.virtual import disk_device
 if TYPE_CHECKING:
     from tests.guest.conftest import Guests
 
-SECONDS = float(os.environ.get("FARPLUG_STRESS_SECONDS", "3"))
+SECONDS = 60 if LONG else 3
 
-TCP, SPICE, SLOW_TCP = range(3)
+
+class Port(IntEnum):
+    """The place of a port in LABORATORY."""
+
+    TCP = 0
+    SPICE = 1
+    SLOW_TCP = 2
+
+    def __str__(self) -> str:
+        return self.name.lower().replace("_", "-")
+
+
 assert [type(port) for port in LABORATORY.ports] == [TcpPort, SpicePort, TcpPort]
+
+DISKS = {"uas": ("uas", Speed.SUPER), "bot": ("bot", Speed.SUPER), "uas-high": ("uas", Speed.HIGH)}
+"""The transport of a disk, and its speed: UAS at high speed has no streams."""
 
 TROUBLE = re.compile(r"timed out|timeout|abort|uas_eh|I/O error|offline|reset", re.IGNORECASE)
 RESETS = 3
@@ -55,34 +70,25 @@ async def strain(guest: QemuGuest, disk: str) -> None:
     assert min(counts.values()) > 0, counts  # how many is a matter of the machine
 
 
-@pytest.mark.parametrize(
-    ("storage", "port", "speed"),
-    [
-        ("uas", TCP, Speed.SUPER),
-        ("uas", SPICE, Speed.SUPER),
-        ("uas", SLOW_TCP, Speed.SUPER),
-        ("uas", TCP, Speed.HIGH),
-        ("bot", SPICE, Speed.SUPER),
-    ],
-    ids=["uas-tcp", "uas-spice", "uas-slow-tcp", "uas-high", "bot-spice"],
-)
-async def test_everything_at_once(guests: Guests, storage: str, port: int, speed: Speed) -> None:
+@every_value(disk=DISKS, port=Port)
+async def test_everything_at_once(guests: Guests, disk: str, port: Port) -> None:
     guest = await guests.get(LABORATORY)
+    storage, speed = DISKS[disk]
     device = disk_device(numbered(), speeds=(speed,), transport=STORAGE[storage].transport)
     async with plugged(guest.targets[port], device) as hub:
-        disk = await disk_of(guest, device)
-        assert STORAGE[storage].driver in await guest.check(f"readlink /sys/block/{disk[5:]}/device/../../../driver")
+        name = await disk_of(guest, device)
+        assert STORAGE[storage].driver in await guest.check(f"readlink /sys/block/{name[5:]}/device/../../../driver")
         resets = hub.kinds().count(events.PortReset)
         await guest.check("dmesg -c >/dev/null")
-        await strain(guest, disk)
+        await strain(guest, name)
         log = await guest.check("dmesg")
         assert not TROUBLE.search(log), log
         assert hub.kinds().count(events.PortReset) == resets
     await device.dispose()
 
 
-@pytest.mark.parametrize("port", [TCP, SPICE], ids=["tcp", "spice"])
-async def test_usb_resets_in_the_middle(guests: Guests, port: int) -> None:
+@pytest.mark.parametrize("port", [Port.TCP, Port.SPICE])
+async def test_usb_resets_in_the_middle(guests: Guests, port: Port) -> None:
     guest = await guests.get(LABORATORY)
     device = disk_device(numbered(), transport=STORAGE["uas"].transport)
     async with plugged(guest.targets[port], device) as hub:
@@ -106,7 +112,7 @@ async def test_qemu_that_collects_small_messages_is_not_waited_for(guests: Guest
     """It answers a command with several, and Nagle's algorithm holds them back until ours is acknowledged."""
     guest = await guests.get(LABORATORY)
     device = disk_device(numbered())
-    async with plugged(guest.targets[SLOW_TCP], device):
+    async with plugged(guest.targets[Port.SLOW_TCP], device):
         disk = await disk_of(guest, device)
         async with asyncio.timeout(GUEST_TIMEOUT):
             while True:  # until a moment in which nothing else runs here: who waits for it is always as slow

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 from tests.guest.conftest import Guests
-from tests.guest.plugging import GUEST_TIMEOUT, LONG, disk_with, plugged, with_controller
+from tests.guest.plugging import GUEST_TIMEOUT, disk_with, plugged, with_controller
 from tests.guest.test_devices_of_your_own import KEY_ESC, quiet_guest, reading, text_of, trouble
+from tests.long import LONG
 
 from farplug.app.commands import Via
 from farplug.app.guest import Guest
@@ -149,7 +150,7 @@ async def test_a_vm_that_stands_still_repeats_nothing(guests: Guests) -> None:
 async def test_controllers_that_lose_reports(guests: Guests, controller: Controller) -> None:
     """The text arrives whole, or what has certainly arrived is a part of it, which the error says."""
     guest = await guests.get(with_controller(controller))
-    text = random_text(3, CHARACTERS // 2)
+    text = random_text(3, CHARACTERS // 4)
     async with connected(guest.targets[0]) as farplug:
         await farplug.typing.type("x", via=Via.USB)
         async with reading(guest, 0, KEY_ESC) as events:

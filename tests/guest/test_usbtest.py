@@ -13,6 +13,7 @@ import pytest
 from examples.gadget_zero import PRODUCT_ID, SINK, SOURCE, VENDOR_ID, SourceSink, gadget_zero
 from tests.guest.plugging import LABORATORY, MIB, STORAGE, disk_of, plugged, raw, usb_folder, usb_node
 from tests.guest.test_survival import still_works
+from tests.long import every_value
 
 from farplug.store import MemoryStore
 from farplug.testing import QemuGuest
@@ -98,8 +99,7 @@ async def test_transfers_of_a_slow_device_that_are_cancelled(guests: Guests) -> 
         await guest.check("rmmod usbtest")
 
 
-@pytest.mark.parametrize("speed", [Speed.SUPER, Speed.HIGH], ids=str)
-@pytest.mark.parametrize("storage", STORAGE)
+@every_value(storage=STORAGE, speed=[Speed.HIGH, Speed.SUPER])
 async def test_the_disk(guests: Guests, storage: str, speed: Speed) -> None:
     guest = await guests.get(LABORATORY)
     device = disk_device(MemoryStore(16 * MIB), speeds=(speed,), transport=STORAGE[storage].transport)
