@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -15,7 +16,8 @@ import pytest
 from tests import starter
 from tests.guest.command import farplug, farplug_on_terminal
 from tests.guest.conftest import Guests
-from tests.guest.plugging import GUEST_TIMEOUT, MIB, blank, disk_with, gone, until
+from tests.guest.plugging import GUEST_TIMEOUT, LABORATORY, MIB, blank, disk_with, gone, until
+from tests.long import in_full
 
 from farplug.store.image import serial_number
 from farplug.target import open_session, parse_target
@@ -37,7 +39,7 @@ async def test_a_signal_detaches_cleanly(guest: QemuGuest, tmp_path: Path, numbe
     await gone(guest, disk)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGTERM, *in_full(signal.SIGINT)])
 async def test_unread_output_stops_neither_the_disk_nor_a_signal(
     guest: QemuGuest, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -155,7 +157,7 @@ async def test_ports_and_disks_have_the_order_of_the_command_line(guests: Guests
         *("--usb-disk-ro", images[0], "--usb-cdrom", tmp_path / "x.iso"),
         *("--usb-disk", f"{images[1]},snapshot={tmp_path / 'a.snap'}", "--usb-disk", images[2]),
     ]
-    config = GuestConfig(ports=(SpicePort(), SpicePort(), SpicePort(), SpicePort()), paused=paused)
+    config = replace(GuestConfig(paused=True) if paused else LABORATORY, ports=(SpicePort(),) * 4)
     async with guests.fresh(config) as guest, farplug("connect", guest.targets[0], "--json", *options) as running:
         if paused:
             waiting = json.loads(await running.until("waiting-for-guest"))

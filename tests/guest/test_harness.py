@@ -9,12 +9,13 @@ import ssl
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.guest.plugging import GUEST_TIMEOUT, comes
+from tests.guest.plugging import GUEST_TIMEOUT, LABORATORY, comes
 
 from farplug.testing import (
     CommandFailed,
@@ -183,7 +184,7 @@ async def test_spice_over_tls_asks_for_our_authority(guests: Guests) -> None:
 
 async def test_two_guests_side_by_side_and_nothing_left_afterwards(guests: Guests) -> None:
     before = set(os.listdir("/proc/self/fd"))
-    config = GuestConfig(ports=(UnixPort(), SpicePort()))
+    config = replace(LABORATORY, ports=(UnixPort(), SpicePort()))
     async with guests.fresh(config) as first, guests.fresh(config) as second:
         folders = [Path(guest.targets[0].removeprefix("unix:")).parent for guest in (first, second)]
         assert await first.check("echo 1 >/tmp/n; cat /tmp/n") == "1\n"
@@ -197,12 +198,12 @@ async def test_two_guests_side_by_side_and_nothing_left_afterwards(guests: Guest
 async def test_clock_of_a_guest_that_starts_from_a_snapshot(guests: Guests, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 2_000_000_000
     monkeypatch.setattr(qemu, "time", SimpleNamespace(time=lambda: now, monotonic=time.monotonic))
-    async with guests.fresh(GuestConfig()) as guest:
+    async with guests.fresh(LABORATORY) as guest:
         assert now <= int(await guest.check("date +%s")) < now + 1000
 
 
 async def test_qemu_that_crashes_says_so(guests: Guests) -> None:
-    async with guests.fresh(GuestConfig(ports=(UnixPort(),))) as guest:
+    async with guests.fresh(LABORATORY) as guest:
         stuck = asyncio.create_task(guest.run("sleep 60"))
         await asyncio.sleep(0.2)
         os.kill(guest.pid, signal.SIGABRT)

@@ -6,12 +6,13 @@ import asyncio
 import os
 import signal
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tests.app.test_link import Running, running
 from tests.guest.conftest import Guests
-from tests.guest.plugging import GUEST_TIMEOUT
+from tests.guest.plugging import GUEST_TIMEOUT, LABORATORY
 from tests.transport.fake_spice import free_port
 
 from farplug.app.commands import Attach, Detach
@@ -46,7 +47,7 @@ async def in_use(session: Running, *labels: str) -> None:
 
 
 async def test_devices_come_and_go_after_the_ticket_has_expired(guests: Guests, tmp_path: Path) -> None:
-    guest = await guests.get(GuestConfig(ports=TWO, spice=Spice(ticket="once")))
+    guest = await guests.get(replace(LABORATORY, ports=TWO, spice=Spice(ticket="once")))
     await guest.booted(GUEST_TIMEOUT)
     target = guest.targets[0]
     async with asyncio.timeout(4 * GUEST_TIMEOUT), running(target, reconnect=None) as session:
@@ -63,7 +64,7 @@ async def test_devices_come_and_go_after_the_ticket_has_expired(guests: Guests, 
 
 
 async def test_a_vm_that_is_killed_and_started_again_has_its_devices_back(guests: Guests, tmp_path: Path) -> None:
-    config = GuestConfig(ports=TWO, spice=Spice(port=free_port()))
+    config = replace(LABORATORY, ports=TWO, spice=Spice(port=free_port()))
     sources = [Source.disk(path) for path in images(tmp_path)]
     async with asyncio.timeout(4 * GUEST_TIMEOUT), AsyncExitStack() as stack:
         async with guests.fresh(config) as guest:
