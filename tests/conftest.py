@@ -76,12 +76,12 @@ GROUPS = (
         "tests/guest/test_usbtest",
     ),
     ("tests/guest/test_survival", "tests/guest/test_disk", "tests/guest/test_cli"),
-    ("tests/guest/test_run",),
+    ("tests/guest/test_run", "tests/guest/test_kerbside_service"),
     ("tests/guest/",),
 )
 """Beginnings of the names of files whose tests use the same guests: nested ones, the one of the long tests, the usual
-one, the one of a login, which waits most of the time. Of other files with guests each is a group of its own. The group
-that takes longest comes first."""
+one; and of those that wait most of the time. Of other files with guests each is a group of its own. The group that takes
+longest comes first."""
 
 
 class Groups(LoadFileScheduling):  # type: ignore[misc]  # xdist has no types

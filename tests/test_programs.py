@@ -33,7 +33,7 @@ def test_missing_program_names_its_package(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_packages_are_on_the_list() -> None:
     lines = (line.partition("#")[0].strip() for line in PACKAGES.read_text().splitlines())
-    listed = {line.lstrip("?") for line in lines if line}
+    listed = {line.lstrip("?+") for line in lines if line}
     assert set(PACKAGE_OF_PROGRAM.values()) - ESSENTIAL <= listed
 
 
