@@ -94,7 +94,7 @@ def installed() -> Iterator[Installed]:
         # An own copy of pip would cost as much as the wheel does.
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", root / "venv"], check=True)
         (wheel,) = (root / "dist").glob("*.whl")
-        install = [*pip, "--python", str(root / "venv/bin/python"), "install", str(wheel)]
+        install = [*pip, "--python", str(root / "venv/bin/python"), "install", "--no-compile", str(wheel)]
         subprocess.run(install, check=True, stdout=subprocess.DEVNULL)
         yield Installed(root)
     finally:
