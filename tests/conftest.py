@@ -80,8 +80,8 @@ GROUPS = (
     ("tests/guest/",),
 )
 """Beginnings of the names of files whose tests use the same guests: nested ones, the one of the long tests, the usual
-one; and of those that wait most of the time. Of other files with guests each is a group of its own. The group that takes
-longest comes first."""
+one; and of those that wait most of the time. Of other files with guests each is a group of its own. The group that
+takes longest comes first."""
 
 
 class Groups(LoadFileScheduling):  # type: ignore[misc]  # xdist has no types
