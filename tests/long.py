@@ -54,8 +54,8 @@ def _parametrize(names: Iterable[str], rows: Sequence[Row]) -> pytest.MarkDecora
 
 
 def _name(value: object) -> str | None:
-    """Return the name of a value in that of a test, or None if pytest names it."""
-    return None if isinstance(value, type) else str(value)
+    """Return the name of a value in that of a test, or None if pytest names it: as text, a function has its address."""
+    return None if callable(value) else str(value)
 
 
 def pairs(product: Sequence[Row]) -> list[Row]:

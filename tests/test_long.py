@@ -40,3 +40,8 @@ def test_values_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
     for whole, expected in ((False, ()), (True, (1, 2))):
         monkeypatch.setattr(long, "LONG", whole)
         assert long.in_full(1, 2) == expected
+
+
+def test_names_are_the_same_in_each_process() -> None:
+    name = long.every_value(value=[rows]).kwargs["ids"]
+    assert [name(value) for value in (rows, int, 3, "text")] == [None, None, "3", "text"]
