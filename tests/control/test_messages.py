@@ -113,6 +113,22 @@ def test_what_is_ignored() -> None:
     assert receive(b'\n\r\n  \n{"method":"status","id":-5,"x":1,"jsonrpc":"2.0"}\r\n\n') == [Request(-5, "status")]
 
 
+@pytest.mark.parametrize("empty", [b"\n", b" \r\n", b"\t\n\n"])
+def test_many_empty_lines_take_no_time(empty: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    searches = 0
+    search = Receiver._next_line
+
+    def counted(self: Receiver[Any]) -> bytes | None:
+        nonlocal searches
+        searches += 1
+        return search(self)
+
+    monkeypatch.setattr(Receiver, "_next_line", counted)
+    flood = empty * 50_000
+    assert receive(flood + b'{"id":1,"method":"status"}' + flood + b"\n", len(flood)) == [Request(1, "status")]
+    assert searches < 10
+
+
 def test_the_longest_line() -> None:
     head = b'{"id":1,"method":"status","params":{"a":"'
     line = head + b"x" * (MAX_LINE - len(head) - 3) + b'"}}'

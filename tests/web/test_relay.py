@@ -15,6 +15,7 @@ import pytest
 from tests.control.support import BlockingApp, RawClient
 from tests.control.support import session as real_session
 from tests.web.support import Browser, FakeSession, Served, fake_session, obedient, reply, send
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.typing import Origin
@@ -287,6 +288,33 @@ async def test_a_message_of_many_fragments(served: Served) -> None:
             await browser.websocket.send("" for _ in range(server.MAX_FRAGMENTS + 10))
         with pytest.raises(ConnectionClosed):
             await browser.next()
+
+
+async def test_small_frames_are_parsed_in_many_turns(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[int] = []
+    kept: list[int] = []
+    parse = WebSocketsSansIOProtocol.data_received
+
+    def counted(self: server._WebSocketProtocol, data: bytes) -> None:
+        parsed.append(len(data))
+        kept.append(len(self._unparsed))
+        parse(self, data)
+
+    monkeypatch.setattr(WebSocketsSansIOProtocol, "data_received", counted)
+    async with served.browser() as browser:
+        frames = bytearray()
+        for id in range(200):
+            request = json.dumps({"id": f"{id}", "method": "sessions"}).encode()
+            frames += b"\x8a\x80\0\0\0\0" * 3000 + bytes((0x81, 0x80 | len(request))) + bytes(4) + request
+        browser.websocket.transport.write(bytes(frames))
+        answered: set[str] = set()
+        while len(answered) < 200:
+            message, _ = await browser.next()
+            assert message["ok"]
+            answered.add(message["id"])
+    assert sum(parsed) >= len(frames)
+    assert max(parsed) <= server.PARSE_AT_ONCE
+    assert max(kept) <= 512 << 10, "nothing is read while the rest is not parsed"
 
 
 async def test_text_that_is_not_utf8(served: Served) -> None:

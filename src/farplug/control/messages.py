@@ -252,11 +252,10 @@ class Receiver(Generic[MessageT]):
             line = self._next_line()
             if line is None:
                 return None
-            if line.strip():  # an empty line has no effect
-                message, size = self._message(line)
-                if size is None:
-                    return message
-                self._waiting = message, size
+            message, size = self._message(line)
+            if size is None:
+                return message
+            self._waiting = message, size
         message, size = self._waiting
         if len(self._buffer) < size:
             return None
@@ -276,8 +275,11 @@ class Receiver(Generic[MessageT]):
             self._fail(f"the stream ends within a {where}, after {len(self._buffer)} bytes")
 
     def _next_line(self) -> bytes | None:
+        """Return the next line that is not empty; None: it is not complete."""
         if self._error is not None:
             raise self._error
+        if not self._searched and self._buffer[:1].isspace():  # an empty line has no effect, nor have 100,000 of them
+            del self._buffer[: len(self._buffer) - len(self._buffer.lstrip())]
         end = self._buffer.find(b"\n", self._searched, MAX_LINE + 1)
         if end < 0:
             if len(self._buffer) > MAX_LINE:

@@ -25,6 +25,10 @@ from farplug.usb.types import Buffer
 
 MAX_FRAME: Final = 1 << 20
 """The largest payload of one frame that we accept, in bytes. A message may have any number of frames."""
+PARSE_AT_ONCE: Final = 4 << 10
+"""Bytes that are parsed between two looks at the number of frames, which have 2 bytes at least."""
+TURN_FRAMES: Final = 1024
+"""Frames in one turn of the event loop, and those of PARSE_AT_ONCE bytes; the others are parsed in the next one."""
 PING_INTERVAL: Final = 20.0
 """Seconds between two pings: load balancers close connections without traffic, some after 60 s.
 
@@ -100,6 +104,14 @@ class WebSocket:
         self._listener: StreamListener | None = None
         self._received: list[Buffer] = []
         """What is not delivered yet: before :meth:`start` the rest of at most one read, which pauses reading."""
+        self._unparsed = memoryview(b"")
+        """The rest of a read. Reading is paused, so that the connection keeps it."""
+        self._parsing: asyncio.Handle | None = None
+        """Parses the rest in the next turn."""
+        self._reading_paused = False
+        """The listener, or the time before :meth:`start`, needs no bytes."""
+        self._pong: Buffer | None = None
+        """The answer to the last ping, which waits until the output is written."""
         self._fault: FarplugError | str | None = None
         self._closing = self._writing_paused = False
         self._pinging: asyncio.TimerHandle | None = None
@@ -140,9 +152,10 @@ class WebSocket:
         if self._connection.lost:
             listener.stream_lost(self._fault or "closed the connection")
             return
-        self._connection.resume_reading()  # before the delivery, which may pause it again
+        self._reading_paused = False  # before the delivery, which may pause it again
         if self._received:
-            self._connection.deliver(memoryview(b""))  # an exception of the listener aborts the connection
+            self._connection.deliver(self._unparsed)  # an exception of the listener aborts the connection
+        self._read_on()
 
     def write(self, buffers: list[Buffer]) -> None:
         """Send buffers in order, as one frame. Does nothing if the websocket has ended, or is being closed."""
@@ -155,11 +168,13 @@ class WebSocket:
 
     def pause_reading(self) -> None:
         """Stop reading until :meth:`resume_reading`."""
+        self._reading_paused = True
         self._connection.pause_reading()
 
     def resume_reading(self) -> None:
         """Read again."""
-        self._connection.resume_reading()
+        self._reading_paused = False
+        self._read_on()
 
     async def close(self, timeout: float) -> None:
         """Send the queued data and a close frame, wait shortly for the server's, and close the connection.
@@ -172,7 +187,7 @@ class WebSocket:
             if self._protocol.state is State.OPEN:
                 self._protocol.send_close(CloseCode.NORMAL_CLOSURE)
                 self._flush()
-                self._connection.resume_reading()  # to drop data, and to see the server's close frame
+                self.resume_reading()  # to drop data, and to see the server's close frame
                 await asyncio.wait([self._over], timeout=min(timeout, CLOSE_LINGER))
             await self._connection.close(timeout)
         except BaseException:
@@ -188,8 +203,20 @@ class WebSocket:
 
     def data_received(self, data: memoryview) -> None:
         """Process bytes of the server."""
-        self._protocol.receive_data(data)  # type: ignore[arg-type]  # it only appends them to a bytearray
-        self._process()
+        self._unparsed = data
+        self._parse()
+
+    def _parse(self) -> None:
+        """Parse and deliver what was received, as far as one turn of the event loop permits."""
+        self._parsing = None
+        frames = 0
+        while self._unparsed and frames < TURN_FRAMES:
+            piece, self._unparsed = self._unparsed[:PARSE_AT_ONCE], self._unparsed[PARSE_AT_ONCE:]
+            self._protocol.receive_data(piece)  # type: ignore[arg-type]  # it only appends them to a bytearray
+            frames += self._process()
+        if self._unparsed:
+            self._connection.pause_reading()
+            self._read_on()
         if self._received and self._listener is not None:
             payload, self._received = b"".join(self._received), []
             if self._tap is not None:
@@ -197,9 +224,25 @@ class WebSocket:
             if not self._closing:
                 self._listener.data_received(memoryview(payload))
 
-    def _process(self) -> None:
-        """Handle what the library has parsed."""
-        for event in self._protocol.events_received():
+    def _read_on(self) -> None:
+        """Parse the rest of what was received in the next turn, or read on; nothing of both while reading is paused."""
+        if self._reading_paused or self._parsing is not None:
+            return
+        if self._unparsed:
+            self._parsing = asyncio.get_running_loop().call_soon(self._parse_rest)
+        else:
+            self._connection.resume_reading()
+
+    def _parse_rest(self) -> None:
+        self._parsing = None
+        if not self._reading_paused and self._connection.is_open:
+            self._connection.deliver(self._unparsed)  # an exception aborts the connection
+            self._read_on()
+
+    def _process(self) -> int:
+        """Handle what the library has parsed; return the number of frames."""
+        events = self._protocol.events_received()
+        for event in events:
             match event:
                 case Frame(opcode=Opcode.BINARY | Opcode.CONT):
                     self._received.append(event.data)
@@ -211,12 +254,13 @@ class WebSocket:
                     self._fail(Refused(event.status_code, bytes(event.body)))
                 case Response() if self._protocol.handshake_exc is None and not self._answered.done():
                     self._answered.set_result(None)
-                    self._connection.pause_reading()
-        self._flush()
+                    self.pause_reading()
+        self._answer()
         if self._protocol.handshake_exc is not None:
             self._fail(NotWebSocket(printable(str(self._protocol.handshake_exc), MAX_REASON)))
         elif (broken := self._protocol.parser_exc) is not None:
             self._end(RemoteProtocolError(f"the server violated the websocket protocol: {printable(str(broken), 200)}"))
+        return len(events)
 
     def pause_writing(self) -> None:
         """Pass this on."""
@@ -227,12 +271,17 @@ class WebSocket:
     def resume_writing(self) -> None:
         """Pass this on."""
         self._writing_paused = False
+        if self._pong is not None:
+            pong, self._pong = self._pong, None
+            self._connection.write([pong])
         if self._listener is not None:
             self._listener.resume_writing()
 
     def _lost(self, error: Exception | None) -> None:
         if self._pinging is not None:
             self._pinging.cancel()
+        if self._parsing is not None:
+            self._parsing.cancel()
         if self._tap is not None:
             self._tap.closed()
         if not self._answered.done():
@@ -250,6 +299,17 @@ class WebSocket:
             self._listener.stream_lost(self._fault or "closed the connection")
 
     # Details ----------------------------------------------------------------------------------------------------------
+
+    def _answer(self) -> None:
+        """Send the library's answers to what was received.
+
+        While the server does not read them, only the pong for the newest ping is kept (RFC 6455, section 5.5.3).
+        """
+        if self._writing_paused and self._protocol.state is State.OPEN:
+            pongs = self._protocol.data_to_send()
+            self._pong = pongs[-1] if pongs else self._pong
+        else:
+            self._flush()
 
     def _flush(self) -> None:
         buffers: list[Buffer] = [data for data in self._protocol.data_to_send() if data]  # empty: the end of the stream

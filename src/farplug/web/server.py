@@ -84,6 +84,8 @@ BACKLOG: Final = 128
 """Connections that wait to be accepted."""
 MAX_FRAGMENTS: Final = 1024
 """Frames of one message of a websocket."""
+PARSE_AT_ONCE: Final = 12 << 10
+"""Bytes of a websocket that are parsed in one turn of the event loop: a frame has 6 bytes at least."""
 PING_INTERVAL: Final = 20.0
 PING_TIMEOUT: Final = 600.0
 """Seconds between pings of a websocket, and in which it answers: on a slow line a picture may be in its way."""
@@ -608,7 +610,46 @@ class _Handshake(asyncio.Protocol):
 
 
 class _WebSocketProtocol(WebSocketsSansIOProtocol):
-    """The websocket protocol of uvicorn, with bounds for what a peer can make it keep."""
+    """The websocket protocol of uvicorn, with bounds for what a peer can make it keep, and for its work in one turn."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._unparsed = bytearray()
+        self._parsing: asyncio.Handle | None = None
+        """Parses the rest in the next turn."""
+
+    def data_received(self, data: bytes) -> None:
+        if not self._unparsed and len(data) <= PARSE_AT_ONCE:
+            super().data_received(data)
+            return
+        self._unparsed += data
+        if self._parsing is None:
+            self._parse()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._parsing is not None:
+            self._parsing.cancel()
+        super().connection_lost(exc)
+
+    async def receive(self) -> Any:
+        message = await super().receive()
+        if self._unparsed:
+            self.transport.pause_reading()  # the rest comes first
+        return message
+
+    def _parse(self) -> None:
+        """Parse a part of what was received, and the rest in the next turn; then read on."""
+        self._parsing = None
+        piece = bytes(memoryview(self._unparsed)[:PARSE_AT_ONCE])
+        del self._unparsed[:PARSE_AT_ONCE]
+        super().data_received(piece)
+        if self.transport.is_closing():
+            return
+        if self._unparsed:
+            self.transport.pause_reading()
+            self._parsing = self.loop.call_soon(self._parse)
+        elif not self.read_paused:
+            self.transport.resume_reading()
 
     def handle_cont(self, event: Any) -> None:
         if len(self.frames) >= MAX_FRAGMENTS:
