@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 import struct
 
 import pytest
@@ -42,6 +43,53 @@ def test_shapes() -> None:
     assert cursor.shape.pixels == b"abc\xff" + bytes(4)
     handle(cursor, SET, shape(0, 3, 2, 1, bytes(2000)))
     assert cursor.shape is None, "a palette"
+
+
+def _slow_pixels(kind: int, width: int, height: int, data: bytes) -> bytes:
+    """Return the pixels of a pointer with a mask, made one by one."""
+    pitch, pixels = (width + 7) // 8, bytearray()
+
+    def bit(start: int, x: int, y: int) -> bool:
+        return bool(data[start + y * pitch + x // 8] & 0x80 >> x % 8)
+
+    for y in range(height):
+        for x in range(width):
+            if kind == 6:
+                colour = data[4 * (y * width + x) :][:3] + b"\xff"
+                pixels += bytes(4) if bit(4 * width * height, x, y) else colour
+            else:
+                keeps, inverts = bit(0, x, y), bit(pitch * height, x, y)
+                white = b"\xff" * 4 if inverts and not keeps else b"\0\0\0\xff"
+                pixels += bytes(4) if keeps and not inverts else white
+    return bytes(pixels)
+
+
+@pytest.mark.parametrize("kind", [1, 6])
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (7, 3), (8, 2), (9, 5), (32, 32), (65, 4)])
+def test_pointers_with_a_mask(kind: int, width: int, height: int) -> None:
+    pitch = (width + 7) // 8
+    size = 2 * pitch * height if kind == 1 else 4 * width * height + pitch * height
+    data = random.Random(f"{kind} {width}").randbytes(size)
+    cursor = Cursor()
+    handle(cursor, SET, shape(0, kind, width, height, data + b"more"))
+    assert cursor.shape is not None
+    assert cursor.shape.pixels == _slow_pixels(kind, width, height, data)
+
+
+def test_the_cache_counts_its_bytes() -> None:
+    cursor = Cursor()
+    large = bytes(4 * 512 * 512)
+    for number in range(16):
+        handle(cursor, SET, shape(2, 0, 512, 512, large, number=number))
+    handle(cursor, SET, shape(2, 0, 512, 512, large, number=3))  # again
+    handle(cursor, INVAL_ONE, struct.pack("<Q", 3))
+    handle(cursor, INVAL_ONE, struct.pack("<Q", 99))
+    handle(cursor, SET, shape(2, 0, 512, 512, large, number=16))
+    handle(cursor, INVAL_ALL)
+    for number in range(16):
+        handle(cursor, SET, shape(2, 0, 512, 512, large, number=number))
+    with pytest.raises(RemoteProtocolError, match=f"to cache: 17 of {(16 << 20) + 4} bytes"):
+        handle(cursor, SET, shape(2, 0, 1, 1, b"abcd", number=16))
 
 
 def test_the_cache() -> None:

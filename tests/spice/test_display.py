@@ -10,8 +10,18 @@ import lz4.block
 import pytest
 
 from farplug.errors import RemoteProtocolError
+from farplug.spice import display as display_module
 from farplug.spice.channel import Message
-from farplug.spice.display import CAPABILITIES, MAX_CLIP, Display, DisplayChannel, DisplayMessage
+from farplug.spice.display import (
+    CAPABILITIES,
+    CLIP_WORK,
+    MAX_CLIP,
+    MAX_ROWS,
+    ROW_WORK,
+    Display,
+    DisplayChannel,
+    DisplayMessage,
+)
 from farplug.spice.framebuffer import CELL, Framebuffer, Picture, Rect
 from farplug.spice.images import MAX_BLOCKS, Unsupported, decode_image
 from farplug.spice.link import LinkResult
@@ -263,7 +273,7 @@ def test_surfaces_that_are_not_the_screen_are_not_drawn() -> None:
         (COPY, scaled(), "another size"),
         (FILL, fill(Rect(0, 0, 1, 1), 0, rop=64), "raster operation 64"),
         (FILL, base(Rect(0, 0, 1, 1)) + b"\x02" + bytes(30), "pattern"),
-        (FILL, fill(Rect(0, 0, 8, 6), 0, clips=[Rect(0, 0, 8, 6)] * 5), "overlaps"),
+        (FILL, fill(Rect(0, 0, 8, 6), 0, clips=[Rect(0, 0, 8, 6), Rect(7, 5, 8, 6)]), "overlaps"),
         (306, base(Rect(0, 0, 1, 1)) + struct.pack("<BiiI", 0, 0, 0, 9), "mask"),
         (COPY_BITS, base(Rect(0, 0, 8, 6), [Rect(0, 0, 1, 1), Rect(2, 0, 3, 1)]) + bytes(8), "clip region"),
         *((kind, b"", DisplayMessage(kind).name) for kind in (101, 303, 305, 309, 310, 311, 312, 313, 318)),
@@ -321,6 +331,52 @@ WHOLE = Rect(0, 0, 8, 6)
 def test_invalid_messages(kind: int, body: bytes, text: str) -> None:
     with pytest.raises(RemoteProtocolError, match=text):
         draw(display(), kind, body)
+
+
+def test_rows_of_narrow_rectangles_are_bounded() -> None:
+    made = display(64, 8192)
+    columns = [Rect(x, 0, x + 1, 8192) for x in range(17)]
+    assert MAX_ROWS == 16 * 8192
+    made.work = 0
+    draw(made, FILL, fill(Rect(0, 0, 64, 8192), 1, clips=columns[:16]))
+    assert made.work > MAX_ROWS * ROW_WORK
+    assert pixel(shown(made), 15, 8191)[0] == 1
+    with pytest.raises(Unsupported, match="many narrow parts"):
+        draw(made, FILL, fill(Rect(0, 0, 64, 8192), 2, clips=columns))
+    assert pixel(shown(made), 0, 0)[0] == 1
+    made.work = 0
+    draw(made, FILL, fill(Rect(0, 0, 64, 8192), 2, clips=[Rect(-1, -1, 0, 0)] * 4096))
+    assert made.work >= 4096 * CLIP_WORK, "rectangles outside take time, too"
+
+
+def test_large_images_can_be_decoded_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(display_module, "LARGE", 48)
+    pixels = bytes(range(192))
+    large = [
+        lz4_image(8, 6, [lz4.block.compress(pixels, store_size=False)]),
+        lz4_image(8, 6, [lz4.block.compress(pixels[:144], store_size=False)], form=7),
+        bitmap(8, 6, pixels[:144], form=7),
+    ]
+    for picture in large:
+        made, whole = display(), display()
+        message = Message(COPY, memoryview(copy(Rect(0, 0, 8, 6), picture)))
+        offset = made.handle(message, decode=False)
+        assert offset == len(message.body) - len(picture)
+        assert not any(shown(made).pixels)
+        made.draw(message, decode_image(message.body, offset))
+        assert whole.handle(message) is None
+        assert shown(made).pixels == shown(whole).pixels
+        assert any(shown(made).pixels)
+    made = display()
+    for small in (
+        bitmap(8, 6, pixels),  # large, and is not decoded
+        lz4_image(2, 1, [lz4.block.compress(b"abcdefgh", store_size=False)]),
+    ):
+        width, height = struct.unpack_from("<II", small, 10)
+        assert made.handle(Message(COPY, memoryview(copy(Rect(0, 0, width, height), small))), decode=False) is None
+    assert made.handle(Message(COPY, memoryview(copy(Rect(9, 9, 17, 15), large[0]))), decode=False) is None, "outside"
+    with pytest.raises(RemoteProtocolError, match="outside its message"):
+        made.handle(Message(COPY, memoryview(copy(Rect(0, 0, 8, 6), large[0][:10]))), decode=False)
 
 
 def test_an_image_that_is_too_short_is_refused_before_it_is_decompressed() -> None:

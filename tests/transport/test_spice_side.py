@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import struct
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+import lz4.block
 import pytest
-from tests.spice.test_display import bitmap, copy, create, fill
+from tests.spice.test_display import bitmap, copy, create, fill, lz4_image
 from tests.transport.fake_spice import SESSION_ID, Channel, FakeSpice, message, running
 
-from farplug.errors import FarplugError, GuestGoneError, Reason, RemoteProtocolError, TargetError
-from farplug.spice.framebuffer import Rect
+from farplug.errors import FarplugError, GuestGoneError, InternalError, Reason, RemoteProtocolError, TargetError
+from farplug.spice import display as display_module
+from farplug.spice.channel import Message
+from farplug.spice.cursor import Cursor
+from farplug.spice.display import MESSAGE_WORK
+from farplug.spice.framebuffer import Picture, Rect
+from farplug.spice.images import Unsupported, decode_image
 from farplug.spice.inputs import Button, MouseMode
 from farplug.spice.keys import key_code
 from farplug.spice.messages import MouseModes
@@ -146,6 +153,142 @@ async def test_drawing_takes_many_turns(monkeypatch: pytest.MonkeyPatch) -> None
                 turns += 1
                 await asyncio.sleep(0)
         assert turns > 100
+
+
+async def test_pointers_take_many_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    handled: list[int] = []
+    handle = Cursor.handle
+
+    def counted(self: Cursor, message: Message) -> None:
+        handled.append(len(message.body))
+        handle(self, message)
+
+    monkeypatch.setattr(Cursor, "handle", counted)
+    moves = b"".join(message(104, struct.pack("<hh", 1, x)) for x in range(10_000))
+
+    async def serve(channel: Channel) -> None:
+        channel.send(SET_ACK + moves)
+        await channel.reader.read()
+
+    async with session(side={ChannelType.CURSOR: serve}) as made, made.cursors[0].used():
+        turns = [0]
+        before = len(handled)  # in the turns of the link
+        handled.clear()
+        async with asyncio.timeout(60):
+            while made.cursors[0].cursor.y != 9_999:
+                await asyncio.sleep(0)
+                turns.append(len(handled))
+                handled.clear()
+        assert before + sum(turns) == 10_000
+        assert len(turns) > 20
+        assert max(turns) <= 2 * spice_side.TURN_WORK // MESSAGE_WORK
+
+
+def _image(colour: int) -> bytes:
+    """A message with an LZ4 image of the whole screen."""
+    pixels = bytes((colour, 0, 0, 0)) * 16
+    return message(304, copy(WHOLE, lz4_image(4, 4, [lz4.block.compress(pixels, store_size=False)])))
+
+
+class _Decoder:
+    """Decodes images when it may, and counts those in a thread."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.may = threading.Event()
+        self.may.set()
+        self.begun = threading.Event()
+        self.count = 0
+        self.error: Exception | None = None
+        self._loop = threading.get_ident()
+        monkeypatch.setattr(display_module, "LARGE", 16)
+        monkeypatch.setattr(spice_side, "decode_image", self)
+
+    def __call__(self, body: memoryview, offset: int) -> Picture:
+        assert threading.get_ident() != self._loop
+        self.count += 1
+        self.begun.set()
+        assert self.may.wait(60)
+        if self.error is not None:
+            raise self.error
+        return decode_image(body, offset)
+
+
+async def test_large_images_are_decoded_in_a_thread_and_drawn_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = _Decoder(monkeypatch)
+    decoder.may.clear()
+    one = Rect(0, 0, 1, 1)
+    images = b"".join(_image(colour) + message(302, fill(one, 100 + colour)) for colour in range(1, 6))
+    async with session(Screen(PICTURE + images)) as made, made.displays[0].used():
+        picture = await made.displays[0].picture()
+        async with asyncio.timeout(60):
+            while not decoder.begun.is_set():
+                await asyncio.sleep(0)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert (picture.pixels[0], decoder.count) == (ord("a"), 1), "what follows waits"
+        decoder.may.set()
+        await until(made.displays[0], lambda: picture.pixels[0] == 105)
+        assert bytes(picture.pixels[4:]) == b"\5\0\0\0" * 15
+        assert decoder.count == 5
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [(RemoteProtocolError("damaged"), RemoteProtocolError), (AttributeError("a bug"), InternalError)],
+)
+async def test_a_large_image_that_cannot_be_decoded(
+    error: Exception, kind: type[FarplugError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = _Decoder(monkeypatch)
+    decoder.error = error
+    screen = Screen(PICTURE + _image(1), PICTURE)
+    async with session(screen) as made:
+        shown = made.displays[0]
+        async with shown.used():
+            with pytest.raises(kind):
+                await until(shown, lambda: False)
+        assert not made.ended.done()
+        async with shown.used():
+            await shown.picture()
+
+
+async def test_a_large_image_that_is_not_supported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spice_side, "RELINK_INTERVAL", 0.05)
+    decoder = _Decoder(monkeypatch)
+    decoder.error = Unsupported("an image of another kind")
+    screen = Screen(PICTURE + _image(1), PICTURE.replace(b"abc\0", b"xyz\0"))
+    async with session(screen) as made, made.displays[0].used():
+        await until(made.displays[0], lambda: len(screen.links) == 2 and made.displays[0].display.complete)
+        assert bytes((await made.displays[0].picture()).pixels) == b"xyz\0" * 16
+
+
+@pytest.mark.parametrize("end", ["display", "session", "again"])
+async def test_a_display_is_closed_while_an_image_is_decoded(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = _Decoder(monkeypatch)
+    decoder.may.clear()
+    screen = Screen(PICTURE + _image(1), PICTURE + message(302, fill(WHOLE, 7)))
+    async with session(screen) as made:
+        shown = made.displays[0]
+        async with shown.used():
+            await shown.picture()
+            async with asyncio.timeout(60):
+                while not decoder.begun.is_set():
+                    await asyncio.sleep(0)
+        closing = None
+        if end == "session":
+            closing = asyncio.ensure_future(made.close())
+            await asyncio.sleep(0.01)
+        else:
+            shown.close()
+        if end == "again":  # the new link does not wait for the old image
+            async with shown.used():
+                await until(shown, lambda: shown.display.shown is not None and shown.display.shown.pixels[0] == 7)
+                decoder.may.set()
+                await shown.finished()
+                assert (await shown.picture()).pixels[0] == 7
+        decoder.may.set()
+        if closing is not None:
+            await closing
 
 
 @pytest.mark.parametrize("how", ["cancelled", "closed", "timeout", "main lost"])

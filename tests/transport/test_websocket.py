@@ -171,7 +171,7 @@ async def test_only_the_newest_of_many_pings_is_answered_while_the_server_reads_
 
 
 def _answers(data: bytearray) -> tuple[bool, list[int]]:
-    """Whether a client's frames have "end", and the numbers in its pongs."""
+    """Return whether a client's frames have "end", and the numbers in its pongs."""
     numbers, at, ended = [], 0, False
     while at + 6 <= len(data):
         size = data[at + 1] & 0x7F

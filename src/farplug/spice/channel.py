@@ -186,13 +186,14 @@ class Channel:
             else:
                 if self._debug:
                     log.debug("< %s: message %d, %d bytes, ignored", self.name, kind, size)
-                yield from self._skip(size)
+                if size:
+                    yield from self._skip(size)
 
             if self._ack_left:
                 self._ack_left -= 1
                 if not self._ack_left:
                     self._ack_left = self._ack_window
-                    self.send(ClientMessage.ACK)
+                    self._queue(ClientMessage.ACK, (), 0)
 
     def _handle(self, kind: int, body: memoryview) -> Event | None:
         if kind not in _COMMON_LIMITS:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cache
 from typing import TYPE_CHECKING
 
 from farplug.errors import RemoteProtocolError
@@ -90,6 +91,7 @@ class Cursor:
         self.x = self.y = 0
         self.visible = False
         self._cache: dict[int, Shape | None] = {}
+        self._cached_bytes = 0
 
     def handle(self, message: Message) -> None:
         """Process a message.
@@ -101,7 +103,7 @@ class Cursor:
         try:
             match message.kind:
                 case CursorMessage.INIT:
-                    self._cache.clear()
+                    self._uncache_all()
                     self.x, self.y, _, _, visible = _INIT.unpack_from(body)
                     self._set(body[_INIT.size :], bool(visible))
                 case CursorMessage.SET:
@@ -114,11 +116,11 @@ class Cursor:
                     self.visible = False
                 case CursorMessage.RESET:
                     self.shape, self.visible = None, False
-                    self._cache.clear()
+                    self._uncache_all()
                 case CursorMessage.INVAL_ONE:
-                    self._cache.pop(_U64.unpack_from(body)[0], None)
+                    self._uncache(_U64.unpack_from(body)[0])
                 case CursorMessage.INVAL_ALL:
-                    self._cache.clear()
+                    self._uncache_all()
         except struct.error:
             name = CursorMessage(message.kind).name
             raise RemoteProtocolError(f"SPICE CURSOR_{name} of {len(body)} bytes: it is not complete") from None
@@ -140,10 +142,20 @@ class Cursor:
         pixels = _pixels(kind, width, height, body[_FLAGS.size + _HEADER.size :])
         self.shape = None if pixels is None else Shape(width, height, hot_x, hot_y, pixels)
         if flags & _CACHE_ME:
+            self._uncache(number)
             self._cache[number] = self.shape
-            size = sum(len(shape.pixels) for shape in self._cache.values() if shape is not None)
+            size = self._cached_bytes = self._cached_bytes + len(pixels or b"")
             if len(self._cache) > MAX_CACHED or size > MAX_CACHED_BYTES:
                 raise RemoteProtocolError(f"SPICE cursors to cache: {len(self._cache)} of {size} bytes")
+
+    def _uncache(self, number: int) -> None:
+        shape = self._cache.pop(number, None)
+        if shape is not None:
+            self._cached_bytes -= len(shape.pixels)
+
+    def _uncache_all(self) -> None:
+        self._cache.clear()
+        self._cached_bytes = 0
 
 
 def _pixels(kind: int, width: int, height: int, data: memoryview) -> bytes | None:
@@ -157,15 +169,29 @@ def _pixels(kind: int, width: int, height: int, data: memoryview) -> bytes | Non
         raise RemoteProtocolError(f"SPICE cursor of {needed} bytes, of which {len(data)} are there")
     if kind == _ALPHA:
         return bytes(data[:needed])
-    pixels = bytearray(4 * size)
-    for row in range(height):
-        for column in range(width):
-            at, bit = row * pitch + column // 8, 0x80 >> column % 8
-            target = 4 * (row * width + column)
-            if kind == _MONO:
-                keeps, inverts = data[at] & bit, data[pitch * height + at] & bit
-                if not keeps or inverts:
-                    pixels[target : target + 4] = b"\xff\xff\xff\xff" if inverts and not keeps else b"\0\0\0\xff"
-            elif not data[4 * size + at] & bit:
-                pixels[target : target + 4] = bytes(data[target : target + 3]) + b"\xff"
-    return bytes(pixels)
+    opaque = int.from_bytes(b"\0\0\0\xff" * size, "little")
+    every = (1 << 32 * size) - 1
+    if kind == _MONO:
+        keeps, inverts = _mask(data, width, height), _mask(data[pitch * height :], width, height)
+        changes = every ^ keeps
+        pixels = (inverts & changes & ~opaque) | ((changes | inverts) & opaque)
+    else:
+        pixels = (int.from_bytes(data[: 4 * size], "little") | opaque) & (
+            every ^ _mask(data[4 * size :], width, height)
+        )
+    return pixels.to_bytes(4 * size, "little")
+
+
+def _mask(data: memoryview, width: int, height: int) -> int:
+    """Return rows of bits, each from a byte on, as an integer with the bits of BGRA pixels: 32 for each."""
+    pitch, rows = (width + 7) // 8, _expanded()
+    parts = [
+        b"".join([rows[byte] for byte in data[at : at + pitch]])[: 4 * width] for at in range(0, pitch * height, pitch)
+    ]
+    return int.from_bytes(b"".join(parts), "little")
+
+
+@cache
+def _expanded() -> tuple[bytes, ...]:
+    """Return the BGRA pixels of each byte of a mask: all bits of a pixel are equal."""
+    return tuple(b"".join(b"\xff" * 4 if byte & 0x80 >> bit else bytes(4) for bit in range(8)) for byte in range(256))

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Final
 
 from farplug.errors import RemoteProtocolError
 from farplug.spice.channel import Channel, Message
-from farplug.spice.framebuffer import PIXEL, Framebuffer, Rect
-from farplug.spice.images import Unsupported, check_size, decode_image
+from farplug.spice.framebuffer import PIXEL, Framebuffer, Picture, Rect
+from farplug.spice.images import Unsupported, check_size, decode_image, image_pixels
 from farplug.spice.types import has_capability
 
 if TYPE_CHECKING:
@@ -27,14 +27,20 @@ MAX_DISPLAY_MESSAGE = (64 << 20) + (64 << 10)
 """The largest message of a display channel that we accept, in bytes: an image of MAX_PIXELS, uncompressed."""
 MAX_CLIP = 4096
 """The most rectangles of a clip region that we accept."""
-MAX_REPAINT = 4
-"""A message may repaint the surface this number of times; with more, its clip region is not a region."""
+MAX_ROWS = 128 << 10
+"""The most rows of pixels, of all rectangles of a clip region together, that we draw."""
+LARGE = 1 << 20
+"""Pixels of an image that is decoded in a thread, at least."""
 MAX_MONITORS = 16
 """The most monitors of a MONITORS_CONFIG that we accept."""
 
 PREF_COMPRESSION_CAPABILITY: Final = 6
 MESSAGE_WORK: Final = 16 << 10
 """What drawing a message takes besides its pixels, as bytes of pixels that are drawn in that time."""
+CLIP_WORK: Final = 1 << 10
+"""The same for each rectangle of a clip region."""
+ROW_WORK: Final = 256
+"""The same for each row of a rectangle that is drawn."""
 CAPABILITIES: Final = (1, 5, 6, 8)
 """SPICE_DISPLAY_CAP_* that a client has: MONITORS_CONFIG, LZ4_COMPRESSION, PREF_COMPRESSION, MULTI_CODEC.
 
@@ -133,8 +139,16 @@ class Display:
         self.complete = False
         self._drawn = None
 
-    def handle(self, message: Message) -> None:
+    def handle(self, message: Message, *, decode: bool = True) -> int | None:
         """Draw a message.
+
+        Args:
+            message: the message.
+            decode: also decode large images.
+
+        Returns:
+            Where the message has an image of LARGE pixels or more that is not decoded and drawn: decode it with
+            :func:`~farplug.spice.images.decode_image`, and pass it to :meth:`draw`. None: all is done.
 
         Raises:
             RemoteProtocolError: the message is not valid.
@@ -145,7 +159,7 @@ class Display:
         try:
             match kind:
                 case DisplayMessage.DRAW_COPY:
-                    self._draw_copy(body)
+                    return self._draw_copy(body, decode=decode)
                 case DisplayMessage.COPY_BITS:
                     self._copy_bits(body)
                 case DisplayMessage.DRAW_FILL:
@@ -170,6 +184,19 @@ class Display:
         except struct.error:
             name = DisplayMessage(kind).name
             raise RemoteProtocolError(f"SPICE {name} of {len(body)} bytes: it is not complete") from None
+        return None
+
+    def draw(self, message: Message, picture: Picture) -> None:
+        """Draw a message for which :meth:`handle` returned where its image is.
+
+        Args:
+            message: the message.
+            picture: the image.
+
+        Raises:
+            RemoteProtocolError: the message is not valid.
+        """
+        self._draw_copy(message.body, picture)
 
     def _create(self, body: memoryview) -> None:
         number, width, height, surface_format, flags = _SURFACE.unpack_from(body)
@@ -180,6 +207,7 @@ class Display:
             raise RemoteProtocolError(f"SPICE surface of format {surface_format}: only 32 bits a pixel are supported")
         self._drawn = None  # its memory
         self._drawn = Framebuffer(width, height)
+        self.work += width * height * PIXEL
         self._primary = number
         if self.complete:
             self._show()
@@ -228,21 +256,28 @@ class Display:
         parts = [inside] if clips is None else [inside.intersection(rect) for rect in clips]
         visible = [rect for rect in parts if not rect.is_empty]
         area = sum([rect.area for rect in visible])
-        if area > MAX_REPAINT * drawn.width * drawn.height:
+        rows = sum([rect.bottom - rect.top for rect in visible])
+        self.work += area * PIXEL + rows * ROW_WORK + len(parts) * CLIP_WORK
+        if area > drawn.width * drawn.height:
             raise Unsupported("a clip region that overlaps itself")
-        self.work += area * PIXEL
+        if rows > MAX_ROWS:
+            raise Unsupported("a clip region of many narrow parts")
         return position, box, visible
 
-    def _draw_copy(self, body: memoryview) -> None:
+    def _draw_copy(self, body: memoryview, picture: Picture | None = None, *, decode: bool = True) -> int | None:
+        """Draw an image; return where it is if it is large, and neither decoded nor to be decoded now."""
         position, box, visible = self._base(body)
         offset, top, left, bottom, right, rop, _, _, _, _, mask = _COPY.unpack_from(body, position)
         if not visible:
-            return
+            return None
         if rop != _PUT or mask:
             raise Unsupported(f"DRAW_COPY with the raster operation {rop}{' and a mask' if mask else ''}")
         if (right - left, bottom - top) != (box.right - box.left, box.bottom - box.top):
             raise Unsupported("DRAW_COPY of another size")
-        picture = decode_image(body, offset)
+        if picture is None:
+            if not decode and image_pixels(body, offset) >= LARGE:
+                return int(offset)
+            picture = decode_image(body, offset)
         self.work += picture.width * picture.height * PIXEL
         if left < 0 or top < 0 or right > picture.width or bottom > picture.height:
             raise RemoteProtocolError(
@@ -251,6 +286,7 @@ class Display:
         assert self._drawn is not None
         for rect in visible:
             self._drawn.put(rect, picture, left + rect.left - box.left, top + rect.top - box.top)
+        return None
 
     def _copy_bits(self, body: memoryview) -> None:
         position, box, visible = self._base(body)

@@ -37,6 +37,15 @@ class Unsupported(Exception):
     """The server sent a drawing operation that we do not have. Its picture is complete again after a new link."""
 
 
+def image_pixels(body: memoryview, offset: int) -> int:
+    """Return the number of pixels to decode for the image at an offset of a message; 0: none, or it is not valid."""
+    if offset + _IMAGE.size + 1 > len(body):
+        return 0
+    _, kind, _, width, height = _IMAGE.unpack_from(body, offset)
+    plain = kind == _BITMAP_TYPE and body[offset + _IMAGE.size] != _FORMAT_24
+    return 0 if plain else width * height
+
+
 def decode_image(body: memoryview, offset: int) -> Picture:
     """Return the pixels of the image at an offset of a message. Uncompressed pixels are not copied.
 

@@ -16,9 +16,9 @@ from farplug.errors import FarplugError, GuestGoneError, InternalError, Reason, 
 from farplug.rate_limit import limited_logger
 from farplug.spice.channel import Channel, Message
 from farplug.spice.cursor import Cursor, CursorChannel
-from farplug.spice.display import CAPABILITIES, Display, DisplayChannel
+from farplug.spice.display import CAPABILITIES, MESSAGE_WORK, Display, DisplayChannel
 from farplug.spice.framebuffer import Framebuffer
-from farplug.spice.images import Unsupported
+from farplug.spice.images import Unsupported, decode_image
 from farplug.spice.inputs import SCANCODE_CAPABILITY, InputsChannel, MouseMode
 from farplug.spice.link import SERVER_LOG, LinkFailure, LinkResult
 from farplug.spice.messages import Disconnecting, Migrate, Notify
@@ -34,7 +34,7 @@ LINGER = 30.0
 RELINK_INTERVAL = 1.0
 """Seconds from one link of a display to the next, at least."""
 TURN_WORK = 2 << 20
-"""Work of drawing, in bytes of pixels, in one turn of the event loop: devices and PONGs wait for it."""
+"""Work of a channel in one turn of the event loop, in bytes of pixels that are drawn: devices and PONGs wait for it."""
 PICTURE_TIMEOUT = 10.0
 """Seconds from the link of a display until its picture is complete."""
 
@@ -79,7 +79,8 @@ class SideChannel(ABC):
         self._closed = False
         """The session is closed."""
         self._changed = asyncio.Event()
-        self._resuming = False
+        self._resumes: LinkedChannel | None = None
+        """The link whose received bytes are processed further later, and which is read from then."""
 
     @property
     def is_linked(self) -> bool:
@@ -191,8 +192,8 @@ class SideChannel(ABC):
         """Return the channel of a link."""
 
     @abstractmethod
-    def _handle(self, message: Message) -> None:
-        """Process a message."""
+    def _handle(self, message: Message) -> int:
+        """Process a message; return its work, in bytes of pixels."""
 
     def close(self) -> None:
         """Close the channel, if it is linked. It must not be in use."""
@@ -250,14 +251,19 @@ class SideChannel(ABC):
         channel, linked = self._channel, self._linked
         if channel is None or linked is None:
             return
+        work = 0
         try:
-            while self._linked is linked and not self._pauses():
+            while self._linked is linked and self._resumes is not linked:
+                if work >= TURN_WORK:
+                    self._pause(linked)
+                    asyncio.get_running_loop().call_soon(self._resume, linked)
+                    break
                 event = channel.next_event()
                 if event is None:
                     break
                 match event:
                     case Message():
-                        self._handle(event)
+                        work += self._handle(event)
                     case Notify():
                         log_notice(self.name, event)
                     case Migrate():
@@ -270,21 +276,17 @@ class SideChannel(ABC):
         linked.connection.write(channel.data_to_send())
         self._notify()
 
-    def _pauses(self) -> bool:
-        """Return whether the rest of the received bytes is processed in the next turn of the event loop."""
-        return False
-
-    def _resume_later(self) -> None:
-        if self._linked is not None and not self._resuming:
-            self._resuming = True
-            self._linked.connection.pause_reading()
-            asyncio.get_running_loop().call_soon(self._resume, self._linked)
+    def _pause(self, linked: LinkedChannel) -> None:
+        """Process nothing more of a link until :meth:`_resume`."""
+        self._resumes = linked
+        linked.connection.pause_reading()
 
     def _resume(self, linked: LinkedChannel) -> None:
-        self._resuming = False
+        if self._resumes is linked:
+            self._resumes = None
         if self._linked is linked:
             self._drain()
-            if not self._resuming and self._linked is linked:
+            if self._resumes is not linked and self._linked is linked:
                 linked.connection.resume_reading()
 
     def pause_writing(self) -> None:
@@ -334,6 +336,12 @@ class SpiceDisplay(SideChannel):
         self._again = False
         """The channel was closed to be linked again."""
         self._opened: DisplayChannel | None = None
+        self._decoding: set[asyncio.Task[None]] = set()
+
+    async def finished(self) -> None:
+        await super().finished()
+        if self._decoding:
+            await asyncio.wait(self._decoding)
 
     async def picture(self) -> Framebuffer:
         """Return the picture, when the server has sent the whole of it. The channel must be in use.
@@ -369,18 +377,39 @@ class SpiceDisplay(SideChannel):
         self.display.begin()
         return self._opened
 
-    def _handle(self, message: Message) -> None:
+    def _handle(self, message: Message) -> int:
+        linked = self._linked
+        assert linked is not None
+        self.display.work = 0
         try:
-            self.display.handle(message)
+            offset = self.display.handle(message, decode=False)
         except Unsupported as error:
             self._relink(str(error))
+        else:
+            if offset is not None:
+                self._pause(linked)
+                task = asyncio.ensure_future(self._decode(linked, message, offset))
+                self._decoding.add(task)
+                task.add_done_callback(self._decoding.discard)
+        return self.display.work
 
-    def _pauses(self) -> bool:
-        if self.display.work < TURN_WORK:
-            return False
-        self.display.work = 0
-        self._resume_later()
-        return True
+    async def _decode(self, linked: LinkedChannel, message: Message, offset: int) -> None:
+        """Decode a large image in a thread, and draw it; nothing more of the link is processed meanwhile.
+
+        The bytes of the message stay as they are: reading is paused.
+        """
+        try:
+            picture = await asyncio.to_thread(decode_image, message.body, offset)
+            if self._linked is linked:
+                self.display.draw(message, picture)
+            del picture  # its memory
+        except Unsupported as error:
+            if self._linked is linked:
+                self._relink(str(error))
+        except Exception as error:
+            if self._linked is linked:
+                self._fail(error if isinstance(error, FarplugError) else InternalError(error))
+        asyncio.get_running_loop().call_soon(self._resume, linked)  # drawing was the work of this turn
 
     def _relink(self, what: str) -> None:
         """Link the channel again: the server then sends the whole picture."""
@@ -422,8 +451,9 @@ class SpiceCursor(SideChannel):
         self.cursor = Cursor()
         return CursorChannel(self.name, link)
 
-    def _handle(self, message: Message) -> None:
+    def _handle(self, message: Message) -> int:
         self.cursor.handle(message)
+        return MESSAGE_WORK + len(message.body)
 
 
 class SpiceInputs(SideChannel):
@@ -448,8 +478,9 @@ class SpiceInputs(SideChannel):
         self._session.prefer_client_mouse()
         return self.channel
 
-    def _handle(self, message: Message) -> None:
+    def _handle(self, message: Message) -> int:
         """Do nothing: the channel processes its messages itself."""
+        return MESSAGE_WORK
 
     def _unused(self) -> None:
         self.release_all()
