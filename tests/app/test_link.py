@@ -17,6 +17,7 @@ from tests.transport.test_spice_session import SWITCH_HOST, destination
 
 from farplug.app import link, retry, target_command
 from farplug.app.app import App
+from farplug.app.attachment import Attachment, Description
 from farplug.app.commands import Attach, Detach, Reconnect
 from farplug.app.events import Event
 from farplug.app.guest import Guest
@@ -31,7 +32,7 @@ from farplug.errors import (
     TargetError,
     UsageError,
 )
-from farplug.store import FileStore
+from farplug.store import FileStore, MemoryStore
 from farplug.virtual.disk import disk_device
 
 
@@ -149,6 +150,27 @@ async def test_a_vm_that_is_back_has_its_devices_in_their_ports_and_their_order(
         assert attached == ["a.raw", "c.raw", "b.raw"], "the order of their ports"
         assert session.guest.snapshot()["state"] == "connected"
         assert all(snapshot["error"] is None for snapshot in session.guest.snapshot()["attachments"].values())
+
+
+async def test_a_device_that_is_plugged_just_when_the_vm_is_back_takes_no_port_of_another(files: Path) -> None:
+    async with vm(2) as one, running(one.target) as session:
+        await session.named("ready")
+        await session.app.do(Attach((Source.disk(files / "a.raw"),)))  # its port is not kept for it
+        before = session.places
+        plugging: list[asyncio.Task[Attachment]] = []
+
+        def happened(event: Event) -> None:
+            if event.name == "back":  # its image was opened meanwhile, and the next step takes a port
+                call = session.guest._plug_device(disk_device(MemoryStore(1 << 20)), None, Description("b"))
+                plugging.append(asyncio.ensure_future(call))
+
+        end = session.app.subscribe(happened)
+        await lose(one)
+        await session.named("back")
+        (attachment,) = await asyncio.gather(*plugging)
+        end()
+        await session.in_use()
+        assert {**before, "b": (attachment.id, 1)} == session.places
 
 
 async def test_images_stay_open_and_locked_while_the_vm_is_lost(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,10 @@ import pytest
 from tests.control.support import RawClient
 from tests.control.test_driving import code, done
 from tests.control.test_media import offering
+from tests.control.test_server import request
 
 from farplug.app.client import MAX_SHELLS
-from farplug.app.guest import SHELL_LINES
+from farplug.app.guest import SHELL_LINES, Guest
 from farplug.control import shell as shell_module
 from farplug.control.client import Client
 from farplug.control.login import Login
@@ -62,6 +63,29 @@ async def test_the_device_goes_with_its_client(environment: dict[str, str], fold
         for writer in connected:
             writer.transport.abort()
         await asyncio.sleep(0)
+
+
+async def test_shells_that_are_being_plugged_in_count(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, calls = asyncio.Event(), 0
+
+    async def plug_shell(guest: Guest, lines: str, serial_number: str) -> Any:
+        nonlocal calls
+        calls += 1
+        await go.wait()
+        raise GuestGoneError("the guest is closed")
+
+    monkeypatch.setattr(Guest, "plug_shell", plug_shell)
+    async with offering(environment, 2) as (_, server), RawClient.connect(server.path) as client:
+        for id in range(10):
+            client.send(request(id, "plug-shell", lines="/line", serial_number="a"))
+        refused = [await client.next() for _ in range(10 - MAX_SHELLS)]
+        assert {one["error"]["code"] for one in refused} == {"bad-setting"}
+        assert calls == MAX_SHELLS
+        go.set()
+        assert {(await client.next())["error"]["code"] for _ in range(MAX_SHELLS)} == {"guest-gone"}
+        assert await code(client, "plug-shell", lines="/line", serial_number="a") == "guest-gone", "there is room again"
 
 
 async def test_no_shell_answers(

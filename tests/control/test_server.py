@@ -126,6 +126,24 @@ async def test_requests_run_side_by_side(environment: dict[str, str]) -> None:
         ]
 
 
+async def test_requests_of_clients_that_have_left_are_bounded(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "MAX_REQUESTS", 3)
+    app = BlockingApp()
+    async with session(app, environment) as server:
+        async with RawClient.connect(server.path) as client:
+            client.send(*(request(id, "detach", device="x") for id in range(3)))
+            await app.until(begun=3)
+        async with RawClient.connect(server.path) as client:
+            refused = await client.ask(request(1, "detach", device="y"))
+            assert refused["error"]["code"] == "busy"
+            assert "3 requests" in refused["error"]["message"]
+            app.go.set()
+            await app.until(done=3)
+            assert (await client.ask(request(2, "detach", device="z")))["result"] == "z"
+
+
 @pytest.mark.parametrize(
     ("data", "problem"),
     [

@@ -15,11 +15,12 @@ from tests.usbip.client import TIMEOUT, Server, serving
 from farplug.errors import DeviceError, Reason, UsageError
 from farplug.redirection import events
 from farplug.remote import RemoteDevice, connection, parse_remote
+from farplug.remote.connection import UrbConnection
 from farplug.testing.memory import MemoryGuest, TransferFailed
 from farplug.transport.connection import TcpAddress
 from farplug.usb import Reception, Setup, Status
 from farplug.usb.types import TransferType
-from farplug.usbip.messages import Errno, Submitted
+from farplug.usbip.messages import Errno, Submit, Submitted
 from farplug.virtual import VirtualDevice
 
 
@@ -62,6 +63,28 @@ async def test_transfers() -> None:
         with pytest.raises(TransferFailed) as raised:
             await guest.control_in(Setup(0xC0, 0x77, length=8))
         assert raised.value.status is Status.STALL
+
+
+async def test_thousands_of_urbs_are_unlinked_without_looking_at_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Looked(int):
+        looks = 0
+
+        def __eq__(self, other: object) -> bool:
+            Looked.looks += 1
+            return int(self) == other
+
+        __hash__ = int.__hash__
+
+    connection = UrbConnection(TcpAddress("host", 3240), "1-1")
+    sent: list[bytes] = []
+    monkeypatch.setattr(type(connection._connection), "is_open", True)
+    monkeypatch.setattr(connection._connection, "write", lambda buffers: sent.append(b"".join(buffers)))
+    numbers = [Looked(connection.submit(Submit(0, 0, 0x81, 64), lambda reply: None)) for _ in range(300)]
+    sent.clear()
+    for number in [*numbers, *numbers]:
+        connection.unlink(number)
+    assert len(sent) == 300
+    assert Looked.looks < 3000
 
 
 async def test_a_cancelled_transfer_is_unlinked() -> None:

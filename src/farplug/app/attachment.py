@@ -325,15 +325,16 @@ class Attachment:
         return dict(self._published)
 
     def begin_again(self, port: GuestPort) -> None:
-        """Prepare another :meth:`plug`: the VM is back, with new ports."""
+        """Prepare another :meth:`plug`: the VM is back, with new ports. No other device gets the port until then."""
         self.port = port
+        port.claim(self._happened)
         self.state = AttachmentState.OPENING
         self.error = None
 
     async def plug(self, earlier: Sequence[Place] = ()) -> None:
         """Open the port and offer the device, after the devices of earlier places.
 
-        The guest calls this once, and again each time that it is back after it was lost.
+        The guest calls this once, and after :meth:`begin_again` each time that it is back after it was lost.
         """
         self._plugging = asyncio.current_task()
         self.port.claim(self._happened)

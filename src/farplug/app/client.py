@@ -76,6 +76,7 @@ class AppClient:
         self._typing: dict[asyncio.Task[None], Guest] = {}
         self._offers: dict[str, Offer] = {}
         self._shells: dict[Attachment, Guest] = {}
+        self._plugging_shells = 0
         self._lines: dict[int, OpenLine] = {}
         self._last_line = 0
         self._ending: set[asyncio.Task[None]] = set()
@@ -312,9 +313,13 @@ class AppClient:
     async def _plug_shell(self, command: commands.PlugShell) -> Any:
         guest = self._app.guest(command.guest)
         self._shells = {one: where for one, where in self._shells.items() if not one.over}
-        if len(self._shells) >= MAX_SHELLS:
+        if len(self._shells) + self._plugging_shells >= MAX_SHELLS:
             raise UsageError(f"a client plugs {MAX_SHELLS} shells in at most", reason=Reason.BAD_SETTING)
-        attachment = await guest.plug_shell(command.lines, command.serial_number)
+        self._plugging_shells += 1
+        try:
+            attachment = await guest.plug_shell(command.lines, command.serial_number)
+        finally:
+            self._plugging_shells -= 1
         if self._is_closed:
             await self._unplug(guest, attachment)
             raise GuestGoneError("the client has gone", reason=Reason.SESSION_GONE)

@@ -138,8 +138,8 @@ class GuestPort:
         self._set(PortState.CLOSED, await self._redirection.closed())
 
     def claim(self, user: Callable[[PortEvent], None]) -> None:
-        """Let ``user`` have the port's events, until :meth:`release`."""
-        assert self._user is None
+        """Let ``user`` have the port's events, until :meth:`release`. A second call for the same user has no effect."""
+        assert self._user in (None, user)
         self._user = user
 
     def release(self) -> None:

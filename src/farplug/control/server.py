@@ -76,6 +76,8 @@ MAX_PENDING: Final = 16
 So at most this number of replies, each of :data:`~farplug.control.messages.MAX_LINE`, waits for a client that reads
 none of them.
 """
+MAX_REQUESTS: Final = MAX_CLIENTS * MAX_PENDING
+"""Requests of all clients, also of those that have left, that are being carried out; further ones get an error."""
 MAX_EVENTS: Final = 1000
 """Events that wait for a client; of more the oldest are dropped."""
 MAX_EVENT_BYTES: Final = 1 << 20
@@ -268,6 +270,12 @@ class Server:
                 return {"unsubscribed": sorted(removed)}
         from farplug.control.methods import parse_command
 
+        if len(self._requests) > MAX_REQUESTS:
+            raise SetupError(
+                f"the session carries {MAX_REQUESTS} requests out, also those of clients that have left",
+                reason=Reason.BUSY,
+                remedy="wait until some of them are done, and try again",
+            )
         command = parse_command(request.method, request.params)
         return await client.user.do(command, request.payload)
 

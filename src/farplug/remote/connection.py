@@ -77,6 +77,8 @@ class UrbConnection:
         self._urbs: dict[int, tuple[Submit, Done]] = {}
         self._unlinks: dict[int, int] = {}
         """The URB of each unlink command without a reply."""
+        self._unlinked: set[int] = set()
+        """These URBs."""
         self._replies = ReplyParser(self._pending)
         self._number = 0
         self._id = 0
@@ -140,9 +142,10 @@ class UrbConnection:
 
     def unlink(self, number: int) -> None:
         """Cancel an URB; its ``done`` is called with the reply. One that has ended is ignored."""
-        if number in self._urbs and number not in self._unlinks.values():
+        if number in self._urbs and number not in self._unlinked:
             command = self._next_number()
             self._unlinks[command] = number
+            self._unlinked.add(number)
             self._connection.write(Unlink(command, self._id, number).encode())
 
     async def control(self, setup: Setup, data: bytes = b"") -> tuple[Status, bytes]:
@@ -177,6 +180,7 @@ class UrbConnection:
     def _end_all(self) -> None:
         urbs, self._urbs = self._urbs, {}
         self._unlinks.clear()
+        self._unlinked.clear()
         for number, (_, done) in urbs.items():
             done(Submitted(number, -Errno.ESHUTDOWN, 0))
 
@@ -208,7 +212,10 @@ class UrbConnection:
             done(message)
             return
         number = self._unlinks.pop(message.number, None)
-        if number is not None and (found := self._urbs.pop(number, None)) is not None:
+        if number is None:
+            return
+        self._unlinked.discard(number)
+        if (found := self._urbs.pop(number, None)) is not None:
             found[1](Submitted(number, -Errno.ECONNRESET, 0))
 
     def pause_writing(self) -> None:
