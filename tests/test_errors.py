@@ -145,7 +145,13 @@ def test_how_the_command_line_shows_a_remedy(remedy: str, lines: list[str]) -> N
             Reason.NOT_FOUND,
             "check the path",
         ),
-        (OSError(errno.EPERM, "Not permitted"), "a/b cannot be opened: not permitted", Reason.NO_PERMISSION, ""),
+        (
+            OSError(errno.EPERM, "Not permitted"),
+            "a/b cannot be opened: not permitted",
+            Reason.NO_PERMISSION,
+            "check the permissions of the file and of its folder",
+        ),
+        (OSError(errno.EISDIR, "Is a"), "a/b cannot be opened: is a", Reason.NOT_A_FILE, "name a file"),
         (OSError(errno.EBUSY, "Busy"), "a/b cannot be opened: busy", Reason.IN_USE, ""),
         (OSError(errno.ENOSPC, "Full"), "a/b cannot be opened: full", Reason.NO_SPACE, ""),
         (OSError(errno.EIO, "Broken"), "a/b cannot be opened: broken", Reason.IO_ERROR, ""),
@@ -159,6 +165,8 @@ def test_an_error_of_the_system(error: OSError | ValueError, message: str, reaso
     assert (result.message, result.reason, result.remedy) == (message, reason, remedy)
     other = errors.from_oserror("x", OSError(errno.ENOENT, "Gone"), as_=errors.ImageError, problem="failed", remedy="y")
     assert (other.message, other.remedy) == ("x failed: gone", "y")
+    home = errors.from_oserror("~/x", OSError(errno.ENOENT, "Gone"), as_=errors.ImageError)
+    assert home.remedy.startswith("write the path of the home folder in place of ~")
 
 
 _REASONS_TABLE = (ROOT / "docs/exit-codes.md").read_text().partition("## Events")[0]

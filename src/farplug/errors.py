@@ -328,7 +328,20 @@ _REASON_OF_ERRNO = {
     errno.EDQUOT: Reason.NO_SPACE,
 }
 
+_REMEDY_OF_REASON = {
+    Reason.NOT_FOUND: "check the path",
+    Reason.NO_PERMISSION: "check the permissions of the file and of its folder",
+    Reason.NOT_A_FILE: "name a file",
+}
+
 _ErrorT = TypeVar("_ErrorT", bound=FarplugError)
+
+
+def missing_file_remedy(path: str | os.PathLike[str]) -> str:
+    """Return the remedy for a path that does not exist: no shell has replaced a ~ in quotes, or after a =."""
+    if os.fspath(path).startswith("~"):
+        return "write the path of the home folder in place of ~: a shell replaces it only at the beginning of a word"
+    return _REMEDY_OF_REASON[Reason.NOT_FOUND]
 
 
 def from_oserror(
@@ -353,6 +366,6 @@ def from_oserror(
     else:
         message = f"{os.fspath(path)} {problem}: {(error.strerror or str(error)).lower()}"
         reason = _REASON_OF_ERRNO.get(error.errno or 0, Reason.IO_ERROR)
-    if not remedy and reason is Reason.NOT_FOUND:
-        remedy = "check the path"
+    if not remedy:
+        remedy = missing_file_remedy(path) if reason is Reason.NOT_FOUND else _REMEDY_OF_REASON.get(reason, "")
     return as_(message, reason=reason, remedy=remedy)

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 from urllib.parse import unquote
 
-from farplug.errors import Reason, Remedy, TargetError, UsageError
+from farplug.errors import Reason, Remedy, TargetError, UsageError, from_oserror
 from farplug.shell import shell_word
 from farplug.spice.host import split_host_and_port
 from farplug.spice.vv import VvFile
@@ -366,8 +366,7 @@ def _read_ca(path: Path) -> str:
             raise UsageError(f"the CA file {path} is larger than {MAX_CA_FILE} bytes", reason=Reason.BAD_OPTION)
         return data.decode("ascii")
     except OSError as error:
-        what = os.strerror(error.errno or 0)
-        raise UsageError(f"the CA file {path} cannot be read: {what}", reason=Reason.BAD_OPTION) from error
+        raise from_oserror(path, error, as_=UsageError, problem="cannot be read") from error
     except UnicodeDecodeError as error:
         raise UsageError(
             f"the CA file {path} is not PEM: byte {error.start} is not ASCII",

@@ -13,7 +13,7 @@ from farplug.app.commands import Command, Eject, Insert, ListDrives, Quit, help_
 from farplug.app.events import Event
 from farplug.app.settings import GuestSettings, TargetSettings
 from farplug.cli.commands import MAX_LINE, parse, serve
-from farplug.errors import DeviceError, UsageError
+from farplug.errors import DeviceError, Reason, UsageError
 from farplug.store import MemoryStore
 from farplug.virtual import CdromDrive
 
@@ -82,17 +82,17 @@ class Host(App):
 async def test_which_drive(monkeypatch: pytest.MonkeyPatch) -> None:
     one, two, three = drive("/isos/one.iso"), drive("two.iso"), drive("other/two.iso")
     host = Host(monkeypatch, ("cdrom0", one), ("cdrom1", two), ("cdrom2", three))
-    names = "the drives are: cdrom0 (one.iso), cdrom1 (two.iso), cdrom2 (two.iso)"
+    names = "name one of: cdrom0 (one.iso), cdrom1 (two.iso), cdrom2 (two.iso)"
     for words, said in (
-        ("eject", "eject: which drive?"),
-        ("eject c", "eject: there is no drive 'c'"),
-        ("insert c x.iso", "insert: there is no drive 'c'"),
+        ("eject", "several drives are plugged in"),
+        ("eject c", "there is no drive 'c'"),
+        ("insert c x.iso", "there is no drive 'c'"),
         ("eject two.iso/", "there is no drive"),
     ):
         with pytest.raises(UsageError, match=re.escape(said)) as caught:
             await host.obey(words)
         assert caught.value.remedy == names
-    with pytest.raises(UsageError, match="eject: no drive is plugged in"):
+    with pytest.raises(UsageError, match="no CD-ROM drive is plugged in"):
         await Host(monkeypatch).obey("eject")
     await host.obey("eject other/two.iso")
     assert (one.medium, two.medium, three.medium) == ("/isos/one.iso", "two.iso", None)
@@ -109,8 +109,9 @@ async def test_which_drive(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_the_same_name_in_two_drives_is_not_clear(monkeypatch: pytest.MonkeyPatch) -> None:
     host = Host(monkeypatch, ("cdrom0", drive("a/x.iso")), ("cdrom1", drive("b/x.iso")))
-    with pytest.raises(UsageError, match=re.escape("eject: which drive?")):
+    with pytest.raises(UsageError, match="several drives are plugged in") as caught:
         await host.obey("eject x.iso")
+    assert caught.value.reason is Reason.AMBIGUOUS
 
 
 async def test_list_help_and_quit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +123,7 @@ async def test_list_help_and_quit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert host.notes == ["cdrom0: one.iso, locked by the guest", "cdrom1: empty"]
     empty = Host(monkeypatch)
     await empty.obey("list")
-    assert empty.notes == ["no drive is plugged in"]
+    assert empty.notes == ["no CD-ROM drive is plugged in"]
     assert [line.split()[0] for line in help_lines()] == [
         *("insert", "eject", "capture", "stop-capture", "screenshot", "screen-text", "type", "press", "click", "touch"),
         *("force", "force", "refuse", "list", "quit", "help"),

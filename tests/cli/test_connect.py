@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from tests.cli.support import Cli, FakeGuest, blank, in_thread, interrupt, interrupted_after, saying
+from tests.docs import ROOT
 from tests.transport.fake_spice import Certificates, Channel, FakeSpice, free_port, running
 
 from farplug.cli.main import run
@@ -126,7 +127,7 @@ def test_an_image_that_is_unusable_costs_no_ticket(cli: Cli, tmp_path: Path) -> 
         ("tcp://vmhost", 2, "it has no port\n  write it as tcp://vmhost:4000"),
         ("", 2, "is not a valid target"),
         ("x" * 5000, 2, "is not a valid target"),
-        ("x" * 5000 + ".vv", 2, "File name too long"),
+        ("x" * 5000 + ".vv", 2, "file name too long"),
         ("missing.vv", 2, "missing.vv does not exist"),
         ("spice://:se#cret@host:port", 2, "host:port"),
     ],
@@ -184,6 +185,9 @@ def test_what_is_ignored_in_a_vv_file_is_reported(cli: Cli, image: Path, tmp_pat
     [
         ((), "Missing argument 'TARGET'"),
         (("tcp://h:1",), "nothing to plug in"),
+        (("h:1",), "'h:1' is not a valid target: write it as spice://h:1"),
+        (("no.vv",), "no.vv does not exist\n  check the path\n"),
+        (("~/no.vv",), "~/no.vv does not exist\n  write the path of the home folder in place of ~"),
         (("tcp://h:1", "--usb-disk"), "requires an argument"),
         (("tcp://h:1", "--usb-disk", "x", "--usb-speed", "warp"), "'warp' is not one of 'auto', 'high', 'super'"),
         (("tcp://h:1", "--usb-disk", "x", "--block-size", "520"), "'520' is not one of '512', '4096'"),
@@ -229,8 +233,11 @@ def test_what_is_ignored_in_a_vv_file_is_reported(cli: Cli, image: Path, tmp_pat
         (("tcp://h:1", "a$b.ISO"), "to plug it in: --usb-cdrom 'a$b.ISO'\n"),
         (("tcp://h:1", "/tmp"), "to plug it in: --usb-folder /tmp\n"),
         (("spice://h:1", "--usb-disk", "x", "--ask-password"), "--ask-password needs a terminal"),
-        (("spice://h:1", "--usb-disk", "x", "--password-file", "/no/file"), "cannot be read: No such file"),
-        (("spice://h:1", "--usb-disk", "x", "--password-file", "/"), "cannot be read: Is a directory"),
+        (
+            ("spice://h:1", "--usb-disk", "x", "--password-file", "/no/file"),
+            "cannot be read: no such file or directory\n  check the path\n",
+        ),
+        (("spice://h:1", "--usb-disk", "x", "--password-file", "/"), "cannot be read: is a directory\n  name a file\n"),
         (("spice://h:1", "--usb-disk", "x", "--password-file", "/dev/null"), "its first line is empty"),
     ],
 )
@@ -248,7 +255,7 @@ def test_options(cli: Cli, arguments: tuple[str, ...], said: str) -> None:
         ("unix:/x", ("--ca-file", "/no"), "is a plain socket"),
         ("spice://h:1", ("--proxy", "ftp://p"), "ftp"),
         ("spice+tls://h:1", ("--host-subject", "nonsense"), "host"),
-        ("spice+tls://h:1", ("--ca-file", "/no"), "the CA file /no cannot be read: No such file"),
+        ("spice+tls://h:1", ("--ca-file", "/no"), "/no cannot be read: no such file or directory\n  check the path\n"),
         ("spice+tls://h:1", ("--ca-file", "/bin/sh"), "is not PEM"),
         ("spice+tls://h:1", ("--ca-file", "/dev/zero"), "larger than"),
     ],
@@ -728,3 +735,19 @@ def test_names_that_steer_a_terminal(cli: Cli, tmp_path: Path) -> None:
     assert result.code == 0
     assert "\x1b" not in result.out
     assert "[red]\N{REPLACEMENT CHARACTER}]0;x\N{REPLACEMENT CHARACTER}.raw: attached" in result.out
+
+
+def test_the_errors_in_the_readme_are_those_of_the_commands(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vm.vv").write_text("[virt-viewer]\ntype=spice\nhost=127.0.0.1\nport=1\n")
+    (tmp_path / "scratch.raw").write_bytes(bytes(1 << 20))
+    shown = re.findall(
+        r"^\$ farplug (.*); echo \$\?\n((?:.*\n)*?)(\d+)\n", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    assert len(shown) == 2
+    for command, expected, code in shown:
+        result = cli(*command.split())
+        printed = "".join(line for line in result.err.splitlines(keepends=True) if line.startswith(("farplug: ", "  ")))
+        assert (printed, result.code) == (expected, int(code))

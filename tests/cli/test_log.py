@@ -4,8 +4,10 @@ import logging
 import re
 
 import pytest
+import typer.main
 
 from farplug.cli import log
+from farplug.cli.tree import app
 from farplug.errors import DeviceError, Reason
 
 
@@ -62,3 +64,16 @@ def test_tracebacks_cannot_control_the_terminal(capfd: pytest.CaptureFixture[str
     err = capfd.readouterr().err
     assert "second line" in err.split("\n")
     assert all(character.isprintable() for character in err.replace("\n", ""))
+
+
+@pytest.mark.parametrize("setting", sorted(log._METAVARS))
+def test_an_option_of_a_remedy_is_that_of_the_help(setting: str) -> None:
+    option = log.setting_option(setting)
+    root = typer.main.get_command(app)
+    shown = {
+        f"{one.opts[0]} {one.metavar}"
+        for command in root.commands.values()  # type: ignore[attr-defined]
+        for one in command.params
+        if one.opts[0] == option.split()[0]
+    }
+    assert shown == {option}

@@ -181,6 +181,13 @@ def test_a_browser_that_cannot_be_started(cli: Cli, monkeypatch: pytest.MonkeyPa
         (["spice://h:1"], 2, "name a session or a VM with an option:\n    farplug page -s spice://h:1\n"),
         (["-s", "none", "--ca-file", "x"], 2, "--ca-file has no effect without a TARGET"),
         (["--listen", "0.0.0.0"], 5, "without TLS"),
+        (
+            ["--listen", "127.0.0.1:80"],
+            2,
+            "'127.0.0.1:80' cannot be resolved\n  name the address alone; the port is a setting "
+            "of its own: --port 80\n",
+        ),
+        (["--listen", "[::1]:80"], 2, "of its own: --port 80\n"),
         (["--tls-cert", "/none"], 2, "the key is missing"),
         (["--tls-cert", "/none", "--tls-key", "/none"], 2, "/none cannot be opened"),
         (["--web-root", "/none"], 2, "/none cannot be opened"),

@@ -49,7 +49,9 @@ def test_arguments_that_are_not_valid(cli: Cli, arguments: tuple[str, ...], erro
     assert error in result.err
 
 
-def test_failures_of_farplug_have_a_code_of_their_own(cli: Cli, tmp_path: Path) -> None:
+def test_failures_of_farplug_have_a_code_of_their_own(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     result = cli("run", "-s", "none", "--", "ls", "--json", "--help")
     assert (result.code, result.out) == (125, ""), "the options are the command's"
     assert "the session none is not running" in result.err
@@ -65,6 +67,22 @@ def test_failures_of_farplug_have_a_code_of_their_own(cli: Cli, tmp_path: Path) 
         result = cli("run", "-s", "none", "--user", "root", "--secret-file", secret, "--", "true")
         assert result.code == 125
         assert error in result.err
+    (tmp_path / "folder").mkdir()
+    for arguments, error in (
+        (("--copy-in", tmp_path / "nothing"), "cannot be read: no such file or directory\n  check the path"),
+        (("--copy-in", tmp_path / "folder"), "is a folder, not a file\n  name a file"),
+        (("--copy-in", "/dev/null"), "is a device or a pipe, not a file\n  name a file"),
+        (("--copy-out", f"/x:{tmp_path}/nothing/y"), "cannot be written: no such file or directory\n  check the path"),
+        (("--copy-out", f"/x:{secret}/y"), "cannot be written: not a directory\n  check the path"),
+    ):
+        result = cli("run", "-s", "none", *arguments, "--", "true")
+        assert result.code == 125
+        assert error in result.err, "before the session is looked for"
+    with monkeypatch.context() as patched:
+        patched.setattr("os.access", lambda path, mode: path != tmp_path)
+        result = cli("run", "-s", "none", "--copy-out", f"/x:{tmp_path}", "--", "true")
+    remedy = "check the permissions of the file and of its folder"
+    assert result.err == f"farplug: {tmp_path} cannot be written: permission denied\n  {remedy}\n"
     result = cli("run", "-s", "none", "--shell")
     assert result.code == 125
     assert "needs a terminal" in result.err

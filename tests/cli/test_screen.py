@@ -122,9 +122,9 @@ def test_other_commands_take_no_target_in_place_of_a_session(cli: Cli, command: 
 
 
 def test_texts_from_files(cli: Cli, machine: Machine, target: str, tmp_path: Path) -> None:
-    (tmp_path / "text").write_text("z\r\n", "utf-8")
-    (tmp_path / "secret").write_text("y\n", "utf-8")
-    (tmp_path / "ducky").write_text("STRING a\nDELAY 1\nCTRL-ALT DELETE\n", "utf-8")
+    (tmp_path / "text").write_text("z\r\n", "utf-8-sig")  # as editors on Windows write it
+    (tmp_path / "secret").write_text("y\n", "utf-8-sig")
+    (tmp_path / "ducky").write_text("STRING a\nDELAY 1\nCTRL-ALT DELETE\n", "utf-8-sig")
     assert cli("type", target, "--layout", "de", "--file", tmp_path / "text", "--via", "spice").code == 0
     assert cli("type", "--secret-file", tmp_path / "secret", "--layout", "de", target, "--via", "spice").code == 0
     assert cli("type", target, "--ducky", tmp_path / "ducky", "--via", "spice").code == 0

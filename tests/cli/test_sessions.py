@@ -169,7 +169,7 @@ def test_media(cli: Cli, session: Session, tmp_path: Path, monkeypatch: pytest.M
     for name in ("one.iso", "two.iso"):
         (tmp_path / name).write_bytes(ISO)
     result = cli("eject")
-    assert (result.code, result.err) == (2, "farplug: eject: no drive is plugged in\n")
+    assert (result.code, result.err) == (2, "farplug: no CD-ROM drive is plugged in\n  plug one in: --usb-cdrom PATH\n")
     assert cli("attach", "--usb-cdrom", "one.iso").code == 0
     result = cli("insert", "two.iso")
     assert result.code == 0
@@ -187,7 +187,7 @@ def test_media(cli: Cli, session: Session, tmp_path: Path, monkeypatch: pytest.M
     assert f"{tmp_path}/missing.iso cannot be opened: no such file" in result.err
     result = cli("insert", "dvd", "one.iso")
     assert result.code == 2
-    assert "the drives are: cdrom0 (empty)" in result.err
+    assert "name one of: cdrom0 (empty)" in result.err
     assert cli("insert", "a", "b", "c").code == 2
 
 

@@ -31,7 +31,7 @@ def test_touch(cli: Cli, tmp_path: Path) -> None:
         result = cli("touch")
         assert (result.code, result.err) == (
             2,
-            "farplug: no security key is plugged in\n  plug one in\n",
+            "farplug: no security key is plugged in\n  plug one in: --usb-fido FILE\n",
         )
         for number, (options, shown) in enumerate(
             (((), "allowed: select the key\n"), (("--refuse", "fido0"), "refused: select the key\n"))

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from farplug.cli.log import remedy_lines
 from farplug.errors import Reason, UsageError
 from farplug.spice.vv import MAX_VV_FILE, VvFile
 
@@ -152,7 +153,8 @@ def test_bytes_of_a_title_that_are_not_text_are_replaced() -> None:
 @pytest.mark.parametrize(
     ("data", "expected_text"),
     [
-        (b"", r"x.vv: it has no group \[virt-viewer\]"),
+        (b"", "x.vv: it is empty"),
+        (b"#\n", r"x.vv: it has no group \[virt-viewer\]: this is not a .vv file"),
         (b"[other]\nhost=x\n", "no group"),
         (b"hello\n", "line 1: text before the first group"),
         (b"[virt-viewer\n", "line 1: the group's name has no closing bracket"),
@@ -183,6 +185,18 @@ def test_refused(data: bytes, expected_text: str) -> None:
     assert caught.value.reason is Reason.BAD_VV_FILE
     assert str(caught.value).startswith("x.vv")
     assert caught.value.remedy
+
+
+@pytest.mark.parametrize("data", [b"\0" * 512, b"#" * (MAX_VV_FILE + 1), b"hello\n", b"[other]\nhost=x\n"])
+def test_an_image_in_place_of_the_file(data: bytes) -> None:
+    for path, remedy in (
+        ("a b.raw", "name the VM as the target; to plug this file in: --usb-disk 'a b.raw'"),
+        ("x.ISO", "name the VM as the target; to plug this file in: --usb-cdrom x.ISO"),
+        ("x.vv", "get a new .vv file where you got this one"),
+    ):
+        with pytest.raises(UsageError, match=r"this is not a \.vv file") as caught:
+            VvFile.parse(data, path=path)
+        assert remedy_lines(caught.value.remedy) == [remedy]
 
 
 def test_errors_do_not_contain_the_password() -> None:

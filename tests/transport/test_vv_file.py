@@ -36,7 +36,7 @@ def test_a_file_that_cannot_be_deleted(
 
     monkeypatch.setattr(Path, "unlink", refuse)
     delete_vv_file(path)
-    assert "cannot be deleted (delete-this-file=1): Read-only file system" in caplog.text
+    assert "cannot be deleted (delete-this-file=1): read-only file system" in caplog.text
 
 
 def test_what_is_ignored_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -65,5 +65,5 @@ def test_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(UsageError, match="cannot be read: Permission denied"):
+    with pytest.raises(UsageError, match="cannot be read: permission denied"):
         read_vv_file(large)

@@ -15,7 +15,7 @@ from farplug.app.png import check_path, write_png
 from farplug.app.screen import Progress, check_distances, check_text
 from farplug.app.settings import CaptureSettings
 from farplug.capture.writer import STANDARD_OUTPUT
-from farplug.errors import FarplugError, Reason, UsageError
+from farplug.errors import FarplugError, Reason, Remedy, UsageError
 from farplug.keymap import find_layout, packaged_layouts
 from farplug.spice.inputs import Button
 from farplug.store.remote import open_remote_iso
@@ -198,7 +198,7 @@ class Executor:
             text = f"{contents}{', locked by the guest' if drive['locked'] else ''}"
             guest.publish("drive", text, device=str(drive["label"]), medium=drive["medium"], locked=drive["locked"])
         if not drives:
-            guest.note("no drive is plugged in")
+            guest.note("no CD-ROM drive is plugged in")
         return drives
 
     async def _devices(self, command: commands.Devices) -> Any:
@@ -225,16 +225,18 @@ class Executor:
             ]
         if len(found) == 1:
             return found[0], drives[found[0]]
-        what = "which drive?" if found else "no drive is plugged in"
-        if drives and not found:
-            what = f"there is no drive {shown(wanted)}"
+        if not drives:
+            raise UsageError(
+                "no CD-ROM drive is plugged in",
+                reason=Reason.NOT_FOUND,
+                remedy=Remedy("plug one in", setting="usb_cdrom"),
+            )
+        what = "several drives are plugged in" if found else f"there is no drive {shown(wanted)}"
         names = ", ".join(
             f"{label} ({'empty' if drive.medium is None else os.path.basename(drive.medium)})"
             for label, drive in drives.items()
         )
-        raise UsageError(
-            f"{command.name}: {what}", reason=Reason.NOT_FOUND, remedy=f"the drives are: {names}" if names else ""
-        )
+        raise UsageError(what, reason=Reason.AMBIGUOUS if found else Reason.NOT_FOUND, remedy=f"name one of: {names}")
 
 
 _DISPATCH: dict[type[Command], Callable[[Executor, Any], Awaitable[Any]]] = {

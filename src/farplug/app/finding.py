@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 
 from farplug.app.attachment import Attachment
-from farplug.errors import Reason, UsageError
+from farplug.errors import Reason, Remedy, UsageError
 from farplug.text import shown
 from farplug.virtual.device import VirtualDevice
 from farplug.virtual.fido.presence import AsksPresence
@@ -64,7 +64,7 @@ def find_key(attachments: Iterable[Attachment], name: str | None) -> tuple[Attac
     ]
     if not keys:
         what = "no security key is plugged in" if name is None else f"{shown(name)} is not a security key"
-        raise UsageError(what, reason=Reason.NOT_FOUND, remedy="plug one in" if name is None else "")
+        raise UsageError(what, reason=Reason.NOT_FOUND, remedy=Remedy("plug one in", setting="usb_fido"))
     asking = [key for key in keys if key[1].asks is not None]
     if len(asking) > 1:
         labels = ", ".join(attachment.label for attachment, _ in asking)

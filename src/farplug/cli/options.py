@@ -19,7 +19,7 @@ import typer.core
 
 from farplug.cli import log
 from farplug.cli.values import without_pydantic
-from farplug.errors import FarplugError, Reason, UsageError
+from farplug.errors import FarplugError, Reason, UsageError, from_oserror
 from farplug.programs import PASSWORD_VARIABLE
 from farplug.text import printable
 from farplug.transport import TARGET_FORMS
@@ -439,8 +439,7 @@ def _read_password(path: Path) -> str:
         with path.open(encoding="utf-8-sig") as file:  # editors on Windows write a byte order mark
             line = file.readline(MAX_PASSWORD_LINE)
     except OSError as error:
-        cause = os.strerror(error.errno or 0)
-        raise UsageError(f"--password-file {path} cannot be read: {cause}", reason=Reason.BAD_OPTION) from error
+        raise from_oserror(path, error, as_=UsageError, problem="cannot be read") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"--password-file {path} is not text in UTF-8", reason=Reason.BAD_OPTION) from error
     password = line.rstrip("\r\n")

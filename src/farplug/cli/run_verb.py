@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
+import stat
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -20,7 +22,7 @@ from farplug.control.names import open_session
 from farplug.control.shell import Shell, nothing, open_shell
 from farplug.descriptors import write_all
 from farplug.ends.stdio import StdioEnd
-from farplug.errors import FarplugError, Reason, SessionError, UsageError
+from farplug.errors import FarplugError, Reason, SessionError, UsageError, from_oserror
 from farplug.exit_codes import ExitCode
 from farplug.threads import run_in_daemon_thread
 
@@ -45,6 +47,7 @@ def run(session: str | None, target: TargetSettings | None, options: RunOptions,
         login = None if options.user is None else Login(options.user, _secret(options.secret_file))
         if options.shell and not os.isatty(0):
             raise UsageError("--shell needs a terminal as standard input", reason=Reason.BAD_OPTION)
+        _check_files(options)
         if target is None:
             return _run(session, login, options)
         with own_session(target, "the command", debug=debug) as name:
@@ -64,6 +67,32 @@ def _exit_code(error: FarplugError) -> ExitCode:
         case _ if isinstance(error, SessionError) and error.exit_code == ExitCode.COMMAND_TIMED_OUT:
             return ExitCode.COMMAND_TIMED_OUT
     return ExitCode.COMMAND_FAILED
+
+
+def _check_files(options: RunOptions) -> None:
+    """Check the files of this machine, before a client of the VM loses it and a command has run in vain.
+
+    Raises:
+        UsageError: a file cannot be read, or cannot be written into its folder.
+    """
+    for copy in options.copy_in:
+        path = Path(copy.source)
+        try:
+            if not stat.S_ISREG(path.stat().st_mode):
+                what = "a folder" if path.is_dir() else "a device or a pipe"
+                raise UsageError(f"{path} is {what}, not a file", reason=Reason.NOT_A_FILE, remedy="name a file")
+            path.open("rb").close()
+        except (OSError, ValueError) as error:
+            raise from_oserror(path, error, as_=UsageError, problem="cannot be read") from error
+    for copy in options.copy_out:
+        path = Path(copy.destination or ".")
+        folder = path if path.is_dir() else path.parent
+        number = 0 if os.access(folder, os.W_OK | os.X_OK) else errno.EACCES
+        if number and not folder.is_dir():
+            number = errno.ENOTDIR if folder.exists() else errno.ENOENT
+        if number:
+            failure = OSError(number, os.strerror(number))
+            raise from_oserror(path, failure, as_=UsageError, problem="cannot be written")
 
 
 def _secret(path: Path | None) -> str | None:

@@ -213,7 +213,7 @@ def text_of(path: Path) -> str:
         UsageError: the file cannot be read, is too long, or is not UTF-8.
     """
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:  # editors on Windows write a byte order mark
             text = file.read(MAX_FILE + 1)
     except OSError as error:
         raise from_oserror(path, error, as_=UsageError, problem="cannot be read") from error

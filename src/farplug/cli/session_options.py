@@ -89,7 +89,9 @@ class SessionOptions:
             typer.Exit: the session has ended.
         """
         stay = self.name is not None or self.detach
-        if not stay:
+        if not (stay or devices):
+            if target.command is None:
+                target.parse(keep_file=True)  # an image in place of the target is the more helpful error
             devices.check_any()
         if self.name is not None:
             check_name(self.name)

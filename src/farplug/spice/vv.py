@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Self
 
-from farplug.errors import Reason, UsageError
+from farplug.errors import Reason, Remedy, UsageError
 from farplug.spice.host import plain_host
 from farplug.spice.types import CHANNEL_NAMES
 from farplug.text import printable
@@ -121,9 +121,11 @@ class _Values:
         self._path = path
         self._values: dict[str, tuple[int, str]] = {}
         if len(data) > MAX_VV_FILE:
-            raise self.error(f"it is larger than {MAX_VV_FILE} bytes")
+            raise self._not_a_vv_file(f"it is larger than {MAX_VV_FILE} bytes")
         if b"\0" in data:
-            raise self.error("it is not text in UTF-8: it contains NUL characters")
+            raise self._not_a_vv_file("it is not text in UTF-8: it contains NUL characters")
+        if not data.strip():
+            raise self.error("it is empty")
         self._read(data.decode("utf-8-sig", "surrogateescape"))
 
     def line(self, key: str) -> int:
@@ -196,6 +198,15 @@ class _Values:
         """Return an error about the file, or about a line of it."""
         return UsageError(f"{self._where(line)}: {what}", reason=Reason.BAD_VV_FILE, remedy=remedy or _NEW_FILE)
 
+    def _not_a_vv_file(self, what: str, line: int = 0) -> UsageError:
+        """Return an error about a file that is something else. Without the name of a .vv file it may be an image."""
+        remedy = _NEW_FILE
+        name = self._path.lower()
+        if not name.endswith(".vv"):
+            option = "usb_cdrom" if name.endswith(".iso") else "usb_disk"
+            remedy = Remedy("name the VM as the target; to plug this file in", setting=option, value=self._path)
+        return self.error(f"{what}: this is not a .vv file", line, remedy)
+
     def _warn(self, what: str, line: int) -> None:
         self.warnings.append(f"{self._where(line)}: {what}")
 
@@ -227,7 +238,7 @@ class _Values:
                 found = found or group == _GROUP
                 continue
             if group is None:
-                raise self.error("text before the first group: this is not a .vv file", number)
+                raise self._not_a_vv_file("text before the first group", number)
             if group != _GROUP:
                 continue
             key, equals, value = line.partition("=")
@@ -238,4 +249,4 @@ class _Values:
                 value = re.sub(r"\\(.)", lambda match: _ESCAPES.get(match[1], match[0]), value.lstrip(_BLANKS))
                 self._values[key] = (number, value)
         if not found:
-            raise self.error(f"it has no group [{_GROUP}]: this is not a .vv file")
+            raise self._not_a_vv_file(f"it has no group [{_GROUP}]")

@@ -6,7 +6,7 @@ import logging
 import os
 from pathlib import Path
 
-from farplug.errors import Reason, UsageError
+from farplug.errors import Reason, UsageError, missing_file_remedy
 from farplug.spice.vv import MAX_VV_FILE, VvFile
 
 log = logging.getLogger(__name__)
@@ -20,13 +20,15 @@ def read_vv_file(path: Path) -> VvFile:
     """
     try:
         if not path.is_file():
-            what = "is not a file" if path.exists() else "does not exist"
-            raise UsageError(f"{path} {what}", reason=Reason.BAD_VV_FILE, remedy="give the path of a .vv file")
+            what, remedy = "does not exist", missing_file_remedy(path)
+            if path.exists():
+                what, remedy = "is not a file", "give the path of a .vv file"
+            raise UsageError(f"{path} {what}", reason=Reason.BAD_VV_FILE, remedy=remedy)
         with path.open("rb") as file:
             data = file.read(MAX_VV_FILE + 1)
     except OSError as error:
         raise UsageError(
-            f"{path} cannot be read: {os.strerror(error.errno or 0)}",
+            f"{path} cannot be read: {os.strerror(error.errno or 0).lower()}",
             reason=Reason.BAD_VV_FILE,
             remedy="check the permissions of the file and of its folder",
         ) from error
@@ -45,4 +47,4 @@ def delete_vv_file(path: Path) -> None:
         path.unlink()
         log.info("%s deleted (delete-this-file=1)", path)
     except OSError as error:
-        log.warning("%s cannot be deleted (delete-this-file=1): %s", path, os.strerror(error.errno or 0))
+        log.warning("%s cannot be deleted (delete-this-file=1): %s", path, os.strerror(error.errno or 0).lower())

@@ -748,11 +748,11 @@ def _listener(settings: PageSettings) -> Iterator[socket.socket]:
             address.strip("[]") or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
     except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{shown(address)} cannot be resolved: {error}",
-            reason=Reason.UNRESOLVABLE,
-            remedy="name an address of this machine, such as 127.0.0.1",
-        ) from error
+        remedy = Remedy("name an address of this machine, such as 127.0.0.1")
+        if with_port := re.fullmatch(r"[^:]*:(\d{1,5})|\[.*\]:(\d{1,5})", address):
+            number = int(with_port[1] or with_port[2])
+            remedy = Remedy("name the address alone; the port is a setting of its own", setting="port", value=number)
+        raise UsageError(f"{shown(address)} cannot be resolved", reason=Reason.UNRESOLVABLE, remedy=remedy) from error
     if settings.certificate is None and not ipaddress.ip_address(str(where[0]).partition("%")[0]).is_loopback:
         raise UsageError(
             f"{shown(address)} is reached from other machines, and without TLS the network between can read the token",
