@@ -160,7 +160,7 @@ def test_no_fault_in_any_state(fake: FakePage, opened: Opened, state: Callable[[
     assert faults(page, COLOURS) == []
 
 
-SIZES = ((320, 640), (390, 844), (760, 600), (1024, 700), (1240, 800), (3840, 2160))
+SIZES = ((320, 640), (390, 844), (760, 600), (761, 600), (800, 600), (1001, 700), (1240, 800), (3840, 2160))
 DRAWN = "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
 """Waits until the page was drawn for the size of its window: it may ask for a frame when the size changes."""
 
@@ -190,7 +190,10 @@ def test_nothing_scrolls_sideways(fake: FakePage, opened: Opened, label: str) ->
             assert box is not None
             assert box["x"] >= 0
             assert box["x"] + box["width"] <= width
-        assert page.locator(".usb").evaluate("node => node.scrollWidth - node.clientWidth") <= 0
+        for part in (".usb", ".info", ".info .size", ".info .seg", ".info .leds"):
+            assert page.locator(part).evaluate("node => node.scrollWidth - node.clientWidth") <= 0, (part, width)
+        hint = ".info .hint span:not([class=phone])" if width > 760 else ".info .hint span.phone"
+        assert page.locator(hint).evaluate("node => node.scrollWidth - node.clientWidth") <= 0, "the hint is cut off"
 
 
 def test_the_board_has_no_fault(opened: Opened) -> None:

@@ -168,10 +168,22 @@ class TestSockets:
         fake.snapshot["guests"]["g1"]["ports"][0] |= {"state": "closed", "error": error}
         page = opened(fake)
         expect(socket(page, 0)).to_contain_text("Not open")
-        expect(socket(page, 0)).to_contain_text("another client uses the channel close it")
+        expect(socket(page, 0)).to_contain_text("Another client uses the channel. Close it.")
 
 
 class TestPlugging:
+    def test_devices_that_cannot_be_listed(self, fake: FakePage, opened: Opened) -> None:
+        def refuse(params: object, data: object) -> None:
+            remedy = {"remedy": "load the kernel's support", "command": "sudo modprobe usbcore"}
+            raise Refused("no-usb", "this machine has no USB", **remedy)
+
+        fake.handlers["devices"] = refuse
+        page = opened(fake)
+        shown = page.locator(".plugin .nothing")
+        expect(shown).to_contain_text("The USB devices cannot be listed. This machine has no USB.")
+        expect(shown.locator(".remedy")).to_have_text("Load the kernel's support:")
+        expect(shown.locator("code")).to_have_text("$ sudo modprobe usbcore")
+
     def test_devices_of_this_machine(self, fake: FakePage, opened: Opened) -> None:
         """One is plugged in by its button and dragged to a socket; the row of another one has the reason why not."""
         fake.devices = [KEY, DISK]
@@ -403,7 +415,14 @@ class TestVirtual:
     def test_without_a_folder_there_is_no_file(self, opened: Opened) -> None:
         with FakePage(web_root=False) as fake:
             page = opened(fake)
-            expect(page.get_by_text("Record USB needs a folder")).to_be_visible()
+            reason = page.get_by_text("Record USB needs a folder")
+            for width in (1280, 800):
+                page.set_viewport_size({"width": width, "height": 600})
+                expect(reason).to_be_visible()
+                for side in ("Width", "Height"):
+                    assert reason.evaluate(f"node => node.scroll{side} - node.client{side}") <= 0, (
+                        "the option is cut off"
+                    )
             page.get_by_role("tab", name="Images").click()
             expect(page.locator(".plugin")).to_contain_text("No folder of this machine is open to this page.")
             expect(page.locator(".plugin code")).to_have_text("$ farplug page --web-root DIR")

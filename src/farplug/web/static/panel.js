@@ -57,7 +57,7 @@ function socket(app, port, number) {
   } else if (!reached) rows.push(row(app, port, number, "lost", portPicture("p-empty", null), [h("div", { class: "head" }, h("h3", null, T.empty))]));
   else if (port.error) rows.push(row(app, port, number, "lost", portPicture("p-lost", null), [
     h("div", { class: "head" }, h("h3", null, T.notOpen)),
-    h("p", { class: "reason" }, icon("s-stop", "s"), plain(port.error.message), port.error.remedy && [" ", plain(port.error.remedy)]),
+    h("p", { class: "reason" }, icon("s-stop", "s"), plain(sentence(port.error.message)), port.error.remedy && [" ", plain(sentence(port.error.remedy))]),
   ]));
   else rows.push(row(app, port, number, target ? "empty target" : "empty", portPicture(target ? "p-ghost" : "p-empty", null), [
     h("div", { class: "head" }, h("h3", null, target ? T.goesHere : T.empty),
@@ -456,7 +456,7 @@ export function deviceList(app) {
   const { devices } = app.state;
   if (devices === null) return h("p", { class: "nothing" }, T.connecting);
   if (devices.error) return h("div", { class: "nothing" }, h("p", { class: "reason" }, icon("s-stop", "s"), T.devicesFailed, " ", plain(sentence(devices.error.message))),
-    devices.error.remedy && h("p", { class: "remedy" }, plain(devices.error.remedy)), devices.error.command && command(app, devices.error.command));
+    devices.error.remedy && h("p", { class: "remedy" }, plain(advice(devices.error))), devices.error.command && command(app, devices.error.command));
   const shown = devices.devices.filter(isPlain);
   return [
     h("p", { class: "source" }, T.devicesOf[0], h("b", null, plain(devices.machine ?? app.state.server?.machine)), T.devicesOf[1]),
