@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.main
 
 from farplug.cli.tree import ENTRIES, Root, app
+from farplug.exit_codes import ExitCode
 
 ROOT: Root = typer.main.get_command(app)  # type: ignore[assignment]
 
@@ -110,3 +113,40 @@ def test_connect_imports_what_its_target_and_its_devices_need(tmp_path: Path) ->
         *("farplug.spice.channel", "farplug.spice.link", "farplug.transport.dialer", "farplug.transport.tls"),
     ):
         assert unused not in modules
+
+
+def leaves(command: Any) -> Iterator[Any]:
+    """Yield the commands that have no commands."""
+    inner = getattr(command, "commands", None)
+    if inner is None:
+        yield command
+    else:
+        for one in inner.values():
+            yield from leaves(one)
+
+
+@pytest.mark.parametrize("command", list(leaves(ROOT)), ids=lambda command: command.name)
+def test_help(command: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for paragraph in re.split(r"\n\s*\n", command.help):
+        assert "\n" not in paragraph, "Typer keeps the end of a line"
+    with pytest.raises(SystemExit):
+        command(["--help"], prog_name="x")
+    shown = capsys.readouterr().out
+    usage = shown.partition("Usage: ")[2].splitlines()[0].rstrip()
+    arguments = [one for one in command.params if one.param_type_name == "argument"]
+    for argument in arguments:
+        name = argument.metavar
+        word = f"{name}..." if argument.nargs == -1 and " " not in name else name
+        usage = usage.replace(f" {word}" if argument.required else f" [{word}]", "", 1)
+    assert usage.removesuffix(" [-- COMMAND [ARGUMENT]...]") == "x [OPTIONS]"
+    assert not re.search(r"<[^|>]*>", re.sub(r"│\n│ +", "", shown)), "the name of a type of Python"
+
+
+def test_exit_codes_in_the_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        ROOT(["connect", "--help"], prog_name="x")
+    codes = capsys.readouterr().out.partition("Exit codes")[2].rstrip().splitlines()[1:]
+    assert len(codes) > len(ExitCode)
+    assert all(re.match(r" (  \d| \d\d|\d{3})  \S|      \S", line) for line in codes), codes

@@ -50,7 +50,7 @@ connect.__doc__ = f"""{inspect.cleandoc(connect.__doc__ or "")}
 
 Ctrl-C (SIGTERM, or closing the terminal) pulls the devices out of the VM, as one pulls a USB stick: first unmount a \
 disk in the VM, or "safely remove" it there. What the VM has written is kept; what it still holds in memory is lost. \
-If it may have more to write, the first Ctrl-C on a terminal only says so, and the next one leaves. A further Ctrl-C \
+If it may have more to write, the first Ctrl-C on a terminal only warns, and the next one leaves. A further Ctrl-C \
 leaves at once, without waiting for the VM.
 
 {PASSWORD_HELP}

@@ -98,7 +98,7 @@ KINDS = (
 def devices(
     images: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[IMAGE]...", help="RAW images to check.", show_default=False),
+        typer.Argument(metavar="IMAGE", help="RAW and ISO images to check.", show_default=False),
     ] = None,
     filter: FilterOption = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=OUTPUT)] = False,

@@ -43,7 +43,7 @@ def doctor(
     target: Annotated[
         str | None,
         typer.Argument(
-            metavar="[TARGET]", help=f"Check this target, stage by stage: {TARGET_FORMS}.", show_default=False
+            metavar="TARGET", help=f"Check this target, stage by stage: {TARGET_FORMS}.", show_default=False
         ),
     ] = None,
     *,
@@ -60,7 +60,7 @@ def doctor(
         typer.Option("--all", help="Also check the requirements of the demo, the tests and all image formats."),
     ] = False,
     json: Annotated[
-        bool, typer.Option("--json", help="Print each check as JSON, one object per line.", rich_help_panel=OUTPUT)
+        bool, typer.Option("--json", help="Print each check as JSON, one object a line.", rich_help_panel=OUTPUT)
     ] = False,
     debug: DebugOption = False,
 ) -> None:

@@ -68,7 +68,7 @@ def create(
     ] = None,
     label: Annotated[
         str | None,
-        typer.Option(help="Label of the volume. Default: FOLDER's name.", show_default=False),
+        typer.Option(metavar="LABEL", help="Label of the volume. Default: FOLDER's name.", show_default=False),
     ] = None,
     block_size: Annotated[
         BlockSizeOption | None,
@@ -78,8 +78,9 @@ def create(
 ) -> None:
     """Make a ready-to-use disk image: a partition table, a filesystem, and a copy of a folder.
 
-    The image is RAW and sparse. FAT32, ext4 and ISO 9660 are made with programs of this machine; exFAT and NTFS (and
-    FAT32 with some names) in a throw-away VM, which needs QEMU. Only you can read an image of a folder (mode 0600).
+    The image is RAW and sparse. FAT32, ext4 and ISO 9660 are made with programs of this machine; exFAT and NTFS (and \
+FAT32 with some names) in a throw-away VM, which needs QEMU. Only you can read an image of a \
+folder (mode 0600).
     """
     from farplug.cli.output import size as format_size
     from farplug.image import create_image, create_iso
@@ -170,8 +171,8 @@ def commit(
 ) -> None:
     """Write the content of a snapshot to its image, and remove the snapshot.
 
-    A snapshot records the path of its image, but farplug writes only to a path that you give or confirm: a snapshot
-    that another user made could record the path of any file.
+    A snapshot records the path of its image, but farplug writes only to a path that you give or confirm: a snapshot \
+that another user made could record the path of any file.
 
     An interrupted commit, even by a power cut, has to be repeated before the image is used.
     """

@@ -44,12 +44,27 @@ OUTPUT = "Output and commands"
 
 
 def _prepared(parameters: list[Any]) -> list[Any]:
-    """Return the parameters, with an empty metavar for flags: Typer shows ``<bool>`` in the help."""
+    """Return the parameters without types of Python: Typer shows ``<bool>`` for flags, ``<str>`` for arguments."""
     for parameter in parameters:
         without_pydantic(parameter)
+        if parameter.param_type_name == "argument":
+            parameter.display_type_rich = _no_type
         if getattr(parameter, "is_flag", False) or getattr(parameter, "count", False):
             parameter.metavar = ""
     return parameters
+
+
+def _no_type(ctx: Any) -> None:
+    return None
+
+
+def _usage(argument: Any) -> str:
+    """Return what the usage shows of an argument; a metavar of several words has its own brackets."""
+    name = str(argument.metavar or argument.name.upper())
+    if " " in name:
+        return name
+    name += "..." if argument.nargs == -1 else ""
+    return name if argument.required else f"[{name}]"
 
 
 class Group(typer.core.TyperGroup):
@@ -64,6 +79,11 @@ class Command(typer.core.TyperCommand):
 
     def get_params(self, ctx: Any) -> list[Any]:
         return _prepared(super().get_params(ctx))
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Return what the usage shows: some versions of Typer add brackets to a metavar, others none."""
+        arguments = [one for one in self.get_params(ctx) if one.param_type_name == "argument"]
+        return ["[OPTIONS]", *map(_usage, arguments)]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the command line twice: Click does not keep the order of different options."""

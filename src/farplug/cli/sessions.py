@@ -172,7 +172,7 @@ def eject(
     drive: Annotated[
         str | None,
         typer.Argument(
-            metavar="[DRIVE]",
+            metavar="DRIVE",
             help="The drive (cdrom0, or the medium in it); by default the only one.",
             autocompletion=completion.drives,
             show_default=False,
@@ -207,7 +207,7 @@ def touch(
     key: Annotated[
         str | None,
         typer.Argument(
-            metavar="[KEY]",
+            metavar="KEY",
             help="The label or the id of a security key, as 'farplug status' shows it; by default the one that asks.",
             autocompletion=completion.devices,
             show_default=False,
@@ -244,7 +244,7 @@ def watch(session: SessionOption = None, json: JsonEventsOption = False, debug: 
 def stop(session: SessionOption = None, json: JsonEventsOption = False, debug: DebugOption = False) -> None:
     """End a session: take its devices out of the VM, and wait until the session has ended.
 
-    What the VM has written is kept; the command says if the VM may not have finished writing.
+    What the VM has written is kept; the command warns if the VM may not have finished writing.
     """
     from farplug.cli import output, session_verbs
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from textwrap import fill
 from typing import Annotated, Any, Final
 
 import typer
@@ -70,7 +71,9 @@ class Entry:
         return typer.main.get_command(app)
 
 
-_EXIT_CODES_HELP = "\n".join(["Exit codes", *(f"{code:>3}  {what}" for code, what in EXIT_CODES.items())])
+_EXIT_CODES_HELP = "\n".join(
+    ["Exit codes", *(fill(f"{code:>3}  {what}", 78, subsequent_indent=" " * 5) for code, what in EXIT_CODES.items())]
+)
 
 ENTRIES: Final = {
     "connect": Entry(
