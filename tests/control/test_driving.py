@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
+import threading
 import time
+from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -17,6 +19,7 @@ from farplug.app import client as client_module
 from farplug.app.events import Event
 from farplug.app.seat import MAX_HELD
 from farplug.errors import Reason, UsageError
+from farplug.keymap import layout as layout_module
 from farplug.spice.physical_keys import PHYSICAL_KEYS, physical_key
 
 
@@ -156,6 +159,29 @@ async def test_positions_are_limited_to_the_display(environment: dict[str, str])
             (114, "010000"),
         ]
         assert await code(client, "pointer", dx=1) == "bad-setting"
+
+
+async def test_long_texts_do_not_occupy_the_event_loop(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[int] = []
+    walk = layout_module.characters
+
+    def counted(text: str) -> Iterator[tuple[int, str]]:
+        threads.append(threading.get_ident())
+        return walk(text)
+
+    monkeypatch.setattr(layout_module, "characters", counted)
+    monkeypatch.setattr(client_module, "characters", counted)
+    async with console(environment) as one, RawClient.connect(one.server.path) as client:
+        await done(client, "check-text", text="z" * 5000, layout="us")
+        client.send(request(1, "type", text="z" * 5000))
+        await client.event("typing", total=5000)
+        await done(client, "stop-typing")
+        assert (await client.reply(1))["error"]["code"] == "interrupted"
+        assert await code(client, "type", text="z" * 5000 + "\u20ac") == "bad-key"
+    assert len(threads) >= 6
+    assert threading.get_ident() not in threads
 
 
 async def test_typing_is_reported_and_can_be_stopped(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import unicodedata
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -17,7 +18,7 @@ from tests.docs import ROOT
 from farplug.errors import Reason, UsageError
 from farplug.keymap import Key, Layout, Stroke, chord, find_layout, key_named, layouts_with, packaged_layouts, xkb
 from farplug.keymap import layout as layout_module
-from farplug.keymap.layout import MAX_TEXT, characters
+from farplug.keymap.layout import MAX_MARKS, MAX_TEXT, characters
 from farplug.keymap.table import ALTGR, MODIFIERS, SHIFT, read_table, write_table
 
 FOLDER = ROOT / "src/farplug/keymap/layouts"
@@ -130,6 +131,42 @@ def test_a_text_is_typed_or_refused(text: str) -> None:
             layout.type(text)
     else:
         assert len(layout.type(text)) == len(list(characters(text)))
+
+
+def _composed(text: str) -> list[tuple[int, str]]:
+    """Return the characters of a text without carriage returns, with any number of combining ones."""
+    found: list[tuple[int, str]] = []
+    start = 0
+    while start < len(text):
+        end = start + 1
+        while end < len(text) and unicodedata.combining(text[end]):
+            end += 1
+        found += [(start, character) for character in unicodedata.normalize("NFC", text[start:end])]
+        start = end
+    return found
+
+
+@given(st.text("aeoé한ㄱ\u0300\u0323\u0301\u1100\u1161\ud800", max_size=30))
+def test_characters_are_composed(text: str) -> None:
+    assert list(characters(text)) == _composed(text)
+
+
+def test_many_combining_characters_are_not_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []
+    normalize = unicodedata.normalize
+
+    def counted(form: Literal["NFC"], text: str) -> str:
+        lengths.append(len(text))
+        return normalize(form, text)
+
+    monkeypatch.setattr(unicodedata, "normalize", counted)
+    text = "e\u0301" + "a" + "\u0300\u0323" * 50_000  # NFC would sort them: minutes for 1 Mi
+    found = list(characters(text))
+    assert found[0] == (0, "é")
+    assert max(lengths) == MAX_MARKS + 1
+    assert len(found) > 90_000
+    with pytest.raises(UsageError, match="no key for"):
+        find_layout("us").type(text)
 
 
 def test_names_of_keys() -> None:

@@ -66,7 +66,9 @@ def test_numbers_that_json_does_not_have(value: str) -> None:
 
 
 def test_text_that_is_too_long_as_ascii() -> None:
-    call = FrameReceiver().receive_text(
+    receiver = FrameReceiver()
+    receiver.max_text = MAX_TEXT
+    call = receiver.receive_text(
         json.dumps({"id": 1, "method": "x", "params": {"a": "ä" * 400_000}}, ensure_ascii=False)
     )
     assert call is not None

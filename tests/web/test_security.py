@@ -283,7 +283,17 @@ async def test_a_websocket_at_another_path(served: Served) -> None:
         assert caught.value.response.status_code in (403, 404)
 
 
-@pytest.mark.parametrize("token", [None, "", "x", 3, ["x"], "x" * 100_000])
+async def test_a_long_frame_before_the_token(served: Served) -> None:
+    nested = "[" * 500 + "]" * 500
+    async with served.websocket() as browser:
+        await browser.send("hello", {**HELLO, "token": served.page.tokens.full, "x": [nested] * 20})
+        assert await browser.closed() == 4400
+    async with served.browser() as browser:  # with it, they are requests
+        refused = await browser.refused("command", {"method": "status"})
+        assert await browser.refused("command", {"method": "status", "x": [nested] * 20}) == refused
+
+
+@pytest.mark.parametrize("token", [None, "", "x", 3, ["x"], "x" * 10_000])
 async def test_a_wrong_token(served: Served, token: object) -> None:
     async with served.websocket() as browser:
         await browser.send("hello", {**HELLO, "token": token})

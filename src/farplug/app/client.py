@@ -33,6 +33,7 @@ from farplug.keymap.layout import characters
 from farplug.spice.inputs import Button
 from farplug.spice.physical_keys import physical_key
 from farplug.text import printable, shown
+from farplug.threads import off_loop
 from farplug.usb.types import Buffer
 
 if TYPE_CHECKING:
@@ -237,7 +238,7 @@ class AppClient:
     async def _type(self, command: commands.TypeText) -> Any:
         guest = self._app.guest(command.guest)
         self._check_may_type(guest)
-        task = asyncio.ensure_future(self._app.do(command, self.name, _Progress(self.outlet, guest, command.text)))
+        task = asyncio.ensure_future(self._typed(guest, command))
         self._typing[task] = guest
         try:
             await asyncio.wait([task])
@@ -247,6 +248,10 @@ class AppClient:
         finally:
             task.cancel()  # if this call was cancelled
             del self._typing[task]
+
+    async def _typed(self, guest: Guest, command: commands.TypeText) -> Any:
+        total = await off_loop(lambda text: sum(1 for _ in characters(text)), command.text)
+        return await self._app.do(command, self.name, _Progress(self.outlet, guest, total))
 
     async def _stop_typing(self, command: commands.StopTyping) -> None:
         self._interrupt(None)
@@ -357,10 +362,10 @@ class AppClient:
 class _Progress:
     """Reports to a client how much of a text was typed, at most once in TYPING_INTERVAL, and when all was."""
 
-    def __init__(self, outlet: Outlet, guest: Guest, text: str) -> None:
+    def __init__(self, outlet: Outlet, guest: Guest, total: int) -> None:
         self._outlet = outlet
         self._guest = guest
-        self._done, self._total = 0, sum(1 for _ in characters(text))
+        self._done, self._total = 0, total
         self._next_at = 0.0
 
     def __call__(self, done: int) -> None:

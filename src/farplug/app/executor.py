@@ -111,7 +111,7 @@ class Executor:
         return {"lines": [*text.lines], "columns": text.columns, "unknown": text.unknown}
 
     async def _type(self, command: commands.TypeText, client: str, progress: Progress) -> Any:
-        check_text(command.text, command.layout, secret=command.hidden)
+        await asyncio.to_thread(check_text, command.text, command.layout, secret=command.hidden)
         guest, has_begun, part = self._app.guest(command.guest), False, ", or a part"
 
         def begin() -> None:
@@ -172,7 +172,7 @@ class Executor:
         }
 
     async def _check_text(self, command: commands.CheckText) -> Any:
-        missing = find_layout(command.layout).missing(command.text)
+        missing = await asyncio.to_thread(find_layout(command.layout).missing, command.text)
         return {
             "missing": [{"index": one.index, "char": one.character, "layouts": list(one.layouts)} for one in missing]
         }

@@ -17,6 +17,7 @@ from farplug.spice.console import read_console
 from farplug.spice.framebuffer import MAX_SIDE
 from farplug.spice.inputs import MAX_STEP, Button, Locks, MouseMode
 from farplug.spice.keys import chord_codes, key_code, stroke, text_strokes
+from farplug.threads import off_loop
 from farplug.transport.session import Session
 
 if TYPE_CHECKING:
@@ -338,7 +339,8 @@ class Inputs:
             TargetError: the VM has no inputs.
             GuestGoneError: the VM is gone.
         """
-        strokes = text_strokes(text, find_layout(layout))
+        found = find_layout(layout)
+        strokes = await off_loop(lambda text: text_strokes(text, found), text)
         inputs = self._inputs()
         async with inputs.used(), self._text:
             locks = await self._locks(inputs)

@@ -19,6 +19,7 @@ from farplug.errors import DeviceError, FarplugError, GuestGoneError, Reason, Re
 from farplug.keymap import chord, find_layout
 from farplug.keymap.layout import DEFAULT
 from farplug.spice.inputs import Button
+from farplug.threads import off_loop
 from farplug.virtual.device import VirtualDevice
 from farplug.virtual.endpoints import Detached
 from farplug.virtual.hid import Button as UsbButton
@@ -207,7 +208,7 @@ class Typing:
             TargetError: the guest does not use the keyboard, or has no inputs that SPICE reaches.
             GuestGoneError: the guest is gone.
         """
-        total = len(find_layout(layout).type(text))  # before anything is plugged in
+        total = len(await off_loop(find_layout(layout).type, text))  # before anything is plugged in
         self.layout = layout
         async with self._devices.use(Keyboard, Source.keyboard(), via) as keyboard:
             begin()

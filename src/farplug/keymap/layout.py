@@ -23,9 +23,17 @@ from farplug.text import shown
 DEFAULT: Final = "us"
 MAX_TEXT: Final = 1 << 20
 """Characters of a text that is typed: more than an hour."""
+MAX_MARKS: Final = 30
+"""Combining characters that are composed with the one before them: further ones are characters of their own.
+
+NFC sorts them, which takes a time that grows with the square of their number: minutes for 1 Mi. No text of a language
+has more (Unicode Standard Annex #15, Stream-Safe Text Format).
+"""
 MAX_MISSING: Final = 1000
 """Characters that a layout lacks and that :meth:`Layout.missing` returns of one text."""
 
+_FIRST_MARK: Final = "\u0300"
+"""The first combining character. Each one before it is in the form NFC."""
 _FOLDER: Final = "layouts"
 _NAME: Final = re.compile("[a-z0-9_]{1,32}(-[A-Za-z0-9_-]{1,32})?", re.ASCII)
 
@@ -167,10 +175,15 @@ def characters(text: str) -> Iterator[tuple[int, str]]:
             end += text[end : end + 1] == "\n"
             yield index, "\n"
         else:
-            while end < len(text) and unicodedata.combining(text[end]):
+            while end < len(text) and text[end] >= _FIRST_MARK and unicodedata.combining(text[end]):
                 end += 1
-            for character in unicodedata.normalize("NFC", text[index:end]):
-                yield index, character
+                if end - index > MAX_MARKS:
+                    break
+            if end == index + 1 and text[index] < _FIRST_MARK:
+                yield index, text[index]
+            else:
+                for character in unicodedata.normalize("NFC", text[index:end]):
+                    yield index, character
         index = end
 
 

@@ -17,6 +17,8 @@ from farplug.text import printable, shown
 
 MAX_TEXT: Final = MAX_LINE
 """Bytes of a text frame, in both directions."""
+MAX_HELLO: Final = 16 << 10
+"""Bytes of the first text frame, of a peer that may have no token: JSON of 1 MiB takes 0.1 s to parse."""
 MAX_BINARY: Final = 1 << 20
 """Bytes of a binary frame of a browser."""
 MAX_BINARY_OF_SESSION: Final = 4 << 20
@@ -63,10 +65,12 @@ class FrameReceiver:
     """Pairs the frames of a browser. A receiver that raised an error cannot be used further.
 
     Attributes:
+        max_text: bytes of a text frame.
         waiting: a binary frame must follow.
     """
 
     def __init__(self) -> None:
+        self.max_text = MAX_HELLO
         self.waiting = False
         self._expected = 0
         self._call: Call | None = None
@@ -80,8 +84,8 @@ class FrameReceiver:
         if self._call is not None:
             raise RemoteProtocolError(f"a text frame came in place of a binary frame of {self._expected} bytes")
         size = len(text.encode("utf-8", "surrogatepass"))
-        if size > MAX_TEXT:
-            raise RemoteProtocolError(f"a text frame has more than {MAX_TEXT} bytes")
+        if size > self.max_text:
+            raise RemoteProtocolError(f"a text frame has more than {self.max_text} bytes")
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:

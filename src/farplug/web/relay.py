@@ -21,7 +21,7 @@ from farplug.web.board import INTERVAL, Board
 from farplug.web.files import NoFiles, WebRoot
 from farplug.web.line import ScreenLine
 from farplug.web.link import SessionLink
-from farplug.web.messages import Call, FrameReceiver, event_text, failure_text, reply_text
+from farplug.web.messages import MAX_TEXT, Call, FrameReceiver, event_text, failure_text, reply_text
 from farplug.web.security import Role, Tokens
 from farplug.web.uploads import SCHEME, Uploads
 
@@ -198,6 +198,7 @@ class Relay:
             await self._close(TOO_MANY, error)
             return False
         self._role = role
+        self._frames.max_text = MAX_TEXT
         encodings = params.get("encodings")
         if isinstance(encodings, list) and DEFLATE in encodings:
             self._line = ScreenLine()

@@ -14,6 +14,7 @@ from typing import Final, TypeAlias
 from farplug.errors import Reason, TargetError
 from farplug.keymap import Key, Stroke, find_layout
 from farplug.keymap.layout import DEFAULT
+from farplug.threads import off_loop
 from farplug.usb.types import Speed
 from farplug.virtual.async_function import Setting, interrupt_out
 from farplug.virtual.endpoints import Detached
@@ -205,7 +206,7 @@ class Keyboard(HidFunction):
             Detached: the guest has not configured the device, or resets or unplugs it.
             ValueError: more than four keys are pressed, besides modifiers.
         """
-        characters = find_layout(layout).type(text)
+        characters = await off_loop(find_layout(layout).type, text)
         if not characters:
             return True
         if sum(not key.modifier for key in self._pressed) > MAX_KEYS - 2:
