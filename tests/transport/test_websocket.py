@@ -7,15 +7,16 @@ import base64
 import hashlib
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import pytest
+from websockets.client import ClientProtocol
 from websockets.uri import parse_uri
 
 from farplug.errors import FarplugError
 from farplug.transport import websocket
 from farplug.transport.connection import HIGH_WATER, RECEIVE_BUFFER
-from farplug.transport.websocket import WebSocket
+from farplug.transport.websocket import NotWebSocket, Refused, WebSocket
 
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 
@@ -113,6 +114,23 @@ async def test_small_frames_are_parsed_in_many_turns(when: str, pauses: bool) ->
         assert not listener.lost
 
 
+async def test_what_came_before_the_end_of_the_connection_is_delivered() -> None:
+    frames, data = _frames(20_000)  # one read
+    async with _connected() as (stream, server):
+        listener = _Listener()
+        stream.start(listener)
+        await asyncio.get_running_loop().sock_sendall(server, frames)
+        while not listener.data:
+            await asyncio.sleep(0)
+        assert len(listener.data) < len(data)
+        stream._connection.connection_lost(None)  # as TLS does although reading is paused
+        assert not listener.lost
+        while not listener.lost:
+            await asyncio.sleep(0)
+        assert listener.data == data
+        assert listener.lost == ["closed the connection"]
+
+
 @pytest.mark.parametrize(
     "frame",
     [b"\x8a\x00", b"\x82\x00", b"\x02\x00" + b"\x00\x00" * 30 + b"\x80\x00"],
@@ -143,6 +161,49 @@ async def test_frames_without_bytes_do_not_occupy_a_turn(frame: bytes, monkeypat
         assert sum(turns) >= len(flood) // 2
         # A turn of the test is one of the event loop, in which a read and a rest may both be parsed.
         assert max(turns) <= 2 * (websocket.TURN_FRAMES + websocket.PARSE_AT_ONCE // 2)
+
+
+@pytest.mark.parametrize(
+    ("size", "error"), [(1000, Refused), (websocket.MAX_ANSWER // 6 + 1, NotWebSocket)], ids=["short", "long"]
+)
+async def test_a_refusal_in_chunks_of_one_byte(
+    size: int, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns: list[int] = []
+    pieces: list[int] = []
+    receive = ClientProtocol.receive_data
+
+    def counted(self: ClientProtocol, data: bytes | bytearray) -> None:
+        pieces.append(len(data))
+        receive(self, data)
+
+    monkeypatch.setattr(ClientProtocol, "receive_data", counted)
+    loop = asyncio.get_running_loop()
+    ours, server = socket.socketpair()
+    with server:
+        for sock in (ours, server):
+            sock.setblocking(False)
+        stream = WebSocket(parse_uri("ws://host/path"), "binary", [])
+        connecting = asyncio.ensure_future(stream.connect(ours, tls=None, server_hostname="host", timeout=20))
+        assert await loop.sock_recv(server, 65536)
+        answer = b"HTTP/1.1 500 No\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * size + b"0\r\n\r\n"
+
+        async def send() -> None:
+            with suppress(OSError):  # the client closes the connection
+                await loop.sock_sendall(server, answer)
+
+        sending = asyncio.ensure_future(send())
+        while not connecting.done():
+            await asyncio.sleep(0)
+            turns.append(sum(pieces))
+            pieces.clear()
+        with pytest.raises(error) as caught:
+            await connecting
+        await sending
+    if isinstance(caught.value, Refused):
+        assert (caught.value.status, caught.value.body) == (500, b"x" * size)
+    assert max(turns) <= 2 * websocket.PARSE_AT_ONCE
+    assert sum(turns) <= websocket.MAX_ANSWER
 
 
 async def test_only_the_newest_of_many_pings_is_answered_while_the_server_reads_nothing() -> None:

@@ -25,6 +25,8 @@ from farplug.usb.types import Buffer
 
 MAX_FRAME: Final = 1 << 20
 """The largest payload of one frame that we accept, in bytes. A message may have any number of frames."""
+MAX_ANSWER: Final = 256 << 10
+"""Bytes of the answer to the handshake: headers, and the reason of a refusal, which may come in chunks of one byte."""
 PARSE_AT_ONCE: Final = 4 << 10
 """Bytes that are parsed between two looks at the number of frames, which have 2 bytes at least."""
 TURN_FRAMES: Final = 1024
@@ -49,7 +51,7 @@ class Refused(Exception):
 
     Attributes:
         status: the HTTP status.
-        body: of the answer; at most 1 MiB.
+        body: of the answer, which has at most MAX_ANSWER bytes in all.
     """
 
     def __init__(self, status: int, body: bytes) -> None:
@@ -106,10 +108,14 @@ class WebSocket:
         """What is not delivered yet: before :meth:`start` the rest of at most one read, which pauses reading."""
         self._unparsed = memoryview(b"")
         """The rest of a read. Reading is paused, so that the connection keeps it."""
+        self._answer_size = 0
+        """Bytes of the answer to the handshake that were parsed."""
         self._parsing: asyncio.Handle | None = None
         """Parses the rest in the next turn."""
         self._reading_paused = False
         """The listener, or the time before :meth:`start`, needs no bytes."""
+        self._ended: tuple[Exception | None] | None = None
+        """How the connection has ended before the rest was parsed; None: it has not."""
         self._pong: Buffer | None = None
         """The answer to the last ping, which waits until the output is written."""
         self._fault: FarplugError | str | None = None
@@ -211,6 +217,13 @@ class WebSocket:
         self._parsing = None
         frames = 0
         while self._unparsed and frames < TURN_FRAMES:
+            if not self._answered.done():
+                frames = TURN_FRAMES  # the chunks of an answer are not counted
+                self._answer_size += min(len(self._unparsed), PARSE_AT_ONCE)
+                if self._answer_size > MAX_ANSWER:
+                    self._unparsed = memoryview(b"")
+                    self._fail(NotWebSocket(f"its answer is longer than {MAX_ANSWER} bytes"))
+                    return
             piece, self._unparsed = self._unparsed[:PARSE_AT_ONCE], self._unparsed[PARSE_AT_ONCE:]
             self._protocol.receive_data(piece)  # type: ignore[arg-type]  # it only appends them to a bytearray
             frames += self._process()
@@ -235,8 +248,13 @@ class WebSocket:
 
     def _parse_rest(self) -> None:
         self._parsing = None
-        if not self._reading_paused and self._connection.is_open:
+        ended = self._ended
+        if not self._reading_paused and (self._connection.is_open or ended):
             self._connection.deliver(self._unparsed)  # an exception aborts the connection
+        if ended and (self._reading_paused or not self._unparsed):
+            self._unparsed = memoryview(b"")
+            self._lost(*ended)
+        else:
             self._read_on()
 
     def _process(self) -> int:
@@ -278,6 +296,9 @@ class WebSocket:
             self._listener.resume_writing()
 
     def _lost(self, error: Exception | None) -> None:
+        if self._unparsed and self._parsing is not None and not self._closing and self._fault is None:
+            self._ended = (error,)  # _parse_rest() goes on
+            return
         if self._pinging is not None:
             self._pinging.cancel()
         if self._parsing is not None:
