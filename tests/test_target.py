@@ -88,6 +88,8 @@ def test_targets_print_as_they_are_written() -> None:
         ("vm:99999", "write it as spice://host:port"),
         ("http://vm", "write it as"),
         ("spice://", "it has no host"),
+        ("spice:///x", "it has no host"),
+        ("spice:vm:5900", "write it as spice://host:port"),
         ("spice://vm", "it has no port"),
         ("spice://:5900", "it has no host"),
         ("spice://vm:0", "a port is a number from 1 to 65535"),

@@ -263,6 +263,8 @@ def _shown(text: str) -> str:
 
 
 def _spice(text: str, *, tls: bool) -> SpiceTarget:
+    if "://" not in text:
+        raise _bad(text, f"write it as {text.partition(':')[0]}://host:port")
     # The password may contain "@", "/" and "#", too: it is removed before the rest is parsed as a URL.
     authority, _, query = text.partition("://")[2].partition("?")
     user, at, address = authority.rpartition("@")
@@ -314,6 +316,8 @@ def _host_and_port(text: str, address: str, *, port_required: bool) -> tuple[str
     if re.search(r"[\x00-\x20\x7f]", address):
         raise _bad(text, "it contains a space or a control character")
     authority, _, path = address.partition("/")
+    if path and not authority:
+        raise _bad(text, "it has no host")
     if path or re.search(r"[?#]", authority):
         raise _bad(text, "nothing may follow the port")
     try:

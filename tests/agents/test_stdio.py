@@ -86,7 +86,7 @@ def test_the_session_of_a_target_ends_with_the_server(environment: dict[str, str
     assert run.returncode == 0
     (reply,) = map(json.loads, run.stdout.splitlines())
     assert reply["result"]["instructions"]
-    assert f"connected to {target} as the session testvm, which ends with the server" in run.stderr
+    assert f"note: connected to {target} as the session testvm, which ends with the server\n" in run.stderr
     assert "the session testvm has ended" in run.stderr
 
 

@@ -22,7 +22,7 @@ from farplug.app.settings import Source
 from farplug.errors import DeviceError, FarplugError, PortError, Reason, TargetError, UsageError
 from farplug.target import open_session, parse_target
 from farplug.virtual import Detached
-from farplug.virtual.hid import Keyboard, Mouse, ReportsLost
+from farplug.virtual.hid import Keyboard, Mouse, ReportsLost, Tablet
 
 
 class Reading:
@@ -219,6 +219,11 @@ async def test_a_guest_that_never_reads(monkeypatch: pytest.MonkeyPatch) -> None
         with pytest.raises(TargetError, match="did not use the USB keyboard within") as caught:
             await session.app.do(TypeText("x", via=Via.USB))
         assert caught.value.reason is Reason.TIMED_OUT
+        assert caught.value.remedy.endswith("a VM that is paused uses none")
+        with pytest.raises(TargetError, match="did not use the USB tablet within") as caught:
+            async with session.guest.typing._devices.use(Tablet, Source.tablet(), Via.USB):
+                pass
+        assert caught.value.remedy.endswith("a VM that is paused uses none, a text console no pointer")
         with pytest.raises(TargetError, match="did not use"):  # there are no inputs that SPICE reaches
             await session.app.do(Press("a"))
 

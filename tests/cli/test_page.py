@@ -100,7 +100,7 @@ def test_a_session_of_a_target_ends_with_the_page(cli: Cli) -> None:
         assert printed["view_url"] not in (None, printed["url"])
         assert json.loads(cli("ls", "--json").out)[0]["name"] == printed["session"] == "testvm"
         err = end(process)
-        assert f"connected to {target} as the session testvm, which ends with the page" in err
+        assert f"note: connected to {target} as the session testvm, which ends with the page\n" in err
         assert "the session testvm has ended" in err
         assert json.loads(cli("ls", "--json").out) == []
 

@@ -507,6 +507,7 @@ def test_completion(cli: Cli, session: Session, tmp_path: Path) -> None:
     wait_for(lambda: complete(tmp_path, "detach", "-s", "web1", "") == ["a.raw", "cdrom0", "all"])
     wait_for(lambda: complete(tmp_path, "insert", "") == ["cdrom0"])
     assert complete(tmp_path, "detach", "-s", "none", "") == ["all"]
+    assert complete(tmp_path, "type", "x", "--layout", "de") == ["de", "de-nodeadkeys"]
 
 
 def test_completion_does_not_wait_for_a_session(tmp_path: Path) -> None:

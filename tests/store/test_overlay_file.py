@@ -186,6 +186,16 @@ def test_files_that_are_not_a_snapshot(base: Path, path: Path, tmp_path: Path, m
     ]
     for case, reason in cases:
         assert refused_reason(base, case) is reason
+    (tmp_path / "begun").write_bytes(bytes(8192))
+    for name, remedy in (
+        ("image.raw", "name the file of a snapshot, or a new file"),
+        ("begun", "name another file, or remove this one if its content is not needed"),
+        ("", "name a file for the snapshot"),
+        ("pipe", "name a file for the snapshot"),
+    ):
+        with pytest.raises(ImageError) as caught:
+            overlay.info(tmp_path / name)
+        assert caught.value.remedy == remedy
     assert content(tmp_path / "image.raw") == CONTENT
     monkeypatch.setenv("TMPDIR", str(tmp_path / "missing"))
     with pytest.raises(ImageError, match="missing cannot be opened") as caught:

@@ -159,7 +159,7 @@ class _Devices:
                 f"the VM did not use the USB {source.name} within {READ_TIMEOUT:g} s",
                 reason=Reason.TIMED_OUT,
                 remedy=f"plug a {source.name} in before the VM starts: firmware looks for it then only; a VM that is "
-                "paused uses none",
+                f"paused uses none{'' if kind is Keyboard else ', a text console no pointer'}",
             ) from None
         raise GuestGoneError(f"the {source.name} was unplugged before the VM used it")
 

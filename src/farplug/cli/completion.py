@@ -1,4 +1,4 @@
-"""Words that the shell completes: names of sessions, of their devices and drives. Nothing here raises or waits long."""
+"""Words that the shell completes: names of sessions, of their devices and drives, of layouts. Nothing here raises."""
 
 from __future__ import annotations
 
@@ -32,6 +32,13 @@ def drives(context: typer.Context, incomplete: str) -> list[str]:
     """Return the labels of the CD-ROM drives in a session; the shell completes paths itself."""
     labels = _quietly(lambda: [unit for unit in _labels(_snapshot(context)) if unit.startswith("cdrom")])
     return [label for label in dict.fromkeys(labels) if label.startswith(incomplete)]
+
+
+def layouts(incomplete: str) -> list[str]:
+    """Return the names of the keyboard layouts that farplug has."""
+    from farplug.keymap.layout import packaged_layouts
+
+    return _quietly(lambda: [name for name in packaged_layouts() if name.startswith(incomplete)])
 
 
 def _quietly(find: Callable[[], list[str]]) -> list[str]:

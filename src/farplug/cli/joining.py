@@ -26,7 +26,7 @@ def own_session(target: TargetSettings, purpose: str, *, debug: bool) -> Iterato
     """
     settings = GuestSettings(target, stay=True, reconnect=ReconnectSettings())
     name = background.start(background.Request(settings, debug=debug)).name
-    log.say(f"farplug: connected to {target.public_target} as the session {name}, which ends with {purpose}")
+    log.say(f"note: connected to {target.public_target} as the session {name}, which ends with {purpose}")
     try:
         yield name
     finally:

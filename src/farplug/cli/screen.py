@@ -15,6 +15,7 @@ import typer
 
 from farplug.app.commands import ButtonName, Click, Command, Press, Screenshot, TypeText, Via
 from farplug.app.settings import TargetSettings
+from farplug.cli import completion
 from farplug.cli.options import (
     PASSWORD_HELP,
     SESSION_VARIABLE,
@@ -50,6 +51,7 @@ LayoutOption = Annotated[
         "--layout",
         metavar="NAME",
         help="The keyboard layout that the VM uses: us, de, fr, ... or with a variant us-intl.",
+        autocompletion=completion.layouts,
     ),
 ]
 DisplayOption = Annotated[

@@ -151,7 +151,7 @@ async def _attach_console(session: str | None, devices: Devices) -> None:
             replace(source, path=terminal.end) if source.uses_stdio else source for source in devices.absolute().sources
         ]
         attached = await _attach(session, {**encode(replace(devices, sources=tuple(sources))), "wait": True}, shown)
-        log.say("the serial line is connected to this terminal; Ctrl-] leaves, and takes it out of the VM")
+        log.say("note: the serial line is connected to this terminal; Ctrl-] leaves, and takes it out of the VM")
         await terminal.relay()
         async with open_session(session) as client:
             for one in attached["attachments"]:

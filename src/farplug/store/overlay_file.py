@@ -339,12 +339,18 @@ def _open(path: Path, flags: int = 0) -> Image:
         raise unsupported_error(path)
     try:
         image = Image(path, os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | flags, 0o600))
+    except IsADirectoryError as error:
+        raise _not_a_file_error(path) from error
     except (OSError, ValueError) as error:
         raise image_error(path, error, read_only=False) from error
     if not stat.S_ISREG(os.fstat(image.fd).st_mode):
         image.close()
-        raise ImageError(f"{path} is not a file", reason=Reason.NOT_A_FILE, remedy="name a file for the snapshot")
+        raise _not_a_file_error(path)
     return image
+
+
+def _not_a_file_error(path: Path) -> ImageError:
+    return ImageError(f"{path} is not a file", reason=Reason.NOT_A_FILE, remedy="name a file for the snapshot")
 
 
 def _lock(image: Image) -> None:

@@ -86,11 +86,11 @@ class Header:
             ImageError: WRONG_FORMAT or DAMAGED.
         """
         if not data.startswith(MAGIC):
-            raise ImageError(
-                f"{path} is not a snapshot, or its creation was interrupted",
-                reason=Reason.WRONG_FORMAT,
-                remedy="name another file, or remove this one if its content is not needed",
-            )
+            what, remedy = "is not a snapshot", "name the file of a snapshot, or a new file"
+            if not any(data):  # the header is written last
+                what += ", or its creation was interrupted"
+                remedy = "name another file, or remove this one if its content is not needed"
+            raise ImageError(f"{path} {what}", reason=Reason.WRONG_FORMAT, remedy=remedy)
         if len(data) < HEADER_SIZE or _crc(data) != int.from_bytes(data[_CRC_OFFSET : _CRC_OFFSET + 4], "little"):
             raise damaged_error(path, "its header does not match its checksum")
         _, version, _, identity, size, block_size, cluster_size, mtime_ns, digest, length = _HEADER.unpack_from(data)
