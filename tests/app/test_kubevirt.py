@@ -40,7 +40,7 @@ async def test_a_port_is_opened_when_a_device_needs_it(home: Kubeconfig) -> None
             assert fake.used == [*range(count)]
         with pytest.raises(PortError, match="all of its 4 ports are taken") as fifth:
             await session.app.do(Attach((sources[4],)))
-        assert "KubeVirt gives a VM 4 USB ports" in fifth.value.remedy
+        assert "KubeVirt gives each 4 USB ports" in fifth.value.remedy
         await session.app.do(Detach("b.raw"))
         await session.app.do(Attach((sources[4],)))
         assert fake.used == [0, 1, 2, 3], "a port stays open"

@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from tests.cli.support import Cli, in_thread
 
 from farplug.app.commands import TypeText
 from farplug.cli import screen_verbs
+from farplug.control.names import folder
 
 pytestmark = pytest.mark.usefixtures("quick_start")
 
@@ -109,6 +111,27 @@ def test_a_target_in_place_of_a_session(
     assert cli("press", "a", "--via", "spice").code == 0
     assert cli("click", "1", "1", target, "--via", "spice").code != 2, "the argument comes before the environment"
     assert keys(machine) == ["1e9e"]
+
+
+def test_arguments_in_another_order(cli: Cli, target: str) -> None:
+    for command, order in (("screenshot", "FILE"), ("type", "TEXT"), ("press", "KEYS")):
+        result = cli(command, target, "secret")
+        assert (result.code, result.out) == (2, "")
+        assert result.err == f"farplug: TARGET is the last argument\n  write it as: farplug {command} {order} TARGET\n"
+    assert "'vm' is not a valid target" in cli("press", "a", "vm").err
+
+
+def test_a_session_in_place_of_a_target(cli: Cli) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        folder(create=True)
+        path = folder() / "web1.sock"
+        listener.bind(str(path))
+        try:
+            result = cli("press", "a", "web1")
+        finally:
+            path.unlink()
+    assert (result.code, result.out) == (2, "")
+    assert result.err == "farplug: web1 is a running session, not a TARGET\n  name it with an option: -s web1\n"
 
 
 @pytest.mark.parametrize("command", [("status",), ("stop",), ("detach", "all"), ("insert", "x.iso"), ("capture", "x")])

@@ -114,6 +114,8 @@ def test_a_capture(cli: Cli, session: Session, image: Path, tmp_path: Path, monk
     assert cli("attach", "--usb-disk", image).code == 0
     result = cli("capture", "--stop")
     assert (result.code, lines(result)) == (0, [f"the capture to {path} has ended"])
+    result = cli("capture", "--stop")
+    assert (result.code, lines(result), result.err) == (0, ["no capture runs"], "")
     assert path.read_bytes()[:4] == b"\x0a\x0d\x0d\x0a"
     result = cli("capture", "/no/folder/trace.pcapng", "--capture-bytes", 64, "--json")
     assert (result.code, json.loads(result.out.splitlines()[-1])["reason"]) == (2, "not-found")
@@ -229,6 +231,7 @@ def test_more_devices_than_ports(cli: Cli, session: Session, tmp_path: Path) -> 
     assert cli("attach", "--usb-disk", blank(tmp_path / "a"), "--usb-disk", blank(tmp_path / "b")).code == 0
     result = cli("attach", "--usb-disk", blank(tmp_path / "c"))
     assert (result.code, "no free port" in result.err) == (7, True)
+    assert "\n  take a device out, or " in result.err
     assert session.devices == {"a": "in use", "b": "in use"}
 
 

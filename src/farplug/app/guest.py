@@ -693,7 +693,7 @@ class Guest:
         return PortError(
             f"the VM has no free port for {device}: {ports} {taken}",
             reason=Reason.NO_FREE_PORT,
-            remedy=session.no_port_remedy,
+            remedy=f"take a device out, or {session.no_port_remedy}",
         )
 
     # All that settings ask for ------------------------------------------------------------------------------------

@@ -396,14 +396,22 @@ class TargetOptions:
 
 def is_target(text: str) -> bool:
     """Return whether a text is a target, not the name of a session. A running session with this name comes first."""
+    return not is_session(text) and (has_form_of_target(text) or os.path.isfile(text))
+
+
+def is_session(text: str) -> bool:
+    """Return whether a text is the name of a session that may run."""
     from farplug.control.names import socket_path
 
     try:
-        if socket_path(text).exists():
-            return False
+        return socket_path(text).exists()
     except FarplugError:
-        pass  # it is not a name
-    return "://" in text or text.startswith("unix:") or text.endswith(".vv") or os.path.isfile(text)
+        return False  # it is not a name
+
+
+def has_form_of_target(text: str) -> bool:
+    """Return whether a text can only be a target, or the name of a .vv file."""
+    return "://" in text or text.startswith("unix:") or text.endswith(".vv")
 
 
 def target_of(session: str | None, access: TargetOptions, needed: str) -> TargetSettings | None:

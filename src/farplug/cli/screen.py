@@ -22,6 +22,8 @@ from farplug.cli.options import (
     DebugOption,
     OptionalTargetArgument,
     TargetOptions,
+    has_form_of_target,
+    is_session,
     target_of,
     with_fields,
 )
@@ -90,7 +92,31 @@ class Place:
                 reason=Reason.BAD_OPTION,
                 remedy="name the session, which serves the VM already, or the target of a VM without one",
             )
+        if not has_form_of_target(self.target):
+            self._check_order(context)
         return self.access.settings(self.target)
+
+    def _check_order(self, context: typer.Context) -> None:
+        """Check that TARGET is neither a session nor what comes before it, which no message quotes.
+
+        Raises:
+            UsageError: it is.
+        """
+        target = self.target or ""
+        if is_session(target):
+            raise UsageError(
+                f"{target} is a running session, not a TARGET",
+                reason=Reason.BAD_OPTION,
+                remedy=f"name it with an option: -s {target}",
+            )
+        arguments = [one for one in context.command.params if one.param_type_name == "argument"]
+        if has_form_of_target(str(context.params.get(arguments[0].name or ""))):
+            order = " ".join(str(one.metavar) for one in arguments)
+            raise UsageError(
+                "TARGET is the last argument",
+                reason=Reason.BAD_OPTION,
+                remedy=f"write it as: {context.command_path} {order}",
+            )
 
 
 def _with_place(command: Callable[..., None]) -> Callable[..., None]:

@@ -117,7 +117,12 @@ def capture(session: str | None, method: str, params: Mapping[str, Any], *, as_j
             log.say(f"farplug: warning: {printable(event.message)}")
         only(event)
 
-    run(_call(session, method, params, show))
+    try:
+        run(_call(session, method, params, show))
+    except FarplugError as error:
+        if method != "stop-capture" or error.reason is not Reason.NOT_FOUND:
+            raise
+        _inform(shown, error.message)
 
 
 def watch(session: str | None, *, as_json: bool) -> None:

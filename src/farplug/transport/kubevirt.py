@@ -142,7 +142,7 @@ class KubevirtSession(Session):
     reached = True
     shares_ports = True
     no_screen_remedy = "KubeVirt shows the screen of a VM over VNC: run virtctl vnc"
-    no_port_remedy = f"KubeVirt gives a VM {PORTS} USB ports for clients, which all its clients share"
+    no_port_remedy = f"use another VM: KubeVirt gives each {PORTS} USB ports, which all its clients share"
 
     def __init__(self, target: KubevirtTarget, access: Access, timeouts: Timeouts, wire: CurrentWire) -> None:
         self.target = target

@@ -334,7 +334,7 @@ class UsbipSession(Session):
     ports: tuple[UsbipPort, ...]
     exclusive = False
     reached = True
-    no_port_remedy = f"serve at most {PORTS} devices with one server"
+    no_port_remedy = f"start another server: one has at most {PORTS} devices"
 
     def __init__(self, server: socket.socket, address: TcpAddress, note: Note, wire: CurrentWire) -> None:
         self.address = address
