@@ -196,6 +196,18 @@ def test_nothing_scrolls_sideways(fake: FakePage, opened: Opened, label: str) ->
         assert page.locator(hint).evaluate("node => node.scrollWidth - node.clientWidth") <= 0, "the hint is cut off"
 
 
+@pytest.mark.parametrize("size", [(320, 640), (390, 844), (800, 600)])
+def test_the_tabs_of_the_dialog_are_not_cut_off(fake: FakePage, opened: Opened, size: tuple[int, int]) -> None:
+    page = opened(fake, size)
+    page.locator(".socket .act").last.click()
+    tabs = page.get_by_role("dialog").get_by_role("tab")
+    expect(tabs).to_have_count(5)
+    for tab in tabs.all():
+        box = tab.bounding_box()
+        assert box is not None
+        assert 0 <= box["x"] <= box["x"] + box["width"] <= size[0]
+
+
 def test_the_board_has_no_fault(opened: Opened) -> None:
     with FakePage(session=None) as fake:
         fake.rows = ROWS
