@@ -173,6 +173,28 @@ async def test_a_device_that_is_plugged_just_when_the_vm_is_back_takes_no_port_o
         assert {**before, "b": (attachment.id, 1)} == session.places
 
 
+async def test_devices_that_were_lost_at_one_port_come_back_at_two(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first was lost a moment before the other, which took its port."""
+    async with vm(3) as one, running(one.target) as session:
+        await session.named("ready")
+        for name in ("a.raw", "b.raw"):
+            await session.app.do(Attach((Source.disk(files / name),)))
+        first, second = session.guest.attachments
+
+        def meet(guest: Guest) -> None:
+            second.port = first.port
+            is_back(guest)
+
+        is_back = Guest.is_back
+        monkeypatch.setattr(Guest, "is_back", meet)
+        await lose(one)
+        await session.named("back")
+        await session.in_use()
+        assert session.places == {"a.raw": (first.id, 0), "b.raw": (second.id, 1)}
+
+
 async def test_images_stay_open_and_locked_while_the_vm_is_lost(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "DELAYS", (1000.0,))
     async with vm(2) as one, running(one.target, Source.disk(files / "a.raw")) as session:

@@ -315,21 +315,36 @@ class Guest:
     def is_back(self) -> None:
         """Plug the devices in again, in the order and into the ports that they had. The link calls this."""
         lost = sorted(self._lost(), key=lambda attachment: attachment.port.number)
+        ports = self._ports_again(lost)
         places: list[Place] = []
         calls = []
         for attachment in lost:
-            number = attachment.port.number
-            if number >= len(self._link.ports):
+            port = ports.get(attachment)
+            if port is None:
                 error = self._no_free_port(str(attachment.device.identity))
                 self.skipped(error)
                 attachment.give_up(error)
                 continue
-            attachment.begin_again(self._link.ports[number])
+            attachment.begin_again(port)
             self._publish_attaching(attachment)
-            place = Place(number)
+            place = Place(port.number)
             calls.append(self._plug_again(attachment, place, tuple(places)))
             places.append(place)
         self._returning = asyncio.gather(*calls, return_exceptions=True)
+        self._returning.add_done_callback(retrieve)
+
+    def _ports_again(self, lost: Sequence[Attachment]) -> dict[Attachment, GuestPort]:
+        """Return the ports of devices that come back.
+
+        A device gets another free port if another one has taken its own since it was lost, or if the VM has it no more.
+        """
+        free = {port.number: port for port in self._link.ports if not port.in_use}
+        found = {}
+        for attachment in lost:
+            if (port := free.pop(attachment.port.number, None)) is not None:
+                found[attachment] = port
+        others = (port for port in self._ports_not_kept() if port.number in free)
+        return found | dict(zip((one for one in lost if one not in found), others, strict=False))
 
     def _lost(self) -> list[Attachment]:
         return [attachment for attachment in self.attachments if attachment.state is AttachmentState.LOST]
