@@ -121,17 +121,28 @@ def test_arguments_in_another_order(cli: Cli, target: str) -> None:
     assert "'vm' is not a valid target" in cli("press", "a", "vm").err
 
 
-def test_a_session_in_place_of_a_target(cli: Cli) -> None:
+@pytest.mark.parametrize(
+    ("command", "remedy"),
+    [
+        (("press", "a"), "name it with an option: -s web1"),
+        *(
+            (one, "use a command for sessions, such as: farplug attach -s web1 or farplug status -s web1")
+            for one in (("connect",), ("doctor",))
+        ),
+    ],
+    ids=str,
+)
+def test_a_session_in_place_of_a_target(cli: Cli, command: tuple[str, ...], remedy: str) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         folder(create=True)
         path = folder() / "web1.sock"
         listener.bind(str(path))
         try:
-            result = cli("press", "a", "web1")
+            result = cli(*command, "web1")
         finally:
             path.unlink()
     assert (result.code, result.out) == (2, "")
-    assert result.err == "farplug: web1 is a running session, not a TARGET\n  name it with an option: -s web1\n"
+    assert result.err == f"farplug: web1 is a running session, not a TARGET\n  {remedy}\n"
 
 
 @pytest.mark.parametrize("command", [("status",), ("stop",), ("detach", "all"), ("insert", "x.iso"), ("capture", "x")])

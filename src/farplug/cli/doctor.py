@@ -65,13 +65,15 @@ def doctor(
     debug: DebugOption = False,
 ) -> None:
     """Check this machine for missing software, and show how to install it. Check the connection to TARGET."""
+    settings = None if target is None else access.settings(target)
+    if settings is not None:
+        settings.parse(keep_file=True)  # before all checks, which would hide the error
     report = _JsonReport() if json else _Report()
     if install_udev_rule:
         _install_udev_rule(report)
     broken = _check_machine(report, all)
     paused = False
-    if target is not None:
-        settings = access.settings(target)
+    if settings is not None:
         report.section("target", "the target")
         paused = asyncio.run(_check_target(report, settings))
     if broken:

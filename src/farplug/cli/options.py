@@ -352,7 +352,7 @@ class TargetOptions:
         """Return the options as settings. A password in the environment is used only if there is no other one.
 
         Raises:
-            UsageError: the password cannot be read, or there is no target, or there are two.
+            UsageError: the password cannot be read, there is no target, or two, or the target is a running session.
         """
         from farplug.app.settings import TargetSettings
 
@@ -361,6 +361,12 @@ class TargetOptions:
                 "TARGET and --target-command contradict each other" if command else "Missing argument 'TARGET'",
                 reason=Reason.BAD_OPTION,
                 remedy=f"name one of them; TARGET is {TARGET_FORMS}",
+            )
+        if target is not None and not has_form_of_target(target) and is_session(target):
+            raise UsageError(
+                f"{target} is a running session, not a TARGET",
+                reason=Reason.BAD_OPTION,
+                remedy=f"use a command for sessions, such as: farplug attach -s {target} or farplug status -s {target}",
             )
         password = None
         if self.ask_password:
