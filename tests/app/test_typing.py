@@ -187,11 +187,10 @@ async def test_an_uncertain_text(monkeypatch: pytest.MonkeyPatch, error: Excepti
         with pytest.raises(DeviceError, match=f"{certain} of 5 characters are certain") as caught:
             await session.app.do(TypeText("hello"))
         assert caught.value.reason is Reason.UNCONFIRMED
-        assert session.events[-1].message == "a client typed 5 characters, or a part"
-        count = len(session.events)
         with pytest.raises(UsageError):
             await session.app.do(TypeText("\N{SNOWMAN}"))
-        assert len(session.events) == count
+        typed = [event.message for event in session.events if " typed " in event.message]
+        assert typed == ["a client typed 5 characters, or a part"]
 
 
 async def test_a_keyboard_is_plugged_in_again_once_a_port_is_free(
