@@ -20,6 +20,7 @@ from farplug.keymap import find_layout, packaged_layouts
 from farplug.spice.inputs import Button
 from farplug.store.remote import open_remote_iso
 from farplug.text import printable, shown
+from farplug.threads import off_loop
 from farplug.virtual.cdrom import CdromDrive
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ class Executor:
         return {"lines": [*text.lines], "columns": text.columns, "unknown": text.unknown}
 
     async def _type(self, command: commands.TypeText, client: str, progress: Progress) -> Any:
-        await asyncio.to_thread(check_text, command.text, command.layout, secret=command.hidden)
+        await off_loop(lambda text: check_text(text, command.layout, secret=command.hidden), command.text)
         guest, has_begun, part = self._app.guest(command.guest), False, ", or a part"
 
         def begin() -> None:
@@ -172,7 +173,7 @@ class Executor:
         }
 
     async def _check_text(self, command: commands.CheckText) -> Any:
-        missing = await asyncio.to_thread(find_layout(command.layout).missing, command.text)
+        missing = await off_loop(find_layout(command.layout).missing, command.text)
         return {
             "missing": [{"index": one.index, "char": one.character, "layouts": list(one.layouts)} for one in missing]
         }

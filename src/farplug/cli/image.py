@@ -79,8 +79,8 @@ def create(
     """Make a ready-to-use disk image: a partition table, a filesystem, and a copy of a folder.
 
     The image is RAW and sparse. FAT32, ext4 and ISO 9660 are made with programs of this machine; exFAT and NTFS (and \
-FAT32 with some names) in a throw-away VM, which needs QEMU. Only you can read an image of a \
-folder (mode 0600).
+FAT32 with some names) in a throw-away VM, which needs QEMU. Only you can read an image of a folder \
+(mode 0600).
     """
     from farplug.cli.output import size as format_size
     from farplug.image import create_image, create_iso

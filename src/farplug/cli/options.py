@@ -362,11 +362,9 @@ class TargetOptions:
                 reason=Reason.BAD_OPTION,
                 remedy=f"name one of them; TARGET is {TARGET_FORMS}",
             )
-        if target is not None and not has_form_of_target(target) and is_session(target):
-            raise UsageError(
-                f"{target} is a running session, not a TARGET",
-                reason=Reason.BAD_OPTION,
-                remedy=f"use a command for sessions, such as: farplug attach -s {target} or farplug status -s {target}",
+        if target is not None:
+            check_no_session(
+                target, f"use a command for sessions, such as: farplug attach -s {target} or farplug status -s {target}"
             )
         password = None
         if self.ask_password:
@@ -413,6 +411,12 @@ def is_session(text: str) -> bool:
         return socket_path(text).exists()
     except FarplugError:
         return False  # it is not a name
+
+
+def check_no_session(target: str, remedy: str) -> None:
+    """Raise ``UsageError`` with this remedy if a running session is named in place of a target."""
+    if not has_form_of_target(target) and is_session(target):
+        raise UsageError(f"{target} is a running session, not a TARGET", reason=Reason.BAD_OPTION, remedy=remedy)
 
 
 def has_form_of_target(text: str) -> bool:

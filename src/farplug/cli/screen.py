@@ -22,8 +22,8 @@ from farplug.cli.options import (
     DebugOption,
     OptionalTargetArgument,
     TargetOptions,
+    check_no_session,
     has_form_of_target,
-    is_session,
     target_of,
     with_fields,
 )
@@ -103,12 +103,7 @@ class Place:
             UsageError: it is.
         """
         target = self.target or ""
-        if is_session(target):
-            raise UsageError(
-                f"{target} is a running session, not a TARGET",
-                reason=Reason.BAD_OPTION,
-                remedy=f"name it with an option: -s {target}",
-            )
+        check_no_session(target, f"name it with an option: -s {target}")
         arguments = [one for one in context.command.params if one.param_type_name == "argument"]
         if has_form_of_target(str(context.params.get(arguments[0].name or ""))):
             order = " ".join(str(one.metavar) for one in arguments)
