@@ -6,8 +6,8 @@ import asyncio
 import base64
 import hashlib
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 
 import pytest
 from websockets.client import ClientProtocol
@@ -50,14 +50,21 @@ class _Listener:
         self.lost.append(what)
 
 
-@asynccontextmanager
-async def _connected(early: bytes = b"") -> AsyncIterator[tuple[WebSocket, socket.socket]]:
-    """A websocket, and the server's socket; what is early comes together with the answer to the handshake."""
-    loop = asyncio.get_running_loop()
+@contextmanager
+def _sockets() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Our socket, which a websocket closes, and the server's."""
     ours, server = socket.socketpair()
     with server:
         for sock in (ours, server):
             sock.setblocking(False)
+        yield ours, server
+
+
+@asynccontextmanager
+async def _connected(early: bytes = b"") -> AsyncIterator[tuple[WebSocket, socket.socket]]:
+    """A websocket, and the server's socket; what is early comes together with the answer to the handshake."""
+    loop = asyncio.get_running_loop()
+    with _sockets() as (ours, server):
         stream = WebSocket(parse_uri("ws://host/path"), "binary", [])
 
         async def answer() -> None:
@@ -179,10 +186,7 @@ async def test_a_refusal_in_chunks_of_one_byte(
 
     monkeypatch.setattr(ClientProtocol, "receive_data", counted)
     loop = asyncio.get_running_loop()
-    ours, server = socket.socketpair()
-    with server:
-        for sock in (ours, server):
-            sock.setblocking(False)
+    with _sockets() as (ours, server):
         stream = WebSocket(parse_uri("ws://host/path"), "binary", [])
         connecting = asyncio.ensure_future(stream.connect(ours, tls=None, server_hostname="host", timeout=20))
         assert await loop.sock_recv(server, 65536)
