@@ -102,28 +102,26 @@ async def test_a_screenshot(served: Served) -> None:
         assert [path.name for path in served.page.private.iterdir()] == []
 
 
-async def test_browsers_that_do_not_take_their_pictures(
+async def test_a_browser_that_does_not_take_its_picture(
     environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their pictures have a bound, and a time: others get theirs afterwards."""
+    """Pictures that are sent have a bound, and a time: another browser gets its own afterwards."""
     png = os.urandom(16 << 20)  # more than the buffers of the sockets have
-    monkeypatch.setattr(server, "MAX_PICTURE_BYTES", 2 * len(png))
+    monkeypatch.setattr(server, "MAX_PICTURE_BYTES", len(png))
     monkeypatch.setattr(server, "SEND_TIMEOUT", 5.0)
     async with Served.serve(environment) as served, fake_session(served.folder, pictured(png)):
         path, token = "/screenshot.png?session=web1", served.page.tokens.full
-        slow = [await asyncio.open_connection("127.0.0.1", served.port, limit=1 << 12) for _ in range(2)]
-        for reader, writer in slow:
-            writer.write(served.request("GET", path, token=token))
-            assert await reader.readline() == b"HTTP/1.1 200 OK\r\n"
+        reader, writer = await asyncio.open_connection("127.0.0.1", served.port, limit=1 << 12)
+        writer.write(served.request("GET", path, token=token))
+        assert await reader.readline() == b"HTTP/1.1 200 OK\r\n"
         answer = await served.http("GET", path, token=token)
         assert (answer.status, answer.json["error"]["code"]) == (503, "busy")
         while (answer := await served.http("GET", path, token=token)).status == 503:
             await asyncio.sleep(0.05)
         assert (answer.status, answer.body, answer.headers["content-length"]) == (200, png, str(len(png)))
-        for reader, writer in slow:
-            with suppress(ConnectionResetError):
-                assert len(await reader.read()) < len(png)
-            writer.close()
+        with suppress(ConnectionResetError):
+            assert len(await reader.read()) < len(png)
+        writer.close()
 
 
 @pytest.mark.parametrize(
@@ -179,6 +177,19 @@ async def test_a_session_that_writes_no_picture(served: Served, monkeypatch: pyt
     async with fake_session(served.folder, silent):
         answer = await served.http("GET", "/screenshot.png?session=web1", token=served.page.tokens.full)
         assert (answer.status, answer.json["error"]["code"]) == (504, "timed-out")
+
+
+async def test_a_session_that_hangs_delays_no_picture_of_another(served: Served) -> None:
+    async def silent(session: FakeSession, message: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        pass
+
+    png, token = picture(640, 400), served.page.tokens.full
+    async with fake_session(served.folder, silent) as hanging, fake_session(served.folder, pictured(png), "web2"):
+        waiting = asyncio.create_task(served.http("GET", "/screenshot.png?session=web1", token=token))
+        await hanging.until(lambda: hanging.methods == ["screenshot"])
+        answer = await served.http("GET", "/screenshot.png?session=web2", token=token)
+        assert (answer.status, answer.body, waiting.done()) == (200, png, False)
+        waiting.cancel()
 
 
 async def test_the_board_shows_changes(

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, Final
+from weakref import WeakValueDictionary
 
 from farplug.control.client import Client
 from farplug.control.names import list_sessions, socket_path
@@ -54,7 +55,8 @@ class Board:
         self._found = -MAX_AGE
         self._looking = asyncio.Lock()
         self._pictures: OrderedDict[tuple[str, int], tuple[float, bytes]] = OrderedDict()
-        self._picturing = asyncio.Lock()
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._decoding = asyncio.Lock()
 
     async def rows(self) -> list[dict[str, Any]]:
         """Return an object for each session, as ``farplug ls --json`` prints it, with ``thumbnail``: it has a picture.
@@ -103,11 +105,12 @@ class Board:
         if not self.watched[self.check(name)]:
             raise UsageError(f"no browser watches the screen of {shown(name)}", reason=Reason.NO_SESSION)
         key = (name, display)
-        async with self._picturing:
+        async with self._turn(name):
             kept = self._pictures.get(key)
             if kept is None or time.monotonic() - kept[0] > INTERVAL:
                 picture = await self._screenshot(name, display)
-                kept = time.monotonic(), await asyncio.to_thread(_small, picture)
+                async with self._decoding:  # one at a time: its pixels take more memory than the file
+                    kept = time.monotonic(), await asyncio.to_thread(_small, picture)
                 self._pictures[key] = kept
                 self._pictures.move_to_end(key)
                 while len(self._pictures) > MAX_PICTURES:
@@ -121,8 +124,12 @@ class Board:
             FarplugError: the session does not run, or cannot write it.
         """
         self.check(name)
-        async with self._picturing:
+        async with self._turn(name):
             return await self._screenshot(name, display)
+
+    def _turn(self, name: str) -> asyncio.Lock:
+        """Return the lock of a session: it is asked for one picture at a time, and delays no other session's."""
+        return self._turns.setdefault(name, asyncio.Lock())
 
     async def _screenshot(self, name: str, display: int) -> bytes:
         path = self._folder / f"{token_hex(8)}.png"
