@@ -77,6 +77,17 @@ def test_without_a_terminal_a_signal_leaves_with_a_warning(cli: Cli, image: Path
     assert lines.index(LEAVING) == lines.index("detaching; press Ctrl-C again to quit immediately") - 1
 
 
+def test_before_the_vm_has_a_device_there_is_nothing_to_detach(image: Path) -> None:
+    command = [*COMMAND, "tcp-listen://127.0.0.1:0", "--usb-disk", str(image)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert "waiting for QEMU to connect" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        shown = [line[9:] for line in process.stdout.read().splitlines()]
+    assert process.returncode == 130
+    assert "leaving; press Ctrl-C again to quit immediately" in shown
+
+
 def test_json(cli: Cli, image: Path) -> None:
     with in_thread(WritingGuest(WRITE).listening) as target:
         result = cli("connect", target, "--usb-disk", image, "--json")
@@ -204,7 +215,7 @@ async def test_a_flush_ends_a_warning_and_further_writes_begin_another(
         assert interrupted() == [(["a", "b"], False)]
         units["a"].unflushed.wrote()
         assert run._work.cancelling() == 0
-        assert interrupted() == ["detaching"], "more of the same writes change nothing"
+        assert interrupted() == ["leaving"], "more of the same writes change nothing"
         assert run._work.cancelling() == 1
         await asyncio.wait([run._work])
 
@@ -214,7 +225,7 @@ async def test_sigterm_does_not_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     async with opened(blank(tmp_path / "a")) as (run, output, units):
         units["a"].unflushed.wrote()
         run._interrupt(signal.SIGTERM)
-        assert output.shown == [(["a"], True), "detaching"]
+        assert output.shown == [(["a"], True), "leaving"]
 
 
 def test_several_disks() -> None:

@@ -30,7 +30,7 @@ def test_help(cli: Cli) -> None:
         assert (result.code, result.err) == (0, "")
         for word in ("connect", "devices", "doctor", "demo", "image"):
             assert word in result.out
-        assert "'farplug connect --help' ends with the exit codes" in result.out
+        assert "'farplug connect --help' explains TARGET, and ends with the exit codes" in result.out
     shown = cli("connect", "--help").out
     codes = " ".join(shown.partition("Exit codes")[2].split())
     for code, what in EXIT_CODES.items():
@@ -215,7 +215,7 @@ def complete(tmp_path: Path, *words: str) -> list[str]:
 
 
 def test_completion(tmp_path: Path) -> None:
-    assert complete(tmp_path, "d") == ["devices", "detach", "doctor", "demo", "device"]
+    assert complete(tmp_path, "d") == ["demo", "doctor", "devices", "detach", "device"]
     assert complete(tmp_path, "connect", "vm.vv", "--usb-d") == ["--usb-disk", "--usb-disk-ro", "--usb-device"]
     assert complete(tmp_path, "connect", "vm.vv", "--cache", "write") == ["writeback", "writethrough"]
     assert complete(tmp_path, "connect", "vm.vv", "--usb-disk", "x") == [], "files: bash does that by itself"

@@ -37,6 +37,13 @@ def test_the_help_knows_no_other_commands() -> None:
     assert ROOT.get_command(None, "nothing") is None
 
 
+def test_the_help_lists_commands_by_what_they_are_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        ROOT(["--help"])
+    titles = re.findall("╭─ (.+?) ─", capsys.readouterr().out)
+    assert titles == ["Options", *dict.fromkeys(entry.panel for entry in ENTRIES.values())]
+
+
 MAIN = (
     "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr));"
     "from farplug.cli.script import main; main()"

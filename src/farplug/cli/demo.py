@@ -42,7 +42,7 @@ def demo(
         ),
     ] = None,
 ) -> None:
-    """Demo: boot a small VM, plug in an image, read and write a file; then show the VM in the browser.
+    """Boot a small VM, plug in an image, read and write a file; then show the VM in the browser.
 
     Needs QEMU and a few small programs, and downloads a kernel the first time. Leaves nothing behind.
     """

@@ -292,15 +292,15 @@ AllowPlainOption: TypeAlias = Annotated[
         rich_help_panel=CONNECTION,
     ),
 ]
-DebugOption: TypeAlias = Annotated[
-    bool,
-    typer.Option(
-        "--debug",
-        callback=log.debug,
-        help="Log the traffic on standard error, one line per packet.",
-        rich_help_panel=OUTPUT,
-    ),
-]
+
+
+def debug_option(panel: str | None = None) -> Any:
+    """Return the option ``--debug``, which the help lists under the title of a panel."""
+    text = "Log the traffic on standard error, one line per packet."
+    return typer.Option("--debug", callback=log.debug, help=text, rich_help_panel=panel)
+
+
+DebugOption: TypeAlias = Annotated[bool, debug_option(OUTPUT)]
 
 PASSWORD_HELP = (
     f"Passwords: --password-file, --ask-password, {PASSWORD_VARIABLE} in the environment and .vv files keep the SPICE "

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 from farplug.app.app import App
+from farplug.app.attachment import AttachmentState
 from farplug.app.events import Event, Level
 from farplug.app.link import AskPassword
 from farplug.app.settings import GuestSettings
@@ -199,7 +200,7 @@ class _Session:
             self._leave()
             if unwarned:
                 self._warn(list(unwarned), leaving=True)
-            self._guest.note("detaching: another command ends the session")
+            self._guest.note(f"{self._farewell()}: another command ends the session")
 
     async def _refresh(self) -> None:
         while True:
@@ -246,7 +247,12 @@ class _Session:
         self._leave()
         if unwarned:
             self._warn(list(unwarned), leaving=True)
-        self._guest.note("detaching; press Ctrl-C again to quit immediately")
+        self._guest.note(f"{self._farewell()}; press Ctrl-C again to quit immediately")
+
+    def _farewell(self) -> str:
+        """Return what is done before the end: nothing is detached if the VM has no device yet."""
+        there = (AttachmentState.ATTACHED, AttachmentState.CONFIGURED)
+        return "detaching" if any(one.state in there for one in self._guest.attachments) else "leaving"
 
     def _warn(self, disks: list[str], *, leaving: bool) -> None:
         level = Level.BAD if leaving else Level.PROGRESS

@@ -12,7 +12,7 @@ import typer
 import typer.core
 import typer.main
 
-from farplug.cli.options import Command, DebugOption, Group, RunCommand
+from farplug.cli.options import Command, Group, RunCommand, debug_option
 from farplug.exit_codes import ExitCode
 from farplug.version import __version__
 
@@ -41,11 +41,20 @@ EXIT_CODES: Final = {
 }
 
 
+FIRST_STEPS: Final = "First steps"
+CONNECTING: Final = "Plug devices in"
+SESSIONS: Final = "Running sessions"
+SCREEN: Final = "Screen, keyboard and shell of a VM"
+TOOLS: Final = "Images, and devices of this machine"
+"""Titles of panels in the help, in its order."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """A command, or a group of commands.
 
     Attributes:
+        panel: the title under which the help lists it.
         module: where it is, in this package.
         name: its function or its group there.
         summary: the first paragraph of its help.
@@ -53,6 +62,7 @@ class Entry:
         epilog: the end of its help.
     """
 
+    panel: str
     module: str
     name: str
     summary: str
@@ -76,93 +86,126 @@ _EXIT_CODES_HELP = "\n".join(
 )
 
 ENTRIES: Final = {
+    "demo": Entry(
+        FIRST_STEPS,
+        "demo",
+        "demo",
+        "Boot a small VM, plug in an image, read and write a file; then show the VM in the browser.",
+    ),
+    "doctor": Entry(
+        FIRST_STEPS,
+        "doctor",
+        "doctor",
+        "Check this machine for missing software, and show how to install it. Check the connection to TARGET.",
+    ),
+    "devices": Entry(
+        FIRST_STEPS,
+        "devices",
+        "devices",
+        "List USB devices and check images; show why one cannot be used and how to fix it.",
+    ),
     "connect": Entry(
+        CONNECTING,
         "connect",
         "connect",
         "Plug devices into the VM at TARGET, and keep them there until Ctrl-C.",
         epilog=_EXIT_CODES_HELP,
     ),
-    "serve": Entry("serve", "serve", "Offer devices to USB/IP clients, until Ctrl-C."),
-    "devices": Entry(
-        "devices", "devices", "List USB devices and check images; show why one cannot be used and how to fix it."
+    "serve": Entry(CONNECTING, "serve", "serve", "Offer devices to USB/IP clients, until Ctrl-C."),
+    "usbredirect": Entry(
+        CONNECTING,
+        "usbredirect",
+        "usbredirect",
+        "Plug one device into a usbredir socket, with the command line of usbredirect.",
     ),
-    "ls": Entry("sessions", "ls", "List the running sessions."),
+    "ls": Entry(SESSIONS, "sessions", "ls", "List the running sessions."),
     "status": Entry(
-        "sessions", "status", "Show a session: its VM, its ports with what is in them, its devices with their figures."
+        SESSIONS,
+        "sessions",
+        "status",
+        "Show a session: its VM, its ports with what is in them, its devices with their figures.",
     ),
-    "attach": Entry("sessions", "attach", "Plug devices into the VM of a running session."),
+    "watch": Entry(
+        SESSIONS, "sessions", "watch", "Show a session, then everything that happens in it, until it ends or Ctrl-C."
+    ),
+    "attach": Entry(SESSIONS, "sessions", "attach", "Plug devices into the VM of a running session."),
     "detach": Entry(
+        SESSIONS,
         "sessions",
         "detach",
         "Take devices out of the VM of a running session, as one pulls a USB stick: unmount a disk in the VM first.",
     ),
     "insert": Entry(
+        SESSIONS,
         "sessions",
         "insert",
         "Insert an ISO image into a CD-ROM drive of a running session, in place of the one that is there.",
     ),
-    "eject": Entry("sessions", "eject", "Eject the medium of a CD-ROM drive of a running session."),
+    "eject": Entry(SESSIONS, "sessions", "eject", "Eject the medium of a CD-ROM drive of a running session."),
+    "touch": Entry(
+        SESSIONS,
+        "sessions",
+        "touch",
+        "Touch a security key of a running session: allow what a program in the VM asks for.",
+    ),
+    "capture": Entry(
+        SESSIONS,
+        "capture",
+        "capture",
+        "Capture what moves between a running session's VM and its devices, for Wireshark.",
+    ),
     "reconnect": Entry(
+        SESSIONS,
         "sessions",
         "reconnect",
         "Connect a running session to its VM, which is lost, at once: without the delay before the next attempt.",
     ),
-    "touch": Entry(
-        "sessions", "touch", "Touch a security key of a running session: allow what a program in the VM asks for."
-    ),
-    "watch": Entry("sessions", "watch", "Show a session, then everything that happens in it, until it ends or Ctrl-C."),
     "stop": Entry(
-        "sessions", "stop", "End a session: take its devices out of the VM, and wait until the session has ended."
+        SESSIONS,
+        "sessions",
+        "stop",
+        "End a session: take its devices out of the VM, and wait until the session has ended.",
     ),
-    "capture": Entry(
-        "capture", "capture", "Capture what moves between a running session's VM and its devices, for Wireshark."
-    ),
-    "screenshot": Entry(
-        "screen", "screenshot", "Write the screen of a VM to a PNG file, in place of a PNG file that is there."
-    ),
-    "type": Entry(
-        "screen",
-        "type_text",
-        "Type a text in a VM, on a USB keyboard that is plugged in for it, and have the VM confirm it.",
-    ),
-    "press": Entry(
-        "screen",
-        "press",
-        "Press keys of a VM's keyboard: the names of X keysyms, in any case, and the characters of a US keyboard.",
-    ),
-    "click": Entry(
-        "screen",
-        "click",
-        "Click with the mouse of a VM at a position of its screen, or on a USB tablet that is plugged in for it.",
+    "page": Entry(
+        SCREEN, "page", "page", "Serve a page with the screen of a VM, its keyboard and mouse, and its USB sockets."
     ),
     "run": Entry(
+        SCREEN,
         "run_command",
         "run",
         "Run a command in a VM that has no network, no agent and no SSH server, with its input, output and exit code.",
         kind=RunCommand,
     ),
-    "page": Entry("page", "page", "Serve a page with the screen of a VM, its keyboard and mouse, and its USB sockets."),
+    "screenshot": Entry(
+        SCREEN, "screen", "screenshot", "Write the screen of a VM to a PNG file, in place of a PNG file that is there."
+    ),
+    "type": Entry(
+        SCREEN,
+        "screen",
+        "type_text",
+        "Type a text in a VM, on a USB keyboard that is plugged in for it, and have the VM confirm it.",
+    ),
+    "press": Entry(
+        SCREEN,
+        "screen",
+        "press",
+        "Press keys of a VM's keyboard: the names of X keysyms, in any case, and the characters of a US keyboard.",
+    ),
+    "click": Entry(
+        SCREEN,
+        "screen",
+        "click",
+        "Click with the mouse of a VM at a position of its screen, or on a USB tablet that is plugged in for it.",
+    ),
     "mcp": Entry(
+        SCREEN,
         "mcp",
         "mcp",
         "Let an agent use a VM: serve its screen, keyboard, mouse and USB sockets over MCP, on standard input and "
         "output.",
     ),
-    "usbredirect": Entry(
-        "usbredirect", "usbredirect", "Plug one device into a usbredir socket, with the command line of usbredirect."
-    ),
-    "doctor": Entry(
-        "doctor",
-        "doctor",
-        "Check this machine for missing software, and show how to install it. Check the connection to TARGET.",
-    ),
-    "demo": Entry(
-        "demo",
-        "demo",
-        "Demo: boot a small VM, plug in an image, read and write a file; then show the VM in the browser.",
-    ),
-    "image": Entry("image", "app", "Make disk images, and finish snapshots."),
-    "device": Entry("device", "app", "Make something of a USB device of this machine."),
+    "image": Entry(TOOLS, "image", "app", "Make disk images, and finish snapshots."),
+    "device": Entry(TOOLS, "device", "app", "Make something of a USB device of this machine."),
 }
 """The commands by their names, in the order of the help."""
 
@@ -198,7 +241,9 @@ class Root(Group):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Return a command that has the name and the summary only; None if there is no such command."""
         entry = ENTRIES.get(cmd_name)
-        return None if entry is None else typer.core.TyperCommand(cmd_name, help=entry.summary)
+        if entry is None:
+            return None
+        return typer.core.TyperCommand(cmd_name, help=entry.summary, rich_help_panel=entry.panel)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Import the command that is used."""
@@ -210,7 +255,7 @@ app = typer.Typer(
     name="farplug",
     cls=Root,
     help="Plug disk images, ISOs, folders and USB devices of this machine into a VM.",
-    epilog="'farplug connect --help' ends with the exit codes.",
+    epilog="'farplug connect --help' explains TARGET, and ends with the exit codes.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -224,7 +269,7 @@ def _version(value: bool) -> None:
 @app.callback(invoke_without_command=True)
 def _root(
     context: typer.Context,
-    debug: DebugOption = False,
+    debug: Annotated[bool, debug_option()] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
