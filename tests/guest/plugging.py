@@ -105,16 +105,17 @@ class Storage:
 
 
 class Port(IntEnum):
-    """The place of a port in LABORATORY and FUNCTIONS."""
+    """The place of a port in LABORATORY and FUNCTIONS; the last one is in LABORATORY only."""
 
     TCP = 0
     SPICE = 1
+    SLOW_TCP = 2
 
     def __str__(self) -> str:
-        return self.name.lower()
+        return self.name.lower().replace("_", "-")
 
 
-TCP, SPICE = Port
+TCP, SPICE, SLOW_TCP = Port
 
 STORAGE = {"bot": Storage(StorageTransport.BOT, "usb-storage"), "uas": Storage(StorageTransport.AUTO, "uas")}
 """Values of the parameter ``storage``."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image
-from tests.guest.plugging import FUNCTIONS, GUEST_TIMEOUT, Port, plugged
+from tests.guest.plugging import FUNCTIONS, GUEST_TIMEOUT, SPICE, TCP, Port, plugged
 from tests.long import LONG, every_value
 
 from farplug.testing import QemuGuest
@@ -71,7 +71,7 @@ async def read(guest: QemuGuest, device: str, width: int, height: int, encoding:
     return found
 
 
-@every_value(mode=CHOSEN, port=Port)
+@every_value(mode=CHOSEN, port=(TCP, SPICE))
 async def test_every_frame_is_whole_and_in_order(guests: Guests, mode: Mode, port: Port) -> None:
     guest = await guests.get(FUNCTIONS)
     camera = Camera(Pattern())

@@ -10,17 +10,28 @@ import asyncio
 import json
 import re
 import struct
-from enum import IntEnum
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.guest.plugging import GUEST_TIMEOUT, LABORATORY, STORAGE, disk_of, plugged, usb_folder, usb_node
+from tests.guest.plugging import (
+    GUEST_TIMEOUT,
+    LABORATORY,
+    SLOW_TCP,
+    SPICE,
+    STORAGE,
+    TCP,
+    Port,
+    disk_of,
+    plugged,
+    usb_folder,
+    usb_node,
+)
 from tests.guest.scripts import stress
 from tests.long import LONG, every_value
 
 from farplug.redirection import events
 from farplug.store import MemoryStore
-from farplug.testing import QemuGuest, SpicePort, TcpPort
+from farplug.testing import QemuGuest
 from farplug.usb import Speed
 from farplug.virtual import disk_device
 
@@ -28,20 +39,6 @@ if TYPE_CHECKING:
     from tests.guest.conftest import Guests
 
 SECONDS = 60 if LONG else 3
-
-
-class Port(IntEnum):
-    """The place of a port in LABORATORY."""
-
-    TCP = 0
-    SPICE = 1
-    SLOW_TCP = 2
-
-    def __str__(self) -> str:
-        return self.name.lower().replace("_", "-")
-
-
-assert [type(port) for port in LABORATORY.ports] == [TcpPort, SpicePort, TcpPort]
 
 DISKS = {"uas": ("uas", Speed.SUPER), "bot": ("bot", Speed.SUPER), "uas-high": ("uas", Speed.HIGH)}
 """The transport of a disk, and its speed: UAS at high speed has no streams."""
@@ -87,7 +84,7 @@ async def test_everything_at_once(guests: Guests, disk: str, port: Port) -> None
     await device.dispose()
 
 
-@pytest.mark.parametrize("port", [Port.TCP, Port.SPICE])
+@pytest.mark.parametrize("port", [TCP, SPICE], ids=str)
 async def test_usb_resets_in_the_middle(guests: Guests, port: Port) -> None:
     guest = await guests.get(LABORATORY)
     device = disk_device(numbered(), transport=STORAGE["uas"].transport)
@@ -112,7 +109,7 @@ async def test_qemu_that_collects_small_messages_is_not_waited_for(guests: Guest
     """It answers a command with several, and Nagle's algorithm holds them back until ours is acknowledged."""
     guest = await guests.get(LABORATORY)
     device = disk_device(numbered())
-    async with plugged(guest.targets[Port.SLOW_TCP], device):
+    async with plugged(guest.targets[SLOW_TCP], device):
         disk = await disk_of(guest, device)
         async with asyncio.timeout(GUEST_TIMEOUT):
             while True:  # until a moment in which nothing else runs here: who waits for it is always as slow
