@@ -346,6 +346,59 @@ async def test_a_server_that_sends_more_than_was_requested_is_left() -> None:
             await RemoteDevice.connect(where, "1-1")
 
 
+@pytest.mark.parametrize(("unlinks", "size", "count"), [(10, 1000, 10), (1000, 4000, 4)])
+async def test_a_server_that_answers_no_cancellation_is_left(
+    unlinks: int, size: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guest has the answers, and sends more: what waits for the server has a bound."""
+    monkeypatch.setattr(connection, "MAX_UNLINKS", unlinks)
+    monkeypatch.setattr(connection, "MAX_UNLINKED_BYTES", 16000)
+    ended = asyncio.Event()
+
+    async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readexactly(40)
+        writer.write(IMPORTED)
+        await ended.wait()
+
+    async with playing(play) as where:
+        imported = await UrbConnection.open(where, "1-1")
+        lost: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
+        imported.on_lost = lost.set_result
+        statuses: list[int] = []
+        for number in range(count + 1):
+            assert imported.is_open, number
+            imported.unlink(imported.submit(Submit(0, 0, 0x02, size, bytes(size)), lambda r: statuses.append(r.status)))
+        assert not imported.is_open
+        assert "does not answer when transfers are cancelled" in str(await lost)
+        assert statuses == [-Errno.ESHUTDOWN] * (count + 1)
+        await imported.close()
+        ended.set()
+
+
+async def test_answered_cancellations_count_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "MAX_UNLINKS", 1)
+    monkeypatch.setattr(connection, "MAX_UNLINKED_BYTES", 100)
+
+    async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readexactly(40)
+        writer.write(IMPORTED)
+        while True:
+            command, number = struct.unpack_from(">II", await reader.readexactly(48))
+            if command == 1:
+                await reader.readexactly(100)
+            else:
+                writer.write(struct.pack(">5Ii", 4, number, 0, 0, 0, -Errno.ECONNRESET).ljust(48, b"\0"))
+
+    async with playing(play) as where:
+        imported = await UrbConnection.open(where, "1-1")
+        for _ in range(5):
+            done: asyncio.Future[Submitted] = asyncio.get_running_loop().create_future()
+            imported.unlink(imported.submit(Submit(0, 0, 0x02, 100, bytes(100)), done.set_result))
+            assert (await done).status == -Errno.ECONNRESET
+        assert imported.is_open
+        await imported.close()
+
+
 @pytest.mark.parametrize(
     ("text", "address", "busid"),
     [

@@ -8,6 +8,7 @@ from typing import Final, TypeAlias
 
 from farplug.errors import DeviceError, FarplugError, Reason, RemoteProtocolError, TargetError
 from farplug.transport.connection import Connection, TcpAddress, Timeouts, dial, start
+from farplug.usb.share import MAX_MEMORY
 from farplug.usb.transfer import Status
 from farplug.usb.types import Setup
 from farplug.usbip.messages import (
@@ -29,6 +30,12 @@ IMPORT_TIMEOUT = 10.0
 
 CLOSE_TIMEOUT: Final = 1.0
 """Seconds until the event loop has closed a socket."""
+
+MAX_UNLINKS = 16384
+"""Unlink commands without a reply. A reset of the guest sends as many as it has requests, which are 4096 at most."""
+
+MAX_UNLINKED_BYTES = 2 * MAX_MEMORY
+"""Bytes to the device of these URBs, which the socket may not have taken yet. To the guest they have ended."""
 
 _STATUSES: Final = {
     0: Status.SUCCESS,
@@ -75,10 +82,11 @@ class UrbConnection:
         self._importing = ImportParser()
         self._imported: asyncio.Future[ExportedDevice | Refusal] = asyncio.get_running_loop().create_future()
         self._urbs: dict[int, tuple[Submit, Done]] = {}
-        self._unlinks: dict[int, int] = {}
-        """The URB of each unlink command without a reply."""
+        self._unlinks: dict[int, tuple[int, int]] = {}
+        """The URB of each unlink command without a reply, and its bytes to the device."""
         self._unlinked: set[int] = set()
         """These URBs."""
+        self._unlinked_bytes = 0
         self._replies = ReplyParser(self._pending)
         self._number = 0
         self._id = 0
@@ -141,12 +149,23 @@ class UrbConnection:
         return number
 
     def unlink(self, number: int) -> None:
-        """Cancel an URB; its ``done`` is called with the reply. One that has ended is ignored."""
-        if number in self._urbs and number not in self._unlinked:
-            command = self._next_number()
-            self._unlinks[command] = number
-            self._unlinked.add(number)
-            self._connection.write(Unlink(command, self._id, number).encode())
+        """Cancel an URB; its ``done`` is called with the reply. One that has ended is ignored.
+
+        The connection ends if the server leaves too many of these commands without a reply.
+        """
+        if number not in self._urbs or number in self._unlinked or not self._connection.is_open:
+            return
+        urb, _ = self._urbs[number]
+        size = 0 if urb.endpoint & 0x80 else urb.length
+        if len(self._unlinks) >= MAX_UNLINKS or self._unlinked_bytes + size > MAX_UNLINKED_BYTES:
+            self._violation = RemoteProtocolError("the USB/IP server does not answer when transfers are cancelled")
+            self._connection.abort()
+            return
+        command = self._next_number()
+        self._unlinks[command] = number, size
+        self._unlinked.add(number)
+        self._unlinked_bytes += size
+        self._connection.write(Unlink(command, self._id, number).encode())
 
     async def control(self, setup: Setup, data: bytes = b"") -> tuple[Status, bytes]:
         """Send a control transfer; return its status and the data that arrived."""
@@ -181,6 +200,7 @@ class UrbConnection:
         urbs, self._urbs = self._urbs, {}
         self._unlinks.clear()
         self._unlinked.clear()
+        self._unlinked_bytes = 0
         for number, (_, done) in urbs.items():
             done(Submitted(number, -Errno.ESHUTDOWN, 0))
 
@@ -211,10 +231,12 @@ class UrbConnection:
             _, done = self._urbs.pop(message.number)
             done(message)
             return
-        number = self._unlinks.pop(message.number, None)
-        if number is None:
+        unlinked = self._unlinks.pop(message.number, None)
+        if unlinked is None:
             return
+        number, size = unlinked
         self._unlinked.discard(number)
+        self._unlinked_bytes -= size
         if (found := self._urbs.pop(number, None)) is not None:
             found[1](Submitted(number, -Errno.ECONNRESET, 0))
 
