@@ -8,17 +8,23 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mcp import Client, StdioServerParameters
 from mcp.client.stdio import stdio_client
-from mcp_types import ImageContent, TextContent
+from mcp.shared.message import SessionMessage
+from mcp_types import INVALID_REQUEST, ImageContent, JSONRPCRequest, TextContent
 from tests.agents.support import console
 from tests.cli.sessions import vm
 from tests.cli.support import Cli
 from tests.control.test_screens import HEIGHT, WIDTH
 from tests.docs import ROOT
+
+from farplug.agents.stdio import MAX_REQUESTS, _Requests
+from farplug.cli.mcp_server import MAX_MESSAGE
 
 COMMAND = (sys.executable, "-c", "from farplug.cli.script import main; main()", "mcp")
 INITIALIZE = {
@@ -72,6 +78,92 @@ async def test_a_signal_ends_the_server_in_order(environment: dict[str, str], nu
         process.send_signal(number)
         out, err = await process.communicate()
         assert (process.returncode, out, err) == (0, b"", b"")
+
+
+async def test_requests_at_a_time_have_a_bound(environment: dict[str, str]) -> None:
+    async with console(environment) as one:
+        process = await asyncio.create_subprocess_exec(
+            *COMMAND,
+            one.server.path.stem,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            env={**os.environ, **environment},
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def send(method: str, params: Mapping[str, object], **id: object) -> None:
+            assert process.stdin is not None
+            process.stdin.write(
+                json.dumps({"jsonrpc": "2.0", "method": method, "params": params, **id}).encode() + b"\n"
+            )
+
+        async def answer(id: object) -> dict[str, Any]:
+            assert process.stdout is not None
+            reply: dict[str, Any] = json.loads(await process.stdout.readline())
+            assert reply["id"] == id
+            return reply
+
+        wait = {"name": "wait", "arguments": {"duration": 100}}
+        process.stdin.write(json.dumps(INITIALIZE).encode() + b"\n")
+        await answer(1)
+        for number in range(MAX_REQUESTS):
+            send("tools/call", wait, id=number)
+        send("ping", {}, id="more")
+        error = (await answer("more"))["error"]
+        assert error["code"] == INVALID_REQUEST
+        assert error["message"] == f"{MAX_REQUESTS} requests are pending: wait for their answers, or cancel some"
+        send("tools/call", wait, id=7)
+        assert (await answer(7))["error"]["message"] == "a request with this id is pending"
+        send("notifications/cancelled", {"requestId": 8})
+        send("ping", {}, id="more")
+        assert (await answer("more"))["result"] == {}
+        send("ping", {}, id="more")
+        assert (await answer("more"))["result"] == {}
+        process.stdin.close()
+        await process.communicate()
+        assert process.returncode == 0
+
+
+async def test_nothing_is_read_while_the_client_reads_no_answers() -> None:
+    class Full:
+        sending = asyncio.Event()
+
+        async def send(self, item: SessionMessage) -> None:
+            self.sending.set()
+            await asyncio.Event().wait()
+
+    read = 0
+
+    async def messages() -> AsyncIterator[SessionMessage]:
+        nonlocal read
+        while True:
+            read += 1
+            yield SessionMessage(JSONRPCRequest(jsonrpc="2.0", id=read, method="ping"))
+
+    async def follow() -> None:
+        async for _ in _Requests(messages(), full, set()):
+            pass
+
+    full = Full()
+    following = asyncio.ensure_future(follow())
+    await full.sending.wait()
+    assert read == MAX_REQUESTS + 1
+    following.cancel()
+
+
+def test_a_message_that_is_too_long_ends_the_server(environment: dict[str, str]) -> None:
+    with vm() as target:
+        lines = [json.dumps(INITIALIZE), '{"jsonrpc": "2.0", "method": "' + "x" * (MAX_MESSAGE + (1 << 20))]
+        run = subprocess.run(
+            [*COMMAND, target],
+            input="\n".join(lines),
+            capture_output=True,
+            text=True,
+            env={**os.environ, **environment},
+        )
+    assert run.returncode == 10
+    assert "farplug: the agent's program sent a message of more than 4 MiB\n" in run.stderr
 
 
 def test_the_session_of_a_target_ends_with_the_server(environment: dict[str, str]) -> None:

@@ -20,6 +20,7 @@ from farplug.agents.keys import physical_codes
 from farplug.agents.machine import Machine
 from farplug.agents.picture import Box, Picture
 from farplug.agents.policy import Policy
+from farplug.agents.stdio import bounded_stdio
 from farplug.errors import DeviceError, FarplugError, Reason, UsageError
 from farplug.text import MAX_SHOWN, printable, shown
 from farplug.version import __version__
@@ -135,6 +136,12 @@ class AgentServer(MCPServer[None]):
         tool = self._tool_manager.get_tool(name)
         assert tool is not None
         tool.parameters["additionalProperties"] = False
+
+    async def run_stdio_async(self) -> None:
+        """Serve a client on standard input and output until the input ends."""
+        server = self._lowlevel_server
+        async with bounded_stdio() as (reader, writer):
+            await server.run(reader, writer, server.create_initialization_options())
 
     async def call_tool(
         self, name: str, arguments: dict[str, Any], context: Context[None, Any] | None = None

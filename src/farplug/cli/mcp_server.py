@@ -6,9 +6,9 @@ import asyncio
 import logging
 import os
 import select
-from collections.abc import Callable
 from contextlib import suppress
 from threading import Thread
+from typing import Final
 
 from farplug.agents.audit import Audit
 from farplug.agents.machine import Machine
@@ -20,10 +20,12 @@ from farplug.cli.session import SIGNALS
 from farplug.cli.session_client import run as run_client
 from farplug.control.names import open_session, socket_path
 from farplug.descriptors import write_all
-from farplug.errors import Reason, Remedy, SetupError
+from farplug.errors import Reason, Remedy, RemoteProtocolError, SetupError
 
 CLIENT_NAME = "an agent (MCP)"
 """The name of this client, for people who watch."""
+MAX_MESSAGE: Final = 4 << 20
+"""Bytes of a line, which is a message. The longest text of a tool has 65,536 characters."""
 _PIECE = 1 << 16
 
 
@@ -80,35 +82,53 @@ async def _serve(options: ServerOptions, name: str | None, policy: Policy, audit
 
     async with open_session(name) as client:
         name = client.hello.session  # it runs, and is the only one if it was not named
-    end_input = _endable_input()
+    source = _Input()
     loop = asyncio.get_running_loop()
     for number in SIGNALS:
         with suppress(NotImplementedError):  # on Windows
-            loop.add_signal_handler(number, end_input)
+            loop.add_signal_handler(number, source.end)
     server = AgentServer(Machine(socket_path(name), CLIENT_NAME, options.display), policy, audit)
     await server.run_stdio_async()
+    if source.too_long:
+        raise RemoteProtocolError(
+            f"the agent's program sent a message of more than {MAX_MESSAGE >> 20} MiB",
+            remedy="start the server again; send large files with usb_attach, as a folder or a disk",
+        )
 
 
-def _endable_input() -> Callable[[], None]:
-    """Put a pipe in the place of standard input, and return a function that ends it: a read cannot be interrupted."""
-    source = os.dup(0)
-    reader, writer = os.pipe()
-    os.dup2(reader, 0)
-    os.close(reader)
-    wake_reader, wake_writer = os.pipe()
+class _Input:
+    """A pipe in the place of standard input, which can be ended: a read cannot be interrupted.
 
-    def copy() -> None:
+    It ends also with a message that is too long, since the SDK keeps a message until its end has come.
+
+    Attributes:
+        too_long: whether it ended so.
+    """
+
+    def __init__(self) -> None:
+        self.too_long = False
+        self._source = os.dup(0)
+        reader, self._writer = os.pipe()
+        os.dup2(reader, 0)
+        os.close(reader)
+        self._wake_reader, self._wake_writer = os.pipe()
+        Thread(target=self._copy, name="standard input", daemon=True).start()
+
+    def end(self) -> None:
+        """End the input."""
+        os.write(self._wake_writer, b"\0")
+
+    def _copy(self) -> None:
+        size = 0
         with suppress(OSError):  # the server has ended
-            while wake_reader not in select.select([source, wake_reader], [], [])[0]:
-                data = os.read(source, _PIECE)
+            while self._wake_reader not in select.select([self._source, self._wake_reader], [], [])[0]:
+                data = os.read(self._source, _PIECE)
                 if not data:
                     break
-                write_all(writer, data)
-        os.close(writer)
-
-    Thread(target=copy, name="standard input", daemon=True).start()
-
-    def end() -> None:
-        os.write(wake_writer, b"\0")
-
-    return end
+                line_end = data.rfind(b"\n")
+                size = size + len(data) if line_end < 0 else len(data) - line_end - 1
+                if size > MAX_MESSAGE:
+                    self.too_long = True
+                    break
+                write_all(self._writer, data)
+        os.close(self._writer)
