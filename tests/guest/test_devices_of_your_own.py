@@ -146,7 +146,9 @@ async def reading(
     await shows(guest, output, 1, task)
     events: list[Event] = []
     yield events
-    events += [tuple(event) for event in json.loads((await shows(guest, output, 2, task))[1])]
+    lines = await shows(guest, output, 2, task)
+    assert lines[1].startswith("["), await guest.check(f"cat {output}")
+    events += [tuple(event) for event in json.loads(lines[1])]
 
 
 async def shows(guest: QemuGuest, path: str, lines: int, task: asyncio.Future[Any] | None = None) -> list[str]:

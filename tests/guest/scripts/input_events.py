@@ -7,6 +7,7 @@ code, value) when the key with the code was released. It writes ``ready`` when t
 from __future__ import annotations
 
 import json
+import os
 import struct
 import sys
 import time
@@ -34,6 +35,8 @@ def write(line: str) -> None:
 
 def main(pattern: str, code: int) -> None:
     """Write the events of a device until a key is released."""
+    # Before other programs: the kernel keeps a few dozen events only for a reader that does not get the processor.
+    os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     seen = []
     with find(pattern).open("rb", buffering=0) as device:
         write("ready")
