@@ -116,6 +116,7 @@ class Port(IntEnum):
 
 
 TCP, SPICE, SLOW_TCP = Port
+assert [type(port) for port in LABORATORY.ports] == [TcpPort, SpicePort, TcpPort]
 
 STORAGE = {"bot": Storage(StorageTransport.BOT, "usb-storage"), "uas": Storage(StorageTransport.AUTO, "uas")}
 """Values of the parameter ``storage``."""

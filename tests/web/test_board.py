@@ -168,11 +168,12 @@ async def test_a_picture_that_is_not_one(served: Served) -> None:
         assert (answer.status, answer.json["error"]["code"]) == (502, "protocol")
 
 
+async def silent(session: FakeSession, message: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+    """Reply to no request."""
+
+
 async def test_a_session_that_writes_no_picture(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("farplug.web.board.SCREENSHOT_TIMEOUT", 0.05)
-
-    async def silent(session: FakeSession, message: dict[str, Any], writer: asyncio.StreamWriter) -> None:
-        pass
 
     async with fake_session(served.folder, silent):
         answer = await served.http("GET", "/screenshot.png?session=web1", token=served.page.tokens.full)
@@ -180,9 +181,6 @@ async def test_a_session_that_writes_no_picture(served: Served, monkeypatch: pyt
 
 
 async def test_a_session_that_hangs_delays_no_picture_of_another(served: Served) -> None:
-    async def silent(session: FakeSession, message: dict[str, Any], writer: asyncio.StreamWriter) -> None:
-        pass
-
     png, token = picture(640, 400), served.page.tokens.full
     async with fake_session(served.folder, silent) as hanging, fake_session(served.folder, pictured(png), "web2"):
         waiting = asyncio.create_task(served.http("GET", "/screenshot.png?session=web1", token=token))
