@@ -211,6 +211,11 @@ class Attachment:
         """Return whether the device has left the guest."""
         return self._ended.is_set()
 
+    @property
+    def offered(self) -> bool:
+        """Return whether the guest has the device, with or without a driver."""
+        return self.state in (AttachmentState.ATTACHED, AttachmentState.CONFIGURED)
+
     async def attached(self) -> None:
         """Wait until the device is offered to the guest.
 

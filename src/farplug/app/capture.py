@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from farplug.app.attachment import Attachment, AttachmentState
+from farplug.app.attachment import Attachment
 from farplug.app.events import Event, Level
 from farplug.app.guest_port import GuestPort
 from farplug.app.settings import CaptureSettings
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 _NOT_CAPTURED: Final = frozenset(("figures", "copying"))
 """Events that repeat all the time, and that the packets show as well."""
-_PLUGGED: Final = (AttachmentState.ATTACHED, AttachmentState.CONFIGURED)
 
 
 class Captures:
@@ -157,12 +156,12 @@ class GuestCapture:
 
     async def resume(self, attachment: Attachment) -> None:
         """Capture an attachment that may be plugged in already: begin with the state of its device."""
-        if attachment.state in _PLUGGED:
+        if attachment.offered:
             device = attachment.device
             descriptors = await read_descriptors(device)
             if not self.is_open:
                 return
-            if attachment.state in _PLUGGED and attachment.port not in self._ports:
+            if attachment.offered and attachment.port not in self._ports:
                 alternates = {interface.number: interface.alternate for interface in device.interfaces}
                 tap = self._recording.port(attachment.port.number)
                 tap.resume(device_connect(device), descriptors, device.configuration, alternates)

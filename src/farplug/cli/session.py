@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any, NoReturn
 
 from farplug.app.app import App
-from farplug.app.attachment import AttachmentState
 from farplug.app.events import Event, Level
 from farplug.app.link import AskPassword
 from farplug.app.settings import GuestSettings
@@ -251,8 +250,7 @@ class _Session:
 
     def _farewell(self) -> str:
         """Return what is done before the end: nothing is detached if the VM has no device yet."""
-        there = (AttachmentState.ATTACHED, AttachmentState.CONFIGURED)
-        return "detaching" if any(one.state in there for one in self._guest.attachments) else "leaving"
+        return "detaching" if any(one.offered for one in self._guest.attachments) else "leaving"
 
     def _warn(self, disks: list[str], *, leaving: bool) -> None:
         level = Level.BAD if leaving else Level.PROGRESS
